@@ -1,0 +1,126 @@
+package layout
+
+import (
+	"bytes"
+	"encoding/json"
+	"os/exec"
+	"strings"
+	"testing"
+)
+
+const self = "github.com/viasocks/viasocks"
+
+// Families of packages, by prefix. Standard library packages have no dot in their first path element.
+const (
+	gvisor     = "gvisor.dev/gvisor"
+	netlink    = "github.com/vishvananda/netlink"
+	nftables   = "github.com/google/nftables"
+	wgtun      = "golang.zx2c4.com/wireguard/tun"
+	xsys       = "golang.org/x/sys"
+	dnsmessage = "golang.org/x/net/dns/dnsmessage"
+	nettest    = "golang.org/x/net/nettest"
+	goleak     = "go.uber.org/goleak"
+	pflag      = "github.com/spf13/pflag"
+)
+
+// table is the import table of the design: what each package may import besides the standard library, itself, and
+// (in tests) nettest and goleak. A package of ours without a row fails the test.
+var table = []struct {
+	pkg    string   // below self; "/..." takes all below
+	may    []string // prefixes
+	tests  []string // prefixes that its tests may import besides
+	reason string
+}{
+	{"stack/flow", nil, nil,
+		"the nouns of the seam: an import here would reach both sides of it"},
+	{"socks", []string{xsys}, []string{self + "/socks/sockstest"},
+		"a SOCKS client that knows nothing of flows can be tested, and used, without a TUN"},
+	{"socks/sockstest", []string{xsys, self + "/socks"}, nil,
+		"a server that misbehaves; nothing of the data plane"},
+	{"tun", []string{wgtun, netlink, xsys}, []string{self + "/tun/tuntest", self + "/tun/netns"},
+		"frames are bytes here: what is in them is stack's concern"},
+	{"tun/tuntest", []string{self + "/tun"}, nil,
+		"stands in for tun in tests of the layers above"},
+	{"tun/netns", []string{netlink, xsys}, []string{self + "/tun"},
+		"namespaces are made before there is a stack"},
+	{"stack", []string{self + "/stack/flow", self + "/tun", gvisor, xsys}, []string{self + "/tun/tuntest", self + "/stack/stacktest"},
+		"the only importer of gVisor: another stack would be another package, and nothing else would change"},
+	{"stack/stacktest", []string{self + "/stack/flow", self + "/tun", gvisor, xsys}, []string{self + "/stack"},
+		"the app's side of the same frames"},
+	{"route/relay", []string{self + "/stack/flow", xsys}, nil,
+		"moves bytes between two ends that it knows only by interface"},
+	{"route/dns", []string{self + "/stack/flow", dnsmessage}, nil,
+		"answers questions; how they reach the resolver is handed in"},
+	{"route", []string{self + "/stack/flow", self + "/route/relay", self + "/route/dns", self + "/socks", xsys}, []string{self + "/socks/sockstest"},
+		"decides who carries a flow; the packets are stack's, the kernel is route/kernel's"},
+	{"route/kernel", []string{netlink, nftables, xsys}, nil,
+		"changes the host and undoes it: must work without a data plane"},
+	{"cmd/...", []string{self, pflag, xsys, gvisor + "/pkg/tcpip", netlink, nftables}, nil,
+		"glue that no layer may import"},
+}
+
+type listed struct {
+	ImportPath   string
+	Imports      []string
+	TestImports  []string
+	XTestImports []string
+}
+
+func TestImports(t *testing.T) {
+	out, err := exec.Command("go", "list", "-json=ImportPath,Imports,TestImports,XTestImports", self+"/...").Output()
+	if err != nil {
+		t.Fatalf("cannot list the packages: %v", err)
+	}
+	seen := 0
+	for dec := json.NewDecoder(bytes.NewReader(out)); dec.More(); {
+		var p listed
+		if err := dec.Decode(&p); err != nil {
+			t.Fatal(err)
+		}
+		seen++
+		checkPackage(t, p)
+	}
+	if seen < 3 {
+		t.Fatalf("only %d packages listed", seen)
+	}
+}
+
+func checkPackage(t *testing.T, p listed) {
+	name := strings.TrimPrefix(p.ImportPath, self+"/")
+	for _, row := range table {
+		if tree, ok := strings.CutSuffix(row.pkg, "..."); name != row.pkg && (!ok || !strings.HasPrefix(name+"/", tree)) {
+			continue
+		}
+		for _, imp := range p.Imports {
+			if !allowed(imp, p.ImportPath, row.may) {
+				t.Errorf("%s imports %s, which it may not: %s", p.ImportPath, imp, row.reason)
+			}
+		}
+		inTests := append(append([]string{goleak, nettest}, row.may...), row.tests...)
+		for _, imp := range append(p.TestImports, p.XTestImports...) {
+			if !allowed(imp, p.ImportPath, inTests) {
+				t.Errorf("a test of %s imports %s, which it may not: %s", p.ImportPath, imp, row.reason)
+			}
+		}
+		return
+	}
+	t.Errorf("%s has no row in the import table: the layout is fixed, say why it grows", p.ImportPath)
+}
+
+func allowed(imp, pkg string, may []string) bool {
+	first, _, _ := strings.Cut(imp, "/")
+	if !strings.Contains(first, ".") || imp == pkg || imp == "C" {
+		return true
+	}
+	for _, m := range may {
+		// A package of ours is meant alone, not with what lies below it: tun is not tun/netns.
+		if strings.HasPrefix(m, self+"/") {
+			if imp == m {
+				return true
+			}
+		} else if imp == m || strings.HasPrefix(imp, m+"/") {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,4 @@
+// Package tun moves frames between the kernel's TUN device and the userspace stack, together with their offload
+// header (struct virtio_net_hdr): so a 64 KiB TCP super-segment crosses in one system call and is neither cut nor
+// merged on the way. tun/netns opens the device; tun/tuntest has one in memory.
+package tun
