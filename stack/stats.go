@@ -1,0 +1,71 @@
+package stack
+
+import "sync/atomic"
+
+// Stats is a snapshot of the stack's counters, taken without a lock: each figure is exact, but they are not of one
+// instant.
+type Stats struct {
+	FramesIn, BytesIn   uint64
+	FramesOut, BytesOut uint64
+
+	DroppedMalformed uint64 // frame in: not IP, lengths or offload header that can't be
+	DroppedChecksum  uint64 // frame in: a checksum that had to be verified is wrong
+	DroppedICMP      uint64 // frame in: ICMP other than an error about a flow; echo above all
+	DroppedMulticast uint64 // frame in: TCP to or from a multicast, broadcast or unspecified address
+	DroppedProto     uint64 // frame in: neither TCP, UDP nor ICMP
+	DroppedOut       uint64 // frame out: the device was full or refused it
+
+	SYNs           uint64 // streams asked for
+	Retransmits    uint64 // SYNs that came again for a pending or refused stream
+	OverBudget     uint64 // SYNs forgotten unanswered, in all
+	OverDestBudget uint64 // SYNs forgotten unanswered, for one destination
+	Replaced       uint64 // pending streams replaced by a SYN with another ISN
+	Cancelled      uint64 // pending streams whose app gave up
+	Accepted       uint64
+	AcceptFailed   uint64 // accepted, but the app was gone
+	Refused        uint64
+	AppResets      uint64 // open streams that the app reset
+	Aborted        uint64 // open streams that we reset
+
+	Pending int64 // SYNs waiting for an answer, now
+	Streams int64 // open streams, now
+
+	UDP UDPStats
+}
+
+// counters is what Stats is taken from.
+type counters struct {
+	framesIn, bytesIn   atomic.Uint64
+	framesOut, bytesOut atomic.Uint64
+
+	droppedMalformed, droppedChecksum, droppedICMP atomic.Uint64
+	droppedMulticast, droppedProto, droppedOut     atomic.Uint64
+
+	syns, retransmits, overBudget, overDestBudget atomic.Uint64
+	replaced, cancelled                           atomic.Uint64
+	accepted, acceptFailed, refused               atomic.Uint64
+	appResets, aborted                            atomic.Uint64
+
+	pending, streams atomic.Int64
+
+	udp udpCounters
+}
+
+// Stats returns a snapshot of the counters. Any goroutine.
+func (s *Stack) Stats() Stats {
+	c := &s.stats
+	return Stats{
+		FramesIn: c.framesIn.Load(), BytesIn: c.bytesIn.Load(),
+		FramesOut: c.framesOut.Load(), BytesOut: c.bytesOut.Load(),
+		DroppedMalformed: c.droppedMalformed.Load(), DroppedChecksum: c.droppedChecksum.Load(),
+		DroppedICMP: c.droppedICMP.Load(), DroppedMulticast: c.droppedMulticast.Load(),
+		DroppedProto: c.droppedProto.Load(), DroppedOut: c.droppedOut.Load(),
+		SYNs: c.syns.Load(), Retransmits: c.retransmits.Load(),
+		OverBudget: c.overBudget.Load(), OverDestBudget: c.overDestBudget.Load(),
+		Replaced: c.replaced.Load(), Cancelled: c.cancelled.Load(),
+		Accepted: c.accepted.Load(), AcceptFailed: c.acceptFailed.Load(), Refused: c.refused.Load(),
+		AppResets: c.appResets.Load(), Aborted: c.aborted.Load(),
+		Pending: c.pending.Load(), Streams: c.streams.Load(),
+		UDP: c.udp.snapshot(),
+	}
+}
