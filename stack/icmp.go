@@ -1,7 +1,202 @@
 package stack
 
-import "github.com/viasocks/viasocks/stack/flow"
+import (
+	"encoding/binary"
+	"net/netip"
 
+	"github.com/viasocks/viasocks/stack/flow"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
+)
+
+// ICMP errors are built here and written raw, not sent by gVisor: its limiter (1000/s) would leave apps without an
+// answer, and the source must be the quoted destination, an address that gVisor does not have.
+
+const (
+	protoICMP   = 1
+	protoTCP    = 6
+	protoUDP    = 17
+	protoICMPv6 = 58
+
+	ip4HeaderLen  = 20
+	ip6HeaderLen  = 40
+	udpHeaderLen  = 8
+	icmpHeaderLen = 8 // type, code, checksum and 4 unused bytes: RFC 792, RFC 4443 3.1
+
+	// RFC 1812 4.3.2.3: as much of the datagram as fits without the error exceeding 576 bytes.
+	maxQuote4 = 576 - ip4HeaderLen - icmpHeaderLen
+	// RFC 4443 2.4 (c): as much as fits the minimum IPv6 MTU.
+	maxQuote6 = 1280 - ip6HeaderLen - icmpHeaderLen
+	// The receiver finds the socket by the quoted ports: RFC 792 promises it 8 bytes.
+	minQuote = 8
+
+	icmpTTL = 64
+	icmpTOS = 0xc0 // internetwork control, RFC 1812 4.3.2.5
+)
+
+// unreachableCode is the type and code that say why, for each family; RefuseReset is for a datagram what RST is for TCP.
+func unreachableCode(why flow.Refusal, v6 bool) (typ, code byte, ok bool) {
+	typ = 3
+	var c4, c6 byte
+	switch why {
+	case flow.RefuseReset, flow.RefusePort:
+		c4, c6 = 3, 4
+	case flow.RefuseNet:
+		c4, c6 = 0, 0
+	case flow.RefuseHost:
+		c4, c6 = 1, 3
+	case flow.RefuseAdmin:
+		c4, c6 = 13, 1
+	default: // RefuseSilent, and what we don't know
+		return 0, 0, false
+	}
+	if v6 {
+		return 1, c6, true
+	}
+	return typ, c4, true
+}
+
+// appendUnreachable appends to b a whole IP packet, checksums filled in: the ICMP or ICMPv6 destination unreachable for
+// why. It quotes quote, a packet of the app from its IP header on, as much as RFC 1812 and RFC 4443 let it; 8 bytes
+// behind the IP header (and IPv6 extension headers) must be there, the rest may be missing. The source is the quoted
+// destination: the far end itself seems to answer (Linux ignores an IPv4 error from one of its own addresses).
+//
+// ok is false, and b comes back as it was, when why is RefuseSilent, when quote can't be a packet, and when RFC 1122
+// 3.2.2 or RFC 4443 2.4 (e) forbids an answer: to ICMP errors, to any but the first fragment, to multicast and
+// broadcast, and to a source that is not one host.
 func appendUnreachable(b []byte, quote []byte, why flow.Refusal) (out []byte, ok bool) {
+	if len(quote) == 0 {
+		return b, false
+	}
+	switch quote[0] >> 4 {
+	case 4:
+		return appendUnreachable4(b, quote, why)
+	case 6:
+		return appendUnreachable6(b, quote, why)
+	}
 	return b, false
+}
+
+func appendUnreachable4(b, quote []byte, why flow.Refusal) ([]byte, bool) {
+	typ, code, ok := unreachableCode(why, false)
+	if !ok || len(quote) < ip4HeaderLen {
+		return b, false
+	}
+	ihl := int(quote[0]&0xf) * 4
+	if ihl < ip4HeaderLen || len(quote) < ihl+minQuote {
+		return b, false
+	}
+	if binary.BigEndian.Uint16(quote[6:])&0x1fff != 0 { // fragment offset
+		return b, false
+	}
+	// Of ICMP only the two queries that a host sends may be answered with an error (RFC 1122 3.2.2.6, 3.2.2.8): what is
+	// neither is an error itself, or an answer.
+	if quote[9] == protoICMP && quote[ihl] != 8 && quote[ihl] != 13 {
+		return b, false
+	}
+	if !oneHost(netip.AddrFrom4([4]byte(quote[12:16]))) || !oneHost(netip.AddrFrom4([4]byte(quote[16:20]))) {
+		return b, false
+	}
+	quote = quote[:min(len(quote), maxQuote4)]
+
+	start := len(b)
+	b = append(b, 0x45, icmpTOS, 0, 0, 0, 0, 0x40 /* DF: atomic, so the ID is free, RFC 6864 */, 0, icmpTTL, protoICMP, 0, 0)
+	b = append(b, quote[16:20]...)
+	b = append(b, quote[12:16]...)
+	b = append(b, typ, code, 0, 0, 0, 0, 0, 0)
+	b = append(b, quote...)
+	p := b[start:]
+	binary.BigEndian.PutUint16(p[2:], uint16(len(p)))
+	binary.BigEndian.PutUint16(p[10:], ^checksum.Checksum(p[:ip4HeaderLen], 0))
+	icmp := p[ip4HeaderLen:]
+	binary.BigEndian.PutUint16(icmp[2:], ^checksum.Checksum(icmp, 0))
+	return b, true
+}
+
+func appendUnreachable6(b, quote []byte, why flow.Refusal) ([]byte, bool) {
+	typ, code, ok := unreachableCode(why, true)
+	if !ok || len(quote) < ip6HeaderLen {
+		return b, false
+	}
+	proto, off, first := skipExtensions(quote)
+	if !first || off < 0 || len(quote) < off+minQuote {
+		return b, false
+	}
+	// RFC 4443 2.1: errors have types below 128. Redirect is 137.
+	if proto == protoICMPv6 && (quote[off] < 128 || quote[off] == 137) {
+		return b, false
+	}
+	if !oneHost(netip.AddrFrom16([16]byte(quote[8:24]))) || !oneHost(netip.AddrFrom16([16]byte(quote[24:40]))) {
+		return b, false
+	}
+	quote = quote[:min(len(quote), maxQuote6)]
+
+	start := len(b)
+	n := icmpHeaderLen + len(quote)
+	b = append(b, 0x60, 0, 0, 0, byte(n>>8), byte(n), protoICMPv6, icmpTTL)
+	b = append(b, quote[24:40]...)
+	b = append(b, quote[8:24]...)
+	b = append(b, typ, code, 0, 0, 0, 0, 0, 0)
+	b = append(b, quote...)
+	p := b[start:]
+	icmp := p[ip6HeaderLen:]
+	sum := pseudoSum(p[8:40], protoICMPv6, n)
+	binary.BigEndian.PutUint16(icmp[2:], ^checksum.Checksum(icmp, sum))
+	return b, true
+}
+
+// oneHost reports whether a is the address of one host that we may speak for or to: not unspecified, loopback,
+// multicast, class E or broadcast, and not an IPv4 address that hides in an IPv6 one.
+func oneHost(a netip.Addr) bool {
+	if a.Is4() {
+		// 0/8 is "this network", RFC 1122 3.2.1.3; 240/4 has broadcast in it.
+		b := a.As4()
+		return b[0] != 0 && b[0] != 127 && b[0] < 224
+	}
+	return !a.IsUnspecified() && !a.IsLoopback() && !a.IsMulticast() && !a.Is4In6()
+}
+
+// Extension headers that may stand between the IPv6 header and the upper layer (RFC 8200 4.1).
+const (
+	ip6HopByHop = 0
+	ip6Routing  = 43
+	ip6Fragment = 44
+	ip6DestOpts = 60
+)
+
+// skipExtensions finds the upper layer of an IPv6 packet: its protocol and where it begins. off is -1 when the headers
+// do not end within p. first is false in a fragment that is not the first one; off is then where the fragment's data
+// begins.
+func skipExtensions(p []byte) (proto byte, off int, first bool) {
+	proto, off, first = p[6], ip6HeaderLen, true
+	for {
+		var n int
+		switch proto {
+		case ip6HopByHop, ip6Routing, ip6DestOpts:
+			if len(p) < off+8 {
+				return proto, -1, first
+			}
+			n = (int(p[off+1]) + 1) * 8
+		case ip6Fragment:
+			if len(p) < off+8 {
+				return proto, -1, first
+			}
+			n = 8
+			if binary.BigEndian.Uint16(p[off+2:])&^7 != 0 {
+				return p[off], off + n, false
+			}
+		default:
+			return proto, off, first
+		}
+		if len(p) < off+n {
+			return proto, -1, first
+		}
+		proto, off = p[off], off+n
+	}
+}
+
+// pseudoSum is the checksum of the pseudo-header: addrs is source and destination, 8 or 32 bytes, as they stand in
+// the IP header; n is the length of what is behind the IP header (RFC 768, RFC 8200 8.1).
+func pseudoSum(addrs []byte, proto byte, n int) uint16 {
+	sum := checksum.Checksum(addrs, uint16(proto))
+	return checksum.Combine(sum, uint16(n)) // n < 65536: the upper half of the 32-bit length is zero
 }

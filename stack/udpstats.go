@@ -1,8 +1,44 @@
 package stack
 
-// UDPStats is the datagram part of Stats.
-type UDPStats struct{}
+import "sync/atomic"
 
-type udpCounters struct{}
+// UDPStats is the datagram part of Stats. "In" is from the app, "out" is to the app.
+type UDPStats struct {
+	In, InBytes   uint64 // datagrams handed to the Handler, and their payload
+	InSuper       uint64 // super-frames that they came in, where the kernel made any
+	InReassembled uint64 // of In: put together from fragments
 
-func (c *udpCounters) snapshot() UDPStats { return UDPStats{} }
+	DroppedMalformed uint64 // lengths that can't be, port zero, a super-frame that makes no sense
+	DroppedChecksum  uint64 // checksum wrong, or missing over IPv6
+	DroppedMulticast uint64 // to a multicast or broadcast address: never relayed
+	DroppedAddress   uint64 // source or destination that no proxy can speak for: unspecified, loopback, link-local over IPv6
+
+	Out, OutBytes uint64 // datagrams written to the app, and their payload
+	OutSuper      uint64 // super-frames that they went in
+	OutTooLong    uint64 // not written: longer than IP can say
+	OutAddress    uint64 // not written: source and destination not of one family, or not set
+	OutFull       uint64 // lost: the device was full or refused the frame
+
+	Refused     uint64 // ICMP errors written to the app
+	RefusedMute uint64 // no ICMP error could be written: nothing to quote, an answer is forbidden, or the device was full
+	Unreachable uint64 // ICMP port unreachable that the app's kernel sent about a datagram of ours
+}
+
+// udpCounters is what UDPStats is taken from.
+type udpCounters struct {
+	in, inBytes, inSuper, inReassembled                                 atomic.Uint64
+	droppedMalformed, droppedChecksum, droppedMulticast, droppedAddress atomic.Uint64
+	out, outBytes, outSuper, outTooLong, outAddress, outFull            atomic.Uint64
+	refused, refusedMute, unreachable                                   atomic.Uint64
+}
+
+func (c *udpCounters) snapshot() UDPStats {
+	return UDPStats{
+		In: c.in.Load(), InBytes: c.inBytes.Load(), InSuper: c.inSuper.Load(), InReassembled: c.inReassembled.Load(),
+		DroppedMalformed: c.droppedMalformed.Load(), DroppedChecksum: c.droppedChecksum.Load(),
+		DroppedMulticast: c.droppedMulticast.Load(), DroppedAddress: c.droppedAddress.Load(),
+		Out: c.out.Load(), OutBytes: c.outBytes.Load(), OutSuper: c.outSuper.Load(),
+		OutTooLong: c.outTooLong.Load(), OutAddress: c.outAddress.Load(), OutFull: c.outFull.Load(),
+		Refused: c.refused.Load(), RefusedMute: c.refusedMute.Load(), Unreachable: c.unreachable.Load(),
+	}
+}
