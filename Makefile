@@ -1,0 +1,100 @@
+# Targets with a ## comment are the help that `make` prints.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# Go's usual place, and the tools of the administrator, need not be in the caller's PATH.
+export PATH := $(PATH):/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
+# A clone that belongs to another user (sudo make) must not stop go build from asking git for the version.
+export GIT_CONFIG_COUNT := 1
+export GIT_CONFIG_KEY_0 := safe.directory
+export GIT_CONFIG_VALUE_0 := $(CURDIR)
+
+GO ?= go
+PREFIX ?= /usr/local
+DESTDIR ?=
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+# How long each fuzz target runs.
+FUZZTIME ?= 20s
+# How long each benchmark runs, and which.
+BENCHTIME ?= 1s
+BENCH ?= .
+# Packages one after another: many tests own namespaces, and time what they see, and two cores are not many.
+TESTFLAGS ?= -p 1 -count=1
+
+.PHONY: help
+help: ## Print this help
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: build
+build: ## Build bin/viasocks
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/viasocks ./cmd/viasocks
+
+.PHONY: test
+test: deps lint unit race ## Everything CI runs: what it needs (root: installs it), lint, unit, race and namespace tests
+	@echo "make test: passed"
+
+.PHONY: check
+check: vet ## Quick check: gofmt, go vet and the short tests, no root, under two minutes
+	$(GO) test -short ./...
+
+.PHONY: deps
+deps:
+	scripts/deps.sh test
+
+.PHONY: vet
+vet:
+	@files=$$(gofmt -l .); if [[ -n $$files ]]; then echo "gofmt -l:"; echo "$$files"; exit 1; fi
+	$(GO) vet ./...
+
+.PHONY: lint
+lint: vet
+	for f in scripts/*.sh .ci/run; do bash -n "$$f"; done
+	$(GO) run $(STATICCHECK) ./...
+
+# With root, and where user namespaces are allowed, the namespace and end-to-end tests run as part of these.
+.PHONY: unit
+unit: build
+	$(GO) test $(TESTFLAGS) -timeout 10m ./...
+
+.PHONY: race
+race: ## Run all tests under the race detector
+	$(GO) test $(TESTFLAGS) -race -timeout 12m ./...
+
+.PHONY: fuzz
+fuzz: ## Run each fuzz target for FUZZTIME (20s)
+	@grep -rlE '^func Fuzz[A-Z]' --include='*_test.go' . | sort | while read -r file; do \
+		for name in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' "$$file"); do \
+			echo "fuzz: $$(dirname "$$file") $$name for $(FUZZTIME)"; \
+			$(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$(dirname "$$file")" </dev/null; \
+		done; \
+	done
+
+.PHONY: bench
+bench: ## Run the benchmarks (BENCH, BENCHTIME)
+	$(GO) test -p 1 -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -benchmem ./...
+	@if [[ -x scripts/bench.sh ]]; then scripts/bench.sh; fi
+
+.PHONY: lab
+lab: build ## Three namespaces to try things in (root); then: scripts/lab.sh shell app
+	scripts/lab.sh up
+
+.PHONY: demo
+demo: ## Six downloads of aria2 through a SOCKS proxy, on real programs (root)
+	scripts/deps.sh demo
+	@$(MAKE) build
+	scripts/demo.sh
+
+.PHONY: install
+install: build ## Install under PREFIX (/usr/local)
+	install -D -m 755 bin/viasocks $(DESTDIR)$(PREFIX)/bin/viasocks
+	install -D -m 644 cmd/viasocks/viasocks.1 $(DESTDIR)$(PREFIX)/share/man/man1/viasocks.1
+
+.PHONY: uninstall
+uninstall: ## Remove what install put there
+	rm -f $(DESTDIR)$(PREFIX)/bin/viasocks $(DESTDIR)$(PREFIX)/share/man/man1/viasocks.1
+
+.PHONY: clean
+clean: ## Remove what build made
+	rm -rf bin

@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# deps.sh: installs the Debian packages that `make test` and `make demo` need, on a machine with nothing but Go.
+#
+# Usage: deps.sh [test] [demo] [lint]      (no group: test)
+#
+# When every program is there already, apt is not called and root is not needed. The services that Debian would
+# start with some packages do not start: a policy-rc.d refuses them while apt runs, and units that came with
+# a package of ours stay disabled, so that a reboot does not start them either.
+set -euo pipefail
+export PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+
+# program:package, or =file:package where the package holds no program of its own.
+declare -A groups=(
+	# make and a C compiler: the race detector links with one. The rest: real peers and programs of the tests.
+	[test]="make:make gcc:gcc =/usr/include/stdio.h:libc6-dev git:git =/etc/ssl/certs/ca-certificates.crt:ca-certificates
+		ip:iproute2 sysctl:procps unshare:util-linux curl:curl
+		aria2c:aria2 danted:dante-server microsocks:microsocks nginx:nginx vsftpd:vsftpd sshd:openssh-server
+		opentracker:opentracker mktorrent:mktorrent dnsmasq:dnsmasq-base"
+	[demo]="make:make git:git =/etc/ssl/certs/ca-certificates.crt:ca-certificates
+		ip:iproute2 sysctl:procps unshare:util-linux curl:curl nft:nftables tcpdump:tcpdump
+		aria2c:aria2 danted:dante-server nginx:nginx vsftpd:vsftpd sshd:openssh-server
+		opentracker:opentracker mktorrent:mktorrent dnsmasq:dnsmasq-base"
+	[lint]="shellcheck:shellcheck"
+)
+# The units of the packages above.
+declare -A units=([dante-server]=danted.service [nginx]=nginx.service [vsftpd]=vsftpd.service
+	[openssh-server]="ssh.service ssh.socket" [opentracker]=opentracker.service [microsocks]=microsocks.service
+	[nftables]=nftables.service)
+
+die() { echo "deps: $*" >&2; exit 1; }
+
+# missing prints the packages of the groups given of which the program isn't there.
+missing() {
+	local group entry what
+	for group in "$@"; do
+		for entry in ${groups[$group]}; do
+			what=${entry%%:*}
+			if [[ $what == =* ]]; then
+				[[ -e ${what#=} ]] || echo "${entry#*:}"
+			else
+				command -v "$what" >/dev/null || echo "${entry#*:}"
+			fi
+		done
+	done | sort -u
+}
+
+policy=/usr/sbin/policy-rc.d
+policy_mark="# viasocks deps.sh: no service starts while packages are installed"
+kept=$policy.before-viasocks
+made_policy=
+
+# deny_services puts a policy-rc.d in place that answers 101 (forbidden), unless the one that's there does so already.
+deny_services() {
+	if [[ -e $policy ]] && grep -qxF -- "$policy_mark" "$policy"; then
+		: # left by a run that was killed: ours
+	elif [[ -e $policy || -L $policy ]]; then
+		local answer=0
+		"$policy" nginx start >/dev/null 2>&1 || answer=$?
+		[[ $answer -ne 101 ]] || return 0
+		mv "$policy" "$kept"
+	fi
+	made_policy=yes
+	printf '#!/bin/sh\n%s\nexit 101\n' "$policy_mark" >"$policy"
+	chmod 755 "$policy"
+}
+
+allow_services() {
+	[[ -n $made_policy ]] || return 0
+	rm -f "$policy"
+	[[ ! -e $kept ]] || mv "$kept" "$policy"
+}
+
+apt_install() {
+	apt-get -o DPkg::Lock::Timeout=300 -qq -y --no-install-recommends install "$@" </dev/null
+}
+
+install_packages() {
+	command -v apt-get >/dev/null || die "cannot install $*: no apt-get here; install them by the means of this system"
+	[[ $EUID -eq 0 ]] || die "cannot install $*: not root; try: sudo $0"
+	export DEBIAN_FRONTEND=noninteractive
+	trap allow_services EXIT
+	trap 'exit 130' INT
+	trap 'exit 143' TERM HUP
+	deny_services
+	echo "deps: installing $*"
+	# Without lists, or with lists older than the archive, the first try fails: then the lists are fetched.
+	if ! apt_install "$@" >/dev/null 2>&1; then
+		apt-get -o DPkg::Lock::Timeout=300 -qq update || die "cannot install $*: apt-get update failed"
+		apt_install "$@" >/dev/null || die "cannot install $*: apt-get says why above"
+	fi
+	local package unit
+	command -v systemctl >/dev/null || return 0
+	for package in "$@"; do
+		for unit in ${units[$package]:-}; do
+			systemctl --quiet disable "$unit" >/dev/null 2>&1 || true
+		done
+	done
+}
+
+case ${1:-} in
+-h | --help) sed -n 's/^# Usage: /usage: /p' "$0"; exit 0 ;;
+esac
+[[ $# -gt 0 ]] || set -- test
+for group in "$@"; do
+	[[ -n ${groups[$group]:-} ]] || die "unknown group $group; known: ${!groups[*]}"
+done
+mapfile -t packages < <(missing "$@")
+[[ ${#packages[@]} -gt 0 ]] || exit 0
+install_packages "${packages[@]}"
+mapfile -t packages < <(missing "$@")
+[[ ${#packages[@]} -eq 0 ]] || die "installed, yet still not found: ${packages[*]}"
