@@ -1,0 +1,210 @@
+// Package tuntest has a TUN device in memory, for tests of the layers above: no privilege, no kernel.
+//
+// A Pipe is two devices back to back: what is written to one is read from the other, with its Header unchanged. So it
+// stands for the kernel's side as well: one end is given to the stack under test, the other to the app's stack.
+// Frames are checked as the kernel does on write, and a full queue drops, so that a stack that works on a Pipe does not
+// meet its first refusal on a real device.
+package tuntest
+
+import (
+	"os"
+	"sync"
+
+	"github.com/viasocks/viasocks/tun"
+)
+
+// QueueFrames is how many frames wait in each direction before one is dropped, as much as two TUN rings (txqueuelen
+// 500) hold.
+const QueueFrames = 1024
+
+// Device is one end of a Pipe. All methods are safe for concurrent use.
+type Device struct {
+	name string
+	mtu  int
+	off  tun.Offload
+	in   *queue // what the other end wrote
+	out  *queue
+	tap  func(h tun.Header, frame []byte) bool
+	mu   sync.RWMutex // guards tap
+}
+
+var _ tun.Device = (*Device)(nil)
+
+// Pipe returns two devices back to back. Closing one end makes the other's Read return os.ErrClosed once the queue is
+// empty, as when a kernel's device is gone, and its Write fail.
+func Pipe(mtu int, off tun.Offload) (a, b *Device) {
+	ab, ba := newQueue(), newQueue()
+	a = &Device{name: "pipe0", mtu: mtu, off: off, in: ba, out: ab}
+	b = &Device{name: "pipe1", mtu: mtu, off: off, in: ab, out: ba}
+	return a, b
+}
+
+// Name is pipe0 or pipe1.
+func (d *Device) Name() string { return d.name }
+
+// MTU is what Pipe was given.
+func (d *Device) MTU() int { return d.mtu }
+
+// Offload is what Pipe was given.
+func (d *Device) Offload() tun.Offload { return d.off }
+
+// Tap calls f for each frame written to this end, before it is queued: f returns false to drop it. nil removes it. The
+// frame is lent for the call, and f must not write to this end.
+func (d *Device) Tap(f func(h tun.Header, frame []byte) bool) {
+	d.mu.Lock()
+	d.tap = f
+	d.mu.Unlock()
+}
+
+// Dropped is how many frames written to this end were lost because the queue was full.
+func (d *Device) Dropped() uint64 {
+	d.out.mu.Lock()
+	defer d.out.mu.Unlock()
+	return d.out.dropped
+}
+
+// Read is that of tun.Device.
+func (d *Device) Read(h *tun.Header, b []byte, wait bool) (int, error) { return d.in.get(h, b, wait) }
+
+// Write is that of tun.Device. It refuses what the kernel refuses (tun.ErrBadFrame).
+func (d *Device) Write(h *tun.Header, parts [][]byte) error {
+	var hdr tun.Header
+	if h != nil {
+		hdr = *h
+	}
+	n := 0
+	for _, p := range parts {
+		n += len(p)
+	}
+	if n > tun.MaxFrame {
+		return tun.ErrTooLong
+	}
+	if !d.takes(hdr, n, parts) {
+		return tun.ErrBadFrame
+	}
+	d.mu.RLock()
+	tap := d.tap
+	d.mu.RUnlock()
+	return d.out.put(hdr, parts, n, tap)
+}
+
+// takes does the checks of tun_get_user and virtio_net_hdr_to_skb.
+func (d *Device) takes(h tun.Header, n int, parts [][]byte) bool {
+	var version byte
+	for _, p := range parts {
+		if len(p) > 0 {
+			version = p[0] >> 4
+			break
+		}
+	}
+	if version != 4 && version != 6 {
+		return false
+	}
+	if d.off&tun.VnetHdr == 0 {
+		return h.GSOType == tun.GSONone && h.Flags&tun.NeedsCsum == 0
+	}
+	if int(h.HdrLen) > n {
+		return false
+	}
+	if h.Flags&tun.NeedsCsum != 0 && int(h.CsumStart)+int(h.CsumOffset)+2 > n {
+		return false
+	}
+	switch h.GSOType &^ tun.GSOECN {
+	case tun.GSONone:
+		return h.GSOType == tun.GSONone
+	case tun.GSOTCPv4, tun.GSOTCPv6:
+		return h.GSOSize > 0 && h.Flags&tun.NeedsCsum != 0 && d.off&tun.TSO != 0
+	case tun.GSOUDPL4:
+		return h.GSOSize > 0 && h.Flags&tun.NeedsCsum != 0 && d.off&tun.USO != 0
+	}
+	return false
+}
+
+// Close is that of tun.Device.
+func (d *Device) Close() error {
+	d.in.close(true)
+	d.out.close(false)
+	return nil
+}
+
+type frame struct {
+	h tun.Header
+	b []byte
+}
+
+// queue is one direction: a ring of frames whose buffers are used again.
+type queue struct {
+	mu      sync.Mutex
+	more    sync.Cond
+	ring    [QueueFrames]frame
+	head, n int
+	closed  bool
+	dropped uint64
+}
+
+func newQueue() *queue {
+	q := new(queue)
+	q.more.L = &q.mu
+	return q
+}
+
+func (q *queue) put(h tun.Header, parts [][]byte, n int, tap func(tun.Header, []byte) bool) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.closed {
+		return os.ErrClosed
+	}
+	if q.n == QueueFrames {
+		q.dropped++
+		return tun.ErrAgain
+	}
+	f := &q.ring[(q.head+q.n)%QueueFrames]
+	f.h = h
+	if cap(f.b) < n {
+		f.b = make([]byte, 0, max(n, 2048))
+	}
+	f.b = f.b[:0]
+	for _, p := range parts {
+		f.b = append(f.b, p...)
+	}
+	if tap != nil && !tap(h, f.b) {
+		return nil
+	}
+	q.n++
+	q.more.Signal()
+	return nil
+}
+
+func (q *queue) get(h *tun.Header, b []byte, wait bool) (int, error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for q.n == 0 {
+		if q.closed {
+			return 0, os.ErrClosed
+		}
+		if !wait {
+			return 0, tun.ErrAgain
+		}
+		q.more.Wait()
+	}
+	f := &q.ring[q.head]
+	q.head = (q.head + 1) % QueueFrames
+	q.n--
+	*h = f.h
+	n := copy(b, f.b)
+	if n < len(f.b) {
+		return n, tun.ErrTooLong
+	}
+	return n, nil
+}
+
+// close ends the direction. The reader's own Close also forgets what is queued.
+func (q *queue) close(byReader bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.closed = true
+	if byReader {
+		q.n = 0
+	}
+	q.more.Broadcast()
+}
