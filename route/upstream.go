@@ -1,0 +1,39 @@
+package route
+
+import (
+	"context"
+	"net/netip"
+
+	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// Dest is where a TCP flow goes. Name wins when it is set: it travels to the proxy as a name.
+type Dest struct {
+	Addr netip.AddrPort
+	Name string
+}
+
+func (d Dest) String() string {
+	if d.Name != "" {
+		return d.Name
+	}
+	return d.Addr.String()
+}
+
+// Upstream is what carries flows. Its methods return at once and may be called from any goroutine; done is called
+// exactly once, from any goroutine, perhaps before the method returns, and must not block. Cancelling ctx ends what is
+// pending, with an error to done.
+type Upstream interface {
+	Name() string
+
+	// DialStream opens a TCP connection to d. fd is connected and non-blocking, and the receiver's. The errors that
+	// socks documents, and an errno of connect(2) where there is no SOCKS server, become the app's error.
+	DialStream(ctx context.Context, d Dest, done func(fd int, err error))
+
+	// OpenPackets opens a socket for datagrams from one app endpoint to any destination, on l. sink gets what comes
+	// back, on l's goroutine, in bursts that are lent for the call, with Src set and Dst not. The receiver of the link
+	// closes it. closed is called at most once, and only when an open link has failed for good: the control
+	// connection ended, or the socket failed. It may come before done.
+	OpenPackets(ctx context.Context, l *relay.Loop, sink func([]flow.Packet), done func(relay.PacketLink, error), closed func(error))
+}
