@@ -1,0 +1,101 @@
+package config
+
+import (
+	"bytes"
+	"fmt"
+	"strings"
+	"unicode/utf8"
+)
+
+// Bounds of the configuration file. A list of rules may be long; a megabyte of them is a wrong file name.
+const (
+	maxFile = 1 << 20
+	maxLine = 4096
+)
+
+// readFile reads a configuration file. A word that belongs to another subcommand is checked for being one and left
+// out, so that one file serves both run and up.
+func readFile(path string, cmd Command) (map[string][]value, error) {
+	b, _, err := readPath(path, maxFile)
+	if err != nil {
+		return nil, fmt.Errorf("cannot read the configuration file %s: %w", path, err)
+	}
+	return parseFile(path, b, cmd)
+}
+
+// parseFile reads one option from each line: its name, white space or an equals sign, its value. A # at the start of
+// the line or behind white space begins a comment.
+func parseFile(path string, b []byte, cmd Command) (map[string][]value, error) {
+	if len(b) > maxFile {
+		return nil, usagef("cannot use %s: longer than %d bytes", path, maxFile)
+	}
+	got := map[string][]value{}
+	for n := 1; len(b) > 0; n++ {
+		var line []byte
+		line, b, _ = bytes.Cut(b, []byte("\n"))
+		v, err := parseLine(line)
+		if err != nil {
+			return nil, usagef("%s:%d: %v", path, n, err)
+		}
+		if v.name == "" {
+			continue
+		}
+		o := find(v.name)
+		if len(got[v.name]) > 0 && !o.Many {
+			return nil, usagef("%s:%d: %s was given before", path, n, v.name)
+		}
+		if o.Cmds&cmd == 0 {
+			continue
+		}
+		v.where = strings.TrimRight(fmt.Sprintf("%s:%d: %s %s", path, n, v.name, quote(v.text)), " ")
+		if o.Arg == "" && v.text == "" {
+			v.text = "true"
+		}
+		got[v.name] = append(got[v.name], v)
+	}
+	return got, nil
+}
+
+// parseLine gives a value without a name for a line that says nothing.
+func parseLine(line []byte) (value, error) {
+	if len(line) > maxLine {
+		return value{}, fmt.Errorf("the line is longer than %d bytes", maxLine)
+	}
+	if !utf8.Valid(line) {
+		return value{}, fmt.Errorf("not UTF-8 text")
+	}
+	s := string(line)
+	for i := range len(s) {
+		if s[i] == '#' && (i == 0 || s[i-1] == ' ' || s[i-1] == '\t') {
+			s = s[:i]
+			break
+		}
+	}
+	s = strings.Trim(s, " \t\r")
+	if strings.ContainsFunc(s, func(r rune) bool { return r < ' ' && r != '\t' || r == 0x7f }) {
+		return value{}, fmt.Errorf("there is a control character in the line")
+	}
+	if s == "" {
+		return value{}, nil
+	}
+	end := strings.IndexAny(s, " \t=")
+	if end < 0 {
+		end = len(s)
+	}
+	name, text := s[:end], strings.TrimLeft(s[end:], " \t")
+	if rest, ok := strings.CutPrefix(text, "="); ok {
+		text = strings.TrimLeft(rest, " \t")
+	}
+	o := find(name)
+	switch {
+	case o == nil && strings.HasPrefix(name, "-"):
+		return value{}, fmt.Errorf("%q: options stand here without the dashes", Redact(name))
+	case o == nil:
+		return value{}, fmt.Errorf("there is no option %q", Redact(name))
+	case name == fileOption:
+		return value{}, fmt.Errorf("a file cannot name another one")
+	case o.Arg != "" && text == "":
+		return value{}, fmt.Errorf("%s needs a value: %s", name, o.Arg)
+	}
+	return value{name: name, text: text}, nil
+}

@@ -1,0 +1,145 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/spf13/pflag"
+)
+
+// ErrHelp: --help was given, the caller prints the help.
+var ErrHelp = pflag.ErrHelp
+
+// UsageError is a mistake in the flags or in the file, as opposed to something that failed.
+type UsageError struct{ Msg string }
+
+func (e *UsageError) Error() string { return e.Msg }
+
+func usagef(format string, a ...any) error { return &UsageError{fmt.Sprintf(format, a...)} }
+
+// value is what was given for an option, and where.
+type value struct {
+	name, text string
+	where      string // "--mtu 9" or "FILE:3: mtu 9", without secrets
+}
+
+func (v value) err(format string, a ...any) error {
+	return usagef("cannot use %s: %s", Redact(v.where), Redact(fmt.Sprintf(format, a...)))
+}
+
+// given implements pflag.Value. It only collects: a value is checked later, where the error can be told without
+// showing a password.
+type given struct {
+	opt  *Option
+	into map[string][]value
+}
+
+func (g given) Set(s string) error {
+	v := value{g.opt.Name, strings.Clone(s), "--" + g.opt.Name + " " + quote(s)}
+	if g.opt.Arg == "" {
+		v.where = "--" + g.opt.Name + "=" + s
+	}
+	if g.opt.Many {
+		g.into[v.name] = append(g.into[v.name], v)
+	} else {
+		g.into[v.name] = []value{v}
+	}
+	return nil
+}
+func (g given) String() string   { return "" }
+func (g given) Type() string     { return g.opt.Arg }
+func (g given) IsBoolFlag() bool { return g.opt.Arg == "" }
+
+// Parse reads the arguments of a subcommand, the file that they name, and the environment (in the form of os.Environ),
+// and checks everything. Nothing but the files named is touched. The error is ErrHelp, a *UsageError, or what failed.
+func Parse(cmd Command, args, env []string) (*Config, error) {
+	flags := map[string][]value{}
+	set := pflag.NewFlagSet("", pflag.ContinueOnError)
+	set.SetOutput(io.Discard)
+	set.Usage = func() {}
+	// The program's own flags begin behind the first word that is not ours.
+	set.SetInterspersed(cmd != Run)
+	for i := range Options {
+		o := &Options[i]
+		if o.Cmds&cmd == 0 {
+			continue
+		}
+		f := set.VarPF(given{o, flags}, o.Name, "", "")
+		if o.Arg == "" {
+			f.NoOptDefVal = "true"
+		}
+	}
+	if err := set.Parse(args); errors.Is(err, pflag.ErrHelp) {
+		return nil, ErrHelp
+	} else if err != nil {
+		return nil, &UsageError{Redact(err.Error())}
+	}
+	c := &Config{Command: cmd, Program: set.Args()}
+	if cmd == Run && len(c.Program) == 0 {
+		return nil, usagef("cannot run: no program was given")
+	}
+	if cmd != Run && len(c.Program) > 0 {
+		return nil, usagef("cannot use %q: there is nothing that it could belong to", c.Program[0])
+	}
+
+	file := map[string][]value{}
+	if v := flags[fileOption]; v != nil {
+		var err error
+		if file, err = readFile(v[0].text, cmd); err != nil {
+			return nil, err
+		}
+	}
+	if err := c.build(flags, file, env); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// build takes each option from the flags, else from the file, else its default.
+func (c *Config) build(flags, file map[string][]value, env []string) error {
+	for i := range Options {
+		o := &Options[i]
+		if o.Cmds&c.Command == 0 {
+			continue
+		}
+		vs := flags[o.Name]
+		if vs == nil {
+			vs = file[o.Name]
+		}
+		if vs == nil && o.Default != "" {
+			vs = []value{{o.Name, o.Default, "--" + o.Name + " " + o.Default}}
+		}
+		for _, v := range vs {
+			if o.set == nil {
+				continue
+			}
+			if err := o.set(c, v); err != nil {
+				return err
+			}
+		}
+	}
+	return c.finish(env)
+}
+
+func readPath(path string, limit int64) ([]byte, os.FileInfo, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, nil, errors.Unwrap(err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, nil, err
+	}
+	if info.IsDir() {
+		return nil, nil, errors.New("it is a directory")
+	}
+	b, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, nil, err
+	}
+	return b, info, nil
+}

@@ -1,0 +1,58 @@
+package config
+
+import (
+	"fmt"
+	"io"
+	"strings"
+)
+
+// WriteHelp writes the option section of a subcommand's help.
+func WriteHelp(w io.Writer, cmd Command) {
+	const column = 38
+	for _, o := range Options {
+		if o.Cmds&cmd == 0 {
+			continue
+		}
+		left := "  --" + o.Name
+		if o.Arg != "" {
+			left += " " + o.Arg
+		}
+		if len(left) > column-2 {
+			fmt.Fprintf(w, "%s\n", left)
+			left = ""
+		}
+		fmt.Fprintf(w, "%-*s%s", column, left, o.Help)
+		if o.Default != "" {
+			fmt.Fprintf(w, " [%s]", o.Default)
+		}
+		if o.Many {
+			fmt.Fprint(w, ", repeatable")
+		}
+		fmt.Fprintln(w)
+	}
+}
+
+// WriteMan writes the list of all options for the manual, in mdoc.
+func WriteMan(w io.Writer) {
+	fmt.Fprintln(w, ".Bl -tag -width Ds")
+	for _, o := range Options {
+		fmt.Fprintf(w, ".It Fl -%s", o.Name)
+		if o.Arg != "" {
+			fmt.Fprintf(w, " Ar %s", o.Arg)
+		}
+		fmt.Fprintf(w, "\n%s\n", o.Man)
+		if o.Cmds == Run|Check {
+			fmt.Fprintln(w, "Only for\n.Cm run .")
+		}
+		if o.Cmds == Up|Check {
+			fmt.Fprintln(w, "Only for\n.Cm up .")
+		}
+		if o.Many {
+			fmt.Fprintln(w, "May be given more than once.")
+		}
+		if o.Default != "" {
+			fmt.Fprintf(w, "The default is\n.Li %s .\n", strings.ReplaceAll(o.Default, `\`, `\e`))
+		}
+	}
+	fmt.Fprintln(w, ".El")
+}

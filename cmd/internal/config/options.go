@@ -1,0 +1,236 @@
+package config
+
+// Command is a set of subcommands.
+type Command uint8
+
+// The subcommands that take options.
+const (
+	Run Command = 1 << iota
+	Up
+	Check
+)
+
+const all = Run | Up | Check
+
+// Option is one long option: a flag, a word of the configuration file, a line of the help and an item of the manual.
+type Option struct {
+	Name    string
+	Arg     string // what stands for the value in help and manual; empty: the option takes none
+	Default string // shown, and used
+	Many    bool   // may be given more than once
+	Cmds    Command
+	Help    string // one line
+	Man     string // paragraphs of mdoc; the manual says there what the help has no room for
+	set     func(*Config, value) error
+}
+
+// Options is every option there is, in the order of help and manual.
+var Options = []Option{
+	{
+		Name: "proxy", Arg: "URL", Cmds: all, set: setProxy,
+		Help: "socks5://[USER[:PASSWORD]@]HOST:PORT, carries what no rule says otherwise",
+		Man: `The proxy:
+.Ar socks5://[USER[:PASSWORD]@]HOST:PORT .
+It is the upstream named
+.Cm proxy ,
+and carries every flow that no rule gives to another.
+.Ar HOST
+is a name or an address (IPv6 in brackets); the port may be left out and is then 1080.
+.Cm socks5h
+means the same.
+A password given here is wiped from the process title at once, but stays in the history of the shell:
+.Fl -password-file
+is better.
+Without this option see
+.Sx ENVIRONMENT .`,
+	},
+	{
+		Name: "password-file", Arg: "FILE", Cmds: all, set: setPasswordFile,
+		Help: "the first line is the password for --proxy",
+		Man: `The first line of
+.Ar FILE ,
+255 bytes at most, is the password of the user named in
+.Fl -proxy .
+A file that everybody may read is used, with a warning.`,
+	},
+	{
+		Name: "upstream", Arg: "NAME=URL", Many: true, Cmds: all, set: addUpstream,
+		Help: "one more proxy, for rules to name",
+		Man: `One more proxy, for rules to name.
+.Ar NAME
+begins with a letter or digit and goes on with letters, digits, dots, underscores and hyphens, 64 at most;
+.Cm proxy , direct , reject , drop
+and
+.Cm via
+are taken.`,
+	},
+	{
+		Name: "rule", Arg: "RULE", Many: true, Cmds: all, set: addRule,
+		Help: "which flows go where; the first rule that matches decides",
+		Man: `Which flows go where: conditions, all of which must hold, and then a verdict.
+The conditions are
+.Cm proto tcp
+or
+.Cm udp ,
+.Cm dst Ar NETWORK Ns [,...]
+and
+.Cm port Ar N Ns [- Ns Ar M Ns ][,...] ;
+the verdicts are
+.Cm via Ar NAME
+(an upstream),
+.Cm direct
+(from the host itself, past every proxy),
+.Cm reject
+(the program sees an error at once) and
+.Cm drop
+(silence).
+The first rule that matches decides; what none matches goes to
+.Fl -proxy ,
+and is refused if there is none.`,
+	},
+	{
+		Name: "dns", Arg: "tcp://ADDR[,ADDR...]", Default: "tcp://1.1.1.1,9.9.9.9", Cmds: all, set: setDNS,
+		Help: "resolvers that are asked over TCP, through the proxy",
+		Man: `Questions of the program to UDP port 53 of whatever address are answered by these resolvers, which are asked over TCP
+through the proxy.
+.Ar ADDR
+is an address, with a port if it is not 53.
+TCP connections to port 53 are carried to the first of them.
+In
+.Cm run
+the first also stands in the program's
+.Pa /etc/resolv.conf .`,
+	},
+	{
+		Name: "connect-timeout", Arg: "TIME", Default: "10s", Cmds: all, set: duration("100ms", "5m", func(c *Config) *timeDuration { return &c.ConnectTimeout }),
+		Help: "how long reaching the proxy may take",
+		Man:  `How long the TCP connection to the proxy may take, from 100ms to 5m.`,
+	},
+	{
+		Name: "handshake-timeout", Arg: "TIME", Default: "30s", Cmds: all, set: duration("100ms", "10m", func(c *Config) *timeDuration { return &c.HandshakeTimeout }),
+		Help: "how long the proxy may take to answer",
+		Man: `How long the whole SOCKS exchange may take, the proxy's own way to the destination included, from 100ms to 10m.
+When no answer came in this time the program's connection attempt is left unanswered, as a silent destination would leave it.`,
+	},
+	{
+		Name: "idle-timeout", Arg: "TIME", Default: "2h", Cmds: all, set: duration("10s", "9h", func(c *Config) *timeDuration { return &c.IdleTimeout }),
+		Help: "idle TCP connections are probed after this",
+		Man: `A TCP connection on which nothing moved for this long is probed by keepalive on both sides, and ended if the other end is
+gone; from 10s to 9h (the kernel takes no more).
+A live connection is never ended, however idle.`,
+	},
+	{
+		Name: "udp-timeout", Arg: "TIME", Default: "5m", Cmds: all, set: duration("10s", "24h", func(c *Config) *timeDuration { return &c.UDPTimeout }),
+		Help: "how long a UDP mapping lives without traffic and without a socket",
+		Man: `How long the UDP mapping of a program's socket lives after the last datagram, from 10s to 24h (RFC 4787 asks for two
+minutes at least).
+It lives on while the socket is open.`,
+	},
+	{
+		Name: "max-pending", Arg: "N", Default: "4096", Cmds: all, set: number(1, 1_000_000, func(c *Config) *int { return &c.MaxPending }),
+		Help: "TCP connections that may wait for the proxy at a time",
+		Man: `How many TCP connections may wait for the proxy's answer at a time, from 1 to 1000000.
+More are left unanswered, so that the program's kernel tries again a second later.`,
+	},
+	{
+		Name: "max-pending-per-destination", Arg: "N", Default: "64", Cmds: all, set: number(1, 1_000_000, func(c *Config) *int { return &c.MaxPendingPerDest }),
+		Help: "the same for each destination address",
+		Man:  `The same for each destination address; not more than` + "\n.Fl -max-pending .",
+	},
+	{
+		Name: "max-mappings", Arg: "N", Default: "4096", Cmds: all, set: number(1, 65536, func(c *Config) *int { return &c.MaxMappings }),
+		Help: "UDP sockets of the program that have a mapping at a time",
+		Man: `How many UDP mappings there may be at a time, from 1 to 65536.
+Each holds two sockets to the proxy.
+When there are more, the one that was idle longest goes first.`,
+	},
+	{
+		Name: "mtu", Arg: "BYTES", Default: "1500", Cmds: all, set: number(1280, 65535, func(c *Config) *int { return &c.MTU }),
+		Help: "MTU of the TUN device",
+		Man: `MTU of the TUN device, from 1280 (IPv6 needs that) to 65535.
+It is what programs see that measure the path; speed does not depend on it.`,
+	},
+	{
+		Name: "offload", Arg: "full|nouso|off", Default: "full", Cmds: all, set: setOffload,
+		Help: "segmentation offload of the TUN device",
+		Man: `Which segmentation offloads the TUN device uses:
+.Cm full ;
+.Cm nouso ,
+without those of UDP;
+.Cm off ,
+none, for kernels that lack them: slow.`,
+	},
+	{
+		Name: "keep-proxy-env", Cmds: Run | Check, set: setKeepProxyEnv,
+		Help: "leave http_proxy and its like in the program's environment",
+		Man: `Leave the variables
+.Ev http_proxy , https_proxy , ftp_proxy , all_proxy
+and
+.Ev no_proxy
+(also in capitals) in the program's environment.
+Without this option they are taken out: the program would hand its traffic to a proxy in its own name, through ours.
+.Ev VIASOCKS_*
+is always taken out.`,
+	},
+	{
+		Name: "tun", Arg: "NAME", Default: "viasocks0", Cmds: Up | Check, set: setTUN,
+		Help: "name of the TUN device",
+		Man:  `Name of the TUN device, 15 bytes at most.`,
+	},
+	{
+		Name: "mark", Arg: "N[/MASK]", Default: "0x76000000/0xff000000", Cmds: Up | Check, set: setMark,
+		Help: "firewall mark of our own packets",
+		Man: `The firewall mark that keeps our own packets off the TUN device, and the bits of it that count.
+It must be nobody else's.`,
+	},
+	{
+		Name: "table", Arg: "N", Default: "30323", Cmds: Up | Check, set: setTable,
+		Help: "number of the kernel routing table to use",
+		Man: `Number of the kernel routing table that leads to the TUN device.
+It must be empty.`,
+	},
+	{
+		Name: "log-level", Arg: "LEVEL", Cmds: all, set: setLogLevel,
+		Help: "debug, info, warn or error (run: warn, else info)",
+		Man: `.Cm debug , info , warn
+or
+.Cm error .
+At
+.Cm info
+there is a line for each flow.
+The default is
+.Cm warn
+for
+.Cm run ,
+which shares the program's terminal, and
+.Cm info
+otherwise.`,
+	},
+	{
+		Name: "log-file", Arg: "FILE", Cmds: all, set: setLogFile,
+		Help: "append the log to FILE instead of standard error",
+		Man:  `Append the log to` + "\n.Ar FILE\n" + `(made with mode 600) instead of writing it to standard error.`,
+	},
+	{
+		Name: fileOption, Arg: "FILE", Cmds: all,
+		Help: "read options from FILE; flags win over it",
+		Man: `Read options from
+.Ar FILE ,
+see
+.Sx FILES .
+An option given as a flag wins over the file; of options that may be given more than once the flags then replace all of the
+file's.`,
+	},
+}
+
+// fileOption is the one option that can't stand in the file.
+const fileOption = "config"
+
+func find(name string) *Option {
+	for i := range Options {
+		if Options[i].Name == name {
+			return &Options[i]
+		}
+	}
+	return nil
+}

@@ -1,0 +1,58 @@
+package config
+
+import (
+	"regexp"
+	"strings"
+	"unsafe"
+)
+
+// userinfo is a user and a password before an @, with or without a scheme; the password is the group.
+var userinfo = regexp.MustCompile(`(?:[A-Za-z0-9+.-]+://)?[^\s:@/=,]*:([^\s"']*)@`)
+
+// Redact takes the passwords out of URLs in s; the user's name stays. It is for texts that quote what the user wrote.
+func Redact(s string) string {
+	return userinfo.ReplaceAllStringFunc(s, func(m string) string {
+		i := userinfo.FindStringSubmatchIndex(m)
+		return m[:i[2]] + "***" + m[i[3]:]
+	})
+}
+
+// secret gives start and end of the password in one argument, however malformed: from the first colon behind the
+// scheme to the last @.
+func secret(arg string) (start, end int, ok bool) {
+	end = strings.LastIndexByte(arg, '@')
+	if end < 0 {
+		return 0, 0, false
+	}
+	if i := strings.Index(arg[:end], "://"); i >= 0 {
+		start = i + len("://")
+	}
+	colon := strings.IndexByte(arg[start:end], ':')
+	if colon < 0 {
+		return 0, 0, false
+	}
+	return start + colon + 1, end, true
+}
+
+// quote is arg without its password.
+func quote(arg string) string {
+	if start, end, ok := secret(arg); ok {
+		return arg[:start] + "***" + arg[end:]
+	}
+	return arg
+}
+
+// WipeTitle overwrites the passwords of URLs in args, which must be os.Args or a part of it: its strings are the
+// process's own argument memory, which everybody can read in /proc/PID/cmdline. Call it after what is needed was copied
+// (Parse copies), and leave out the arguments of the program that is to run.
+func WipeTitle(args []string) {
+	for _, a := range args {
+		if start, end, ok := secret(a); ok {
+			// The strings of os.Args are no constants: the runtime points them at the stack that the kernel filled.
+			b := unsafe.Slice(unsafe.StringData(a), len(a))[start:end]
+			for i := range b {
+				b[i] = '*'
+			}
+		}
+	}
+}

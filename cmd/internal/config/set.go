@@ -1,0 +1,220 @@
+package config
+
+import (
+	"cmp"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/viasocks/viasocks/route"
+	"github.com/viasocks/viasocks/tun"
+)
+
+// duration makes a setter of a time between lo and hi.
+func duration(lo, hi string, field func(*Config) *timeDuration) func(*Config, value) error {
+	l, h := mustDuration(lo), mustDuration(hi)
+	return func(c *Config, v value) error {
+		d, err := time.ParseDuration(v.text)
+		if err != nil {
+			return v.err("must be a time like 30s or 5m")
+		}
+		if d < l || d > h {
+			return v.err("must be from %s to %s", lo, hi)
+		}
+		*field(c) = d
+		return nil
+	}
+}
+
+func mustDuration(s string) time.Duration {
+	d, err := time.ParseDuration(s)
+	if err != nil {
+		panic(err)
+	}
+	return d
+}
+
+// number makes a setter of a whole number between lo and hi.
+func number(lo, hi int, field func(*Config) *int) func(*Config, value) error {
+	return func(c *Config, v value) error {
+		n, err := strconv.Atoi(v.text)
+		if err != nil || n < lo || n > hi {
+			return v.err("must be a number from %d to %d", lo, hi)
+		}
+		*field(c) = n
+		return nil
+	}
+}
+
+func setProxy(c *Config, v value) error        { c.proxyAt = v; return nil }
+func setPasswordFile(c *Config, v value) error { c.passwordFile = v; return nil }
+
+func addUpstream(c *Config, v value) error {
+	name, url, ok := strings.Cut(v.text, "=")
+	if !ok {
+		return v.err("must be NAME=URL")
+	}
+	if err := route.CheckName(name); err != nil {
+		return v.err("%v", err)
+	}
+	if name == DefaultUpstream || name == route.DirectName {
+		return v.err("the name %s is taken", name)
+	}
+	for _, u := range c.Upstreams {
+		if u.Name == name {
+			return v.err("there is already an upstream %s", name)
+		}
+	}
+	if strings.Contains(url, ",") {
+		return v.err("groups of several proxies are not there yet: one URL for each upstream")
+	}
+	s, err := parseServer(v, url)
+	if err != nil {
+		return err
+	}
+	c.Upstreams = append(c.Upstreams, Upstream{name, s})
+	return nil
+}
+
+func addRule(c *Config, v value) error {
+	r, err := route.ParseRule(v.text)
+	if err != nil {
+		// What it wraps says what is wrong, without naming the rule again.
+		return v.err("%v", cmp.Or(errors.Unwrap(err), err))
+	}
+	c.Rules = append(c.Rules, r)
+	return nil
+}
+
+// maxResolvers is more than anybody lists; resolv.conf takes three.
+const maxResolvers = 8
+
+func setDNS(c *Config, v value) error {
+	for i, s := range strings.Split(v.text, ",") {
+		s = strings.TrimSpace(s)
+		host, isTCP := strings.CutPrefix(s, "tcp://")
+		if !isTCP && (i == 0 || strings.Contains(s, "://")) {
+			return v.err("must be tcp://ADDRESS[,ADDRESS...]; other ways of asking are not there yet")
+		}
+		a, err := resolver(host)
+		if err != nil {
+			return v.err("%q is not an address (a name would need a resolver first)", host)
+		}
+		c.DNS = append(c.DNS, a)
+	}
+	if len(c.DNS) > maxResolvers {
+		return v.err("more than %d resolvers", maxResolvers)
+	}
+	return nil
+}
+
+func resolver(s string) (netip.AddrPort, error) {
+	ap, err := netip.ParseAddrPort(s)
+	if err != nil {
+		a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(s, "["), "]"))
+		if err != nil {
+			return ap, err
+		}
+		ap = netip.AddrPortFrom(a, 53)
+	}
+	a := ap.Addr()
+	if ap.Port() == 0 || a.IsUnspecified() || a.IsMulticast() || a.Zone() != "" {
+		return ap, strconv.ErrRange
+	}
+	return netip.AddrPortFrom(a.Unmap(), ap.Port()), nil
+}
+
+func setOffload(c *Config, v value) error {
+	m, err := tun.ParseMode(v.text)
+	if err != nil {
+		return v.err("must be full, nouso or off")
+	}
+	c.Offload = m
+	return nil
+}
+
+func setKeepProxyEnv(c *Config, v value) error {
+	b, err := strconv.ParseBool(v.text)
+	if err != nil {
+		return v.err("must be true or false, or stand alone")
+	}
+	c.KeepProxyEnv = b
+	return nil
+}
+
+func setTUN(c *Config, v value) error {
+	// dev_valid_name of the kernel, and % which would make it a pattern.
+	if n := v.text; n == "" || len(n) > 15 || n == "." || n == ".." || n == "lo" || strings.ContainsAny(n, "/:% \t") {
+		return v.err("must be 1 to 15 bytes without space, slash, colon and percent sign, and not lo")
+	}
+	c.TUN = v.text
+	return nil
+}
+
+func setMark(c *Config, v value) error {
+	m, k, masked := strings.Cut(v.text, "/")
+	mark, err := strconv.ParseUint(m, 0, 32)
+	mask, maskErr := uint64(0xffffffff), error(nil)
+	if masked {
+		mask, maskErr = strconv.ParseUint(k, 0, 32)
+	}
+	if err != nil || maskErr != nil || mark == 0 || mark&^mask != 0 {
+		return v.err("must be a number other than 0, and a mask that covers it, like 0x100/0xff00")
+	}
+	c.Mark, c.Mask = uint32(mark), uint32(mask)
+	return nil
+}
+
+func setTable(c *Config, v value) error {
+	n, err := strconv.ParseUint(v.text, 0, 32)
+	if err != nil || n == 0 || n >= 253 && n <= 255 || n == 1<<32-1 {
+		return v.err("must be a number from 1 to 4294967294, but not 253, 254 and 255, which are the kernel's own")
+	}
+	c.Table = int(n)
+	return nil
+}
+
+func setLogLevel(c *Config, v value) error {
+	switch v.text {
+	case "debug", "info", "warn", "error":
+		c.logLevelSet = true
+		return c.LogLevel.UnmarshalText([]byte(v.text))
+	}
+	return v.err("must be debug, info, warn or error")
+}
+
+func setLogFile(c *Config, v value) error { c.LogFile = v.text; return nil }
+
+// finish checks what depends on more than one option, and looks at the environment and the password file.
+func (c *Config) finish(env []string) error {
+	if !c.logLevelSet && c.Command == Run {
+		c.LogLevel = slog.LevelWarn
+	}
+	if c.MaxPendingPerDest > c.MaxPending {
+		return usagef("cannot use --max-pending-per-destination %d: more than --max-pending %d", c.MaxPendingPerDest, c.MaxPending)
+	}
+	if err := c.finishProxy(env); err != nil {
+		return err
+	}
+	return c.checkRules()
+}
+
+// checkRules: a rule that names nobody would refuse in silence what the user meant to let through.
+func (c *Config) checkRules() error {
+	for i := range c.Rules {
+		r := &c.Rules[i]
+		known := r.Action() != route.ActionVia || r.Via() == route.DirectName
+		var names []string
+		for _, u := range c.Upstreams {
+			known = known || u.Name == r.Via()
+			names = append(names, u.Name)
+		}
+		if !known {
+			return usagef("cannot use rule %q: there is no upstream %s, only %s", r, r.Via(), strings.Join(names, ", "))
+		}
+	}
+	return nil
+}
