@@ -109,7 +109,7 @@ func (c *Config) build(flags, file map[string][]value, env []string) error {
 		if vs == nil {
 			vs = file[o.Name]
 		}
-		if vs == nil && o.Default != "" {
+		if vs == nil && o.Default != "" && !o.Soft {
 			vs = []value{{o.Name, o.Default, "--" + o.Name + " " + o.Default}}
 		}
 		for _, v := range vs {

@@ -17,6 +17,7 @@ type Option struct {
 	Name    string
 	Arg     string // what stands for the value in help and manual; empty: the option takes none
 	Default string // shown, and used
+	Soft    bool   // the default is shown and not set: the layer that uses it may take less
 	Many    bool   // may be given more than once
 	Cmds    Command
 	Help    string // one line
@@ -138,10 +139,10 @@ More are left unanswered, so that the program's kernel tries again a second late
 		Man:  `The same for each destination address; not more than` + "\n.Fl -max-pending .",
 	},
 	{
-		Name: "max-mappings", Arg: "N", Default: "4096", Cmds: all, set: number(1, 65536, func(c *Config) *int { return &c.MaxMappings }),
+		Name: "max-mappings", Arg: "N", Default: "8192", Soft: true, Cmds: all, set: number(1, 65536, func(c *Config) *int { return &c.MaxMappings }),
 		Help: "UDP sockets of the program that have a mapping at a time",
 		Man: `How many UDP mappings there may be at a time, from 1 to 65536.
-Each holds two sockets to the proxy.
+Each holds two sockets to the proxy, so the default is less where the limit on open files is low.
 When there are more, the one that was idle longest goes first.`,
 	},
 	{

@@ -1,0 +1,120 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"sync"
+	"time"
+)
+
+// result is one line of the generator's output.
+type result struct {
+	Case    string  `json:"case"`
+	Value   float64 `json:"value"` // in Unit: the figure that is compared with native
+	Unit    string  `json:"unit"`
+	P50us   float64 `json:"p50_us,omitempty"`
+	P99us   float64 `json:"p99_us,omitempty"`
+	Seconds float64 `json:"seconds"`
+	Work    float64 `json:"work"`     // bytes, connections, round trips or datagrams in all
+	CPU     float64 `json:"cpu_s"`    // CPU seconds of the watched process meanwhile
+	RSS     int64   `json:"rss"`      // bytes, of the watched process at the end
+	PeakRSS int64   `json:"peak_rss"` // bytes, of the watched process so far
+}
+
+type loader struct {
+	proxy   netip.AddrPort // invalid: plainly
+	target  netip.AddrPort
+	seconds time.Duration
+}
+
+// cases by name: each does bounded work and says how much.
+var cases = map[string]func(*loader) (result, error){
+	"D1":        func(l *loader) (result, error) { return l.bulk(1, 0) },
+	"D8":        func(l *loader) (result, error) { return l.bulk(8, 0) },
+	"U1":        func(l *loader) (result, error) { return l.bulk(0, 1) },
+	"U8":        func(l *loader) (result, error) { return l.bulk(0, 8) },
+	"both":      func(l *loader) (result, error) { return l.bulk(1, 1) },
+	"conn":      func(l *loader) (result, error) { return l.conns(64) },
+	"conn1":     func(l *loader) (result, error) { return l.conns(1) },
+	"ping1":     func(l *loader) (result, error) { return l.ping(1) },
+	"ping16":    func(l *loader) (result, error) { return l.ping(16) },
+	"pingbulk":  (*loader).pingBesideBulk,
+	"udp64":     func(l *loader) (result, error) { return l.echoes(8, 64) },
+	"udp1200":   func(l *loader) (result, error) { return l.echoes(8, 1200) },
+	"udp500":    func(l *loader) (result, error) { return l.echoes(500, 64) },
+	"floodup":   (*loader).floodUp,
+	"flooddown": (*loader).floodDown,
+	"idle2000":  func(l *loader) (result, error) { return l.idle(2000) },
+	"idle9500":  func(l *loader) (result, error) { return l.idle(9500) },
+}
+
+func loadMain(args []string) error {
+	fs := flag.NewFlagSet("load", flag.ExitOnError)
+	name := fs.String("case", "", "what to do")
+	proxy := fs.String("proxy", "", "SOCKS5 server: work natively; none: plainly")
+	target := fs.String("target", "", "the far end")
+	seconds := fs.Duration("time", 3*time.Second, "how long, where the case is bounded by time")
+	watch := fs.Int("watch", 0, "process whose CPU time and memory are noted; -1: the parent")
+	fs.Parse(args)
+	run, ok := cases[*name]
+	if !ok {
+		var names []string
+		for n := range cases {
+			names = append(names, n)
+		}
+		slices.Sort(names)
+		return fmt.Errorf("no case %q: %v", *name, names)
+	}
+	l := &loader{seconds: *seconds}
+	var err error
+	if l.target, err = netip.ParseAddrPort(*target); err != nil {
+		return err
+	}
+	if *proxy != "" {
+		if l.proxy, err = netip.ParseAddrPort(*proxy); err != nil {
+			return err
+		}
+	}
+	if *watch < 0 {
+		*watch = os.Getppid()
+	}
+	before := cpuSeconds(*watch)
+	start := time.Now()
+	r, err := run(l)
+	if err != nil {
+		return fmt.Errorf("%s: %w", *name, err)
+	}
+	r.Case = *name
+	if r.Seconds == 0 {
+		r.Seconds = time.Since(start).Seconds()
+	}
+	r.CPU = cpuSeconds(*watch) - before
+	r.RSS, r.PeakRSS = memory(*watch)
+	return json.NewEncoder(os.Stdout).Encode(r)
+}
+
+// together runs n workers and joins their errors.
+func together(n int, work func(i int) error) error {
+	errs := make([]error, n)
+	var wg sync.WaitGroup
+	for i := range n {
+		wg.Go(func() { errs[i] = work(i) })
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+// percentiles of durations in microseconds.
+func percentiles(d []time.Duration) (p50, p99 float64) {
+	if len(d) == 0 {
+		return 0, 0
+	}
+	slices.Sort(d)
+	at := func(q float64) float64 { return float64(d[min(len(d)-1, int(q*float64(len(d))))].Nanoseconds()) / 1000 }
+	return at(0.50), at(0.99)
+}

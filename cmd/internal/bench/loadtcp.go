@@ -1,0 +1,230 @@
+package main
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync/atomic"
+	"time"
+)
+
+// dial connects to the target: plainly, or by a SOCKS5 handshake of the generator's own.
+func (l *loader) dial() (*net.TCPConn, error) {
+	if !l.proxy.IsValid() {
+		c, err := net.DialTimeout("tcp", l.target.String(), 20*time.Second)
+		if err != nil {
+			return nil, err
+		}
+		return c.(*net.TCPConn), nil
+	}
+	c, _, err := l.request(1)
+	return c, err
+}
+
+// request does a handshake with the SOCKS5 server and gives BND.ADDR's bytes.
+func (l *loader) request(cmd byte) (*net.TCPConn, []byte, error) {
+	d, err := net.DialTimeout("tcp", l.proxy.String(), 20*time.Second)
+	if err != nil {
+		return nil, nil, err
+	}
+	c := d.(*net.TCPConn)
+	var b [22]byte
+	if _, err = c.Write([]byte{5, 1, 0}); err == nil {
+		_, err = io.ReadFull(c, b[:2])
+	}
+	if err == nil {
+		req := append([]byte{5, cmd, 0, 1}, l.target.Addr().AsSlice()...)
+		if l.target.Addr().Is6() {
+			req[3] = 4
+		}
+		if _, err = c.Write(binary.BigEndian.AppendUint16(req, l.target.Port())); err == nil {
+			_, err = io.ReadFull(c, b[:4])
+		}
+	}
+	n := 10
+	if b[3] == 4 {
+		n = 22
+	}
+	if err == nil {
+		_, err = io.ReadFull(c, b[4:n])
+	}
+	if err == nil && b[1] != 0 {
+		err = fmt.Errorf("the SOCKS server answers %d", b[1])
+	}
+	if err != nil {
+		c.Close()
+		return nil, nil, err
+	}
+	return c, b[4:n], nil
+}
+
+// bulk moves bytes over down and up connections at once until the time is over.
+func (l *loader) bulk(down, up int) (result, error) {
+	var total atomic.Uint64
+	end := time.Now().Add(l.seconds)
+	err := together(down+up, func(i int) error {
+		c, err := l.dial()
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		if i < down {
+			n, err := l.download(c, end)
+			total.Add(n)
+			return err
+		}
+		n, err := l.upload(c, end)
+		total.Add(n)
+		return err
+	})
+	seconds := l.seconds.Seconds()
+	if late := time.Since(end); late > 0 {
+		seconds += late.Seconds() // what was under way at the end counts with its time
+	}
+	n := float64(total.Load())
+	return result{Value: n * 8 / seconds / 1e9, Unit: "Gbit/s", Work: n, Seconds: seconds}, err
+}
+
+func (l *loader) download(c *net.TCPConn, end time.Time) (n uint64, err error) {
+	// More than can come: the reader ends it.
+	if _, err := c.Write(binary.BigEndian.AppendUint64([]byte{workDown}, 1<<40)); err != nil {
+		return 0, err
+	}
+	p := chunks.Get().(*[]byte)
+	defer chunks.Put(p)
+	for time.Now().Before(end) {
+		m, err := c.Read(*p)
+		n += uint64(m)
+		if err != nil {
+			return n, fmt.Errorf("the download ended: %w", err)
+		}
+	}
+	return n, c.SetLinger(0)
+}
+
+func (l *loader) upload(c *net.TCPConn, end time.Time) (uint64, error) {
+	if _, err := c.Write([]byte{workUp}); err != nil {
+		return 0, err
+	}
+	for time.Now().Before(end) {
+		if _, err := c.Write(zeros); err != nil {
+			return 0, err
+		}
+	}
+	if err := c.CloseWrite(); err != nil {
+		return 0, err
+	}
+	// What counts is what arrived.
+	var b [8]byte
+	_ = c.SetReadDeadline(time.Now().Add(30 * time.Second))
+	if _, err := io.ReadFull(c, b[:]); err != nil {
+		return 0, fmt.Errorf("cannot read the count: %w", err)
+	}
+	return binary.BigEndian.Uint64(b[:]), nil
+}
+
+// conns opens connections one after the other in each of clients, reads one byte from each and closes it.
+func (l *loader) conns(clients int) (result, error) {
+	took := make([][]time.Duration, clients)
+	end := time.Now().Add(l.seconds)
+	err := together(clients, func(i int) error {
+		for time.Now().Before(end) {
+			start := time.Now()
+			c, err := l.dial()
+			if err != nil {
+				return err
+			}
+			var b [1]byte
+			if _, err = c.Write([]byte{workOne}); err == nil {
+				_, err = io.ReadFull(c, b[:])
+			}
+			c.Close()
+			if err != nil {
+				return err
+			}
+			took[i] = append(took[i], time.Since(start))
+		}
+		return nil
+	})
+	return rate(took, l.seconds, "conn/s"), err
+}
+
+func rate(took [][]time.Duration, over time.Duration, unit string) result {
+	var all []time.Duration
+	for _, t := range took {
+		all = append(all, t...)
+	}
+	r := result{Value: float64(len(all)) / over.Seconds(), Unit: unit, Work: float64(len(all)), Seconds: over.Seconds()}
+	r.P50us, r.P99us = percentiles(all)
+	return r
+}
+
+// ping does 64-byte round trips on each of n connections.
+func (l *loader) ping(n int) (result, error) {
+	took := make([][]time.Duration, n)
+	end := time.Now().Add(l.seconds)
+	err := together(n, func(i int) error {
+		c, err := l.dial()
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		if _, err := c.Write([]byte{workPing}); err != nil {
+			return err
+		}
+		b := make([]byte, pingSize)
+		for time.Now().Before(end) {
+			start := time.Now()
+			if _, err := c.Write(b); err != nil {
+				return err
+			}
+			if _, err := io.ReadFull(c, b); err != nil {
+				return err
+			}
+			took[i] = append(took[i], time.Since(start))
+		}
+		return nil
+	})
+	return rate(took, l.seconds, "rt/s"), err
+}
+
+// pingBesideBulk is the latency of one connection while eight download.
+func (l *loader) pingBesideBulk() (result, error) {
+	var r result
+	bulk := make(chan error, 1)
+	go func() {
+		_, err := (&loader{proxy: l.proxy, target: l.target, seconds: l.seconds + time.Second}).bulk(8, 0)
+		bulk <- err
+	}()
+	time.Sleep(500 * time.Millisecond) // the eight are under way
+	r, err := l.ping(1)
+	return r, errors.Join(err, <-bulk)
+}
+
+// idle opens n connections that do nothing and holds them a while: the watched process's memory is the figure.
+func (l *loader) idle(n int) (result, error) {
+	held := make([]*net.TCPConn, n)
+	const dialers = 32
+	err := together(dialers, func(d int) error {
+		for i := d; i < n; i += dialers {
+			c, err := l.dial()
+			if err != nil {
+				return fmt.Errorf("connection %d: %w", i, err)
+			}
+			held[i] = c
+			if _, err := c.Write([]byte{workPing}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	time.Sleep(l.seconds)
+	for _, c := range held {
+		if c != nil {
+			defer c.Close()
+		}
+	}
+	return result{Value: float64(n), Unit: "conns", Work: float64(n)}, err
+}

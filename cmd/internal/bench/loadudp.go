@@ -1,0 +1,162 @@
+package main
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"time"
+)
+
+// dgram is a UDP socket to the target: plainly, or by an association of the generator's own.
+type dgram struct {
+	*net.UDPConn
+	control *net.TCPConn // nil: plainly
+	head    []byte       // what goes before each datagram
+}
+
+func (l *loader) openUDP() (*dgram, error) {
+	d := &dgram{}
+	to := l.target
+	if l.proxy.IsValid() {
+		c, bnd, err := l.request(3)
+		if err != nil {
+			return nil, err
+		}
+		d.control = c
+		ip, _ := netip.AddrFromSlice(bnd[:len(bnd)-2])
+		to = netip.AddrPortFrom(ip, binary.BigEndian.Uint16(bnd[len(bnd)-2:]))
+		d.head = append([]byte{0, 0, 0, 1}, l.target.Addr().AsSlice()...)
+		if l.target.Addr().Is6() {
+			d.head[3] = 4
+		}
+		d.head = binary.BigEndian.AppendUint16(d.head, l.target.Port())
+	}
+	u, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(to))
+	if err != nil {
+		return nil, errors.Join(err, d.close())
+	}
+	_ = u.SetReadBuffer(4 << 20)
+	_ = u.SetWriteBuffer(4 << 20)
+	d.UDPConn = u
+	return d, nil
+}
+
+func (d *dgram) close() (err error) {
+	if d.UDPConn != nil {
+		err = d.UDPConn.Close()
+	}
+	if d.control != nil {
+		err = errors.Join(err, d.control.Close())
+	}
+	return err
+}
+
+// echoes does round trips of size bytes on each of n sockets. A lost datagram costs 200 ms, and is asked again.
+func (l *loader) echoes(n, size int) (result, error) {
+	took := make([][]time.Duration, n)
+	end := time.Now().Add(l.seconds)
+	err := together(n, func(i int) error {
+		d, err := l.openUDP()
+		if err != nil {
+			return err
+		}
+		defer d.close()
+		out := append([]byte{}, d.head...)
+		out = append(out, dgramEcho)
+		out = append(out, make([]byte, size-1)...)
+		in := make([]byte, 65536)
+		lost := 0
+		for time.Now().Before(end) {
+			start := time.Now()
+			if _, err := d.Write(out); err != nil {
+				return err
+			}
+			_ = d.SetReadDeadline(start.Add(200 * time.Millisecond))
+			m, err := d.Read(in)
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				if lost++; lost > 50 {
+					return fmt.Errorf("socket %d: over 50 datagrams lost", i)
+				}
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			if m != len(out) {
+				return fmt.Errorf("an echo of %d bytes came back as %d", len(out), m)
+			}
+			took[i] = append(took[i], time.Since(start))
+		}
+		return nil
+	})
+	return rate(took, l.seconds, "rt/s"), err
+}
+
+const floodSize = 1200
+
+// floodUp sends as fast as it can; the figure is what the far end counted.
+func (l *loader) floodUp() (result, error) {
+	d, err := l.openUDP()
+	if err != nil {
+		return result{}, err
+	}
+	defer d.close()
+	out := append(append([]byte{}, d.head...), make([]byte, floodSize)...)
+	out[len(d.head)] = dgramSink
+	end := time.Now().Add(l.seconds)
+	for time.Now().Before(end) {
+		for range 64 {
+			_, _ = d.Write(out)
+		}
+	}
+	time.Sleep(300 * time.Millisecond) // what is queued arrives
+	n, err := l.count(d)
+	return result{Value: n / l.seconds.Seconds(), Unit: "dgram/s", Work: n, Seconds: l.seconds.Seconds()}, err
+}
+
+func (l *loader) count(d *dgram) (float64, error) {
+	in := make([]byte, 65536)
+	for range 10 {
+		if _, err := d.Write(append(append([]byte{}, d.head...), dgramCount)); err != nil {
+			return 0, err
+		}
+		_ = d.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
+		if n, err := d.Read(in); err == nil && n == len(d.head)+8 {
+			return float64(binary.BigEndian.Uint64(in[len(d.head):n])), nil
+		}
+	}
+	return 0, errors.New("the far end does not answer with its count")
+}
+
+// floodDown asks the far end to flood; the figure is what arrives here.
+func (l *loader) floodDown() (result, error) {
+	d, err := l.openUDP()
+	if err != nil {
+		return result{}, err
+	}
+	defer d.close()
+	ask := append([]byte{}, d.head...)
+	ask = append(ask, dgramFlood)
+	ask = binary.BigEndian.AppendUint16(ask, floodSize)
+	ask = binary.BigEndian.AppendUint16(ask, uint16(l.seconds.Milliseconds()))
+	if _, err := d.Write(ask); err != nil {
+		return result{}, err
+	}
+	in := make([]byte, 65536)
+	var n float64
+	_ = d.SetReadDeadline(time.Now().Add(l.seconds + 300*time.Millisecond))
+	for {
+		if _, err := d.Read(in); err != nil {
+			if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, io.EOF) {
+				break
+			}
+			return result{}, err
+		}
+		n++
+	}
+	return result{Value: n / l.seconds.Seconds(), Unit: "dgram/s", Work: n, Seconds: l.seconds.Seconds()}, nil
+}

@@ -1,0 +1,186 @@
+package main
+
+import (
+	"encoding/binary"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"time"
+)
+
+// socksMain is a SOCKS5 server without authentication. Bulk goes by splice(2): io.Copy between two *net.TCPConn.
+func socksMain(args []string) error {
+	fs := flag.NewFlagSet("socks", flag.ExitOnError)
+	listen := fs.String("listen", "", "address and port")
+	fs.Parse(args)
+	l, err := net.Listen("tcp", *listen)
+	if err != nil {
+		return err
+	}
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		go func() {
+			defer c.Close()
+			_ = serveSOCKS(c.(*net.TCPConn))
+		}()
+	}
+}
+
+func serveSOCKS(c *net.TCPConn) error {
+	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+	var b [262]byte
+	if _, err := io.ReadFull(c, b[:2]); err != nil {
+		return err
+	}
+	if _, err := io.ReadFull(c, b[2:2+int(b[1])]); err != nil {
+		return err
+	}
+	if _, err := c.Write([]byte{5, 0}); err != nil {
+		return err
+	}
+	if _, err := io.ReadFull(c, b[:4]); err != nil {
+		return err
+	}
+	dst, err := readAddr(c, b[3])
+	if err != nil {
+		return err
+	}
+	_ = c.SetDeadline(time.Time{})
+	switch b[1] {
+	case 1:
+		return serveConnect(c, dst)
+	case 3:
+		return serveAssociate(c)
+	}
+	return fmt.Errorf("command %d", b[1])
+}
+
+func readAddr(r io.Reader, atyp byte) (netip.AddrPort, error) {
+	var b [18]byte
+	n := 6
+	if atyp == 4 {
+		n = 18
+	} else if atyp != 1 {
+		return netip.AddrPort{}, fmt.Errorf("address type %d", atyp)
+	}
+	if _, err := io.ReadFull(r, b[:n]); err != nil {
+		return netip.AddrPort{}, err
+	}
+	ip, _ := netip.AddrFromSlice(b[:n-2])
+	return netip.AddrPortFrom(ip, binary.BigEndian.Uint16(b[n-2:])), nil
+}
+
+func reply(code byte, a netip.AddrPort) []byte {
+	if !a.IsValid() {
+		a = netip.AddrPortFrom(netip.IPv4Unspecified(), 0)
+	}
+	b := []byte{5, code, 0, 1}
+	if a.Addr().Is6() {
+		b[3] = 4
+	}
+	b = append(b, a.Addr().AsSlice()...)
+	return binary.BigEndian.AppendUint16(b, a.Port())
+}
+
+func serveConnect(c *net.TCPConn, dst netip.AddrPort) error {
+	d, err := net.DialTimeout("tcp", dst.String(), 10*time.Second)
+	if err != nil {
+		_, err = c.Write(reply(5, netip.AddrPort{}))
+		return err
+	}
+	defer d.Close()
+	far := d.(*net.TCPConn)
+	if _, err := c.Write(reply(0, netip.AddrPort{})); err != nil {
+		return err
+	}
+	up := make(chan error, 1)
+	go func() {
+		_, err := io.Copy(far, c)
+		_ = far.CloseWrite()
+		up <- err
+	}()
+	_, err = io.Copy(c, far)
+	_ = c.CloseWrite()
+	return errors.Join(err, <-up)
+}
+
+// serveAssociate relays datagrams until the control connection ends. One socket faces both sides: the client is who
+// sends from the control connection's address first.
+func serveAssociate(c *net.TCPConn) error {
+	local := c.LocalAddr().(*net.TCPAddr)
+	toClient, err := net.ListenUDP("udp", &net.UDPAddr{IP: local.IP})
+	if err != nil {
+		return err
+	}
+	defer toClient.Close()
+	toWorld, err := net.ListenUDP("udp", nil)
+	if err != nil {
+		return err
+	}
+	defer toWorld.Close()
+	for _, u := range []*net.UDPConn{toClient, toWorld} {
+		_ = u.SetReadBuffer(4 << 20)
+		_ = u.SetWriteBuffer(4 << 20)
+	}
+	if _, err := c.Write(reply(0, toClient.LocalAddr().(*net.UDPAddr).AddrPort())); err != nil {
+		return err
+	}
+	client := make(chan netip.AddrPort, 1)
+	go relayUp(toClient, toWorld, client)
+	go relayDown(toClient, toWorld, client)
+	_, _ = io.Copy(io.Discard, c)
+	return nil
+}
+
+func relayUp(toClient, toWorld *net.UDPConn, client chan<- netip.AddrPort) {
+	defer close(client)
+	b := make([]byte, 65536)
+	for first := true; ; {
+		n, from, err := toClient.ReadFromUDPAddrPort(b)
+		if err != nil {
+			return
+		}
+		if first {
+			client <- from
+			first = false
+		}
+		head, addr := 10, 4
+		if n > 3 && b[3] == 4 {
+			head, addr = 22, 16
+		}
+		if n < head {
+			continue
+		}
+		ip, _ := netip.AddrFromSlice(b[4 : 4+addr])
+		_, _ = toWorld.WriteToUDPAddrPort(b[head:n], netip.AddrPortFrom(ip, binary.BigEndian.Uint16(b[4+addr:])))
+	}
+}
+
+func relayDown(toClient, toWorld *net.UDPConn, client <-chan netip.AddrPort) {
+	to, ok := <-client
+	if !ok {
+		return
+	}
+	b := make([]byte, 65536)
+	for {
+		n, from, err := toWorld.ReadFromUDPAddrPort(b[22:])
+		if err != nil {
+			return
+		}
+		ip := from.Addr().Unmap()
+		head := 22 - 6 - ip.BitLen()/8
+		b[head], b[head+1], b[head+2], b[head+3] = 0, 0, 0, 1
+		if ip.Is6() {
+			b[head+3] = 4
+		}
+		copy(b[head+4:], ip.AsSlice())
+		binary.BigEndian.PutUint16(b[20:], from.Port())
+		_, _ = toClient.WriteToUDPAddrPort(b[head:22+n], to)
+	}
+}

@@ -1,0 +1,266 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// app is a program under `viasocks run`, and the viasocks that carries it.
+type app struct {
+	t    testing.TB
+	cmd  *exec.Cmd
+	log  *lockedBuffer
+	mu   sync.Mutex // one request to the agent at a time
+	conn *net.UnixConn
+	done chan error
+}
+
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// startApp starts viasocks run with flags and the agent as its program, and waits until the agent is there.
+func startApp(t testing.TB, flags ...string) *app {
+	t.Helper()
+	needWorld(t)
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "agent")
+	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: path, Net: "unixpacket"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	a := &app{t: t, log: &lockedBuffer{}, done: make(chan error, 1)}
+	args := append([]string{"run", "--log-level", "info"}, flags...)
+	a.cmd = exec.Command(binary, append(args, "--", self)...)
+	a.cmd.Env = append(os.Environ(), envAgent+"="+path)
+	a.cmd.Stdout, a.cmd.Stderr = a.log, a.log
+	if err := a.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() { a.done <- a.cmd.Wait() }()
+	t.Cleanup(a.stop)
+	l.SetDeadline(time.Now().Add(20 * time.Second))
+	if a.conn, err = l.AcceptUnix(); err != nil {
+		t.Fatalf("the program did not start: %v\n%s", err, a.log)
+	}
+	return a
+}
+
+// stop ends the agent, and so viasocks, and holds it to a clean exit.
+func (a *app) stop() {
+	if a.conn != nil {
+		a.conn.Close()
+	}
+	select {
+	case err := <-a.done:
+		if err != nil && !a.t.Failed() {
+			a.t.Errorf("viasocks run ended with %v\n%s", err, a.log)
+		}
+	case <-time.After(20 * time.Second):
+		a.t.Errorf("viasocks run did not end after its program\n%s", a.log)
+		a.cmd.Process.Kill()
+		<-a.done
+	}
+	if a.t.Failed() {
+		a.t.Logf("viasocks said:\n%s", tail(a.log.String(), 60))
+	}
+	if strings.Contains(a.log.String(), "DATA RACE") || strings.Contains(a.log.String(), "panic:") {
+		a.t.Errorf("viasocks crashed:\n%s", a.log)
+	}
+}
+
+func tail(s string, lines int) string {
+	all := strings.Split(s, "\n")
+	if len(all) > lines {
+		all = append([]string{fmt.Sprintf("(%d lines before)", len(all)-lines)}, all[len(all)-lines:]...)
+	}
+	return strings.Join(all, "\n")
+}
+
+// socket opens a socket in the app's namespace.
+func (a *app) socket(family, typ int) int {
+	a.t.Helper()
+	fd, err := a.trySocket(family, typ)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	return fd
+}
+
+func (a *app) trySocket(family, typ int) (int, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.conn.SetDeadline(time.Now().Add(20 * time.Second))
+	if _, err := a.conn.Write([]byte{byte(family), byte(typ), 0}); err != nil {
+		return -1, fmt.Errorf("cannot ask the agent: %w", err)
+	}
+	oob := make([]byte, unix.CmsgSpace(4))
+	var b [1]byte
+	_, n, _, _, err := a.conn.ReadMsgUnix(b[:], oob)
+	if err != nil {
+		return -1, fmt.Errorf("cannot hear the agent: %w", err)
+	}
+	msgs, err := unix.ParseSocketControlMessage(oob[:n])
+	if err != nil || len(msgs) != 1 {
+		return -1, fmt.Errorf("the agent sent no socket: %v", err)
+	}
+	fds, err := unix.ParseUnixRights(&msgs[0])
+	if err != nil || len(fds) != 1 {
+		return -1, fmt.Errorf("the agent sent no socket: %v", err)
+	}
+	unix.CloseOnExec(fds[0])
+	return fds[0], nil
+}
+
+func sockaddr(ap netip.AddrPort) unix.Sockaddr {
+	if ap.Addr().Is4() {
+		return &unix.SockaddrInet4{Port: int(ap.Port()), Addr: ap.Addr().As4()}
+	}
+	return &unix.SockaddrInet6{Port: int(ap.Port()), Addr: ap.Addr().As16()}
+}
+
+func family(ap netip.AddrPort) int {
+	if ap.Addr().Is4() {
+		return unix.AF_INET
+	}
+	return unix.AF_INET6
+}
+
+// connect is a blocking connect() of a fresh TCP socket: what the program sees, and how long it took.
+func (a *app) connect(dst netip.AddrPort) (fd int, took time.Duration, err error) {
+	a.t.Helper()
+	fd = a.socket(family(dst), unix.SOCK_STREAM)
+	start := time.Now()
+	for {
+		err = unix.Connect(fd, sockaddr(dst))
+		if err != unix.EINTR {
+			break
+		}
+		err = unix.EALREADY // Go's own signals interrupt it: wait for the end as poll would
+		for errors.Is(err, unix.EALREADY) {
+			p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+			unix.Poll(p, 1000)
+			if p[0].Revents != 0 {
+				n, _ := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
+				if err = nil; n != 0 {
+					err = syscall.Errno(n)
+				}
+			}
+		}
+		break
+	}
+	return fd, time.Since(start), err
+}
+
+// tcp connects and gives the connection as a net.Conn; it is closed with the test.
+func (a *app) tcp(dst netip.AddrPort) *net.TCPConn {
+	a.t.Helper()
+	fd, _, err := a.connect(dst)
+	if err != nil {
+		unix.Close(fd)
+		a.t.Fatalf("connect(%v): %v", dst, err)
+	}
+	c := fileConn(a.t, fd).(*net.TCPConn)
+	a.t.Cleanup(func() { c.Close() })
+	return c
+}
+
+func fileConn(t testing.TB, fd int) net.Conn {
+	t.Helper()
+	f := os.NewFile(uintptr(fd), "socket")
+	defer f.Close()
+	c, err := net.FileConn(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// udp opens a UDP socket in the app's namespace, bound to the wildcard of dst's family.
+func (a *app) udp(v6 bool) *net.UDPConn {
+	a.t.Helper()
+	ap := netip.AddrPortFrom(netip.IPv4Unspecified(), 0)
+	if v6 {
+		ap = netip.AddrPortFrom(netip.IPv6Unspecified(), 0)
+	}
+	fd := a.socket(family(ap), unix.SOCK_DGRAM)
+	if err := unix.Bind(fd, sockaddr(ap)); err != nil {
+		a.t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fd), "udp")
+	defer f.Close()
+	pc, err := net.FilePacketConn(f)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	c := pc.(*net.UDPConn)
+	a.t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// rss is the resident memory of viasocks in bytes; fds how many descriptors it has.
+func (a *app) rss() int {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", a.cmd.Process.Pid))
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	pages, err := strconv.Atoi(strings.Fields(string(b))[1])
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	return pages * os.Getpagesize()
+}
+
+func (a *app) fds() int {
+	e, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", a.cmd.Process.Pid))
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	return len(e)
+}
+
+// eventually waits for a condition, polled; it fails the test with what after d.
+func eventually(t testing.TB, d time.Duration, what string, ok func() bool) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), d)
+	defer cancel()
+	for !ok() {
+		select {
+		case <-ctx.Done():
+			t.Fatalf("not within %v: %s", d, what)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}

@@ -1,0 +1,104 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/daemon"
+)
+
+// Exit codes. `run` gives the program's own once it has started.
+const (
+	exitOK       = 0
+	exitNoStart  = 1
+	exitUsage    = 2
+	exitDied     = 3
+	manualNotice = "viasocks(1) has every option, examples, and what may surprise.\n"
+)
+
+// streams are files, not interfaces: run hands them to the program.
+type streams struct{ in, out, err *os.File }
+
+// command is a subcommand. run gets the arguments behind its name.
+type command struct {
+	name  string
+	args  string // for the usage line
+	short string // for the list of commands
+	about string // for its own help
+	takes config.Command
+	run   func(c *command, args, env []string, std streams) (exit int, err error)
+}
+
+// commands in the order of the help.
+func commands() []*command {
+	return []*command{cmdRun, cmdUp, cmdCheck, cmdVersion, cmdHelp}
+}
+
+func lookup(name string) *command {
+	for _, c := range commands() {
+		if c.name == name {
+			return c
+		}
+	}
+	return nil
+}
+
+// dispatch runs the subcommand of argv, prints its error as one line and gives the exit code.
+func dispatch(argv, env []string, std streams) int {
+	if len(argv) < 2 {
+		writeOverview(std.err)
+		return exitUsage
+	}
+	name, args := argv[1], argv[2:]
+	switch name {
+	case "-h", "--help":
+		name = "help"
+	case "--version":
+		name = "version"
+	}
+	c := lookup(name)
+	if c == nil {
+		fmt.Fprintf(std.err, "viasocks: there is no command %q: see 'viasocks help'\n", config.Redact(name))
+		return exitUsage
+	}
+	exit, err := c.run(c, args, env, std)
+	var usage *config.UsageError
+	switch {
+	case errors.Is(err, config.ErrHelp):
+		writeHelp(std.out, c)
+		return exitOK
+	case errors.As(err, &usage):
+		fmt.Fprintf(std.err, "viasocks: %s: see 'viasocks help %s'\n", config.Redact(err.Error()), c.name)
+		return exitUsage
+	case errors.Is(err, daemon.ErrDied):
+		exit = exitDied
+	case err != nil && exit == exitOK:
+		exit = exitNoStart
+	}
+	if err != nil {
+		fmt.Fprintf(std.err, "viasocks: %s\n", config.Redact(err.Error()))
+	}
+	return exit
+}
+
+// parse reads the options of a subcommand and wipes passwords from the process title.
+func (c *command) parse(args, env []string) (*config.Config, error) {
+	cfg, err := config.Parse(c.takes, args, env)
+	if err == nil {
+		config.WipeTitle(args[:len(args)-len(cfg.Program)])
+	}
+	return cfg, err
+}
+
+// noArgs is for commands that take nothing.
+func noArgs(c *command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	if args[0] == "-h" || args[0] == "--help" {
+		return config.ErrHelp
+	}
+	return &config.UsageError{Msg: fmt.Sprintf("cannot use %q: %s takes nothing", args[0], c.name)}
+}

@@ -1,0 +1,61 @@
+package main
+
+import (
+	"fmt"
+	"io"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+)
+
+var cmdHelp = &command{
+	name: "help", args: "[COMMAND]",
+	short: "show this, or the options of a command",
+	about: "Show what there is, or the options of a command.",
+}
+
+func init() { cmdHelp.run = runHelp } // commands() names it: a cycle otherwise
+
+func runHelp(c *command, args, _ []string, std streams) (int, error) {
+	if len(args) == 0 {
+		writeOverview(std.out)
+		return exitOK, nil
+	}
+	about := lookup(args[0])
+	switch {
+	case args[0] == "-h" || args[0] == "--help":
+		return 0, config.ErrHelp
+	case about == nil:
+		return 0, &config.UsageError{Msg: fmt.Sprintf("there is no command %q", args[0])}
+	case len(args) > 1:
+		return 0, &config.UsageError{Msg: fmt.Sprintf("cannot use %q: help takes one command", args[1])}
+	}
+	writeHelp(std.out, about)
+	return exitOK, nil
+}
+
+func writeOverview(w io.Writer) {
+	fmt.Fprint(w, `viasocks carries the TCP and UDP of a program, or of the whole host, through a SOCKS5 proxy.
+
+  viasocks run --proxy socks5://127.0.0.1:1080 -- curl https://example.org
+  viasocks up  --proxy socks5://alice@10.0.0.1:1080 --password-file FILE
+
+commands:
+`)
+	for _, c := range commands() {
+		fmt.Fprintf(w, "  %-9s %s\n", c.name, c.short)
+	}
+	fmt.Fprint(w, "\n'viasocks help COMMAND' shows its options; "+manualNotice)
+}
+
+func writeHelp(w io.Writer, c *command) {
+	fmt.Fprintf(w, "usage: viasocks %s", c.name)
+	if c.args != "" {
+		fmt.Fprintf(w, " %s", c.args)
+	}
+	fmt.Fprintf(w, "\n\n%s\n", c.about)
+	if c.takes != 0 {
+		fmt.Fprint(w, "\noptions:\n")
+		config.WriteHelp(w, c.takes)
+		fmt.Fprint(w, "\n"+manualNotice)
+	}
+}

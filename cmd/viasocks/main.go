@@ -1,0 +1,14 @@
+// Command viasocks carries every TCP connection and every UDP datagram of one program, or of the whole host, through
+// a SOCKS proxy.
+package main
+
+import (
+	"os"
+
+	"github.com/viasocks/viasocks/tun/netns"
+)
+
+func main() {
+	netns.MainIfChild()
+	os.Exit(dispatch(os.Args, os.Environ(), streams{os.Stdin, os.Stdout, os.Stderr}))
+}
