@@ -152,7 +152,7 @@ func oneHost(a netip.Addr) bool {
 		b := a.As4()
 		return b[0] != 0 && b[0] != 127 && b[0] < 224
 	}
-	return !a.IsUnspecified() && !a.IsLoopback() && !a.IsMulticast() && !a.Is4In6()
+	return a.IsValid() && !a.IsUnspecified() && !a.IsLoopback() && !a.IsMulticast() && !a.Is4In6()
 }
 
 // Extension headers that may stand between the IPv6 header and the upper layer (RFC 8200 4.1).
@@ -199,4 +199,43 @@ func skipExtensions(p []byte) (proto byte, off int, first bool) {
 func pseudoSum(addrs []byte, proto byte, n int) uint16 {
 	sum := checksum.Checksum(addrs, uint16(proto))
 	return checksum.Combine(sum, uint16(n)) // n < 65536: the upper half of the 32-bit length is zero
+}
+
+// parseUnreachable reads a port unreachable that the app's kernel sent about a datagram from remote to app. p is the
+// IP packet, off where ICMP begins; its checksum is verified unless trusted.
+func parseUnreachable(p []byte, off int, trusted bool) (app, remote netip.AddrPort, ok bool) {
+	icmp := p[off:]
+	if len(icmp) < icmpHeaderLen+ip4HeaderLen+udpHeaderLen {
+		return app, remote, false
+	}
+	q := icmp[icmpHeaderLen:]
+	var sum uint16
+	var udp int
+	var from, src, dst netip.Addr
+	if p[0]>>4 == 4 {
+		if icmp[0] != 3 || icmp[1] != 3 || q[0]>>4 != 4 || q[9] != protoUDP || binary.BigEndian.Uint16(q[6:])&0x1fff != 0 {
+			return app, remote, false
+		}
+		udp = int(q[0]&0xf) * 4
+		from = netip.AddrFrom4([4]byte(p[12:16]))
+		src, dst = netip.AddrFrom4([4]byte(q[12:16])), netip.AddrFrom4([4]byte(q[16:20]))
+		if udp < ip4HeaderLen {
+			return app, remote, false
+		}
+	} else {
+		if icmp[0] != 1 || icmp[1] != 4 || q[0]>>4 != 6 || len(q) < ip6HeaderLen || q[6] != protoUDP {
+			return app, remote, false
+		}
+		udp = ip6HeaderLen
+		from = netip.AddrFrom16([16]byte(p[8:24]))
+		src, dst = netip.AddrFrom16([16]byte(q[8:24])), netip.AddrFrom16([16]byte(q[24:40]))
+		sum = pseudoSum(p[8:40], protoICMPv6, len(icmp))
+	}
+	// Only the host that got the datagram can say that its port is closed.
+	if len(q) < udp+udpHeaderLen || from != dst || !trusted && checksum.Checksum(icmp, sum) != 0xffff {
+		return app, remote, false
+	}
+	remote = netip.AddrPortFrom(src, binary.BigEndian.Uint16(q[udp:]))
+	app = netip.AddrPortFrom(dst, binary.BigEndian.Uint16(q[udp+2:]))
+	return app, remote, true
 }

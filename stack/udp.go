@@ -1,16 +1,243 @@
 package stack
 
 import (
+	"encoding/binary"
+	"net/netip"
+
+	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/tun"
-	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 )
 
-type udpBatch struct{}
+// UDP from the app does not pass gVisor: the frame reader finds the datagrams in its frames and hands them on in
+// bursts, in place. Only fragments take the way through gVisor, for its reassembly, and come back by handleSlowUDP.
 
-func (s *Stack) newUDPBatch() *udpBatch                  { return &udpBatch{} }
-func (b *udpBatch) add(frame []byte, h *tun.Header) bool { return false }
-func (b *udpBatch) full() bool                           { return false }
-func (b *udpBatch) flush()                               {}
-func (s *Stack) handleSlowUDP(id gstack.TransportEndpointID, pkt *gstack.PacketBuffer) bool {
+// UnreachableHandler may be implemented by a Handler. HandleUnreachable is told that the app's kernel answered a
+// datagram from remote with ICMP port unreachable: the app has no socket at the endpoint app. It is called on the
+// frame reader and must not block.
+type UnreachableHandler interface {
+	HandleUnreachable(app, remote netip.AddrPort)
+}
+
+// udpBurst is how many datagrams are handed over at once: more than a super-frame has (the kernel's
+// UDP_MAX_SEGMENTS is 128), so that one seldom needs two bursts.
+const udpBurst = 256
+
+// udpBatch collects the datagrams of a burst of frames. It belongs to the frame reader.
+type udpBatch struct {
+	s           *Stack
+	unreachable UnreachableHandler // nil: the Handler does not want to know
+	pkts        []flow.Packet      // made once; its slices point into the reader's frames
+	bytes       uint64             // payload in pkts
+}
+
+func (s *Stack) newUDPBatch() *udpBatch {
+	u, _ := s.handler.(UnreachableHandler)
+	return &udpBatch{s: s, unreachable: u, pkts: make([]flow.Packet, 0, udpBurst)}
+}
+
+// add takes a frame that is UDP and not a fragment; what it drops it counts. It returns false for every other frame,
+// which then goes to gVisor. The frame must stay as it is until flush; a super-frame is split without a copy.
+func (b *udpBatch) add(frame []byte, h *tun.Header) bool {
+	var off, end int // where the UDP header begins and the IP packet ends
+	if len(frame) < ip4HeaderLen {
+		return false
+	}
+	switch frame[0] >> 4 {
+	case 4:
+		off = int(frame[0]&0xf) * 4
+		end = int(binary.BigEndian.Uint16(frame[2:]))
+		if off < ip4HeaderLen || end > len(frame) || off > end {
+			return false
+		}
+		if binary.BigEndian.Uint16(frame[6:])&0x3fff != 0 { // MF or an offset
+			return false
+		}
+		if frame[9] != protoUDP {
+			return frame[9] == protoICMP && b.addICMP(frame[:end], off, h)
+		}
+		if !checksumDone(h) && checksum.Checksum(frame[:off], 0) != 0xffff {
+			b.s.stats.udp.droppedChecksum.Add(1)
+			return true
+		}
+	case 6:
+		if len(frame) < ip6HeaderLen {
+			return false
+		}
+		end = ip6HeaderLen + int(binary.BigEndian.Uint16(frame[4:]))
+		if end > len(frame) {
+			return false
+		}
+		off = ip6HeaderLen
+		if frame[6] != protoUDP {
+			// gVisor could do with extension headers, but not with a checksum that is not filled in, nor with a
+			// super-frame: only fragments, which have neither, are left to it.
+			proto, o := ip6Upper(frame[:end])
+			if proto == protoICMPv6 {
+				return b.addICMP(frame[:end], o, h)
+			}
+			if proto != protoUDP {
+				return false
+			}
+			off = o
+		}
+	default:
+		return false
+	}
+	b.addUDP(frame[:end], off, h)
 	return true
+}
+
+// ip6Upper finds the upper layer behind the extension headers of a packet that is for its destination address to
+// read. The protocol is that of the extension header itself where it can't: in a fragment, cut, or with a route.
+func ip6Upper(p []byte) (proto byte, off int) {
+	proto, off = p[6], ip6HeaderLen
+	for {
+		switch proto {
+		case ip6HopByHop, ip6DestOpts:
+		case ip6Routing: // segments left: there is another destination after this one
+			if len(p) < off+8 || p[off+3] != 0 {
+				return proto, off
+			}
+		default:
+			return proto, off
+		}
+		if len(p) < off+8 {
+			return proto, off
+		}
+		n := (int(p[off+1]) + 1) * 8
+		if len(p) < off+n {
+			return proto, off
+		}
+		proto, off = p[off], off+n
+	}
+}
+
+// checksumDone reports whether the checksum of the frame must not, or need not, be verified.
+func checksumDone(h *tun.Header) bool { return h.Flags&(tun.NeedsCsum|tun.DataValid) != 0 }
+
+// addUDP takes the datagrams of p, an IP packet with its UDP header at off.
+func (b *udpBatch) addUDP(p []byte, off int, h *tun.Header) {
+	c := &b.s.stats.udp
+	udp := p[off:]
+	if len(udp) < udpHeaderLen {
+		c.droppedMalformed.Add(1)
+		return
+	}
+	n := int(binary.BigEndian.Uint16(udp[4:]))
+	sport, dport := binary.BigEndian.Uint16(udp), binary.BigEndian.Uint16(udp[2:])
+	// RFC 768 allows source port 0 for those who want no answer, but there is no endpoint to map then.
+	if n < udpHeaderLen || n > len(udp) || sport == 0 || dport == 0 {
+		c.droppedMalformed.Add(1)
+		return
+	}
+	udp = udp[:n:n]
+	// A checksum to fill in that is not the datagram's own would be inside the payload: it would never be filled in.
+	if h.Flags&tun.NeedsCsum != 0 && (int(h.CsumStart) != off || h.CsumOffset != 6) {
+		c.droppedMalformed.Add(1)
+		return
+	}
+
+	var src, dst netip.Addr
+	if p[0]>>4 == 4 {
+		src, dst = netip.AddrFrom4([4]byte(p[12:16])), netip.AddrFrom4([4]byte(p[16:20]))
+	} else {
+		src, dst = netip.AddrFrom16([16]byte(p[8:24])), netip.AddrFrom16([16]byte(p[24:40]))
+	}
+	if !b.s.carried(src, dst) {
+		return
+	}
+
+	size := n - udpHeaderLen // payload bytes of each datagram
+	switch h.GSOType {
+	case tun.GSONone:
+		if !checksumDone(h) && !verifyUDP(p, udp) {
+			c.droppedChecksum.Add(1)
+			return
+		}
+	case tun.GSOUDPL4:
+		// The checksum field of a super-frame is that of no datagram in it: without a flag nothing could be verified.
+		if h.GSOSize == 0 || !checksumDone(h) {
+			c.droppedMalformed.Add(1)
+			return
+		}
+		c.inSuper.Add(1)
+		size = int(h.GSOSize)
+	default:
+		c.droppedMalformed.Add(1)
+		return
+	}
+
+	from, to := netip.AddrPortFrom(src, sport), netip.AddrPortFrom(dst, dport)
+	head := p[: off+udpHeaderLen : off+udpHeaderLen]
+	payload := udp[udpHeaderLen:]
+	for {
+		m := min(size, len(payload))
+		if len(b.pkts) == cap(b.pkts) {
+			b.flush()
+		}
+		b.pkts = append(b.pkts, flow.Packet{Src: from, Dst: to, Payload: payload[:m:m], Head: head})
+		b.bytes += uint64(m)
+		payload = payload[m:]
+		if len(payload) == 0 {
+			return
+		}
+	}
+}
+
+// carried reports whether datagrams from src to dst are relayed at all, and counts them if not.
+func (s *Stack) carried(src, dst netip.Addr) bool {
+	// Multicast and broadcast (local peer discovery, SSDP, mDNS, DHCP) mean the app's own link: a proxy would carry them
+	// to somebody else's.
+	if dst.IsMulticast() || dst == ip4Broadcast {
+		s.stats.udp.droppedMulticast.Add(1)
+		return false
+	}
+	if !oneHost(src) || !oneHost(dst) || dst.Is6() && dst.IsLinkLocalUnicast() {
+		s.stats.udp.droppedAddress.Add(1)
+		return false
+	}
+	return true
+}
+
+var ip4Broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
+
+// verifyUDP verifies the checksum of udp, a whole datagram of the IP packet p. Zero means none over IPv4, and is
+// forbidden over IPv6 (RFC 768, RFC 8200 8.1).
+func verifyUDP(p, udp []byte) bool {
+	addrs := p[12:20]
+	if p[0]>>4 == 6 {
+		addrs = p[8:40]
+	}
+	if udp[6]|udp[7] == 0 {
+		return len(addrs) == 8
+	}
+	return checksum.Checksum(udp, pseudoSum(addrs, protoUDP, len(udp))) == 0xffff
+}
+
+// addICMP takes p, an IP packet with its ICMP header at off, if it is a port unreachable about a datagram that we wrote.
+func (b *udpBatch) addICMP(p []byte, off int, h *tun.Header) bool {
+	app, remote, ok := parseUnreachable(p, off, checksumDone(h))
+	if !ok {
+		return false
+	}
+	b.s.stats.udp.unreachable.Add(1)
+	if b.unreachable != nil {
+		b.unreachable.HandleUnreachable(app, remote)
+	}
+	return true
+}
+
+// full reports whether flush should come before the next add. add works on all the same.
+func (b *udpBatch) full() bool { return len(b.pkts) == cap(b.pkts) }
+
+// flush hands the datagrams over, if there are any. After it the frames may be used again.
+func (b *udpBatch) flush() {
+	if len(b.pkts) == 0 {
+		return
+	}
+	b.s.stats.udp.in.Add(uint64(len(b.pkts)))
+	b.s.stats.udp.inBytes.Add(b.bytes)
+	b.s.handler.HandlePackets(b.pkts)
+	b.pkts, b.bytes = b.pkts[:0], 0
 }

@@ -1,11 +1,200 @@
 package stack
 
-import "github.com/viasocks/viasocks/stack/flow"
+import (
+	"encoding/binary"
+	"errors"
+	"math/rand/v2"
+	"os"
 
-type noWriter struct{}
+	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/tun"
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
+)
 
-func (noWriter) WritePackets([]flow.Packet) (int, error) { return 0, nil }
-func (noWriter) Refuse(flow.Packet, flow.Refusal)        {}
+const (
+	// maxUDP4 and maxUDP6 are the longest payloads that IP lengths can say. MTU does not limit them: a frame of any
+	// length that is written to a TUN is delivered to a local socket.
+	maxUDP4 = 65535 - ip4HeaderLen - udpHeaderLen
+	maxUDP6 = 65535 - udpHeaderLen
 
-// PacketWriter makes a writer of datagrams to the app; each goroutine has its own.
-func (s *Stack) PacketWriter() flow.PacketWriter { return noWriter{} }
+	// maxSegments is the kernel's UDP_MAX_SEGMENTS: the most datagrams that one of its own super-frames has.
+	maxSegments = 128
+
+	udpTTL = 64
+)
+
+// packetWriter is the flow.PacketWriter. Everything that a frame needs beside the payload is in it, so that a write
+// allocates nothing.
+type packetWriter struct {
+	s     *Stack
+	id    uint16 // of the next IPv4 header
+	noUSO bool   // the device refused a super-frame
+	hdr   tun.Header
+	head  [ip6HeaderLen + udpHeaderLen]byte
+	parts [1 + maxSegments][]byte
+	icmp  [1280]byte
+}
+
+// PacketWriter makes a writer of datagrams to the app; each goroutine has its own. It holds nothing to give back.
+func (s *Stack) PacketWriter() flow.PacketWriter {
+	// From a random ID on: two writers seldom use one for the same pair of addresses at the same time.
+	return &packetWriter{s: s, id: uint16(rand.Uint32())}
+}
+
+// WritePackets implements flow.PacketWriter.
+func (w *packetWriter) WritePackets(ps []flow.Packet) (n int, err error) {
+	c := &w.s.stats.udp
+	for len(ps) > 0 {
+		p := &ps[0]
+		limit, ok := addresses(p)
+		if !ok || len(p.Payload) > limit {
+			if ok {
+				c.outTooLong.Add(1)
+			} else {
+				c.outAddress.Add(1)
+			}
+			ps = ps[1:]
+			continue
+		}
+		run, size := w.run(ps, limit)
+		err := w.write(ps[:run], size)
+		if run > 1 && errors.Is(err, unix.EINVAL) {
+			w.noUSO = true // and once more, one by one
+			continue
+		}
+		if err == nil {
+			n += run
+			c.out.Add(uint64(run))
+			c.outBytes.Add(uint64(size))
+			if run > 1 {
+				c.outSuper.Add(1)
+			}
+		} else if gone(err) {
+			return n, err
+		} else {
+			c.outFull.Add(uint64(run))
+		}
+		ps = ps[run:]
+	}
+	return n, nil
+}
+
+// gone reports whether a write error means that the device is, and not that this one frame is lost.
+func gone(err error) bool { return errors.Is(err, os.ErrClosed) || errors.Is(err, unix.EBADFD) }
+
+// addresses checks that both endpoints of a datagram are of one family and says how long its payload may be.
+func addresses(p *flow.Packet) (limit int, ok bool) {
+	src, dst := p.Src.Addr(), p.Dst.Addr()
+	switch {
+	case src.Is4() && dst.Is4():
+		return maxUDP4, true
+	case src.Is6() && dst.Is6() && !src.Is4In6() && !dst.Is4In6():
+		return maxUDP6, true
+	}
+	return 0, false
+}
+
+// run is how many datagrams at the front of ps make one frame, and their payload bytes: those with the same
+// endpoints and size as the first one, and one shorter at the end. All of them together stay within limit.
+func (w *packetWriter) run(ps []flow.Packet, limit int) (n, size int) {
+	first := len(ps[0].Payload)
+	n, size = 1, first
+	if first == 0 || w.noUSO || w.s.dev.Offload()&tun.USO == 0 {
+		return n, size
+	}
+	for n < len(ps) && n < maxSegments {
+		p := &ps[n]
+		m := len(p.Payload)
+		if m == 0 || m > first || size+m > limit || p.Src != ps[0].Src || p.Dst != ps[0].Dst {
+			break
+		}
+		n++
+		size += m
+		if m < first {
+			break
+		}
+	}
+	return n, size
+}
+
+// write writes ps as one frame: a datagram, or a super-frame of several. size is their payload together.
+func (w *packetWriter) write(ps []flow.Packet, size int) error {
+	src, dst := ps[0].Src, ps[0].Dst
+	n := udpHeaderLen + size
+	var h, addrs []byte // the IP header, and the addresses in it
+	if dst.Addr().Is4() {
+		h = w.head[:ip4HeaderLen]
+		h[0], h[1] = 0x45, 0
+		binary.BigEndian.PutUint16(h[2:], uint16(ip4HeaderLen+n))
+		// DF is not set: who forwards it (guests behind the host) may cut it. So the ID counts, for each segment.
+		binary.BigEndian.PutUint16(h[4:], w.id)
+		w.id += uint16(len(ps))
+		h[6], h[7], h[8], h[9], h[10], h[11] = 0, 0, udpTTL, protoUDP, 0, 0
+		addrs = h[12:20]
+		s, d := src.Addr().As4(), dst.Addr().As4()
+		copy(addrs, s[:])
+		copy(addrs[4:], d[:])
+		binary.BigEndian.PutUint16(h[10:], ^checksum.Checksum(h, 0))
+	} else {
+		h = w.head[:ip6HeaderLen]
+		h[0], h[1], h[2], h[3] = 0x60, 0, 0, 0
+		binary.BigEndian.PutUint16(h[4:], uint16(n))
+		h[6], h[7] = protoUDP, udpTTL
+		addrs = h[8:40]
+		s, d := src.Addr().As16(), dst.Addr().As16()
+		copy(addrs, s[:])
+		copy(addrs[16:], d[:])
+	}
+	udp := w.head[len(h) : len(h)+udpHeaderLen]
+	binary.BigEndian.PutUint16(udp, src.Port())
+	binary.BigEndian.PutUint16(udp[2:], dst.Port())
+	binary.BigEndian.PutUint16(udp[4:], uint16(n))
+	udp[6], udp[7] = 0, 0
+	sum := pseudoSum(addrs, protoUDP, n)
+
+	w.hdr = tun.Header{}
+	if w.s.dev.Offload()&tun.VnetHdr != 0 {
+		w.hdr.Flags = tun.NeedsCsum
+		w.hdr.HdrLen = uint16(len(h) + udpHeaderLen)
+		w.hdr.CsumStart, w.hdr.CsumOffset = uint16(len(h)), 6
+		if len(ps) > 1 {
+			w.hdr.GSOType, w.hdr.GSOSize = tun.GSOUDPL4, uint16(len(ps[0].Payload))
+		}
+		binary.BigEndian.PutUint16(udp[6:], sum)
+	} else {
+		sum = checksum.Checksum(udp, sum)
+		sum = ^checksum.Checksum(ps[0].Payload, sum)
+		if sum == 0 {
+			sum = 0xffff // zero means that there is none
+		}
+		binary.BigEndian.PutUint16(udp[6:], sum)
+	}
+
+	parts := append(w.parts[:0], w.head[:len(h)+udpHeaderLen])
+	for i := range ps {
+		if len(ps[i].Payload) > 0 {
+			parts = append(parts, ps[i].Payload)
+		}
+	}
+	err := w.s.dev.Write(&w.hdr, parts)
+	clear(parts) // the payload is lent: it must not be kept alive by us
+	return err
+}
+
+// Refuse implements flow.PacketWriter.
+func (w *packetWriter) Refuse(p flow.Packet, why flow.Refusal) {
+	c := &w.s.stats.udp
+	frame, ok := appendUnreachable(w.icmp[:0], p.Head, why)
+	if ok {
+		w.hdr = tun.Header{}
+		parts := append(w.parts[:0], frame)
+		ok = w.s.dev.Write(&w.hdr, parts) == nil
+		clear(parts)
+	}
+	if ok {
+		c.refused.Add(1)
+	} else if why != flow.RefuseSilent {
+		c.refusedMute.Add(1)
+	}
+}

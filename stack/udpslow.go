@@ -1,0 +1,92 @@
+package stack
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"sync"
+
+	"github.com/viasocks/viasocks/stack/flow"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
+)
+
+// slowUDP is what one datagram from gVisor needs to be handed on.
+type slowUDP struct {
+	pkt  [1]flow.Packet
+	head []byte
+	data []byte // UDP header and payload
+}
+
+func (w *slowUDP) Write(p []byte) (int, error) {
+	w.data = append(w.data, p...)
+	return len(p), nil
+}
+
+// slowPool: gVisor calls on the frame reader as far as is known, and this does not depend on it.
+var slowPool = sync.Pool{New: func() any { return new(slowUDP) }}
+
+// handleSlowUDP takes a datagram out of gVisor: one that came in fragments. gVisor has reassembled it and verified the
+// IP header, but not the UDP checksum. It always returns true: gVisor has nothing to say about it.
+func (s *Stack) handleSlowUDP(id gstack.TransportEndpointID, pkt *gstack.PacketBuffer) bool {
+	c := &s.stats.udp
+	ip, udp := pkt.NetworkHeader().Slice(), pkt.TransportHeader().Slice()
+	if len(udp) < udpHeaderLen || len(ip) < ip4HeaderLen || ip[0]>>4 == 6 && len(ip) < ip6HeaderLen {
+		c.droppedMalformed.Add(1)
+		return true
+	}
+	n := int(binary.BigEndian.Uint16(udp[4:]))
+	if n < udpHeaderLen || n > udpHeaderLen+pkt.Data().Size() || id.RemotePort == 0 || id.LocalPort == 0 {
+		c.droppedMalformed.Add(1)
+		return true
+	}
+	src, dst := addrFrom(id.RemoteAddress), addrFrom(id.LocalAddress)
+	if !s.carried(src, dst) {
+		return true
+	}
+
+	w := slowPool.Get().(*slowUDP)
+	defer func() {
+		w.pkt[0] = flow.Packet{}
+		slowPool.Put(w)
+	}()
+	w.data = append(w.data[:0], udp[:udpHeaderLen]...)
+	if _, err := pkt.Data().ReadTo(w, true); err != nil {
+		c.droppedMalformed.Add(1)
+		return true
+	}
+	w.data = w.data[:n]
+	if !verifyUDP(ip, w.data) {
+		c.droppedChecksum.Add(1)
+		return true
+	}
+	if ip[0]>>4 == 6 {
+		// The headers as if it had come whole: gVisor drops the fragment header's successors and keeps its next header.
+		w.head = append(w.head[:0], ip[:ip6HeaderLen]...)
+		binary.BigEndian.PutUint16(w.head[4:], uint16(n))
+		w.head[6] = protoUDP
+	} else {
+		w.head = append(w.head[:0], ip...)
+	}
+	w.head = append(w.head, udp[:udpHeaderLen]...)
+
+	c.in.Add(1)
+	c.inReassembled.Add(1)
+	c.inBytes.Add(uint64(n - udpHeaderLen))
+	w.pkt[0] = flow.Packet{
+		Src: netip.AddrPortFrom(src, id.RemotePort), Dst: netip.AddrPortFrom(dst, id.LocalPort),
+		Payload: w.data[udpHeaderLen:n:n], Head: w.head,
+	}
+	s.handler.HandlePackets(w.pkt[:])
+	return true
+}
+
+// addrFrom is gVisor's address as one of net/netip; the zero Addr if it is neither IPv4 nor IPv6.
+func addrFrom(a tcpip.Address) netip.Addr {
+	switch a.BitLen() {
+	case 32:
+		return netip.AddrFrom4(a.As4())
+	case 128:
+		return netip.AddrFrom16(a.As16())
+	}
+	return netip.Addr{}
+}
