@@ -1,0 +1,202 @@
+package dns
+
+import "encoding/binary"
+
+// Wire constants of RFC 1035 4.1.1 and RFC 6891.
+const (
+	headerLen   = 12
+	maxMessage  = 65535
+	minUDPSize  = 512 // RFC 1035 2.3.4: what every asker takes
+	maxUDPSize  = 65507
+	typeOPT     = 41
+	typeIXFR    = 251
+	typeAXFR    = 252
+	maxRecords  = 64 // records in a question's message: OPT, TSIG and the like; more is garbage
+	maxName     = 255
+	optLen      = 11
+	flagQR      = 0x8000
+	flagTC      = 0x0200
+	flagRD      = 0x0100
+	flagCD      = 0x0010
+	maskOpcode  = 0x7800
+	rcodeFormat = 1
+	rcodeServer = 2
+	rcodeNotImp = 4
+	rcodeRefuse = 5
+)
+
+// question is what must be known of a question: where its name ends, and what answer the asker can take.
+type question struct {
+	id    uint16
+	flags uint16
+	end   int    // of the question section, which starts at headerLen
+	qtype uint16 // RFC 1035 3.2.3
+	size  int    // bytes that the asker takes by UDP: 512, or as its OPT record says
+	edns  bool
+}
+
+// verdict on a message that claims to be a question.
+type verdict uint8
+
+const (
+	accept  verdict = iota
+	silence         // not a question at all: no answer, so that nothing can be bounced
+	answer          // answer with the rcode
+)
+
+// parseQuestion checks a message of the app. It reads no further than the message and follows no pointer.
+func parseQuestion(msg []byte) (q question, v verdict, rcode uint16) {
+	if len(msg) < headerLen || len(msg) > maxMessage {
+		return q, silence, 0
+	}
+	q.id = binary.BigEndian.Uint16(msg)
+	q.flags = binary.BigEndian.Uint16(msg[2:])
+	q.size = minUDPSize
+	if q.flags&flagQR != 0 {
+		return q, silence, 0
+	}
+	if q.flags&maskOpcode != 0 {
+		return q, answer, rcodeNotImp
+	}
+	if binary.BigEndian.Uint16(msg[4:]) != 1 {
+		return q, answer, rcodeFormat
+	}
+	end, ok := skipName(msg, headerLen, false)
+	if !ok || len(msg)-end < 4 {
+		return q, answer, rcodeFormat
+	}
+	q.qtype = binary.BigEndian.Uint16(msg[end:])
+	q.end = end + 4
+	if q.qtype == typeAXFR || q.qtype == typeIXFR {
+		return q, answer, rcodeNotImp // many messages for one question: TCP only, which is carried as it is
+	}
+	records := 0
+	for off := 6; off < headerLen; off += 2 {
+		records += int(binary.BigEndian.Uint16(msg[off:]))
+	}
+	if records > maxRecords {
+		return q, answer, rcodeFormat
+	}
+	for off := q.end; records > 0; records-- {
+		name := off
+		if off, ok = skipName(msg, off, true); !ok || len(msg)-off < 10 {
+			return q, answer, rcodeFormat
+		}
+		data := int(binary.BigEndian.Uint16(msg[off+8:]))
+		if binary.BigEndian.Uint16(msg[off:]) == typeOPT {
+			if q.edns || msg[name] != 0 { // RFC 6891 6.1.1: one, of the root
+				return q, answer, rcodeFormat
+			}
+			q.edns = true
+			q.size = min(max(int(binary.BigEndian.Uint16(msg[off+2:])), minUDPSize), maxUDPSize)
+		}
+		if off += 10 + data; off > len(msg) {
+			return q, answer, rcodeFormat
+		}
+	}
+	return q, accept, 0
+}
+
+// skipName returns the offset behind the name at off. A compression pointer ends a name and is not followed.
+func skipName(msg []byte, off int, pointer bool) (end int, ok bool) {
+	for start := off; off < len(msg); {
+		n := int(msg[off])
+		switch {
+		case n == 0:
+			return off + 1, off+1-start <= maxName
+		case n < 64:
+			off += 1 + n
+		case n >= 0xC0 && pointer:
+			return off + 2, off+2 <= len(msg)
+		default:
+			return 0, false
+		}
+	}
+	return 0, false
+}
+
+// errorReply is an answer to msg without records. The question section is repeated if it could be read.
+func errorReply(msg []byte, q question, rcode uint16) []byte {
+	b := make([]byte, headerLen, headerLen+maxName+4+optLen)
+	binary.BigEndian.PutUint16(b, q.id)
+	binary.BigEndian.PutUint16(b[2:], flagQR|q.flags&(maskOpcode|flagRD|flagCD)|rcode)
+	if q.end > 0 {
+		binary.BigEndian.PutUint16(b[4:], 1)
+		b = append(b, msg[headerLen:q.end]...)
+	}
+	if q.edns {
+		b = appendOPT(b)
+	}
+	return b
+}
+
+// appendOPT ends a message with an OPT record that promises nothing but our size (RFC 6891 6.1.2).
+func appendOPT(b []byte) []byte {
+	binary.BigEndian.PutUint16(b[10:], 1)
+	return append(b, 0, 0, typeOPT, 1232>>8, 1232&0xFF, 0, 0, 0, 0, 0, 0)
+}
+
+// matches reports whether an answer of a resolver is one to the question of query: RFC 5452 9.1, without the ID. A
+// resolver that did not understand may leave the question out.
+func matches(resp, query []byte, q question) bool {
+	if len(resp) < headerLen {
+		return false
+	}
+	flags := binary.BigEndian.Uint16(resp[2:])
+	if flags&flagQR == 0 || flags&maskOpcode != 0 {
+		return false
+	}
+	switch binary.BigEndian.Uint16(resp[4:]) {
+	case 0:
+		return flags&15 != 0
+	case 1:
+	default:
+		return false
+	}
+	if len(resp) < q.end {
+		return false
+	}
+	end, ok := skipName(resp, headerLen, false)
+	if !ok || end+4 != q.end {
+		return false
+	}
+	// Length bytes are below 64 and so not letters: folding case over all of the name compares it rightly.
+	for i := headerLen; i < q.end; i++ {
+		a, b := resp[i], query[i]
+		if i < end {
+			a, b = lower(a), lower(b)
+		}
+		if a != b {
+			return false
+		}
+	}
+	return true
+}
+
+func lower(c byte) byte {
+	if c >= 'A' && c <= 'Z' {
+		c += 'a' - 'A'
+	}
+	return c
+}
+
+// udpReply makes the asker's answer out of the resolver's, in place: its own ID, and no more bytes than it takes. What
+// does not fit is left out whole, with TC set, and the asker comes back by TCP (RFC 2181 9).
+func udpReply(resp, query []byte, q question) []byte {
+	flags := binary.BigEndian.Uint16(resp[2:])
+	if binary.BigEndian.Uint16(resp[4:]) == 0 {
+		return errorReply(query, q, flags&15)
+	}
+	if len(resp) > q.size {
+		counts := resp[6:headerLen]
+		clear(counts)
+		resp = resp[:q.end]
+		if q.edns {
+			resp = appendOPT(resp)
+		}
+		flags |= flagTC
+	}
+	binary.BigEndian.PutUint16(resp, q.id)
+	binary.BigEndian.PutUint16(resp[2:], flags)
+	return resp
+}

@@ -1,0 +1,340 @@
+package dns
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/net/dns/dnsmessage"
+)
+
+// fakeResolver answers on loopback by what its function says: nil is no answer, an empty slice closes the connection.
+type fakeResolver struct {
+	l     net.Listener
+	conns atomic.Int32
+	wg    sync.WaitGroup
+}
+
+func newFakeResolver(t *testing.T, answer func(query []byte) []byte) *fakeResolver {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &fakeResolver{l: l}
+	f.wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			f.conns.Add(1)
+			f.wg.Go(func() {
+				defer c.Close()
+				var mu sync.Mutex
+				var lb [2]byte
+				for {
+					if _, err := io.ReadFull(c, lb[:]); err != nil {
+						return
+					}
+					q := make([]byte, binary.BigEndian.Uint16(lb[:]))
+					if _, err := io.ReadFull(c, q); err != nil {
+						return
+					}
+					r := answer(q)
+					if r == nil {
+						continue
+					}
+					if len(r) == 0 {
+						return
+					}
+					mu.Lock()
+					_, _ = c.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(r))), r...))
+					mu.Unlock()
+				}
+			})
+		}
+	})
+	t.Cleanup(func() { l.Close(); f.wg.Wait() })
+	return f
+}
+
+func (f *fakeResolver) addr() netip.AddrPort { return f.l.Addr().(*net.TCPAddr).AddrPort() }
+
+func dialTCP(ctx context.Context, dst netip.AddrPort, done func(int, error)) {
+	go func() {
+		var d net.Dialer
+		c, err := d.DialContext(ctx, "tcp", dst.String())
+		if err != nil {
+			done(-1, err)
+			return
+		}
+		defer c.Close()
+		f, err := c.(*net.TCPConn).File()
+		if err != nil {
+			done(-1, err)
+			return
+		}
+		defer f.Close()
+		fd, err := syscall.Dup(int(f.Fd()))
+		done(fd, err)
+	}()
+}
+
+func countFDs(t *testing.T) int {
+	t.Helper()
+	e, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(e)
+}
+
+// checkLeaks comes first in a test: its check is then the last thing that the test does.
+func checkLeaks(t *testing.T) {
+	t.Helper()
+	fds := countFDs(t)
+	t.Cleanup(func() {
+		goleak.VerifyNone(t)
+		if n := countFDs(t); n > fds {
+			t.Errorf("%d fds are open, %d were", n, fds)
+		}
+	})
+}
+
+// start runs a Server until the end of the test.
+func start(t *testing.T, cfg Config) *Server {
+	t.Helper()
+	if cfg.Dial == nil {
+		cfg.Dial = dialTCP
+	}
+	s, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	over := make(chan error, 1)
+	go func() { over <- s.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-over; err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+func ask(t *testing.T, s *Server, query []byte) []byte {
+	t.Helper()
+	got := make(chan []byte, 1)
+	s.Handle(query, func(b []byte) { got <- append([]byte(nil), b...) })
+	select {
+	case b := <-got:
+		return b
+	case <-time.After(5 * time.Second):
+		t.Fatal("no reply in 5 s")
+		return nil
+	}
+}
+
+func rcodeOf(t *testing.T, b []byte) dnsmessage.RCode {
+	t.Helper()
+	var m dnsmessage.Message
+	if err := m.Unpack(b); err != nil {
+		t.Fatal(err)
+	}
+	if m.ID != 0x1234 || !m.Response {
+		t.Fatalf("not an answer to the question: %+v", m.Header)
+	}
+	return m.RCode
+}
+
+func TestPipelineOnOneConnection(t *testing.T) {
+	checkLeaks(t)
+	var mu sync.Mutex
+	ids := map[uint16]bool{}
+	f := newFakeResolver(t, func(q []byte) []byte {
+		mu.Lock()
+		defer mu.Unlock()
+		ids[binary.BigEndian.Uint16(q)] = true
+		return makeAnswer(t, q, 1)
+	})
+	s := start(t, Config{Resolvers: []netip.AddrPort{f.addr()}})
+	var wg sync.WaitGroup
+	for i := range 100 {
+		wg.Go(func() {
+			name := fmt.Sprintf("n%d.example.", i)
+			var m dnsmessage.Message
+			if err := m.Unpack(ask(t, s, makeQuestion(t, name, 0, nil))); err != nil || m.ID != 0x1234 || m.Questions[0].Name.String() != name || len(m.Answers) != 1 {
+				t.Errorf("%s: %v %+v", name, err, m)
+			}
+		})
+	}
+	wg.Wait()
+	if n := f.conns.Load(); n != 1 {
+		t.Errorf("%d connections for 100 questions", n)
+	}
+	if len(ids) < 95 {
+		t.Errorf("only %d different IDs in 100 questions", len(ids))
+	}
+	if st := s.Stats(); st.Answered != 100 || st.Questions != 100 || st.Connections != 1 {
+		t.Errorf("%+v", st)
+	}
+}
+
+func TestGarbageFromTheApp(t *testing.T) {
+	checkLeaks(t)
+	s := start(t, Config{Resolvers: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:1")}, Dial: func(context.Context, netip.AddrPort, func(int, error)) {
+		t.Error("garbage made a connection")
+	}})
+	s.Handle([]byte("x"), func([]byte) { t.Error("garbage was answered") })
+	answerBit := makeQuestion(t, "a.", 0, func(m *dnsmessage.Message) { m.Response = true })
+	s.Handle(answerBit, func([]byte) { t.Error("an answer was answered") })
+	if rc := rcodeOf(t, ask(t, s, makeQuestion(t, "a.", 0, func(m *dnsmessage.Message) { m.OpCode = 5 })[:12])); rc != dnsmessage.RCodeNotImplemented {
+		t.Error(rc)
+	}
+	two := makeQuestion(t, "a.", 0, func(m *dnsmessage.Message) { m.Questions = append(m.Questions, m.Questions[0]) })
+	if b := ask(t, s, two); b[3]&15 != rcodeFormat {
+		t.Errorf("%x", b)
+	}
+}
+
+func TestFailover(t *testing.T) {
+	checkLeaks(t)
+	down := newFakeResolver(t, nil)
+	down.l.Close()
+	good := newFakeResolver(t, func(q []byte) []byte { return makeAnswer(t, q, 2) })
+	silent := newFakeResolver(t, func(q []byte) []byte { return nil })
+	refuser := newFakeResolver(t, func(q []byte) []byte { a := makeAnswer(t, q, 0); a[3] |= rcodeRefuse; return a })
+	closer := newFakeResolver(t, func(q []byte) []byte { return []byte{} })
+	liar := newFakeResolver(t, func(q []byte) []byte {
+		a := makeAnswer(t, q, 1)
+		a[13] ^= 1
+		return a
+	})
+	garbage := newFakeResolver(t, func(q []byte) []byte { return []byte("garbage") })
+	for _, tt := range []struct {
+		name      string
+		resolvers []*fakeResolver
+		want      dnsmessage.RCode
+		max       time.Duration
+	}{
+		{"down, good", []*fakeResolver{down, good}, 0, time.Second},
+		{"closer, good", []*fakeResolver{closer, good}, 0, time.Second},
+		{"silent, good", []*fakeResolver{silent, good}, 0, 1800 * time.Millisecond},
+		{"liar, good", []*fakeResolver{liar, good}, 0, 1800 * time.Millisecond},
+		{"garbage, good", []*fakeResolver{garbage, good}, 0, time.Second},
+		{"refuser, good", []*fakeResolver{refuser, good}, 0, time.Second},
+		{"refuser, down", []*fakeResolver{refuser, down}, dnsmessage.RCodeRefused, time.Second},
+		{"down", []*fakeResolver{down}, dnsmessage.RCodeServerFailure, time.Second},
+		{"silent", []*fakeResolver{silent}, dnsmessage.RCodeServerFailure, 2200 * time.Millisecond},
+		{"down, closer, down", []*fakeResolver{down, closer, down}, dnsmessage.RCodeServerFailure, time.Second},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			cfg := Config{Timeout: 2 * time.Second, Dial: dialTCP}
+			for _, r := range tt.resolvers {
+				cfg.Resolvers = append(cfg.Resolvers, r.addr())
+			}
+			s, err := New(cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			over := make(chan struct{})
+			go func() { _ = s.Run(ctx); close(over) }()
+			defer func() { cancel(); <-over }()
+			begin := time.Now()
+			if rc := rcodeOf(t, ask(t, s, makeQuestion(t, "a.example.", 0, nil))); rc != tt.want {
+				t.Errorf("got %v, want %v", rc, tt.want)
+			}
+			if d := time.Since(begin); d > tt.max {
+				t.Errorf("it took %v", d)
+			}
+			if tt.want == 0 { // and the good one is asked first from now on
+				begin = time.Now()
+				rcodeOf(t, ask(t, s, makeQuestion(t, "b.example.", 0, nil)))
+				if d := time.Since(begin); d > 500*time.Millisecond {
+					t.Errorf("the second question took %v", d)
+				}
+			}
+		})
+	}
+}
+
+func TestIdleClose(t *testing.T) {
+	checkLeaks(t)
+	f := newFakeResolver(t, func(q []byte) []byte { return makeAnswer(t, q, 1) })
+	s := start(t, Config{Resolvers: []netip.AddrPort{f.addr()}, IdleClose: 200 * time.Millisecond})
+	for range 2 {
+		rcodeOf(t, ask(t, s, makeQuestion(t, "a.", 0, nil)))
+		time.Sleep(500 * time.Millisecond)
+	}
+	if n := f.conns.Load(); n != 2 {
+		t.Errorf("%d connections, want 2: an idle one is closed and made anew", n)
+	}
+}
+
+// A resolver that closes idle connections loses no question.
+func TestResolverCloses(t *testing.T) {
+	checkLeaks(t)
+	var n atomic.Int32
+	f := newFakeResolver(t, func(q []byte) []byte {
+		if n.Add(1)%2 == 0 {
+			return []byte{}
+		}
+		return makeAnswer(t, q, 1)
+	})
+	s := start(t, Config{Resolvers: []netip.AddrPort{f.addr()}})
+	for range 6 {
+		if rc := rcodeOf(t, ask(t, s, makeQuestion(t, "a.", 0, nil))); rc != 0 {
+			t.Fatal(rc)
+		}
+	}
+}
+
+func TestBounds(t *testing.T) {
+	checkLeaks(t)
+	dials := make(chan func(int, error), 1)
+	s := start(t, Config{Resolvers: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:1")}, InFlight: 8, Timeout: 300 * time.Millisecond,
+		Dial: func(ctx context.Context, _ netip.AddrPort, done func(int, error)) {
+			context.AfterFunc(ctx, func() { done(-1, ctx.Err()) })
+			dials <- done
+		}})
+	var failed atomic.Int32
+	for range 1000 {
+		s.Handle(makeQuestion(t, "a.", 0, nil), func(b []byte) { failed.Add(1) })
+	}
+	time.Sleep(700 * time.Millisecond)
+	if n := failed.Load(); n < 8 || n > 16 || len(dials) != 1 {
+		t.Errorf("%d answers and %d dials, want SERVFAIL for the 8 that were taken, and one dial", n, len(dials))
+	}
+	if st := s.Stats(); st.Failed+st.Dropped != 1000 {
+		t.Errorf("%+v", st)
+	}
+}
+
+func TestNewErrors(t *testing.T) {
+	a := netip.MustParseAddrPort("192.0.2.1:53")
+	for _, cfg := range []Config{
+		{Resolvers: []netip.AddrPort{a}},
+		{Dial: dialTCP},
+		{Dial: dialTCP, Resolvers: []netip.AddrPort{{}}},
+		{Dial: dialTCP, Resolvers: []netip.AddrPort{netip.MustParseAddrPort("0.0.0.0:53")}},
+		{Dial: dialTCP, Resolvers: []netip.AddrPort{a}, Timeout: -1},
+	} {
+		if _, err := New(cfg); err == nil {
+			t.Errorf("%+v: no error", cfg)
+		}
+	}
+}
