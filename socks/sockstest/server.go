@@ -2,9 +2,26 @@ package sockstest
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Bounds of a Server.
+const (
+	maxConns   = 32768            // control connections, those of CONNECTs included; more are closed at once
+	maxAssocs  = 8192             // associations; more get reply 1
+	maxLog     = 65536            // requests kept in the log; older ones are forgotten
+	helloLimit = 30 * time.Second // for a client to send its request
+	dialLimit  = 3 * time.Minute  // for a real dial; the kernel's own limit is a little over two
 )
 
 // Addr is a destination: a name or an address, and a port.
@@ -14,71 +31,268 @@ type Addr struct {
 	Port uint16
 }
 
+// AddrFrom is the Addr of an endpoint.
+func AddrFrom(ap netip.AddrPort) Addr { return Addr{IP: ap.Addr(), Port: ap.Port()} }
+
+// String is host:port.
+func (a Addr) String() string {
+	host := a.Name
+	if host == "" {
+		host = a.IP.String()
+	}
+	return net.JoinHostPort(host, fmt.Sprint(a.Port))
+}
+
+// Commands of RFC 1928.
+const (
+	CmdConnect   = 1
+	CmdBind      = 2
+	CmdAssociate = 3
+)
+
 // Request is one request as the server read it.
 type Request struct {
 	Time   time.Time
-	Client netip.AddrPort // the control connection's other end
-	User   string
-	Cmd    byte // CmdConnect, CmdAssociate
+	Client netip.AddrPort // the other end of the control connection
+	User   string         // empty without authentication
+	Cmd    byte
 	Dst    Addr
 }
 
-// Fault is how the server misbehaves. The zero value: it does not.
-type Fault struct {
-	Reply  byte          // REP to answer with, nothing is dialled
-	Silent bool          // never answer, keep the connection
-	Delay  time.Duration // wait before the answer
-}
-
-// Option changes a Server.
+// Option changes a Server before it starts.
 type Option func(*Server)
 
-// WithAuth asks for user and password.
-func WithAuth(user, pass string) Option { return func(s *Server) {} }
-
-// WithDial is used in place of a real dial.
-func WithDial(func(ctx context.Context, dst Addr) (net.Conn, error)) Option {
-	return func(s *Server) {}
+// WithAuth makes the server ask for this user and password and take nothing else.
+func WithAuth(user, pass string) Option {
+	return func(s *Server) { s.auth, s.user, s.pass = true, user, pass }
 }
 
-// Server is a SOCKS5 server.
-type Server struct{ ln net.Listener }
+// WithDial is used for CONNECT in place of a real dial; redirections are not looked at. Errnos inside the error choose
+// the reply. Resets are passed on only when the connection is a *net.TCPConn.
+func WithDial(dial func(ctx context.Context, dst Addr) (net.Conn, error)) Option {
+	return func(s *Server) { s.dial = dial }
+}
 
-// Stats are counters.
+// WithResolve answers for names, for TCP and UDP. Without it net.DefaultResolver is asked.
+func WithResolve(resolve func(name string) (netip.Addr, error)) Option {
+	return func(s *Server) { s.resolve = resolve }
+}
+
+// WithRedirectsOnly makes the server reach nothing but what Redirect names, so that a test with made-up addresses sends
+// no packet into the network: CONNECT gets reply 3, datagrams are dropped.
+func WithRedirectsOnly() Option { return func(s *Server) { s.redirectsOnly = true } }
+
+// WithNetns makes the server's sockets in the network namespace of this file (/run/netns/NAME, /proc/PID/ns/net). It
+// needs CAP_SYS_ADMIN.
+func WithNetns(path string) Option { return func(s *Server) { s.netns = path } }
+
+// Server is a SOCKS5 server. Its methods may be called from any goroutine.
+type Server struct {
+	auth          bool
+	user, pass    string
+	dial          func(ctx context.Context, dst Addr) (net.Conn, error)
+	resolve       func(name string) (netip.Addr, error)
+	redirectsOnly bool
+	netns         string
+
+	ln     net.Listener
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	mu      sync.Mutex
+	closed  bool
+	conns   map[net.Conn]struct{}
+	assocs  map[*Association]struct{}
+	redir   map[netip.AddrPort]netip.AddrPort // to the real endpoint
+	unredir map[netip.AddrPort]netip.AddrPort // and back, for datagrams' sources
+	faults  [numStages]func(Request) Fault
+	log     []Request
+
+	n counters
+}
+
+type counters struct {
+	open, assocsOpen                                   atomic.Int64
+	accepted, requests, assocs, udpUp, udpDown, udpBad atomic.Uint64
+}
+
+// Stats is a snapshot of the counters.
 type Stats struct {
-	Open             int    // control connections now open, those of CONNECTs included
-	Accepted         uint64 // connections ever accepted
+	Open             int    // connections of clients now open, control connections of associations included
+	Accepted         uint64 // connections of clients ever taken
 	Requests         uint64 // requests read
 	AssociationsOpen int    // associations now open
 	Associations     uint64 // associations ever opened
+	UDPUp, UDPDown   uint64 // datagrams relayed from and to clients
+	UDPDropped       uint64 // datagrams with a bad header, from strangers, or to nowhere
 }
 
 // Listen starts a server. network is tcp, tcp4 or tcp6.
 func Listen(network, addr string, opts ...Option) (*Server, error) {
-	ln, err := net.Listen(network, addr)
+	s := &Server{
+		conns: map[net.Conn]struct{}{}, assocs: map[*Association]struct{}{},
+		redir: map[netip.AddrPort]netip.AddrPort{}, unredir: map[netip.AddrPort]netip.AddrPort{},
+	}
+	for _, o := range opts {
+		o(s)
+	}
+	err := s.enter(func() (err error) {
+		s.ln, err = net.Listen(network, addr)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
-	return &Server{ln: ln}, nil
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.wg.Go(s.accept)
+	return s, nil
+}
+
+// enter runs f, which makes sockets, on a thread in the server's network namespace.
+func (s *Server) enter(f func() error) error {
+	if s.netns == "" {
+		return f()
+	}
+	to, err := os.Open(s.netns)
+	if err != nil {
+		return err
+	}
+	defer to.Close()
+	runtime.LockOSThread()
+	back, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		runtime.UnlockOSThread()
+		return err
+	}
+	defer back.Close()
+	if err := unix.Setns(int(to.Fd()), unix.CLONE_NEWNET); err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("cannot enter %s: %w", s.netns, err)
+	}
+	err = f()
+	if unix.Setns(int(back.Fd()), unix.CLONE_NEWNET) == nil {
+		runtime.UnlockOSThread() // else the thread stays locked, and dies with its goroutine
+	}
+	return err
+}
+
+func (s *Server) accept() {
+	for {
+		c, err := s.ln.Accept()
+		if err != nil {
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			time.Sleep(5 * time.Millisecond) // out of descriptors: others will be closed
+			continue
+		}
+		if !s.track(c) {
+			c.Close()
+			continue
+		}
+		s.n.accepted.Add(1)
+		s.wg.Go(func() {
+			defer s.untrack(c)
+			s.serve(c.(*net.TCPConn))
+		})
+	}
+}
+
+// track makes Close end c. False: the server is closed or full.
+func (s *Server) track(c net.Conn) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed || s.n.open.Load() >= maxConns {
+		return false
+	}
+	s.conns[c] = struct{}{}
+	s.n.open.Add(1)
+	return true
+}
+
+func (s *Server) untrack(c net.Conn) {
+	c.Close()
+	s.mu.Lock()
+	delete(s.conns, c)
+	s.mu.Unlock()
+	s.n.open.Add(-1)
 }
 
 // Addr is where the server listens.
-func (s *Server) Addr() netip.AddrPort { return s.ln.Addr().(*net.TCPAddr).AddrPort() }
+func (s *Server) Addr() netip.AddrPort {
+	ap := s.ln.Addr().(*net.TCPAddr).AddrPort()
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+}
 
-// URL is socks5://host:port of the server.
+// URL is socks5://host:port of the server, without credentials.
 func (s *Server) URL() string { return "socks5://" + s.Addr().String() }
 
-// Redirect: who asks for the endpoint from is connected to the endpoint to, by TCP and UDP; datagrams from to come from from.
-func (s *Server) Redirect(from, to netip.AddrPort) {}
-
-// SetFault sets what decides about faults of requests; nil: none.
-func (s *Server) SetFault(func(Request) Fault) {}
+// Redirect makes the server use the endpoint to when it is asked for from, for TCP and UDP; what comes from to is said
+// to come from from. A test names addresses of documentation in this way and listens on loopback. A zero to ends it.
+func (s *Server) Redirect(from, to netip.AddrPort) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if old, ok := s.redir[from]; ok {
+		delete(s.unredir, old)
+		delete(s.redir, from)
+	}
+	if to.IsValid() {
+		s.redir[from], s.unredir[to] = to, from
+	}
+}
 
 // Stats is a snapshot.
-func (s *Server) Stats() Stats { return Stats{} }
+func (s *Server) Stats() Stats {
+	return Stats{
+		Open: int(s.n.open.Load()), Accepted: s.n.accepted.Load(), Requests: s.n.requests.Load(),
+		AssociationsOpen: int(s.n.assocsOpen.Load()), Associations: s.n.assocs.Load(),
+		UDPUp: s.n.udpUp.Load(), UDPDown: s.n.udpDown.Load(), UDPDropped: s.n.udpBad.Load(),
+	}
+}
 
-// Requests is the log, oldest first.
-func (s *Server) Requests() []Request { return nil }
+// Requests is the log of requests, oldest first, at most the last 65,536.
+func (s *Server) Requests() []Request {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return append([]Request(nil), s.log...)
+}
 
-// Close ends everything and waits.
-func (s *Server) Close() error { return s.ln.Close() }
+func (s *Server) logRequest(r Request) {
+	s.n.requests.Add(1)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.log) >= maxLog {
+		s.log = append(s.log[:0], s.log[maxLog/2:]...)
+	}
+	s.log = append(s.log, r)
+}
+
+// CutAll ends every connection of clients, by RST or by FIN, and with them the associations. The server goes on.
+func (s *Server) CutAll(end End) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for c := range s.conns {
+		if end == RST {
+			setLinger0(c)
+		}
+		c.Close()
+	}
+}
+
+// Close stops listening, ends every connection and association and waits for the goroutines. It may be called twice.
+func (s *Server) Close() error {
+	err := s.ln.Close()
+	s.mu.Lock()
+	if s.closed {
+		err = nil
+	}
+	s.closed = true
+	for c := range s.conns {
+		c.Close()
+	}
+	s.mu.Unlock()
+	s.cancel()
+	s.wg.Wait()
+	return err
+}

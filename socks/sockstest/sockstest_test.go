@@ -1,0 +1,396 @@
+package sockstest
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"syscall"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+)
+
+// start gives a server that is checked for leaks when the test ends.
+func start(t *testing.T, opts ...Option) *Server {
+	t.Helper()
+	fds := countFDs(t)
+	s, err := Listen("tcp", "127.0.0.1:0", opts...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Errorf("Close: %v", err)
+		}
+		goleak.VerifyNone(t)
+		if n := countFDs(t); n > fds {
+			t.Errorf("%d descriptors before, %d after", fds, n)
+		}
+	})
+	return s
+}
+
+func countFDs(t *testing.T) int {
+	t.Helper()
+	e, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(e)
+}
+
+// request is a plain client: greeting, request, and the whole reply.
+func request(t *testing.T, s *Server, cmd byte, dst Addr) (c *net.TCPConn, code byte, bound Addr) {
+	t.Helper()
+	nc, err := net.Dial("tcp", s.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { nc.Close() })
+	c = nc.(*net.TCPConn)
+	c.SetDeadline(time.Now().Add(5 * time.Second))
+	c.Write([]byte{5, 1, 0})
+	var b [4]byte
+	if _, err := io.ReadFull(c, b[:2]); err != nil || b[1] != 0 {
+		t.Fatalf("greeting: % x, %v", b[:2], err)
+	}
+	c.Write(appendAddr([]byte{5, cmd, 0}, dst))
+	if _, err := io.ReadFull(c, b[:]); err != nil {
+		t.Fatalf("reply: %v", err)
+	}
+	bound, err = readAddr(c, b[3])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c, b[1], bound
+}
+
+// far listens, connects a client through the server, and gives both ends.
+func far(t *testing.T, s *Server) (near, farEnd *net.TCPConn) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	c, code, _ := request(t, s, CmdConnect, AddrFrom(unmap(ln.Addr())))
+	if code != 0 {
+		t.Fatalf("reply %d", code)
+	}
+	f, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	f.SetDeadline(time.Now().Add(5 * time.Second))
+	return c, f.(*net.TCPConn)
+}
+
+func expect(t *testing.T, c net.Conn, want string) {
+	t.Helper()
+	b := make([]byte, len(want))
+	if _, err := io.ReadFull(c, b); err != nil || string(b) != want {
+		t.Fatalf("read %q, %v; want %q", b, err, want)
+	}
+}
+
+func expectErr(t *testing.T, c net.Conn, want error) {
+	t.Helper()
+	n, err := c.Read(make([]byte, 10))
+	if n != 0 || !errors.Is(err, want) {
+		t.Fatalf("read %d bytes, %v; want %v", n, err, want)
+	}
+}
+
+func TestHalfCloseBothWays(t *testing.T) {
+	s := start(t)
+	for _, nearFirst := range []bool{true, false} {
+		a, b := far(t, s)
+		if !nearFirst {
+			a, b = b, a
+		}
+		a.Write([]byte("question"))
+		a.CloseWrite()
+		expect(t, b, "question")
+		expectErr(t, b, io.EOF)
+		time.Sleep(20 * time.Millisecond)
+		b.Write([]byte("answer"))
+		expect(t, a, "answer")
+		b.CloseWrite()
+		expectErr(t, a, io.EOF)
+	}
+}
+
+// TestReset resets either end in each state and sees the other end reset.
+func TestReset(t *testing.T) {
+	states := map[string]func(a, b *net.TCPConn){
+		"established": func(a, b *net.TCPConn) {},
+		"the other has sent FIN": func(a, b *net.TCPConn) {
+			b.CloseWrite()
+			expectErr(t, a, io.EOF)
+		},
+		"itself has sent FIN": func(a, b *net.TCPConn) {
+			a.CloseWrite()
+			expectErr(t, b, io.EOF)
+			time.Sleep(10 * time.Millisecond)
+		},
+		"it sent data before": func(a, b *net.TCPConn) {
+			a.Write(make([]byte, 100_000))
+			expect(t, b, string(make([]byte, 10)))
+		},
+	}
+	s := start(t)
+	for name, prepare := range states {
+		for _, near := range []bool{true, false} {
+			a, b := far(t, s)
+			if !near {
+				a, b = b, a
+			}
+			prepare(a, b)
+			a.SetLinger(0)
+			a.Close()
+			// Nothing more is sent by b until it must have seen the reset.
+			var err error
+			if name == "itself has sent FIN" {
+				for end := time.Now().Add(3 * time.Second); err == nil && time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+					_, err = b.Write([]byte("x"))
+				}
+				if !errors.Is(err, syscall.EPIPE) && !errors.Is(err, syscall.ECONNRESET) {
+					t.Errorf("%s, near=%v: write gave %v", name, near, err)
+				}
+				continue
+			}
+			_, err = io.Copy(io.Discard, b)
+			if !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("%s, near=%v: read gave %v", name, near, err)
+			}
+		}
+	}
+}
+
+// TestResetWhileBlocked: b does not read, so that the server's write blocks when a is reset.
+func TestResetWhileBlocked(t *testing.T) {
+	s := start(t)
+	a, b := far(t, s)
+	a.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
+	io.Copy(a, neverEnding{})
+	a.SetLinger(0)
+	a.Close()
+	time.Sleep(drainLimit + 200*time.Millisecond)
+	b.SetDeadline(time.Now().Add(5 * time.Second))
+	if _, err := io.Copy(io.Discard, b); !errors.Is(err, syscall.ECONNRESET) {
+		t.Fatalf("read gave %v", err)
+	}
+}
+
+type neverEnding struct{}
+
+func (neverEnding) Read(b []byte) (int, error) { return len(b), nil }
+
+func TestDialRefused(t *testing.T) {
+	s := start(t)
+	ln, _ := net.Listen("tcp", "127.0.0.1:0")
+	at := unmap(ln.Addr())
+	ln.Close()
+	if _, code, _ := request(t, s, CmdConnect, AddrFrom(at)); code != 5 {
+		t.Fatalf("reply %d", code)
+	}
+	if _, code, _ := request(t, s, CmdBind, AddrFrom(at)); code != 7 {
+		t.Fatalf("reply %d to BIND", code)
+	}
+}
+
+// TestGoneWhileDialling: a client that goes away ends the server's dial.
+func TestGoneWhileDialling(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	s := start(t)
+	// A backlog that is full keeps a dial pending.
+	rc, _ := ln.(*net.TCPListener).SyscallConn()
+	rc.Control(func(fd uintptr) { syscall.Listen(int(fd), 0) })
+	for range 3 {
+		c, err := net.DialTimeout("tcp", ln.Addr().String(), 100*time.Millisecond)
+		if err == nil {
+			defer c.Close()
+		}
+	}
+	c, err := net.Dial("tcp", s.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Write([]byte{5, 1, 0})
+	c.Write(appendAddr([]byte{5, 1, 0}, AddrFrom(unmap(ln.Addr()))))
+	for len(s.Requests()) == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	time.Sleep(50 * time.Millisecond)
+	if n := s.Stats().Open; n != 1 {
+		t.Fatalf("%d open while dialling", n)
+	}
+	c.Close()
+	for end := time.Now().Add(3 * time.Second); s.Stats().Open != 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the server still dials")
+		}
+	}
+}
+
+func udpClient(t *testing.T, bound Addr) *net.UDPConn {
+	t.Helper()
+	u, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(bound.IP, bound.Port)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { u.Close() })
+	u.SetDeadline(time.Now().Add(5 * time.Second))
+	return u
+}
+
+func listenUDP(t *testing.T) *net.UDPConn {
+	t.Helper()
+	u, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { u.Close() })
+	u.SetDeadline(time.Now().Add(5 * time.Second))
+	return u
+}
+
+func recv(t *testing.T, u *net.UDPConn) (Addr, string) {
+	t.Helper()
+	b := make([]byte, 65536)
+	n, err := u.Read(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	src, payload, ok := parseDatagram(b[:n])
+	if !ok {
+		t.Fatalf("bad datagram % x", b[:n])
+	}
+	return src, string(payload)
+}
+
+func TestAssociate(t *testing.T) {
+	s := start(t)
+	_, code, bound := request(t, s, CmdAssociate, Addr{IP: netip.IPv4Unspecified()})
+	if code != 0 {
+		t.Fatalf("reply %d", code)
+	}
+	u := udpClient(t, bound)
+	w1, w2 := listenUDP(t), listenUDP(t)
+	fake := netip.MustParseAddrPort("203.0.113.9:6881")
+	s.Redirect(fake, unmap(w2.LocalAddr()))
+
+	u.Write(append([]byte{0, 0, 0}, append(appendAddr(nil, AddrFrom(unmap(w1.LocalAddr()))), "one"...)...))
+	b := make([]byte, 100)
+	n, from1, err := w1.ReadFromUDPAddrPort(b)
+	if err != nil || string(b[:n]) != "one" {
+		t.Fatalf("%q, %v", b[:n], err)
+	}
+	// One mapping for all destinations.
+	u.Write(append([]byte{0, 0, 0}, append(appendAddr(nil, AddrFrom(fake)), "two"...)...))
+	n, from2, err := w2.ReadFromUDPAddrPort(b)
+	if err != nil || string(b[:n]) != "two" || from1 != from2 {
+		t.Fatalf("%q from %v, first %v, %v", b[:n], from2, from1, err)
+	}
+	w2.WriteToUDPAddrPort([]byte("re"), from2)
+	if src, p := recv(t, u); src != AddrFrom(fake) || p != "re" {
+		t.Fatalf("%q from %v", p, src)
+	}
+	// A stranger to the client is delivered with its true source.
+	w3 := listenUDP(t)
+	w3.WriteToUDPAddrPort([]byte("hello"), from1)
+	if src, p := recv(t, u); src != AddrFrom(unmap(w3.LocalAddr())) || p != "hello" {
+		t.Fatalf("%q from %v", p, src)
+	}
+	all, ok := s.WaitAssociations(1, time.Second)
+	if !ok {
+		t.Fatal("no association")
+	}
+	all[0].Send(Addr{IP: netip.MustParseAddr("2001:db8::1"), Port: 9}, []byte("six"))
+	if src, p := recv(t, u); src.String() != "[2001:db8::1]:9" || p != "six" {
+		t.Fatalf("%q from %v", p, src)
+	}
+	all[0].Cut(FIN)
+	if _, ok := s.WaitAssociations(0, time.Second); !ok {
+		t.Fatal("still associated")
+	}
+}
+
+func TestFaults(t *testing.T) {
+	granted := []byte{5, 0, 0, 1, 0, 0, 0, 0, 0, 0}
+	tests := []struct {
+		name string
+		f    Fault
+		want []byte
+		err  error // how the stream ends; nil: it is kept
+	}{
+		{"reply", Reply(4), []byte{5, 4, 0, 1, 0, 0, 0, 0, 0, 0}, io.EOF},
+		{"silence", Silence(), nil, nil},
+		{"close", EarlyClose(), nil, io.EOF},
+		{"reset", EarlyReset(), nil, syscall.ECONNRESET},
+		{"garbage", Garbage(), Garbage().Raw, io.EOF},
+		{"bad version", BadVersion(), BadVersion().Raw, nil},
+		{"half", Half(3, RST), granted[:3], syscall.ECONNRESET},
+		{"drip", Fault{Reply: 1, Drip: time.Millisecond}, []byte{5, 1, 0, 1, 0, 0, 0, 0, 0, 0}, io.EOF},
+	}
+	s := start(t, WithRedirectsOnly())
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			s.SetFault(func(Request) Fault { return tt.f })
+			c, err := net.Dial("tcp", s.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			c.Write([]byte{5, 1, 0})
+			expect(t, c, "\x05\x00")
+			// ASSOCIATE, since it is granted without a target.
+			c.Write(appendAddr([]byte{5, CmdAssociate, 0}, Addr{}))
+			got := make([]byte, len(tt.want))
+			if _, err := io.ReadFull(c, got); err != nil {
+				t.Fatal(err)
+			}
+			if tt.f.Cut == 0 && !bytes.Equal(got, tt.want) {
+				t.Fatalf("got % x", got)
+			}
+			if tt.err == nil {
+				c.SetReadDeadline(time.Now().Add(30 * time.Millisecond))
+				expectErr(t, c, os.ErrDeadlineExceeded)
+				return
+			}
+			c.SetReadDeadline(time.Now().Add(5 * time.Second))
+			expectErr(t, c, tt.err)
+		})
+	}
+}
+
+func TestAuth(t *testing.T) {
+	s := start(t, WithAuth("alice", "secret"), WithRedirectsOnly())
+	for pass, want := range map[string]string{"secret": "\x01\x00", "wrong": "\x01\x01"} {
+		c, err := net.Dial("tcp", s.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Write([]byte{5, 2, 0, 2})
+		expect(t, c, "\x05\x02")
+		c.Write(append([]byte("\x01\x05alice"), append([]byte{byte(len(pass))}, pass...)...))
+		expect(t, c, want)
+		c.Close()
+	}
+	c, err := net.Dial("tcp", s.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.Write([]byte{5, 1, 0})
+	expect(t, c, "\x05\xff")
+}

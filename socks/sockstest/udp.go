@@ -1,0 +1,282 @@
+package sockstest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+)
+
+// Association is one UDP ASSOCIATE of a client, and the way for a test to meddle with it.
+type Association struct {
+	s     *Server
+	c     *net.TCPConn
+	req   Request
+	fault Fault
+	relay *net.UDPConn // toward the client
+
+	mu     sync.Mutex
+	closed bool
+	client netip.AddrPort  // where its datagrams came from last
+	out    [2]*net.UDPConn // toward the world, one each for IPv4 and IPv6, made when first needed
+}
+
+func (s *Server) associate(c *net.TCPConn, req Request, f Fault) {
+	if s.n.assocsOpen.Load() >= maxAssocs {
+		s.answer(c, Reply(1), reply(1, Addr{}))
+		return
+	}
+	a := &Association{s: s, c: c, req: req, fault: f}
+	at := netip.AddrPortFrom(unmap(c.LocalAddr()).Addr(), 0)
+	relay, err := s.listenUDP(at)
+	if err != nil {
+		s.answer(c, Reply(1), reply(1, Addr{}))
+		return
+	}
+	a.relay = relay
+	defer a.close()
+	s.mu.Lock()
+	s.assocs[a] = struct{}{}
+	s.mu.Unlock()
+	s.n.assocs.Add(1)
+	s.n.assocsOpen.Add(1)
+	defer func() {
+		s.mu.Lock()
+		delete(s.assocs, a)
+		s.mu.Unlock()
+		s.n.assocsOpen.Add(-1)
+	}()
+
+	defer context.AfterFunc(s.ctx, a.close)()
+	s.wg.Go(a.fromClient)
+	bound := f.Bound
+	if bound == nil {
+		b := AddrFrom(a.Relay())
+		bound = &b
+	}
+	if !s.answer(c, f, reply(0, *bound)) {
+		return
+	}
+	s.end(c, Hold)
+}
+
+func (s *Server) listenUDP(at netip.AddrPort) (u *net.UDPConn, err error) {
+	network := "udp4"
+	if at.Addr().Is6() {
+		network = "udp6"
+	}
+	err = s.enter(func() (err error) {
+		u, err = net.ListenUDP(network, net.UDPAddrFromAddrPort(at))
+		return err
+	})
+	if err == nil {
+		u.SetReadBuffer(4 << 20) // bursts of a fast client: what is lost here would be blamed on the client
+	}
+	return u, err
+}
+
+func (a *Association) close() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.closed = true
+	a.relay.Close()
+	for _, u := range a.out {
+		if u != nil {
+			u.Close()
+		}
+	}
+}
+
+// fromClient carries datagrams to the world.
+func (a *Association) fromClient() {
+	buf := make([]byte, 65536)
+	control := unmap(a.c.RemoteAddr()).Addr()
+	for {
+		n, from, err := a.relay.ReadFromUDPAddrPort(buf)
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil {
+			continue // an ICMP error of a client that went away
+		}
+		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
+		dst, payload, ok := parseDatagram(buf[:n])
+		if !ok || from.Addr() != control {
+			a.s.n.udpBad.Add(1)
+			continue
+		}
+		a.mu.Lock()
+		a.client = from
+		a.mu.Unlock()
+		to, err := a.s.real(a.s.ctx, dst)
+		if err != nil {
+			a.s.n.udpBad.Add(1)
+			continue
+		}
+		u := a.outFor(to.Addr())
+		if u == nil {
+			a.s.n.udpBad.Add(1)
+			continue
+		}
+		if _, err := u.WriteToUDPAddrPort(payload, to); err != nil {
+			a.s.n.udpBad.Add(1)
+			continue
+		}
+		a.s.n.udpUp.Add(1)
+	}
+}
+
+// outFor is the socket toward the world for ip's family; nil when there can't be one.
+func (a *Association) outFor(ip netip.Addr) *net.UDPConn {
+	i, at := 0, netip.IPv4Unspecified()
+	if ip.Is6() {
+		i, at = 1, netip.IPv6Unspecified()
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.out[i] == nil && !a.closed {
+		u, err := a.s.listenUDP(netip.AddrPortFrom(at, 0))
+		if err != nil {
+			return nil
+		}
+		a.out[i] = u
+		a.s.wg.Go(func() { a.fromWorld(u) })
+	}
+	return a.out[i]
+}
+
+// fromWorld carries whatever reaches our endpoint back to the client, with its true source.
+func (a *Association) fromWorld(u *net.UDPConn) {
+	buf := make([]byte, 65536)
+	for {
+		n, from, err := u.ReadFromUDPAddrPort(buf)
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil {
+			continue
+		}
+		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
+		a.s.mu.Lock()
+		if v, ok := a.s.unredir[from]; ok {
+			from = v
+		}
+		a.s.mu.Unlock()
+		if a.Send(AddrFrom(from), buf[:n]) == nil {
+			a.s.n.udpDown.Add(1)
+		} else {
+			a.s.n.udpBad.Add(1)
+		}
+	}
+}
+
+var errNoClient = errors.New("the client has not sent a datagram yet")
+
+// Send sends a datagram to the client as if src had sent it.
+func (a *Association) Send(src Addr, payload []byte) error {
+	b := append([]byte{0, 0, a.fault.Frag}, appendAddr(nil, src)...)
+	if a.fault.BadUDP {
+		b, payload = b[:min(len(b), 6)], nil
+	}
+	b = append(b, payload...)
+	if a.fault.MangleTo != nil {
+		a.fault.MangleTo(b)
+	}
+	return a.SendRaw(b)
+}
+
+// SendRaw sends b to the client from the relay, without a header of ours.
+func (a *Association) SendRaw(b []byte) error {
+	to := a.Client()
+	if !to.IsValid() {
+		return errNoClient
+	}
+	_, err := a.relay.WriteToUDPAddrPort(b, to)
+	return err
+}
+
+// SendStranger sends b to the client from an endpoint that is not the relay's.
+func (a *Association) SendStranger(b []byte) error {
+	to := a.Client()
+	if !to.IsValid() {
+		return errNoClient
+	}
+	u, err := a.s.listenUDP(netip.AddrPortFrom(a.Relay().Addr(), 0))
+	if err != nil {
+		return err
+	}
+	defer u.Close()
+	_, err = u.WriteToUDPAddrPort(b, to)
+	return err
+}
+
+// Cut ends the control connection from the server's side, and with it the association.
+func (a *Association) Cut(end End) {
+	if end == RST {
+		a.c.SetLinger(0)
+	}
+	a.c.Close()
+}
+
+// Request is the request that made the association.
+func (a *Association) Request() Request { return a.req }
+
+// Relay is where the client's datagrams go.
+func (a *Association) Relay() netip.AddrPort { return unmap(a.relay.LocalAddr()) }
+
+// Client is where the client's datagrams come from; invalid before the first.
+func (a *Association) Client() netip.AddrPort {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.client
+}
+
+// World is the association's endpoint toward IPv4 or IPv6 destinations, with an unspecified address; invalid before the
+// first datagram of that family.
+func (a *Association) World(ipv6 bool) netip.AddrPort {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	i := 0
+	if ipv6 {
+		i = 1
+	}
+	if a.out[i] == nil {
+		return netip.AddrPort{}
+	}
+	return unmap(a.out[i].LocalAddr())
+}
+
+// Associations are those now open, in no order.
+func (s *Server) Associations() []*Association {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var all []*Association
+	for a := range s.assocs {
+		all = append(all, a)
+	}
+	return all
+}
+
+// WaitAssociations waits until n associations are open, and gives them.
+func (s *Server) WaitAssociations(n int, limit time.Duration) ([]*Association, bool) {
+	for end := time.Now().Add(limit); ; time.Sleep(5 * time.Millisecond) {
+		if all := s.Associations(); len(all) == n {
+			return all, true
+		} else if time.Now().After(end) {
+			return all, false
+		}
+	}
+}
+
+// parseDatagram takes the header off a client's datagram.
+func parseDatagram(b []byte) (dst Addr, payload []byte, ok bool) {
+	if len(b) < 4 || b[0] != 0 || b[1] != 0 || b[2] != 0 {
+		return Addr{}, nil, false
+	}
+	r := bytes.NewReader(b[4:])
+	dst, err := readAddr(r, b[3])
+	return dst, b[len(b)-r.Len():], err == nil
+}
