@@ -59,7 +59,7 @@ func (w *packetWriter) WritePackets(ps []flow.Packet) (n int, err error) {
 		}
 		run, size := w.run(ps, limit)
 		err := w.write(ps[:run], size)
-		if run > 1 && errors.Is(err, unix.EINVAL) {
+		if run > 1 && errors.Is(err, tun.ErrBadFrame) {
 			w.noUSO = true // and once more, one by one
 			continue
 		}
@@ -81,7 +81,9 @@ func (w *packetWriter) WritePackets(ps []flow.Packet) (n int, err error) {
 }
 
 // gone reports whether a write error means that the device is, and not that this one frame is lost.
-func gone(err error) bool { return errors.Is(err, os.ErrClosed) || errors.Is(err, unix.EBADFD) }
+func gone(err error) bool {
+	return errors.Is(err, os.ErrClosed) || errors.Is(err, unix.EBADFD) // closed here; deleted in the kernel
+}
 
 // addresses checks that both endpoints of a datagram are of one family and says how long its payload may be.
 func addresses(p *flow.Packet) (limit int, ok bool) {
@@ -100,7 +102,8 @@ func addresses(p *flow.Packet) (limit int, ok bool) {
 func (w *packetWriter) run(ps []flow.Packet, limit int) (n, size int) {
 	first := len(ps[0].Payload)
 	n, size = 1, first
-	if first == 0 || w.noUSO || w.s.dev.Offload()&tun.USO == 0 {
+	const need = tun.VnetHdr | tun.USO
+	if first == 0 || w.noUSO || w.s.dev.Offload()&need != need {
 		return n, size
 	}
 	for n < len(ps) && n < maxSegments {
