@@ -3,11 +3,17 @@ package stack
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/tun"
+	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 )
 
 // Handler takes what the stack captured. It is called on the frame reader: it returns without blocking.
@@ -32,35 +38,160 @@ type Config struct {
 
 // Limits are the budgets for SYNs that wait for an answer. Zero means the default.
 type Limits struct {
-	Pending        int // in all; default 4096
-	PendingPerDest int // for each destination address; default 64
+	Pending        int // in all; default 8192
+	PendingPerDest int // for each destination address; default 256
 }
+
+// defaultKeepalive is that of RFC 9293 3.8.4: two hours at the least unless the user wants otherwise.
+const defaultKeepalive = 2 * time.Hour
 
 // Stack is the userspace stack over one device.
 type Stack struct {
-	dev     tun.Device
-	handler Handler
-	log     *slog.Logger
-	stats   counters
+	dev       tun.Device
+	handler   Handler
+	log       *slog.Logger
+	keepalive time.Duration
+	stats     counters
+
+	ns        *gstack.Stack
+	link      *link
+	pending   *pendingTable
+	forwarder *tcp.Forwarder
+	ending    atomic.Bool // no handshake begins any more
+
+	mu      sync.Mutex
+	running bool
+	closed  bool
+	down    bool // torn down
 }
 
-// New makes a stack and takes ownership of cfg.Device, also when it fails. Nothing is read before Run.
+// New makes a stack and takes ownership of cfg.Device, also when it fails. Nothing is read before Run; Close gives
+// everything back, whether Run was called or not.
 func New(cfg Config) (*Stack, error) {
-	if cfg.Device == nil || cfg.Handler == nil {
-		return nil, errors.New("cannot make a stack: no device or no handler")
+	if cfg.Device == nil {
+		return nil, errors.New("cannot make a stack: no device")
 	}
-	s := &Stack{dev: cfg.Device, handler: cfg.Handler, log: cfg.Log}
+	s, err := newStack(cfg)
+	if err != nil {
+		cfg.Device.Close()
+	}
+	return s, err
+}
+
+func newStack(cfg Config) (*Stack, error) {
+	switch {
+	case cfg.Handler == nil:
+		return nil, errors.New("cannot make a stack: no handler")
+	case cfg.Limits.Pending < 0 || cfg.Limits.PendingPerDest < 0:
+		return nil, errors.New("cannot make a stack: a budget for pending dials is negative")
+	case cfg.KeepaliveIdle < 0:
+		return nil, errors.New("cannot make a stack: the keepalive time is negative")
+	}
+	s := &Stack{dev: cfg.Device, handler: cfg.Handler, log: cfg.Log, keepalive: cfg.KeepaliveIdle}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
+	if s.keepalive == 0 {
+		s.keepalive = defaultKeepalive
+	}
+	s.link = newLink(s)
+	var err error
+	if s.ns, err = newNetstack(s.link); err != nil {
+		return nil, err
+	}
+	s.pending = newPendingTable(cfg.Limits, cfg.Sockets, &s.stats)
+	s.pending.open, s.pending.abort, s.pending.answer = s.open, s.abortHandshake, s.answer
+	s.forwarder = s.newForwarder()
+	s.ns.SetTransportProtocolHandler(tcp.ProtocolNumber, s.handleTCP)
+	s.ns.SetTransportProtocolHandler(udp.ProtocolNumber, s.handleSlowUDP)
 	return s, nil
 }
 
-// Run is the frame reader. It returns after the teardown: when ctx is done, or with the device's error.
-func (s *Stack) Run(ctx context.Context) error { <-ctx.Done(); return s.Close() }
+// Run is the frame reader. It blocks until ctx is done or Close is called (then it returns nil), or until the device
+// fails. Either way the app's streams have been reset, requests cancelled and goroutines ended when it returns. It may
+// be called once.
+func (s *Stack) Run(ctx context.Context) error {
+	s.mu.Lock()
+	if s.running || s.closed {
+		s.mu.Unlock()
+		return errors.New("cannot run the stack: it already ran or is closed")
+	}
+	s.running = true
+	s.mu.Unlock()
 
-// ResetAll sends RST to every open app stream and refuses new ones from here on.
-func (s *Stack) ResetAll() {}
+	stopped := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(stopped)
+		s.ResetAll() // while the device still takes it
+		s.Close()
+	})
+	err := newFrameReader(s).run()
+	if !stop() {
+		<-stopped
+	}
+	s.mu.Lock()
+	asked := s.closed
+	s.closed = true
+	s.mu.Unlock()
+	s.dev.Close()
+	s.teardown()
+	if asked {
+		return nil
+	}
+	return fmt.Errorf("cannot read frames any more: %w", err)
+}
 
-// Close ends Run and closes the device. It may be called twice, and from any goroutine.
-func (s *Stack) Close() error { return s.dev.Close() }
+// ResetAll refuses every pending stream and, from here on, every new one with RST, and sends RST to every open one:
+// their listeners see flow.ErrReset. Any goroutine; not from a Listener's call.
+func (s *Stack) ResetAll() {
+	s.pending.refuseAll()
+	s.ending.Store(true)
+	for _, ep := range s.ns.RegisteredEndpoints() {
+		ep.Abort()
+	}
+}
+
+// Close closes the device, which ends Run. Without Run it tears the stack down itself. It may be called twice, from any
+// goroutine, and does not wait for Run.
+func (s *Stack) Close() error {
+	s.mu.Lock()
+	running := s.running
+	s.closed = true
+	s.mu.Unlock()
+	err := s.dev.Close()
+	if !running {
+		s.teardown()
+	}
+	return err
+}
+
+// teardown ends what is left, when no frame is read any more: requests first, so that no handshake begins, then
+// handshakes, then gVisor with its goroutines.
+func (s *Stack) teardown() {
+	s.mu.Lock()
+	down := s.down
+	s.down = true
+	s.mu.Unlock()
+	if down {
+		return
+	}
+	s.pending.close()
+	s.ending.Store(true)
+	opened := make(chan struct{})
+	go func() {
+		s.pending.shaking.Wait()
+		close(opened)
+	}()
+	for done := false; !done; {
+		// A handshake that had just begun has its endpoint only now.
+		for _, ep := range s.ns.RegisteredEndpoints() {
+			ep.Abort()
+		}
+		select {
+		case <-opened:
+			done = true
+		case <-time.After(time.Millisecond):
+		}
+	}
+	s.ns.Destroy()
+}

@@ -1,0 +1,169 @@
+package stack
+
+import (
+	"encoding/binary"
+	"net/netip"
+
+	"github.com/viasocks/viasocks/tun"
+)
+
+// verdict is what becomes of a frame.
+type verdict uint8
+
+const (
+	toGVisor verdict = iota
+	dropMalformed
+	dropICMP
+	dropMulticast
+	dropProto
+)
+
+// IP protocol and IPv6 next header numbers of the IANA registry that icmp.go does not have.
+const (
+	protoHopByHop = 0
+	protoRouting  = 43
+	protoFragment = 44
+	protoDestOpts = 60
+)
+
+// inspect says what becomes of a frame that the UDP path did not take. Any bytes and any header are safe. hdr is the
+// length of the IP and TCP headers of a plain TCP segment, else 0.
+//
+// It only judges what gVisor would get wrong: gVisor answers echo requests for the whole Internet, reads super-frames of
+// UDP as one datagram, and has no opinion on the offload header.
+func inspect(h *tun.Header, b []byte) (v verdict, hdr int) {
+	if len(b) == 0 || !headerOK(h, len(b)) {
+		return dropMalformed, 0
+	}
+	switch b[0] >> 4 {
+	case 4:
+		return inspect4(h, b)
+	case 6:
+		return inspect6(h, b)
+	}
+	return dropMalformed, 0
+}
+
+// headerOK reports whether h can belong to a frame of n bytes.
+func headerOK(h *tun.Header, n int) bool {
+	if h.Flags&tun.NeedsCsum != 0 && int(h.CsumStart)+int(h.CsumOffset)+2 > n {
+		return false
+	}
+	switch h.GSOType &^ tun.GSOECN {
+	case tun.GSONone:
+		return true
+	case tun.GSOTCPv4, tun.GSOTCPv6, tun.GSOUDPL4:
+		return h.GSOSize != 0 && int(h.HdrLen) <= n
+	}
+	return false
+}
+
+func inspect4(h *tun.Header, b []byte) (verdict, int) {
+	if len(b) < ip4HeaderLen {
+		return dropMalformed, 0
+	}
+	ihl := int(b[0]&0xf) * 4
+	total := int(binary.BigEndian.Uint16(b[2:]))
+	if ihl < ip4HeaderLen || total < ihl || total > len(b) {
+		return dropMalformed, 0
+	}
+	if !unicast(netip.AddrFrom4([4]byte(b[12:16]))) || !unicast(netip.AddrFrom4([4]byte(b[16:20]))) {
+		return dropMulticast, 0
+	}
+	frag := binary.BigEndian.Uint16(b[6:])&0x3fff != 0
+	proto := b[9]
+	if proto == protoICMPv6 {
+		return dropProto, 0
+	}
+	return inspectTransport(h, b[:total], ihl, proto, frag)
+}
+
+func inspect6(h *tun.Header, b []byte) (verdict, int) {
+	if len(b) < ip6HeaderLen {
+		return dropMalformed, 0
+	}
+	total := ip6HeaderLen + int(binary.BigEndian.Uint16(b[4:]))
+	if total > len(b) {
+		return dropMalformed, 0
+	}
+	src, dst := netip.AddrFrom16([16]byte(b[8:24])), netip.AddrFrom16([16]byte(b[24:40]))
+	// ::ffff:0:0/96 must not be seen on a wire; it would alias an IPv4 address further on.
+	if !unicast(src) || !unicast(dst) || src.Is4In6() || dst.Is4In6() {
+		if b[6] == protoICMPv6 || b[6] == protoHopByHop { // the kernel's own neighbour discovery
+			return dropICMP, 0
+		}
+		return dropMulticast, 0
+	}
+	b = b[:total]
+	off, next, frag := ip6HeaderLen, b[6], false
+	for {
+		switch next {
+		case protoHopByHop, protoRouting, protoDestOpts, protoFragment:
+			if len(b) < off+8 {
+				return dropMalformed, 0
+			}
+			n := 8 + 8*int(b[off+1])
+			if next == protoFragment {
+				n, frag = 8, true
+			}
+			next = b[off]
+			off += n
+			if off > len(b) {
+				return dropMalformed, 0
+			}
+			if frag { // what follows is not a header in any but the first fragment
+				return inspectTransport(h, b, off, next, true)
+			}
+			continue
+		case protoICMP:
+			return dropProto, 0
+		}
+		return inspectTransport(h, b, off, next, false)
+	}
+}
+
+// inspectTransport judges the transport header, which begins at off.
+func inspectTransport(h *tun.Header, b []byte, off int, proto byte, frag bool) (verdict, int) {
+	gso := h.GSOType &^ tun.GSOECN
+	switch proto {
+	case protoTCP:
+		if gso == tun.GSOUDPL4 {
+			return dropMalformed, 0
+		}
+		if frag {
+			return toGVisor, 0
+		}
+		if len(b) < off+20 {
+			return dropMalformed, 0
+		}
+		hdr := off + int(b[off+12]>>4)*4
+		if hdr < off+20 || hdr > len(b) {
+			return dropMalformed, 0
+		}
+		return toGVisor, hdr
+	case protoUDP:
+		if gso != tun.GSONone {
+			return dropMalformed, 0
+		}
+		return toGVisor, 0
+	case protoICMP, protoICMPv6:
+		// An error about a flow may lower its segment size. All else is dropped: SOCKS cannot carry echo, and gVisor
+		// would answer it for addresses that may not exist.
+		if frag || gso != tun.GSONone || len(b) < off+8 {
+			return dropICMP, 0
+		}
+		t := b[off]
+		if proto == protoICMP && t == 3 || proto == protoICMPv6 && (t == 1 || t == 2) {
+			return toGVisor, 0
+		}
+		return dropICMP, 0
+	}
+	return dropProto, 0
+}
+
+// unicast reports whether a flow may begin or end at a.
+func unicast(a netip.Addr) bool {
+	return !a.IsMulticast() && !a.IsUnspecified() && a != broadcast
+}
+
+var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})

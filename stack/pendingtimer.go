@@ -1,0 +1,111 @@
+package stack
+
+import (
+	"time"
+
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// fire is the timer's function: it looks at what is due. Only one runs at a time.
+func (t *pendingTable) fire() {
+	t.mu.Lock()
+	if t.firing || t.closed {
+		t.mu.Unlock()
+		return
+	}
+	t.firing = true
+	for !t.closed && len(t.heap) != 0 {
+		e := t.heap[0]
+		now := time.Now()
+		if e.due.After(now) {
+			break
+		}
+		t.look(e, now) // lets go of the lock
+	}
+	t.firing = false
+	t.arm()
+	t.idle.Broadcast()
+	t.mu.Unlock()
+}
+
+// look handles e, which is due.
+func (t *pendingTable) look(e *pendingSYN, now time.Time) {
+	switch e.state {
+	case synRefused, synSilent:
+		t.drop(e, synDone)
+	case synOpening:
+		t.schedule(e, now.Add(openTime))
+		t.mu.Unlock()
+		t.abort(e.key)
+		t.mu.Lock()
+	case synWaiting:
+		if t.sockets == nil {
+			t.gaveUp(e)
+			return
+		}
+		t.schedule(e, now.Add(askEvery)) // while it is asked, and after that
+		last := e.last
+		t.mu.Unlock()
+		there, err := t.sockets.Exists(flow.TCP, e.key.src, e.key.dst)
+		t.mu.Lock()
+		switch {
+		case e.state != synWaiting || !e.last.Equal(last): // it went on meanwhile
+		case err == nil && there:
+		case err != nil && now.Before(e.over()): // it can't be asked: the silence must tell
+			t.schedule(e, e.over())
+		default:
+			t.gaveUp(e)
+		}
+	}
+}
+
+// gaveUp cancels e. It lets go of the lock for the call.
+func (t *pendingTable) gaveUp(e *pendingSYN) {
+	t.stats.cancelled.Add(1)
+	cancel := t.cancel(e)
+	t.mu.Unlock()
+	cancel()
+	t.mu.Lock()
+}
+
+// refuseAll answers every SYN that waits, and from here on every new one, with RST.
+func (t *pendingTable) refuseAll() {
+	t.mu.Lock()
+	t.refuse = true
+	var cancels []func()
+	var syns [][]byte
+	for _, e := range t.byKey {
+		if e.state == synWaiting {
+			syns = append(syns, synHeaders(e.pkt))
+			cancels = append(cancels, t.cancel(e))
+		}
+	}
+	t.mu.Unlock()
+	for i := range syns {
+		t.answer(syns[i], flow.RefuseReset)
+		cancels[i]()
+	}
+}
+
+// close cancels what waits and waits for the timer. Handshakes under way are the stack's to end.
+func (t *pendingTable) close() {
+	t.mu.Lock()
+	t.closed = true
+	t.timer.Stop()
+	var cancels []func()
+	for _, e := range t.byKey {
+		switch e.state {
+		case synWaiting:
+			cancels = append(cancels, t.cancel(e))
+		case synRefused, synSilent:
+			t.drop(e, synDone)
+		}
+	}
+	for t.firing {
+		t.idle.Wait()
+	}
+	t.mu.Unlock()
+	for _, f := range cancels {
+		f()
+	}
+}

@@ -1,0 +1,108 @@
+package stack
+
+import (
+	"errors"
+	"time"
+
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// ErrAppGone is what Listener.Opened is given when the app gave up before its connection was open.
+var ErrAppGone = errors.New("the app is gone")
+
+var _ flow.StreamRequest = (*pendingSYN)(nil)
+
+// Flow names the connection. Its ID is zero: route gives it one.
+func (e *pendingSYN) Flow() flow.Flow {
+	return flow.Flow{Proto: flow.TCP, Src: e.key.src, Dst: e.key.dst, Start: e.start}
+}
+
+// OnCancel is that of flow.StreamRequest.
+func (e *pendingSYN) OnCancel(f func()) {
+	e.t.mu.Lock()
+	switch e.state {
+	case synWaiting:
+		e.onCancel = f
+		f = nil
+	case synCancelled:
+	default:
+		f = nil
+	}
+	e.t.mu.Unlock()
+	if f != nil {
+		f()
+	}
+}
+
+// Accept is that of flow.StreamRequest.
+func (e *pendingSYN) Accept(l flow.Listener) {
+	t := e.t
+	t.mu.Lock()
+	switch e.state {
+	case synWaiting:
+	case synCancelled:
+		e.state = synDone
+		t.mu.Unlock()
+		t.stats.acceptFailed.Add(1)
+		go l.Opened(nil, ErrAppGone) // not on this goroutine, which may hold what Opened wants
+		return
+	default:
+		t.mu.Unlock()
+		return
+	}
+	pkt := e.pkt
+	e.pkt = nil
+	t.leave(e)
+	t.shaking.Add(1)
+	e.state, e.listener, e.onCancel = synOpening, l, nil
+	t.schedule(e, time.Now().Add(openTime))
+	t.mu.Unlock()
+	t.stats.accepted.Add(1)
+	t.open(e, pkt)
+}
+
+// opened ends the state opening.
+func (t *pendingTable) opened(e *pendingSYN) {
+	t.mu.Lock()
+	if e.state == synOpening {
+		t.drop(e, synDone)
+	}
+	t.mu.Unlock()
+}
+
+// opening finds the entry whose handshake is under way.
+func (t *pendingTable) opening(key tuple) *pendingSYN {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if e := t.byKey[key]; e != nil && e.state == synOpening {
+		return e
+	}
+	return nil
+}
+
+// Reject is that of flow.StreamRequest.
+func (e *pendingSYN) Reject(why flow.Refusal) {
+	t := e.t
+	t.mu.Lock()
+	if e.state != synWaiting {
+		t.mu.Unlock()
+		return
+	}
+	syn := synHeaders(e.pkt)
+	t.leave(e)
+	e.state, e.why, e.onCancel = synRefused, why, nil
+	if why == flow.RefuseSilent {
+		e.state = synSilent
+	}
+	if len(t.byKey) > 4*t.limits.Pending {
+		// Too much to remember: its next SYN is a new try, as if over the budget.
+		t.drop(e, synDone)
+	} else {
+		t.schedule(e, e.over())
+	}
+	t.mu.Unlock()
+	t.stats.refused.Add(1)
+	if why != flow.RefuseSilent {
+		t.answer(syn, why)
+	}
+}

@@ -1,0 +1,246 @@
+package stack
+
+import (
+	"errors"
+	"io"
+	"sync/atomic"
+
+	"github.com/viasocks/viasocks/stack/flow"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
+)
+
+var (
+	errWriteClosed = errors.New("cannot write to the app: its FIN is already sent")
+	errPayload     = errors.New("cannot write to the app: the payload was shorter than it promised")
+)
+
+// stream is the app's end of an open connection: a gVisor endpoint, and what gVisor forgets. It has no goroutine and no
+// buffer of its own.
+//
+// Whether the app reset the connection is decided in reset alone, and latched: gVisor hands its hard error out once,
+// reads a RST after a FIN like EOF, and fires HUp also on entering TIME_WAIT.
+type stream struct {
+	s     *Stack
+	l     flow.Listener
+	ep    tcpip.Endpoint
+	wq    waiter.Queue
+	entry waiter.Entry
+
+	wasReset atomic.Bool // latched
+	aborted  atomic.Bool // by us
+	closed   atomic.Bool
+	sentFIN  atomic.Bool
+	readEOF  atomic.Bool
+
+	rd turnWriter   // of the goroutine that reads and writes
+	wr checkPayload // the same
+}
+
+var _ flow.Stream = (*stream)(nil)
+
+// init takes the endpoint of a finished handshake.
+func (st *stream) init(ep tcpip.Endpoint) {
+	st.ep = ep
+	idle := tcpip.KeepaliveIdleOption(st.s.keepalive)
+	_ = ep.SetSockOpt(&idle)
+	ep.SocketOptions().SetKeepAlive(true)
+	st.s.stats.streams.Add(1)
+	st.entry.Init(st, waiter.ReadableEvents|waiter.WritableEvents|waiter.EventHUp|waiter.EventErr|waiter.EventRdHUp)
+	st.wq.EventRegister(&st.entry)
+}
+
+// first tells the listener, after Opened, what came before the events were asked for.
+func (st *stream) first() {
+	if st.ep.Readiness(waiter.ReadableEvents) != 0 {
+		st.l.Ready(flow.Readable)
+	}
+}
+
+// NotifyEvent is gVisor's call: locks of the endpoint and of the queue may be held.
+func (st *stream) NotifyEvent(m waiter.EventMask) {
+	var ev flow.Events
+	if m&(waiter.ReadableEvents|waiter.EventRdHUp) != 0 {
+		ev |= flow.Readable
+	}
+	if m&waiter.WritableEvents != 0 {
+		ev |= flow.Writable
+	}
+	if m&(waiter.EventHUp|waiter.EventErr) != 0 {
+		ev |= flow.Hup
+	}
+	if ev != 0 {
+		st.l.Ready(ev)
+	}
+}
+
+// ReadTo is that of flow.Stream. An error of w's is w's to remember: it ends the turn like a short write. What came
+// before a reset is still handed over.
+func (st *stream) ReadTo(w io.Writer) (int, error) {
+	if st.aborted.Load() || st.closed.Load() {
+		return 0, flow.ErrReset
+	}
+	st.rd.w = w
+	res, err := st.ep.Read(&st.rd, tcpip.ReadOptions{})
+	st.rd.w = nil
+	switch err.(type) {
+	case nil:
+		if res.Count > 0 {
+			// gVisor grows the window only when it is told what was read.
+			st.ep.ModerateRecvBuf(res.Count)
+		}
+		return res.Count, nil
+	case *tcpip.ErrBadBuffer: // w took nothing
+		return 0, nil
+	case *tcpip.ErrWouldBlock:
+		if st.wasReset.Load() {
+			return 0, flow.ErrReset
+		}
+		return 0, flow.ErrAgain
+	case *tcpip.ErrClosedForReceive:
+		if st.reset() {
+			return 0, flow.ErrReset
+		}
+		st.readEOF.Store(true)
+		return 0, io.EOF
+	}
+	st.latch()
+	return 0, flow.ErrReset
+}
+
+// WriteFrom is that of flow.Stream.
+func (st *stream) WriteFrom(p flow.Payload) (int, error) {
+	if st.wasReset.Load() || st.aborted.Load() || st.closed.Load() {
+		return 0, flow.ErrReset
+	}
+	st.wr.p, st.wr.err = p, nil
+	n, err := st.ep.Write(&st.wr, tcpip.WriteOptions{})
+	st.wr.p = nil
+	switch err.(type) {
+	case nil:
+		return int(n), nil
+	case *tcpip.ErrWouldBlock:
+		return 0, flow.ErrAgain
+	case *tcpip.ErrBadBuffer:
+		return 0, st.wr.err
+	case *tcpip.ErrClosedForSend:
+		if !st.reset() && st.sentFIN.Load() {
+			return 0, errWriteClosed
+		}
+	}
+	st.latch()
+	return 0, flow.ErrReset
+}
+
+// CloseWrite is that of flow.Stream. The second call does nothing.
+func (st *stream) CloseWrite() error {
+	if st.wasReset.Load() || st.aborted.Load() || st.closed.Load() {
+		return flow.ErrReset
+	}
+	if st.sentFIN.Swap(true) {
+		return nil
+	}
+	if err := st.ep.Shutdown(tcpip.ShutdownWrite); err != nil {
+		// The connection has ended, and not by the two FINs.
+		st.sentFIN.Store(false)
+		st.latch()
+		return flow.ErrReset
+	}
+	return nil
+}
+
+// Abort is that of flow.Stream. It must not be called from Ready.
+func (st *stream) Abort() {
+	if st.closed.Load() || st.aborted.Swap(true) {
+		return
+	}
+	if !st.reset() {
+		st.s.stats.aborted.Add(1)
+	}
+	st.ep.Abort()
+}
+
+// Close is that of flow.Stream. After both FINs what is still queued goes on to the app, at gVisor's care and bounded by
+// the send buffer, until the app's kernel has taken it or is gone. It must not be called from Ready.
+func (st *stream) Close() error {
+	if st.sentFIN.Load() && st.readEOF.Load() {
+		if st.closed.Swap(true) {
+			return nil
+		}
+	} else {
+		st.Abort()
+		if st.closed.Swap(true) {
+			return nil
+		}
+	}
+	st.wq.EventUnregister(&st.entry)
+	st.ep.Close()
+	st.s.stats.streams.Add(-1)
+	return nil
+}
+
+// reset reports, and latches, that the connection ended otherwise than by two FINs. gVisor's states: ERROR after a RST
+// or a timeout; CLOSED after LAST_ACK and TIME_WAIT, but also after a RST in CLOSE_WAIT, when our FIN was not yet
+// asked for.
+func (st *stream) reset() bool {
+	if st.wasReset.Load() {
+		return true
+	}
+	switch tcp.EndpointState(st.ep.State()) {
+	case tcp.StateError:
+	case tcp.StateClose:
+		if st.sentFIN.Load() {
+			return false
+		}
+	default:
+		return false
+	}
+	st.latch()
+	return true
+}
+
+func (st *stream) latch() {
+	if !st.wasReset.Swap(true) && !st.aborted.Load() {
+		st.s.stats.appResets.Add(1)
+	}
+}
+
+// turnWriter makes a short write end the turn: gVisor panics when one comes without an error.
+type turnWriter struct{ w io.Writer }
+
+func (t *turnWriter) Write(b []byte) (int, error) {
+	n, err := t.w.Write(b)
+	n = min(max(n, 0), len(b))
+	if n < len(b) && err == nil {
+		err = io.ErrShortWrite
+	}
+	return n, err
+}
+
+// checkPayload stands between a payload and gVisor, which first reads nothing at all to see whether there is an end,
+// and asks for ever when it gets less than was promised.
+type checkPayload struct {
+	p   flow.Payload
+	err error
+}
+
+func (c *checkPayload) Len() int { return max(c.p.Len(), 0) }
+
+func (c *checkPayload) Read(b []byte) (int, error) {
+	if len(b) == 0 {
+		return 0, nil
+	}
+	n, err := c.p.Read(b)
+	if n == len(b) {
+		return n, nil
+	}
+	if n > 0 && n < len(b) && err == nil {
+		return n, nil // the rest is asked for next
+	}
+	if err == nil || err == io.EOF {
+		err = errPayload
+	}
+	c.err = err
+	return min(max(n, 0), len(b)), err
+}

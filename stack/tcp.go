@@ -1,0 +1,214 @@
+package stack
+
+import (
+	"encoding/binary"
+	"math"
+	"net/netip"
+
+	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/tun"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+)
+
+// tcpHeaderLen is without options.
+const tcpHeaderLen = 20
+
+// handleTCP takes the segments for which gVisor has no endpoint, on the frame reader. false: gVisor answers with RST,
+// as RFC 9293 3.10.7.1 wants for a connection that does not exist.
+func (s *Stack) handleTCP(id gstack.TransportEndpointID, pkt *gstack.PacketBuffer) bool {
+	h := header.TCP(pkt.TransportHeader().Slice())
+	if len(h) < tcpHeaderLen {
+		s.stats.droppedMalformed.Add(1)
+		return true
+	}
+	_, csum, ok := header.TCPValid(h, func() uint16 { return pkt.Data().Checksum() }, uint16(pkt.Data().Size()),
+		id.RemoteAddress, id.LocalAddress, pkt.RXChecksumValidated)
+	switch {
+	case !ok || id.RemotePort == 0 || id.LocalPort == 0:
+		s.stats.droppedMalformed.Add(1)
+		return true
+	case !csum:
+		s.stats.droppedChecksum.Add(1)
+		return true
+	}
+	key := tuple{
+		netip.AddrPortFrom(addrFrom(id.RemoteAddress), id.RemotePort),
+		netip.AddrPortFrom(addrFrom(id.LocalAddress), id.LocalPort),
+	}
+	switch flags := h.Flags(); {
+	case flags&header.TCPFlagRst != 0:
+		s.pending.rst(key, h.SequenceNumber())
+		return true
+	case flags&header.TCPFlagSyn != 0 && flags&header.TCPFlagAck == 0:
+		if flags&header.TCPFlagFin != 0 { // as Linux: nobody means it
+			s.stats.droppedMalformed.Add(1)
+			return true
+		}
+		if req := s.pending.syn(key, h.SequenceNumber(), pkt); req != nil {
+			s.handler.HandleStream(req)
+		}
+		return true
+	}
+	return false
+}
+
+// open lets gVisor answer the kept SYN and shake hands, on a goroutine of the forwarder's that lives until the handshake
+// is over.
+func (s *Stack) open(e *pendingSYN, pkt *gstack.PacketBuffer) {
+	id := gstack.TransportEndpointID{
+		LocalPort: e.key.dst.Port(), LocalAddress: addrTo(e.key.dst.Addr()),
+		RemotePort: e.key.src.Port(), RemoteAddress: addrTo(e.key.src.Addr()),
+	}
+	taken := s.forwarder.HandlePacket(id, pkt)
+	pkt.DecRef()
+	if !taken { // can't be: it was a SYN when it came
+		s.finish(e, nil)
+		s.pending.shaking.Done()
+	}
+}
+
+func (s *Stack) newForwarder() *tcp.Forwarder {
+	// The budgets are the pending table's. The receive window is the default of the options.
+	return tcp.NewForwarder(s.ns, defaultBuffer, math.MaxInt, s.shake)
+}
+
+// shake is the forwarder's goroutine.
+func (s *Stack) shake(r *tcp.ForwarderRequest) {
+	defer s.pending.shaking.Done()
+	id := r.ID()
+	e := s.pending.opening(tuple{
+		netip.AddrPortFrom(addrFrom(id.RemoteAddress), id.RemotePort),
+		netip.AddrPortFrom(addrFrom(id.LocalAddress), id.LocalPort),
+	})
+	if e == nil || s.ending.Load() {
+		r.Complete(false)
+		if e != nil {
+			s.finish(e, nil)
+		}
+		return
+	}
+	st := &stream{s: s, l: e.listener}
+	ep, err := r.CreateEndpoint(&st.wq)
+	r.Complete(false) // before the entry goes: else the next SYN of this tuple would be taken for this one
+	if err != nil {
+		s.finish(e, nil)
+		return
+	}
+	st.init(ep)
+	s.finish(e, st)
+}
+
+// finish tells the listener how the handshake ended. st is nil when it failed.
+func (s *Stack) finish(e *pendingSYN, st *stream) {
+	l := e.listener
+	s.pending.opened(e)
+	if st == nil {
+		s.stats.acceptFailed.Add(1)
+		l.Opened(nil, ErrAppGone)
+		return
+	}
+	l.Opened(st, nil)
+	st.first()
+}
+
+// addrTo is a as gVisor's address.
+func addrTo(a netip.Addr) tcpip.Address {
+	if a.Is4() {
+		return tcpip.AddrFrom4(a.As4())
+	}
+	return tcpip.AddrFrom16(a.As16())
+}
+
+// abortHandshake ends a handshake that takes too long.
+func (s *Stack) abortHandshake(key tuple) {
+	id := gstack.TransportEndpointID{
+		LocalPort: key.dst.Port(), LocalAddress: addrTo(key.dst.Addr()),
+		RemotePort: key.src.Port(), RemoteAddress: addrTo(key.src.Addr()),
+	}
+	proto := header.IPv4ProtocolNumber
+	if key.dst.Addr().Is6() {
+		proto = header.IPv6ProtocolNumber
+	}
+	if ep := s.ns.FindTransportEndpoint(proto, tcp.ProtocolNumber, id, nicID); ep != nil {
+		ep.Abort()
+	}
+}
+
+// answer writes RST, or the ICMP error for why, to the app. syn is the SYN's IP and TCP headers.
+func (s *Stack) answer(syn []byte, why flow.Refusal) {
+	var b []byte
+	ok := false
+	if why == flow.RefuseReset || why == flow.RefusePort {
+		b, ok = appendReset(nil, syn)
+	} else {
+		b, ok = appendUnreachable(nil, syn, why)
+	}
+	if !ok {
+		return
+	}
+	if err := s.dev.Write(&tun.Header{}, [][]byte{b}); err != nil {
+		s.stats.droppedOut.Add(1) // the SYN comes again, and is answered again
+		return
+	}
+	s.stats.framesOut.Add(1)
+	s.stats.bytesOut.Add(uint64(len(b)))
+}
+
+// synHeaders copies the IP and TCP headers of pkt.
+func synHeaders(pkt *gstack.PacketBuffer) []byte {
+	n, t := pkt.NetworkHeader().Slice(), pkt.TransportHeader().Slice()
+	return append(append(make([]byte, 0, len(n)+len(t)), n...), t...)
+}
+
+// appendReset appends the RST that refuses a SYN (RFC 9293 3.10.7.1), as an IP packet with its checksums. syn is the IP
+// and TCP headers of the SYN, whatever it carried.
+func appendReset(b, syn []byte) ([]byte, bool) {
+	if len(syn) < ip4HeaderLen {
+		return b, false
+	}
+	start, off, total := len(b), 0, 0
+	switch syn[0] >> 4 {
+	case 4:
+		off, total = int(syn[0]&0xf)*4, int(binary.BigEndian.Uint16(syn[2:]))
+		if off < ip4HeaderLen || len(syn) < off+tcpHeaderLen {
+			return b, false
+		}
+		b = append(b, 0x45, 0, 0, ip4HeaderLen+tcpHeaderLen, 0, 0, 0x40, 0, 64, protoTCP, 0, 0)
+		b = append(append(b, syn[16:20]...), syn[12:16]...)
+		ip := b[start:]
+		binary.BigEndian.PutUint16(ip[10:], ^checksum.Checksum(ip, 0))
+	case 6:
+		if len(syn) < ip6HeaderLen {
+			return b, false
+		}
+		var proto byte
+		proto, off = ip6Upper(syn)
+		total = ip6HeaderLen + int(binary.BigEndian.Uint16(syn[4:]))
+		if proto != protoTCP || len(syn) < off+tcpHeaderLen {
+			return b, false
+		}
+		b = append(b, 0x60, 0, 0, 0, 0, tcpHeaderLen, protoTCP, 64)
+		b = append(append(b, syn[24:40]...), syn[8:24]...)
+	default:
+		return b, false
+	}
+	t := syn[off:]
+	data := max(0, total-off-int(t[12]>>4)*4) // TCP Fast Open
+	ack := binary.BigEndian.Uint32(t[4:]) + 1 + uint32(data)
+	tcpStart := len(b)
+	b = append(b, t[2], t[3], t[0], t[1], 0, 0, 0, 0)
+	b = binary.BigEndian.AppendUint32(b, ack)
+	b = append(b, tcpHeaderLen/4<<4, byte(header.TCPFlagRst|header.TCPFlagAck), 0, 0, 0, 0, 0, 0)
+	sum := uint16(protoTCP + tcpHeaderLen) // of the pseudo header
+	if syn[0]>>4 == 4 {
+		sum = checksum.Checksum(b[start+12:start+20], sum)
+	} else {
+		sum = checksum.Checksum(b[start+8:start+40], sum)
+	}
+	binary.BigEndian.PutUint16(b[tcpStart+16:], ^checksum.Checksum(b[tcpStart:], sum))
+	return b, true
+}
