@@ -1,0 +1,142 @@
+package stacktest
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
+)
+
+// Conn is an app's TCP connection. Beside net.Conn it has CloseRead and CloseWrite. Errors of the network are errnos, as
+// those of the net package are (errors.Is(err, unix.ECONNRESET)).
+type Conn struct {
+	*gonet.TCPConn
+	ep tcpip.Endpoint
+}
+
+// DialTCP connects as a program does: with ctx done the program gives up, and as on Linux nothing is sent then.
+func (a *App) DialTCP(ctx context.Context, dst netip.AddrPort) (*Conn, error) {
+	return a.DialTCPFrom(ctx, netip.AddrPort{}, dst)
+}
+
+// DialTCPFrom is DialTCP from a chosen source: an address of the app (zero: its first of the family) and port (0: any).
+func (a *App) DialTCPFrom(ctx context.Context, src, dst netip.AddrPort) (*Conn, error) {
+	fail := func(err error) (*Conn, error) {
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(dst), Err: err}
+	}
+	if err := ctx.Err(); err != nil {
+		return fail(err)
+	}
+	if !src.Addr().IsValid() {
+		addr, err := a.source(dst.Addr())
+		if err != nil {
+			return fail(os.NewSyscallError("connect", err))
+		}
+		src = netip.AddrPortFrom(addr, src.Port())
+	}
+	wq := new(waiter.Queue)
+	ep, terr := a.ns.NewEndpoint(tcp.ProtocolNumber, network(dst.Addr()), wq)
+	if terr != nil {
+		return fail(sysError("socket", terr))
+	}
+	ep.SocketOptions().SetReuseAddress(true)
+	// Bound before connect, so that the port is known before the SYN goes out: an ICMP error is matched by it.
+	if terr = ep.Bind(full(src)); terr != nil {
+		ep.Close()
+		return fail(sysError("bind", terr))
+	}
+	local, terr := ep.GetLocalAddress()
+	if terr != nil {
+		ep.Close()
+		return fail(sysError("getsockname", terr))
+	}
+	key := dialKey{netip.AddrPortFrom(src.Addr(), local.Port), dst}
+	icmp := make(chan unix.Errno, 1)
+	a.mu.Lock()
+	a.dials[key] = icmp
+	a.mu.Unlock()
+	defer func() {
+		a.mu.Lock()
+		delete(a.dials, key)
+		a.mu.Unlock()
+	}()
+
+	entry, ready := waiter.NewChannelEntry(waiter.WritableEvents | waiter.EventErr | waiter.EventHUp)
+	wq.EventRegister(&entry)
+	defer wq.EventUnregister(&entry)
+	terr = ep.Connect(full(dst))
+	if _, started := terr.(*tcpip.ErrConnectStarted); started {
+		select {
+		case <-ctx.Done():
+			ep.Close()
+			return fail(ctx.Err())
+		case errno := <-icmp:
+			ep.Close()
+			return fail(os.NewSyscallError("connect", errno))
+		case <-ready:
+			terr = ep.LastError()
+		}
+	}
+	if terr != nil {
+		ep.Close()
+		select {
+		case errno := <-icmp: // gVisor's reader was told too; ours has the right code
+			return fail(os.NewSyscallError("connect", errno))
+		default:
+		}
+		return fail(sysError("connect", terr))
+	}
+	return &Conn{gonet.NewTCPConn(wq, ep), ep}, nil
+}
+
+func full(a netip.AddrPort) tcpip.FullAddress {
+	return tcpip.FullAddress{NIC: nicID, Addr: tcpip.AddrFromSlice(a.Addr().AsSlice()), Port: a.Port()}
+}
+
+// Read is that of net.Conn.
+func (c *Conn) Read(b []byte) (int, error) {
+	n, err := c.TCPConn.Read(b)
+	return n, translate("read", err)
+}
+
+// Write is that of net.Conn.
+func (c *Conn) Write(b []byte) (int, error) {
+	n, err := c.TCPConn.Write(b)
+	return n, translate("write", err)
+}
+
+// Abort is close with SO_LINGER 0: RST.
+func (c *Conn) Abort() {
+	c.ep.SocketOptions().SetLinger(tcpip.LingerOption{Enabled: true})
+	_ = c.Close()
+}
+
+// SetReadBuffer bounds how much the app's kernel takes while the program does not read.
+func (c *Conn) SetReadBuffer(bytes int) {
+	c.ep.SocketOptions().SetReceiveBufferSize(int64(bytes), true)
+}
+
+// State is the endpoint's, in the words of RFC 9293: ESTABLISHED, FIN-WAIT1, CLOSE-WAIT …
+func (c *Conn) State() string { return tcp.EndpointState(c.ep.State()).String() }
+
+// WaitState waits until State is one of those given; false: it was not within the time.
+func (c *Conn) WaitState(within time.Duration, states ...string) bool {
+	for end := time.Now().Add(within); ; time.Sleep(time.Millisecond) {
+		now := c.State()
+		for _, s := range states {
+			if s == now {
+				return true
+			}
+		}
+		if time.Now().After(end) {
+			return false
+		}
+	}
+}
