@@ -88,11 +88,17 @@ install_packages() {
 		apt-get -o DPkg::Lock::Timeout=300 -qq update || die "cannot install $*: apt-get update failed"
 		apt_install "$@" >/dev/null || die "cannot install $*: apt-get says why above"
 	fi
+	# What came in just now shall not start at the next boot either, under systemd or sysvinit.
 	local package unit
-	command -v systemctl >/dev/null || return 0
 	for package in "$@"; do
 		for unit in ${units[$package]:-}; do
-			systemctl --quiet disable "$unit" >/dev/null 2>&1 || true
+			if command -v systemctl >/dev/null; then
+				systemctl --quiet disable "$unit" >/dev/null 2>&1 || true
+			else
+				# The helper answers maintainer scripts only; it is told that it is in one.
+				DPKG_MAINTSCRIPT_PACKAGE=$package deb-systemd-helper disable "$unit" >/dev/null 2>&1 || true
+				update-rc.d "${unit%.*}" disable >/dev/null 2>&1 || true
+			fi
 		done
 	done
 }
