@@ -1,0 +1,114 @@
+package kernel
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+)
+
+// noNamespace says why there are none; empty when there are.
+var noNamespace string
+
+// TestMain enters a user namespace where root is missing, so that the tests can make network namespaces.
+func TestMain(m *testing.M) {
+	if os.Getuid() == 0 {
+		cmd := exec.Command("ip", "-V")
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+		if err := cmd.Run(); err != nil { // root in a container without the privilege, or no ip(8)
+			noNamespace = err.Error()
+		}
+		os.Exit(m.Run())
+	}
+	if os.Getenv("IN_USER_NAMESPACE") == "" {
+		cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+		cmd.Env = append(os.Environ(), "IN_USER_NAMESPACE=1")
+		cmd.SysProcAttr = &syscall.SysProcAttr{
+			Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET,
+			UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}},
+			GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}},
+		}
+		err := cmd.Run()
+		if _, ran := err.(*exec.ExitError); err == nil || ran {
+			os.Exit(cmd.ProcessState.ExitCode())
+		}
+		noNamespace = "no root, and no user namespace: " + err.Error()
+	}
+	os.Exit(m.Run())
+}
+
+// inNamespace runs the rest of the test on a thread of its own in a new network namespace with a private network, a
+// public one, a default route, and a device in place of a TUN. It ends with a check that nothing is left open.
+func inNamespace(t *testing.T, f func(t *testing.T)) {
+	t.Helper()
+	if noNamespace != "" {
+		t.Skip("cannot make a network namespace: " + noNamespace)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine, and the namespace with it
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			t.Errorf("cannot make a network namespace: %v", err)
+			return
+		}
+		ip(t, "link set lo up",
+			"link add eth0 type veth peer name eth0p", "link set eth0 addrgenmode none up", "link set eth0p addrgenmode none up",
+			"addr add 198.51.100.2/24 dev eth0", "addr add 2001:db8:1::2/64 dev eth0 nodad",
+			"route add default via 198.51.100.1", "route add default via 2001:db8:1::1",
+			"link add br0 type veth peer name br0p", "link set br0 addrgenmode none up", "link set br0p addrgenmode none up",
+			"addr add 192.168.7.1/24 dev br0", "addr add fd12:3456::1/64 dev br0 nodad",
+			"link add viasocks0 type veth peer name tunp", "link set viasocks0 addrgenmode none up", "link set tunp addrgenmode none up",
+			"addr add 198.18.0.1/32 dev viasocks0", "addr add fd76:6961:736f:636b::1/128 dev viasocks0 nodad")
+		if t.Failed() {
+			return
+		}
+		fds := openFDs(t)
+		f(t)
+		goleak.VerifyNone(t, goleak.IgnoreCurrent())
+		if now := openFDs(t); now != fds {
+			t.Errorf("%d open files before, %d after", fds, now)
+		}
+	}()
+	<-done
+}
+
+func openFDs(t *testing.T) int {
+	t.Helper()
+	d, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Error(err)
+	}
+	return len(d)
+}
+
+// ip runs ip(8) for each line and gives what they printed.
+func ip(t *testing.T, lines ...string) string {
+	t.Helper()
+	var out strings.Builder
+	for _, l := range lines {
+		b, err := exec.Command("ip", strings.Fields(l)...).CombinedOutput()
+		if err != nil {
+			t.Errorf("ip %s: %v: %s", l, err, b)
+		}
+		out.Write(b)
+	}
+	return out.String()
+}
+
+// state is everything that Steer may change.
+func state(t *testing.T) string {
+	t.Helper()
+	s := ""
+	for _, l := range []string{"-4 rule", "-6 rule", "-4 route show table all", "-6 route show table all", "addr"} {
+		s += fmt.Sprintf("# ip %s\n%s", l, ip(t, l))
+	}
+	return s
+}
