@@ -163,23 +163,17 @@ func (a *app) connect(dst netip.AddrPort) (fd int, took time.Duration, err error
 	a.t.Helper()
 	fd = a.socket(family(dst), unix.SOCK_STREAM)
 	start := time.Now()
-	for {
-		err = unix.Connect(fd, sockaddr(dst))
-		if err != unix.EINTR {
-			break
+	err = unix.Connect(fd, sockaddr(dst))
+	// The Go runtime's own signals interrupt it: then wait for the end as poll() would.
+	for errors.Is(err, unix.EINTR) {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+		if n, _ := unix.Poll(p, 1000); n <= 0 {
+			continue
 		}
-		err = unix.EALREADY // Go's own signals interrupt it: wait for the end as poll would
-		for errors.Is(err, unix.EALREADY) {
-			p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
-			unix.Poll(p, 1000)
-			if p[0].Revents != 0 {
-				n, _ := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
-				if err = nil; n != 0 {
-					err = syscall.Errno(n)
-				}
-			}
+		soerr, _ := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
+		if err = nil; soerr != 0 {
+			err = syscall.Errno(soerr)
 		}
-		break
 	}
 	return fd, time.Since(start), err
 }
@@ -263,4 +257,16 @@ func eventually(t testing.TB, d time.Duration, what string, ok func() bool) {
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
+}
+
+// cpu is the CPU time that viasocks has used.
+func (a *app) cpu() time.Duration {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", a.cmd.Process.Pid))
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	f := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
+	user, _ := strconv.Atoi(f[11])
+	system, _ := strconv.Atoi(f[12])
+	return time.Duration(user+system) * 10 * time.Millisecond // USER_HZ is 100
 }

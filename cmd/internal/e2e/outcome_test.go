@@ -1,0 +1,221 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/socks/sockstest"
+)
+
+// listenSOCKS starts a proxy on loopback.
+func listenSOCKS(t testing.TB, opts ...sockstest.Option) *sockstest.Server {
+	t.Helper()
+	needWorld(t)
+	s, err := sockstest.Listen("tcp", "127.0.0.1:0", opts...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+// listenTCP listens in the world.
+func listenTCP(t testing.TB, host string) (*net.TCPListener, netip.AddrPort) {
+	t.Helper()
+	needWorld(t)
+	l, err := net.Listen("tcp", net.JoinHostPort(host, "0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return l.(*net.TCPListener), l.Addr().(*net.TCPAddr).AddrPort()
+}
+
+// TestOutcomes is the outcome table: what the proxy says, and the errno that a blocking connect() gives the program.
+func TestOutcomes(t *testing.T) {
+	const (
+		firstPort = 6000
+		rejected  = 7001
+		dropped   = 7002
+		silent    = 7003
+	)
+	rows := []struct {
+		what   string
+		port   uint16
+		fault  sockstest.Fault
+		v4, v6 error
+		slow   bool // the app's own timer: tcp_syn_retries=1, 3 s
+	}{
+		{what: "reply 1 general failure", fault: sockstest.Reply(1), v4: unix.ECONNREFUSED, v6: unix.ECONNREFUSED},
+		{what: "reply 2 not allowed", fault: sockstest.Reply(2), v4: unix.EHOSTUNREACH, v6: unix.EACCES},
+		{what: "reply 3 network unreachable", fault: sockstest.Reply(3), v4: unix.ENETUNREACH, v6: unix.ENETUNREACH},
+		{what: "reply 4 host unreachable", fault: sockstest.Reply(4), v4: unix.EHOSTUNREACH, v6: unix.EHOSTUNREACH},
+		{what: "reply 5 connection refused", fault: sockstest.Reply(5), v4: unix.ECONNREFUSED, v6: unix.ECONNREFUSED},
+		{what: "reply 6 TTL expired", fault: sockstest.Reply(6), v4: unix.EHOSTUNREACH, v6: unix.EHOSTUNREACH},
+		{what: "reply 7 command not supported", fault: sockstest.Reply(7), v4: unix.ENETUNREACH, v6: unix.ENETUNREACH},
+		{what: "reply 8 address type not supported", fault: sockstest.Reply(8), v4: unix.ENETUNREACH, v6: unix.ENETUNREACH},
+		{what: "reply 9 unassigned", fault: sockstest.Reply(9), v4: unix.ECONNREFUSED, v6: unix.ECONNREFUSED},
+		{what: "reply 255 unassigned", fault: sockstest.Reply(255), v4: unix.ECONNREFUSED, v6: unix.ECONNREFUSED},
+		{what: "verdict reject", port: rejected, v4: unix.ECONNREFUSED, v6: unix.ECONNREFUSED},
+		{what: "verdict drop", port: dropped, v4: unix.ETIMEDOUT, v6: unix.ETIMEDOUT, slow: true},
+		{what: "no reply", port: silent, fault: sockstest.Silence(), v4: unix.ETIMEDOUT, v6: unix.ETIMEDOUT, slow: true},
+	}
+	for i := range rows {
+		if rows[i].port == 0 {
+			rows[i].port = firstPort + uint16(i)
+		}
+	}
+	proxy := listenSOCKS(t)
+	proxy.SetFault(func(r sockstest.Request) sockstest.Fault {
+		for _, row := range rows {
+			if row.port == r.Dst.Port {
+				return row.fault
+			}
+		}
+		return sockstest.Fault{}
+	})
+	a := startApp(t, "--proxy", proxy.URL(), "--handshake-timeout", "1s",
+		"--rule", fmt.Sprintf("port %d reject", rejected), "--rule", fmt.Sprintf("port %d drop", dropped), "--rule", "via proxy")
+
+	for _, host := range []string{world4, world6} {
+		addr := netip.MustParseAddr(host)
+		ipv := map[bool]string{true: "IPv4", false: "IPv6"}[addr.Is4()]
+		t.Run("granted/"+ipv, func(t *testing.T) {
+			l, dst := listenTCP(t, host)
+			fd, took, err := a.connect(dst)
+			unix.Close(fd)
+			if err != nil {
+				t.Fatalf("connect: %v", err)
+			}
+			l.SetDeadline(time.Now().Add(5 * time.Second))
+			c, err := l.Accept()
+			if err != nil {
+				t.Fatal("granted, but nobody came to the far end")
+			}
+			c.Close()
+			t.Logf("granted: connect() = 0 in %v", took.Round(100*time.Microsecond))
+		})
+		t.Run("nobody listens/"+ipv, func(t *testing.T) { // a true refusal, no fault of the proxy's making
+			fd, took, err := a.connect(netip.AddrPortFrom(addr, 9))
+			unix.Close(fd)
+			if err != unix.ECONNREFUSED {
+				t.Fatalf("connect: %v, want ECONNREFUSED", err)
+			}
+			t.Logf("closed port: ECONNREFUSED in %v", took.Round(100*time.Microsecond))
+		})
+		for _, row := range rows {
+			want := row.v4
+			if addr.Is6() {
+				want = row.v6
+			}
+			t.Run(row.what+"/"+ipv, func(t *testing.T) {
+				if row.slow {
+					t.Parallel()
+				}
+				dst := netip.AddrPortFrom(addr, row.port)
+				fd, took, err := a.connect(dst)
+				unix.Close(fd)
+				if !errors.Is(err, want) {
+					t.Fatalf("connect(): %v after %v, want %v", err, took, want)
+				}
+				if !row.slow && took > 900*time.Millisecond {
+					t.Errorf("the error came after %v: not before the first retransmission", took)
+				}
+				if row.slow && took < 2*time.Second {
+					t.Errorf("the error came after %v: not by the app's own timer", took)
+				}
+				var asked int
+				for _, r := range proxy.Requests() {
+					if r.Dst.Port == row.port && r.Dst.IP == addr {
+						asked++
+					}
+				}
+				if want := map[bool]int{true: 0, false: 1}[row.port == rejected || row.port == dropped]; asked != want {
+					t.Errorf("the proxy was asked %d times, want %d", asked, want)
+				}
+				t.Logf("%s, %s: connect() = %s in %v", row.what, ipv, unix.ErrnoName(err.(syscall.Errno)), took.Round(100*time.Microsecond))
+			})
+		}
+	}
+}
+
+// TestProxyGone: the proxy dies while viasocks runs; programs get an error at once, and it works again when it is back.
+func TestProxyGone(t *testing.T) {
+	proxy := listenSOCKS(t)
+	addr := proxy.Addr()
+	a := startApp(t, "--proxy", proxy.URL())
+	for _, host := range []string{world4, world6} {
+		l, dst := listenTCP(t, host)
+		a.tcp(dst)
+		if err := proxy.Close(); err != nil {
+			t.Fatal(err)
+		}
+		fd, took, err := a.connect(dst)
+		unix.Close(fd)
+		if err != unix.ENETUNREACH {
+			t.Errorf("%s: connect() without a proxy: %v after %v, want ENETUNREACH", host, err, took)
+		}
+		if proxy, err = sockstest.Listen("tcp", addr.String()); err != nil {
+			t.Fatal(err)
+		}
+		defer proxy.Close()
+		a.tcp(dst)
+		l.Close()
+	}
+}
+
+// TestNoRule: a flow that no rule matches is refused, never sent direct.
+func TestNoRule(t *testing.T) {
+	proxy := listenSOCKS(t)
+	l, dst := listenTCP(t, world4)
+	a := startApp(t, "--upstream", "p="+proxy.URL(), "--rule", "port 1 via p")
+	fd, _, err := a.connect(dst)
+	unix.Close(fd)
+	if err == nil {
+		t.Error("a flow that no rule matches was connected")
+	}
+	l.SetDeadline(time.Now().Add(100 * time.Millisecond))
+	if c, err := l.Accept(); err == nil {
+		c.Close()
+		t.Error("a flow that no rule matches reached the far end")
+	}
+}
+
+// TestDialPendingProgramGone: a program gives up while the proxy has not answered: the dial is cancelled.
+func TestDialPendingProgramGone(t *testing.T) {
+	proxy := listenSOCKS(t)
+	proxy.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Silence() })
+	a := startApp(t, "--proxy", proxy.URL(), "--handshake-timeout", "60s")
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	for _, host := range []string{world4, world6} {
+		dst := netip.AddrPortFrom(netip.MustParseAddr(host), 7)
+		before := proxy.Stats().Open
+		fd := a.socket(family(dst), unix.SOCK_STREAM|unix.SOCK_NONBLOCK)
+		if err := unix.Connect(fd, sockaddr(dst)); err != unix.EINPROGRESS {
+			t.Fatalf("connect: %v", err)
+		}
+		eventually(t, 5*time.Second, "the proxy is asked", func() bool { return proxy.Stats().Open > before })
+		start := time.Now()
+		unix.Close(fd) // Linux sends nothing in SYN_SENT
+		for proxy.Stats().Open > before {
+			select {
+			case <-ctx.Done():
+				t.Fatalf("%s: the dial of a program that is gone is still pending after %v", host, time.Since(start))
+			case <-time.After(20 * time.Millisecond):
+			}
+		}
+		t.Logf("%s: cancelled %v after the socket was closed", host, time.Since(start).Round(time.Millisecond))
+		if d := time.Since(start); d > 6*time.Second {
+			t.Errorf("%s: cancelled only after %v", host, d)
+		}
+	}
+}

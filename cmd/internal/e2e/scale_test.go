@@ -1,0 +1,224 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/socks/sockstest"
+)
+
+// silentConn is a far end without a descriptor: it neither sends nor reads, until it is closed.
+type silentConn struct {
+	net.Conn // of a net.Pipe, for addresses and deadlines
+	closed   chan struct{}
+	once     sync.Once
+}
+
+func newSilentConn() *silentConn {
+	c, _ := net.Pipe()
+	return &silentConn{Conn: c, closed: make(chan struct{})}
+}
+
+func (c *silentConn) Read([]byte) (int, error)  { <-c.closed; return 0, net.ErrClosed }
+func (c *silentConn) Write([]byte) (int, error) { <-c.closed; return 0, net.ErrClosed }
+func (c *silentConn) CloseWrite() error         { return c.Close() }
+func (c *silentConn) Close() error {
+	c.once.Do(func() { close(c.closed) })
+	return c.Conn.Close()
+}
+
+// TestManyIdle: 9,500 idle connections, as many as the descriptors of this process allow: memory for each is small,
+// nothing of ours wakes, and all comes back.
+func TestManyIdle(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short")
+	}
+	needWorld(t)
+	n := 9500
+	var lim unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
+		t.Fatal(err)
+	}
+	lim.Cur = lim.Max
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
+		t.Fatal(err)
+	}
+	if most := int(lim.Max)/2 - 500; most < n {
+		n = most // two descriptors for a connection: the app's socket and the proxy's
+	}
+	if raceEnabled {
+		n = min(n, 1500)
+	}
+	proxy := listenSOCKS(t, sockstest.WithDial(func(context.Context, sockstest.Addr) (net.Conn, error) {
+		return newSilentConn(), nil
+	}))
+	a := startApp(t, "--proxy", proxy.URL())
+	dst := netip.AddrPortFrom(netip.MustParseAddr(world4), 80)
+	fd, _, err := a.connect(dst) // warm
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(fd)
+	time.Sleep(500 * time.Millisecond)
+	rss0, fds0 := a.rss(), a.fds()
+
+	fds := make([]int, n)
+	var failed atomic.Int64
+	var wg sync.WaitGroup
+	start := time.Now()
+	const dialers = 32
+	for d := range dialers {
+		wg.Go(func() {
+			for i := d; i < n; i += dialers {
+				var err error
+				if fds[i], _, err = a.connect(dst); err != nil {
+					failed.Add(1)
+					t.Log(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if failed.Load() > 0 {
+		t.Fatalf("%d of %d connections failed", failed.Load(), n)
+	}
+	took := time.Since(start)
+	time.Sleep(2 * time.Second)
+	rss1, fds1 := a.rss(), a.fds()
+	cpu0 := a.cpu()
+	time.Sleep(2 * time.Second)
+	idleCPU := a.cpu() - cpu0
+	for _, fd := range fds {
+		unix.Close(fd)
+	}
+	eventually(t, 60*time.Second, "every upstream connection ends", func() bool { return proxy.Stats().Open == 0 })
+	eventually(t, 30*time.Second, "every descriptor is given back", func() bool { return a.fds() <= fds0+2 })
+	// Memory comes back as the collector and the scavenger get to it.
+	deadline := time.Now().Add(30 * time.Second)
+	rss2 := a.rss()
+	for rss2 > rss0*13/10 && time.Now().Before(deadline) {
+		time.Sleep(time.Second)
+		rss2 = a.rss()
+	}
+	t.Logf("%d idle connections in %v: RSS %d KiB before, %d KiB with them (%.1f KiB each), %d KiB after; descriptors %d, %d, %d; CPU while idle %v in 2 s",
+		n, took.Round(time.Millisecond), rss0>>10, rss1>>10, float64(rss1-rss0)/1024/float64(n), rss2>>10, fds0, fds1, a.fds(), idleCPU)
+	if raceEnabled {
+		return // the race detector's own memory
+	}
+	if each := (rss1 - rss0) / n; each > 16<<10 {
+		t.Errorf("an idle connection costs %d bytes", each)
+	}
+	if idleCPU > 100*time.Millisecond {
+		t.Errorf("%d idle connections cost %v of CPU in 2 s", n, idleCPU)
+	}
+}
+
+// TestUnread: 200 connections whose program never reads while the far end floods: bounded memory, given back.
+func TestUnread(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short")
+	}
+	const n = 200
+	proxy := listenSOCKS(t)
+	a := startApp(t, "--proxy", proxy.URL())
+	l, dst := listenTCP(t, world4)
+	go func() {
+		fill := make([]byte, 256<<10)
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				for {
+					if _, err := c.Write(fill); err != nil {
+						return
+					}
+				}
+			}()
+		}
+	}()
+	fd, _, err := a.connect(dst)
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(fd)
+	time.Sleep(500 * time.Millisecond)
+	rss0, fds0 := a.rss(), a.fds()
+	fds := make([]int, n)
+	for i := range fds {
+		if fds[i], _, err = a.connect(dst); err != nil {
+			t.Fatal(err)
+		}
+	}
+	time.Sleep(3 * time.Second)
+	rss1, fds1 := a.rss(), a.fds()
+	// The others are not starved by them.
+	start := time.Now()
+	app, far := pair(t, a, world4)
+	app.Write([]byte("x"))
+	far.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if _, err := far.Read(make([]byte, 1)); err != nil {
+		t.Error("a new connection beside them:", err)
+	}
+	beside := time.Since(start)
+	app.Close()
+	far.Close()
+	for _, fd := range fds {
+		unix.Close(fd)
+	}
+	eventually(t, 30*time.Second, "every descriptor is given back", func() bool { return a.fds() <= fds0+2 })
+	deadline := time.Now().Add(30 * time.Second)
+	rss2 := a.rss()
+	for rss2 > rss0*13/10 && time.Now().Before(deadline) {
+		time.Sleep(time.Second)
+		rss2 = a.rss()
+	}
+	t.Logf("%d unread connections: RSS %d KiB before, %d KiB during (%d KiB each), %d KiB after; descriptors %d, %d, %d; a new connection and a byte beside them in %v",
+		n, rss0>>10, rss1>>10, (rss1-rss0)>>10/n, rss2>>10, fds0, fds1, a.fds(), beside.Round(time.Millisecond))
+	if raceEnabled {
+		return
+	}
+	if each := (rss1 - rss0) / n; each > 2<<20 {
+		t.Errorf("an unread connection costs %d bytes", each)
+	}
+}
+
+// TestDeadPeers: a swarm's dead peers, whose dials hang at the proxy, do not keep others from connecting.
+func TestDeadPeers(t *testing.T) {
+	const silentPort = 6881
+	proxy := listenSOCKS(t)
+	proxy.SetFault(func(r sockstest.Request) sockstest.Fault {
+		if r.Dst.Port == silentPort {
+			return sockstest.Silence()
+		}
+		return sockstest.Fault{}
+	})
+	a := startApp(t, "--proxy", proxy.URL(), "--handshake-timeout", "20s")
+	var fds []int
+	for i := range 1000 {
+		addr := netip.AddrFrom4([4]byte{198, 51, 100, byte(i % 250)})
+		fd := a.socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK)
+		defer unix.Close(fd)
+		if err := unix.Connect(fd, sockaddr(netip.AddrPortFrom(addr, silentPort))); !errors.Is(err, unix.EINPROGRESS) {
+			t.Fatal(err)
+		}
+		fds = append(fds, fd)
+	}
+	_, dst := listenTCP(t, world4)
+	start := time.Now()
+	a.tcp(dst)
+	t.Logf("with %d dials pending a connection took %v", len(fds), time.Since(start).Round(time.Millisecond))
+	if d := time.Since(start); d > 900*time.Millisecond {
+		t.Errorf("with %d dials pending a connection took %v", len(fds), d)
+	}
+}

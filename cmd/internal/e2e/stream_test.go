@@ -1,0 +1,330 @@
+package e2e
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/net/nettest"
+	"golang.org/x/sys/unix"
+)
+
+// pair is a connection of the app and its far end.
+func pair(t testing.TB, a *app, host string) (app, far *net.TCPConn) {
+	t.Helper()
+	l, dst := listenTCP(t, host)
+	defer l.Close()
+	app = a.tcp(dst)
+	l.SetDeadline(time.Now().Add(10 * time.Second))
+	c, err := l.AcceptTCP()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return app, c
+}
+
+// eachFamily runs a test over IPv4 and IPv6.
+func eachFamily(t *testing.T, f func(t *testing.T, host string)) {
+	t.Run("IPv4", func(t *testing.T) { f(t, world4) })
+	t.Run("IPv6", func(t *testing.T) { f(t, world6) })
+}
+
+func TestStreams(t *testing.T) {
+	for _, offload := range []string{"full", "nouso", "off"} {
+		t.Run("offload="+offload, func(t *testing.T) {
+			proxy := listenSOCKS(t)
+			a := startApp(t, "--proxy", proxy.URL(), "--offload", offload)
+			eachFamily(t, func(t *testing.T, host string) {
+				t.Run("bulk", func(t *testing.T) { testBulk(t, a, host) })
+				t.Run("server first", func(t *testing.T) { testServerFirst(t, a, host) })
+				t.Run("halfclose", func(t *testing.T) { testHalfClose(t, a, host) })
+				t.Run("rst", func(t *testing.T) { testResets(t, a, host) })
+				t.Run("source port to several targets", func(t *testing.T) { testOneSourcePort(t, a, host) })
+				t.Run("port used again", func(t *testing.T) { testPortUsedAgain(t, a, host) })
+			})
+		})
+	}
+}
+
+// testBulk: every byte arrives, in order, both ways at once.
+func testBulk(t *testing.T, a *app, host string) {
+	app, far := pair(t, a, host)
+	const size = 24 << 20
+	data := make([]byte, size)
+	r := rand.New(rand.NewPCG(1, 2))
+	for i := 0; i+8 <= len(data); i += 8 {
+		v := r.Uint64()
+		for j := range 8 {
+			data[i+j] = byte(v >> (8 * j))
+		}
+	}
+	want := sha256.Sum256(data)
+	var wg sync.WaitGroup
+	for _, way := range []struct{ from, to *net.TCPConn }{{app, far}, {far, app}} {
+		wg.Go(func() {
+			if _, err := way.from.Write(data); err != nil {
+				t.Error("write:", err)
+			}
+			if err := way.from.CloseWrite(); err != nil {
+				t.Error("shutdown:", err)
+			}
+		})
+		wg.Go(func() {
+			h := sha256.New()
+			way.to.SetReadDeadline(time.Now().Add(60 * time.Second))
+			n, err := io.Copy(h, way.to)
+			if err != nil || n != size {
+				t.Errorf("%d of %d bytes arrived: %v", n, size, err)
+			} else if !bytes.Equal(h.Sum(nil), want[:]) {
+				t.Error("the bytes are not those that were sent")
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// testServerFirst: the far end speaks first, as FTP and SSH do.
+func testServerFirst(t *testing.T, a *app, host string) {
+	l, dst := listenTCP(t, host)
+	go func() {
+		if c, err := l.Accept(); err == nil {
+			c.Write([]byte("220 hello\r\n"))
+			c.Close()
+		}
+	}()
+	c := a.tcp(dst)
+	c.SetReadDeadline(time.Now().Add(10 * time.Second))
+	b, err := io.ReadAll(c)
+	if err != nil || string(b) != "220 hello\r\n" {
+		t.Errorf("read %q, %v", b, err)
+	}
+}
+
+// testHalfClose: FIN of one side is EOF at the other, and the other way still moves, however late.
+func testHalfClose(t *testing.T, a *app, host string) {
+	app, far := pair(t, a, host)
+	for _, way := range []struct {
+		name     string
+		from, to *net.TCPConn
+	}{{"by the app", app, far}, {"by the far end", far, app}} {
+		app, far = nil, nil
+		if way.name == "by the far end" {
+			way.to, way.from = pair(t, a, host)
+		}
+		way.to.SetDeadline(time.Now().Add(20 * time.Second))
+		way.from.SetDeadline(time.Now().Add(20 * time.Second))
+		way.from.Write([]byte("question"))
+		if err := way.from.CloseWrite(); err != nil {
+			t.Fatal(way.name, err)
+		}
+		if b, err := io.ReadAll(way.to); err != nil || string(b) != "question" {
+			t.Fatalf("%s: read %q, %v", way.name, b, err)
+		}
+		time.Sleep(1500 * time.Millisecond)
+		for range 3 {
+			time.Sleep(100 * time.Millisecond)
+			if _, err := way.to.Write([]byte("answer")); err != nil {
+				t.Fatalf("%s: write after the other's FIN: %v", way.name, err)
+			}
+		}
+		way.to.CloseWrite()
+		if b, err := io.ReadAll(way.from); err != nil || string(b) != "answeransweranswer" {
+			t.Errorf("%s: read %q, %v after its own FIN", way.name, b, err)
+		}
+	}
+}
+
+func reset(c *net.TCPConn) {
+	c.SetLinger(0)
+	c.Close()
+}
+
+// testResets: RST of one side is RST at the other in every state, never FIN, and what came before it is read first.
+func testResets(t *testing.T, a *app, host string) {
+	type ends struct{ mine, other *net.TCPConn } // who resets, who must see it
+	wantReset := func(t *testing.T, c *net.TCPConn, before string) {
+		t.Helper()
+		c.SetReadDeadline(time.Now().Add(10 * time.Second))
+		b, err := io.ReadAll(c)
+		if !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("the other side sees %v after %q, want ECONNRESET", err, b)
+		}
+		if string(b) != before {
+			t.Errorf("read %q before the reset, want %q", b, before)
+		}
+	}
+	settle := func() { time.Sleep(50 * time.Millisecond) }
+	states := []struct {
+		name string
+		do   func(t *testing.T, e ends)
+	}{
+		{"ESTABLISHED", func(t *testing.T, e ends) {
+			reset(e.mine)
+			wantReset(t, e.other, "")
+		}},
+		{"ESTABLISHED, data on the way", func(t *testing.T, e ends) {
+			e.mine.Write([]byte("before"))
+			settle()
+			reset(e.mine)
+			e.other.SetReadDeadline(time.Now().Add(10 * time.Second))
+			// A kernel that got the RST before the read throws the data away, as it would directly; the error must be
+			// there, and nothing but a prefix before it.
+			b, err := io.ReadAll(e.other)
+			if !errors.Is(err, syscall.ECONNRESET) || (len(b) > 0 && string(b) != "before") {
+				t.Errorf("read %q, %v", b, err)
+			}
+		}},
+		{"ESTABLISHED, with unread data", func(t *testing.T, e ends) {
+			e.other.Write([]byte("never read"))
+			settle()
+			reset(e.mine)
+			wantReset(t, e.other, "")
+		}},
+		{"CLOSE_WAIT: the other side sent FIN", func(t *testing.T, e ends) {
+			e.other.CloseWrite()
+			settle()
+			reset(e.mine)
+			wantReset(t, e.other, "")
+		}},
+		{"after its own FIN (FIN_WAIT_2)", func(t *testing.T, e ends) {
+			e.mine.CloseWrite()
+			settle()
+			if _, err := io.ReadAll(e.other); err != nil {
+				t.Errorf("FIN was seen as %v", err)
+			}
+			reset(e.mine)
+			// The other side learns of it when it writes, or by the error on its socket.
+			e.other.SetWriteDeadline(time.Now().Add(10 * time.Second))
+			var err error
+			for range 200 {
+				if _, err = e.other.Write(make([]byte, 1000)); err != nil {
+					break
+				}
+				time.Sleep(10 * time.Millisecond)
+			}
+			if !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+				t.Errorf("the other side's writes end in %v", err)
+			}
+		}},
+		{"FIN_WAIT_1: its FIN waits behind data", func(t *testing.T, e ends) {
+			e.mine.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
+			fill := make([]byte, 1<<20)
+			for range 64 { // until nothing more is taken: the other side does not read
+				if _, err := e.mine.Write(fill); err != nil {
+					break
+				}
+			}
+			e.mine.CloseWrite()
+			settle()
+			reset(e.mine)
+			e.other.SetReadDeadline(time.Now().Add(20 * time.Second))
+			_, err := io.Copy(io.Discard, e.other)
+			if !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("the other side sees %v, want ECONNRESET", err)
+			}
+		}},
+	}
+	for _, s := range states {
+		t.Run(s.name+"/by the app", func(t *testing.T) {
+			app, far := pair(t, a, host)
+			s.do(t, ends{app, far})
+		})
+		t.Run(s.name+"/by the far end", func(t *testing.T) {
+			app, far := pair(t, a, host)
+			s.do(t, ends{far, app})
+		})
+	}
+}
+
+// bindPort binds a fresh socket of the app to a source port.
+func bindPort(t *testing.T, a *app, dst netip.AddrPort, port uint16) int {
+	t.Helper()
+	fd := a.socket(family(dst), unix.SOCK_STREAM)
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+		t.Fatal(err)
+	}
+	any := netip.IPv4Unspecified()
+	if dst.Addr().Is6() {
+		any = netip.IPv6Unspecified()
+	}
+	if err := unix.Bind(fd, sockaddr(netip.AddrPortFrom(any, port))); err != nil {
+		t.Fatal(err)
+	}
+	return fd
+}
+
+// testOneSourcePort: one source port talks to several targets at once.
+func testOneSourcePort(t *testing.T, a *app, host string) {
+	const port = 40123
+	for range 3 {
+		l, dst := listenTCP(t, host)
+		fd := bindPort(t, a, dst, port)
+		if err := unix.Connect(fd, sockaddr(dst)); err != nil {
+			t.Fatalf("connect from port %d: %v", port, err)
+		}
+		c := fileConn(t, fd)
+		defer c.Close()
+		far, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer far.Close()
+		c.Write([]byte("x"))
+		far.SetReadDeadline(time.Now().Add(5 * time.Second))
+		if _, err := io.ReadFull(far, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// testPortUsedAgain: the same 4-tuple is used again at once after the far end closed first, so that the app's kernel
+// keeps no TIME_WAIT, and after a reset.
+func testPortUsedAgain(t *testing.T, a *app, host string) {
+	l, dst := listenTCP(t, host)
+	const port = 40321
+	for i := range 6 {
+		fd := bindPort(t, a, dst, port)
+		if err := unix.Connect(fd, sockaddr(dst)); err != nil {
+			t.Fatalf("connection %d from port %d: %v", i, port, err)
+		}
+		c := fileConn(t, fd).(*net.TCPConn)
+		c.SetDeadline(time.Now().Add(10 * time.Second))
+		far, err := l.AcceptTCP()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i%2 == 0 {
+			far.Close()
+			if _, err := io.ReadAll(c); err != nil {
+				t.Fatalf("connection %d: %v", i, err)
+			}
+			c.Close()
+			time.Sleep(20 * time.Millisecond)
+		} else {
+			reset(c)
+			io.ReadAll(far)
+			far.Close()
+		}
+	}
+}
+
+// TestNettest runs the standard conformance test of net.Conn through the TUN.
+func TestNettest(t *testing.T) {
+	proxy := listenSOCKS(t)
+	a := startApp(t, "--proxy", proxy.URL())
+	eachFamily(t, func(t *testing.T, host string) {
+		nettest.TestConn(t, func() (c1, c2 net.Conn, stop func(), err error) {
+			app, far := pair(t, a, host)
+			return app, far, func() { app.Close(); far.Close() }, nil
+		})
+	})
+}

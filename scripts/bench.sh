@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# bench.sh: viasocks beside the native SOCKS client, in one place and in one run.
+#
+#   app  ──veth──  proxy  ──veth──  world          scripts/lab.sh draws it; this is a lab of its own
+#   load           SOCKS5 server    far end        all three are `bench` (cmd/internal/bench)
+#
+# Each round does each case natively (the generator speaks SOCKS5) and through the redirector (the generator is plain),
+# one after the other, so that a drift of the machine hits both. The table has medians and the ratio to native.
+#
+# Usage: bench.sh [--rounds N] [--time D] [--cases 'D1 U1 …'] [--against 'COMMAND'] [--json FILE] [--flags 'VIASOCKS FLAGS']
+#
+#   --against runs another redirector's COMMAND (sh -c) in the app's namespace in place of viasocks; it must steer
+#             203.0.113.0/24 by itself, to the proxy socks5://10.66.0.1:1080, and stay in the foreground.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH=$PATH:/usr/local/go/bin
+
+rounds=3 time=2s against='' json='' flags=''
+cases='D1 D8 U1 U8 both conn ping1 ping16 pingbulk udp64 udp1200 udp500 floodup flooddown idle2000 idle9500'
+die() { echo "bench: $*" >&2; exit 1; }
+while [[ $# -gt 0 ]]; do
+	case $1 in
+	--rounds) rounds=$2; shift 2 ;;
+	--time) time=$2; shift 2 ;;
+	--cases) cases=$2; shift 2 ;;
+	--against) against=$2; shift 2 ;;
+	--json) json=$2; shift 2 ;;
+	--flags) flags=$2; shift 2 ;;
+	-h | --help) sed -n 's/^# \{0,1\}//; 2,15p' "$0"; exit 0 ;;
+	*) echo "bench: unknown option $1: see $0 --help" >&2; exit 2 ;;
+	esac
+done
+[[ $EUID -eq 0 ]] || die "cannot make namespaces: not root; try: sudo $0"
+[[ $rounds =~ ^[1-9][0-9]?$ ]] || die "--rounds takes 1 to 99"
+
+export LAB=vsbench
+dir=$(mktemp -d)
+pids=()
+clean() {
+	local pid
+	for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
+	scripts/lab.sh down >/dev/null 2>&1 || true
+	rm -rf "$dir"
+}
+trap clean EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+go build -o "$dir/viasocks" ./cmd/viasocks
+go build -o "$dir/bench" ./cmd/internal/bench
+scripts/lab.sh up >"$dir/lab.log" 2>&1 || { cat "$dir/lab.log" >&2; exit 1; }
+ulimit -n "$(ulimit -H -n)"
+
+in_ns() { local ns=$1; shift; ip netns exec "$LAB-$ns" "$@"; }
+target=203.0.113.2:9000 proxy=10.66.0.1:1080
+in_ns world "$dir/bench" world --listen "$target" & pids+=($!)
+in_ns proxy "$dir/bench" socks --listen "$proxy" & pids+=($!)
+for _ in $(seq 50); do
+	in_ns app "$dir/bench" load --case conn1 --time 1ms --proxy "$proxy" --target "$target" >/dev/null 2>&1 && break
+	sleep 0.1
+done
+
+if [[ -n $against ]]; then
+	in_ns app sh -c "exec $against" >"$dir/against.log" 2>&1 & pids+=($!)
+	watch=$!
+	sleep 2
+	kill -0 "$watch" 2>/dev/null || { cat "$dir/against.log" >&2; die "the other redirector does not run"; }
+fi
+
+results=$dir/results
+run_case() { # mode case round
+	local out
+	case $1 in
+	native) out=$(in_ns app "$dir/bench" load --case "$2" --time "$time" --proxy "$proxy" --target "$target") || return 1 ;;
+	through)
+		if [[ -n $against ]]; then
+			out=$(in_ns app "$dir/bench" load --case "$2" --time "$time" --target "$target" --watch "$watch") || return 1
+		else
+			# shellcheck disable=SC2086 # flags are words
+			out=$(in_ns app "$dir/viasocks" run --proxy "socks5://$proxy" $flags -- \
+				"$dir/bench" load --case "$2" --time "$time" --target "$target" --watch -1) || return 1
+		fi
+		;;
+	esac
+	echo "{\"mode\":\"$1\",\"round\":$3,${out#\{}" >>"$results"
+}
+failed=0
+for ((round = 1; round <= rounds; round++)); do
+	for c in $cases; do
+		for mode in native through; do
+			[[ -t 2 ]] && printf '\r\033[Kround %d of %d: %s %s' "$round" "$rounds" "$c" "$mode" >&2
+			run_case "$mode" "$c" "$round" || { echo "bench: $c ($mode) failed in round $round" >&2; failed=1; }
+		done
+	done
+done
+[[ -t 2 ]] && printf '\r\033[K' >&2
+[[ -z $json ]] || cp "$results" "$json"
+"$dir/bench" table <"$results"
+exit "$failed"
