@@ -3,8 +3,14 @@ package route
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/route/relay"
@@ -33,32 +39,205 @@ type Limits struct {
 	Associations int // that may be pending at a time; default 256
 }
 
-// Router takes flows from the stack, as its Handler, and has them carried.
+// fill sets the defaults. A flow holds one descriptor, a mapping two (the control connection and the UDP socket): the
+// mappings get a quarter of what there is, the flows three fifths, and the rest is for everything else.
+func (l *Limits) fill() error {
+	if l.Flows < 0 || l.Mappings < 0 || l.Associations < 0 {
+		return errors.New("cannot use a limit below 0")
+	}
+	files := 1 << 20
+	var rl unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &rl); err == nil && rl.Cur < uint64(files) {
+		files = int(rl.Cur)
+	}
+	if l.Flows == 0 {
+		l.Flows = min(65536, files*3/5)
+	}
+	if l.Mappings == 0 {
+		l.Mappings = max(min(8192, files/8), 16)
+	}
+	if l.Associations == 0 {
+		l.Associations = 256
+	}
+	return nil
+}
+
+var noAddr netip.AddrPort
+
+// Router takes flows from the stack, as its Handler, and has them carried. Its methods may be called from any
+// goroutine, but for HandleStream and HandlePackets, which are the frame reader's.
 type Router struct {
-	cfg Config
-	dns *dns.Server
+	cfg    Config
+	policy *policy
+	dns    *dns.Server // nil: port 53 is a port like others
+	log    *flowLog
+	epoch  time.Time
+	ids    atomic.Uint64
+	load   []atomic.Int64 // flows and associations of each loop
+
+	ctx    context.Context // of everything that is pending
+	cancel context.CancelFunc
+	ran    atomic.Bool
+	over   chan struct{} // Run has returned
+
+	streams streams
+	udp     mappings
+	ctl     mailbox
+	control control
+
+	readerW flow.PacketWriter   // the frame reader's
+	ctlW    flow.PacketWriter   // Run's
+	loopW   []flow.PacketWriter // the loops'
+	dnsMu   sync.Mutex
+	dnsW    flow.PacketWriter // of who holds dnsMu
+	dnsPkt  [1]flow.Packet
+
+	count counters
+	links linkCounters
+
+	// Constants but in tests.
+	retryFirst, retryMax, livedLong, noUDP, sweepEvery time.Duration
 }
 
 // New checks the configuration. Nothing runs, and nothing is opened, until Run.
-func New(cfg Config) (*Router, error) { return nil, errors.ErrUnsupported }
+func New(cfg Config) (*Router, error) {
+	if len(cfg.Loops) == 0 {
+		return nil, errors.New("cannot carry flows: no relay loop is given")
+	}
+	p, err := newPolicy(cfg)
+	if err != nil {
+		return nil, err
+	}
+	if err := cfg.Limits.fill(); err != nil {
+		return nil, err
+	}
+	r := &Router{
+		cfg: cfg, policy: p, log: newFlowLog(cfg.Log), epoch: time.Now(),
+		load: make([]atomic.Int64, len(cfg.Loops)), loopW: make([]flow.PacketWriter, len(cfg.Loops)),
+		over:       make(chan struct{}),
+		retryFirst: retryFirst, retryMax: retryMax, livedLong: livedLong, noUDP: noUDP, sweepEvery: sweepEvery,
+	}
+	r.streams.byID = make(map[uint64]*stream)
+	r.udp.init()
+	r.ctl.wake = make(chan struct{}, 1)
+	if len(cfg.Resolvers) > 0 {
+		r.dns, err = dns.New(dns.Config{Dial: r.dialResolver, Resolvers: cfg.Resolvers, Log: logTo(r.log)})
+		if err != nil {
+			return nil, err
+		}
+	}
+	r.ctx, r.cancel = context.WithCancel(context.Background())
+	return r, nil
+}
 
 // Attach gives the Router what makes writers toward the app, one for each goroutine that needs one. It is called once,
-// before the first packet.
-func (r *Router) Attach(writer func() flow.PacketWriter) {}
+// before Run and the first packet.
+func (r *Router) Attach(writer func() flow.PacketWriter) {
+	r.readerW, r.ctlW, r.dnsW = writer(), writer(), writer()
+	for i := range r.loopW {
+		r.loopW[i] = writer()
+	}
+}
+
+// now is the Router's clock: nanoseconds since it was made, never 0.
+func (r *Router) now() int64 { return int64(time.Since(r.epoch)) + 1 }
+
+// dialResolver dials for route/dns: by the rules, as any flow.
+func (r *Router) dialResolver(ctx context.Context, dst netip.AddrPort, done func(fd int, err error)) {
+	v := r.policy.decide(flow.TCP, dst)
+	if v.kind != carry {
+		done(-1, fmt.Errorf("rule %q refuses it", v.rule))
+		return
+	}
+	v.up.DialStream(ctx, Dest{Addr: dst}, done)
+}
+
+// teardownWait bounds the wait for the relays' ends at the end of Run: they come at once, unless a loop does not run.
+const teardownWait = 5 * time.Second
 
 // Run does the Router's own work until ctx ends or Close is called, then refuses new flows, resets those there are, closes
 // the mappings, waits for all of it and returns nil. The loops must run until Run has returned. It may be called once.
-func (r *Router) Run(ctx context.Context) error { return errors.ErrUnsupported }
+func (r *Router) Run(ctx context.Context) error {
+	if r.ran.Swap(true) {
+		return errors.New("cannot run a router twice")
+	}
+	defer close(r.over)
+	defer r.cancel()
+	if r.readerW == nil {
+		return errors.New("cannot run a router without writers: Attach comes first")
+	}
+	r.log.start()
+	defer r.log.close()
+	stop := context.AfterFunc(ctx, r.cancel)
+	defer stop()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	if r.dns != nil {
+		wg.Go(func() { _ = r.dns.Run(r.ctx) })
+	}
+	sweep := time.NewTicker(r.sweepEvery)
+	defer sweep.Stop()
+	var events []event
+	for r.ctx.Err() == nil {
+		select {
+		case <-r.ctx.Done():
+		case <-sweep.C:
+			r.sweep()
+		case <-r.ctl.wake:
+			events = r.ctl.take(events)
+			for _, e := range events {
+				r.handle(e)
+			}
+		}
+	}
+	return r.teardown()
+}
+
+func (r *Router) teardown() error {
+	r.streams.close()
+	r.closeMappings()
+	relays := make(chan struct{})
+	go func() { r.streams.wg.Wait(); close(relays) }()
+	late := time.NewTimer(teardownWait)
+	defer late.Stop()
+	for r.control.opening > 0 || relays != nil {
+		select {
+		case <-relays:
+			relays = nil
+		case <-r.ctl.wake:
+		case <-late.C:
+			return fmt.Errorf("cannot end all flows: %d dials and %d associations did not end in %v", len(r.streams.snapshot()), r.control.opening, teardownWait)
+		}
+		r.drain()
+	}
+	r.drain()
+	return nil
+}
+
+func (r *Router) drain() {
+	for _, e := range r.ctl.take(nil) {
+		r.handle(e)
+	}
+}
+
+// closeMappings ends all mappings; new ones are refused from here on.
+func (r *Router) closeMappings() {
+	r.udp.mu.Lock()
+	defer r.udp.mu.Unlock()
+	r.udp.clos = true
+	for len(r.udp.all) > 0 {
+		r.endMapping(r.udp.all[len(r.udp.all)-1], "closed", nil)
+	}
+}
 
 // Close ends Run and waits for it. It may be called twice and from any goroutine.
-func (r *Router) Close() error { return nil }
-
-// HandleStream implements stack.Handler.
-func (r *Router) HandleStream(req flow.StreamRequest) {}
-
-// HandlePackets implements stack.Handler.
-func (r *Router) HandlePackets(pkts []flow.Packet) {}
-
-// HandleUnreachable ends the mapping of an app endpoint whose kernel answered a datagram with ICMP port unreachable.
-// Called on the frame reader; it does not block.
-func (r *Router) HandleUnreachable(endpoint netip.AddrPort) {}
+func (r *Router) Close() error {
+	r.cancel()
+	if r.ran.Load() {
+		<-r.over
+		return nil
+	}
+	r.streams.close()
+	r.closeMappings()
+	return nil
+}

@@ -1,0 +1,304 @@
+package route
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+type eventKind uint8
+
+const (
+	evOpen    eventKind = iota // an association is wanted
+	evDone                     // OpenPackets called done
+	evClosed                   // an open link failed
+	evDiscard                  // a link is not wanted any more
+)
+
+type event struct {
+	kind eventKind
+	a    *assoc
+	t    *try
+	link relay.PacketLink
+	err  error
+}
+
+// mailbox takes events from any goroutine without blocking. Its length is bounded by the mappings: a handful for each.
+type mailbox struct {
+	mu     sync.Mutex
+	events []event
+	wake   chan struct{}
+}
+
+func (b *mailbox) post(e event) {
+	b.mu.Lock()
+	b.events = append(b.events, e)
+	b.mu.Unlock()
+	select {
+	case b.wake <- struct{}{}:
+	default:
+	}
+}
+
+// take returns what is there. spare is what take returned before: it becomes the next buffer.
+func (b *mailbox) take(spare []event) []event {
+	clear(spare)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	events := b.events
+	b.events = spare[:0]
+	return events
+}
+
+// control is Run's own state: nobody else touches it.
+type control struct {
+	opening int      // tries whose done is outstanding
+	waiting []*assoc // for opening to fall below the limit
+	tooLong bool     // that datagrams were too large was logged
+}
+
+const (
+	sweepEvery = time.Second
+	sweepPart  = 8 // a sweep looks at one part of this many, but at sweepMin at least
+	sweepMin   = 64
+
+	retryFirst = 250 * time.Millisecond
+	retryMax   = 30 * time.Second
+	livedLong  = 10 * time.Second // an association that lived so long is made again at once
+)
+
+// handle does what can take longer than the frame reader may.
+func (r *Router) handle(e event) {
+	switch e.kind {
+	case evOpen:
+		r.open(e.a)
+	case evDone:
+		r.opened(e)
+	case evClosed:
+		r.closed(e)
+	case evDiscard:
+		if e.t != nil {
+			e.t.cancel()
+		}
+		if e.link != nil {
+			r.closeLink(e.link)
+		}
+	}
+}
+
+func (r *Router) closeLink(l relay.PacketLink) {
+	_ = l.Close() // the link is given up: nobody could do anything about an error
+	s := l.Stats()
+	addLink(&r.links, s)
+	if s.TooLarge > 0 && !r.control.tooLong {
+		r.control.tooLong = true
+		r.log.post(slog.LevelWarn, "datagrams were too large for the proxy's encapsulation and were dropped", slog.Uint64("datagrams", s.TooLarge))
+	}
+}
+
+// open starts a try for a, or has it wait.
+func (r *Router) open(a *assoc) {
+	r.udp.mu.Lock()
+	if a.m.gone.Load() || a.m.assocOf(a.up) != a || a.link != nil || a.try != nil {
+		r.udp.mu.Unlock()
+		return
+	}
+	if r.control.opening >= r.cfg.Limits.Associations {
+		r.udp.mu.Unlock()
+		if r.control.waiting = append(r.control.waiting, a); len(r.control.waiting) > 2*r.cfg.Limits.Mappings {
+			r.control.waiting = slices.DeleteFunc(r.control.waiting, func(a *assoc) bool { return a.m.gone.Load() })
+		}
+		return
+	}
+	ctx, cancel := context.WithCancel(r.ctx)
+	t := &try{a: a, cancel: cancel}
+	a.try = t
+	r.udp.mu.Unlock()
+	r.control.opening++
+	m, w := a.m, r.loopW[a.loop]
+	a.up.OpenPackets(ctx, r.cfg.Loops[a.loop],
+		func(pkts []flow.Packet) { r.deliver(m, w, pkts) },
+		func(l relay.PacketLink, err error) { r.ctl.post(event{kind: evDone, t: t, link: l, err: err}) },
+		func(err error) { r.ctl.post(event{kind: evClosed, t: t, err: err}) })
+}
+
+// next lets one that waits have its turn.
+func (r *Router) next() {
+	for len(r.control.waiting) > 0 && r.control.opening < r.cfg.Limits.Associations {
+		a := r.control.waiting[0]
+		r.control.waiting = r.control.waiting[1:]
+		r.open(a)
+	}
+}
+
+func (r *Router) opened(e event) {
+	t, a := e.t, e.t.a
+	r.control.opening--
+	defer r.next()
+	if e.err == nil && t.closed {
+		r.closeLink(e.link)
+		e.link, e.err = nil, t.why
+	}
+	r.udp.mu.Lock()
+	if a.try != t { // not wanted any more
+		r.udp.mu.Unlock()
+		t.cancel()
+		if e.link != nil {
+			r.closeLink(e.link)
+		}
+		return
+	}
+	if e.err != nil {
+		a.try = nil
+		r.failed(a, e.err)
+		r.udp.mu.Unlock()
+		t.cancel()
+		return
+	}
+	a.link, a.opened, a.failures = e.link, r.now(), 0
+	a.up.refuseUntil.Store(0)
+	items := r.udp.take(a)
+	pkts := make([]flow.Packet, 0, len(items))
+	for i := range items {
+		if r.now()-items[i].at > int64(queueAge) {
+			r.count.dgramsQueueFull.Add(1)
+			continue
+		}
+		pkts = append(pkts, items[i].packet(a.m.src))
+	}
+	if len(pkts) > 0 {
+		if _, err := a.link.Send(pkts); err != nil {
+			r.ctl.post(event{kind: evClosed, t: t, err: err})
+		}
+	}
+	r.udp.mu.Unlock()
+	a.up.udp.works(r, a.up, "UDP")
+}
+
+// failed decides what comes of an association that could not be opened. udp.mu is held.
+func (r *Router) failed(a *assoc, err error) {
+	if r.ctx.Err() != nil {
+		return
+	}
+	if why, final := udpRefused(err); final {
+		a.up.refuseWhy.Store(uint32(why))
+		a.up.refuseUntil.Store(r.now() + int64(r.noUDP))
+		a.up.udp.failed(r, a.up, "UDP", err)
+		r.refuseQueue(a, why)
+		a.m.drop(a)
+		r.discard(a)
+		if len(a.m.assocs) == 0 {
+			r.endMapping(a.m, "refused", err)
+		}
+		return
+	}
+	a.failures++
+	if a.failures >= refuseAfter {
+		r.refuseQueue(a, flow.RefuseNet)
+	}
+	a.up.udp.failed(r, a.up, "UDP", err)
+	r.again(a)
+}
+
+// refuseQueue tells the app of each datagram that waits.
+func (r *Router) refuseQueue(a *assoc, why flow.Refusal) {
+	for _, q := range r.udp.take(a) {
+		r.count.dgramsRefused.Add(1)
+		r.ctlW.Refuse(q.packet(a.m.src), why)
+	}
+}
+
+// again has a opened after a delay that grows with its failures.
+func (r *Router) again(a *assoc) {
+	d := time.Duration(0)
+	if a.failures > 0 {
+		d = min(r.retryFirst<<min(a.failures-1, 16), r.retryMax)
+		d += time.Duration(rand.Int64N(int64(d)/4 + 1)) // not all mappings at the same moment
+	}
+	if d == 0 {
+		r.ctl.post(event{kind: evOpen, a: a})
+		return
+	}
+	time.AfterFunc(d, func() { r.ctl.post(event{kind: evOpen, a: a}) })
+}
+
+// closed: an open link failed. The mapping stays, and with it what the app knows.
+func (r *Router) closed(e event) {
+	t, a := e.t, e.t.a
+	if t == nil || t.closed {
+		return
+	}
+	t.closed, t.why = true, e.err
+	if t.why == nil {
+		t.why = errors.New("the control connection ended")
+	}
+	r.udp.mu.Lock()
+	if a.try != t || a.link == nil { // not wanted, or done is still to come
+		r.udp.mu.Unlock()
+		return
+	}
+	link := a.link
+	a.link, a.try = nil, nil
+	if r.now()-a.opened < int64(r.livedLong) {
+		a.failures++
+	}
+	r.count.reassociations.Add(1)
+	r.again(a)
+	r.udp.mu.Unlock()
+	t.cancel()
+	r.closeLink(link)
+	r.log.post(slog.LevelDebug, "association is made again", slog.Uint64("flow", a.m.id), slog.String("upstream", a.up.name), slog.Any("err", t.why))
+}
+
+// sweep looks at a part of the mappings and ends those whose time is over.
+func (r *Router) sweep() {
+	t := &r.udp
+	now := r.now()
+	var old []*mapping
+	t.mu.Lock()
+	for range min(max(sweepMin, len(t.all)/sweepPart), len(t.all)) {
+		if t.walk >= len(t.all) {
+			t.walk = 0
+		}
+		m := t.all[t.walk]
+		t.walk++
+		if now >= m.notYet && r.idle(m, now) {
+			old = append(old, m)
+		}
+	}
+	t.mu.Unlock()
+	for _, m := range old {
+		exists := false
+		if r.cfg.Sockets != nil {
+			ok, err := r.cfg.Sockets.Exists(flow.UDP, m.src, noAddr)
+			exists = ok && err == nil // what can't be asked is decided by the time alone
+		}
+		t.mu.Lock()
+		switch {
+		case m.gone.Load() || !r.idle(m, r.now()): // ended, or a datagram came while we asked
+		case exists:
+			m.notYet = r.now() + int64(t.pinned)
+		default:
+			r.count.mappingsExpired.Add(1)
+			r.endMapping(m, "closed", nil)
+		}
+		t.mu.Unlock()
+	}
+}
+
+// idle reports whether m has been silent for its life time. udp.mu is held.
+func (r *Router) idle(m *mapping, now int64) bool {
+	life := r.udp.life
+	// An exchange of one datagram each way is over too: nobody waits for more.
+	if m.oneShot || m.upPkts == 1 && m.downPkts.Load() >= 1 {
+		life = r.udp.shortLife
+	}
+	return now-m.lastSeen() >= int64(life)
+}

@@ -1,0 +1,79 @@
+package route
+
+import (
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// upstream is an Upstream and what is known of it.
+type upstream struct {
+	Upstream
+	name     string
+	tcp, udp health
+
+	// The server said that it carries no UDP: until then (on the Router's clock) nobody asks it again, and datagrams are
+	// refused with why.
+	refuseUntil atomic.Int64
+	refuseWhy   atomic.Uint32
+}
+
+// noUDP is how long "no UDP" is believed. The next datagram after it is a new try.
+const noUDP = time.Minute
+
+// refused reports whether datagrams for u are refused at now, and how.
+func (u *upstream) refused(now int64) (flow.Refusal, bool) {
+	if until := u.refuseUntil.Load(); until == 0 || now >= until {
+		return 0, false
+	}
+	return flow.Refusal(u.refuseWhy.Load()), true
+}
+
+// health is whether the server works, so that its failing is logged once and not for each flow.
+type health struct {
+	mu      sync.Mutex
+	down    bool
+	logged  bool // that it is down
+	changed time.Time
+}
+
+// quiet is the least time between two log lines about one upstream: a server that fails now and then must not fill
+// the log.
+const quiet = 10 * time.Second
+
+func (h *health) failed(r *Router, u *upstream, what string, err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.down && h.logged {
+		return
+	}
+	h.down = true
+	if now := time.Now(); h.changed.IsZero() || now.Sub(h.changed) >= quiet {
+		h.changed, h.logged = now, true
+		r.log.post(slog.LevelWarn, "upstream does not work for "+what, slog.String("upstream", u.name), slog.Any("err", err))
+	}
+}
+
+func (h *health) works(r *Router, u *upstream, what string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !h.down {
+		return
+	}
+	h.down = false
+	if h.logged {
+		h.logged = false
+		h.changed = time.Now()
+		r.log.post(slog.LevelInfo, "upstream works again for "+what, slog.String("upstream", u.name))
+	}
+}
+
+// isDown is for the status.
+func (h *health) isDown() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.down
+}

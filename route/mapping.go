@@ -1,0 +1,245 @@
+package route
+
+import (
+	"context"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// mapping is the UDP of one app endpoint, whatever it talks to: RFC 4787 section 4.1, endpoint-independent. What comes
+// back is delivered whoever sent it, section 5. All but the atomics belongs to who holds udp.mu.
+type mapping struct {
+	src    netip.AddrPort
+	id     uint64
+	start  time.Time
+	first  netip.AddrPort // the first destination, and the rule that decided on it: for the log
+	rule   *verdict
+	assocs []*assoc // one for each upstream that the verdicts asked for: hardly ever more than one
+
+	older, newer *mapping // by the app's last datagram
+	index        int      // in mappings.all
+
+	lastUp  int64 // Router.now
+	notYet  int64 // the app's socket was there: not looked at again before
+	oneShot bool  // all of it was to ports of question and answer
+	upPkts  uint64
+	upBytes uint64
+
+	gone      atomic.Bool // ended: a loop may still deliver to it for a moment
+	lastDown  atomic.Int64
+	downPkts  atomic.Uint64
+	downBytes atomic.Uint64
+}
+
+// lastSeen is when the last datagram passed, either way.
+func (m *mapping) lastSeen() int64 { return max(m.lastUp, m.lastDown.Load()) }
+
+// An association's life:
+//
+//	opening  -> open      the upstream gave a link; what was queued is sent
+//	opening  -> retrying  it gave an error; after a delay: opening
+//	opening  -> (removed) the server carries no UDP
+//	open     -> opening   the control connection ended; at once if it had lived, else by retrying
+//
+// In opening and retrying datagrams are queued; from the third failure in a row on they are refused.
+type assoc struct {
+	m        *mapping
+	up       *upstream
+	loop     int
+	link     relay.PacketLink // set: open
+	try      *try             // that is pending, or that link came from
+	opened   int64
+	failures int
+	queue    queue
+}
+
+// try is one call of OpenPackets: what comes back of an earlier one is told from what is wanted.
+type try struct {
+	a      *assoc
+	cancel context.CancelFunc
+	closed bool // and why; the upstream may say so before done
+	why    error
+}
+
+// refuseAfter is how many failures in a row it takes until datagrams are refused instead of queued.
+const refuseAfter = 3
+
+// Queue bounds, for one association while it is opened. 32 datagrams are what a program sends in a first burst; the
+// bytes allow two of the largest.
+const (
+	queueLen   = 64
+	queueBytes = 128 << 10
+	queueAge   = 5 * time.Second // whoever asked has asked again since
+	queuedAll  = 16 << 20        // bytes of all queues together
+)
+
+// queued is a datagram copied: headers, then payload.
+type queued struct {
+	dst  netip.AddrPort
+	buf  []byte
+	head int
+	at   int64
+}
+
+func (q *queued) packet(src netip.AddrPort) flow.Packet {
+	return flow.Packet{Src: src, Dst: q.dst, Head: q.buf[:q.head:q.head], Payload: q.buf[q.head:]}
+}
+
+type queue struct {
+	items []queued
+	bytes int
+}
+
+// mappings is the table. Its lock is taken once for each burst of datagrams and held while they are sent, so that a
+// link is used by one goroutine at a time; nobody else holds it for long.
+type mappings struct {
+	mu     sync.Mutex
+	bySrc  map[netip.AddrPort]*mapping
+	all    []*mapping // for walks in small steps
+	oldest *mapping
+	newest *mapping
+	walk   int // where the next step starts
+	queued int // bytes in all queues
+	cache  cache
+	clos   bool // closing: no new ones
+
+	life, shortLife, pinned time.Duration
+}
+
+func (t *mappings) init() {
+	t.bySrc = make(map[netip.AddrPort]*mapping)
+	t.life = 5 * time.Minute       // RFC 4787 4.3: REQ-5
+	t.shortLife = 30 * time.Second // questions and answers
+	t.pinned = time.Minute         // between two looks at the app's socket
+}
+
+func (t *mappings) add(m *mapping) {
+	t.bySrc[m.src] = m
+	m.index = len(t.all)
+	t.all = append(t.all, m)
+	t.pushNewest(m)
+}
+
+func (t *mappings) pushNewest(m *mapping) {
+	m.older, m.newer = t.newest, nil
+	if t.newest != nil {
+		t.newest.newer = m
+	} else {
+		t.oldest = m
+	}
+	t.newest = m
+}
+
+func (t *mappings) unlink(m *mapping) {
+	if m.older != nil {
+		m.older.newer = m.newer
+	} else {
+		t.oldest = m.newer
+	}
+	if m.newer != nil {
+		m.newer.older = m.older
+	} else {
+		t.newest = m.older
+	}
+	m.older, m.newer = nil, nil
+}
+
+func (t *mappings) touch(m *mapping) {
+	if t.newest != m {
+		t.unlink(m)
+		t.pushNewest(m)
+	}
+}
+
+func (t *mappings) remove(m *mapping) {
+	delete(t.bySrc, m.src)
+	last := len(t.all) - 1
+	t.all[m.index] = t.all[last]
+	t.all[m.index].index = m.index
+	t.all[last] = nil
+	t.all = t.all[:last]
+	t.unlink(m)
+	m.gone.Store(true)
+}
+
+// push copies a datagram to a's queue. What does not fit pushes out the oldest: their senders ask again, and the newest
+// is what they wait for. It returns how many were lost.
+func (t *mappings) push(a *assoc, p *flow.Packet, now int64) (lost int) {
+	q := &a.queue
+	n := len(p.Head) + len(p.Payload)
+	for len(q.items) > 0 && (len(q.items) >= queueLen || q.bytes+n > queueBytes) {
+		t.pop(q)
+		lost++
+	}
+	if q.bytes+n > queueBytes || t.queued+n > queuedAll {
+		return lost + 1
+	}
+	buf := make([]byte, 0, n)
+	buf = append(append(buf, p.Head...), p.Payload...)
+	q.items = append(q.items, queued{p.Dst, buf, len(p.Head), now})
+	q.bytes += n
+	t.queued += n
+	return lost
+}
+
+func (t *mappings) pop(q *queue) {
+	n := len(q.items[0].buf)
+	q.bytes -= n
+	t.queued -= n
+	q.items[0] = queued{}
+	q.items = q.items[1:]
+}
+
+// take empties a's queue.
+func (t *mappings) take(a *assoc) []queued {
+	items := a.queue.items
+	t.queued -= a.queue.bytes
+	a.queue = queue{}
+	return items
+}
+
+// assocOf returns m's association with up, or nil; m may be nil.
+func (m *mapping) assocOf(up *upstream) *assoc {
+	if m == nil {
+		return nil
+	}
+	for _, a := range m.assocs {
+		if a.up == up {
+			return a
+		}
+	}
+	return nil
+}
+
+func (m *mapping) drop(a *assoc) {
+	for i := range m.assocs {
+		if m.assocs[i] == a {
+			m.assocs = append(m.assocs[:i], m.assocs[i+1:]...)
+			return
+		}
+	}
+}
+
+// oneShotPort reports whether a port is of a service of single questions and answers (RFC 4787 REQ-5 a): DNS and NTP.
+func oneShotPort(port uint16) bool { return port == 53 || port == 123 }
+
+func (m *mapping) info() FlowInfo {
+	i := info(m.id, flow.UDP, m.src, m.first, m.start)
+	i.Rule, i.Upstream = m.rule.rule, m.rule.up.name
+	i.State = "retrying"
+	for _, a := range m.assocs {
+		switch {
+		case a.link != nil:
+			i.State = "open"
+		case a.try != nil && i.State != "open":
+			i.State = "dialing"
+		}
+	}
+	i.Up, i.Down = m.upBytes, m.downBytes.Load()
+	return i
+}

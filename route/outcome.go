@@ -1,0 +1,83 @@
+package route
+
+import (
+	"context"
+	"errors"
+	"os"
+	"syscall"
+
+	"github.com/viasocks/viasocks/socks"
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// errNoRule is the reason in the log of a flow that no upstream was asked for.
+var errNoRule = errors.New("no rule matches and there is no default")
+
+// refusalOf is how the app's connect() ends when a dial ended with err: as it would have ended had the app dialled
+// itself. For SOCKS that is the server's word; where no server works the network is unreachable, which lets IPv6 fall
+// back to IPv4 at once. An errno is of a direct dial.
+func refusalOf(err error) flow.Refusal {
+	var reply socks.Reply
+	var server *socks.ServerError
+	var errno syscall.Errno
+	switch {
+	case errors.As(err, &server): // before the others: what it wraps is about the server, not about the target
+		return flow.RefuseNet
+	case errors.As(err, &reply):
+		return refusalOfReply(reply)
+	case errors.Is(err, socks.ErrSilent):
+		return flow.RefuseSilent
+	case errors.Is(err, context.Canceled), errors.Is(err, socks.ErrClosed):
+		return flow.RefuseReset // we are ending: the app must not wait for us
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
+		return flow.RefuseSilent
+	case errors.As(err, &errno):
+		switch errno {
+		case syscall.ECONNREFUSED, syscall.ECONNRESET:
+			return flow.RefuseReset
+		case syscall.EHOSTUNREACH, syscall.EHOSTDOWN:
+			return flow.RefuseHost
+		case syscall.EACCES, syscall.EPERM:
+			return flow.RefuseAdmin
+		case syscall.ETIMEDOUT:
+			return flow.RefuseSilent
+		}
+	}
+	return flow.RefuseNet
+}
+
+func refusalOfReply(r socks.Reply) flow.Refusal {
+	switch r {
+	case socks.ReplyNotAllowed:
+		return flow.RefuseAdmin
+	case socks.ReplyNetUnreachable:
+		return flow.RefuseNet
+	case socks.ReplyHostUnreachable, socks.ReplyTTLExpired:
+		// dante and microsocks send 6 when the target timed out: an early error is better than ETIMEDOUT two minutes later.
+		return flow.RefuseHost
+	case socks.ReplyCommandNotSupported, socks.ReplyAddrTypeNotSupported:
+		return flow.RefuseNet
+	}
+	return flow.RefuseReset // 5, 1, and what RFC 1928 leaves unassigned
+}
+
+// isServerFault reports whether err says that the upstream, and not a target, is at fault.
+func isServerFault(err error) bool {
+	var server *socks.ServerError
+	return errors.As(err, &server)
+}
+
+// udpRefused reports whether err is a server's final word on UDP ASSOCIATE, and what the app is told for each datagram.
+func udpRefused(err error) (flow.Refusal, bool) {
+	var reply socks.Reply
+	if isServerFault(err) || !errors.As(err, &reply) {
+		return 0, false
+	}
+	switch reply {
+	case socks.ReplyCommandNotSupported, socks.ReplyAddrTypeNotSupported:
+		return flow.RefusePort, true
+	case socks.ReplyNotAllowed:
+		return flow.RefuseAdmin, true
+	}
+	return 0, false
+}

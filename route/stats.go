@@ -1,0 +1,127 @@
+package route
+
+import (
+	"slices"
+	"sync/atomic"
+
+	"github.com/viasocks/viasocks/route/dns"
+)
+
+type counters struct {
+	streams, streamsRefused, flowsFull                      atomic.Uint64
+	mappings, mappingsExpired, mappingsEvicted              atomic.Uint64
+	mappingsFull, reassociations                            atomic.Uint64
+	dgramsDropped, dgramsRefused, dgramsQueueFull, up, down atomic.Uint64
+}
+
+// linkCounters are those of links that were closed.
+type linkCounters struct {
+	sent, received, full, tooLarge, unsendable, malformed atomic.Uint64
+}
+
+// Stats is a snapshot. What is not said to be a number of now counts since the start.
+type Stats struct {
+	Streams         uint64 // TCP flows that the app asked for
+	StreamsRefused  uint64 // by a rule, by a limit, or by the upstream
+	StreamsFull     uint64 // of those: because of Limits.Flows
+	StreamsNow      int    // pending and open
+	Mappings        uint64 // made
+	MappingsNow     int
+	MappingsExpired uint64 // silent for their life time, and the socket gone
+	MappingsEvicted uint64 // for a new one, the longest idle first
+	MappingsFull    uint64 // not made: all were at work
+	Reassociations  uint64 // links that failed and were made again
+	Pending         int    // associations being opened, now
+
+	Dropped   uint64 // datagrams: verdict drop, no room, no mapping, an address that can't be carried to
+	Refused   uint64 // datagrams answered with an ICMP error
+	QueueFull uint64 // datagrams lost while their association was made
+	Up, Down  uint64 // payload bytes of flows that ended
+
+	// Datagrams of links that were closed.
+	Sent, Received, SocketFull, TooLarge, Unsendable, Malformed uint64
+
+	DNS dns.Stats
+}
+
+// Stats gives the counters.
+func (r *Router) Stats() Stats {
+	c, l := &r.count, &r.links
+	s := Stats{
+		Streams: c.streams.Load(), StreamsRefused: c.streamsRefused.Load(), StreamsFull: c.flowsFull.Load(),
+		Mappings: c.mappings.Load(), MappingsExpired: c.mappingsExpired.Load(), MappingsEvicted: c.mappingsEvicted.Load(),
+		MappingsFull: c.mappingsFull.Load(), Reassociations: c.reassociations.Load(),
+		Dropped: c.dgramsDropped.Load(), Refused: c.dgramsRefused.Load(), QueueFull: c.dgramsQueueFull.Load(),
+		Up: c.up.Load(), Down: c.down.Load(),
+		Sent: l.sent.Load(), Received: l.received.Load(), SocketFull: l.full.Load(), TooLarge: l.tooLarge.Load(),
+		Unsendable: l.unsendable.Load(), Malformed: l.malformed.Load(),
+	}
+	if r.dns != nil {
+		s.DNS = r.dns.Stats()
+	}
+	r.streams.mu.Lock()
+	s.StreamsNow = len(r.streams.byID)
+	r.streams.mu.Unlock()
+	r.udp.mu.Lock()
+	s.MappingsNow = len(r.udp.all)
+	for _, m := range r.udp.all {
+		for _, a := range m.assocs {
+			if a.try != nil && a.link == nil {
+				s.Pending++
+			}
+		}
+	}
+	r.udp.mu.Unlock()
+	return s
+}
+
+// Flows lists what there is now, by ID: for status.
+func (r *Router) Flows() []FlowInfo {
+	var all []FlowInfo
+	for _, s := range r.streams.snapshot() {
+		all = append(all, s.info())
+	}
+	r.udp.mu.Lock()
+	for _, m := range r.udp.all {
+		all = append(all, m.info())
+	}
+	r.udp.mu.Unlock()
+	slices.SortFunc(all, func(a, b FlowInfo) int {
+		if a.ID < b.ID {
+			return -1
+		}
+		return 1
+	})
+	return all
+}
+
+// UpstreamInfo is an upstream as status shows it. Down: the last flow met a fault of the server's.
+type UpstreamInfo struct {
+	Name             string
+	TCPDown, UDPDown bool
+}
+
+// Upstreams lists them in the order of the configuration.
+func (r *Router) Upstreams() []UpstreamInfo {
+	var all []UpstreamInfo
+	for _, u := range r.cfg.Upstreams {
+		up := r.policy.upstreams[u.Name()]
+		all = append(all, UpstreamInfo{up.name, up.tcp.isDown(), up.udp.isDown()})
+	}
+	return all
+}
+
+// RuleInfo is a rule and how often it decided, in TCP flows and datagrams.
+type RuleInfo struct {
+	Rule string
+	Hits uint64
+}
+
+// Rules lists the rules in their order, and last what happens to the rest: "default", or "none".
+func (r *Router) Rules() []RuleInfo {
+	var all []RuleInfo
+	for _, v := range append(r.policy.verdicts[:len(r.policy.verdicts):len(r.policy.verdicts)], r.policy.otherwise) {
+		all = append(all, RuleInfo{v.rule, v.hits.Load()})
+	}
+	return all
+}

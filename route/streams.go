@@ -1,0 +1,278 @@
+package route
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// streams is the flow table of TCP: what is pending and what is open. What was refused leaves only its log line.
+type streams struct {
+	mu      sync.Mutex
+	byID    map[uint64]*stream
+	closing bool
+	wg      sync.WaitGroup // one for each entry
+}
+
+// A stream's life. Each arrow happens once, and over is final:
+//
+//	dialing -> open    the upstream granted it; the relay has the request and the socket
+//	dialing -> over    refused, or the app gave up, or we end
+//	open    -> over    the relay's Result
+const (
+	dialing int32 = iota
+	open
+	over
+)
+
+var streamStates = [...]string{dialing: "dialing", open: "open", over: "closed"}
+
+// stream is a TCP flow that an upstream was asked for.
+type stream struct {
+	r      *Router
+	req    flow.StreamRequest
+	flow   flow.Flow
+	dest   Dest
+	v      *verdict
+	cancel context.CancelFunc
+	gone   atomic.Bool  // the app gave up
+	state  atomic.Int32 // dialing, open, over
+	loop   int
+	relay  atomic.Pointer[relay.Relay]
+}
+
+var verdictImpossible = &verdict{kind: impossible, rule: "none"}
+
+// HandleStream implements stack.Handler: it takes the verdict and has the upstream dial. It does not block.
+func (r *Router) HandleStream(req flow.StreamRequest) {
+	f := req.Flow()
+	f.ID = r.ids.Add(1)
+	if f.Start.IsZero() {
+		f.Start = time.Now()
+	}
+	r.count.streams.Add(1)
+	dest := Dest{Addr: netip.AddrPortFrom(f.Dst.Addr().Unmap(), f.Dst.Port())}
+	if r.dns != nil && dest.Addr.Port() == 53 {
+		// A truncated answer asks to come back by TCP, and the address in resolv.conf need not exist.
+		dest.Addr = r.dns.Resolver()
+	}
+	v := verdictImpossible
+	if carriable(dest.Addr) {
+		v = r.policy.decide(flow.TCP, dest.Addr)
+	}
+	v.hits.Add(1)
+	switch v.kind {
+	case reject:
+		var err error
+		if v == r.policy.otherwise {
+			err = errNoRule
+		}
+		r.turnAway(req, f, v, flow.RefuseReset, "rejected", err)
+		return
+	case drop:
+		r.turnAway(req, f, v, flow.RefuseSilent, "dropped", nil)
+		return
+	case impossible:
+		r.turnAway(req, f, v, flow.RefuseNet, "refused", errors.New("nothing can be carried to this address"))
+		return
+	}
+	s := &stream{r: r, req: req, flow: f, dest: dest, v: v, loop: -1}
+	ctx, cancel := context.WithCancel(r.ctx)
+	s.cancel = cancel
+	if err := r.streams.add(s, r.cfg.Limits.Flows); err != nil {
+		cancel()
+		why := flow.RefuseReset
+		if err == errFull {
+			why = flow.RefuseNet
+			r.count.flowsFull.Add(1)
+		}
+		r.turnAway(req, f, v, why, "refused", err)
+		return
+	}
+	req.OnCancel(s.gaveUp)
+	v.up.DialStream(ctx, dest, s.dialed)
+}
+
+// turnAway refuses a flow that no upstream was asked for.
+func (r *Router) turnAway(req flow.StreamRequest, f flow.Flow, v *verdict, why flow.Refusal, state string, err error) {
+	r.count.streamsRefused.Add(1)
+	req.Reject(why)
+	i := FlowInfo{Flow: f, Rule: v.rule, State: state}
+	if v.up != nil {
+		i.Upstream = v.up.name
+	}
+	r.log.end(i, time.Since(f.Start), err)
+}
+
+var (
+	errFull    = errors.New("too many flows")
+	errClosing = errors.New("viasocks is ending")
+	errAppGone = errors.New("the app gave up")
+)
+
+func (t *streams) add(s *stream, limit int) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	switch {
+	case t.closing:
+		return errClosing
+	case len(t.byID) >= limit:
+		return errFull
+	}
+	t.byID[s.flow.ID] = s
+	t.wg.Add(1)
+	return nil
+}
+
+// gaveUp is told by the stack that nobody waits for this flow any more. Locks of the stack may be held.
+func (s *stream) gaveUp() {
+	s.gone.Store(true)
+	s.cancel() // ends the dial, and dialed is then called with an error
+}
+
+// dialed takes the upstream's answer, on any goroutine.
+func (s *stream) dialed(fd int, err error) {
+	defer s.cancel() // gives ctx back
+	r, up := s.r, s.v.up
+	if err != nil {
+		s.refused(err)
+		return
+	}
+	up.tcp.works(r, up, "TCP")
+	if s.gone.Load() {
+		_ = syscall.Close(fd)
+		s.finish("cancelled", 0, 0, errAppGone)
+		return
+	}
+	s.loop = r.pickLoop()
+	r.streams.mu.Lock()
+	closing := r.streams.closing
+	if !closing {
+		s.state.Store(open)
+	}
+	r.streams.mu.Unlock()
+	if closing {
+		_ = syscall.Close(fd)
+		s.req.Reject(flow.RefuseReset)
+		s.finish("aborted", 0, 0, errClosing)
+		return
+	}
+	rel := r.cfg.Loops[s.loop].Start(s.req, fd, s.relayed)
+	s.relay.Store(rel)
+	r.streams.mu.Lock()
+	closing = r.streams.closing
+	r.streams.mu.Unlock()
+	if closing { // the Router's own Abort may have come before the relay was there to be seen
+		rel.Abort()
+	}
+}
+
+func (s *stream) refused(err error) {
+	r, up := s.r, s.v.up
+	switch {
+	case s.gone.Load():
+		s.finish("cancelled", 0, 0, errAppGone)
+		return
+	case isServerFault(err):
+		up.tcp.failed(r, up, "TCP", err)
+	case r.ctx.Err() != nil:
+		s.req.Reject(flow.RefuseReset)
+		s.finish("aborted", 0, 0, errClosing)
+		return
+	default:
+		up.tcp.works(r, up, "TCP") // a refusal of the target is the server's work well done
+	}
+	r.count.streamsRefused.Add(1)
+	why := refusalOf(err)
+	s.req.Reject(why)
+	state := "refused"
+	if why == flow.RefuseSilent {
+		state = "silent"
+	}
+	s.finish(state, 0, 0, err)
+}
+
+// relayed takes the relay's end, on its loop.
+func (s *stream) relayed(res relay.Result) {
+	state := "closed"
+	switch {
+	case res.Err == nil:
+	case errors.Is(res.Err, relay.ErrAppGone):
+		state = "cancelled"
+	case errors.Is(res.Err, relay.ErrAborted), errors.Is(res.Err, relay.ErrClosed):
+		state = "aborted"
+	default:
+		state = "reset"
+	}
+	s.finish(state, res.Up, res.Down, res.Err)
+}
+
+// finish takes s out of the table and writes its line.
+func (s *stream) finish(state string, up, down uint64, err error) {
+	if s.state.Swap(over) == over {
+		return
+	}
+	r := s.r
+	r.streams.mu.Lock()
+	delete(r.streams.byID, s.flow.ID)
+	r.streams.mu.Unlock()
+	if s.loop >= 0 {
+		r.load[s.loop].Add(-1)
+	}
+	r.count.up.Add(up)
+	r.count.down.Add(down)
+	i := s.info()
+	i.State, i.Up, i.Down = state, up, down
+	r.log.end(i, time.Since(s.flow.Start), err)
+	r.streams.wg.Done()
+}
+
+func (s *stream) info() FlowInfo {
+	i := FlowInfo{Flow: s.flow, Host: s.dest.Name, Rule: s.v.rule, Upstream: s.v.up.name, State: streamStates[s.state.Load()]}
+	if rel := s.relay.Load(); rel != nil {
+		i.Up, i.Down = rel.Bytes()
+	}
+	return i
+}
+
+// pickLoop gives the loop with the least to do one flow more.
+func (r *Router) pickLoop() int {
+	best := 0
+	for i := range r.load {
+		if r.load[i].Load() < r.load[best].Load() {
+			best = i
+		}
+	}
+	r.load[best].Add(1)
+	return best
+}
+
+func (t *streams) snapshot() []*stream {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	all := make([]*stream, 0, len(t.byID))
+	for _, s := range t.byID {
+		all = append(all, s)
+	}
+	return all
+}
+
+// close refuses new flows and resets those there are. Their ends come by dialed and relayed.
+func (t *streams) close() {
+	t.mu.Lock()
+	t.closing = true
+	t.mu.Unlock()
+	for _, s := range t.snapshot() {
+		s.cancel()
+		if rel := s.relay.Load(); rel != nil {
+			rel.Abort()
+		}
+	}
+}

@@ -1,0 +1,246 @@
+package route
+
+import (
+	"errors"
+	"net/netip"
+	"time"
+
+	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+var (
+	verdictResolve = &verdict{kind: resolve, rule: "dns"}
+
+	errEvicted     = errors.New("too many mappings: it was the longest idle")
+	errUnreachable = errors.New("the app's host says port unreachable")
+)
+
+// evictIdle is how long a mapping must be silent to make room for a new one. Younger ones are at work: then the new
+// one waits.
+const evictIdle = int64(5 * time.Second)
+
+// HandlePackets implements stack.Handler: a burst of datagrams of the app. Runs of one source and one upstream are sent
+// by one call of its link. Nothing here blocks, and nothing is allocated for a datagram of an open association.
+func (r *Router) HandlePackets(pkts []flow.Packet) {
+	if len(pkts) == 0 {
+		return
+	}
+	t := &r.udp
+	now := r.now()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.clos {
+		r.count.dgramsDropped.Add(uint64(len(pkts)))
+		return
+	}
+	v := r.classify(&pkts[0])
+	for i := 0; i < len(pkts); {
+		var next *verdict
+		j := i + 1
+		for ; j < len(pkts); j++ {
+			if next = v; pkts[j].Dst != pkts[j-1].Dst {
+				next = r.classify(&pkts[j])
+			}
+			if next != v || pkts[j].Src != pkts[i].Src {
+				break
+			}
+		}
+		v.hits.Add(uint64(j - i))
+		r.run(v, pkts[i:j], now)
+		i, v = j, next
+	}
+}
+
+// classify takes the verdict on one datagram, from the cache if it is there.
+func (r *Router) classify(p *flow.Packet) *verdict {
+	if r.dns != nil && p.Dst.Port() == 53 {
+		return verdictResolve
+	}
+	c := &r.udp.cache[r.udp.cache.slot(p.Dst)]
+	if c.v != nil && c.dst == p.Dst {
+		return c.v
+	}
+	c.dst, c.v = p.Dst, verdictImpossible
+	if dst := netip.AddrPortFrom(p.Dst.Addr().Unmap(), p.Dst.Port()); carriable(dst) {
+		c.v = r.policy.decide(flow.UDP, dst)
+	}
+	return c.v
+}
+
+// run handles datagrams of one source and one verdict.
+func (r *Router) run(v *verdict, pkts []flow.Packet, now int64) {
+	switch v.kind {
+	case resolve:
+		for i := range pkts {
+			r.question(&pkts[i])
+		}
+	case carry:
+		r.carry(v, pkts, now)
+	case reject:
+		r.refuse(r.readerW, pkts, flow.RefusePort)
+	default:
+		r.count.dgramsDropped.Add(uint64(len(pkts)))
+	}
+}
+
+func (r *Router) refuse(w flow.PacketWriter, pkts []flow.Packet, why flow.Refusal) {
+	r.count.dgramsRefused.Add(uint64(len(pkts)))
+	for i := range pkts {
+		w.Refuse(pkts[i], why)
+	}
+}
+
+// question hands a datagram to port 53 to route/dns. The answer comes from the address that was asked.
+func (r *Router) question(p *flow.Packet) {
+	src, dst := p.Src, p.Dst
+	r.dns.Handle(p.Payload, func(b []byte) {
+		r.dnsMu.Lock()
+		defer r.dnsMu.Unlock()
+		r.dnsPkt[0] = flow.Packet{Src: dst, Dst: src, Payload: b}
+		_, _ = r.dnsW.WritePackets(r.dnsPkt[:])
+		r.dnsPkt[0].Payload = nil
+	})
+}
+
+func (r *Router) carry(v *verdict, pkts []flow.Packet, now int64) {
+	t := &r.udp
+	m := t.bySrc[pkts[0].Src]
+	// What is open goes on working whatever the server says to others.
+	if a := m.assocOf(v.up); a == nil || a.link == nil {
+		if why, refused := v.up.refused(now); refused {
+			r.refuse(r.readerW, pkts, why)
+			return
+		}
+	}
+	if m == nil {
+		if m = r.newMapping(v, &pkts[0], now); m == nil {
+			r.count.dgramsDropped.Add(uint64(len(pkts)))
+			return
+		}
+	}
+	t.touch(m)
+	m.lastUp = now
+	a := m.assocOf(v.up)
+	if a == nil {
+		a = &assoc{m: m, up: v.up, loop: r.pickLoop()}
+		m.assocs = append(m.assocs, a)
+		r.ctl.post(event{kind: evOpen, a: a})
+	}
+	bytes := uint64(0)
+	for i := range pkts {
+		bytes += uint64(len(pkts[i].Payload))
+		m.oneShot = m.oneShot && oneShotPort(pkts[i].Dst.Port())
+	}
+	m.upPkts += uint64(len(pkts))
+	m.upBytes += bytes
+	switch {
+	case a.link != nil:
+		if _, err := a.link.Send(pkts); err != nil { // what it could not send it has counted
+			r.ctl.post(event{kind: evClosed, t: a.try, err: err})
+		}
+	case a.failures >= refuseAfter:
+		r.refuse(r.readerW, pkts, flow.RefuseNet)
+	default:
+		for i := range pkts {
+			if lost := t.push(a, &pkts[i], now); lost > 0 {
+				r.count.dgramsQueueFull.Add(uint64(lost))
+			}
+		}
+	}
+}
+
+// newMapping makes room if there is none; nil: there is none to be made.
+func (r *Router) newMapping(v *verdict, p *flow.Packet, now int64) *mapping {
+	t := &r.udp
+	if !p.Src.IsValid() || p.Src.Port() == 0 || p.Src.Addr().IsUnspecified() || p.Src.Addr().IsMulticast() {
+		return nil
+	}
+	if len(t.all) >= r.cfg.Limits.Mappings && !r.evict(now) {
+		r.count.mappingsFull.Add(1)
+		return nil
+	}
+	m := &mapping{src: p.Src, id: r.ids.Add(1), start: time.Now(), first: p.Dst, rule: v, oneShot: true}
+	t.add(m)
+	r.count.mappings.Add(1)
+	return m
+}
+
+// evict ends the mapping that was idle longest. Those that only receive are passed over, a few at a time.
+func (r *Router) evict(now int64) bool {
+	t := &r.udp
+	for range 16 {
+		m := t.oldest
+		if m == nil || now-m.lastUp < evictIdle {
+			return false
+		}
+		if now-m.lastDown.Load() >= evictIdle || m.lastDown.Load() == 0 {
+			r.count.mappingsEvicted.Add(1)
+			r.endMapping(m, "evicted", errEvicted)
+			return true
+		}
+		m.lastUp = m.lastDown.Load()
+		t.touch(m)
+	}
+	return false
+}
+
+// HandleUnreachable ends the mapping of an app endpoint whose kernel answered a datagram with ICMP port unreachable: its
+// socket is gone. Called on the frame reader; it does not block.
+func (r *Router) HandleUnreachable(endpoint netip.AddrPort) {
+	r.udp.mu.Lock()
+	defer r.udp.mu.Unlock()
+	if m := r.udp.bySrc[endpoint]; m != nil {
+		r.endMapping(m, "unreachable", errUnreachable)
+	}
+}
+
+// endMapping takes m out of the table at once and leaves what may take longer to Run. udp.mu is held.
+func (r *Router) endMapping(m *mapping, state string, err error) {
+	i := m.info()
+	i.State = state
+	r.udp.remove(m)
+	for _, a := range m.assocs {
+		r.discard(a)
+	}
+	m.assocs = nil
+	r.count.up.Add(i.Up)
+	r.count.down.Add(i.Down)
+	r.log.end(i, time.Since(m.start), err)
+}
+
+// discard ends an association whose mapping is gone, or does not need it. udp.mu is held.
+func (r *Router) discard(a *assoc) {
+	r.load[a.loop].Add(-1)
+	if lost := r.udp.take(a); len(lost) > 0 {
+		r.count.dgramsDropped.Add(uint64(len(lost)))
+	}
+	r.ctl.post(event{kind: evDiscard, link: a.link, t: a.try})
+	a.link, a.try = nil, nil
+}
+
+// deliver hands a burst from an upstream to the app, on the loop that w is of. Whoever sent it: filtering is
+// endpoint-independent.
+func (r *Router) deliver(m *mapping, w flow.PacketWriter, pkts []flow.Packet) {
+	if m.gone.Load() {
+		return
+	}
+	bytes := uint64(0)
+	for i := range pkts {
+		pkts[i].Dst = m.src
+		bytes += uint64(len(pkts[i].Payload))
+	}
+	m.lastDown.Store(r.now())
+	m.downPkts.Add(uint64(len(pkts)))
+	m.downBytes.Add(bytes)
+	_, _ = w.WritePackets(pkts) // it counts what it could not write; an error means that the device is gone, and Run ends soon
+}
+
+func addLink(c *linkCounters, s relay.LinkStats) {
+	c.sent.Add(s.Sent)
+	c.received.Add(s.Received)
+	c.full.Add(s.Full)
+	c.tooLarge.Add(s.TooLarge)
+	c.unsendable.Add(s.Unsendable)
+	c.malformed.Add(s.Malformed)
+}

@@ -1,0 +1,67 @@
+package route
+
+import (
+	"context"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/socks"
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+type directUpstream struct {
+	d       *socks.Dialer
+	control func(fd int) error
+}
+
+// NewDirect is the upstream named "direct": flows leave from sockets of this host, which must be steered past the TUN.
+// Those of TCP see d's DirectControl, those of UDP see control before they are used (nil: nothing). d stays the caller's,
+// who closes it after the Router.
+func NewDirect(d *socks.Dialer, control func(fd int) error) Upstream {
+	return &directUpstream{d, control}
+}
+
+// Name implements Upstream.
+func (u *directUpstream) Name() string { return DirectName }
+
+// DialStream implements Upstream by connect(2).
+func (u *directUpstream) DialStream(ctx context.Context, d Dest, done func(fd int, err error)) {
+	if d.Name != "" {
+		done(-1, fmt.Errorf("cannot go direct to a name: %w", unix.EADDRNOTAVAIL))
+		return
+	}
+	u.d.DialDirect(ctx, d.Addr, done)
+}
+
+// OpenPackets implements Upstream by one UDP socket for both families, or for IPv4 where there is no IPv6.
+func (u *directUpstream) OpenPackets(_ context.Context, l *relay.Loop, sink func([]flow.Packet), done func(relay.PacketLink, error), closed func(error)) {
+	fd, err := u.socket(unix.AF_INET6)
+	if err == unix.EAFNOSUPPORT {
+		fd, err = u.socket(unix.AF_INET)
+	}
+	if err != nil {
+		done(nil, fmt.Errorf("cannot make a UDP socket: %w", err))
+		return
+	}
+	done(l.OpenPackets(fd, nil, sink, closed))
+}
+
+func (u *directUpstream) socket(family int) (int, error) {
+	fd, err := unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_UDP)
+	if err != nil {
+		return -1, err
+	}
+	if family == unix.AF_INET6 {
+		err = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 0)
+	}
+	if err == nil && u.control != nil {
+		err = u.control(fd)
+	}
+	if err != nil {
+		_ = unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}

@@ -1,0 +1,80 @@
+package route
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+
+	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/socks"
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// Client is what a SOCKS upstream is made of: one server (*socks.Client), or later a group of them.
+type Client interface {
+	Connect(ctx context.Context, dst socks.Addr, done func(fd int, err error))
+	Associate(ctx context.Context, done func(*socks.Association, error))
+}
+
+type socksUpstream struct {
+	name string
+	c    Client
+}
+
+// NewSOCKS is an upstream of SOCKS servers. Their Dialer stays the caller's, who closes it after the Router.
+func NewSOCKS(name string, c Client) Upstream { return &socksUpstream{name, c} }
+
+// Name implements Upstream.
+func (u *socksUpstream) Name() string { return u.name }
+
+// DialStream implements Upstream by CONNECT.
+func (u *socksUpstream) DialStream(ctx context.Context, d Dest, done func(fd int, err error)) {
+	u.c.Connect(ctx, socks.Addr{Name: d.Name, IP: d.Addr.Addr(), Port: d.Addr.Port()}, done)
+}
+
+// OpenPackets implements Upstream by UDP ASSOCIATE.
+func (u *socksUpstream) OpenPackets(ctx context.Context, l *relay.Loop, sink func([]flow.Packet), done func(relay.PacketLink, error), closed func(error)) {
+	u.c.Associate(ctx, func(a *socks.Association, err error) {
+		if err != nil {
+			done(nil, err)
+			return
+		}
+		fd, err := a.Dial()
+		if err != nil {
+			_ = a.Close()
+			done(nil, err)
+			return
+		}
+		link, err := l.OpenPackets(fd, codec{}, sink, closed)
+		if err != nil {
+			_ = a.Close()
+			done(nil, err)
+			return
+		}
+		done(&socksLink{link, a}, nil)
+		a.OnClose(closed)
+	})
+}
+
+// socksLink holds the association for as long as its datagrams are wanted.
+type socksLink struct {
+	relay.PacketLink
+	a *socks.Association
+}
+
+// Close implements relay.PacketLink.
+func (l *socksLink) Close() error { return errors.Join(l.PacketLink.Close(), l.a.Close()) }
+
+// codec is SOCKS's UDP header, and knows which sources cannot be.
+type codec struct{ socks.UDPCodec }
+
+var errMartian = errors.New("a datagram from an address that nobody can have")
+
+// ParseHeader implements relay.Codec.
+func (c codec) ParseHeader(b []byte) (src netip.AddrPort, n int, err error) {
+	src, n, err = c.UDPCodec.ParseHeader(b)
+	if err == nil && !carriable(src) {
+		err = errMartian
+	}
+	return src, n, err
+}

@@ -1,0 +1,122 @@
+package route
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"sync/atomic"
+
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// verdict is what was decided for a flow. There is one for each rule, so that verdicts are compared by pointer.
+type verdict struct {
+	kind kind
+	up   *upstream // carry
+	rule string    // for the log
+	hits atomic.Uint64
+}
+
+type kind uint8
+
+const (
+	carry kind = iota
+	reject
+	drop
+	resolve    // a question for route/dns
+	impossible // to an address that nothing can be carried to: dropped
+)
+
+// policy is the compiled configuration: immutable but for the counters.
+type policy struct {
+	rules     []Rule
+	verdicts  []*verdict // one for each rule
+	otherwise *verdict
+	upstreams map[string]*upstream
+}
+
+func newPolicy(cfg Config) (*policy, error) {
+	p := &policy{rules: cfg.Rules, upstreams: make(map[string]*upstream)}
+	var names []string
+	for _, u := range cfg.Upstreams {
+		name := u.Name()
+		if err := CheckName(name); err != nil {
+			return nil, fmt.Errorf("cannot use an upstream: %w", err)
+		}
+		if p.upstreams[name] != nil {
+			return nil, fmt.Errorf("cannot use two upstreams of one name: %s", name)
+		}
+		p.upstreams[name] = &upstream{Upstream: u, name: name}
+		names = append(names, name)
+	}
+	have := "there are no upstreams"
+	if len(names) > 0 {
+		have = "the upstreams are " + strings.Join(names, ", ")
+	}
+	for i := range p.rules {
+		rule := &p.rules[i]
+		v := &verdict{rule: rule.String()}
+		switch {
+		case rule.text == "":
+			return nil, errors.New("cannot use an empty rule")
+		case rule.action == ActionReject:
+			v.kind = reject
+		case rule.action == ActionDrop:
+			v.kind = drop
+		default:
+			if v.up = p.upstreams[rule.via]; v.up == nil {
+				return nil, fmt.Errorf("cannot use rule %q: no upstream is named %q, %s", rule, rule.via, have)
+			}
+		}
+		p.verdicts = append(p.verdicts, v)
+	}
+	p.otherwise = &verdict{kind: reject, rule: "none"}
+	if cfg.Default != "" {
+		up := p.upstreams[cfg.Default]
+		if up == nil {
+			return nil, fmt.Errorf("cannot use default %q: no upstream has this name, %s", cfg.Default, have)
+		}
+		p.otherwise = &verdict{up: up, rule: "default"}
+	}
+	return p, nil
+}
+
+// decide returns the verdict of the first rule that matches. dst is unmapped. It does not allocate.
+func (p *policy) decide(proto flow.Proto, dst netip.AddrPort) *verdict {
+	for i := range p.rules {
+		if p.rules[i].matches(proto, dst) {
+			return p.verdicts[i]
+		}
+	}
+	return p.otherwise
+}
+
+// carriable reports whether dst can be a destination beyond a proxy at all. Multicast and broadcast are dropped by the
+// stack too: this is the second bolt on the door.
+func carriable(dst netip.AddrPort) bool {
+	a := dst.Addr()
+	if !a.IsValid() || dst.Port() == 0 || a.IsMulticast() || a.IsUnspecified() || a.IsLoopback() {
+		return false
+	}
+	return !a.Is4() || a.As4()[0] < 240 // reserved, and the limited broadcast
+}
+
+// cacheSize is the number of destinations whose verdict is remembered: 48 bytes each. A DHT node talks to some hundred
+// in a minute.
+const cacheSize = 1 << 10
+
+// cache remembers verdicts on datagrams by destination; a verdict depends on nothing else. Direct mapped, so bounded,
+// and it costs the same whatever the rules are. It belongs to who holds the mappings' lock.
+type cache [cacheSize]struct {
+	dst netip.AddrPort
+	v   *verdict
+}
+
+func (c *cache) slot(dst netip.AddrPort) int {
+	b := dst.Addr().As16()
+	h := binary.LittleEndian.Uint64(b[:]) ^ binary.LittleEndian.Uint64(b[8:])*0x9E3779B97F4A7C15 ^ uint64(dst.Port())<<40
+	h *= 0xD6E8FEB86659FD93
+	return int(h >> 54)
+}
