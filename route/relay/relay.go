@@ -1,93 +1,304 @@
 package relay
 
 import (
-	"context"
 	"errors"
-	"log/slog"
-	"net/netip"
+	"fmt"
+	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// Config of a Loop.
-type Config struct {
-	IdleTimeout time.Duration // keepalive idle time of upstream sockets; 0: 2 h
-	Log         *slog.Logger  // nil: slog.Default
-}
-
-// How a relay ended, for errors.Is on Result.Err.
+// How a relay ended: for errors.Is on Result.Err. See also ErrClosed.
 var (
 	ErrAppGone       = errors.New("the app was gone")      // before the handshake with it was over
-	ErrAppReset      = errors.New("reset by the app")      // RST from the app
-	ErrUpstreamReset = errors.New("reset by the upstream") // RST from the upstream, or its socket failed
+	ErrAppReset      = errors.New("reset by the app")      // RST
+	ErrUpstreamReset = errors.New("reset by the upstream") // RST; or its socket failed, then the errno is in the chain
 	ErrAborted       = errors.New("aborted")               // Relay.Abort
-	ErrClosed        = errors.New("loop closed")           // the Loop ended
+	ErrLost          = errors.New("data lost")             // the stack did not take what it had asked for: a bug
 )
 
-// Result is the end of a relay. Up is app to upstream, bytes.
+// Result is the end of a relay.
 type Result struct {
-	Up, Down uint64
-	Err      error // nil: both FINs were passed on
+	Up, Down uint64 // bytes moved, app to upstream and back
+	Err      error  // nil: both FINs were passed on
 }
 
-// Loop is an event loop.
-type Loop struct{}
+// Relay is one TCP flow between the app and an upstream socket. It is the flow.Listener of its stream.
+type Relay struct {
+	node
+	l    *Loop
+	done func(Result)
 
-// NewLoop makes a loop; Run runs it.
-func NewLoop(Config) (*Loop, error) { return nil, errors.ErrUnsupported }
+	app     flow.Stream // Opened wrote it before its hint
+	appErr  error
+	dropped atomic.Bool // the stream was closed, or is about to be
 
-// Run runs the loop until ctx ends or Close is called.
-func (*Loop) Run(ctx context.Context) error { return errors.ErrUnsupported }
+	up, down atomic.Uint64
 
-// Close ends the loop.
-func (*Loop) Close() error { return nil }
+	// The loop's own.
+	fd       int32
+	open     bool // the app's handshake is over, fd is watched
+	over     bool // nothing is left but a late Opened
+	upFIN    bool // the app's FIN was read
+	upDone   bool // and passed on
+	downDone bool // the upstream's FIN was passed on
+	spill    []byte
+	rst      *rst // one side has reset
+}
 
-// Start answers the held SYN and relays.
-func (*Loop) Start(req flow.StreamRequest, fd int, done func(Result)) *Relay { return nil }
+// rst is the end of a flow by RST: the other side still gets what came before it.
+type rst struct {
+	byApp bool
+	cause error
+	dry   bool // the dead side has nothing left to hand over
+	timer *time.Timer
+	wait  time.Duration
+	moved uint64
+	queue int
+	since time.Time // of the last progress
+}
 
-// Relay is one TCP flow between the app and an upstream socket.
-type Relay struct{}
+// queuer is what a Stream may also implement: how many bytes that WriteFrom took the app's kernel has not acknowledged. With it
+// a RST of the upstream does not overtake them; without it they are dropped by Abort.
+type queuer interface{ Queued() int }
+
+// lingerLimit is how long a side that was reset waits for the other to take what came before, without any progress. Long
+// enough for a path with loss; and an app that does not read must not hold a dead flow.
+var lingerLimit = 10 * time.Second
+
+// Start answers the held SYN (req.Accept) and relays between the app and fd, a connected non-blocking socket, until both
+// directions are over or one side resets. It owns fd from here on, also when the app is gone. It does not block and may be called from
+// any goroutine; done (nil: not wanted) is called exactly once, on the loop, or on a goroutine of its own if the loop is
+// closed; never by Start itself.
+func (l *Loop) Start(req flow.StreamRequest, fd int, done func(Result)) *Relay {
+	r := &Relay{l: l, done: done, fd: int32(fd)}
+	r.task = r
+	setup(fd, l.idle)
+	if !l.join(&r.node) {
+		r.over = true
+		closeReset(fd)
+		req.Reject(flow.RefuseReset)
+		if done != nil {
+			go done(Result{Err: ErrClosed})
+		}
+		return r
+	}
+	req.Accept(r)
+	return r
+}
 
 // Opened implements flow.Listener.
-func (*Relay) Opened(flow.Stream, error) {}
+func (r *Relay) Opened(s flow.Stream, err error) {
+	r.app, r.appErr = s, err
+	r.l.note(&r.node, opened)
+	if r.l.gone.Load() && s != nil && r.dropped.CompareAndSwap(false, true) {
+		go func() { s.Abort(); _ = s.Close() }() // locks of the stack may be held
+	}
+}
 
 // Ready implements flow.Listener.
-func (*Relay) Ready(flow.Events) {}
-
-// Bytes moved so far.
-func (*Relay) Bytes() (up, down uint64) { return }
-
-// Abort resets both sides.
-func (*Relay) Abort() {}
-
-// Codec puts a header before each datagram and takes it off.
-type Codec interface {
-	// AppendHeader appends the header of a datagram to dst.
-	AppendHeader(b []byte, dst netip.AddrPort) []byte
-	// ParseHeader returns the source that the header names and the header's length.
-	ParseHeader(b []byte) (src netip.AddrPort, n int, err error)
+func (r *Relay) Ready(ev flow.Events) {
+	var b uint32
+	if ev&flow.Readable != 0 {
+		b |= appIn
+	}
+	if ev&flow.Writable != 0 {
+		b |= appOut
+	}
+	if ev&flow.Hup != 0 {
+		b |= appIn | appHup
+	}
+	if b != 0 {
+		r.l.note(&r.node, b)
+	}
 }
 
-// LinkStats counts datagrams.
-type LinkStats struct {
-	Sent, Received       uint64 // datagrams
-	SentBytes, RecvBytes uint64 // payload, without the header
-	Full                 uint64 // not sent: the socket's buffer was full
-	TooLarge             uint64 // not sent: larger than the encapsulation allows
-	Unsendable           uint64 // not sent: wrong family, or the kernel refused
-	Malformed            uint64 // received with a bad header
-	Unreachable          uint64 // ICMP errors
+// Bytes is what was moved so far. Any goroutine.
+func (r *Relay) Bytes() (up, down uint64) { return r.up.Load(), r.down.Load() }
+
+// Abort resets both sides soon. Any goroutine, more than once, and after the end.
+func (r *Relay) Abort() { r.l.note(&r.node, ended) }
+
+// turn implements task.
+func (r *Relay) turn() (again bool) {
+	switch {
+	case r.over:
+		if r.got&opened != 0 {
+			r.dropApp(true)
+		}
+		return false
+	case r.got&ended != 0:
+		r.finish(ErrAborted)
+		return false
+	case !r.open && !r.begin():
+		return false
+	}
+	if r.got&sockErr != 0 {
+		r.got &^= sockErr
+		if e := sockError(int(r.fd)); e != 0 {
+			r.upstreamReset(e)
+		}
+	}
+	if r.got&appHup != 0 && !r.over {
+		r.got &^= appHup
+		r.probeApp()
+	}
+	if r.canDown() {
+		r.moveDown()
+	}
+	if r.canUp() {
+		r.moveUp()
+	}
+	if r.over {
+		return false
+	}
+	if r.rst != nil {
+		return r.resetTurn()
+	}
+	if r.upDone && r.downDone {
+		r.finish(nil)
+		return false
+	}
+	return r.canDown() || r.canUp()
 }
 
-// PacketLink is a UDP socket of an upstream.
-type PacketLink interface {
-	Send([]flow.Packet) (n int, err error)
-	Close() error
-	Stats() LinkStats
+// begin is the first turn after Opened.
+func (r *Relay) begin() bool {
+	if r.got&opened == 0 {
+		return false
+	}
+	if r.app == nil {
+		err := ErrAppGone
+		if r.appErr != nil {
+			err = fmt.Errorf("%w: %w", ErrAppGone, r.appErr)
+		}
+		r.finish(err)
+		return false
+	}
+	const events = unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP
+	if err := r.l.watch(&r.node, int(r.fd), events); err != nil {
+		r.finish(fmt.Errorf("%w: cannot watch its socket: %w", ErrAborted, err))
+		return false
+	}
+	// What the socket has epoll tells at once. The rest is tried: early data goes out in this turn.
+	r.open = true
+	r.got |= sockOut | appIn | appOut
+	return true
 }
 
-// OpenPackets takes fd.
-func (*Loop) OpenPackets(fd int, codec Codec, sink func([]flow.Packet), closed func(error)) (PacketLink, error) {
-	return nil, errors.ErrUnsupported
+// appReset: the app's RST. What it had sent before goes up first.
+func (r *Relay) appReset(cause error) {
+	if r.rst != nil {
+		r.finishReset() // both sides are dead
+		return
+	}
+	if errors.Is(cause, flow.ErrReset) {
+		cause = ErrAppReset
+	} else {
+		cause = fmt.Errorf("%w: %w", ErrAppReset, cause)
+	}
+	r.beginReset(&rst{byApp: true, cause: cause})
+	r.got |= appIn
+}
+
+// upstreamReset: the socket is dead, but what it received can still be read.
+func (r *Relay) upstreamReset(e unix.Errno) {
+	if r.rst != nil {
+		if r.rst.byApp {
+			r.finishReset()
+		}
+		return
+	}
+	cause := ErrUpstreamReset
+	if e != unix.ECONNRESET && e != unix.EPIPE { // ETIMEDOUT of keepalive, EHOSTUNREACH
+		cause = fmt.Errorf("%w: %w", ErrUpstreamReset, e)
+	}
+	r.beginReset(&rst{cause: cause, dry: r.downDone})
+	r.spill = nil
+	r.got |= sockIn | sockHup
+}
+
+func (r *Relay) beginReset(x *rst) {
+	x.since = time.Now()
+	x.queue = -1
+	r.rst = x
+}
+
+// resetTurn ends the flow when what came before the RST was handed over, or when that does not move for lingerLimit.
+func (r *Relay) resetTurn() (again bool) {
+	x := r.rst
+	queue := 0
+	if x.byApp {
+		queue = unacked(int(r.fd))
+	} else if q, ok := r.app.(queuer); ok {
+		queue = q.Queued()
+	}
+	if x.dry && queue == 0 && len(r.spill) == 0 {
+		r.finishReset()
+		return false
+	}
+	now := time.Now()
+	if moved := r.up.Load() + r.down.Load(); moved != x.moved || queue != x.queue {
+		x.moved, x.queue, x.since = moved, queue, now
+	} else if now.Sub(x.since) >= lingerLimit {
+		r.finishReset()
+		return false
+	}
+	// Nobody tells when a queue is empty: look again, ever more seldom.
+	if x.timer == nil {
+		x.wait = time.Millisecond
+		x.timer = time.AfterFunc(x.wait, func() { r.l.note(&r.node, ticked) })
+	} else if r.got&ticked != 0 {
+		x.wait = min(2*x.wait, 128*time.Millisecond)
+		x.timer.Reset(x.wait)
+	}
+	r.got &^= ticked
+	return r.canDown() || r.canUp()
+}
+
+func (r *Relay) finishReset() { r.finish(r.rst.cause) }
+
+// shutdown implements task.
+func (r *Relay) shutdown() { r.finish(ErrClosed) }
+
+// finish closes both sides, in order or by RST, and tells done.
+func (r *Relay) finish(err error) {
+	if r.over {
+		return
+	}
+	r.over = true
+	r.l.forget(&r.node)
+	if err == nil {
+		_ = unix.Close(int(r.fd))
+	} else {
+		closeReset(int(r.fd))
+	}
+	r.fd = -1
+	if r.rst != nil && r.rst.timer != nil {
+		r.rst.timer.Stop()
+	}
+	r.spill, r.rst = nil, nil
+	if r.got&opened != 0 {
+		r.dropApp(err != nil)
+	}
+	r.l.leave(&r.node)
+	if done := r.done; done != nil {
+		r.done = nil
+		done(Result{Up: r.up.Load(), Down: r.down.Load(), Err: err})
+	}
+}
+
+// dropApp gives the stream back, once.
+func (r *Relay) dropApp(abort bool) {
+	if r.app == nil || !r.dropped.CompareAndSwap(false, true) {
+		return
+	}
+	if abort {
+		r.app.Abort()
+	}
+	_ = r.app.Close()
+	r.app = nil
 }

@@ -1,0 +1,170 @@
+package relay
+
+import (
+	"fmt"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// Codec puts a header before each datagram and takes it off: the SOCKS UDP header, RFC 1928 section 7. Its methods are
+// called from the frame reader and from the loop at once, so it has no state that changes.
+type Codec interface {
+	// AppendHeader appends the header of a datagram to dst. No header: b comes back as it was, and the datagram is dropped.
+	AppendHeader(b []byte, dst netip.AddrPort) []byte
+	// ParseHeader returns the source that the header names and the header's length. b is whatever the relay sent. An
+	// error drops and counts the datagram; it should be a fixed value, made once.
+	ParseHeader(b []byte) (src netip.AddrPort, n int, err error)
+}
+
+// PacketLink is a UDP socket of an upstream.
+type PacketLink interface {
+	// Send sends datagrams to their Dst. It never blocks: what can't be sent is dropped and counted. n is how many the
+	// kernel took. The error is ErrClosed or nil. One goroutine at a time; Close may come meanwhile.
+	Send([]flow.Packet) (n int, err error)
+	// Close gives the socket back. A sink call that is under way ends after it; no other begins once the loop knows.
+	// It may be called twice and from any goroutine.
+	Close() error
+	Stats() LinkStats // any goroutine
+}
+
+// LinkStats counts datagrams of one link. Bytes are payload, without the header.
+type LinkStats struct {
+	Sent, SentBytes         uint64
+	Received, ReceivedBytes uint64
+	Full                    uint64 // not sent: the socket's buffer was full
+	TooLarge                uint64 // not sent: over what the encapsulation allows (DESIGN.md 6)
+	Unsendable              uint64 // not sent: no header, wrong family, or refused by the kernel
+	Malformed               uint64 // received and dropped: bad header
+	Unreachable             uint64 // ICMP errors that the socket was told: transient, the link goes on
+}
+
+type linkCounters struct {
+	sent, sentBytes, received, receivedBytes, full, tooLarge, unsendable, malformed, unreachable atomic.Uint64
+}
+
+// The longest UDP payload: 65,535 less the UDP header, and on IPv4 less the IP header.
+const (
+	maxUDP4 = 65507
+	maxUDP6 = 65527
+)
+
+// link implements PacketLink. The loop owns fd and closes it; mu keeps it open during Send.
+type link struct {
+	node
+	l      *Loop
+	codec  Codec
+	sink   func([]flow.Packet)
+	closed func(error)
+	v6     bool // socket family
+	max    int  // longest datagram with header, when connected
+
+	mu   sync.Mutex
+	fd   int
+	shut bool
+	seg  int // largest size that UDP_SEGMENT is tried with; under mu
+
+	st   linkCounters
+	over bool // the loop's own
+}
+
+// OpenPackets makes a link of fd, a non-blocking UDP socket, and owns it from here on, also on error. With a codec the
+// socket is connected to the SOCKS relay: the kernel drops datagrams of strangers. Without, it is not connected: datagrams go
+// as they are to their Dst, and Src is whoever sent them.
+//
+// sink gets what was received, on the loop, in bursts; the packets and their bytes are lent for the call. Src is set, Dst
+// is not. closed (nil: not wanted) is called once, on the loop, if the socket fails for good or the loop ends (ErrClosed), and not after Close.
+func (l *Loop) OpenPackets(fd int, codec Codec, sink func([]flow.Packet), closed func(error)) (PacketLink, error) {
+	k := &link{l: l, fd: fd, codec: codec, sink: sink, closed: closed, max: maxUDP4, seg: maxUDP4}
+	k.task = k
+	family, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
+	if err != nil {
+		_ = unix.Close(fd)
+		return nil, fmt.Errorf("cannot open a packet link: %w", err)
+	}
+	k.v6 = family == unix.AF_INET6
+	if k.v6 && codec != nil {
+		if peer, err := unix.Getpeername(fd); err == nil {
+			if a, ok := peer.(*unix.SockaddrInet6); ok && !netip.AddrFrom16(a.Addr).Is4In6() {
+				k.max = maxUDP6
+			}
+		}
+	}
+	// Without GRO (Linux before 5.0) datagrams come one by one. A burst of a swarm overruns the default of 208 KiB.
+	_ = unix.SetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_GRO, 1)
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 1<<20)
+	if !l.join(&k.node) {
+		_ = unix.Close(fd)
+		return nil, fmt.Errorf("cannot open a packet link: %w", ErrClosed)
+	}
+	l.note(&k.node, opened)
+	return k, nil
+}
+
+// Close implements PacketLink.
+func (k *link) Close() error {
+	k.mu.Lock()
+	k.shut = true
+	k.mu.Unlock()
+	k.l.note(&k.node, ended)
+	return nil
+}
+
+// Stats implements PacketLink.
+func (k *link) Stats() LinkStats {
+	s := &k.st
+	return LinkStats{
+		Sent: s.sent.Load(), SentBytes: s.sentBytes.Load(),
+		Received: s.received.Load(), ReceivedBytes: s.receivedBytes.Load(),
+		Full: s.full.Load(), TooLarge: s.tooLarge.Load(), Unsendable: s.unsendable.Load(),
+		Malformed: s.malformed.Load(), Unreachable: s.unreachable.Load(),
+	}
+}
+
+// turn implements task.
+func (k *link) turn() (again bool) {
+	switch {
+	case k.over:
+		return false
+	case k.got&ended != 0:
+		k.finish(nil)
+		return false
+	case k.got&opened != 0:
+		k.got &^= opened
+		if err := k.l.watch(&k.node, k.fd, unix.EPOLLIN); err != nil {
+			k.finish(fmt.Errorf("cannot watch a packet link: %w", err))
+			return false
+		}
+	}
+	if k.got&sockIn == 0 {
+		return false
+	}
+	return k.receive()
+}
+
+// shutdown implements task.
+func (k *link) shutdown() { k.finish(ErrClosed) }
+
+// finish closes the socket and tells closed, unless Close was called.
+func (k *link) finish(err error) {
+	if k.over {
+		return
+	}
+	k.over = true
+	k.l.forget(&k.node)
+	k.mu.Lock()
+	tell := !k.shut
+	k.shut = true
+	_ = unix.Close(k.fd)
+	k.fd = -1
+	k.mu.Unlock()
+	k.l.leave(&k.node)
+	if tell && k.closed != nil {
+		k.closed(err)
+	}
+	k.sink, k.closed = nil, nil
+}

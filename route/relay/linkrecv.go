@@ -1,0 +1,191 @@
+package relay
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+const (
+	rxVec     = 32      // messages for one recvmmsg; with UDP_GRO each may hold 64 datagrams
+	rxBuf     = 1 << 16 // the longest datagram and the longest GRO run
+	rxCalls   = 2       // recvmmsg calls for one turn
+	rxPackets = 256     // datagrams for one sink call
+	ctlLen    = 24      // CMSG_SPACE of an int
+)
+
+// rxBuffers is shared by all links of a loop: a link that waits owns none. 2 MiB of address space, of which the kernel touches as
+// many pages as datagrams are long.
+type rxBuffers struct {
+	data  []byte
+	msgs  [rxVec]unix.Mmsghdr
+	iov   [rxVec]unix.Iovec
+	names [rxVec]unix.RawSockaddrInet6 // large enough for both families
+	ctl   [rxVec][ctlLen]byte
+	used  int // headers that the last call may have changed
+	pkts  []flow.Packet
+}
+
+func newRxBuffers() *rxBuffers {
+	b := &rxBuffers{data: make([]byte, rxVec*rxBuf), used: rxVec, pkts: make([]flow.Packet, 0, rxPackets)}
+	for i := range b.msgs {
+		b.iov[i].Base = &b.data[i*rxBuf]
+		b.iov[i].SetLen(rxBuf)
+		h := &b.msgs[i].Hdr
+		h.Iov = &b.iov[i]
+		h.SetIovlen(1)
+		h.Name = (*byte)(unsafe.Pointer(&b.names[i]))
+		h.Control = &b.ctl[i][0]
+	}
+	return b
+}
+
+// recv receives up to rxVec messages.
+func (b *rxBuffers) recv(fd int) (int, unix.Errno) {
+	for i := range b.used {
+		h := &b.msgs[i].Hdr
+		h.Namelen = unix.SizeofSockaddrInet6
+		h.SetControllen(ctlLen)
+	}
+	for {
+		n, _, e := unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&b.msgs[0])), rxVec,
+			unix.MSG_DONTWAIT, 0, 0)
+		if e == unix.EINTR {
+			continue
+		}
+		if e != 0 {
+			b.used = 1 // the kernel may have got as far as the first
+			return 0, e
+		}
+		b.used = min(int(n)+1, rxVec)
+		return int(n), 0
+	}
+}
+
+// segment is the size of the datagrams that GRO joined in message i, or 0.
+func (b *rxBuffers) segment(i int) int {
+	h := &b.msgs[i].Hdr
+	if int(h.Controllen) < unix.SizeofCmsghdr+4 {
+		return 0
+	}
+	c := (*unix.Cmsghdr)(unsafe.Pointer(&b.ctl[i][0]))
+	if c.Level != unix.IPPROTO_UDP || c.Type != unix.UDP_GRO {
+		return 0
+	}
+	return int(int32(binary.NativeEndian.Uint32(b.ctl[i][unix.SizeofCmsghdr:])))
+}
+
+// source is who sent message i, with IPv4-mapped addresses unmapped.
+func (b *rxBuffers) source(i int) netip.AddrPort {
+	sa := &b.names[i]
+	switch sa.Family {
+	case unix.AF_INET:
+		sa4 := (*unix.RawSockaddrInet4)(unsafe.Pointer(sa))
+		return netip.AddrPortFrom(netip.AddrFrom4(sa4.Addr), swap16(sa4.Port))
+	case unix.AF_INET6:
+		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), swap16(sa.Port))
+	}
+	return netip.AddrPort{}
+}
+
+// swap16 turns a port in network order, as sockaddr has it, into a number, and back.
+func swap16(p uint16) uint16 {
+	var b [2]byte
+	binary.NativeEndian.PutUint16(b[:], p)
+	return binary.BigEndian.Uint16(b[:])
+}
+
+// receive hands what is there to sink, for one turn.
+func (k *link) receive() (again bool) {
+	if k.l.rx == nil {
+		k.l.rx = newRxBuffers()
+	}
+	b := k.l.rx
+	for range rxCalls {
+		n, e := b.recv(k.fd)
+		if e == unix.EAGAIN {
+			k.got &^= sockIn | sockHup | sockErr
+			return false
+		}
+		if e != 0 {
+			if !transient(e) {
+				k.finish(e)
+				return false
+			}
+			k.st.unreachable.Add(1)
+			continue
+		}
+		k.deliver(b, n)
+		// A short count means that the socket was empty, and the next datagram is a new edge; but an ICMP error may
+		// have cut it short: then only EAGAIN is proof.
+		if n < rxVec && k.got&sockErr == 0 {
+			k.got &^= sockIn | sockHup
+			return false
+		}
+	}
+	return true
+}
+
+// deliver takes n messages apart.
+func (k *link) deliver(b *rxBuffers, n int) {
+	var bad, bytes, count uint64
+	b.pkts = b.pkts[:0]
+	for i := range n {
+		m := b.data[i*rxBuf : i*rxBuf+int(b.msgs[i].Len)]
+		size := b.segment(i)
+		if size <= 0 || size > len(m) {
+			size = len(m)
+		}
+		var from netip.AddrPort
+		if k.codec == nil {
+			from = b.source(i)
+		}
+		for first := true; first || len(m) > 0; first = false { // an empty datagram is one too
+			d := m[:min(size, len(m))]
+			m = m[len(d):]
+			src := from
+			if k.codec != nil {
+				s, h, err := k.codec.ParseHeader(d)
+				if err != nil || h < 0 || h > len(d) {
+					bad++
+					continue
+				}
+				src, d = s, d[h:]
+			}
+			if !src.IsValid() {
+				bad++
+				continue
+			}
+			count++
+			bytes += uint64(len(d))
+			b.pkts = append(b.pkts, flow.Packet{Src: src, Payload: d})
+			if len(b.pkts) == rxPackets {
+				k.sink(b.pkts)
+				b.pkts = b.pkts[:0]
+			}
+		}
+	}
+	if bad > 0 {
+		k.st.malformed.Add(bad)
+	}
+	k.st.received.Add(count)
+	k.st.receivedBytes.Add(bytes)
+	if len(b.pkts) > 0 {
+		k.sink(b.pkts)
+		b.pkts = b.pkts[:0]
+	}
+}
+
+// transient: an ICMP error that a connected socket is told, or the kernel's shortage.
+func transient(e unix.Errno) bool {
+	switch e {
+	case unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EHOSTDOWN, unix.ENONET, unix.ENOPROTOOPT,
+		unix.EPROTO, unix.EACCES, unix.EPERM, unix.EMSGSIZE, unix.EOPNOTSUPP, unix.ENETDOWN, unix.ENOBUFS, unix.ENOMEM:
+		return true
+	}
+	return false
+}

@@ -1,0 +1,211 @@
+package relay
+
+import (
+	"errors"
+	"io"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// canUp: there may be something to read from the app, and the socket may take it.
+func (r *Relay) canUp() bool {
+	if r.over || r.upDone || r.got&sockOut == 0 {
+		return false
+	}
+	if r.rst != nil && (!r.rst.byApp || r.rst.dry && len(r.spill) == 0) {
+		return false
+	}
+	return len(r.spill) > 0 || r.upFIN || r.got&appIn != 0
+}
+
+// canDown: there may be something to read from the socket, and the app's stream may take it.
+func (r *Relay) canDown() bool {
+	if r.over || r.downDone || r.rst != nil && (r.rst.byApp || r.rst.dry) {
+		return false
+	}
+	return r.got&sockIn != 0 && r.got&appOut != 0
+}
+
+// moveUp moves up to turnBytes from the app to the socket.
+func (r *Relay) moveUp() {
+	fd := int(r.fd)
+	if len(r.spill) > 0 {
+		n, e := send(fd, r.spill)
+		if e == unix.EAGAIN || e == 0 && n < len(r.spill) {
+			r.got &^= sockOut
+		} else if e != 0 {
+			r.upstreamReset(e)
+			return
+		}
+		if r.spill = r.spill[n:]; len(r.spill) > 0 {
+			return
+		}
+		r.spill = nil
+	}
+	w := &r.l.w
+	w.start(fd)
+	var err error
+	total := 0
+	for err == nil && !r.upFIN && !w.stopped() {
+		var n int
+		n, err = r.app.ReadTo(w)
+		total += n
+		if n == 0 && err == nil && !w.stopped() { // a stream that neither gives nor says why must not spin the loop
+			err = flow.ErrAgain
+		}
+	}
+	w.flush()
+	if total > 0 {
+		r.up.Add(uint64(total))
+	}
+	if w.again {
+		r.got &^= sockOut
+	}
+	if w.err != 0 {
+		r.upstreamReset(w.err)
+		return
+	}
+	if len(w.buf) > 0 {
+		r.spill = append([]byte(nil), w.buf...)
+	}
+	switch {
+	case err == nil:
+	case errors.Is(err, flow.ErrAgain):
+		r.got &^= appIn
+	case errors.Is(err, io.EOF):
+		r.got &^= appIn
+		r.upFIN = true
+		if r.rst != nil {
+			r.rst.dry = true
+		}
+	default:
+		r.got &^= appIn
+		if r.rst == nil {
+			r.appReset(err)
+		}
+		r.rst.dry = true // what is left to send is in spill and in the socket
+		return
+	}
+	if r.upFIN && len(r.spill) == 0 {
+		r.passUpFIN()
+	}
+}
+
+// passUpFIN half-closes the socket.
+func (r *Relay) passUpFIN() {
+	if r.rst != nil { // the app's RST came behind its FIN
+		return
+	}
+	if err := unix.Shutdown(int(r.fd), unix.SHUT_WR); err != nil {
+		e := sockError(int(r.fd)) // ENOTCONN: it was reset
+		if e == 0 {
+			e = unix.ECONNRESET
+		}
+		r.upstreamReset(e)
+		return
+	}
+	r.upDone = true
+}
+
+// moveDown moves up to turnBytes from the socket to the app.
+func (r *Relay) moveDown() {
+	fd := int(r.fd)
+	p := &r.l.p
+	for budget := turnBytes; budget > 0; {
+		n := unread(fd)
+		if n == 0 {
+			if r.got&sockHup == 0 { // what comes from now on is a new edge
+				r.got &^= sockIn
+				return
+			}
+			if r.downEnd() {
+				return
+			}
+			continue
+		}
+		want := min(n, chunk, budget)
+		p.fd, p.left, p.given = fd, want, 0
+		k, err := r.app.WriteFrom(p)
+		if k > 0 {
+			r.down.Add(uint64(k))
+			budget -= k
+		}
+		if k < p.given {
+			r.finish(ErrLost)
+			return
+		}
+		switch {
+		case err == nil:
+			if k == 0 { // a stream that neither takes nor says why must not spin the loop
+				r.got &^= appOut
+				return
+			}
+		case errors.Is(err, flow.ErrAgain):
+			r.got &^= appOut
+			return
+		default:
+			r.appBroke(err)
+			return
+		}
+		if k == n && r.got&sockHup == 0 { // all that was there
+			r.got &^= sockIn
+			return
+		}
+	}
+}
+
+// downEnd is called when the receive queue is empty and FIN or RST was seen. false: there is data after all.
+func (r *Relay) downEnd() bool {
+	var b [1]byte
+	n, e := recv(int(r.fd), b[:], unix.MSG_PEEK)
+	switch {
+	case e == unix.EAGAIN:
+		r.got &^= sockIn
+		return true
+	case n > 0:
+		return false
+	}
+	r.got &^= sockIn
+	if e == 0 && r.rst == nil {
+		e = sockError(int(r.fd)) // a RST behind a FIN
+	}
+	if e != 0 {
+		r.upstreamReset(e)
+	}
+	if r.rst != nil {
+		r.rst.dry = true
+		return true
+	}
+	if err := r.app.CloseWrite(); err != nil {
+		r.appBroke(err)
+		return true
+	}
+	r.downDone = true
+	return true
+}
+
+// appBroke: the write side of the app's stream failed. There may still be something to read.
+func (r *Relay) appBroke(err error) {
+	r.got &^= appOut
+	r.appReset(err)
+}
+
+// probeApp finds out whether Hup meant a RST where neither direction would: the upstream does not take data or the app's
+// FIN was read, and nothing comes down.
+func (r *Relay) probeApp() {
+	if r.rst != nil && r.rst.byApp {
+		return
+	}
+	if _, err := r.app.ReadTo(refuseWriter{}); err != nil && !errors.Is(err, flow.ErrAgain) && !errors.Is(err, io.EOF) {
+		r.appReset(err)
+		if !r.over {
+			r.rst.dry = true
+		}
+		return
+	}
+	if _, err := r.app.WriteFrom(noPayload{}); errors.Is(err, flow.ErrReset) {
+		r.appReset(err)
+	}
+}
