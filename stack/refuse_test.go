@@ -1,0 +1,357 @@
+package stack
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/tun"
+	"github.com/viasocks/viasocks/tun/tuntest"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+)
+
+// segment builds a TCP segment with its checksums.
+func segment(src, dst netip.AddrPort, seq, ack uint32, flags header.TCPFlags, opts, data []byte) []byte {
+	n := tcpHeaderLen + len(opts) + len(data)
+	var b []byte
+	var t header.TCP
+	if src.Addr().Is4() {
+		b = make([]byte, ip4HeaderLen+n)
+		ip := header.IPv4(b)
+		ip.Encode(&header.IPv4Fields{TotalLength: uint16(len(b)), TTL: 64, Protocol: protoTCP, SrcAddr: addrTo(src.Addr()), DstAddr: addrTo(dst.Addr())})
+		ip.SetChecksum(^ip.CalculateChecksum())
+		t = header.TCP(b[ip4HeaderLen:])
+	} else {
+		b = make([]byte, ip6HeaderLen+n)
+		header.IPv6(b).Encode(&header.IPv6Fields{PayloadLength: uint16(n), TransportProtocol: protoTCP, HopLimit: 64, SrcAddr: addrTo(src.Addr()), DstAddr: addrTo(dst.Addr())})
+		t = header.TCP(b[ip6HeaderLen:])
+	}
+	t.Encode(&header.TCPFields{SrcPort: src.Port(), DstPort: dst.Port(), SeqNum: seq, AckNum: ack, DataOffset: uint8(tcpHeaderLen + len(opts)), Flags: flags, WindowSize: 65535})
+	copy(t[tcpHeaderLen:], opts)
+	copy(t[tcpHeaderLen+len(opts):], data)
+	x := header.PseudoHeaderChecksum(protoTCP, addrTo(src.Addr()), addrTo(dst.Addr()), uint16(n))
+	t.SetChecksum(^t.CalculateChecksum(checksum.Checksum(data, x)))
+	return b
+}
+
+// rawStack is a running stack, and the device that stands for the app's kernel.
+type rawStack struct {
+	t    testing.TB
+	s    *Stack
+	dev  *tuntest.Device
+	reqs chan flow.StreamRequest
+}
+
+func newRaw(t testing.TB, cfg Config) *rawStack {
+	checkLeaks(t)
+	a, b := tuntest.Pipe(1500, offAll)
+	r := &rawStack{t: t, dev: b, reqs: make(chan flow.StreamRequest, 100)}
+	cfg.Device = a
+	if cfg.Handler == nil {
+		cfg.Handler = &testHandler{ch: r.reqs}
+	}
+	s, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.s = s
+	ctx, cancel := context.WithCancel(context.Background())
+	ran := make(chan error, 1)
+	go func() { ran <- s.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ran; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+		b.Close()
+	})
+	return r
+}
+
+func (r *rawStack) send(h tun.Header, b []byte) {
+	r.t.Helper()
+	if err := r.dev.Write(&h, [][]byte{b}); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// recv is the next frame, nil if none comes in time.
+func (r *rawStack) recv(d time.Duration) (tun.Header, []byte) {
+	b := make([]byte, tun.MaxFrame)
+	var h tun.Header
+	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		n, err := r.dev.Read(&h, b, false)
+		if err == nil {
+			return h, b[:n]
+		}
+		if !errors.Is(err, tun.ErrAgain) {
+			r.t.Fatal(err)
+		}
+	}
+	return h, nil
+}
+
+func (r *rawStack) request() flow.StreamRequest {
+	r.t.Helper()
+	select {
+	case q := <-r.reqs:
+		return q
+	case <-time.After(10 * time.Second):
+		r.t.Fatal("no request")
+		return nil
+	}
+}
+
+// quiet: nothing comes, and nobody asked.
+func (r *rawStack) quiet() {
+	r.t.Helper()
+	if _, b := r.recv(50 * time.Millisecond); b != nil {
+		r.t.Fatalf("a frame came: % x", b)
+	}
+	if len(r.reqs) != 0 {
+		r.t.Fatal("a request came")
+	}
+}
+
+func TestRefusal(t *testing.T) {
+	src4, src6 := netip.AddrPortFrom(appIP4, 1234), netip.AddrPortFrom(appIP6, 1234)
+	for _, tt := range []struct {
+		why            flow.Refusal
+		typ4, code4    byte
+		typ6, code6    byte
+		reset, nothing bool
+	}{
+		{why: flow.RefuseReset, reset: true},
+		{why: flow.RefusePort, reset: true},
+		{why: flow.RefuseNet, typ4: 3, code4: 0, typ6: 1, code6: 0},
+		{why: flow.RefuseHost, typ4: 3, code4: 1, typ6: 1, code6: 3},
+		{why: flow.RefuseAdmin, typ4: 3, code4: 13, typ6: 1, code6: 1},
+		{why: flow.RefuseSilent, nothing: true},
+	} {
+		for _, v6 := range []bool{false, true} {
+			src, dst, hdr, typ, code := src4, srv4, ip4HeaderLen, tt.typ4, tt.code4
+			if v6 {
+				src, dst, hdr, typ, code = src6, srv6, ip6HeaderLen, tt.typ6, tt.code6
+			}
+			t.Run(tt.why.String()+"/"+dst.String(), func(t *testing.T) {
+				r := newRaw(t, Config{})
+				// With data, as TCP Fast Open has.
+				syn := segment(src, dst, 1000, 0, header.TCPFlagSyn, []byte{2, 4, 5, 0xb4}, []byte("hello"))
+				r.send(tun.Header{}, syn)
+				req := r.request()
+				if f := req.Flow(); f.Src != src || f.Dst != dst || f.Proto != flow.TCP || f.Start.IsZero() {
+					t.Fatalf("flow %+v", f)
+				}
+				r.quiet()
+				req.Reject(tt.why)
+				req.Reject(flow.RefuseReset)
+				req.Accept(newTestConn())
+				for range 2 { // and again to the same SYN
+					if tt.nothing {
+						r.quiet()
+						r.send(tun.Header{}, syn)
+						continue
+					}
+					_, b := r.recv(time.Second)
+					if b == nil {
+						t.Fatal("no answer")
+					}
+					if v6 {
+						ip := header.IPv6(b)
+						if !ip.IsValid(len(b)) || ip.SourceAddress() != addrTo(dst.Addr()) || ip.DestinationAddress() != addrTo(src.Addr()) {
+							t.Fatalf("IPv6 header % x", b[:40])
+						}
+					} else {
+						ip := header.IPv4(b)
+						if !ip.IsValid(len(b)) || !ip.IsChecksumValid() || ip.SourceAddress() != addrTo(dst.Addr()) || ip.DestinationAddress() != addrTo(src.Addr()) {
+							t.Fatalf("IPv4 header % x", b[:20])
+						}
+					}
+					if tt.reset {
+						h := header.TCP(b[hdr:])
+						if !h.IsChecksumValid(addrTo(dst.Addr()), addrTo(src.Addr()), 0, 0) {
+							t.Fatal("checksum")
+						}
+						if h.Flags() != header.TCPFlagRst|header.TCPFlagAck || h.AckNumber() != 1006 || h.SequenceNumber() != 0 ||
+							h.SourcePort() != dst.Port() || h.DestinationPort() != src.Port() || len(b) != hdr+tcpHeaderLen {
+							t.Fatalf("RST % x", b)
+						}
+					} else {
+						if b[hdr] != typ || b[hdr+1] != code {
+							t.Fatalf("ICMP type %d code %d", b[hdr], b[hdr+1])
+						}
+						if q := b[hdr+8:]; len(q) < hdr+8 || string(q[:hdr+8]) != string(syn[:hdr+8]) {
+							t.Fatalf("quote % x", q)
+						}
+					}
+					r.send(tun.Header{}, syn)
+				}
+				if n := r.s.Stats().Refused; n != 1 {
+					t.Fatalf("%d refused", n)
+				}
+			})
+		}
+	}
+}
+
+// TestSYN is what a SYN and what is like a SYN gets.
+func TestSYN(t *testing.T) {
+	src := netip.AddrPortFrom(appIP4, 1234)
+	r := newRaw(t, Config{})
+	r.send(tun.Header{}, segment(src, srv4, 1000, 0, header.TCPFlagSyn, nil, nil))
+	first := r.request()
+	cancelled := make(chan struct{})
+	first.OnCancel(func() { close(cancelled) })
+	r.send(tun.Header{}, segment(src, srv4, 1000, 0, header.TCPFlagSyn, nil, nil))
+	r.quiet()
+	if n := r.s.Stats().Retransmits; n != 1 {
+		t.Fatalf("%d retransmits", n)
+	}
+	// Another ISN replaces the first.
+	r.send(tun.Header{}, segment(src, srv4, 5000, 0, header.TCPFlagSyn, nil, nil))
+	second := r.request()
+	<-cancelled
+	c := newTestConn()
+	first.Accept(c)
+	if err := c.opened(); !errors.Is(err, ErrAppGone) {
+		t.Fatalf("accept of the replaced one: %v", err)
+	}
+	// A RST cancels.
+	cancelled2 := make(chan struct{})
+	second.OnCancel(func() { close(cancelled2) })
+	r.send(tun.Header{}, segment(src, srv4, 5001, 0, header.TCPFlagRst, nil, nil))
+	<-cancelled2
+	r.quiet()
+	// A stray segment is answered with RST, a stray RST and SYN+FIN are not.
+	r.send(tun.Header{}, segment(src, srv4, 1, 777, header.TCPFlagAck, nil, []byte("x")))
+	if _, b := r.recv(time.Second); b == nil || b[33]&byte(header.TCPFlagRst) == 0 || binary.BigEndian.Uint32(b[24:]) != 777 {
+		t.Fatalf("answer to a stray segment: % x", b)
+	}
+	r.send(tun.Header{}, segment(src, srv4, 1, 0, header.TCPFlagRst, nil, nil))
+	r.send(tun.Header{}, segment(src, srv4, 1, 0, header.TCPFlagSyn|header.TCPFlagFin, nil, nil))
+	// A wrong checksum, unless the header says that it is right or not yet there.
+	bad := segment(src, srv4, 9, 0, header.TCPFlagSyn, nil, nil)
+	bad[37] ^= 0xff
+	r.send(tun.Header{}, bad)
+	r.quiet()
+	if s := r.s.Stats(); s.DroppedChecksum != 1 {
+		t.Fatalf("%d wrong checksums", s.DroppedChecksum)
+	}
+	r.send(tun.Header{Flags: tun.DataValid}, bad)
+	r.request()
+	bad[23]++ // the ISN
+	r.send(tun.Header{Flags: tun.NeedsCsum, CsumStart: 20, CsumOffset: 16}, bad)
+	r.request()
+}
+
+// TestHandshakeGone: the app's kernel answers the SYN-ACK with RST, since the program is gone.
+func TestHandshakeGone(t *testing.T) {
+	src := netip.AddrPortFrom(appIP4, 1234)
+	r := newRaw(t, Config{})
+	r.send(tun.Header{}, segment(src, srv4, 1000, 0, header.TCPFlagSyn, nil, nil))
+	c := newTestConn()
+	r.request().Accept(c)
+	_, b := r.recv(time.Second)
+	if b == nil || header.TCP(b[20:]).Flags() != header.TCPFlagSyn|header.TCPFlagAck {
+		t.Fatalf("SYN-ACK: % x", b)
+	}
+	if h := header.TCP(b[20:]); !h.IsChecksumValid(addrTo(srv4.Addr()), addrTo(src.Addr()), 0, 0) {
+		t.Fatal("the SYN-ACK's checksum is not filled in")
+	}
+	r.send(tun.Header{}, segment(src, srv4, 1001, 0, header.TCPFlagRst, nil, nil))
+	if err := c.opened(); !errors.Is(err, ErrAppGone) {
+		t.Fatalf("Opened: %v", err)
+	}
+	// The tuple is free again.
+	r.send(tun.Header{}, segment(src, srv4, 2000, 0, header.TCPFlagSyn, nil, nil))
+	r.request()
+}
+
+func TestBudgetUnanswered(t *testing.T) {
+	r := newRaw(t, Config{Limits: Limits{PendingPerDest: 1}})
+	r.send(tun.Header{}, segment(netip.AddrPortFrom(appIP4, 1), srv4, 1, 0, header.TCPFlagSyn, nil, nil))
+	req := r.request()
+	over := segment(netip.AddrPortFrom(appIP4, 2), srv4, 1, 0, header.TCPFlagSyn, nil, nil)
+	r.send(tun.Header{}, over)
+	r.quiet()
+	if n := r.s.Stats().OverDestBudget; n != 1 {
+		t.Fatalf("%d over the budget", n)
+	}
+	req.Reject(flow.RefuseSilent)
+	r.send(tun.Header{}, over)
+	r.request()
+}
+
+// TestDropped: what the stack must not answer, and what it counts it as.
+func TestDropped(t *testing.T) {
+	echo4 := append(segment(netip.AddrPortFrom(appIP4, 1), srv4, 0, 0, 0, nil, nil)[:20], 8, 0, 0xf7, 0xff, 0, 0, 0, 0)
+	binary.BigEndian.PutUint16(echo4[2:], 28)
+	echo4[9] = protoICMP
+	frag4 := append([]byte(nil), echo4...)
+	frag4[6] = 0x20
+	fix := func(b []byte) []byte {
+		header.IPv4(b).SetChecksum(0)
+		header.IPv4(b).SetChecksum(^header.IPv4(b).CalculateChecksum())
+		return b
+	}
+	echo6 := append(segment(netip.AddrPortFrom(appIP6, 1), srv6, 0, 0, 0, nil, nil)[:40], 128, 0, 0, 0, 0, 0, 0, 0)
+	binary.BigEndian.PutUint16(echo6[4:], 8)
+	echo6[6] = protoICMPv6
+	// The same behind a destination options header, and in a fragment.
+	ext6 := append(append([]byte(nil), echo6[:40]...), protoICMPv6, 0, 1, 4, 0, 0, 0, 0)
+	ext6 = append(ext6, echo6[40:]...)
+	binary.BigEndian.PutUint16(ext6[4:], 16)
+	ext6[6] = protoDestOpts
+	frag6 := append([]byte(nil), ext6...)
+	frag6[6], frag6[42], frag6[43] = protoFragment, 0, 1
+	gre := append([]byte(nil), echo4...)
+	gre[9] = 47
+	syn := func(dst string) []byte {
+		d := netip.AddrPortFrom(netip.MustParseAddr(dst), 80)
+		s := netip.AddrPortFrom(appIP4, 1)
+		if d.Addr().Is6() {
+			s = netip.AddrPortFrom(appIP6, 1)
+		}
+		return segment(s, d, 1, 0, header.TCPFlagSyn, nil, nil)
+	}
+	icmp := func(s Stats) uint64 { return s.DroppedICMP }
+	multi := func(s Stats) uint64 { return s.DroppedMulticast }
+	mal := func(s Stats) uint64 { return s.DroppedMalformed }
+	for name, tt := range map[string]struct {
+		h     tun.Header
+		b     []byte
+		count func(Stats) uint64
+	}{
+		"echo":                {b: fix(echo4), count: icmp},
+		"echo in fragments":   {b: fix(frag4), count: icmp},
+		"IPv6 echo":           {b: echo6, count: icmp},
+		"IPv6 echo, options":  {b: ext6, count: icmp},
+		"IPv6 echo, fragment": {b: frag6, count: icmp},
+		"GRE":                 {b: fix(gre), count: func(s Stats) uint64 { return s.DroppedProto }},
+		"SYN to multicast":    {b: syn("239.1.2.3"), count: multi},
+		"SYN to broadcast":    {b: syn("255.255.255.255"), count: multi},
+		"SYN to nobody":       {b: syn("0.0.0.0"), count: multi},
+		"SYN to ff02::1":      {b: syn("ff02::1"), count: multi},
+		"SYN to mapped IPv4":  {b: syn("::ffff:203.0.113.7"), count: multi},
+		"SYN to port 0":       {b: segment(netip.AddrPortFrom(appIP4, 1), netip.AddrPortFrom(srv4.Addr(), 0), 1, 0, header.TCPFlagSyn, nil, nil), count: mal},
+		"short":               {b: syn("203.0.113.7")[:30], count: mal},
+		"GSO of nothing":      {h: tun.Header{GSOType: 3, GSOSize: 1, Flags: tun.NeedsCsum}, b: syn("203.0.113.7"), count: mal},
+		"UDP GSO of TCP":      {h: tun.Header{GSOType: tun.GSOUDPL4, GSOSize: 1, Flags: tun.NeedsCsum}, b: syn("203.0.113.7"), count: mal},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRaw(t, Config{})
+			if r.dev.Write(&tt.h, [][]byte{tt.b}) != nil { // the pipe refuses it as the kernel would: not the stack's case
+				newFrameReader(r.s).take(&tt.h, tt.b, false)
+			}
+			r.quiet()
+			if tt.count(r.s.Stats()) != 1 {
+				t.Fatalf("not counted: %+v", r.s.Stats())
+			}
+		})
+	}
+}
