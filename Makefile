@@ -3,6 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
+.NOTPARALLEL:
 
 # Go's usual place, and the tools of the administrator, need not be in the caller's PATH.
 export PATH := $(PATH):/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
@@ -32,7 +33,7 @@ build: ## Build bin/viasocks
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/viasocks ./cmd/viasocks
 
 .PHONY: test
-test: deps lint unit race ## Everything CI runs: what it needs (root: installs it), lint, unit, race and namespace tests
+test: deps lint unit race aria ## Everything CI runs: installs what it needs (root), lint, unit, race, namespace and aria2 tests
 	@echo "make test: passed"
 
 .PHONY: check
@@ -41,7 +42,7 @@ check: vet ## Quick check: gofmt, go vet and the short tests, no root, under two
 
 .PHONY: deps
 deps:
-	scripts/deps.sh test
+	scripts/deps.sh test demo
 
 .PHONY: vet
 vet:
@@ -61,6 +62,11 @@ unit: build
 .PHONY: race
 race: ## Run all tests under the race detector
 	$(GO) test $(TESTFLAGS) -race -timeout 12m ./...
+
+# The demo's downloads as a test, with files of a tenth.
+.PHONY: aria
+aria: build
+	@if [[ $$EUID -eq 0 ]]; then DEMO_SCALE=10 scripts/demo.sh; else echo "aria: skipped: the demo's namespaces need root"; fi
 
 .PHONY: fuzz
 fuzz: ## Run each fuzz target for FUZZTIME (20s)
