@@ -140,3 +140,13 @@ func (c *Conn) WaitState(within time.Duration, states ...string) bool {
 		}
 	}
 }
+
+// ListenTCP accepts connections from the other end of the device: two Apps on one pipe talk to each other. The stack of
+// viasocks never dials in.
+func (a *App) ListenTCP(src netip.AddrPort) (net.Listener, error) {
+	l, err := gonet.ListenTCP(a.ns, full(src), network(src.Addr()))
+	if err != nil {
+		return nil, err // not l: a nil in an interface
+	}
+	return l, nil
+}

@@ -1,23 +1,34 @@
 package stacktest
 
 import (
+	"bytes"
 	"net"
 	"net/netip"
+	"os"
+	"sync"
+	"time"
 
+	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
-	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 	"gvisor.dev/gvisor/pkg/waiter"
 )
 
-// PacketConn is an app's UDP socket: a net.PacketConn, with deadlines. What is longer than the MTU is sent in
-// fragments; what is received may have any length.
+// PacketConn is an app's UDP socket: a net.PacketConn. What is longer than the MTU is sent in fragments; what is
+// received may have any length. gonet's would do, but sleeps on when an ICMP error comes.
 type PacketConn struct {
-	*gonet.UDPConn
 	ep tcpip.Endpoint
+	wq *waiter.Queue
+
+	mu       sync.Mutex
+	deadline time.Time     // of reads
+	changed  chan struct{} // closed when deadline changes
 }
 
-var _ net.PacketConn = (*PacketConn)(nil)
+var (
+	_ net.PacketConn = (*PacketConn)(nil)
+	_ net.Conn       = (*PacketConn)(nil)
+)
 
 // ListenUDP binds a socket to src, an address of the app (zero: any, of both families) and port (0: any free one). It
 // receives from everybody.
@@ -58,23 +69,71 @@ func (a *App) udp(src, dst netip.AddrPort) (*PacketConn, error) {
 			return fail("connect", err)
 		}
 	}
-	return &PacketConn{gonet.NewUDPConn(wq, ep), ep}, nil
+	return &PacketConn{ep: ep, wq: wq, changed: make(chan struct{})}, nil
 }
 
 // ReadFromAddrPort is that of net.UDPConn: the sender as it stood in the packet.
 func (c *PacketConn) ReadFromAddrPort(b []byte) (int, netip.AddrPort, error) {
-	n, from, err := c.UDPConn.ReadFrom(b)
-	if err != nil {
-		return n, netip.AddrPort{}, translate("recvfrom", err)
+	entry, ready := waiter.NewChannelEntry(waiter.ReadableEvents | waiter.EventErr | waiter.EventHUp)
+	c.wq.EventRegister(&entry)
+	defer c.wq.EventUnregister(&entry)
+	for {
+		w := tcpip.SliceWriter(b)
+		res, err := c.ep.Read(&w, tcpip.ReadOptions{NeedRemoteAddr: true})
+		switch err.(type) {
+		case nil:
+			addr, _ := netip.AddrFromSlice(res.RemoteAddr.Addr.AsSlice())
+			return res.Count, netip.AddrPortFrom(addr, res.RemoteAddr.Port), nil
+		case *tcpip.ErrWouldBlock:
+		case *tcpip.ErrClosedForReceive:
+			return 0, netip.AddrPort{}, c.fail("read", net.ErrClosed)
+		default:
+			return 0, netip.AddrPort{}, c.fail("read", sysError("recvfrom", err))
+		}
+		c.mu.Lock()
+		deadline, changed := c.deadline, c.changed
+		c.mu.Unlock()
+		var timer <-chan time.Time
+		if !deadline.IsZero() {
+			timer = time.After(time.Until(deadline))
+		}
+		select {
+		case <-ready:
+		case <-changed:
+		case <-timer:
+			return 0, netip.AddrPort{}, c.fail("read", os.ErrDeadlineExceeded)
+		}
 	}
-	return n, unmap(from.(*net.UDPAddr).AddrPort()), nil
 }
 
-// WriteToAddrPort is that of net.UDPConn.
+// WriteToAddrPort is that of net.UDPConn. It does not block: a device that is full loses the datagram.
 func (c *PacketConn) WriteToAddrPort(b []byte, dst netip.AddrPort) (int, error) {
-	n, err := c.UDPConn.WriteTo(b, &net.UDPAddr{IP: dst.Addr().AsSlice(), Port: int(dst.Port())})
-	return n, translate("sendto", err)
+	var o tcpip.WriteOptions
+	if dst.IsValid() {
+		to := full(dst)
+		o.To = &to
+	}
+	n, err := c.ep.Write(bytes.NewReader(b), o)
+	switch err.(type) {
+	case nil:
+	case *tcpip.ErrWouldBlock, *tcpip.ErrNoBufferSpace:
+		return 0, c.fail("write", os.NewSyscallError("sendto", unix.ENOBUFS))
+	case *tcpip.ErrClosedForSend:
+		return 0, c.fail("write", net.ErrClosed)
+	default:
+		return int(n), c.fail("write", sysError("sendto", err))
+	}
+	return int(n), nil
 }
+
+// Read receives on a connected socket.
+func (c *PacketConn) Read(b []byte) (int, error) {
+	n, _, err := c.ReadFromAddrPort(b)
+	return n, err
+}
+
+// Write sends on a connected socket.
+func (c *PacketConn) Write(b []byte) (int, error) { return c.WriteToAddrPort(b, netip.AddrPort{}) }
 
 // ReadFrom is that of net.PacketConn.
 func (c *PacketConn) ReadFrom(b []byte) (int, net.Addr, error) {
@@ -87,24 +146,25 @@ func (c *PacketConn) ReadFrom(b []byte) (int, net.Addr, error) {
 
 // WriteTo is that of net.PacketConn. addr is a *net.UDPAddr.
 func (c *PacketConn) WriteTo(b []byte, addr net.Addr) (int, error) {
-	return c.WriteToAddrPort(b, unmap(addr.(*net.UDPAddr).AddrPort()))
-}
-
-// Read receives on a connected socket.
-func (c *PacketConn) Read(b []byte) (int, error) {
-	n, err := c.UDPConn.Read(b)
-	return n, translate("read", err)
-}
-
-// Write sends on a connected socket.
-func (c *PacketConn) Write(b []byte) (int, error) {
-	n, err := c.UDPConn.Write(b)
-	return n, translate("write", err)
+	a := addr.(*net.UDPAddr).AddrPort()
+	return c.WriteToAddrPort(b, netip.AddrPortFrom(a.Addr().Unmap(), a.Port()))
 }
 
 // LocalAddrPort is the bound endpoint.
-func (c *PacketConn) LocalAddrPort() netip.AddrPort {
-	a, err := c.ep.GetLocalAddress()
+func (c *PacketConn) LocalAddrPort() netip.AddrPort { return addrPort(c.ep.GetLocalAddress()) }
+
+// LocalAddr is the bound endpoint.
+func (c *PacketConn) LocalAddr() net.Addr { return net.UDPAddrFromAddrPort(c.LocalAddrPort()) }
+
+// RemoteAddr is the endpoint that the socket is connected to, or nil.
+func (c *PacketConn) RemoteAddr() net.Addr {
+	if a := addrPort(c.ep.GetRemoteAddress()); a.IsValid() {
+		return net.UDPAddrFromAddrPort(a)
+	}
+	return nil
+}
+
+func addrPort(a tcpip.FullAddress, err tcpip.Error) netip.AddrPort {
 	if err != nil {
 		return netip.AddrPort{}
 	}
@@ -112,4 +172,28 @@ func (c *PacketConn) LocalAddrPort() netip.AddrPort {
 	return netip.AddrPortFrom(addr, a.Port)
 }
 
-func unmap(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) }
+// SetReadDeadline wakes a blocked read too.
+func (c *PacketConn) SetReadDeadline(t time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.deadline = t
+	close(c.changed)
+	c.changed = make(chan struct{})
+	return nil
+}
+
+// SetWriteDeadline does nothing: writes do not block.
+func (c *PacketConn) SetWriteDeadline(time.Time) error { return nil }
+
+// SetDeadline is SetReadDeadline.
+func (c *PacketConn) SetDeadline(t time.Time) error { return c.SetReadDeadline(t) }
+
+// Close ends a blocked read.
+func (c *PacketConn) Close() error {
+	c.ep.Close()
+	return nil
+}
+
+func (c *PacketConn) fail(op string, err error) error {
+	return &net.OpError{Op: op, Net: "udp", Source: c.LocalAddr(), Err: err}
+}
