@@ -1,0 +1,285 @@
+package stack
+
+import (
+	"errors"
+	"io"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/viasocks/viasocks/stack/flow"
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+)
+
+// states brings a connection into a state of our endpoint, from ESTABLISHED.
+var states = map[string]struct {
+	state tcp.EndpointState
+	get   func(t *testing.T, app *gonet.TCPConn, up *testConn)
+}{
+	"ESTABLISHED": {tcp.StateEstablished, func(*testing.T, *gonet.TCPConn, *testConn) {}},
+	"ESTABLISHED with unread data": {tcp.StateEstablished, func(t *testing.T, app *gonet.TCPConn, up *testConn) {
+		if _, err := app.Write([]byte("unread")); err != nil {
+			t.Fatal(err)
+		}
+		must(t, up.await(flow.Readable))
+		time.Sleep(20 * time.Millisecond)
+	}},
+	"CLOSE_WAIT": {tcp.StateCloseWait, func(t *testing.T, app *gonet.TCPConn, up *testConn) {
+		must(t, app.CloseWrite())
+		if _, err := up.Read(make([]byte, 1)); err != io.EOF {
+			t.Fatalf("FIN was read as %v", err)
+		}
+	}},
+	"FIN_WAIT_1": {tcp.StateFinWait1, func(t *testing.T, app *gonet.TCPConn, up *testConn) {
+		fillUp(t, up)
+		must(t, up.st.CloseWrite())
+	}},
+	"FIN_WAIT_2": {tcp.StateFinWait2, func(t *testing.T, app *gonet.TCPConn, up *testConn) {
+		must(t, up.st.CloseWrite())
+		if _, err := app.Read(make([]byte, 1)); err != io.EOF {
+			t.Fatalf("FIN was read as %v", err)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}},
+	"LAST_ACK": {tcp.StateLastAck, func(t *testing.T, app *gonet.TCPConn, up *testConn) {
+		must(t, app.CloseWrite())
+		if _, err := up.Read(make([]byte, 1)); err != io.EOF {
+			t.Fatalf("FIN was read as %v", err)
+		}
+		fillUp(t, up)
+		must(t, up.st.CloseWrite())
+	}},
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// fillUp writes until the app's window is shut and our buffer full.
+func fillUp(t testing.TB, up *testConn) (n int) {
+	b := make([]byte, 64<<10)
+	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
+		m, err := up.st.WriteFrom(strings.NewReader(string(b)))
+		n += m
+		if errors.Is(err, flow.ErrAgain) {
+			time.Sleep(50 * time.Millisecond)
+			if m, err = up.st.WriteFrom(strings.NewReader(string(b))); errors.Is(err, flow.ErrAgain) {
+				return n
+			}
+			n += m
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Fatal("never full")
+	return n
+}
+
+func (c *testConn) state() tcp.EndpointState {
+	return tcp.EndpointState(c.st.(*stream).ep.State())
+}
+
+// abort resets every connection of the app.
+func (a *testApp) abort() {
+	for _, ep := range a.s.ns.RegisteredEndpoints() {
+		ep.Abort()
+	}
+}
+
+func TestAppResets(t *testing.T) {
+	for name, tt := range states {
+		t.Run(name, func(t *testing.T) {
+			p := newPair(t, offAll, Config{})
+			app, up := p.connect(srv4)
+			tt.get(t, app, up)
+			if s := up.state(); s != tt.state {
+				t.Fatalf("state %v", s)
+			}
+			p.abort()
+			must(t, up.await(flow.Hup))
+			if name == "ESTABLISHED with unread data" {
+				// A write tells at once; what came before the RST is still there to read.
+				if _, err := up.st.WriteFrom(strings.NewReader("x")); !errors.Is(err, flow.ErrReset) {
+					t.Fatalf("WriteFrom: %v", err)
+				}
+				b := make([]byte, 10)
+				if n, err := up.Read(b); err != nil || string(b[:n]) != "unread" {
+					t.Fatalf("read %q, %v", b[:n], err)
+				}
+			}
+			for range 3 {
+				if n, err := up.Read(make([]byte, 1)); n != 0 || !errors.Is(err, flow.ErrReset) {
+					t.Fatalf("ReadTo: %d, %v", n, err)
+				}
+				if n, err := up.st.WriteFrom(strings.NewReader("x")); n != 0 || !errors.Is(err, flow.ErrReset) {
+					t.Fatalf("WriteFrom: %d, %v", n, err)
+				}
+				if err := up.st.CloseWrite(); !errors.Is(err, flow.ErrReset) {
+					t.Fatalf("CloseWrite: %v", err)
+				}
+			}
+			if s := p.st.Stats(); s.AppResets != 1 || s.Aborted != 0 {
+				t.Fatalf("%d resets by the app, %d by us", s.AppResets, s.Aborted)
+			}
+			up.st.Close()
+			if s := p.st.Stats(); s.Aborted != 0 || s.Streams != 0 {
+				t.Fatalf("%d aborted, %d streams", s.Aborted, s.Streams)
+			}
+		})
+	}
+}
+
+// TestWriteSeesReset: a reset is seen also by who only writes, in the states that may write.
+func TestWriteSeesReset(t *testing.T) {
+	for _, name := range []string{"ESTABLISHED", "CLOSE_WAIT"} {
+		t.Run(name, func(t *testing.T) {
+			p := newPair(t, offAll, Config{})
+			app, up := p.connect(srv4)
+			states[name].get(t, app, up)
+			p.abort()
+			must(t, up.await(flow.Hup))
+			if _, err := up.st.WriteFrom(strings.NewReader("x")); !errors.Is(err, flow.ErrReset) {
+				t.Fatalf("WriteFrom: %v", err)
+			}
+			if _, err := up.st.ReadTo(io.Discard); !errors.Is(err, flow.ErrReset) {
+				t.Fatalf("ReadTo after that: %v", err)
+			}
+		})
+	}
+}
+
+func TestAbort(t *testing.T) {
+	for name, tt := range states {
+		for _, how := range []string{"Abort", "Close", "ResetAll"} {
+			t.Run(name+"/"+how, func(t *testing.T) {
+				p := newPair(t, offAll, Config{})
+				app, up := p.connect(srv4)
+				tt.get(t, app, up)
+				switch how {
+				case "Abort":
+					up.st.Abort()
+					up.st.Abort()
+				case "Close":
+					if name == "LAST_ACK" {
+						t.Skip("both FINs: not an abort")
+					}
+					up.st.Close()
+				case "ResetAll":
+					p.st.ResetAll()
+				}
+				app.SetReadDeadline(time.Now().Add(5 * time.Second))
+				var err error
+				for err == nil {
+					_, err = app.Read(make([]byte, 64<<10))
+				}
+				// gVisor, as the app, reads EOF first where it had one, and a RST in CLOSE_WAIT as EOF: there its
+				// write tells.
+				if name == "FIN_WAIT_2" && err == io.EOF {
+					time.Sleep(20 * time.Millisecond)
+					_, err = app.Write([]byte("x"))
+				}
+				var op *net.OpError
+				if !errors.As(err, &op) || op.Timeout() {
+					t.Fatalf("the app read %v", err)
+				}
+				if _, err := up.st.ReadTo(io.Discard); !errors.Is(err, flow.ErrReset) {
+					t.Fatalf("ReadTo: %v", err)
+				}
+				up.st.Close()
+				up.st.Close()
+				if s := p.st.Stats(); s.Streams != 0 {
+					t.Fatalf("%d streams", s.Streams)
+				}
+				waitFor(t, "the endpoint to go", func() bool { return len(p.st.ns.RegisteredEndpoints()) == 0 })
+			})
+		}
+	}
+}
+
+func waitFor(t testing.TB, what string, f func() bool) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); !f(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("waited 10 s for %s", what)
+		}
+	}
+}
+
+// TestOrderlyClose: two FINs in either order, or at once, are no reset, and nothing stays behind.
+func TestOrderlyClose(t *testing.T) {
+	for _, first := range []string{"app", "upstream", "both"} {
+		t.Run(first, func(t *testing.T) {
+			p := newPair(t, offAll, Config{})
+			app, up := p.connect(srv4)
+			switch first {
+			case "app":
+				must(t, app.CloseWrite())
+				readEOF(t, up)
+				time.Sleep(50 * time.Millisecond) // half-closed
+				_, err := up.Write([]byte("late"))
+				must(t, err)
+				must(t, up.st.CloseWrite())
+				must(t, up.st.CloseWrite())
+			case "upstream":
+				must(t, up.st.CloseWrite())
+				if _, err := up.st.WriteFrom(strings.NewReader("x")); err == nil || errors.Is(err, flow.ErrReset) {
+					t.Fatalf("write after FIN: %v", err)
+				}
+				time.Sleep(50 * time.Millisecond)
+				_, err := app.Write([]byte("late"))
+				must(t, err)
+				b := make([]byte, 10)
+				n, err := up.Read(b)
+				if err != nil || string(b[:n]) != "late" {
+					t.Fatalf("%q, %v", b[:n], err)
+				}
+				must(t, app.CloseWrite())
+				readEOF(t, up)
+			case "both":
+				must(t, up.st.CloseWrite())
+				must(t, app.CloseWrite())
+				readEOF(t, up)
+			}
+			b, err := io.ReadAll(app)
+			if err != nil || first == "app" && string(b) != "late" {
+				t.Fatalf("the app read %q, %v", b, err)
+			}
+			time.Sleep(50 * time.Millisecond) // into TIME_WAIT, with its HUP
+			readEOF(t, up)
+			must(t, up.st.Close())
+			waitFor(t, "the endpoint to go", func() bool { return len(p.st.ns.RegisteredEndpoints()) == 0 })
+			if s := p.st.Stats(); s.AppResets != 0 || s.Aborted != 0 || s.Streams != 0 {
+				t.Fatalf("%d resets by the app, %d by us, %d streams", s.AppResets, s.Aborted, s.Streams)
+			}
+		})
+	}
+}
+
+func readEOF(t *testing.T, c *testConn) {
+	t.Helper()
+	if n, err := c.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+		t.Fatalf("read %d, %v, not EOF", n, err)
+	}
+}
+
+// TestCloseDelivers: what was written before both FINs reaches an app that reads later than Close.
+func TestCloseDelivers(t *testing.T) {
+	p := newPair(t, offAll, Config{})
+	app, up := p.connect(srv4)
+	must(t, app.CloseWrite())
+	readEOF(t, up)
+	n := fillUp(t, up)
+	must(t, up.st.CloseWrite())
+	must(t, up.st.Close())
+	if m, err := io.Copy(io.Discard, app); err != nil || m != int64(n) {
+		t.Fatalf("%d of %d bytes, %v", m, n, err)
+	}
+	app.Close()
+	waitFor(t, "the endpoint to go", func() bool { return len(p.st.ns.RegisteredEndpoints()) == 0 })
+}
