@@ -3,12 +3,16 @@ package socks
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
+	"sync"
+	"sync/atomic"
 	"time"
-)
 
-var errTODO = errors.New("not yet")
+	"golang.org/x/sys/unix"
+)
 
 // Defaults of Options.
 const (
@@ -18,58 +22,168 @@ const (
 
 // Options of a Dialer. The zero value works.
 type Options struct {
-	Control          func(fd int) error
-	DirectControl    func(fd int) error
-	ConnectTimeout   time.Duration
+	// Control is called with each socket to a server, TCP and UDP, before it is connected: to set a mark. It runs on the
+	// event loop or on the caller's goroutine of Association.Dial and must not block. An error ends the dial.
+	Control func(fd int) error
+	// DirectControl is Control for DialDirect; nil: Control is used.
+	DirectControl func(fd int) error
+
+	// ConnectTimeout is for reaching the server, looking up its name and trying all its addresses included. Zero: 10 s.
+	ConnectTimeout time.Duration
+	// HandshakeTimeout is for the whole handshake from then on: bytes that drip in do not extend it. Zero: 30 s.
 	HandshakeTimeout time.Duration
-	Log              *slog.Logger
-	Resolve          func(ctx context.Context, host string) ([]netip.Addr, error)
+
+	// Log gets debug messages; nil: nobody does.
+	Log *slog.Logger
+	// Resolve looks up servers' names; nil: net.DefaultResolver. It is called on a goroutine of its own, one for each
+	// server at a time, and must return when ctx ends.
+	Resolve func(ctx context.Context, host string) ([]netip.Addr, error)
 }
 
-// Dialer makes connections through SOCKS servers.
-type Dialer struct{ opts Options }
+// Dialer makes connections through SOCKS servers. It owns one goroutine, an event loop, for all pending dials and for
+// the control connections of all associations; another one only while a server's name is looked up. (A context that is
+// not one of package context's own costs a goroutine for each dial, as context.AfterFunc says.) Its methods may be
+// called from any goroutine.
+type Dialer struct {
+	opts Options
+	log  *slog.Logger
+	base time.Time
 
-// NewDialer starts the event loop.
-func NewDialer(o Options) (*Dialer, error) { return &Dialer{o}, nil }
+	ctx     context.Context // ends look-ups
+	cancel  context.CancelFunc
+	lookups sync.WaitGroup
+	ended   chan struct{} // closed when the loop has returned
 
-// Close ends everything.
-func (d *Dialer) Close() error { return nil }
+	mu     sync.Mutex
+	closed bool
+	queue  []func()
 
-// Client is one server seen through a Dialer.
+	pending, assocs atomic.Int64
+
+	// Below: the loop's alone.
+	epoll  int
+	event  int // eventfd; written under mu
+	spare  []func()
+	fds    map[int32]registered
+	gen    int32
+	timers timers
+}
+
+// NewDialer starts the event loop. Close ends it.
+func NewDialer(o Options) (*Dialer, error) {
+	if o.ConnectTimeout < 0 || o.HandshakeTimeout < 0 {
+		return nil, errors.New("cannot use a negative timeout for SOCKS servers")
+	}
+	if o.ConnectTimeout == 0 {
+		o.ConnectTimeout = DefaultConnectTimeout
+	}
+	if o.HandshakeTimeout == 0 {
+		o.HandshakeTimeout = DefaultHandshakeTimeout
+	}
+	if o.Resolve == nil {
+		o.Resolve = func(ctx context.Context, host string) ([]netip.Addr, error) {
+			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+		}
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if o.DirectControl == nil {
+		o.DirectControl = o.Control
+	}
+	d := &Dialer{opts: o, log: o.Log, base: time.Now(), ended: make(chan struct{}), fds: map[int32]registered{}}
+	var err error
+	if d.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("cannot make an epoll descriptor: %w", err)
+	}
+	if d.event, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		unix.Close(d.epoll)
+		return nil, fmt.Errorf("cannot make an eventfd: %w", err)
+	}
+	// Not in d.fds: its events carry nothing, the queue is looked at on every turn.
+	e := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: -1}
+	if err := unix.EpollCtl(d.epoll, unix.EPOLL_CTL_ADD, d.event, &e); err != nil {
+		unix.Close(d.epoll)
+		unix.Close(d.event)
+		return nil, fmt.Errorf("cannot watch an eventfd: %w", err)
+	}
+	d.ctx, d.cancel = context.WithCancel(context.Background())
+	go d.run()
+	return d, nil
+}
+
+// Close fails all pending dials with ErrClosed, ends all associations (OnClose is told ErrClosed) and returns when that is
+// done. Sockets that were handed out are not touched. It may be called twice, but not from a callback of this Dialer.
+func (d *Dialer) Close() error {
+	d.mu.Lock()
+	if !d.closed {
+		d.closed = true
+		d.wake()
+	}
+	d.mu.Unlock()
+	d.cancel()
+	<-d.ended
+	d.lookups.Wait()
+	return nil
+}
+
+// Stats is how much a Dialer has under way.
+type Stats struct {
+	Pending      int // dials, direct ones and those of associations included
+	Associations int // open ones
+}
+
+// Stats is a snapshot.
+func (d *Dialer) Stats() Stats {
+	return Stats{Pending: int(d.pending.Load()), Associations: int(d.assocs.Load())}
+}
+
+// Client is one server seen through a Dialer. Its methods may be called from any goroutine.
 type Client struct {
-	d *Dialer
-	s Server
+	d      *Dialer
+	server Server
+	fixed  []netip.AddrPort // the address, when the server is given by one
+	names  lookup           // the loop's alone
 }
 
-// Client is s seen through d.
-func (d *Dialer) Client(s Server) *Client { return &Client{d, s} }
+// Client is s seen through d. Clients of one server each keep its addresses for themselves: make one and share it.
+func (d *Dialer) Client(s Server) *Client {
+	c := &Client{d: d, server: s}
+	if ip, ok := s.addr(); ok {
+		c.fixed = []netip.AddrPort{netip.AddrPortFrom(ip, s.port)}
+	}
+	return c
+}
 
-// Connect sends a CONNECT.
+// Server is the server that c speaks to.
+func (c *Client) Server() Server { return c.server }
+
+// Connect asks the server for a connection to dst and returns at once. done is called exactly once, on the event loop
+// (it must not block) or, when the Dialer is closed, on another goroutine: with a connected, non-blocking, close-on-exec
+// socket that the receiver owns and from which nothing behind the reply was read, or with -1 and an error (see the
+// package comment for the kinds). When ctx ends first, the socket is closed and done gets ctx.Err().
 func (c *Client) Connect(ctx context.Context, dst Addr, done func(fd int, err error)) {
-	go done(-1, errTODO)
+	c.d.start(&dial{d: c.d, c: c, ctx: ctx, cmd: CmdConnect, dst: dst, done: done})
 }
 
-// Associate sends an UDP ASSOCIATE.
+// Associate asks the server for an association and returns at once. done is called as by Connect, with an Association
+// that the receiver must Close. DST is all zeros, since our own endpoint is not known before the relay is
+// (RFC 1928, section 4).
 func (c *Client) Associate(ctx context.Context, done func(*Association, error)) {
-	go done(nil, errTODO)
+	zero := Addr{IP: netip.IPv4Unspecified()}
+	c.d.start(&dial{d: c.d, c: c, ctx: ctx, cmd: CmdAssociate, dst: zero, assocDone: done})
 }
 
-// DialDirect connects without a SOCKS server.
+// DialDirect connects to dst without a server. done is called as by Connect; an error wraps the errno, or ErrSilent when
+// dst did not answer for as long as the kernel tried.
 func (d *Dialer) DialDirect(ctx context.Context, dst netip.AddrPort, done func(fd int, err error)) {
-	go done(-1, errTODO)
+	d.start(&dial{d: d, ctx: ctx, dst: AddrFrom(dst), done: done})
 }
 
-// Association is the state of an UDP ASSOCIATE.
-type Association struct{ relay netip.AddrPort }
-
-// Relay is the repaired relay address.
-func (a *Association) Relay() netip.AddrPort { return a.relay }
-
-// Dial opens a UDP socket connected to the relay.
-func (a *Association) Dial() (fd int, err error) { return -1, errTODO }
-
-// OnClose sets what is called when the control connection ended.
-func (a *Association) OnClose(func(error)) {}
-
-// Close ends the association.
-func (a *Association) Close() error { return nil }
+func (d *Dialer) start(p *dial) {
+	p.fd, p.heapAt = -1, -1
+	d.pending.Add(1)
+	if !d.post(p.begin) {
+		go p.finish(ErrClosed) // the caller may hold locks that done wants
+	}
+}

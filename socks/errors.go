@@ -56,6 +56,7 @@ const (
 	OpConnect      = "connect to"
 	OpHandshake    = "use"
 	OpAuthenticate = "log in to"
+	OpAssociation  = "keep an association at"
 )
 
 // ServerError is a fault of the server, not of the target.

@@ -17,17 +17,20 @@ type Server struct {
 	scheme string
 	host   string // a name or an IP address without brackets
 	port   uint16
-	// A pointer, so that fmt does not show the content even where it can't call our methods.
-	login *login
+	login  *login
 }
 
-type login struct{ user, pass string }
+// login is behind two pointers: fmt follows none or one, even where it can't call our methods.
+type login struct{ *userPass }
+
+type userPass struct{ user, pass string }
+
+func newLogin(user, pass string) *login { return &login{&userPass{user, pass}} }
 
 const defaultPort = 1080
 
 var (
-	errURL = errors.New("it must read socks5://[user[:password]@]host[:port], with special characters of the password as %XX")
-	// errNoLogin is for both: a message about one of them would help a reader of logs to guess.
+	errURL   = errors.New("it must read socks5://[user[:password]@]host[:port], with special characters of the password as %XX")
 	errLogin = errors.New("user (1 to 255 bytes) or password (at most 255 bytes) has the wrong length")
 )
 
@@ -76,7 +79,7 @@ func (s Server) WithCredentials(user, pass string) (Server, error) {
 	if user == "" || len(user) > maxName || len(pass) > maxName {
 		return Server{}, errLogin
 	}
-	s.login = &login{user, pass}
+	s.login = newLogin(user, pass)
 	return s, nil
 }
 

@@ -1,0 +1,211 @@
+package socks
+
+import (
+	"fmt"
+	"io"
+	"net/netip"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// A dead server is noticed after 90 s: its association's datagrams are lost in silence until then.
+	keepaliveIdle, keepaliveInterval, keepaliveCount = 60, 10, 3
+
+	// maxJunk is how much a server may say on a control connection, where RFC 1928 has nothing for it to say.
+	maxJunk = 1024
+)
+
+// Association is the state of a UDP ASSOCIATE, RFC 1928 section 6 and 7: it lives as long as its control connection, which
+// the Dialer watches and keeps. Its methods may be called from any goroutine.
+type Association struct {
+	d      *Dialer
+	server string
+	relay  netip.AddrPort
+	fd     int // the control connection; the loop's alone
+	junk   int
+
+	mu      sync.Mutex
+	onClose func(error)
+	ended   bool  // the control connection is closed, or Close was called
+	err     error // why it ended; nil when Close was called
+}
+
+// associated makes an Association of a granted dial. The descriptor stays in the loop.
+func (p *dial) associated() {
+	server := p.addrs[p.at]
+	relay, repaired := repairRelay(p.hs.Bound(), server)
+	if repaired {
+		p.d.log.Debug("relay address repaired", "server", p.c.server, "answered", p.hs.Bound().String(), "used", relay.String())
+	}
+	a := &Association{d: p.d, server: p.c.server.String(), relay: relay, fd: p.fd}
+	for _, o := range [...][3]int{
+		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, keepaliveIdle},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, keepaliveInterval},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepaliveCount},
+	} {
+		if err := unix.SetsockoptInt(p.fd, o[0], o[1], o[2]); err != nil {
+			p.finish(fmt.Errorf("cannot set keepalive: %w", err))
+			return
+		}
+	}
+	if err := p.d.watch(p.fd, a, unix.EPOLLIN); err != nil {
+		p.finish(fmt.Errorf("cannot watch a socket: %w", err))
+		return
+	}
+	p.fd = -1
+	p.d.assocs.Add(1)
+	p.leave()
+	p.assocDone(a, nil)
+}
+
+// Relay is the endpoint that datagrams go to, already repaired: always a valid address and port, either the server's
+// address or one that the server named and that is not nearer to us than the server is.
+func (a *Association) Relay() netip.AddrPort { return a.relay }
+
+// Dial opens a new UDP socket that is connected to the relay, so that the kernel drops what comes from elsewhere. It is
+// non-blocking and close-on-exec, Options.Control has seen it, and the caller owns it. It stays open when the association
+// ends.
+func (a *Association) Dial() (fd int, err error) {
+	domain, sa, err := sockaddr(a.relay)
+	if err != nil {
+		return -1, fmt.Errorf("cannot use the relay %v: %w", a.relay, err)
+	}
+	fd, err = unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_UDP)
+	if err != nil {
+		return -1, fmt.Errorf("cannot make a socket: %w", err)
+	}
+	if control := a.d.opts.Control; control != nil {
+		if err := control(fd); err != nil {
+			unix.Close(fd)
+			return -1, fmt.Errorf("cannot make a socket: %w", err)
+		}
+	}
+	if err := unix.Connect(fd, sa); err != nil {
+		unix.Close(fd)
+		return -1, fmt.Errorf("cannot reach the relay %v: %w", a.relay, err)
+	}
+	return fd, nil
+}
+
+// OnClose sets what is called, once, when the control connection has ended for whatever reason but Close: with a
+// *ServerError or ErrClosed. It is called at once if that has already happened, else on the event loop, where it must
+// not block. A second call replaces the first function.
+func (a *Association) OnClose(f func(error)) {
+	a.mu.Lock()
+	err := a.err
+	if err == nil {
+		a.onClose = f
+	} else {
+		a.err = nil // told once
+	}
+	a.mu.Unlock()
+	if err != nil {
+		f(err)
+	}
+}
+
+// Close ends the association: the server stops relaying. OnClose is not told. It may be called twice and does not wait.
+func (a *Association) Close() error {
+	a.mu.Lock()
+	was := a.ended
+	a.ended, a.onClose, a.err = true, nil, nil
+	a.mu.Unlock()
+	if !was {
+		a.d.post(a.shut) // a closed Dialer closes the descriptor itself
+	}
+	return nil
+}
+
+// shut closes the control connection, on the loop.
+func (a *Association) shut() {
+	if a.fd >= 0 {
+		a.d.shut(a.fd)
+		a.fd = -1
+		a.d.assocs.Add(-1)
+	}
+}
+
+// end is what happens when the control connection ended by itself, on the loop.
+func (a *Association) end(err error) {
+	a.shut()
+	a.mu.Lock()
+	f := a.onClose
+	switch {
+	case a.ended: // Close was called, and its turn on the loop comes later
+		f = nil
+	case f == nil:
+		a.err = err // told when OnClose is called
+	}
+	a.ended, a.onClose = true, nil
+	a.mu.Unlock()
+	if f != nil {
+		f(err)
+	}
+}
+
+// ready is called by the loop with epoll's events.
+func (a *Association) ready(uint32) {
+	var b [256]byte
+	n, err := read(a.fd, b[:])
+	switch {
+	case err == unix.EAGAIN:
+		return
+	case err == nil && n == 0:
+		err = fmt.Errorf("it closed the control connection: %w", io.EOF)
+	case err == nil:
+		if a.junk += n; a.junk <= maxJunk {
+			return
+		}
+		err = fmt.Errorf("%w: it talks on the control connection", ErrMalformed)
+	}
+	a.end(&ServerError{Server: a.server, Op: OpAssociation, Err: err})
+}
+
+// repairRelay makes an endpoint of what a server at the endpoint server answered to UDP ASSOCIATE. Servers behind NAT
+// answer with addresses that only they can use: an unspecified address, a name, port 0, or an address of a nearer scope
+// than the server's own (a private one behind a public server, a loopback one behind any but a loopback server) stands
+// for the server's address. A port 0 stands for the server's port.
+func repairRelay(bound Addr, server netip.AddrPort) (relay netip.AddrPort, repaired bool) {
+	ip, port := bound.IP.Unmap(), bound.Port
+	nearer := scope(ip) < max(scope(server.Addr()), scopeHost)
+	zoneless := ip.Is6() && ip.IsLinkLocalUnicast() // SOCKS has no place for the zone
+	if bound.Name != "" || port == 0 || nearer || zoneless {
+		ip, repaired = server.Addr(), true
+	}
+	if port == 0 {
+		port = server.Port()
+	}
+	return netip.AddrPortFrom(ip, port), repaired
+}
+
+// Scopes of addresses, from nowhere to everywhere.
+const (
+	scopeNone = iota // unspecified, multicast, broadcast: never a relay
+	scopeHost
+	scopePrivate
+	scopePublic
+)
+
+// Ranges beside those that netip knows: shared by a provider's customers (RFC 6598); benchmarks (RFC 2544), from which
+// made-up addresses are also taken; class E with the broadcast address; "this network".
+var (
+	sharedNet = netip.MustParsePrefix("100.64.0.0/10")
+	benchNet  = netip.MustParsePrefix("198.18.0.0/15")
+	classE    = netip.MustParsePrefix("240.0.0.0/4")
+	thisNet   = netip.MustParsePrefix("0.0.0.0/8")
+)
+
+func scope(ip netip.Addr) int {
+	switch {
+	case !ip.IsValid() || ip.IsUnspecified() || ip.IsMulticast() || classE.Contains(ip) || thisNet.Contains(ip):
+		return scopeNone
+	case ip.IsLoopback():
+		return scopeHost
+	case ip.IsPrivate() || ip.IsLinkLocalUnicast() || sharedNet.Contains(ip) || benchNet.Contains(ip):
+		return scopePrivate
+	}
+	return scopePublic
+}

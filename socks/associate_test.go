@@ -1,0 +1,304 @@
+package socks
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"runtime"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/socks/sockstest"
+)
+
+func TestRepairRelay(t *testing.T) {
+	const public, private, loop, public6 = "203.0.113.1:1080", "10.0.0.1:1080", "127.0.0.1:1080", "[2001:db8::1]:1080"
+	name := Addr{Name: "relay.example", Port: 5000}
+	tests := []struct {
+		bound, server, want string
+	}{
+		{"203.0.113.1:5000", public, "203.0.113.1:5000"},
+		{"203.0.113.2:5000", public, "203.0.113.2:5000"}, // another public one: the server's choice
+		{"0.0.0.0:5000", public, "203.0.113.1:5000"},
+		{"[::]:5000", public, "203.0.113.1:5000"},
+		{"[::]:5000", public6, "[2001:db8::1]:5000"},
+		{"0.0.0.0:0", public, "203.0.113.1:1080"},
+		{"203.0.113.2:0", public, "203.0.113.1:1080"},
+		{"10.1.2.3:5000", public, "203.0.113.1:5000"},
+		{"192.168.0.1:5000", public, "203.0.113.1:5000"},
+		{"100.64.0.1:5000", public, "203.0.113.1:5000"},
+		{"169.254.0.1:5000", public, "203.0.113.1:5000"},
+		{"198.18.0.1:5000", public, "203.0.113.1:5000"},
+		{"127.0.0.1:5000", public, "203.0.113.1:5000"},
+		{"[fd00::1]:5000", public6, "[2001:db8::1]:5000"},
+		{"[fe80::1]:5000", public6, "[2001:db8::1]:5000"},
+		{"[fe80::1]:5000", "[fd00::1]:1080", "[fd00::1]:5000"},
+		{"[fe80::1]:5000", "[fe80::2%lo]:1080", "[fe80::2%lo]:5000"},
+		{"[::1]:5000", public6, "[2001:db8::1]:5000"},
+		{"[::ffff:203.0.113.2]:5000", public, "203.0.113.2:5000"},
+		{"[::ffff:10.0.0.1]:5000", public, "203.0.113.1:5000"},
+		{"224.0.0.1:5000", public, "203.0.113.1:5000"},
+		{"255.255.255.255:5000", loop, "127.0.0.1:5000"},
+		{"[ff02::1]:5000", public6, "[2001:db8::1]:5000"},
+		{"10.1.2.3:5000", private, "10.1.2.3:5000"}, // both private: another machine of the same network
+		{"10.1.2.3:5000", loop, "10.1.2.3:5000"},
+		{"127.0.0.1:5000", private, "10.0.0.1:5000"},
+		{"127.0.0.1:5000", loop, "127.0.0.1:5000"},
+		{"203.0.113.2:5000", private, "203.0.113.2:5000"},
+		{"[2001:db8::2]:5000", public, "[2001:db8::2]:5000"},
+	}
+	for _, tt := range tests {
+		server := netip.MustParseAddrPort(tt.server)
+		got, repaired := repairRelay(AddrFrom(netip.MustParseAddrPort(tt.bound)), server)
+		if got.String() != tt.want || repaired != (netip.MustParseAddrPort(tt.bound).Addr().Unmap() != got.Addr()) {
+			t.Errorf("%s behind %s: %v (repaired %v), want %s", tt.bound, tt.server, got, repaired, tt.want)
+		}
+	}
+	if got, _ := repairRelay(name, netip.MustParseAddrPort(public)); got.String() != "203.0.113.1:5000" {
+		t.Errorf("a name: %v", got)
+	}
+}
+
+// exchange sends a datagram to dst and returns what comes back, and from whom.
+func exchange(t testing.TB, u net.Conn, dst netip.AddrPort, payload string) (netip.AddrPort, string) {
+	t.Helper()
+	if _, err := u.Write(append(UDPCodec{}.AppendHeader(nil, dst), payload...)); err != nil {
+		t.Fatal(err)
+	}
+	return receive(t, u)
+}
+
+func receive(t testing.TB, u net.Conn) (netip.AddrPort, string) {
+	t.Helper()
+	b := make([]byte, 2000)
+	n, err := u.Read(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	src, h, err := UDPCodec{}.ParseHeader(b[:n])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return src, string(b[h:n])
+}
+
+// echoUDP sends back what it gets.
+func echoUDP(t testing.TB) netip.AddrPort {
+	t.Helper()
+	u, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	t.Cleanup(func() { u.Close(); <-ended })
+	go func() {
+		defer close(ended)
+		b := make([]byte, 2000)
+		for {
+			n, from, err := u.ReadFromUDPAddrPort(b)
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			u.WriteToUDPAddrPort(b[:n], from)
+		}
+	}()
+	return u.LocalAddr().(*net.UDPAddr).AddrPort()
+}
+
+func TestAssociate(t *testing.T) {
+	var marked atomic.Int32
+	d, c, srv := setup(t, Options{Control: func(int) error { marked.Add(1); return nil }}, sockstest.WithRedirectsOnly())
+	dst := netip.MustParseAddrPort("203.0.113.5:6881")
+	srv.Redirect(dst, echoUDP(t))
+	a, err := associate(t, c, context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r := srv.Requests(); len(r) != 1 || r[0].Cmd != sockstest.CmdAssociate || r[0].Dst != (sockstest.Addr{IP: netip.IPv4Unspecified()}) {
+		t.Errorf("requests %+v", r)
+	}
+	fd, err := a.Dial()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if marked.Load() != 2 {
+		t.Errorf("Control saw %d sockets, want 2", marked.Load())
+	}
+	if fl, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0); fl&unix.O_NONBLOCK == 0 || err != nil {
+		t.Errorf("the socket blocks: %x, %v", fl, err)
+	}
+	u := conn(t, fd)
+	if src, p := exchange(t, u, dst, "ping"); src != dst || p != "ping" {
+		t.Errorf("%q from %v", p, src)
+	}
+	srvA := srv.Associations()[0]
+	if srvA.Relay() != a.Relay() {
+		t.Errorf("relay %v, the server's is %v", a.Relay(), srvA.Relay())
+	}
+	// The socket is connected: a stranger is not heard, the relay is.
+	if err := srvA.SendStranger([]byte("\x00\x00\x00\x01\x01\x02\x03\x04\x00\x05stranger")); err != nil {
+		t.Fatal(err)
+	}
+	stranger := netip.MustParseAddrPort("[2001:db8::7]:7")
+	if err := srvA.Send(sockstest.AddrFrom(stranger), []byte("relay")); err != nil {
+		t.Fatal(err)
+	}
+	if src, p := receive(t, u); src != stranger || p != "relay" {
+		t.Errorf("%q from %v", p, src)
+	}
+	// Nothing refers to a but the Dialer; garbage collection must not end it.
+	a2 := weakly(a)
+	a = nil
+	for range 3 {
+		runtime.GC()
+	}
+	if src, p := exchange(t, u, dst, "still"); src != dst || p != "still" {
+		t.Errorf("%q from %v", p, src)
+	}
+	a2().Close()
+	a2().Close()
+	if _, ok := srv.WaitAssociations(0, 5*time.Second); !ok {
+		t.Error("the server still has the association")
+	}
+	waitFor(t, func() bool { return d.Stats() == Stats{} })
+}
+
+// weakly finds the association again by way of the Dialer alone.
+func weakly(a *Association) func() *Association {
+	d := a.d
+	return func() *Association {
+		ch := make(chan *Association, 1)
+		if !d.post(func() {
+			for _, r := range d.fds {
+				if a, ok := r.h.(*Association); ok {
+					ch <- a
+					return
+				}
+			}
+			ch <- &Association{d: d, fd: -1, ended: true}
+		}) {
+			return nil
+		}
+		return <-ch
+	}
+}
+
+func TestAssociationEnds(t *testing.T) {
+	d, c, srv := setup(t, Options{})
+	tests := []struct {
+		name string
+		end  func(a *sockstest.Association)
+		want error
+	}{
+		{"FIN", func(a *sockstest.Association) { a.Cut(sockstest.FIN) }, io.EOF},
+		{"RST", func(a *sockstest.Association) { a.Cut(sockstest.RST) }, syscall.ECONNRESET},
+	}
+	for _, tt := range tests {
+		for _, late := range []bool{false, true} {
+			a, err := associate(t, c, context.Background())
+			if err != nil {
+				t.Fatal(err)
+			}
+			ended := make(chan error, 2)
+			if !late {
+				a.OnClose(func(error) { t.Error("replaced, and told") })
+				a.OnClose(func(err error) { ended <- err })
+			}
+			tt.end(srv.Associations()[0])
+			if late {
+				waitFor(t, func() bool { return d.Stats().Associations == 0 })
+				a.OnClose(func(err error) { ended <- err })
+				a.OnClose(func(err error) { ended <- errors.New("told twice") })
+			}
+			var se *ServerError
+			if err := <-ended; !errors.Is(err, tt.want) || !errors.As(err, &se) || se.Op != OpAssociation {
+				t.Errorf("%s, late %v: %v", tt.name, late, err)
+			}
+			a.Close()
+			srv.WaitAssociations(0, 5*time.Second)
+			if len(ended) > 0 {
+				t.Errorf("%s, late %v: then %v", tt.name, late, <-ended)
+			}
+		}
+	}
+}
+
+// TestAssociationClosed: who closes it is not told.
+func TestAssociationClosed(t *testing.T) {
+	d, c, _ := setup(t, Options{})
+	a, err := associate(t, c, context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.OnClose(func(err error) { t.Errorf("told %v", err) })
+	a.Close()
+	waitFor(t, func() bool { return d.Stats() == Stats{} })
+	a.OnClose(func(err error) { t.Errorf("told %v", err) })
+}
+
+func TestAssociationJunk(t *testing.T) {
+	_, c, srv := setup(t, Options{})
+	for _, tt := range []struct {
+		junk int
+		ends bool
+	}{{maxJunk, false}, {maxJunk + 1, true}} {
+		srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Fault{Extra: make([]byte, tt.junk)} })
+		a, err := associate(t, c, context.Background())
+		if err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan error, 1)
+		a.OnClose(func(err error) { ended <- err })
+		select {
+		case err := <-ended:
+			if !tt.ends || !errors.Is(err, ErrMalformed) {
+				t.Errorf("%d bytes: %v", tt.junk, err)
+			}
+		case <-time.After(100 * time.Millisecond):
+			if tt.ends {
+				t.Errorf("%d bytes are read without end", tt.junk)
+			}
+		}
+		a.Close()
+	}
+}
+
+func TestAssociateFaults(t *testing.T) {
+	_, c, srv := setup(t, Options{HandshakeTimeout: 100 * time.Millisecond})
+	srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Reply(7) })
+	if _, err := associate(t, c, context.Background()); !errors.Is(err, ReplyCommandNotSupported) {
+		t.Errorf("%v", err)
+	}
+	// No target can be silent: it is the server.
+	srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Silence() })
+	_, err := associate(t, c, context.Background())
+	var se *ServerError
+	if !errors.As(err, &se) || errors.Is(err, ErrSilent) {
+		t.Errorf("%v", err)
+	}
+	// Bad relay addresses: all lead to the server.
+	for _, bound := range []sockstest.Addr{
+		{IP: netip.IPv4Unspecified(), Port: 5000}, {IP: netip.IPv6Unspecified(), Port: 5000}, {Name: "relay.example", Port: 5000},
+		{IP: netip.MustParseAddr("224.1.2.3"), Port: 5000}, {IP: netip.MustParseAddr("203.0.113.9"), Port: 0},
+	} {
+		srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Bound(bound) })
+		a, err := associate(t, c, context.Background())
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := netip.AddrPortFrom(srv.Addr().Addr(), 5000)
+		if bound.Port == 0 {
+			want = srv.Addr()
+		}
+		if a.Relay() != want {
+			t.Errorf("%v: relay %v, want %v", bound, a.Relay(), want)
+		}
+		a.Close()
+	}
+}

@@ -1,0 +1,385 @@
+package socks
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// minAttempt is the least time that one of several addresses gets before the next is tried.
+	minAttempt = 2 * time.Second
+	// directTimeout is over the kernel's own limit for a connect (tcp_syn_retries 6: 127 s), which comes first.
+	directTimeout = 3 * time.Minute
+)
+
+// dial is a pending dial. Once started it belongs to the loop.
+//
+//	resolving ──> connecting ──> shaking ──> over
+//	    ^             │  next address, or all failed and the name is looked up again
+//	    └─────────────┘
+//
+// A direct dial goes from connecting to over. Every state goes to over by an error, the deadline, or the context.
+type dial struct {
+	d         *Dialer
+	c         *Client // nil: direct
+	ctx       context.Context
+	stop      func() bool // ends the watch of ctx
+	cmd       Command
+	dst       Addr
+	done      func(int, error)
+	assocDone func(*Association, error)
+
+	state     state
+	fd        int
+	events    uint32
+	addrs     []netip.AddrPort
+	at        int // the one that is tried
+	connectBy time.Duration
+	looked    bool  // the name was looked up for this very dial
+	lastErr   error // of the address tried before
+	hs        Handshake
+
+	when   time.Duration
+	heapAt int // -1: not in the heap
+}
+
+type state uint8
+
+const (
+	starting state = iota
+	resolving
+	connecting
+	shaking
+	over
+)
+
+var errEOF = fmt.Errorf("it closed the connection: %w", io.ErrUnexpectedEOF)
+
+// begin is the first thing on the loop.
+func (p *dial) begin() {
+	if err := p.ctx.Err(); err != nil {
+		p.finish(err)
+		return
+	}
+	timeout := p.d.opts.ConnectTimeout
+	if p.c == nil {
+		timeout = directTimeout
+	} else if err := p.hs.start(p.c.server.login, p.cmd, p.dst); err != nil {
+		p.finish(err)
+		return
+	}
+	p.connectBy = p.d.now() + timeout
+	p.d.timers.set(p, p.connectBy)
+	p.stop = context.AfterFunc(p.ctx, func() {
+		p.d.post(func() { p.finish(p.ctx.Err()) })
+	})
+	switch {
+	case p.c == nil:
+		p.addrs = []netip.AddrPort{p.dst.AddrPort()}
+	case p.c.fixed != nil:
+		p.addrs = p.c.fixed
+	default:
+		p.c.lookUp(p)
+		return
+	}
+	p.connect()
+}
+
+// finish ends the dial with an error, once.
+func (p *dial) finish(err error) {
+	if p.state == over {
+		return
+	}
+	p.drop()
+	p.leave()
+	if p.assocDone != nil {
+		p.assocDone(nil, err)
+		return
+	}
+	p.done(-1, err)
+}
+
+// leave takes the dial out of the books.
+func (p *dial) leave() {
+	p.state = over
+	p.d.timers.remove(p)
+	p.d.pending.Add(-1)
+	if p.stop != nil {
+		p.stop()
+	}
+}
+
+// drop closes the socket of this attempt.
+func (p *dial) drop() {
+	if p.fd >= 0 {
+		p.d.shut(p.fd)
+		p.fd = -1
+	}
+}
+
+// fault ends the dial by the server's fault.
+func (p *dial) fault(op string, err error) {
+	if p.c == nil {
+		if errors.Is(err, unix.ETIMEDOUT) || errors.Is(err, os.ErrDeadlineExceeded) {
+			err = ErrSilent
+		}
+		p.finish(fmt.Errorf("cannot connect to %v: %w", p.dst, err))
+		return
+	}
+	p.finish(&ServerError{Server: p.c.server.String(), Op: op, Err: err})
+}
+
+// connect tries the addresses from p.at on.
+func (p *dial) connect() {
+	p.state = connecting
+	for ; p.at < len(p.addrs); p.at++ {
+		err, ours := p.open(p.addrs[p.at])
+		if err == nil {
+			now := p.d.now()
+			share := (p.connectBy - now) / time.Duration(len(p.addrs)-p.at)
+			p.d.timers.set(p, min(p.connectBy, now+max(share, minAttempt)))
+			return
+		}
+		p.drop()
+		if ours {
+			p.finish(fmt.Errorf("cannot make a socket: %w", err))
+			return
+		}
+		p.lastErr = err
+	}
+	if p.c != nil && p.c.fixed == nil {
+		p.c.failed()
+		if !p.looked {
+			p.c.lookUp(p)
+			return
+		}
+	}
+	p.fault(OpConnect, p.lastErr)
+}
+
+// open starts connecting to at. ours: the error is this host's and no other address would help.
+func (p *dial) open(at netip.AddrPort) (err error, ours bool) {
+	domain, sa, err := sockaddr(at)
+	if err != nil {
+		return err, false
+	}
+	fd, err := unix.Socket(domain, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	if err != nil {
+		return err, err != unix.EAFNOSUPPORT
+	}
+	p.fd = fd
+	control := p.d.opts.Control
+	if p.c == nil {
+		control = p.d.opts.DirectControl
+	}
+	if control != nil {
+		if err := control(fd); err != nil {
+			return err, true
+		}
+	}
+	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
+		return err, true
+	}
+	switch err := unix.Connect(fd, sa); err {
+	case nil, unix.EINPROGRESS, unix.EINTR:
+	case unix.EADDRNOTAVAIL, unix.EAGAIN, unix.ENOBUFS, unix.ENOMEM: // no local port, no memory
+		return err, true
+	default:
+		return err, false
+	}
+	p.events = unix.EPOLLOUT
+	return p.d.register(fd, p, p.events), true
+}
+
+// next gives up this address.
+func (p *dial) next(err error) {
+	p.drop()
+	p.lastErr = err
+	p.at++
+	p.connect()
+}
+
+// expired is called by the loop at p.when. It moves the timer or ends the dial.
+func (p *dial) expired(now time.Duration) {
+	switch {
+	case p.state == resolving:
+		p.fault(OpResolve, os.ErrDeadlineExceeded)
+	case p.state == connecting && now < p.connectBy:
+		p.next(os.ErrDeadlineExceeded)
+	case p.state == connecting:
+		if p.c != nil && p.c.fixed == nil {
+			p.c.failed()
+		}
+		p.fault(OpConnect, os.ErrDeadlineExceeded)
+	case p.cmd == CmdConnect && p.hs.Requested() && !p.hs.Answered():
+		p.finish(ErrSilent)
+	default:
+		// An association has no target that could be silent; a reply that never ends is not the target's either.
+		p.fault(OpHandshake, os.ErrDeadlineExceeded)
+	}
+}
+
+// ready is called by the loop with epoll's events.
+func (p *dial) ready(events uint32) {
+	if p.state == connecting {
+		if events&(unix.EPOLLERR|unix.EPOLLHUP) != 0 {
+			if e, err := unix.GetsockoptInt(p.fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && e != 0 {
+				p.next(syscall.Errno(e))
+				return
+			}
+		}
+		if events&unix.EPOLLOUT == 0 {
+			return
+		}
+		if p.c == nil {
+			p.granted()
+			return
+		}
+		p.state = shaking
+		p.d.timers.set(p, p.d.now()+p.d.opts.HandshakeTimeout)
+		p.c.reached(p.addrs[p.at])
+	}
+	p.shake()
+}
+
+// shake does what the handshake needs and the socket allows.
+func (p *dial) shake() {
+	spoke := false
+	for !p.hs.Done() {
+		if out := p.hs.Output(); len(out) > 0 {
+			n, err := write(p.fd, out)
+			if err == unix.EAGAIN {
+				p.want(unix.EPOLLOUT)
+				return
+			}
+			if err != nil {
+				p.fault(p.op(), err)
+				return
+			}
+			p.hs.Sent(n)
+			spoke = true
+			continue
+		}
+		if spoke { // the answer can't be here yet
+			p.want(unix.EPOLLIN)
+			return
+		}
+		in := p.hs.Input()
+		n, err := read(p.fd, in)
+		if err == unix.EAGAIN {
+			p.want(unix.EPOLLIN)
+			return
+		}
+		if err == nil && n == 0 {
+			err = errEOF
+		}
+		if err != nil {
+			p.fault(p.op(), err)
+			return
+		}
+		if err := p.hs.Received(n); err != nil {
+			var r Reply
+			if errors.As(err, &r) {
+				p.finish(r)
+				return
+			}
+			op := p.op()
+			if errors.Is(err, ErrMethod) {
+				op = OpAuthenticate
+			}
+			p.fault(op, err)
+			return
+		}
+		if n < len(in) {
+			return // nothing more is there
+		}
+	}
+	p.granted()
+}
+
+func (p *dial) op() string {
+	if p.hs.authenticating() {
+		return OpAuthenticate
+	}
+	return OpHandshake
+}
+
+// want changes the watched events.
+func (p *dial) want(events uint32) {
+	if p.events != events {
+		p.events = events
+		if err := p.d.watch(p.fd, p, events); err != nil {
+			p.finish(fmt.Errorf("cannot watch a socket: %w", err))
+		}
+	}
+}
+
+// granted hands the socket over.
+func (p *dial) granted() {
+	if p.assocDone != nil {
+		p.associated()
+		return
+	}
+	p.d.release(p.fd)
+	p.leave()
+	p.done(p.fd, nil)
+}
+
+func read(fd int, b []byte) (int, error) {
+	for {
+		n, err := unix.Read(fd, b)
+		if err != unix.EINTR {
+			return max(n, 0), err
+		}
+	}
+}
+
+// write relies on the Go runtime, which ignores SIGPIPE for all but standard output and error.
+func write(fd int, b []byte) (int, error) {
+	for {
+		n, err := unix.Write(fd, b)
+		if err != unix.EINTR {
+			return max(n, 0), err
+		}
+	}
+}
+
+// sockaddr is ap for the kernel. An error: its zone names no interface.
+func sockaddr(ap netip.AddrPort) (domain int, sa unix.Sockaddr, err error) {
+	ip := ap.Addr().Unmap()
+	if ip.Is4() {
+		return unix.AF_INET, &unix.SockaddrInet4{Port: int(ap.Port()), Addr: ip.As4()}, nil
+	}
+	sa6 := &unix.SockaddrInet6{Port: int(ap.Port()), Addr: ip.As16()}
+	if z := ip.Zone(); z != "" {
+		i, err := net.InterfaceByName(z)
+		if err != nil {
+			return 0, nil, err
+		}
+		sa6.ZoneId = uint32(i.Index)
+	}
+	return unix.AF_INET6, sa6, nil
+}
+
+// sameAddrs reports whether two lists name the same endpoints, in whatever order.
+func sameAddrs(a, b []netip.AddrPort) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for _, x := range a {
+		if !slices.Contains(b, x) {
+			return false
+		}
+	}
+	return true
+}

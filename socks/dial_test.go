@@ -1,0 +1,571 @@
+package socks
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/socks/sockstest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func countFDs(t testing.TB) int {
+	t.Helper()
+	e, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(e)
+}
+
+// setup gives a Dialer and a server; when the test ends both are closed and nothing may be left.
+func setup(t testing.TB, o Options, opts ...sockstest.Option) (*Dialer, *Client, *sockstest.Server) {
+	t.Helper()
+	fds := countFDs(t)
+	t.Cleanup(func() {
+		goleak.VerifyNone(t)
+		if n := countFDs(t); n > fds {
+			t.Errorf("%d descriptors before, %d after", fds, n)
+		}
+	})
+	srv, err := sockstest.Listen("tcp", "127.0.0.1:0", opts...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { srv.Close() })
+	d := newDialer(t, o)
+	return d, d.Client(mustServer(t, srv.URL())), srv
+}
+
+func newDialer(t testing.TB, o Options) *Dialer {
+	t.Helper()
+	d, err := NewDialer(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		d.Close()
+		if s := d.Stats(); s != (Stats{}) {
+			t.Errorf("after Close: %+v", s)
+		}
+	})
+	return d
+}
+
+func mustServer(t testing.TB, url string) Server {
+	t.Helper()
+	s, err := ParseServer(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+type dialed struct {
+	fd  int
+	err error
+}
+
+// connect is a blocking Connect.
+func connect(t testing.TB, c *Client, ctx context.Context, dst Addr) (int, error) {
+	t.Helper()
+	ch := make(chan dialed, 2)
+	c.Connect(ctx, dst, func(fd int, err error) { ch <- dialed{fd, err} })
+	select {
+	case r := <-ch:
+		return r.fd, r.err
+	case <-time.After(20 * time.Second):
+		t.Fatal("done is not called")
+		return -1, nil
+	}
+}
+
+func associate(t testing.TB, c *Client, ctx context.Context) (*Association, error) {
+	t.Helper()
+	type result struct {
+		a   *Association
+		err error
+	}
+	ch := make(chan result, 2)
+	c.Associate(ctx, func(a *Association, err error) { ch <- result{a, err} })
+	select {
+	case r := <-ch:
+		return r.a, r.err
+	case <-time.After(20 * time.Second):
+		t.Fatal("done is not called")
+		return nil, nil
+	}
+}
+
+// conn makes a net.Conn of a descriptor, so that a test can read with a deadline.
+func conn(t testing.TB, fd int) net.Conn {
+	t.Helper()
+	f := os.NewFile(uintptr(fd), "socket")
+	c, err := net.FileConn(f)
+	f.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(10 * time.Second))
+	return c
+}
+
+// echo listens, says hello first, and sends back what it gets.
+func echo(t testing.TB) netip.AddrPort {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	t.Cleanup(func() { ln.Close(); wg.Wait() })
+	wg.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			wg.Go(func() {
+				defer c.Close()
+				c.Write([]byte("hello "))
+				io.Copy(struct{ io.Writer }{c}, c) // not by splice, whose pipes are kept
+			})
+		}
+	})
+	return ln.Addr().(*net.TCPAddr).AddrPort()
+}
+
+func TestConnect(t *testing.T) {
+	t.Run("no login", func(t *testing.T) { testConnect(t, false) })
+	t.Run("login", func(t *testing.T) { testConnect(t, true) })
+}
+
+func testConnect(t *testing.T, login bool) {
+	var opts []sockstest.Option
+	if login {
+		opts = append(opts, sockstest.WithAuth("alice", "secret"))
+	}
+	var marked atomic.Int32
+	_, c, srv := setup(t, Options{Control: func(fd int) error { marked.Add(1); return nil }}, opts...)
+	if login {
+		s, err := c.Server().WithCredentials("alice", "secret")
+		if err != nil {
+			t.Fatal(err)
+		}
+		c = c.d.Client(s)
+	}
+	fd, err := connect(t, c, context.Background(), AddrFrom(echo(t)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v, err := unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY); v != 1 || err != nil {
+		t.Errorf("TCP_NODELAY is %d, %v", v, err)
+	}
+	if fl, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0); fl&unix.O_NONBLOCK == 0 || err != nil {
+		t.Errorf("the socket blocks: %x, %v", fl, err)
+	}
+	if fl, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); fl&unix.FD_CLOEXEC == 0 || err != nil {
+		t.Errorf("the socket is inherited: %x, %v", fl, err)
+	}
+	nc := conn(t, fd)
+	nc.Write([]byte("world"))
+	b := make([]byte, 11)
+	if _, err := io.ReadFull(nc, b); err != nil || string(b) != "hello world" {
+		t.Fatalf("%q, %v", b, err)
+	}
+	nc.Close()
+	if marked.Load() != 1 {
+		t.Errorf("Control saw %d sockets", marked.Load())
+	}
+	if r := srv.Requests(); len(r) != 1 || r[0].Cmd != sockstest.CmdConnect || (r[0].User == "alice") != login {
+		t.Errorf("requests: %+v", r)
+	}
+}
+
+// TestBytesBehindTheReply: what the target says first comes in one segment with the reply, whatever its address type,
+// and is read by the receiver.
+func TestBytesBehindTheReply(t *testing.T) {
+	_, c, srv := setup(t, Options{})
+	dst := AddrFrom(echo(t))
+	for _, bound := range []sockstest.Addr{
+		{IP: netip.MustParseAddr("10.0.0.1"), Port: 1}, {IP: netip.MustParseAddr("2001:db8::1"), Port: 1},
+		{Name: "a", Port: 1}, {Name: strings.Repeat("n", 255), Port: 1},
+	} {
+		srv.SetFault(func(sockstest.Request) sockstest.Fault {
+			f := sockstest.Bound(bound)
+			f.Extra = []byte("220 first\r\n")
+			return f
+		})
+		fd, err := connect(t, c, context.Background(), dst)
+		if err != nil {
+			t.Fatal(err)
+		}
+		nc := conn(t, fd)
+		b := make([]byte, 17)
+		if _, err := io.ReadFull(nc, b); err != nil || string(b) != "220 first\r\nhello " {
+			t.Errorf("%v: %q, %v", bound, b, err)
+		}
+		nc.Close()
+	}
+}
+
+func TestFaults(t *testing.T) {
+	const handshake = 150 * time.Millisecond
+	serverError := func(op string, cause error) func(error) bool {
+		return func(err error) bool {
+			var se *ServerError
+			return errors.As(err, &se) && se.Op == op && errors.Is(err, cause)
+		}
+	}
+	is := func(want error) func(error) bool { return func(err error) bool { return errors.Is(err, want) } }
+	replyIs := func(want Reply) func(error) bool {
+		return func(err error) bool {
+			var r Reply
+			return errors.As(err, &r) && r == want
+		}
+	}
+	request, greeting := sockstest.AtRequest, sockstest.AtGreeting
+	tests := []struct {
+		name  string
+		stage sockstest.Stage
+		fault sockstest.Fault
+		late  bool // only the handshake's timeout ends it
+		want  func(error) bool
+	}{
+		{"general failure", request, sockstest.Reply(1), false, replyIs(ReplyGeneralFailure)},
+		{"not allowed", request, sockstest.Reply(2), false, replyIs(ReplyNotAllowed)},
+		{"net unreachable", request, sockstest.Reply(3), false, replyIs(ReplyNetUnreachable)},
+		{"host unreachable", request, sockstest.Reply(4), false, replyIs(ReplyHostUnreachable)},
+		{"refused", request, sockstest.Reply(5), false, replyIs(ReplyRefused)},
+		{"TTL expired", request, sockstest.Reply(6), false, replyIs(ReplyTTLExpired)},
+		{"no such command", request, sockstest.Reply(7), false, replyIs(ReplyCommandNotSupported)},
+		{"no such address type", request, sockstest.Reply(8), false, replyIs(ReplyAddrTypeNotSupported)},
+		{"unassigned", request, sockstest.Reply(200), false, replyIs(200)},
+		{"silence", request, sockstest.Silence(), true, is(ErrSilent)},
+		{"close", request, sockstest.EarlyClose(), false, serverError(OpHandshake, io.ErrUnexpectedEOF)},
+		{"reset", request, sockstest.EarlyReset(), false, serverError(OpHandshake, syscall.ECONNRESET)},
+		{"garbage", request, sockstest.Garbage(), false, serverError(OpHandshake, ErrMalformed)},
+		{"version", request, sockstest.BadVersion(), false, serverError(OpHandshake, ErrMalformed)},
+		{"address type", request, sockstest.BadAddrType(), false, serverError(OpHandshake, ErrMalformed)},
+		{"half, then close", request, sockstest.Half(7, sockstest.FIN), false, serverError(OpHandshake, io.ErrUnexpectedEOF)},
+		{"half, then reset", request, sockstest.Half(3, sockstest.RST), false, serverError(OpHandshake, syscall.ECONNRESET)},
+		{"half, then silence", request, sockstest.Half(9, sockstest.Hold), true, serverError(OpHandshake, os.ErrDeadlineExceeded)},
+		{"drip", request, sockstest.Drip(handshake / 6), true, serverError(OpHandshake, os.ErrDeadlineExceeded)},
+		{"greeting: silence", greeting, sockstest.Silence(), true, serverError(OpHandshake, os.ErrDeadlineExceeded)},
+		{"greeting: close", greeting, sockstest.EarlyClose(), false, serverError(OpHandshake, io.ErrUnexpectedEOF)},
+		{"greeting: reset", greeting, sockstest.EarlyReset(), false, serverError(OpHandshake, syscall.ECONNRESET)},
+		{"greeting: garbage", greeting, sockstest.Garbage(), false, serverError(OpHandshake, ErrMalformed)},
+		{"greeting: half", greeting, sockstest.Half(1, sockstest.Hold), true, serverError(OpHandshake, os.ErrDeadlineExceeded)},
+		{"greeting: no method", greeting, sockstest.Fault{Raw: []byte{5, 0xff}}, false, serverError(OpAuthenticate, ErrMethod)},
+		{"greeting: reply before the request", greeting, sockstest.Fault{Raw: []byte("\x05\x00\x05\x05\x00\x01\x00\x00\x00\x00\x00\x00"), End: sockstest.Hold},
+			false, replyIs(ReplyRefused)},
+	}
+	_, c, srv := setup(t, Options{HandshakeTimeout: handshake}, sockstest.WithRedirectsOnly())
+	dst := netip.MustParseAddrPort("203.0.113.1:80")
+	srv.Redirect(dst, echo(t))
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			srv.SetFaultAt(tt.stage, func(sockstest.Request) sockstest.Fault { return tt.fault })
+			defer srv.SetFaultAt(tt.stage, nil)
+			began := time.Now()
+			fd, err := connect(t, c, context.Background(), AddrFrom(dst))
+			took := time.Since(began)
+			if fd != -1 || !tt.want(err) {
+				t.Errorf("fd %d, %v", fd, err)
+			}
+			if took > handshake+200*time.Millisecond || tt.late != (took >= handshake) {
+				t.Errorf("took %v", took)
+			}
+		})
+	}
+	srv.SetFault(nil)
+	fd, err := connect(t, c, context.Background(), AddrFrom(dst))
+	if err != nil {
+		t.Fatalf("after the faults: %v", err)
+	}
+	unix.Close(fd)
+}
+
+func TestCredentialsRefused(t *testing.T) {
+	d, c, _ := setup(t, Options{}, sockstest.WithAuth("alice", "secret"))
+	s, err := c.Server().WithCredentials("alice", "hunter2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = connect(t, d.Client(s), context.Background(), testDst)
+	var se *ServerError
+	if !errors.As(err, &se) || se.Op != OpAuthenticate || !errors.Is(err, ErrCredentials) {
+		t.Errorf("wrong password: %v", err)
+	}
+	if strings.Contains(err.Error(), "alice") || strings.Contains(err.Error(), "hunter2") {
+		t.Errorf("credentials in %v", err)
+	}
+	_, err = connect(t, c, context.Background(), testDst)
+	if !errors.As(err, &se) || se.Op != OpAuthenticate || !errors.Is(err, ErrMethod) {
+		t.Errorf("no password: %v", err)
+	}
+}
+
+func TestNoServer(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := ln.Addr().String()
+	ln.Close()
+	d := newDialer(t, Options{})
+	_, err = connect(t, d.Client(mustServer(t, "socks5://"+at)), context.Background(), testDst)
+	var se *ServerError
+	if !errors.As(err, &se) || se.Op != OpConnect || !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Fatal(err)
+	}
+	if want := "cannot connect to socks5://" + at + ": connection refused"; err.Error() != want {
+		t.Errorf("%q, want %q", err, want)
+	}
+}
+
+func TestControlFails(t *testing.T) {
+	_, c, srv := setup(t, Options{Control: func(int) error { return syscall.EPERM }})
+	_, err := connect(t, c, context.Background(), testDst)
+	var se *ServerError
+	if !errors.Is(err, syscall.EPERM) || errors.As(err, &se) {
+		t.Errorf("%v", err)
+	}
+	if _, err := associate(t, c, context.Background()); !errors.Is(err, syscall.EPERM) {
+		t.Errorf("%v", err)
+	}
+	if n := srv.Stats().Accepted; n != 0 {
+		t.Errorf("%d connections without the mark", n)
+	}
+}
+
+// TestGoroutines: two hundred dials and two hundred associations have no goroutine of ours.
+func TestGoroutines(t *testing.T) {
+	const n = 200
+	_, c, srv := setup(t, Options{})
+	srv.SetFault(func(r sockstest.Request) sockstest.Fault {
+		if r.Cmd == sockstest.CmdConnect {
+			return sockstest.Silence()
+		}
+		return sockstest.Fault{}
+	})
+	before := ours()
+	ctx, cancel := context.WithCancel(context.Background())
+	results := make(chan error, n)
+	for range n {
+		c.Connect(ctx, testDst, func(fd int, err error) { results <- err })
+	}
+	assocs := make(chan *Association, n)
+	for range n {
+		c.Associate(context.Background(), func(a *Association, err error) {
+			if err != nil {
+				t.Error(err)
+			}
+			assocs <- a
+		})
+	}
+	waitFor(t, func() bool { return c.d.Stats() == Stats{n, n} && srv.Stats().Requests == 2*n })
+	if now := ours(); now > before {
+		t.Errorf("%d goroutines before, %d with %d dials pending and %d associations", before, now, n, n)
+	}
+	cancel()
+	for range n {
+		if err := <-results; !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+		(<-assocs).Close()
+	}
+	waitFor(t, func() bool { return c.d.Stats() == Stats{} && srv.Stats().Open == 0 })
+}
+
+// ours counts the goroutines that are not the test server's.
+func ours() (n int) {
+	b := make([]byte, 4<<20)
+	for s := range strings.SplitSeq(string(b[:runtime.Stack(b, true)]), "\n\n") {
+		if !strings.Contains(s, "sockstest") {
+			n++
+		}
+	}
+	return n
+}
+
+func waitFor(t testing.TB, cond func() bool) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); !cond(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("it does not come true")
+		}
+	}
+}
+
+func TestCancel(t *testing.T) {
+	d, c, srv := setup(t, Options{})
+	srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Silence() })
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := connect(t, c, ctx, testDst); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("deadline: %v", err)
+	}
+	if _, err := connect(t, c, ctx, testDst); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("ended before: %v", err)
+	}
+	if _, err := associate(t, c, ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("association: %v", err)
+	}
+	waitFor(t, func() bool { return srv.Stats().Open == 0 && d.Stats() == Stats{} })
+}
+
+// TestOnce: whatever ends a dial, done is called once. Grants, cancels and Close race.
+func TestOnce(t *testing.T) {
+	const n = 300
+	d, c, srv := setup(t, Options{})
+	dst := AddrFrom(echo(t))
+	_ = srv
+	var calls [n]atomic.Int32
+	var wg sync.WaitGroup
+	wg.Add(n)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var kinds [4]atomic.Int32
+	for i := range n {
+		c.Connect(ctx, dst, func(fd int, err error) {
+			if calls[i].Add(1) == 1 {
+				wg.Done()
+			}
+			switch {
+			case err == nil:
+				kinds[0].Add(1)
+				unix.Close(fd)
+			case errors.Is(err, context.Canceled):
+				kinds[1].Add(1)
+			case errors.Is(err, ErrClosed):
+				kinds[2].Add(1)
+			default:
+				kinds[3].Add(1)
+				t.Error(err)
+			}
+		})
+		switch i {
+		case n / 2:
+			time.Sleep(3 * time.Millisecond)
+			cancel()
+			ctx = context.Background()
+		case n - n/8:
+			go d.Close()
+		}
+	}
+	wg.Wait()
+	d.Close()
+	for i := range calls {
+		if c := calls[i].Load(); c != 1 {
+			t.Errorf("dial %d: done was called %d times", i, c)
+		}
+	}
+	t.Logf("granted %d, cancelled %d, closed %d", kinds[0].Load(), kinds[1].Load(), kinds[2].Load())
+}
+
+func TestCloseFailsAll(t *testing.T) {
+	d, c, srv := setup(t, Options{})
+	a, err := associate(t, c, context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Silence() })
+	errs := make(chan error, 10)
+	a.OnClose(func(err error) { errs <- err })
+	c.Connect(context.Background(), testDst, func(_ int, err error) {
+		errs <- err
+		// A callback that starts anew must not hang, nor start anything.
+		c.Connect(context.Background(), testDst, func(_ int, err error) { errs <- err })
+	})
+	c.Associate(context.Background(), func(_ *Association, err error) { errs <- err })
+	waitFor(t, func() bool { return srv.Stats().Requests == 3 })
+	d.Close()
+	for range 4 {
+		if err := <-errs; err != ErrClosed {
+			t.Error(err)
+		}
+	}
+	d.Close()
+	a.Close()
+	if _, err := connect(t, c, context.Background(), testDst); err != ErrClosed {
+		t.Error(err)
+	}
+}
+
+func TestDialDirect(t *testing.T) {
+	var direct atomic.Int32
+	d := newDialer(t, Options{
+		Control:       func(int) error { return errors.New("the mark of the proxy") },
+		DirectControl: func(int) error { direct.Add(1); return nil },
+	})
+	at := echo(t)
+	ch := make(chan dialed, 1)
+	done := func(fd int, err error) { ch <- dialed{fd, err} }
+	d.DialDirect(context.Background(), at, done)
+	r := <-ch
+	if r.err != nil || direct.Load() != 1 {
+		t.Fatal(r.err, direct.Load())
+	}
+	b := make([]byte, 6)
+	if _, err := io.ReadFull(conn(t, r.fd), b); err != nil || string(b) != "hello " {
+		t.Fatalf("%q, %v", b, err)
+	}
+	ln, _ := net.Listen("tcp", "127.0.0.1:0")
+	closed := ln.Addr().(*net.TCPAddr).AddrPort()
+	ln.Close()
+	d.DialDirect(context.Background(), closed, done)
+	if r := <-ch; !errors.Is(r.err, syscall.ECONNREFUSED) {
+		t.Error(r.err)
+	}
+	d.DialDirect(context.Background(), netip.AddrPortFrom(netip.IPv4Unspecified(), 0), done)
+	if r := <-ch; r.err == nil {
+		t.Error("a destination of zeros was reached")
+	}
+}
+
+func TestTimers(t *testing.T) {
+	var h timers
+	var all []*dial
+	for i := range 500 {
+		p := &dial{heapAt: -1}
+		all = append(all, p)
+		h.set(p, time.Duration((i*7919)%1009))
+	}
+	for i, p := range all {
+		switch i % 3 {
+		case 0:
+			h.set(p, time.Duration((i*104729)%997))
+		case 1:
+			h.remove(p)
+			h.remove(p)
+		}
+	}
+	last := time.Duration(-1)
+	n := 0
+	for ; len(h) > 0; n++ {
+		if h[0].when < last || h[0].heapAt != 0 {
+			t.Fatalf("%v after %v", h[0].when, last)
+		}
+		last = h[0].when
+		h.remove(h[0])
+	}
+	if n != 333 {
+		t.Errorf("%d were left", n)
+	}
+}

@@ -1,0 +1,253 @@
+package socks
+
+import (
+	"fmt"
+	"net/netip"
+)
+
+// Command is the CMD field of a request, RFC 1928 section 4.
+type Command byte
+
+// The commands that a Handshake can send.
+const (
+	CmdConnect   Command = 1
+	CmdAssociate Command = 3
+)
+
+const (
+	version     = 5
+	authVersion = 1 // RFC 1929
+
+	methodNone = 0
+	methodUser = 2
+	methodFail = 0xff
+
+	// headLen reaches to the length byte of a name. Every well-formed reply is longer.
+	headLen = 5
+)
+
+// phase is the message that is being sent or received. They follow each other downwards; the two in brackets only if
+// the server asks for a user and a password.
+//
+//	sendGreeting → recvMethod → [sendLogin → recvLogin →] sendRequest → recvHead → recvTail → granted
+type phase uint8
+
+const (
+	sendGreeting phase = iota
+	recvMethod
+	sendLogin
+	recvLogin
+	sendRequest
+	recvHead
+	recvTail
+	granted
+)
+
+// Handshake is the client's side of RFC 1928 and RFC 1929 without I/O. Client and server speak in turns, so at any time
+// either Output or Input has something:
+//
+//	for !h.Done() {
+//		if out := h.Output(); len(out) > 0 {
+//			h.Sent(write(out))
+//		} else if err := h.Received(read(h.Input())); err != nil {
+//			return err
+//		}
+//	}
+//
+// Input never asks for a byte behind the reply, so what the target says first stays in the socket. A Handshake belongs
+// to one goroutine and must not be copied once used.
+type Handshake struct {
+	phase phase
+	cmd   Command
+	login *login
+	dst   Addr
+	bound Addr
+	buf   []byte // the message of this phase: what is to be sent, or room for what is to be received
+	n     int    // how much of buf was sent or received
+}
+
+// NewHandshake starts a handshake that asks for dst with the credentials of s, if it has any. An error means that the
+// request can't be put into words: dst is empty or its name too long.
+func NewHandshake(s Server, cmd Command, dst Addr) (*Handshake, error) {
+	h := new(Handshake)
+	return h, h.start(s.login, cmd, dst)
+}
+
+func (h *Handshake) start(l *login, cmd Command, dst Addr) error {
+	if err := dst.check(); err != nil {
+		return fmt.Errorf("cannot ask for %v: %w", dst, err)
+	}
+	*h = Handshake{cmd: cmd, login: l, dst: dst}
+	h.buf = append(make([]byte, 0, 32), version, 1, methodNone)
+	if l != nil {
+		h.buf = append(h.buf[:1], 2, methodNone, methodUser)
+	}
+	return nil
+}
+
+// Output is what is to be sent now, empty when it is the server's turn.
+func (h *Handshake) Output() []byte {
+	switch h.phase {
+	case sendGreeting, sendLogin, sendRequest:
+		return h.buf[h.n:]
+	}
+	return nil
+}
+
+// Sent tells that n bytes of Output were sent.
+func (h *Handshake) Sent(n int) {
+	if h.n += n; h.n < len(h.buf) {
+		return
+	}
+	switch h.phase {
+	case sendGreeting:
+		h.expect(recvMethod, 2)
+	case sendLogin:
+		clear(h.buf) // a password need not stay in memory
+		h.expect(recvLogin, 2)
+	case sendRequest:
+		h.expect(recvHead, headLen)
+	}
+}
+
+// Input is the room for the bytes that are needed next: all of it may be read, and nothing more. It is empty when it is
+// our turn, or when all is done.
+func (h *Handshake) Input() []byte {
+	switch h.phase {
+	case recvMethod, recvLogin, recvHead, recvTail:
+		return h.buf[h.n:]
+	}
+	return nil
+}
+
+// Received tells that n bytes of Input were filled. What is wrong is told at its first wrong byte: ErrMalformed,
+// ErrMethod, ErrCredentials, or a Reply. After an error the Handshake is of no more use.
+func (h *Handshake) Received(n int) error {
+	h.n += n
+	got := h.buf[:h.n]
+	if len(got) == 0 {
+		return nil
+	}
+	switch h.phase {
+	case recvMethod:
+		return h.method(got)
+	case recvLogin:
+		if got[0] != authVersion {
+			return fmt.Errorf("%w: version %d of the password negotiation", ErrMalformed, got[0])
+		}
+		if len(got) == 2 {
+			if got[1] != 0 {
+				return ErrCredentials
+			}
+			h.request()
+		}
+	case recvHead:
+		return h.head(got)
+	case recvTail:
+		if len(got) == len(h.buf) {
+			h.tail(got)
+		}
+	}
+	return nil
+}
+
+// Done reports whether the request was granted.
+func (h *Handshake) Done() bool { return h.phase == granted }
+
+// Bound is BND.ADDR and BND.PORT of the reply, once Done.
+func (h *Handshake) Bound() Addr { return h.bound }
+
+// Requested reports whether the whole request was sent: from then on the server may be waiting for the target.
+func (h *Handshake) Requested() bool { return h.phase >= recvHead }
+
+// Answered reports whether a byte of the reply came.
+func (h *Handshake) Answered() bool { return h.phase > recvHead || h.phase == recvHead && h.n > 0 }
+
+// authenticating reports whether user and password are on their way.
+func (h *Handshake) authenticating() bool { return h.phase == sendLogin || h.phase == recvLogin }
+
+// send makes h.buf, which was just written, the message of phase p.
+func (h *Handshake) send(p phase, buf []byte) { h.phase, h.buf, h.n = p, buf, 0 }
+
+// expect makes room for the n bytes of phase p.
+func (h *Handshake) expect(p phase, n int) {
+	if cap(h.buf) < n {
+		h.buf = make([]byte, n)
+	}
+	h.phase, h.buf, h.n = p, h.buf[:n], 0
+}
+
+func (h *Handshake) method(got []byte) error {
+	if got[0] != version {
+		return fmt.Errorf("%w: SOCKS version %d", ErrMalformed, got[0])
+	}
+	if len(got) < 2 {
+		return nil
+	}
+	switch m := got[1]; {
+	case m == methodNone:
+		h.request()
+	case m == methodUser && h.login != nil:
+		b := append(h.buf[:0], authVersion, byte(len(h.login.user)))
+		b = append(b, h.login.user...)
+		b = append(b, byte(len(h.login.pass)))
+		h.send(sendLogin, append(b, h.login.pass...))
+	case m == methodFail && h.login == nil:
+		return fmt.Errorf("%w: it may want a user and a password", ErrMethod)
+	case m == methodFail:
+		return ErrMethod
+	default:
+		return fmt.Errorf("%w: method %d was not offered", ErrMalformed, m)
+	}
+	return nil
+}
+
+func (h *Handshake) request() {
+	h.send(sendRequest, appendAddr(append(h.buf[:0], version, byte(h.cmd), 0), h.dst))
+}
+
+// head checks the reply as far as it came and, when the length is known, asks for the rest. The rest of a refusal is
+// not needed, nor looked at: servers are careless with it.
+func (h *Handshake) head(got []byte) error {
+	if got[0] != version {
+		return fmt.Errorf("%w: SOCKS version %d", ErrMalformed, got[0])
+	}
+	refused := len(got) > 1 && got[1] != 0
+	if len(got) > 3 && !refused && got[3] != atypIPv4 && got[3] != atypName && got[3] != atypIPv6 {
+		return fmt.Errorf("%w: address type %d", ErrMalformed, got[3])
+	}
+	if len(got) < headLen {
+		return nil
+	}
+	if refused {
+		return Reply(got[1])
+	}
+	n := 4 + 4 + 2
+	switch got[3] {
+	case atypIPv6:
+		n = 4 + 16 + 2
+	case atypName:
+		if got[4] == 0 {
+			return fmt.Errorf("%w: an empty name", ErrMalformed)
+		}
+		n = 4 + 1 + int(got[4]) + 2
+	}
+	if cap(h.buf) < n {
+		h.buf = append(make([]byte, 0, n), got...)
+	}
+	h.phase, h.buf = recvTail, h.buf[:n]
+	return nil
+}
+
+func (h *Handshake) tail(b []byte) {
+	port := uint16(b[len(b)-2])<<8 | uint16(b[len(b)-1])
+	switch b[3] {
+	case atypIPv4:
+		h.bound = Addr{IP: netip.AddrFrom4([4]byte(b[4:8])), Port: port}
+	case atypIPv6:
+		h.bound = Addr{IP: netip.AddrFrom16([16]byte(b[4:20])).Unmap(), Port: port}
+	case atypName:
+		h.bound = Addr{Name: string(b[5 : len(b)-2]), Port: port}
+	}
+	h.phase = granted
+}
