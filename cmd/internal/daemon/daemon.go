@@ -1,19 +1,83 @@
 package daemon
 
 import (
+	"context"
 	"errors"
+	"fmt"
+	"net/netip"
 	"os"
+	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 )
 
 // ErrDied: it had started, and then failed.
-var ErrDied = errors.New("died while running")
+var ErrDied = errors.New("the data plane failed")
 
-// Run runs one program.
-func Run(cfg *config.Config, env []string, stdin, stdout, stderr *os.File) (exit int, err error) {
-	return 0, errors.ErrUnsupported
+const (
+	// stopTimeout bounds the orderly teardown. What takes longer is left to the kernel, which closes everything anyway.
+	stopTimeout = 5 * time.Second
+	// killAfter is how long a program has to end when its network has failed under it.
+	killAfter = 5 * time.Second
+)
+
+// Addresses of the TUN. The IPv4 one is of RFC 2544's range for benchmarks, which nobody routes and whose rest will hold
+// the fake addresses of names; the IPv6 one is a unique local address (RFC 4193), so that a name with addresses of both
+// families is reached by IPv4 (RFC 6724: labels), which more proxies can. Single addresses: no network beside them
+// is lost, and there is no broadcast.
+var (
+	tunAddrs = []netip.Prefix{
+		netip.MustParsePrefix("198.18.0.1/32"),
+		netip.MustParsePrefix("fd76:6961:736f:636b::1/128"),
+	}
+	// nameserver stands in the program's resolv.conf. Port 53 of whatever address is answered by route/dns.
+	nameserver = netip.MustParseAddr("198.18.0.2")
+)
+
+// stop ends p within stopTimeout; between is done when the app's flows have been reset.
+func stop(p *plane, between func()) {
+	p.refuse()
+	if between != nil {
+		between()
+	}
+	done := make(chan struct{})
+	go func() { defer close(done); p.Close() }()
+	select {
+	case <-done:
+	case <-time.After(stopTimeout):
+		p.log.Error("cannot stop in order: took too long", "limit", stopTimeout)
+	}
 }
 
-// Up steers the whole host.
-func Up(cfg *config.Config, stderr *os.File) error { return errors.ErrUnsupported }
+// warn logs what the configuration had to say.
+func (e *env) warn(cfg *config.Config) {
+	for _, w := range cfg.Warnings {
+		e.log.Warn(w)
+	}
+}
+
+// died is the error for a data plane that ended by itself.
+func died(err error) error { return fmt.Errorf("%w: %w", ErrDied, err) }
+
+// startContext ends when one of signals comes; its cause says so.
+func startContext(signals <-chan os.Signal) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	go func() {
+		select {
+		case s := <-signals:
+			cancel(fmt.Errorf("stopped by a signal: %s", s))
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() { cancel(nil) }
+}
+
+func nameservers() []netip.Addr { return []netip.Addr{nameserver} }
+
+// proxyName is the default upstream for the log.
+func proxyName(cfg *config.Config) string {
+	if cfg.Default == "" {
+		return "none"
+	}
+	return cfg.Upstreams[0].Server.String()
+}

@@ -1,0 +1,64 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// markedDialing makes sockets that the steering leaves alone.
+func markedDialing(mark uint32) dialing {
+	control := func(fd int) error {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(mark)); err != nil {
+			return fmt.Errorf("cannot mark a socket: %w: CAP_NET_ADMIN is needed", err)
+		}
+		return nil
+	}
+	d := net.Dialer{Control: rawControl(control)}
+	r := &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
+		return d.DialContext(ctx, network, beyondStub(address, "/run/systemd/resolve/resolv.conf"))
+	}}
+	return dialing{control: control, resolve: func(ctx context.Context, host string) ([]netip.Addr, error) {
+		return r.LookupNetIP(ctx, "ip", host)
+	}}
+}
+
+// beyondStub gives the resolver that systemd-resolved asks, where address is its stub: it asks from a socket
+// without our mark, so the question would come back to us, who need the proxy to answer it.
+func beyondStub(address, list string) string {
+	if address != "127.0.0.53:53" && address != "127.0.0.54:53" {
+		return address
+	}
+	b, err := os.ReadFile(list)
+	if err != nil {
+		return address
+	}
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) == 2 && f[0] == "nameserver" {
+			if a, err := netip.ParseAddr(f[1]); err == nil && !a.IsLoopback() {
+				return netip.AddrPortFrom(a, 53).String()
+			}
+		}
+	}
+	return address
+}
+
+// rawControl is control as package net wants it.
+func rawControl(control func(fd int) error) func(network, address string, c syscall.RawConn) error {
+	if control == nil {
+		return nil
+	}
+	return func(_, _ string, c syscall.RawConn) error {
+		var err error
+		if cerr := c.Control(func(fd uintptr) { err = control(int(fd)) }); cerr != nil {
+			return cerr
+		}
+		return err
+	}
+}

@@ -1,0 +1,163 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"runtime"
+	"slices"
+	"sync"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/route"
+	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/socks"
+	"github.com/viasocks/viasocks/stack"
+	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/tun"
+	"github.com/viasocks/viasocks/tun/netns"
+)
+
+// plane is the data plane: stack, router, relay loops and the SOCKS client over one TUN.
+//
+//	tun ─ stack ─ router ─┬─ loops      one goroutine each, as many as the machine has cores
+//	                      └─ dialer     one goroutine
+//
+// Those on the left use those on the right until their own Run has returned: Close goes from left to right.
+type plane struct {
+	log    *slog.Logger
+	dialer *socks.Dialer
+	loops  []*relay.Loop
+	router *route.Router
+	stack  *stack.Stack
+
+	ran    sync.WaitGroup // stack and router
+	looped sync.WaitGroup
+	failed chan error // the first that ended by itself
+	once   sync.Once
+}
+
+// dialing is how our own sockets are made, and the proxy's name looked up.
+type dialing struct {
+	control func(fd int) error // nil: sockets need nothing
+	resolve func(ctx context.Context, host string) ([]netip.Addr, error)
+}
+
+// newPlane builds it and starts nothing but the dialer's loop. It owns dev, also on error.
+func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dialing, log *slog.Logger) (_ *plane, err error) {
+	p := &plane{log: log, failed: make(chan error, 1)}
+	defer func() {
+		if err != nil {
+			p.Close()
+		}
+	}()
+	if p.dialer, err = socks.NewDialer(socks.Options{
+		Control: dial.control, Resolve: dial.resolve, Log: log,
+		ConnectTimeout: cfg.ConnectTimeout, HandshakeTimeout: cfg.HandshakeTimeout,
+	}); err != nil {
+		dev.Close()
+		return nil, err
+	}
+	for range runtime.GOMAXPROCS(0) {
+		l, err := relay.NewLoop(relay.Config{IdleTimeout: cfg.IdleTimeout, Log: log})
+		if err != nil {
+			dev.Close()
+			return nil, err
+		}
+		p.loops = append(p.loops, l)
+	}
+	if p.router, err = route.New(route.Config{
+		Upstreams: upstreams(cfg, p.dialer, dial.control),
+		Rules:     cfg.Rules, Default: cfg.Default,
+		Loops: p.loops, Sockets: sockets, Resolvers: cfg.DNS,
+		Limits: route.Limits{Mappings: cfg.MaxMappings},
+		Log:    log,
+	}); err != nil {
+		dev.Close()
+		return nil, err
+	}
+	if p.stack, err = stack.New(stack.Config{
+		Device: dev, Handler: handler{p.router}, Sockets: sockets, Log: log,
+		Limits:        stack.Limits{Pending: cfg.MaxPending, PendingPerDest: cfg.MaxPendingPerDest},
+		KeepaliveIdle: cfg.IdleTimeout,
+	}); err != nil {
+		return nil, err
+	}
+	p.router.Attach(p.stack.PacketWriter)
+	return p, nil
+}
+
+func upstreams(cfg *config.Config, d *socks.Dialer, control func(fd int) error) []route.Upstream {
+	var ups []route.Upstream
+	for _, u := range cfg.Upstreams {
+		ups = append(ups, route.NewSOCKS(u.Name, d.Client(u.Server)))
+	}
+	if slices.ContainsFunc(cfg.Rules, func(r route.Rule) bool { return r.Action() == route.ActionVia && r.Via() == route.DirectName }) {
+		ups = append(ups, route.NewDirect(d, control))
+	}
+	return ups
+}
+
+// handler is the router as the stack wants it.
+type handler struct{ *route.Router }
+
+var (
+	_ stack.Handler            = handler{}
+	_ stack.UnreachableHandler = handler{}
+)
+
+// HandleUnreachable implements stack.UnreachableHandler. The mapping is the app endpoint's, whoever had written to it.
+func (h handler) HandleUnreachable(app, _ netip.AddrPort) { h.Router.HandleUnreachable(app) }
+
+// diagSockets is a sock_diag socket as stack and route want it.
+type diagSockets struct{ *netns.Diag }
+
+// Exists implements flow.Sockets.
+func (d diagSockets) Exists(proto flow.Proto, src, dst netip.AddrPort) (bool, error) {
+	return d.Diag.Exists(uint8(proto), src, dst)
+}
+
+// start runs everything. A part that ends before Close was called is told on failed.
+func (p *plane) start() {
+	run := func(wg *sync.WaitGroup, f func(context.Context) error, what string) {
+		wg.Go(func() {
+			err := f(context.Background())
+			if err == nil {
+				err = errors.New("the " + what + " ended")
+			}
+			select {
+			case p.failed <- err:
+			default:
+			}
+		})
+	}
+	for _, l := range p.loops {
+		run(&p.looped, l.Run, "relay loop")
+	}
+	run(&p.ran, p.router.Run, "router")
+	run(&p.ran, p.stack.Run, "stack")
+}
+
+// refuse resets the app's flows, and new ones from here on.
+func (p *plane) refuse() { p.stack.ResetAll() }
+
+// Close ends and frees everything, in order, and waits for it. It may be called twice, and after a newPlane that failed.
+func (p *plane) Close() {
+	p.once.Do(func() {
+		if p.router != nil {
+			p.router.Close() // while the stack still takes its resets
+		}
+		if p.stack != nil {
+			p.stack.Close()
+		}
+		p.ran.Wait()
+		for _, l := range p.loops {
+			l.Close()
+		}
+		p.looped.Wait()
+		if p.dialer != nil {
+			p.dialer.Close()
+		}
+	})
+}

@@ -1,0 +1,167 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/socks"
+)
+
+// probeTimeout bounds the look at one proxy at the start: who waits for longer than this thinks that we hang.
+const probeTimeout = 10 * time.Second
+
+// probe looks once at each proxy, all at a time: is it there, does it speak SOCKS5, does it take the credentials?
+// Nothing is asked of it. The error is what the user should read.
+func probe(ctx context.Context, cfg *config.Config, dial dialing) error {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	errs := make([]chan error, len(cfg.Upstreams))
+	for i, u := range cfg.Upstreams {
+		errs[i] = make(chan error, 1)
+		go func() { errs[i] <- probeServer(ctx, u.Server, dial, cfg.ConnectTimeout) }()
+	}
+	var first error
+	for i, c := range errs {
+		if err := <-c; err != nil && first == nil {
+			first = explain(cfg.Upstreams[i].Server, err)
+			cancel()
+		}
+	}
+	if cause := context.Cause(ctx); first != nil && cause != nil && !errors.Is(cause, context.Canceled) && !errors.Is(cause, context.DeadlineExceeded) {
+		return cause // a signal
+	}
+	return first
+}
+
+func probeServer(ctx context.Context, s socks.Server, dial dialing, connectTimeout time.Duration) error {
+	fail := func(op string, err error) error { return &socks.ServerError{Server: s.String(), Op: op, Err: err} }
+	resolve := dial.resolve
+	if resolve == nil {
+		resolve = func(ctx context.Context, host string) ([]netip.Addr, error) {
+			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+		}
+	}
+	addrs, err := resolve(ctx, s.Host()) // an address is its own answer
+	if err == nil && len(addrs) == 0 {
+		err = errors.New("no address")
+	}
+	if err != nil {
+		return fail(socks.OpResolve, err)
+	}
+	d := net.Dialer{Timeout: connectTimeout, Control: rawControl(dial.control)}
+	var conn net.Conn
+	for _, a := range addrs {
+		if conn, err = d.DialContext(ctx, "tcp", net.JoinHostPort(a.Unmap().String(), strconv.Itoa(int(s.Port())))); err == nil {
+			break
+		}
+	}
+	if err != nil {
+		return fail(socks.OpConnect, err)
+	}
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+
+	h, err := socks.NewHandshake(s, socks.CmdConnect, socks.Addr{Name: "localhost", Port: 1}) // the request is not sent
+	if err != nil {
+		return err
+	}
+	// The greeting, and then the login if the server chose it.
+	for turn := range 2 {
+		if err := write(conn, h); err != nil {
+			return fail(socks.OpHandshake, err)
+		}
+		method, err := read(conn, h)
+		if errors.Is(err, socks.ErrCredentials) || errors.Is(err, socks.ErrMethod) {
+			return fail(socks.OpAuthenticate, err)
+		}
+		if err != nil {
+			return fail(socks.OpHandshake, err)
+		}
+		if turn == 0 && method == 0 { // RFC 1928 3: no authentication
+			break
+		}
+	}
+	return nil
+}
+
+func write(conn net.Conn, h *socks.Handshake) error {
+	for out := h.Output(); len(out) > 0; out = h.Output() {
+		n, err := conn.Write(out)
+		if err != nil {
+			return err
+		}
+		h.Sent(n)
+	}
+	return nil
+}
+
+// read hands over one answer of the server and gives its last byte.
+func read(conn net.Conn, h *socks.Handshake) (last byte, err error) {
+	for in := h.Input(); len(in) > 0; in = h.Input() {
+		n, err := conn.Read(in)
+		if n > 0 {
+			last = in[n-1]
+			if err := h.Received(n); err != nil {
+				return last, err
+			}
+		}
+		if err != nil {
+			return last, err
+		}
+	}
+	return last, nil
+}
+
+// explain says what a fault of the proxy at the start means and what to do about it.
+func explain(s socks.Server, err error) error {
+	where := net.JoinHostPort(s.Host(), strconv.Itoa(int(s.Port())))
+	var fault *socks.ServerError
+	if !errors.As(err, &fault) {
+		return err
+	}
+	timeout := errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded)
+	var netErr net.Error
+	if errors.As(err, &netErr) && netErr.Timeout() {
+		timeout = true
+	}
+	var errno syscall.Errno
+	isErrno := errors.As(err, &errno)
+	var lookup *net.DNSError
+	switch {
+	case fault.Op == socks.OpResolve && errors.As(err, &lookup):
+		return fmt.Errorf("cannot find the proxy %s: %s: is the name right?", where, lookup.Err)
+	case fault.Op == socks.OpResolve:
+		return fmt.Errorf("cannot find the proxy %s: %w", where, fault.Err)
+	case fault.Op == socks.OpConnect && errno == syscall.ECONNREFUSED:
+		return fmt.Errorf("cannot reach the proxy %s: connection refused: is it running, and is this its port?", where)
+	case fault.Op == socks.OpConnect && timeout:
+		return fmt.Errorf("cannot reach the proxy %s: no answer: is the address right?", where)
+	case fault.Op == socks.OpConnect && isErrno:
+		return fmt.Errorf("cannot reach the proxy %s: %w", where, errno)
+	case fault.Op == socks.OpConnect:
+		return fmt.Errorf("cannot reach the proxy %s: %w", where, fault.Err)
+	case errors.Is(err, socks.ErrCredentials):
+		return fmt.Errorf("cannot log in to the proxy %s: it refused the user or the password", where)
+	case errors.Is(err, socks.ErrMethod) && !s.HasCredentials():
+		return fmt.Errorf("cannot log in to the proxy %s: it wants a login: use --proxy socks5://USER@%[1]s with --password-file FILE", where)
+	case errors.Is(err, socks.ErrMethod):
+		return fmt.Errorf("cannot log in to the proxy %s: it takes no user and password, and wants something else", where)
+	case errors.Is(err, socks.ErrMalformed):
+		return fmt.Errorf("cannot use the proxy %s: what answers there does not speak SOCKS5", where)
+	case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET):
+		return fmt.Errorf("cannot use the proxy %s: it closed the connection: does it speak SOCKS5, and to us?", where)
+	case timeout:
+		return fmt.Errorf("cannot use the proxy %s: it does not answer: does it speak SOCKS5?", where)
+	}
+	return fmt.Errorf("cannot use the proxy %s: %w", where, fault.Err)
+}

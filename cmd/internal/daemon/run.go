@@ -1,0 +1,115 @@
+package daemon
+
+import (
+	"context"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/tun"
+	"github.com/viasocks/viasocks/tun/netns"
+)
+
+// Run runs cfg.Program in a network namespace of its own and carries its traffic, until the program ends. exit is the
+// program's own status, 126 or 127 with an error when it could not be started, or 0 with an error when nothing was
+// started. The error is ErrDied when the data plane failed under the program, which is ended then.
+//
+// Our sockets stay in the caller's namespace: a proxy on 127.0.0.1 is reached. The limit of open files needs no care
+// here: the runtime raises it to the hard limit for us, and gives the program back what it was.
+func Run(cfg *config.Config, environ []string, stdin, stdout, stderr *os.File) (exit int, err error) {
+	e, err := newEnv(cfg, stderr)
+	if err != nil {
+		return 0, err
+	}
+	defer e.close()
+	e.warn(cfg)
+
+	// INT and QUIT come from the terminal and reach the program too, which decides. They are caught and not ignored: it
+	// would inherit that.
+	theirs := make(chan os.Signal, 1)
+	signal.Notify(theirs, syscall.SIGINT, syscall.SIGQUIT)
+	defer signal.Stop(theirs)
+	// Until the program runs they end us like the others.
+	early := make(chan os.Signal, 4)
+	signal.Notify(early, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT)
+	ctx, cancel := startContext(early)
+	defer cancel()
+
+	var dial dialing
+	if err := probe(ctx, cfg, dial); err != nil {
+		return 0, err
+	}
+	child, err := netns.Spawn(ctx, netns.Spec{
+		Argv: cfg.Program, Env: programEnv(environ, cfg.KeepProxyEnv),
+		Stdin: stdin, Stdout: stdout, Stderr: stderr,
+		TUN:        netns.TUNOptions{MTU: cfg.MTU, VnetHdr: cfg.Offload != tun.OffloadOff},
+		Addrs:      tunAddrs,
+		Nameserver: nameservers(),
+		// The shell that started us has to see it when the program stops.
+		FollowStops: true,
+	})
+	if err != nil {
+		return 0, err
+	}
+	defer child.Close()
+	dev, err := tun.FromFile(child.TUN, tun.Options{MTU: cfg.MTU, Offload: cfg.Offload, Log: e.log})
+	if err != nil {
+		return 0, err
+	}
+	p, err := newPlane(cfg, dev, diagSockets{child.Diag}, dial, e.log)
+	if err != nil {
+		return 0, err
+	}
+	defer stop(p, nil)
+	p.start()
+	if !child.IPv6 {
+		e.log.Info("the namespace has no IPv6: the program has IPv4 only")
+	}
+	if err := context.Cause(ctx); err != nil {
+		return 0, err
+	}
+	signal.Stop(early)
+	cancel()
+	forwarded := make(chan os.Signal, 16)
+	signal.Notify(forwarded, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2)
+	defer signal.Stop(forwarded)
+	if err := child.Exec(); err != nil {
+		return 0, err
+	}
+	e.log.Info("ready", "tun", child.TUNName, "proxy", proxyName(cfg), "program", cfg.Program[0])
+	return watch(child, p, forwarded)
+}
+
+// watch waits for the program, hands it signals, and ends it when the data plane fails.
+func watch(child *netns.Child, p *plane, signals <-chan os.Signal) (int, error) {
+	type end struct {
+		exit int
+		err  error
+	}
+	ended := make(chan end, 1)
+	go func() {
+		exit, err := child.Wait()
+		ended <- end{exit, err}
+	}()
+	var failure error
+	var kill <-chan time.Time
+	for {
+		select {
+		case e := <-ended:
+			if failure != nil {
+				return 0, died(failure)
+			}
+			return e.exit, e.err
+		case s := <-signals:
+			child.Signal(s)
+		case failure = <-p.failed:
+			p.log.Error("the program's network failed: it is ended", "err", failure)
+			child.Signal(syscall.SIGTERM)
+			kill = time.After(killAfter)
+		case <-kill:
+			child.Signal(syscall.SIGKILL)
+		}
+	}
+}
