@@ -61,13 +61,14 @@ type rst struct {
 	since time.Time // of the last progress
 }
 
-// queuer is what a Stream may also implement: how many bytes that WriteFrom took the app's kernel has not acknowledged. With it
-// a RST of the upstream does not overtake them; without it they are dropped by Abort.
+// queuer is what a Stream may also implement: how many of the bytes that WriteFrom took the app's kernel has not
+// acknowledged. With it a RST of the upstream does not overtake them; without it Abort drops them. It is asked only
+// when nothing more will be written.
 type queuer interface{ Queued() int }
 
-// lingerLimit is how long a side that was reset waits for the other to take what came before, without any progress. Long
-// enough for a path with loss; and an app that does not read must not hold a dead flow.
-var lingerLimit = 10 * time.Second
+// lingerLimit is how long the living side may make no progress in taking what came before the RST. Directly, the app would find all
+// that in its own kernel's buffer, however late it reads; but a dead flow must not be held for ever.
+var lingerLimit = time.Minute
 
 // Start answers the held SYN (req.Accept) and relays between the app and fd, a connected non-blocking socket, until both
 // directions are over or one side resets. It owns fd from here on, also when the app is gone. It does not block and may be called from
@@ -233,7 +234,7 @@ func (r *Relay) resetTurn() (again bool) {
 	queue := 0
 	if x.byApp {
 		queue = unacked(int(r.fd))
-	} else if q, ok := r.app.(queuer); ok {
+	} else if q, ok := r.app.(queuer); ok && x.dry {
 		queue = q.Queued()
 	}
 	if x.dry && queue == 0 && len(r.spill) == 0 {
