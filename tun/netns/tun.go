@@ -184,6 +184,23 @@ func configure(name string, mtu int, addrs []netip.Prefix, defaultRoutes bool) (
 	return has6 && !no6, nil
 }
 
+// linkUp brings an interface of the calling thread's namespace up.
+func linkUp(name string) error {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("cannot bring %s up: %w", name, err)
+	}
+	defer h.Close()
+	link, err := h.LinkByName(name)
+	if err == nil {
+		err = h.LinkSetUp(link)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot bring %s up: %w", name, err)
+	}
+	return nil
+}
+
 // awaitLocal waits until the kernel takes a for its own. It enters an IPv6 address's local route from a work queue,
 // a little after the address can be used as a source: what is answered in between is lost (Ip6InAddrErrors; seen by 3 %
 // of the tests that answered at once). If it takes a second, going on is as good as anything else.
