@@ -1,0 +1,124 @@
+package route
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+func TestPolicy(t *testing.T) {
+	a, b := &fakeUpstream{name: "a"}, &fakeUpstream{name: DirectName}
+	cfg := Config{Upstreams: []Upstream{a, b}, Default: "a", Rules: []Rule{
+		mustRule(t, "dst 10.0.0.0/8 direct"),
+		mustRule(t, "proto udp port 1-100 drop"),
+		mustRule(t, "dst 2001:db8::/32 reject"),
+		mustRule(t, "port 80 reject"), // never for UDP: an earlier one decides
+	}}
+	p, err := newPolicy(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		proto flow.Proto
+		dst   string
+		want  string
+	}{
+		{flow.TCP, "10.1.1.1:80", "dst 10.0.0.0/8 direct"},
+		{flow.UDP, "192.0.2.1:80", "proto udp port 1-100 drop"},
+		{flow.TCP, "192.0.2.1:80", "port 80 reject"},
+		{flow.TCP, "[2001:db8::1]:443", "dst 2001:db8::/32 reject"},
+		{flow.TCP, "192.0.2.1:443", "default"},
+	} {
+		if got := p.decide(tt.proto, netip.MustParseAddrPort(tt.dst)); got.rule != tt.want {
+			t.Errorf("%v %s: %q, want %q", tt.proto, tt.dst, got.rule, tt.want)
+		}
+	}
+	cfg.Default = ""
+	if p, err = newPolicy(cfg); err != nil {
+		t.Fatal(err)
+	}
+	if v := p.decide(flow.TCP, netip.MustParseAddrPort("192.0.2.1:443")); v.kind != reject || v.rule != "none" {
+		t.Errorf("without a default: %+v, want a refusal", v)
+	}
+}
+
+func TestPolicyErrors(t *testing.T) {
+	a := &fakeUpstream{name: "a"}
+	for _, tt := range []struct {
+		cfg  Config
+		want string
+	}{
+		{Config{Default: "a"}, "there are no upstreams"},
+		{Config{Upstreams: []Upstream{a}, Default: "b"}, "the upstreams are a"},
+		{Config{Upstreams: []Upstream{a, a}}, "two upstreams of one name"},
+		{Config{Upstreams: []Upstream{a}, Rules: []Rule{mustRule(t, "direct")}}, `no upstream is named "direct", the upstreams are a`},
+		{Config{Upstreams: []Upstream{a}, Rules: []Rule{{}}}, "empty rule"},
+		{Config{Upstreams: []Upstream{&fakeUpstream{name: "drop"}}}, "is a word of the rules"},
+	} {
+		if _, err := newPolicy(tt.cfg); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%+v: %v, want %q", tt.cfg, err, tt.want)
+		}
+	}
+}
+
+func TestCarriable(t *testing.T) {
+	for dst, want := range map[string]bool{
+		"192.0.2.1:1": true, "[2001:db8::1]:1": true, "198.18.0.1:53": true,
+		"192.0.2.1:0": false, "224.0.0.1:1": false, "255.255.255.255:1": false, "240.0.0.1:1": false,
+		"0.0.0.0:1": false, "[::]:1": false, "127.0.0.1:1": false, "[::1]:1": false, "[ff02::1]:1": false,
+	} {
+		if got := carriable(netip.MustParseAddrPort(dst)); got != want {
+			t.Errorf("%s: %v", dst, got)
+		}
+	}
+}
+
+// The cache's slots are spread: neighbours in a network or in ports do not share one.
+func TestCacheSpread(t *testing.T) {
+	var c cache
+	for name, at := range map[string]func(i int) netip.AddrPort{
+		"addresses": func(i int) netip.AddrPort {
+			return netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, byte(i >> 8), byte(i)}), 6881)
+		},
+		"ports": func(i int) netip.AddrPort {
+			return netip.AddrPortFrom(netip.MustParseAddr("2001:db8::1"), uint16(1024+i))
+		},
+	} {
+		used := map[int]bool{}
+		for i := range cacheSize {
+			s := c.slot(at(i))
+			if s < 0 || s >= cacheSize {
+				t.Fatalf("slot %d", s)
+			}
+			used[s] = true
+		}
+		if len(used) < cacheSize/2 {
+			t.Errorf("%s: %d destinations share %d slots", name, cacheSize, len(used))
+		}
+	}
+}
+
+func BenchmarkDecide(b *testing.B) {
+	for _, n := range []int{1, 10, 100} {
+		b.Run(fmt.Sprintf("rules=%d", n), func(b *testing.B) {
+			cfg := Config{Upstreams: []Upstream{&fakeUpstream{name: "a"}}, Default: "a"}
+			for i := range n {
+				cfg.Rules = append(cfg.Rules, mustRule(b, fmt.Sprintf("proto udp dst 10.%d.0.0/16,2001:db8:%x::/48 port 1000-2000 drop", i, i)))
+			}
+			p, err := newPolicy(cfg)
+			if err != nil {
+				b.Fatal(err)
+			}
+			dst := netip.MustParseAddrPort("192.0.2.1:1500")
+			b.ReportAllocs()
+			for b.Loop() {
+				if p.decide(flow.UDP, dst) != p.otherwise {
+					b.Fatal("wrong verdict")
+				}
+			}
+		})
+	}
+}
