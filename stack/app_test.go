@@ -27,8 +27,8 @@ import (
 var (
 	appIP4 = netip.MustParseAddr("10.0.0.2")
 	appIP6 = netip.MustParseAddr("fd00::2")
-	srv4 = netip.MustParseAddrPort("203.0.113.7:80")
-	srv6 = netip.MustParseAddrPort("[2001:db8::7]:80")
+	srv4   = netip.MustParseAddrPort("203.0.113.7:80")
+	srv6   = netip.MustParseAddrPort("[2001:db8::7]:80")
 )
 
 const offAll = tun.VnetHdr | tun.TSO | tun.USO

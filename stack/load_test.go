@@ -217,7 +217,7 @@ func TestStuckApp(t *testing.T) {
 	}
 	got := heapBytes() - before
 	t.Logf("%d KiB written, %d KiB of heap for each stream whose app does not read (both stacks)", total/n>>10, got/n>>10)
-	if total/n > 2<<20 || got/n > 4<<20 {
+	if total/n > 1<<20+maxBuffer/4 || got/n > 3<<20 {
 		t.Errorf("too much")
 	}
 	// Still open: a zero window is no error.
@@ -231,7 +231,14 @@ func TestStuckApp(t *testing.T) {
 	for _, app := range apps {
 		app.Close()
 	}
-	waitFor(t, "the memory to be given back", func() bool { return heapBytes()-before < n*64<<10 })
+	after := 0
+	for range 100 {
+		if after = heapBytes() - before; after < max(got/2, n*64<<10) { // the pipe keeps its buffers
+			return
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	t.Errorf("%d KiB of heap for each stream remain", after/n>>10)
 }
 
 // TestStuckUpstream: an app that writes and is not read from is held back, and goes on when it is.

@@ -14,12 +14,13 @@ import (
 
 const nicID = 1
 
-// Buffers of one stream, bytes. gVisor grows them as the congestion window (send) and what the relay reads for each
-// round trip (receive) grow, so the default is what a stream may hold whose other side never moves, and the maximum
-// what the bandwidth-delay product may ask for.
+// Buffers of one stream, bytes. gVisor grows them as the congestion window (send) and what the relay reads in each
+// round trip (receive) grow, so the default is what a stream holds whose other side never moves, and the maximum what
+// the bandwidth-delay product may ask for. Measured against a kernel's TUN, 200 apps that never read: 31 MB with this
+// default, 186 MB with 1 MiB, at the same throughput.
 const (
 	minBuffer     = 4 << 10
-	defaultBuffer = 1 << 20
+	defaultBuffer = 256 << 10
 	maxBuffer     = 4 << 20
 )
 
