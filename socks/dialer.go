@@ -7,8 +7,10 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -61,12 +63,19 @@ type Dialer struct {
 	pending, assocs atomic.Int64
 
 	// Below: the loop's alone.
-	epoll  int
-	event  int // eventfd; written under mu
-	spare  []func()
-	fds    map[int32]registered
-	gen    int32
-	timers timers
+	epoll    int
+	file     *os.File        // owns epoll
+	poll     syscall.RawConn // of file
+	armed    time.Duration   // the deadline that file has
+	event    int             // eventfd; written under mu
+	events   [128]unix.EpollEvent
+	polled   int // what pollOnce, which is pollEvents, found
+	pollErr  error
+	pollOnce func(uintptr) bool
+	spare    []func()
+	fds      map[int32]registered
+	gen      int32
+	timers   timers
 }
 
 // NewDialer starts the event loop. Close ends it.
@@ -92,20 +101,8 @@ func NewDialer(o Options) (*Dialer, error) {
 		o.DirectControl = o.Control
 	}
 	d := &Dialer{opts: o, log: o.Log, base: time.Now(), ended: make(chan struct{}), fds: map[int32]registered{}}
-	var err error
-	if d.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
-		return nil, fmt.Errorf("cannot make an epoll descriptor: %w", err)
-	}
-	if d.event, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
-		unix.Close(d.epoll)
-		return nil, fmt.Errorf("cannot make an eventfd: %w", err)
-	}
-	// Not in d.fds: its events carry nothing, the queue is looked at on every turn.
-	e := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: -1}
-	if err := unix.EpollCtl(d.epoll, unix.EPOLL_CTL_ADD, d.event, &e); err != nil {
-		unix.Close(d.epoll)
-		unix.Close(d.event)
-		return nil, fmt.Errorf("cannot watch an eventfd: %w", err)
+	if err := d.openLoop(); err != nil {
+		return nil, fmt.Errorf("cannot start an event loop: %w", err)
 	}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	go d.run()

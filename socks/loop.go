@@ -2,6 +2,7 @@ package socks
 
 import (
 	"errors"
+	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -17,6 +18,33 @@ type handler interface {
 type registered struct {
 	h   handler
 	gen int32
+}
+
+// openLoop makes the loop's descriptors.
+func (d *Dialer) openLoop() (err error) {
+	if d.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		return err
+	}
+	unix.SetNonblock(d.epoll, true) // says to os.NewFile that the runtime may poll it
+	d.file = os.NewFile(uintptr(d.epoll), "epoll")
+	defer func() {
+		if err != nil {
+			d.file.Close()
+		}
+	}()
+	if d.poll, err = d.file.SyscallConn(); err != nil {
+		return err
+	}
+	d.pollOnce = d.pollEvents // made once: a method value allocates
+	if d.event, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return err
+	}
+	// Not in d.fds: its events carry nothing, the queue is looked at on every turn.
+	e := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: -1}
+	if err = unix.EpollCtl(d.epoll, unix.EPOLL_CTL_ADD, d.event, &e); err != nil {
+		unix.Close(d.event)
+	}
+	return err
 }
 
 // post makes f run on the loop. False: the Dialer is closed, f will not run.
@@ -43,10 +71,9 @@ func (d *Dialer) wake() {
 // run is the event loop, the Dialer's one goroutine.
 func (d *Dialer) run() {
 	defer close(d.ended)
-	var events [128]unix.EpollEvent
 	for d.runQueue() {
-		n, err := unix.EpollWait(d.epoll, events[:], d.expire())
-		if err != nil && !errors.Is(err, unix.EINTR) {
+		n, err := d.wait()
+		if err != nil {
 			// Only a programming error ends here: a bad descriptor. Nothing can be served any more.
 			d.log.Error("cannot wait for the SOCKS servers' sockets", "err", err)
 			d.mu.Lock()
@@ -54,13 +81,47 @@ func (d *Dialer) run() {
 			d.mu.Unlock()
 			continue
 		}
-		for _, e := range events[:max(n, 0)] {
+		for _, e := range d.events[:n] {
 			if r, ok := d.fds[e.Fd]; ok && r.gen == e.Pad {
 				r.h.ready(e.Events)
 			}
 		}
 	}
 	d.teardown()
+}
+
+// wait fires the timers that are due, then waits for events or the next timer. The epoll descriptor is itself watched by
+// Go's poller: to wake a goroutine that is parked there takes a third less of a dial's time than a thread that blocks in
+// epoll_wait (150 µs against 210).
+func (d *Dialer) wait() (n int, err error) {
+	// A deadline that is too early does no harm: what it wakes looks at the timers and sets it anew. So it is not moved
+	// for each dial that ends.
+	if next := d.expire(); next > 0 && (d.armed == 0 || next < d.armed) {
+		d.armed = next
+		if err := d.file.SetReadDeadline(d.base.Add(next)); err != nil {
+			return 0, err
+		}
+	}
+	d.polled, d.pollErr = 0, nil
+	err = d.poll.Read(d.pollOnce)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		d.armed = 0
+		return 0, d.file.SetReadDeadline(time.Time{})
+	}
+	if err == nil {
+		err = d.pollErr
+	}
+	return max(d.polled, 0), err
+}
+
+// pollEvents looks for events. False: there are none, park until there are.
+func (d *Dialer) pollEvents(fd uintptr) bool {
+	for {
+		d.polled, d.pollErr = unix.EpollWait(int(fd), d.events[:], 0)
+		if d.pollErr != unix.EINTR {
+			return d.polled != 0
+		}
+	}
 }
 
 // runQueue runs what was posted. False: the Dialer is closed.
@@ -88,7 +149,7 @@ func (d *Dialer) teardown() {
 			a.end(ErrClosed)
 		}
 	}
-	unix.Close(d.epoll)
+	d.file.Close()
 	unix.Close(d.event)
 }
 
@@ -127,20 +188,16 @@ func (d *Dialer) shut(fd int) {
 // now is the time since the Dialer was made, monotonic.
 func (d *Dialer) now() time.Duration { return time.Since(d.base) }
 
-// expire fires the timers that are due and gives the time to the next one, in milliseconds for epoll_wait.
-func (d *Dialer) expire() int {
-	if len(d.timers) == 0 {
-		return -1
-	}
-	now := d.now()
-	for len(d.timers) > 0 {
+// expire fires the timers that are due and gives the time of the next one, 0 when there is none.
+func (d *Dialer) expire() time.Duration {
+	for now := d.now(); len(d.timers) > 0; {
 		t := d.timers[0]
 		if t.when > now {
-			return int((t.when - now + time.Millisecond - 1) / time.Millisecond) // rounded up: too early would spin
+			return t.when
 		}
 		t.expired(now)
 	}
-	return -1
+	return 0
 }
 
 // timers is a heap of the pending dials by the time when something must happen. Every pending dial is in it, so it is
