@@ -16,15 +16,17 @@ import (
 type eventKind uint8
 
 const (
-	evOpen    eventKind = iota // an association is wanted
-	evDone                     // OpenPackets called done
-	evClosed                   // an open link failed
-	evDiscard                  // a link is not wanted any more
+	evOpen        eventKind = iota // an association is wanted
+	evDone                         // OpenPackets called done
+	evClosed                       // an open link failed
+	evDiscard                      // a link is not wanted any more
+	evUnreachable                  // the app's kernel says that the socket is gone
 )
 
 type event struct {
 	kind eventKind
 	a    *assoc
+	m    *mapping
 	t    *try
 	link relay.PacketLink
 	err  error
@@ -83,6 +85,8 @@ func (r *Router) handle(e event) {
 		r.opened(e)
 	case evClosed:
 		r.closed(e)
+	case evUnreachable:
+		r.unreachable(e.m)
 	case evDiscard:
 		if e.t != nil {
 			e.t.cancel()
@@ -275,11 +279,7 @@ func (r *Router) sweep() {
 	}
 	t.mu.Unlock()
 	for _, m := range old {
-		exists := false
-		if r.cfg.Sockets != nil {
-			ok, err := r.cfg.Sockets.Exists(flow.UDP, m.src, noAddr)
-			exists = ok && err == nil // what can't be asked is decided by the time alone
-		}
+		exists := r.exists(m)
 		t.mu.Lock()
 		switch {
 		case m.gone.Load() || !r.idle(m, r.now()): // ended, or a datagram came while we asked
@@ -290,6 +290,27 @@ func (r *Router) sweep() {
 			r.endMapping(m, "closed", nil)
 		}
 		t.mu.Unlock()
+	}
+}
+
+// exists asks whether the app has a socket with m's endpoint. What can't be asked has none.
+func (r *Router) exists(m *mapping) bool {
+	if r.cfg.Sockets == nil {
+		return false
+	}
+	ok, err := r.cfg.Sockets.Exists(flow.UDP, m.src, noAddr)
+	return ok && err == nil
+}
+
+// unreachable ends m if its socket is gone, as the app's kernel said.
+func (r *Router) unreachable(m *mapping) {
+	if r.exists(m) {
+		return // it is connected, and a stranger wrote to it
+	}
+	r.udp.mu.Lock()
+	defer r.udp.mu.Unlock()
+	if !m.gone.Load() {
+		r.endMapping(m, "unreachable", errUnreachable)
 	}
 }
 

@@ -24,11 +24,12 @@ type mapping struct {
 	older, newer *mapping // by the app's last datagram
 	index        int      // in mappings.all
 
-	lastUp  int64 // Router.now
-	notYet  int64 // the app's socket was there: not looked at again before
-	oneShot bool  // all of it was to ports of question and answer
-	upPkts  uint64
-	upBytes uint64
+	lastUp    int64 // Router.now
+	notYet    int64 // the app's socket was there: not looked at again before
+	askedGone int64 // when its kernel last said port unreachable and we asked whether that is so
+	oneShot   bool  // all of it was to ports of question and answer
+	upPkts    uint64
+	upBytes   uint64
 
 	gone      atomic.Bool // ended: a loop may still deliver to it for a moment
 	lastDown  atomic.Int64

@@ -85,6 +85,8 @@ type Router struct {
 	ctl     mailbox
 	control control
 
+	rejectLogged int64 // under udp.mu
+
 	readerW flow.PacketWriter   // the frame reader's
 	ctlW    flow.PacketWriter   // Run's
 	loopW   []flow.PacketWriter // the loops'

@@ -59,7 +59,7 @@ func (r *Router) HandleStream(req flow.StreamRequest) {
 	}
 	r.count.streams.Add(1)
 	dest := Dest{Addr: netip.AddrPortFrom(f.Dst.Addr().Unmap(), f.Dst.Port())}
-	if r.dns != nil && dest.Addr.Port() == 53 {
+	if r.dns != nil && dest.Addr.Port() == 53 && carriable(dest.Addr) {
 		// A truncated answer asks to come back by TCP, and the address in resolv.conf need not exist.
 		dest.Addr = r.dns.Resolver()
 	}

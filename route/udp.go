@@ -54,7 +54,7 @@ func (r *Router) HandlePackets(pkts []flow.Packet) {
 
 // classify takes the verdict on one datagram, from the cache if it is there.
 func (r *Router) classify(p *flow.Packet) *verdict {
-	if r.dns != nil && p.Dst.Port() == 53 {
+	if r.dns != nil && p.Dst.Port() == 53 && carriable(p.Dst) {
 		return verdictResolve
 	}
 	c := &r.udp.cache[r.udp.cache.slot(p.Dst)]
@@ -79,6 +79,7 @@ func (r *Router) run(v *verdict, pkts []flow.Packet, now int64) {
 		r.carry(v, pkts, now)
 	case reject:
 		r.refuse(r.readerW, pkts, flow.RefusePort)
+		r.logRejected(v, &pkts[0], now)
 	default:
 		r.count.dgramsDropped.Add(uint64(len(pkts)))
 	}
@@ -89,6 +90,22 @@ func (r *Router) refuse(w flow.PacketWriter, pkts []flow.Packet, why flow.Refusa
 	for i := range pkts {
 		w.Refuse(pkts[i], why)
 	}
+}
+
+// logRejected writes a line for a datagram that no rule lets pass, once in a second at most: a program may send them at
+// any rate, and there is no flow whose end could be waited for. udp.mu is held.
+func (r *Router) logRejected(v *verdict, p *flow.Packet, now int64) {
+	if r.rejectLogged != 0 && now-r.rejectLogged < int64(time.Second) {
+		return
+	}
+	r.rejectLogged = now
+	var err error
+	if v == r.policy.otherwise {
+		err = errNoRule
+	}
+	i := info(r.ids.Add(1), flow.UDP, p.Src, p.Dst, time.Now())
+	i.Rule, i.State = v.rule, "rejected"
+	r.log.end(i, 0, err)
 }
 
 // question hands a datagram to port 53 to route/dns. The answer comes from the address that was asked.
@@ -185,13 +202,23 @@ func (r *Router) evict(now int64) bool {
 	return false
 }
 
+// askGone is the least time between two looks at the socket of an endpoint whose kernel says port unreachable.
+const askGone = int64(time.Second)
+
 // HandleUnreachable ends the mapping of an app endpoint whose kernel answered a datagram with ICMP port unreachable: its
-// socket is gone. Called on the frame reader; it does not block.
+// socket is gone. A connected socket refuses strangers in the same way, and strangers must not end its mapping: so where
+// it can be asked, Run looks first. Called on the frame reader; it does not block.
 func (r *Router) HandleUnreachable(endpoint netip.AddrPort) {
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()
-	if m := r.udp.bySrc[endpoint]; m != nil {
+	m := r.udp.bySrc[endpoint]
+	switch now := r.now(); {
+	case m == nil:
+	case r.cfg.Sockets == nil:
 		r.endMapping(m, "unreachable", errUnreachable)
+	case now >= m.askedGone+askGone || m.askedGone == 0:
+		m.askedGone = now
+		r.ctl.post(event{kind: evUnreachable, m: m})
 	}
 }
 

@@ -1,0 +1,178 @@
+package route
+
+import (
+	"fmt"
+	"net/netip"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+type fakeSockets struct {
+	mu   sync.Mutex
+	has  map[netip.AddrPort]bool
+	asks int
+	hook func() // while it is asked
+}
+
+func (s *fakeSockets) Exists(proto flow.Proto, src, dst netip.AddrPort) (bool, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.asks++
+	if s.hook != nil {
+		s.hook()
+	}
+	return s.has[src] && proto == flow.UDP && !dst.IsValid(), nil
+}
+
+func TestUDPLife(t *testing.T) {
+	checkLeaks(t)
+	var u manualUpstream
+	pinned := netip.MustParseAddrPort("10.0.0.1:5001")
+	sockets := &fakeSockets{has: map[netip.AddrPort]bool{pinned: true}}
+	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p", Sockets: sockets}, func(r *Router) {
+		r.sweepEvery, r.udp.life, r.udp.shortLife, r.udp.pinned = 10*time.Millisecond, 600*time.Millisecond, 100*time.Millisecond, 50*time.Millisecond
+	})
+	begin := time.Now()
+	g.send("10.0.0.1:5000", "203.0.113.1:1000", "a")
+	g.send("10.0.0.1:5001", "203.0.113.1:1000", "a")
+	g.send("10.0.0.1:5002", "203.0.113.1:53", "a")
+	links := []*fakeLink{{}, {}, {}}
+	for i := range links {
+		u.ask(t, i).done(links[i], nil)
+	}
+	eventually(t, "the DNS mapping to end", func() bool { return g.Stats().MappingsNow == 2 })
+	if d := time.Since(begin); d > 500*time.Millisecond {
+		t.Errorf("it took %v", d)
+	}
+	eventually(t, "the mapping without a socket to end", func() bool { return g.Stats().MappingsNow == 1 })
+	if d := time.Since(begin); d < 600*time.Millisecond {
+		t.Errorf("it lived %v only", d)
+	}
+	time.Sleep(300 * time.Millisecond)
+	if f := g.Flows(); len(f) != 1 || f[0].Src != pinned {
+		t.Fatalf("%+v", f)
+	}
+	if sockets.asks > 20 {
+		t.Errorf("the sockets were asked about %d times", sockets.asks)
+	}
+	sockets.mu.Lock()
+	delete(sockets.has, pinned)
+	sockets.mu.Unlock()
+	eventually(t, "the last one to end", func() bool { return g.Stats().MappingsNow == 0 })
+	for i, l := range links {
+		eventually(t, fmt.Sprint("link ", i, " to be closed"), l.isClosed)
+	}
+	if s := g.Stats(); s.MappingsExpired != 3 {
+		t.Errorf("%+v", s)
+	}
+}
+
+// A datagram that comes while the socket is asked about keeps the mapping.
+func TestUDPLifeRace(t *testing.T) {
+	checkLeaks(t)
+	var u manualUpstream
+	sockets := &fakeSockets{}
+	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p", Sockets: sockets}, func(r *Router) {
+		r.sweepEvery, r.udp.life = 10*time.Millisecond, 100*time.Millisecond
+	})
+	sockets.mu.Lock()
+	sockets.hook = func() { g.send("10.0.0.1:5000", "203.0.113.1:1000", "a") }
+	sockets.mu.Unlock()
+	g.send("10.0.0.1:5000", "203.0.113.1:1000", "a")
+	u.ask(t, 0).done(&fakeLink{}, nil)
+	eventually(t, "three questions", func() bool { sockets.mu.Lock(); defer sockets.mu.Unlock(); return sockets.asks >= 3 })
+	if s := g.Stats(); s.Mappings != 1 || s.MappingsExpired != 0 {
+		t.Errorf("%+v", s)
+	}
+}
+
+// A connected socket refuses strangers by ICMP: that must not end its mapping.
+func TestUDPUnreachableByConnected(t *testing.T) {
+	checkLeaks(t)
+	var u manualUpstream
+	app := netip.MustParseAddrPort("10.0.0.1:5000")
+	sockets := &fakeSockets{has: map[netip.AddrPort]bool{app: true}}
+	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p", Sockets: sockets}, nil)
+	g.send("10.0.0.1:5000", "203.0.113.1:1000", "a")
+	u.ask(t, 0).done(&fakeLink{}, nil)
+	for range 100 {
+		g.HandleUnreachable(app)
+	}
+	asked := func() int { sockets.mu.Lock(); defer sockets.mu.Unlock(); return sockets.asks }
+	eventually(t, "a look at the socket", func() bool { return asked() == 1 })
+	time.Sleep(20 * time.Millisecond)
+	if s := g.Stats(); s.MappingsNow != 1 || asked() != 1 {
+		t.Errorf("%d mappings, %d looks at the socket", s.MappingsNow, asked())
+	}
+	sockets.mu.Lock()
+	delete(sockets.has, app)
+	sockets.mu.Unlock()
+	g.udp.mu.Lock()
+	g.udp.all[0].askedGone = 0
+	g.udp.mu.Unlock()
+	g.HandleUnreachable(app)
+	eventually(t, "the mapping to end", func() bool { return g.Stats().MappingsNow == 0 })
+}
+
+// A burst mixes app endpoints: each gets its own mapping and association.
+func TestUDPMixedBurst(t *testing.T) {
+	checkLeaks(t)
+	var u manualUpstream
+	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p"}, nil)
+	var burst []flow.Packet
+	for i := range 6 {
+		burst = append(burst, datagram(fmt.Sprintf("10.0.0.1:%d", 5000+i/2%2), "203.0.113.1:1000", fmt.Sprint(i)))
+	}
+	g.HandlePackets(burst)
+	a, b := &fakeLink{}, &fakeLink{}
+	u.ask(t, 0).done(a, nil)
+	u.ask(t, 1).done(b, nil)
+	eventually(t, "the datagrams", func() bool { return a.count() == 4 && b.count() == 2 })
+	for _, l := range []*fakeLink{a, b} {
+		for _, p := range l.sent {
+			if p.Src != l.sent[0].Src {
+				t.Errorf("one association carries %v and %v", p.Src, l.sent[0].Src)
+			}
+		}
+	}
+}
+
+func TestUDPUnreachableAndEviction(t *testing.T) {
+	checkLeaks(t)
+	var u manualUpstream
+	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p", Limits: Limits{Mappings: 3}}, nil)
+	links := []*fakeLink{{}, {}, {}, {}}
+	for i := range 3 {
+		g.send(fmt.Sprintf("10.0.0.1:%d", 5000+i), "203.0.113.1:1000", "a")
+		u.ask(t, i).done(links[i], nil)
+	}
+	g.send("10.0.0.1:5009", "203.0.113.1:1000", "a")
+	if s := g.Stats(); s.MappingsFull != 1 || s.MappingsNow != 3 {
+		t.Errorf("all are at work: %+v", s)
+	}
+	g.udp.mu.Lock() // time passes, but the first one has just heard something
+	for _, m := range g.udp.all {
+		m.lastUp -= 10 * int64(time.Second)
+	}
+	g.udp.oldest.lastDown.Store(g.now())
+	g.udp.mu.Unlock()
+	g.send("10.0.0.1:5009", "203.0.113.1:1000", "a")
+	u.ask(t, 3).done(links[3], nil)
+	eventually(t, "the second link to be closed", links[1].isClosed)
+	if s := g.Stats(); s.MappingsEvicted != 1 || links[0].isClosed() {
+		t.Errorf("%+v", s)
+	}
+	g.HandleUnreachable(netip.MustParseAddrPort("10.0.0.1:5000"))
+	g.HandleUnreachable(netip.MustParseAddrPort("10.0.0.1:5001")) // gone already
+	eventually(t, "the first link to be closed", links[0].isClosed)
+	u.ask(t, 0).sink([]flow.Packet{datagram("203.0.113.1:1000", "10.0.0.1:5000", "late")})
+	if len(g.w.packets()) != 0 {
+		t.Error("delivered to a mapping that is gone")
+	}
+	eventually(t, "the lines", func() bool {
+		return len(g.log.lines("state=evicted")) == 1 && len(g.log.lines("state=unreachable")) == 1
+	})
+}
