@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 )
 
 // inNamespace says that the tests run in a network namespace of their own; else noNamespace says why not.
@@ -21,6 +22,10 @@ var noNamespace string
 // binary is also the helper that Spawn starts.
 func TestMain(m *testing.M) {
 	MainIfChild()
+	superviseIfAsked()
+	if os.Getenv(inNamespace) != "" && os.Geteuid() == 0 {
+		ownMounts()
+	}
 	if os.Getenv(inNamespace) == "" && !fuzzWorker() {
 		if code, err := reenter(); err == nil {
 			os.Exit(code)
@@ -61,6 +66,23 @@ func reenter() (int, error) {
 		return 1, nil
 	}
 	return 0, nil
+}
+
+// ownMounts keeps the tests' mounts in their namespace and gives it a TUN node that everyone may open, for the tests
+// without root: the host's own is left as it is. It can't be made in a user namespace.
+func ownMounts() {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		fmt.Fprintln(os.Stderr, "cannot make the mounts private:", err)
+		os.Exit(1)
+	}
+	if err := unix.Mount("tmpfs", "/dev/net", "tmpfs", 0, "mode=755"); err != nil {
+		return
+	}
+	if err := unix.Mknod(tunNode, unix.S_IFCHR|0o666, int(unix.Mkdev(10, 200))); err != nil {
+		unix.Unmount("/dev/net", 0)
+		return
+	}
+	os.Chmod(tunNode, 0o666)
 }
 
 func openFDs(t testing.TB) int {

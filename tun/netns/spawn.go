@@ -2,44 +2,332 @@ package netns
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
+	"net"
 	"net/netip"
 	"os"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
+
+// setupTimeout bounds Spawn beside its context: the helper makes a dozen system calls.
+const setupTimeout = 30 * time.Second
 
 // Spec is one program and the network it is to see.
 type Spec struct {
-	Argv, Env             []string
-	Dir                   string // working directory; empty: the caller's
-	Stdin, Stdout, Stderr *os.File
-	TUN                   TUNOptions
-	Addrs                 []netip.Prefix // of the TUN
-	Nameserver            []netip.Addr   // for the program's /etc/resolv.conf
-	FollowStops           bool           // Wait stops the caller too when the program stops
+	Argv        []string       // Argv[0] is looked up in the PATH of Env as a shell does
+	Env         []string       // nil: the caller's
+	Dir         string         // working directory; "": the caller's
+	Stdin       *os.File       // nil: the caller's, as the next two
+	Stdout      *os.File       //
+	Stderr      *os.File       //
+	TUN         TUNOptions     // Persist makes no sense here
+	Addrs       []netip.Prefix // of the TUN; it is the default route of their families
+	Nameserver  []netip.Addr   // for the program's /etc/resolv.conf; none: it stays as it is
+	FollowStops bool           // Wait stops the calling process when the program stops itself (see Wait)
 }
 
-// Child is a program in namespaces of its own.
+// Child is a program in namespaces of its own. Its life: Spawn (the namespaces are there, a helper process waits inside)
+// - Exec (the helper becomes the program, same pid) - Wait - Close.
 type Child struct {
-	TUN     *os.File // the caller may give it on; Close closes it if nobody did
-	TUNName string
-	Diag    *Diag // of the program's namespace; Close closes it
-	IPv6    bool  // the TUN has its IPv6 addresses
+	TUN      *os.File // of the program's namespace; give it to tun.FromFile, which owns it then. Close closes it otherwise
+	TUNName  string
+	TUNIndex int
+	IPv6     bool  // the TUN has all its IPv6 addresses; false if there are none or the namespace has no IPv6
+	Diag     *Diag // of the program's namespace, SetInterface done; nil if DiagErr. Close closes it
+	DiagErr  error // why sockets can't be asked for
+	Rootless bool  // the program is in a user namespace, without capabilities
+
+	follow bool
+	conn   *net.UnixConn // to the helper; EOF when it became the program or died
+	pid    int
+
+	mu      sync.Mutex
+	pidfd   int // -1: none
+	started bool
+	reaped  bool
 }
 
-// Spawn prepares.
-func Spawn(ctx context.Context, s Spec) (*Child, error) { return nil, errors.New("not yet") }
+// Spawn starts a helper in new network and mount namespaces, and in a new user namespace if the caller is not root with
+// CAP_SYS_ADMIN and CAP_NET_ADMIN. The helper brings lo up, makes the TUN with its addresses and default routes, binds a
+// resolv.conf over the program's and empty directories over the host's resolver sockets, mounts a sysfs that shows the
+// new namespace where it may, and hands the TUN and a sock_diag socket over. Spawn returns then; the program does not run
+// yet. If the caller dies the TUN goes with it, and the namespace reaches nothing.
+//
+// The helper is /proc/self/exe: main must begin with MainIfChild. Mounts of the host show up inside, none gets out. The
+// program stays in the caller's process group and session, so that the terminal's signals reach both: who calls Spawn
+// takes SIGINT and SIGQUIT with signal.Notify (not signal.Ignore, which the program would inherit). File descriptors that
+// the caller itself inherited are passed on, others not.
+//
+// ctx ends the wait for the helper, not the program. Errors are one line that ends with what to do.
+func Spawn(ctx context.Context, s Spec) (*Child, error) {
+	if len(s.Argv) == 0 || s.Argv[0] == "" {
+		return nil, errors.New("cannot run a program: no command given")
+	}
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("cannot run a program: %w", err)
+	}
+	ours := os.NewFile(uintptr(pair[0]), "helper")
+	fc, err := net.FileConn(ours)
+	ours.Close()
+	if err != nil {
+		unix.Close(pair[1])
+		return nil, fmt.Errorf("cannot run a program: %w", err)
+	}
+	c := &Child{conn: fc.(*net.UnixConn), pidfd: -1, follow: s.FollowStops, Rootless: !isRoot()}
+	err = c.start(s, pair[1])
+	unix.Close(pair[1])
+	if err != nil {
+		c.conn.Close()
+		return nil, err
+	}
+	if err := c.handover(ctx, s); err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
 
-// Exec starts the program.
-func (c *Child) Exec() error { return errors.New("not yet") }
+// start starts the helper with its end of the socket pair.
+func (c *Child) start(s Spec, sock int) error {
+	var files []uintptr
+	for _, f := range []struct{ given, own *os.File }{{s.Stdin, os.Stdin}, {s.Stdout, os.Stdout}, {s.Stderr, os.Stderr}} {
+		if f.given == nil {
+			f.given = f.own
+		}
+		files = append(files, f.given.Fd())
+	}
+	// The program may expect descriptors that we were started with: the helper's socket takes the first number that is none.
+	for {
+		flags, err := unix.FcntlInt(uintptr(len(files)), unix.F_GETFD, 0)
+		if err != nil || flags&unix.FD_CLOEXEC != 0 {
+			break
+		}
+		files = append(files, uintptr(len(files)))
+	}
+	argv := []string{helperName, strconv.Itoa(len(files))}
+	files = append(files, uintptr(sock))
+	sys := &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS, PidFD: &c.pidfd}
+	if c.Rootless {
+		sys.Cloneflags |= unix.CLONE_NEWUSER
+		sys.UidMappings = []syscall.SysProcIDMap{{ContainerID: os.Getuid(), HostID: os.Getuid(), Size: 1}}
+		sys.GidMappings = []syscall.SysProcIDMap{{ContainerID: os.Getgid(), HostID: os.Getgid(), Size: 1}}
+		// With an identity map exec drops all capabilities but the ambient ones.
+		sys.AmbientCaps = []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_SYS_ADMIN}
+	}
+	pid, _, err := syscall.StartProcess("/proc/self/exe", argv, &syscall.ProcAttr{
+		Env: []string{"GOMAXPROCS=1", "GODEBUG=" + os.Getenv("GODEBUG")}, Files: files, Sys: sys,
+	})
+	runtime.KeepAlive(s)
+	if err != nil {
+		return startError(c.Rootless, err)
+	}
+	c.pid = pid
+	return nil
+}
 
-// Wait waits for its end.
-func (c *Child) Wait() (exit int, err error) { return 0, errors.New("not yet") }
+// handover gives the helper its order and takes what it made.
+func (c *Child) handover(ctx context.Context, s Spec) error {
+	c.conn.SetDeadline(time.Now().Add(setupTimeout))
+	stop := context.AfterFunc(ctx, func() { c.conn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	env := s.Env
+	if env == nil {
+		env = os.Environ()
+	}
+	o := order{Argv: toBytes(s.Argv), Env: toBytes(env), Dir: []byte(s.Dir), TUN: s.TUN, Addrs: s.Addrs, Nameserver: s.Nameserver, Rootless: c.Rootless}
+	msg, err := json.Marshal(o)
+	if err != nil {
+		return fmt.Errorf("cannot run a program: %w", err)
+	}
+	_, werr := c.conn.Write(frame(msg))
+	r, files, rerr := readReport(c.conn)
+	defer func() {
+		for _, f := range files {
+			f.Close()
+		}
+	}()
+	switch {
+	case ctx.Err() != nil:
+		return fmt.Errorf("cannot run a program: %w", context.Cause(ctx))
+	case rerr != nil:
+		return fmt.Errorf("cannot run a program: the helper in its namespace died: %w", errors.Join(werr, rerr))
+	case r.Err != "":
+		return errors.New(r.Err + restrictedHint(c.Rootless, r.Denied))
+	case len(files) == 0 || r.Diag && len(files) != 2:
+		return fmt.Errorf("cannot run a program: the helper handed over %d files", len(files))
+	}
+	if !stop() {
+		return fmt.Errorf("cannot run a program: %w", context.Cause(ctx))
+	}
+	c.conn.SetDeadline(time.Time{})
+	if r.Diag {
+		c.Diag, c.DiagErr = DiagFromFile(files[1])
+		if c.Diag != nil {
+			c.Diag.SetInterface(r.TUNIndex)
+		}
+		files = files[:1]
+	} else {
+		c.DiagErr = errors.New(r.DiagErr)
+	}
+	c.TUN, c.TUNName, c.TUNIndex, c.IPv6 = files[0], r.TUNName, r.TUNIndex, r.IPv6
+	files = nil
+	return nil
+}
 
-// Signal sends it a signal.
-func (c *Child) Signal(sig os.Signal) error { return errors.New("not yet") }
+// Exec lets the helper become the program: the data plane is ready. Without root it has no capabilities then and can gain
+// none (no_new_privs). That the program can't be run is told by Wait.
+func (c *Child) Exec() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.started {
+		return nil
+	}
+	if _, err := c.conn.Write([]byte{goAhead}); err != nil {
+		return fmt.Errorf("cannot start the program: the helper in its namespace died: %w", err)
+	}
+	c.started = true
+	return nil
+}
 
-// Close gives everything back.
-func (c *Child) Close() error { return nil }
+// Wait waits for the end of the program and returns its exit status, or 128+n if signal n ended it. With an error the
+// program could not be run: the status is 127 if it was not found and 126 otherwise, and the error says why. One
+// goroutine may call it, once.
+//
+// With Spec.FollowStops, a program that stops itself as the terminal would (SIGTSTP, SIGTTIN, SIGTTOU: a pager's Ctrl-Z)
+// stops the calling process as well, so that the shell sees its job stopped; when that is continued so is the program.
+// SIGSTOP is not followed: who sent it to the program alone will continue it alone.
+func (c *Child) Wait() (exit int, err error) {
+	ws, err := c.wait()
+	if err != nil {
+		return 1, fmt.Errorf("cannot wait for the program: %w", err)
+	}
+	// Whatever the helper had to say is in the socket; after a successful exec that is nothing.
+	c.conn.SetReadDeadline(time.Now().Add(time.Second))
+	if r, files, err := readReport(c.conn); err == nil {
+		for _, f := range files {
+			f.Close()
+		}
+		return r.Exit, errors.New(r.Err)
+	}
+	if ws.Signaled() {
+		return 128 + int(ws.Signal()), nil
+	}
+	return ws.ExitStatus(), nil
+}
 
-// MainIfChild is the first line of main.
-func MainIfChild() {}
+func (c *Child) wait() (ws syscall.WaitStatus, err error) {
+	options := 0
+	if c.follow {
+		options = syscall.WUNTRACED
+	}
+	for {
+		_, err := syscall.Wait4(c.pid, &ws, options, nil)
+		switch {
+		case err == syscall.EINTR:
+		case err != nil:
+			return ws, err
+		case ws.Stopped():
+			c.stopToo(ws.StopSignal())
+		default:
+			c.mu.Lock()
+			c.reaped = true
+			c.mu.Unlock()
+			return ws, nil
+		}
+	}
+}
+
+// stopToo stops this process as the program is stopped.
+func (c *Child) stopToo(sig syscall.Signal) {
+	if sig != syscall.SIGTSTP && sig != syscall.SIGTTIN && sig != syscall.SIGTTOU {
+		return
+	}
+	// A Ctrl-Z stopped both of us, and if this runs the shell is just continuing both: SIGCONT may not have reached the
+	// program yet. Only one that stays stopped was stopped alone.
+	time.Sleep(20 * time.Millisecond)
+	if !stopped(c.pid) {
+		return
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	// To this thread, so that it does not run on before the process has stopped.
+	unix.Tgkill(os.Getpid(), unix.Gettid(), unix.SIGSTOP)
+	c.Signal(syscall.SIGCONT)
+}
+
+func stopped(pid int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return false
+	}
+	s := string(b)
+	s = s[strings.LastIndexByte(s, ')')+1:]
+	return strings.HasPrefix(s, " T")
+}
+
+// Signal sends a signal to the program, or to the helper before Exec. After the program's end it returns
+// os.ErrProcessDone.
+func (c *Child) Signal(sig os.Signal) error {
+	s, ok := sig.(syscall.Signal)
+	if !ok {
+		return fmt.Errorf("cannot send the signal %v", sig)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.reaped {
+		return os.ErrProcessDone
+	}
+	var err error
+	if c.pidfd >= 0 {
+		err = unix.PidfdSendSignal(c.pidfd, s, nil, 0)
+	} else {
+		err = syscall.Kill(c.pid, s)
+	}
+	if err == unix.ESRCH {
+		return os.ErrProcessDone
+	} else if err != nil {
+		return fmt.Errorf("cannot send the signal %v to the program: %w", sig, err)
+	}
+	return nil
+}
+
+// Pid is the process id, the helper's and then the program's.
+func (c *Child) Pid() int { return c.pid }
+
+// Close gives back what the Child holds: TUN and Diag are closed. A program that was never started is ended; one that
+// runs is left alone, with a network that reaches nothing. It may be called twice, not during Wait.
+func (c *Child) Close() error {
+	c.conn.Close()
+	if c.TUN != nil {
+		c.TUN.Close()
+	}
+	if c.Diag != nil {
+		c.Diag.Close()
+	}
+	c.mu.Lock()
+	kill := !c.started && !c.reaped && c.pid != 0
+	c.mu.Unlock()
+	if kill {
+		c.Signal(syscall.SIGKILL)
+		c.follow = false
+		c.wait()
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.pidfd >= 0 {
+		unix.Close(c.pidfd)
+		c.pidfd = -1
+	}
+	c.reaped = true
+	return nil
+}

@@ -170,13 +170,14 @@ func configure(name string, mtu int, addrs []netip.Prefix, defaultRoutes bool) (
 		return has6 && !no6, nil
 	}
 	for _, d := range []struct {
-		has bool
-		dst netip.Prefix
-	}{{has4, netip.MustParsePrefix("0.0.0.0/0")}, {has6, netip.MustParsePrefix("::/0")}} {
+		has   bool
+		dst   netip.Prefix
+		scope netlink.Scope // as 'ip route' has it for a route without a gateway
+	}{{has4, netip.MustParsePrefix("0.0.0.0/0"), netlink.SCOPE_LINK}, {has6, netip.MustParsePrefix("::/0"), netlink.SCOPE_UNIVERSE}} {
 		if !d.has {
 			continue
 		}
-		r := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: ipNet(d.dst)}
+		r := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: ipNet(d.dst), Scope: d.scope}
 		if err := h.RouteReplace(r); err != nil {
 			return false, fmt.Errorf("cannot make %s the default route %s: %w", name, d.dst, err)
 		}

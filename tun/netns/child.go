@@ -1,0 +1,211 @@
+package netns
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// helperName is argv[0] of the helper that Spawn starts; argv[1] is the number of its socket.
+const helperName = "viasocks-netns"
+
+// MainIfChild is the first line of main. In the helper of Spawn it does the work and never returns; else it returns at
+// once.
+func MainIfChild() {
+	if len(os.Args) != 2 || os.Args[0] != helperName {
+		return
+	}
+	sock, err := strconv.Atoi(os.Args[1])
+	if err != nil {
+		return
+	}
+	if domain, err := unix.GetsockoptInt(sock, unix.SOL_SOCKET, unix.SO_DOMAIN); err != nil || domain != unix.AF_UNIX {
+		return
+	}
+	unix.CloseOnExec(sock)
+	// Capabilities belong to a thread: those that are dropped here must be those of the thread that execs.
+	runtime.LockOSThread()
+	os.Exit(helper(sock))
+}
+
+// fdReader reads the socket without the runtime's poller: nothing else happens in the helper.
+type fdReader int
+
+func (fd fdReader) Read(b []byte) (int, error) {
+	for {
+		n, err := unix.Read(int(fd), b)
+		switch {
+		case err == unix.EINTR:
+		case err != nil:
+			return 0, err
+		case n == 0:
+			return 0, errGone
+		default:
+			return n, nil
+		}
+	}
+}
+
+var errGone = errors.New("the other end is gone")
+
+func helper(sock int) (exit int) {
+	var o order
+	msg, err := readFrame(fdReader(sock), nil)
+	if err == nil {
+		err = json.Unmarshal(msg, &o)
+	}
+	if err != nil {
+		return 1 // nobody is there to be told
+	}
+	if err := prepare(sock, o); err != nil {
+		sendReport(sock, report{Err: err.Error(), Denied: errors.Is(err, fs.ErrPermission), Exit: 1})
+		return 1
+	}
+	var ahead [1]byte
+	if _, err := (fdReader(sock)).Read(ahead[:]); err != nil || ahead[0] != goAhead {
+		return 1
+	}
+	exit, err = become(o)
+	sendReport(sock, report{Err: err.Error(), Exit: exit})
+	return exit
+}
+
+// prepare makes the network and the mounts, and hands the files over. The helper's own copies are closed: with the
+// caller dead nobody holds the TUN.
+func prepare(sock int, o order) error {
+	if err := isolateMounts(); err != nil {
+		return err
+	}
+	if err := setResolver(o.Nameserver); err != nil {
+		return err
+	}
+	if err := linkUp("lo"); err != nil {
+		return err
+	}
+	for _, p := range o.Addrs {
+		if p.Addr().Is6() {
+			// Off by default on some hosts; for the app IPv6 ends in the TUN as IPv4 does.
+			sysctl("net/ipv6/conf/all/disable_ipv6", "0")
+			sysctl("net/ipv6/conf/default/disable_ipv6", "0")
+			break
+		}
+	}
+	gid := strconv.Itoa(os.Getgid())
+	sysctl("net/ipv4/ping_group_range", gid+" "+gid)
+	tunFile, name, err := OpenTUN(o.TUN)
+	if err != nil {
+		return err
+	}
+	defer tunFile.Close()
+	r := report{TUNName: name}
+	if r.IPv6, err = configure(name, o.TUN.MTU, o.Addrs, true); err != nil {
+		return err
+	}
+	link, err := net.InterfaceByName(name)
+	if err != nil {
+		return fmt.Errorf("cannot find %s: %w", name, err)
+	}
+	r.TUNIndex = link.Index
+	mountSysfs() // after the network: it shows what is there
+	var fds []int
+	raw, err := tunFile.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("cannot hand %s over: %w", name, err)
+	}
+	cerr := raw.Control(func(fd uintptr) {
+		fds = append(fds, int(fd))
+		diag, derr := openDiagSocket()
+		if derr != nil {
+			r.DiagErr = derr.Error()
+		} else {
+			defer unix.Close(diag)
+			fds, r.Diag = append(fds, diag), true
+		}
+		err = sendReport(sock, r, fds...)
+	})
+	if err := errors.Join(cerr, err); err != nil {
+		return fmt.Errorf("cannot hand %s over: %w", name, err)
+	}
+	return nil
+}
+
+// become executes the program. It returns only if it can't, with the shell's exit status for that.
+func become(o order) (exit int, err error) {
+	argv, env := toStrings(o.Argv), toStrings(o.Env)
+	if dir := string(o.Dir); dir != "" {
+		if err := os.Chdir(dir); err != nil {
+			return 126, fmt.Errorf("cannot run %s: %w", argv[0], err)
+		}
+	}
+	if o.Rootless {
+		if err := dropCapabilities(); err != nil {
+			return 126, fmt.Errorf("cannot run %s: cannot drop privileges: %w", argv[0], err)
+		}
+	}
+	name := argv[0]
+	if strings.Contains(name, "/") {
+		return execError(name, name, tryExec(name, argv, env))
+	}
+	last := error(unix.ENOENT)
+	for dir := range strings.SplitSeq(pathOf(env), ":") {
+		if dir == "" {
+			dir = "."
+		}
+		switch err := tryExec(dir+"/"+name, argv, env); err {
+		case unix.ENOENT, unix.ENOTDIR:
+		case unix.EACCES:
+			last = err
+		default:
+			return execError(name, dir+"/"+name, err)
+		}
+	}
+	return execError(name, "", last)
+}
+
+// tryExec is one attempt of execvp(3): a file without a magic number is a script of sh.
+func tryExec(path string, argv, env []string) error {
+	err := syscall.Exec(path, argv, env)
+	if err == unix.ENOEXEC {
+		err = syscall.Exec("/bin/sh", append([]string{"sh", path}, argv[1:]...), env)
+	}
+	if err == unix.ENOENT {
+		if _, serr := os.Stat(path); serr == nil {
+			return errInterpreter
+		}
+	}
+	return err
+}
+
+var errInterpreter = errors.New("the interpreter or loader that it names is missing")
+
+func execError(name, path string, err error) (int, error) {
+	switch {
+	case err == unix.ENOENT && path == "":
+		return 127, fmt.Errorf("cannot run %s: not found in PATH", name)
+	case err == unix.ENOENT || err == unix.ENOTDIR:
+		return 127, fmt.Errorf("cannot run %s: %w", name, err)
+	}
+	if st, serr := os.Stat(path); err == unix.EACCES && serr == nil && st.IsDir() {
+		return 126, fmt.Errorf("cannot run %s: is a directory", name)
+	}
+	return 126, fmt.Errorf("cannot run %s: %w", name, err)
+}
+
+// pathOf is PATH of env, or what shells use without one.
+func pathOf(env []string) string {
+	for _, e := range env {
+		if p, ok := strings.CutPrefix(e, "PATH="); ok {
+			return p
+		}
+	}
+	return "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+}

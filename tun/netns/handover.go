@@ -1,0 +1,143 @@
+package netns
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// Between Spawn and the helper, over a socket pair:
+//
+//	Spawn  -> helper   order
+//	helper -> Spawn    report, with the TUN and the sock_diag socket as SCM_RIGHTS; or a report with an error, and it exits
+//	Spawn  -> helper   goAhead; EOF instead: Spawn's process is gone, the helper exits
+//	helper -> Wait     nothing, and EOF, when it has become the program; a report if it could not
+//
+// order and report go as JSON after their length in four bytes. Arguments are bytes: JSON strings would mend them.
+const goAhead = 'g'
+
+// maxMessage bounds what is read: arguments and environment are at most 2 MiB (exec's own limit for the usual stack), a
+// third more in base64.
+const maxMessage = 16 << 20
+
+type order struct {
+	Argv, Env  [][]byte
+	Dir        []byte
+	TUN        TUNOptions
+	Addrs      []netip.Prefix
+	Nameserver []netip.Addr
+	Rootless   bool
+}
+
+type report struct {
+	Err      string `json:",omitempty"`
+	Denied   bool   `json:",omitempty"` // Err is a lack of privilege
+	Exit     int    `json:",omitempty"`
+	TUNName  string `json:",omitempty"`
+	TUNIndex int    `json:",omitempty"`
+	IPv6     bool   `json:",omitempty"`
+	Diag     bool   `json:",omitempty"` // the second file is the sock_diag socket
+	DiagErr  string `json:",omitempty"`
+}
+
+func frame(msg []byte) []byte {
+	b := binary.BigEndian.AppendUint32(make([]byte, 0, 4+len(msg)), uint32(len(msg)))
+	return append(b, msg...)
+}
+
+// readFrame reads one message; first has the bytes that were read already.
+func readFrame(r io.Reader, first []byte) ([]byte, error) {
+	var size [4]byte
+	if len(first) > 4 {
+		return nil, errors.New("malformed message")
+	}
+	n := copy(size[:], first)
+	if _, err := io.ReadFull(r, size[n:]); err != nil {
+		return nil, err
+	}
+	l := binary.BigEndian.Uint32(size[:])
+	if l > maxMessage {
+		return nil, fmt.Errorf("message of %d bytes", l)
+	}
+	b := make([]byte, l)
+	_, err := io.ReadFull(r, b)
+	return b, err
+}
+
+// readReport reads a report and the files that came with it, which are the caller's also when there is an error.
+func readReport(c *net.UnixConn) (r report, files []*os.File, err error) {
+	first, oob := make([]byte, 4), make([]byte, unix.CmsgSpace(2*4))
+	n, oobn, _, _, err := c.ReadMsgUnix(first, oob)
+	if err != nil {
+		return r, nil, err
+	}
+	if n == 0 {
+		return r, nil, io.ErrUnexpectedEOF
+	}
+	if msgs, err := unix.ParseSocketControlMessage(oob[:oobn]); err == nil {
+		for _, m := range msgs {
+			fds, err := unix.ParseUnixRights(&m)
+			if err != nil {
+				continue
+			}
+			for _, fd := range fds {
+				files = append(files, os.NewFile(uintptr(fd), tunNode))
+			}
+		}
+	}
+	b, err := readFrame(c, first[:n])
+	if err != nil {
+		return r, files, err
+	}
+	if err := json.Unmarshal(b, &r); err != nil {
+		return r, files, fmt.Errorf("malformed message: %w", err)
+	}
+	return r, files, nil
+}
+
+// sendReport is the helper's side.
+func sendReport(sock int, r report, fds ...int) error {
+	b, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	b = frame(b)
+	var oob []byte
+	if len(fds) > 0 {
+		oob = unix.UnixRights(fds...)
+	}
+	for len(b) > 0 {
+		n, err := unix.SendmsgN(sock, b, oob, nil, unix.MSG_NOSIGNAL)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		b, oob = b[n:], nil
+	}
+	return nil
+}
+
+func toBytes(ss []string) [][]byte {
+	bs := make([][]byte, len(ss))
+	for i, s := range ss {
+		bs[i] = []byte(s)
+	}
+	return bs
+}
+
+func toStrings(bs [][]byte) []string {
+	ss := make([]string, len(bs))
+	for i, b := range bs {
+		ss[i] = string(b)
+	}
+	return ss
+}

@@ -1,0 +1,486 @@
+package netns
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// asUser is the uid of the tests without root, when they are run by root.
+const asUser = 54321
+
+// testSpec is a Spec that runs argv with output to a pipe.
+func testSpec(argv ...string) Spec {
+	return Spec{
+		Argv:       argv,
+		TUN:        TUNOptions{Name: "tun0", MTU: 1500, VnetHdr: true},
+		Addrs:      []netip.Prefix{netip.MustParsePrefix("10.77.0.1/32"), netip.MustParsePrefix("fd00:77::1/128")},
+		Nameserver: []netip.Addr{netip.MustParseAddr("192.0.2.53"), netip.MustParseAddr("2001:db8::53")},
+	}
+}
+
+// spawn starts the program's helper, or skips.
+func spawn(t testing.TB, s Spec) *Child {
+	t.Helper()
+	if noNamespace != "" {
+		t.Skip(noNamespace)
+	}
+	c, err := Spawn(t.Context(), s)
+	if err != nil && (strings.Contains(err.Error(), tunNode) || strings.Contains(err.Error(), "user namespace")) {
+		t.Skip(err)
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// run runs the program to its end.
+func run(t testing.TB, s Spec) (out string, exit int, err error) {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	s.Stdout = w
+	if s.Stderr == nil {
+		s.Stderr = w
+	}
+	c := spawn(t, s)
+	defer c.Close()
+	w.Close()
+	got := make(chan string)
+	go func() {
+		b, _ := io.ReadAll(r)
+		got <- string(b)
+	}()
+	if err := c.Exec(); err != nil {
+		t.Fatal(err)
+	}
+	exit, err = c.Wait()
+	return <-got, exit, err
+}
+
+func TestSpawnArguments(t *testing.T) {
+	odd := []string{"", "two words", "a\nline", "\xff\xfe", "$HOME", "--", "ünïcode"}
+	s := testSpec(append([]string{"printf", `<%s>`}, odd...)...)
+	out, exit, err := run(t, s)
+	if want := "<" + strings.Join(odd, "><") + ">"; out != want || exit != 0 || err != nil {
+		t.Errorf("%q, %d, %v; want %q", out, exit, err, want)
+	}
+	s = testSpec("env")
+	s.Env = []string{"PATH=/usr/bin:/bin", "B=2", "A=a b", "A=twice", "EMPTY=", "ODD=\xff"}
+	out, exit, err = run(t, s)
+	if want := strings.Join(s.Env, "\n") + "\n"; out != want || exit != 0 || err != nil {
+		t.Errorf("%q, %d, %v; want %q", out, exit, err, want)
+	}
+	s = testSpec("pwd")
+	s.Dir = "/usr"
+	if out, exit, err = run(t, s); out != "/usr\n" || exit != 0 || err != nil {
+		t.Errorf("%q, %d, %v", out, exit, err)
+	}
+	s = testSpec("cat")
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	s.Stdin = r
+	go func() {
+		w.WriteString("through the pipe")
+		w.Close()
+	}()
+	if out, exit, err = run(t, s); out != "through the pipe" || exit != 0 || err != nil {
+		t.Errorf("%q, %d, %v", out, exit, err)
+	}
+}
+
+func TestSpawnExit(t *testing.T) {
+	dir := t.TempDir()
+	os.Chmod(dir, 0o755)
+	file := func(name, content string, mode os.FileMode) string {
+		p := filepath.Join(dir, name)
+		if err := os.WriteFile(p, []byte(content), mode); err != nil {
+			t.Fatal(err)
+		}
+		os.Chmod(p, mode)
+		return p
+	}
+	file("plain", "echo $1 $#; exit 3\n", 0o755)
+	for _, c := range []struct {
+		name string
+		argv []string
+		exit int
+		out  string
+		err  string
+	}{
+		{"true", []string{"true"}, 0, "", ""},
+		{"status", []string{"sh", "-c", "exit 7"}, 7, "", ""},
+		{"signal", []string{"sh", "-c", "kill -9 $$"}, 137, "", ""},
+		{"not found", []string{"viasocks-no-such-program"}, 127, "", "cannot run viasocks-no-such-program: not found in PATH"},
+		{"no such file", []string{"./no-such-file"}, 127, "", "cannot run ./no-such-file: no such file or directory"},
+		{"not executable", []string{file("text", "x", 0o644)}, 126, "", "permission denied"},
+		{"directory", []string{dir}, 126, "", "is a directory"},
+		{"no interpreter", []string{file("lost", "#!/no/such/sh\n", 0o755)}, 126, "", "interpreter"},
+		{"script without a first line", []string{"plain", "a b", "c"}, 3, "a b 2\n", ""},
+		{"too long", []string{"true", strings.Repeat("x", 300000)}, 126, "", "argument list too long"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			fds := openFDs(t)
+			s := testSpec(c.argv...)
+			s.Env = []string{"PATH=/no/such:/etc/passwd:" + dir + ":/usr/bin:/bin"}
+			out, exit, err := run(t, s)
+			if exit != c.exit || out != c.out {
+				t.Errorf("exit %d with %q; want %d with %q", exit, out, c.exit, c.out)
+			}
+			if (err == nil) != (c.err == "") || err != nil && !strings.Contains(err.Error(), c.err) {
+				t.Errorf("error %q, want %q", err, c.err)
+			}
+			if n := openFDs(t); n != fds {
+				t.Errorf("%d open files, %d before", n, fds)
+			}
+		})
+	}
+	s := testSpec("true")
+	s.Dir = "/no/such/dir"
+	if _, exit, err := run(t, s); exit != 126 || err == nil || !strings.Contains(err.Error(), "/no/such/dir") {
+		t.Errorf("%d, %v", exit, err)
+	}
+	if _, err := Spawn(t.Context(), Spec{}); err == nil {
+		t.Error("nothing can be run")
+	}
+}
+
+// TestSpawnWorld looks around inside.
+func TestSpawnWorld(t *testing.T) {
+	here := func(script string) string {
+		b, err := exec.Command("sh", "-c", script).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	there := func(script string) string {
+		out, exit, err := run(t, testSpec("sh", "-c", script))
+		if exit != 0 || err != nil {
+			t.Fatalf("%s: %q, %d, %v", script, out, exit, err)
+		}
+		return out
+	}
+	for _, same := range []string{
+		"id -u; id -g", "ulimit -n", "umask", "ls /proc/self/fd", "ls / /home /tmp",
+		"cut -d' ' -f5,6 /proc/self/stat", // process group, session
+		"grep -E 'SigBlk|SigIgn' /proc/self/status",
+	} {
+		if a, b := here(same), there(same); a != b {
+			t.Errorf("%s: outside %q, inside %q", same, a, b)
+		}
+	}
+	if out := there("sed 1,2d /proc/net/dev | cut -d: -f1 | tr -d ' ' | sort"); out != "lo\ntun0\n" {
+		t.Errorf("interfaces %q", out)
+	}
+	if out := there("ls /sys/class/net"); out != "lo\ntun0\n" {
+		t.Errorf("/sys/class/net %q", out)
+	}
+	if a, b := here("ls /sys/fs/cgroup"), there("ls /sys/fs/cgroup"); a != b {
+		t.Errorf("/sys/fs/cgroup: outside %q, inside %q", a, b)
+	}
+	if out := there("ip -br addr; ip route; ip -6 route show default"); !strings.Contains(out, "127.0.0.1/8") ||
+		!strings.Contains(out, "10.77.0.1/32 fd00:77::1/128 \n") || !strings.Contains(out, "\ndefault dev tun0 scope link") || !strings.Contains(out, "\ndefault dev tun0 metric") {
+		t.Errorf("network %q", out)
+	}
+	want := "nameserver 192.0.2.53\nnameserver 2001:db8::53\n"
+	if out := there("cat /etc/resolv.conf"); !strings.HasPrefix(out, want) {
+		t.Errorf("resolv.conf %q", out)
+	}
+	if out := here("cat /etc/resolv.conf"); strings.Contains(out, "192.0.2.53") {
+		t.Errorf("the host's resolv.conf %q", out)
+	}
+	mounts := "sed 's/.* - //' /proc/self/mountinfo"
+	before := here(mounts)
+	there("true")
+	if after := here(mounts); after != before {
+		t.Errorf("mounts outside became %q, were %q", after, before)
+	}
+	caps := there("grep -E 'Cap(Inh|Prm|Eff|Amb)|NoNewPrivs' /proc/self/status | tr -d '\\t'")
+	if isRoot() {
+		if want := here("grep -E 'Cap(Inh|Prm|Eff|Amb)|NoNewPrivs' /proc/self/status | tr -d '\\t'"); caps != want {
+			t.Errorf("capabilities %q, outside %q", caps, want)
+		}
+	} else if none := strings.Repeat("0", 16); caps != "CapInh:"+none+"\nCapPrm:"+none+"\nCapEff:"+none+"\nCapAmb:"+none+"\nNoNewPrivs:1\n" {
+		t.Errorf("capabilities %q", caps)
+	}
+}
+
+func TestSpawnInheritedFiles(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	for _, n := range []int{3, 200} { // one where the helper's socket would go, one far off
+		if _, err := unix.FcntlInt(uintptr(n), unix.F_GETFD, 0); err == nil && n != 3 {
+			t.Skip(n, "is in use")
+		}
+		old, oldErr := unix.FcntlInt(uintptr(n), unix.F_DUPFD_CLOEXEC, 100)
+		flags, _ := unix.FcntlInt(uintptr(n), unix.F_GETFD, 0)
+		if err := unix.Dup2(int(w.Fd()), n); err != nil {
+			t.Fatal(err)
+		}
+		_, exit, err := run(t, testSpec("bash", "-c", fmt.Sprintf("echo %d >&%d", n, n)))
+		if oldErr == nil {
+			unix.Dup3(old, n, flags&unix.FD_CLOEXEC<<19) // O_CLOEXEC is 1<<19
+			unix.Close(old)
+		} else {
+			unix.Close(n)
+		}
+		if exit != 0 || err != nil {
+			t.Fatalf("%d, %v", exit, err)
+		}
+		b := make([]byte, 10)
+		if k, err := r.Read(b); err != nil || string(b[:k]) != fmt.Sprintln(n) {
+			t.Errorf("%q, %v", b[:k], err)
+		}
+	}
+}
+
+// TestSpawnTraffic has the program's packets on the TUN that was handed over, and its sockets on the Diag.
+func TestSpawnTraffic(t *testing.T) {
+	fds := openFDs(t)
+	s := testSpec("bash", "-c", "exec 9<>/dev/udp/203.0.113.1/6881; echo -n hello >&9; read line")
+	s.TUN.VnetHdr = false
+	stdin, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Stdin = stdin
+	c := spawn(t, s)
+	stdin.Close()
+	if c.TUNName != "tun0" || !c.IPv6 || c.DiagErr != nil || c.TUNIndex == 0 || c.Rootless == isRoot() {
+		t.Errorf("%+v", c)
+	}
+	if err := c.Exec(); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 2000)
+	c.TUN.SetReadDeadline(time.Now().Add(10 * time.Second))
+	for {
+		n, err := c.TUN.Read(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if bytes.HasSuffix(b[:n], []byte("hello")) {
+			break
+		}
+	}
+	src := netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[12:16])), uint16(b[20])<<8|uint16(b[21]))
+	dst := netip.MustParseAddrPort("203.0.113.1:6881")
+	if src.Addr() != netip.MustParseAddr("10.77.0.1") {
+		t.Errorf("source %s", src)
+	}
+	expect(t, c.Diag, "the program's socket", 17, src, dst, true)
+	w.Close()
+	if exit, err := c.Wait(); exit != 1 || err != nil {
+		t.Errorf("%d, %v", exit, err)
+	}
+	expect(t, c.Diag, "the program's socket after its end", 17, src, dst, false)
+	if err := c.Signal(syscall.SIGTERM); !errors.Is(err, os.ErrProcessDone) {
+		t.Errorf("Signal after the end: %v", err)
+	}
+	c.Close()
+	c.Close()
+	if n := openFDs(t); n != fds {
+		t.Errorf("%d open files, %d before", n, fds)
+	}
+}
+
+func TestSpawnSignal(t *testing.T) {
+	c := spawn(t, testSpec("sleep", "60"))
+	defer c.Close()
+	if err := c.Exec(); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Exec(); err != nil {
+		t.Errorf("second Exec: %v", err)
+	}
+	waitFor(t, "exec", func() bool {
+		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", c.Pid()))
+		return string(b) == "sleep\n"
+	})
+	if err := c.Signal(syscall.SIGTERM); err != nil {
+		t.Error(err)
+	}
+	if exit, err := c.Wait(); exit != 128+15 || err != nil {
+		t.Errorf("%d, %v", exit, err)
+	}
+}
+
+func waitFor(t *testing.T, what string, cond func() bool) {
+	t.Helper()
+	for range 5000 {
+		if cond() {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
+	t.Fatal("no", what)
+}
+
+// TestSpawnAbandoned: without its go-ahead the helper ends, whether Close, the context or the caller's death leaves it.
+func TestSpawnAbandoned(t *testing.T) {
+	fds := openFDs(t)
+	c := spawn(t, testSpec("touch", "/tmp/viasocks-must-not-run"))
+	c.Close()
+	if err := syscall.Kill(c.Pid(), 0); err != syscall.ESRCH {
+		t.Errorf("after Close: %v", err)
+	}
+	c = spawn(t, testSpec("touch", "/tmp/viasocks-must-not-run"))
+	c.conn.Close() // what the caller's death does
+	if exit, err := c.Wait(); exit != 1 || err != nil {
+		t.Errorf("%d, %v", exit, err)
+	}
+	c.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := Spawn(ctx, testSpec("true")); !errors.Is(err, context.Canceled) {
+		t.Errorf("with a cancelled context: %v", err)
+	}
+	if n := openFDs(t); n != fds {
+		t.Errorf("%d open files, %d before", n, fds)
+	}
+	if _, err := os.Stat("/tmp/viasocks-must-not-run"); err == nil {
+		t.Error("the program ran")
+	}
+}
+
+// superviseIfAsked is the process of TestSpawnFollowsStops that is to stop.
+func superviseIfAsked() {
+	if os.Getenv("VIASOCKS_TEST_SUPERVISE") == "" {
+		return
+	}
+	s := testSpec("sh", "-c", "kill -TSTP $$; exit 5")
+	s.FollowStops = true
+	c, err := Spawn(context.Background(), s)
+	if err == nil {
+		defer c.Close()
+		err = c.Exec()
+	}
+	exit := 1
+	if err == nil {
+		exit, err = c.Wait()
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+	}
+	os.Exit(exit)
+}
+
+func TestSpawnFollowsStops(t *testing.T) {
+	spawn(t, testSpec("true")).Close() // or skip
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), "VIASOCKS_TEST_SUPERVISE=1")
+	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // as a shell's job
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var ws syscall.WaitStatus
+	if _, err := syscall.Wait4(cmd.Process.Pid, &ws, syscall.WUNTRACED, nil); err != nil || !ws.Stopped() {
+		t.Fatalf("the caller did not stop: %#x, %v", ws, err)
+	}
+	syscall.Kill(cmd.Process.Pid, syscall.SIGCONT)
+	var exit *exec.ExitError
+	if err := cmd.Wait(); !errors.As(err, &exit) || exit.ExitCode() != 5 {
+		t.Errorf("after it was continued: %v", err)
+	}
+}
+
+// TestSpawnHostResolvers has a host with systemd-resolved and nscd.
+func TestSpawnHostResolvers(t *testing.T) {
+	if os.Geteuid() != 0 || noNamespace != "" {
+		t.Skip("needs root and a mount namespace: ", noNamespace)
+	}
+	for _, dir := range []string{"/etc", "/run"} {
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=755"); err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Unmount(dir, unix.MNT_DETACH)
+	}
+	for _, d := range []string{"/run/systemd/resolve", "/run/nscd", "/run/resolvconf"} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	os.WriteFile("/run/nscd/socket", nil, 0o666)
+	os.WriteFile("/run/systemd/resolve/io.systemd.Resolve", nil, 0o666)
+	os.WriteFile("/run/systemd/resolve/stub-resolv.conf", []byte("nameserver 127.0.0.53\noptions edns0 trust-ad\nsearch lan\n"), 0o644)
+	os.WriteFile("/run/resolvconf/resolv.conf", []byte("nameserver 10.0.0.1\n"), 0o644)
+	defer unix.Umask(unix.Umask(0o077))
+	const want = "nameserver 192.0.2.53\nnameserver 2001:db8::53\n"
+	for _, c := range []struct{ link, want string }{
+		{"../run/systemd/resolve/stub-resolv.conf", want + "options edns0\nsearch lan\n"},
+		{"/run/resolvconf/resolv.conf", want},
+	} {
+		os.Remove(resolvConf)
+		if err := os.Symlink(c.link, resolvConf); err != nil {
+			t.Fatal(err)
+		}
+		out, exit, err := run(t, testSpec("/bin/sh", "-c", "cat /etc/resolv.conf; ls -l /etc/resolv.conf | cut -c1; stat -Lc %a /etc/resolv.conf; ls /run/nscd; ls /run/systemd/resolve | grep -v stub; ls /tmp | grep '^resolv.conf'"))
+		if out != c.want+"l\n644\n" || err != nil || exit != 1 {
+			t.Errorf("%s: %q, %d, %v", c.link, out, exit, err)
+		}
+	}
+	os.Remove("/run/resolvconf/resolv.conf")
+	if c, err := Spawn(t.Context(), testSpec("true")); err == nil || !strings.Contains(err.Error(), "/run/resolvconf/resolv.conf does not exist: make it") {
+		t.Errorf("%v", err)
+		if err == nil {
+			c.Close()
+		}
+	}
+	s := testSpec("true")
+	s.Nameserver = nil
+	if _, exit, err := run(t, s); exit != 0 || err != nil {
+		t.Errorf("without a nameserver: %d, %v", exit, err)
+	}
+}
+
+// TestRootless runs the tests of Spawn as an ordinary user.
+func TestRootless(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("the tests run without root as it is")
+	}
+	if st, err := os.Stat(tunNode); noNamespace != "" || err != nil || st.Mode().Perm() != 0o666 {
+		t.Skip("no TUN node for everyone could be made: ", noNamespace, err)
+	}
+	out, err := asOrdinaryUser("-test.run=^TestSpawn", "-test.v")
+	if err != nil || !bytes.Contains(out, []byte("--- PASS: TestSpawnWorld")) {
+		t.Errorf("%v\n%s", err, out)
+	}
+	for _, line := range strings.Split(string(out), "\n") {
+		if strings.Contains(line, "SKIP") {
+			t.Log(line)
+		}
+	}
+}
+
+func asOrdinaryUser(args ...string) ([]byte, error) {
+	cmd := exec.Command("/proc/self/exe", args...)
+	cmd.Env = append(slices.Clone(os.Environ()), "HOME=/")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: asUser, Gid: asUser}}
+	return cmd.CombinedOutput()
+}
