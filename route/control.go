@@ -166,7 +166,7 @@ func (r *Router) opened(e event) {
 		t.cancel()
 		return
 	}
-	a.link, a.opened, a.failures = e.link, r.now(), 0
+	a.link, a.opened = e.link, r.now() // its failures are forgotten when it has lived: see closed
 	a.up.refuseUntil.Store(0)
 	items := r.udp.take(a)
 	pkts := make([]flow.Packet, 0, len(items))
@@ -250,8 +250,8 @@ func (r *Router) closed(e event) {
 	}
 	link := a.link
 	a.link, a.try = nil, nil
-	if r.now()-a.opened < int64(r.livedLong) {
-		a.failures++
+	if a.failures++; r.now()-a.opened >= int64(r.livedLong) {
+		a.failures = 0
 	}
 	r.count.reassociations.Add(1)
 	r.again(a)

@@ -176,3 +176,55 @@ func TestUDPUnreachableAndEviction(t *testing.T) {
 		return len(g.log.lines("state=evicted")) == 1 && len(g.log.lines("state=unreachable")) == 1
 	})
 }
+
+// What only comes down keeps a mapping too.
+func TestUDPLifeByAnswers(t *testing.T) {
+	checkLeaks(t)
+	var u manualUpstream
+	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p"}, func(r *Router) {
+		r.sweepEvery, r.udp.life = 10*time.Millisecond, 200*time.Millisecond
+	})
+	g.send("10.0.0.1:5000", "203.0.113.1:1000", "a", "b")
+	ask := u.ask(t, 0)
+	ask.done(&fakeLink{}, nil)
+	for range 30 {
+		ask.sink([]flow.Packet{datagram("203.0.113.1:1000", "10.0.0.1:5000", "x")})
+		time.Sleep(20 * time.Millisecond)
+	}
+	if s := g.Stats(); s.MappingsNow != 1 {
+		t.Errorf("%+v", s)
+	}
+	eventually(t, "the end", func() bool { return g.Stats().MappingsNow == 0 })
+}
+
+// A server that grants associations and ends them at once is asked less and less often; one that had lived is made
+// again without delay.
+func TestUDPFlapping(t *testing.T) {
+	checkLeaks(t)
+	var u manualUpstream
+	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p"}, func(r *Router) {
+		r.retryFirst, r.retryMax, r.livedLong = 20*time.Millisecond, time.Minute, 2*time.Second
+	})
+	g.send("10.0.0.1:5000", "203.0.113.1:1000", "a")
+	begin := time.Now()
+	for i := range 5 {
+		a := u.ask(t, i)
+		a.done(&fakeLink{}, nil)
+		a.closed(nil)
+	}
+	a := u.ask(t, 5)
+	if d := time.Since(begin); d < (20+40+80+160+320)*time.Millisecond {
+		t.Errorf("asked again 5 times within %v", d)
+	}
+	a.done(&fakeLink{}, nil)
+	eventually(t, "the link", func() bool { return g.Flows()[0].State == "open" })
+	g.udp.mu.Lock()
+	g.udp.all[0].assocs[0].opened -= int64(3 * time.Second)
+	g.udp.mu.Unlock()
+	begin = time.Now()
+	a.closed(nil)
+	u.ask(t, 6).done(&fakeLink{}, nil)
+	if d := time.Since(begin); d > 200*time.Millisecond {
+		t.Errorf("it took %v to be made again", d)
+	}
+}
