@@ -70,7 +70,7 @@ type try struct {
 // refuseAfter is how many failures in a row it takes until datagrams are refused instead of queued.
 const refuseAfter = 3
 
-// Queue bounds, for one association while it is opened. 32 datagrams are what a program sends in a first burst; the
+// Queue bounds, for one association while it is opened. A program hardly sends 64 datagrams in a first burst; the
 // bytes allow two of the largest.
 const (
 	queueLen   = 64
