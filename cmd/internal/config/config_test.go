@@ -276,6 +276,21 @@ func TestFileErrors(t *testing.T) {
 	}
 }
 
+func TestRedact(t *testing.T) {
+	for in, want := range map[string]string{
+		"use --proxy socks5://USER@h:1 with":      "use --proxy socks5://USER@h:1 with",
+		"a socks5://u:p@h:1, b=socks5://u:p@q@h.": "a socks5://u:***@h:1, b=socks5://u:***@h.",
+		"u:p@h":                   "u:***@h",
+		"socks5://:p@h":           "socks5://:***@h",
+		"socks5://u@x:p@h":        "socks5://u@x:***@h",
+		"x.conf:3: socks5://u@h:": "x.conf:3: socks5://u@h:",
+	} {
+		if got := Redact(in); got != want {
+			t.Errorf("%q became %q, want %q", in, got, want)
+		}
+	}
+}
+
 func FuzzFile(f *testing.F) {
 	for _, s := range []string{"mtu 1500\n# x\nrule=port 25 reject", "keep-proxy-env", "proxy socks5://u:p@h:1 #", "=", "dns=tcp://1.1.1.1,::1"} {
 		f.Add([]byte(s))

@@ -13,7 +13,15 @@ var userinfo = regexp.MustCompile(`(?:[A-Za-z0-9+.-]+://)?[^\s:@/=,]*:([^\s"']*)
 func Redact(s string) string {
 	return userinfo.ReplaceAllStringFunc(s, func(m string) string {
 		i := userinfo.FindStringSubmatchIndex(m)
-		return m[:i[2]] + "***" + m[i[3]:]
+		start := i[2]
+		if rest, ok := strings.CutPrefix(m[start:i[3]], "//"); ok { // the colon was the scheme's: look for one behind the user
+			colon := strings.IndexByte(rest, ':')
+			if colon < 0 {
+				return m
+			}
+			start += len("//") + colon + 1
+		}
+		return m[:start] + "***" + m[i[3]:]
 	})
 }
 
