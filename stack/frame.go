@@ -161,9 +161,9 @@ func inspectTransport(h *tun.Header, b []byte, off int, proto byte, frag bool) (
 	return dropProto, 0
 }
 
-// unicast reports whether a flow may begin or end at a.
+// unicast reports whether a flow may begin or end at a. Loopback addresses never come on a device (RFC 1122 3.2.1.3).
 func unicast(a netip.Addr) bool {
-	return !a.IsMulticast() && !a.IsUnspecified() && a != broadcast
+	return !a.IsMulticast() && !a.IsUnspecified() && !a.IsLoopback() && a != broadcast
 }
 
 var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})

@@ -2,7 +2,9 @@ package stack
 
 import (
 	"fmt"
+	"time"
 
+	"gvisor.dev/gvisor/pkg/log"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
@@ -23,6 +25,13 @@ const (
 	defaultBuffer = 256 << 10
 	maxBuffer     = 4 << 20
 )
+
+// gVisor logs to stderr by itself, which belongs to the program that runs with us. Nobody else imports it.
+func init() { log.SetTarget(noLog{}) }
+
+type noLog struct{}
+
+func (noLog) Emit(int, log.Level, time.Time, string, ...any) {}
 
 // newNetstack makes gVisor's stack over l: it answers for every address (promiscuous) and with every address (spoofing).
 func newNetstack(l *link) (*gstack.Stack, error) {

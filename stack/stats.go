@@ -11,8 +11,8 @@ type Stats struct {
 	DroppedMalformed uint64 // frame in: not IP, lengths or offload header that can't be
 	DroppedChecksum  uint64 // frame in: a checksum that had to be verified is wrong
 	DroppedICMP      uint64 // frame in: ICMP other than an error about a flow; echo above all
-	DroppedMulticast uint64 // frame in: TCP to or from a multicast, broadcast or unspecified address
-	DroppedProto     uint64 // frame in: neither TCP, UDP nor ICMP
+	DroppedMulticast uint64 // frame in: TCP to or from a multicast, broadcast, loopback or unspecified address
+	DroppedProto     uint64 // frame in: neither TCP, UDP nor ICMP; frame out of gVisor: not TCP
 	DroppedOut       uint64 // frame out: the device was full or refused it
 
 	SYNs           uint64 // streams asked for
@@ -26,6 +26,8 @@ type Stats struct {
 	Refused        uint64
 	AppResets      uint64 // open streams that the app reset
 	Aborted        uint64 // open streams that we reset
+
+	TCPRetransmits uint64 // segments of open streams that we sent again
 
 	Pending int64 // SYNs waiting for an answer, now
 	Streams int64 // open streams, now
@@ -54,11 +56,12 @@ type counters struct {
 // Stats returns a snapshot of the counters. Any goroutine.
 func (s *Stack) Stats() Stats {
 	c := &s.stats
-	return Stats{
+	st := Stats{
 		FramesIn: c.framesIn.Load(), BytesIn: c.bytesIn.Load(),
 		FramesOut: c.framesOut.Load(), BytesOut: c.bytesOut.Load(),
-		DroppedMalformed: c.droppedMalformed.Load(), DroppedChecksum: c.droppedChecksum.Load(),
-		DroppedICMP: c.droppedICMP.Load(), DroppedMulticast: c.droppedMulticast.Load(),
+		DroppedMalformed: c.droppedMalformed.Load(),
+		DroppedChecksum:  c.droppedChecksum.Load(),
+		DroppedICMP:      c.droppedICMP.Load(), DroppedMulticast: c.droppedMulticast.Load(),
 		DroppedProto: c.droppedProto.Load(), DroppedOut: c.droppedOut.Load(),
 		SYNs: c.syns.Load(), Retransmits: c.retransmits.Load(),
 		OverBudget: c.overBudget.Load(), OverDestBudget: c.overDestBudget.Load(),
@@ -68,4 +71,11 @@ func (s *Stack) Stats() Stats {
 		Pending: c.pending.Load(), Streams: c.streams.Load(),
 		UDP: c.udp.snapshot(),
 	}
+	if s.ns != nil { // what gVisor verified and refused itself
+		gv := s.ns.Stats()
+		st.DroppedMalformed += gv.IP.MalformedPacketsReceived.Value() + gv.TCP.InvalidSegmentsReceived.Value()
+		st.DroppedChecksum += gv.TCP.ChecksumErrors.Value()
+		st.TCPRetransmits = gv.TCP.Retransmits.Value()
+	}
+	return st
 }

@@ -1,0 +1,115 @@
+package stack
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/tun"
+	"github.com/viasocks/viasocks/tun/tuntest"
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+)
+
+// FuzzReader throws arbitrary headers and frames at the frame reader: nothing may panic, and every frame is either
+// counted as dropped or handed on. Requests are answered in turn with each thing that can be done to them.
+func FuzzReader(f *testing.F) {
+	s4, s6 := netip.AddrPortFrom(appIP4, 1), netip.AddrPortFrom(appIP6, 1)
+	hdr := func(h tun.Header) []byte {
+		b := make([]byte, tun.HeaderLen)
+		h.Put(b)
+		return b
+	}
+	syn4 := segment(s4, srv4, 1, 0, header.TCPFlagSyn, []byte{2, 4, 5, 0xb4, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7}, nil)
+	syn6 := segment(s6, srv6, 1, 0, header.TCPFlagSyn, nil, nil)
+	f.Add(hdr(tun.Header{}), syn4, false)
+	f.Add(hdr(tun.Header{Flags: tun.NeedsCsum, CsumStart: 20, CsumOffset: 16}), syn4, true)
+	f.Add(hdr(tun.Header{Flags: tun.NeedsCsum, CsumStart: 65535, CsumOffset: 65535}), syn4, false)
+	f.Add(hdr(tun.Header{Flags: tun.DataValid, GSOType: tun.GSOTCPv6, GSOSize: 1, HdrLen: 65535}), syn6, true)
+	f.Add(hdr(tun.Header{GSOType: tun.GSOUDPL4 | tun.GSOECN, GSOSize: 1}), syn6, false)
+	f.Add(hdr(tun.Header{}), segment(s4, srv4, 1, 1, header.TCPFlagRst, nil, nil), false)
+	f.Add(hdr(tun.Header{}), segment(s6, srv6, 1, 1, header.TCPFlagAck, nil, make([]byte, 700)), true)
+	ext := append([]byte(nil), syn6[:40]...)
+	ext[6] = protoHopByHop
+	f.Add(hdr(tun.Header{}), append(append(ext, protoFragment, 0, 1, 4, 0, 0, 0, 0, protoTCP, 0, 0, 1, 0, 0, 0, 9), syn6[40:]...), false)
+	f.Add(hdr(tun.Header{}), []byte{0x45}, false)
+	f.Add(hdr(tun.Header{}), []byte{}, true)
+
+	dev, far := tuntest.Pipe(1500, offAll)
+	n := 0
+	s, err := New(Config{Device: dev, Limits: Limits{Pending: 100}, Handler: &testHandler{f: func(r flow.StreamRequest) {
+		_ = r.Flow()
+		n++
+		switch why := n % 8; why {
+		case 7: // left pending
+		case 6:
+			c := newTestConn()
+			r.Accept(c)
+		default:
+			r.Reject(flow.Refusal(why))
+		}
+	}}})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() { s.Close() })
+	buf := make([]byte, tun.MaxFrame)
+	r := newFrameReader(s)
+	f.Fuzz(func(t *testing.T, hb, frame []byte, inView bool) {
+		if len(hb) < tun.HeaderLen || len(frame) > viewSize {
+			return
+		}
+		h := tun.ParseHeader(hb)
+		b := frame
+		if inView {
+			if r.view == nil {
+				r.view = buffer.NewViewSize(viewSize)
+			}
+			b = r.view.AsSlice()[:copy(r.view.AsSlice(), frame)]
+		} else {
+			b = r.arena[:copy(r.arena, frame)]
+		}
+		r.take(&h, b, inView)
+		r.flush()
+		for { // what was answered must be packets
+			m, err := far.Read(&h, buf, false)
+			if err != nil {
+				break
+			}
+			if v, _ := inspect(&h, buf[:m]); v == dropMalformed || v == dropProto {
+				t.Fatalf("the stack wrote % x", buf[:m])
+			}
+		}
+	})
+}
+
+// BenchmarkReader takes frames as they come from the device: no allocation for a frame.
+func BenchmarkReader(b *testing.B) {
+	s4 := netip.AddrPortFrom(appIP4, 1)
+	for name, n := range map[string]int{"ack": 0, "1448": 1448, "60K": 60 << 10} {
+		b.Run(name, func(b *testing.B) {
+			dev, _ := tuntest.Pipe(1500, offAll)
+			s, err := New(Config{Device: dev, Handler: new(testHandler)})
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer s.Close()
+			r := newFrameReader(s)
+			frame := segment(s4, srv4, 1, 1, header.TCPFlagRst, nil, make([]byte, n)) // RST: nobody answers
+			h := tun.Header{Flags: tun.DataValid}
+			b.SetBytes(int64(len(frame)))
+			b.ReportAllocs()
+			for b.Loop() {
+				if n > handOn {
+					if r.view == nil {
+						r.view = buffer.NewViewSize(viewSize)
+					}
+					copy(r.view.AsSlice(), frame[:100])
+					r.take(&h, r.view.AsSlice()[:len(frame)], true)
+				} else {
+					r.take(&h, frame, false)
+				}
+			}
+		})
+	}
+}
