@@ -71,9 +71,12 @@ func reenter() (int, error) {
 // ownMounts keeps the tests' mounts in their namespace and gives it a TUN node that everyone may open, for the tests
 // without root: the host's own is left as it is. It can't be made in a user namespace.
 func ownMounts() {
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		fmt.Fprintln(os.Stderr, "cannot make the mounts private:", err)
-		os.Exit(1)
+	// Cut off from the host, then shared as a host's are, so that a mount which gets out of a program's namespace shows.
+	for _, how := range []uintptr{unix.MS_PRIVATE, unix.MS_SHARED} {
+		if err := unix.Mount("", "/", "", unix.MS_REC|how, ""); err != nil {
+			fmt.Fprintln(os.Stderr, "cannot make the mounts private:", err)
+			os.Exit(1)
+		}
 	}
 	if err := unix.Mount("tmpfs", "/dev/net", "tmpfs", 0, "mode=755"); err != nil {
 		return

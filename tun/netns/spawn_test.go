@@ -203,6 +203,9 @@ func TestSpawnWorld(t *testing.T) {
 		!strings.Contains(out, "10.77.0.1/32 fd00:77::1/128 \n") || !strings.Contains(out, "\ndefault dev tun0 scope link") || !strings.Contains(out, "\ndefault dev tun0 metric") {
 		t.Errorf("network %q", out)
 	}
+	if gid, out := os.Getgid(), there("cat /proc/sys/net/ipv4/ping_group_range /proc/sys/net/ipv6/conf/tun0/accept_ra"); out != fmt.Sprintf("%d\t%d\n0\n", gid, gid) {
+		t.Errorf("sysctls %q", out)
+	}
 	want := "nameserver 192.0.2.53\nnameserver 2001:db8::53\n"
 	if out := there("cat /etc/resolv.conf"); !strings.HasPrefix(out, want) {
 		t.Errorf("resolv.conf %q", out)
@@ -368,12 +371,13 @@ func TestSpawnAbandoned(t *testing.T) {
 	}
 }
 
-// superviseIfAsked is the process of TestSpawnFollowsStops that is to stop.
+// superviseIfAsked is a process that runs a script as viasocks would, for the tests in which that process suffers.
 func superviseIfAsked() {
-	if os.Getenv("VIASOCKS_TEST_SUPERVISE") == "" {
+	script := os.Getenv("VIASOCKS_TEST_SUPERVISE")
+	if script == "" {
 		return
 	}
-	s := testSpec("sh", "-c", "kill -TSTP $$; exit 5")
+	s := testSpec("sh", "-c", script)
 	s.FollowStops = true
 	c, err := Spawn(context.Background(), s)
 	if err == nil {
@@ -393,7 +397,7 @@ func superviseIfAsked() {
 func TestSpawnFollowsStops(t *testing.T) {
 	spawn(t, testSpec("true")).Close() // or skip
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), "VIASOCKS_TEST_SUPERVISE=1")
+	cmd.Env = append(os.Environ(), "VIASOCKS_TEST_SUPERVISE=kill -TSTP $$; exit 5")
 	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // as a shell's job
 	if err := cmd.Start(); err != nil {
@@ -407,6 +411,33 @@ func TestSpawnFollowsStops(t *testing.T) {
 	var exit *exec.ExitError
 	if err := cmd.Wait(); !errors.As(err, &exit) || exit.ExitCode() != 5 {
 		t.Errorf("after it was continued: %v", err)
+	}
+}
+
+// TestSpawnCallerKilled: nothing but the caller holds the TUN.
+func TestSpawnCallerKilled(t *testing.T) {
+	spawn(t, testSpec("true")).Close() // or skip
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), "VIASOCKS_TEST_SUPERVISE=echo up; while grep -q tun0 /proc/net/dev; do sleep 0.02; done; ip route; cut -d: -f1 /proc/net/dev | sed 1,2d; echo end")
+	cmd.Stdout, cmd.Stderr = w, w
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	r.SetReadDeadline(time.Now().Add(20 * time.Second))
+	up := make([]byte, 3)
+	if _, err := io.ReadFull(r, up); err != nil || string(up) != "up\n" {
+		t.Fatalf("%q, %v", up, err)
+	}
+	cmd.Process.Kill()
+	cmd.Wait()
+	if b, err := io.ReadAll(r); string(b) != "    lo\nend\n" || err != nil {
+		t.Errorf("%q, %v", b, err)
 	}
 }
 

@@ -1,0 +1,134 @@
+package netns
+
+import (
+	"bytes"
+	"errors"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestUsernsHint(t *testing.T) {
+	for _, c := range []struct {
+		sysctls map[string]string
+		want    string
+	}{
+		{map[string]string{"user.max_user_namespaces": "0"}, ": run 'sysctl -w user.max_user_namespaces=10000' as root, or run this as root"},
+		{map[string]string{"kernel.unprivileged_userns_clone": "0"}, ": run 'sysctl -w kernel.unprivileged_userns_clone=1' as root, or run this as root"},
+		{map[string]string{"kernel.apparmor_restrict_unprivileged_userns": "1"}, ": run 'sysctl -w kernel.apparmor_restrict_unprivileged_userns=0' as root, or run this as root"},
+		{map[string]string{"user.max_user_namespaces": "9", "kernel.unprivileged_userns_clone": "1"}, ": run this as root, or in a container allow it user namespaces (seccomp)"},
+	} {
+		if got := usernsHint(func(k string) string { return c.sysctls[k] }); got != c.want {
+			t.Errorf("%v: %q, want %q", c.sysctls, got, c.want)
+		}
+	}
+	if got := startError(false, unix.EPERM).Error(); !strings.HasPrefix(got, "cannot make a network namespace: operation not permitted: in a container") {
+		t.Error(got)
+	}
+	if got := startError(true, unix.EPERM).Error(); !strings.HasPrefix(got, "cannot make a user namespace: operation not permitted: run") {
+		t.Error(got)
+	}
+}
+
+func TestResolvContent(t *testing.T) {
+	servers := []netip.Addr{netip.MustParseAddr("192.0.2.1")}
+	for _, c := range []struct{ old, want string }{
+		{"", ""},
+		{"nameserver 10.0.0.1\n# c\n; d\n", ""},
+		{"search a.example  b.example\ndomain x\nnameserver 1.2.3.4", "search a.example b.example\ndomain x\n"},
+		{"options trust-ad\n", ""},
+		{"options ndots:5 trust-ad edns0\n", "options ndots:5 edns0\n"},
+		{"options\nsearch\nsortlist 10.0.0.0\n\x00\xff", ""},
+	} {
+		if got := resolvContent(servers, c.old); got != "nameserver 192.0.2.1\n"+c.want {
+			t.Errorf("%q became %q", c.old, got)
+		}
+	}
+}
+
+func TestResolveLink(t *testing.T) {
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := func(s string) string { return filepath.Join(dir, s) }
+	os.MkdirAll(p("run/real"), 0o755)
+	os.WriteFile(p("run/real/file"), nil, 0o644)
+	for link, to := range map[string]string{"alias": "run", "a": "b", "b": p("alias/real/file"), "dangling": "alias/real/none", "loop": "loop", "nodir": "no/such"} {
+		if err := os.Symlink(to, p(link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for in, want := range map[string]string{"a": "run/real/file", "dangling": "run/real/none", "run/real/file": "run/real/file", "none": "none", "nodir": "no/such"} {
+		if got, err := resolveLink(p(in)); got != p(want) || err != nil {
+			t.Errorf("%s: %s, %v", in, got, err)
+		}
+	}
+	if _, err := resolveLink(p("loop")); !errors.Is(err, unix.ELOOP) {
+		t.Errorf("loop: %v", err)
+	}
+}
+
+func TestMountsBelow(t *testing.T) {
+	const info = `22 1 0:20 / /sys rw,relatime - sysfs sysfs rw
+23 22 0:7 / /sys/kernel/security rw - securityfs securityfs rw
+24 22 0:21 / /sys/fs/cgroup ro - tmpfs tmpfs ro
+25 24 0:22 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw
+26 22 0:23 / /sys/with\040space rw - tmpfs tmpfs rw
+27 1 0:24 / /system rw - tmpfs tmpfs rw
+broken
+`
+	want := []string{"/sys/kernel/security", "/sys/fs/cgroup", "/sys/with space"}
+	if got := mountsBelow(strings.NewReader(info), "/sys"); !reflect.DeepEqual(got, want) {
+		t.Errorf("%q", got)
+	}
+}
+
+func TestStopped(t *testing.T) {
+	if stopped(os.Getpid()) || stopped(1<<30) {
+		t.Error("a running process, or none, is stopped")
+	}
+}
+
+func FuzzReadFrame(f *testing.F) {
+	f.Add(frame([]byte("{}")), 0)
+	f.Add(frame(nil), 4)
+	f.Add([]byte{0xff, 0xff, 0xff, 0xff, 1}, 2)
+	f.Add([]byte{0, 0}, 1)
+	f.Fuzz(func(t *testing.T, b []byte, had int) {
+		if had < 0 || had > len(b) {
+			return
+		}
+		got, err := readFrame(bytes.NewReader(b[had:]), b[:had])
+		if err == nil && !bytes.HasPrefix(b, frame(got)) {
+			t.Errorf("% x read as % x", b, got)
+		}
+		if err == nil && len(got) > maxMessage {
+			t.Error("too long")
+		}
+	})
+}
+
+func FuzzResolvContent(f *testing.F) {
+	f.Add("search a b\noptions edns0 trust-ad\nnameserver 127.0.0.53\n")
+	f.Add("options\t\x00\r\nsearch \xff")
+	f.Fuzz(func(t *testing.T, old string) {
+		out := resolvContent([]netip.Addr{netip.MustParseAddr("192.0.2.1")}, old)
+		if strings.Count("\n"+out, "\nnameserver ") != 1 {
+			t.Errorf("%q became %q", old, out)
+		}
+	})
+}
+
+func TestMainIfChildIgnoresOthers(t *testing.T) {
+	defer func(old []string) { os.Args = old }(os.Args)
+	for _, args := range [][]string{{helperName}, {helperName, "x"}, {helperName, "0"}, {helperName, "99999"}, {"viasocks", "3"}} {
+		os.Args = args
+		MainIfChild() // must return
+	}
+}
