@@ -48,6 +48,7 @@ func (d *recDevice) Write(h *tun.Header, parts [][]byte) error {
 // recHandler keeps copies of what it is handed.
 type recHandler struct {
 	pkts    []flow.Packet
+	caps    []int // of the payloads as they were lent
 	bursts  int
 	quiet   bool
 	app     netip.AddrPort
@@ -62,6 +63,7 @@ func (h *recHandler) HandlePackets(ps []flow.Packet) {
 		return
 	}
 	for _, p := range ps {
+		h.caps = append(h.caps, cap(p.Payload))
 		p.Payload, p.Head = bytes.Clone(p.Payload), bytes.Clone(p.Head)
 		h.pkts = append(h.pkts, p)
 	}
@@ -255,6 +257,9 @@ func TestUDPSuperFrameIn(t *testing.T) {
 				if i < len(h.pkts)-1 && len(p.Payload) != c.size || p.Src != src || p.Dst != to || len(p.Head) != off+8 {
 					t.Fatalf("datagram %d: %d bytes, %v to %v", i, len(p.Payload), p.Src, p.Dst)
 				}
+				if h.caps[i] != len(p.Payload) {
+					t.Fatalf("datagram %d: an append would write over the next one", i)
+				}
 				got = append(got, p.Payload...)
 			}
 			if !bytes.Equal(got, pay) {
@@ -374,5 +379,29 @@ func BenchmarkUDPAdd(b *testing.B) {
 				b.Fatal("dropped")
 			}
 		})
+	}
+}
+
+// The way of a datagram costs no allocation, in or out.
+func TestUDPAllocatesNothing(t *testing.T) {
+	s, d, h := udpStack(tun.VnetHdr | tun.TSO | tun.USO)
+	d.quiet, h.quiet = true, true
+	b := s.newUDPBatch()
+	w := s.PacketWriter()
+	one, six := rawUDP(app4, far4, make([]byte, 200)), rawUDP(app6, far6, make([]byte, 9000))
+	super := tun.Header{Flags: tun.NeedsCsum, CsumStart: 40, CsumOffset: 6, GSOType: tun.GSOUDPL4, GSOSize: 100}
+	out := append(repeat(20, 1200, far4, app4), repeat(3, 65527, far6, app6)...)
+	refused := flow.Packet{Src: app4, Dst: far4, Head: one[:28]}
+	if n := testing.AllocsPerRun(100, func() {
+		b.add(one, &tun.Header{})
+		b.add(six, &super)
+		b.flush()
+		_, _ = w.WritePackets(out)
+		w.Refuse(refused, flow.RefusePort)
+	}); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+	if st := s.Stats().UDP; st.In < 9000 || st.Out < 2300 || st.Refused < 100 {
+		t.Errorf("%+v", st)
 	}
 }

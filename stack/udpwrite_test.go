@@ -174,6 +174,23 @@ func TestUDPWriteID(t *testing.T) {
 	}
 }
 
+// A sum of zero is written as all ones: zero means that there is no checksum, which IPv6 forbids.
+func TestUDPWriteZeroSum(t *testing.T) {
+	for _, c := range []struct{ src, dst netip.AddrPort }{{far4, app4}, {far6, app6}} {
+		// With this payload the sum over the datagram comes out as zero.
+		p := rawUDP(c.src, c.dst, []byte{0, 0})
+		payload := bytes.Clone(p[len(p)-4 : len(p)-2]) // the checksum of the one with zeros
+		s, d, _ := udpStack(0)
+		if _, err := s.PacketWriter().WritePackets([]flow.Packet{{Src: c.src, Dst: c.dst, Payload: payload}}); err != nil {
+			t.Fatal(err)
+		}
+		f := d.frames[0].p
+		if got := f[len(f)-4 : len(f)-2]; got[0] != 0xff || got[1] != 0xff {
+			t.Errorf("%v: checksum %x", c.src, got)
+		}
+	}
+}
+
 func TestUDPWriteErrors(t *testing.T) {
 	ps := repeat(3, 100, far4, app4)
 	// A full device loses the frame and nothing else.
