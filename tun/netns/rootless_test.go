@@ -1,0 +1,91 @@
+package netns
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// asUser is the uid of the tests without root, when they are run by root.
+const asUser = 54321
+
+// TestSpawnHostResolvers has a host with systemd-resolved and nscd.
+func TestSpawnHostResolvers(t *testing.T) {
+	if os.Geteuid() != 0 || noNamespace != "" {
+		t.Skip("needs root and a mount namespace: ", noNamespace)
+	}
+	for _, dir := range []string{"/etc", "/run"} {
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=755"); err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Unmount(dir, unix.MNT_DETACH)
+	}
+	for _, d := range []string{"/run/systemd/resolve", "/run/nscd", "/run/resolvconf"} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	os.WriteFile("/run/nscd/socket", nil, 0o666)
+	os.WriteFile("/run/systemd/resolve/io.systemd.Resolve", nil, 0o666)
+	os.WriteFile("/run/systemd/resolve/stub-resolv.conf", []byte("nameserver 127.0.0.53\noptions edns0 trust-ad\nsearch lan\n"), 0o644)
+	os.WriteFile("/run/resolvconf/resolv.conf", []byte("nameserver 10.0.0.1\n"), 0o644)
+	defer unix.Umask(unix.Umask(0o077))
+	const want = "nameserver 192.0.2.53\nnameserver 2001:db8::53\n"
+	for _, c := range []struct{ link, want string }{
+		{"../run/systemd/resolve/stub-resolv.conf", want + "options edns0\nsearch lan\n"},
+		{"/run/resolvconf/resolv.conf", want},
+	} {
+		os.Remove(resolvConf)
+		if err := os.Symlink(c.link, resolvConf); err != nil {
+			t.Fatal(err)
+		}
+		out, exit, err := run(t, testSpec("/bin/sh", "-c", "cat /etc/resolv.conf; ls -l /etc/resolv.conf | cut -c1; stat -Lc %a /etc/resolv.conf; ls /run/nscd; ls /run/systemd/resolve | grep -v stub; ls /tmp | grep '^resolv.conf'"))
+		if out != c.want+"l\n644\n" || err != nil || exit != 1 {
+			t.Errorf("%s: %q, %d, %v", c.link, out, exit, err)
+		}
+	}
+	os.Remove("/run/resolvconf/resolv.conf")
+	if c, err := Spawn(t.Context(), testSpec("true")); err == nil || !strings.Contains(err.Error(), "/run/resolvconf/resolv.conf does not exist: make it") {
+		t.Errorf("%v", err)
+		if err == nil {
+			c.Close()
+		}
+	}
+	s := testSpec("true")
+	s.Nameserver = nil
+	if _, exit, err := run(t, s); exit != 0 || err != nil {
+		t.Errorf("without a nameserver: %d, %v", exit, err)
+	}
+}
+
+// TestRootless runs the tests of Spawn as an ordinary user.
+func TestRootless(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("the tests run without root as it is")
+	}
+	if st, err := os.Stat(tunNode); noNamespace != "" || err != nil || st.Mode().Perm() != 0o666 {
+		t.Skip("no TUN node for everyone could be made: ", noNamespace, err)
+	}
+	out, err := asOrdinaryUser("-test.run=^TestSpawn", "-test.v")
+	if err != nil || !bytes.Contains(out, []byte("--- PASS: TestSpawnWorld")) {
+		t.Errorf("%v\n%s", err, out)
+	}
+	for _, line := range strings.Split(string(out), "\n") {
+		if strings.Contains(line, "SKIP") {
+			t.Log(line)
+		}
+	}
+}
+
+func asOrdinaryUser(args ...string) ([]byte, error) {
+	cmd := exec.Command("/proc/self/exe", args...)
+	cmd.Env = append(slices.Clone(os.Environ()), "HOME=/")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: asUser, Gid: asUser}}
+	return cmd.CombinedOutput()
+}
