@@ -82,7 +82,7 @@ func TestUsageErrors(t *testing.T) {
 		{"P --mtu 0", "cannot use --mtu 0: must be a number from 1280 to 65535"},
 		{"P --mtu -1", "must be a number from"},
 		{"P --max-pending 0", "must be a number from 1 to 1000000"},
-		{"P --max-pending 10", "cannot use --max-pending-per-destination 64: more than --max-pending 10"},
+		{"P --max-pending 10", "cannot use --max-pending-per-destination 256: more than --max-pending 10"},
 		{"P --max-mappings 1e3", "must be a number"},
 		{"P --connect-timeout 0", "must be from 100ms to 5m"},
 		{"P --connect-timeout -1s", "must be from 100ms to 5m"},

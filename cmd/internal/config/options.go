@@ -96,11 +96,7 @@ and is refused if there is none.`,
 through the proxy.
 .Ar ADDR
 is an address, with a port if it is not 53.
-TCP connections to port 53 are carried to the first of them.
-In
-.Cm run
-the first also stands in the program's
-.Pa /etc/resolv.conf .`,
+TCP connections to port 53 are carried to the first of them.`,
 	},
 	{
 		Name: "connect-timeout", Arg: "TIME", Default: "10s", Cmds: all, set: duration("100ms", "5m", func(c *Config) *timeDuration { return &c.ConnectTimeout }),
@@ -128,13 +124,13 @@ minutes at least).
 It lives on while the socket is open.`,
 	},
 	{
-		Name: "max-pending", Arg: "N", Default: "4096", Cmds: all, set: number(1, 1_000_000, func(c *Config) *int { return &c.MaxPending }),
+		Name: "max-pending", Arg: "N", Default: "8192", Cmds: all, set: number(1, 1_000_000, func(c *Config) *int { return &c.MaxPending }),
 		Help: "TCP connections that may wait for the proxy at a time",
 		Man: `How many TCP connections may wait for the proxy's answer at a time, from 1 to 1000000.
 More are left unanswered, so that the program's kernel tries again a second later.`,
 	},
 	{
-		Name: "max-pending-per-destination", Arg: "N", Default: "64", Cmds: all, set: number(1, 1_000_000, func(c *Config) *int { return &c.MaxPendingPerDest }),
+		Name: "max-pending-per-destination", Arg: "N", Default: "256", Cmds: all, set: number(1, 1_000_000, func(c *Config) *int { return &c.MaxPendingPerDest }),
 		Help: "the same for each destination address",
 		Man:  `The same for each destination address; not more than` + "\n.Fl -max-pending .",
 	},
@@ -164,11 +160,11 @@ none, for kernels that lack them: slow.`,
 	{
 		Name: "keep-proxy-env", Cmds: Run | Check, set: setKeepProxyEnv,
 		Help: "leave http_proxy and its like in the program's environment",
-		Man: `Leave the variables
-.Ev http_proxy , https_proxy , ftp_proxy , all_proxy
-and
-.Ev no_proxy
-(also in capitals) in the program's environment.
+		Man: `Leave
+.Ev http_proxy , all_proxy , no_proxy
+and all other variables whose name ends in
+.Ev _proxy ,
+in small letters or capitals, in the program's environment.
 Without this option they are taken out: the program would hand its traffic to a proxy in its own name, through ours.
 .Ev VIASOCKS_*
 is always taken out.`,

@@ -72,8 +72,6 @@ func startContext(signals <-chan os.Signal) (context.Context, context.CancelFunc
 	return ctx, func() { cancel(nil) }
 }
 
-func nameservers() []netip.Addr { return []netip.Addr{nameserver} }
-
 // proxyName is the default upstream for the log.
 func proxyName(cfg *config.Config) string {
 	if cfg.Default == "" {

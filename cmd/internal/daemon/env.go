@@ -82,7 +82,7 @@ func memory() int64 {
 // programEnv is the program's environment: without variables that name a proxy, which inside its namespace would
 // mean somebody else's idea of the way out, and without ours, which may hold a password.
 func programEnv(environ []string, keepProxy bool) []string {
-	var out []string
+	out := []string{} // not nil, which would mean all of ours
 	for _, e := range environ {
 		name, _, _ := strings.Cut(e, "=")
 		if strings.HasPrefix(name, "VIASOCKS_") || !keepProxy && strings.HasSuffix(strings.ToLower(name), "_proxy") {

@@ -2,12 +2,14 @@ package daemon
 
 import (
 	"context"
+	"net/netip"
 	"os"
 	"os/signal"
 	"syscall"
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/netns"
 )
@@ -46,7 +48,7 @@ func Run(cfg *config.Config, environ []string, stdin, stdout, stderr *os.File) (
 		Stdin: stdin, Stdout: stdout, Stderr: stderr,
 		TUN:        netns.TUNOptions{MTU: cfg.MTU, VnetHdr: cfg.Offload != tun.OffloadOff},
 		Addrs:      tunAddrs,
-		Nameserver: nameservers(),
+		Nameserver: []netip.Addr{nameserver},
 		// The shell that started us has to see it when the program stops.
 		FollowStops: true,
 	})
@@ -58,7 +60,13 @@ func Run(cfg *config.Config, environ []string, stdin, stdout, stderr *os.File) (
 	if err != nil {
 		return 0, err
 	}
-	p, err := newPlane(cfg, dev, diagSockets{child.Diag}, dial, e.log)
+	var sockets flow.Sockets
+	if child.Diag != nil {
+		sockets = diagSockets{child.Diag}
+	} else {
+		e.log.Warn("the program's sockets can't be looked at: mappings end by time alone", "err", child.DiagErr)
+	}
+	p, err := newPlane(cfg, dev, sockets, dial, e.log)
 	if err != nil {
 		return 0, err
 	}
