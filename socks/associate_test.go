@@ -123,6 +123,14 @@ func TestAssociate(t *testing.T) {
 	if r := srv.Requests(); len(r) != 1 || r[0].Cmd != sockstest.CmdAssociate || r[0].Dst != (sockstest.Addr{IP: netip.IPv4Unspecified()}) {
 		t.Errorf("requests %+v", r)
 	}
+	alive := make(chan int, 1)
+	d.post(func() {
+		v, _ := unix.GetsockoptInt(a.fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE)
+		alive <- v
+	})
+	if <-alive != 1 {
+		t.Error("no keepalive on the control connection")
+	}
 	fd, err := a.Dial()
 	if err != nil {
 		t.Fatal(err)
@@ -152,9 +160,8 @@ func TestAssociate(t *testing.T) {
 	if src, p := receive(t, u); src != stranger || p != "relay" {
 		t.Errorf("%q from %v", p, src)
 	}
-	// Nothing refers to a but the Dialer; garbage collection must not end it.
+	// From here on nothing refers to a but the Dialer; garbage collection must not end it.
 	a2 := weakly(a)
-	a = nil
 	for range 3 {
 		runtime.GC()
 	}
@@ -240,6 +247,20 @@ func TestAssociationClosed(t *testing.T) {
 	a.Close()
 	waitFor(t, func() bool { return d.Stats() == Stats{} })
 	a.OnClose(func(err error) { t.Errorf("told %v", err) })
+}
+
+// TestAssociationCloseRaces: the server's end comes between Close and its turn on the loop.
+func TestAssociationCloseRaces(t *testing.T) {
+	d, c, _ := setup(t, Options{})
+	a, err := associate(t, c, context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ran := make(chan struct{})
+	d.post(func() { a.Close(); a.end(io.EOF); close(ran) })
+	<-ran
+	a.OnClose(func(err error) { t.Errorf("told %v", err) })
+	waitFor(t, func() bool { return d.Stats() == Stats{} })
 }
 
 func TestAssociationJunk(t *testing.T) {

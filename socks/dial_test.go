@@ -186,6 +186,9 @@ func testConnect(t *testing.T, login bool) {
 	if fl, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); fl&unix.FD_CLOEXEC == 0 || err != nil {
 		t.Errorf("the socket is inherited: %x, %v", fl, err)
 	}
+	if err := unix.EpollCtl(c.d.epoll, unix.EPOLL_CTL_DEL, fd, nil); err != unix.ENOENT {
+		t.Errorf("the loop still watches the socket: %v", err)
+	}
 	nc := conn(t, fd)
 	nc.Write([]byte("world"))
 	b := make([]byte, 11)
@@ -297,6 +300,14 @@ func TestFaults(t *testing.T) {
 			}
 		})
 	}
+	// One deadline for both answers: time that the greeting took is not given again.
+	srv.SetFaultAt(greeting, func(sockstest.Request) sockstest.Fault { return sockstest.Fault{Delay: handshake * 2 / 3} })
+	srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Silence() })
+	began := time.Now()
+	if _, err := connect(t, c, context.Background(), AddrFrom(dst)); !errors.Is(err, ErrSilent) || time.Since(began) > handshake*3/2 {
+		t.Errorf("late greeting, then silence: %v after %v", err, time.Since(began))
+	}
+	srv.SetFaultAt(greeting, nil)
 	srv.SetFault(nil)
 	fd, err := connect(t, c, context.Background(), AddrFrom(dst))
 	if err != nil {

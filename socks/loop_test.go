@@ -148,6 +148,30 @@ func TestOnce(t *testing.T) {
 	t.Logf("granted %d, cancelled %d, closed %d", kinds[0].Load(), kinds[1].Load(), kinds[2].Load())
 }
 
+// TestFinishedOnce: a cancel that was already on its way when the dial was granted, or refused, does nothing.
+func TestFinishedOnce(t *testing.T) {
+	d, c, srv := setup(t, Options{})
+	srv.Redirect(testDst.AddrPort(), echo(t))
+	for _, refused := range []bool{false, true} {
+		if refused {
+			srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Reply(5) })
+		}
+		results := make(chan dialed, 2)
+		p := &dial{d: d, c: c, ctx: context.Background(), cmd: CmdConnect, dst: testDst, done: func(fd int, err error) { results <- dialed{fd, err} }}
+		d.start(p)
+		r := <-results
+		if r.err == nil {
+			unix.Close(r.fd)
+		}
+		ran := make(chan struct{})
+		d.post(func() { p.finish(context.Canceled); close(ran) })
+		<-ran
+		if len(results) > 0 || d.Stats() != (Stats{}) {
+			t.Errorf("refused %v: done was called again, or the books are wrong: %+v", refused, d.Stats())
+		}
+	}
+}
+
 func TestCloseFailsAll(t *testing.T) {
 	d, c, srv := setup(t, Options{})
 	a, err := associate(t, c, context.Background())

@@ -119,8 +119,13 @@ func TestLastGoodAnswerIsKept(t *testing.T) {
 	defer again.Close()
 	again.Redirect(testDst.AddrPort(), echo(t))
 	mustConnect(t, c)
+	// The old answer was good after all: no dial asks again.
+	asked := n.asked.Load()
 	time.Sleep(lookAgain)
 	mustConnect(t, c)
+	if now := n.asked.Load(); now != asked {
+		t.Errorf("asked %d times, then %d", asked, now)
+	}
 }
 
 func TestNoSuchServer(t *testing.T) {
