@@ -155,15 +155,7 @@ func oneHost(a netip.Addr) bool {
 	return a.IsValid() && !a.IsUnspecified() && !a.IsLoopback() && !a.IsMulticast() && !a.Is4In6()
 }
 
-// Extension headers that may stand between the IPv6 header and the upper layer (RFC 8200 4.1).
-const (
-	ip6HopByHop = 0
-	ip6Routing  = 43
-	ip6Fragment = 44
-	ip6DestOpts = 60
-)
-
-// skipExtensions finds the upper layer of an IPv6 packet: its protocol and where it begins. off is -1 when the headers
+// skipExtensions finds the upper layer of an IPv6 packet (RFC 8200 4.1): its protocol and where it begins. off is -1 when the headers
 // do not end within p. first is false in a fragment that is not the first one; off is then where the fragment's data
 // begins.
 func skipExtensions(p []byte) (proto byte, off int, first bool) {
@@ -171,12 +163,12 @@ func skipExtensions(p []byte) (proto byte, off int, first bool) {
 	for {
 		var n int
 		switch proto {
-		case ip6HopByHop, ip6Routing, ip6DestOpts:
+		case protoHopByHop, protoRouting, protoDestOpts:
 			if len(p) < off+8 {
 				return proto, -1, first
 			}
 			n = (int(p[off+1]) + 1) * 8
-		case ip6Fragment:
+		case protoFragment:
 			if len(p) < off+8 {
 				return proto, -1, first
 			}

@@ -94,8 +94,8 @@ func ip6Upper(p []byte) (proto byte, off int) {
 	proto, off = p[6], ip6HeaderLen
 	for {
 		switch proto {
-		case ip6HopByHop, ip6DestOpts:
-		case ip6Routing: // segments left: there is another destination after this one
+		case protoHopByHop, protoDestOpts:
+		case protoRouting: // segments left: there is another destination after this one
 			if len(p) < off+8 || p[off+3] != 0 {
 				return proto, off
 			}
@@ -189,7 +189,7 @@ func (b *udpBatch) addUDP(p []byte, off int, h *tun.Header) {
 func (s *Stack) carried(src, dst netip.Addr) bool {
 	// Multicast and broadcast (local peer discovery, SSDP, mDNS, DHCP) mean the app's own link: a proxy would carry them
 	// to somebody else's.
-	if dst.IsMulticast() || dst == ip4Broadcast {
+	if dst.IsMulticast() || dst == broadcast {
 		s.stats.udp.droppedMulticast.Add(1)
 		return false
 	}
@@ -199,8 +199,6 @@ func (s *Stack) carried(src, dst netip.Addr) bool {
 	}
 	return true
 }
-
-var ip4Broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 
 // verifyUDP verifies the checksum of udp, a whole datagram of the IP packet p. Zero means none over IPv4, and is
 // forbidden over IPv6 (RFC 768, RFC 8200 8.1).
