@@ -63,7 +63,7 @@ unit: build
 race: ## Run all tests under the race detector
 	$(GO) test $(TESTFLAGS) -race -timeout 12m ./...
 
-# The demo's downloads as a test, with files of a tenth.
+# The demo as a test, on smaller files.
 .PHONY: aria
 aria: build
 	@if [[ $$EUID -eq 0 ]]; then DEMO_SCALE=10 scripts/demo.sh; else echo "aria: skipped: the demo's namespaces need root"; fi

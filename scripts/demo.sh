@@ -11,7 +11,8 @@
 # the host is changed, and whatever happens, the end of the script clears it all away. Exit status: 0 only when every
 # hash was right, every server saw the proxy's address, no packet leaked, and the counter was shown to count.
 #
-# DEMO_SCALE (percent, default 100) makes the files smaller or larger; DEMO_KEEP=1 keeps the directory with the logs.
+# DEMO_SCALE (percent, default 100) makes the files but that for HTTP smaller or larger: aria2 opens its 16 connections
+# only to what is large enough for them. DEMO_KEEP=1 keeps the directory with the logs.
 set -euo pipefail
 export LC_ALL=C PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
@@ -110,10 +111,10 @@ listening() { [[ -n $(in_ns "$1" ss -Hln"$2" src "$3:$4") ]]; }
 
 # --- what is downloaded -------------------------------------------------------------------------------------------
 
-# payload FILE MIB makes a file that can't be compressed or mistaken, and notes its sha256 and size.
+# payload FILE MIB [PERCENT] makes a file that can't be compressed or mistaken, and notes its sha256 and size.
 declare -A sum size
 payload() {
-	local mib=$(($2 * ${DEMO_SCALE:-100} / 100))
+	local mib=$(($2 * ${3:-100} / 100))
 	((mib > 0)) || mib=1
 	head -c $((mib << 20)) /dev/urandom >"$T/files/$1"
 	size[$1]=$((mib << 20))
@@ -133,11 +134,8 @@ torrent() {
 make_files() {
 	mkdir -p "$T/files" "$T/got"
 	payload http.bin 256
-	payload ftp.bin 64
-	payload sftp.bin 64
-	payload http-tracker.bin 64
-	payload udp-tracker.bin 64
-	payload dht.bin 64
+	local file
+	for file in ftp sftp http-tracker udp-tracker dht; do payload $file.bin 64 "${DEMO_SCALE:-100}"; done
 	# By name, so that the tracker's name is looked up through the proxy too.
 	torrent http-tracker.bin -a http://tracker.demo.test:6969/announce
 	torrent udp-tracker.bin -a udp://tracker.demo.test:6969/announce
