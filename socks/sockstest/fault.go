@@ -41,10 +41,11 @@ type Fault struct {
 	Bound *Addr         // BND.ADDR and BND.PORT of the answer in place of the true ones
 	Extra []byte        // sent together with the answer, in one write
 
-	// For the datagrams of an association, toward the client.
-	Frag     byte         // their FRAG
-	BadUDP   bool         // their headers are cut short
-	MangleTo func([]byte) // whatever else, on header and payload in place
+	// For the datagrams of an association. Association.SetFault changes these while it lives.
+	DropUDP  bool         // neither way
+	Frag     byte         // FRAG of those toward the client
+	BadUDP   bool         // headers toward the client are cut short
+	MangleTo func([]byte) // whatever else toward the client, on header and payload in place
 }
 
 // Reply answers with code, RFC 1928 section 6, and closes.

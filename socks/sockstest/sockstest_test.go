@@ -1,7 +1,6 @@
 package sockstest
 
 import (
-	"bytes"
 	"errors"
 	"io"
 	"net"
@@ -335,74 +334,4 @@ func TestAssociate(t *testing.T) {
 	if _, ok := s.WaitAssociations(0, time.Second); !ok {
 		t.Fatal("still associated")
 	}
-}
-
-func TestFaults(t *testing.T) {
-	granted := []byte{5, 0, 0, 1, 0, 0, 0, 0, 0, 0}
-	tests := []struct {
-		name string
-		f    Fault
-		want []byte
-		err  error // how the stream ends; nil: it is kept
-	}{
-		{"reply", Reply(4), []byte{5, 4, 0, 1, 0, 0, 0, 0, 0, 0}, io.EOF},
-		{"silence", Silence(), nil, nil},
-		{"close", EarlyClose(), nil, io.EOF},
-		{"reset", EarlyReset(), nil, syscall.ECONNRESET},
-		{"garbage", Garbage(), Garbage().Raw, io.EOF},
-		{"bad version", BadVersion(), BadVersion().Raw, nil},
-		{"half", Half(3, RST), granted[:3], syscall.ECONNRESET},
-		{"drip", Fault{Reply: 1, Drip: time.Millisecond}, []byte{5, 1, 0, 1, 0, 0, 0, 0, 0, 0}, io.EOF},
-	}
-	s := start(t, WithRedirectsOnly())
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			s.SetFault(func(Request) Fault { return tt.f })
-			c, err := net.Dial("tcp", s.Addr().String())
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer c.Close()
-			c.Write([]byte{5, 1, 0})
-			expect(t, c, "\x05\x00")
-			// ASSOCIATE, since it is granted without a target.
-			c.Write(appendAddr([]byte{5, CmdAssociate, 0}, Addr{}))
-			got := make([]byte, len(tt.want))
-			if _, err := io.ReadFull(c, got); err != nil {
-				t.Fatal(err)
-			}
-			if tt.f.Cut == 0 && !bytes.Equal(got, tt.want) {
-				t.Fatalf("got % x", got)
-			}
-			if tt.err == nil {
-				c.SetReadDeadline(time.Now().Add(30 * time.Millisecond))
-				expectErr(t, c, os.ErrDeadlineExceeded)
-				return
-			}
-			c.SetReadDeadline(time.Now().Add(5 * time.Second))
-			expectErr(t, c, tt.err)
-		})
-	}
-}
-
-func TestAuth(t *testing.T) {
-	s := start(t, WithAuth("alice", "secret"), WithRedirectsOnly())
-	for pass, want := range map[string]string{"secret": "\x01\x00", "wrong": "\x01\x01"} {
-		c, err := net.Dial("tcp", s.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		c.Write([]byte{5, 2, 0, 2})
-		expect(t, c, "\x05\x02")
-		c.Write(append([]byte("\x01\x05alice"), append([]byte{byte(len(pass))}, pass...)...))
-		expect(t, c, want)
-		c.Close()
-	}
-	c, err := net.Dial("tcp", s.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	c.Write([]byte{5, 1, 0})
-	expect(t, c, "\x05\xff")
 }

@@ -15,11 +15,11 @@ type Association struct {
 	s     *Server
 	c     *net.TCPConn
 	req   Request
-	fault Fault
 	relay *net.UDPConn // toward the client
 
 	mu     sync.Mutex
 	closed bool
+	fault  Fault
 	client netip.AddrPort  // where its datagrams came from last
 	out    [2]*net.UDPConn // toward the world, one each for IPv4 and IPv6, made when first needed
 }
@@ -104,7 +104,7 @@ func (a *Association) fromClient() {
 		}
 		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
 		dst, payload, ok := parseDatagram(buf[:n])
-		if !ok || from.Addr() != control {
+		if !ok || from.Addr() != control || a.faultNow().DropUDP {
 			a.s.n.udpBad.Add(1)
 			continue
 		}
@@ -173,17 +173,37 @@ func (a *Association) fromWorld(u *net.UDPConn) {
 	}
 }
 
-var errNoClient = errors.New("the client has not sent a datagram yet")
+var (
+	errNoClient = errors.New("the client has not sent a datagram yet")
+	errDropped  = errors.New("dropped by a fault")
+)
+
+// SetFault changes how the association's datagrams are treated from now on. What concerns the answer is past.
+func (a *Association) SetFault(f Fault) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.fault = f
+}
+
+func (a *Association) faultNow() Fault {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.fault
+}
 
 // Send sends a datagram to the client as if src had sent it.
 func (a *Association) Send(src Addr, payload []byte) error {
-	b := append([]byte{0, 0, a.fault.Frag}, appendAddr(nil, src)...)
-	if a.fault.BadUDP {
-		b, payload = b[:min(len(b), 6)], nil
+	f := a.faultNow()
+	if f.DropUDP {
+		return errDropped
+	}
+	b := append([]byte{0, 0, f.Frag}, appendAddr(nil, src)...)
+	if f.BadUDP {
+		b, payload = b[:6], nil
 	}
 	b = append(b, payload...)
-	if a.fault.MangleTo != nil {
-		a.fault.MangleTo(b)
+	if f.MangleTo != nil {
+		f.MangleTo(b)
 	}
 	return a.SendRaw(b)
 }
