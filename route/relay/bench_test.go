@@ -27,7 +27,7 @@ func BenchmarkRoundTrip(b *testing.B) {
 		f.app.out = f.app.out[:0]
 		f.app.mu.Unlock()
 	}
-	f.up.Close()
+	f.Abort()
 	f.result(b)
 }
 

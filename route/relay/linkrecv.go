@@ -11,9 +11,9 @@ import (
 )
 
 const (
-	rxVec     = 32      // messages for one recvmmsg; with UDP_GRO each may hold 64 datagrams
+	rxVec     = 32      // most messages for one recvmmsg; with UDP_GRO each may hold 64 datagrams
 	rxBuf     = 1 << 16 // the longest datagram and the longest GRO run
-	rxCalls   = 2       // recvmmsg calls for one turn
+	rxTurn    = 256     // datagrams for one turn, more or less; also bounded by turnBytes
 	rxPackets = 256     // datagrams for one sink call
 	ctlLen    = 24      // CMSG_SPACE of an int
 )
@@ -27,11 +27,12 @@ type rxBuffers struct {
 	names [rxVec]unix.RawSockaddrInet6 // large enough for both families
 	ctl   [rxVec][ctlLen]byte
 	used  int // headers that the last call may have changed
+	vec   int // messages for the next call: fewer when they are large, so that a turn keeps to its budget
 	pkts  []flow.Packet
 }
 
 func newRxBuffers() *rxBuffers {
-	b := &rxBuffers{data: make([]byte, rxVec*rxBuf), used: rxVec, pkts: make([]flow.Packet, 0, rxPackets)}
+	b := &rxBuffers{data: make([]byte, rxVec*rxBuf), used: rxVec, vec: rxVec, pkts: make([]flow.Packet, 0, rxPackets)}
 	for i := range b.msgs {
 		b.iov[i].Base = &b.data[i*rxBuf]
 		b.iov[i].SetLen(rxBuf)
@@ -44,7 +45,7 @@ func newRxBuffers() *rxBuffers {
 	return b
 }
 
-// recv receives up to rxVec messages.
+// recv receives up to b.vec messages.
 func (b *rxBuffers) recv(fd int) (int, unix.Errno) {
 	for i := range b.used {
 		h := &b.msgs[i].Hdr
@@ -52,7 +53,7 @@ func (b *rxBuffers) recv(fd int) (int, unix.Errno) {
 		h.SetControllen(ctlLen)
 	}
 	for {
-		n, _, e := unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&b.msgs[0])), rxVec,
+		n, _, e := unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&b.msgs[0])), uintptr(b.vec),
 			unix.MSG_DONTWAIT, 0, 0)
 		if e == unix.EINTR {
 			continue
@@ -105,7 +106,8 @@ func (k *link) receive() (again bool) {
 		k.l.rx = newRxBuffers()
 	}
 	b := k.l.rx
-	for range rxCalls {
+	for datagrams, bytes := 0, 0; datagrams < rxTurn && bytes < turnBytes; {
+		asked := b.vec
 		n, e := b.recv(k.fd)
 		if e == unix.EAGAIN {
 			k.got &^= sockIn | sockHup | sockErr
@@ -117,12 +119,20 @@ func (k *link) receive() (again bool) {
 				return false
 			}
 			k.st.unreachable.Add(1)
+			datagrams++
 			continue
 		}
-		k.deliver(b, n)
+		d, size := k.deliver(b, n)
+		datagrams += d
+		bytes += size
+		if size > turnBytes {
+			b.vec = max(b.vec/2, 2)
+		} else if size < turnBytes/4 {
+			b.vec = min(b.vec*2, rxVec)
+		}
 		// A short count means that the socket was empty, and the next datagram is a new edge; but an ICMP error may
 		// have cut it short: then only EAGAIN is proof.
-		if n < rxVec && k.got&sockErr == 0 {
+		if n < asked && k.got&sockErr == 0 {
 			k.got &^= sockIn | sockHup
 			return false
 		}
@@ -130,22 +140,23 @@ func (k *link) receive() (again bool) {
 	return true
 }
 
-// deliver takes n messages apart.
-func (k *link) deliver(b *rxBuffers, n int) {
+// deliver takes n messages apart and hands them to sink. It returns how many datagrams and bytes they were.
+func (k *link) deliver(b *rxBuffers, n int) (datagrams, size int) {
 	var bad, bytes, count uint64
 	b.pkts = b.pkts[:0]
 	for i := range n {
 		m := b.data[i*rxBuf : i*rxBuf+int(b.msgs[i].Len)]
-		size := b.segment(i)
-		if size <= 0 || size > len(m) {
-			size = len(m)
+		size += len(m)
+		seg := b.segment(i)
+		if seg <= 0 || seg > len(m) {
+			seg = len(m)
 		}
 		var from netip.AddrPort
 		if k.codec == nil {
 			from = b.source(i)
 		}
 		for first := true; first || len(m) > 0; first = false { // an empty datagram is one too
-			d := m[:min(size, len(m))]
+			d := m[:min(seg, len(m))]
 			m = m[len(d):]
 			src := from
 			if k.codec != nil {
@@ -178,6 +189,7 @@ func (k *link) deliver(b *rxBuffers, n int) {
 		k.sink(b.pkts)
 		b.pkts = b.pkts[:0]
 	}
+	return int(bad + count), size
 }
 
 // transient: an ICMP error that a connected socket is told, or the kernel's shortage.

@@ -138,13 +138,14 @@ func (k *link) flush(b *txBatch) (sent int) {
 		k.message(b, i)
 	}
 	var bytes int
-	retried := -1
+	tries := 0 // of message i
 	for i := 0; i < b.nmsg; {
 		n, e := sendmmsg(k.fd, b.msgs[i:b.nmsg])
 		for range n {
 			sent += b.run[i].count
 			bytes += b.run[i].payload
 			i++
+			tries = 0
 		}
 		if e == 0 {
 			continue
@@ -156,12 +157,12 @@ func (k *link) flush(b *txBatch) (sent int) {
 				k.st.full.Add(uint64(b.run[i].count))
 			}
 			continue
-		case transient(e) && e != unix.EMSGSIZE && retried != i:
-			// Mostly an ICMP error that an earlier datagram met: this one was not tried.
+		case e == unix.ECONNREFUSED && tries < 3:
+			// The ICMP error that an earlier datagram met: this one was not tried.
 			k.st.unreachable.Add(1)
-			retried = i
+			tries++
 			continue
-		case r.count > 1:
+		case r.count > 1 && (e == unix.EINVAL || e == unix.EMSGSIZE || e == unix.EIO):
 			// No UDP_SEGMENT for this size: over the path's MTU (EINVAL, EMSGSIZE) or no checksum offload (EIO).
 			k.seg = r.size - 1
 			if e == unix.EIO {
@@ -173,9 +174,10 @@ func (k *link) flush(b *txBatch) (sent int) {
 		case e == unix.EMSGSIZE:
 			k.st.tooLarge.Add(1)
 		default:
-			k.st.unsendable.Add(1)
+			k.st.unsendable.Add(uint64(r.count))
 		}
 		i++
+		tries = 0
 	}
 	k.st.sent.Add(uint64(sent))
 	k.st.sentBytes.Add(uint64(bytes))

@@ -13,7 +13,8 @@ import (
 
 // poller is an epoll set that waits in the Go runtime's poller: an epoll descriptor is itself pollable. So a waiting
 // loop is a parked goroutine and no thread sits in epoll_wait, and who wakes it (mostly the frame reader, on the same
-// processor) puts it on the run queue with neither a system call nor a thread switch. An eventfd costs both.
+// processor) puts it on the run queue with neither a system call nor a thread switch. An eventfd and a thread in
+// epoll_wait cost both: 17.9 µs against 8.5 for BenchmarkRoundTrip, and a quarter of BenchmarkDown.
 type poller struct {
 	epfd   int // owned by file
 	file   *os.File

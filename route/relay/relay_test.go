@@ -319,6 +319,9 @@ func TestLoopClosed(t *testing.T) {
 	}
 	ended := make(chan error)
 	go func() { ended <- l.Run(context.Background()) }()
+	runs := make(chan bool)
+	l.do(func() { close(runs) })
+	<-runs
 	var flows []*flowOf
 	for range 20 {
 		flows = append(flows, startFlow(t, l))
