@@ -355,3 +355,44 @@ func TestDropped(t *testing.T) {
 		})
 	}
 }
+
+// TestDataChecksum: a segment of an open stream is verified unless the frame's header says that it need not be.
+func TestDataChecksum(t *testing.T) {
+	for _, end := range []struct{ src, dst netip.AddrPort }{
+		{netip.AddrPortFrom(appIP4, 1234), srv4}, {netip.AddrPortFrom(appIP6, 1234), srv6},
+	} {
+		hdr := ip4HeaderLen
+		if end.src.Addr().Is6() {
+			hdr = ip6HeaderLen
+		}
+		for _, size := range []int{10, 1400, 40 << 10} { // in one view, with headers split off, super-segment
+			r := newRaw(t, Config{})
+			r.send(tun.Header{}, segment(end.src, end.dst, 1000, 0, header.TCPFlagSyn, nil, nil))
+			c := newTestConn()
+			r.request().Accept(c)
+			_, b := r.recv(time.Second)
+			if b == nil {
+				t.Fatal("no SYN-ACK")
+			}
+			iss := header.TCP(b[hdr:]).SequenceNumber()
+			r.send(tun.Header{}, segment(end.src, end.dst, 1001, iss+1, header.TCPFlagAck, nil, nil))
+			must(t, c.opened())
+			good := segment(end.src, end.dst, 1001, iss+1, header.TCPFlagAck, nil, make([]byte, size))
+			bad := append([]byte(nil), good...)
+			bad[len(bad)-1] = 1
+			r.send(tun.Header{}, bad)
+			waitFor(t, "the count", func() bool { return r.s.Stats().DroppedChecksum == 1 })
+			if n, err := c.st.ReadTo(&sliceWriter{b: make([]byte, size)}); n != 0 || !errors.Is(err, flow.ErrAgain) {
+				t.Fatalf("read %d, %v of a segment with a wrong checksum", n, err)
+			}
+			r.send(tun.Header{}, good)
+			w := &sliceWriter{b: make([]byte, size)}
+			waitFor(t, "the data", func() bool { c.st.ReadTo(w); return w.n == size })
+			if s := r.s.Stats(); s.DroppedChecksum != 1 {
+				t.Fatalf("%d wrong checksums", s.DroppedChecksum)
+			}
+			c.st.Abort()
+			c.st.Close()
+		}
+	}
+}

@@ -53,7 +53,7 @@ func (st *stream) init(ep tcpip.Endpoint) {
 
 // first tells the listener, after Opened, what came before the events were asked for.
 func (st *stream) first() {
-	if st.ep.Readiness(waiter.ReadableEvents) != 0 {
+	if !st.closed.Load() && st.ep.Readiness(waiter.ReadableEvents) != 0 {
 		st.l.Ready(flow.Readable)
 	}
 }
