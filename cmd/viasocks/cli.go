@@ -70,7 +70,11 @@ func dispatch(argv, env []string, std streams) int {
 		writeHelp(std.out, c)
 		return exitOK
 	case errors.As(err, &usage):
-		fmt.Fprintf(std.err, "viasocks: %s: see 'viasocks help %s'\n", config.Redact(err.Error()), c.name)
+		hint := "viasocks help " + c.name
+		if c == cmdHelp {
+			hint = "viasocks help"
+		}
+		fmt.Fprintf(std.err, "viasocks: %s: see '%s'\n", config.Redact(err.Error()), hint)
 		return exitUsage
 	case errors.Is(err, daemon.ErrDied):
 		exit = exitDied

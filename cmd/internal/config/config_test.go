@@ -280,7 +280,8 @@ func TestRedact(t *testing.T) {
 	for in, want := range map[string]string{
 		"use --proxy socks5://USER@h:1 with":      "use --proxy socks5://USER@h:1 with",
 		"a socks5://u:p@h:1, b=socks5://u:p@q@h.": "a socks5://u:***@h:1, b=socks5://u:***@h.",
-		"u:p@h":                   "u:***@h",
+		"u:p@h": "u:***@h",
+		"it must read socks5://[user[:password]@]host": "it must read socks5://[user[:password]@]host",
 		"socks5://:p@h":           "socks5://:***@h",
 		"socks5://u@x:p@h":        "socks5://u@x:***@h",
 		"x.conf:3: socks5://u@h:": "x.conf:3: socks5://u@h:",

@@ -12,6 +12,9 @@ var userinfo = regexp.MustCompile(`(?:[A-Za-z0-9+.-]+://)?[^\s:@/=,]*:([^\s"']*)
 // Redact takes the passwords out of URLs in s; the user's name stays. It is for texts that quote what the user wrote.
 func Redact(s string) string {
 	return userinfo.ReplaceAllStringFunc(s, func(m string) string {
+		if strings.HasSuffix(m, "[user[:password]@") { // the form of a URL, in a message
+			return m
+		}
 		i := userinfo.FindStringSubmatchIndex(m)
 		start := i[2]
 		if rest, ok := strings.CutPrefix(m[start:i[3]], "//"); ok { // the colon was the scheme's: look for one behind the user

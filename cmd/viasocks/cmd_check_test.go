@@ -1,0 +1,17 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+func TestCheck(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "conf")
+	conf := "proxy socks5://al:geheim@10.0.0.1\nupstream b=socks5://h:9\nrule port 25 reject\nrule dst 10.0.0.0/8,fd00::/8 via b\ntable 7\n"
+	if err := os.WriteFile(path, []byte(conf), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "check.txt", result(t, viasocks("check", "--config", path, "--dns", "tcp://10.0.0.53,[2001:db8::53]:5353")))
+	golden(t, "check_nodefault.txt", result(t, viasocks("check", "--upstream", "b=socks5://h:9", "--rule", "port 80 via b")))
+}
