@@ -28,8 +28,10 @@ type Config struct {
 	// Resolvers answer port 53, by DNS over TCP through the upstream that the rules give them. None: port 53 is a
 	// port like others.
 	Resolvers []netip.AddrPort
-	Limits    Limits
-	Log       *slog.Logger // nil: none
+	// UDPTimeout is how long a mapping lives after the last datagram when its socket is gone. 0: 5 minutes, RFC 4787.
+	UDPTimeout time.Duration
+	Limits     Limits
+	Log        *slog.Logger // nil: none
 }
 
 // Limits bound what the app can make us hold. Zero fields get the defaults.
@@ -113,6 +115,9 @@ func New(cfg Config) (*Router, error) {
 	if err := cfg.Limits.fill(); err != nil {
 		return nil, err
 	}
+	if cfg.UDPTimeout < 0 {
+		return nil, errors.New("cannot use a UDP timeout below 0")
+	}
 	r := &Router{
 		cfg: cfg, policy: p, log: newFlowLog(cfg.Log), epoch: time.Now(),
 		load: make([]atomic.Int64, len(cfg.Loops)), loopW: make([]flow.PacketWriter, len(cfg.Loops)),
@@ -121,6 +126,9 @@ func New(cfg Config) (*Router, error) {
 	}
 	r.streams.byID = make(map[uint64]*stream)
 	r.udp.init()
+	if cfg.UDPTimeout > 0 {
+		r.udp.life, r.udp.shortLife = cfg.UDPTimeout, min(cfg.UDPTimeout, r.udp.shortLife)
+	}
 	r.ctl.wake = make(chan struct{}, 1)
 	if len(cfg.Resolvers) > 0 {
 		r.dns, err = dns.New(dns.Config{Dial: r.dialResolver, Resolvers: cfg.Resolvers, Log: logTo(r.log)})

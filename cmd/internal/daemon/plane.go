@@ -71,8 +71,9 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 		Upstreams: upstreams(cfg, p.dialer, dial.control),
 		Rules:     cfg.Rules, Default: cfg.Default,
 		Loops: p.loops, Sockets: sockets, Resolvers: cfg.DNS,
-		Limits: route.Limits{Mappings: cfg.MaxMappings},
-		Log:    log,
+		UDPTimeout: cfg.UDPTimeout,
+		Limits:     route.Limits{Mappings: cfg.MaxMappings},
+		Log:        log,
 	}); err != nil {
 		dev.Close()
 		return nil, err
