@@ -17,6 +17,7 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
+	"gvisor.dev/gvisor/pkg/buffer"
 )
 
 // echo accepts every request and writes back what it reads, without a goroutine of its own for each: all work is done
@@ -413,6 +414,52 @@ func TestSuperFrames(t *testing.T) {
 		t.Logf("%s: %d frames of %d bytes on average for %d MiB, acknowledgements included", tt.name, f1-f0, (b1-b0)/(f1-f0), n>>20)
 		if f1-f0 > n/20_000 {
 			t.Errorf("%s: the frames are short", tt.name)
+		}
+	}
+}
+
+// TestTinyWrites: packets of more slices than writev takes are joined.
+func TestTinyWrites(t *testing.T) {
+	p := newPair(t, offAll, Config{})
+	app, up := p.connect(srv4)
+	filled := fillUp(t, up) // so that what follows is queued, and sent in large packets
+	var want bytes.Buffer
+	read := make(chan struct{})
+	go func() {
+		defer close(read)
+		io.CopyN(io.Discard, app, int64(filled)-50_000)
+	}()
+	for i := range 20_000 {
+		s := fmt.Sprintf("%05d", i)
+		want.WriteString(s)
+		if _, err := up.Write([]byte(s)); err != nil {
+			t.Error(err)
+		}
+	}
+	must(t, up.st.CloseWrite())
+	<-read
+	app.SetReadDeadline(time.Now().Add(10 * time.Second))
+	got, err := io.ReadAll(app)
+	must(t, err)
+	if len(got) < want.Len() || !bytes.Equal(got[len(got)-want.Len():], want.Bytes()) {
+		t.Fatalf("%d bytes differ", len(got))
+	}
+}
+
+// TestOutFrame: the slices of a packet stay in order, and no more than writev takes.
+func TestOutFrame(t *testing.T) {
+	for _, n := range []int{1, 2, maxParts - 1, maxParts, maxParts + 1, maxParts + 2, 3 * maxParts} {
+		f := &outFrame{skip: 3}
+		want := []byte{}
+		for i := range n {
+			b := []byte{byte(i), byte(i >> 8), 7, 8}
+			want = append(want, b...)
+			v := buffer.NewViewWithData(b)
+			f.add(v)
+		}
+		got := bytes.Join(f.parts, nil)
+		if !bytes.Equal(got, want[3:]) || len(f.parts) > maxParts {
+			t.Fatalf("%d slices: %d parts, %d bytes of %d", n, len(f.parts), len(got), len(want)-3)
 		}
 	}
 }

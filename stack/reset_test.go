@@ -283,3 +283,47 @@ func TestCloseDelivers(t *testing.T) {
 	app.Close()
 	waitFor(t, "the endpoint to go", func() bool { return len(p.st.ns.RegisteredEndpoints()) == 0 })
 }
+
+// TestQueued: what the app has not taken is known, so that a RST from upstream can wait for it.
+func TestQueued(t *testing.T) {
+	p := newPair(t, offAll, Config{})
+	app, up := p.connect(srv4)
+	queued := up.st.(interface{ Queued() int }).Queued
+	if n := queued(); n != 0 {
+		t.Fatalf("%d of nothing", n)
+	}
+	n := fillUp(t, up)
+	q := queued()
+	if q <= 0 || q > n {
+		t.Fatalf("%d queued of %d written", q, n)
+	}
+	got, b := 0, make([]byte, 32<<10)
+	for last := q; last > 0; {
+		m, err := app.Read(b)
+		must(t, err)
+		got += m
+		now := queued()
+		if now > last {
+			t.Fatalf("%d queued, %d before", now, last)
+		}
+		last = now
+		if n-got <= 0 && last > 0 {
+			waitFor(t, "the last acknowledgement", func() bool { last = queued(); return last == 0 })
+		}
+	}
+	// Now the RST overtakes nothing: all is in the app's kernel.
+	up.st.Abort()
+	for {
+		m, err := app.Read(b)
+		got += m
+		if err != nil {
+			break
+		}
+	}
+	if got != n {
+		t.Fatalf("the app got %d of %d bytes", got, n)
+	}
+	if m := queued(); m != 0 {
+		t.Fatalf("%d queued after Abort", m)
+	}
+}

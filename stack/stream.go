@@ -3,6 +3,7 @@ package stack
 import (
 	"errors"
 	"io"
+	"sort"
 	"sync/atomic"
 
 	"github.com/viasocks/viasocks/stack/flow"
@@ -34,8 +35,9 @@ type stream struct {
 	sentFIN  atomic.Bool
 	readEOF  atomic.Bool
 
-	rd turnWriter   // of the goroutine that reads and writes
-	wr checkPayload // the same
+	rd    turnWriter   // of the goroutine that reads and writes
+	wr    checkPayload // the same
+	fixed bool         // the same; the send buffer is no longer tuned
 }
 
 var _ flow.Stream = (*stream)(nil)
@@ -178,6 +180,36 @@ func (st *stream) Close() error {
 	st.ep.Close()
 	st.s.stats.streams.Add(-1)
 	return nil
+}
+
+// Queued is how many bytes that were written the app's kernel has not acknowledged yet, so that a RST from upstream need
+// not overtake them: Abort drops what is queued. It may be called only when nothing more will be written, by the
+// goroutine that wrote; after CloseWrite it only tells 1, not all, from 0.
+//
+// gVisor has no word for this. It does say whether the buffer has room, of whatever size the buffer is.
+func (st *stream) Queued() int {
+	if st.aborted.Load() || st.closed.Load() || st.reset() {
+		return 0
+	}
+	switch tcp.EndpointState(st.ep.State()) {
+	case tcp.StateFinWait1, tcp.StateClosing, tcp.StateLastAck:
+		return 1
+	}
+	o := st.ep.SocketOptions()
+	size := o.GetSendBufferSize()
+	defer o.SetSendBufferSize(size, false)
+	if !st.fixed {
+		// From here on gVisor leaves the size alone, but for one change that may be under way.
+		st.fixed = true
+		o.SetSendBufferSize(size, true)
+	}
+	search := func() int {
+		return sort.Search(2*maxBuffer, func(n int) bool {
+			o.SetSendBufferSize(int64(n)+1, false)
+			return st.ep.Readiness(waiter.WritableEvents) != 0
+		})
+	}
+	return max(search(), search())
 }
 
 // reset reports, and latches, that the connection ended otherwise than by two FINs. gVisor's states: ERROR after a RST
