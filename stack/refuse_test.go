@@ -367,7 +367,7 @@ func TestDataChecksum(t *testing.T) {
 		}
 		for _, size := range []int{10, 1400, 40 << 10} { // in one view, with headers split off, super-segment
 			r := newRaw(t, Config{})
-			r.send(tun.Header{}, segment(end.src, end.dst, 1000, 0, header.TCPFlagSyn, nil, nil))
+			r.send(tun.Header{Flags: tun.DataValid}, segment(end.src, end.dst, 1000, 0, header.TCPFlagSyn, nil, nil)) // for this frame only
 			c := newTestConn()
 			r.request().Accept(c)
 			_, b := r.recv(time.Second)
@@ -375,7 +375,7 @@ func TestDataChecksum(t *testing.T) {
 				t.Fatal("no SYN-ACK")
 			}
 			iss := header.TCP(b[hdr:]).SequenceNumber()
-			r.send(tun.Header{}, segment(end.src, end.dst, 1001, iss+1, header.TCPFlagAck, nil, nil))
+			r.send(tun.Header{Flags: tun.DataValid}, segment(end.src, end.dst, 1001, iss+1, header.TCPFlagAck, nil, nil))
 			must(t, c.opened())
 			good := segment(end.src, end.dst, 1001, iss+1, header.TCPFlagAck, nil, make([]byte, size))
 			bad := append([]byte(nil), good...)
