@@ -1,0 +1,92 @@
+package daemon
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+)
+
+func TestProgramEnv(t *testing.T) {
+	in := []string{"PATH=/bin", "http_proxy=x", "ALL_PROXY=x", "No_Proxy=x", "VIASOCKS_PROXY=socks5://u:p@h", "PROXY=kept", "odd"}
+	if got, want := programEnv(in, false), []string{"PATH=/bin", "PROXY=kept", "odd"}; !reflect.DeepEqual(got, want) {
+		t.Errorf("%q", got)
+	}
+	if got, want := programEnv(in, true), []string{"PATH=/bin", "http_proxy=x", "ALL_PROXY=x", "No_Proxy=x", "PROXY=kept", "odd"}; !reflect.DeepEqual(got, want) {
+		t.Errorf("%q", got)
+	}
+	if got := programEnv([]string{"VIASOCKS_X=1"}, false); got == nil {
+		t.Error("nil would hand over the whole environment")
+	}
+}
+
+func TestBeyondStub(t *testing.T) {
+	list := filepath.Join(t.TempDir(), "resolv.conf")
+	for _, tt := range []struct{ file, address, want string }{
+		{"nameserver 10.0.0.1\n", "127.0.0.53:53", "10.0.0.1:53"},
+		{"# x\nsearch y\nnameserver 127.0.0.1\nnameserver fd00::1\n", "127.0.0.54:53", "[fd00::1]:53"},
+		{"nameserver 10.0.0.1\n", "192.168.1.1:53", "192.168.1.1:53"},
+		{"nameserver nonsense\n", "127.0.0.53:53", "127.0.0.53:53"},
+	} {
+		if err := os.WriteFile(list, []byte(tt.file), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got := beyondStub(tt.address, list); got != tt.want {
+			t.Errorf("%q: %s asks %s, want %s", tt.file, tt.address, got, tt.want)
+		}
+	}
+	if got := beyondStub("127.0.0.53:53", list+".no"); got != "127.0.0.53:53" {
+		t.Error(got)
+	}
+}
+
+func TestLog(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "log")
+	for range 2 {
+		e, err := newEnv(parse(t, "--proxy", "socks5://h", "--log-file", path), os.Stderr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		e.log.Info("said")
+		e.log.Debug("not said")
+		e.close()
+	}
+	b, err := os.ReadFile(path)
+	if err != nil || strings.Count(string(b), "msg=said") != 2 || bytes.Contains(b, []byte("not said")) {
+		t.Errorf("%s, %v", b, err)
+	}
+	if info, err := os.Stat(path); err != nil || info.Mode().Perm()&0o077 != 0 {
+		t.Errorf("the log is not its owner's alone: %v, %v", info.Mode(), err)
+	}
+	_, err = newEnv(&config.Config{LogFile: "/does/not/exist"}, os.Stderr)
+	if err == nil || err.Error() != "cannot log to /does/not/exist: no such file or directory" {
+		t.Error(err)
+	}
+}
+
+func TestStartContext(t *testing.T) {
+	noLeaks(t)
+	signals := make(chan os.Signal, 1)
+	ctx, cancel := startContext(signals)
+	signals <- syscall.SIGTERM
+	select {
+	case <-ctx.Done():
+	case <-time.After(5 * time.Second):
+		t.Error("the signal does not end it")
+	}
+	cancel()
+	_, cancel = startContext(signals)
+	cancel()
+}
+
+func TestMemory(t *testing.T) {
+	if n := memory(); n < 1<<20 {
+		t.Errorf("this machine has %d bytes of memory", n)
+	}
+}

@@ -1,0 +1,172 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/stacktest"
+	"github.com/viasocks/viasocks/tun"
+	"github.com/viasocks/viasocks/tun/tuntest"
+)
+
+// noLeaks checks at the end that goroutines and files are as they were.
+func noLeaks(t *testing.T) {
+	t.Helper()
+	// The poller keeps descriptors of its own from its first use on.
+	if c, err := net.Listen("tcp4", "127.0.0.1:0"); err == nil {
+		c.Close()
+	}
+	ignore := goleak.IgnoreCurrent()
+	list := func() (files []string) {
+		d, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range d {
+			to, _ := os.Readlink("/proc/self/fd/" + e.Name())
+			files = append(files, to)
+		}
+		return files
+	}
+	before := list()
+	t.Cleanup(func() {
+		goleak.VerifyNone(t, ignore)
+		if after := list(); len(after) != len(before) {
+			t.Errorf("open files before: %q, after: %q", before, after)
+		}
+	})
+}
+
+func parse(t *testing.T, args ...string) *config.Config {
+	t.Helper()
+	c, err := config.Parse(config.Check, args, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// The data plane over a TUN in memory: an app connects through it, and after the stop nothing is left.
+func TestPlane(t *testing.T) {
+	noLeaks(t)
+	far, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer far.Close()
+	go func() {
+		c, err := far.Accept()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		b := make([]byte, 100) // not io.Copy, which keeps a pipe for the next time
+		for n, err := c.Read(b); err == nil; n, err = c.Read(b) {
+			c.Write(b[:n])
+		}
+	}()
+	s, err := sockstest.Listen("tcp4", "127.0.0.1:0", sockstest.WithRedirectsOnly())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	dst := netip.MustParseAddrPort("203.0.113.9:80")
+	s.Redirect(dst, far.Addr().(*net.TCPAddr).AddrPort())
+
+	ours, theirs := tuntest.Pipe(1500, tun.VnetHdr|tun.TSO|tun.USO)
+	app, err := stacktest.New(theirs, netip.MustParseAddr("198.18.0.1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer app.Close()
+	p, err := newPlane(parse(t, "--proxy", s.URL()), ours, nil, dialing{}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.start()
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	c, err := app.DialTCP(ctx, dst)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.Write([]byte("hello")); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 5)
+	if _, err := io.ReadFull(c, b); err != nil || string(b) != "hello" {
+		t.Errorf("%q, %v", b, err)
+	}
+	// The app sees a reset before the host would be steered back.
+	between := false
+	stop(p, func() {
+		between = true
+		c.SetReadDeadline(time.Now().Add(3 * time.Second))
+		var late net.Error
+		if _, err := c.Read(b); err == nil || err == io.EOF || errors.As(err, &late) && late.Timeout() {
+			t.Errorf("the open connection was not reset: %v", err)
+		}
+	})
+	if !between {
+		t.Error("nothing was done between")
+	}
+	p.Close()
+}
+
+// A device that fails is told, once, and all can still be closed.
+func TestPlaneFails(t *testing.T) {
+	noLeaks(t)
+	ours, theirs := tuntest.Pipe(1500, tun.VnetHdr)
+	p, err := newPlane(parse(t, "--proxy", "socks5://127.0.0.1:1"), ours, nil, dialing{}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.start()
+	theirs.Close()
+	select {
+	case err := <-p.failed:
+		if err == nil {
+			t.Error("no reason given")
+		}
+	case <-time.After(5 * time.Second):
+		t.Error("nobody said that the device is gone")
+	}
+	stop(p, nil)
+}
+
+// Never started, or not even whole: everything is given back, the device too.
+func TestPlaneNotStarted(t *testing.T) {
+	noLeaks(t)
+	ours, theirs := tuntest.Pipe(1500, tun.VnetHdr)
+	defer theirs.Close()
+	p, err := newPlane(parse(t, "--upstream", "a=socks5://127.0.0.1:1", "--rule", "direct"), ours, nil, dialing{}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.Close()
+	p.Close()
+
+	ours, theirs = tuntest.Pipe(1500, tun.VnetHdr)
+	defer theirs.Close()
+	bad := parse(t, "--proxy", "socks5://127.0.0.1:1")
+	bad.Default = "nobody"
+	if _, err := newPlane(bad, ours, nil, dialing{}, slog.New(slog.DiscardHandler)); err == nil {
+		t.Error("a default that does not exist is taken")
+	}
+	var h tun.Header
+	if _, err := theirs.Read(&h, make([]byte, tun.MaxFrame), false); err == tun.ErrAgain {
+		t.Error("the device was left open")
+	}
+}

@@ -1,0 +1,129 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/viasocks/viasocks/socks"
+	"github.com/viasocks/viasocks/socks/sockstest"
+)
+
+func listen(t *testing.T, opts ...sockstest.Option) *sockstest.Server {
+	t.Helper()
+	s, err := sockstest.Listen("tcp4", "127.0.0.1:0", opts...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+func TestProbe(t *testing.T) {
+	open, login := listen(t), listen(t, sockstest.WithAuth("al", "geheim"))
+	at := func(stage sockstest.Stage, f sockstest.Fault, opts ...sockstest.Option) string {
+		s := listen(t, opts...)
+		s.SetFaultAt(stage, func(sockstest.Request) sockstest.Fault { return f })
+		return s.Addr().String()
+	}
+	auth := sockstest.WithAuth("al", "geheim")
+	for _, tt := range []struct{ url, want string }{
+		{open.Addr().String(), ""},
+		{"al:x@" + open.Addr().String(), ""}, // it wants no login: none is made
+		{"al:geheim@" + login.Addr().String(), ""},
+		{at(sockstest.AtGreeting, sockstest.Drip(20*time.Millisecond)), ""},
+		{login.Addr().String(), "it wants a login: use --proxy socks5://USER@"},
+		{"al:x@" + login.Addr().String(), "it refused the user or the password"},
+		{at(sockstest.AtGreeting, sockstest.Garbage()), "what answers there does not speak SOCKS5"},
+		{at(sockstest.AtGreeting, sockstest.BadVersion()), "what answers there does not speak SOCKS5"},
+		{at(sockstest.AtGreeting, sockstest.EarlyClose()), "it closed the connection"},
+		{at(sockstest.AtGreeting, sockstest.EarlyReset()), "it closed the connection"},
+		{at(sockstest.AtGreeting, sockstest.Silence()), "it does not answer"},
+		{"al:geheim@" + at(sockstest.AtAuth, sockstest.Silence(), auth), "it does not answer"},
+		{"al:geheim@" + at(sockstest.AtAuth, sockstest.EarlyClose(), auth), "it closed the connection"},
+	} {
+		ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
+		err := probe(ctx, parse(t, "--proxy", "socks5://"+tt.url), dialing{})
+		cancel()
+		if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+			t.Errorf("%s: got %v, want %q", tt.url, err, tt.want)
+		}
+		if err != nil && (strings.Contains(err.Error(), "geheim") || strings.Contains(err.Error(), "\n")) {
+			t.Errorf("%s: shows the password, or has lines: %v", tt.url, err)
+		}
+	}
+	if n := len(open.Requests()) + len(login.Requests()); n != 0 {
+		t.Errorf("the proxies were asked for something: %d requests", n)
+	}
+	// All are looked at; the first that fails is told.
+	err := probe(context.Background(), parse(t, "--proxy", open.URL(), "--upstream", "b="+login.URL()), dialing{})
+	if err == nil || !strings.Contains(err.Error(), login.Addr().String()) {
+		t.Error(err)
+	}
+}
+
+func TestProbeStopped(t *testing.T) {
+	s := listen(t)
+	s.SetFaultAt(sockstest.AtGreeting, func(sockstest.Request) sockstest.Fault { return sockstest.Silence() })
+	ctx, cancel := context.WithCancelCause(context.Background())
+	time.AfterFunc(50*time.Millisecond, func() { cancel(errors.New("stopped by a signal: test")) })
+	if err := probe(ctx, parse(t, "--proxy", s.URL()), dialing{}); err == nil || err.Error() != "stopped by a signal: test" {
+		t.Error(err)
+	}
+}
+
+func TestProbeUsesDialing(t *testing.T) {
+	s := listen(t)
+	marked, asked := 0, ""
+	d := dialing{
+		control: func(int) error { marked++; return nil },
+		resolve: func(_ context.Context, host string) ([]netip.Addr, error) {
+			asked = host
+			return []netip.Addr{netip.MustParseAddr("127.0.0.1")}, nil
+		},
+	}
+	if err := probe(context.Background(), parse(t, "--proxy", fmt.Sprintf("socks5://proxy.test:%d", s.Addr().Port())), d); err != nil {
+		t.Error(err)
+	}
+	if marked != 1 || asked != "proxy.test" {
+		t.Errorf("%d sockets marked, %q asked", marked, asked)
+	}
+	d.control = func(int) error { return syscall.EPERM }
+	if err := probe(context.Background(), parse(t, "--proxy", s.URL()), dialing{control: d.control}); err == nil || !strings.Contains(err.Error(), "operation not permitted") {
+		t.Error(err)
+	}
+}
+
+func TestExplain(t *testing.T) {
+	s, err := socks.ParseServer("socks5://al:geheim@proxy.test:1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fault := func(op string, err error) error { return &socks.ServerError{Server: s.String(), Op: op, Err: err} }
+	for _, tt := range []struct {
+		err  error
+		want string
+	}{
+		{fault(socks.OpResolve, &net.DNSError{Err: "no such host", Name: "proxy.test"}), "cannot find the proxy proxy.test:1: no such host: is the name right?"},
+		{fault(socks.OpResolve, errors.New("no address")), "cannot find the proxy proxy.test:1: no address"},
+		{fault(socks.OpConnect, &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}), "cannot reach the proxy proxy.test:1: connection refused: is it running, and is this its port?"},
+		{fault(socks.OpConnect, syscall.EHOSTUNREACH), "cannot reach the proxy proxy.test:1: no route to host"},
+		{fault(socks.OpConnect, context.DeadlineExceeded), "cannot reach the proxy proxy.test:1: no answer: is the address right?"},
+		{fault(socks.OpConnect, syscall.ETIMEDOUT), "cannot reach the proxy proxy.test:1: no answer: is the address right?"},
+		{fault(socks.OpAuthenticate, socks.ErrMethod), "cannot log in to the proxy proxy.test:1: it takes no user and password, and wants something else"},
+		{fault(socks.OpHandshake, io.ErrUnexpectedEOF), "cannot use the proxy proxy.test:1: it closed the connection: does it speak SOCKS5, and to us?"},
+		{fault(socks.OpHandshake, errors.New("odd")), "cannot use the proxy proxy.test:1: odd"},
+		{errors.New("other"), "other"},
+	} {
+		if got := explain(s, tt.err); got.Error() != tt.want {
+			t.Errorf("%v: got %q, want %q", tt.err, got, tt.want)
+		}
+	}
+}
