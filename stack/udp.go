@@ -51,6 +51,7 @@ func (b *udpBatch) add(frame []byte, h *tun.Header) bool {
 			return false
 		}
 		if binary.BigEndian.Uint16(frame[6:])&0x3fff != 0 { // MF or an offset
+			b.flush() // what came before a fragment is handed on before it
 			return false
 		}
 		if frame[9] != protoUDP {
@@ -77,6 +78,9 @@ func (b *udpBatch) add(frame []byte, h *tun.Header) bool {
 				return b.addICMP(frame[:end], o, h)
 			}
 			if proto != protoUDP {
+				if proto == protoFragment {
+					b.flush()
+				}
 				return false
 			}
 			off = o

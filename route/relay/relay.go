@@ -201,7 +201,8 @@ func (r *Relay) appReset(cause error) {
 	} else {
 		cause = fmt.Errorf("%w: %w", ErrAppReset, cause)
 	}
-	r.beginReset(&rst{byApp: true, cause: cause})
+	// Behind its FIN the app has nothing more to hand over, and nobody would ask it again.
+	r.beginReset(&rst{byApp: true, cause: cause, dry: r.upFIN})
 	r.got |= appIn
 }
 

@@ -199,7 +199,10 @@ func TestDialPendingProgramGone(t *testing.T) {
 	for _, host := range []string{world4, world6} {
 		dst := netip.AddrPortFrom(netip.MustParseAddr(host), 7)
 		before := proxy.Stats().Open
-		fd := a.socket(family(dst), unix.SOCK_STREAM|unix.SOCK_NONBLOCK)
+		fd := a.socket(family(dst), unix.SOCK_STREAM)
+		if err := unix.SetNonblock(fd, true); err != nil {
+			t.Fatal(err)
+		}
 		if err := unix.Connect(fd, sockaddr(dst)); err != unix.EINPROGRESS {
 			t.Fatalf("connect: %v", err)
 		}

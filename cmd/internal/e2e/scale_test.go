@@ -207,8 +207,11 @@ func TestDeadPeers(t *testing.T) {
 	var fds []int
 	for i := range 1000 {
 		addr := netip.AddrFrom4([4]byte{198, 51, 100, byte(i % 250)})
-		fd := a.socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK)
+		fd := a.socket(unix.AF_INET, unix.SOCK_STREAM)
 		defer unix.Close(fd)
+		if err := unix.SetNonblock(fd, true); err != nil {
+			t.Fatal(err)
+		}
 		if err := unix.Connect(fd, sockaddr(netip.AddrPortFrom(addr, silentPort))); !errors.Is(err, unix.EINPROGRESS) {
 			t.Fatal(err)
 		}
