@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"os/exec"
 	"strings"
 	"testing"
@@ -246,6 +247,32 @@ func TestNoIPv6OnTUN(t *testing.T) {
 		}
 		if after := state(t); after != before {
 			t.Errorf("before:\n%s\nafter:\n%s", before, after)
+		}
+	})
+}
+
+func TestWarnsOfReversePath(t *testing.T) {
+	inNamespace(t, func(t *testing.T) {
+		var log bytes.Buffer
+		o := options()
+		o.Log = slog.New(slog.NewTextHandler(&log, nil))
+		for _, strict := range []bool{false, true} {
+			if strict {
+				if err := os.WriteFile("/proc/sys/net/ipv4/conf/eth0/rp_filter", []byte("1"), 0o644); err != nil {
+					t.Skipf("cannot set it: %v", err)
+				}
+			}
+			s, err := Steer(o)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if err := s.Close(); err != nil {
+				t.Error(err)
+			}
+			if strings.Contains(log.String(), "conf.eth0.rp_filter=2") != strict {
+				t.Errorf("strict %v: %s", strict, &log)
+			}
 		}
 	})
 }

@@ -32,10 +32,11 @@ type plane struct {
 	router *route.Router
 	stack  *stack.Stack
 
-	ran    sync.WaitGroup // stack and router
+	ran    sync.WaitGroup // stack, router and giveBack
 	looped sync.WaitGroup
 	failed chan error // the first that ended by itself
 	once   sync.Once
+	stop   context.CancelFunc // of giveBack; nil: not started
 }
 
 // dialing is how our own sockets are made, and the proxy's name looked up.
@@ -138,6 +139,9 @@ func (p *plane) start() {
 	}
 	run(&p.ran, p.router.Run, "router")
 	run(&p.ran, p.stack.Run, "stack")
+	ctx, stop := context.WithCancel(context.Background())
+	p.stop = stop
+	p.ran.Go(func() { giveBack(ctx) })
 }
 
 // refuse resets the app's flows, and new ones from here on.
@@ -151,6 +155,9 @@ func (p *plane) Close() {
 		}
 		if p.stack != nil {
 			p.stack.Close()
+		}
+		if p.stop != nil {
+			p.stop()
 		}
 		p.ran.Wait()
 		for _, l := range p.loops {

@@ -61,6 +61,18 @@ func Up(cfg *config.Config, stderr *os.File) error {
 		stop(p, nil)
 		return err
 	}
+	unsteer := func() (err error) {
+		// The app's flows are reset first: their retransmissions would go to the real peers once the rules are gone.
+		stop(p, func() { err = steering.Close() })
+		return err
+	}
+	// Once more, with the rules in place: what they cut off is better given back at once.
+	if err := probe(ctx, cfg, dial); err != nil {
+		if ctx.Err() == nil {
+			err = fmt.Errorf("cannot steer the host, it is as it was: the rules cut the proxy off: %w (rp_filter=1 on the way to it does that)", err)
+		}
+		return errors.Join(err, unsteer())
+	}
 	var failure error
 	e.log.Info("ready", "tun", cfg.TUN, "proxy", proxyName(cfg))
 	select {
@@ -69,12 +81,9 @@ func Up(cfg *config.Config, stderr *os.File) error {
 	case err := <-p.failed:
 		failure = died(err)
 	}
-	// The app's flows are reset first: their retransmissions would go to the real peers once the rules are gone.
-	stop(p, func() {
-		if err := steering.Close(); err != nil {
-			failure = errors.Join(failure, died(err))
-		}
-	})
+	if err := unsteer(); err != nil {
+		failure = errors.Join(failure, died(err))
+	}
 	return failure
 }
 

@@ -1,0 +1,73 @@
+package daemon
+
+import (
+	"context"
+	"runtime"
+	"runtime/debug"
+	"runtime/metrics"
+	"time"
+)
+
+// With GOGC at 400 the collector is lazy: what a burst of connections left behind stays until the heap has grown
+// five times what lives, which an idle host never does. So after a burst, when it is quiet again, we collect.
+const (
+	quietEvery = 5 * time.Second
+	// quietBytes allocated between two looks is no load worth waiting for.
+	quietBytes = 2 << 20
+	// burstBytes allocated since the last time is worth a collection, some 1 ms for each 10 MB that lives.
+	burstBytes = 8 << 20
+	// A host that is never quiet is collected too, seldom, when most of its heap is garbage or empty.
+	busyEvery = time.Minute
+	busyHeap  = 64 << 20
+)
+
+// giveBack returns memory to the kernel after bursts, until ctx ends.
+func giveBack(ctx context.Context) {
+	tick := time.NewTicker(quietEvery)
+	defer tick.Stop()
+	var g gauge
+	before := g.read()
+	done, doneAt := before.allocated, time.Now()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		now := g.read()
+		quiet := now.allocated-before.allocated < quietBytes && now.allocated-done > burstBytes
+		busy := time.Since(doneAt) > busyEvery && now.held > busyHeap && now.held > 4*now.live
+		before = now
+		if !quiet && !busy {
+			continue
+		}
+		runtime.GC() // what is in a sync.Pool outlives one collection
+		debug.FreeOSMemory()
+		before = g.read()
+		done, doneAt = before.allocated, time.Now()
+	}
+}
+
+// gauge reads the three figures, in bytes: allocated ever, held from the kernel, alive at the last collection.
+type gauge struct{ samples []metrics.Sample }
+
+type heapState struct{ allocated, held, live uint64 }
+
+func (g *gauge) read() heapState {
+	if g.samples == nil {
+		for _, name := range []string{
+			"/gc/heap/allocs:bytes", "/gc/heap/live:bytes",
+			"/memory/classes/heap/objects:bytes", "/memory/classes/heap/unused:bytes", "/memory/classes/heap/free:bytes",
+		} {
+			g.samples = append(g.samples, metrics.Sample{Name: name})
+		}
+	}
+	metrics.Read(g.samples)
+	v := make([]uint64, len(g.samples))
+	for i, s := range g.samples {
+		if s.Value.Kind() == metrics.KindUint64 {
+			v[i] = s.Value.Uint64()
+		}
+	}
+	return heapState{allocated: v[0], live: v[1], held: v[2] + v[3] + v[4]}
+}
