@@ -128,6 +128,7 @@ func New(cfg Config) (*Router, error) {
 	r.udp.init()
 	if cfg.UDPTimeout > 0 {
 		r.udp.life, r.udp.shortLife = cfg.UDPTimeout, min(cfg.UDPTimeout, r.udp.shortLife)
+		r.udp.pinned = min(cfg.UDPTimeout, r.udp.pinned)
 	}
 	r.ctl.wake = make(chan struct{}, 1)
 	if len(cfg.Resolvers) > 0 {
