@@ -218,7 +218,9 @@ func TestDataBeforeAppReset(t *testing.T) {
 		}
 		f.Ready(flow.Readable)
 		f.running(t)
+		f.app.mu.Lock()
 		f.app.early = early
+		f.app.mu.Unlock()
 		f.app.sendRST()
 		f.running(t)
 		got, err := io.ReadAll(f.up)
@@ -534,8 +536,9 @@ func TestFairness(t *testing.T) {
 	var wg sync.WaitGroup
 	var others []*flowOf
 	for range bulk {
-		f := startFlow(t, l)
-		f.app.discard = true
+		s := newStream()
+		s.discard = true
+		f := startWith(t, l, s, nil)
 		others = append(others, f)
 		wg.Go(func() {
 			b := make([]byte, 1<<20)

@@ -167,10 +167,7 @@ func (r *Relay) downEnd() bool {
 	case n > 0:
 		return false
 	}
-	r.got &^= sockIn
-	if e == 0 && r.rst == nil {
-		e = sockError(int(r.fd)) // a RST behind a FIN
-	}
+	r.got &^= sockIn // a RST behind the FIN would be told by EPOLLERR, as one that comes later
 	if e != 0 {
 		r.upstreamReset(e)
 	}
