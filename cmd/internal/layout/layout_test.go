@@ -45,7 +45,7 @@ var table = []struct {
 		"namespaces are made before there is a stack"},
 	{"stack", []string{self + "/stack/flow", self + "/tun", gvisor, xsys}, []string{self + "/tun/tuntest", self + "/stack/stacktest"},
 		"the only importer of gVisor: another stack would be another package, and nothing else would change"},
-	{"stack/stacktest", []string{self + "/stack/flow", self + "/tun", gvisor, xsys}, []string{self + "/stack"},
+	{"stack/stacktest", []string{self + "/stack/flow", self + "/tun", gvisor, xsys}, []string{self + "/stack", self + "/tun/tuntest"},
 		"the app's side of the same frames"},
 	{"route/relay", []string{self + "/stack/flow", xsys}, nil,
 		"moves bytes between two ends that it knows only by interface"},
