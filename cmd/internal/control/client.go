@@ -1,0 +1,114 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// ErrNoDaemon: nobody answers there.
+var ErrNoDaemon = errors.New("viasocks is not up here")
+
+const (
+	maxAnswer     = 32 << 20
+	clientTimeout = 15 * time.Second
+)
+
+// Client asks the daemon at a socket.
+type Client struct {
+	http http.Client
+	path string
+}
+
+// NewClient is a Client of the socket at path. Nothing is opened until it is asked something. Close it.
+func NewClient(path string) *Client {
+	return &Client{path: path, http: http.Client{
+		Timeout: clientTimeout,
+		Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", path)
+		}},
+	}}
+}
+
+// Close gives back what is open.
+func (c *Client) Close() { c.http.CloseIdleConnections() }
+
+// Status asks for the status.
+func (c *Client) Status() (s Status, err error) { return s, c.ask("GET", "/v1/status", &s) }
+
+// Flows asks for at most limit flows; 0: as many as the daemon thinks right.
+func (c *Client) Flows(limit int) (f Flows, err error) {
+	q := ""
+	if limit > 0 {
+		q = fmt.Sprintf("?limit=%d", limit)
+	}
+	return f, c.ask("GET", "/v1/flows"+q, &f)
+}
+
+// Confirm says that the steering shall stay.
+func (c *Client) Confirm() error { return c.ask("POST", "/v1/confirm", nil) }
+
+// Down tells the daemon to stop. It returns when it has been told: see Wait.
+func (c *Client) Down() error { return c.ask("POST", "/v1/down", nil) }
+
+// Wait returns when no daemon lives here any more, or with an error after limit.
+func (c *Client) Wait(limit time.Duration) error {
+	for end := time.Now().Add(limit); Locked(c.path); {
+		if time.Now().After(end) {
+			return fmt.Errorf("cannot wait any longer: viasocks did not stop within %v", limit)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	return nil
+}
+
+func (c *Client) ask(method, what string, into any) error {
+	req, err := http.NewRequest(method, "http://viasocks"+what, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return c.explain(err)
+	}
+	defer resp.Body.Close()
+	body := io.LimitReader(resp.Body, maxAnswer)
+	if resp.StatusCode/100 != 2 {
+		b, _ := io.ReadAll(io.LimitReader(body, 1024))
+		return fmt.Errorf("cannot %s: %s", strings.TrimPrefix(req.URL.Path, "/v1/"), strings.TrimSpace(string(b)))
+	}
+	if into == nil {
+		return nil
+	}
+	if err := json.NewDecoder(body).Decode(into); err != nil {
+		return fmt.Errorf("cannot understand the answer of viasocks: %w", err)
+	}
+	return nil
+}
+
+func (c *Client) explain(err error) error {
+	var dial *net.OpError
+	errors.As(err, &dial)
+	switch {
+	case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ECONNREFUSED):
+		if Locked(c.path) {
+			return errors.New("cannot ask viasocks: it is starting or stopping, and does not answer yet")
+		}
+		return ErrNoDaemon
+	case errors.Is(err, syscall.EACCES):
+		return errors.New("cannot ask viasocks: permission denied: use sudo, or be in the group that it was given by --control-group")
+	case errors.Is(err, context.DeadlineExceeded):
+		return fmt.Errorf("cannot ask viasocks: no answer within %v", clientTimeout)
+	case dial != nil:
+		return fmt.Errorf("cannot ask viasocks at %s: %w", c.path, dial.Err)
+	}
+	return fmt.Errorf("cannot ask viasocks at %s: it closed the connection", c.path)
+}

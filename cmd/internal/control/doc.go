@@ -1,0 +1,14 @@
+// Package control is how one asks and tells a viasocks that is up: HTTP with JSON over a unix socket.
+//
+//	GET  /v1/status           Status
+//	GET  /v1/flows?limit=N    Flows, the busiest first
+//	POST /v1/confirm          202: the steering stays
+//	POST /v1/down             202: it stops, and the socket goes when it has stopped
+//
+// The socket is its owner's (0600), or a group's too (0660), which may look and not touch. Whoever connects is looked at
+// by SO_PEERCRED: root and the daemon's own user may do everything. A request has no body, 8 KiB of header at most and
+// five seconds; more than 16 connections at a time are closed unanswered.
+//
+// Beside the socket lies a lock file. It is held while a daemon lives, also one that has no socket yet or is half dead, so
+// that there is one in each network namespace, to which the path of both belongs.
+package control

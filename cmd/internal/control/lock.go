@@ -1,0 +1,73 @@
+package control
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrLocked: another daemon lives in this namespace.
+var ErrLocked = errors.New("another viasocks is up here")
+
+// Lock is held by the one daemon of a namespace, until it is closed or its process ends.
+type Lock struct{ f *os.File }
+
+// TakeLock takes the lock beside the socket path and writes the caller's process id into it. The error is ErrLocked,
+// with the other's process id, when a daemon lives. The file stays behind: removing it would let two hold it.
+func TakeLock(path string) (*Lock, error) {
+	fail := func(err error) error { return fmt.Errorf("cannot lock %s: %w", path, err) }
+	if err := makeDir(path); err != nil {
+		return nil, fail(err)
+	}
+	f, err := openLock(path, os.O_RDWR|os.O_CREATE)
+	if err != nil {
+		return nil, fail(err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		defer f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("cannot start: %w%s: see 'viasocks status'", ErrLocked, holder(f))
+		}
+		return nil, fail(err)
+	}
+	err = f.Truncate(0)
+	if err == nil {
+		_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
+	}
+	if err != nil {
+		f.Close()
+		return nil, fail(err)
+	}
+	return &Lock{f}, nil
+}
+
+// Close lets the next one have it.
+func (l *Lock) Close() error { return l.f.Close() }
+
+// Locked reports whether a daemon lives, whether it answers or not.
+func Locked(path string) bool {
+	f, err := openLock(path, os.O_RDONLY)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	return errors.Is(unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
+}
+
+func openLock(path string, flags int) (*os.File, error) {
+	return os.OpenFile(strings.TrimSuffix(path, ".sock")+".lock", flags|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+}
+
+// holder is " (process 123)", for the message.
+func holder(f *os.File) string {
+	b := make([]byte, 32)
+	n, _ := f.ReadAt(b, 0)
+	if pid, err := strconv.Atoi(strings.TrimSpace(string(b[:n]))); err == nil && pid > 0 {
+		return fmt.Sprintf(" (process %d)", pid)
+	}
+	return ""
+}

@@ -1,0 +1,41 @@
+package control
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"syscall"
+)
+
+// Dir is where the socket and its lock are, with what else a viasocks that is up keeps.
+const Dir = "/run/viasocks"
+
+// Path is the socket of the daemon in the network namespace of the caller. /run is shared by namespaces: the namespace's
+// inode is in the name.
+func Path() (string, error) {
+	var st syscall.Stat_t
+	if err := syscall.Stat("/proc/thread-self/ns/net", &st); err != nil {
+		return "", fmt.Errorf("cannot tell the network namespace: %w", err)
+	}
+	return filepath.Join(Dir, fmt.Sprintf("control-%d.sock", st.Ino)), nil
+}
+
+// makeDir makes the directory of path and refuses one that others could put something into.
+func makeDir(path string) error {
+	dir := filepath.Dir(path)
+	if err := os.Mkdir(dir, 0o755); err != nil && !os.IsExist(err) {
+		return err
+	}
+	info, err := os.Lstat(dir)
+	if err != nil {
+		return err
+	}
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if !ok || !info.IsDir() || st.Uid != 0 && int(st.Uid) != os.Geteuid() || info.Mode().Perm()&0o022 != 0 {
+		return fmt.Errorf("%s is not a directory of root's alone", dir)
+	}
+	if info.Mode().Perm()&0o055 != 0o055 && int(st.Uid) == os.Geteuid() && filepath.Clean(dir) == Dir {
+		return os.Chmod(dir, 0o755) // the umask was narrow: the socket says who may
+	}
+	return nil
+}

@@ -1,0 +1,165 @@
+package control
+
+import (
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+)
+
+// WriteStatus writes s for people. now is theirs.
+func WriteStatus(w io.Writer, s Status, now time.Time) error {
+	var b strings.Builder
+	fmt.Fprintf(&b, "viasocks %s: %s, up since %s (%s), process %d\n", plain(s.Version), plain(s.State), stamp(s.Since), span(now.Sub(s.Since)), s.PID)
+	if s.ConfirmBy != nil && s.State == Unconfirmed {
+		fmt.Fprintf(&b, "  all is undone in %s unless you say 'viasocks confirm'\n", span(s.ConfirmBy.Sub(now)))
+	}
+	if s.Config != "" {
+		fmt.Fprintf(&b, "  configuration %s", plain(s.Config))
+		if s.Reloaded != nil {
+			fmt.Fprintf(&b, ", read again %s ago", span(now.Sub(*s.Reloaded)))
+		}
+		b.WriteString("\n")
+	}
+	for _, t := range s.Warnings {
+		fmt.Fprintf(&b, "  warning: %s\n", plain(t))
+	}
+
+	b.WriteString("\nproxies\n")
+	table(&b, func(w io.Writer) {
+		for _, u := range s.Upstreams {
+			fmt.Fprintf(w, "  %s\t%s\tTCP %s\tUDP %s\n", plain(u.Name), plain(u.URL), plain(u.TCP), plain(u.UDP))
+		}
+	})
+	b.WriteString("\nrules, and how often they decided\n")
+	table(&b, func(w io.Writer) {
+		for _, r := range s.Rules {
+			fmt.Fprintf(w, "  %s\t%s\n", count(r.Hits), plain(r.Rule))
+		}
+	})
+	b.WriteString("\ntraffic\n")
+	fmt.Fprintf(&b, "  TCP    %d now, %d of them waiting for the proxy; %s in all, %s refused\n", s.TCP.Now, s.TCP.Pending, count(s.TCP.Total), count(s.TCP.Refused))
+	fmt.Fprintf(&b, "  UDP    %d mappings now; %s in all, %s made again, %s datagrams refused\n", s.UDP.Now, count(s.UDP.Total), count(s.UDP.Reassociated), count(s.UDP.Refused))
+	fmt.Fprintf(&b, "  names  %s asked of %s, %s answered, %s failed\n", count(s.Names.Asked), plain(strings.Join(s.DNS, ", ")), count(s.Names.Answered), count(s.Names.Failed))
+	fmt.Fprintf(&b, "  bytes  %s up, %s down\n", bytes(s.Up), bytes(s.Down))
+
+	fmt.Fprintf(&b, "\nhost: device %s, table %d, mark %s\n", plain(s.Host.TUN), s.Host.Table, plain(s.Host.Mark))
+	list(&b, "through the proxy", s.Host.Steered)
+	list(&b, "back the way they came", s.Host.Kept)
+	list(&b, "past the proxy", s.Host.Excluded)
+	if s.Host.Repaired > 0 {
+		fmt.Fprintf(&b, "  put back after somebody else removed it: %s\n", count(s.Host.Repaired))
+	}
+	counters(&b, "packets that the filter refused", s.Host.Refused)
+	counters(&b, "packets that the filter let pass", s.Host.Passed)
+	counters(&b, "what could not be carried", s.Dropped)
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// WriteFlows writes f for people.
+func WriteFlows(w io.Writer, f Flows, now time.Time) error {
+	var b strings.Builder
+	if len(f.Flows) == 0 {
+		b.WriteString("there are no flows\n")
+	}
+	table(&b, func(w io.Writer) {
+		for i, x := range f.Flows {
+			if i == 0 {
+				fmt.Fprintln(w, "ID\tPROTO\tFROM\tTO\tVIA\tSTATE\tAGE\tUP\tDOWN")
+			}
+			to := x.Dst
+			if x.Host != "" {
+				to = x.Host + " " + to
+			}
+			fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", x.ID, plain(x.Proto), plain(x.Src), plain(to), plain(x.Upstream),
+				plain(x.State), span(now.Sub(x.Start)), bytes(x.Up), bytes(x.Down))
+		}
+	})
+	if more := f.Total - len(f.Flows); more > 0 {
+		fmt.Fprintf(&b, "and %d more: see --limit\n", more)
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+func table(b *strings.Builder, rows func(io.Writer)) {
+	t := tabwriter.NewWriter(b, 0, 0, 2, ' ', 0)
+	rows(t)
+	t.Flush() // a Builder takes everything
+}
+
+func list(b *strings.Builder, title string, lines []string) {
+	if len(lines) == 0 {
+		return
+	}
+	fmt.Fprintf(b, "  %s:\n", title)
+	for _, l := range lines {
+		fmt.Fprintf(b, "    %s\n", plain(l))
+	}
+}
+
+func counters(b *strings.Builder, title string, cs []Counter) {
+	if len(cs) == 0 {
+		return
+	}
+	fmt.Fprintf(b, "\n%s\n", title)
+	table(b, func(w io.Writer) {
+		for _, c := range cs {
+			fmt.Fprintf(w, "  %s\t%s\n", count(c.Packets), plain(c.What))
+		}
+	})
+}
+
+// plain takes out of s what a terminal would obey.
+func plain(s string) string {
+	return strings.Map(func(r rune) rune {
+		if !strconv.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, s)
+}
+
+// stamp is a time as people write it, in their zone.
+func stamp(t time.Time) string { return t.Local().Format("2006-01-02 15:04:05") }
+
+// span is a duration in two units at most: 41s, 5m3s, 2h7m, 12d4h.
+func span(d time.Duration) string {
+	d = max(d, 0).Round(time.Second)
+	day := 24 * time.Hour
+	switch {
+	case d >= day:
+		return fmt.Sprintf("%dd%dh", d/day, d%day/time.Hour)
+	case d >= time.Hour:
+		return fmt.Sprintf("%dh%dm", d/time.Hour, d%time.Hour/time.Minute)
+	case d >= time.Minute:
+		return fmt.Sprintf("%dm%ds", d/time.Minute, d%time.Minute/time.Second)
+	}
+	return fmt.Sprintf("%ds", d/time.Second)
+}
+
+// count is a number with its thousands apart.
+func count(n uint64) string {
+	s := strconv.FormatUint(n, 10)
+	for i := len(s) - 3; i > 0; i -= 3 {
+		s = s[:i] + "," + s[i:]
+	}
+	return s
+}
+
+// bytes is a number of bytes in the unit that leaves one to four digits.
+func bytes(n uint64) string {
+	if n < 10_000 {
+		return count(n) + " B"
+	}
+	f := float64(n)
+	for _, unit := range []string{"KiB", "MiB", "GiB", "TiB"} {
+		if f /= 1024; f < 1000 || unit == "TiB" {
+			return fmt.Sprintf("%.1f %s", f, unit)
+		}
+	}
+	return ""
+}

@@ -1,0 +1,222 @@
+package control
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// Bounds of a request.
+const (
+	maxConns      = 16
+	maxHeader     = 8 << 10
+	readTimeout   = 5 * time.Second
+	answerTimeout = 10 * time.Second
+	idleTimeout   = 30 * time.Second
+)
+
+// Backend is the daemon that a Server speaks for. Its functions may be called at any time, by several at once.
+type Backend struct {
+	Status  func() Status
+	Flows   func() []Flow
+	Confirm func() error // nil: the steering stays
+	Down    func()       // starts to stop, returns at once
+}
+
+// Options of a Server.
+type Options struct {
+	Path    string
+	Group   int // members of this group may look; below 0: nobody besides root and the own user
+	Backend Backend
+	Log     *slog.Logger
+}
+
+// Server answers on a unix socket.
+type Server struct {
+	o      Options
+	l      *listener
+	http   *http.Server
+	served chan struct{}
+	once   sync.Once
+}
+
+// Listen makes the socket, in place of one that a killed daemon left, and starts to answer. The caller holds the Lock, so
+// that nobody listens there.
+func Listen(o Options) (*Server, error) {
+	fail := func(err error) error { return fmt.Errorf("cannot make the control socket %s: %w", o.Path, err) }
+	if err := makeDir(o.Path); err != nil {
+		return nil, fail(err)
+	}
+	if info, err := os.Lstat(o.Path); err == nil {
+		if info.Mode()&os.ModeSocket == 0 {
+			return nil, fail(errors.New("something else is there"))
+		}
+		if err := os.Remove(o.Path); err != nil {
+			return nil, fail(err)
+		}
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: o.Path, Net: "unix"})
+	if err != nil {
+		return nil, fail(errors.Unwrap(err))
+	}
+	mode := os.FileMode(0o600)
+	if o.Group >= 0 {
+		mode = 0o660
+		err = os.Chown(o.Path, -1, o.Group)
+	}
+	if err == nil {
+		err = os.Chmod(o.Path, mode)
+	}
+	if err != nil {
+		l.Close()
+		return nil, fail(err)
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	s := &Server{o: o, l: &listener{UnixListener: l}, served: make(chan struct{})}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", s.look(func(*http.Request) (any, error) { return o.Backend.Status(), nil }))
+	mux.HandleFunc("GET /v1/flows", s.look(s.flows))
+	mux.HandleFunc("POST /v1/confirm", s.touch(func() error { return o.Backend.Confirm() }))
+	mux.HandleFunc("POST /v1/down", s.touch(func() error { o.Backend.Down(); return nil }))
+	s.http = &http.Server{
+		Handler: mux, ErrorLog: slog.NewLogLogger(o.Log.Handler(), slog.LevelDebug),
+		ReadHeaderTimeout: readTimeout, ReadTimeout: readTimeout, WriteTimeout: answerTimeout, IdleTimeout: idleTimeout,
+		MaxHeaderBytes: maxHeader, DisableGeneralOptionsHandler: true,
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, peerKey{}, c.(*conn).peer)
+		},
+	}
+	go func() {
+		defer close(s.served)
+		s.http.Serve(s.l) // the error says that it was closed
+	}()
+	return s, nil
+}
+
+// Close removes the socket and ends what is being answered, after a moment to finish. It may be called twice.
+func (s *Server) Close() error {
+	s.once.Do(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
+		defer cancel()
+		if s.http.Shutdown(ctx) != nil {
+			s.http.Close()
+		}
+		<-s.served
+	})
+	return nil
+}
+
+type peerKey struct{}
+
+// look answers whoever may connect at all.
+func (s *Server) look(f func(*http.Request) (any, error)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		p, _ := r.Context().Value(peerKey{}).(peer)
+		if !p.owner() && !p.in(s.o.Group) {
+			s.refuse(w, p)
+			return
+		}
+		v, err := f(r)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		e := json.NewEncoder(w)
+		e.SetEscapeHTML(false)
+		_ = e.Encode(v) // the reader has gone
+	}
+}
+
+// touch is for those who may change something.
+func (s *Server) touch(f func() error) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		p, _ := r.Context().Value(peerKey{}).(peer)
+		if !p.owner() {
+			s.refuse(w, p)
+			return
+		}
+		if err := f(); err != nil {
+			http.Error(w, err.Error(), http.StatusConflict)
+			return
+		}
+		s.o.Log.Info("control", "request", r.Method+" "+r.URL.Path, "uid", p.uid, "pid", p.pid)
+		w.WriteHeader(http.StatusAccepted)
+	}
+}
+
+func (s *Server) refuse(w http.ResponseWriter, p peer) {
+	s.o.Log.Warn("control: refused", "uid", p.uid, "pid", p.pid, "err", p.err)
+	http.Error(w, "this user may not", http.StatusForbidden)
+}
+
+func (s *Server) flows(r *http.Request) (any, error) {
+	limit := DefaultFlows
+	if v := r.URL.Query().Get("limit"); v != "" {
+		n, err := strconv.Atoi(v)
+		if err != nil || n < 1 || n > MaxFlows {
+			return nil, fmt.Errorf("limit must be a number from 1 to %d", MaxFlows)
+		}
+		limit = n
+	}
+	all := s.o.Backend.Flows()
+	SortFlows(all)
+	f := Flows{Total: len(all), Flows: all[:min(limit, len(all))]}
+	if f.Flows == nil {
+		f.Flows = []Flow{}
+	}
+	return f, nil
+}
+
+// SortFlows puts those that moved most bytes first, and the older of equals.
+func SortFlows(all []Flow) {
+	slices.SortFunc(all, func(a, b Flow) int {
+		return cmp.Or(cmp.Compare(b.Up+b.Down, a.Up+a.Down), cmp.Compare(a.ID, b.ID))
+	})
+}
+
+// listener counts the connections there are and closes what is too many.
+type listener struct {
+	*net.UnixListener
+	conns atomic.Int32
+}
+
+func (l *listener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.AcceptUnix()
+		if err != nil {
+			return nil, err
+		}
+		if l.conns.Add(1) > maxConns {
+			l.conns.Add(-1)
+			c.Close()
+			continue
+		}
+		return &conn{UnixConn: c, l: l, peer: peerOf(c)}, nil
+	}
+}
+
+type conn struct {
+	*net.UnixConn
+	l    *listener
+	peer peer
+	once sync.Once
+}
+
+func (c *conn) Close() error {
+	c.once.Do(func() { c.l.conns.Add(-1) })
+	return c.UnixConn.Close()
+}

@@ -1,0 +1,122 @@
+package control
+
+import "time"
+
+// The states of a daemon.
+const (
+	Starting    = "starting"
+	Unconfirmed = "unconfirmed" // up, and it will be undone if nobody confirms
+	Ready       = "ready"
+	Stopping    = "stopping"
+)
+
+// Status is what a daemon says of itself. Numbers that are not of now count since it started; bytes are payload.
+type Status struct {
+	Version   string     `json:"version"`
+	PID       int        `json:"pid"`
+	State     string     `json:"state"`
+	Since     time.Time  `json:"since"`                // it was started
+	ReadyAt   *time.Time `json:"ready_at,omitempty"`   // it was ready
+	ConfirmBy *time.Time `json:"confirm_by,omitempty"` // Unconfirmed: when all is undone
+	Config    string     `json:"config,omitempty"`     // the configuration file
+	Reloaded  *time.Time `json:"reloaded,omitempty"`   // the last time that it was read again and taken
+
+	Upstreams []Upstream `json:"upstreams"`
+	Rules     []Rule     `json:"rules"` // the last is what happens to the rest
+	DNS       []string   `json:"dns"`
+
+	TCP   TCP    `json:"tcp"`
+	UDP   UDP    `json:"udp"`
+	Names Names  `json:"names"`
+	Up    uint64 `json:"up_bytes"`   // program to proxy
+	Down  uint64 `json:"down_bytes"` // proxy to program
+
+	Host     Host      `json:"host"`
+	Dropped  []Counter `json:"dropped"` // what the data plane could not carry
+	Warnings []string  `json:"warnings"`
+}
+
+// Upstream is a proxy and whether it works. A state is "ok" as long as nothing says otherwise.
+type Upstream struct {
+	Name      string   `json:"name"`
+	URL       string   `json:"url"` // without its password; empty: direct
+	TCP       string   `json:"tcp"` // "ok" or "down"
+	UDP       string   `json:"udp"`
+	Addresses []string `json:"addresses,omitempty"` // where our sockets may go for it
+}
+
+// Rule is a rule and how often it decided, in TCP connections and datagrams.
+type Rule struct {
+	Rule string `json:"rule"`
+	Hits uint64 `json:"hits"`
+}
+
+// TCP counts connections.
+type TCP struct {
+	Now     int    `json:"now"`     // open, and waiting for the proxy's answer
+	Pending int    `json:"pending"` // of those: waiting
+	Total   uint64 `json:"total"`
+	Refused uint64 `json:"refused"` // by a rule, by a limit, by the proxy or what is behind it
+}
+
+// UDP counts mappings.
+type UDP struct {
+	Now          int    `json:"now"`
+	Total        uint64 `json:"total"`
+	Reassociated uint64 `json:"reassociated"` // associations that ended and were made again
+	Refused      uint64 `json:"refused"`      // datagrams that were answered with an error
+}
+
+// Names counts questions to port 53.
+type Names struct {
+	Asked    uint64 `json:"asked"`
+	Answered uint64 `json:"answered"`
+	Failed   uint64 `json:"failed"` // answered by SERVFAIL
+}
+
+// Host is what was done to the host. The lists are lines for people.
+type Host struct {
+	TUN      string    `json:"tun"`
+	Table    int       `json:"table"`
+	Mark     string    `json:"mark"`
+	Steered  []string  `json:"steered"`
+	Kept     []string  `json:"kept"`     // answered the way they came in
+	Excluded []string  `json:"excluded"` // past the proxy
+	Refused  []Counter `json:"refused"`  // packets that the filter stopped
+	Passed   []Counter `json:"passed,omitempty"`
+	Repaired uint64    `json:"repaired"` // times that somebody removed something of ours and it was put back
+}
+
+// Counter is a number with its name.
+type Counter struct {
+	What    string `json:"what"`
+	Packets uint64 `json:"packets"`
+	Bytes   uint64 `json:"bytes,omitempty"`
+}
+
+// Flow is a TCP connection or a UDP mapping. Of a mapping Dst is the first destination.
+type Flow struct {
+	ID       uint64    `json:"id"`
+	Proto    string    `json:"proto"`
+	Src      string    `json:"src"`
+	Dst      string    `json:"dst"`
+	Host     string    `json:"host,omitempty"` // the name that was asked for, if it is known
+	Rule     string    `json:"rule"`
+	Upstream string    `json:"upstream"`
+	State    string    `json:"state"`
+	Start    time.Time `json:"start"`
+	Up       uint64    `json:"up_bytes"`
+	Down     uint64    `json:"down_bytes"`
+}
+
+// Flows is a list of flows, the busiest first. Total is how many there are: more than are listed, when there was a limit.
+type Flows struct {
+	Total int    `json:"total"`
+	Flows []Flow `json:"flows"`
+}
+
+// Limits of a list of flows.
+const (
+	DefaultFlows = 1000
+	MaxFlows     = 20_000
+)
