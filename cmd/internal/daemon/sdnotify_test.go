@@ -1,0 +1,110 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+)
+
+// notifySocket is systemd's end.
+func notifySocket(t *testing.T, name string) *net.UnixConn {
+	t.Helper()
+	c, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: name, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+func heard(t *testing.T, c *net.UnixConn) string {
+	t.Helper()
+	b := make([]byte, 4096)
+	c.SetReadDeadline(time.Now().Add(5 * time.Second))
+	n, err := c.Read(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b[:n])
+}
+
+func TestNotify(t *testing.T) {
+	defer goleak.VerifyNone(t, goleak.IgnoreCurrent())
+	for _, name := range []string{filepath.Join(t.TempDir(), "notify"), fmt.Sprintf("@viasocks-test-%d", os.Getpid())} {
+		c := notifySocket(t, name)
+		n := newNotifier([]string{"NOTIFY_SOCKET=" + name, "WATCHDOG_USEC=30000", fmt.Sprintf("WATCHDOG_PID=%d", os.Getpid())}, slog.New(slog.DiscardHandler))
+		n.ready("carries\nall")
+		if got := heard(t, c); got != "READY=1\nSTATUS=carries all" {
+			t.Errorf("%q", got)
+		}
+		n.reloading()
+		if got := heard(t, c); !strings.HasPrefix(got, "RELOADING=1\nMONOTONIC_USEC=") {
+			t.Errorf("%q", got)
+		}
+		n.stopping()
+		if got := heard(t, c); got != "STOPPING=1\nSTATUS=stopping" {
+			t.Errorf("%q", got)
+		}
+
+		ctx, cancel := context.WithCancel(context.Background())
+		looks := 0
+		hang := make(chan struct{})
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			n.guard(ctx, func() {
+				if looks++; looks == 3 {
+					<-hang
+				}
+			})
+		}()
+		for range 2 {
+			if got := heard(t, c); got != "WATCHDOG=1" {
+				t.Errorf("%q", got)
+			}
+		}
+		// What hangs is not well: nothing is said.
+		c.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+		if n, err := c.Read(make([]byte, 64)); err == nil {
+			t.Errorf("%d bytes while it hangs", n)
+		}
+		close(hang)
+		if got := heard(t, c); got != "WATCHDOG=1" {
+			t.Errorf("%q", got)
+		}
+		cancel()
+		<-done
+		n.close()
+		n.ready("after the end") // no panic, no noise
+	}
+}
+
+func TestNobodyToNotify(t *testing.T) {
+	for _, env := range [][]string{nil, {"NOTIFY_SOCKET="}, {"NOTIFY_SOCKET=relative"}, {"NOTIFY_SOCKET=/does/not/exist", "WATCHDOG_USEC=1000"}} {
+		var log strings.Builder
+		n := newNotifier(env, slog.New(slog.NewTextHandler(&log, nil)))
+		n.ready("x")
+		n.guard(context.Background(), func() { t.Error("looked") }) // returns
+		n.close()
+		if told := strings.Count(log.String(), "\n"); told > 1 || len(env) > 0 && env[0] != "NOTIFY_SOCKET=" && told != 1 {
+			t.Errorf("%q: %s", env, &log)
+		}
+	}
+	path := filepath.Join(t.TempDir(), "notify")
+	notifySocket(t, path)
+	for _, env := range []string{"WATCHDOG_PID=1", "WATCHDOG_USEC=-1", "WATCHDOG_USEC=x", "WATCHDOG_USEC=99999999999999999"} {
+		n := newNotifier([]string{"NOTIFY_SOCKET=" + path, "WATCHDOG_USEC=1000", env}, slog.New(slog.DiscardHandler))
+		if n.watchdog != 0 {
+			t.Errorf("%s: watchdog %v", env, n.watchdog)
+		}
+		n.close()
+	}
+}
