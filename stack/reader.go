@@ -59,10 +59,11 @@ func (r *frameReader) run() error {
 		n, err := r.s.dev.Read(&h, b, wait)
 		switch {
 		case err == nil:
-			wait = false
 			r.s.stats.framesIn.Add(1)
 			r.s.stats.bytesIn.Add(uint64(n))
 			r.take(&h, b[:n], inView)
+			// Only datagrams that wait for their flush are a reason to ask whether there is more before waiting for it.
+			wait = r.held == 0
 		case errors.Is(err, tun.ErrAgain):
 			r.flush()
 			wait = true
