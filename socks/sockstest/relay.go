@@ -103,7 +103,7 @@ func (p *pair) write(src, dst *net.TCPConn, rc syscall.RawConn, b []byte) error 
 		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 			return err
 		}
-		if err != nil && tcpState(rc) == tcpClose {
+		if err != nil && wasReset(rc) {
 			return unix.ECONNRESET
 		}
 	}
@@ -145,13 +145,14 @@ func watchReset(rc syscall.RawConn) (reset bool) {
 
 const tcpClose = 7 // TCP_CLOSE of the kernel's tcp_states.h
 
-func tcpState(rc syscall.RawConn) (state uint8) {
+// wasReset takes the pending error of a connection. Its state would not tell: CLOSE is also where two FINs in order end,
+// perhaps with bytes still to be read.
+func wasReset(rc syscall.RawConn) (reset bool) {
 	rc.Control(func(fd uintptr) {
-		if i, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
-			state = i.State
-		}
+		e, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
+		reset = err == nil && e != 0
 	})
-	return state
+	return reset
 }
 
 // drain waits until what was written to c is acknowledged, so that it arrives before a reset.

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"go.uber.org/goleak"
 )
 
@@ -169,6 +171,16 @@ func TestReset(t *testing.T) {
 			}
 		}
 	}
+}
+
+// tcpState asks for the state of a connection and leaves its error where it is.
+func tcpState(rc syscall.RawConn) (state uint8) {
+	rc.Control(func(fd uintptr) {
+		if i, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
+			state = i.State
+		}
+	})
+	return state
 }
 
 func waitReset(t *testing.T, name string, c *net.TCPConn) {
