@@ -32,11 +32,11 @@ type plane struct {
 	router *route.Router
 	stack  *stack.Stack
 
-	ran    sync.WaitGroup // stack, router and giveBack
+	ran    sync.WaitGroup // stack, router, giveBack and followLoad
 	looped sync.WaitGroup
 	failed chan error // the first that ended by itself
 	once   sync.Once
-	stop   context.CancelFunc // of giveBack; nil: not started
+	stop   context.CancelFunc // of giveBack and followLoad; nil: not started
 }
 
 // dialing is how our own sockets are made, and the proxy's name looked up.
@@ -142,6 +142,7 @@ func (p *plane) start() {
 	ctx, stop := context.WithCancel(context.Background())
 	p.stop = stop
 	p.ran.Go(func() { giveBack(ctx) })
+	p.ran.Go(func() { followLoad(ctx) })
 }
 
 // refuse resets the app's flows, and new ones from here on.
