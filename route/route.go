@@ -70,8 +70,8 @@ var noAddr netip.AddrPort
 // goroutine, but for HandleStream and HandlePackets, which are the frame reader's.
 type Router struct {
 	cfg    Config
-	policy *policy
-	dns    *dns.Server // nil: port 53 is a port like others
+	policy atomic.Pointer[policy]
+	dns    atomic.Pointer[dns.Server] // nil: port 53 is a port like others
 	log    *flowLog
 	epoch  time.Time
 	ids    atomic.Uint64
@@ -96,6 +96,12 @@ type Router struct {
 	dnsW    flow.PacketWriter // of who holds dnsMu
 	dnsPkt  [1]flow.Packet
 
+	reload    sync.Mutex // over the next four, and while the policy is replaced
+	resolvers []netip.AddrPort
+	dnsStop   context.CancelFunc // of the dns.Server that runs
+	dnsPast   dnsSum             // of those that ran before
+	dnsRuns   sync.WaitGroup
+
 	count counters
 	links linkCounters
 
@@ -108,7 +114,7 @@ func New(cfg Config) (*Router, error) {
 	if len(cfg.Loops) == 0 {
 		return nil, errors.New("cannot carry flows: no relay loop is given")
 	}
-	p, err := newPolicy(cfg)
+	p, err := newPolicy(cfg, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -119,11 +125,12 @@ func New(cfg Config) (*Router, error) {
 		return nil, errors.New("cannot use a UDP timeout below 0")
 	}
 	r := &Router{
-		cfg: cfg, policy: p, log: newFlowLog(cfg.Log), epoch: time.Now(),
+		cfg: cfg, log: newFlowLog(cfg.Log), epoch: time.Now(),
 		load: make([]atomic.Int64, len(cfg.Loops)), loopW: make([]flow.PacketWriter, len(cfg.Loops)),
 		over:       make(chan struct{}),
 		retryFirst: retryFirst, retryMax: retryMax, livedLong: livedLong, noUDP: noUDP, sweepEvery: sweepEvery,
 	}
+	r.policy.Store(p)
 	r.streams.byID = make(map[uint64]*stream)
 	r.udp.init()
 	if cfg.UDPTimeout > 0 {
@@ -132,10 +139,12 @@ func New(cfg Config) (*Router, error) {
 	}
 	r.ctl.wake = make(chan struct{}, 1)
 	if len(cfg.Resolvers) > 0 {
-		r.dns, err = dns.New(dns.Config{Dial: r.dialResolver, Resolvers: cfg.Resolvers, Log: logTo(r.log)})
+		d, err := r.newDNS(cfg.Resolvers)
 		if err != nil {
 			return nil, err
 		}
+		r.dns.Store(d)
+		r.resolvers = cfg.Resolvers
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r, nil
@@ -155,7 +164,7 @@ func (r *Router) now() int64 { return int64(time.Since(r.epoch)) + 1 }
 
 // dialResolver dials for route/dns: by the rules, as any flow.
 func (r *Router) dialResolver(ctx context.Context, dst netip.AddrPort, done func(fd int, err error)) {
-	v := r.policy.decide(flow.TCP, dst)
+	v := r.policy.Load().decide(flow.TCP, dst)
 	if v.kind != carry {
 		done(-1, fmt.Errorf("rule %q refuses it", v.rule))
 		return
@@ -181,10 +190,15 @@ func (r *Router) Run(ctx context.Context) error {
 	defer r.log.close()
 	stop := context.AfterFunc(ctx, r.cancel)
 	defer stop()
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	if r.dns != nil {
-		wg.Go(func() { _ = r.dns.Run(r.ctx) })
+	if d := r.dns.Load(); d != nil {
+		r.reload.Lock()
+		r.startDNS(d)
+		r.reload.Unlock()
+		defer func() {
+			r.reload.Lock() // a Reload that is under way may start one more, later ones see that it is over
+			defer r.reload.Unlock()
+			r.dnsRuns.Wait()
+		}()
 	}
 	sweep := time.NewTicker(r.sweepEvery)
 	defer sweep.Stop()

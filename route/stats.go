@@ -56,9 +56,7 @@ func (r *Router) Stats() Stats {
 		Sent: l.sent.Load(), Received: l.received.Load(), SocketFull: l.full.Load(), TooLarge: l.tooLarge.Load(),
 		Unsendable: l.unsendable.Load(), Malformed: l.malformed.Load(),
 	}
-	if r.dns != nil {
-		s.DNS = r.dns.Stats()
-	}
+	s.DNS = r.dnsStats()
 	r.streams.mu.Lock()
 	s.StreamsNow = len(r.streams.byID)
 	r.streams.mu.Unlock()
@@ -104,8 +102,7 @@ type UpstreamInfo struct {
 // Upstreams lists them in the order of the configuration.
 func (r *Router) Upstreams() []UpstreamInfo {
 	var all []UpstreamInfo
-	for _, u := range r.cfg.Upstreams {
-		up := r.policy.upstreams[u.Name()]
+	for _, up := range r.policy.Load().order {
 		all = append(all, UpstreamInfo{up.name, up.tcp.isDown(), up.udp.isDown()})
 	}
 	return all
@@ -120,7 +117,8 @@ type RuleInfo struct {
 // Rules lists the rules in their order, and last what happens to the rest: "default", or "none".
 func (r *Router) Rules() []RuleInfo {
 	var all []RuleInfo
-	for _, v := range append(r.policy.verdicts[:len(r.policy.verdicts):len(r.policy.verdicts)], r.policy.otherwise) {
+	p := r.policy.Load()
+	for _, v := range append(p.verdicts[:len(p.verdicts):len(p.verdicts)], p.otherwise) {
 		all = append(all, RuleInfo{v.rule, v.hits.Load()})
 	}
 	return all

@@ -36,16 +36,17 @@ var streamStates = [...]string{dialing: "dialing", open: "open", over: "closed"}
 
 // stream is a TCP flow that an upstream was asked for.
 type stream struct {
-	r      *Router
-	req    flow.StreamRequest
-	flow   flow.Flow
-	dest   Dest
-	v      *verdict
-	cancel context.CancelFunc
-	gone   atomic.Bool  // the app gave up
-	state  atomic.Int32 // dialing, open, over
-	loop   int
-	relay  atomic.Pointer[relay.Relay]
+	r        *Router
+	req      flow.StreamRequest
+	flow     flow.Flow
+	dest     Dest
+	v        *verdict
+	cancel   context.CancelFunc
+	gone     atomic.Bool  // the app gave up
+	replaced atomic.Bool  // its upstream is not configured any more
+	state    atomic.Int32 // dialing, open, over
+	loop     int
+	relay    atomic.Pointer[relay.Relay]
 }
 
 var verdictImpossible = &verdict{kind: impossible, rule: "none"}
@@ -59,19 +60,19 @@ func (r *Router) HandleStream(req flow.StreamRequest) {
 	}
 	r.count.streams.Add(1)
 	dest := Dest{Addr: netip.AddrPortFrom(f.Dst.Addr().Unmap(), f.Dst.Port())}
-	if r.dns != nil && dest.Addr.Port() == 53 && carriable(dest.Addr) {
+	if d := r.dns.Load(); d != nil && dest.Addr.Port() == 53 && carriable(dest.Addr) {
 		// A truncated answer asks to come back by TCP, and the address in resolv.conf need not exist.
-		dest.Addr = r.dns.Resolver()
+		dest.Addr = d.Resolver()
 	}
 	v := verdictImpossible
 	if carriable(dest.Addr) {
-		v = r.policy.decide(flow.TCP, dest.Addr)
+		v = r.policy.Load().decide(flow.TCP, dest.Addr)
 	}
 	v.hits.Add(1)
 	switch v.kind {
 	case reject:
 		var err error
-		if v == r.policy.otherwise {
+		if v.kind == reject && v.rule == noRule {
 			err = errNoRule
 		}
 		r.turnAway(req, f, v, flow.RefuseReset, "rejected", err)
@@ -97,6 +98,10 @@ func (r *Router) HandleStream(req flow.StreamRequest) {
 		return
 	}
 	req.OnCancel(s.gaveUp)
+	if !r.policy.Load().has(v.up) { // replaced since the verdict, and Reload may not have seen s
+		s.replaced.Store(true)
+		cancel()
+	}
 	v.up.DialStream(ctx, dest, s.dialed)
 }
 
@@ -151,6 +156,12 @@ func (s *stream) dialed(fd int, err error) {
 		s.finish("cancelled", 0, 0, errAppGone)
 		return
 	}
+	if s.replaced.Load() {
+		_ = syscall.Close(fd)
+		s.req.Reject(flow.RefuseReset)
+		s.finish("aborted", 0, 0, errReplaced)
+		return
+	}
 	s.loop = r.pickLoop()
 	r.streams.mu.Lock()
 	closing := r.streams.closing
@@ -169,7 +180,7 @@ func (s *stream) dialed(fd int, err error) {
 	r.streams.mu.Lock()
 	closing = r.streams.closing
 	r.streams.mu.Unlock()
-	if closing { // the Router's own Abort may have come before the relay was there to be seen
+	if closing || s.replaced.Load() { // the Router's own Abort may have come before the relay was there to be seen
 		rel.Abort()
 	}
 }
@@ -179,6 +190,10 @@ func (s *stream) refused(err error) {
 	switch {
 	case s.gone.Load():
 		s.finish("cancelled", 0, 0, errAppGone)
+		return
+	case s.replaced.Load():
+		s.req.Reject(flow.RefuseReset)
+		s.finish("aborted", 0, 0, errReplaced)
 		return
 	case isServerFault(err):
 		up.tcp.failed(r, up, "TCP", err)

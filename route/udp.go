@@ -54,7 +54,7 @@ func (r *Router) HandlePackets(pkts []flow.Packet) {
 
 // classify takes the verdict on one datagram, from the cache if it is there.
 func (r *Router) classify(p *flow.Packet) *verdict {
-	if r.dns != nil && p.Dst.Port() == 53 && carriable(p.Dst) {
+	if r.dns.Load() != nil && p.Dst.Port() == 53 && carriable(p.Dst) {
 		return verdictResolve
 	}
 	c := &r.udp.cache[r.udp.cache.slot(p.Dst)]
@@ -63,7 +63,7 @@ func (r *Router) classify(p *flow.Packet) *verdict {
 	}
 	c.dst, c.v = p.Dst, verdictImpossible
 	if dst := netip.AddrPortFrom(p.Dst.Addr().Unmap(), p.Dst.Port()); carriable(dst) {
-		c.v = r.policy.decide(flow.UDP, dst)
+		c.v = r.policy.Load().decide(flow.UDP, dst)
 	}
 	return c.v
 }
@@ -100,7 +100,7 @@ func (r *Router) logRejected(v *verdict, p *flow.Packet, now int64) {
 	}
 	r.rejectLogged = now
 	var err error
-	if v == r.policy.otherwise {
+	if v.rule == noRule {
 		err = errNoRule
 	}
 	i := info(r.ids.Add(1), flow.UDP, p.Src, p.Dst, time.Now())
@@ -111,7 +111,7 @@ func (r *Router) logRejected(v *verdict, p *flow.Packet, now int64) {
 // question hands a datagram to port 53 to route/dns. The answer comes from the address that was asked.
 func (r *Router) question(p *flow.Packet) {
 	src, dst := p.Src, p.Dst
-	r.dns.Handle(p.Payload, func(b []byte) {
+	r.dns.Load().Handle(p.Payload, func(b []byte) {
 		r.dnsMu.Lock()
 		defer r.dnsMu.Unlock()
 		r.dnsPkt[0] = flow.Packet{Src: dst, Dst: src, Payload: b}

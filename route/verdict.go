@@ -35,9 +35,14 @@ type policy struct {
 	verdicts  []*verdict // one for each rule
 	otherwise *verdict
 	upstreams map[string]*upstream
+	order     []*upstream
 }
 
-func newPolicy(cfg Config) (*policy, error) {
+// noRule stands for the rule that decided where none did.
+const noRule = "none"
+
+// newPolicy checks and compiles. Upstreams that old (or nil) has too keep what is known of them.
+func newPolicy(cfg Config, old *policy) (*policy, error) {
 	p := &policy{rules: cfg.Rules, upstreams: make(map[string]*upstream)}
 	var names []string
 	for _, u := range cfg.Upstreams {
@@ -48,7 +53,12 @@ func newPolicy(cfg Config) (*policy, error) {
 		if p.upstreams[name] != nil {
 			return nil, fmt.Errorf("cannot use two upstreams of one name: %s", name)
 		}
-		p.upstreams[name] = &upstream{Upstream: u, name: name}
+		up := &upstream{Upstream: u, name: name}
+		if old != nil && old.upstreams[name] != nil && old.upstreams[name].Upstream == u {
+			up = old.upstreams[name]
+		}
+		p.upstreams[name] = up
+		p.order = append(p.order, up)
 		names = append(names, name)
 	}
 	have := "there are no upstreams"
@@ -72,7 +82,7 @@ func newPolicy(cfg Config) (*policy, error) {
 		}
 		p.verdicts = append(p.verdicts, v)
 	}
-	p.otherwise = &verdict{kind: reject, rule: "none"}
+	p.otherwise = &verdict{kind: reject, rule: noRule}
 	if cfg.Default != "" {
 		up := p.upstreams[cfg.Default]
 		if up == nil {

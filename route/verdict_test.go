@@ -17,7 +17,7 @@ func TestPolicy(t *testing.T) {
 		mustRule(t, "dst 2001:db8::/32 reject"),
 		mustRule(t, "port 80 reject"), // never for UDP: an earlier one decides
 	}}
-	p, err := newPolicy(cfg)
+	p, err := newPolicy(cfg, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -37,7 +37,7 @@ func TestPolicy(t *testing.T) {
 		}
 	}
 	cfg.Default = ""
-	if p, err = newPolicy(cfg); err != nil {
+	if p, err = newPolicy(cfg, nil); err != nil {
 		t.Fatal(err)
 	}
 	if v := p.decide(flow.TCP, netip.MustParseAddrPort("192.0.2.1:443")); v.kind != reject || v.rule != "none" {
@@ -58,7 +58,7 @@ func TestPolicyErrors(t *testing.T) {
 		{Config{Upstreams: []Upstream{a}, Rules: []Rule{{}}}, "empty rule"},
 		{Config{Upstreams: []Upstream{&fakeUpstream{name: "drop"}}}, "is a word of the rules"},
 	} {
-		if _, err := newPolicy(tt.cfg); err == nil || !strings.Contains(err.Error(), tt.want) {
+		if _, err := newPolicy(tt.cfg, nil); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%+v: %v, want %q", tt.cfg, err, tt.want)
 		}
 	}
@@ -108,7 +108,7 @@ func BenchmarkDecide(b *testing.B) {
 			for i := range n {
 				cfg.Rules = append(cfg.Rules, mustRule(b, fmt.Sprintf("proto udp dst 10.%d.0.0/16,2001:db8:%x::/48 port 1000-2000 drop", i, i)))
 			}
-			p, err := newPolicy(cfg)
+			p, err := newPolicy(cfg, nil)
 			if err != nil {
 				b.Fatal(err)
 			}

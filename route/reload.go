@@ -1,0 +1,133 @@
+package route
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"slices"
+
+	"github.com/viasocks/viasocks/route/dns"
+)
+
+// Policy is the part of a Config that can change while the Router runs.
+type Policy struct {
+	Upstreams []Upstream // one that was there before, the same value, goes on with its flows
+	Rules     []Rule
+	Default   string
+	Resolvers []netip.AddrPort // none only if there were none before
+}
+
+var (
+	errReplaced   = errors.New("its upstream is not configured any more")
+	errNotRunning = errors.New("cannot change the rules of a router that does not run")
+)
+
+// Reload replaces the policy, or leaves everything as it is and returns an error. New flows and the next datagram of each
+// mapping follow the new rules. Connections through an upstream that is gone are reset, its associations end, and their
+// mappings get others with the next datagram. Any goroutine, one at a time; it does not wait for what ends.
+func (r *Router) Reload(p Policy) error {
+	cfg := r.cfg
+	cfg.Upstreams, cfg.Rules, cfg.Default, cfg.Resolvers = p.Upstreams, p.Rules, p.Default, p.Resolvers
+	r.reload.Lock()
+	defer r.reload.Unlock()
+	old := r.policy.Load()
+	next, err := newPolicy(cfg, old)
+	if err != nil {
+		return err
+	}
+	same := slices.Equal(next.order, old.order)
+	var names *dns.Server
+	if d := r.dns.Load(); (d != nil) != (len(p.Resolvers) > 0) {
+		return errors.New("cannot change whether port 53 is answered while running")
+	} else if d != nil && !(same && slices.Equal(p.Resolvers, r.resolvers)) {
+		// Its connections are of the old upstreams, and it has no way to be told of others.
+		if names, err = r.newDNS(p.Resolvers); err != nil {
+			return err
+		}
+	}
+	if r.ctx.Err() != nil || !r.ran.Load() {
+		return errNotRunning
+	}
+	r.policy.Store(next)
+	if names != nil {
+		r.startDNS(names)
+		r.resolvers = p.Resolvers
+	}
+	r.forgetVerdicts(next)
+	if !same {
+		r.endReplaced(next)
+	}
+	return nil
+}
+
+// forgetVerdicts empties the cache and ends the associations of upstreams that p has not.
+func (r *Router) forgetVerdicts(p *policy) {
+	r.udp.mu.Lock()
+	defer r.udp.mu.Unlock()
+	clear(r.udp.cache[:])
+	for _, m := range r.udp.all {
+		for _, a := range slices.Clone(m.assocs) {
+			if !p.has(a.up) {
+				m.drop(a)
+				r.discard(a)
+			}
+		}
+	}
+}
+
+// endReplaced ends the TCP flows of upstreams that p has not.
+func (r *Router) endReplaced(p *policy) {
+	for _, s := range r.streams.snapshot() {
+		if p.has(s.v.up) {
+			continue
+		}
+		s.replaced.Store(true)
+		s.cancel()
+		if rel := s.relay.Load(); rel != nil {
+			rel.Abort()
+		}
+	}
+}
+
+func (p *policy) has(u *upstream) bool { return slices.Contains(p.order, u) }
+
+func (r *Router) newDNS(resolvers []netip.AddrPort) (*dns.Server, error) {
+	return dns.New(dns.Config{Dial: r.dialResolver, Resolvers: resolvers, Log: logTo(r.log)})
+}
+
+// startDNS runs s in place of the one before. r.reload is held.
+func (r *Router) startDNS(s *dns.Server) {
+	ctx, cancel := context.WithCancel(r.ctx)
+	r.dnsRuns.Go(func() { _ = s.Run(ctx) })
+	if old := r.dns.Swap(s); old != nil && old != s {
+		r.dnsPast.add(old.Stats())
+	}
+	if r.dnsStop != nil {
+		r.dnsStop()
+	}
+	r.dnsStop = cancel
+}
+
+// dnsStats are the counters of the server that runs and of those before it.
+func (r *Router) dnsStats() dns.Stats {
+	r.reload.Lock()
+	defer r.reload.Unlock()
+	sum := r.dnsPast
+	if d := r.dns.Load(); d != nil {
+		sum.add(d.Stats())
+	}
+	return dns.Stats(sum)
+}
+
+type dnsSum dns.Stats
+
+func (s *dnsSum) add(t dns.Stats) {
+	s.Questions += t.Questions
+	s.Answered += t.Answered
+	s.Truncated += t.Truncated
+	s.Failed += t.Failed
+	s.Malformed += t.Malformed
+	s.Dropped += t.Dropped
+	s.Unmatched += t.Unmatched
+	s.Connections += t.Connections
+}

@@ -1,0 +1,161 @@
+package route
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/socks"
+	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// A connection through a proxy that stays lives, one through a proxy that is gone is reset, one that waits for its answer
+// is refused; new ones go by the new rules.
+func TestReloadStreams(t *testing.T) {
+	checkLeaks(t)
+	far := echo(t)
+	var ups []Upstream
+	var srvs []*sockstest.Server
+	for _, name := range []string{"a", "b", "c"} {
+		srv, _, c := newProxy(t, socks.Options{})
+		srv.Redirect(netip.MustParseAddrPort(farEnd), far)
+		ups, srvs = append(ups, NewSOCKS(name, c)), append(srvs, srv)
+	}
+	held := make(chan func(int, error), 1)
+	slow := &fakeUpstream{name: "slow", dial: func(ctx context.Context, _ Dest, done func(int, error)) {
+		context.AfterFunc(ctx, func() { done(-1, ctx.Err()) })
+		held <- done
+	}}
+	g := newRig(t, Config{
+		Upstreams: append(ups[:2:2], slow), Default: "a",
+		Rules: []Rule{mustRule(t, "port 81 via slow"), mustRule(t, "dst 203.0.113.0/25 port 80 via b")},
+	}, nil)
+	dial := func(dst string) (*fakeRequest, *fakeStream) {
+		q := newRequest(appEnd, dst)
+		g.HandleStream(q)
+		var s *fakeStream
+		eventually(t, "the connection", func() bool { var ok bool; ok, _, s = q.outcome(); return ok && s != nil })
+		return q, s
+	}
+	_, viaB := dial(farEnd)
+	waits := newRequest(appEnd, "203.0.113.1:81")
+	g.HandleStream(waits)
+	<-held
+
+	// b goes, a stays, c comes.
+	if err := g.Reload(Policy{Upstreams: []Upstream{ups[2], ups[0]}, Default: "c"}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the reset", func() bool { viaB.mu.Lock(); defer viaB.mu.Unlock(); return viaB.aborted })
+	if why := refusal(t, waits); why != flow.RefuseReset {
+		t.Errorf("refused with %v", why)
+	}
+	_, viaC := dial(farEnd)
+	if n := len(srvs[2].Requests()); n != 1 {
+		t.Errorf("the new proxy has %d requests", n)
+	}
+	// What is wrong changes nothing.
+	for _, bad := range []Policy{{Upstreams: ups[:1], Default: "nobody"}, {Upstreams: ups[:1], Rules: []Rule{mustRule(t, "via b")}}, {Upstreams: ups, Default: "a", Resolvers: []netip.AddrPort{far}}} {
+		if err := g.Reload(bad); err == nil {
+			t.Error("taken")
+		}
+	}
+	viaC.send("still here", true)
+	eventually(t, "the echo", func() bool { got, fin := viaC.received(); return got == "still here" && fin })
+	if got := g.Upstreams(); len(got) != 2 || got[0].Name != "c" {
+		t.Errorf("%+v", got)
+	}
+	eventually(t, "both lines", func() bool { return len(g.log.lines("not configured any more")) >= 1 && g.Stats().StreamsNow == 0 })
+	g.Close()
+	if err := g.Reload(Policy{Upstreams: ups, Default: "a"}); !errors.Is(err, errNotRunning) {
+		t.Error(err)
+	}
+}
+
+// A mapping outlives its upstream: the next datagram goes by another one, from the same mapping.
+func TestReloadMappings(t *testing.T) {
+	checkLeaks(t)
+	links := map[string]*fakeLink{}
+	up := func(name string) Upstream {
+		links[name] = &fakeLink{}
+		return &fakeUpstream{name: name, open: func(_ context.Context, _ func([]flow.Packet), done func(relay.PacketLink, error), _ func(error)) {
+			done(links[name], nil)
+		}}
+	}
+	a, b := up("a"), up("b")
+	g := newRig(t, Config{Upstreams: []Upstream{a, b}, Default: "a"}, nil)
+	g.send(appEnd, farEnd, "one")
+	eventually(t, "a's datagram", func() bool { return links["a"].count() == 1 })
+	if err := g.Reload(Policy{Upstreams: []Upstream{a, b}, Default: "b"}); err != nil { // a stays, unused
+		t.Fatal(err)
+	}
+	g.send(appEnd, farEnd, "two")
+	eventually(t, "b's datagram", func() bool { return links["b"].count() == 1 })
+	if links["a"].isClosed() {
+		t.Error("a is configured, and its association ended")
+	}
+	if err := g.Reload(Policy{Upstreams: []Upstream{b}, Default: "b"}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the end of a's association", links["a"].isClosed)
+	g.send(appEnd, farEnd, "three")
+	eventually(t, "b's second datagram", func() bool { return links["b"].count() == 2 })
+	if s := g.Stats(); s.Mappings != 1 || s.MappingsNow != 1 {
+		t.Errorf("%+v", s)
+	}
+	if links["b"].isClosed() {
+		t.Error("b's association ended")
+	}
+}
+
+// The resolvers' connections end with the upstream that they go by.
+func TestReloadDNS(t *testing.T) {
+	checkLeaks(t)
+	dials := make(chan string, 16)
+	up := func(name string) Upstream {
+		return &fakeUpstream{name: name, dial: func(_ context.Context, d Dest, done func(int, error)) {
+			dials <- name + " " + d.String()
+			done(-1, errors.New("no"))
+		}}
+	}
+	one, two := netip.MustParseAddrPort("192.0.2.1:53"), netip.MustParseAddrPort("192.0.2.2:53")
+	a, b := up("a"), up("b")
+	g := newRig(t, Config{Upstreams: []Upstream{a}, Default: "a", Resolvers: []netip.AddrPort{one}}, nil)
+	question := strings.Join([]string{"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00", "\x01x\x00", "\x00\x01\x00\x01"}, "")
+	ask := func(want string) {
+		t.Helper()
+		eventually(t, "a dial of "+want, func() bool {
+			g.send(appEnd, "198.51.100.53:53", question)
+			select {
+			case got := <-dials:
+				return got == want
+			default:
+				return false
+			}
+		})
+	}
+	ask("a 192.0.2.1:53")
+	asked := g.Stats().DNS.Questions
+	if err := g.Reload(Policy{Upstreams: []Upstream{b}, Default: "b", Resolvers: []netip.AddrPort{two}}); err != nil {
+		t.Fatal(err)
+	}
+	if got := g.Stats().DNS.Questions; got < asked || asked == 0 {
+		t.Errorf("%d questions, and before %d", got, asked)
+	}
+	ask("b 192.0.2.2:53")
+	old := g.dns.Load()
+	if err := g.Reload(Policy{Upstreams: []Upstream{b}, Default: "b", Rules: []Rule{mustRule(t, "port 25 reject")}, Resolvers: []netip.AddrPort{two}}); err != nil {
+		t.Fatal(err)
+	}
+	if g.dns.Load() != old {
+		t.Error("another resolver, and nothing that concerns it changed")
+	}
+	if rules := g.Rules(); !slices.ContainsFunc(rules, func(r RuleInfo) bool { return r.Rule == "port 25 reject" }) {
+		t.Errorf("%+v", rules)
+	}
+}
