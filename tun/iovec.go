@@ -10,6 +10,10 @@ import (
 // maxIovecs is the kernel's UIO_MAXIOV: a frame of more parts cannot be written in one call.
 const maxIovecs = 1024
 
+// The file is non-blocking, so that neither call waits, and RawSyscall is right: the kernel's whole receive path runs in
+// a write, 5 to 30 µs, and when the scheduler is told (Syscall) its monitor takes the processor away after 20 µs, wakes a
+// thread for it and does not go back to sleep itself: a fifth of the CPU time of UDP round trips.
+
 // reader is the arguments and the outcome of one readv, kept with the device so that a read allocates nothing: one
 // goroutine reads at a time. Its closures are made once.
 type reader struct {
@@ -46,7 +50,7 @@ func (r *reader) set(b []byte) {
 
 func (r *reader) readv(fd uintptr) {
 	for {
-		n, _, errno := syscall.Syscall(unix.SYS_READV, fd, uintptr(unsafe.Pointer(&r.iov[0])), uintptr(len(r.iov)))
+		n, _, errno := syscall.RawSyscall(unix.SYS_READV, fd, uintptr(unsafe.Pointer(&r.iov[0])), uintptr(len(r.iov)))
 		if errno == unix.EINTR {
 			continue
 		}
@@ -112,8 +116,7 @@ func (w *writer) reset() {
 
 func (w *writer) writev(fd uintptr) {
 	for {
-		// Not RawSyscall: the kernel's whole receive path runs in this call, too long to keep a P from the scheduler.
-		_, _, errno := syscall.Syscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(unsafe.SliceData(w.iov))), uintptr(len(w.iov)))
+		_, _, errno := syscall.RawSyscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(unsafe.SliceData(w.iov))), uintptr(len(w.iov)))
 		if errno != unix.EINTR {
 			w.errno = errno
 			return
