@@ -1,0 +1,270 @@
+package hosttest
+
+import (
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/viasocks/viasocks/socks/sockstest"
+)
+
+// halves are the routes of a DHCP server (option 121) or a VPN that wants everything without touching the default.
+var halves = []string{
+	"0.0.0.0/1 via " + router4, "128.0.0.0/1 via " + router4, "::/1 via " + router6, "8000::/1 via " + router6,
+}
+
+func (w *world) halves(verb string) {
+	w.t.Helper()
+	for _, r := range halves {
+		w.ip("host", "route "+verb+" "+r)
+	}
+}
+
+// foreign adds what others have on the host besides docker: a chain that re-marks.
+func (w *world) foreign() {
+	w.t.Helper()
+	w.nft("host", foreignRules)
+	for _, r := range foreignIPRules {
+		w.ip("host", r)
+	}
+}
+
+// notClosed says that the closed steering is not in this program, with the reason to skip.
+func (w *world) notClosed() string {
+	w.t.Helper()
+	if out := w.run("host", nil, "nft", "list", "tables"); !strings.Contains(out, "viasocks") {
+		return "viasocks up sets no filter yet"
+	}
+	return ""
+}
+
+// newLeak is a world with probes and a recorder, and the positive control done.
+func newLeak(t *testing.T) (*observer, *established, *sockstest.Server) {
+	w := newWorld(t)
+	w.foreign()
+	est := newEstablished(w)
+	probes := allProbes(est)
+	o := &observer{w: w, g: newGun(w, probes), rec: newRecorder(w)}
+	o.rec.register(probes)
+	t.Cleanup(func() { t.Logf("%s\n%s", t.Name(), o.table()) })
+	if err := setProxyName(proxy4); err != nil {
+		t.Fatal(err)
+	}
+	p := w.proxy(proxy4 + ":1080")
+	o.rec.known(p)
+	o.control("control: no viasocks")
+	if t.Failed() {
+		t.FailNow()
+	}
+	return o, est, p
+}
+
+const proxyURL = "socks5://" + proxyName + ":1080"
+
+func TestLeak(t *testing.T) {
+	o, est, p := newLeak(t)
+	w := o.w
+	w.halves("add")
+	o.control("control: 0/1 and 128/1 in main")
+	w.halves("del")
+
+	var d *daemon
+	up := func() { d = w.up("--proxy", proxyURL) }
+	o.starting("starting, from open", up)
+	if why := w.notClosed(); why != "" {
+		o.skip("everything else", why)
+		t.Skip(why)
+	}
+	rules := w.ipRules()
+	est.carry(w)
+	o.closedFor("running", 2, 1200*time.Millisecond, nil)
+	o.closed("0/1 and 128/1 in main", func() { w.halves("add") })
+
+	// The proxy goes, and comes back elsewhere.
+	o.closedFor("proxy down", 2, 1200*time.Millisecond, func() { p.Close() })
+	p2 := w.proxy(proxyB4 + ":1080")
+	o.rec.known(p2)
+	o.closed("proxy has another address", func() {
+		if err := setProxyName(proxyB4); err != nil {
+			t.Error(err)
+		}
+		w.eventually(15*time.Second, "the proxy at its new address is asked", func() bool { return p2.Stats().Requests > 0 })
+	})
+	est.carry(w)
+
+	o.closed("our ip rules deleted", func() { w.deleteRules() })
+	w.eventually(2*time.Second, "the ip rules are put back", func() bool { return w.ipRules() == rules })
+	o.closed("table T flushed", func() { w.flushTable() })
+	w.eventually(2*time.Second, "table T is put back", func() bool { return strings.Contains(w.tableT(), "default") })
+	o.closed("nft flushed", func() { w.run("host", nil, "nft", "flush", "ruleset") })
+	w.nft("host", dockerRules+foreignRules)
+	o.closed("our nft tables deleted", func() { w.deleteTables() })
+	w.eventually(2*time.Second, "the filter is put back", func() bool { return w.notClosed() == "" })
+	est.carry(w)
+	o.closedFor("TUN deleted", 2, 1200*time.Millisecond, func() { w.ip("host", "link del "+tunName) })
+	if d.alive() {
+		w.eventually(5*time.Second, "the TUN is there again", func() bool { _, err := w.dial("host", est.carried4); return err == nil })
+	}
+
+	d.kill()
+	o.closedFor("killed", 2, 1200*time.Millisecond, nil)
+	o.closed("restart", up)
+	if now := w.ipRules(); now != rules {
+		t.Errorf("ip rules after the restart:\n%s\nbefore:\n%s", now, rules)
+	}
+	est.carry(w)
+
+	took := d.startedIn
+	for range 20 {
+		d.kill()
+		o.closed("kill -9 at 20 instants", func() {
+			d = w.launch("--proxy", proxyURL)
+			time.Sleep(time.Duration(rand.Int64N(int64(took * 3 / 2))))
+			d.kill()
+		})
+		o.merge()
+	}
+	o.closed("restart after 20 kills", up)
+	if now := w.ipRules(); now != rules {
+		t.Errorf("ip rules after 20 kills:\n%s\nbefore:\n%s", now, rules)
+	}
+
+	for _, c := range []struct {
+		name    string
+		corrupt func([]byte) []byte
+	}{
+		{"journal cut", func(b []byte) []byte { return b[:len(b)/2] }},
+		{"journal garbage", func(b []byte) []byte { return []byte("\x00garbage\n{") }},
+		{"journal gone", func([]byte) []byte { return nil }},
+	} {
+		d.kill()
+		w.corruptJournal(c.corrupt)
+		o.closed(c.name+", up", up)
+	}
+	est.carry(w)
+	o.stopping("stop", func() {
+		if err := d.stop(); err != nil {
+			t.Errorf("stop: %v", err)
+		}
+	})
+	o.control("control: after the stop")
+}
+
+// TestLeakStrict: with --strict neither raw frames nor the private network get out.
+func TestLeakStrict(t *testing.T) {
+	o, _, _ := newLeak(t)
+	w := o.w
+	if !has("up", "--strict") {
+		o.skip("everything", "viasocks up has no --strict yet")
+		t.Skip("viasocks up has no --strict yet")
+	}
+	d := w.up("--proxy", proxyURL, "--strict")
+	if why := w.notClosed(); why != "" {
+		t.Skip(why)
+	}
+	o.strict, o.noLAN = true, true
+	o.rec.take()
+	o.closedFor("strict: running", 2, 1200*time.Millisecond, nil)
+	o.closed("strict: nft flushed", func() { w.run("host", nil, "nft", "flush", "ruleset") })
+	o.closed("strict: TUN deleted", func() { w.ip("host", "link del "+tunName) })
+	d.kill()
+	o.closed("strict: killed", nil)
+	o.closed("strict: restart", func() { d = w.up("--proxy", proxyURL, "--strict") })
+}
+
+const (
+	tunName = "viasocks0"
+	tableID = "30323"
+)
+
+var ourRule = regexp.MustCompile(`(?m)^(\d+):.* proto (118|viasocks)`)
+
+// ipRules are the ip rules of both families.
+func (w *world) ipRules() string {
+	w.t.Helper()
+	return w.ip("host", "-d rule") + "# IPv6\n" + w.ip("host", "-6 -d rule")
+}
+
+func (w *world) tableT() string {
+	w.t.Helper()
+	return w.ip("host", "-4 route show table "+tableID) + w.ip("host", "-6 route show table "+tableID)
+}
+
+// deleteRules is somebody who deletes our ip rules, each by its number.
+func (w *world) deleteRules() {
+	w.t.Helper()
+	n := 0
+	for _, family := range []string{"-4", "-6"} {
+		for _, m := range ourRule.FindAllStringSubmatch(w.ip("host", family+" -d rule"), -1) {
+			if _, err := try("", nil, "ip", "-n", "host", family, "rule", "del", "pref", m[1]); err == nil {
+				n++
+			}
+		}
+	}
+	if n < 4 {
+		w.t.Errorf("only %d rules of ours were there to be deleted", n)
+	}
+}
+
+func (w *world) flushTable() {
+	w.t.Helper()
+	w.ip("host", "-4 route flush table "+tableID+"\n-6 route flush table "+tableID)
+}
+
+// deleteTables is somebody who deletes our nft tables. A table with an owner can't be, and that is as well.
+func (w *world) deleteTables() {
+	w.t.Helper()
+	for line := range strings.Lines(w.run("host", nil, "nft", "list", "tables")) {
+		if f := strings.Fields(line); len(f) >= 3 && strings.Contains(f[2], "viasocks") {
+			if _, err := try("host", nil, "nft", "delete", "table", f[1], f[2]); err != nil {
+				w.t.Logf("delete table: %v", err)
+			}
+		}
+	}
+}
+
+// corruptJournal rewrites every file of the journal; nil removes it.
+func (w *world) corruptJournal(f func([]byte) []byte) {
+	w.t.Helper()
+	n := 0
+	err := filepath.WalkDir("/run/viasocks", func(path string, e os.DirEntry, err error) error {
+		if err != nil || !e.Type().IsRegular() {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		if err != nil || len(b) == 0 {
+			return err
+		}
+		n++
+		if b = f(b); b == nil {
+			return os.Remove(path)
+		}
+		return os.WriteFile(path, b, 0o600)
+	})
+	if err != nil {
+		w.t.Errorf("cannot corrupt the journal: %v", err)
+	}
+	if n == 0 {
+		w.t.Error("there is no journal in /run/viasocks")
+	}
+}
+
+func (w *world) eventually(limit time.Duration, what string, ok func() bool) time.Duration {
+	w.t.Helper()
+	start := time.Now()
+	for !ok() {
+		if time.Since(start) > limit {
+			w.t.Errorf("not within %v: %s", limit, what)
+			return limit
+		}
+		time.Sleep(2 * time.Millisecond)
+	}
+	if d := time.Since(start); d > time.Millisecond {
+		w.t.Logf("%s: after %v", what, d.Round(time.Millisecond))
+	}
+	return time.Since(start)
+}

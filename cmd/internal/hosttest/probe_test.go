@@ -1,0 +1,327 @@
+package hosttest
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// shot sends what a probe sends; b has the canary. It does not block.
+type shot func(g *gun, p *probe, b []byte) error
+
+// class says what of a probe may leave the host.
+type class uint8
+
+const (
+	never   class = iota // nothing, ever
+	strict               // nothing with --strict; by design open without
+	private              // unicast to the connected private network: open unless --lan refuse
+	carried              // a connection of the time of viasocks: nothing even after the stop
+)
+
+// probe is one way to send something.
+type probe struct {
+	id     int
+	name   string // the row; both families have the same
+	v6     bool
+	ns     string
+	to     netip.AddrPort
+	proto  uint8 // for the recorder, where there is no canary; 0: any
+	class  class
+	fire   shot
+	single bool // one frame for each shot, with a canary
+}
+
+func (p *probe) String() string {
+	if p.v6 {
+		return p.name + " (IPv6)"
+	}
+	return p.name + " (IPv4)"
+}
+
+// The mark of somebody else's chain, and the ports that it marks.
+const (
+	foreignMark = 0x51
+	remarkPort  = 4051
+)
+
+// foreignRules re-route what is sent to remarkPort: as a VPN or a load balancer does, by a mark and an ip rule.
+const foreignRules = `
+table inet foreign {
+	chain remark {
+		type route hook output priority mangle; policy accept;
+		meta l4proto { tcp, udp } th dport 4051 meta mark set 0x51
+	}
+}
+`
+
+var foreignIPRules = []string{"rule add fwmark 0x51 lookup main pref 4000", "-6 rule add fwmark 0x51 lookup main pref 4000"}
+
+// ourMark is the default of --mark.
+const ourMark = 0x76000000
+
+// allProbes is the list; before are the endpoints of what was established before.
+func allProbes(est *established) []*probe {
+	var ps []*probe
+	next := 10
+	// own gives each probe an address of its own in the world.
+	own := func(v6 bool, port uint16) netip.AddrPort {
+		a := addr("203.0.113.0").As4()
+		a[3] = byte(next)
+		if v6 {
+			b := addr("2001:db8:f::").As16()
+			b[15] = byte(next)
+			return netip.AddrPortFrom(netip.AddrFrom16(b), port)
+		}
+		return netip.AddrPortFrom(netip.AddrFrom4(a), port)
+	}
+	add := func(p probe) {
+		p.id = len(ps)
+		if p.ns == "" {
+			p.ns = "host"
+		}
+		ps = append(ps, &p)
+	}
+	// both adds a probe in both families, to a port of their own addresses.
+	both := func(name, ns string, port uint16, single bool, s shot) {
+		for _, v6 := range []bool{false, true} {
+			add(probe{name: name, ns: ns, v6: v6, to: own(v6, port), fire: s, single: single})
+		}
+		next++
+	}
+	// group adds one to fixed destinations; an empty one is left out.
+	group := func(name string, c class, v4, v6 string, s shot) {
+		for _, to := range []string{v4, v6} {
+			if to != "" {
+				ap := netip.MustParseAddrPort(to)
+				add(probe{name: name, v6: ap.Addr().Is6(), to: ap, class: c, fire: s})
+			}
+		}
+	}
+	dev, ctr := toDevice("eth0"), "ctr"
+	both("tcp", "", 80, false, tcp())
+	both("udp", "", 4000, true, udp())
+	both("udp, connected", "", 4000, true, udpConnected(nil))
+	add(probe{name: "tcp, established before", to: est.tcp4, fire: est.write(est.conns4)})
+	add(probe{name: "tcp, established before", v6: true, to: est.tcp6, fire: est.write(est.conns6)})
+	add(probe{name: "udp, connected before", to: est.udp4, fire: est.write(est.socks4)})
+	add(probe{name: "udp, connected before", v6: true, to: est.udp6, fire: est.write(est.socks6)})
+
+	both("dns, off-link", "", 53, true, udp())
+	both("dns by tcp, off-link", "", 53, false, tcp())
+	group("dns, on-link", never, lanRouter4+":53", "["+lanRouter6+"]:53", udp())
+	group("dns by tcp, on-link", never, lanRouter4+":53", "["+lanRouter6+"]:53", tcp())
+	group("dns, public on-link", never, router4+":53", "["+router6+"]:53", udp())
+	both("dns, as resolved does", "", 53, true, udpConnected(noDevice, dev))
+	both("dns over tls", "", 853, false, tcp())
+	both("ntp", "", 123, true, udp(fromPort(123)))
+
+	group("mdns", never, "224.0.0.251:5353", "[ff02::fb]:5353", udp(multicastBy, hops(255)))
+	group("llmnr", never, "224.0.0.252:5355", "[ff02::1:3]:5355", udp(multicastBy))
+	group("ssdp", never, "239.255.255.250:1900", "[ff02::c]:1900", udp(multicastBy))
+	group("lpd", never, "239.192.152.143:6771", "[ff15::efc0:988f]:6771", udp(multicastBy))
+	group("lpd, device unnamed", never, "239.192.152.143:6771", "[ff15::efc0:988f]:6771", udp())
+	add(probe{name: "igmp report", to: netip.MustParseAddrPort("224.0.0.22:0"), proto: unix.IPPROTO_IGMP, fire: join})
+	group("broadcast", never, "255.255.255.255:4000", "", udp(broadcast))
+	group("broadcast, bound to device", never, "255.255.255.255:4000", "", udp(broadcast, dev))
+	group("broadcast, directed", never, "198.51.100.255:4000", "", udp(broadcast))
+	group("broadcast, directed, private", never, "10.77.0.255:4000", "", udp(broadcast))
+
+	echo4, echo6 := []byte{8, 0, 0, 0, 0, 1, 0, 1}, []byte{128, 0, 0, 0, 0, 1, 0, 1}
+	icmp := func(typ int, opts ...option) shot {
+		s4, s6 := rawType(typ, unix.IPPROTO_ICMP, echo4, opts...), rawType(typ, unix.IPPROTO_ICMPV6, echo6, opts...)
+		return func(g *gun, p *probe, b []byte) error {
+			if p.v6 {
+				return s6(g, p, b)
+			}
+			return s4(g, p, b)
+		}
+	}
+	both("echo", "", 0, true, icmp(unix.SOCK_DGRAM))
+	both("echo, raw socket", "", 0, true, icmp(unix.SOCK_RAW))
+	both("echo, bound to device", "", 0, true, icmp(unix.SOCK_RAW, dev))
+	both("raw, protocol 253", "", 0, true, raw(253, nil))
+	both("raw, GRE", "", 0, true, raw(unix.IPPROTO_GRE, []byte{0, 0, 8, 0}))
+	both("raw, SCTP", "", 0, true, raw(unix.IPPROTO_SCTP, []byte{0, 9, 0, 9, 0, 0, 0, 0, 0, 0, 0, 0}))
+	both("raw, ESP, bound to device", "", 0, true, raw(unix.IPPROTO_ESP, []byte{0, 0, 1, 1, 0, 0, 0, 1}, dev))
+	both("raw, own header", "", 4000, true, headerIncluded)
+	both("fragments", "", 4000, false, udpSize(4000, mayFragment))
+	both("fragments, bound to device", "", 4000, false, udpSize(4000, mayFragment, dev))
+
+	both("tcp, bound to device", "", 80, false, tcp(dev))
+	both("udp, bound to device", "", 4000, true, udp(dev))
+	both("dns, bound to device", "", 53, true, udp(dev))
+	both("tcp, bound to address", "", 80, false, tcp(fromAddr(host4, host6, 0)))
+	both("udp, bound to address", "", 4000, true, udp(fromAddr(host4, host6, 0)))
+	both("udp, bound to private address", "", 4000, true, udp(fromAddr(hostLAN4, hostLAN6, 0)))
+	both("tcp, IP_UNICAST_IF", "", 80, false, tcp(byIndex))
+	both("udp, IP_UNICAST_IF", "", 4000, true, udp(byIndex))
+	both("tcp, re-marked by others", "", remarkPort, false, tcp())
+	both("udp, re-marked by others", "", remarkPort, true, udp())
+	both("tcp, with our mark", "", 80, false, tcp(marked(ourMark)))
+	both("udp, with our mark", "", 4000, true, udp(marked(ourMark)))
+	both("tcp, another uid", "", 80, false, as(65534, tcp()))
+	both("udp, another uid", "", 4000, true, as(65534, udp()))
+	both("tcp, another cgroup", "", 80, false, inCgroup(est.agent, unix.SOCK_STREAM))
+	both("udp, another cgroup", "", 4000, true, inCgroup(est.agent, unix.SOCK_DGRAM))
+
+	both("container: tcp", ctr, 80, false, tcp())
+	both("container: udp", ctr, 4000, true, udp())
+	both("container: dns", ctr, 53, true, udp())
+	both("container: echo", ctr, 0, true, icmp(unix.SOCK_RAW))
+	both("container: raw, protocol 253", ctr, 0, true, raw(253, nil))
+	both("container: fragments", ctr, 4000, false, udpSize(4000, mayFragment))
+
+	group("private network", private, lanRouter4+":4000", "["+lanRouter6+"]:4000", udp())
+	for _, v6 := range []bool{false, true} {
+		add(probe{name: "AF_PACKET", v6: v6, to: own(v6, 4000), class: strict, fire: packetSocket, single: true})
+	}
+	add(probe{name: "tcp, carried", to: est.carried4, class: carried, fire: est.writeCarried})
+	add(probe{name: "tcp, carried", v6: true, to: est.carried6, class: carried, fire: est.writeCarried})
+	return ps
+}
+
+// register tells the recorder whose frames are whose.
+func (r *recorder) register(ps []*probe) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, p := range ps {
+		for _, e := range []endpoint{{p.proto, p.to.Addr(), p.to.Port()}, {unix.IPPROTO_TCP, p.to.Addr(), p.to.Port()}} {
+			if _, taken := r.owners[e]; !taken || p.proto == 0 {
+				r.owners[e] = p.id
+			}
+		}
+		if a := p.to.Addr(); netip.MustParsePrefix("203.0.113.0/24").Contains(a) || netip.MustParsePrefix("2001:db8:f::/64").Contains(a) {
+			r.owners[endpoint{addr: a}] = p.id
+		}
+	}
+}
+
+// established are connections and connected sockets that are older than viasocks: one of each kind for each phase.
+type established struct {
+	tcp4, tcp6, udp4, udp6         netip.AddrPort
+	conns4, conns6, socks4, socks6 []net.Conn
+	agent                          *agent
+
+	carried4, carried6 netip.AddrPort
+	mu                 sync.Mutex
+	carried            [2]net.Conn // made while viasocks was up
+}
+
+// generations is how many phases there may be with something established before.
+const generations = 48
+
+func newEstablished(w *world) *established {
+	w.t.Helper()
+	e := &established{
+		tcp4: netip.MustParseAddrPort("203.0.113.8:7"), tcp6: netip.MustParseAddrPort("[2001:db8:f::8]:7"),
+		carried4: netip.MustParseAddrPort("203.0.113.7:77"), carried6: netip.MustParseAddrPort("[2001:db8:f::7]:77"),
+		udp4: netip.MustParseAddrPort("203.0.113.9:7"), udp6: netip.MustParseAddrPort("[2001:db8:f::9]:7"),
+	}
+	serve(w.listen("world", ":7"), drain)
+	serve(w.listen("world", ":77"), echo)
+	w.in("host", func() error {
+		for range generations {
+			for _, d := range []struct {
+				network string
+				to      netip.AddrPort
+				into    *[]net.Conn
+			}{{"tcp", e.tcp4, &e.conns4}, {"tcp", e.tcp6, &e.conns6}, {"udp", e.udp4, &e.socks4}, {"udp", e.udp6, &e.socks6}} {
+				c, err := net.Dial(d.network, d.to.String())
+				if err != nil {
+					return err
+				}
+				w.t.Cleanup(func() { c.Close() })
+				*d.into = append(*d.into, c)
+			}
+		}
+		return nil
+	})
+	e.agent = startAgent(w)
+	return e
+}
+
+func echo(c net.Conn) { _, _ = io.Copy(c, c) }
+
+// ping sends some bytes and waits for their echo.
+func ping(c net.Conn) error {
+	_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+	defer c.SetDeadline(time.Time{})
+	if _, err := c.Write([]byte("ping")); err != nil {
+		return err
+	}
+	b := make([]byte, 4)
+	if _, err := io.ReadFull(c, b); err != nil {
+		return err
+	}
+	if string(b) != "ping" {
+		return fmt.Errorf("the echo is %q", b)
+	}
+	return nil
+}
+
+func drain(c net.Conn) {
+	b := make([]byte, 4096)
+	for {
+		if _, err := c.Read(b); err != nil {
+			return
+		}
+	}
+}
+
+func (e *established) write(conns []net.Conn) shot {
+	return func(g *gun, _ *probe, b []byte) error {
+		return writeNow(conns[int(g.phase.Load())%len(conns)], b)
+	}
+}
+
+// writeNow is not Write, which would wait for room when nothing is acknowledged.
+func writeNow(c net.Conn, b []byte) error {
+	raw, err := c.(syscall.Conn).SyscallConn()
+	if err != nil {
+		return err
+	}
+	var werr error
+	if err := raw.Control(func(fd uintptr) { _, werr = unix.Write(int(fd), b) }); err != nil {
+		return err
+	}
+	return werr
+}
+
+// carry makes the connections of the class carried anew, and says whether they get their echo.
+func (e *established) carry(w *world) {
+	w.t.Helper()
+	for i, to := range []netip.AddrPort{e.carried4, e.carried6} {
+		c, err := w.dial("host", to)
+		if err != nil {
+			w.t.Errorf("viasocks does not carry: %v", err)
+			continue
+		}
+		if err := ping(c); err != nil {
+			w.t.Errorf("viasocks does not carry to %v: %v", to, err)
+		}
+		e.mu.Lock()
+		e.carried[i] = c
+		e.mu.Unlock()
+	}
+}
+
+func (e *established) writeCarried(_ *gun, p *probe, b []byte) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	c := e.carried[0]
+	if p.v6 {
+		c = e.carried[1]
+	}
+	if c == nil {
+		return errors.New("none yet")
+	}
+	return writeNow(c, b)
+}

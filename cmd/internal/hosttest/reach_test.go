@@ -1,0 +1,348 @@
+package hosttest
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+)
+
+// Ports of the host's servers.
+const (
+	sshPort       = 22
+	udpPort       = 5300
+	publishedPort = 8080 // on the host; 80 in the container
+)
+
+// hostServers are the servers of a host that is reached from outside.
+func (w *world) hostServers() {
+	w.t.Helper()
+	// Like SSH: the server speaks first, and again every few milliseconds.
+	serve(w.listen("host", fmt.Sprintf(":%d", sshPort)), func(c net.Conn) {
+		for i := 0; ; i++ {
+			if _, err := fmt.Fprintf(c, "line %d\n", i); err != nil {
+				return
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
+	})
+	for _, port := range []int{udpPort} {
+		c := w.packets("host", fmt.Sprintf(":%d", port))
+		go func() {
+			b := make([]byte, 2048)
+			for {
+				n, from, err := c.ReadFrom(b)
+				if err != nil {
+					return
+				}
+				_, _ = c.WriteTo(b[:n], from)
+			}
+		}()
+	}
+	serve(w.listen("ctr", ":80"), func(c net.Conn) { fmt.Fprintln(c, "published"); _, _ = io.Copy(c, c) })
+}
+
+// from outside to the host, in both families.
+var outside = []struct{ name, client, host string }{
+	{"IPv4", client4, host4},
+	{"IPv6", client6, host6},
+}
+
+// from dials from a certain address of the world.
+func (w *world) from(client, host string, port uint16) (c net.Conn, err error) {
+	err = in("world", func() (err error) {
+		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(addr(client), 0)), Timeout: 2 * time.Second}
+		c, err = d.Dial("tcp", netip.AddrPortFrom(addr(host), port).String())
+		return err
+	})
+	if err == nil {
+		w.t.Cleanup(func() { c.Close() })
+	}
+	return c, err
+}
+
+// login is an SSH-like connection from outside: it is there when the server's lines come.
+func (w *world) login(client, host string) (net.Conn, error) {
+	c, err := w.from(client, host, sshPort)
+	if err != nil {
+		return nil, err
+	}
+	return c, lines(c)
+}
+
+// lines is whether what the server says now comes through: what was on its way is read before.
+func lines(c net.Conn) error {
+	b := make([]byte, 64<<10)
+	end := time.Now().Add(50 * time.Millisecond)
+	_ = c.SetReadDeadline(end)
+	for {
+		if _, err := c.Read(b); err != nil {
+			break
+		}
+	}
+	_ = c.SetReadDeadline(time.Now().Add(1500 * time.Millisecond))
+	_, err := c.Read(b)
+	return err
+}
+
+// published uses the container's port from outside.
+func (w *world) published(client, host string) (net.Conn, error) {
+	c, err := w.from(client, host, publishedPort)
+	if err != nil {
+		return nil, err
+	}
+	b := make([]byte, 10)
+	_ = c.SetDeadline(time.Now().Add(2 * time.Second))
+	if _, err := io.ReadFull(c, b); err != nil {
+		return nil, err
+	}
+	return c, ping(c)
+}
+
+// askUDP is whether a UDP server on a wildcard socket answers from the address that was asked.
+func (w *world) askUDP(client, host string) error {
+	var c net.Conn
+	err := in("world", func() (err error) {
+		d := net.Dialer{LocalAddr: net.UDPAddrFromAddrPort(netip.AddrPortFrom(addr(client), 0))}
+		c, err = d.Dial("udp", netip.AddrPortFrom(addr(host), udpPort).String()) // connected: takes answers from there only
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	for range 3 {
+		if _, err = c.Write([]byte("question")); err != nil {
+			return err
+		}
+		_ = c.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
+		if _, err = c.Read(make([]byte, 100)); err == nil {
+			return nil
+		}
+	}
+	return err
+}
+
+// reachable tries everything from outside, in both families.
+func (w *world) reachable(when string) {
+	w.t.Helper()
+	for _, o := range outside {
+		if _, err := w.login(o.client, o.host); err != nil {
+			w.t.Errorf("%s: %s: ssh: %v", when, o.name, err)
+		}
+		if err := w.askUDP(o.client, o.host); err != nil {
+			w.t.Errorf("%s: %s: udp server on a wildcard socket: %v", when, o.name, err)
+		}
+		if _, err := w.published(o.client, o.host); err != nil {
+			w.t.Errorf("%s: %s: published container port: %v", when, o.name, err)
+		}
+	}
+}
+
+// trackNothing keeps conntrack out of the host, as one without any stateful rule; track brings it in.
+func (w *world) trackNothing() {
+	w.t.Helper()
+	w.run("host", nil, "nft", "flush", "ruleset")
+}
+
+func TestReachable(t *testing.T) {
+	for _, tracked := range []bool{true, false} {
+		t.Run(fmt.Sprintf("tracked=%v", tracked), func(t *testing.T) {
+			w := newWorld(t)
+			if !tracked {
+				w.trackNothing()
+			}
+			w.hostServers()
+			if err := setProxyName(proxy4); err != nil {
+				t.Fatal(err)
+			}
+			w.proxy(proxy4 + ":1080")
+			sessions := map[string]net.Conn{}
+			open := func(when string) {
+				t.Helper()
+				for _, o := range outside {
+					c, err := w.login(o.client, o.host)
+					if err != nil {
+						t.Errorf("%s: %s: ssh: %v", when, o.name, err)
+						continue
+					}
+					sessions["opened "+when+", "+o.name] = c
+				}
+			}
+			alive := func(when string) {
+				t.Helper()
+				for name, c := range sessions {
+					if err := lines(c); err != nil {
+						t.Errorf("%s: ssh %s: %v", when, name, err)
+						delete(sessions, name)
+					}
+				}
+			}
+			open("before up")
+			if tracked {
+				w.reachable("before up")
+			}
+			if t.Failed() {
+				return
+			}
+			d := w.up("--proxy", proxyURL)
+			if why := w.notClosed(); why != "" {
+				t.Skip(why)
+			}
+			alive("while up")
+			open("while up")
+			check := func(when string) {
+				t.Helper()
+				alive(when)
+				if tracked {
+					w.reachable(when)
+				}
+			}
+			check("while up")
+			d.kill()
+			check("after kill -9")
+			open("after kill -9")
+			time.Sleep(3 * time.Second) // what the daemon refreshes has lapsed
+			check("3 s after kill -9")
+			d = w.up("--proxy", proxyURL)
+			check("after the restart")
+			w.ip("host", "link del "+tunName)
+			if d.alive() {
+				time.Sleep(300 * time.Millisecond)
+			}
+			check("after the TUN was deleted")
+			if err := d.stop(); err != nil {
+				t.Logf("stop: %v", err)
+			}
+			w.command("down")
+			check("after the stop")
+		})
+	}
+}
+
+// TestReachableStrictReversePath is the same where rp_filter is 1.
+func TestReachableStrictReversePath(t *testing.T) {
+	w := newWorld(t)
+	w.hostServers()
+	w.sysctl("host", map[string]string{"net/ipv4/conf/all/rp_filter": "1", "net/ipv4/conf/eth0/rp_filter": "1"})
+	if err := setProxyName(proxy4); err != nil {
+		t.Fatal(err)
+	}
+	w.proxy(proxy4 + ":1080")
+	serve(w.listen("world", ":77"), echo)
+	before, err := w.login(client4, host4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := w.launch("--proxy", proxyURL)
+	if !d.becomesReady() {
+		if !has("down") {
+			t.Skip("viasocks up can't with rp_filter=1 yet")
+		}
+		t.Fatalf("viasocks up did not start:\n%s", d.log)
+	}
+	if why := w.notClosed(); why != "" {
+		t.Skip(why)
+	}
+	carried := func(when string) {
+		t.Helper()
+		c, err := w.dial("host", netip.MustParseAddrPort("203.0.113.7:77"))
+		if err == nil {
+			err = ping(c)
+		}
+		if err != nil {
+			t.Errorf("%s: not carried: %v", when, err)
+		}
+	}
+	carried("while up")
+	w.reachable("while up")
+	if err := lines(before); err != nil {
+		t.Errorf("ssh opened before up: %v", err)
+	}
+	d.kill()
+	w.reachable("after kill -9")
+	if err := lines(before); err != nil {
+		t.Errorf("after kill -9: ssh opened before up: %v", err)
+	}
+}
+
+// TestRulesOfReach takes rules away, one kind at a time, from a host whose daemon was killed, and expects what each is
+// there for to fail: else the tests above would prove nothing.
+func TestRulesOfReach(t *testing.T) {
+	ssh := func(w *world) error { _, err := w.login(client4, host4); return err }
+	for _, tt := range []struct {
+		name  string
+		rules *regexp.Regexp // of lines of `nft list`; nil: ip rules by fwmark to main
+		works func(*world) error
+	}{
+		{"answers marked in the output chain", regexp.MustCompile(`ct direction reply.*meta mark set`), ssh},
+		{"the mark restored in prerouting", regexp.MustCompile(`meta mark set ct mark`), func(w *world) error {
+			_, err := w.published(client4, host4)
+			return err
+		}},
+		{"inbound marked in prerouting", regexp.MustCompile(`fib daddr type local.*ct mark set`), func(w *world) error {
+			_, err := w.published(client4, host4)
+			return err
+		}},
+		{"the ip rule of answers", nil, ssh},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w := newWorld(t)
+			w.hostServers()
+			if err := setProxyName(proxy4); err != nil {
+				t.Fatal(err)
+			}
+			w.proxy(proxy4 + ":1080")
+			d := w.up("--proxy", proxyURL)
+			if why := w.notClosed(); why != "" {
+				t.Skip(why)
+			}
+			d.kill()
+			if err := tt.works(w); err != nil {
+				t.Fatalf("with its rule: %v", err)
+			}
+			if n := w.takeAway(tt.rules); n == 0 {
+				t.Fatalf("no such rule:\n%s\n%s", w.ipRules(), w.run("host", nil, "nft", "list", "ruleset"))
+			}
+			if err := tt.works(w); err == nil {
+				t.Error("it works without its rule as well")
+			}
+		})
+	}
+}
+
+var (
+	nftTable = regexp.MustCompile(`^table (\w+) (\S+) \{`)
+	nftChain = regexp.MustCompile(`^\tchain (\S+) \{`)
+	nftLine  = regexp.MustCompile(`# handle (\d+)$`)
+	markRule = regexp.MustCompile(`(?m)^(\d+):.*fwmark .*lookup main.* proto (118|viasocks)`)
+)
+
+// takeAway deletes the nft rules of ours that match, or the ip rules that lead marked packets to main.
+func (w *world) takeAway(rules *regexp.Regexp) (n int) {
+	w.t.Helper()
+	if rules == nil {
+		for _, m := range markRule.FindAllStringSubmatch(w.ip("host", "-d rule"), -1) {
+			w.ip("host", "rule del pref "+m[1])
+			n++
+		}
+		return n
+	}
+	var table, chain string
+	for line := range strings.Lines(w.run("host", nil, "nft", "-a", "list", "ruleset")) {
+		line = strings.TrimRight(line, "\n")
+		if m := nftTable.FindStringSubmatch(line); m != nil {
+			table = m[1] + " " + m[2]
+		} else if m := nftChain.FindStringSubmatch(line); m != nil {
+			chain = m[1]
+		} else if m := nftLine.FindStringSubmatch(line); m != nil && strings.Contains(table, "viasocks") && rules.MatchString(line) {
+			w.nft("host", fmt.Sprintf("delete rule %s %s handle %s\n", table, chain, m[1]))
+			n++
+		}
+	}
+	return n
+}
