@@ -7,6 +7,8 @@
 # Each round does each case natively (the generator speaks SOCKS5) and through the redirector (the generator is plain),
 # one after the other, so that a drift of the machine hits both. The table has medians and the ratio to native.
 #
+# A case with slow: before it has 25 ms each way between app and proxy, one with lossy: a packet in a hundred lost.
+#
 # Usage: bench.sh [--rounds N] [--time D] [--cases 'D1 U1 …'] [--against 'COMMAND'] [--json FILE] [--flags 'VIASOCKS FLAGS']
 #
 #   --against runs another redirector's COMMAND (sh -c) in the app's namespace in place of viasocks; it must steer
@@ -16,7 +18,8 @@ cd "$(dirname "$0")/.."
 export PATH=$PATH:/usr/local/go/bin
 
 rounds=3 time=2s against='' json='' flags=''
-cases='D1 D8 U1 U8 both conn ping1 ping16 pingbulk udp64 udp1200 udp500 floodup flooddown idle2000 idle9500'
+cases='D1 D8 U1 U8 both conn ping1 ping16 pingbulk udp64 udp1200 udp500 peers2000 floodup flooddown idle2000 idle9500
+slow:D1 slow:U1 slow:conn lossy:D1 lossy:U1 lossy:conn'
 die() { echo "bench: $*" >&2; exit 1; }
 while [[ $# -gt 0 ]]; do
 	case $1 in
@@ -26,7 +29,7 @@ while [[ $# -gt 0 ]]; do
 	--against) against=$2; shift 2 ;;
 	--json) json=$2; shift 2 ;;
 	--flags) flags=$2; shift 2 ;;
-	-h | --help) sed -n 's/^# \{0,1\}//; 2,15p' "$0"; exit 0 ;;
+	-h | --help) sed -n 's/^# \{0,1\}//; 2,17p' "$0"; exit 0 ;;
 	*) echo "bench: unknown option $1: see $0 --help" >&2; exit 2 ;;
 	esac
 done
@@ -53,15 +56,28 @@ ulimit -n "$(ulimit -H -n)"
 
 in_ns() { local ns=$1; shift; ip netns exec "$LAB-$ns" "$@"; }
 target=203.0.113.2:9000 proxy=10.66.0.1:1080
-in_ns world "$dir/bench" world --listen "$target" & pids+=($!)
-in_ns proxy "$dir/bench" socks --listen "$proxy" & pids+=($!)
+# ip netns exec replaces itself, so these are the pids of the servers.
+ip netns exec "$LAB-world" "$dir/bench" world --listen "$target" --peers 2000 & pids+=($!)
+ip netns exec "$LAB-proxy" "$dir/bench" socks --listen "$proxy" & pids+=($!)
+declare -A proxy_of=([plain]=$proxy [slow]=10.67.0.1:1080 [lossy]=10.68.0.1:1080)
+link() { # kind network flags…
+	local kind=$1 net=$2
+	shift 2
+	[[ $cases == *"$kind:"* ]] || return 0
+	"$dir/bench" link --name "$kind" --a "/run/netns/$LAB-app,$net.2/24" --b "/run/netns/$LAB-proxy,$net.1/24" "$@" >"$dir/$kind.log" 2>&1 & pids+=($!)
+	for _ in $(seq 50); do grep -q ready "$dir/$kind.log" && break; sleep 0.1; done
+	grep -q ready "$dir/$kind.log" || { cat "$dir/$kind.log" >&2; die "no $kind link"; }
+	ip netns exec "$LAB-proxy" "$dir/bench" socks --listen "${proxy_of[$kind]}" & pids+=($!)
+}
+link slow 10.67.0 --delay 25ms
+link lossy 10.68.0 --loss 1
 for _ in $(seq 50); do
 	in_ns app "$dir/bench" load --case conn1 --time 1ms --proxy "$proxy" --target "$target" >/dev/null 2>&1 && break
 	sleep 0.1
 done
 
 if [[ -n $against ]]; then
-	in_ns app sh -c "exec $against" >"$dir/against.log" 2>&1 & pids+=($!)
+	ip netns exec "$LAB-app" sh -c "exec $against" >"$dir/against.log" 2>&1 & pids+=($!)
 	watch=$!
 	sleep 2
 	kill -0 "$watch" 2>/dev/null || { cat "$dir/against.log" >&2; die "the other redirector does not run"; }
@@ -69,16 +85,18 @@ fi
 
 results=$dir/results
 run_case() { # mode case round
-	local out
+	local out kind=plain case=$2 proxy
+	if [[ $case == *:* ]]; then kind=${case%%:*} case=${case#*:}; fi
+	proxy=${proxy_of[$kind]}
 	case $1 in
-	native) out=$(in_ns app "$dir/bench" load --case "$2" --time "$time" --proxy "$proxy" --target "$target") || return 1 ;;
+	native) out=$(in_ns app "$dir/bench" load --case "$case" --name "$2" --time "$time" --proxy "$proxy" --target "$target") || return 1 ;;
 	through)
 		if [[ -n $against ]]; then
-			out=$(in_ns app "$dir/bench" load --case "$2" --time "$time" --target "$target" --watch "$watch") || return 1
+			out=$(in_ns app "$dir/bench" load --case "$case" --name "$2" --time "$time" --target "$target" --watch "$watch") || return 1
 		else
 			# shellcheck disable=SC2086 # flags are words
 			out=$(in_ns app "$dir/viasocks" run --proxy "socks5://$proxy" $flags -- \
-				"$dir/bench" load --case "$2" --time "$time" --target "$target" --watch -1) || return 1
+				"$dir/bench" load --case "$case" --name "$2" --time "$time" --target "$target" --watch -1) || return 1
 		fi
 		;;
 	esac

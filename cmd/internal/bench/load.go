@@ -47,6 +47,7 @@ var cases = map[string]func(*loader) (result, error){
 	"udp64":     func(l *loader) (result, error) { return l.echoes(8, 64) },
 	"udp1200":   func(l *loader) (result, error) { return l.echoes(8, 1200) },
 	"udp500":    func(l *loader) (result, error) { return l.echoes(500, 64) },
+	"peers2000": func(l *loader) (result, error) { return l.swarm(2000) },
 	"floodup":   (*loader).floodUp,
 	"flooddown": (*loader).floodDown,
 	"idle2000":  func(l *loader) (result, error) { return l.idle(2000) },
@@ -56,6 +57,7 @@ var cases = map[string]func(*loader) (result, error){
 func loadMain(args []string) error {
 	fs := flag.NewFlagSet("load", flag.ExitOnError)
 	name := fs.String("case", "", "what to do")
+	label := fs.String("name", "", "what the result is called; none: the case")
 	proxy := fs.String("proxy", "", "SOCKS5 server: work natively; none: plainly")
 	target := fs.String("target", "", "the far end")
 	seconds := fs.Duration("time", 3*time.Second, "how long, where the case is bounded by time")
@@ -90,6 +92,9 @@ func loadMain(args []string) error {
 		return fmt.Errorf("%s: %w", *name, err)
 	}
 	r.Case = *name
+	if *label != "" {
+		r.Case = *label
+	}
 	if r.Seconds == 0 {
 		r.Seconds = time.Since(start).Seconds()
 	}

@@ -16,6 +16,7 @@ type dgram struct {
 	*net.UDPConn
 	control *net.TCPConn // nil: plainly
 	head    []byte       // what goes before each datagram
+	relay   netip.AddrPort
 }
 
 func (l *loader) openUDP() (*dgram, error) {
@@ -94,6 +95,83 @@ func (l *loader) echoes(n, size int) (result, error) {
 		return nil
 	})
 	return rate(took, l.seconds, "rt/s"), err
+}
+
+// swarm is one socket that asks n peers, a window of 64 questions at a time, round and round: a DHT node. The figure is
+// answers per second, by true source.
+func (l *loader) swarm(n int) (result, error) {
+	d, err := l.openSwarm()
+	if err != nil {
+		return result{}, err
+	}
+	defer d.close()
+	in := make([]byte, 65536)
+	out := append([]byte{}, d.head...)
+	out = append(out, make([]byte, 100)...)
+	port := l.target.Port()
+	end := time.Now().Add(l.seconds)
+	answers, asked, lost, wrong := 0, 0, 0, 0
+	ask := func() error {
+		to := netip.AddrPortFrom(l.target.Addr(), port+1+uint16(asked%n))
+		asked++
+		if d.control != nil {
+			binary.BigEndian.PutUint16(out[len(d.head)-2:], to.Port())
+			to = d.relay
+		}
+		_, err := d.WriteToUDPAddrPort(out, to)
+		return err
+	}
+	for range 64 {
+		if err := ask(); err != nil {
+			return result{}, err
+		}
+	}
+	for time.Now().Before(end) {
+		_ = d.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
+		m, from, err := d.ReadFromUDPAddrPort(in)
+		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			lost++ // a window of questions, or some of it
+			for range 64 {
+				if err := ask(); err != nil {
+					return result{}, err
+				}
+			}
+			continue
+		case err != nil:
+			return result{}, err
+		}
+		if d.control != nil && m >= len(d.head) {
+			from = netip.AddrPortFrom(l.target.Addr(), binary.BigEndian.Uint16(in[len(d.head)-2:]))
+		}
+		if p := from.Port(); p <= port || p > port+uint16(n) {
+			wrong++
+		}
+		answers++
+		if err := ask(); err != nil {
+			return result{}, err
+		}
+	}
+	if wrong > 0 || lost > 20 {
+		return result{}, fmt.Errorf("%d answers from elsewhere, %d stalls", wrong, lost)
+	}
+	return result{Value: float64(answers) / l.seconds.Seconds(), Unit: "rt/s", Work: float64(answers), Seconds: l.seconds.Seconds()}, nil
+}
+
+// openSwarm is openUDP with a socket that is not connected.
+func (l *loader) openSwarm() (*dgram, error) {
+	d, err := l.openUDP()
+	if err != nil {
+		return nil, err
+	}
+	d.relay = d.RemoteAddr().(*net.UDPAddr).AddrPort()
+	d.UDPConn.Close()
+	d.UDPConn, err = net.ListenUDP("udp", nil)
+	if err != nil {
+		d.UDPConn = nil
+		return nil, errors.Join(err, d.close())
+	}
+	return d, nil
 }
 
 const floodSize = 1200

@@ -3,6 +3,7 @@
 //
 //	bench world --listen 203.0.113.10:9000            the far end, TCP and UDP on one port
 //	bench socks --listen 10.0.0.1:1080                the SOCKS5 server: CONNECT by splice, UDP ASSOCIATE by mmsg
+//	bench link  --a … --b … --delay 25ms              a slow or lossy link between two namespaces
 //	bench table                                       results of load on standard input, as a table
 //	bench load  --case D1 --target … [--proxy …]      one case: one line of JSON on standard output
 //
@@ -16,7 +17,7 @@ import (
 
 func main() {
 	if len(os.Args) < 2 {
-		fmt.Fprintln(os.Stderr, "usage: bench world|socks|load|table [flags]")
+		fmt.Fprintln(os.Stderr, "usage: bench world|socks|load|link|table [flags]")
 		os.Exit(2)
 	}
 	var err error
@@ -25,12 +26,14 @@ func main() {
 		err = worldMain(os.Args[2:])
 	case "socks":
 		err = socksMain(os.Args[2:])
+	case "link":
+		err = linkMain(os.Args[2:])
 	case "table":
 		err = table(os.Stdin, os.Stdout)
 	case "load":
 		err = loadMain(os.Args[2:])
 	default:
-		err = fmt.Errorf("no command %q: world, socks, load or table", os.Args[1])
+		err = fmt.Errorf("no command %q: world, socks, load, link or table", os.Args[1])
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)

@@ -26,6 +26,7 @@ const (
 func worldMain(args []string) error {
 	fs := flag.NewFlagSet("world", flag.ExitOnError)
 	listen := fs.String("listen", "", "address and port, TCP and UDP")
+	peers := fs.Int("peers", 0, "how many UDP sockets besides, on the ports that follow: a swarm")
 	fs.Parse(args)
 	l, err := net.Listen("tcp", *listen)
 	if err != nil {
@@ -36,6 +37,14 @@ func worldMain(args []string) error {
 		return err
 	}
 	go serveDatagrams(u.(*net.UDPConn))
+	first := u.LocalAddr().(*net.UDPAddr)
+	for i := range min(max(*peers, 0), 10000) {
+		p, err := net.ListenUDP("udp", &net.UDPAddr{IP: first.IP, Port: first.Port + 1 + i})
+		if err != nil {
+			return err
+		}
+		go echoDatagrams(p)
+	}
 	for {
 		c, err := l.Accept()
 		if err != nil {
@@ -154,5 +163,17 @@ func serveDatagrams(u *net.UDPConn) {
 				}
 			}()
 		}
+	}
+}
+
+// echoDatagrams is a peer of a swarm.
+func echoDatagrams(u *net.UDPConn) {
+	b := make([]byte, 2048)
+	for {
+		n, from, err := u.ReadFromUDPAddrPort(b)
+		if err != nil {
+			return
+		}
+		_, _ = u.WriteToUDPAddrPort(b[:n], from)
 	}
 }
