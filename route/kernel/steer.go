@@ -14,16 +14,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const (
-	// Protocol marks our ip rules and kernel routes (`proto 118` in ip's output), so that what is ours is known and
-	// nothing else is touched. Nobody in /etc/iproute2/rt_protos has it.
-	Protocol = 118
-
-	// DefaultPriority of the first ip rule. Rules that others add without a priority land one before the first that
-	// is there, so ours stay well behind those of VPNs (tailscale: 5210 and on) and before main (32766).
-	DefaultPriority = 9000
-)
-
 // Options says what Steer shall do. The zero value of a field is an error but for Priority and Log.
 type Options struct {
 	TUN      string // name of the device that takes the packets; it is up and has its addresses

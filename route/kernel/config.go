@@ -1,0 +1,201 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"regexp"
+	"time"
+)
+
+// What becomes of private networks that the host is connected to.
+type LANMode int
+
+// LANDirect: reached past the proxy, but for names. LANCarry: reached through the proxy. LANRefuse: not at all.
+const (
+	LANDirect LANMode = iota
+	LANCarry
+	LANRefuse
+)
+
+// Marks are the packet marks (and conntrack marks) in use: values under one mask, so that the bits of docker, kube,
+// tailscale and others stay theirs.
+type Marks struct {
+	Mask     uint32
+	Own      uint32 // our sockets: may leave the host to Config.Upstreams
+	Direct   uint32 // our sockets of verdict direct, and what is excluded by cgroup: may go anywhere
+	Captured uint32 // conntrack only: flows that began in the TUN
+	Inbound  uint32 // answers to connections from outside
+}
+
+// MarksFrom derives the others from the mark of our own sockets: own+1, own+2, own+3 in units of the mask's lowest
+// bit, wrapping round inside the mask and never 0. The mask needs three bits or more.
+func MarksFrom(own, mask uint32) Marks {
+	m := Marks{Mask: mask, Own: own}
+	if mask == 0 {
+		return m
+	}
+	unit := mask & -mask
+	next := func(v uint32) uint32 {
+		for {
+			// Adding to what is outside of the mask carries across its gaps.
+			if v = ((v | ^mask) + unit) & mask; v != 0 && v != own {
+				return v
+			}
+		}
+	}
+	if mask&(mask-1) == 0 {
+		return m
+	}
+	m.Direct = next(own)
+	m.Captured = next(m.Direct)
+	m.Inbound = next(m.Captured)
+	return m
+}
+
+// Selection names traffic; each field is an alternative.
+type Selection struct {
+	Networks []netip.Prefix // by destination
+	UIDs     []UIDRange
+	Ports    []PortRange // by destination, TCP and UDP
+	Devices  []string    // coming in by it to be forwarded, or bound to it
+	Cgroups  []string    // paths below the cgroup2 mount: system.slice/chrony.service
+}
+
+// UIDRange and PortRange include both ends.
+type (
+	UIDRange  struct{ First, Last uint32 }
+	PortRange struct{ First, Last uint16 }
+)
+
+func (s Selection) empty() bool {
+	return len(s.Networks)+len(s.UIDs)+len(s.Ports)+len(s.Devices)+len(s.Cgroups) == 0
+}
+
+// Config says what is to be done to the host. The zero value of a field is its default where one is named, else an
+// error.
+type Config struct {
+	TUN      string       // name of the device that takes the packets; need not be there before Steer
+	TUNAddrs []netip.Addr // its addresses: they answer nobody on the LAN
+	Table    int          // number of the kernel routing table
+	Priority int          // of the first ip rule; 19 more are used; 0: DefaultPriority
+	NFTable  string       // name of the nftables tables; "": DefaultNFTable
+	Marks    Marks
+
+	LAN          LANMode
+	CarryInbound bool      // answers to connections from outside are nothing special
+	Exclude      Selection // goes past the proxy
+	Include      Selection // if not empty, nothing else goes through the proxy
+	Strict       bool      // stop AF_PACKET too
+	FailOpen     bool      // Undo by the next daemon's New is not needed: see Host.Recovered
+
+	Upstreams []Endpoint // what sockets with the mark Own may reach: proxies, their relays, resolvers of their names
+	OwnUID    *uint32    // our sockets have this uid; nil: not asked
+	OwnCgroup string     // our sockets are of this cgroup; "": not asked
+	Kept      []Tuple    // connections that came in before, see Established
+
+	Dir   string        // of the journal; "": /run/viasocks
+	Guard time.Duration // how long after the last Run the TUN still swallows packets, before programs get errors; 0: 10 s
+
+	Log            *slog.Logger // nil: none
+	Alive          func() bool  // asked before the guard is refreshed; nil: always. Must not block
+	OnDefaultRoute func()       // a default route of main changed. Must not block
+}
+
+// Endpoint is where a socket of ours may go.
+type Endpoint struct {
+	Proto uint8          // IPPROTO_TCP, IPPROTO_UDP; 0: both
+	Addr  netip.AddrPort // port 0: any
+}
+
+// Tuple is a connection as this host sees it.
+type Tuple struct {
+	Proto         uint8 // IPPROTO_TCP, IPPROTO_UDP
+	Local, Remote netip.AddrPort
+}
+
+// Defaults.
+const (
+	// Protocol marks our ip rules and kernel routes (`proto 118` in ip's output), so that what is ours is known and
+	// nothing else is touched. Nobody in /etc/iproute2/rt_protos has it.
+	Protocol = 118
+	// DefaultPriority of the first ip rule. Rules that others add without a priority land one before the first that
+	// is there, so ours stay well behind those of VPNs (tailscale: 5210 and on) and before main (32766).
+	DefaultPriority = 9000
+	DefaultNFTable  = "viasocks"
+	DefaultDir      = "/run/viasocks"
+	DefaultGuard    = 10 * time.Second
+)
+
+// ErrRunning: another daemon holds the lock of this network namespace.
+var ErrRunning = errors.New("another viasocks steers this host")
+
+// maxList bounds each list of a Selection: each entry is looked at for each packet or route look-up.
+const maxList = 256
+
+var nameRE = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.-]{0,30}$`)
+
+// withDefaults fills in the defaults and says what is wrong.
+func (c Config) withDefaults() (Config, error) {
+	if c.Priority == 0 {
+		c.Priority = DefaultPriority
+	}
+	if c.NFTable == "" {
+		c.NFTable = DefaultNFTable
+	}
+	if c.Dir == "" {
+		c.Dir = DefaultDir
+	}
+	if c.Guard == 0 {
+		c.Guard = DefaultGuard
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Strict && c.LAN == LANDirect {
+		c.LAN = LANRefuse
+	}
+	return c, c.validate()
+}
+
+func (c *Config) validate() error {
+	m := c.Marks
+	values := []uint32{m.Own, m.Direct, m.Captured, m.Inbound}
+	for i, v := range values {
+		if v == 0 || v&^m.Mask != 0 {
+			return fmt.Errorf("cannot use mark %#x/%#x: four values other than 0 must fit into the mask: it needs three bits or more", m.Own, m.Mask)
+		}
+		for _, w := range values[:i] {
+			if v == w {
+				return fmt.Errorf("cannot use mark %#x twice: the four marks must differ", v)
+			}
+		}
+	}
+	switch {
+	case c.TUN == "" || len(c.TUN) > 15:
+		return fmt.Errorf("cannot use TUN device name %q: 1 to 15 bytes", c.TUN)
+	case c.Table <= 0 || c.Table >= 253 && c.Table <= 255:
+		return fmt.Errorf("cannot use table %d: 253 to 255 are the kernel's own", c.Table)
+	case c.Priority < 1 || c.Priority+lastRule >= 32766:
+		return fmt.Errorf("cannot use rule priority %d: 1 to %d, before the rule of main", c.Priority, 32765-lastRule)
+	case !nameRE.MatchString(c.NFTable):
+		return fmt.Errorf("cannot use nftables name %q: letters, digits, '_', '-', '.', at most 31", c.NFTable)
+	case c.Guard < time.Second:
+		return fmt.Errorf("cannot use a guard of %v: a second or more", c.Guard)
+	}
+	for _, s := range []*Selection{&c.Exclude, &c.Include} {
+		for _, n := range []int{len(s.Networks), len(s.UIDs), len(s.Ports), len(s.Devices), len(s.Cgroups)} {
+			if n > maxList {
+				return fmt.Errorf("cannot include or exclude by %d things of a kind: at most %d", n, maxList)
+			}
+		}
+	}
+	if len(c.Upstreams) > maxEndpoints {
+		return fmt.Errorf("cannot open the filter for %d upstream endpoints: at most %d", len(c.Upstreams), maxEndpoints)
+	}
+	return nil
+}
+
+// maxEndpoints bounds the set of upstream endpoints.
+const maxEndpoints = 4096
