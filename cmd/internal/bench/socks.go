@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// socksMain is a SOCKS5 server without authentication. Bulk goes by splice(2): io.Copy between two *net.TCPConn.
+// socksMain is a SOCKS5 server without authentication. Bulk goes by splice(2).
 func socksMain(args []string) error {
 	fs := flag.NewFlagSet("socks", flag.ExitOnError)
 	listen := fs.String("listen", "", "address and port")
@@ -101,11 +101,11 @@ func serveConnect(c *net.TCPConn, dst netip.AddrPort) error {
 	}
 	up := make(chan error, 1)
 	go func() {
-		_, err := io.Copy(far, c)
+		err := spliceAll(far, c)
 		_ = far.CloseWrite()
 		up <- err
 	}()
-	_, err = io.Copy(c, far)
+	err = spliceAll(c, far)
 	_ = c.CloseWrite()
 	return errors.Join(err, <-up)
 }
