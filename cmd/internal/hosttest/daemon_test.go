@@ -114,12 +114,27 @@ func (d *daemon) kill() {
 	}
 }
 
+func (d *daemon) signal(s syscall.Signal) { _ = d.cmd.Process.Signal(s) }
+
+// reload is SIGHUP, and waits until the log tells of it.
+func (d *daemon) reload() {
+	d.t.Helper()
+	before := strings.Count(d.log.String(), "reload")
+	d.signal(syscall.SIGHUP)
+	for limit := time.Now().Add(5 * time.Second); strings.Count(d.log.String(), "reload") == before; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(limit) || !d.alive() {
+			d.t.Errorf("the log does not tell of the reload:\n%s", tail(quiet(d.log.String()), 20))
+			return
+		}
+	}
+}
+
 // stop is SIGTERM, and gives how it ended.
 func (d *daemon) stop() error {
 	if d.over {
 		return nil
 	}
-	_ = d.cmd.Process.Signal(syscall.SIGTERM)
+	d.signal(syscall.SIGTERM)
 	return d.wait()
 }
 

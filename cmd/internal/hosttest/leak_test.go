@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -73,7 +74,8 @@ func TestLeak(t *testing.T) {
 	w.halves("del")
 
 	var d *daemon
-	up := func() { d = w.up("--proxy", proxyURL) }
+	w.configure("proxy " + proxyURL)
+	up := func() { d = w.up("--config", configFile) }
 	o.starting("starting, from open", up)
 	if why := w.notClosed(); why != "" {
 		o.skip("everything else", why)
@@ -83,6 +85,19 @@ func TestLeak(t *testing.T) {
 	est.carry(w)
 	o.closedFor("running", 2, 1200*time.Millisecond, nil)
 	o.closed("0/1 and 128/1 in main", func() { w.halves("add") })
+
+	if has("reload") || strings.Contains(d.log.String(), "reload") || has("close") {
+		o.closed("reload", func() { d.reload() })
+		o.closed("reload of a file with a mistake", func() {
+			w.configure("proxy nonsense")
+			d.signal(syscall.SIGHUP)
+			time.Sleep(100 * time.Millisecond)
+			w.configure("proxy " + proxyURL)
+		})
+		est.carry(w)
+	} else {
+		o.skip("reload", "viasocks up can't reload yet")
+	}
 
 	// The proxy goes, and comes back elsewhere.
 	o.closedFor("proxy down", 2, 1200*time.Millisecond, func() { p.Close() })
@@ -95,6 +110,18 @@ func TestLeak(t *testing.T) {
 		w.eventually(15*time.Second, "the proxy at its new address is asked", func() bool { return p2.Stats().Requests > 0 })
 	})
 	est.carry(w)
+	if has("close") {
+		p3 := w.proxy(proxy4 + ":1081")
+		o.rec.known(p3)
+		o.closed("proxy changed by reload", func() {
+			w.configure("proxy socks5://" + proxy4 + ":1081")
+			d.reload()
+		})
+		est.carry(w)
+		if p3.Stats().Requests == 0 {
+			t.Error("the new proxy is not asked")
+		}
+	}
 
 	o.closed("our ip rules deleted", func() { w.deleteRules() })
 	w.eventually(2*time.Second, "the ip rules are put back", func() bool { return w.ipRules() == rules })
@@ -122,7 +149,7 @@ func TestLeak(t *testing.T) {
 	for range 20 {
 		d.kill()
 		o.closed("kill -9 at 20 instants", func() {
-			d = w.launch("--proxy", proxyURL)
+			d = w.launch("--config", configFile)
 			time.Sleep(time.Duration(rand.Int64N(int64(took * 3 / 2))))
 			d.kill()
 		})
@@ -152,6 +179,28 @@ func TestLeak(t *testing.T) {
 		}
 	})
 	o.control("control: after the stop")
+	if !has("close") {
+		o.skip("closed before start", "viasocks has no close yet")
+		return
+	}
+	if out, err := w.command("close", "--config", configFile); err != nil {
+		t.Errorf("close: %v\n%s", err, out)
+	}
+	o.rec.take()
+	o.closedFor("closed before start", 2, 1200*time.Millisecond, nil)
+	o.closed("starting, from closed", up)
+	est.carry(w)
+	o.closed("running again", nil)
+}
+
+// configFile is what viasocks reads, and reads again.
+const configFile = "/run/viasocks-test.conf"
+
+func (w *world) configure(lines string) {
+	w.t.Helper()
+	if err := os.WriteFile(configFile, []byte(lines+"\n"), 0o600); err != nil {
+		w.t.Fatal(err)
+	}
 }
 
 // TestLeakStrict: with --strict neither raw frames nor the private network get out.

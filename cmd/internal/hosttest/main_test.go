@@ -14,6 +14,7 @@ import (
 const (
 	envInside = "HOSTTEST_INSIDE" // set in the test process that is inside its namespaces: path of the viasocks binary
 	envAgent  = "HOSTTEST_AGENT"  // set in a process that opens sockets for the test in another cgroup
+	envBinary = "HOSTTEST_BINARY" // the viasocks to test, in place of one that is built from the source
 	envWhy    = "HOSTTEST_SKIP"   // why the tests are skipped
 )
 
@@ -39,15 +40,18 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// reenter builds viasocks and runs the tests again inside new namespaces. The process there is the first of its process
-// namespace: whatever happens to it, all that it started ends with it, and the network namespaces with that.
+// reenter builds viasocks and runs the tests again inside new namespaces.
 func reenter() (int, error) {
+	bin := os.Getenv(envBinary)
+	if bin != "" {
+		return inside(bin)
+	}
 	dir, err := os.MkdirTemp("", "viasocks-hosttest-")
 	if err != nil {
 		return 0, err
 	}
 	defer os.RemoveAll(dir)
-	bin := filepath.Join(dir, "viasocks")
+	bin = filepath.Join(dir, "viasocks")
 	args := []string{"build", "-o", bin}
 	if raceEnabled {
 		args = append(args, "-race")
@@ -57,7 +61,12 @@ func reenter() (int, error) {
 	if err := build.Run(); err != nil {
 		return 0, fmt.Errorf("cannot build viasocks: %w", err)
 	}
+	return inside(bin)
+}
 
+// inside runs the tests in namespaces. The process there is the first of its process namespace: whatever happens to it,
+// all that it started ends with it, and the network namespaces with that.
+func inside(bin string) (int, error) {
 	runtime.LockOSThread() // Pdeathsig follows the thread that forks
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
@@ -71,7 +80,7 @@ func reenter() (int, error) {
 		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}}
 		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}}
 	}
-	err = cmd.Run()
+	err := cmd.Run()
 	var exit *exec.ExitError
 	switch {
 	case err == nil:

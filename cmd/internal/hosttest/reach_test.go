@@ -15,6 +15,7 @@ import (
 const (
 	sshPort       = 22
 	udpPort       = 5300
+	lanPort       = 8000 // of the router, on-link
 	publishedPort = 8080 // on the host; 80 in the container
 )
 
@@ -30,19 +31,18 @@ func (w *world) hostServers() {
 			time.Sleep(5 * time.Millisecond)
 		}
 	})
-	for _, port := range []int{udpPort} {
-		c := w.packets("host", fmt.Sprintf(":%d", port))
-		go func() {
-			b := make([]byte, 2048)
-			for {
-				n, from, err := c.ReadFrom(b)
-				if err != nil {
-					return
-				}
-				_, _ = c.WriteTo(b[:n], from)
+	c := w.packets("host", fmt.Sprintf(":%d", udpPort))
+	go func() {
+		b := make([]byte, 2048)
+		for {
+			n, from, err := c.ReadFrom(b)
+			if err != nil {
+				return
 			}
-		}()
-	}
+			_, _ = c.WriteTo(b[:n], from)
+		}
+	}()
+	serve(w.listen("router", fmt.Sprintf(":%d", lanPort)), echo)
 	serve(w.listen("ctr", ":80"), func(c net.Conn) { fmt.Fprintln(c, "published"); _, _ = io.Copy(c, c) })
 }
 
@@ -143,6 +143,25 @@ func (w *world) reachable(when string) {
 	}
 }
 
+// inside tries what the host reaches past the proxy: its container and the connected private network.
+func (w *world) inside(when string) {
+	w.t.Helper()
+	for _, to := range []string{ctr4, ctr6} {
+		if c, err := w.dial("host", netipAddrPort(to, 80)); err != nil {
+			w.t.Errorf("%s: from the host to its container %s: %v", when, to, err)
+		} else {
+			c.Close()
+		}
+	}
+	for _, to := range []string{lanRouter4, lanRouter6} {
+		if c, err := w.dial("host", netipAddrPort(to, lanPort)); err != nil {
+			w.t.Errorf("%s: from the host to the private network, %s: %v", when, to, err)
+		} else {
+			c.Close()
+		}
+	}
+}
+
 // trackNothing keeps conntrack out of the host, as one without any stateful rule; track brings it in.
 func (w *world) trackNothing() {
 	w.t.Helper()
@@ -198,6 +217,7 @@ func TestReachable(t *testing.T) {
 			check := func(when string) {
 				t.Helper()
 				alive(when)
+				w.inside(when)
 				if tracked {
 					w.reachable(when)
 				}

@@ -1,0 +1,151 @@
+package hosttest
+
+import (
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// closedUp is a world with a viasocks that is up; it skips the test where up is not closed yet.
+func closedUp(t *testing.T, flags ...string) (*world, *daemon) {
+	t.Helper()
+	w := newWorld(t)
+	w.hostServers()
+	if err := setProxyName(proxy4); err != nil {
+		t.Fatal(err)
+	}
+	w.proxy(proxy4 + ":1080")
+	d := w.up(append([]string{"--proxy", proxyURL}, flags...)...)
+	if why := w.notClosed(); why != "" {
+		t.Skip(why)
+	}
+	return w, d
+}
+
+// TestTUNAddressIsHidden: the LAN can't use the TUN's addresses, and nobody answers for them.
+func TestTUNAddressIsHidden(t *testing.T) {
+	w, d := closedUp(t)
+	for _, killed := range []bool{false, true} {
+		if killed {
+			d.kill()
+		}
+		for _, by := range []string{"via " + hostLAN4, ""} { // routed to the host; asked for by ARP
+			w.ip("router", "route replace 198.18.0.1/32 "+by+" dev host0")
+			w.refuses("router", "198.18.0.1")
+		}
+		for _, by := range []string{"via " + hostLAN6, ""} {
+			w.ip("router", "-6 route replace fd76:6961:736f:636b::1/128 "+by+" dev host0")
+			w.refuses("router", "fd76:6961:736f:636b::1")
+		}
+		if out := w.ip("router", "neigh show to 198.18.0.1") + w.ip("router", "-6 neigh show to fd76:6961:736f:636b::1"); strings.Contains(out, "lladdr") {
+			t.Errorf("killed %v: the host answers for the TUN's address: %s", killed, out)
+		}
+	}
+}
+
+func (w *world) refuses(ns, to string) {
+	w.t.Helper()
+	err := in(ns, func() error {
+		c, err := net.DialTimeout("tcp", netipAddrPort(to, sshPort).String(), 300*time.Millisecond)
+		if err == nil {
+			c.Close()
+		}
+		return err
+	})
+	if err == nil {
+		w.t.Errorf("%s answers %s", to, ns)
+	}
+}
+
+// TestErrorsAtOnce: with viasocks dead, programs get an error and do not hang.
+func TestErrorsAtOnce(t *testing.T) {
+	w, d := closedUp(t)
+	d.kill()
+	time.Sleep(5 * time.Second) // until the daemon is known to be dead
+	for _, when := range []string{"killed", "killed, and the TUN deleted"} {
+		if when != "killed" {
+			w.ip("host", "link del "+tunName)
+		}
+		for _, to := range []string{"203.0.113.7", "2001:db8:f::7", lanRouter4} {
+			for _, dev := range []string{"", "eth0"} {
+				port := uint16(77)
+				if to == lanRouter4 {
+					port = 53
+				}
+				took, err := w.connect(netipAddrPort(to, port), dev)
+				t.Logf("%s: connect(%s) bound to %q: %v after %v", when, to, dev, err, took.Round(time.Millisecond))
+				if err == nil || took > 500*time.Millisecond {
+					t.Errorf("%s: connect(%s) bound to %q: %v after %v", when, to, dev, err, took)
+				}
+			}
+		}
+	}
+}
+
+// connect is a connect() in the host namespace.
+func (w *world) connect(to netip.AddrPort, dev string) (took time.Duration, err error) {
+	_ = in("host", func() error {
+		family := unix.AF_INET
+		if to.Addr().Is6() {
+			family = unix.AF_INET6
+		}
+		var fd int
+		if fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0); err != nil {
+			return nil
+		}
+		defer unix.Close(fd)
+		if dev != "" {
+			if err = unix.BindToDevice(fd, dev); err != nil {
+				return nil
+			}
+		}
+		start := time.Now()
+		if err = unix.Connect(fd, sockaddr(to)); err == unix.EINPROGRESS {
+			p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+			for n := 0; n <= 0 && time.Since(start) < 3*time.Second; {
+				n, _ = unix.Poll(p, 3000)
+			}
+			n, _ := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
+			if err = unix.Errno(n); n == 0 {
+				err = nil
+			}
+		}
+		took = time.Since(start)
+		return nil
+	})
+	return took, err
+}
+
+// TestConfirm: without a confirmation everything is undone; with one it stays.
+func TestConfirm(t *testing.T) {
+	if !has("confirm") {
+		t.Skip("viasocks has no confirm yet")
+	}
+	w := newWorld(t)
+	w.hostServers()
+	if err := setProxyName(proxy4); err != nil {
+		t.Fatal(err)
+	}
+	w.proxy(proxy4 + ":1080")
+	before := w.state()
+	d := w.up("--proxy", proxyURL, "--confirm", "5s")
+	_ = d.wait()
+	w.same("without a confirmation", before, w.state())
+
+	d = w.up("--proxy", proxyURL, "--confirm", "5s")
+	if out, err := w.command("confirm"); err != nil {
+		t.Errorf("confirm: %v\n%s", err, out)
+	}
+	time.Sleep(6 * time.Second)
+	if !d.alive() {
+		t.Error("it was undone all the same")
+	}
+	if err := d.stop(); err != nil {
+		t.Errorf("stop: %v", err)
+	}
+	w.same("after the stop", before, w.state())
+}
