@@ -63,7 +63,7 @@ func startApp(t testing.TB, flags ...string) *app {
 	defer l.Close()
 	a := &app{t: t, log: &lockedBuffer{}, done: make(chan error, 1)}
 	args := append([]string{"run", "--log-level", "info"}, flags...)
-	a.cmd = exec.Command(binary, append(args, "--", self)...)
+	a.cmd = exec.Command(viasocks, append(args, "--", self)...)
 	a.cmd.Env = append(os.Environ(), envAgent+"="+path)
 	a.cmd.Stdout, a.cmd.Stderr = a.log, a.log
 	if err := a.cmd.Start(); err != nil {

@@ -23,13 +23,13 @@ const (
 	other6 = "2001:db8::2"
 )
 
-var binary string // the viasocks under test
+var viasocks string // the viasocks under test
 
 func TestMain(m *testing.M) {
 	if path := os.Getenv(envAgent); path != "" {
 		os.Exit(agentMain(path))
 	}
-	if binary = os.Getenv(envInside); binary != "" {
+	if viasocks = os.Getenv(envInside); viasocks != "" {
 		if err := makeWorld(); err != nil {
 			os.Setenv(envWhy, err.Error())
 		}
