@@ -151,6 +151,15 @@ func sockaddr(ap netip.AddrPort) unix.Sockaddr {
 	return &unix.SockaddrInet6{Port: int(ap.Port()), Addr: ap.Addr().As16()}
 }
 
+// sockaddr is with the uplink for link-local addresses.
+func (g *gun) sockaddr(ap netip.AddrPort) unix.Sockaddr {
+	sa := sockaddr(ap)
+	if a, ok := sa.(*unix.SockaddrInet6); ok && ap.Addr().IsLinkLocalUnicast() {
+		a.ZoneId = uint32(g.eth0)
+	}
+	return sa
+}
+
 // option changes a socket before it is used.
 type option func(g *gun, p *probe, fd int) error
 
@@ -180,7 +189,7 @@ func udpSize(size int, opts ...option) shot {
 		for unit := b; len(b) < size; {
 			b = append(b, unit...)
 		}
-		return unix.Sendto(fd, b, 0, sockaddr(p.to))
+		return unix.Sendto(fd, b, 0, g.sockaddr(p.to))
 	}
 }
 
@@ -240,6 +249,42 @@ func rawType(typ, proto int, body []byte, opts ...option) shot {
 		}
 		return unix.Sendto(fd, append(append([]byte(nil), body...), b...), 0, sockaddr(netip.AddrPortFrom(p.to.Addr(), 0)))
 	}
+}
+
+// udpFlags sends one datagram with flags of sendto.
+func udpFlags(flags int) shot {
+	return func(g *gun, p *probe, b []byte) error {
+		fd, err := g.socket(p.v6, unix.SOCK_DGRAM, 0)
+		if err != nil {
+			return err
+		}
+		g.keep(fd)
+		return unix.Sendto(fd, b, flags, sockaddr(p.to))
+	}
+}
+
+// udpByPacket names the device in each packet's control message.
+func udpByPacket(g *gun, p *probe, b []byte) error {
+	fd, err := g.socket(p.v6, unix.SOCK_DGRAM, 0)
+	if err != nil {
+		return err
+	}
+	g.keep(fd)
+	oob := unix.PktInfo4(&unix.Inet4Pktinfo{Ifindex: int32(g.eth0)})
+	if p.v6 {
+		oob = unix.PktInfo6(&unix.Inet6Pktinfo{Ifindex: uint32(g.eth0)})
+	}
+	return unix.Sendmsg(fd, b, oob, sockaddr(p.to), 0)
+}
+
+// udpMapped sends to an IPv4 address by a socket of IPv6.
+func udpMapped(g *gun, p *probe, b []byte) error {
+	fd, err := g.socket(true, unix.SOCK_DGRAM, 0)
+	if err != nil {
+		return err
+	}
+	g.keep(fd)
+	return unix.Sendto(fd, b, 0, sockaddr(netip.AddrPortFrom(netip.AddrFrom16(p.to.Addr().As16()), p.to.Port())))
 }
 
 // as runs a shot as another user. Sockets belong to the user for files of the thread that makes them.

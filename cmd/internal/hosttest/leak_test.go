@@ -139,6 +139,8 @@ func TestLeak(t *testing.T) {
 
 	d.kill()
 	o.closedFor("killed", 2, 1200*time.Millisecond, nil)
+	time.Sleep(guard)
+	o.closed("killed, guard lapsed", nil)
 	o.closed("restart", up)
 	if now := w.ipRules(); now != rules {
 		t.Errorf("ip rules after the restart:\n%s\nbefore:\n%s", now, rules)

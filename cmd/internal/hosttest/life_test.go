@@ -65,7 +65,7 @@ func (w *world) refuses(ns, to string) {
 func TestErrorsAtOnce(t *testing.T) {
 	w, d := closedUp(t)
 	d.kill()
-	time.Sleep(5 * time.Second) // until the daemon is known to be dead
+	time.Sleep(guard) // until the daemon is known to be dead
 	for _, when := range []string{"killed", "killed, and the TUN deleted"} {
 		if when != "killed" {
 			w.ip("host", "link del "+tunName)
@@ -85,6 +85,9 @@ func TestErrorsAtOnce(t *testing.T) {
 		}
 	}
 }
+
+// guard is a little more than the time for which the TUN takes packets that no daemon reads.
+const guard = 11 * time.Second
 
 // connect is a connect() in the host namespace.
 func (w *world) connect(to netip.AddrPort, dev string) (took time.Duration, err error) {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -84,6 +85,9 @@ func allProbes(est *established) []*probe {
 	}
 	add := func(p probe) {
 		p.id = len(ps)
+		if strings.Contains(p.name, "tcp") { // no canary in a SYN
+			p.proto = unix.IPPROTO_TCP
+		}
 		if p.ns == "" {
 			p.ns = "host"
 		}
@@ -97,14 +101,15 @@ func allProbes(est *established) []*probe {
 		next++
 	}
 	// group adds one to fixed destinations; an empty one is left out.
-	group := func(name string, c class, v4, v6 string, s shot) {
+	groupIn := func(ns, name string, c class, v4, v6 string, s shot) {
 		for _, to := range []string{v4, v6} {
 			if to != "" {
 				ap := netip.MustParseAddrPort(to)
-				add(probe{name: name, v6: ap.Addr().Is6(), to: ap, class: c, fire: s})
+				add(probe{name: name, ns: ns, v6: ap.Addr().Is6(), to: ap, class: c, fire: s})
 			}
 		}
 	}
+	group := func(name string, c class, v4, v6 string, s shot) { groupIn("", name, c, v4, v6, s) }
 	dev, ctr := toDevice("eth0"), "ctr"
 	both("tcp", "", 80, false, tcp())
 	both("udp", "", 4000, true, udp())
@@ -119,6 +124,7 @@ func allProbes(est *established) []*probe {
 	group("dns, on-link", never, lanRouter4+":53", "["+lanRouter6+"]:53", udp())
 	group("dns by tcp, on-link", never, lanRouter4+":53", "["+lanRouter6+"]:53", tcp())
 	group("dns, public on-link", never, router4+":53", "["+router6+"]:53", udp())
+	group("dns, link-local", never, "", "["+routerLL+"]:53", udp())
 	both("dns, as resolved does", "", 53, true, udpConnected(noDevice, dev))
 	both("dns over tls", "", 853, false, tcp())
 	both("ntp", "", 123, true, udp(fromPort(123)))
@@ -163,6 +169,12 @@ func allProbes(est *established) []*probe {
 	both("udp, bound to private address", "", 4000, true, udp(fromAddr(hostLAN4, hostLAN6, 0)))
 	both("tcp, IP_UNICAST_IF", "", 80, false, tcp(byIndex))
 	both("udp, IP_UNICAST_IF", "", 4000, true, udp(byIndex))
+	both("udp, IP_PKTINFO by device", "", 4000, true, udpByPacket)
+	group("tcp, public on-link", never, router4+":4001", "["+router6+"]:4001", tcp())
+	group("udp, public on-link", never, router4+":4000", "["+router6+"]:4000", udp())
+	group("udp, MSG_DONTROUTE", never, router4+":4002", "["+router6+"]:4002", udpFlags(unix.MSG_DONTROUTE))
+	add(probe{name: "udp, IPv4-mapped", to: own(false, 4000), fire: udpMapped, single: true})
+	next++
 	both("tcp, re-marked by others", "", remarkPort, false, tcp())
 	both("udp, re-marked by others", "", remarkPort, true, udp())
 	both("tcp, with our mark", "", 80, false, tcp(marked(ourMark)))
@@ -175,10 +187,14 @@ func allProbes(est *established) []*probe {
 	both("container: tcp", ctr, 80, false, tcp())
 	both("container: udp", ctr, 4000, true, udp())
 	both("container: dns", ctr, 53, true, udp())
+	groupIn(ctr, "container: dns, on-link", never, lanRouter4+":53", "["+lanRouter6+"]:53", udp())
+	add(probe{name: "container: tcp, established before", ns: ctr, to: est.ctr4, fire: est.write(est.ctrs4)})
+	add(probe{name: "container: tcp, established before", ns: ctr, v6: true, to: est.ctr6, fire: est.write(est.ctrs6)})
 	both("container: echo", ctr, 0, true, icmp(unix.SOCK_RAW))
 	both("container: raw, protocol 253", ctr, 0, true, raw(253, nil))
 	both("container: fragments", ctr, 4000, false, udpSize(4000, mayFragment))
 
+	group("private network, link-local", private, "", "["+routerLL+"]:4000", udp())
 	group("private network", private, lanRouter4+":4000", "["+lanRouter6+"]:4000", udp())
 	for _, v6 := range []bool{false, true} {
 		add(probe{name: "AF_PACKET", v6: v6, to: own(v6, 4000), class: strict, fire: packetSocket, single: true})
@@ -193,11 +209,7 @@ func (r *recorder) register(ps []*probe) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, p := range ps {
-		for _, e := range []endpoint{{p.proto, p.to.Addr(), p.to.Port()}, {unix.IPPROTO_TCP, p.to.Addr(), p.to.Port()}} {
-			if _, taken := r.owners[e]; !taken || p.proto == 0 {
-				r.owners[e] = p.id
-			}
-		}
+		r.owners[endpoint{p.proto, p.to.Addr(), p.to.Port()}] = p.id
 		if a := p.to.Addr(); netip.MustParsePrefix("203.0.113.0/24").Contains(a) || netip.MustParsePrefix("2001:db8:f::/64").Contains(a) {
 			r.owners[endpoint{addr: a}] = p.id
 		}
@@ -208,6 +220,8 @@ func (r *recorder) register(ps []*probe) {
 type established struct {
 	tcp4, tcp6, udp4, udp6         netip.AddrPort
 	conns4, conns6, socks4, socks6 []net.Conn
+	ctr4, ctr6                     netip.AddrPort // from the container
+	ctrs4, ctrs6                   []net.Conn
 	agent                          *agent
 
 	carried4, carried6 netip.AddrPort
@@ -223,27 +237,32 @@ func newEstablished(w *world) *established {
 	e := &established{
 		tcp4: netip.MustParseAddrPort("203.0.113.8:7"), tcp6: netip.MustParseAddrPort("[2001:db8:f::8]:7"),
 		carried4: netip.MustParseAddrPort("203.0.113.7:77"), carried6: netip.MustParseAddrPort("[2001:db8:f::7]:77"),
+		ctr4: netip.MustParseAddrPort("203.0.113.6:7"), ctr6: netip.MustParseAddrPort("[2001:db8:f::6]:7"),
 		udp4: netip.MustParseAddrPort("203.0.113.9:7"), udp6: netip.MustParseAddrPort("[2001:db8:f::9]:7"),
 	}
 	serve(w.listen("world", ":7"), drain)
 	serve(w.listen("world", ":77"), echo)
-	w.in("host", func() error {
-		for range generations {
-			for _, d := range []struct {
-				network string
-				to      netip.AddrPort
-				into    *[]net.Conn
-			}{{"tcp", e.tcp4, &e.conns4}, {"tcp", e.tcp6, &e.conns6}, {"udp", e.udp4, &e.socks4}, {"udp", e.udp6, &e.socks6}} {
+	for range generations {
+		for _, d := range []struct {
+			ns, network string
+			to          netip.AddrPort
+			into        *[]net.Conn
+		}{
+			{"host", "tcp", e.tcp4, &e.conns4}, {"host", "tcp", e.tcp6, &e.conns6},
+			{"host", "udp", e.udp4, &e.socks4}, {"host", "udp", e.udp6, &e.socks6},
+			{"ctr", "tcp", e.ctr4, &e.ctrs4}, {"ctr", "tcp", e.ctr6, &e.ctrs6},
+		} {
+			w.in(d.ns, func() error {
 				c, err := net.Dial(d.network, d.to.String())
 				if err != nil {
 					return err
 				}
 				w.t.Cleanup(func() { c.Close() })
 				*d.into = append(*d.into, c)
-			}
+				return nil
+			})
 		}
-		return nil
-	})
+	}
 	e.agent = startAgent(w)
 	return e
 }

@@ -26,6 +26,7 @@ const (
 	ctr4, ctr6           = "172.20.0.2", "fd00:20::2"
 	client4, client6     = "203.0.113.200", "2001:db8:f::200" // in world: who connects to the host
 	routerMAC            = "02:00:00:00:77:01"
+	routerLL             = "fe80::ff:fe00:7701" // RFC 4291 appendix A, of this MAC address
 )
 
 // The ports that the proxy's kernel gives to its relays.
