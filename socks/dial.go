@@ -11,6 +11,7 @@ import (
 	"slices"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -335,21 +336,22 @@ func (p *dial) granted() {
 	p.done(p.fd, nil)
 }
 
-func read(fd int, b []byte) (int, error) {
-	for {
-		n, err := unix.Read(fd, b)
-		if err != unix.EINTR {
-			return max(n, 0), err
-		}
-	}
-}
+// The sockets are non-blocking, so neither call waits, and the Go scheduler need not be told of it.
+
+func read(fd int, b []byte) (int, error) { return rawIO(unix.SYS_READ, fd, b) }
 
 // write relies on the Go runtime, which ignores SIGPIPE for all but standard output and error.
-func write(fd int, b []byte) (int, error) {
+func write(fd int, b []byte) (int, error) { return rawIO(unix.SYS_WRITE, fd, b) }
+
+func rawIO(call uintptr, fd int, b []byte) (int, error) {
 	for {
-		n, err := unix.Write(fd, b)
-		if err != unix.EINTR {
-			return max(n, 0), err
+		n, _, e := unix.RawSyscall(call, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+		switch e {
+		case 0:
+			return int(n), nil
+		case unix.EINTR:
+		default:
+			return 0, e
 		}
 	}
 }
