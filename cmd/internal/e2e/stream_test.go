@@ -216,10 +216,12 @@ func testResets(t *testing.T, a *app, host string) {
 			}
 		}},
 		{"FIN_WAIT_1: its FIN waits behind data", func(t *testing.T, e ends) {
-			e.mine.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
-			fill := make([]byte, 1<<20)
-			for range 64 { // until nothing more is taken: the other side does not read
-				if _, err := e.mine.Write(fill); err != nil {
+			// Until nothing at all is taken for a while: the other side does not read, and every buffer is full. Else the FIN
+			// would get through.
+			fill := make([]byte, 64<<10)
+			for {
+				e.mine.SetWriteDeadline(time.Now().Add(500 * time.Millisecond))
+				if n, err := e.mine.Write(fill); n == 0 && err != nil {
 					break
 				}
 			}
