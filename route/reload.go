@@ -131,3 +131,27 @@ func (s *dnsSum) add(t dns.Stats) {
 	s.Unmatched += t.Unmatched
 	s.Connections += t.Connections
 }
+
+var errNetwork = errors.New("the network is another one")
+
+// Renew makes anew what would wait long for an answer over a network that is not there any more: associations, and the
+// connections to resolvers. The mappings stay. Any goroutine; it does not wait.
+func (r *Router) Renew() {
+	r.udp.mu.Lock()
+	for _, m := range r.udp.all {
+		for _, a := range m.assocs {
+			if a.link != nil {
+				r.ctl.post(event{kind: evClosed, t: a.try, err: errNetwork})
+			}
+		}
+	}
+	r.udp.mu.Unlock()
+	r.reload.Lock()
+	defer r.reload.Unlock()
+	if r.ctx.Err() != nil || !r.ran.Load() || r.dns.Load() == nil {
+		return
+	}
+	if d, err := r.newDNS(r.resolvers); err == nil { // they were fine before
+		r.startDNS(d)
+	}
+}

@@ -159,3 +159,33 @@ func TestReloadDNS(t *testing.T) {
 		t.Errorf("%+v", rules)
 	}
 }
+
+// Another network: associations and resolvers' connections are made anew, mappings stay, and nobody has to send first.
+func TestRenew(t *testing.T) {
+	checkLeaks(t)
+	opened := make(chan *fakeLink, 4)
+	dials := make(chan string, 16)
+	a := &fakeUpstream{name: "a",
+		dial: func(_ context.Context, d Dest, done func(int, error)) { dials <- d.String(); done(-1, errors.New("no")) },
+		open: func(_ context.Context, _ func([]flow.Packet), done func(relay.PacketLink, error), _ func(error)) {
+			l := &fakeLink{}
+			opened <- l
+			done(l, nil)
+		}}
+	g := newRig(t, Config{Upstreams: []Upstream{a}, Default: "a", Resolvers: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:53")}}, nil)
+	g.send(appEnd, farEnd, "one")
+	first := <-opened
+	eventually(t, "the datagram", func() bool { return first.count() == 1 })
+	old := g.dns.Load()
+	g.Renew()
+	<-opened
+	eventually(t, "the end of the first association", first.isClosed)
+	if s := g.Stats(); s.Mappings != 1 || s.MappingsNow != 1 || s.Reassociations != 1 {
+		t.Errorf("%+v", s)
+	}
+	if g.dns.Load() == old {
+		t.Error("the same connections to resolvers")
+	}
+	g.Close()
+	g.Renew() // nothing happens
+}
