@@ -166,7 +166,10 @@ func TestRenew(t *testing.T) {
 	opened := make(chan *fakeLink, 4)
 	dials := make(chan string, 16)
 	a := &fakeUpstream{name: "a",
-		dial: func(_ context.Context, d Dest, done func(int, error)) { dials <- d.String(); done(-1, errors.New("no")) },
+		dial: func(_ context.Context, d Dest, done func(int, error)) {
+			dials <- d.String()
+			done(-1, errors.New("no"))
+		},
 		open: func(_ context.Context, _ func([]flow.Packet), done func(relay.PacketLink, error), _ func(error)) {
 			l := &fakeLink{}
 			opened <- l
