@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -338,6 +339,38 @@ func TestLock(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.Close()
+	if left, _ := os.ReadDir(filepath.Dir(path)); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+// However often it is taken, given back and removed, only one has it.
+func TestLockOfMany(t *testing.T) {
+	noLeak(t)
+	path := filepath.Join(t.TempDir(), "control-1.sock")
+	var have, most atomic.Int32
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range 200 {
+				l, err := TakeLock(path)
+				if errors.Is(err, ErrLocked) {
+					continue
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				most.Store(max(most.Load(), have.Add(1)))
+				have.Add(-1)
+				l.Close()
+			}
+		})
+	}
+	wg.Wait()
+	if most.Load() != 1 {
+		t.Errorf("%d had it at once", most.Load())
+	}
 }
 
 func TestPath(t *testing.T) {

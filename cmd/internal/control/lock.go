@@ -14,39 +14,61 @@ import (
 var ErrLocked = errors.New("another viasocks is up here")
 
 // Lock is held by the one daemon of a namespace, until it is closed or its process ends.
-type Lock struct{ f *os.File }
+type Lock struct {
+	f    *os.File
+	path string
+}
 
 // TakeLock takes the lock beside the socket path and writes the caller's process id into it. The error is ErrLocked,
-// with the other's process id, when a daemon lives. The file stays behind: removing it would let two hold it.
+// with the other's process id, when a daemon lives.
 func TakeLock(path string) (*Lock, error) {
 	fail := func(err error) error { return fmt.Errorf("cannot lock %s: %w", path, err) }
 	if err := makeDir(path); err != nil {
 		return nil, fail(err)
 	}
-	f, err := openLock(path, os.O_RDWR|os.O_CREATE)
-	if err != nil {
-		return nil, fail(err)
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		defer f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("cannot start: %w%s: see 'viasocks status'", ErrLocked, holder(f))
+	for {
+		f, err := openLock(path, os.O_RDWR|os.O_CREATE)
+		if err != nil {
+			return nil, fail(err)
 		}
-		return nil, fail(err)
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = fmt.Errorf("cannot start: %w%s: see 'viasocks status'", ErrLocked, holder(f))
+			f.Close()
+			return nil, err
+		}
+		if err == nil && !inPlace(f) { // who had it has just removed it
+			f.Close()
+			continue
+		}
+		if err == nil {
+			err = f.Truncate(0)
+		}
+		if err == nil {
+			_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
+		}
+		if err != nil {
+			f.Close()
+			return nil, fail(err)
+		}
+		return &Lock{f, f.Name()}, nil
 	}
-	err = f.Truncate(0)
-	if err == nil {
-		_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
-	}
-	if err != nil {
-		f.Close()
-		return nil, fail(err)
-	}
-	return &Lock{f}, nil
 }
 
-// Close lets the next one have it.
-func (l *Lock) Close() error { return l.f.Close() }
+// inPlace reports whether f is still what its name stands for.
+func inPlace(f *os.File) bool {
+	a, err := f.Stat()
+	b, err2 := os.Lstat(f.Name())
+	return err == nil && err2 == nil && os.SameFile(a, b)
+}
+
+// Close lets the next one have it, and removes the file. It may be called twice.
+func (l *Lock) Close() error {
+	if inPlace(l.f) {
+		os.Remove(l.path) // while it is held: see TakeLock
+	}
+	return l.f.Close()
+}
 
 // Locked reports whether a daemon lives, whether it answers or not.
 func Locked(path string) bool {
