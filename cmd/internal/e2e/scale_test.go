@@ -221,7 +221,11 @@ func TestDeadPeers(t *testing.T) {
 	start := time.Now()
 	a.tcp(dst)
 	t.Logf("with %d dials pending a connection took %v", len(fds), time.Since(start).Round(time.Millisecond))
-	if d := time.Since(start); d > 900*time.Millisecond {
+	limit := 900 * time.Millisecond
+	if raceEnabled {
+		limit = 4 * time.Second // a burst of 1,000 SYNs may then overflow the TUN's queue: a SYN is sent again after 1 s
+	}
+	if d := time.Since(start); d > limit {
 		t.Errorf("with %d dials pending a connection took %v", len(fds), d)
 	}
 }
