@@ -124,6 +124,7 @@ const (
 	// is there, so ours stay well behind those of VPNs (tailscale: 5210 and on) and before main (32766).
 	DefaultPriority = 9000
 	DefaultNFTable  = "viasocks"
+	DefaultTUN      = "viasocks0"
 	DefaultDir      = "/run/viasocks"
 	DefaultGuard    = 10 * time.Second
 )

@@ -1,71 +1,252 @@
 package kernel
 
-import "context"
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"sync"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
 
 // Host is the change to the host. The order is: New (looks, takes the lock, touches nothing), Shut (the filter is
 // closed), then the caller makes its TUN and starts its stack, Steer (rules and routes), Run (watches and refreshes the
 // guard; the caller may say ready), Unsteer, Open (the filter goes last), Close (the lock). Methods may be called from
-// any goroutine of the network namespace, but New, Shut, Steer, Unsteer and Open one after the other.
+// any goroutine, but New, Shut, Steer, Unsteer and Open one after the other, and in the network namespace that they
+// change.
 type Host struct {
-	c Config
+	c         Config
+	nl        *netlink.Handle
+	nf        *nfSocket
+	families  []int
+	lock      *os.File
+	path      string // of the journal
+	events    *os.File
+	nfEvents  *os.File
+	recovered bool
+
+	mu        sync.Mutex // over everything below, and over all changes
+	j         journal
+	st        filterState
+	shut      bool
+	steered   bool
+	running   bool
+	closed    bool
+	noARP     bool
+	tunNoIPv6 bool
+	owned     uint32 // flags of our tables
+	lastEnds  []Endpoint
+	base      map[string]Counter // of tables that were replaced
+	said      map[string]string
+	warnings  map[string]string
 }
+
+// step is for tests: it fails the n-th change to the host.
+var step = func() error { return nil }
 
 // New looks at the host: what is taken already is an error, what a dead daemon left is taken over later. ErrRunning:
 // another daemon is there. Nothing is changed.
-func New(c Config) (*Host, error) {
-	c, err := c.withDefaults()
+func New(c Config) (_ *Host, err error) {
+	c, err = c.withDefaults()
 	if err != nil {
 		return nil, err
 	}
-	return &Host{c: c}, nil
+	h, err := open(c)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			h.Close()
+		}
+	}()
+	old, err := readJournal(h.path)
+	if err != nil {
+		h.c.Log.Warn("the journal of a dead daemon can't be read: what is ours is found by its marks", "err", err)
+	}
+	h.j = journal{Version: journalVersion, PID: os.Getpid(), TUN: c.TUN, Table: c.Table, Priority: c.Priority, NFTable: c.NFTable, Marks: c.Marks, Done: map[string]bool{}}
+	h.recovered = old != nil || err != nil
+	if old != nil {
+		h.j.Sysctls = old.Sysctls
+		if old.TUN != c.TUN || old.NFTable != c.NFTable || old.Table != c.Table {
+			return nil, fmt.Errorf("cannot take over from a dead viasocks that had TUN %s, table %d and nftables name %s: use the same, or 'viasocks down' first", old.TUN, old.Table, old.NFTable)
+		}
+	}
+	if err := h.taken(); err != nil {
+		return nil, err
+	}
+	if err := h.watchEvents(); err != nil {
+		return nil, err
+	}
+	return h, nil
+}
+
+// open has the sockets and the lock.
+func open(c Config) (h *Host, err error) {
+	h = &Host{c: c, base: map[string]Counter{}, said: map[string]string{}, warnings: map[string]string{}, owned: tableOwner | tablePersist}
+	defer func() {
+		if err != nil {
+			h.Close()
+		}
+	}()
+	var lock string
+	if h.path, lock, err = paths(c.Dir); err != nil {
+		return nil, err
+	}
+	if h.lock, err = takeLock(lock); err != nil {
+		return nil, err
+	}
+	if h.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return nil, fmt.Errorf("cannot steer the host: no netlink socket: %w", err)
+	}
+	if h.nf, err = openNF(); err != nil {
+		return nil, err
+	}
+	h.families, err = h.listFamilies()
+	h.lastEnds = c.Upstreams
+	return h, err
+}
+
+// listFamilies are those that the kernel has. IPv6 may be compiled out or switched off at boot.
+func (h *Host) listFamilies() ([]int, error) {
+	_, err := listRules(h.nl, unix.AF_INET6)
+	switch {
+	case err == nil:
+		return []int{unix.AF_INET, unix.AF_INET6}, nil
+	case errors.Is(err, unix.EAFNOSUPPORT), errors.Is(err, unix.EOPNOTSUPP):
+		h.c.Log.Info("the kernel has no IPv6: only IPv4 is steered")
+		return []int{unix.AF_INET}, nil
+	}
+	return nil, err
+}
+
+// taken looks for what somebody else uses already.
+func (h *Host) taken() error {
+	c := &h.c
+	if k, err := h.nl.LinkByName(c.TUN); err == nil && k.Type() != "tuntap" && k.Type() != "tun" {
+		return fmt.Errorf("cannot use the name %s for the TUN device: there is a %s of that name: choose another with --tun", c.TUN, k.Type())
+	}
+	for _, f := range h.families {
+		rs, err := listRules(h.nl, f)
+		if err != nil {
+			return err
+		}
+		for _, r := range rs {
+			switch {
+			case r.Protocol == Protocol:
+				h.recovered = true
+			case r.Table == c.Table:
+				return fmt.Errorf("cannot use table %d: an ip rule of somebody else leads to it: see 'ip rule', and choose another with --table", c.Table)
+			case r.Priority >= c.Priority && r.Priority <= c.Priority+lastRule:
+				return fmt.Errorf("cannot use rule priorities %d to %d: somebody else has %d: see 'ip rule', and choose others with --priority", c.Priority, c.Priority+lastRule, r.Priority)
+			case r.Mark != 0 && (r.Mask == nil || *r.Mask&c.Marks.Mask != 0) && overlaps(r.Mark, r.Mask, c.Marks):
+				return fmt.Errorf("cannot use mark %#x/%#x: an ip rule of somebody else asks for mark %#x: see 'ip rule', and choose another with --mark", c.Marks.Own, c.Marks.Mask, r.Mark)
+			}
+		}
+		routes, err := h.listRoutes(f)
+		if err != nil {
+			return err
+		}
+		for _, r := range routes {
+			if r.Table == c.Table && r.Protocol != Protocol {
+				return fmt.Errorf("cannot use table %d: it has routes of somebody else: see 'ip route show table %[1]d', and choose another with --table", c.Table)
+			}
+			h.recovered = h.recovered || r.Protocol == Protocol
+		}
+	}
+	tables, err := h.listTables()
+	if err != nil {
+		return err
+	}
+	for _, t := range tables {
+		if t.name != c.NFTable {
+			continue
+		}
+		if !slices.Contains([]uint8{unix.NFPROTO_INET, unix.NFPROTO_ARP, unix.NFPROTO_NETDEV}, t.fam) {
+			continue
+		}
+		ours, err := h.isOurs(t)
+		if err != nil {
+			return err
+		}
+		if !ours {
+			return fmt.Errorf("cannot use the nftables name %s: somebody else has a table %s %[1]s: choose another with --nft-table", c.NFTable, famNames[t.fam])
+		}
+		h.recovered = true
+	}
+	return nil
+}
+
+// overlaps: a packet with one of our marks would match.
+func overlaps(mark uint32, mask *uint32, m Marks) bool {
+	k := ^uint32(0)
+	if mask != nil {
+		k = *mask
+	}
+	for _, v := range []uint32{m.Own, m.Direct, m.Inbound} {
+		if v&k == mark&m.Mask&k && mark&^m.Mask == 0 {
+			return true
+		}
+	}
+	return false
 }
 
 // Recovered reports whether a dead daemon had left something behind.
-func (h *Host) Recovered() bool { return false }
-
-// Plan gives every line of ip(8) and nft(8) that would be done, in order. It may be called instead of Shut, too.
-func (h *Host) Plan() []string { return nil }
-
-// Shut closes the host: the filter refuses everything but its exceptions. Packets that our TUN shall take are refused
-// too until Run.
-func (h *Host) Shut() error { return nil }
-
-// Steer adds routes and rules: from now on packets come to the TUN, which must be up.
-func (h *Host) Steer() error { return nil }
-
-// Run puts back what others remove, follows addresses and devices, and refreshes the guard, until ctx ends.
-func (h *Host) Run(ctx context.Context) error { <-ctx.Done(); return nil }
-
-// SetUpstreams replaces the endpoints that our own sockets may reach.
-func (h *Host) SetUpstreams([]Endpoint) error { return nil }
-
-// Unsteer takes away the rules and routes. The host is closed.
-func (h *Host) Unsteer() error { return nil }
-
-// Open takes away the filter, the TUN and what else was changed, and the journal.
-func (h *Host) Open() error { return nil }
+func (h *Host) Recovered() bool { return h.recovered }
 
 // Close gives back the lock and leaves the host as it is. It may be called twice.
-func (h *Host) Close() error { return nil }
-
-// Warnings are what the administrator should know, such as foreign rules ahead of ours.
-func (h *Host) Warnings() []string { return nil }
-
-// Counter is what the filter has refused for one reason.
-type Counter struct {
-	Reason         string
-	Packets, Bytes uint64
+func (h *Host) Close() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.closed {
+		return nil
+	}
+	h.closed = true
+	for _, f := range []*os.File{h.events, h.nfEvents} {
+		if f != nil {
+			f.Close()
+		}
+	}
+	if h.nl != nil {
+		h.nl.Close()
+	}
+	var err error
+	if h.nf != nil {
+		err = h.nf.Close()
+	}
+	if h.lock != nil {
+		err = errors.Join(err, h.lock.Close())
+	}
+	return err
 }
 
-// Counters gives the refused packets by reason, since the first Shut.
-func (h *Host) Counters() ([]Counter, error) { return nil, nil }
+// say logs what is found again and again only when it changes.
+func (h *Host) say(key, msg string, args ...any) {
+	text := fmt.Sprint(append([]any{msg}, args...)...)
+	if h.said[key] == text {
+		return
+	}
+	h.said[key] = text
+	h.c.Log.Warn(msg, args...)
+	h.warnings[key] = fmt.Sprint(msg, " ", fmt.Sprintln(args...))
+}
 
-// Undo is `down` without a daemon: from the journal in dir ("": DefaultDir), and without one, or with a corrupt one, by
-// what c names (zero fields: defaults), it removes what is ours and nothing else. ErrRunning: the daemon lives. It
-// returns a line for each thing that it removed.
-func Undo(c Config) ([]string, error) { return nil, nil }
+// Warnings are what the administrator should know, such as foreign rules ahead of ours.
+func (h *Host) Warnings() (out []string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, w := range h.warnings {
+		out = append(out, trimLine(w))
+	}
+	slices.Sort(out)
+	return out
+}
 
-// Established lists the TCP connections that came in from outside to a listener of this network namespace.
-func Established() ([]Tuple, error) { return nil, nil }
-
-const lastRule = 19
+func trimLine(s string) string {
+	for len(s) > 0 && s[len(s)-1] == '\n' {
+		s = s[:len(s)-1]
+	}
+	return s
+}

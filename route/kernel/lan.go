@@ -3,13 +3,12 @@ package kernel
 import (
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
+	"sort"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -53,118 +52,124 @@ func connected(n *net.IPNet) (netip.Prefix, bool) {
 	return p, slices.ContainsFunc(private, func(q netip.Prefix) bool { return q.Bits() <= p.Bits() && q.Contains(p.Addr()) })
 }
 
-// wanted are the private networks that the host is connected to now, by devices other than the TUN.
-func (s *Steering) wanted() (map[netip.Prefix]bool, error) {
-	addrs, err := s.h.AddrList(nil, netlink.FAMILY_ALL)
+// links is what the host's devices say now.
+type links struct {
+	lan  []lanNet
+	out  []string // devices that may lead out of the host, by name
+	mine int      // index of the TUN, 0: not there
+}
+
+// look reads devices, addresses and default routes.
+func (h *Host) look() (l links, err error) {
+	list, err := h.nl.LinkList()
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) { // interrupted: it changed meanwhile, an event follows
-		return nil, fmt.Errorf("cannot list addresses: %w", err)
+		return l, fmt.Errorf("cannot list devices: %w", err)
 	}
-	want := map[netip.Prefix]bool{}
+	leads := map[int]bool{} // has a gateway: leads out whatever it is
+	for _, f := range h.families {
+		routes, err := h.nl.RouteListFiltered(f, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return l, fmt.Errorf("cannot list kernel routes: %w", err)
+		}
+		for _, r := range routes {
+			if ones, _ := maskOf(r.Dst); len(r.Gw) > 0 || ones == 0 {
+				leads[r.LinkIndex] = true
+			}
+			for _, hop := range r.MultiPath {
+				leads[hop.LinkIndex] = true
+			}
+		}
+	}
+	names, guest := map[int]string{}, map[int]bool{}
+	for _, k := range list {
+		a := k.Attrs()
+		names[a.Index] = a.Name
+		switch {
+		case a.Name == h.c.TUN:
+			l.mine = a.Index
+		case a.Flags&net.FlagLoopback == 0:
+			guest[a.Index] = virtual(k) && !leads[a.Index]
+		}
+	}
+	for _, k := range list { // a bridge is as its ports are
+		a := k.Attrs()
+		if a.MasterIndex != 0 && !virtual(k) {
+			guest[a.MasterIndex] = false
+		}
+	}
+	for i, n := range names {
+		if g, ok := guest[i]; ok && !g {
+			l.out = append(l.out, n)
+		}
+	}
+	slices.Sort(l.out)
+	addrs, err := h.nl.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return l, fmt.Errorf("cannot list addresses: %w", err)
+	}
+	seen := map[lanNet]bool{}
 	for _, a := range addrs {
 		n := a.IPNet
 		if a.Peer != nil {
 			n = a.Peer // the network is the peer's, the address stands alone
 		}
 		p, ok := connected(n)
-		if !ok || a.LinkIndex == s.link.Attrs().Index || want[p] {
+		ln := lanNet{dev: names[a.LinkIndex], prefix: p, guest: guest[a.LinkIndex]}
+		if _, known := guest[a.LinkIndex]; !ok || !known || seen[ln] {
 			continue
 		}
-		if len(want) == maxLAN {
-			s.o.Log.Warn("too many private networks: the rest goes through the proxy", "limit", maxLAN, "first_left_out", p)
-			break
-		}
-		want[p] = true
+		seen[ln] = true
+		l.lan = append(l.lan, ln)
 	}
-	return want, nil
+	sort.Slice(l.lan, func(i, j int) bool {
+		a, b := l.lan[i], l.lan[j]
+		if a.guest != b.guest {
+			return a.guest
+		}
+		return a.prefix.String()+a.dev < b.prefix.String()+b.dev
+	})
+	if len(l.lan) > maxLAN {
+		h.say("too many private networks", "too many private networks: the rest goes through the proxy", "limit", maxLAN, "first_left_out", l.lan[maxLAN].prefix)
+		l.lan = l.lan[:maxLAN]
+	}
+	return l, nil
 }
 
-// sync makes the rules for private networks what they should be.
-func (s *Steering) sync() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.over {
-		return nil
+func maskOf(n *net.IPNet) (ones, bits int) {
+	if n == nil {
+		return 0, 0
 	}
-	want, err := s.wanted()
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for p, r := range s.lan {
-		if !want[p] {
-			errs = append(errs, s.delRule(r))
-			delete(s.lan, p)
-			s.o.Log.Info("no longer connected: goes through the proxy", "network", p)
-		}
-	}
-	for p := range want {
-		if s.lan[p] != nil {
-			continue
-		}
-		family := unix.AF_INET
-		if p.Addr().Is6() {
-			family = unix.AF_INET6
-		}
-		r := s.rule(family, atLAN, unix.RT_TABLE_MAIN)
-		r.Dst = &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
-		if err := s.insert(r); err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		s.lan[p] = r
-		s.o.Log.Info("connected private network: reached past the proxy", "network", p)
-	}
-	return errors.Join(errs...)
+	return n.Mask.Size()
 }
 
-// watch adds the rules for private networks and starts the goroutine that keeps them.
-func (s *Steering) watch() error {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
-	if err != nil {
-		return fmt.Errorf("cannot watch addresses: %w", err)
+// virtual: a bridge, or one end of something whose other end is a guest or a container. Whether such a device leads out
+// of the host nevertheless, as a container's own eth0 does, its routes tell.
+func virtual(k netlink.Link) bool {
+	switch k.Type() {
+	case "bridge", "veth", "tuntap", "tun", "dummy":
+		return true
 	}
-	s.events = os.NewFile(uintptr(fd), "address events")
-	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: unix.RTMGRP_IPV4_IFADDR | unix.RTMGRP_IPV6_IFADDR}); err != nil {
-		s.events.Close()
-		return fmt.Errorf("cannot watch addresses: %w", err)
-	}
-	s.watched = make(chan struct{})
-	err = s.sync() // after the subscription, so that no change is missed
-	go func() {
-		defer close(s.watched)
-		buf := make([]byte, 64<<10)
-		for {
-			// What changed does not matter, nor that events were lost (ENOBUFS): the list is read again.
-			if _, err := s.events.Read(buf); err != nil && !errors.Is(err, unix.ENOBUFS) {
-				return
-			}
-			if err := s.sync(); err != nil {
-				s.o.Log.Error("private networks may be unreachable", "err", err)
-			}
-		}
-	}()
-	return err
+	return false
 }
 
-// warnReversePath: the kernel looks for the way back of what comes in without our mark, finds the TUN, and where
-// rp_filter is strict drops the proxy's answers.
-func warnReversePath(log *slog.Logger, tun string) {
-	read := func(dev string) string {
-		b, err := os.ReadFile("/proc/sys/net/ipv4/conf/" + dev + "/rp_filter")
-		if err != nil {
-			return ""
-		}
-		return strings.TrimSpace(string(b))
-	}
+// sends router advertisements: forwarding of IPv6 is on for a device.
+func isRouter() bool {
+	b, err := os.ReadFile("/proc/sys/net/ipv6/conf/all/forwarding")
+	return err == nil && len(b) > 0 && b[0] == '1'
+}
+
+// strictReversePath: devices on which rp_filter=1 drops what it can't explain.
+func strictReversePath(tun string) (devices []string) {
+	all := readSysctl("net/ipv4/conf/all/rp_filter")
 	dirs, _ := filepath.Glob("/proc/sys/net/ipv4/conf/*")
-	all := read("all")
 	for _, d := range dirs {
 		switch dev := filepath.Base(d); dev {
 		case "all", "default", "lo", tun:
 		default:
-			if max(all, read(dev)) == "1" { // the larger of both counts: Documentation/networking/ip-sysctl.rst
-				log.Warn("strict reverse path filtering drops what the proxy answers: sysctl -w net.ipv4.conf."+dev+".rp_filter=2", "device", dev)
+			if max(all, readSysctl("net/ipv4/conf/"+dev+"/rp_filter")) == "1" { // the larger of both counts
+				devices = append(devices, dev)
 			}
 		}
 	}
+	return devices
 }

@@ -1,0 +1,409 @@
+package kernel
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+)
+
+// Reasons of refusal: names of the filter's counters.
+const (
+	countBound     = "refused_output"      // would leave by another device than the TUN: bound sockets, foreign marks
+	countDNS       = "refused_dns"         // the same to port 53
+	countMulticast = "refused_multicast"   // multicast and broadcast
+	countDead      = "refused_no_daemon"   // to the TUN, and nobody reads it
+	countForward   = "refused_forward"     // of others, through this host
+	countPost      = "refused_postrouting" // rerouted behind the other chains
+	countLAN       = "refused_lan_to_tun"  // from outside to the TUN's address
+	countARP       = "refused_arp"
+	countFrame     = "refused_frame" // raw frames, with Strict
+)
+
+const (
+	guardSet   = "guard"
+	prioMangle = -150
+	prioLast   = 300
+)
+
+// concat is nft(8)'s number for a key of several fields.
+func concat(types ...uint32) (t uint32) {
+	for _, x := range types {
+		t = t<<6 | x
+	}
+	return t
+}
+
+// nft(8)'s numbers of types.
+const (
+	typeIP4, typeIP6, typeProto, typePort, typeIfname = 7, 8, 12, 13, 41
+)
+
+// lanNet is a private network on a device.
+type lanNet struct {
+	dev    string
+	prefix netip.Prefix
+	guest  bool // of containers and guests of this host
+}
+
+// filterState is what the filter depends on besides the configuration.
+type filterState struct {
+	lan     []lanNet
+	ends    []Endpoint
+	guard   bool     // programs' packets may go to the TUN
+	devices []string // with Strict: those that lead out
+	router  bool     // this host sends router advertisements
+	arp     bool     // the kernel has the family arp
+}
+
+// own is the part of a set's key for one protocol.
+func endpointSets(ends []Endpoint) (any4, any6, set4, set6 []nfElem) {
+	seen := map[string]bool{}
+	for _, e := range ends {
+		a := e.Addr.Addr().Unmap().WithZone("")
+		protos := []uint8{e.Proto}
+		if e.Proto == 0 {
+			protos = []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP}
+		}
+		for _, p := range protos {
+			key := append([]byte{p, 0, 0, 0}, a.AsSlice()...)
+			text := protoName(p) + " . " + a.String()
+			set := &any4
+			switch {
+			case e.Addr.Port() == 0 && a.Is6():
+				set = &any6
+			case e.Addr.Port() != 0:
+				key = append(append(key, be16(e.Addr.Port())...), 0, 0)
+				text += fmt.Sprintf(" . %d", e.Addr.Port())
+				if set = &set4; a.Is6() {
+					set = &set6
+				}
+			}
+			if !a.IsValid() || seen[string(key)] {
+				continue
+			}
+			seen[string(key)] = true
+			*set = append(*set, nfElem{key: key, text: text})
+		}
+	}
+	return any4, any6, set4, set6
+}
+
+func keptSets(kept []Tuple) (set4, set6 []nfElem) {
+	seen := map[Tuple]bool{}
+	for _, k := range kept {
+		l, r := k.Local.Addr().Unmap().WithZone(""), k.Remote.Addr().Unmap().WithZone("")
+		if seen[k] || !l.IsValid() || l.Is4() != r.Is4() {
+			continue
+		}
+		seen[k] = true
+		key := append([]byte{k.Proto, 0, 0, 0}, l.AsSlice()...)
+		key = append(append(key, be16(k.Local.Port())...), 0, 0)
+		key = append(key, r.AsSlice()...)
+		key = append(append(key, be16(k.Remote.Port())...), 0, 0)
+		e := nfElem{key: key, text: fmt.Sprintf("%s . %s . %d . %s . %d", protoName(k.Proto), l, k.Local.Port(), r, k.Remote.Port())}
+		if l.Is4() {
+			set4 = append(set4, e)
+		} else {
+			set6 = append(set6, e)
+		}
+	}
+	return set4, set6
+}
+
+func (c *Config) ownSets(ends []Endpoint) []*nfSet {
+	any4, any6, set4, set6 := endpointSets(ends)
+	return []*nfSet{
+		{name: "own4", keyText: "inet_proto . ipv4_addr . inet_service", keyType: concat(typeProto, typeIP4, typePort), keyLen: 12, elems: set4},
+		{name: "own6", keyText: "inet_proto . ipv6_addr . inet_service", keyType: concat(typeProto, typeIP6, typePort), keyLen: 24, elems: set6},
+		{name: "own4any", keyText: "inet_proto . ipv4_addr", keyType: concat(typeProto, typeIP4), keyLen: 8, elems: any4},
+		{name: "own6any", keyText: "inet_proto . ipv6_addr", keyType: concat(typeProto, typeIP6), keyLen: 20, elems: any6},
+	}
+}
+
+// aliveKey stands in the guard set beside the TUN's name, for FailOpen: no device can have this name.
+const aliveKey = "alive/"
+
+// guardElems are renewed as long as there is a daemon.
+func (c *Config) guardElems(steered bool) (out []nfElem) {
+	if steered {
+		out = append(out, nfElem{key: ifname(c.TUN), text: fmt.Sprintf("%q", c.TUN), timeout: c.Guard})
+	}
+	if c.FailOpen {
+		out = append(out, nfElem{key: ifname(aliveKey), text: fmt.Sprintf("%q", aliveKey), timeout: c.Guard})
+	}
+	return out
+}
+
+// tables are all of ours.
+func (c *Config) tables(st filterState) ([]*nfTable, error) {
+	t, err := c.inetTable(st)
+	if err != nil {
+		return nil, err
+	}
+	out := []*nfTable{t}
+	if st.arp {
+		a := &nfTable{fam: unix.NFPROTO_ARP, name: c.NFTable, counters: []string{countARP}}
+		in := a.chain(&nfChain{name: "input", kind: "filter", hook: 0, prio: 0})
+		for _, addr := range c.TUNAddrs {
+			if addr.Is4() {
+				in.add(iif(c.TUN, false), arpTarget(addr), count(countARP), drop())
+			}
+		}
+		out = append(out, a)
+	}
+	if c.Strict {
+		out = append(out, c.netdevTable(st))
+	}
+	return out, nil
+}
+
+func (c *Config) inetTable(st filterState) (*nfTable, error) {
+	t := &nfTable{fam: unix.NFPROTO_INET, name: c.NFTable, counters: []string{countBound, countDNS, countMulticast, countDead, countForward, countPost, countLAN}}
+	guard := &nfSet{name: guardSet, keyText: "ifname", keyType: typeIfname, keyLen: unix.IFNAMSIZ, timeout: true, elems: c.guardElems(st.guard)}
+	kept4, kept6 := keptSets(c.Kept)
+	t.sets = append(c.ownSets(st.ends), guard,
+		&nfSet{name: "kept4", keyText: "inet_proto . ipv4_addr . inet_service . ipv4_addr . inet_service", keyType: concat(typeProto, typeIP4, typePort, typeIP4, typePort), keyLen: 20, elems: kept4},
+		&nfSet{name: "kept6", keyText: "inet_proto . ipv6_addr . inet_service . ipv6_addr . inet_service", keyType: concat(typeProto, typeIP6, typePort, typeIP6, typePort), keyLen: 44, elems: kept6})
+
+	if err := c.markChains(t, st); err != nil {
+		return nil, err
+	}
+	c.refuseChains(t, st)
+	out := t.chain(&nfChain{name: "output", kind: "filter", hook: unix.NF_INET_LOCAL_OUT, prio: prioLast})
+	c.failOpen(out)
+	out.add(oif("lo", true), accept())
+	out.add(oifSet(guardSet), accept())
+	out.add(oif(c.TUN, true), count(countDead), goTo("refuse"))
+	out.add(jump("pass"))
+	for _, p := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
+		out.add(dport(p, PortRange{53, 53}), count(countDNS), goTo("refuse"))
+	}
+	out.add(daddrType("multicast", unix.RTN_MULTICAST), count(countMulticast), goTo("refuse"))
+	out.add(daddrType("broadcast", unix.RTN_BROADCAST), count(countMulticast), goTo("refuse"))
+	out.add(count(countBound), goTo("refuse"))
+
+	fwd := t.chain(&nfChain{name: "forward", kind: "filter", hook: unix.NF_INET_FORWARD, prio: prioLast})
+	c.failOpen(fwd)
+	fwd.add(iif(c.TUN, true), accept())
+	fwd.add(oifSet(guardSet), accept())
+	fwd.add(oif(c.TUN, true), count(countDead), goTo("refuse"))
+	fwd.add(jump("pass"))
+	fwd.add(count(countForward), goTo("refuse"))
+
+	// No answer can be given here, and none is due: what is rejected above never comes here.
+	post := t.chain(&nfChain{name: "postrouting", kind: "filter", hook: unix.NF_INET_POST_ROUTING, prio: prioLast})
+	c.failOpen(post)
+	post.add(oif("lo", true), accept())
+	post.add(oif(c.TUN, true), accept())
+	post.add(jump("pass"))
+	post.add(count(countPost), drop())
+	return t, nil
+}
+
+// failOpen opens a chain when nobody renews the guard.
+func (c *Config) failOpen(ch *nfChain) {
+	if c.FailOpen {
+		ch.add(lapsed(guardSet, aliveKey), accept())
+	}
+}
+
+// markChains know which flow a packet belongs to.
+func (c *Config) markChains(t *nfTable, st filterState) error {
+	m := c.Marks
+	own := t.chain(&nfChain{name: "own"})
+	if c.OwnUID != nil {
+		own.add(skuid(UIDRange{*c.OwnUID, *c.OwnUID}, false), back())
+	}
+	if c.OwnCgroup != "" {
+		cg, err := findCgroup(c.OwnCgroup)
+		if err != nil {
+			return err
+		}
+		own.add(socketCgroup(cg, false), back())
+	}
+	for _, v6 := range []bool{false, true} {
+		v := "4"
+		if v6 {
+			v = "6"
+		}
+		own.add(ownEndpoint("own"+v, v6), setCtMark(m, m.Own))
+		own.add(ownHost("own"+v+"any", v6), setCtMark(m, m.Own))
+	}
+
+	pre := t.chain(&nfChain{name: "prerouting", kind: "filter", hook: unix.NF_INET_PRE_ROUTING, prio: prioMangle})
+	pre.add(iif(c.TUN, true), ctNew(), setCtMark(m, m.Captured))
+	pre.add(iif(c.TUN, true), back())
+	pre.add(iif("lo", true), back())
+	for _, a := range c.TUNAddrs {
+		pre.add(daddr(netip.PrefixFrom(a, a.BitLen())), count(countLAN), drop())
+	}
+	for _, d := range c.Exclude.Devices {
+		pre.add(iif(d, true), ctMark(m, 0, true), setCtMark(m, m.Direct))
+	}
+	if !c.CarryInbound {
+		pre.add(ctDirection(false), ctMark(m, 0, true), daddrType("local", unix.RTN_LOCAL), setCtMark(m, m.Inbound))
+	}
+	if !c.Include.empty() {
+		ch := t.chain(&nfChain{name: "choose_forward"})
+		for _, x := range c.chosen(c.Include) {
+			ch.add(x, back())
+		}
+		for _, d := range c.Include.Devices {
+			ch.add(iif(d, true), back())
+		}
+		ch.add(setCtMark(m, m.Direct))
+		pre.add(ctMark(m, 0, true), jump("choose_forward"))
+	}
+	for _, v := range []uint32{m.Own, m.Direct, m.Inbound} {
+		pre.add(ctMark(m, v, true), setMetaMark(m, v))
+	}
+
+	out := t.chain(&nfChain{name: "mark_output", kind: "route", hook: unix.NF_INET_LOCAL_OUT, prio: prioMangle})
+	out.add(oif("lo", true), back())
+	out.add(metaMark(m, m.Own, true), ctMark(m, m.Own, false), jump("own"))
+	out.add(metaMark(m, m.Own, true), back())
+	out.add(metaMark(m, m.Direct, true), setCtMark(m, m.Direct))
+	if !c.CarryInbound {
+		out.add(keptTuple("kept4", false), setCtMark(m, m.Inbound))
+		out.add(keptTuple("kept6", true), setCtMark(m, m.Inbound))
+		out.add(ctDirection(true), ctMark(m, 0, true), setCtMark(m, m.Inbound))
+	}
+	exclude, err := c.terms(c.Exclude, true)
+	if err != nil {
+		return err
+	}
+	for _, x := range exclude {
+		out.add(x, setCtMark(m, m.Direct), setMetaMark(m, m.Direct))
+	}
+	if !c.Include.empty() {
+		include, err := c.terms(c.Include, true)
+		if err != nil {
+			return err
+		}
+		ch := t.chain(&nfChain{name: "choose"})
+		for _, x := range include {
+			ch.add(x, back())
+		}
+		ch.add(setCtMark(m, m.Direct))
+		out.add(ctMark(m, 0, true), jump("choose"))
+	}
+	for _, v := range []uint32{m.Inbound, m.Direct} {
+		out.add(ctMark(m, v, true), setMetaMark(m, v))
+	}
+	return nil
+}
+
+// chosen are the conditions that hold for forwarded packets too.
+func (c *Config) chosen(s Selection) (out []term) {
+	for _, n := range s.Networks {
+		out = append(out, daddr(n))
+	}
+	for _, r := range s.Ports {
+		out = append(out, dport(unix.IPPROTO_TCP, r), dport(unix.IPPROTO_UDP, r))
+	}
+	return out
+}
+
+// terms are the conditions of a selection. Cgroups are known for local sockets only, and not behind routing.
+func (c *Config) terms(s Selection, cgroups bool) (out []term, err error) {
+	out = c.chosen(s)
+	for _, u := range s.UIDs {
+		out = append(out, skuid(u, true))
+	}
+	for _, d := range s.Devices {
+		out = append(out, oif(d, true))
+	}
+	if cgroups {
+		for _, path := range s.Cgroups {
+			cg, err := findCgroup(path)
+			if err != nil {
+				return nil, err
+			}
+			out = append(out, socketCgroup(cg, true))
+		}
+	}
+	return out, nil
+}
+
+// refuseChains are what passes, and how the rest is refused.
+func (c *Config) refuseChains(t *nfTable, st filterState) {
+	m := c.Marks
+	lan := t.chain(&nfChain{name: "lan"})
+	for _, n := range st.lan {
+		if n.guest || c.LAN == LANDirect {
+			lan.add(oif(n.dev, true), daddr(n.prefix), accept())
+		}
+	}
+	pass := t.chain(&nfChain{name: "pass"})
+	pass.add(ctMark(m, m.Own, true), accept())
+	pass.add(metaMark(m, m.Direct, true), accept())
+	pass.add(metaMark(m, m.Inbound, true), ctMark(m, m.Inbound, true), accept())
+	hostTerms(pass, st)
+	exclude, _ := c.terms(c.Exclude, false)
+	for _, x := range exclude {
+		pass.add(x, accept())
+	}
+	for _, p := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
+		pass.add(dport(p, PortRange{53, 53}), back())
+	}
+	pass.add(daddrType("multicast", unix.RTN_MULTICAST), back())
+	pass.add(daddrType("broadcast", unix.RTN_BROADCAST), back())
+	pass.add(jump("lan"))
+
+	// Measured: these end a connect() at once, for bound sockets too. For TCP over IPv6 any ICMPv6 takes a second or
+	// never comes.
+	refuse := t.chain(&nfChain{name: "refuse"})
+	refuse.add(term{"meta nfproto ipv6", isFamily(true)}, isProto(unix.IPPROTO_TCP), rejectReset())
+	refuse.add(isProto(unix.IPPROTO_TCP), rejectICMPX("no-route", unix.NFT_REJECT_ICMPX_NO_ROUTE))
+	refuse.add(rejectICMPX("admin-prohibited", unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED))
+}
+
+// hostTerms are what a host needs on its own links: DHCP and neighbour discovery.
+func hostTerms(ch *nfChain, st filterState) {
+	ch.add(dhcp(false), accept())
+	ch.add(dhcp(true), accept())
+	nd := []uint8{133, 135, 136} // router solicitation, neighbour solicitation and advertisement
+	if st.router {
+		nd = append(nd, 134)
+	}
+	for _, typ := range nd {
+		ch.add(icmp6(typ, 255), accept())
+	}
+	for _, typ := range []uint8{131, 132, 143} { // multicast listener report, done, report v2
+		ch.add(icmp6(typ, 1), accept())
+	}
+}
+
+// netdevTable sees each frame that leaves.
+func (c *Config) netdevTable(st filterState) *nfTable {
+	t := &nfTable{fam: unix.NFPROTO_NETDEV, name: c.NFTable, counters: []string{countFrame}}
+	pass := t.chain(&nfChain{name: "pass"})
+	pass.add(arpFrame(), accept())
+	for _, v := range []uint32{c.Marks.Own, c.Marks.Direct, c.Marks.Inbound} {
+		pass.add(metaMark(c.Marks, v, true), accept())
+	}
+	hostTerms(pass, st)
+	exclude, _ := c.terms(c.Exclude, false)
+	for _, x := range exclude {
+		pass.add(x, accept())
+	}
+	for _, n := range st.lan {
+		if n.guest {
+			pass.add(oif(n.dev, true), daddr(n.prefix), accept())
+		}
+	}
+	pass.add(count(countFrame), drop())
+	for i, d := range st.devices {
+		t.chain(&nfChain{name: fmt.Sprintf("egress%d", i), kind: "filter", hook: unix.NF_NETDEV_EGRESS, device: d}).add(goTo("pass"))
+	}
+	return t
+}
+
+func beU64(b []byte) uint64 {
+	if len(b) < 8 {
+		return 0
+	}
+	return binary.BigEndian.Uint64(b)
+}

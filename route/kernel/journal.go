@@ -1,0 +1,159 @@
+package kernel
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// journal is what has to be known to undo: written, and on the disk, before what it speaks of is done.
+type journal struct {
+	Version  int             `json:"version"`
+	PID      int             `json:"pid"`
+	TUN      string          `json:"tun"`
+	Table    int             `json:"table"`
+	Priority int             `json:"priority"`
+	NFTable  string          `json:"nft_table"`
+	Marks    Marks           `json:"marks"`
+	Sysctls  []sysctlChange  `json:"sysctls,omitempty"`
+	Done     map[string]bool `json:"done,omitempty"` // what may have been done: filter, routes, rules, tun
+}
+
+type sysctlChange struct{ Key, Old, New string }
+
+const journalVersion = 1
+
+// paths are named after the network namespace, since /run is shared by namespaces, and the boot, since namespaces' numbers
+// come again.
+func paths(dir string) (journal, lock string, err error) {
+	var st unix.Stat_t
+	if err := unix.Stat("/proc/thread-self/ns/net", &st); err != nil {
+		return "", "", fmt.Errorf("cannot tell the network namespace: %w", err)
+	}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", "", fmt.Errorf("cannot tell the boot: %w", err)
+	}
+	base := filepath.Join(dir, fmt.Sprintf("host-%d-%s", st.Ino, strings.TrimSpace(string(boot))))
+	return base + ".journal", base + ".lock", nil
+}
+
+// takeLock makes dir if need be. The file stays: to remove it would let two hold it.
+func takeLock(path string) (*os.File, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("cannot make the directory of the journal: %w", err)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("cannot lock: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, ErrRunning
+		}
+		return nil, fmt.Errorf("cannot lock %s: %w", path, err)
+	}
+	return f, nil
+}
+
+// maxJournal bounds what is read: ours has some hundred bytes.
+const maxJournal = 1 << 20
+
+// readJournal gives nil where there is none, and an error where it is corrupt.
+func readJournal(path string) (*journal, error) {
+	st, err := os.Stat(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil || st.Size() > maxJournal {
+		return nil, errors.Join(errors.New("cannot read the journal "+path), err)
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("cannot read the journal: %w", err)
+	}
+	var j journal
+	if err := json.Unmarshal(b, &j); err != nil {
+		return nil, fmt.Errorf("cannot read the journal %s: %w", path, err)
+	}
+	if j.Version != journalVersion || j.TUN == "" || j.Table <= 0 || !nameRE.MatchString(j.NFTable) {
+		return nil, fmt.Errorf("cannot read the journal %s: it is not complete", path)
+	}
+	for _, s := range j.Sysctls {
+		if !knownSysctl(s.Key) {
+			return nil, fmt.Errorf("cannot read the journal %s: it speaks of %q", path, s.Key)
+		}
+	}
+	return &j, nil
+}
+
+func (j *journal) write(path string) error {
+	b, err := json.Marshal(j)
+	if err != nil {
+		return err
+	}
+	if err := replaceFile(path, append(b, '\n')); err != nil {
+		return fmt.Errorf("cannot write the journal: %w", err)
+	}
+	return nil
+}
+
+// replaceFile writes all or nothing, and it is on the disk when it returns.
+func replaceFile(path string, b []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		os.Remove(f.Name())
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+func removeFile(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// srcValidMark lets the kernel look for the way back of a packet with the mark that it has got in prerouting; without it
+// rp_filter=1 drops the answers that our own sockets and outside clients wait for.
+const srcValidMark = "net/ipv4/conf/all/src_valid_mark"
+
+func knownSysctl(key string) bool { return key == srcValidMark }
+
+func readSysctl(key string) string {
+	b, err := os.ReadFile("/proc/sys/" + key)
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(b))
+}
+
+func writeSysctl(key, value string) error {
+	if err := os.WriteFile("/proc/sys/"+key, []byte(value), 0); err != nil {
+		return fmt.Errorf("cannot set %s: %w", strings.ReplaceAll(key, "/", "."), err)
+	}
+	return nil
+}

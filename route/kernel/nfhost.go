@@ -1,0 +1,257 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	"golang.org/x/sys/unix"
+)
+
+type tableID struct {
+	fam  uint8
+	name string
+}
+
+func (h *Host) listTables() (out []tableID, err error) {
+	err = h.nf.dump(unix.NFT_MSG_GETTABLE, unix.NFPROTO_UNSPEC, nil, func(fam uint8, b []byte) {
+		out = append(out, tableID{fam, cstring(attrs(b)[unix.NFTA_TABLE_NAME])})
+	})
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT) {
+		return nil, errors.New("cannot set the filter: the kernel has no nftables: 'modprobe nf_tables', or use 'viasocks run' for one program")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot list nftables: %w", err)
+	}
+	return out, nil
+}
+
+// counter is one counter of a table.
+type counter struct {
+	table tableID
+	Counter
+}
+
+func (h *Host) listCounters() (out []counter, err error) {
+	err = h.nf.dump(unix.NFT_MSG_GETOBJ, unix.NFPROTO_UNSPEC, nil, func(fam uint8, b []byte) {
+		a := attrs(b)
+		d := attrs(a[unix.NFTA_OBJ_DATA])
+		out = append(out, counter{tableID{fam, cstring(a[unix.NFTA_OBJ_TABLE])}, Counter{
+			Reason: cstring(a[unix.NFTA_OBJ_NAME]), Packets: beU64(d[unix.NFTA_COUNTER_PACKETS]), Bytes: beU64(d[unix.NFTA_COUNTER_BYTES])}})
+	})
+	if err != nil {
+		return nil, fmt.Errorf("cannot list nftables counters: %w", err)
+	}
+	return out, nil
+}
+
+// isOurs knows a table by its counters.
+func (h *Host) isOurs(t tableID) (bool, error) {
+	cs, err := h.listCounters()
+	return slices.ContainsFunc(cs, func(c counter) bool {
+		return c.table == t && slices.Contains([]string{countBound, countARP, countFrame}, c.Reason)
+	}), err
+}
+
+// ourTables are those of ours that are there.
+func (h *Host) ourTables() (out []tableID, err error) {
+	all, err := h.listTables()
+	if err != nil {
+		return nil, err
+	}
+	for _, t := range all {
+		if t.name != h.c.NFTable || !slices.Contains([]uint8{unix.NFPROTO_INET, unix.NFPROTO_ARP, unix.NFPROTO_NETDEV}, t.fam) {
+			continue
+		}
+		ours, err := h.isOurs(t)
+		if err != nil {
+			return nil, err
+		}
+		if ours {
+			out = append(out, t)
+		}
+	}
+	return out, nil
+}
+
+// applyFilter puts our tables as h.st wants them in the place of those that are there: one batch, no open moment.
+func (h *Host) applyFilter() error {
+	h.st.ends = h.lastEnds
+	h.st.router = isRouter()
+	for range 4 {
+		old, err := h.ourTables()
+		if err != nil {
+			return err
+		}
+		h.keepCounters()
+		h.st.arp = !h.noARP
+		tables, err := h.c.tables(h.st)
+		if err != nil {
+			return err
+		}
+		var msgs []nfMsg
+		for _, t := range old {
+			msgs = append(msgs, delTable(t.fam, t.name))
+		}
+		at := make([]int, len(tables)) // where the tables begin
+		for i, t := range tables {
+			at[i] = len(msgs)
+			m, err := t.messages(h.owned)
+			if err != nil {
+				return err
+			}
+			msgs = append(msgs, m...)
+		}
+		if err := step(); err != nil {
+			return err
+		}
+		err = h.nf.batch(msgs)
+		var ne *nfError
+		if err == nil || !errors.As(err, &ne) {
+			return err
+		}
+		switch {
+		case slices.Contains(at, ne.index) && h.owned != 0 && (errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL)):
+			h.owned = 0 // Linux before 6.9: whoever flushes all takes ours too, and the watch puts it back
+		case h.st.arp && len(at) > 1 && ne.index >= at[1] && (len(at) < 3 || ne.index < at[2]):
+			h.noARP = true
+			h.say("arp", "the kernel can't filter ARP: neighbours learn that the TUN's address is here, and get no further", "why", err)
+		case errors.Is(err, unix.ENOENT) && ne.index < len(old): // somebody deleted it between
+		case errors.Is(err, unix.ENOENT) && len(h.st.devices) > 0: // a device went between
+			l, err := h.look()
+			if err != nil {
+				return err
+			}
+			h.st.lan, h.st.devices = l.lan, l.out
+		default:
+			return filterError(err)
+		}
+	}
+	return errors.New("cannot set the filter: it changes all the time")
+}
+
+// filterError says what the kernel lacks.
+func filterError(err error) error {
+	hint := ""
+	switch {
+	case errors.Is(err, unix.EPERM):
+		hint = ": CAP_NET_ADMIN is missing, or another program owns the table"
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EAFNOSUPPORT):
+		hint = ": the kernel lacks what this line needs (nft_ct, nft_fib_inet, nft_reject_inet, nft_socket): 'modprobe' it, or use 'viasocks run' for one program"
+	}
+	return fmt.Errorf("cannot set the filter: %w%s", err, hint)
+}
+
+// keepCounters adds what tables that are about to go have counted.
+func (h *Host) keepCounters() {
+	cs, err := h.listCounters()
+	if err != nil {
+		return
+	}
+	for _, c := range cs {
+		if c.table.name == h.c.NFTable && h.shut {
+			b := h.base[c.Reason]
+			h.base[c.Reason] = Counter{c.Reason, b.Packets + c.Packets, b.Bytes + c.Bytes}
+		}
+	}
+}
+
+// Counter is what the filter has refused for one reason.
+type Counter struct {
+	Reason         string
+	Packets, Bytes uint64
+}
+
+// Counters gives the refused packets by reason, since the first Shut.
+func (h *Host) Counters() ([]Counter, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	cs, err := h.listCounters()
+	if err != nil {
+		return nil, err
+	}
+	var out []Counter
+	for _, c := range cs {
+		if c.table.name == h.c.NFTable {
+			b := h.base[c.Reason]
+			out = append(out, Counter{c.Reason, b.Packets + c.Packets, b.Bytes + c.Bytes})
+		}
+	}
+	slices.SortFunc(out, func(a, b Counter) int {
+		if a.Reason < b.Reason {
+			return -1
+		}
+		return 1
+	})
+	return out, nil
+}
+
+// refreshGuard renews the elements that say that there is a daemon.
+func (h *Host) refreshGuard() error {
+	elems := h.c.guardElems(h.st.guard)
+	t := &nfTable{fam: unix.NFPROTO_INET, name: h.c.NFTable}
+	msgs := append([]nfMsg{flushSet(t.fam, t.name, guardSet)}, elements(t, &nfSet{name: guardSet}, unix.NFT_MSG_NEWSETELEM, elems)...)
+	return h.nf.batch(msgs)
+}
+
+// SetUpstreams replaces the endpoints that our own sockets may reach. When it returns they can be reached.
+func (h *Host) SetUpstreams(ends []Endpoint) error {
+	if len(ends) > maxEndpoints {
+		return fmt.Errorf("cannot open the filter for %d upstream endpoints: at most %d", len(ends), maxEndpoints)
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	old := h.lastEnds
+	h.lastEnds = slices.Clone(ends)
+	if !h.shut {
+		return nil
+	}
+	t := &nfTable{fam: unix.NFPROTO_INET, name: h.c.NFTable}
+	var msgs []nfMsg
+	now := h.c.ownSets(h.lastEnds)
+	for i, was := range h.c.ownSets(old) {
+		msgs = append(msgs, elements(t, was, unix.NFT_MSG_DELSETELEM, minus(was.elems, now[i].elems))...)
+		msgs = append(msgs, elements(t, was, unix.NFT_MSG_NEWSETELEM, minus(now[i].elems, was.elems))...)
+	}
+	if len(msgs) == 0 {
+		return nil
+	}
+	if err := h.nf.batch(msgs); err != nil {
+		return h.applyFilter() // somebody changed it: the watch would do so too
+	}
+	h.st.ends = h.lastEnds
+	return nil
+}
+
+func minus(a, b []nfElem) (out []nfElem) {
+	in := map[string]bool{}
+	for _, e := range b {
+		in[string(e.key)] = true
+	}
+	for _, e := range a {
+		if !in[string(e.key)] {
+			out = append(out, e)
+		}
+	}
+	return out
+}
+
+// removeFilter takes our tables away.
+func (h *Host) removeFilter() (removed []string, err error) {
+	old, err := h.ourTables()
+	if err != nil || len(old) == 0 {
+		return nil, err
+	}
+	var msgs []nfMsg
+	for _, t := range old {
+		msgs = append(msgs, delTable(t.fam, t.name))
+		removed = append(removed, "nftables table "+famNames[t.fam]+" "+t.name)
+	}
+	if err := step(); err != nil {
+		return nil, err
+	}
+	if err := h.nf.batch(msgs); err != nil && !errors.Is(err, unix.ENOENT) {
+		return nil, fmt.Errorf("cannot remove the filter: %w", err)
+	}
+	return removed, nil
+}

@@ -1,0 +1,278 @@
+package kernel
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"unsafe"
+
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// This file speaks nfnetlink itself, with the expressions of google/nftables: that library writes zeros for a table's
+// flags, and an owned table takes messages from one socket only.
+
+// Flags of a table, linux/netfilter/nf_tables.h. An owned table survives `nft flush ruleset` and deletion by others;
+// with persist (Linux 6.9) it survives its owner, too.
+const (
+	tableOwner   = 0x2
+	tablePersist = 0x4
+)
+
+// nfMsg is one message of a batch.
+type nfMsg struct {
+	op    uint16 // NFT_MSG_*
+	fam   uint8
+	flags uint16
+	attrs []byte
+	text  string // for errors
+}
+
+// nfSocket is a netlink socket of the network namespace that it was opened in.
+type nfSocket struct {
+	mu  sync.Mutex
+	fd  int
+	pid uint32 // what the kernel calls us in its notifications
+	seq uint32
+	buf []byte
+}
+
+func openNF() (*nfSocket, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+	if err != nil {
+		if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EAFNOSUPPORT) {
+			return nil, errors.New("cannot set the filter: the kernel has no nftables (CONFIG_NF_TABLES_INET): 'modprobe nf_tables', or use 'viasocks run' for one program")
+		}
+		return nil, fmt.Errorf("cannot open a netfilter socket: %w", err)
+	}
+	s := &nfSocket{fd: fd, buf: make([]byte, 64<<10)}
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 4<<20)
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, 4<<20)
+	_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_CAP_ACK, 1)
+	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("cannot open a netfilter socket: %w", err)
+	}
+	if sa, err := unix.Getsockname(fd); err == nil {
+		if nl, ok := sa.(*unix.SockaddrNetlink); ok {
+			s.pid = nl.Pid
+		}
+	}
+	return s, nil
+}
+
+func (s *nfSocket) Close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.fd < 0 {
+		return nil
+	}
+	fd := s.fd
+	s.fd = -1
+	return unix.Close(fd)
+}
+
+// nfError says which message of a batch failed.
+type nfError struct {
+	index int // -1: the batch itself
+	text  string
+	err   error
+}
+
+func (e *nfError) Error() string { return fmt.Sprintf("%s: %v", e.text, e.err) }
+func (e *nfError) Unwrap() error { return e.err }
+
+func header(b []byte, typ, flags uint16, seq uint32, fam uint8, res uint16) []byte {
+	start := len(b)
+	b = append(b, make([]byte, unix.NLMSG_HDRLEN)...)
+	h := (*unix.NlMsghdr)(unsafe.Pointer(&b[start]))
+	h.Type, h.Flags, h.Seq = typ, flags, seq
+	return append(b, fam, unix.NFNETLINK_V0, byte(res>>8), byte(res))
+}
+
+func setLen(b []byte, start int) {
+	(*unix.NlMsghdr)(unsafe.Pointer(&b[start])).Len = uint32(len(b) - start)
+}
+
+// batch does all of msgs or nothing. The kernel answers before the system call ends.
+func (s *nfSocket) batch(msgs []nfMsg) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.fd < 0 {
+		return os.ErrClosed
+	}
+	first := s.seq + 1
+	var b []byte
+	b = header(b, unix.NFNL_MSG_BATCH_BEGIN, unix.NLM_F_REQUEST, first, unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES)
+	setLen(b, 0)
+	for i, m := range msgs {
+		start := len(b)
+		flags := m.flags | unix.NLM_F_REQUEST
+		if i == len(msgs)-1 {
+			flags |= unix.NLM_F_ACK
+		}
+		b = header(b, unix.NFNL_SUBSYS_NFTABLES<<8|m.op, flags, first+1+uint32(i), m.fam, 0)
+		b = append(b, m.attrs...)
+		setLen(b, start)
+	}
+	start := len(b)
+	s.seq = first + 1 + uint32(len(msgs))
+	b = header(b, unix.NFNL_MSG_BATCH_END, unix.NLM_F_REQUEST, s.seq, unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES)
+	setLen(b, start)
+	if err := unix.Sendto(s.fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return fmt.Errorf("cannot send to nftables: %w", err)
+	}
+	acked := false
+	var failed *nfError
+	err := s.receive(unix.MSG_DONTWAIT, func(h unix.NlMsghdr, data []byte) bool {
+		if h.Type != unix.NLMSG_ERROR || len(data) < 4 || h.Seq < first || h.Seq > s.seq {
+			return true
+		}
+		i := int(h.Seq-first) - 1
+		errno := unix.Errno(-int32(binary.NativeEndian.Uint32(data)))
+		switch {
+		case errno == 0:
+			acked = acked || i == len(msgs)-1
+		case failed == nil:
+			failed = &nfError{index: i, err: errno, text: "nftables"}
+			if i >= 0 && i < len(msgs) {
+				failed.text = msgs[i].text
+			}
+		}
+		return true
+	})
+	switch {
+	case failed != nil:
+		return failed
+	case err != nil && !errors.Is(err, unix.EAGAIN):
+		return fmt.Errorf("cannot hear from nftables: %w", err)
+	case !acked:
+		return errors.New("nftables did not answer")
+	}
+	return nil
+}
+
+// dump asks for all objects of a kind.
+func (s *nfSocket) dump(op uint16, fam uint8, attrs []byte, f func(fam uint8, attrs []byte)) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.fd < 0 {
+		return os.ErrClosed
+	}
+	s.seq++
+	b := header(nil, unix.NFNL_SUBSYS_NFTABLES<<8|op, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, s.seq, fam, 0)
+	b = append(b, attrs...)
+	setLen(b, 0)
+	if err := unix.Sendto(s.fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return err
+	}
+	var failed error
+	err := s.receive(0, func(h unix.NlMsghdr, data []byte) bool {
+		switch {
+		case h.Seq != s.seq:
+		case h.Type == unix.NLMSG_DONE:
+			return false
+		case h.Type == unix.NLMSG_ERROR && len(data) >= 4:
+			failed = unix.Errno(-int32(binary.NativeEndian.Uint32(data)))
+			return false
+		case len(data) >= 4:
+			f(data[0], data[4:])
+		}
+		return true
+	})
+	return errors.Join(err, failed)
+}
+
+// receive calls f for each message until f says no, or an error.
+func (s *nfSocket) receive(flags int, f func(unix.NlMsghdr, []byte) bool) error {
+	for {
+		n, _, err := unix.Recvfrom(s.fd, s.buf, flags)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if !eachMessage(s.buf[:n], f) {
+			return nil
+		}
+	}
+}
+
+func eachMessage(b []byte, f func(unix.NlMsghdr, []byte) bool) bool {
+	for len(b) >= unix.NLMSG_HDRLEN {
+		h := *(*unix.NlMsghdr)(unsafe.Pointer(&b[0]))
+		if h.Len < unix.NLMSG_HDRLEN || int(h.Len) > len(b) {
+			return true
+		}
+		if !f(h, b[unix.NLMSG_HDRLEN:h.Len]) {
+			return false
+		}
+		b = b[min(len(b), int(h.Len+3)&^3):]
+	}
+	return true
+}
+
+// attr is one netlink attribute.
+func attr(typ uint16, data []byte) []byte {
+	n := 4 + len(data)
+	b := make([]byte, 0, (n+3)&^3)
+	b = binary.NativeEndian.AppendUint16(b, uint16(n))
+	b = binary.NativeEndian.AppendUint16(b, typ)
+	b = append(b, data...)
+	for len(b)%4 != 0 {
+		b = append(b, 0)
+	}
+	return b
+}
+
+func nested(typ uint16, parts ...[]byte) []byte { return attr(typ|unix.NLA_F_NESTED, cat(parts...)) }
+func attrString(typ uint16, s string) []byte    { return attr(typ, append([]byte(s), 0)) }
+func attrU32(typ uint16, v uint32) []byte       { return attr(typ, binary.BigEndian.AppendUint32(nil, v)) }
+func attrU64(typ uint16, v uint64) []byte       { return attr(typ, binary.BigEndian.AppendUint64(nil, v)) }
+
+func cat(parts ...[]byte) (b []byte) {
+	for _, p := range parts {
+		b = append(b, p...)
+	}
+	return b
+}
+
+// attrs takes attributes apart; what is malformed is left out.
+func attrs(b []byte) map[uint16][]byte {
+	m := map[uint16][]byte{}
+	for len(b) >= 4 {
+		n := int(binary.NativeEndian.Uint16(b))
+		if n < 4 || n > len(b) {
+			break
+		}
+		m[binary.NativeEndian.Uint16(b[2:])&^(unix.NLA_F_NESTED|unix.NLA_F_NET_BYTEORDER)] = b[4:n]
+		b = b[min(len(b), (n+3)&^3):]
+	}
+	return m
+}
+
+func cstring(b []byte) string {
+	for i, c := range b {
+		if c == 0 {
+			return string(b[:i])
+		}
+	}
+	return string(b)
+}
+
+// encodeExprs is the list of a rule's expressions.
+func encodeExprs(fam uint8, es []expr.Any) ([]byte, error) {
+	var list []byte
+	for _, e := range es {
+		b, err := expr.Marshal(fam, e)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, attr(unix.NFTA_LIST_ELEM|unix.NLA_F_NESTED, b)...)
+	}
+	return list, nil
+}

@@ -1,0 +1,276 @@
+package kernel
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"strings"
+
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// term is one part of an nftables rule, for people and for the kernel.
+type term struct {
+	text  string
+	exprs []expr.Any
+}
+
+func native32(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
+func be16(v uint16) []byte     { return binary.BigEndian.AppendUint16(nil, v) }
+func be32(v uint32) []byte     { return binary.BigEndian.AppendUint32(nil, v) }
+
+func cmp(op expr.CmpOp, v []byte) expr.Any { return &expr.Cmp{Op: op, Register: 1, Data: v} }
+func loadMeta(k expr.MetaKey) expr.Any     { return &expr.Meta{Key: k, Register: 1} }
+func loadCt(k expr.CtKey) expr.Any         { return &expr.Ct{Key: k, Register: 1} }
+func mask32(mask, xor uint32) expr.Any {
+	return &expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: native32(mask), Xor: native32(xor)}
+}
+
+func opOf(eq bool) (string, expr.CmpOp) {
+	if eq {
+		return "==", expr.CmpOpEq
+	}
+	return "!=", expr.CmpOpNeq
+}
+
+func metaMark(m Marks, v uint32, eq bool) term {
+	s, op := opOf(eq)
+	return term{fmt.Sprintf("meta mark & %#08x %s %#08x", m.Mask, s, v),
+		[]expr.Any{loadMeta(expr.MetaKeyMARK), mask32(m.Mask, 0), cmp(op, native32(v))}}
+}
+
+func ctMark(m Marks, v uint32, eq bool) term {
+	s, op := opOf(eq)
+	return term{fmt.Sprintf("ct mark & %#08x %s %#08x", m.Mask, s, v),
+		[]expr.Any{loadCt(expr.CtKeyMARK), mask32(m.Mask, 0), cmp(op, native32(v))}}
+}
+
+func setMetaMark(m Marks, v uint32) term {
+	return term{fmt.Sprintf("meta mark set meta mark & %#08x | %#08x", ^m.Mask, v),
+		[]expr.Any{loadMeta(expr.MetaKeyMARK), mask32(^m.Mask, v), &expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: 1}}}
+}
+
+func setCtMark(m Marks, v uint32) term {
+	return term{fmt.Sprintf("ct mark set ct mark & %#08x | %#08x", ^m.Mask, v),
+		[]expr.Any{loadCt(expr.CtKeyMARK), mask32(^m.Mask, v), &expr.Ct{Key: expr.CtKeyMARK, SourceRegister: true, Register: 1}}}
+}
+
+func ifname(s string) []byte {
+	b := make([]byte, unix.IFNAMSIZ)
+	copy(b, s)
+	return b
+}
+
+func iif(name string, eq bool) term {
+	s, op := opOf(eq)
+	return term{fmt.Sprintf("iifname %s %q", s, name), []expr.Any{loadMeta(expr.MetaKeyIIFNAME), cmp(op, ifname(name))}}
+}
+
+func oif(name string, eq bool) term {
+	s, op := opOf(eq)
+	return term{fmt.Sprintf("oifname %s %q", s, name), []expr.Any{loadMeta(expr.MetaKeyOIFNAME), cmp(op, ifname(name))}}
+}
+
+// etherType matches the family of a packet in any family of tables.
+func etherType(proto uint16) []expr.Any {
+	return []expr.Any{loadMeta(expr.MetaKeyPROTOCOL), cmp(expr.CmpOpEq, be16(proto))}
+}
+
+func isFamily(v6 bool) []expr.Any {
+	if v6 {
+		return etherType(unix.ETH_P_IPV6)
+	}
+	return etherType(unix.ETH_P_IP)
+}
+
+// daddr matches a destination.
+func daddr(p netip.Prefix) term {
+	word, off, n := "ip", uint32(16), uint32(4)
+	if p.Addr().Is6() {
+		word, off, n = "ip6", 24, 16
+	}
+	e := append(isFamily(p.Addr().Is6()), &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: off, Len: n})
+	text := p.Addr().String()
+	if p.Bits() < p.Addr().BitLen() {
+		text = p.String()
+		m := make([]byte, n)
+		for i := range p.Bits() {
+			m[i/8] |= 0x80 >> (i % 8)
+		}
+		e = append(e, &expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: n, Mask: m, Xor: make([]byte, n)})
+	}
+	return term{word + " daddr " + text, append(e, cmp(expr.CmpOpEq, p.Masked().Addr().AsSlice()))}
+}
+
+func l4proto(p uint8) []expr.Any {
+	return []expr.Any{loadMeta(expr.MetaKeyL4PROTO), cmp(expr.CmpOpEq, []byte{p})}
+}
+
+func protoName(p uint8) string {
+	if p == unix.IPPROTO_TCP {
+		return "tcp"
+	}
+	return "udp"
+}
+
+// dport matches destination ports of TCP or UDP.
+func dport(proto uint8, r PortRange) term {
+	e := append(l4proto(proto), &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2})
+	if r.First == r.Last {
+		return term{fmt.Sprintf("%s dport %d", protoName(proto), r.First), append(e, cmp(expr.CmpOpEq, be16(r.First)))}
+	}
+	return term{fmt.Sprintf("%s dport %d-%d", protoName(proto), r.First, r.Last),
+		append(e, cmp(expr.CmpOpGte, be16(r.First)), cmp(expr.CmpOpLte, be16(r.Last)))}
+}
+
+func isProto(p uint8) term {
+	return term{"meta l4proto " + protoName(p), l4proto(p)}
+}
+
+// dhcp matches a DHCP client's packets to servers.
+func dhcp(v6 bool) term {
+	word, src, dst := "ip version 4", uint16(68), uint16(67)
+	if v6 {
+		word, src, dst = "ip6 version 6", 546, 547
+	}
+	e := append(isFamily(v6), l4proto(unix.IPPROTO_UDP)...)
+	e = append(e, &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 4},
+		cmp(expr.CmpOpEq, append(be16(src), be16(dst)...)))
+	return term{fmt.Sprintf("%s udp sport %d udp dport %d", word, src, dst), e}
+}
+
+// icmp6 matches one type of ICMPv6 with a hop limit that no router would pass on.
+func icmp6(typ, hops uint8) term {
+	e := append(isFamily(true), &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 7, Len: 1}, cmp(expr.CmpOpEq, []byte{hops}))
+	e = append(e, l4proto(unix.IPPROTO_ICMPV6)...)
+	e = append(e, &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1}, cmp(expr.CmpOpEq, []byte{typ}))
+	return term{fmt.Sprintf("ip6 hoplimit %d icmpv6 type %d", hops, typ), e}
+}
+
+func skuid(r UIDRange, eq bool) term {
+	s, op := opOf(eq)
+	if r.First == r.Last {
+		return term{fmt.Sprintf("meta skuid %s %d", s, r.First), []expr.Any{loadMeta(expr.MetaKeySKUID), cmp(op, native32(r.First))}}
+	}
+	return term{fmt.Sprintf("meta skuid %d-%d", r.First, r.Last), []expr.Any{loadMeta(expr.MetaKeySKUID),
+		&expr.Byteorder{SourceRegister: 1, DestRegister: 1, Op: expr.ByteorderHton, Len: 4, Size: 4},
+		cmp(expr.CmpOpGte, be32(r.First)), cmp(expr.CmpOpLte, be32(r.Last))}}
+}
+
+// cgroup is a control group as nftables knows it: its inode and how deep it lies.
+type cgroup struct {
+	path  string
+	level uint32
+	id    uint64
+}
+
+func socketCgroup(c cgroup, eq bool) term {
+	s, op := opOf(eq)
+	return term{fmt.Sprintf("socket cgroupv2 level %d %s %q", c.level, s, c.path), []expr.Any{
+		&expr.Socket{Key: expr.SocketKeyCgroupv2, Level: c.level, Register: 1}, cmp(op, binary.NativeEndian.AppendUint64(nil, c.id))}}
+}
+
+func ctDirection(reply bool) term {
+	if reply {
+		return term{"ct direction reply", []expr.Any{loadCt(expr.CtKeyDIRECTION), cmp(expr.CmpOpEq, []byte{1})}}
+	}
+	return term{"ct direction original", []expr.Any{loadCt(expr.CtKeyDIRECTION), cmp(expr.CmpOpEq, []byte{0})}}
+}
+
+func ctNew() term {
+	return term{"ct state new", []expr.Any{loadCt(expr.CtKeySTATE), mask32(expr.CtStateBitNEW, 0), cmp(expr.CmpOpNeq, native32(0))}}
+}
+
+// daddrType asks what the destination is to this host.
+func daddrType(name string, rtn uint32) term {
+	return term{"fib daddr type " + name, []expr.Any{&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true}, cmp(expr.CmpOpEq, native32(rtn))}}
+}
+
+// lookup in a set by the given key; regs are loads into consecutive registers.
+func lookup(set string, text string, v6 *bool, loads ...expr.Any) term {
+	var e []expr.Any
+	if v6 != nil {
+		e = isFamily(*v6)
+	}
+	e = append(e, loads...)
+	return term{text + " @" + set, append(e, &expr.Lookup{SourceRegister: 8, SetName: set})}
+}
+
+// ownEndpoint looks protocol, destination and port up.
+func ownEndpoint(set string, v6 bool) term {
+	word, off, n := "ip", uint32(16), uint32(4)
+	if v6 {
+		word, off, n = "ip6", 24, 16
+	}
+	return lookup(set, "meta l4proto . "+word+" daddr . th dport", &v6,
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 8},
+		&expr.Payload{DestRegister: 9, Base: expr.PayloadBaseNetworkHeader, Offset: off, Len: n},
+		&expr.Payload{DestRegister: 9 + n/4, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2})
+}
+
+// keptTuple looks the whole 5-tuple of an outgoing packet up.
+func keptTuple(set string, v6 bool) term {
+	word, src, n := "ip", uint32(12), uint32(4)
+	if v6 {
+		word, src, n = "ip6", 8, 16
+	}
+	return lookup(set, fmt.Sprintf("meta l4proto . %s saddr . th sport . %[1]s daddr . th dport", word), &v6,
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 8},
+		&expr.Payload{DestRegister: 9, Base: expr.PayloadBaseNetworkHeader, Offset: src, Len: n},
+		&expr.Payload{DestRegister: 9 + n/4, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 2},
+		&expr.Payload{DestRegister: 10 + n/4, Base: expr.PayloadBaseNetworkHeader, Offset: src + n, Len: n},
+		&expr.Payload{DestRegister: 10 + n/2, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2})
+}
+
+func oifSet(set string) term {
+	return lookup(set, "oifname", nil, &expr.Meta{Key: expr.MetaKeyOIFNAME, Register: 8})
+}
+
+// arpTarget matches what asks for an address of ours.
+func arpTarget(a netip.Addr) term {
+	return term{"arp daddr ip " + a.String(), []expr.Any{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 24, Len: 4}, cmp(expr.CmpOpEq, a.AsSlice())}}
+}
+
+func arpFrame() term {
+	return term{"meta protocol arp", etherType(unix.ETH_P_ARP)}
+}
+
+func verdict(k expr.VerdictKind, chain string) term {
+	words := map[expr.VerdictKind]string{expr.VerdictAccept: "accept", expr.VerdictDrop: "drop",
+		expr.VerdictReturn: "return", expr.VerdictJump: "jump", expr.VerdictGoto: "goto"}
+	return term{strings.TrimSpace(words[k] + " " + chain), []expr.Any{&expr.Verdict{Kind: k, Chain: chain}}}
+}
+
+func accept() term           { return verdict(expr.VerdictAccept, "") }
+func drop() term             { return verdict(expr.VerdictDrop, "") }
+func back() term             { return verdict(expr.VerdictReturn, "") }
+func jump(chain string) term { return verdict(expr.VerdictJump, chain) }
+func goTo(chain string) term { return verdict(expr.VerdictGoto, chain) }
+func count(name string) term {
+	return term{"counter name " + name, []expr.Any{&expr.Objref{Type: 1, Name: name}}}
+}
+func rejectReset() term {
+	return term{"reject with tcp reset", []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}}
+}
+func rejectICMPX(word string, code uint8) term {
+	return term{"reject with icmpx type " + word, []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: code}}}
+}
+
+// ownHost looks protocol and destination up.
+func ownHost(set string, v6 bool) term {
+	word, off, n := "ip", uint32(16), uint32(4)
+	if v6 {
+		word, off, n = "ip6", 24, 16
+	}
+	return lookup(set, "meta l4proto . "+word+" daddr", &v6,
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 8},
+		&expr.Payload{DestRegister: 9, Base: expr.PayloadBaseNetworkHeader, Offset: off, Len: n})
+}
+
+// lapsed matches every packet once key is no longer in the set.
+func lapsed(set, key string) term {
+	return term{fmt.Sprintf("%q != @%s", key, set), []expr.Any{
+		&expr.Immediate{Register: 8, Data: ifname(key)}, &expr.Lookup{SourceRegister: 8, SetName: set, Invert: true}}}
+}

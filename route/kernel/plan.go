@@ -1,0 +1,35 @@
+package kernel
+
+// Plan gives every line of nft(8), ip(8) and sysctl(8) that would be done, in order. It touches nothing, and New need
+// not be followed by Shut.
+func (h *Host) Plan() ([]string, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	l, err := h.look()
+	if err != nil {
+		return nil, err
+	}
+	st := h.st
+	st.lan, st.devices, st.ends, st.guard, st.arp, st.router = l.lan, l.out, h.lastEnds, true, !h.noARP, isRouter()
+	tables, err := h.c.tables(st)
+	if err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, t := range tables {
+		out = append(out, t.lines()...)
+	}
+	if readSysctl(srcValidMark) == "0" {
+		out = append(out, "sysctl -w net.ipv4.conf.all.src_valid_mark=1")
+	}
+	for _, f := range h.families {
+		r := h.wantRoute(f, 1)
+		out = append(out, routeText(r, h.c.TUN))
+	}
+	for _, f := range h.families {
+		for _, r := range h.c.rules(f, l.lan) {
+			out = append(out, "ip "+r.String())
+		}
+	}
+	return out, nil
+}

@@ -1,0 +1,264 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// Where the rules stand, counted from the first.
+const (
+	atMarked = iota
+	atHost
+	atExclude
+	atDNS
+	atLAN
+	atAll
+	atClosed
+	lastRule = 19 // the end, where the host goes on as it would without us
+)
+
+// rule is one ip rule of ours; rules are equal when they do the same.
+type rule struct {
+	family       int
+	prio         int
+	mark, mask   uint32
+	to           netip.Prefix
+	iif, oif     string
+	uids         UIDRange
+	hasUIDs      bool
+	proto        int
+	sport, dport PortRange
+	table        int // look-up; 0: none
+	jump         int // goto; 0: none
+	action       uint8
+}
+
+// rules are all of ours for a family:
+//
+//	P    fwmark OWN, DIRECT, INBOUND  goto END
+//	P+1  DHCP                         goto END
+//	P+2  what is excluded             goto END
+//	P+3  port 53                      lookup T
+//	P+4  to connected networks        goto END, or unreachable
+//	P+5                               lookup T
+//	P+6                               unreachable
+//	P+19                              nop
+//
+// A look-up of main would be wrong for the exceptions: whoever has rules behind ours, as wg-quick, has them without us
+// too. Connected networks are rules and not throw routes in T, which answers for port 53 inside of them too, and after a
+// throw the rule behind it would say unreachable.
+func (c *Config) rules(family int, lan []lanNet) (out []rule) {
+	end := c.Priority + lastRule
+	add := func(at int, r rule) {
+		r.family, r.prio = family, c.Priority+at
+		out = append(out, r)
+	}
+	add(lastRule, rule{action: nl.FR_ACT_NOP})
+	marks := []uint32{c.Marks.Own, c.Marks.Direct}
+	if !c.CarryInbound {
+		marks = append(marks, c.Marks.Inbound)
+	}
+	for _, m := range marks {
+		add(atMarked, rule{mark: m, mask: c.Marks.Mask, jump: end})
+	}
+	client, server := PortRange{68, 68}, PortRange{67, 67}
+	if family == unix.AF_INET6 {
+		client, server = PortRange{546, 546}, PortRange{547, 547}
+	}
+	add(atHost, rule{proto: unix.IPPROTO_UDP, sport: client, dport: server, jump: end})
+	x := c.Exclude
+	for _, n := range x.Networks {
+		if familyOf(n.Addr()) == family {
+			add(atExclude, rule{to: n.Masked(), jump: end})
+		}
+	}
+	for _, u := range x.UIDs {
+		add(atExclude, rule{uids: u, hasUIDs: true, jump: end})
+	}
+	for _, p := range x.Ports {
+		add(atExclude, rule{proto: unix.IPPROTO_TCP, dport: p, jump: end})
+		add(atExclude, rule{proto: unix.IPPROTO_UDP, dport: p, jump: end})
+	}
+	for _, d := range x.Devices {
+		add(atExclude, rule{iif: d, jump: end})
+		add(atExclude, rule{oif: d, jump: end})
+	}
+	add(atDNS, rule{proto: unix.IPPROTO_TCP, dport: PortRange{53, 53}, table: c.Table})
+	add(atDNS, rule{proto: unix.IPPROTO_UDP, dport: PortRange{53, 53}, table: c.Table})
+	seen := map[netip.Prefix]bool{}
+	for _, n := range lan {
+		if familyOf(n.prefix.Addr()) != family || seen[n.prefix] {
+			continue
+		}
+		switch {
+		case n.guest || c.LAN == LANDirect:
+			add(atLAN, rule{to: n.prefix, jump: end})
+		case c.LAN == LANRefuse:
+			add(atLAN, rule{to: n.prefix, action: nl.FR_ACT_UNREACHABLE})
+		default:
+			continue
+		}
+		seen[n.prefix] = true
+	}
+	// What closes comes before what steers, so that there is no moment between.
+	if !c.FailOpen {
+		add(atClosed, rule{action: nl.FR_ACT_UNREACHABLE})
+	}
+	add(atAll, rule{table: c.Table})
+	return out
+}
+
+func (r rule) String() string {
+	var b strings.Builder
+	if r.family == unix.AF_INET6 {
+		b.WriteString("-6 ")
+	}
+	fmt.Fprintf(&b, "rule add priority %d protocol %d", r.prio, Protocol)
+	b.WriteString(r.what())
+	return b.String()
+}
+
+func (r rule) what() string {
+	var b strings.Builder
+	say := func(format string, a ...any) { fmt.Fprintf(&b, " "+format, a...) }
+	if r.to.IsValid() {
+		say("to %s", r.to)
+	}
+	if r.mark != 0 {
+		say("fwmark %#x/%#x", r.mark, r.mask)
+	}
+	if r.iif != "" {
+		say("iif %s", r.iif)
+	}
+	if r.oif != "" {
+		say("oif %s", r.oif)
+	}
+	if r.hasUIDs {
+		say("uidrange %d-%d", r.uids.First, r.uids.Last)
+	}
+	if r.proto != 0 {
+		say("ipproto %s", protoName(uint8(r.proto)))
+	}
+	for _, p := range []struct {
+		word string
+		r    PortRange
+	}{{"sport", r.sport}, {"dport", r.dport}} {
+		switch {
+		case p.r.Last == 0:
+		case p.r.First == p.r.Last:
+			say("%s %d", p.word, p.r.First)
+		default:
+			say("%s %d-%d", p.word, p.r.First, p.r.Last)
+		}
+	}
+	switch {
+	case r.jump != 0:
+		say("goto %d", r.jump)
+	case r.table != 0:
+		say("lookup %d", r.table)
+	case r.action == nl.FR_ACT_UNREACHABLE:
+		say("type unreachable")
+	default:
+		say("nop")
+	}
+	return b.String()
+}
+
+// netlink is the rule as the library wants it.
+func (r rule) netlink() *netlink.Rule {
+	n := netlink.NewRule()
+	n.Family, n.Priority, n.Protocol, n.Type, n.Table = r.family, r.prio, Protocol, r.action, r.table
+	n.IifName, n.OifName, n.IPProto = r.iif, r.oif, r.proto
+	if r.jump != 0 {
+		n.Goto = r.jump
+	}
+	if r.mark != 0 {
+		mask := r.mask
+		n.Mark, n.Mask = r.mark, &mask
+	}
+	if r.to.IsValid() {
+		n.Dst = &net.IPNet{IP: r.to.Addr().AsSlice(), Mask: net.CIDRMask(r.to.Bits(), r.to.Addr().BitLen())}
+	}
+	if r.hasUIDs {
+		n.UIDRange = netlink.NewRuleUIDRange(r.uids.First, r.uids.Last)
+	}
+	if r.sport.Last != 0 {
+		n.Sport = netlink.NewRulePortRange(r.sport.First, r.sport.Last)
+	}
+	if r.dport.Last != 0 {
+		n.Dport = netlink.NewRulePortRange(r.dport.First, r.dport.Last)
+	}
+	return n
+}
+
+// ruleFrom reads what the kernel has, end being the priority of our last rule; ok is false for what no rule of ours is.
+func ruleFrom(family, end int, n *netlink.Rule) (r rule, ok bool) {
+	r = rule{family: family, prio: max(n.Priority, 0), iif: n.IifName, oif: n.OifName, proto: n.IPProto}
+	if n.Mark != 0 {
+		r.mark, r.mask = n.Mark, ^uint32(0)
+		if n.Mask != nil {
+			r.mask = *n.Mask
+		}
+	}
+	if n.Dst != nil {
+		if a, ok := netip.AddrFromSlice(n.Dst.IP); ok {
+			ones, _ := n.Dst.Mask.Size()
+			r.to = netip.PrefixFrom(a.Unmap(), ones)
+		}
+	}
+	if n.UIDRange != nil {
+		r.uids, r.hasUIDs = UIDRange{n.UIDRange.Start, n.UIDRange.End}, true
+	}
+	if n.Sport != nil {
+		r.sport = PortRange{n.Sport.Start, n.Sport.End}
+	}
+	if n.Dport != nil {
+		r.dport = PortRange{n.Dport.Start, n.Dport.End}
+	}
+	switch { // the library does not read the action
+	case n.Goto > 0:
+		r.jump = n.Goto
+	case n.Table != 0:
+		r.table = n.Table
+	case r.prio == end:
+		r.action = nl.FR_ACT_NOP
+	default:
+		r.action = nl.FR_ACT_UNREACHABLE
+	}
+	return r, !n.Invert && n.Src == nil
+}
+
+func familyOf(a netip.Addr) int {
+	if a.Is4() {
+		return unix.AF_INET
+	}
+	return unix.AF_INET6
+}
+
+// listRules reads the rules of a family, ours and others'.
+func listRules(h *netlink.Handle, family int) ([]netlink.Rule, error) {
+	rs, err := h.RuleList(family)
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return nil, fmt.Errorf("cannot list ip rules: %w", err)
+	}
+	return rs, nil
+}
+
+// gone: the kernel has no such rule or route, or took it away with its device.
+func gone(err error) bool {
+	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENODEV)
+}
+
+func familyName(f int) string {
+	if f == unix.AF_INET6 {
+		return "IPv6"
+	}
+	return "IPv4"
+}

@@ -1,0 +1,49 @@
+package kernel
+
+import (
+	"fmt"
+	"os"
+)
+
+// Undo is `down` without a daemon: from the journal, and without one, or with a corrupt one, by what is named in c (TUN,
+// NFTable, Priority, Marks, Dir; zero fields: defaults) and by our protocol number, it removes what is ours and nothing
+// else. ErrRunning: the daemon lives. It returns a line for each thing that it removed.
+func Undo(c Config) (removed []string, err error) {
+	if c.TUN == "" {
+		c.TUN = DefaultTUN
+	}
+	c, _ = c.withDefaults()
+	h, err := open(c)
+	if err != nil {
+		return nil, err
+	}
+	defer h.Close()
+	j, err := readJournal(h.path)
+	if err != nil {
+		h.c.Log.Warn("what is ours is found by its marks", "err", err)
+		if _, serr := os.Stat(h.path); serr == nil {
+			removed = append(removed, "journal that could not be read")
+		}
+	}
+	corrupt := err != nil
+	if j != nil {
+		h.j = *j
+		h.c.TUN, h.c.Table, h.c.Priority, h.c.NFTable, h.c.Marks = j.TUN, j.Table, j.Priority, j.NFTable, j.Marks
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	lines, err := h.removeSteering()
+	removed = append(removed, lines...)
+	if err != nil {
+		return removed, fmt.Errorf("cannot undo everything: %w", err)
+	}
+	tables, _ := h.ourTables()
+	k, kerr := h.nl.LinkByName(h.c.TUN)
+	ours := kerr == nil && (k.Attrs().Alias == alias || j != nil || corrupt && len(lines)+len(tables) > 0)
+	lines, err = h.restore(ours)
+	removed = append(removed, lines...)
+	if err != nil {
+		return removed, fmt.Errorf("cannot undo everything: %w", err)
+	}
+	return removed, nil
+}
