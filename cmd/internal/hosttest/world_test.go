@@ -101,6 +101,7 @@ route add default via 10.99.0.1
 -6 route add default via 2001:db8:9::1
 addr add ` + client4 + `/32 dev lo
 addr add ` + client6 + `/128 dev lo nodad
+addr add 2001:db8:f::5/128 dev lo nodad
 route add local 203.0.113.0/24 dev lo
 -6 route add local 2001:db8:f::/64 dev lo
 `},
