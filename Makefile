@@ -92,14 +92,21 @@ demo: ## Six downloads of aria2 through a SOCKS proxy, on real programs (root)
 	@$(MAKE) build
 	scripts/demo.sh
 
+UNITS := viasocks.service viasocks@.service viasocks-closed.service
+UNITDIR := $(PREFIX)/lib/systemd/system
+
 .PHONY: install
-install: build ## Install under PREFIX (/usr/local)
+install: build ## Install under PREFIX (/usr/local), below DESTDIR: the program, its manual, units for systemd
 	install -D -m 755 bin/viasocks $(DESTDIR)$(PREFIX)/bin/viasocks
 	install -D -m 644 cmd/viasocks/viasocks.1 $(DESTDIR)$(PREFIX)/share/man/man1/viasocks.1
+	install -d -m 755 $(DESTDIR)$(UNITDIR)
+	for u in $(UNITS); do \
+		sed 's|/usr/local/bin/|$(PREFIX)/bin/|' "scripts/$$u" >"$(DESTDIR)$(UNITDIR)/$$u"; chmod 644 "$(DESTDIR)$(UNITDIR)/$$u"; \
+	done
 
 .PHONY: uninstall
 uninstall: ## Remove what install put there
-	rm -f $(DESTDIR)$(PREFIX)/bin/viasocks $(DESTDIR)$(PREFIX)/share/man/man1/viasocks.1
+	rm -f $(DESTDIR)$(PREFIX)/bin/viasocks $(DESTDIR)$(PREFIX)/share/man/man1/viasocks.1 $(UNITS:%=$(DESTDIR)$(UNITDIR)/%)
 
 .PHONY: clean
 clean: ## Remove what build made

@@ -33,7 +33,7 @@ type command struct {
 
 // commands in the order of the help.
 func commands() []*command {
-	return []*command{cmdRun, cmdUp, cmdCheck, cmdVersion, cmdHelp}
+	return []*command{cmdRun, cmdUp, cmdDown, cmdConfirm, cmdClose, cmdStatus, cmdFlows, cmdCheck, cmdVersion, cmdHelp}
 }
 
 func lookup(name string) *command {

@@ -11,12 +11,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/viasocks/viasocks/cmd/internal/daemon"
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
 // TestMain is main when a test starts the test's own binary as viasocks.
 func TestMain(m *testing.M) {
 	netns.MainIfChild()
+	daemon.MainIfGuardian()
 	if os.Getenv("TEST_AS_VIASOCKS") != "" {
 		os.Unsetenv("TEST_AS_VIASOCKS")
 		os.Exit(dispatch(os.Args, os.Environ(), streams{os.Stdin, os.Stdout, os.Stderr}))

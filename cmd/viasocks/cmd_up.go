@@ -1,21 +1,42 @@
 package main
 
 import (
+	"runtime/debug"
+	"slices"
+	"strings"
+
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/daemon"
 )
 
 var cmdUp = &command{
 	name: "up", args: "[OPTION...]", takes: config.Up,
-	short: "send the whole host through the proxy until interrupted; needs root",
-	about: `Send what the whole host sends through the proxy, except to private networks that it is connected to, until
-SIGTERM or SIGINT, and then undo it. This form does not protect against leaks after a kill -9, cuts connections that
-come from outside (SSH from another network!), and lets sockets bound to a device pass: see LIMITATIONS in viasocks(1).`,
+	short: "send the whole host through the proxy until stopped; needs root",
+	about: `Send what the whole host sends through the proxy, until SIGTERM, SIGINT or 'viasocks down', and then undo it. Private
+networks that the host is connected to are reached directly, and answers to connections from outside (SSH) go back the
+way they came. If viasocks is killed the host stays closed until 'viasocks up' or 'viasocks down'. SIGHUP reads the
+configuration file again. Over SSH, try it with --confirm 60s first.`,
 	run: func(c *command, args, env []string, std streams) (int, error) {
+		// Again later: the arguments themselves lose their passwords.
+		again := slices.Clone(args)
+		for i := range again {
+			again[i] = strings.Clone(again[i])
+		}
 		cfg, err := c.parse(args, env)
 		if err != nil {
 			return 0, err
 		}
-		return exitOK, daemon.Up(cfg, std.err)
+		if cfg.Host.DryRun {
+			return exitOK, daemon.DryRun(cfg, std.out, std.err)
+		}
+		info, ok := debug.ReadBuildInfo()
+		if !ok {
+			info = &debug.BuildInfo{}
+		}
+		_, v, _ := strings.Cut(version(info), " ")
+		return exitOK, daemon.Up(cfg, daemon.UpOptions{
+			Again:   func() (*config.Config, error) { return config.Parse(config.Up, again, env) },
+			Environ: env, Stderr: std.err, Version: v,
+		})
 	},
 }

@@ -5,10 +5,12 @@ package main
 import (
 	"os"
 
+	"github.com/viasocks/viasocks/cmd/internal/daemon"
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
 func main() {
 	netns.MainIfChild()
+	daemon.MainIfGuardian()
 	os.Exit(dispatch(os.Args, os.Environ(), streams{os.Stdin, os.Stdout, os.Stderr}))
 }

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"time"
@@ -19,6 +20,44 @@ type timeDuration = time.Duration
 type Upstream struct {
 	Name   string
 	Server socks.Server
+}
+
+// Host is what `up` does to the host beyond the device, mark and table.
+type Host struct {
+	LAN              string    // direct, carry, refuse
+	Inbound          string    // keep, carry
+	Exclude, Include Selection // an empty Include takes everything
+	Strict, FailOpen bool
+	StayClosed       bool
+	NFTable          string
+	DryRun           bool
+	Confirm          time.Duration // 0: nobody needs to
+	Priority         int           // of the first ip rule
+	ControlGroup     int           // below 0: none
+}
+
+// Selection is a choice of traffic: what matches any part of it.
+type Selection struct {
+	Nets    []netip.Prefix
+	UIDs    []Range[uint32]
+	Ports   []Range[uint16]
+	Devices []string
+	Cgroups []string // below the root of version 2, without a slash at either end
+}
+
+// Empty: nothing was chosen.
+func (s *Selection) Empty() bool {
+	return len(s.Nets)+len(s.UIDs)+len(s.Ports)+len(s.Devices)+len(s.Cgroups) == 0
+}
+
+// Range is from First to Last, both included.
+type Range[T uint16 | uint32] struct{ First, Last T }
+
+func (r Range[T]) String() string {
+	if r.First == r.Last {
+		return fmt.Sprint(r.First)
+	}
+	return fmt.Sprintf("%d-%d", r.First, r.Last)
 }
 
 // Config is everything the user said, checked. It is not changed after Parse.
@@ -42,6 +81,13 @@ type Config struct {
 	TUN          string
 	Mark, Mask   uint32
 	Table        int
+	Host         Host
+	File         string // of --config; empty: none
+
+	JSON  bool // status, flows
+	Limit int  // flows
+
+	AfterService bool // down
 
 	LogLevel slog.Level
 	LogFile  string   // empty: standard error

@@ -77,7 +77,7 @@ func Parse(cmd Command, args, env []string) (*Config, error) {
 	} else if err != nil {
 		return nil, &UsageError{Redact(err.Error())}
 	}
-	c := &Config{Command: cmd, Program: set.Args()}
+	c := &Config{Command: cmd, Program: set.Args(), Host: Host{ControlGroup: -1}}
 	if cmd == Run && len(c.Program) == 0 {
 		return nil, usagef("cannot run: no program was given")
 	}
@@ -88,7 +88,8 @@ func Parse(cmd Command, args, env []string) (*Config, error) {
 	file := map[string][]value{}
 	if v := flags[fileOption]; v != nil {
 		var err error
-		if file, err = readFile(v[0].text, cmd); err != nil {
+		c.File = v[0].text
+		if file, err = readFile(c.File, cmd); err != nil {
 			return nil, err
 		}
 	}

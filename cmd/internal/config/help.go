@@ -32,6 +32,17 @@ func WriteHelp(w io.Writer, cmd Command) {
 	}
 }
 
+// commands are the names of those of cmd that do something, for .Cm.
+func commands(cmd Command) string {
+	var names []string
+	for _, c := range commandNames {
+		if cmd&c.cmd != 0 {
+			names = append(names, c.name)
+		}
+	}
+	return strings.Join(names, " , ")
+}
+
 // WriteMan writes the list of all options for the manual, in mdoc.
 func WriteMan(w io.Writer) {
 	fmt.Fprintln(w, ".Bl -tag -width Ds")
@@ -41,11 +52,8 @@ func WriteMan(w io.Writer) {
 			fmt.Fprintf(w, " Ar %s", o.Arg)
 		}
 		fmt.Fprintf(w, "\n%s\n", o.Man)
-		if o.Cmds == Run|Check {
-			fmt.Fprintln(w, "Only for\n.Cm run .")
-		}
-		if o.Cmds == Up|Check {
-			fmt.Fprintln(w, "Only for\n.Cm up .")
+		if o.Cmds&all != all {
+			fmt.Fprintln(w, "Only for\n.Cm "+commands(o.Cmds)+" .")
 		}
 		if o.Many {
 			fmt.Fprintln(w, "May be given more than once.")

@@ -1,5 +1,11 @@
 package config
 
+import (
+	"slices"
+
+	"github.com/viasocks/viasocks/cmd/internal/control"
+)
+
 // Command is a set of subcommands.
 type Command uint8
 
@@ -8,9 +14,19 @@ const (
 	Run Command = 1 << iota
 	Up
 	Check
+	Down
+	Confirm
+	Status
+	Flows
 )
 
+// all that carry something, or say how they would.
 const all = Run | Up | Check
+
+var commandNames = []struct {
+	cmd  Command
+	name string
+}{{Run, "run"}, {Up, "up"}, {Down, "down"}, {Confirm, "confirm"}, {Status, "status"}, {Flows, "flows"}}
 
 // Option is one long option: a flag, a word of the configuration file, a line of the help and an item of the manual.
 type Option struct {
@@ -26,7 +42,10 @@ type Option struct {
 }
 
 // Options is every option there is, in the order of help and manual.
-var Options = []Option{
+var Options = slices.Concat(flowOptions, hostOptions, logOptions)
+
+// flowOptions say how what is captured is carried.
+var flowOptions = []Option{
 	{
 		Name: "proxy", Arg: "URL", Cmds: all, set: setProxy,
 		Help: "socks5://[USER[:PASSWORD]@]HOST:PORT, carries what no rule says otherwise",
@@ -158,7 +177,7 @@ without those of UDP;
 none, for kernels that lack them: slow.`,
 	},
 	{
-		Name: "keep-proxy-env", Cmds: Run | Check, set: setKeepProxyEnv,
+		Name: "keep-proxy-env", Cmds: Run | Check, set: boolean(func(c *Config) *bool { return &c.KeepProxyEnv }),
 		Help: "leave http_proxy and its like in the program's environment",
 		Man: `Leave
 .Ev http_proxy , all_proxy , no_proxy
@@ -169,23 +188,10 @@ Without this option they are taken out: the program would hand its traffic to a 
 .Ev VIASOCKS_*
 is always taken out.`,
 	},
-	{
-		Name: "tun", Arg: "NAME", Default: "viasocks0", Cmds: Up | Check, set: setTUN,
-		Help: "name of the TUN device",
-		Man:  `Name of the TUN device, 15 bytes at most.`,
-	},
-	{
-		Name: "mark", Arg: "N[/MASK]", Default: "0x76000000/0xff000000", Cmds: Up | Check, set: setMark,
-		Help: "firewall mark of our own packets",
-		Man: `The firewall mark that keeps our own packets off the TUN device, and the bits of it that count.
-It must be nobody else's.`,
-	},
-	{
-		Name: "table", Arg: "N", Default: "30323", Cmds: Up | Check, set: setTable,
-		Help: "number of the kernel routing table to use",
-		Man: `Number of the kernel routing table that leads to the TUN device.
-It must be empty.`,
-	},
+}
+
+// logOptions are the rest.
+var logOptions = []Option{
 	{
 		Name: "log-level", Arg: "LEVEL", Cmds: all, set: setLogLevel,
 		Help: "debug, info, warn or error (run: warn, else info)",
@@ -209,7 +215,28 @@ otherwise.`,
 		Man:  `Append the log to` + "\n.Ar FILE\n" + `(made with mode 600) instead of writing it to standard error.`,
 	},
 	{
-		Name: fileOption, Arg: "FILE", Cmds: all,
+		Name: "json", Cmds: Status | Flows, set: boolean(func(c *Config) *bool { return &c.JSON }),
+		Help: "print it as JSON, for programs",
+		Man:  `Print it as JSON, for programs.`,
+	},
+	{
+		Name: "limit", Arg: "N", Default: "100", Cmds: Flows, set: number(1, control.MaxFlows, func(c *Config) *int { return &c.Limit }),
+		Help: "the most flows to list",
+		Man:  `How many flows to list at most, those that moved most bytes first.`,
+	},
+	{
+		Name: "after-service", Cmds: Down, set: boolean(func(c *Config) *bool { return &c.AfterService }),
+		Help: "for ExecStopPost of systemd: undo only what fail-open says",
+		Man: `For
+.Li ExecStopPost
+of
+.Xr systemd.service 5 :
+undo what a viasocks has left that failed, if the configuration says
+.Fl -fail-open ,
+and else leave the host closed.`,
+	},
+	{
+		Name: fileOption, Arg: "FILE", Cmds: all | Down,
 		Help: "read options from FILE; flags win over it",
 		Man: `Read options from
 .Ar FILE ,

@@ -136,18 +136,20 @@ func setOffload(c *Config, v value) error {
 	return nil
 }
 
-func setKeepProxyEnv(c *Config, v value) error {
-	b, err := strconv.ParseBool(v.text)
-	if err != nil {
-		return v.err("must be true or false, or stand alone")
+// boolean makes a setter of an option that stands alone.
+func boolean(field func(*Config) *bool) func(*Config, value) error {
+	return func(c *Config, v value) error {
+		b, err := strconv.ParseBool(v.text)
+		if err != nil {
+			return v.err("must be true or false, or stand alone")
+		}
+		*field(c) = b
+		return nil
 	}
-	c.KeepProxyEnv = b
-	return nil
 }
 
 func setTUN(c *Config, v value) error {
-	// dev_valid_name of the kernel, and % which would make it a pattern.
-	if n := v.text; n == "" || len(n) > 15 || n == "." || n == ".." || n == "lo" || strings.ContainsAny(n, "/:% \t") {
+	if !deviceName(v.text) || v.text == "lo" {
 		return v.err("must be 1 to 15 bytes without space, slash, colon and percent sign, and not lo")
 	}
 	c.TUN = v.text
@@ -190,6 +192,9 @@ func setLogFile(c *Config, v value) error { c.LogFile = v.text; return nil }
 
 // finish checks what depends on more than one option, and looks at the environment and the password file.
 func (c *Config) finish(env []string) error {
+	if c.Command&all == 0 {
+		return nil // carries nothing
+	}
 	if !c.logLevelSet && c.Command == Run {
 		c.LogLevel = slog.LevelWarn
 	}
@@ -197,6 +202,9 @@ func (c *Config) finish(env []string) error {
 		return usagef("cannot use --max-pending-per-destination %d: more than --max-pending %d", c.MaxPendingPerDest, c.MaxPending)
 	}
 	if err := c.finishProxy(env); err != nil {
+		return err
+	}
+	if err := c.finishHost(); err != nil {
 		return err
 	}
 	return c.checkRules()

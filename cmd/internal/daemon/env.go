@@ -16,6 +16,7 @@ import (
 // env is what surrounds the daemon: its log, and what it changed about its own process.
 type env struct {
 	log   *slog.Logger
+	level slog.LevelVar
 	file  *os.File // of the log; nil: standard error
 	quiet chan os.Signal
 }
@@ -30,7 +31,8 @@ func newEnv(cfg *config.Config, stderr *os.File) (*env, error) {
 		}
 		e.file, out = f, f
 	}
-	e.log = slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: cfg.LogLevel}))
+	e.level.Set(cfg.LogLevel)
+	e.log = slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: &e.level}))
 	// A log that nobody reads any more must not take the network with it. Caught and not ignored: the program would
 	// inherit that.
 	signal.Notify(e.quiet, syscall.SIGPIPE)

@@ -12,20 +12,32 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// markedDialing makes sockets that the steering leaves alone.
-func markedDialing(mark uint32) dialing {
-	control := func(fd int) error {
+// marker is what marks a socket.
+func marker(mark uint32) func(fd int) error {
+	return func(fd int) error {
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(mark)); err != nil {
 			return fmt.Errorf("cannot mark a socket: %w: CAP_NET_ADMIN is needed", err)
 		}
 		return nil
 	}
+}
+
+// markedDialing makes sockets that the steering leaves alone: with mark those to allowed, which learns where they go
+// before they do, with direct those that may go anywhere.
+func markedDialing(mark, direct uint32, allowed *endpoints) dialing {
+	control := marker(mark)
 	d := net.Dialer{Control: rawControl(control)}
 	r := &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
-		return d.DialContext(ctx, network, beyondStub(address, "/run/systemd/resolve/resolv.conf"))
+		address = beyondStub(address, "/run/systemd/resolve/resolv.conf")
+		allowed.resolver(address)
+		return d.DialContext(ctx, network, address)
 	}}
-	return dialing{control: control, resolve: func(ctx context.Context, host string) ([]netip.Addr, error) {
-		return r.LookupNetIP(ctx, "ip", host)
+	return dialing{control: control, direct: marker(direct), allowed: allowed, resolve: func(ctx context.Context, host string) ([]netip.Addr, error) {
+		addrs, err := r.LookupNetIP(ctx, "ip", host)
+		if err == nil {
+			allowed.resolved(host, addrs)
+		}
+		return addrs, err
 	}}
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/netip"
+	"reflect"
 	"runtime"
 	"slices"
 	"sync"
@@ -31,6 +32,8 @@ type plane struct {
 	loops  []*relay.Loop
 	router *route.Router
 	stack  *stack.Stack
+	dial   dialing
+	ups    []upstream // that the router has
 
 	ran    sync.WaitGroup // stack, router, giveBack and followLoad
 	looped sync.WaitGroup
@@ -42,19 +45,28 @@ type plane struct {
 // dialing is how our own sockets are made, and the proxy's name looked up.
 type dialing struct {
 	control func(fd int) error // nil: sockets need nothing
+	direct  func(fd int) error // the same for those that go past the proxy; nil: control
 	resolve func(ctx context.Context, host string) ([]netip.Addr, error)
+	allowed *endpoints // nil: sockets may go anywhere
+}
+
+// upstream is one that the router has, and what it was made of.
+type upstream struct {
+	Config config.Upstream
+	Route  route.Upstream
+	client *client // nil: direct
 }
 
 // newPlane builds it and starts nothing but the dialer's loop. It owns dev, also on error.
 func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dialing, log *slog.Logger) (_ *plane, err error) {
-	p := &plane{log: log, failed: make(chan error, 1)}
+	p := &plane{log: log, failed: make(chan error, 1), dial: dial}
 	defer func() {
 		if err != nil {
 			p.Close()
 		}
 	}()
 	if p.dialer, err = socks.NewDialer(socks.Options{
-		Control: dial.control, Resolve: dial.resolve, Log: log,
+		Control: dial.control, DirectControl: dial.direct, Resolve: dial.resolve, Log: log,
 		ConnectTimeout: cfg.ConnectTimeout, HandshakeTimeout: cfg.HandshakeTimeout,
 	}); err != nil {
 		dev.Close()
@@ -68,10 +80,11 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 		}
 		p.loops = append(p.loops, l)
 	}
+	policy, ups := p.policy(cfg)
+	p.ups = ups
 	if p.router, err = route.New(route.Config{
-		Upstreams: upstreams(cfg, p.dialer, dial.control),
-		Rules:     cfg.Rules, Default: cfg.Default,
-		Loops: p.loops, Sockets: sockets, Resolvers: cfg.DNS,
+		Upstreams: policy.Upstreams, Rules: policy.Rules, Default: policy.Default, Resolvers: policy.Resolvers,
+		Loops: p.loops, Sockets: sockets,
 		UDPTimeout: cfg.UDPTimeout,
 		Limits:     route.Limits{Mappings: cfg.MaxMappings},
 		Log:        log,
@@ -90,15 +103,64 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 	return p, nil
 }
 
-func upstreams(cfg *config.Config, d *socks.Dialer, control func(fd int) error) []route.Upstream {
-	var ups []route.Upstream
+// policy is what the router is told. What it has already, made of the same, stays the same.
+func (p *plane) policy(cfg *config.Config) (route.Policy, []upstream) {
+	var ups []upstream
 	for _, u := range cfg.Upstreams {
-		ups = append(ups, route.NewSOCKS(u.Name, d.Client(u.Server)))
+		i := slices.IndexFunc(p.ups, func(have upstream) bool { return reflect.DeepEqual(have.Config, u) })
+		if i >= 0 {
+			ups = append(ups, p.ups[i])
+			continue
+		}
+		c := newClient(p.dialer, u.Server, p.dial.allowed)
+		ups = append(ups, upstream{u, route.NewSOCKS(u.Name, c), c})
 	}
 	if slices.ContainsFunc(cfg.Rules, func(r route.Rule) bool { return r.Action() == route.ActionVia && r.Via() == route.DirectName }) {
-		ups = append(ups, route.NewDirect(d, control))
+		i := slices.IndexFunc(p.ups, func(have upstream) bool { return have.Config.Name == route.DirectName })
+		if i >= 0 {
+			ups = append(ups, p.ups[i])
+		} else {
+			control := p.dial.direct
+			if control == nil {
+				control = p.dial.control
+			}
+			ups = append(ups, upstream{config.Upstream{Name: route.DirectName}, route.NewDirect(p.dialer, control), nil})
+		}
 	}
-	return ups
+	pol := route.Policy{Rules: cfg.Rules, Default: cfg.Default, Resolvers: cfg.DNS}
+	for _, u := range ups {
+		pol.Upstreams = append(pol.Upstreams, u.Route)
+	}
+	return pol, ups
+}
+
+// reload takes other upstreams, rules and resolvers, or leaves everything as it is.
+func (p *plane) reload(cfg *config.Config) error {
+	policy, ups := p.policy(cfg)
+	if err := p.router.Reload(policy); err != nil {
+		return err
+	}
+	p.ups = ups
+	return nil
+}
+
+// renew has servers looked up anew, and what lives long and would not notice that the network is another one made anew.
+// TCP flows are left to their own: they live if the old way still works.
+func (p *plane) renew() {
+	for _, u := range p.ups {
+		if u.client != nil {
+			u.client.renew()
+		}
+	}
+	p.router.Renew()
+}
+
+// fail ends the daemon with err, unless something else does already.
+func (p *plane) fail(err error) {
+	select {
+	case p.failed <- err:
+	default:
+	}
 }
 
 // handler is the router as the stack wants it.
@@ -128,10 +190,7 @@ func (p *plane) start() {
 			if err == nil {
 				err = errors.New("the " + what + " ended")
 			}
-			select {
-			case p.failed <- err:
-			default:
-			}
+			p.fail(err)
 		})
 	}
 	for _, l := range p.loops {

@@ -4,23 +4,64 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
-
-	"golang.org/x/sys/unix"
+	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/route/kernel"
-	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
-// Up steers the whole host through the proxy until SIGTERM, SIGINT or SIGHUP, and then undoes it. The error is ErrDied
-// when it had been ready.
-func Up(cfg *config.Config, stderr *os.File) error {
-	e, err := newEnv(cfg, stderr)
+// UpOptions is what Up needs besides the configuration.
+type UpOptions struct {
+	Again   func() (*config.Config, error) // reads the configuration anew
+	Environ []string
+	Stderr  *os.File
+	Version string
+}
+
+// up is the life of one `viasocks up`.
+type up struct {
+	UpOptions
+	*env
+	first   *config.Config // what it was started with: the device, the marks and the like do not change
+	notify  *notifier
+	allowed *endpoints
+	dial    dialing
+	diag    *netns.Diag
+	pulse   pulse
+	stop    context.CancelCauseFunc // with why
+	hup     chan struct{}           // read the configuration again
+	network chan struct{}           // the way to the proxy may be another one
+	confirm chan struct{}
+
+	mu        sync.Mutex // over the following, which status reads
+	plane     *plane
+	host      *host
+	cfg       *config.Config
+	state     string
+	since     time.Time
+	readyAt   *time.Time
+	confirmBy *time.Time
+	reloaded  *time.Time
+	warnings  []string
+}
+
+var (
+	errDown        = errors.New("stopped by 'viasocks down'")
+	errUnconfirmed = errors.New("nobody said 'viasocks confirm' in time: the host is as it was")
+)
+
+// Up steers the whole host through the proxy until SIGTERM, SIGINT or `viasocks down`, and then undoes it. The error is
+// ErrDied when it had been ready; the host is left closed then, unless the configuration says otherwise.
+//
+// The order is DESIGN's: nothing is touched before everything was parsed, and the lock says that no other one lives.
+func Up(cfg *config.Config, o UpOptions) error {
+	e, err := newEnv(cfg, o.Stderr)
 	if err != nil {
 		return err
 	}
@@ -29,98 +70,266 @@ func Up(cfg *config.Config, stderr *os.File) error {
 	if err := needNetAdmin(); err != nil {
 		return err
 	}
-	moreFiles()
-	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
-	defer signal.Stop(signals)
-	ctx, cancel := startContext(signals)
-	defer cancel()
-
-	dial := markedDialing(cfg.Mark)
-	if err := probe(ctx, cfg, dial); err != nil {
-		return err
-	}
-	dev, index, err := openTUN(cfg, e)
+	path, err := control.Path()
 	if err != nil {
 		return err
 	}
-	diag, err := netns.OpenDiag()
+	lock, err := control.TakeLock(path)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	moreFiles()
+
+	ctx, stop := context.WithCancelCause(context.Background())
+	defer stop(nil)
+	u := &up{
+		UpOptions: o, env: e, first: cfg, cfg: cfg, state: control.Starting, since: time.Now(),
+		stop: stop, hup: make(chan struct{}, 1), network: make(chan struct{}, 1), confirm: make(chan struct{}, 1),
+	}
+	u.notify = newNotifier(o.Environ, e.log)
+	defer u.notify.close()
+	defer u.listenSignals()()
+	srv, err := control.Listen(control.Options{Path: path, Group: cfg.Host.ControlGroup, Backend: u.backend(), Log: e.log})
+	if err != nil {
+		return err
+	}
+	defer srv.Close()
+	return u.run(ctx)
+}
+
+// listenSignals turns signals into what they mean, until the function that it returns is called.
+func (u *up) listenSignals() (end func()) {
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for s := range signals {
+			if s != syscall.SIGHUP || u.first.File == "" { // without a file there is nothing to read again: the terminal went
+				u.stop(fmt.Errorf("stopped by a signal: %s", s))
+				continue
+			}
+			select {
+			case u.hup <- struct{}{}:
+			default: // one is waiting already
+			}
+		}
+	}()
+	return func() {
+		signal.Stop(signals)
+		close(signals)
+		<-done
+	}
+}
+
+// run starts everything in order, waits, and stops it in order.
+func (u *up) run(ctx context.Context) (err error) {
+	cfg := u.first
+	u.allowed = newEndpoints(u.log)
+	u.allowed.configure(cfg.Upstreams)
+	u.dial = markedDialing(cfg.Mark, kernel.MarksFrom(cfg.Mark, cfg.Mask).Direct, u.allowed)
+	if err := u.checkProxies(cfg); err != nil {
+		return err
+	}
+	h, err := newHost(cfg, u.pulse.fresh, u.networkChanged, u.log)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	if !h.Recovered() { // else the filter of the dead one is there, which need not know this proxy
+		if err := probe(ctx, cfg, u.dial); err != nil {
+			return err
+		}
+	}
+	if cfg.Host.FailOpen {
+		g, err := startGuardian(cfg, u.Stderr)
+		if err != nil {
+			return err
+		}
+		defer g.dismiss()
+	}
+	// From here on the host changes: who fails gives it back, or leaves it closed if it was.
+	if err := u.start(ctx, h); err != nil {
+		return u.giveUp(h, err)
+	}
+	failed := u.live(ctx)
+	return u.end(ctx, failed)
+}
+
+// start closes the host, starts the data plane and steers.
+func (u *up) start(ctx context.Context, h *host) error {
+	cfg := u.first
+	if err := h.setEndpoints(u.allowed.list()); err != nil {
+		return err
+	}
+	if err := h.Shut(); err != nil {
+		return err
+	}
+	u.allowed.attach(h.setEndpoints)
+	dev, index, err := openTUN(cfg, u.env)
+	if err != nil {
+		return err
+	}
+	u.diag, err = netns.OpenDiag()
 	if err != nil {
 		dev.Close()
 		return err
 	}
-	defer diag.Close()
-	diag.SetInterface(index)
-	p, err := newPlane(cfg, dev, diagSockets{diag}, dial, e.log)
+	u.diag.SetInterface(index)
+	p, err := newPlane(cfg, dev, diagSockets{u.diag}, u.dial, u.log)
 	if err != nil {
 		return err
 	}
 	p.start()
-	steering, err := kernel.Steer(kernel.Options{TUN: cfg.TUN, Table: cfg.Table, Mark: cfg.Mark, Mask: cfg.Mask, Log: e.log})
-	if err != nil {
-		stop(p, nil)
-		return err
-	}
-	unsteer := func() (err error) {
-		// The app's flows are reset first: their retransmissions would go to the real peers once the rules are gone.
-		stop(p, func() { err = steering.Close() })
+	u.mu.Lock()
+	u.plane, u.host = p, h
+	u.mu.Unlock()
+	if err := h.Steer(); err != nil {
 		return err
 	}
 	// Once more, with the rules in place: what they cut off is better given back at once.
-	if err := probe(ctx, cfg, dial); err != nil {
-		if ctx.Err() == nil {
-			err = fmt.Errorf("cannot steer the host, it is as it was: the rules cut the proxy off: %w (rp_filter=1 on the way to it does that)", err)
+	if err := probe(ctx, cfg, u.dial); err != nil {
+		if ctx.Err() == nil && !h.Recovered() {
+			err = fmt.Errorf("the rules cut the proxy off: %w", err)
 		}
-		return errors.Join(err, unsteer())
+		return err
 	}
-	var failure error
-	e.log.Info("ready", "tun", cfg.TUN, "proxy", proxyName(cfg))
+	u.pulse.beat(u.look)
+	h.watch(u.plane.fail)
+	return nil
+}
+
+// look takes the locks that every flow takes: it returns when the data plane is alive.
+func (u *up) look() { u.plane.router.Stats() }
+
+// giveUp undoes a start that failed with err.
+func (u *up) giveUp(h *host, err error) error {
+	h.unwatch()
+	back := "the host is as it was"
+	var undo error
+	if h.Recovered() {
+		back = "the host stays closed, as it was: 'viasocks down' opens it"
+	}
+	u.stopPlane(func() {
+		if !h.Recovered() {
+			undo = errors.Join(h.Unsteer(), h.Open())
+		}
+	})
+	if undo != nil {
+		return fmt.Errorf("%w; and cannot give the host back: %w", err, undo)
+	}
+	return fmt.Errorf("%w (%s)", err, back)
+}
+
+// end stops in order, and leaves the host open or closed as the configuration says.
+func (u *up) end(ctx context.Context, failed error) error {
+	cfg, cause := u.first, context.Cause(ctx)
+	u.setState(control.Stopping)
+	u.notify.stopping()
+	open := cfg.Host.FailOpen
+	if failed == nil {
+		open = !cfg.Host.StayClosed || errors.Is(cause, errDown) || errors.Is(cause, errUnconfirmed)
+	}
+	u.host.unwatch()
+	var err error
+	u.stopPlane(func() {
+		if open {
+			// The app's flows are reset first: their retransmissions would go to the real peers once the rules are gone.
+			err = errors.Join(u.host.Unsteer(), u.host.Open())
+		}
+	})
+	if !open {
+		u.log.Warn("the host stays closed: 'viasocks up' takes it over, 'viasocks down' opens it")
+	}
+	switch {
+	case failed != nil:
+		return errors.Join(died(failed), err)
+	case err != nil:
+		return died(err)
+	case errors.Is(cause, errUnconfirmed):
+		return errUnconfirmed
+	}
+	return nil
+}
+
+// stopPlane ends the data plane, if there is one; between is done when the app's flows were reset.
+func (u *up) stopPlane(between func()) {
+	if u.plane == nil {
+		between()
+	} else {
+		stop(u.plane, between)
+	}
+	if u.diag != nil {
+		u.diag.Close()
+	}
+}
+
+// live is from ready to the end. The error is that of a data plane that ended by itself.
+func (u *up) live(ctx context.Context) error {
+	cfg := u.first
+	now := time.Now()
+	u.mu.Lock()
+	u.readyAt, u.state = &now, control.Ready
+	var unconfirmed <-chan time.Time
+	if d := cfg.Host.Confirm; d > 0 {
+		by := now.Add(d)
+		u.confirmBy, u.state = &by, control.Unconfirmed
+		t := time.NewTimer(d)
+		defer t.Stop()
+		unconfirmed = t.C
+		u.log.Warn("all is undone unless 'viasocks confirm' comes", "within", d)
+	}
+	u.mu.Unlock()
+	u.log.Info("ready", "tun", cfg.TUN, "proxy", proxyName(cfg))
+	u.notify.ready("carries the host through " + proxyName(cfg))
+	guard, unguard := context.WithCancel(context.Background())
+	var guards sync.WaitGroup
+	defer guards.Wait()
+	defer unguard()
+	guards.Go(func() { u.notify.guard(guard, u.look) })
+	guards.Go(func() { u.pulse.run(guard, u.look, u.networkChanged) })
+	var settled <-chan time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			u.log.Info("stopping", "why", context.Cause(ctx))
+			return nil
+		case err := <-u.plane.failed:
+			return err
+		case <-unconfirmed:
+			u.stop(errUnconfirmed)
+		case <-u.confirm:
+			unconfirmed = nil
+			u.mu.Lock()
+			u.confirmBy, u.state = nil, control.Ready
+			u.mu.Unlock()
+			u.log.Info("confirmed: it stays")
+		case <-u.hup:
+			u.reload()
+		case <-u.network:
+			settled = time.After(settle)
+		case <-settled:
+			settled = nil
+			u.log.Info("the network changed: the proxy is looked up again and associations are made anew")
+			u.plane.renew()
+		}
+	}
+}
+
+// settle is how long the network must have been quiet: a change hardly comes alone.
+const settle = 500 * time.Millisecond
+
+// networkChanged is told that the default route is another one, or that the host was asleep. It does not block.
+func (u *up) networkChanged() {
 	select {
-	case <-ctx.Done():
-		e.log.Info("stopping", "why", context.Cause(ctx))
-	case err := <-p.failed:
-		failure = died(err)
+	case u.network <- struct{}{}:
+	default:
 	}
-	if err := unsteer(); err != nil {
-		failure = errors.Join(failure, died(err))
-	}
-	return failure
 }
 
-func openTUN(cfg *config.Config, e *env) (tun.Device, int, error) {
-	f, name, err := netns.OpenTUN(netns.TUNOptions{Name: cfg.TUN, MTU: cfg.MTU, VnetHdr: cfg.Offload != tun.OffloadOff})
-	if err != nil {
-		return nil, 0, err
-	}
-	if err := netns.Configure(name, cfg.MTU, tunAddrs, false); err != nil {
-		f.Close()
-		return nil, 0, err
-	}
-	link, err := net.InterfaceByName(name)
-	if err != nil {
-		f.Close()
-		return nil, 0, fmt.Errorf("cannot find the TUN device again: %w", err)
-	}
-	dev, err := tun.FromFile(f, tun.Options{MTU: cfg.MTU, Offload: cfg.Offload, Log: e.log})
-	return dev, link.Index, err
-}
-
-// needNetAdmin tells beforehand, and once, what would fail at each step.
-func needNetAdmin() error {
-	var data [2]unix.CapUserData
-	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	if err := unix.Capget(&hdr, &data[0]); err != nil || data[0].Effective&(1<<unix.CAP_NET_ADMIN) != 0 {
-		return nil // where it can't be asked the kernel will say
-	}
-	return errors.New("cannot steer the host: CAP_NET_ADMIN is missing: run it as root, or use 'viasocks run' for one program")
-}
-
-// moreFiles raises the limit of open files as far as we may: a flow holds one, a UDP mapping two. (The runtime raises
-// it to the hard limit only.)
-func moreFiles() {
-	const enough = 1 << 20
-	var l unix.Rlimit
-	if unix.Getrlimit(unix.RLIMIT_NOFILE, &l) == nil && l.Max < enough {
-		_ = unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: enough, Max: enough})
-	}
+func (u *up) setState(s string) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.state = s
 }

@@ -1,0 +1,48 @@
+package daemon
+
+import (
+	"context"
+	"sync/atomic"
+
+	"github.com/viasocks/viasocks/route"
+	"github.com/viasocks/viasocks/socks"
+)
+
+// client is a SOCKS server whose relays are allowed before they are used, and whose name can be looked up anew.
+type client struct {
+	d       *socks.Dialer
+	server  socks.Server
+	allowed *endpoints // nil: sockets may go anywhere
+	now     atomic.Pointer[socks.Client]
+}
+
+var _ route.Client = (*client)(nil)
+
+func newClient(d *socks.Dialer, s socks.Server, allowed *endpoints) *client {
+	c := &client{d: d, server: s, allowed: allowed}
+	c.renew()
+	return c
+}
+
+// renew forgets what the server's name stood for. What is pending goes on.
+func (c *client) renew() { c.now.Store(c.d.Client(c.server)) }
+
+// Connect implements route.Client.
+func (c *client) Connect(ctx context.Context, dst socks.Addr, done func(fd int, err error)) {
+	c.now.Load().Connect(ctx, dst, done)
+}
+
+// Associate implements route.Client.
+func (c *client) Associate(ctx context.Context, done func(*socks.Association, error)) {
+	if c.allowed == nil {
+		c.now.Load().Associate(ctx, done)
+		return
+	}
+	c.now.Load().Associate(ctx, func(a *socks.Association, err error) {
+		if err != nil {
+			done(nil, err)
+			return
+		}
+		c.allowed.relay(c.server.String(), a.Relay(), func() { done(a, nil) })
+	})
+}

@@ -1,0 +1,147 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/route/kernel"
+	"github.com/viasocks/viasocks/tun"
+)
+
+// downTimeout is how long `down` waits for a daemon to stop.
+const downTimeout = 30 * time.Second
+
+// Down gives the host back: it has the daemon stop in order, if one lives, and then undoes what is left, by the journal or
+// by what is known to be ours. What it did is written to out.
+func Down(cfg *config.Config, environ []string, out io.Writer) error {
+	if cfg.AfterService && !opensAfter(cfg, environ) {
+		return nil
+	}
+	if err := needNetAdmin(); err != nil {
+		return err
+	}
+	path, err := control.Path()
+	if err != nil {
+		return err
+	}
+	if control.Locked(path) {
+		if err := stopDaemon(path); err != nil {
+			return err
+		}
+		fmt.Fprintln(out, "viasocks has stopped")
+	}
+	lock, err := control.TakeLock(path) // nobody comes up while we undo
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	lines, err := kernel.Undo(kernelConfig(cfg, nil))
+	for _, l := range lines {
+		fmt.Fprintln(out, l)
+	}
+	return err
+}
+
+// stopDaemon asks the daemon to stop and waits until it has.
+func stopDaemon(path string) error {
+	c := control.NewClient(path)
+	defer c.Close()
+	// One that starts has no socket yet, one that stops has none any more.
+	for end := time.Now().Add(downTimeout); ; time.Sleep(50 * time.Millisecond) {
+		err := c.Down()
+		if err == nil {
+			break
+		}
+		if !control.Locked(path) {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("%w: end its process, then 'viasocks down' again", err)
+		}
+	}
+	return c.Wait(downTimeout)
+}
+
+// opensAfter decides for ExecStopPost of systemd.service(5): a service that failed is undone if it may fail open. One that
+// was stopped has done itself what it should.
+func opensAfter(cfg *config.Config, environ []string) bool {
+	for _, e := range environ {
+		if result, ok := strings.CutPrefix(e, "SERVICE_RESULT="); ok {
+			return result != "success" && cfg.Host.FailOpen
+		}
+	}
+	return false
+}
+
+// Shut closes the host as Up does, and ends: nothing but what Up lets pass leaves until Up or Down. The TUN stays, so that
+// answers to connections from outside find their way.
+func Shut(cfg *config.Config, stderr *os.File) error {
+	e, err := newEnv(cfg, stderr)
+	if err != nil {
+		return err
+	}
+	defer e.close()
+	if err := needNetAdmin(); err != nil {
+		return err
+	}
+	path, err := control.Path()
+	if err != nil {
+		return err
+	}
+	lock, err := control.TakeLock(path)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	h, err := newHost(cfg, nil, nil, e.log)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	err = h.Shut()
+	if err == nil {
+		var dev tun.Device
+		if dev, _, err = openTUN(cfg, e); err == nil {
+			defer dev.Close()
+			err = h.Steer()
+		}
+	}
+	if err != nil && !h.Recovered() {
+		err = errors.Join(err, h.Unsteer(), h.Open())
+	}
+	return err
+}
+
+// DryRun writes every line that Up would do to the host.
+func DryRun(cfg *config.Config, out io.Writer, stderr *os.File) error {
+	e, err := newEnv(cfg, stderr)
+	if err != nil {
+		return err
+	}
+	defer e.close()
+	allowed := newEndpoints(e.log)
+	allowed.configure(cfg.Upstreams)
+	k := kernelConfig(cfg, e.log)
+	k.Upstreams = kernelEndpoints(allowed.list())
+	h, err := kernel.New(k)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	plan, err := h.Plan()
+	if err != nil {
+		return err
+	}
+	for _, l := range plan {
+		if _, err := fmt.Fprintln(out, l); err != nil {
+			return err
+		}
+	}
+	return nil
+}

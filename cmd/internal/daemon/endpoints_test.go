@@ -1,0 +1,191 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"github.com/viasocks/viasocks/socks"
+	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// filter is what the kernel would hold.
+type filter struct {
+	mu   sync.Mutex
+	has  []endpoint
+	sets int
+	fail error
+}
+
+func (f *filter) apply(all []endpoint) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.fail != nil {
+		return f.fail
+	}
+	f.has = all
+	f.sets++
+	return nil
+}
+
+func (f *filter) passes(proto flow.Proto, at string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Contains(f.has, endpoint{proto, netip.MustParseAddrPort(at)})
+}
+
+func TestEndpoints(t *testing.T) {
+	defer goleak.VerifyNone(t, goleak.IgnoreCurrent())
+	var f filter
+	e := newEndpoints(slog.New(slog.DiscardHandler))
+	e.configure(parse(t, "--proxy", "socks5://192.0.2.1", "--upstream", "b=socks5://proxy.example:9", "--upstream", "c=socks5://[2001:db8::1]:1081").Upstreams)
+	e.attach(f.apply)
+	if !f.passes(flow.TCP, "192.0.2.1:1080") || !f.passes(flow.TCP, "[2001:db8::1]:1081") || len(f.has) != 2 {
+		t.Errorf("%v", f.has)
+	}
+	e.resolver("192.0.2.53:53")
+	e.resolved("proxy.example", []netip.Addr{netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("::ffff:203.0.113.2")})
+	e.resolved("other.example", []netip.Addr{netip.MustParseAddr("203.0.113.66")})
+	for _, at := range []string{"203.0.113.1:9", "203.0.113.2:9", "192.0.2.53:53"} {
+		if !f.passes(flow.TCP, at) {
+			t.Errorf("%s/tcp is not in %v", at, f.has)
+		}
+	}
+	if !f.passes(flow.UDP, "192.0.2.53:53") || f.passes(flow.TCP, "203.0.113.66:9") {
+		t.Errorf("%v", f.has)
+	}
+	sets := f.sets
+	e.resolved("proxy.example", []netip.Addr{netip.MustParseAddr("203.0.113.1")})
+	if f.sets != sets {
+		t.Error("the filter was told what it knew")
+	}
+
+	// A relay is in the filter before anybody goes there; a known one costs nothing.
+	relay := netip.MustParseAddrPort("192.0.2.1:4000")
+	done := make(chan bool, 1)
+	e.relay("socks5://192.0.2.1:1080", relay, func() { done <- f.passes(flow.UDP, relay.String()) })
+	if !<-done {
+		t.Error("used before the filter knew")
+	}
+	called := false
+	e.relay("socks5://192.0.2.1:1080", relay, func() { called = true })
+	if !called {
+		t.Error("a known relay has to wait")
+	}
+	// Many ports of one address become any port.
+	var wg sync.WaitGroup
+	for i := range 2 * relayMany {
+		wg.Add(1)
+		e.relay("socks5://192.0.2.1:1080", netip.AddrPortFrom(relay.Addr(), uint16(5000+i)), wg.Done)
+	}
+	wg.Wait()
+	if !f.passes(flow.UDP, "192.0.2.1:0") || f.passes(flow.UDP, relay.String()) || len(f.has) > 16 {
+		t.Errorf("%d: %v", len(f.has), f.has)
+	}
+	if got := e.of("socks5://192.0.2.1:1080"); len(got) != 2 {
+		t.Errorf("%v", got)
+	}
+
+	// What is not configured any more is gone, what is stays.
+	e.configure(parse(t, "--proxy", "socks5://proxy.example:9").Upstreams)
+	if f.passes(flow.TCP, "192.0.2.1:1080") || f.passes(flow.UDP, "192.0.2.1:0") || !f.passes(flow.TCP, "203.0.113.1:9") || !f.passes(flow.TCP, "192.0.2.53:53") {
+		t.Errorf("%v", f.has)
+	}
+}
+
+func TestEndpointBounds(t *testing.T) {
+	var log strings.Builder
+	e := newEndpoints(slog.New(slog.NewTextHandler(&log, nil)))
+	e.configure(parse(t, "--proxy", "socks5://proxy.example").Upstreams)
+	a := netip.MustParseAddr("203.0.113.1")
+	var addrs []netip.Addr
+	for range maxEndpoints + 100 {
+		addrs = append(addrs, a)
+		a = a.Next()
+	}
+	e.resolved("proxy.example", addrs)
+	if n := len(e.list()); n != maxEndpoints {
+		t.Errorf("%d", n)
+	}
+	f := filter{fail: errors.New("netlink is tired")}
+	e.attach(f.apply)
+	if !strings.Contains(log.String(), "netlink is tired") {
+		t.Errorf("%s", &log)
+	}
+	f.fail = nil
+	e.push() // what failed is tried again with the next change, and when asked
+	if len(f.has) != maxEndpoints {
+		t.Errorf("%d", len(f.has))
+	}
+}
+
+// The real client: the association comes when the filter knows its relay.
+func TestEndpointsOfAssociation(t *testing.T) {
+	noLeaks(t)
+	s, err := sockstest.Listen("tcp4", "127.0.0.1:0", sockstest.WithRedirectsOnly())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	d, err := socks.NewDialer(socks.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	srv, err := socks.ParseServer(s.URL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var f filter
+	e := newEndpoints(slog.New(slog.DiscardHandler))
+	e.configure(parse(t, "--proxy", s.URL()).Upstreams)
+	e.attach(f.apply)
+	got := make(chan error, 1)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	newClient(d, srv, e).Associate(ctx, func(a *socks.Association, err error) {
+		if err == nil {
+			if !f.passes(flow.UDP, a.Relay().String()) {
+				err = fmt.Errorf("%v is not in %v", a.Relay(), f.has)
+			}
+			a.Close()
+		}
+		got <- err
+	})
+	if err := <-got; err != nil {
+		t.Error(err)
+	}
+}
+
+// Upstreams that stay are the same ones, others are not.
+func TestReloadPolicy(t *testing.T) {
+	noLeaks(t)
+	d, err := socks.NewDialer(socks.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	p := &plane{dialer: d}
+	first, ups := p.policy(parse(t, "--proxy", "socks5://u:one@h", "--upstream", "b=socks5://b", "--rule", "port 1 direct"))
+	p.ups = ups
+	second, _ := p.policy(parse(t, "--proxy", "socks5://u:two@h", "--upstream", "b=socks5://b", "--rule", "port 2 direct"))
+	if len(first.Upstreams) != 3 || len(second.Upstreams) != 3 {
+		t.Fatalf("%v, %v", first, second)
+	}
+	if first.Upstreams[0] == second.Upstreams[0] {
+		t.Error("another password, the same upstream")
+	}
+	if first.Upstreams[1] != second.Upstreams[1] || first.Upstreams[2] != second.Upstreams[2] {
+		t.Error("what did not change is another one")
+	}
+}

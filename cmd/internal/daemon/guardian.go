@@ -1,0 +1,125 @@
+package daemon
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/route/kernel"
+)
+
+// guardian is a process of our own program that gives the host back when we die without having said farewell: by it
+// fail-open holds for kill -9 too. It waits for the end of a pipe, which the kernel closes whatever happens to us, and
+// holds nothing else.
+type guardian struct {
+	cmd  *exec.Cmd
+	pipe io.WriteCloser
+}
+
+const (
+	guardianEnv = "VIASOCKS_GUARDIAN"
+	farewell    = "farewell\n"
+	// lockWait is how long the guardian waits for the lock of the dead, which the kernel takes from it at the same time.
+	lockWait = 3 * time.Second
+)
+
+// will is what the guardian is told: by what names to undo.
+type will struct {
+	TUN, NFTable    string
+	Table, Priority int
+	Mark, Mask      uint32
+}
+
+// startGuardian starts one. Its messages go to stderr.
+func startGuardian(cfg *config.Config, stderr *os.File) (*guardian, error) {
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Args[0] = "viasocks-guardian"
+	cmd.Env = []string{guardianEnv + "=1"}
+	cmd.Dir = "/"
+	cmd.Stderr = stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // what ends our terminal's processes does not end it
+	pipe, err := cmd.StdinPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err == nil {
+		err = json.NewEncoder(pipe).Encode(will{cfg.TUN, cfg.Host.NFTable, cfg.Table, cfg.Host.Priority, cfg.Mark, cfg.Mask})
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot start the guardian of fail-open: %w", err)
+	}
+	return &guardian{cmd, pipe}, nil
+}
+
+// dismiss ends it: what is to be undone was undone, or shall stay. A nil guardian is none.
+func (g *guardian) dismiss() {
+	if g == nil {
+		return
+	}
+	io.WriteString(g.pipe, farewell) // if it is gone there is nobody to dismiss
+	g.pipe.Close()
+	g.cmd.Wait()
+}
+
+// MainIfGuardian is for the first line of main: in a guardian it does the guardian's work and does not return.
+func MainIfGuardian() {
+	if os.Getenv(guardianEnv) == "" {
+		return
+	}
+	signal.Ignore(syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGPIPE)
+	if err := guard(os.Stdin, slog.New(slog.NewTextHandler(os.Stderr, nil))); err != nil {
+		fmt.Fprintf(os.Stderr, "viasocks: cannot give the host back: %v\n", err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+// guard waits for the end of in and then undoes, unless there was a farewell.
+func guard(in io.Reader, log *slog.Logger) error {
+	r := bufio.NewReaderSize(in, 4096)
+	line, err := r.ReadSlice('\n')
+	if err != nil {
+		return nil // it died before it had changed anything
+	}
+	var w will
+	if err := json.Unmarshal(line, &w); err != nil {
+		return err
+	}
+	if line, _ := r.ReadSlice('\n'); string(line) == farewell {
+		return nil
+	}
+	path, err := control.Path()
+	if err != nil {
+		return err
+	}
+	var lock *control.Lock
+	for end := time.Now().Add(lockWait); ; time.Sleep(20 * time.Millisecond) {
+		if lock, err = control.TakeLock(path); !errors.Is(err, control.ErrLocked) || time.Now().After(end) {
+			break
+		}
+	}
+	if errors.Is(err, control.ErrLocked) {
+		return nil // another one is up and has taken over
+	}
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	lines, err := kernel.Undo(kernel.Config{
+		TUN: w.TUN, Table: w.Table, Priority: w.Priority, NFTable: w.NFTable, Marks: kernel.MarksFrom(w.Mark, w.Mask), FailOpen: true, Log: log,
+	})
+	if len(lines) > 0 {
+		log.Warn("viasocks died: the host was given back (fail-open)", "removed", len(lines))
+	}
+	return err
+}

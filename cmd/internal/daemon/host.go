@@ -1,0 +1,168 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/route/kernel"
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// host is the change to the host, and what was asked for.
+type host struct {
+	*kernel.Host
+	cfg *config.Config
+
+	cancel context.CancelFunc // of the watching; nil: it does not run
+	ran    sync.WaitGroup
+	once   sync.Once
+}
+
+// kernelConfig says in route/kernel's words what the user wants.
+func kernelConfig(cfg *config.Config, log *slog.Logger) kernel.Config {
+	h := &cfg.Host
+	k := kernel.Config{
+		TUN: cfg.TUN, Table: cfg.Table, Priority: h.Priority, NFTable: h.NFTable,
+		Marks:        kernel.MarksFrom(cfg.Mark, cfg.Mask),
+		CarryInbound: h.Inbound == "carry",
+		Exclude:      kernelSelection(h.Exclude), Include: kernelSelection(h.Include),
+		Strict: h.Strict, FailOpen: h.FailOpen,
+		Log: log,
+	}
+	for _, p := range tunAddrs {
+		k.TUNAddrs = append(k.TUNAddrs, p.Addr())
+	}
+	switch h.LAN {
+	case "carry":
+		k.LAN = kernel.LANCarry
+	case "refuse":
+		k.LAN = kernel.LANRefuse
+	}
+	return k
+}
+
+func kernelSelection(s config.Selection) kernel.Selection {
+	k := kernel.Selection{Networks: s.Nets, Devices: s.Devices, Cgroups: s.Cgroups}
+	for _, r := range s.UIDs {
+		k.UIDs = append(k.UIDs, kernel.UIDRange{First: r.First, Last: r.Last})
+	}
+	for _, r := range s.Ports {
+		k.Ports = append(k.Ports, kernel.PortRange{First: r.First, Last: r.Last})
+	}
+	return k
+}
+
+func kernelEndpoints(all []endpoint) []kernel.Endpoint {
+	var out []kernel.Endpoint
+	for _, e := range all {
+		proto := uint8(unix.IPPROTO_TCP)
+		if e.Proto == flow.UDP {
+			proto = unix.IPPROTO_UDP
+		}
+		out = append(out, kernel.Endpoint{Proto: proto, Addr: e.Addr})
+	}
+	return out
+}
+
+// newHost looks at the host and touches nothing. alive and network must not block.
+func newHost(cfg *config.Config, alive func() bool, network func(), log *slog.Logger) (*host, error) {
+	k := kernelConfig(cfg, log)
+	k.Alive, k.OnDefaultRoute = alive, network
+	if !k.CarryInbound {
+		kept, err := kernel.Established()
+		if err != nil {
+			return nil, err
+		}
+		k.Kept = kept
+	}
+	h, err := kernel.New(k)
+	if err != nil {
+		return nil, err
+	}
+	return &host{Host: h, cfg: cfg}, nil
+}
+
+// setEndpoints is for endpoints.attach.
+func (h *host) setEndpoints(all []endpoint) error { return h.SetUpstreams(kernelEndpoints(all)) }
+
+// watch starts to put back what others remove. failed is told when that ends by itself.
+func (h *host) watch(failed func(error)) {
+	ctx, cancel := context.WithCancel(context.Background())
+	h.cancel = cancel
+	h.ran.Go(func() {
+		if err := h.Run(ctx); err != nil && ctx.Err() == nil {
+			failed(fmt.Errorf("the watch over the host failed: %w", err))
+		}
+	})
+}
+
+func (h *host) unwatch() {
+	h.once.Do(func() {
+		if h.cancel != nil {
+			h.cancel()
+		}
+		h.ran.Wait()
+	})
+}
+
+// fill tells the status what was done to the host.
+func (h *host) fill(s *control.Status, cfg *config.Config) {
+	c := &cfg.Host
+	s.Host.Steered = []string{"everything else"}
+	if !c.Include.Empty() {
+		s.Host.Steered = selectionLines(c.Include)
+	}
+	s.Host.Kept = []string{"answers to connections from outside"}
+	if c.Inbound == "carry" {
+		s.Host.Kept = nil
+	}
+	s.Host.Excluded = selectionLines(c.Exclude)
+	switch {
+	case c.LAN == "direct":
+		s.Host.Excluded = append(s.Host.Excluded, "private networks that the host is connected to")
+	case c.LAN == "carry":
+		s.Host.Steered = append(s.Host.Steered, "private networks that the host is connected to")
+	}
+	if !c.Include.Empty() {
+		s.Host.Excluded = append(s.Host.Excluded, "everything that is not included")
+	}
+	s.Warnings = append(s.Warnings, h.Warnings()...)
+	refused, err := h.Counters()
+	if err != nil {
+		s.Warnings = append(s.Warnings, err.Error())
+	}
+	for _, r := range refused {
+		if r.Packets > 0 {
+			s.Host.Refused = append(s.Host.Refused, control.Counter{What: r.Reason, Packets: r.Packets, Bytes: r.Bytes})
+		}
+	}
+}
+
+func selectionLines(s config.Selection) (lines []string) {
+	for _, p := range s.Nets {
+		if p.IsSingleIP() {
+			lines = append(lines, "to "+p.Addr().String())
+			continue
+		}
+		lines = append(lines, "to "+p.String())
+	}
+	for _, r := range s.UIDs {
+		lines = append(lines, "of user "+r.String())
+	}
+	for _, r := range s.Ports {
+		lines = append(lines, "to port "+r.String())
+	}
+	for _, d := range s.Devices {
+		lines = append(lines, "by device "+d)
+	}
+	for _, c := range s.Cgroups {
+		lines = append(lines, "of control group "+c)
+	}
+	return lines
+}

@@ -1,0 +1,61 @@
+package daemon
+
+import (
+	"context"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	pulseEvery = time.Second
+	// pulseFresh is how old the last look at the data plane may be for it to count as alive.
+	pulseFresh = 5 * time.Second
+	// slept is how much the clock that counts sleep must gain on the one that does not.
+	slept = 5 * time.Second
+)
+
+// pulse looks again and again whether the data plane answers, and whether the host was asleep.
+type pulse struct{ last atomic.Int64 } // awake clock, ns; 0: never
+
+// run looks until ctx ends. look may hang: then fresh is false after a while.
+func (p *pulse) run(ctx context.Context, look, woke func()) {
+	tick := time.NewTicker(pulseEvery)
+	defer tick.Stop()
+	before := asleep()
+	for {
+		p.beat(look)
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if now := asleep(); now-before > slept {
+			before = now
+			woke()
+		}
+	}
+}
+
+func (p *pulse) beat(look func()) {
+	look()
+	p.last.Store(int64(clock(unix.CLOCK_MONOTONIC)))
+}
+
+// fresh reports whether the data plane answered lately.
+func (p *pulse) fresh() bool {
+	last := p.last.Load()
+	return last != 0 && clock(unix.CLOCK_MONOTONIC)-time.Duration(last) < pulseFresh
+}
+
+func clock(id int32) time.Duration {
+	var t unix.Timespec
+	if err := unix.ClockGettime(id, &t); err != nil {
+		return 0
+	}
+	return time.Duration(t.Nano())
+}
+
+// asleep is how long the host has been suspended since it was booted.
+func asleep() time.Duration { return clock(unix.CLOCK_BOOTTIME) - clock(unix.CLOCK_MONOTONIC) }

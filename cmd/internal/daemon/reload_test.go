@@ -1,0 +1,166 @@
+package daemon
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/tun/tuntest"
+)
+
+// newUp is one that is up, over a TUN in memory, with what file says.
+func newUp(t *testing.T, file string) (u *up, write func(string), log *strings.Builder) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "conf")
+	write = func(s string) {
+		if err := os.WriteFile(path, []byte(s), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(file)
+	again := func() (*config.Config, error) { return config.Parse(config.Up, []string{"--config", path}, nil) }
+	cfg, err := again()
+	if err != nil {
+		t.Fatal(err)
+	}
+	log = &strings.Builder{}
+	e := &env{}
+	e.log = slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: &e.level}))
+	u = &up{UpOptions: UpOptions{Again: again, Version: "test"}, env: e, first: cfg, cfg: cfg, state: control.Ready, confirm: make(chan struct{}, 1)}
+	u.notify = newNotifier(nil, e.log)
+	u.allowed = newEndpoints(e.log)
+	u.allowed.configure(cfg.Upstreams)
+	ours, theirs := tuntest.Pipe(1500, 0)
+	t.Cleanup(func() { theirs.Close() })
+	if u.plane, err = newPlane(cfg, ours, nil, dialing{allowed: u.allowed}, slog.New(slog.DiscardHandler)); err != nil {
+		t.Fatal(err)
+	}
+	u.plane.start()
+	t.Cleanup(u.plane.Close)
+	for range 500 { // the router takes a new policy when it runs
+		if u.plane.reload(cfg) == nil {
+			break
+		}
+		time.Sleep(2 * time.Millisecond)
+	}
+	return u, write, log
+}
+
+func TestReload(t *testing.T) {
+	noLeaks(t)
+	u, write, log := newUp(t, "proxy socks5://192.0.2.1\nmtu 1400\nconfirm 1m\n")
+	write("proxy socks5://al:geheim@192.0.2.2\nupstream b=socks5://192.0.2.3\nrule port 25 reject\nmtu 1500\nlog-level debug\nexclude 192.0.2.0/24\nconfirm 1m\n")
+	u.reload()
+	s := u.status()
+	if len(s.Upstreams) != 2 || s.Upstreams[0].URL != "socks5://192.0.2.2:1080" || s.Rules[0].Rule != "port 25 reject" || s.Reloaded == nil {
+		t.Errorf("%+v", s)
+	}
+	if u.level.Level() != slog.LevelDebug {
+		t.Error("the level is not the file's")
+	}
+	want := "changed in the file, and taken at the next start only: mtu, exclude"
+	if !strings.Contains(log.String(), want) || len(s.Warnings) != 3 || s.Warnings[2] != want {
+		t.Errorf("%q\n%s", s.Warnings, log)
+	}
+	if strings.Contains(log.String(), "geheim") {
+		t.Errorf("shows the password: %s", log)
+	}
+	// The old proxy may be written to for a moment.
+	if n := len(u.allowed.list()); n != 3 {
+		t.Errorf("%v", u.allowed.list())
+	}
+
+	for _, bad := range []string{"proxy socks5://al:geheim@192.0.2.9:x", "proxy http://192.0.2.9", "nonsense", "proxy socks5://198.18.0.1"} {
+		log.Reset()
+		write(bad)
+		u.reload()
+		if got := u.status(); got.Upstreams[0].URL != "socks5://192.0.2.2:1080" || strings.Count(log.String(), "\n") != 1 || !strings.Contains(log.String(), "the configuration stays as it was") {
+			t.Errorf("%s: %+v\n%s", bad, got.Upstreams, log)
+		}
+		if strings.Contains(log.String(), "geheim") {
+			t.Errorf("shows the password: %s", log)
+		}
+	}
+	for end := time.Now().Add(2 * lingers); len(u.allowed.list()) != 2; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%v", u.allowed.list())
+		}
+	}
+}
+
+func TestConfirmTwice(t *testing.T) {
+	u := &up{state: control.Ready, confirm: make(chan struct{}, 1)}
+	if err := u.confirmed(); err == nil || err.Error() != "there is nothing to confirm: it is ready" {
+		t.Error(err)
+	}
+	u.state = control.Unconfirmed
+	for range 2 { // the second does not block
+		if err := u.confirmed(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestOpensAfter(t *testing.T) {
+	for _, tt := range []struct {
+		result string
+		open   bool
+		want   bool
+	}{{"SERVICE_RESULT=success", true, false}, {"SERVICE_RESULT=watchdog", true, true}, {"SERVICE_RESULT=core-dump", false, false}, {"X=1", true, false}} {
+		cfg := &config.Config{Host: config.Host{FailOpen: tt.open}}
+		if got := opensAfter(cfg, []string{tt.result}); got != tt.want {
+			t.Errorf("%+v: %v", tt, got)
+		}
+	}
+}
+
+func TestPulse(t *testing.T) {
+	var p pulse
+	if p.fresh() {
+		t.Error("fresh before the first look")
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var looks atomic.Int32
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		p.run(ctx, func() { looks.Add(1) }, func() { t.Error("it was not asleep") })
+	}()
+	for looks.Load() == 0 || !p.fresh() {
+		time.Sleep(time.Millisecond)
+	}
+	cancel()
+	<-done
+	p.last.Store(p.last.Load() - int64(pulseFresh))
+	if p.fresh() {
+		t.Error("fresh after nobody looked")
+	}
+}
+
+func TestCheckProxies(t *testing.T) {
+	u := &up{env: &env{log: slog.New(slog.DiscardHandler)}}
+	for url, want := range map[string]string{
+		"socks5://198.18.0.1":                 "cannot use the proxy socks5://198.18.0.1:1080: its address is inside 198.18.0.0/15, which viasocks uses itself",
+		"socks5://[fd76:6961:736f:636b::2]:9": "inside fd76:6961:736f:636b::/64",
+		"socks5://198.17.0.1":                 "",
+		"socks5://proxy.example":              "",
+	} {
+		err := u.checkProxies(parse(t, "--proxy", url))
+		if (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", url, err)
+		}
+	}
+	if len(u.warnings) > 0 {
+		t.Error(u.warnings)
+	}
+	if err := u.checkProxies(parse(t, "--proxy", "socks5://10.1.2.3", "--exclude", "10.0.0.0/8")); err != nil || len(u.warnings) != 1 {
+		t.Errorf("%v, %q", err, u.warnings)
+	}
+}

@@ -1,0 +1,77 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/tun"
+	"github.com/viasocks/viasocks/tun/netns"
+)
+
+// tunRanges are ours: the addresses of the TUN and those that will stand for names.
+var tunRanges = []netip.Prefix{netip.MustParsePrefix("198.18.0.0/15"), netip.MustParsePrefix("fd76:6961:736f:636b::/64")}
+
+// checkProxies refuses a proxy that can't be reached, and says what may surprise.
+func (u *up) checkProxies(cfg *config.Config) error {
+	for _, up := range cfg.Upstreams {
+		a, err := netip.ParseAddr(up.Server.Host())
+		if err != nil {
+			continue
+		}
+		a = a.Unmap()
+		for _, p := range tunRanges {
+			if p.Contains(a) {
+				return fmt.Errorf("cannot use the proxy %s: its address is inside %s, which viasocks uses itself", up.Server, p)
+			}
+		}
+		for _, p := range cfg.Host.Exclude.Nets {
+			if p.Contains(a) {
+				u.warning(fmt.Sprintf("the proxy %s is inside the excluded %s: programs reach it, and what it does not ask a password for, past viasocks", up.Server, p))
+			}
+		}
+	}
+	return nil
+}
+
+func openTUN(cfg *config.Config, e *env) (tun.Device, int, error) {
+	f, name, err := netns.OpenTUN(netns.TUNOptions{Name: cfg.TUN, MTU: cfg.MTU, VnetHdr: cfg.Offload != tun.OffloadOff, Persist: true})
+	if err != nil {
+		return nil, 0, err
+	}
+	if err := netns.Configure(name, cfg.MTU, tunAddrs, false); err != nil {
+		f.Close()
+		return nil, 0, err
+	}
+	link, err := net.InterfaceByName(name)
+	if err != nil {
+		f.Close()
+		return nil, 0, fmt.Errorf("cannot find the TUN device again: %w", err)
+	}
+	dev, err := tun.FromFile(f, tun.Options{MTU: cfg.MTU, Offload: cfg.Offload, Log: e.log})
+	return dev, link.Index, err
+}
+
+// needNetAdmin tells beforehand, and once, what would fail at each step.
+func needNetAdmin() error {
+	var data [2]unix.CapUserData
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	if err := unix.Capget(&hdr, &data[0]); err != nil || data[0].Effective&(1<<unix.CAP_NET_ADMIN) != 0 {
+		return nil // where it can't be asked the kernel will say
+	}
+	return errors.New("cannot steer the host: CAP_NET_ADMIN is missing: run it as root, or use 'viasocks run' for one program")
+}
+
+// moreFiles raises the limit of open files as far as we may: a flow holds one, a UDP mapping two. (The runtime raises
+// it to the hard limit only.)
+func moreFiles() {
+	const enough = 1 << 20
+	var l unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &l) == nil && l.Max < enough {
+		_ = unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: enough, Max: enough})
+	}
+}

@@ -1,0 +1,127 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/route"
+	"github.com/viasocks/viasocks/stack"
+)
+
+// backend is the daemon for the control socket. It answers from the start on: what is not there yet is left out.
+func (u *up) backend() control.Backend {
+	return control.Backend{Status: u.status, Flows: u.flows, Confirm: u.confirmed, Down: func() { u.stop(errDown) }}
+}
+
+func (u *up) confirmed() error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.state != control.Unconfirmed {
+		return errors.New("there is nothing to confirm: it is " + u.state)
+	}
+	select {
+	case u.confirm <- struct{}{}:
+	default: // another one said so
+	}
+	return nil
+}
+
+// running gives the parts that there are by now.
+func (u *up) running() (*plane, *host) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.plane, u.host
+}
+
+func (u *up) status() control.Status {
+	p, h := u.running()
+	u.mu.Lock()
+	cfg := u.cfg
+	s := control.Status{
+		Version: u.Version, PID: os.Getpid(), State: u.state, Since: u.since, ReadyAt: u.readyAt, ConfirmBy: u.confirmBy,
+		Config: cfg.File, Reloaded: u.reloaded,
+		Warnings: slices.Concat(cfg.Warnings, u.warnings),
+		Host:     control.Host{TUN: u.first.TUN, Table: u.first.Table, Mark: fmt.Sprintf("%#x/%#x", u.first.Mark, u.first.Mask)},
+	}
+	u.mu.Unlock()
+	for _, r := range cfg.DNS {
+		s.DNS = append(s.DNS, r.String())
+	}
+	if p == nil {
+		return s
+	}
+	fillUpstreams(&s, cfg, p.router, u.allowed)
+	for _, r := range p.router.Rules() {
+		s.Rules = append(s.Rules, control.Rule{Rule: r.Rule, Hits: r.Hits})
+	}
+	fillTraffic(&s, p.router, p.stack.Stats())
+	if h != nil {
+		h.fill(&s, cfg)
+	}
+	return s
+}
+
+func fillUpstreams(s *control.Status, cfg *config.Config, r *route.Router, allowed *endpoints) {
+	words := map[bool]string{false: "ok", true: "down"}
+	for _, u := range r.Upstreams() {
+		up := control.Upstream{Name: u.Name, TCP: words[u.TCPDown], UDP: words[u.UDPDown]}
+		for _, c := range cfg.Upstreams {
+			if c.Name != u.Name {
+				continue
+			}
+			up.URL = c.Server.String()
+			for _, at := range allowed.of(up.URL) {
+				up.Addresses = append(up.Addresses, fmt.Sprintf("%s/%s", at.Addr, at.Proto))
+			}
+		}
+		s.Upstreams = append(s.Upstreams, up)
+	}
+}
+
+func fillTraffic(s *control.Status, router *route.Router, k stack.Stats) {
+	r := router.Stats()
+	s.TCP = control.TCP{Now: r.StreamsNow, Pending: int(k.Pending), Total: r.Streams, Refused: r.StreamsRefused}
+	s.UDP = control.UDP{Now: r.MappingsNow, Total: r.Mappings, Reassociated: r.Reassociations, Refused: r.Refused}
+	s.Names = control.Names{Asked: r.DNS.Questions, Answered: r.DNS.Answered, Failed: r.DNS.Failed}
+	s.Up, s.Down = r.Up, r.Down
+	for _, f := range router.Flows() {
+		s.Up += f.Up
+		s.Down += f.Down
+	}
+	for _, c := range []control.Counter{
+		{What: "ICMP (ping)", Packets: k.DroppedICMP},
+		{What: "multicast and broadcast", Packets: k.DroppedMulticast + k.UDP.DroppedMulticast},
+		{What: "other protocols than TCP and UDP", Packets: k.DroppedProto},
+		{What: "malformed packets", Packets: k.DroppedMalformed},
+		{What: "wrong checksums", Packets: k.DroppedChecksum},
+		{What: "connections over --max-pending", Packets: k.OverBudget},
+		{What: "connections over --max-pending-per-destination", Packets: k.OverDestBudget},
+		{What: "datagrams too large for SOCKS", Packets: r.TooLarge},
+		{What: "datagrams lost while their association was made", Packets: r.QueueFull},
+		{What: "datagrams dropped by a rule or for want of room", Packets: r.Dropped},
+		{What: "packets that the device did not take", Packets: k.DroppedOut},
+	} {
+		if c.Packets > 0 {
+			s.Dropped = append(s.Dropped, c)
+		}
+	}
+}
+
+func (u *up) flows() []control.Flow {
+	p, _ := u.running()
+	if p == nil {
+		return nil
+	}
+	var all []control.Flow
+	for _, f := range p.router.Flows() {
+		all = append(all, control.Flow{
+			ID: f.ID, Proto: f.Proto.String(), Src: f.Src.String(), Dst: f.Dst.String(), Host: f.Host, Rule: f.Rule,
+			Upstream: f.Upstream, State: f.State, Start: f.Start, Up: f.Up, Down: f.Down,
+		})
+	}
+	return all
+}

@@ -1,0 +1,79 @@
+package main
+
+import (
+	"encoding/json"
+	"io"
+	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/control"
+)
+
+var cmdStatus = &command{
+	name: "status", args: "[OPTION...]", takes: config.Status,
+	short: "show how the viasocks that is up is doing",
+	about: `Show how the viasocks that is up in this network namespace is doing: its proxies and whether they work, what it
+carries, what it did to the host, and what it refused. Exit status 1 if none is up.`,
+	run: func(c *command, args, env []string, std streams) (int, error) {
+		return ask(c, args, env, func(cfg *config.Config, client *control.Client) error {
+			s, err := client.Status()
+			if err != nil {
+				return err
+			}
+			if cfg.JSON {
+				return writeJSON(std.out, s)
+			}
+			return control.WriteStatus(std.out, s, time.Now())
+		})
+	},
+}
+
+var cmdFlows = &command{
+	name: "flows", args: "[OPTION...]", takes: config.Flows,
+	short: "list what the viasocks that is up carries",
+	about: `List the TCP connections and UDP mappings that the viasocks that is up in this network namespace carries, those that
+moved most bytes first. Of a mapping the first destination is shown.`,
+	run: func(c *command, args, env []string, std streams) (int, error) {
+		return ask(c, args, env, func(cfg *config.Config, client *control.Client) error {
+			f, err := client.Flows(cfg.Limit)
+			if err != nil {
+				return err
+			}
+			if cfg.JSON {
+				return writeJSON(std.out, f)
+			}
+			return control.WriteFlows(std.out, f, time.Now())
+		})
+	},
+}
+
+var cmdConfirm = &command{
+	name: "confirm", takes: config.Confirm,
+	short: "keep what 'up --confirm' would undo",
+	about: "Keep what 'viasocks up --confirm TIME' would undo otherwise.",
+	run: func(c *command, args, env []string, _ streams) (int, error) {
+		return ask(c, args, env, func(_ *config.Config, client *control.Client) error { return client.Confirm() })
+	},
+}
+
+// ask parses the options and hands f a client of the daemon in this namespace.
+func ask(c *command, args, env []string, f func(*config.Config, *control.Client) error) (int, error) {
+	cfg, err := c.parse(args, env)
+	if err != nil {
+		return 0, err
+	}
+	path, err := control.Path()
+	if err != nil {
+		return 0, err
+	}
+	client := control.NewClient(path)
+	defer client.Close()
+	return exitOK, f(cfg, client)
+}
+
+func writeJSON(w io.Writer, v any) error {
+	e := json.NewEncoder(w)
+	e.SetEscapeHTML(false)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
+}

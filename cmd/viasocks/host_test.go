@@ -1,0 +1,488 @@
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/control"
+)
+
+// netHost is a network namespace that has a route but leads nowhere, and a proxy on loopback.
+type netHost struct {
+	t     *testing.T
+	name  string
+	proxy string
+}
+
+func newHost(t *testing.T) *netHost {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("no root: the namespace and the TUN would need a user namespace")
+	}
+	lookPath(t, "ip")
+	h := &netHost{t: t, name: fmt.Sprintf("vstest%d-%d", os.Getpid(), time.Now().UnixNano()%1e6)}
+	h.run("ip netns add " + h.name)
+	t.Cleanup(func() { h.run("ip netns del " + h.name) })
+	for _, l := range []string{"link set lo up", "link add eth0 type veth peer name eth0p", "link set eth0 addrgenmode none up",
+		"link set eth0p addrgenmode none up", "addr add 192.0.2.2/24 dev eth0", "route add default via 192.0.2.1"} {
+		h.run("ip -n " + h.name + " " + l)
+	}
+	// The proxy is one that accepts, greets and refuses, inside the namespace.
+	greeter := h.in(exec.Command(self(t), "-test.run=^TestGreeter$"))
+	greeter.Env = append(os.Environ(), "TEST_GREETER=1")
+	lines, _ := greeter.StdoutPipe()
+	hold, _ := greeter.StdinPipe()
+	if err := greeter.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { hold.Close(); greeter.Wait() })
+	addr, err := bufio.NewReader(lines).ReadString('\n')
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.proxy = "socks5://" + strings.TrimSpace(addr)
+	return h
+}
+
+func (h *netHost) run(line string) string {
+	h.t.Helper()
+	args := strings.Fields(line)
+	out, err := exec.Command(args[0], args[1:]...).CombinedOutput()
+	if err != nil {
+		h.t.Fatalf("%s: %v: %s", line, err, out)
+	}
+	return string(out)
+}
+
+// in has cmd run in the namespace.
+func (h *netHost) in(cmd *exec.Cmd) *exec.Cmd {
+	h.t.Helper()
+	c := exec.Command(lookPath(h.t, "ip"), append([]string{"netns", "exec", h.name, self(h.t)}, cmd.Args[1:]...)...)
+	c.Env = cmd.Env
+	return c
+}
+
+func (h *netHost) viasocks(args ...string) *exec.Cmd { return h.in(viasocks(args...)) }
+
+// result is the result of a command that ends.
+func (h *netHost) result(args ...string) string { return result(h.t, h.viasocks(args...)) }
+
+// state is everything that may change.
+func (h *netHost) state() string {
+	h.t.Helper()
+	in := "ip -n " + h.name + " "
+	s := h.run(in+"-4 rule") + h.run(in+"-6 rule") + h.run(in+"-4 route show table all") + h.run(in+"-6 route show table all") + h.run(in+"addr")
+	if _, err := exec.LookPath("nft"); err == nil {
+		s += h.run("ip netns exec " + h.name + " nft -s list ruleset")
+	}
+	return s
+}
+
+// upProc is a `viasocks up`.
+type upProc struct {
+	t   *testing.T
+	cmd *exec.Cmd
+	mu  sync.Mutex
+	log strings.Builder
+	eof chan struct{}
+}
+
+// up starts it and waits until it is ready.
+func (h *netHost) up(args ...string) *upProc {
+	h.t.Helper()
+	p := h.launch(args...)
+	p.await("msg=ready")
+	return p
+}
+
+func (h *netHost) launch(args ...string) *upProc {
+	h.t.Helper()
+	p := &upProc{t: h.t, cmd: h.viasocks(append([]string{"up"}, args...)...), eof: make(chan struct{})}
+	r, err := p.cmd.StderrPipe()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	if err := p.cmd.Start(); err != nil {
+		h.t.Fatal(err)
+	}
+	go func() {
+		defer close(p.eof)
+		for s := bufio.NewReader(r); ; {
+			l, err := s.ReadString('\n')
+			p.mu.Lock()
+			p.log.WriteString(l)
+			p.mu.Unlock()
+			if err != nil {
+				return
+			}
+		}
+	}()
+	h.t.Cleanup(func() {
+		if p.cmd.ProcessState == nil {
+			p.cmd.Process.Kill()
+			p.wait()
+			h.result("down")
+		}
+	})
+	return p
+}
+
+func (p *upProc) text() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.log.String()
+}
+
+// await waits for a line of the log.
+func (p *upProc) await(what string) {
+	p.t.Helper()
+	for end := time.Now().Add(15 * time.Second); !strings.Contains(p.text(), what); time.Sleep(5 * time.Millisecond) {
+		select {
+		case <-p.eof:
+			if !strings.Contains(p.text(), what) {
+				p.t.Fatalf("it ended without %q:\n%s", what, p.text())
+			}
+			return
+		default:
+		}
+		if time.Now().After(end) {
+			p.t.Fatalf("no %q:\n%s", what, p.text())
+		}
+	}
+}
+
+// wait gives the exit status.
+func (p *upProc) wait() int {
+	<-p.eof
+	p.cmd.Wait()
+	return p.cmd.ProcessState.ExitCode()
+}
+
+func (p *upProc) ends(want int) {
+	p.t.Helper()
+	if code := p.wait(); code != want {
+		p.t.Errorf("exit %d, want %d:\n%s", code, want, p.text())
+	}
+}
+
+func differ(t *testing.T, what, before, after string) {
+	t.Helper()
+	if before != after {
+		t.Errorf("%s: before:\n%s\nafter:\n%s", what, before, after)
+	}
+}
+
+// up and down again, by each way there is: the host is as it was.
+func TestUp(t *testing.T) {
+	h := newHost(t)
+	before := h.state()
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP} { // HUP: there is no file to read
+		p := h.up("--proxy", h.proxy)
+		if got := h.run("ip -n " + h.name + " route get 203.0.113.1"); !strings.Contains(got, "dev viasocks0") {
+			t.Errorf("not steered: %s", got)
+		}
+		steered := h.state()
+		second := h.result("up", "--proxy", h.proxy, "--tun", "other0", "--table", "99")
+		if !strings.HasPrefix(second, "exit 1\n") || !strings.Contains(second, "another viasocks is up here (process ") {
+			t.Error(second)
+		}
+		oneLine(t, second)
+		differ(t, "a second daemon", steered, h.state())
+		p.cmd.Process.Signal(sig)
+		p.ends(0)
+		differ(t, sig.String(), before, h.state())
+	}
+	p := h.up("--proxy", h.proxy)
+	if got := h.result("down"); !strings.HasPrefix(got, "exit 0\n--- stdout\nviasocks has stopped\n--- stderr\n") {
+		t.Error(got)
+	}
+	p.ends(0)
+	differ(t, "down", before, h.state())
+	if got := h.result("down"); got != "exit 0\n--- stdout\n--- stderr\n" {
+		t.Error("nothing is up: ", got)
+	}
+}
+
+// kill -9: the host stays closed, down gives it back, and up takes it over.
+func TestKilled(t *testing.T) {
+	h := newHost(t)
+	before := h.state()
+	unreachable := func(when string) {
+		t.Helper()
+		c := h.in(exec.Command(self(t), "-test.run=^TestDialer$"))
+		c.Env = append(os.Environ(), "TEST_DIAL=192.0.2.77:80")
+		if out, err := c.CombinedOutput(); err == nil {
+			t.Errorf("%s: reached: %s", when, out)
+		}
+	}
+	p := h.up("--proxy", h.proxy)
+	p.cmd.Process.Kill()
+	p.wait()
+	if h.state() == before {
+		t.Error("the host is open after kill -9")
+	}
+	if got := h.result("status"); got != "exit 1\n--- stdout\n--- stderr\nviasocks: viasocks is not up here\n" {
+		t.Error(got)
+	}
+	p = h.up("--proxy", h.proxy) // takes over
+	p.cmd.Process.Kill()
+	p.wait()
+	unreachable("killed twice")
+	got := h.result("down")
+	if !strings.HasPrefix(got, "exit 0\n--- stdout\n") || strings.HasPrefix(got, "exit 0\n--- stdout\n--- stderr\n") {
+		t.Errorf("down says nothing: %s", got)
+	}
+	differ(t, "kill -9, up, kill -9, down", before, h.state())
+}
+
+// TestDialer is no test but a program of TestKilled.
+func TestDialer(t *testing.T) {
+	if os.Getenv("TEST_DIAL") == "" {
+		t.Skip("only a helper of TestKilled")
+	}
+	c, err := net.DialTimeout("tcp", os.Getenv("TEST_DIAL"), time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+}
+
+func TestStatus(t *testing.T) {
+	h := newHost(t)
+	conf := filepath.Join(t.TempDir(), "conf")
+	write := func(s string) {
+		t.Helper()
+		if err := os.WriteFile(conf, []byte("proxy "+h.proxy+"\n"+s), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("exclude 203.0.113.9\nconfirm 1m\n")
+	p := h.up("--config", conf)
+	status := func() (s control.Status) {
+		t.Helper()
+		out, err := h.viasocks("status", "--json").Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := json.Unmarshal(out, &s); err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	s := status()
+	if s.State != control.Unconfirmed || len(s.Upstreams) != 1 || s.Upstreams[0].URL != h.proxy || s.Config != conf || s.Host.TUN != "viasocks0" {
+		t.Errorf("%+v", s)
+	}
+	if len(s.Upstreams[0].Addresses) != 1 || "socks5://"+strings.TrimSuffix(s.Upstreams[0].Addresses[0], "/tcp") != h.proxy {
+		t.Errorf("%+v", s.Upstreams)
+	}
+	golden(t, "status.txt", steady(h.result("status")))
+	if got := h.result("flows"); got != "exit 0\n--- stdout\nthere are no flows\n--- stderr\n" {
+		t.Error(got)
+	}
+	if got := h.result("confirm"); got != "exit 0\n--- stdout\n--- stderr\n" {
+		t.Error(got)
+	}
+	p.await("confirmed")
+	if got := h.result("confirm"); got != "exit 1\n--- stdout\n--- stderr\nviasocks: cannot confirm: there is nothing to confirm: it is ready\n" {
+		t.Error(got)
+	}
+	write("exclude 203.0.113.9\nconfirm 1m\nrule port 25 reject\n")
+	p.cmd.Process.Signal(syscall.SIGHUP)
+	p.await("msg=reloaded")
+	if s := status(); len(s.Rules) != 2 || s.Rules[0].Rule != "port 25 reject" {
+		t.Errorf("%+v", s.Rules)
+	}
+	write("mtu nine\n")
+	p.cmd.Process.Signal(syscall.SIGHUP)
+	p.await("the configuration stays as it was")
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	p.ends(0)
+	if got := h.result("flows"); got != "exit 1\n--- stdout\n--- stderr\nviasocks: viasocks is not up here\n" {
+		t.Error(got)
+	}
+}
+
+var changing = []struct {
+	re *regexp.Regexp
+	to string
+}{
+	{regexp.MustCompile(`(?m)^viasocks .*: (\w+), up since .*$`), "viasocks X: $1, up since X"},
+	{regexp.MustCompile(`undone in \w+`), "undone in X"},
+	{regexp.MustCompile(`configuration \S+`), "configuration X"},
+	// What the kernel sends by itself depends on the moment.
+	{regexp.MustCompile(`(?s)\n(packets that the filter refused|what could not be carried)\n.*--- stderr`), "--- stderr"},
+}
+
+// steady leaves out what differs each time.
+func steady(s string) string {
+	for _, c := range changing {
+		s = c.re.ReplaceAllString(s, c.to)
+	}
+	return s
+}
+
+// Nobody confirms: the host is as it was, and the exit status says that it did not come up.
+func TestUnconfirmed(t *testing.T) {
+	h := newHost(t)
+	before := h.state()
+	p := h.up("--proxy", h.proxy, "--confirm", "5s")
+	p.ends(1)
+	if !strings.HasSuffix(p.text(), "viasocks: nobody said 'viasocks confirm' in time: the host is as it was\n") {
+		t.Error(p.text())
+	}
+	differ(t, "unconfirmed", before, h.state())
+}
+
+// fail-open holds for kill -9.
+func TestFailOpen(t *testing.T) {
+	h := newHost(t)
+	before := h.state()
+	for _, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGABRT} {
+		p := h.up("--proxy", h.proxy, "--fail-open")
+		p.cmd.Process.Signal(sig)
+		p.cmd.Wait()
+		for end := time.Now().Add(10 * time.Second); h.state() != before; time.Sleep(20 * time.Millisecond) {
+			if time.Now().After(end) {
+				differ(t, sig.String(), before, h.state())
+				break
+			}
+		}
+		<-p.eof // the guardian has it too
+	}
+	// A stop that shall stay closed does.
+	p := h.up("--proxy", h.proxy, "--fail-open", "--stay-closed")
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	p.ends(0)
+	time.Sleep(100 * time.Millisecond)
+	if h.state() == before {
+		t.Error("the guardian opened what was to stay closed")
+	}
+	h.result("down")
+	differ(t, "down", before, h.state())
+}
+
+// Closed, and taken over by up.
+func TestClose(t *testing.T) {
+	h := newHost(t)
+	before := h.state()
+	if got := h.result("close", "--proxy", h.proxy); !strings.HasPrefix(got, "exit 0\n") {
+		t.Fatal(got)
+	}
+	if h.state() == before {
+		t.Error("open")
+	}
+	p := h.up("--proxy", h.proxy, "--stay-closed")
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	p.ends(0)
+	if h.state() == before {
+		t.Error("open after --stay-closed")
+	}
+	p = h.up("--proxy", h.proxy, "--stay-closed")
+	if got := h.result("down"); !strings.HasPrefix(got, "exit 0\n") {
+		t.Error(got)
+	}
+	p.ends(0)
+	differ(t, "close, up --stay-closed, down", before, h.state())
+}
+
+// What is printed is what would be done, and nothing is.
+func TestDryRun(t *testing.T) {
+	h := newHost(t)
+	before := h.state()
+	got := h.result("up", "--proxy", "socks5://192.0.2.1", "--dry-run")
+	if !strings.HasPrefix(got, "exit 0\n") || !strings.HasSuffix(got, "--- stderr\n") || strings.Count(got, "\n") < 10 {
+		t.Error(got)
+	}
+	differ(t, "dry-run", before, h.state())
+}
+
+// The proxy goes away between the first look and the steering, or is not there: the host is as it was.
+func TestUpFails(t *testing.T) {
+	h := newHost(t)
+	before := h.state()
+	for args, want := range map[string]string{
+		"--proxy socks5://127.0.0.1:9":                   "cannot reach the proxy 127.0.0.1:9: connection refused",
+		"--proxy socks5://198.18.0.1":                    "which viasocks uses itself",
+		"--proxy " + h.proxy + " --mark 0x1/0x3":         "mark",
+		"--proxy " + h.proxy + " --tun eth0":             "eth0",
+		"--proxy " + h.proxy + " --exclude-cgroup no/so": "cgroup",
+	} {
+		got := h.result(append([]string{"up", "--log-level", "error"}, strings.Fields(args)...)...)
+		if !strings.HasPrefix(got, "exit 1\n") || !strings.Contains(got, want) {
+			t.Errorf("%s: %s", args, got)
+		}
+		oneLine(t, got)
+		differ(t, args, before, h.state())
+	}
+	h.run("ip -n " + h.name + " route add 203.0.113.0/24 dev eth0 table 30323")
+	before = h.state()
+	got := h.result("up", "--proxy", h.proxy)
+	if !strings.HasPrefix(got, "exit 1\n") || !strings.Contains(got, "table 30323") {
+		t.Error(got)
+	}
+	oneLine(t, got)
+	differ(t, "table taken", before, h.state())
+}
+
+// systemd hears of each step, and the watchdog is fed.
+func TestUpNotifies(t *testing.T) {
+	h := newHost(t)
+	path := filepath.Join(t.TempDir(), "notify")
+	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	cmd := h.viasocks("up", "--proxy", h.proxy)
+	cmd.Env = append(cmd.Env, "NOTIFY_SOCKET="+path, "WATCHDOG_USEC=300000")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer cmd.Process.Kill()
+	hear := func(want string) {
+		t.Helper()
+		b := make([]byte, 4096)
+		l.SetReadDeadline(time.Now().Add(15 * time.Second))
+		for {
+			n, err := l.Read(b)
+			if err != nil {
+				t.Fatalf("no %s: %v", want, err)
+			}
+			if strings.HasPrefix(string(b[:n]), want) {
+				return
+			}
+		}
+	}
+	hear("READY=1\nSTATUS=carries the host through " + h.proxy)
+	hear("WATCHDOG=1")
+	hear("WATCHDOG=1")
+	cmd.Process.Signal(syscall.SIGTERM)
+	hear("STOPPING=1")
+	cmd.Wait()
+	if code := cmd.ProcessState.ExitCode(); code != 0 {
+		t.Errorf("exit %d", code)
+	}
+}
+
+// TestGreeter is no test but the proxy of those above.
+func TestGreeter(t *testing.T) {
+	if os.Getenv("TEST_GREETER") == "" {
+		t.Skip("only a helper of TestUp")
+	}
+	fmt.Println(server(t).Addr())
+	io.Copy(io.Discard, os.Stdin)
+}
