@@ -299,9 +299,19 @@ func TestStatus(t *testing.T) {
 	if got := h.result("confirm"); got != "exit 1\n--- stdout\n--- stderr\nviasocks: cannot confirm: there is nothing to confirm: it is ready\n" {
 		t.Error(got)
 	}
-	write("exclude 203.0.113.9\nconfirm 1m\nrule port 25 reject\n")
+	past := func(dst string) bool {
+		t.Helper()
+		return strings.Contains(h.run("ip -n "+h.name+" route get "+dst), "dev eth0")
+	}
+	if !past("203.0.113.9") || past("203.0.113.10") {
+		t.Error("203.0.113.9 is excluded, and nothing else")
+	}
+	write("exclude 203.0.113.10\nconfirm 1m\nrule port 25 reject\n")
 	p.cmd.Process.Signal(syscall.SIGHUP)
 	p.await("msg=reloaded")
+	if past("203.0.113.9") || !past("203.0.113.10") {
+		t.Error("203.0.113.10 is excluded now, and nothing else")
+	}
 	if s := status(); len(s.Rules) != 2 || s.Rules[0].Rule != "port 25 reject" {
 		t.Errorf("%+v", s.Rules)
 	}

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"errors"
 	"reflect"
 	"slices"
 	"strings"
@@ -48,9 +49,13 @@ func (u *up) take(cfg *config.Config) error {
 	}
 	// Both the old and the new may be reached while one replaces the other.
 	u.allowed.configure(slices.Concat(old.Upstreams, cfg.Upstreams))
-	if err := u.plane.reload(cfg); err != nil {
+	if err := u.change(old, cfg); err != nil {
 		u.allowed.configure(old.Upstreams)
 		return err
+	}
+	if err := u.plane.reload(cfg); err != nil {
+		u.allowed.configure(old.Upstreams)
+		return errors.Join(err, u.change(cfg, old))
 	}
 	time.AfterFunc(lingers, func() { u.allowed.configure(u.config().Upstreams) })
 	for _, w := range cfg.Warnings {
@@ -61,6 +66,16 @@ func (u *up) take(cfg *config.Config) error {
 	}
 	u.level.Set(cfg.LogLevel)
 	return nil
+}
+
+// change does to the host what two configurations say differently.
+func (u *up) change(from, to *config.Config) error {
+	a, b := from.Host, to.Host
+	if u.host == nil || a.LAN == b.LAN && a.Inbound == b.Inbound && a.Strict == b.Strict &&
+		reflect.DeepEqual(a.Exclude, b.Exclude) && reflect.DeepEqual(a.Include, b.Include) {
+		return nil
+	}
+	return u.host.Change(kernelConfig(to, u.log))
 }
 
 // warning logs what the status shows too.
@@ -92,11 +107,6 @@ func needRestart(a, b *config.Config) (names []string) {
 		{"mark", a.Mark == b.Mark && a.Mask == b.Mask},
 		{"priority", a.Host.Priority == b.Host.Priority},
 		{"table", a.Table == b.Table},
-		{"lan", a.Host.LAN == b.Host.LAN},
-		{"inbound", a.Host.Inbound == b.Host.Inbound},
-		{"exclude", reflect.DeepEqual(a.Host.Exclude, b.Host.Exclude)},
-		{"include", reflect.DeepEqual(a.Host.Include, b.Host.Include)},
-		{"strict", a.Host.Strict == b.Host.Strict},
 		{"nft-table", a.Host.NFTable == b.Host.NFTable},
 		{"confirm", a.Host.Confirm == b.Host.Confirm},
 		{"fail-open", a.Host.FailOpen == b.Host.FailOpen},

@@ -65,7 +65,7 @@ func TestReload(t *testing.T) {
 	if u.level.Level() != slog.LevelDebug {
 		t.Error("the level is not the file's")
 	}
-	want := "changed in the file, and taken at the next start only: mtu, exclude"
+	want := "changed in the file, and taken at the next start only: mtu"
 	if !strings.Contains(log.String(), want) || len(s.Warnings) != 3 || s.Warnings[2] != want {
 		t.Errorf("%q\n%s", s.Warnings, log)
 	}

@@ -1,0 +1,45 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+)
+
+// Change takes LAN, CarryInbound, Exclude, Include and Strict of c; the rest of c is not looked at. The filter is replaced
+// in one batch, then the rules: what only one of them lets pass in between is refused. After an error it is as it was.
+func (h *Host) Change(c Config) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !h.shut || h.closed {
+		return errors.New("cannot change what is not there")
+	}
+	next := h.c
+	next.LAN, next.CarryInbound, next.Exclude, next.Include, next.Strict = c.LAN, c.CarryInbound, c.Exclude, c.Include, c.Strict
+	next, err := next.withDefaults()
+	if err != nil {
+		return err
+	}
+	old := h.c
+	if err := h.become(next); err != nil {
+		if back := h.become(old); back != nil {
+			return fmt.Errorf("%w; and cannot go back: %w", err, back)
+		}
+		return err
+	}
+	return nil
+}
+
+// become sets what Change may set. Run looks at other fields without the lock: they stay untouched.
+func (h *Host) become(c Config) error {
+	h.c.LAN, h.c.CarryInbound, h.c.Exclude, h.c.Include, h.c.Strict = c.LAN, c.CarryInbound, c.Exclude, c.Include, c.Strict
+	l, err := h.look()
+	if err != nil {
+		return err
+	}
+	h.st.lan, h.st.devices = l.lan, l.out
+	if err := h.applyFilter(); err != nil {
+		return err
+	}
+	_, err = h.reconcile()
+	return err
+}
