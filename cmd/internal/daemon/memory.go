@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"log/slog"
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
@@ -22,7 +23,7 @@ const (
 )
 
 // giveBack returns memory to the kernel after bursts, until ctx ends.
-func giveBack(ctx context.Context) {
+func giveBack(ctx context.Context, log *slog.Logger) {
 	tick := time.NewTicker(quietEvery)
 	defer tick.Stop()
 	var g gauge
@@ -43,7 +44,10 @@ func giveBack(ctx context.Context) {
 		}
 		runtime.GC() // what is in a sync.Pool outlives one collection
 		debug.FreeOSMemory()
-		before = g.read()
+		after := g.read()
+		log.LogAttrs(ctx, slog.LevelDebug, "memory given back", slog.Uint64("from", now.held), slog.Uint64("to", after.held),
+			slog.Int("goroutines", runtime.NumGoroutine()))
+		before = after
 		done, doneAt = before.allocated, time.Now()
 	}
 }

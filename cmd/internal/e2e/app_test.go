@@ -245,6 +245,18 @@ func (a *app) fds() int {
 	return len(e)
 }
 
+// goroutines is how many viasocks had each time that it gave memory back (--log-level debug).
+func (a *app) goroutines() (n []int) {
+	for line := range strings.Lines(a.log.String()) {
+		if _, count, ok := strings.Cut(line, "goroutines="); ok && strings.Contains(line, "memory given back") {
+			if g, err := strconv.Atoi(strings.TrimSpace(count)); err == nil {
+				n = append(n, g)
+			}
+		}
+	}
+	return n
+}
+
 // eventually waits for a condition, polled; it fails the test with what after d.
 func eventually(t testing.TB, d time.Duration, what string, ok func() bool) {
 	t.Helper()
