@@ -215,6 +215,31 @@ func TestUp(t *testing.T) {
 	}
 }
 
+// Somebody deletes the TUN: there is another one at once, and the host is steered and closed as before.
+func TestTUNDeleted(t *testing.T) {
+	h := newHost(t)
+	before := h.state()
+	p := h.up("--proxy", h.proxy)
+	for i := range 3 {
+		h.run("ip -n " + h.name + " link del viasocks0")
+		for end := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+			out, _ := exec.Command("ip", "-n", h.name, "route", "get", "203.0.113.1").CombinedOutput()
+			if strings.Contains(string(out), "dev viasocks0") && strings.Count(p.text(), "works again") == i+1 {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatalf("not steered: %s\n%s", out, p.text())
+			}
+		}
+	}
+	if got := h.result("status"); !strings.HasPrefix(got, "exit 0\n") {
+		t.Error(got)
+	}
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	p.ends(0)
+	differ(t, "after the TUN was deleted", before, h.state())
+}
+
 // kill -9: the host stays closed, down gives it back, and up takes it over.
 func TestKilled(t *testing.T) {
 	h := newHost(t)

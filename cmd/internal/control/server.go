@@ -58,13 +58,8 @@ func Listen(o Options) (*Server, error) {
 	if err := makeDir(o.Path); err != nil {
 		return nil, fail(err)
 	}
-	if info, err := os.Lstat(o.Path); err == nil {
-		if info.Mode()&os.ModeSocket == 0 {
-			return nil, fail(errors.New("something else is there"))
-		}
-		if err := os.Remove(o.Path); err != nil {
-			return nil, fail(err)
-		}
+	if err := RemoveStale(o.Path); err != nil {
+		return nil, fail(err)
 	}
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: o.Path, Net: "unix"})
 	if err != nil {
@@ -104,6 +99,18 @@ func Listen(o Options) (*Server, error) {
 		s.http.Serve(s.l) // the error says that it was closed
 	}()
 	return s, nil
+}
+
+// RemoveStale removes the socket of a killed daemon, if there is one. The caller holds the Lock.
+func RemoveStale(path string) error {
+	info, err := os.Lstat(path)
+	if err != nil {
+		return nil
+	}
+	if info.Mode()&os.ModeSocket == 0 {
+		return errors.New("something else is there")
+	}
+	return os.Remove(path)
 }
 
 // Close removes the socket and ends what is being answered, after a moment to finish. It may be called twice.

@@ -41,6 +41,9 @@ func Down(cfg *config.Config, environ []string, out io.Writer) error {
 		return err
 	}
 	defer lock.Close()
+	if err := control.RemoveStale(path); err != nil {
+		return fmt.Errorf("cannot remove %s: %w", path, err)
+	}
 	lines, err := kernel.Undo(kernelConfig(cfg, nil))
 	for _, l := range lines {
 		fmt.Fprintln(out, l)

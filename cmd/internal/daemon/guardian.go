@@ -115,6 +115,7 @@ func guard(in io.Reader, log *slog.Logger) error {
 		return err
 	}
 	defer lock.Close()
+	_ = control.RemoveStale(path) // the next one tries again
 	lines, err := kernel.Undo(kernel.Config{
 		TUN: w.TUN, Table: w.Table, Priority: w.Priority, NFTable: w.NFTable, Marks: kernel.MarksFrom(w.Mark, w.Mask), FailOpen: true, Log: log,
 	})

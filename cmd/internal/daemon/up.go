@@ -38,6 +38,8 @@ type up struct {
 	hup     chan struct{}           // read the configuration again
 	network chan struct{}           // the way to the proxy may be another one
 	confirm chan struct{}
+	broken  chan error // of the watch over the host
+	rebuilt []time.Time
 
 	mu        sync.Mutex // over the following, which status reads
 	plane     *plane
@@ -85,7 +87,7 @@ func Up(cfg *config.Config, o UpOptions) error {
 	defer stop(nil)
 	u := &up{
 		UpOptions: o, env: e, first: cfg, cfg: cfg, state: control.Starting, since: time.Now(),
-		stop: stop, hup: make(chan struct{}, 1), network: make(chan struct{}, 1), confirm: make(chan struct{}, 1),
+		stop: stop, hup: make(chan struct{}, 1), network: make(chan struct{}, 1), confirm: make(chan struct{}, 1), broken: make(chan error, 1),
 	}
 	u.notify = newNotifier(o.Environ, e.log)
 	defer u.notify.close()
@@ -167,23 +169,11 @@ func (u *up) start(ctx context.Context, h *host) error {
 		return err
 	}
 	u.allowed.attach(h.setEndpoints)
-	dev, index, err := openTUN(cfg, u.env)
-	if err != nil {
+	if err := u.startPlane(cfg); err != nil {
 		return err
 	}
-	u.diag, err = netns.OpenDiag()
-	if err != nil {
-		dev.Close()
-		return err
-	}
-	u.diag.SetInterface(index)
-	p, err := newPlane(cfg, dev, diagSockets{u.diag}, u.dial, u.log)
-	if err != nil {
-		return err
-	}
-	p.start()
 	u.mu.Lock()
-	u.plane, u.host = p, h
+	u.host = h
 	u.mu.Unlock()
 	if err := h.Steer(); err != nil {
 		return err
@@ -196,12 +186,15 @@ func (u *up) start(ctx context.Context, h *host) error {
 		return err
 	}
 	u.pulse.beat(u.look)
-	h.watch(u.plane.fail)
+	h.watch(func(err error) { u.broken <- err })
 	return nil
 }
 
 // look takes the locks that every flow takes: it returns when the data plane is alive.
-func (u *up) look() { u.plane.router.Stats() }
+func (u *up) look() {
+	p, _ := u.running()
+	p.router.Stats()
+}
 
 // giveUp undoes a start that failed with err.
 func (u *up) giveUp(h *host, err error) error {
@@ -240,6 +233,7 @@ func (u *up) end(ctx context.Context, failed error) error {
 		}
 	})
 	if !open {
+		u.leaveTUN(failed)
 		u.log.Warn("the host stays closed: 'viasocks up' takes it over, 'viasocks down' opens it")
 	}
 	switch {
@@ -251,18 +245,6 @@ func (u *up) end(ctx context.Context, failed error) error {
 		return errUnconfirmed
 	}
 	return nil
-}
-
-// stopPlane ends the data plane, if there is one; between is done when the app's flows were reset.
-func (u *up) stopPlane(between func()) {
-	if u.plane == nil {
-		between()
-	} else {
-		stop(u.plane, between)
-	}
-	if u.diag != nil {
-		u.diag.Close()
-	}
 }
 
 // live is from ready to the end. The error is that of a data plane that ended by itself.
@@ -295,8 +277,12 @@ func (u *up) live(ctx context.Context) error {
 		case <-ctx.Done():
 			u.log.Info("stopping", "why", context.Cause(ctx))
 			return nil
-		case err := <-u.plane.failed:
+		case err := <-u.broken:
 			return err
+		case err := <-u.plane.failed:
+			if err := u.rebuild(err); err != nil {
+				return err
+			}
 		case <-unconfirmed:
 			u.stop(errUnconfirmed)
 		case <-u.confirm:

@@ -1,0 +1,94 @@
+package daemon
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/tun/netns"
+)
+
+// A data plane that ends by itself, as when somebody deletes the TUN, is built anew; not for ever.
+const (
+	rebuildMost   = 5
+	rebuildWithin = time.Minute
+)
+
+// startPlane makes the TUN, or takes the one that is there, and starts a data plane over it.
+func (u *up) startPlane(cfg *config.Config) error {
+	dev, index, err := openTUN(cfg, u.env)
+	if err != nil {
+		return err
+	}
+	diag, err := netns.OpenDiag()
+	if err != nil {
+		dev.Close()
+		return err
+	}
+	diag.SetInterface(index)
+	p, err := newPlane(cfg, dev, diagSockets{diag}, u.dial, u.log)
+	if err != nil {
+		diag.Close()
+		return err
+	}
+	p.start()
+	u.diag = diag
+	u.mu.Lock()
+	u.plane = p
+	u.mu.Unlock()
+	return nil
+}
+
+// stopPlane ends the data plane, if there is one; between is done when the app's flows were reset.
+func (u *up) stopPlane(between func()) {
+	if u.plane == nil {
+		if between != nil {
+			between()
+		}
+		return
+	}
+	stop(u.plane, between)
+	u.diag.Close()
+}
+
+// rebuild puts another data plane in the place of one that ended with why. The host stays steered and closed meanwhile.
+func (u *up) rebuild(why error) error {
+	now := time.Now()
+	for len(u.rebuilt) > 0 && now.Sub(u.rebuilt[0]) > rebuildWithin {
+		u.rebuilt = u.rebuilt[1:]
+	}
+	if len(u.rebuilt) == rebuildMost {
+		return fmt.Errorf("%w (%d times within %v)", why, rebuildMost+1, rebuildWithin)
+	}
+	u.rebuilt = append(u.rebuilt, now)
+	u.log.Warn("the data plane ended: it is built anew", "err", why)
+	u.stopPlane(nil)
+	u.mu.Lock()
+	cfg := *u.cfg
+	u.mu.Unlock()
+	cfg.TUN, cfg.MTU, cfg.Offload = u.first.TUN, u.first.MTU, u.first.Offload // the TUN's are what they were
+	if err := u.startPlane(&cfg); err != nil {
+		return fmt.Errorf("%w; and then: %w", why, err)
+	}
+	if err := u.host.Steer(); err != nil {
+		return fmt.Errorf("%w; and then: %w", why, err)
+	}
+	u.log.Info("the data plane works again", "took", time.Since(now).Round(time.Millisecond))
+	return nil
+}
+
+// leaveTUN leaves a TUN that nobody reads: without one the answers to connections from outside are refused before
+// their mark can be restored.
+func (u *up) leaveTUN(failed error) {
+	if failed == nil {
+		return // it is there
+	}
+	dev, _, err := openTUN(u.first, u.env)
+	if err == nil {
+		dev.Close()
+		err = u.host.Steer()
+	}
+	if err != nil {
+		u.log.Error("connections from outside may not be answered", "err", err)
+	}
+}
