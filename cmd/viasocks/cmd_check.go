@@ -5,6 +5,7 @@ import (
 	"strings"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/daemon"
 )
 
 var cmdCheck = &command{
@@ -44,6 +45,9 @@ func summary(cfg *config.Config) string {
 	fmt.Fprintf(&b, "everything else: %s\n", rest)
 	for _, r := range cfg.DNS {
 		fmt.Fprintf(&b, "dns: tcp://%s\n", r)
+	}
+	for _, l := range daemon.HostLines(cfg) {
+		fmt.Fprintf(&b, "up: %s\n", l)
 	}
 	return b.String() + "ok\n"
 }

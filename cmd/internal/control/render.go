@@ -49,11 +49,7 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	list(&b, "through the proxy", s.Host.Steered)
 	list(&b, "back the way they came", s.Host.Kept)
 	list(&b, "past the proxy", s.Host.Excluded)
-	if s.Host.Repaired > 0 {
-		fmt.Fprintf(&b, "  put back after somebody else removed it: %s\n", count(s.Host.Repaired))
-	}
 	counters(&b, "packets that the filter refused", s.Host.Refused)
-	counters(&b, "packets that the filter let pass", s.Host.Passed)
 	counters(&b, "what could not be carried", s.Dropped)
 	_, err := io.WriteString(w, b.String())
 	return err

@@ -48,10 +48,9 @@ func sample() Status {
 			TUN: "viasocks0", Table: 30323, Mark: "0x76000000/0xff000000",
 			Steered: []string{"everything"}, Kept: []string{"answers to connections from outside"},
 			Excluded: []string{"192.168.7.0/24 (connected private network)", "uid 998"},
-			Refused:  []Counter{{"bound to a device", 12, 800}, {"broadcast and multicast", 4000, 0}},
-			Repaired: 1,
+			Refused:  []Counter{{"refused_output", "bound to a device", 12, 800}, {"refused_multicast", "multicast and broadcast", 4000, 0}},
 		},
-		Dropped:  []Counter{{"ICMP", 3, 0}},
+		Dropped:  []Counter{{"", "ICMP", 3, 0}},
 		Warnings: []string{"an ip rule of somebody else stands before ours: 5000: from all lookup 7\x1b[2J"},
 	}
 }
@@ -64,7 +63,7 @@ func TestWriteStatus(t *testing.T) {
 	}
 	s := sample()
 	s.State, s.ConfirmBy, s.Reloaded, s.Warnings = Unconfirmed, at(-41*time.Second), nil, nil
-	s.Host.Refused, s.Dropped, s.Host.Repaired = nil, nil, 0
+	s.Host.Refused, s.Dropped = nil, nil
 	b.WriteString("----\n")
 	if err := WriteStatus(&b, s, now); err != nil {
 		t.Fatal(err)

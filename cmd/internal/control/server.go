@@ -82,7 +82,11 @@ func Listen(o Options) (*Server, error) {
 	}
 	s := &Server{o: o, l: &listener{UnixListener: l}, served: make(chan struct{})}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /v1/status", s.look(func(*http.Request) (any, error) { return o.Backend.Status(), nil }))
+	mux.HandleFunc("GET /v1/status", s.look(func(*http.Request) (any, error) {
+		st := o.Backend.Status()
+		st.noNulls()
+		return st, nil
+	}))
 	mux.HandleFunc("GET /v1/flows", s.look(s.flows))
 	mux.HandleFunc("POST /v1/confirm", s.touch(func() error { return o.Backend.Confirm() }))
 	mux.HandleFunc("POST /v1/down", s.touch(func() error { o.Backend.Down(); return nil }))

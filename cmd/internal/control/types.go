@@ -36,6 +36,26 @@ type Status struct {
 	Warnings []string  `json:"warnings"`
 }
 
+// noNulls makes lists of what is none: a program that reads [] need not know null.
+func (s *Status) noNulls() {
+	for _, l := range []*[]string{&s.DNS, &s.Warnings, &s.Host.Steered, &s.Host.Kept, &s.Host.Excluded} {
+		if *l == nil {
+			*l = []string{}
+		}
+	}
+	for _, l := range []*[]Counter{&s.Dropped, &s.Host.Refused} {
+		if *l == nil {
+			*l = []Counter{}
+		}
+	}
+	if s.Upstreams == nil {
+		s.Upstreams = []Upstream{}
+	}
+	if s.Rules == nil {
+		s.Rules = []Rule{}
+	}
+}
+
 // Upstream is a proxy and whether it works. A state is "ok" as long as nothing says otherwise.
 type Upstream struct {
 	Name      string   `json:"name"`
@@ -83,13 +103,12 @@ type Host struct {
 	Kept     []string  `json:"kept"`     // answered the way they came in
 	Excluded []string  `json:"excluded"` // past the proxy
 	Refused  []Counter `json:"refused"`  // packets that the filter stopped
-	Passed   []Counter `json:"passed,omitempty"`
-	Repaired uint64    `json:"repaired"` // times that somebody removed something of ours and it was put back
 }
 
 // Counter is a number with its name.
 type Counter struct {
-	What    string `json:"what"`
+	Name    string `json:"name,omitempty"` // for programs, where there is one
+	What    string `json:"what"`           // for people
 	Packets uint64 `json:"packets"`
 	Bytes   uint64 `json:"bytes,omitempty"`
 }

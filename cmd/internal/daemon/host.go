@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -111,10 +112,24 @@ func (h *host) unwatch() {
 	})
 }
 
-// fill tells the status what was done to the host.
-func (h *host) fill(s *control.Status, cfg *config.Config) {
+// HostLines says in words what Up would do to the host.
+func HostLines(cfg *config.Config) (lines []string) {
+	var s control.Status
+	fillChoices(&s, cfg)
+	for _, l := range []struct {
+		what  string
+		lines []string
+	}{{"through the proxy", s.Host.Steered}, {"back the way they came", s.Host.Kept}, {"past the proxy", s.Host.Excluded}} {
+		for _, line := range l.lines {
+			lines = append(lines, l.what+": "+line)
+		}
+	}
+	return lines
+}
+
+func fillChoices(s *control.Status, cfg *config.Config) {
 	c := &cfg.Host
-	s.Host.Steered = []string{"everything else"}
+	s.Host.Steered = []string{"everything that is not named below"}
 	if !c.Include.Empty() {
 		s.Host.Steered = selectionLines(c.Include)
 	}
@@ -132,6 +147,11 @@ func (h *host) fill(s *control.Status, cfg *config.Config) {
 	if !c.Include.Empty() {
 		s.Host.Excluded = append(s.Host.Excluded, "everything that is not included")
 	}
+}
+
+// fill tells the status what was done to the host.
+func (h *host) fill(s *control.Status, cfg *config.Config) {
+	fillChoices(s, cfg)
 	s.Warnings = append(s.Warnings, h.Warnings()...)
 	refused, err := h.Counters()
 	if err != nil {
@@ -139,9 +159,22 @@ func (h *host) fill(s *control.Status, cfg *config.Config) {
 	}
 	for _, r := range refused {
 		if r.Packets > 0 {
-			s.Host.Refused = append(s.Host.Refused, control.Counter{What: r.Reason, Packets: r.Packets, Bytes: r.Bytes})
+			s.Host.Refused = append(s.Host.Refused, control.Counter{Name: r.Reason, What: cmp.Or(reasons[r.Reason], r.Reason), Packets: r.Packets, Bytes: r.Bytes})
 		}
 	}
+}
+
+// reasons are the filter's counters in words.
+var reasons = map[string]string{
+	"refused_output":      "past the TUN: bound to a device, or with somebody else's mark",
+	"refused_dns":         "the same to port 53",
+	"refused_multicast":   "multicast and broadcast",
+	"refused_no_daemon":   "into the TUN while nobody read it",
+	"refused_forward":     "of others, through this host",
+	"refused_postrouting": "sent another way by somebody else's rules",
+	"refused_lan_to_tun":  "from outside to the TUN's address",
+	"refused_arp":         "ARP questions for the TUN's address",
+	"refused_frame":       "raw frames",
 }
 
 func selectionLines(s config.Selection) (lines []string) {
