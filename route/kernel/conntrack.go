@@ -14,8 +14,11 @@ const maxCleared = 1 << 16
 // clearMarks takes our bits out of the marks of the flows that live on. Best effort.
 func (h *Host) clearMarks() {
 	m := h.c.Marks.Mask
+	if m == 0 {
+		return
+	}
 	ct, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
-	if err != nil || m == 0 {
+	if err != nil {
 		return
 	}
 	defer ct.Close()

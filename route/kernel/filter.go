@@ -175,8 +175,9 @@ func (c *Config) inetTable(st filterState) (*nfTable, error) {
 	c.failOpen(out)
 	out.add(oif("lo", true), accept())
 	out.add(oifSet(guardSet), accept())
-	out.add(oif(c.TUN, true), count(countDead), goTo("refuse"))
+	// What was marked at -150 has been rerouted, but this hook still sees the device of before: so pass comes first.
 	out.add(jump("pass"))
+	out.add(oif(c.TUN, true), count(countDead), goTo("refuse"))
 	for _, p := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
 		out.add(dport(p, PortRange{53, 53}), count(countDNS), goTo("refuse"))
 	}
@@ -188,8 +189,8 @@ func (c *Config) inetTable(st filterState) (*nfTable, error) {
 	c.failOpen(fwd)
 	fwd.add(iif(c.TUN, true), accept())
 	fwd.add(oifSet(guardSet), accept())
-	fwd.add(oif(c.TUN, true), count(countDead), goTo("refuse"))
 	fwd.add(jump("pass"))
+	fwd.add(oif(c.TUN, true), count(countDead), goTo("refuse"))
 	fwd.add(count(countForward), goTo("refuse"))
 
 	// No answer can be given here, and none is due: what is rejected above never comes here.
@@ -353,7 +354,8 @@ func (c *Config) refuseChains(t *nfTable, st filterState) {
 	pass.add(jump("lan"))
 
 	// Measured: these end a connect() at once, for bound sockets too. For TCP over IPv6 any ICMPv6 takes a second or
-	// never comes.
+	// never comes. Over IPv4 the true error comes at once to sockets that don't block; a blocking connect() holds its
+	// socket while the answer comes, and hears of it with the first retransmission, after a second.
 	refuse := t.chain(&nfChain{name: "refuse"})
 	refuse.add(term{"meta nfproto ipv6", isFamily(true)}, isProto(unix.IPPROTO_TCP), rejectReset())
 	refuse.add(isProto(unix.IPPROTO_TCP), rejectICMPX("no-route", unix.NFT_REJECT_ICMPX_NO_ROUTE))

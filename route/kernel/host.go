@@ -32,7 +32,6 @@ type Host struct {
 	st        filterState
 	shut      bool
 	steered   bool
-	running   bool
 	closed    bool
 	noARP     bool
 	tunNoIPv6 bool
@@ -84,8 +83,8 @@ func New(c Config) (_ *Host, err error) {
 }
 
 // open has the sockets and the lock.
-func open(c Config) (h *Host, err error) {
-	h = &Host{c: c, base: map[string]Counter{}, said: map[string]string{}, warnings: map[string]string{}, owned: tableOwner | tablePersist}
+func open(c Config) (_ *Host, err error) {
+	h := &Host{c: c, base: map[string]Counter{}, said: map[string]string{}, warnings: map[string]string{}, owned: tableOwner | tablePersist}
 	defer func() {
 		if err != nil {
 			h.Close()

@@ -26,7 +26,7 @@ func testTUN(t *testing.T) *os.File {
 	if err := unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 1); err != nil {
 		t.Error(err)
 	}
-	ip(t, "link set viasocks0 addrgenmode none up", "addr add 198.18.0.1/32 dev viasocks0", "addr add fd76:6961:736f:636b::1/128 dev viasocks0 nodad")
+	ip(t, "link set viasocks0 addrgenmode none up", "addr replace 198.18.0.1/32 dev viasocks0", "addr replace fd76:6961:736f:636b::1/128 dev viasocks0 nodad")
 	return os.NewFile(uintptr(fd), "tun")
 }
 
@@ -35,7 +35,7 @@ func testConfig(t *testing.T) Config {
 		TUN: "viasocks0", TUNAddrs: []netip.Addr{netip.MustParseAddr("198.18.0.1"), netip.MustParseAddr("fd76:6961:736f:636b::1")},
 		Table: 30323, Marks: MarksFrom(0x76000000, 0xff000000), Dir: t.TempDir(),
 		Upstreams: []Endpoint{{unix.IPPROTO_TCP, netip.MustParseAddrPort("198.51.100.7:1080")}, {0, netip.MustParseAddrPort("[2001:db8:1::7]:1080")}, {unix.IPPROTO_UDP, netip.MustParseAddrPort("198.51.100.8:0")}},
-		Log: slog.New(slog.NewTextHandler(testWriter{t}, nil)),
+		Log:       slog.New(slog.NewTextHandler(testWriter{t}, nil)),
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -18,6 +19,10 @@ var noNamespace string
 
 // TestMain enters a user namespace where root is missing, so that the tests can make network namespaces.
 func TestMain(m *testing.M) {
+	if r, w, err := os.Pipe(); err == nil { // the runtime's poller has files of its own, from the first use on
+		r.Close()
+		w.Close()
+	}
 	if os.Getuid() == 0 {
 		cmd := exec.Command("ip", "-V")
 		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
@@ -69,7 +74,11 @@ func inNamespace(t *testing.T, f func(t *testing.T)) {
 			return
 		}
 		fds := openFDs(t)
+		defer delete(ends, t)
 		f(t)
+		for _, end := range slices.Backward(ends[t]) {
+			end()
+		}
 		goleak.VerifyNone(t, goleak.IgnoreCurrent())
 		if now := openFDs(t); now != fds {
 			t.Errorf("%d open files before, %d after", fds, now)

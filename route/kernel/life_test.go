@@ -1,0 +1,393 @@
+package kernel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// A change fails, and the daemon is gone at that instant: whatever step it was, what is left is closed or untouched,
+// Undo brings the host back, and so does another start.
+func TestKilledAtEachStep(t *testing.T) {
+	killed := errors.New("killed")
+	defer func() { step = func() error { return nil } }()
+	for _, again := range []bool{false, true} {
+		inNamespace(t, func(t *testing.T) {
+			foreignRules(t)
+			before := state(t)
+			c := testConfig(t)
+			c.Log = nil
+			for n := 1; ; n++ {
+				left := n
+				step = func() error {
+					if left--; left < 0 {
+						return killed
+					}
+					return nil
+				}
+				h, err := New(c)
+				if err != nil {
+					t.Fatalf("step %d: %v", n, err)
+				}
+				var tun *os.File
+				for _, f := range []func() error{h.Shut, func() error { tun = testTUN(t); return nil }, h.Steer, h.Unsteer, h.Open} {
+					if err = f(); err != nil {
+						break
+					}
+				}
+				h.Close()
+				if tun != nil {
+					tun.Close()
+				}
+				step = func() error { return nil }
+				if err == nil {
+					if n < 20 {
+						t.Errorf("only %d steps", n)
+					}
+					break
+				}
+				if !errors.Is(err, killed) {
+					t.Fatalf("step %d: %v", n, err)
+				}
+				if again {
+					h, err := New(c)
+					if err != nil {
+						t.Fatalf("step %d: second start: %v", n, err)
+					}
+					if err := h.Shut(); err != nil {
+						t.Fatalf("step %d: second start: %v", n, err)
+					}
+					tun := testTUN(t)
+					if err := h.Steer(); err != nil {
+						t.Fatalf("step %d: second start: %v", n, err)
+					}
+					if got := strings.Count(ip(t, "-4 rule")+ip(t, "-6 rule"), "proto 118"); got != 20 {
+						t.Errorf("step %d: second start: %d rules", n, got)
+					}
+					tun.Close()
+					down(t, h)
+				} else if _, err := Undo(c); err != nil {
+					t.Errorf("step %d: undo: %v", n, err)
+				}
+				if after := state(t); after != before {
+					t.Fatalf("step %d: not as it was:\n%s\n--- before\n%s", n, after, before)
+				}
+				if f, _ := filepath.Glob(filepath.Join(c.Dir, "*.journal*")); len(f) > 0 {
+					t.Errorf("step %d: %v is left", n, f)
+				}
+			}
+		})
+	}
+}
+
+// foreignRules are what docker, firewalld and wg-quick would have.
+func foreignRules(t *testing.T) {
+	t.Helper()
+	ip(t, "rule add not fwmark 51820 table 51820", "rule add table main suppress_prefixlength 0", "-6 rule add not fwmark 51820 table 51820",
+		"route add default dev br0 table 51820", "route add 10.9.0.0/16 via 198.51.100.1")
+	nft(t, "add table ip nat")
+	nft(t, "add chain ip nat POSTROUTING { type nat hook postrouting priority 100; policy accept; }")
+	nft(t, "add rule ip nat POSTROUTING ip saddr 172.17.0.0/16 oifname != docker0 counter masquerade")
+	nft(t, "add table inet firewalld")
+	nft(t, "add chain inet firewalld filter_INPUT { type filter hook input priority 10; policy accept; }")
+	nft(t, "add rule inet firewalld filter_INPUT ct state established,related accept")
+}
+
+// No journal, a corrupt one, one that lies.
+func TestUndoWithoutJournal(t *testing.T) {
+	for _, content := range []string{"none", "", "{", "{}", `{"version":1,"tun":"x","table":5,"nft_table":"a b"}`,
+		`{"version":1,"tun":"viasocks0","table":5,"nft_table":"viasocks","sysctls":[{"Key":"kernel/panic","Old":"1","New":"0"}]}`} {
+		inNamespace(t, func(t *testing.T) {
+			foreignRules(t)
+			before := state(t)
+			c := testConfig(t)
+			h, tun := up(t, c)
+			h.Close()
+			tun.Close()
+			if content == "none" {
+				os.Remove(h.path)
+			} else if err := os.WriteFile(h.path, []byte(content), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			lines, err := Undo(Config{Dir: c.Dir})
+			if err != nil || len(lines) < 20 {
+				t.Errorf("journal %q: %v, %v", content, lines, err)
+			}
+			_ = writeSysctl(srcValidMark, "0") // what it was is known to the journal alone
+			if after := state(t); after != before {
+				t.Errorf("journal %q: not as it was:\n%s\n--- before\n%s", content, after, before)
+			}
+			lines, err = Undo(Config{Dir: c.Dir})
+			if err != nil || len(lines) != 0 {
+				t.Errorf("second time: %v, %v", lines, err)
+			}
+		})
+	}
+}
+
+func TestSecondDaemon(t *testing.T) {
+	inNamespace(t, func(t *testing.T) {
+		c := testConfig(t)
+		h, tun := up(t, c)
+		defer tun.Close()
+		during := state(t)
+		if _, err := New(c); !errors.Is(err, ErrRunning) {
+			t.Errorf("second daemon: %v", err)
+		}
+		if _, err := Undo(c); !errors.Is(err, ErrRunning) {
+			t.Errorf("undo under a living daemon: %v", err)
+		}
+		if now := state(t); now != during {
+			t.Error("the second one has touched something")
+		}
+		down(t, h)
+	})
+}
+
+func TestTaken(t *testing.T) {
+	for _, tt := range []struct{ cmd, want string }{
+		{"ip rule add fwmark 5 table 30323", "table 30323"},
+		{"ip route add 203.0.113.0/24 via 198.51.100.1 table 30323", "table 30323"},
+		{"ip rule add priority 9004 table main", "priorities 9000 to 9019"},
+		{"ip -6 rule add fwmark 0x76000000/0xff000000 table main", "mark 0x76000000"},
+		{"ip link add viasocks0 type dummy0", ""},
+		{"ip link add viasocks0 type bridge", "viasocks0"},
+		{"nft add table inet viasocks", "viasocks"},
+		{"ip rule add fwmark 0x4000/0x4000 table 7 priority 5210", ""}, // tailscale's, kube's: other bits
+		{"ip rule add fwmark 0xca6c table 51820", ""},
+	} {
+		inNamespace(t, func(t *testing.T) {
+			f := strings.Fields(tt.cmd)
+			if strings.HasSuffix(tt.cmd, "dummy0") {
+				return
+			}
+			if f[0] == "ip" {
+				ip(t, strings.Join(f[1:], " "))
+			} else {
+				nft(t, f[1:]...)
+			}
+			before := state(t)
+			h, err := New(testConfig(t))
+			if (err != nil) != (tt.want != "") || err != nil && !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("%s: %v, want something with %q", tt.cmd, err, tt.want)
+			}
+			if err == nil {
+				h.Close()
+			} else if strings.Contains(err.Error(), "\n") {
+				t.Errorf("%s: more than a line: %v", tt.cmd, err)
+			}
+			if state(t) != before {
+				t.Errorf("%s: something was touched", tt.cmd)
+			}
+		})
+	}
+}
+
+// What others remove comes back at once; what they do again and again does not make us busy.
+func TestPutBack(t *testing.T) {
+	for _, owned := range []bool{true, false} {
+		inNamespace(t, func(t *testing.T) {
+			w := newWorld(t)
+			c := testConfig(t)
+			changed := make(chan struct{}, 100)
+			c.OnDefaultRoute = func() { changed <- struct{}{} }
+			h, err := New(c)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !owned {
+				h.owned = 0
+			}
+			if err := h.Shut(); err != nil {
+				t.Fatal(err)
+			}
+			tun := testTUN(t)
+			defer tun.Close()
+			if err := h.Steer(); err != nil {
+				t.Fatal(err)
+			}
+			during := state(t)
+			ctx, cancel := context.WithCancel(context.Background())
+			done := make(chan error)
+			go func() { done <- h.Run(ctx) }()
+			for _, cmd := range []string{"ip -4 rule flush protocol 118", "ip -6 rule flush protocol 118", "ip rule del priority 9006", "ip route flush table 30323",
+				"ip -6 route flush table 30323", "nft flush ruleset", "nft delete table inet viasocks", "nft flush chain inet viasocks output", "nft flush table arp viasocks",
+				"nft insert rule inet viasocks output accept"} {
+				f := strings.Fields(cmd)
+				start := time.Now()
+				if f[0] == "ip" {
+					ip(t, strings.Join(f[1:], " "))
+				} else if owned && f[1] != "flush" || owned && f[2] != "ruleset" {
+					continue // the kernel says no
+				} else {
+					nft(t, f[1:]...)
+				}
+				for state(t) != during {
+					if time.Since(start) > 2*time.Second {
+						t.Fatalf("%s: not put back: %s", cmd, state(t))
+					}
+				}
+				t.Logf("owned %v, %s: as before after %v", owned, cmd, time.Since(start))
+			}
+			w.mustBeClosed(t, "steered")
+
+			// Addresses and default routes are followed.
+			ip(t, "addr add 10.5.5.5/24 dev br0", "addr add 198.51.100.3/24 dev eth0", "route replace default via 198.51.100.1 src 198.51.100.3")
+			start := time.Now()
+			for !strings.Contains(ip(t, "rule"), "to 10.5.5.0/24 goto 9019") || !strings.Contains(ip(t, "route show table 30323"), "src 198.51.100.3") {
+				if time.Since(start) > 2*time.Second {
+					t.Fatalf("not followed: %s", state(t))
+				}
+			}
+			select {
+			case <-changed:
+			case <-time.After(time.Second):
+				t.Error("nobody said that the default route has changed")
+			}
+			ip(t, "addr del 10.5.5.5/24 dev br0")
+			// A TUN that comes back gets its routes.
+			ip(t, "rule add priority 100 to 203.0.113.0/24 table main")
+			for start := time.Now(); len(h.Warnings()) == 0; {
+				if time.Since(start) > 2*time.Second {
+					t.Fatal("no warning of the foreign rule")
+				}
+				time.Sleep(10 * time.Millisecond)
+			}
+			w.mustBeClosed(t, "steered")
+
+			// Somebody who never tires.
+			steps := 0
+			h.mu.Lock()
+			step = func() error { steps++; return nil }
+			h.mu.Unlock()
+			for start := time.Now(); time.Since(start) < time.Second; {
+				ip(t, "-4 rule flush protocol 118")
+			}
+			cancel()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+			h.mu.Lock()
+			step = func() error { return nil }
+			h.mu.Unlock()
+			if steps > 7*13 {
+				t.Errorf("%d changes in a second of fight", steps)
+			}
+			down(t, h)
+		})
+	}
+}
+
+// The plan is what nft(8) and ip(8) take, and what New, Shut and Steer do.
+func TestPlan(t *testing.T) {
+	inNamespace(t, func(t *testing.T) {
+		c := testConfig(t)
+		c.Exclude = Selection{Networks: []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("2001:db8:9::/64")},
+			Ports: []PortRange{{123, 123}, {5000, 5010}}, UIDs: []UIDRange{{4000, 4010}, {7, 7}}, Devices: []string{"wg9"}}
+		c.Include = Selection{UIDs: []UIDRange{{1, 2}}}
+		c.Strict = true
+		before := state(t)
+		h, err := New(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines, err := h.Plan()
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.Close()
+		if state(t) != before {
+			t.Error("a plan has touched something")
+		}
+		script := ""
+		for _, l := range lines {
+			if s, ok := strings.CutPrefix(l, "nft "); ok {
+				script += s + "\n"
+			}
+		}
+		f := filepath.Join(t.TempDir(), "plan")
+		if err := os.WriteFile(f, []byte(script), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		nft(t, "-f", f)
+		tun := testTUN(t)
+		for _, l := range lines {
+			if s, ok := strings.CutPrefix(l, "ip "); ok {
+				ip(t, s)
+			}
+		}
+		text := state(t)
+		for _, tt := range []string{"inet", "arp", "netdev"} {
+			nft(t, "delete", "table", tt, "viasocks")
+		}
+		if _, err := Undo(c); err != nil { // the rules and routes have our number
+			t.Error(err)
+		}
+		tun.Close()
+		ip(t, "link del viasocks0")
+		h, tun = up(t, c)
+		real := state(t)
+		for _, s := range []string{"-4 rule", "-6 rule"} {
+			a, b := section(text, s), section(real, s)
+			if a != b {
+				t.Errorf("%s: planned\n%s\n--- done\n%s", s, a, b)
+			}
+		}
+		_, planned, _ := strings.Cut(text, "# nft\n")
+		_, done, _ := strings.Cut(real, "# nft\n")
+		if a, b := strings.Count(planned, "\n"), strings.Count(done, "\n")-2*strings.Count(done, "flags owner"); a != b { // and an empty line
+			t.Errorf("planned %d lines\n%s--- done %d\n%s", a, planned, b, done)
+		}
+		down(t, h)
+		tun.Close()
+	})
+}
+
+func section(state, name string) string {
+	for _, s := range strings.Split(state, "# ") {
+		if strings.HasPrefix(s, "ip "+name+"\n") || strings.HasPrefix(s, name+"\n") {
+			return s
+		}
+	}
+	return fmt.Sprintf("no section %q", name)
+}
+
+func TestConfigErrors(t *testing.T) {
+	for _, f := range []func(*Config){
+		func(c *Config) { c.TUN = "" }, func(c *Config) { c.TUN = strings.Repeat("x", 16) }, func(c *Config) { c.Table = 254 }, func(c *Config) { c.Table = 0 },
+		func(c *Config) { c.Priority = 32760 }, func(c *Config) { c.Priority = -1 }, func(c *Config) { c.NFTable = "a b" }, func(c *Config) { c.Marks = MarksFrom(1, 1) },
+		func(c *Config) { c.Marks.Inbound = c.Marks.Own }, func(c *Config) { c.Marks.Own = 1 }, func(c *Config) { c.Guard = time.Millisecond },
+		func(c *Config) { c.Exclude.Ports = make([]PortRange, maxList+1) }, func(c *Config) { c.Upstreams = make([]Endpoint, maxEndpoints+1) },
+	} {
+		c := testConfig(t)
+		f(&c)
+		if h, err := New(c); err == nil {
+			h.Close()
+			t.Errorf("taken: %+v", c)
+		} else if !strings.HasPrefix(err.Error(), "cannot ") {
+			t.Error(err)
+		}
+	}
+}
+
+func TestMarksFrom(t *testing.T) {
+	for _, tt := range []Marks{{0xff000000, 0x76000000, 0, 0, 0}, {0x7, 0x1, 0, 0, 0}, {0xffffffff, 0xffffffff, 0, 0, 0}, {0x15, 0x10, 0, 0, 0}, {0x80000003, 0x80000003, 0, 0, 0}} {
+		m := MarksFrom(tt.Own, tt.Mask)
+		seen := map[uint32]bool{}
+		for _, v := range []uint32{m.Own, m.Direct, m.Captured, m.Inbound} {
+			if v == 0 || v&^m.Mask != 0 || seen[v] {
+				t.Errorf("%+v", m)
+			}
+			seen[v] = true
+		}
+	}
+	if m := MarksFrom(1, 1); m.Direct != 0 {
+		t.Errorf("%+v", m)
+	}
+}
