@@ -15,6 +15,7 @@ func closedUp(t *testing.T, flags ...string) (*world, *daemon) {
 	t.Helper()
 	w := newWorld(t)
 	w.hostServers()
+	serve(w.listen("world", ":77"), echo)
 	if err := setProxyName(proxy4); err != nil {
 		t.Fatal(err)
 	}
@@ -58,6 +59,54 @@ func (w *world) refuses(ns, to string) {
 	})
 	if err == nil {
 		w.t.Errorf("%s answers %s", to, ns)
+	}
+}
+
+// TestRoutesOfOthers: others can still set routes by a gateway that is connected, as a DHCP client does after a link flap,
+// and the routes lead where they did.
+func TestRoutesOfOthers(t *testing.T) {
+	w, d := closedUp(t)
+	for _, killed := range []bool{false, true} {
+		if killed {
+			d.kill()
+		}
+		for _, gw := range []string{router4, lanRouter4, router6, lanRouter6, routerLL} {
+			for _, dev := range []string{" dev eth0", ""} {
+				to := "203.0.113.128/25"
+				if strings.Contains(gw, ":") {
+					to = "2001:db8:f:8000::/65"
+				}
+				if gw == routerLL && dev == "" {
+					continue
+				}
+				if _, err := try("", nil, strings.Fields("ip -n host route add "+to+" via "+gw+dev)...); err != nil {
+					t.Errorf("killed %v: %v", killed, err)
+					continue
+				}
+				family := "-4 "
+				if strings.Contains(gw, ":") {
+					family = "-6 "
+				}
+				if out := w.ip("host", family+"route show "+to); !strings.Contains(out, "dev eth0") {
+					t.Errorf("killed %v: route add %s via %s%s gave %s", killed, to, gw, dev, out)
+				}
+				w.ip("host", "route del "+to)
+			}
+		}
+		// The link flaps.
+		w.ip("host", "link set eth0 down\nlink set eth0 up\naddr replace "+host6+"/64 dev eth0 nodad\naddr replace "+hostLAN6+"/64 dev eth0 nodad")
+		for _, r := range []string{"route replace default via " + router4 + " dev eth0", "-6 route replace default via " + router6 + " dev eth0"} {
+			if _, err := try("", nil, strings.Fields("ip -n host "+r)...); err != nil {
+				t.Errorf("killed %v, after the link was down: %v", killed, err)
+			}
+		}
+		if !killed {
+			w.eventually(5*time.Second, "after the link was down ssh works", func() bool { _, err := w.login(client4, host4); return err == nil })
+			w.eventually(15*time.Second, "after the link was down viasocks carries", func() bool {
+				_, err := w.dial("host", netipAddrPort("203.0.113.7", 77))
+				return err == nil
+			})
+		}
 	}
 }
 

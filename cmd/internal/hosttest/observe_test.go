@@ -24,6 +24,7 @@ type observer struct {
 	columns []*column
 	strict  bool // AF_PACKET counts
 	noLAN   bool // so does the private network
+	used    bool // viasocks was up: what was established before was refused meanwhile
 }
 
 const otherRow = "(no probe's)"
@@ -129,7 +130,7 @@ func (o *observer) control(name string) {
 		c.seen[o.row(s.probe)]++
 	}
 	for _, p := range o.g.probes {
-		if byProbe[p.id] == 0 && p.class != carried {
+		if byProbe[p.id] == 0 && p.class != carried && !(p.old && o.used) {
 			o.w.t.Errorf("phase %q: %v was not seen: its test would prove nothing (the program saw: %v)", name, p, o.g.lastError(p))
 		}
 	}
@@ -168,13 +169,13 @@ func (o *observer) table() string {
 		}
 	}
 	rows = append(rows, otherRow)
-	fmt.Fprintf(&b, "%-32s", "frames outside, by phase")
+	fmt.Fprintf(&b, "%-36s", "frames outside, by phase")
 	for i := range shown {
 		fmt.Fprintf(&b, "%5d", i+1)
 	}
 	b.WriteString("\n")
 	for _, row := range rows {
-		fmt.Fprintf(&b, "%-32s", row)
+		fmt.Fprintf(&b, "%-36s", row)
 		for _, c := range shown {
 			switch {
 			case c.fired[row] == 0 && c.seen[row] == 0 && row != otherRow:
@@ -189,7 +190,7 @@ func (o *observer) table() string {
 		}
 		b.WriteString("\n")
 	}
-	fmt.Fprintf(&b, "%-32s", "probes fired")
+	fmt.Fprintf(&b, "%-36s", "probes fired")
 	for _, c := range shown {
 		n := 0
 		for _, f := range c.fired {

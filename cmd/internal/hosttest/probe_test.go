@@ -37,6 +37,7 @@ type probe struct {
 	proto  uint8 // for the recorder, where there is no canary; 0: any
 	class  class
 	fire   shot
+	old    bool // by something established before
 	single bool // one frame for each shot, with a canary
 }
 
@@ -113,11 +114,12 @@ func allProbes(est *established) []*probe {
 	dev, ctr := toDevice("eth0"), "ctr"
 	both("tcp", "", 80, false, tcp())
 	both("udp", "", 4000, true, udp())
+	both("udp, always one flow", "", 4000, true, udp(fromPort(5001)))
 	both("udp, connected", "", 4000, true, udpConnected(nil))
-	add(probe{name: "tcp, established before", to: est.tcp4, fire: est.write(est.conns4)})
-	add(probe{name: "tcp, established before", v6: true, to: est.tcp6, fire: est.write(est.conns6)})
-	add(probe{name: "udp, connected before", to: est.udp4, fire: est.write(est.socks4)})
-	add(probe{name: "udp, connected before", v6: true, to: est.udp6, fire: est.write(est.socks6)})
+	add(probe{name: "tcp, established before", to: est.tcp4, old: true, fire: est.write(est.conns4)})
+	add(probe{name: "tcp, established before", v6: true, to: est.tcp6, old: true, fire: est.write(est.conns6)})
+	add(probe{name: "udp, connected before", to: est.udp4, old: true, fire: est.write(est.socks4)})
+	add(probe{name: "udp, connected before", v6: true, to: est.udp6, old: true, fire: est.write(est.socks6)})
 
 	both("dns, off-link", "", 53, true, udp())
 	both("dns by tcp, off-link", "", 53, false, tcp())
@@ -186,10 +188,11 @@ func allProbes(est *established) []*probe {
 
 	both("container: tcp", ctr, 80, false, tcp())
 	both("container: udp", ctr, 4000, true, udp())
+	both("container: udp, always one flow", ctr, 4000, true, udp(fromPort(5001)))
 	both("container: dns", ctr, 53, true, udp())
 	groupIn(ctr, "container: dns, on-link", never, lanRouter4+":53", "["+lanRouter6+"]:53", udp())
-	add(probe{name: "container: tcp, established before", ns: ctr, to: est.ctr4, fire: est.write(est.ctrs4)})
-	add(probe{name: "container: tcp, established before", ns: ctr, v6: true, to: est.ctr6, fire: est.write(est.ctrs6)})
+	add(probe{name: "container: tcp, established before", ns: ctr, to: est.ctr4, old: true, fire: est.write(est.ctrs4)})
+	add(probe{name: "container: tcp, established before", ns: ctr, v6: true, to: est.ctr6, old: true, fire: est.write(est.ctrs6)})
 	both("container: echo", ctr, 0, true, icmp(unix.SOCK_RAW))
 	both("container: raw, protocol 253", ctr, 0, true, raw(253, nil))
 	both("container: fragments", ctr, 4000, false, udpSize(4000, mayFragment))

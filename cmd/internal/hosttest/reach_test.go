@@ -296,25 +296,46 @@ func TestReachableStrictReversePath(t *testing.T) {
 // there for to fail: else the tests above would prove nothing.
 func TestRulesOfReach(t *testing.T) {
 	ssh := func(w *world) error { _, err := w.login(client4, host4); return err }
+	published := func(w *world) error { _, err := w.published(client4, host4); return err }
+	udp := func(w *world) error { return w.askUDP(client4, host4) }
+	rule := func(chain, text string) func(*world) int {
+		return func(w *world) int { return w.deleteNftRules(chain, regexp.MustCompile(text)) }
+	}
+	const inbound = "0x79000000" // the fourth mark of the default
 	for _, tt := range []struct {
-		name  string
-		rules *regexp.Regexp // of lines of `nft list`; nil: ip rules by fwmark to main
-		works func(*world) error
+		name     string
+		strictRP bool
+		works    func(*world) error
+		takeAway func(*world) int
 	}{
-		{"answers marked in the output chain", regexp.MustCompile(`ct direction reply.*meta mark set`), ssh},
-		{"the mark restored in prerouting", regexp.MustCompile(`meta mark set ct mark`), func(w *world) error {
-			_, err := w.published(client4, host4)
-			return err
+		{"inbound marked by direction", false, ssh, rule("", "ct direction .* ct mark set")},
+		{"answers marked in the output chain", false, ssh, rule("mark_output", "meta mark set .*"+inbound)},
+		{"the mark restored in prerouting", false, published, rule("prerouting", "meta mark set .*"+inbound)},
+		{"marked answers pass the filter", false, ssh, rule("", "meta mark "+inbound+".* accept")},
+		{"the ip rule of answers", false, ssh, func(w *world) (n int) {
+			for _, f := range []string{"-4", "-6"} {
+				if _, err := try("", nil, "ip", "-n", "host", f, "rule", "del", "fwmark", inbound+"/0xff000000"); err == nil {
+					n++
+				}
+			}
+			return n
 		}},
-		{"inbound marked in prerouting", regexp.MustCompile(`fib daddr type local.*ct mark set`), func(w *world) error {
-			_, err := w.published(client4, host4)
-			return err
+		{"the persistent TUN", false, ssh, func(w *world) int { w.ip("host", "link del "+tunName); return 1 }},
+		{"the source address of table T", false, udp, func(w *world) int {
+			w.ip("host", "route replace default dev "+tunName+" table "+tableID+" proto 118 scope link")
+			return 1
 		}},
-		{"the ip rule of answers", nil, ssh},
+		{"src_valid_mark", true, ssh, func(w *world) int {
+			w.sysctl("host", map[string]string{"net/ipv4/conf/all/src_valid_mark": "0"})
+			return 1
+		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			w := newWorld(t)
 			w.hostServers()
+			if tt.strictRP {
+				w.sysctl("host", map[string]string{"net/ipv4/conf/all/rp_filter": "1", "net/ipv4/conf/eth0/rp_filter": "1"})
+			}
 			if err := setProxyName(proxy4); err != nil {
 				t.Fatal(err)
 			}
@@ -327,8 +348,8 @@ func TestRulesOfReach(t *testing.T) {
 			if err := tt.works(w); err != nil {
 				t.Fatalf("with its rule: %v", err)
 			}
-			if n := w.takeAway(tt.rules); n == 0 {
-				t.Fatalf("no such rule:\n%s\n%s", w.ipRules(), w.run("host", nil, "nft", "list", "ruleset"))
+			if n := tt.takeAway(w); n == 0 {
+				t.Fatalf("no such rule:\n%s\n%s", w.ipRules(), w.run("host", nil, "nft", "list", "table", "inet", "viasocks"))
 			}
 			if err := tt.works(w); err == nil {
 				t.Error("it works without its rule as well")
@@ -337,23 +358,39 @@ func TestRulesOfReach(t *testing.T) {
 	}
 }
 
+// TestInboundCarry: with --inbound carry nothing is kept, so that the tests above are about --inbound keep.
+func TestInboundCarry(t *testing.T) {
+	w := newWorld(t)
+	w.hostServers()
+	if err := setProxyName(proxy4); err != nil {
+		t.Fatal(err)
+	}
+	w.proxy(proxy4 + ":1080")
+	before, err := w.login(client4, host4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !has("up", "--inbound") {
+		t.Skip("viasocks up has no --inbound yet")
+	}
+	w.up("--proxy", proxyURL, "--inbound", "carry")
+	if err := lines(before); err == nil {
+		t.Error("ssh opened before up goes on")
+	}
+	if _, err := w.login(client4, host4); err == nil {
+		t.Error("ssh opened while up works")
+	}
+}
+
 var (
 	nftTable = regexp.MustCompile(`^table (\w+) (\S+) \{`)
 	nftChain = regexp.MustCompile(`^\tchain (\S+) \{`)
 	nftLine  = regexp.MustCompile(`# handle (\d+)$`)
-	markRule = regexp.MustCompile(`(?m)^(\d+):.*fwmark .*lookup main.* proto (118|viasocks)`)
 )
 
-// takeAway deletes the nft rules of ours that match, or the ip rules that lead marked packets to main.
-func (w *world) takeAway(rules *regexp.Regexp) (n int) {
+// deleteNftRules deletes the nft rules of ours in a chain ("" is any) that match.
+func (w *world) deleteNftRules(in string, rules *regexp.Regexp) (n int) {
 	w.t.Helper()
-	if rules == nil {
-		for _, m := range markRule.FindAllStringSubmatch(w.ip("host", "-d rule"), -1) {
-			w.ip("host", "rule del pref "+m[1])
-			n++
-		}
-		return n
-	}
 	var table, chain string
 	for line := range strings.Lines(w.run("host", nil, "nft", "-a", "list", "ruleset")) {
 		line = strings.TrimRight(line, "\n")
@@ -361,7 +398,7 @@ func (w *world) takeAway(rules *regexp.Regexp) (n int) {
 			table = m[1] + " " + m[2]
 		} else if m := nftChain.FindStringSubmatch(line); m != nil {
 			chain = m[1]
-		} else if m := nftLine.FindStringSubmatch(line); m != nil && strings.Contains(table, "viasocks") && rules.MatchString(line) {
+		} else if m := nftLine.FindStringSubmatch(line); m != nil && strings.HasPrefix(table, "inet viasocks") && (in == "" || in == chain) && rules.MatchString(line) {
 			w.nft("host", fmt.Sprintf("delete rule %s %s handle %s\n", table, chain, m[1]))
 			n++
 		}
