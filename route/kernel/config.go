@@ -93,7 +93,7 @@ type Config struct {
 	Upstreams []Endpoint // what sockets with the mark Own may reach: proxies, their relays, resolvers of their names
 	OwnUID    *uint32    // our sockets have this uid; nil: not asked
 	OwnCgroup string     // our sockets are of this cgroup; "": not asked
-	Kept      []Tuple    // connections that came in before, see Established
+	Kept      []Tuple    // connections of before, see Established
 
 	Dir   string        // of the journal; "": /run/viasocks
 	Guard time.Duration // how long after the last Run the TUN still swallows packets, before programs get errors; 0: 10 s
@@ -113,6 +113,7 @@ type Endpoint struct {
 type Tuple struct {
 	Proto         uint8 // IPPROTO_TCP, IPPROTO_UDP
 	Local, Remote netip.AddrPort
+	Out           bool // opened by this host: not from outside, whoever speaks first
 }
 
 // Defaults.

@@ -2,6 +2,7 @@ package kernel
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 
 	"github.com/vishvananda/netlink"
@@ -41,48 +42,84 @@ func (h *Host) clearMarks() {
 	}
 }
 
-// Established lists the TCP connections that came in from outside to a listener of the calling thread's network
-// namespace. A program that dials from the port that it listens on can't be told from one that is called.
+// Established lists the connections of the calling thread's network namespace: TCP connections that came in from outside
+// to a listener, to be kept, and connected UDP sockets that were opened here (Out), not to be kept though their far end
+// may be the first to speak. A program that dials from the TCP port that it listens on can't be told from one that is
+// called, nor a UDP socket that is not connected from a server.
 func Established() ([]Tuple, error) {
 	var out []Tuple
-	type local struct {
-		a    netip.Addr
-		port uint16
-	}
-	listening := map[local]bool{}
-	var all []Tuple
+	listening := map[netip.AddrPort]bool{}
+	ephemeral := firstEphemeral()
 	for _, f := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		socks, err := netlink.SocketDiagTCP(f)
-		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EAFNOSUPPORT) {
-			continue
-		}
-		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		tcp, err := sockets(netlink.SocketDiagTCP(f))
+		if err != nil {
 			return nil, err
 		}
-		for _, s := range socks {
-			a, ok1 := netip.AddrFromSlice(s.ID.Source)
-			b, ok2 := netip.AddrFromSlice(s.ID.Destination)
-			if !ok1 || !ok2 {
-				continue
+		for _, s := range tcp {
+			t, ok := tuple(unix.IPPROTO_TCP, s)
+			switch {
+			case !ok:
+			case s.State == netlink.TCP_LISTEN:
+				listening[anyAddr(t.Local)] = true
+			case s.State != netlink.TCP_SYN_SENT && !t.Local.Addr().IsLoopback() && !t.Remote.Addr().IsLoopback():
+				out = append(out, t)
 			}
-			a, b = a.Unmap(), b.Unmap()
-			if s.State == netlink.TCP_LISTEN {
-				if a.IsUnspecified() {
-					a = netip.Addr{}
-				}
-				listening[local{a, s.ID.SourcePort}] = true
-				continue
-			}
-			if a.IsLoopback() || b.IsLoopback() || s.State == netlink.TCP_SYN_SENT {
-				continue
-			}
-			all = append(all, Tuple{unix.IPPROTO_TCP, netip.AddrPortFrom(a, s.ID.SourcePort), netip.AddrPortFrom(b, s.ID.DestinationPort)})
 		}
 	}
-	for _, t := range all {
-		if listening[local{netip.Addr{}, t.Local.Port()}] || listening[local{t.Local.Addr(), t.Local.Port()}] {
-			out = append(out, t)
+	n := 0
+	for _, t := range out {
+		if listening[netip.AddrPortFrom(netip.Addr{}, t.Local.Port())] || listening[t.Local] {
+			out[n] = t
+			n++
+		}
+	}
+	out = out[:n]
+	for _, f := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		udp, err := sockets(netlink.SocketDiagUDP(f))
+		if err != nil {
+			return nil, err
+		}
+		for _, s := range udp {
+			t, ok := tuple(unix.IPPROTO_UDP, s)
+			if ok && t.Remote.Port() != 0 && t.Local.Port() >= ephemeral && !t.Remote.Addr().IsLoopback() {
+				t.Out = true
+				out = append(out, t)
+			}
 		}
 	}
 	return out, nil
+}
+
+// sockets are none where the kernel lacks the family or its sock_diag.
+func sockets(s []*netlink.Socket, err error) ([]*netlink.Socket, error) {
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EINVAL) || errors.Is(err, netlink.ErrDumpInterrupted) {
+		return s, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot list sockets: %w", err)
+	}
+	return s, nil
+}
+
+func tuple(proto uint8, s *netlink.Socket) (Tuple, bool) {
+	a, ok1 := netip.AddrFromSlice(s.ID.Source)
+	b, ok2 := netip.AddrFromSlice(s.ID.Destination)
+	return Tuple{Proto: proto, Local: netip.AddrPortFrom(a.Unmap(), s.ID.SourcePort), Remote: netip.AddrPortFrom(b.Unmap(), s.ID.DestinationPort)}, ok1 && ok2
+}
+
+// anyAddr makes one thing of the unspecified addresses.
+func anyAddr(a netip.AddrPort) netip.AddrPort {
+	if a.Addr().IsUnspecified() {
+		return netip.AddrPortFrom(netip.Addr{}, a.Port())
+	}
+	return a
+}
+
+// firstEphemeral is the first port that the kernel gives to sockets that did not ask for one.
+func firstEphemeral() uint16 {
+	var lo, hi uint16
+	if _, err := fmt.Sscan(readSysctl("net/ipv4/ip_local_port_range"), &lo, &hi); err != nil {
+		return 32768
+	}
+	return lo
 }

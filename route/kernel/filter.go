@@ -90,11 +90,12 @@ func endpointSets(ends []Endpoint) (any4, any6, set4, set6 []nfElem) {
 	return any4, any6, set4, set6
 }
 
-func keptSets(kept []Tuple) (set4, set6 []nfElem) {
+// tupleSets are the keys, local end first, of the connections that were opened by this host, or of the others.
+func tupleSets(kept []Tuple, out bool) (set4, set6 []nfElem) {
 	seen := map[Tuple]bool{}
 	for _, k := range kept {
 		l, r := k.Local.Addr().Unmap().WithZone(""), k.Remote.Addr().Unmap().WithZone("")
-		if seen[k] || !l.IsValid() || l.Is4() != r.Is4() {
+		if k.Out != out || seen[k] || !l.IsValid() || l.Is4() != r.Is4() {
 			continue
 		}
 		seen[k] = true
@@ -110,6 +111,16 @@ func keptSets(kept []Tuple) (set4, set6 []nfElem) {
 		}
 	}
 	return set4, set6
+}
+
+func (c *Config) keptSets() (sets []*nfSet) {
+	for _, name := range []string{"kept", "old"} {
+		set4, set6 := tupleSets(c.Kept, name == "old")
+		sets = append(sets,
+			&nfSet{name: name + "4", keyText: "inet_proto . ipv4_addr . inet_service . ipv4_addr . inet_service", keyType: concat(typeProto, typeIP4, typePort, typeIP4, typePort), keyLen: 20, elems: set4},
+			&nfSet{name: name + "6", keyText: "inet_proto . ipv6_addr . inet_service . ipv6_addr . inet_service", keyType: concat(typeProto, typeIP6, typePort, typeIP6, typePort), keyLen: 44, elems: set6})
+	}
+	return sets
 }
 
 func (c *Config) ownSets(ends []Endpoint) []*nfSet {
@@ -162,11 +173,7 @@ func (c *Config) tables(st filterState) ([]*nfTable, error) {
 func (c *Config) inetTable(st filterState) (*nfTable, error) {
 	t := &nfTable{fam: unix.NFPROTO_INET, name: c.NFTable, counters: []string{countBound, countDNS, countMulticast, countDead, countForward, countPost, countLAN}}
 	guard := &nfSet{name: guardSet, keyText: "ifname", keyType: typeIfname, keyLen: unix.IFNAMSIZ, timeout: true, elems: c.guardElems(st.guard)}
-	kept4, kept6 := keptSets(c.Kept)
-	t.sets = append(c.ownSets(st.ends), guard,
-		&nfSet{name: "kept4", keyText: "inet_proto . ipv4_addr . inet_service . ipv4_addr . inet_service", keyType: concat(typeProto, typeIP4, typePort, typeIP4, typePort), keyLen: 20, elems: kept4},
-		&nfSet{name: "kept6", keyText: "inet_proto . ipv6_addr . inet_service . ipv6_addr . inet_service", keyType: concat(typeProto, typeIP6, typePort, typeIP6, typePort), keyLen: 44, elems: kept6})
-
+	t.sets = append(append(c.ownSets(st.ends), guard), c.keptSets()...)
 	if err := c.markChains(t, st); err != nil {
 		return nil, err
 	}
@@ -244,7 +251,8 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 		pre.add(iif(d, true), ctMark(m, 0, true), setCtMark(m, m.Direct))
 	}
 	if !c.CarryInbound {
-		pre.add(ctDirection(false), ctMark(m, 0, true), daddrType("local", unix.RTN_LOCAL), setCtMark(m, m.Inbound))
+		c.inboundChains(t)
+		pre.add(ctDirection(false), ctMark(m, 0, true), daddrType("local", unix.RTN_LOCAL), jump("inbound"))
 	}
 	if !c.Include.empty() {
 		ch := t.chain(&nfChain{name: "choose_forward"})
@@ -267,9 +275,9 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 	out.add(metaMark(m, m.Own, true), back())
 	out.add(metaMark(m, m.Direct, true), setCtMark(m, m.Direct))
 	if !c.CarryInbound {
-		out.add(keptTuple("kept4", false), setCtMark(m, m.Inbound))
-		out.add(keptTuple("kept6", true), setCtMark(m, m.Inbound))
-		out.add(ctDirection(true), ctMark(m, 0, true), setCtMark(m, m.Inbound))
+		out.add(keptTuple("kept4", false, false), setCtMark(m, m.Inbound))
+		out.add(keptTuple("kept6", true, false), setCtMark(m, m.Inbound))
+		out.add(ctDirection(true), ctMark(m, 0, true), jump("answer"))
 	}
 	exclude, err := c.terms(c.Exclude, true)
 	if err != nil {
@@ -305,6 +313,27 @@ func (c *Config) chosen(s Selection) (out []term) {
 		out = append(out, dport(unix.IPPROTO_TCP, r), dport(unix.IPPROTO_UDP, r))
 	}
 	return out
+}
+
+// inboundChains know what is from outside. Who speaks first is no proof: a connection that this host opened before `up`,
+// and that nobody tracked, has its far end speak first too. For TCP a SYN is one, or translation, which is always
+// tracked.
+func (c *Config) inboundChains(t *nfTable) {
+	m := c.Marks
+	in := t.chain(&nfChain{name: "inbound"})
+	in.add(ctDNAT(), setCtMark(m, m.Inbound))
+	in.add(tcpSYN(), setCtMark(m, m.Inbound))
+	in.add(keptTuple("kept4", false, true), setCtMark(m, m.Inbound))
+	in.add(keptTuple("kept6", true, true), setCtMark(m, m.Inbound))
+	in.add(isProto(unix.IPPROTO_TCP), back())
+	in.add(keptTuple("old4", false, true), back())
+	in.add(keptTuple("old6", true, true), back())
+	in.add(setCtMark(m, m.Inbound))
+	out := t.chain(&nfChain{name: "answer"})
+	out.add(isProto(unix.IPPROTO_TCP), back())
+	out.add(keptTuple("old4", false, false), back())
+	out.add(keptTuple("old6", true, false), back())
+	out.add(setCtMark(m, m.Inbound))
 }
 
 // terms are the conditions of a selection. Cgroups are known for local sockets only, and not behind routing.

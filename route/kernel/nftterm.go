@@ -209,18 +209,35 @@ func ownEndpoint(set string, v6 bool) term {
 		&expr.Payload{DestRegister: 9 + n/4, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2})
 }
 
-// keptTuple looks the whole 5-tuple of an outgoing packet up.
-func keptTuple(set string, v6 bool) term {
+// keptTuple looks the whole 5-tuple of a packet up, this host's end first: the source of what goes out, the destination
+// of what comes in.
+func keptTuple(set string, v6, in bool) term {
 	word, src, n := "ip", uint32(12), uint32(4)
 	if v6 {
 		word, src, n = "ip6", 8, 16
 	}
-	return lookup(set, fmt.Sprintf("meta l4proto . %s saddr . th sport . %[1]s daddr . th dport", word), &v6,
+	local, remote, lport, rport, l, r := src, src+n, uint32(0), uint32(2), "s", "d"
+	if in {
+		local, remote, lport, rport, l, r = remote, local, rport, lport, r, l
+	}
+	return lookup(set, fmt.Sprintf("meta l4proto . %[1]s %[2]saddr . th %[2]sport . %[1]s %[3]saddr . th %[3]sport", word, l, r), &v6,
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 8},
-		&expr.Payload{DestRegister: 9, Base: expr.PayloadBaseNetworkHeader, Offset: src, Len: n},
-		&expr.Payload{DestRegister: 9 + n/4, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 2},
-		&expr.Payload{DestRegister: 10 + n/4, Base: expr.PayloadBaseNetworkHeader, Offset: src + n, Len: n},
-		&expr.Payload{DestRegister: 10 + n/2, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2})
+		&expr.Payload{DestRegister: 9, Base: expr.PayloadBaseNetworkHeader, Offset: local, Len: n},
+		&expr.Payload{DestRegister: 9 + n/4, Base: expr.PayloadBaseTransportHeader, Offset: lport, Len: 2},
+		&expr.Payload{DestRegister: 10 + n/4, Base: expr.PayloadBaseNetworkHeader, Offset: remote, Len: n},
+		&expr.Payload{DestRegister: 10 + n/2, Base: expr.PayloadBaseTransportHeader, Offset: rport, Len: 2})
+}
+
+// tcpSYN matches the first segment of a connection.
+func tcpSYN() term {
+	return term{"tcp flags & (fin | syn | rst | ack) == syn", append(l4proto(unix.IPPROTO_TCP),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{0x17}, Xor: []byte{0}}, cmp(expr.CmpOpEq, []byte{0x02}))}
+}
+
+// ctDNAT matches connections whose destination is translated: published ports.
+func ctDNAT() term {
+	return term{"ct status dnat", []expr.Any{loadCt(expr.CtKeySTATUS), mask32(1<<5, 0), cmp(expr.CmpOpNeq, native32(0))}}
 }
 
 func oifSet(set string) term {

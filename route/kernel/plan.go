@@ -27,7 +27,7 @@ func (h *Host) Plan() ([]string, error) {
 		out = append(out, routeText(r, h.c.TUN))
 	}
 	for _, f := range h.families {
-		for _, r := range h.c.rules(f, l.lan) {
+		for _, r := range h.c.rules(f, l) {
 			out = append(out, "ip "+r.String())
 		}
 	}

@@ -339,3 +339,70 @@ func fd(f *os.File) (n uintptr) {
 	}
 	return n
 }
+
+// What this host opened before `up` is not from outside, though nobody tracked it and its far end speaks first.
+func TestOldTalk(t *testing.T) {
+	inNamespace(t, func(t *testing.T) {
+		w := newWorld(t)
+		var peers []net.Conn
+		for _, n := range []string{"tcp", "udp"} {
+			for _, a := range []string{far4 + ":79", "[" + far6 + "]:79"} {
+				var conn, peer net.Conn
+				var l net.Listener
+				var u *net.UDPConn
+				w.in(func() {
+					if n == "tcp" {
+						l, _ = net.Listen(n, a)
+					} else {
+						ua, _ := net.ResolveUDPAddr(n, a)
+						u, _ = net.ListenUDP(n, ua)
+					}
+				})
+				conn, err := net.Dial(n, a)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				_, _ = conn.Write([]byte("hi"))
+				if n == "tcp" {
+					if peer, err = l.Accept(); err != nil {
+						t.Fatal(err)
+					}
+					l.Close()
+				} else {
+					b := make([]byte, 10)
+					_, from, err := u.ReadFrom(b)
+					if err != nil {
+						t.Fatal(err)
+					}
+					u.Close()
+					la, _ := net.ResolveUDPAddr(n, a)
+					w.in(func() { peer, _ = net.DialUDP(n, la, from.(*net.UDPAddr)) })
+				}
+				defer peer.Close()
+				peers = append(peers, peer, conn)
+			}
+		}
+		c := testConfig(t)
+		var err error
+		if c.Kept, err = Established(); err != nil || len(c.Kept) != 2 {
+			t.Errorf("%v, %v", c.Kept, err)
+		}
+		h, tun := up(t, c)
+		w.take()
+		for range 3 {
+			for i := 0; i < len(peers); i += 2 {
+				_, _ = peers[i].Write([]byte("talk"))
+			}
+			time.Sleep(20 * time.Millisecond)
+			for i := 1; i < len(peers); i += 2 {
+				_, _ = peers[i].Write([]byte("answer"))
+			}
+		}
+		if s := w.take(); len(s) > 0 {
+			t.Errorf("goes on around us: %v", s)
+		}
+		down(t, h)
+		tun.Close()
+	})
+}

@@ -138,8 +138,8 @@ func (h *Host) delRoute(r *netlink.Route) error {
 
 // syncRules makes the rules of a family what they should be: what is missing is added first, in the order of c.rules,
 // then what is too many goes.
-func (h *Host) syncRules(family int, lan []lanNet) (changed []string, err error) {
-	want := h.c.rules(family, lan)
+func (h *Host) syncRules(family int, l links) (changed []string, err error) {
+	want := h.c.rules(family, l)
 	list, err := listRules(h.nl, family)
 	if err != nil {
 		return nil, err

@@ -43,7 +43,7 @@ type rule struct {
 // rules are all of ours for a family:
 //
 //	P    fwmark OWN, DIRECT, INBOUND  goto END
-//	P+1  DHCP                         goto END
+//	P+1  DHCP; gateways               goto END
 //	P+2  what is excluded             goto END
 //	P+3  port 53                      lookup T
 //	P+4  to connected networks        goto END, or unreachable
@@ -54,7 +54,7 @@ type rule struct {
 // A look-up of main would be wrong for the exceptions: whoever has rules behind ours, as wg-quick, has them without us
 // too. Connected networks are rules and not throw routes in T, which answers for port 53 inside of them too, and after a
 // throw the rule behind it would say unreachable.
-func (c *Config) rules(family int, lan []lanNet) (out []rule) {
+func (c *Config) rules(family int, l links) (out []rule) {
 	end := c.Priority + lastRule
 	add := func(at int, r rule) {
 		r.family, r.prio = family, c.Priority+at
@@ -73,6 +73,14 @@ func (c *Config) rules(family int, lan []lanNet) (out []rule) {
 		client, server = PortRange{546, 546}, PortRange{547, 547}
 	}
 	add(atHost, rule{proto: unix.IPPROTO_UDP, sport: client, dport: server, jump: end})
+	if family == unix.AF_INET {
+		// Who adds a route has the kernel look for its gateway by these rules, on the device named (of IPv6 it looks in
+		// the route's own table): a DHCP client could not renew the default route otherwise. Sockets that are bound to
+		// the device come by too; the filter refuses them.
+		for _, n := range l.near {
+			add(atHost, rule{to: n.prefix, oif: n.dev, jump: end})
+		}
+	}
 	x := c.Exclude
 	for _, n := range x.Networks {
 		if familyOf(n.Addr()) == family {
@@ -93,7 +101,7 @@ func (c *Config) rules(family int, lan []lanNet) (out []rule) {
 	add(atDNS, rule{proto: unix.IPPROTO_TCP, dport: PortRange{53, 53}, table: c.Table})
 	add(atDNS, rule{proto: unix.IPPROTO_UDP, dport: PortRange{53, 53}, table: c.Table})
 	seen := map[netip.Prefix]bool{}
-	for _, n := range lan {
+	for _, n := range l.lan {
 		if familyOf(n.prefix.Addr()) != family || seen[n.prefix] {
 			continue
 		}

@@ -120,7 +120,7 @@ func (h *Host) reconcile() (changed []string, err error) {
 		changed, errs = append(changed, c...), append(errs, err)
 	}
 	for _, f := range h.families {
-		c, err := h.syncRules(f, l.lan)
+		c, err := h.syncRules(f, l)
 		changed, errs = append(changed, c...), append(errs, err)
 	}
 	return changed, errors.Join(errs...)
