@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -78,6 +79,9 @@ func (c *Config) rules(family int, l links) (out []rule) {
 		// the route's own table): a DHCP client could not renew the default route otherwise. Sockets that are bound to
 		// the device come by too; the filter refuses them.
 		for _, n := range l.near {
+			if c.LAN == LANDirect && slices.ContainsFunc(l.lan, func(m lanNet) bool { return m.prefix == n.prefix }) {
+				continue // has a rule below
+			}
 			add(atHost, rule{to: n.prefix, oif: n.dev, jump: end})
 		}
 	}
