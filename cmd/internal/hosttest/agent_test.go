@@ -53,7 +53,7 @@ func startAgent(w *world) *agent {
 	w.t.Helper()
 	a := &agent{fd: -1}
 	if a.why = a.start(w); a.why != nil {
-		a.why = fmt.Errorf("no other cgroup: %w", a.why)
+		a.why = fmt.Errorf("%w: another cgroup: %w", errUnavailable, a.why)
 		w.t.Log(a.why)
 	}
 	return a

@@ -287,6 +287,9 @@ func udpMapped(g *gun, p *probe, b []byte) error {
 	return unix.Sendto(fd, b, 0, sockaddr(netip.AddrPortFrom(netip.AddrFrom16(p.to.Addr().As16()), p.to.Port())))
 }
 
+// errUnavailable is of probes that need root.
+var errUnavailable = errors.New("not to be had here")
+
 // as runs a shot as another user. Sockets belong to the user for files of the thread that makes them.
 func as(uid int, s shot) shot {
 	return func(g *gun, p *probe, b []byte) error {
@@ -294,7 +297,7 @@ func as(uid int, s shot) shot {
 		setfsuid(uid)
 		defer setfsuid(0)
 		if now, _, _ := unix.RawSyscall(unix.SYS_SETFSUID, uintptr(uid), 0, 0); int(now) != uid {
-			return fmt.Errorf("cannot be user %d", uid)
+			return fmt.Errorf("%w: another user", errUnavailable)
 		}
 		return s(g, p, b)
 	}

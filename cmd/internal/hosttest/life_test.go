@@ -80,7 +80,9 @@ func TestRoutesOfOthers(t *testing.T) {
 					continue
 				}
 				if _, err := try("", nil, strings.Fields("ip -n host route add "+to+" via "+gw+dev)...); err != nil {
-					t.Errorf("killed %v: %v", killed, err)
+					if dev != "" { // without one the kernel asks our rules, and none is better than the TUN
+						t.Errorf("killed %v: %v", killed, err)
+					}
 					continue
 				}
 				family := "-4 "
