@@ -240,6 +240,25 @@ func TestTUNDeleted(t *testing.T) {
 	differ(t, "after the TUN was deleted", before, h.state())
 }
 
+// Another default route: the proxy is looked up again, once for a burst of changes.
+func TestNetworkChanges(t *testing.T) {
+	h := newHost(t)
+	p := h.up("--proxy", h.proxy)
+	for i := range 5 {
+		h.run(fmt.Sprintf("ip -n %s route replace default via 192.0.2.%d dev eth0", h.name, 10+i))
+	}
+	p.await("the network changed")
+	time.Sleep(700 * time.Millisecond)
+	if n := strings.Count(p.text(), "the network changed"); n != 1 {
+		t.Errorf("%d times:\n%s", n, p.text())
+	}
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	p.ends(0)
+	if strings.Contains(p.text(), "put right") {
+		t.Errorf("our own changes were taken for others':\n%s", p.text())
+	}
+}
+
 // kill -9: the host stays closed, down gives it back, and up takes it over.
 func TestKilled(t *testing.T) {
 	h := newHost(t)

@@ -5,6 +5,8 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"os"
+	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -75,6 +77,9 @@ func kernelEndpoints(all []endpoint) []kernel.Endpoint {
 func newHost(cfg *config.Config, alive func() bool, network func(), log *slog.Logger) (*host, error) {
 	k := kernelConfig(cfg, log)
 	k.Alive, k.OnDefaultRoute = alive, network
+	if alive != nil { // it has sockets of its own
+		k.OwnCgroup, k.OwnUID = ownership("/proc/self/cgroup")
+	}
 	if !k.CarryInbound {
 		kept, err := kernel.Established()
 		if err != nil {
@@ -87,6 +92,25 @@ func newHost(cfg *config.Config, alive func() bool, network func(), log *slog.Lo
 		return nil, err
 	}
 	return &host{Host: h, cfg: cfg}, nil
+}
+
+// ownership is what else than the mark tells our sockets from others': the control group, where systemd gave us one of
+// our own, or else the user, where it is not root.
+func ownership(file string) (cgroup string, uid *uint32) {
+	b, err := os.ReadFile(file)
+	if err == nil {
+		for line := range strings.Lines(string(b)) {
+			path, v2 := strings.CutPrefix(strings.TrimSpace(line), "0::/")
+			name := path[strings.LastIndexByte(path, '/')+1:]
+			if v2 && strings.HasPrefix(name, "viasocks") && strings.HasSuffix(name, ".service") {
+				return path, nil
+			}
+		}
+	}
+	if u := uint32(os.Geteuid()); u != 0 {
+		return "", &u
+	}
+	return "", nil
 }
 
 // setEndpoints is for endpoints.attach.

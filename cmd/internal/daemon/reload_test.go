@@ -121,6 +121,26 @@ func TestOpensAfter(t *testing.T) {
 	}
 }
 
+func TestOwnership(t *testing.T) {
+	for file, want := range map[string]string{
+		"0::/system.slice/viasocks.service\n":                                 "system.slice/viasocks.service",
+		"1:cpu:/x\n0::/system.slice/system-viasocks.slice/viasocks@a.service": "system.slice/system-viasocks.slice/viasocks@a.service",
+		"0::/user.slice/user-0.slice/session-1.scope\n":                       "",
+		"1:name=systemd:/system.slice/viasocks.service\n0::/\n":               "",
+	} {
+		path := filepath.Join(t.TempDir(), "cgroup")
+		if err := os.WriteFile(path, []byte(file), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got, _ := ownership(path); got != want {
+			t.Errorf("%q: %q", file, got)
+		}
+	}
+	if cgroup, uid := ownership("/does/not/exist"); cgroup != "" || (uid == nil) != (os.Geteuid() == 0) {
+		t.Errorf("%q, %v", cgroup, uid)
+	}
+}
+
 func TestPulse(t *testing.T) {
 	var p pulse
 	if p.fresh() {
