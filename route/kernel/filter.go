@@ -55,6 +55,7 @@ type filterState struct {
 	devices []string // with Strict: those that lead out
 	router  bool     // this host sends router advertisements
 	arp     bool     // the kernel has the family arp
+	wasZero bool     // see there
 }
 
 // own is the part of a set's key for one protocol.
@@ -172,6 +173,9 @@ func (c *Config) tables(st filterState) ([]*nfTable, error) {
 
 func (c *Config) inetTable(st filterState) (*nfTable, error) {
 	t := &nfTable{fam: unix.NFPROTO_INET, name: c.NFTable, counters: []string{countBound, countDNS, countMulticast, countDead, countForward, countPost, countLAN}}
+	if st.wasZero {
+		t.counters = append(t.counters, wasZero)
+	}
 	guard := &nfSet{name: guardSet, keyText: "ifname", keyType: typeIfname, keyLen: unix.IFNAMSIZ, timeout: true, elems: c.guardElems(st.guard)}
 	t.sets = append(append(c.ownSets(st.ends), guard), c.keptSets()...)
 	if err := c.markChains(t, st); err != nil {

@@ -76,6 +76,7 @@ func New(c Config) (_ *Host, err error) {
 	if err := h.taken(); err != nil {
 		return nil, err
 	}
+	h.recallSysctls()
 	if err := h.watchEvents(); err != nil {
 		return nil, err
 	}
@@ -216,7 +217,7 @@ func (h *Host) Close() error {
 		err = h.nf.Close()
 	}
 	if h.lock != nil {
-		err = errors.Join(err, h.lock.Close())
+		err = errors.Join(err, giveLock(h.lock))
 	}
 	return err
 }

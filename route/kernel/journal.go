@@ -43,23 +43,36 @@ func paths(dir string) (journal, lock string, err error) {
 	return base + ".journal", base + ".lock", nil
 }
 
-// takeLock makes dir if need be. The file stays: to remove it would let two hold it.
+// takeLock makes dir if need be.
 func takeLock(path string) (*os.File, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, fmt.Errorf("cannot make the directory of the journal: %w", err)
-	}
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("cannot lock: %w", err)
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, ErrRunning
+	for range 100 {
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return nil, fmt.Errorf("cannot make the directory of the journal: %w", err)
 		}
-		return nil, fmt.Errorf("cannot lock %s: %w", path, err)
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+		if err != nil {
+			return nil, fmt.Errorf("cannot lock: %w", err)
+		}
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			f.Close()
+			if errors.Is(err, unix.EWOULDBLOCK) {
+				return nil, ErrRunning
+			}
+			return nil, fmt.Errorf("cannot lock %s: %w", path, err)
+		}
+		mine, err := f.Stat()
+		there, terr := os.Stat(path)
+		if err == nil && terr == nil && os.SameFile(mine, there) {
+			return f, nil
+		}
+		f.Close() // its holder took it away between: what we hold is nobody's lock
 	}
-	return f, nil
+	return nil, fmt.Errorf("cannot lock %s: it comes and goes", path)
+}
+
+// giveLock takes the file away while it is still held, so that no two can hold it.
+func giveLock(f *os.File) error {
+	return errors.Join(os.Remove(f.Name()), f.Close())
 }
 
 // maxJournal bounds what is read: ours has some hundred bytes.
@@ -140,6 +153,10 @@ func syncDir(dir string) error {
 // srcValidMark lets the kernel look for the way back of a packet with the mark that it has got in prerouting; without it
 // rp_filter=1 drops the answers that our own sockets and outside clients wait for.
 const srcValidMark = "net/ipv4/conf/all/src_valid_mark"
+
+// wasZero is the name of a counter in our table that says that src_valid_mark was 0: where the journal is lost, it is the
+// only one who knows.
+const wasZero = "was_src_valid_mark_0"
 
 func knownSysctl(key string) bool { return key == srcValidMark }
 

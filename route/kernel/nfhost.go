@@ -149,7 +149,7 @@ func (h *Host) keepCounters() {
 		return
 	}
 	for _, c := range cs {
-		if c.table.name == h.c.NFTable && h.shut {
+		if c.table.name == h.c.NFTable && h.shut && c.Reason != wasZero {
 			b := h.base[c.Reason]
 			h.base[c.Reason] = Counter{c.Reason, b.Packets + c.Packets, b.Bytes + c.Bytes}
 		}
@@ -172,7 +172,7 @@ func (h *Host) Counters() ([]Counter, error) {
 	}
 	var out []Counter
 	for _, c := range cs {
-		if c.table.name == h.c.NFTable {
+		if c.table.name == h.c.NFTable && c.Reason != wasZero {
 			b := h.base[c.Reason]
 			out = append(out, Counter{c.Reason, b.Packets + c.Packets, b.Bytes + c.Bytes})
 		}

@@ -11,6 +11,7 @@ func (h *Host) Plan() ([]string, error) {
 	}
 	st := h.st
 	st.lan, st.devices, st.ends, st.guard, st.arp, st.router = l.lan, l.out, h.lastEnds, true, !h.noARP, isRouter()
+	st.wasZero = readSysctl(srcValidMark) == "0"
 	tables, err := h.c.tables(st)
 	if err != nil {
 		return nil, err

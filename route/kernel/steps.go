@@ -20,6 +20,7 @@ func (h *Host) Shut() error {
 		return err
 	}
 	h.st.lan, h.st.devices, h.st.guard = l.lan, l.out, false
+	h.st.wasZero = len(h.j.Sysctls) > 0 || readSysctl(srcValidMark) == "0"
 	h.j.Done["filter"] = true
 	if err := h.record(); err != nil {
 		return err
@@ -40,6 +41,22 @@ func (h *Host) record() error {
 		return err
 	}
 	return h.j.write(h.path)
+}
+
+// recallSysctls asks our table where there is no journal.
+func (h *Host) recallSysctls() {
+	if len(h.j.Sysctls) > 0 {
+		return
+	}
+	cs, err := h.listCounters()
+	if err != nil {
+		return
+	}
+	for _, c := range cs {
+		if c.table.name == h.c.NFTable && c.Reason == wasZero {
+			h.j.Sysctls = []sysctlChange{{srcValidMark, "0", "1"}}
+		}
+	}
 }
 
 func (h *Host) setSysctls() error {

@@ -32,6 +32,9 @@ func Undo(c Config) (removed []string, err error) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if j == nil {
+		h.recallSysctls()
+	}
 	lines, err := h.removeSteering()
 	removed = append(removed, lines...)
 	if err != nil {
