@@ -38,6 +38,7 @@ type Host struct {
 	owned     uint32 // flags of our tables
 	lastEnds  []Endpoint
 	base      map[string]Counter // of tables that were replaced
+	led       map[int]bool       // see look
 	said      map[string]string
 	warnings  map[string]string
 }
@@ -85,7 +86,7 @@ func New(c Config) (_ *Host, err error) {
 
 // open has the sockets and the lock.
 func open(c Config) (_ *Host, err error) {
-	h := &Host{c: c, base: map[string]Counter{}, said: map[string]string{}, warnings: map[string]string{}, owned: tableOwner | tablePersist}
+	h := &Host{c: c, base: map[string]Counter{}, led: map[int]bool{}, said: map[string]string{}, warnings: map[string]string{}, owned: tableOwner | tablePersist}
 	defer func() {
 		if err != nil {
 			h.Close()

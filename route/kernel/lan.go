@@ -55,7 +55,7 @@ func connected(n *net.IPNet) (netip.Prefix, bool) {
 // links is what the host's devices say now.
 type links struct {
 	lan  []lanNet
-	near []lanNet // all IPv4 networks of devices that lead out, private or not: gateways are there
+	near []lanNet // all IPv4 networks, private or not: gateways are there
 	out  []string // devices that may lead out of the host, by name
 	mine int      // index of the TUN, 0: not there
 }
@@ -66,7 +66,8 @@ func (h *Host) look() (l links, err error) {
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) { // interrupted: it changed meanwhile, an event follows
 		return l, fmt.Errorf("cannot list devices: %w", err)
 	}
-	leads := map[int]bool{} // has a gateway: leads out whatever it is
+	// A device that has, or has had, a gateway leads out whatever it is: a link that goes down loses its routes.
+	leads := h.led
 	for _, f := range h.families {
 		routes, err := h.nl.RouteListFiltered(f, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
 		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
@@ -116,7 +117,7 @@ func (h *Host) look() (l links, err error) {
 		}
 		p, ok := connected(n)
 		near := lanNet{dev: names[a.LinkIndex], prefix: p}
-		if g, known := guest[a.LinkIndex]; known && !g && p.IsValid() && p.Addr().Is4() && len(l.near) < maxLAN && !slices.Contains(l.near, near) {
+		if _, known := guest[a.LinkIndex]; known && p.IsValid() && p.Addr().Is4() && len(l.near) < maxLAN && !slices.Contains(l.near, near) {
 			l.near = append(l.near, near)
 		}
 		ln := lanNet{dev: names[a.LinkIndex], prefix: p, guest: guest[a.LinkIndex]}

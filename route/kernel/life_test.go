@@ -237,7 +237,7 @@ func TestPutBack(t *testing.T) {
 			w.mustBeClosed(t, "steered")
 
 			// Addresses and default routes are followed.
-			ip(t, "addr add 10.5.5.5/24 dev br0", "addr add 198.51.100.3/24 dev eth0", "route replace default via 198.51.100.1 src 198.51.100.3")
+			ip(t, "addr add 10.5.5.5/24 dev br0", "addr add 198.51.100.3/24 dev eth0", "route replace default via 198.51.100.1 dev eth0 src 198.51.100.3")
 			start := time.Now()
 			for !strings.Contains(ip(t, "rule"), "to 10.5.5.0/24 goto 9019") || !strings.Contains(ip(t, "route show table 30323"), "src 198.51.100.3") {
 				if time.Since(start) > 2*time.Second {

@@ -53,9 +53,8 @@ func (h *Host) wantRoute(family, tun int) *netlink.Route {
 		LinkIndex: tun, Table: h.c.Table, Protocol: Protocol, Family: family, Type: unix.RTN_UNICAST,
 		Scope: netlink.SCOPE_UNIVERSE, Dst: defaultNet(family), Src: h.source(family),
 	}
-	if family == unix.AF_INET {
-		r.Scope = netlink.SCOPE_LINK
-	}
+	// Not the scope link that ip(8) would give an IPv4 route without a gateway: who adds a route via a gateway without
+	// naming a device has the kernel look for the gateway by our rules, and this one would do as a link to it.
 	return r
 }
 
@@ -76,7 +75,11 @@ func routeText(r *netlink.Route, dev string) string {
 	if r.Src != nil {
 		src = " src " + r.Src.String()
 	}
-	return fmt.Sprintf("ip %sroute replace %sdefault%s table %d protocol %d%s", f, typ, dev, r.Table, Protocol, src)
+	scope := ""
+	if r.Family == unix.AF_INET && r.Type == unix.RTN_UNICAST {
+		scope = " scope global"
+	}
+	return fmt.Sprintf("ip %sroute replace %sdefault%s table %d protocol %d%s%s", f, typ, dev, r.Table, Protocol, scope, src)
 }
 
 // syncRoutes makes T what it should be. It says what it changed.
