@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -17,6 +18,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/socks/sockstest"
 )
 
 // netHost is a network namespace that has a route but leads nowhere, and a proxy on loopback.
@@ -289,6 +291,90 @@ func TestKilled(t *testing.T) {
 		t.Errorf("down says nothing: %s", got)
 	}
 	differ(t, "kill -9, up, kill -9, down", before, h.state())
+}
+
+// What a dead daemon carried and nobody acknowledges is ended when the next one takes over: else it could go to the real
+// peer after a stop.
+func TestStaleConnections(t *testing.T) {
+	h := newHost(t)
+	granter := h.in(exec.Command(self(t), "-test.run=^TestGranter$"))
+	granter.Env = append(os.Environ(), "TEST_GRANTER=1")
+	lines, _ := granter.StdoutPipe()
+	hold, _ := granter.StdinPipe()
+	if err := granter.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { hold.Close(); granter.Wait() })
+	addr, err := bufio.NewReader(lines).ReadString('\n')
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy := "socks5://" + strings.TrimSpace(addr)
+	p := h.up("--proxy", proxy)
+	talker := h.in(exec.Command(self(t), "-test.run=^TestTalker$", "-test.v"))
+	talker.Env = append(os.Environ(), "TEST_TALK=203.0.113.9:80")
+	out, _ := talker.StdoutPipe()
+	if err := talker.Start(); err != nil {
+		t.Fatal(err)
+	}
+	r := bufio.NewReader(out)
+	said := func(what string) {
+		t.Helper()
+		for {
+			l, err := r.ReadString('\n')
+			if strings.Contains(l, what) {
+				return
+			}
+			if err != nil {
+				t.Fatalf("the program did not say %q: %v", what, err)
+			}
+		}
+	}
+	said("talking")
+	p.cmd.Process.Kill()
+	p.wait()
+	time.Sleep(700 * time.Millisecond) // two retransmissions
+	p = h.up("--proxy", proxy)
+	said("ended by")
+	talker.Wait()
+	p.await("connections that the dead viasocks carried were ended")
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	p.ends(0)
+}
+
+// TestGranter is no test but a proxy that grants everything and swallows it.
+func TestGranter(t *testing.T) {
+	if os.Getenv("TEST_GRANTER") == "" {
+		t.Skip("only a helper of TestStaleConnections")
+	}
+	s := server(t, sockstest.WithDial(func(context.Context, sockstest.Addr) (net.Conn, error) {
+		a, b := net.Pipe()
+		go io.Copy(io.Discard, b)
+		return a, nil
+	}))
+	fmt.Println(s.Addr())
+	io.Copy(io.Discard, os.Stdin)
+}
+
+// TestTalker is no test but a program that talks until its connection is ended.
+func TestTalker(t *testing.T) {
+	if os.Getenv("TEST_TALK") == "" {
+		t.Skip("only a helper of TestStaleConnections")
+	}
+	c, err := net.Dial("tcp", os.Getenv("TEST_TALK"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for first := true; ; first = false {
+		if _, err := c.Write([]byte("talk")); err != nil {
+			fmt.Println("ended by", err)
+			return
+		}
+		if first {
+			fmt.Println("talking")
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
 }
 
 // TestDialer is no test but a program of TestKilled.

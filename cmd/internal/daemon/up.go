@@ -169,6 +169,14 @@ func (u *up) start(ctx context.Context, h *host) error {
 		return err
 	}
 	u.allowed.attach(h.setEndpoints)
+	if h.Recovered() {
+		switch n, err := h.ResetStale(); {
+		case err != nil:
+			u.log.Warn("connections of the dead viasocks could not be looked for", "err", err)
+		case n > 0:
+			u.log.Info("connections that the dead viasocks carried were ended", "count", n)
+		}
+	}
 	if err := u.startPlane(cfg); err != nil {
 		return err
 	}
