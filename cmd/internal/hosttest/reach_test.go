@@ -308,7 +308,7 @@ func TestRulesOfReach(t *testing.T) {
 		works    func(*world) error
 		takeAway func(*world) int
 	}{
-		{"inbound marked by direction", false, ssh, rule("", "ct direction original .* jump")},
+		{"inbound marked by connection", false, ssh, rule("", "ct direction original .* jump")},
 		{"answers marked in the output chain", false, ssh, rule("mark_output", "meta mark set .*"+inbound)},
 		{"the mark restored in prerouting", false, published, rule("prerouting", "meta mark set .*"+inbound)},
 		{"marked answers pass the filter", false, ssh, rule("", "meta mark "+inbound+".* accept")},
