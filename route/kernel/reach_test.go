@@ -291,7 +291,7 @@ func TestLANModes(t *testing.T) {
 				t.Errorf("mode %d: passed %v, want %v", mode, got, want)
 			}
 			// A network that comes is known at once, a route of option 121 is not believed.
-			ip(t, "route add 0.0.0.0/1 via 198.51.100.1", "route add 128.0.0.0/1 via 198.51.100.1")
+			ip(t, "route add 0.0.0.0/1 via 198.51.100.1 dev eth0", "route add 128.0.0.0/1 via 198.51.100.1 dev eth0")
 			w.mustBeClosed(t, "steered")
 			down(t, h)
 			tun.Close()
