@@ -324,7 +324,9 @@ func (c *Config) chosen(s Selection) (out []term) {
 // tracked.
 func (c *Config) inboundChains(t *nfTable) {
 	m := c.Marks
+	// An error, our own filter's too, belongs to the flow that it is about, the other way round: it proves nothing.
 	in := t.chain(&nfChain{name: "inbound"})
+	in.add(ctRelated(), back())
 	in.add(ctDNAT(), setCtMark(m, m.Inbound))
 	in.add(tcpSYN(), setCtMark(m, m.Inbound))
 	in.add(keptTuple("kept4", false, true), setCtMark(m, m.Inbound))
@@ -334,6 +336,7 @@ func (c *Config) inboundChains(t *nfTable) {
 	in.add(keptTuple("old6", true, true), back())
 	in.add(setCtMark(m, m.Inbound))
 	out := t.chain(&nfChain{name: "answer"})
+	out.add(ctRelated(), back())
 	out.add(isProto(unix.IPPROTO_TCP), back())
 	out.add(keptTuple("old4", false, false), back())
 	out.add(keptTuple("old6", true, false), back())

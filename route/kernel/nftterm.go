@@ -291,3 +291,8 @@ func lapsed(set, key string) term {
 	return term{fmt.Sprintf("%q != @%s", key, set), []expr.Any{
 		&expr.Immediate{Register: 8, Data: ifname(key)}, &expr.Lookup{SourceRegister: 8, SetName: set, Invert: true}}}
 }
+
+// ctRelated matches errors about other packets, and connections that a helper expects.
+func ctRelated() term {
+	return term{"ct state related", []expr.Any{loadCt(expr.CtKeySTATE), mask32(expr.CtStateBitRELATED, 0), cmp(expr.CmpOpNeq, native32(0))}}
+}

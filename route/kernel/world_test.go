@@ -124,13 +124,14 @@ func (w *world) take() map[string]int {
 
 // probe is one try to get out; bind is a device or empty.
 type probe struct {
-	name string
-	typ  int
-	dst  string
-	port uint16
-	bind string
-	mark uint32
-	src  netip.AddrPort
+	name  string
+	typ   int
+	dst   string
+	port  uint16
+	bind  string
+	mark  uint32
+	sport int // of IPv4
+	src   netip.AddrPort
 }
 
 func sockaddr(a netip.AddrPort) unix.Sockaddr {
@@ -162,6 +163,11 @@ func (p probe) send() error {
 	}
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_BROADCAST, 1)
 	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &unix.Timeval{Sec: 1, Usec: 500000})
+	if p.sport != 0 {
+		if err := unix.Bind(fd, &unix.SockaddrInet4{Port: p.sport}); err != nil {
+			return err
+		}
+	}
 	sa := sockaddr(netip.AddrPortFrom(dst, p.port))
 	if p.typ == unix.SOCK_STREAM {
 		if p.src.IsValid() {
