@@ -195,7 +195,7 @@ func TestContainer(t *testing.T) {
 			c.Close()
 		}
 		w.take()
-		k.in(func() { _ = probe{typ: unix.SOCK_DGRAM, dst: far4, port: 7777}.send() })
+		k.in(func() { _ = probe{typ: unix.SOCK_DGRAM, dst: far4, port: 7777, sport: 5555}.send() })
 		if s := w.take(); len(s) > 0 {
 			t.Errorf("the container got out: %v", s)
 		}
