@@ -113,3 +113,42 @@ func TestGather(t *testing.T) {
 		t.Errorf("messages of %v", calls)
 	}
 }
+
+// TestResetMetWhileWriting: the app's RST comes behind its FIN, and the first to meet it is a turn that writes to the app. The FIN was
+// read, so nobody would ask the stream again: the turn itself must know that there is nothing more to hand over.
+func TestResetMetWhileWriting(t *testing.T) {
+	checkLeaks(t)
+	l, err := NewLoop(Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	f := startFlow(t, l)
+	turns := func(what string, ok func() bool) {
+		t.Helper()
+		for end := time.Now().Add(5 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("not within 5 s: %s", what)
+			}
+			l.takeNotes()
+			evs, err := l.poll.now()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, ev := range evs {
+				f.got |= eventBits(ev.Events)
+			}
+			l.run, f.queued = l.run[:0], false
+			f.turn()
+		}
+	}
+	f.app.sendFIN()
+	turns("the FIN is passed on", func() bool { return f.upDone })
+	f.app.mu.Lock()
+	f.app.rst = true // and no hint of it yet
+	f.app.mu.Unlock()
+	if _, err := f.up.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	turns("the flow ends", func() bool { return f.over })
+}
