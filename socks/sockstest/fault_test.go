@@ -58,7 +58,7 @@ func TestFaults(t *testing.T) {
 				expectErr(t, c, os.ErrDeadlineExceeded)
 				return
 			}
-			c.SetReadDeadline(time.Now().Add(5 * time.Second))
+			c.SetReadDeadline(time.Now().Add(patience))
 			expectErr(t, c, tt.err)
 		})
 	}
@@ -124,7 +124,7 @@ func TestUDPFaults(t *testing.T) {
 	}
 	before := s.Stats()
 	send(at, "dropped")
-	for end := time.Now().Add(5 * time.Second); s.Stats().UDPDropped == before.UDPDropped; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(patience); s.Stats().UDPDropped == before.UDPDropped; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("not dropped")
 		}

@@ -121,11 +121,12 @@ func (a *Association) fromClient() {
 			a.s.n.udpBad.Add(1)
 			continue
 		}
-		if _, err := u.WriteToUDPAddrPort(payload, to); err != nil {
-			a.s.n.udpBad.Add(1)
-			continue
-		}
+		// Counted first: who sees the datagram sees the count.
 		a.s.n.udpUp.Add(1)
+		if _, err := u.WriteToUDPAddrPort(payload, to); err != nil {
+			a.s.n.udpUp.Add(^uint64(0))
+			a.s.n.udpBad.Add(1)
+		}
 	}
 }
 
@@ -165,9 +166,9 @@ func (a *Association) fromWorld(u *net.UDPConn) {
 			from = v
 		}
 		a.s.mu.Unlock()
-		if a.Send(AddrFrom(from), buf[:n]) == nil {
-			a.s.n.udpDown.Add(1)
-		} else {
+		a.s.n.udpDown.Add(1)
+		if a.Send(AddrFrom(from), buf[:n]) != nil {
+			a.s.n.udpDown.Add(^uint64(0))
 			a.s.n.udpBad.Add(1)
 		}
 	}
