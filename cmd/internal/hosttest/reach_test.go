@@ -301,17 +301,22 @@ func TestRulesOfReach(t *testing.T) {
 	rule := func(chain, text string) func(*world) int {
 		return func(w *world) int { return w.deleteNftRules(chain, regexp.MustCompile(text)) }
 	}
+	// Connections of before `up`, of which each is used once: what was said before would be known from that.
+	silent := func(i int, clientFirst bool) func(*world) func(*world) error {
+		return func(w *world) func(*world) error { return w.silent(outside[i].client, outside[i].host, 2, clientFirst) }
+	}
 	const inbound = "0x79000000" // the fourth mark of the default
 	for _, tt := range []struct {
 		name     string
 		strictRP bool
 		works    func(*world) error
 		takeAway func(*world) int
+		before   func(*world) func(*world) error // what has to be there before `up`; gives works
 	}{
-		{"inbound marked by connection", false, ssh, rule("", "ct direction original .* jump")},
-		{"answers marked in the output chain", false, ssh, rule("mark_output", "meta mark set .*"+inbound)},
-		{"the mark restored in prerouting", false, published, rule("prerouting", "meta mark set .*"+inbound)},
-		{"marked answers pass the filter", false, ssh, rule("", "meta mark "+inbound+".* accept")},
+		{"inbound marked by connection", false, ssh, rule("", "ct direction original .* jump"), nil},
+		{"answers marked in the output chain", false, ssh, rule("mark_output", "meta mark set .*"+inbound), nil},
+		{"the mark restored in prerouting", false, published, rule("prerouting", "meta mark set .*"+inbound), nil},
+		{"marked answers pass the filter", false, ssh, rule("", "meta mark "+inbound+".* accept"), nil},
 		{"the ip rule of answers", false, ssh, func(w *world) (n int) {
 			for _, f := range []string{"-4", "-6"} {
 				if _, err := try("", nil, "ip", "-n", "host", f, "rule", "del", "fwmark", inbound+"/0xff000000"); err == nil {
@@ -319,16 +324,19 @@ func TestRulesOfReach(t *testing.T) {
 				}
 			}
 			return n
-		}},
-		{"the persistent TUN", false, ssh, func(w *world) int { w.ip("host", "link del "+tunName); return 1 }},
+		}, nil},
+		{"the persistent TUN", false, ssh, func(w *world) int { w.ip("host", "link del "+tunName); return 1 }, nil},
 		{"the source address of table T", false, udp, func(w *world) int {
 			w.ip("host", "route replace default dev "+tunName+" table "+tableID+" proto 118 scope link")
 			return 1
-		}},
+		}, nil},
 		{"src_valid_mark", true, ssh, func(w *world) int {
 			w.sysctl("host", map[string]string{"net/ipv4/conf/all/src_valid_mark": "0"})
 			return 1
-		}},
+		}, nil},
+		{"kept IPv4, the server speaks first", false, nil, rule("mark_output", "@kept4 "), silent(0, false)},
+		{"kept IPv6, the server speaks first", false, nil, rule("mark_output", "@kept6 "), silent(1, false)},
+		{"kept, the client speaks first", true, nil, rule("inbound", "@kept4 "), silent(0, true)},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			w := newWorld(t)
@@ -340,6 +348,9 @@ func TestRulesOfReach(t *testing.T) {
 				t.Fatal(err)
 			}
 			w.proxy(proxy4 + ":1080")
+			if tt.before != nil {
+				tt.works = tt.before(w)
+			}
 			d := w.up("--proxy", proxyURL)
 			if why := w.notClosed(); why != "" {
 				t.Skip(why)
@@ -355,6 +366,43 @@ func TestRulesOfReach(t *testing.T) {
 				t.Error("it works without its rule as well")
 			}
 		})
+	}
+}
+
+// silent opens n connections from outside to a server that says nothing unasked. The function that it gives uses one of
+// them, for the first time.
+func (w *world) silent(client, host string, n int, clientFirst bool) func(*world) error {
+	w.t.Helper()
+	const port = 2200
+	l := w.listen("host", fmt.Sprintf(":%d", port))
+	var pairs [][2]net.Conn // who speaks, who listens
+	for range n {
+		out, err := w.from(client, host, port)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		in, err := l.Accept()
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		w.t.Cleanup(func() { in.Close() })
+		if clientFirst {
+			pairs = append(pairs, [2]net.Conn{out, in})
+		} else {
+			pairs = append(pairs, [2]net.Conn{in, out})
+		}
+	}
+	patience := 10 * time.Second
+	return func(*world) error {
+		from, to := pairs[0][0], pairs[0][1]
+		pairs = pairs[1:]
+		defer func() { patience = 2 * time.Second }() // the second time nothing is to come
+		if _, err := from.Write([]byte("word")); err != nil {
+			return err
+		}
+		_ = to.SetReadDeadline(time.Now().Add(patience))
+		_, err := to.Read(make([]byte, 10))
+		return err
 	}
 }
 
