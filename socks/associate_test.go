@@ -170,7 +170,7 @@ func TestAssociate(t *testing.T) {
 	}
 	a2().Close()
 	a2().Close()
-	if _, ok := srv.WaitAssociations(0, 5*time.Second); !ok {
+	if _, ok := srv.WaitAssociations(0, patience); !ok {
 		t.Error("the server still has the association")
 	}
 	waitFor(t, func() bool { return d.Stats() == Stats{} })
@@ -228,7 +228,7 @@ func TestAssociationEnds(t *testing.T) {
 				t.Errorf("%s, late %v: %v", tt.name, late, err)
 			}
 			a.Close()
-			srv.WaitAssociations(0, 5*time.Second)
+			srv.WaitAssociations(0, patience)
 			if len(ended) > 0 {
 				t.Errorf("%s, late %v: then %v", tt.name, late, <-ended)
 			}
@@ -276,12 +276,16 @@ func TestAssociationJunk(t *testing.T) {
 		}
 		ended := make(chan error, 1)
 		a.OnClose(func(err error) { ended <- err })
+		limit := 100 * time.Millisecond
+		if tt.ends {
+			limit = patience
+		}
 		select {
 		case err := <-ended:
 			if !tt.ends || !errors.Is(err, ErrMalformed) {
 				t.Errorf("%d bytes: %v", tt.junk, err)
 			}
-		case <-time.After(100 * time.Millisecond):
+		case <-time.After(limit):
 			if tt.ends {
 				t.Errorf("%d bytes are read without end", tt.junk)
 			}
@@ -291,14 +295,15 @@ func TestAssociationJunk(t *testing.T) {
 }
 
 func TestAssociateFaults(t *testing.T) {
-	_, c, srv := setup(t, Options{HandshakeTimeout: 100 * time.Millisecond})
+	_, c, srv := setup(t, Options{})
 	srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Reply(7) })
 	if _, err := associate(t, c, context.Background()); !errors.Is(err, ReplyCommandNotSupported) {
 		t.Errorf("%v", err)
 	}
 	// No target can be silent: it is the server.
 	srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Silence() })
-	_, err := associate(t, c, context.Background())
+	hasty := newDialer(t, Options{HandshakeTimeout: 100 * time.Millisecond}).Client(c.Server())
+	_, err := associate(t, hasty, context.Background())
 	var se *ServerError
 	if !errors.As(err, &se) || errors.Is(err, ErrSilent) {
 		t.Errorf("%v", err)

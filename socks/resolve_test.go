@@ -154,6 +154,9 @@ func TestSilentResolver(t *testing.T) {
 	if !errors.As(err, &se) || se.Op != OpResolve || !(errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded)) {
 		t.Errorf("%v", err)
 	}
+	// Here the dial has time enough.
+	d = newDialer(t, Options{Resolve: block})
+	c = d.Client(c.Server())
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
 	defer cancel()
 	if _, err := connect(t, c, ctx, testDst); !errors.Is(err, context.DeadlineExceeded) || errors.As(err, &se) {
@@ -188,13 +191,20 @@ func TestConnectTimeout(t *testing.T) {
 		}
 	}
 	n.set(nil, "127.0.0.3")
-	began := time.Now()
-	_, err = connect(t, c, context.Background(), testDst)
-	var se *ServerError
-	if !errors.As(err, &se) || se.Op != OpConnect || !errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("%v", err)
-	}
-	if took := time.Since(began); took < 300*time.Millisecond || took > 600*time.Millisecond {
-		t.Errorf("took %v", took)
+	// A machine that stalls just then can make a try late, but not all of them.
+	for try := 1; ; try++ {
+		began := time.Now()
+		_, err = connect(t, c, context.Background(), testDst)
+		took := time.Since(began)
+		var se *ServerError
+		if !errors.As(err, &se) || se.Op != OpConnect || !errors.Is(err, os.ErrDeadlineExceeded) || took < 300*time.Millisecond {
+			t.Fatalf("%v after %v", err, took)
+		}
+		if took <= 600*time.Millisecond {
+			break
+		}
+		if try == 20 {
+			t.Fatalf("took %v", took)
+		}
 	}
 }

@@ -18,6 +18,9 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
+// patience is for what must happen, on a machine that may stall for seconds.
+const patience = 20 * time.Second
+
 // fakeStream is the app's end with both of its buffers in sight. The app is the test.
 type fakeStream struct {
 	mu      sync.Mutex
@@ -198,14 +201,14 @@ func (s *fakeStream) take(t testing.TB, n int) []byte {
 // wait waits until ok, which is called with the lock held.
 func (s *fakeStream) wait(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	stop := time.AfterFunc(10*time.Second, func() { s.mu.Lock(); s.cond.Broadcast(); s.mu.Unlock() })
+	stop := time.AfterFunc(patience, func() { s.mu.Lock(); s.cond.Broadcast(); s.mu.Unlock() })
 	defer stop.Stop()
 	begin := time.Now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for !ok() {
-		if time.Since(begin) >= 10*time.Second {
-			t.Fatalf("no %s after 10 s", what)
+		if time.Since(begin) >= patience {
+			t.Fatalf("no %s after %v", what, patience)
 		}
 		s.cond.Wait()
 	}
@@ -277,7 +280,7 @@ func newLoop(t testing.TB) *Loop {
 			if err != nil {
 				t.Errorf("Run: %v", err)
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(patience):
 			t.Error("Run did not return")
 		}
 	})
@@ -288,17 +291,15 @@ func checkLeaks(t testing.TB) {
 	fds := countFDs(t)
 	old := goleak.IgnoreCurrent()
 	t.Cleanup(func() {
-		goleak.VerifyNone(t, old)
-		for i := 0; ; i++ {
-			n := countFDs(t)
-			if n <= fds {
+		for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+			err, n := goleak.Find(old), countFDs(t)
+			if err == nil && n <= fds {
 				return
 			}
-			if i == 100 {
-				t.Errorf("%d fds before, %d after", fds, n)
+			if time.Now().After(end) {
+				t.Errorf("%d fds before, %d after; %v", fds, n, err)
 				return
 			}
-			time.Sleep(10 * time.Millisecond)
 		}
 	})
 }
@@ -348,7 +349,7 @@ func tcpPairOn(t testing.TB, ln net.Listener) (fd int, peer *net.TCPConn) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	c.SetDeadline(time.Now().Add(30 * time.Second))
+	c.SetDeadline(time.Now().Add(2 * time.Minute))
 	return fd, c.(*net.TCPConn)
 }
 
@@ -383,7 +384,7 @@ func (f *flowOf) result(t testing.TB) Result {
 			t.Errorf("the stream was closed %d times", closed)
 		}
 		return r
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("the relay did not end")
 	}
 	panic("unreachable")

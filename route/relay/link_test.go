@@ -66,7 +66,7 @@ func udpServer(t testing.TB, network, addr string) *net.UDPConn {
 		t.Skipf("cannot listen on %s: %v", addr, err)
 	}
 	t.Cleanup(func() { c.Close() })
-	c.SetDeadline(time.Now().Add(20 * time.Second))
+	c.SetDeadline(time.Now().Add(time.Minute))
 	c.(*net.UDPConn).SetReadBuffer(4 << 20)
 	return c.(*net.UDPConn)
 }
@@ -117,7 +117,7 @@ func (c *collector) sink(ps []flow.Packet) {
 
 func (c *collector) wait(t testing.TB, n int) []flow.Packet {
 	t.Helper()
-	late := time.After(10 * time.Second)
+	late := time.After(patience)
 	for {
 		c.mu.Lock()
 		got := c.got
@@ -363,11 +363,10 @@ func TestLinkHostile(t *testing.T) {
 	sa, _ = unix.Getsockname(fd)
 	k = openLink(t, l, fd, lyingCodec{}, c.sink)
 	srv.WriteToUDPAddrPort(good, netip.AddrPortFrom(me.Addr(), uint16(sa.(*unix.SockaddrInet4).Port)))
-	for i := 0; k.Stats().Malformed != 1; i++ {
-		if i == 1000 {
+	for end := time.Now().Add(patience); k.Stats().Malformed != 1; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
 			t.Fatalf("%+v", k.Stats())
 		}
-		time.Sleep(time.Millisecond)
 	}
 }
 
@@ -383,10 +382,12 @@ func TestLinkICMP(t *testing.T) {
 	for range 20 {
 		k.Send(p)
 	}
-	time.Sleep(10 * time.Millisecond)
-	if st := k.Stats(); st.Unreachable == 0 {
-		t.Errorf("%+v", st)
+	for end := time.Now().Add(patience); k.Stats().Unreachable == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%+v", k.Stats())
+		}
 	}
+	time.Sleep(10 * time.Millisecond) // for those of the others
 	srv = udpServer(t, "udp4", at.String())
 	if n, err := k.Send(p); n != 1 || err != nil {
 		t.Errorf("sent %d, %v", n, err)

@@ -175,21 +175,26 @@ func (k *link) deliver(b *rxBuffers, n int) (datagrams, size int) {
 			bytes += uint64(len(d))
 			b.pkts = append(b.pkts, flow.Packet{Src: src, Payload: d})
 			if len(b.pkts) == rxPackets {
-				k.sink(b.pkts)
-				b.pkts = b.pkts[:0]
+				k.hand(b, bytes)
+				bytes = 0
 			}
 		}
 	}
 	if bad > 0 {
 		k.st.malformed.Add(bad)
 	}
-	k.st.received.Add(count)
-	k.st.receivedBytes.Add(bytes)
 	if len(b.pkts) > 0 {
-		k.sink(b.pkts)
-		b.pkts = b.pkts[:0]
+		k.hand(b, bytes)
 	}
 	return int(bad + count), size
+}
+
+// hand gives what was gathered, of so many bytes, to the sink. It is counted first: who sees a datagram sees the count.
+func (k *link) hand(b *rxBuffers, bytes uint64) {
+	k.st.received.Add(uint64(len(b.pkts)))
+	k.st.receivedBytes.Add(bytes)
+	k.sink(b.pkts)
+	b.pkts = b.pkts[:0]
 }
 
 // transient: an ICMP error that a connected socket is told, or the kernel's shortage.

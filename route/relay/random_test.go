@@ -18,7 +18,7 @@ import (
 // arrives is a prefix of what was sent, all of it if that side's FIN arrived; a RST is never a FIN; and the flow ends.
 func TestRandomLives(t *testing.T) {
 	defer func(d time.Duration) { lingerLimit = d }(lingerLimit)
-	lingerLimit = 300 * time.Millisecond
+	lingerLimit = patience // a side that stalls must not lose what a RST left it
 	l := newLoop(t)
 	n := 100
 	if testing.Short() {
@@ -101,7 +101,7 @@ func randomLife(t *testing.T, l *Loop, seed uint64) {
 		}
 	}()
 	var gotDown []byte
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(2 * patience)
 	var res Result
 	for over := false; !over; {
 		select {

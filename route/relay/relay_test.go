@@ -358,8 +358,10 @@ func TestIdleCosts(t *testing.T) {
 	if each > 600 {
 		t.Errorf("%d bytes of heap for an idle relay", each)
 	}
-	if n := runtime.NumGoroutine(); n != goroutines {
-		t.Errorf("%d goroutines, were %d", n, goroutines)
+	for end := time.Now().Add(patience); runtime.NumGoroutine() > goroutines; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d goroutines, were %d", runtime.NumGoroutine(), goroutines)
+		}
 	}
 	runtime.KeepAlive(keep)
 }

@@ -126,9 +126,9 @@ func TestResetMetWhileWriting(t *testing.T) {
 	f := startFlow(t, l)
 	turns := func(what string, ok func() bool) {
 		t.Helper()
-		for end := time.Now().Add(5 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+		for end := time.Now().Add(patience); !ok(); time.Sleep(time.Millisecond) {
 			if time.Now().After(end) {
-				t.Fatalf("not within 5 s: %s", what)
+				t.Fatalf("not within %v: %s", patience, what)
 			}
 			l.takeNotes()
 			evs, err := l.poll.now()
