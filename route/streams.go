@@ -235,14 +235,14 @@ func (s *stream) finish(state string, up, down uint64, err error) {
 		return
 	}
 	r := s.r
+	r.count.up.Add(up) // who sees it gone sees its bytes
+	r.count.down.Add(down)
 	r.streams.mu.Lock()
 	delete(r.streams.byID, s.flow.ID)
 	r.streams.mu.Unlock()
 	if s.loop >= 0 {
 		r.load[s.loop].Add(-1)
 	}
-	r.count.up.Add(up)
-	r.count.down.Add(down)
 	i := s.info()
 	i.State, i.Up, i.Down = state, up, down
 	r.log.end(i, time.Since(s.flow.Start), err)

@@ -27,15 +27,25 @@ func (s *fakeSockets) Exists(proto flow.Proto, src, dst netip.AddrPort) (bool, e
 	return s.has[src] && proto == flow.UDP && !dst.IsValid(), nil
 }
 
+// age makes what the apps sent last so much older.
+func (g *rig) age(by time.Duration) {
+	g.udp.mu.Lock()
+	defer g.udp.mu.Unlock()
+	for _, m := range g.udp.all {
+		m.lastUp -= int64(by)
+	}
+}
+
 func TestUDPLife(t *testing.T) {
 	checkLeaks(t)
+	const pinnedFor = 50 * time.Millisecond
 	var u manualUpstream
 	pinned := netip.MustParseAddrPort("10.0.0.1:5001")
 	sockets := &fakeSockets{has: map[netip.AddrPort]bool{pinned: true}}
 	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p", Sockets: sockets}, func(r *Router) {
-		r.sweepEvery, r.udp.life, r.udp.shortLife, r.udp.pinned = 10*time.Millisecond, 600*time.Millisecond, 100*time.Millisecond, 50*time.Millisecond
+		r.sweepEvery, r.udp.life, r.udp.shortLife, r.udp.pinned = 10*time.Millisecond, time.Hour, 100*time.Millisecond, pinnedFor
+		r.epoch = r.epoch.Add(-2 * time.Hour) // for age
 	})
-	begin := time.Now()
 	g.send("10.0.0.1:5000", "203.0.113.1:1000", "a")
 	g.send("10.0.0.1:5001", "203.0.113.1:1000", "a")
 	g.send("10.0.0.1:5002", "203.0.113.1:53", "a")
@@ -44,21 +54,22 @@ func TestUDPLife(t *testing.T) {
 		u.ask(t, i).done(links[i], nil)
 	}
 	eventually(t, "the DNS mapping to end", func() bool { return g.Stats().MappingsNow == 2 })
-	if d := time.Since(begin); d > 500*time.Millisecond {
-		t.Errorf("it took %v", d)
+	for _, f := range g.Flows() {
+		if f.Dst.Port() == 53 {
+			t.Errorf("not the DNS mapping: %+v", f)
+		}
 	}
+	begin := time.Now()
+	g.age(time.Hour)
 	eventually(t, "the mapping without a socket to end", func() bool { return g.Stats().MappingsNow == 1 })
-	if d := time.Since(begin); d < 600*time.Millisecond {
-		t.Errorf("it lived %v only", d)
-	}
 	time.Sleep(300 * time.Millisecond)
 	if f := g.Flows(); len(f) != 1 || f[0].Src != pinned {
 		t.Fatalf("%+v", f)
 	}
-	if sockets.asks > 20 {
-		t.Errorf("the sockets were asked about %d times", sockets.asks)
-	}
 	sockets.mu.Lock()
+	if most := 3 + int(time.Since(begin)/pinnedFor); sockets.asks > most {
+		t.Errorf("the sockets were asked about %d times, more than %d", sockets.asks, most)
+	}
 	delete(sockets.has, pinned)
 	sockets.mu.Unlock()
 	eventually(t, "the last one to end", func() bool { return g.Stats().MappingsNow == 0 })
@@ -98,13 +109,14 @@ func TestUDPUnreachableByConnected(t *testing.T) {
 	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p", Sockets: sockets}, nil)
 	g.send("10.0.0.1:5000", "203.0.113.1:1000", "a")
 	u.ask(t, 0).done(&fakeLink{}, nil)
+	begin := time.Now()
 	for range 100 {
 		g.HandleUnreachable(app)
 	}
 	asked := func() int { sockets.mu.Lock(); defer sockets.mu.Unlock(); return sockets.asks }
-	eventually(t, "a look at the socket", func() bool { return asked() == 1 })
+	eventually(t, "a look at the socket", func() bool { return asked() > 0 })
 	time.Sleep(20 * time.Millisecond)
-	if s := g.Stats(); s.MappingsNow != 1 || asked() != 1 {
+	if s := g.Stats(); s.MappingsNow != 1 || asked() > 1+int(time.Since(begin)/time.Duration(askGone)) {
 		t.Errorf("%d mappings, %d looks at the socket", s.MappingsNow, asked())
 	}
 	sockets.mu.Lock()
@@ -182,18 +194,21 @@ func TestUDPLifeByAnswers(t *testing.T) {
 	checkLeaks(t)
 	var u manualUpstream
 	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p"}, func(r *Router) {
-		r.sweepEvery, r.udp.life = 10*time.Millisecond, 200*time.Millisecond
+		r.sweepEvery, r.udp.life = 10*time.Millisecond, time.Hour
+		r.epoch = r.epoch.Add(-2 * time.Hour) // for age
 	})
 	g.send("10.0.0.1:5000", "203.0.113.1:1000", "a", "b")
 	ask := u.ask(t, 0)
 	ask.done(&fakeLink{}, nil)
-	for range 30 {
-		ask.sink([]flow.Packet{datagram("203.0.113.1:1000", "10.0.0.1:5000", "x")})
-		time.Sleep(20 * time.Millisecond)
-	}
+	ask.sink([]flow.Packet{datagram("203.0.113.1:1000", "10.0.0.1:5000", "x")})
+	g.age(time.Hour)
+	time.Sleep(200 * time.Millisecond)
 	if s := g.Stats(); s.MappingsNow != 1 {
 		t.Errorf("%+v", s)
 	}
+	g.udp.mu.Lock()
+	g.udp.all[0].lastDown.Add(-int64(time.Hour))
+	g.udp.mu.Unlock()
 	eventually(t, "the end", func() bool { return g.Stats().MappingsNow == 0 })
 }
 
@@ -203,7 +218,7 @@ func TestUDPFlapping(t *testing.T) {
 	checkLeaks(t)
 	var u manualUpstream
 	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p"}, func(r *Router) {
-		r.retryFirst, r.retryMax, r.livedLong = 20*time.Millisecond, time.Minute, 2*time.Second
+		r.retryFirst, r.retryMax, r.livedLong = 20*time.Millisecond, time.Hour, time.Hour
 	})
 	g.send("10.0.0.1:5000", "203.0.113.1:1000", "a")
 	begin := time.Now()
@@ -219,12 +234,9 @@ func TestUDPFlapping(t *testing.T) {
 	a.done(&fakeLink{}, nil)
 	eventually(t, "the link", func() bool { return g.Flows()[0].State == "open" })
 	g.udp.mu.Lock()
-	g.udp.all[0].assocs[0].opened -= int64(3 * time.Second)
+	g.udp.all[0].assocs[0].opened -= int64(time.Hour)
+	g.udp.all[0].assocs[0].failures = 12 // were they not forgotten, it would take more than a minute
 	g.udp.mu.Unlock()
-	begin = time.Now()
 	a.closed(nil)
 	u.ask(t, 6).done(&fakeLink{}, nil)
-	if d := time.Since(begin); d > 200*time.Millisecond {
-		t.Errorf("it took %v to be made again", d)
-	}
 }

@@ -18,10 +18,14 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 )
 
+// patience is for what must happen, on a machine that may stall for seconds.
+const patience = 20 * time.Second
+
 // fakeResolver answers on loopback by what its function says: nil is no answer, an empty slice closes the connection.
 type fakeResolver struct {
 	l     net.Listener
 	conns atomic.Int32
+	ended atomic.Int32 // of conns
 	wg    sync.WaitGroup
 }
 
@@ -40,6 +44,7 @@ func newFakeResolver(t *testing.T, answer func(query []byte) []byte) *fakeResolv
 			}
 			f.conns.Add(1)
 			f.wg.Go(func() {
+				defer f.ended.Add(1)
 				defer c.Close()
 				var mu sync.Mutex
 				var lb [2]byte
@@ -108,9 +113,15 @@ func checkLeaks(t *testing.T) {
 	}
 	fds := countFDs(t)
 	t.Cleanup(func() {
-		goleak.VerifyNone(t)
-		if n := countFDs(t); n > fds {
-			t.Errorf("%d fds are open, %d were", n, fds)
+		for end := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
+			err, n := goleak.Find(), countFDs(t)
+			if err == nil && n <= fds {
+				return
+			}
+			if time.Now().After(end) {
+				t.Errorf("%d fds are open, %d were; %v", n, fds, err)
+				return
+			}
 		}
 	})
 }
@@ -120,6 +131,9 @@ func start(t *testing.T, cfg Config) *Server {
 	t.Helper()
 	if cfg.Dial == nil {
 		cfg.Dial = dialTCP
+	}
+	if cfg.Timeout == 0 {
+		cfg.Timeout = patience
 	}
 	s, err := New(cfg)
 	if err != nil {
@@ -144,8 +158,8 @@ func ask(t *testing.T, s *Server, query []byte) []byte {
 	select {
 	case b := <-got:
 		return b
-	case <-time.After(5 * time.Second):
-		t.Fatal("no reply in 5 s")
+	case <-time.After(2 * patience):
+		t.Fatal("no reply")
 		return nil
 	}
 }
@@ -245,43 +259,64 @@ func TestFailover(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			cfg := Config{Timeout: 2 * time.Second, Dial: dialTCP}
-			for _, r := range tt.resolvers {
-				cfg.Resolvers = append(cfg.Resolvers, r.addr())
-			}
-			s, err := New(cfg)
-			if err != nil {
-				t.Fatal(err)
-			}
-			ctx, cancel := context.WithCancel(t.Context())
-			over := make(chan struct{})
-			go func() { _ = s.Run(ctx); close(over) }()
-			defer func() { cancel(); <-over }()
-			begin := time.Now()
-			if rc := rcodeOf(t, ask(t, s, makeQuestion(t, "a.example.", 0, nil))); rc != tt.want {
-				t.Errorf("got %v, want %v", rc, tt.want)
-			}
-			if d := time.Since(begin); d > tt.max {
-				t.Errorf("it took %v", d)
-			}
-			if tt.want == 0 { // and the good one is asked first from now on
-				begin = time.Now()
-				rcodeOf(t, ask(t, s, makeQuestion(t, "b.example.", 0, nil)))
-				if d := time.Since(begin); d > 500*time.Millisecond {
-					t.Errorf("the second question took %v", d)
+			// A machine that stalls just then can spoil a try, but not all of them.
+			for try := 1; ; try++ {
+				err := failover(t, tt.resolvers, tt.want, tt.max)
+				if err == nil {
+					break
+				}
+				t.Log(err)
+				if try == 10 {
+					t.Fatal("no try went well")
 				}
 			}
 		})
 	}
 }
 
+// failover asks a server of these resolvers, which must answer with want, within limit.
+func failover(t *testing.T, resolvers []*fakeResolver, want dnsmessage.RCode, limit time.Duration) error {
+	t.Helper()
+	cfg := Config{Timeout: 2 * time.Second, Dial: dialTCP}
+	for _, r := range resolvers {
+		cfg.Resolvers = append(cfg.Resolvers, r.addr())
+	}
+	s, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	over := make(chan struct{})
+	go func() { _ = s.Run(ctx); close(over) }()
+	defer func() { cancel(); <-over }()
+	begin := time.Now()
+	if rc := rcodeOf(t, ask(t, s, makeQuestion(t, "a.example.", 0, nil))); rc != want {
+		return fmt.Errorf("got %v, want %v", rc, want)
+	}
+	if d := time.Since(begin); d > limit {
+		return fmt.Errorf("it took %v", d)
+	}
+	if want == 0 { // and the good one is asked first from now on
+		begin = time.Now()
+		rcodeOf(t, ask(t, s, makeQuestion(t, "b.example.", 0, nil)))
+		if d := time.Since(begin); d > 500*time.Millisecond {
+			return fmt.Errorf("the second question took %v", d)
+		}
+	}
+	return nil
+}
+
 func TestIdleClose(t *testing.T) {
 	checkLeaks(t)
 	f := newFakeResolver(t, func(q []byte) []byte { return makeAnswer(t, q, 1) })
 	s := start(t, Config{Resolvers: []netip.AddrPort{f.addr()}, IdleClose: 200 * time.Millisecond})
-	for range 2 {
+	for i := range 2 {
 		rcodeOf(t, ask(t, s, makeQuestion(t, "a.", 0, nil)))
-		time.Sleep(500 * time.Millisecond)
+		for end := time.Now().Add(patience); f.ended.Load() != int32(i+1); time.Sleep(5 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("%d of %d connections ended", f.ended.Load(), f.conns.Load())
+			}
+		}
 	}
 	if n := f.conns.Load(); n != 2 {
 		t.Errorf("%d connections, want 2: an idle one is closed and made anew", n)
@@ -308,23 +343,44 @@ func TestResolverCloses(t *testing.T) {
 
 func TestBounds(t *testing.T) {
 	checkLeaks(t)
+	// When the questions take longer than a question's time, the first are over before the last come: then once more.
+	for try := 1; !bounds(t); try++ {
+		if try == 20 {
+			t.Fatal("this machine is too slow")
+		}
+	}
+}
+
+func bounds(t *testing.T) (inTime bool) {
+	t.Helper()
+	const timeout = 300 * time.Millisecond
 	dials := make(chan func(int, error), 1)
-	s := start(t, Config{Resolvers: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:1")}, InFlight: 8, Timeout: 300 * time.Millisecond,
+	s := start(t, Config{Resolvers: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:1")}, InFlight: 8, Timeout: timeout,
 		Dial: func(ctx context.Context, _ netip.AddrPort, done func(int, error)) {
 			context.AfterFunc(ctx, func() { done(-1, ctx.Err()) })
 			dials <- done
 		}})
 	var failed atomic.Int32
+	begin := time.Now()
 	for range 1000 {
 		s.Handle(makeQuestion(t, "a.", 0, nil), func(b []byte) { failed.Add(1) })
 	}
-	time.Sleep(700 * time.Millisecond)
+	if time.Since(begin) >= timeout {
+		return false
+	}
+	for end := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
+		st := s.Stats()
+		if st.Failed+st.Dropped == 1000 && uint64(failed.Load()) == st.Failed {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%+v, %d answers", st, failed.Load())
+		}
+	}
 	if n := failed.Load(); n < 8 || n > 16 || len(dials) != 1 {
 		t.Errorf("%d answers and %d dials, want SERVFAIL for the 8 that were taken, and one dial", n, len(dials))
 	}
-	if st := s.Stats(); st.Failed+st.Dropped != 1000 {
-		t.Errorf("%+v", st)
-	}
+	return true
 }
 
 func TestNewErrors(t *testing.T) {
