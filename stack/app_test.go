@@ -31,6 +31,9 @@ var (
 	srv6   = netip.MustParseAddrPort("[2001:db8::7]:80")
 )
 
+// patience is for what must happen, on a machine that may stall for seconds.
+const patience = 30 * time.Second
+
 const offAll = tun.VnetHdr | tun.TSO | tun.USO
 
 var offloads = map[string]tun.Offload{"full": offAll, "nouso": tun.VnetHdr | tun.TSO, "vnet": tun.VnetHdr, "off": 0}
@@ -91,7 +94,7 @@ func (a *testApp) dialFrom(ctx context.Context, src, dst netip.AddrPort) (*gonet
 
 func (a *testApp) mustDial(dst netip.AddrPort) *gonet.TCPConn {
 	a.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	c, err := a.dial(ctx, dst)
 	if err != nil {
@@ -171,12 +174,12 @@ func (c *testConn) opened() error {
 	return c.err
 }
 
-var errTime = errors.New("nothing happened for 10 s")
+var errTime = errors.New("nothing happened for " + patience.String())
 
 // await waits for one of the events.
 func (c *testConn) await(ev flow.Events) error {
 	late := false
-	tm := time.AfterFunc(10*time.Second, func() {
+	tm := time.AfterFunc(patience, func() {
 		c.mu.Lock()
 		late = true
 		c.mu.Unlock()
@@ -271,11 +274,15 @@ func checkLeaks(t testing.TB) {
 	ignore := goleak.IgnoreCurrent()
 	fds := countFDs(t)
 	t.Cleanup(func() {
-		if err := goleak.Find(ignore); err != nil {
-			t.Error(err)
-		}
-		if n := countFDs(t); n > fds {
-			t.Errorf("%d file descriptors before, %d after", fds, n)
+		for end := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
+			err, n := goleak.Find(ignore), countFDs(t)
+			if err == nil && n <= fds {
+				return
+			}
+			if time.Now().After(end) {
+				t.Errorf("%d file descriptors before, %d after; %v", fds, n, err)
+				return
+			}
 		}
 	})
 }
@@ -293,7 +300,7 @@ func (p *testPair) request() flow.StreamRequest {
 	select {
 	case r := <-p.reqs:
 		return r
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		p.t.Fatal("no request came")
 		return nil
 	}
@@ -308,7 +315,7 @@ func (p *testPair) connect(dst netip.AddrPort) (*gonet.TCPConn, *testConn) {
 	}
 	ch := make(chan res, 1)
 	go func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
 		c, err := p.dial(ctx, dst)
 		ch <- res{c, err}

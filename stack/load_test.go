@@ -140,7 +140,7 @@ func TestThousand(t *testing.T) {
 			want := make([]byte, 20<<10)
 			rand.Read(want)
 			errs := make(chan error, n)
-			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+			ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
 			defer cancel()
 			for i := range n {
 				go func() {
@@ -155,7 +155,7 @@ func TestThousand(t *testing.T) {
 						c.Write(want)
 						c.CloseWrite()
 					}()
-					c.SetReadDeadline(time.Now().Add(time.Minute))
+					c.SetReadDeadline(time.Now().Add(4 * time.Minute))
 					got, err := io.ReadAll(c)
 					if err == nil && !bytes.Equal(got, want) {
 						err = fmt.Errorf("%d bytes of %d", len(got), len(want))
@@ -233,11 +233,10 @@ func TestStuckApp(t *testing.T) {
 		app.Close()
 	}
 	after := 0
-	for range 100 {
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
 		if after = heapBytes() - before; after < max(got/2, n*64<<10) { // the pipe keeps its buffers
 			return
 		}
-		time.Sleep(20 * time.Millisecond)
 	}
 	t.Errorf("%d KiB of heap for each stream remain", after/n>>10)
 }
@@ -317,7 +316,7 @@ func TestBadPayload(t *testing.T) {
 
 func TestResetAllRefuses(t *testing.T) {
 	p := newPair(t, offAll, Config{})
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	errs := make(chan error, 1)
 	go func() {
@@ -400,20 +399,26 @@ func TestSuperFrames(t *testing.T) {
 		{"up", app, up, func() (uint64, uint64) { s := p.st.Stats(); return s.FramesIn, s.BytesIn }},
 	} {
 		const n = 30 << 20
-		f0, b0 := tt.in()
-		go func() {
-			b := make([]byte, 65160)
-			for m := 0; m < n; m += len(b) {
-				tt.w.Write(b[:min(len(b), n-m)])
+		// A machine that stalls costs retransmissions, and short frames after them: not each time.
+		for try := 1; ; try++ {
+			f0, b0 := tt.in()
+			go func() {
+				b := make([]byte, 65160)
+				for m := 0; m < n; m += len(b) {
+					tt.w.Write(b[:min(len(b), n-m)])
+				}
+			}()
+			if _, err := io.CopyN(io.Discard, tt.r, n); err != nil {
+				t.Fatal(err)
 			}
-		}()
-		if _, err := io.CopyN(io.Discard, tt.r, n); err != nil {
-			t.Fatal(err)
-		}
-		f1, b1 := tt.in()
-		t.Logf("%s: %d frames of %d bytes on average for %d MiB, acknowledgements included", tt.name, f1-f0, (b1-b0)/(f1-f0), n>>20)
-		if f1-f0 > n/20_000 {
-			t.Errorf("%s: the frames are short", tt.name)
+			f1, b1 := tt.in()
+			t.Logf("%s: %d frames of %d bytes on average for %d MiB, acknowledgements included", tt.name, f1-f0, (b1-b0)/(f1-f0), n>>20)
+			if f1-f0 <= n/20_000 {
+				break
+			}
+			if try == 5 {
+				t.Fatalf("%s: the frames are short", tt.name)
+			}
 		}
 	}
 }
@@ -438,7 +443,7 @@ func TestTinyWrites(t *testing.T) {
 	}
 	must(t, up.st.CloseWrite())
 	<-read
-	app.SetReadDeadline(time.Now().Add(10 * time.Second))
+	app.SetReadDeadline(time.Now().Add(patience))
 	got, err := io.ReadAll(app)
 	must(t, err)
 	if len(got) < want.Len() || !bytes.Equal(got[len(got)-want.Len():], want.Bytes()) {

@@ -53,6 +53,25 @@ var states = map[string]struct {
 	}},
 }
 
+// inState gives a connection in one of the states. A machine that stalls can spoil a try: what looked like an app's full
+// buffer was one that it did not come to fill.
+func inState(t *testing.T, name string) (*testPair, *gonet.TCPConn, *testConn) {
+	t.Helper()
+	for try := 1; ; try++ {
+		p := newPair(t, offAll, Config{})
+		app, up := p.connect(srv4)
+		states[name].get(t, app, up)
+		for end := time.Now().Add(2 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+			if up.state() == states[name].state {
+				return p, app, up
+			}
+		}
+		if try == 10 {
+			t.Fatalf("state %v", up.state())
+		}
+	}
+}
+
 func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
@@ -63,7 +82,7 @@ func must(t testing.TB, err error) {
 // fillUp writes until the app's window is shut and our buffer full.
 func fillUp(t testing.TB, up *testConn) (n int) {
 	b := make([]byte, 64<<10)
-	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); {
 		m, err := up.st.WriteFrom(strings.NewReader(string(b)))
 		n += m
 		if errors.Is(err, flow.ErrAgain) {
@@ -93,14 +112,9 @@ func (a *testApp) abort() {
 }
 
 func TestAppResets(t *testing.T) {
-	for name, tt := range states {
+	for name := range states {
 		t.Run(name, func(t *testing.T) {
-			p := newPair(t, offAll, Config{})
-			app, up := p.connect(srv4)
-			tt.get(t, app, up)
-			if s := up.state(); s != tt.state {
-				t.Fatalf("state %v", s)
-			}
+			p, _, up := inState(t, name)
 			p.abort()
 			must(t, up.await(flow.Hup))
 			if name == "ESTABLISHED with unread data" {
@@ -155,12 +169,10 @@ func TestWriteSeesReset(t *testing.T) {
 }
 
 func TestAbort(t *testing.T) {
-	for name, tt := range states {
+	for name := range states {
 		for _, how := range []string{"Abort", "Close", "ResetAll"} {
 			t.Run(name+"/"+how, func(t *testing.T) {
-				p := newPair(t, offAll, Config{})
-				app, up := p.connect(srv4)
-				tt.get(t, app, up)
+				p, app, up := inState(t, name)
 				switch how {
 				case "Abort":
 					up.st.Abort()
@@ -173,7 +185,7 @@ func TestAbort(t *testing.T) {
 				case "ResetAll":
 					p.st.ResetAll()
 				}
-				app.SetReadDeadline(time.Now().Add(5 * time.Second))
+				app.SetReadDeadline(time.Now().Add(patience))
 				var err error
 				for err == nil {
 					_, err = app.Read(make([]byte, 64<<10))
@@ -181,8 +193,10 @@ func TestAbort(t *testing.T) {
 				// gVisor, as the app, reads EOF first where it had one, and a RST in CLOSE_WAIT as EOF: there its
 				// write tells.
 				if name == "FIN_WAIT_2" && err == io.EOF {
-					time.Sleep(20 * time.Millisecond)
-					_, err = app.Write([]byte("x"))
+					err = nil
+					for end := time.Now().Add(patience); err == nil && time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+						_, err = app.Write([]byte("x"))
+					}
 				}
 				var op *net.OpError
 				if !errors.As(err, &op) || op.Timeout() {
@@ -204,9 +218,9 @@ func TestAbort(t *testing.T) {
 
 func waitFor(t testing.TB, what string, f func() bool) {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); !f(); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(patience); !f(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("waited 10 s for %s", what)
+			t.Fatalf("waited %v for %s", patience, what)
 		}
 	}
 }

@@ -132,7 +132,7 @@ func dialUDP(t *testing.T, to netip.AddrPort) *net.UDPConn {
 	}
 	t.Cleanup(func() { c.Close() })
 	_ = c.SetReadBuffer(4 << 20)
-	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(2 * patience))
 	return c
 }
 
@@ -317,7 +317,7 @@ func TestKernelUDPRules(t *testing.T) {
 		t.Fatal(err)
 	}
 	hold <- struct{}{}
-	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(2 * patience))
 	b := make([]byte, 100)
 	n, from, err := c.ReadFromUDPAddrPort(b)
 	if err != nil || string(b[:n]) != "hello" || from != stranger {
