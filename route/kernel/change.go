@@ -40,6 +40,7 @@ func (h *Host) become(c Config) error {
 	if err := h.applyFilter(); err != nil {
 		return err
 	}
+	h.clearMarks(h.c.Marks.Direct) // whoever is still let out gets it anew
 	_, err = h.reconcile()
 	return err
 }

@@ -1,43 +1,63 @@
 package kernel
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
 // maxCleared bounds how many flows are asked to forget our mark: it is of use to nobody once we are gone.
 const maxCleared = 1 << 16
 
-// clearMarks takes our bits out of the marks of the flows that live on. Best effort.
-func (h *Host) clearMarks() {
+// Of linux/netfilter/nfnetlink_conntrack.h.
+const (
+	ctUpdate, ctGet                                    = 0, 1
+	ctaTupleOrig, ctaMark, ctaZone, ctaMarkMask uint16 = 1, 8, 18, 21
+)
+
+// clearMarks takes our bits out of the marks of the flows that live on, of those whose bits are what, or of all (0). Best
+// effort. It hands each flow's own description
+// back to the kernel, whatever its protocol: there are more kinds than TCP and UDP.
+func (h *Host) clearMarks(what uint32) {
 	m := h.c.Marks.Mask
 	if m == 0 {
 		return
 	}
-	ct, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
-	if err != nil {
-		return
-	}
-	defer ct.Close()
 	n := 0
 	for _, f := range h.families {
-		flows, err := ct.ConntrackTableList(netlink.ConntrackTable, netlink.InetFamily(f))
-		if err != nil {
+		list := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_CTNETLINK<<8|ctGet, unix.NLM_F_DUMP)
+		list.AddData(&nl.Nfgenmsg{NfgenFamily: uint8(f), Version: unix.NFNETLINK_V0})
+		flows, err := list.Execute(unix.NETLINK_NETFILTER, 0)
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 			continue
 		}
 		for _, flow := range flows {
-			if flow.Mark&m == 0 {
+			if len(flow) < nl.SizeofNfgenmsg {
+				continue
+			}
+			a := attrs(flow[nl.SizeofNfgenmsg:])
+			if len(a[ctaMark]) != 4 {
+				continue
+			}
+			if bits := binary.BigEndian.Uint32(a[ctaMark]) & m; bits == 0 || what != 0 && bits != what {
 				continue
 			}
 			if n++; n > maxCleared {
 				return
 			}
-			only := &netlink.ConntrackFlow{FamilyType: flow.FamilyType, Forward: flow.Forward, Reverse: flow.Reverse, Mark: flow.Mark &^ m}
-			_ = ct.ConntrackUpdate(netlink.ConntrackTable, netlink.InetFamily(f), only)
+			change := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_CTNETLINK<<8|ctUpdate, unix.NLM_F_ACK)
+			change.AddData(&nl.Nfgenmsg{NfgenFamily: uint8(f), Version: unix.NFNETLINK_V0})
+			change.AddRawData(nested(ctaTupleOrig, a[ctaTupleOrig]))
+			if zone := a[ctaZone]; zone != nil {
+				change.AddRawData(attr(ctaZone, zone))
+			}
+			change.AddRawData(cat(attrU32(ctaMark, 0), attrU32(ctaMarkMask, m)))
+			_, _ = change.Execute(unix.NETLINK_NETFILTER, 0)
 		}
 	}
 }

@@ -258,17 +258,7 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 		c.inboundChains(t)
 		pre.add(ctDirection(false), ctMark(m, 0, true), daddrType("local", unix.RTN_LOCAL), jump("inbound"))
 	}
-	if !c.Include.empty() {
-		ch := t.chain(&nfChain{name: "choose_forward"})
-		for _, x := range c.chosen(c.Include) {
-			ch.add(x, back())
-		}
-		for _, d := range c.Include.Devices {
-			ch.add(iif(d, true), back())
-		}
-		ch.add(setCtMark(m, m.Direct))
-		pre.add(ctMark(m, 0, true), jump("choose_forward"))
-	}
+	c.forwardedChains(t, pre)
 	for _, v := range []uint32{m.Own, m.Direct, m.Inbound} {
 		pre.add(ctMark(m, v, true), setMetaMark(m, v))
 	}
@@ -278,6 +268,13 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 	out.add(metaMark(m, m.Own, true), ctMark(m, m.Own, false), jump("own"))
 	out.add(metaMark(m, m.Own, true), back())
 	out.add(metaMark(m, m.Direct, true), setCtMark(m, m.Direct))
+	// Whoever has a socket is asked anew: addresses and ports, or what is excluded, may be another's by now. The mark of
+	// the flow is for those that have none, as in TIME_WAIT.
+	anybody := skuid(UIDRange{0, ^uint32(0)}, true)
+	out.add(metaMark(m, m.Direct, false), ctMark(m, m.Direct, true), anybody, setCtMark(m, 0))
+	if !c.Include.empty() { // the same; an answer to what came out of the TUN stays what it is
+		out.add(ctDirection(false), ctMark(m, m.Captured, true), anybody, setCtMark(m, 0))
+	}
 	if !c.CarryInbound {
 		out.add(keptTuple("kept4", false, false), setCtMark(m, m.Inbound))
 		out.add(keptTuple("kept6", true, false), setCtMark(m, m.Inbound))
@@ -295,17 +292,55 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 		if err != nil {
 			return err
 		}
+		// For when the flow has no socket any more that would tell.
+		t.chain(&nfChain{name: "chosen"}).add(anybody, setCtMark(m, m.Captured))
 		ch := t.chain(&nfChain{name: "choose"})
 		for _, x := range include {
-			ch.add(x, back())
+			ch.add(x, goTo("chosen"))
 		}
 		ch.add(setCtMark(m, m.Direct))
 		out.add(ctMark(m, 0, true), jump("choose"))
+		// What conntrack does not take for a packet of a flow has no mark but its own.
+		bad := t.chain(&nfChain{name: "choose_untracked"})
+		for _, x := range include {
+			bad.add(x, back())
+		}
+		bad.add(setMetaMark(m, m.Direct))
+		out.add(ctNone(), jump("choose_untracked"))
 	}
 	for _, v := range []uint32{m.Inbound, m.Direct} {
 		out.add(ctMark(m, v, true), setMetaMark(m, v))
 	}
 	return nil
+}
+
+// forwardedChains choose among what goes through this host. Answers are not asked, nor what is for the host itself: their
+// destination is not the flow's.
+func (c *Config) forwardedChains(t *nfTable, pre *nfChain) {
+	m := c.Marks
+	if c.Include.empty() && len(c.Exclude.Devices) == 0 {
+		return
+	}
+	fwd := t.chain(&nfChain{name: "forwarded"})
+	fwd.add(daddrType("local", unix.RTN_LOCAL), back())
+	for _, d := range c.Exclude.Devices {
+		fwd.add(iif(d, true), ctMark(m, 0, true), setCtMark(m, m.Direct))
+	}
+	if !c.Include.empty() {
+		ch := t.chain(&nfChain{name: "choose_forward"})
+		for _, x := range c.chosen(c.Include) {
+			ch.add(x, back())
+		}
+		for _, d := range c.Include.Devices {
+			ch.add(iif(d, true), back())
+		}
+		ch.add(setCtMark(m, m.Direct))
+		fwd.add(ctMark(m, 0, true), jump("choose_forward"))
+		if c.CarryInbound { // answers are asked as the rest
+			pre.add(ctDirection(true), ctMark(m, 0, true), jump("choose_forward"))
+		}
+	}
+	pre.add(ctDirection(false), jump("forwarded"))
 }
 
 // chosen are the conditions that hold for forwarded packets too.
@@ -376,6 +411,7 @@ func (c *Config) refuseChains(t *nfTable, st filterState) {
 	pass := t.chain(&nfChain{name: "pass"})
 	pass.add(ctMark(m, m.Own, true), accept())
 	pass.add(metaMark(m, m.Direct, true), accept())
+	pass.add(ctMark(m, m.Direct, true), accept()) // somebody else has put another mark over ours
 	pass.add(metaMark(m, m.Inbound, true), ctMark(m, m.Inbound, true), accept())
 	hostTerms(pass, st)
 	exclude, _ := c.terms(c.Exclude, false)

@@ -182,6 +182,11 @@ func ctNew() term {
 	return term{"ct state new", []expr.Any{loadCt(expr.CtKeySTATE), mask32(expr.CtStateBitNEW, 0), cmp(expr.CmpOpNeq, native32(0))}}
 }
 
+// ctNone matches what belongs to no flow: conntrack leaves it alone, or can't make sense of it.
+func ctNone() term {
+	return term{"ct state invalid,untracked", []expr.Any{loadCt(expr.CtKeySTATE), mask32(expr.CtStateBitINVALID|expr.CtStateBitUNTRACKED, 0), cmp(expr.CmpOpNeq, native32(0))}}
+}
+
 // daddrType asks what the destination is to this host.
 func daddrType(name string, rtn uint32) term {
 	return term{"fib daddr type " + name, []expr.Any{&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true}, cmp(expr.CmpOpEq, native32(rtn))}}

@@ -48,6 +48,7 @@ type rule struct {
 //	P+2  what is excluded             goto END
 //	P+3  port 53                      lookup T
 //	P+4  to connected networks        goto END, or unreachable
+//	P+4  by a device that leads out   goto END, with Include
 //	P+5                               lookup T
 //	P+6                               unreachable
 //	P+19                              nop
@@ -118,6 +119,13 @@ func (c *Config) rules(family int, l links) (out []rule) {
 			continue
 		}
 		seen[n.prefix] = true
+	}
+	if !c.Include.empty() {
+		// Sockets that are bound to a device, and that nobody included, would find nothing in T. The filter refuses those
+		// that are included.
+		for _, d := range l.out {
+			add(atLAN, rule{oif: d, jump: end})
+		}
 	}
 	// What closes comes before what steers, so that there is no moment between.
 	if !c.FailOpen {

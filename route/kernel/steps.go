@@ -29,6 +29,9 @@ func (h *Host) Shut() error {
 		return err
 	}
 	h.shut = true
+	if h.recovered { // what the dead one let past the proxy need not be what we do
+		h.clearMarks(h.c.Marks.Direct)
+	}
 	if err := h.setSysctls(); err != nil {
 		return err
 	}
@@ -196,7 +199,7 @@ func (h *Host) restore(tun bool) (removed []string, err error) {
 		errs = append(errs, writeSysctl(s.Key, s.Old))
 		removed = append(removed, "setting of "+s.Key)
 	}
-	h.clearMarks()
+	h.clearMarks(0)
 	if h.nf != nil {
 		t, err := h.removeFilter()
 		removed, errs = append(removed, t...), append(errs, err)
