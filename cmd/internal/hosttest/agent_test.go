@@ -16,8 +16,9 @@ import (
 // agent is a process in another cgroup that opens sockets for the test. A socket belongs to the cgroup in which it was
 // opened, whoever holds it.
 type agent struct {
-	fd  int
-	why error // why there is none
+	fd     int
+	cgroup string // its path below the mount
+	why    error  // why there is none
 }
 
 // agentMain opens sockets in the process's namespace and cgroup until its standard input ends.
@@ -89,7 +90,7 @@ func (a *agent) start(w *world) error {
 		unix.Close(pair[0])
 		return err
 	}
-	a.fd = pair[0]
+	a.fd, a.cgroup = pair[0], filepath.Base(dir)
 	w.t.Cleanup(func() {
 		unix.Close(a.fd)
 		_ = cmd.Wait()

@@ -1,6 +1,7 @@
 package hosttest
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -247,7 +248,11 @@ func rawType(typ, proto int, body []byte, opts ...option) shot {
 		if err := p.apply(g, fd, opts); err != nil {
 			return err
 		}
-		return unix.Sendto(fd, append(append([]byte(nil), body...), b...), 0, sockaddr(netip.AddrPortFrom(p.to.Addr(), 0)))
+		b = append(append([]byte(nil), body...), b...)
+		if proto == unix.IPPROTO_ICMP { // conntrack looks at it
+			binary.BigEndian.PutUint16(b[2:], ^sum(b))
+		}
+		return unix.Sendto(fd, b, 0, sockaddr(netip.AddrPortFrom(p.to.Addr(), 0)))
 	}
 }
 

@@ -97,26 +97,34 @@ func (o *observer) closedFor(name string, rounds int64, d time.Duration, event f
 
 func (o *observer) verdict(c *column, seen []sighting) bool {
 	o.w.t.Helper()
-	examples := map[string]string{}
-	leaks := 0
+	var leaks []sighting
 	for _, s := range seen {
 		if !o.forbidden(s) {
 			c.allowed[o.row(s.probe)]++
 			continue
 		}
-		leaks++
+		leaks = append(leaks, s)
+	}
+	return o.judge(c, leaks)
+}
+
+// judge reports frames that may not have left the host.
+func (o *observer) judge(c *column, leaks []sighting) bool {
+	o.w.t.Helper()
+	if len(leaks) == 0 {
+		return true
+	}
+	examples := map[string]string{}
+	for _, s := range leaks {
 		row := o.row(s.probe)
 		c.seen[row]++
 		examples[row] = s.what.String()
-	}
-	if leaks == 0 {
-		return true
 	}
 	var lines []string
 	for row, n := range c.seen {
 		lines = append(lines, fmt.Sprintf("%s: %d (%s)", row, n, examples[row]))
 	}
-	o.w.t.Errorf("phase %q: %d frames left the host:\n\t%s", c.name, leaks, strings.Join(lines, "\n\t"))
+	o.w.t.Errorf("phase %q: %d frames left the host:\n\t%s", c.name, len(leaks), strings.Join(lines, "\n\t"))
 	return false
 }
 

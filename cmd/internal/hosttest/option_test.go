@@ -103,13 +103,18 @@ func ipPacket(p *probe, payload []byte) []byte {
 	h := []byte{0x45, 0, 0, byte(20 + len(u)), 0, 1, 0, 0, 64, unix.IPPROTO_UDP, 0, 0}
 	src, dst := addr("198.51.100.99").As4(), p.to.Addr().As4()
 	h = append(append(h, src[:]...), dst[:]...)
-	var sum uint32
-	for i := 0; i < len(h); i += 2 {
-		sum += uint32(binary.BigEndian.Uint16(h[i:]))
-	}
-	sum = sum>>16 + sum&0xffff
-	binary.BigEndian.PutUint16(h[10:], ^uint16(sum+sum>>16))
+	binary.BigEndian.PutUint16(h[10:], ^sum(h))
 	return append(h, u...)
+}
+
+// sum is the Internet checksum's sum of an even number of bytes.
+func sum(b []byte) uint16 {
+	var n uint32
+	for ; len(b) >= 2; b = b[2:] {
+		n += uint32(binary.BigEndian.Uint16(b))
+	}
+	n = n>>16 + n&0xffff
+	return uint16(n + n>>16)
 }
 
 // packetSocket sends a frame by AF_PACKET, below everything that has rules.

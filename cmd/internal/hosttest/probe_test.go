@@ -183,8 +183,14 @@ func allProbes(est *established) []*probe {
 	both("udp, with our mark", "", 4000, true, udp(marked(ourMark)))
 	both("tcp, another uid", "", 80, false, as(65534, tcp()))
 	both("udp, another uid", "", 4000, true, as(65534, udp()))
+	both("dns, another uid", "", 53, true, as(65534, udp()))
+	// Who has the ports first may be somebody else than who has them next.
+	group("udp, a flow of two users", never, "203.0.113.150:4000", "[2001:db8:f::96]:4000", udp(fromPort(5002)))
+	group("udp, another uid in a flow of two", never, "203.0.113.150:4000", "[2001:db8:f::96]:4000", as(65534, udp(fromPort(5002))))
 	both("tcp, another cgroup", "", 80, false, inCgroup(est.agent, unix.SOCK_STREAM))
 	both("udp, another cgroup", "", 4000, true, inCgroup(est.agent, unix.SOCK_DGRAM))
+
+	both("dns, another cgroup", "", 53, true, inCgroup(est.agent, unix.SOCK_DGRAM))
 
 	both("container: tcp", ctr, 80, false, tcp())
 	both("container: udp", ctr, 4000, true, udp())
@@ -330,8 +336,12 @@ func (e *established) carry(w *world) {
 			w.t.Errorf("viasocks does not carry to %v: %v", to, err)
 		}
 		e.mu.Lock()
+		old := e.carried[i]
 		e.carried[i] = c
 		e.mu.Unlock()
+		if old != nil { // one of a killed viasocks would be idle, and its keepalive would come to the world after the stop
+			old.Close()
+		}
 	}
 }
 

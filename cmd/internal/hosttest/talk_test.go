@@ -11,10 +11,13 @@ import (
 // TestLeakOfOldTalk: what the host opened before viasocks is no connection from outside, even when the far end is the
 // first to say something that viasocks sees: a host that tracked nothing before learns the direction from that.
 func TestLeakOfOldTalk(t *testing.T) {
-	for _, tracked := range []bool{true, false} {
-		t.Run(fmt.Sprintf("tracked=%v", tracked), func(t *testing.T) {
+	for _, tt := range []struct {
+		tracked bool
+		include bool
+	}{{true, false}, {false, false}, {false, true}} {
+		t.Run(fmt.Sprintf("tracked=%v,include=%v", tt.tracked, tt.include), func(t *testing.T) {
 			w := newWorld(t)
-			if !tracked {
+			if !tt.tracked {
 				w.trackNothing()
 			}
 			rec := newRecorder(w)
@@ -68,7 +71,11 @@ func TestLeakOfOldTalk(t *testing.T) {
 					t.Fatalf("control: %s to %s is not seen: the test would prove nothing", k.network, k.to)
 				}
 			}
-			d := w.up("--proxy", proxyURL)
+			flags := []string{"--proxy", proxyURL}
+			if tt.include { // its far ends are
+				flags = append(flags, "--include", "203.0.113.0/24,2001:db8:f::/64")
+			}
+			d := w.up(flags...)
 			if why := w.notClosed(); why != "" {
 				t.Skip(why)
 			}

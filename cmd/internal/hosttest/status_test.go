@@ -1,0 +1,274 @@
+package hosttest
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/cmd/internal/control"
+)
+
+// ask is a subcommand with --json.
+func ask[T any](w *world, args ...string) (v T) {
+	w.t.Helper()
+	out, err := w.command(append(args, "--json")...)
+	if err == nil {
+		err = json.Unmarshal([]byte(out), &v)
+	}
+	if err != nil {
+		w.t.Fatalf("%v: %v\n%s", args, err, out)
+	}
+	return v
+}
+
+// exchange sends n bytes of TCP and waits for their echo.
+func exchange(c net.Conn, n int) error {
+	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+	if _, err := c.Write(make([]byte, n)); err != nil {
+		return err
+	}
+	_, err := io.ReadFull(c, make([]byte, n))
+	return err
+}
+
+// TestStatus: what status and flows say is what is so.
+func TestStatus(t *testing.T) {
+	w := newWorld(t)
+	w.foreign()
+	serve(w.listen("world", ":77"), echo)
+	answers := w.packets("world", "203.0.113.9:79")
+	go func() {
+		b := make([]byte, 2048)
+		for {
+			n, from, err := answers.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			_, _ = answers.WriteTo(b[:n], from)
+		}
+	}()
+	w.proxy(proxy4 + ":1080")
+	other := w.proxy(proxyB4 + ":1080")
+	lines := `proxy socks5://` + proxy4 + `
+upstream other=socks5://` + proxyB4 + `
+rule port 25 reject
+rule dst 203.0.113.128/25 via other
+exclude 198.51.100.77,203.0.113.16/28
+exclude-uid 12345
+exclude-port 9999
+connect-timeout 1s
+`
+	w.configure(lines)
+	d := w.up("--config", configFile)
+	status := func() control.Status { return ask[control.Status](w, "status") }
+
+	s := status()
+	if s.State != control.Ready || s.PID != d.cmd.Process.Pid || s.ReadyAt == nil || s.ReadyAt.Before(s.Since) || time.Since(s.Since) > time.Minute || s.Config != configFile {
+		t.Errorf("%+v", s)
+	}
+	wantHost := control.Host{
+		TUN: tunName, Table: 30323, Mark: "0x76000000/0xff000000",
+		Steered:  []string{"everything that is not named below"},
+		Kept:     []string{"answers to connections from outside"},
+		Excluded: []string{"to 198.51.100.77", "to 203.0.113.16/28", "of user 12345", "to port 9999", "private networks that the host is connected to"},
+	}
+	if fmt.Sprint(s.Host.Steered, s.Host.Kept, s.Host.Excluded, s.Host.TUN, s.Host.Table, s.Host.Mark) !=
+		fmt.Sprint(wantHost.Steered, wantHost.Kept, wantHost.Excluded, wantHost.TUN, wantHost.Table, wantHost.Mark) {
+		t.Errorf("host: %+v, want %+v", s.Host, wantHost)
+	}
+	if !slices.ContainsFunc(s.Warnings, func(l string) bool { return strings.Contains(l, "asked before ours") }) {
+		t.Errorf("no word of the ip rule of somebody else: %q", s.Warnings)
+	}
+
+	// Flows: one to each proxy, one of UDP, one that is refused by a rule, one past the proxy.
+	big := w.mustDial("203.0.113.7", 77)
+	small := w.mustDial("203.0.113.207", 77)
+	if err := exchange(big, 70_000); err != nil {
+		t.Fatal(err)
+	}
+	if err := exchange(small, 300); err != nil {
+		t.Fatal(err)
+	}
+	udp := w.packets("host", ":0")
+	b := make([]byte, 2048)
+	for try := 0; ; try++ { // UDP may be lost
+		if _, err := udp.WriteTo(make([]byte, 500), net.UDPAddrFromAddrPort(netip.MustParseAddrPort("203.0.113.9:79"))); err != nil {
+			t.Fatal(err)
+		}
+		_ = udp.SetReadDeadline(time.Now().Add(2 * time.Second))
+		if n, _, err := udp.ReadFrom(b); err == nil && n == 500 {
+			break
+		} else if try == 5 {
+			t.Fatal(err)
+		}
+	}
+	if _, err := w.dial("host", netipAddrPort("203.0.113.7", 25)); err == nil {
+		t.Error("a connection that a rule rejects is made")
+	}
+	past := w.mustDial("203.0.113.17", 77)
+	if err := exchange(past, 100); err != nil {
+		t.Fatal(err)
+	}
+
+	f := ask[control.Flows](w, "flows")
+	if f.Total != 3 || len(f.Flows) != 3 {
+		t.Fatalf("flows: %+v", f)
+	}
+	for i, want := range []control.Flow{
+		{Proto: "tcp", Src: big.LocalAddr().String(), Dst: "203.0.113.7:77", Upstream: "proxy", State: "open", Up: 70_000, Down: 70_000},
+		{Proto: "udp", Dst: "203.0.113.9:79", Upstream: "proxy", State: "open", Up: 500, Down: 500},
+		{Proto: "tcp", Src: small.LocalAddr().String(), Dst: "203.0.113.207:77", Upstream: "other", State: "open", Up: 300, Down: 300},
+	} {
+		got := f.Flows[i]
+		if want.Proto == "udp" { // again when it was lost
+			if got.Up < want.Up || got.Down < want.Down || !strings.HasSuffix(got.Src, fmt.Sprintf(":%d", udp.LocalAddr().(*net.UDPAddr).Port)) {
+				t.Errorf("flow %d: %+v", i, got)
+			}
+			want.Src, want.Up, want.Down = got.Src, got.Up, got.Down
+		}
+		if got.Start.Before(s.Since) || got.Start.After(time.Now()) || got.ID == 0 || got.Rule == "" {
+			t.Errorf("flow %d: %+v", i, got)
+		}
+		want.ID, want.Start, want.Rule = got.ID, got.Start, got.Rule
+		if got != want {
+			t.Errorf("flow %d: %+v, want %+v", i, got, want)
+		}
+	}
+	if one := ask[control.Flows](w, "flows", "--limit", "1"); one.Total != 3 || len(one.Flows) != 1 || one.Flows[0] != f.Flows[0] {
+		t.Errorf("--limit 1: %+v", one)
+	}
+	text, err := w.command("flows")
+	if err != nil || strings.Count(text, "\n") != 4 || !strings.Contains(text, "203.0.113.7:77") || !strings.Contains(text, "68.4 KiB") {
+		t.Errorf("flows: %v\n%s", err, text)
+	}
+
+	s = status()
+	if s.TCP.Now != 2 || s.TCP.Pending != 0 || s.TCP.Total != 3 || s.TCP.Refused != 1 || s.UDP.Now != 1 || s.UDP.Total != 1 {
+		t.Errorf("TCP %+v, UDP %+v", s.TCP, s.UDP)
+	}
+	if up := f.Flows[0].Up + f.Flows[1].Up + f.Flows[2].Up; s.Up != up || s.Down < 70_800 || s.Down > up {
+		t.Errorf("bytes: %d up, %d down, want %d", s.Up, s.Down, up)
+	}
+	hits := map[string]uint64{}
+	for _, r := range s.Rules {
+		hits[r.Rule] = r.Hits
+	}
+	if hits["port 25 reject"] != 1 || hits["dst 203.0.113.128/25 via other"] != 1 || len(s.Rules) != 3 || s.Rules[2].Hits < 2 {
+		t.Errorf("rules: %+v", s.Rules)
+	}
+	addresses := func(name string) []string {
+		i := slices.IndexFunc(s.Upstreams, func(u control.Upstream) bool { return u.Name == name })
+		if i < 0 || s.Upstreams[i].TCP != "ok" || s.Upstreams[i].UDP != "ok" {
+			t.Errorf("%s: %+v", name, s.Upstreams)
+			return nil
+		}
+		return s.Upstreams[i].Addresses
+	}
+	if a := addresses("proxy"); len(a) != 2 || !slices.Contains(a, proxy4+":1080/tcp") { // and the UDP relay
+		t.Errorf("proxy: %q", a)
+	}
+	if a := addresses("other"); len(a) != 1 || a[0] != proxyB4+":1080/tcp" {
+		t.Errorf("other: %q", a)
+	}
+
+	w.countRefused(s)
+
+	// One proxy dies: it is down, the other is not.
+	_ = small.Close()
+	w.eventually(10*time.Second, "the flow that was closed is gone", func() bool { return ask[control.Flows](w, "flows").Total == 2 })
+	other.Close()
+	health := ""
+	w.eventually(20*time.Second, "the dead proxy is down", func() bool {
+		if c, err := w.dial("host", netipAddrPort("203.0.113.207", 77)); err == nil {
+			c.Close()
+		}
+		health = ""
+		for _, u := range status().Upstreams {
+			health += u.Name + " " + u.TCP + ", "
+		}
+		return health == "proxy ok, other down, "
+	})
+	text, err = w.command("status")
+	if err != nil || !strings.Contains(text, "TCP down") || !strings.Contains(text, "TCP ok") {
+		t.Errorf("status: %v, %s\n%s", err, health, text)
+	}
+
+	// A reload is told, and what it could not take.
+	w.configure(lines + "mtu 1400\nexclude-port 7777\n")
+	d.reload()
+	s = status()
+	if s.Reloaded == nil || !slices.Contains(s.Host.Excluded, "to port 7777") || !slices.ContainsFunc(s.Warnings, func(l string) bool { return strings.Contains(l, "next start only: mtu") }) {
+		t.Errorf("after the reload: %v, %q, %q", s.Reloaded, s.Host.Excluded, s.Warnings)
+	}
+}
+
+func (w *world) mustDial(to string, port uint16) net.Conn {
+	w.t.Helper()
+	c, err := w.dial("host", netipAddrPort(to, port))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return c
+}
+
+// countRefused sends what the filter refuses, so many of each kind, and expects status to say so.
+func (w *world) countRefused(before control.Status) {
+	w.t.Helper()
+	count := func(s control.Status, name string) uint64 {
+		i := slices.IndexFunc(s.Host.Refused, func(c control.Counter) bool { return c.Name == name })
+		if i < 0 {
+			return 0
+		}
+		if s.Host.Refused[i].What == "" || s.Host.Refused[i].What == name {
+			w.t.Errorf("%s is not explained", name)
+		}
+		return s.Host.Refused[i].Packets
+	}
+	kinds := []struct {
+		name string
+		to   string
+		n    int
+		more bool // others may send such as well
+	}{
+		{"refused_output", "203.0.113.7:4000", 5, true},
+		{"refused_dns", "203.0.113.7:53", 3, false},
+		{"refused_multicast", "224.0.0.251:5353", 4, true},
+	}
+	for _, k := range kinds {
+		for range k.n {
+			w.in("host", func() error {
+				fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+				if err != nil {
+					return err
+				}
+				defer unix.Close(fd)
+				if err := unix.BindToDevice(fd, "eth0"); err != nil {
+					return err
+				}
+				if err := unix.Sendto(fd, []byte("x"), 0, sockaddr(netip.MustParseAddrPort(k.to))); err != unix.EPERM {
+					return fmt.Errorf("sent to %s: %v, want EPERM", k.to, err)
+				}
+				return nil
+			})
+		}
+	}
+	w.ip("router", "route replace 198.18.0.1/32 via "+hostLAN4+" dev host0")
+	w.refuses("router", "198.18.0.1")
+	after := ask[control.Status](w, "status")
+	for _, k := range append(kinds, kinds[0]) {
+		if n := count(after, k.name) - count(before, k.name); n != uint64(k.n) && (!k.more || n < uint64(k.n)) {
+			w.t.Errorf("%s: %d packets, want %d", k.name, n, k.n)
+		}
+	}
+	if count(after, "refused_lan_to_tun") == 0 {
+		w.t.Error("what came from outside to the TUN's address is not counted")
+	}
+}
