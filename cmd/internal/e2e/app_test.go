@@ -161,7 +161,18 @@ func family(ap netip.AddrPort) int {
 // connect is a blocking connect() of a fresh TCP socket: what the program sees, and how long it took.
 func (a *app) connect(dst netip.AddrPort) (fd int, took time.Duration, err error) {
 	a.t.Helper()
-	fd = a.socket(family(dst), unix.SOCK_STREAM)
+	fd, took, err = a.tryConnect(dst)
+	if fd < 0 {
+		a.t.Fatal(err)
+	}
+	return fd, took, err
+}
+
+// tryConnect is connect for any goroutine. fd is -1 when there is no socket.
+func (a *app) tryConnect(dst netip.AddrPort) (fd int, took time.Duration, err error) {
+	if fd, err = a.trySocket(family(dst), unix.SOCK_STREAM); err != nil {
+		return -1, 0, err
+	}
 	start := time.Now()
 	err = unix.Connect(fd, sockaddr(dst))
 	// The Go runtime's own signals interrupt it: then wait for the end as poll() would.
