@@ -5,28 +5,35 @@ import (
 	"log/slog"
 	"net/netip"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// logQueue is the number of log lines that may wait. A reader of the log that is slower loses lines, not flows.
-const logQueue = 4096
+const (
+	// logQueue is the number of log lines that may wait, besides those that are being written, as many at most. A reader
+	// of the log that is slower loses lines, not flows.
+	logQueue = 4096
+	// logKeep is the longest queue that is kept when it is empty: a line is 300 bytes, so a burst of them is a megabyte.
+	logKeep = 64
+)
 
 // flowLog writes log lines from a goroutine of its own: the frame reader and the loops must not wait for a terminal or
 // a journal.
 type flowLog struct {
-	h       slog.Handler
-	queue   chan slog.Record
-	dropped atomic.Uint64
-	over    chan struct{}
-	once    sync.Once
-	wg      sync.WaitGroup
+	h  slog.Handler
+	wg sync.WaitGroup
+
+	mu      sync.Mutex
+	more    sync.Cond
+	queue   []slog.Record
+	dropped uint64
+	over    bool
 }
 
 func newFlowLog(log *slog.Logger) *flowLog {
-	l := &flowLog{queue: make(chan slog.Record, logQueue), over: make(chan struct{})}
+	l := &flowLog{}
+	l.more.L = &l.mu
 	if log != nil {
 		l.h = log.Handler()
 	} else {
@@ -44,45 +51,62 @@ func (l *flowLog) post(level slog.Level, msg string, attrs ...slog.Attr) {
 	}
 	rec := slog.NewRecord(time.Now(), level, msg, 0)
 	rec.AddAttrs(attrs...)
-	select {
-	case l.queue <- rec:
+	l.put(rec)
+}
+
+func (l *flowLog) put(rec slog.Record) {
+	l.mu.Lock()
+	switch {
+	case len(l.queue) >= logQueue:
+		l.dropped++
 	default:
-		l.dropped.Add(1)
+		l.queue = append(l.queue, rec)
 	}
+	l.mu.Unlock()
+	l.more.Signal()
 }
 
 func (l *flowLog) start() {
 	l.wg.Go(func() {
+		var recs []slog.Record
 		for {
-			select {
-			case rec := <-l.queue:
-				l.write(rec)
-			case <-l.over:
-				for { // what was queued before the end
-					select {
-					case rec := <-l.queue:
-						l.write(rec)
-					default:
-						return
-					}
-				}
+			clear(recs)
+			if cap(recs) > logKeep {
+				recs = nil
 			}
+			l.mu.Lock()
+			for len(l.queue) == 0 && !l.over {
+				l.more.Wait()
+			}
+			recs, l.queue = l.queue, recs[:0]
+			dropped := l.dropped
+			l.dropped = 0
+			l.mu.Unlock()
+			if len(recs) == 0 { // over, and what was queued before is written
+				return
+			}
+			l.write(recs, dropped)
 		}
 	})
 }
 
-func (l *flowLog) write(rec slog.Record) {
-	_ = l.h.Handle(context.Background(), rec)
-	if n := l.dropped.Swap(0); n > 0 {
+func (l *flowLog) write(recs []slog.Record, dropped uint64) {
+	for _, rec := range recs {
+		_ = l.h.Handle(context.Background(), rec)
+	}
+	if dropped > 0 {
 		lost := slog.NewRecord(time.Now(), slog.LevelWarn, "log lines were lost: the log is read too slowly", 0)
-		lost.AddAttrs(slog.Uint64("lines", n))
+		lost.AddAttrs(slog.Uint64("lines", dropped))
 		_ = l.h.Handle(context.Background(), lost)
 	}
 }
 
 // close writes what is queued and ends the goroutine.
 func (l *flowLog) close() {
-	l.once.Do(func() { close(l.over) })
+	l.mu.Lock()
+	l.over = true
+	l.mu.Unlock()
+	l.more.Signal()
 	l.wg.Wait()
 }
 
@@ -127,10 +151,6 @@ type queueHandler struct {
 }
 
 func (q *queueHandler) Handle(_ context.Context, rec slog.Record) error {
-	select {
-	case q.l.queue <- rec.Clone():
-	default:
-		q.l.dropped.Add(1)
-	}
+	q.l.put(rec.Clone())
 	return nil
 }

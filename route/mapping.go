@@ -164,6 +164,9 @@ func (t *mappings) remove(m *mapping) {
 	t.all[m.index].index = m.index
 	t.all[last] = nil
 	t.all = t.all[:last]
+	if last == 0 && cap(t.all) > remake {
+		t.bySrc, t.all = make(map[netip.AddrPort]*mapping), nil
+	}
 	t.unlink(m)
 	m.gone.Store(true)
 }

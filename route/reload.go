@@ -82,7 +82,7 @@ func (r *Router) endReplaced(p *policy) {
 			continue
 		}
 		s.replaced.Store(true)
-		s.cancel()
+		s.endDial()
 		if rel := s.relay.Load(); rel != nil {
 			rel.Abort()
 		}

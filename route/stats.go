@@ -10,7 +10,7 @@ import (
 type counters struct {
 	streams, streamsRefused, flowsFull                      atomic.Uint64
 	mappings, mappingsExpired, mappingsEvicted              atomic.Uint64
-	mappingsFull, reassociations                            atomic.Uint64
+	mappingsFull, reassociations, ended                     atomic.Uint64
 	dgramsDropped, dgramsRefused, dgramsQueueFull, up, down atomic.Uint64
 }
 
@@ -72,6 +72,9 @@ func (r *Router) Stats() Stats {
 	r.udp.mu.Unlock()
 	return s
 }
+
+// Ended is how many flows have ended, TCP and UDP: each leaves garbage behind. Any goroutine; no lock.
+func (r *Router) Ended() uint64 { return r.count.ended.Load() }
 
 // Flows lists what there is now, by ID: for status.
 func (r *Router) Flows() []FlowInfo {

@@ -17,9 +17,13 @@ import (
 type streams struct {
 	mu      sync.Mutex
 	byID    map[uint64]*stream
+	peak    int // of byID since it was made
 	closing bool
 	wg      sync.WaitGroup // one for each entry
 }
+
+// remake is from how many entries on a table is made anew when it is empty.
+const remake = 1000
 
 // A stream's life. Each arrow happens once, and over is final:
 //
@@ -37,14 +41,14 @@ var streamStates = [...]string{dialing: "dialing", open: "open", over: "closed"}
 // stream is a TCP flow that an upstream was asked for.
 type stream struct {
 	r        *Router
-	req      flow.StreamRequest
+	req      flow.StreamRequest // nil once it is answered
 	flow     flow.Flow
 	dest     Dest
 	v        *verdict
-	cancel   context.CancelFunc
-	gone     atomic.Bool  // the app gave up
-	replaced atomic.Bool  // its upstream is not configured any more
-	state    atomic.Int32 // dialing, open, over
+	cancel   atomic.Pointer[context.CancelFunc] // of the dial; nil once it is over, so that nothing of it stays
+	gone     atomic.Bool                        // the app gave up
+	replaced atomic.Bool                        // its upstream is not configured any more
+	state    atomic.Int32                       // dialing, open, over
 	loop     int
 	relay    atomic.Pointer[relay.Relay]
 }
@@ -86,7 +90,7 @@ func (r *Router) HandleStream(req flow.StreamRequest) {
 	}
 	s := &stream{r: r, req: req, flow: f, dest: dest, v: v, loop: -1}
 	ctx, cancel := context.WithCancel(r.ctx)
-	s.cancel = cancel
+	s.cancel.Store(&cancel)
 	if err := r.streams.add(s, r.cfg.Limits.Flows); err != nil {
 		cancel()
 		why := flow.RefuseReset
@@ -132,19 +136,40 @@ func (t *streams) add(s *stream, limit int) error {
 		return errFull
 	}
 	t.byID[s.flow.ID] = s
+	t.peak = max(t.peak, len(t.byID))
 	t.wg.Add(1)
 	return nil
+}
+
+func (t *streams) remove(s *stream) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.byID, s.flow.ID)
+	if len(t.byID) == 0 && t.peak > remake { // a map never shrinks
+		t.byID, t.peak = make(map[uint64]*stream), 0
+	}
 }
 
 // gaveUp is told by the stack that nobody waits for this flow any more. Locks of the stack may be held.
 func (s *stream) gaveUp() {
 	s.gone.Store(true)
-	s.cancel() // ends the dial, and dialed is then called with an error
+	s.endDial() // and dialed is then called with an error
+}
+
+// endDial ends the dial if it is not over. Any goroutine.
+func (s *stream) endDial() {
+	if cancel := s.cancel.Load(); cancel != nil {
+		(*cancel)()
+	}
 }
 
 // dialed takes the upstream's answer, on any goroutine.
 func (s *stream) dialed(fd int, err error) {
-	defer s.cancel() // gives ctx back
+	defer func() {
+		s.endDial() // gives ctx back
+		s.cancel.Store(nil)
+		s.req = nil
+	}()
 	r, up := s.r, s.v.up
 	if err != nil {
 		s.refused(err)
@@ -237,12 +262,11 @@ func (s *stream) finish(state string, up, down uint64, err error) {
 	r := s.r
 	r.count.up.Add(up) // who sees it gone sees its bytes
 	r.count.down.Add(down)
-	r.streams.mu.Lock()
-	delete(r.streams.byID, s.flow.ID)
-	r.streams.mu.Unlock()
+	r.streams.remove(s)
 	if s.loop >= 0 {
 		r.load[s.loop].Add(-1)
 	}
+	r.count.ended.Add(1)
 	i := s.info()
 	i.State, i.Up, i.Down = state, up, down
 	r.log.end(i, time.Since(s.flow.Start), err)
@@ -285,7 +309,7 @@ func (t *streams) close() {
 	t.closing = true
 	t.mu.Unlock()
 	for _, s := range t.snapshot() {
-		s.cancel()
+		s.endDial()
 		if rel := s.relay.Load(); rel != nil {
 			rel.Abort()
 		}

@@ -231,6 +231,7 @@ func (r *Router) endMapping(m *mapping, state string, err error) {
 		r.discard(a)
 	}
 	m.assocs = nil
+	r.count.ended.Add(1)
 	r.count.up.Add(i.Up)
 	r.count.down.Add(i.Down)
 	r.log.end(i, time.Since(m.start), err)

@@ -90,6 +90,7 @@ type pendingTable struct {
 	byKey   map[tuple]*pendingSYN
 	perDest map[netip.Addr]int // of those waiting
 	waiting int
+	peak    int // of byKey since it was made
 	heap    dueHeap
 	timer   *time.Timer
 	firing  bool
@@ -156,6 +157,7 @@ func (t *pendingTable) syn(key tuple, isn uint32, pkt *gstack.PacketBuffer) *pen
 	default:
 		req = &pendingSYN{t: t, key: key, isn: isn, start: now, last: now, gap: synRTO, pkt: pkt.Clone(), index: -1}
 		t.byKey[key] = req
+		t.peak = max(t.peak, len(t.byKey))
 		t.waiting++
 		t.perDest[key.dst.Addr()]++
 		t.stats.syns.Add(1)
@@ -247,11 +249,22 @@ func (t *pendingTable) drop(e *pendingSYN, s synState) {
 		t.leave(e)
 	}
 	e.state = s
+	t.remove(e)
+}
+
+// remove takes e out of the table. What a burst made is given back when the table is empty: a map never shrinks.
+func (t *pendingTable) remove(e *pendingSYN) {
 	delete(t.byKey, e.key)
 	if e.index >= 0 {
 		heap.Remove(&t.heap, e.index)
 	}
+	if len(t.byKey) == 0 && t.peak > remake {
+		t.byKey, t.perDest, t.heap, t.peak = make(map[tuple]*pendingSYN), make(map[netip.Addr]int), nil, 0
+	}
 }
+
+// remake is from how many entries on a table is made anew when it is empty.
+const remake = 1000
 
 // cancel drops e, and returns what is to be called without the lock.
 func (t *pendingTable) cancel(e *pendingSYN) func() {

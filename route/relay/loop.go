@@ -47,6 +47,7 @@ type Loop struct {
 	run   []*node
 	spare []*node
 	slots []slot
+	gen   uint32 // of the last slot that was taken
 	free  []int32
 	w     upWriter
 	p     downPayload
@@ -210,24 +211,29 @@ func (l *Loop) watch(n *node, fd int, events uint32) error {
 		i = int32(len(l.slots))
 		l.slots = append(l.slots, slot{})
 	}
-	if err := l.poll.add(fd, events, i, l.slots[i].gen); err != nil {
+	l.gen++
+	if err := l.poll.add(fd, events, i, l.gen); err != nil {
 		l.free = append(l.free, i)
 		return err
 	}
-	l.slots[i].n = n
+	l.slots[i] = slot{n, l.gen}
 	n.slot = i
 	return nil
 }
+
+// keepSlots is the longest table of slots that is kept when none is taken.
+const keepSlots = 1000
 
 func (l *Loop) forget(n *node) {
 	if n.slot < 0 {
 		return
 	}
-	s := &l.slots[n.slot]
-	s.n = nil
-	s.gen++
+	l.slots[n.slot].n = nil
 	l.free = append(l.free, n.slot)
 	n.slot = -1
+	if len(l.free) == len(l.slots) && len(l.slots) > keepSlots {
+		l.slots, l.free = nil, nil
+	}
 }
 
 // join makes n a member; false: the loop is closed.

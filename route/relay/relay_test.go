@@ -320,7 +320,7 @@ func TestManyFlows(t *testing.T) {
 
 // TestIdleCosts: an idle relay is its struct and a slot: no goroutine, no buffer.
 func TestIdleCosts(t *testing.T) {
-	const flows = 1000
+	const flows = keepSlots + 1
 	l := newLoop(t)
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
@@ -364,6 +364,22 @@ func TestIdleCosts(t *testing.T) {
 		}
 	}
 	runtime.KeepAlive(keep)
+	for _, f := range keep {
+		f.Abort()
+	}
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		slots := make(chan int)
+		l.do(func() { slots <- len(l.slots) })
+		if n := <-slots; n == 0 {
+			break
+		} else if time.Now().After(end) {
+			t.Fatalf("room for %d sockets is kept when all have gone", n)
+		}
+	}
+	// And a new one is heard, with a slot that others had before.
+	f := startFlow(t, l)
+	f.up.Write([]byte("x"))
+	f.app.take(t, 1)
 }
 
 // TestFairness: a small answer beside bulk flows waits for a round or two, not until they pause. Time would measure the

@@ -15,20 +15,26 @@ const (
 	quietEvery = 5 * time.Second
 	// quietBytes allocated between two looks is no load worth waiting for.
 	quietBytes = 2 << 20
-	// burstBytes allocated since the last time is worth a collection, some 1 ms for each 10 MB that lives.
-	burstBytes = 8 << 20
+	// burstBytes of garbage since the last time are worth a collection, some 1 ms for each 10 MB that lives; and an eighth
+	// of what lives, where that is more. What was allocated tells how much garbage there may be, but not that of flows
+	// that end: their end allocates next to nothing.
+	burstBytes = 2 << 20
+	flowBytes  = 6 << 10
+	// When next to nothing is allocated between two looks, the burst is over, and what its end left is worth it sooner.
+	calmBytes = 64 << 10
+	restBytes = 256 << 10
 	// A host that is never quiet is collected too, seldom, when most of its heap is garbage or empty.
 	busyEvery = time.Minute
 	busyHeap  = 64 << 20
 )
 
-// giveBack returns memory to the kernel after bursts, until ctx ends.
-func giveBack(ctx context.Context, log *slog.Logger) {
+// giveBack returns memory to the kernel after bursts, until ctx ends. ended is how many flows have ended so far.
+func giveBack(ctx context.Context, ended func() uint64, log *slog.Logger) {
 	tick := time.NewTicker(quietEvery)
 	defer tick.Stop()
 	var g gauge
 	before := g.read()
-	done, doneAt := before.allocated, time.Now()
+	done, doneAt, flows := before.allocated, time.Now(), ended()
 	for {
 		select {
 		case <-ctx.Done():
@@ -36,12 +42,14 @@ func giveBack(ctx context.Context, log *slog.Logger) {
 		case <-tick.C:
 		}
 		now := g.read()
-		quiet := now.allocated-before.allocated < quietBytes && now.allocated-done > burstBytes
+		garbage := now.allocated - done + flowBytes*(ended()-flows)
+		quiet := worthIt(now, now.allocated-before.allocated, garbage)
 		busy := time.Since(doneAt) > busyEvery && now.held > busyHeap && now.held > 4*now.live
 		before = now
 		if !quiet && !busy {
 			continue
 		}
+		flows = ended()
 		runtime.GC() // what is in a sync.Pool outlives one collection
 		debug.FreeOSMemory()
 		after := g.read()
@@ -50,6 +58,13 @@ func giveBack(ctx context.Context, log *slog.Logger) {
 		before = after
 		done, doneAt = before.allocated, time.Now()
 	}
+}
+
+// worthIt reports whether it is quiet, and there is garbage worth a collection. lately is what was allocated since the
+// last look.
+func worthIt(now heapState, lately, garbage uint64) bool {
+	return lately < quietBytes && garbage > max(burstBytes, now.live/8) ||
+		lately < calmBytes && garbage > max(restBytes, now.live/64)
 }
 
 // gauge reads the three figures, in bytes: allocated ever, held from the kernel, alive at the last collection.
