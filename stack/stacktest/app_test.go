@@ -19,7 +19,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// patience is for what must happen, on a machine that may stall for seconds.
+const patience = 20 * time.Second
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(settled{m}) }
+
+// settled waits after the tests for goroutines that are about to end.
+type settled struct{ m *testing.M }
+
+func (s settled) Run() int {
+	code := s.m.Run()
+	for end := time.Now().Add(patience); goleak.Find() != nil && time.Now().Before(end); {
+		time.Sleep(5 * time.Millisecond)
+	}
+	return code
+}
 
 var (
 	app4 = netip.MustParseAddr("10.0.0.2")
@@ -86,7 +100,7 @@ func TestTCP(t *testing.T) {
 			}
 		}()
 		super := app.Capture(func(f Frame) bool { return f.Header.GSOType != 0 })
-		c, err := app.DialTCP(within(t, 5*time.Second), netip.AddrPortFrom(to, 80))
+		c, err := app.DialTCP(within(t, patience), netip.AddrPortFrom(to, 80))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -96,7 +110,7 @@ func TestTCP(t *testing.T) {
 			_, _ = c.Write(want)
 			_ = c.CloseWrite()
 		}()
-		_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+		_ = c.SetDeadline(time.Now().Add(3 * patience))
 		got, err := io.ReadAll(c)
 		if err != nil || !bytes.Equal(got, want) {
 			t.Fatalf("%d bytes back: %v", len(got), err)
@@ -110,7 +124,7 @@ func TestTCP(t *testing.T) {
 func TestTCPRefused(t *testing.T) {
 	each(t, func(t *testing.T, off tun.Offload, _, to netip.Addr) {
 		app, _ := pair(t, off)
-		_, err := app.DialTCP(within(t, 5*time.Second), netip.AddrPortFrom(to, 81))
+		_, err := app.DialTCP(within(t, patience), netip.AddrPortFrom(to, 81))
 		if !errors.Is(err, unix.ECONNREFUSED) {
 			t.Fatal(err)
 		}
@@ -125,7 +139,7 @@ func TestTCPReset(t *testing.T) {
 	}
 	defer l.Close()
 	src := netip.AddrPortFrom(app4, 5555)
-	c, err := app.DialTCPFrom(within(t, 5*time.Second), src, netip.AddrPortFrom(far4, 80))
+	c, err := app.DialTCPFrom(within(t, patience), src, netip.AddrPortFrom(far4, 80))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -139,7 +153,7 @@ func TestTCPReset(t *testing.T) {
 	defer s.Close()
 	cap := far.Capture(func(f Frame) bool { s, ok := f.TCP(); return ok && s.Flags&(RST|FIN) != 0 })
 	c.Abort()
-	f, err := cap.Next(within(t, 5*time.Second))
+	f, err := cap.Next(within(t, patience))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -185,7 +199,7 @@ func TestTCPUnreachable(t *testing.T) {
 				f := ICMP{Src: to, Dst: s.Src.Addr(), Type: typ, Code: code, Quote: b[:n]}.Frame()
 				_ = y.Write(&f.Header, [][]byte{f.Data})
 			}()
-			if _, err := app.DialTCP(within(t, 5*time.Second), netip.AddrPortFrom(to, 80)); !errors.Is(err, want) {
+			if _, err := app.DialTCP(within(t, patience), netip.AddrPortFrom(to, 80)); !errors.Is(err, want) {
 				t.Errorf("%d/%d: %v, want %v", typ, code, err, want)
 			}
 			if err := app.Close(); err != nil {
@@ -204,6 +218,7 @@ func TestTCPGiveUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer y.Close()
+	began := time.Now()
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 	defer cancel()
 	if _, err := app.DialTCP(ctx, netip.AddrPortFrom(far4, 80)); !errors.Is(err, context.DeadlineExceeded) {
@@ -212,6 +227,7 @@ func TestTCPGiveUp(t *testing.T) {
 	if err := app.Close(); err != nil {
 		t.Fatal(err)
 	}
+	retransmissions := int(time.Since(began) / time.Second) // of a machine that stalls
 	var h tun.Header
 	b := make([]byte, tun.MaxFrame)
 	var got []string
@@ -223,7 +239,7 @@ func TestTCPGiveUp(t *testing.T) {
 		s, _ := Frame{h, b[:n]}.TCP()
 		got = append(got, s.String())
 	}
-	if len(got) != 1 || !strings.Contains(got[0], " S ") {
+	if n := len(got); n == 0 || n > 1+retransmissions || strings.Count(strings.Join(got, "\n"), " S ") != n {
 		t.Fatalf("%q", got)
 	}
 }
@@ -246,7 +262,7 @@ func TestUDP(t *testing.T) {
 			if _, err := a.WriteToAddrPort(bytes.Repeat([]byte{byte(n)}, n), netip.AddrPortFrom(to, 53)); err != nil {
 				t.Fatalf("%d: %v", n, err)
 			}
-			_ = b.SetReadDeadline(time.Now().Add(5 * time.Second))
+			_ = b.SetReadDeadline(time.Now().Add(patience))
 			m, peer, err := b.ReadFromAddrPort(buf)
 			if err != nil || m != n || peer != a.LocalAddrPort() {
 				t.Fatalf("%d: %d bytes from %v: %v", n, m, peer, err)
@@ -259,7 +275,7 @@ func TestUDP(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, n := range []int{1000, 1000, 500} {
-				_ = a.SetReadDeadline(time.Now().Add(5 * time.Second))
+				_ = a.SetReadDeadline(time.Now().Add(patience))
 				m, peer, err := a.ReadFromAddrPort(buf)
 				if err != nil || m != n || peer != d.Src {
 					t.Fatalf("%d bytes from %v: %v", m, peer, err)
@@ -275,7 +291,7 @@ func TestUDP(t *testing.T) {
 		if _, err := c.Write([]byte("x")); err != nil {
 			t.Fatal(err)
 		}
-		_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
+		_ = c.SetReadDeadline(time.Now().Add(patience))
 		if _, err := c.Read(buf); !errors.Is(err, unix.ECONNREFUSED) {
 			t.Fatal(err)
 		}
@@ -304,7 +320,7 @@ func TestFragments(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			_ = b.SetReadDeadline(time.Now().Add(5 * time.Second))
+			_ = b.SetReadDeadline(time.Now().Add(patience))
 			if m, peer, err := b.ReadFromAddrPort(make([]byte, 1<<16)); m != n || peer != d.Src || err != nil {
 				t.Fatalf("%d: %d bytes from %v: %v", n, m, peer, err)
 			}
@@ -341,7 +357,7 @@ func TestFaults(t *testing.T) {
 		if err := y.Write(&f.Header, [][]byte{f.Data}); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := c.Next(within(t, 5*time.Second)); err != nil {
+		if _, err := c.Next(within(t, patience)); err != nil {
 			t.Fatal(err)
 		}
 		y.Close()
@@ -359,7 +375,7 @@ func TestCloseGivesBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 10 { // left open by the program
-		if _, err := app.DialTCP(within(t, 5*time.Second), netip.AddrPortFrom(far4, 80)); err != nil {
+		if _, err := app.DialTCP(within(t, patience), netip.AddrPortFrom(far4, 80)); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := app.ListenUDP(netip.AddrPort{}); err != nil {
@@ -376,6 +392,9 @@ func TestCloseGivesBack(t *testing.T) {
 	}
 	if err := app.Inject(Frame{Data: []byte{0x45}}); err == nil {
 		t.Error("written after Close")
+	}
+	for end := time.Now().Add(patience); (goleak.Find() != nil || fds(t) > before) && time.Now().Before(end); {
+		time.Sleep(5 * time.Millisecond)
 	}
 	if after := fds(t); after != before {
 		t.Errorf("%d fds, before %d", after, before)

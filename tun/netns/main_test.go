@@ -8,6 +8,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
@@ -17,6 +18,9 @@ import (
 const inNamespace = "VIASOCKS_TEST_NAMESPACE"
 
 var noNamespace string
+
+// patience is for what must happen, on a machine that may stall for seconds.
+const patience = 20 * time.Second
 
 // TestMain runs the tests once more in a network namespace of their own, without root in a user namespace as well. The
 // binary is also the helper that Spawn starts.
@@ -33,7 +37,18 @@ func TestMain(m *testing.M) {
 			noNamespace = err.Error()
 		}
 	}
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(settled{m})
+}
+
+// settled waits after the tests for goroutines that are about to end.
+type settled struct{ m *testing.M }
+
+func (s settled) Run() int {
+	code := s.m.Run()
+	for end := time.Now().Add(patience); goleak.Find() != nil && time.Now().Before(end); {
+		time.Sleep(5 * time.Millisecond)
+	}
+	return code
 }
 
 func fuzzWorker() bool {

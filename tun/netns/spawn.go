@@ -212,7 +212,7 @@ func (c *Child) Wait() (exit int, err error) {
 		return 1, fmt.Errorf("cannot wait for the program: %w", err)
 	}
 	// Whatever the helper had to say is in the socket; after a successful exec that is nothing.
-	c.conn.SetReadDeadline(time.Now().Add(time.Second))
+	c.conn.SetReadDeadline(time.Now().Add(10 * time.Second)) // it is there already: a bound for what can't be
 	if r, files, err := readReport(c.conn); err == nil {
 		for _, f := range files {
 			f.Close()

@@ -204,9 +204,9 @@ func linkUp(name string) error {
 
 // awaitLocal waits until the kernel takes a for its own. It enters an IPv6 address's local route from a work queue,
 // a little after the address can be used as a source: what is answered in between is lost (Ip6InAddrErrors; seen by 3 %
-// of the tests that answered at once). If it takes a second, going on is as good as anything else.
+// of the tests that answered at once). If it takes five seconds, going on is as good as anything else.
 func awaitLocal(h *netlink.Handle, a netip.Addr) {
-	for range 500 {
+	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); {
 		if r, err := h.RouteGet(a.AsSlice()); err == nil && len(r) > 0 && r[0].Type == unix.RTN_LOCAL {
 			return
 		}
