@@ -44,3 +44,18 @@ func (h *Host) become(c Config) error {
 	_, err = h.reconcile()
 	return err
 }
+
+// KeepClosed takes FailOpen back: the host is closed also when nobody renews the guard.
+func (h *Host) KeepClosed() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !h.c.FailOpen || !h.shut || h.closed {
+		return nil
+	}
+	h.c.FailOpen = false
+	if err := h.applyFilter(); err != nil {
+		return err
+	}
+	_, err := h.reconcile()
+	return err
+}

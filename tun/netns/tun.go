@@ -48,10 +48,12 @@ func OpenTUN(o TUNOptions) (f *os.File, name string, err error) {
 		return nil, "", attachError(o.Name, err)
 	}
 	name = ifr.Name()
+	persist := 0 // of one that is there already, too
 	if o.Persist {
-		if err := unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 1); err != nil {
-			return nil, "", fmt.Errorf("cannot make the TUN device %s persistent: %w", name, err)
-		}
+		persist = 1
+	}
+	if err := unix.IoctlSetInt(fd, unix.TUNSETPERSIST, persist); err != nil && o.Persist {
+		return nil, "", fmt.Errorf("cannot make the TUN device %s persistent: %w", name, err)
 	}
 	if o.MTU != 0 {
 		if err := setMTU(name, o.MTU); err != nil {

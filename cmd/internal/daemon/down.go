@@ -102,7 +102,9 @@ func Shut(cfg *config.Config, stderr *os.File) error {
 		return err
 	}
 	defer lock.Close()
-	h, err := newHost(cfg, nil, nil, e.log)
+	closed := *cfg
+	closed.Host.FailOpen = false // nobody has failed: it is closed until somebody says otherwise
+	h, err := newHost(&closed, nil, nil, e.log)
 	if err != nil {
 		return err
 	}
@@ -110,7 +112,7 @@ func Shut(cfg *config.Config, stderr *os.File) error {
 	err = h.Shut()
 	if err == nil {
 		var dev tun.Device
-		if dev, _, err = openTUN(cfg, e); err == nil {
+		if dev, _, err = openTUN(cfg, e, true); err == nil {
 			defer dev.Close()
 			err = h.Steer()
 		}

@@ -241,6 +241,9 @@ func (u *up) end(ctx context.Context, failed error) error {
 		}
 	})
 	if !open {
+		if kerr := u.host.KeepClosed(); kerr != nil {
+			err = errors.Join(err, fmt.Errorf("the host may open by itself: %w", kerr))
+		}
 		u.leaveTUN(failed)
 		u.log.Warn("the host stays closed: 'viasocks up' takes it over, 'viasocks down' opens it")
 	}

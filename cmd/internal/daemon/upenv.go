@@ -38,8 +38,9 @@ func (u *up) checkProxies(cfg *config.Config) error {
 	return nil
 }
 
-func openTUN(cfg *config.Config, e *env) (tun.Device, int, error) {
-	f, name, err := netns.OpenTUN(netns.TUNOptions{Name: cfg.TUN, MTU: cfg.MTU, VnetHdr: cfg.Offload != tun.OffloadOff, Persist: true})
+// openTUN makes the TUN, or takes the one that is there. persist: it stays when we are gone.
+func openTUN(cfg *config.Config, e *env, persist bool) (tun.Device, int, error) {
+	f, name, err := netns.OpenTUN(netns.TUNOptions{Name: cfg.TUN, MTU: cfg.MTU, VnetHdr: cfg.Offload != tun.OffloadOff, Persist: persist})
 	if err != nil {
 		return nil, 0, err
 	}

@@ -16,7 +16,8 @@ const (
 
 // startPlane makes the TUN, or takes the one that is there, and starts a data plane over it.
 func (u *up) startPlane(cfg *config.Config) error {
-	dev, index, err := openTUN(cfg, u.env)
+	// One that nobody reads would swallow what fail-open is to let out, where the guardian was killed with us.
+	dev, index, err := openTUN(cfg, u.env, !u.first.Host.FailOpen)
 	if err != nil {
 		return err
 	}
@@ -80,10 +81,10 @@ func (u *up) rebuild(why error) error {
 // leaveTUN leaves a TUN that nobody reads: without one the answers to connections from outside are refused before
 // their mark can be restored.
 func (u *up) leaveTUN(failed error) {
-	if failed == nil {
+	if failed == nil && !u.first.Host.FailOpen {
 		return // it is there
 	}
-	dev, _, err := openTUN(u.first, u.env)
+	dev, _, err := openTUN(u.first, u.env, true)
 	if err == nil {
 		dev.Close()
 		err = u.host.Steer()

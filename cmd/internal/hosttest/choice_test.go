@@ -161,9 +161,8 @@ func choices(cgroup string) []choice {
 	return all
 }
 
-// TestChoices: what is excluded, or not included, leaves the host as if there were no viasocks, in each of the ways in
-// which a host sends; of all the rest nothing does, also after kill -9.
-func TestChoices(t *testing.T) {
+// newChoosing is a world with probes and a recorder, and the positive control done.
+func newChoosing(t *testing.T) (*observer, *established) {
 	w := newWorld(t)
 	w.foreign()
 	w.hostServers()
@@ -186,11 +185,19 @@ func TestChoices(t *testing.T) {
 	if err := setProxyName(proxy4); err != nil {
 		t.Fatal(err)
 	}
-	o.rec.known(w.proxy(proxy4 + ":1080"))
 	o.control("control: no viasocks")
 	if t.Failed() {
 		t.FailNow()
 	}
+	return o, est
+}
+
+// TestChoices: what is excluded, or not included, leaves the host as if there were no viasocks, in each of the ways in
+// which a host sends; of all the rest nothing does, also after kill -9.
+func TestChoices(t *testing.T) {
+	o, est := newChoosing(t)
+	w := o.w
+	o.rec.known(w.proxy(proxy4 + ":1080"))
 	for i, c := range choices(est.agent.cgroup) {
 		d := w.up(append([]string{"--proxy", proxyURL}, c.flags...)...)
 		o.mixed(c.name+", up", c.way)

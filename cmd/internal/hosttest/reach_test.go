@@ -1,12 +1,14 @@
 package hosttest
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/netip"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -414,20 +416,32 @@ func TestInboundCarry(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.proxy(proxy4 + ":1080")
-	before, err := w.login(client4, host4)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !has("up", "--inbound") {
-		t.Skip("viasocks up has no --inbound yet")
+	var before []net.Conn
+	for _, o := range outside {
+		c, err := w.login(o.client, o.host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		before = append(before, c)
 	}
 	w.up("--proxy", proxyURL, "--inbound", "carry")
-	if err := lines(before); err == nil {
-		t.Error("ssh opened before up goes on")
+	var tries sync.WaitGroup
+	for i, o := range outside {
+		for what, try := range map[string]func() error{
+			"ssh opened before up":   func() error { return lines(before[i]) },
+			"ssh opened while up":    func() error { _, err := w.login(o.client, o.host); return err },
+			"a UDP server":           func() error { return w.askUDP(o.client, o.host) },
+			"a published port":       func() error { _, err := w.published(o.client, o.host); return err },
+			"(the host's container)": func() error { w.inside("inbound carry"); return errors.New("as it should be") },
+		} {
+			tries.Go(func() {
+				if try() == nil {
+					t.Errorf("%s: %s works", o.name, what)
+				}
+			})
+		}
 	}
-	if _, err := w.login(client4, host4); err == nil {
-		t.Error("ssh opened while up works")
-	}
+	tries.Wait()
 }
 
 var (

@@ -258,21 +258,3 @@ func TestSecondDaemon(t *testing.T) {
 	}
 	w.same("after a second up", before, w.state())
 }
-
-// TestDryRun touches nothing.
-func TestDryRun(t *testing.T) {
-	if why := os.Getenv(envWhy); why != "" {
-		t.Skip(why)
-	}
-	if !has("up", "--dry-run") {
-		t.Skip("viasocks up has no --dry-run yet")
-	}
-	w := newWorld(t)
-	w.proxy(proxy4 + ":1080")
-	before := w.state()
-	out, err := w.command("up", "--proxy", "socks5://"+proxy4+":1080", "--dry-run")
-	if err != nil || !strings.Contains(out, "rule") || !strings.Contains(out, "table") {
-		t.Errorf("dry run: %v\n%s", err, out)
-	}
-	w.same("after a dry run", before, w.state())
-}
