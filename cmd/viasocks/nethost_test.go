@@ -32,6 +32,7 @@ func newHost(t *testing.T) *netHost {
 		"link set eth0p addrgenmode none up", "addr add 192.0.2.2/24 dev eth0", "route add default via 192.0.2.1"} {
 		h.run("ip -n " + h.name + " " + l)
 	}
+	h.settle()
 	// The proxy is one that accepts, greets and refuses, inside the namespace.
 	greeter := h.in(exec.Command(self(t), "-test.run=^TestGreeter$"))
 	greeter.Env = append(os.Environ(), "TEST_GREETER=1")
@@ -81,6 +82,27 @@ func (h *netHost) state() string {
 		s += h.run("ip netns exec " + h.name + " nft -s list ruleset")
 	}
 	return s
+}
+
+// settle waits until the kernel has said all that it has to say of links that came up: it does so from a work queue, up to
+// a second later.
+func (h *netHost) settle() {
+	h.t.Helper()
+	in := "ip -n " + h.name + " "
+	for end := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
+		s := h.run(in+"-4 route show table all") + h.run(in+"addr")
+		six := h.run(in + "-6 route show table all")
+		ready := strings.Count(s, "state UP") == 2 && strings.Count(six, "multicast ff00::/8") >= 2 || !strings.Contains(s, "inet6")
+		for _, word := range []string{"linkdown", "tentative", "NO-CARRIER", "state DOWN", "state LOWERLAYERDOWN"} {
+			ready = ready && !strings.Contains(s+six, word)
+		}
+		if ready {
+			return
+		}
+		if time.Now().After(end) {
+			h.t.Fatalf("links that do not come up:\n%s%s", s, six)
+		}
+	}
 }
 
 // upProc is a `viasocks up`.
@@ -141,7 +163,7 @@ func (p *upProc) text() string {
 // await waits for a line of the log.
 func (p *upProc) await(what string) {
 	p.t.Helper()
-	for end := time.Now().Add(15 * time.Second); !strings.Contains(p.text(), what); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(3 * patience); !strings.Contains(p.text(), what); time.Sleep(5 * time.Millisecond) {
 		select {
 		case <-p.eof:
 			if !strings.Contains(p.text(), what) {
@@ -170,10 +192,15 @@ func (p *upProc) ends(want int) {
 	}
 }
 
-func differ(t *testing.T, what, before, after string) {
-	t.Helper()
+// same wants the state of before. The kernel takes an address's routes away a little after the address.
+func (h *netHost) same(what, before string) {
+	h.t.Helper()
+	after := h.state()
+	for end := time.Now().Add(patience); after != before && time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		after = h.state()
+	}
 	if before != after {
-		t.Errorf("%s: before:\n%s\nafter:\n%s", what, before, after)
+		h.t.Errorf("%s: before:\n%s\nafter:\n%s", what, before, after)
 	}
 }
 

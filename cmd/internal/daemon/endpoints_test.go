@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"go.uber.org/goleak"
 
@@ -45,7 +44,7 @@ func (f *filter) passes(proto flow.Proto, at string) bool {
 }
 
 func TestEndpoints(t *testing.T) {
-	defer goleak.VerifyNone(t, goleak.IgnoreCurrent())
+	defer verifyNone(t, goleak.IgnoreCurrent())
 	var f filter
 	e := newEndpoints(slog.New(slog.DiscardHandler))
 	e.configure(parse(t, "--proxy", "socks5://192.0.2.1", "--upstream", "b=socks5://proxy.example:9", "--upstream", "c=socks5://[2001:db8::1]:1081").Upstreams)
@@ -151,7 +150,7 @@ func TestEndpointsOfAssociation(t *testing.T) {
 	e.configure(parse(t, "--proxy", s.URL()).Upstreams)
 	e.attach(f.apply)
 	got := make(chan error, 1)
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	newClient(d, srv, e).Associate(ctx, func(a *socks.Association, err error) {
 		if err == nil {

@@ -77,7 +77,7 @@ func TestStartContext(t *testing.T) {
 	signals <- syscall.SIGTERM
 	select {
 	case <-ctx.Done():
-	case <-time.After(5 * time.Second):
+	case <-time.After(patience):
 		t.Error("the signal does not end it")
 	}
 	cancel()

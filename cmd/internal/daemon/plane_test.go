@@ -20,6 +20,21 @@ import (
 	"github.com/viasocks/viasocks/tun/tuntest"
 )
 
+// patience is for what must happen, on a machine that may stall for seconds.
+const patience = 20 * time.Second
+
+// verifyNone waits for goroutines to end, but for those of before.
+func verifyNone(t *testing.T, before goleak.Option) {
+	t.Helper()
+	var err error
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		if err = goleak.Find(before); err == nil {
+			return
+		}
+	}
+	t.Error(err)
+}
+
 // noLeaks checks at the end that goroutines and files are as they were.
 func noLeaks(t *testing.T) {
 	t.Helper()
@@ -41,8 +56,12 @@ func noLeaks(t *testing.T) {
 	}
 	before := list()
 	t.Cleanup(func() {
-		goleak.VerifyNone(t, ignore)
-		if after := list(); len(after) != len(before) {
+		verifyNone(t, ignore)
+		after := list()
+		for end := time.Now().Add(patience); len(after) != len(before) && time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+			after = list()
+		}
+		if len(after) != len(before) {
 			t.Errorf("open files before: %q, after: %q", before, after)
 		}
 	})
@@ -95,7 +114,7 @@ func TestPlane(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.start()
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	c, err := app.DialTCP(ctx, dst)
 	if err != nil {
@@ -113,7 +132,7 @@ func TestPlane(t *testing.T) {
 	between := false
 	stop(p, func() {
 		between = true
-		c.SetReadDeadline(time.Now().Add(3 * time.Second))
+		c.SetReadDeadline(time.Now().Add(patience))
 		var late net.Error
 		if _, err := c.Read(b); err == nil || err == io.EOF || errors.As(err, &late) && late.Timeout() {
 			t.Errorf("the open connection was not reset: %v", err)
@@ -140,7 +159,7 @@ func TestPlaneFails(t *testing.T) {
 		if err == nil {
 			t.Error("no reason given")
 		}
-	case <-time.After(5 * time.Second):
+	case <-time.After(patience):
 		t.Error("nobody said that the device is gone")
 	}
 	stop(p, nil)

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 	"time"
 
@@ -30,12 +31,14 @@ func Run(cfg *config.Config, environ []string, stdin, stdout, stderr *os.File) (
 
 	// INT and QUIT come from the terminal and reach the program too, which decides. They are caught and not ignored: it
 	// would inherit that.
+	forward := heeded(syscall.SIGTERM, syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2)
+	ending := heeded(syscall.SIGTERM, syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT)
 	theirs := make(chan os.Signal, 1)
-	signal.Notify(theirs, syscall.SIGINT, syscall.SIGQUIT)
+	signal.Notify(theirs, heeded(syscall.SIGINT, syscall.SIGQUIT)...)
 	defer signal.Stop(theirs)
 	// Until the program runs they end us like the others.
 	early := make(chan os.Signal, 4)
-	signal.Notify(early, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT)
+	signal.Notify(early, ending...)
 	ctx, cancel := startContext(early)
 	defer cancel()
 
@@ -81,13 +84,19 @@ func Run(cfg *config.Config, environ []string, stdin, stdout, stderr *os.File) (
 	signal.Stop(early)
 	cancel()
 	forwarded := make(chan os.Signal, 16)
-	signal.Notify(forwarded, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2)
+	signal.Notify(forwarded, forward...)
 	defer signal.Stop(forwarded)
 	if err := child.Exec(); err != nil {
 		return 0, err
 	}
 	e.log.Info("ready", "tun", child.TUNName, "proxy", proxyName(cfg), "program", cfg.Program[0])
 	return watch(child, p, forwarded)
+}
+
+// heeded are the signals without those that our caller has ignored: nohup's HUP, the INT of a shell's background job. They
+// stay ignored, here and for the program. Notify ends that: it is asked before.
+func heeded(signals ...os.Signal) []os.Signal {
+	return slices.DeleteFunc(signals, signal.Ignored)
 }
 
 // watch waits for the program, hands it signals, and ends it when the data plane fails.

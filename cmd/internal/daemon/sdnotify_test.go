@@ -28,7 +28,7 @@ func notifySocket(t *testing.T, name string) *net.UnixConn {
 func heard(t *testing.T, c *net.UnixConn) string {
 	t.Helper()
 	b := make([]byte, 4096)
-	c.SetReadDeadline(time.Now().Add(5 * time.Second))
+	c.SetReadDeadline(time.Now().Add(patience))
 	n, err := c.Read(b)
 	if err != nil {
 		t.Fatal(err)
@@ -37,7 +37,7 @@ func heard(t *testing.T, c *net.UnixConn) string {
 }
 
 func TestNotify(t *testing.T) {
-	defer goleak.VerifyNone(t, goleak.IgnoreCurrent())
+	defer verifyNone(t, goleak.IgnoreCurrent())
 	for _, name := range []string{filepath.Join(t.TempDir(), "notify"), fmt.Sprintf("@viasocks-test-%d", os.Getpid())} {
 		c := notifySocket(t, name)
 		n := newNotifier([]string{"NOTIFY_SOCKET=" + name, "WATCHDOG_USEC=30000", fmt.Sprintf("WATCHDOG_PID=%d", os.Getpid())}, slog.New(slog.DiscardHandler))

@@ -103,7 +103,11 @@ func Up(cfg *config.Config, o UpOptions) error {
 // listenSignals turns signals into what they mean, until the function that it returns is called.
 func (u *up) listenSignals() (end func()) {
 	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	heed := []os.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP}
+	if u.first.File == "" && signal.Ignored(syscall.SIGHUP) { // nohup: the terminal may go
+		heed = heed[:2]
+	}
+	signal.Notify(signals, heed...)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
