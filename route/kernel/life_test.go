@@ -181,8 +181,8 @@ func TestTaken(t *testing.T) {
 			} else if strings.Contains(err.Error(), "\n") {
 				t.Errorf("%s: more than a line: %v", tt.cmd, err)
 			}
-			if state(t) != before {
-				t.Errorf("%s: something was touched", tt.cmd)
+			if after := state(t); after != before {
+				t.Errorf("%s: something was touched: %s", tt.cmd, difference(before, after))
 			}
 		})
 	}
@@ -211,6 +211,7 @@ func TestPutBack(t *testing.T) {
 			if err := h.Steer(); err != nil {
 				t.Fatal(err)
 			}
+			settled(t)
 			during := state(t)
 			ctx, cancel := context.WithCancel(context.Background())
 			done := make(chan error)
@@ -228,7 +229,7 @@ func TestPutBack(t *testing.T) {
 					nft(t, f[1:]...)
 				}
 				for state(t) != during {
-					if time.Since(start) > 2*time.Second {
+					if time.Since(start) > patience {
 						t.Fatalf("%s: not put back: %s", cmd, state(t))
 					}
 				}
@@ -238,26 +239,18 @@ func TestPutBack(t *testing.T) {
 
 			// Addresses and default routes are followed.
 			ip(t, "addr add 10.5.5.5/24 dev br0", "addr add 198.51.100.3/24 dev eth0", "route replace default via 198.51.100.1 dev eth0 src 198.51.100.3")
-			start := time.Now()
-			for !strings.Contains(ip(t, "rule"), "to 10.5.5.0/24 goto 9019") || !strings.Contains(ip(t, "route show table 30323"), "src 198.51.100.3") {
-				if time.Since(start) > 2*time.Second {
-					t.Fatalf("not followed: %s", state(t))
-				}
-			}
+			eventually(t, "addresses and routes followed", func() bool {
+				return strings.Contains(ip(t, "rule"), "to 10.5.5.0/24 goto 9019") && strings.Contains(ip(t, "route show table 30323"), "src 198.51.100.3")
+			})
 			select {
 			case <-changed:
-			case <-time.After(time.Second):
+			case <-time.After(patience):
 				t.Error("nobody said that the default route has changed")
 			}
 			ip(t, "addr del 10.5.5.5/24 dev br0")
 			// A TUN that comes back gets its routes.
 			ip(t, "rule add priority 100 to 203.0.113.0/24 table main")
-			for start := time.Now(); len(h.Warnings()) == 0; {
-				if time.Since(start) > 2*time.Second {
-					t.Fatal("no warning of the foreign rule")
-				}
-				time.Sleep(10 * time.Millisecond)
-			}
+			eventually(t, "a warning of the foreign rule", func() bool { return len(h.Warnings()) > 0 })
 			w.mustBeClosed(t, "steered")
 
 			// Somebody who never tires.
@@ -265,7 +258,8 @@ func TestPutBack(t *testing.T) {
 			h.mu.Lock()
 			step = func() error { steps++; return nil }
 			h.mu.Unlock()
-			for start := time.Now(); time.Since(start) < time.Second; {
+			start := time.Now()
+			for time.Since(start) < time.Second {
 				ip(t, "-4 rule flush protocol 118")
 			}
 			cancel()
@@ -275,8 +269,8 @@ func TestPutBack(t *testing.T) {
 			h.mu.Lock()
 			step = func() error { return nil }
 			h.mu.Unlock()
-			if steps > 7*13 {
-				t.Errorf("%d changes in a second of fight", steps)
+			if times := time.Since(start)/putBackEvery + 3; steps > int(times)*13 {
+				t.Errorf("%d changes in %v of fight", steps, time.Since(start))
 			}
 			down(t, h)
 		})

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
@@ -70,6 +71,7 @@ func inNamespace(t *testing.T, f func(t *testing.T)) {
 			"route add default via 198.51.100.1", "route add default via 2001:db8:1::1",
 			"link add br0 type veth peer name br0p", "link set br0 addrgenmode none up", "link set br0p addrgenmode none up",
 			"addr add 192.168.7.1/24 dev br0", "addr add fd12:3456::1/64 dev br0 nodad")
+		settled(t)
 		if t.Failed() {
 			return
 		}
@@ -110,6 +112,43 @@ func ip(t *testing.T, lines ...string) string {
 	return out.String()
 }
 
+// patience is how long a test waits for what must come: a machine may stall for seconds.
+const patience = 10 * time.Second
+
+// eventually waits for what must come.
+func eventually(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !is(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("not within %v: %s", patience, what)
+		}
+	}
+}
+
+// settled waits until links that are up carry packets, and the kernel's tables say so: it does that up to a second after
+// the other end came up, and until then a link has no IPv6. The routes to the host's own IPv6 addresses come later still.
+func settled(t *testing.T) {
+	t.Helper()
+	last := ""
+	eventually(t, "links that are up", func() bool {
+		routes, addrs := ip(t, "-4 route show table all", "-6 route show table all"), ip(t, "addr")
+		same := last == routes+addrs
+		last = routes + addrs
+		for _, word := range []string{"linkdown", "tentative", "NO-CARRIER", "state DOWN", "state LOWERLAYERDOWN"} {
+			if strings.Contains(last, word) {
+				return false
+			}
+		}
+		f := strings.Fields(addrs)
+		for i, word := range f {
+			if a, _, ok := strings.Cut(f[min(i+1, len(f)-1)], "/"); word == "inet6" && ok && !strings.Contains(routes, "local "+a+" dev") {
+				return false
+			}
+		}
+		return same
+	})
+}
+
 // state is everything that Steer may change.
 func state(t *testing.T) string {
 	t.Helper()
@@ -124,4 +163,21 @@ func state(t *testing.T) string {
 	s += "# nft\n" + string(b)
 	b, _ = exec.Command("sysctl", "-a", "--pattern", "^net\\.ipv4\\.conf\\.(all|default)").Output()
 	return s + "# sysctl\n" + string(b)
+}
+
+// difference is the lines that only one of two states has.
+func difference(before, after string) string {
+	a, b := strings.Split(before, "\n"), strings.Split(after, "\n")
+	var out strings.Builder
+	for _, l := range a {
+		if !slices.Contains(b, l) {
+			out.WriteString("\n- " + l)
+		}
+	}
+	for _, l := range b {
+		if !slices.Contains(a, l) {
+			out.WriteString("\n+ " + l)
+		}
+	}
+	return out.String()
 }
