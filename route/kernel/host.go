@@ -3,6 +3,7 @@ package kernel
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"slices"
 	"sync"
@@ -18,7 +19,7 @@ import (
 // change.
 type Host struct {
 	c         Config
-	nl        *netlink.Handle
+	nl        routing
 	nf        *nfSocket
 	families  []int
 	lock      *os.File
@@ -99,29 +100,59 @@ func open(c Config) (_ *Host, err error) {
 	if h.lock, err = takeLock(lock); err != nil {
 		return nil, err
 	}
-	if h.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+	if h.nl, err = openRouting(); err != nil {
 		return nil, fmt.Errorf("cannot steer the host: no netlink socket: %w", err)
 	}
-	if h.nf, err = openNF(); err != nil {
-		return nil, err
+	if h.nf, err = openNF(); noTables(err) {
+		h.nf, err = nil, nil // there is nothing to undo, and New says what is missing
+	} else if err != nil {
+		return nil, fmt.Errorf("cannot open a netfilter socket: %w", err)
 	}
 	h.families, err = h.listFamilies()
 	h.lastEnds = c.Upstreams
 	return h, err
 }
 
-// listFamilies are those that the kernel has. IPv6 may be compiled out or switched off at boot.
+// listFamilies are those that the kernel has rules of. IPv6 may be compiled out, switched off at boot (ipv6.disable=1), or
+// come later as a module. What there is of it without rules the filter refuses: its tables are of both families.
 func (h *Host) listFamilies() ([]int, error) {
-	_, err := listRules(h.nl, unix.AF_INET6)
-	switch {
-	case err == nil:
-		return []int{unix.AF_INET, unix.AF_INET6}, nil
-	case errors.Is(err, unix.EAFNOSUPPORT), errors.Is(err, unix.EOPNOTSUPP):
-		h.c.Log.Info("the kernel has no IPv6: only IPv4 is steered")
-		return []int{unix.AF_INET}, nil
+	var out []int
+	for _, f := range []int{unix.AF_INET, unix.AF_INET6} {
+		_, err := listRules(h.nl, f)
+		lacks := errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP)
+		switch {
+		case err == nil:
+			out = append(out, f)
+		case !lacks:
+			return nil, err
+		case f == unix.AF_INET:
+			return nil, errors.New("cannot steer the host: this kernel has no ip rules: it must be built with CONFIG_IP_MULTIPLE_TABLES; " + orRun)
+		default:
+			h.c.Log.Info("the kernel has no IPv6, or no rules for it: IPv4 is steered, and IPv6 refused")
+		}
 	}
-	return nil, err
+	return out, nil
 }
+
+// routing is rtnetlink of the network namespace that it was opened in.
+type routing interface {
+	RuleList(family int) ([]netlink.Rule, error)
+	RuleAdd(*netlink.Rule) error
+	RuleDel(*netlink.Rule) error
+	RouteListFiltered(family int, filter *netlink.Route, mask uint64) ([]netlink.Route, error)
+	RouteGetWithOptions(to net.IP, o *netlink.RouteGetOptions) ([]netlink.Route, error)
+	RouteReplace(*netlink.Route) error
+	RouteDel(*netlink.Route) error
+	LinkList() ([]netlink.Link, error)
+	LinkByName(string) (netlink.Link, error)
+	LinkSetAlias(netlink.Link, string) error
+	LinkDel(netlink.Link) error
+	AddrList(netlink.Link, int) ([]netlink.Addr, error)
+	Close()
+}
+
+// openRouting is for tests, too: a kernel that lacks something.
+var openRouting = func() (routing, error) { return netlink.NewHandle(unix.NETLINK_ROUTE) }
 
 // taken looks for what somebody else uses already.
 func (h *Host) taken() error {

@@ -13,12 +13,18 @@ type tableID struct {
 	name string
 }
 
+// errNoTables: the kernel has no nf_tables, so there are no tables either.
+var errNoTables = lackError(needTables)
+
 func (h *Host) listTables() (out []tableID, err error) {
+	if h.nf == nil {
+		return nil, errNoTables
+	}
 	err = h.nf.dump(unix.NFT_MSG_GETTABLE, unix.NFPROTO_UNSPEC, nil, func(fam uint8, b []byte) {
 		out = append(out, tableID{fam, cstring(attrs(b)[unix.NFTA_TABLE_NAME])})
 	})
-	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT) {
-		return nil, errors.New("cannot set the filter: the kernel has no nftables: 'modprobe nf_tables', or use 'viasocks run' for one program")
+	if noTables(err) {
+		return nil, errNoTables
 	}
 	if err != nil {
 		return nil, fmt.Errorf("cannot list nftables: %w", err)
@@ -33,6 +39,9 @@ type counter struct {
 }
 
 func (h *Host) listCounters() (out []counter, err error) {
+	if h.nf == nil {
+		return nil, nil
+	}
 	err = h.nf.dump(unix.NFT_MSG_GETOBJ, unix.NFPROTO_UNSPEC, nil, func(fam uint8, b []byte) {
 		a := attrs(b)
 		d := attrs(a[unix.NFTA_OBJ_DATA])
@@ -56,6 +65,9 @@ func (h *Host) isOurs(t tableID) (bool, error) {
 // ourTables are those of ours that are there.
 func (h *Host) ourTables() (out []tableID, err error) {
 	all, err := h.listTables()
+	if errors.Is(err, errNoTables) {
+		return nil, nil
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -117,29 +129,32 @@ func (h *Host) applyFilter() error {
 			h.noARP = true
 			h.say("arp", "the kernel can't filter ARP: neighbours learn that the TUN's address is here, and get no further", "why", err)
 		case errors.Is(err, unix.ENOENT) && ne.index < len(old): // somebody deleted it between
-		case errors.Is(err, unix.ENOENT) && len(h.st.devices) > 0: // a device went between
+		case errors.Is(err, unix.ENOENT) && ne.index >= 0 && msgs[ne.index].fam == unix.NFPROTO_NETDEV && msgs[ne.index].op == unix.NFT_MSG_NEWCHAIN: // a device went between
 			l, err := h.look()
 			if err != nil {
 				return err
 			}
 			h.st.lan, h.st.devices = l.lan, l.out
+		case lacking(msgs, ne.index, err) == needCgroupv2 && h.c.OwnCgroup != "" && len(h.c.Exclude.Cgroups)+len(h.c.Include.Cgroups) == 0:
+			h.c.OwnCgroup = "" // wanted where it can be had
+			h.say("own cgroup", "the kernel can't tell our sockets from others' by their cgroup: only by mark and destination", "why", err)
 		default:
+			if n := lacking(msgs, ne.index, err); n != nil {
+				return lackError(n)
+			}
 			return filterError(err)
 		}
 	}
-	return errors.New("cannot set the filter: it changes all the time")
+	return errors.New("cannot close the host: nftables or devices change all the time")
 }
 
-// filterError says what the kernel lacks.
+// filterError is for what else may be wrong.
 func filterError(err error) error {
 	hint := ""
-	switch {
-	case errors.Is(err, unix.EPERM):
+	if errors.Is(err, unix.EPERM) {
 		hint = ": CAP_NET_ADMIN is missing, or another program owns the table"
-	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EAFNOSUPPORT):
-		hint = ": the kernel lacks what this line needs (nft_ct, nft_fib_inet, nft_reject_inet, nft_socket): 'modprobe' it, or use 'viasocks run' for one program"
 	}
-	return fmt.Errorf("cannot set the filter: %w%s", err, hint)
+	return fmt.Errorf("cannot close the host: %w%s", err, hint)
 }
 
 // keepCounters adds what tables that are about to go have counted.

@@ -29,32 +29,51 @@ type nfMsg struct {
 	flags uint16
 	attrs []byte
 	text  string // for errors
+	needs []*need
 }
 
-// nfSocket is a netlink socket of the network namespace that it was opened in.
+// nfSocket speaks with the nftables of the network namespace that it was opened in.
 type nfSocket struct {
-	mu  sync.Mutex
-	fd  int
-	pid uint32 // what the kernel calls us in its notifications
-	seq uint32
-	buf []byte
+	mu   sync.Mutex
+	conn nfConn // nil: closed
+	pid  uint32 // what the kernel calls us in its notifications
+	seq  uint32
+	buf  []byte
 }
 
-func openNF() (*nfSocket, error) {
+// nfConn is a netlink socket. The answers to what is sent are there when Send returns.
+type nfConn interface {
+	Send(b []byte) error
+	Receive(b []byte, flags int) (int, error)
+	Close() error
+}
+
+type nfFD int
+
+func (c nfFD) Send(b []byte) error {
+	return unix.Sendto(int(c), b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
+}
+
+func (c nfFD) Receive(b []byte, flags int) (int, error) {
+	n, _, err := unix.Recvfrom(int(c), b, flags)
+	return n, err
+}
+
+func (c nfFD) Close() error { return unix.Close(int(c)) }
+
+// openNF is for tests, too: a kernel that lacks something.
+var openNF = func() (*nfSocket, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
 	if err != nil {
-		if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EAFNOSUPPORT) {
-			return nil, errors.New("cannot set the filter: the kernel has no nftables (CONFIG_NF_TABLES_INET): 'modprobe nf_tables', or use 'viasocks run' for one program")
-		}
-		return nil, fmt.Errorf("cannot open a netfilter socket: %w", err)
+		return nil, err
 	}
-	s := &nfSocket{fd: fd, buf: make([]byte, 64<<10)}
+	s := &nfSocket{conn: nfFD(fd), buf: make([]byte, 64<<10)}
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 4<<20)
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, 4<<20)
 	_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_CAP_ACK, 1)
 	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		unix.Close(fd)
-		return nil, fmt.Errorf("cannot open a netfilter socket: %w", err)
+		return nil, err
 	}
 	if sa, err := unix.Getsockname(fd); err == nil {
 		if nl, ok := sa.(*unix.SockaddrNetlink); ok {
@@ -67,12 +86,12 @@ func openNF() (*nfSocket, error) {
 func (s *nfSocket) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.fd < 0 {
+	if s.conn == nil {
 		return nil
 	}
-	fd := s.fd
-	s.fd = -1
-	return unix.Close(fd)
+	c := s.conn
+	s.conn = nil
+	return c.Close()
 }
 
 // nfError says which message of a batch failed.
@@ -101,7 +120,7 @@ func setLen(b []byte, start int) {
 func (s *nfSocket) batch(msgs []nfMsg) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.fd < 0 {
+	if s.conn == nil {
 		return os.ErrClosed
 	}
 	first := s.seq + 1
@@ -122,7 +141,7 @@ func (s *nfSocket) batch(msgs []nfMsg) error {
 	s.seq = first + 1 + uint32(len(msgs))
 	b = header(b, unix.NFNL_MSG_BATCH_END, unix.NLM_F_REQUEST, s.seq, unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES)
 	setLen(b, start)
-	if err := unix.Sendto(s.fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+	if err := s.conn.Send(b); err != nil {
 		return fmt.Errorf("cannot send to nftables: %w", err)
 	}
 	acked := false
@@ -159,24 +178,26 @@ func (s *nfSocket) batch(msgs []nfMsg) error {
 func (s *nfSocket) dump(op uint16, fam uint8, attrs []byte, f func(fam uint8, attrs []byte)) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.fd < 0 {
+	if s.conn == nil {
 		return os.ErrClosed
 	}
 	s.seq++
 	b := header(nil, unix.NFNL_SUBSYS_NFTABLES<<8|op, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, s.seq, fam, 0)
 	b = append(b, attrs...)
 	setLen(b, 0)
-	if err := unix.Sendto(s.fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+	if err := s.conn.Send(b); err != nil {
 		return err
 	}
 	var failed error
 	err := s.receive(0, func(h unix.NlMsghdr, data []byte) bool {
 		switch {
 		case h.Seq != s.seq:
-		case h.Type == unix.NLMSG_DONE:
+		case h.Type == unix.NLMSG_DONE && len(data) < 4:
 			return false
-		case h.Type == unix.NLMSG_ERROR && len(data) >= 4:
-			failed = unix.Errno(-int32(binary.NativeEndian.Uint32(data)))
+		case h.Type == unix.NLMSG_DONE || h.Type == unix.NLMSG_ERROR && len(data) >= 4: // both say how it ended
+			if errno := unix.Errno(-int32(binary.NativeEndian.Uint32(data))); errno != 0 {
+				failed = errno
+			}
 			return false
 		case len(data) >= 4:
 			f(data[0], data[4:])
@@ -189,7 +210,7 @@ func (s *nfSocket) dump(op uint16, fam uint8, attrs []byte, f func(fam uint8, at
 // receive calls f for each message until f says no, or an error.
 func (s *nfSocket) receive(flags int, f func(unix.NlMsghdr, []byte) bool) error {
 	for {
-		n, _, err := unix.Recvfrom(s.fd, s.buf, flags)
+		n, err := s.conn.Receive(s.buf, flags)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}

@@ -117,15 +117,16 @@ func delTable(fam uint8, name string) nfMsg {
 func (t *nfTable) messages(flags uint32) ([]nfMsg, error) {
 	at := famNames[t.fam] + " " + t.name
 	var out []nfMsg
-	say := func(op uint16, flags uint16, attrs []byte, format string, a ...any) {
+	say := func(op uint16, flags uint16, attrs []byte, format string, a ...any) *nfMsg {
 		out = append(out, nfMsg{op: op, fam: t.fam, flags: flags, attrs: attrs, text: fmt.Sprintf(format, a...)})
+		return &out[len(out)-1]
 	}
 	head := attrString(unix.NFTA_TABLE_NAME, t.name)
 	say(unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE, cat(head, attrU32(unix.NFTA_TABLE_FLAGS, flags)), "add table %s", at)
 	for _, c := range t.counters {
 		say(unix.NFT_MSG_NEWOBJ, unix.NLM_F_CREATE, cat(attrString(unix.NFTA_OBJ_TABLE, t.name), attrString(unix.NFTA_OBJ_NAME, c),
 			attrU32(unix.NFTA_OBJ_TYPE, unix.NFT_OBJECT_COUNTER),
-			nested(unix.NFTA_OBJ_DATA, attrU64(unix.NFTA_COUNTER_BYTES, 0), attrU64(unix.NFTA_COUNTER_PACKETS, 0))), "add counter %s %s", at, c)
+			nested(unix.NFTA_OBJ_DATA, attrU64(unix.NFTA_COUNTER_BYTES, 0), attrU64(unix.NFTA_COUNTER_PACKETS, 0))), "add counter %s %s", at, c).needs = []*need{needCounter}
 	}
 	for i, s := range t.sets {
 		a := cat(attrString(unix.NFTA_SET_TABLE, t.name), attrString(unix.NFTA_SET_NAME, s.name),
@@ -133,7 +134,7 @@ func (t *nfTable) messages(flags uint32) ([]nfMsg, error) {
 		if s.timeout {
 			a = append(a, attrU32(unix.NFTA_SET_FLAGS, unix.NFT_SET_TIMEOUT)...)
 		}
-		say(unix.NFT_MSG_NEWSET, unix.NLM_F_CREATE, a, "add set %s %s", at, s.name)
+		say(unix.NFT_MSG_NEWSET, unix.NLM_F_CREATE, a, "add set %s %s", at, s.name).needs = s.needs()
 		out = append(out, elements(t, s, unix.NFT_MSG_NEWSETELEM, s.elems)...)
 	}
 	for _, c := range t.chains {
@@ -145,13 +146,15 @@ func (t *nfTable) messages(flags uint32) ([]nfMsg, error) {
 			}
 			a = cat(a, nested(unix.NFTA_CHAIN_HOOK, hook), attrU32(unix.NFTA_CHAIN_POLICY, 1), attrString(unix.NFTA_CHAIN_TYPE, c.kind))
 		}
-		say(unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE, a, "add chain %s %s", at, c.name)
+		say(unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE, a, "add chain %s %s", at, c.name).needs = c.needs(t.fam)
 	}
 	for _, c := range t.chains {
 		for _, r := range c.rules {
 			var a []byte
+			var needs []*need
 			words := make([]string, len(r))
 			for i, x := range r {
+				needs = append(needs, x.needs()...)
 				b, err := encodeExprs(t.fam, x.exprs)
 				if err != nil {
 					return nil, fmt.Errorf("cannot encode %q: %w", x.text, err)
@@ -161,7 +164,7 @@ func (t *nfTable) messages(flags uint32) ([]nfMsg, error) {
 			}
 			say(unix.NFT_MSG_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_APPEND, cat(attrString(unix.NFTA_RULE_TABLE, t.name),
 				attrString(unix.NFTA_RULE_CHAIN, c.name), nested(unix.NFTA_RULE_EXPRESSIONS, a)),
-				"add rule %s %s %s", at, c.name, strings.Join(words, " "))
+				"add rule %s %s %s", at, c.name, strings.Join(words, " ")).needs = needs
 		}
 	}
 	return out, nil

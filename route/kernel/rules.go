@@ -263,7 +263,7 @@ func familyOf(a netip.Addr) int {
 }
 
 // listRules reads the rules of a family, ours and others'.
-func listRules(h *netlink.Handle, family int) ([]netlink.Rule, error) {
+func listRules(h routing, family int) ([]netlink.Rule, error) {
 	rs, err := h.RuleList(family)
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		return nil, fmt.Errorf("cannot list ip rules: %w", err)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // alias tells our TUN from others' of the same name.
@@ -133,6 +134,11 @@ func (h *Host) reconcile() (changed []string, err error) {
 	}
 	if !h.steered {
 		return nil, nil
+	}
+	if len(h.families) < 2 { // IPv6 may have come as a module
+		if _, err := listRules(h.nl, unix.AF_INET6); err == nil {
+			h.families = []int{unix.AF_INET, unix.AF_INET6}
+		}
 	}
 	var errs []error
 	for _, f := range h.families { // routes first, so that nothing is refused in passing

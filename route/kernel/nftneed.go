@@ -1,0 +1,115 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// need is a part of nftables that a kernel may lack: most are modules of their own.
+type need struct {
+	what string // "this kernel has no ..."
+	how  string // what can be done
+}
+
+const orRun = "or use 'viasocks run' for one program"
+
+var (
+	needTables   = &need{"nf_tables", "load the module nf_tables, " + orRun}
+	needInet     = &need{"nf_tables for both families", "it must be built with CONFIG_NF_TABLES_INET; " + orRun}
+	needRoute    = &need{"nftables chains of type route", "load the modules nft_chain_route_ipv4 and nft_chain_route_ipv6, " + orRun}
+	needEgress   = &need{"netdev egress hook", "it came with Linux 5.16, CONFIG_NETFILTER_EGRESS; leave out --strict"}
+	needCounter  = &need{"nftables counter", "load the module nft_counter, " + orRun}
+	needObjref   = &need{"nftables objref", "load the module nft_objref, " + orRun}
+	needConcat   = &need{"nftables sets of several fields", "load the module nft_set_hash, " + orRun}
+	needTimeout  = &need{"nftables sets with timeouts", "load the module nft_set_hash, " + orRun}
+	needCt       = &need{"nftables ct", "load the module nft_ct, " + orRun}
+	needFib      = &need{"nftables fib", "load the module nft_fib_inet, " + orRun}
+	needReject   = &need{"nftables reject", "load the module nft_reject_inet, " + orRun}
+	needCgroupv2 = &need{"nftables socket cgroupv2", "load the module nft_socket, of Linux 5.13 or later; leave out what is chosen by cgroup"}
+)
+
+func (s *nfSet) needs() []*need {
+	if s.timeout {
+		return []*need{needTimeout}
+	}
+	return []*need{needConcat}
+}
+
+func (c *nfChain) needs(fam uint8) []*need {
+	switch {
+	case c.kind == "":
+		return nil
+	case fam == unix.NFPROTO_NETDEV:
+		return []*need{needEgress}
+	case c.kind == "route":
+		return []*need{needRoute}
+	}
+	return []*need{needInet}
+}
+
+func (t term) needs() (out []*need) {
+	for _, e := range t.exprs {
+		switch e.(type) {
+		case *expr.Ct:
+			out = append(out, needCt)
+		case *expr.Fib:
+			out = append(out, needFib)
+		case *expr.Reject:
+			out = append(out, needReject)
+		case *expr.Socket:
+			out = append(out, needCgroupv2)
+		case *expr.Objref:
+			out = append(out, needObjref)
+		}
+	}
+	return out
+}
+
+// lacking is what the kernel does not have, when it refuses msgs[failed]: of the things that this message needs, one
+// that none before it has had. nil: it refuses for another reason.
+func lacking(msgs []nfMsg, failed int, err error) *need {
+	switch {
+	case failed < 0:
+		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) { // nobody is there to take a batch
+			return needTables
+		}
+		return nil
+	case failed >= len(msgs):
+		return nil
+	}
+	m := &msgs[failed]
+	switch {
+	case m.op == unix.NFT_MSG_NEWTABLE && noTables(err):
+		return needInet
+	case errors.Is(err, unix.ENOENT) && m.op == unix.NFT_MSG_NEWCHAIN && m.fam == unix.NFPROTO_NETDEV:
+		return nil // the device went
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EAFNOSUPPORT), errors.Is(err, unix.EINVAL), errors.Is(err, unix.EPROTONOSUPPORT):
+	default:
+		return nil
+	}
+	had := map[*need]bool{}
+	for _, before := range msgs[:failed] {
+		for _, n := range before.needs {
+			had[n] = true
+		}
+	}
+	for _, n := range m.needs {
+		if !had[n] {
+			return n
+		}
+	}
+	return nil
+}
+
+// lackError is the one line that it takes.
+func lackError(n *need) error {
+	return fmt.Errorf("cannot close the host: this kernel has no %s: %s", n.what, n.how)
+}
+
+// noTables reports that the kernel has no nf_tables at all: an answer to a question, or to the try to open a socket.
+func noTables(err error) bool {
+	return errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EPROTONOSUPPORT)
+}
