@@ -50,6 +50,12 @@ func (l *lockedBuffer) String() string {
 // startApp starts viasocks run with flags and the agent as its program, and waits until the agent is there.
 func startApp(t testing.TB, flags ...string) *app {
 	t.Helper()
+	return startAppWith(t, "", flags...)
+}
+
+// startAppWith is startApp with a variable for the agent.
+func startAppWith(t testing.TB, env string, flags ...string) *app {
+	t.Helper()
 	needWorld(t)
 	self, err := os.Executable()
 	if err != nil {
@@ -65,13 +71,16 @@ func startApp(t testing.TB, flags ...string) *app {
 	args := append([]string{"run", "--log-level", "info"}, flags...)
 	a.cmd = exec.Command(viasocks, append(args, "--", self)...)
 	a.cmd.Env = append(os.Environ(), envAgent+"="+path)
+	if env != "" {
+		a.cmd.Env = append(a.cmd.Env, env)
+	}
 	a.cmd.Stdout, a.cmd.Stderr = a.log, a.log
 	if err := a.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	go func() { a.done <- a.cmd.Wait() }()
 	t.Cleanup(a.stop)
-	l.SetDeadline(time.Now().Add(20 * time.Second))
+	l.SetDeadline(time.Now().Add(2 * patience))
 	if a.conn, err = l.AcceptUnix(); err != nil {
 		t.Fatalf("the program did not start: %v\n%s", err, a.log)
 	}
@@ -88,7 +97,7 @@ func (a *app) stop() {
 		if err != nil && !a.t.Failed() {
 			a.t.Errorf("viasocks run ended with %v\n%s", err, a.log)
 		}
-	case <-time.After(20 * time.Second):
+	case <-time.After(2 * patience):
 		a.t.Errorf("viasocks run did not end after its program\n%s", a.log)
 		a.cmd.Process.Kill()
 		<-a.done
@@ -122,7 +131,7 @@ func (a *app) socket(family, typ int) int {
 func (a *app) trySocket(family, typ int) (int, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.conn.SetDeadline(time.Now().Add(20 * time.Second))
+	a.conn.SetDeadline(time.Now().Add(patience))
 	if _, err := a.conn.Write([]byte{byte(family), byte(typ), 0}); err != nil {
 		return -1, fmt.Errorf("cannot ask the agent: %w", err)
 	}

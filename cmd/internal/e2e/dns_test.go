@@ -78,7 +78,7 @@ func TestDNS(t *testing.T) {
 		}
 
 		c := a.tcp(dst)
-		c.SetDeadline(time.Now().Add(10 * time.Second))
+		c.SetDeadline(time.Now().Add(patience))
 		q := question(id)
 		if _, err := c.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(q))), q...)); err != nil {
 			t.Fatal(err)

@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"syscall"
 	"testing"
+	"time"
 )
 
 const (
@@ -16,12 +17,17 @@ const (
 	envAgent  = "E2E_AGENT"  // set in the captured program: the unix socket to serve on
 	envWhy    = "E2E_SKIP"   // why the tests are skipped
 
+	envRetries = "E2E_SYN_RETRIES" // the agent's tcp_syn_retries
+
 	world4 = "203.0.113.1"
 	world6 = "2001:db8::1"
 	// A second address for what must not be the first.
 	other4 = "203.0.113.2"
 	other6 = "2001:db8::2"
 )
+
+// patience is for what must happen, on a machine that may stall for seconds.
+const patience = 30 * time.Second
 
 var viasocks string // the viasocks under test
 

@@ -82,8 +82,20 @@ func TestOutcomes(t *testing.T) {
 		}
 		return sockstest.Fault{}
 	})
-	a := startApp(t, "--proxy", proxy.URL(), "--handshake-timeout", "1s",
+	// The rows in which the app's own timer decides are shortened: 3 s instead of 130.
+	retries := envRetries + "=1"
+	a := startAppWith(t, retries, "--proxy", proxy.URL(),
 		"--rule", fmt.Sprintf("port %d reject", rejected), "--rule", fmt.Sprintf("port %d drop", dropped), "--rule", "via proxy")
+
+	hasty := startAppWith(t, retries, "--proxy", proxy.URL(), "--handshake-timeout", "1s")
+	asked := func(dst netip.AddrPort) (n int) {
+		for _, r := range proxy.Requests() {
+			if r.Dst.Port == dst.Port() && r.Dst.IP == dst.Addr() {
+				n++
+			}
+		}
+		return n
+	}
 
 	for _, host := range []string{world4, world6} {
 		addr := netip.MustParseAddr(host)
@@ -95,7 +107,7 @@ func TestOutcomes(t *testing.T) {
 			if err != nil {
 				t.Fatalf("connect: %v", err)
 			}
-			l.SetDeadline(time.Now().Add(5 * time.Second))
+			l.SetDeadline(time.Now().Add(patience))
 			c, err := l.Accept()
 			if err != nil {
 				t.Fatal("granted, but nobody came to the far end")
@@ -121,27 +133,40 @@ func TestOutcomes(t *testing.T) {
 					t.Parallel()
 				}
 				dst := netip.AddrPortFrom(addr, row.port)
-				fd, took, err := a.connect(dst)
-				unix.Close(fd)
-				if !errors.Is(err, want) {
-					t.Fatalf("connect(): %v after %v, want %v", err, took, want)
+				by := a
+				if row.port == silent {
+					by = hasty
 				}
-				if !row.slow && took > 900*time.Millisecond {
-					t.Errorf("the error came after %v: not before the first retransmission", took)
+				try := func() error {
+					before := asked(dst)
+					fd, took, err := by.connect(dst)
+					unix.Close(fd)
+					if !errors.Is(err, want) {
+						return fmt.Errorf("connect(): %v after %v, want %v", err, took, want)
+					}
+					if !row.slow && took > 900*time.Millisecond {
+						return fmt.Errorf("the error came after %v: not before the first retransmission", took)
+					}
+					if row.slow && took < 2*time.Second {
+						return fmt.Errorf("the error came after %v: not by the app's own timer", took)
+					}
+					if n, want := asked(dst)-before, map[bool]int{true: 0, false: 1}[row.port == rejected || row.port == dropped]; n != want {
+						return fmt.Errorf("the proxy was asked %d times, want %d", n, want)
+					}
+					t.Logf("%s, %s: connect() = %s in %v", row.what, ipv, unix.ErrnoName(err.(syscall.Errno)), took.Round(100*time.Microsecond))
+					return nil
 				}
-				if row.slow && took < 2*time.Second {
-					t.Errorf("the error came after %v: not by the app's own timer", took)
-				}
-				var asked int
-				for _, r := range proxy.Requests() {
-					if r.Dst.Port == row.port && r.Dst.IP == addr {
-						asked++
+				// A machine that stalls just then can spoil a try, but not all of them.
+				for i := 1; ; i++ {
+					err := try()
+					if err == nil {
+						break
+					}
+					t.Log(err)
+					if i == 5 {
+						t.Fatal("no try went well")
 					}
 				}
-				if want := map[bool]int{true: 0, false: 1}[row.port == rejected || row.port == dropped]; asked != want {
-					t.Errorf("the proxy was asked %d times, want %d", asked, want)
-				}
-				t.Logf("%s, %s: connect() = %s in %v", row.what, ipv, unix.ErrnoName(err.(syscall.Errno)), took.Round(100*time.Microsecond))
 			})
 		}
 	}
@@ -194,7 +219,7 @@ func TestDialPendingProgramGone(t *testing.T) {
 	proxy := listenSOCKS(t)
 	proxy.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Silence() })
 	a := startApp(t, "--proxy", proxy.URL(), "--handshake-timeout", "60s")
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
 	defer cancel()
 	for _, host := range []string{world4, world6} {
 		dst := netip.AddrPortFrom(netip.MustParseAddr(host), 7)
@@ -206,7 +231,7 @@ func TestDialPendingProgramGone(t *testing.T) {
 		if err := unix.Connect(fd, sockaddr(dst)); err != unix.EINPROGRESS {
 			t.Fatalf("connect: %v", err)
 		}
-		eventually(t, 5*time.Second, "the proxy is asked", func() bool { return proxy.Stats().Open > before })
+		eventually(t, patience, "the proxy is asked", func() bool { return proxy.Stats().Open > before })
 		start := time.Now()
 		unix.Close(fd) // Linux sends nothing in SYN_SENT
 		for proxy.Stats().Open > before {
@@ -217,7 +242,7 @@ func TestDialPendingProgramGone(t *testing.T) {
 			}
 		}
 		t.Logf("%s: cancelled %v after the socket was closed", host, time.Since(start).Round(time.Millisecond))
-		if d := time.Since(start); d > 6*time.Second {
+		if d := time.Since(start); d > 15*time.Second { // 5 s, unless the machine stalls
 			t.Errorf("%s: cancelled only after %v", host, d)
 		}
 	}

@@ -23,7 +23,7 @@ func pair(t testing.TB, a *app, host string) (app, far *net.TCPConn) {
 	l, dst := listenTCP(t, host)
 	defer l.Close()
 	app = a.tcp(dst)
-	l.SetDeadline(time.Now().Add(10 * time.Second))
+	l.SetDeadline(time.Now().Add(patience))
 	c, err := l.AcceptTCP()
 	if err != nil {
 		t.Fatal(err)
@@ -80,7 +80,7 @@ func testBulk(t *testing.T, a *app, host string) {
 		})
 		wg.Go(func() {
 			h := sha256.New()
-			way.to.SetReadDeadline(time.Now().Add(60 * time.Second))
+			way.to.SetReadDeadline(time.Now().Add(4 * patience))
 			n, err := io.Copy(h, way.to)
 			if err != nil || n != size {
 				t.Errorf("%d of %d bytes arrived: %v", n, size, err)
@@ -102,7 +102,7 @@ func testServerFirst(t *testing.T, a *app, host string) {
 		}
 	}()
 	c := a.tcp(dst)
-	c.SetReadDeadline(time.Now().Add(10 * time.Second))
+	c.SetReadDeadline(time.Now().Add(patience))
 	b, err := io.ReadAll(c)
 	if err != nil || string(b) != "220 hello\r\n" {
 		t.Errorf("read %q, %v", b, err)
@@ -120,8 +120,8 @@ func testHalfClose(t *testing.T, a *app, host string) {
 		if way.name == "by the far end" {
 			way.to, way.from = pair(t, a, host)
 		}
-		way.to.SetDeadline(time.Now().Add(20 * time.Second))
-		way.from.SetDeadline(time.Now().Add(20 * time.Second))
+		way.to.SetDeadline(time.Now().Add(2 * patience))
+		way.from.SetDeadline(time.Now().Add(2 * patience))
 		way.from.Write([]byte("question"))
 		if err := way.from.CloseWrite(); err != nil {
 			t.Fatal(way.name, err)
@@ -143,6 +143,8 @@ func testHalfClose(t *testing.T, a *app, host string) {
 	}
 }
 
+var errGotThrough = errors.New("the other side saw FIN, want ECONNRESET")
+
 func reset(c *net.TCPConn) {
 	c.SetLinger(0)
 	c.Close()
@@ -151,9 +153,10 @@ func reset(c *net.TCPConn) {
 // testResets: RST of one side is RST at the other in every state, never FIN, and what came before it is read first.
 func testResets(t *testing.T, a *app, host string) {
 	type ends struct{ mine, other *net.TCPConn } // who resets, who must see it
+	calm := 500 * time.Millisecond               // in which nothing is taken when every buffer is full
 	wantReset := func(t *testing.T, c *net.TCPConn, before string) {
 		t.Helper()
-		c.SetReadDeadline(time.Now().Add(10 * time.Second))
+		c.SetReadDeadline(time.Now().Add(patience))
 		b, err := io.ReadAll(c)
 		if !errors.Is(err, syscall.ECONNRESET) {
 			t.Errorf("the other side sees %v after %q, want ECONNRESET", err, b)
@@ -165,37 +168,41 @@ func testResets(t *testing.T, a *app, host string) {
 	settle := func() { time.Sleep(50 * time.Millisecond) }
 	states := []struct {
 		name string
-		do   func(t *testing.T, e ends)
+		do   func(t *testing.T, e ends) error
 	}{
-		{"ESTABLISHED", func(t *testing.T, e ends) {
+		{"ESTABLISHED", func(t *testing.T, e ends) error {
 			reset(e.mine)
 			wantReset(t, e.other, "")
+			return nil
 		}},
-		{"ESTABLISHED, data on the way", func(t *testing.T, e ends) {
+		{"ESTABLISHED, data on the way", func(t *testing.T, e ends) error {
 			e.mine.Write([]byte("before"))
 			settle()
 			reset(e.mine)
-			e.other.SetReadDeadline(time.Now().Add(10 * time.Second))
+			e.other.SetReadDeadline(time.Now().Add(patience))
 			// A kernel that got the RST before the read throws the data away, as it would directly; the error must be
 			// there, and nothing but a prefix before it.
 			b, err := io.ReadAll(e.other)
 			if !errors.Is(err, syscall.ECONNRESET) || (len(b) > 0 && string(b) != "before") {
 				t.Errorf("read %q, %v", b, err)
 			}
+			return nil
 		}},
-		{"ESTABLISHED, with unread data", func(t *testing.T, e ends) {
+		{"ESTABLISHED, with unread data", func(t *testing.T, e ends) error {
 			e.other.Write([]byte("never read"))
 			settle()
 			reset(e.mine)
 			wantReset(t, e.other, "")
+			return nil
 		}},
-		{"CLOSE_WAIT: the other side sent FIN", func(t *testing.T, e ends) {
+		{"CLOSE_WAIT: the other side sent FIN", func(t *testing.T, e ends) error {
 			e.other.CloseWrite()
 			settle()
 			reset(e.mine)
 			wantReset(t, e.other, "")
+			return nil
 		}},
-		{"after its own FIN (FIN_WAIT_2)", func(t *testing.T, e ends) {
+		{"after its own FIN (FIN_WAIT_2)", func(t *testing.T, e ends) error {
 			e.mine.CloseWrite()
 			settle()
 			if _, err := io.ReadAll(e.other); err != nil {
@@ -203,24 +210,23 @@ func testResets(t *testing.T, a *app, host string) {
 			}
 			reset(e.mine)
 			// The other side learns of it when it writes, or by the error on its socket.
-			e.other.SetWriteDeadline(time.Now().Add(10 * time.Second))
+			e.other.SetWriteDeadline(time.Now().Add(patience))
 			var err error
-			for range 200 {
-				if _, err = e.other.Write(make([]byte, 1000)); err != nil {
-					break
-				}
+			for err == nil {
+				_, err = e.other.Write(make([]byte, 1000))
 				time.Sleep(10 * time.Millisecond)
 			}
 			if !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
 				t.Errorf("the other side's writes end in %v", err)
 			}
+			return nil
 		}},
-		{"FIN_WAIT_1: its FIN waits behind data", func(t *testing.T, e ends) {
+		{"FIN_WAIT_1: its FIN waits behind data", func(t *testing.T, e ends) error {
 			// Until nothing at all is taken for a while: the other side does not read, and every buffer is full. Else the FIN
 			// would get through.
 			fill := make([]byte, 64<<10)
 			for {
-				e.mine.SetWriteDeadline(time.Now().Add(500 * time.Millisecond))
+				e.mine.SetWriteDeadline(time.Now().Add(calm))
 				if n, err := e.mine.Write(fill); n == 0 && err != nil {
 					break
 				}
@@ -228,22 +234,36 @@ func testResets(t *testing.T, a *app, host string) {
 			e.mine.CloseWrite()
 			settle()
 			reset(e.mine)
-			e.other.SetReadDeadline(time.Now().Add(20 * time.Second))
+			e.other.SetReadDeadline(time.Now().Add(2 * patience))
 			_, err := io.Copy(io.Discard, e.other)
+			if err == nil {
+				return errGotThrough
+			}
 			if !errors.Is(err, syscall.ECONNRESET) {
 				t.Errorf("the other side sees %v, want ECONNRESET", err)
 			}
+			return nil
 		}},
 	}
 	for _, s := range states {
-		t.Run(s.name+"/by the app", func(t *testing.T) {
-			app, far := pair(t, a, host)
-			s.do(t, ends{app, far})
-		})
-		t.Run(s.name+"/by the far end", func(t *testing.T) {
-			app, far := pair(t, a, host)
-			s.do(t, ends{far, app})
-		})
+		for _, by := range []string{"the app", "the far end"} {
+			t.Run(s.name+"/by "+by, func(t *testing.T) {
+				// A machine that stalls looks like full buffers.
+				for calm = 500 * time.Millisecond; ; calm *= 2 {
+					mine, other := pair(t, a, host)
+					if by == "the far end" {
+						mine, other = other, mine
+					}
+					err := s.do(t, ends{mine, other})
+					if err == nil {
+						break
+					}
+					if calm > 5*time.Second {
+						t.Fatal(err)
+					}
+				}
+			})
+		}
 	}
 }
 
@@ -281,7 +301,7 @@ func testOneSourcePort(t *testing.T, a *app, host string) {
 		}
 		defer far.Close()
 		c.Write([]byte("x"))
-		far.SetReadDeadline(time.Now().Add(5 * time.Second))
+		far.SetReadDeadline(time.Now().Add(patience))
 		if _, err := io.ReadFull(far, make([]byte, 1)); err != nil {
 			t.Fatal(err)
 		}
@@ -295,11 +315,17 @@ func testPortUsedAgain(t *testing.T, a *app, host string) {
 	const port = 40321
 	for i := range 6 {
 		fd := bindPort(t, a, dst, port)
-		if err := unix.Connect(fd, sockaddr(dst)); err != nil {
+		err := unix.Connect(fd, sockaddr(dst))
+		// The last acknowledgement may still be on its way: LAST_ACK.
+		for end := time.Now().Add(patience); errors.Is(err, unix.EADDRNOTAVAIL) && time.Now().Before(end); {
+			time.Sleep(20 * time.Millisecond)
+			err = unix.Connect(fd, sockaddr(dst))
+		}
+		if err != nil {
 			t.Fatalf("connection %d from port %d: %v", i, port, err)
 		}
 		c := fileConn(t, fd).(*net.TCPConn)
-		c.SetDeadline(time.Now().Add(10 * time.Second))
+		c.SetDeadline(time.Now().Add(patience))
 		far, err := l.AcceptTCP()
 		if err != nil {
 			t.Fatal(err)

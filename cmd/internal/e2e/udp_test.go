@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -31,7 +32,7 @@ func farUDP(t testing.TB, host string) (*net.UDPConn, netip.AddrPort) {
 func recv(t testing.TB, c *net.UDPConn) (string, netip.AddrPort) {
 	t.Helper()
 	b := make([]byte, 65536)
-	c.SetReadDeadline(time.Now().Add(10 * time.Second))
+	c.SetReadDeadline(time.Now().Add(patience))
 	n, from, err := c.ReadFromUDPAddrPort(b)
 	if err != nil {
 		t.Fatalf("no datagram: %v", err)
@@ -142,14 +143,17 @@ func testBurst(t *testing.T, a *app, host string) {
 		from, to *net.UDPConn
 		dst      netip.AddrPort
 	}{{app, far, addr}, {far, app, mapped}} {
-		for i := range 10 * len(sizes) {
-			size := sizes[i%len(sizes)]
-			send(t, way.from, way.dst, string(bytes.Repeat([]byte{byte(i)}, size)))
-		}
-		for i := range 10 * len(sizes) {
-			size := sizes[i%len(sizes)]
-			if got, _ := recv(t, way.to); len(got) != size || (size > 0 && got[0] != byte(i)) {
-				t.Fatalf("datagram %d: %d bytes, want %d", i, len(got), size)
+		// Five bursts of thirty: each has room in the buffers on its way, though nobody reads while it is sent.
+		for first := 0; first < 10*len(sizes); first += 2 * len(sizes) {
+			for i := first; i < first+2*len(sizes); i++ {
+				size := sizes[i%len(sizes)]
+				send(t, way.from, way.dst, string(bytes.Repeat([]byte{byte(i)}, size)))
+			}
+			for i := first; i < first+2*len(sizes); i++ {
+				size := sizes[i%len(sizes)]
+				if got, _ := recv(t, way.to); len(got) != size || (size > 0 && got[0] != byte(i)) {
+					t.Fatalf("datagram %d: %d bytes, want %d", i, len(got), size)
+				}
 			}
 		}
 	}
@@ -172,6 +176,9 @@ func exchange(t *testing.T, app, far *net.UDPConn, addr netip.AddrPort, what str
 		send(t, far, netip.AddrPortFrom(addr.Addr(), from.Port()), "re: "+what)
 		app.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
 		n, src, err := app.ReadFromUDPAddrPort(b)
+		for err == nil && string(b[:n]) != "re: "+what && strings.HasPrefix(string(b[:n]), "re: ") { // one that was late
+			n, src, err = app.ReadFromUDPAddrPort(b)
+		}
 		if err != nil {
 			return false // by the association that was cut
 		}
@@ -192,7 +199,7 @@ func TestAssociationLost(t *testing.T) {
 	recv(t, far)
 	for i := range 2 {
 		proxy.CutAll(sockstest.FIN)
-		deadline := time.Now().Add(15 * time.Second)
+		deadline := time.Now().Add(2 * patience)
 		for n := 0; !exchange(t, app, far, addr, fmt.Sprintf("again %d %d", i, n)); n++ {
 			if time.Now().After(deadline) {
 				t.Fatal("the association was not made again")
@@ -216,22 +223,31 @@ func TestNoUDP(t *testing.T) {
 	a := startApp(t, "--proxy", proxy.URL())
 	eachFamily(t, func(t *testing.T, host string) {
 		dst := netip.AddrPortFrom(netip.MustParseAddr(host), 6881)
-		fd := a.socket(family(dst), unix.SOCK_DGRAM)
-		defer unix.Close(fd)
-		if err := unix.Connect(fd, sockaddr(dst)); err != nil {
-			t.Fatal(err)
-		}
-		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5})
-		start := time.Now()
-		if _, err := unix.Write(fd, []byte("x")); err != nil {
-			t.Fatal(err)
-		}
-		_, err := unix.Read(fd, make([]byte, 10))
-		if !errors.Is(err, syscall.ECONNREFUSED) {
-			t.Errorf("recv() gives %v, want ECONNREFUSED", err)
-		}
-		if d := time.Since(start); d > time.Second {
-			t.Errorf("it took %v", d)
+		for try := 1; ; try++ { // the machine may be what is slow, but not each time
+			fd := a.socket(family(dst), unix.SOCK_DGRAM)
+			defer unix.Close(fd)
+			if err := unix.Connect(fd, sockaddr(dst)); err != nil {
+				t.Fatal(err)
+			}
+			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(patience / time.Second)})
+			start := time.Now()
+			if _, err := unix.Write(fd, []byte("x")); err != nil {
+				t.Fatal(err)
+			}
+			_, err := unix.Read(fd, make([]byte, 10))
+			for errors.Is(err, syscall.EINTR) { // a signal of the Go runtime's
+				_, err = unix.Read(fd, make([]byte, 10))
+			}
+			if !errors.Is(err, syscall.ECONNREFUSED) {
+				t.Fatalf("recv() gives %v, want ECONNREFUSED", err)
+			}
+			d := time.Since(start)
+			if d <= time.Second {
+				break
+			}
+			if try == 5 {
+				t.Fatalf("it took %v", d)
+			}
 		}
 	})
 }
@@ -251,7 +267,7 @@ func TestMappingLife(t *testing.T) {
 		t.Errorf("the mapping of an open socket changed from %v to %v", before, after)
 	}
 	app.Close()
-	eventually(t, 25*time.Second, "the association of a closed socket ends", func() bool {
+	eventually(t, 2*patience, "the association of a closed socket ends", func() bool {
 		return proxy.Stats().AssociationsOpen == 0
 	})
 }
