@@ -48,9 +48,11 @@ type rawStack struct {
 	reqs chan flow.StreamRequest
 }
 
-func newRaw(t testing.TB, cfg Config) *rawStack {
+func newRaw(t testing.TB, cfg Config) *rawStack { return newRawOver(t, offAll, cfg) }
+
+func newRawOver(t testing.TB, off tun.Offload, cfg Config) *rawStack {
 	checkLeaks(t)
-	a, b := tuntest.Pipe(1500, offAll)
+	a, b := tuntest.Pipe(1500, off)
 	r := &rawStack{t: t, dev: b, reqs: make(chan flow.StreamRequest, 100)}
 	cfg.Device = a
 	if cfg.Handler == nil {
