@@ -1,10 +1,14 @@
 package stack
 
 import (
+	"encoding/binary"
+	"fmt"
 	"net/netip"
+	"runtime"
 	"testing"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/stacktest"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
 	"gvisor.dev/gvisor/pkg/buffer"
@@ -35,9 +39,58 @@ func FuzzReader(f *testing.F) {
 	f.Add(hdr(tun.Header{}), []byte{0x45}, false)
 	f.Add(hdr(tun.Header{}), []byte{}, true)
 
+	// Super-frames of UDP, whole and with each thing wrong that a header can say.
+	for _, from := range []netip.AddrPort{s4, s6} {
+		to, off := srv4, ip4HeaderLen
+		if from == s6 {
+			to, off = srv6, ip6HeaderLen
+		}
+		d := stacktest.Datagram{Src: from, Dst: to, Payload: make([]byte, 3001)}.SuperFrame(1000)
+		for _, change := range []func(*tun.Header){
+			func(*tun.Header) {},
+			func(h *tun.Header) { h.GSOSize = 0 },
+			func(h *tun.Header) { h.GSOSize = 65535 },
+			func(h *tun.Header) { h.GSOSize = 1 },
+			func(h *tun.Header) { h.HdrLen = uint16(len(d.Data)) + 1 },
+			func(h *tun.Header) { h.HdrLen = 0 },
+			func(h *tun.Header) { h.CsumStart = uint16(len(d.Data)) },
+			func(h *tun.Header) { h.CsumStart, h.CsumOffset = uint16(off)+8, 6 },
+			func(h *tun.Header) { h.Flags = 0 },
+			func(h *tun.Header) { h.GSOType = tun.GSOTCPv4 },
+		} {
+			h := d.Header
+			change(&h)
+			f.Add(hdr(h), d.Data, false)
+			f.Add(hdr(h), d.Data, true)
+		}
+		f.Add(hdr(d.Header), d.Data[:off+9], false)
+	}
+	// Extension headers of IPv6, cut everywhere.
+	for _, next := range []byte{protoHopByHop, protoDestOpts, protoRouting, protoFragment} {
+		u := stacktest.Datagram{Src: s6, Dst: srv6, Payload: []byte("x")}.Frame().Data
+		p := withExt(u, next, protoUDP, 0, 1, 4, 0, 0, 0, 0)
+		for _, n := range []int{40, 41, 47, 48, len(p) - 1, len(p)} {
+			q := append([]byte(nil), p[:n]...)
+			binary.BigEndian.PutUint16(q[4:], uint16(n-40))
+			f.Add(hdr(tun.Header{}), q, n%2 == 0)
+		}
+	}
+
 	dev, far := tuntest.Pipe(1500, offAll)
-	n := 0
-	s, err := New(Config{Device: dev, Limits: Limits{Pending: 100}, Handler: &testHandler{f: func(r flow.StreamRequest) {
+	n, frames := 0, 0
+	var now []byte // the frame under test
+	s, err := New(Config{Device: dev, Limits: Limits{Pending: 100}, Handler: &fuzzHandler{packets: func(ps []flow.Packet) {
+		bytes := 0
+		for _, p := range ps {
+			bytes += len(p.Payload)
+			if len(p.Head) < ip4HeaderLen+udpHeaderLen || !p.Src.IsValid() || !p.Dst.IsValid() || p.Src.Port() == 0 || p.Dst.Port() == 0 || cap(p.Payload) != len(p.Payload) {
+				panic(fmt.Sprintf("%+v of % x", p, now))
+			}
+		}
+		if bytes > len(now) && len(ps) > 1 { // one alone may be of fragments that came before
+			panic(fmt.Sprintf("%d bytes in %d datagrams of % x", bytes, len(ps), now))
+		}
+	}, testHandler: testHandler{f: func(r flow.StreamRequest) {
 		_ = r.Flow()
 		n++
 		switch why := n % 8; why {
@@ -48,7 +101,7 @@ func FuzzReader(f *testing.F) {
 		default:
 			r.Reject(flow.Refusal(why))
 		}
-	}}})
+	}}}})
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -69,8 +122,14 @@ func FuzzReader(f *testing.F) {
 		} else {
 			b = r.arena[:copy(r.arena, frame)]
 		}
+		now = b
 		r.take(&h, b, inView)
 		r.flush()
+		if frames++; frames%(1<<16) == 0 { // nothing piles up: views, requests, goroutines
+			if held, g := heapBytes(), runtime.NumGoroutine(); held > 64<<20 || g > 1000 {
+				t.Fatalf("%d bytes of heap and %d goroutines after %d frames", held, g, frames)
+			}
+		}
 		for { // what was answered must be packets
 			m, err := far.Read(&h, buf, false)
 			if err != nil {
@@ -82,6 +141,14 @@ func FuzzReader(f *testing.F) {
 		}
 	})
 }
+
+// fuzzHandler looks at the datagrams too.
+type fuzzHandler struct {
+	testHandler
+	packets func([]flow.Packet)
+}
+
+func (h *fuzzHandler) HandlePackets(ps []flow.Packet) { h.packets(ps) }
 
 // BenchmarkReader takes frames as they come from the device: no allocation for a frame.
 func BenchmarkReader(b *testing.B) {
