@@ -64,6 +64,15 @@ func OpenTUN(o TUNOptions) (f *os.File, name string, err error) {
 	return os.NewFile(uintptr(fd), tunNode), name, nil
 }
 
+// CheckTUN says whether OpenTUN will find its device node, and touches nothing.
+func CheckTUN() error {
+	fd, err := unix.Open(tunNode, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return openTUNError(err)
+	}
+	return unix.Close(fd)
+}
+
 func openTUNError(err error) error {
 	hint := ""
 	switch {

@@ -35,6 +35,9 @@ func markedDialing(mark, direct uint32, allowed *endpoints) dialing {
 	return dialing{control: control, direct: marker(direct), allowed: allowed, resolve: func(ctx context.Context, host string) ([]netip.Addr, error) {
 		addrs, err := r.LookupNetIP(ctx, "ip", host)
 		if err == nil {
+			addrs, err = notOurs(addrs)
+		}
+		if err == nil {
 			allowed.resolved(host, addrs)
 		}
 		return addrs, err

@@ -137,7 +137,10 @@ func explain(s socks.Server, err error) error {
 	var errno syscall.Errno
 	isErrno := errors.As(err, &errno)
 	var lookup *net.DNSError
+	var ours *ourAddress
 	switch {
+	case errors.As(err, &ours):
+		return fmt.Errorf("cannot use the proxy %s: %w", where, ours)
 	case fault.Op == socks.OpResolve && errors.As(err, &lookup):
 		return fmt.Errorf("cannot find the proxy %s: %s: is the name right?", where, lookup.Err)
 	case fault.Op == socks.OpResolve:

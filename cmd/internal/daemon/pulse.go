@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"sync/atomic"
 	"time"
@@ -12,18 +13,26 @@ const (
 	pulseEvery = time.Second
 	// pulseFresh is how old the last look at the data plane may be for it to count as alive.
 	pulseFresh = 5 * time.Second
-	// slept is how much the clock that counts sleep must gain on the one that does not.
-	slept = 5 * time.Second
+	// sleptFor is how much the clock that counts sleep must gain on the one that does not.
+	sleptFor = 5 * time.Second
 )
 
 // pulse looks again and again whether the data plane answers, and whether the host was asleep.
-type pulse struct{ last atomic.Int64 } // awake clock, ns; 0: never
+type pulse struct {
+	last   atomic.Int64         // awake clock, ns; 0: never
+	asleep func() time.Duration // since the boot; nil: as the kernel says
+	every  time.Duration        // 0: pulseEvery
+}
 
 // run looks until ctx ends. look may hang: then fresh is false after a while.
 func (p *pulse) run(ctx context.Context, look, woke func()) {
-	tick := time.NewTicker(pulseEvery)
+	tick := time.NewTicker(cmp.Or(p.every, pulseEvery))
 	defer tick.Stop()
-	before := asleep()
+	slept := p.asleep
+	if slept == nil {
+		slept = asleep
+	}
+	before := slept()
 	for {
 		p.beat(look)
 		select {
@@ -31,7 +40,7 @@ func (p *pulse) run(ctx context.Context, look, woke func()) {
 			return
 		case <-tick.C:
 		}
-		if now := asleep(); now-before > slept {
+		if now := slept(); now-before > sleptFor {
 			before = now
 			woke()
 		}

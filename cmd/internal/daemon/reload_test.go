@@ -3,8 +3,10 @@ package daemon
 import (
 	"context"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -160,6 +162,57 @@ func TestPulse(t *testing.T) {
 	p.last.Store(p.last.Load() - int64(pulseFresh))
 	if p.fresh() {
 		t.Error("fresh after nobody looked")
+	}
+}
+
+// A host that was suspended is told once for each time, and one that was not never.
+func TestWoke(t *testing.T) {
+	var clock, woke atomic.Int64
+	p := pulse{every: time.Millisecond, asleep: func() time.Duration { return time.Duration(clock.Load()) }}
+	ctx, cancel := context.WithCancel(context.Background())
+	var looks atomic.Int64
+	done := make(chan struct{})
+	go func() { defer close(done); p.run(ctx, func() { looks.Add(1) }, func() { woke.Add(1) }) }()
+	defer func() { cancel(); <-done }()
+	passes := func() { // two looks: all that came before was seen
+		for n := looks.Load(); looks.Load() < n+3; {
+			time.Sleep(time.Millisecond)
+		}
+	}
+	for i, tt := range []struct {
+		asleep time.Duration
+		want   int64
+	}{{0, 0}, {4 * time.Second, 0}, {10 * time.Second, 1}, {11 * time.Second, 1}, {9 * time.Hour, 2}, {9 * time.Hour, 2}} {
+		passes()
+		clock.Store(int64(tt.asleep))
+		passes()
+		if woke.Load() != tt.want {
+			t.Errorf("%d: asleep for %v in all: woke %d times, want %d", i, tt.asleep, woke.Load(), tt.want)
+		}
+	}
+}
+
+func TestNotOurs(t *testing.T) {
+	a := func(s ...string) (out []netip.Addr) {
+		for _, x := range s {
+			out = append(out, netip.MustParseAddr(x))
+		}
+		return out
+	}
+	for _, tt := range []struct {
+		in, want []netip.Addr
+		err      string
+	}{
+		{a("192.0.2.1", "198.18.0.7", "2001:db8::1"), a("192.0.2.1", "2001:db8::1"), ""},
+		{a("198.19.255.255"), nil, "its name stands for 198.19.255.255, inside 198.18.0.0/15, which viasocks uses itself"},
+		{a("::ffff:198.18.0.1"), nil, "inside 198.18.0.0/15"},
+		{a("fd76:6961:736f:636b::9"), nil, "inside fd76:6961:736f:636b::/64"},
+		{nil, nil, ""},
+	} {
+		got, err := notOurs(tt.in)
+		if !slices.Equal(got, tt.want) || (err == nil) != (tt.err == "") || err != nil && !strings.Contains(err.Error(), tt.err) {
+			t.Errorf("%v: %v, %v", tt.in, got, err)
+		}
 	}
 }
 

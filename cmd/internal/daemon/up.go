@@ -72,6 +72,9 @@ func Up(cfg *config.Config, o UpOptions) error {
 	if err := needNetAdmin(); err != nil {
 		return err
 	}
+	if err := netns.CheckTUN(); err != nil {
+		return err
+	}
 	path, err := control.Path()
 	if err != nil {
 		return err
@@ -197,6 +200,7 @@ func (u *up) start(ctx context.Context, h *host) error {
 		}
 		return err
 	}
+	u.checkNames(cfg)
 	u.pulse.beat(u.look)
 	h.watch(func(err error) { u.broken <- err })
 	return nil

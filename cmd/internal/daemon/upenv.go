@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -24,18 +25,66 @@ func (u *up) checkProxies(cfg *config.Config) error {
 			continue
 		}
 		a = a.Unmap()
-		for _, p := range tunRanges {
-			if p.Contains(a) {
-				return fmt.Errorf("cannot use the proxy %s: its address is inside %s, which viasocks uses itself", up.Server, p)
-			}
+		if p, ours := tunRange(a); ours {
+			return fmt.Errorf("cannot use the proxy %s: its address is inside %s, which viasocks uses itself", up.Server, p)
 		}
-		for _, p := range cfg.Host.Exclude.Nets {
-			if p.Contains(a) {
-				u.warning(fmt.Sprintf("the proxy %s is inside the excluded %s: programs reach it, and what it does not ask a password for, past viasocks", up.Server, p))
-			}
-		}
+		u.warnExcluded(cfg, up, a)
 	}
 	return nil
+}
+
+// checkNames warns as checkProxies does of what proxies' names turned out to stand for.
+func (u *up) checkNames(cfg *config.Config) {
+	for _, up := range cfg.Upstreams {
+		if _, err := netip.ParseAddr(up.Server.Host()); err == nil {
+			continue
+		}
+		for _, e := range u.allowed.of(up.Server.String()) {
+			u.warnExcluded(cfg, up, e.Addr.Addr())
+		}
+	}
+}
+
+func (u *up) warnExcluded(cfg *config.Config, up config.Upstream, a netip.Addr) {
+	for _, p := range cfg.Host.Exclude.Nets {
+		if p.Contains(a.Unmap()) {
+			u.warning(fmt.Sprintf("the proxy %s is inside the excluded %s: programs reach it, and what it does not ask a password for, past viasocks", up.Server, p))
+		}
+	}
+}
+
+// tunRange is the range of ours that a is in.
+func tunRange(a netip.Addr) (netip.Prefix, bool) {
+	i := slices.IndexFunc(tunRanges, func(p netip.Prefix) bool { return p.Contains(a.Unmap()) })
+	if i < 0 {
+		return netip.Prefix{}, false
+	}
+	return tunRanges[i], true
+}
+
+// ourAddress is what a proxy's name must not stand for: it would come back to us.
+type ourAddress struct {
+	addr   netip.Addr
+	within netip.Prefix
+}
+
+func (e *ourAddress) Error() string {
+	return fmt.Sprintf("its name stands for %s, inside %s, which viasocks uses itself", e.addr, e.within)
+}
+
+// notOurs leaves out what a proxy's name must not stand for. If nothing else is there it is an error.
+func notOurs(addrs []netip.Addr) (others []netip.Addr, err error) {
+	for _, a := range addrs {
+		if p, ours := tunRange(a); ours {
+			err = &ourAddress{a.Unmap(), p}
+			continue
+		}
+		others = append(others, a)
+	}
+	if len(others) > 0 {
+		return others, nil
+	}
+	return nil, err
 }
 
 // openTUN makes the TUN, or takes the one that is there. persist: it stays when we are gone.

@@ -1,7 +1,6 @@
 package hosttest
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -428,11 +427,10 @@ func TestInboundCarry(t *testing.T) {
 	var tries sync.WaitGroup
 	for i, o := range outside {
 		for what, try := range map[string]func() error{
-			"ssh opened before up":   func() error { return lines(before[i]) },
-			"ssh opened while up":    func() error { _, err := w.login(o.client, o.host); return err },
-			"a UDP server":           func() error { return w.askUDP(o.client, o.host) },
-			"a published port":       func() error { _, err := w.published(o.client, o.host); return err },
-			"(the host's container)": func() error { w.inside("inbound carry"); return errors.New("as it should be") },
+			"ssh opened before up": func() error { return lines(before[i]) },
+			"ssh opened while up":  func() error { _, err := w.login(o.client, o.host); return err },
+			"a UDP server":         func() error { return w.askUDP(o.client, o.host) },
+			"a published port":     func() error { _, err := w.published(o.client, o.host); return err },
 		} {
 			tries.Go(func() {
 				if try() == nil {
@@ -442,6 +440,7 @@ func TestInboundCarry(t *testing.T) {
 		}
 	}
 	tries.Wait()
+	w.inside("inbound carry")
 }
 
 var (

@@ -242,19 +242,3 @@ func TestRestored(t *testing.T) {
 		})
 	}
 }
-
-// TestSecondDaemon: a second one refuses, and touches nothing.
-func TestSecondDaemon(t *testing.T) {
-	w := newWorld(t)
-	if err := setProxyName(proxy4); err != nil {
-		t.Fatal(err)
-	}
-	w.proxy(proxy4 + ":1080")
-	w.up("--proxy", proxyURL)
-	before := w.state()
-	out, err := w.command("up", "--proxy", proxyURL)
-	if err == nil || strings.Count(strings.TrimSpace(out), "\n") > 0 {
-		t.Errorf("a second up: %v\n%s", err, out)
-	}
-	w.same("after a second up", before, w.state())
-}

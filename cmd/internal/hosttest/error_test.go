@@ -1,0 +1,122 @@
+package hosttest
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// TestUpErrors: what `up` can't do it says in one clear line, with exit code 1, and the host is as it was.
+func TestUpErrors(t *testing.T) {
+	w := newWorld(t)
+	if err := setProxyName(proxy4); err != nil {
+		t.Fatal(err)
+	}
+	w.proxy(proxy4 + ":1080")
+	fails := func(what, want string, cmd *exec.Cmd) {
+		t.Helper()
+		before := w.state()
+		var out []byte
+		var err error
+		w.in("host", func() error { out, err = cmd.CombinedOutput(); return nil })
+		var exit *exec.ExitError
+		if !errors.As(err, &exit) || exit.ExitCode() != 1 || string(out) != "viasocks: "+want+"\n" {
+			t.Errorf("%s: %v, and not one line but\n%swant\nviasocks: %s", what, err, out, want)
+		}
+		w.same(what, before, w.state())
+	}
+	up := func(flags ...string) *exec.Cmd {
+		return exec.Command(viasocks, append([]string{"up", "--log-level", "error"}, flags...)...)
+	}
+	good := []string{"--proxy", proxyURL}
+
+	if os.Getuid() == 0 {
+		cmd := up(good...)
+		// The copy is where another user may run it.
+		cmd.Path = filepath.Join("/run", "viasocks.test")
+		b, err := os.ReadFile(viasocks)
+		if err == nil {
+			err = os.WriteFile(cmd.Path, b, 0o755)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+		fails("no root", "cannot steer the host: CAP_NET_ADMIN is missing: run it as root, or use 'viasocks run' for one program", cmd)
+		os.Remove(cmd.Path)
+	}
+	noTUN := up(good...)
+	noTUN.Args = append([]string{"unshare", "-m", "sh", "-c", `mount -t tmpfs none /dev/net && exec "$@"`, "sh"}, noTUN.Args...)
+	if path, err := exec.LookPath("unshare"); err != nil {
+		t.Log("not tried: no /dev/net/tun: ", err)
+	} else {
+		noTUN.Path = path
+		fails("no /dev/net/tun", "cannot open /dev/net/tun: no such file or directory: run 'modprobe tun'; in a container give it the device (docker: --device /dev/net/tun)", noTUN)
+	}
+
+	fails("the TUN's range", "cannot use the proxy socks5://198.18.0.1:1080: its address is inside 198.18.0.0/15, which viasocks uses itself", up("--proxy", "socks5://198.18.0.1"))
+	fails("the TUN's range of IPv6", "cannot use the proxy socks5://[fd76:6961:736f:636b::5]:1080: its address is inside fd76:6961:736f:636b::/64, which viasocks uses itself",
+		up("--proxy", "socks5://[fd76:6961:736f:636b::5]"))
+	if err := setProxyName("198.19.1.2"); err != nil {
+		t.Fatal(err)
+	}
+	fails("a name in the TUN's range", "cannot use the proxy proxy.test:1080: its name stands for 198.19.1.2, inside 198.18.0.0/15, which viasocks uses itself", up(good...))
+	if err := setProxyName(proxy4); err != nil {
+		t.Fatal(err)
+	}
+
+	for _, taken := range []struct{ what, by, undo, want string }{
+		{"table taken by a rule", "rule add from 10.9.9.9 lookup 30323", "rule del from 10.9.9.9 lookup 30323",
+			"cannot use table 30323: an ip rule of somebody else leads to it: see 'ip rule', and choose another with --table"},
+		{"table taken by a route", "route add 203.0.113.0/24 dev eth0 table 30323", "route flush table 30323",
+			"cannot use table 30323: it has routes of somebody else: see 'ip route show table 30323', and choose another with --table"},
+		{"priority taken", "rule add from 10.9.9.9 lookup main pref 9005", "rule del pref 9005",
+			"cannot use rule priorities 9000 to 9019: somebody else has 9005: see 'ip rule', and choose others with --priority"},
+		{"mark taken", "rule add fwmark 0x76000000/0xff000000 lookup main pref 100", "rule del pref 100",
+			"cannot use mark 0x76000000/0xff000000: an ip rule of somebody else asks for mark 0x76000000: see 'ip rule', and choose another with --mark"},
+		{"device taken", "link add viasocks0 type bridge", "link del viasocks0",
+			"cannot use the name viasocks0 for the TUN device: there is a bridge of that name: choose another with --tun"},
+	} {
+		w.ip("host", taken.by)
+		fails(taken.what, taken.want, up(good...))
+		w.ip("host", taken.undo)
+	}
+	w.nft("host", "add table inet viasocks")
+	fails("nftables name taken", "cannot use the nftables name viasocks: somebody else has a table inet viasocks: choose another with --nft-table", up(good...))
+	w.nft("host", "delete table inet viasocks")
+
+	// What another boot has left is nobody's, and what another namespace has is its own.
+	before := w.state()
+	var ns syscall.Stat_t
+	w.in("host", func() error { return syscall.Stat("/proc/thread-self/ns/net", &ns) })
+	old := fmt.Sprintf("/run/viasocks/host-%d-00000000-0000-4000-8000-000000000000.journal", ns.Ino)
+	if err := os.MkdirAll(filepath.Dir(old), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(old, []byte(`{"version":1,"tun":"other0","table":7,"nft_table":"other"}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d := w.up(append(good, "--exclude", "192.0.2.0/24")...)
+	if s := d.log.String(); strings.Contains(s, "take over") || !strings.Contains(s, "is inside the excluded 192.0.2.0/24") {
+		t.Errorf("beside another boot's journal:\n%s", s)
+	}
+	fails("a second daemon", fmt.Sprintf("cannot start: another viasocks is up here (process %d): see 'viasocks status'", d.cmd.Process.Pid), up(good...))
+	if c, err := w.dial("host", netipAddrPort(proxy4, 1080)); err != nil {
+		t.Errorf("an excluded proxy is not reached by programs: %v", err)
+	} else {
+		c.Close()
+	}
+	if err := d.stop(); err != nil {
+		t.Error(err)
+	}
+	if b, err := os.ReadFile(old); err != nil || !strings.Contains(string(b), "other0") {
+		t.Errorf("another boot's journal: %s, %v", b, err)
+	}
+	os.Remove(old)
+	w.same("after all", before, w.state())
+}
