@@ -57,13 +57,13 @@ lint: vet
 # With root, and where user namespaces are allowed, the namespace and end-to-end tests run as part of these.
 .PHONY: unit
 unit: build
-	$(GO) test $(TESTFLAGS) -timeout 10m ./...
+	$(GO) test $(TESTFLAGS) -timeout 40m ./...
 
 # hosttest watches a host from outside while viasocks is killed and restarted; what the daemon does inside is e2e's part,
 # and that is built with the race detector here.
 .PHONY: race
 race: ## Run the tests under the race detector
-	$(GO) test $(TESTFLAGS) -race -timeout 12m $$($(GO) list ./... | grep -v /cmd/internal/hosttest)
+	$(GO) test $(TESTFLAGS) -race -timeout 40m $$($(GO) list ./... | grep -v /cmd/internal/hosttest)
 
 # The demo as a test, on smaller files.
 .PHONY: aria
