@@ -22,6 +22,7 @@ cases='D1 D8 U1 U8 both conn ping1 ping16 pingbulk udp64 udp1200 udp500 peers200
 slow:D1 slow:U1 slow:conn lossy:D1 lossy:U1 lossy:conn'
 die() { echo "bench: $*" >&2; exit 1; }
 while [[ $# -gt 0 ]]; do
+	case $1 in --rounds | --time | --cases | --against | --json | --flags) [[ -n ${2-} ]] || { echo "bench: $1 needs a value: see $0 --help" >&2; exit 2; } ;; esac
 	case $1 in
 	--rounds) rounds=$2; shift 2 ;;
 	--time) time=$2; shift 2 ;;
@@ -33,8 +34,9 @@ while [[ $# -gt 0 ]]; do
 	*) echo "bench: unknown option $1: see $0 --help" >&2; exit 2 ;;
 	esac
 done
+[[ $time =~ ^[0-9.]+(ms|s|m)$ ]] || { echo "bench: --time takes a duration as 500ms or 2s, not $time" >&2; exit 2; }
 [[ $EUID -eq 0 ]] || die "cannot make namespaces: not root; try: sudo $0"
-[[ $rounds =~ ^[1-9][0-9]?$ ]] || die "--rounds takes 1 to 99"
+[[ $rounds =~ ^[1-9][0-9]?$ ]] || { echo "bench: --rounds takes 1 to 99, not $rounds" >&2; exit 2; }
 
 export LAB=vsbench
 dir=$(mktemp -d)
@@ -112,6 +114,7 @@ for ((round = 1; round <= rounds; round++)); do
 	done
 done
 [[ -t 2 ]] && printf '\r\033[K' >&2
+[[ -s $results ]] || die "no case gave a result"
 [[ -z $json ]] || cp "$results" "$json"
 "$dir/bench" table <"$results"
 exit "$failed"
