@@ -110,13 +110,22 @@ type mappings struct {
 	clos   bool // closing: no new ones
 
 	life, shortLife, pinned time.Duration
+	most                    int // Limits.Mappings
 }
 
 func (t *mappings) init() {
 	t.bySrc = make(map[netip.AddrPort]*mapping)
-	t.life = 5 * time.Minute       // RFC 4787 4.3: REQ-5
+	t.live(0)
+}
+
+// live sets how long mappings live; 0: as RFC 4787 4.3, REQ-5, has it.
+func (t *mappings) live(udp time.Duration) {
+	t.life = 5 * time.Minute
 	t.shortLife = 30 * time.Second // questions and answers
 	t.pinned = time.Minute         // between two looks at the app's socket
+	if udp > 0 {
+		t.life, t.shortLife, t.pinned = udp, min(udp, t.shortLife), min(udp, t.pinned)
+	}
 }
 
 func (t *mappings) add(m *mapping) {

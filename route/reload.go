@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/viasocks/viasocks/route/dns"
 )
@@ -154,4 +155,12 @@ func (r *Router) Renew() {
 	if d, err := r.newDNS(r.resolvers); err == nil { // they were fine before
 		r.startDNS(d)
 	}
+}
+
+// SetUDP changes UDPTimeout and Limits.Mappings, both more than zero. Mappings that are too many now go when others come.
+func (r *Router) SetUDP(timeout time.Duration, mappings int) {
+	r.udp.mu.Lock()
+	defer r.udp.mu.Unlock()
+	r.udp.live(timeout)
+	r.udp.most = mappings
 }

@@ -133,10 +133,8 @@ func New(cfg Config) (*Router, error) {
 	r.policy.Store(p)
 	r.streams.byID = make(map[uint64]*stream)
 	r.udp.init()
-	if cfg.UDPTimeout > 0 {
-		r.udp.life, r.udp.shortLife = cfg.UDPTimeout, min(cfg.UDPTimeout, r.udp.shortLife)
-		r.udp.pinned = min(cfg.UDPTimeout, r.udp.pinned)
-	}
+	r.udp.live(cfg.UDPTimeout)
+	r.udp.most = cfg.Limits.Mappings
 	r.ctl.wake = make(chan struct{}, 1)
 	if len(cfg.Resolvers) > 0 {
 		d, err := r.newDNS(cfg.Resolvers)

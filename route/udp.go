@@ -173,7 +173,7 @@ func (r *Router) newMapping(v *verdict, p *flow.Packet, now int64) *mapping {
 	if !p.Src.IsValid() || p.Src.Port() == 0 || p.Src.Addr().IsUnspecified() || p.Src.Addr().IsMulticast() {
 		return nil
 	}
-	if len(t.all) >= r.cfg.Limits.Mappings && !r.evict(now) {
+	if len(t.all) >= t.most && !r.evict(now) {
 		r.count.mappingsFull.Add(1)
 		return nil
 	}

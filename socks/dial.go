@@ -72,7 +72,7 @@ func (p *dial) begin() {
 		p.finish(err)
 		return
 	}
-	timeout := p.d.opts.ConnectTimeout
+	timeout := time.Duration(p.d.connectTimeout.Load())
 	if p.c == nil {
 		timeout = directTimeout
 	} else if err := p.hs.start(p.c.server.login, p.cmd, p.dst); err != nil {
@@ -247,7 +247,7 @@ func (p *dial) ready(events uint32) {
 			return
 		}
 		p.state = shaking
-		p.d.timers.set(p, p.d.now()+p.d.opts.HandshakeTimeout)
+		p.d.timers.set(p, p.d.now()+time.Duration(p.d.handshakeTimeout.Load()))
 		p.c.reached(p.addrs[p.at])
 	}
 	p.shake()

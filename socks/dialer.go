@@ -60,7 +60,8 @@ type Dialer struct {
 	closed bool
 	queue  []func()
 
-	pending, assocs atomic.Int64
+	pending, assocs                  atomic.Int64
+	connectTimeout, handshakeTimeout atomic.Int64 // ns
 
 	// Below: the loop's alone.
 	epoll    int
@@ -101,12 +102,20 @@ func NewDialer(o Options) (*Dialer, error) {
 		o.DirectControl = o.Control
 	}
 	d := &Dialer{opts: o, log: o.Log, base: time.Now(), ended: make(chan struct{}), fds: map[int32]registered{}}
+	d.connectTimeout.Store(int64(o.ConnectTimeout))
+	d.handshakeTimeout.Store(int64(o.HandshakeTimeout))
 	if err := d.openLoop(); err != nil {
 		return nil, fmt.Errorf("cannot start an event loop: %w", err)
 	}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	go d.run()
 	return d, nil
+}
+
+// SetTimeouts changes ConnectTimeout and HandshakeTimeout for what begins from now on. Both are more than zero.
+func (d *Dialer) SetTimeouts(connect, handshake time.Duration) {
+	d.connectTimeout.Store(int64(connect))
+	d.handshakeTimeout.Store(int64(handshake))
 }
 
 // Close fails all pending dials with ErrClosed, ends all associations (OnClose is told ErrClosed) and returns when that is

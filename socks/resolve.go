@@ -49,7 +49,7 @@ func (c *Client) lookUp(p *dial) {
 	n.asking = true
 	c.d.lookups.Go(func() {
 		// Half of the time is left for the addresses of the last good answer.
-		ctx, cancel := context.WithTimeout(c.d.ctx, c.d.opts.ConnectTimeout/2)
+		ctx, cancel := context.WithTimeout(c.d.ctx, time.Duration(c.d.connectTimeout.Load()/2))
 		defer cancel()
 		ips, err := c.d.opts.Resolve(ctx, c.server.host)
 		c.d.post(func() { c.lookedUp(ips, err) })

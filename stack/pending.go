@@ -101,6 +101,14 @@ type pendingTable struct {
 	shaking sync.WaitGroup // calls of open; it is Done when the handshake is over
 }
 
+// Set changes Limits and KeepaliveIdle for what begins from now on. All are more than zero.
+func (s *Stack) Set(l Limits, keepaliveIdle time.Duration) {
+	s.keepalive.Store(int64(keepaliveIdle))
+	s.pending.mu.Lock()
+	defer s.pending.mu.Unlock()
+	s.pending.limits = l
+}
+
 func newPendingTable(l Limits, sockets flow.Sockets, stats *counters) *pendingTable {
 	if l.Pending == 0 {
 		l.Pending = defaultPending

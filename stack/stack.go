@@ -1,6 +1,7 @@
 package stack
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -50,7 +51,7 @@ type Stack struct {
 	dev       tun.Device
 	handler   Handler
 	log       *slog.Logger
-	keepalive time.Duration
+	keepalive atomic.Int64 // ns
 	stats     counters
 
 	ns        *gstack.Stack
@@ -87,13 +88,11 @@ func newStack(cfg Config) (*Stack, error) {
 	case cfg.KeepaliveIdle < 0:
 		return nil, errors.New("cannot make a stack: the keepalive time is negative")
 	}
-	s := &Stack{dev: cfg.Device, handler: cfg.Handler, log: cfg.Log, keepalive: cfg.KeepaliveIdle}
+	s := &Stack{dev: cfg.Device, handler: cfg.Handler, log: cfg.Log}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
-	if s.keepalive == 0 {
-		s.keepalive = defaultKeepalive
-	}
+	s.keepalive.Store(int64(cmp.Or(cfg.KeepaliveIdle, defaultKeepalive)))
 	s.link = newLink(s)
 	var err error
 	if s.ns, err = newNetstack(s.link); err != nil {

@@ -45,7 +45,7 @@ var _ flow.Stream = (*stream)(nil)
 // init takes the endpoint of a finished handshake.
 func (st *stream) init(ep tcpip.Endpoint) {
 	st.ep = ep
-	idle := tcpip.KeepaliveIdleOption(st.s.keepalive)
+	idle := tcpip.KeepaliveIdleOption(st.s.keepalive.Load())
 	_ = ep.SetSockOpt(&idle)
 	ep.SocketOptions().SetKeepAlive(true)
 	st.s.stats.streams.Add(1)

@@ -30,7 +30,7 @@ var ErrClosed = errors.New("loop closed")
 // Loop is an event loop for relays and links: one goroutine, that of Run.
 type Loop struct {
 	log  *slog.Logger
-	idle int // TCP_KEEPIDLE in seconds, 0: the kernel's own is right
+	idle atomic.Int64 // TCP_KEEPIDLE in seconds, 0: the kernel's own is right
 
 	poll    *poller
 	notes   atomic.Pointer[node] // newest first
@@ -61,12 +61,16 @@ type slot struct {
 	gen uint32
 }
 
+// SetIdleTimeout changes Config.IdleTimeout for relays that are started from now on.
+func (l *Loop) SetIdleTimeout(d time.Duration) { l.idle.Store(int64(keepIdle(d))) }
+
 // NewLoop makes a loop. Relays may be started at once; they move when Run runs.
 func NewLoop(c Config) (*Loop, error) {
 	if c.IdleTimeout < 0 || c.IdleTimeout > 0 && c.IdleTimeout < time.Second {
 		return nil, fmt.Errorf("cannot make a loop: idle timeout %v is less than a second", c.IdleTimeout)
 	}
-	l := &Loop{log: c.Log, idle: keepIdle(c.IdleTimeout)}
+	l := &Loop{log: c.Log}
+	l.SetIdleTimeout(c.IdleTimeout)
 	if l.log == nil {
 		l.log = slog.Default()
 	}

@@ -77,7 +77,7 @@ var lingerLimit = time.Minute
 func (l *Loop) Start(req flow.StreamRequest, fd int, done func(Result)) *Relay {
 	r := &Relay{l: l, done: done, fd: int32(fd)}
 	r.task = r
-	setup(fd, l.idle)
+	setup(fd, int(l.idle.Load()))
 	if !l.join(&r.node) {
 		r.over = true
 		closeReset(fd)

@@ -105,7 +105,10 @@ DHCP clients that send raw frames, as most do for their first lease, need the an
 		Help: "give the host back when viasocks fails, instead of leaving it closed",
 		Man: `Give the host back when
 .Nm
-fails or is killed.
+fails or is killed, that is all its rules are undone.
+Where it could not be told even so, because what watches over it was killed at the same moment, the filter opens ten
+seconds later.
+A proxy that does not answer is no such failure: what would go through it is refused.
 Without it the host stays closed then, so that nothing leaves past the proxy, until the next
 .Cm up
 or
@@ -131,7 +134,9 @@ comes: for those who sit at the far end of an SSH session.`,
 	{
 		Name: "dry-run", Cmds: Up, set: boolean(func(c *Config) *bool { return &c.Host.DryRun }),
 		Help: "print every rule, route and nftables line, and touch nothing",
-		Man:  `Print every ip rule, kernel route and nftables line that there would be, and touch nothing.`,
+		Man: `Print every ip rule, kernel route and nftables line that there would be, as they could be typed but for that of
+.Fl -fail-open ,
+and touch nothing.`,
 	},
 	{
 		Name: "control-group", Arg: "GROUP", Cmds: Up | Check, set: setControlGroup,

@@ -134,13 +134,20 @@ func (p *plane) policy(cfg *config.Config) (route.Policy, []upstream) {
 	return pol, ups
 }
 
-// reload takes other upstreams, rules and resolvers, or leaves everything as it is.
+// reload takes other upstreams, rules, resolvers, timeouts and limits, or leaves everything as it is. Times and limits are
+// for what begins from now on.
 func (p *plane) reload(cfg *config.Config) error {
 	policy, ups := p.policy(cfg)
 	if err := p.router.Reload(policy); err != nil {
 		return err
 	}
 	p.ups = ups
+	p.dialer.SetTimeouts(cfg.ConnectTimeout, cfg.HandshakeTimeout)
+	for _, l := range p.loops {
+		l.SetIdleTimeout(cfg.IdleTimeout)
+	}
+	p.router.SetUDP(cfg.UDPTimeout, cfg.MaxMappings)
+	p.stack.Set(stack.Limits{Pending: cfg.MaxPending, PendingPerDest: cfg.MaxPendingPerDest}, cfg.IdleTimeout)
 	return nil
 }
 

@@ -94,13 +94,6 @@ func needRestart(a, b *config.Config) (names []string) {
 		name string
 		same bool
 	}{
-		{"connect-timeout", a.ConnectTimeout == b.ConnectTimeout},
-		{"handshake-timeout", a.HandshakeTimeout == b.HandshakeTimeout},
-		{"idle-timeout", a.IdleTimeout == b.IdleTimeout},
-		{"udp-timeout", a.UDPTimeout == b.UDPTimeout},
-		{"max-pending", a.MaxPending == b.MaxPending},
-		{"max-pending-per-destination", a.MaxPendingPerDest == b.MaxPendingPerDest},
-		{"max-mappings", a.MaxMappings == b.MaxMappings},
 		{"mtu", a.MTU == b.MTU},
 		{"offload", a.Offload == b.Offload},
 		{"tun", a.TUN == b.TUN},
@@ -110,7 +103,6 @@ func needRestart(a, b *config.Config) (names []string) {
 		{"nft-table", a.Host.NFTable == b.Host.NFTable},
 		{"confirm", a.Host.Confirm == b.Host.Confirm},
 		{"fail-open", a.Host.FailOpen == b.Host.FailOpen},
-		{"stay-closed", a.Host.StayClosed == b.Host.StayClosed},
 		{"control-group", a.Host.ControlGroup == b.Host.ControlGroup},
 		{"log-file", a.LogFile == b.LogFile},
 	} {

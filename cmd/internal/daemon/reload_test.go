@@ -56,7 +56,8 @@ func newUp(t *testing.T, file string) (u *up, write func(string), log *strings.B
 func TestReload(t *testing.T) {
 	noLeaks(t)
 	u, write, log := newUp(t, "proxy socks5://192.0.2.1\nmtu 1400\nconfirm 1m\n")
-	write("proxy socks5://al:geheim@192.0.2.2\nupstream b=socks5://192.0.2.3\nrule port 25 reject\nmtu 1500\nlog-level debug\nexclude 192.0.2.0/24\nconfirm 1m\n")
+	write("proxy socks5://al:geheim@192.0.2.2\nupstream b=socks5://192.0.2.3\nrule port 25 reject\nmtu 1500\nlog-level debug\nexclude 192.0.2.0/24\nconfirm 1m\n" +
+		"connect-timeout 3s\nhandshake-timeout 4s\nidle-timeout 1h\nudp-timeout 1m\nmax-pending 7\nmax-pending-per-destination 3\nmax-mappings 9\nstay-closed\n")
 	began := time.Now()
 	u.reload()
 	s := u.status()

@@ -238,7 +238,7 @@ func (u *up) end(ctx context.Context, failed error) error {
 	u.notify.stopping()
 	open := cfg.Host.FailOpen
 	if failed == nil {
-		open = !cfg.Host.StayClosed || errors.Is(cause, errDown) || errors.Is(cause, errUnconfirmed)
+		open = !u.config().Host.StayClosed || errors.Is(cause, errDown) || errors.Is(cause, errUnconfirmed)
 	}
 	u.host.unwatch()
 	var err error

@@ -202,12 +202,19 @@ connect-timeout 1s
 	}
 
 	// A reload is told, and what it could not take.
-	w.configure(lines + "mtu 1400\nexclude-port 7777\n")
+	w.configure(lines + "mtu 1400\nexclude-port 7777\nmax-mappings 1\n")
 	d.reload()
 	s = status()
 	if s.Reloaded == nil || !slices.Contains(s.Host.Excluded, "to port 7777") || !slices.ContainsFunc(s.Warnings, func(l string) bool { return strings.Contains(l, "next start only: mtu") }) {
 		t.Errorf("after the reload: %v, %q, %q", s.Reloaded, s.Host.Excluded, s.Warnings)
 	}
+	if _, err := w.packets("host", ":0").WriteTo([]byte("another"), net.UDPAddrFromAddrPort(netip.MustParseAddrPort("203.0.113.9:79"))); err != nil {
+		t.Error(err)
+	}
+	w.eventually(10*time.Second, "there is room for one mapping only", func() bool {
+		s := status()
+		return s.UDP.Now == 1 && (s.UDP.Total > 1 || slices.ContainsFunc(s.Dropped, func(c control.Counter) bool { return strings.Contains(c.What, "want of room") }))
+	})
 }
 
 func (w *world) mustDial(to string, port uint16) net.Conn {
