@@ -5,7 +5,7 @@ import (
 	"fmt"
 )
 
-// Change takes LAN, CarryInbound, Exclude, Include and Strict of c; the rest of c is not looked at. The filter is replaced
+// Change takes LAN, CarryInbound, Exclude, Include, Direct and Strict of c; the rest of c is not looked at. The filter is replaced
 // in one batch, then the rules: what only one of them lets pass in between is refused. After an error it is as it was.
 func (h *Host) Change(c Config) error {
 	h.mu.Lock()
@@ -14,7 +14,7 @@ func (h *Host) Change(c Config) error {
 		return errors.New("cannot change what is not there")
 	}
 	next := h.c
-	next.LAN, next.CarryInbound, next.Exclude, next.Include, next.Strict = c.LAN, c.CarryInbound, c.Exclude, c.Include, c.Strict
+	next.LAN, next.CarryInbound, next.Exclude, next.Include, next.Direct, next.Strict = c.LAN, c.CarryInbound, c.Exclude, c.Include, c.Direct, c.Strict
 	next, err := next.withDefaults()
 	if err != nil {
 		return err
@@ -31,7 +31,7 @@ func (h *Host) Change(c Config) error {
 
 // become sets what Change may set. Run looks at other fields without the lock: they stay untouched.
 func (h *Host) become(c Config) error {
-	h.c.LAN, h.c.CarryInbound, h.c.Exclude, h.c.Include, h.c.Strict = c.LAN, c.CarryInbound, c.Exclude, c.Include, c.Strict
+	h.c.LAN, h.c.CarryInbound, h.c.Exclude, h.c.Include, h.c.Direct, h.c.Strict = c.LAN, c.CarryInbound, c.Exclude, c.Include, c.Direct, c.Strict
 	l, err := h.look()
 	if err != nil {
 		return err

@@ -24,7 +24,7 @@ const (
 type Marks struct {
 	Mask     uint32
 	Own      uint32 // our sockets: may leave the host to Config.Upstreams
-	Direct   uint32 // our sockets of verdict direct, and what is excluded by cgroup: may go anywhere
+	Direct   uint32 // our sockets of verdict direct (Config.Direct), and what is excluded: may go anywhere
 	Captured uint32 // conntrack only: flows that began in the TUN
 	Inbound  uint32 // answers to connections from outside
 }
@@ -91,6 +91,7 @@ type Config struct {
 	FailOpen     bool      // Undo by the next daemon's New is not needed: see Host.Recovered
 
 	Upstreams []Endpoint // what sockets with the mark Own may reach: proxies, their relays, resolvers of their names
+	Direct    bool       // there is a verdict direct: sockets of ours with that mark may go anywhere
 	OwnUID    *uint32    // our sockets have this uid; nil: not asked
 	OwnCgroup string     // our sockets are of this cgroup; "": not asked
 	Kept      []Tuple    // connections of before, see Established

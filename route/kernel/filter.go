@@ -221,184 +221,6 @@ func (c *Config) failOpen(ch *nfChain) {
 	}
 }
 
-// markChains know which flow a packet belongs to.
-func (c *Config) markChains(t *nfTable, st filterState) error {
-	m := c.Marks
-	own := t.chain(&nfChain{name: "own"})
-	if c.OwnUID != nil {
-		own.add(skuid(UIDRange{*c.OwnUID, *c.OwnUID}, false), back())
-	}
-	if c.OwnCgroup != "" {
-		cg, err := findCgroup(c.OwnCgroup)
-		if err != nil {
-			return err
-		}
-		own.add(socketCgroup(cg, false), back())
-	}
-	for _, v6 := range []bool{false, true} {
-		v := "4"
-		if v6 {
-			v = "6"
-		}
-		own.add(ownEndpoint("own"+v, v6), setCtMark(m, m.Own))
-		own.add(ownHost("own"+v+"any", v6), setCtMark(m, m.Own))
-	}
-
-	pre := t.chain(&nfChain{name: "prerouting", kind: "filter", hook: unix.NF_INET_PRE_ROUTING, prio: prioMangle})
-	pre.add(iif(c.TUN, true), ctNew(), setCtMark(m, m.Captured))
-	pre.add(iif(c.TUN, true), back())
-	pre.add(iif("lo", true), back())
-	for _, a := range c.TUNAddrs {
-		pre.add(daddr(netip.PrefixFrom(a, a.BitLen())), count(countLAN), drop())
-	}
-	for _, d := range c.Exclude.Devices {
-		pre.add(iif(d, true), ctMark(m, 0, true), setCtMark(m, m.Direct))
-	}
-	if !c.CarryInbound {
-		c.inboundChains(t)
-		pre.add(ctDirection(false), ctMark(m, 0, true), daddrType("local", unix.RTN_LOCAL), jump("inbound"))
-	}
-	c.forwardedChains(t, pre)
-	for _, v := range []uint32{m.Own, m.Direct, m.Inbound} {
-		pre.add(ctMark(m, v, true), setMetaMark(m, v))
-	}
-
-	out := t.chain(&nfChain{name: "mark_output", kind: "route", hook: unix.NF_INET_LOCAL_OUT, prio: prioMangle})
-	out.add(oif("lo", true), back())
-	out.add(metaMark(m, m.Own, true), ctMark(m, m.Own, false), jump("own"))
-	out.add(metaMark(m, m.Own, true), back())
-	out.add(metaMark(m, m.Direct, true), setCtMark(m, m.Direct))
-	// Whoever has a socket is asked anew: addresses and ports, or what is excluded, may be another's by now. The mark of
-	// the flow is for those that have none, as in TIME_WAIT.
-	anybody := skuid(UIDRange{0, ^uint32(0)}, true)
-	out.add(metaMark(m, m.Direct, false), ctMark(m, m.Direct, true), anybody, setCtMark(m, 0))
-	if !c.Include.empty() { // the same; an answer to what came out of the TUN stays what it is
-		out.add(ctDirection(false), ctMark(m, m.Captured, true), anybody, setCtMark(m, 0))
-	}
-	if !c.CarryInbound {
-		out.add(keptTuple("kept4", false, false), setCtMark(m, m.Inbound))
-		out.add(keptTuple("kept6", true, false), setCtMark(m, m.Inbound))
-		out.add(ctDirection(true), ctMark(m, 0, true), jump("answer"))
-	}
-	exclude, err := c.terms(c.Exclude, true)
-	if err != nil {
-		return err
-	}
-	for _, x := range exclude {
-		out.add(x, setCtMark(m, m.Direct), setMetaMark(m, m.Direct))
-	}
-	if !c.Include.empty() {
-		include, err := c.terms(c.Include, true)
-		if err != nil {
-			return err
-		}
-		// For when the flow has no socket any more that would tell.
-		t.chain(&nfChain{name: "chosen"}).add(anybody, setCtMark(m, m.Captured))
-		ch := t.chain(&nfChain{name: "choose"})
-		for _, x := range include {
-			ch.add(x, goTo("chosen"))
-		}
-		ch.add(setCtMark(m, m.Direct))
-		out.add(ctMark(m, 0, true), jump("choose"))
-		// What conntrack does not take for a packet of a flow has no mark but its own.
-		bad := t.chain(&nfChain{name: "choose_untracked"})
-		for _, x := range include {
-			bad.add(x, back())
-		}
-		bad.add(setMetaMark(m, m.Direct))
-		out.add(ctNone(), jump("choose_untracked"))
-	}
-	for _, v := range []uint32{m.Inbound, m.Direct} {
-		out.add(ctMark(m, v, true), setMetaMark(m, v))
-	}
-	return nil
-}
-
-// forwardedChains choose among what goes through this host. Answers are not asked, nor what is for the host itself: their
-// destination is not the flow's.
-func (c *Config) forwardedChains(t *nfTable, pre *nfChain) {
-	m := c.Marks
-	if c.Include.empty() && len(c.Exclude.Devices) == 0 {
-		return
-	}
-	fwd := t.chain(&nfChain{name: "forwarded"})
-	fwd.add(daddrType("local", unix.RTN_LOCAL), back())
-	for _, d := range c.Exclude.Devices {
-		fwd.add(iif(d, true), ctMark(m, 0, true), setCtMark(m, m.Direct))
-	}
-	if !c.Include.empty() {
-		ch := t.chain(&nfChain{name: "choose_forward"})
-		for _, x := range c.chosen(c.Include) {
-			ch.add(x, back())
-		}
-		for _, d := range c.Include.Devices {
-			ch.add(iif(d, true), back())
-		}
-		ch.add(setCtMark(m, m.Direct))
-		fwd.add(ctMark(m, 0, true), jump("choose_forward"))
-		if c.CarryInbound { // answers are asked as the rest
-			pre.add(ctDirection(true), ctMark(m, 0, true), jump("choose_forward"))
-		}
-	}
-	pre.add(ctDirection(false), jump("forwarded"))
-}
-
-// chosen are the conditions that hold for forwarded packets too.
-func (c *Config) chosen(s Selection) (out []term) {
-	for _, n := range s.Networks {
-		out = append(out, daddr(n))
-	}
-	for _, r := range s.Ports {
-		out = append(out, dport(unix.IPPROTO_TCP, r), dport(unix.IPPROTO_UDP, r))
-	}
-	return out
-}
-
-// inboundChains know what is from outside. Who speaks first is no proof: a connection that this host opened before `up`,
-// and that nobody tracked, has its far end speak first too. For TCP a SYN is one, or translation, which is always
-// tracked.
-func (c *Config) inboundChains(t *nfTable) {
-	m := c.Marks
-	// An error, our own filter's too, belongs to the flow that it is about, the other way round: it proves nothing.
-	in := t.chain(&nfChain{name: "inbound"})
-	in.add(ctRelated(), back())
-	in.add(ctDNAT(), setCtMark(m, m.Inbound))
-	in.add(tcpSYN(), setCtMark(m, m.Inbound))
-	in.add(keptTuple("kept4", false, true), setCtMark(m, m.Inbound))
-	in.add(keptTuple("kept6", true, true), setCtMark(m, m.Inbound))
-	in.add(isProto(unix.IPPROTO_TCP), back())
-	in.add(keptTuple("old4", false, true), back())
-	in.add(keptTuple("old6", true, true), back())
-	in.add(setCtMark(m, m.Inbound))
-	out := t.chain(&nfChain{name: "answer"})
-	out.add(ctRelated(), back())
-	out.add(isProto(unix.IPPROTO_TCP), back())
-	out.add(keptTuple("old4", false, false), back())
-	out.add(keptTuple("old6", true, false), back())
-	out.add(setCtMark(m, m.Inbound))
-}
-
-// terms are the conditions of a selection. Cgroups are known for local sockets only, and not behind routing.
-func (c *Config) terms(s Selection, cgroups bool) (out []term, err error) {
-	out = c.chosen(s)
-	for _, u := range s.UIDs {
-		out = append(out, skuid(u, true))
-	}
-	for _, d := range s.Devices {
-		out = append(out, oif(d, true))
-	}
-	if cgroups {
-		for _, path := range s.Cgroups {
-			cg, err := findCgroup(path)
-			if err != nil {
-				return nil, err
-			}
-			out = append(out, socketCgroup(cg, true))
-		}
-	}
-	return out, nil
-}
-
 // refuseChains are what passes, and how the rest is refused.
 func (c *Config) refuseChains(t *nfTable, st filterState) {
 	m := c.Marks
@@ -410,9 +232,13 @@ func (c *Config) refuseChains(t *nfTable, st filterState) {
 	}
 	pass := t.chain(&nfChain{name: "pass"})
 	pass.add(ctMark(m, m.Own, true), accept())
-	pass.add(metaMark(m, m.Direct, true), accept())
-	pass.add(ctMark(m, m.Direct, true), accept()) // somebody else has put another mark over ours
-	pass.add(metaMark(m, m.Inbound, true), ctMark(m, m.Inbound, true), accept())
+	if c.needDirect() {
+		pass.add(metaMark(m, m.Direct, true), accept())
+		pass.add(ctMark(m, m.Direct, true), accept()) // somebody else has put another mark over ours
+	}
+	if !c.CarryInbound {
+		pass.add(metaMark(m, m.Inbound, true), ctMark(m, m.Inbound, true), accept())
+	}
 	hostTerms(pass, st)
 	exclude, _ := c.terms(c.Exclude, false)
 	for _, x := range exclude {
@@ -455,7 +281,7 @@ func (c *Config) netdevTable(st filterState) *nfTable {
 	t := &nfTable{fam: unix.NFPROTO_NETDEV, name: c.NFTable, counters: []string{countFrame}}
 	pass := t.chain(&nfChain{name: "pass"})
 	pass.add(arpFrame(), accept())
-	for _, v := range []uint32{c.Marks.Own, c.Marks.Direct, c.Marks.Inbound} {
+	for _, v := range c.passing() {
 		pass.add(metaMark(c.Marks, v, true), accept())
 	}
 	hostTerms(pass, st)

@@ -34,7 +34,7 @@ func (h *Host) source(family int) net.IP {
 	if family == unix.AF_INET6 {
 		far = net.ParseIP("2001:4860::1")
 	}
-	rs, err := h.nl.RouteGetWithOptions(far, &netlink.RouteGetOptions{Mark: h.c.Marks.Direct})
+	rs, err := h.nl.RouteGetWithOptions(far, &netlink.RouteGetOptions{Mark: h.c.Marks.Own})
 	if err != nil || len(rs) == 0 || rs[0].Type != unix.RTN_UNICAST || rs[0].Table == h.c.Table {
 		return nil
 	}

@@ -43,7 +43,7 @@ type rule struct {
 
 // rules are all of ours for a family:
 //
-//	P    fwmark OWN, DIRECT, INBOUND  goto END
+//	P    fwmark OWN, DIRECT, INBOUND  goto END, those in use
 //	P+1  DHCP; gateways               goto END
 //	P+2  what is excluded             goto END
 //	P+3  port 53                      lookup T
@@ -63,11 +63,7 @@ func (c *Config) rules(family int, l links) (out []rule) {
 		out = append(out, r)
 	}
 	add(lastRule, rule{action: nl.FR_ACT_NOP})
-	marks := []uint32{c.Marks.Own, c.Marks.Direct}
-	if !c.CarryInbound {
-		marks = append(marks, c.Marks.Inbound)
-	}
-	for _, m := range marks {
+	for _, m := range c.passing() {
 		add(atMarked, rule{mark: m, mask: c.Marks.Mask, jump: end})
 	}
 	client, server := PortRange{68, 68}, PortRange{67, 67}

@@ -150,6 +150,7 @@ type probe struct {
 	mark  uint32
 	sport int // of IPv4
 	src   netip.AddrPort
+	group string // directory of the cgroup that the socket is of; "": the test's
 }
 
 func sockaddr(a netip.AddrPort) unix.Sockaddr {
@@ -166,7 +167,7 @@ func (p probe) send() error {
 	if dst.Is6() {
 		family = unix.AF_INET6
 	}
-	fd, err := unix.Socket(family, p.typ|unix.SOCK_CLOEXEC, 0)
+	fd, err := socketIn(p.group, family, p.typ)
 	if err != nil {
 		return err
 	}

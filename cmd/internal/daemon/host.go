@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 
@@ -13,6 +14,7 @@ import (
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/route/kernel"
 	"github.com/viasocks/viasocks/stack/flow"
 )
@@ -38,6 +40,7 @@ func kernelConfig(cfg *config.Config, log *slog.Logger) kernel.Config {
 		Strict: h.Strict, FailOpen: h.FailOpen,
 		Log: log,
 	}
+	k.Direct = hasDirect(cfg)
 	for _, p := range tunAddrs {
 		k.TUNAddrs = append(k.TUNAddrs, p.Addr())
 	}
@@ -48,6 +51,11 @@ func kernelConfig(cfg *config.Config, log *slog.Logger) kernel.Config {
 		k.LAN = kernel.LANRefuse
 	}
 	return k
+}
+
+// hasDirect: a rule lets flows out past every proxy.
+func hasDirect(cfg *config.Config) bool {
+	return slices.ContainsFunc(cfg.Rules, func(r route.Rule) bool { return r.Action() == route.ActionVia && r.Via() == route.DirectName })
 }
 
 func kernelSelection(s config.Selection) kernel.Selection {
@@ -79,6 +87,8 @@ func newHost(cfg *config.Config, alive func() bool, network func(), log *slog.Lo
 	k.Alive, k.OnDefaultRoute = alive, network
 	if alive != nil { // it has sockets of its own
 		k.OwnCgroup, k.OwnUID = ownership("/proc/self/cgroup")
+	} else {
+		k.Direct = false
 	}
 	if !k.CarryInbound {
 		kept, err := kernel.Established()

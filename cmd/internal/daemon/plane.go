@@ -115,7 +115,7 @@ func (p *plane) policy(cfg *config.Config) (route.Policy, []upstream) {
 		c := newClient(p.dialer, u.Server, p.dial.allowed)
 		ups = append(ups, upstream{u, route.NewSOCKS(u.Name, c), c})
 	}
-	if slices.ContainsFunc(cfg.Rules, func(r route.Rule) bool { return r.Action() == route.ActionVia && r.Via() == route.DirectName }) {
+	if hasDirect(cfg) {
 		i := slices.IndexFunc(p.ups, func(have upstream) bool { return have.Config.Name == route.DirectName })
 		if i >= 0 {
 			ups = append(ups, p.ups[i])

@@ -71,7 +71,7 @@ func (u *up) take(cfg *config.Config) error {
 // change does to the host what two configurations say differently.
 func (u *up) change(from, to *config.Config) error {
 	a, b := from.Host, to.Host
-	if u.host == nil || a.LAN == b.LAN && a.Inbound == b.Inbound && a.Strict == b.Strict &&
+	if u.host == nil || a.LAN == b.LAN && a.Inbound == b.Inbound && a.Strict == b.Strict && hasDirect(from) == hasDirect(to) &&
 		reflect.DeepEqual(a.Exclude, b.Exclude) && reflect.DeepEqual(a.Include, b.Include) {
 		return nil
 	}

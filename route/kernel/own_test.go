@@ -1,0 +1,273 @@
+package kernel
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// openSocket as the first argument has the test's program open a socket: it is of the cgroup in which it was opened,
+// whoever uses it.
+const openSocket = "open-socket"
+
+func socketMain(family, typ string) int {
+	f, _ := strconv.Atoi(family)
+	k, _ := strconv.Atoi(typ)
+	fd, err := unix.Socket(f, k|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 1
+	}
+	if err := unix.Sendmsg(3, []byte{0}, unix.UnixRights(fd), nil, 0); err != nil {
+		return 1
+	}
+	return 0
+}
+
+// socketIn opens a socket in the cgroup of a directory, and in the calling thread's network namespace.
+func socketIn(dir string, family, typ int) (int, error) {
+	if dir == "" {
+		return unix.Socket(family, typ|unix.SOCK_CLOEXEC, 0)
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return -1, err
+	}
+	defer d.Close()
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(pair[0])
+	theirs := os.NewFile(uintptr(pair[1]), "their end")
+	defer theirs.Close()
+	cmd := exec.Command("/proc/self/exe", openSocket, strconv.Itoa(family), strconv.Itoa(typ))
+	cmd.ExtraFiles = []*os.File{theirs}
+	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(d.Fd())}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return -1, fmt.Errorf("a socket of another cgroup: %w: %s", err, out)
+	}
+	oob := make([]byte, unix.CmsgSpace(4))
+	_, n, _, _, err := unix.Recvmsg(pair[0], make([]byte, 1), oob, unix.MSG_CMSG_CLOEXEC)
+	if err != nil {
+		return -1, err
+	}
+	msgs, err := unix.ParseSocketControlMessage(oob[:n])
+	if err != nil || len(msgs) != 1 {
+		return -1, fmt.Errorf("no socket came: %v", err)
+	}
+	fds, err := unix.ParseUnixRights(&msgs[0])
+	if err != nil || len(fds) != 1 {
+		return -1, fmt.Errorf("no socket came: %v", err)
+	}
+	return fds[0], nil
+}
+
+// Our own sockets have the mark, are of our cgroup, and go to an upstream's endpoint; with the mark of direct they go
+// anywhere, while there is a verdict direct. Whoever has less than that is refused, or carried.
+func TestOwnCgroup(t *testing.T) {
+	ours, _ := testCgroup(t, "ours")
+	theirs, _ := testCgroup(t, "theirs")
+	mount, err := cgroupMount()
+	if err != nil {
+		t.Skip(err)
+	}
+	deeper := filepath.Join(theirs, "deeper")
+	if err := os.Mkdir(filepath.Join(mount, deeper), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(filepath.Join(mount, deeper))
+	inNamespace(t, func(t *testing.T) {
+		w := newWorld(t)
+		c := testConfig(t)
+		c.OwnCgroup = ours
+		c.Upstreams = []Endpoint{{0, netip.MustParseAddrPort(far4 + ":7777")}, {0, netip.MustParseAddrPort("[" + far6 + "]:7777")}}
+		h, tun := up(t, c)
+		defer tun.Close()
+		check := func(direct bool) {
+			t.Helper()
+			for _, dst := range []string{far4, far6} {
+				for _, typ := range []int{unix.SOCK_DGRAM, unix.SOCK_STREAM} {
+					// The test's own process lies higher than any group of ours: of it the kernel says nothing.
+					for _, group := range []string{ours, theirs, deeper, ""} {
+						dir := ""
+						if group != "" {
+							dir = filepath.Join(mount, group)
+						}
+						if typ == unix.SOCK_STREAM && (!direct || group == theirs || group == deeper) {
+							continue // half a second each where it is carried
+						}
+						for _, tt := range []struct {
+							mark uint32
+							port uint16
+							bind string
+							want bool
+						}{
+							{c.Marks.Own, 7777, "", group == ours},
+							{c.Marks.Own, 7778, "", false},
+							{c.Marks.Own, 7777, "eth0", group == ours},
+							{c.Marks.Direct, 7778, "", direct && group == ours},
+							{c.Marks.Direct, 7778, "eth0", direct && group == ours},
+						} {
+							p := probe{typ: typ, dst: dst, port: tt.port, mark: tt.mark, group: dir, bind: tt.bind}
+							if got := w.passes(tt.want, p.send); got != tt.want {
+								t.Errorf("direct %v, type %d to %s:%d, mark %#x, cgroup %q, device %q: passed %v, want %v", direct, typ, dst, tt.port, tt.mark, group, tt.bind, got, tt.want)
+							}
+						}
+					}
+				}
+			}
+		}
+		check(false)
+		if s := ip(t, "rule"); strings.Contains(s, "fwmark 0x77000000") {
+			t.Errorf("the mark of direct has a rule: %s", s)
+		}
+		for _, direct := range []bool{true, false} {
+			c.Direct = direct
+			if err := h.Change(c); err != nil {
+				t.Fatal(err)
+			}
+			check(direct)
+		}
+		// What is excluded has the same mark, and nobody else may set it.
+		c.Exclude.Ports = []PortRange{{123, 123}}
+		if err := h.Change(c); err != nil {
+			t.Fatal(err)
+		}
+		check(false)
+		if !w.passes(true, probe{typ: unix.SOCK_DGRAM, dst: far4, port: 123, mark: c.Marks.Direct}.send) {
+			t.Error("what is excluded does not pass with that mark")
+		}
+		down(t, h)
+	})
+}
+
+// What the kernel says for connections that are closed, the last ACKs of TIME_WAIT and resets, has no socket: of ours it
+// comes to the proxy, of a program's it does not leave.
+func TestLastWords(t *testing.T) {
+	ours, _ := testCgroup(t, "words")
+	mount, err := cgroupMount()
+	if err != nil {
+		t.Skip(err)
+	}
+	for _, own := range []bool{true, false} {
+		inNamespace(t, func(t *testing.T) {
+			w := newWorld(t)
+			c := testConfig(t)
+			c.OwnCgroup = ours
+			var h *Host
+			var tun *os.File
+			start := func() { h, tun = up(t, c) }
+			for _, a := range []string{far4, far6} {
+				c.Upstreams = append(c.Upstreams, Endpoint{unix.IPPROTO_TCP, netip.AddrPortFrom(netip.MustParseAddr(a), 1080)})
+			}
+			w.in(func() {
+				nft(t, "add table inet rec")
+				nft(t, "add chain inet rec in { type filter hook prerouting priority -400; }")
+				nft(t, "add chain inet rec late { type filter hook input priority 0; }")
+				for _, n := range []string{"acks", "resets"} {
+					nft(t, "add counter inet rec "+n)
+				}
+				nft(t, "add rule inet rec in tcp dport 1080 tcp flags == rst counter name resets")
+				nft(t, "add rule inet rec in tcp dport 1080 tcp flags == rst | ack counter name resets")
+				nft(t, "add rule inet rec in tcp dport 1080 tcp flags == ack counter name acks")
+			})
+			count := func(name string) (n int) {
+				w.in(func() {
+					f := strings.Fields(nft(t, "list", "counter", "inet", "rec", name))
+					for i, word := range f {
+						if word == "packets" {
+							n, _ = strconv.Atoi(f[i+1])
+						}
+					}
+				})
+				return n
+			}
+			if own {
+				start()
+			}
+			type pair struct {
+				fd   int
+				peer *net.TCPConn
+			}
+			var pairs []pair
+			for _, a := range []string{far4, far6, far4, far6} {
+				var l net.Listener
+				w.in(func() { l, err = net.Listen("tcp", netip.AddrPortFrom(netip.MustParseAddr(a), 1080).String()) })
+				if err != nil {
+					t.Fatal(err)
+				}
+				dst := netip.MustParseAddr(a)
+				family := unix.AF_INET
+				if dst.Is6() {
+					family = unix.AF_INET6
+				}
+				fd, err := socketIn(filepath.Join(mount, ours), family, unix.SOCK_STREAM)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if own {
+					_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(c.Marks.Own))
+				}
+				if err := unix.Connect(fd, sockaddr(netip.AddrPortFrom(dst, 1080))); err != nil {
+					t.Fatal(err)
+				}
+				peer, err := l.Accept()
+				if err != nil {
+					t.Fatal(err)
+				}
+				l.Close()
+				defer peer.Close()
+				pairs = append(pairs, pair{fd, peer.(*net.TCPConn)})
+			}
+			// The peers hear nothing any more, and so say again and again what nobody acknowledges.
+			deaf := func() { w.in(func() { nft(t, "add rule inet rec late tcp dport 1080 drop") }) }
+			for _, p := range pairs[:2] { // they close second: TIME_WAIT is here
+				unix.Close(p.fd)
+			}
+			time.Sleep(100 * time.Millisecond)
+			for _, p := range pairs[2:] { // a reset for each thing said to a socket that is closed with something unread
+				_, _ = p.peer.Write([]byte("unread"))
+			}
+			time.Sleep(100 * time.Millisecond)
+			if !own {
+				start()
+			}
+			deaf()
+			w.take()
+			acks, resets := count("acks"), count("resets")
+			for _, p := range pairs[:2] {
+				p.peer.Close() // its FIN comes again and again
+			}
+			for _, p := range pairs[2:] {
+				unix.Close(p.fd)                      // a reset by the socket itself
+				_, _ = p.peer.Write([]byte("anyone")) // and one for what comes later
+			}
+			if own {
+				eventually(t, "ACKs of TIME_WAIT and resets at the proxy", func() bool {
+					return count("acks") >= acks+6 && count("resets") >= resets+6
+				})
+			} else {
+				time.Sleep(2 * time.Second)
+				if a, r := count("acks")-acks, count("resets")-resets; a+r != 0 {
+					t.Errorf("of a program %d ACKs and %d resets left", a, r)
+				}
+				if s := w.take(); len(s) != 0 {
+					t.Errorf("of a program there left %v", s)
+				}
+			}
+			t.Logf("own %v: %d ACKs, %d resets", own, count("acks")-acks, count("resets")-resets)
+			down(t, h)
+			tun.Close()
+		})
+	}
+}
