@@ -218,7 +218,7 @@ func TestStuckApp(t *testing.T) {
 	}
 	got := heapBytes() - before
 	t.Logf("%d KiB written, %d KiB of heap for each stream whose app does not read (both stacks)", total/n>>10, got/n>>10)
-	if total/n > 1<<20+maxBuffer/4 || got/n > 3<<20 {
+	if total/n > 1<<20+maxSendBuffer/4 || got/n > 3<<20 {
 		t.Errorf("too much")
 	}
 	// Still open: a zero window is no error.

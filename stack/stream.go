@@ -204,7 +204,7 @@ func (st *stream) Queued() int {
 		o.SetSendBufferSize(size, true)
 	}
 	search := func() int {
-		return sort.Search(2*maxBuffer, func(n int) bool {
+		return sort.Search(2*maxSendBuffer, func(n int) bool {
 			o.SetSendBufferSize(int64(n)+1, false)
 			return st.ep.Readiness(waiter.WritableEvents) != 0
 		})

@@ -12,6 +12,9 @@ const (
 	// turnBytes is the budget of a turn for each direction: at 10 Gbit/s some 100 µs, so that beside eight bulk flows
 	// a small answer waits less than a millisecond, and the fixed cost of a round is lost in the noise.
 	turnBytes = 2 * chunk
+	// crowdBytes is the budget toward the app when others wait for their turn: what is written until the ACKs are read then
+	// stays in the processor's cache. Eight downloads: 1.17 s/GB with turnBytes, 1.06 with this.
+	crowdBytes = chunk
 	// A slice under gatherBelow is copied and sent with its neighbours; the copy costs less than the system call.
 	gatherBelow = 8 << 10
 	gatherCap   = 32 << 10

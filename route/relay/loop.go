@@ -44,14 +44,15 @@ type Loop struct {
 	running bool
 
 	// The loop's own.
-	run   []*node
-	spare []*node
-	slots []slot
-	gen   uint32 // of the last slot that was taken
-	free  []int32
-	w     upWriter
-	p     downPayload
-	rx    *rxBuffers
+	run    []*node
+	budget int // bytes of a turn toward the app
+	spare  []*node
+	slots  []slot
+	gen    uint32 // of the last slot that was taken
+	free   []int32
+	w      upWriter
+	p      downPayload
+	rx     *rxBuffers
 }
 
 // slot says who an epoll event is for. The generation guards against an event of a socket that was closed here while a
@@ -78,7 +79,7 @@ func NewLoop(c Config) (*Loop, error) {
 	if l.poll, err = newPoller(); err != nil {
 		return nil, err
 	}
-	l.w.buf = make([]byte, 0, gatherCap)
+	l.w.buf, l.budget = make([]byte, 0, gatherCap), turnBytes
 	return l, nil
 }
 
@@ -191,6 +192,10 @@ func eventBits(ev uint32) (b uint32) {
 func (l *Loop) round() {
 	now := l.run
 	l.run = l.spare[:0]
+	l.budget = turnBytes
+	if len(now) > 1 {
+		l.budget = crowdBytes
+	}
 	for i, n := range now {
 		now[i] = nil
 		n.queued = false

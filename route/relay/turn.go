@@ -109,11 +109,11 @@ func (r *Relay) passUpFIN() {
 	r.upDone = true
 }
 
-// moveDown moves up to turnBytes from the socket to the app.
+// moveDown moves up to the loop's budget from the socket to the app.
 func (r *Relay) moveDown() {
 	fd := int(r.fd)
 	p := &r.l.p
-	for budget := turnBytes; budget > 0; {
+	for budget := r.l.budget; budget > 0; {
 		n := unread(fd)
 		if n == 0 {
 			if r.got&sockHup == 0 { // what comes from now on is a new edge
