@@ -1,0 +1,110 @@
+package daemon
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"net/netip"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/stacktest"
+	"github.com/viasocks/viasocks/tun"
+	"github.com/viasocks/viasocks/tun/tuntest"
+)
+
+// ours counts the goroutines of the data plane: those of the app's stack, the proxy and this test are not.
+func ours() (n int, stacks string) {
+	b := make([]byte, 64<<20)
+	all := strings.Split(string(b[:runtime.Stack(b, true)]), "\n\n")
+	var mine []string
+	for _, g := range all {
+		if strings.Contains(g, "/sockstest.") || strings.Contains(g, "/stacktest.") || strings.Contains(g, "testing.") || strings.Contains(g, "daemon.TestPlaneGoroutines") {
+			continue
+		}
+		mine = append(mine, g)
+	}
+	return len(mine), strings.Join(mine, "\n\n")
+}
+
+// A thousand dials that wait for the proxy and a thousand connections that wait for nothing have no goroutine.
+func TestPlaneGoroutines(t *testing.T) {
+	noLeaks(t)
+	const each, silent = 1000, 6881
+	far, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer far.Close()
+	var kept []net.Conn
+	var accepting sync.WaitGroup
+	accepting.Go(func() {
+		for c, err := far.Accept(); err == nil; c, err = far.Accept() {
+			kept = append(kept, c)
+		}
+	})
+	s, err := sockstest.Listen("tcp4", "127.0.0.1:0", sockstest.WithRedirectsOnly())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	dst := netip.MustParseAddrPort("203.0.113.9:80")
+	s.Redirect(dst, far.Addr().(*net.TCPAddr).AddrPort())
+	s.SetFault(func(r sockstest.Request) sockstest.Fault {
+		if r.Dst.Port == silent {
+			return sockstest.Silence()
+		}
+		return sockstest.Fault{}
+	})
+	device, theirs := tuntest.Pipe(1500, tun.VnetHdr|tun.TSO|tun.USO)
+	app, err := stacktest.New(theirs, netip.MustParseAddr("198.18.0.1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer app.Close()
+	p, err := newPlane(parse(t, "--proxy", s.URL(), "--max-pending-per-destination", "2000"), device, nil, dialing{}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.start()
+	defer p.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	for range each {
+		c, err := app.DialTCP(ctx, dst)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	before, _ := ours()
+	pending, give := context.WithCancel(ctx)
+	var dials sync.WaitGroup
+	for range each {
+		dials.Go(func() { _, _ = app.DialTCP(pending, netip.AddrPortFrom(dst.Addr(), silent)) })
+	}
+	for end := time.Now().Add(time.Minute); p.stack.Stats().Pending < each && time.Now().Before(end); {
+		time.Sleep(10 * time.Millisecond)
+	}
+	st := p.stack.Stats()
+	n, stacks := ours()
+	t.Logf("%d connections idle, %d dials pending: %d goroutines of the data plane, %d before the dials", st.Streams, st.Pending, n, before)
+	if st.Streams != each || st.Pending != each {
+		t.Errorf("%d streams, %d pending", st.Streams, st.Pending)
+	}
+	if n > 40 {
+		t.Errorf("some have a goroutine:\n%.4000s", stacks)
+	}
+	give()
+	dials.Wait()
+	stop(p, nil)
+	far.Close()
+	accepting.Wait()
+	for _, c := range kept {
+		c.Close()
+	}
+}
