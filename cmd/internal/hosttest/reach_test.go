@@ -230,6 +230,7 @@ func TestReachable(t *testing.T) {
 			if tracked {
 				time.Sleep(guard)
 				check("long after kill -9")
+				w.errorsAtOnce("long after kill -9")
 			}
 			d = w.up("--proxy", proxyURL)
 			check("after the restart")
