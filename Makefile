@@ -68,7 +68,7 @@ race: ## Run the tests under the race detector
 # The demo as a test, on smaller files.
 .PHONY: aria
 aria: build
-	@if [[ $$EUID -eq 0 ]]; then DEMO_SCALE=10 scripts/demo.sh; else echo "aria: skipped: the demo's namespaces need root"; fi
+	@if [[ $$EUID -eq 0 ]]; then DEMO_SCALE=10 DEMO_PATIENCE=4 scripts/demo.sh; else echo "aria: skipped: the demo's namespaces need root"; fi
 
 # Left to itself, minimizing eats most of the time: what a frame covers depends on those before it.
 .PHONY: fuzz

@@ -68,9 +68,9 @@ down() {
 
 # wait_up waits until the kernel has noticed that device $2 of namespace $1 has its carrier.
 wait_up() {
-	local left=50
+	local left=300
 	until ip -n "$1" -brief link show dev "$2" | awk '{exit $2 != "UP"}'; do
-		((left-- > 0)) || die "cannot bring $2 of $1 up: no carrier after 5 s"
+		((left-- > 0)) || die "cannot bring $2 of $1 up: no carrier after 30 s"
 		sleep 0.1
 	done
 }
