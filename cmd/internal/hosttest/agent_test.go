@@ -101,7 +101,7 @@ func (a *agent) start(w *world) error {
 // removeSoon removes a cgroup when its last process is gone.
 func removeSoon(t testing.TB, dir string) {
 	var err error
-	for range 100 {
+	for range 1000 {
 		if err = os.Remove(dir); err == nil || errors.Is(err, os.ErrNotExist) {
 			return
 		}

@@ -43,7 +43,7 @@ func (l *lockedBuffer) String() string {
 }
 
 // readyWithin is how long `up` may take.
-const readyWithin = 15 * time.Second
+const readyWithin = time.Minute
 
 // launch starts `viasocks up` and does not wait.
 func (w *world) launch(flags ...string) *daemon {
@@ -121,7 +121,7 @@ func (d *daemon) reload() {
 	d.t.Helper()
 	before := strings.Count(d.log.String(), "reload")
 	d.signal(syscall.SIGHUP)
-	for limit := time.Now().Add(5 * time.Second); strings.Count(d.log.String(), "reload") == before; time.Sleep(5 * time.Millisecond) {
+	for limit := time.Now().Add(30 * time.Second); strings.Count(d.log.String(), "reload") == before; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(limit) || !d.alive() {
 			d.t.Errorf("the log does not tell of the reload:\n%s", tail(quiet(d.log.String()), 20))
 			return
@@ -143,7 +143,7 @@ func (d *daemon) wait() error {
 	case err := <-d.done:
 		d.over = true
 		return err
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		_ = d.cmd.Process.Kill()
 		<-d.done
 		d.over = true

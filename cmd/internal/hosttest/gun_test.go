@@ -94,7 +94,7 @@ func (g *gun) halt() error {
 func (g *gun) rounds(n int64) error {
 	last := len(g.probes) - 1
 	until := g.fired[last].Load() + n + 1
-	for limit := time.Now().Add(20 * time.Second); g.fired[last].Load() < until; time.Sleep(2 * time.Millisecond) {
+	for limit := time.Now().Add(2 * time.Minute); g.fired[last].Load() < until; time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(limit) {
 			return fmt.Errorf("the probes hang: %w", g.err)
 		}

@@ -61,7 +61,7 @@ func (o *observer) fire(name string, rounds int64, d time.Duration, event func()
 	if err := o.g.halt(); err != nil {
 		o.w.t.Error(err)
 	}
-	time.Sleep(30 * time.Millisecond)
+	time.Sleep(100 * time.Millisecond)
 	for _, p := range o.g.probes {
 		c.fired[p.name] += int(o.g.fired[p.id].Load() - before[p.id])
 	}

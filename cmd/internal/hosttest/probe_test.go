@@ -280,7 +280,7 @@ func echo(c net.Conn) { _, _ = io.Copy(c, c) }
 
 // ping sends some bytes and waits for their echo.
 func ping(c net.Conn) error {
-	_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
 	defer c.SetDeadline(time.Time{})
 	if _, err := c.Write([]byte("ping")); err != nil {
 		return err

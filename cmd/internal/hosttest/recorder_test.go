@@ -3,7 +3,6 @@ package hosttest
 import (
 	"bytes"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -72,7 +71,9 @@ type recorder struct {
 	proxyUDP  map[netip.Addr]bool
 	answers   func(packet) bool // answers to connections from outside; may be nil
 	cut       map[fragment]bool // datagrams to the proxy that came in fragments
-	frames    atomic.Int64
+	handled   atomic.Int64      // frames
+	given     atomic.Int64      // by the kernel
+	dropped   atomic.Int64      // by the kernel, for want of room
 }
 
 // maxSightings bounds what is kept of the positive control and of a leak.
@@ -93,6 +94,10 @@ func newRecorder(w *world) *recorder {
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20); err != nil { // no root
 			_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 64<<20)
 		}
+		// When a frame came, however late it is read.
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS, 1); err != nil {
+			return fmt.Errorf("cannot record: %w", err)
+		}
 		// What the router sends is no concern; without this each would fill the buffer.
 		if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1); err != nil {
 			return fmt.Errorf("cannot record: %w", err)
@@ -105,10 +110,10 @@ func newRecorder(w *world) *recorder {
 	})
 	go r.run()
 	w.t.Cleanup(func() {
-		lost := r.lost()
+		r.count()
 		r.f.Close()
 		<-r.done
-		if lost != 0 {
+		if lost := r.dropped.Load(); lost != 0 {
 			w.t.Errorf("the recorder lost %d frames: it can't be trusted", lost)
 		}
 	})
@@ -131,20 +136,40 @@ func linkIndex(name string) int {
 
 func (r *recorder) run() {
 	defer close(r.done)
-	buf := make([]byte, 128<<10)
+	raw, err := r.f.SyscallConn()
+	if err != nil {
+		return
+	}
+	buf, oob := make([]byte, 128<<10), make([]byte, 128)
 	for {
-		n, err := r.f.Read(buf)
-		if errors.Is(err, os.ErrClosed) {
+		var n, k int
+		var rerr error
+		err := raw.Read(func(fd uintptr) bool {
+			n, k, _, _, rerr = unix.Recvmsg(int(fd), buf, oob, 0)
+			return rerr != unix.EAGAIN
+		})
+		if err != nil { // it was closed
 			return
 		}
-		if err == nil {
-			r.see(buf[:n])
+		if rerr == nil {
+			r.see(buf[:n], when(oob[:k]))
+			r.handled.Add(1)
 		}
 	}
 }
 
-func (r *recorder) see(f []byte) {
-	r.frames.Add(1)
+// when is the time of a frame by the kernel's clock.
+func when(oob []byte) time.Time {
+	msgs, _ := unix.ParseSocketControlMessage(oob)
+	for _, m := range msgs {
+		if m.Header.Level == unix.SOL_SOCKET && m.Header.Type == unix.SO_TIMESTAMPNS && len(m.Data) >= 16 {
+			return time.Unix(int64(binary.NativeEndian.Uint64(m.Data)), int64(binary.NativeEndian.Uint64(m.Data[8:])))
+		}
+	}
+	return time.Now()
+}
+
+func (r *recorder) see(f []byte, at time.Time) {
 	p := parse(f)
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -173,7 +198,7 @@ func (r *recorder) see(f []byte) {
 		r.harmless["answer"]++
 		return
 	}
-	s := sighting{probe: nobody, at: time.Now(), what: p}
+	s := sighting{probe: nobody, at: at, what: p}
 	if id, shot, ok := findCanary(f); ok {
 		s.probe, s.shot = id, shot
 	} else {
@@ -191,8 +216,14 @@ func (r *recorder) see(f []byte) {
 
 // take gives what was seen since the last time. It waits until the recorder has read all that the kernel has for it.
 func (r *recorder) take() []sighting {
-	for last := int64(-1); last != r.frames.Load(); time.Sleep(5 * time.Millisecond) {
-		last = r.frames.Load()
+	end := time.Now().Add(time.Minute) // a reader that ended is told by what it did not see
+	for last := int64(-1); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		r.count()
+		given := r.given.Load()
+		if given == last && r.handled.Load()+r.dropped.Load() >= given {
+			break
+		}
+		last = given
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -201,18 +232,18 @@ func (r *recorder) take() []sighting {
 	return s
 }
 
-// lost is how many frames the kernel had no room for.
-func (r *recorder) lost() (n uint32) {
+// count asks the kernel how many frames it had for the recorder since the last time, and how many it had no room for.
+func (r *recorder) count() {
 	raw, err := r.f.SyscallConn()
 	if err != nil {
-		return 0
+		return
 	}
 	_ = raw.Control(func(fd uintptr) {
 		if st, err := unix.GetsockoptTpacketStats(int(fd), unix.SOL_PACKET, unix.PACKET_STATISTICS); err == nil {
-			n = st.Drops
+			r.given.Add(int64(st.Packets))
+			r.dropped.Add(int64(st.Drops))
 		}
 	})
-	return n
 }
 
 func TestCanary(t *testing.T) {

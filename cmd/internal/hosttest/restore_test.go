@@ -2,12 +2,14 @@ package hosttest
 
 import (
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // firewalldRules are shaped as firewalld's are: a table with an owner-like layout, zones, sets, and an output chain.
@@ -124,9 +126,12 @@ func sysctls() string {
 	return b.String()
 }
 
-// same compares two states and tells the lines that differ.
+// same compares two states and tells the lines that differ. The kernel takes away a little after an address what came with it.
 func (w *world) same(when string, before, after map[string]string) {
 	w.t.Helper()
+	for end := time.Now().Add(20 * time.Second); !maps.Equal(before, after) && time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+		after = w.state()
+	}
 	for what, b := range before {
 		if a := after[what]; a != b {
 			w.t.Errorf("%s: %s is not what it was:\n%s", when, what, diff(b, a))

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"regexp"
 	"runtime"
 	"strings"
 	"testing"
@@ -165,7 +166,18 @@ func newWorld(t testing.TB) *world {
 	w.sysctl("proxy", map[string]string{"net/ipv4/ip_local_port_range": fmt.Sprintf("%d %d", relayPortMin, relayPortMax)})
 	w.sysctl("host", map[string]string{"net/ipv4/ping_group_range": "0 0"}) // group 0 may use ping sockets: the tests are of it
 	w.nft("host", dockerRules)
+	w.settle()
 	return w
+}
+
+// settle waits until the kernel has said of the host's links that they carry: it does so from a work queue, up to a second
+// after they came up.
+func (w *world) settle() {
+	w.t.Helper()
+	w.eventually(30*time.Second, "the links carry", func() bool {
+		s := w.ip("host", "-4 route show table all") + w.ip("host", "-6 route show table all") + w.ip("host", "addr show up")
+		return !regexp.MustCompile(`linkdown|tentative|NO-CARRIER|LOWERLAYERDOWN|state DOWN`).MatchString(s)
+	})
 }
 
 // in runs f on a thread in a network namespace. The thread ends with it.
@@ -204,7 +216,7 @@ func (w *world) in(ns string, f func() error) {
 
 // try runs a command in a namespace ("" is the test's own) and gives its output.
 func try(ns string, stdin []byte, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	if stdin != nil {
@@ -297,7 +309,7 @@ func serve(l net.Listener, f func(net.Conn)) {
 // dial connects from a namespace; the connection is closed with the test.
 func (w *world) dial(ns string, to netip.AddrPort) (c net.Conn, err error) {
 	err = in(ns, func() (err error) {
-		c, err = net.DialTimeout("tcp", to.String(), 5*time.Second)
+		c, err = net.DialTimeout("tcp", to.String(), 20*time.Second)
 		return err
 	})
 	if err == nil {
