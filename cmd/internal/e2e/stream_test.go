@@ -58,6 +58,11 @@ func TestStreams(t *testing.T) {
 // testBulk: every byte arrives, in order, both ways at once.
 func testBulk(t *testing.T, a *app, host string) {
 	app, far := pair(t, a, host)
+	bulk(t, app, far)
+}
+
+func bulk(t *testing.T, app, far *net.TCPConn) {
+	t.Helper()
 	const size = 24 << 20
 	data := make([]byte, size)
 	r := rand.New(rand.NewPCG(1, 2))
