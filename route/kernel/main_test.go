@@ -85,7 +85,11 @@ func inNamespace(t *testing.T, f func(t *testing.T)) {
 			end()
 		}
 		goleak.VerifyNone(t, goleak.IgnoreCurrent())
-		if now := openFDs(t); now != fds {
+		now := openFDs(t)
+		for end := time.Now().Add(patience); now != fds && time.Now().Before(end); now = openFDs(t) {
+			time.Sleep(5 * time.Millisecond) // whoever reads a connection closes it
+		}
+		if now != fds {
 			t.Errorf("%d open files before, %d after", fds, now)
 		}
 	}()

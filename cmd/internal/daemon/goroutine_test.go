@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/stacktest"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
@@ -30,6 +31,11 @@ func ours() (n int, stacks string) {
 	}
 	return len(mine), strings.Join(mine, "\n\n")
 }
+
+// present is an app whose sockets are there, however late its SYNs come.
+type present struct{}
+
+func (present) Exists(flow.Proto, netip.AddrPort, netip.AddrPort) (bool, error) { return true, nil }
 
 // A thousand dials that wait for the proxy and a thousand connections that wait for nothing have no goroutine.
 func TestPlaneGoroutines(t *testing.T) {
@@ -66,7 +72,7 @@ func TestPlaneGoroutines(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer app.Close()
-	p, err := newPlane(parse(t, "--proxy", s.URL(), "--max-pending-per-destination", "2000"), device, nil, dialing{}, slog.New(slog.DiscardHandler))
+	p, err := newPlane(parse(t, "--proxy", s.URL(), "--max-pending-per-destination", "2000"), device, present{}, dialing{}, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -293,12 +293,12 @@ func (w *world) askWho(a string, uid int) (from string, err error) {
 		if now, _, _ := unix.RawSyscall(unix.SYS_SETFSUID, uintptr(uid), 0, 0); int(now) != uid {
 			return fmt.Errorf("%w: another user", errUnavailable)
 		}
-		c, err := net.DialTimeout("tcp", netipAddrPort(a, whoPort).String(), 5*time.Second)
+		c, err := net.DialTimeout("tcp", netipAddrPort(a, whoPort).String(), 20*time.Second)
 		if err != nil {
 			return err
 		}
 		defer c.Close()
-		_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+		_ = c.SetDeadline(time.Now().Add(20 * time.Second))
 		if _, err := fmt.Fscanln(c, &from); err != nil {
 			return err
 		}

@@ -19,7 +19,7 @@ func TestFailOpen(t *testing.T) {
 	before := w.state()
 	open := func(when string) {
 		t.Helper()
-		w.eventually(10*time.Second+guard, when+": the host is open", func() bool {
+		w.eventually(30*time.Second+guard, when+": the host is open", func() bool {
 			got, err := w.askWho(somewhere4, 0)
 			return err == nil && got == host4
 		})
