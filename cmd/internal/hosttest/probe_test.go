@@ -262,7 +262,7 @@ func newEstablished(w *world) *established {
 			{"ctr", "tcp", e.ctr4, &e.ctrs4}, {"ctr", "tcp", e.ctr6, &e.ctrs6},
 		} {
 			w.in(d.ns, func() error {
-				c, err := net.Dial(d.network, d.to.String())
+				c, err := (&net.Dialer{KeepAlive: -1}).Dial(d.network, d.to.String())
 				if err != nil {
 					return err
 				}

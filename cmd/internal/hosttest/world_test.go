@@ -278,12 +278,15 @@ func (w *world) sysctl(ns string, set map[string]string) {
 	})
 }
 
+// No connection of the tests has keepalive, which Go would send after 15 s: it came in whatever phase there was then, and
+// was no probe's.
+
 // listen opens a TCP listener in a namespace, dual-stack when addr is a port alone.
 func (w *world) listen(ns, addr string) net.Listener {
 	w.t.Helper()
 	var l net.Listener
 	w.in(ns, func() (err error) {
-		l, err = net.Listen("tcp", addr)
+		l, err = (&net.ListenConfig{KeepAlive: -1}).Listen(context.Background(), "tcp", addr)
 		return err
 	})
 	w.t.Cleanup(func() { l.Close() })
@@ -309,7 +312,7 @@ func serve(l net.Listener, f func(net.Conn)) {
 // dial connects from a namespace; the connection is closed with the test.
 func (w *world) dial(ns string, to netip.AddrPort) (c net.Conn, err error) {
 	err = in(ns, func() (err error) {
-		c, err = net.DialTimeout("tcp", to.String(), 20*time.Second)
+		c, err = (&net.Dialer{Timeout: 20 * time.Second, KeepAlive: -1}).Dial("tcp", to.String())
 		return err
 	})
 	if err == nil {
