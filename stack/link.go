@@ -27,7 +27,10 @@ type link struct {
 	verified atomic.Bool
 }
 
-var _ gstack.GSOEndpoint = (*link)(nil)
+var (
+	_ gstack.GSOEndpoint        = (*link)(nil)
+	_ gstack.QueueingDiscipline = (*link)(nil)
+)
 
 // outFrame is what one write needs, kept so that a write allocates nothing.
 type outFrame struct {
@@ -68,27 +71,33 @@ func (l *link) Capabilities() gstack.LinkEndpointCapabilities {
 	return gstack.CapabilityNone
 }
 
-// WritePackets writes to the device on the caller's goroutine: a writer goroutine gained nothing. A frame that the
-// device does not take is lost as on a wire.
-func (l *link) WritePackets(pkts gstack.PacketBufferList) (int, tcpip.Error) {
-	n := 0
+// WritePackets is what gVisor asks of a link. WritePacket spares it the list, an allocation for each frame.
+func (l *link) WritePackets(pkts gstack.PacketBufferList) (n int, err tcpip.Error) {
 	for _, pkt := range pkts.AsSlice() {
-		// TCP is all that gVisor may say: echo replies, neighbour discovery and its ICMP errors would be lies.
-		if pkt.TransportProtocolNumber != header.TCPProtocolNumber {
-			l.s.stats.droppedProto.Add(1)
-			n++
-			continue
-		}
-		if err := l.write(pkt); err != nil {
-			l.s.stats.droppedOut.Add(1)
-			if errors.Is(err, os.ErrClosed) {
-				return n, &tcpip.ErrClosedForSend{}
-			}
-			return n, &tcpip.ErrNoBufferSpace{}
+		if err := l.WritePacket(pkt); err != nil {
+			return n, err
 		}
 		n++
 	}
 	return n, nil
+}
+
+// WritePacket is that of gVisor's QueueingDiscipline, and queues nothing: it writes to the device on the caller's goroutine,
+// since a writer goroutine gained nothing. A frame that the device does not take is lost as on a wire.
+func (l *link) WritePacket(pkt *gstack.PacketBuffer) tcpip.Error {
+	// TCP is all that gVisor may say: echo replies, neighbour discovery and its ICMP errors would be lies.
+	if pkt.TransportProtocolNumber != header.TCPProtocolNumber {
+		l.s.stats.droppedProto.Add(1)
+		return nil
+	}
+	if err := l.write(pkt); err != nil {
+		l.s.stats.droppedOut.Add(1)
+		if errors.Is(err, os.ErrClosed) {
+			return &tcpip.ErrClosedForSend{}
+		}
+		return &tcpip.ErrNoBufferSpace{}
+	}
+	return nil
 }
 
 func (l *link) write(pkt *gstack.PacketBuffer) error {

@@ -72,7 +72,7 @@ func configure(ns *gstack.Stack, l *link) error {
 			return fmt.Errorf("cannot set up the TCP stack: %T: %v", o, err)
 		}
 	}
-	if err := ns.CreateNIC(nicID, l); err != nil {
+	if err := ns.CreateNICWithOptions(nicID, l, gstack.NICOptions{QDisc: l}); err != nil {
 		return fmt.Errorf("cannot attach the device to the stack: %v", err)
 	}
 	if err := ns.SetPromiscuousMode(nicID, true); err != nil {

@@ -40,6 +40,14 @@ package main
 //	18 %  waiting: epoll of the Go runtime and of the loop
 //	 1 %  our own code
 //
+// Allocations, every 512th byte sampled (runtime/pprof): none of ours for a segment or a datagram. gVisor made a list of one
+// for each frame that it sent, and no longer does since the link is its own queueing discipline. A new connection makes
+// some 45 objects: 20 are gVisor's endpoint, its timers and its sender, 4 are the route's, 1.5 the hash of the ISN.
+//
+// Blocking: of D1, U1 and UDP nobody waits on a channel or a lock but those whose work is a timer; the frame reader and the loops
+// wait in the runtime's poller. A new connection waits in gVisor's handshake for the program's ACK (0.3 ms at 5,500 a
+// second), the one goroutine that it has. Contended locks: under 0.1 ms in 2.5 s in all four.
+//
 // What was tried, medians of four or five interleaved rounds:
 //
 //   - reno in place of cubic toward the app: D1 0.77 to 0.66 s/GB, D8 1.13 to 1.03. HyStart had ended slow start at 47
