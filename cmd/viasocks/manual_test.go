@@ -104,20 +104,67 @@ func TestManualExamples(t *testing.T) {
 			n++
 			continue
 		}
-		// The shell splits the words: each command becomes a line of them.
-		script := `viasocks() { printf '%s\0' "$@"; echo; }; SHELL=sh; ` + text
-		out, err := exec.Command("sh", "-c", script).Output()
-		if err != nil {
-			t.Fatalf("%s\n%v", text, err)
-		}
-		args := strings.Split(strings.TrimSuffix(string(out), "\x00\n"), "\x00")
-		_, err = config.Parse(lookup(args[0]).takes, args[1:], []string{"VIASOCKS_PROXY=socks5://h"})
-		if err != nil && !strings.Contains(err.Error(), "first line is empty") {
-			t.Errorf("%q: %v", args, err)
-		}
+		parses(t, text)
 		n++
 	}
 	if n < 5 {
 		t.Errorf("only %d examples were found", n)
+	}
+}
+
+// parses checks the options of a command line that begins with viasocks.
+func parses(t *testing.T, text string) {
+	t.Helper()
+	// The shell splits the words: each command becomes a line of them.
+	script := `viasocks() { printf '%s\0' "$@"; echo; }; SHELL=sh; ` + text
+	out, err := exec.Command("sh", "-c", script).Output()
+	if err != nil {
+		t.Fatalf("%s\n%v", text, err)
+	}
+	args := strings.Split(strings.TrimSuffix(string(out), "\x00\n"), "\x00")
+	c := lookup(args[0])
+	if c == nil {
+		t.Errorf("%q: no such command", args)
+		return
+	}
+	if c.takes == 0 {
+		return
+	}
+	_, err = config.Parse(c.takes, args[1:], []string{"VIASOCKS_PROXY=socks5://h"})
+	if err != nil && !strings.Contains(err.Error(), "first line is empty") {
+		t.Errorf("%q: %v", args, err)
+	}
+}
+
+// The commands that README shows are there: targets of the Makefile, and options of viasocks.
+func TestREADME(t *testing.T) {
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	makefile, err := os.ReadFile("../../Makefile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, block := range strings.Split(string(readme), "```sh\n")[1:] {
+		block, _, _ = strings.Cut(block, "```")
+		for line := range strings.Lines(block) {
+			line = strings.TrimPrefix(strings.TrimSpace(line), "sudo ")
+			line, _, _ = strings.Cut(line, " # ")
+			if target, ok := strings.CutPrefix(line, "make "); ok {
+				if target = strings.TrimSpace(target); !strings.Contains(string(makefile), "\n"+target+":") {
+					t.Errorf("make has no target %q", target)
+				}
+			} else if strings.HasPrefix(line, "bin/viasocks ") {
+				parses(t, strings.TrimPrefix(line, "bin/"))
+			} else if line != "" {
+				t.Errorf("what is %q?", line)
+			}
+			n++
+		}
+	}
+	if n < 6 {
+		t.Errorf("only %d commands were found", n)
 	}
 }
