@@ -40,6 +40,10 @@ package main
 //	18 %  waiting: epoll of the Go runtime and of the loop
 //	 1 %  our own code
 //
+// The whole host (up) in place of one program (run), in the same namespaces: the rules, the filter and conntrack cost a
+// round trip of TCP 16.6 µs in place of 14.3, one of UDP 10.6 in place of 9.3, a connection 129 in place of 108; D1 and U1
+// the same within 3 %.
+//
 // Allocations, every 512th byte sampled (runtime/pprof): none of ours for a segment or a datagram. gVisor made a list of one
 // for each frame that it sent, and no longer does since the link is its own queueing discipline. A new connection makes
 // some 66 objects: about half are gVisor's endpoint, handshake, sender and timers, 6 the route's, 2 the hash of the ISN.
