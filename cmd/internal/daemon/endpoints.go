@@ -60,6 +60,7 @@ func (e *endpoints) configure(ups []config.Upstream) {
 	for at, owner := range e.known {
 		if !owners[owner] {
 			delete(e.known, at)
+			delete(e.ports, at.Addr.Addr())
 			e.gen++
 		}
 	}
@@ -189,13 +190,16 @@ func (e *endpoints) relay(server string, at netip.AddrPort, then func()) {
 		then()
 		return
 	}
-	if e.ports[at.Addr()]++; e.ports[at.Addr()] > relayMany {
+	ports := e.ports[at.Addr()] + 1
+	if ports > relayMany {
 		at = netip.AddrPortFrom(at.Addr(), 0)
 		maps.DeleteFunc(e.known, func(k endpoint, _ string) bool {
 			return k.Proto == flow.UDP && k.Addr.Addr() == at.Addr() && k.Addr.Port() != 53
 		})
 	}
-	if !e.add(server, endpoint{flow.UDP, at}) {
+	if e.add(server, endpoint{flow.UDP, at}) {
+		e.ports[at.Addr()] = ports
+	} else { // nor is its address remembered: a proxy may name as many as it likes
 		e.log.Warn("too many relays: the filter does not let this one pass", "relay", at, "limit", maxEndpoints)
 	}
 	e.mu.Unlock()

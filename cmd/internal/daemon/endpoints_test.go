@@ -116,6 +116,18 @@ func TestEndpointBounds(t *testing.T) {
 	if n := len(e.list()); n != maxEndpoints {
 		t.Errorf("%d", n)
 	}
+	// A proxy that names another relay each time is not remembered either.
+	for range 100 {
+		a = a.Next()
+		done := make(chan struct{})
+		e.relay("socks5://proxy.example:1080", netip.AddrPortFrom(a, 5000), func() { close(done) })
+		<-done
+	}
+	e.mu.Lock()
+	if len(e.known) != maxEndpoints || len(e.ports) != 0 {
+		t.Errorf("%d endpoints, ports of %d addresses", len(e.known), len(e.ports))
+	}
+	e.mu.Unlock()
 	f := filter{fail: errors.New("netlink is tired")}
 	e.attach(f.apply)
 	if !strings.Contains(log.String(), "netlink is tired") {

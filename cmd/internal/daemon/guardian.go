@@ -52,13 +52,15 @@ func startGuardian(cfg *config.Config, stderr *os.File) (*guardian, error) {
 	if err == nil {
 		err = cmd.Start()
 	}
-	if err == nil {
-		err = json.NewEncoder(pipe).Encode(will{cfg.TUN, cfg.Host.NFTable, cfg.Table, cfg.Host.Priority, cfg.Mark, cfg.Mask})
-	}
 	if err != nil {
 		return nil, fmt.Errorf("cannot start the guardian of fail-open: %w", err)
 	}
-	return &guardian{cmd, pipe}, nil
+	g := &guardian{cmd, pipe}
+	if err := json.NewEncoder(pipe).Encode(will{cfg.TUN, cfg.Host.NFTable, cfg.Table, cfg.Host.Priority, cfg.Mark, cfg.Mask}); err != nil {
+		g.dismiss()
+		return nil, fmt.Errorf("cannot start the guardian of fail-open: %w", err)
+	}
+	return g, nil
 }
 
 // dismiss ends it: what is to be undone was undone, or shall stay. A nil guardian is none.
