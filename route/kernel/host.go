@@ -24,8 +24,8 @@ type Host struct {
 	families  []int
 	lock      *os.File
 	path      string // of the journal
-	events    *os.File
-	nfEvents  *os.File
+	events    *source
+	nfEvents  *source
 	recovered bool
 
 	mu        sync.Mutex // over everything below, and over all changes
@@ -236,9 +236,9 @@ func (h *Host) Close() error {
 		return nil
 	}
 	h.closed = true
-	for _, f := range []*os.File{h.events, h.nfEvents} {
-		if f != nil {
-			f.Close()
+	for _, s := range []*source{h.events, h.nfEvents} {
+		if s != nil {
+			s.close()
 		}
 	}
 	if h.nl != nil {

@@ -19,7 +19,14 @@ const (
 	settle       = 5 * time.Millisecond // events come in bursts
 )
 
-func subscribe(proto int, groups ...int) (*os.File, error) {
+// How soon a watch that ended is begun again: at first, and in the end. It is a variable for tests.
+var (
+	watchAgain = time.Second
+	watchMost  = 30 * time.Second
+)
+
+// subscribe is for tests, too: a kernel that fails to tell.
+var subscribe = func(proto int, groups ...int) (*os.File, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, proto)
 	if err != nil {
 		return nil, err
@@ -38,15 +45,66 @@ func subscribe(proto int, groups ...int) (*os.File, error) {
 	return f, nil
 }
 
-// watchEvents subscribes; the events wait in the sockets until Run.
-func (h *Host) watchEvents() (err error) {
-	h.events, err = subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
-		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE)
-	if err == nil {
-		h.nfEvents, err = subscribe(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTABLES)
+// source is a subscription to events, and how to make it again.
+type source struct {
+	what   string // for people
+	proto  int
+	groups []int
+
+	mu     sync.Mutex
+	f      *os.File // nil: there is none now
+	closed bool
+}
+
+// open subscribes, in place of what was there.
+func (s *source) open() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.f != nil {
+		s.f.Close()
+		s.f = nil
 	}
-	if err != nil {
-		return fmt.Errorf("cannot watch the host: %w", err)
+	if s.closed {
+		return os.ErrClosed
+	}
+	f, err := subscribe(s.proto, s.groups...)
+	s.f = f
+	return err
+}
+
+// file is what there is to read; nil: nothing.
+func (s *source) file() *os.File {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.f
+}
+
+// interrupt ends a read.
+func (s *source) interrupt() {
+	if f := s.file(); f != nil {
+		_ = f.SetReadDeadline(time.Unix(1, 0))
+	}
+}
+
+func (s *source) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	if s.f != nil {
+		s.f.Close()
+	}
+}
+
+// watchEvents subscribes; the events wait in the sockets until Run.
+func (h *Host) watchEvents() error {
+	h.events = &source{what: "routes, rules and addresses", proto: unix.NETLINK_ROUTE, groups: []int{
+		unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
+		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE}}
+	h.nfEvents = &source{what: "nftables", proto: unix.NETLINK_NETFILTER, groups: []int{unix.NFNLGRP_NFTABLES}}
+	for _, s := range []*source{h.events, h.nfEvents} {
+		if err := s.open(); err != nil {
+			return fmt.Errorf("cannot watch the host: %w", err)
+		}
 	}
 	return nil
 }
@@ -54,21 +112,20 @@ func (h *Host) watchEvents() (err error) {
 // what happened to the host.
 type happened struct {
 	any, defaultRoute, filter bool
+	lost                      bool // what, nobody knows: the filter may have been changed
 }
 
-// Run puts back what others remove, follows addresses and devices, and refreshes the guard, until ctx ends. It is to be
-// called once.
-func (h *Host) Run(ctx context.Context) error {
+// Run puts back what others remove, follows addresses and devices, and refreshes the guard, until ctx ends. When the
+// kernel ceases to tell, it asks to be told again, and looks at everything meanwhile. It is to be called once, and
+// every thread of the process must be of the network namespace.
+func (h *Host) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	stop := context.AfterFunc(ctx, func() {
-		past := time.Unix(1, 0)
-		_ = h.events.SetReadDeadline(past)
-		_ = h.nfEvents.SetReadDeadline(past)
+		h.events.interrupt()
+		h.nfEvents.interrupt()
 	})
 	defer stop()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	var mu sync.Mutex
 	var news happened
 	wake := make(chan struct{}, 1)
@@ -82,14 +139,14 @@ func (h *Host) Run(ctx context.Context) error {
 		}
 	}
 	tell(func(n *happened) { n.any = true }) // what happened before
-	wg.Go(func() { readEvents(h.events, func(b []byte) { tell(func(n *happened) { h.routeEvents(b, n) }) }) })
-	wg.Go(func() { readEvents(h.nfEvents, func(b []byte) { tell(func(n *happened) { h.filterEvents(b, n) }) }) })
+	wg.Go(func() { h.follow(ctx, h.events, func(b []byte) { tell(func(n *happened) { h.routeEvents(b, n) }) }) })
+	wg.Go(func() { h.follow(ctx, h.nfEvents, func(b []byte) { tell(func(n *happened) { h.filterEvents(b, n) }) }) })
 	guard := time.NewTicker(h.c.Guard / 5)
 	defer guard.Stop()
 	for {
 		select {
 		case <-ctx.Done():
-			return nil
+			return
 		case <-guard.C:
 			h.renew()
 			continue
@@ -117,8 +174,53 @@ func (h *Host) Run(ctx context.Context) error {
 	}
 }
 
-// readEvents calls f for each batch of messages; nil: some were lost.
-func readEvents(f *os.File, got func([]byte)) {
+// follow calls got for each batch of messages, until ctx ends; nil: some may have been lost.
+func (h *Host) follow(ctx context.Context, s *source, got func([]byte)) {
+	pause := watchAgain
+	for ctx.Err() == nil {
+		began := time.Now()
+		err := readEvents(s.file(), got)
+		if ctx.Err() != nil || errors.Is(err, os.ErrClosed) {
+			return
+		}
+		h.unwatched(s, err)
+		if time.Since(began) > watchMost {
+			pause = watchAgain
+		}
+		for err != nil {
+			t := time.NewTimer(pause)
+			select {
+			case <-t.C:
+			case <-ctx.Done():
+				t.Stop()
+				return
+			}
+			pause = min(2*pause, watchMost)
+			if err = s.open(); errors.Is(err, os.ErrClosed) {
+				return
+			}
+			got(nil)
+		}
+		h.unwatched(s, nil)
+	}
+}
+
+// unwatched says that the watch ended, or with nil that there is one again.
+func (h *Host) unwatched(s *source, err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	key := "watch " + s.what
+	if err == nil {
+		h.c.Log.Info("the host is watched again", "what", s.what)
+		delete(h.warnings, key)
+		delete(h.said, key)
+		return
+	}
+	h.say(key, "the kernel ceased to tell what others change of "+s.what+": it is looked at now and then, until it tells again", "why", err)
+}
+
+// readEvents calls got for each batch of messages until a read fails; nil: some were lost.
+func readEvents(f *os.File, got func([]byte)) error {
 	buf := make([]byte, 64<<10)
 	for {
 		n, err := f.Read(buf)
@@ -126,7 +228,7 @@ func readEvents(f *os.File, got func([]byte)) {
 		case errors.Is(err, unix.ENOBUFS):
 			got(nil)
 		case err != nil:
-			return
+			return err
 		default:
 			got(buf[:n])
 		}
@@ -136,6 +238,9 @@ func readEvents(f *os.File, got func([]byte)) {
 // routeEvents notes what is of interest. Our own changes come by too: they change nothing a second time.
 func (h *Host) routeEvents(b []byte, n *happened) {
 	n.any = true
+	if b == nil {
+		n.defaultRoute = true
+	}
 	eachMessage(b, func(m unix.NlMsghdr, data []byte) bool {
 		if (m.Type == unix.RTM_NEWROUTE || m.Type == unix.RTM_DELROUTE) && len(data) >= unix.SizeofRtMsg {
 			r := nl.DeserializeRtMsg(data)
@@ -148,7 +253,7 @@ func (h *Host) routeEvents(b []byte, n *happened) {
 // filterEvents notes that somebody else changed a table of ours.
 func (h *Host) filterEvents(b []byte, n *happened) {
 	if b == nil {
-		n.filter = true
+		n.lost = true
 	}
 	eachMessage(b, func(m unix.NlMsghdr, data []byte) bool {
 		if m.Type>>8 == unix.NFNL_SUBSYS_NFTABLES && m.Type&0xff != unix.NFT_MSG_NEWGEN && m.Pid != 0 && m.Pid != h.nf.pid && len(data) > 4 {
@@ -165,10 +270,11 @@ func (h *Host) putBack(n happened) bool {
 	if !h.shut || h.closed {
 		return false
 	}
-	put := false
+	put := n.filter || n.lost
 	if n.filter {
 		h.c.Log.Warn("somebody changed our nftables table: it is put back", "table", h.c.NFTable)
-		put = true
+	}
+	if put {
 		if err := h.applyFilter(); err != nil {
 			h.c.Log.Error("the filter could not be put back", "err", err)
 		}

@@ -3,7 +3,6 @@ package daemon
 import (
 	"cmp"
 	"context"
-	"fmt"
 	"log/slog"
 	"os"
 	"slices"
@@ -126,15 +125,11 @@ func ownership(file string) (cgroup string, uid *uint32) {
 // setEndpoints is for endpoints.attach.
 func (h *host) setEndpoints(all []endpoint) error { return h.SetUpstreams(kernelEndpoints(all)) }
 
-// watch starts to put back what others remove. failed is told when that ends by itself.
-func (h *host) watch(failed func(error)) {
+// watch starts to put back what others remove.
+func (h *host) watch() {
 	ctx, cancel := context.WithCancel(context.Background())
 	h.cancel = cancel
-	h.ran.Go(func() {
-		if err := h.Run(ctx); err != nil && ctx.Err() == nil {
-			failed(fmt.Errorf("the watch over the host failed: %w", err))
-		}
-	})
+	h.ran.Go(func() { h.Run(ctx) })
 }
 
 func (h *host) unwatch() {

@@ -38,7 +38,6 @@ type up struct {
 	hup     chan struct{}           // read the configuration again
 	network chan struct{}           // the way to the proxy may be another one
 	confirm chan struct{}
-	broken  chan error // of the watch over the host
 	rebuilt []time.Time
 
 	mu        sync.Mutex // over the following, which status reads
@@ -90,7 +89,7 @@ func Up(cfg *config.Config, o UpOptions) error {
 	defer stop(nil)
 	u := &up{
 		UpOptions: o, env: e, first: cfg, cfg: cfg, state: control.Starting, since: time.Now(),
-		stop: stop, hup: make(chan struct{}, 1), network: make(chan struct{}, 1), confirm: make(chan struct{}, 1), broken: make(chan error, 1),
+		stop: stop, hup: make(chan struct{}, 1), network: make(chan struct{}, 1), confirm: make(chan struct{}, 1),
 	}
 	u.notify = newNotifier(o.Environ, e.log)
 	defer u.notify.close()
@@ -202,7 +201,7 @@ func (u *up) start(ctx context.Context, h *host) error {
 	}
 	u.checkNames(cfg)
 	u.pulse.beat(u.look)
-	h.watch(func(err error) { u.broken <- err })
+	h.watch()
 	return nil
 }
 
@@ -296,8 +295,6 @@ func (u *up) live(ctx context.Context) error {
 		case <-ctx.Done():
 			u.log.Info("stopping", "why", context.Cause(ctx))
 			return nil
-		case err := <-u.broken:
-			return err
 		case err := <-u.plane.failed:
 			if err := u.rebuild(err); err != nil {
 				return err

@@ -1,0 +1,136 @@
+package kernel
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"os"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A watch whose reads fail is said once and begun again; until then what others change is put back a little later, and
+// afterwards at once.
+func TestWatchFails(t *testing.T) {
+	inNamespace(t, func(t *testing.T) {
+		w := newWorld(t)
+		var log strings.Builder
+		c := testConfig(t)
+		c.Log = slog.New(slog.NewTextHandler(io.MultiWriter(&log, testWriter{t}), nil)) // read when Run has ended
+		moved := make(chan struct{}, 1)
+		c.OnDefaultRoute = func() {
+			select {
+			case moved <- struct{}{}:
+			default:
+			}
+		}
+		h, err := New(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.owned = 0 // so that others can change it
+		if err := h.Shut(); err != nil {
+			t.Fatal(err)
+		}
+		tun := testTUN(t)
+		defer tun.Close()
+		if err := h.Steer(); err != nil {
+			t.Fatal(err)
+		}
+		settled(t)
+		during := state(t)
+
+		// Run subscribes on whatever thread: the sockets of this namespace are there beforehand.
+		again := map[int]*os.File{}
+		var may atomic.Bool
+		var tries atomic.Int32
+		reads, writes, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range []*source{h.events, h.nfEvents} {
+			if again[s.proto], err = subscribe(s.proto, s.groups...); err != nil {
+				t.Fatal(err)
+			}
+		}
+		h.events.f.Close()
+		h.events.f = reads // it ends when writes is closed
+		if err := h.nfEvents.f.SetReadDeadline(time.Unix(1, 0)); err != nil {
+			t.Fatal(err) // this one has failed by the time that Run comes
+		}
+		wasAgain, wasMost, wasSubscribe := watchAgain, watchMost, subscribe
+		defer func() { watchAgain, watchMost, subscribe = wasAgain, wasMost, wasSubscribe }()
+		watchAgain, watchMost = time.Millisecond, 50*time.Millisecond
+		subscribe = func(proto int, _ ...int) (*os.File, error) {
+			tries.Add(1)
+			if !may.Load() {
+				return nil, unix.EMFILE
+			}
+			return again[proto], nil
+		}
+
+		ctx, cancel := context.WithCancel(context.Background())
+		ended := make(chan struct{})
+		go func() { h.Run(ctx); close(ended) }()
+		eventually(t, "a warning that one watch ended", func() bool { return len(h.Warnings()) == 1 })
+		writes.Close()
+		eventually(t, "a warning that both ended", func() bool { return len(h.Warnings()) == 2 })
+		for _, f := range h.Warnings() {
+			if !strings.Contains(f, "ceased to tell what others change of ") {
+				t.Error(f)
+			}
+		}
+		select {
+		case <-moved:
+		case <-time.After(patience):
+			t.Error("nobody said that the default route may have changed")
+		}
+		harm := func(when string) {
+			t.Helper()
+			for _, f := range []func(){
+				func() { ip(t, "-4 rule flush protocol 118") },
+				func() { ip(t, "-6 route flush table 30323") },
+				func() { nft(t, "flush", "chain", "inet", "viasocks", "output") },
+			} {
+				f()
+				eventually(t, when+": put back", func() bool { return state(t) == during })
+			}
+			w.mustBeClosed(t, "steered")
+		}
+		harm("unwatched")
+		n := tries.Load()
+		eventually(t, "tries that go on", func() bool { return tries.Load() > n+4 })
+		may.Store(true)
+		eventually(t, "a watch again", func() bool { return len(h.Warnings()) == 0 })
+		n = tries.Load()
+		harm("watched again")
+		if tries.Load() != n {
+			t.Error("the new watch ended as well")
+		}
+		cancel()
+		<-ended
+		for what, want := range map[string]int{"ceased to tell": 2, "watched again": 2} {
+			if got := strings.Count(log.String(), what); got != want {
+				t.Errorf("%q was logged %d times, want %d", what, got, want)
+			}
+		}
+		down(t, h)
+	})
+}
+
+// Close ends a Run's watch for good.
+func TestSourceClosed(t *testing.T) {
+	s := &source{proto: unix.NETLINK_ROUTE}
+	if err := s.open(); err != nil {
+		t.Fatal(err)
+	}
+	s.close()
+	if err := s.open(); !errors.Is(err, os.ErrClosed) {
+		t.Error(err)
+	}
+}
