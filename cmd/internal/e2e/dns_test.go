@@ -56,10 +56,12 @@ func resolver(t *testing.T, host string) netip.AddrPort {
 }
 
 // TestDNS: port 53 to any address, UDP and TCP, is answered by the resolver of --dns through the proxy.
-func TestDNS(t *testing.T) {
+func TestDNS(t *testing.T) { eachOffload(t, testDNS) }
+
+func testDNS(t *testing.T, offload string) {
 	proxy := listenSOCKS(t)
 	res := resolver(t, world4)
-	a := startApp(t, "--proxy", proxy.URL(), "--dns", "tcp://"+res.String())
+	a := startApp(t, "--proxy", proxy.URL(), "--offload", offload, "--dns", "tcp://"+res.String())
 	check := func(t *testing.T, what string, id uint16, got []byte) {
 		t.Helper()
 		if want := answer(question(id)); string(got) != string(want) {

@@ -280,11 +280,7 @@ func mixUDP(app *net.UDPConn, far netip.AddrPort, seed uint64, end time.Time) (s
 
 // TestMixed does everything at once and holds every byte to what was sent: bulk both ways, half-close, tiny writes, readers
 // that stall, resets in the middle, datagrams. -mixed=60s makes it a stress test.
-func TestMixed(t *testing.T) {
-	for _, offload := range []string{"full", "nouso", "off"} {
-		t.Run("offload="+offload, func(t *testing.T) { testMixed(t, offload) })
-	}
-}
+func TestMixed(t *testing.T) { eachOffload(t, testMixed) }
 
 func testMixed(t *testing.T, offload string) {
 	proxy := listenSOCKS(t)

@@ -35,20 +35,18 @@ func (a *app) setMTU(mtu uint32) {
 // TestMTUChanges: somebody sets the device's MTU while streams are open. The program's segments follow it at once; what
 // goes to the program is no longer than it announced when it connected, whatever the MTU is by now.
 func TestMTUChanges(t *testing.T) {
-	for _, offload := range []string{"full", "off"} {
-		t.Run("offload="+offload, func(t *testing.T) {
-			proxy := listenSOCKS(t)
-			a := startApp(t, "--proxy", proxy.URL(), "--offload", offload)
-			eachFamily(t, func(t *testing.T, host string) {
-				before, farBefore := pair(t, a, host)
-				for _, mtu := range []uint32{1280, 9000, 1500} {
-					a.setMTU(mtu)
-					testBulk(t, a, host)
-				}
-				a.setMTU(1280)
-				bulk(t, before, farBefore)
-				a.setMTU(1500)
-			})
+	eachOffload(t, func(t *testing.T, offload string) {
+		proxy := listenSOCKS(t)
+		a := startApp(t, "--proxy", proxy.URL(), "--offload", offload)
+		eachFamily(t, func(t *testing.T, host string) {
+			before, farBefore := pair(t, a, host)
+			for _, mtu := range []uint32{1280, 9000, 1500} {
+				a.setMTU(mtu)
+				testBulk(t, a, host)
+			}
+			a.setMTU(1280)
+			bulk(t, before, farBefore)
+			a.setMTU(1500)
 		})
-	}
+	})
 }

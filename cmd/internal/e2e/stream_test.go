@@ -38,21 +38,26 @@ func eachFamily(t *testing.T, f func(t *testing.T, host string)) {
 	t.Run("IPv6", func(t *testing.T) { f(t, world6) })
 }
 
-func TestStreams(t *testing.T) {
+// eachOffload runs f with each value of --offload: super-segments of TCP and UDP, of TCP alone, none.
+func eachOffload(t *testing.T, f func(t *testing.T, offload string)) {
 	for _, offload := range []string{"full", "nouso", "off"} {
-		t.Run("offload="+offload, func(t *testing.T) {
-			proxy := listenSOCKS(t)
-			a := startApp(t, "--proxy", proxy.URL(), "--offload", offload)
-			eachFamily(t, func(t *testing.T, host string) {
-				t.Run("bulk", func(t *testing.T) { testBulk(t, a, host) })
-				t.Run("server first", func(t *testing.T) { testServerFirst(t, a, host) })
-				t.Run("halfclose", func(t *testing.T) { testHalfClose(t, a, host) })
-				t.Run("rst", func(t *testing.T) { testResets(t, a, host) })
-				t.Run("source port to several targets", func(t *testing.T) { testOneSourcePort(t, a, host) })
-				t.Run("port used again", func(t *testing.T) { testPortUsedAgain(t, a, host) })
-			})
-		})
+		t.Run("offload="+offload, func(t *testing.T) { f(t, offload) })
 	}
+}
+
+func TestStreams(t *testing.T) {
+	eachOffload(t, func(t *testing.T, offload string) {
+		proxy := listenSOCKS(t)
+		a := startApp(t, "--proxy", proxy.URL(), "--offload", offload)
+		eachFamily(t, func(t *testing.T, host string) {
+			t.Run("bulk", func(t *testing.T) { testBulk(t, a, host) })
+			t.Run("server first", func(t *testing.T) { testServerFirst(t, a, host) })
+			t.Run("halfclose", func(t *testing.T) { testHalfClose(t, a, host) })
+			t.Run("rst", func(t *testing.T) { testResets(t, a, host) })
+			t.Run("source port to several targets", func(t *testing.T) { testOneSourcePort(t, a, host) })
+			t.Run("port used again", func(t *testing.T) { testPortUsedAgain(t, a, host) })
+		})
+	})
 }
 
 // testBulk: every byte arrives, in order, both ways at once.
@@ -352,12 +357,14 @@ func testPortUsedAgain(t *testing.T, a *app, host string) {
 
 // TestNettest runs the standard conformance test of net.Conn through the TUN.
 func TestNettest(t *testing.T) {
-	proxy := listenSOCKS(t)
-	a := startApp(t, "--proxy", proxy.URL())
-	eachFamily(t, func(t *testing.T, host string) {
-		nettest.TestConn(t, func() (c1, c2 net.Conn, stop func(), err error) {
-			app, far := pair(t, a, host)
-			return app, far, func() { app.Close(); far.Close() }, nil
+	eachOffload(t, func(t *testing.T, offload string) {
+		proxy := listenSOCKS(t)
+		a := startApp(t, "--proxy", proxy.URL(), "--offload", offload)
+		eachFamily(t, func(t *testing.T, host string) {
+			nettest.TestConn(t, func() (c1, c2 net.Conn, stop func(), err error) {
+				app, far := pair(t, a, host)
+				return app, far, func() { app.Close(); far.Close() }, nil
+			})
 		})
 	})
 }

@@ -55,22 +55,20 @@ func other(host string) string {
 }
 
 func TestDatagrams(t *testing.T) {
-	for _, offload := range []string{"full", "nouso", "off"} {
-		t.Run("offload="+offload, func(t *testing.T) {
-			proxy := listenSOCKS(t)
-			a := startApp(t, "--proxy", proxy.URL(), "--offload", offload)
-			eachFamily(t, func(t *testing.T, host string) {
-				t.Run("mapping and filtering", func(t *testing.T) { testMapping(t, a, host) })
-				t.Run("sizes", func(t *testing.T) { testSizes(t, a, host) })
-				t.Run("burst", func(t *testing.T) { testBurst(t, a, host) })
-			})
-			for _, r := range proxy.Requests() {
-				if r.Cmd == sockstest.CmdAssociate && (r.Dst.Port != 0 || r.Dst.Name != "" || !r.Dst.IP.IsUnspecified()) {
-					t.Errorf("ASSOCIATE was sent with DST %v: it must not be the target", r.Dst)
-				}
-			}
+	eachOffload(t, func(t *testing.T, offload string) {
+		proxy := listenSOCKS(t)
+		a := startApp(t, "--proxy", proxy.URL(), "--offload", offload)
+		eachFamily(t, func(t *testing.T, host string) {
+			t.Run("mapping and filtering", func(t *testing.T) { testMapping(t, a, host) })
+			t.Run("sizes", func(t *testing.T) { testSizes(t, a, host) })
+			t.Run("burst", func(t *testing.T) { testBurst(t, a, host) })
 		})
-	}
+		for _, r := range proxy.Requests() {
+			if r.Cmd == sockstest.CmdAssociate && (r.Dst.Port != 0 || r.Dst.Name != "" || !r.Dst.IP.IsUnspecified()) {
+				t.Errorf("ASSOCIATE was sent with DST %v: it must not be the target", r.Dst)
+			}
+		}
+	})
 }
 
 // testMapping: RFC 4787: one mapping whatever the destination, and whoever knows it can send to the app, which sees the
@@ -190,9 +188,11 @@ func exchange(t *testing.T, app, far *net.UDPConn, addr netip.AddrPort, what str
 }
 
 // TestAssociationLost: the control connection ends; the app's socket goes on without noticing.
-func TestAssociationLost(t *testing.T) {
+func TestAssociationLost(t *testing.T) { eachOffload(t, testAssociationLost) }
+
+func testAssociationLost(t *testing.T, offload string) {
 	proxy := listenSOCKS(t)
-	a := startApp(t, "--proxy", proxy.URL())
+	a := startApp(t, "--proxy", proxy.URL(), "--offload", offload)
 	app := a.udp(false)
 	far, addr := farUDP(t, world4)
 	send(t, app, addr, "before")
@@ -212,7 +212,9 @@ func TestAssociationLost(t *testing.T) {
 }
 
 // TestNoUDP: the proxy has no UDP: the program's socket gets ECONNREFUSED at once, and DNS and TCP go on.
-func TestNoUDP(t *testing.T) {
+func TestNoUDP(t *testing.T) { eachOffload(t, testNoUDP) }
+
+func testNoUDP(t *testing.T, offload string) {
 	proxy := listenSOCKS(t)
 	proxy.SetFault(func(r sockstest.Request) sockstest.Fault {
 		if r.Cmd == sockstest.CmdAssociate {
@@ -220,7 +222,7 @@ func TestNoUDP(t *testing.T) {
 		}
 		return sockstest.Fault{}
 	})
-	a := startApp(t, "--proxy", proxy.URL())
+	a := startApp(t, "--proxy", proxy.URL(), "--offload", offload)
 	eachFamily(t, func(t *testing.T, host string) {
 		dst := netip.AddrPortFrom(netip.MustParseAddr(host), 6881)
 		for try := 1; ; try++ { // the machine may be what is slow, but not each time
@@ -273,9 +275,11 @@ func TestMappingLife(t *testing.T) {
 }
 
 // TestNotCarried: multicast and broadcast are dropped: none becomes an association.
-func TestNotCarried(t *testing.T) {
+func TestNotCarried(t *testing.T) { eachOffload(t, testNotCarried) }
+
+func testNotCarried(t *testing.T, offload string) {
 	proxy := listenSOCKS(t)
-	a := startApp(t, "--proxy", proxy.URL())
+	a := startApp(t, "--proxy", proxy.URL(), "--offload", offload)
 	app := a.udp(false)
 	for _, dst := range []string{"239.192.152.143:6771", "239.255.255.250:1900", "224.0.0.251:5353"} {
 		if _, err := app.WriteToUDPAddrPort([]byte("x"), netip.MustParseAddrPort(dst)); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
