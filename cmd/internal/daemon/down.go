@@ -90,14 +90,7 @@ func Shut(cfg *config.Config, stderr *os.File) error {
 		return err
 	}
 	defer e.close()
-	if err := needNetAdmin(); err != nil {
-		return err
-	}
-	path, err := control.Path()
-	if err != nil {
-		return err
-	}
-	lock, err := control.TakeLock(path)
+	_, lock, err := alone()
 	if err != nil {
 		return err
 	}

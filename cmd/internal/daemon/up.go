@@ -68,17 +68,7 @@ func Up(cfg *config.Config, o UpOptions) error {
 	}
 	defer e.close()
 	e.warn(cfg)
-	if err := needNetAdmin(); err != nil {
-		return err
-	}
-	if err := netns.CheckTUN(); err != nil {
-		return err
-	}
-	path, err := control.Path()
-	if err != nil {
-		return err
-	}
-	lock, err := control.TakeLock(path)
+	path, lock, err := alone()
 	if err != nil {
 		return err
 	}

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/netns"
 )
@@ -104,6 +105,22 @@ func openTUN(cfg *config.Config, e *env, persist bool) (tun.Device, int, error) 
 	}
 	dev, err := tun.FromFile(f, tun.Options{MTU: cfg.MTU, Offload: cfg.Offload, Log: e.log})
 	return dev, link.Index, err
+}
+
+// alone is before anything is changed: what it takes is there, and nobody else steers this host until lock is closed. path
+// is that of the control socket.
+func alone() (path string, lock *control.Lock, err error) {
+	if err := needNetAdmin(); err != nil {
+		return "", nil, err
+	}
+	if err := netns.CheckTUN(); err != nil {
+		return "", nil, err
+	}
+	if path, err = control.Path(); err != nil {
+		return "", nil, err
+	}
+	lock, err = control.TakeLock(path)
+	return path, lock, err
 }
 
 // needNetAdmin tells beforehand, and once, what would fail at each step.

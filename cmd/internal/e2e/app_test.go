@@ -18,33 +18,18 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/cmd/internal/harness"
 )
 
 // app is a program under `viasocks run`, and the viasocks that carries it.
 type app struct {
 	t    testing.TB
 	cmd  *exec.Cmd
-	log  *lockedBuffer
+	log  *harness.Log
 	mu   sync.Mutex // one request to the agent at a time
 	conn *net.UnixConn
 	done chan error
-}
-
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }
 
 // startApp starts viasocks run with flags and the agent as its program, and waits until the agent is there.
@@ -67,7 +52,7 @@ func startAppWith(t testing.TB, env string, flags ...string) *app {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	a := &app{t: t, log: &lockedBuffer{}, done: make(chan error, 1)}
+	a := &app{t: t, log: &harness.Log{}, done: make(chan error, 1)}
 	args := append([]string{"run", "--log-level", "info"}, flags...)
 	a.cmd = exec.Command(viasocks, append(args, "--", self)...)
 	a.cmd.Env = append(os.Environ(), envAgent+"="+path)
@@ -103,19 +88,11 @@ func (a *app) stop() {
 		<-a.done
 	}
 	if a.t.Failed() {
-		a.t.Logf("viasocks said:\n%s", tail(a.log.String(), 60))
+		a.t.Logf("viasocks said:\n%s", harness.Tail(a.log.String(), 60))
 	}
 	if strings.Contains(a.log.String(), "DATA RACE") || strings.Contains(a.log.String(), "panic:") {
 		a.t.Errorf("viasocks crashed:\n%s", a.log)
 	}
-}
-
-func tail(s string, lines int) string {
-	all := strings.Split(s, "\n")
-	if len(all) > lines {
-		all = append([]string{fmt.Sprintf("(%d lines before)", len(all)-lines)}, all[len(all)-lines:]...)
-	}
-	return strings.Join(all, "\n")
 }
 
 // socket opens a socket in the app's namespace.
@@ -141,16 +118,11 @@ func (a *app) trySocket(family, typ int) (int, error) {
 	if err != nil {
 		return -1, fmt.Errorf("cannot hear the agent: %w", err)
 	}
-	msgs, err := unix.ParseSocketControlMessage(oob[:n])
-	if err != nil || len(msgs) != 1 {
-		return -1, fmt.Errorf("the agent sent no socket: %v", err)
+	fd, err := harness.Descriptor(oob[:n])
+	if err == nil {
+		unix.CloseOnExec(fd)
 	}
-	fds, err := unix.ParseUnixRights(&msgs[0])
-	if err != nil || len(fds) != 1 {
-		return -1, fmt.Errorf("the agent sent no socket: %v", err)
-	}
-	unix.CloseOnExec(fds[0])
-	return fds[0], nil
+	return fd, err
 }
 
 func sockaddr(ap netip.AddrPort) unix.Sockaddr {

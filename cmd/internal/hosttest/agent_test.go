@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/cmd/internal/harness"
 )
 
 // agent is a process in another cgroup that opens sockets for the test. A socket belongs to the cgroup in which it was
@@ -123,15 +125,7 @@ func (a *agent) socket(family, typ int) (int, error) {
 	if err != nil {
 		return -1, err
 	}
-	msgs, err := unix.ParseSocketControlMessage(oob[:n])
-	if err != nil || len(msgs) != 1 {
-		return -1, fmt.Errorf("the agent sent no socket: %v", err)
-	}
-	fds, err := unix.ParseUnixRights(&msgs[0])
-	if err != nil || len(fds) != 1 {
-		return -1, fmt.Errorf("the agent sent no socket: %v", err)
-	}
-	return fds[0], nil
+	return harness.Descriptor(oob[:n])
 }
 
 // inCgroup sends or connects by a socket of the agent.

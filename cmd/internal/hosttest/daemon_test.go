@@ -1,15 +1,14 @@
 package hosttest
 
 import (
-	"bytes"
 	"fmt"
 	"os/exec"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/viasocks/viasocks/cmd/internal/harness"
 	"github.com/viasocks/viasocks/socks/sockstest"
 )
 
@@ -17,29 +16,12 @@ import (
 type daemon struct {
 	t    testing.TB
 	cmd  *exec.Cmd
-	log  *lockedBuffer
+	log  *harness.Log
 	done chan error
 	over bool
 
 	started   time.Time
 	startedIn time.Duration // until it was ready
-}
-
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }
 
 // readyWithin is how long `up` may take.
@@ -48,7 +30,7 @@ const readyWithin = time.Minute
 // launch starts `viasocks up` and does not wait.
 func (w *world) launch(flags ...string) *daemon {
 	w.t.Helper()
-	d := &daemon{t: w.t, log: &lockedBuffer{}, done: make(chan error, 1)}
+	d := &daemon{t: w.t, log: &harness.Log{}, done: make(chan error, 1)}
 	d.cmd = exec.Command(viasocks, append([]string{"up", "--log-level", "info"}, flags...)...)
 	d.cmd.Stdout, d.cmd.Stderr = d.log, d.log
 	d.started = time.Now()
@@ -123,7 +105,7 @@ func (d *daemon) reload() {
 	d.signal(syscall.SIGHUP)
 	for limit := time.Now().Add(30 * time.Second); strings.Count(d.log.String(), "reload") == before; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(limit) || !d.alive() {
-			d.t.Errorf("the log does not tell of the reload:\n%s", tail(quiet(d.log.String()), 20))
+			d.t.Errorf("the log does not tell of the reload:\n%s", harness.Tail(quiet(d.log.String()), 20))
 			return
 		}
 	}
@@ -156,7 +138,7 @@ func (d *daemon) end() {
 	if s := d.log.String(); strings.Contains(s, "DATA RACE") || strings.Contains(s, "panic:") {
 		d.t.Errorf("viasocks crashed:\n%s", s)
 	} else if d.t.Failed() {
-		d.t.Logf("viasocks said:\n%s", tail(quiet(s), 40))
+		d.t.Logf("viasocks said:\n%s", harness.Tail(quiet(s), 40))
 	}
 }
 
@@ -169,14 +151,6 @@ func quiet(s string) string {
 		}
 	}
 	return b.String()
-}
-
-func tail(s string, lines int) string {
-	all := strings.Split(s, "\n")
-	if len(all) > lines {
-		all = append([]string{fmt.Sprintf("(%d lines before)", len(all)-lines)}, all[len(all)-lines:]...)
-	}
-	return strings.Join(all, "\n")
 }
 
 // command runs another subcommand in the host namespace.

@@ -1,14 +1,14 @@
 package hosttest
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"syscall"
 	"testing"
+
+	"github.com/viasocks/viasocks/cmd/internal/harness"
 )
 
 const (
@@ -32,68 +32,14 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(m.Run())
 	}
-	code, err := reenter()
+	// The process there is the first of its process namespace: whatever happens to it, all that it started ends with it,
+	// and the network namespaces with that.
+	code, err := harness.Reenter(os.Getenv(envBinary), envInside, envWhy, syscall.CLONE_NEWNET|syscall.CLONE_NEWNS|syscall.CLONE_NEWPID)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "hosttest:", err)
 		code = 1
 	}
 	os.Exit(code)
-}
-
-// reenter builds viasocks and runs the tests again inside new namespaces.
-func reenter() (int, error) {
-	bin := os.Getenv(envBinary)
-	if bin != "" {
-		return inside(bin)
-	}
-	dir, err := os.MkdirTemp("", "viasocks-hosttest-")
-	if err != nil {
-		return 0, err
-	}
-	defer os.RemoveAll(dir)
-	bin = filepath.Join(dir, "viasocks")
-	args := []string{"build", "-o", bin}
-	if raceEnabled {
-		args = append(args, "-race")
-	}
-	build := exec.Command("go", append(args, "github.com/viasocks/viasocks/cmd/viasocks")...)
-	build.Stderr = os.Stderr
-	if err := build.Run(); err != nil {
-		return 0, fmt.Errorf("cannot build viasocks: %w", err)
-	}
-	return inside(bin)
-}
-
-// inside runs the tests in namespaces. The process there is the first of its process namespace: whatever happens to it,
-// all that it started ends with it, and the network namespaces with that.
-func inside(bin string) (int, error) {
-	runtime.LockOSThread() // Pdeathsig follows the thread that forks
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.Env = append(os.Environ(), envInside+"="+bin)
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS | syscall.CLONE_NEWPID,
-		Pdeathsig:  syscall.SIGKILL,
-	}
-	if os.Getuid() != 0 {
-		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
-		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}}
-		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}}
-	}
-	err := cmd.Run()
-	var exit *exec.ExitError
-	switch {
-	case err == nil:
-		return 0, nil
-	case errors.As(err, &exit):
-		return exit.ExitCode(), nil
-	}
-	// No namespaces here: run in place, so that each test says why it is skipped.
-	os.Setenv(envWhy, "cannot make namespaces: "+err.Error())
-	os.Setenv(envInside, bin)
-	cmd = exec.Command("/proc/self/exe", os.Args[1:]...)
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	return 0, cmd.Run()
 }
 
 // resolvConf is what stands in /etc/resolv.conf of the tests' mount namespace.
@@ -154,10 +100,5 @@ func prepareMounts() error {
 			return err
 		}
 	}
-	if f, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0); err != nil {
-		return fmt.Errorf("cannot open /dev/net/tun: %w", err)
-	} else {
-		f.Close()
-	}
-	return nil
+	return harness.CheckTUN()
 }

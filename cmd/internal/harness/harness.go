@@ -1,0 +1,118 @@
+// Package harness is what the tests with a real kernel share: the viasocks under test, namespaces of the tests' own, what
+// a program says, and a socket from another process.
+package harness
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Reenter builds viasocks from the source, with the race detector if the tests have it, or takes the binary bin if there
+// is one; then it runs the tests again with its path in the environment variable inside, and gives their exit code. They
+// are in new namespaces of flags (CLONE_NEW…), without root of a user as well. Where these can't be made the tests run in
+// place and find in the variable why what stands against it, so that each can say it when it skips.
+func Reenter(bin, inside, why string, flags uintptr) (int, error) {
+	if bin == "" {
+		dir, err := os.MkdirTemp("", "viasocks-test-")
+		if err != nil {
+			return 0, err
+		}
+		defer os.RemoveAll(dir)
+		if err := os.Chmod(dir, 0o755); err != nil { // a test may run the binary as another user
+			return 0, err
+		}
+		bin = filepath.Join(dir, "viasocks")
+		args := []string{"build", "-o", bin}
+		if Race {
+			args = append(args, "-race")
+		}
+		build := exec.Command("go", append(args, "github.com/viasocks/viasocks/cmd/viasocks")...)
+		build.Stderr = os.Stderr
+		if err := build.Run(); err != nil {
+			return 0, fmt.Errorf("cannot build viasocks: %w", err)
+		}
+	}
+	runtime.LockOSThread() // Pdeathsig follows the thread that forks
+	defer runtime.UnlockOSThread()
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.Env = append(os.Environ(), inside+"="+bin)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags, Pdeathsig: syscall.SIGKILL}
+	if os.Getuid() != 0 {
+		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
+		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}}
+		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}}
+	}
+	err := cmd.Run()
+	var exit *exec.ExitError
+	switch {
+	case err == nil:
+		return 0, nil
+	case errors.As(err, &exit):
+		return exit.ExitCode(), nil
+	}
+	cmd = exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.Env = append(os.Environ(), inside+"="+bin, why+"=cannot make namespaces: "+err.Error())
+	return 0, cmd.Run()
+}
+
+// CheckTUN says why no TUN device can be made.
+func CheckTUN() error {
+	f, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
+	if err != nil {
+		return fmt.Errorf("cannot open /dev/net/tun: %w", err)
+	}
+	return f.Close()
+}
+
+// Log is what a program says. Its methods may be called from any goroutine.
+type Log struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *Log) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+// String is all that was said.
+func (l *Log) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// Tail is the last lines of s.
+func Tail(s string, lines int) string {
+	all := strings.Split(s, "\n")
+	if len(all) > lines {
+		all = append([]string{fmt.Sprintf("(%d lines before)", len(all)-lines)}, all[len(all)-lines:]...)
+	}
+	return strings.Join(all, "\n")
+}
+
+// Descriptor is the one that came with oob, for the caller to close.
+func Descriptor(oob []byte) (int, error) {
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil || len(msgs) != 1 {
+		return -1, fmt.Errorf("no descriptor came: %v", err)
+	}
+	fds, err := unix.ParseUnixRights(&msgs[0])
+	if err != nil || len(fds) != 1 {
+		return -1, fmt.Errorf("no descriptor came: %v", err)
+	}
+	return fds[0], nil
+}

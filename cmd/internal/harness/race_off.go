@@ -1,0 +1,6 @@
+//go:build !race
+
+package harness
+
+// Race: the race detector is on.
+const Race = false
