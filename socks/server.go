@@ -31,6 +31,7 @@ const defaultPort = 1080
 
 var (
 	errURL   = errors.New("it must read socks5://[user[:password]@]host[:port], with special characters of the password as %XX")
+	errHost  = errors.New("an IPv6 address stands in brackets: socks5://[2001:db8::1]:1080")
 	errLogin = errors.New("user (1 to 255 bytes) or password (at most 255 bytes) has the wrong length")
 )
 
@@ -55,6 +56,9 @@ func ParseServer(rawurl string) (Server, error) {
 	host := u.Hostname()
 	if u.Opaque != "" || (u.Path != "" && u.Path != "/") || u.RawQuery != "" || u.Fragment != "" || host == "" || len(host) > maxName {
 		return fail(errURL)
+	}
+	if strings.Contains(host, ":") && !strings.HasPrefix(u.Host, "[") { // the last part was taken for the port
+		return fail(errHost)
 	}
 	s := Server{scheme: strings.ToLower(u.Scheme), host: host, port: defaultPort}
 	if p := u.Port(); p != "" {

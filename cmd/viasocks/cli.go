@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
@@ -48,7 +49,7 @@ func lookup(name string) *command {
 // dispatch runs the subcommand of argv, prints its error as one line and gives the exit code.
 func dispatch(argv, env []string, std streams) int {
 	if len(argv) < 2 {
-		writeOverview(std.err)
+		_ = writeOverview(std.err)
 		return exitUsage
 	}
 	name, args := argv[1], argv[2:]
@@ -64,11 +65,15 @@ func dispatch(argv, env []string, std streams) int {
 		return exitUsage
 	}
 	exit, err := c.run(c, args, env, std)
+	if errors.Is(err, config.ErrHelp) {
+		exit, err = exitOK, writeHelp(std.out, c)
+	}
+	var wrote *fs.PathError
+	if errors.As(err, &wrote) && wrote.Op == "write" && wrote.Path == std.out.Name() {
+		err = fmt.Errorf("cannot write to %s: %w", wrote.Path, wrote.Err)
+	}
 	var usage *config.UsageError
 	switch {
-	case errors.Is(err, config.ErrHelp):
-		writeHelp(std.out, c)
-		return exitOK
 	case errors.As(err, &usage):
 		hint := "viasocks help " + c.name
 		if c == cmdHelp {

@@ -83,6 +83,24 @@ func oneLine(t *testing.T, got string) {
 	}
 }
 
+// An answer that can't be written is an error.
+func TestOutputFull(t *testing.T) {
+	for _, args := range []string{"help", "help up", "up --help", "version", "check --proxy socks5://h"} {
+		full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+		if err != nil {
+			t.Skip(err)
+		}
+		defer full.Close()
+		var stderr strings.Builder
+		cmd := viasocks(strings.Fields(args)...)
+		cmd.Stdout, cmd.Stderr = full, &stderr
+		_ = cmd.Run()
+		if want := "viasocks: cannot write to /dev/stdout: no space left on device\n"; cmd.ProcessState.ExitCode() != exitNoStart || stderr.String() != want {
+			t.Errorf("%s: exit %d, %s", args, cmd.ProcessState.ExitCode(), &stderr)
+		}
+	}
+}
+
 func TestUsageErrors(t *testing.T) {
 	var all strings.Builder
 	for _, args := range []string{

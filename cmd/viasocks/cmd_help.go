@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 )
@@ -17,8 +18,7 @@ func init() { cmdHelp.run = runHelp } // commands() names it: a cycle otherwise
 
 func runHelp(c *command, args, _ []string, std streams) (int, error) {
 	if len(args) == 0 {
-		writeOverview(std.out)
-		return exitOK, nil
+		return exitOK, writeOverview(std.out)
 	}
 	about := lookup(args[0])
 	switch {
@@ -29,12 +29,12 @@ func runHelp(c *command, args, _ []string, std streams) (int, error) {
 	case len(args) > 1:
 		return 0, &config.UsageError{Msg: fmt.Sprintf("cannot use %q: help takes one command", args[1])}
 	}
-	writeHelp(std.out, about)
-	return exitOK, nil
+	return exitOK, writeHelp(std.out, about)
 }
 
-func writeOverview(w io.Writer) {
-	fmt.Fprint(w, `viasocks carries the TCP and UDP of a program, or of the whole host, through a SOCKS5 proxy.
+func writeOverview(out io.Writer) error {
+	var w strings.Builder
+	fmt.Fprint(&w, `viasocks carries the TCP and UDP of a program, or of the whole host, through a SOCKS5 proxy.
 
   viasocks run --proxy socks5://127.0.0.1:1080 -- curl https://example.org
   viasocks up  --proxy socks5://alice@10.0.0.1:1080 --password-file FILE
@@ -42,20 +42,25 @@ func writeOverview(w io.Writer) {
 commands:
 `)
 	for _, c := range commands() {
-		fmt.Fprintf(w, "  %-9s %s\n", c.name, c.short)
+		fmt.Fprintf(&w, "  %-9s %s\n", c.name, c.short)
 	}
-	fmt.Fprint(w, "\n'viasocks help COMMAND' shows its options; "+manualNotice)
+	fmt.Fprint(&w, "\n'viasocks help COMMAND' shows its options; "+manualNotice)
+	_, err := io.WriteString(out, w.String())
+	return err
 }
 
-func writeHelp(w io.Writer, c *command) {
-	fmt.Fprintf(w, "usage: viasocks %s", c.name)
+func writeHelp(out io.Writer, c *command) error {
+	var w strings.Builder
+	fmt.Fprintf(&w, "usage: viasocks %s", c.name)
 	if c.args != "" {
-		fmt.Fprintf(w, " %s", c.args)
+		fmt.Fprintf(&w, " %s", c.args)
 	}
-	fmt.Fprintf(w, "\n\n%s\n", c.about)
+	fmt.Fprintf(&w, "\n\n%s\n", c.about)
 	if c.takes != 0 {
-		fmt.Fprint(w, "\noptions:\n")
-		config.WriteHelp(w, c.takes)
-		fmt.Fprint(w, "\n"+manualNotice)
+		fmt.Fprint(&w, "\noptions:\n")
+		config.WriteHelp(&w, c.takes)
+		fmt.Fprint(&w, "\n"+manualNotice)
 	}
+	_, err := io.WriteString(out, w.String())
+	return err
 }

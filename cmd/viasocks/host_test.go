@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -126,7 +127,7 @@ func TestKilled(t *testing.T) {
 	if h.state() == before {
 		t.Error("the host is open after kill -9")
 	}
-	if got := h.result("status"); got != "exit 1\n--- stdout\n--- stderr\nviasocks: viasocks is not up here\n" {
+	if got := h.result("status"); got != "exit 1\n--- stdout\n--- stderr\nviasocks: cannot ask viasocks: it is not up here: 'viasocks up' starts it\n" {
 		t.Error(got)
 	}
 	p = h.up("--proxy", h.proxy) // takes over
@@ -297,7 +298,7 @@ func TestStatus(t *testing.T) {
 	p.await("the configuration stays as it was")
 	p.cmd.Process.Signal(syscall.SIGTERM)
 	p.ends(0)
-	if got := h.result("flows"); got != "exit 1\n--- stdout\n--- stderr\nviasocks: viasocks is not up here\n" {
+	if got := h.result("flows"); got != "exit 1\n--- stdout\n--- stderr\nviasocks: cannot ask viasocks: it is not up here: 'viasocks up' starts it\n" {
 		t.Error(got)
 	}
 }
@@ -417,6 +418,33 @@ func TestUpFails(t *testing.T) {
 	}
 	oneLine(t, got)
 	h.same("table taken", before)
+}
+
+// With no room for a journal the host is not touched, and nothing is left; what a killed one left is undone all the same.
+func TestFullDisk(t *testing.T) {
+	h := newHost(t)
+	before := h.state()
+	full := func(args ...string) string {
+		sh := `mount -t tmpfs -o size=16k,mode=755 none /run && mkdir /run/viasocks && { cat /dev/zero >/run/full 2>&-; "$@"; c=$?; ls /run/viasocks; exit $c; }`
+		cmd := h.viasocks(args...)
+		at := slices.Index(cmd.Args, h.name) + 1
+		cmd.Args = slices.Insert(cmd.Args, at, "sh", "-c", sh, "sh")
+		return result(t, cmd)
+	}
+	got := full("up", "--proxy", h.proxy)
+	oneLine(t, got)
+	if !strings.HasPrefix(got, "exit 1\n") || !strings.Contains(got, "no space left on device (the host is as it was)") {
+		t.Error(got)
+	}
+	h.same("up", before)
+	p := h.up("--proxy", h.proxy)
+	p.cmd.Process.Kill()
+	p.wait()
+	if got := full("down"); !strings.HasPrefix(got, "exit 0\n") || !strings.Contains(got, "nftables table inet viasocks\n") {
+		t.Error(got)
+	}
+	h.result("down") // the journal that was left where there is room
+	h.same("down", before)
 }
 
 // systemd hears of each step, and the watchdog is fed.

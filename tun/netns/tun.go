@@ -95,11 +95,13 @@ func attachError(name string, err error) error {
 		hint = ": somebody else uses it: choose another name"
 	case errors.Is(err, unix.EINVAL):
 		hint = ": the name is not valid, or an interface of that name is no TUN of this kind"
+	case errors.Is(err, unix.ENOTTY):
+		hint = ": " + tunNode + " is something else: it must be the character device 10, 200"
 	}
-	if name == "" {
-		name = "tun%d"
+	if name != "" {
+		name = " " + name
 	}
-	return fmt.Errorf("cannot make the TUN device %s: %w%s", name, err, hint)
+	return fmt.Errorf("cannot make the TUN device%s: %w%s", name, err, hint)
 }
 
 func setMTU(name string, mtu int) error {

@@ -123,8 +123,10 @@ func TestUsageErrors(t *testing.T) {
 			t.Errorf("%q: shows the secret, or more than a line: %v", tt.args, err)
 		}
 	}
-	if _, err := Parse(Run, []string{proxyFlag}, nil); err == nil || err.Error() != "cannot run: no program was given" {
-		t.Error(err)
+	for _, args := range [][]string{{proxyFlag}, {proxyFlag, "--"}, {proxyFlag, ""}} {
+		if _, err := Parse(Run, args, nil); err == nil || err.Error() != "cannot run: no program was given" {
+			t.Errorf("%q: %v", args, err)
+		}
 	}
 	if _, err := Parse(Run, []string{"--tun", "x", "p"}, nil); err == nil {
 		t.Error("run takes --tun")
@@ -248,6 +250,14 @@ log-level debug
 	}
 	if _, err := Parse(Up, []string{"--config", t.TempDir()}, nil); err == nil || !strings.HasSuffix(err.Error(), "it is a directory") {
 		t.Error(err)
+	}
+}
+
+// Some editors begin a file with a byte order mark, and end lines as Windows does.
+func TestFileOfOtherEditors(t *testing.T) {
+	c, err := Parse(Up, []string{"--config", write(t, "\ufeffproxy socks5://h\r\nmtu 1400\r\n", 0o600)}, nil)
+	if err != nil || c.MTU != 1400 {
+		t.Errorf("%+v, %v", c, err)
 	}
 }
 

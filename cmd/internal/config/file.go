@@ -29,6 +29,7 @@ func parseFile(path string, b []byte, cmd Command) (map[string][]value, error) {
 	if len(b) > maxFile {
 		return nil, usagef("cannot use %s: longer than %d bytes", path, maxFile)
 	}
+	b = bytes.TrimPrefix(b, []byte("\ufeff")) // some editors begin a file with it
 	got := map[string][]value{}
 	for n := 1; len(b) > 0; n++ {
 		var line []byte

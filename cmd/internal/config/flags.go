@@ -78,7 +78,7 @@ func Parse(cmd Command, args, env []string) (*Config, error) {
 		return nil, &UsageError{Redact(err.Error())}
 	}
 	c := &Config{Command: cmd, Program: set.Args(), Host: Host{ControlGroup: -1}}
-	if cmd == Run && len(c.Program) == 0 {
+	if cmd == Run && (len(c.Program) == 0 || c.Program[0] == "") {
 		return nil, usagef("cannot run: no program was given")
 	}
 	if cmd != Run && len(c.Program) > 0 {

@@ -14,7 +14,7 @@ import (
 )
 
 // ErrNoDaemon: nobody answers there.
-var ErrNoDaemon = errors.New("viasocks is not up here")
+var ErrNoDaemon = errors.New("cannot ask viasocks: it is not up here: 'viasocks up' starts it")
 
 const (
 	maxAnswer     = 32 << 20

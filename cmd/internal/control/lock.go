@@ -41,15 +41,13 @@ func TakeLock(path string) (*Lock, error) {
 			f.Close()
 			continue
 		}
-		if err == nil {
-			err = f.Truncate(0)
-		}
-		if err == nil {
-			_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
-		}
 		if err != nil {
 			f.Close()
 			return nil, fail(err)
+		}
+		// The number is for others' messages. A full disk must not keep 'down' from giving the host back.
+		if f.Truncate(0) == nil {
+			_, _ = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
 		}
 		return &Lock{f, f.Name()}, nil
 	}

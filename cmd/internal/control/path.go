@@ -32,7 +32,7 @@ func makeDir(path string) error {
 	}
 	st, ok := info.Sys().(*syscall.Stat_t)
 	if !ok || !info.IsDir() || st.Uid != 0 && int(st.Uid) != os.Geteuid() || info.Mode().Perm()&0o022 != 0 {
-		return fmt.Errorf("%s is not a directory of root's alone", dir)
+		return fmt.Errorf("%s is not a directory of root's alone: remove it, or make it one (chown root, chmod 755)", dir)
 	}
 	if info.Mode().Perm()&0o055 != 0o055 && int(st.Uid) == os.Geteuid() && filepath.Clean(dir) == Dir {
 		return os.Chmod(dir, 0o755) // the umask was narrow: the socket says who may
