@@ -12,7 +12,6 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -418,33 +417,6 @@ func TestUpFails(t *testing.T) {
 	}
 	oneLine(t, got)
 	h.same("table taken", before)
-}
-
-// With no room for a journal the host is not touched, and nothing is left; what a killed one left is undone all the same.
-func TestFullDisk(t *testing.T) {
-	h := newHost(t)
-	before := h.state()
-	full := func(args ...string) string {
-		sh := `mount -t tmpfs -o size=16k,mode=755 none /run && mkdir /run/viasocks && { cat /dev/zero >/run/full 2>&-; "$@"; c=$?; ls /run/viasocks; exit $c; }`
-		cmd := h.viasocks(args...)
-		at := slices.Index(cmd.Args, h.name) + 1
-		cmd.Args = slices.Insert(cmd.Args, at, "sh", "-c", sh, "sh")
-		return result(t, cmd)
-	}
-	got := full("up", "--proxy", h.proxy)
-	oneLine(t, got)
-	if !strings.HasPrefix(got, "exit 1\n") || !strings.Contains(got, "no space left on device (the host is as it was)") {
-		t.Error(got)
-	}
-	h.same("up", before)
-	p := h.up("--proxy", h.proxy)
-	p.cmd.Process.Kill()
-	p.wait()
-	if got := full("down"); !strings.HasPrefix(got, "exit 0\n") || !strings.Contains(got, "nftables table inet viasocks\n") {
-		t.Error(got)
-	}
-	h.result("down") // the journal that was left where there is room
-	h.same("down", before)
 }
 
 // systemd hears of each step, and the watchdog is fed.

@@ -1,0 +1,75 @@
+package daemon
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+
+	"go.uber.org/goleak"
+)
+
+// What nobody reads does not block, and is counted; what is read comes in order, the last lines before close returns.
+func TestLogQueue(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	q := newLogQueue(w)
+	const n = 20_000
+	for i := range n {
+		fmt.Fprintf(q, "line %d %s\n", i, strings.Repeat("x", 100))
+	}
+	read, lost, last := 0, 0, -1
+	in := bufio.NewReader(r)
+	next := func() {
+		t.Helper()
+		line, err := in.ReadString('\n')
+		if err != nil {
+			t.Fatal(err)
+		}
+		var i int
+		if _, err := fmt.Sscanf(line, "line %d", &i); err == nil {
+			if i <= last {
+				t.Fatalf("line %d after %d", i, last)
+			}
+			read, last = read+1, i
+		} else if _, count, ok := strings.Cut(line, "count="); ok {
+			fmt.Sscan(count, &i)
+			lost += i
+		} else {
+			t.Fatalf("%q", line)
+		}
+	}
+	for read+lost < n {
+		next()
+	}
+	if lost == 0 || read < logLines {
+		t.Errorf("%d read, %d lost", read, lost)
+	}
+	fmt.Fprintf(q, "line %d\n", n)
+	q.close()
+	w.Close()
+	if next(); last != n {
+		t.Errorf("the last line is %d", last)
+	}
+}
+
+// close does not wait for ever.
+func TestLogQueueStuck(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := newLogQueue(w)
+	for range logLines {
+		fmt.Fprintln(q, strings.Repeat("x", 1000))
+	}
+	q.close()
+	r.Close() // it is stuck no longer
+	<-q.done
+	w.Close()
+}
