@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"fmt"
 	"os"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -72,4 +73,44 @@ func TestLogQueueStuck(t *testing.T) {
 	r.Close() // it is stuck no longer
 	<-q.done
 	w.Close()
+}
+
+// One who reads as fast as he can loses nothing of a burst, on one processor either.
+func TestLogQueueBurst(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	for try := 1; ; try++ { // a machine that stalls is not one who reads
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		read := make(chan int)
+		go func() {
+			n := 0
+			for in := bufio.NewScanner(r); in.Scan(); {
+				if strings.HasPrefix(in.Text(), "line ") {
+					n++
+				}
+			}
+			read <- n
+		}()
+		q := newLogQueue(w)
+		const n = 50_000
+		for i := range n {
+			fmt.Fprintf(q, "line %d %s\n", i, strings.Repeat("x", 100))
+		}
+		for len(q.lines) > 0 {
+			runtime.Gosched()
+		}
+		q.close()
+		w.Close()
+		got := <-read
+		r.Close()
+		if got == n {
+			return
+		}
+		t.Logf("%d of %d lines came", got, n)
+		if try == 5 {
+			t.Fatal("no try lost nothing")
+		}
+	}
 }
