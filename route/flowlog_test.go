@@ -65,7 +65,7 @@ func TestFlowLogSlow(t *testing.T) {
 	}
 }
 
-// Tables of a burst are made anew when they are empty: a map never shrinks.
+// Tables of a burst are made anew when little is left in them: a map never shrinks. What is left stays.
 func TestTablesShrink(t *testing.T) {
 	var ts streams
 	ts.byID = make(map[uint64]*stream)
@@ -78,10 +78,10 @@ func TestTablesShrink(t *testing.T) {
 		}
 		all = append(all, s)
 	}
-	for _, s := range all {
+	for _, s := range all[1:] {
 		ts.remove(s)
 	}
-	if len(ts.byID) != 0 || ts.peak != 0 {
+	if ts.byID[0] != all[0] || len(ts.byID) != 1 || ts.peak > remake/8 {
 		t.Errorf("the table still has %d entries, peak %d", len(ts.byID), ts.peak)
 	}
 	var ms mappings
@@ -92,10 +92,10 @@ func TestTablesShrink(t *testing.T) {
 		ms.add(m)
 		maps = append(maps, m)
 	}
-	for _, m := range maps {
+	for _, m := range maps[1:] {
 		ms.remove(m)
 	}
-	if len(ms.bySrc) != 0 || cap(ms.all) != 0 || ms.oldest != nil || ms.newest != nil {
+	if ms.bySrc[maps[0].src] != maps[0] || len(ms.bySrc) != 1 || cap(ms.all) > remake/4 || ms.oldest != maps[0] || ms.newest != maps[0] {
 		t.Errorf("the table of mappings still has %d entries, room for %d", len(ms.bySrc), cap(ms.all))
 	}
 }

@@ -2,7 +2,9 @@ package route
 
 import (
 	"context"
+	"maps"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -173,8 +175,8 @@ func (t *mappings) remove(m *mapping) {
 	t.all[m.index].index = m.index
 	t.all[last] = nil
 	t.all = t.all[:last]
-	if last == 0 && cap(t.all) > remake {
-		t.bySrc, t.all = make(map[netip.AddrPort]*mapping), nil
+	if cap(t.all) > remake && last <= cap(t.all)/8 { // a map never shrinks
+		t.bySrc, t.all = maps.Collect(maps.All(t.bySrc)), slices.Clone(t.all)
 	}
 	t.unlink(m)
 	m.gone.Store(true)

@@ -3,6 +3,7 @@ package route
 import (
 	"context"
 	"errors"
+	"maps"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -22,7 +23,7 @@ type streams struct {
 	wg      sync.WaitGroup // one for each entry
 }
 
-// remake is from how many entries on a table is made anew when it is empty.
+// remake is from how many entries on a table is made anew when an eighth is left.
 const remake = 1000
 
 // A stream's life. Each arrow happens once, and over is final:
@@ -145,8 +146,8 @@ func (t *streams) remove(s *stream) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	delete(t.byID, s.flow.ID)
-	if len(t.byID) == 0 && t.peak > remake { // a map never shrinks
-		t.byID, t.peak = make(map[uint64]*stream), 0
+	if t.peak > remake && len(t.byID) <= t.peak/8 { // a map never shrinks
+		t.byID, t.peak = maps.Collect(maps.All(t.byID)), len(t.byID)
 	}
 }
 

@@ -75,6 +75,7 @@ type Dialer struct {
 	pollOnce func(uintptr) bool
 	spare    []func()
 	fds      map[int32]registered
+	peak     int // of fds since it was made
 	gen      int32
 	timers   timers
 }

@@ -2,7 +2,9 @@ package socks
 
 import (
 	"errors"
+	"maps"
 	"os"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -161,6 +163,7 @@ func (d *Dialer) register(fd int, h handler, events uint32) error {
 		return err
 	}
 	d.fds[int32(fd)] = registered{h, d.gen}
+	d.peak = max(d.peak, len(d.fds))
 	return nil
 }
 
@@ -176,13 +179,23 @@ func (d *Dialer) watch(fd int, h handler, events uint32) error {
 // release stops watching fd, which stays open.
 func (d *Dialer) release(fd int) {
 	unix.EpollCtl(d.epoll, unix.EPOLL_CTL_DEL, fd, nil)
-	delete(d.fds, int32(fd))
+	d.forget(fd)
 }
 
 // shut stops watching fd and closes it, which takes it out of the epoll set: no copy of it exists.
 func (d *Dialer) shut(fd int) {
-	delete(d.fds, int32(fd))
+	d.forget(fd)
 	unix.Close(fd)
+}
+
+// remake is from how many entries on a table is made anew when an eighth is left.
+const remake = 1000
+
+func (d *Dialer) forget(fd int) {
+	delete(d.fds, int32(fd))
+	if d.peak > remake && len(d.fds) <= d.peak/8 { // a map never shrinks
+		d.fds, d.peak = maps.Collect(maps.All(d.fds)), len(d.fds)
+	}
 }
 
 // now is the time since the Dialer was made, monotonic.
@@ -229,6 +242,9 @@ func (t *timers) remove(p *dial) {
 		q := (*t)[i]
 		t.up(q.heapAt)
 		t.down(q.heapAt)
+	}
+	if cap(*t) > remake && last <= cap(*t)/8 {
+		*t = slices.Clone(*t)
 	}
 }
 

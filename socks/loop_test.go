@@ -229,6 +229,51 @@ func TestTimers(t *testing.T) {
 	}
 }
 
+// TestTablesShrink: what a burst of dials made is given back when little is left of it, and what is left stays.
+func TestTablesShrink(t *testing.T) {
+	d := &Dialer{fds: map[int32]registered{}}
+	var err error
+	if d.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(d.epoll)
+	const n = 2 * remake
+	for i := range n {
+		d.fds[int32(i)] = registered{gen: int32(i)}
+	}
+	d.peak = n
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range n {
+		if i != fd {
+			d.forget(i)
+		}
+	}
+	if len(d.fds) != 1 || d.fds[int32(fd)].gen != int32(fd) || d.peak > remake {
+		t.Errorf("%d descriptors, peak %d", len(d.fds), d.peak)
+	}
+	if err := d.register(fd, nil, unix.EPOLLIN); err != nil || d.peak > remake {
+		t.Error(err, d.peak)
+	}
+	d.shut(fd)
+
+	var h timers
+	var all []*dial
+	for i := range n {
+		p := &dial{heapAt: -1}
+		all = append(all, p)
+		h.set(p, time.Duration(n-i))
+	}
+	for _, p := range all[:n-1] {
+		h.remove(p)
+	}
+	if len(h) != 1 || cap(h) > remake || h[0] != all[n-1] {
+		t.Errorf("%d timers, room for %d", len(h), cap(h))
+	}
+}
+
 // TestDescriptorsRunOut: it is this host's fault and not the server's, and it passes.
 func TestDescriptorsRunOut(t *testing.T) {
 	_, c, srv := setup(t, Options{})

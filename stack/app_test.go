@@ -47,12 +47,13 @@ type testApp struct {
 
 func newTestApp(t testing.TB, dev *tuntest.Device) *testApp {
 	s := &Stack{dev: dev, handler: new(testHandler)}
-	s.link = newLink(s)
-	ns, err := newNetstack(s.link)
+	e := &engine{link: newLink(s)}
+	ns, err := newNetstack(e.link)
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.ns = ns
+	e.ns = ns
+	s.engine.Store(e)
 	for _, a := range []struct {
 		p tcpip.NetworkProtocolNumber
 		a netip.Addr
@@ -89,7 +90,7 @@ func (a *testApp) dialFrom(ctx context.Context, src, dst netip.AddrPort) (*gonet
 	if src.IsValid() {
 		local = tcpip.FullAddress{NIC: nicID, Addr: addrTo(src.Addr()), Port: src.Port()}
 	}
-	return gonet.DialTCPWithBind(ctx, a.s.ns, local, tcpip.FullAddress{NIC: nicID, Addr: addrTo(dst.Addr()), Port: dst.Port()}, proto)
+	return gonet.DialTCPWithBind(ctx, a.s.engine.Load().ns, local, tcpip.FullAddress{NIC: nicID, Addr: addrTo(dst.Addr()), Port: dst.Port()}, proto)
 }
 
 func (a *testApp) mustDial(dst netip.AddrPort) *gonet.TCPConn {

@@ -169,7 +169,7 @@ func TestThousand(t *testing.T) {
 				}
 			}
 			waitFor(t, "the streams to end", func() bool {
-				return p.st.Stats().Streams == 0 && len(p.st.ns.RegisteredEndpoints()) == 0
+				return p.st.Stats().Streams == 0 && len(p.st.engine.Load().ns.RegisteredEndpoints()) == 0
 			})
 			if s := p.st.Stats(); s.Accepted != uint64(n) || s.AppResets != 0 || s.Aborted != 0 {
 				t.Fatalf("%d accepted, %d reset, %d aborted", s.Accepted, s.AppResets, s.Aborted)

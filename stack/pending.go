@@ -2,7 +2,9 @@ package stack
 
 import (
 	"container/heap"
+	"maps"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -260,18 +262,29 @@ func (t *pendingTable) drop(e *pendingSYN, s synState) {
 	t.remove(e)
 }
 
-// remove takes e out of the table. What a burst made is given back when the table is empty: a map never shrinks.
+// shakes reports whether a handshake is under way, or about to begin.
+func (t *pendingTable) shakes() bool {
+	for _, e := range t.byKey {
+		if e.state == synOpening {
+			return true
+		}
+	}
+	return false
+}
+
+// remove takes e out of the table. What a burst made is given back when little of it is left: a map never shrinks.
 func (t *pendingTable) remove(e *pendingSYN) {
 	delete(t.byKey, e.key)
 	if e.index >= 0 {
 		heap.Remove(&t.heap, e.index)
 	}
-	if len(t.byKey) == 0 && t.peak > remake {
-		t.byKey, t.perDest, t.heap, t.peak = make(map[tuple]*pendingSYN), make(map[netip.Addr]int), nil, 0
+	if t.peak > remake && len(t.byKey) <= t.peak/8 {
+		t.byKey, t.perDest, t.heap = maps.Collect(maps.All(t.byKey)), maps.Collect(maps.All(t.perDest)), slices.Clone(t.heap)
+		t.peak = len(t.byKey)
 	}
 }
 
-// remake is from how many entries on a table is made anew when it is empty.
+// remake is from how many entries on a table is made anew when an eighth is left.
 const remake = 1000
 
 // cancel drops e, and returns what is to be called without the lock.

@@ -355,7 +355,7 @@ func TestPendingNoGoroutines(t *testing.T) {
 		s.gone.Store(true)
 		time.Sleep(10 * time.Second)
 		x.expect("gone", 0, 0, 5000)
-		if x.tab.peak != 0 || x.tab.heap != nil {
+		if x.tab.peak > remake || cap(x.tab.heap) > remake {
 			t.Error("what the burst made is kept")
 		}
 		x.tab.close()

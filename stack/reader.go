@@ -179,14 +179,17 @@ func (r *frameReader) deliver(h *tun.Header, b []byte, hdr int, inView bool) {
 		_ = payload.Append(buffer.NewViewWithData(b[split:]))
 	}
 	pkt := gstack.NewPacketBuffer(gstack.PacketBufferOptions{Payload: payload})
-	if v := h.Flags&(tun.NeedsCsum|tun.DataValid) != 0; v != r.s.link.verified.Load() {
-		r.s.link.verified.Store(v)
-	}
 	proto := header.IPv4ProtocolNumber
 	if b[0]>>4 == 6 {
 		proto = header.IPv6ProtocolNumber
 	}
-	r.s.link.disp.DeliverNetworkPacket(proto, pkt)
+	r.s.feeding.Lock()
+	l := r.s.engine.Load().link
+	if v := h.Flags&(tun.NeedsCsum|tun.DataValid) != 0; v != l.verified.Load() {
+		l.verified.Store(v)
+	}
+	l.disp.DeliverNetworkPacket(proto, pkt)
+	r.s.feeding.Unlock()
 	pkt.DecRef()
 }
 

@@ -12,9 +12,6 @@ import (
 
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/tun"
-	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
-	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
-	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 )
 
 // Handler takes what the stack captured. It is called on the frame reader: it returns without blocking.
@@ -54,11 +51,10 @@ type Stack struct {
 	keepalive atomic.Int64 // ns
 	stats     counters
 
-	ns        *gstack.Stack
-	link      *link
-	pending   *pendingTable
-	forwarder *tcp.Forwarder
-	ending    atomic.Bool // no handshake begins any more
+	engine  atomic.Pointer[engine]
+	feeding sync.Mutex // held while gVisor takes a frame, and while the engine is replaced
+	pending *pendingTable
+	ending  atomic.Bool // no handshake begins any more
 
 	mu      sync.Mutex
 	running bool
@@ -93,16 +89,13 @@ func newStack(cfg Config) (*Stack, error) {
 		s.log = slog.New(slog.DiscardHandler)
 	}
 	s.keepalive.Store(int64(cmp.Or(cfg.KeepaliveIdle, defaultKeepalive)))
-	s.link = newLink(s)
-	var err error
-	if s.ns, err = newNetstack(s.link); err != nil {
+	e, err := s.newEngine()
+	if err != nil {
 		return nil, err
 	}
+	s.engine.Store(e)
 	s.pending = newPendingTable(cfg.Limits, cfg.Sockets, &s.stats)
 	s.pending.open, s.pending.abort, s.pending.answer = s.open, s.abortHandshake, s.answer
-	s.forwarder = s.newForwarder()
-	s.ns.SetTransportProtocolHandler(tcp.ProtocolNumber, s.handleTCP)
-	s.ns.SetTransportProtocolHandler(udp.ProtocolNumber, s.handleSlowUDP)
 	return s, nil
 }
 
@@ -145,7 +138,7 @@ func (s *Stack) Run(ctx context.Context) error {
 func (s *Stack) ResetAll() {
 	s.pending.refuseAll()
 	s.ending.Store(true)
-	for _, ep := range s.ns.RegisteredEndpoints() {
+	for _, ep := range s.engine.Load().ns.RegisteredEndpoints() {
 		ep.Abort()
 	}
 }
@@ -183,7 +176,7 @@ func (s *Stack) teardown() {
 	}()
 	for done := false; !done; {
 		// A handshake that had just begun has its endpoint only now.
-		for _, ep := range s.ns.RegisteredEndpoints() {
+		for _, ep := range s.engine.Load().ns.RegisteredEndpoints() {
 			ep.Abort()
 		}
 		select {
@@ -192,5 +185,5 @@ func (s *Stack) teardown() {
 		case <-time.After(time.Millisecond):
 		}
 	}
-	s.ns.Destroy()
+	s.engine.Load().ns.Destroy()
 }

@@ -71,11 +71,11 @@ func (s *Stack) Stats() Stats {
 		Pending: c.pending.Load(), Streams: c.streams.Load(),
 		UDP: c.udp.snapshot(),
 	}
-	if s.ns != nil { // what gVisor verified and refused itself
-		gv := s.ns.Stats()
-		st.DroppedMalformed += gv.IP.MalformedPacketsReceived.Value() + gv.TCP.InvalidSegmentsReceived.Value()
-		st.DroppedChecksum += gv.TCP.ChecksumErrors.Value()
-		st.TCPRetransmits = gv.TCP.Retransmits.Value()
+	if e := s.engine.Load(); e != nil {
+		v := e.verdicts()
+		st.DroppedMalformed += v.malformed
+		st.DroppedChecksum += v.checksum
+		st.TCPRetransmits = v.retransmits
 	}
 	return st
 }

@@ -48,7 +48,7 @@ func (st *stream) init(ep tcpip.Endpoint) {
 	idle := tcpip.KeepaliveIdleOption(st.s.keepalive.Load())
 	_ = ep.SetSockOpt(&idle)
 	ep.SocketOptions().SetKeepAlive(true)
-	st.s.stats.streams.Add(1)
+	st.s.engine.Load().opened(st.s.stats.streams.Add(1))
 	st.entry.Init(st, waiter.ReadableEvents|waiter.WritableEvents|waiter.EventHUp|waiter.EventErr|waiter.EventRdHUp)
 	st.wq.EventRegister(&st.entry)
 }

@@ -63,7 +63,7 @@ func (s *Stack) open(e *pendingSYN, pkt *gstack.PacketBuffer) {
 		LocalPort: e.key.dst.Port(), LocalAddress: addrTo(e.key.dst.Addr()),
 		RemotePort: e.key.src.Port(), RemoteAddress: addrTo(e.key.src.Addr()),
 	}
-	taken := s.forwarder.HandlePacket(id, pkt)
+	taken := s.engine.Load().forwarder.HandlePacket(id, pkt)
 	pkt.DecRef()
 	if !taken { // can't be: it was a SYN when it came
 		s.finish(e, nil)
@@ -71,9 +71,9 @@ func (s *Stack) open(e *pendingSYN, pkt *gstack.PacketBuffer) {
 	}
 }
 
-func (s *Stack) newForwarder() *tcp.Forwarder {
+func (s *Stack) newForwarder(ns *gstack.Stack) *tcp.Forwarder {
 	// The budgets are the pending table's. The receive window is the default of the options.
-	return tcp.NewForwarder(s.ns, defaultBuffer, math.MaxInt, s.shake)
+	return tcp.NewForwarder(ns, defaultBuffer, math.MaxInt, s.shake)
 }
 
 // shake is the forwarder's goroutine.
@@ -133,7 +133,7 @@ func (s *Stack) abortHandshake(key tuple) {
 	if key.dst.Addr().Is6() {
 		proto = header.IPv6ProtocolNumber
 	}
-	if ep := s.ns.FindTransportEndpoint(proto, tcp.ProtocolNumber, id, nicID); ep != nil {
+	if ep := s.engine.Load().ns.FindTransportEndpoint(proto, tcp.ProtocolNumber, id, nicID); ep != nil {
 		ep.Abort()
 	}
 }

@@ -248,11 +248,11 @@ func TestPersist(t *testing.T) {
 			for _, small := range []bool{false, true} {
 				t.Run(fmt.Sprintf("%s/down=%v/small=%v", name, down, small), func(t *testing.T) {
 					p := newPair(t, off, Config{})
-					compress(p.st.ns)
-					compress(p.testApp.s.ns)
+					compress(p.st.engine.Load().ns)
+					compress(p.testApp.s.engine.Load().ns)
 					if small {
 						rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: 4096, Default: 16 << 10, Max: 16 << 10}
-						for _, ns := range []*gstack.Stack{p.st.ns, p.testApp.s.ns} {
+						for _, ns := range []*gstack.Stack{p.st.engine.Load().ns, p.testApp.s.engine.Load().ns} {
 							if err := ns.SetTransportProtocolOption(tcp.ProtocolNumber, &rcv); err != nil {
 								t.Fatal(err)
 							}

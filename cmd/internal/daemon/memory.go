@@ -28,8 +28,9 @@ const (
 	busyHeap  = 64 << 20
 )
 
-// giveBack returns memory to the kernel after bursts, until ctx ends. ended is how many flows have ended so far.
-func giveBack(ctx context.Context, ended func() uint64, log *slog.Logger) {
+// giveBack returns memory to the kernel after bursts, until ctx ends. ended is how many flows have ended so far; renew gives
+// up what a burst left that is no garbage, and says whether there was any.
+func giveBack(ctx context.Context, ended func() uint64, renew func() bool, log *slog.Logger) {
 	tick := time.NewTicker(quietEvery)
 	defer tick.Stop()
 	var g gauge
@@ -43,7 +44,8 @@ func giveBack(ctx context.Context, ended func() uint64, log *slog.Logger) {
 		}
 		now := g.read()
 		garbage := now.allocated - done + flowBytes*(ended()-flows)
-		quiet := worthIt(now, now.allocated-before.allocated, garbage)
+		lately := now.allocated - before.allocated
+		quiet := lately < quietBytes && renew() || worthIt(now, lately, garbage)
 		busy := time.Since(doneAt) > busyEvery && now.held > busyHeap && now.held > 4*now.live
 		before = now
 		if !quiet && !busy {

@@ -207,7 +207,7 @@ func (p *plane) start() {
 	run(&p.ran, p.stack.Run, "stack")
 	ctx, stop := context.WithCancel(context.Background())
 	p.stop = stop
-	p.ran.Go(func() { giveBack(ctx, p.router.Ended, p.log) })
+	p.ran.Go(func() { giveBack(ctx, p.router.Ended, p.stack.Renew, p.log) })
 	p.ran.Go(func() { followLoad(ctx) })
 }
 

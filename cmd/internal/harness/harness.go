@@ -17,10 +17,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Reenter builds viasocks from the source, with the race detector if the tests have it, or takes the binary bin if there
-// is one; then it runs the tests again with its path in the environment variable inside, and gives their exit code. They
-// are in new namespaces of flags (CLONE_NEW…), without root of a user as well. Where these can't be made the tests run in
-// place and find in the variable why what stands against it, so that each can say it when it skips.
+// Reenter builds viasocks from the source, with the race detector if the tests have it and else without cgo, or takes the
+// binary bin if there is one; then it runs the tests again with its path in the environment variable inside, and gives
+// their exit code. They are in new namespaces of flags (CLONE_NEW…), without root of a user as well. Where these can't be
+// made the tests run in place and find in the variable why what stands against it, so that each can say it when it skips.
 func Reenter(bin, inside, why string, flags uintptr) (int, error) {
 	if bin == "" {
 		dir, err := os.MkdirTemp("", "viasocks-test-")
@@ -38,6 +38,9 @@ func Reenter(bin, inside, why string, flags uintptr) (int, error) {
 		}
 		build := exec.Command("go", append(args, "github.com/viasocks/viasocks/cmd/viasocks")...)
 		build.Stderr = os.Stderr
+		if !Race { // as the Makefile builds it
+			build.Env = append(os.Environ(), "CGO_ENABLED=0")
+		}
 		if err := build.Run(); err != nil {
 			return 0, fmt.Errorf("cannot build viasocks: %w", err)
 		}
