@@ -90,6 +90,9 @@ func TestStartErrors(t *testing.T) {
 	plain := viasocks("up", "--proxy", open.URL())
 	plain.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	try("up without privilege", plain)
+	plain = viasocks("down")
+	plain.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	try("down without privilege", plain)
 	golden(t, "host_errors.txt", all.String())
 }
 

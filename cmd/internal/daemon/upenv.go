@@ -110,7 +110,7 @@ func openTUN(cfg *config.Config, e *env, persist bool) (tun.Device, int, error) 
 // alone is before anything is changed: what it takes is there, and nobody else steers this host until lock is closed. path
 // is that of the control socket.
 func alone() (path string, lock *control.Lock, err error) {
-	if err := needNetAdmin(); err != nil {
+	if err := needNetAdmin("steer the host", ", or use 'viasocks run' for one program"); err != nil {
 		return "", nil, err
 	}
 	if err := netns.CheckTUN(); err != nil {
@@ -124,13 +124,13 @@ func alone() (path string, lock *control.Lock, err error) {
 }
 
 // needNetAdmin tells beforehand, and once, what would fail at each step.
-func needNetAdmin() error {
+func needNetAdmin(to, or string) error {
 	var data [2]unix.CapUserData
 	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	if err := unix.Capget(&hdr, &data[0]); err != nil || data[0].Effective&(1<<unix.CAP_NET_ADMIN) != 0 {
 		return nil // where it can't be asked the kernel will say
 	}
-	return errors.New("cannot steer the host: CAP_NET_ADMIN is missing: run it as root, or use 'viasocks run' for one program")
+	return errors.New("cannot " + to + ": CAP_NET_ADMIN is missing: run it as root" + or)
 }
 
 // moreFiles raises the limit of open files as far as we may: a flow holds one, a UDP mapping two. (The runtime raises
