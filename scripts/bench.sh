@@ -18,7 +18,7 @@ cd "$(dirname "$0")/.."
 export PATH=$PATH:/usr/local/go/bin
 
 rounds=3 time=2s against='' json='' flags=''
-cases='D1 D8 U1 U8 both conn ping1 ping16 pingbulk udp64 udp1200 udp500 peers2000 floodup flooddown idle2000 idle9500
+cases='D1 D8 U1 U8 both conn ping1 ping16 pingbulk udp64 udp1200 udp500 peers2000 floodup flooddown pingflood idle2000 idle9500
 slow:D1 slow:U1 slow:conn lossy:D1 lossy:U1 lossy:conn'
 die() { echo "bench: $*" >&2; exit 1; }
 while [[ $# -gt 0 ]]; do

@@ -77,7 +77,7 @@ func openTUN(t *testing.T, mode tun.Mode) tun.Device {
 		t.Skipf("cannot make a TUN device: %v", err)
 	}
 	name := ifr.Name()
-	dev, err := tun.FromFile(os.NewFile(uintptr(fd), "/dev/net/tun"), tun.Options{MTU: 1500, Offload: mode})
+	dev, err := tun.FromFiles([]*os.File{os.NewFile(uintptr(fd), "/dev/net/tun")}, tun.Options{MTU: 1500, Offload: mode})
 	if err != nil {
 		t.Fatal(err)
 	}

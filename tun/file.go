@@ -11,7 +11,6 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
-	wgtun "golang.zx2c4.com/wireguard/tun"
 )
 
 // ErrBadFrame: the kernel refused the frame or its Header as malformed. It is lost; the device works on.
@@ -22,11 +21,9 @@ const (
 	offloadUSO = unix.TUN_F_USO4 | unix.TUN_F_USO6
 )
 
-// fileDevice is a TUN of the kernel. The wireguard device below it negotiated the offloads and owns the file; its own
-// Read and Write, which cut and merge super-segments, are not used.
+// fileDevice is a TUN of the kernel.
 type fileDevice struct {
-	dev    wgtun.Device
-	raw    syscall.RawConn // of dev's file; a cached fd number could be somebody else's after Close
+	q      *queues
 	name   string
 	mtu    int
 	off    Offload
@@ -35,92 +32,118 @@ type fileDevice struct {
 	wr     sync.Pool // of *writer
 }
 
-// FromFile makes a Device of an open TUN: one of netns.OpenTUN, or of another namespace, since only the file is used and
-// never the interface's name. It takes ownership of f, also when it fails. The TUN must have been made with IFF_NO_PI;
-// whether it has IFF_VNET_HDR is asked. Without it, and on kernels that lack an offload, Device.Offload says less than
-// Options.Offload asked for.
-func FromFile(f *os.File, o Options) (Device, error) {
-	defer f.Close() // the device has a duplicate
-	raw, err := f.SyscallConn()
+// FromFiles makes a Device of an open TUN, whose queues they are: those of netns.OpenTUN, or of another namespace, since only
+// the files are used and never the interface's name. It takes ownership of them, also when it fails. The TUN must have been made
+// with IFF_NO_PI; whether it has IFF_VNET_HDR is asked. Without it, and on kernels that lack an offload, Device.Offload
+// says less than Options.Offload asked for.
+func FromFiles(files []*os.File, o Options) (Device, error) {
+	fds, err := takeFiles(files)
 	if err != nil {
 		return nil, fmt.Errorf("cannot use the TUN device: %w", err)
 	}
-	var (
-		fd   int
-		vnet bool
-	)
-	cerr := raw.Control(func(old uintptr) {
-		// All that the wireguard device will ask is asked here first: it leaves its file to a finalizer when it fails.
-		if vnet, err = probe(int(old)); err == nil {
-			fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 3)
-		}
-	})
-	if err = errors.Join(cerr, err); err != nil {
-		return nil, fmt.Errorf("cannot use the TUN device: %w", err)
-	}
-	dev, name, err := wgtun.CreateUnmonitoredTUNFromFD(fd)
+	name, vnet, err := probe(fds)
 	if err != nil {
+		closeAll(fds)
 		return nil, fmt.Errorf("cannot use the TUN device: %w", err)
 	}
-	d := &fileDevice{dev: dev, name: name, mtu: o.MTU}
-	if d.raw, err = dev.File().SyscallConn(); err != nil {
-		dev.Close()
-		return nil, fmt.Errorf("cannot use the TUN device %s: %w", name, err)
-	}
+	d := &fileDevice{name: name, mtu: o.MTU}
 	if vnet {
-		if d.off, err = negotiate(d.raw, o.Offload); err != nil {
-			dev.Close()
+		if d.off, err = negotiate(fds[0], o.Offload); err != nil {
+			closeAll(fds)
 			return nil, fmt.Errorf("cannot set the offloads of the TUN device %s: %w", name, err)
 		}
 	}
-	d.rd.init(vnet)
+	if d.q, err = openQueues(fds); err != nil {
+		return nil, fmt.Errorf("cannot use the TUN device %s: %w", name, err)
+	}
+	d.rd.init(d.q, vnet)
 	d.wr.New = func() any { return newWriter(vnet) }
 	if o.Log != nil {
-		o.Log.LogAttrs(context.Background(), slog.LevelDebug, "tun device", slog.String("name", name), slog.Int("mtu", o.MTU),
+		o.Log.LogAttrs(context.Background(), slog.LevelDebug, "tun device", slog.String("name", name), slog.Int("mtu", o.MTU), slog.Int("queues", len(fds)),
 			slog.String("offload", o.Offload.String()), slog.Bool("vnet_hdr", vnet), slog.Bool("tso", d.off&TSO != 0), slog.Bool("uso", d.off&USO != 0))
 	}
 	return d, nil
 }
 
-// probe checks that fd is a TUN that can be used, and reports whether its frames carry a header.
-func probe(fd int) (vnet bool, err error) {
-	ifr, err := unix.NewIfreq("")
+// takeFiles returns descriptors of the files' own and closes the files: these are known to the runtime's poller, which
+// would be told of each frame a second time.
+func takeFiles(files []*os.File) (fds []int, err error) {
+	if len(files) == 0 {
+		return nil, errors.New("it has no open queue")
+	}
+	for _, f := range files {
+		if err == nil {
+			var fd int
+			if fd, err = dup(f); err == nil {
+				fds = append(fds, fd)
+			}
+		}
+		f.Close()
+	}
 	if err != nil {
-		return false, err
+		closeAll(fds)
 	}
-	if err := unix.IoctlIfreq(fd, unix.TUNGETIFF, ifr); err != nil {
-		return false, fmt.Errorf("not attached to an interface: %w", err)
+	return fds, err
+}
+
+// dup is a non-blocking duplicate.
+func dup(f *os.File) (fd int, err error) {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return -1, err
 	}
-	flags := ifr.Uint16()
-	if flags&unix.IFF_TUN == 0 || flags&unix.IFF_NO_PI == 0 {
-		return false, fmt.Errorf("interface %s must be a TUN with IFF_NO_PI", ifr.Name())
+	cerr := raw.Control(func(old uintptr) {
+		if fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 3); err != nil {
+			return
+		}
+		if err = unix.SetNonblock(fd, true); err != nil {
+			unix.Close(fd)
+		}
+	})
+	return fd, errors.Join(cerr, err)
+}
+
+// probe checks that fds are queues of one TUN that can be used, and tells its name and whether its frames carry a header.
+func probe(fds []int) (name string, vnet bool, err error) {
+	for i, fd := range fds {
+		ifr, err := unix.NewIfreq("")
+		if err != nil {
+			return "", false, err
+		}
+		if err := unix.IoctlIfreq(fd, unix.TUNGETIFF, ifr); err != nil {
+			return "", false, fmt.Errorf("not attached to an interface: %w", err)
+		}
+		flags := ifr.Uint16()
+		if flags&unix.IFF_TUN == 0 || flags&unix.IFF_NO_PI == 0 {
+			return "", false, fmt.Errorf("interface %s must be a TUN with IFF_NO_PI", ifr.Name())
+		}
+		if i > 0 && ifr.Name() != name {
+			return "", false, fmt.Errorf("%s and %s are two devices", name, ifr.Name())
+		}
+		name, vnet = ifr.Name(), flags&unix.IFF_VNET_HDR != 0
 	}
-	if flags&unix.IFF_VNET_HDR == 0 {
-		return false, nil
+	if !vnet {
+		return name, false, nil
 	}
 	// Somebody may have asked for the 12 bytes of a vhost on a persistent interface.
-	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, HeaderLen); err != nil {
-		return false, fmt.Errorf("cannot set the header's length: %w", err)
+	if err := unix.IoctlSetPointerInt(fds[0], unix.TUNSETVNETHDRSZ, HeaderLen); err != nil {
+		return name, false, fmt.Errorf("cannot set the header's length: %w", err)
 	}
-	if err := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, offloadTSO); err != nil {
-		return false, fmt.Errorf("the kernel has no TCP offload (try --offload off): %w", err)
+	if err := unix.IoctlSetInt(fds[0], unix.TUNSETOFFLOAD, offloadTSO); err != nil {
+		return name, false, fmt.Errorf("the kernel has no TCP offload (try --offload off): %w", err)
 	}
-	return true, nil
+	return name, true, nil
 }
 
 // negotiate sets what m allows and the kernel has.
-func negotiate(raw syscall.RawConn, m Mode) (off Offload, err error) {
-	cerr := raw.Control(func(fd uintptr) {
-		switch {
-		case m == OffloadOff:
-			off, err = VnetHdr, unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, 0)
-		case m == OffloadFull && unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, offloadTSO|offloadUSO) == nil:
-			off = VnetHdr | TSO | USO
-		default: // no USO before Linux 6.2
-			off, err = VnetHdr|TSO, unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, offloadTSO)
-		}
-	})
-	return off, errors.Join(cerr, err)
+func negotiate(fd int, m Mode) (Offload, error) {
+	switch {
+	case m == OffloadOff:
+		return VnetHdr, unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, 0)
+	case m == OffloadFull && unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, offloadTSO|offloadUSO) == nil:
+		return VnetHdr | TSO | USO, nil
+	}
+	return VnetHdr | TSO, unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, offloadTSO) // no USO before Linux 6.2
 }
 
 func (d *fileDevice) Name() string     { return d.name }
@@ -128,8 +151,10 @@ func (d *fileDevice) MTU() int         { return d.mtu }
 func (d *fileDevice) Offload() Offload { return d.off }
 
 func (d *fileDevice) Close() error {
-	d.closed.Store(true)
-	return d.dev.Close() // closes once; wakes a blocked Read
+	if d.closed.Swap(true) {
+		return nil
+	}
+	return d.q.close()
 }
 
 // rawErr names the error of a RawConn: with the file open it has none to give.
@@ -145,9 +170,9 @@ func (d *fileDevice) Read(h *Header, b []byte, wait bool) (int, error) {
 	r.set(b)
 	var err error
 	if wait {
-		err = d.raw.Read(r.tryWait)
+		err = d.q.raw.Read(r.tryWait)
 	} else {
-		err = d.raw.Control(r.try) // no lock of the poller, which a look alone does not need
+		err = d.q.raw.Control(r.try) // no lock of the poller, which a look alone does not need
 	}
 	r.set(nil)
 	if err != nil {
@@ -186,7 +211,8 @@ func (d *fileDevice) Write(h *Header, parts [][]byte) error {
 	err := w.set(h, parts)
 	if err == nil {
 		// Control and not RawConn.Write: this takes a reference to the file and no lock, so that writers run side by side.
-		if err = d.raw.Control(w.try); err != nil {
+		w.fd = d.q.fds[d.q.toward(parts)]
+		if err = d.q.raw.Control(w.try); err != nil {
 			err = d.rawErr(err)
 		} else if w.errno != 0 {
 			err = d.writeErr(w.errno)

@@ -28,17 +28,17 @@ func kernelTUN(t testing.TB, vnet bool, m Mode) Device {
 	if noNamespace != "" {
 		t.Skip(noNamespace)
 	}
-	f, name, err := netns.OpenTUN(netns.TUNOptions{Name: "vst%d", MTU: 1500, VnetHdr: vnet})
+	queues, name, err := netns.OpenTUN(netns.TUNOptions{Name: "vst%d", MTU: 1500, VnetHdr: vnet, Queues: Queues})
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) {
 		t.Skip(err)
 	} else if err != nil {
 		t.Fatal(err)
 	}
 	if err := netns.Configure(name, 0, []netip.Prefix{netip.PrefixFrom(app4, 32), netip.PrefixFrom(app6, 128)}, true); err != nil {
-		f.Close()
+		netns.CloseTUN(queues)
 		t.Fatal(err)
 	}
-	d, err := FromFile(f, Options{MTU: 1500, Offload: m})
+	d, err := FromFiles(queues, Options{MTU: 1500, Offload: m})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -414,22 +414,22 @@ func TestConcurrentWritersAndClose(t *testing.T) {
 	}
 }
 
-func TestFromFileRefuses(t *testing.T) {
+func TestFromFilesRefuses(t *testing.T) {
 	fds := openFDs(t)
 	null, err := os.Open("/dev/null")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := FromFile(null, Options{}); err == nil {
+	if _, err := FromFiles([]*os.File{null}, Options{}); err == nil {
 		t.Error("/dev/null is taken for a TUN")
 	}
 	if node, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0); err == nil {
-		if _, err := FromFile(node, Options{}); err == nil {
+		if _, err := FromFiles([]*os.File{node}, Options{}); err == nil {
 			t.Error("a TUN without an interface is taken")
 		}
 	}
 	if n := openFDs(t); n != fds {
-		t.Errorf("%d open files, %d before: FromFile owns what it refuses", n, fds)
+		t.Errorf("%d open files, %d before: FromFiles owns what it refuses", n, fds)
 	}
 }
 

@@ -34,7 +34,7 @@ func ParseMode(s string) (Mode, error) {
 	return 0, fmt.Errorf("cannot use offload %q: it is one of full, nouso, off", s)
 }
 
-// Options are the choices of FromFile.
+// Options are the choices of FromFiles.
 type Options struct {
 	MTU     int          // of the interface, bytes; only reported: setting it is for who opened the device
 	Offload Mode         // full unless set

@@ -101,11 +101,11 @@ func prepare(sock int, o order) error {
 	}
 	gid := strconv.Itoa(os.Getgid())
 	sysctl("net/ipv4/ping_group_range", gid+" "+gid)
-	tunFile, name, err := OpenTUN(o.TUN)
+	queues, name, err := OpenTUN(o.TUN)
 	if err != nil {
 		return err
 	}
-	defer tunFile.Close()
+	defer CloseTUN(queues)
 	r := report{TUNName: name}
 	if r.IPv6, err = configure(name, o.TUN.MTU, o.Addrs, true); err != nil {
 		return err
@@ -116,23 +116,19 @@ func prepare(sock int, o order) error {
 	}
 	r.TUNIndex = link.Index
 	mountSysfs() // after the network: it shows what is there
-	var fds []int
-	raw, err := tunFile.SyscallConn()
-	if err != nil {
-		return fmt.Errorf("cannot hand %s over: %w", name, err)
+	fds := make([]int, len(queues), len(queues)+1)
+	for i, f := range queues {
+		fds[i] = int(f.Fd()) // nobody closes it meanwhile
 	}
-	cerr := raw.Control(func(fd uintptr) {
-		fds = append(fds, int(fd))
-		diag, derr := openDiagSocket()
-		if derr != nil {
-			r.DiagErr = derr.Error()
-		} else {
-			defer unix.Close(diag)
-			fds, r.Diag = append(fds, diag), true
-		}
-		err = sendReport(sock, r, fds...)
-	})
-	if err := errors.Join(cerr, err); err != nil {
+	r.Queues = len(fds)
+	diag, err := openDiagSocket()
+	if err != nil {
+		r.DiagErr = err.Error()
+	} else {
+		defer unix.Close(diag)
+		fds = append(fds, diag)
+	}
+	if err := sendReport(sock, r, fds...); err != nil {
 		return fmt.Errorf("cannot hand %s over: %w", name, err)
 	}
 	return nil

@@ -46,7 +46,7 @@ func network(t testing.TB) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		tunFile, tunIndex = f, i.Index
+		tunFile, tunIndex = f[0], i.Index
 	})
 	if tunFile == nil {
 		t.Skip("no TUN device")

@@ -16,7 +16,7 @@ import (
 // Between Spawn and the helper, over a socket pair:
 //
 //	Spawn  -> helper   order
-//	helper -> Spawn    report, with the TUN and the sock_diag socket as SCM_RIGHTS; or a report with an error, and it exits
+//	helper -> Spawn    report, with the TUN's queues and the sock_diag socket as SCM_RIGHTS; or a report with an error, and it exits
 //	Spawn  -> helper   goAhead; EOF instead: Spawn's process is gone, the helper exits
 //	helper -> Wait     nothing, and EOF, when it has become the program; a report if it could not
 //
@@ -26,6 +26,9 @@ const goAhead = 'g'
 // maxMessage bounds what is read: arguments and environment are at most 2 MiB (exec's own limit for the usual stack), a
 // third more in base64.
 const maxMessage = 16 << 20
+
+// maxQueues is the kernel's SCM_MAX_FD, less one for the sock_diag socket.
+const maxQueues = 252
 
 type order struct {
 	Argv, Env  [][]byte
@@ -43,8 +46,16 @@ type report struct {
 	TUNName  string `json:",omitempty"`
 	TUNIndex int    `json:",omitempty"`
 	IPv6     bool   `json:",omitempty"`
-	Diag     bool   `json:",omitempty"` // the second file is the sock_diag socket
+	Queues   int    `json:",omitempty"` // of the TUN: so many files; one more is the sock_diag socket
 	DiagErr  string `json:",omitempty"`
+}
+
+// diags is how many sock_diag sockets came with the TUN's queues.
+func (r *report) diags() int {
+	if r.DiagErr != "" {
+		return 0
+	}
+	return 1
 }
 
 func frame(msg []byte) []byte {
@@ -73,7 +84,7 @@ func readFrame(r io.Reader, first []byte) ([]byte, error) {
 
 // readReport reads a report and the files that came with it, which are the caller's also when there is an error.
 func readReport(c *net.UnixConn) (r report, files []*os.File, err error) {
-	first, oob := make([]byte, 4), make([]byte, unix.CmsgSpace(2*4))
+	first, oob := make([]byte, 4), make([]byte, unix.CmsgSpace((maxQueues+1)*4))
 	n, oobn, _, _, err := c.ReadMsgUnix(first, oob)
 	if err != nil {
 		return r, nil, err

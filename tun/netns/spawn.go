@@ -38,7 +38,7 @@ type Spec struct {
 // Child is a program in namespaces of its own. Its life: Spawn (the namespaces are there, a helper process waits inside)
 // - Exec (the helper becomes the program, same pid) - Wait - Close.
 type Child struct {
-	TUN      *os.File // of the program's namespace; give it to tun.FromFile, which owns it then. Close closes it otherwise
+	TUN      []*os.File // its queues; give them to tun.FromFiles, which owns them then. Close closes them otherwise
 	TUNName  string
 	TUNIndex int
 	IPv6     bool  // the TUN has all its IPv6 addresses; false if there are none or the namespace has no IPv6
@@ -163,23 +163,22 @@ func (c *Child) handover(ctx context.Context, s Spec) error {
 		return fmt.Errorf("cannot run a program: the helper in its namespace died: %w", errors.Join(werr, rerr))
 	case r.Err != "":
 		return errors.New(r.Err + restrictedHint(c.Rootless, r.Denied))
-	case len(files) == 0 || r.Diag && len(files) != 2:
+	case r.Queues < 1 || len(files) != r.Queues+r.diags():
 		return fmt.Errorf("cannot run a program: the helper handed over %d files", len(files))
 	}
 	if !stop() {
 		return fmt.Errorf("cannot run a program: %w", context.Cause(ctx))
 	}
 	c.conn.SetDeadline(time.Time{})
-	if r.Diag {
-		c.Diag, c.DiagErr = DiagFromFile(files[1])
+	if r.DiagErr == "" {
+		c.Diag, c.DiagErr = DiagFromFile(files[r.Queues])
 		if c.Diag != nil {
 			c.Diag.SetInterface(r.TUNIndex)
 		}
-		files = files[:1]
 	} else {
 		c.DiagErr = errors.New(r.DiagErr)
 	}
-	c.TUN, c.TUNName, c.TUNIndex, c.IPv6 = files[0], r.TUNName, r.TUNIndex, r.IPv6
+	c.TUN, c.TUNName, c.TUNIndex, c.IPv6 = files[:r.Queues:r.Queues], r.TUNName, r.TUNIndex, r.IPv6
 	files = nil
 	return nil
 }
@@ -308,9 +307,7 @@ func (c *Child) Pid() int { return c.pid }
 // runs is left alone, with a network that reaches nothing. It may be called twice, not during Wait.
 func (c *Child) Close() error {
 	c.conn.Close()
-	if c.TUN != nil {
-		c.TUN.Close()
-	}
+	CloseTUN(c.TUN)
 	if c.Diag != nil {
 		c.Diag.Close()
 	}

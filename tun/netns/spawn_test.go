@@ -269,9 +269,9 @@ func TestSpawnTraffic(t *testing.T) {
 		t.Fatal(err)
 	}
 	b := make([]byte, 2000)
-	c.TUN.SetReadDeadline(time.Now().Add(patience))
+	c.TUN[0].SetReadDeadline(time.Now().Add(patience))
 	for {
-		n, err := c.TUN.Read(b)
+		n, err := c.TUN[0].Read(b)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -1,15 +1,19 @@
 package netns
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
+	"syscall"
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -20,48 +24,119 @@ type TUNOptions struct {
 	Name    string // of the interface, a template such as "tun%d", or empty: the kernel's choice
 	MTU     int    // bytes; 0: as it is
 	VnetHdr bool   // frames carry a struct virtio_net_hdr
-	Persist bool   // the interface stays when its file is closed
+	Persist bool   // the interface stays when its files are closed
+	Queues  int    // how many; 0 and 1: one, without IFF_MULTI_QUEUE
 }
 
 // OpenTUN opens /dev/net/tun and attaches it to an interface of the calling thread's network namespace: a new one, or
-// a persistent one of that name. The file is non-blocking and the caller's to close. It may be used from any namespace.
-func OpenTUN(o TUNOptions) (f *os.File, name string, err error) {
-	fd, err := unix.Open(tunNode, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, "", openTUNError(err)
-	}
+// a persistent one of that name, which gets one queue if it was made for one. There is a file for each queue; they are
+// non-blocking and the caller's to close, and may be used from any namespace.
+func OpenTUN(o TUNOptions) (queues []*os.File, name string, err error) {
+	name = o.Name
 	defer func() {
 		if err != nil {
-			unix.Close(fd)
+			CloseTUN(queues)
+			queues = nil
 		}
 	}()
-	ifr, err := unix.NewIfreq(o.Name)
-	if err != nil {
-		return nil, "", fmt.Errorf("cannot name the TUN device %q: at most %d bytes", o.Name, unix.IFNAMSIZ-1)
-	}
 	flags := uint16(unix.IFF_TUN | unix.IFF_NO_PI)
 	if o.VnetHdr {
 		flags |= unix.IFF_VNET_HDR
 	}
-	ifr.SetUint16(flags)
-	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
-		return nil, "", attachError(o.Name, err)
+	if o.Queues > 1 {
+		flags |= unix.IFF_MULTI_QUEUE
 	}
-	name = ifr.Name()
-	persist := 0 // of one that is there already, too
-	if o.Persist {
-		persist = 1
-	}
-	if err := unix.IoctlSetInt(fd, unix.TUNSETPERSIST, persist); err != nil && o.Persist {
-		return nil, "", fmt.Errorf("cannot make the TUN device %s persistent: %w", name, err)
+	for len(queues) < max(o.Queues, 1) {
+		fd, attached, err := openQueue(name, flags)
+		if errors.Is(err, unix.EINVAL) && o.Queues > 1 && len(queues) == 0 {
+			o.Queues, flags = 1, flags&^unix.IFF_MULTI_QUEUE
+			continue
+		}
+		if err != nil {
+			return queues, "", err
+		}
+		name = attached
+		// Only now, attached, can it be polled: os.NewFile gives it to the runtime's poller.
+		queues = append(queues, os.NewFile(uintptr(fd), tunNode))
+		if len(queues) > 1 {
+			continue
+		}
+		// Without IFF_MULTI_QUEUE the kernel refuses a second user itself.
+		if o.Queues > 1 && attachedQueues(name) > 1 {
+			return queues, "", attachError(name, unix.EBUSY)
+		}
+		persist := 0 // of one that is there already, too
+		if o.Persist {
+			persist = 1
+		}
+		if err := unix.IoctlSetInt(fd, unix.TUNSETPERSIST, persist); err != nil && o.Persist {
+			return queues, "", fmt.Errorf("cannot make the TUN device %s persistent: %w", name, err)
+		}
 	}
 	if o.MTU != 0 {
 		if err := setMTU(name, o.MTU); err != nil {
-			return nil, "", err
+			return queues, "", err
 		}
 	}
-	// Only now, attached, can it be polled: os.NewFile gives it to the runtime's poller.
-	return os.NewFile(uintptr(fd), tunNode), name, nil
+	return queues, name, nil
+}
+
+// CloseTUN closes the files of OpenTUN.
+func CloseTUN(queues []*os.File) {
+	for _, f := range queues {
+		f.Close()
+	}
+}
+
+// openQueue attaches one more queue to the interface, which it makes if there is none of that name.
+func openQueue(name string, flags uint16) (fd int, attached string, err error) {
+	fd, err = unix.Open(tunNode, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return -1, "", openTUNError(err)
+	}
+	ifr, err := unix.NewIfreq(name)
+	if err != nil {
+		unix.Close(fd)
+		return -1, "", fmt.Errorf("cannot name the TUN device %q: at most %d bytes", name, unix.IFNAMSIZ-1)
+	}
+	ifr.SetUint16(flags)
+	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
+		unix.Close(fd)
+		return -1, "", attachError(name, err)
+	}
+	return fd, ifr.Name(), nil
+}
+
+// attachedQueues is how many queues of the interface are open, by whomever; 0: it can't be told.
+func attachedQueues(name string) int {
+	index, err := net.InterfaceByName(name)
+	if err != nil {
+		return 0
+	}
+	req := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_ACK)
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index = int32(index.Index)
+	req.AddData(msg)
+	answers, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
+	if err != nil || len(answers) == 0 || len(answers[0]) < unix.SizeofIfInfomsg {
+		return 0
+	}
+	data := answers[0][unix.SizeofIfInfomsg:]
+	for _, attr := range []uint16{unix.IFLA_LINKINFO, unix.IFLA_INFO_DATA, unix.IFLA_TUN_NUM_QUEUES} {
+		attrs, err := nl.ParseRouteAttr(data)
+		if err != nil {
+			return 0
+		}
+		i := slices.IndexFunc(attrs, func(a syscall.NetlinkRouteAttr) bool { return a.Attr.Type&^unix.NLA_F_NESTED == attr })
+		if i < 0 {
+			return 0
+		}
+		data = attrs[i].Value
+	}
+	if len(data) < 4 {
+		return 0
+	}
+	return int(binary.NativeEndian.Uint32(data))
 }
 
 // CheckTUN says whether OpenTUN will find its device node, and touches nothing.
@@ -150,6 +225,7 @@ func configure(name string, mtu int, addrs []netip.Prefix, defaultRoutes bool) (
 	sysctl("net/ipv6/conf/"+name+"/addr_gen_mode", "1")
 	sysctl("net/ipv6/conf/"+name+"/accept_ra", "0")
 	sysctl("net/ipv6/conf/"+name+"/autoconf", "0")
+	noQueue(h, link)
 	if err := h.LinkSetUp(link); err != nil {
 		return false, fmt.Errorf("cannot bring %s up: %w", name, err)
 	}
@@ -196,6 +272,15 @@ func configure(name string, mtu int, addrs []netip.Prefix, defaultRoutes bool) (
 		}
 	}
 	return has6 && !no6, nil
+}
+
+// noQueue takes the queueing discipline away: a TUN has queues of its own and never tells one to wait, so that what it would do
+// is take time, and with IFF_MULTI_QUEUE memory for each of the 256 queues there might be. Best effort.
+func noQueue(h *netlink.Handle, link netlink.Link) {
+	_ = h.QdiscReplace(&netlink.GenericQdisc{
+		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: link.Attrs().Index, Parent: netlink.HANDLE_ROOT},
+		QdiscType:  "noqueue",
+	})
 }
 
 // linkUp brings an interface of the calling thread's namespace up.

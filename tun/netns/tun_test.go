@@ -24,10 +24,8 @@ func TestOpenTUNErrors(t *testing.T) {
 		{"no TUN", TUNOptions{Name: "lo"}, "no TUN of this kind"},
 		{"MTU", TUNOptions{MTU: 10}, "MTU of"},
 	} {
-		f, _, err := OpenTUN(c.o)
-		if err == nil {
-			f.Close()
-		}
+		queues, _, err := OpenTUN(c.o)
+		CloseTUN(queues)
 		if err == nil || !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%s: %v, want %q", c.name, err, c.want)
 		}
@@ -76,22 +74,22 @@ func TestNoTUNNode(t *testing.T) {
 
 func TestPersist(t *testing.T) {
 	network(t)
-	f, name, err := OpenTUN(TUNOptions{Name: "vsp%d", MTU: 1400, Persist: true})
+	queues, name, err := OpenTUN(TUNOptions{Name: "vsp%d", MTU: 1400, Persist: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	f.Close()
+	CloseTUN(queues)
 	defer exec.Command("ip", "link", "del", name).Run()
 	addrs := []netip.Prefix{netip.MustParsePrefix("10.98.1.1/32"), netip.MustParsePrefix("fd00:98:1::1/128")}
 	for range 2 { // as it was made, and taken over again
-		f, again, err := OpenTUN(TUNOptions{Name: name, Persist: true})
+		queues, again, err := OpenTUN(TUNOptions{Name: name, Persist: true})
 		if err != nil || again != name {
 			t.Fatal(again, err)
 		}
 		if ipv6, err := configure(name, 0, addrs, false); err != nil || !ipv6 {
 			t.Errorf("IPv6 %v, %v", ipv6, err)
 		}
-		f.Close()
+		CloseTUN(queues)
 	}
 	if b, _ := os.ReadFile("/sys/class/net/" + name + "/mtu"); len(b) > 0 && string(b) != "1400\n" {
 		t.Errorf("MTU %q", b)
@@ -113,7 +111,7 @@ func TestConfigureWithoutIPv6(t *testing.T) {
 		{"IPv4 only", false, 1500, both[1:], false},
 		{"both", false, 1280, both, true},
 	} {
-		f, name, err := OpenTUN(TUNOptions{Name: "vsc%d"})
+		queues, name, err := OpenTUN(TUNOptions{Name: "vsc%d"})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -125,9 +123,75 @@ func TestConfigureWithoutIPv6(t *testing.T) {
 		if ipv6, err := configure(name, c.mtu, c.addrs, false); ipv6 != c.ipv6 || err != nil {
 			t.Errorf("%s: IPv6 %v, %v", c.name, ipv6, err)
 		}
-		f.Close()
+		CloseTUN(queues)
 	}
 	if err := Configure("vs-none", 0, nil, false); err == nil || !strings.Contains(err.Error(), "cannot configure vs-none") {
 		t.Error(err)
+	}
+}
+
+// TestQueues: a TUN of several queues is taken over when nobody has it, and only then; one that was made for one queue, by
+// somebody else or an older viasocks, has one.
+func TestQueues(t *testing.T) {
+	network(t)
+	fds := openFDs(t)
+	many := TUNOptions{Name: "vsq%d", Persist: true, Queues: 4}
+	queues, name, err := OpenTUN(many)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer exec.Command("ip", "link", "del", name).Run()
+	if n := attachedQueues(name); len(queues) != 4 || n != 4 {
+		t.Errorf("%d files, %d queues, want 4", len(queues), n)
+	}
+	many.Name = name
+	if _, _, err := OpenTUN(many); err == nil || !strings.Contains(err.Error(), "somebody else uses it") {
+		t.Errorf("a second user: %v", err)
+	}
+	if n := attachedQueues(name); n != 4 {
+		t.Errorf("%d queues after it", n)
+	}
+	CloseTUN(queues)
+	if queues, _, err = OpenTUN(many); err != nil || len(queues) != 4 {
+		t.Errorf("taken over: %d files, %v", len(queues), err)
+	}
+	CloseTUN(queues)
+
+	one, name, err := OpenTUN(TUNOptions{Name: "vsq%d", Persist: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer exec.Command("ip", "link", "del", name).Run()
+	many.Name = name
+	if _, _, err := OpenTUN(many); err == nil || !strings.Contains(err.Error(), "somebody else uses it") {
+		t.Errorf("a second user of one queue: %v", err)
+	}
+	CloseTUN(one)
+	if queues, _, err = OpenTUN(many); err != nil || len(queues) != 1 {
+		t.Errorf("one for one queue: %d files, %v", len(queues), err)
+	}
+	CloseTUN(queues)
+	if n := openFDs(t); n != fds {
+		t.Errorf("%d open files, %d before", n, fds)
+	}
+}
+
+// TestNoQueueingDiscipline: the kernel makes one for each of the 256 queues there might be, unless it is told not to.
+func TestNoQueueingDiscipline(t *testing.T) {
+	network(t)
+	queues, name, err := OpenTUN(TUNOptions{Name: "vsq%d", Queues: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer CloseTUN(queues)
+	if _, err := configure(name, 1500, []netip.Prefix{netip.MustParsePrefix("10.98.3.1/32")}, false); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("tc", "qdisc", "show", "dev", name).CombinedOutput()
+	if err != nil {
+		t.Skip(err)
+	}
+	if s := string(out); !strings.HasPrefix(s, "qdisc noqueue ") || strings.Count(s, "\n") != 1 {
+		t.Errorf("%s", s)
 	}
 }

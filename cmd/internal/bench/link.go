@@ -81,10 +81,11 @@ func openEndHere(spec, name string, super bool) (*os.File, error) {
 	if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
 		return nil, fmt.Errorf("cannot enter %s: %w", path, err)
 	}
-	f, _, err := netns.OpenTUN(netns.TUNOptions{Name: name, MTU: 1500, VnetHdr: true})
+	fs, _, err := netns.OpenTUN(netns.TUNOptions{Name: name, MTU: 1500, VnetHdr: true})
 	if err != nil {
 		return nil, err
 	}
+	f := fs[0]
 	offload := 0
 	if super {
 		offload = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6

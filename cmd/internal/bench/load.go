@@ -49,6 +49,7 @@ var cases = map[string]func(*loader) (result, error){
 	"udp500":    func(l *loader) (result, error) { return l.echoes(500, 64) },
 	"peers2000": func(l *loader) (result, error) { return l.swarm(2000) },
 	"floodup":   (*loader).floodUp,
+	"pingflood": (*loader).pingsBesideFlood,
 	"flooddown": (*loader).floodDown,
 	"idle2000":  func(l *loader) (result, error) { return l.idle(2000) },
 	"idle9500":  func(l *loader) (result, error) { return l.idle(9500) },

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"time"
 )
 
@@ -194,6 +195,64 @@ func (l *loader) floodUp() (result, error) {
 	time.Sleep(300 * time.Millisecond) // what is queued arrives
 	n, err := l.count(d)
 	return result{Value: n / l.seconds.Seconds(), Unit: "dgram/s", Work: n, Seconds: l.seconds.Seconds()}, err
+}
+
+// pingsBesideFlood: twenty sockets ask 100 times a second each, while another process floods. What has no answer after
+// 200 ms is lost, and the figure is the answers: 2,000 at most. They ask a peer's port, since the flood's own is busy.
+func (l *loader) pingsBesideFlood() (result, error) {
+	args := []string{"load", "--case", "floodup", "--time", (l.seconds + time.Second).String(), "--target", l.target.String()}
+	if l.proxy.IsValid() {
+		args = append(args, "--proxy", l.proxy.String())
+	}
+	flood := exec.Command("/proc/self/exe", args...)
+	flood.Stderr = os.Stderr
+	if err := flood.Start(); err != nil {
+		return result{}, err
+	}
+	defer flood.Wait()
+	time.Sleep(500 * time.Millisecond)
+	peer := *l
+	peer.target = netip.AddrPortFrom(l.target.Addr(), l.target.Port()+1)
+	const sockets = 20
+	took := make([][]time.Duration, sockets)
+	end := time.Now().Add(l.seconds)
+	err := together(sockets, func(i int) error {
+		d, err := peer.openUDP()
+		if err != nil {
+			return err
+		}
+		defer d.close()
+		out, in := append([]byte{}, d.head...), make([]byte, 65536)
+		out = append(out, make([]byte, 100)...)
+		n := byte(0)
+		for time.Now().Before(end) {
+			start := time.Now()
+			n++
+			out[len(out)-1] = n
+			if _, err := d.Write(out); err != nil {
+				return err
+			}
+			_ = d.SetReadDeadline(start.Add(200 * time.Millisecond))
+			for {
+				m, err := d.Read(in)
+				if errors.Is(err, os.ErrDeadlineExceeded) {
+					break
+				}
+				if err != nil {
+					return err
+				}
+				if m == len(out) && in[m-1] == n {
+					took[i] = append(took[i], time.Since(start))
+					break
+				}
+			}
+			time.Sleep(10*time.Millisecond - time.Since(start))
+		}
+		return nil
+	})
+	r := rate(took, l.seconds, "rt/s")
+	r.Work = 0 // what a round trip costs can't be told from what the flood does
+	return r, err
 }
 
 func (l *loader) count(d *dgram) (float64, error) {

@@ -49,7 +49,7 @@ func Run(cfg *config.Config, environ []string, stdin, stdout, stderr *os.File) (
 	child, err := netns.Spawn(ctx, netns.Spec{
 		Argv: cfg.Program, Env: programEnv(environ, cfg.KeepProxyEnv),
 		Stdin: stdin, Stdout: stdout, Stderr: stderr,
-		TUN:        netns.TUNOptions{MTU: cfg.MTU, VnetHdr: cfg.Offload != tun.OffloadOff},
+		TUN:        netns.TUNOptions{MTU: cfg.MTU, VnetHdr: cfg.Offload != tun.OffloadOff, Queues: tun.Queues},
 		Addrs:      tunAddrs,
 		Nameserver: []netip.Addr{nameserver},
 		// The shell that started us has to see it when the program stops.
@@ -59,7 +59,7 @@ func Run(cfg *config.Config, environ []string, stdin, stdout, stderr *os.File) (
 		return 0, err
 	}
 	defer child.Close()
-	dev, err := tun.FromFile(child.TUN, tun.Options{MTU: cfg.MTU, Offload: cfg.Offload, Log: e.log})
+	dev, err := tun.FromFiles(child.TUN, tun.Options{MTU: cfg.MTU, Offload: cfg.Offload, Log: e.log})
 	if err != nil {
 		return 0, err
 	}

@@ -90,20 +90,20 @@ func notOurs(addrs []netip.Addr) (others []netip.Addr, err error) {
 
 // openTUN makes the TUN, or takes the one that is there. persist: it stays when we are gone.
 func openTUN(cfg *config.Config, e *env, persist bool) (tun.Device, int, error) {
-	f, name, err := netns.OpenTUN(netns.TUNOptions{Name: cfg.TUN, MTU: cfg.MTU, VnetHdr: cfg.Offload != tun.OffloadOff, Persist: persist})
+	queues, name, err := netns.OpenTUN(netns.TUNOptions{Name: cfg.TUN, MTU: cfg.MTU, VnetHdr: cfg.Offload != tun.OffloadOff, Persist: persist, Queues: tun.Queues})
 	if err != nil {
 		return nil, 0, err
 	}
 	if err := netns.Configure(name, cfg.MTU, tunAddrs, false); err != nil {
-		f.Close()
+		netns.CloseTUN(queues)
 		return nil, 0, err
 	}
 	link, err := net.InterfaceByName(name)
 	if err != nil {
-		f.Close()
+		netns.CloseTUN(queues)
 		return nil, 0, fmt.Errorf("cannot find the TUN device again: %w", err)
 	}
-	dev, err := tun.FromFile(f, tun.Options{MTU: cfg.MTU, Offload: cfg.Offload, Log: e.log})
+	dev, err := tun.FromFiles(queues, tun.Options{MTU: cfg.MTU, Offload: cfg.Offload, Log: e.log})
 	return dev, link.Index, err
 }
 

@@ -37,6 +37,9 @@ func TestMain(m *testing.M) {
 	if path := os.Getenv(envAgent); path != "" {
 		os.Exit(agentMain(path))
 	}
+	if to := os.Getenv(envFlood); to != "" {
+		os.Exit(floodMain(to))
+	}
 	if viasocks = os.Getenv(envInside); viasocks != "" {
 		if os.Getenv(envWhy) == "" { // else this is nobody's namespace but the host's
 			if err := makeWorld(); err != nil {

@@ -136,7 +136,13 @@ func testBurst(t *testing.T, a *app, host string) {
 	send(t, app, addr, "first")
 	_, mapped := recv(t, far)
 	mapped = netip.AddrPortFrom(addr.Addr(), mapped.Port())
-	sizes := []int{1200, 1200, 1200, 1200, 700, 1200, 1200, 1, 0, 64, 64, 64, 1472, 1472, 1472}
+	// The longest that is not fragmented. Fragments may come by another queue of the TUN, and so later: the kernel knows no ports of
+	// theirs, as a network card does not.
+	longest := 1500 - 20 - 8
+	if host == world6 {
+		longest = 1500 - 40 - 8
+	}
+	sizes := []int{1200, 1200, 1200, 1200, 700, 1200, 1200, 1, 0, 64, 64, 64, longest, longest, longest}
 	for _, way := range []struct {
 		from, to *net.UDPConn
 		dst      netip.AddrPort

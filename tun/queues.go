@@ -1,0 +1,163 @@
+package tun
+
+import (
+	"fmt"
+	"os"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Queues is how many queues a TUN is best opened with (IFF_MULTI_QUEUE; Documentation/networking/tuntap.rst).
+//
+// A queue holds the interface's txqueuelen of frames, 500, and what comes to a full one is lost, whoever sent it. The kernel
+// chooses the queue by a hash of both endpoints, or, for flows that something was written to, takes the queue that this was
+// written to (tun_flow_update in drivers/net/tun.c). So a socket that sends more than can be read fills one queue, and loses its
+// own datagrams; whoever was in that queue by chance is moved by the next answer that it gets (see toward). More queues would
+// cost a descriptor each.
+const Queues = 16
+
+// queues is the open queues of one TUN behind an epoll set, which waits in the Go runtime's poller (an epoll descriptor is
+// itself pollable) and guards them all: their descriptors are used only while the set's own is held, and closed when
+// nobody holds it any more.
+type queues struct {
+	fds  []int
+	bell int // an eventfd in the set, which is of no queue: ringing it wakes the reader
+	epfd int // owned by set
+	set  *os.File
+	raw  syscall.RawConn // of set
+	base time.Time
+	// until is how long each queue is taken for flooded, in ns since base; 0: it is not.
+	until []atomic.Int64
+}
+
+// openQueues takes ownership of fds, also when it fails.
+func openQueues(fds []int) (q *queues, err error) {
+	defer func() {
+		if err != nil {
+			closeAll(fds)
+		}
+	}()
+	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("cannot make an epoll set: %w", err)
+	}
+	bell, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err == nil {
+		err = unix.SetNonblock(epfd, true) // tells os.NewFile that it is pollable
+	}
+	if err != nil {
+		unix.Close(epfd)
+		return nil, fmt.Errorf("cannot make an epoll set: %w", err)
+	}
+	q = &queues{fds: fds, bell: bell, epfd: epfd, base: time.Now(), until: make([]atomic.Int64, len(fds)), set: os.NewFile(uintptr(epfd), "epoll")}
+	err = unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, bell, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: noQueue})
+	for i, fd := range fds {
+		if err == nil {
+			err = unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(i)})
+		}
+	}
+	if err == nil {
+		q.raw, err = q.set.SyscallConn()
+	}
+	if err != nil {
+		q.set.Close()
+		return nil, fmt.Errorf("cannot poll: %w", err)
+	}
+	return q, nil
+}
+
+// close may be called once, from any goroutine. It ends a blocked read and waits for those who use a queue.
+func (q *queues) close() error {
+	err := q.set.Close()
+	closeAll(q.fds)
+	unix.Close(q.bell)
+	return err
+}
+
+func closeAll(fds []int) {
+	for _, fd := range fds {
+		unix.Close(fd)
+	}
+}
+
+// noQueue is the bell's number.
+const noQueue = -1
+
+// ring makes the set readable once more, so that the runtime's poller returns the reader with all else that is readable.
+func (q *queues) ring() {
+	one := uint64(1)
+	_, _, _ = syscall.RawSyscall(unix.SYS_WRITE, uintptr(q.bell), uintptr(unsafe.Pointer(&one)), unsafe.Sizeof(one))
+}
+
+// floodTerm is for how long a queue that was flooded is taken for flooded still.
+const floodTerm = time.Second
+
+// flooded notes that queue i is. The reader's.
+func (q *queues) flooded(i int) { q.until[i].Store(int64(time.Since(q.base) + floodTerm)) }
+
+// calm reports whether queue i is not flooded. Any goroutine.
+func (q *queues) calm(i int) bool {
+	until := q.until[i].Load()
+	if until == 0 {
+		return true
+	}
+	if int64(time.Since(q.base)) < until {
+		return false
+	}
+	q.until[i].CompareAndSwap(until, 0)
+	return true
+}
+
+// toward chooses the queue for a frame to the app, by the app's port: what the app sends to where the frame came from comes by
+// the same queue then, and all that one socket sends and gets answers to. If that queue is flooded there is a second choice,
+// another for each port: whoever shares a queue with a flood gets out of it. Frames without a port have the first queue.
+func (q *queues) toward(parts [][]byte) int {
+	if len(q.fds) == 1 {
+		return 0
+	}
+	// Neighbouring ports are the rule: the golden ratio spreads them (Knuth, TAOCP 6.4).
+	h := uint32(appPort(parts)) * 0x9E3779B1
+	n := uint32(len(q.fds))
+	i := int((h >> 16) % n)
+	if !q.calm(i) {
+		// Never the first choice again.
+		if j := (i + 1 + int((h>>8)%(n-1))) % int(n); q.calm(j) {
+			return j
+		}
+	}
+	return i
+}
+
+// appPort is the destination port of a TCP or UDP frame, or 0.
+func appPort(parts [][]byte) uint16 {
+	if len(parts) == 0 || len(parts[0]) < 20 {
+		return 0
+	}
+	p, proto, off := parts[0], byte(0), 0
+	switch p[0] >> 4 {
+	case 4:
+		proto, off = p[9], int(p[0]&0xf)*4+2
+		if p[6]&0x1f|p[7] != 0 { // not the first fragment
+			return 0
+		}
+	case 6:
+		proto, off = p[6], 42
+	}
+	if proto != unix.IPPROTO_TCP && proto != unix.IPPROTO_UDP {
+		return 0
+	}
+	if off >= len(p) { // gVisor gives each header by itself
+		if off -= len(p); len(parts) < 2 {
+			return 0
+		}
+		p = parts[1]
+	}
+	if off+2 > len(p) {
+		return 0
+	}
+	return uint16(p[off])<<8 | uint16(p[off+1])
+}
