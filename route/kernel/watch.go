@@ -120,12 +120,11 @@ type happened struct {
 // every thread of the process must be of the network namespace.
 func (h *Host) Run(ctx context.Context) {
 	var wg sync.WaitGroup
-	defer wg.Wait()
-	stop := context.AfterFunc(ctx, func() {
+	defer func() { // ctx has ended: who subscribes just now sees it before he reads
 		h.events.interrupt()
 		h.nfEvents.interrupt()
-	})
-	defer stop()
+		wg.Wait()
+	}()
 	var mu sync.Mutex
 	var news happened
 	wake := make(chan struct{}, 1)
