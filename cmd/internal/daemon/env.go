@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -17,27 +18,39 @@ import (
 type env struct {
 	log   *slog.Logger
 	level slog.LevelVar
-	file  *os.File // of the log; nil: standard error
+	out   *os.File // of the log
+	file  *os.File // is out, if it is ours to close; nil: standard error
 	quiet chan os.Signal
 }
 
 func newEnv(cfg *config.Config, stderr *os.File) (*env, error) {
 	e := &env{quiet: make(chan os.Signal, 1)}
-	out := stderr
+	e.out = stderr
 	if cfg.LogFile != "" {
 		f, err := os.OpenFile(cfg.LogFile, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 		if err != nil {
 			return nil, fmt.Errorf("cannot log to %s: %w", cfg.LogFile, err.(*os.PathError).Err)
 		}
-		e.file, out = f, f
+		e.file, e.out = f, f
 	}
 	e.level.Set(cfg.LogLevel)
-	e.log = slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: &e.level}))
+	e.logTo(e.out)
 	// A log that nobody reads any more must not take the network with it. Caught and not ignored: the program would
 	// inherit that.
 	signal.Notify(e.quiet, syscall.SIGPIPE)
 	tuneMemory()
 	return e, nil
+}
+
+func (e *env) logTo(w io.Writer) {
+	e.log = slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: &e.level}))
+}
+
+// queueLog lets lines wait for whoever reads them, until end: a log that nobody reads must not hold up a whole host.
+func (e *env) queueLog() (end func()) {
+	q := newLogQueue(e.out)
+	e.logTo(q)
+	return q.close
 }
 
 func (e *env) close() {

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"log/slog"
 	"os"
 	"os/signal"
 	"sync"
@@ -69,13 +67,7 @@ func Up(cfg *config.Config, o UpOptions) error {
 		return err
 	}
 	defer e.close()
-	out := io.Writer(o.Stderr)
-	if e.file != nil {
-		out = e.file
-	}
-	lines := newLogQueue(out) // a log that nobody reads must not hold up a whole host
-	defer lines.close()
-	e.log = slog.New(slog.NewTextHandler(lines, &slog.HandlerOptions{Level: &e.level}))
+	defer e.queueLog()()
 	e.warn(cfg)
 	path, lock, err := alone()
 	if err != nil {
