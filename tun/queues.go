@@ -45,13 +45,14 @@ func openQueues(fds []int) (q *queues, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot make an epoll set: %w", err)
 	}
-	bell, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-	if err == nil {
-		err = unix.SetNonblock(epfd, true) // tells os.NewFile that it is pollable
-	}
-	if err != nil {
+	if err := unix.SetNonblock(epfd, true); err != nil { // tells os.NewFile that it is pollable
 		unix.Close(epfd)
 		return nil, fmt.Errorf("cannot make an epoll set: %w", err)
+	}
+	bell, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		unix.Close(epfd)
+		return nil, fmt.Errorf("cannot make an eventfd: %w", err)
 	}
 	q = &queues{fds: fds, bell: bell, epfd: epfd, base: time.Now(), until: make([]atomic.Int64, len(fds)), set: os.NewFile(uintptr(epfd), "epoll")}
 	err = unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, bell, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: noQueue})
@@ -65,6 +66,7 @@ func openQueues(fds []int) (q *queues, err error) {
 	}
 	if err != nil {
 		q.set.Close()
+		unix.Close(bell)
 		return nil, fmt.Errorf("cannot poll: %w", err)
 	}
 	return q, nil

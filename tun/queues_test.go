@@ -278,3 +278,23 @@ func TestAppPort(t *testing.T) {
 		t.Error("a port out of nothing")
 	}
 }
+
+// TestOpenQueuesFails: what cannot be polled is closed, and nothing else stays open.
+func TestOpenQueuesFails(t *testing.T) {
+	fds := openFDs(t)
+	plain, err := os.CreateTemp(t.TempDir(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fd, err := unix.FcntlInt(plain.Fd(), unix.F_DUPFD_CLOEXEC, 3) // epoll refuses a plain file
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain.Close()
+	if _, err := openQueues([]int{fd}); err == nil {
+		t.Error("a plain file can be polled")
+	}
+	if n := openFDs(t); n != fds {
+		t.Errorf("%d open files, %d before", n, fds)
+	}
+}

@@ -134,7 +134,7 @@ func (r *reader) used() {
 func (r *reader) woken() {
 	r.frames, r.bytes = 0, 0
 	last := r.cur
-	if r.guess {
+	if r.guess && r.left == 0 && r.at == len(r.events) { // else it had only stepped back, and the turn goes on
 		r.begin()
 		if r.read(); r.errno != unix.EAGAIN {
 			return
