@@ -115,8 +115,9 @@ func (r *Router) open(a *assoc) {
 		return
 	}
 	if r.control.opening >= r.cfg.Limits.Associations {
+		most := r.udp.most
 		r.udp.mu.Unlock()
-		if r.control.waiting = append(r.control.waiting, a); len(r.control.waiting) > 2*r.cfg.Limits.Mappings {
+		if r.control.waiting = append(r.control.waiting, a); len(r.control.waiting) > 2*most {
 			r.control.waiting = slices.DeleteFunc(r.control.waiting, func(a *assoc) bool { return a.m.gone.Load() })
 		}
 		return

@@ -120,9 +120,12 @@ func (t *mappings) init() {
 	t.live(0)
 }
 
-// live sets how long mappings live; 0: as RFC 4787 4.3, REQ-5, has it.
+// DefaultUDPTimeout is what RFC 4787 4.3, REQ-5, recommends.
+const DefaultUDPTimeout = 5 * time.Minute
+
+// live sets how long mappings live. 0: DefaultUDPTimeout.
 func (t *mappings) live(udp time.Duration) {
-	t.life = 5 * time.Minute
+	t.life = DefaultUDPTimeout
 	t.shortLife = 30 * time.Second // questions and answers
 	t.pinned = time.Minute         // between two looks at the app's socket
 	if udp > 0 {

@@ -157,10 +157,13 @@ func (r *Router) Renew() {
 	}
 }
 
-// SetUDP changes UDPTimeout and Limits.Mappings, both more than zero. Mappings that are too many now go when others come.
+// SetUDP changes UDPTimeout and Limits.Mappings. As in Config, zero means the default. Mappings that are too many now go when
+// others come. New sets both by it, too.
 func (r *Router) SetUDP(timeout time.Duration, mappings int) {
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()
 	r.udp.live(timeout)
-	r.udp.most = mappings
+	if r.udp.most = mappings; mappings == 0 {
+		r.udp.most = defaultMappings(openFiles())
+	}
 }

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/socks"
@@ -191,4 +192,30 @@ func TestRenew(t *testing.T) {
 	}
 	g.Close()
 	g.Renew() // nothing happens
+}
+
+// A zero means the same to SetUDP as to New: the default.
+func TestSetUDPDefaults(t *testing.T) {
+	checkLeaks(t)
+	l, err := relay.NewLoop(relay.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	r, err := New(Config{Loops: []*relay.Loop{l}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	life, most := r.udp.life, r.udp.most
+	if life != DefaultUDPTimeout || most < 16 || most > DefaultMappings {
+		t.Errorf("at the start: %v, %d mappings", life, most)
+	}
+	r.SetUDP(time.Minute, 9)
+	if r.udp.life != time.Minute || r.udp.most != 9 {
+		t.Errorf("set: %v, %d mappings", r.udp.life, r.udp.most)
+	}
+	if r.SetUDP(0, 0); r.udp.life != life || r.udp.most != most {
+		t.Errorf("back to the defaults: %v, %d mappings", r.udp.life, r.udp.most)
+	}
 }

@@ -28,7 +28,7 @@ type Config struct {
 	// Resolvers answer port 53, by DNS over TCP through the upstream that the rules give them. None: port 53 is a
 	// port like others.
 	Resolvers []netip.AddrPort
-	// UDPTimeout is how long a mapping lives after the last datagram when its socket is gone. 0: 5 minutes, RFC 4787.
+	// UDPTimeout is how long a mapping lives after the last datagram when its socket is gone. 0: DefaultUDPTimeout.
 	UDPTimeout time.Duration
 	Limits     Limits
 	Log        *slog.Logger // nil: none
@@ -37,26 +37,33 @@ type Config struct {
 // Limits bound what the app can make us hold. Zero fields get the defaults.
 type Limits struct {
 	Flows        int // TCP flows, pending ones included; default 65,536, or what RLIMIT_NOFILE leaves
-	Mappings     int // UDP mappings; default 8,192, or what RLIMIT_NOFILE leaves
+	Mappings     int // UDP mappings; default DefaultMappings, or what RLIMIT_NOFILE leaves
 	Associations int // that may be pending at a time; default 256
 }
 
-// fill sets the defaults. A flow holds one descriptor, a mapping two (the control connection and the UDP socket): the
-// mappings get a quarter of what there is, the flows three fifths, and the rest is for everything else.
-func (l *Limits) fill() error {
-	if l.Flows < 0 || l.Mappings < 0 || l.Associations < 0 {
-		return errors.New("cannot use a limit below 0")
-	}
+// DefaultMappings is the most UDP mappings where enough files may be open.
+const DefaultMappings = 8192
+
+// openFiles is how many files may be open, as far as it matters here.
+func openFiles() int {
 	files := 1 << 20
 	var rl unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &rl); err == nil && rl.Cur < uint64(files) {
 		files = int(rl.Cur)
 	}
-	if l.Flows == 0 {
-		l.Flows = min(65536, files*3/5)
+	return files
+}
+
+func defaultMappings(files int) int { return max(min(DefaultMappings, files/8), 16) }
+
+// fill sets the defaults, but for Mappings, whose default SetUDP sets. A flow holds one descriptor, a mapping two (the control connection and the UDP socket): the
+// mappings get a quarter of what there is, the flows three fifths, and the rest is for everything else.
+func (l *Limits) fill() error {
+	if l.Flows < 0 || l.Mappings < 0 || l.Associations < 0 {
+		return errors.New("cannot use a limit below 0")
 	}
-	if l.Mappings == 0 {
-		l.Mappings = max(min(8192, files/8), 16)
+	if l.Flows == 0 {
+		l.Flows = min(65536, openFiles()*3/5)
 	}
 	if l.Associations == 0 {
 		l.Associations = 256
@@ -133,8 +140,7 @@ func New(cfg Config) (*Router, error) {
 	r.policy.Store(p)
 	r.streams.byID = make(map[uint64]*stream)
 	r.udp.init()
-	r.udp.live(cfg.UDPTimeout)
-	r.udp.most = cfg.Limits.Mappings
+	r.SetUDP(cfg.UDPTimeout, cfg.Limits.Mappings)
 	r.ctl.wake = make(chan struct{}, 1)
 	if len(cfg.Resolvers) > 0 {
 		d, err := r.newDNS(cfg.Resolvers)

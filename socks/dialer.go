@@ -1,6 +1,7 @@
 package socks
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -85,12 +86,6 @@ func NewDialer(o Options) (*Dialer, error) {
 	if o.ConnectTimeout < 0 || o.HandshakeTimeout < 0 {
 		return nil, errors.New("cannot use a negative timeout for SOCKS servers")
 	}
-	if o.ConnectTimeout == 0 {
-		o.ConnectTimeout = DefaultConnectTimeout
-	}
-	if o.HandshakeTimeout == 0 {
-		o.HandshakeTimeout = DefaultHandshakeTimeout
-	}
 	if o.Resolve == nil {
 		o.Resolve = func(ctx context.Context, host string) ([]netip.Addr, error) {
 			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
@@ -103,8 +98,7 @@ func NewDialer(o Options) (*Dialer, error) {
 		o.DirectControl = o.Control
 	}
 	d := &Dialer{opts: o, log: o.Log, base: time.Now(), ended: make(chan struct{}), fds: map[int32]registered{}}
-	d.connectTimeout.Store(int64(o.ConnectTimeout))
-	d.handshakeTimeout.Store(int64(o.HandshakeTimeout))
+	d.SetTimeouts(o.ConnectTimeout, o.HandshakeTimeout)
 	if err := d.openLoop(); err != nil {
 		return nil, fmt.Errorf("cannot start an event loop: %w", err)
 	}
@@ -113,10 +107,10 @@ func NewDialer(o Options) (*Dialer, error) {
 	return d, nil
 }
 
-// SetTimeouts changes ConnectTimeout and HandshakeTimeout for what begins from now on. Both are more than zero.
+// SetTimeouts changes ConnectTimeout and HandshakeTimeout for what begins from now on. As in Options, zero means the default.
 func (d *Dialer) SetTimeouts(connect, handshake time.Duration) {
-	d.connectTimeout.Store(int64(connect))
-	d.handshakeTimeout.Store(int64(handshake))
+	d.connectTimeout.Store(int64(cmp.Or(connect, DefaultConnectTimeout)))
+	d.handshakeTimeout.Store(int64(cmp.Or(handshake, DefaultHandshakeTimeout)))
 }
 
 // Close fails all pending dials with ErrClosed, ends all associations (OnClose is told ErrClosed) and returns when that is

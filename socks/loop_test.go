@@ -373,3 +373,16 @@ func BenchmarkConnectBlocking(b *testing.B) {
 		nc.Close()
 	}
 }
+
+// A zero means the same to SetTimeouts as to NewDialer: the default. With no timeout at all every dial would fail at once.
+func TestSetTimeoutsDefaults(t *testing.T) {
+	d, err := NewDialer(Options{ConnectTimeout: time.Second})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	d.SetTimeouts(0, 0)
+	if d.connectTimeout.Load() != int64(DefaultConnectTimeout) || d.handshakeTimeout.Load() != int64(DefaultHandshakeTimeout) {
+		t.Errorf("%v and %v", time.Duration(d.connectTimeout.Load()), time.Duration(d.handshakeTimeout.Load()))
+	}
+}

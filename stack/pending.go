@@ -1,6 +1,7 @@
 package stack
 
 import (
+	"cmp"
 	"container/heap"
 	"maps"
 	"net/netip"
@@ -13,10 +14,10 @@ import (
 )
 
 const (
-	// The defaults of Limits. A swarm's dead peers wait for the proxy's timeout, 30 s by default: 8192 of them are 270
+	// DefaultPending and DefaultPendingPerDest are the defaults of Limits. A swarm's dead peers wait for the proxy's timeout, 30 s by default: 8192 of them are 270
 	// new ones each second. A program that opens more than 256 connections to one address at once is a scanner.
-	defaultPending        = 8192
-	defaultPendingPerDest = 256
+	DefaultPending        = 8192
+	DefaultPendingPerDest = 256
 
 	// synRTO is the first retransmission timeout of a SYN (RFC 6298 2.1; Linux TCP_TIMEOUT_INIT).
 	synRTO = time.Second
@@ -103,23 +104,17 @@ type pendingTable struct {
 	shaking sync.WaitGroup // calls of open; it is Done when the handshake is over
 }
 
-// Set changes Limits and KeepaliveIdle for what begins from now on. All are more than zero.
+// Set changes Limits and KeepaliveIdle for what begins from now on. As in Config, zero means the default.
 func (s *Stack) Set(l Limits, keepaliveIdle time.Duration) {
-	s.keepalive.Store(int64(keepaliveIdle))
+	s.keepalive.Store(int64(cmp.Or(keepaliveIdle, DefaultKeepalive)))
 	s.pending.mu.Lock()
 	defer s.pending.mu.Unlock()
-	s.pending.limits = l
+	s.pending.limits = l.withDefaults()
 }
 
 func newPendingTable(l Limits, sockets flow.Sockets, stats *counters) *pendingTable {
-	if l.Pending == 0 {
-		l.Pending = defaultPending
-	}
-	if l.PendingPerDest == 0 {
-		l.PendingPerDest = defaultPendingPerDest
-	}
 	t := &pendingTable{
-		limits: l, sockets: sockets, stats: stats,
+		limits: l.withDefaults(), sockets: sockets, stats: stats,
 		byKey: make(map[tuple]*pendingSYN), perDest: make(map[netip.Addr]int),
 	}
 	t.idle.L = &t.mu

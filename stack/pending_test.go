@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/tun/tuntest"
 	"gvisor.dev/gvisor/pkg/buffer"
 	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
 )
@@ -360,4 +361,26 @@ func TestPendingNoGoroutines(t *testing.T) {
 		}
 		x.tab.close()
 	})
+}
+
+// A zero means the same to Set as to New: the default.
+func TestSetDefaults(t *testing.T) {
+	ours, theirs := tuntest.Pipe(1500, 0)
+	defer theirs.Close()
+	s, err := New(Config{Device: ours, Handler: &testHandler{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	want := Limits{Pending: DefaultPending, PendingPerDest: DefaultPendingPerDest}
+	for range 2 {
+		if s.pending.limits != want || s.keepalive.Load() != int64(DefaultKeepalive) {
+			t.Errorf("%+v, keepalive %v", s.pending.limits, time.Duration(s.keepalive.Load()))
+		}
+		s.Set(Limits{Pending: 2, PendingPerDest: 1}, time.Minute)
+		if s.pending.limits.Pending != 2 || s.keepalive.Load() != int64(time.Minute) {
+			t.Errorf("set: %+v, keepalive %v", s.pending.limits, time.Duration(s.keepalive.Load()))
+		}
+		s.Set(Limits{}, 0)
+	}
 }

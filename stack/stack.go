@@ -30,18 +30,23 @@ type Config struct {
 	Log     *slog.Logger // nil: discarded
 	Limits  Limits
 	// KeepaliveIdle is how long a stream may be idle before the app's kernel is asked whether it is still there.
-	// 0: 2 h.
+	// 0: DefaultKeepalive.
 	KeepaliveIdle time.Duration
 }
 
 // Limits are the budgets for SYNs that wait for an answer. Zero means the default.
 type Limits struct {
-	Pending        int // in all; default 8192
-	PendingPerDest int // for each destination address; default 256
+	Pending        int // in all; default DefaultPending
+	PendingPerDest int // for each destination address; default DefaultPendingPerDest
 }
 
-// defaultKeepalive is that of RFC 9293 3.8.4: two hours at the least unless the user wants otherwise.
-const defaultKeepalive = 2 * time.Hour
+// DefaultKeepalive is that of RFC 9293 3.8.4: two hours at the least unless the user wants otherwise.
+const DefaultKeepalive = 2 * time.Hour
+
+// withDefaults fills in the defaults. New and Set both take their limits from it.
+func (l Limits) withDefaults() Limits {
+	return Limits{Pending: cmp.Or(l.Pending, DefaultPending), PendingPerDest: cmp.Or(l.PendingPerDest, DefaultPendingPerDest)}
+}
 
 // Stack is the userspace stack over one device.
 type Stack struct {
@@ -88,7 +93,7 @@ func newStack(cfg Config) (*Stack, error) {
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
-	s.keepalive.Store(int64(cmp.Or(cfg.KeepaliveIdle, defaultKeepalive)))
+	s.keepalive.Store(int64(cmp.Or(cfg.KeepaliveIdle, DefaultKeepalive)))
 	e, err := s.newEngine()
 	if err != nil {
 		return nil, err

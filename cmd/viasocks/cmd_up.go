@@ -35,7 +35,7 @@ configuration file again. Over SSH, try it with --confirm 60s first.`,
 		}
 		_, v, _ := strings.Cut(version(info), " ")
 		return exitOK, daemon.Up(cfg, daemon.UpOptions{
-			Again:   func() (*config.Config, error) { return config.Parse(config.Up, again, env) },
+			Again:   func() (*config.Config, error) { return cfg.Again(again, env) },
 			Environ: env, Stderr: std.err, Version: v,
 		})
 	},

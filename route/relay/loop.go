@@ -17,12 +17,13 @@ import (
 
 // Config of a Loop.
 type Config struct {
-	// IdleTimeout is how long an upstream connection may be silent before keepalive probes begin. 0: 2 h.
+	// IdleTimeout is how long an upstream connection may be silent before keepalive probes begin. 0: DefaultIdle.
 	IdleTimeout time.Duration
 	Log         *slog.Logger // nil: slog.Default
 }
 
-const defaultIdle = 2 * time.Hour // RFC 1122, 4.2.3.6
+// DefaultIdle is the least that RFC 1122, 4.2.3.6, allows unless the user wants otherwise.
+const DefaultIdle = 2 * time.Hour
 
 // ErrClosed: the loop, or the link, was closed.
 var ErrClosed = errors.New("loop closed")
@@ -62,7 +63,7 @@ type slot struct {
 	gen uint32
 }
 
-// SetIdleTimeout changes Config.IdleTimeout for relays that are started from now on.
+// SetIdleTimeout changes Config.IdleTimeout for relays that are started from now on. 0: DefaultIdle.
 func (l *Loop) SetIdleTimeout(d time.Duration) { l.idle.Store(int64(keepIdle(d))) }
 
 // NewLoop makes a loop. Relays may be started at once; they move when Run runs.
@@ -86,7 +87,7 @@ func NewLoop(c Config) (*Loop, error) {
 // keepIdle is TCP_KEEPIDLE for d, or 0 if it is what the kernel does anyhow: one system call less for each flow.
 func keepIdle(d time.Duration) int {
 	if d == 0 {
-		d = defaultIdle
+		d = DefaultIdle
 	}
 	secs := min(int(d/time.Second), 32767) // MAX_TCP_KEEPIDLE
 	if b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_keepalive_time"); err == nil {

@@ -93,7 +93,11 @@ type Config struct {
 	LogFile  string   // empty: standard error
 	Warnings []string // to be logged once
 
+	// NeedRestart names the options that were given other values than the daemon was started with, and that it keeps: see Again.
+	NeedRestart []string
+
 	proxyAt      value // kept until finish
 	passwordFile value
 	logLevelSet  bool
+	kept         map[string][]value // of the options that a reload does not take
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -318,7 +319,7 @@ func FuzzFile(f *testing.F) {
 		}
 		if err == nil {
 			c := &Config{Command: Check}
-			_ = c.build(nil, got, nil)
+			_ = c.build(nil, got, nil, nil)
 		}
 	})
 }
@@ -336,4 +337,43 @@ func FuzzRedact(f *testing.F) {
 			t.Fatalf("%q became %q", s, q)
 		}
 	})
+}
+
+// Again keeps what a reload does not take, says so, and takes the rest; how a value is written does not matter.
+func TestAgain(t *testing.T) {
+	path := write(t, "proxy socks5://h\nmtu 1400\nmark 0x100/0xff00\nmax-mappings 9\nfail-open\n", 0o600)
+	args := []string{"--config", path, "--table", "77"}
+	first, err := Parse(Up, args, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct{ file, restart string }{
+		{"proxy socks5://i\nmtu 1400\nmark 256/0xff00\nfail-open true\n", ""},
+		{"proxy socks5://i\nmark 0x200/0xff00\nfail-open\ncontrol-group 0\n", "control-group mark mtu"},
+		{"proxy socks5://i\nmtu=1400\nmark 256/0xff00\nlan carry\ntable 78", "fail-open"}, // --table wins over the file
+	} {
+		if err := os.WriteFile(path, []byte(tt.file), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c, err := first.Again(args, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		slices.Sort(c.NeedRestart)
+		if got := strings.Join(c.NeedRestart, " "); got != tt.restart {
+			t.Errorf("%q: needs a restart for %q, want %q", tt.file, got, tt.restart)
+		}
+		if c.MTU != 1400 || c.Mark != 0x100 || !c.Host.FailOpen || c.Host.ControlGroup != -1 || c.Table != 77 {
+			t.Errorf("%q: what needs a restart changed: %+v", tt.file, c)
+		}
+		if c.MaxMappings != 0 || c.Upstreams[0].Server.Host() != "i" {
+			t.Errorf("%q: not taken: %+v", tt.file, c)
+		}
+	}
+	if err := os.WriteFile(path, []byte("proxy socks5://i\nmtu 9\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := first.Again(args, nil); err == nil || !strings.Contains(err.Error(), "mtu 9: must be") {
+		t.Errorf("a wrong value of an option that needs a restart: %v", err)
+	}
 }

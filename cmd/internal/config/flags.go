@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"reflect"
 	"strings"
 
 	"github.com/spf13/pflag"
@@ -53,9 +54,16 @@ func (g given) String() string   { return "" }
 func (g given) Type() string     { return g.opt.Arg }
 func (g given) IsBoolFlag() bool { return g.opt.Arg == "" }
 
+// Again reads everything anew for a daemon that was started with c, as Parse does. What the new Config says is what the daemon
+// does: options that a reload does not take have the values of c, and NeedRestart names those that would be others.
+func (c *Config) Again(args, env []string) (*Config, error) { return parse(c.Command, args, env, c) }
+
 // Parse reads the arguments of a subcommand, the file that they name, and the environment (in the form of os.Environ),
 // and checks everything. Nothing but the files named is touched. The error is ErrHelp, a *UsageError, or what failed.
-func Parse(cmd Command, args, env []string) (*Config, error) {
+func Parse(cmd Command, args, env []string) (*Config, error) { return parse(cmd, args, env, nil) }
+
+// parse: running is what a daemon was started with, or nil.
+func parse(cmd Command, args, env []string, running *Config) (*Config, error) {
 	flags := map[string][]value{}
 	set := pflag.NewFlagSet("", pflag.ContinueOnError)
 	set.SetOutput(io.Discard)
@@ -77,7 +85,8 @@ func Parse(cmd Command, args, env []string) (*Config, error) {
 	} else if err != nil {
 		return nil, &UsageError{Redact(err.Error())}
 	}
-	c := &Config{Command: cmd, Program: set.Args(), Host: Host{ControlGroup: -1}}
+	c := blank()
+	c.Command, c.Program = cmd, set.Args()
 	if cmd == Run && (len(c.Program) == 0 || c.Program[0] == "") {
 		return nil, usagef("cannot run: no program was given")
 	}
@@ -93,14 +102,16 @@ func Parse(cmd Command, args, env []string) (*Config, error) {
 			return nil, err
 		}
 	}
-	if err := c.build(flags, file, env); err != nil {
+	if err := c.build(flags, file, env, running); err != nil {
 		return nil, err
 	}
 	return c, nil
 }
 
-// build takes each option from the flags, else from the file, else its default.
-func (c *Config) build(flags, file map[string][]value, env []string) error {
+// build takes each option from the flags, else from the file, else its default; but from running, if there is one, what a reload
+// does not take.
+func (c *Config) build(flags, file map[string][]value, env []string, running *Config) error {
+	c.kept = map[string][]value{}
 	for i := range Options {
 		o := &Options[i]
 		if o.Cmds&c.Command == 0 {
@@ -113,17 +124,51 @@ func (c *Config) build(flags, file map[string][]value, env []string) error {
 		if vs == nil && o.Default != "" && !o.Soft {
 			vs = []value{{o.Name, o.Default, "--" + o.Name + " " + o.Default}}
 		}
-		for _, v := range vs {
-			if o.set == nil {
-				continue
-			}
-			if err := o.set(c, v); err != nil {
+		if !o.Live && running != nil {
+			was := running.kept[o.Name]
+			same, err := o.same(vs, was)
+			if err != nil {
 				return err
 			}
+			if !same {
+				c.NeedRestart = append(c.NeedRestart, o.Name)
+			}
+			vs = was
+		}
+		if !o.Live {
+			c.kept[o.Name] = vs
+		}
+		if err := o.apply(c, vs); err != nil {
+			return err
 		}
 	}
 	return c.finish(env)
 }
+
+// apply sets an option of c to what was given.
+func (o *Option) apply(c *Config, vs []value) error {
+	for _, v := range vs {
+		if o.set == nil {
+			continue
+		}
+		if err := o.set(c, v); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// same reports whether two ways to give an option mean the same, however they are written. The error is about a.
+func (o *Option) same(a, b []value) (bool, error) {
+	x, y := blank(), blank()
+	if err := o.apply(x, a); err != nil {
+		return false, err
+	}
+	return o.apply(y, b) == nil && reflect.DeepEqual(x, y), nil
+}
+
+// blank is a Config before any option was applied.
+func blank() *Config { return &Config{Host: Host{ControlGroup: -1}} }
 
 func readPath(path string, limit int64) ([]byte, os.FileInfo, error) {
 	f, err := os.Open(path)

@@ -2,8 +2,13 @@ package config
 
 import (
 	"slices"
+	"strconv"
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/route"
+	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/socks"
+	"github.com/viasocks/viasocks/stack"
 )
 
 // Command is a set of subcommands.
@@ -35,6 +40,7 @@ type Option struct {
 	Default string // shown, and used
 	Soft    bool   // the default is shown and not set: the layer that uses it may take less
 	Many    bool   // may be given more than once
+	Live    bool   // a reload takes it; else a daemon that runs keeps what it was started with, see Config.Again
 	Cmds    Command
 	Help    string // one line
 	Man     string // paragraphs of mdoc; the manual says there what the help has no room for
@@ -47,7 +53,7 @@ var Options = slices.Concat(flowOptions, hostOptions, logOptions)
 // flowOptions say how what is captured is carried.
 var flowOptions = []Option{
 	{
-		Name: "proxy", Arg: "URL", Cmds: all, set: setProxy,
+		Name: "proxy", Arg: "URL", Live: true, Cmds: all, set: setProxy,
 		Help: "socks5://[USER[:PASSWORD]@]HOST:PORT, carries what no rule says otherwise",
 		Man: `The proxy:
 .Ar socks5://[USER[:PASSWORD]@]HOST:PORT .
@@ -65,7 +71,7 @@ Without this option see
 .Sx ENVIRONMENT .`,
 	},
 	{
-		Name: "password-file", Arg: "FILE", Cmds: all, set: setPasswordFile,
+		Name: "password-file", Arg: "FILE", Live: true, Cmds: all, set: setPasswordFile,
 		Help: "the first line is the password for --proxy",
 		Man: `The first line of
 .Ar FILE ,
@@ -74,7 +80,7 @@ Without this option see
 A file that everybody may read is used, with a warning.`,
 	},
 	{
-		Name: "upstream", Arg: "NAME=URL", Many: true, Cmds: all, set: addUpstream,
+		Name: "upstream", Arg: "NAME=URL", Many: true, Live: true, Cmds: all, set: addUpstream,
 		Help: "one more proxy, for rules to name",
 		Man: `One more proxy, for rules to name.
 .Ar NAME
@@ -85,7 +91,7 @@ and
 are taken.`,
 	},
 	{
-		Name: "rule", Arg: "RULE", Many: true, Cmds: all, set: addRule,
+		Name: "rule", Arg: "RULE", Many: true, Live: true, Cmds: all, set: addRule,
 		Help: "which flows go where; the first rule that matches decides",
 		Man: `Which flows go where: conditions, all of which must hold, and then a verdict.
 The conditions are
@@ -109,7 +115,7 @@ The first rule that matches decides; what none matches goes to
 and is refused if there is none.`,
 	},
 	{
-		Name: "dns", Arg: "tcp://ADDR[,ADDR...]", Default: "tcp://1.1.1.1,9.9.9.9", Cmds: all, set: setDNS,
+		Name: "dns", Arg: "tcp://ADDR[,ADDR...]", Default: "tcp://1.1.1.1,9.9.9.9", Live: true, Cmds: all, set: setDNS,
 		Help: "resolvers that are asked over TCP, through the proxy",
 		Man: `Questions of the program to UDP port 53 of whatever address are answered by these resolvers, which are asked over TCP
 through the proxy.
@@ -118,43 +124,43 @@ is an address, with a port if it is not 53.
 TCP connections to port 53 are carried to the first of them.`,
 	},
 	{
-		Name: "connect-timeout", Arg: "TIME", Default: "10s", Cmds: all, set: duration("100ms", "5m", func(c *Config) *timeDuration { return &c.ConnectTimeout }),
+		Name: "connect-timeout", Arg: "TIME", Default: span(socks.DefaultConnectTimeout), Live: true, Cmds: all, set: duration("100ms", "5m", func(c *Config) *timeDuration { return &c.ConnectTimeout }),
 		Help: "how long reaching the proxy may take",
 		Man:  `How long the TCP connection to the proxy may take, from 100ms to 5m.`,
 	},
 	{
-		Name: "handshake-timeout", Arg: "TIME", Default: "30s", Cmds: all, set: duration("100ms", "10m", func(c *Config) *timeDuration { return &c.HandshakeTimeout }),
+		Name: "handshake-timeout", Arg: "TIME", Default: span(socks.DefaultHandshakeTimeout), Live: true, Cmds: all, set: duration("100ms", "10m", func(c *Config) *timeDuration { return &c.HandshakeTimeout }),
 		Help: "how long the proxy may take to answer",
 		Man: `How long the whole SOCKS exchange may take, the proxy's own way to the destination included, from 100ms to 10m.
 When no answer came in this time the program's connection attempt is left unanswered, as a silent destination would leave it.`,
 	},
 	{
-		Name: "idle-timeout", Arg: "TIME", Default: "2h", Cmds: all, set: duration("10s", "9h", func(c *Config) *timeDuration { return &c.IdleTimeout }),
+		Name: "idle-timeout", Arg: "TIME", Default: span(relay.DefaultIdle), Live: true, Cmds: all, set: duration("10s", "9h", func(c *Config) *timeDuration { return &c.IdleTimeout }),
 		Help: "idle TCP connections are probed after this",
 		Man: `A TCP connection on which nothing moved for this long is probed by keepalive on both sides, and ended if the other end is
 gone; from 10s to 9h (the kernel takes no more).
 A live connection is never ended, however idle.`,
 	},
 	{
-		Name: "udp-timeout", Arg: "TIME", Default: "5m", Cmds: all, set: duration("10s", "24h", func(c *Config) *timeDuration { return &c.UDPTimeout }),
+		Name: "udp-timeout", Arg: "TIME", Default: span(route.DefaultUDPTimeout), Live: true, Cmds: all, set: duration("10s", "24h", func(c *Config) *timeDuration { return &c.UDPTimeout }),
 		Help: "how long a UDP mapping lives without traffic and without a socket",
 		Man: `How long the UDP mapping of a program's socket lives after the last datagram, from 10s to 24h (RFC 4787 asks for two
 minutes at least).
 It lives on while the socket is open.`,
 	},
 	{
-		Name: "max-pending", Arg: "N", Default: "8192", Cmds: all, set: number(1, 1_000_000, func(c *Config) *int { return &c.MaxPending }),
+		Name: "max-pending", Arg: "N", Default: strconv.Itoa(stack.DefaultPending), Live: true, Cmds: all, set: number(1, 1_000_000, func(c *Config) *int { return &c.MaxPending }),
 		Help: "TCP connections that may wait for the proxy at a time",
 		Man: `How many TCP connections may wait for the proxy's answer at a time, from 1 to 1000000.
 More are left unanswered, so that the program's kernel tries again a second later.`,
 	},
 	{
-		Name: "max-pending-per-destination", Arg: "N", Default: "256", Cmds: all, set: number(1, 1_000_000, func(c *Config) *int { return &c.MaxPendingPerDest }),
+		Name: "max-pending-per-destination", Arg: "N", Default: strconv.Itoa(stack.DefaultPendingPerDest), Live: true, Cmds: all, set: number(1, 1_000_000, func(c *Config) *int { return &c.MaxPendingPerDest }),
 		Help: "the same for each destination address",
 		Man:  `The same for each destination address; not more than` + "\n.Fl -max-pending .",
 	},
 	{
-		Name: "max-mappings", Arg: "N", Default: "8192", Soft: true, Cmds: all, set: number(1, 65536, func(c *Config) *int { return &c.MaxMappings }),
+		Name: "max-mappings", Arg: "N", Default: strconv.Itoa(route.DefaultMappings), Soft: true, Live: true, Cmds: all, set: number(1, 65536, func(c *Config) *int { return &c.MaxMappings }),
 		Help: "UDP sockets of the program that have a mapping at a time",
 		Man: `How many UDP mappings there may be at a time, from 1 to 65536.
 Each holds two sockets to the proxy, so the default is less where the limit on open files is low.
@@ -193,7 +199,7 @@ is always taken out.`,
 // logOptions are the rest.
 var logOptions = []Option{
 	{
-		Name: "log-level", Arg: "LEVEL", Cmds: all, set: setLogLevel,
+		Name: "log-level", Arg: "LEVEL", Live: true, Cmds: all, set: setLogLevel,
 		Help: "debug, info, warn or error (run: warn, else info)",
 		Man: `.Cm debug , info , warn
 or

@@ -1,9 +1,15 @@
 package config
 
+import (
+	"strconv"
+
+	"github.com/viasocks/viasocks/route/kernel"
+)
+
 // hostOptions say what `up` does to the host.
 var hostOptions = []Option{
 	{
-		Name: "lan", Arg: "direct|carry|refuse", Default: "direct", Soft: true, Cmds: Up | Check, set: setLAN,
+		Name: "lan", Arg: "direct|carry|refuse", Default: "direct", Soft: true, Live: true, Cmds: Up | Check, set: setLAN,
 		Help: "what becomes of private networks that the host is connected to",
 		Man: `What becomes of private networks that the host is connected to: those parts of 10/8, 172.16/12, 192.168/16, 169.254/16,
 fc00::/7 and fe80::/10 that are on one of its devices.
@@ -16,7 +22,7 @@ not at all.
 Networks of containers and guests behind a bridge of this host are always reached.`,
 	},
 	{
-		Name: "inbound", Arg: "keep|carry", Default: "keep", Cmds: Up | Check, set: oneOf(func(c *Config) *string { return &c.Host.Inbound }, "keep", "carry"),
+		Name: "inbound", Arg: "keep|carry", Default: "keep", Live: true, Cmds: Up | Check, set: oneOf(func(c *Config) *string { return &c.Host.Inbound }, "keep", "carry"),
 		Help: "what becomes of answers to connections from outside",
 		Man: `What becomes of answers to connections that came in from outside, such as SSH to this host.
 .Cm keep :
@@ -26,7 +32,7 @@ they go back the way they came, also those open before
 they are nothing special, so a server on this host can't be reached from outside any more.`,
 	},
 	{
-		Name: "exclude", Arg: "NETWORK[,...]", Many: true, Cmds: Up | Check, set: addNetworks(func(c *Config) *Selection { return &c.Host.Exclude }),
+		Name: "exclude", Arg: "NETWORK[,...]", Many: true, Live: true, Cmds: Up | Check, set: addNetworks(func(c *Config) *Selection { return &c.Host.Exclude }),
 		Help: "destinations that are reached past the proxy",
 		Man: `Destinations that are reached past the proxy: addresses, or networks like 203.0.113.0/24.
 What is excluded leaves the host as if there were no
@@ -34,18 +40,18 @@ What is excluded leaves the host as if there were no
 questions for names to such a destination included.`,
 	},
 	{
-		Name: "exclude-uid", Arg: "USER|N[-M][,...]", Many: true, Cmds: Up | Check, set: addUIDs(func(c *Config) *Selection { return &c.Host.Exclude }),
+		Name: "exclude-uid", Arg: "USER|N[-M][,...]", Many: true, Live: true, Cmds: Up | Check, set: addUIDs(func(c *Config) *Selection { return &c.Host.Exclude }),
 		Help: "users whose programs go past the proxy",
 		Man:  `Users whose programs go past the proxy, by name or by number.`,
 	},
 	{
-		Name: "exclude-port", Arg: "N[-M][,...]", Many: true, Cmds: Up | Check, set: addPorts(func(c *Config) *Selection { return &c.Host.Exclude }),
+		Name: "exclude-port", Arg: "N[-M][,...]", Many: true, Live: true, Cmds: Up | Check, set: addPorts(func(c *Config) *Selection { return &c.Host.Exclude }),
 		Help: "destination ports (TCP and UDP) that are reached past the proxy",
 		Man: `Destination ports, of TCP and UDP, that are reached past the proxy.
 Not 53: names are asked through it.`,
 	},
 	{
-		Name: "exclude-device", Arg: "NAME[,...]", Many: true, Cmds: Up | Check, set: addDevices(func(c *Config) *Selection { return &c.Host.Exclude }),
+		Name: "exclude-device", Arg: "NAME[,...]", Many: true, Live: true, Cmds: Up | Check, set: addDevices(func(c *Config) *Selection { return &c.Host.Exclude }),
 		Help: "devices: what comes in by them, or is bound to them, goes past the proxy",
 		Man: `Network devices: what comes in by one of them to be forwarded, and sockets that are bound to one of them, go past the
 proxy.
@@ -56,7 +62,7 @@ others lead there.
 The device need not be there yet.`,
 	},
 	{
-		Name: "exclude-cgroup", Arg: "PATH[,...]", Many: true, Cmds: Up | Check, set: addCgroups(func(c *Config) *Selection { return &c.Host.Exclude }),
+		Name: "exclude-cgroup", Arg: "PATH[,...]", Many: true, Live: true, Cmds: Up | Check, set: addCgroups(func(c *Config) *Selection { return &c.Host.Exclude }),
 		Help: "control groups whose programs go past the proxy",
 		Man: `Control groups (version 2) whose programs go past the proxy, as in
 .Pa /proc/PID/cgroup :
@@ -64,7 +70,7 @@ The device need not be there yet.`,
 They must be there at the start.`,
 	},
 	{
-		Name: "include", Arg: "NETWORK[,...]", Many: true, Cmds: Up | Check, set: addNetworks(func(c *Config) *Selection { return &c.Host.Include }),
+		Name: "include", Arg: "NETWORK[,...]", Many: true, Live: true, Cmds: Up | Check, set: addNetworks(func(c *Config) *Selection { return &c.Host.Include }),
 		Help: "only these destinations go through the proxy",
 		Man: `Only these destinations go through the proxy, and what the other options that begin with
 .Ql include
@@ -73,27 +79,27 @@ name; everything else leaves the host as if there were no
 What is excluded as well is excluded.`,
 	},
 	{
-		Name: "include-uid", Arg: "USER|N[-M][,...]", Many: true, Cmds: Up | Check, set: addUIDs(func(c *Config) *Selection { return &c.Host.Include }),
+		Name: "include-uid", Arg: "USER|N[-M][,...]", Many: true, Live: true, Cmds: Up | Check, set: addUIDs(func(c *Config) *Selection { return &c.Host.Include }),
 		Help: "only these users' programs go through the proxy",
 		Man:  `The same for users.`,
 	},
 	{
-		Name: "include-port", Arg: "N[-M][,...]", Many: true, Cmds: Up | Check, set: addPorts(func(c *Config) *Selection { return &c.Host.Include }),
+		Name: "include-port", Arg: "N[-M][,...]", Many: true, Live: true, Cmds: Up | Check, set: addPorts(func(c *Config) *Selection { return &c.Host.Include }),
 		Help: "only these destination ports go through the proxy",
 		Man:  `The same for destination ports.`,
 	},
 	{
-		Name: "include-device", Arg: "NAME[,...]", Many: true, Cmds: Up | Check, set: addDevices(func(c *Config) *Selection { return &c.Host.Include }),
+		Name: "include-device", Arg: "NAME[,...]", Many: true, Live: true, Cmds: Up | Check, set: addDevices(func(c *Config) *Selection { return &c.Host.Include }),
 		Help: "only what comes in by these devices goes through the proxy",
 		Man:  `The same for devices.`,
 	},
 	{
-		Name: "include-cgroup", Arg: "PATH[,...]", Many: true, Cmds: Up | Check, set: addCgroups(func(c *Config) *Selection { return &c.Host.Include }),
+		Name: "include-cgroup", Arg: "PATH[,...]", Many: true, Live: true, Cmds: Up | Check, set: addCgroups(func(c *Config) *Selection { return &c.Host.Include }),
 		Help: "only these control groups' programs go through the proxy",
 		Man:  `The same for control groups.`,
 	},
 	{
-		Name: "strict", Cmds: Up | Check, set: boolean(func(c *Config) *bool { return &c.Host.Strict }),
+		Name: "strict", Live: true, Cmds: Up | Check, set: boolean(func(c *Config) *bool { return &c.Host.Strict }),
 		Help: "stop raw frames (AF_PACKET) too, and refuse the LAN",
 		Man: `Stop also what programs with CAP_NET_RAW send as raw frames
 .Pq Xr packet 7 ,
@@ -115,7 +121,7 @@ or
 .Cm down .`,
 	},
 	{
-		Name: "stay-closed", Cmds: Up | Check | Down, set: boolean(func(c *Config) *bool { return &c.Host.StayClosed }),
+		Name: "stay-closed", Live: true, Cmds: Up | Check | Down, set: boolean(func(c *Config) *bool { return &c.Host.StayClosed }),
 		Help: "leave the host closed when viasocks is stopped, until 'viasocks down'",
 		Man: `Leave the host closed when
 .Nm
@@ -148,7 +154,7 @@ and
 Without it only root may.`,
 	},
 	{
-		Name: "tun", Arg: "NAME", Default: "viasocks0", Cmds: Up | Check | Down, set: setTUN,
+		Name: "tun", Arg: "NAME", Default: kernel.DefaultTUN, Cmds: Up | Check | Down, set: setTUN,
 		Help: "name of the TUN device",
 		Man:  `Name of the TUN device, 15 bytes at most.`,
 	},
@@ -159,12 +165,12 @@ Without it only root may.`,
 It must be nobody else's.`,
 	},
 	{
-		Name: "nft-table", Arg: "NAME", Default: "viasocks", Cmds: Up | Check | Down, set: setNFTable,
+		Name: "nft-table", Arg: "NAME", Default: kernel.DefaultNFTable, Cmds: Up | Check | Down, set: setNFTable,
 		Help: "name of the nftables tables to use",
 		Man:  `Name of the nftables tables that hold the filter.`,
 	},
 	{
-		Name: "priority", Arg: "N", Default: "9000", Cmds: Up | Check | Down, set: number(1, 32000, func(c *Config) *int { return &c.Host.Priority }),
+		Name: "priority", Arg: "N", Default: strconv.Itoa(kernel.DefaultPriority), Cmds: Up | Check | Down, set: number(1, 32000, func(c *Config) *int { return &c.Host.Priority }),
 		Help: "number of the first of our ip rules",
 		Man: `Number of the first of our ip rules, from 1 to 32000; 19 more are used.
 It must be before the kernel's own (32766), and should be behind those of VPNs.`,

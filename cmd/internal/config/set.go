@@ -29,6 +29,17 @@ func duration(lo, hi string, field func(*Config) *timeDuration) func(*Config, va
 	}
 }
 
+// span is d as it is written for an option: 2h and not 2h0m0s.
+func span(d time.Duration) string {
+	s := d.String()
+	for _, zero := range []string{"m0s", "h0m"} {
+		if strings.HasSuffix(s, zero) {
+			s = s[:len(s)-2]
+		}
+	}
+	return s
+}
+
 func mustDuration(s string) time.Duration {
 	d, err := time.ParseDuration(s)
 	if err != nil {

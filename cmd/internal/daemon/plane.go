@@ -67,13 +67,12 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 	}()
 	if p.dialer, err = socks.NewDialer(socks.Options{
 		Control: dial.control, DirectControl: dial.direct, Resolve: dial.resolve, Log: log,
-		ConnectTimeout: cfg.ConnectTimeout, HandshakeTimeout: cfg.HandshakeTimeout,
 	}); err != nil {
 		dev.Close()
 		return nil, err
 	}
 	for range runtime.GOMAXPROCS(0) {
-		l, err := relay.NewLoop(relay.Config{IdleTimeout: cfg.IdleTimeout, Log: log})
+		l, err := relay.NewLoop(relay.Config{Log: log})
 		if err != nil {
 			dev.Close()
 			return nil, err
@@ -85,20 +84,17 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 	if p.router, err = route.New(route.Config{
 		Upstreams: policy.Upstreams, Rules: policy.Rules, Default: policy.Default, Resolvers: policy.Resolvers,
 		Loops: p.loops, Sockets: sockets,
-		UDPTimeout: cfg.UDPTimeout,
-		Limits:     route.Limits{Mappings: cfg.MaxMappings},
-		Log:        log,
+		Log: log,
 	}); err != nil {
 		dev.Close()
 		return nil, err
 	}
 	if p.stack, err = stack.New(stack.Config{
 		Device: dev, Handler: handler{p.router}, Sockets: sockets, Log: log,
-		Limits:        stack.Limits{Pending: cfg.MaxPending, PendingPerDest: cfg.MaxPendingPerDest},
-		KeepaliveIdle: cfg.IdleTimeout,
 	}); err != nil {
 		return nil, err
 	}
+	p.set(cfg)
 	p.router.Attach(p.stack.PacketWriter)
 	return p, nil
 }
@@ -142,13 +138,19 @@ func (p *plane) reload(cfg *config.Config) error {
 		return err
 	}
 	p.ups = ups
+	p.set(cfg)
+	return nil
+}
+
+// set hands every part the timeouts and limits of cfg. A new plane and one that is reloaded both get them here, so that they
+// cannot mean different things; a zero is the default of the part that takes it.
+func (p *plane) set(cfg *config.Config) {
 	p.dialer.SetTimeouts(cfg.ConnectTimeout, cfg.HandshakeTimeout)
 	for _, l := range p.loops {
 		l.SetIdleTimeout(cfg.IdleTimeout)
 	}
 	p.router.SetUDP(cfg.UDPTimeout, cfg.MaxMappings)
 	p.stack.Set(stack.Limits{Pending: cfg.MaxPending, PendingPerDest: cfg.MaxPendingPerDest}, cfg.IdleTimeout)
-	return nil
 }
 
 // renew has servers looked up anew, and what lives long and would not notice that the network is another one made anew.

@@ -39,11 +39,20 @@ func (u *up) config() *config.Config {
 	return u.cfg
 }
 
-func (u *up) take(cfg *config.Config) error {
+// take does what cfg says, or leaves everything as it was.
+func (u *up) take(cfg *config.Config) (err error) {
 	old := u.config()
 	u.mu.Lock()
+	warned := u.warnings
 	u.warnings = nil
 	u.mu.Unlock()
+	defer func() {
+		if err != nil {
+			u.mu.Lock()
+			u.warnings = warned
+			u.mu.Unlock()
+		}
+	}()
 	if err := u.checkProxies(cfg); err != nil {
 		return err
 	}
@@ -58,11 +67,12 @@ func (u *up) take(cfg *config.Config) error {
 		return errors.Join(err, u.change(cfg, old))
 	}
 	time.AfterFunc(lingers, func() { u.allowed.configure(u.config().Upstreams) })
+	u.checkNames(cfg)
 	for _, w := range cfg.Warnings {
-		u.warning(w)
+		u.log.Warn(w) // the status has them from cfg
 	}
-	if names := needRestart(u.first, cfg); len(names) > 0 {
-		u.warning("changed in the file, and taken at the next start only: " + strings.Join(names, ", "))
+	if len(cfg.NeedRestart) > 0 {
+		u.warning("changed in the file, and taken at the next start only: " + strings.Join(cfg.NeedRestart, ", "))
 	}
 	u.level.Set(cfg.LogLevel)
 	return nil
@@ -70,12 +80,11 @@ func (u *up) take(cfg *config.Config) error {
 
 // change does to the host what two configurations say differently.
 func (u *up) change(from, to *config.Config) error {
-	a, b := from.Host, to.Host
-	if u.host == nil || a.LAN == b.LAN && a.Inbound == b.Inbound && a.Strict == b.Strict && hasDirect(from) == hasDirect(to) &&
-		reflect.DeepEqual(a.Exclude, b.Exclude) && reflect.DeepEqual(a.Include, b.Include) {
+	next := kernelConfig(to, u.log)
+	if u.host == nil || reflect.DeepEqual(kernelConfig(from, u.log), next) {
 		return nil
 	}
-	return u.host.Change(kernelConfig(to, u.log))
+	return u.host.Change(next)
 }
 
 // warning logs what the status shows too.
@@ -86,29 +95,4 @@ func (u *up) warning(text string) {
 	if !slices.Contains(u.warnings, text) {
 		u.warnings = append(u.warnings, text)
 	}
-}
-
-// needRestart names the options that differ and that a reload does not take.
-func needRestart(a, b *config.Config) (names []string) {
-	for _, o := range []struct {
-		name string
-		same bool
-	}{
-		{"mtu", a.MTU == b.MTU},
-		{"offload", a.Offload == b.Offload},
-		{"tun", a.TUN == b.TUN},
-		{"mark", a.Mark == b.Mark && a.Mask == b.Mask},
-		{"priority", a.Host.Priority == b.Host.Priority},
-		{"table", a.Table == b.Table},
-		{"nft-table", a.Host.NFTable == b.Host.NFTable},
-		{"confirm", a.Host.Confirm == b.Host.Confirm},
-		{"fail-open", a.Host.FailOpen == b.Host.FailOpen},
-		{"control-group", a.Host.ControlGroup == b.Host.ControlGroup},
-		{"log-file", a.LogFile == b.LogFile},
-	} {
-		if !o.same {
-			names = append(names, o.name)
-		}
-	}
-	return names
 }

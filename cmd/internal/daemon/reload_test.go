@@ -14,11 +14,20 @@ import (
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
 )
 
 // newUp is one that is up, over a TUN in memory, with what file says.
 func newUp(t *testing.T, file string) (u *up, write func(string), log *strings.Builder) {
+	t.Helper()
+	u, write, theirs, log := startUp(t, file, nil)
+	t.Cleanup(func() { theirs.Close() })
+	return u, write, log
+}
+
+// startUp is newUp with an environment; theirs is the other end of the TUN.
+func startUp(t *testing.T, file string, environ []string) (u *up, write func(string), theirs tun.Device, log *strings.Builder) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "conf")
 	write = func(s string) {
@@ -27,20 +36,19 @@ func newUp(t *testing.T, file string) (u *up, write func(string), log *strings.B
 		}
 	}
 	write(file)
-	again := func() (*config.Config, error) { return config.Parse(config.Up, []string{"--config", path}, nil) }
-	cfg, err := again()
+	args := []string{"--config", path}
+	cfg, err := config.Parse(config.Up, args, environ)
 	if err != nil {
 		t.Fatal(err)
 	}
 	log = &strings.Builder{}
 	e := &env{}
 	e.log = slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: &e.level}))
-	u = &up{UpOptions: UpOptions{Again: again, Version: "test"}, env: e, first: cfg, cfg: cfg, state: control.Ready, confirm: make(chan struct{}, 1)}
+	u = &up{UpOptions: UpOptions{Again: func() (*config.Config, error) { return cfg.Again(args, environ) }, Version: "test"}, env: e, first: cfg, cfg: cfg, state: control.Ready, confirm: make(chan struct{}, 1)}
 	u.notify = newNotifier(nil, e.log)
 	u.allowed = newEndpoints(e.log)
 	u.allowed.configure(cfg.Upstreams)
 	ours, theirs := tuntest.Pipe(1500, 0)
-	t.Cleanup(func() { theirs.Close() })
 	if u.plane, err = newPlane(cfg, ours, nil, dialing{allowed: u.allowed}, slog.New(slog.DiscardHandler)); err != nil {
 		t.Fatal(err)
 	}
@@ -50,7 +58,7 @@ func newUp(t *testing.T, file string) (u *up, write func(string), log *strings.B
 	for end := time.Now().Add(patience); u.plane.reload(cfg) != nil && time.Now().Before(end); {
 		time.Sleep(2 * time.Millisecond)
 	}
-	return u, write, log
+	return u, write, theirs, log
 }
 
 func TestReload(t *testing.T) {

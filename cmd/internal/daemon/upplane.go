@@ -65,10 +65,9 @@ func (u *up) rebuild(why error) error {
 	u.log.Warn("the data plane ended: it is built anew", "err", why)
 	u.stopPlane(nil)
 	u.mu.Lock()
-	cfg := *u.cfg
+	cfg := u.cfg
 	u.mu.Unlock()
-	cfg.TUN, cfg.MTU, cfg.Offload = u.first.TUN, u.first.MTU, u.first.Offload // the TUN's are what they were
-	if err := u.startPlane(&cfg); err != nil {
+	if err := u.startPlane(cfg); err != nil {
 		return fmt.Errorf("%w; and then: %w", why, err)
 	}
 	if err := u.host.Steer(); err != nil {
