@@ -27,11 +27,15 @@ const patience = 20 * time.Second
 func TestMain(m *testing.M) {
 	MainIfChild()
 	superviseIfAsked()
+	attachIfAsked()
 	if os.Getenv(inNamespace) != "" && os.Geteuid() == 0 {
 		ownMounts()
 	}
 	if os.Getenv(inNamespace) == "" && !fuzzWorker() {
+		remove := coverHelpers()
+		defer remove() // where there is no namespace
 		if code, err := reenter(); err == nil {
+			remove()
 			os.Exit(code)
 		} else {
 			noNamespace = err.Error()
@@ -49,6 +53,26 @@ func (s settled) Run() int {
 		time.Sleep(5 * time.Millisecond)
 	}
 	return code
+}
+
+// coverHelpers gives the helpers of Spawn, which are this binary, a directory for their coverage that every user may write to. What
+// the go command names is its own user's, and the error would be in the program's output.
+func coverHelpers() (remove func()) {
+	if testing.CoverMode() == "" {
+		return func() {}
+	}
+	dir, err := os.MkdirTemp("", "coverage")
+	if err == nil {
+		err = os.Chmod(dir, 0o777)
+	}
+	if err == nil {
+		err = os.Setenv("GOCOVERDIR", dir)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "cannot make a directory for the helpers' coverage:", err)
+		os.Exit(1)
+	}
+	return func() { os.RemoveAll(dir) }
 }
 
 func fuzzWorker() bool {

@@ -124,9 +124,11 @@ func (c *Child) start(s Spec, sock int) error {
 		// With an identity map exec drops all capabilities but the ambient ones.
 		sys.AmbientCaps = []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_SYS_ADMIN}
 	}
-	pid, _, err := syscall.StartProcess("/proc/self/exe", argv, &syscall.ProcAttr{
-		Env: []string{"GOMAXPROCS=1", "GODEBUG=" + os.Getenv("GODEBUG")}, Files: files, Sys: sys,
-	})
+	env := []string{"GOMAXPROCS=1", "GODEBUG=" + os.Getenv("GODEBUG")}
+	if dir, ok := os.LookupEnv("GOCOVERDIR"); ok { // an executable built with coverage writes a warning where it is missing
+		env = append(env, "GOCOVERDIR="+dir)
+	}
+	pid, _, err := syscall.StartProcess("/proc/self/exe", argv, &syscall.ProcAttr{Env: env, Files: files, Sys: sys})
 	runtime.KeepAlive(s)
 	if err != nil {
 		return startError(c.Rootless, err)

@@ -28,17 +28,45 @@ type TUNOptions struct {
 	Queues  int    // how many; 0 and 1: one, without IFF_MULTI_QUEUE
 }
 
+// errForeign is the error of an interface that has more queues than we attached.
+var errForeign = errors.New("somebody else has a queue of it")
+
+// makeAttempts is how often a new interface is made when somebody else attaches a queue to it before it has an owner.
+const makeAttempts = 5
+
+// unowned is called when a new interface has no owner yet. Tests attach a queue then.
+var unowned = func(name string) {}
+
 // OpenTUN opens /dev/net/tun and attaches it to an interface of the calling thread's network namespace: a new one, or
 // a persistent one of that name, which gets one queue if it was made for one. There is a file for each queue; they are
 // non-blocking and the caller's to close, and may be used from any namespace.
+//
+// The interface belongs to the effective user and group of the caller, so that others need CAP_NET_ADMIN to attach a queue, which
+// would get a share of the frames. Until the owner is set everybody may who can open /dev/net/tun. A new interface to which somebody
+// attached a queue in that moment is deleted and made again; one that was there before is refused.
 func OpenTUN(o TUNOptions) (queues []*os.File, name string, err error) {
-	name = o.Name
-	defer func() {
-		if err != nil {
-			CloseTUN(queues)
-			queues = nil
+	for attempt := 1; ; attempt++ {
+		fresh := !exists(o.Name)
+		queues, name, err = openTUN(o)
+		if err == nil {
+			return queues, name, nil
 		}
-	}()
+		if fresh && errors.Is(err, errForeign) {
+			if derr := deleteLink(name); derr != nil {
+				err = errors.Join(err, derr)
+			} else if attempt < makeAttempts {
+				CloseTUN(queues)
+				continue
+			}
+		}
+		CloseTUN(queues)
+		return nil, "", err
+	}
+}
+
+// openTUN is one attempt of OpenTUN. On error too the files and the name are those that it got.
+func openTUN(o TUNOptions) (queues []*os.File, name string, err error) {
+	name = o.Name
 	flags := uint16(unix.IFF_TUN | unix.IFF_NO_PI)
 	if o.VnetHdr {
 		flags |= unix.IFF_VNET_HDR
@@ -53,7 +81,7 @@ func OpenTUN(o TUNOptions) (queues []*os.File, name string, err error) {
 			continue
 		}
 		if err != nil {
-			return queues, "", err
+			return queues, name, err
 		}
 		name = attached
 		// Only now, attached, can it be polled: os.NewFile gives it to the runtime's poller.
@@ -61,24 +89,73 @@ func OpenTUN(o TUNOptions) (queues []*os.File, name string, err error) {
 		if len(queues) > 1 {
 			continue
 		}
-		// Without IFF_MULTI_QUEUE the kernel refuses a second user itself.
-		if o.Queues > 1 && attachedQueues(name) > 1 {
-			return queues, "", attachError(name, unix.EBUSY)
-		}
-		persist := 0 // of one that is there already, too
-		if o.Persist {
-			persist = 1
-		}
-		if err := unix.IoctlSetInt(fd, unix.TUNSETPERSIST, persist); err != nil && o.Persist {
-			return queues, "", fmt.Errorf("cannot make the TUN device %s persistent: %w", name, err)
+		if err := takeOver(fd, name, o); err != nil {
+			return queues, name, err
 		}
 	}
 	if o.MTU != 0 {
 		if err := setMTU(name, o.MTU); err != nil {
-			return queues, "", err
+			return queues, name, err
 		}
 	}
 	return queues, name, nil
+}
+
+// takeOver makes the interface, to which fd is the first queue of ours, belong to us alone.
+func takeOver(fd int, name string, o TUNOptions) error {
+	unowned(name)
+	if err := unshared(name, o); err != nil {
+		return err
+	}
+	// The group as well: the interface may have had another one, whose members some kernels let in.
+	for _, own := range []struct{ request, id int }{{unix.TUNSETOWNER, os.Geteuid()}, {unix.TUNSETGROUP, os.Getegid()}} {
+		if err := unix.IoctlSetInt(fd, uint(own.request), own.id); err != nil {
+			return fmt.Errorf("cannot take the TUN device %s from others: %w", name, err)
+		}
+	}
+	if err := unshared(name, o); err != nil { // from here on it stays so
+		return err
+	}
+	persist := 0 // of one that is there already, too
+	if o.Persist {
+		persist = 1
+	}
+	if err := unix.IoctlSetInt(fd, unix.TUNSETPERSIST, persist); err != nil && o.Persist {
+		return fmt.Errorf("cannot make the TUN device %s persistent: %w", name, err)
+	}
+	return nil
+}
+
+// unshared checks that our first queue is the only one.
+func unshared(name string, o TUNOptions) error {
+	if o.Queues < 2 {
+		return nil // without IFF_MULTI_QUEUE the kernel itself refuses a second queue
+	}
+	n, err := queueCount(name)
+	if err != nil {
+		return fmt.Errorf("cannot tell who uses the TUN device %s: %w", name, err)
+	}
+	if n != 1 {
+		return fmt.Errorf("cannot use the TUN device %s: %w: choose another name, or remove it with 'ip link del %s'", name, errForeign, name)
+	}
+	return nil
+}
+
+// exists reports whether there is an interface of that name; a template and no name stand for a new one.
+func exists(name string) bool {
+	_, err := net.InterfaceByName(name)
+	return err == nil
+}
+
+func deleteLink(name string) error {
+	link, err := netlink.LinkByName(name)
+	if err == nil {
+		err = netlink.LinkDel(link)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot delete the TUN device %s: %w", name, err)
+	}
+	return nil
 }
 
 // CloseTUN closes the files of OpenTUN.
@@ -107,36 +184,55 @@ func openQueue(name string, flags uint16) (fd int, attached string, err error) {
 	return fd, ifr.Name(), nil
 }
 
-// attachedQueues is how many queues of the interface are open, by whomever; 0: it can't be told.
-func attachedQueues(name string) int {
-	index, err := net.InterfaceByName(name)
+// queueCount is how many queues the interface has, whoever holds them. Those that are detached count: their holders can attach
+// them again and are not asked for any privilege then.
+func queueCount(name string) (int, error) {
+	link, err := net.InterfaceByName(name)
 	if err != nil {
-		return 0
+		return 0, err
 	}
 	req := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_ACK)
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
-	msg.Index = int32(index.Index)
+	msg.Index = int32(link.Index)
 	req.AddData(msg)
 	answers, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
-	if err != nil || len(answers) == 0 || len(answers[0]) < unix.SizeofIfInfomsg {
-		return 0
+	if err != nil {
+		return 0, err
+	}
+	if len(answers) == 0 || len(answers[0]) < unix.SizeofIfInfomsg {
+		return 0, errors.New("the kernel's answer is too short")
 	}
 	data := answers[0][unix.SizeofIfInfomsg:]
-	for _, attr := range []uint16{unix.IFLA_LINKINFO, unix.IFLA_INFO_DATA, unix.IFLA_TUN_NUM_QUEUES} {
-		attrs, err := nl.ParseRouteAttr(data)
+	for _, attr := range []uint16{unix.IFLA_LINKINFO, unix.IFLA_INFO_DATA} {
+		if data, err = attribute(data, attr); err != nil {
+			return 0, err
+		}
+	}
+	n := 0
+	for _, attr := range []uint16{unix.IFLA_TUN_NUM_QUEUES, unix.IFLA_TUN_NUM_DISABLED_QUEUES} {
+		value, err := attribute(data, attr)
 		if err != nil {
-			return 0
+			return 0, err
 		}
-		i := slices.IndexFunc(attrs, func(a syscall.NetlinkRouteAttr) bool { return a.Attr.Type&^unix.NLA_F_NESTED == attr })
-		if i < 0 {
-			return 0
+		if len(value) < 4 {
+			return 0, fmt.Errorf("the kernel's attribute %d is too short", attr)
 		}
-		data = attrs[i].Value
+		n += int(binary.NativeEndian.Uint32(value))
 	}
-	if len(data) < 4 {
-		return 0
+	return n, nil
+}
+
+// attribute is the value of an attribute in data.
+func attribute(data []byte, kind uint16) ([]byte, error) {
+	attrs, err := nl.ParseRouteAttr(data)
+	if err != nil {
+		return nil, err
 	}
-	return int(binary.NativeEndian.Uint32(data))
+	i := slices.IndexFunc(attrs, func(a syscall.NetlinkRouteAttr) bool { return a.Attr.Type&^unix.NLA_F_NESTED == kind })
+	if i < 0 {
+		return nil, fmt.Errorf("the kernel's attribute %d is missing", kind)
+	}
+	return attrs[i].Value, nil
 }
 
 // CheckTUN says whether OpenTUN will find its device node, and touches nothing.
@@ -166,6 +262,9 @@ func attachError(name string, err error) error {
 	switch {
 	case errors.Is(err, unix.EPERM):
 		hint = ": CAP_NET_ADMIN is needed: run as root"
+		if exists(name) {
+			hint = ": it belongs to somebody else: run as root, or choose another name"
+		}
 	case errors.Is(err, unix.EBUSY):
 		hint = ": somebody else uses it: choose another name"
 	case errors.Is(err, unix.EINVAL):

@@ -1,6 +1,7 @@
 package netns
 
 import (
+	"errors"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -141,15 +142,15 @@ func TestQueues(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer exec.Command("ip", "link", "del", name).Run()
-	if n := attachedQueues(name); len(queues) != 4 || n != 4 {
-		t.Errorf("%d files, %d queues, want 4", len(queues), n)
+	if n, err := queueCount(name); len(queues) != 4 || n != 4 || err != nil {
+		t.Errorf("%d files, %d queues, %v, want 4", len(queues), n, err)
 	}
 	many.Name = name
-	if _, _, err := OpenTUN(many); err == nil || !strings.Contains(err.Error(), "somebody else uses it") {
+	if _, _, err := OpenTUN(many); err == nil || !errors.Is(err, errForeign) {
 		t.Errorf("a second user: %v", err)
 	}
-	if n := attachedQueues(name); n != 4 {
-		t.Errorf("%d queues after it", n)
+	if n, err := queueCount(name); n != 4 || err != nil {
+		t.Errorf("%d queues after it, %v", n, err)
 	}
 	CloseTUN(queues)
 	if queues, _, err = OpenTUN(many); err != nil || len(queues) != 4 {
