@@ -21,9 +21,10 @@ const (
 	offloadUSO = unix.TUN_F_USO4 | unix.TUN_F_USO6
 )
 
-// fileDevice is a TUN of the kernel.
+// fileDevice is a TUN of the kernel whose frames carry a header. They go by its own queues; the handle keeps the rest.
 type fileDevice struct {
 	q      *queues
+	h      *handle
 	name   string
 	mtu    int
 	off    Offload
@@ -32,10 +33,10 @@ type fileDevice struct {
 	wr     sync.Pool // of *writer
 }
 
-// FromFiles makes a Device of an open TUN, whose queues they are: those of netns.OpenTUN, or of another namespace, since only
-// the files are used and never the interface's name. It takes ownership of them, also when it fails. The TUN must have been made
-// with IFF_NO_PI; whether it has IFF_VNET_HDR is asked. Without it, and on kernels that lack an offload, Device.Offload
-// says less than Options.Offload asked for.
+// FromFiles makes a Device of an open TUN. The files are its queues, as netns.OpenTUN gives them; they may be from another network
+// namespace, unless o.OnLink is set. It takes ownership of them, also when it fails. The TUN must have been made with IFF_NO_PI;
+// whether it has IFF_VNET_HDR is asked. Without that header, and on kernels that lack an offload, Device.Offload says less than
+// Options.Offload asked for.
 func FromFiles(files []*os.File, o Options) (Device, error) {
 	fds, err := takeFiles(files)
 	if err != nil {
@@ -46,22 +47,60 @@ func FromFiles(files []*os.File, o Options) (Device, error) {
 		closeAll(fds)
 		return nil, fmt.Errorf("cannot use the TUN device: %w", err)
 	}
-	d := &fileDevice{name: name, mtu: o.MTU}
+	var d Device
 	if vnet {
-		if d.off, err = negotiate(fds[0], o.Offload); err != nil {
-			closeAll(fds)
-			return nil, fmt.Errorf("cannot set the offloads of the TUN device %s: %w", name, err)
-		}
+		d, err = newFileDevice(fds, name, o)
+	} else {
+		closeAll(fds[1:])
+		d, err = newPlain(fds[0], name, o)
 	}
-	if d.q, err = openQueues(fds); err != nil {
+	if err != nil {
 		return nil, fmt.Errorf("cannot use the TUN device %s: %w", name, err)
 	}
-	d.rd.init(d.q, vnet)
-	d.wr.New = func() any { return newWriter(vnet) }
 	if o.Log != nil {
-		o.Log.LogAttrs(context.Background(), slog.LevelDebug, "tun device", slog.String("name", name), slog.Int("mtu", o.MTU), slog.Int("queues", len(fds)),
-			slog.String("offload", o.Offload.String()), slog.Bool("vnet_hdr", vnet), slog.Bool("tso", d.off&TSO != 0), slog.Bool("uso", d.off&USO != 0))
+		off := d.Offload()
+		o.Log.LogAttrs(context.Background(), slog.LevelDebug, "tun device", slog.String("name", name), slog.Int("mtu", o.MTU), slog.Int("files", len(fds)),
+			slog.String("offload", o.Offload.String()), slog.Bool("vnet_hdr", vnet), slog.Bool("tso", off&TSO != 0), slog.Bool("uso", off&USO != 0))
 	}
+	return d, nil
+}
+
+// newFileDevice takes ownership of fds, also when it fails. The first is the handle's, if there is another one for the frames.
+func newFileDevice(fds []int, name string, o Options) (_ *fileDevice, err error) {
+	own, fds := fds[0], fds[1:]
+	detach := len(fds) > 0
+	if !detach {
+		// The interface was made for one queue. The handle shares it and leaves the frames alone.
+		fds = []int{own}
+		if own, err = unix.FcntlInt(uintptr(fds[0]), unix.F_DUPFD_CLOEXEC, 3); err != nil {
+			closeAll(fds)
+			return nil, err
+		}
+	}
+	d := &fileDevice{name: name, mtu: o.MTU}
+	if d.h, err = newHandle(own, o); err != nil {
+		closeAll(fds)
+		return nil, err
+	}
+	if detach {
+		err = d.h.detach()
+	}
+	if err == nil {
+		if d.off, err = negotiate(fds[0], o.Offload); err != nil {
+			err = fmt.Errorf("cannot set its offloads: %w", err)
+		}
+	}
+	if err != nil {
+		closeAll(fds)
+	} else {
+		d.q, err = openQueues(fds)
+	}
+	if err != nil {
+		d.h.close()
+		return nil, err
+	}
+	d.rd.init(d.q)
+	d.wr.New = func() any { return newWriter() }
 	return d, nil
 }
 
@@ -135,7 +174,7 @@ func probe(fds []int) (name string, vnet bool, err error) {
 	return name, true, nil
 }
 
-// negotiate sets what m allows and the kernel has.
+// negotiate limits the offloads to what m allows. The handle has asked for all; that the kernel has USO is seen only by asking again.
 func negotiate(fd int, m Mode) (Offload, error) {
 	switch {
 	case m == OffloadOff:
@@ -154,7 +193,7 @@ func (d *fileDevice) Close() error {
 	if d.closed.Swap(true) {
 		return nil
 	}
-	return d.q.close()
+	return errors.Join(d.q.close(), d.h.close())
 }
 
 // rawErr names the error of a RawConn: with the file open it has none to give.
@@ -185,14 +224,11 @@ func (d *fileDevice) Read(h *Header, b []byte, wait bool) (int, error) {
 	default:
 		return 0, d.readErr(r.errno)
 	}
-	n := r.n - r.hdrLen
+	n := r.n - HeaderLen
 	if n < 0 {
 		return 0, fmt.Errorf("cannot read from the TUN device %s: a frame without its header", d.name)
 	}
-	*h = Header{}
-	if r.hdrLen != 0 {
-		*h = ParseHeader(r.hdr[:])
-	}
+	*h = ParseHeader(r.hdr[:])
 	if n > len(b) {
 		return len(b), ErrTooLong
 	}
@@ -201,7 +237,7 @@ func (d *fileDevice) Read(h *Header, b []byte, wait bool) (int, error) {
 
 func (d *fileDevice) readErr(errno syscall.Errno) error {
 	if errno == unix.EBADFD {
-		return fmt.Errorf("cannot read from the TUN device %s: the interface was deleted: %w", d.name, errno)
+		return errDeleted("read from", d.name)
 	}
 	return fmt.Errorf("cannot read from the TUN device %s: %w", d.name, errno)
 }
@@ -215,7 +251,7 @@ func (d *fileDevice) Write(h *Header, parts [][]byte) error {
 		if err = d.q.raw.Control(w.try); err != nil {
 			err = d.rawErr(err)
 		} else if w.errno != 0 {
-			err = d.writeErr(w.errno)
+			err = writeErr(d.name, w.errno)
 		}
 	}
 	w.reset()
@@ -223,7 +259,12 @@ func (d *fileDevice) Write(h *Header, parts [][]byte) error {
 	return err
 }
 
-func (d *fileDevice) writeErr(errno syscall.Errno) error {
+// errDeleted is the error of a device whose interface somebody deleted.
+func errDeleted(to, name string) error {
+	return fmt.Errorf("cannot %s the TUN device %s: the interface was deleted: %w", to, name, unix.EBADFD)
+}
+
+func writeErr(name string, errno syscall.Errno) error {
 	switch errno {
 	case unix.EAGAIN, unix.ENOBUFS, unix.ENOMEM:
 		return ErrAgain
@@ -235,7 +276,7 @@ func (d *fileDevice) writeErr(errno syscall.Errno) error {
 	case unix.EINVAL:
 		return ErrBadFrame
 	case unix.EBADFD:
-		return fmt.Errorf("cannot write to the TUN device %s: the interface was deleted: %w", d.name, errno)
+		return errDeleted("write to", name)
 	}
-	return fmt.Errorf("cannot write to the TUN device %s: %w", d.name, errno)
+	return fmt.Errorf("cannot write to the TUN device %s: %w", name, errno)
 }

@@ -25,10 +25,15 @@ var (
 // kernelTUN is a Device of the kernel in the test's namespace, with addresses and default routes.
 func kernelTUN(t testing.TB, vnet bool, m Mode) Device {
 	t.Helper()
+	return openKernelTUN(t, vnet, Queues, Options{MTU: 1500, Offload: m})
+}
+
+func openKernelTUN(t testing.TB, vnet bool, n int, o Options) Device {
+	t.Helper()
 	if noNamespace != "" {
 		t.Skip(noNamespace)
 	}
-	queues, name, err := netns.OpenTUN(netns.TUNOptions{Name: "vst%d", MTU: 1500, VnetHdr: vnet, Queues: Queues})
+	queues, name, err := netns.OpenTUN(netns.TUNOptions{Name: "vst%d", VnetHdr: vnet, Queues: n, MTU: 1500})
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) {
 		t.Skip(err)
 	} else if err != nil {
@@ -38,13 +43,13 @@ func kernelTUN(t testing.TB, vnet bool, m Mode) Device {
 		netns.CloseTUN(queues)
 		t.Fatal(err)
 	}
-	d, err := FromFiles(queues, Options{MTU: 1500, Offload: m})
+	d, err := FromFiles(queues, o)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { d.Close() })
-	if d.Name() != name || d.MTU() != 1500 {
-		t.Errorf("name %q, MTU %d; want %q, 1500", d.Name(), d.MTU(), name)
+	if d.Name() != name || d.MTU() != o.MTU {
+		t.Errorf("name %q, MTU %d; want %q, %d", d.Name(), d.MTU(), name, o.MTU)
 	}
 	return d
 }
@@ -75,20 +80,23 @@ func readPacket(t testing.TB, d Device, want func(packet) bool) (Header, packet,
 var devices = []struct {
 	name string
 	vnet bool
+	n    int // queues
 	mode Mode
 	want Offload
 }{
-	{"plain", false, OffloadFull, 0},
-	{"off", true, OffloadOff, VnetHdr},
-	{"nouso", true, OffloadNoUSO, VnetHdr | TSO},
-	{"full", true, OffloadFull, VnetHdr | TSO | USO},
+	{"plain", false, Queues, OffloadFull, 0},
+	{"plain, one queue", false, 1, OffloadFull, 0},
+	{"off", true, Queues, OffloadOff, VnetHdr},
+	{"nouso", true, Queues, OffloadNoUSO, VnetHdr | TSO},
+	{"full", true, Queues, OffloadFull, VnetHdr | TSO | USO},
+	{"one queue", true, 1, OffloadFull, VnetHdr | TSO | USO},
 }
 
 // eachDevice runs f on all kinds of device.
 func eachDevice(t *testing.T, f func(t *testing.T, d Device)) {
 	for _, c := range devices {
 		t.Run(c.name, func(t *testing.T) {
-			d := kernelTUN(t, c.vnet, c.mode)
+			d := openKernelTUN(t, c.vnet, c.n, Options{MTU: 1500, Offload: c.mode})
 			if got := d.Offload(); got != c.want {
 				if got|USO == c.want {
 					t.Skip("the kernel has no USO (Linux 6.2)")
@@ -351,8 +359,9 @@ func TestCloseWakesRead(t *testing.T) {
 	})
 }
 
-func TestInterfaceGone(t *testing.T) {
-	d := kernelTUN(t, true, OffloadFull)
+func TestInterfaceGone(t *testing.T) { eachDevice(t, interfaceGone) }
+
+func interfaceGone(t *testing.T, d Device) {
 	if out, err := exec.Command("ip", "link", "set", d.Name(), "down").CombinedOutput(); err != nil {
 		t.Skipf("no ip command: %v %s", err, out)
 	}

@@ -36,7 +36,11 @@ func ParseMode(s string) (Mode, error) {
 
 // Options are the choices of FromFiles.
 type Options struct {
-	MTU     int          // of the interface, bytes; only reported: setting it is for who opened the device
+	MTU     int          // of the interface, bytes. It is set with OnLink, and otherwise only reported
 	Offload Mode         // full unless set
 	Log     *slog.Logger // nil: nothing is logged
+
+	// OnLink is called when the link may have gone up or down or may have another MTU, until Close. It must not block or close
+	// the device. The interface must be in the network namespace of the thread that calls FromFiles. nil: nothing is watched.
+	OnLink func()
 }

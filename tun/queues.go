@@ -11,14 +11,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Queues is how many queues a TUN is best opened with (IFF_MULTI_QUEUE; Documentation/networking/tuntap.rst).
+// Queues is how many queues a TUN is best opened with: one for each of the frames' queues, and the one that the handle detaches.
+const Queues = frameQueues + 1
+
+// frameQueues is how many queues the frames have (IFF_MULTI_QUEUE; Documentation/networking/tuntap.rst).
 //
 // A queue holds the interface's txqueuelen of frames, 500, and what comes to a full one is lost, whoever sent it. The kernel
 // chooses the queue by a hash of both endpoints, or, for flows that something was written to, takes the queue that this was
 // written to (tun_flow_update in drivers/net/tun.c). So a socket that sends more than can be read fills one queue, and loses its
 // own datagrams; whoever was in that queue by chance is moved by the next answer that it gets (see toward). More queues would
 // cost a descriptor each.
-const Queues = 16
+const frameQueues = 16
 
 // queues is the open queues of one TUN behind an epoll set, which waits in the Go runtime's poller (an epoll descriptor is
 // itself pollable) and guards them all: their descriptors are used only while the set's own is held, and closed when

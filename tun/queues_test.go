@@ -203,22 +203,22 @@ func TestReaderStepsBack(t *testing.T) {
 }
 
 func TestToward(t *testing.T) {
-	q := &queues{fds: make([]int, Queues), until: make([]atomic.Int64, Queues), base: time.Now()}
+	q := &queues{fds: make([]int, frameQueues), until: make([]atomic.Int64, frameQueues), base: time.Now()}
 	frame := func(port uint16) [][]byte {
 		b, _, _ := packet{src: netip.AddrPortFrom(far4, 1), dst: netip.AddrPortFrom(app4, port), proto: protoUDP}.marshal(false)
 		return [][]byte{b}
 	}
 	used := map[int]int{}
-	for port := uint16(32768); port < 32768+16*Queues; port += 2 { // as the kernel chooses them
+	for port := uint16(32768); port < 32768+16*frameQueues; port += 2 { // as the kernel chooses them
 		i := q.toward(frame(port))
 		if i != q.toward(frame(port)) {
 			t.Fatal("it is not the same queue each time")
 		}
 		used[i]++
 	}
-	for i := range Queues {
+	for i := range frameQueues {
 		if used[i] < 2 || used[i] > 24 {
-			t.Errorf("queue %d has %d of %d ports", i, used[i], 8*Queues)
+			t.Errorf("queue %d has %d of %d ports", i, used[i], 8*frameQueues)
 		}
 	}
 	first := q.toward(frame(40000))

@@ -42,20 +42,16 @@ type reader struct {
 	hdr     [HeaderLen]byte
 	over    [1]byte // filled only when the frame did not fit
 	iov     [3]unix.Iovec
-	hdrLen  int
 	n       int
 	errno   syscall.Errno
 	try     func(uintptr)
 	tryWait func(uintptr) bool
 }
 
-func (r *reader) init(q *queues, vnet bool) {
+func (r *reader) init(q *queues) {
 	r.q, r.turns, r.events = q, make([]turns, len(q.fds)), make([]unix.EpollEvent, 0, len(q.fds)+1)
-	if vnet {
-		r.hdrLen = HeaderLen
-	}
 	r.iov[0].Base = &r.hdr[0]
-	r.iov[0].SetLen(r.hdrLen)
+	r.iov[0].SetLen(HeaderLen)
 	r.iov[2].Base = &r.over[0]
 	r.iov[2].SetLen(len(r.over))
 	r.try = func(uintptr) { r.next() }
@@ -122,7 +118,7 @@ func (r *reader) used() {
 		return
 	}
 	b := unsafe.Slice(r.iov[1].Base, r.iov[1].Len)
-	if b = b[:min(len(b), max(r.n-r.hdrLen, 0))]; len(b) < 20 || b[0]>>4 == 4 && b[9] != unix.IPPROTO_UDP || b[0]>>4 == 6 && b[6] != unix.IPPROTO_UDP {
+	if b = b[:min(len(b), max(r.n-HeaderLen, 0))]; len(b) < 20 || b[0]>>4 == 4 && b[9] != unix.IPPROTO_UDP || b[0]>>4 == 6 && b[6] != unix.IPPROTO_UDP {
 		return // TCP sends no more than its windows
 	}
 	if t.full++; t.full >= floodTurns {

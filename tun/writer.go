@@ -17,31 +17,26 @@ const maxIovecs = 1024
 // writer is the arguments and the outcome of one writev. Writers are pooled, as many as write at once.
 type writer struct {
 	hdr   [HeaderLen]byte
-	vnet  bool
 	fd    int // of the queue
 	iov   []unix.Iovec
 	errno syscall.Errno
 	try   func(uintptr)
 }
 
-func newWriter(vnet bool) *writer {
+func newWriter() *writer {
 	// A super-frame has up to 128 datagrams (UDP_MAX_SEGMENTS) and its headers.
-	w := &writer{vnet: vnet, iov: make([]unix.Iovec, 0, 132)}
+	w := &writer{iov: make([]unix.Iovec, 0, 132)}
 	w.try = w.writev
 	return w
 }
 
 // set gathers the frame. What the kernel would misread or refuse for its size is refused here.
 func (w *writer) set(h *Header, parts [][]byte) error {
-	if w.vnet {
-		Header{}.Put(w.hdr[:])
-		if h != nil {
-			h.Put(w.hdr[:])
-		}
-		w.add(w.hdr[:])
-	} else if h != nil && (h.GSOType != GSONone || h.Flags&NeedsCsum != 0) {
-		return ErrBadFrame // it would go out unfinished
+	Header{}.Put(w.hdr[:])
+	if h != nil {
+		h.Put(w.hdr[:])
 	}
+	w.add(w.hdr[:])
 	n := 0
 	for _, p := range parts {
 		if len(p) != 0 {

@@ -1,0 +1,86 @@
+package tun
+
+import (
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+	wgtun "golang.zx2c4.com/wireguard/tun"
+)
+
+// handle is the wireguard device of a TUN. It owns the interface's name, its MTU, the negotiation of the offloads and the lifetime,
+// and it tells of changes to the link. The frames do not pass through it: its Read and Write would cut each super-segment into
+// packets and merge them again. It therefore holds a queue that is detached from the interface, to which the kernel gives no frame.
+type handle struct {
+	dev     wgtun.Device
+	drained chan struct{} // closed when the last event was read
+}
+
+// newHandle makes the wireguard device of fd, which it owns, also when it fails. fd must be attached to the interface: the device
+// asks for its name and sets its offloads. With onLink the link is watched from the calling thread's network namespace, which must
+// be the interface's own.
+func newHandle(fd int, o Options) (*handle, error) {
+	h := &handle{drained: make(chan struct{})}
+	if o.OnLink == nil {
+		dev, _, err := wgtun.CreateUnmonitoredTUNFromFD(fd)
+		if err != nil {
+			return nil, err // its finalizer closes the file
+		}
+		h.dev = dev
+	} else {
+		file := os.NewFile(uintptr(fd), "/dev/net/tun")
+		dev, err := wgtun.CreateTUNFromFile(file, o.MTU)
+		if err != nil {
+			file.Close()
+			return nil, err
+		}
+		h.dev = dev
+	}
+	go h.drain(o.OnLink)
+	return h, nil
+}
+
+// drain reads the events until the device is closed: its goroutines would wait for a reader otherwise. What an event says is not
+// passed on. The library's netlink watch reports a link that went down as a change of the MTU, unless the link came up in the same
+// message. Only its zero-length write, once a second, says "down"; on a detached queue this write does nothing else.
+func (h *handle) drain(onLink func()) {
+	defer close(h.drained)
+	for range h.dev.Events() {
+		if onLink != nil {
+			onLink()
+		}
+	}
+}
+
+// detach takes the handle's queue out of those that the interface sends to. It stays a queue of the interface in all else.
+func (h *handle) detach() error {
+	ifr, err := unix.NewIfreq("")
+	if err != nil {
+		return err
+	}
+	ifr.SetUint16(unix.IFF_DETACH_QUEUE)
+	if err := h.control(func(fd int) error { return unix.IoctlIfreq(fd, unix.TUNSETQUEUE, ifr) }); err != nil {
+		return fmt.Errorf("cannot detach a queue: %w", err)
+	}
+	return nil
+}
+
+// control calls f with the handle's descriptor, which stays open meanwhile.
+func (h *handle) control(f func(fd int) error) error {
+	raw, err := h.dev.File().SyscallConn()
+	if err != nil {
+		return err
+	}
+	cerr := raw.Control(func(fd uintptr) { err = f(int(fd)) })
+	if cerr != nil {
+		return cerr
+	}
+	return err
+}
+
+// close returns when no event will come any more.
+func (h *handle) close() error {
+	err := h.dev.Close()
+	<-h.drained
+	return err
+}
