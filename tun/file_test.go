@@ -39,7 +39,7 @@ func openKernelTUN(t testing.TB, vnet bool, n int, o Options) Device {
 	} else if err != nil {
 		t.Fatal(err)
 	}
-	if err := netns.Configure(name, 0, []netip.Prefix{netip.PrefixFrom(app4, 32), netip.PrefixFrom(app6, 128)}, true); err != nil {
+	if _, err := netns.Configure(name, 0, []netip.Prefix{netip.PrefixFrom(app4, 32), netip.PrefixFrom(app6, 128)}, true); err != nil {
 		netns.CloseTUN(queues)
 		t.Fatal(err)
 	}

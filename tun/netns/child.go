@@ -107,7 +107,7 @@ func prepare(sock int, o order) error {
 	}
 	defer CloseTUN(queues)
 	r := report{TUNName: name}
-	if r.IPv6, err = configure(name, o.TUN.MTU, o.Addrs, true); err != nil {
+	if r.IPv6, err = Configure(name, o.TUN.MTU, o.Addrs, true); err != nil {
 		return err
 	}
 	link, err := net.InterfaceByName(name)

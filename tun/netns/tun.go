@@ -299,13 +299,9 @@ func setMTU(name string, mtu int) error {
 // and, if asked, makes it the default route of each family that it has an address of. What is there already is left
 // or replaced. Where the namespace has no IPv6 (ipv6.disable=1, disable_ipv6, an MTU below 1280) IPv4 alone is set up:
 // nothing goes out by IPv6 then. Duplicate address detection and autoconfiguration are off: nobody would answer.
-func Configure(name string, mtu int, addrs []netip.Prefix, defaultRoutes bool) error {
-	_, err := configure(name, mtu, addrs, defaultRoutes)
-	return err
-}
-
-// configure is Configure; ipv6 reports whether all IPv6 addresses were set.
-func configure(name string, mtu int, addrs []netip.Prefix, defaultRoutes bool) (ipv6 bool, err error) {
+//
+// ipv6 reports whether all IPv6 addresses were set.
+func Configure(name string, mtu int, addrs []netip.Prefix, defaultRoutes bool) (ipv6 bool, err error) {
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return false, fmt.Errorf("cannot configure %s: %w", name, err)

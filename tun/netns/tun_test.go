@@ -87,7 +87,7 @@ func TestPersist(t *testing.T) {
 		if err != nil || again != name {
 			t.Fatal(again, err)
 		}
-		if ipv6, err := configure(name, 0, addrs, false); err != nil || !ipv6 {
+		if ipv6, err := Configure(name, 0, addrs, false); err != nil || !ipv6 {
 			t.Errorf("IPv6 %v, %v", ipv6, err)
 		}
 		CloseTUN(queues)
@@ -121,12 +121,12 @@ func TestConfigureWithoutIPv6(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		if ipv6, err := configure(name, c.mtu, c.addrs, false); ipv6 != c.ipv6 || err != nil {
+		if ipv6, err := Configure(name, c.mtu, c.addrs, false); ipv6 != c.ipv6 || err != nil {
 			t.Errorf("%s: IPv6 %v, %v", c.name, ipv6, err)
 		}
 		CloseTUN(queues)
 	}
-	if err := Configure("vs-none", 0, nil, false); err == nil || !strings.Contains(err.Error(), "cannot configure vs-none") {
+	if _, err := Configure("vs-none", 0, nil, false); err == nil || !strings.Contains(err.Error(), "cannot configure vs-none") {
 		t.Error(err)
 	}
 }
@@ -185,7 +185,7 @@ func TestNoQueueingDiscipline(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer CloseTUN(queues)
-	if _, err := configure(name, 1500, []netip.Prefix{netip.MustParsePrefix("10.98.3.1/32")}, false); err != nil {
+	if _, err := Configure(name, 1500, []netip.Prefix{netip.MustParsePrefix("10.98.3.1/32")}, false); err != nil {
 		t.Fatal(err)
 	}
 	out, err := exec.Command("tc", "qdisc", "show", "dev", name).CombinedOutput()

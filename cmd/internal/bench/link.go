@@ -96,7 +96,7 @@ func openEndHere(spec, name string, super bool) (*os.File, error) {
 		err = errors.Join(cerr, err)
 	}
 	if err == nil {
-		err = netns.Configure(name, 1500, []netip.Prefix{prefix}, false)
+		_, err = netns.Configure(name, 1500, []netip.Prefix{prefix}, false)
 	}
 	if err != nil {
 		f.Close()

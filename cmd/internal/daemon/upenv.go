@@ -94,7 +94,7 @@ func openTUN(cfg *config.Config, e *env, persist bool) (tun.Device, int, error) 
 	if err != nil {
 		return nil, 0, err
 	}
-	if err := netns.Configure(name, cfg.MTU, tunAddrs, false); err != nil {
+	if _, err := netns.Configure(name, cfg.MTU, tunAddrs, false); err != nil {
 		netns.CloseTUN(queues)
 		return nil, 0, err
 	}
