@@ -125,8 +125,8 @@ func TestGuard(t *testing.T) {
 		if err := p.send(); err != nil {
 			t.Errorf("after the second start: %v", err)
 		}
-		if n := strings.Count(ip(t, "-4 rule"), "proto 118"); n != 11 {
-			t.Errorf("%d rules of ours, want one set of 11", n)
+		if n := strings.Count(ip(t, "-4 rule"), "proto 118"); n != 10 {
+			t.Errorf("%d rules of ours, want one set of 10", n)
 		}
 		down(t, h2)
 	})

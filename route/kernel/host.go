@@ -169,8 +169,8 @@ func (h *Host) taken() error {
 			switch {
 			case r.Protocol == Protocol:
 				h.recovered = true
-			case r.Table == c.Table:
-				return fmt.Errorf("cannot use table %d: an ip rule of somebody else leads to it: see 'ip rule', and choose another with --table", c.Table)
+			case r.Table == c.Table || r.Table == c.closedTable():
+				return fmt.Errorf("cannot use table %d: an ip rule of somebody else leads to it: see 'ip rule', and choose another with --table", r.Table)
 			case r.Priority >= c.Priority && r.Priority <= c.Priority+lastRule:
 				return fmt.Errorf("cannot use rule priorities %d to %d: somebody else has %d: see 'ip rule', and choose others with --priority", c.Priority, c.Priority+lastRule, r.Priority)
 			case r.Mark != 0 && (r.Mask == nil || *r.Mask&c.Marks.Mask != 0) && overlaps(r.Mark, r.Mask, c.Marks):
@@ -182,8 +182,8 @@ func (h *Host) taken() error {
 			return err
 		}
 		for _, r := range routes {
-			if r.Table == c.Table && r.Protocol != Protocol {
-				return fmt.Errorf("cannot use table %d: it has routes of somebody else: see 'ip route show table %[1]d', and choose another with --table", c.Table)
+			if (r.Table == c.Table || r.Table == c.closedTable()) && r.Protocol != Protocol {
+				return fmt.Errorf("cannot use table %d: it has routes of somebody else: see 'ip route show table %[1]d', and choose another with --table", r.Table)
 			}
 			h.recovered = h.recovered || r.Protocol == Protocol
 		}

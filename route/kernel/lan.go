@@ -55,7 +55,6 @@ func connected(n *net.IPNet) (netip.Prefix, bool) {
 // links is what the host's devices say now.
 type links struct {
 	lan  []lanNet
-	near []lanNet // all IPv4 networks, private or not: gateways are there
 	out  []string // devices that may lead out of the host, by name
 	mine int      // index of the TUN, 0: not there
 }
@@ -116,10 +115,6 @@ func (h *Host) look() (l links, err error) {
 			n = a.Peer // the network is the peer's, the address stands alone
 		}
 		p, ok := connected(n)
-		near := lanNet{dev: names[a.LinkIndex], prefix: p}
-		if _, known := guest[a.LinkIndex]; known && p.IsValid() && p.Addr().Is4() && len(l.near) < maxLAN && !slices.Contains(l.near, near) {
-			l.near = append(l.near, near)
-		}
 		ln := lanNet{dev: names[a.LinkIndex], prefix: p, guest: guest[a.LinkIndex]}
 		if _, known := guest[a.LinkIndex]; !ok || !known || seen[ln] {
 			continue
@@ -127,9 +122,6 @@ func (h *Host) look() (l links, err error) {
 		seen[ln] = true
 		l.lan = append(l.lan, ln)
 	}
-	sort.Slice(l.near, func(i, j int) bool {
-		return l.near[i].prefix.String()+l.near[i].dev < l.near[j].prefix.String()+l.near[j].dev
-	})
 	sort.Slice(l.lan, func(i, j int) bool {
 		a, b := l.lan[i], l.lan[j]
 		if a.guest != b.guest {

@@ -24,8 +24,9 @@ func (h *Host) Plan() ([]string, error) {
 		out = append(out, "sysctl -w net.ipv4.conf.all.src_valid_mark=1")
 	}
 	for _, f := range h.families {
-		r := h.wantRoute(f, 1)
-		out = append(out, routeText(r, h.c.TUN))
+		for _, r := range h.wantRoutes(f, 1) {
+			out = append(out, routeText(r, h.c.TUN))
+		}
 	}
 	for _, f := range h.families {
 		for _, r := range h.c.rules(f, l) {

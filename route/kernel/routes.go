@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -44,89 +45,125 @@ func (h *Host) source(family int) net.IP {
 	return nil
 }
 
-// wantRoute is T's default route; nil: there is no TUN to lead to.
-func (h *Host) wantRoute(family, tun int) *netlink.Route {
-	if tun == 0 {
-		return nil
+// wantRoutes are the routes of ours for a family; tun is the index of the TUN, 0 where there is none.
+//
+// Table T has the default route into the TUN. Its scope is universe, and not the link that ip(8) would give a route
+// without a gateway: see closedTable.
+//
+// The table behind it (closedTable) refuses everything, IPv4 only: see rules.
+func (h *Host) wantRoutes(family, tun int) (out []*netlink.Route) {
+	if family == unix.AF_INET {
+		out = append(out, h.refusing(family, h.c.closedTable()))
 	}
-	r := &netlink.Route{
-		LinkIndex: tun, Table: h.c.Table, Protocol: Protocol, Family: family, Type: unix.RTN_UNICAST,
-		Scope: netlink.SCOPE_UNIVERSE, Dst: defaultNet(family), Src: h.source(family),
+	if tun != 0 {
+		out = append(out, &netlink.Route{
+			LinkIndex: tun, Table: h.c.Table, Protocol: Protocol, Family: family, Type: unix.RTN_UNICAST,
+			Scope: netlink.SCOPE_UNIVERSE, Dst: defaultNet(family), Src: h.source(family),
+		})
 	}
-	// Not the scope link that ip(8) would give an IPv4 route without a gateway: who adds a route via a gateway without
-	// naming a device has the kernel look for the gateway by our rules, and this one would do as a link to it.
-	return r
+	return out
 }
 
-func routeText(r *netlink.Route, dev string) string {
-	f, typ, src := "", "", ""
+// refusing is a default route that refuses everything.
+func (h *Host) refusing(family, table int) *netlink.Route {
+	return &netlink.Route{
+		Table: table, Protocol: Protocol, Family: family, Type: unix.RTN_UNREACHABLE,
+		Scope: netlink.SCOPE_UNIVERSE, Dst: defaultNet(family),
+	}
+}
+
+func routeText(r *netlink.Route, tun string) string {
+	var b strings.Builder
+	b.WriteString("ip ")
 	if r.Family == unix.AF_INET6 {
-		f = "-6 "
+		b.WriteString("-6 ")
 	}
-	switch {
-	case r.Type == unix.RTN_UNREACHABLE:
-		typ = "unreachable "
-	case dev != "":
-		dev = " dev " + dev
-	}
+	b.WriteString("route replace ")
 	if r.Type == unix.RTN_UNREACHABLE {
-		dev = ""
+		b.WriteString("unreachable default")
+	} else {
+		b.WriteString("default dev " + tun)
+	}
+	fmt.Fprintf(&b, " table %d protocol %d", r.Table, Protocol)
+	if r.Family == unix.AF_INET {
+		b.WriteString(" scope global")
 	}
 	if r.Src != nil {
-		src = " src " + r.Src.String()
+		b.WriteString(" src " + r.Src.String())
 	}
-	scope := ""
-	if r.Family == unix.AF_INET && r.Type == unix.RTN_UNICAST {
-		scope = " scope global"
-	}
-	return fmt.Sprintf("ip %sroute replace %sdefault%s table %d protocol %d%s%s", f, typ, dev, r.Table, Protocol, scope, src)
+	return b.String()
 }
 
-// syncRoutes makes T what it should be. It says what it changed.
-func (h *Host) syncRoutes(family, tun int) (changed []string, err error) {
-	routes, err := h.nl.RouteListFiltered(family, &netlink.Route{Table: h.c.Table}, netlink.RT_FILTER_TABLE)
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-		return nil, fmt.Errorf("cannot list kernel routes: %w", err)
+// sameRoute reports whether r does what want does. A default route of IPv6 that refuses is as good as one into a TUN
+// that has no IPv6.
+func (h *Host) sameRoute(r, want *netlink.Route) bool {
+	if want.Family == unix.AF_INET6 && h.tunNoIPv6 && r.Type == unix.RTN_UNREACHABLE {
+		return true
 	}
-	want := h.wantRoute(family, tun)
-	have := false
-	for i := range routes {
-		r := &routes[i]
-		if r.Protocol != Protocol {
-			continue
+	if r.Type != want.Type || want.Family == unix.AF_INET && r.Scope != want.Scope {
+		return false
+	}
+	return r.Type == unix.RTN_UNREACHABLE || r.LinkIndex == want.LinkIndex && r.Src.Equal(want.Src)
+}
+
+// syncRoutes makes our tables what they should be. It says what it changed.
+func (h *Host) syncRoutes(family, tun int) (changed []string, err error) {
+	want := h.wantRoutes(family, tun)
+	for _, table := range []int{h.c.Table, h.c.closedTable()} {
+		routes, err := h.nl.RouteListFiltered(family, &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return changed, fmt.Errorf("cannot list kernel routes: %w", err)
 		}
-		if ones, _ := maskOf(r.Dst); want != nil && ones == 0 {
-			refused := r.Type == unix.RTN_UNREACHABLE && family == unix.AF_INET6 && h.tunNoIPv6
-			have = have || refused || r.LinkIndex == want.LinkIndex && r.Type == want.Type && (want.Src == nil && r.Src == nil || r.Src.Equal(want.Src))
-			continue // replaced below, if it is another
+		for i := range routes {
+			r := &routes[i]
+			if r.Protocol != Protocol {
+				continue
+			}
+			ones, _ := maskOf(r.Dst)
+			at := slices.IndexFunc(want, func(w *netlink.Route) bool { return w.Table == table })
+			switch {
+			case ones == 0 && at >= 0 && h.sameRoute(r, want[at]):
+				want = slices.Delete(want, at, at+1) // it is there
+				continue
+			case ones == 0 && at >= 0 && r.LinkIndex == want[at].LinkIndex && r.Priority == want[at].Priority:
+				continue // the new route replaces it below
+			}
+			if err := h.delRoute(r); err != nil {
+				return changed, err
+			}
+			changed = append(changed, "stale route")
 		}
-		if err := h.delRoute(r); err != nil {
+	}
+	for _, r := range want {
+		if r, err = h.addRoute(r); err != nil {
 			return changed, err
 		}
-		changed = append(changed, "stale route")
+		changed = append(changed, routeText(r, h.c.TUN))
 	}
-	if want == nil || have {
-		return changed, nil
-	}
+	return changed, nil
+}
+
+// addRoute adds a route of ours, or one in its place that the kernel takes, and returns what it added.
+func (h *Host) addRoute(r *netlink.Route) (*netlink.Route, error) {
 	if err := step(); err != nil {
-		return changed, err
+		return nil, err
 	}
-	err = h.nl.RouteReplace(want)
-	if errors.Is(err, unix.EINVAL) && want.Src != nil { // the address went meanwhile
-		want.Src = nil
-		err = h.nl.RouteReplace(want)
+	err := h.nl.RouteReplace(r)
+	if errors.Is(err, unix.EINVAL) && r.Src != nil { // the address went meanwhile
+		r.Src = nil
+		err = h.nl.RouteReplace(r)
 	}
-	if family == unix.AF_INET6 && (errors.Is(err, unix.EACCES) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EINVAL)) {
+	if r.Family == unix.AF_INET6 && (errors.Is(err, unix.EACCES) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EINVAL)) {
 		// IPv6 must not pass by the proxy because it is switched off on one device.
 		h.tunNoIPv6 = true
 		h.say("no IPv6", "the TUN device has no IPv6: IPv6 is refused", "why", err)
-		want = &netlink.Route{Table: h.c.Table, Protocol: Protocol, Family: family, Dst: want.Dst, Type: unix.RTN_UNREACHABLE}
-		err = h.nl.RouteReplace(want)
+		r = h.refusing(r.Family, r.Table)
+		err = h.nl.RouteReplace(r)
 	}
 	if err != nil {
-		return changed, fmt.Errorf("cannot add the %s default route to table %d: %w", familyName(family), h.c.Table, err)
+		return nil, fmt.Errorf("cannot add the %s default route to table %d: %w", familyName(r.Family), r.Table, err)
 	}
-	return append(changed, routeText(want, h.c.TUN)), nil
+	return r, nil
 }
 
 func (h *Host) delRoute(r *netlink.Route) error {

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -44,18 +43,28 @@ type rule struct {
 // rules are all of ours for a family:
 //
 //	P    fwmark OWN, DIRECT, INBOUND  goto END, those in use
-//	P+1  DHCP; gateways               goto END
+//	P+1  DHCP                         goto END
 //	P+2  what is excluded             goto END
 //	P+3  port 53                      lookup T
-//	P+4  to connected networks        goto END, or unreachable
+//	P+4  to connected networks        goto END, or refuse
 //	P+4  by a device that leads out   goto END, with Include
 //	P+5                               lookup T
-//	P+6                               unreachable
+//	P+6                               refuse
 //	P+19                              nop
 //
 // A look-up of main would be wrong for the exceptions: whoever has rules behind ours, as wg-quick, has them without us
 // too. Connected networks are rules and not throw routes in T, which answers for port 53 inside of them too, and after a
-// throw the rule behind it would say unreachable.
+// throw the rule behind it would refuse.
+//
+// IPv6 refuses by a rule of type unreachable: a look-up for a device skips an unreachable route and goes on to main.
+//
+// IPv4 refuses by a table that holds an unreachable route (closedTable). When somebody adds a route with a gateway, the
+// kernel looks the gateway up by all ip rules, with no mark, no port and user 0, and refuses the route with "Nexthop has
+// invalid gateway" if that look-up fails (fib_check_nh in net/ipv4/fib_semantics.c). DHCP clients do not try again, so a
+// new lease would leave the host without a network. Nothing that an ip rule can match tells that look-up from a
+// program's, but its scope does: it asks for a route of scope link or narrower, and skips the routes of T and of
+// closedTable, which have scope universe. It goes on to main, and finds the gateway's network there. The same holds for
+// sockets with SO_DONTROUTE, which the filter refuses.
 func (c *Config) rules(family int, l links) (out []rule) {
 	end := c.Priority + lastRule
 	add := func(at int, r rule) {
@@ -71,17 +80,6 @@ func (c *Config) rules(family int, l links) (out []rule) {
 		client, server = PortRange{546, 546}, PortRange{547, 547}
 	}
 	add(atHost, rule{proto: unix.IPPROTO_UDP, sport: client, dport: server, jump: end})
-	if family == unix.AF_INET {
-		// Who adds a route has the kernel look for its gateway by these rules, on the device named (of IPv6 it looks in
-		// the route's own table): a DHCP client could not renew the default route otherwise. Sockets that are bound to
-		// the device come by too; the filter refuses them.
-		for _, n := range l.near {
-			if c.LAN == LANDirect && slices.ContainsFunc(l.lan, func(m lanNet) bool { return m.prefix == n.prefix }) {
-				continue // has a rule below
-			}
-			add(atHost, rule{to: n.prefix, oif: n.dev, jump: end})
-		}
-	}
 	x := c.Exclude
 	for _, n := range x.Networks {
 		if familyOf(n.Addr()) == family {
@@ -110,7 +108,7 @@ func (c *Config) rules(family int, l links) (out []rule) {
 		case n.guest || c.LAN == LANDirect:
 			add(atLAN, rule{to: n.prefix, jump: end})
 		case c.LAN == LANRefuse:
-			add(atLAN, rule{to: n.prefix, action: nl.FR_ACT_UNREACHABLE})
+			add(atLAN, c.refuse(rule{family: family, to: n.prefix}))
 		default:
 			continue
 		}
@@ -125,10 +123,23 @@ func (c *Config) rules(family int, l links) (out []rule) {
 	}
 	// What closes comes before what steers, so that there is no moment between.
 	if !c.FailOpen {
-		add(atClosed, rule{action: nl.FR_ACT_UNREACHABLE})
+		add(atClosed, c.refuse(rule{family: family}))
 	}
 	add(atAll, rule{table: c.Table})
 	return out
+}
+
+// closedTable is the kernel routing table whose only route refuses, IPv4 only: the one behind T.
+func (c *Config) closedTable() int { return c.Table + 1 }
+
+// refuse makes r refuse what it matches, with an error that the program sees at once.
+func (c *Config) refuse(r rule) rule {
+	if r.family == unix.AF_INET6 {
+		r.action = nl.FR_ACT_UNREACHABLE
+	} else {
+		r.table = c.closedTable()
+	}
+	return r
 }
 
 func (r rule) String() string {

@@ -177,8 +177,9 @@ It must be before the kernel's own (32766), and should be behind those of VPNs.`
 	},
 	{
 		Name: "table", Arg: "N", Default: "30323", Cmds: Up | Check | Down, set: setTable,
-		Help: "number of the kernel routing table to use",
+		Help: "number of the kernel routing table to use; the next one is used too",
 		Man: `Number of the kernel routing table that leads to the TUN device.
-It must be empty.`,
+The table with the next number is used too: it refuses what must not leave the host.
+Both must be empty.`,
 	},
 }
