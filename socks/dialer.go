@@ -88,7 +88,7 @@ func NewDialer(o Options) (*Dialer, error) {
 	}
 	if o.Resolve == nil {
 		o.Resolve = func(ctx context.Context, host string) ([]netip.Addr, error) {
-			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+			return LookupAddrs(ctx, net.DefaultResolver, host)
 		}
 	}
 	if o.Log == nil {

@@ -3,6 +3,7 @@ package socks
 import (
 	"context"
 	"errors"
+	"net"
 	"net/netip"
 	"slices"
 	"time"
@@ -24,6 +25,22 @@ type lookup struct {
 	asking  bool
 	asked   time.Duration // when the last look-up ended
 	waiting []*dial
+}
+
+// LookupAddrs asks r for the addresses of host, which may be an address itself. The zone of a link-local address stays, as
+// /etc/hosts and multicast DNS have it; net's LookupNetIP loses it (Go 1.26).
+func LookupAddrs(ctx context.Context, r *net.Resolver, host string) ([]netip.Addr, error) {
+	found, err := r.LookupIPAddr(ctx, host)
+	if err != nil {
+		return nil, err
+	}
+	addrs := make([]netip.Addr, 0, len(found))
+	for _, f := range found {
+		if a, ok := netip.AddrFromSlice(f.IP); ok {
+			addrs = append(addrs, a.Unmap().WithZone(f.Zone))
+		}
+	}
+	return addrs, nil
 }
 
 // lookUp gives p addresses and lets it connect, now or when the resolver has answered.

@@ -15,7 +15,7 @@ import (
 // logged, the credentials are left out.
 type Server struct {
 	scheme string
-	host   string // a name or an IP address without brackets
+	host   string // a name or an IP address without brackets; a zone follows a plain percent sign
 	port   uint16
 	login  *login
 }
@@ -31,6 +31,7 @@ const defaultPort = 1080
 
 var (
 	errURL   = errors.New("it must read socks5://[user[:password]@]host[:port], with special characters of the password as %XX")
+	errZone  = errors.New("a link-local address needs its device: socks5://[fe80::1%25eth0]:1080")
 	errHost  = errors.New("an IPv6 address stands in brackets: socks5://[2001:db8::1]:1080")
 	errLogin = errors.New("user (1 to 255 bytes) or password (at most 255 bytes) has the wrong length")
 )
@@ -42,13 +43,17 @@ func ParseServer(rawurl string) (Server, error) {
 	fail := func(err error) (Server, error) {
 		return Server{}, fmt.Errorf("cannot use this proxy URL: %w", err)
 	}
-	u, err := url.Parse(rawurl)
+	u, err := url.Parse(escapeZone(rawurl))
 	if err != nil {
 		return fail(errURL)
 	}
+	var s Server
 	switch scheme := strings.ToLower(u.Scheme); scheme {
 	case "socks5", "socks5h":
-	case "socks4", "socks4a", "socks", "unix", "http", "https":
+		s.scheme = scheme
+	case "socks": // what desktops write into ALL_PROXY, and mean SOCKS5 by
+		s.scheme = "socks5"
+	case "socks4", "socks4a", "unix", "http", "https":
 		return fail(fmt.Errorf("%s is not supported yet, only socks5:// and socks5h://", scheme))
 	default:
 		return fail(errURL)
@@ -60,7 +65,10 @@ func ParseServer(rawurl string) (Server, error) {
 	if strings.Contains(host, ":") && !strings.HasPrefix(u.Host, "[") { // the last part was taken for the port
 		return fail(errHost)
 	}
-	s := Server{scheme: strings.ToLower(u.Scheme), host: host, port: defaultPort}
+	if ip, err := netip.ParseAddr(host); err == nil && needsZone(ip) {
+		return fail(errZone)
+	}
+	s.host, s.port = host, defaultPort
 	if p := u.Port(); p != "" {
 		n, err := strconv.ParseUint(p, 10, 16)
 		if err != nil || n == 0 {
@@ -75,6 +83,24 @@ func ParseServer(rawurl string) (Server, error) {
 		}
 	}
 	return s, nil
+}
+
+// needsZone reports whether ip stands for different hosts on different devices, and does not say which.
+func needsZone(ip netip.Addr) bool { return ip.Is6() && ip.IsLinkLocalUnicast() && ip.Zone() == "" }
+
+// escapeZone writes %25 for the percent sign before the zone of an address in brackets (RFC 6874), which people write as the
+// system prints it: [fe80::1%eth0].
+func escapeZone(rawurl string) string {
+	open := strings.LastIndexByte(rawurl, '[')
+	if open < 1 || !strings.ContainsRune("/@", rune(rawurl[open-1])) || strings.Contains(rawurl[open:], "@") {
+		return rawurl // no address in brackets: it may be in a password
+	}
+	length := strings.IndexByte(rawurl[open:], ']')
+	zone := strings.IndexByte(rawurl[open:], '%')
+	if zone < 0 || zone > length || strings.HasPrefix(rawurl[open+zone:], "%25") {
+		return rawurl
+	}
+	return rawurl[:open+zone] + "%25" + rawurl[open+zone+1:]
 }
 
 // WithCredentials is s with a user and a password in place of those it had. Both lengths are limited to 255 bytes by
@@ -115,7 +141,7 @@ func (s Server) String() string {
 	if s.host == "" {
 		return "(no server)"
 	}
-	return s.scheme + "://" + net.JoinHostPort(s.host, strconv.Itoa(int(s.port)))
+	return s.scheme + "://" + net.JoinHostPort(strings.Replace(s.host, "%", "%25", 1), strconv.Itoa(int(s.port)))
 }
 
 // GoString is String: %#v must not show more.

@@ -17,7 +17,10 @@ func TestParseServer(t *testing.T) {
 		{"socks5://10.0.0.1", "socks5://10.0.0.1:1080", "", ""},
 		{"SOCKS5://proxy.example:9/", "socks5://proxy.example:9", "", ""},
 		{"socks5h://[2001:db8::1]:1081", "socks5h://[2001:db8::1]:1081", "", ""},
-		{"socks5://[fe80::1%25eth0]:1081", "socks5://[fe80::1%eth0]:1081", "", ""},
+		{"socks5://[fe80::1%25eth0]:1081", "socks5://[fe80::1%25eth0]:1081", "", ""},
+		{"socks5://[fe80::1%eth0]:1081", "socks5://[fe80::1%25eth0]:1081", "", ""},
+		{"socks://127.0.0.1:1080/", "socks5://127.0.0.1:1080", "", ""},
+		{"SOCKS://al@127.0.0.1", "socks5://127.0.0.1:1080", "al", ""},
 		{"socks5://alice@h:1", "socks5://h:1", "alice", ""},
 		{"socks5://alice:s%40e%3Ac%2Fret@h:1", "socks5://h:1", "alice", "s@e:c/ret"},
 	}
@@ -39,7 +42,7 @@ func TestParseServerRefuses(t *testing.T) {
 		"socks5://h:1/path", "socks5://h:1?q=hunter2", "socks5://h:1#hunter2", "socks5://alice:hunter2/x@h:1", "socks5://alice:hunter2#@h:1",
 		"socks5://alice:hunter2%zz@h:1", "socks5://:hunter2@h:1", "socks5://a:" + strings.Repeat("hunter2", 40) + "@h:1",
 		"socks4://h:1", "socks4a://h:1", "socks5://" + strings.Repeat("h", 256), "hunter2://h:1", "socks5:hunter2",
-		"socks5://2001:db8::1", "socks5://::1:1080", "socks5://h:1:2",
+		"socks5://2001:db8::1", "socks5://[fe80::1]:1080", "socks5://a:hunter2%zz@[fe80::1%eth0]", "socks5://a:[hunter2%41]@h", "socks5://::1:1080", "socks5://h:1:2",
 	} {
 		s, err := ParseServer(url)
 		if err == nil {

@@ -66,7 +66,7 @@ func (e *endpoints) configure(ups []config.Upstream) {
 	}
 	for _, s := range e.servers {
 		if a, err := netip.ParseAddr(s.Host()); err == nil {
-			e.add(s.String(), endpoint{flow.TCP, netip.AddrPortFrom(a.Unmap().WithZone(""), s.Port())})
+			e.add(s.String(), endpoint{flow.TCP, netip.AddrPortFrom(a.Unmap(), s.Port())})
 		}
 	}
 	e.mu.Unlock()
@@ -157,7 +157,7 @@ func (e *endpoints) resolver(address string) {
 	if err != nil {
 		return
 	}
-	at = netip.AddrPortFrom(at.Addr().Unmap().WithZone(""), at.Port())
+	at = netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
 	e.mu.Lock()
 	e.add(resolvers, endpoint{flow.UDP, at})
 	e.add(resolvers, endpoint{flow.TCP, at})
@@ -173,7 +173,7 @@ func (e *endpoints) resolved(host string, addrs []netip.Addr) {
 			continue
 		}
 		for _, a := range addrs {
-			e.add(s.String(), endpoint{flow.TCP, netip.AddrPortFrom(a.Unmap().WithZone(""), s.Port())})
+			e.add(s.String(), endpoint{flow.TCP, netip.AddrPortFrom(a.Unmap(), s.Port())})
 		}
 	}
 	e.mu.Unlock()

@@ -10,6 +10,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/socks"
 )
 
 // marker is what marks a socket.
@@ -33,7 +35,7 @@ func markedDialing(mark, direct uint32, allowed *endpoints) dialing {
 		return d.DialContext(ctx, network, address)
 	}}
 	return dialing{control: control, direct: marker(direct), allowed: allowed, resolve: func(ctx context.Context, host string) ([]netip.Addr, error) {
-		addrs, err := r.LookupNetIP(ctx, "ip", host)
+		addrs, err := socks.LookupAddrs(ctx, r, host)
 		if err == nil {
 			addrs, err = notOurs(addrs)
 		}

@@ -47,7 +47,7 @@ func probeServer(ctx context.Context, s socks.Server, dial dialing, connectTimeo
 	resolve := dial.resolve
 	if resolve == nil {
 		resolve = func(ctx context.Context, host string) ([]netip.Addr, error) {
-			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+			return socks.LookupAddrs(ctx, net.DefaultResolver, host)
 		}
 	}
 	addrs, err := resolve(ctx, s.Host()) // an address is its own answer
