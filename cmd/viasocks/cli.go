@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/cmd/internal/daemon"
 )
 
@@ -79,7 +80,7 @@ func dispatch(argv, env []string, std streams) int {
 		if c == cmdHelp {
 			hint = "viasocks help"
 		}
-		fmt.Fprintf(std.err, "viasocks: %s: see '%s'\n", config.Redact(err.Error()), hint)
+		fmt.Fprintf(std.err, "viasocks: %s: see '%s'\n", printable(err), hint)
 		return exitUsage
 	case errors.Is(err, daemon.ErrDied):
 		exit = exitDied
@@ -87,10 +88,13 @@ func dispatch(argv, env []string, std streams) int {
 		exit = exitNoStart
 	}
 	if err != nil {
-		fmt.Fprintf(std.err, "viasocks: %s\n", config.Redact(err.Error()))
+		fmt.Fprintf(std.err, "viasocks: %s\n", printable(err))
 	}
 	return exit
 }
+
+// printable is err as one line without passwords, and without what a terminal would obey.
+func printable(err error) string { return control.Plain(config.Redact(err.Error())) }
 
 // parse reads the options of a subcommand and wipes passwords from the process title.
 func (c *command) parse(args, env []string) (*config.Config, error) {

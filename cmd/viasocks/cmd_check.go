@@ -5,6 +5,7 @@ import (
 	"strings"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/cmd/internal/daemon"
 )
 
@@ -18,7 +19,7 @@ var cmdCheck = &command{
 			return 0, err
 		}
 		for _, w := range cfg.Warnings {
-			fmt.Fprintf(std.err, "viasocks: %s\n", w)
+			fmt.Fprintf(std.err, "viasocks: %s\n", control.Plain(w))
 		}
 		_, err = fmt.Fprint(std.out, summary(cfg))
 		return exitOK, err
@@ -28,26 +29,27 @@ var cmdCheck = &command{
 // summary says how the configuration was understood.
 func summary(cfg *config.Config) string {
 	var b strings.Builder
+	line := func(format string, a ...any) { b.WriteString(control.Plain(fmt.Sprintf(format, a...)) + "\n") }
 	for _, u := range cfg.Upstreams {
 		login := ""
 		if u.Server.HasCredentials() {
 			login = ", with a user and a password"
 		}
-		fmt.Fprintf(&b, "upstream %s: %s%s\n", u.Name, u.Server, login)
+		line("upstream %s: %s%s", u.Name, u.Server, login)
 	}
 	for i := range cfg.Rules {
-		fmt.Fprintf(&b, "rule %d: %s\n", i+1, &cfg.Rules[i])
+		line("rule %d: %s", i+1, &cfg.Rules[i])
 	}
 	rest := "refused"
 	if cfg.Default != "" {
 		rest = "via " + cfg.Default
 	}
-	fmt.Fprintf(&b, "everything else: %s\n", rest)
+	line("everything else: %s", rest)
 	for _, r := range cfg.DNS {
-		fmt.Fprintf(&b, "dns: tcp://%s\n", r)
+		line("dns: tcp://%s", r)
 	}
 	for _, l := range daemon.HostLines(cfg) {
-		fmt.Fprintf(&b, "up: %s\n", l)
+		line("up: %s", l)
 	}
 	return b.String() + "ok\n"
 }

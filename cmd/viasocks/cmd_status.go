@@ -1,8 +1,6 @@
 package main
 
 import (
-	"encoding/json"
-	"io"
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
@@ -21,7 +19,7 @@ carries, what it did to the host, and what it refused. Exit status 1 if none is 
 				return err
 			}
 			if cfg.JSON {
-				return writeJSON(std.out, s)
+				return control.WriteJSON(std.out, s)
 			}
 			return control.WriteStatus(std.out, s, time.Now())
 		})
@@ -40,7 +38,7 @@ moved most bytes first. Of a mapping the first destination is shown.`,
 				return err
 			}
 			if cfg.JSON {
-				return writeJSON(std.out, f)
+				return control.WriteJSON(std.out, f)
 			}
 			return control.WriteFlows(std.out, f, time.Now())
 		})
@@ -48,7 +46,7 @@ moved most bytes first. Of a mapping the first destination is shown.`,
 }
 
 var cmdConfirm = &command{
-	name: "confirm", takes: config.Confirm,
+	name: "confirm", args: "[OPTION...]", takes: config.Confirm,
 	short: "keep what 'up --confirm' would undo",
 	about: "Keep what 'viasocks up --confirm TIME' would undo otherwise.",
 	run: func(c *command, args, env []string, _ streams) (int, error) {
@@ -62,18 +60,11 @@ func ask(c *command, args, env []string, f func(*config.Config, *control.Client)
 	if err != nil {
 		return 0, err
 	}
-	path, err := control.Path()
+	path, err := control.Path(cfg.StateDir)
 	if err != nil {
 		return 0, err
 	}
 	client := control.NewClient(path)
 	defer client.Close()
 	return exitOK, f(cfg, client)
-}
-
-func writeJSON(w io.Writer, v any) error {
-	e := json.NewEncoder(w)
-	e.SetEscapeHTML(false)
-	e.SetIndent("", "  ")
-	return e.Encode(v)
 }

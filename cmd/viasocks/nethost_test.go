@@ -124,7 +124,13 @@ func (h *netHost) up(args ...string) *upProc {
 
 func (h *netHost) launch(args ...string) *upProc {
 	h.t.Helper()
-	p := &upProc{t: h.t, cmd: h.viasocks(append([]string{"up"}, args...)...), eof: make(chan struct{})}
+	return h.launchAs(func(c *exec.Cmd) *exec.Cmd { return c }, args...)
+}
+
+// launchAs is launch of a command that how has changed.
+func (h *netHost) launchAs(how func(*exec.Cmd) *exec.Cmd, args ...string) *upProc {
+	h.t.Helper()
+	p := &upProc{t: h.t, cmd: how(h.viasocks(append([]string{"up"}, args...)...)), eof: make(chan struct{})}
 	r, err := p.cmd.StderrPipe()
 	if err != nil {
 		h.t.Fatal(err)

@@ -152,7 +152,7 @@ func (h *Host) applyFilter() error {
 func filterError(err error) error {
 	hint := ""
 	if errors.Is(err, unix.EPERM) {
-		hint = ": CAP_NET_ADMIN is missing, or another program owns the table"
+		hint = ": another program owns the table (is another viasocks up here?), or CAP_NET_ADMIN is missing"
 	}
 	return fmt.Errorf("cannot close the host: %w%s", err, hint)
 }

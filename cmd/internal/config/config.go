@@ -84,8 +84,9 @@ type Config struct {
 	Host         Host
 	File         string // of --config; empty: none
 
-	JSON  bool // status, flows
-	Limit int  // flows
+	StateDir string // of the journal, the lock and the control socket
+	JSON     bool   // status, flows
+	Limit    int    // flows
 
 	AfterService bool // down
 

@@ -148,6 +148,8 @@ func TestProxyFromEnvironment(t *testing.T) {
 		{[]string{"ALL_PROXY=http://b"}, "no proxy was given"},
 		{[]string{"VIASOCKS_PROXY=http://b"}, "cannot use VIASOCKS_PROXY=http://b: http is not supported"},
 		{[]string{"ALL_PROXY=socks4://u:pw@b"}, "cannot use ALL_PROXY=socks4://u:***@b: socks4 is not supported yet"},
+		{[]string{"ALL_PROXY=socks://127.0.0.1:1080/"}, "socks5://127.0.0.1:1080"}, // as GNOME writes it
+		{[]string{"all_proxy=socks://b"}, "socks5://b:1080"},
 		{[]string{"VIASOCKS_PROXY="}, "no proxy was given"},
 	} {
 		c, err := Parse(Up, nil, tt.env)
@@ -205,6 +207,11 @@ func TestPasswordFile(t *testing.T) {
 	} else if s := fmt.Sprintf("%+v %#v", c, c); strings.Contains(s, "s3cr3t") {
 		t.Errorf("a printed Config shows the password: %s", s)
 	}
+	if c, err := parse("\ufeffs3cr3t word\n", 0o600); err != nil {
+		t.Error(err)
+	} else if want, _ := c.Upstreams[0].Server.WithCredentials("al", "s3cr3t word"); !reflect.DeepEqual(c.Upstreams[0].Server, want) {
+		t.Error("the byte order mark is part of the password")
+	}
 	if c, err := parse("x", 0o644); err != nil || len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0], "chmod 600") {
 		t.Errorf("%v, %v", c, err)
 	}
@@ -213,7 +220,7 @@ func TestPasswordFile(t *testing.T) {
 			t.Errorf("%d bytes: %v", len(content), err)
 		}
 	}
-	if _, err := parse(strings.Repeat("x", 255)+"\r\n", 0o600); err != nil {
+	if _, err := parse("\ufeff"+strings.Repeat("x", 255)+"\r\n", 0o600); err != nil {
 		t.Error(err)
 	}
 	_, err = Parse(Up, []string{"--proxy", "socks5://al@h", "--password-file", "/does/not/exist"}, nil)
@@ -375,5 +382,45 @@ func TestAgain(t *testing.T) {
 	}
 	if _, err := first.Again(args, nil); err == nil || !strings.Contains(err.Error(), "mtu 9: must be") {
 		t.Errorf("a wrong value of an option that needs a restart: %v", err)
+	}
+}
+
+// Who may write the configuration decides where everything goes: it is said of the file, and of its directory.
+func TestWhoMayWrite(t *testing.T) {
+	for _, tt := range []struct {
+		file, dir os.FileMode
+		uid, gid  int // -1: the caller's
+		want      string
+	}{
+		{0o600, 0o755, -1, -1, ""},
+		{0o644, 0o755, -1, -1, ""},
+		{0o664, 0o755, -1, -1, ""}, // the group is the caller's own
+		{0o666, 0o755, -1, -1, "everybody can change the configuration file"},
+		{0o602, 0o755, -1, -1, "everybody can change"},
+		{0o644, 0o777, -1, -1, "everybody can replace the configuration file"},
+		{0o644, 0o777 | os.ModeSticky, -1, -1, ""},
+		{0o644, 0o755, 4321, -1, "user 4321 can change"},
+		{0o664, 0o755, -1, 4321, "group 4321 can change"},
+	} {
+		path := write(t, proxyFlag[2:]+"\n", tt.file)
+		if (tt.uid >= 0 || tt.gid >= 0) && os.Getuid() != 0 {
+			continue
+		}
+		if err := os.Chown(path, tt.uid, tt.gid); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(filepath.Dir(path), tt.dir); err != nil {
+			t.Fatal(err)
+		}
+		for _, cmd := range []Command{Check, Up} {
+			c, err := Parse(cmd, []string{"--config", path}, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := strings.Join(c.Warnings, "; ")
+			if (got == "") != (tt.want == "") || !strings.Contains(got, tt.want) {
+				t.Errorf("%v in %v of %d:%d: %q, want %q", tt.file, tt.dir, tt.uid, tt.gid, got, tt.want)
+			}
+		}
 	}
 }

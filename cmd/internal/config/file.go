@@ -15,12 +15,13 @@ const (
 
 // readFile reads a configuration file. A word that belongs to another subcommand is checked for being one and left
 // out, so that one file serves both run and up.
-func readFile(path string, cmd Command) (map[string][]value, error) {
-	b, _, err := readPath(path, maxFile)
+func (c *Config) readFile(path string) (map[string][]value, error) {
+	b, info, err := readPath(path, maxFile)
 	if err != nil {
 		return nil, fmt.Errorf("cannot read the configuration file %s: %w", path, err)
 	}
-	return parseFile(path, b, cmd)
+	c.warnOfWriters("configuration file", path, info)
+	return parseFile(path, b, c.Command)
 }
 
 // parseFile reads one option from each line: its name, white space or an equals sign, its value. A # at the start of
@@ -29,7 +30,7 @@ func parseFile(path string, b []byte, cmd Command) (map[string][]value, error) {
 	if len(b) > maxFile {
 		return nil, usagef("cannot use %s: longer than %d bytes", path, maxFile)
 	}
-	b = bytes.TrimPrefix(b, []byte("\ufeff")) // some editors begin a file with it
+	b = bytes.TrimPrefix(b, byteOrderMark)
 	got := map[string][]value{}
 	for n := 1; len(b) > 0; n++ {
 		var line []byte

@@ -98,7 +98,7 @@ func parse(cmd Command, args, env []string, running *Config) (*Config, error) {
 	if v := flags[fileOption]; v != nil {
 		var err error
 		c.File = v[0].text
-		if file, err = readFile(c.File, cmd); err != nil {
+		if file, err = c.readFile(c.File); err != nil {
 			return nil, err
 		}
 	}

@@ -6,6 +6,7 @@ import (
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/route"
+	"github.com/viasocks/viasocks/route/kernel"
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack"
@@ -242,7 +243,22 @@ undo what a viasocks has left that failed, if the configuration says
 and else leave the host closed.`,
 	},
 	{
-		Name: fileOption, Arg: "FILE", Cmds: all | Down,
+		Name: "state-dir", Arg: "DIR", Default: kernel.DefaultDir, Cmds: Up | Check | Down | Confirm | Status | Flows, set: setStateDir,
+		Help: "directory of journal, lock and control socket",
+		Man: `The directory that holds the journal of what is to be undone, the lock and the control socket, for a host whose
+.Pa /run
+can't be written.
+It is made if its parent is there, and nobody but root may be able to write it.
+It must not outlive a reboot.
+What
+.Cm up
+was given is also for
+.Cm close , down , status , flows
+and
+.Cm confirm .`,
+	},
+	{
+		Name: fileOption, Arg: "FILE", Cmds: all | Down | Confirm | Status | Flows,
 		Help: "read options from FILE; flags win over it",
 		Man: `Read options from
 .Ar FILE ,

@@ -71,11 +71,11 @@ func (c *Config) withPassword(s socks.Server) (socks.Server, error) {
 	if u, err := url.Parse(c.proxyAt.text); err == nil && hasPassword(u) {
 		return s, v.err("the proxy's URL has a password already: give it in one place")
 	}
-	b, info, err := readPath(v.text, maxPassword+2)
+	b, info, err := readPath(v.text, int64(len(byteOrderMark))+maxPassword+2)
 	if err != nil {
 		return s, fmt.Errorf("cannot read the password file %s: %w", v.text, err)
 	}
-	line, _, _ := bytes.Cut(b, []byte("\n"))
+	line, _, _ := bytes.Cut(bytes.TrimPrefix(b, byteOrderMark), []byte("\n"))
 	line = bytes.TrimSuffix(line, []byte("\r"))
 	if len(line) == 0 {
 		return s, fmt.Errorf("cannot use the password file %s: its first line is empty", v.text)
@@ -86,6 +86,7 @@ func (c *Config) withPassword(s socks.Server) (socks.Server, error) {
 	if info.Mode().IsRegular() && info.Mode().Perm()&0o004 != 0 {
 		c.Warnings = append(c.Warnings, fmt.Sprintf("everybody can read the password file %s: chmod 600 it", v.text))
 	}
+	c.warnOfWriters("password file", v.text, info)
 	return s.WithCredentials(s.User(), string(line))
 }
 

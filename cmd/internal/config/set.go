@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/netip"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -197,6 +198,17 @@ func setLogLevel(c *Config, v value) error {
 		return c.LogLevel.UnmarshalText([]byte(v.text))
 	}
 	return v.err("must be debug, info, warn or error")
+}
+
+// maxStateDir leaves room for the name of the control socket in an address of 108 bytes.
+const maxStateDir = 80
+
+func setStateDir(c *Config, v value) error {
+	if !filepath.IsAbs(v.text) || len(v.text) > maxStateDir {
+		return v.err("must be a path that begins with a slash, of at most %d bytes", maxStateDir)
+	}
+	c.StateDir = filepath.Clean(v.text)
+	return nil
 }
 
 func setLogFile(c *Config, v value) error { c.LogFile = v.text; return nil }

@@ -175,7 +175,7 @@ func TestBounds(t *testing.T) {
 		}
 		silent = append(silent, c)
 	}
-	for s.l.conns.Load() < maxConns {
+	for s.l.owners.Load() < maxConns {
 		time.Sleep(time.Millisecond)
 	}
 	one, err := net.Dial("unix", path)
@@ -200,6 +200,56 @@ func TestBounds(t *testing.T) {
 		if time.Now().After(end) {
 			t.Fatal(err)
 		}
+	}
+}
+
+// Those who may only look take their own slots: with all of them held, root is answered, and stops it.
+func TestLookersKeepNobodyOut(t *testing.T) {
+	noLeak(t)
+	if os.Getuid() != 0 {
+		t.Skip("no root: another user's connection is not tried")
+	}
+	const group = 4321
+	var f fake
+	s, path := listen(t, &f, group)
+	for d := filepath.Dir(path); d != os.TempDir() && d != "/"; d = filepath.Dir(d) {
+		os.Chmod(d, 0o755)
+	}
+	conns, errs := make(chan net.Conn), make(chan error)
+	const many = 3 * maxConns
+	for range many {
+		go func() {
+			c, err := dialAs(path, group, nil)
+			if err != nil {
+				errs <- err
+				return
+			}
+			conns <- c
+		}()
+	}
+	for range many {
+		select {
+		case c := <-conns:
+			defer c.Close()
+		case err := <-errs:
+			t.Fatal(err)
+		}
+	}
+	for end := time.Now().Add(patience); s.l.owners.Load()+s.l.others.Load() < maxConns && time.Now().Before(end); {
+		time.Sleep(time.Millisecond)
+	}
+	c := NewClient(path)
+	defer c.Close()
+	for range maxConns {
+		if _, err := c.Status(); err != nil {
+			t.Fatalf("root is kept out: %v", err)
+		}
+	}
+	if err := c.Confirm(); err != nil || f.confirmed.Load() != 1 {
+		t.Error(err)
+	}
+	if err := c.Down(); err != nil || f.down.Load() != 1 {
+		t.Error(err)
 	}
 }
 
@@ -383,8 +433,8 @@ func TestLockOfMany(t *testing.T) {
 }
 
 func TestPath(t *testing.T) {
-	p, err := Path()
-	if err != nil || !strings.HasPrefix(p, Dir+"/control-4") || !strings.HasSuffix(p, ".sock") {
+	p, err := Path("/run/viasocks")
+	if err != nil || !strings.HasPrefix(p, "/run/viasocks/control-4") || !strings.HasSuffix(p, ".sock") {
 		t.Errorf("%s, %v", p, err)
 	}
 }

@@ -7,7 +7,8 @@
 //
 // The socket is its owner's (0600), or a group's too (0660), which may look and not touch. Whoever connects is looked at
 // by SO_PEERCRED: root and the daemon's own user may do everything. A request has no body, 8 KiB of header at most and
-// five seconds; more than 16 connections at a time are closed unanswered.
+// five seconds. Of those who may do everything 16 connections are served at a time, and 16 of all others together; what is more
+// is closed unanswered.
 //
 // Beside the socket lies a lock file. It is held while a daemon lives, also one that has no socket yet or is half dead, so
 // that there is one in each network namespace, to which the path of both belongs.

@@ -3,6 +3,7 @@ package control
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"strconv"
 	"strings"
@@ -15,8 +16,9 @@ var ErrLocked = errors.New("another viasocks is up here")
 
 // Lock is held by the one daemon of a namespace, until it is closed or its process ends.
 type Lock struct {
-	f    *os.File
-	path string
+	f     *os.File
+	path  string
+	claim *net.UnixListener // of TakeHost; nil: none
 }
 
 // TakeLock takes the lock beside the socket path and writes the caller's process id into it. The error is ErrLocked,
@@ -49,7 +51,7 @@ func TakeLock(path string) (*Lock, error) {
 		if f.Truncate(0) == nil {
 			_, _ = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
 		}
-		return &Lock{f, f.Name()}, nil
+		return &Lock{f: f, path: f.Name()}, nil
 	}
 }
 
@@ -62,6 +64,9 @@ func inPlace(f *os.File) bool {
 
 // Close lets the next one have it, and removes the file. It may be called twice.
 func (l *Lock) Close() error {
+	if l.claim != nil {
+		l.claim.Close() // first: who has the file next must find it free
+	}
 	if inPlace(l.f) {
 		os.Remove(l.path) // while it is held: see TakeLock
 	}

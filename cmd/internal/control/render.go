@@ -12,40 +12,40 @@ import (
 // WriteStatus writes s for people. now is theirs.
 func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	var b strings.Builder
-	fmt.Fprintf(&b, "viasocks %s: %s, up since %s (%s), process %d\n", plain(s.Version), plain(s.State), stamp(s.Since), span(now.Sub(s.Since)), s.PID)
+	fmt.Fprintf(&b, "viasocks %s: %s, up since %s (%s), process %d\n", Plain(s.Version), Plain(s.State), stamp(s.Since), span(now.Sub(s.Since)), s.PID)
 	if s.ConfirmBy != nil && s.State == Unconfirmed {
 		fmt.Fprintf(&b, "  all is undone in %s unless you say 'viasocks confirm'\n", span(s.ConfirmBy.Sub(now)))
 	}
 	if s.Config != "" {
-		fmt.Fprintf(&b, "  configuration %s", plain(s.Config))
+		fmt.Fprintf(&b, "  configuration %s", Plain(s.Config))
 		if s.Reloaded != nil {
 			fmt.Fprintf(&b, ", read again %s ago", span(now.Sub(*s.Reloaded)))
 		}
 		b.WriteString("\n")
 	}
 	for _, t := range s.Warnings {
-		fmt.Fprintf(&b, "  warning: %s\n", plain(t))
+		fmt.Fprintf(&b, "  warning: %s\n", Plain(t))
 	}
 
 	b.WriteString("\nproxies\n")
 	table(&b, func(w io.Writer) {
 		for _, u := range s.Upstreams {
-			fmt.Fprintf(w, "  %s\t%s\tTCP %s\tUDP %s\n", plain(u.Name), plain(u.URL), plain(u.TCP), plain(u.UDP))
+			fmt.Fprintf(w, "  %s\t%s\tTCP %s\tUDP %s\n", Plain(u.Name), Plain(u.URL), Plain(u.TCP), Plain(u.UDP))
 		}
 	})
 	b.WriteString("\nrules, and how often they decided\n")
 	table(&b, func(w io.Writer) {
 		for _, r := range s.Rules {
-			fmt.Fprintf(w, "  %s\t%s\n", count(r.Hits), plain(r.Rule))
+			fmt.Fprintf(w, "  %s\t%s\n", count(r.Hits), Plain(r.Rule))
 		}
 	})
 	b.WriteString("\ntraffic\n")
 	fmt.Fprintf(&b, "  TCP    %d now, %d of them waiting for the proxy; %s in all, %s refused\n", s.TCP.Now, s.TCP.Pending, count(s.TCP.Total), count(s.TCP.Refused))
 	fmt.Fprintf(&b, "  UDP    %d mappings now; %s in all, %s made again, %s datagrams refused\n", s.UDP.Now, count(s.UDP.Total), count(s.UDP.Reassociated), count(s.UDP.Refused))
-	fmt.Fprintf(&b, "  names  %s asked of %s, %s answered, %s failed\n", count(s.Names.Asked), plain(strings.Join(s.DNS, ", ")), count(s.Names.Answered), count(s.Names.Failed))
+	fmt.Fprintf(&b, "  names  %s asked of %s, %s answered, %s failed\n", count(s.Names.Asked), Plain(strings.Join(s.DNS, ", ")), count(s.Names.Answered), count(s.Names.Failed))
 	fmt.Fprintf(&b, "  bytes  %s up, %s down\n", bytes(s.Up), bytes(s.Down))
 
-	fmt.Fprintf(&b, "\nhost: device %s, table %d, mark %s\n", plain(s.Host.TUN), s.Host.Table, plain(s.Host.Mark))
+	fmt.Fprintf(&b, "\nhost: device %s, table %d, mark %s\n", Plain(s.Host.TUN), s.Host.Table, Plain(s.Host.Mark))
 	list(&b, "through the proxy", s.Host.Steered)
 	list(&b, "back the way they came", s.Host.Kept)
 	list(&b, "past the proxy", s.Host.Excluded)
@@ -70,8 +70,8 @@ func WriteFlows(w io.Writer, f Flows, now time.Time) error {
 			if x.Host != "" {
 				to = x.Host + " " + to
 			}
-			fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", x.ID, plain(x.Proto), plain(x.Src), plain(to), plain(x.Upstream),
-				plain(x.State), span(now.Sub(x.Start)), bytes(x.Up), bytes(x.Down))
+			fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", x.ID, Plain(x.Proto), Plain(x.Src), Plain(to), Plain(x.Upstream),
+				Plain(x.State), span(now.Sub(x.Start)), bytes(x.Up), bytes(x.Down))
 		}
 	})
 	if more := f.Total - len(f.Flows); more > 0 {
@@ -93,7 +93,7 @@ func list(b *strings.Builder, title string, lines []string) {
 	}
 	fmt.Fprintf(b, "  %s:\n", title)
 	for _, l := range lines {
-		fmt.Fprintf(b, "    %s\n", plain(l))
+		fmt.Fprintf(b, "    %s\n", Plain(l))
 	}
 }
 
@@ -104,19 +104,9 @@ func counters(b *strings.Builder, title string, cs []Counter) {
 	fmt.Fprintf(b, "\n%s\n", title)
 	table(b, func(w io.Writer) {
 		for _, c := range cs {
-			fmt.Fprintf(w, "  %s\t%s\n", count(c.Packets), plain(c.What))
+			fmt.Fprintf(w, "  %s\t%s\n", count(c.Packets), Plain(c.What))
 		}
 	})
-}
-
-// plain takes out of s what a terminal would obey.
-func plain(s string) string {
-	return strings.Map(func(r rune) rune {
-		if !strconv.IsPrint(r) {
-			return '?'
-		}
-		return r
-	}, s)
 }
 
 // stamp is a time as people write it, in their zone.

@@ -1,8 +1,10 @@
 package control
 
 import (
+	"encoding/json"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -103,5 +105,26 @@ func TestUnits(t *testing.T) {
 		if got := bytes(n); got != want {
 			t.Errorf("%d: %s, want %s", n, got, want)
 		}
+	}
+}
+
+// What a terminal would obey is replaced in text, and escaped in JSON, which stays the same to a program.
+func TestPlain(t *testing.T) {
+	const evil = "a\x1b[2J\x07\r\n\tb\u009b1m\u202ec\u2028d\U000e0001\x7fe\xffé"
+	if got, want := Plain(evil), "a?[2J??  b?1m?c?d??e\ufffdé"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+	var b strings.Builder
+	if err := WriteJSON(&b, map[string]string{"x": evil}); err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range b.String() {
+		if r != '\n' && !strconv.IsPrint(r) {
+			t.Errorf("JSON has %q raw: %q", r, b.String())
+		}
+	}
+	var back map[string]string
+	if err := json.Unmarshal([]byte(b.String()), &back); err != nil || back["x"] != strings.ToValidUTF8(evil, "\ufffd") {
+		t.Errorf("%q, %v", back["x"], err)
 	}
 }

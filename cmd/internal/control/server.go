@@ -19,7 +19,7 @@ import (
 
 // Bounds of a request.
 const (
-	maxConns      = 16
+	maxConns      = 16 // of those who may do everything, and as many of all others together
 	maxHeader     = 8 << 10
 	readTimeout   = 5 * time.Second
 	answerTimeout = 10 * time.Second
@@ -49,6 +49,8 @@ type Server struct {
 	http   *http.Server
 	served chan struct{}
 	once   sync.Once
+
+	refused atomic.Int64 // when a refusal was logged last, in Unix nanoseconds
 }
 
 // Listen makes the socket, in place of one that a killed daemon left, and starts to answer. The caller holds the Lock, so
@@ -169,8 +171,14 @@ func (s *Server) touch(f func() error) http.HandlerFunc {
 	}
 }
 
+// refuseEvery is how often a refusal is logged at most: whoever is refused may ask at any rate.
+const refuseEvery = time.Second
+
 func (s *Server) refuse(w http.ResponseWriter, p peer) {
-	s.o.Log.Warn("control: refused", "uid", p.uid, "pid", p.pid, "err", p.err)
+	now := time.Now().UnixNano()
+	if last := s.refused.Load(); now-last >= int64(refuseEvery) && s.refused.CompareAndSwap(last, now) {
+		s.o.Log.Warn("control: refused", "uid", p.uid, "pid", p.pid, "err", p.err)
+	}
 	http.Error(w, "this user may not", http.StatusForbidden)
 }
 
@@ -199,10 +207,19 @@ func SortFlows(all []Flow) {
 	})
 }
 
-// listener counts the connections there are and closes what is too many.
+// listener counts the connections there are and closes what is too many. Those who may do everything are counted apart from
+// those who may only look, so that nobody else can keep root from 'down'.
 type listener struct {
 	*net.UnixListener
-	conns atomic.Int32
+	owners, others atomic.Int32
+}
+
+// slots is the count that p's connections are in.
+func (l *listener) slots(p peer) *atomic.Int32 {
+	if p.owner() {
+		return &l.owners
+	}
+	return &l.others
 }
 
 func (l *listener) Accept() (net.Conn, error) {
@@ -211,23 +228,25 @@ func (l *listener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		if l.conns.Add(1) > maxConns {
-			l.conns.Add(-1)
+		p := peerOf(c)
+		slots := l.slots(p)
+		if slots.Add(1) > maxConns {
+			slots.Add(-1)
 			c.Close()
 			continue
 		}
-		return &conn{UnixConn: c, l: l, peer: peerOf(c)}, nil
+		return &conn{UnixConn: c, slots: slots, peer: p}, nil
 	}
 }
 
 type conn struct {
 	*net.UnixConn
-	l    *listener
-	peer peer
-	once sync.Once
+	slots *atomic.Int32
+	peer  peer
+	once  sync.Once
 }
 
 func (c *conn) Close() error {
-	c.once.Do(func() { c.l.conns.Add(-1) })
+	c.once.Do(func() { c.slots.Add(-1) })
 	return c.UnixConn.Close()
 }

@@ -26,7 +26,7 @@ func Down(cfg *config.Config, environ []string, out io.Writer) error {
 	if err := needNetAdmin("give the host back", ""); err != nil {
 		return err
 	}
-	path, err := control.Path()
+	path, err := control.Path(cfg.StateDir)
 	if err != nil {
 		return err
 	}
@@ -36,7 +36,7 @@ func Down(cfg *config.Config, environ []string, out io.Writer) error {
 		}
 		fmt.Fprintln(out, "viasocks has stopped")
 	}
-	lock, err := control.TakeLock(path) // nobody comes up while we undo
+	lock, err := control.TakeHost(path) // nobody comes up while we undo
 	if err != nil {
 		return err
 	}
@@ -46,7 +46,7 @@ func Down(cfg *config.Config, environ []string, out io.Writer) error {
 	}
 	lines, err := kernel.Undo(kernelConfig(cfg, nil))
 	for _, l := range lines {
-		fmt.Fprintln(out, l)
+		fmt.Fprintln(out, control.Plain(l))
 	}
 	return err
 }
@@ -90,7 +90,7 @@ func Shut(cfg *config.Config, stderr *os.File) error {
 		return err
 	}
 	defer e.close()
-	_, lock, err := alone()
+	_, lock, err := alone(cfg)
 	if err != nil {
 		return err
 	}
@@ -137,7 +137,7 @@ func DryRun(cfg *config.Config, out io.Writer, stderr *os.File) error {
 		return err
 	}
 	for _, l := range plan {
-		if _, err := fmt.Fprintln(out, l); err != nil {
+		if _, err := fmt.Fprintln(out, control.Plain(l)); err != nil {
 			return err
 		}
 	}

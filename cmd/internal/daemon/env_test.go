@@ -2,9 +2,11 @@ package daemon
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"path/filepath"
 	"reflect"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -88,5 +90,19 @@ func TestStartContext(t *testing.T) {
 func TestMemory(t *testing.T) {
 	if n := memory(); n < 1<<20 {
 		t.Errorf("this machine has %d bytes of memory", n)
+	}
+}
+
+// The log may be a terminal: what others named is quoted in it.
+func TestLogIsPlain(t *testing.T) {
+	e := &env{}
+	var b strings.Builder
+	e.logTo(&b)
+	const evil = "x\x1b[2J\u009b31m\u202e\n"
+	e.log.Warn("said "+evil, "name", evil, "err", errors.New(evil), evil, 1)
+	for _, r := range strings.TrimSuffix(b.String(), "\n") {
+		if !strconv.IsPrint(r) {
+			t.Errorf("%q stands raw in %q", r, b.String())
+		}
 	}
 }

@@ -36,6 +36,7 @@ const (
 // will is what the guardian is told: by what names to undo.
 type will struct {
 	TUN, NFTable    string
+	StateDir        string
 	Table, Priority int
 	Mark, Mask      uint32
 }
@@ -56,7 +57,7 @@ func startGuardian(cfg *config.Config, stderr *os.File) (*guardian, error) {
 		return nil, fmt.Errorf("cannot start the guardian of fail-open: %w", err)
 	}
 	g := &guardian{cmd, pipe}
-	if err := json.NewEncoder(pipe).Encode(will{cfg.TUN, cfg.Host.NFTable, cfg.Table, cfg.Host.Priority, cfg.Mark, cfg.Mask}); err != nil {
+	if err := json.NewEncoder(pipe).Encode(will{cfg.TUN, cfg.Host.NFTable, cfg.StateDir, cfg.Table, cfg.Host.Priority, cfg.Mark, cfg.Mask}); err != nil {
 		g.dismiss()
 		return nil, fmt.Errorf("cannot start the guardian of fail-open: %w", err)
 	}
@@ -80,7 +81,7 @@ func MainIfGuardian() {
 	}
 	signal.Ignore(syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGPIPE)
 	if err := guard(os.Stdin, slog.New(slog.NewTextHandler(os.Stderr, nil))); err != nil {
-		fmt.Fprintf(os.Stderr, "viasocks: cannot give the host back: %v\n", err)
+		fmt.Fprintf(os.Stderr, "viasocks: cannot give the host back: %s\n", control.Plain(err.Error()))
 		os.Exit(1)
 	}
 	os.Exit(0)
@@ -100,13 +101,13 @@ func guard(in io.Reader, log *slog.Logger) error {
 	if line, _ := r.ReadSlice('\n'); string(line) == farewell {
 		return nil
 	}
-	path, err := control.Path()
+	path, err := control.Path(w.StateDir)
 	if err != nil {
 		return err
 	}
 	var lock *control.Lock
 	for end := time.Now().Add(lockWait); ; time.Sleep(20 * time.Millisecond) {
-		if lock, err = control.TakeLock(path); !errors.Is(err, control.ErrLocked) || time.Now().After(end) {
+		if lock, err = control.TakeHost(path); !errors.Is(err, control.ErrLocked) || time.Now().After(end) {
 			break
 		}
 	}
@@ -119,7 +120,7 @@ func guard(in io.Reader, log *slog.Logger) error {
 	defer lock.Close()
 	_ = control.RemoveStale(path) // the next one tries again
 	lines, err := kernel.Undo(kernel.Config{
-		TUN: w.TUN, Table: w.Table, Priority: w.Priority, NFTable: w.NFTable, Marks: kernel.MarksFrom(w.Mark, w.Mask), FailOpen: true, Log: log,
+		TUN: w.TUN, Table: w.Table, Priority: w.Priority, NFTable: w.NFTable, Dir: w.StateDir, Marks: kernel.MarksFrom(w.Mark, w.Mask), FailOpen: true, Log: log,
 	})
 	if len(lines) > 0 {
 		log.Warn("viasocks died: the host was given back (fail-open)", "removed", len(lines))

@@ -37,6 +37,7 @@ func kernelConfig(cfg *config.Config, log *slog.Logger) kernel.Config {
 		CarryInbound: h.Inbound == "carry",
 		Exclude:      kernelSelection(h.Exclude), Include: kernelSelection(h.Include),
 		Strict: h.Strict, FailOpen: h.FailOpen,
+		Dir: cfg.StateDir,
 		Log: log,
 	}
 	k.Direct = hasDirect(cfg)

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/cmd/internal/control"
 )
 
 // notifier tells systemd how we are: sd_notify(3), datagrams on the unix socket that NOTIFY_SOCKET names. One without a
@@ -75,14 +77,7 @@ func (n *notifier) send(lines ...string) {
 	}
 }
 
-func status(text string) string { return "STATUS=" + strings.Map(oneLine, text) }
-
-func oneLine(r rune) rune {
-	if r < ' ' {
-		return ' '
-	}
-	return r
-}
+func status(text string) string { return "STATUS=" + control.Plain(text) }
 
 // ready: the host is steered, or is so again after reloading.
 func (n *notifier) ready(text string) { n.send("READY=1", status(text)) }

@@ -69,7 +69,7 @@ func Up(cfg *config.Config, o UpOptions) error {
 	defer e.close()
 	defer e.queueLog()()
 	e.warn(cfg)
-	path, lock, err := alone()
+	path, lock, err := alone(cfg)
 	if err != nil {
 		return err
 	}

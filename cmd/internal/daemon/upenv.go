@@ -109,17 +109,17 @@ func openTUN(cfg *config.Config, e *env, persist bool) (tun.Device, int, error) 
 
 // alone is before anything is changed: what it takes is there, and nobody else steers this host until lock is closed. path
 // is that of the control socket.
-func alone() (path string, lock *control.Lock, err error) {
+func alone(cfg *config.Config) (path string, lock *control.Lock, err error) {
 	if err := needNetAdmin("steer the host", ", or use 'viasocks run' for one program"); err != nil {
 		return "", nil, err
 	}
 	if err := netns.CheckTUN(); err != nil {
 		return "", nil, err
 	}
-	if path, err = control.Path(); err != nil {
+	if path, err = control.Path(cfg.StateDir); err != nil {
 		return "", nil, err
 	}
-	lock, err = control.TakeLock(path)
+	lock, err = control.TakeHost(path)
 	return path, lock, err
 }
 
