@@ -236,7 +236,7 @@ func (c *Config) refuseChains(t *nfTable, st filterState) {
 		pass.add(metaMark(m, m.Direct, true), accept())
 		pass.add(ctMark(m, m.Direct, true), accept()) // somebody else has put another mark over ours
 	}
-	if !c.CarryInbound {
+	if c.keepsInbound() {
 		pass.add(metaMark(m, m.Inbound, true), ctMark(m, m.Inbound, true), accept())
 	}
 	hostTerms(pass, st)

@@ -35,12 +35,20 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 	for _, a := range c.TUNAddrs {
 		pre.add(daddr(netip.PrefixFrom(a, a.BitLen())), count(countLAN), drop())
 	}
+	// What comes in by an excluded device for this host is a connection from outside; the chain forwarded takes the rest.
 	for _, d := range c.Exclude.Devices {
-		pre.add(iif(d, true), ctMark(m, 0, true), setCtMark(m, m.Direct))
+		pre.add(iif(d, true), ctDirection(true), ctMark(m, 0, true), setCtMark(m, m.Direct))
 	}
-	if !c.CarryInbound {
+	if c.keepsInbound() {
 		c.inboundChains(t)
-		pre.add(ctDirection(false), ctMark(m, 0, true), daddrType("local", unix.RTN_LOCAL), jump("inbound"))
+		fromOutside := []term{ctDirection(false), ctMark(m, 0, true), daddrType("local", unix.RTN_LOCAL), jump("inbound")}
+		if !c.CarryInbound {
+			pre.add(fromOutside...)
+		} else {
+			for _, d := range c.Exclude.Devices {
+				pre.add(append([]term{iif(d, true)}, fromOutside...)...)
+			}
+		}
 	}
 	c.forwardedChains(t, pre)
 	for _, v := range c.passing() {
@@ -128,13 +136,17 @@ func (c *Config) ours() (out []term, err error) {
 // needDirect: something goes past the proxy by the mark Direct.
 func (c *Config) needDirect() bool { return c.Direct || !c.Exclude.empty() || !c.Include.empty() }
 
+// keepsInbound reports whether answers to connections from outside go back the way they came: of all of them, or with
+// CarryInbound of those that come in by an excluded device.
+func (c *Config) keepsInbound() bool { return !c.CarryInbound || len(c.Exclude.Devices) > 0 }
+
 // passing are the marks of what goes past the TUN.
 func (c *Config) passing() []uint32 {
 	out := []uint32{c.Marks.Own}
 	if c.needDirect() {
 		out = append(out, c.Marks.Direct)
 	}
-	if !c.CarryInbound {
+	if c.keepsInbound() {
 		out = append(out, c.Marks.Inbound)
 	}
 	return out

@@ -36,9 +36,12 @@ func listenHere(t *testing.T, addr string) net.Listener {
 }
 
 // Connections from outside: open before (tracked by nobody), while up, after the daemon's death; and all of that with
-// strict reverse path filtering.
+// strict reverse path filtering. An excluded device changes nothing about them, and is not subject to CarryInbound.
 func TestInbound(t *testing.T) {
-	for _, strict := range []bool{false, true} {
+	for _, tt := range []struct{ strict, exclude, carry bool }{
+		{}, {strict: true}, {exclude: true}, {strict: true, exclude: true}, {exclude: true, carry: true},
+	} {
+		strict := tt.strict
 		inNamespace(t, func(t *testing.T) {
 			w := newWorld(t)
 			if strict {
@@ -80,6 +83,10 @@ func TestInbound(t *testing.T) {
 			}
 			c := testConfig(t)
 			c.Guard = time.Second
+			c.CarryInbound = tt.carry
+			if tt.exclude {
+				c.Exclude.Devices = []string{"eth0"}
+			}
 			if c.Kept, err = Established(); err != nil || len(c.Kept) != 2 {
 				t.Errorf("established: %v, %v", c.Kept, err)
 			}
@@ -110,12 +117,16 @@ func TestInbound(t *testing.T) {
 					})
 				}
 			}
-			check("up")
+			check(fmt.Sprintf("up, %+v", tt))
 			h.Close() // as a kill does
 			tun.Close()
 			time.Sleep(1100 * time.Millisecond)
-			check(fmt.Sprint("dead, strict ", strict))
-			w.mustBeClosed(t, "dead")
+			check(fmt.Sprintf("dead, %+v", tt))
+			if !tt.exclude { // sockets that are bound to an excluded device go past the proxy
+				w.mustBeClosed(t, "dead")
+			} else if w.passes(false, probe{typ: unix.SOCK_DGRAM, dst: far4, port: 7777}.send) {
+				t.Errorf("%+v: a datagram of a socket that is not bound to the device left", tt)
+			}
 			if _, err := Undo(c); err != nil {
 				t.Error(err)
 			}

@@ -55,7 +55,10 @@ Not 53: names are asked through it.`,
 		Help: "devices: what comes in by them, or is bound to them, goes past the proxy",
 		Man: `Network devices: what comes in by one of them to be forwarded, and sockets that are bound to one of them, go past the
 proxy.
-So does what leaves by it whatever is asked of
+Connections from outside that come in by one of them are answered by it, whatever
+.Fl -inbound
+says.
+So does what leaves by it, whatever is asked of
 .Nm :
 multicast and broadcast for which the program or the kernel chooses the device, link-local addresses, and what rules of
 others lead there.

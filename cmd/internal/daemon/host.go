@@ -90,7 +90,7 @@ func newHost(cfg *config.Config, alive func() bool, network func(), log *slog.Lo
 	} else {
 		k.Direct = false
 	}
-	if !k.CarryInbound {
+	if !k.CarryInbound || len(k.Exclude.Devices) > 0 {
 		kept, err := kernel.Established()
 		if err != nil {
 			return nil, err
