@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"maps"
-	"net/netip"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -64,14 +63,14 @@ func (r *Router) HandleStream(req flow.StreamRequest) {
 		f.Start = time.Now()
 	}
 	r.count.streams.Add(1)
-	dest := Dest{Addr: netip.AddrPortFrom(f.Dst.Addr().Unmap(), f.Dst.Port())}
-	if d := r.dns.Load(); d != nil && dest.Addr.Port() == 53 && carriable(dest.Addr) {
+	dest := Dest{Addr: f.Dst}
+	var v *verdict
+	if d := r.dns.Load(); d != nil && f.Dst.Port() == 53 && flow.OneHost(f.Dst.Addr()) {
 		// A truncated answer asks to come back by TCP, and the address in resolv.conf need not exist.
 		dest.Addr = d.Resolver()
-	}
-	v := verdictImpossible
-	if carriable(dest.Addr) {
 		v = r.policy.Load().decide(flow.TCP, dest.Addr)
+	} else {
+		v = r.verdictOn(flow.TCP, f.Dst)
 	}
 	v.hits.Add(1)
 	switch v.kind {

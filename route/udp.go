@@ -54,17 +54,14 @@ func (r *Router) HandlePackets(pkts []flow.Packet) {
 
 // classify takes the verdict on one datagram, from the cache if it is there.
 func (r *Router) classify(p *flow.Packet) *verdict {
-	if r.dns.Load() != nil && p.Dst.Port() == 53 && carriable(p.Dst) {
+	if r.dns.Load() != nil && p.Dst.Port() == 53 && flow.OneHost(p.Dst.Addr()) {
 		return verdictResolve
 	}
 	c := &r.udp.cache[r.udp.cache.slot(p.Dst)]
 	if c.v != nil && c.dst == p.Dst {
 		return c.v
 	}
-	c.dst, c.v = p.Dst, verdictImpossible
-	if dst := netip.AddrPortFrom(p.Dst.Addr().Unmap(), p.Dst.Port()); carriable(dst) {
-		c.v = r.policy.Load().decide(flow.UDP, dst)
-	}
+	c.dst, c.v = p.Dst, r.verdictOn(flow.UDP, p.Dst)
 	return c.v
 }
 
@@ -80,6 +77,8 @@ func (r *Router) run(v *verdict, pkts []flow.Packet, now int64) {
 	case reject:
 		r.refuse(r.readerW, pkts, flow.RefusePort)
 		r.logRejected(v, &pkts[0], now)
+	case impossible:
+		r.refuse(r.readerW, pkts, flow.RefuseNet)
 	default:
 		r.count.dgramsDropped.Add(uint64(len(pkts)))
 	}
@@ -170,7 +169,7 @@ func (r *Router) carry(v *verdict, pkts []flow.Packet, now int64) {
 // newMapping makes room if there is none; nil: there is none to be made.
 func (r *Router) newMapping(v *verdict, p *flow.Packet, now int64) *mapping {
 	t := &r.udp
-	if !p.Src.IsValid() || p.Src.Port() == 0 || p.Src.Addr().IsUnspecified() || p.Src.Addr().IsMulticast() {
+	if p.Src.Port() == 0 || !flow.OneHost(p.Src.Addr()) {
 		return nil
 	}
 	if len(t.all) >= t.most && !r.evict(now) {

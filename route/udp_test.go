@@ -288,7 +288,7 @@ func TestUDPVerdictForEachDestination(t *testing.T) {
 	if lp.count() != 6 || lq.count() != 2 || lp.calls != 3 || lq.calls != 2 {
 		t.Errorf("p: %d datagrams in %d calls, q: %d in %d", lp.count(), lp.calls, lq.count(), lq.calls)
 	}
-	if s := g.Stats(); s.Mappings != 1 || s.Refused != 2 || s.Dropped != 8 {
+	if s := g.Stats(); s.Mappings != 1 || s.Refused != 8 || s.Dropped != 2 {
 		t.Errorf("%+v", s)
 	}
 	eventually(t, "one line for what is rejected", func() bool { return len(g.log.lines("state=rejected")) > 0 })

@@ -73,7 +73,7 @@ var errMartian = errors.New("a datagram from an address that nobody can have")
 // ParseHeader implements relay.Codec.
 func (c codec) ParseHeader(b []byte) (src netip.AddrPort, n int, err error) {
 	src, n, err = c.UDPCodec.ParseHeader(b)
-	if err == nil && !carriable(src) {
+	if err == nil && (src.Port() == 0 || !flow.CanBePeer(src.Addr())) {
 		err = errMartian
 	}
 	return src, n, err

@@ -103,14 +103,18 @@ func (p *policy) decide(proto flow.Proto, dst netip.AddrPort) *verdict {
 	return p.otherwise
 }
 
-// carriable reports whether dst can be a destination beyond a proxy at all. Multicast and broadcast are dropped by the
-// stack too: this is the second bolt on the door.
-func carriable(dst netip.AddrPort) bool {
+// verdictOn takes the verdict on a destination as the app named it. What no proxy can carry is impossible, whatever the rules
+// say; a rule may still send cloud metadata direct.
+func (r *Router) verdictOn(proto flow.Proto, dst netip.AddrPort) *verdict {
 	a := dst.Addr()
-	if !a.IsValid() || dst.Port() == 0 || a.IsMulticast() || a.IsUnspecified() || a.IsLoopback() {
-		return false
+	if dst.Port() == 0 || !flow.OneHost(a) || flow.IsOurs(a) {
+		return verdictImpossible
 	}
-	return !a.Is4() || a.As4()[0] < 240 // reserved, and the limited broadcast
+	v := r.policy.Load().decide(proto, dst)
+	if v.kind == carry && v.up.name != DirectName && !flow.CanBePeer(a) {
+		return verdictImpossible
+	}
+	return v
 }
 
 // cacheSize is the number of destinations whose verdict is remembered: 48 bytes each. A DHT node talks to some hundred

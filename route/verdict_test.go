@@ -64,14 +64,26 @@ func TestPolicyErrors(t *testing.T) {
 	}
 }
 
-func TestCarriable(t *testing.T) {
-	for dst, want := range map[string]bool{
-		"192.0.2.1:1": true, "[2001:db8::1]:1": true, "198.18.0.1:53": true,
-		"192.0.2.1:0": false, "224.0.0.1:1": false, "255.255.255.255:1": false, "240.0.0.1:1": false,
-		"0.0.0.0:1": false, "[::]:1": false, "127.0.0.1:1": false, "[::1]:1": false, "[ff02::1]:1": false,
+// What no proxy can carry is impossible for TCP and UDP alike, whatever the rules say. Cloud metadata may go direct.
+func TestImpossible(t *testing.T) {
+	viaProxy := newRig(t, Config{Upstreams: []Upstream{&fakeUpstream{name: "a"}}, Default: "a"}, nil)
+	direct := newRig(t, Config{Upstreams: []Upstream{&fakeUpstream{name: DirectName}}, Default: DirectName}, nil)
+	for dst, want := range map[string][2]bool{
+		"192.0.2.1:1": {true, true}, "[2001:db8::1]:1": {true, true}, "169.254.1.1:1": {true, true},
+		"169.254.169.254:80": {false, true},
+		"198.18.0.1:53":      {false, false}, "198.19.1.1:1": {false, false}, "[fd76:6961:736f:636b::7]:1": {false, false},
+		"192.0.2.1:0": {false, false}, "224.0.0.1:1": {false, false}, "255.255.255.255:1": {false, false},
+		"240.0.0.1:1": {false, false}, "0.1.2.3:1": {false, false}, "[::ffff:192.0.2.1]:1": {false, false},
+		"0.0.0.0:1": {false, false}, "[::]:1": {false, false}, "127.0.0.1:1": {false, false},
+		"[::1]:1": {false, false}, "[ff02::1]:1": {false, false},
 	} {
-		if got := carriable(netip.MustParseAddrPort(dst)); got != want {
-			t.Errorf("%s: %v", dst, got)
+		for i, r := range []*rig{viaProxy, direct} {
+			for _, proto := range []flow.Proto{flow.TCP, flow.UDP} {
+				v := r.verdictOn(proto, netip.MustParseAddrPort(dst))
+				if got := v.kind == carry; got != want[i] || !got && v != verdictImpossible {
+					t.Errorf("%v %s, direct %v: carried %v", proto, dst, i == 1, got)
+				}
+			}
 		}
 	}
 }

@@ -3,7 +3,9 @@ package socks
 import (
 	"fmt"
 	"io"
+	"net"
 	"net/netip"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -35,7 +37,7 @@ type Association struct {
 // associated makes an Association of a granted dial. The descriptor stays in the loop.
 func (p *dial) associated() {
 	server := p.addrs[p.at]
-	relay, repaired := repairRelay(p.hs.Bound(), server)
+	relay, repaired := repairRelay(p.hs.Bound(), server, p.d.opts.CanBePeer, onHost)
 	if repaired {
 		p.d.log.Debug("relay address repaired", "server", p.c.server, "answered", p.hs.Bound().String(), "used", relay.String())
 	}
@@ -167,18 +169,43 @@ func (a *Association) ready(uint32) {
 // repairRelay makes an endpoint of what a server at the endpoint server answered to UDP ASSOCIATE. Servers behind NAT
 // answer with addresses that only they can use: an unspecified address, a name, port 0, or an address of a nearer scope
 // than the server's own (a private one behind a public server, a loopback one behind any but a loopback server) stands
-// for the server's address. A port 0 stands for the server's port.
-func repairRelay(bound Addr, server netip.AddrPort) (relay netip.AddrPort, repaired bool) {
+// for the server's address. So does an address that datagrams must never be sent to: one that canBePeer refuses, and one
+// of this host when the server is not on it. A port 0 stands for the server's port.
+func repairRelay(bound Addr, server netip.AddrPort, canBePeer, onHost func(netip.Addr) bool) (relay netip.AddrPort, repaired bool) {
 	ip, port := bound.IP.Unmap(), bound.Port
-	nearer := scope(ip) < max(scope(server.Addr()), scopeHost)
-	zoneless := ip.Is6() && ip.IsLinkLocalUnicast() // SOCKS has no place for the zone
-	if bound.Name != "" || port == 0 || nearer || zoneless {
+	use := bound.Name == "" && port != 0
+	switch {
+	case !use || ip == server.Addr():
+	case scope(ip) < max(scope(server.Addr()), scopeHost):
+		use = false
+	case ip.IsLoopback(): // and so is the server's
+	case ip.Is6() && ip.IsLinkLocalUnicast(): // SOCKS has no place for the zone
+		use = false
+	default:
+		use = canBePeer(ip) && (!onHost(ip) || onHost(server.Addr()))
+	}
+	if !use {
 		ip, repaired = server.Addr(), true
 	}
 	if port == 0 {
 		port = server.Port()
 	}
 	return netip.AddrPortFrom(ip, port), repaired
+}
+
+// onHost reports whether ip is an address of this host. What cannot be found out is taken for one.
+func onHost(ip netip.Addr) bool {
+	if ip.IsLoopback() {
+		return true
+	}
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return true
+	}
+	return slices.ContainsFunc(addrs, func(a net.Addr) bool {
+		n, ok := a.(*net.IPNet)
+		return ok && n.IP.Equal(net.IP(ip.WithZone("").AsSlice()))
+	})
 }
 
 // Scopes of addresses, from nowhere to everywhere.

@@ -19,6 +19,11 @@ import (
 
 func TestRepairRelay(t *testing.T) {
 	const public, private, loop, public6 = "203.0.113.1:1080", "10.0.0.1:1080", "127.0.0.1:1080", "[2001:db8::1]:1080"
+	const never, here = "192.0.2.66:5000", "198.51.100.1:5000"
+	canBePeer := func(a netip.Addr) bool { return a != netip.MustParseAddrPort(never).Addr() && scope(a) > scopeNone }
+	onHost := func(a netip.Addr) bool {
+		return a.IsLoopback() || netip.MustParsePrefix("198.51.100.0/24").Contains(a)
+	}
 	name := Addr{Name: "relay.example", Port: 5000}
 	tests := []struct {
 		bound, server, want string
@@ -50,18 +55,47 @@ func TestRepairRelay(t *testing.T) {
 		{"10.1.2.3:5000", loop, "10.1.2.3:5000"},
 		{"127.0.0.1:5000", private, "10.0.0.1:5000"},
 		{"127.0.0.1:5000", loop, "127.0.0.1:5000"},
+		{"0.1.2.3:5000", loop, "127.0.0.1:5000"},
+		// Never a peer, wherever the server is, unless it is the server itself.
+		{never, public, "203.0.113.1:5000"},
+		{never, loop, "127.0.0.1:5000"},
+		{never, private, "10.0.0.1:5000"},
+		{never, "192.0.2.66:1080", never},
+		// This host is no relay of a server elsewhere.
+		{here, public, "203.0.113.1:5000"},
+		{here, private, "10.0.0.1:5000"},
+		{here, loop, here},
+		{here, "198.51.100.2:1080", here}, // two addresses of this host
 		{"203.0.113.2:5000", private, "203.0.113.2:5000"},
 		{"[2001:db8::2]:5000", public, "[2001:db8::2]:5000"},
 	}
 	for _, tt := range tests {
 		server := netip.MustParseAddrPort(tt.server)
-		got, repaired := repairRelay(AddrFrom(netip.MustParseAddrPort(tt.bound)), server)
+		got, repaired := repairRelay(AddrFrom(netip.MustParseAddrPort(tt.bound)), server, canBePeer, onHost)
 		if got.String() != tt.want || repaired != (netip.MustParseAddrPort(tt.bound).Addr().Unmap() != got.Addr()) {
 			t.Errorf("%s behind %s: %v (repaired %v), want %s", tt.bound, tt.server, got, repaired, tt.want)
 		}
 	}
-	if got, _ := repairRelay(name, netip.MustParseAddrPort(public)); got.String() != "203.0.113.1:5000" {
+	if got, _ := repairRelay(name, netip.MustParseAddrPort(public), canBePeer, onHost); got.String() != "203.0.113.1:5000" {
 		t.Errorf("a name: %v", got)
+	}
+}
+
+func TestOnHost(t *testing.T) {
+	for a, want := range map[string]bool{"127.0.0.1": true, "127.9.9.9": true, "::1": true, "203.0.113.77": false, "2001:db8::77": false} {
+		if got := onHost(netip.MustParseAddr(a)); got != want {
+			t.Errorf("%s: %v", a, got)
+		}
+	}
+	all, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range all {
+		ip, _ := netip.AddrFromSlice(a.(*net.IPNet).IP)
+		if !onHost(ip.Unmap()) {
+			t.Errorf("%v is an address of this host", ip)
+		}
 	}
 }
 

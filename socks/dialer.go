@@ -36,6 +36,10 @@ type Options struct {
 	// HandshakeTimeout is for the whole handshake from then on: bytes that drip in do not extend it. Zero: 30 s.
 	HandshakeTimeout time.Duration
 
+	// CanBePeer reports whether datagrams may be sent to an address that a server names as its relay. It is not asked about
+	// the server's own address. nil: to all that are of one host.
+	CanBePeer func(netip.Addr) bool
+
 	// Log gets debug messages; nil: nobody does.
 	Log *slog.Logger
 	// Resolve looks up servers' names; nil: net.DefaultResolver. It is called on a goroutine of its own, one for each
@@ -93,6 +97,9 @@ func NewDialer(o Options) (*Dialer, error) {
 	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if o.CanBePeer == nil {
+		o.CanBePeer = func(a netip.Addr) bool { return scope(a) > scopeNone }
 	}
 	if o.DirectControl == nil {
 		o.DirectControl = o.Control

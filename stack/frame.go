@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"net/netip"
 
+	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/tun"
 )
 
@@ -16,6 +17,7 @@ const (
 	dropICMP
 	dropMulticast
 	dropProto
+	refuse // a SYN that gVisor would drop: it is answered at once
 )
 
 // IP protocol and IPv6 next header numbers of the IANA registry that icmp.go does not have.
@@ -67,7 +69,7 @@ func inspect4(h *tun.Header, b []byte) (verdict, int) {
 	if ihl < ip4HeaderLen || total < ihl || total > len(b) {
 		return dropMalformed, 0
 	}
-	if !unicast(netip.AddrFrom4([4]byte(b[12:16]))) || !unicast(netip.AddrFrom4([4]byte(b[16:20]))) {
+	if !flow.OneHost(netip.AddrFrom4([4]byte(b[12:16]))) || !unicast(netip.AddrFrom4([4]byte(b[16:20]))) {
 		return dropMulticast, 0
 	}
 	frag := binary.BigEndian.Uint16(b[6:])&0x3fff != 0
@@ -87,8 +89,7 @@ func inspect6(h *tun.Header, b []byte) (verdict, int) {
 		return dropMalformed, 0
 	}
 	src, dst := netip.AddrFrom16([16]byte(b[8:24])), netip.AddrFrom16([16]byte(b[24:40]))
-	// ::ffff:0:0/96 must not be seen on a wire; it would alias an IPv4 address further on.
-	if !unicast(src) || !unicast(dst) || src.Is4In6() || dst.Is4In6() {
+	if !flow.OneHost(src) || !unicast(dst) {
 		if b[6] == protoICMPv6 || b[6] == protoHopByHop { // the kernel's own neighbour discovery
 			return dropICMP, 0
 		}
@@ -140,6 +141,12 @@ func inspectTransport(h *tun.Header, b []byte, off int, proto byte, frag bool) (
 		if hdr < off+20 || hdr > len(b) {
 			return dropMalformed, 0
 		}
+		if b[0]>>4 == 6 && netip.AddrFrom16([16]byte(b[24:40])).Is4In6() {
+			if isSYN(b[off+13]) {
+				return refuse, hdr
+			}
+			return dropProto, 0
+		}
 		return toGVisor, hdr
 	case protoUDP:
 		if gso != tun.GSONone {
@@ -161,7 +168,8 @@ func inspectTransport(h *tun.Header, b []byte, off int, proto byte, frag bool) (
 	return dropProto, 0
 }
 
-// unicast reports whether a flow may begin or end at a. Loopback addresses never come on a device (RFC 1122 3.2.1.3).
+// unicast reports whether a packet to a may be answered with an error (RFC 1122 3.2.2, RFC 4443 2.4 (e)). Which addresses can
+// carry a flow is for flow.OneHost and flow.CanBePeer to say. Loopback addresses never come on a device (RFC 1122 3.2.1.3).
 func unicast(a netip.Addr) bool {
 	return !a.IsMulticast() && !a.IsUnspecified() && !a.IsLoopback() && a != broadcast
 }

@@ -57,8 +57,8 @@ func unreachableCode(why flow.Refusal, v6 bool) (typ, code byte, ok bool) {
 
 // appendUnreachable appends to b a whole IP packet, checksums filled in: the ICMP or ICMPv6 destination unreachable for
 // why. It quotes quote, a packet of the app from its IP header on, as much as RFC 1812 and RFC 4443 let it; 8 bytes
-// behind the IP header (and IPv6 extension headers) must be there, the rest may be missing. The source is the quoted
-// destination: the far end itself seems to answer (Linux ignores an IPv4 error from one of its own addresses).
+// behind the IP header (and IPv6 extension headers) must be there, the rest may be missing. The source is that of
+// errorSource.
 //
 // ok is false, and b comes back as it was, when why is RefuseSilent, when quote can't be a packet, and when RFC 1122
 // 3.2.2 or RFC 4443 2.4 (e) forbids an answer: to ICMP errors, to any but the first fragment, to multicast and
@@ -93,14 +93,16 @@ func appendUnreachable4(b, quote []byte, why flow.Refusal) ([]byte, bool) {
 	if quote[9] == protoICMP && quote[ihl] != 8 && quote[ihl] != 13 {
 		return b, false
 	}
-	if !oneHost(netip.AddrFrom4([4]byte(quote[12:16]))) || !oneHost(netip.AddrFrom4([4]byte(quote[16:20]))) {
+	dst := netip.AddrFrom4([4]byte(quote[16:20]))
+	if !flow.OneHost(netip.AddrFrom4([4]byte(quote[12:16]))) || !unicast(dst) {
 		return b, false
 	}
+	from := errorSource(dst).As4()
 	quote = quote[:min(len(quote), maxQuote4)]
 
 	start := len(b)
 	b = append(b, 0x45, icmpTOS, 0, 0, 0, 0, 0x40 /* DF: atomic, so the ID is free, RFC 6864 */, 0, icmpTTL, protoICMP, 0, 0)
-	b = append(b, quote[16:20]...)
+	b = append(b, from[:]...)
 	b = append(b, quote[12:16]...)
 	b = append(b, typ, code, 0, 0, 0, 0, 0, 0)
 	b = append(b, quote...)
@@ -125,15 +127,17 @@ func appendUnreachable6(b, quote []byte, why flow.Refusal) ([]byte, bool) {
 	if proto == protoICMPv6 && (quote[off] < 128 || quote[off] == 137) {
 		return b, false
 	}
-	if !oneHost(netip.AddrFrom16([16]byte(quote[8:24]))) || !oneHost(netip.AddrFrom16([16]byte(quote[24:40]))) {
+	dst := netip.AddrFrom16([16]byte(quote[24:40]))
+	if !flow.OneHost(netip.AddrFrom16([16]byte(quote[8:24]))) || !unicast(dst) {
 		return b, false
 	}
+	from := errorSource(dst).As16()
 	quote = quote[:min(len(quote), maxQuote6)]
 
 	start := len(b)
 	n := icmpHeaderLen + len(quote)
 	b = append(b, 0x60, 0, 0, 0, byte(n>>8), byte(n), protoICMPv6, icmpTTL)
-	b = append(b, quote[24:40]...)
+	b = append(b, from[:]...)
 	b = append(b, quote[8:24]...)
 	b = append(b, typ, code, 0, 0, 0, 0, 0, 0)
 	b = append(b, quote...)
@@ -144,15 +148,17 @@ func appendUnreachable6(b, quote []byte, why flow.Refusal) ([]byte, bool) {
 	return b, true
 }
 
-// oneHost reports whether a is the address of one host that we may speak for or to: not unspecified, loopback,
-// multicast, class E or broadcast, and not an IPv4 address that hides in an IPv6 one.
-func oneHost(a netip.Addr) bool {
-	if a.Is4() {
-		// 0/8 is "this network", RFC 1122 3.2.1.3; 240/4 has broadcast in it.
-		b := a.As4()
-		return b[0] != 0 && b[0] != 127 && b[0] < 224
+// errorSource is the address that an error about a packet to dst comes from: dst itself, as if the far end answered (Linux
+// ignores an IPv4 error from one of its own addresses). No packet can come from an address that is not of one host (Linux
+// before 5.3 drops what comes from 0.0.0.0/8): there the far end of the TUN answers, as a router would.
+func errorSource(dst netip.Addr) netip.Addr {
+	switch {
+	case flow.OneHost(dst):
+		return dst
+	case dst.Is4():
+		return flow.Gateway4
 	}
-	return a.IsValid() && !a.IsUnspecified() && !a.IsLoopback() && !a.IsMulticast() && !a.Is4In6()
+	return flow.Gateway6
 }
 
 // skipExtensions finds the upper layer of an IPv6 packet (RFC 8200 4.1): its protocol and where it begins. off is -1 when the headers

@@ -3,6 +3,7 @@ package stack
 import (
 	"errors"
 
+	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/tun"
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -120,6 +121,8 @@ func (r *frameReader) judge(h *tun.Header, b []byte, inView bool) {
 	switch v {
 	case toGVisor:
 		r.deliver(h, b, hdr, inView)
+	case refuse:
+		r.s.answer(b[:hdr], flow.RefuseNet)
 	case dropMalformed:
 		r.s.stats.droppedMalformed.Add(1)
 	case dropICMP:

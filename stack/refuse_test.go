@@ -1,6 +1,7 @@
 package stack
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
+	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 )
@@ -217,6 +219,52 @@ func TestRefusal(t *testing.T) {
 	}
 }
 
+// A connection to an address that no packet can come from is refused by the far end of the TUN, at once.
+func TestRefusalOfImpossible(t *testing.T) {
+	src4, src6 := netip.AddrPortFrom(appIP4, 1234), netip.AddrPortFrom(appIP6, 1234)
+	for _, tt := range []struct {
+		dst  string
+		from netip.Addr
+	}{
+		{"0.1.2.3:80", flow.Gateway4},
+		{"240.0.0.1:80", flow.Gateway4},
+		{"[::ffff:203.0.113.7]:80", flow.Gateway6},
+	} {
+		t.Run(tt.dst, func(t *testing.T) {
+			dst := netip.MustParseAddrPort(tt.dst)
+			src := src4
+			if dst.Addr().Is6() {
+				src = src6
+			}
+			r := newRaw(t, Config{})
+			syn := segment(src, dst, 1000, 0, header.TCPFlagSyn, nil, nil)
+			r.send(tun.Header{}, syn)
+			if dst.Addr().Is4() {
+				r.request().Reject(flow.RefuseNet)
+			}
+			_, b := r.recv(patience)
+			if len(b) == 0 {
+				t.Fatal("no answer")
+			}
+			var from, to tcpip.Address
+			var icmp []byte
+			if dst.Addr().Is4() {
+				from, to, icmp = header.IPv4(b).SourceAddress(), header.IPv4(b).DestinationAddress(), b[ip4HeaderLen:]
+			} else {
+				from, to, icmp = header.IPv6(b).SourceAddress(), header.IPv6(b).DestinationAddress(), b[ip6HeaderLen:]
+			}
+			if from != addrTo(tt.from) || to != addrTo(src.Addr()) || icmp[1] != 0 || !bytes.Contains(icmp, syn) {
+				t.Errorf("the answer % x", b)
+			}
+			// Only a SYN begins something that can be refused.
+			if dst.Addr().Is6() {
+				r.send(tun.Header{}, segment(src, dst, 1000, 1, header.TCPFlagAck, nil, nil))
+				r.quiet()
+			}
+		})
+	}
+}
+
 // TestSYN is what a SYN and what is like a SYN gets.
 func TestSYN(t *testing.T) {
 	src := netip.AddrPortFrom(appIP4, 1234)
@@ -349,7 +397,6 @@ func TestDropped(t *testing.T) {
 		"SYN to broadcast":    {b: syn("255.255.255.255"), count: multi},
 		"SYN to nobody":       {b: syn("0.0.0.0"), count: multi},
 		"SYN to ff02::1":      {b: syn("ff02::1"), count: multi},
-		"SYN to mapped IPv4":  {b: syn("::ffff:203.0.113.7"), count: multi},
 		"SYN to port 0":       {b: segment(netip.AddrPortFrom(appIP4, 1), netip.AddrPortFrom(srv4.Addr(), 0), 1, 0, header.TCPFlagSyn, nil, nil), count: mal},
 		"short":               {b: syn("203.0.113.7")[:30], count: mal},
 		"GSO of nothing":      {h: tun.Header{GSOType: 3, GSOSize: 1, Flags: tun.NeedsCsum}, b: syn("203.0.113.7"), count: mal},

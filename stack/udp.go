@@ -197,7 +197,7 @@ func (s *Stack) carried(src, dst netip.Addr) bool {
 		s.stats.udp.droppedMulticast.Add(1)
 		return false
 	}
-	if !oneHost(src) || !oneHost(dst) || dst.Is6() && dst.IsLinkLocalUnicast() {
+	if !flow.OneHost(src) || !unicast(dst) || dst.Is6() && dst.IsLinkLocalUnicast() {
 		s.stats.udp.droppedAddress.Add(1)
 		return false
 	}

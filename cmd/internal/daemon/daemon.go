@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/stack/flow"
 )
 
 // ErrDied: it had started, and then failed.
@@ -24,17 +25,15 @@ const (
 	lateResets, lateReset = 3, 10 * time.Millisecond
 )
 
-// Addresses of the TUN. The IPv4 one is of RFC 2544's range for benchmarks, which nobody routes and whose rest will hold
-// the fake addresses of names; the IPv6 one is a unique local address (RFC 4193), so that a name with addresses of both
-// families is reached by IPv4 (RFC 6724: labels), which more proxies can. Single addresses: no network beside them
-// is lost, and there is no broadcast.
+// Addresses of the TUN, in the ranges of flow.Ours. They are single addresses: no network beside them is lost, and there is
+// no broadcast.
 var (
 	tunAddrs = []netip.Prefix{
 		netip.MustParsePrefix("198.18.0.1/32"),
 		netip.MustParsePrefix("fd76:6961:736f:636b::1/128"),
 	}
 	// nameserver stands in the program's resolv.conf. Port 53 of whatever address is answered by route/dns.
-	nameserver = netip.MustParseAddr("198.18.0.2")
+	nameserver = flow.Gateway4
 )
 
 // stop ends p within stopTimeout; between is done when the app's flows have been reset.

@@ -67,6 +67,7 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 	}()
 	if p.dialer, err = socks.NewDialer(socks.Options{
 		Control: dial.control, DirectControl: dial.direct, Resolve: dial.resolve, Log: log,
+		CanBePeer: flow.CanBePeer,
 	}); err != nil {
 		dev.Close()
 		return nil, err

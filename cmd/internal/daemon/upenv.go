@@ -11,12 +11,10 @@ import (
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/netns"
 )
-
-// tunRanges are ours: the addresses of the TUN and those that will stand for names.
-var tunRanges = []netip.Prefix{netip.MustParsePrefix("198.18.0.0/15"), netip.MustParsePrefix("fd76:6961:736f:636b::/64")}
 
 // checkProxies refuses a proxy that can't be reached, and says what may surprise.
 func (u *up) checkProxies(cfg *config.Config) error {
@@ -56,11 +54,11 @@ func (u *up) warnExcluded(cfg *config.Config, up config.Upstream, a netip.Addr) 
 
 // tunRange is the range of ours that a is in.
 func tunRange(a netip.Addr) (netip.Prefix, bool) {
-	i := slices.IndexFunc(tunRanges, func(p netip.Prefix) bool { return p.Contains(a.Unmap()) })
+	i := slices.IndexFunc(flow.Ours[:], func(p netip.Prefix) bool { return p.Contains(a.Unmap()) })
 	if i < 0 {
 		return netip.Prefix{}, false
 	}
-	return tunRanges[i], true
+	return flow.Ours[i], true
 }
 
 // ourAddress is what a proxy's name must not stand for: it would come back to us.

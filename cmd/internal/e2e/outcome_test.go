@@ -180,6 +180,50 @@ func testOutcomes(t *testing.T, offload string) {
 	}
 }
 
+// TestImpossible: what no proxy can carry is refused at once, by TCP and by UDP, and the proxy is not asked.
+func TestImpossible(t *testing.T) { eachOffload(t, testImpossible) }
+
+func testImpossible(t *testing.T, offload string) {
+	proxy := listenSOCKS(t)
+	a := startApp(t, "--proxy", proxy.URL(), "--offload", offload)
+	for _, at := range []string{"0.1.2.3:80", "240.0.0.1:80", "254.1.2.3:80", "169.254.169.254:80", "198.19.1.1:80", "[fd76:6961:736f:636b::77]:80"} {
+		dst := netip.MustParseAddrPort(at)
+		fd, took, err := a.connect(dst)
+		unix.Close(fd)
+		if err != unix.ENETUNREACH || took > 900*time.Millisecond {
+			t.Errorf("TCP to %v: %v after %v, want ENETUNREACH at once", dst, err, took)
+		}
+		u := a.socket(family(dst), unix.SOCK_DGRAM)
+		defer unix.Close(u)
+		// Without it the kernel does not tell a UDP socket that a network is unreachable.
+		level, option := unix.IPPROTO_IP, unix.IP_RECVERR
+		if dst.Addr().Is6() {
+			level, option = unix.IPPROTO_IPV6, unix.IPV6_RECVERR
+		}
+		if err := unix.SetsockoptInt(u, level, option, 1); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Connect(u, sockaddr(dst)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := unix.Write(u, []byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		p := []unix.PollFd{{Fd: int32(u), Events: unix.POLLIN}}
+		for n := 0; n == 0; {
+			if n, err = unix.Poll(p, int(patience/time.Millisecond)); n == 0 || err != nil && err != unix.EINTR {
+				t.Fatalf("UDP to %v: no error came (%v)", dst, err)
+			}
+		}
+		if _, err := unix.Read(u, make([]byte, 1)); err != unix.ENETUNREACH {
+			t.Errorf("UDP to %v: %v, want ENETUNREACH", dst, err)
+		}
+	}
+	if n := len(proxy.Requests()); n != 0 {
+		t.Errorf("the proxy was asked %d times", n)
+	}
+}
+
 // TestProxyGone: the proxy dies while viasocks runs; programs get an error at once, and it works again when it is back.
 func TestProxyGone(t *testing.T) { eachOffload(t, testProxyGone) }
 

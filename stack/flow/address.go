@@ -1,0 +1,48 @@
+package flow
+
+import "net/netip"
+
+// Ours are the ranges of addresses that viasocks uses itself: those of the TUN, and those that stand for names. The IPv4
+// range is RFC 2544's for benchmarks, which nobody routes; the IPv6 one is a unique local address (RFC 4193), so that a
+// name with addresses of both families is reached by IPv4 (RFC 6724: labels), which more proxies can carry.
+var Ours = [...]netip.Prefix{
+	netip.MustParsePrefix("198.18.0.0/15"),
+	netip.MustParsePrefix("fd76:6961:736f:636b::/64"),
+}
+
+// The far end of the TUN. Programs find their name server there, and ICMP errors come from there when the destination that
+// they are about cannot be the source of a packet.
+var (
+	Gateway4 = netip.MustParseAddr("198.18.0.2")
+	Gateway6 = netip.MustParseAddr("fd76:6961:736f:636b::2")
+)
+
+// metadata is where clouds tell a machine about itself, credentials included. Behind a proxy it would be the proxy's.
+var metadata = netip.MustParseAddr("169.254.169.254")
+
+// OneHost reports whether a has the form of the address of one host that a packet on a wire can come from: it is not
+// unspecified, loopback, multicast or broadcast, not in 0.0.0.0/8 ("this network", RFC 1122 3.2.1.3) or 240.0.0.0/4
+// (reserved), and not an IPv4 address written as an IPv6 one.
+func OneHost(a netip.Addr) bool {
+	if a.Is4() {
+		b := a.As4()
+		return b[0] != 0 && b[0] != 127 && b[0] < 224
+	}
+	return a.IsValid() && !a.IsUnspecified() && !a.IsLoopback() && !a.IsMulticast() && !a.Is4In6()
+}
+
+// IsOurs reports whether a is in one of our own ranges.
+func IsOurs(a netip.Addr) bool {
+	for _, p := range Ours {
+		if p.Contains(a) {
+			return true
+		}
+	}
+	return false
+}
+
+// CanBePeer reports whether a can be the address of a peer beyond a proxy. It is the one definition for the destinations
+// of TCP and UDP, for the relays that a proxy names, and for the sources of the datagrams that a relay hands over.
+func CanBePeer(a netip.Addr) bool {
+	return OneHost(a) && !IsOurs(a) && a != metadata
+}
