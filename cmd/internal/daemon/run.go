@@ -89,8 +89,10 @@ func Run(cfg *config.Config, environ []string, stdin, stdout, stderr *os.File) (
 	if err := child.Exec(); err != nil {
 		return 0, err
 	}
+	network := newSettling()
+	defer followNetwork(network, e.log)()
 	e.log.Info("ready", "tun", child.TUNName, "proxy", proxyName(cfg), "program", cfg.Program[0])
-	return watch(child, p, forwarded)
+	return watch(child, p, network, forwarded)
 }
 
 // heeded are the signals without those that our caller has ignored: nohup's HUP, the INT of a shell's background job. They
@@ -99,8 +101,8 @@ func heeded(signals ...os.Signal) []os.Signal {
 	return slices.DeleteFunc(signals, signal.Ignored)
 }
 
-// watch waits for the program, hands it signals, and ends it when the data plane fails.
-func watch(child *netns.Child, p *plane, signals <-chan os.Signal) (int, error) {
+// watch waits for the program, hands it signals, follows the network, and ends the program when the data plane fails.
+func watch(child *netns.Child, p *plane, network *settling, signals <-chan os.Signal) (int, error) {
 	type end struct {
 		exit int
 		err  error
@@ -121,6 +123,10 @@ func watch(child *netns.Child, p *plane, signals <-chan os.Signal) (int, error) 
 			return e.exit, e.err
 		case s := <-signals:
 			child.Signal(s)
+		case <-network.news:
+			network.noted()
+		case <-network.due:
+			p.networkChanged(network)
 		case failure = <-p.failed:
 			p.log.Error("the program's network failed: it is ended", "err", failure)
 			child.Signal(syscall.SIGTERM)

@@ -36,7 +36,7 @@ type up struct {
 	pulse   pulse
 	stop    context.CancelCauseFunc // with why
 	hup     chan struct{}           // read the configuration again
-	network chan struct{}           // the way to the proxy may be another one
+	network *settling               // the way to the proxy may be another one
 	confirm chan struct{}
 	rebuilt []time.Time
 
@@ -80,7 +80,7 @@ func Up(cfg *config.Config, o UpOptions) error {
 	defer stop(nil)
 	u := &up{
 		UpOptions: o, env: e, first: cfg, cfg: cfg, state: control.Starting, since: time.Now(),
-		stop: stop, hup: make(chan struct{}, 1), network: make(chan struct{}, 1), confirm: make(chan struct{}, 1),
+		stop: stop, hup: make(chan struct{}, 1), network: newSettling(), confirm: make(chan struct{}, 1),
 	}
 	u.notify = newNotifier(o.Environ, e.log)
 	defer u.notify.close()
@@ -131,7 +131,7 @@ func (u *up) run(ctx context.Context) (err error) {
 	if err := u.checkProxies(cfg); err != nil {
 		return err
 	}
-	h, err := newHost(cfg, u.pulse.fresh, u.networkChanged, u.log)
+	h, err := newHost(cfg, u.pulse.fresh, u.network.changed, u.log)
 	if err != nil {
 		return err
 	}
@@ -279,8 +279,7 @@ func (u *up) live(ctx context.Context) error {
 	defer guards.Wait()
 	defer unguard()
 	guards.Go(func() { u.notify.guard(guard, u.look) })
-	guards.Go(func() { u.pulse.run(guard, u.look, u.networkChanged) })
-	var settled <-chan time.Time
+	guards.Go(func() { u.pulse.run(guard, u.look, u.network.changed) })
 	for {
 		select {
 		case <-ctx.Done():
@@ -300,24 +299,11 @@ func (u *up) live(ctx context.Context) error {
 			u.log.Info("confirmed: it stays")
 		case <-u.hup:
 			u.reload()
-		case <-u.network:
-			settled = time.After(settle)
-		case <-settled:
-			settled = nil
-			u.log.Info("the network changed: the proxy is looked up again and associations are made anew")
-			u.plane.renew()
+		case <-u.network.news:
+			u.network.noted()
+		case <-u.network.due:
+			u.plane.networkChanged(u.network)
 		}
-	}
-}
-
-// settle is how long the network must have been quiet: a change hardly comes alone.
-const settle = 500 * time.Millisecond
-
-// networkChanged is told that the default route is another one, or that the host was asleep. It does not block.
-func (u *up) networkChanged() {
-	select {
-	case u.network <- struct{}{}:
-	default:
 	}
 }
 

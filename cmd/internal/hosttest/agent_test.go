@@ -77,22 +77,28 @@ func (a *agent) start(w *world) error {
 		return err
 	}
 	defer d.Close()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(d.Fd())}
+	a.cgroup = filepath.Base(dir)
+	return a.launch(w, cmd)
+}
+
+// launch starts cmd, which is or becomes an agent, in the host namespace.
+func (a *agent) launch(w *world, cmd *exec.Cmd) error {
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}
 	theirs := os.NewFile(uintptr(pair[1]), "agent")
 	defer theirs.Close()
-	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), envAgent+"=1")
-	cmd.Stderr = os.Stderr
 	cmd.ExtraFiles = []*os.File{theirs}
-	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(d.Fd())}
 	if err := in("host", cmd.Start); err != nil {
 		unix.Close(pair[0])
 		return err
 	}
-	a.fd, a.cgroup = pair[0], filepath.Base(dir)
+	a.fd = pair[0]
 	w.t.Cleanup(func() {
 		unix.Close(a.fd)
 		_ = cmd.Wait()
