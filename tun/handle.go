@@ -65,6 +65,20 @@ func (h *handle) detach() error {
 	return nil
 }
 
+// Abandon has the interface end with the device, also one that was to stay (netns.TUNOptions.Persist). The device works on.
+func Abandon(d Device) {
+	var h *handle
+	switch d := d.(type) {
+	case *fileDevice:
+		h = d.h
+	case *plainDevice:
+		h = d.h
+	default:
+		return
+	}
+	_ = h.control(func(fd int) error { return unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 0) }) // it fails if the interface is gone
+}
+
 // control calls f with the handle's descriptor, which stays open meanwhile.
 func (h *handle) control(f func(fd int) error) error {
 	raw, err := h.dev.File().SyscallConn()

@@ -7,6 +7,7 @@ const (
 	Starting    = "starting"
 	Unconfirmed = "unconfirmed" // up, and it will be undone if nobody confirms
 	Ready       = "ready"
+	Impaired    = "impaired" // it was ready; the first warning says what is wrong now
 	Stopping    = "stopping"
 )
 

@@ -105,7 +105,7 @@ func Shut(cfg *config.Config, stderr *os.File) error {
 	err = h.Shut()
 	if err == nil {
 		var dev tun.Device
-		if dev, _, err = openTUN(cfg, e, true); err == nil {
+		if dev, _, err = openTUN(cfg, e, true, nil); err == nil {
 			defer dev.Close()
 			err = h.Steer()
 		}

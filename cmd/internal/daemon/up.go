@@ -37,6 +37,7 @@ type up struct {
 	stop    context.CancelCauseFunc // with why
 	hup     chan struct{}           // read the configuration again
 	network *settling               // the way to the proxy may be another one
+	tun     tended
 	confirm chan struct{}
 	rebuilt []time.Time
 
@@ -80,7 +81,7 @@ func Up(cfg *config.Config, o UpOptions) error {
 	defer stop(nil)
 	u := &up{
 		UpOptions: o, env: e, first: cfg, cfg: cfg, state: control.Starting, since: time.Now(),
-		stop: stop, hup: make(chan struct{}, 1), network: newSettling(), confirm: make(chan struct{}, 1),
+		stop: stop, hup: make(chan struct{}, 1), network: newSettling(), tun: tended{news: make(chan struct{}, 1)}, confirm: make(chan struct{}, 1),
 	}
 	u.notify = newNotifier(o.Environ, e.log)
 	defer u.notify.close()
@@ -280,6 +281,7 @@ func (u *up) live(ctx context.Context) error {
 	defer unguard()
 	guards.Go(func() { u.notify.guard(guard, u.look) })
 	guards.Go(func() { u.pulse.run(guard, u.look, u.network.changed) })
+	defer u.watchTUN()()
 	for {
 		select {
 		case <-ctx.Done():
@@ -303,6 +305,10 @@ func (u *up) live(ctx context.Context) error {
 			u.network.noted()
 		case <-u.network.due:
 			u.plane.networkChanged(u.network)
+		case <-u.tun.news:
+			u.tend()
+		case <-u.tun.again:
+			u.tend()
 		}
 	}
 }

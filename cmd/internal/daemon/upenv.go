@@ -86,23 +86,38 @@ func notOurs(addrs []netip.Addr) (others []netip.Addr, err error) {
 	return nil, err
 }
 
-// openTUN makes the TUN, or takes the one that is there. persist: it stays when we are gone.
-func openTUN(cfg *config.Config, e *env, persist bool) (tun.Device, int, error) {
+// openTUN makes the TUN, or takes the one that is there, and says how it is to stay. persist: it stays when we are gone. onLink is
+// called when its link changes, until it is closed; nil: never.
+func openTUN(cfg *config.Config, e *env, persist bool, onLink func()) (dev tun.Device, w netns.Wanted, err error) {
 	queues, name, err := netns.OpenTUN(netns.TUNOptions{Name: cfg.TUN, MTU: cfg.MTU, VnetHdr: cfg.Offload != tun.OffloadOff, Persist: persist, Queues: tun.Queues})
 	if err != nil {
-		return nil, 0, err
+		return nil, w, err
 	}
-	if _, err := netns.Configure(name, cfg.MTU, tunAddrs, false); err != nil {
-		netns.CloseTUN(queues)
-		return nil, 0, err
+	dev, err = tun.FromFiles(queues, tun.Options{MTU: cfg.MTU, Offload: cfg.Offload, Log: e.log, OnLink: onLink})
+	if err != nil {
+		return nil, w, err
+	}
+	w = netns.Wanted{Name: name, MTU: cfg.MTU, Addrs: tunAddrs}
+	ipv6, err := netns.Configure(name, cfg.MTU, tunAddrs, false)
+	if err != nil {
+		dev.Close()
+		return nil, w, err
+	}
+	if !ipv6 {
+		w.Addrs = only4(w.Addrs)
 	}
 	link, err := net.InterfaceByName(name)
 	if err != nil {
-		netns.CloseTUN(queues)
-		return nil, 0, fmt.Errorf("cannot find the TUN device again: %w", err)
+		dev.Close()
+		return nil, w, fmt.Errorf("cannot find the TUN device again: %w", err)
 	}
-	dev, err := tun.FromFiles(queues, tun.Options{MTU: cfg.MTU, Offload: cfg.Offload, Log: e.log})
-	return dev, link.Index, err
+	w.Index = link.Index
+	return dev, w, nil
+}
+
+// only4 leaves out the IPv6 addresses, where the host has none.
+func only4(addrs []netip.Prefix) []netip.Prefix {
+	return slices.DeleteFunc(slices.Clone(addrs), func(p netip.Prefix) bool { return p.Addr().Is6() })
 }
 
 // alone is before anything is changed: what it takes is there, and nobody else steers this host until lock is closed. path

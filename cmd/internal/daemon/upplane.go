@@ -17,7 +17,7 @@ const (
 // startPlane makes the TUN, or takes the one that is there, and starts a data plane over it.
 func (u *up) startPlane(cfg *config.Config) error {
 	// One that nobody reads would swallow what fail-open is to let out, where the guardian was killed with us.
-	dev, index, err := openTUN(cfg, u.env, !u.first.Host.FailOpen)
+	dev, wanted, err := openTUN(cfg, u.env, !u.first.Host.FailOpen, u.tun.changed)
 	if err != nil {
 		return err
 	}
@@ -26,7 +26,7 @@ func (u *up) startPlane(cfg *config.Config) error {
 		dev.Close()
 		return err
 	}
-	diag.SetInterface(index)
+	diag.SetInterface(wanted.Index)
 	p, err := newPlane(cfg, dev, diagSockets{diag}, u.dial, u.log)
 	if err != nil {
 		diag.Close()
@@ -34,6 +34,7 @@ func (u *up) startPlane(cfg *config.Config) error {
 	}
 	p.start()
 	u.diag = diag
+	u.tun.use(dev, wanted)
 	u.mu.Lock()
 	u.plane = p
 	u.mu.Unlock()
@@ -83,7 +84,7 @@ func (u *up) leaveTUN(failed error) {
 	if failed == nil && !u.first.Host.FailOpen {
 		return // it is there
 	}
-	dev, _, err := openTUN(u.first, u.env, true)
+	dev, _, err := openTUN(u.first, u.env, true, nil)
 	if err == nil {
 		dev.Close()
 		err = u.host.Steer()

@@ -48,6 +48,12 @@ func (u *up) status() control.Status {
 		Host:     control.Host{TUN: u.first.TUN, Table: u.first.Table, Mark: fmt.Sprintf("%#x/%#x", u.first.Mark, u.first.Mask)},
 	}
 	u.mu.Unlock()
+	if fault := u.tun.fault(); fault != "" {
+		s.Warnings = append([]string{fault}, s.Warnings...)
+		if s.State == control.Ready {
+			s.State = control.Impaired
+		}
+	}
 	for _, r := range cfg.DNS {
 		s.DNS = append(s.DNS, r.String())
 	}

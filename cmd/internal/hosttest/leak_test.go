@@ -136,9 +136,12 @@ func TestLeak(t *testing.T) {
 	o.closed("our nft tables deleted", func() { w.deleteTables() })
 	w.eventually(20*time.Second, "the filter is put back", func() bool { return w.notClosed() == "" })
 	est.carry(w)
-	o.closedFor("TUN deleted", 2, 1200*time.Millisecond, func() { w.ip("host", "link del "+tunName) })
-	if d.alive() {
-		w.eventually(20*time.Second, "the TUN is there again", func() bool {
+	for _, c := range tunChanges {
+		o.closedFor("TUN "+c.name, 2, 1200*time.Millisecond, func() { w.ip("host", c.ip) })
+		if !d.alive() {
+			break
+		}
+		w.eventually(20*time.Second, "the TUN is as it was", func() bool {
 			c, err := w.dial("host", est.carried4)
 			if err == nil {
 				c.Close() // an idle one would outlive its viasocks, and its keepalive come to the world after the stop

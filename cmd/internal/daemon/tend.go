@@ -1,0 +1,144 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/viasocks/viasocks/tun"
+	"github.com/viasocks/viasocks/tun/netns"
+)
+
+// The TUN is put right at once when others change it. If they do so again within mendCalm, the next time comes later and later.
+const (
+	mendAgain = 250 * time.Millisecond
+	mendMost  = 30 * time.Second
+	mendCalm  = time.Minute
+)
+
+// tended is the TUN of an up, which others may set down, rename, or take addresses from. It belongs to the goroutine of live,
+// except changed, linkChanged and fault.
+type tended struct {
+	dev    tun.Device
+	wanted netns.Wanted
+	index  atomic.Int64 // wanted.Index for other goroutines
+
+	news  chan struct{}
+	again <-chan time.Time // nil: it is looked at when news come
+	mends int              // that came within mendCalm of each other
+	last  time.Time        // of them
+	next  time.Time        // not before
+
+	mu    sync.Mutex
+	broke string // in what it is wrong; "": it is as it must be
+}
+
+// changed is told that something may have happened to the TUN. It does not block.
+func (t *tended) changed() {
+	select {
+	case t.news <- struct{}{}:
+	default:
+	}
+}
+
+// linkChanged is told of all changes of the network.
+func (t *tended) linkChanged(c netns.Change) {
+	if i := int(t.index.Load()); c.Lost || c.Link == i || c.AddrLink == i {
+		t.changed()
+	}
+}
+
+// use is called with each TUN that is opened.
+func (t *tended) use(dev tun.Device, w netns.Wanted) {
+	t.dev, t.wanted = dev, w
+	t.index.Store(int64(w.Index))
+	t.setFault("")
+}
+
+// fault is in what the TUN is wrong now, or "".
+func (t *tended) fault() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.broke
+}
+
+func (t *tended) setFault(s string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.broke = s
+}
+
+// delay is how long to wait before the TUN is put right once more. It is 0 if it has been in order for a while.
+func (t *tended) delay(now time.Time) time.Duration {
+	if now.Sub(t.last) > mendCalm {
+		t.mends, t.next = 0, time.Time{}
+	}
+	return max(t.next.Sub(now), 0)
+}
+
+// mended notes that the TUN was put right, or that this was tried.
+func (t *tended) mended(now time.Time) {
+	t.last = now
+	t.next = now.Add(min(mendAgain<<min(t.mends, 10), mendMost))
+	t.mends++
+}
+
+// watchTUN tells u.tun of changes until end is called.
+func (u *up) watchTUN() (end func()) {
+	w, err := netns.NewWatch(u.log)
+	if err != nil {
+		u.log.Warn("that somebody takes addresses from the TUN device goes unnoticed", "err", err)
+		return func() {}
+	}
+	var ran sync.WaitGroup
+	ran.Go(func() { w.Run(u.tun.linkChanged) })
+	u.tun.changed() // before the watch began
+	return func() { w.Close(); ran.Wait() }
+}
+
+// tend looks at the TUN and puts it right, unless that was just done: then it is looked at again after a while. The host is closed
+// meanwhile, since the filter lets nothing else out.
+func (u *up) tend() {
+	t := &u.tun
+	t.again = nil
+	faults, err := t.wanted.Faults()
+	switch {
+	case errors.Is(err, netns.ErrNoInterface):
+		// If it was deleted, the data plane ends by itself. A TUN that was moved to another namespace would go on there.
+		tun.Abandon(t.dev)
+		u.plane.fail(fmt.Errorf("the TUN device %s is not in this network namespace any more", t.wanted.Name))
+		return
+	case err != nil:
+		u.log.Warn("the TUN device could not be looked at", "err", err)
+		return
+	case len(faults) == 0:
+		t.setFault("")
+		return
+	}
+	what := strings.Join(faults, ", ")
+	wrong := fmt.Sprintf("somebody changed the TUN device %s, and what it carries may fail until it is put right: it %s", t.wanted.Name, what)
+	t.setFault(wrong)
+	if wait := t.delay(time.Now()); wait > 0 {
+		t.again = time.After(wait)
+		return
+	}
+	ipv6, err := t.wanted.Mend()
+	if err == nil && !ipv6 { // somebody switched it off: that is respected
+		t.wanted.Addrs = only4(t.wanted.Addrs)
+	}
+	if err == nil {
+		err = u.host.Steer()
+	}
+	t.mended(time.Now())
+	if err != nil {
+		t.setFault(wrong + "; " + err.Error())
+		u.log.Warn("the TUN device could not be put right: it is tried again", "what", what, "err", err)
+		t.again = time.After(t.delay(time.Now()))
+		return
+	}
+	u.log.Warn("somebody changed the TUN device: it is put right", "tun", t.wanted.Name, "what", what)
+	t.changed() // look whether it is
+}
