@@ -14,4 +14,8 @@
 // The recorder is outside of the host, on its only uplink, and sees each frame (AF_PACKET). What may leave is a short
 // list of types and ports; everything else is a leak, and is laid to a probe by a canary in its payload or by its
 // destination, which no other probe has. A positive control without viasocks shows that each probe is seen.
+//
+// Tests that spend most of their time waiting, such as those with DHCP clients, run beside each other: each of them is a
+// process of its own, which makes the same world once more in its own namespaces (see apart). They start when all other
+// tests are over.
 package hosttest

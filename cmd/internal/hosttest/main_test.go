@@ -1,10 +1,12 @@
 package hosttest
 
 import (
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"testing"
 
@@ -29,6 +31,10 @@ func TestMain(m *testing.M) {
 			if err := prepareMounts(); err != nil {
 				os.Setenv(envWhy, err.Error())
 			}
+		}
+		flag.Parse()
+		if err := flag.Set("test.parallel", strconv.Itoa(apartAtOnce)); err != nil {
+			fmt.Fprintln(os.Stderr, "hosttest:", err)
 		}
 		os.Exit(m.Run())
 	}

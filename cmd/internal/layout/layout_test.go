@@ -55,6 +55,8 @@ var table = []struct {
 		"decides who carries a flow; the packets are stack's, the kernel is route/kernel's"},
 	{"route/kernel", []string{netlink, nftables, xsys}, nil,
 		"changes the host and undoes it: must work without a data plane"},
+	{"cmd/internal/hosttest", []string{self + "/...", xsys}, []string{netlink},
+		"its tests configure a host as DHCP clients do, with nothing between one message to the kernel and the next"},
 	{"cmd/...", []string{self + "/...", pflag, xsys}, nil,
 		"glue that no layer may import"},
 }
