@@ -15,7 +15,9 @@ declare -A groups=(
 	[test]="make:make gcc:gcc =/usr/include/stdio.h:libc6-dev git:git =/etc/ssl/certs/ca-certificates.crt:ca-certificates
 		ip:iproute2 sysctl:procps unshare:util-linux curl:curl
 		aria2c:aria2 danted:dante-server microsocks:microsocks nginx:nginx vsftpd:vsftpd sshd:openssh-server
-		opentracker:opentracker mktorrent:mktorrent dnsmasq:dnsmasq-base"
+		opentracker:opentracker mktorrent:mktorrent dnsmasq:dnsmasq-base
+		=/lib/systemd/systemd-networkd:systemd dhclient:isc-dhcp-client dhcpcd:dhcpcd-base NetworkManager:network-manager
+		dbus-daemon:dbus conntrack:conntrack"
 	[demo]="make:make git:git =/etc/ssl/certs/ca-certificates.crt:ca-certificates
 		ip:iproute2 sysctl:procps unshare:util-linux curl:curl nft:nftables tcpdump:tcpdump
 		aria2c:aria2 danted:dante-server nginx:nginx vsftpd:vsftpd sshd:openssh-server
@@ -25,7 +27,10 @@ declare -A groups=(
 # The units of the packages above.
 declare -A units=([dante-server]=danted.service [nginx]=nginx.service [vsftpd]=vsftpd.service
 	[openssh-server]="ssh.service ssh.socket" [opentracker]=opentracker.service [microsocks]=microsocks.service
-	[nftables]=nftables.service)
+	[nftables]=nftables.service
+	[network-manager]="NetworkManager.service NetworkManager-dispatcher.service NetworkManager-wait-online.service"
+	[systemd]="systemd-networkd.service systemd-networkd.socket systemd-networkd-wait-online.service"
+	[dbus]="dbus.service dbus.socket")
 
 die() { echo "deps: $*" >&2; exit 1; }
 

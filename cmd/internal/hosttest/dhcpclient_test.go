@@ -1,0 +1,277 @@
+package hosttest
+
+import (
+	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+)
+
+// client is a program that configures a host's network.
+type client struct {
+	name    string
+	program string
+	start   func(w *world) *program
+}
+
+var clients = []client{
+	{"systemd-networkd", "/lib/systemd/systemd-networkd", func(w *world) *program {
+		// Without a bus, and without systemd: it runs by itself, and says what it does on standard error.
+		env := []string{"SYSTEMD_LOG_LEVEL=debug", "SYSTEMD_LOG_TARGET=console"}
+		return w.start("host", house(map[string]string{
+			"/etc/systemd/network/10-eth0.network": "[Match]\nName=eth0\n[Network]\nDHCP=ipv4\nIPv6AcceptRA=yes\n",
+		}), env, "/bin/sh", "-c", "mkdir -p /run/systemd/netif/links /run/systemd/netif/leases /run/systemd/netif/lldp && "+
+			"chown -R systemd-network: /run/systemd/netif && exec /lib/systemd/systemd-networkd")
+	}},
+	{"isc-dhcp-client", "dhclient", func(w *world) *program {
+		// It knows nothing of IPv6 advertisements: those are the kernel's here.
+		w.sysctl("host", map[string]string{"net/ipv6/conf/eth0/accept_ra": "2"})
+		return w.start("host", house(map[string]string{"/var/lib/dhcp/": ""}), nil, "dhclient", "-4", "-d", "-v", "eth0")
+	}},
+	{"dhcpcd", "dhcpcd", func(w *world) *program {
+		return w.start("host", house(map[string]string{"/var/lib/dhcpcd/": "", "/run/dhcpcd/": ""}), nil, "dhcpcd", "-B", "-d", "eth0")
+	}},
+	{"NetworkManager", "NetworkManager", func(w *world) *program {
+		return w.start("host", house(map[string]string{
+			"/var/lib/NetworkManager/": "", "/run/dbus/": "", "/run/NetworkManager/": "",
+			"/etc/NetworkManager/NetworkManager.conf": networkManagerConf,
+			networkManagerConnection:                  eth0Connection,
+		}), nil, "/bin/sh", "-c", "dbus-daemon --system --nofork --nopidfile & "+
+			"while ! [ -S /run/dbus/system_bus_socket ]; do sleep .1; done; exec NetworkManager --debug")
+	}},
+}
+
+const (
+	networkManagerConf = `[main]
+plugins=keyfile
+dhcp=internal
+auth-polkit=false
+[keyfile]
+unmanaged-devices=*,except:interface-name:eth0
+[logging]
+level=DEBUG
+backend=syslog
+`
+	networkManagerConnection = "/etc/NetworkManager/system-connections/eth0.nmconnection" // must be readable by root alone
+	eth0Connection           = `[connection]
+id=eth0
+uuid=6d1a5ff6-3b4e-4c3e-9d2e-0c1d2e3f4a5b
+type=ethernet
+interface-name=eth0
+[ipv4]
+method=auto
+[ipv6]
+method=auto
+addr-gen-mode=eui64
+`
+)
+
+// leased are the addresses that a client has given to eth0, of the subnet s.
+func (w *world) leased(s subnet) (v4, v6 string) {
+	w.t.Helper()
+	for line := range strings.Lines(w.ip("host", "-o addr show dev eth0 scope global")) {
+		f := strings.Fields(line)
+		if len(f) < 4 {
+			continue
+		}
+		p, err := netip.ParsePrefix(f[3])
+		switch {
+		case err != nil || strings.Contains(line, "tentative") || strings.Contains(line, "deprecated"):
+		case p.Masked().Contains(addr(s.router4)):
+			v4 = p.Addr().String()
+		case p.Masked().Contains(addr(s.router6)) && v6 == "":
+			v6 = p.Addr().String()
+		}
+	}
+	return v4, v6
+}
+
+// configured waits until the client has configured eth0 with addresses and default routes of the subnet s.
+func (w *world) configured(when string, s subnet, limit time.Duration) (v4, v6 string, ok bool) {
+	w.t.Helper()
+	var missing string
+	done := func() bool {
+		v4, v6 = w.leased(s)
+		r4, r6 := w.ip("host", "-4 route show default dev eth0"), w.ip("host", "-6 route show default dev eth0")
+		missing = ""
+		for what, there := range map[string]bool{
+			"an IPv4 address": v4 != "", "an IPv6 address": v6 != "",
+			"an IPv4 default route": strings.Contains(r4, "via "+s.router4+" "),
+			"an IPv6 default route": strings.Contains(r6, "via "+routerLL+" "),
+		} {
+			if !there {
+				missing += ", " + what
+			}
+		}
+		return missing == ""
+	}
+	for end := time.Now().Add(limit); !done(); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			w.t.Errorf("%s: not configured within %v: there is not%s\n%s", when, limit, missing,
+				w.ip("host", "addr show dev eth0\n-4 route\n-6 route\n-4 rule\n-6 rule"))
+			return v4, v6, false
+		}
+	}
+	return v4, v6, true
+}
+
+// clientBench is a host whose network a client configures, with a viasocks.
+type clientBench struct {
+	*world
+	rec    *recorder
+	server *program
+	client *program
+	net    subnet
+	up     bool // viasocks runs
+	start  time.Time
+	closed string // the steering of the closed host
+}
+
+// steering is what viasocks has set beside the filter that does not depend on the networks which the host has at present.
+func (b *clientBench) steering() string {
+	b.t.Helper()
+	var s strings.Builder
+	for _, f := range []string{"-4 rule", "-6 rule", "-4 route show table all proto 118", "-6 route show table all proto 118"} {
+		for line := range strings.Lines(b.ip("host", f)) {
+			if strings.Contains(line, "proto 118") && !strings.Contains(line, "dev eth0") && !strings.Contains(line, " to ") {
+				s.WriteString(line)
+			}
+		}
+	}
+	return s.String()
+}
+
+// well checks that the host has its network, within limit, and that nothing has leaked meanwhile.
+func (b *clientBench) well(when string, limit time.Duration) {
+	b.t.Helper()
+	start := time.Now()
+	v4, v6, ok := b.configured(when, b.net, limit)
+	took := time.Since(start)
+	if ok {
+		b.works(when, v4, v6, b.up)
+	}
+	b.rec.noLeak(b.world, when)
+	if left := b.steering(); !b.up && left != b.closed {
+		b.t.Errorf("%s: our ip rules and routes are not as they were:\n%s\nbefore:\n%s", when, left, b.closed)
+	}
+	b.t.Logf("%5.1f s: %s: configured after %v, %s and %s",
+		time.Since(b.start).Seconds(), when, took.Round(10*time.Millisecond), v4, v6)
+}
+
+// patience is how long a client may take for a lease.
+const patience = 30 * time.Second
+
+// TestClients: with the programs that configure the networks of hosts, a host that is up or closed gets its network, keeps
+// it and gets it again.
+func TestClients(t *testing.T) {
+	t.Parallel()
+	for _, c := range clients {
+		t.Run(c.name, func(t *testing.T) {
+			if !apart(t) {
+				return
+			}
+			rootOfTheMachine(t)
+			if _, err := exec.LookPath(c.program); err != nil {
+				t.Skipf("%v; scripts/deps.sh installs it", err)
+			}
+			testClient(t, c)
+		})
+	}
+}
+
+const deafRules = `
+table ip deaf {
+	chain input {
+		type filter hook input priority 0; policy accept;
+		udp dport 67 ip daddr != 255.255.255.255 counter drop
+	}
+}
+`
+
+func testClient(t *testing.T, c client) {
+	w := unaddressed(t)
+	w.hostServers()
+	w.ip("host", "link set eth0 down\nlink set eth0 address 02:00:00:00:77:02\nlink set eth0 up")
+	w.sysctl("host", map[string]string{"net/ipv6/conf/eth0/accept_ra": "0"})
+	w.settle()
+	nb := w.batcher()
+	w.addressed(nb)
+	b := &clientBench{world: w, net: firstSubnet, start: time.Now()}
+	b.rec = w.watched()
+	w.bare(nb)
+	flags := []string{"--proxy", proxyURL}
+	if out, err := w.command(append([]string{"close"}, flags...)...); err != nil {
+		t.Fatalf("close: %v\n%s", err, out)
+	}
+	b.rec.take()
+	b.closed = b.steering()
+
+	b.server = w.dhcpServer(b.net)
+	b.client = c.start(w)
+	b.well("the first lease, closed", patience)
+	d := w.up(flags...)
+	b.up = true
+	b.well("up after the first lease", patience)
+
+	b.acknowledged("renewal", renewAfter+patience)
+	start := time.Now()
+	b.acknowledged("another renewal", renewAfter+patience)
+	if took := time.Since(start); took > rebindAfter-time.Second {
+		t.Errorf("the lease was renewed after %v, as if the server had not answered at first", took)
+	}
+	b.well("renewed", patience)
+
+	// Renewals are sent to the server alone, and those do not reach it any more.
+	w.nft("router", deafRules)
+	b.acknowledged("rebinding", rebindAfter+patience)
+	b.well("rebound", patience)
+	w.nft("router", "delete table ip deaf\n")
+
+	w.unplug(time.Second, nil)
+	b.well("carrier lost for 1 s", patience)
+	w.unplug(6*time.Second, nil)
+	b.well("carrier lost for 6 s", patience)
+	w.unplug(2*time.Second, func() { b.move(secondSubnet) })
+	b.well("another subnet", patience+rebindAfter)
+
+	d.kill()
+	b.up = false
+	b.closed = b.steering()
+	b.client.stop()
+	b.client = c.start(w)
+	b.well("killed, the client started again", patience)
+	w.unplug(time.Second, nil)
+	b.well("killed, carrier lost for 1 s", patience)
+	w.unplug(2*time.Second, func() { b.move(firstSubnet) })
+	b.well("killed, the first subnet again", patience+rebindAfter)
+	d = w.up(flags...)
+	b.up = true
+	b.well("up again", patience)
+	b.rec.noLeak(w, "at the end")
+	if err := d.stop(); err != nil {
+		t.Errorf("stop: %v", err)
+	}
+}
+
+// acknowledged waits for one more answer of the server.
+func (b *clientBench) acknowledged(what string, limit time.Duration) {
+	b.t.Helper()
+	before := b.server.acknowledged()
+	for end := time.Now().Add(limit); b.server.acknowledged() == before; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			b.t.Errorf("%s: the server gave no lease within %v", what, limit)
+			return
+		}
+	}
+}
+
+// move makes another subnet of the host's link.
+func (b *clientBench) move(s subnet) {
+	b.t.Helper()
+	b.server.stop()
+	b.net = s
+	_ = os.Remove("/run/dnsmasq.leases")
+	b.server = b.dhcpServer(s)
+}
