@@ -27,9 +27,10 @@ type Marks struct {
 	Direct   uint32 // our sockets of verdict direct (Config.Direct), and what is excluded: may go anywhere
 	Captured uint32 // conntrack only: flows that began in the TUN
 	Inbound  uint32 // answers to connections from outside
+	Bridged  uint32 // packet mark only: frames that cross a bridge from port to port
 }
 
-// MarksFrom derives the others from the mark of our own sockets: own+1, own+2, own+3 in units of the mask's lowest
+// MarksFrom derives the others from the mark of our own sockets: own+1 to own+4 in units of the mask's lowest
 // bit, wrapping round inside the mask and never 0. The mask needs three bits or more.
 func MarksFrom(own, mask uint32) Marks {
 	m := Marks{Mask: mask, Own: own}
@@ -51,6 +52,7 @@ func MarksFrom(own, mask uint32) Marks {
 	m.Direct = next(own)
 	m.Captured = next(m.Direct)
 	m.Inbound = next(m.Captured)
+	m.Bridged = next(m.Inbound)
 	return m
 }
 
@@ -164,14 +166,14 @@ func (c Config) withDefaults() (Config, error) {
 
 func (c *Config) validate() error {
 	m := c.Marks
-	values := []uint32{m.Own, m.Direct, m.Captured, m.Inbound}
+	values := []uint32{m.Own, m.Direct, m.Captured, m.Inbound, m.Bridged}
 	for i, v := range values {
 		if v == 0 || v&^m.Mask != 0 {
-			return fmt.Errorf("cannot use mark %#x/%#x: four values other than 0 must fit into the mask: it needs three bits or more", m.Own, m.Mask)
+			return fmt.Errorf("cannot use mark %#x/%#x: five values other than 0 must fit into the mask: it needs three bits or more", m.Own, m.Mask)
 		}
 		for _, w := range values[:i] {
 			if v == w {
-				return fmt.Errorf("cannot use mark %#x twice: the four marks must differ", v)
+				return fmt.Errorf("cannot use mark %#x twice: the five marks must differ", v)
 			}
 		}
 	}

@@ -19,10 +19,14 @@ const (
 	countLAN       = "refused_lan_to_tun"  // from outside to the TUN's address
 	countARP       = "refused_arp"
 	countFrame     = "refused_frame" // raw frames, with Strict
+
+	// signBridge counts nothing. It tells that a table of family bridge is ours.
+	signBridge = "viasocks_bridge"
 )
 
 const (
 	guardSet   = "guard"
+	prioBridge = -300
 	prioMangle = -150
 	prioLast   = 300
 )
@@ -55,6 +59,7 @@ type filterState struct {
 	devices []string // with Strict: those that lead out
 	router  bool     // this host sends router advertisements
 	arp     bool     // the kernel has the family arp
+	bridge  bool     // the kernel has the family bridge
 	wasZero bool     // see there
 }
 
@@ -165,6 +170,9 @@ func (c *Config) tables(st filterState) ([]*nfTable, error) {
 		}
 		out = append(out, a)
 	}
+	if st.bridge {
+		out = append(out, c.bridgeTable())
+	}
 	if c.Strict {
 		out = append(out, c.netdevTable(st))
 	}
@@ -198,6 +206,7 @@ func (c *Config) inetTable(st filterState) (*nfTable, error) {
 
 	fwd := t.chain(&nfChain{name: "forward", kind: "filter", hook: unix.NF_INET_FORWARD, prio: prioLast})
 	c.failOpen(fwd)
+	fwd.add(metaMark(c.Marks, c.Marks.Bridged, true), accept())
 	fwd.add(iif(c.TUN, true), accept())
 	fwd.add(oifSet(guardSet), accept())
 	fwd.add(jump("pass"))
@@ -207,6 +216,7 @@ func (c *Config) inetTable(st filterState) (*nfTable, error) {
 	// No answer can be given here, and none is due: what is rejected above never comes here.
 	post := t.chain(&nfChain{name: "postrouting", kind: "filter", hook: unix.NF_INET_POST_ROUTING, prio: prioLast})
 	c.failOpen(post)
+	post.add(metaMark(c.Marks, c.Marks.Bridged, true), accept())
 	post.add(oif("lo", true), accept())
 	post.add(oif(c.TUN, true), accept())
 	post.add(jump("pass"))
@@ -276,11 +286,24 @@ func hostTerms(ch *nfChain, st filterState) {
 	}
 }
 
+// bridgeTable marks frames that cross a bridge from one port to another. They are not this host's, yet they come to the
+// inet table where net.bridge.bridge-nf-call-iptables is 1, which docker and Kubernetes set, and with Strict to the
+// netdev table of the port that they leave by. The inet hooks cannot tell them from what this host routes back to the
+// bridge it came from, which must not pass. The chain runs before br_netfilter hands the frame on (br_nf_forward, -1).
+// A frame from another network namespace cannot bring the mark along: the kernel clears it on the way.
+func (c *Config) bridgeTable() *nfTable {
+	t := &nfTable{fam: unix.NFPROTO_BRIDGE, name: c.NFTable, counters: []string{signBridge}}
+	fwd := t.chain(&nfChain{name: "forward", kind: "filter", hook: unix.NF_INET_FORWARD, prio: prioBridge})
+	fwd.add(setMetaMark(c.Marks, c.Marks.Bridged))
+	return t
+}
+
 // netdevTable sees each frame that leaves.
 func (c *Config) netdevTable(st filterState) *nfTable {
 	t := &nfTable{fam: unix.NFPROTO_NETDEV, name: c.NFTable, counters: []string{countFrame}}
 	pass := t.chain(&nfChain{name: "pass"})
 	pass.add(arpFrame(), accept())
+	pass.add(metaMark(c.Marks, c.Marks.Bridged, true), accept())
 	for _, v := range c.passing() {
 		pass.add(metaMark(c.Marks, v, true), accept())
 	}

@@ -35,6 +35,7 @@ type Host struct {
 	steered   bool
 	closed    bool
 	noARP     bool
+	noBridge  bool
 	tunNoIPv6 bool
 	owned     uint32 // flags of our tables
 	lastEnds  []Endpoint
@@ -196,7 +197,7 @@ func (h *Host) taken() error {
 		if t.name != c.NFTable {
 			continue
 		}
-		if !slices.Contains([]uint8{unix.NFPROTO_INET, unix.NFPROTO_ARP, unix.NFPROTO_NETDEV}, t.fam) {
+		if !slices.Contains(ourFamilies, t.fam) {
 			continue
 		}
 		ours, err := h.isOurs(t)

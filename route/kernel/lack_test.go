@@ -198,6 +198,12 @@ func TestLackingOfLess(t *testing.T) {
 			}
 			return 0
 		}, func(h *Host) bool { return h.noARP }},
+		{"no bridge", func(op uint16, fam uint8, _ []byte) unix.Errno {
+			if op == unix.NFT_MSG_NEWTABLE && fam == unix.NFPROTO_BRIDGE {
+				return unix.EAFNOSUPPORT
+			}
+			return 0
+		}, func(h *Host) bool { return h.noBridge && !h.noARP }},
 		{"no owners", func(op uint16, _ uint8, data []byte) unix.Errno {
 			if flags := attrs(data)[unix.NFTA_TABLE_FLAGS]; op == unix.NFT_MSG_NEWTABLE && binary.BigEndian.Uint32(flags) != 0 {
 				return unix.EOPNOTSUPP

@@ -58,9 +58,15 @@ func (h *Host) listCounters() (out []counter, err error) {
 func (h *Host) isOurs(t tableID) (bool, error) {
 	cs, err := h.listCounters()
 	return slices.ContainsFunc(cs, func(c counter) bool {
-		return c.table == t && slices.Contains([]string{countBound, countARP, countFrame}, c.Reason)
+		return c.table == t && slices.Contains([]string{countBound, countARP, countFrame, signBridge}, c.Reason)
 	}), err
 }
+
+// ourFamilies are the families of tables that ours may be of.
+var ourFamilies = []uint8{unix.NFPROTO_INET, unix.NFPROTO_ARP, unix.NFPROTO_BRIDGE, unix.NFPROTO_NETDEV}
+
+// isSign reports whether a counter of ours counts no refused packets.
+func isSign(name string) bool { return name == wasZero || name == signBridge }
 
 // ourTables are those of ours that are there.
 func (h *Host) ourTables() (out []tableID, err error) {
@@ -72,7 +78,7 @@ func (h *Host) ourTables() (out []tableID, err error) {
 		return nil, err
 	}
 	for _, t := range all {
-		if t.name != h.c.NFTable || !slices.Contains([]uint8{unix.NFPROTO_INET, unix.NFPROTO_ARP, unix.NFPROTO_NETDEV}, t.fam) {
+		if t.name != h.c.NFTable || !slices.Contains(ourFamilies, t.fam) {
 			continue
 		}
 		ours, err := h.isOurs(t)
@@ -96,7 +102,7 @@ func (h *Host) applyFilter() error {
 			return err
 		}
 		h.keepCounters()
-		h.st.arp = !h.noARP
+		h.st.arp, h.st.bridge = !h.noARP, !h.noBridge
 		tables, err := h.c.tables(h.st)
 		if err != nil {
 			return err
@@ -125,7 +131,10 @@ func (h *Host) applyFilter() error {
 		switch {
 		case slices.Contains(at, ne.index) && h.owned != 0 && (errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL)):
 			h.owned = 0 // Linux before 6.9: whoever flushes all takes ours too, and the watch puts it back
-		case h.st.arp && len(at) > 1 && ne.index >= at[1] && (len(at) < 3 || ne.index < at[2]):
+		case h.st.bridge && ne.index >= len(old) && ne.index < len(msgs) && msgs[ne.index].fam == unix.NFPROTO_BRIDGE:
+			h.noBridge = true
+			h.say("bridge", "the kernel cannot filter bridges: guests on a bridge have no network while net.bridge.bridge-nf-call-iptables is 1", "why", err)
+		case h.st.arp && ne.index >= len(old) && ne.index < len(msgs) && msgs[ne.index].fam == unix.NFPROTO_ARP:
 			h.noARP = true
 			h.say("arp", "the kernel can't filter ARP: neighbours learn that the TUN's address is here, and get no further", "why", err)
 		case errors.Is(err, unix.ENOENT) && ne.index < len(old): // somebody deleted it between
@@ -164,7 +173,7 @@ func (h *Host) keepCounters() {
 		return
 	}
 	for _, c := range cs {
-		if c.table.name == h.c.NFTable && h.shut && c.Reason != wasZero {
+		if c.table.name == h.c.NFTable && h.shut && !isSign(c.Reason) {
 			b := h.base[c.Reason]
 			h.base[c.Reason] = Counter{c.Reason, b.Packets + c.Packets, b.Bytes + c.Bytes}
 		}
@@ -187,7 +196,7 @@ func (h *Host) Counters() ([]Counter, error) {
 	}
 	var out []Counter
 	for _, c := range cs {
-		if c.table.name == h.c.NFTable && c.Reason != wasZero {
+		if c.table.name == h.c.NFTable && !isSign(c.Reason) {
 			b := h.base[c.Reason]
 			out = append(out, Counter{c.Reason, b.Packets + c.Packets, b.Bytes + c.Bytes})
 		}

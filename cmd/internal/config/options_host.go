@@ -60,8 +60,8 @@ Connections from outside that come in by one of them are answered by it, whateve
 says.
 So does what leaves by it, whatever is asked of
 .Nm :
-multicast and broadcast for which the program or the kernel chooses the device, link-local addresses, and what rules of
-others lead there.
+multicast and broadcast for which the program or the kernel chooses the device, link-local addresses, datagrams to
+neighbours by a socket with SO_DONTROUTE (IPv4), and what rules of others lead there.
 The device need not be there yet.`,
 	},
 	{

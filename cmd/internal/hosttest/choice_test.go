@@ -73,6 +73,8 @@ func byEth0(p *probe) bool {
 		return true
 	case "lpd, device unnamed":
 		return p.v6
+	case "udp, MSG_DONTROUTE": // to a neighbour, whose device is the only one that it can be
+		return !p.v6
 	}
 	return strings.Contains(p.name, "bound to device")
 }
@@ -109,8 +111,7 @@ func included(f func(*probe) bool) func(*probe) way {
 			return loose
 		case f(p):
 			return held
-		case strings.Contains(p.name, "with our mark"), // that of viasocks' own sockets, which go to proxies only
-			p.name == "udp, MSG_DONTROUTE" && !p.v6: // nobody misses it
+		case strings.Contains(p.name, "with our mark"): // that of viasocks' own sockets, which go to proxies only
 			return whatever
 		}
 		return loose

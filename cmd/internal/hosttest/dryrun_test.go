@@ -68,6 +68,7 @@ func (w *world) installed() map[string]string {
 		"ip rule":  w.ip("host", "-4 rule"),
 		"ip6 rule": w.ip("host", "-6 rule"),
 		"table T":  strings.ReplaceAll(w.tableT(), " linkdown", ""),
+		"refusing": w.ip("host", "-4 route show table "+closedID),
 		"sysctl":   w.run("host", nil, "sysctl", "net.ipv4.conf.all.src_valid_mark"),
 	}
 	for line := range strings.Lines(w.run("host", nil, "nft", "list", "tables")) {
@@ -117,7 +118,7 @@ func TestDryRun(t *testing.T) {
 		if len(got) != len(want) || len(want) < 6 {
 			t.Errorf("%v: %d tables and lists, want %d", flags, len(got), len(want))
 		}
-		w.same("the lines of "+strings.Join(flags, " "), want, got)
+		w.equal("the lines of "+strings.Join(flags, " "), want, got)
 		if out, err := w.command("down"); err != nil {
 			t.Errorf("down: %v\n%s", err, out)
 		}

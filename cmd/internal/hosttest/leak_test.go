@@ -242,8 +242,9 @@ func TestLeakStrict(t *testing.T) {
 }
 
 const (
-	tunName = "viasocks0"
-	tableID = "30323"
+	tunName  = "viasocks0"
+	tableID  = "30323"
+	closedID = "30324" // the table behind it
 )
 
 var ourRule = regexp.MustCompile(`(?m)^(\d+):.* proto (118|viasocks)`)

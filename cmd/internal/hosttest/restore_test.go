@@ -132,6 +132,12 @@ func (w *world) same(when string, before, after map[string]string) {
 	for end := time.Now().Add(20 * time.Second); !maps.Equal(before, after) && time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 		after = w.state()
 	}
+	w.equal(when, before, after)
+}
+
+// equal compares two descriptions of the host as they are.
+func (w *world) equal(when string, before, after map[string]string) {
+	w.t.Helper()
 	for what, b := range before {
 		if a := after[what]; a != b {
 			w.t.Errorf("%s: %s is not what it was:\n%s", when, what, diff(b, a))
