@@ -29,6 +29,7 @@ type Host struct {
 	Exclude, Include Selection // an empty Include takes everything
 	Strict, FailOpen bool
 	StayClosed       bool
+	Wait             bool // for a proxy that is not there yet
 	NFTable          string
 	DryRun           bool
 	Confirm          time.Duration // 0: nobody needs to

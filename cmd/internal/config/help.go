@@ -58,6 +58,9 @@ func WriteMan(w io.Writer) {
 		if o.Many {
 			fmt.Fprintln(w, "May be given more than once.")
 		}
+		if !o.Live && o.Cmds&Up != 0 && o.set != nil {
+			fmt.Fprintln(w, "A reload does not take it.")
+		}
 		if o.Default != "" {
 			fmt.Fprintf(w, "The default is\n.Li %s .\n", strings.ReplaceAll(o.Default, `\`, `\e`))
 		}

@@ -64,7 +64,11 @@ and carries every flow that no rule gives to another.
 .Ar HOST
 is a name or an address (IPv6 in brackets); the port may be left out and is then 1080.
 .Cm socks5h
-means the same.
+and
+.Cm socks ,
+which desktops write, mean the same.
+A link-local address needs the device that it is reached by:
+.Ar socks5://[fe80::1%25eth0]:1080 .
 A password given here is wiped from the process title at once, but stays in the history of the shell:
 .Fl -password-file
 is better.
@@ -78,7 +82,7 @@ Without this option see
 .Ar FILE ,
 255 bytes at most, is the password of the user named in
 .Fl -proxy .
-A file that everybody may read is used, with a warning.`,
+A file that everybody may read, or that somebody else may write, is used, with a warning.`,
 	},
 	{
 		Name: "upstream", Arg: "NAME=URL", Many: true, Live: true, Cmds: all, set: addUpstream,

@@ -134,6 +134,20 @@ or
 .Cm down .`,
 	},
 	{
+		Name: "wait", Cmds: Up | Check, set: boolean(func(c *Config) *bool { return &c.Host.Wait }),
+		Help: "close the host and wait for a proxy that is not there yet",
+		Man: `Close the host and wait for a proxy that cannot be found or reached yet, or that does not answer, as at boot, when the
+network often comes later.
+It is looked for again after one second, then after two, and so on up to every 30 seconds, and at once when the network
+changes; until it is there, everything that would go through it is refused.
+.Cm status
+says what is waited for.
+Without this option
+.Cm up
+ends with an error, and the host is as it was.
+A proxy that refuses the login at the first look, or that does not speak SOCKS5, is an error with this option too.`,
+	},
+	{
 		Name: "confirm", Arg: "TIME", Cmds: Up | Check, set: duration("5s", "24h", func(c *Config) *timeDuration { return &c.Host.Confirm }),
 		Help: "undo everything after this time unless 'viasocks confirm' comes",
 		Man: `Undo everything after this time, from 5s to 24h, unless

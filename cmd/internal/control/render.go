@@ -13,7 +13,10 @@ import (
 func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "viasocks %s: %s, up since %s (%s), process %d\n", Plain(s.Version), Plain(s.State), stamp(s.Since), span(now.Sub(s.Since)), s.PID)
-	if s.ConfirmBy != nil && s.State == Unconfirmed {
+	if s.State == Waiting {
+		fmt.Fprintf(&b, "  waiting for the proxy; the host is closed until it is there: %s\n", Plain(s.Waiting))
+	}
+	if s.ConfirmBy != nil && s.State != Stopping {
 		fmt.Fprintf(&b, "  all is undone in %s unless you say 'viasocks confirm'\n", span(s.ConfirmBy.Sub(now)))
 	}
 	if s.Config != "" {

@@ -128,3 +128,15 @@ func TestPlain(t *testing.T) {
 		t.Errorf("%q, %v", back["x"], err)
 	}
 }
+
+func TestWriteStatusWaiting(t *testing.T) {
+	s := Status{Version: "v1", State: Waiting, Since: now, Waiting: "cannot reach the proxy\x1b[2J", ConfirmBy: at(-time.Minute)}
+	var b strings.Builder
+	if err := WriteStatus(&b, s, now); err != nil {
+		t.Fatal(err)
+	}
+	const want = "  waiting for the proxy; the host is closed until it is there: cannot reach the proxy?[2J\n  all is undone in 1m0s unless you say"
+	if !strings.Contains(b.String(), ": waiting, up since") || !strings.Contains(b.String(), want) {
+		t.Error(b.String())
+	}
+}

@@ -5,6 +5,7 @@ import "time"
 // The states of a daemon.
 const (
 	Starting    = "starting"
+	Waiting     = "waiting"     // the host is closed, and the proxy is not there yet
 	Unconfirmed = "unconfirmed" // up, and it will be undone if nobody confirms
 	Ready       = "ready"
 	Impaired    = "impaired" // it was ready; the first warning says what is wrong now
@@ -18,7 +19,8 @@ type Status struct {
 	State     string     `json:"state"`
 	Since     time.Time  `json:"since"`                // it was started
 	ReadyAt   *time.Time `json:"ready_at,omitempty"`   // it was ready
-	ConfirmBy *time.Time `json:"confirm_by,omitempty"` // Unconfirmed: when all is undone
+	Waiting   string     `json:"waiting,omitempty"`    // Waiting: why the proxy can't be used yet
+	ConfirmBy *time.Time `json:"confirm_by,omitempty"` // nobody has confirmed yet: when all is undone
 	Config    string     `json:"config,omitempty"`     // the configuration file
 	Reloaded  *time.Time `json:"reloaded,omitempty"`   // the last time that it was read again and taken
 

@@ -122,8 +122,26 @@ func read(conn net.Conn, h *socks.Handshake) (last byte, err error) {
 	return last, nil
 }
 
+// proxyFault is why a proxy can't be used, in words for the user.
+type proxyFault struct {
+	error
+	lasting bool // it does not pass by itself
+}
+
+func (e *proxyFault) Unwrap() error { return e.error }
+
 // explain says what a fault of the proxy at the start means and what to do about it.
 func explain(s socks.Server, err error) error {
+	var fault *socks.ServerError
+	var ours *ourAddress
+	lasting := !errors.As(err, &fault) || errors.As(err, &ours)
+	for _, wrong := range []error{socks.ErrCredentials, socks.ErrMethod, socks.ErrMalformed} {
+		lasting = lasting || errors.Is(err, wrong)
+	}
+	return &proxyFault{inWords(s, err), lasting}
+}
+
+func inWords(s socks.Server, err error) error {
 	where := net.JoinHostPort(s.Host(), strconv.Itoa(int(s.Port())))
 	var fault *socks.ServerError
 	if !errors.As(err, &fault) {

@@ -16,8 +16,10 @@ const lingers = 2 * time.Second
 
 // reload reads the configuration again and takes what can change while running. What is wrong changes nothing.
 func (u *up) reload() {
-	u.notify.reloading()
-	defer u.notify.ready("carries the host through " + proxyName(u.config()))
+	if u.waitsFor() == nil { // else it has not been ready yet
+		u.notify.reloading()
+		defer func() { u.notify.ready("carries the host through " + proxyName(u.config())) }()
+	}
 	cfg, err := u.Again()
 	if err == nil {
 		err = u.take(cfg)

@@ -110,7 +110,7 @@ func TestConfirmTwice(t *testing.T) {
 	if err := u.confirmed(); err == nil || err.Error() != "there is nothing to confirm: it is ready" {
 		t.Error(err)
 	}
-	u.state = control.Unconfirmed
+	u.state, u.confirmBy = control.Unconfirmed, new(time.Time)
 	for range 2 { // the second does not block
 		if err := u.confirmed(); err != nil {
 			t.Error(err)

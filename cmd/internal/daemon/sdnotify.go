@@ -91,6 +91,11 @@ func (n *notifier) reloading() {
 	n.send("RELOADING=1", "MONOTONIC_USEC="+strconv.FormatInt(now.Nano()/1000, 10))
 }
 
+// waiting: the start takes longer, and the next word comes within the time given.
+func (n *notifier) waiting(text string, within time.Duration) {
+	n.send(status(text), "EXTEND_TIMEOUT_USEC="+strconv.FormatInt((2*within).Microseconds(), 10))
+}
+
 func (n *notifier) stopping() { n.send("STOPPING=1", status("stopping")) }
 
 // guard tells the watchdog that we live, as often as it wants to hear it and twice more, until ctx ends. Before each time

@@ -49,6 +49,10 @@ func TestNotify(t *testing.T) {
 		if got := heard(t, c); !strings.HasPrefix(got, "RELOADING=1\nMONOTONIC_USEC=") {
 			t.Errorf("%q", got)
 		}
+		n.waiting("waits\x1b", 40*time.Second)
+		if got := heard(t, c); got != "STATUS=waits?\nEXTEND_TIMEOUT_USEC=80000000" {
+			t.Errorf("%q", got)
+		}
 		n.stopping()
 		if got := heard(t, c); got != "STOPPING=1\nSTATUS=stopping" {
 			t.Errorf("%q", got)

@@ -46,6 +46,7 @@ type up struct {
 	host      *host
 	cfg       *config.Config
 	state     string
+	waiting   error // why the proxy is waited for; nil: it is not
 	since     time.Time
 	readyAt   *time.Time
 	confirmBy *time.Time
@@ -137,7 +138,8 @@ func (u *up) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer h.Close()
-	if !h.Recovered() { // else the filter of the dead one is there, which need not know this proxy
+	// Where the filter of a dead one is there it need not know this proxy; one that is waited for must be looked for behind it.
+	if !h.Recovered() && !cfg.Host.Wait {
 		if err := probe(ctx, cfg, u.dial); err != nil {
 			return err
 		}
@@ -184,16 +186,23 @@ func (u *up) start(ctx context.Context, h *host) error {
 	if err := h.Steer(); err != nil {
 		return err
 	}
-	// Once more, with the rules in place: what they cut off is better given back at once.
-	if err := probe(ctx, cfg, u.dial); err != nil {
-		if ctx.Err() == nil && !h.Recovered() {
-			err = fmt.Errorf("the rules cut the proxy off: %w", err)
-		}
-		return err
-	}
-	u.checkNames(cfg)
 	u.pulse.beat(u.look)
 	h.watch()
+	// Once more, with the rules in place: what they cut off is better given back at once.
+	err := probe(ctx, cfg, u.dial)
+	switch {
+	case err == nil:
+	case cfg.Host.Wait && ctx.Err() != nil: // live ends in order
+		u.mu.Lock()
+		u.waiting = err
+		u.mu.Unlock()
+	case cfg.Host.Wait && mayCome(err):
+		u.waitFor(err)
+	case ctx.Err() == nil && !h.Recovered() && !cfg.Host.Wait:
+		return fmt.Errorf("the rules cut the proxy off: %w", err)
+	default:
+		return err
+	}
 	return nil
 }
 
@@ -257,24 +266,10 @@ func (u *up) end(ctx context.Context, failed error) error {
 	return nil
 }
 
-// live is from ready to the end. The error is that of a data plane that ended by itself.
+// live is from the time on at which the host is steered to the end. The error is that of a data plane that ended by itself.
 func (u *up) live(ctx context.Context) error {
-	cfg := u.first
-	now := time.Now()
-	u.mu.Lock()
-	u.readyAt, u.state = &now, control.Ready
-	var unconfirmed <-chan time.Time
-	if d := cfg.Host.Confirm; d > 0 {
-		by := now.Add(d)
-		u.confirmBy, u.state = &by, control.Unconfirmed
-		t := time.NewTimer(d)
-		defer t.Stop()
-		unconfirmed = t.C
-		u.log.Warn("all is undone unless 'viasocks confirm' comes", "within", d)
-	}
-	u.mu.Unlock()
-	u.log.Info("ready", "tun", cfg.TUN, "proxy", proxyName(cfg))
-	u.notify.ready("carries the host through " + proxyName(cfg))
+	unconfirmed, end := u.awaitConfirm()
+	defer end()
 	guard, unguard := context.WithCancel(context.Background())
 	var guards sync.WaitGroup
 	defer guards.Wait()
@@ -282,6 +277,11 @@ func (u *up) live(ctx context.Context) error {
 	guards.Go(func() { u.notify.guard(guard, u.look) })
 	guards.Go(func() { u.pulse.run(guard, u.look, u.network.changed) })
 	defer u.watchTUN()()
+	waiter := u.newWaiter(guard, &guards)
+	defer waiter.close()
+	if u.waitsFor() == nil {
+		u.ready()
+	}
 	for {
 		select {
 		case <-ctx.Done():
@@ -295,16 +295,23 @@ func (u *up) live(ctx context.Context) error {
 			u.stop(errUnconfirmed)
 		case <-u.confirm:
 			unconfirmed = nil
-			u.mu.Lock()
-			u.confirmBy, u.state = nil, control.Ready
-			u.mu.Unlock()
+			u.settle()
 			u.log.Info("confirmed: it stays")
 		case <-u.hup:
 			u.reload()
+			waiter.changed()
+		case <-waiter.again.C:
+			waiter.try()
+		case err := <-waiter.tried:
+			if waiter.found(err) {
+				u.plane.renew() // what could not be reached is tried anew
+				u.ready()
+			}
 		case <-u.network.news:
 			u.network.noted()
 		case <-u.network.due:
 			u.plane.networkChanged(u.network)
+			waiter.changed()
 		case <-u.tun.news:
 			u.tend()
 		case <-u.tun.again:

@@ -20,7 +20,7 @@ func (u *up) backend() control.Backend {
 func (u *up) confirmed() error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if u.state != control.Unconfirmed {
+	if u.confirmBy == nil {
 		return errors.New("there is nothing to confirm: it is " + u.state)
 	}
 	select {
@@ -46,6 +46,9 @@ func (u *up) status() control.Status {
 		Config: cfg.File, Reloaded: u.reloaded,
 		Warnings: slices.Concat(cfg.Warnings, u.warnings),
 		Host:     control.Host{TUN: u.first.TUN, Table: u.first.Table, Mark: fmt.Sprintf("%#x/%#x", u.first.Mark, u.first.Mask)},
+	}
+	if u.waiting != nil {
+		s.Waiting = u.waiting.Error()
 	}
 	u.mu.Unlock()
 	if fault := u.tun.fault(); fault != "" {

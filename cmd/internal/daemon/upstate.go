@@ -1,0 +1,55 @@
+package daemon
+
+import (
+	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/control"
+)
+
+// up goes from starting to waiting, if the proxy is not there yet, to unconfirmed, if somebody must confirm, to ready.
+
+// awaitConfirm starts the time in which somebody must confirm, if there is one.
+func (u *up) awaitConfirm() (over <-chan time.Time, end func()) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	end = func() {}
+	if d := u.first.Host.Confirm; d > 0 {
+		by := time.Now().Add(d)
+		u.confirmBy = &by
+		t := time.NewTimer(d)
+		over, end = t.C, func() { t.Stop() }
+		u.log.Warn("all is undone unless 'viasocks confirm' comes", "within", d)
+	}
+	u.state = u.stateNow()
+	return over, end
+}
+
+// settle says that nobody needs to confirm any more.
+func (u *up) settle() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.confirmBy = nil
+	u.state = u.stateNow()
+}
+
+// ready says that what is captured is carried.
+func (u *up) ready() {
+	cfg, now := u.config(), time.Now()
+	u.checkNames(cfg)
+	u.mu.Lock()
+	u.readyAt, u.state = &now, u.stateNow()
+	u.mu.Unlock()
+	u.log.Info("ready", "tun", cfg.TUN, "proxy", proxyName(cfg))
+	u.notify.ready("carries the host through " + proxyName(cfg))
+}
+
+// stateNow is one of control's states while it is up. u.mu is held.
+func (u *up) stateNow() string {
+	switch {
+	case u.waiting != nil:
+		return control.Waiting
+	case u.confirmBy != nil:
+		return control.Unconfirmed
+	}
+	return control.Ready
+}

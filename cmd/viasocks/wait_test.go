@@ -1,0 +1,70 @@
+package main
+
+import (
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/viasocks/viasocks/socks/sockstest"
+)
+
+// While it waits for the proxy every way to end it gives the host back; what waiting can't mend is an error at once.
+func TestWaitEnds(t *testing.T) {
+	h := newHost(t)
+	before := h.state()
+	const nobody = "socks5://127.0.0.1:9"
+	wait := func(args ...string) *upProc {
+		p := h.launch(append([]string{"--proxy", nobody, "--wait"}, args...)...)
+		p.await("waiting for the proxy")
+		if got := h.run("ip -n " + h.name + " route get 203.0.113.1"); !strings.Contains(got, "dev viasocks0") {
+			t.Errorf("the host is not closed: %s", got)
+		}
+		return p
+	}
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
+		p := wait()
+		p.cmd.Process.Signal(sig)
+		p.ends(0)
+		h.same(sig.String()+" while it waits", before)
+	}
+	p := wait()
+	if got := h.result("down"); !strings.HasPrefix(got, "exit 0\n--- stdout\nviasocks has stopped\n") {
+		t.Error(got)
+	}
+	p.ends(0)
+	h.same("down while it waits", before)
+	p = wait("--confirm", "5s")
+	p.ends(1)
+	if !strings.Contains(p.text(), "nobody said 'viasocks confirm' in time") {
+		t.Error(p.text())
+	}
+	h.same("nobody confirmed while it waits", before)
+	p = wait()
+	p.cmd.Process.Kill()
+	p.wait()
+	if got := h.result("down"); !strings.HasPrefix(got, "exit 0\n") {
+		t.Error(got)
+	}
+	h.same("kill -9 while it waits", before)
+
+	login, err := sockstest.Listen("tcp4", "127.0.0.1:0", sockstest.WithNetns("/run/netns/"+h.name), sockstest.WithAuth("al", "geheim"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer login.Close()
+	for _, tt := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"--wait", "--proxy", login.URL()}, "it wants a login"},
+		{[]string{"--wait", "--proxy", "socks5://198.18.0.1"}, "which viasocks uses itself"},
+		{[]string{"--proxy", nobody}, "connection refused"}, // without --wait the error stays
+	} {
+		got := h.result(append([]string{"up"}, tt.args...)...)
+		_, stderr, _ := strings.Cut(got, "--- stderr\n")
+		if !strings.HasPrefix(got, "exit 1\n") || !strings.Contains(stderr, tt.want) || strings.Contains(stderr, "waiting for the proxy") {
+			t.Errorf("%s: %s", tt.args, got)
+		}
+		h.same(strings.Join(tt.args, " "), before)
+	}
+}
