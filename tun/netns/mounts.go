@@ -56,7 +56,12 @@ func setResolver(servers []netip.Addr) error {
 	if contains(masked, target) {
 		err = writeFile(target, content)
 	} else {
-		err = bindContent(target, content)
+		err = bindContent(target, 0, content)
+	}
+	if errors.Is(err, unix.ENOENT) && isLink(resolvConf) {
+		// It is a link to a file that does not exist, as when systemd-resolved does not run. The link itself is covered then:
+		// the file can't be made without writing to the host.
+		err = bindContent(resolvConf, unix.O_NOFOLLOW, content)
 	}
 	if errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("cannot set the program's resolver: %s does not exist: make it, an empty file will do", target)
@@ -148,10 +153,15 @@ func writeFile(path, content string) error {
 	return os.Chmod(path, 0o644) // whatever the umask
 }
 
-// bindContent mounts a file with this content over target. It lives in a tmpfs that was mounted for a moment over some
+func isLink(path string) bool {
+	st, err := os.Lstat(path)
+	return err == nil && st.Mode().Type() == os.ModeSymlink
+}
+
+// bindContent mounts a file with this content over target, which is opened with flags: O_NOFOLLOW means a link itself. The file lives in a tmpfs that was mounted for a moment over some
 // directory and is held by the bind mount alone afterwards: nothing is written to the host.
-func bindContent(target, content string) error {
-	fd, err := unix.Open(target, unix.O_PATH|unix.O_CLOEXEC, 0)
+func bindContent(target string, flags int, content string) error {
+	fd, err := unix.Open(target, unix.O_PATH|unix.O_CLOEXEC|flags, 0)
 	if err != nil {
 		return err
 	}

@@ -50,8 +50,27 @@ func TestSpawnHostResolvers(t *testing.T) {
 			t.Errorf("%s: %q, %d, %v", c.link, out, exit, err)
 		}
 	}
+	// Links to what does not exist: a file, and the whole directory. The host's stay as they are.
 	os.Remove("/run/resolvconf/resolv.conf")
-	if c, err := Spawn(t.Context(), testSpec("true")); err == nil || !strings.Contains(err.Error(), "/run/resolvconf/resolv.conf does not exist: make it") {
+	os.Symlink("/run/gone/resolv.conf", "/run/resolvconf/link")
+	for _, link := range []string{"/run/resolvconf/resolv.conf", "/run/gone/resolv.conf", "../run/resolvconf/link"} {
+		os.Remove(resolvConf)
+		if err := os.Symlink(link, resolvConf); err != nil {
+			t.Fatal(err)
+		}
+		t.Run("root", TestSpawnDanglingResolver)
+		if out, err := asOrdinaryUser("-test.run=^TestSpawnDanglingResolver$", "-test.v"); err != nil || !bytes.Contains(out, []byte("--- PASS")) {
+			t.Errorf("without root, %s: %v\n%s", link, err, out)
+		}
+		if to, err := os.Readlink(resolvConf); to != link || err != nil {
+			t.Errorf("the host's is a link to %q, %v", to, err)
+		}
+		if _, err := os.Stat(resolvConf); !os.IsNotExist(err) {
+			t.Errorf("%s is there: %v", link, err)
+		}
+	}
+	os.Remove(resolvConf)
+	if c, err := Spawn(t.Context(), testSpec("true")); err == nil || !strings.Contains(err.Error(), "/etc/resolv.conf does not exist: make it") {
 		t.Errorf("%v", err)
 		if err == nil {
 			c.Close()
@@ -61,6 +80,17 @@ func TestSpawnHostResolvers(t *testing.T) {
 	s.Nameserver = nil
 	if _, exit, err := run(t, s); exit != 0 || err != nil {
 		t.Errorf("without a nameserver: %d, %v", exit, err)
+	}
+}
+
+// TestSpawnDanglingResolver is a part of TestSpawnHostResolvers, which makes /etc/resolv.conf a link to nothing.
+func TestSpawnDanglingResolver(t *testing.T) {
+	if _, err := os.Stat(resolvConf); !isLink(resolvConf) || !os.IsNotExist(err) {
+		t.Skip("/etc/resolv.conf is there")
+	}
+	out, exit, err := run(t, testSpec("/bin/sh", "-c", "cat /etc/resolv.conf; stat -Lc %a /etc/resolv.conf"))
+	if out != "nameserver 192.0.2.53\nnameserver 2001:db8::53\n644\n" || err != nil || exit != 0 {
+		t.Errorf("%q, %d, %v", out, exit, err)
 	}
 }
 
