@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -424,5 +425,26 @@ func TestSpawnCallerKilled(t *testing.T) {
 	cmd.Wait()
 	if b, err := io.ReadAll(r); string(b) != "    lo\nend\n" || err != nil {
 		t.Errorf("%q, %v", b, err)
+	}
+}
+
+// TestSpawnUnixSockets: unix sockets with a path are reached from inside, abstract ones are not.
+func TestSpawnUnixSockets(t *testing.T) {
+	abstract := fmt.Sprintf("vs-test-%d", os.Getpid())
+	path := filepath.Join(t.TempDir(), "socket")
+	for _, a := range []string{"@" + abstract, path} {
+		l, err := net.Listen("unix", a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+	}
+	if b, err := os.ReadFile("/proc/net/unix"); err != nil || !bytes.Contains(b, []byte("@"+abstract)) || !bytes.Contains(b, []byte(path)) {
+		t.Fatalf("the control: %v\n%s", err, b)
+	}
+	script := `grep -c @` + abstract + ` /proc/self/net/unix; test -S "$1" && echo path`
+	out, _, err := run(t, testSpec("/bin/sh", "-c", script, "sh", path))
+	if out != "0\npath\n" || err != nil {
+		t.Errorf("%q, %v", out, err)
 	}
 }
