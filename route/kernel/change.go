@@ -36,7 +36,7 @@ func (h *Host) become(c Config) error {
 	if err != nil {
 		return err
 	}
-	h.st.lan, h.st.devices = l.lan, l.out
+	h.st.see(l)
 	if err := h.applyFilter(); err != nil {
 		return err
 	}

@@ -27,10 +27,11 @@ type Marks struct {
 	Direct   uint32 // our sockets of verdict direct (Config.Direct), and what is excluded: may go anywhere
 	Captured uint32 // conntrack only: flows that began in the TUN
 	Inbound  uint32 // answers to connections from outside
+	Declined uint32 // conntrack only: flows from outside that have no direct answers yet, see talk.go
 	Bridged  uint32 // packet mark only: frames that cross a bridge from port to port
 }
 
-// MarksFrom derives the others from the mark of our own sockets: own+1 to own+4 in units of the mask's lowest
+// MarksFrom derives the others from the mark of our own sockets: own+1 to own+5 in units of the mask's lowest
 // bit, wrapping round inside the mask and never 0. The mask needs three bits or more.
 func MarksFrom(own, mask uint32) Marks {
 	m := Marks{Mask: mask, Own: own}
@@ -52,7 +53,8 @@ func MarksFrom(own, mask uint32) Marks {
 	m.Direct = next(own)
 	m.Captured = next(m.Direct)
 	m.Inbound = next(m.Captured)
-	m.Bridged = next(m.Inbound)
+	m.Declined = next(m.Inbound)
+	m.Bridged = next(m.Declined)
 	return m
 }
 
@@ -166,14 +168,14 @@ func (c Config) withDefaults() (Config, error) {
 
 func (c *Config) validate() error {
 	m := c.Marks
-	values := []uint32{m.Own, m.Direct, m.Captured, m.Inbound, m.Bridged}
+	values := []uint32{m.Own, m.Direct, m.Captured, m.Inbound, m.Declined, m.Bridged}
 	for i, v := range values {
 		if v == 0 || v&^m.Mask != 0 {
-			return fmt.Errorf("cannot use mark %#x/%#x: five values other than 0 must fit into the mask: it needs three bits or more", m.Own, m.Mask)
+			return fmt.Errorf("cannot use mark %#x/%#x: six values other than 0 must fit into the mask: it needs three bits or more", m.Own, m.Mask)
 		}
 		for _, w := range values[:i] {
 			if v == w {
-				return fmt.Errorf("cannot use mark %#x twice: the five marks must differ", v)
+				return fmt.Errorf("cannot use mark %#x twice: the six marks must differ", v)
 			}
 		}
 	}

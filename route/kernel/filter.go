@@ -19,6 +19,7 @@ const (
 	countLAN       = "refused_lan_to_tun"  // from outside to the TUN's address
 	countARP       = "refused_arp"
 	countFrame     = "refused_frame" // raw frames, with Strict
+	countForgot    = "refused_full"  // the filter could not remember it
 
 	// signBridge counts nothing. It tells that a table of family bridge is ours.
 	signBridge = "viasocks_bridge"
@@ -54,6 +55,7 @@ type lanNet struct {
 // filterState is what the filter depends on besides the configuration.
 type filterState struct {
 	lan     []lanNet
+	near    []lanNet // see links
 	ends    []Endpoint
 	guard   bool     // programs' packets may go to the TUN
 	devices []string // with Strict: those that lead out
@@ -61,6 +63,9 @@ type filterState struct {
 	arp     bool     // the kernel has the family arp
 	bridge  bool     // the kernel has the family bridge
 	wasZero bool     // see there
+
+	noSocket bool                // the kernel has no nftables socket expression
+	memory   map[string][]nfElem // what the filter has noted, by set: for the table that takes the place of another
 }
 
 // own is the part of a set's key for one protocol.
@@ -180,37 +185,46 @@ func (c *Config) tables(st filterState) ([]*nfTable, error) {
 }
 
 func (c *Config) inetTable(st filterState) (*nfTable, error) {
-	t := &nfTable{fam: unix.NFPROTO_INET, name: c.NFTable, counters: []string{countBound, countDNS, countMulticast, countDead, countForward, countPost, countLAN}}
+	t := &nfTable{fam: unix.NFPROTO_INET, name: c.NFTable, counters: []string{countBound, countDNS, countMulticast, countDead, countForward, countPost, countLAN, countForgot}}
 	if st.wasZero {
 		t.counters = append(t.counters, wasZero)
 	}
 	guard := &nfSet{name: guardSet, keyText: "ifname", keyType: typeIfname, keyLen: unix.IFNAMSIZ, timeout: true, elems: c.guardElems(st.guard)}
 	t.sets = append(append(c.ownSets(st.ends), guard), c.keptSets()...)
+	for _, s := range c.memorySets() {
+		s.elems = st.memory[s.name]
+		t.sets = append(t.sets, s)
+	}
 	if err := c.markChains(t, st); err != nil {
 		return nil, err
 	}
 	c.refuseChains(t, st)
+	dhcpChain(t, st)
 	out := t.chain(&nfChain{name: "output", kind: "filter", hook: unix.NF_INET_LOCAL_OUT, prio: prioLast})
 	c.failOpen(out)
 	out.add(oif("lo", true), accept())
 	out.add(oifSet(guardSet), accept())
 	// What was marked at -150 has been rerouted, but this hook still sees the device of before: so pass comes first.
 	out.add(jump("pass"))
+	out.add(isProto(unix.IPPROTO_UDP), jump("dhcp"))
 	out.add(oif(c.TUN, true), count(countDead), goTo("refuse"))
+	out.add(daddrType("multicast", unix.RTN_MULTICAST), count(countMulticast), goTo("refuse"))
+	out.add(daddrType("broadcast", unix.RTN_BROADCAST), count(countMulticast), goTo("refuse"))
+	out.add(notProto(unix.IPPROTO_TCP), jump("speak")) // as while the host is closed and there is no TUN
 	for _, p := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
 		out.add(dport(p, PortRange{53, 53}), count(countDNS), goTo("refuse"))
 	}
-	out.add(daddrType("multicast", unix.RTN_MULTICAST), count(countMulticast), goTo("refuse"))
-	out.add(daddrType("broadcast", unix.RTN_BROADCAST), count(countMulticast), goTo("refuse"))
 	out.add(count(countBound), goTo("refuse"))
 
 	fwd := t.chain(&nfChain{name: "forward", kind: "filter", hook: unix.NF_INET_FORWARD, prio: prioLast})
 	c.failOpen(fwd)
 	fwd.add(metaMark(c.Marks, c.Marks.Bridged, true), accept())
 	fwd.add(iif(c.TUN, true), accept())
+	fwd.add(isProto(unix.IPPROTO_UDP), oif(c.TUN, true), jump("fwd_speak"))
 	fwd.add(oifSet(guardSet), accept())
 	fwd.add(jump("pass"))
 	fwd.add(oif(c.TUN, true), count(countDead), goTo("refuse"))
+	fwd.add(isProto(unix.IPPROTO_UDP), jump("fwd_speak"))
 	fwd.add(count(countForward), goTo("refuse"))
 
 	// No answer can be given here, and none is due: what is rejected above never comes here.
@@ -220,6 +234,7 @@ func (c *Config) inetTable(st filterState) (*nfTable, error) {
 	post.add(oif("lo", true), accept())
 	post.add(oif(c.TUN, true), accept())
 	post.add(jump("pass"))
+	post.add(isProto(unix.IPPROTO_UDP), jump("dhcp"))
 	post.add(count(countPost), drop())
 	return t, nil
 }
@@ -270,10 +285,8 @@ func (c *Config) refuseChains(t *nfTable, st filterState) {
 	refuse.add(rejectICMPX("admin-prohibited", unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED))
 }
 
-// hostTerms are what a host needs on its own links: DHCP and neighbour discovery.
+// hostTerms are what a host needs on its own links: neighbour discovery.
 func hostTerms(ch *nfChain, st filterState) {
-	ch.add(dhcp(false), accept())
-	ch.add(dhcp(true), accept())
 	nd := []uint8{133, 135, 136} // router solicitation, neighbour solicitation and advertisement
 	if st.router {
 		nd = append(nd, 134)
@@ -308,6 +321,7 @@ func (c *Config) netdevTable(st filterState) *nfTable {
 		pass.add(metaMark(c.Marks, v, true), accept())
 	}
 	hostTerms(pass, st)
+	dhcpTerms(pass, st)
 	exclude, _ := c.terms(c.Exclude, false)
 	for _, x := range exclude {
 		pass.add(x, accept())

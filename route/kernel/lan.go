@@ -55,9 +55,13 @@ func connected(n *net.IPNet) (netip.Prefix, bool) {
 // links is what the host's devices say now.
 type links struct {
 	lan  []lanNet
+	near []lanNet // IPv4 networks, private or not
 	out  []string // devices that may lead out of the host, by name
 	mine int      // index of the TUN, 0: not there
 }
+
+// see takes what the filter needs of the devices.
+func (s *filterState) see(l links) { s.lan, s.near, s.devices = l.lan, l.near, l.out }
 
 // look reads devices, addresses and default routes.
 func (h *Host) look() (l links, err error) {
@@ -116,24 +120,34 @@ func (h *Host) look() (l links, err error) {
 		}
 		p, ok := connected(n)
 		ln := lanNet{dev: names[a.LinkIndex], prefix: p, guest: guest[a.LinkIndex]}
-		if _, known := guest[a.LinkIndex]; !ok || !known || seen[ln] {
+		_, known := guest[a.LinkIndex]
+		if known && p.IsValid() && p.Addr().Is4() && len(l.near) < maxLAN && !slices.Contains(l.near, ln) {
+			l.near = append(l.near, ln)
+		}
+		if !ok || !known || seen[ln] {
 			continue
 		}
 		seen[ln] = true
 		l.lan = append(l.lan, ln)
 	}
-	sort.Slice(l.lan, func(i, j int) bool {
-		a, b := l.lan[i], l.lan[j]
-		if a.guest != b.guest {
-			return a.guest
-		}
-		return a.prefix.String()+a.dev < b.prefix.String()+b.dev
-	})
+	sortNets(l.near)
+	sortNets(l.lan)
 	if len(l.lan) > maxLAN {
 		h.say("too many private networks", "too many private networks: the rest goes through the proxy", "limit", maxLAN, "first_left_out", l.lan[maxLAN].prefix)
 		l.lan = l.lan[:maxLAN]
 	}
 	return l, nil
+}
+
+// sortNets has those of guests first: where networks overlap, the first counts.
+func sortNets(nets []lanNet) {
+	sort.Slice(nets, func(i, j int) bool {
+		a, b := nets[i], nets[j]
+		if a.guest != b.guest {
+			return a.guest
+		}
+		return a.prefix.String()+a.dev < b.prefix.String()+b.dev
+	})
 }
 
 func maskOf(n *net.IPNet) (ones, bits int) {

@@ -375,7 +375,7 @@ func TestMarksFrom(t *testing.T) {
 	for _, tt := range []Marks{{Mask: 0xff000000, Own: 0x76000000}, {Mask: 0x7, Own: 0x1}, {Mask: 0xffffffff, Own: 0xffffffff}, {Mask: 0x15, Own: 0x10}, {Mask: 0x80000003, Own: 0x80000003}} {
 		m := MarksFrom(tt.Own, tt.Mask)
 		seen := map[uint32]bool{}
-		for _, v := range []uint32{m.Own, m.Direct, m.Captured, m.Inbound, m.Bridged} {
+		for _, v := range []uint32{m.Own, m.Direct, m.Captured, m.Inbound, m.Declined, m.Bridged} {
 			if v == 0 || v&^m.Mask != 0 || seen[v] {
 				t.Errorf("%+v", m)
 			}

@@ -36,21 +36,30 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 	for _, a := range c.TUNAddrs {
 		pre.add(daddr(netip.PrefixFrom(a, a.BitLen())), count(countLAN), drop())
 	}
+	dhcpLearn(pre)
 	// What comes in by an excluded device for this host is a connection from outside; the chain forwarded takes the rest.
 	for _, d := range c.Exclude.Devices {
 		pre.add(iif(d, true), ctDirection(true), ctMark(m, 0, true), setCtMark(m, m.Direct))
 	}
 	if c.keepsInbound() {
 		c.inboundChains(t)
-		fromOutside := []term{ctDirection(false), ctMark(m, 0, true), daddrType("local", unix.RTN_LOCAL), jump("inbound")}
-		if !c.CarryInbound {
-			pre.add(fromOutside...)
-		} else {
+		fromOutside := [][]term{
+			{ctDirection(false), ctMark(m, 0, true), daddrType("local", unix.RTN_LOCAL), jump("inbound")},
+			{ctDirection(false), ctMark(m, m.Declined, true), daddrType("local", unix.RTN_LOCAL), jump("inbound")},
+		}
+		for _, r := range fromOutside {
+			if !c.CarryInbound {
+				pre.add(r...)
+				continue
+			}
 			for _, d := range c.Exclude.Devices {
-				pre.add(append([]term{iif(d, true)}, fromOutside...)...)
+				pre.add(append([]term{iif(d, true)}, r...)...)
 			}
 		}
+		c.forwardedAnswers(t, pre)
+		c.heardChain(t, st)
 	}
+	c.speakChains(t)
 	c.forwardedChains(t, pre)
 	for _, v := range c.passing() {
 		pre.add(ctMark(m, v, true), setMetaMark(m, v))
@@ -82,6 +91,9 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 		out.add(keptTuple("kept4", false, false), setCtMark(m, m.Inbound))
 		out.add(keptTuple("kept6", true, false), setCtMark(m, m.Inbound))
 		out.add(ctDirection(true), ctMark(m, 0, true), jump("answer"))
+	}
+	if c.keepsInbound() {
+		c.answerRules(t, out)
 	}
 	exclude, err := c.terms(c.Exclude, true)
 	if err != nil {
@@ -115,6 +127,7 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 	for _, v := range c.passing() {
 		out.add(ctMark(m, v, true), setMetaMark(m, v))
 	}
+	out.add(notProto(unix.IPPROTO_TCP), oif(c.TUN, true), metaMark(m, 0, true), jump("speak"))
 	return nil
 }
 
@@ -191,30 +204,6 @@ func (c *Config) chosen(s Selection) (out []term) {
 		out = append(out, dport(unix.IPPROTO_TCP, r), dport(unix.IPPROTO_UDP, r))
 	}
 	return out
-}
-
-// inboundChains know what is from outside. Who speaks first is no proof: a connection that this host opened before `up`,
-// and that nobody tracked, has its far end speak first too. For TCP a SYN is one, or translation, which is always
-// tracked.
-func (c *Config) inboundChains(t *nfTable) {
-	m := c.Marks
-	// An error, our own filter's too, belongs to the flow that it is about, the other way round: it proves nothing.
-	in := t.chain(&nfChain{name: "inbound"})
-	in.add(ctRelated(), back())
-	in.add(ctDNAT(), setCtMark(m, m.Inbound))
-	in.add(tcpSYN(), setCtMark(m, m.Inbound))
-	in.add(keptTuple("kept4", false, true), setCtMark(m, m.Inbound))
-	in.add(keptTuple("kept6", true, true), setCtMark(m, m.Inbound))
-	in.add(isProto(unix.IPPROTO_TCP), back())
-	in.add(keptTuple("old4", false, true), back())
-	in.add(keptTuple("old6", true, true), back())
-	in.add(setCtMark(m, m.Inbound))
-	out := t.chain(&nfChain{name: "answer"})
-	out.add(ctRelated(), back())
-	out.add(isProto(unix.IPPROTO_TCP), back())
-	out.add(keptTuple("old4", false, false), back())
-	out.add(keptTuple("old6", true, false), back())
-	out.add(setCtMark(m, m.Inbound))
 }
 
 // terms are the conditions of a selection. Cgroups are known for local sockets only, and not behind routing.

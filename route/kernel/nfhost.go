@@ -103,6 +103,7 @@ func (h *Host) applyFilter() error {
 		}
 		h.keepCounters()
 		h.st.arp, h.st.bridge = !h.noARP, !h.noBridge
+		h.st.memory = h.remember(old)
 		tables, err := h.c.tables(h.st)
 		if err != nil {
 			return err
@@ -143,7 +144,10 @@ func (h *Host) applyFilter() error {
 			if err != nil {
 				return err
 			}
-			h.st.lan, h.st.devices = l.lan, l.out
+			h.st.see(l)
+		case lacking(msgs, ne.index, err) == needSocket && !h.st.noSocket:
+			h.st.noSocket = true
+			h.say("socket", "the kernel can't tell whether anybody listens at a port: a datagram from outside that nobody listens for may be answered by who opens the port next", "why", err)
 		case lacking(msgs, ne.index, err) == needCgroupv2 && h.c.OwnCgroup != "" && len(h.c.Exclude.Cgroups)+len(h.c.Include.Cgroups) == 0:
 			h.c.OwnCgroup = "" // wanted where it can be had
 			h.say("own cgroup", "the kernel can't tell our sockets from others' by their cgroup: only by mark and destination", "why", err)
@@ -155,6 +159,31 @@ func (h *Host) applyFilter() error {
 		}
 	}
 	return errors.New("cannot close the host: nftables or devices change all the time")
+}
+
+// remember reads what the filter has noted itself, so that the one that takes its place knows it too.
+func (h *Host) remember(old []tableID) map[string][]nfElem {
+	out := map[string][]nfElem{}
+	if !slices.Contains(old, tableID{unix.NFPROTO_INET, h.c.NFTable}) {
+		return out
+	}
+	for _, s := range h.c.memorySets() {
+		which := cat(attrString(unix.NFTA_SET_ELEM_LIST_TABLE, h.c.NFTable), attrString(unix.NFTA_SET_ELEM_LIST_SET, s.name))
+		seen := map[string]bool{}
+		err := h.nf.dump(unix.NFT_MSG_GETSETELEM, unix.NFPROTO_INET, which, func(_ uint8, b []byte) {
+			eachAttr(attrs(b)[unix.NFTA_SET_ELEM_LIST_ELEMENTS], func(_ uint16, e []byte) {
+				key := attrs(attrs(e)[unix.NFTA_SET_ELEM_KEY])[unix.NFTA_DATA_VALUE]
+				if len(key) == int(s.keyLen) && !seen[string(key)] && len(seen) < int(s.size) {
+					seen[string(key)] = true
+					out[s.name] = append(out[s.name], nfElem{key: slices.Clone(key)})
+				}
+			})
+		})
+		if err != nil && !errors.Is(err, unix.ENOENT) { // a table of an older viasocks has no such set
+			h.c.Log.Warn("what the filter has noted can't be read: it is lost", "set", s.name, "err", err)
+		}
+	}
+	return out
 }
 
 // filterError is for what else may be wrong.

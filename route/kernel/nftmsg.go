@@ -265,15 +265,20 @@ func cat(parts ...[]byte) (b []byte) {
 // attrs takes attributes apart; what is malformed is left out.
 func attrs(b []byte) map[uint16][]byte {
 	m := map[uint16][]byte{}
+	eachAttr(b, func(typ uint16, data []byte) { m[typ] = data })
+	return m
+}
+
+// eachAttr calls f for each attribute, for lists whose members have the same type.
+func eachAttr(b []byte, f func(typ uint16, data []byte)) {
 	for len(b) >= 4 {
 		n := int(binary.NativeEndian.Uint16(b))
 		if n < 4 || n > len(b) {
-			break
+			return
 		}
-		m[binary.NativeEndian.Uint16(b[2:])&^(unix.NLA_F_NESTED|unix.NLA_F_NET_BYTEORDER)] = b[4:n]
+		f(binary.NativeEndian.Uint16(b[2:])&^(unix.NLA_F_NESTED|unix.NLA_F_NET_BYTEORDER), b[4:n])
 		b = b[min(len(b), (n+3)&^3):]
 	}
-	return m
 }
 
 func cstring(b []byte) string {

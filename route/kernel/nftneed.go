@@ -28,11 +28,12 @@ var (
 	needCt       = &need{"nftables ct", "load the module nft_ct, " + orRun}
 	needFib      = &need{"nftables fib", "load the module nft_fib_inet, " + orRun}
 	needReject   = &need{"nftables reject", "load the module nft_reject_inet, " + orRun}
+	needSocket   = &need{"nftables socket", "load the module nft_socket, " + orRun}
 	needCgroupv2 = &need{"nftables socket cgroupv2", "load the module nft_socket, of Linux 5.13 or later; leave out what is chosen by cgroup"}
 )
 
 func (s *nfSet) needs() []*need {
-	if s.timeout {
+	if s.timeout || s.dynamic {
 		return []*need{needTimeout}
 	}
 	return []*need{needConcat}
@@ -52,7 +53,7 @@ func (c *nfChain) needs(fam uint8) []*need {
 
 func (t term) needs() (out []*need) {
 	for _, e := range t.exprs {
-		switch e.(type) {
+		switch e := e.(type) {
 		case *expr.Ct:
 			out = append(out, needCt)
 		case *expr.Fib:
@@ -60,7 +61,11 @@ func (t term) needs() (out []*need) {
 		case *expr.Reject:
 			out = append(out, needReject)
 		case *expr.Socket:
-			out = append(out, needCgroupv2)
+			if e.Key == expr.SocketKeyCgroupv2 {
+				out = append(out, needCgroupv2)
+			} else {
+				out = append(out, needSocket)
+			}
 		case *expr.Objref:
 			out = append(out, needObjref)
 		}

@@ -24,6 +24,11 @@ type nfSet struct {
 	keyLen  uint32
 	timeout bool
 	elems   []nfElem
+
+	// Of a set that rules fill.
+	dynamic bool
+	size    uint32
+	keep    time.Duration // how long an element stays
 }
 
 type nfElem struct {
@@ -73,7 +78,10 @@ func (t *nfTable) lines() (out []string) {
 	}
 	for _, s := range t.sets {
 		flags := ""
-		if s.timeout {
+		switch {
+		case s.dynamic:
+			flags = fmt.Sprintf(" size %d; flags dynamic,timeout; timeout %s;", s.size, nftTime(s.keep))
+		case s.timeout:
 			flags = " flags timeout;"
 		}
 		say("add set %s %s { type %s;%s }", at, s.name, s.keyText, flags)
@@ -108,6 +116,9 @@ func (t *nfTable) lines() (out []string) {
 	return out
 }
 
+// nftTime is a time in nft(8)'s words.
+func nftTime(d time.Duration) string { return fmt.Sprintf("%ds", int(d.Seconds())) }
+
 func delTable(fam uint8, name string) nfMsg {
 	return nfMsg{op: unix.NFT_MSG_DELTABLE, fam: fam, attrs: attrString(unix.NFTA_TABLE_NAME, name),
 		text: "delete table " + famNames[fam] + " " + name}
@@ -131,7 +142,11 @@ func (t *nfTable) messages(flags uint32) ([]nfMsg, error) {
 	for i, s := range t.sets {
 		a := cat(attrString(unix.NFTA_SET_TABLE, t.name), attrString(unix.NFTA_SET_NAME, s.name),
 			attrU32(unix.NFTA_SET_KEY_TYPE, s.keyType), attrU32(unix.NFTA_SET_KEY_LEN, s.keyLen), attrU32(unix.NFTA_SET_ID, uint32(i+1)))
-		if s.timeout {
+		switch {
+		case s.dynamic:
+			a = cat(a, attrU32(unix.NFTA_SET_FLAGS, unix.NFT_SET_TIMEOUT|unix.NFT_SET_EVAL), attrU64(unix.NFTA_SET_TIMEOUT, uint64(s.keep.Milliseconds())),
+				nested(unix.NFTA_SET_DESC, attrU32(unix.NFTA_SET_DESC_SIZE, s.size)))
+		case s.timeout:
 			a = append(a, attrU32(unix.NFTA_SET_FLAGS, unix.NFT_SET_TIMEOUT)...)
 		}
 		say(unix.NFT_MSG_NEWSET, unix.NLM_F_CREATE, a, "add set %s %s", at, s.name).needs = s.needs()

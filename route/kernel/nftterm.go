@@ -108,8 +108,13 @@ func l4proto(p uint8) []expr.Any {
 }
 
 func protoName(p uint8) string {
-	if p == unix.IPPROTO_TCP {
+	switch p {
+	case unix.IPPROTO_TCP:
 		return "tcp"
+	case unix.IPPROTO_ICMP:
+		return "icmp"
+	case unix.IPPROTO_ICMPV6:
+		return "ipv6-icmp"
 	}
 	return "udp"
 }
@@ -124,20 +129,10 @@ func dport(proto uint8, r PortRange) term {
 		append(e, cmp(expr.CmpOpGte, be16(r.First)), cmp(expr.CmpOpLte, be16(r.Last)))}
 }
 
-func isProto(p uint8) term {
-	return term{"meta l4proto " + protoName(p), l4proto(p)}
-}
+func isProto(p uint8) term { return term{"meta l4proto " + protoName(p), l4proto(p)} }
 
-// dhcp matches a DHCP client's packets to servers.
-func dhcp(v6 bool) term {
-	word, src, dst := "ip version 4", uint16(68), uint16(67)
-	if v6 {
-		word, src, dst = "ip6 version 6", 546, 547
-	}
-	e := append(isFamily(v6), l4proto(unix.IPPROTO_UDP)...)
-	e = append(e, &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 4},
-		cmp(expr.CmpOpEq, append(be16(src), be16(dst)...)))
-	return term{fmt.Sprintf("%s udp sport %d udp dport %d", word, src, dst), e}
+func notProto(p uint8) term {
+	return term{"meta l4proto != " + protoName(p), []expr.Any{loadMeta(expr.MetaKeyL4PROTO), cmp(expr.CmpOpNeq, []byte{p})}}
 }
 
 // icmp6 matches one type of ICMPv6 with a hop limit that no router would pass on.

@@ -10,7 +10,8 @@ func (h *Host) Plan() ([]string, error) {
 		return nil, err
 	}
 	st := h.st
-	st.lan, st.devices, st.ends, st.guard, st.arp, st.bridge, st.router = l.lan, l.out, h.lastEnds, true, !h.noARP, !h.noBridge, isRouter()
+	st.see(l)
+	st.ends, st.guard, st.arp, st.bridge, st.router = h.lastEnds, true, !h.noARP, !h.noBridge, isRouter()
 	st.wasZero = readSysctl(srcValidMark) == "0"
 	tables, err := h.c.tables(st)
 	if err != nil {

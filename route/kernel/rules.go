@@ -79,7 +79,8 @@ func (c *Config) rules(family int, l links) (out []rule) {
 	if family == unix.AF_INET6 {
 		client, server = PortRange{546, 546}, PortRange{547, 547}
 	}
-	add(atHost, rule{proto: unix.IPPROTO_UDP, sport: client, dport: server, jump: end})
+	// Of this host itself: what others send through it is theirs.
+	add(atHost, rule{iif: "lo", proto: unix.IPPROTO_UDP, sport: client, dport: server, jump: end})
 	x := c.Exclude
 	for _, n := range x.Networks {
 		if familyOf(n.Addr()) == family {

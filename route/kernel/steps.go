@@ -20,7 +20,8 @@ func (h *Host) Shut() error {
 	if err != nil {
 		return err
 	}
-	h.st.lan, h.st.devices, h.st.guard = l.lan, l.out, false
+	h.st.see(l)
+	h.st.guard = false
 	h.st.wasZero = len(h.j.Sysctls) > 0 || readSysctl(srcValidMark) == "0"
 	h.j.Done["filter"] = true
 	if err := h.record(); err != nil {
@@ -126,8 +127,8 @@ func (h *Host) reconcile() (changed []string, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if !equal(l.lan, h.st.lan) || h.c.Strict && !equal(l.out, h.st.devices) || isRouter() != h.st.router {
-		h.st.lan, h.st.devices = l.lan, l.out
+	if !equal(l.lan, h.st.lan) || !equal(l.near, h.st.near) || h.c.Strict && !equal(l.out, h.st.devices) || isRouter() != h.st.router {
+		h.st.see(l)
 		if err := h.applyFilter(); err != nil {
 			return nil, err
 		}

@@ -205,6 +205,7 @@ var reasons = map[string]string{
 	"refused_lan_to_tun":  "from outside to the TUN's address",
 	"refused_arp":         "ARP questions for the TUN's address",
 	"refused_frame":       "raw frames",
+	"refused_full":        "datagrams whose port the filter had no room to note",
 }
 
 func selectionLines(s config.Selection) (lines []string) {

@@ -12,6 +12,8 @@ import (
 var (
 	nftOwner  = regexp.MustCompile(`(?m)^\s*flags owner.*\n|^\s*\n| # progname .*$`) // who made it, not what it does
 	nftLapses = regexp.MustCompile(` expires \w+`)
+	// what the filter itself puts into its sets
+	nftNoted = regexp.MustCompile(`(?s)(set (?:spoke|served|fwd_|dhcp)\w* \{[^}]*?)\n\s*elements = \{.*?\}`)
 )
 
 // nftWords say what nft(8) shows of a rule that was not typed, but encoded, as it would show it if it had been typed.
@@ -19,9 +21,7 @@ var nftWords = []struct {
 	raw  *regexp.Regexp
 	word string
 }{
-	{regexp.MustCompile(`meta protocol ip udp`), "ip version 4 udp"},
-	{regexp.MustCompile(`meta protocol ip6 udp`), "ip6 version 6 udp"},
-	{regexp.MustCompile(`meta protocol ip6? (@nh|meta l4proto)`), "$1"},
+	{regexp.MustCompile(`meta protocol ip6? (@nh|meta l4proto|update|udp sport)`), "$1"},
 	{regexp.MustCompile(`@nh,128,32`), "ip daddr"},
 	{regexp.MustCompile(`@nh,96,32`), "ip saddr"},
 	{regexp.MustCompile(`@nh,192,128`), "ip6 daddr"},
@@ -74,7 +74,7 @@ func (w *world) installed() map[string]string {
 	for line := range strings.Lines(w.run("host", nil, "nft", "list", "tables")) {
 		if f := strings.Fields(line); len(f) == 3 && f[2] == "viasocks" {
 			out := w.run("host", nil, "nft", "-s", "list", "table", f[1], f[2])
-			s[line] = nftTyped(nftLapses.ReplaceAllString(nftOwner.ReplaceAllString(out, ""), ""))
+			s[line] = nftTyped(nftLapses.ReplaceAllString(nftOwner.ReplaceAllString(nftNoted.ReplaceAllString(out, "$1"), ""), ""))
 		}
 	}
 	return s

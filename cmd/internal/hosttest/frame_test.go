@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -105,6 +106,13 @@ func parse(f []byte) (p packet) {
 	return p
 }
 
+// dhcpServers are where a DHCP client of the host sends to.
+var dhcpServers = []netip.Prefix{
+	netip.MustParsePrefix("255.255.255.255/32"), netip.MustParsePrefix("169.254.0.0/16"), // and the connected networks
+	netip.MustParsePrefix("10.77.0.0/24"), netip.MustParsePrefix("198.51.100.0/24"),
+	netip.MustParsePrefix("ff02::1:2/128"), netip.MustParsePrefix("fe80::/10"),
+}
+
 // harmless says by which exception a frame may leave the host beside what goes to the proxy; empty: by none. These are
 // the exceptions of the manual.
 func harmless(p packet) string {
@@ -125,7 +133,9 @@ func harmless(p packet) string {
 		}
 	case p.etherType == unix.ETH_P_IP && p.proto == unix.IPPROTO_UDP && p.sport == 68 && p.dport == 67,
 		p.etherType == unix.ETH_P_IPV6 && p.proto == unix.IPPROTO_UDP && p.sport == 546 && p.dport == 547:
-		return "dhcp"
+		if slices.ContainsFunc(dhcpServers, func(n netip.Prefix) bool { return n.Contains(p.dst) }) {
+			return "dhcp"
+		}
 	}
 	return ""
 }
@@ -134,13 +144,18 @@ func TestFrames(t *testing.T) {
 	eth := func(typ uint16, b []byte) []byte {
 		return append(binary.BigEndian.AppendUint16(make([]byte, 12), typ), b...)
 	}
-	v4 := func(proto byte, body ...byte) []byte {
-		return eth(unix.ETH_P_IP, append([]byte{0x45, 0, 0, 0, 0, 0, 0, 0, 64, proto, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2}, body...))
+	v4to := func(a, b, c, d, proto byte, body ...byte) []byte {
+		return eth(unix.ETH_P_IP, append([]byte{0x45, 0, 0, 0, 0, 0, 0, 0, 64, proto, 0, 0, 10, 0, 0, 1, a, b, c, d}, body...))
 	}
+	v4 := func(proto byte, body ...byte) []byte { return v4to(10, 77, 0, 1, proto, body...) }
 	v6 := func(next, hops byte, body ...byte) []byte {
 		h := make([]byte, 40)
 		h[0], h[6], h[7] = 0x60, next, hops
 		return eth(unix.ETH_P_IPV6, append(h, body...))
+	}
+	to6 := func(dst string, frame []byte) []byte {
+		copy(frame[14+24:], netip.MustParseAddr(dst).AsSlice())
+		return frame
 	}
 	ports := func(a, b uint16, n int) []byte {
 		return append(binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint16(nil, a), b), make([]byte, n)...)
@@ -160,9 +175,12 @@ func TestFrames(t *testing.T) {
 		{"report with a larger hop limit", "", v6(0, 2, 58, 0, 5, 2, 0, 0, 1, 0, 143, 0, 0, 0)},
 		{"icmp 135 of IPv4", "", v4(1, 135, 0, 0, 0)},
 		{"dhcp", "dhcp", v4(17, ports(68, 67, 4)...)},
+		{"dhcp by broadcast", "dhcp", v4to(255, 255, 255, 255, 17, ports(68, 67, 4)...)},
+		{"dhcp to anybody", "", v4to(203, 0, 113, 9, 17, ports(68, 67, 4)...)},
 		{"dhcp of a server", "", v4(17, ports(67, 68, 4)...)},
 		{"its ports by tcp", "", v4(6, ports(68, 67, 20)...)},
-		{"dhcpv6", "dhcp", v6(17, 64, ports(546, 547, 4)...)},
+		{"dhcpv6", "dhcp", to6("ff02::1:2", v6(17, 64, ports(546, 547, 4)...))},
+		{"dhcpv6 to anybody", "", v6(17, 64, ports(546, 547, 4)...)},
 		{"cut extension header", "", v6(0, 1, 58, 9)},
 		{"later fragment", "", v6(44, 255, 58, 0, 0, 16, 0, 0, 0, 1, 135, 0, 0, 0)},
 		{"udp", "", v4(17, ports(5000, 53, 4)...)},

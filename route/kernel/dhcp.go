@@ -1,0 +1,64 @@
+package kernel
+
+import (
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// A DHCP client of this host reaches its servers: by broadcast and multicast, at link-local addresses, in the networks that
+// the host is connected to, and at an address that DHCP has answered from, where the host has no network, as in some clouds.
+// Nobody else on the host has its port, which is privileged. A server behind a relay is reached by broadcast, when the
+// client rebinds. What containers and guests send is forwarded, and has no such exception.
+
+// How many servers the filter knows, and for how long after their last answer: longer than half of a lease.
+const (
+	dhcpServers = 64
+	dhcpKeep    = 8 * 24 * time.Hour
+	dhcpSet     = "dhcp4"
+)
+
+var (
+	dhcpTo4 = []netip.Prefix{netip.MustParsePrefix("255.255.255.255/32"), netip.MustParsePrefix("169.254.0.0/16")}
+	dhcpTo6 = []netip.Prefix{netip.MustParsePrefix("ff02::1:2/128"), netip.MustParsePrefix("fe80::/10")}
+)
+
+// dhcpTerms let a client's packets pass.
+func dhcpTerms(ch *nfChain, st filterState) {
+	for _, p := range dhcpTo4 {
+		ch.add(daddr(p), udpPorts(68, 67), accept())
+	}
+	for _, n := range st.near {
+		ch.add(oif(n.dev, true), daddr(n.prefix), udpPorts(68, 67), accept())
+	}
+	for _, p := range dhcpTo6 {
+		ch.add(daddr(p), udpPorts(546, 547), accept())
+	}
+}
+
+// dhcpLearn notes who answers a client.
+func dhcpLearn(pre *nfChain) {
+	saddr := &expr.Payload{DestRegister: 8, Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 4}
+	pre.add(udpPorts(67, 68), update(dhcpSet, "ip saddr", append(isFamily(false), saddr)...))
+}
+
+func dhcpLearned() term {
+	v6 := false
+	return lookup(dhcpSet, "ip daddr", &v6, &expr.Payload{DestRegister: 8, Base: expr.PayloadBaseNetworkHeader, Offset: 16, Len: 4})
+}
+
+// udpPorts matches both ports of a datagram.
+func udpPorts(src, dst uint16) term {
+	return term{fmt.Sprintf("udp sport %d udp dport %d", src, dst), append(l4proto(unix.IPPROTO_UDP),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 4}, cmp(expr.CmpOpEq, append(be16(src), be16(dst)...)))}
+}
+
+// dhcpChain is for what this host itself sends.
+func dhcpChain(t *nfTable, st filterState) {
+	ch := t.chain(&nfChain{name: "dhcp"})
+	dhcpTerms(ch, st)
+	ch.add(dhcpLearned(), udpPorts(68, 67), accept())
+}

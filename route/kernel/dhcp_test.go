@@ -1,0 +1,101 @@
+package kernel
+
+import (
+	"net"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// What a DHCP client sends leaves the host, and nothing else by its ports: nobody may send to any address just because he
+// has them.
+func TestDHCP(t *testing.T) {
+	inNamespace(t, func(t *testing.T) {
+		w := newWorld(t)
+		const relayed = "203.0.113.77"
+		w.in(func() { ip(t, "route replace local 203.0.113.0/24 dev lo") })
+		h, tun := up(t, testConfig(t))
+		client := func(dst, bind string) probe {
+			return probe{typ: unix.SOCK_DGRAM, dst: dst, port: 67, sport: 68, bind: bind}
+		}
+		for _, tt := range []struct {
+			dst, bind string
+			want      bool
+		}{
+			{"255.255.255.255", "eth0", true},
+			{"198.51.100.1", "", true}, // a renewal
+			{"198.51.100.1", "eth0", true},
+			{lan4, "", true},
+			{far4, "", false},
+			{far4, "eth0", false},
+			{relayed, "", false},
+		} {
+			if got := w.passes(tt.want, client(tt.dst, tt.bind).send); got != tt.want {
+				t.Errorf("to %s, bound to %q: passed %v", tt.dst, tt.bind, got)
+			}
+		}
+		for _, port := range []uint16{68, 66} {
+			if w.passes(false, probe{typ: unix.SOCK_DGRAM, dst: "255.255.255.255", port: port, sport: 68, bind: "eth0"}.send) {
+				t.Errorf("a client's port to port %d: it left the host", port)
+			}
+		}
+		// A server outside of the host's networks, which has answered.
+		w.in(func() {
+			c, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.ParseIP(relayed), Port: 67})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer c.Close()
+			if _, err := c.WriteTo([]byte("answer"), &net.UDPAddr{IP: net.ParseIP("198.51.100.2"), Port: 68}); err != nil {
+				t.Error(err)
+			}
+		})
+		if !w.passes(true, client(relayed, "eth0").send) {
+			t.Error("the server that gave the lease is not reached")
+		}
+		if w.passes(false, client(far4, "eth0").send) {
+			t.Error("another one is reached as well")
+		}
+		down(t, h)
+		tun.Close()
+	})
+}
+
+// A container has no exception for DHCP, neither from its ports nor to a server that this host knows.
+func TestDHCPForwarded(t *testing.T) {
+	inNamespace(t, func(t *testing.T) {
+		w := newWorld(t)
+		k := newWorldless(t)
+		ip(t, "link add docker0 type bridge", "link set docker0 addrgenmode none up", "link add vc type veth peer name ceth",
+			"link set vc addrgenmode none master docker0 up", "link set ceth netns "+k.pid(), "addr add 172.17.0.1/16 dev docker0")
+		k.in(func() {
+			ip(t, "link set lo up", "link set ceth addrgenmode none up", "addr add 172.17.0.2/16 dev ceth", "route add default via 172.17.0.1")
+		})
+		_ = writeSysctl("net/ipv4/ip_forward", "1")
+		settled(t)
+		send := func(dst string) func() error {
+			return func() (err error) {
+				k.in(func() { err = probe{typ: unix.SOCK_DGRAM, dst: dst, port: 67, sport: 68}.send() })
+				return err
+			}
+		}
+		if !w.passes(true, send(far4)) {
+			t.Fatal("positive control: it was not seen")
+		}
+		h, tun := up(t, testConfig(t))
+		for _, dst := range []string{far4, "198.51.100.1"} {
+			if w.passes(false, send(dst)) {
+				t.Errorf("it left the host to %s", dst)
+			}
+		}
+		ip(t, "-4 rule flush protocol 118") // the filter alone
+		for _, dst := range []string{far4, "198.51.100.1"} {
+			if w.passes(false, send(dst)) {
+				t.Errorf("without the rules: it left the host to %s", dst)
+			}
+		}
+		down(t, h)
+		tun.Close()
+	})
+}

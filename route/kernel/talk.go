@@ -1,0 +1,214 @@
+package kernel
+
+import (
+	"time"
+
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// This file decides who began a UDP conversation. A datagram from outside proves nothing by itself: anybody can forge one,
+// and if it could begin a flow on the port of a program that uses the proxy, the program's own datagrams to that address
+// would leave past the proxy, as if they were answers. So the filter keeps these sets, without any help of a process:
+//
+//	spoke        local UDP ports that sent something of their own accord that was for the TUN
+//	spoke_proto  other protocols of which the host sent something for the TUN; UDP, if spoke was full
+//	served4, 6   local ports and the peers that they answered directly: conntrack forgets those after half a minute, and
+//	             a server that speaks first to such a peer answers it still
+//	fwd_spoke4,6 addresses and ports of containers and guests that sent something for the TUN
+//	fwd_full     UDP, if fwd_spoke4 or fwd_spoke6 was full
+//
+// What is in a spoke set has no direct answers. A datagram is looked at when it comes and when the answer leaves. With
+// CarryInbound nothing has, but the sets are filled all the same: it may be changed while the host is steered.
+
+// How long the filter remembers, and how much. A tracker is asked every half hour; a peer that was answered keeps its
+// address translation for some minutes. There are 65,535 ports; the kernel removes what has expired a second later.
+const (
+	spokeFor   = time.Hour
+	servedFor  = 10 * time.Minute
+	spokeSize  = 1 << 17
+	servedSize = 1 << 16
+	protoSize  = 512
+)
+
+// memorySets are the sets that the filter itself fills.
+func (c *Config) memorySets() []*nfSet {
+	set := func(name, keyText string, keyType, keyLen uint32, size uint32, keep time.Duration) *nfSet {
+		return &nfSet{name: name, keyText: keyText, keyType: keyType, keyLen: keyLen, dynamic: true, size: size, keep: keep}
+	}
+	return []*nfSet{
+		set("spoke", "inet_service", typePort, 2, spokeSize, spokeFor),
+		set("spoke_proto", "inet_proto", typeProto, 1, protoSize, spokeFor),
+		set("served4", "inet_service . ipv4_addr . inet_service", concat(typePort, typeIP4, typePort), 12, servedSize, servedFor),
+		set("served6", "inet_service . ipv6_addr . inet_service", concat(typePort, typeIP6, typePort), 24, servedSize, servedFor),
+		set("fwd_spoke4", "ipv4_addr . inet_service", concat(typeIP4, typePort), 8, spokeSize, spokeFor),
+		set("fwd_spoke6", "ipv6_addr . inet_service", concat(typeIP6, typePort), 20, spokeSize, spokeFor),
+		set("fwd_full", "inet_proto", typeProto, 1, protoSize, spokeFor),
+		set(dhcpSet, "ipv4_addr", typeIP4, 4, dhcpServers, dhcpKeep),
+	}
+}
+
+// turned is the mark of a flow that is not from outside after all. With Include it is chosen like any other.
+func (c *Config) turned() term {
+	if !c.Include.empty() {
+		return setCtMark(c.Marks, 0)
+	}
+	return setCtMark(c.Marks, c.Marks.Captured)
+}
+
+// inboundChains know what is from outside. Who speaks first is no proof: a connection that this host opened before `up`,
+// and that nobody tracked, has its far end speak first too. For TCP a SYN is one, or translation, which is always
+// tracked.
+func (c *Config) inboundChains(t *nfTable) {
+	m := c.Marks
+	// An error, our own filter's too, belongs to the flow that it is about, the other way round: it proves nothing.
+	in := t.chain(&nfChain{name: "inbound"})
+	in.add(ctRelated(), back())
+	in.add(ctDNAT(), setCtMark(m, m.Inbound), back())
+	in.add(tcpSYN(), setCtMark(m, m.Inbound))
+	in.add(keptTuple("kept4", false, true), setCtMark(m, m.Inbound))
+	in.add(keptTuple("kept6", true, true), setCtMark(m, m.Inbound))
+	in.add(isProto(unix.IPPROTO_TCP), back())
+	in.add(keptTuple("old4", false, true), back())
+	in.add(keptTuple("old6", true, true), back())
+	in.add(inPort("spoke", "dport"), setCtMark(m, m.Declined), back())
+	in.add(inProto("spoke_proto"), setCtMark(m, m.Declined), back())
+	in.add(setCtMark(m, m.Inbound))
+	out := t.chain(&nfChain{name: "answer"})
+	out.add(ctRelated(), back())
+	out.add(isProto(unix.IPPROTO_TCP), back())
+	out.add(keptTuple("old4", false, false), back())
+	out.add(keptTuple("old6", true, false), back())
+	out.add(setCtMark(m, m.Inbound))
+}
+
+// heardChain takes a datagram back that nobody listened for: the program that opens the port a moment later, and sends to
+// that address first, does not answer. The next datagram is asked again.
+func (c *Config) heardChain(t *nfTable, st filterState) {
+	if st.noSocket {
+		return
+	}
+	m := c.Marks
+	heard := t.chain(&nfChain{name: "heard"})
+	heard.add(socketTransparent(false), back())
+	heard.add(socketTransparent(true), back())
+	heard.add(setCtMark(m, m.Declined))
+	t.chain(&nfChain{name: "input", kind: "filter", hook: unix.NF_INET_LOCAL_IN, prio: prioMangle}).
+		add(isProto(unix.IPPROTO_UDP), ctMark(m, m.Inbound, true), ctNew(), jump("heard"))
+}
+
+// answerRules decide in the output chain what is an answer to somebody outside.
+func (c *Config) answerRules(t *nfTable, out *nfChain) {
+	m := c.Marks
+	again := t.chain(&nfChain{name: "again"})
+	again.add(servedPeer(false, false), setCtMark(m, m.Inbound))
+	again.add(servedPeer(true, false), setCtMark(m, m.Inbound))
+	turn := t.chain(&nfChain{name: "turn"})
+	// Nobody answers with a SYN: this host calls, from the port and to the address of somebody who seemed to have called.
+	turn.add(tcpSYN(), ctDirection(true), c.turned(), back())
+	turn.add(isProto(unix.IPPROTO_TCP), back())
+	turn.add(inPort("spoke", "sport"), c.turned(), back())
+	turn.add(inProto("spoke_proto"), c.turned(), back())
+	turn.add(servedPeer(false, true))
+	turn.add(servedPeer(true, true))
+
+	out.add(isProto(unix.IPPROTO_UDP), ctDirection(false), ctMark(m, 0, true), ctNew(), jump("again"))
+	out.add(ctMark(m, m.Inbound, true), jump("turn"))
+	declined := t.chain(&nfChain{name: "declined"})
+	declined.add(ctRelated(), back()) // the error of a port that is closed
+	declined.add(c.turned())
+	out.add(ctDirection(true), ctMark(m, m.Declined, true), jump("declined"))
+}
+
+// speakChains note who sends something for the TUN of his own accord. An answer notes nothing: else a server whose port
+// has come into the set by accident would never get out of it.
+func (c *Config) speakChains(t *nfTable) {
+	speak := t.chain(&nfChain{name: "speak"})
+	speak.add(ctDirection(true), back())
+	speak.add(notePort("spoke"), back())
+	speak.add(isProto(unix.IPPROTO_ICMP), back())
+	speak.add(isProto(unix.IPPROTO_ICMPV6), back())
+	speak.add(noteProto("spoke_proto"), back())
+	speak.add(count(countForgot), drop())
+	fwd := t.chain(&nfChain{name: "fwd_speak"})
+	fwd.add(ctDirection(true), back())
+	fwd.add(hostPort("fwd_spoke4", false, true), back())
+	fwd.add(hostPort("fwd_spoke6", true, true), back())
+	fwd.add(noteProto("fwd_full"), back())
+	fwd.add(count(countForgot), drop())
+}
+
+// forwardedAnswers takes back what seems to be the answer of a container or guest, whose port is published.
+func (c *Config) forwardedAnswers(t *nfTable, pre *nfChain) {
+	turn := t.chain(&nfChain{name: "fwd_turn"})
+	turn.add(hostPort("fwd_spoke4", false, false), c.turned())
+	turn.add(hostPort("fwd_spoke6", true, false), c.turned())
+	turn.add(inProto("fwd_full"), c.turned())
+	pre.add(isProto(unix.IPPROTO_UDP), ctDirection(true), ctMark(c.Marks, c.Marks.Inbound, true), jump("fwd_turn"))
+}
+
+// update makes the rule part that puts a key into a set, or makes it stay for another term.
+func update(set, key string, loads ...expr.Any) term {
+	return term{"update @" + set + " { " + key + " }",
+		append(loads, &expr.Dynset{SrcRegKey: 8, SetName: set, Operation: unix.NFT_DYNSET_OP_UPDATE})}
+}
+
+func loadPort(reg, offset uint32) expr.Any {
+	return &expr.Payload{DestRegister: reg, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2}
+}
+
+// inPort looks the source or destination port of a datagram up.
+func inPort(set, which string) term {
+	offset := uint32(0)
+	if which == "dport" {
+		offset = 2
+	}
+	return term{"udp " + which + " @" + set, append(l4proto(unix.IPPROTO_UDP), loadPort(8, offset), &expr.Lookup{SourceRegister: 8, SetName: set})}
+}
+
+func notePort(set string) term {
+	return update(set, "udp sport", append(l4proto(unix.IPPROTO_UDP), loadPort(8, 0))...)
+}
+
+func loadProto() expr.Any { return &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 8} }
+
+func inProto(set string) term   { return lookup(set, "meta l4proto", nil, loadProto()) }
+func noteProto(set string) term { return update(set, "meta l4proto", loadProto()) }
+
+// hostPort looks the source of a datagram up, or notes it.
+func hostPort(set string, v6, note bool) term {
+	word, off, n := "ip", uint32(12), uint32(4)
+	if v6 {
+		word, off, n = "ip6", 8, 16
+	}
+	loads := append(isFamily(v6), l4proto(unix.IPPROTO_UDP)...)
+	loads = append(loads, &expr.Payload{DestRegister: 8, Base: expr.PayloadBaseNetworkHeader, Offset: off, Len: n}, loadPort(8+n/4, 0))
+	if note {
+		return update(set, word+" saddr . udp sport", loads...)
+	}
+	return lookup(set, word+" saddr . udp sport", nil, loads...)
+}
+
+// servedPeer looks the port and the peer of what is sent up, or notes them.
+func servedPeer(v6, note bool) term {
+	set, word, off, n := "served4", "ip", uint32(16), uint32(4)
+	if v6 {
+		set, word, off, n = "served6", "ip6", 24, 16
+	}
+	loads := append(isFamily(v6), l4proto(unix.IPPROTO_UDP)...)
+	loads = append(loads, loadPort(8, 0), &expr.Payload{DestRegister: 9, Base: expr.PayloadBaseNetworkHeader, Offset: off, Len: n}, loadPort(9+n/4, 2))
+	key := "udp sport . " + word + " daddr . udp dport"
+	if note {
+		return update(set, key, loads...)
+	}
+	return lookup(set, key, nil, loads...)
+}
+
+// socketTransparent matches what somebody on this host receives: the expression ends the rule where there is no socket.
+func socketTransparent(yes bool) term {
+	v := byte(0)
+	if yes {
+		v = 1
+	}
+	return term{"socket transparent " + string('0'+v), []expr.Any{&expr.Socket{Key: expr.SocketKeyTransparent, Register: 1}, cmp(expr.CmpOpEq, []byte{v})}}
+}

@@ -1,0 +1,224 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// talker is a program with a UDP port of its own on the host, and forger somebody outside with any address and port.
+type talker struct {
+	t    *testing.T
+	w    *world
+	v6   bool
+	port int
+	conn *net.UDPConn
+}
+
+func (k *talker) open() {
+	k.t.Helper()
+	c, err := net.ListenUDP("udp", &net.UDPAddr{Port: k.port})
+	if err != nil {
+		k.t.Fatal(err)
+	}
+	k.conn = c
+	k.port = c.LocalAddr().(*net.UDPAddr).Port
+}
+
+// peer is an endpoint in the world.
+func (k *talker) peer(n int) netip.AddrPort {
+	if k.v6 {
+		return netip.MustParseAddrPort(fmt.Sprintf("[2001:db8:9::%x]:%d", 0x100+n, 7000+n))
+	}
+	return netip.MustParseAddrPort(fmt.Sprintf("203.0.113.%d:%d", 100+n, 7000+n))
+}
+
+// forge sends a datagram to the program's port as if a peer had. It has come to the host when this returns.
+func (k *talker) forge(n int) {
+	k.t.Helper()
+	to := netip.MustParseAddr("198.51.100.2")
+	if k.v6 {
+		to = netip.MustParseAddr("2001:db8:1::2")
+	}
+	k.w.in(func() {
+		from := net.UDPAddrFromAddrPort(k.peer(n))
+		lc := net.ListenConfig{Control: transparent}
+		c, err := lc.ListenPacket(k.t.Context(), "udp", from.String())
+		if err != nil {
+			k.t.Error(err)
+			return
+		}
+		defer c.Close()
+		if _, err := c.WriteTo([]byte("forged"), net.UDPAddrFromAddrPort(netip.AddrPortFrom(to, uint16(k.port)))); err != nil {
+			k.t.Error(err)
+		}
+	})
+	time.Sleep(5 * time.Millisecond)
+}
+
+// left is whether a datagram to a peer leaves the host. What is wanted to leave is sent more than once.
+func (k *talker) left(want bool, n int) bool {
+	k.t.Helper()
+	to := net.UDPAddrFromAddrPort(k.peer(n))
+	return k.w.passes(want, func() error {
+		_, err := k.conn.WriteTo([]byte("own"), to)
+		return err
+	})
+}
+
+// forget is a flow that conntrack has forgotten, as it does half a minute after the last datagram.
+func forget(t *testing.T) {
+	t.Helper()
+	for _, f := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
+		if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, f, everyFlow{}); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+type everyFlow struct{}
+
+func (everyFlow) MatchConntrackFlow(*netlink.ConntrackFlow) bool { return true }
+
+// A datagram that somebody forges moves no flow past the proxy, whenever it comes; who really serves is left alone.
+func TestForgedDatagram(t *testing.T) {
+	for _, v6 := range []bool{false, true} {
+		for _, rp := range []string{"0", "1", "2"} {
+			if v6 && rp != "0" {
+				continue // it is for IPv4
+			}
+			name := fmt.Sprintf("IPv6 %v, rp_filter %s", v6, rp)
+			t.Run(name, func(t *testing.T) {
+				inNamespace(t, func(t *testing.T) {
+					w := newWorld(t)
+					for _, dev := range []string{"all", "eth0"} {
+						if err := writeSysctl("net/ipv4/conf/"+dev+"/rp_filter", rp); err != nil {
+							t.Fatal(err)
+						}
+					}
+					w.in(func() {
+						ip(t, "route replace local 203.0.113.0/24 dev lo", "-6 route replace local 2001:db8:9::/64 dev lo", "route add default via 198.51.100.2", "-6 route add default via 2001:db8:1::2")
+					})
+					c := testConfig(t)
+					c.Guard = 30 * time.Second
+					h, err := New(c)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if err := h.Shut(); err != nil {
+						t.Fatal(err)
+					}
+					k := &talker{t: t, w: w, v6: v6}
+					program := func() { k.port = 0; k.open() }
+					end := func() { k.conn.Close() }
+					none := func(what string, n int) {
+						t.Helper()
+						if k.left(false, n) {
+							t.Errorf("%s: it left the host", what)
+						}
+					}
+					program() // the host is closed, and has no TUN yet
+					none("closed", 1)
+					k.forge(2)
+					none("closed, forged after the first that was refused", 2)
+					end()
+
+					tun := testTUN(t)
+					if err := h.Steer(); err != nil {
+						t.Fatal(err)
+					}
+
+					program() // the port is free when the forged one comes
+					end()
+					k.forge(1)
+					k.open()
+					none("forged before the port was open", 1)
+					for range 5 {
+						k.forge(1)
+						none("forged again", 1)
+					}
+					end()
+
+					program()
+					k.forge(1)
+					none("another address", 2)
+					none("forged before the first of all", 1)
+					k.forge(3)
+					none("forged before the first to that address", 3)
+					none("known", 2)
+					forget(t)
+					k.forge(2)
+					_ = k.conn.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+					heard := 0
+					for b := make([]byte, 100); ; heard++ {
+						if _, _, err := k.conn.ReadFrom(b); err != nil {
+							break
+						}
+					}
+					if want := map[bool]int{true: 1, false: 3}[rp == "1" && !v6]; heard != want { // of three
+						t.Errorf("the program heard %d forged datagrams, want %d", heard, want)
+					}
+					none("forged after conntrack forgot", 2)
+					k.forge(4)
+					if err := h.Change(Config{LAN: LANRefuse}); err != nil {
+						t.Fatal(err)
+					}
+					none("forged before the filter was replaced", 4)
+					k.forge(5)
+					none("forged after the filter was replaced", 5)
+					end()
+
+					program() // a server
+					k.forge(1)
+					if !k.left(true, 1) {
+						t.Errorf("a server does not answer")
+					}
+					forget(t)
+					if !k.left(true, 1) {
+						t.Errorf("a server that speaks first to its client does not reach it")
+					}
+					k.forge(1)
+					if !k.left(true, 1) {
+						t.Errorf("a server does not answer who answers it")
+					}
+					none("a server that speaks to a stranger", 2)
+					none("the same to its client, then", 1)
+					end()
+
+					// A server that was not there yet when its client asked first.
+					program()
+					end()
+					k.forge(1)
+					k.open()
+					k.forge(1)
+					if !k.left(true, 1) {
+						t.Errorf("a server that began late does not answer")
+					}
+					end()
+					down(t, h)
+					tun.Close()
+				})
+			})
+		}
+	}
+}
+
+// transparent lets a socket have any address.
+func transparent(network, _ string, c syscall.RawConn) error {
+	var err error
+	cerr := c.Control(func(fd uintptr) {
+		if network == "udp6" {
+			err = unix.SetsockoptInt(int(fd), unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1)
+		} else {
+			err = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_TRANSPARENT, 1)
+		}
+	})
+	return errors.Join(err, cerr)
+}
