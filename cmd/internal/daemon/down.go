@@ -90,6 +90,7 @@ func Shut(cfg *config.Config, stderr *os.File) error {
 		return err
 	}
 	defer e.close()
+	e.warn(cfg)
 	_, lock, err := alone(cfg)
 	if err != nil {
 		return err
@@ -123,6 +124,7 @@ func DryRun(cfg *config.Config, out io.Writer, stderr *os.File) error {
 		return err
 	}
 	defer e.close()
+	e.warn(cfg)
 	allowed := newEndpoints(e.log)
 	allowed.configure(cfg.Upstreams)
 	k := kernelConfig(cfg, e.log)
