@@ -44,12 +44,12 @@ addr add `+farGateway4+`/32 dev host0
 }
 
 // pester makes the host send to an address of the world until the test ends: TCP and UDP, of both families, also from
-// sockets that are bound to eth0. What of it the recorder sees has leaked.
-func (w *world) pester() {
+// sockets that are bound to the uplink. What of it the recorder sees has leaked.
+func (w *world) pester(uplink string) {
 	ctx, stop := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	for _, to := range []string{"203.0.113.66:666", "[2001:db8:f::66]:666"} {
-		for _, dev := range []string{"", "eth0"} {
+		for _, dev := range []string{"", uplink} {
 			wg.Go(func() {
 				d := net.Dialer{Timeout: 100 * time.Millisecond, KeepAlive: -1, Control: bindTo(dev)}
 				_ = in("host", func() error {
@@ -85,12 +85,12 @@ func bindTo(dev string) func(network, address string, c syscall.RawConn) error {
 
 // watched starts a recorder and what it is to watch, and shows that it would see a leak. The host must have an address
 // and a default route for that, and no viasocks.
-func (w *world) watched() *recorder {
+func (w *world) watched(uplink string) *recorder {
 	w.t.Helper()
 	rec := newRecorder(w)
 	rec.known(w.proxy(proxy4 + ":1080"))
 	rec.answers = answer
-	w.pester()
+	w.pester(uplink)
 	seen := map[string]bool{}
 	w.quietly(10*time.Second, "control: without viasocks the recorder sees what the host sends", func() bool {
 		for _, s := range rec.take() {
@@ -307,7 +307,7 @@ func TestDefaultRoutes(t *testing.T) {
 			b := w.batcher()
 			table := map[string][]string{"without viasocks": w.accepted("without viasocks", b)}
 			w.addressed(b)
-			rec := w.watched()
+			rec := w.watched("eth0")
 			flags := append([]string{"--proxy", proxyURL}, o.flags...)
 
 			// `close` before there is an address, as viasocks-closed.service does.

@@ -199,7 +199,7 @@ func testClient(t *testing.T, c client) {
 	nb := w.batcher()
 	w.addressed(nb)
 	b := &clientBench{world: w, net: firstSubnet, start: time.Now()}
-	b.rec = w.watched()
+	b.rec = w.watched("eth0")
 	w.bare(nb)
 	flags := []string{"--proxy", proxyURL}
 	if out, err := w.command(append([]string{"close"}, flags...)...); err != nil {

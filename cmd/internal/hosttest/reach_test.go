@@ -385,8 +385,13 @@ func TestRulesOfReach(t *testing.T) {
 // them, for the first time.
 func (w *world) silent(client, host string, n int, clientFirst bool) func(*world) error {
 	w.t.Helper()
-	const port = 2200
-	l := w.listen("host", fmt.Sprintf(":%d", port))
+	return w.silentOn(2200, client, host, n, clientFirst)
+}
+
+// silentOn is silent with another port.
+func (w *world) silentOn(port uint16, client, host string, n int, clientFirst bool) func(*world) error {
+	w.t.Helper()
+	l := w.listen("host", netipAddrPort(host, port).String())
 	var pairs [][2]net.Conn // who speaks, who listens
 	for range n {
 		out, err := w.from(client, host, port)
