@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strconv"
 	"syscall"
 	"time"
 	"unsafe"
@@ -364,13 +365,25 @@ func sockaddr(ap netip.AddrPort) (domain int, sa unix.Sockaddr, err error) {
 	}
 	sa6 := &unix.SockaddrInet6{Port: int(ap.Port()), Addr: ip.As16()}
 	if z := ip.Zone(); z != "" {
-		i, err := net.InterfaceByName(z)
+		i, err := zoneIndex(z)
 		if err != nil {
 			return 0, nil, err
 		}
-		sa6.ZoneId = uint32(i.Index)
+		sa6.ZoneId = i
 	}
 	return unix.AF_INET6, sa6, nil
+}
+
+// zoneIndex is the interface that a zone names, or whose number it is.
+func zoneIndex(zone string) (uint32, error) {
+	i, err := net.InterfaceByName(zone)
+	if err == nil {
+		return uint32(i.Index), nil
+	}
+	if n, nerr := strconv.ParseUint(zone, 10, 32); nerr == nil && n > 0 {
+		return uint32(n), nil
+	}
+	return 0, err
 }
 
 // sameAddrs reports whether two lists name the same endpoints, in whatever order.

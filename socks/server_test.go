@@ -5,8 +5,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestParseServer(t *testing.T) {
@@ -76,5 +79,20 @@ func TestCredentialsAreNotPrinted(t *testing.T) {
 	}
 	if !strings.Contains(out.String(), "socks5://10.0.0.1:1080") {
 		t.Errorf("the server is not named in:\n%s", out.String())
+	}
+}
+
+// A zone is the name of a device or its number, as for package net, which looks first whether the proxy is there.
+func TestZone(t *testing.T) {
+	for _, tt := range []struct {
+		at   string
+		want uint32
+	}{{"[fe80::1%lo]:1", 1}, {"[fe80::1%1]:1", 1}, {"[fe80::1%77]:1", 77}, {"[2001:db8::1]:1", 0}, {"[fe80::1%none]:1", 0}, {"[fe80::1%0]:1", 0}} {
+		_, sa, err := sockaddr(netip.MustParseAddrPort(tt.at))
+		if (err != nil) != (tt.want == 0 && strings.Contains(tt.at, "%")) {
+			t.Errorf("%s: %v", tt.at, err)
+		} else if sa6, ok := sa.(*unix.SockaddrInet6); err == nil && (!ok || sa6.ZoneId != tt.want) {
+			t.Errorf("%s: %+v", tt.at, sa)
+		}
 	}
 }

@@ -6,6 +6,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/viasocks/viasocks/socks/sockstest"
 )
 
 // What a terminal would obey, or what turns a line round: escape sequences, their one-byte forms in UTF-8, carriage returns,
@@ -27,6 +29,11 @@ func TestNothingRawIsPrinted(t *testing.T) {
 		t.Fatal(err)
 	}
 	const proxy = "--proxy=socks5://127.0.0.1:1"
+	live, err := sockstest.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer live.Close()
 	for _, args := range [][]string{
 		{evil},
 		{"help", evil},
@@ -45,6 +52,8 @@ func TestNothingRawIsPrinted(t *testing.T) {
 		{"check", "--config", bad},
 		{"check", "--config", "/does/not/exist" + evil},
 		{"check", "--proxy", "socks5://al@h", "--password-file", "/does/not/exist" + evil},
+		{"run", "--proxy", live.URL(), "--", "/does/not/exist" + evil},
+		{"run", "--proxy", live.URL(), "--", "sh", "-c", "exit 0", evil},
 		{"run", proxy, "--", "/does/not/exist" + evil},
 		{"run", "--proxy", "socks5://h.invalid\u009b31m\u202e", "true"},
 		{"status", "--state-dir", "/" + evil},

@@ -228,10 +228,11 @@ func TestNotOurs(t *testing.T) {
 func TestCheckProxies(t *testing.T) {
 	u := &up{env: &env{log: slog.New(slog.DiscardHandler)}}
 	for url, want := range map[string]string{
-		"socks5://198.18.0.1":                 "cannot use the proxy socks5://198.18.0.1:1080: its address is inside 198.18.0.0/15, which viasocks uses itself",
-		"socks5://[fd76:6961:736f:636b::2]:9": "inside fd76:6961:736f:636b::/64",
-		"socks5://198.17.0.1":                 "",
-		"socks5://proxy.example":              "",
+		"socks5://198.18.0.1":                      "cannot use the proxy socks5://198.18.0.1:1080: its address is inside 198.18.0.0/15, which viasocks uses itself",
+		"socks5://[fd76:6961:736f:636b::2]:9":      "inside fd76:6961:736f:636b::/64",
+		"socks5://[fd76:6961:736f:636b::2%25eth0]": "inside fd76:6961:736f:636b::/64",
+		"socks5://198.17.0.1":                      "",
+		"socks5://proxy.example":                   "",
 	} {
 		err := u.checkProxies(parse(t, "--proxy", url))
 		if (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
@@ -241,6 +242,10 @@ func TestCheckProxies(t *testing.T) {
 	if len(u.warnings) > 0 {
 		t.Error(u.warnings)
 	}
+	if err := u.checkProxies(parse(t, "--proxy", "socks5://[fe80::1%25eth0]", "--exclude", "fe80::/10")); err != nil || len(u.warnings) != 1 {
+		t.Errorf("%v, %q", err, u.warnings)
+	}
+	u.warnings = nil
 	if err := u.checkProxies(parse(t, "--proxy", "socks5://10.1.2.3", "--exclude", "10.0.0.0/8")); err != nil || len(u.warnings) != 1 {
 		t.Errorf("%v, %q", err, u.warnings)
 	}

@@ -46,7 +46,7 @@ func (u *up) checkNames(cfg *config.Config) {
 
 func (u *up) warnExcluded(cfg *config.Config, up config.Upstream, a netip.Addr) {
 	for _, p := range cfg.Host.Exclude.Nets {
-		if p.Contains(a.Unmap()) {
+		if p.Contains(a.Unmap().WithZone("")) { // no network contains an address with a zone
 			u.warning(fmt.Sprintf("the proxy %s is inside the excluded %s: programs reach it, and what it does not ask a password for, past viasocks", up.Server, p))
 		}
 	}
@@ -54,7 +54,7 @@ func (u *up) warnExcluded(cfg *config.Config, up config.Upstream, a netip.Addr) 
 
 // tunRange is the range of ours that a is in.
 func tunRange(a netip.Addr) (netip.Prefix, bool) {
-	i := slices.IndexFunc(flow.Ours[:], func(p netip.Prefix) bool { return p.Contains(a.Unmap()) })
+	i := slices.IndexFunc(flow.Ours[:], func(p netip.Prefix) bool { return p.Contains(a.Unmap().WithZone("")) })
 	if i < 0 {
 		return netip.Prefix{}, false
 	}
