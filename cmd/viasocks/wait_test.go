@@ -1,9 +1,11 @@
 package main
 
 import (
+	"os/exec"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
 )
@@ -33,6 +35,22 @@ func TestWaitEnds(t *testing.T) {
 	}
 	p.ends(0)
 	h.same("down while it waits", before)
+	// A proxy that says nothing: the first look has not ended yet.
+	p = h.launch("--proxy", "socks5://192.0.2.77", "--wait")
+	for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+		if out, _ := exec.Command("ip", "-n", h.name, "route", "get", "203.0.113.1").CombinedOutput(); strings.Contains(string(out), "dev viasocks0") {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("the host is not closed:\n%s", p.text())
+		}
+	}
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	p.ends(0)
+	h.same("SIGTERM during the first look", before)
+	if strings.Contains(p.text(), "waiting for the proxy") {
+		t.Errorf("the first look had ended:\n%s", p.text())
+	}
 	p = wait("--confirm", "5s")
 	p.ends(1)
 	if !strings.Contains(p.text(), "nobody said 'viasocks confirm' in time") {
