@@ -89,13 +89,13 @@ func (i *intruder) end() {
 // asRoot skips the test where there is no other user, or no TUN node that everyone may open.
 func asRoot(t *testing.T) {
 	t.Helper()
-	network(t)
 	if st, err := os.Stat(tunNode); os.Geteuid() != 0 || err != nil || st.Mode().Perm() != 0o666 {
 		t.Skip("needs root and a TUN node for everyone: ", err)
 	}
 	if os.Getenv(inNamespace) == "" {
 		t.Skip(noNamespace)
 	}
+	network(t)
 }
 
 // multiQueue is a persistent interface that has no owner, with one queue of ours.
@@ -223,5 +223,38 @@ func TestForeignQueueOfOldInterface(t *testing.T) {
 	CloseTUN(queues)
 	if n := openFDs(t); n != fds {
 		t.Errorf("%d open files, %d before", n, fds)
+	}
+}
+
+// TestProgramThatDropsRoot: what the program of Spawn starts as another user can't attach a queue to its TUN.
+func TestProgramThatDropsRoot(t *testing.T) {
+	asRoot(t)
+	setpriv, err := exec.LookPath("setpriv")
+	if err != nil {
+		t.Skip(err)
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	for _, c := range []struct {
+		argv []string
+		want string
+	}{
+		{[]string{exe}, "attached"}, // the control: root
+		{[]string{setpriv, "--reuid", fmt.Sprint(asUser), "--regid", fmt.Sprint(asUser), "--clear-groups", exe}, "operation not permitted"},
+	} {
+		s := testSpec(c.argv...)
+		s.TUN.Queues = 3
+		s.Env = append(os.Environ(), attachTo+"="+s.TUN.Name)
+		s.Stdin = null
+		if out, _, err := run(t, s); !strings.Contains(out, c.want) || err != nil {
+			t.Errorf("%q: %q, %v; want %q", c.argv, out, err, c.want)
+		}
 	}
 }
