@@ -37,6 +37,7 @@ func (h *Host) become(c Config) error {
 		return err
 	}
 	h.st.see(l)
+	h.tellServed()
 	if err := h.applyFilter(); err != nil {
 		return err
 	}

@@ -49,7 +49,8 @@ const (
 type lanNet struct {
 	dev    string
 	prefix netip.Prefix
-	guest  bool // of containers and guests of this host
+	served bool // of containers and guests of this host
+	guest  bool // served, and reached past the proxy whatever becomes of private networks
 }
 
 // filterState is what the filter depends on besides the configuration.
@@ -233,6 +234,7 @@ func (c *Config) inetTable(st filterState) (*nfTable, error) {
 	post.add(metaMark(c.Marks, c.Marks.Bridged, true), accept())
 	post.add(oif("lo", true), accept())
 	post.add(oif(c.TUN, true), accept())
+	post.add(iif(c.TUN, true), accept()) // what is carried for containers and guests
 	post.add(jump("pass"))
 	post.add(isProto(unix.IPPROTO_UDP), jump("dhcp"))
 	post.add(count(countPost), drop())
@@ -250,6 +252,9 @@ func (c *Config) failOpen(ch *nfChain) {
 func (c *Config) refuseChains(t *nfTable, st filterState) {
 	m := c.Marks
 	lan := t.chain(&nfChain{name: "lan"})
+	for _, n := range c.included(st.lan) {
+		lan.add(daddr(n), back())
+	}
 	for _, n := range st.lan {
 		if n.guest || c.LAN == LANDirect {
 			lan.add(oif(n.dev, true), daddr(n.prefix), accept())
@@ -317,7 +322,7 @@ func (c *Config) netdevTable(st filterState) *nfTable {
 	pass := t.chain(&nfChain{name: "pass"})
 	pass.add(arpFrame(), accept())
 	pass.add(metaMark(c.Marks, c.Marks.Bridged, true), accept())
-	for _, v := range c.passing() {
+	for _, v := range append(c.passing(), c.Marks.Captured) {
 		pass.add(metaMark(c.Marks, v, true), accept())
 	}
 	hostTerms(pass, st)

@@ -85,7 +85,8 @@ func (h *Host) look() (l links, err error) {
 			}
 		}
 	}
-	names, guest := map[int]string{}, map[int]bool{}
+	names, guest := map[int]string{}, map[int]bool{} // of all devices but the TUN and lo
+	serves := served(list, leads)
 	for _, k := range list {
 		a := k.Attrs()
 		names[a.Index] = a.Name
@@ -93,13 +94,7 @@ func (h *Host) look() (l links, err error) {
 		case a.Name == h.c.TUN:
 			l.mine = a.Index
 		case a.Flags&net.FlagLoopback == 0:
-			guest[a.Index] = virtual(k) && !leads[a.Index]
-		}
-	}
-	for _, k := range list { // a bridge is as its ports are
-		a := k.Attrs()
-		if a.MasterIndex != 0 && !virtual(k) {
-			guest[a.MasterIndex] = false
+			guest[a.Index] = serves[a.Index]
 		}
 	}
 	for i, n := range names {
@@ -119,8 +114,9 @@ func (h *Host) look() (l links, err error) {
 			n = a.Peer // the network is the peer's, the address stands alone
 		}
 		p, ok := connected(n)
-		ln := lanNet{dev: names[a.LinkIndex], prefix: p, guest: guest[a.LinkIndex]}
-		_, known := guest[a.LinkIndex]
+		dev := names[a.LinkIndex]
+		g, known := guest[a.LinkIndex]
+		ln := lanNet{dev: dev, prefix: p, served: g, guest: g && h.c.exempt(dev, p)}
 		if known && p.IsValid() && p.Addr().Is4() && len(l.near) < maxLAN && !slices.Contains(l.near, ln) {
 			l.near = append(l.near, ln)
 		}
@@ -155,16 +151,6 @@ func maskOf(n *net.IPNet) (ones, bits int) {
 		return 0, 0
 	}
 	return n.Mask.Size()
-}
-
-// virtual: a bridge, or one end of something whose other end is a guest or a container. Whether such a device leads out
-// of the host nevertheless, as a container's own eth0 does, its routes tell.
-func virtual(k netlink.Link) bool {
-	switch k.Type() {
-	case "bridge", "veth", "tuntap", "tun", "dummy":
-		return true
-	}
-	return false
 }
 
 // sends router advertisements: forwarding of IPv6 is on for a device.

@@ -31,6 +31,9 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 	pre := t.chain(&nfChain{name: "prerouting", kind: "filter", hook: unix.NF_INET_PRE_ROUTING, prio: prioMangle})
 	pre.add(metaMark(m, m.Bridged, true), setMetaMark(m, 0)) // of a bridge whose port leads back to this host
 	pre.add(iif(c.TUN, true), ctNew(), setCtMark(m, m.Captured))
+	if c.Strict { // tells what is carried for others from a raw frame
+		pre.add(iif(c.TUN, true), setMetaMark(m, m.Captured))
+	}
 	pre.add(iif(c.TUN, true), back())
 	pre.add(iif("lo", true), back())
 	for _, a := range c.TUNAddrs {

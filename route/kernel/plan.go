@@ -1,6 +1,7 @@
 package kernel
 
-// Plan gives every line of nft(8), ip(8) and sysctl(8) that would be done, in order. It touches nothing, and New need
+// Plan gives every line of nft(8), ip(8) and sysctl(8) that would be done, in order, behind comments that name the private
+// networks that have a direct way. It touches nothing, and New need
 // not be followed by Shut.
 func (h *Host) Plan() ([]string, error) {
 	h.mu.Lock()
@@ -18,6 +19,9 @@ func (h *Host) Plan() ([]string, error) {
 		return nil, err
 	}
 	var out []string
+	for _, n := range h.c.direct(l.lan) {
+		out = append(out, "# past the proxy: private network "+n)
+	}
 	for _, t := range tables {
 		out = append(out, t.lines()...)
 	}

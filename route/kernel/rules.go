@@ -43,9 +43,10 @@ type rule struct {
 // rules are all of ours for a family:
 //
 //	P    fwmark OWN, DIRECT, INBOUND  goto END, those in use
-//	P+1  DHCP                         goto END
+//	P+1  DHCP; the TUN to containers  goto END
 //	P+2  what is excluded             goto END
 //	P+3  port 53                      lookup T
+//	P+3  private networks included    lookup T
 //	P+4  to connected networks        goto END, or refuse
 //	P+4  by a device that leads out   goto END, with Include
 //	P+5                               lookup T
@@ -81,6 +82,11 @@ func (c *Config) rules(family int, l links) (out []rule) {
 	}
 	// Of this host itself: what others send through it is theirs.
 	add(atHost, rule{iif: "lo", proto: unix.IPPROTO_UDP, sport: client, dport: server, jump: end})
+	for _, n := range l.lan {
+		if n.served && !n.guest && familyOf(n.prefix.Addr()) == family { // what is carried for containers and guests
+			add(atHost, rule{iif: c.TUN, to: n.prefix, jump: end})
+		}
+	}
 	x := c.Exclude
 	for _, n := range x.Networks {
 		if familyOf(n.Addr()) == family {
@@ -100,6 +106,11 @@ func (c *Config) rules(family int, l links) (out []rule) {
 	}
 	add(atDNS, rule{proto: unix.IPPROTO_TCP, dport: PortRange{53, 53}, table: c.Table})
 	add(atDNS, rule{proto: unix.IPPROTO_UDP, dport: PortRange{53, 53}, table: c.Table})
+	for _, n := range c.included(l.lan) {
+		if familyOf(n.Addr()) == family {
+			add(atDNS, rule{to: n, table: c.Table})
+		}
+	}
 	seen := map[netip.Prefix]bool{}
 	for _, n := range l.lan {
 		if familyOf(n.prefix.Addr()) != family || seen[n.prefix] {

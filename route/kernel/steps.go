@@ -21,6 +21,7 @@ func (h *Host) Shut() error {
 		return err
 	}
 	h.st.see(l)
+	h.tellServed()
 	h.st.guard = false
 	h.st.wasZero = len(h.j.Sysctls) > 0 || readSysctl(srcValidMark) == "0"
 	h.j.Done["filter"] = true
@@ -129,6 +130,7 @@ func (h *Host) reconcile() (changed []string, err error) {
 	}
 	if !equal(l.lan, h.st.lan) || !equal(l.near, h.st.near) || h.c.Strict && !equal(l.out, h.st.devices) || isRouter() != h.st.router {
 		h.st.see(l)
+		h.tellServed()
 		if err := h.applyFilter(); err != nil {
 			return nil, err
 		}

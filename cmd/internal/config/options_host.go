@@ -19,7 +19,32 @@ reached past the proxy, but for names (port 53), which are always asked through 
 reached through the proxy, that is seen from there;
 .Cm refuse :
 not at all.
-Networks of containers and guests behind a bridge of this host are always reached.`,
+It also holds for private networks on virtual devices (veth, TUN and TAP, dummy, bridge, the parent of a macvlan).
+.Pp
+.Cm carry
+and
+.Cm refuse
+spare only the networks that this host itself serves, which are still reached directly: those on a bridge whose ports are all
+TAP devices or veths with their peers in other network namespaces, and those on such a veth if the default route of the host
+is on a device of another kind.
+A device that has a default route or a route with a gateway is not spared, nor is one that
+.Fl -include-device
+or
+.Fl -exclude-device
+names, nor a network that
+.Fl -include
+names, wholly or in part.
+.Fl -strict
+spares none.
+.Cm status ,
+the log and
+.Fl -dry-run
+name these networks and their devices.
+What
+.Fl -include
+names goes through the proxy with each of the three.
+To reach a network whatever is said here, use
+.Fl -exclude .`,
 	},
 	{
 		Name: "inbound", Arg: "keep|carry", Default: "keep", Live: true, Cmds: Up | Check, set: oneOf(func(c *Config) *string { return &c.Host.Inbound }, "keep", "carry"),
@@ -28,6 +53,9 @@ Networks of containers and guests behind a bridge of this host are always reache
 .Cm keep :
 they go back the way they came, also those open before
 .Cm up .
+A datagram proves nothing about who sent it, so a UDP port that has sent something through the proxy of its own accord has no
+direct answers for an hour: see
+.Sx THE WHOLE HOST .
 .Cm carry :
 they are nothing special, so a server on this host can't be reached from outside any more.`,
 	},
@@ -103,10 +131,13 @@ What is excluded as well is excluded.`,
 	},
 	{
 		Name: "strict", Live: true, Cmds: Up | Check, set: boolean(func(c *Config) *bool { return &c.Host.Strict }),
-		Help: "stop raw frames (AF_PACKET) too, and refuse the LAN",
+		Help: "stop raw frames of AF_PACKET (not of AF_XDP) too, and refuse the LAN",
 		Man: `Stop also what programs with CAP_NET_RAW send as raw frames
 .Pq Xr packet 7 ,
-which no other filter sees, and refuse the connected private networks unless they are carried.
+which no other filter sees, and refuse the connected private networks unless they are carried, those of containers and guests
+included.
+Sockets of type AF_XDP are not stopped: no filter of the kernel sees what they send.
+They need CAP_NET_RAW too.
 DHCP clients that send raw frames, as most do for their first lease, need the answer they have.`,
 	},
 	{
@@ -117,6 +148,9 @@ DHCP clients that send raw frames, as most do for their first lease, need the an
 fails or is killed, that is all its rules are undone.
 Where it could not be told even so, because what watches over it was killed at the same moment, the filter opens ten
 seconds later.
+The same happens while
+.Nm
+is only stopped, by SIGSTOP or a frozen control group: after ten seconds the filter opens until it goes on.
 A proxy that does not answer is no such failure: what would go through it is refused.
 Without it the host stays closed then, so that nothing leaves past the proxy, until the next
 .Cm up

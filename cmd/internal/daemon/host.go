@@ -169,7 +169,7 @@ func fillChoices(s *control.Status, cfg *config.Config) {
 	}
 	s.Host.Excluded = selectionLines(c.Exclude)
 	switch {
-	case c.LAN == "direct":
+	case c.LAN == "direct" && !c.Strict:
 		s.Host.Excluded = append(s.Host.Excluded, "private networks that the host is connected to")
 	case c.LAN == "carry":
 		s.Host.Steered = append(s.Host.Steered, "private networks that the host is connected to")
@@ -182,6 +182,9 @@ func fillChoices(s *control.Status, cfg *config.Config) {
 // fill tells the status what was done to the host.
 func (h *host) fill(s *control.Status, cfg *config.Config) {
 	fillChoices(s, cfg)
+	for _, n := range h.PrivateDirect() {
+		s.Host.Excluded = append(s.Host.Excluded, "private network "+n)
+	}
 	s.Warnings = append(s.Warnings, h.Warnings()...)
 	refused, err := h.Counters()
 	if err != nil {

@@ -107,13 +107,15 @@ func TestDryRun(t *testing.T) {
 
 		w.ip("host", "tuntap add dev "+tunName+" mode tun\nlink set "+tunName+" up\naddr add 198.18.0.1/32 dev "+tunName+
 			"\naddr add fd76:6961:736f:636b::1/128 dev "+tunName+" nodad")
+		var filter strings.Builder // all at once: what it says of the daemon's life lapses after ten seconds
 		for line := range strings.Lines(lines) {
 			if nft, ok := strings.CutPrefix(line, "nft "); ok {
-				w.nft("host", nft)
-			} else {
+				filter.WriteString(nft)
+			} else if !strings.HasPrefix(line, "#") {
 				w.run("host", nil, strings.Fields(line)...)
 			}
 		}
+		w.nft("host", filter.String())
 		got := w.installed()
 		if len(got) != len(want) || len(want) < 6 {
 			t.Errorf("%v: %d tables and lists, want %d", flags, len(got), len(want))

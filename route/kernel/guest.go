@@ -1,0 +1,121 @@
+package kernel
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+)
+
+// served finds the devices whose other side is nothing but containers and guests of this host: a veth whose peer is in
+// another network namespace, and a bridge all of whose ports are such veths or TAP devices. A device that has a gateway
+// leads somewhere else. Everything else is taken for the network that it may be: a dummy, a TUN device of a VPN, the parent
+// of a macvlan, a bridge with a port of any other kind.
+//
+// A container has veths of the same look, and its networks are others'. It is known by the device that leads out. A veth is
+// believed only where another kind of device does that.
+func served(list []netlink.Link, leads map[int]bool) map[int]bool {
+	guestEnd := func(k netlink.Link) bool {
+		switch d := k.(type) {
+		case *netlink.Veth:
+			return k.Attrs().NetNsID >= 0
+		case *netlink.Tuntap:
+			return d.Mode == netlink.TUNTAP_MODE_TAP
+		}
+		return false
+	}
+	uplink, container := false, false
+	ports := map[int][]netlink.Link{}
+	for _, k := range list {
+		a := k.Attrs()
+		if a.MasterIndex != 0 {
+			ports[a.MasterIndex] = append(ports[a.MasterIndex], k)
+		}
+		if leads[a.Index] {
+			uplink = true
+			container = container || k.Type() == "veth" && guestEnd(k)
+		}
+	}
+	out := map[int]bool{}
+	for _, k := range list {
+		a := k.Attrs()
+		switch {
+		case leads[a.Index]:
+		case k.Type() == "veth":
+			out[a.Index] = guestEnd(k) && (a.MasterIndex != 0 || uplink && !container)
+		case k.Type() == "bridge":
+			out[a.Index] = !slices.ContainsFunc(ports[a.Index], func(p netlink.Link) bool {
+				return !guestEnd(p) || leads[p.Attrs().Index]
+			})
+		case k.Type() == "tuntap":
+			out[a.Index] = guestEnd(k) && a.MasterIndex != 0
+		}
+	}
+	return out
+}
+
+// exempt reports whether a network that this host serves keeps its direct way whatever becomes of private networks: it
+// does unless Strict is set, or the user has named its device or network himself.
+func (c *Config) exempt(dev string, p netip.Prefix) bool {
+	return !c.Strict && !slices.Contains(c.Include.Devices, dev) && !slices.Contains(c.Exclude.Devices, dev) && len(c.includedIn(p)) == 0
+}
+
+// includedIn are the networks of Include that lie in p or around it: they go through the proxy also where private networks
+// do not.
+func (c *Config) includedIn(p netip.Prefix) (out []netip.Prefix) {
+	for _, n := range c.Include.Networks {
+		if n.Overlaps(p) {
+			out = append(out, n.Masked())
+		}
+	}
+	return out
+}
+
+// included are those of all private networks that the host is connected to, each once.
+func (c *Config) included(lan []lanNet) (out []netip.Prefix) {
+	for _, n := range lan {
+		for _, p := range c.includedIn(n.prefix) {
+			if !slices.Contains(out, p) {
+				out = append(out, p)
+			}
+		}
+	}
+	return out
+}
+
+// direct are the private networks that are reached past the proxy, with their devices.
+func (c *Config) direct(lan []lanNet) (out []string) {
+	for _, n := range lan {
+		switch {
+		case n.guest && c.LAN != LANDirect:
+			out = append(out, n.prefix.String()+" by "+n.dev+" (containers and guests of this host)")
+		case c.LAN == LANDirect && !slices.ContainsFunc(c.includedIn(n.prefix), func(p netip.Prefix) bool { return p.Bits() <= n.prefix.Bits() }):
+			out = append(out, n.prefix.String()+" by "+n.dev)
+		}
+	}
+	return out
+}
+
+// PrivateDirect are the private networks that are reached past the proxy, with their devices.
+func (h *Host) PrivateDirect() []string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.c.direct(h.st.lan)
+}
+
+// tellServed logs, when it changes, which networks have a direct way though private networks have none.
+func (h *Host) tellServed() {
+	if h.c.LAN == LANDirect {
+		return
+	}
+	nets := strings.Join(h.c.direct(h.st.lan), ", ")
+	if h.said["served"] == nets {
+		return
+	}
+	h.said["served"] = nets
+	if nets == "" {
+		nets = "none any more"
+	}
+	h.c.Log.Info("networks that this host itself serves are reached past the proxy: --strict ends that", "networks", nets)
+}
