@@ -64,6 +64,12 @@ type control struct {
 	opening int      // tries whose done is outstanding
 	waiting []*assoc // for opening to fall below the limit
 	tooLong bool     // that datagrams were too large was logged
+
+	// Of the looks at sockets: when the next one comes, and room for each.
+	nextLook int64
+	bound    boundSet
+	looked   []*mapping
+	streams  []*stream
 }
 
 const (
@@ -80,6 +86,7 @@ const (
 func (r *Router) handle(e event) {
 	switch e.kind {
 	case evOpen:
+		r.firstLook(e.a.m)
 		r.open(e.a)
 	case evDone:
 		r.opened(e)

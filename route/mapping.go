@@ -28,6 +28,7 @@ type mapping struct {
 
 	lastUp    int64 // Router.now
 	notYet    int64 // the app's socket was there: not looked at again before
+	ask       asking
 	askedGone int64 // when its kernel last said port unreachable and we asked whether that is so
 	oneShot   bool  // all of it was to ports of question and answer
 	upPkts    uint64

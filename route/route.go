@@ -113,7 +113,7 @@ type Router struct {
 	links linkCounters
 
 	// Constants but in tests.
-	retryFirst, retryMax, livedLong, noUDP, sweepEvery time.Duration
+	retryFirst, retryMax, livedLong, noUDP, sweepEvery, lookEvery, goneAfter, streamsEvery time.Duration
 }
 
 // New checks the configuration. Nothing runs, and nothing is opened, until Run.
@@ -136,6 +136,7 @@ func New(cfg Config) (*Router, error) {
 		load: make([]atomic.Int64, len(cfg.Loops)), loopW: make([]flow.PacketWriter, len(cfg.Loops)),
 		over:       make(chan struct{}),
 		retryFirst: retryFirst, retryMax: retryMax, livedLong: livedLong, noUDP: noUDP, sweepEvery: sweepEvery,
+		lookEvery: lookEvery, goneAfter: goneAfter, streamsEvery: streamsEvery,
 	}
 	r.policy.Store(p)
 	r.streams.byID = make(map[uint64]*stream)
@@ -212,6 +213,8 @@ func (r *Router) Run(ctx context.Context) error {
 		case <-r.ctx.Done():
 		case <-sweep.C:
 			r.sweep()
+			r.sweepSockets()
+			r.sweepStreams()
 		case <-r.ctl.wake:
 			events = r.ctl.take(events)
 			for _, e := range events {

@@ -10,7 +10,8 @@ import (
 type counters struct {
 	streams, streamsRefused, flowsFull                      atomic.Uint64
 	mappings, mappingsExpired, mappingsEvicted              atomic.Uint64
-	mappingsFull, reassociations, ended                     atomic.Uint64
+	mappingsFull, mappingsGone, orphans                     atomic.Uint64
+	reassociations, ended                                   atomic.Uint64
 	dgramsDropped, dgramsRefused, dgramsQueueFull, up, down atomic.Uint64
 }
 
@@ -28,6 +29,8 @@ type Stats struct {
 	Mappings        uint64 // made
 	MappingsNow     int
 	MappingsExpired uint64 // silent for their life time, and the socket gone
+	MappingsGone    uint64 // ended because the socket was gone
+	Orphans         uint64 // TCP flows whose app had closed its socket while the far end went on
 	MappingsEvicted uint64 // for a new one, the longest idle first
 	MappingsFull    uint64 // not made: all were at work
 	Reassociations  uint64 // links that failed and were made again
@@ -50,7 +53,7 @@ func (r *Router) Stats() Stats {
 	s := Stats{
 		Streams: c.streams.Load(), StreamsRefused: c.streamsRefused.Load(), StreamsFull: c.flowsFull.Load(),
 		Mappings: c.mappings.Load(), MappingsExpired: c.mappingsExpired.Load(), MappingsEvicted: c.mappingsEvicted.Load(),
-		MappingsFull: c.mappingsFull.Load(), Reassociations: c.reassociations.Load(),
+		MappingsGone: c.mappingsGone.Load(), Orphans: c.orphans.Load(), MappingsFull: c.mappingsFull.Load(), Reassociations: c.reassociations.Load(),
 		Dropped: c.dgramsDropped.Load(), Refused: c.dgramsRefused.Load(), QueueFull: c.dgramsQueueFull.Load(),
 		Up: c.up.Load(), Down: c.down.Load(),
 		Sent: l.sent.Load(), Received: l.received.Load(), SocketFull: l.full.Load(), TooLarge: l.tooLarge.Load(),

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -17,7 +18,9 @@ import (
 type streams struct {
 	mu      sync.Mutex
 	byID    map[uint64]*stream
-	peak    int // of byID since it was made
+	all     []*stream // for walks in small steps
+	walk    int       // where the next step starts
+	peak    int       // of byID since it was made
 	closing bool
 	wg      sync.WaitGroup // one for each entry
 }
@@ -51,6 +54,12 @@ type stream struct {
 	state    atomic.Int32                       // dialing, open, over
 	loop     int
 	relay    atomic.Pointer[relay.Relay]
+	index    int         // in streams.all
+	known    atomic.Bool // that the app's socket is not found means that it is gone
+
+	// Run's own, for its looks at the socket.
+	moved    uint64 // bytes, at the last look
+	orphaned bool
 }
 
 var verdictImpossible = &verdict{kind: impossible, rule: "none"}
@@ -136,6 +145,8 @@ func (t *streams) add(s *stream, limit int) error {
 		return errFull
 	}
 	t.byID[s.flow.ID] = s
+	s.index = len(t.all)
+	t.all = append(t.all, s)
 	t.peak = max(t.peak, len(t.byID))
 	t.wg.Add(1)
 	return nil
@@ -145,8 +156,13 @@ func (t *streams) remove(s *stream) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	delete(t.byID, s.flow.ID)
+	last := len(t.all) - 1
+	t.all[s.index] = t.all[last]
+	t.all[s.index].index = s.index
+	t.all[last] = nil
+	t.all = t.all[:last]
 	if t.peak > remake && len(t.byID) <= t.peak/8 { // a map never shrinks
-		t.byID, t.peak = maps.Collect(maps.All(t.byID)), len(t.byID)
+		t.byID, t.all, t.peak = maps.Collect(maps.All(t.byID)), slices.Clone(t.all), len(t.byID)
 	}
 }
 
@@ -187,6 +203,7 @@ func (s *stream) dialed(fd int, err error) {
 		s.finish("aborted", 0, 0, errReplaced)
 		return
 	}
+	s.look() // now that the app surely has its socket
 	s.loop = r.pickLoop()
 	r.streams.mu.Lock()
 	closing := r.streams.closing
@@ -246,6 +263,8 @@ func (s *stream) relayed(res relay.Result) {
 	case res.Err == nil:
 	case errors.Is(res.Err, relay.ErrAppGone):
 		state = "cancelled"
+	case errors.Is(res.Err, relay.ErrOrphan):
+		state = "orphaned"
 	case errors.Is(res.Err, relay.ErrAborted), errors.Is(res.Err, relay.ErrClosed):
 		state = "aborted"
 	default:

@@ -30,6 +30,10 @@ func (f *fakeSockets) Exists(p flow.Proto, src, dst netip.AddrPort) (bool, error
 	return !f.gone.Load(), f.err
 }
 
+func (f *fakeSockets) BoundUDP(func(netip.AddrPort)) error {
+	panic("the stack has no UDP sockets to ask about")
+}
+
 // tableTest is a table whose stack only writes down what it is told.
 type tableTest struct {
 	t       *testing.T

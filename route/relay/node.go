@@ -4,16 +4,17 @@ import "sync/atomic"
 
 // Hints: what may be possible, and what happened. The first four stay set in node.got until an attempt fails.
 const (
-	sockIn  uint32 = 1 << iota // the socket may have data, FIN or an error
-	sockOut                    // the socket may take data
-	appIn                      // the app's stream may have data or FIN
-	appOut                     // the app's stream may take data
-	sockHup                    // the upstream's FIN or RST is in: recv until it says so
-	sockErr                    // EPOLLERR or EPOLLHUP: ask SO_ERROR
-	appHup                     // the app may have reset: ask the stream
-	opened                     // Listener.Opened came
-	ended                      // the owner wants it to end
-	ticked                     // the linger timer
+	sockIn   uint32 = 1 << iota // the socket may have data, FIN or an error
+	sockOut                     // the socket may take data
+	appIn                       // the app's stream may have data or FIN
+	appOut                      // the app's stream may take data
+	sockHup                     // the upstream's FIN or RST is in: recv until it says so
+	sockErr                     // EPOLLERR or EPOLLHUP: ask SO_ERROR
+	appHup                      // the app may have reset: ask the stream
+	opened                      // Listener.Opened came
+	ended                       // the owner wants it to end
+	ticked                      // the linger timer
+	orphaned                    // the app's socket is gone
 )
 
 // node is what the loop knows of a relay or a link.

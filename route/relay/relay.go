@@ -13,11 +13,12 @@ import (
 
 // How a relay ended: for errors.Is on Result.Err. See also ErrClosed.
 var (
-	ErrAppGone       = errors.New("the app was gone")      // before the handshake with it was over
-	ErrAppReset      = errors.New("reset by the app")      // RST
-	ErrUpstreamReset = errors.New("reset by the upstream") // RST; or its socket failed, then the errno is in the chain
-	ErrAborted       = errors.New("aborted")               // Relay.Abort
-	ErrLost          = errors.New("data lost")             // the stack did not take what it had asked for: a bug
+	ErrAppGone       = errors.New("the app was gone")                                   // before the handshake with it was over
+	ErrAppReset      = errors.New("reset by the app")                                   // RST
+	ErrUpstreamReset = errors.New("reset by the upstream")                              // RST; or its socket failed, then the errno is in the chain
+	ErrAborted       = errors.New("aborted")                                            // Relay.Abort
+	ErrOrphan        = errors.New("the app closed its socket, and the far end went on") // Relay.Orphaned
+	ErrLost          = errors.New("data lost")                                          // the stack did not take what it had asked for: a bug
 )
 
 // Result is the end of a relay.
@@ -47,6 +48,14 @@ type Relay struct {
 	downDone bool // the upstream's FIN was passed on
 	spill    []byte
 	rst      *rst // one side has reset
+	orphan   *orphan
+}
+
+// orphan is a flow whose app has closed its socket, while what it sent is still on its way to the upstream.
+type orphan struct {
+	moved uint64
+	queue int
+	since time.Time // of the last progress
 }
 
 // rst is the end of a flow by RST: the other side still gets what came before it.
@@ -123,6 +132,11 @@ func (r *Relay) Bytes() (up, down uint64) { return r.up.Load(), r.down.Load() }
 // Abort resets both sides soon. Any goroutine, more than once, and after the end.
 func (r *Relay) Abort() { r.l.note(&r.node, ended) }
 
+// Orphaned tells that the app's socket does not exist any more. The kernel ends a connection that nobody holds: so the flow
+// ends when what the app sent has been handed to the upstream's socket, or when it does not move for lingerLimit. It is called
+// again and again, so that the progress is looked at. Any goroutine, and after the end.
+func (r *Relay) Orphaned() { r.l.note(&r.node, orphaned) }
+
 // turn implements task.
 func (r *Relay) turn() (again bool) {
 	switch {
@@ -163,7 +177,29 @@ func (r *Relay) turn() (again bool) {
 		r.finish(nil)
 		return false
 	}
+	if r.got&orphaned != 0 {
+		r.got &^= orphaned
+		if r.orphanTurn(); r.over {
+			return false
+		}
+	}
 	return r.canDown() || r.canUp()
+}
+
+// orphanTurn ends a flow without an app when nothing is left to do for it. Once the app's FIN was passed on, the kernel has
+// all that the app sent, and does with the upstream's socket what it would have done with the app's: it goes on sending for
+// a while, and waits for the far end's FIN for tcp_fin_timeout.
+func (r *Relay) orphanTurn() {
+	if r.upDone {
+		r.end(ErrOrphan, true)
+		return
+	}
+	now, moved, queue := time.Now(), r.up.Load(), unacked(int(r.fd))
+	if o := r.orphan; o == nil || o.moved != moved || o.queue != queue {
+		r.orphan = &orphan{moved, queue, now}
+	} else if now.Sub(o.since) >= lingerLimit {
+		r.finish(ErrOrphan)
+	}
 }
 
 // begin is the first turn after Opened.
@@ -267,13 +303,16 @@ func (r *Relay) finishReset() { r.finish(r.rst.cause) }
 func (r *Relay) shutdown() { r.finish(ErrClosed) }
 
 // finish closes both sides, in order or by RST, and tells done.
-func (r *Relay) finish(err error) {
+func (r *Relay) finish(err error) { r.end(err, err == nil) }
+
+// end is finish for those who know better how the upstream's socket is to be closed.
+func (r *Relay) end(err error, inOrder bool) {
 	if r.over {
 		return
 	}
 	r.over = true
 	r.l.forget(&r.node)
-	if err == nil {
+	if inOrder {
 		_ = unix.Close(int(r.fd))
 	} else {
 		closeReset(int(r.fd))
@@ -282,7 +321,7 @@ func (r *Relay) finish(err error) {
 	if r.rst != nil && r.rst.timer != nil {
 		r.rst.timer.Stop()
 	}
-	r.spill, r.rst = nil, nil
+	r.spill, r.rst, r.orphan = nil, nil, nil
 	if r.got&opened != 0 {
 		r.dropApp(err != nil)
 	}

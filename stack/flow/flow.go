@@ -1,6 +1,7 @@
 package flow
 
 import (
+	"errors"
 	"net/netip"
 	"time"
 )
@@ -60,6 +61,15 @@ func (r Refusal) String() string {
 type Sockets interface {
 	// Exists reports whether a socket of the IP protocol proto is there with the local endpoint src. For TCP it is the
 	// socket with exactly this source and destination, in any state that can still take an answer (SYN_SENT
-	// included). For UDP dst may be the zero AddrPort. An error means that it can't be asked, not that it is gone.
+	// included). For UDP dst may be the zero AddrPort. An error means that it can't be asked, not that it is gone;
+	// ErrForwarded, that the answer is no unless the socket is a guest's.
 	Exists(proto Proto, src, dst netip.AddrPort) (bool, error)
+	// BoundUDP calls visit with the local endpoint of each UDP socket: one question for all of them. The address is
+	// unspecified, of either family, where a socket is bound to every address.
+	BoundUDP(visit func(local netip.AddrPort)) error
 }
+
+// ErrForwarded is the answer about a socket that was not found on a host which forwards for others (virtual machines,
+// containers), whose addresses it may translate to its own. If the same socket was found before, it is gone now; if not,
+// nothing is known.
+var ErrForwarded = errors.New("not found, and it may be the socket of a guest")

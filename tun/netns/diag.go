@@ -165,6 +165,20 @@ func (d *Diag) udp(src, dst netip.AddrPort) (bool, error) {
 	return false, nil
 }
 
+// BoundUDP calls visit with the local endpoint of each UDP socket of the namespace. The address is unspecified, of either
+// family, where the socket is bound to every address. A socket that is bound or connected meanwhile may be left out.
+func (d *Diag) BoundUDP(visit func(local netip.AddrPort)) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, fam := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		d.request(fam, unix.IPPROTO_UDP, unix.NLM_F_DUMP, ^uint32(0))
+		if _, err := d.ask(func(m *diagMsg) bool { visit(m.src()); return false }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func family(a netip.AddrPort) uint8 {
 	if a.Addr().Is4() {
 		return unix.AF_INET

@@ -402,3 +402,46 @@ func BenchmarkDiag(b *testing.B) {
 		})
 	}
 }
+
+func TestDiagBoundUDP(t *testing.T) {
+	d := newTestDiag(t)
+	open := map[netip.AddrPort]bool{}
+	var conns []net.PacketConn
+	for _, at := range [][2]string{{"udp4", "127.0.0.1:0"}, {"udp4", ":0"}, {"udp6", "[::1]:0"}, {"udp", "[::]:0"}} {
+		c, err := net.ListenPacket(at[0], at[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		conns = append(conns, c)
+		open[netip.MustParseAddrPort(c.LocalAddr().String())] = true
+	}
+	c, err := net.Dial("udp4", tunAddr4+":9")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	open[local(c)] = true
+	list := func() map[netip.AddrPort]bool {
+		all := map[netip.AddrPort]bool{}
+		if err := d.BoundUDP(func(at netip.AddrPort) { all[at] = true }); err != nil {
+			t.Fatal(err)
+		}
+		return all
+	}
+	all := list()
+	for at := range open {
+		if !all[at] {
+			t.Errorf("%v is not in %v", at, all)
+		}
+	}
+	gone := netip.MustParseAddrPort(conns[0].LocalAddr().String())
+	conns[0].Close()
+	if list()[gone] {
+		t.Errorf("%v is listed after it was closed", gone)
+	}
+	d.Close()
+	if err := d.BoundUDP(func(netip.AddrPort) {}); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("asked when closed: %v", err)
+	}
+}

@@ -144,14 +144,16 @@ When no answer came in this time the program's connection attempt is left unansw
 		Help: "idle TCP connections are probed after this",
 		Man: `A TCP connection on which nothing moved for this long is probed by keepalive on both sides, and ended if the other end is
 gone; from 10s to 9h (the kernel takes no more).
-A live connection is never ended, however idle.`,
+A live connection is never ended, however idle.
+One that its program has closed, while the far end has not, is given back as the kernel gives back its own: a minute after the
+program's FIN, or when what is left to send has not moved for a minute.`,
 	},
 	{
 		Name: "udp-timeout", Arg: "TIME", Default: span(route.DefaultUDPTimeout), Live: true, Cmds: all, set: duration("10s", "24h", func(c *Config) *timeDuration { return &c.UDPTimeout }),
 		Help: "how long a UDP mapping lives without traffic and without a socket",
-		Man: `How long the UDP mapping of a program's socket lives after the last datagram, from 10s to 24h (RFC 4787 asks for two
-minutes at least).
-It lives on while the socket is open.`,
+		Man: `How long the UDP mapping of a socket lives after the last datagram, from 10s to 24h (RFC 4787 asks for two minutes at least),
+where viasocks cannot tell whether the socket is open: for containers and virtual machines behind this host.
+Elsewhere a mapping lives on while its socket is open, and ends some 10 seconds after it was closed.`,
 	},
 	{
 		Name: "max-pending", Arg: "N", Default: strconv.Itoa(stack.DefaultPending), Live: true, Cmds: all, set: number(1, 1_000_000, func(c *Config) *int { return &c.MaxPending }),

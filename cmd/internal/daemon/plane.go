@@ -17,7 +17,6 @@ import (
 	"github.com/viasocks/viasocks/stack"
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/tun"
-	"github.com/viasocks/viasocks/tun/netns"
 )
 
 // plane is the data plane: stack, router, relay loops and the SOCKS client over one TUN.
@@ -183,14 +182,6 @@ var (
 
 // HandleUnreachable implements stack.UnreachableHandler. The mapping is the app endpoint's, whoever had written to it.
 func (h handler) HandleUnreachable(app, _ netip.AddrPort) { h.Router.HandleUnreachable(app) }
-
-// diagSockets is a sock_diag socket as stack and route want it.
-type diagSockets struct{ *netns.Diag }
-
-// Exists implements flow.Sockets.
-func (d diagSockets) Exists(proto flow.Proto, src, dst netip.AddrPort) (bool, error) {
-	return d.Diag.Exists(uint8(proto), src, dst)
-}
 
 // start runs everything. A part that ends before Close was called is told on failed.
 func (p *plane) start() {

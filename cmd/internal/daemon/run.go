@@ -65,7 +65,7 @@ func Run(cfg *config.Config, environ []string, stdin, stdout, stderr *os.File) (
 	}
 	var sockets flow.Sockets
 	if child.Diag != nil {
-		sockets = diagSockets{child.Diag}
+		sockets = diagSockets{child.Diag, nil}
 	} else {
 		e.log.Warn("the program's sockets can't be looked at: mappings end by time alone", "err", child.DiagErr)
 	}

@@ -27,7 +27,7 @@ func (u *up) startPlane(cfg *config.Config) error {
 		return err
 	}
 	diag.SetInterface(wanted.Index)
-	p, err := newPlane(cfg, dev, diagSockets{diag}, u.dial, u.log)
+	p, err := newPlane(cfg, dev, diagSockets{diag, &forwarding{dir: "/proc/sys/net"}}, u.dial, u.log)
 	if err != nil {
 		diag.Close()
 		return err

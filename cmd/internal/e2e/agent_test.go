@@ -15,6 +15,9 @@ func agentMain(path string) int {
 	if n := os.Getenv(envRetries); n != "" {
 		_ = os.WriteFile("/proc/sys/net/ipv4/tcp_syn_retries", []byte(n), 0o644)
 	}
+	if n := os.Getenv(envFinTimeout); n != "" {
+		_ = os.WriteFile("/proc/sys/net/ipv4/tcp_fin_timeout", []byte(n), 0o644)
+	}
 	c, err := net.Dial("unixpacket", path)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "agent:", err)

@@ -19,7 +19,8 @@ const (
 	envAgent  = "E2E_AGENT"  // set in the captured program: the unix socket to serve on
 	envWhy    = "E2E_SKIP"   // why the tests are skipped
 
-	envRetries = "E2E_SYN_RETRIES" // the agent's tcp_syn_retries
+	envRetries    = "E2E_SYN_RETRIES" // the agent's tcp_syn_retries
+	envFinTimeout = "E2E_FIN_TIMEOUT" // the agent's tcp_fin_timeout
 
 	world4 = "203.0.113.1"
 	world6 = "2001:db8::1"

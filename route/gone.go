@@ -1,0 +1,196 @@
+package route
+
+import (
+	"errors"
+	"net/netip"
+	"time"
+
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// Run looks, in the background, for flows whose program is gone. The frames don't tell: a UDP socket closes in silence, and
+// the kernel drops a TCP connection that nobody holds without a word when the far end does not take what is left of it.
+
+const (
+	// lookEvery is how often Run asks which UDP sockets there are. It is one question for all mappings, and lookShare
+	// times its duration pass before the next one.
+	lookEvery = 5 * time.Second
+	lookShare = 200
+	// goneAfter is how long a mapping outlives its socket: a socket that is opened again on the same port keeps the outer
+	// port.
+	goneAfter = 10 * time.Second
+	// streamsEvery is the time in which Run comes by each TCP flow once.
+	streamsEvery = 30 * time.Second
+)
+
+// asking is what Run remembers of a mapping's socket. Nobody else touches it.
+type asking struct {
+	done   bool  // the socket was looked for when the mapping was new
+	known  bool  // "not found" means "gone": the socket was found before, or it can't be a guest's
+	goneAt int64 // when it was first not found; 0: it was there the last time
+}
+
+// found takes the answer to a question about a socket, and reports whether the socket is surely gone. known is whether it
+// was found before.
+func found(ok bool, err error, known *bool) (gone bool) {
+	switch {
+	case ok:
+		*known = true
+		return false
+	case err == nil:
+		*known = true
+		return true
+	}
+	return *known && errors.Is(err, flow.ErrForwarded)
+}
+
+// firstLook looks for the socket of a new mapping, while it is likely to be there still.
+func (r *Router) firstLook(m *mapping) {
+	if m.ask.done || r.cfg.Sockets == nil {
+		return
+	}
+	m.ask.done = true
+	ok, err := r.cfg.Sockets.Exists(flow.UDP, m.src, m.first)
+	found(ok, err, &m.ask.known)
+}
+
+// boundSet is the local endpoints of all UDP sockets.
+type boundSet struct {
+	ports     map[uint16]struct{} // of those that are bound to every address
+	endpoints map[netip.AddrPort]struct{}
+}
+
+func (b *boundSet) reset() {
+	if b.ports == nil || len(b.ports)+len(b.endpoints) > remake { // a map never shrinks
+		b.ports, b.endpoints = map[uint16]struct{}{}, map[netip.AddrPort]struct{}{}
+	}
+	clear(b.ports)
+	clear(b.endpoints)
+}
+
+func (b *boundSet) add(local netip.AddrPort) {
+	if local.Addr().IsUnspecified() {
+		b.ports[local.Port()] = struct{}{}
+	} else {
+		b.endpoints[local] = struct{}{}
+	}
+}
+
+func (b *boundSet) has(src netip.AddrPort) bool {
+	if _, ok := b.ports[src.Port()]; ok {
+		return true
+	}
+	_, ok := b.endpoints[src]
+	return ok
+}
+
+// sweepSockets asks which UDP sockets there are, and ends the mappings whose socket has been gone for long enough.
+func (r *Router) sweepSockets() {
+	now := r.now()
+	if r.cfg.Sockets == nil || now < r.control.nextLook {
+		return
+	}
+	r.control.nextLook = now + int64(r.lookEvery)
+	r.udp.mu.Lock()
+	all := append(r.control.looked[:0], r.udp.all...)
+	r.udp.mu.Unlock()
+	defer func() {
+		clear(all)
+		r.control.looked = all[:0]
+	}()
+	if len(all) == 0 {
+		return
+	}
+	began := time.Now()
+	r.control.bound.reset()
+	if r.cfg.Sockets.BoundUDP(r.control.bound.add) != nil {
+		return
+	}
+	r.control.nextLook = now + max(int64(r.lookEvery), lookShare*int64(time.Since(began)))
+	for _, m := range all {
+		switch {
+		case m.gone.Load():
+		case r.control.bound.has(m.src):
+			m.ask.known, m.ask.goneAt = true, 0
+		case !m.ask.known:
+		case m.ask.goneAt == 0:
+			m.ask.goneAt = now
+		default:
+			r.endGone(m, now)
+		}
+	}
+}
+
+// endGone ends a mapping whose socket has been gone for long enough. The one question for all may have missed it.
+func (r *Router) endGone(m *mapping, now int64) {
+	r.udp.mu.Lock()
+	m.ask.goneAt = max(m.ask.goneAt, m.lastUp) // who sends has a socket
+	r.udp.mu.Unlock()
+	if now-m.ask.goneAt < int64(r.goneAfter) {
+		return
+	}
+	ok, err := r.cfg.Sockets.Exists(flow.UDP, m.src, noAddr)
+	if !found(ok, err, &m.ask.known) {
+		m.ask.goneAt = 0
+		return
+	}
+	r.udp.mu.Lock()
+	defer r.udp.mu.Unlock()
+	if !m.gone.Load() && m.lastUp <= m.ask.goneAt {
+		r.count.mappingsGone.Add(1)
+		r.endMapping(m, "closed", nil)
+	}
+}
+
+// look asks whether the app's socket exists, and reports whether it is surely gone.
+func (s *stream) look() (gone bool) {
+	sockets := s.r.cfg.Sockets
+	if sockets == nil {
+		return false
+	}
+	known := s.known.Load()
+	ok, err := sockets.Exists(flow.TCP, s.flow.Src, s.flow.Dst)
+	gone = found(ok, err, &known)
+	s.known.Store(known)
+	return gone
+}
+
+// sweepStreams looks at a part of the open TCP flows. Where nothing moves it asks whether the app's socket still exists, and
+// tells the relay if it does not. A program that only half-closed its connection has its socket.
+func (r *Router) sweepStreams() {
+	if r.cfg.Sockets == nil {
+		return
+	}
+	t := &r.streams
+	some := r.control.streams[:0]
+	t.mu.Lock()
+	parts := max(1, int(r.streamsEvery/r.sweepEvery))
+	for range min(max(sweepMin, len(t.all)/parts+1), len(t.all)) {
+		if t.walk >= len(t.all) {
+			t.walk = 0
+		}
+		some = append(some, t.all[t.walk])
+		t.walk++
+	}
+	t.mu.Unlock()
+	for _, s := range some {
+		rel := s.relay.Load()
+		if rel == nil {
+			continue
+		}
+		up, down := rel.Bytes()
+		if moved := up + down; moved != s.moved {
+			s.moved = moved
+			continue
+		}
+		if s.look() {
+			if !s.orphaned {
+				s.orphaned = true
+				r.count.orphans.Add(1)
+			}
+			rel.Orphaned()
+		}
+	}
+	clear(some)
+	r.control.streams = some[:0]
+}
