@@ -212,6 +212,12 @@ func (r *Router) failed(a *assoc, err error) {
 		return
 	}
 	a.failures++
+	if isShortage(err) {
+		r.short(err)
+		a.failures = min(a.failures, refuseAfter-1) // what waits goes on waiting
+		r.again(a)
+		return
+	}
 	if a.failures >= refuseAfter {
 		r.refuseQueue(a, flow.RefuseNet)
 	}

@@ -25,6 +25,8 @@ func refusalOf(err error) flow.Refusal {
 		return flow.RefuseNet
 	case errors.As(err, &reply):
 		return refusalOfReply(reply)
+	case isShortage(err):
+		return flow.RefuseLater
 	case errors.Is(err, socks.ErrSilent):
 		return flow.RefuseSilent
 	case errors.Is(err, context.Canceled), errors.Is(err, socks.ErrClosed):

@@ -109,8 +109,9 @@ type Router struct {
 	dnsPast   dnsSum             // of those that ran before
 	dnsRuns   sync.WaitGroup
 
-	count counters
-	links linkCounters
+	count    counters
+	links    linkCounters
+	shortage shortage
 
 	// Constants but in tests.
 	retryFirst, retryMax, livedLong, noUDP, sweepEvery, lookEvery, goneAfter, streamsEvery time.Duration
@@ -174,7 +175,12 @@ func (r *Router) dialResolver(ctx context.Context, dst netip.AddrPort, done func
 		done(-1, fmt.Errorf("rule %q refuses it", v.rule))
 		return
 	}
-	v.up.DialStream(ctx, Dest{Addr: dst}, done)
+	v.up.DialStream(ctx, Dest{Addr: dst}, func(fd int, err error) {
+		if err != nil && isShortage(err) {
+			r.short(err)
+		}
+		done(fd, err)
+	})
 }
 
 // teardownWait bounds the wait for the relays' ends at the end of Run: they come at once, unless a loop does not run.

@@ -104,8 +104,9 @@ func (r *Router) HandleStream(req flow.StreamRequest) {
 		cancel()
 		why := flow.RefuseReset
 		if err == errFull {
-			why = flow.RefuseNet
+			why = flow.RefuseLater
 			r.count.flowsFull.Add(1)
+			r.short(err)
 		}
 		r.turnAway(req, f, v, why, "refused", err)
 		return
@@ -243,6 +244,8 @@ func (s *stream) refused(err error) {
 		s.req.Reject(flow.RefuseReset)
 		s.finish("aborted", 0, 0, errClosing)
 		return
+	case isShortage(err):
+		r.short(err)
 	default:
 		up.tcp.works(r, up, "TCP") // a refusal of the target is the server's work well done
 	}
@@ -250,8 +253,11 @@ func (s *stream) refused(err error) {
 	why := refusalOf(err)
 	s.req.Reject(why)
 	state := "refused"
-	if why == flow.RefuseSilent {
+	switch why {
+	case flow.RefuseSilent:
 		state = "silent"
+	case flow.RefuseLater:
+		state = "postponed"
 	}
 	s.finish(state, 0, 0, err)
 }

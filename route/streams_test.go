@@ -278,7 +278,7 @@ func TestStreamLimit(t *testing.T) {
 		reqs = append(reqs, newRequest(appEnd, farEnd))
 		g.HandleStream(reqs[len(reqs)-1])
 	}
-	if got := refusal(t, reqs[3]); got != flow.RefuseNet || g.Stats().StreamsFull != 1 {
+	if got := refusal(t, reqs[3]); got != flow.RefuseLater || g.Stats().StreamsFull != 1 {
 		t.Errorf("over the limit: %v, %+v", got, g.Stats())
 	}
 	g.Close()

@@ -12,8 +12,9 @@ import (
 var (
 	verdictResolve = &verdict{kind: resolve, rule: "dns"}
 
-	errEvicted     = errors.New("too many mappings: it was the longest idle")
-	errUnreachable = errors.New("the app's host says port unreachable")
+	errEvicted      = errors.New("too many mappings: it was the longest idle")
+	errMappingsFull = errors.New("too many mappings, and all of them are at work (--max-mappings)")
+	errUnreachable  = errors.New("the app's host says port unreachable")
 )
 
 // evictIdle is how long a mapping must be silent to make room for a new one. Younger ones are at work: then the new
@@ -174,6 +175,7 @@ func (r *Router) newMapping(v *verdict, p *flow.Packet, now int64) *mapping {
 	}
 	if len(t.all) >= t.most && !r.evict(now) {
 		r.count.mappingsFull.Add(1)
+		r.short(errMappingsFull)
 		return nil
 	}
 	m := &mapping{src: p.Src, id: r.ids.Add(1), start: time.Now(), first: p.Dst, rule: v, oneShot: true}

@@ -29,7 +29,7 @@ func (u *directUpstream) Name() string { return DirectName }
 // DialStream implements Upstream by connect(2).
 func (u *directUpstream) DialStream(ctx context.Context, d Dest, done func(fd int, err error)) {
 	if d.Name != "" {
-		done(-1, fmt.Errorf("cannot go direct to a name: %w", unix.EADDRNOTAVAIL))
+		done(-1, fmt.Errorf("cannot go direct to a name: %w", unix.ENETUNREACH))
 		return
 	}
 	u.d.DialDirect(ctx, d.Addr, done)

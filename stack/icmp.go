@@ -46,7 +46,7 @@ func unreachableCode(why flow.Refusal, v6 bool) (typ, code byte, ok bool) {
 		c4, c6 = 1, 3
 	case flow.RefuseAdmin:
 		c4, c6 = 13, 1
-	default: // RefuseSilent, and what we don't know
+	default: // RefuseSilent, RefuseLater, and what we don't know
 		return 0, 0, false
 	}
 	if v6 {

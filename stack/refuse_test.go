@@ -219,6 +219,17 @@ func TestRefusal(t *testing.T) {
 	}
 }
 
+// A SYN that is to come again later gets no answer, and is a new request when it does.
+func TestRefusalLater(t *testing.T) {
+	r := newRaw(t, Config{})
+	syn := segment(netip.AddrPortFrom(appIP4, 1234), srv4, 1000, 0, header.TCPFlagSyn, nil, nil)
+	for range 3 {
+		r.send(tun.Header{}, syn)
+		r.request().Reject(flow.RefuseLater)
+		r.quiet()
+	}
+}
+
 // A connection to an address that no packet can come from is refused by the far end of the TUN, at once.
 func TestRefusalOfImpossible(t *testing.T) {
 	src4, src6 := netip.AddrPortFrom(appIP4, 1234), netip.AddrPortFrom(appIP6, 1234)

@@ -94,15 +94,15 @@ func (e *pendingSYN) Reject(why flow.Refusal) {
 	if why == flow.RefuseSilent {
 		e.state = synSilent
 	}
-	if len(t.byKey) > 4*t.limits.Pending {
-		// Too much to remember: its next SYN is a new try, as if over the budget.
+	if why == flow.RefuseLater || len(t.byKey) > 4*t.limits.Pending {
+		// Its next SYN is a new try, as if this one had been over the budget. So it is when there is too much to remember.
 		t.drop(e, synDone)
 	} else {
 		t.schedule(e, e.over())
 	}
 	t.mu.Unlock()
 	t.stats.refused.Add(1)
-	if why != flow.RefuseSilent {
+	if why != flow.RefuseSilent && why != flow.RefuseLater {
 		t.answer(syn, why)
 	}
 }

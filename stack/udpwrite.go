@@ -197,7 +197,7 @@ func (w *packetWriter) Refuse(p flow.Packet, why flow.Refusal) {
 	}
 	if ok {
 		c.refused.Add(1)
-	} else if why != flow.RefuseSilent {
+	} else if why != flow.RefuseSilent && why != flow.RefuseLater {
 		c.refusedMute.Add(1)
 	}
 }

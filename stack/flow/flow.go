@@ -45,9 +45,10 @@ const (
 	RefuseAdmin                 // ICMP 3/13, ICMPv6 1/1: EHOSTUNREACH, EACCES
 	RefusePort                  // ICMP 3/3, ICMPv6 1/4: ECONNREFUSED; for UDP
 	RefuseSilent                // nothing: the app's own timer decides
+	RefuseLater                 // nothing, and the SYN is forgotten: when it comes again it is a new try
 )
 
-var refusalNames = [...]string{"reset", "net-unreachable", "host-unreachable", "admin-prohibited", "port-unreachable", "silent"}
+var refusalNames = [...]string{"reset", "net-unreachable", "host-unreachable", "admin-prohibited", "port-unreachable", "silent", "later"}
 
 func (r Refusal) String() string {
 	if int(r) < len(refusalNames) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/control"
@@ -68,10 +69,25 @@ func (u *up) status() control.Status {
 		s.Rules = append(s.Rules, control.Rule{Rule: r.Rule, Hits: r.Hits})
 	}
 	fillTraffic(&s, p.router, p.stack.Stats())
+	if w := shortageWarning(p.router.Shortage(), time.Now()); w != "" {
+		s.Warnings = append(s.Warnings, w)
+	}
 	if h != nil {
 		h.fill(&s, cfg)
 	}
 	return s
+}
+
+// shortageShown is how long status warns of a shortage after it was last felt.
+const shortageShown = 5 * time.Minute
+
+// shortageWarning is the line of status about this host having run out of something; "": there is none.
+func shortageWarning(s route.Shortage, now time.Time) string {
+	if s.Times == 0 || now.Sub(s.Last) >= shortageShown {
+		return ""
+	}
+	return fmt.Sprintf("this host ran out of what new flows need, %d times since the start, %v ago the last time: %s",
+		s.Times, now.Sub(s.Last).Round(time.Second), s.Why)
 }
 
 func fillUpstreams(s *control.Status, cfg *config.Config, r *route.Router, allowed *endpoints) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -222,6 +223,53 @@ func testImpossible(t *testing.T, offload string) {
 	if n := len(proxy.Requests()); n != 0 {
 		t.Errorf("the proxy was asked %d times", n)
 	}
+}
+
+// TestNoDescriptors: viasocks has run out of descriptors. A program waits, and is connected when there are some again; it is
+// not told that the network is unreachable.
+func TestNoDescriptors(t *testing.T) {
+	proxy := listenSOCKS(t)
+	a := startApp(t, "--proxy", proxy.URL())
+	l, dst := listenTCP(t, world4)
+	far, _ := farUDP(t, world4)
+	a.tcp(dst)
+	pid := a.cmd.Process.Pid
+	var was unix.Rlimit
+	limit := unix.Rlimit{Cur: 3}
+	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &was); err != nil {
+		t.Fatal(err)
+	}
+	limit.Max = was.Max
+	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, &limit, nil); err != nil {
+		t.Fatal(err)
+	}
+	u := a.udp(false)
+	send(t, u, far.LocalAddr().(*net.UDPAddr).AddrPort(), "later")
+	ended := make(chan error, 1)
+	go func() {
+		fd, _, err := a.tryConnect(dst)
+		unix.Close(fd)
+		ended <- err
+	}()
+	eventually(t, patience, "it is said", func() bool { return strings.Contains(a.log.String(), "run out") })
+	select {
+	case err := <-ended:
+		t.Fatalf("connect() ended with %v while there was no descriptor", err)
+	case <-time.After(1500 * time.Millisecond): // the SYN came again
+	}
+	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, &was, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; err != nil {
+		t.Errorf("connect(): %v", err)
+	}
+	if got, _ := recv(t, far); got != "later" {
+		t.Errorf("the datagram that waited: %q", got)
+	}
+	if n := strings.Count(a.log.String(), "run out"); n != 1 {
+		t.Errorf("it is said %d times", n)
+	}
+	l.Close()
 }
 
 // TestProxyGone: the proxy dies while viasocks runs; programs get an error at once, and it works again when it is back.

@@ -1,0 +1,76 @@
+package route
+
+import (
+	"errors"
+	"log/slog"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// shortage is what is known of this host running out of what flows need: descriptors, local ports, memory, or the room that
+// the limits leave. That says nothing about the far end or the proxy. So the app gets no error that speaks of them: it gets
+// silence, as from a network that loses a packet, and tries again.
+type shortage struct {
+	mu   sync.Mutex
+	n    uint64
+	why  error
+	last time.Time
+	said time.Time
+}
+
+// shortageQuiet is the least time between two log lines about a shortage.
+const shortageQuiet = time.Minute
+
+// isShortage reports whether err says that this host has run out of something.
+func isShortage(err error) bool {
+	if isServerFault(err) {
+		return false
+	}
+	var errno syscall.Errno
+	if !errors.As(err, &errno) {
+		return errors.Is(err, errFull) || errors.Is(err, errMappingsFull)
+	}
+	switch errno {
+	case syscall.EMFILE, syscall.ENFILE, syscall.EADDRNOTAVAIL, syscall.ENOBUFS, syscall.ENOMEM, syscall.EAGAIN:
+		return true // of a connect(2) on our sockets EADDRNOTAVAIL and EAGAIN mean that no local port is left
+	}
+	return false
+}
+
+// short notes a shortage. Any goroutine; locks may be held.
+func (r *Router) short(err error) {
+	s := &r.shortage
+	now := time.Now()
+	s.mu.Lock()
+	s.n++
+	s.why, s.last = err, now
+	say := s.said.IsZero() || now.Sub(s.said) >= shortageQuiet
+	if say {
+		s.said = now
+	}
+	n := s.n
+	s.mu.Unlock()
+	if say {
+		r.log.post(slog.LevelWarn, "this host has run out of what new flows need: programs have to wait and try again",
+			slog.Any("err", err), slog.Uint64("times", n))
+	}
+}
+
+// Shortage is that this host ran out of descriptors, local ports, memory or room for flows.
+type Shortage struct {
+	Times uint64    // since the start
+	Last  time.Time // the zero time: never
+	Why   string
+}
+
+// Shortage tells whether there was one.
+func (r *Router) Shortage() Shortage {
+	s := &r.shortage
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.n == 0 {
+		return Shortage{}
+	}
+	return Shortage{Times: s.n, Last: s.last, Why: s.why.Error()}
+}
