@@ -2,8 +2,10 @@ package relay
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
+	"sync"
 	"testing"
 	"time"
 )
@@ -28,26 +30,27 @@ func TestOrphanOfHalfClosed(t *testing.T) {
 
 // What the app sent before it closed its socket goes on for as long as the far end takes some of it, however slowly.
 func TestOrphanWithDataLeft(t *testing.T) {
-	defer func(d time.Duration) { lingerLimit = d }(lingerLimit)
-	lingerLimit = 500 * time.Millisecond
+	was := lingerLimit
+	t.Cleanup(func() { lingerLimit = was }) // when the loops have ended
+	lingerLimit = 4 * time.Second           // a machine that stalls must not look like a far end that does not read
 	for _, reads := range []bool{true, false} {
 		f := startFlow(t, newLoop(t))
 		data := pattern(16 << 20) // more than the kernel's buffers take
 		f.app.send(data)
 		f.app.sendFIN()
-		ended := make(chan struct{})
-		looks := make(chan struct{})
-		go func() {
-			defer close(looks)
-			for {
+		over, stop := context.WithCancel(context.Background())
+		var looks sync.WaitGroup
+		defer looks.Wait()
+		defer stop()
+		looks.Go(func() {
+			for over.Err() == nil {
+				f.Orphaned()
 				select {
-				case <-ended:
-					return
+				case <-over.Done():
 				case <-time.After(20 * time.Millisecond):
-					f.Orphaned()
 				}
 			}
-		}()
+		})
 		began := time.Now()
 		var got bytes.Buffer
 		if reads {
@@ -68,8 +71,7 @@ func TestOrphanWithDataLeft(t *testing.T) {
 			}
 		}
 		r := f.result(t)
-		close(ended)
-		<-looks
+		stop()
 		if !errors.Is(r.Err, ErrOrphan) {
 			t.Errorf("reads %v: %+v", reads, r)
 		}
