@@ -232,13 +232,40 @@ func (h *Host) delRule(n *netlink.Rule) error {
 	return nil
 }
 
+// ruleWords says in the words of ip(8) what a rule of somebody else matches and does.
+func ruleWords(family int, n *netlink.Rule) string {
+	var b strings.Builder
+	if n.Invert {
+		b.WriteString(" not")
+	}
+	if n.Src != nil {
+		b.WriteString(" from " + n.Src.String())
+	}
+	if n.Tos != 0 {
+		fmt.Fprintf(&b, " tos %#x", n.Tos)
+	}
+	if n.TunID != 0 {
+		fmt.Fprintf(&b, " tun_id %d", n.TunID)
+	}
+	r, _ := ruleFrom(family, n.Priority, n) // of a rule without a table or a goto the library does not tell what it does
+	b.WriteString(strings.TrimSuffix(r.what(), " nop"))
+	if n.SuppressPrefixlen >= 0 {
+		fmt.Fprintf(&b, " suppress_prefixlength %d", n.SuppressPrefixlen)
+	}
+	return b.String()
+}
+
 // foreign warns about a rule of others that is asked before ours. The filter holds what it leads astray.
 func (h *Host) foreign(family int, n *netlink.Rule) {
 	if n.Priority == 0 || n.Priority > h.c.Priority+atAll {
 		return
 	}
-	what := fmt.Sprintf("%s %d: %s", familyName(family), n.Priority, n)
-	h.say("rule "+what, "an ip rule of somebody else is asked before ours: what it leads past the proxy is refused", "rule", what)
+	what := fmt.Sprintf("%s %d:%s", familyName(family), n.Priority, ruleWords(family, n))
+	hint := ""
+	if p := n.Priority - lastRule - 1; p > 0 {
+		hint = fmt.Sprintf(": with --priority %d ours are asked first", p)
+	}
+	h.say("rule "+what, "an ip rule of somebody else is asked before ours: what it leads past the proxy is refused"+hint, "rule", what)
 }
 
 // removeSteering takes away all rules and routes with our protocol number, whatever their table, and says which.
