@@ -48,11 +48,11 @@ func apart(t *testing.T) bool {
 	return false
 }
 
-// rootOfTheMachine says why this process is not what the daemons of a host expect to be: root, with all other users.
+// rootOfTheMachine skips a test that needs other users than root, where a user namespace has root alone.
 func rootOfTheMachine(t *testing.T) {
 	t.Helper()
 	b, err := os.ReadFile("/proc/self/uid_map")
 	if f := strings.Fields(string(b)); err != nil || len(f) != 3 || f[2] != "4294967295" {
-		t.Skip("this needs the true root: the program changes to a user of its own")
+		t.Skip("this needs root of the machine: a user namespace of one user has no other users")
 	}
 }

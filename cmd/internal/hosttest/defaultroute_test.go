@@ -103,9 +103,9 @@ func (w *world) watched(uplink string) *recorder {
 	return rec
 }
 
-// answer is whether the host sends a frame only because of one that came from outside: an answer of its SSH, an error that
-// tells a router or the proxy that a packet of theirs could not be delivered, and what they have sent to an address that
-// the host had before: a host that forwards sends it back to the router.
+// answer is whether the host sends a frame only because of one that came from outside: an answer of its SSH, a message
+// that tells a router or the proxy what became of a packet of theirs, and what they have sent to an address that the host
+// had before: a host that forwards sends it back to the router. A lease of the other subnet may be renewed, too.
 func answer(p packet) bool {
 	sender := func(a netip.Addr) bool {
 		return a == addr(proxy4) || a == addr(router4) || a == addr(otherRouter4) || a == addr(routerLL)
@@ -113,7 +113,10 @@ func answer(p packet) bool {
 	switch {
 	case p.proto == unix.IPPROTO_TCP && p.sport == sshPort:
 		return true
-	case p.proto == unix.IPPROTO_ICMP && p.icmp == 3, p.proto == unix.IPPROTO_ICMPV6 && p.icmp == 1:
+	case p.proto == unix.IPPROTO_UDP && p.sport == 68 && p.dport == 67: // the DHCP server of the other subnet
+		return p.dst == addr(otherRouter4)
+	case p.proto == unix.IPPROTO_ICMP && (p.icmp == 3 || p.icmp == 5 || p.icmp == 11), // unreachable, redirect, time exceeded
+		p.proto == unix.IPPROTO_ICMPV6 && (p.icmp == 1 || p.icmp == 3):
 		return sender(p.dst)
 	}
 	return sender(p.src)
@@ -301,6 +304,9 @@ func TestDefaultRoutes(t *testing.T) {
 		t.Run(o.name, func(t *testing.T) {
 			if !apart(t) {
 				return
+			}
+			if o.name == "exclude-uid" {
+				rootOfTheMachine(t) // elsewhere the user does not exist
 			}
 			w := unaddressed(t)
 			w.hostServers()

@@ -253,6 +253,8 @@ func testClient(t *testing.T, c client) {
 	if err := d.stop(); err != nil {
 		t.Errorf("stop: %v", err)
 	}
+	v4, v6, _ := w.configured("stopped", b.net, patience)
+	w.works("stopped", v4, v6, true) // though not by the proxy
 }
 
 // acknowledged waits for one more answer of the server.
