@@ -345,7 +345,7 @@ func Configure(name string, mtu int, addrs []netip.Prefix, defaultRoutes bool) (
 			return false, fmt.Errorf("cannot give %s the address %s: %w", name, p, err)
 		}
 		if p.Addr().Is6() {
-			awaitLocal(h, p.Addr())
+			awaitLocal(h, link, p.Addr())
 		}
 		has4 = has4 || p.Addr().Is4()
 		has6 = has6 || p.Addr().Is6()
@@ -397,10 +397,15 @@ func linkUp(name string) error {
 
 // awaitLocal waits until the kernel takes a for its own. It enters an IPv6 address's local route from a work queue,
 // a little after the address can be used as a source: what is answered in between is lost (Ip6InAddrErrors; seen by 3 %
-// of the tests that answered at once). If it takes five seconds, going on is as good as anything else.
-func awaitLocal(h *netlink.Handle, a netip.Addr) {
+// of the tests that answered at once). If it takes five seconds, going on is as good as anything else. There is nothing to wait for
+// when the address is gone again, as when somebody sets the interface down.
+func awaitLocal(h *netlink.Handle, link netlink.Link, a netip.Addr) {
 	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); {
 		if r, err := h.RouteGet(a.AsSlice()); err == nil && len(r) > 0 && r[0].Type == unix.RTN_LOCAL {
+			return
+		}
+		list, err := h.AddrList(link, unix.AF_INET6)
+		if err == nil && !slices.ContainsFunc(list, func(have netlink.Addr) bool { return have.IP.Equal(a.AsSlice()) }) {
 			return
 		}
 		time.Sleep(2 * time.Millisecond)

@@ -137,7 +137,7 @@ func TestLeak(t *testing.T) {
 	w.eventually(20*time.Second, "the filter is put back", func() bool { return w.notClosed() == "" })
 	est.carry(w)
 	for _, c := range tunChanges {
-		o.closedFor("TUN "+c.name, 2, 1200*time.Millisecond, func() { w.ip("host", c.ip) })
+		o.closedFor("TUN "+c.name, 2, 1200*time.Millisecond, func() { d.meanwhile(w, c.ip) })
 		if !d.alive() {
 			break
 		}
