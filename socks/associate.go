@@ -30,8 +30,10 @@ type Association struct {
 
 	mu      sync.Mutex
 	onClose func(error)
-	ended   bool  // the control connection is closed, or Close was called
-	err     error // why it ended; nil when Close was called
+	onOver  func() // nil: not set, or called
+	over    bool   // shut has closed the control connection
+	ended   bool   // the control connection is closed, or Close was called
+	err     error  // why it ended; nil when Close was called
 }
 
 // associated makes an Association of a granted dial. The descriptor stays in the loop.
@@ -121,12 +123,34 @@ func (a *Association) Close() error {
 	return nil
 }
 
+// OnOver sets what is called, once, when the association is over for whatever reason, Close included: on the event loop,
+// where it must not block, or at once if it is over already. The end of the Dialer does not count.
+func (a *Association) OnOver(f func()) {
+	a.mu.Lock()
+	over := a.over
+	if !over {
+		a.onOver = f
+	}
+	a.mu.Unlock()
+	if over {
+		f()
+	}
+}
+
 // shut closes the control connection, on the loop.
 func (a *Association) shut() {
-	if a.fd >= 0 {
-		a.d.shut(a.fd)
-		a.fd = -1
-		a.d.assocs.Add(-1)
+	if a.fd < 0 {
+		return
+	}
+	a.d.shut(a.fd)
+	a.fd = -1
+	a.d.assocs.Add(-1)
+	a.mu.Lock()
+	f := a.onOver
+	a.over, a.onOver = true, nil
+	a.mu.Unlock()
+	if f != nil {
+		f()
 	}
 }
 

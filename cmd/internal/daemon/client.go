@@ -43,6 +43,6 @@ func (c *client) Associate(ctx context.Context, done func(*socks.Association, er
 			done(nil, err)
 			return
 		}
-		c.allowed.relay(c.server.String(), a.Relay(), func() { done(a, nil) })
+		a.OnOver(c.allowed.relay(c.server.String(), a.Relay(), func() { done(a, nil) }))
 	})
 }

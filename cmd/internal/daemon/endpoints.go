@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/socks"
@@ -25,15 +26,40 @@ type endpoints struct {
 	log *slog.Logger
 
 	mu      sync.Mutex
-	servers []socks.Server      // of the configuration
-	known   map[endpoint]string // who it belongs to: a server, or resolvers
-	ports   map[netip.Addr]int  // of relays at this address
-	gen     uint64              // counts changes
+	servers []socks.Server // of the configuration
+	known   map[endpoint]*known
+	ports   map[netip.Addr]int // of relays at this address
+	idle    []*known           // relays that no association uses, among others that are used again
+	full    said               // that there is no room for a relay
+	gen     uint64             // counts changes
 
 	applying sync.Mutex
 	apply    func([]endpoint) error // nil: there is no filter
 	applied  uint64
 }
+
+// known is an endpoint of the set.
+type known struct {
+	at     endpoint
+	owner  string    // a server, or resolvers
+	uses   int       // associations of this relay
+	since  time.Time // a relay: it has not been used
+	listed bool      // in idle
+	into   *known    // its address stands with any port instead
+}
+
+// said is a message that is not repeated for a while.
+type said struct {
+	at   time.Time
+	more int
+}
+
+// A relay that no association uses is forgotten after relayIdle: another association may be given the same one. A warning
+// is not repeated within warnEvery.
+const (
+	relayIdle = time.Minute
+	warnEvery = time.Minute
+)
 
 // A proxy that gives each association a port of its own has thousands: from relayMany on the relay's address stands with
 // any port. maxEndpoints bounds what a resolver or a proxy can make us hold.
@@ -44,7 +70,7 @@ const (
 )
 
 func newEndpoints(log *slog.Logger) *endpoints {
-	return &endpoints{log: log, known: map[endpoint]string{}, ports: map[netip.Addr]int{}}
+	return &endpoints{log: log, known: map[endpoint]*known{}, ports: map[netip.Addr]int{}}
 }
 
 // configure says which proxies there are. Those given by address are in the set from here on; what belongs to others is
@@ -57,8 +83,8 @@ func (e *endpoints) configure(ups []config.Upstream) {
 		owners[u.Server.String()] = true
 		e.servers = append(e.servers, u.Server)
 	}
-	for at, owner := range e.known {
-		if !owners[owner] {
+	for at, k := range e.known {
+		if !owners[k.owner] {
 			delete(e.known, at)
 			delete(e.ports, at.Addr.Addr())
 			e.gen++
@@ -73,26 +99,64 @@ func (e *endpoints) configure(ups []config.Upstream) {
 	e.push()
 }
 
-// add takes one in; e.mu is held. It reports whether it is in.
-func (e *endpoints) add(owner string, at endpoint) bool {
-	if _, known := e.known[at]; known {
-		return true
+// add takes one in; e.mu is held. nil: there is no room.
+func (e *endpoints) add(owner string, at endpoint) *known {
+	if k := e.known[at]; k != nil {
+		return k
 	}
 	if len(e.known) >= maxEndpoints {
-		return false
+		return nil
 	}
-	e.known[at] = owner
+	k := &known{at: at, owner: owner}
+	e.known[at] = k
 	e.gen++
-	return true
+	return k
 }
 
-// has: e.mu is held.
-func (e *endpoints) has(at endpoint) bool {
-	if _, ok := e.known[at]; ok {
-		return true
+// find: e.mu is held.
+func (e *endpoints) find(at endpoint) *known {
+	if k := e.known[at]; k != nil {
+		return k
 	}
-	_, ok := e.known[endpoint{at.Proto, netip.AddrPortFrom(at.Addr.Addr(), 0)}]
-	return ok
+	return e.known[endpoint{at.Proto, netip.AddrPortFrom(at.Addr.Addr(), 0)}]
+}
+
+// forget takes out the relays that have been idle for so long; e.mu is held.
+func (e *endpoints) forget(idle time.Duration) {
+	now := time.Now()
+	all := e.idle
+	e.idle = nil
+	for _, k := range all {
+		switch {
+		case k.uses > 0 || e.known[k.at] != k:
+			k.listed = false
+		case now.Sub(k.since) < idle:
+			e.idle = append(e.idle, k)
+		default:
+			delete(e.known, k.at)
+			e.gen++
+			a := k.at.Addr.Addr()
+			if e.ports[a]--; e.ports[a] <= 0 || k.at.Addr.Port() == 0 {
+				delete(e.ports, a)
+			}
+		}
+	}
+}
+
+// released is called when an association of a relay is over.
+func (e *endpoints) released(k *known) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for k.into != nil {
+		k = k.into
+	}
+	if k.uses--; k.uses == 0 && e.known[k.at] == k {
+		k.since = time.Now()
+		if !k.listed {
+			k.listed = true
+			e.idle = append(e.idle, k)
+		}
+	}
 }
 
 // attach hands the set to the filter by apply, now and whenever it changes.
@@ -143,7 +207,7 @@ func (e *endpoints) list() []endpoint {
 func (e *endpoints) of(owner string) (out []endpoint) {
 	for _, at := range e.list() {
 		e.mu.Lock()
-		if e.known[at] == owner {
+		if k := e.known[at]; k != nil && k.owner == owner {
 			out = append(out, at)
 		}
 		e.mu.Unlock()
@@ -181,30 +245,71 @@ func (e *endpoints) resolved(host string, addrs []netip.Addr) {
 }
 
 // relay takes in a relay of a server and then calls then: at once if it is known, else later, on another goroutine,
-// which lives for as long as the filter takes.
-func (e *endpoints) relay(server string, at netip.AddrPort, then func()) {
+// which lives for as long as the filter takes. over is to be called once, when the association is over.
+func (e *endpoints) relay(server string, at netip.AddrPort, then func()) (over func()) {
 	at = netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
 	e.mu.Lock()
-	if e.has(endpoint{flow.UDP, at}) {
+	if k := e.find(endpoint{flow.UDP, at}); k != nil {
+		k.uses++
 		e.mu.Unlock()
 		then()
-		return
+		return func() { e.released(k) }
 	}
-	ports := e.ports[at.Addr()] + 1
-	if ports > relayMany {
-		at = netip.AddrPortFrom(at.Addr(), 0)
-		maps.DeleteFunc(e.known, func(k endpoint, _ string) bool {
-			return k.Proto == flow.UDP && k.Addr.Addr() == at.Addr() && k.Addr.Port() != 53
-		})
+	e.forget(relayIdle)
+	if len(e.known) >= maxEndpoints {
+		e.forget(0)
 	}
-	if e.add(server, endpoint{flow.UDP, at}) {
-		e.ports[at.Addr()] = ports
-	} else { // nor is its address remembered: a proxy may name as many as it likes
-		e.log.Warn("too many relays: the filter does not let this one pass", "relay", at, "limit", maxEndpoints)
+	k := e.addRelay(server, at)
+	if k != nil {
+		k.uses++
+	} else {
+		e.warnFull(at)
 	}
 	e.mu.Unlock()
 	go func() {
 		e.push()
 		then()
 	}()
+	return func() {
+		if k != nil {
+			e.released(k)
+		}
+	}
+}
+
+// addRelay takes in a relay that is not known; e.mu is held. nil: there is no room. Its address is then not remembered
+// either: a proxy may name as many as it likes.
+func (e *endpoints) addRelay(server string, at netip.AddrPort) *known {
+	ports := e.ports[at.Addr()] + 1
+	if ports <= relayMany {
+		k := e.add(server, endpoint{flow.UDP, at})
+		if k != nil {
+			e.ports[at.Addr()] = ports
+		}
+		return k
+	}
+	any := &known{at: endpoint{flow.UDP, netip.AddrPortFrom(at.Addr(), 0)}, owner: server}
+	maps.DeleteFunc(e.known, func(a endpoint, k *known) bool {
+		if a.Proto != flow.UDP || a.Addr.Addr() != at.Addr() || k.owner == resolvers {
+			return false
+		}
+		k.into = any
+		any.uses += k.uses
+		return true
+	})
+	e.known[any.at] = any
+	e.ports[at.Addr()] = ports
+	e.gen++
+	return any
+}
+
+// warnFull says that there is no room for a relay, once in a while; e.mu is held.
+func (e *endpoints) warnFull(relay netip.AddrPort) {
+	now := time.Now()
+	if !e.full.at.IsZero() && now.Sub(e.full.at) < warnEvery {
+		e.full.more++
+		return
+	}
+	e.log.Warn("too many relays are in use: the filter does not let this one pass", "relay", relay, "limit", maxEndpoints, "unsaid", e.full.more)
+	e.full = said{at: now}
 }

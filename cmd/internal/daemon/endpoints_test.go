@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 
@@ -140,6 +141,96 @@ func TestEndpointBounds(t *testing.T) {
 	}
 }
 
+// Relays that no association uses any more are forgotten, those in use are not, and a warning is not repeated.
+func TestEndpointsForget(t *testing.T) {
+	defer verifyNone(t, goleak.IgnoreCurrent())
+	var log strings.Builder
+	var f filter
+	e := newEndpoints(slog.New(slog.NewTextHandler(&log, nil)))
+	e.configure(parse(t, "--proxy", "socks5://192.0.2.1").Upstreams)
+	e.attach(f.apply)
+	relay := func(a netip.Addr) (over func()) {
+		done := make(chan struct{})
+		over = e.relay("socks5://192.0.2.1:1080", netip.AddrPortFrom(a, 5000), func() { close(done) })
+		<-done
+		return over
+	}
+	a := netip.MustParseAddr("203.0.113.1")
+	used, twice, over := a, a.Next(), a.Next().Next()
+	relay(used)
+	again := relay(twice)
+	relay(twice)()
+	relay(over)()
+	// One relay for all associations, which come and go, is remembered once.
+	for range 1000 {
+		relay(over)()
+	}
+	e.mu.Lock()
+	if len(e.idle) > 3 {
+		t.Errorf("%d idle relays are remembered", len(e.idle))
+	}
+	for _, k := range e.idle {
+		k.since = k.since.Add(-2 * relayIdle)
+	}
+	e.mu.Unlock()
+	another := over.Next()
+	relay(another)
+	passes := func(a netip.Addr) bool { return f.passes(flow.UDP, netip.AddrPortFrom(a, 5000).String()) }
+	if !passes(used) || !passes(twice) || passes(over) || !passes(another) {
+		t.Errorf("%v", f.has)
+	}
+	again()
+	// What is idle makes room at once, and nobody is warned.
+	a = another
+	for range maxEndpoints {
+		a = a.Next()
+		relay(a)()
+	}
+	if !passes(used) || !passes(a) || passes(twice) || log.Len() > 0 {
+		t.Errorf("%d endpoints: %s", len(f.has), &log)
+	}
+	// What is in use is not forgotten for others.
+	for range maxEndpoints + 100 {
+		a = a.Next()
+		relay(a)
+	}
+	if n := len(e.list()); n != maxEndpoints || !passes(used) {
+		t.Errorf("%d endpoints", n)
+	}
+	if n := strings.Count(log.String(), "too many relays"); n != 1 {
+		t.Errorf("%d warnings", n)
+	}
+}
+
+// Ports that are taken together keep the count of their associations.
+func TestEndpointsForgetPorts(t *testing.T) {
+	defer verifyNone(t, goleak.IgnoreCurrent())
+	e := newEndpoints(slog.New(slog.DiscardHandler))
+	e.configure(parse(t, "--proxy", "socks5://192.0.2.1").Upstreams)
+	a := netip.MustParseAddr("192.0.2.1")
+	var overs []func()
+	for i := range 2 * relayMany {
+		done := make(chan struct{})
+		overs = append(overs, e.relay("socks5://192.0.2.1:1080", netip.AddrPortFrom(a, uint16(5000+i)), func() { close(done) }))
+		<-done
+	}
+	any := endpoint{flow.UDP, netip.AddrPortFrom(a, 0)}
+	for i, over := range overs {
+		e.mu.Lock()
+		e.forget(0)
+		if e.known[any] == nil {
+			t.Fatalf("the address was forgotten with %d associations left", len(overs)-i)
+		}
+		e.mu.Unlock()
+		over()
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.forget(0); e.known[any] != nil || len(e.ports) != 0 {
+		t.Errorf("the address is remembered: %v", e.ports)
+	}
+}
+
 // The real client: the association comes when the filter knows its relay.
 func TestEndpointsOfAssociation(t *testing.T) {
 	noLeaks(t)
@@ -175,6 +266,13 @@ func TestEndpointsOfAssociation(t *testing.T) {
 	})
 	if err := <-got; err != nil {
 		t.Error(err)
+	}
+	// And the relay is known to be unused when the association is over.
+	idle := func() bool { e.mu.Lock(); defer e.mu.Unlock(); return len(e.idle) == 1 && e.idle[0].uses == 0 }
+	for end := time.Now().Add(patience); !idle(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the relay is still in use")
+		}
 	}
 }
 
