@@ -82,9 +82,11 @@ func (c *Config) rules(family int, l links) (out []rule) {
 	}
 	// Of this host itself: what others send through it is theirs.
 	add(atHost, rule{iif: "lo", proto: unix.IPPROTO_UDP, sport: client, dport: server, jump: end})
+	carried := map[netip.Prefix]bool{} // for containers and guests; devices may have the same network
 	for _, n := range l.lan {
-		if n.served && !n.guest && familyOf(n.prefix.Addr()) == family { // what is carried for containers and guests
+		if n.served && !n.guest && familyOf(n.prefix.Addr()) == family && !carried[n.prefix] {
 			add(atHost, rule{iif: c.TUN, to: n.prefix, jump: end})
+			carried[n.prefix] = true
 		}
 	}
 	x := c.Exclude
