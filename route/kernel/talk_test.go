@@ -222,3 +222,38 @@ func transparent(network, _ string, c syscall.RawConn) error {
 	})
 	return errors.Join(err, cerr)
 }
+
+// The published port of a container is treated alike: it answers directly until it has sent something for the TUN.
+func TestForgedToContainer(t *testing.T) {
+	inNamespace(t, func(t *testing.T) {
+		w := newWorld(t)
+		k := newWorldless(t)
+		ip(t, "link add docker0 type bridge", "link set docker0 addrgenmode none up", "link add vc type veth peer name ceth",
+			"link set vc addrgenmode none master docker0 up", "link set ceth netns "+k.pid(), "addr add 172.17.0.1/16 dev docker0")
+		k.in(func() {
+			ip(t, "link set lo up", "link set ceth addrgenmode none up", "addr add 172.17.0.2/16 dev ceth", "route add default via 172.17.0.1")
+		})
+		_ = writeSysctl("net/ipv4/ip_forward", "1")
+		nft(t, "add table ip nat")
+		nft(t, "add chain ip nat prerouting { type nat hook prerouting priority -100; }")
+		nft(t, "add rule ip nat prerouting fib daddr type local udp dport 5555 dnat to 172.17.0.2:5555")
+		w.in(func() { ip(t, "route replace local 203.0.113.0/24 dev lo", "route add default via 198.51.100.2") })
+		settled(t)
+		h, tun := up(t, testConfig(t))
+		program := &talker{t: t, w: w, port: 5555}
+		k.in(program.open)
+		program.forge(1)
+		if !program.left(true, 1) {
+			t.Error("a published port does not answer")
+		}
+		program.forge(2)
+		for _, n := range []int{3, 2, 1} { // 3 has asked nothing: it is spoken to first
+			if program.left(false, n) {
+				t.Errorf("to peer %d: it left the host", n)
+			}
+		}
+		program.conn.Close()
+		down(t, h)
+		tun.Close()
+	})
+}
