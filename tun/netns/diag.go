@@ -23,6 +23,7 @@ type Diag struct {
 	seq   uint32
 	index uint32
 	buf   []byte
+	attrs []byte // attributes behind the message that match looks at, while it does
 }
 
 // OpenDiag opens a sock_diag socket in the network namespace of the calling thread, and asks it once: where the kernel

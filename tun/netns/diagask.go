@@ -95,7 +95,9 @@ func (d *Diag) parse(b []byte, dump bool, match func(*diagMsg) bool) (found, don
 				if len(body) < diagMsgLen {
 					return false, false, errors.New("malformed answer")
 				}
+				d.attrs = body[diagMsgLen:]
 				found = found || match((*diagMsg)(body))
+				d.attrs = nil
 				done = done || !dump
 			}
 		}
