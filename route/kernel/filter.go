@@ -268,6 +268,7 @@ func (c *Config) refuseChains(t *nfTable, st filterState) {
 	}
 	if c.keepsInbound() {
 		pass.add(metaMark(m, m.Inbound, true), ctMark(m, m.Inbound, true), accept())
+		c.passCame(pass)
 	}
 	hostTerms(pass, st)
 	exclude, _ := c.terms(c.Exclude, false)

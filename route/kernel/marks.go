@@ -59,6 +59,7 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 				pre.add(append([]term{iif(d, true)}, r...)...)
 			}
 		}
+		c.noteCame(t, pre)
 		c.forwardedAnswers(t, pre)
 		c.heardChain(t, st)
 	}
@@ -96,6 +97,7 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 		out.add(ctDirection(true), ctMark(m, 0, true), jump("answer"))
 	}
 	if c.keepsInbound() {
+		c.recallCame(t, out)
 		c.answerRules(t, out)
 	}
 	exclude, err := c.terms(c.Exclude, true)

@@ -212,6 +212,12 @@ func ownEndpoint(set string, v6 bool) term {
 // keptTuple looks the whole 5-tuple of a packet up, this host's end first: the source of what goes out, the destination
 // of what comes in.
 func keptTuple(set string, v6, in bool) term {
+	key, loads := tupleOf(v6, in)
+	return lookup(set, key, &v6, loads...)
+}
+
+// tupleOf is the key of keptTuple's sets, for people and for the kernel.
+func tupleOf(v6, in bool) (string, []expr.Any) {
 	word, src, n := "ip", uint32(12), uint32(4)
 	if v6 {
 		word, src, n = "ip6", 8, 16
@@ -220,12 +226,12 @@ func keptTuple(set string, v6, in bool) term {
 	if in {
 		local, remote, lport, rport, l, r = remote, local, rport, lport, r, l
 	}
-	return lookup(set, fmt.Sprintf("meta l4proto . %[1]s %[2]saddr . th %[2]sport . %[1]s %[3]saddr . th %[3]sport", word, l, r), &v6,
+	return fmt.Sprintf("meta l4proto . %[1]s %[2]saddr . th %[2]sport . %[1]s %[3]saddr . th %[3]sport", word, l, r), []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 8},
 		&expr.Payload{DestRegister: 9, Base: expr.PayloadBaseNetworkHeader, Offset: local, Len: n},
 		&expr.Payload{DestRegister: 9 + n/4, Base: expr.PayloadBaseTransportHeader, Offset: lport, Len: 2},
 		&expr.Payload{DestRegister: 10 + n/4, Base: expr.PayloadBaseNetworkHeader, Offset: remote, Len: n},
-		&expr.Payload{DestRegister: 10 + n/2, Base: expr.PayloadBaseTransportHeader, Offset: rport, Len: 2})
+		&expr.Payload{DestRegister: 10 + n/2, Base: expr.PayloadBaseTransportHeader, Offset: rport, Len: 2}}
 }
 
 // tcpSYN matches the first segment of a connection.

@@ -36,7 +36,7 @@ func (c *Config) memorySets() []*nfSet {
 	set := func(name, keyText string, keyType, keyLen uint32, size uint32, keep time.Duration) *nfSet {
 		return &nfSet{name: name, keyText: keyText, keyType: keyType, keyLen: keyLen, dynamic: true, size: size, keep: keep}
 	}
-	return []*nfSet{
+	return append(cameSets(),
 		set("spoke", "inet_service", typePort, 2, spokeSize, spokeFor),
 		set("spoke_proto", "inet_proto", typeProto, 1, protoSize, spokeFor),
 		set("served4", "inet_service . ipv4_addr . inet_service", concat(typePort, typeIP4, typePort), 12, servedSize, servedFor),
@@ -45,7 +45,7 @@ func (c *Config) memorySets() []*nfSet {
 		set("fwd_spoke6", "ipv6_addr . inet_service", concat(typeIP6, typePort), 20, spokeSize, spokeFor),
 		set("fwd_full", "inet_proto", typeProto, 1, protoSize, spokeFor),
 		set(dhcpSet, "ipv4_addr", typeIP4, 4, dhcpServers, dhcpKeep),
-	}
+	)
 }
 
 // turned is the mark of a flow that is not from outside after all. With Include it is chosen like any other.
@@ -68,6 +68,8 @@ func (c *Config) inboundChains(t *nfTable) {
 	in.add(tcpSYN(), setCtMark(m, m.Inbound))
 	in.add(keptTuple("kept4", false, true), setCtMark(m, m.Inbound))
 	in.add(keptTuple("kept6", true, true), setCtMark(m, m.Inbound))
+	in.add(keptTuple("came4", false, true), setCtMark(m, m.Inbound))
+	in.add(keptTuple("came6", true, true), setCtMark(m, m.Inbound))
 	in.add(isProto(unix.IPPROTO_TCP), back())
 	in.add(keptTuple("old4", false, true), back())
 	in.add(keptTuple("old6", true, true), back())

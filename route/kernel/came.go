@@ -1,0 +1,117 @@
+package kernel
+
+import (
+	"time"
+
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// TCP connections from outside outlive their conntrack entries. Who runs `conntrack -F` or -D takes away the mark that
+// lets their answers out, and in the middle of a connection nothing else tells it from one that this host began. So the
+// filter notes them in the sets came4 and came6, this host's end first, for as long as conntrack calls them established.
+const (
+	// cameFor is how long a silent connection is known: what conntrack gives it by default
+	// (nf_conntrack_tcp_timeout_established). Each segment from outside renews it.
+	cameFor  = 5 * 24 * time.Hour
+	cameSize = 1 << 17
+	// establishedFor tells an established connection by how long conntrack will wait for its next segment: in all other
+	// states that is 300 s at most (nf_conntrack_tcp_timeout_max_retrans, _unacknowledged). A forged SYN thus notes
+	// nothing, and the last ACK of a connection does not note it again.
+	establishedFor = 301 * time.Second
+)
+
+// dynsetDelete is NFT_DYNSET_OP_DELETE of linux/netfilter/nf_tables.h, since Linux 5.4.
+const dynsetDelete = 2
+
+var tupleKeys = map[bool]struct {
+	set, text      string
+	keyType, keyLn uint32
+}{
+	false: {"came4", "inet_proto . ipv4_addr . inet_service . ipv4_addr . inet_service", concat(typeProto, typeIP4, typePort, typeIP4, typePort), 20},
+	true:  {"came6", "inet_proto . ipv6_addr . inet_service . ipv6_addr . inet_service", concat(typeProto, typeIP6, typePort, typeIP6, typePort), 44},
+}
+
+// cameSets are the sets of established connections from outside.
+func cameSets() (sets []*nfSet) {
+	for _, v6 := range []bool{false, true} {
+		k := tupleKeys[v6]
+		sets = append(sets, &nfSet{name: k.set, keyText: k.text, keyType: k.keyType, keyLen: k.keyLn, dynamic: true, size: cameSize, keep: cameFor})
+	}
+	return sets
+}
+
+// noteCame notes and forgets connections as their segments come in.
+func (c *Config) noteCame(t *nfTable, pre *nfChain) {
+	note := t.chain(&nfChain{name: "note_came"})
+	forget := t.chain(&nfChain{name: "forget_came"})
+	for _, v6 := range []bool{false, true} {
+		set := tupleKeys[v6].set
+		note.add(changeTuple(set, v6, true, unix.NFT_DYNSET_OP_UPDATE))
+		forget.add(changeTuple(set, v6, true, dynsetDelete))
+	}
+	in := t.chain(&nfChain{name: "came_in"})
+	in.add(tcpEnds(), goTo("forget_came"))
+	in.add(ctExpiresAfter(establishedFor), goTo("note_came"))
+	pre.add(isProto(unix.IPPROTO_TCP), ctMark(c.Marks, c.Marks.Inbound, true), jump("came_in"))
+}
+
+// recallCame lets answers out whose conntrack entry is gone: the first segment after that is a new flow to conntrack, or
+// none at all where it does not pick connections up (nf_conntrack_tcp_loose=0). A SYN is no answer.
+func (c *Config) recallCame(t *nfTable, out *nfChain) {
+	m := c.Marks
+	again := t.chain(&nfChain{name: "came"})
+	again.add(tcpSYN(), back())
+	lost := t.chain(&nfChain{name: "came_lost"})
+	lost.add(tcpSYN(), back())
+	for _, v6 := range []bool{false, true} {
+		set := tupleKeys[v6].set
+		again.add(keptTuple(set, v6, false), setCtMark(m, m.Inbound))
+		lost.add(keptTuple(set, v6, false), setMetaMark(m, m.Inbound))
+		lost.add(keptTuple(keptSet(v6), v6, false), setMetaMark(m, m.Inbound))
+	}
+	out.add(isProto(unix.IPPROTO_TCP), ctDirection(false), ctMark(m, 0, true), ctNew(), jump("came"))
+	out.add(isProto(unix.IPPROTO_TCP), ctNone(), jump("came_lost"))
+}
+
+// passCame lets out what came_lost has marked.
+func (c *Config) passCame(pass *nfChain) {
+	for _, v6 := range []bool{false, true} {
+		for _, set := range []string{tupleKeys[v6].set, keptSet(v6)} {
+			pass.add(ctNone(), metaMark(c.Marks, c.Marks.Inbound, true), keptTuple(set, v6, false), accept())
+		}
+	}
+}
+
+// keptSet is the set of connections that were open before.
+func keptSet(v6 bool) string {
+	if v6 {
+		return "kept6"
+	}
+	return "kept4"
+}
+
+// changeTuple puts the whole 5-tuple of a packet into a set of such, or takes it out.
+func changeTuple(set string, v6, in bool, op uint32) term {
+	key, loads := tupleOf(v6, in)
+	word := "update"
+	if op == dynsetDelete {
+		word = "delete"
+	}
+	return term{word + " @" + set + " { " + key + " }",
+		append(append(isFamily(v6), loads...), &expr.Dynset{SrcRegKey: 8, SetName: set, Operation: op})}
+}
+
+// tcpEnds matches a FIN or RST.
+func tcpEnds() term {
+	return term{"tcp flags & (fin | rst) != 0", append(l4proto(unix.IPPROTO_TCP),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{0x05}, Xor: []byte{0}}, cmp(expr.CmpOpNeq, []byte{0}))}
+}
+
+// ctExpiresAfter matches flows that conntrack will keep for longer than d without another packet.
+func ctExpiresAfter(d time.Duration) term {
+	return term{"ct expiration > " + nftTime(d), []expr.Any{loadCt(expr.CtKeyEXPIRATION),
+		&expr.Byteorder{SourceRegister: 1, DestRegister: 1, Op: expr.ByteorderHton, Len: 4, Size: 4},
+		cmp(expr.CmpOpGt, be32(uint32(d.Milliseconds())))}}
+}
