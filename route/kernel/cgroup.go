@@ -3,6 +3,7 @@ package kernel
 import (
 	"bytes"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -26,6 +27,32 @@ func cgroupMount() (string, error) {
 	return "", fmt.Errorf("cannot choose by cgroup: no cgroup2 is mounted")
 }
 
+// cgroup looks a path below the mount up. A group that was there before need not be there now: its service may be
+// stopped, and nobody is in it then.
+func (c *Config) cgroup(path string) (cgroup, error) {
+	cg, err := findCgroup(path)
+	if err != nil {
+		if known, ok := c.groups[path]; ok {
+			return known, nil
+		}
+		return cg, err
+	}
+	if c.groups != nil {
+		c.groups[path] = cg
+	}
+	return cg, nil
+}
+
+// madeAnew reports whether a control group that the filter knows has another inode now: a service was restarted.
+func (c *Config) madeAnew() bool {
+	for path, known := range c.groups {
+		if cg, err := findCgroup(path); err == nil && cg.id != known.id {
+			return true
+		}
+	}
+	return false
+}
+
 // findCgroup looks a path below the mount up.
 func findCgroup(path string) (cgroup, error) {
 	mount, err := cgroupMount()
@@ -41,4 +68,32 @@ func findCgroup(path string) (cgroup, error) {
 		return cgroup{}, fmt.Errorf("cannot choose by cgroup %q: there is none below %s", path, mount)
 	}
 	return cgroup{path: rel, level: uint32(strings.Count(rel, "/") + 1), id: st.Ino}, nil
+}
+
+// maxCgroups bounds how many control groups CgroupPath looks at.
+const maxCgroups = 1 << 16
+
+// CgroupPath finds the control group (version 2) whose directory has this inode. The path is below the mount, without a
+// slash at either end; it is empty for the root, and where there is no such group.
+func CgroupPath(inode uint64) (string, error) {
+	mount, err := cgroupMount()
+	if err != nil {
+		return "", err
+	}
+	found, seen := "", 0
+	err = filepath.WalkDir(mount, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.IsDir() {
+			return nil // a group may end while we look
+		}
+		if seen++; seen > maxCgroups {
+			return filepath.SkipAll
+		}
+		var st unix.Stat_t
+		if unix.Stat(path, &st) == nil && st.Ino == inode {
+			found = strings.Trim(strings.TrimPrefix(path, mount), "/")
+			return filepath.SkipAll
+		}
+		return nil
+	})
+	return found, err
 }

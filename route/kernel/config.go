@@ -100,6 +100,8 @@ type Config struct {
 	OwnCgroup string     // our sockets are of this cgroup; "": not asked
 	Kept      []Tuple    // connections of before, see Established
 
+	groups map[string]cgroup // control groups by path, as the filter knows them; see cgroup
+
 	Dir   string        // of the journal; "": /run/viasocks
 	Guard time.Duration // how long after the last Run the TUN still swallows packets, before programs get errors; 0: 10 s
 

@@ -88,6 +88,7 @@ func New(c Config) (_ *Host, err error) {
 
 // open has the sockets and the lock.
 func open(c Config) (_ *Host, err error) {
+	c.groups = map[string]cgroup{}
 	h := &Host{c: c, base: map[string]Counter{}, led: map[int]bool{}, said: map[string]string{}, warnings: map[string]string{}, owned: tableOwner | tablePersist}
 	defer func() {
 		if err != nil {

@@ -143,7 +143,7 @@ func (c *Config) ours() (out []term, err error) {
 		out = append(out, skuid(UIDRange{*c.OwnUID, *c.OwnUID}, true))
 	}
 	if c.OwnCgroup != "" {
-		cg, err := findCgroup(c.OwnCgroup)
+		cg, err := c.cgroup(c.OwnCgroup)
 		if err != nil {
 			return nil, err
 		}
@@ -222,7 +222,7 @@ func (c *Config) terms(s Selection, cgroups bool) (out []term, err error) {
 	}
 	if cgroups {
 		for _, path := range s.Cgroups {
-			cg, err := findCgroup(path)
+			cg, err := c.cgroup(path)
 			if err != nil {
 				return nil, err
 			}

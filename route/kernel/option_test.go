@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"net/netip"
@@ -197,6 +198,57 @@ func TestNoIPv6(t *testing.T) {
 		tun.Close()
 		if after := state(t); after != before {
 			t.Errorf("not as it was:\n%s\n--- before\n%s", after, before)
+		}
+	})
+}
+
+// A service that is restarted gets another control group of the same name. The filter takes it, and can be replaced while
+// there is none.
+func TestCgroupMadeAnew(t *testing.T) {
+	inNamespace(t, func(t *testing.T) {
+		w := newWorld(t)
+		out, from := testCgroup(t, "anew")
+		mount, err := cgroupMount()
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir := filepath.Join(mount, out)
+		for _, include := range []bool{false, true} {
+			c := testConfig(t)
+			c.Guard = time.Second
+			if include {
+				c.Include.Cgroups = []string{out}
+			} else {
+				c.Exclude.Cgroups = []string{out}
+			}
+			h, tun := up(t, c)
+			ctx, cancel := context.WithCancel(context.Background())
+			ran := make(chan struct{})
+			go func() { defer close(ran); h.Run(ctx) }()
+			eventually(t, "the group is empty", func() bool { return os.Remove(dir) == nil })
+			h.mu.Lock()
+			err := h.applyFilter()
+			h.mu.Unlock()
+			if err != nil {
+				t.Errorf("include %v: while the group is gone: %v", include, err)
+			}
+			if err := os.Mkdir(dir, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "the new group is known", func() bool {
+				_ = w.take()
+				_ = from(far4)
+				return (len(w.take()) > 0) == !include
+			})
+			for range 3 {
+				if got := w.passes(!include, func() error { return from(far4) }); got == include {
+					t.Errorf("include %v, of the new group: passed %v", include, got)
+				}
+			}
+			cancel()
+			<-ran
+			down(t, h)
+			tun.Close()
 		}
 	})
 }

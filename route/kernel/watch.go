@@ -297,6 +297,12 @@ func (h *Host) renew() {
 	if !h.shut || h.closed || h.c.Alive != nil && !h.c.Alive() {
 		return
 	}
+	if h.c.madeAnew() {
+		h.c.Log.Info("a control group was made anew: the filter takes the new one")
+		if err := h.applyFilter(); err != nil {
+			h.c.Log.Error("the filter does not know the control group that was made anew", "err", err)
+		}
+	}
 	if err := h.refreshGuard(); err != nil {
 		h.c.Log.Warn("the guard could not be renewed: the filter is set anew", "err", err)
 		if err := h.applyFilter(); err != nil {
