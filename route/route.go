@@ -25,6 +25,9 @@ type Config struct {
 
 	Loops   []*relay.Loop // at least one; run by the caller, until after the Router was closed
 	Sockets flow.Sockets  // nil: it can't be asked whether the app's sockets exist
+	// ComesBack reports whether the socket that began a flow is a proxy's own, so that carrying it would never end: it is
+	// refused. It is called for each new stream and each new mapping, on the frame reader. nil: no proxy's socket can.
+	ComesBack func(flow.Flow) bool
 	// Resolvers answer port 53, by DNS over TCP through the upstream that the rules give them. None: port 53 is a
 	// port like others.
 	Resolvers []netip.AddrPort

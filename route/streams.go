@@ -72,6 +72,10 @@ func (r *Router) HandleStream(req flow.StreamRequest) {
 		f.Start = time.Now()
 	}
 	r.count.streams.Add(1)
+	if r.cfg.ComesBack != nil && r.cfg.ComesBack(f) {
+		r.turnAway(req, f, verdictImpossible, flow.RefuseReset, "refused", errComesBack)
+		return
+	}
 	dest := Dest{Addr: f.Dst}
 	var v *verdict
 	if d := r.dns.Load(); d != nil && f.Dst.Port() == 53 && flow.OneHost(f.Dst.Addr()) {
@@ -133,7 +137,9 @@ func (r *Router) turnAway(req flow.StreamRequest, f flow.Flow, v *verdict, why f
 var (
 	errFull    = errors.New("too many flows")
 	errClosing = errors.New("viasocks is ending")
-	errAppGone = errors.New("the app gave up")
+	// errComesBack: the flow is of a proxy on this host.
+	errComesBack = errors.New("the proxy's own connection came back to it")
+	errAppGone   = errors.New("the app gave up")
 )
 
 func (t *streams) add(s *stream, limit int) error {

@@ -173,6 +173,9 @@ func (r *Router) newMapping(v *verdict, p *flow.Packet, now int64) *mapping {
 	if p.Src.Port() == 0 || !flow.OneHost(p.Src.Addr()) {
 		return nil
 	}
+	if r.cfg.ComesBack != nil && r.cfg.ComesBack(flow.Flow{Proto: flow.UDP, Src: p.Src, Dst: p.Dst}) {
+		return nil
+	}
 	if len(t.all) >= t.most && !r.evict(now) {
 		r.count.mappingsFull.Add(1)
 		r.short(errMappingsFull)

@@ -17,7 +17,8 @@ declare -A groups=(
 		aria2c:aria2 danted:dante-server microsocks:microsocks nginx:nginx vsftpd:vsftpd sshd:openssh-server
 		opentracker:opentracker mktorrent:mktorrent dnsmasq:dnsmasq-base
 		=/lib/systemd/systemd-networkd:systemd dhclient:isc-dhcp-client dhcpcd:dhcpcd-base NetworkManager:network-manager
-		dbus-daemon:dbus conntrack:conntrack"
+		dbus-daemon:dbus conntrack:conntrack nft:nftables
+		socat:socat setpriv:util-linux nsenter:util-linux ss:iproute2"
 	[demo]="make:make git:git =/etc/ssl/certs/ca-certificates.crt:ca-certificates
 		ip:iproute2 sysctl:procps unshare:util-linux curl:curl nft:nftables tcpdump:tcpdump
 		aria2c:aria2 danted:dante-server nginx:nginx vsftpd:vsftpd sshd:openssh-server

@@ -47,6 +47,8 @@ type dialing struct {
 	direct  func(fd int) error // the same for those that go past the proxy; nil: control
 	resolve func(ctx context.Context, host string) ([]netip.Addr, error)
 	allowed *endpoints // nil: sockets may go anywhere
+	// comesBack is route.Config.ComesBack.
+	comesBack func(flow.Flow) bool
 }
 
 // upstream is one that the router has, and what it was made of.
@@ -83,7 +85,7 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 	p.ups = ups
 	if p.router, err = route.New(route.Config{
 		Upstreams: policy.Upstreams, Rules: policy.Rules, Default: policy.Default, Resolvers: policy.Resolvers,
-		Loops: p.loops, Sockets: sockets,
+		Loops: p.loops, Sockets: sockets, ComesBack: dial.comesBack,
 		Log: log,
 	}); err != nil {
 		dev.Close()

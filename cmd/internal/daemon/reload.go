@@ -58,6 +58,8 @@ func (u *up) take(cfg *config.Config) (err error) {
 	if err := u.checkProxies(cfg); err != nil {
 		return err
 	}
+	next := u.excludeLocal(cfg)
+	*cfg = *next
 	// Both the old and the new may be reached while one replaces the other.
 	u.allowed.configure(slices.Concat(old.Upstreams, cfg.Upstreams))
 	if err := u.change(old, cfg); err != nil {

@@ -44,7 +44,7 @@ func startUp(t *testing.T, file string, environ []string) (u *up, write func(str
 	log = &strings.Builder{}
 	e := &env{}
 	e.log = slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: &e.level}))
-	u = &up{UpOptions: UpOptions{Again: func() (*config.Config, error) { return cfg.Again(args, environ) }, Version: "test"}, env: e, first: cfg, cfg: cfg, state: control.Ready, confirm: make(chan struct{}, 1)}
+	u = &up{loops: newLoopGuard(), UpOptions: UpOptions{Again: func() (*config.Config, error) { return cfg.Again(args, environ) }, Version: "test"}, env: e, first: cfg, cfg: cfg, state: control.Ready, confirm: make(chan struct{}, 1)}
 	u.notify = newNotifier(nil, e.log)
 	u.allowed = newEndpoints(e.log)
 	u.allowed.configure(cfg.Upstreams)
@@ -106,7 +106,7 @@ func TestReload(t *testing.T) {
 }
 
 func TestConfirmTwice(t *testing.T) {
-	u := &up{state: control.Ready, confirm: make(chan struct{}, 1)}
+	u := &up{loops: newLoopGuard(), state: control.Ready, confirm: make(chan struct{}, 1)}
 	if err := u.confirmed(); err == nil || err.Error() != "there is nothing to confirm: it is ready" {
 		t.Error(err)
 	}
@@ -226,7 +226,7 @@ func TestNotOurs(t *testing.T) {
 }
 
 func TestCheckProxies(t *testing.T) {
-	u := &up{env: &env{log: slog.New(slog.DiscardHandler)}}
+	u := &up{loops: newLoopGuard(), env: &env{log: slog.New(slog.DiscardHandler)}}
 	for url, want := range map[string]string{
 		"socks5://198.18.0.1":                      "cannot use the proxy socks5://198.18.0.1:1080: its address is inside 198.18.0.0/15, which viasocks uses itself",
 		"socks5://[fd76:6961:736f:636b::2]:9":      "inside fd76:6961:736f:636b::/64",

@@ -38,6 +38,7 @@ type up struct {
 	hup     chan struct{}           // read the configuration again
 	network *settling               // the way to the proxy may be another one
 	tun     tended
+	loops   *loopGuard
 	confirm chan struct{}
 	rebuilt []time.Time
 
@@ -82,7 +83,7 @@ func Up(cfg *config.Config, o UpOptions) error {
 	defer stop(nil)
 	u := &up{
 		UpOptions: o, env: e, first: cfg, cfg: cfg, state: control.Starting, since: time.Now(),
-		stop: stop, hup: make(chan struct{}, 1), network: newSettling(), tun: tended{news: make(chan struct{}, 1)}, confirm: make(chan struct{}, 1),
+		stop: stop, hup: make(chan struct{}, 1), network: newSettling(), tun: tended{news: make(chan struct{}, 1)}, loops: newLoopGuard(), confirm: make(chan struct{}, 1),
 	}
 	u.notify = newNotifier(o.Environ, e.log)
 	defer u.notify.close()
@@ -130,9 +131,14 @@ func (u *up) run(ctx context.Context) (err error) {
 	u.allowed = newEndpoints(u.log)
 	u.allowed.configure(cfg.Upstreams)
 	u.dial = markedDialing(cfg.Mark, kernel.MarksFrom(cfg.Mark, cfg.Mask).Direct, u.allowed)
+	u.dial.comesBack = u.loops.comesBack
 	if err := u.checkProxies(cfg); err != nil {
 		return err
 	}
+	cfg = u.excludeLocal(cfg)
+	u.mu.Lock()
+	u.first, u.cfg = cfg, cfg
+	u.mu.Unlock()
 	h, err := newHost(cfg, u.pulse.fresh, u.network.changed, u.log)
 	if err != nil {
 		return err
@@ -276,6 +282,7 @@ func (u *up) live(ctx context.Context) error {
 	defer unguard()
 	guards.Go(func() { u.notify.guard(guard, u.look) })
 	guards.Go(func() { u.pulse.run(guard, u.look, u.network.changed) })
+	guards.Go(func() { u.loops.run(guard) })
 	defer u.watchTUN()()
 	waiter := u.newWaiter(guard, &guards)
 	defer waiter.close()
@@ -307,6 +314,8 @@ func (u *up) live(ctx context.Context) error {
 				u.plane.renew() // what could not be reached is tried anew
 				u.ready()
 			}
+		case p := <-u.loops.seen:
+			u.stopLoop(p)
 		case <-u.network.news:
 			u.network.noted()
 		case <-u.network.due:

@@ -1,0 +1,181 @@
+package daemon
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"path"
+	"slices"
+	"strings"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/route/kernel"
+	"github.com/viasocks/viasocks/socks"
+	"github.com/viasocks/viasocks/tun/netns"
+)
+
+// A proxy on this host is a program like any other: `up` would lead its connections to the TUN, and from there back to
+// the proxy, which would make the next one. What it sends must go past viasocks. Where it has a control group or a user
+// of its own, that is excluded by itself; else the user must choose, and until then loopGuard refuses what comes back.
+
+// localProxy is a proxy that listens on this host, or will.
+type localProxy struct {
+	server string // as in messages
+	at     netip.AddrPort
+	owner  netns.Owner // of the listening socket; its zero value: nobody listens yet
+	cgroup string      // below the root of version 2; "": unknown, or the root
+	exe    string      // of a process that listens; "": it cannot be seen
+}
+
+func (p *localProxy) String() string {
+	who := fmt.Sprintf("user %d", p.owner.UID)
+	if p.exe != "" {
+		who = fmt.Sprintf("%s, user %d", p.exe, p.owner.UID)
+	}
+	return fmt.Sprintf("the proxy %s runs on this host (%s)", p.server, who)
+}
+
+// The users that Debian and others make for one service each. Those below are shared, those above are people.
+const firstServiceUser, lastServiceUser = 100, 999
+
+// serviceCgroup is the control group where it is that of one service; "": it is not.
+func (p *localProxy) serviceCgroup() string {
+	unit := path.Base(p.cgroup)
+	if !strings.HasSuffix(unit, ".service") || strings.HasPrefix(unit, "user@") {
+		return "" // a session, a container, or all of a user's programs
+	}
+	return p.cgroup
+}
+
+// excludedBy reports whether what the proxy sends is excluded already by its user or control group.
+func (p *localProxy) excludedBy(x *config.Selection) bool {
+	return slices.ContainsFunc(x.UIDs, func(r config.Range[uint32]) bool { return r.First <= p.owner.UID && p.owner.UID <= r.Last }) ||
+		slices.ContainsFunc(x.Cgroups, func(c string) bool { return p.cgroup == c || strings.HasPrefix(p.cgroup, c+"/") })
+}
+
+// exclude adds to x what the proxy has to itself, and says what; "": it shares its user and control group with others.
+func (p *localProxy) exclude(x *config.Selection) string {
+	if c := p.serviceCgroup(); c != "" {
+		x.Cgroups = append(slices.Clone(x.Cgroups), c)
+		return "control group " + c
+	}
+	if uid := p.owner.UID; uid >= firstServiceUser && uid <= lastServiceUser {
+		x.UIDs = append(slices.Clone(x.UIDs), config.Range[uint32]{First: uid, Last: uid})
+		return fmt.Sprintf("user %d", uid)
+	}
+	return ""
+}
+
+// hint is what to do about a proxy that has nothing to itself.
+func (p *localProxy) hint() string {
+	return fmt.Sprintf("exclude what it sends: --exclude with the addresses that it connects to, --exclude-uid %d if nobody else is that user, "+
+		"or start it as a service of its own, whose control group is excluded by itself: systemd-run --unit=proxy COMMAND", p.owner.UID)
+}
+
+// besideLocal is cfg with what proxies on this host need excluded. What it adds is logged, and shown by status among what
+// is excluded. watched are all of them that may come back: one that has nothing to itself, one that is not there yet, and
+// one whose control group may be made anew when its service is restarted.
+func (u *up) besideLocal(cfg *config.Config) (_ *config.Config, watched []localProxy) {
+	next := *cfg
+	for _, p := range u.localProxies(cfg) {
+		if p.owner != (netns.Owner{}) && !p.excludedBy(&next.Host.Exclude) {
+			if what := p.exclude(&next.Host.Exclude); what != "" {
+				u.log.Info(p.String()+": what it sends goes past viasocks", "excluded", what)
+			}
+		}
+		watched = append(watched, p)
+	}
+	return &next, watched
+}
+
+// localProxies finds the proxies of cfg that listen on this host now.
+func (u *up) localProxies(cfg *config.Config) (out []localProxy) {
+	diag, err := netns.OpenDiag()
+	if err != nil {
+		u.log.Debug("proxies on this host cannot be looked for", "err", err)
+		return nil
+	}
+	defer diag.Close()
+	for _, up := range cfg.Upstreams {
+		for _, a := range u.proxyAddrs(up.Server) {
+			if !onThisHost(a) {
+				continue
+			}
+			p := localProxy{server: up.Server.String(), at: netip.AddrPortFrom(a, up.Server.Port())}
+			p.find(diag)
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// find looks for who listens.
+func (p *localProxy) find(diag *netns.Diag) {
+	o, found, err := diag.Listener(p.at)
+	if err != nil || !found || o.Inode == p.owner.Inode {
+		return
+	}
+	p.owner, p.exe, p.cgroup = o, "", ""
+	if pids := holders(o.Inode); len(pids) > 0 {
+		p.exe = exeOf(pids[0])
+	}
+	if o.Cgroup != 0 {
+		p.cgroup, _ = kernel.CgroupPath(o.Cgroup)
+	}
+}
+
+// proxyAddrs are the addresses of a proxy as far as they are known; nothing is asked.
+func (u *up) proxyAddrs(s socks.Server) (out []netip.Addr) {
+	host := strings.TrimSuffix(s.Host(), ".")
+	if a, err := netip.ParseAddr(host); err == nil {
+		return []netip.Addr{a.Unmap()}
+	}
+	if host == "localhost" || strings.HasSuffix(host, ".localhost") { // RFC 6761 6.3
+		return []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()}
+	}
+	for _, e := range u.allowed.of(s.String()) {
+		out = append(out, e.Addr.Addr())
+	}
+	return out
+}
+
+// onThisHost reports whether a is an address of this network namespace.
+func onThisHost(a netip.Addr) bool {
+	if a.IsLoopback() || a.IsUnspecified() {
+		return true
+	}
+	addrs, err := net.InterfaceAddrs()
+	return err == nil && slices.ContainsFunc(addrs, func(n net.Addr) bool {
+		p, err := netip.ParsePrefix(n.String())
+		return err == nil && p.Addr().Unmap() == a.WithZone("")
+	})
+}
+
+// excludeLocal is cfg with what proxies on this host need excluded. They are watched from here on.
+func (u *up) excludeLocal(cfg *config.Config) *config.Config {
+	next, watched := u.besideLocal(cfg)
+	u.loops.watch(watched)
+	return next
+}
+
+// stopLoop is told that connections of a proxy came back to it: they are refused from now on. A proxy that began after
+// us may have a control group or a user to itself, and is excluded then.
+func (u *up) stopLoop(p localProxy) {
+	next, watched := u.besideLocal(u.config())
+	for _, q := range watched {
+		if q.at != p.at || !q.excludedBy(&next.Host.Exclude) {
+			continue
+		}
+		// Also where the names are the same as before: the kernel knows a control group by its inode.
+		if err := u.host.Change(kernelConfig(next, u.log)); err != nil {
+			u.log.Error("cannot exclude what the proxy on this host sends", "err", err)
+			return
+		}
+		u.mu.Lock()
+		u.cfg = next
+		u.mu.Unlock()
+		u.loops.watch(watched)
+		return
+	}
+	u.warning(p.String() + ", and its own connections come back to it: they are refused. To mend it, " + p.hint())
+}

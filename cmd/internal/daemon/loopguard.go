@@ -1,0 +1,131 @@
+package daemon
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/tun/netns"
+)
+
+// loopGuard notices when connections of a proxy on this host come back to it, and refuses them then. Without such a proxy
+// it costs a flow nothing. Until a loop was seen it looks at samples, beside the data plane: a flow costs one attempt to
+// queue it.
+type loopGuard struct {
+	watched atomic.Pointer[[]localProxy] // nil: none
+	looping atomic.Bool
+	samples chan flow.Flow
+	seen    chan localProxy // a loop was seen
+
+	mu       sync.Mutex // over the following: see processesOf
+	pids     []string
+	listener uint32
+	listed   time.Time
+}
+
+// The least and the most time between two looks at a sample: each may read all of /proc.
+const sampleOften, sampleSeldom = 20 * time.Millisecond, time.Second
+
+func newLoopGuard() *loopGuard {
+	return &loopGuard{samples: make(chan flow.Flow, 8), seen: make(chan localProxy, 1)}
+}
+
+// watch takes the proxies to look for, and begins anew.
+func (g *loopGuard) watch(proxies []localProxy) {
+	g.looping.Store(false)
+	if len(proxies) == 0 {
+		g.watched.Store(nil)
+		return
+	}
+	g.watched.Store(&proxies)
+}
+
+// comesBack reports whether a flow is a proxy's own. It is for route.Config.ComesBack.
+func (g *loopGuard) comesBack(f flow.Flow) bool {
+	if g.watched.Load() == nil {
+		return false
+	}
+	if !g.looping.Load() {
+		select {
+		case g.samples <- f:
+		default:
+		}
+		return false
+	}
+	diag, err := netns.OpenDiag()
+	if err != nil {
+		return false
+	}
+	defer diag.Close()
+	_, own := g.ownerOf(diag, f)
+	return own
+}
+
+// ownerOf finds the proxy that made the flow's socket: the process that listens, or a child of it.
+func (g *loopGuard) ownerOf(diag *netns.Diag, f flow.Flow) (localProxy, bool) {
+	watched := g.watched.Load()
+	if watched == nil {
+		return localProxy{}, false
+	}
+	o, found, err := diag.Owner(uint8(f.Proto), f.Src, f.Dst)
+	if err != nil || !found {
+		return localProxy{}, false
+	}
+	for _, p := range *watched {
+		p.find(diag) // it may have been started since
+		if p.owner == (netns.Owner{}) || o.Cgroup != p.owner.Cgroup {
+			continue
+		}
+		if slices.ContainsFunc(g.processesOf(p.owner.Inode), func(pid string) bool { return hasSocket(pid, o.Inode) }) {
+			return p, true
+		}
+	}
+	return localProxy{}, false
+}
+
+// processesOf lists those that have the listening socket open, and their descendants, as of a second ago at most: to find
+// them all of /proc is read.
+func (g *loopGuard) processesOf(listener uint32) []string {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.listener != listener || time.Since(g.listed) > time.Second {
+		g.pids, g.listener, g.listed = descendants(holders(listener)), listener, time.Now()
+	}
+	return g.pids
+}
+
+// run looks at samples until ctx ends.
+func (g *loopGuard) run(ctx context.Context) {
+	diag, err := netns.OpenDiag()
+	if err != nil {
+		return
+	}
+	defer diag.Close()
+	pause := sampleOften
+	for {
+		var f flow.Flow
+		select {
+		case <-ctx.Done():
+			return
+		case f = <-g.samples:
+		}
+		if p, own := g.ownerOf(diag, f); own && !g.looping.Swap(true) {
+			select {
+			case g.seen <- p:
+			default:
+			}
+			pause = sampleOften
+		}
+		t := time.NewTimer(pause)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return
+		case <-t.C:
+		}
+		pause = min(pause+pause/8, sampleSeldom)
+	}
+}

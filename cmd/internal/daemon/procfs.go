@@ -1,0 +1,91 @@
+package daemon
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+)
+
+// Other users' processes show what they have open only with CAP_SYS_PTRACE: without it they are passed over here.
+
+// holders lists the processes that have the socket with this inode open.
+func holders(inode uint32) (pids []string) {
+	for _, pid := range processes() {
+		if hasSocket(pid, inode) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// descendants adds to pids their children, and the children of these.
+func descendants(pids []string) []string {
+	children := map[string][]string{}
+	for _, pid := range processes() {
+		if p := parent(pid); p != "" {
+			children[p] = append(children[p], pid)
+		}
+	}
+	out := slices.Clone(pids)
+	for i := 0; i < len(out); i++ {
+		for _, c := range children[out[i]] {
+			if !slices.Contains(out, c) {
+				out = append(out, c)
+			}
+		}
+	}
+	return out
+}
+
+// processes lists all process ids.
+func processes() []string {
+	d, err := os.Open("/proc")
+	if err != nil {
+		return nil
+	}
+	defer d.Close()
+	names, _ := d.Readdirnames(-1)
+	return slices.DeleteFunc(names, func(name string) bool {
+		_, err := strconv.Atoi(name)
+		return err != nil
+	})
+}
+
+// parent is the process id of a process's parent; "": it has ended.
+func parent(pid string) string {
+	b, err := os.ReadFile(filepath.Join("/proc", pid, "stat"))
+	if err != nil {
+		return ""
+	}
+	// proc_pid_stat(5): the name in parentheses may hold anything; state and parent follow it.
+	f := bytes.Fields(b[bytes.LastIndexByte(b, ')')+1:])
+	if len(f) < 2 {
+		return ""
+	}
+	return string(f[1])
+}
+
+// exeOf is the executable of a process; "": it is not ours to see.
+func exeOf(pid string) string {
+	exe, _ := os.Readlink(filepath.Join("/proc", pid, "exe"))
+	return exe
+}
+
+// hasSocket reports whether a process has the socket with this inode open.
+func hasSocket(pid string, inode uint32) bool {
+	dir := filepath.Join("/proc", pid, "fd")
+	d, err := os.Open(dir)
+	if err != nil {
+		return false
+	}
+	defer d.Close()
+	names, _ := d.Readdirnames(-1)
+	want := fmt.Sprintf("socket:[%d]", inode)
+	return slices.ContainsFunc(names, func(name string) bool {
+		link, err := os.Readlink(filepath.Join(dir, name))
+		return err == nil && link == want
+	})
+}
