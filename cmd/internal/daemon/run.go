@@ -49,7 +49,7 @@ func Run(cfg *config.Config, environ []string, stdin, stdout, stderr *os.File) (
 	child, err := netns.Spawn(ctx, netns.Spec{
 		Argv: cfg.Program, Env: programEnv(environ, cfg.KeepProxyEnv),
 		Stdin: stdin, Stdout: stdout, Stderr: stderr,
-		TUN:        netns.TUNOptions{MTU: cfg.MTU, VnetHdr: cfg.Offload != tun.OffloadOff, Queues: tun.Queues},
+		TUN:        netns.TUNOptions{MTU: cfg.MTU, VnetHdr: true, Queues: tun.Queues},
 		Addrs:      tunAddrs,
 		Nameserver: []netip.Addr{nameserver},
 		// The shell that started us has to see it when the program stops.
