@@ -11,7 +11,7 @@ import (
 )
 
 // plainDevice is a TUN without the offload header. Each frame is one packet, which the wireguard device reads and writes itself.
-// This is the fallback where the kernel, or the user, has no offloads: it has one queue, and each frame is copied once.
+// This is the fallback for an interface that was made without the header: it has one queue, and each frame is copied once.
 type plainDevice struct {
 	h      *handle
 	name   string
