@@ -210,7 +210,9 @@ func (s *stream) dialed(fd int, err error) {
 		s.finish("aborted", 0, 0, errReplaced)
 		return
 	}
-	s.look() // now that the app surely has its socket
+	if r.cfg.Sockets != nil && r.cfg.Sockets.Forwards() {
+		s.look() // the app surely has its socket now: if it is not found later, it is gone and not a guest's
+	}
 	s.loop = r.pickLoop()
 	r.streams.mu.Lock()
 	closing := r.streams.closing

@@ -1,6 +1,7 @@
 package route
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"sync"
@@ -30,6 +31,12 @@ func (s *fakeSockets) Exists(_ flow.Proto, src, _ netip.AddrPort) (bool, error) 
 		return true, nil
 	}
 	return false, s.err
+}
+
+func (s *fakeSockets) Forwards() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return errors.Is(s.err, flow.ErrForwarded)
 }
 
 func (s *fakeSockets) BoundUDP(visit func(netip.AddrPort)) error {

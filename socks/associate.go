@@ -39,7 +39,7 @@ type Association struct {
 // associated makes an Association of a granted dial. The descriptor stays in the loop.
 func (p *dial) associated() {
 	server := p.addrs[p.at]
-	relay, repaired := repairRelay(p.hs.Bound(), server, p.d.opts.CanBePeer, onHost)
+	relay, repaired := repairRelay(p.hs.Bound(), server, p.d.opts.CanBePeer, OnHost)
 	if repaired {
 		p.d.log.Debug("relay address repaired", "server", p.c.server, "answered", p.hs.Bound().String(), "used", relay.String())
 	}
@@ -217,8 +217,9 @@ func repairRelay(bound Addr, server netip.AddrPort, canBePeer, onHost func(netip
 	return netip.AddrPortFrom(ip, port), repaired
 }
 
-// onHost reports whether ip is an address of this host. What cannot be found out is taken for one.
-func onHost(ip netip.Addr) bool {
+// OnHost reports whether ip is an address of the calling thread's network namespace. What cannot be found out is taken for
+// one.
+func OnHost(ip netip.Addr) bool {
 	if ip.IsLoopback() {
 		return true
 	}

@@ -83,7 +83,7 @@ func TestRepairRelay(t *testing.T) {
 
 func TestOnHost(t *testing.T) {
 	for a, want := range map[string]bool{"127.0.0.1": true, "127.9.9.9": true, "::1": true, "203.0.113.77": false, "2001:db8::77": false} {
-		if got := onHost(netip.MustParseAddr(a)); got != want {
+		if got := OnHost(netip.MustParseAddr(a)); got != want {
 			t.Errorf("%s: %v", a, got)
 		}
 	}
@@ -93,7 +93,7 @@ func TestOnHost(t *testing.T) {
 	}
 	for _, a := range all {
 		ip, _ := netip.AddrFromSlice(a.(*net.IPNet).IP)
-		if !onHost(ip.Unmap()) {
+		if !OnHost(ip.Unmap()) {
 			t.Errorf("%v is an address of this host", ip)
 		}
 	}

@@ -30,6 +30,8 @@ func (f *fakeSockets) Exists(p flow.Proto, src, dst netip.AddrPort) (bool, error
 	return !f.gone.Load(), f.err
 }
 
+func (f *fakeSockets) Forwards() bool { return false }
+
 func (f *fakeSockets) BoundUDP(func(netip.AddrPort)) error {
 	panic("the stack has no UDP sockets to ask about")
 }

@@ -68,6 +68,8 @@ type Sockets interface {
 	// BoundUDP calls visit with the local endpoint of each UDP socket: one question for all of them. The address is
 	// unspecified, of either family, where a socket is bound to every address.
 	BoundUDP(visit func(local netip.AddrPort)) error
+	// Forwards reports whether Exists may answer ErrForwarded.
+	Forwards() bool
 }
 
 // ErrForwarded is the answer about a socket that was not found on a host which forwards for others (virtual machines,

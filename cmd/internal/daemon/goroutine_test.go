@@ -36,6 +36,7 @@ func ours() (n int, stacks string) {
 type present struct{}
 
 func (present) Exists(flow.Proto, netip.AddrPort, netip.AddrPort) (bool, error) { return true, nil }
+func (present) Forwards() bool                                                  { return false }
 func (present) BoundUDP(func(netip.AddrPort)) error                             { return nil }
 
 // A thousand dials that wait for the proxy and a thousand connections that wait for nothing have no goroutine.

@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"fmt"
-	"net"
 	"net/netip"
 	"path"
 	"slices"
@@ -98,7 +97,7 @@ func (u *up) localProxies(cfg *config.Config) (out []localProxy) {
 	defer diag.Close()
 	for _, up := range cfg.Upstreams {
 		for _, a := range u.proxyAddrs(up.Server) {
-			if !onThisHost(a) {
+			if !a.IsUnspecified() && !socks.OnHost(a) {
 				continue
 			}
 			p := localProxy{server: up.Server.String(), at: netip.AddrPortFrom(a, up.Server.Port())}
@@ -137,18 +136,6 @@ func (u *up) proxyAddrs(s socks.Server) (out []netip.Addr) {
 		out = append(out, e.Addr.Addr())
 	}
 	return out
-}
-
-// onThisHost reports whether a is an address of this network namespace.
-func onThisHost(a netip.Addr) bool {
-	if a.IsLoopback() || a.IsUnspecified() {
-		return true
-	}
-	addrs, err := net.InterfaceAddrs()
-	return err == nil && slices.ContainsFunc(addrs, func(n net.Addr) bool {
-		p, err := netip.ParsePrefix(n.String())
-		return err == nil && p.Addr().Unmap() == a.WithZone("")
-	})
 }
 
 // excludeLocal is cfg with what proxies on this host need excluded. They are watched from here on.

@@ -27,6 +27,9 @@ func (d diagSockets) Exists(proto flow.Proto, src, dst netip.AddrPort) (bool, er
 	return ok, err
 }
 
+// Forwards implements flow.Sockets.
+func (d diagSockets) Forwards() bool { return d.guests.on() }
+
 // forwarding tells whether the host forwards packets. It looks at the kernel's settings now and then.
 type forwarding struct {
 	dir string // /proc/sys/net, but in tests
