@@ -41,8 +41,8 @@ func newHandle(fd int, o Options) (*handle, error) {
 }
 
 // drain reads the events until the device is closed: its goroutines would wait for a reader otherwise. What an event says is not
-// passed on. The library's netlink watch reports a link that went down as a change of the MTU, unless the link came up in the same
-// message. Only its zero-length write, once a second, says "down"; on a detached queue this write does nothing else.
+// passed on, because the library reports a link that went down as a change of its MTU: findings/wireguard-tun-never-says-down.sh
+// shows and explains this. The library also writes no bytes to the queue once a second; that does nothing.
 func (h *handle) drain(onLink func()) {
 	defer close(h.drained)
 	for range h.dev.Events() {
