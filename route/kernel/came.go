@@ -95,8 +95,11 @@ func keptSet(v6 bool) string {
 func changeTuple(set string, v6, in bool, op uint32) term {
 	key, loads := tupleOf(v6, in)
 	word := "update"
-	if op == dynsetDelete {
-		word = "delete"
+	if op == dynsetDelete { // nft(8) adds the family by itself to an update only
+		word = "meta protocol ip delete"
+		if v6 {
+			word = "meta protocol ip6 delete"
+		}
 	}
 	return term{word + " @" + set + " { " + key + " }",
 		append(append(isFamily(v6), loads...), &expr.Dynset{SrcRegKey: 8, SetName: set, Operation: op})}
