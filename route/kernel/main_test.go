@@ -158,7 +158,7 @@ func settled(t *testing.T) {
 }
 
 // noted is what the filter itself puts into its sets.
-var noted = regexp.MustCompile(`(?s)(set (?:spoke|served|fwd_|dhcp)\w* \{[^}]*?)\n\s*elements = \{.*?\}`)
+var noted = regexp.MustCompile(`(?s)(set (?:spoke|served|came|fwd_|dhcp)\w* \{[^}]*?)\n\s*elements = \{.*?\}`)
 
 // state is everything that Steer may change.
 func state(t *testing.T) string {

@@ -13,7 +13,7 @@ var (
 	nftOwner  = regexp.MustCompile(`(?m)^\s*flags owner.*\n|^\s*\n| # progname .*$`) // who made it, not what it does
 	nftLapses = regexp.MustCompile(` expires \w+`)
 	// what the filter itself puts into its sets
-	nftNoted = regexp.MustCompile(`(?s)(set (?:spoke|served|fwd_|dhcp)\w* \{[^}]*?)\n\s*elements = \{.*?\}`)
+	nftNoted = regexp.MustCompile(`(?s)(set (?:spoke|served|came|fwd_|dhcp)\w* \{[^}]*?)\n\s*elements = \{.*?\}`)
 )
 
 // nftWords say what nft(8) shows of a rule that was not typed, but encoded, as it would show it if it had been typed.
