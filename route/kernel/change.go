@@ -37,6 +37,9 @@ func (h *Host) become(c Config) error {
 		return err
 	}
 	h.st.see(l)
+	if err := h.keep(); err != nil {
+		return err
+	}
 	h.tellServed()
 	if err := h.applyFilter(); err != nil {
 		return err

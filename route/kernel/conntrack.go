@@ -143,3 +143,35 @@ func firstEphemeral() uint16 {
 	}
 	return lo
 }
+
+// keep chooses among the connections that were open before: with CarryInbound, those from outside keep their direct
+// answers only if this host's end has an address of an excluded device.
+func (h *Host) keep() error {
+	h.st.kept = h.c.Kept
+	if !h.c.CarryInbound {
+		return nil
+	}
+	spared := map[netip.Addr]bool{}
+	for _, d := range h.c.Exclude.Devices {
+		k, err := h.nl.LinkByName(d)
+		if err != nil {
+			continue // the device need not be there yet
+		}
+		addrs, err := h.nl.AddrList(k, netlink.FAMILY_ALL)
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return fmt.Errorf("cannot list the addresses of %s: %w", d, err)
+		}
+		for _, a := range addrs {
+			if ip, ok := netip.AddrFromSlice(a.IP); ok {
+				spared[ip.Unmap()] = true
+			}
+		}
+	}
+	h.st.kept = nil
+	for _, t := range h.c.Kept {
+		if t.Out || spared[t.Local.Addr().Unmap().WithZone("")] {
+			h.st.kept = append(h.st.kept, t)
+		}
+	}
+	return nil
+}

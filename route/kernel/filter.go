@@ -58,6 +58,7 @@ type filterState struct {
 	lan     []lanNet
 	near    []lanNet // see links
 	ends    []Endpoint
+	kept    []Tuple  // connections that were open before, see Host.keep
 	guard   bool     // programs' packets may go to the TUN
 	devices []string // with Strict: those that lead out
 	router  bool     // this host sends router advertisements
@@ -125,9 +126,9 @@ func tupleSets(kept []Tuple, out bool) (set4, set6 []nfElem) {
 	return set4, set6
 }
 
-func (c *Config) keptSets() (sets []*nfSet) {
+func keptSets(kept []Tuple) (sets []*nfSet) {
 	for _, name := range []string{"kept", "old"} {
-		set4, set6 := tupleSets(c.Kept, name == "old")
+		set4, set6 := tupleSets(kept, name == "old")
 		sets = append(sets,
 			&nfSet{name: name + "4", keyText: "inet_proto . ipv4_addr . inet_service . ipv4_addr . inet_service", keyType: concat(typeProto, typeIP4, typePort, typeIP4, typePort), keyLen: 20, elems: set4},
 			&nfSet{name: name + "6", keyText: "inet_proto . ipv6_addr . inet_service . ipv6_addr . inet_service", keyType: concat(typeProto, typeIP6, typePort, typeIP6, typePort), keyLen: 44, elems: set6})
@@ -191,7 +192,7 @@ func (c *Config) inetTable(st filterState) (*nfTable, error) {
 		t.counters = append(t.counters, wasZero)
 	}
 	guard := &nfSet{name: guardSet, keyText: "ifname", keyType: typeIfname, keyLen: unix.IFNAMSIZ, timeout: true, elems: c.guardElems(st.guard)}
-	t.sets = append(append(c.ownSets(st.ends), guard), c.keptSets()...)
+	t.sets = append(append(c.ownSets(st.ends), guard), keptSets(st.kept)...)
 	for _, s := range c.memorySets() {
 		s.elems = st.memory[s.name]
 		t.sets = append(t.sets, s)

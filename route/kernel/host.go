@@ -80,6 +80,9 @@ func New(c Config) (_ *Host, err error) {
 		return nil, err
 	}
 	h.recallSysctls()
+	if err := h.keep(); err != nil {
+		return nil, err
+	}
 	if err := h.watchEvents(); err != nil {
 		return nil, err
 	}

@@ -91,9 +91,11 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 	if !c.Include.empty() { // the same; an answer to what came out of the TUN stays what it is
 		out.add(ctDirection(false), ctMark(m, m.Captured, true), anybody, setCtMark(m, 0))
 	}
-	if !c.CarryInbound {
+	if c.keepsInbound() {
 		out.add(keptTuple("kept4", false, false), setCtMark(m, m.Inbound))
 		out.add(keptTuple("kept6", true, false), setCtMark(m, m.Inbound))
+	}
+	if !c.CarryInbound {
 		out.add(ctDirection(true), ctMark(m, 0, true), jump("answer"))
 	}
 	if c.keepsInbound() {

@@ -138,37 +138,75 @@ func TestInbound(t *testing.T) {
 	}
 }
 
-// A server that speaks first over a connection that nobody had tracked before `up`.
+// A server speaks first over connections that nobody had tracked before `up`. With CarryInbound only those that have an
+// address of an excluded device are answered directly, also after the choice was changed.
 func TestServerFirst(t *testing.T) {
-	inNamespace(t, func(t *testing.T) {
-		w := newWorld(t)
-		w.in(func() { ip(t, "route replace 198.51.100.2/32 dev eth0p src "+far4) })
-		l, err := net.Listen("tcp", ":2222")
-		if err != nil {
-			t.Fatal(err)
+	for _, tt := range []struct {
+		name    string
+		carry   bool
+		exclude string
+		want    bool
+	}{
+		{"keep", false, "", true},
+		{"carry", true, "", false},
+		{"carry, the device is excluded", true, "eth0", true},
+		{"carry, another device is excluded", true, "br0", false},
+	} {
+		for _, changed := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, changed %v", tt.name, changed), func(t *testing.T) {
+				inNamespace(t, func(t *testing.T) {
+					w := newWorld(t)
+					w.in(func() {
+						ip(t, "route replace 198.51.100.2/32 dev eth0p src "+far4, "-6 route replace 2001:db8:1::2/128 dev eth0p src "+far6)
+					})
+					l, err := net.Listen("tcp", ":2222")
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer l.Close()
+					var servers []net.Conn
+					for _, host := range []string{"198.51.100.2:2222", "[2001:db8:1::2]:2222"} {
+						var client net.Conn
+						w.in(func() { client, err = net.Dial("tcp", host) })
+						if err != nil {
+							t.Fatal(err)
+						}
+						defer client.Close()
+						in, err := l.Accept()
+						if err != nil {
+							t.Fatal(err)
+						}
+						defer in.Close()
+						servers = append(servers, in)
+					}
+					c := testConfig(t)
+					c.Kept, _ = Established()
+					choice := c
+					choice.CarryInbound = tt.carry
+					if tt.exclude != "" {
+						choice.Exclude.Devices = []string{tt.exclude}
+					}
+					if !changed {
+						c = choice
+					}
+					h, tun := up(t, c)
+					if changed {
+						if err := h.Change(choice); err != nil {
+							t.Fatal(err)
+						}
+					}
+					for _, s := range servers {
+						send := func() error { _, err := s.Write([]byte("hello")); return err }
+						if got := w.passes(tt.want, send); got != tt.want {
+							t.Errorf("to %v: left directly: %v, want %v", s.RemoteAddr(), got, tt.want)
+						}
+					}
+					down(t, h)
+					tun.Close()
+				})
+			})
 		}
-		defer l.Close()
-		var out net.Conn
-		w.in(func() { out, err = net.Dial("tcp", "198.51.100.2:2222") })
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer out.Close()
-		in, err := l.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer in.Close()
-		c := testConfig(t)
-		c.Kept, _ = Established()
-		h, tun := up(t, c)
-		_, _ = in.Write([]byte("hello"))
-		if err := hello(out); err != nil {
-			t.Errorf("nothing came: %v", err)
-		}
-		down(t, h)
-		tun.Close()
-	})
+	}
 }
 
 // A container behind a bridge: its published port is reached, what it dials is captured or refused.

@@ -90,12 +90,9 @@ func newHost(cfg *config.Config, alive func() bool, network func(), log *slog.Lo
 	} else {
 		k.Direct = false
 	}
-	if !k.CarryInbound || len(k.Exclude.Devices) > 0 {
-		kept, err := kernel.Established()
-		if err != nil {
-			return nil, err
-		}
-		k.Kept = kept
+	var err error
+	if k.Kept, err = kernel.Established(); err != nil {
+		return nil, err
 	}
 	h, err := kernel.New(k)
 	if err != nil {

@@ -28,15 +28,15 @@ func TestExcludedDeviceInbound(t *testing.T) {
 			}
 			w.proxy(proxy4 + ":1080")
 			before := map[string]net.Conn{}
-			for _, out := range outside {
-				if o.flags != nil { // what was open before is kept only with --inbound keep
-					break
-				}
+			quiet := map[string]func(*world) error{} // the first word is said after up
+			for i, out := range outside {
 				s, err := w.login(out.client, out.host)
 				if err != nil {
 					t.Fatal(err)
 				}
 				before[out.name] = s
+				quiet[out.name+", the server speaks first"] = w.silentOn(uint16(2200+2*i), out.client, out.host, 1, false)
+				quiet[out.name+", the client speaks first"] = w.silentOn(uint16(2201+2*i), out.client, out.host, 1, true)
 			}
 			check := func(when string, carried bool) {
 				t.Helper()
@@ -49,6 +49,11 @@ func TestExcludedDeviceInbound(t *testing.T) {
 				}
 			}
 			d := w.up(append([]string{"--proxy", proxyURL, "--exclude-device", "eth0"}, o.flags...)...)
+			for name, speak := range quiet {
+				if err := speak(w); err != nil {
+					t.Errorf("opened before up, %s: %v", name, err)
+				}
+			}
 			check("up", true)
 			d.kill()
 			check("killed", false)
