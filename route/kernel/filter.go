@@ -14,7 +14,7 @@ const (
 	countDNS       = "refused_dns"         // the same to port 53
 	countMulticast = "refused_multicast"   // multicast and broadcast
 	countDead      = "refused_no_daemon"   // to the TUN, and nobody reads it
-	countForward   = "refused_forward"     // of others, through this host
+	countForward   = "refused_forward"     // forwarded by this host
 	countPost      = "refused_postrouting" // rerouted behind the other chains
 	countLAN       = "refused_lan_to_tun"  // from outside to the TUN's address
 	countARP       = "refused_arp"
@@ -221,6 +221,9 @@ func (c *Config) inetTable(st filterState) (*nfTable, error) {
 	fwd := t.chain(&nfChain{name: "forward", kind: "filter", hook: unix.NF_INET_FORWARD, prio: prioLast})
 	c.failOpen(fwd)
 	fwd.add(metaMark(c.Marks, c.Marks.Bridged, true), accept())
+	// A flow of our own sockets that is forwarded is an answer to an address that this host has lost. Without this rule the
+	// host and its router would send it to and fro until its TTL is used up.
+	fwd.add(ctMark(c.Marks, c.Marks.Own, true), count(countForward), drop())
 	fwd.add(iif(c.TUN, true), accept())
 	fwd.add(isProto(unix.IPPROTO_UDP), oif(c.TUN, true), jump("fwd_speak"))
 	fwd.add(oifSet(guardSet), accept())

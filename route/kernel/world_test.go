@@ -148,7 +148,7 @@ type probe struct {
 	port  uint16
 	bind  string
 	mark  uint32
-	sport int // of IPv4
+	sport int
 	src   netip.AddrPort
 	group string // directory of the cgroup that the socket is of; "": the test's
 }
@@ -183,7 +183,11 @@ func (p probe) send() error {
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_BROADCAST, 1)
 	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &unix.Timeval{Sec: 1, Usec: 500000})
 	if p.sport != 0 {
-		if err := unix.Bind(fd, &unix.SockaddrInet4{Port: p.sport}); err != nil {
+		any := netip.IPv4Unspecified()
+		if dst.Is6() {
+			any = netip.IPv6Unspecified()
+		}
+		if err := unix.Bind(fd, sockaddr(netip.AddrPortFrom(any, uint16(p.sport)))); err != nil {
 			return err
 		}
 	}

@@ -200,7 +200,7 @@ var reasons = map[string]string{
 	"refused_dns":         "the same to port 53",
 	"refused_multicast":   "multicast and broadcast",
 	"refused_no_daemon":   "into the TUN while nobody read it",
-	"refused_forward":     "of others, through this host",
+	"refused_forward":     "forwarded by this host",
 	"refused_postrouting": "sent another way by somebody else's rules",
 	"refused_lan_to_tun":  "from outside to the TUN's address",
 	"refused_arp":         "ARP questions for the TUN's address",
