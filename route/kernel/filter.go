@@ -49,8 +49,7 @@ const (
 type lanNet struct {
 	dev    string
 	prefix netip.Prefix
-	served bool // of containers and guests of this host
-	guest  bool // served, and reached past the proxy whatever becomes of private networks
+	guest  bool // of containers and guests of this host, and reached past the proxy whatever becomes of private networks
 }
 
 // filterState is what the filter depends on besides the configuration.

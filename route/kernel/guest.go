@@ -84,6 +84,19 @@ func (c *Config) included(lan []lanNet) (out []netip.Prefix) {
 	return out
 }
 
+// answered are the private networks, each once, that need a rule of their own for what comes out of the TUN: answers to
+// containers, guests and neighbours that use this host as their router. The rules behind it would lead them back into the
+// TUN, or refuse them, where the network is not reached directly. No router forwards to link-local addresses.
+func (c *Config) answered(lan []lanNet) (out []netip.Prefix) {
+	for _, n := range lan {
+		direct := n.guest || c.LAN == LANDirect && len(c.includedIn(n.prefix)) == 0
+		if !direct && !n.prefix.Addr().IsLinkLocalUnicast() && !slices.Contains(out, n.prefix) { // devices may have the same network
+			out = append(out, n.prefix)
+		}
+	}
+	return out
+}
+
 // direct are the private networks that are reached past the proxy, with their devices.
 func (c *Config) direct(lan []lanNet) (out []string) {
 	for _, n := range lan {

@@ -247,17 +247,48 @@ func answerFromTUN(t *testing.T, tun int, dst string) bool {
 			time.Sleep(5 * time.Millisecond)
 			continue
 		}
-		if n < 28 || b[0]>>4 != 4 || b[9] != unix.IPPROTO_UDP || netip.AddrFrom4([4]byte(b[16:20])) != want {
+		head, proto, at, size := 20, 9, 12, 4
+		if b[0]>>4 == 6 {
+			head, proto, at, size = 40, 6, 8, 16
+		}
+		if n < head+8 || b[proto] != unix.IPPROTO_UDP {
 			continue
 		}
-		p := append([]byte(nil), b[:n]...)
-		copy(p[12:16], b[16:20])
-		copy(p[16:20], b[12:16])
-		copy(p[20:22], b[22:24])
-		copy(p[22:24], b[20:22])
-		binary.BigEndian.PutUint16(p[26:], 0) // no checksum
-		_, err = unix.Write(tun, p)
+		src, _ := netip.AddrFromSlice(b[at : at+size])
+		if to, _ := netip.AddrFromSlice(b[at+size : at+2*size]); to != want {
+			continue
+		}
+		from := netip.AddrPortFrom(want, binary.BigEndian.Uint16(b[head+2:]))
+		_, err = unix.Write(tun, datagram(from, netip.AddrPortFrom(src, binary.BigEndian.Uint16(b[head:]))))
 		return err == nil
 	}
 	return false
+}
+
+// datagram is one with its IP header, as it comes out of the TUN.
+func datagram(from, to netip.AddrPort) []byte {
+	u := binary.BigEndian.AppendUint16(nil, from.Port())
+	u = binary.BigEndian.AppendUint16(u, to.Port())
+	u = append(u, 0, 12, 0, 0, 'b', 'a', 'c', 'k')
+	src, dst := from.Addr().AsSlice(), to.Addr().AsSlice()
+	if from.Addr().Is4() { // needs no checksum of UDP
+		h := append(append([]byte{0x45, 0, 0, byte(20 + len(u)), 0, 1, 0, 0, 64, unix.IPPROTO_UDP, 0, 0}, src...), dst...)
+		binary.BigEndian.PutUint16(h[10:], ^sum(h))
+		return append(h, u...)
+	}
+	pseudo := binary.BigEndian.AppendUint32(append(append([]byte(nil), src...), dst...), uint32(len(u)))
+	binary.BigEndian.PutUint16(u[6:], ^sum(append(append(pseudo, 0, 0, 0, unix.IPPROTO_UDP), u...)))
+	return append(append(append([]byte{0x60, 0, 0, 0, 0, byte(len(u)), unix.IPPROTO_UDP, 64}, src...), dst...), u...)
+}
+
+// sum is the Internet checksum of an even number of bytes, before it is inverted.
+func sum(b []byte) uint16 {
+	n := uint32(0)
+	for ; len(b) > 1; b = b[2:] {
+		n += uint32(binary.BigEndian.Uint16(b))
+	}
+	for n > 0xffff {
+		n = n>>16 + n&0xffff
+	}
+	return uint16(n)
 }

@@ -116,7 +116,7 @@ func (h *Host) look() (l links, err error) {
 		p, ok := connected(n)
 		dev := names[a.LinkIndex]
 		g, known := guest[a.LinkIndex]
-		ln := lanNet{dev: dev, prefix: p, served: g, guest: g && h.c.exempt(dev, p)}
+		ln := lanNet{dev: dev, prefix: p, guest: g && h.c.exempt(dev, p)}
 		if known && p.IsValid() && p.Addr().Is4() && len(l.near) < maxLAN && !slices.Contains(l.near, ln) {
 			l.near = append(l.near, ln)
 		}

@@ -43,7 +43,7 @@ type rule struct {
 // rules are all of ours for a family:
 //
 //	P    fwmark OWN, DIRECT, INBOUND  goto END, those in use
-//	P+1  DHCP; the TUN to containers  goto END
+//	P+1  DHCP; the TUN's answers      goto END
 //	P+2  what is excluded             goto END
 //	P+3  port 53                      lookup T
 //	P+3  private networks included    lookup T
@@ -82,11 +82,9 @@ func (c *Config) rules(family int, l links) (out []rule) {
 	}
 	// Of this host itself: what others send through it is theirs.
 	add(atHost, rule{iif: "lo", proto: unix.IPPROTO_UDP, sport: client, dport: server, jump: end})
-	carried := map[netip.Prefix]bool{} // for containers and guests; devices may have the same network
-	for _, n := range l.lan {
-		if n.served && !n.guest && familyOf(n.prefix.Addr()) == family && !carried[n.prefix] {
-			add(atHost, rule{iif: c.TUN, to: n.prefix, jump: end})
-			carried[n.prefix] = true
+	for _, n := range c.answered(l.lan) {
+		if familyOf(n.Addr()) == family {
+			add(atHost, rule{iif: c.TUN, to: n, jump: end})
 		}
 	}
 	x := c.Exclude
