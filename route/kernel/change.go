@@ -5,8 +5,8 @@ import (
 	"fmt"
 )
 
-// Change takes LAN, CarryInbound, Exclude, Include, Direct and Strict of c; the rest of c is not looked at. The filter is replaced
-// in one batch, then the rules: what only one of them lets pass in between is refused. After an error it is as it was.
+// Change takes those fields of c that changeable names; the rest of c is not looked at. The filter is replaced in one batch,
+// then the rules: what only one of them lets pass in between is refused. After an error it is as it was.
 func (h *Host) Change(c Config) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -14,7 +14,7 @@ func (h *Host) Change(c Config) error {
 		return errors.New("cannot change what is not there")
 	}
 	next := h.c
-	next.LAN, next.CarryInbound, next.Exclude, next.Include, next.Direct, next.Strict = c.LAN, c.CarryInbound, c.Exclude, c.Include, c.Direct, c.Strict
+	next.changeable(c)
 	next, err := next.withDefaults()
 	if err != nil {
 		return err
@@ -29,9 +29,15 @@ func (h *Host) Change(c Config) error {
 	return nil
 }
 
+// changeable sets what may change while the host is steered.
+func (c *Config) changeable(to Config) {
+	c.LAN, c.CarryInbound, c.InboundPorts = to.LAN, to.CarryInbound, to.InboundPorts
+	c.Exclude, c.Include, c.Direct, c.Strict = to.Exclude, to.Include, to.Direct, to.Strict
+}
+
 // become sets what Change may set. Run looks at other fields without the lock: they stay untouched.
 func (h *Host) become(c Config) error {
-	h.c.LAN, h.c.CarryInbound, h.c.Exclude, h.c.Include, h.c.Direct, h.c.Strict = c.LAN, c.CarryInbound, c.Exclude, c.Include, c.Direct, c.Strict
+	h.c.changeable(c)
 	l, err := h.look()
 	if err != nil {
 		return err

@@ -88,11 +88,12 @@ type Config struct {
 	Marks    Marks
 
 	LAN          LANMode
-	CarryInbound bool      // answers to connections from outside are nothing special
-	Exclude      Selection // goes past the proxy
-	Include      Selection // if not empty, nothing else goes through the proxy
-	Strict       bool      // stop AF_PACKET too
-	FailOpen     bool      // Undo by the next daemon's New is not needed: see Host.Recovered
+	CarryInbound bool        // answers to connections from outside are nothing special
+	InboundPorts []PortRange // UDP ports of servers: what comes in to them is answered directly, whatever they have sent
+	Exclude      Selection   // goes past the proxy
+	Include      Selection   // if not empty, nothing else goes through the proxy
+	Strict       bool        // stop AF_PACKET too
+	FailOpen     bool        // Undo by the next daemon's New is not needed: see Host.Recovered
 
 	Upstreams []Endpoint // what sockets with the mark Own may reach: proxies, their relays, resolvers of their names
 	Direct    bool       // there is a verdict direct: sockets of ours with that mark may go anywhere
@@ -199,6 +200,9 @@ func (c *Config) validate() error {
 				return fmt.Errorf("cannot include or exclude by %d things of a kind: at most %d", n, maxList)
 			}
 		}
+	}
+	if len(c.InboundPorts) > maxList {
+		return fmt.Errorf("cannot use %d ranges of inbound ports: at most %d", len(c.InboundPorts), maxList)
 	}
 	if len(c.Upstreams) > maxEndpoints {
 		return fmt.Errorf("cannot open the filter for %d upstream endpoints: at most %d", len(c.Upstreams), maxEndpoints)

@@ -40,6 +40,9 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 		pre.add(daddr(netip.PrefixFrom(a, a.BitLen())), count(countLAN), drop())
 	}
 	dhcpLearn(pre)
+	if c.keepsInbound() {
+		c.serverPorts(t, pre)
+	}
 	// What comes in by an excluded device for this host is a connection from outside; the chain forwarded takes the rest.
 	for _, d := range c.Exclude.Devices {
 		pre.add(iif(d, true), ctDirection(true), ctMark(m, 0, true), setCtMark(m, m.Direct))
@@ -51,12 +54,8 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 			{ctDirection(false), ctMark(m, m.Declined, true), daddrType("local", unix.RTN_LOCAL), jump("inbound")},
 		}
 		for _, r := range fromOutside {
-			if !c.CarryInbound {
-				pre.add(r...)
-				continue
-			}
-			for _, d := range c.Exclude.Devices {
-				pre.add(append([]term{iif(d, true)}, r...)...)
+			for _, from := range c.inboundBy() {
+				pre.add(append(slices.Clone(from), r...)...)
 			}
 		}
 		c.noteCame(t, pre)
@@ -160,6 +159,18 @@ func (c *Config) needDirect() bool { return c.Direct || !c.Exclude.empty() || !c
 // keepsInbound reports whether answers to connections from outside go back the way they came: of all of them, or with
 // CarryInbound of those that come in by an excluded device.
 func (c *Config) keepsInbound() bool { return !c.CarryInbound || len(c.Exclude.Devices) > 0 }
+
+// inboundBy are the conditions, one of which holds for what may be from outside: none is needed, or with CarryInbound that
+// it comes in by an excluded device.
+func (c *Config) inboundBy() (out [][]term) {
+	if !c.CarryInbound {
+		return [][]term{nil}
+	}
+	for _, d := range c.Exclude.Devices {
+		out = append(out, []term{iif(d, true)})
+	}
+	return out
+}
 
 // passing are the marks of what goes past the TUN.
 func (c *Config) passing() []uint32 {

@@ -119,13 +119,16 @@ func protoName(p uint8) string {
 	return "udp"
 }
 
-// dport matches destination ports of TCP or UDP.
-func dport(proto uint8, r PortRange) term {
-	e := append(l4proto(proto), &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2})
+// dport matches destination ports of TCP or UDP, and sport source ports.
+func dport(proto uint8, r PortRange) term { return portIn(proto, "dport", 2, r) }
+func sport(proto uint8, r PortRange) term { return portIn(proto, "sport", 0, r) }
+
+func portIn(proto uint8, word string, offset uint32, r PortRange) term {
+	e := append(l4proto(proto), &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2})
 	if r.First == r.Last {
-		return term{fmt.Sprintf("%s dport %d", protoName(proto), r.First), append(e, cmp(expr.CmpOpEq, be16(r.First)))}
+		return term{fmt.Sprintf("%s %s %d", protoName(proto), word, r.First), append(e, cmp(expr.CmpOpEq, be16(r.First)))}
 	}
-	return term{fmt.Sprintf("%s dport %d-%d", protoName(proto), r.First, r.Last),
+	return term{fmt.Sprintf("%s %s %d-%d", protoName(proto), word, r.First, r.Last),
 		append(e, cmp(expr.CmpOpGte, be16(r.First)), cmp(expr.CmpOpLte, be16(r.Last)))}
 }
 

@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"slices"
 	"time"
 
 	"github.com/google/nftables/expr"
@@ -20,6 +21,8 @@ import (
 //
 // What is in a spoke set has no direct answers. A datagram is looked at when it comes and when the answer leaves. With
 // CarryInbound nothing has, but the sets are filled all the same: it may be changed while the host is steered.
+//
+// InboundPorts are excepted: the user has said that these are servers' ports. See serverPorts.
 
 // How long the filter remembers, and how much. A tracker is asked every half hour; a peer that was answered keeps its
 // address translation for some minutes. There are 65,535 ports; the kernel removes what has expired a second later.
@@ -84,6 +87,25 @@ func (c *Config) inboundChains(t *nfTable) {
 	out.add(setCtMark(m, m.Inbound))
 }
 
+// serverPorts takes whatever comes in to a UDP port of InboundPorts for a question from outside, which is answered
+// directly. It does not ask what the port has sent, nor who began: the flow may have begun with a datagram that the port
+// sent into the TUN. The flows of our own sockets and of what is excluded stay what they are.
+func (c *Config) serverPorts(t *nfTable, pre *nfChain) {
+	if len(c.InboundPorts) == 0 {
+		return
+	}
+	m := c.Marks
+	ports := t.chain(&nfChain{name: "server_ports"})
+	for _, r := range c.InboundPorts {
+		ports.add(dport(unix.IPPROTO_UDP, r), setCtMark(m, m.Inbound), back())
+	}
+	for _, from := range c.inboundBy() {
+		for _, v := range []uint32{0, m.Captured, m.Declined} {
+			pre.add(append(slices.Clone(from), isProto(unix.IPPROTO_UDP), ctMark(m, v, true), daddrType("local", unix.RTN_LOCAL), jump("server_ports"))...)
+		}
+	}
+}
+
 // heardChain takes a datagram back that nobody listened for: the program that opens the port a moment later, and sends to
 // that address first, does not answer. The next datagram is asked again.
 func (c *Config) heardChain(t *nfTable, st filterState) {
@@ -105,14 +127,19 @@ func (c *Config) answerRules(t *nfTable, out *nfChain) {
 	again := t.chain(&nfChain{name: "again"})
 	again.add(servedPeer(false, false), setCtMark(m, m.Inbound))
 	again.add(servedPeer(true, false), setCtMark(m, m.Inbound))
+	serve := t.chain(&nfChain{name: "serve"})
+	serve.add(servedPeer(false, true))
+	serve.add(servedPeer(true, true))
 	turn := t.chain(&nfChain{name: "turn"})
 	// Nobody answers with a SYN: this host calls, from the port and to the address of somebody who seemed to have called.
 	turn.add(tcpSYN(), ctDirection(true), c.turned(), back())
 	turn.add(isProto(unix.IPPROTO_TCP), back())
+	for _, r := range c.InboundPorts {
+		turn.add(sport(unix.IPPROTO_UDP, r), goTo("serve"))
+	}
 	turn.add(inPort("spoke", "sport"), c.turned(), back())
 	turn.add(inProto("spoke_proto"), c.turned(), back())
-	turn.add(servedPeer(false, true))
-	turn.add(servedPeer(true, true))
+	turn.add(goTo("serve"))
 
 	out.add(isProto(unix.IPPROTO_UDP), ctDirection(false), ctMark(m, 0, true), ctNew(), jump("again"))
 	out.add(ctMark(m, m.Inbound, true), jump("turn"))

@@ -24,9 +24,10 @@ type Upstream struct {
 
 // Host is what `up` does to the host beyond the device, mark and table.
 type Host struct {
-	LAN              string    // direct, carry, refuse
-	Inbound          string    // keep, carry
-	Exclude, Include Selection // an empty Include takes everything
+	LAN              string          // direct, carry, refuse
+	Inbound          string          // keep, carry
+	InboundPorts     []Range[uint16] // UDP ports of servers on this host
+	Exclude, Include Selection       // an empty Include takes everything
 	Strict, FailOpen bool
 	StayClosed       bool
 	Wait             bool // for a proxy that is not there yet

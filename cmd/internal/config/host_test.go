@@ -36,6 +36,9 @@ exclude 198.51.100.7/24
 exclude-uid root,1000-1999
 exclude-port 22,6881-6889
 exclude-device tun0
+inbound carry
+inbound-port 53, 27015-27020
+inbound-port 51820
 exclude-cgroup /sys/fs/cgroup/system.slice/chrony.service/, a.slice
 include-port 443
 confirm 1m
@@ -58,6 +61,9 @@ control-group 27
 	}
 	if got := c.Host.Include.Ports; len(got) != 1 || got[0].String() != "443" || c.Host.Exclude.Ports[1].String() != "6881-6889" {
 		t.Errorf("%v", got)
+	}
+	if want := []Range[uint16]{{53, 53}, {27015, 27020}, {51820, 51820}}; !reflect.DeepEqual(c.Host.InboundPorts, want) {
+		t.Errorf("%v", c.Host.InboundPorts)
 	}
 	if c.Host.Confirm != time.Minute || !c.Host.FailOpen || c.Host.ControlGroup != 27 || c.File != file {
 		t.Errorf("%+v", c)
@@ -92,6 +98,9 @@ func TestHostErrors(t *testing.T) {
 		{"--exclude-port 0", "is not a port"},
 		{"--exclude-port 65536", "is not a port"},
 		{"--exclude-port 80-", "is not a port"},
+		{"--inbound-port 0", "is not a port"},
+		{"--inbound-port 9-8", "is not a port"},
+		{"--inbound carry --inbound-port 51820", "cannot use --inbound-port with --inbound carry"},
 		{"--exclude-port 50-60", "port 53 is always viasocks'"},
 		{"--include-port 53", "port 53 is always viasocks'"},
 		{"--exclude-device a/b", "is not the name of a device"},

@@ -54,10 +54,31 @@ To reach a network whatever is said here, use
 they go back the way they came, also those open before
 .Cm up .
 A datagram proves nothing about who sent it, so a UDP port that has sent something through the proxy of its own accord has no
-direct answers for an hour: see
+direct answers for an hour, unless
+.Fl -inbound-port
+names it: see
 .Sx THE WHOLE HOST .
 .Cm carry :
 they are nothing special, so a server on this host can't be reached from outside any more.`,
+	},
+	{
+		Name: "inbound-port", Arg: "N[-M][,...]", Many: true, Live: true, Cmds: Up | Check, set: addInboundPorts,
+		Help: "UDP ports of servers: answered directly, whatever the port has sent",
+		Man: `UDP ports of servers on this host that also speak to others of their own accord, such as WireGuard with the addresses of
+its peers, a game server that announces itself, or a resolver that asks from a fixed port.
+What comes in to such a port from outside is answered directly, whatever the port itself has sent before.
+What the port sends of its own accord still goes through the proxy.
+.Pp
+This gives something up.
+Anybody can forge the sender of a datagram, and a forged datagram to such a port makes the port's own datagrams to that
+address leave directly, past the proxy, until ten minutes after the last of them.
+Do not name the port of a program that is to be hidden behind the proxy, such as that of a DHT node.
+.Pp
+The option is not for ports that are published for containers.
+With
+.Fl -inbound Cm carry
+it holds for what comes in by a device of
+.Fl -exclude-device .`,
 	},
 	{
 		Name: "exclude", Arg: "NETWORK[,...]", Many: true, Live: true, Cmds: Up | Check, set: addNetworks(func(c *Config) *Selection { return &c.Host.Exclude }),

@@ -91,6 +91,17 @@ func addPorts(sel func(*Config) *Selection) func(*Config, value) error {
 	})
 }
 
+// addInboundPorts takes 53 too: a resolver may serve the LAN.
+func addInboundPorts(c *Config, v value) error {
+	return listOf(func(c *Config) *[]Range[uint16] { return &c.Host.InboundPorts }, func(s string) (Range[uint16], string) {
+		r, ok := parseRange[uint16](s, 16)
+		if !ok || r.First == 0 {
+			return r, strconv.Quote(s) + " is not a port from 1 to 65535, or a range like 27015-27020"
+		}
+		return r, ""
+	})(c, v)
+}
+
 func addDevices(sel func(*Config) *Selection) func(*Config, value) error {
 	return listOf(func(c *Config) *[]string { return &sel(c).Devices }, func(s string) (string, string) {
 		if !deviceName(s) || s == "lo" {
@@ -162,6 +173,9 @@ func (c *Config) finishHost() error {
 		h.LAN = "direct"
 	case h.LAN == "direct" && h.Strict:
 		return usagef("cannot use --lan direct with --strict: which refuses the LAN, or carries it with --lan carry")
+	}
+	if len(h.InboundPorts) > 0 && h.Inbound == "carry" && len(h.Exclude.Devices) == 0 {
+		return usagef("cannot use --inbound-port with --inbound carry: which answers nobody directly, unless --exclude-device names a device")
 	}
 	for _, p := range h.Exclude.Nets {
 		if slices.Contains(h.Include.Nets, p) {

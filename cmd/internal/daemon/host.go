@@ -34,8 +34,8 @@ func kernelConfig(cfg *config.Config, log *slog.Logger) kernel.Config {
 	k := kernel.Config{
 		TUN: cfg.TUN, Table: cfg.Table, Priority: h.Priority, NFTable: h.NFTable,
 		Marks:        kernel.MarksFrom(cfg.Mark, cfg.Mask),
-		CarryInbound: h.Inbound == "carry",
-		Exclude:      kernelSelection(h.Exclude), Include: kernelSelection(h.Include),
+		CarryInbound: h.Inbound == "carry", InboundPorts: kernelPorts(h.InboundPorts),
+		Exclude: kernelSelection(h.Exclude), Include: kernelSelection(h.Include),
 		Strict: h.Strict, FailOpen: h.FailOpen,
 		Dir: cfg.StateDir,
 		Log: log,
@@ -63,10 +63,15 @@ func kernelSelection(s config.Selection) kernel.Selection {
 	for _, r := range s.UIDs {
 		k.UIDs = append(k.UIDs, kernel.UIDRange{First: r.First, Last: r.Last})
 	}
-	for _, r := range s.Ports {
-		k.Ports = append(k.Ports, kernel.PortRange{First: r.First, Last: r.Last})
-	}
+	k.Ports = kernelPorts(s.Ports)
 	return k
+}
+
+func kernelPorts(ports []config.Range[uint16]) (out []kernel.PortRange) {
+	for _, r := range ports {
+		out = append(out, kernel.PortRange{First: r.First, Last: r.Last})
+	}
+	return out
 }
 
 func kernelEndpoints(all []endpoint) []kernel.Endpoint {
@@ -163,6 +168,12 @@ func fillChoices(s *control.Status, cfg *config.Config) {
 	s.Host.Kept = []string{"answers to connections from outside"}
 	if c.Inbound == "carry" {
 		s.Host.Kept = nil
+		for _, d := range c.Exclude.Devices {
+			s.Host.Kept = append(s.Host.Kept, "answers to connections from outside by device "+d)
+		}
+	}
+	for _, r := range c.InboundPorts {
+		s.Host.Kept = append(s.Host.Kept, "answers of UDP port "+r.String()+", whatever it has sent")
 	}
 	s.Host.Excluded = selectionLines(c.Exclude)
 	switch {

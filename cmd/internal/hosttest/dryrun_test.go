@@ -88,7 +88,8 @@ func TestDryRun(t *testing.T) {
 	for _, flags := range [][]string{
 		nil,
 		{"--strict", "--inbound", "carry", "--lan", "carry"},
-		{"--lan", "refuse", "--exclude", chosenNets, "--exclude-uid", "7,60000-65534", "--exclude-port", "123,853-860", "--exclude-device", "br0,wg9"},
+		{"--inbound", "carry", "--exclude-device", "br0,wg9", "--inbound-port", "53"},
+		{"--inbound-port", "51820,27015-27020", "--lan", "refuse", "--exclude", chosenNets, "--exclude-uid", "7,60000-65534", "--exclude-port", "123,853-860", "--exclude-device", "br0,wg9"},
 		{"--include", chosenNets, "--include-uid", "7,60000-65534", "--include-port", "123,853-860", "--include-device", "br0,wg9", "--exclude", "203.0.113.9"},
 	} {
 		flags = append([]string{"--proxy", "socks5://" + proxy4 + ":1080"}, flags...)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -61,7 +62,7 @@ func TestForged(t *testing.T) {
 	rec.mu.Lock()
 	rec.proxyTCP[netipAddrPort(proxy4, 1080)], rec.proxyUDP[addr(proxy4)] = true, true
 	rec.mu.Unlock()
-	w.up("--proxy", "socks5://"+proxy4+":1080")
+	w.up("--proxy", "socks5://"+proxy4+":1080", "--inbound-port", "9100-9199")
 	next := 100
 	for _, rp := range []string{"0", "1", "2"} {
 		w.sysctl("host", map[string]string{
@@ -82,17 +83,19 @@ func TestForged(t *testing.T) {
 					port := uint16(6000 + next)
 					forge := func() { w.forge(ns, a, netip.AddrPortFrom(host, port)); time.Sleep(2 * time.Millisecond) }
 					var c *net.UDPConn
-					send := func(when string, to netip.AddrPort) {
+					left := func(when string, to netip.AddrPort) bool {
 						t.Helper()
 						rec.take()
 						if _, err := c.WriteToUDPAddrPort([]byte("own"), to); err != nil {
 							t.Errorf("%s: %v", when, err)
 						}
 						time.Sleep(20 * time.Millisecond)
-						for _, s := range rec.take() {
-							if s.what.dst == to.Addr() && s.what.proto == unix.IPPROTO_UDP {
-								t.Errorf("%s: it left the host: %v", when, s.what)
-							}
+						return slices.ContainsFunc(rec.take(), func(s sighting) bool { return s.what.dst == to.Addr() && s.what.proto == unix.IPPROTO_UDP })
+					}
+					send := func(when string, to netip.AddrPort) {
+						t.Helper()
+						if left(when, to) {
+							t.Errorf("%s: it left the host", when)
 						}
 					}
 					forge() // nobody is there
@@ -112,6 +115,15 @@ func TestForged(t *testing.T) {
 					time.Sleep(2500 * time.Millisecond)
 					forge()
 					send("forged after conntrack forgot", a)
+					c.Close()
+
+					port = uint16(9000 + next) // the port of a server, by option: a datagram turns the flow to its sender, and no other
+					c = w.packets("host", fmt.Sprintf(":%d", port))
+					send("a server's port, of its own accord", a)
+					send("a server's port, to another", b)
+					w.eventually(patience, "a server's port answers who seems to have asked", func() bool { forge(); return left("a server's port", a) })
+					send("a server's port, to another than who seems to have asked", b)
+					c.Close()
 				})
 			}
 		}
