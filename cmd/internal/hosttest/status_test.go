@@ -76,8 +76,8 @@ connect-timeout 5s
 	}
 	wantHost := control.Host{
 		TUN: tunName, Table: 30323, Mark: "0x76000000/0xff000000",
-		Steered:  []string{"everything that is not named below"},
-		Kept:     []string{"answers to connections from outside"},
+		Steered: []string{"everything that is not named below"},
+		Kept:    []string{"answers to connections from outside"},
 		Excluded: []string{"to 198.51.100.77", "to 203.0.113.16/28", "of user 12345", "to port 9999", "private networks that the host is connected to",
 			"private network 172.20.0.0/24 by br0", "private network fd00:20::/64 by br0", "private network fe80::/64 by br0", "private network fe80::/64 by ctr0",
 			"private network 10.77.0.0/24 by eth0", "private network fd77::/64 by eth0", "private network fe80::/64 by eth0"},
