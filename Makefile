@@ -21,8 +21,8 @@ FUZZTIME ?= 20s
 # How long each benchmark runs, and which.
 BENCHTIME ?= 1s
 BENCH ?= .
-# Packages one after another: many tests own namespaces, and time what they see, and two cores are not many.
-TESTFLAGS ?= -p 1 -count=1
+# Two packages at a time: most tests of namespaces wait for timers and for the kernel more than they compute.
+TESTFLAGS ?= -p 2 -count=1
 
 .PHONY: help
 help: ## Print this help
