@@ -149,10 +149,17 @@ func TestVirtualNetworks(t *testing.T) {
 						o.set(&c)
 						h, tun := up(t, c)
 						for _, bind := range []string{"", d.dev} {
-							before := sent(t, d.dev)
-							err := (probe{typ: unix.SOCK_DGRAM, dst: d.net + ".9", port: 7777, bind: bind}).send()
-							time.Sleep(20 * time.Millisecond)
-							if got := sent(t, d.dev) != before; got != o.want {
+							var got bool
+							var err error
+							for range 5 { // the kernel's own reports of multicast groups leave by the device now and then
+								before := sent(t, d.dev)
+								err = (probe{typ: unix.SOCK_DGRAM, dst: d.net + ".9", port: 7777, bind: bind}).send()
+								time.Sleep(20 * time.Millisecond)
+								if got = sent(t, d.dev) != before; got == o.want {
+									break
+								}
+							}
+							if got != o.want {
 								t.Errorf("%s, bound to %q: left by the device: %v (%v), want %v", o.name, bind, got, err, o.want)
 							}
 						}
