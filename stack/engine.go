@@ -15,7 +15,6 @@ type engine struct {
 	forwarder *tcp.Forwarder
 	peak      atomic.Int64 // streams at once
 	past      verdicts     // of the engines before it
-	sources   sources
 }
 
 // verdicts is what gVisor verified and refused itself, and sent again.

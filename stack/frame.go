@@ -6,6 +6,7 @@ import (
 
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/tun"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 )
 
 // verdict is what becomes of a frame.
@@ -175,3 +176,8 @@ func unicast(a netip.Addr) bool {
 }
 
 var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
+
+// isSYN reports whether a TCP segment asks for a new connection. flags is the byte of the header that holds them.
+func isSYN(flags byte) bool {
+	return header.TCPFlags(flags)&(header.TCPFlagSyn|header.TCPFlagAck) == header.TCPFlagSyn
+}

@@ -187,22 +187,11 @@ func (r *frameReader) deliver(h *tun.Header, b []byte, hdr int, inView bool) {
 		proto = header.IPv6ProtocolNumber
 	}
 	r.s.feeding.Lock()
-	e := r.s.engine.Load()
-	l := e.link
-	var release func()
-	if hdr != 0 && proto == header.IPv4ProtocolNumber {
-		e.source([4]byte(b[12:16]))
-		if isSYN(b[int(b[0]&0xf)*4+13]) {
-			release = e.holdAddress([4]byte(b[16:20]))
-		}
-	}
+	l := r.s.engine.Load().link
 	if v := h.Flags&(tun.NeedsCsum|tun.DataValid) != 0; v != l.verified.Load() {
 		l.verified.Store(v)
 	}
 	l.disp.DeliverNetworkPacket(proto, pkt)
-	if release != nil {
-		release()
-	}
 	r.s.feeding.Unlock()
 	pkt.DecRef()
 }

@@ -92,10 +92,7 @@ func (s *Stack) shake(r *tcp.ForwarderRequest) {
 		return
 	}
 	st := &stream{s: s, l: e.listener}
-	release := s.engine.Load().holdDestination(e.key.dst.Addr())
 	ep, err := r.CreateEndpoint(&st.wq)
-	release() // the endpoint holds the address itself
-
 	r.Complete(false) // before the entry goes: else the next SYN of this tuple would be taken for this one
 	if err != nil {
 		s.finish(e, nil)
