@@ -7,30 +7,40 @@
 # Each round does each case natively (the generator speaks SOCKS5) and through the redirector (the generator is plain),
 # one after the other, so that a drift of the machine hits both. The table has medians and the ratio to native.
 #
-# A case with slow: before it has 25 ms each way between app and proxy, one with lossy: a packet in a hundred lost.
+# A case with slow: before it has 25 ms each way between app and proxy, one with lossy: a packet in a hundred lost. One with
+# crowdN: or crowdNv6: before it is measured beside N addresses in use, and each of its connections goes to a new address.
 #
-# Usage: bench.sh [--rounds N] [--time D] [--cases 'D1 U1 …'] [--against 'COMMAND'] [--json FILE] [--flags 'VIASOCKS FLAGS']
+# Usage: bench.sh [--rounds N] [--time D] [--cases 'D1 U1 …'] [--against 'COMMAND'] [--instead 'COMMAND'] [--json FILE]
+#                 [--flags 'VIASOCKS FLAGS']
 #
-#   --against runs another redirector's COMMAND (sh -c) in the app's namespace in place of viasocks; it must steer
-#             203.0.113.0/24 by itself, to the proxy socks5://10.66.0.1:1080, and stay in the foreground.
+#   --against measures a second viasocks too, in the same rounds: COMMAND is another build's path, or what takes the
+#             arguments "run --proxy URL -- PROGRAM". Its figures, and their ratios to this build's, are a second table.
+#   --instead runs another redirector's COMMAND (sh -c) in the app's namespace in place of viasocks; it must steer
+#             203.0.113.0/24 by itself (for a crowd also 10.9.0.0/16 and 2001:db8:9::/112), to the proxy
+#             socks5://10.66.0.1:1080, and stay in the foreground.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PATH:/usr/local/go/bin
 
-rounds=3 time=2s against='' json='' flags=''
+rounds=3 time=2s against='' instead='' json='' flags=''
 cases='D1 D8 U1 U8 both conn ping1 ping16 pingbulk udp64 udp1200 udp500 peers2000 floodup flooddown pingflood idle2000 idle9500
 slow:D1 slow:U1 slow:conn lossy:D1 lossy:U1 lossy:conn'
+for n in 0 1000 4000 9000; do
+	for v in '' v6; do cases+=" crowd$n$v:conn1 crowd$n$v:ping1 crowd$n$v:udpnew crowd$n$v:udp64"; done
+done
+cases+=' crowd0:D1 crowd9000:D1 crowd0:U1 crowd9000:U1'
 die() { echo "bench: $*" >&2; exit 1; }
 while [[ $# -gt 0 ]]; do
-	case $1 in --rounds | --time | --cases | --against | --json | --flags) [[ -n ${2-} ]] || { echo "bench: $1 needs a value: see $0 --help" >&2; exit 2; } ;; esac
+	case $1 in --rounds | --time | --cases | --against | --instead | --json | --flags) [[ -n ${2-} ]] || { echo "bench: $1 needs a value: see $0 --help" >&2; exit 2; } ;; esac
 	case $1 in
 	--rounds) rounds=$2; shift 2 ;;
 	--time) time=$2; shift 2 ;;
 	--cases) cases=$2; shift 2 ;;
 	--against) against=$2; shift 2 ;;
+	--instead) instead=$2; shift 2 ;;
 	--json) json=$2; shift 2 ;;
 	--flags) flags=$2; shift 2 ;;
-	-h | --help) sed -n 's/^# \{0,1\}//; 2,17p' "$0"; exit 0 ;;
+	-h | --help) sed -n 's/^# \{0,1\}//; 2,20p' "$0"; exit 0 ;;
 	*) echo "bench: unknown option $1: see $0 --help" >&2; exit 2 ;;
 	esac
 done
@@ -56,6 +66,12 @@ go build -o "$dir/bench" ./cmd/internal/bench
 scripts/lab.sh up >"$dir/lab.log" 2>&1 || { cat "$dir/lab.log" >&2; exit 1; }
 ulimit -n "$(ulimit -H -n)"
 
+# The far end of a crowd answers at every address of two networks.
+ip -n "$LAB-world" route add local 10.9.0.0/16 dev lo
+ip -n "$LAB-world" route add local 2001:db8:9::/112 dev lo
+ip -n "$LAB-proxy" route add 10.9.0.0/16 via 203.0.113.2
+ip -n "$LAB-proxy" route add 2001:db8:9::/112 via 2001:db8:113::2
+
 in_ns() { local ns=$1; shift; ip netns exec "$LAB-$ns" "$@"; }
 target=203.0.113.2:9000 proxy=10.66.0.1:1080
 # ip netns exec replaces itself, so these are the pids of the servers.
@@ -78,36 +94,48 @@ for _ in $(seq 50); do
 	sleep 0.1
 done
 
-if [[ -n $against ]]; then
-	ip netns exec "$LAB-app" sh -c "exec $against" >"$dir/against.log" 2>&1 & pids+=($!)
+if [[ -n $instead ]]; then
+	ip netns exec "$LAB-app" sh -c "exec $instead" >"$dir/instead.log" 2>&1 & pids+=($!)
 	watch=$!
 	sleep 2
-	kill -0 "$watch" 2>/dev/null || { cat "$dir/against.log" >&2; die "the other redirector does not run"; }
+	kill -0 "$watch" 2>/dev/null || { cat "$dir/instead.log" >&2; die "the other redirector does not run"; }
 fi
 
 results=$dir/results
 run_case() { # mode case round
-	local out kind=plain case=$2 proxy
+	local out kind=plain case=$2 proxy crowd=()
 	if [[ $case == *:* ]]; then kind=${case%%:*} case=${case#*:}; fi
+	if [[ $kind =~ ^crowd([0-9]+)(v6)?$ ]]; then
+		crowd=(--crowd "${BASH_REMATCH[1]}")
+		[[ -z ${BASH_REMATCH[2]} ]] || crowd+=(--v6)
+		kind=plain
+	fi
 	proxy=${proxy_of[$kind]}
+	local load=("$dir/bench" load --case "$case" --name "$2" --time "$time" --target "$target" "${crowd[@]}")
 	case $1 in
-	native) out=$(in_ns app "$dir/bench" load --case "$case" --name "$2" --time "$time" --proxy "$proxy" --target "$target") || return 1 ;;
+	native) out=$(in_ns app "${load[@]}" --proxy "$proxy") || return 1 ;;
 	through)
-		if [[ -n $against ]]; then
-			out=$(in_ns app "$dir/bench" load --case "$case" --name "$2" --time "$time" --target "$target" --watch "$watch") || return 1
+		if [[ -n $instead ]]; then
+			out=$(in_ns app "${load[@]}" --watch "$watch") || return 1
 		else
 			# shellcheck disable=SC2086 # flags are words
-			out=$(in_ns app "$dir/viasocks" run --proxy "socks5://$proxy" $flags -- \
-				"$dir/bench" load --case "$case" --name "$2" --time "$time" --target "$target" --watch -1) || return 1
+			out=$(in_ns app "$dir/viasocks" run --proxy "socks5://$proxy" $flags -- "${load[@]}" --watch -1) || return 1
 		fi
+		;;
+	against)
+		# shellcheck disable=SC2086 # the command and the flags are words
+		out=$(in_ns app $against run --proxy "socks5://$proxy" $flags -- "${load[@]}" --watch -1) || return 1
 		;;
 	esac
 	echo "{\"mode\":\"$1\",\"round\":$3,${out#\{}" >>"$results"
 }
 failed=0
 for ((round = 1; round <= rounds; round++)); do
+	# What comes first in a round may find the machine in another state than what comes last: they take turns.
+	modes=(native through ${against:+against})
+	((round % 2)) || modes=(${against:+against} through native)
 	for c in $cases; do
-		for mode in native through; do
+		for mode in "${modes[@]}"; do
 			[[ -t 2 ]] && printf '\r\033[Kround %d of %d: %s %s' "$round" "$rounds" "$c" "$mode" >&2
 			run_case "$mode" "$c" "$round" || { echo "bench: $c ($mode) failed in round $round" >&2; failed=1; }
 		done

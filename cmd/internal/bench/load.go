@@ -30,6 +30,7 @@ type loader struct {
 	proxy   netip.AddrPort // invalid: plainly
 	target  netip.AddrPort
 	seconds time.Duration
+	crowd   *crowd // not nil: target is not used, each connection and socket has an address of its own
 }
 
 // cases by name: each does bounded work and says how much.
@@ -46,6 +47,7 @@ var cases = map[string]func(*loader) (result, error){
 	"pingbulk":  (*loader).pingBesideBulk,
 	"udp64":     func(l *loader) (result, error) { return l.echoes(8, 64) },
 	"udp1200":   func(l *loader) (result, error) { return l.echoes(8, 1200) },
+	"udpnew":    (*loader).newSockets,
 	"udp500":    func(l *loader) (result, error) { return l.echoes(500, 64) },
 	"peers2000": func(l *loader) (result, error) { return l.swarm(2000) },
 	"floodup":   (*loader).floodUp,
@@ -62,6 +64,8 @@ func loadMain(args []string) error {
 	proxy := fs.String("proxy", "", "SOCKS5 server: work natively; none: plainly")
 	target := fs.String("target", "", "the far end")
 	seconds := fs.Duration("time", 3*time.Second, "how long, where the case is bounded by time")
+	held := fs.Int("crowd", -1, "how many addresses are in use meanwhile; each connection goes to a new one; -1: all go to the target")
+	v6 := fs.Bool("v6", false, "the crowd's addresses are those of IPv6")
 	watch := fs.Int("watch", 0, "process whose CPU time and memory are noted; -1: the parent")
 	fs.Parse(args)
 	run, ok := cases[*name]
@@ -85,6 +89,17 @@ func loadMain(args []string) error {
 	}
 	if *watch < 0 {
 		*watch = os.Getppid()
+	}
+	if *held > crowdMost {
+		return fmt.Errorf("cannot hold %d addresses: %d at most", *held, crowdMost)
+	}
+	if *held >= 0 {
+		l.crowd = &crowd{v6: *v6}
+		release, err := l.hold(*held, *name)
+		if err != nil {
+			return err
+		}
+		defer release()
 	}
 	before := cpuSeconds(*watch)
 	start := time.Now()

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"sync/atomic"
 	"time"
 )
@@ -13,18 +14,18 @@ import (
 // dial connects to the target: plainly, or by a SOCKS5 handshake of the generator's own.
 func (l *loader) dial() (*net.TCPConn, error) {
 	if !l.proxy.IsValid() {
-		c, err := net.DialTimeout("tcp", l.target.String(), 20*time.Second)
+		c, err := net.DialTimeout("tcp", l.to().String(), 20*time.Second)
 		if err != nil {
 			return nil, err
 		}
 		return c.(*net.TCPConn), nil
 	}
-	c, _, err := l.request(1)
+	c, _, err := l.request(1, l.to())
 	return c, err
 }
 
 // request does a handshake with the SOCKS5 server and gives BND.ADDR's bytes.
-func (l *loader) request(cmd byte) (*net.TCPConn, []byte, error) {
+func (l *loader) request(cmd byte, to netip.AddrPort) (*net.TCPConn, []byte, error) {
 	d, err := net.DialTimeout("tcp", l.proxy.String(), 20*time.Second)
 	if err != nil {
 		return nil, nil, err
@@ -35,11 +36,7 @@ func (l *loader) request(cmd byte) (*net.TCPConn, []byte, error) {
 		_, err = io.ReadFull(c, b[:2])
 	}
 	if err == nil {
-		req := append([]byte{5, cmd, 0, 1}, l.target.Addr().AsSlice()...)
-		if l.target.Addr().Is6() {
-			req[3] = 4
-		}
-		if _, err = c.Write(binary.BigEndian.AppendUint16(req, l.target.Port())); err == nil {
+		if _, err = c.Write(appendAddr([]byte{5, cmd, 0}, to)); err == nil {
 			_, err = io.ReadFull(c, b[:4])
 		}
 	}
@@ -58,6 +55,16 @@ func (l *loader) request(cmd byte) (*net.TCPConn, []byte, error) {
 		return nil, nil, err
 	}
 	return c, b[4:n], nil
+}
+
+// appendAddr appends an address as SOCKS5 writes it.
+func appendAddr(b []byte, a netip.AddrPort) []byte {
+	kind := byte(1)
+	if a.Addr().Is6() {
+		kind = 4
+	}
+	b = append(append(b, kind), a.Addr().AsSlice()...)
+	return binary.BigEndian.AppendUint16(b, a.Port())
 }
 
 // bulk moves bytes over down and up connections at once until the time is over.
@@ -195,7 +202,7 @@ func (l *loader) pingBesideBulk() (result, error) {
 	var r result
 	bulk := make(chan error, 1)
 	go func() {
-		_, err := (&loader{proxy: l.proxy, target: l.target, seconds: l.seconds + time.Second}).bulk(8, 0)
+		_, err := (&loader{proxy: l.proxy, target: l.target, seconds: l.seconds + time.Second, crowd: l.crowd}).bulk(8, 0)
 		bulk <- err
 	}()
 	time.Sleep(500 * time.Millisecond) // the eight are under way

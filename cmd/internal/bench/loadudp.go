@@ -22,24 +22,20 @@ type dgram struct {
 
 func (l *loader) openUDP() (*dgram, error) {
 	d := &dgram{}
-	to := l.target
+	to := l.to()
 	if l.proxy.IsValid() {
-		c, bnd, err := l.request(3)
+		c, bnd, err := l.request(3, to)
 		if err != nil {
 			return nil, err
 		}
 		d.control = c
+		d.head = d.headFor(to)
 		ip, _ := netip.AddrFromSlice(bnd[:len(bnd)-2])
 		to = netip.AddrPortFrom(ip, binary.BigEndian.Uint16(bnd[len(bnd)-2:]))
-		d.head = append([]byte{0, 0, 0, 1}, l.target.Addr().AsSlice()...)
-		if l.target.Addr().Is6() {
-			d.head[3] = 4
-		}
-		d.head = binary.BigEndian.AppendUint16(d.head, l.target.Port())
 	}
 	u, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(to))
 	if err != nil {
-		return nil, errors.Join(err, d.close())
+		return nil, errors.Join(err, d.Close())
 	}
 	_ = u.SetReadBuffer(4 << 20)
 	_ = u.SetWriteBuffer(4 << 20)
@@ -47,7 +43,16 @@ func (l *loader) openUDP() (*dgram, error) {
 	return d, nil
 }
 
-func (d *dgram) close() (err error) {
+// headFor is what goes before a datagram to an address.
+func (d *dgram) headFor(to netip.AddrPort) []byte {
+	if d.control == nil {
+		return nil
+	}
+	return appendAddr([]byte{0, 0, 0}, to)
+}
+
+// Close ends the association too.
+func (d *dgram) Close() (err error) {
 	if d.UDPConn != nil {
 		err = d.UDPConn.Close()
 	}
@@ -66,7 +71,7 @@ func (l *loader) echoes(n, size int) (result, error) {
 		if err != nil {
 			return err
 		}
-		defer d.close()
+		defer d.Close()
 		out := append([]byte{}, d.head...)
 		out = append(out, dgramEcho)
 		out = append(out, make([]byte, size-1)...)
@@ -105,7 +110,7 @@ func (l *loader) swarm(n int) (result, error) {
 	if err != nil {
 		return result{}, err
 	}
-	defer d.close()
+	defer d.Close()
 	in := make([]byte, 65536)
 	out := append([]byte{}, d.head...)
 	out = append(out, make([]byte, 100)...)
@@ -166,11 +171,11 @@ func (l *loader) openSwarm() (*dgram, error) {
 		return nil, err
 	}
 	d.relay = d.RemoteAddr().(*net.UDPAddr).AddrPort()
-	d.UDPConn.Close()
+	d.UDPConn.Close() // not the association
 	d.UDPConn, err = net.ListenUDP("udp", nil)
 	if err != nil {
 		d.UDPConn = nil
-		return nil, errors.Join(err, d.close())
+		return nil, errors.Join(err, d.Close())
 	}
 	return d, nil
 }
@@ -183,7 +188,7 @@ func (l *loader) floodUp() (result, error) {
 	if err != nil {
 		return result{}, err
 	}
-	defer d.close()
+	defer d.Close()
 	out := append(append([]byte{}, d.head...), make([]byte, floodSize)...)
 	out[len(d.head)] = dgramSink
 	end := time.Now().Add(l.seconds)
@@ -221,7 +226,7 @@ func (l *loader) pingsBesideFlood() (result, error) {
 		if err != nil {
 			return err
 		}
-		defer d.close()
+		defer d.Close()
 		out, in := append([]byte{}, d.head...), make([]byte, 65536)
 		out = append(out, make([]byte, 100)...)
 		n := byte(0)
@@ -275,7 +280,7 @@ func (l *loader) floodDown() (result, error) {
 	if err != nil {
 		return result{}, err
 	}
-	defer d.close()
+	defer d.Close()
 	ask := append([]byte{}, d.head...)
 	ask = append(ask, dgramFlood)
 	ask = binary.BigEndian.AppendUint16(ask, floodSize)

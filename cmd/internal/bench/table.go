@@ -11,13 +11,12 @@ import (
 
 // line is a result with what scripts/bench.sh adds to it.
 type line struct {
-	Mode  string `json:"mode"` // native, through
+	Mode  string `json:"mode"` // native, through, against
 	Round int    `json:"round"`
 	result
 }
 
-// table reads lines of JSON and prints a row for each case: medians over the rounds, and the median of the ratios of
-// the rounds, since the two of one round were measured one after the other.
+// table reads lines of JSON and prints a row for each case: medians over the rounds.
 func table(in io.Reader, out io.Writer) error {
 	var order []string
 	byCase := map[string]map[string][]line{}
@@ -40,23 +39,64 @@ func table(in io.Reader, out io.Writer) error {
 	fmt.Fprintln(w, "case\tnative\tthrough\tunit\tratio\tp50 µs nat\tthr\tp99 µs nat\tthr\tCPU\tper\tRSS MiB\t")
 	for _, name := range order {
 		nat, thr := byCase[name]["native"], byCase[name]["through"]
-		var ratios []float64
-		for _, t := range thr {
-			for _, n := range nat {
-				if n.Round == t.Round && n.Value > 0 {
-					ratios = append(ratios, t.Value/n.Value)
-				}
-			}
-		}
 		cpu, per := cpuPer(thr)
 		fmt.Fprintf(w, "%s\t%.4g\t%.4g\t%s\t%.2f\t%.0f\t%.0f\t%.0f\t%.0f\t%.3g\t%s\t%.1f\t\n", name,
-			median(nat, func(l line) float64 { return l.Value }), median(thr, func(l line) float64 { return l.Value }), unit(nat, thr),
-			medianOf(ratios),
-			median(nat, func(l line) float64 { return l.P50us }), median(thr, func(l line) float64 { return l.P50us }),
-			median(nat, func(l line) float64 { return l.P99us }), median(thr, func(l line) float64 { return l.P99us }),
-			cpu, per, median(thr, func(l line) float64 { return float64(l.RSS) / (1 << 20) }))
+			median(nat, value), median(thr, value), unit(nat, thr), ratio(thr, nat, value),
+			median(nat, p50), median(thr, p50), median(nat, p99), median(thr, p99), cpu, per, median(thr, rss))
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	return compared(order, byCase, out)
+}
+
+// compared prints the second table: this build beside another one, if there was one.
+func compared(order []string, byCase map[string]map[string][]line, out io.Writer) error {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
+	some := false
+	for _, name := range order {
+		now, before := byCase[name]["through"], byCase[name]["against"]
+		if len(now) == 0 || len(before) == 0 {
+			continue
+		}
+		if !some {
+			fmt.Fprintln(w, "\ncase\tagainst\tthis\tunit\tratio\tp50 µs ag\tthis\tratio\tCPU ag\tthis\tper\tratio\tRSS MiB ag\tthis\t")
+			some = true
+		}
+		cpuBefore, _ := cpuPer(before)
+		cpu, per := cpuPer(now)
+		fmt.Fprintf(w, "%s\t%.4g\t%.4g\t%s\t%.2f\t%.0f\t%.0f\t%.2f\t%.3g\t%.3g\t%s\t%.2f\t%.1f\t%.1f\t\n", name,
+			median(before, value), median(now, value), unit(now), ratio(now, before, value),
+			median(before, p50), median(now, p50), ratio(now, before, p50),
+			cpuBefore, cpu, per, ratio(now, before, cpuEach), median(before, rss), median(now, rss))
 	}
 	return w.Flush()
+}
+
+func value(l line) float64 { return l.Value }
+func p50(l line) float64   { return l.P50us }
+func p99(l line) float64   { return l.P99us }
+func rss(l line) float64   { return float64(l.RSS) / (1 << 20) }
+
+// cpuEach is the redirector's CPU seconds for each unit of work.
+func cpuEach(l line) float64 {
+	if l.Work == 0 {
+		return 0
+	}
+	return l.CPU / l.Work
+}
+
+// ratio is the median of the ratios of the rounds: the two of one round were measured one after the other.
+func ratio(a, b []line, of func(line) float64) float64 {
+	var ratios []float64
+	for _, x := range a {
+		for _, y := range b {
+			if x.Round == y.Round && of(y) > 0 {
+				ratios = append(ratios, of(x)/of(y))
+			}
+		}
+	}
+	return medianOf(ratios)
 }
 
 func unit(ls ...[]line) string {
@@ -74,12 +114,7 @@ func cpuPer(ls []line) (float64, string) {
 	if unit(ls) == "Gbit/s" {
 		scale, per = 1e9, "s/GB"
 	}
-	return median(ls, func(l line) float64 {
-		if l.Work == 0 {
-			return 0
-		}
-		return l.CPU * scale / l.Work
-	}), per
+	return median(ls, func(l line) float64 { return cpuEach(l) * scale }), per
 }
 
 func median(ls []line, f func(line) float64) float64 {

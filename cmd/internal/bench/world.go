@@ -37,6 +37,9 @@ func worldMain(args []string) error {
 		return err
 	}
 	go serveDatagrams(u.(*net.UDPConn))
+	if err := serveCrowd(); err != nil {
+		return err
+	}
 	first := u.LocalAddr().(*net.UDPAddr)
 	for i := range min(max(*peers, 0), 10000) {
 		p, err := net.ListenUDP("udp", &net.UDPAddr{IP: first.IP, Port: first.Port + 1 + i})
