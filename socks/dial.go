@@ -169,6 +169,11 @@ func (p *dial) connect() {
 	p.fault(OpConnect, p.lastErr)
 }
 
+// allPorts is an IP_LOCAL_PORT_RANGE that leaves the host's range as it is. A socket that has the option is given any port of
+// that range. Without it Linux tries all even ports before the first odd one: when 14,000 connections to one server have
+// taken the even ones, each connect(2) walks them all (523 µs against 21).
+const allPorts = 1 | 65535<<16
+
 // open starts connecting to at. ours: the error is this host's and no other address would help.
 func (p *dial) open(at netip.AddrPort) (err error, ours bool) {
 	domain, sa, err := sockaddr(at)
@@ -192,6 +197,7 @@ func (p *dial) open(at netip.AddrPort) (err error, ours bool) {
 	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
 		return err, true
 	}
+	_ = unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_LOCAL_PORT_RANGE, allPorts) // Linux before 6.3 does not know it
 	switch err := unix.Connect(fd, sa); err {
 	case nil, unix.EINPROGRESS, unix.EINTR:
 	case unix.EADDRNOTAVAIL, unix.EAGAIN, unix.ENOBUFS, unix.ENOMEM: // no local port, no memory

@@ -3,6 +3,7 @@ package socks
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -429,5 +430,48 @@ func TestDialDirect(t *testing.T) {
 	d.DialDirect(context.Background(), netip.AddrPortFrom(netip.IPv4Unspecified(), 0), done)
 	if r := <-ch; r.err == nil {
 		t.Error("a destination of zeros was reached")
+	}
+}
+
+// A connection gets any free local port, odd ones too. Linux gives a plain socket an even one as long as there is one, which
+// it finds by a walk over all that are taken.
+func TestLocalPorts(t *testing.T) {
+	for _, at := range []string{"127.0.0.1:0", "[::1]:0"} {
+		ln, err := net.Listen("tcp", at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		to := ln.Addr().(*net.TCPAddr).AddrPort()
+		const tries = 64 // by chance all are even once in 2^64 runs
+		d := newDialer(t, Options{})
+		ch := make(chan dialed, 1)
+		odd := 0
+		for range tries {
+			d.DialDirect(context.Background(), to, func(fd int, err error) { ch <- dialed{fd, err} })
+			r := <-ch
+			if r.err != nil {
+				t.Fatal(r.err)
+			}
+			c := conn(t, r.fd)
+			odd += c.LocalAddr().(*net.TCPAddr).Port & 1
+			c.Close()
+		}
+		if odd > 0 {
+			continue
+		}
+		// Since Linux 6.8 the option has this effect.
+		var u unix.Utsname
+		if err := unix.Uname(&u); err != nil {
+			t.Fatal(err)
+		}
+		var major, minor int
+		if _, err := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor); err != nil {
+			t.Fatal(err)
+		}
+		if major < 6 || major == 6 && minor < 8 {
+			t.Skipf("Linux %d.%d gives even ports first, whatever is asked", major, minor)
+		}
+		t.Errorf("all of %d local ports toward %v are even", tries, to)
 	}
 }
