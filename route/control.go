@@ -132,6 +132,7 @@ func (r *Router) open(a *assoc) {
 	ctx, cancel := context.WithCancel(r.ctx)
 	t := &try{a: a, cancel: cancel}
 	a.try = t
+	r.udp.dialing++
 	r.udp.mu.Unlock()
 	r.control.opening++
 	m, w := a.m, r.loopW[a.loop]
@@ -167,6 +168,7 @@ func (r *Router) opened(e event) {
 		}
 		return
 	}
+	r.udp.dialing--
 	if e.err != nil {
 		a.try = nil
 		r.failed(a, e.err)

@@ -296,14 +296,34 @@ func newRig(t testing.TB, cfg Config, change func(*Router)) *rig {
 	ended := make(chan error, 1)
 	go func() { ended <- g.Run(context.Background()) }()
 	t.Cleanup(func() {
+		g.checkPending(t)
 		g.Close()
 		g.Close()
 		if err := <-ended; err != nil {
 			t.Errorf("Run: %v", err)
 		}
+		g.checkPending(t)
 	})
 	eventually(t, "Run to begin", g.ran.Load)
 	return g
+}
+
+// checkPending compares the count of associations that are being opened with those that there are.
+func (g *rig) checkPending(t testing.TB) {
+	t.Helper()
+	g.udp.mu.Lock()
+	defer g.udp.mu.Unlock()
+	n := 0
+	for _, m := range g.udp.all {
+		for _, a := range m.assocs {
+			if a.try != nil && a.link == nil {
+				n++
+			}
+		}
+	}
+	if g.udp.dialing != n {
+		t.Errorf("%d associations are said to be in the making, and %d are", g.udp.dialing, n)
+	}
 }
 
 // newProxy starts a SOCKS server and a client for it.

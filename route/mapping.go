@@ -102,15 +102,16 @@ type queue struct {
 // mappings is the table. Its lock is taken once for each burst of datagrams and held while they are sent, so that a
 // link is used by one goroutine at a time; nobody else holds it for long.
 type mappings struct {
-	mu     sync.Mutex
-	bySrc  map[netip.AddrPort]*mapping
-	all    []*mapping // for walks in small steps
-	oldest *mapping
-	newest *mapping
-	walk   int // where the next step starts
-	queued int // bytes in all queues
-	cache  cache
-	clos   bool // closing: no new ones
+	mu      sync.Mutex
+	bySrc   map[netip.AddrPort]*mapping
+	all     []*mapping // for walks in small steps
+	oldest  *mapping
+	newest  *mapping
+	walk    int // where the next step starts
+	queued  int // bytes in all queues
+	dialing int // associations that have a try and no link
+	cache   cache
+	clos    bool // closing: no new ones
 
 	life, shortLife, pinned time.Duration
 	most                    int // Limits.Mappings

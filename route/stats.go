@@ -65,13 +65,7 @@ func (r *Router) Stats() Stats {
 	r.streams.mu.Unlock()
 	r.udp.mu.Lock()
 	s.MappingsNow = len(r.udp.all)
-	for _, m := range r.udp.all {
-		for _, a := range m.assocs {
-			if a.try != nil && a.link == nil {
-				s.Pending++
-			}
-		}
-	}
+	s.Pending = r.udp.dialing
 	r.udp.mu.Unlock()
 	return s
 }

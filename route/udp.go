@@ -247,6 +247,9 @@ func (r *Router) discard(a *assoc) {
 	if lost := r.udp.take(a); len(lost) > 0 {
 		r.count.dgramsDropped.Add(uint64(len(lost)))
 	}
+	if a.try != nil && a.link == nil {
+		r.udp.dialing--
+	}
 	r.ctl.post(event{kind: evDiscard, link: a.link, t: a.try})
 	a.link, a.try = nil, nil
 }
