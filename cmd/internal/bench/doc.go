@@ -40,6 +40,22 @@ package main
 //	18 %  waiting: epoll of the Go runtime and of the loop
 //	 1 %  our own code
 //
+// A new connection beside N addresses in use, one connection after another, three interleaved rounds on a busy machine. The
+// figures are CPU in µs with gVisor's table of addresses filled in advance, and with an IP layer that needs no table (stack):
+//
+//	N = 0        IPv4 1,270 and 1,130    IPv6 1,210 and 980
+//	N = 9,000    IPv4 1,100 and 1,120    IPv6 1,110 and 900
+//
+// What was found to walk over all of something, and no longer does: gVisor's lookup of an address and its list of addresses
+// (stack, ipEndpoint); connect(2), over the local ports that are taken (socks, allPorts); the count of associations in the
+// making, each second (route).
+//
+// What still does, each once in a while and none for a packet or a connection: the sweep of UDP mappings, an eighth of them each
+// second, and the question which UDP sockets there are, every five seconds; the sweep of TCP flows, a thirtieth each second,
+// with a question to the kernel for each that does not move; route/dns, over the questions that wait, at each tick; status,
+// over all flows; the garbage collector. A search of some forty steps is what it takes to ask gVisor how much of a stream is
+// not acknowledged (Queued).
+//
 // The whole host (up) in place of one program (run), in the same namespaces: the rules, the filter and conntrack cost a
 // round trip of TCP 16.6 µs in place of 14.3, one of UDP 10.6 in place of 9.3, a connection 129 in place of 108; D1 and U1
 // the same within 3 %.
