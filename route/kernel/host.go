@@ -69,15 +69,18 @@ func New(c Config) (_ *Host, err error) {
 		h.c.Log.Warn("the journal of a dead daemon can't be read: what is ours is found by its marks", "err", err)
 	}
 	h.j = journal{Version: journalVersion, PID: os.Getpid(), TUN: c.TUN, Table: c.Table, Priority: c.Priority, NFTable: c.NFTable, Marks: c.Marks, Done: map[string]bool{}}
-	h.recovered = old != nil || err != nil
-	if old != nil {
-		h.j.Sysctls = old.Sysctls
-		if old.TUN != c.TUN || old.NFTable != c.NFTable || old.Table != c.Table {
-			return nil, fmt.Errorf("cannot take over from a dead viasocks that had TUN %s, table %d and nftables name %s: use the same, or 'viasocks down' first", old.TUN, old.Table, old.NFTable)
-		}
-	}
 	if err := h.taken(); err != nil {
 		return nil, err
+	}
+	if old != nil {
+		h.j.Sysctls = old.Sysctls
+		if err := h.inheritedFrom(old); err != nil {
+			return nil, err
+		}
+	}
+	if old != nil && h.recovered && (old.TUN != c.TUN || old.NFTable != c.NFTable || old.Table != c.Table) {
+		return nil, fmt.Errorf("cannot take over from a dead viasocks that had TUN %s, table %d and nftables name %s: "+
+			"use the same, or 'viasocks down' first", old.TUN, old.Table, old.NFTable)
 	}
 	h.recallSysctls()
 	if err := h.keep(); err != nil {
@@ -87,6 +90,26 @@ func New(c Config) (_ *Host, err error) {
 		return nil, err
 	}
 	return h, nil
+}
+
+// inheritedFrom looks for the tables of a dead daemon that had another name for them. A journal alone says nothing: the kernel
+// gives the number of a network namespace that has ended to a new one, where nobody has changed anything.
+func (h *Host) inheritedFrom(old *journal) error {
+	tables, err := h.listTables()
+	if err != nil {
+		return err
+	}
+	for _, t := range tables {
+		if t.name != old.NFTable || !slices.Contains(ourFamilies, t.fam) {
+			continue
+		}
+		ours, err := h.isOurs(t)
+		if err != nil {
+			return err
+		}
+		h.recovered = h.recovered || ours
+	}
+	return nil
 }
 
 // open has the sockets and the lock.
@@ -175,7 +198,8 @@ func (h *Host) taken() error {
 			case r.Protocol == Protocol:
 				h.recovered = true
 			case r.Table == c.Table || r.Table == c.closedTable():
-				return fmt.Errorf("cannot use table %d: an ip rule of somebody else leads to it: see 'ip rule', and choose another with --table", r.Table)
+				return fmt.Errorf("cannot use table %d: an ip rule of somebody else leads to it: see 'ip rule', and "+
+					"choose another with --table", r.Table)
 			case r.Priority >= c.Priority && r.Priority <= c.Priority+lastRule:
 				return fmt.Errorf("cannot use rule priorities %d to %d: somebody else has %d: see 'ip rule', and choose others with --priority", c.Priority, c.Priority+lastRule, r.Priority)
 			case r.Mark != 0 && (r.Mask == nil || *r.Mask&c.Marks.Mask != 0) && overlaps(r.Mark, r.Mask, c.Marks):
@@ -188,7 +212,8 @@ func (h *Host) taken() error {
 		}
 		for _, r := range routes {
 			if (r.Table == c.Table || r.Table == c.closedTable()) && r.Protocol != Protocol {
-				return fmt.Errorf("cannot use table %d: it has routes of somebody else: see 'ip route show table %[1]d', and choose another with --table", r.Table)
+				return fmt.Errorf("cannot use table %d: it has routes of somebody else: see 'ip route show table %[1]d', and "+
+					"choose another with --table", r.Table)
 			}
 			h.recovered = h.recovered || r.Protocol == Protocol
 		}

@@ -386,3 +386,31 @@ func TestMarksFrom(t *testing.T) {
 		t.Errorf("%+v", m)
 	}
 }
+
+// A journal of a network namespace that has ended, whose number the kernel gave to a new one, is no proof that the host is
+// closed: a start that fails leaves the host open, as it was.
+func TestJournalOfAnother(t *testing.T) {
+	inNamespace(t, func(t *testing.T) {
+		c := testConfig(t)
+		h, err := New(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.j.Done["filter"], h.j.TUN = true, "other0"
+		if err := h.j.write(h.path); err != nil {
+			t.Fatal(err)
+		}
+		h.Close()
+		h, err = New(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h.Recovered() {
+			t.Error("taken for what a dead daemon has left")
+		}
+		h.Close()
+		if _, err := Undo(c); err != nil {
+			t.Error(err)
+		}
+	})
+}
