@@ -59,8 +59,9 @@ func openFiles() int {
 
 func defaultMappings(files int) int { return max(min(DefaultMappings, files/8), 16) }
 
-// fill sets the defaults, but for Mappings, whose default SetUDP sets. A flow holds one descriptor, a mapping two (the control connection and the UDP socket): the
-// mappings get a quarter of what there is, the flows three fifths, and the rest is for everything else.
+// fill sets the defaults, but for Mappings, whose default SetUDP sets. A flow holds one descriptor, a mapping two (the control
+// connection and the UDP socket): the mappings get a quarter of what there is, the flows three fifths, and the rest is for
+// everything else.
 func (l *Limits) fill() error {
 	if l.Flows < 0 || l.Mappings < 0 || l.Associations < 0 {
 		return errors.New("cannot use a limit below 0")

@@ -41,7 +41,9 @@ func (noLog) Emit(int, log.Level, time.Time, string, ...any) {}
 // newNetstack makes gVisor's stack over l: it answers for every address (promiscuous) and with every address (spoofing).
 func newNetstack(l *link) (*gstack.Stack, error) {
 	ns := gstack.New(gstack.Options{
-		NetworkProtocols: []gstack.NetworkProtocolFactory{overIP(ipv4.NewProtocol), overIP(ipv6.NewProtocolWithOptions(ipv6.Options{}))},
+		NetworkProtocols: []gstack.NetworkProtocolFactory{
+			overIP(ipv4.NewProtocol), overIP(ipv6.NewProtocolWithOptions(ipv6.Options{})),
+		},
 		// UDP only to be reassembled; it has no endpoint.
 		TransportProtocols: []gstack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol},
 	})

@@ -14,8 +14,9 @@ import (
 )
 
 const (
-	// DefaultPending and DefaultPendingPerDest are the defaults of Limits. A swarm's dead peers wait for the proxy's timeout, 30 s by default: 8192 of them are 270
-	// new ones each second. A program that opens more than 256 connections to one address at once is a scanner.
+	// DefaultPending and DefaultPendingPerDest are the defaults of Limits. A swarm's dead peers wait for the proxy's timeout,
+	// 30 s by default: 8192 of them are 270 new ones each second. A program that opens more than 256 connections to one
+	// address at once is a scanner.
 	DefaultPending        = 8192
 	DefaultPendingPerDest = 256
 

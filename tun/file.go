@@ -33,10 +33,10 @@ type fileDevice struct {
 	wr     sync.Pool // of *writer
 }
 
-// FromFiles makes a Device of an open TUN. The files are its queues, as netns.OpenTUN gives them; they may be from another network
-// namespace, unless o.OnLink is set. It takes ownership of them, also when it fails. The TUN must have been made with IFF_NO_PI;
-// whether it has IFF_VNET_HDR is asked. Without that header, and on kernels that lack an offload, Device.Offload says less than
-// Options.Offload asked for.
+// FromFiles makes a Device of an open TUN. The files are its queues, as netns.OpenTUN gives them; they may be from another
+// network namespace, unless o.OnLink is set. It takes ownership of them, also when it fails. The TUN must have been made with
+// IFF_NO_PI; whether it has IFF_VNET_HDR is asked. Without that header, and on kernels that lack an offload, Device.Offload
+// says less than Options.Offload asked for.
 func FromFiles(files []*os.File, o Options) (Device, error) {
 	fds, err := takeFiles(files)
 	if err != nil {
@@ -174,7 +174,8 @@ func probe(fds []int) (name string, vnet bool, err error) {
 	return name, true, nil
 }
 
-// negotiate limits the offloads to what m allows. The handle has asked for all; that the kernel has USO is seen only by asking again.
+// negotiate limits the offloads to what m allows. The handle has asked for all; that the kernel has USO is seen only by asking
+// again.
 func negotiate(fd int, m Mode) (Offload, error) {
 	switch {
 	case m == OffloadOff:

@@ -8,17 +8,18 @@ import (
 	wgtun "golang.zx2c4.com/wireguard/tun"
 )
 
-// handle is the wireguard device of a TUN. It owns the interface's name, its MTU, the negotiation of the offloads and the lifetime,
-// and it tells of changes to the link. The frames do not pass through it: its Read and Write would cut each super-segment into
-// packets and merge them again. It therefore holds a queue that is detached from the interface, to which the kernel gives no frame.
+// handle is the wireguard device of a TUN. It owns the interface's name, its MTU, the negotiation of the offloads and the
+// lifetime, and it tells of changes to the link. The frames do not pass through it: its Read and Write would cut each
+// super-segment into packets and merge them again. It therefore holds a queue that is detached from the interface, to which
+// the kernel gives no frame.
 type handle struct {
 	dev     wgtun.Device
 	drained chan struct{} // closed when the last event was read
 }
 
-// newHandle makes the wireguard device of fd, which it owns, also when it fails. fd must be attached to the interface: the device
-// asks for its name and sets its offloads. With onLink the link is watched from the calling thread's network namespace, which must
-// be the interface's own.
+// newHandle makes the wireguard device of fd, which it owns, also when it fails. fd must be attached to the interface: the
+// device asks for its name and sets its offloads. With onLink the link is watched from the calling thread's network namespace,
+// which must be the interface's own.
 func newHandle(fd int, o Options) (*handle, error) {
 	h := &handle{drained: make(chan struct{})}
 	if o.OnLink == nil {

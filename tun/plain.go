@@ -29,7 +29,8 @@ func newPlain(fd int, name string, o Options) (*plainDevice, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &plainDevice{h: h, name: name, mtu: o.MTU, bufs: make([][]byte, h.dev.BatchSize()), sizes: make([]int, h.dev.BatchSize())}
+	batch := h.dev.BatchSize()
+	d := &plainDevice{h: h, name: name, mtu: o.MTU, bufs: make([][]byte, batch), sizes: make([]int, batch)}
 	for i := range d.bufs {
 		d.bufs[i] = make([]byte, MaxFrame)
 	}

@@ -28,15 +28,18 @@ var tupleKeys = map[bool]struct {
 	set, text      string
 	keyType, keyLn uint32
 }{
-	false: {"came4", "inet_proto . ipv4_addr . inet_service . ipv4_addr . inet_service", concat(typeProto, typeIP4, typePort, typeIP4, typePort), 20},
-	true:  {"came6", "inet_proto . ipv6_addr . inet_service . ipv6_addr . inet_service", concat(typeProto, typeIP6, typePort, typeIP6, typePort), 44},
+	false: {"came4", "inet_proto . ipv4_addr . inet_service . ipv4_addr . inet_service",
+		concat(typeProto, typeIP4, typePort, typeIP4, typePort), 20},
+	true: {"came6", "inet_proto . ipv6_addr . inet_service . ipv6_addr . inet_service",
+		concat(typeProto, typeIP6, typePort, typeIP6, typePort), 44},
 }
 
 // cameSets are the sets of established connections from outside.
 func cameSets() (sets []*nfSet) {
 	for _, v6 := range []bool{false, true} {
 		k := tupleKeys[v6]
-		sets = append(sets, &nfSet{name: k.set, keyText: k.text, keyType: k.keyType, keyLen: k.keyLn, dynamic: true, size: cameSize, keep: cameFor})
+		sets = append(sets, &nfSet{name: k.set, keyText: k.text, keyType: k.keyType, keyLen: k.keyLn,
+			dynamic: true, size: cameSize, keep: cameFor})
 	}
 	return sets
 }
@@ -109,7 +112,8 @@ func changeTuple(set string, v6, in bool, op uint32) term {
 func tcpEnds() term {
 	return term{"tcp flags & (fin | rst) != 0", append(l4proto(unix.IPPROTO_TCP),
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{0x05}, Xor: []byte{0}}, cmp(expr.CmpOpNeq, []byte{0}))}
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{0x05}, Xor: []byte{0}},
+		cmp(expr.CmpOpNeq, []byte{0}))}
 }
 
 // ctExpiresAfter matches flows that conntrack will keep for longer than d without another packet.

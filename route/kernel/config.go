@@ -186,7 +186,8 @@ func (c *Config) validate() error {
 	case c.TUN == "" || len(c.TUN) > 15:
 		return fmt.Errorf("cannot use TUN device name %q: 1 to 15 bytes", c.TUN)
 	case c.Table <= 0 || c.closedTable() >= 253 && c.Table <= 255:
-		return fmt.Errorf("cannot use tables %d and %d: 253 to 255 belong to the kernel: choose another number with --table", c.Table, c.closedTable())
+		return fmt.Errorf("cannot use tables %d and %d: 253 to 255 belong to the kernel: choose another number with --table",
+			c.Table, c.closedTable())
 	case c.Priority < 1 || c.Priority+lastRule >= 32766:
 		return fmt.Errorf("cannot use rule priority %d: 1 to %d, before the rule of main", c.Priority, 32765-lastRule)
 	case !nameRE.MatchString(c.NFTable):

@@ -134,7 +134,8 @@ func (h *Host) applyFilter() error {
 			h.owned = 0 // Linux before 6.9: whoever flushes all takes ours too, and the watch puts it back
 		case h.st.bridge && ne.index >= len(old) && ne.index < len(msgs) && msgs[ne.index].fam == unix.NFPROTO_BRIDGE:
 			h.noBridge = true
-			h.say("bridge", "the kernel cannot filter bridges: guests on a bridge have no network while net.bridge.bridge-nf-call-iptables is 1", "why", err)
+			h.say("bridge", "the kernel cannot filter bridges: guests on a bridge have no network while "+
+				"net.bridge.bridge-nf-call-iptables is 1", "why", err)
 		case h.st.arp && ne.index >= len(old) && ne.index < len(msgs) && msgs[ne.index].fam == unix.NFPROTO_ARP:
 			h.noARP = true
 			h.say("arp", "the kernel can't filter ARP: neighbours learn that the TUN's address is here, and get no further", "why", err)
@@ -147,7 +148,8 @@ func (h *Host) applyFilter() error {
 			h.st.see(l)
 		case lacking(msgs, ne.index, err) == needSocket && !h.st.noSocket:
 			h.st.noSocket = true
-			h.say("socket", "the kernel can't tell whether anybody listens at a port: a datagram from outside that nobody listens for may be answered by who opens the port next", "why", err)
+			h.say("socket", "the kernel cannot tell whether anybody listens at a port: a datagram from outside that nobody "+
+				"listens for may be answered by the program that opens the port next", "why", err)
 		case lacking(msgs, ne.index, err) == needCgroupv2 && h.c.OwnCgroup != "" && len(h.c.Exclude.Cgroups)+len(h.c.Include.Cgroups) == 0:
 			h.c.OwnCgroup = "" // wanted where it can be had
 			h.say("own cgroup", "the kernel can't tell our sockets from others' by their cgroup: only by mark and destination", "why", err)

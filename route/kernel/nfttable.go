@@ -53,7 +53,9 @@ func (t *nfTable) chain(c *nfChain) *nfChain {
 	return c
 }
 
-var famNames = map[uint8]string{unix.NFPROTO_INET: "inet", unix.NFPROTO_ARP: "arp", unix.NFPROTO_BRIDGE: "bridge", unix.NFPROTO_NETDEV: "netdev"}
+var famNames = map[uint8]string{
+	unix.NFPROTO_INET: "inet", unix.NFPROTO_ARP: "arp", unix.NFPROTO_BRIDGE: "bridge", unix.NFPROTO_NETDEV: "netdev",
+}
 
 var hookNames = map[uint32]string{unix.NF_INET_PRE_ROUTING: "prerouting", unix.NF_INET_LOCAL_IN: "input",
 	unix.NF_INET_FORWARD: "forward", unix.NF_INET_LOCAL_OUT: "output", unix.NF_INET_POST_ROUTING: "postrouting"}
@@ -144,7 +146,8 @@ func (t *nfTable) messages(flags uint32) ([]nfMsg, error) {
 			attrU32(unix.NFTA_SET_KEY_TYPE, s.keyType), attrU32(unix.NFTA_SET_KEY_LEN, s.keyLen), attrU32(unix.NFTA_SET_ID, uint32(i+1)))
 		switch {
 		case s.dynamic:
-			a = cat(a, attrU32(unix.NFTA_SET_FLAGS, unix.NFT_SET_TIMEOUT|unix.NFT_SET_EVAL), attrU64(unix.NFTA_SET_TIMEOUT, uint64(s.keep.Milliseconds())),
+			a = cat(a, attrU32(unix.NFTA_SET_FLAGS, unix.NFT_SET_TIMEOUT|unix.NFT_SET_EVAL),
+				attrU64(unix.NFTA_SET_TIMEOUT, uint64(s.keep.Milliseconds())),
 				nested(unix.NFTA_SET_DESC, attrU32(unix.NFTA_SET_DESC_SIZE, s.size)))
 		case s.timeout:
 			a = append(a, attrU32(unix.NFTA_SET_FLAGS, unix.NFT_SET_TIMEOUT)...)

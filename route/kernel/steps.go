@@ -128,7 +128,8 @@ func (h *Host) reconcile() (changed []string, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if !equal(l.lan, h.st.lan) || !equal(l.near, h.st.near) || h.c.Strict && !equal(l.out, h.st.devices) || isRouter() != h.st.router {
+	if !equal(l.lan, h.st.lan) || !equal(l.near, h.st.near) || h.c.Strict && !equal(l.out, h.st.devices) ||
+		isRouter() != h.st.router {
 		h.st.see(l)
 		h.tellServed()
 		if err := h.applyFilter(); err != nil {

@@ -101,7 +101,8 @@ func (c *Config) serverPorts(t *nfTable, pre *nfChain) {
 	}
 	for _, from := range c.inboundBy() {
 		for _, v := range []uint32{0, m.Captured, m.Declined} {
-			pre.add(append(slices.Clone(from), isProto(unix.IPPROTO_UDP), ctMark(m, v, true), daddrType("local", unix.RTN_LOCAL), jump("server_ports"))...)
+			pre.add(append(slices.Clone(from), isProto(unix.IPPROTO_UDP), ctMark(m, v, true),
+				daddrType("local", unix.RTN_LOCAL), jump("server_ports"))...)
 		}
 	}
 }
@@ -192,7 +193,8 @@ func inPort(set, which string) term {
 	if which == "dport" {
 		offset = 2
 	}
-	return term{"udp " + which + " @" + set, append(l4proto(unix.IPPROTO_UDP), loadPort(8, offset), &expr.Lookup{SourceRegister: 8, SetName: set})}
+	return term{"udp " + which + " @" + set,
+		append(l4proto(unix.IPPROTO_UDP), loadPort(8, offset), &expr.Lookup{SourceRegister: 8, SetName: set})}
 }
 
 func notePort(set string) term {
@@ -211,7 +213,8 @@ func hostPort(set string, v6, note bool) term {
 		word, off, n = "ip6", 8, 16
 	}
 	loads := append(isFamily(v6), l4proto(unix.IPPROTO_UDP)...)
-	loads = append(loads, &expr.Payload{DestRegister: 8, Base: expr.PayloadBaseNetworkHeader, Offset: off, Len: n}, loadPort(8+n/4, 0))
+	loads = append(loads,
+		&expr.Payload{DestRegister: 8, Base: expr.PayloadBaseNetworkHeader, Offset: off, Len: n}, loadPort(8+n/4, 0))
 	if note {
 		return update(set, word+" saddr . udp sport", loads...)
 	}
@@ -225,7 +228,8 @@ func servedPeer(v6, note bool) term {
 		set, word, off, n = "served6", "ip6", 24, 16
 	}
 	loads := append(isFamily(v6), l4proto(unix.IPPROTO_UDP)...)
-	loads = append(loads, loadPort(8, 0), &expr.Payload{DestRegister: 9, Base: expr.PayloadBaseNetworkHeader, Offset: off, Len: n}, loadPort(9+n/4, 2))
+	loads = append(loads, loadPort(8, 0),
+		&expr.Payload{DestRegister: 9, Base: expr.PayloadBaseNetworkHeader, Offset: off, Len: n}, loadPort(9+n/4, 2))
 	key := "udp sport . " + word + " daddr . udp dport"
 	if note {
 		return update(set, key, loads...)
@@ -239,5 +243,6 @@ func socketTransparent(yes bool) term {
 	if yes {
 		v = 1
 	}
-	return term{"socket transparent " + string('0'+v), []expr.Any{&expr.Socket{Key: expr.SocketKeyTransparent, Register: 1}, cmp(expr.CmpOpEq, []byte{v})}}
+	return term{"socket transparent " + string('0'+v),
+		[]expr.Any{&expr.Socket{Key: expr.SocketKeyTransparent, Register: 1}, cmp(expr.CmpOpEq, []byte{v})}}
 }

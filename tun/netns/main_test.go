@@ -55,8 +55,8 @@ func (s settled) Run() int {
 	return code
 }
 
-// coverHelpers gives the helpers of Spawn, which are this binary, a directory for their coverage that every user may write to. What
-// the go command names is its own user's, and the error would be in the program's output.
+// coverHelpers gives the helpers of Spawn, which are this binary, a directory for their coverage that every user may write to.
+// What the go command names is its own user's, and the error would be in the program's output.
 func coverHelpers() (remove func()) {
 	if testing.CoverMode() == "" {
 		return func() {}

@@ -13,7 +13,8 @@ import (
 // ErrNoInterface: the calling thread's namespace has no interface of that index, since it was deleted or moved to another one.
 var ErrNoInterface = errors.New("the interface is not there any more")
 
-// Wanted is how an interface of the calling thread's namespace is to be. The index says which one it is: others can change the name.
+// Wanted is how an interface of the calling thread's namespace is to be. The index says which one it is: others can change the
+// name.
 type Wanted struct {
 	Index int
 	Name  string

@@ -158,8 +158,9 @@ func isLink(path string) bool {
 	return err == nil && st.Mode().Type() == os.ModeSymlink
 }
 
-// bindContent mounts a file with this content over target, which is opened with flags: O_NOFOLLOW means a link itself. The file lives in a tmpfs that was mounted for a moment over some
-// directory and is held by the bind mount alone afterwards: nothing is written to the host.
+// bindContent mounts a file with this content over target, which is opened with flags: O_NOFOLLOW means a link itself. The
+// file lives in a tmpfs that was mounted for a moment over some directory and is held by the bind mount alone afterwards:
+// nothing is written to the host.
 func bindContent(target string, flags int, content string) error {
 	fd, err := unix.Open(target, unix.O_PATH|unix.O_CLOEXEC|flags, 0)
 	if err != nil {

@@ -18,7 +18,8 @@ import (
 // attachTo names the interface to which this process, an ordinary user's, is to attach a queue.
 const attachTo = "VIASOCKS_TEST_ATTACH_TO"
 
-// attachIfAsked attaches a queue, says how it went, and holds the queue until its standard input ends. A line there has it detached.
+// attachIfAsked attaches a queue, says how it went, and holds the queue until its standard input ends. A line there has it
+// detached.
 func attachIfAsked() {
 	name := os.Getenv(attachTo)
 	if name == "" {

@@ -41,9 +41,9 @@ var unowned = func(name string) {}
 // a persistent one of that name, which gets one queue if it was made for one. There is a file for each queue; they are
 // non-blocking and the caller's to close, and may be used from any namespace.
 //
-// The interface belongs to the effective user and group of the caller, so that others need CAP_NET_ADMIN to attach a queue, which
-// would get a share of the frames. Until the owner is set everybody may who can open /dev/net/tun. A new interface to which somebody
-// attached a queue in that moment is deleted and made again; one that was there before is refused.
+// The interface belongs to the effective user and group of the caller, so that others need CAP_NET_ADMIN to attach a queue,
+// which would get a share of the frames. Until the owner is set, anybody who can open /dev/net/tun may do so. A new interface to
+// which somebody attached a queue in that moment is deleted and made again; one that was there before is refused.
 func OpenTUN(o TUNOptions) (queues []*os.File, name string, err error) {
 	for attempt := 1; ; attempt++ {
 		fresh := !exists(o.Name)
@@ -395,10 +395,10 @@ func linkUp(name string) error {
 	return nil
 }
 
-// awaitLocal waits until the kernel takes a for its own. It enters an IPv6 address's local route from a work queue,
-// a little after the address can be used as a source: what is answered in between is lost (Ip6InAddrErrors; seen by 3 %
-// of the tests that answered at once). If it takes five seconds, going on is as good as anything else. There is nothing to wait for
-// when the address is gone again, as when somebody sets the interface down.
+// awaitLocal waits until the kernel takes a for its own. It enters an IPv6 address's local route from a work queue, a little
+// after the address can be used as a source: what is answered in between is lost (Ip6InAddrErrors; seen by 3 % of the tests
+// that answered at once). If it takes five seconds, going on is as good as anything else. There is nothing to wait for when
+// the address is gone again, as when somebody sets the interface down.
 func awaitLocal(h *netlink.Handle, link netlink.Link, a netip.Addr) {
 	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); {
 		if r, err := h.RouteGet(a.AsSlice()); err == nil && len(r) > 0 && r[0].Type == unix.RTN_LOCAL {

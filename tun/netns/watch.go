@@ -46,8 +46,8 @@ type address struct {
 	addr netip.Prefix
 }
 
-// NewWatch subscribes; what changes from now on waits for Run. Every thread of the process must be in the namespace when Run is to
-// begin again after a failure.
+// NewWatch subscribes; what changes from now on waits for Run. Every thread of the process must be in the namespace when Run
+// is to begin again after a failure.
 func NewWatch(log *slog.Logger) (*Watch, error) {
 	w := &Watch{log: log, closed: make(chan struct{})}
 	if err := w.open(); err != nil {

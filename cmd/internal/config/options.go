@@ -129,18 +129,21 @@ is an address, with a port if it is not 53.
 TCP connections to port 53 are carried to the first of them.`,
 	},
 	{
-		Name: "connect-timeout", Arg: "TIME", Default: span(socks.DefaultConnectTimeout), Live: true, Cmds: all, set: duration("100ms", "5m", func(c *Config) *timeDuration { return &c.ConnectTimeout }),
+		Name: "connect-timeout", Arg: "TIME", Default: span(socks.DefaultConnectTimeout), Live: true, Cmds: all,
+		set:  duration("100ms", "5m", func(c *Config) *timeDuration { return &c.ConnectTimeout }),
 		Help: "how long reaching the proxy may take",
 		Man:  `How long the TCP connection to the proxy may take, from 100ms to 5m.`,
 	},
 	{
-		Name: "handshake-timeout", Arg: "TIME", Default: span(socks.DefaultHandshakeTimeout), Live: true, Cmds: all, set: duration("100ms", "10m", func(c *Config) *timeDuration { return &c.HandshakeTimeout }),
+		Name: "handshake-timeout", Arg: "TIME", Default: span(socks.DefaultHandshakeTimeout), Live: true, Cmds: all,
+		set:  duration("100ms", "10m", func(c *Config) *timeDuration { return &c.HandshakeTimeout }),
 		Help: "how long the proxy may take to answer",
 		Man: `How long the whole SOCKS exchange may take, the proxy's own way to the destination included, from 100ms to 10m.
 When no answer came in this time the program's connection attempt is left unanswered, as a silent destination would leave it.`,
 	},
 	{
-		Name: "idle-timeout", Arg: "TIME", Default: span(relay.DefaultIdle), Live: true, Cmds: all, set: duration("10s", "9h", func(c *Config) *timeDuration { return &c.IdleTimeout }),
+		Name: "idle-timeout", Arg: "TIME", Default: span(relay.DefaultIdle), Live: true, Cmds: all,
+		set:  duration("10s", "9h", func(c *Config) *timeDuration { return &c.IdleTimeout }),
 		Help: "idle TCP connections are probed after this",
 		Man: `A TCP connection on which nothing moved for this long is probed by keepalive on both sides, and ended if the other end is
 gone; from 10s to 9h (the kernel takes no more).
@@ -149,25 +152,29 @@ One that its program has closed, while the far end has not, is given back as the
 program's FIN, or when what is left to send has not moved for a minute.`,
 	},
 	{
-		Name: "udp-timeout", Arg: "TIME", Default: span(route.DefaultUDPTimeout), Live: true, Cmds: all, set: duration("10s", "24h", func(c *Config) *timeDuration { return &c.UDPTimeout }),
+		Name: "udp-timeout", Arg: "TIME", Default: span(route.DefaultUDPTimeout), Live: true, Cmds: all,
+		set:  duration("10s", "24h", func(c *Config) *timeDuration { return &c.UDPTimeout }),
 		Help: "how long a UDP mapping lives without traffic and without a socket",
 		Man: `How long the UDP mapping of a socket lives after the last datagram, from 10s to 24h (RFC 4787 asks for two minutes at least),
 where viasocks cannot tell whether the socket is open: for containers and virtual machines behind this host.
 Elsewhere a mapping lives on while its socket is open, and ends some 10 seconds after it was closed.`,
 	},
 	{
-		Name: "max-pending", Arg: "N", Default: strconv.Itoa(stack.DefaultPending), Live: true, Cmds: all, set: number(1, 1_000_000, func(c *Config) *int { return &c.MaxPending }),
+		Name: "max-pending", Arg: "N", Default: strconv.Itoa(stack.DefaultPending), Live: true, Cmds: all,
+		set:  number(1, 1_000_000, func(c *Config) *int { return &c.MaxPending }),
 		Help: "TCP connections that may wait for the proxy at a time",
 		Man: `How many TCP connections may wait for the proxy's answer at a time, from 1 to 1000000.
 More are left unanswered, so that the program's kernel tries again a second later.`,
 	},
 	{
-		Name: "max-pending-per-destination", Arg: "N", Default: strconv.Itoa(stack.DefaultPendingPerDest), Live: true, Cmds: all, set: number(1, 1_000_000, func(c *Config) *int { return &c.MaxPendingPerDest }),
+		Name: "max-pending-per-destination", Arg: "N", Default: strconv.Itoa(stack.DefaultPendingPerDest), Live: true, Cmds: all,
+		set:  number(1, 1_000_000, func(c *Config) *int { return &c.MaxPendingPerDest }),
 		Help: "the same for each destination address",
 		Man:  `The same for each destination address; not more than` + "\n.Fl -max-pending .",
 	},
 	{
-		Name: "max-mappings", Arg: "N", Default: strconv.Itoa(route.DefaultMappings), Soft: true, Live: true, Cmds: all, set: number(1, 65536, func(c *Config) *int { return &c.MaxMappings }),
+		Name: "max-mappings", Arg: "N", Default: strconv.Itoa(route.DefaultMappings), Soft: true, Live: true, Cmds: all,
+		set:  number(1, 65536, func(c *Config) *int { return &c.MaxMappings }),
 		Help: "UDP sockets of the program that have a mapping at a time",
 		Man: `How many UDP mappings there may be at a time, from 1 to 65536.
 Each holds two sockets to the proxy, so the default is less where the limit on open files is low.
@@ -249,7 +256,8 @@ undo what a viasocks has left that failed, if the configuration says
 and else leave the host closed.`,
 	},
 	{
-		Name: "state-dir", Arg: "DIR", Default: kernel.DefaultDir, Cmds: Up | Check | Down | Confirm | Status | Flows, set: setStateDir,
+		Name: "state-dir", Arg: "DIR", Default: kernel.DefaultDir, Cmds: Up | Check | Down | Confirm | Status | Flows,
+		set:  setStateDir,
 		Help: "directory of journal, lock and control socket",
 		Man: `The directory that holds the journal of what is to be undone, the lock and the control socket, for a host whose
 .Pa /run

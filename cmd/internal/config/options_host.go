@@ -47,7 +47,8 @@ To reach a network whatever is said here, use
 .Fl -exclude .`,
 	},
 	{
-		Name: "inbound", Arg: "keep|carry", Default: "keep", Live: true, Cmds: Up | Check, set: oneOf(func(c *Config) *string { return &c.Host.Inbound }, "keep", "carry"),
+		Name: "inbound", Arg: "keep|carry", Default: "keep", Live: true, Cmds: Up | Check,
+		set:  oneOf(func(c *Config) *string { return &c.Host.Inbound }, "keep", "carry"),
 		Help: "what becomes of answers to connections from outside",
 		Man: `What becomes of answers to connections that came in from outside, such as SSH to this host.
 .Cm keep :
@@ -81,7 +82,8 @@ it holds for what comes in by a device of
 .Fl -exclude-device .`,
 	},
 	{
-		Name: "exclude", Arg: "NETWORK[,...]", Many: true, Live: true, Cmds: Up | Check, set: addNetworks(func(c *Config) *Selection { return &c.Host.Exclude }),
+		Name: "exclude", Arg: "NETWORK[,...]", Many: true, Live: true, Cmds: Up | Check,
+		set:  addNetworks(func(c *Config) *Selection { return &c.Host.Exclude }),
 		Help: "destinations that are reached past the proxy",
 		Man: `Destinations that are reached past the proxy: addresses, or networks like 203.0.113.0/24.
 What is excluded leaves the host as if there were no
@@ -89,18 +91,21 @@ What is excluded leaves the host as if there were no
 questions for names to such a destination included.`,
 	},
 	{
-		Name: "exclude-uid", Arg: "USER|N[-M][,...]", Many: true, Live: true, Cmds: Up | Check, set: addUIDs(func(c *Config) *Selection { return &c.Host.Exclude }),
+		Name: "exclude-uid", Arg: "USER|N[-M][,...]", Many: true, Live: true, Cmds: Up | Check,
+		set:  addUIDs(func(c *Config) *Selection { return &c.Host.Exclude }),
 		Help: "users whose programs go past the proxy",
 		Man:  `Users whose programs go past the proxy, by name or by number.`,
 	},
 	{
-		Name: "exclude-port", Arg: "N[-M][,...]", Many: true, Live: true, Cmds: Up | Check, set: addPorts(func(c *Config) *Selection { return &c.Host.Exclude }),
+		Name: "exclude-port", Arg: "N[-M][,...]", Many: true, Live: true, Cmds: Up | Check,
+		set:  addPorts(func(c *Config) *Selection { return &c.Host.Exclude }),
 		Help: "destination ports (TCP and UDP) that are reached past the proxy",
 		Man: `Destination ports, of TCP and UDP, that are reached past the proxy.
 Not 53: names are asked through it.`,
 	},
 	{
-		Name: "exclude-device", Arg: "NAME[,...]", Many: true, Live: true, Cmds: Up | Check, set: addDevices(func(c *Config) *Selection { return &c.Host.Exclude }),
+		Name: "exclude-device", Arg: "NAME[,...]", Many: true, Live: true, Cmds: Up | Check,
+		set:  addDevices(func(c *Config) *Selection { return &c.Host.Exclude }),
 		Help: "devices: what comes in by them, or is bound to them, goes past the proxy",
 		Man: `Network devices: what comes in by one of them to be forwarded, and sockets that are bound to one of them, go past the
 proxy.
@@ -114,7 +119,8 @@ neighbours by a socket with SO_DONTROUTE (IPv4), and what rules of others lead t
 The device need not be there yet.`,
 	},
 	{
-		Name: "exclude-cgroup", Arg: "PATH[,...]", Many: true, Live: true, Cmds: Up | Check, set: addCgroups(func(c *Config) *Selection { return &c.Host.Exclude }),
+		Name: "exclude-cgroup", Arg: "PATH[,...]", Many: true, Live: true, Cmds: Up | Check,
+		set:  addCgroups(func(c *Config) *Selection { return &c.Host.Exclude }),
 		Help: "control groups whose programs go past the proxy",
 		Man: `Control groups (version 2) whose programs go past the proxy, as in
 .Pa /proc/PID/cgroup :
@@ -122,7 +128,8 @@ The device need not be there yet.`,
 They must be there at the start.`,
 	},
 	{
-		Name: "include", Arg: "NETWORK[,...]", Many: true, Live: true, Cmds: Up | Check, set: addNetworks(func(c *Config) *Selection { return &c.Host.Include }),
+		Name: "include", Arg: "NETWORK[,...]", Many: true, Live: true, Cmds: Up | Check,
+		set:  addNetworks(func(c *Config) *Selection { return &c.Host.Include }),
 		Help: "only these destinations go through the proxy",
 		Man: `Only these destinations go through the proxy, and what the other options that begin with
 .Ql include
@@ -131,22 +138,26 @@ name; everything else leaves the host as if there were no
 What is excluded as well is excluded.`,
 	},
 	{
-		Name: "include-uid", Arg: "USER|N[-M][,...]", Many: true, Live: true, Cmds: Up | Check, set: addUIDs(func(c *Config) *Selection { return &c.Host.Include }),
+		Name: "include-uid", Arg: "USER|N[-M][,...]", Many: true, Live: true, Cmds: Up | Check,
+		set:  addUIDs(func(c *Config) *Selection { return &c.Host.Include }),
 		Help: "only these users' programs go through the proxy",
 		Man:  `The same for users.`,
 	},
 	{
-		Name: "include-port", Arg: "N[-M][,...]", Many: true, Live: true, Cmds: Up | Check, set: addPorts(func(c *Config) *Selection { return &c.Host.Include }),
+		Name: "include-port", Arg: "N[-M][,...]", Many: true, Live: true, Cmds: Up | Check,
+		set:  addPorts(func(c *Config) *Selection { return &c.Host.Include }),
 		Help: "only these destination ports go through the proxy",
 		Man:  `The same for destination ports.`,
 	},
 	{
-		Name: "include-device", Arg: "NAME[,...]", Many: true, Live: true, Cmds: Up | Check, set: addDevices(func(c *Config) *Selection { return &c.Host.Include }),
+		Name: "include-device", Arg: "NAME[,...]", Many: true, Live: true, Cmds: Up | Check,
+		set:  addDevices(func(c *Config) *Selection { return &c.Host.Include }),
 		Help: "only what comes in by these devices goes through the proxy",
 		Man:  `The same for devices.`,
 	},
 	{
-		Name: "include-cgroup", Arg: "PATH[,...]", Many: true, Live: true, Cmds: Up | Check, set: addCgroups(func(c *Config) *Selection { return &c.Host.Include }),
+		Name: "include-cgroup", Arg: "PATH[,...]", Many: true, Live: true, Cmds: Up | Check,
+		set:  addCgroups(func(c *Config) *Selection { return &c.Host.Include }),
 		Help: "only these control groups' programs go through the proxy",
 		Man:  `The same for control groups.`,
 	},
@@ -179,7 +190,8 @@ or
 .Cm down .`,
 	},
 	{
-		Name: "stay-closed", Live: true, Cmds: Up | Check | Down, set: boolean(func(c *Config) *bool { return &c.Host.StayClosed }),
+		Name: "stay-closed", Live: true, Cmds: Up | Check | Down,
+		set:  boolean(func(c *Config) *bool { return &c.Host.StayClosed }),
 		Help: "leave the host closed when viasocks is stopped, until 'viasocks down'",
 		Man: `Leave the host closed when
 .Nm
@@ -242,7 +254,8 @@ It must be nobody else's.`,
 		Man:  `Name of the nftables tables that hold the filter.`,
 	},
 	{
-		Name: "priority", Arg: "N", Default: strconv.Itoa(kernel.DefaultPriority), Cmds: Up | Check | Down, set: number(1, 32000, func(c *Config) *int { return &c.Host.Priority }),
+		Name: "priority", Arg: "N", Default: strconv.Itoa(kernel.DefaultPriority), Cmds: Up | Check | Down,
+		set:  number(1, 32000, func(c *Config) *int { return &c.Host.Priority }),
 		Help: "number of the first of our ip rules",
 		Man: `Number of the first of our ip rules, from 1 to 32000; 19 more are used.
 It must be before the kernel's own (32766), and should be behind those of VPNs.`,

@@ -48,7 +48,8 @@ func (p *localProxy) serviceCgroup() string {
 
 // excludedBy reports whether what the proxy sends is excluded already by its user or control group.
 func (p *localProxy) excludedBy(x *config.Selection) bool {
-	return slices.ContainsFunc(x.UIDs, func(r config.Range[uint32]) bool { return r.First <= p.owner.UID && p.owner.UID <= r.Last }) ||
+	uid := p.owner.UID
+	return slices.ContainsFunc(x.UIDs, func(r config.Range[uint32]) bool { return r.First <= uid && uid <= r.Last }) ||
 		slices.ContainsFunc(x.Cgroups, func(c string) bool { return p.cgroup == c || strings.HasPrefix(p.cgroup, c+"/") })
 }
 
@@ -67,8 +68,9 @@ func (p *localProxy) exclude(x *config.Selection) string {
 
 // hint is what to do about a proxy that has nothing to itself.
 func (p *localProxy) hint() string {
-	return fmt.Sprintf("exclude what it sends: --exclude with the addresses that it connects to, --exclude-uid %d if nobody else is that user, "+
-		"or start it as a service of its own, whose control group is excluded by itself: systemd-run --unit=proxy COMMAND", p.owner.UID)
+	return fmt.Sprintf("exclude what it sends: --exclude with the addresses that it connects to, --exclude-uid %d if nobody "+
+		"else is that user, or start it as a service of its own, whose control group is excluded by itself: "+
+		"systemd-run --unit=proxy COMMAND", p.owner.UID)
 }
 
 // besideLocal is cfg with what proxies on this host need excluded. What it adds is logged, and shown by status among what

@@ -99,8 +99,8 @@ func (u *up) watchTUN() (end func()) {
 	return func() { w.Close(); ran.Wait() }
 }
 
-// tend looks at the TUN and puts it right, unless that was just done: then it is looked at again after a while. The host is closed
-// meanwhile, since the filter lets nothing else out.
+// tend looks at the TUN and puts it right, unless that was just done: then it is looked at again after a while. The host is
+// closed meanwhile, since the filter lets nothing else out.
 func (u *up) tend() {
 	t := &u.tun
 	t.again = nil

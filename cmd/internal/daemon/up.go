@@ -83,7 +83,8 @@ func Up(cfg *config.Config, o UpOptions) error {
 	defer stop(nil)
 	u := &up{
 		UpOptions: o, env: e, first: cfg, cfg: cfg, state: control.Starting, since: time.Now(),
-		stop: stop, hup: make(chan struct{}, 1), network: newSettling(), tun: tended{news: make(chan struct{}, 1)}, loops: newLoopGuard(), confirm: make(chan struct{}, 1),
+		stop: stop, hup: make(chan struct{}, 1), network: newSettling(), tun: tended{news: make(chan struct{}, 1)},
+		loops: newLoopGuard(), confirm: make(chan struct{}, 1),
 	}
 	u.notify = newNotifier(o.Environ, e.log)
 	defer u.notify.close()

@@ -86,10 +86,12 @@ func notOurs(addrs []netip.Addr) (others []netip.Addr, err error) {
 	return nil, err
 }
 
-// openTUN makes the TUN, or takes the one that is there, and says how it is to stay. persist: it stays when we are gone. onLink is
-// called when its link changes, until it is closed; nil: never.
+// openTUN makes the TUN, or takes the one that is there, and says how it is to stay. persist: it stays when we are gone.
+// onLink is called when its link changes, until it is closed; nil: never.
 func openTUN(cfg *config.Config, e *env, persist bool, onLink func()) (dev tun.Device, w netns.Wanted, err error) {
-	queues, name, err := netns.OpenTUN(netns.TUNOptions{Name: cfg.TUN, MTU: cfg.MTU, VnetHdr: true, Persist: persist, Queues: tun.Queues})
+	queues, name, err := netns.OpenTUN(netns.TUNOptions{
+		Name: cfg.TUN, MTU: cfg.MTU, VnetHdr: true, Persist: persist, Queues: tun.Queues,
+	})
 	if err != nil {
 		return nil, w, err
 	}
