@@ -174,7 +174,11 @@ func (c *Config) validate() error {
 	values := []uint32{m.Own, m.Direct, m.Captured, m.Inbound, m.Declined, m.Bridged}
 	for i, v := range values {
 		if v == 0 || v&^m.Mask != 0 {
-			return fmt.Errorf("cannot use mark %#x/%#x: six values other than 0 must fit into the mask: it needs three bits or more", m.Own, m.Mask)
+			return fmt.Errorf(
+				"cannot use mark %#x/%#x: six values other than 0 must fit into the mask: it needs three bits or more",
+				m.Own,
+				m.Mask,
+			)
 		}
 		for _, w := range values[:i] {
 			if v == w {

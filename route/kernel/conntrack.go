@@ -112,7 +112,8 @@ func Established() ([]Tuple, error) {
 
 // sockets are none where the kernel lacks the family or its sock_diag.
 func sockets(s []*netlink.Socket, err error) ([]*netlink.Socket, error) {
-	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EINVAL) || errors.Is(err, netlink.ErrDumpInterrupted) {
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EINVAL) ||
+		errors.Is(err, netlink.ErrDumpInterrupted) {
 		return s, nil
 	}
 	if err != nil {
@@ -124,7 +125,12 @@ func sockets(s []*netlink.Socket, err error) ([]*netlink.Socket, error) {
 func tuple(proto uint8, s *netlink.Socket) (Tuple, bool) {
 	a, ok1 := netip.AddrFromSlice(s.ID.Source)
 	b, ok2 := netip.AddrFromSlice(s.ID.Destination)
-	return Tuple{Proto: proto, Local: netip.AddrPortFrom(a.Unmap(), s.ID.SourcePort), Remote: netip.AddrPortFrom(b.Unmap(), s.ID.DestinationPort)}, ok1 && ok2
+	return Tuple{
+			Proto:  proto,
+			Local:  netip.AddrPortFrom(a.Unmap(), s.ID.SourcePort),
+			Remote: netip.AddrPortFrom(b.Unmap(), s.ID.DestinationPort),
+		}, ok1 &&
+			ok2
 }
 
 // anyAddr makes one thing of the unspecified addresses.

@@ -52,8 +52,16 @@ func dhcpLearned() term {
 
 // udpPorts matches both ports of a datagram.
 func udpPorts(src, dst uint16) term {
-	return term{fmt.Sprintf("udp sport %d udp dport %d", src, dst), append(l4proto(unix.IPPROTO_UDP),
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 4}, cmp(expr.CmpOpEq, append(be16(src), be16(dst)...)))}
+	return term{fmt.Sprintf("udp sport %d udp dport %d", src, dst), append(
+		l4proto(unix.IPPROTO_UDP),
+		&expr.Payload{
+			DestRegister: 1,
+			Base:         expr.PayloadBaseTransportHeader,
+			Offset:       0,
+			Len:          4,
+		},
+		cmp(expr.CmpOpEq, append(be16(src), be16(dst)...)),
+	)}
 }
 
 // dhcpChain is for what this host itself sends.

@@ -128,9 +128,23 @@ func tupleSets(kept []Tuple, out bool) (set4, set6 []nfElem) {
 func keptSets(kept []Tuple) (sets []*nfSet) {
 	for _, name := range []string{"kept", "old"} {
 		set4, set6 := tupleSets(kept, name == "old")
-		sets = append(sets,
-			&nfSet{name: name + "4", keyText: "inet_proto . ipv4_addr . inet_service . ipv4_addr . inet_service", keyType: concat(typeProto, typeIP4, typePort, typeIP4, typePort), keyLen: 20, elems: set4},
-			&nfSet{name: name + "6", keyText: "inet_proto . ipv6_addr . inet_service . ipv6_addr . inet_service", keyType: concat(typeProto, typeIP6, typePort, typeIP6, typePort), keyLen: 44, elems: set6})
+		sets = append(
+			sets,
+			&nfSet{
+				name:    name + "4",
+				keyText: "inet_proto . ipv4_addr . inet_service . ipv4_addr . inet_service",
+				keyType: concat(typeProto, typeIP4, typePort, typeIP4, typePort),
+				keyLen:  20,
+				elems:   set4,
+			},
+			&nfSet{
+				name:    name + "6",
+				keyText: "inet_proto . ipv6_addr . inet_service . ipv6_addr . inet_service",
+				keyType: concat(typeProto, typeIP6, typePort, typeIP6, typePort),
+				keyLen:  44,
+				elems:   set6,
+			},
+		)
 	}
 	return sets
 }
@@ -138,8 +152,20 @@ func keptSets(kept []Tuple) (sets []*nfSet) {
 func (c *Config) ownSets(ends []Endpoint) []*nfSet {
 	any4, any6, set4, set6 := endpointSets(ends)
 	return []*nfSet{
-		{name: "own4", keyText: "inet_proto . ipv4_addr . inet_service", keyType: concat(typeProto, typeIP4, typePort), keyLen: 12, elems: set4},
-		{name: "own6", keyText: "inet_proto . ipv6_addr . inet_service", keyType: concat(typeProto, typeIP6, typePort), keyLen: 24, elems: set6},
+		{
+			name:    "own4",
+			keyText: "inet_proto . ipv4_addr . inet_service",
+			keyType: concat(typeProto, typeIP4, typePort),
+			keyLen:  12,
+			elems:   set4,
+		},
+		{
+			name:    "own6",
+			keyText: "inet_proto . ipv6_addr . inet_service",
+			keyType: concat(typeProto, typeIP6, typePort),
+			keyLen:  24,
+			elems:   set6,
+		},
 		{name: "own4any", keyText: "inet_proto . ipv4_addr", keyType: concat(typeProto, typeIP4), keyLen: 8, elems: any4},
 		{name: "own6any", keyText: "inet_proto . ipv6_addr", keyType: concat(typeProto, typeIP6), keyLen: 20, elems: any6},
 	}
@@ -186,11 +212,22 @@ func (c *Config) tables(st filterState) ([]*nfTable, error) {
 }
 
 func (c *Config) inetTable(st filterState) (*nfTable, error) {
-	t := &nfTable{fam: unix.NFPROTO_INET, name: c.NFTable, counters: []string{countBound, countDNS, countMulticast, countDead, countForward, countPost, countLAN, countForgot}}
+	t := &nfTable{
+		fam:      unix.NFPROTO_INET,
+		name:     c.NFTable,
+		counters: []string{countBound, countDNS, countMulticast, countDead, countForward, countPost, countLAN, countForgot},
+	}
 	if st.wasZero {
 		t.counters = append(t.counters, wasZero)
 	}
-	guard := &nfSet{name: guardSet, keyText: "ifname", keyType: typeIfname, keyLen: unix.IFNAMSIZ, timeout: true, elems: c.guardElems(st.guard)}
+	guard := &nfSet{
+		name:    guardSet,
+		keyText: "ifname",
+		keyType: typeIfname,
+		keyLen:  unix.IFNAMSIZ,
+		timeout: true,
+		elems:   c.guardElems(st.guard),
+	}
 	t.sets = append(append(c.ownSets(st.ends), guard), keptSets(st.kept)...)
 	for _, s := range c.memorySets() {
 		s.elems = st.memory[s.name]

@@ -21,7 +21,10 @@ func TestGatewayAccepted(t *testing.T) {
 			"route add default via 172.31.1.1 dev eth0"},
 		{"nexthop object", "addr add 198.51.100.2/24 dev eth0\nnexthop add id 7 via 198.51.100.1 dev eth0\nroute add default nhid 7"},
 		{"another routing table", "addr add 198.51.100.2/24 dev eth0\nroute add default via 198.51.100.1 dev eth0 table 77"},
-		{"two halves", "addr add 198.51.100.2/24 dev eth0\nroute add 0.0.0.0/1 via 198.51.100.1\nroute add 128.0.0.0/1 via 198.51.100.1"},
+		{
+			"two halves",
+			"addr add 198.51.100.2/24 dev eth0\nroute add 0.0.0.0/1 via 198.51.100.1\nroute add 128.0.0.0/1 via 198.51.100.1",
+		},
 		{"IPv6", "addr add 2001:db8:5::2/64 dev eth0 nodad\nroute add default via 2001:db8:5::1 dev eth0"},
 		{"IPv6 without a device", "addr add 2001:db8:5::2/64 dev eth0 nodad\nroute add default via 2001:db8:5::1"},
 		{"IPv6 link-local gateway", "addr add fe80::2/64 dev eth0 nodad\nroute add default via fe80::1 dev eth0"},

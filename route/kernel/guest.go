@@ -58,7 +58,8 @@ func served(list []netlink.Link, leads map[int]bool) map[int]bool {
 // exempt reports whether a network that this host serves keeps its direct way whatever becomes of private networks: it
 // does unless Strict is set, or the user has named its device or network himself.
 func (c *Config) exempt(dev string, p netip.Prefix) bool {
-	return !c.Strict && !slices.Contains(c.Include.Devices, dev) && !slices.Contains(c.Exclude.Devices, dev) && len(c.includedIn(p)) == 0
+	return !c.Strict && !slices.Contains(c.Include.Devices, dev) && !slices.Contains(c.Exclude.Devices, dev) &&
+		len(c.includedIn(p)) == 0
 }
 
 // includedIn are the networks of Include that lie in p or around it: they go through the proxy also where private networks

@@ -101,7 +101,13 @@ var devices = []struct {
 		return tryLink("link add link dummy8 name mac0 type macvlan")
 	}},
 	{"bridge with a veth of this namespace", "br7", "10.7.0", func(t *testing.T, _ *world) string {
-		ip(t, "link add br7 type bridge", "link add v7 type veth peer name v7p", "link set v7 addrgenmode none master br7 up", "link set v7p addrgenmode none up")
+		ip(
+			t,
+			"link add br7 type bridge",
+			"link add v7 type veth peer name v7p",
+			"link set v7 addrgenmode none master br7 up",
+			"link set v7p addrgenmode none up",
+		)
 		return ""
 	}},
 }
@@ -192,7 +198,13 @@ func TestStrictContainer(t *testing.T) {
 		ip(t, "link add docker0 type bridge", "link set docker0 addrgenmode none up", "link add vc type veth peer name ceth",
 			"link set vc addrgenmode none master docker0 up", "link set ceth netns "+k.pid(), "addr add 172.17.0.1/16 dev docker0")
 		k.in(func() {
-			ip(t, "link set lo up", "link set ceth addrgenmode none up", "addr add 172.17.0.2/16 dev ceth", "route add default via 172.17.0.1")
+			ip(
+				t,
+				"link set lo up",
+				"link set ceth addrgenmode none up",
+				"addr add 172.17.0.2/16 dev ceth",
+				"route add default via 172.17.0.1",
+			)
 		})
 		_ = writeSysctl("net/ipv4/ip_forward", "1")
 		settled(t)

@@ -68,7 +68,16 @@ func New(c Config) (_ *Host, err error) {
 	if err != nil {
 		h.c.Log.Warn("the journal of a dead daemon can't be read: what is ours is found by its marks", "err", err)
 	}
-	h.j = journal{Version: journalVersion, PID: os.Getpid(), TUN: c.TUN, Table: c.Table, Priority: c.Priority, NFTable: c.NFTable, Marks: c.Marks, Done: map[string]bool{}}
+	h.j = journal{
+		Version:  journalVersion,
+		PID:      os.Getpid(),
+		TUN:      c.TUN,
+		Table:    c.Table,
+		Priority: c.Priority,
+		NFTable:  c.NFTable,
+		Marks:    c.Marks,
+		Done:     map[string]bool{},
+	}
 	if err := h.taken(); err != nil {
 		return nil, err
 	}
@@ -115,7 +124,14 @@ func (h *Host) inheritedFrom(old *journal) error {
 // open has the sockets and the lock.
 func open(c Config) (_ *Host, err error) {
 	c.groups = map[string]cgroup{}
-	h := &Host{c: c, base: map[string]Counter{}, led: map[int]bool{}, said: map[string]string{}, warnings: map[string]string{}, owned: tableOwner | tablePersist}
+	h := &Host{
+		c:        c,
+		base:     map[string]Counter{},
+		led:      map[int]bool{},
+		said:     map[string]string{},
+		warnings: map[string]string{},
+		owned:    tableOwner | tablePersist,
+	}
 	defer func() {
 		if err != nil {
 			h.Close()
@@ -154,7 +170,9 @@ func (h *Host) listFamilies() ([]int, error) {
 		case !lacks:
 			return nil, err
 		case f == unix.AF_INET:
-			return nil, errors.New("cannot steer the host: this kernel has no ip rules: it must be built with CONFIG_IP_MULTIPLE_TABLES; " + orRun)
+			return nil, errors.New(
+				"cannot steer the host: this kernel has no ip rules: it must be built with CONFIG_IP_MULTIPLE_TABLES; " + orRun,
+			)
 		default:
 			h.c.Log.Info("the kernel has no IPv6, or no rules for it: IPv4 is steered, and IPv6 refused")
 		}
@@ -186,7 +204,11 @@ var openRouting = func() (routing, error) { return netlink.NewHandle(unix.NETLIN
 func (h *Host) taken() error {
 	c := &h.c
 	if k, err := h.nl.LinkByName(c.TUN); err == nil && k.Type() != "tuntap" && k.Type() != "tun" {
-		return fmt.Errorf("cannot use the name %s for the TUN device: there is a %s of that name: choose another with --tun", c.TUN, k.Type())
+		return fmt.Errorf(
+			"cannot use the name %s for the TUN device: there is a %s of that name: choose another with --tun",
+			c.TUN,
+			k.Type(),
+		)
 	}
 	for _, f := range h.families {
 		rs, err := listRules(h.nl, f)
@@ -201,9 +223,19 @@ func (h *Host) taken() error {
 				return fmt.Errorf("cannot use table %d: an ip rule of somebody else leads to it: see 'ip rule', and "+
 					"choose another with --table", r.Table)
 			case r.Priority >= c.Priority && r.Priority <= c.Priority+lastRule:
-				return fmt.Errorf("cannot use rule priorities %d to %d: somebody else has %d: see 'ip rule', and choose others with --priority", c.Priority, c.Priority+lastRule, r.Priority)
+				return fmt.Errorf(
+					"cannot use rule priorities %d to %d: somebody else has %d: see 'ip rule', and choose others with --priority",
+					c.Priority,
+					c.Priority+lastRule,
+					r.Priority,
+				)
 			case r.Mark != 0 && (r.Mask == nil || *r.Mask&c.Marks.Mask != 0) && overlaps(r.Mark, r.Mask, c.Marks):
-				return fmt.Errorf("cannot use mark %#x/%#x: an ip rule of somebody else asks for mark %#x: see 'ip rule', and choose another with --mark", c.Marks.Own, c.Marks.Mask, r.Mark)
+				return fmt.Errorf(
+					"cannot use mark %#x/%#x: an ip rule of somebody else asks for mark %#x: see 'ip rule', and choose another with --mark",
+					c.Marks.Own,
+					c.Marks.Mask,
+					r.Mark,
+				)
 			}
 		}
 		routes, err := h.listRoutes(f)
@@ -234,7 +266,11 @@ func (h *Host) taken() error {
 			return err
 		}
 		if !ours {
-			return fmt.Errorf("cannot use the nftables name %s: somebody else has a table %s %[1]s: choose another with --nft-table", c.NFTable, famNames[t.fam])
+			return fmt.Errorf(
+				"cannot use the nftables name %s: somebody else has a table %s %[1]s: choose another with --nft-table",
+				c.NFTable,
+				famNames[t.fam],
+			)
 		}
 		h.recovered = true
 	}

@@ -129,7 +129,14 @@ func (h *Host) look() (l links, err error) {
 	sortNets(l.near)
 	sortNets(l.lan)
 	if len(l.lan) > maxLAN {
-		h.say("too many private networks", "too many private networks: the rest goes through the proxy", "limit", maxLAN, "first_left_out", l.lan[maxLAN].prefix)
+		h.say(
+			"too many private networks",
+			"too many private networks: the rest goes through the proxy",
+			"limit",
+			maxLAN,
+			"first_left_out",
+			l.lan[maxLAN].prefix,
+		)
 		l.lan = l.lan[:maxLAN]
 	}
 	return l, nil

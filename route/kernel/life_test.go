@@ -89,8 +89,14 @@ func TestKilledAtEachStep(t *testing.T) {
 // foreignRules are what docker, firewalld and wg-quick would have.
 func foreignRules(t *testing.T) {
 	t.Helper()
-	ip(t, "rule add not fwmark 51820 table 51820", "rule add table main suppress_prefixlength 0", "-6 rule add not fwmark 51820 table 51820",
-		"route add default dev br0 table 51820", "route add 10.9.0.0/16 via 198.51.100.1")
+	ip(
+		t,
+		"rule add not fwmark 51820 table 51820",
+		"rule add table main suppress_prefixlength 0",
+		"-6 rule add not fwmark 51820 table 51820",
+		"route add default dev br0 table 51820",
+		"route add 10.9.0.0/16 via 198.51.100.1",
+	)
 	nft(t, "add table ip nat")
 	nft(t, "add chain ip nat POSTROUTING { type nat hook postrouting priority 100; policy accept; }")
 	nft(t, "add rule ip nat POSTROUTING ip saddr 172.17.0.0/16 oifname != docker0 counter masquerade")
@@ -238,9 +244,15 @@ func TestPutBack(t *testing.T) {
 			w.mustBeClosed(t, "steered")
 
 			// Addresses and default routes are followed.
-			ip(t, "addr add 10.5.5.5/24 dev br0", "addr add 198.51.100.3/24 dev eth0", "route replace default via 198.51.100.1 dev eth0 src 198.51.100.3")
+			ip(
+				t,
+				"addr add 10.5.5.5/24 dev br0",
+				"addr add 198.51.100.3/24 dev eth0",
+				"route replace default via 198.51.100.1 dev eth0 src 198.51.100.3",
+			)
 			eventually(t, "addresses and routes followed", func() bool {
-				return strings.Contains(ip(t, "rule"), "to 10.5.5.0/24 goto 9019") && strings.Contains(ip(t, "route show table 30323"), "src 198.51.100.3")
+				return strings.Contains(ip(t, "rule"), "to 10.5.5.0/24 goto 9019") &&
+					strings.Contains(ip(t, "route show table 30323"), "src 198.51.100.3")
 			})
 			select {
 			case <-changed:
@@ -283,8 +295,12 @@ func TestPutBack(t *testing.T) {
 func TestPlan(t *testing.T) {
 	inNamespace(t, func(t *testing.T) {
 		c := testConfig(t)
-		c.Exclude = Selection{Networks: []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("2001:db8:9::/64")},
-			Ports: []PortRange{{123, 123}, {5000, 5010}}, UIDs: []UIDRange{{4000, 4010}, {7, 7}}, Devices: []string{"wg9"}}
+		c.Exclude = Selection{
+			Networks: []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("2001:db8:9::/64")},
+			Ports:    []PortRange{{123, 123}, {5000, 5010}},
+			UIDs:     []UIDRange{{4000, 4010}, {7, 7}},
+			Devices:  []string{"wg9"},
+		}
 		c.Include = Selection{UIDs: []UIDRange{{1, 2}}}
 		c.Strict = true
 		before := state(t)

@@ -52,7 +52,16 @@ func TestAnswersToLostAddress(t *testing.T) {
 			if proxy == nil {
 				return
 			}
-			if !w.passes(true, probe{typ: unix.SOCK_DGRAM, dst: netip.MustParseAddrPort(o.proxy).Addr().String(), port: 1080, sport: 5555, mark: testConfig(t).Marks.Own}.send) {
+			if !w.passes(
+				true,
+				probe{
+					typ:   unix.SOCK_DGRAM,
+					dst:   netip.MustParseAddrPort(o.proxy).Addr().String(),
+					port:  1080,
+					sport: 5555,
+					mark:  testConfig(t).Marks.Own,
+				}.send,
+			) {
 				t.Fatalf("%s: our own socket does not reach the proxy", o.network)
 			}
 			ip(t, o.lose...)

@@ -46,7 +46,9 @@ func (h *Host) listCounters() (out []counter, err error) {
 		a := attrs(b)
 		d := attrs(a[unix.NFTA_OBJ_DATA])
 		out = append(out, counter{tableID{fam, cstring(a[unix.NFTA_OBJ_TABLE])}, Counter{
-			Reason: cstring(a[unix.NFTA_OBJ_NAME]), Packets: beU64(d[unix.NFTA_COUNTER_PACKETS]), Bytes: beU64(d[unix.NFTA_COUNTER_BYTES])}})
+			Reason: cstring(
+				a[unix.NFTA_OBJ_NAME],
+			), Packets: beU64(d[unix.NFTA_COUNTER_PACKETS]), Bytes: beU64(d[unix.NFTA_COUNTER_BYTES])}})
 	})
 	if err != nil {
 		return nil, fmt.Errorf("cannot list nftables counters: %w", err)
@@ -245,7 +247,9 @@ func (h *Host) Counters() ([]Counter, error) {
 func (h *Host) refreshGuard() error {
 	elems := h.c.guardElems(h.st.guard)
 	t := &nfTable{fam: unix.NFPROTO_INET, name: h.c.NFTable}
-	msgs := append([]nfMsg{flushSet(t.fam, t.name, guardSet)}, elements(t, &nfSet{name: guardSet}, unix.NFT_MSG_NEWSETELEM, elems)...)
+	msgs := append(
+		[]nfMsg{flushSet(t.fam, t.name, guardSet)},
+		elements(t, &nfSet{name: guardSet}, unix.NFT_MSG_NEWSETELEM, elems)...)
 	return h.nf.batch(msgs)
 }
 

@@ -29,7 +29,10 @@ var (
 	needFib      = &need{"nftables fib", "load the module nft_fib_inet, " + orRun}
 	needReject   = &need{"nftables reject", "load the module nft_reject_inet, " + orRun}
 	needSocket   = &need{"nftables socket", "load the module nft_socket, " + orRun}
-	needCgroupv2 = &need{"nftables socket cgroupv2", "load the module nft_socket, of Linux 5.13 or later; leave out what is chosen by cgroup"}
+	needCgroupv2 = &need{
+		"nftables socket cgroupv2",
+		"load the module nft_socket, of Linux 5.13 or later; leave out what is chosen by cgroup",
+	}
 )
 
 func (s *nfSet) needs() []*need {
@@ -91,7 +94,11 @@ func lacking(msgs []nfMsg, failed int, err error) *need {
 		return needInet
 	case errors.Is(err, unix.ENOENT) && m.op == unix.NFT_MSG_NEWCHAIN && m.fam == unix.NFPROTO_NETDEV:
 		return nil // the device went
-	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EAFNOSUPPORT), errors.Is(err, unix.EINVAL), errors.Is(err, unix.EPROTONOSUPPORT):
+	case errors.Is(err, unix.ENOENT),
+		errors.Is(err, unix.EOPNOTSUPP),
+		errors.Is(err, unix.EAFNOSUPPORT),
+		errors.Is(err, unix.EINVAL),
+		errors.Is(err, unix.EPROTONOSUPPORT):
 	default:
 		return nil
 	}
@@ -116,5 +123,6 @@ func lackError(n *need) error {
 
 // noTables reports that the kernel has no nf_tables at all: an answer to a question, or to the try to open a socket.
 func noTables(err error) bool {
-	return errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EPROTONOSUPPORT)
+	return errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT) ||
+		errors.Is(err, unix.EPROTONOSUPPORT)
 }

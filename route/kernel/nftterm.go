@@ -48,7 +48,11 @@ func ctMark(m Marks, v uint32, eq bool) term {
 
 func setMetaMark(m Marks, v uint32) term {
 	return term{fmt.Sprintf("meta mark set meta mark & %#08x | %#08x", ^m.Mask, v),
-		[]expr.Any{loadMeta(expr.MetaKeyMARK), mask32(^m.Mask, v), &expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: 1}}}
+		[]expr.Any{
+			loadMeta(expr.MetaKeyMARK),
+			mask32(^m.Mask, v),
+			&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: 1},
+		}}
 }
 
 func setCtMark(m Marks, v uint32) term {
@@ -140,9 +144,17 @@ func notProto(p uint8) term {
 
 // icmp6 matches one type of ICMPv6 with a hop limit that no router would pass on.
 func icmp6(typ, hops uint8) term {
-	e := append(isFamily(true), &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 7, Len: 1}, cmp(expr.CmpOpEq, []byte{hops}))
+	e := append(
+		isFamily(true),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 7, Len: 1},
+		cmp(expr.CmpOpEq, []byte{hops}),
+	)
 	e = append(e, l4proto(unix.IPPROTO_ICMPV6)...)
-	e = append(e, &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1}, cmp(expr.CmpOpEq, []byte{typ}))
+	e = append(
+		e,
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1},
+		cmp(expr.CmpOpEq, []byte{typ}),
+	)
 	return term{fmt.Sprintf("ip6 hoplimit %d icmpv6 type %d", hops, typ), e}
 }
 
@@ -182,12 +194,22 @@ func ctNew() term {
 
 // ctNone matches what belongs to no flow: conntrack leaves it alone, or can't make sense of it.
 func ctNone() term {
-	return term{"ct state invalid,untracked", []expr.Any{loadCt(expr.CtKeySTATE), mask32(expr.CtStateBitINVALID|expr.CtStateBitUNTRACKED, 0), cmp(expr.CmpOpNeq, native32(0))}}
+	return term{
+		"ct state invalid,untracked",
+		[]expr.Any{
+			loadCt(expr.CtKeySTATE),
+			mask32(expr.CtStateBitINVALID|expr.CtStateBitUNTRACKED, 0),
+			cmp(expr.CmpOpNeq, native32(0)),
+		},
+	}
 }
 
 // daddrType asks what the destination is to this host.
 func daddrType(name string, rtn uint32) term {
-	return term{"fib daddr type " + name, []expr.Any{&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true}, cmp(expr.CmpOpEq, native32(rtn))}}
+	return term{
+		"fib daddr type " + name,
+		[]expr.Any{&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true}, cmp(expr.CmpOpEq, native32(rtn))},
+	}
 }
 
 // lookup in a set by the given key; regs are loads into consecutive registers.
@@ -303,5 +325,8 @@ func lapsed(set, key string) term {
 
 // ctRelated matches errors about other packets, and connections that a helper expects.
 func ctRelated() term {
-	return term{"ct state related", []expr.Any{loadCt(expr.CtKeySTATE), mask32(expr.CtStateBitRELATED, 0), cmp(expr.CmpOpNeq, native32(0))}}
+	return term{
+		"ct state related",
+		[]expr.Any{loadCt(expr.CtKeySTATE), mask32(expr.CtStateBitRELATED, 0), cmp(expr.CmpOpNeq, native32(0))},
+	}
 }

@@ -120,7 +120,18 @@ func TestOwnCgroup(t *testing.T) {
 						} {
 							p := probe{typ: typ, dst: dst, port: tt.port, mark: tt.mark, group: dir, bind: tt.bind}
 							if got := w.passes(tt.want, p.send); got != tt.want {
-								t.Errorf("direct %v, type %d to %s:%d, mark %#x, cgroup %q, device %q: passed %v, want %v", direct, typ, dst, tt.port, tt.mark, group, tt.bind, got, tt.want)
+								t.Errorf(
+									"direct %v, type %d to %s:%d, mark %#x, cgroup %q, device %q: passed %v, want %v",
+									direct,
+									typ,
+									dst,
+									tt.port,
+									tt.mark,
+									group,
+									tt.bind,
+									got,
+									tt.want,
+								)
 							}
 						}
 					}

@@ -217,7 +217,13 @@ func TestContainer(t *testing.T) {
 		ip(t, "link add docker0 type bridge", "link set docker0 addrgenmode none up", "link add vc type veth peer name ceth",
 			"link set vc addrgenmode none master docker0 up", "link set ceth netns "+k.pid(), "addr add 172.17.0.1/16 dev docker0")
 		k.in(func() {
-			ip(t, "link set lo up", "link set ceth addrgenmode none up", "addr add 172.17.0.2/16 dev ceth", "route add default via 172.17.0.1")
+			ip(
+				t,
+				"link set lo up",
+				"link set ceth addrgenmode none up",
+				"addr add 172.17.0.2/16 dev ceth",
+				"route add default via 172.17.0.1",
+			)
 		})
 		_ = writeSysctl("net/ipv4/ip_forward", "1")
 		nft(t, "add table ip nat")
@@ -297,7 +303,12 @@ func TestExclude(t *testing.T) {
 	inNamespace(t, func(t *testing.T) {
 		w := newWorld(t)
 		c := testConfig(t)
-		c.Exclude = Selection{Networks: []netip.Prefix{netip.MustParsePrefix(far4 + "/32"), netip.MustParsePrefix(far6 + "/64")}, Ports: []PortRange{{123, 123}, {5000, 5010}}, UIDs: []UIDRange{{4000, 4010}}, Devices: []string{"wg9"}}
+		c.Exclude = Selection{
+			Networks: []netip.Prefix{netip.MustParsePrefix(far4 + "/32"), netip.MustParsePrefix(far6 + "/64")},
+			Ports:    []PortRange{{123, 123}, {5000, 5010}},
+			UIDs:     []UIDRange{{4000, 4010}},
+			Devices:  []string{"wg9"},
+		}
 		h, tun := up(t, c)
 		for _, tt := range []struct {
 			dst  string
@@ -363,7 +374,17 @@ func TestStrict(t *testing.T) {
 				return err
 			}
 			p := []byte{0x45, 0, 0, 28, 0, 0, 0, 0, 64, 253, 0, 0, 198, 51, 100, 2, 203, 0, 113, 9, 'c', 'a', 'n', 'a', 'r', 'y', '!', '!'}
-			return unix.Sendto(s, p, 0, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_IP), Ifindex: k.Index, Halen: 6, Addr: [8]byte{255, 255, 255, 255, 255, 255}})
+			return unix.Sendto(
+				s,
+				p,
+				0,
+				&unix.SockaddrLinklayer{
+					Protocol: htons(unix.ETH_P_IP),
+					Ifindex:  k.Index,
+					Halen:    6,
+					Addr:     [8]byte{255, 255, 255, 255, 255, 255},
+				},
+			)
 		}
 		if !w.passes(true, frame) {
 			t.Fatal("positive control: a raw frame was not seen")

@@ -21,10 +21,21 @@ func TestRouterOfTheLAN(t *testing.T) {
 			}
 		}
 		const outside4, outside6 = "203.0.113.77", "2001:db8:9::77" // reached by the proxy
-		ip(t, "addr add fd00:1::2/64 dev eth0 nodad", "route add 10.200.0.0/16 via 10.1.1.1", "-6 route add fd00:200::/64 via fd00:1::1")
+		ip(
+			t,
+			"addr add fd00:1::2/64 dev eth0 nodad",
+			"route add 10.200.0.0/16 via 10.1.1.1",
+			"-6 route add fd00:200::/64 via fd00:1::1",
+		)
 		w.in(func() {
-			ip(t, "addr add fd00:1::1/64 dev eth0p nodad", "route add "+outside4+"/32 via 10.1.1.2", "-6 route add "+outside6+"/128 via fd00:1::2",
-				"addr add 10.200.0.9/32 dev lo", "addr add fd00:200::9/128 dev lo nodad")
+			ip(
+				t,
+				"addr add fd00:1::1/64 dev eth0p nodad",
+				"route add "+outside4+"/32 via 10.1.1.2",
+				"-6 route add "+outside6+"/128 via fd00:1::2",
+				"addr add 10.200.0.9/32 dev lo",
+				"addr add fd00:200::9/128 dev lo nodad",
+			)
 		})
 		settled(t)
 		lan := []netip.Prefix{netip.MustParsePrefix("10.1.1.0/24"), netip.MustParsePrefix("fd00:1::/64")}
@@ -72,7 +83,9 @@ func TestRouterOfTheLAN(t *testing.T) {
 				}
 				for _, to := range []string{n.beyond, n.far} { // by a router of the network, and by the default route
 					out := func() error {
-						_, err := tun.Write(datagram(netip.AddrPortFrom(netip.MustParseAddr(n.far), 7777), netip.AddrPortFrom(netip.MustParseAddr(to), 5555)))
+						_, err := tun.Write(
+							datagram(netip.AddrPortFrom(netip.MustParseAddr(n.far), 7777), netip.AddrPortFrom(netip.MustParseAddr(to), 5555)),
+						)
 						return err
 					}
 					if w.passes(false, out) {

@@ -265,7 +265,12 @@ func (h *Host) foreign(family int, n *netlink.Rule) {
 	if p := n.Priority - lastRule - 1; p > 0 {
 		hint = fmt.Sprintf(": with --priority %d ours are asked first", p)
 	}
-	h.say("rule "+what, "an ip rule of somebody else is asked before ours: what it leads past the proxy is refused"+hint, "rule", what)
+	h.say(
+		"rule "+what,
+		"an ip rule of somebody else is asked before ours: what it leads past the proxy is refused"+hint,
+		"rule",
+		what,
+	)
 }
 
 // removeSteering takes away all rules and routes with our protocol number, whatever their table, and says which.

@@ -43,7 +43,8 @@ func (h *Host) ResetStale() (n int, err error) {
 			if !ok1 || !ok2 || s.Timer != timerRetransmit || s.Retrans == 0 || s.State == netlink.TCP_SYN_SENT || s.ID.Interface != 0 ||
 				remote.IsLoopback() || h.c.Exclude.hasPort(s.ID.DestinationPort) ||
 				slices.ContainsFunc(inbound, func(t Tuple) bool {
-					return t.Local == netip.AddrPortFrom(local.Unmap(), s.ID.SourcePort) && t.Remote == netip.AddrPortFrom(remote.Unmap(), s.ID.DestinationPort)
+					return t.Local == netip.AddrPortFrom(local.Unmap(), s.ID.SourcePort) &&
+						t.Remote == netip.AddrPortFrom(remote.Unmap(), s.ID.DestinationPort)
 				}) || !leadsInto(s, local, index) {
 				continue
 			}
@@ -65,7 +66,10 @@ func (s *Selection) hasPort(port uint16) bool {
 // leadsInto reports whether what s sends goes into the device index, or nowhere.
 func leadsInto(s *netlink.Socket, local netip.Addr, index int) bool {
 	uid := s.UID
-	routes, err := netlink.RouteGetWithOptions(s.ID.Destination, &netlink.RouteGetOptions{SrcAddr: local.Unmap().AsSlice(), UID: &uid})
+	routes, err := netlink.RouteGetWithOptions(
+		s.ID.Destination,
+		&netlink.RouteGetOptions{SrcAddr: local.Unmap().AsSlice(), UID: &uid},
+	)
 	if errors.Is(err, unix.ENETUNREACH) || errors.Is(err, unix.EHOSTUNREACH) {
 		return true
 	}

@@ -215,7 +215,12 @@ func (h *Host) unwatched(s *source, err error) {
 		delete(h.said, key)
 		return
 	}
-	h.say(key, "the kernel ceased to tell what others change of "+s.what+": it is looked at now and then, until it tells again", "why", err)
+	h.say(
+		key,
+		"the kernel ceased to tell what others change of "+s.what+": it is looked at now and then, until it tells again",
+		"why",
+		err,
+	)
 }
 
 // readEvents calls got for each batch of messages until a read fails; nil: some were lost.
@@ -255,7 +260,8 @@ func (h *Host) filterEvents(b []byte, n *happened) {
 		n.lost = true
 	}
 	eachMessage(b, func(m unix.NlMsghdr, data []byte) bool {
-		if m.Type>>8 == unix.NFNL_SUBSYS_NFTABLES && m.Type&0xff != unix.NFT_MSG_NEWGEN && m.Pid != 0 && m.Pid != h.nf.pid && len(data) > 4 {
+		if m.Type>>8 == unix.NFNL_SUBSYS_NFTABLES && m.Type&0xff != unix.NFT_MSG_NEWGEN && m.Pid != 0 && m.Pid != h.nf.pid &&
+			len(data) > 4 {
 			n.filter = n.filter || cstring(attrs(data[4:])[1]) == h.c.NFTable // the table's name is 1 for all kinds
 		}
 		return true

@@ -33,9 +33,19 @@ func newWorld(t *testing.T) *world {
 	w := newWorldless(t)
 	ip(t, fmt.Sprintf("link set eth0p netns %d", w.tid), "addr add 10.1.1.2/24 dev eth0", "addr add fe80::2/64 dev eth0 nodad")
 	w.in(func() {
-		ip(t, "link set lo up", "link set eth0p addrgenmode none up", "addr add 198.51.100.1/24 dev eth0p", "addr add 10.1.1.1/24 dev eth0p",
-			"addr add 2001:db8:1::1/64 dev eth0p nodad", "addr add fe80::1/64 dev eth0p nodad", "addr add "+far4+"/32 dev lo", "addr add "+far6+"/128 dev lo nodad",
-			"route add 192.168.7.0/24 via 198.51.100.2", "route add 198.18.0.1/32 via 198.51.100.2")
+		ip(
+			t,
+			"link set lo up",
+			"link set eth0p addrgenmode none up",
+			"addr add 198.51.100.1/24 dev eth0p",
+			"addr add 10.1.1.1/24 dev eth0p",
+			"addr add 2001:db8:1::1/64 dev eth0p nodad",
+			"addr add fe80::1/64 dev eth0p nodad",
+			"addr add "+far4+"/32 dev lo",
+			"addr add "+far6+"/128 dev lo nodad",
+			"route add 192.168.7.0/24 via 198.51.100.2",
+			"route add 198.18.0.1/32 via 198.51.100.2",
+		)
 		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, int(htons(unix.ETH_P_ALL)))
 		if err != nil {
 			t.Error(err)
@@ -227,9 +237,13 @@ func probes() (out []probe) {
 	for _, dst := range []string{"198.51.100.1", "198.51.100.255", "255.255.255.255", "239.192.152.143", "2001:db8:1::1", "ff15::efc0:988f"} {
 		out = append(out, probe{name: "udp " + dst, typ: unix.SOCK_DGRAM, dst: dst, port: 6771, bind: "eth0"})
 	}
-	out = append(out, probe{name: "dns on-link", typ: unix.SOCK_DGRAM, dst: lan4, port: 53}, probe{name: "dns on-link, bound", typ: unix.SOCK_DGRAM, dst: lan4, port: 53, bind: "eth0"},
+	out = append(
+		out,
+		probe{name: "dns on-link", typ: unix.SOCK_DGRAM, dst: lan4, port: 53},
+		probe{name: "dns on-link, bound", typ: unix.SOCK_DGRAM, dst: lan4, port: 53, bind: "eth0"},
 		probe{name: "our mark elsewhere", typ: unix.SOCK_DGRAM, dst: far4, port: 7777, mark: 0x76000000},
-		probe{name: "mark of inbound", typ: unix.SOCK_DGRAM, dst: far4, port: 7777, mark: 0x79000000})
+		probe{name: "mark of inbound", typ: unix.SOCK_DGRAM, dst: far4, port: 7777, mark: 0x79000000},
+	)
 	return out
 }
 

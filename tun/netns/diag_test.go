@@ -38,7 +38,12 @@ func network(t testing.TB) {
 			t.Log(err)
 			return
 		}
-		_, err = Configure(name, 1500, []netip.Prefix{netip.MustParsePrefix(tunAddr4 + "/32"), netip.MustParsePrefix(tunAddr6 + "/128")}, true)
+		_, err = Configure(
+			name,
+			1500,
+			[]netip.Prefix{netip.MustParsePrefix(tunAddr4 + "/32"), netip.MustParsePrefix(tunAddr6 + "/128")},
+			true,
+		)
 		if err != nil {
 			t.Fatal(err)
 		}

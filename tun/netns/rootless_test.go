@@ -33,7 +33,11 @@ func TestSpawnHostResolvers(t *testing.T) {
 	}
 	os.WriteFile("/run/nscd/socket", nil, 0o666)
 	os.WriteFile("/run/systemd/resolve/io.systemd.Resolve", nil, 0o666)
-	os.WriteFile("/run/systemd/resolve/stub-resolv.conf", []byte("nameserver 127.0.0.53\noptions edns0 trust-ad\nsearch lan\n"), 0o644)
+	os.WriteFile(
+		"/run/systemd/resolve/stub-resolv.conf",
+		[]byte("nameserver 127.0.0.53\noptions edns0 trust-ad\nsearch lan\n"),
+		0o644,
+	)
 	os.WriteFile("/run/resolvconf/resolv.conf", []byte("nameserver 10.0.0.1\n"), 0o644)
 	defer unix.Umask(unix.Umask(0o077))
 	const want = "nameserver 192.0.2.53\nnameserver 2001:db8::53\n"
@@ -45,7 +49,14 @@ func TestSpawnHostResolvers(t *testing.T) {
 		if err := os.Symlink(c.link, resolvConf); err != nil {
 			t.Fatal(err)
 		}
-		out, exit, err := run(t, testSpec("/bin/sh", "-c", "cat /etc/resolv.conf; ls -l /etc/resolv.conf | cut -c1; stat -Lc %a /etc/resolv.conf; ls /run/nscd; ls /run/systemd/resolve | grep -v stub; ls /tmp | grep '^resolv.conf'"))
+		out, exit, err := run(
+			t,
+			testSpec(
+				"/bin/sh",
+				"-c",
+				"cat /etc/resolv.conf; ls -l /etc/resolv.conf | cut -c1; stat -Lc %a /etc/resolv.conf; ls /run/nscd; ls /run/systemd/resolve | grep -v stub; ls /tmp | grep '^resolv.conf'",
+			),
+		)
 		if out != c.want+"l\n644\n" || err != nil || exit != 1 {
 			t.Errorf("%s: %q, %d, %v", c.link, out, exit, err)
 		}
@@ -59,7 +70,8 @@ func TestSpawnHostResolvers(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Run("root", TestSpawnDanglingResolver)
-		if out, err := asOrdinaryUser("-test.run=^TestSpawnDanglingResolver$", "-test.v"); err != nil || !bytes.Contains(out, []byte("--- PASS")) {
+		if out, err := asOrdinaryUser("-test.run=^TestSpawnDanglingResolver$", "-test.v"); err != nil ||
+			!bytes.Contains(out, []byte("--- PASS")) {
 			t.Errorf("without root, %s: %v\n%s", link, err, out)
 		}
 		if to, err := os.Readlink(resolvConf); to != link || err != nil {
@@ -70,7 +82,8 @@ func TestSpawnHostResolvers(t *testing.T) {
 		}
 	}
 	os.Remove(resolvConf)
-	if c, err := Spawn(t.Context(), testSpec("true")); err == nil || !strings.Contains(err.Error(), "/etc/resolv.conf does not exist: make it") {
+	if c, err := Spawn(t.Context(), testSpec("true")); err == nil ||
+		!strings.Contains(err.Error(), "/etc/resolv.conf does not exist: make it") {
 		t.Errorf("%v", err)
 		if err == nil {
 			c.Close()

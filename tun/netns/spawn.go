@@ -146,7 +146,15 @@ func (c *Child) handover(ctx context.Context, s Spec) error {
 	if env == nil {
 		env = os.Environ()
 	}
-	o := order{Argv: toBytes(s.Argv), Env: toBytes(env), Dir: []byte(s.Dir), TUN: s.TUN, Addrs: s.Addrs, Nameserver: s.Nameserver, Rootless: c.Rootless}
+	o := order{
+		Argv:       toBytes(s.Argv),
+		Env:        toBytes(env),
+		Dir:        []byte(s.Dir),
+		TUN:        s.TUN,
+		Addrs:      s.Addrs,
+		Nameserver: s.Nameserver,
+		Rootless:   c.Rootless,
+	}
 	msg, err := json.Marshal(o)
 	if err != nil {
 		return fmt.Errorf("cannot run a program: %w", err)

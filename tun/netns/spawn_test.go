@@ -199,10 +199,17 @@ func TestSpawnWorld(t *testing.T) {
 		t.Errorf("/sys/fs/cgroup: outside %q, inside %q", a, b)
 	}
 	if out := there("ip -br addr; ip route; ip -6 route show default"); !strings.Contains(out, "127.0.0.1/8") ||
-		!strings.Contains(out, "10.77.0.1/32 fd00:77::1/128 \n") || !strings.Contains(out, "\ndefault dev tun0 scope link") || !strings.Contains(out, "\ndefault dev tun0 metric") {
+		!strings.Contains(
+			out,
+			"10.77.0.1/32 fd00:77::1/128 \n",
+		) || !strings.Contains(out, "\ndefault dev tun0 scope link") || !strings.Contains(out, "\ndefault dev tun0 metric") {
 		t.Errorf("network %q", out)
 	}
-	if gid, out := os.Getgid(), there("cat /proc/sys/net/ipv4/ping_group_range /proc/sys/net/ipv6/conf/tun0/accept_ra"); out != fmt.Sprintf("%d\t%d\n0\n", gid, gid) {
+	if gid, out := os.Getgid(), there("cat /proc/sys/net/ipv4/ping_group_range /proc/sys/net/ipv6/conf/tun0/accept_ra"); out != fmt.Sprintf(
+		"%d\t%d\n0\n",
+		gid,
+		gid,
+	) {
 		t.Errorf("sysctls %q", out)
 	}
 	want := "nameserver 192.0.2.53\nnameserver 2001:db8::53\n"
@@ -410,7 +417,10 @@ func TestSpawnCallerKilled(t *testing.T) {
 	}
 	defer r.Close()
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), "VIASOCKS_TEST_SUPERVISE=echo up; while grep -q tun0 /proc/net/dev; do sleep 0.02; done; ip route; cut -d: -f1 /proc/net/dev | sed 1,2d; echo end")
+	cmd.Env = append(
+		os.Environ(),
+		"VIASOCKS_TEST_SUPERVISE=echo up; while grep -q tun0 /proc/net/dev; do sleep 0.02; done; ip route; cut -d: -f1 /proc/net/dev | sed 1,2d; echo end",
+	)
 	cmd.Stdout, cmd.Stderr = w, w
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -439,7 +449,8 @@ func TestSpawnUnixSockets(t *testing.T) {
 		}
 		defer l.Close()
 	}
-	if b, err := os.ReadFile("/proc/net/unix"); err != nil || !bytes.Contains(b, []byte("@"+abstract)) || !bytes.Contains(b, []byte(path)) {
+	if b, err := os.ReadFile("/proc/net/unix"); err != nil || !bytes.Contains(b, []byte("@"+abstract)) ||
+		!bytes.Contains(b, []byte(path)) {
 		t.Fatalf("the control: %v\n%s", err, b)
 	}
 	script := `grep -c @` + abstract + ` /proc/self/net/unix; test -S "$1" && echo path`

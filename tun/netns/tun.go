@@ -136,7 +136,12 @@ func unshared(name string, o TUNOptions) error {
 		return fmt.Errorf("cannot tell who uses the TUN device %s: %w", name, err)
 	}
 	if n != 1 {
-		return fmt.Errorf("cannot use the TUN device %s: %w: choose another name, or remove it with 'ip link del %s'", name, errForeign, name)
+		return fmt.Errorf(
+			"cannot use the TUN device %s: %w: choose another name, or remove it with 'ip link del %s'",
+			name,
+			errForeign,
+			name,
+		)
 	}
 	return nil
 }

@@ -68,7 +68,8 @@ func TestNoTUNNode(t *testing.T) {
 		t.Skip(err)
 	}
 	out, err := asOrdinaryUser("-test.run=^TestSpawnSignal$", "-test.v")
-	if want := "cannot open /dev/net/tun: permission denied: run as root, or let everyone open it"; err != nil || !strings.Contains(string(out), want) {
+	if want := "cannot open /dev/net/tun: permission denied: run as root, or let everyone open it"; err != nil ||
+		!strings.Contains(string(out), want) {
 		t.Errorf("%v %s, want %q", err, out, want)
 	}
 }

@@ -27,10 +27,16 @@ func TestUsernsHint(t *testing.T) {
 			t.Errorf("%v: %q, want %q", c.sysctls, got, c.want)
 		}
 	}
-	if got := startError(false, unix.EPERM).Error(); !strings.HasPrefix(got, "cannot make a network namespace: operation not permitted: in a container") {
+	if got := startError(false, unix.EPERM).Error(); !strings.HasPrefix(
+		got,
+		"cannot make a network namespace: operation not permitted: in a container",
+	) {
 		t.Error(got)
 	}
-	if got := startError(true, unix.EPERM).Error(); !strings.HasPrefix(got, "cannot make a user namespace: operation not permitted: run") {
+	if got := startError(true, unix.EPERM).Error(); !strings.HasPrefix(
+		got,
+		"cannot make a user namespace: operation not permitted: run",
+	) {
 		t.Error(got)
 	}
 }

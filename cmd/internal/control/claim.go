@@ -46,7 +46,11 @@ func claim() (*net.UnixListener, error) {
 			continue
 		}
 		if pid, ok := claimant(); ok {
-			return nil, fmt.Errorf("cannot steer the host: %w with another state directory (process %d): give the same --state-dir, or end that one first", ErrLocked, pid)
+			return nil, fmt.Errorf(
+				"cannot steer the host: %w with another state directory (process %d): give the same --state-dir, or end that one first",
+				ErrLocked,
+				pid,
+			)
 		}
 		return nil, nil
 	}

@@ -40,7 +40,10 @@ func testTakeHost(t *testing.T) {
 		return
 	}
 	_, err = TakeHost(path())
-	want := fmt.Sprintf("cannot steer the host: another viasocks is up here with another state directory (process %d): give the same --state-dir", os.Getpid())
+	want := fmt.Sprintf(
+		"cannot steer the host: another viasocks is up here with another state directory (process %d): give the same --state-dir",
+		os.Getpid(),
+	)
 	if !errors.Is(err, ErrLocked) || !strings.HasPrefix(err.Error(), want) {
 		t.Error(err)
 	}

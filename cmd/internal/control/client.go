@@ -103,7 +103,10 @@ func (c *Client) explain(err error) error {
 			return errors.New("cannot ask viasocks: it is starting or stopping, and does not answer yet")
 		}
 		if pid, ok := claimant(); ok {
-			return fmt.Errorf("cannot ask viasocks: it is up here with another state directory (process %d): give the same --state-dir", pid)
+			return fmt.Errorf(
+				"cannot ask viasocks: it is up here with another state directory (process %d): give the same --state-dir",
+				pid,
+			)
 		}
 		return ErrNoDaemon
 	case errors.Is(err, syscall.EACCES):

@@ -327,7 +327,10 @@ func askAs(path string, gid int, groups []int) (*http.Response, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return conn, nil }, DisableKeepAlives: true}
+	t := &http.Transport{
+		DialContext:       func(context.Context, string, string) (net.Conn, error) { return conn, nil },
+		DisableKeepAlives: true,
+	}
 	resp, err := (&http.Client{Transport: t, Timeout: patience}).Get("http://x/v1/status")
 	if err == nil {
 		_, err = io.Copy(io.Discard, resp.Body)
@@ -377,7 +380,9 @@ func TestLock(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = TakeLock(path)
-	if want := fmt.Sprintf("cannot start: another viasocks is up here (process %d): see 'viasocks status'", os.Getpid()); err == nil || err.Error() != want || !errors.Is(err, ErrLocked) {
+	if want := fmt.Sprintf("cannot start: another viasocks is up here (process %d): see 'viasocks status'", os.Getpid()); err == nil ||
+		err.Error() != want ||
+		!errors.Is(err, ErrLocked) {
 		t.Error(err)
 	}
 	if !Locked(path) {

@@ -12,7 +12,15 @@ import (
 // WriteStatus writes s for people. now is theirs.
 func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	var b strings.Builder
-	fmt.Fprintf(&b, "viasocks %s: %s, up since %s (%s), process %d\n", Plain(s.Version), Plain(s.State), stamp(s.Since), span(now.Sub(s.Since)), s.PID)
+	fmt.Fprintf(
+		&b,
+		"viasocks %s: %s, up since %s (%s), process %d\n",
+		Plain(s.Version),
+		Plain(s.State),
+		stamp(s.Since),
+		span(now.Sub(s.Since)),
+		s.PID,
+	)
 	if s.State == Waiting {
 		fmt.Fprintf(&b, "  waiting for the proxy; the host is closed until it is there: %s\n", Plain(s.Waiting))
 	}
@@ -43,9 +51,30 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 		}
 	})
 	b.WriteString("\ntraffic\n")
-	fmt.Fprintf(&b, "  TCP    %d now, %d of them waiting for the proxy; %s in all, %s refused\n", s.TCP.Now, s.TCP.Pending, count(s.TCP.Total), count(s.TCP.Refused))
-	fmt.Fprintf(&b, "  UDP    %d mappings now; %s in all, %s made again, %s datagrams refused\n", s.UDP.Now, count(s.UDP.Total), count(s.UDP.Reassociated), count(s.UDP.Refused))
-	fmt.Fprintf(&b, "  names  %s asked of %s, %s answered, %s failed\n", count(s.Names.Asked), Plain(strings.Join(s.DNS, ", ")), count(s.Names.Answered), count(s.Names.Failed))
+	fmt.Fprintf(
+		&b,
+		"  TCP    %d now, %d of them waiting for the proxy; %s in all, %s refused\n",
+		s.TCP.Now,
+		s.TCP.Pending,
+		count(s.TCP.Total),
+		count(s.TCP.Refused),
+	)
+	fmt.Fprintf(
+		&b,
+		"  UDP    %d mappings now; %s in all, %s made again, %s datagrams refused\n",
+		s.UDP.Now,
+		count(s.UDP.Total),
+		count(s.UDP.Reassociated),
+		count(s.UDP.Refused),
+	)
+	fmt.Fprintf(
+		&b,
+		"  names  %s asked of %s, %s answered, %s failed\n",
+		count(s.Names.Asked),
+		Plain(strings.Join(s.DNS, ", ")),
+		count(s.Names.Answered),
+		count(s.Names.Failed),
+	)
 	fmt.Fprintf(&b, "  bytes  %s up, %s down\n", bytes(s.Up), bytes(s.Down))
 
 	fmt.Fprintf(&b, "\nhost: device %s, table %d, mark %s\n", Plain(s.Host.TUN), s.Host.Table, Plain(s.Host.Mark))

@@ -50,7 +50,10 @@ func sample() Status {
 			TUN: "viasocks0", Table: 30323, Mark: "0x76000000/0xff000000",
 			Steered: []string{"everything"}, Kept: []string{"answers to connections from outside"},
 			Excluded: []string{"192.168.7.0/24 (connected private network)", "uid 998"},
-			Refused:  []Counter{{"refused_output", "bound to a device", 12, 800}, {"refused_multicast", "multicast and broadcast", 4000, 0}},
+			Refused: []Counter{
+				{"refused_output", "bound to a device", 12, 800},
+				{"refused_multicast", "multicast and broadcast", 4000, 0},
+			},
 		},
 		Dropped:  []Counter{{"", "ICMP", 3, 0}},
 		Warnings: []string{"an ip rule of somebody else stands before ours: 5000: from all lookup 7\x1b[2J"},
@@ -78,9 +81,41 @@ func TestWriteStatus(t *testing.T) {
 
 func TestWriteFlows(t *testing.T) {
 	f := Flows{Total: 1203, Flows: []Flow{
-		{ID: 7, Proto: "tcp", Src: "192.0.2.7:41022", Dst: "203.0.113.9:443", Host: "example.org", Rule: "default", Upstream: "proxy", State: "open", Start: *at(2 * time.Hour), Up: 4711, Down: 123456789},
-		{ID: 9, Proto: "udp", Src: "[2001:db8::7]:6881", Dst: "[2001:db8:9::1]:6881", Rule: "dst 2001:db8::/32 via b", Upstream: "b", State: "retrying", Start: *at(3 * time.Second), Up: 20_000},
-		{ID: 10, Proto: "tcp", Src: "192.0.2.7:41024", Dst: "203.0.113.10:80", Host: "ev\x1b]0;il", Rule: "default", Upstream: "proxy", State: "dialing", Start: *at(-time.Second)},
+		{
+			ID:       7,
+			Proto:    "tcp",
+			Src:      "192.0.2.7:41022",
+			Dst:      "203.0.113.9:443",
+			Host:     "example.org",
+			Rule:     "default",
+			Upstream: "proxy",
+			State:    "open",
+			Start:    *at(2 * time.Hour),
+			Up:       4711,
+			Down:     123456789,
+		},
+		{
+			ID:       9,
+			Proto:    "udp",
+			Src:      "[2001:db8::7]:6881",
+			Dst:      "[2001:db8:9::1]:6881",
+			Rule:     "dst 2001:db8::/32 via b",
+			Upstream: "b",
+			State:    "retrying",
+			Start:    *at(3 * time.Second),
+			Up:       20_000,
+		},
+		{
+			ID:       10,
+			Proto:    "tcp",
+			Src:      "192.0.2.7:41024",
+			Dst:      "203.0.113.10:80",
+			Host:     "ev\x1b]0;il",
+			Rule:     "default",
+			Upstream: "proxy",
+			State:    "dialing",
+			Start:    *at(-time.Second),
+		},
 	}}
 	var b strings.Builder
 	if err := WriteFlows(&b, f, now); err != nil {

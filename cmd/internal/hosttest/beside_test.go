@@ -17,7 +17,10 @@ func childOfTheUplink(t *testing.T, strict bool, flags ...string) {
 	if out, err := try("", nil, "ip", "-n", "host", "link", "add", "link", "eth0", "name", "child0", "type", "macvlan", "mode", "bridge"); err != nil {
 		t.Skip("no macvlan: ", err, out)
 	}
-	w.ip("host", "link set child0 up\naddr add 198.51.100.8/32 dev child0\nroute add 203.0.113.7/32 dev child0 via "+router4+" onlink")
+	w.ip(
+		"host",
+		"link set child0 up\naddr add 198.51.100.8/32 dev child0\nroute add 203.0.113.7/32 dev child0 via "+router4+" onlink",
+	)
 	if _, err := w.connect(netipAddrPort("203.0.113.7", 77), "child0"); err == nil {
 		t.Errorf("strict %v: a child in the host's own namespace gets past viasocks", strict)
 	}

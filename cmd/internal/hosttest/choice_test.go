@@ -131,7 +131,14 @@ func choices(cgroup string) []choice {
 	all := []choice{
 		{"exclude", []string{"--exclude", chosenNets}, excluded(to(chosenNets)), somewhere, chosen, 0},
 		{"exclude-uid", []string{"--exclude-uid", "60000-65534"}, excluded(named("another uid")), somewhere, nil, 0},
-		{"exclude-port", []string{"--exclude-port", "123,853-860", "--exclude-port", "6771"}, excluded(toPorts(123, 853, 6771)), somewhere, nil, 0},
+		{
+			"exclude-port",
+			[]string{"--exclude-port", "123,853-860", "--exclude-port", "6771"},
+			excluded(toPorts(123, 853, 6771)),
+			somewhere,
+			nil,
+			0,
+		},
 		{"exclude-device eth0", []string{"--exclude-device", "eth0"}, excluded(either(byEth0, ledByOthers)), somewhere, nil, 0},
 		{"exclude-device br0", []string{"--exclude-device", "br0"}, excluded(inNS("ctr")), somewhere, nil, 0},
 		{"include", []string{"--include", chosenNets}, included(to(chosenNets)), chosen, somewhere, 0},
@@ -139,7 +146,14 @@ func choices(cgroup string) []choice {
 		{"include-port", []string{"--include-port", "123,800-860,6771"}, included(toPorts(123, 853, 6771)), nil, somewhere, 0},
 		{"include-device eth0", []string{"--include-device", "eth0"}, included(byEth0), nil, somewhere, 0},
 		{"include-device br0", []string{"--include-device", "br0"}, included(inNS("ctr")), nil, somewhere, 0},
-		{"include but for exclude", []string{"--include", worlds, "--exclude", chosenNets}, included(both(to(worlds), not(to(chosenNets)))), somewhere, chosen, 0},
+		{
+			"include but for exclude",
+			[]string{"--include", worlds, "--exclude", chosenNets},
+			included(both(to(worlds), not(to(chosenNets)))),
+			somewhere,
+			chosen,
+			0,
+		},
 		{"lan carry", []string{"--lan", "carry"}, func(p *probe) way {
 			if p.class == private {
 				return held

@@ -59,13 +59,24 @@ func TestUpErrors(t *testing.T) {
 		fails("no /dev/net/tun", "cannot open /dev/net/tun: no such file or directory: run 'modprobe tun'; in a container give it the device (docker: --device /dev/net/tun)", noTUN)
 	}
 
-	fails("the TUN's range", "cannot use the proxy socks5://198.18.0.1:1080: its address is inside 198.18.0.0/15, which viasocks uses itself", up("--proxy", "socks5://198.18.0.1"))
-	fails("the TUN's range of IPv6", "cannot use the proxy socks5://[fd76:6961:736f:636b::5]:1080: its address is inside fd76:6961:736f:636b::/64, which viasocks uses itself",
-		up("--proxy", "socks5://[fd76:6961:736f:636b::5]"))
+	fails(
+		"the TUN's range",
+		"cannot use the proxy socks5://198.18.0.1:1080: its address is inside 198.18.0.0/15, which viasocks uses itself",
+		up("--proxy", "socks5://198.18.0.1"),
+	)
+	fails(
+		"the TUN's range of IPv6",
+		"cannot use the proxy socks5://[fd76:6961:736f:636b::5]:1080: its address is inside fd76:6961:736f:636b::/64, which viasocks uses itself",
+		up("--proxy", "socks5://[fd76:6961:736f:636b::5]"),
+	)
 	if err := setProxyName("198.19.1.2"); err != nil {
 		t.Fatal(err)
 	}
-	fails("a name in the TUN's range", "cannot use the proxy proxy.test:1080: its name stands for 198.19.1.2, inside 198.18.0.0/15, which viasocks uses itself", up(good...))
+	fails(
+		"a name in the TUN's range",
+		"cannot use the proxy proxy.test:1080: its name stands for 198.19.1.2, inside 198.18.0.0/15, which viasocks uses itself",
+		up(good...),
+	)
 	if err := setProxyName(proxy4); err != nil {
 		t.Fatal(err)
 	}
@@ -87,7 +98,11 @@ func TestUpErrors(t *testing.T) {
 		w.ip("host", taken.undo)
 	}
 	w.nft("host", "add table inet viasocks")
-	fails("nftables name taken", "cannot use the nftables name viasocks: somebody else has a table inet viasocks: choose another with --nft-table", up(good...))
+	fails(
+		"nftables name taken",
+		"cannot use the nftables name viasocks: somebody else has a table inet viasocks: choose another with --nft-table",
+		up(good...),
+	)
 	w.nft("host", "delete table inet viasocks")
 
 	// What another boot has left is nobody's, and what another namespace has is its own.
@@ -105,7 +120,11 @@ func TestUpErrors(t *testing.T) {
 	if s := d.log.String(); strings.Contains(s, "take over") || !strings.Contains(s, "is inside the excluded 192.0.2.0/24") {
 		t.Errorf("beside another boot's journal:\n%s", s)
 	}
-	fails("a second daemon", fmt.Sprintf("cannot start: another viasocks is up here (process %d): see 'viasocks status'", d.cmd.Process.Pid), up(good...))
+	fails(
+		"a second daemon",
+		fmt.Sprintf("cannot start: another viasocks is up here (process %d): see 'viasocks status'", d.cmd.Process.Pid),
+		up(good...),
+	)
 	if c, err := w.dial("host", netipAddrPort(proxy4, 1080)); err != nil {
 		t.Errorf("an excluded proxy is not reached by programs: %v", err)
 	} else {

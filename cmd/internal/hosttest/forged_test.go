@@ -90,7 +90,10 @@ func TestForged(t *testing.T) {
 							t.Errorf("%s: %v", when, err)
 						}
 						time.Sleep(20 * time.Millisecond)
-						return slices.ContainsFunc(rec.take(), func(s sighting) bool { return s.what.dst == to.Addr() && s.what.proto == unix.IPPROTO_UDP })
+						return slices.ContainsFunc(
+							rec.take(),
+							func(s sighting) bool { return s.what.dst == to.Addr() && s.what.proto == unix.IPPROTO_UDP },
+						)
 					}
 					send := func(when string, to netip.AddrPort) {
 						t.Helper()
@@ -121,7 +124,11 @@ func TestForged(t *testing.T) {
 					c = w.packets("host", fmt.Sprintf(":%d", port))
 					send("a server's port, of its own accord", a)
 					send("a server's port, to another", b)
-					w.eventually(patience, "a server's port answers who seems to have asked", func() bool { forge(); return left("a server's port", a) })
+					w.eventually(
+						patience,
+						"a server's port answers who seems to have asked",
+						func() bool { forge(); return left("a server's port", a) },
+					)
 					send("a server's port, to another than who seems to have asked", b)
 					c.Close()
 				})

@@ -32,9 +32,22 @@ func (p packet) String() string {
 	case p.proto == unix.IPPROTO_ICMP, p.proto == unix.IPPROTO_ICMPV6:
 		return fmt.Sprintf("%v > %v icmp type %d, hop limit %d, %d bytes", p.src, p.dst, p.icmp, p.hops, p.length)
 	case p.proto == unix.IPPROTO_TCP:
-		return fmt.Sprintf("%v > %v tcp flags %#02x, %d bytes", netip.AddrPortFrom(p.src, p.sport), netip.AddrPortFrom(p.dst, p.dport), p.flags, p.length)
+		return fmt.Sprintf(
+			"%v > %v tcp flags %#02x, %d bytes",
+			netip.AddrPortFrom(p.src, p.sport),
+			netip.AddrPortFrom(p.dst, p.dport),
+			p.flags,
+			p.length,
+		)
 	}
-	return fmt.Sprintf("%v > %v proto %d later %v, %d bytes", netip.AddrPortFrom(p.src, p.sport), netip.AddrPortFrom(p.dst, p.dport), p.proto, p.later, p.length)
+	return fmt.Sprintf(
+		"%v > %v proto %d later %v, %d bytes",
+		netip.AddrPortFrom(p.src, p.sport),
+		netip.AddrPortFrom(p.dst, p.dport),
+		p.proto,
+		p.later,
+		p.length,
+	)
 }
 
 func (p *packet) cut(later, more bool, id uint32) {

@@ -38,7 +38,13 @@ type gun struct {
 const openFor = 1500
 
 func newGun(w *world, probes []*probe) *gun {
-	g := &gun{w: w, probes: probes, nsFDs: map[string]int{}, fired: make([]atomic.Int64, len(probes)), errs: make([]atomic.Pointer[error], len(probes))}
+	g := &gun{
+		w:      w,
+		probes: probes,
+		nsFDs:  map[string]int{},
+		fired:  make([]atomic.Int64, len(probes)),
+		errs:   make([]atomic.Pointer[error], len(probes)),
+	}
 	for _, ns := range []string{"host", "ctr"} {
 		fd, err := unix.Open("/run/netns/"+ns, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err != nil {

@@ -42,7 +42,10 @@ func TestTUNAddressIsHidden(t *testing.T) {
 			w.ip("router", "-6 route replace fd76:6961:736f:636b::1/128 "+by+" dev host0")
 			w.refuses("router", "fd76:6961:736f:636b::1")
 		}
-		if out := w.ip("router", "neigh show to 198.18.0.1") + w.ip("router", "-6 neigh show to fd76:6961:736f:636b::1"); strings.Contains(out, "lladdr") {
+		if out := w.ip("router", "neigh show to 198.18.0.1") + w.ip("router", "-6 neigh show to fd76:6961:736f:636b::1"); strings.Contains(
+			out,
+			"lladdr",
+		) {
 			t.Errorf("killed %v: the host answers for the TUN's address: %s", killed, out)
 		}
 	}
@@ -98,14 +101,21 @@ func TestRoutesOfOthers(t *testing.T) {
 			}
 		}
 		// The link flaps.
-		w.ip("host", "link set eth0 down\nlink set eth0 up\naddr replace "+host6+"/64 dev eth0 nodad\naddr replace "+hostLAN6+"/64 dev eth0 nodad")
+		w.ip(
+			"host",
+			"link set eth0 down\nlink set eth0 up\naddr replace "+host6+"/64 dev eth0 nodad\naddr replace "+hostLAN6+"/64 dev eth0 nodad",
+		)
 		for _, r := range []string{"route replace default via " + router4 + " dev eth0", "-6 route replace default via " + router6 + " dev eth0"} {
 			if _, err := try("", nil, strings.Fields("ip -n host "+r)...); err != nil {
 				t.Errorf("killed %v, after the link was down: %v", killed, err)
 			}
 		}
 		if !killed {
-			w.eventually(5*time.Second, "after the link was down ssh works", func() bool { _, err := w.login(client4, host4); return err == nil })
+			w.eventually(
+				5*time.Second,
+				"after the link was down ssh works",
+				func() bool { _, err := w.login(client4, host4); return err == nil },
+			)
 			w.eventually(15*time.Second, "after the link was down viasocks carries", func() bool {
 				_, err := w.dial("host", netipAddrPort("203.0.113.7", 77))
 				return err == nil

@@ -51,7 +51,8 @@ func TestLinkLocalProxy(t *testing.T) {
 			return err == nil && string(b[:n]) == "hello"
 		})
 		up := ask[control.Status](w, "status").Upstreams[0]
-		if !strings.HasSuffix(up.URL, tt.shown) || len(up.Addresses) < 2 || !strings.HasPrefix(up.Addresses[0], "["+routerLL+"%eth0]:1080") {
+		if !strings.HasSuffix(up.URL, tt.shown) || len(up.Addresses) < 2 ||
+			!strings.HasPrefix(up.Addresses[0], "["+routerLL+"%eth0]:1080") {
 			t.Errorf("%s: the status shows %+v", tt.url, up)
 		}
 		if err := d.stop(); err != nil {

@@ -40,7 +40,12 @@ func TestMain(m *testing.M) {
 	}
 	// The process there is the first of its process namespace: whatever happens to it, all that it started ends with it,
 	// and the network namespaces with that.
-	code, err := harness.Reenter(os.Getenv(envBinary), envInside, envWhy, syscall.CLONE_NEWNET|syscall.CLONE_NEWNS|syscall.CLONE_NEWPID)
+	code, err := harness.Reenter(
+		os.Getenv(envBinary),
+		envInside,
+		envWhy,
+		syscall.CLONE_NEWNET|syscall.CLONE_NEWNS|syscall.CLONE_NEWPID,
+	)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "hosttest:", err)
 		code = 1

@@ -140,5 +140,10 @@ func join(g *gun, p *probe, _ []byte) error {
 		return err
 	}
 	defer unix.Close(fd)
-	return unix.SetsockoptIPMreqn(fd, unix.IPPROTO_IP, unix.IP_ADD_MEMBERSHIP, &unix.IPMreqn{Multiaddr: [4]byte{239, 192, 152, 143}, Ifindex: int32(g.eth0)})
+	return unix.SetsockoptIPMreqn(
+		fd,
+		unix.IPPROTO_IP,
+		unix.IP_ADD_MEMBERSHIP,
+		&unix.IPMreqn{Multiaddr: [4]byte{239, 192, 152, 143}, Ifindex: int32(g.eth0)},
+	)
 }

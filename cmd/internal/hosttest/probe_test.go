@@ -219,7 +219,8 @@ func (r *recorder) register(ps []*probe) {
 	defer r.mu.Unlock()
 	for _, p := range ps {
 		r.owners[endpoint{p.proto, p.to.Addr(), p.to.Port()}] = p.id
-		if a := p.to.Addr(); netip.MustParsePrefix("203.0.113.0/24").Contains(a) || netip.MustParsePrefix("2001:db8:f::/64").Contains(a) {
+		if a := p.to.Addr(); netip.MustParsePrefix("203.0.113.0/24").Contains(a) ||
+			netip.MustParsePrefix("2001:db8:f::/64").Contains(a) {
 			r.owners[endpoint{addr: a}] = p.id
 		}
 	}

@@ -49,7 +49,11 @@ func TestReloadOfTheSameFile(t *testing.T) {
 	for range 3 {
 		before, installed := *ask[control.Status](w, "status").ReadyAt, w.installed()
 		d.reload()
-		w.eventually(20*time.Second, "the status tells of the reload", func() bool { return ask[control.Status](w, "status").Reloaded != nil })
+		w.eventually(
+			20*time.Second,
+			"the status tells of the reload",
+			func() bool { return ask[control.Status](w, "status").Reloaded != nil },
+		)
 		if s := ask[control.Status](w, "status"); len(s.Warnings) > 0 || !s.ReadyAt.Equal(before) {
 			t.Errorf("the status changed: %+v", s)
 		}

@@ -115,7 +115,8 @@ func sorted(s string) string {
 func sysctls() string {
 	var b strings.Builder
 	_ = filepath.WalkDir("/proc/sys/net", func(path string, e os.DirEntry, err error) error {
-		if err != nil || e.IsDir() || strings.HasSuffix(path, "_count") || strings.HasSuffix(path, "/flush") || strings.Contains(path, "stable_secret") {
+		if err != nil || e.IsDir() || strings.HasSuffix(path, "_count") || strings.HasSuffix(path, "/flush") ||
+			strings.Contains(path, "stable_secret") {
 			return nil
 		}
 		if v, err := os.ReadFile(path); err == nil {

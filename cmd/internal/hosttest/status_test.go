@@ -71,16 +71,29 @@ connect-timeout 5s
 	status := func() control.Status { return ask[control.Status](w, "status") }
 
 	s := status()
-	if s.State != control.Ready || s.PID != d.cmd.Process.Pid || s.ReadyAt == nil || s.ReadyAt.Before(s.Since) || time.Since(s.Since) > time.Minute || s.Config != configFile {
+	if s.State != control.Ready || s.PID != d.cmd.Process.Pid || s.ReadyAt == nil || s.ReadyAt.Before(s.Since) ||
+		time.Since(s.Since) > time.Minute ||
+		s.Config != configFile {
 		t.Errorf("%+v", s)
 	}
 	wantHost := control.Host{
 		TUN: tunName, Table: 30323, Mark: "0x76000000/0xff000000",
 		Steered: []string{"everything that is not named below"},
 		Kept:    []string{"answers to connections from outside"},
-		Excluded: []string{"to 198.51.100.77", "to 203.0.113.16/28", "of user 12345", "to port 9999", "private networks that the host is connected to",
-			"private network 172.20.0.0/24 by br0", "private network fd00:20::/64 by br0", "private network fe80::/64 by br0", "private network fe80::/64 by ctr0",
-			"private network 10.77.0.0/24 by eth0", "private network fd77::/64 by eth0", "private network fe80::/64 by eth0"},
+		Excluded: []string{
+			"to 198.51.100.77",
+			"to 203.0.113.16/28",
+			"of user 12345",
+			"to port 9999",
+			"private networks that the host is connected to",
+			"private network 172.20.0.0/24 by br0",
+			"private network fd00:20::/64 by br0",
+			"private network fe80::/64 by br0",
+			"private network fe80::/64 by ctr0",
+			"private network 10.77.0.0/24 by eth0",
+			"private network fd77::/64 by eth0",
+			"private network fe80::/64 by eth0",
+		},
 	}
 	if fmt.Sprint(s.Host.Steered, s.Host.Kept, s.Host.Excluded, s.Host.TUN, s.Host.Table, s.Host.Mark) !=
 		fmt.Sprint(wantHost.Steered, wantHost.Kept, wantHost.Excluded, wantHost.TUN, wantHost.Table, wantHost.Mark) {
@@ -135,7 +148,8 @@ connect-timeout 5s
 	} {
 		got := f.Flows[i]
 		if want.Proto == "udp" { // again when it was lost
-			if got.Up < want.Up || got.Down < want.Down || !strings.HasSuffix(got.Src, fmt.Sprintf(":%d", udp.LocalAddr().(*net.UDPAddr).Port)) {
+			if got.Up < want.Up || got.Down < want.Down ||
+				!strings.HasSuffix(got.Src, fmt.Sprintf(":%d", udp.LocalAddr().(*net.UDPAddr).Port)) {
 				t.Errorf("flow %d: %+v", i, got)
 			}
 			want.Src, want.Up, want.Down = got.Src, got.Up, got.Down
@@ -152,7 +166,8 @@ connect-timeout 5s
 		t.Errorf("--limit 1: %+v", one)
 	}
 	text, err := w.command("flows")
-	if err != nil || strings.Count(text, "\n") != 4 || !strings.Contains(text, "203.0.113.7:77") || !strings.Contains(text, "68.4 KiB") {
+	if err != nil || strings.Count(text, "\n") != 4 || !strings.Contains(text, "203.0.113.7:77") ||
+		!strings.Contains(text, "68.4 KiB") {
 		t.Errorf("flows: %v\n%s", err, text)
 	}
 
@@ -189,7 +204,11 @@ connect-timeout 5s
 
 	// One proxy dies: it is down, the other is not.
 	_ = small.Close()
-	w.eventually(30*time.Second, "the flow that was closed is gone", func() bool { return ask[control.Flows](w, "flows").Total == 2 })
+	w.eventually(
+		30*time.Second,
+		"the flow that was closed is gone",
+		func() bool { return ask[control.Flows](w, "flows").Total == 2 },
+	)
 	other.Close()
 	health := ""
 	w.eventually(time.Minute, "the dead proxy is down", func() bool {
@@ -211,7 +230,8 @@ connect-timeout 5s
 	w.configure(lines + "mtu 1400\nexclude-port 7777\nmax-mappings 1\n")
 	d.reload()
 	s = status()
-	if s.Reloaded == nil || !slices.Contains(s.Host.Excluded, "to port 7777") || !slices.ContainsFunc(s.Warnings, func(l string) bool { return strings.Contains(l, "next start only: mtu") }) {
+	if s.Reloaded == nil || !slices.Contains(s.Host.Excluded, "to port 7777") ||
+		!slices.ContainsFunc(s.Warnings, func(l string) bool { return strings.Contains(l, "next start only: mtu") }) {
 		t.Errorf("after the reload: %v, %q, %q", s.Reloaded, s.Host.Excluded, s.Warnings)
 	}
 	if _, err := w.packets("host", ":0").WriteTo([]byte("another"), net.UDPAddrFromAddrPort(netip.MustParseAddrPort("203.0.113.9:79"))); err != nil {
@@ -219,7 +239,8 @@ connect-timeout 5s
 	}
 	w.eventually(30*time.Second, "there is room for one mapping only", func() bool {
 		s := status()
-		return s.UDP.Now == 1 && (s.UDP.Total > 1 || slices.ContainsFunc(s.Dropped, func(c control.Counter) bool { return strings.Contains(c.What, "want of room") }))
+		return s.UDP.Now == 1 &&
+			(s.UDP.Total > 1 || slices.ContainsFunc(s.Dropped, func(c control.Counter) bool { return strings.Contains(c.What, "want of room") }))
 	})
 }
 

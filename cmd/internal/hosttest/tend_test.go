@@ -75,7 +75,11 @@ func TestTUNChanged(t *testing.T) {
 			t.Errorf("no %q:\n%s\nat first:\n%s", want, after, before)
 		}
 	}
-	w.eventually(20*time.Second, "the TUN that was moved is gone", func() bool { return !strings.Contains(w.ip("ctr", "link show"), tunName) })
+	w.eventually(
+		20*time.Second,
+		"the TUN that was moved is gone",
+		func() bool { return !strings.Contains(w.ip("ctr", "link show"), tunName) },
+	)
 }
 
 // TestTUNNameTaken: what can't be put right is told by status for as long as it lasts, and tried again.
@@ -87,13 +91,15 @@ func TestTUNNameTaken(t *testing.T) {
 		s = ask[control.Status](w, "status")
 		return s.State == control.Impaired
 	})
-	if len(s.Warnings) == 0 || !strings.Contains(s.Warnings[0], "has the name other0") || !strings.Contains(s.Warnings[0], "until it is put right") {
+	if len(s.Warnings) == 0 || !strings.Contains(s.Warnings[0], "has the name other0") ||
+		!strings.Contains(s.Warnings[0], "until it is put right") {
 		t.Errorf("warnings: %q", s.Warnings)
 	}
 	w.errorsAtOnce("without its TUN")
 	w.ip("host", "link del "+tunName)
 	w.carries("the name is free again")
-	if s := ask[control.Status](w, "status"); s.State != control.Ready || strings.Contains(strings.Join(s.Warnings, "\n"), "put right") {
+	if s := ask[control.Status](w, "status"); s.State != control.Ready ||
+		strings.Contains(strings.Join(s.Warnings, "\n"), "put right") {
 		t.Errorf("%s, %q", s.State, s.Warnings)
 	}
 }
