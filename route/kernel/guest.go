@@ -104,7 +104,9 @@ func (c *Config) direct(lan []lanNet) (out []string) {
 		switch {
 		case n.guest && c.LAN != LANDirect:
 			out = append(out, n.prefix.String()+" by "+n.dev+" (containers and guests of this host)")
-		case c.LAN == LANDirect && !slices.ContainsFunc(c.includedIn(n.prefix), func(p netip.Prefix) bool { return p.Bits() <= n.prefix.Bits() }):
+		case c.LAN == LANDirect && !slices.ContainsFunc(c.includedIn(n.prefix), func(p netip.Prefix) bool {
+			return p.Bits() <= n.prefix.Bits()
+		}):
 			out = append(out, n.prefix.String()+" by "+n.dev)
 		}
 	}

@@ -142,7 +142,9 @@ func (h *Host) applyFilter() error {
 			h.noARP = true
 			h.say("arp", "the kernel can't filter ARP: neighbours learn that the TUN's address is here, and get no further", "why", err)
 		case errors.Is(err, unix.ENOENT) && ne.index < len(old): // somebody deleted it between
-		case errors.Is(err, unix.ENOENT) && ne.index >= 0 && msgs[ne.index].fam == unix.NFPROTO_NETDEV && msgs[ne.index].op == unix.NFT_MSG_NEWCHAIN: // a device went between
+		case errors.Is(err, unix.ENOENT) && ne.index >= 0 &&
+			msgs[ne.index].fam == unix.NFPROTO_NETDEV && msgs[ne.index].op == unix.NFT_MSG_NEWCHAIN:
+			// A device went away since we looked.
 			l, err := h.look()
 			if err != nil {
 				return err
@@ -152,7 +154,8 @@ func (h *Host) applyFilter() error {
 			h.st.noSocket = true
 			h.say("socket", "the kernel cannot tell whether anybody listens at a port: a datagram from outside that nobody "+
 				"listens for may be answered by the program that opens the port next", "why", err)
-		case lacking(msgs, ne.index, err) == needCgroupv2 && h.c.OwnCgroup != "" && len(h.c.Exclude.Cgroups)+len(h.c.Include.Cgroups) == 0:
+		case lacking(msgs, ne.index, err) == needCgroupv2 && h.c.OwnCgroup != "" &&
+			len(h.c.Exclude.Cgroups)+len(h.c.Include.Cgroups) == 0:
 			h.c.OwnCgroup = "" // wanted where it can be had
 			h.say("own cgroup", "the kernel can't tell our sockets from others' by their cgroup: only by mark and destination", "why", err)
 		default:

@@ -139,7 +139,8 @@ func (t *nfTable) messages(flags uint32) ([]nfMsg, error) {
 	for _, c := range t.counters {
 		say(unix.NFT_MSG_NEWOBJ, unix.NLM_F_CREATE, cat(attrString(unix.NFTA_OBJ_TABLE, t.name), attrString(unix.NFTA_OBJ_NAME, c),
 			attrU32(unix.NFTA_OBJ_TYPE, unix.NFT_OBJECT_COUNTER),
-			nested(unix.NFTA_OBJ_DATA, attrU64(unix.NFTA_COUNTER_BYTES, 0), attrU64(unix.NFTA_COUNTER_PACKETS, 0))), "add counter %s %s", at, c).needs = []*need{needCounter}
+			nested(unix.NFTA_OBJ_DATA, attrU64(unix.NFTA_COUNTER_BYTES, 0), attrU64(unix.NFTA_COUNTER_PACKETS, 0))),
+			"add counter %s %s", at, c).needs = []*need{needCounter}
 	}
 	for i, s := range t.sets {
 		a := cat(attrString(unix.NFTA_SET_TABLE, t.name), attrString(unix.NFTA_SET_NAME, s.name),

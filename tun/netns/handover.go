@@ -16,7 +16,8 @@ import (
 // Between Spawn and the helper, over a socket pair:
 //
 //	Spawn  -> helper   order
-//	helper -> Spawn    report, with the TUN's queues and the sock_diag socket as SCM_RIGHTS; or a report with an error, and it exits
+//	helper -> Spawn    report, with the TUN's queues and the sock_diag socket as SCM_RIGHTS; or a report with an error, after
+//	                   which the helper exits
 //	Spawn  -> helper   goAhead; EOF instead: Spawn's process is gone, the helper exits
 //	helper -> Wait     nothing, and EOF, when it has become the program; a report if it could not
 //

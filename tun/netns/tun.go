@@ -362,7 +362,10 @@ func Configure(name string, mtu int, addrs []netip.Prefix, defaultRoutes bool) (
 		has   bool
 		dst   netip.Prefix
 		scope netlink.Scope // as 'ip route' has it for a route without a gateway
-	}{{has4, netip.MustParsePrefix("0.0.0.0/0"), netlink.SCOPE_LINK}, {has6, netip.MustParsePrefix("::/0"), netlink.SCOPE_UNIVERSE}} {
+	}{
+		{has4, netip.MustParsePrefix("0.0.0.0/0"), netlink.SCOPE_LINK},
+		{has6, netip.MustParsePrefix("::/0"), netlink.SCOPE_UNIVERSE},
+	} {
 		if !d.has {
 			continue
 		}
