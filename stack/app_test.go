@@ -111,7 +111,7 @@ type testHandler struct {
 	ch chan flow.StreamRequest
 }
 
-func (h *testHandler) HandleStream(r flow.StreamRequest) {
+func (h *testHandler) HandleStream(_ int, r flow.StreamRequest) {
 	switch {
 	case h.f != nil:
 		h.f(r)
@@ -119,7 +119,7 @@ func (h *testHandler) HandleStream(r flow.StreamRequest) {
 		h.ch <- r
 	}
 }
-func (h *testHandler) HandlePackets([]flow.Packet) {}
+func (h *testHandler) HandlePackets(int, []flow.Packet) {}
 
 // testConn is a listener that blocks as a connection does, for tests.
 type testConn struct {

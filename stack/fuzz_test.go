@@ -148,7 +148,7 @@ type fuzzHandler struct {
 	packets func([]flow.Packet)
 }
 
-func (h *fuzzHandler) HandlePackets(ps []flow.Packet) { h.packets(ps) }
+func (h *fuzzHandler) HandlePackets(_ int, ps []flow.Packet) { h.packets(ps) }
 
 // BenchmarkReader takes frames as they come from the device: no allocation for a frame.
 func BenchmarkReader(b *testing.B) {

@@ -46,10 +46,10 @@ func newEcho() *echo {
 	return e
 }
 
-func (e *echo) HandleStream(r flow.StreamRequest)  { r.Accept(&echoConn{e: e}) }
-func (e *echo) HandlePackets([]flow.Packet)        {}
-func (c *echoConn) Opened(st flow.Stream, _ error) { c.wake(st) }
-func (c *echoConn) Ready(flow.Events)              { c.wake(nil) }
+func (e *echo) HandleStream(_ int, r flow.StreamRequest) { r.Accept(&echoConn{e: e}) }
+func (e *echo) HandlePackets(int, []flow.Packet)         {}
+func (c *echoConn) Opened(st flow.Stream, _ error)       { c.wake(st) }
+func (c *echoConn) Ready(flow.Events)                    { c.wake(nil) }
 
 func (c *echoConn) wake(st flow.Stream) {
 	c.e.mu.Lock()

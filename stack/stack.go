@@ -14,12 +14,14 @@ import (
 	"github.com/viasocks/viasocks/tun"
 )
 
-// Handler takes what the stack captured. It is called on the frame reader: it returns without blocking.
+// Handler takes what the stack captured. Each shard has a frame reader of its own, which calls the handler and says which shard it
+// is (0 to Shards-1): calls for one shard come one after another, calls for different shards come at the same time. All that one
+// app's port sends comes to one shard. No call may block.
 type Handler interface {
 	// HandleStream takes a new request. The handler owns it: it must call Accept or Reject sooner or later.
-	HandleStream(flow.StreamRequest)
+	HandleStream(shard int, r flow.StreamRequest)
 	// HandlePackets takes one burst of datagrams, until the TUN is drained: return means flush. The slices are lent.
-	HandlePackets([]flow.Packet)
+	HandlePackets(shard int, pkts []flow.Packet)
 }
 
 // Config is what New needs.
@@ -103,6 +105,9 @@ func newStack(cfg Config) (*Stack, error) {
 	s.pending.open, s.pending.abort, s.pending.answer = s.open, s.abortHandshake, s.answer
 	return s, nil
 }
+
+// Shards is into how many parts the flows are divided. It does not change.
+func (s *Stack) Shards() int { return 1 }
 
 // Run is the frame reader. It blocks until ctx is done or Close is called (then it returns nil), or until the device
 // fails. Either way the app's streams have been reset, requests cancelled and goroutines ended when it returns. It may

@@ -49,7 +49,7 @@ func (s *Stack) handleTCP(id gstack.TransportEndpointID, pkt *gstack.PacketBuffe
 			return true
 		}
 		if req := s.pending.syn(key, h.SequenceNumber(), pkt); req != nil {
-			s.handler.HandleStream(req)
+			s.handler.HandleStream(0, req)
 		}
 		return true
 	}

@@ -13,10 +13,10 @@ import (
 // bursts, in place. Only fragments take the way through gVisor, for its reassembly, and come back by handleSlowUDP.
 
 // UnreachableHandler may be implemented by a Handler. HandleUnreachable is told that the app's kernel answered a
-// datagram from remote with ICMP port unreachable: the app has no socket at the endpoint app. It is called on the
-// frame reader and must not block.
+// datagram from remote with ICMP port unreachable: the app has no socket at the endpoint app. shard is that of app. It is
+// called on that shard's frame reader and must not block.
 type UnreachableHandler interface {
-	HandleUnreachable(app, remote netip.AddrPort)
+	HandleUnreachable(shard int, app, remote netip.AddrPort)
 }
 
 // udpBurst is how many datagrams are handed over at once: more than a super-frame has (the kernel's
@@ -225,7 +225,7 @@ func (b *udpBatch) addICMP(p []byte, off int, h *tun.Header) bool {
 	}
 	b.s.stats.udp.unreachable.Add(1)
 	if b.unreachable != nil {
-		b.unreachable.HandleUnreachable(app, remote)
+		b.unreachable.HandleUnreachable(0, app, remote)
 	}
 	return true
 }
@@ -240,6 +240,6 @@ func (b *udpBatch) flush() {
 	}
 	b.s.stats.udp.in.Add(uint64(len(b.pkts)))
 	b.s.stats.udp.inBytes.Add(b.bytes)
-	b.s.handler.HandlePackets(b.pkts)
+	b.s.handler.HandlePackets(0, b.pkts)
 	b.pkts, b.bytes = b.pkts[:0], 0
 }

@@ -56,8 +56,11 @@ type recHandler struct {
 	streams int
 }
 
-func (h *recHandler) HandleStream(r flow.StreamRequest) { h.streams++; r.Reject(flow.RefuseReset) }
-func (h *recHandler) HandlePackets(ps []flow.Packet) {
+func (h *recHandler) HandleStream(_ int, r flow.StreamRequest) {
+	h.streams++
+	r.Reject(flow.RefuseReset)
+}
+func (h *recHandler) HandlePackets(_ int, ps []flow.Packet) {
 	h.bursts++
 	if h.quiet {
 		return
@@ -68,7 +71,9 @@ func (h *recHandler) HandlePackets(ps []flow.Packet) {
 		h.pkts = append(h.pkts, p)
 	}
 }
-func (h *recHandler) HandleUnreachable(app, remote netip.AddrPort) { h.app, h.remote = app, remote }
+func (h *recHandler) HandleUnreachable(_ int, app, remote netip.AddrPort) {
+	h.app, h.remote = app, remote
+}
 
 // udpStack is a Stack with nothing but what UDP needs.
 func udpStack(off tun.Offload) (*Stack, *recDevice, *recHandler) {
@@ -413,7 +418,7 @@ func TestUDPAllocatesNothing(t *testing.T) {
 	s, d, h := udpStack(tun.VnetHdr | tun.TSO | tun.USO)
 	d.quiet, h.quiet = true, true
 	b := s.newUDPBatch()
-	w := s.PacketWriter()
+	w := s.PacketWriter(0)
 	one, six := rawUDP(app4, far4, make([]byte, 200)), rawUDP(app6, far6, make([]byte, 9000))
 	super := tun.Header{Flags: tun.NeedsCsum, CsumStart: 40, CsumOffset: 6, GSOType: tun.GSOUDPL4, GSOSize: 100}
 	out := append(repeat(20, 1200, far4, app4), repeat(3, 65527, far6, app6)...)

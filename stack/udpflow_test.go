@@ -28,15 +28,15 @@ type udpHandler struct {
 	gone []netip.AddrPort // app and remote of each HandleUnreachable
 }
 
-func (h *udpHandler) HandleStream(r flow.StreamRequest) { r.Reject(flow.RefuseReset) }
+func (h *udpHandler) HandleStream(_ int, r flow.StreamRequest) { r.Reject(flow.RefuseReset) }
 
-func (h *udpHandler) HandlePackets(ps []flow.Packet) {
+func (h *udpHandler) HandlePackets(_ int, ps []flow.Packet) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.f(h.w, ps)
 }
 
-func (h *udpHandler) HandleUnreachable(app, remote netip.AddrPort) {
+func (h *udpHandler) HandleUnreachable(_ int, app, remote netip.AddrPort) {
 	h.mu.Lock()
 	h.gone = append(h.gone, app, remote)
 	h.mu.Unlock()
@@ -61,7 +61,7 @@ func udpPair(t *testing.T, off tun.Offload, f func(flow.PacketWriter, []flow.Pac
 	if err != nil {
 		t.Fatal(err)
 	}
-	h.w = s.PacketWriter()
+	h.w = s.PacketWriter(0)
 	app, err := stacktest.New(there, app4.Addr(), app6.Addr())
 	if err != nil {
 		t.Fatal(err)

@@ -110,7 +110,7 @@ func kernelStack(t *testing.T, mode tun.Mode, f func(flow.PacketWriter, []flow.P
 	if err != nil {
 		t.Fatal(err)
 	}
-	h.w = s.PacketWriter()
+	h.w = s.PacketWriter(0)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()

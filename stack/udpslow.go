@@ -76,7 +76,7 @@ func (s *Stack) handleSlowUDP(id gstack.TransportEndpointID, pkt *gstack.PacketB
 		Src: netip.AddrPortFrom(src, id.RemotePort), Dst: netip.AddrPortFrom(dst, id.LocalPort),
 		Payload: w.data[udpHeaderLen:n:n], Head: w.head,
 	}
-	s.handler.HandlePackets(w.pkt[:])
+	s.handler.HandlePackets(0, w.pkt[:])
 	return true
 }
 

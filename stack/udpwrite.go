@@ -36,8 +36,8 @@ type packetWriter struct {
 	icmp  [1280]byte
 }
 
-// PacketWriter makes a writer of datagrams to the app; each goroutine has its own. It holds nothing to give back.
-func (s *Stack) PacketWriter() flow.PacketWriter {
+// PacketWriter makes a writer of datagrams to the apps of one shard; each goroutine has its own. It holds nothing to give back.
+func (s *Stack) PacketWriter(shard int) flow.PacketWriter {
 	// From a random ID on: two writers seldom use one for the same pair of addresses at the same time.
 	return &packetWriter{s: s, id: uint16(rand.Uint32())}
 }

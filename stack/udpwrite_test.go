@@ -125,7 +125,7 @@ func TestUDPWrite(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s, d, _ := udpStack(c.off)
-			n, err := s.PacketWriter().WritePackets(c.ps)
+			n, err := s.PacketWriter(0).WritePackets(c.ps)
 			if err != nil || n != len(c.ps)-c.skip {
 				t.Fatalf("wrote %d of %d: %v", n, len(c.ps), err)
 			}
@@ -165,7 +165,7 @@ func TestUDPWrite(t *testing.T) {
 
 func TestUDPWriteID(t *testing.T) {
 	s, d, _ := udpStack(tun.VnetHdr | tun.USO)
-	w := s.PacketWriter()
+	w := s.PacketWriter(0)
 	_, _ = w.WritePackets(repeat(5, 100, far4, app4))
 	_, _ = w.WritePackets(repeat(1, 100, far4, app4))
 	a, b := binary.BigEndian.Uint16(d.frames[0].p[4:]), binary.BigEndian.Uint16(d.frames[1].p[4:])
@@ -181,7 +181,7 @@ func TestUDPWriteZeroSum(t *testing.T) {
 		p := rawUDP(c.src, c.dst, []byte{0, 0})
 		payload := bytes.Clone(p[len(p)-4 : len(p)-2]) // the checksum of the one with zeros
 		s, d, _ := udpStack(0)
-		if _, err := s.PacketWriter().WritePackets([]flow.Packet{{Src: c.src, Dst: c.dst, Payload: payload}}); err != nil {
+		if _, err := s.PacketWriter(0).WritePackets([]flow.Packet{{Src: c.src, Dst: c.dst, Payload: payload}}); err != nil {
 			t.Fatal(err)
 		}
 		f := d.frames[0].p
@@ -196,7 +196,7 @@ func TestUDPWriteErrors(t *testing.T) {
 	// A full device loses the frame and nothing else.
 	s, d, _ := udpStack(tun.VnetHdr | tun.USO)
 	d.err = func(*tun.Header) error { return tun.ErrAgain }
-	w := s.PacketWriter()
+	w := s.PacketWriter(0)
 	if n, err := w.WritePackets(ps); n != 0 || err != nil || s.Stats().UDP.OutFull != 3 {
 		t.Fatalf("full: %d %v %+v", n, err, s.Stats().UDP)
 	}
@@ -218,7 +218,7 @@ func TestUDPWriteErrors(t *testing.T) {
 		}
 		return nil
 	}
-	w = s.PacketWriter()
+	w = s.PacketWriter(0)
 	for range 2 {
 		if n, err := w.WritePackets(ps); n != 3 || err != nil {
 			t.Fatalf("refused super-frame: %d %v", n, err)
@@ -236,7 +236,7 @@ func TestUDPRefuse(t *testing.T) {
 		b.add(p, &tun.Header{})
 	}
 	b.flush()
-	w := s.PacketWriter()
+	w := s.PacketWriter(0)
 	for i, p := range h.pkts {
 		w.Refuse(p, flow.RefuseReset)
 		typ, code, quote := checkICMP(t, d.frames[i].p, p.Dst.Addr(), p.Src.Addr())
@@ -269,7 +269,7 @@ func FuzzUDPWrite(f *testing.F) {
 			ps = append(ps, flow.Packet{Src: src, Dst: dst, Payload: fill(int(n) * 257)})
 		}
 		s, d, _ := udpStack(tun.Offload(off))
-		w := s.PacketWriter().(*packetWriter)
+		w := s.PacketWriter(0).(*packetWriter)
 		n, err := w.WritePackets(ps)
 		if err != nil {
 			t.Fatal(err)
@@ -312,7 +312,7 @@ func BenchmarkUDPWrite(b *testing.B) {
 		b.Run(c.name, func(b *testing.B) {
 			s, d, _ := udpStack(c.off)
 			d.quiet = true
-			w := s.PacketWriter()
+			w := s.PacketWriter(0)
 			b.ReportAllocs()
 			for b.Loop() {
 				if n, err := w.WritePackets(c.ps); n != len(c.ps) || err != nil {
@@ -324,7 +324,7 @@ func BenchmarkUDPWrite(b *testing.B) {
 	b.Run("refuse", func(b *testing.B) {
 		s, d, _ := udpStack(0)
 		d.quiet = true
-		w := s.PacketWriter()
+		w := s.PacketWriter(0)
 		p := flow.Packet{Src: app4, Dst: far4, Head: rawUDP(app4, far4, nil)}
 		b.ReportAllocs()
 		for b.Loop() {

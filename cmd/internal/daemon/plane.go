@@ -97,7 +97,7 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 		return nil, err
 	}
 	p.set(cfg)
-	p.router.Attach(p.stack.PacketWriter)
+	p.router.Attach(func() flow.PacketWriter { return p.stack.PacketWriter(0) })
 	return p, nil
 }
 
@@ -174,7 +174,7 @@ func (p *plane) fail(err error) {
 	}
 }
 
-// handler is the router as the stack wants it.
+// handler is the router as the stack wants it. The router takes the flows of all shards alike.
 type handler struct{ *route.Router }
 
 var (
@@ -182,8 +182,14 @@ var (
 	_ stack.UnreachableHandler = handler{}
 )
 
+// HandleStream implements stack.Handler.
+func (h handler) HandleStream(_ int, r flow.StreamRequest) { h.Router.HandleStream(r) }
+
+// HandlePackets implements stack.Handler.
+func (h handler) HandlePackets(_ int, pkts []flow.Packet) { h.Router.HandlePackets(pkts) }
+
 // HandleUnreachable implements stack.UnreachableHandler. The mapping is the app endpoint's, whoever had written to it.
-func (h handler) HandleUnreachable(app, _ netip.AddrPort) { h.Router.HandleUnreachable(app) }
+func (h handler) HandleUnreachable(_ int, app, _ netip.AddrPort) { h.Router.HandleUnreachable(app) }
 
 // start runs everything. A part that ends before Close was called is told on failed.
 func (p *plane) start() {
