@@ -111,7 +111,11 @@ func (r *Router) logRejected(v *verdict, p *flow.Packet, now int64) {
 // question hands a datagram to port 53 to route/dns. The answer comes from the address that was asked.
 func (r *Router) question(p *flow.Packet) {
 	src, dst := p.Src, p.Dst
-	r.dns.Load().Handle(p.Payload, func(b []byte) {
+	asked := dst
+	if !flow.CanBePeer(dst.Addr()) {
+		asked = noAddr
+	}
+	r.dns.Load().Handle(p.Payload, asked, func(b []byte) {
 		r.dnsMu.Lock()
 		defer r.dnsMu.Unlock()
 		r.dnsPkt[0] = flow.Packet{Src: dst, Dst: src, Payload: b}

@@ -16,6 +16,7 @@ declare -A groups=(
 		ip:iproute2 sysctl:procps unshare:util-linux curl:curl
 		aria2c:aria2 danted:dante-server microsocks:microsocks nginx:nginx vsftpd:vsftpd sshd:openssh-server
 		opentracker:opentracker mktorrent:mktorrent dnsmasq:dnsmasq-base
+		musl-gcc:musl-tools nsupdate:bind9-dnsutils
 		=/lib/systemd/systemd-networkd:systemd dhclient:isc-dhcp-client dhcpcd:dhcpcd-base NetworkManager:network-manager
 		dbus-daemon:dbus conntrack:conntrack nft:nftables
 		socat:socat setpriv:util-linux nsenter:util-linux ss:iproute2"

@@ -12,6 +12,7 @@ import (
 
 // conn is an open connection to a resolver. Its two goroutines end after close; wait waits for them.
 type conn struct {
+	of   *resolver
 	f    *os.File
 	out  chan []byte
 	over chan struct{}
@@ -20,7 +21,7 @@ type conn struct {
 }
 
 // newConn owns fd from here on, also on error.
-func newConn(fd int, s *Server) (*conn, error) {
+func newConn(fd int, s *Server, of *resolver) (*conn, error) {
 	if err := syscall.SetNonblock(fd, true); err != nil {
 		closeFD(fd)
 		return nil, fmt.Errorf("cannot use the connection: %w", err)
@@ -28,6 +29,7 @@ func newConn(fd int, s *Server) (*conn, error) {
 	// Questions are small and nobody waits for more of them. Where it fails they are only late.
 	_ = syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1)
 	c := &conn{
+		of:   of,
 		f:    os.NewFile(uintptr(fd), "resolver"),
 		out:  make(chan []byte, s.cfg.InFlight),
 		over: make(chan struct{}),
@@ -39,16 +41,6 @@ func newConn(fd int, s *Server) (*conn, error) {
 }
 
 func closeFD(fd int) { _ = syscall.Close(fd) }
-
-// r is the resolver that c still serves, or nil.
-func (c *conn) r(s *Server) *resolver {
-	for _, r := range s.resolvers {
-		if r.conn == c {
-			return r
-		}
-	}
-	return nil
-}
 
 // write queues a message and its length. It does not block; false: the resolver takes nothing.
 func (c *conn) write(wire []byte) bool {

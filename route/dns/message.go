@@ -8,7 +8,9 @@ const (
 	maxMessage  = 65535
 	minUDPSize  = 512 // RFC 1035 2.3.4: what every asker takes
 	maxUDPSize  = 65507
+	typeSIG     = 24
 	typeOPT     = 41
+	typeTSIG    = 250
 	typeIXFR    = 251
 	typeAXFR    = 252
 	maxRecords  = 64 // records in a question's message: OPT, TSIG and the like; more is garbage
@@ -19,6 +21,8 @@ const (
 	flagRD      = 0x0100
 	flagCD      = 0x0010
 	maskOpcode  = 0x7800
+	opcodeDSO   = 6 << 11 // RFC 8490
+	minRecord   = 11      // bytes of the shortest resource record: root, type, class, TTL, length
 	rcodeFormat = 1
 	rcodeServer = 2
 	rcodeNotImp = 4
@@ -29,11 +33,14 @@ const (
 type question struct {
 	id    uint16
 	flags uint16
-	end   int    // of the question section, which starts at headerLen
+	end   int    // of the question section, which starts at headerLen; 0: there is none
 	qtype uint16 // RFC 1035 3.2.3
 	size  int    // bytes that the asker takes by UDP: 512, or as its OPT record says
 	edns  bool
 }
+
+// isQuery reports whether q is a QUERY: a question, and not an UPDATE, a NOTIFY or another operation.
+func (q *question) isQuery() bool { return q.flags&maskOpcode == 0 }
 
 // verdict on a message that claims to be a question.
 type verdict uint8
@@ -55,29 +62,41 @@ func parseQuestion(msg []byte) (q question, v verdict, rcode uint16) {
 	if q.flags&flagQR != 0 {
 		return q, silence, 0
 	}
-	if q.flags&maskOpcode != 0 {
-		return q, answer, rcodeNotImp
+	questions, most := binary.BigEndian.Uint16(msg[4:]), maxRecords
+	if q.isQuery() {
+		if questions != 1 {
+			return q, answer, rcodeFormat
+		}
+	} else {
+		if q.flags&maskOpcode == opcodeDSO {
+			return q, answer, rcodeNotImp // it is about a connection, and we share ours
+		}
+		if questions > 1 {
+			return q, answer, rcodeFormat
+		}
+		most = len(msg) / minRecord // an UPDATE may be long
 	}
-	if binary.BigEndian.Uint16(msg[4:]) != 1 {
-		return q, answer, rcodeFormat
+	off, ok := headerLen, true
+	if questions == 1 {
+		end, ok := skipName(msg, headerLen, false)
+		if !ok || len(msg)-end < 4 {
+			return q, answer, rcodeFormat
+		}
+		q.qtype = binary.BigEndian.Uint16(msg[end:])
+		q.end = end + 4
+		off = q.end
 	}
-	end, ok := skipName(msg, headerLen, false)
-	if !ok || len(msg)-end < 4 {
-		return q, answer, rcodeFormat
-	}
-	q.qtype = binary.BigEndian.Uint16(msg[end:])
-	q.end = end + 4
-	if q.qtype == typeAXFR || q.qtype == typeIXFR {
+	if q.isQuery() && (q.qtype == typeAXFR || q.qtype == typeIXFR) {
 		return q, answer, rcodeNotImp // many messages for one question: TCP only, which is carried as it is
 	}
 	records := 0
 	for off := 6; off < headerLen; off += 2 {
 		records += int(binary.BigEndian.Uint16(msg[off:]))
 	}
-	if records > maxRecords {
+	if records > most {
 		return q, answer, rcodeFormat
 	}
-	for off := q.end; records > 0; records-- {
+	for ; records > 0; records-- {
 		name := off
 		if off, ok = skipName(msg, off, true); !ok || len(msg)-off < 10 {
 			return q, answer, rcodeFormat
@@ -137,19 +156,23 @@ func appendOPT(b []byte) []byte {
 }
 
 // matches reports whether an answer of a resolver is one to the question of query: RFC 5452 9.1, without the ID. A
-// resolver that did not understand may leave the question out.
+// resolver that did not understand may leave the question out, and so may one that answers another opcode than QUERY (RFC
+// 2136 3.8).
 func matches(resp, query []byte, q question) bool {
 	if len(resp) < headerLen {
 		return false
 	}
 	flags := binary.BigEndian.Uint16(resp[2:])
-	if flags&flagQR == 0 || flags&maskOpcode != 0 {
+	if flags&flagQR == 0 || flags&maskOpcode != q.flags&maskOpcode {
 		return false
 	}
 	switch binary.BigEndian.Uint16(resp[4:]) {
 	case 0:
-		return flags&15 != 0
+		return flags&15 != 0 || !q.isQuery()
 	case 1:
+		if q.end == 0 {
+			return false
+		}
 	default:
 		return false
 	}
@@ -178,25 +201,4 @@ func lower(c byte) byte {
 		c += 'a' - 'A'
 	}
 	return c
-}
-
-// udpReply makes the asker's answer out of the resolver's, in place: its own ID, and no more bytes than it takes. What
-// does not fit is left out whole, with TC set, and the asker comes back by TCP (RFC 2181 9).
-func udpReply(resp, query []byte, q question) []byte {
-	flags := binary.BigEndian.Uint16(resp[2:])
-	if binary.BigEndian.Uint16(resp[4:]) == 0 {
-		return errorReply(query, q, flags&15)
-	}
-	if len(resp) > q.size {
-		counts := resp[6:headerLen]
-		clear(counts)
-		resp = resp[:q.end]
-		if q.edns {
-			resp = appendOPT(resp)
-		}
-		flags |= flagTC
-	}
-	binary.BigEndian.PutUint16(resp, q.id)
-	binary.BigEndian.PutUint16(resp[2:], flags)
-	return resp
 }

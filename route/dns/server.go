@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"math/rand/v2"
 	"net/netip"
@@ -19,6 +20,7 @@ const (
 	minAttempt       = time.Second      // for one resolver, when there are others: a proxy may be 300 ms away and more
 	downFor          = 30 * time.Second // a resolver that failed is asked last for so long
 	maxResolvers     = 16
+	maxAsked         = 32                     // servers that are asked because the app named them, at a time
 	tick             = 100 * time.Millisecond // how exact the deadlines are
 )
 
@@ -62,6 +64,7 @@ type Server struct {
 
 	// Owned by Run.
 	resolvers []*resolver
+	asked     map[netip.AddrPort]*resolver // beside those: servers that the app named; at most maxAsked
 	live      map[*query]struct{}
 }
 
@@ -86,8 +89,10 @@ type query struct {
 	deadline time.Time
 	attempt  time.Time // until then this resolver has time
 	sent     time.Time
+	to       netip.AddrPort // the server that the app asked, if this must go there
+	ways     []*resolver    // who may be asked, in this order
 	at       *resolver
-	tried    uint32 // resolvers, a bit each
+	tried    uint32 // of ways, a bit each
 	retried  bool   // sent again because a connection ended that had served
 	best     []byte // a SERVFAIL or REFUSED, for want of better
 }
@@ -96,7 +101,6 @@ func (q *query) msg() []byte { return q.wire[2:] }
 
 type resolver struct {
 	addr    netip.AddrPort
-	bit     uint32
 	conn    *conn // nil: none is open
 	cancel  context.CancelFunc
 	waiting []*query          // for the dial
@@ -133,18 +137,27 @@ func New(cfg Config) (*Server, error) {
 	s := &Server{
 		cfg:   cfg,
 		in:    make(chan *query, cfg.InFlight),
-		dials: make(chan dialed, len(cfg.Resolvers)),
+		dials: make(chan dialed, len(cfg.Resolvers)+maxAsked),
 		msgs:  make(chan message, 16),
 		over:  make(chan struct{}),
+		asked: make(map[netip.AddrPort]*resolver),
 		live:  make(map[*query]struct{}),
 	}
-	for i, a := range cfg.Resolvers {
-		if !a.IsValid() || a.Port() == 0 || a.Addr().IsUnspecified() || a.Addr().IsMulticast() {
+	for _, a := range cfg.Resolvers {
+		if !canBeAsked(a) {
 			return nil, fmt.Errorf("cannot answer DNS: %s is not the address and port of a resolver", a)
 		}
-		s.resolvers = append(s.resolvers, &resolver{addr: a, bit: 1 << i, asked: make(map[uint16]*query)})
+		s.resolvers = append(s.resolvers, newResolver(a))
 	}
 	return s, nil
+}
+
+func newResolver(a netip.AddrPort) *resolver {
+	return &resolver{addr: a, asked: make(map[uint16]*query)}
+}
+
+func canBeAsked(a netip.AddrPort) bool {
+	return a.IsValid() && a.Port() != 0 && !a.Addr().IsUnspecified() && !a.Addr().IsMulticast()
 }
 
 // Resolver is the first resolver: where TCP to port 53 is carried.
@@ -160,7 +173,10 @@ func (s *Server) Stats() Stats {
 // Handle takes one question that came by UDP. It does not block and does not keep msg. reply is called at most once,
 // from Handle or from Run's goroutine, with bytes that are lent for the call; garbage and what is over InFlight gets no
 // reply.
-func (s *Server) Handle(msg []byte, reply func([]byte)) {
+//
+// asked is the server that the app sent it to, or the zero AddrPort if that is none that exists. QUERY goes to the
+// resolvers whatever it is. Every other operation (UPDATE, NOTIFY) is about that server, and goes there.
+func (s *Server) Handle(msg []byte, asked netip.AddrPort, reply func([]byte)) {
 	s.count.questions.Add(1)
 	q, v, rcode := parseQuestion(msg)
 	switch v {
@@ -181,8 +197,11 @@ func (s *Server) Handle(msg []byte, reply func([]byte)) {
 		return
 	default:
 	}
+	if q.isQuery() || !canBeAsked(asked) {
+		asked = netip.AddrPort{}
+	}
 	select {
-	case s.in <- &query{wire: wire, q: q, reply: reply, deadline: time.Now().Add(s.cfg.Timeout)}:
+	case s.in <- &query{wire: wire, q: q, to: asked, reply: reply, deadline: time.Now().Add(s.cfg.Timeout)}:
 	default:
 		s.count.dropped.Add(1)
 	}
@@ -213,6 +232,7 @@ func (s *Server) Run(ctx context.Context) error {
 				continue
 			}
 			s.live[q] = struct{}{}
+			q.ways = s.ways(q.to)
 			s.ask(ctx, q)
 		case d := <-s.dials:
 			s.dialed(ctx, d)
@@ -230,7 +250,7 @@ func (s *Server) busy() bool {
 	if len(s.live) > 0 {
 		return true
 	}
-	for _, r := range s.resolvers {
+	for r := range s.all() {
 		if r.conn != nil || r.cancel != nil {
 			return true
 		}
@@ -238,13 +258,50 @@ func (s *Server) busy() bool {
 	return false
 }
 
-func (s *Server) teardown() {
+// all yields the resolvers, and the servers that the app named.
+func (s *Server) all() iter.Seq[*resolver] {
+	return func(yield func(*resolver) bool) {
+		for _, r := range s.resolvers {
+			if !yield(r) {
+				return
+			}
+		}
+		for _, r := range s.asked {
+			if !yield(r) {
+				return
+			}
+		}
+	}
+}
+
+// ways are who may be asked: the resolvers, or the server to if it is valid. None: too many servers are asked already.
+func (s *Server) ways(to netip.AddrPort) []*resolver {
+	if !to.IsValid() {
+		return s.resolvers
+	}
 	for _, r := range s.resolvers {
+		if r.addr == to {
+			return []*resolver{r}
+		}
+	}
+	r := s.asked[to]
+	if r == nil {
+		if len(s.asked) >= maxAsked {
+			return nil
+		}
+		r = newResolver(to)
+		s.asked[to] = r
+	}
+	return []*resolver{r}
+}
+
+func (s *Server) teardown() {
+	for r := range s.all() {
 		if r.conn != nil {
 			r.conn.close()
 		}
 	}
-	for _, r := range s.resolvers {
+	for r := range s.all() {
 		if r.conn != nil {
 			r.conn.wait()
 		}
@@ -262,21 +319,21 @@ func (s *Server) teardown() {
 func (s *Server) ask(ctx context.Context, q *query) {
 	now := time.Now()
 	var to *resolver
-	left := 0
-	for _, r := range s.resolvers {
-		if q.tried&r.bit != 0 {
+	left, bit := 0, uint32(0)
+	for i, r := range q.ways {
+		if q.tried&(1<<i) != 0 {
 			continue
 		}
 		left++
 		if to == nil || now.Before(to.down) && !now.Before(r.down) {
-			to = r
+			to, bit = r, 1<<i
 		}
 	}
 	if to == nil || !now.Before(q.deadline) {
 		s.fail(q)
 		return
 	}
-	q.tried |= to.bit
+	q.tried |= bit
 	q.attempt = q.deadline
 	if left > 1 {
 		q.attempt = now.Add(max(q.deadline.Sub(now)/time.Duration(left), minAttempt))
@@ -316,7 +373,7 @@ func (s *Server) dialed(ctx context.Context, d dialed) {
 	waiting := r.waiting
 	r.waiting = nil
 	if d.err == nil {
-		r.conn, d.err = newConn(d.fd, s)
+		r.conn, d.err = newConn(d.fd, s, r)
 	}
 	if d.err != nil {
 		s.markDown(r, d.err)
@@ -369,8 +426,8 @@ func (s *Server) markDown(r *resolver, why error) {
 }
 
 func (s *Server) received(ctx context.Context, m message) {
-	r := m.c.r(s)
-	if r == nil {
+	r := m.c.of
+	if r.conn != m.c {
 		return // of a connection that was given up
 	}
 	if m.err != nil {
@@ -390,7 +447,7 @@ func (s *Server) received(ctx context.Context, m message) {
 	}
 	delete(r.asked, binary.BigEndian.Uint16(m.msg))
 	rcode := binary.BigEndian.Uint16(m.msg[2:]) & 15
-	if (rcode == rcodeServer || rcode == rcodeRefuse) && int(q.tried) != 1<<len(s.resolvers)-1 {
+	if (rcode == rcodeServer || rcode == rcodeRefuse) && int(q.tried) != 1<<len(q.ways)-1 {
 		q.best = m.msg
 		s.ask(ctx, q)
 		return
@@ -401,10 +458,11 @@ func (s *Server) received(ctx context.Context, m message) {
 func (s *Server) done(q *query, resp []byte) {
 	delete(s.live, q)
 	s.count.answered.Add(1)
-	if len(resp) > q.q.size {
+	out, truncated := udpReply(resp, q.msg(), q.q)
+	if truncated {
 		s.count.truncated.Add(1)
 	}
-	q.reply(udpReply(resp, q.msg(), q.q))
+	q.reply(out)
 }
 
 func (s *Server) fail(q *query) {
@@ -443,9 +501,14 @@ func (s *Server) expire(ctx context.Context, now time.Time) {
 		}
 		s.ask(ctx, q)
 	}
-	for _, r := range s.resolvers {
+	for r := range s.all() {
 		if r.conn != nil && len(r.asked) == 0 && now.Sub(r.used) >= s.cfg.IdleClose {
 			s.lost(ctx, r, nil)
+		}
+	}
+	for a, r := range s.asked {
+		if r.conn == nil && r.cancel == nil {
+			delete(s.asked, a)
 		}
 	}
 }

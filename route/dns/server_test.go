@@ -153,8 +153,13 @@ func start(t *testing.T, cfg Config) *Server {
 
 func ask(t *testing.T, s *Server, query []byte) []byte {
 	t.Helper()
+	return askAt(t, s, query, netip.AddrPort{})
+}
+
+func askAt(t *testing.T, s *Server, query []byte, asked netip.AddrPort) []byte {
+	t.Helper()
 	got := make(chan []byte, 1)
-	s.Handle(query, func(b []byte) { got <- append([]byte(nil), b...) })
+	s.Handle(query, asked, func(b []byte) { got <- append([]byte(nil), b...) })
 	select {
 	case b := <-got:
 		return b
@@ -214,10 +219,10 @@ func TestGarbageFromTheApp(t *testing.T) {
 	s := start(t, Config{Resolvers: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:1")}, Dial: func(context.Context, netip.AddrPort, func(int, error)) {
 		t.Error("garbage made a connection")
 	}})
-	s.Handle([]byte("x"), func([]byte) { t.Error("garbage was answered") })
+	s.Handle([]byte("x"), netip.AddrPort{}, func([]byte) { t.Error("garbage was answered") })
 	answerBit := makeQuestion(t, "a.", 0, func(m *dnsmessage.Message) { m.Response = true })
-	s.Handle(answerBit, func([]byte) { t.Error("an answer was answered") })
-	if rc := rcodeOf(t, ask(t, s, makeQuestion(t, "a.", 0, func(m *dnsmessage.Message) { m.OpCode = 5 })[:12])); rc != dnsmessage.RCodeNotImplemented {
+	s.Handle(answerBit, netip.AddrPort{}, func([]byte) { t.Error("an answer was answered") })
+	if rc := rcodeOf(t, ask(t, s, makeQuestion(t, "a.", 0, func(m *dnsmessage.Message) { m.OpCode = 6 }))); rc != dnsmessage.RCodeNotImplemented {
 		t.Error(rc)
 	}
 	two := makeQuestion(t, "a.", 0, func(m *dnsmessage.Message) { m.Questions = append(m.Questions, m.Questions[0]) })
@@ -363,7 +368,7 @@ func bounds(t *testing.T) (inTime bool) {
 	var failed atomic.Int32
 	begin := time.Now()
 	for range 1000 {
-		s.Handle(makeQuestion(t, "a.", 0, nil), func(b []byte) { failed.Add(1) })
+		s.Handle(makeQuestion(t, "a.", 0, nil), netip.AddrPort{}, func(b []byte) { failed.Add(1) })
 	}
 	if time.Since(begin) >= timeout {
 		return false
@@ -395,5 +400,55 @@ func TestNewErrors(t *testing.T) {
 		if _, err := New(cfg); err == nil {
 			t.Errorf("%+v: no error", cfg)
 		}
+	}
+}
+
+// TestOtherOpcodes: an UPDATE goes to the server that the app asked, a QUERY to the resolver.
+func TestOtherOpcodes(t *testing.T) {
+	checkLeaks(t)
+	resolver := newFakeResolver(t, func(q []byte) []byte { return makeAnswer(t, q, 1) })
+	var updates atomic.Int32
+	master := newFakeResolver(t, func(q []byte) []byte {
+		if q[2]&0x78 != 5<<3 {
+			t.Errorf("the master got %x", q)
+		}
+		updates.Add(1)
+		r := append([]byte(nil), q[:headerLen]...) // RFC 2136 3.8: the sections may be left out
+		r[2] |= 0x80
+		clear(r[4:])
+		return r
+	})
+	s := start(t, Config{Resolvers: []netip.AddrPort{resolver.addr()}})
+	update := makeUpdate(100)
+	got := askAt(t, s, update, master.addr())
+	if len(got) != headerLen || got[0] != 0x12 || got[1] != 0x34 || got[2] != 0x80|5<<3 || got[3] != 0 {
+		t.Errorf("the UPDATE was answered %x", got)
+	}
+	if rcode := rcodeOf(t, askAt(t, s, makeQuestion(t, "a.", 0, nil), master.addr())); rcode != 0 {
+		t.Errorf("the QUERY was answered %v", rcode)
+	}
+	// The address in resolv.conf is nobody's: the first resolver is asked.
+	if got := askAt(t, s, update, netip.AddrPort{}); got[2]&0xF8 != 0x80|5<<3 {
+		t.Errorf("the UPDATE to nobody was answered %x", got)
+	}
+	if u, c := updates.Load(), resolver.conns.Load(); u != 1 || c != 1 {
+		t.Errorf("%d updates at the master and %d connections to the resolver", u, c)
+	}
+}
+
+// TestAskedServersAreBounded: a program can name any number of servers; beyond maxAsked they fail at once.
+func TestAskedServersAreBounded(t *testing.T) {
+	checkLeaks(t)
+	s := start(t, Config{
+		Resolvers: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:53")},
+		Dial: func(ctx context.Context, dst netip.AddrPort, done func(int, error)) {
+			go func() { <-ctx.Done(); done(-1, ctx.Err()) }() // silent servers
+		},
+	})
+	for i := range maxAsked {
+		s.Handle(makeUpdate(1), netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(2 + i)}), 53), func([]byte) {})
+	}
+	if got := askAt(t, s, makeUpdate(1), netip.MustParseAddrPort("198.51.100.1:53")); got[3]&15 != rcodeServer {
+		t.Errorf("one more server: %x", got)
 	}
 }

@@ -24,35 +24,14 @@ func answer(q []byte) []byte {
 	return append(b, 0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 192, 0, 2, 7)
 }
 
-// resolver is a name server that speaks TCP only. It counts the connections.
+// resolver is a name server that speaks TCP only and has an answer to question.
 func resolver(t *testing.T, host string) netip.AddrPort {
-	l, addr := listenTCP(t, host)
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				for {
-					var n uint16
-					if binary.Read(c, binary.BigEndian, &n) != nil {
-						return
-					}
-					q := make([]byte, n)
-					if _, err := io.ReadFull(c, q); err != nil {
-						return
-					}
-					// What a resolver adds behind the question (EDNS) is not echoed.
-					a := answer(q[:len(question(0))])
-					a[11] = 0
-					c.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(a))), a...))
-				}
-			}()
-		}
-	}()
-	return addr
+	return nameServer(t, host, func(q []byte) []byte {
+		// What a resolver adds behind the question (EDNS) is not echoed.
+		a := answer(q[:len(question(0))])
+		a[11] = 0
+		return a
+	})
 }
 
 // TestDNS: port 53 to any address, UDP and TCP, is answered by the resolver of --dns through the proxy.
