@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
@@ -82,6 +83,10 @@ const (
 	livedLong  = 10 * time.Second // an association that lived so long is made again at once
 )
 
+// Some servers end an association when one datagram cannot be sent (sing-box, trojan). What has delivered an answer is made
+// again at once, but not more often than this.
+const reopenFloor = 100 * time.Millisecond
+
 // handle does what can take longer than the frame reader may.
 func (r *Router) handle(e event) {
 	switch e.kind {
@@ -137,7 +142,12 @@ func (r *Router) open(a *assoc) {
 	r.control.opening++
 	m, w := a.m, r.loopW[a.loop]
 	a.up.OpenPackets(ctx, r.cfg.Loops[a.loop],
-		func(pkts []flow.Packet) { r.deliver(m, w, pkts) },
+		func(pkts []flow.Packet) {
+			if !a.up.heard.Load() {
+				a.up.heardUDP(r)
+			}
+			r.deliver(m, w, pkts)
+		},
 		func(l relay.PacketLink, err error) { r.ctl.post(event{kind: evDone, t: t, link: l, err: err}) },
 		func(err error) { r.ctl.post(event{kind: evClosed, t: t, err: err}) })
 }
@@ -176,8 +186,7 @@ func (r *Router) opened(e event) {
 		t.cancel()
 		return
 	}
-	a.link, a.opened = e.link, r.now() // its failures are forgotten when it has lived: see closed
-	a.up.refuseUntil.Store(0)
+	a.link, a.opened = e.link, r.now() // its failures are forgotten when it has delivered, or lived: see closed
 	items := r.udp.take(a)
 	pkts := make([]flow.Packet, 0, len(items))
 	for i := range items {
@@ -193,7 +202,6 @@ func (r *Router) opened(e event) {
 		}
 	}
 	r.udp.mu.Unlock()
-	a.up.udp.works(r, a.up, "UDP")
 }
 
 // failed decides what comes of an association that could not be opened. udp.mu is held.
@@ -202,18 +210,18 @@ func (r *Router) failed(a *assoc, err error) {
 		return
 	}
 	if why, final := udpRefused(err); final {
-		a.up.refuseWhy.Store(uint32(why))
-		a.up.refuseUntil.Store(r.now() + int64(r.noUDP))
-		a.up.udp.failed(r, a.up, "UDP", err)
-		r.refuseQueue(a, why)
-		a.m.drop(a)
-		r.discard(a)
-		if len(a.m.assocs) == 0 {
-			r.endMapping(a.m, "refused", err)
-		}
+		r.refuseUDP(a, why, err)
 		return
 	}
 	a.failures++
+	if errors.Is(err, socks.ErrEnded) { // OpenSSH -D has no UDP, and says nothing else; one alone says little
+		if a.up.deaf.Add(1) >= deafAfter {
+			r.refuseUDP(a, flow.RefusePort, errEndsRequests)
+			return
+		}
+		r.again(a)
+		return
+	}
 	if isShortage(err) {
 		r.short(err)
 		a.failures = min(a.failures, refuseAfter-1) // what waits goes on waiting
@@ -223,7 +231,7 @@ func (r *Router) failed(a *assoc, err error) {
 	if a.failures >= refuseAfter {
 		r.refuseQueue(a, flow.RefuseNet)
 	}
-	a.up.udp.failed(r, a.up, "UDP", err)
+	a.up.failedUDP(r, err)
 	r.again(a)
 }
 
@@ -235,9 +243,12 @@ func (r *Router) refuseQueue(a *assoc, why flow.Refusal) {
 	}
 }
 
-// again has a opened after a delay that grows with its failures.
+// again has a opened after a delay that grows with its failures; without any at once, unless it was just opened.
 func (r *Router) again(a *assoc) {
 	d := time.Duration(0)
+	if a.opened > 0 {
+		d = max(0, time.Duration(a.opened-r.now())+reopenFloor)
+	}
 	if a.failures > 0 {
 		d = min(r.retryFirst<<min(a.failures-1, 16), r.retryMax)
 		d += time.Duration(rand.Int64N(int64(d)/4 + 1)) // not all mappings at the same moment
@@ -266,11 +277,22 @@ func (r *Router) closed(e event) {
 	}
 	link := a.link
 	a.link, a.try = nil, nil
-	if a.failures++; r.now()-a.opened >= int64(r.livedLong) {
+	lived := time.Duration(r.now() - a.opened)
+	switch {
+	case link.Stats().Received > 0, lived >= r.livedLong:
 		a.failures = 0
+	default:
+		a.failures++
+		if lived < r.quickEnd && !a.up.heard.Load() {
+			a.up.deaf.Add(1)
+		}
 	}
 	r.count.reassociations.Add(1)
-	r.again(a)
+	if a.failures > 0 && a.up.deaf.Load() >= deafAfter {
+		r.refuseUDP(a, flow.RefusePort, errEndsAssociations)
+	} else {
+		r.again(a)
+	}
 	r.udp.mu.Unlock()
 	t.cancel()
 	r.closeLink(link)
@@ -282,6 +304,7 @@ func (r *Router) sweep() {
 	t := &r.udp
 	now := r.now()
 	var old []*mapping
+	var deaf []*assoc
 	t.mu.Lock()
 	for range min(max(sweepMin, len(t.all)/sweepPart), len(t.all)) {
 		if t.walk >= len(t.all) {
@@ -292,6 +315,10 @@ func (r *Router) sweep() {
 		if now >= m.notYet && r.idle(m, now) {
 			old = append(old, m)
 		}
+		deaf = appendDeaf(deaf, m)
+	}
+	for _, a := range deaf {
+		r.refuseUDP(a, flow.RefusePort, errNobodyListens)
 	}
 	t.mu.Unlock()
 	for _, m := range old {

@@ -19,6 +19,9 @@ type upstream struct {
 	// refused with why.
 	refuseUntil atomic.Int64
 	refuseWhy   atomic.Uint32
+
+	heard atomic.Bool  // an answer came by UDP since it last failed
+	deaf  atomic.Int32 // associations in a row that the server ended without one
 }
 
 // noUDP is how long "no UDP" is believed. The next datagram after it is a new try.

@@ -23,6 +23,10 @@ func refusalOf(err error) flow.Refusal {
 	switch {
 	case errors.As(err, &server): // before the others: what it wraps is about the server, not about the target
 		return flow.RefuseNet
+	case errors.Is(err, socks.ErrLate):
+		return flow.RefuseHost
+	case errors.Is(err, socks.ErrEnded):
+		return flow.RefuseReset
 	case errors.As(err, &reply):
 		return refusalOfReply(reply)
 	case isShortage(err):

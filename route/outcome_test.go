@@ -29,6 +29,8 @@ func TestRefusalOf(t *testing.T) {
 		{socks.Reply(9), flow.RefuseReset},
 		{socks.Reply(0x5B), flow.RefuseReset},
 		{fmt.Errorf("cannot dial: %w", socks.ReplyNotAllowed), flow.RefuseAdmin},
+		{fmt.Errorf("%w: %w", socks.ErrLate, socks.ReplyGeneralFailure), flow.RefuseHost},
+		{socks.ErrEnded, flow.RefuseReset},
 		{socks.ErrSilent, flow.RefuseSilent},
 		{server(syscall.ECONNREFUSED), flow.RefuseNet},
 		{server(syscall.EHOSTUNREACH), flow.RefuseNet},
@@ -65,6 +67,7 @@ func TestUDPRefused(t *testing.T) {
 		{socks.ReplyNotAllowed, flow.RefuseAdmin, true},
 		{socks.ReplyGeneralFailure, 0, false},
 		{socks.ErrSilent, 0, false},
+		{socks.ErrEnded, 0, false},
 		{&socks.ServerError{Err: socks.ReplyCommandNotSupported}, 0, false},
 	} {
 		if why, final := udpRefused(tt.err); why != tt.why || final != tt.final {

@@ -118,7 +118,7 @@ type Router struct {
 	shortage shortage
 
 	// Constants but in tests.
-	retryFirst, retryMax, livedLong, noUDP, sweepEvery, lookEvery, goneAfter, streamsEvery time.Duration
+	retryFirst, retryMax, livedLong, quickEnd, noUDP, sweepEvery, lookEvery, goneAfter, streamsEvery time.Duration
 }
 
 // New checks the configuration. Nothing runs, and nothing is opened, until Run.
@@ -140,7 +140,7 @@ func New(cfg Config) (*Router, error) {
 		cfg: cfg, log: newFlowLog(cfg.Log), epoch: time.Now(),
 		load: make([]atomic.Int64, len(cfg.Loops)), loopW: make([]flow.PacketWriter, len(cfg.Loops)),
 		over:       make(chan struct{}),
-		retryFirst: retryFirst, retryMax: retryMax, livedLong: livedLong, noUDP: noUDP, sweepEvery: sweepEvery,
+		retryFirst: retryFirst, retryMax: retryMax, livedLong: livedLong, quickEnd: quickEnd, noUDP: noUDP, sweepEvery: sweepEvery,
 		lookEvery: lookEvery, goneAfter: goneAfter, streamsEvery: streamsEvery,
 	}
 	r.policy.Store(p)

@@ -110,7 +110,7 @@ func TestStreamReplies(t *testing.T) {
 		{"8", sockstest.Reply(8), flow.RefuseNet, "refused"},
 		{"silence", sockstest.Silence(), flow.RefuseSilent, "silent"},
 		{"garbage", sockstest.Garbage(), flow.RefuseNet, "refused"},
-		{"early close", sockstest.EarlyClose(), flow.RefuseNet, "refused"},
+		{"early close", sockstest.EarlyClose(), flow.RefuseReset, "refused"},
 	} {
 		srv.SetFault(func(sockstest.Request) sockstest.Fault { return tt.fault })
 		q := newRequest(appEnd, farEnd)

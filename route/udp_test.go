@@ -331,9 +331,14 @@ func TestUDPProxyDown(t *testing.T) {
 	one := newFar(t, srv, "203.0.113.1:1000")
 	eventually(t, "the association", func() bool { return g.Flows()[0].State == "open" })
 	g.send("10.0.0.1:5000", "203.0.113.1:1000", "c")
-	if got, _ := one.read(); got != "c" {
+	got, back := one.read()
+	if got != "c" {
 		t.Error(got)
 	}
+	if n := len(g.log.lines("works again for UDP")); n != 0 {
+		t.Errorf("it is said to work before an answer came: %d lines", n)
+	}
+	one.write(back, "answer")
 	eventually(t, "both lines", func() bool {
 		return len(g.log.lines("does not work for UDP")) == 1 && len(g.log.lines("works again for UDP")) == 1
 	})

@@ -250,7 +250,7 @@ func TestUDPFlapping(t *testing.T) {
 	checkLeaks(t)
 	var u manualUpstream
 	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p"}, func(r *Router) {
-		r.retryFirst, r.retryMax, r.livedLong = 20*time.Millisecond, time.Hour, time.Hour
+		r.retryFirst, r.retryMax, r.livedLong, r.quickEnd = 20*time.Millisecond, time.Hour, time.Hour, 0
 	})
 	g.send("10.0.0.1:5000", "203.0.113.1:1000", "a")
 	begin := time.Now()

@@ -22,6 +22,9 @@ const (
 	minAttempt = 2 * time.Second
 	// directTimeout is over the kernel's own limit for a connect (tcp_syn_retries 6: 127 s), which comes first.
 	directTimeout = 3 * time.Minute
+	// lateReply is from when on a general failure means that the target is silent: sing-box and tailscale give up after 5 s. A
+	// target that answers at all does so within the 3 s after which a SYN has been sent three times.
+	lateReply = 3 * time.Second
 )
 
 // dial is a pending dial. Once started it belongs to the loop.
@@ -50,6 +53,7 @@ type dial struct {
 	looked    bool  // the name was looked up for this very dial
 	lastErr   error // of the address tried before
 	hs        Handshake
+	asked     time.Duration // when the whole request was sent; 0: not yet
 
 	when   time.Duration
 	heapAt int // -1: not in the heap
@@ -276,6 +280,9 @@ func (p *dial) shake() {
 			}
 			p.hs.Sent(n)
 			spoke = true
+			if p.asked == 0 && p.hs.Requested() {
+				p.asked = p.d.now()
+			}
 			continue
 		}
 		if spoke { // the answer can't be here yet
@@ -289,6 +296,10 @@ func (p *dial) shake() {
 			return
 		}
 		if err == nil && n == 0 {
+			if p.hs.Requested() && !p.hs.Answered() {
+				p.finish(ErrEnded)
+				return
+			}
 			err = errEOF
 		}
 		if err != nil {
@@ -298,7 +309,7 @@ func (p *dial) shake() {
 		if err := p.hs.Received(n); err != nil {
 			var r Reply
 			if errors.As(err, &r) {
-				p.finish(r)
+				p.refused(r)
 				return
 			}
 			op := p.op()
@@ -313,6 +324,15 @@ func (p *dial) shake() {
 		}
 	}
 	p.granted()
+}
+
+// refused ends the dial by the server's word.
+func (p *dial) refused(r Reply) {
+	if r == ReplyGeneralFailure && p.cmd == CmdConnect && p.d.now()-p.asked > lateReply {
+		p.finish(fmt.Errorf("%w: %w", ErrLate, r))
+		return
+	}
+	p.finish(r)
 }
 
 func (p *dial) op() string {

@@ -279,7 +279,7 @@ func TestFaults(t *testing.T) {
 		{"no such address type", request, sockstest.Reply(8), false, replyIs(ReplyAddrTypeNotSupported)},
 		{"unassigned", request, sockstest.Reply(200), false, replyIs(200)},
 		{"silence", request, sockstest.Silence(), true, is(ErrSilent)},
-		{"close", request, sockstest.EarlyClose(), false, serverError(OpHandshake, io.ErrUnexpectedEOF)},
+		{"close", request, sockstest.EarlyClose(), false, is(ErrEnded)},
 		{"reset", request, sockstest.EarlyReset(), false, serverError(OpHandshake, syscall.ECONNRESET)},
 		{"garbage", request, sockstest.Garbage(), false, serverError(OpHandshake, ErrMalformed)},
 		{"version", request, sockstest.BadVersion(), false, serverError(OpHandshake, ErrMalformed)},
@@ -347,6 +347,24 @@ func TestFaults(t *testing.T) {
 		t.Fatalf("after the faults: %v", err)
 	}
 	unix.Close(fd)
+}
+
+// A general failure that comes late means a silent target, and an early one does not.
+func TestLateFailure(t *testing.T) {
+	_, c, srv := setup(t, Options{})
+	srv.SetFault(func(sockstest.Request) sockstest.Fault {
+		return sockstest.Fault{Reply: 1, Delay: 3200*time.Millisecond}
+	})
+	_, err := connect(t, c, context.Background(), testDst)
+	if !errors.Is(err, ErrLate) || !errors.Is(err, ReplyGeneralFailure) {
+		t.Errorf("%v", err)
+	}
+	srv.SetFault(func(sockstest.Request) sockstest.Fault {
+		return sockstest.Fault{Reply: 1, Delay: 200 * time.Millisecond}
+	})
+	if _, err := connect(t, c, context.Background(), testDst); errors.Is(err, ErrLate) || !errors.Is(err, ReplyGeneralFailure) {
+		t.Errorf("%v", err)
+	}
 }
 
 func TestCredentialsRefused(t *testing.T) {

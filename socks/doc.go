@@ -14,6 +14,8 @@
 //	               before it had the request. Another server may do better.
 //	Reply          the server's answer about the target. Final, but for 7 and 8.
 //	ErrSilent      no answer after the request was sent: taken for the target's silence.
+//	ErrEnded       the server closed the connection in place of an answer: taken for the target's refusal.
+//	ErrLate        a general failure that came late: the target is silent. It wraps a Reply.
 //
 // Anything else is the caller's context, ErrClosed, or this host's fault (no descriptors, no permission to mark).
 //

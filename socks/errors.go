@@ -9,6 +9,12 @@ var (
 	// ErrSilent: the request was sent, and no byte of an answer came within the handshake timeout. It is taken for the
 	// target's silence, not for a fault of the server.
 	ErrSilent = errors.New("no answer to the request")
+	// ErrEnded: the request was sent, and the server closed the connection in order without a byte of an answer. OpenSSH
+	// -D says so that the target refused. It is taken for the target's failure, not for a fault of the server.
+	ErrEnded = errors.New("the server closed the connection without an answer to the request")
+	// ErrLate: the server answered 1 (general failure) so late that it must have waited for a silent target. It wraps the
+	// Reply.
+	ErrLate = errors.New("the target is silent")
 	// ErrClosed: the Dialer was closed.
 	ErrClosed = errors.New("the dialer is closed")
 

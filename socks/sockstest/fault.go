@@ -42,10 +42,13 @@ type Fault struct {
 	Extra []byte        // sent together with the answer, in one write
 
 	// For the datagrams of an association. Association.SetFault changes these while it lives.
-	DropUDP  bool         // neither way
-	Frag     byte         // FRAG of those toward the client
-	BadUDP   bool         // headers toward the client are cut short
-	MangleTo func([]byte) // whatever else toward the client, on header and payload in place
+	DropUDP  bool            // neither way
+	EndUDP   func(Addr) bool // a datagram to such a destination is not sent and ends the association, as sing-box and trojan do
+	CloseUDP bool            // the association ends as soon as it was granted, as simple-socks does
+	DeafUDP  bool            // nobody listens on the relay's port, as with ss-local without -u
+	Frag     byte            // FRAG of those toward the client
+	BadUDP   bool            // headers toward the client are cut short
+	MangleTo func([]byte)    // whatever else toward the client, on header and payload in place
 }
 
 // Reply answers with code, RFC 1928 section 6, and closes.

@@ -51,6 +51,9 @@ func (s *Server) associate(c *net.TCPConn, req Request, f Fault) {
 	}()
 
 	defer context.AfterFunc(s.ctx, a.close)()
+	if f.DeafUDP {
+		relay.Close()
+	}
 	s.wg.Go(a.fromClient)
 	bound := f.Bound
 	if bound == nil {
@@ -58,6 +61,10 @@ func (s *Server) associate(c *net.TCPConn, req Request, f Fault) {
 		bound = &b
 	}
 	if !s.answer(c, f, reply(0, *bound)) {
+		return
+	}
+	if f.CloseUDP {
+		s.end(c, FIN)
 		return
 	}
 	s.end(c, Hold)
@@ -110,7 +117,12 @@ func (a *Association) fromClient() {
 		}
 		a.mu.Lock()
 		a.client = from
+		end := a.fault.EndUDP
 		a.mu.Unlock()
+		if end != nil && end(dst) {
+			a.Cut(FIN)
+			return
+		}
 		to, err := a.s.real(a.s.ctx, dst)
 		if err != nil {
 			a.s.n.udpBad.Add(1)

@@ -1,0 +1,68 @@
+package route
+
+import (
+	"errors"
+	"time"
+
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// Some servers grant UDP and have none: ss-local without -u names a port on which nobody listens, simple-socks ends each
+// association at once, and OpenSSH -D ends the connection in place of an answer. As long as no datagram has come back, this is
+// taken for "no UDP" after a few of these events, so that programs get an error instead of silence.
+var (
+	errEndsRequests     = errors.New("it ends the connection when it is asked for UDP: it has none")
+	errEndsAssociations = errors.New("it grants UDP and ends each association at once, and no answer has come")
+	errNobodyListens    = errors.New("it grants UDP, but nobody listens on the port that it names")
+)
+
+const (
+	// deafAfter is how many associations in a row must have ended, or datagrams met ICMP port unreachable, without an answer.
+	deafAfter = 3
+	// quickEnd is how long an association that is ended "at once" lives at most.
+	quickEnd = time.Second
+)
+
+// refuseUDP has datagrams for a's upstream refused for a while, those that wait and new ones. udp.mu is held.
+func (r *Router) refuseUDP(a *assoc, why flow.Refusal, err error) {
+	if a.m.gone.Load() || a.m.assocOf(a.up) != a {
+		return
+	}
+	a.up.refuseWhy.Store(uint32(why))
+	a.up.refuseUntil.Store(r.now() + int64(r.noUDP))
+	a.up.failedUDP(r, err)
+	r.refuseQueue(a, why)
+	a.m.drop(a)
+	r.discard(a)
+	if len(a.m.assocs) == 0 {
+		r.endMapping(a.m, "refused", err)
+	}
+}
+
+// failedUDP says once that u does not work for UDP, until an answer comes.
+func (u *upstream) failedUDP(r *Router, err error) {
+	u.heard.Store(false)
+	u.udp.failed(r, u, "UDP", err)
+}
+
+// heardUDP notes that an answer came by u. Any goroutine.
+func (u *upstream) heardUDP(r *Router) {
+	u.heard.Store(true)
+	u.deaf.Store(0)
+	u.refuseUntil.Store(0)
+	u.udp.works(r, u, "UDP")
+}
+
+// appendDeaf appends the associations of m whose datagrams only met ICMP port unreachable, of an upstream that was never heard.
+// udp.mu is held.
+func appendDeaf(all []*assoc, m *mapping) []*assoc {
+	for _, a := range m.assocs {
+		if a.link == nil || a.up.heard.Load() || a.up.name == DirectName {
+			continue
+		}
+		if s := a.link.Stats(); s.Received == 0 && s.Unreachable >= deafAfter {
+			all = append(all, a)
+		}
+	}
+	return all
+}
