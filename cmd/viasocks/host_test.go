@@ -310,6 +310,7 @@ var changing = []struct {
 	{regexp.MustCompile(`undone in \w+`), "undone in X"},
 	{regexp.MustCompile(`configuration \S+`), "configuration X"},
 	// What the kernel sends by itself depends on the moment.
+	{regexp.MustCompile(`\(GSO\) is .*`), "(GSO) is X"},
 	{regexp.MustCompile(`(?s)\n(packets that the filter refused|what could not be carried)\n.*--- stderr`), "--- stderr"},
 }
 

@@ -27,6 +27,7 @@ type txBatch struct {
 	head  []byte // headers; the iovecs point into it
 	nmsg  int
 	niov  int
+	gso   bool // a message may be a run of several datagrams
 }
 
 // txRun is one message: count datagrams of size bytes, the last one perhaps shorter.
@@ -56,7 +57,7 @@ func (k *link) Send(ps []flow.Packet) (sent int, err error) {
 		return 0, ErrClosed
 	}
 	b := txPool.Get().(*txBatch)
-	b.nmsg, b.niov, b.head = 0, 0, b.head[:0]
+	b.nmsg, b.niov, b.head, b.gso = 0, 0, b.head[:0], !k.l.noGSO.Load()
 	for i := range ps {
 		if b.nmsg == txVec || b.niov+2 > txIov {
 			sent += k.flush(b)
@@ -107,7 +108,7 @@ func (k *link) put(b *txBatch, p *flow.Packet) {
 
 // runFor is the last run if it takes a datagram of size to dst, or else a new one.
 func (k *link) runFor(b *txBatch, dst netip.AddrPort, size int) *txRun {
-	if b.nmsg > 0 {
+	if b.nmsg > 0 && b.gso {
 		r := &b.run[b.nmsg-1]
 		if !r.closed && size > 0 && size <= r.size && r.size <= k.seg && r.count < maxRun &&
 			r.bytes+size <= maxSend && (k.codec != nil || r.dst == dst) {

@@ -33,6 +33,8 @@ type Loop struct {
 	log  *slog.Logger
 	idle atomic.Int64 // TCP_KEEPIDLE in seconds, 0: the kernel's own is right
 
+	noGSO atomic.Bool // links send without UDP_SEGMENT: see GSO
+
 	poll    *poller
 	notes   atomic.Pointer[node] // newest first
 	parked  atomic.Bool          // in poll.wait, or about to be: who notes must wake

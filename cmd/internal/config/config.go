@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/route"
+	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/tun"
 )
@@ -79,6 +80,7 @@ type Config struct {
 
 	MTU          int
 	Offload      tun.Mode
+	UDPGSO       relay.GSO
 	KeepProxyEnv bool
 	TUN          string
 	Mark, Mask   uint32

@@ -91,6 +91,7 @@ func TestUsageErrors(t *testing.T) {
 		{"P --idle-timeout 24h", "must be from 10s to 9h"},
 		{"P --udp-timeout 1s", "must be from 10s to 24h"},
 		{"P --offload half", "must be full, nouso or off"},
+		{"P --udp-gso yes", "must be auto, on or off"},
 		{"P --keep-proxy-env=maybe", "cannot use --keep-proxy-env=maybe: must be true or false"},
 		{"P --log-level loud", "must be debug, info, warn or error"},
 		{"P --password-file /dev/null", "the proxy's URL names no user"},

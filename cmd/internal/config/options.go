@@ -197,6 +197,23 @@ without those of UDP;
 none, for kernels that lack them: slow.`,
 	},
 	{
+		Name: "udp-gso", Arg: "auto|on|off", Default: "auto", Live: true, Cmds: all, set: setUDPGSO,
+		Help: "datagrams go to the proxy in runs that the kernel cuts",
+		Man: `Whether datagrams of one size are handed to the kernel in runs, which it or the network card cuts into datagrams again
+.Pq Dv UDP_SEGMENT :
+many datagrams then cost a fraction of the CPU time.
+.Cm auto
+is
+.Cm on ,
+except on Linux 7.0 to 7.1.4, where some network cards send such runs with wrong lengths and checksums, so that they are lost
+without an error.
+A kernel with that fault may have another version, such as that of the host of a virtual machine; if UDP through the proxy is
+slow or lost, try
+.Cm off .
+.Cm status
+shows what is in force, and why.`,
+	},
+	{
 		Name: "keep-proxy-env", Cmds: Run | Check, set: boolean(func(c *Config) *bool { return &c.KeepProxyEnv }),
 		Help: "leave http_proxy and its like in the program's environment",
 		Man: `Leave

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/route"
+	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/tun"
 )
 
@@ -145,6 +146,15 @@ func setOffload(c *Config, v value) error {
 		return v.err("must be full, nouso or off")
 	}
 	c.Offload = m
+	return nil
+}
+
+func setUDPGSO(c *Config, v value) error {
+	g, err := relay.ParseGSO(v.text)
+	if err != nil {
+		return v.err("must be auto, on or off")
+	}
+	c.UDPGSO = g
 	return nil
 }
 

@@ -67,6 +67,9 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 		count(s.UDP.Reassociated),
 		count(s.UDP.Refused),
 	)
+	if s.UDP.GSO != "" {
+		fmt.Fprintf(&b, "         segmentation toward the proxy (GSO) is %s: %s\n", Plain(s.UDP.GSO), Plain(s.UDP.GSOReason))
+	}
 	fmt.Fprintf(
 		&b,
 		"  names  %s asked of %s, %s answered, %s failed\n",

@@ -88,6 +88,8 @@ type UDP struct {
 	Total        uint64 `json:"total"`
 	Reassociated uint64 `json:"reassociated"` // associations that ended and were made again
 	Refused      uint64 `json:"refused"`      // datagrams that were answered with an error
+	GSO          string `json:"gso"`          // "on": they go to the kernel in runs; "off"; empty before there is UDP
+	GSOReason    string `json:"gso_reason"`   // why it is so, for people
 }
 
 // Names counts questions to port 53.

@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/route"
@@ -33,6 +34,7 @@ type plane struct {
 	stack  *stack.Stack
 	dial   dialing
 	ups    []upstream // that the router has
+	gso    atomic.Pointer[gso]
 
 	ran    sync.WaitGroup // stack, router, giveBack and followLoad
 	looped sync.WaitGroup
@@ -152,7 +154,42 @@ func (p *plane) set(cfg *config.Config) {
 		l.SetIdleTimeout(cfg.IdleTimeout)
 	}
 	p.router.SetUDP(cfg.UDPTimeout, cfg.MaxMappings)
+	p.setGSO(cfg.UDPGSO)
 	p.stack.Set(stack.Limits{Pending: cfg.MaxPending, PendingPerDest: cfg.MaxPendingPerDest}, cfg.IdleTimeout)
+}
+
+// gso is whether datagrams go to the proxy with UDP_SEGMENT, and why.
+type gso struct {
+	on  bool
+	why string
+}
+
+// String is the word of the option.
+func (g *gso) String() string {
+	if g.on {
+		return relay.GSOOn.String()
+	}
+	return relay.GSOOff.String()
+}
+
+// kernelRelease is the release of the running kernel. Tests have another one.
+var kernelRelease = relay.KernelRelease
+
+// setGSO does what mode says on this kernel, for the links that are open too. The log has it when it changes.
+func (p *plane) setGSO(mode relay.GSO) {
+	g := &gso{}
+	g.on, g.why = mode.Decide(kernelRelease())
+	for _, l := range p.loops {
+		l.SetGSO(g.on)
+	}
+	if old := p.gso.Swap(g); old != nil && *old == *g {
+		return
+	}
+	level := slog.LevelDebug
+	if !g.on && mode == relay.GSOAuto {
+		level = slog.LevelInfo // it costs speed, and nobody chose it
+	}
+	p.log.Log(context.Background(), level, "UDP segmentation toward the proxy", "udp_gso", g.String(), "why", g.why)
 }
 
 // renew has servers looked up anew, and what lives long and would not notice that the network is another one made anew.

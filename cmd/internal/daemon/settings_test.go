@@ -22,7 +22,7 @@ import (
 var samples = map[string]string{
 	"proxy": "PROXY", "password-file": "FILE", "upstream": "b=socks5://192.0.2.3", "rule": "port 25 reject", "dns": "tcp://192.0.2.53",
 	"connect-timeout": "3s", "handshake-timeout": "20s", "idle-timeout": "1h", "udp-timeout": "1m", "max-pending": "512",
-	"max-pending-per-destination": "32", "max-mappings": "64", "mtu": "1400", "offload": "off",
+	"max-pending-per-destination": "32", "max-mappings": "64", "mtu": "1400", "offload": "off", "udp-gso": "off",
 	"lan": "refuse", "inbound": "carry", "inbound-port": "51820,27015-27020", "exclude": "192.0.2.128/25", "exclude-uid": "1000", "exclude-port": "123", "exclude-device": "eth9",
 	"exclude-cgroup": "a.slice", "include": "203.0.113.0/24", "include-uid": "1000-1999", "include-port": "80", "include-device": "eth8",
 	"include-cgroup": "b.slice", "strict": "", "fail-open": "", "stay-closed": "", "confirm": "1m", "wait": "", "dry-run": "", "control-group": "0",

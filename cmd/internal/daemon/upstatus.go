@@ -69,6 +69,9 @@ func (u *up) status() control.Status {
 		s.Rules = append(s.Rules, control.Rule{Rule: r.Rule, Hits: r.Hits})
 	}
 	fillTraffic(&s, p.router, p.stack.Stats())
+	if g := p.gso.Load(); g != nil {
+		s.UDP.GSO, s.UDP.GSOReason = g.String(), g.why
+	}
 	if w := shortageWarning(p.router.Shortage(), time.Now()); w != "" {
 		s.Warnings = append(s.Warnings, w)
 	}
