@@ -16,6 +16,8 @@ type Policy struct {
 	Rules     []Rule
 	Default   string
 	Resolvers []netip.AddrPort // none only if there were none before
+	// ResolverDefault is as in Config.
+	ResolverDefault string
 }
 
 var (
@@ -29,6 +31,7 @@ var (
 func (r *Router) Reload(p Policy) error {
 	cfg := r.cfg
 	cfg.Upstreams, cfg.Rules, cfg.Default, cfg.Resolvers = p.Upstreams, p.Rules, p.Default, p.Resolvers
+	cfg.ResolverDefault = p.ResolverDefault
 	r.reload.Lock()
 	defer r.reload.Unlock()
 	old := r.policy.Load()

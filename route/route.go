@@ -31,6 +31,8 @@ type Config struct {
 	// Resolvers answer port 53, by DNS over TCP through the upstream that the rules give them. None: port 53 is a
 	// port like others.
 	Resolvers []netip.AddrPort
+	// ResolverDefault is the upstream of connections to Resolvers that no rule matches; "": Default's.
+	ResolverDefault string
 	// UDPTimeout is how long a mapping lives after the last datagram when its socket is gone. 0: DefaultUDPTimeout.
 	UDPTimeout time.Duration
 	Limits     Limits
@@ -172,9 +174,9 @@ func (r *Router) Attach(writer func() flow.PacketWriter) {
 // now is the Router's clock: nanoseconds since it was made, never 0.
 func (r *Router) now() int64 { return int64(time.Since(r.epoch)) + 1 }
 
-// dialResolver dials for route/dns: by the rules, as any flow.
+// dialResolver dials for route/dns: by the rules, as any flow, and by ResolverDefault where none matches.
 func (r *Router) dialResolver(ctx context.Context, dst netip.AddrPort, done func(fd int, err error)) {
-	v := r.policy.Load().decide(flow.TCP, dst)
+	v := r.policy.Load().decideResolver(dst)
 	if v.kind != carry {
 		done(-1, fmt.Errorf("rule %q refuses it", v.rule))
 		return

@@ -81,7 +81,7 @@ func (r *Router) HandleStream(req flow.StreamRequest) {
 	if d := r.dns.Load(); d != nil && f.Dst.Port() == 53 && flow.OneHost(f.Dst.Addr()) {
 		// A truncated answer asks to come back by TCP, and the address in resolv.conf need not exist.
 		dest.Addr = d.Resolver()
-		v = r.policy.Load().decide(flow.TCP, dest.Addr)
+		v = r.policy.Load().decideResolver(dest.Addr)
 	} else {
 		v = r.verdictOn(flow.TCP, f.Dst)
 	}

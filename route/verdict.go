@@ -34,6 +34,7 @@ type policy struct {
 	rules     []Rule
 	verdicts  []*verdict // one for each rule
 	otherwise *verdict
+	resolvers *verdict // of connections to resolvers that no rule matches
 	upstreams map[string]*upstream
 	order     []*upstream
 }
@@ -90,7 +91,23 @@ func newPolicy(cfg Config, old *policy) (*policy, error) {
 		}
 		p.otherwise = &verdict{up: up, rule: "default"}
 	}
+	p.resolvers = p.otherwise
+	if name := cfg.ResolverDefault; name != "" && name != cfg.Default {
+		up := p.upstreams[name]
+		if up == nil {
+			return nil, fmt.Errorf("cannot ask resolvers by %q: no upstream has this name, %s", name, have)
+		}
+		p.resolvers = &verdict{up: up, rule: "dns"}
+	}
 	return p, nil
+}
+
+// decideResolver is the verdict on a connection to a resolver.
+func (p *policy) decideResolver(dst netip.AddrPort) *verdict {
+	if v := p.decide(flow.TCP, dst); v != p.otherwise {
+		return v
+	}
+	return p.resolvers
 }
 
 // decide returns the verdict of the first rule that matches. dst is unmapped. It does not allocate.

@@ -45,6 +45,35 @@ func TestPolicy(t *testing.T) {
 	}
 }
 
+// A connection to a resolver goes by the rules, and by an upstream of its own where none matches.
+func TestResolverDefault(t *testing.T) {
+	a, b := &fakeUpstream{name: "a"}, &fakeUpstream{name: DirectName}
+	for _, tt := range []struct{ def, resolvers, dst, want string }{
+		{"", DirectName, "192.0.2.1:53", "direct dns"},
+		{"", "", "192.0.2.1:53", "none"},
+		{"a", "", "192.0.2.1:53", "a default"},
+		{"a", "a", "192.0.2.1:53", "a default"},
+		{"", DirectName, "10.0.0.1:53", "dst 10.0.0.0/8 reject"},
+	} {
+		p, err := newPolicy(Config{Upstreams: []Upstream{a, b}, Default: tt.def, ResolverDefault: tt.resolvers,
+			Rules: []Rule{mustRule(t, "dst 10.0.0.0/8 reject")}}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		v := p.decideResolver(netip.MustParseAddrPort(tt.dst))
+		got := v.rule
+		if v.kind == carry {
+			got = v.up.name + " " + got
+		}
+		if got != tt.want {
+			t.Errorf("default %q, resolvers %q: %s by %q, want %q", tt.def, tt.resolvers, tt.dst, got, tt.want)
+		}
+	}
+	if _, err := newPolicy(Config{Upstreams: []Upstream{a}, ResolverDefault: "b"}, nil); err == nil || !strings.Contains(err.Error(), "the upstreams are a") {
+		t.Error(err)
+	}
+}
+
 func TestPolicyErrors(t *testing.T) {
 	a := &fakeUpstream{name: "a"}
 	for _, tt := range []struct {

@@ -7,6 +7,7 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/cmd/internal/daemon"
+	"github.com/viasocks/viasocks/route"
 )
 
 var cmdCheck = &command{
@@ -46,7 +47,11 @@ func summary(cfg *config.Config) string {
 	}
 	line("everything else: %s", rest)
 	for _, r := range cfg.DNS {
-		line("dns: tcp://%s", r)
+		how := ""
+		if cfg.ResolverDefault == route.DirectName {
+			how = ", past every proxy unless a rule says otherwise"
+		}
+		line("dns: tcp://%s%s", r, how)
 	}
 	for _, l := range daemon.HostLines(cfg) {
 		line("up: %s", l)

@@ -13,5 +13,6 @@ func TestCheck(t *testing.T) {
 		t.Fatal(err)
 	}
 	golden(t, "check.txt", result(t, viasocks("check", "--config", path, "--dns", "tcp://10.0.0.53,[2001:db8::53]:5353")))
+	golden(t, "check_direct.txt", result(t, viasocks("check", "--rule", "port 443 direct", "--dns", "tcp://10.0.0.53")))
 	golden(t, "check_nodefault.txt", result(t, viasocks("check", "--upstream", "b=socks5://h:9", "--rule", "port 80 via b")))
 }

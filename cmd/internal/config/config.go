@@ -72,6 +72,8 @@ type Config struct {
 	Default   string       // name of the upstream of flows that no rule matches; empty: they are refused
 	Rules     []route.Rule // in the order given
 	DNS       []netip.AddrPort
+	// ResolverDefault is the upstream by which resolvers are asked that no rule decides on; empty: they are not reached.
+	ResolverDefault string
 
 	ConnectTimeout, HandshakeTimeout time.Duration
 	IdleTimeout, UDPTimeout          time.Duration

@@ -117,16 +117,29 @@ the verdicts are
 (silence).
 The first rule that matches decides; what none matches goes to
 .Fl -proxy ,
-and is refused if there is none.`,
+and is refused if there is none.
+A rule with
+.Cm direct
+needs no proxy:
+.Li viasocks run --rule 'port 443 direct' -- PROGRAM
+lets a program reach port 443 and nothing else.`,
 	},
 	{
-		Name: "dns", Arg: "tcp://ADDR[,ADDR...]", Default: "tcp://1.1.1.1,9.9.9.9", Live: true, Cmds: all, set: setDNS,
+		Name: "dns", Arg: "tcp://ADDR[,ADDR...]", Default: defaultDNS, Soft: true, Live: true, Cmds: all, set: setDNS,
 		Help: "resolvers that are asked over TCP, through the proxy",
 		Man: `Questions of the program to UDP port 53 of whatever address are answered by these resolvers, which are asked over TCP
 through the proxy.
 .Ar ADDR
 is an address, with a port if it is not 53.
-TCP connections to port 53 are carried to the first of them.`,
+TCP connections to port 53 are carried to the first of them.
+The rules decide how a resolver is reached; where none matches it is reached by
+.Fl -proxy .
+Where there is no proxy at all the resolvers are asked directly, and those of the host's
+.Pa /etc/resolv.conf
+are the default: they must answer over TCP, as RFC 7766 demands.
+They are read at the start and at a reload.
+.Cm up
+leaves out a resolver that runs on the host itself, whose own questions would come back.`,
 	},
 	{
 		Name: "connect-timeout", Arg: "TIME", Default: span(socks.DefaultConnectTimeout), Live: true, Cmds: all,

@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"slices"
 	"strings"
 
+	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/socks"
 )
 
@@ -39,10 +41,10 @@ func (c *Config) finishProxy(env []string) error {
 		if c.passwordFile.name != "" {
 			return c.passwordFile.err("there is no --proxy that it could belong to")
 		}
-		if len(c.Upstreams) > 0 {
+		if len(c.Upstreams) > 0 || c.letsOut() {
 			return nil
 		}
-		return usagef("no proxy was given: use --proxy socks5://HOST:PORT, or set VIASOCKS_PROXY")
+		return usagef("no proxy was given: use --proxy socks5://HOST:PORT, or set VIASOCKS_PROXY, or say with --rule what may go direct")
 	}
 	c.proxyAt = v
 	s, err := parseServer(v, v.text)
@@ -58,6 +60,11 @@ func (c *Config) finishProxy(env []string) error {
 	c.Default = DefaultUpstream
 	c.Upstreams = append([]Upstream{{DefaultUpstream, s}}, c.Upstreams...)
 	return nil
+}
+
+// letsOut reports whether a rule lets flows out past every proxy: then none is needed.
+func (c *Config) letsOut() bool {
+	return slices.ContainsFunc(c.Rules, func(r route.Rule) bool { return r.Action() == route.ActionVia && r.Via() == route.DirectName })
 }
 
 // maxPassword is what RFC 1929 has room for.

@@ -240,7 +240,10 @@ func (c *Config) finish(env []string) error {
 	if err := c.finishHost(); err != nil {
 		return err
 	}
-	return c.checkRules()
+	if err := c.checkRules(); err != nil {
+		return err
+	}
+	return c.finishDNS()
 }
 
 // checkRules: a rule that names nobody would refuse in silence what the user meant to let through.
@@ -254,6 +257,9 @@ func (c *Config) checkRules() error {
 			names = append(names, u.Name)
 		}
 		if !known {
+			if len(names) == 0 {
+				return usagef("cannot use rule %q: there is no upstream %s: name it with --upstream %[2]s=URL", r, r.Via())
+			}
 			return usagef("cannot use rule %q: there is no upstream %s, only %s", r, r.Via(), strings.Join(names, ", "))
 		}
 	}

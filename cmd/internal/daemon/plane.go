@@ -87,7 +87,8 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 	p.ups = ups
 	if p.router, err = route.New(route.Config{
 		Upstreams: policy.Upstreams, Rules: policy.Rules, Default: policy.Default, Resolvers: policy.Resolvers,
-		Loops: p.loops, Sockets: sockets, ComesBack: dial.comesBack,
+		ResolverDefault: policy.ResolverDefault,
+		Loops:           p.loops, Sockets: sockets, ComesBack: dial.comesBack,
 		Log: log,
 	}); err != nil {
 		dev.Close()
@@ -127,7 +128,7 @@ func (p *plane) policy(cfg *config.Config) (route.Policy, []upstream) {
 			ups = append(ups, upstream{config.Upstream{Name: route.DirectName}, route.NewDirect(p.dialer, control), nil})
 		}
 	}
-	pol := route.Policy{Rules: cfg.Rules, Default: cfg.Default, Resolvers: cfg.DNS}
+	pol := route.Policy{Rules: cfg.Rules, Default: cfg.Default, Resolvers: cfg.DNS, ResolverDefault: cfg.ResolverDefault}
 	for _, u := range ups {
 		pol.Upstreams = append(pol.Upstreams, u.Route)
 	}

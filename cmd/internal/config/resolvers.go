@@ -1,0 +1,104 @@
+package config
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+
+	"github.com/viasocks/viasocks/route"
+)
+
+// defaultDNS is asked through the proxy where --dns says nothing.
+const defaultDNS = "tcp://1.1.1.1,9.9.9.9"
+
+// The host's own list of resolvers, and the one that systemd-resolved, whose stub may stand in the first, asks itself.
+// Variables for the tests.
+var (
+	resolvConf = "/etc/resolv.conf"
+	beyondStub = "/run/systemd/resolve/resolv.conf"
+)
+
+// maxResolvConf is far more than glibc reads of it.
+const maxResolvConf = 64 << 10
+
+// finishDNS says who answers the program's questions, and by which upstream they are asked where no rule says so: by that
+// of --proxy, or, where there is no proxy at all, directly. In the latter case the host's own resolvers are asked if the
+// user names no others: they may be the only ones that can be reached, and that know the names of this network.
+func (c *Config) finishDNS() error {
+	c.ResolverDefault = c.Default
+	if len(c.Upstreams) == 0 {
+		c.ResolverDefault = route.DirectName
+	}
+	switch {
+	case len(c.DNS) > 0:
+		return nil
+	case len(c.Upstreams) > 0:
+		return setDNS(c, value{"dns", defaultDNS, "--dns " + defaultDNS})
+	}
+	var err error
+	c.DNS, err = hostResolvers(c.Command == Up)
+	return err
+}
+
+// hostResolvers are those of resolv.conf(5). When the whole host is steered (up), one that runs on the host itself is
+// left out: its own questions would come back to viasocks.
+func hostResolvers(up bool) ([]netip.AddrPort, error) {
+	all, err := nameservers(resolvConf)
+	if err != nil {
+		return nil, fmt.Errorf("cannot find the host's resolvers: %w: name one with --dns tcp://ADDRESS", err)
+	}
+	if len(all) == 0 {
+		all = []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1})} // resolv.conf(5)
+	}
+	if up {
+		if all = notLoopback(all); len(all) == 0 {
+			real, _ := nameservers(beyondStub)
+			all = notLoopback(real)
+		}
+		if len(all) == 0 {
+			return nil, fmt.Errorf("cannot use the host's resolvers: those in %s run on this host, and their own questions would "+
+				"come back to viasocks: name others with --dns tcp://ADDRESS", resolvConf)
+		}
+	}
+	var out []netip.AddrPort
+	for _, a := range all[:min(len(all), maxResolvers)] {
+		out = append(out, netip.AddrPortFrom(a, 53))
+	}
+	return out, nil
+}
+
+func notLoopback(all []netip.Addr) (out []netip.Addr) {
+	for _, a := range all {
+		if !a.IsLoopback() {
+			out = append(out, a)
+		}
+	}
+	return out
+}
+
+// nameservers reads the lines of a resolv.conf that name a resolver. What is no address of one host is left out, as glibc
+// does, and so is an address with a zone, which cannot be asked over TCP by number alone.
+func nameservers(path string) (out []netip.Addr, err error) {
+	b, _, err := readPath(path, maxResolvConf)
+	if err != nil {
+		return nil, fmt.Errorf("cannot read %s: %w", path, err)
+	}
+	if len(b) > maxResolvConf {
+		return nil, errors.New(path + " is too long")
+	}
+	for lines := bufio.NewScanner(bytes.NewReader(b)); lines.Scan(); {
+		f := strings.Fields(lines.Text())
+		if len(f) < 2 || f[0] != "nameserver" {
+			continue
+		}
+		a, err := netip.ParseAddr(f[1])
+		if err != nil || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() {
+			continue
+		}
+		out = append(out, a.Unmap())
+	}
+	return out, nil
+}

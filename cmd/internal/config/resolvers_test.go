@@ -1,0 +1,64 @@
+package config
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// withResolvers puts other lists of resolvers in the place of this host's.
+func withResolvers(t *testing.T, list, beyond string) {
+	t.Helper()
+	dir := t.TempDir()
+	was, wasBeyond := resolvConf, beyondStub
+	t.Cleanup(func() { resolvConf, beyondStub = was, wasBeyond })
+	resolvConf, beyondStub = filepath.Join(dir, "resolv.conf"), filepath.Join(dir, "beyond")
+	for path, text := range map[string]string{resolvConf: list, beyondStub: beyond} {
+		if text == "" {
+			continue
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// Without a proxy a rule must let something out; the resolvers are then the host's, asked directly.
+func TestDirectOnly(t *testing.T) {
+	const stub = "nameserver 127.0.0.53\noptions edns0\n"
+	for _, tt := range []struct {
+		cmd          Command
+		list, beyond string
+		args         []string
+		want         string // the resolvers and how they are asked, or an error
+	}{
+		{Check, "# x\nnameserver 192.0.2.1\nnameserver\nnameserver 2001:db8::1 # y\nnameserver fe80::1%eth0\nnameserver x\nnameserver 0.0.0.0\n", "",
+			[]string{"--rule", "port 443 direct"}, "[192.0.2.1:53 [2001:db8::1]:53] direct"},
+		{Check, stub, "nameserver 192.0.2.9\n", []string{"--rule", "direct"}, "[127.0.0.53:53] direct"},
+		{Up, stub, "nameserver 127.0.0.1\nnameserver 192.0.2.9\n", []string{"--rule", "direct"}, "[192.0.2.9:53] direct"},
+		{Up, "nameserver ::1\nnameserver 192.0.2.1\n", "nameserver 192.0.2.9\n", []string{"--rule", "direct"}, "[192.0.2.1:53] direct"},
+		{Up, stub, "", []string{"--rule", "direct"}, "own questions would come back to viasocks"},
+		{Up, stub, "", []string{"--rule", "direct", "--dns", "tcp://192.0.2.3"}, "[192.0.2.3:53] direct"},
+		{Check, "search a\n", "", []string{"--rule", "direct"}, "[127.0.0.1:53] direct"},
+		{Check, "", "", []string{"--rule", "direct"}, "no such file or directory: name one with --dns"},
+		{Check, strings.Repeat("#", maxResolvConf+1), "", []string{"--rule", "direct"}, "is too long"},
+		{Check, "", "", []string{"--rule", "port 25 reject"}, "no proxy was given"},
+		{Check, "", "", []string{"--rule", "via b"}, "no proxy was given"},
+		{Check, "", "", []string{"--rule", "direct", "--rule", "via b"}, "name it with --upstream b=URL"},
+		// A proxy, and a list that is not looked at.
+		{Check, "", "", []string{"--rule", "direct", "--proxy", "socks5://h"}, "[1.1.1.1:53 9.9.9.9:53] proxy"},
+		{Check, "", "", []string{"--rule", "direct", "--upstream", "b=socks5://h"}, "[1.1.1.1:53 9.9.9.9:53] "},
+	} {
+		withResolvers(t, tt.list, tt.beyond)
+		c, err := Parse(tt.cmd, tt.args, nil)
+		got := fmt.Sprint(err)
+		if err == nil {
+			got = fmt.Sprint(c.DNS, " ", c.ResolverDefault)
+		}
+		if err == nil && got != tt.want || err != nil && !strings.Contains(got, tt.want) {
+			t.Errorf("%v with %q: got %s, want %s", tt.args, tt.list, got, tt.want)
+		}
+	}
+}

@@ -1,0 +1,44 @@
+package hosttest
+
+import (
+	"errors"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/control"
+)
+
+// TestUpDirectOnly: the host is steered without any proxy. A rule lets a network out; what no rule matches is refused at
+// once and reaches nobody.
+func TestUpDirectOnly(t *testing.T) {
+	w := newWorld(t)
+	serve(w.listen("world", ":77"), echo)
+	d := w.up("--rule", "proto tcp dst 203.0.113.0/28 direct", "--dns", "tcp://203.0.113.9")
+	c, err := w.dial("host", netipAddrPort("203.0.113.7", 77))
+	if err == nil {
+		err = exchange(c, 1000)
+	}
+	if err != nil {
+		t.Errorf("what a rule lets out: %v", err)
+	}
+	start := time.Now()
+	if c, err := w.dial("host", netipAddrPort("203.0.113.77", 77)); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("what no rule matches: %v, %v", c, err)
+	}
+	if took := time.Since(start); took > 2*time.Second {
+		t.Errorf("refused after %v", took)
+	}
+	s := ask[control.Status](w, "status")
+	if len(s.Upstreams) != 1 || s.Upstreams[0].Name != "direct" || s.TCP.Refused != 1 {
+		t.Errorf("status: %+v %+v", s.Upstreams, s.TCP)
+	}
+	if n := strings.Count(d.log.String(), "level=WARN"); n > 0 {
+		t.Errorf("%d warnings:\n%s", n, d.log)
+	}
+	d.signal(syscall.SIGTERM)
+	if err := d.wait(); err != nil {
+		t.Error(err)
+	}
+}
