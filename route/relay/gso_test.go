@@ -59,7 +59,7 @@ func TestGSODecide(t *testing.T) {
 		if on != c.auto {
 			t.Errorf("%q: on %v: %s", c.release, on, why)
 		}
-		if c.release != "" && strings.IndexFunc(c.release, func(r rune) bool { return r > 127 }) < 0 && !strings.Contains(why, c.release) {
+		if c.auto && !strings.Contains(why, c.release) {
 			t.Errorf("%q: the reason does not name it: %s", c.release, why)
 		}
 		if on, why := GSOOn.Decide(c.release); !on || !strings.Contains(why, "--udp-gso") {

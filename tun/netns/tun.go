@@ -92,6 +92,7 @@ func openTUN(o TUNOptions) (queues []*os.File, name string, err error) {
 		if err := takeOver(fd, name, o); err != nil {
 			return queues, name, err
 		}
+		setQueueing(name, fd)
 	}
 	if o.MTU != 0 {
 		if err := setMTU(name, o.MTU); err != nil {
@@ -181,8 +182,8 @@ func openQueue(name string, flags uint16) (fd int, attached string, err error) {
 		unix.Close(fd)
 		return -1, "", fmt.Errorf("cannot name the TUN device %q: at most %d bytes", name, unix.IFNAMSIZ-1)
 	}
-	ifr.SetUint16(flags)
-	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
+	ifr.SetUint16(flags | offered(fd))
+	if err := driver.attach(fd, ifr); err != nil {
 		unix.Close(fd)
 		return -1, "", attachError(name, err)
 	}
@@ -325,7 +326,6 @@ func Configure(name string, mtu int, addrs []netip.Prefix, defaultRoutes bool) (
 	sysctl("net/ipv6/conf/"+name+"/addr_gen_mode", "1")
 	sysctl("net/ipv6/conf/"+name+"/accept_ra", "0")
 	sysctl("net/ipv6/conf/"+name+"/autoconf", "0")
-	noQueue(h, link)
 	if err := h.LinkSetUp(link); err != nil {
 		return false, fmt.Errorf("cannot bring %s up: %w", name, err)
 	}
@@ -375,15 +375,6 @@ func Configure(name string, mtu int, addrs []netip.Prefix, defaultRoutes bool) (
 		}
 	}
 	return has6 && !no6, nil
-}
-
-// noQueue takes the queueing discipline away: a TUN has queues of its own and never tells one to wait, so that what it would do
-// is take time, and with IFF_MULTI_QUEUE memory for each of the 256 queues there might be. Best effort.
-func noQueue(h *netlink.Handle, link netlink.Link) {
-	_ = h.QdiscReplace(&netlink.GenericQdisc{
-		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: link.Attrs().Index, Parent: netlink.HANDLE_ROOT},
-		QdiscType:  "noqueue",
-	})
 }
 
 // linkUp brings an interface of the calling thread's namespace up.
