@@ -241,11 +241,10 @@ const (
 	scopePublic
 )
 
-// Ranges beside those that netip knows: shared by a provider's customers (RFC 6598); benchmarks (RFC 2544), from which
-// made-up addresses are also taken; class E with the broadcast address; "this network".
+// Ranges beside those that netip knows: shared by a provider's customers (RFC 6598); class E with the broadcast address;
+// "this network". Options.CanBePeer knows those that the caller uses itself.
 var (
 	sharedNet = netip.MustParsePrefix("100.64.0.0/10")
-	benchNet  = netip.MustParsePrefix("198.18.0.0/15")
 	classE    = netip.MustParsePrefix("240.0.0.0/4")
 	thisNet   = netip.MustParsePrefix("0.0.0.0/8")
 )
@@ -256,7 +255,7 @@ func scope(ip netip.Addr) int {
 		return scopeNone
 	case ip.IsLoopback():
 		return scopeHost
-	case ip.IsPrivate() || ip.IsLinkLocalUnicast() || sharedNet.Contains(ip) || benchNet.Contains(ip):
+	case ip.IsPrivate() || ip.IsLinkLocalUnicast() || sharedNet.Contains(ip):
 		return scopePrivate
 	}
 	return scopePublic

@@ -2,17 +2,26 @@ package flow
 
 import "net/netip"
 
-// Ours are the ranges of addresses that viasocks uses itself: those of the TUN, and those that stand for names. The IPv4
-// range is RFC 2544's for benchmarks, which nobody routes; the IPv6 one is a unique local address (RFC 4193), so that a
-// name with addresses of both families is reached by IPv4 (RFC 6724: labels), which more proxies can carry.
-var Ours = [...]netip.Prefix{
-	netip.MustParsePrefix("198.18.0.0/15"),
-	netip.MustParsePrefix("fd76:6961:736f:636b::/64"),
-}
-
-// The far end of the TUN. Programs find their name server there, and ICMP errors come from there when the destination that
-// they are about cannot be the source of a packet.
+// Pool4 and Pool6 are the ranges that viasocks uses itself: the addresses of the TUN, and by default those that stand for
+// names. This is the one place that knows them. The IPv4 range is RFC 2544's for benchmarks, which nobody routes; the IPv6 one
+// is a unique local address (RFC 4193), so that a name with addresses of both families is reached by IPv4 (RFC 6724: labels),
+// which more proxies can carry.
 var (
+	Pool4 = netip.MustParsePrefix("198.18.0.0/15")
+	Pool6 = netip.MustParsePrefix("fd76:6961:736f:636b::/64")
+)
+
+// PoolReserve is how many addresses at the beginning of a range stand for no name. Those below are among them.
+const PoolReserve = 256
+
+// Ours are all of these ranges.
+var Ours = [...]netip.Prefix{Pool4, Pool6}
+
+// The addresses of the TUN, and of its far end. Programs find their name server at the far end, and ICMP errors come from there
+// when the destination that they are about cannot be the source of a packet.
+var (
+	TUN4     = netip.MustParseAddr("198.18.0.1")
+	TUN6     = netip.MustParseAddr("fd76:6961:736f:636b::1")
 	Gateway4 = netip.MustParseAddr("198.18.0.2")
 	Gateway6 = netip.MustParseAddr("fd76:6961:736f:636b::2")
 )

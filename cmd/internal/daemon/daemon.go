@@ -25,13 +25,9 @@ const (
 	lateResets, lateReset = 3, 10 * time.Millisecond
 )
 
-// Addresses of the TUN, in the ranges of flow.Ours. They are single addresses: no network beside them is lost, and there is
-// no broadcast.
+// Addresses of the TUN. They are single addresses: no network beside them is lost, and there is no broadcast.
 var (
-	tunAddrs = []netip.Prefix{
-		netip.MustParsePrefix("198.18.0.1/32"),
-		netip.MustParsePrefix("fd76:6961:736f:636b::1/128"),
-	}
+	tunAddrs = []netip.Prefix{netip.PrefixFrom(flow.TUN4, 32), netip.PrefixFrom(flow.TUN6, 128)}
 	// nameserver stands in the program's resolv.conf. Port 53 of whatever address is answered by route/dns.
 	nameserver = flow.Gateway4
 )

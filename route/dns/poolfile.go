@@ -1,0 +1,235 @@
+package dns
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"time"
+)
+
+// A pool's file is text: a line with the version and the ranges; a line for each name, with its number and when it was last
+// used, in milliseconds of a clock that means nothing else; and a line with the count and a checksum of all before it.
+const (
+	fileMagic   = "viasocks-names 1"
+	fileMax     = 64 << 20
+	fileChunk   = 512 // entries copied while the pool is locked
+	saveEvery   = 10 * time.Second
+	saveBackoff = 5 * time.Minute // after a failure
+)
+
+var errDamaged = errors.New("it is damaged")
+
+// Save writes the names and their addresses to a file of mode 600 that takes the place of path when it is whole and on the
+// disk. When anything fails, path stays what it was. Names that come meanwhile may be in it or not.
+func (p *Pool) Save(path string) (err error) {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_ = os.Remove(f.Name()) // it may be gone already
+		}
+	}()
+	err = p.write(f)
+	if err == nil {
+		err = f.Sync()
+	}
+	if e := f.Close(); err == nil {
+		err = e
+	}
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.Sync()
+}
+
+func (p *Pool) write(w io.Writer) error {
+	sum := crc32.NewIEEE()
+	out := io.MultiWriter(w, sum)
+	b := fmt.Appendf(nil, "%s %v %v\n", fileMagic, p.v4, p.v6)
+	count := 0
+	for at, more := uint32(0), true; more; at += fileChunk {
+		p.mu.Lock()
+		more = int(at)+fileChunk < len(p.entries)
+		for i := at; i < at+fileChunk && int(i) < len(p.entries); i++ {
+			e := &p.entries[i]
+			if e.len == 0 {
+				continue
+			}
+			b = append(strconv.AppendUint(b, uint64(i), 10), ' ')
+			b = append(strconv.AppendInt(b, e.until.Milliseconds(), 10), ' ')
+			b = append(append(b, p.name(i)...), '\n')
+			count++
+		}
+		p.mu.Unlock()
+		if _, err := out.Write(b); err != nil {
+			return err
+		}
+		b = b[:0]
+	}
+	_, err := fmt.Fprintf(w, "end %d %08x\n", count, sum.Sum32())
+	return err
+}
+
+// saved is one line of the file.
+type saved struct {
+	i     uint32
+	until int64
+	name  string
+}
+
+// Load takes in what Save wrote, into a pool that has given out nothing yet, and returns how many names there were. Each
+// counts as given out just now. A file that is not there, or is of other ranges, has none. A damaged one is an error, and the pool
+// stays empty.
+func (p *Pool) Load(path string) (int, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	all, err := p.read(io.LimitReader(f, fileMax))
+	if err != nil {
+		return 0, fmt.Errorf("cannot use %s: %w", path, err)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.entries) > 0 {
+		return 0, errors.New("cannot load names into a pool that is in use")
+	}
+	// The newest first: of two lines of one name or number, written while it moved, the older is not true any more.
+	slices.SortStableFunc(all, func(a, b saved) int { return cmp.Compare(b.until, a.until) })
+	last := uint32(0)
+	for _, s := range all {
+		last = max(last, s.i)
+	}
+	p.entries = make([]entry, min(last+1, p.size))
+	until := p.now() + p.ttl
+	kept := all[:0]
+	for _, s := range all {
+		h := p.hash([]byte(s.name))
+		if s.i >= p.size || p.entries[s.i].len > 0 || p.find([]byte(s.name), h) != none || len(p.names)+len(s.name) > maxNameBytes {
+			continue
+		}
+		p.put(s.i, []byte(s.name), h)
+		p.entries[s.i].until = until
+		kept = append(kept, s)
+	}
+	for _, s := range slices.Backward(kept) {
+		p.link(s.i)
+	}
+	for i := range p.entries {
+		if p.entries[i].len == 0 {
+			p.entries[i].next, p.free = p.free, uint32(i)
+		}
+	}
+	return len(kept), nil
+}
+
+// read checks all of a file before any of it is used.
+func (p *Pool) read(r io.Reader) ([]saved, error) {
+	sum := crc32.NewIEEE()
+	in := bufio.NewReaderSize(r, 4096)
+	line, err := in.ReadSlice('\n')
+	if err != nil || !bytes.HasPrefix(line, []byte(fileMagic+" ")) {
+		return nil, errors.New("it is not a file of names that viasocks wrote")
+	}
+	if string(line) != fmt.Sprintf("%s %v %v\n", fileMagic, p.v4, p.v6) {
+		return nil, nil // the addresses were of other ranges: nobody can use them
+	}
+	var all []saved
+	for {
+		_, _ = sum.Write(line)
+		if line, err = in.ReadSlice('\n'); err != nil {
+			return nil, errDamaged // the last line is missing
+		}
+		if bytes.HasPrefix(line, []byte("end ")) {
+			if string(line) != fmt.Sprintf("end %d %08x\n", len(all), sum.Sum32()) {
+				return nil, errDamaged
+			}
+			return all, nil
+		}
+		s, ok := parseSaved(line[:len(line)-1])
+		if !ok || len(all) >= 2*maxNames {
+			return nil, errDamaged
+		}
+		all = append(all, s)
+	}
+}
+
+func parseSaved(line []byte) (s saved, ok bool) {
+	number, rest, _ := bytes.Cut(line, []byte(" "))
+	until, name, _ := bytes.Cut(rest, []byte(" "))
+	i, err := strconv.ParseUint(string(number), 10, 32)
+	if err != nil {
+		return s, false
+	}
+	ms, err := strconv.ParseInt(string(until), 10, 64)
+	if err != nil || !isHost(name) {
+		return s, false
+	}
+	return saved{uint32(i), ms, string(name)}, true
+}
+
+// KeepFile saves the pool to path while ctx lives, where it changed, and once more at the end. A failure is logged and tried
+// again later: names work without the file.
+func (p *Pool) KeepFile(ctx context.Context, path string, log *slog.Logger) {
+	p.keepFile(ctx, path, saveEvery, saveBackoff, log)
+}
+
+func (p *Pool) keepFile(ctx context.Context, path string, every, backoff time.Duration, log *slog.Logger) {
+	p.mu.Lock()
+	was := p.changes
+	p.mu.Unlock()
+	failed := false
+	timer := time.NewTimer(every)
+	defer timer.Stop()
+	for over := false; !over; {
+		wait := every
+		select {
+		case <-ctx.Done():
+			over = true
+		case <-timer.C:
+		}
+		p.mu.Lock()
+		changes := p.changes
+		p.mu.Unlock()
+		if changes != was {
+			switch err := p.Save(path); {
+			case err == nil && failed:
+				log.Info("the names of fake addresses are saved again", "file", path)
+				fallthrough
+			case err == nil:
+				was, failed = changes, false
+			default:
+				if !failed {
+					log.Warn("cannot save the names of fake addresses; after a restart programs may have to ask again", "file", path, "err", err)
+				}
+				failed, wait = true, backoff
+			}
+		}
+		timer.Reset(wait)
+	}
+}

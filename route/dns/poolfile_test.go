@@ -1,0 +1,288 @@
+package dns
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+const envSaver = "DNS_TEST_SAVER" // set in a process that saves a pool to this path until it is killed
+
+func TestMain(m *testing.M) {
+	if path := os.Getenv(envSaver); path != "" {
+		saveForever(path)
+	}
+	os.Exit(m.Run())
+}
+
+func fill(t testing.TB, p *Pool, from, to int) map[string]netip.Addr {
+	t.Helper()
+	all := map[string]netip.Addr{}
+	for i := from; i < to; i++ {
+		name := fmt.Sprintf("n%d.example", i)
+		a, _, ok := p.Give([]byte(name))
+		if !ok {
+			t.Fatalf("%s has no address", name)
+		}
+		all[name] = a
+	}
+	return all
+}
+
+func has(t *testing.T, p *Pool, all map[string]netip.Addr) {
+	t.Helper()
+	for name, a := range all {
+		if got, ok := p.AppendName(nil, a); !ok || string(got) != name {
+			t.Fatalf("%v stands for %q, want %q", a, got, name)
+		}
+	}
+}
+
+func TestPoolFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "names")
+	p, clock := newTestPool(t, "198.18.0.0/22", time.Second)
+	if n, err := p.Load(path); n != 0 || err != nil {
+		t.Fatalf("a file that is not there: %d, %v", n, err)
+	}
+	all := map[string]netip.Addr{}
+	for i := range 768 {
+		maps.Copy(all, fill(t, p, i, i+1))
+		clock.t += time.Millisecond
+	}
+	clock.t += time.Minute
+	first, _, _ := p.Give([]byte("n0.example"))   // is now the newest, and n1 the oldest
+	second, _, _ := p.Give([]byte("new.example")) // takes the address of n1
+	if err := p.Save(path); err != nil {
+		t.Fatal(err)
+	}
+	if st, err := os.Stat(path); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("the file has mode %v", st.Mode())
+	}
+	delete(all, "n1.example")
+	all["new.example"] = second
+
+	q, clock := newTestPool(t, "198.18.0.0/22", time.Second)
+	if n, err := q.Load(path); n != 768 || err != nil {
+		t.Fatalf("loaded %d names: %v", n, err)
+	}
+	has(t, q, all)
+	if _, _, ok := q.Give([]byte("too.early")); ok {
+		t.Error("an address was taken from a name that may still be kept")
+	}
+	clock.t += 2 * time.Second
+	if a, _, ok := q.Give([]byte("other.example")); !ok || a != all["n2.example"] {
+		t.Errorf("a new name has %v, want that of the oldest, %v", a, all["n2.example"])
+	}
+	if got, _ := q.AppendName(nil, first); string(got) != "n0.example" {
+		t.Errorf("%v stands for %q", first, got)
+	}
+	// A pool of other ranges has no use for it.
+	r, _ := newTestPool(t, "198.18.0.0/23", time.Second)
+	if n, err := r.Load(path); n != 0 || err != nil {
+		t.Errorf("other ranges: %d, %v", n, err)
+	}
+}
+
+// TestPoolFileWithHoles: entries that have no name stay free after a restart.
+func TestPoolFileWithHoles(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "names")
+	p, clock := newTestPool(t, "198.18.0.0/22", time.Second)
+	all := fill(t, p, 0, 20)
+	clock.t += time.Minute
+	p.mu.Lock()
+	for range 5 {
+		p.evict(clock.t)
+	}
+	p.mu.Unlock()
+	if err := p.Save(path); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 5 {
+		delete(all, fmt.Sprintf("n%d.example", i))
+	}
+	q, _ := newTestPool(t, "198.18.0.0/22", time.Second)
+	if n, err := q.Load(path); n != 15 || err != nil {
+		t.Fatal(n, err)
+	}
+	for name, a := range fill(t, q, 100, 853) { // all that are left: 768 - 15
+		if _, taken := all[name]; taken {
+			t.Errorf("%s has %v", name, a)
+		}
+	}
+	has(t, q, all)
+}
+
+func TestPoolFileDamaged(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "names")
+	p, _ := newTestPool(t, "198.18.0.0/22", time.Second)
+	fill(t, p, 0, 100)
+	if err := p.Save(path); err != nil {
+		t.Fatal(err)
+	}
+	good, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	try := func(what string, b []byte) {
+		t.Helper()
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		q, _ := newTestPool(t, "198.18.0.0/22", time.Second)
+		if n, err := q.Load(path); err == nil || n != 0 || q.Stats().Names != 0 {
+			t.Errorf("%s: %d names, %v", what, n, err)
+		}
+	}
+	for cut := range len(good) {
+		try(fmt.Sprintf("cut at %d", cut), good[:cut])
+	}
+	for _, at := range []int{0, 20, 60, len(good) / 2, len(good) - 2} {
+		b := bytes.Clone(good)
+		b[at] ^= 1
+		if at == 20 { // the ranges: those of another pool are no damage
+			continue
+		}
+		try(fmt.Sprintf("a bit at %d", at), b)
+	}
+	try("a name with a control character", bytes.Replace(good, []byte("n7.example"), []byte("n\x1b.example"), 1))
+	try("a line without end", append(good[:60:60], bytes.Repeat([]byte{'a'}, 1<<20)...))
+}
+
+func saveForever(path string) {
+	p, err := NewPool(PoolConfig{V4: netip.MustParsePrefix("198.18.0.0/15"), V6: netip.MustParsePrefix("fd00::/64"), TTL: time.Millisecond})
+	if err == nil {
+		_, err = p.Load(path)
+	}
+	for i := 0; err == nil; i++ {
+		for n := range 2000 {
+			p.Give(fmt.Appendf(nil, "n%d-%d.example", i%5, n))
+		}
+		err = p.Save(path)
+	}
+	fmt.Fprintln(os.Stderr, err)
+	os.Exit(1)
+}
+
+// TestPoolFileSurvivesKill: a process that saves is killed at any moment, and the file is always whole.
+func TestPoolFileSurvivesKill(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "names")
+	for i := range 12 {
+		cmd := exec.Command("/proc/self/exe")
+		cmd.Env = append(os.Environ(), envSaver+"="+path)
+		var said bytes.Buffer
+		cmd.Stderr = &said
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		for wait := time.Now(); time.Since(wait) < patience; time.Sleep(time.Millisecond) {
+			if _, err := os.Stat(path); err == nil {
+				break
+			}
+		}
+		time.Sleep(time.Duration(i*7) * time.Millisecond)
+		_ = cmd.Process.Kill()
+		if _ = cmd.Wait(); said.Len() > 0 {
+			t.Fatalf("the process that saves says %s", &said)
+		}
+		p, err := NewPool(PoolConfig{V4: netip.MustParsePrefix("198.18.0.0/15"), V6: netip.MustParsePrefix("fd00::/64"), TTL: time.Second})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n, err := p.Load(path); err != nil || n < 2000 {
+			t.Fatalf("after kill -9: %d names, %v", n, err)
+		}
+	}
+}
+
+// TestPoolFileFullDisk: a save that fails leaves the file as it was and nothing beside it, is said once, and is tried again.
+func TestPoolFileFullDisk(t *testing.T) {
+	const env = "DNS_TEST_FULL_DISK"
+	dir := os.Getenv(env)
+	if dir == "" {
+		cmd := exec.Command("unshare", "-rm", "sh", "-c", `mount -t tmpfs -o size=64k none "$`+env+`" && exec "$0" -test.run '^TestPoolFileFullDisk$' -test.v`, "/proc/self/exe")
+		self, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd.Args[len(cmd.Args)-1] = self
+		cmd.Env = append(os.Environ(), env+"="+t.TempDir())
+		out, err := cmd.CombinedOutput()
+		if strings.Contains(string(out), "unshare failed") || strings.Contains(string(out), "permission denied") {
+			t.Skipf("cannot make a small disk: %s", out)
+		}
+		if err != nil || !strings.Contains(string(out), "--- PASS") {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		return
+	}
+	path := filepath.Join(dir, "names")
+	p, _ := newTestPool(t, "198.18.0.0/15", time.Second)
+	all := fill(t, p, 0, 1000)
+	if err := p.Save(path); err != nil {
+		t.Fatal(err)
+	}
+	fill(t, p, 1000, 20_000)
+	var warned atomic.Int32
+	ctx, cancel := context.WithCancel(t.Context())
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		p.keepFile(ctx, path, 10*time.Millisecond, 10*time.Millisecond, slog.New(slog.NewTextHandler(writerFunc(func(b []byte) {
+			if !bytes.Contains(b, []byte("no space left")) {
+				t.Errorf("%s", b)
+			}
+			warned.Add(1)
+		}), nil)))
+	}()
+	time.Sleep(30 * time.Millisecond)
+	for range 20 {
+		p.Give([]byte("one.more"))
+		time.Sleep(10 * time.Millisecond)
+	}
+	cancel()
+	<-over
+	if n := warned.Load(); n != 1 {
+		t.Errorf("it was said %d times", n)
+	}
+	q, _ := newTestPool(t, "198.18.0.0/15", time.Second)
+	if n, err := q.Load(path); n != 1000 || err != nil {
+		t.Errorf("the file has %d names: %v", n, err)
+	}
+	has(t, q, all)
+	if e, err := os.ReadDir(dir); err != nil || len(e) != 1 {
+		t.Errorf("there is %v beside it", e)
+	}
+}
+
+type writerFunc func([]byte)
+
+func (f writerFunc) Write(b []byte) (int, error) { f(b); return len(b), nil }
+
+func TestPoolKeepsItsFile(t *testing.T) {
+	checkLeaks(t)
+	path := filepath.Join(t.TempDir(), "names")
+	p, _ := newTestPool(t, "198.18.0.0/15", time.Second)
+	ctx, cancel := context.WithCancel(t.Context())
+	over := make(chan struct{})
+	go func() { defer close(over); p.keepFile(ctx, path, time.Hour, time.Hour, slog.New(slog.DiscardHandler)) }()
+	time.Sleep(10 * time.Millisecond)
+	all := fill(t, p, 0, 10)
+	cancel()
+	<-over
+	q, _ := newTestPool(t, "198.18.0.0/15", time.Second)
+	if n, err := q.Load(path); n != 10 || err != nil {
+		t.Fatal(n, err)
+	}
+	has(t, q, all)
+}
