@@ -8,6 +8,6 @@
 // A frame's way out: gVisor's packets go by link to tun.Device.Write with their offload header, up to 64 KiB in one
 // frame; UDP replies and ICMP errors are built here and written past gVisor.
 //
-// What has a goroutine: Run, gVisor's TCP processors (one for each CPU), and each handshake between Accept and Opened.
-// A pending dial and an idle flow have none.
+// What has a goroutine: Run, and gVisor's TCP processors (one for each CPU). A pending dial, a handshake and an idle flow have
+// none.
 package stack

@@ -1,8 +1,10 @@
 package stack
 
 import (
+	"sync"
 	"sync/atomic"
 
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
@@ -10,11 +12,13 @@ import (
 
 // engine is gVisor's stack, and what belongs to it alone. The Stack has one at a time, and Renew replaces it.
 type engine struct {
-	ns        *gstack.Stack
-	link      *link
-	forwarder *tcp.Forwarder
-	peak      atomic.Int64 // streams at once
-	past      verdicts     // of the engines before it
+	ns      *gstack.Stack
+	link    *link
+	listen4 *listener
+	listen6 *listener
+	strays  sync.WaitGroup // what ends connections that nobody waits for
+	peak    atomic.Int64   // streams at once
+	past    verdicts       // of the engines before it
 }
 
 // verdicts is what gVisor verified and refused itself, and sent again.
@@ -26,10 +30,27 @@ func (s *Stack) newEngine() (*engine, error) {
 	if e.ns, err = newNetstack(e.link); err != nil {
 		return nil, err
 	}
-	e.forwarder = s.newForwarder(e.ns)
+	if e.listen4, err = s.listen(e, header.IPv4ProtocolNumber); err == nil {
+		e.listen6, err = s.listen(e, header.IPv6ProtocolNumber)
+	}
+	if err != nil {
+		e.destroy()
+		return nil, err
+	}
 	e.ns.SetTransportProtocolHandler(tcp.ProtocolNumber, s.handleTCP)
 	e.ns.SetTransportProtocolHandler(udp.ProtocolNumber, s.handleSlowUDP)
 	return e, nil
+}
+
+// destroy ends gVisor's stack and its goroutines, and what streams are left.
+func (e *engine) destroy() {
+	for _, l := range []*listener{e.listen4, e.listen6} {
+		if l != nil {
+			l.close()
+		}
+	}
+	e.ns.Destroy()
+	e.strays.Wait()
 }
 
 func (e *engine) verdicts() verdicts {
@@ -65,10 +86,10 @@ func (s *Stack) Renew() bool {
 		return false // the old one is as good
 	}
 	if !s.replace(old, next) {
-		next.ns.Destroy()
+		next.destroy()
 		return false
 	}
-	old.ns.Destroy()
+	old.destroy()
 	return true
 }
 
@@ -80,7 +101,7 @@ func (s *Stack) replace(old, next *engine) bool {
 	defer s.feeding.Unlock()
 	s.pending.mu.Lock() // no handshake begins
 	defer s.pending.mu.Unlock()
-	if s.closed || s.engine.Load() != old || s.pending.shakes() || s.stats.streams.Load() != 0 || !old.empty() {
+	if s.closed || s.engine.Load() != old || s.pending.shakes != 0 || s.stats.streams.Load() != 0 || !old.empty() {
 		return false
 	}
 	next.past = old.verdicts()

@@ -17,15 +17,19 @@ import (
 // packets take their way through gVisor's endpoint: fragments, options and extension headers, ICMP, and what is malformed.
 
 // ipProtocol is gVisor's IPv4 or IPv6, with an ipEndpoint in place of its endpoint.
-type ipProtocol struct{ gstack.NetworkProtocol }
+type ipProtocol struct {
+	gstack.NetworkProtocol
+	s *Stack
+}
 
-// overIP wraps what makes gVisor's IPv4 or IPv6.
-func overIP(f gstack.NetworkProtocolFactory) gstack.NetworkProtocolFactory {
-	return func(s *gstack.Stack) gstack.NetworkProtocol { return ipProtocol{f(s)} }
+// overIP wraps what makes gVisor's IPv4 or IPv6 of s.
+func (s *Stack) overIP(f gstack.NetworkProtocolFactory) gstack.NetworkProtocolFactory {
+	return func(ns *gstack.Stack) gstack.NetworkProtocol { return ipProtocol{f(ns), s} }
 }
 
 // NewEndpoint is that of gVisor's NetworkProtocol.
 func (p ipProtocol) NewEndpoint(nic gstack.NetworkInterface, up gstack.TransportDispatcher) gstack.NetworkEndpoint {
+	up = &resetWatch{up, p.s}
 	inner := p.NetworkProtocol.NewEndpoint(nic, up)
 	e := &ipEndpoint{NetworkEndpoint: inner, AddressableEndpoint: inner.(gstack.AddressableEndpoint), nic: nic, up: up}
 	none := tcpip.AddrFrom4([4]byte{})

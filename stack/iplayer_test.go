@@ -269,7 +269,7 @@ func FuzzIPLayer(f *testing.F) {
 			f.Add(b, false)
 		}
 	}
-	ours := recordedIP(f, overIP)
+	ours := recordedIP(f, new(Stack).overIP)
 	theirs := recordedIP(f, func(p gstack.NetworkProtocolFactory) gstack.NetworkProtocolFactory { return p })
 	f.Fuzz(func(t *testing.T, b []byte, verified bool) {
 		if len(b) > tun.MaxFrame {

@@ -28,6 +28,10 @@ const (
 	askSlack = 250 * time.Millisecond
 	// askEvery is how often it is asked after that, and the longest that a dead app keeps its dial.
 	askEvery = 4 * time.Second
+	// lookAfter is when a handshake is first looked at after a RST, and doubled for each of the lookTimes looks: gVisor decides
+	// in microseconds, unless the machine is very busy.
+	lookAfter = time.Millisecond
+	lookTimes = 8
 	// openTime bounds a handshake: the app's kernel answers a SYN-ACK at once, unless the TUN lost it.
 	openTime = 30 * time.Second
 )
@@ -72,6 +76,9 @@ type pendingSYN struct {
 	pkt      *gstack.PacketBuffer // waiting: the latest SYN, ours
 	onCancel func()               // waiting
 	listener flow.Listener        // opening
+	openBy   time.Time            // opening: when it has taken too long
+	looks    int                  // opening: how often the timer looked since the last RST
+	made     bool                 // opening: gVisor had an endpoint when the RST came
 	last     time.Time            // when the latest SYN came
 	gap      time.Duration        // between the last two SYNs, or synRTO
 	due      time.Time            // when the timer looks at it
@@ -86,14 +93,16 @@ type pendingTable struct {
 	stats   *counters
 
 	// What the stack does for the table. Called without the lock.
-	open   func(*pendingSYN, *gstack.PacketBuffer) // takes over the packet, and calls opened in the end
-	abort  func(tuple)                             // ends a handshake
+	open   func(*pendingSYN, *gstack.PacketBuffer) // takes over the packet, and calls take in the end
+	abort  func(tuple)                             // ends a handshake that is still under way
+	shake  func(tuple) shakeState                  // says how far a handshake is
 	answer func(syn []byte, why flow.Refusal)      // writes RST or ICMP; syn: the IP and TCP headers
 
 	mu      sync.Mutex
 	byKey   map[tuple]*pendingSYN
 	perDest map[netip.Addr]int // of those waiting
 	waiting int
+	shakes  int // of byKey: opening
 	peak    int // of byKey since it was made
 	heap    dueHeap
 	timer   *time.Timer
@@ -102,7 +111,7 @@ type pendingTable struct {
 	refuse  bool      // every new SYN is answered with RST
 	closed  bool
 
-	shaking sync.WaitGroup // calls of open; it is Done when the handshake is over
+	shaking sync.WaitGroup // handshakes: Done when the listener was told how it ended
 }
 
 // Set changes Limits and KeepaliveIdle for what begins from now on. As in Config, zero means the default.
@@ -135,8 +144,11 @@ func (t *pendingTable) syn(key tuple, isn uint32, pkt *gstack.PacketBuffer) *pen
 	}
 	e := t.byKey[key]
 	if e != nil && (e.isn == isn || e.state == synOpening) {
-		// In opening gVisor will have its endpoint in a moment; another ISN comes again after that.
 		why, again := t.again(e, isn, pkt, now)
+		if e.state == synOpening {
+			// gVisor will have its endpoint in a moment, or the handshake has failed. Another ISN comes again after that.
+			t.lookSoon(e, now)
+		}
 		t.mu.Unlock()
 		if again {
 			t.answer(synHeaders(pkt), why)
@@ -251,21 +263,14 @@ func (t *pendingTable) leave(e *pendingSYN) {
 
 // drop takes e out of the table.
 func (t *pendingTable) drop(e *pendingSYN, s synState) {
-	if e.state == synWaiting {
+	switch e.state {
+	case synWaiting:
 		t.leave(e)
+	case synOpening:
+		t.shakes--
 	}
 	e.state = s
 	t.remove(e)
-}
-
-// shakes reports whether a handshake is under way, or about to begin.
-func (t *pendingTable) shakes() bool {
-	for _, e := range t.byKey {
-		if e.state == synOpening {
-			return true
-		}
-	}
-	return false
 }
 
 // remove takes e out of the table. What a burst made is given back when little of it is left: a map never shrinks.

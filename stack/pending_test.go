@@ -43,6 +43,7 @@ type tableTest struct {
 	stats   counters
 	opens   []*pendingSYN
 	aborts  int
+	shake   shakeState
 	answers []flow.Refusal
 	cancels int
 }
@@ -56,6 +57,7 @@ func newTableTest(t *testing.T, l Limits, s flow.Sockets) *tableTest {
 		x.tab.shaking.Done()
 	}
 	x.tab.abort = func(tuple) { x.aborts++ }
+	x.tab.shake = func(tuple) shakeState { return x.shake }
 	x.tab.answer = func(_ []byte, why flow.Refusal) { x.answers = append(x.answers, why) }
 	return x
 }
@@ -271,7 +273,9 @@ func TestPending(t *testing.T) {
 			if len(x.opens) != 1 {
 				x.t.Fatalf("opened %d times", len(x.opens))
 			}
-			x.tab.opened(r)
+			if x.tab.take(r.key) != r || x.tab.take(r.key) != nil {
+				x.t.Fatal("the entry is not handed out once")
+			}
 			x.expect("opened", 0, 0, 0)
 		}},
 		"a handshake that hangs is ended": {run: func(x *tableTest, _ *fakeSockets) {
@@ -282,7 +286,7 @@ func TestPending(t *testing.T) {
 			if x.aborts != 1 {
 				x.t.Fatalf("aborted %d times", x.aborts)
 			}
-			x.tab.opened(r)
+			x.tab.take(r.key)
 		}},
 		"accept after the app gave up": {run: func(x *tableTest, _ *fakeSockets) {
 			r := x.syn(key1, 1)

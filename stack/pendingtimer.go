@@ -34,10 +34,7 @@ func (t *pendingTable) look(e *pendingSYN, now time.Time) {
 	case synRefused, synSilent:
 		t.drop(e, synDone)
 	case synOpening:
-		t.schedule(e, now.Add(openTime))
-		t.mu.Unlock()
-		t.abort(e.key)
-		t.mu.Lock()
+		t.lookHandshake(e, now)
 	case synWaiting:
 		if t.sockets == nil {
 			t.gaveUp(e)
@@ -56,6 +53,46 @@ func (t *pendingTable) look(e *pendingSYN, now time.Time) {
 		default:
 			t.gaveUp(e)
 		}
+	}
+}
+
+// lookHandshake ends a handshake that has failed or takes too long.
+func (t *pendingTable) lookHandshake(e *pendingSYN, now time.Time) {
+	if now.Before(e.openBy) {
+		t.mu.Unlock()
+		s := t.shake(e.key)
+		t.mu.Lock()
+		switch {
+		case e.state != synOpening: // it went on meanwhile
+			return
+		case s == shakeFailed, s == shakeNone && (e.made || e.looks == lookTimes):
+		case s == shakeDone || e.looks == lookTimes: // the RST was none that counts
+			t.schedule(e, e.openBy)
+			return
+		default:
+			e.looks++
+			t.schedule(e, now.Add(lookAfter<<e.looks))
+			return
+		}
+	}
+	t.schedule(e, now.Add(openTime))
+	t.mu.Unlock()
+	t.abort(e.key)
+	t.mu.Lock()
+}
+
+// failAll ends every handshake.
+func (t *pendingTable) failAll() {
+	t.mu.Lock()
+	var keys []tuple
+	for _, e := range t.byKey {
+		if e.state == synOpening {
+			keys = append(keys, e.key)
+		}
+	}
+	t.mu.Unlock()
+	for _, k := range keys {
+		t.abort(k)
 	}
 }
 

@@ -55,29 +55,51 @@ func (e *pendingSYN) Accept(l flow.Listener) {
 	t.leave(e)
 	t.shaking.Add(1)
 	e.state, e.listener, e.onCancel = synOpening, l, nil
-	t.schedule(e, time.Now().Add(openTime))
+	t.shakes++
+	e.openBy = time.Now().Add(openTime)
+	t.schedule(e, e.openBy)
 	t.mu.Unlock()
 	t.stats.accepted.Add(1)
 	t.open(e, pkt)
 }
 
-// opened ends the state opening.
-func (t *pendingTable) opened(e *pendingSYN) {
-	t.mu.Lock()
-	if e.state == synOpening {
-		t.drop(e, synDone)
-	}
-	t.mu.Unlock()
-}
-
-// opening finds the entry whose handshake is under way.
-func (t *pendingTable) opening(key tuple) *pendingSYN {
+// take ends the handshake of key and returns its entry, once: who gets it tells the listener. nil: none is under way.
+func (t *pendingTable) take(key tuple) *pendingSYN {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if e := t.byKey[key]; e != nil && e.state == synOpening {
-		return e
+	e := t.byKey[key]
+	if e == nil || e.state != synOpening {
+		return nil
 	}
-	return nil
+	t.drop(e, synDone)
+	return e
+}
+
+// opening reports whether the handshake of key is under way.
+func (t *pendingTable) opening(key tuple) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	e := t.byKey[key]
+	return e != nil && e.state == synOpening
+}
+
+// disturbed takes note of a RST that gVisor was given for a handshake. made: there was an endpoint for it.
+func (t *pendingTable) disturbed(key tuple, seq uint32, made bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	// gVisor wants it in the window that begins after the SYN, and the first window is shorter than 64 KiB.
+	if e := t.byKey[key]; e != nil && e.state == synOpening && seq-e.isn <= 1<<16 {
+		e.made = e.made || made
+		t.lookSoon(e, time.Now())
+	}
+}
+
+// lookSoon has the timer look at a handshake.
+func (t *pendingTable) lookSoon(e *pendingSYN, now time.Time) {
+	e.looks = 0
+	if due := now.Add(lookAfter); due.Before(e.due) {
+		t.schedule(e, due)
+	}
 }
 
 // Reject is that of flow.StreamRequest.

@@ -61,7 +61,6 @@ type Stack struct {
 	engine  atomic.Pointer[engine]
 	feeding sync.Mutex // held while gVisor takes a frame, and while the engine is replaced
 	pending *pendingTable
-	ending  atomic.Bool // no handshake begins any more
 
 	mu      sync.Mutex
 	running bool
@@ -96,13 +95,13 @@ func newStack(cfg Config) (*Stack, error) {
 		s.log = slog.New(slog.DiscardHandler)
 	}
 	s.keepalive.Store(int64(cmp.Or(cfg.KeepaliveIdle, DefaultKeepalive)))
+	s.pending = newPendingTable(cfg.Limits, cfg.Sockets, &s.stats)
+	s.pending.open, s.pending.abort, s.pending.shake, s.pending.answer = s.open, s.abortHandshake, s.handshake, s.answer
 	e, err := s.newEngine()
 	if err != nil {
 		return nil, err
 	}
 	s.engine.Store(e)
-	s.pending = newPendingTable(cfg.Limits, cfg.Sockets, &s.stats)
-	s.pending.open, s.pending.abort, s.pending.answer = s.open, s.abortHandshake, s.answer
 	return s, nil
 }
 
@@ -147,7 +146,7 @@ func (s *Stack) Run(ctx context.Context) error {
 // their listeners see flow.ErrReset. Any goroutine; not from a Listener's call.
 func (s *Stack) ResetAll() {
 	s.pending.refuseAll()
-	s.ending.Store(true)
+	s.pending.failAll()
 	for _, ep := range s.engine.Load().ns.RegisteredEndpoints() {
 		ep.Abort()
 	}
@@ -168,7 +167,7 @@ func (s *Stack) Close() error {
 }
 
 // teardown ends what is left, when no frame is read any more: requests first, so that no handshake begins, then
-// handshakes, then gVisor with its goroutines.
+// handshakes, then gVisor with its streams and goroutines.
 func (s *Stack) teardown() {
 	s.mu.Lock()
 	down := s.down
@@ -178,22 +177,7 @@ func (s *Stack) teardown() {
 		return
 	}
 	s.pending.close()
-	s.ending.Store(true)
-	opened := make(chan struct{})
-	go func() {
-		s.pending.shaking.Wait()
-		close(opened)
-	}()
-	for done := false; !done; {
-		// A handshake that had just begun has its endpoint only now.
-		for _, ep := range s.engine.Load().ns.RegisteredEndpoints() {
-			ep.Abort()
-		}
-		select {
-		case <-opened:
-			done = true
-		case <-time.After(time.Millisecond):
-		}
-	}
-	s.engine.Load().ns.Destroy()
+	s.pending.failAll()
+	s.engine.Load().destroy()
+	s.pending.shaking.Wait()
 }

@@ -26,7 +26,7 @@ type stream struct {
 	s     *Stack
 	l     flow.Listener
 	ep    tcpip.Endpoint
-	wq    waiter.Queue
+	wq    *waiter.Queue
 	entry waiter.Entry
 
 	wasReset atomic.Bool // latched
@@ -34,6 +34,7 @@ type stream struct {
 	closed   atomic.Bool
 	sentFIN  atomic.Bool
 	readEOF  atomic.Bool
+	asks     atomic.Bool // keepalive is set
 
 	rd    turnWriter   // of the goroutine that reads and writes
 	wr    checkPayload // the same
@@ -42,15 +43,21 @@ type stream struct {
 
 var _ flow.Stream = (*stream)(nil)
 
-// init takes the endpoint of a finished handshake.
-func (st *stream) init(ep tcpip.Endpoint) {
-	st.ep = ep
-	idle := tcpip.KeepaliveIdleOption(st.s.keepalive.Load())
-	_ = ep.SetSockOpt(&idle)
-	ep.SocketOptions().SetKeepAlive(true)
+// watch asks for the endpoint's events. Locks of gVisor are held.
+func (st *stream) watch() {
 	st.s.engine.Load().opened(st.s.stats.streams.Add(1))
 	st.entry.Init(st, waiter.ReadableEvents|waiter.WritableEvents|waiter.EventHUp|waiter.EventErr|waiter.EventRdHUp)
 	st.wq.EventRegister(&st.entry)
+}
+
+// keepalive sets the keepalive timer, which cannot be done where the stream is made.
+func (st *stream) keepalive() {
+	if st.asks.Swap(true) {
+		return
+	}
+	idle := tcpip.KeepaliveIdleOption(st.s.keepalive.Load())
+	_ = st.ep.SetSockOpt(&idle)
+	st.ep.SocketOptions().SetKeepAlive(true)
 }
 
 // first tells the listener, after Opened, what came before the events were asked for.
@@ -82,6 +89,9 @@ func (st *stream) NotifyEvent(m waiter.EventMask) {
 func (st *stream) ReadTo(w io.Writer) (int, error) {
 	if st.aborted.Load() || st.closed.Load() {
 		return 0, flow.ErrReset
+	}
+	if !st.asks.Load() {
+		st.keepalive()
 	}
 	st.rd.w = w
 	res, err := st.ep.Read(&st.rd, tcpip.ReadOptions{})
@@ -115,6 +125,9 @@ func (st *stream) ReadTo(w io.Writer) (int, error) {
 func (st *stream) WriteFrom(p flow.Payload) (int, error) {
 	if st.wasReset.Load() || st.aborted.Load() || st.closed.Load() {
 		return 0, flow.ErrReset
+	}
+	if !st.asks.Load() {
+		st.keepalive()
 	}
 	st.wr.p, st.wr.err = p, nil
 	n, err := st.ep.Write(&st.wr, tcpip.WriteOptions{})

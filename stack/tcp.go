@@ -2,7 +2,6 @@ package stack
 
 import (
 	"encoding/binary"
-	"math"
 	"net/netip"
 
 	"github.com/viasocks/viasocks/stack/flow"
@@ -11,7 +10,6 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
-	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
 // tcpHeaderLen is without options.
@@ -35,10 +33,7 @@ func (s *Stack) handleTCP(id gstack.TransportEndpointID, pkt *gstack.PacketBuffe
 		s.stats.droppedChecksum.Add(1)
 		return true
 	}
-	key := tuple{
-		netip.AddrPortFrom(addrFrom(id.RemoteAddress), id.RemotePort),
-		netip.AddrPortFrom(addrFrom(id.LocalAddress), id.LocalPort),
-	}
+	key := tupleOf(&id)
 	switch flags := h.Flags(); {
 	case flags&header.TCPFlagRst != 0:
 		s.pending.rst(key, h.SequenceNumber())
@@ -56,86 +51,12 @@ func (s *Stack) handleTCP(id gstack.TransportEndpointID, pkt *gstack.PacketBuffe
 	return false
 }
 
-// open lets gVisor answer the kept SYN and shake hands, on a goroutine of the forwarder's that lives until the handshake
-// is over.
-func (s *Stack) open(e *pendingSYN, pkt *gstack.PacketBuffer) {
-	id := gstack.TransportEndpointID{
-		LocalPort: e.key.dst.Port(), LocalAddress: addrTo(e.key.dst.Addr()),
-		RemotePort: e.key.src.Port(), RemoteAddress: addrTo(e.key.src.Addr()),
-	}
-	taken := s.engine.Load().forwarder.HandlePacket(id, pkt)
-	pkt.DecRef()
-	if !taken { // can't be: it was a SYN when it came
-		s.finish(e, nil)
-		s.pending.shaking.Done()
-	}
-}
-
-func (s *Stack) newForwarder(ns *gstack.Stack) *tcp.Forwarder {
-	// The budgets are the pending table's. The receive window is the default of the options.
-	return tcp.NewForwarder(ns, defaultBuffer, math.MaxInt, s.shake)
-}
-
-// shake is the forwarder's goroutine.
-func (s *Stack) shake(r *tcp.ForwarderRequest) {
-	defer s.pending.shaking.Done()
-	id := r.ID()
-	e := s.pending.opening(tuple{
-		netip.AddrPortFrom(addrFrom(id.RemoteAddress), id.RemotePort),
-		netip.AddrPortFrom(addrFrom(id.LocalAddress), id.LocalPort),
-	})
-	if e == nil || s.ending.Load() {
-		r.Complete(false)
-		if e != nil {
-			s.finish(e, nil)
-		}
-		return
-	}
-	st := &stream{s: s, l: e.listener}
-	ep, err := r.CreateEndpoint(&st.wq)
-	r.Complete(false) // before the entry goes: else the next SYN of this tuple would be taken for this one
-	if err != nil {
-		s.finish(e, nil)
-		return
-	}
-	st.init(ep)
-	s.finish(e, st)
-}
-
-// finish tells the listener how the handshake ended. st is nil when it failed.
-func (s *Stack) finish(e *pendingSYN, st *stream) {
-	l := e.listener
-	s.pending.opened(e)
-	if st == nil {
-		s.stats.acceptFailed.Add(1)
-		l.Opened(nil, ErrAppGone)
-		return
-	}
-	l.Opened(st, nil)
-	st.first()
-}
-
 // addrTo is a as gVisor's address.
 func addrTo(a netip.Addr) tcpip.Address {
 	if a.Is4() {
 		return tcpip.AddrFrom4(a.As4())
 	}
 	return tcpip.AddrFrom16(a.As16())
-}
-
-// abortHandshake ends a handshake that takes too long.
-func (s *Stack) abortHandshake(key tuple) {
-	id := gstack.TransportEndpointID{
-		LocalPort: key.dst.Port(), LocalAddress: addrTo(key.dst.Addr()),
-		RemotePort: key.src.Port(), RemoteAddress: addrTo(key.src.Addr()),
-	}
-	proto := header.IPv4ProtocolNumber
-	if key.dst.Addr().Is6() {
-		proto = header.IPv6ProtocolNumber
-	}
-	if ep := s.engine.Load().ns.FindTransportEndpoint(proto, tcp.ProtocolNumber, id, nicID); ep != nil {
-		ep.Abort()
-	}
 }
 
 // answer writes RST, or the ICMP error for why, to the app. syn is the SYN's IP and TCP headers.

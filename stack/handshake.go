@@ -1,0 +1,236 @@
+package stack
+
+import (
+	"fmt"
+	"net/netip"
+	"sync"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/ports"
+	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
+)
+
+// A handshake needs no goroutine of its own. A SYN that was accepted goes to a listening endpoint of gVisor, which makes the
+// connection's endpoint, for whatever address and port the SYN names, and sends the SYN-ACK. When the app's ACK has come,
+// the listener has a connection to accept. All this happens on gVisor's TCP processors, whose stacks are warm.
+//
+// gVisor does not tell of a handshake that fails. So every RST for a handshake makes the pending table look at its endpoint
+// a moment later, and look again until gVisor has decided (pendingTable.look).
+
+// listener is gVisor's listening endpoint for one family. It is taken out of the demultiplexer: no segment from the device
+// reaches it, and it gets what give hands to it.
+type listener struct {
+	s      *Stack
+	ep     tcpip.Endpoint
+	wq     waiter.Queue
+	entry  waiter.Entry
+	queue  packetQueue
+	strays *sync.WaitGroup
+}
+
+// packetQueue is what gVisor's demultiplexer uses to hand a segment to a TCP endpoint.
+type packetQueue interface {
+	QueuePacket(gstack.TransportEndpoint, gstack.TransportEndpointID, *gstack.PacketBuffer)
+}
+
+const (
+	// listenPort is any port: the listener's address and port say nothing about what it takes.
+	listenPort = 1
+	// backlog is never reached: the pending table has the budgets. From so many handshakes on gVisor would use SYN cookies,
+	// which lose the window scale.
+	backlog = 1 << 30
+)
+
+// listen makes the listener of one family.
+func (s *Stack) listen(e *engine, proto tcpip.NetworkProtocolNumber) (*listener, error) {
+	l := &listener{s: s, strays: &e.strays}
+	var ok bool
+	if l.queue, ok = e.ns.TransportProtocolInstance(tcp.ProtocolNumber).(packetQueue); !ok {
+		return nil, fmt.Errorf("cannot listen: gVisor's TCP takes no segments for an endpoint")
+	}
+	// No flow has a loopback address at its other end, so no reservation of a port meets the listener's.
+	at := tcpip.AddrFrom4([4]byte{127, 0, 0, 1})
+	if proto == header.IPv6ProtocolNumber {
+		at = header.IPv6Loopback
+	}
+	ep, err := e.ns.NewEndpoint(tcp.ProtocolNumber, proto, &l.wq)
+	if err != nil {
+		return nil, fmt.Errorf("cannot listen: %v", err)
+	}
+	l.ep = ep
+	ep.SocketOptions().SetV6Only(true)
+	if err = ep.Bind(tcpip.FullAddress{NIC: nicID, Addr: at, Port: listenPort}); err == nil {
+		err = ep.Listen(backlog)
+	}
+	if err != nil {
+		ep.Close()
+		return nil, fmt.Errorf("cannot listen: %v", err)
+	}
+	id := gstack.TransportEndpointID{LocalPort: listenPort, LocalAddress: at}
+	nets := []tcpip.NetworkProtocolNumber{proto}
+	e.ns.UnregisterTransportEndpoint(nets, tcp.ProtocolNumber, id, l.ep.(gstack.TransportEndpoint), ports.Flags{}, 0)
+	l.entry.Init(l, waiter.ReadableEvents)
+	l.wq.EventRegister(&l.entry)
+	return l, nil
+}
+
+// give hands a SYN to the listener, which begins the handshake soon.
+func (l *listener) give(id gstack.TransportEndpointID, pkt *gstack.PacketBuffer) {
+	l.queue.QueuePacket(l.ep.(gstack.TransportEndpoint), id, pkt)
+}
+
+// NotifyEvent is gVisor's call: there is a connection to accept. The lock of some connection's endpoint is held, so nothing
+// here may ask an endpoint for more than its addresses.
+func (l *listener) NotifyEvent(waiter.EventMask) {
+	for {
+		ep, wq, err := l.ep.Accept(nil)
+		if err != nil {
+			return // another processor accepted it
+		}
+		l.s.shaken(l, ep, wq)
+	}
+}
+
+// close ends the listener, and resets the connections that it has not handed on. When it returns no other will come of it.
+func (l *listener) close() {
+	l.wq.EventUnregister(&l.entry) // it waits for the calls of NotifyEvent, which Close might meet in a deadlock
+	l.ep.Close()
+}
+
+// open lets gVisor answer the kept SYN and shake hands.
+func (s *Stack) open(e *pendingSYN, pkt *gstack.PacketBuffer) {
+	// Data in a SYN (TCP Fast Open) is sent again when it is not acknowledged. The checksum was verified when it came.
+	pkt.Data().CapLength(0)
+	pkt.RXChecksumValidated = true
+	id, _ := transportID(e.key)
+	s.engine.Load().listener(e.key).give(id, pkt)
+	pkt.DecRef()
+}
+
+// listener is the one of the key's family.
+func (e *engine) listener(key tuple) *listener {
+	if key.dst.Addr().Is4() {
+		return e.listen4
+	}
+	return e.listen6
+}
+
+// transportID is key as gVisor names a connection.
+func transportID(key tuple) (gstack.TransportEndpointID, tcpip.NetworkProtocolNumber) {
+	proto := header.IPv4ProtocolNumber
+	if key.dst.Addr().Is6() {
+		proto = header.IPv6ProtocolNumber
+	}
+	return gstack.TransportEndpointID{
+		LocalPort: key.dst.Port(), LocalAddress: addrTo(key.dst.Addr()),
+		RemotePort: key.src.Port(), RemoteAddress: addrTo(key.src.Addr()),
+	}, proto
+}
+
+// tupleOf is the inverse of transportID.
+func tupleOf(id *gstack.TransportEndpointID) tuple {
+	return tuple{
+		netip.AddrPortFrom(addrFrom(id.RemoteAddress), id.RemotePort),
+		netip.AddrPortFrom(addrFrom(id.LocalAddress), id.LocalPort),
+	}
+}
+
+// shaken takes the endpoint of a finished handshake. Locks of gVisor are held.
+func (s *Stack) shaken(l *listener, ep tcpip.Endpoint, wq *waiter.Queue) {
+	e := s.pending.take(tupleOf(&ep.(*tcp.Endpoint).TransportEndpointInfo.ID))
+	if e == nil {
+		// It was given up meanwhile. Nothing of the endpoint's may be called here, and this is rare.
+		l.strays.Go(func() {
+			ep.Abort()
+			ep.Close()
+		})
+		return
+	}
+	st := &stream{s: s, l: e.listener, ep: ep, wq: wq}
+	st.watch()
+	e.listener.Opened(st, nil)
+	st.first()
+	s.pending.shaking.Done()
+}
+
+// abortHandshake ends a handshake that failed or takes too long. The locks of gVisor must not be held.
+func (s *Stack) abortHandshake(key tuple) {
+	ep := s.endpoint(key)
+	e := s.pending.take(key)
+	if e == nil {
+		return // it is open
+	}
+	if ep != nil {
+		ep.Abort()
+	}
+	s.stats.acceptFailed.Add(1)
+	e.listener.Opened(nil, ErrAppGone)
+	s.pending.shaking.Done()
+}
+
+// endpoint is gVisor's endpoint of a connection or a handshake, or nil.
+func (s *Stack) endpoint(key tuple) gstack.TransportEndpoint {
+	id, proto := transportID(key)
+	return s.engine.Load().ns.FindTransportEndpoint(proto, tcp.ProtocolNumber, id, nicID)
+}
+
+// shakeState is how far gVisor is with a handshake.
+type shakeState uint8
+
+const (
+	shakeNone   shakeState = iota // there is no endpoint: it was not yet made, or is gone
+	shakeGoesOn                   // the app's ACK is waited for
+	shakeFailed
+	shakeDone // the listener is told, or has been
+)
+
+// handshake says how far the handshake of key is.
+func (s *Stack) handshake(key tuple) shakeState {
+	ep, ok := s.endpoint(key).(*tcp.Endpoint)
+	if !ok {
+		return shakeNone
+	}
+	switch ep.EndpointState() {
+	case tcp.StateConnecting, tcp.StateSynRecv:
+		return shakeGoesOn
+	case tcp.StateError, tcp.StateClose:
+		return shakeFailed
+	}
+	return shakeDone
+}
+
+// resetWatch stands between the IP layer and the transport layer, and tells the pending table of each RST for a handshake.
+type resetWatch struct {
+	gstack.TransportDispatcher
+	s *Stack
+}
+
+// DeliverTransportPacket is that of gVisor's TransportDispatcher.
+func (w *resetWatch) DeliverTransportPacket(
+	proto tcpip.TransportProtocolNumber, pkt *gstack.PacketBuffer,
+) gstack.TransportPacketDisposition {
+	if h := pkt.TransportHeader().Slice(); proto == header.TCPProtocolNumber && len(h) >= tcpHeaderLen &&
+		header.TCP(h).Flags()&header.TCPFlagRst != 0 && w.s.pending != nil {
+		return w.deliverReset(pkt, header.TCP(h))
+	}
+	return w.TransportDispatcher.DeliverTransportPacket(proto, pkt)
+}
+
+func (w *resetWatch) deliverReset(pkt *gstack.PacketBuffer, h header.TCP) gstack.TransportPacketDisposition {
+	ip := pkt.Network()
+	key := tuple{
+		netip.AddrPortFrom(addrFrom(ip.SourceAddress()), h.SourcePort()),
+		netip.AddrPortFrom(addrFrom(ip.DestinationAddress()), h.DestinationPort()),
+	}
+	seq := h.SequenceNumber()
+	opening := w.s.pending.opening(key)
+	made := opening && w.s.endpoint(key) != nil
+	d := w.TransportDispatcher.DeliverTransportPacket(header.TCPProtocolNumber, pkt)
+	if opening {
+		w.s.pending.disturbed(key, seq, made)
+	}
+	return d
+}
