@@ -39,18 +39,16 @@ type Association struct {
 // associated makes an Association of a granted dial. The descriptor stays in the loop.
 func (p *dial) associated() {
 	server := p.addrs[p.at]
+	if !server.IsValid() { // a unix socket: the server is on this host
+		server = netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), p.hs.Bound().Port)
+	}
 	relay, repaired := repairRelay(p.hs.Bound(), server, p.d.opts.CanBePeer, OnHost)
 	if repaired {
 		p.d.log.Debug("relay address repaired", "server", p.c.server, "answered", p.hs.Bound().String(), "used", relay.String())
 	}
 	a := &Association{d: p.d, server: p.c.server.String(), relay: relay, fd: p.fd}
-	for _, o := range [...][3]int{
-		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
-		{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, keepaliveIdle},
-		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, keepaliveInterval},
-		{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepaliveCount},
-	} {
-		if err := unix.SetsockoptInt(p.fd, o[0], o[1], o[2]); err != nil {
+	if p.c.server.path == "" {
+		if err := setKeepalive(p.fd); err != nil {
 			p.finish(fmt.Errorf("cannot set keepalive: %w", err))
 			return
 		}
@@ -63,6 +61,20 @@ func (p *dial) associated() {
 	p.d.assocs.Add(1)
 	p.leave()
 	p.assocDone(a, nil)
+}
+
+func setKeepalive(fd int) error {
+	for _, o := range [...][3]int{
+		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, keepaliveIdle},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, keepaliveInterval},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepaliveCount},
+	} {
+		if err := unix.SetsockoptInt(fd, o[0], o[1], o[2]); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Relay is the endpoint that datagrams go to, already repaired: always a valid address and port, either the server's

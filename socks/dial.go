@@ -50,10 +50,13 @@ type dial struct {
 	addrs     []netip.AddrPort
 	at        int // the one that is tried
 	connectBy time.Duration
-	looked    bool  // the name was looked up for this very dial
-	lastErr   error // of the address tried before
-	hs        Handshake
+	looked    bool          // the name was looked up for this very dial
+	lastErr   error         // of the address tried before
+	hs        Handshake     // nil: direct
+	hs5       socks5        // what hs is for SOCKS5
 	asked     time.Duration // when the whole request was sent; 0: not yet
+
+	flipped bool // ASSOCIATE was refused for the family of the control connection, and the other one is asked for
 
 	when   time.Duration
 	heapAt int // -1: not in the heap
@@ -80,7 +83,7 @@ func (p *dial) begin() {
 	timeout := time.Duration(p.d.connectTimeout.Load())
 	if p.c == nil {
 		timeout = directTimeout
-	} else if err := p.hs.start(p.c.server.login, p.cmd, p.dst); err != nil {
+	} else if err := p.check(); err != nil {
 		p.finish(err)
 		return
 	}
@@ -150,6 +153,11 @@ func (p *dial) connect() {
 	p.state = connecting
 	for ; p.at < len(p.addrs); p.at++ {
 		err, ours := p.open(p.addrs[p.at])
+		if err == errBusy {
+			p.drop()
+			p.d.timers.set(p, min(p.connectBy, p.d.now()+busyWait))
+			return
+		}
 		if err == nil {
 			now := p.d.now()
 			share := (p.connectBy - now) / time.Duration(len(p.addrs)-p.at)
@@ -180,6 +188,9 @@ const allPorts = 1 | 65535<<16
 
 // open starts connecting to at. ours: the error is this host's and no other address would help.
 func (p *dial) open(at netip.AddrPort) (err error, ours bool) {
+	if p.c != nil && p.c.server.path != "" {
+		return p.openUnix()
+	}
 	domain, sa, err := sockaddr(at)
 	if err != nil {
 		return err, false
@@ -226,6 +237,8 @@ func (p *dial) expired(now time.Duration) {
 	switch {
 	case p.state == resolving:
 		p.fault(OpResolve, os.ErrDeadlineExceeded)
+	case p.state == connecting && now < p.connectBy && p.fd < 0: // the wait after errBusy is over
+		p.connect()
 	case p.state == connecting && now < p.connectBy:
 		p.next(os.ErrDeadlineExceeded)
 	case p.state == connecting:
@@ -237,7 +250,7 @@ func (p *dial) expired(now time.Duration) {
 		p.finish(ErrSilent)
 	default:
 		// An association has no target that could be silent; a reply that never ends is not the target's either.
-		p.fault(OpHandshake, os.ErrDeadlineExceeded)
+		p.broken(os.ErrDeadlineExceeded)
 	}
 }
 
@@ -260,6 +273,10 @@ func (p *dial) ready(events uint32) {
 		p.state = shaking
 		p.d.timers.set(p, p.d.now()+time.Duration(p.d.handshakeTimeout.Load()))
 		p.c.reached(p.addrs[p.at])
+		if err := p.newHandshake(); err != nil {
+			p.finish(err)
+			return
+		}
 	}
 	p.shake()
 }
@@ -275,7 +292,7 @@ func (p *dial) shake() {
 				return
 			}
 			if err != nil {
-				p.fault(p.op(), err)
+				p.broken(err)
 				return
 			}
 			p.hs.Sent(n)
@@ -303,20 +320,11 @@ func (p *dial) shake() {
 			err = errEOF
 		}
 		if err != nil {
-			p.fault(p.op(), err)
+			p.broken(err)
 			return
 		}
 		if err := p.hs.Received(n); err != nil {
-			var r Reply
-			if errors.As(err, &r) {
-				p.refused(r)
-				return
-			}
-			op := p.op()
-			if errors.Is(err, ErrMethod) {
-				op = OpAuthenticate
-			}
-			p.fault(op, err)
+			p.answered(err)
 			return
 		}
 		if n < len(in) {
@@ -326,20 +334,64 @@ func (p *dial) shake() {
 	p.granted()
 }
 
-// refused ends the dial by the server's word.
-func (p *dial) refused(r Reply) {
-	if r == ReplyGeneralFailure && p.cmd == CmdConnect && p.d.now()-p.asked > lateReply {
-		p.finish(fmt.Errorf("%w: %w", ErrLate, r))
-		return
+// answered ends the dial by an answer that is no grant.
+func (p *dial) answered(err error) {
+	var r Reply
+	switch {
+	case errors.As(err, &r) && r == ReplyAddrTypeNotSupported && p.cmd == CmdAssociate && !p.flipped:
+		// A dante without IPv6 refuses ::, though it could relay. The next request needs a connection of its own.
+		p.flipped, p.asked = true, 0
+		p.drop()
+		p.connectBy = p.d.now() + time.Duration(p.d.connectTimeout.Load())
+		p.connect()
+	case errors.As(err, &r) && r == ReplyGeneralFailure && p.cmd == CmdConnect && p.d.now()-p.asked > lateReply:
+		p.finish(fmt.Errorf("%w: %w", ErrLate, err))
+	case errors.As(err, &r):
+		p.finish(err)
+	case errors.Is(err, ErrMethod) || errors.Is(err, ErrCredentials):
+		p.fault(OpAuthenticate, err)
+	default:
+		p.fault(OpHandshake, err)
 	}
-	p.finish(r)
 }
 
-func (p *dial) op() string {
-	if p.hs.authenticating() {
-		return OpAuthenticate
+// broken ends the dial when the server closed the connection or hung in the handshake.
+func (p *dial) broken(err error) {
+	switch {
+	case !p.hs.LoggingIn():
+		p.fault(OpHandshake, err)
+	case p.c.server.HasPassword():
+		p.fault(OpAuthenticate, err)
+	default:
+		p.fault(OpAuthenticate, fmt.Errorf("%w: %w", ErrNoPassword, err))
 	}
-	return OpHandshake
+}
+
+// check finds what the protocol cannot express before a connection is made for it.
+func (p *dial) check() error {
+	if p.cmd != CmdAssociate && p.c.server.proto == protoSOCKS5 {
+		return p.dst.check()
+	}
+	return p.newHandshake()
+}
+
+// newHandshake begins the handshake of a connection.
+func (p *dial) newHandshake() (err error) {
+	if p.cmd == CmdAssociate {
+		p.dst = p.zeros()
+	}
+	p.hs, err = newHandshake(&p.hs5, p.c.server.proto, p.c.server.login, p.cmd, p.dst)
+	return err
+}
+
+// zeros is what ASSOCIATE asks with: no endpoint of the family of the control connection, since a server may take it for the
+// family of the relay that is wanted.
+func (p *dial) zeros() Addr {
+	v6 := p.at < len(p.addrs) && p.addrs[p.at].Addr().Is6()
+	if v6 != p.flipped {
+		return Addr{IP: netip.IPv6Unspecified()}
+	}
+	return Addr{IP: netip.IPv4Unspecified()}
 }
 
 // want changes the watched events.

@@ -353,7 +353,7 @@ func TestFaults(t *testing.T) {
 func TestLateFailure(t *testing.T) {
 	_, c, srv := setup(t, Options{})
 	srv.SetFault(func(sockstest.Request) sockstest.Fault {
-		return sockstest.Fault{Reply: 1, Delay: 3200*time.Millisecond}
+		return sockstest.Fault{Reply: 1, Delay: 3200 * time.Millisecond}
 	})
 	_, err := connect(t, c, context.Background(), testDst)
 	if !errors.Is(err, ErrLate) || !errors.Is(err, ReplyGeneralFailure) {

@@ -150,14 +150,16 @@ func (d *Dialer) Stats() Stats {
 type Client struct {
 	d      *Dialer
 	server Server
-	fixed  []netip.AddrPort // the address, when the server is given by one
+	fixed  []netip.AddrPort // the address, when the server is given by one; for a unix socket no address
 	names  lookup           // the loop's alone
 }
 
 // Client is s seen through d. Clients of one server each keep its addresses for themselves: make one and share it.
 func (d *Dialer) Client(s Server) *Client {
 	c := &Client{d: d, server: s}
-	if ip, ok := s.addr(); ok {
+	if s.path != "" {
+		c.fixed = make([]netip.AddrPort, 1) // one attempt, at no address
+	} else if ip, ok := s.addr(); ok {
 		c.fixed = []netip.AddrPort{netip.AddrPortFrom(ip, s.port)}
 	}
 	return c
@@ -176,10 +178,10 @@ func (c *Client) Connect(ctx context.Context, dst Addr, done func(fd int, err er
 
 // Associate asks the server for an association and returns at once. done is called as by Connect, with an Association
 // that the receiver must Close. DST is all zeros, since our own endpoint is not known before the relay is
-// (RFC 1928, section 4).
+// (RFC 1928, section 4); its family is that of the control connection, and then the other one if the server refuses that
+// with reply 8.
 func (c *Client) Associate(ctx context.Context, done func(*Association, error)) {
-	zero := Addr{IP: netip.IPv4Unspecified()}
-	c.d.start(&dial{d: c.d, c: c, ctx: ctx, cmd: CmdAssociate, dst: zero, assocDone: done})
+	c.d.start(&dial{d: c.d, c: c, ctx: ctx, cmd: CmdAssociate, assocDone: done})
 }
 
 // DialDirect connects to dst without a server. done is called as by Connect; an error wraps the errno, or ErrSilent when

@@ -20,9 +20,12 @@ var (
 
 	// ErrCredentials: the server refused the user and password (RFC 1929). Inside a *ServerError.
 	ErrCredentials = errors.New("user or password refused")
+	// ErrNoPassword: the server hung or closed when it was given a user without a password (socksv5 and
+	// @pondwader/socks5-server do so). Inside a *ServerError, with what happened.
+	ErrNoPassword = errors.New("it takes no user without a password")
 	// ErrMethod: the server accepts none of the authentication methods that were offered. Inside a *ServerError.
 	ErrMethod = errors.New("no offered authentication method is accepted")
-	// ErrMalformed: the server's answer is not SOCKS5. Inside a *ServerError.
+	// ErrMalformed: the server's answer is not of the protocol that its URL names. Inside a *ServerError.
 	ErrMalformed = errors.New("malformed answer")
 )
 

@@ -11,6 +11,7 @@ type Command byte
 // The commands that a Handshake can send.
 const (
 	CmdConnect   Command = 1
+	CmdBind      Command = 2
 	CmdAssociate Command = 3
 )
 
@@ -43,20 +44,8 @@ const (
 	granted
 )
 
-// Handshake is the client's side of RFC 1928 and RFC 1929 without I/O. Client and server speak in turns, so at any time
-// either Output or Input has something:
-//
-//	for !h.Done() {
-//		if out := h.Output(); len(out) > 0 {
-//			h.Sent(write(out))
-//		} else if err := h.Received(read(h.Input())); err != nil {
-//			return err
-//		}
-//	}
-//
-// Input never asks for a byte behind the reply, so what the target says first stays in the socket. A Handshake belongs
-// to one goroutine and must not be copied once used.
-type Handshake struct {
+// socks5 is the Handshake of RFC 1928 and RFC 1929. It must not be copied once used.
+type socks5 struct {
 	phase phase
 	cmd   Command
 	login *login
@@ -66,27 +55,16 @@ type Handshake struct {
 	n     int    // how much of buf was sent or received
 }
 
-// NewHandshake starts a handshake that asks for dst with the credentials of s, if it has any. An error means that the
-// request can't be put into words: dst is empty or its name too long.
-func NewHandshake(s Server, cmd Command, dst Addr) (*Handshake, error) {
-	h := new(Handshake)
-	return h, h.start(s.login, cmd, dst)
-}
-
-func (h *Handshake) start(l *login, cmd Command, dst Addr) error {
-	if err := dst.check(); err != nil {
-		return fmt.Errorf("cannot ask for %v: %w", dst, err)
-	}
-	*h = Handshake{cmd: cmd, login: l, dst: dst}
+func (h *socks5) start(l *login, cmd Command, dst Addr) {
+	*h = socks5{cmd: cmd, login: l, dst: dst}
 	h.buf = append(make([]byte, 0, 32), version, 1, methodNone)
 	if l != nil {
 		h.buf = append(h.buf[:1], 2, methodNone, methodUser)
 	}
-	return nil
 }
 
-// Output is what is to be sent now, empty when it is the server's turn.
-func (h *Handshake) Output() []byte {
+// Output implements Handshake.
+func (h *socks5) Output() []byte {
 	switch h.phase {
 	case sendGreeting, sendLogin, sendRequest:
 		return h.buf[h.n:]
@@ -94,8 +72,8 @@ func (h *Handshake) Output() []byte {
 	return nil
 }
 
-// Sent tells that n bytes of Output were sent.
-func (h *Handshake) Sent(n int) {
+// Sent implements Handshake.
+func (h *socks5) Sent(n int) {
 	if h.n += n; h.n < len(h.buf) {
 		return
 	}
@@ -110,9 +88,8 @@ func (h *Handshake) Sent(n int) {
 	}
 }
 
-// Input is the room for the bytes that are needed next: all of it may be read, and nothing more. It is empty when it is
-// our turn, or when all is done.
-func (h *Handshake) Input() []byte {
+// Input implements Handshake.
+func (h *socks5) Input() []byte {
 	switch h.phase {
 	case recvMethod, recvLogin, recvHead, recvTail:
 		return h.buf[h.n:]
@@ -120,9 +97,8 @@ func (h *Handshake) Input() []byte {
 	return nil
 }
 
-// Received tells that n bytes of Input were filled. What is wrong is told at its first wrong byte: ErrMalformed,
-// ErrMethod, ErrCredentials, or a Reply. After an error the Handshake is of no more use.
-func (h *Handshake) Received(n int) error {
+// Received implements Handshake. What is wrong is told at its first wrong byte.
+func (h *socks5) Received(n int) error {
 	h.n += n
 	got := h.buf[:h.n]
 	if len(got) == 0 {
@@ -151,33 +127,38 @@ func (h *Handshake) Received(n int) error {
 	return nil
 }
 
-// Done reports whether the request was granted.
-func (h *Handshake) Done() bool { return h.phase == granted }
+// Done implements Handshake.
+func (h *socks5) Done() bool { return h.phase == granted }
 
-// Bound is BND.ADDR and BND.PORT of the reply, once Done.
-func (h *Handshake) Bound() Addr { return h.bound }
+// Bound implements Handshake: BND.ADDR and BND.PORT.
+func (h *socks5) Bound() Addr { return h.bound }
 
-// Requested reports whether the whole request was sent: from then on the server may be waiting for the target.
-func (h *Handshake) Requested() bool { return h.phase >= recvHead }
+// Requesting implements Handshake.
+func (h *socks5) Requesting() bool { return h.phase == sendRequest }
 
-// Answered reports whether a byte of the reply came.
-func (h *Handshake) Answered() bool { return h.phase > recvHead || h.phase == recvHead && h.n > 0 }
+// Requested implements Handshake.
+func (h *socks5) Requested() bool { return h.phase >= recvHead }
 
-// authenticating reports whether user and password are on their way.
-func (h *Handshake) authenticating() bool { return h.phase == sendLogin || h.phase == recvLogin }
+// Answered implements Handshake.
+func (h *socks5) Answered() bool { return h.phase > recvHead || h.phase == recvHead && h.n > 0 }
+
+// LoggingIn implements Handshake.
+func (h *socks5) LoggingIn() bool { return h.phase == sendLogin || h.phase == recvLogin }
+
+func (h *socks5) again() { h.expect(recvHead, headLen) }
 
 // send makes h.buf, which was just written, the message of phase p.
-func (h *Handshake) send(p phase, buf []byte) { h.phase, h.buf, h.n = p, buf, 0 }
+func (h *socks5) send(p phase, buf []byte) { h.phase, h.buf, h.n = p, buf, 0 }
 
 // expect makes room for the n bytes of phase p.
-func (h *Handshake) expect(p phase, n int) {
+func (h *socks5) expect(p phase, n int) {
 	if cap(h.buf) < n {
 		h.buf = make([]byte, n)
 	}
 	h.phase, h.buf, h.n = p, h.buf[:n], 0
 }
 
-func (h *Handshake) method(got []byte) error {
+func (h *socks5) method(got []byte) error {
 	if got[0] != version {
 		return fmt.Errorf("%w: SOCKS version %d", ErrMalformed, got[0])
 	}
@@ -194,6 +175,8 @@ func (h *Handshake) method(got []byte) error {
 		h.send(sendLogin, append(b, h.login.pass...))
 	case m == methodFail && h.login == nil:
 		return fmt.Errorf("%w: it may want a user and a password", ErrMethod)
+	case m == methodUser: // mihomo chooses it although it was not offered
+		return fmt.Errorf("%w: it wants a user and a password", ErrMethod)
 	case m == methodFail:
 		return ErrMethod
 	default:
@@ -202,25 +185,24 @@ func (h *Handshake) method(got []byte) error {
 	return nil
 }
 
-func (h *Handshake) request() {
+func (h *socks5) request() {
 	h.send(sendRequest, appendAddr(append(h.buf[:0], version, byte(h.cmd), 0), h.dst))
 }
 
 // head checks the reply as far as it came and, when the length is known, asks for the rest. The rest of a refusal is
-// not needed, nor looked at: servers are careless with it.
-func (h *Handshake) head(got []byte) error {
+// not waited for, nor looked at: servers are careless with it, and some end behind its code.
+func (h *socks5) head(got []byte) error {
 	if got[0] != version {
 		return fmt.Errorf("%w: SOCKS version %d", ErrMalformed, got[0])
 	}
-	refused := len(got) > 1 && got[1] != 0
-	if len(got) > 3 && !refused && got[3] != atypIPv4 && got[3] != atypName && got[3] != atypIPv6 {
+	if len(got) > 1 && got[1] != 0 {
+		return Reply(got[1])
+	}
+	if len(got) > 3 && got[3] != atypIPv4 && got[3] != atypName && got[3] != atypIPv6 {
 		return fmt.Errorf("%w: address type %d", ErrMalformed, got[3])
 	}
 	if len(got) < headLen {
 		return nil
-	}
-	if refused {
-		return Reply(got[1])
 	}
 	n := 4 + 4 + 2
 	switch got[3] {
@@ -239,7 +221,7 @@ func (h *Handshake) head(got []byte) error {
 	return nil
 }
 
-func (h *Handshake) tail(b []byte) {
+func (h *socks5) tail(b []byte) {
 	port := uint16(b[len(b)-2])<<8 | uint16(b[len(b)-1])
 	switch b[3] {
 	case atypIPv4:

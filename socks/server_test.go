@@ -44,7 +44,7 @@ func TestParseServerRefuses(t *testing.T) {
 		"", "10.0.0.1:1080", "hunter2", "socks5:", "socks5://", "socks5://:1080", "socks5://h:0", "socks5://h:65536", "socks5://h:x",
 		"socks5://h:1/path", "socks5://h:1?q=hunter2", "socks5://h:1#hunter2", "socks5://alice:hunter2/x@h:1", "socks5://alice:hunter2#@h:1",
 		"socks5://alice:hunter2%zz@h:1", "socks5://:hunter2@h:1", "socks5://a:" + strings.Repeat("hunter2", 40) + "@h:1",
-		"socks4://h:1", "socks4a://h:1", "socks5://" + strings.Repeat("h", 256), "hunter2://h:1", "socks5:hunter2",
+		"socks5://" + strings.Repeat("h", 256), "hunter2://h:1", "socks5:hunter2",
 		"socks5://2001:db8::1", "socks5://[fe80::1]:1080", "socks5://a:hunter2%zz@[fe80::1%eth0]", "socks5://a:[hunter2%41]@h", "socks5://::1:1080", "socks5://h:1:2",
 	} {
 		s, err := ParseServer(url)

@@ -1,6 +1,7 @@
 package sockstest
 
 import (
+	"crypto/tls"
 	"io"
 	"net"
 	"time"
@@ -117,7 +118,7 @@ func (s *Server) faultFor(stage Stage, r Request) Fault {
 }
 
 // answer sends b as f says. False: that was all, the connection is over.
-func (s *Server) answer(c *net.TCPConn, f Fault, b []byte) bool {
+func (s *Server) answer(c stream, f Fault, b []byte) bool {
 	if f.Delay > 0 && !s.wait(f.Delay) {
 		return false
 	}
@@ -152,10 +153,13 @@ func (s *Server) answer(c *net.TCPConn, f Fault, b []byte) bool {
 }
 
 // end ends the connection; the caller closes it.
-func (s *Server) end(c *net.TCPConn, e End) {
+func (s *Server) end(c stream, e End) {
 	switch e {
 	case RST:
 		setLinger0(c)
+		if t, ok := c.(*tls.Conn); ok {
+			t.NetConn().Close() // without close_notify
+		}
 	case Hold:
 		c.SetDeadline(time.Time{})
 		io.Copy(io.Discard, c)
@@ -180,6 +184,9 @@ func (s *Server) wait(d time.Duration) bool {
 }
 
 func setLinger0(c net.Conn) {
+	if t, ok := c.(*tls.Conn); ok {
+		c = t.NetConn()
+	}
 	if t, ok := c.(*net.TCPConn); ok {
 		t.SetLinger(0)
 	}

@@ -2,6 +2,7 @@ package sockstest
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -14,46 +15,86 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// serve is one connection of a client, from greeting to end. The caller closes c.
-func (s *Server) serve(c *net.TCPConn) {
+// stream is a connection of a client: TCP, a unix socket, or TLS.
+type stream interface {
+	net.Conn
+	CloseWrite() error
+}
+
+// exchange is a request and how it is answered in its protocol.
+type exchange struct {
+	Request
+	reply func(code byte, bound Addr) []byte
+}
+
+// serve is one connection of a client, from greeting to end; its first byte tells the protocol. The caller closes c, or what
+// it encrypts.
+func (s *Server) serve(c stream) {
 	c.SetDeadline(time.Now().Add(helloLimit))
-	req := Request{Time: time.Now(), Client: unmap(c.RemoteAddr())}
-	if !s.greet(c, &req) {
+	var version [1]byte
+	if _, err := io.ReadFull(c, version[:]); err != nil {
 		return
+	}
+	x := exchange{Request: Request{Time: time.Now(), Client: unmap(c.RemoteAddr())}}
+	var ok bool
+	switch v := version[0]; {
+	case v == 5:
+		ok = s.hear5(c, &x)
+	case v == 4:
+		ok = s.hear4(c, &x)
+	case v >= 'A' && v <= 'Z':
+		ok = s.hearHTTP(c, v, &x)
+	}
+	if !ok {
+		return
+	}
+	x.Time = time.Now()
+	s.logRequest(x.Request)
+	c.SetDeadline(time.Time{})
+	f := s.faultFor(AtRequest, x.Request)
+	switch {
+	case f.refuses():
+		s.answer(c, f, x.reply(f.Reply, Addr{}))
+	case x.Cmd == CmdConnect && x.Dst.Name == uotName:
+		s.overTCP(c, x, f)
+	case x.Cmd == CmdConnect:
+		s.connect(c, x, f)
+	case x.Cmd == CmdBind:
+		s.bind(c, x, f)
+	case x.Cmd == CmdAssociate:
+		s.associate(c, x.Request, f)
+	case s.tor && (x.Cmd == CmdResolve || x.Cmd == CmdResolvePTR):
+		s.torResolve(c, x, f)
+	default:
+		f.Reply = 7
+		s.answer(c, f, x.reply(7, Addr{}))
+	}
+}
+
+// hear5 reads a request of SOCKS5 behind its first byte. False: the connection is over.
+func (s *Server) hear5(c stream, x *exchange) bool {
+	if !s.greet(c, &x.Request) {
+		return false
 	}
 	var head [4]byte
 	if _, err := io.ReadFull(c, head[:]); err != nil || head[0] != 5 {
-		return
+		return false
 	}
 	dst, err := readAddr(c, head[3])
 	if err != nil {
 		if errors.Is(err, errAddrType) {
 			c.Write(reply(8, Addr{}))
 		}
-		return
+		return false
 	}
-	req.Cmd, req.Dst, req.Time = head[1], dst, time.Now()
-	s.logRequest(req)
-	c.SetDeadline(time.Time{})
-
-	f := s.faultFor(AtRequest, req)
-	switch {
-	case f.refuses():
-		s.answer(c, f, reply(f.Reply, Addr{}))
-	case req.Cmd == CmdConnect:
-		s.connect(c, req, f)
-	case req.Cmd == CmdAssociate:
-		s.associate(c, req, f)
-	default:
-		f.Reply = 7
-		s.answer(c, f, reply(7, Addr{}))
-	}
+	x.Cmd, x.Dst, x.reply = head[1], dst, reply
+	return true
 }
 
 // greet chooses the method and checks the credentials. False: the connection is over.
-func (s *Server) greet(c *net.TCPConn, req *Request) bool {
+func (s *Server) greet(c stream, req *Request) bool {
 	var b [512]byte
-	if _, err := io.ReadFull(c, b[:2]); err != nil || b[0] != 5 {
+	if _, err := io.ReadFull(c, b[1:2]); err != nil {
 		return false
 	}
 	methods := b[2 : 2+int(b[1])]
@@ -96,18 +137,18 @@ func (s *Server) greet(c *net.TCPConn, req *Request) bool {
 	return s.answer(c, f, []byte{1, f.Reply})
 }
 
-func (s *Server) connect(c *net.TCPConn, req Request, f Fault) {
+func (s *Server) connect(c stream, x exchange, f Fault) {
 	ctx, cancel := context.WithTimeout(s.ctx, dialLimit)
 	defer cancel()
 	stop := watchGone(c, cancel)
-	far, err := s.reach(ctx, req.Dst)
+	far, err := s.reach(ctx, x.Dst)
 	stop()
 	if err != nil {
 		if ctx.Err() == context.Canceled {
 			return // the client is gone, or the server is closed
 		}
 		f.Reply = replyFor(err)
-		s.answer(c, f, reply(f.Reply, Addr{}))
+		s.answer(c, f, x.reply(f.Reply, Addr{}))
 		return
 	}
 	defer far.Close()
@@ -116,12 +157,19 @@ func (s *Server) connect(c *net.TCPConn, req Request, f Fault) {
 		b := AddrFrom(unmap(far.LocalAddr()))
 		bound = &b
 	}
-	if !s.answer(c, f, reply(0, *bound)) {
+	if !s.answer(c, f, x.reply(0, *bound)) {
 		return
 	}
+	s.relay(c, far)
+}
+
+// relay copies until both directions are over.
+func (s *Server) relay(c stream, far net.Conn) {
 	defer context.AfterFunc(s.ctx, func() { far.Close() })()
-	if t, ok := far.(*net.TCPConn); ok {
-		relayTCP(c, t)
+	a, aok := c.(*net.TCPConn)
+	b, bok := far.(*net.TCPConn)
+	if aok && bok {
+		relayTCP(a, b)
 		return
 	}
 	relayAny(c, far)
@@ -198,9 +246,13 @@ func replyFor(err error) byte {
 }
 
 // watchGone calls gone when the client ends its connection while nothing reads it. stop ends the watch, and waits.
-func watchGone(c *net.TCPConn, gone func()) (stop func()) {
+func watchGone(c stream, gone func()) (stop func()) {
 	done := make(chan struct{})
-	rc, err := c.SyscallConn()
+	var under net.Conn = c
+	if t, ok := c.(*tls.Conn); ok {
+		under = t.NetConn()
+	}
+	rc, err := under.(syscall.Conn).SyscallConn()
 	if err != nil {
 		gone()
 		return func() {}
@@ -219,9 +271,9 @@ func watchGone(c *net.TCPConn, gone func()) (stop func()) {
 		}
 	}()
 	return func() {
-		c.SetReadDeadline(time.Unix(1, 0))
+		under.SetReadDeadline(time.Unix(1, 0))
 		<-done
-		c.SetReadDeadline(time.Time{})
+		under.SetReadDeadline(time.Time{})
 	}
 }
 

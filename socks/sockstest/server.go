@@ -2,6 +2,7 @@ package sockstest
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -94,6 +95,9 @@ type Server struct {
 	resolve       func(name string) (netip.Addr, error)
 	redirectsOnly bool
 	netns         string
+	tls           *tls.Config
+	tor           bool
+	names         map[netip.Addr]string // for RESOLVE_PTR
 
 	ln     net.Listener
 	ctx    context.Context
@@ -128,7 +132,7 @@ type Stats struct {
 	UDPDropped       uint64 // datagrams with a bad header, from strangers, or to nowhere
 }
 
-// Listen starts a server. network is tcp, tcp4 or tcp6.
+// Listen starts a server. network is tcp, tcp4, tcp6 or unix.
 func Listen(network, addr string, opts ...Option) (*Server, error) {
 	s := &Server{
 		conns: map[net.Conn]struct{}{}, assocs: map[*Association]struct{}{},
@@ -194,7 +198,11 @@ func (s *Server) accept() {
 		s.n.accepted.Add(1)
 		s.wg.Go(func() {
 			defer s.untrack(c)
-			s.serve(c.(*net.TCPConn))
+			if s.tls != nil {
+				s.serve(tls.Server(c, s.tls))
+				return
+			}
+			s.serve(c.(stream))
 		})
 	}
 }
@@ -219,14 +227,22 @@ func (s *Server) untrack(c net.Conn) {
 	s.n.open.Add(-1)
 }
 
-// Addr is where the server listens.
+// Addr is where the server listens; invalid for a unix socket.
 func (s *Server) Addr() netip.AddrPort {
+	if _, ok := s.ln.Addr().(*net.UnixAddr); ok {
+		return netip.AddrPort{}
+	}
 	ap := s.ln.Addr().(*net.TCPAddr).AddrPort()
 	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
-// URL is socks5://host:port of the server, without credentials.
-func (s *Server) URL() string { return "socks5://" + s.Addr().String() }
+// URL is socks5://host:port of the server, or socks5+unix://path, without credentials.
+func (s *Server) URL() string {
+	if a, ok := s.ln.Addr().(*net.UnixAddr); ok {
+		return "socks5+unix://" + a.Name
+	}
+	return "socks5://" + s.Addr().String()
+}
 
 // Redirect makes the server use the endpoint to when it is asked for from, for TCP and UDP; what comes from to is said
 // to come from from. A test names addresses of documentation in this way and listens on loopback. A zero to ends it.

@@ -234,8 +234,8 @@ func TestDialRefused(t *testing.T) {
 	if _, code, _ := request(t, s, CmdConnect, AddrFrom(at)); code != 5 {
 		t.Fatalf("reply %d", code)
 	}
-	if _, code, _ := request(t, s, CmdBind, AddrFrom(at)); code != 7 {
-		t.Fatalf("reply %d to BIND", code)
+	if _, code, _ := request(t, s, 9, AddrFrom(at)); code != 7 {
+		t.Fatalf("reply %d to an unknown command", code)
 	}
 }
 

@@ -13,7 +13,7 @@ import (
 // Association is one UDP ASSOCIATE of a client, and the way for a test to meddle with it.
 type Association struct {
 	s     *Server
-	c     *net.TCPConn
+	c     stream
 	req   Request
 	relay *net.UDPConn // toward the client
 
@@ -24,7 +24,7 @@ type Association struct {
 	out    [2]*net.UDPConn // toward the world, one each for IPv4 and IPv6, made when first needed
 }
 
-func (s *Server) associate(c *net.TCPConn, req Request, f Fault) {
+func (s *Server) associate(c stream, req Request, f Fault) {
 	if s.n.assocsOpen.Load() >= maxAssocs {
 		s.answer(c, Reply(1), reply(1, Addr{}))
 		return
@@ -249,7 +249,7 @@ func (a *Association) SendStranger(b []byte) error {
 // Cut ends the control connection from the server's side, and with it the association.
 func (a *Association) Cut(end End) {
 	if end == RST {
-		a.c.SetLinger(0)
+		setLinger0(a.c)
 	}
 	a.c.Close()
 }

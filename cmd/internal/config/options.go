@@ -67,6 +67,8 @@ is a name or an address (IPv6 in brackets); the port may be left out and is then
 and
 .Cm socks ,
 which desktops write, mean the same.
+Other kinds of proxies and how they are reached are described in
+.Sx PROXIES .
 A link-local address needs the device that it is reached by:
 .Ar socks5://[fe80::1%25eth0]:1080 .
 A password given here is wiped from the process title at once, but stays in the history of the shell:

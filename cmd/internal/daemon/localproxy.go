@@ -127,6 +127,9 @@ func (p *localProxy) find(diag *netns.Diag) {
 
 // proxyAddrs are the addresses of a proxy as far as they are known; nothing is asked.
 func (u *up) proxyAddrs(s socks.Server) (out []netip.Addr) {
+	if s.Unix() != "" {
+		return nil // who listens there is not looked for: see the manual
+	}
 	host := strings.TrimSuffix(s.Host(), ".")
 	if a, err := netip.ParseAddr(host); err == nil {
 		return []netip.Addr{a.Unmap()}

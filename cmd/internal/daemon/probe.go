@@ -44,6 +44,43 @@ func probe(ctx context.Context, cfg *config.Config, dial dialing) error {
 
 func probeServer(ctx context.Context, s socks.Server, dial dialing, connectTimeout time.Duration) error {
 	fail := func(op string, err error) error { return &socks.ServerError{Server: s.String(), Op: op, Err: err} }
+	conn, op, err := reach(ctx, s, dial, connectTimeout)
+	if err != nil {
+		return fail(op, err)
+	}
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+
+	h, err := socks.NewHandshake(s, socks.CmdConnect, socks.Addr{Name: "localhost", Port: 1}) // the request is not sent
+	if err != nil {
+		return err
+	}
+	// The greeting, and then the login if the server chose it. SOCKS4 and HTTP have neither.
+	for !h.Requesting() {
+		if err := write(conn, h); err != nil {
+			return fail(socks.OpHandshake, err)
+		}
+		err := read(conn, h)
+		if err != nil && h.LoggingIn() && s.HasCredentials() && !s.HasPassword() && !errors.Is(err, socks.ErrCredentials) {
+			return fail(socks.OpAuthenticate, fmt.Errorf("%w: %w", socks.ErrNoPassword, err))
+		}
+		if errors.Is(err, socks.ErrCredentials) || errors.Is(err, socks.ErrMethod) {
+			return fail(socks.OpAuthenticate, err)
+		}
+		if err != nil {
+			return fail(socks.OpHandshake, err)
+		}
+	}
+	return nil
+}
+
+// reach connects to a server, to one of its addresses or to its socket. op is what failed.
+func reach(ctx context.Context, s socks.Server, dial dialing, timeout time.Duration) (conn net.Conn, op string, err error) {
+	if path := s.Unix(); path != "" {
+		conn, err = (&net.Dialer{Timeout: timeout}).DialContext(ctx, "unix", path)
+		return conn, socks.OpConnect, err
+	}
 	resolve := dial.resolve
 	if resolve == nil {
 		resolve = func(ctx context.Context, host string) ([]netip.Addr, error) {
@@ -55,46 +92,18 @@ func probeServer(ctx context.Context, s socks.Server, dial dialing, connectTimeo
 		err = errors.New("no address")
 	}
 	if err != nil {
-		return fail(socks.OpResolve, err)
+		return nil, socks.OpResolve, err
 	}
-	d := net.Dialer{Timeout: connectTimeout, Control: rawControl(dial.control)}
-	var conn net.Conn
+	d := net.Dialer{Timeout: timeout, Control: rawControl(dial.control)}
 	for _, a := range addrs {
 		if conn, err = d.DialContext(ctx, "tcp", net.JoinHostPort(a.Unmap().String(), strconv.Itoa(int(s.Port())))); err == nil {
 			break
 		}
 	}
-	if err != nil {
-		return fail(socks.OpConnect, err)
-	}
-	defer conn.Close()
-	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
-
-	h, err := socks.NewHandshake(s, socks.CmdConnect, socks.Addr{Name: "localhost", Port: 1}) // the request is not sent
-	if err != nil {
-		return err
-	}
-	// The greeting, and then the login if the server chose it.
-	for turn := range 2 {
-		if err := write(conn, h); err != nil {
-			return fail(socks.OpHandshake, err)
-		}
-		method, err := read(conn, h)
-		if errors.Is(err, socks.ErrCredentials) || errors.Is(err, socks.ErrMethod) {
-			return fail(socks.OpAuthenticate, err)
-		}
-		if err != nil {
-			return fail(socks.OpHandshake, err)
-		}
-		if turn == 0 && method == 0 { // RFC 1928 3: no authentication
-			break
-		}
-	}
-	return nil
+	return conn, socks.OpConnect, err
 }
 
-func write(conn net.Conn, h *socks.Handshake) error {
+func write(conn net.Conn, h socks.Handshake) error {
 	for out := h.Output(); len(out) > 0; out = h.Output() {
 		n, err := conn.Write(out)
 		if err != nil {
@@ -105,21 +114,20 @@ func write(conn net.Conn, h *socks.Handshake) error {
 	return nil
 }
 
-// read hands over one answer of the server and gives its last byte.
-func read(conn net.Conn, h *socks.Handshake) (last byte, err error) {
+// read hands over one answer of the server.
+func read(conn net.Conn, h socks.Handshake) error {
 	for in := h.Input(); len(in) > 0; in = h.Input() {
 		n, err := conn.Read(in)
 		if n > 0 {
-			last = in[n-1]
 			if err := h.Received(n); err != nil {
-				return last, err
+				return err
 			}
 		}
 		if err != nil {
-			return last, err
+			return err
 		}
 	}
-	return last, nil
+	return nil
 }
 
 // proxyFault is why a proxy can't be used, in words for the user.
@@ -142,7 +150,7 @@ func explain(s socks.Server, err error) error {
 }
 
 func inWords(s socks.Server, err error) error {
-	where := net.JoinHostPort(s.Host(), strconv.Itoa(int(s.Port())))
+	where := s.Where()
 	var fault *socks.ServerError
 	if !errors.As(err, &fault) {
 		return err
@@ -171,6 +179,10 @@ func inWords(s socks.Server, err error) error {
 		return fmt.Errorf("cannot reach the proxy %s: %w", where, errno)
 	case fault.Op == socks.OpConnect:
 		return fmt.Errorf("cannot reach the proxy %s: %w", where, fault.Err)
+	case errors.Is(err, socks.ErrNoPassword):
+		return fmt.Errorf("cannot log in to the proxy %s: it does not answer a user without a password: give one with --password-file FILE", where)
+	case errors.Is(err, socks.ErrCredentials) && !s.HasPassword():
+		return fmt.Errorf("cannot log in to the proxy %s: it refused the user, who has no password: give one with --password-file FILE", where)
 	case errors.Is(err, socks.ErrCredentials):
 		return fmt.Errorf("cannot log in to the proxy %s: it refused the user or the password", where)
 	case errors.Is(err, socks.ErrMethod) && !s.HasCredentials():
@@ -178,11 +190,11 @@ func inWords(s socks.Server, err error) error {
 	case errors.Is(err, socks.ErrMethod):
 		return fmt.Errorf("cannot log in to the proxy %s: it takes no user and password, and wants something else", where)
 	case errors.Is(err, socks.ErrMalformed):
-		return fmt.Errorf("cannot use the proxy %s: what answers there does not speak SOCKS5", where)
+		return fmt.Errorf("cannot use the proxy %s: what answers there does not speak %s", where, s.Protocol())
 	case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET):
-		return fmt.Errorf("cannot use the proxy %s: it closed the connection: does it speak SOCKS5, and to us?", where)
+		return fmt.Errorf("cannot use the proxy %s: it closed the connection: does it speak %s, and to us?", where, s.Protocol())
 	case timeout:
-		return fmt.Errorf("cannot use the proxy %s: it does not answer: does it speak SOCKS5?", where)
+		return fmt.Errorf("cannot use the proxy %s: it does not answer: does it speak %s?", where, s.Protocol())
 	}
 	return fmt.Errorf("cannot use the proxy %s: %w", where, fault.Err)
 }

@@ -87,7 +87,7 @@ func TestReload(t *testing.T) {
 		t.Errorf("%v", all)
 	}
 
-	for _, bad := range []string{"proxy socks5://al:geheim@192.0.2.9:x", "proxy http://192.0.2.9", "nonsense", "proxy socks5://198.18.0.1"} {
+	for _, bad := range []string{"proxy socks5://al:geheim@192.0.2.9:x", "proxy ftp://192.0.2.9", "nonsense", "proxy socks5://198.18.0.1"} {
 		log.Reset()
 		write(bad)
 		u.reload()

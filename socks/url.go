@@ -1,0 +1,172 @@
+package socks
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"net/url"
+	"strconv"
+	"strings"
+)
+
+// Ports of URLs that name none.
+const (
+	defaultPort  = 1080
+	defaultHTTP  = 80
+	defaultHTTPS = 443
+)
+
+// maxPath is what sockaddr_un has room for, less the zero byte at either end.
+const maxPath = 107
+
+// The errors of ParseServer. No part of the URL is in them.
+var (
+	errURL      = errors.New("it must read SCHEME://[user[:password]@]host[:port], with special characters of the password as %XX")
+	errScheme   = errors.New("it must begin with socks5://, socks5h://, socks4://, socks4a:// or http://")
+	errUnix     = errors.New("the path of a unix socket is needed, as in socks5+unix:///run/proxy.sock or socks5+unix://@abstract")
+	errZone     = errors.New("a link-local address needs its device: socks5://[fe80::1%25eth0]:1080")
+	errHost     = errors.New("an IPv6 address stands in brackets: socks5://[2001:db8::1]:1080")
+	errLogin    = errors.New("user (1 to 255 bytes) or password (at most 255 bytes) has the wrong length")
+	errLogin4   = errors.New("SOCKS4 has a user and no password")
+	errUser4    = errors.New("a user of SOCKS4 has no zero byte")
+	errUserHTTP = errors.New("a user of HTTP has no colon")
+	errNoTLS    = errors.New("https and +tls are not supported yet")
+	errCarrier  = errors.New("only socks5, socks4 and socks4a have +tls, and they and http have +unix")
+)
+
+// ParseServer reads SCHEME://[user[:password]@]host[:port]. SCHEME is socks5 or socks5h (they are the same: names always
+// travel as names here), socks (SOCKS5, as desktops write it), socks4, socks4a, http or https; the port is 1080, 80 or 443
+// when left out. SOCKS+tls is SOCKS inside TLS. With +unix the user is followed by the path of a socket, or by @ and the name of
+// an abstract one. No part of rawurl is repeated in an error, since any may be a password that was not escaped.
+func ParseServer(rawurl string) (Server, error) {
+	s, err := parseServer(rawurl)
+	if err != nil {
+		return Server{}, fmt.Errorf("cannot use this proxy URL: %w", err)
+	}
+	return s, nil
+}
+
+func parseServer(rawurl string) (Server, error) {
+	scheme, rest, ok := strings.Cut(rawurl, "://")
+	if !ok {
+		return Server{}, errURL
+	}
+	s, err := parseScheme(strings.ToLower(scheme))
+	if err != nil {
+		return Server{}, err
+	}
+	if s.path != "" {
+		return s.parseUnix(rest)
+	}
+	return s.parseHost(rawurl)
+}
+
+// parseScheme gives what the scheme says. A path that is not empty says that the socket's is to follow.
+func parseScheme(scheme string) (s Server, err error) {
+	base, carrier, _ := strings.Cut(scheme, "+")
+	s.scheme, s.port = scheme, defaultPort
+	switch base {
+	case "socks": // what desktops write into ALL_PROXY, and mean SOCKS5 by
+		s.scheme = "socks5" + strings.TrimPrefix(scheme, base)
+	case "socks5", "socks5h":
+	case "socks4":
+		s.proto = protoSOCKS4
+	case "socks4a":
+		s.proto = protoSOCKS4a
+	case "http":
+		s.proto, s.port = protoHTTP, defaultHTTP
+	case "https":
+		s.proto, s.port, s.tls = protoHTTP, defaultHTTPS, true
+	default:
+		return Server{}, errScheme
+	}
+	switch {
+	case carrier == "" && base == scheme:
+	case carrier == "unix" && !s.tls:
+		s.path, s.port = "@", 0
+	case carrier == "tls" && s.proto != protoHTTP:
+		s.tls = true
+	default:
+		return Server{}, errCarrier
+	}
+	if s.tls {
+		return Server{}, errNoTLS
+	}
+	return s, nil
+}
+
+// parseHost reads a URL of which s is the scheme.
+func (s Server) parseHost(rawurl string) (Server, error) {
+	u, err := url.Parse(escapeZone(rawurl))
+	if err != nil {
+		return Server{}, errURL
+	}
+	host := u.Hostname()
+	if u.Opaque != "" || (u.Path != "" && u.Path != "/") || u.RawQuery != "" || u.Fragment != "" || host == "" || len(host) > maxName {
+		return Server{}, errURL
+	}
+	if strings.Contains(host, ":") && !strings.HasPrefix(u.Host, "[") { // the last part was taken for the port
+		return Server{}, errHost
+	}
+	if ip, err := netip.ParseAddr(host); err == nil && needsZone(ip) {
+		return Server{}, errZone
+	}
+	s.host = host
+	if p := u.Port(); p != "" {
+		n, err := strconv.ParseUint(p, 10, 16)
+		if err != nil || n == 0 {
+			return Server{}, errURL
+		}
+		s.port = uint16(n)
+	}
+	return s.withUserinfo(u.User)
+}
+
+// parseUnix reads what follows the scheme: [user[:password]@]/path or [user[:password]@]@name. What needs it is escaped by
+// %XX, in the path too.
+func (s Server) parseUnix(rest string) (Server, error) {
+	var user *url.Userinfo
+	if rest != "" && rest[0] != '/' && rest[0] != '@' {
+		login, path, ok := strings.Cut(rest, "@")
+		if !ok || path == "" || path[0] != '/' && path[0] != '@' {
+			return Server{}, errUnix
+		}
+		u, err := url.Parse("socks5://" + login + "@host")
+		if err != nil || u.Host != "host" {
+			return Server{}, errUnix
+		}
+		user, rest = u.User, path
+	}
+	path, err := url.PathUnescape(rest)
+	if err != nil || len(path) < 2 || len(path) > maxPath || strings.ContainsAny(path, "\x00?#") {
+		return Server{}, errUnix
+	}
+	s.path = path
+	return s.withUserinfo(user)
+}
+
+func (s Server) withUserinfo(u *url.Userinfo) (Server, error) {
+	if u == nil {
+		return s, nil
+	}
+	pass, _ := u.Password()
+	return s.WithCredentials(u.Username(), pass)
+}
+
+// needsZone reports whether ip stands for different hosts on different devices, and does not say which.
+func needsZone(ip netip.Addr) bool { return ip.Is6() && ip.IsLinkLocalUnicast() && ip.Zone() == "" }
+
+// escapeZone writes %25 for the percent sign before the zone of an address in brackets (RFC 6874), which people write as the
+// system prints it: [fe80::1%eth0].
+func escapeZone(rawurl string) string {
+	open := strings.LastIndexByte(rawurl, '[')
+	if open < 1 || !strings.ContainsRune("/@", rune(rawurl[open-1])) || strings.Contains(rawurl[open:], "@") {
+		return rawurl // no address in brackets: it may be in a password
+	}
+	length := strings.IndexByte(rawurl[open:], ']')
+	zone := strings.IndexByte(rawurl[open:], '%')
+	if zone < 0 || zone > length || strings.HasPrefix(rawurl[open+zone:], "%25") {
+		return rawurl
+	}
+	return rawurl[:open+zone] + "%25" + rawurl[open+zone+1:]
+}
