@@ -66,11 +66,13 @@ go build -o "$dir/bench" ./cmd/internal/bench
 scripts/lab.sh up >"$dir/lab.log" 2>&1 || { cat "$dir/lab.log" >&2; exit 1; }
 ulimit -n "$(ulimit -H -n)"
 
-# The far end of a crowd answers at every address of two networks.
+# The far end of a crowd answers at every address of two networks. A scan also tries two that never answer.
 ip -n "$LAB-world" route add local 10.9.0.0/16 dev lo
 ip -n "$LAB-world" route add local 2001:db8:9::/112 dev lo
-ip -n "$LAB-proxy" route add 10.9.0.0/16 via 203.0.113.2
-ip -n "$LAB-proxy" route add 2001:db8:9::/112 via 2001:db8:113::2
+ip -n "$LAB-world" route add blackhole 10.10.0.0/16
+ip -n "$LAB-world" route add blackhole 2001:db8:a::/112
+for net in 10.9.0.0/16 10.10.0.0/16; do ip -n "$LAB-proxy" route add "$net" via 203.0.113.2; done
+for net in 2001:db8:9::/112 2001:db8:a::/112; do ip -n "$LAB-proxy" route add "$net" via 2001:db8:113::2; done
 
 in_ns() { local ns=$1; shift; ip netns exec "$LAB-$ns" "$@"; }
 target=203.0.113.2:9000 proxy=10.66.0.1:1080

@@ -39,16 +39,21 @@ func (l *loader) to() netip.AddrPort {
 	if l.crowd == nil {
 		return l.target
 	}
-	// The first 256 are left out, and so is the end: they wrap before the network does.
-	n := 256 + l.crowd.next.Add(1)%(1<<16-512)
-	if l.crowd.v6 {
-		a := crowd6.Addr().As16()
-		a[14], a[15] = byte(n>>8), byte(n)
-		return netip.AddrPortFrom(netip.AddrFrom16(a), crowdPort)
+	return netip.AddrPortFrom(nth(l.crowd.next.Add(1), crowd4, crowd6, l.crowd.v6), crowdPort)
+}
+
+// nth is the address i of one of two networks, of 16 bits both. The first 256 are left out, and so is the end: they wrap before
+// the network does.
+func nth(i uint32, net4, net6 netip.Prefix, v6 bool) netip.Addr {
+	i = 256 + i%(1<<16-512)
+	if v6 {
+		a := net6.Addr().As16()
+		a[14], a[15] = byte(i>>8), byte(i)
+		return netip.AddrFrom16(a)
 	}
-	a := crowd4.Addr().As4()
-	a[2], a[3] = byte(n>>8), byte(n)
-	return netip.AddrPortFrom(netip.AddrFrom4(a), crowdPort)
+	a := net4.Addr().As4()
+	a[2], a[3] = byte(i>>8), byte(i)
+	return netip.AddrFrom4(a)
 }
 
 // hold brings n addresses into use for the case: by TCP, or by UDP if the case is one of UDP. release ends that.
@@ -68,7 +73,9 @@ func (l *loader) hold(n int, name string) (release func(), err error) {
 		release()
 		return nil, fmt.Errorf("cannot hold %d addresses: %w", n, err)
 	}
-	time.Sleep(time.Second) // what the opening left to do is done
+	if n > 0 {
+		time.Sleep(time.Second) // what the opening left to do is done
+	}
 	return release, nil
 }
 

@@ -64,3 +64,33 @@ func TestTable(t *testing.T) {
 		t.Errorf("beside the other build: %s, not %s", got, want)
 	}
 }
+
+// What was measured beside a case has a table of its own, which is there only if something was.
+func TestTableOfBesides(t *testing.T) {
+	const in = `{"mode":"native","round":1,"case":"churn","value":500,"unit":"conn/s",
+	"beside":[{"name":"download","value":8,"unit":"Gbit/s"},{"name":"round trip","p50_us":10,"p99_us":20}]}
+{"mode":"through","round":1,"case":"churn","value":400,"unit":"conn/s",
+	"beside":[{"name":"download","value":4,"unit":"Gbit/s"},{"name":"round trip","p50_us":30,"p99_us":40}]}
+{"mode":"through","round":2,"case":"churn","value":400,"unit":"conn/s",
+	"beside":[{"name":"download","value":6,"unit":"Gbit/s"},{"name":"round trip","p50_us":50,"p99_us":60}]}
+{"mode":"through","round":1,"case":"D1","value":4,"unit":"Gbit/s"}
+`
+	var out strings.Builder
+	if err := table(strings.NewReader(strings.ReplaceAll(in, "\n\t", "")), &out); err != nil {
+		t.Fatal(err)
+	}
+	_, second, ok := strings.Cut(out.String(), "meanwhile")
+	if !ok || strings.Contains(second, "D1") {
+		t.Fatalf("%s", &out)
+	}
+	for _, want := range []string{"churn download 8 5 0 Gbit/s 0 0 0 0 0 0", "churn round trip 0 0 0 10 40 0 20 50 0"} {
+		if !strings.Contains(strings.Join(strings.Fields(second), " "), want) {
+			t.Errorf("there is no %q in %s", want, second)
+		}
+	}
+	out.Reset()
+	err := table(strings.NewReader(`{"mode":"through","round":1,"case":"D1","value":4}`), &out)
+	if err != nil || strings.Contains(out.String(), "meanwhile") {
+		t.Errorf("%v, %s", err, &out)
+	}
+}

@@ -24,12 +24,32 @@ type result struct {
 	CPU     float64 `json:"cpu_s"`    // CPU seconds of the watched process meanwhile
 	RSS     int64   `json:"rss"`      // bytes, of the watched process at the end
 	PeakRSS int64   `json:"peak_rss"` // bytes, of the watched process so far
+
+	Beside []figure `json:"beside,omitempty"` // what was measured of others meanwhile
+	ownCPU bool     // CPU is set already: not all of the watched process's is the case's
+}
+
+// figure is one of those that a result has besides its own.
+type figure struct {
+	Name  string  `json:"name"`
+	Value float64 `json:"value,omitempty"`
+	Unit  string  `json:"unit,omitempty"`
+	P50us float64 `json:"p50_us,omitempty"`
+	P99us float64 `json:"p99_us,omitempty"`
+}
+
+// spread is the figure of how long each of some took.
+func spread(name string, took []time.Duration) figure {
+	f := figure{Name: name}
+	f.P50us, f.P99us = percentiles(took)
+	return f
 }
 
 type loader struct {
 	proxy   netip.AddrPort // invalid: plainly
 	target  netip.AddrPort
 	seconds time.Duration
+	watch   int    // process whose CPU time is noted; 0: none
 	crowd   *crowd // not nil: target is not used, each connection and socket has an address of its own
 }
 
@@ -55,6 +75,8 @@ var cases = map[string]func(*loader) (result, error){
 	"flooddown": (*loader).floodDown,
 	"idle2000":  func(l *loader) (result, error) { return l.idle(2000) },
 	"idle9500":  func(l *loader) (result, error) { return l.idle(9500) },
+	"scan":      (*loader).scan,
+	"churn":     (*loader).churn,
 }
 
 func loadMain(args []string) error {
@@ -90,6 +112,7 @@ func loadMain(args []string) error {
 	if *watch < 0 {
 		*watch = os.Getppid()
 	}
+	l.watch = *watch
 	if *held > crowdMost {
 		return fmt.Errorf("cannot hold %d addresses: %d at most", *held, crowdMost)
 	}
@@ -114,7 +137,9 @@ func loadMain(args []string) error {
 	if r.Seconds == 0 {
 		r.Seconds = time.Since(start).Seconds()
 	}
-	r.CPU = cpuSeconds(*watch) - before
+	if !r.ownCPU {
+		r.CPU = cpuSeconds(*watch) - before
+	}
 	r.RSS, r.PeakRSS = memory(*watch)
 	return json.NewEncoder(os.Stdout).Encode(r)
 }

@@ -24,13 +24,25 @@ func (l *loader) dial() (*net.TCPConn, error) {
 	return c, err
 }
 
+// socksReply is what a SOCKS5 server answers other than that it is granted.
+type socksReply byte
+
+func (r socksReply) Error() string { return fmt.Sprintf("the SOCKS server answers %d", byte(r)) }
+
 // request does a handshake with the SOCKS5 server and gives BND.ADDR's bytes.
 func (l *loader) request(cmd byte, to netip.AddrPort) (*net.TCPConn, []byte, error) {
-	d, err := net.DialTimeout("tcp", l.proxy.String(), 20*time.Second)
+	return l.requestFor(cmd, to, 20*time.Second)
+}
+
+// requestFor is request that gives up after some time. The error is a socksReply if the server refuses.
+func (l *loader) requestFor(cmd byte, to netip.AddrPort, patience time.Duration) (*net.TCPConn, []byte, error) {
+	end := time.Now().Add(patience)
+	d, err := net.DialTimeout("tcp", l.proxy.String(), patience)
 	if err != nil {
 		return nil, nil, err
 	}
 	c := d.(*net.TCPConn)
+	_ = c.SetDeadline(end)
 	var b [22]byte
 	if _, err = c.Write([]byte{5, 1, 0}); err == nil {
 		_, err = io.ReadFull(c, b[:2])
@@ -48,12 +60,13 @@ func (l *loader) request(cmd byte, to netip.AddrPort) (*net.TCPConn, []byte, err
 		_, err = io.ReadFull(c, b[4:n])
 	}
 	if err == nil && b[1] != 0 {
-		err = fmt.Errorf("the SOCKS server answers %d", b[1])
+		err = socksReply(b[1])
 	}
 	if err != nil {
 		c.Close()
 		return nil, nil, err
 	}
+	_ = c.SetDeadline(time.Time{})
 	return c, b[4:n], nil
 }
 
@@ -139,16 +152,7 @@ func (l *loader) conns(clients int) (result, error) {
 	err := together(clients, func(i int) error {
 		for time.Now().Before(end) {
 			start := time.Now()
-			c, err := l.dial()
-			if err != nil {
-				return err
-			}
-			var b [1]byte
-			if _, err = c.Write([]byte{workOne}); err == nil {
-				_, err = io.ReadFull(c, b[:])
-			}
-			c.Close()
-			if err != nil {
+			if err := l.one(); err != nil {
 				return err
 			}
 			took[i] = append(took[i], time.Since(start))
@@ -156,6 +160,20 @@ func (l *loader) conns(clients int) (result, error) {
 		return nil
 	})
 	return rate(took, l.seconds, "conn/s"), err
+}
+
+// one is a connection that is opened, brings one byte and is closed.
+func (l *loader) one() error {
+	c, err := l.dial()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	var b [1]byte
+	if _, err = c.Write([]byte{workOne}); err == nil {
+		_, err = io.ReadFull(c, b[:])
+	}
+	return err
 }
 
 func rate(took [][]time.Duration, over time.Duration, unit string) result {

@@ -7,6 +7,23 @@
 //	bench table                                       results of load on standard input, as a table
 //	bench load  --case D1 --target … [--proxy …]      one case: one line of JSON on standard output
 //
+// scripts/bench.sh runs them in namespaces of its own: sudo scripts/bench.sh --rounds 1 --time 1s --cases 'scan churn'. Its help
+// says what may stand before a case's name. The cases:
+//
+//	D1 D8 U1 U8 both       bulk: downloads, uploads, one of each
+//	conn conn1             new connections of 64 clients, of one
+//	ping1 ping16 pingbulk  round trips on one connection, on 16, on one beside eight downloads
+//	udp64 udp1200 udp500   round trips of 8 sockets, of 500
+//	udpnew                 new sockets, one question each
+//	peers2000              one socket that asks 2,000 peers
+//	floodup flooddown      as many datagrams as go, one way
+//	pingflood              twenty sockets that ask beside a flood
+//	idle2000 idle9500      memory of connections that do nothing
+//	scan                   20,000 addresses tried once each, 256 at a time: an eighth is open, an eighth silent, the others refuse.
+//	                       The CPU time is for each attempt. Meanwhile: new connections and round trips, 100 of each in a second
+//	churn                  500 connections of 1 KB in a second beside a download. The CPU time is for each connection: what the
+//	                       bytes would not have cost without them. Meanwhile: the download's rate, with and without them
+//
 // The generator and both servers do no work on the bytes, so that neither is the limit of what is measured.
 package main
 

@@ -5,20 +5,21 @@ import (
 	"os"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
-// cpuSeconds is the CPU time that a process has used, user and system: utime and stime of /proc/PID/stat, in ticks of
-// 10 ms. 0 for a process that is not there.
+// cpuSeconds is the CPU time that a process has used, user and system, by its own clock (clock_getcpuclockid(3)). 0 for a process
+// that is not there.
 func cpuSeconds(pid int) float64 {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
+	if pid <= 0 {
 		return 0
 	}
-	// The name in brackets may have spaces.
-	fields := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
-	utime, _ := strconv.ParseFloat(fields[11], 64)
-	stime, _ := strconv.ParseFloat(fields[12], 64)
-	return (utime + stime) / 100
+	var t unix.Timespec
+	if unix.ClockGettime(int32(^pid<<3|2), &t) != nil { // 2: the clock that the scheduler keeps
+		return 0
+	}
+	return float64(t.Nano()) / 1e9
 }
 
 // memory is VmRSS and VmHWM of a process in bytes.

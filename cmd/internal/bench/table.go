@@ -47,7 +47,48 @@ func table(in io.Reader, out io.Writer) error {
 	if err := w.Flush(); err != nil {
 		return err
 	}
+	if err := besides(order, byCase, out); err != nil {
+		return err
+	}
 	return compared(order, byCase, out)
+}
+
+// besides prints what was measured of others meanwhile, for the cases that did so.
+func besides(order []string, byCase map[string]map[string][]line, out io.Writer) error {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
+	some := false
+	for _, name := range order {
+		modes := [][]line{byCase[name]["native"], byCase[name]["through"], byCase[name]["against"]}
+		for i, f := range figures(modes) {
+			if !some {
+				fmt.Fprintln(w, "\ncase\tmeanwhile\tnative\tthrough\tagainst\tunit\tp50 µs nat\tthr\tag\tp99 µs nat\tthr\tag\t")
+				some = true
+			}
+			row := func(of func(figure) float64) (cells string) {
+				for _, ls := range modes {
+					cells += fmt.Sprintf("%.4g\t", median(ls, func(l line) float64 { return of(l.Beside[i]) }))
+				}
+				return cells
+			}
+			fmt.Fprintf(w, "%s\t%s\t%s%s\t%s%s\n", name, f.Name, row(func(f figure) float64 { return f.Value }), f.Unit,
+				row(func(f figure) float64 { return f.P50us }), row(func(f figure) float64 { return f.P99us }))
+		}
+	}
+	return w.Flush()
+}
+
+// figures are those that all lines have, one of each.
+func figures(modes [][]line) []figure {
+	var common []figure
+	first := true
+	for _, ls := range modes {
+		for _, l := range ls {
+			if first || len(l.Beside) < len(common) {
+				common, first = l.Beside, false
+			}
+		}
+	}
+	return common
 }
 
 // compared prints the second table: this build beside another one, if there was one.

@@ -16,6 +16,7 @@ const (
 	workUp   = 'U' // reads to FIN, then sends 8 bytes: how many there were
 	workPing = 'P' // echoes 64-byte messages to FIN
 	workOne  = 'C' // sends one byte and FIN: a connection's cost
+	workKB   = 'K' // sends 1,024 bytes and FIN
 )
 
 const (
@@ -93,6 +94,8 @@ func serveWork(c *net.TCPConn) {
 		}
 	case workOne:
 		_, _ = c.Write([]byte{1})
+	case workKB:
+		_, _ = c.Write(zeros[:churnSize])
 	}
 }
 
