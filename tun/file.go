@@ -30,7 +30,8 @@ type fileDevice struct {
 	off    Offload
 	closed atomic.Bool
 	rd     reader
-	wr     sync.Pool // of *writer
+	wr     sync.Pool     // of *writer
+	parts  []*fileDevice // what it was divided into; q is then nil
 }
 
 // FromFiles makes a Device of an open TUN. The files are its queues, as netns.OpenTUN gives them; they may be from another
@@ -99,9 +100,14 @@ func newFileDevice(fds []int, name string, o Options) (_ *fileDevice, err error)
 		d.h.close()
 		return nil, err
 	}
+	d.init()
+	return d, nil
+}
+
+// init makes a device whose queues are open ready to be used.
+func (d *fileDevice) init() {
 	d.rd.init(d.q)
 	d.wr.New = func() any { return newWriter() }
-	return d, nil
 }
 
 // takeFiles returns descriptors of the files' own and closes the files: these are known to the runtime's poller, which
@@ -194,7 +200,17 @@ func (d *fileDevice) Close() error {
 	if d.closed.Swap(true) {
 		return nil
 	}
-	return errors.Join(d.q.close(), d.h.close())
+	var err error
+	for _, p := range d.parts {
+		err = errors.Join(err, p.Close())
+	}
+	if d.q != nil {
+		err = d.q.close()
+	}
+	if d.h != nil { // else it is a part
+		err = errors.Join(err, d.h.close())
+	}
+	return err
 }
 
 // rawErr names the error of a RawConn: with the file open it has none to give.

@@ -35,6 +35,7 @@ type queues struct {
 	base time.Time
 	// until is how long each queue is taken for flooded, in ns since base; 0: it is not.
 	until []atomic.Int64
+	woke  atomic.Bool // a read that waits is to return without a frame
 }
 
 // openQueues takes ownership of fds, also when it fails.

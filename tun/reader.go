@@ -70,7 +70,7 @@ func (r *reader) init(q *queues) {
 			r.asleep = true
 			r.next()
 		}
-		return r.errno != unix.EAGAIN
+		return r.errno != unix.EAGAIN || r.q.woke.Swap(false)
 	}
 }
 

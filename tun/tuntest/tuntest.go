@@ -22,10 +22,10 @@ type Device struct {
 	name string
 	mtu  int
 	off  tun.Offload
-	in   *queue // what the other end wrote
-	out  *queue
-	tap  func(h tun.Header, frame []byte) bool
-	mu   sync.RWMutex // guards tap
+	in   *wire // what the other end wrote
+	out  *wire
+	own  *queue // of in: what Read reads; nil: all of it
+	part int    // 1 and up: which part this is
 }
 
 var _ tun.Device = (*Device)(nil)
@@ -33,7 +33,7 @@ var _ tun.Device = (*Device)(nil)
 // Pipe returns two devices back to back. Closing one end makes the other's Read return os.ErrClosed once the queue is
 // empty, as when a kernel's device is gone, and its Write fail.
 func Pipe(mtu int, off tun.Offload) (a, b *Device) {
-	ab, ba := newQueue(), newQueue()
+	ab, ba := newWire(), newWire()
 	a = &Device{name: "pipe0", mtu: mtu, off: off, in: ba, out: ab}
 	b = &Device{name: "pipe1", mtu: mtu, off: off, in: ab, out: ba}
 	return a, b
@@ -51,20 +51,30 @@ func (d *Device) Offload() tun.Offload { return d.off }
 // Tap calls f for each frame written to this end, before it is queued: f returns false to drop it. nil removes it. The
 // frame is lent for the call, and f must not write to this end.
 func (d *Device) Tap(f func(h tun.Header, frame []byte) bool) {
-	d.mu.Lock()
-	d.tap = f
-	d.mu.Unlock()
+	d.out.mu.Lock()
+	d.out.tap = f
+	d.out.mu.Unlock()
 }
 
 // Dropped is how many frames written to this end were lost because the queue was full.
 func (d *Device) Dropped() uint64 {
-	d.out.mu.Lock()
-	defer d.out.mu.Unlock()
-	return d.out.dropped
+	var n uint64
+	for _, q := range *d.out.queues.Load() {
+		q.mu.Lock()
+		n += q.dropped
+		q.mu.Unlock()
+	}
+	return n
 }
 
 // Read is that of tun.Device.
-func (d *Device) Read(h *tun.Header, b []byte, wait bool) (int, error) { return d.in.get(h, b, wait) }
+func (d *Device) Read(h *tun.Header, b []byte, wait bool) (int, error) {
+	q := d.own
+	if q == nil {
+		q = (*d.in.queues.Load())[0]
+	}
+	return q.get(h, b, wait)
+}
 
 // Write is that of tun.Device. It refuses what the kernel refuses (tun.ErrBadFrame).
 func (d *Device) Write(h *tun.Header, parts [][]byte) error {
@@ -82,10 +92,13 @@ func (d *Device) Write(h *tun.Header, parts [][]byte) error {
 	if !d.takes(hdr, n, parts) {
 		return tun.ErrBadFrame
 	}
-	d.mu.RLock()
-	tap := d.tap
-	d.mu.RUnlock()
-	return d.out.put(hdr, parts, n, tap)
+	d.out.mu.RLock()
+	tap := d.out.tap
+	d.out.mu.RUnlock()
+	if d.part != 0 {
+		d.in.moved(parts, d.part)
+	}
+	return d.out.queue(parts).put(hdr, parts, n, tap)
 }
 
 // takes does the checks of tun_get_user and virtio_net_hdr_to_skb.
@@ -122,8 +135,16 @@ func (d *Device) takes(h tun.Header, n int, parts [][]byte) bool {
 
 // Close is that of tun.Device.
 func (d *Device) Close() error {
-	d.in.close(true)
-	d.out.close(false)
+	if d.own != nil {
+		d.own.close(true)
+		return nil
+	}
+	for _, q := range *d.in.queues.Load() {
+		q.close(true)
+	}
+	for _, q := range *d.out.queues.Load() {
+		q.close(false)
+	}
 	return nil
 }
 
@@ -139,6 +160,7 @@ type queue struct {
 	ring    [QueueFrames]frame
 	head, n int
 	closed  bool
+	woke    bool // a get that waits is to return without a frame
 	dropped uint64
 }
 
@@ -182,7 +204,8 @@ func (q *queue) get(h *tun.Header, b []byte, wait bool) (int, error) {
 		if q.closed {
 			return 0, os.ErrClosed
 		}
-		if !wait {
+		if !wait || q.woke {
+			q.woke = false
 			return 0, tun.ErrAgain
 		}
 		q.more.Wait()

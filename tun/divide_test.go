@@ -1,0 +1,198 @@
+package tun
+
+import (
+	"errors"
+	"net/netip"
+	"os"
+	"sync"
+	"testing"
+	"time"
+)
+
+// TestDivide: each kind of device has parts that together give every frame, once each, and a flow's frames go to the part that
+// last wrote to it. Closing the device ends all reads and closes every file.
+func TestDivide(t *testing.T) {
+	for _, c := range devices {
+		t.Run(c.name, func(t *testing.T) {
+			fds := openFDs(t)
+			d := openKernelTUN(t, c.vnet, c.n, Options{MTU: 1500, Offload: c.mode})
+			name, off := d.Name(), d.Offload()
+			parts, err := Divide(d, 3)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := 3
+			if !c.vnet || c.n == 1 {
+				want = 1
+			}
+			if len(parts) != want {
+				t.Fatalf("%d parts, want %d", len(parts), want)
+			}
+			type got struct {
+				part int
+				src  netip.AddrPort
+			}
+			frames := make(chan got, 1000)
+			ends := make(chan error, len(parts))
+			var wg sync.WaitGroup
+			for i, p := range parts {
+				if p.Name() != name || p.MTU() != 1500 || p.Offload() != off {
+					t.Errorf("part %d: %s, %d, %b", i, p.Name(), p.MTU(), p.Offload())
+				}
+				wg.Go(func() {
+					b, h := make([]byte, MaxFrame), new(Header)
+					for {
+						n, err := p.Read(h, b, true)
+						if err != nil {
+							ends <- err
+							return
+						}
+						if f, ok := parse(b[:n]); ok && f.proto == protoUDP && f.dst.Port() == 9 {
+							frames <- got{i, f.src}
+						}
+					}
+				})
+			}
+			next := func() got {
+				t.Helper()
+				select {
+				case g := <-frames:
+					return g
+				case <-time.After(patience):
+					t.Fatal("the frame did not come")
+					panic("unreachable")
+				}
+			}
+			used := map[int]bool{}
+			for range 40 {
+				u := dialUDP(t, 9)
+				if _, err := u.Write([]byte("x")); err != nil {
+					t.Fatal(err)
+				}
+				g := next()
+				used[g.part] = true
+				to := (g.part + 1) % len(parts) // another than the kernel's hash chose
+				f, _, _ := packet{src: netip.AddrPortFrom(far4, 9), dst: g.src, proto: protoUDP, payload: []byte("y")}.marshal(false)
+				if err := parts[to].Write(&Header{}, [][]byte{f}); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := u.Write([]byte("z")); err != nil {
+					t.Fatal(err)
+				}
+				if h := next(); h.part != to || h.src != g.src {
+					t.Errorf("after a write to part %d: %v, before it %v", to, h, g)
+				}
+			}
+			if len(used) != len(parts) {
+				t.Errorf("of %d parts only %v had frames", len(parts), used)
+			}
+			if err := d.Close(); err != nil {
+				t.Error(err)
+			}
+			wg.Wait()
+			for range parts {
+				if err := <-ends; !errors.Is(err, os.ErrClosed) {
+					t.Error(err)
+				}
+			}
+			for _, p := range parts {
+				p.Wake()
+				if err := p.Write(&Header{}, [][]byte{{0x45}}); !errors.Is(err, os.ErrClosed) && !errors.Is(err, ErrBadFrame) {
+					t.Errorf("write to a part of a closed device: %v", err)
+				}
+			}
+			if err := d.Close(); err != nil {
+				t.Error("the second Close:", err)
+			}
+			waitFDs(t, fds+40) // the UDP sockets are still open
+		})
+	}
+}
+
+// waitFDs fails the test if there are soon not as few open files as n.
+func waitFDs(t *testing.T, n int) {
+	t.Helper()
+	got := 0
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if got = openFDs(t); got <= n {
+			return
+		}
+	}
+	t.Errorf("%d open files, want %d at the most", got, n)
+}
+
+// TestDivideFails: less than one part is refused, and the device closed.
+func TestDivideFails(t *testing.T) {
+	d := kernelTUN(t, true, OffloadFull)
+	if _, err := Divide(d, 0); err == nil {
+		t.Error("no parts")
+	}
+	if _, err := d.Read(new(Header), make([]byte, MaxFrame), false); !errors.Is(err, os.ErrClosed) {
+		t.Error("the device is open:", err)
+	}
+}
+
+// TestWake: a Read that waits returns ErrAgain when it is woken, whether Wake came before it or after, however often, and
+// never on the other part.
+func TestWake(t *testing.T) {
+	d := kernelTUN(t, true, OffloadFull)
+	parts, err := Divide(d, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	reads := make(chan error, 8192)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer d.Close()
+	wg.Go(func() {
+		b := make([]byte, MaxFrame)
+		for {
+			_, err := parts[0].Read(new(Header), b, true)
+			if err == nil {
+				continue // the kernel's own: router solicitations
+			}
+			reads <- err
+			if !errors.Is(err, ErrAgain) {
+				return
+			}
+		}
+	})
+	for i := range 2000 {
+		if i%3 == 0 {
+			time.Sleep(50 * time.Microsecond) // it waits by now
+		}
+		parts[0].Wake()
+		if i%2 == 0 {
+			parts[0].Wake()
+		}
+		select {
+		case err := <-reads:
+			if !errors.Is(err, ErrAgain) {
+				t.Fatal(err)
+			}
+		case <-time.After(patience):
+			t.Fatalf("%d: the read was not woken", i)
+		}
+	}
+	other := make(chan error, 1)
+	go func() {
+		b := make([]byte, MaxFrame)
+		for {
+			if _, err := parts[1].Read(new(Header), b, true); err != nil {
+				other <- err
+				return
+			}
+		}
+	}()
+	time.Sleep(10 * time.Millisecond)
+	if len(other) != 0 {
+		t.Error("the other part was woken:", <-other)
+	}
+	d.Close()
+	for err := range reads {
+		if errors.Is(err, os.ErrClosed) {
+			break
+		}
+	}
+	<-other
+}
