@@ -16,6 +16,7 @@ const (
 	maxRecords  = 64 // records in a question's message: OPT, TSIG and the like; more is garbage
 	maxName     = 255
 	optLen      = 11
+	ednsSize    = 1232 // bytes that we take by UDP, as we tell askers
 	flagQR      = 0x8000
 	flagTC      = 0x0200
 	flagRD      = 0x0100
@@ -37,6 +38,8 @@ type question struct {
 	qtype uint16 // RFC 1035 3.2.3
 	size  int    // bytes that the asker takes by UDP: 512, or as its OPT record says
 	edns  bool
+
+	ednsVersion byte
 }
 
 // isQuery reports whether q is a QUERY: a question, and not an UPDATE, a NOTIFY or another operation.
@@ -106,7 +109,7 @@ func parseQuestion(msg []byte) (q question, v verdict, rcode uint16) {
 			if q.edns || msg[name] != 0 { // RFC 6891 6.1.1: one, of the root
 				return q, answer, rcodeFormat
 			}
-			q.edns = true
+			q.edns, q.ednsVersion = true, msg[off+5]
 			q.size = min(max(int(binary.BigEndian.Uint16(msg[off+2:])), minUDPSize), maxUDPSize)
 		}
 		if off += 10 + data; off > len(msg) {
@@ -152,7 +155,7 @@ func errorReply(msg []byte, q question, rcode uint16) []byte {
 // appendOPT ends a message with an OPT record that promises nothing but our size (RFC 6891 6.1.2).
 func appendOPT(b []byte) []byte {
 	binary.BigEndian.PutUint16(b[10:], 1)
-	return append(b, 0, 0, typeOPT, 1232>>8, 1232&0xFF, 0, 0, 0, 0, 0, 0)
+	return append(b, 0, 0, typeOPT, ednsSize>>8, ednsSize&0xFF, 0, 0, 0, 0, 0, 0)
 }
 
 // matches reports whether an answer of a resolver is one to the question of query: RFC 5452 9.1, without the ID. A

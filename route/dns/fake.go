@@ -1,0 +1,320 @@
+package dns
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"time"
+)
+
+// Types of RFC 1035 3.2.2, 3596 2.1 and 9460 14.1, and the class IN.
+const (
+	typeA     = 1
+	typeSOA   = 6
+	typePTR   = 12
+	typeAAAA  = 28
+	typeSVCB  = 64
+	typeHTTPS = 65
+	typeANY   = 255
+	classIN   = 1
+	classANY  = 255
+
+	rcodeName     = 3
+	flagRA        = 0x0080
+	badVersion    = 1                  // the upper bits of BADVERS (RFC 6891 9), which stand in the OPT record
+	toQuestion    = 0xC000 | headerLen // a compression pointer to the name of the question
+	loopbackTTL   = time.Hour
+	maxFakeAnswer = headerLen + 2*(maxName+4) + 64 // more than any answer of fake has
+)
+
+// fake answers questions with addresses of a pool. It holds no state of its own.
+type fake struct {
+	pool   *Pool
+	config FakeConfig
+}
+
+// FakeConfig says how names become fake addresses.
+type FakeConfig struct {
+	Pool *Pool // nil: they do not
+	// IPv6 reports whether names have an IPv6 address too. It is called for each question, from any goroutine. nil: they have.
+	IPv6 func() bool
+	// Real reports whether a name, in lower case and without the dot at the end, gets its real addresses. It is called for each
+	// question for an address, from any goroutine, and keeps nothing. nil: none does.
+	Real func(name []byte) bool
+	// Onion: the upstream knows the names of .onion (RFC 7686), so that they have addresses like others.
+	Onion bool
+	// NoSingleLabels: a name without a dot does not exist. Otherwise the proxy is asked for it, whose network may know it.
+	NoSingleLabels bool
+}
+
+// outcome is what became of a question.
+type outcome uint8
+
+const (
+	passed   outcome = iota // it is for a resolver
+	answered                // the answer is there
+	full                    // the answer is SERVFAIL: the pool has no address left
+)
+
+// answer appends the answer to a question to b. msg has been checked by parseQuestion. It allocates only to grow b beyond
+// maxFakeAnswer.
+//
+// What RFC 6761 (localhost, invalid), 6762 (local), 7686 (onion), 8375 (home.arpa) and 6303 (reverse zones of private addresses)
+// say must not be asked of the world is answered here, whatever the type.
+func (f *fake) answer(b, msg []byte, q *question) ([]byte, outcome) {
+	class := binary.BigEndian.Uint16(msg[q.end-2:])
+	if q.ednsVersion != 0 {
+		return appendReply(b, msg, q, 0, nothing), answered
+	}
+	if class != classIN && class != classANY {
+		return b, passed
+	}
+	// The name stands where the answer will: an array of our own would move to the heap, since Real is not known to keep nothing.
+	name, labels, ok := appendHost(b[len(b):], msg, headerLen)
+	if !ok {
+		return b, passed // nobody can tell a proxy such a name
+	}
+	switch {
+	case hasSuffix(name, "localhost"):
+		return f.loopback(b, msg, q), answered
+	case hasSuffix(name, "home.arpa"):
+		if len(name) == len("home.arpa") {
+			return appendReply(b, msg, q, 0, negative), answered
+		}
+		return appendReply(b, msg, q, rcodeName, negative), answered
+	case hasSuffix(name, "resolver.arpa"): // RFC 9462 6.4: it asks for another way to ask us, and there is none
+		return appendReply(b, msg, q, 0, negative), answered
+	case hasSuffix(name, "arpa"):
+		return f.reverse(b, msg, q, name)
+	case hasSuffix(name, "local"), hasSuffix(name, "invalid"), isNumber(name), !f.config.Onion && hasSuffix(name, "onion"),
+		f.config.NoSingleLabels && labels == 1:
+		return appendReply(b, msg, q, rcodeName, negative), answered
+	}
+	switch q.qtype {
+	case typeA, typeAAAA, typeANY, typeHTTPS, typeSVCB:
+	default:
+		return b, passed
+	}
+	if f.config.Real != nil && f.config.Real(name) {
+		return b, passed
+	}
+	return f.address(b, msg, q, name)
+}
+
+// address answers with the addresses that stand for name. HTTPS and SVCB have none: their hints would be real addresses.
+func (f *fake) address(b, msg []byte, q *question, name []byte) ([]byte, outcome) {
+	v6 := f.config.IPv6 == nil || f.config.IPv6()
+	if q.qtype == typeHTTPS || q.qtype == typeSVCB || q.qtype == typeAAAA && !v6 {
+		return appendReply(b, msg, q, 0, negative), answered
+	}
+	a4, a6, ok := f.pool.Give(name)
+	if !ok {
+		return appendReply(b, msg, q, rcodeServer, nothing), full
+	}
+	set := addressSet{ttl: f.pool.TTL()}
+	if q.qtype != typeAAAA {
+		set.v4 = a4
+	}
+	if q.qtype == typeAAAA || q.qtype == typeANY && v6 {
+		set.v6 = a6
+	}
+	return appendReply(b, msg, q, 0, set), answered
+}
+
+func (f *fake) loopback(b, msg []byte, q *question) []byte {
+	set := addressSet{ttl: loopbackTTL}
+	switch q.qtype {
+	case typeA:
+		set.v4 = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	case typeAAAA:
+		set.v6 = netip.IPv6Loopback()
+	default:
+		set = negative
+	}
+	return appendReply(b, msg, q, 0, set)
+}
+
+// reverse answers for names below arpa: those of the pool's addresses from the pool, and those of private networks with "no such
+// name", since nobody but a resolver of that network could know them.
+func (f *fake) reverse(b, msg []byte, q *question, name []byte) ([]byte, outcome) {
+	p, ok := reversePrefix(name)
+	if !ok {
+		return b, passed
+	}
+	if p.IsSingleIP() && f.pool.Contains(p.Addr()) {
+		var buf [maxName]byte
+		host, known := f.pool.AppendName(buf[:0], p.Addr())
+		switch {
+		case !known:
+			return appendReply(b, msg, q, rcodeName, negative), answered
+		case q.qtype != typePTR && q.qtype != typeANY:
+			return appendReply(b, msg, q, 0, negative), answered
+		}
+		return appendReply(b, msg, q, 0, addressSet{ttl: f.pool.TTL(), host: host}), answered
+	}
+	if isLocalZone(p) || f.pool.v4.Overlaps(p) && f.pool.v4.Bits() <= p.Bits() || f.pool.v6.Overlaps(p) && f.pool.v6.Bits() <= p.Bits() {
+		return appendReply(b, msg, q, rcodeName, negative), answered
+	}
+	return b, passed
+}
+
+// addressSet is what an answer holds.
+type addressSet struct {
+	v4, v6   netip.Addr // A and AAAA, if valid
+	host     []byte     // PTR, if not nil
+	ttl      time.Duration
+	negative bool // an SOA record that lets the asker remember for ttl that there is nothing (RFC 2308)
+}
+
+var (
+	nothing  = addressSet{}
+	negative = addressSet{negative: true, ttl: 10 * time.Second}
+)
+
+// appendReply appends an answer to msg with the records of set. The name of the question is repeated letter by letter: its case
+// may be the asker's proof that the answer is to its question.
+func appendReply(b, msg []byte, q *question, rcode uint16, set addressSet) []byte {
+	start := len(b)
+	b = append(b, make([]byte, headerLen)...)
+	b = append(b, msg[headerLen:q.end]...)
+	count := uint16(0)
+	ttl := uint32(set.ttl / time.Second)
+	if set.v4.IsValid() {
+		a := set.v4.As4()
+		b = append(appendRecord(b, typeA, ttl, len(a)), a[:]...)
+		count++
+	}
+	if set.v6.IsValid() {
+		a := set.v6.As16()
+		b = append(appendRecord(b, typeAAAA, ttl, len(a)), a[:]...)
+		count++
+	}
+	if set.host != nil {
+		b = appendWire(appendRecord(b, typePTR, ttl, len(set.host)+2), set.host)
+		count++
+	}
+	if set.negative {
+		b = appendRecord(b, typeSOA, ttl, 2+20)
+		b = append(b, 0, 0) // the names of server and administrator: nobody's
+		for _, v := range [...]uint32{1, 3600, 600, 86400, ttl} {
+			b = binary.BigEndian.AppendUint32(b, v)
+		}
+	}
+	h := b[start : start+headerLen]
+	binary.BigEndian.PutUint16(h, q.id)
+	binary.BigEndian.PutUint16(h[2:], flagQR|flagRA|q.flags&(flagRD|flagCD)|rcode)
+	h[5] = 1
+	binary.BigEndian.PutUint16(h[6:], count)
+	if set.negative {
+		h[9] = 1
+	}
+	if q.edns {
+		h[11] = 1
+		extended := byte(0)
+		if q.ednsVersion != 0 {
+			extended = badVersion
+		}
+		b = append(b, 0, 0, typeOPT, ednsSize>>8, ednsSize&0xFF, extended, 0, 0, 0, 0, 0)
+	}
+	return b
+}
+
+// appendRecord appends a record of the question's name without its data.
+func appendRecord(b []byte, typ uint16, ttl uint32, data int) []byte {
+	b = append(b, toQuestion>>8, toQuestion&0xFF, byte(typ>>8), byte(typ), 0, classIN)
+	b = binary.BigEndian.AppendUint32(b, ttl)
+	return binary.BigEndian.AppendUint16(b, uint16(data))
+}
+
+// appendWire appends a name that appendHost made, in the form of RFC 1035 3.1: two bytes longer.
+func appendWire(b, name []byte) []byte {
+	at := len(b)
+	b = append(b, 0)
+	for _, c := range name {
+		if c == '.' {
+			at = len(b)
+			b = append(b, 0)
+			continue
+		}
+		b = append(b, c)
+		b[at]++
+	}
+	return append(b, 0)
+}
+
+// localZones are the networks whose reverse zones are each site's own: RFC 6303 4, 6761 6.1, 6598, 7793.
+var localZones = [...]netip.Prefix{
+	netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("172.16.0.0/12"), netip.MustParsePrefix("192.168.0.0/16"),
+	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("169.254.0.0/16"),
+	netip.MustParsePrefix("100.64.0.0/10"),
+	netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("203.0.113.0/24"),
+	netip.MustParsePrefix("255.255.255.255/32"),
+	netip.MustParsePrefix("::/127"), netip.MustParsePrefix("fd00::/8"), netip.MustParsePrefix("fe80::/10"),
+	netip.MustParsePrefix("2001:db8::/32"),
+}
+
+func isLocalZone(p netip.Prefix) bool {
+	for _, z := range localZones {
+		if z.Bits() <= p.Bits() && z.Contains(p.Addr()) {
+			return true
+		}
+	}
+	return false
+}
+
+// reversePrefix is the network that a name below in-addr.arpa or ip6.arpa is about (RFC 1035 3.5, RFC 3596 2.5).
+func reversePrefix(name []byte) (p netip.Prefix, ok bool) {
+	if hasSuffix(name, "in-addr.arpa") {
+		var a [4]byte
+		n := 0
+		for rest := name[:len(name)-len("in-addr.arpa")]; len(rest) > 0; n++ {
+			var label []byte
+			rest, label = lastLabel(rest)
+			v := 0
+			for _, c := range label {
+				if c < '0' || c > '9' || v > 255 {
+					return p, false
+				}
+				v = v*10 + int(c-'0')
+			}
+			if n == len(a) || v > 255 || len(label) > 1 && label[0] == '0' {
+				return p, false
+			}
+			a[n] = byte(v)
+		}
+		return netip.PrefixFrom(netip.AddrFrom4(a), 8*n), n > 0
+	}
+	if hasSuffix(name, "ip6.arpa") {
+		var a [16]byte
+		n := 0
+		for rest := name[:len(name)-len("ip6.arpa")]; len(rest) > 0; n++ {
+			var label []byte
+			rest, label = lastLabel(rest)
+			if n == 2*len(a) || len(label) != 1 {
+				return p, false
+			}
+			c := label[0]
+			switch {
+			case c >= '0' && c <= '9':
+				c -= '0'
+			case c >= 'a' && c <= 'f':
+				c -= 'a' - 10
+			default:
+				return p, false
+			}
+			a[n/2] |= c << (4 * (1 - n%2))
+		}
+		return netip.PrefixFrom(netip.AddrFrom16(a), 4*n), n > 0
+	}
+	return p, false
+}
+
+// lastLabel splits "a.b." into "a." and "b".
+func lastLabel(name []byte) (rest, label []byte) {
+	name = name[:len(name)-1]
+	for i := len(name); i > 0; i-- {
+		if name[i-1] == '.' {
+			return name[:i], name[i:]
+		}
+	}
+	return nil, name
+}
