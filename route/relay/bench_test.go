@@ -104,17 +104,22 @@ func BenchmarkTurn(b *testing.B) {
 }
 
 func BenchmarkSend(b *testing.B) {
+	equal := func(int) int { return 1200 }
 	for _, c := range []struct {
 		name string
 		size func(i int) int
+		gso  bool
 	}{
-		{"equal", func(int) int { return 1200 }},
-		{"mixed", func(i int) int { return 200 + i%7*100 }},
+		{"equal", equal, true},
+		{"mixed", func(i int) int { return 200 + i%7*100 }, true},
+		{"equal-without-GSO", equal, false},
 	} {
 		b.Run(c.name, func(b *testing.B) {
 			srv := udpServer(b, "udp4", "127.0.0.1:0") // does not read: the cost of sending alone
 			srv.SetReadBuffer(4096)
-			k := openLink(b, newLoop(b), udpSocket(b, unix.AF_INET, addrOf(srv)), testCodec{}, func([]flow.Packet) {})
+			l := newLoop(b)
+			l.SetGSO(c.gso)
+			k := openLink(b, l, udpSocket(b, unix.AF_INET, addrOf(srv)), testCodec{}, func([]flow.Packet) {})
 			ps := make([]flow.Packet, 64)
 			for i := range ps {
 				ps[i] = flow.Packet{Dst: netip.MustParseAddrPort("192.0.2.1:1"), Payload: make([]byte, c.size(i))}

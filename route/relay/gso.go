@@ -11,7 +11,7 @@ import (
 
 // GSO says whether runs of datagrams go to the kernel as one message with UDP_SEGMENT (udp(7)), which cuts it into datagrams
 // again. The alternative is a message for each datagram, still many to a system call (sendmmsg(2)): the datagrams that leave
-// the host are the same, and each costs more CPU time.
+// the host are the same, and in runs of 64 each takes four times the CPU time (BenchmarkSend).
 //
 // Linux 7.0 to 7.1.4 get it wrong with some network cards. If all datagrams of a run have the same size, a card that cuts with
 // the kernel's help (GSO_PARTIAL) is given a wrong UDP length and checksum, and the receiver drops the whole run. No system call

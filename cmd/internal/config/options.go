@@ -216,7 +216,7 @@ none, for kernels that lack them: slow.`,
 		Help: "datagrams go to the proxy in runs that the kernel cuts",
 		Man: `Whether datagrams of one size are handed to the kernel in runs, which it or the network card cuts into datagrams again
 .Pq Dv UDP_SEGMENT :
-many datagrams then cost a fraction of the CPU time.
+to send a burst then takes a quarter of the CPU time.
 .Cm auto
 is
 .Cm on ,
