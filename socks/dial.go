@@ -29,11 +29,11 @@ const (
 
 // dial is a pending dial. Once started it belongs to the loop.
 //
-//	resolving ──> connecting ──> shaking ──> over
+//	resolving ──> connecting ──> securing ──> shaking ──> over
 //	    ^             │  next address, or all failed and the name is looked up again
 //	    └─────────────┘
 //
-// A direct dial goes from connecting to over. Every state goes to over by an error, the deadline, or the context.
+// Only TLS needs securing. A direct dial goes from connecting to over. Every state goes to over by an error, the deadline, or the context.
 type dial struct {
 	d         *Dialer
 	c         *Client // nil: direct
@@ -56,7 +56,8 @@ type dial struct {
 	hs5       socks5        // what hs is for SOCKS5
 	asked     time.Duration // when the whole request was sent; 0: not yet
 
-	flipped bool // ASSOCIATE was refused for the family of the control connection, and the other one is asked for
+	pump    *pump // TLS; nil: there is none
+	flipped bool  // ASSOCIATE was refused for the family of the control connection, and the other one is asked for
 
 	when   time.Duration
 	heapAt int // -1: not in the heap
@@ -68,6 +69,7 @@ const (
 	starting state = iota
 	resolving
 	connecting
+	securing
 	shaking
 	over
 )
@@ -130,6 +132,10 @@ func (p *dial) leave() {
 
 // drop closes the socket of this attempt.
 func (p *dial) drop() {
+	if p.pump != nil {
+		p.pump.cancel()
+		p.pump = nil
+	}
 	if p.fd >= 0 {
 		p.d.shut(p.fd)
 		p.fd = -1
@@ -246,6 +252,8 @@ func (p *dial) expired(now time.Duration) {
 			p.c.failed()
 		}
 		p.fault(OpConnect, os.ErrDeadlineExceeded)
+	case p.state == securing:
+		p.fault(OpSecure, os.ErrDeadlineExceeded)
 	case p.cmd == CmdConnect && p.hs.Requested() && !p.hs.Answered():
 		p.finish(ErrSilent)
 	default:
@@ -270,13 +278,29 @@ func (p *dial) ready(events uint32) {
 			p.granted()
 			return
 		}
-		p.state = shaking
 		p.d.timers.set(p, p.d.now()+time.Duration(p.d.handshakeTimeout.Load()))
 		p.c.reached(p.addrs[p.at])
-		if err := p.newHandshake(); err != nil {
-			p.finish(err)
+		if p.c.tls != nil {
+			p.state = securing
+			if err := p.secure(); err != nil {
+				p.finish(err)
+			}
 			return
 		}
+		p.state = shaking
+		p.begun()
+		return
+	}
+	if p.state == shaking {
+		p.shake()
+	}
+}
+
+// begun begins the handshake: the connection is there, and secured if it is to be.
+func (p *dial) begun() {
+	if err := p.newHandshake(); err != nil {
+		p.finish(err)
+		return
 	}
 	p.shake()
 }
@@ -369,6 +393,10 @@ func (p *dial) broken(err error) {
 
 // check finds what the protocol cannot express before a connection is made for it.
 func (p *dial) check() error {
+	if p.cmd == CmdAssociate && p.c.server.tls {
+		// Its datagrams would travel in clear.
+		return &inexpressible{p.c.server.proto, "UDP inside TLS", ReplyCommandNotSupported}
+	}
 	if p.cmd != CmdAssociate && p.c.server.proto == protoSOCKS5 {
 		return p.dst.check()
 	}

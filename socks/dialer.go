@@ -3,6 +3,7 @@ package socks
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -151,12 +152,16 @@ type Client struct {
 	d      *Dialer
 	server Server
 	fixed  []netip.AddrPort // the address, when the server is given by one; for a unix socket no address
+	tls    *tls.Config      // nil: none
 	names  lookup           // the loop's alone
 }
 
 // Client is s seen through d. Clients of one server each keep its addresses for themselves: make one and share it.
 func (d *Dialer) Client(s Server) *Client {
 	c := &Client{d: d, server: s}
+	if s.tls {
+		c.tls = s.tlsConfig()
+	}
 	if s.path != "" {
 		c.fixed = make([]netip.AddrPort, 1) // one attempt, at no address
 	} else if ip, ok := s.addr(); ok {

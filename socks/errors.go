@@ -63,6 +63,7 @@ func (r Reply) Error() string {
 const (
 	OpResolve      = "resolve"
 	OpConnect      = "connect to"
+	OpSecure       = "speak TLS with"
 	OpHandshake    = "use"
 	OpAuthenticate = "log in to"
 	OpAssociation  = "keep an association at"

@@ -1,6 +1,7 @@
 package socks
 
 import (
+	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"log/slog"
@@ -53,6 +54,9 @@ func (s Server) HasCredentials() bool { return s.login != nil }
 // HasPassword reports whether the credentials have a password.
 func (s Server) HasPassword() bool { return s.login != nil && s.login.pass != "" }
 
+// TakesPassword reports whether the protocol has room for a password.
+func (s Server) TakesPassword() bool { return s.proto == protoSOCKS5 || s.proto == protoHTTP }
+
 // User is the user name, empty without credentials. Not for logs.
 func (s Server) User() string {
 	if s.login == nil {
@@ -83,6 +87,14 @@ func (s Server) Where() string {
 		return s.path
 	}
 	return net.JoinHostPort(s.host, strconv.Itoa(int(s.port)))
+}
+
+// TLSConfig is how TLS is spoken with the server; nil: it is not. Verification is always on.
+func (s Server) TLSConfig() *tls.Config {
+	if !s.tls {
+		return nil
+	}
+	return s.tlsConfig()
 }
 
 // WithCA is s with the certificates in pem trusted for TLS in place of the system's.

@@ -22,7 +22,7 @@ const maxPath = 107
 // The errors of ParseServer. No part of the URL is in them.
 var (
 	errURL      = errors.New("it must read SCHEME://[user[:password]@]host[:port], with special characters of the password as %XX")
-	errScheme   = errors.New("it must begin with socks5://, socks5h://, socks4://, socks4a:// or http://")
+	errScheme   = errors.New("it must begin with socks5://, socks5h://, socks4://, socks4a://, http:// or https://")
 	errUnix     = errors.New("the path of a unix socket is needed, as in socks5+unix:///run/proxy.sock or socks5+unix://@abstract")
 	errZone     = errors.New("a link-local address needs its device: socks5://[fe80::1%25eth0]:1080")
 	errHost     = errors.New("an IPv6 address stands in brackets: socks5://[2001:db8::1]:1080")
@@ -30,7 +30,6 @@ var (
 	errLogin4   = errors.New("SOCKS4 has a user and no password")
 	errUser4    = errors.New("a user of SOCKS4 has no zero byte")
 	errUserHTTP = errors.New("a user of HTTP has no colon")
-	errNoTLS    = errors.New("https and +tls are not supported yet")
 	errCarrier  = errors.New("only socks5, socks4 and socks4a have +tls, and they and http have +unix")
 )
 
@@ -88,9 +87,6 @@ func parseScheme(scheme string) (s Server, err error) {
 		s.tls = true
 	default:
 		return Server{}, errCarrier
-	}
-	if s.tls {
-		return Server{}, errNoTLS
 	}
 	return s, nil
 }

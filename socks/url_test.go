@@ -29,9 +29,6 @@ func TestParseServerSchemes(t *testing.T) {
 		{"http+unix:///s", "http+unix:///s", "", protoHTTP, false},
 	} {
 		s, err := ParseServer(tt.url)
-		if tt.tls {
-			continue // not yet
-		}
 		if err != nil || s.String() != tt.want || s.User() != tt.user || s.proto != tt.proto || s.TLS() != tt.tls {
 			t.Errorf("%s: %v, user %q, %v, TLS %v, %v", tt.url, s, s.User(), s.proto, s.TLS(), err)
 		}

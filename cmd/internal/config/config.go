@@ -103,8 +103,9 @@ type Config struct {
 	// NeedRestart names the options that were given other values than the daemon was started with, and that it keeps: see Again.
 	NeedRestart []string
 
-	proxyAt      value // kept until finish
-	passwordFile value
-	logLevelSet  bool
-	kept         map[string][]value // of the options that a reload does not take
+	proxyAt       value            // kept until finish
+	passwordFiles map[string]value // by upstream
+	proxyCA       value
+	logLevelSet   bool
+	kept          map[string][]value // of the options that a reload does not take
 }

@@ -78,13 +78,30 @@ Without this option see
 .Sx ENVIRONMENT .`,
 	},
 	{
-		Name: "password-file", Arg: "FILE", Live: true, Cmds: all, set: setPasswordFile,
-		Help: "the first line is the password for --proxy",
+		Name: "password-file", Arg: "[NAME=]FILE", Many: true, Live: true, Cmds: all, set: addPasswordFile,
+		Help: "the first line is the password for --proxy, or for the upstream NAME",
 		Man: `The first line of
 .Ar FILE ,
 255 bytes at most, is the password of the user named in
-.Fl -proxy .
+.Fl -proxy ,
+or, with
+.Ar NAME= ,
+in the
+.Fl -upstream
+of this name.
+Where neither the URL nor this option has the password, it is taken from the environment or from systemd, see
+.Sx ENVIRONMENT .
 A file that everybody may read, or that somebody else may write, is used, with a warning.`,
+	},
+	{
+		Name: "proxy-ca", Arg: "FILE", Live: true, Cmds: all, set: setProxyCA,
+		Help: "certificates in PEM that proxies inside TLS are verified by",
+		Man: `Proxies inside TLS
+.Pq Cm https , +tls
+are verified by the certificates in
+.Ar FILE ,
+in PEM, instead of those that the system trusts.
+There is no way to leave the verification out.`,
 	},
 	{
 		Name: "upstream", Arg: "NAME=URL", Many: true, Live: true, Cmds: all, set: addUpstream,

@@ -62,8 +62,8 @@ func number(lo, hi int, field func(*Config) *int) func(*Config, value) error {
 	}
 }
 
-func setProxy(c *Config, v value) error        { c.proxyAt = v; return nil }
-func setPasswordFile(c *Config, v value) error { c.passwordFile = v; return nil }
+func setProxy(c *Config, v value) error   { c.proxyAt = v; return nil }
+func setProxyCA(c *Config, v value) error { c.proxyCA = v; return nil }
 
 func addUpstream(c *Config, v value) error {
 	name, url, ok := strings.Cut(v.text, "=")

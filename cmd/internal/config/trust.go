@@ -7,6 +7,14 @@ import (
 	"syscall"
 )
 
+type fileInfo = os.FileInfo
+
+// exists reports whether there is a file; what cannot be looked at is one, so that the error is told.
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return !os.IsNotExist(err)
+}
+
 // byteOrderMark is what some editors begin a file of text with. It is no part of the text.
 var byteOrderMark = []byte("\ufeff")
 

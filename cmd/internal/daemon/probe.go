@@ -2,6 +2,8 @@ package daemon
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -52,6 +54,13 @@ func probeServer(ctx context.Context, s socks.Server, dial dialing, connectTimeo
 	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 
+	if c := s.TLSConfig(); c != nil {
+		secure := tls.Client(conn, c)
+		if err := secure.HandshakeContext(ctx); err != nil {
+			return fail(socks.OpSecure, err)
+		}
+		conn = secure
+	}
 	h, err := socks.NewHandshake(s, socks.CmdConnect, socks.Addr{Name: "localhost", Port: 1}) // the request is not sent
 	if err != nil {
 		return err
@@ -179,6 +188,12 @@ func inWords(s socks.Server, err error) error {
 		return fmt.Errorf("cannot reach the proxy %s: %w", where, errno)
 	case fault.Op == socks.OpConnect:
 		return fmt.Errorf("cannot reach the proxy %s: %w", where, fault.Err)
+	case fault.Op == socks.OpSecure && timeout:
+		return fmt.Errorf("cannot use the proxy %s: it does not answer: does it speak TLS?", where)
+	case fault.Op == socks.OpSecure && errors.As(err, new(x509.UnknownAuthorityError)):
+		return fmt.Errorf("cannot use the proxy %s: %w: give the authority's certificate with --proxy-ca FILE", where, fault.Err)
+	case fault.Op == socks.OpSecure:
+		return fmt.Errorf("cannot use the proxy %s by TLS: %w", where, fault.Err)
 	case errors.Is(err, socks.ErrNoPassword):
 		return fmt.Errorf("cannot log in to the proxy %s: it does not answer a user without a password: give one with --password-file FILE", where)
 	case errors.Is(err, socks.ErrCredentials) && !s.HasPassword():

@@ -2,11 +2,14 @@ package daemon
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -136,6 +139,35 @@ func TestExplain(t *testing.T) {
 	} {
 		if got := explain(s, tt.err); got.Error() != tt.want {
 			t.Errorf("%v: got %q, want %q", tt.err, got, tt.want)
+		}
+	}
+}
+
+// A proxy inside TLS is looked at inside TLS, and what is wrong with its certificate is said.
+func TestProbeTLS(t *testing.T) {
+	cert, pem, err := sockstest.Certificate("127.0.0.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(ca, pem, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	inside := sockstest.WithTLS(&tls.Config{Certificates: []tls.Certificate{cert}})
+	open, login, plain := listen(t, inside), listen(t, inside, sockstest.WithAuth("al", "geheim")), listen(t)
+	for _, tt := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"--proxy", "socks5+tls://" + open.Addr().String(), "--proxy-ca", ca}, ""},
+		{[]string{"--proxy", "https://" + open.Addr().String(), "--proxy-ca", ca}, ""},
+		{[]string{"--proxy", "socks5+tls://" + open.Addr().String()}, "give the authority's certificate with --proxy-ca FILE"},
+		{[]string{"--proxy", "socks5+tls://" + login.Addr().String(), "--proxy-ca", ca}, "with --password-file FILE"},
+		{[]string{"--proxy", "socks5+tls://" + plain.Addr().String(), "--proxy-ca", ca}, "by TLS: "},
+	} {
+		err := probe(context.Background(), parse(t, tt.args...), dialing{})
+		if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%v: %v, want %q", tt.args, err, tt.want)
 		}
 	}
 }

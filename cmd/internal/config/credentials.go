@@ -1,0 +1,153 @@
+package config
+
+import (
+	"bytes"
+	"fmt"
+	"path/filepath"
+	"strings"
+
+	"github.com/viasocks/viasocks/route"
+	"github.com/viasocks/viasocks/socks"
+)
+
+// maxPassword is what RFC 1929 has room for.
+const maxPassword = 255
+
+// maxCA bounds --proxy-ca: the certificates of all public authorities take a quarter of it.
+const maxCA = 1 << 20
+
+// Where a password is looked for that neither the URL nor --password-file has. Behind both names of an upstream may follow.
+const (
+	passwordVar        = "VIASOCKS_PASSWORD"
+	credentialsVar     = "CREDENTIALS_DIRECTORY" // of systemd.exec(5), LoadCredential
+	passwordCredential = "viasocks.password"
+)
+
+// addPasswordFile takes FILE, for --proxy, or NAME=FILE.
+func addPasswordFile(c *Config, v value) error {
+	name, file, ok := strings.Cut(v.text, "=")
+	if !ok || route.CheckName(name) != nil {
+		name, file = DefaultUpstream, v.text
+	}
+	if _, twice := c.passwordFiles[name]; twice {
+		return v.err("the upstream %s has a password file already", name)
+	}
+	if c.passwordFiles == nil {
+		c.passwordFiles = map[string]value{}
+	}
+	c.passwordFiles[name] = value{v.name, file, v.where}
+	return nil
+}
+
+// finishServers gives the upstreams their passwords and certificates.
+func (c *Config) finishServers(env []string) error {
+	for name, v := range c.passwordFiles {
+		known := false
+		for _, u := range c.Upstreams {
+			known = known || u.Name == name
+		}
+		switch {
+		case !known && name == DefaultUpstream:
+			return v.err("there is no --proxy that it could belong to")
+		case !known:
+			return v.err("there is no upstream %s", name)
+		}
+	}
+	var ca []byte
+	if c.proxyCA.name != "" {
+		var err error
+		var info fileInfo
+		if ca, info, err = readPath(c.proxyCA.text, maxCA); err != nil {
+			return fmt.Errorf("cannot read the certificates %s: %w", c.proxyCA.text, err)
+		}
+		c.warnOfWriters("file of certificates", c.proxyCA.text, info)
+	}
+	for i := range c.Upstreams {
+		u := &c.Upstreams[i]
+		s, err := c.withSecrets(u.Name, u.Server, env)
+		if err != nil {
+			return err
+		}
+		if ca != nil && s.TLS() {
+			if s, err = s.WithCA(ca); err != nil {
+				return fmt.Errorf("cannot use the certificates %s: %w", c.proxyCA.text, err)
+			}
+		}
+		u.Server = s
+	}
+	return nil
+}
+
+// withSecrets gives a server of the upstream name its password: that of the URL, of --password-file, of the environment, or of
+// systemd, in this order.
+func (c *Config) withSecrets(name string, s socks.Server, env []string) (socks.Server, error) {
+	if v, ok := c.passwordFiles[name]; ok {
+		switch {
+		case s.User() == "":
+			return s, v.err("the proxy's URL names no user: write socks5://USER@HOST:PORT")
+		case s.HasPassword():
+			return s, v.err("the proxy's URL has a password already: give it in one place")
+		}
+		return c.withPassword(s, v.text, true)
+	}
+	if s.User() == "" || s.HasPassword() || !s.TakesPassword() {
+		return s, nil
+	}
+	of := func(base, sep string, f func(string) string) string {
+		if name == DefaultUpstream {
+			return base
+		}
+		return base + sep + f(name)
+	}
+	if p := lookup(env, of(passwordVar, "_", varName)); p != "" {
+		withPassword, err := s.WithCredentials(s.User(), strings.Clone(p))
+		if err != nil {
+			return s, fmt.Errorf("cannot use %s: %w", of(passwordVar, "_", varName), err)
+		}
+		return withPassword, nil
+	}
+	if dir := lookup(env, credentialsVar); dir != "" {
+		path := filepath.Join(dir, of(passwordCredential, ".", func(s string) string { return s }))
+		if exists(path) {
+			return c.withPassword(s, path, false)
+		}
+	}
+	return s, nil
+}
+
+// varName is the name of an upstream in the name of a variable: capitals, and _ for what a variable cannot have.
+func varName(upstream string) string {
+	return strings.Map(func(r rune) rune {
+		if r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' {
+			return r
+		}
+		return '_'
+	}, strings.ToUpper(upstream))
+}
+
+// withPassword reads the password from the first line of a file. One of the user's is looked at for who may read and write it.
+func (c *Config) withPassword(s socks.Server, path string, ofUser bool) (socks.Server, error) {
+	b, info, err := readPath(path, int64(len(byteOrderMark))+maxPassword+2)
+	if err != nil {
+		return s, fmt.Errorf("cannot read the password file %s: %w", path, err)
+	}
+	line, _, _ := bytes.Cut(bytes.TrimPrefix(b, byteOrderMark), []byte("\n"))
+	line = bytes.TrimSuffix(line, []byte("\r"))
+	if len(line) == 0 {
+		return s, fmt.Errorf("cannot use the password file %s: its first line is empty", path)
+	}
+	if len(line) > maxPassword {
+		return s, fmt.Errorf("cannot use the password file %s: its first line is longer than %d bytes", path, maxPassword)
+	}
+	if ofUser {
+		if info.Mode().IsRegular() && info.Mode().Perm()&0o004 != 0 {
+			c.Warnings = append(c.Warnings, fmt.Sprintf("everybody can read the password file %s: chmod 600 it", path))
+		}
+		c.warnOfWriters("password file", path, info)
+	}
+	withPassword, err := s.WithCredentials(s.User(), string(line))
+	if err != nil {
+		return s, fmt.Errorf("cannot use the password file %s: %w", path, err)
+	}
+	return withPassword, nil
+}
