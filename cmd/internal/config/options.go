@@ -239,6 +239,8 @@ is
 .Cm on ,
 except on Linux 7.0 to 7.1.4, where some network cards send such runs with wrong lengths and checksums, so that they are lost
 without an error.
+A host with such a kernel that is the router of neighbours also needs
+.Fl -offload Cm nouso .
 A kernel with that fault may have another version, such as that of the host of a virtual machine; if UDP through the proxy is
 slow or lost, try
 .Cm off .
