@@ -44,8 +44,8 @@ func TestDatagramsAllocateNothing(t *testing.T) {
 	p := g.policy.Load()
 	if n := testing.AllocsPerRun(100, func() {
 		for i := range pkts {
-			p.decide(flow.UDP, pkts[i].Dst)
-			p.decide(flow.TCP, pkts[i].Dst)
+			p.decide(&query{proto: flow.UDP, dst: pkts[i].Dst})
+			p.decide(&query{proto: flow.TCP, dst: pkts[i].Dst})
 		}
 	}); n >= 1 {
 		t.Errorf("%v allocations for a verdict", n)

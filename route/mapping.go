@@ -111,6 +111,8 @@ type mappings struct {
 	queued  int // bytes in all queues
 	dialing int // associations that have a try and no link
 	cache   cache
+	deep    *deepCache // in place of cache; nil: cache is right
+	owners  owners
 	clos    bool // closing: no new ones
 
 	life, shortLife, pinned time.Duration

@@ -52,22 +52,24 @@ func (r *Router) Reload(p Policy) error {
 	if r.ctx.Err() != nil || !r.ran.Load() {
 		return errNotRunning
 	}
-	r.policy.Store(next)
+	r.usePolicy(next)
 	if names != nil {
 		r.startDNS(names)
 		r.resolvers = p.Resolvers
 	}
-	r.forgetVerdicts(next)
 	if !same {
 		r.endReplaced(next)
 	}
 	return nil
 }
 
-// forgetVerdicts empties the cache and ends the associations of upstreams that p has not.
-func (r *Router) forgetVerdicts(p *policy) {
+// usePolicy puts p in force, empties the cache and ends the associations of upstreams that p has not. All datagrams of a burst
+// are decided on by one policy and the cache that belongs to it.
+func (r *Router) usePolicy(p *policy) {
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()
+	r.policy.Store(p)
+	r.udp.deep = r.deepFor(p)
 	clear(r.udp.cache[:])
 	for _, m := range r.udp.all {
 		for _, a := range slices.Clone(m.assocs) {

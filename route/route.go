@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/netip"
 	"sync"
@@ -25,6 +26,10 @@ type Config struct {
 
 	Loops   []*relay.Loop // at least one; run by the caller, until after the Router was closed
 	Sockets flow.Sockets  // nil: it can't be asked whether the app's sockets exist
+	Owners  flow.Owners   // nil: it can't be asked whose the app's sockets are
+	// Decisions gets one JSON object on a line for each verdict that is taken on a flow, from one goroutine. A writer that
+	// is too slow loses lines and holds up nothing. nil: nobody wants them.
+	Decisions io.Writer
 	// ComesBack reports whether the socket that began a flow is a proxy's own, so that carrying it would never end: it is
 	// refused. It is called for each new stream and each new mapping, on the frame reader. nil: no proxy's socket can.
 	ComesBack func(flow.Flow) bool
@@ -102,9 +107,14 @@ type Router struct {
 
 	rejectLogged int64 // under udp.mu
 
+	names     nameTable
+	asker     *asker     // nil: nobody can be asked
+	decisions *decisions // nil: nobody wants them
+
 	readerW flow.PacketWriter   // the frame reader's
 	ctlW    flow.PacketWriter   // Run's
 	loopW   []flow.PacketWriter // the loops'
+	askW    flow.PacketWriter   // the asker's
 	dnsMu   sync.Mutex
 	dnsW    flow.PacketWriter // of who holds dnsMu
 	dnsPkt  [1]flow.Packet
@@ -146,6 +156,8 @@ func New(cfg Config) (*Router, error) {
 		lookEvery: lookEvery, goneAfter: goneAfter, streamsEvery: streamsEvery,
 	}
 	r.policy.Store(p)
+	r.asker, r.decisions = newAsker(cfg.Owners), newDecisions(cfg.Decisions, r.log)
+	r.udp.deep = r.deepFor(p)
 	r.streams.byID = make(map[uint64]*stream)
 	r.udp.init()
 	r.SetUDP(cfg.UDPTimeout, cfg.Limits.Mappings)
@@ -165,7 +177,7 @@ func New(cfg Config) (*Router, error) {
 // Attach gives the Router what makes writers toward the app, one for each goroutine that needs one. It is called once,
 // before Run and the first packet.
 func (r *Router) Attach(writer func() flow.PacketWriter) {
-	r.readerW, r.ctlW, r.dnsW = writer(), writer(), writer()
+	r.readerW, r.ctlW, r.dnsW, r.askW = writer(), writer(), writer(), writer()
 	for i := range r.loopW {
 		r.loopW[i] = writer()
 	}
@@ -205,6 +217,12 @@ func (r *Router) Run(ctx context.Context) error {
 	}
 	r.log.start()
 	defer r.log.close()
+	r.decisions.start()
+	defer r.decisions.end()
+	if r.asker != nil {
+		r.asker.wg.Go(func() { r.runAsker(r.ctx) })
+		defer r.asker.wg.Wait()
+	}
 	stop := context.AfterFunc(ctx, r.cancel)
 	defer stop()
 	if d := r.dns.Load(); d != nil {

@@ -2,9 +2,10 @@ package route
 
 import (
 	"fmt"
-	"net/netip"
 	"strconv"
 	"strings"
+
+	"net/netip"
 
 	"github.com/viasocks/viasocks/stack/flow"
 )
@@ -24,29 +25,111 @@ const DirectName = "direct"
 // Limits on the text of a rule: what is longer was not written by a person, and each is a bound on the work for a flow.
 const (
 	maxRuleText = 4096
-	maxRuleList = 256 // prefixes, and port ranges, in one rule
+	maxRuleList = 256 // values of one condition
 	maxNameLen  = 64
 )
 
 // Rule is a line of policy. The rules of a Router are tried in order and the first that matches decides.
 //
-//	rule    = { "proto" ("tcp" | "udp") | "dst" cidr {"," cidr} | "port" ports {"," ports} } verdict
-//	verdict = "via" NAME | "direct" | "reject" | "drop"
-//	cidr    = an IPv4 or IPv6 network in CIDR form, or one address
-//	ports   = N | N-M
+//	rule      = { ["not"] condition } verdict
+//	condition = "proto" ("tcp" | "udp")
+//	          | "src" cidr {"," cidr} | "dst" cidr {"," cidr}
+//	          | "name" pattern {"," pattern}
+//	          | "list=" FILE
+//	          | "port" ports {"," ports}
+//	          | "user" user {"," user}
+//	          | "cgroup" PATH {"," PATH}
+//	          | "exe" PATH {"," PATH}
+//	verdict   = "via" NAME | "direct" | "reject" | "drop"
+//	cidr      = an IPv4 or IPv6 network in CIDR form, or one address
+//	pattern   = example.com (this name) | .example.com (it and every name below it) | img*.example.??? (a pattern)
+//	ports     = N | N-M, of the destination
+//	user      = a name, or UID, or UID-UID
 //
-// Conditions come in any order, each at most once, and all must hold; a rule without one matches every flow. NAME is
-// an upstream's: a letter or digit, then letters, digits, '.', '_' and '-'. The zero Rule is not valid.
+// Conditions come in any order, each at most once, and all must hold; a rule without one matches every flow. "not" turns
+// the condition behind it round. src is the app's address. FILE has one network, address or name on a line (see list); a
+// name there means every name below it, too. A control group is named by its path below the root of version 2, and has
+// all that are below it. PATH of exe is the absolute path of the program, in which * and ? stand for any text and for any
+// character. NAME is an upstream's: a letter or digit, then letters, digits, '.', '_' and '-'.
+//
+// What is not known of a flow meets no condition: a flow without a name matches no pattern, and so matches "not name".
+// The same holds for the owner of a socket that cannot be found. The zero Rule is not valid.
 type Rule struct {
+	not      kinds
 	proto    flow.Proto // 0: any
 	prefixes []netip.Prefix
 	ports    []portRange
-	action   Action
-	via      string // ActionVia: the upstream's name
-	text     string // as String gives it
+	rest     *rest // what few rules ask for; nil: nothing of it
+
+	action Action
+	via    string // ActionVia: the upstream's name
+	text   string // as String gives it
+}
+
+// rest are the conditions that need more than protocol and destination.
+type rest struct {
+	kinds  kinds // that are there
+	src    []netip.Prefix
+	names  []namePattern
+	list   *list
+	users  []userRange
+	groups []string
+	exes   []string
 }
 
 type portRange struct{ lo, hi uint16 }
+
+// kinds is a set of kinds of conditions.
+type kinds uint16
+
+const (
+	ofProto kinds = 1 << iota
+	ofSource
+	ofDest
+	ofName
+	ofList
+	ofPort
+	ofUser
+	ofCgroup
+	ofExe
+
+	ofOwner = ofUser | ofCgroup | ofExe
+)
+
+// conditions are the words of the rules, in the order in which String writes them.
+var conditions = []struct {
+	word  string
+	kind  kinds
+	want  string // what must follow
+	parse func(r *Rule, arg string) error
+}{
+	{"proto", ofProto, "tcp or udp", func(r *Rule, arg string) (err error) { r.proto, err = parseProto(arg); return err }},
+	{"src", ofSource, "a network such as 192.0.2.0/24, or several with commas between",
+		func(r *Rule, arg string) (err error) { r.more(ofSource).src, err = parsePrefixes(arg); return err }},
+	{"dst", ofDest, "a network such as 192.0.2.0/24, or several with commas between",
+		func(r *Rule, arg string) (err error) { r.prefixes, err = parsePrefixes(arg); return err }},
+	{"name", ofName, "a name such as example.com, or .example.com for every name below it, too",
+		func(r *Rule, arg string) (err error) { r.more(ofName).names, err = parsePatterns(arg); return err }},
+	{"port", ofPort, "a port such as 443, or 80,6881-6889",
+		func(r *Rule, arg string) (err error) { r.ports, err = parsePorts(arg); return err }},
+	{"user", ofUser, "a user's name or number, or a range such as 1000-1999",
+		func(r *Rule, arg string) (err error) { r.more(ofUser).users, err = parseUsers(arg); return err }},
+	{"cgroup", ofCgroup, "the path of a control group, such as system.slice/foo.service",
+		func(r *Rule, arg string) (err error) { r.more(ofCgroup).groups, err = parseGroups(arg); return err }},
+	{"exe", ofExe, "the path of a program, such as /usr/bin/curl",
+		func(r *Rule, arg string) (err error) { r.more(ofExe).exes, err = parseExes(arg); return err }},
+}
+
+const listWord = "list="
+
+// more gives r its rest, with a condition of kind k in it.
+func (r *Rule) more(k kinds) *rest {
+	if r.rest == nil {
+		r.rest = &rest{}
+	}
+	r.rest.kinds |= k
+	return r.rest
+}
 
 // Action says what the rule decides.
 func (r *Rule) Action() Action { return r.action }
@@ -54,13 +137,27 @@ func (r *Rule) Action() Action { return r.action }
 // Via is the name of the upstream that the rule wants; empty unless the Action is ActionVia.
 func (r *Rule) Via() string { return r.via }
 
+// AsksOwner reports whether the rule speaks of the owner of the app's socket.
+func (r *Rule) AsksOwner() bool { return r.rest != nil && r.rest.kinds&ofOwner != 0 }
+
+// List is the file that the rule names; empty: none.
+func (r *Rule) List() string {
+	if r.rest == nil || r.rest.list == nil {
+		return ""
+	}
+	return r.rest.list.path
+}
+
 // String is the rule in its shortest spelling, which ParseRule reads back to the same rule.
 func (r *Rule) String() string { return r.text }
 
-// ParseRule reads one rule. Its errors say which word is wrong and what to write in its place.
-func ParseRule(s string) (Rule, error) {
+// ParseRule reads one rule, and the file that it may name, which is not looked at again afterwards. Its errors say which
+// word is wrong and what to write in its place.
+func ParseRule(s string) (Rule, error) { return parseRule(s, loadList) }
+
+func parseRule(s string, load func(path string) (*list, error)) (Rule, error) {
 	var r Rule
-	if err := r.parse(s); err != nil {
+	if err := r.parse(s, load); err != nil {
 		return Rule{}, fmt.Errorf("cannot use rule %q: %w", clip(s), err)
 	}
 	r.text = r.format()
@@ -74,147 +171,97 @@ func clip(s string) string {
 	return s
 }
 
-func (r *Rule) parse(s string) error {
+// ruleWords hands out the words of a rule.
+type ruleWords []string
+
+// next is the word behind after, where want must stand.
+func (w *ruleWords) next(after, want string) (string, error) {
+	if len(*w) == 0 {
+		return "", fmt.Errorf("it ends after %q: write %s", after, want)
+	}
+	word := (*w)[0]
+	*w = (*w)[1:]
+	return word, nil
+}
+
+func (r *Rule) parse(s string, load func(path string) (*list, error)) error {
 	if len(s) > maxRuleText {
 		return fmt.Errorf("it has %d bytes, the limit is %d: write several rules", len(s), maxRuleText)
 	}
-	words := strings.Fields(s)
-	next := func(after, want string) (string, error) {
-		if len(words) == 0 {
-			return "", fmt.Errorf("it ends after %q: write %s", after, want)
-		}
-		w := words[0]
-		words = words[1:]
-		return w, nil
-	}
-	decided := false
+	words := ruleWords(strings.Fields(s))
+	var seen kinds
 	for len(words) > 0 {
-		w, _ := next("", "")
-		if decided {
-			return fmt.Errorf("%q comes after the verdict: conditions go before it", clip(w))
+		w, _ := words.next("", "")
+		not := w == "not"
+		if not {
+			var err error
+			if w, err = words.next(w, "a condition"); err != nil {
+				return err
+			}
 		}
-		var arg string
-		var err error
-		switch w {
-		case "proto":
-			if r.proto != 0 {
-				return twice(w)
-			}
-			if arg, err = next(w, "tcp or udp"); err == nil {
-				r.proto, err = parseProto(arg)
-			}
-		case "dst":
-			if r.prefixes != nil {
-				return twice(w)
-			}
-			if arg, err = next(w, "a network such as 192.0.2.0/24, or several with commas between"); err == nil {
-				r.prefixes, err = parsePrefixes(arg)
-			}
-		case "port":
-			if r.ports != nil {
-				return twice(w)
-			}
-			if arg, err = next(w, "a port such as 443, or 80,6881-6889"); err == nil {
-				r.ports, err = parsePorts(arg)
-			}
-		case "via":
-			if r.via, err = next(w, "the name of an upstream"); err == nil {
-				err = CheckName(r.via)
-			}
-			decided = true
-		case DirectName:
-			r.via, decided = DirectName, true
-		case "reject":
-			r.action, decided = ActionReject, true
-		case "drop":
-			r.action, decided = ActionDrop, true
-		default:
-			return fmt.Errorf("unknown word %q: conditions are proto, dst and port; verdicts are via NAME, direct, reject and drop", clip(w))
+		decided, err := r.verdict(w, &words)
+		switch {
+		case decided && not:
+			return fmt.Errorf(`"not" stands before %q: it belongs before a condition`, w)
+		case err != nil:
+			return err
+		case decided && len(words) > 0:
+			return fmt.Errorf("%q comes after the verdict: conditions go before it", clip(words[0]))
+		case decided:
+			return nil
 		}
+		k, err := r.condition(w, &words, load)
 		if err != nil {
 			return err
 		}
+		if seen&k != 0 {
+			return fmt.Errorf("%q is there twice: give its values in one list with commas, or write two rules", w)
+		}
+		seen |= k
+		if not {
+			r.not |= k
+		}
 	}
-	if !decided {
-		return fmt.Errorf("it has no verdict: end it with via NAME, direct, reject or drop")
-	}
-	return nil
+	return fmt.Errorf("it has no verdict: end it with via NAME, direct, reject or drop")
 }
 
-func twice(word string) error {
-	return fmt.Errorf("%q is there twice: give its values in one list with commas, or write two rules", word)
+// verdict reads the verdict that begins with w, if it is one.
+func (r *Rule) verdict(w string, words *ruleWords) (decided bool, err error) {
+	switch w {
+	case "via":
+		if r.via, err = words.next(w, "the name of an upstream"); err == nil {
+			err = CheckName(r.via)
+		}
+	case DirectName:
+		r.via = DirectName
+	case "reject":
+		r.action = ActionReject
+	case "drop":
+		r.action = ActionDrop
+	default:
+		return false, nil
+	}
+	return true, err
 }
 
-func parseProto(s string) (flow.Proto, error) {
-	switch s {
-	case "tcp":
-		return flow.TCP, nil
-	case "udp":
-		return flow.UDP, nil
+// condition reads the condition that begins with w.
+func (r *Rule) condition(w string, words *ruleWords, load func(path string) (*list, error)) (k kinds, err error) {
+	if path, ok := strings.CutPrefix(w, listWord); ok {
+		r.more(ofList).list, err = load(path)
+		return ofList, err
 	}
-	return 0, fmt.Errorf("protocol %q: write tcp or udp", clip(s))
-}
-
-func parsePrefixes(list string) ([]netip.Prefix, error) {
-	items := strings.Split(list, ",")
-	if len(items) > maxRuleList {
-		return nil, fmt.Errorf("%d networks, the limit is %d: write several rules", len(items), maxRuleList)
-	}
-	out := make([]netip.Prefix, 0, len(items))
-	for _, item := range items {
-		p, err := parsePrefix(item)
+	for _, c := range conditions {
+		if c.word != w {
+			continue
+		}
+		arg, err := words.next(w, c.want)
 		if err != nil {
-			return nil, err
+			return 0, err
 		}
-		out = append(out, p)
+		return c.kind, c.parse(r, arg)
 	}
-	return out, nil
-}
-
-func parsePrefix(s string) (netip.Prefix, error) {
-	if !strings.Contains(s, "/") {
-		a, err := netip.ParseAddr(s)
-		if err != nil || a.Zone() != "" {
-			return netip.Prefix{}, fmt.Errorf("network %q: write an address or a network, such as 192.0.2.0/24 or 2001:db8::/32", clip(s))
-		}
-		a = a.Unmap()
-		return netip.PrefixFrom(a, a.BitLen()), nil
-	}
-	p, err := netip.ParsePrefix(s)
-	if err != nil {
-		return netip.Prefix{}, fmt.Errorf("network %q: write it in CIDR form, such as 192.0.2.0/24 or 2001:db8::/32", clip(s))
-	}
-	if p.Addr().Is4In6() {
-		return netip.Prefix{}, fmt.Errorf("network %q: write an IPv4 network in its own form, such as 192.0.2.0/24", clip(s))
-	}
-	if p != p.Masked() {
-		return netip.Prefix{}, fmt.Errorf("network %q has bits set behind its length: write %s, or %s for the one address", clip(s), p.Masked(), p.Addr())
-	}
-	return p, nil
-}
-
-func parsePorts(list string) ([]portRange, error) {
-	items := strings.Split(list, ",")
-	if len(items) > maxRuleList {
-		return nil, fmt.Errorf("%d port ranges, the limit is %d: write several rules", len(items), maxRuleList)
-	}
-	out := make([]portRange, 0, len(items))
-	for _, item := range items {
-		lo, hi, isRange := strings.Cut(item, "-")
-		if !isRange {
-			hi = lo
-		}
-		l, err1 := strconv.ParseUint(lo, 10, 16)
-		h, err2 := strconv.ParseUint(hi, 10, 16)
-		switch {
-		case err1 != nil || err2 != nil || l == 0:
-			return nil, fmt.Errorf("port %q: write a number of 1 to 65535, or a range such as 6881-6889", clip(item))
-		case l > h:
-			return nil, fmt.Errorf("port range %q is empty: write %d-%d", clip(item), h, l)
-		}
-		out = append(out, portRange{uint16(l), uint16(h)})
-	}
-	return out, nil
+	return 0, fmt.Errorf("unknown word %q: conditions are proto, src, dst, name, list=FILE, port, user, cgroup and exe; "+
+		"verdicts are via NAME, direct, reject and drop", clip(w))
 }
 
 // CheckName says whether an upstream may be called s: one word of a rule, and none that a rule reads as another thing.
@@ -226,7 +273,8 @@ func CheckName(s string) error {
 		ok = alnum || i > 0 && (c == '.' || c == '_' || c == '-')
 	}
 	if !ok {
-		return fmt.Errorf("upstream name %q: write letters, digits, '.', '_' and '-', a letter or digit first, at most %d", clip(s), maxNameLen)
+		return fmt.Errorf("upstream name %q: write letters, digits, '.', '_' and '-', a letter or digit first, at most %d",
+			clip(s), maxNameLen)
 	}
 	switch s {
 	case "reject", "drop", "via":
@@ -236,65 +284,83 @@ func CheckName(s string) error {
 }
 
 func (r *Rule) format() string {
-	b := make([]byte, 0, 64)
-	if r.proto != 0 {
-		b = append(append(append(b, "proto "...), r.proto.String()...), ' ')
-	}
-	for i, p := range r.prefixes {
-		b = append(b, [...]string{"dst ", ","}[min(i, 1)]...)
-		b = p.AppendTo(b)
-	}
-	if r.prefixes != nil {
-		b = append(b, ' ')
-	}
-	for i, p := range r.ports {
-		b = append(b, [...]string{"port ", ","}[min(i, 1)]...)
-		b = strconv.AppendUint(b, uint64(p.lo), 10)
-		if p.hi != p.lo {
-			b = strconv.AppendUint(append(b, '-'), uint64(p.hi), 10)
+	var b strings.Builder
+	for _, c := range conditions {
+		if c.kind == ofPort { // the list stands before it
+			r.formatCondition(&b, ofList, listWord)
 		}
-	}
-	if r.ports != nil {
-		b = append(b, ' ')
+		r.formatCondition(&b, c.kind, c.word+" ")
 	}
 	switch {
 	case r.action == ActionReject:
-		b = append(b, "reject"...)
+		b.WriteString("reject")
 	case r.action == ActionDrop:
-		b = append(b, "drop"...)
+		b.WriteString("drop")
 	case r.via == DirectName:
-		b = append(b, DirectName...)
+		b.WriteString(DirectName)
 	default:
-		b = append(append(b, "via "...), r.via...)
+		b.WriteString("via " + r.via)
 	}
-	return string(b)
+	return b.String()
 }
 
-// matches reports whether all conditions hold. dst is unmapped. It does not allocate.
-func (r *Rule) matches(proto flow.Proto, dst netip.AddrPort) bool {
-	if r.proto != 0 && r.proto != proto {
-		return false
+// formatCondition writes r's condition of kind k, if it has one.
+func (r *Rule) formatCondition(b *strings.Builder, k kinds, word string) {
+	values := r.values(k)
+	if len(values) == 0 {
+		return
 	}
-	if r.ports != nil {
-		port, ok := dst.Port(), false
-		for _, p := range r.ports {
-			if port >= p.lo && port <= p.hi {
-				ok = true
-				break
-			}
-		}
-		if !ok {
-			return false
+	if r.not&k != 0 {
+		b.WriteString("not ")
+	}
+	b.WriteString(word + strings.Join(values, ",") + " ")
+}
+
+// values are those of the condition of kind k, as they are written; none: the rule does not have it.
+func (r *Rule) values(k kinds) (out []string) {
+	if k == ofProto && r.proto != 0 {
+		return []string{r.proto.String()}
+	}
+	rest := r.rest
+	if rest == nil {
+		rest = &noRest
+	}
+	switch k {
+	case ofSource:
+		return texts(rest.src)
+	case ofDest:
+		return texts(r.prefixes)
+	case ofName:
+		return texts(rest.names)
+	case ofPort:
+		return texts(r.ports)
+	case ofUser:
+		return texts(rest.users)
+	case ofCgroup:
+		return rest.groups
+	case ofExe:
+		return rest.exes
+	case ofList:
+		if rest.list != nil {
+			return []string{rest.list.path}
 		}
 	}
-	if r.prefixes != nil {
-		addr := dst.Addr()
-		for _, p := range r.prefixes {
-			if p.Contains(addr) {
-				return true
-			}
-		}
-		return false
+	return nil
+}
+
+var noRest rest
+
+func texts[T fmt.Stringer](all []T) (out []string) {
+	for _, x := range all {
+		out = append(out, x.String())
 	}
-	return true
+	return out
+}
+
+// String is the range as it is written.
+func (p portRange) String() string {
+	if p.lo == p.hi {
+		return strconv.Itoa(int(p.lo))
+	}
+	return fmt.Sprintf("%d-%d", p.lo, p.hi)
 }

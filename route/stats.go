@@ -10,7 +10,7 @@ import (
 type counters struct {
 	streams, streamsRefused, flowsFull                      atomic.Uint64
 	mappings, mappingsExpired, mappingsEvicted              atomic.Uint64
-	mappingsFull, mappingsGone, orphans                     atomic.Uint64
+	mappingsFull, mappingsGone, orphans, asksFull           atomic.Uint64
 	reassociations, ended                                   atomic.Uint64
 	dgramsDropped, dgramsRefused, dgramsQueueFull, up, down atomic.Uint64
 }
@@ -25,6 +25,7 @@ type Stats struct {
 	Streams         uint64 // TCP flows that the app asked for
 	StreamsRefused  uint64 // by a rule, by a limit, or by the upstream
 	StreamsFull     uint64 // of those: because of Limits.Flows
+	AsksFull        uint64 // of those: too many waited for their owner to be found; they come again
 	StreamsNow      int    // pending and open
 	Mappings        uint64 // made
 	MappingsNow     int
@@ -44,6 +45,8 @@ type Stats struct {
 	// Datagrams of links that were closed.
 	Sent, Received, SocketFull, TooLarge, Unsendable, Malformed uint64
 
+	DecisionsLost uint64 // lines that could not be written
+
 	DNS dns.Stats
 }
 
@@ -58,6 +61,10 @@ func (r *Router) Stats() Stats {
 		Up: c.up.Load(), Down: c.down.Load(),
 		Sent: l.sent.Load(), Received: l.received.Load(), SocketFull: l.full.Load(), TooLarge: l.tooLarge.Load(),
 		Unsendable: l.unsendable.Load(), Malformed: l.malformed.Load(),
+	}
+	s.AsksFull = c.asksFull.Load()
+	if r.decisions != nil {
+		s.DecisionsLost = r.decisions.lost.Load()
 	}
 	s.DNS = r.dnsStats()
 	r.streams.mu.Lock()

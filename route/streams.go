@@ -77,13 +77,36 @@ func (r *Router) HandleStream(req flow.StreamRequest) {
 		return
 	}
 	dest := Dest{Addr: f.Dst}
-	var v *verdict
 	if d := r.dns.Load(); d != nil && f.Dst.Port() == 53 && flow.OneHost(f.Dst.Addr()) {
 		// A truncated answer asks to come back by TCP, and the address in resolv.conf need not exist.
 		dest.Addr = d.Resolver()
-		v = r.policy.Load().decideResolver(dest.Addr)
-	} else {
-		v = r.verdictOn(flow.TCP, f.Dst)
+		r.takeStream(req, f, dest, r.policy.Load().decideResolver(dest.Addr), nil)
+		return
+	}
+	q := r.queryOf(f, dest)
+	v := r.verdictOn(&q)
+	switch {
+	case r.asker == nil && v == verdictAsk: // nobody can tell
+		q.owner = &nobody
+		v = r.verdictOn(&q)
+	case r.asker == nil:
+	case v == verdictAsk || r.decisions != nil: // whose line names the program
+		if r.asker.post(waiting{req, f, dest}) {
+			return
+		}
+		if v == verdictAsk {
+			r.laterStream(req)
+			return
+		}
+	}
+	r.takeStream(req, f, dest, v, &q)
+}
+
+// takeStream does with a flow what the verdict says. q is what it was taken on; nil: nobody writes this decision down. Any
+// goroutine.
+func (r *Router) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *verdict, q *query) {
+	if q != nil {
+		r.decisions.post(decision{f.Start, f, q.names, v, q.owner})
 	}
 	v.hits.Add(1)
 	switch v.kind {

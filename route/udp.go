@@ -35,51 +35,56 @@ func (r *Router) HandlePackets(pkts []flow.Packet) {
 		r.count.dgramsDropped.Add(uint64(len(pkts)))
 		return
 	}
-	v := r.classify(&pkts[0])
+	v := r.classify(&pkts[0], now)
 	for i := 0; i < len(pkts); {
 		var next *verdict
 		j := i + 1
 		for ; j < len(pkts); j++ {
-			if next = v; pkts[j].Dst != pkts[j-1].Dst {
-				next = r.classify(&pkts[j])
+			if next = v; pkts[j].Dst != pkts[j-1].Dst || t.deep != nil && pkts[j].Src != pkts[j-1].Src {
+				next = r.classify(&pkts[j], now)
 			}
 			if next != v || pkts[j].Src != pkts[i].Src {
 				break
 			}
 		}
 		v.hits.Add(uint64(j - i))
-		r.run(v, pkts[i:j], now)
+		r.run(r.readerW, v, pkts[i:j], now)
 		i, v = j, next
 	}
 }
 
 // classify takes the verdict on one datagram, from the cache if it is there.
-func (r *Router) classify(p *flow.Packet) *verdict {
+func (r *Router) classify(p *flow.Packet, now int64) *verdict {
 	if r.dns.Load() != nil && p.Dst.Port() == 53 && flow.OneHost(p.Dst.Addr()) {
 		return verdictResolve
+	}
+	if r.udp.deep != nil {
+		return r.classifyDeep(p, now)
 	}
 	c := &r.udp.cache[r.udp.cache.slot(p.Dst)]
 	if c.v != nil && c.dst == p.Dst {
 		return c.v
 	}
-	c.dst, c.v = p.Dst, r.verdictOn(flow.UDP, p.Dst)
+	c.dst, c.v = p.Dst, r.verdictOn(&query{proto: flow.UDP, src: p.Src, dst: p.Dst})
 	return c.v
 }
 
-// run handles datagrams of one source and one verdict.
-func (r *Router) run(v *verdict, pkts []flow.Packet, now int64) {
+// run handles datagrams of one source and one verdict. w is the calling goroutine's.
+func (r *Router) run(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now int64) {
 	switch v.kind {
 	case resolve:
 		for i := range pkts {
 			r.question(&pkts[i])
 		}
 	case carry:
-		r.carry(v, pkts, now)
+		r.carry(w, v, pkts, now)
 	case reject:
-		r.refuse(r.readerW, pkts, flow.RefusePort)
+		r.refuse(w, pkts, flow.RefusePort)
 		r.logRejected(v, &pkts[0], now)
 	case impossible:
-		r.refuse(r.readerW, pkts, flow.RefuseNet)
+		r.refuse(w, pkts, flow.RefuseNet)
+	case await:
+		r.hold(pkts, now)
 	default:
 		r.count.dgramsDropped.Add(uint64(len(pkts)))
 	}
@@ -119,18 +124,21 @@ func (r *Router) question(p *flow.Packet) {
 		r.dnsMu.Lock()
 		defer r.dnsMu.Unlock()
 		r.dnsPkt[0] = flow.Packet{Src: dst, Dst: src, Payload: b}
+		if r.wantsNames() { // before the program knows it
+			r.names.learn(b, r.now())
+		}
 		_, _ = r.dnsW.WritePackets(r.dnsPkt[:])
 		r.dnsPkt[0].Payload = nil
 	})
 }
 
-func (r *Router) carry(v *verdict, pkts []flow.Packet, now int64) {
+func (r *Router) carry(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now int64) {
 	t := &r.udp
 	m := t.bySrc[pkts[0].Src]
 	// What is open goes on working whatever the server says to others.
 	if a := m.assocOf(v.up); a == nil || a.link == nil {
 		if why, refused := v.up.refused(now); refused {
-			r.refuse(r.readerW, pkts, why)
+			r.refuse(w, pkts, why)
 			return
 		}
 	}
@@ -161,7 +169,7 @@ func (r *Router) carry(v *verdict, pkts []flow.Packet, now int64) {
 			r.ctl.post(event{kind: evClosed, t: a.try, err: err})
 		}
 	case a.failures >= refuseAfter:
-		r.refuse(r.readerW, pkts, flow.RefuseNet)
+		r.refuse(w, pkts, flow.RefuseNet)
 	default:
 		for i := range pkts {
 			if lost := t.push(a, &pkts[i], now); lost > 0 {

@@ -27,10 +27,14 @@ const (
 	drop
 	resolve    // a question for route/dns
 	impossible // to an address that nothing can be carried to: dropped
+	await      // the owner of the socket must be looked for
 )
+
+var verdictAsk = &verdict{kind: await, rule: "none"}
 
 // policy is the compiled configuration: immutable but for the counters.
 type policy struct {
+	needs     kinds // of conditions, in all rules
 	rules     []Rule
 	verdicts  []*verdict // one for each rule
 	otherwise *verdict
@@ -81,6 +85,9 @@ func newPolicy(cfg Config, old *policy) (*policy, error) {
 				return nil, fmt.Errorf("cannot use rule %q: no upstream is named %q, %s", rule, rule.via, have)
 			}
 		}
+		if rule.rest != nil {
+			p.needs |= rule.rest.kinds
+		}
 		p.verdicts = append(p.verdicts, v)
 	}
 	p.otherwise = &verdict{kind: reject, rule: noRule}
@@ -102,19 +109,28 @@ func newPolicy(cfg Config, old *policy) (*policy, error) {
 	return p, nil
 }
 
-// decideResolver is the verdict on a connection to a resolver.
+// decideResolver is the verdict on a connection to a resolver. It is ours, and so has no owner that a rule could mean.
 func (p *policy) decideResolver(dst netip.AddrPort) *verdict {
-	if v := p.decide(flow.TCP, dst); v != p.otherwise {
+	if v := p.decide(&query{proto: flow.TCP, dst: dst, owner: &nobody}); v != p.otherwise {
 		return v
 	}
 	return p.resolvers
 }
 
-// decide returns the verdict of the first rule that matches. dst is unmapped. It does not allocate.
-func (p *policy) decide(proto flow.Proto, dst netip.AddrPort) *verdict {
+var nobody flow.Owner
+
+// plain reports whether a verdict depends on protocol and destination alone.
+func (p *policy) plain() bool { return p.needs == 0 }
+
+// decide returns the verdict of the first rule that matches, or verdictAsk where that depends on an owner that nobody has
+// looked for. It does not allocate.
+func (p *policy) decide(q *query) *verdict {
 	for i := range p.rules {
-		if p.rules[i].matches(proto, dst) {
+		switch p.rules[i].matches(q) {
+		case yes:
 			return p.verdicts[i]
+		case ask:
+			return verdictAsk
 		}
 	}
 	return p.otherwise
@@ -122,12 +138,12 @@ func (p *policy) decide(proto flow.Proto, dst netip.AddrPort) *verdict {
 
 // verdictOn takes the verdict on a destination as the app named it. What no proxy can carry is impossible, whatever the rules
 // say; a rule may still send cloud metadata direct.
-func (r *Router) verdictOn(proto flow.Proto, dst netip.AddrPort) *verdict {
-	a := dst.Addr()
-	if dst.Port() == 0 || !flow.OneHost(a) || flow.IsOurs(a) {
+func (r *Router) verdictOn(q *query) *verdict {
+	a := q.dst.Addr()
+	if q.dst.Port() == 0 || !flow.OneHost(a) || flow.IsOurs(a) {
 		return verdictImpossible
 	}
-	v := r.policy.Load().decide(proto, dst)
+	v := r.policy.Load().decide(q)
 	if v.kind == carry && v.up.name != DirectName && !flow.CanBePeer(a) {
 		return verdictImpossible
 	}
@@ -145,7 +161,10 @@ type cache [cacheSize]struct {
 	v   *verdict
 }
 
-func (c *cache) slot(dst netip.AddrPort) int {
+func (c *cache) slot(dst netip.AddrPort) int { return slotOf(dst) }
+
+// slotOf spreads endpoints over the slots of a cache.
+func slotOf(dst netip.AddrPort) int {
 	b := dst.Addr().As16()
 	h := binary.LittleEndian.Uint64(b[:]) ^ binary.LittleEndian.Uint64(b[8:])*0x9E3779B97F4A7C15 ^ uint64(dst.Port())<<40
 	h *= 0xD6E8FEB86659FD93

@@ -9,6 +9,11 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
+// on is a query about a destination.
+func on(proto flow.Proto, dst string) *query {
+	return &query{proto: proto, dst: netip.MustParseAddrPort(dst)}
+}
+
 func TestPolicy(t *testing.T) {
 	a, b := &fakeUpstream{name: "a"}, &fakeUpstream{name: DirectName}
 	cfg := Config{Upstreams: []Upstream{a, b}, Default: "a", Rules: []Rule{
@@ -32,7 +37,7 @@ func TestPolicy(t *testing.T) {
 		{flow.TCP, "[2001:db8::1]:443", "dst 2001:db8::/32 reject"},
 		{flow.TCP, "192.0.2.1:443", "default"},
 	} {
-		if got := p.decide(tt.proto, netip.MustParseAddrPort(tt.dst)); got.rule != tt.want {
+		if got := p.decide(on(tt.proto, tt.dst)); got.rule != tt.want {
 			t.Errorf("%v %s: %q, want %q", tt.proto, tt.dst, got.rule, tt.want)
 		}
 	}
@@ -40,7 +45,7 @@ func TestPolicy(t *testing.T) {
 	if p, err = newPolicy(cfg, nil); err != nil {
 		t.Fatal(err)
 	}
-	if v := p.decide(flow.TCP, netip.MustParseAddrPort("192.0.2.1:443")); v.kind != reject || v.rule != "none" {
+	if v := p.decide(on(flow.TCP, "192.0.2.1:443")); v.kind != reject || v.rule != "none" {
 		t.Errorf("without a default: %+v, want a refusal", v)
 	}
 }
@@ -108,7 +113,7 @@ func TestImpossible(t *testing.T) {
 	} {
 		for i, r := range []*rig{viaProxy, direct} {
 			for _, proto := range []flow.Proto{flow.TCP, flow.UDP} {
-				v := r.verdictOn(proto, netip.MustParseAddrPort(dst))
+				v := r.verdictOn(on(proto, dst))
 				if got := v.kind == carry; got != want[i] || !got && v != verdictImpossible {
 					t.Errorf("%v %s, direct %v: carried %v", proto, dst, i == 1, got)
 				}
@@ -153,10 +158,10 @@ func BenchmarkDecide(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			dst := netip.MustParseAddrPort("192.0.2.1:1500")
+			q := on(flow.UDP, "192.0.2.1:1500")
 			b.ReportAllocs()
 			for b.Loop() {
-				if p.decide(flow.UDP, dst) != p.otherwise {
+				if p.decide(q) != p.otherwise {
 					b.Fatal("wrong verdict")
 				}
 			}

@@ -97,12 +97,15 @@ type Config struct {
 	AfterService bool // down
 
 	LogLevel slog.Level
-	LogFile  string   // empty: standard error
-	Warnings []string // to be logged once
+	LogFile  string // empty: standard error
+	// Decisions is the file that gets a line for each verdict; empty: none.
+	Decisions string
+	Warnings  []string // to be logged once
 
 	// NeedRestart names the options that were given other values than the daemon was started with, and that it keeps: see Again.
 	NeedRestart []string
 
+	allow         []string
 	proxyAt       value            // kept until finish
 	passwordFiles map[string]value // by upstream
 	proxyCA       value

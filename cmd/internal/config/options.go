@@ -49,7 +49,7 @@ type Option struct {
 }
 
 // Options is every option there is, in the order of help and manual.
-var Options = slices.Concat(flowOptions, hostOptions, logOptions)
+var Options = slices.Concat(flowOptions, ruleOptions, hostOptions, logOptions)
 
 // flowOptions say how what is captured is carried.
 var flowOptions = []Option{
@@ -113,35 +113,6 @@ begins with a letter or digit and goes on with letters, digits, dots, underscore
 and
 .Cm via
 are taken.`,
-	},
-	{
-		Name: "rule", Arg: "RULE", Many: true, Live: true, Cmds: all, set: addRule,
-		Help: "which flows go where; the first rule that matches decides",
-		Man: `Which flows go where: conditions, all of which must hold, and then a verdict.
-The conditions are
-.Cm proto tcp
-or
-.Cm udp ,
-.Cm dst Ar NETWORK Ns [,...]
-and
-.Cm port Ar N Ns [- Ns Ar M Ns ][,...] ;
-the verdicts are
-.Cm via Ar NAME
-(an upstream),
-.Cm direct
-(from the host itself, past every proxy),
-.Cm reject
-(the program sees an error at once) and
-.Cm drop
-(silence).
-The first rule that matches decides; what none matches goes to
-.Fl -proxy ,
-and is refused if there is none.
-A rule with
-.Cm direct
-needs no proxy:
-.Li viasocks run --rule 'port 443 direct' -- PROGRAM
-lets a program reach port 443 and nothing else.`,
 	},
 	{
 		Name: "dns", Arg: "tcp://ADDR[,ADDR...]", Default: defaultDNS, Soft: true, Live: true, Cmds: all, set: setDNS,

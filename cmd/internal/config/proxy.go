@@ -38,10 +38,10 @@ func (c *Config) finishProxy(env []string) error {
 		if v, ok := c.passwordFiles[DefaultUpstream]; ok {
 			return v.err("there is no --proxy that it could belong to")
 		}
-		if len(c.Upstreams) > 0 || c.letsOut() {
+		if len(c.Upstreams) > 0 || len(c.allow) > 0 || c.letsOut() {
 			return c.finishServers(env)
 		}
-		return usagef("no proxy was given: use --proxy socks5://HOST:PORT, or set VIASOCKS_PROXY, or say with --rule what may go direct")
+		return usagef("no proxy was given: use --proxy socks5://HOST:PORT, or set VIASOCKS_PROXY, or say with --allow or --rule what may go direct")
 	}
 	c.proxyAt = v
 	s, err := parseServer(v, v.text)

@@ -28,9 +28,11 @@ const maxResolvConf = 64 << 10
 // of --proxy, or, where there is no proxy at all, directly. In the latter case the host's own resolvers are asked if the
 // user names no others: they may be the only ones that can be reached, and that know the names of this network.
 func (c *Config) finishDNS() error {
-	c.ResolverDefault = c.Default
-	if len(c.Upstreams) == 0 {
+	switch {
+	case len(c.Upstreams) == 0:
 		c.ResolverDefault = route.DirectName
+	case c.Upstreams[0].Name == DefaultUpstream:
+		c.ResolverDefault = DefaultUpstream
 	}
 	switch {
 	case len(c.DNS) > 0:

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -97,6 +98,11 @@ func addRule(c *Config, v value) error {
 	if err != nil {
 		// What it wraps says what is wrong, without naming the rule again.
 		return v.err("%v", cmp.Or(errors.Unwrap(err), err))
+	}
+	if list := r.List(); list != "" {
+		if info, err := os.Stat(list); err == nil {
+			c.warnOfWriters("list", list, info)
+		}
 	}
 	c.Rules = append(c.Rules, r)
 	return nil
@@ -221,6 +227,8 @@ func setStateDir(c *Config, v value) error {
 	return nil
 }
 
+func setDecisions(c *Config, v value) error { c.Decisions = v.text; return nil }
+
 func setLogFile(c *Config, v value) error { c.LogFile = v.text; return nil }
 
 // finish checks what depends on more than one option, and looks at the environment and the password file.
@@ -235,6 +243,9 @@ func (c *Config) finish(env []string) error {
 		return usagef("cannot use --max-pending-per-destination %d: more than --max-pending %d", c.MaxPendingPerDest, c.MaxPending)
 	}
 	if err := c.finishProxy(env); err != nil {
+		return err
+	}
+	if err := c.finishAllow(); err != nil {
 		return err
 	}
 	if err := c.finishHost(); err != nil {

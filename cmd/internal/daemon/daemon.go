@@ -76,9 +76,9 @@ func startContext(signals <-chan os.Signal) (context.Context, context.CancelFunc
 	return ctx, func() { cancel(nil) }
 }
 
-// proxyName is the default upstream for the log.
+// proxyName is the one of --proxy for the log.
 func proxyName(cfg *config.Config) string {
-	if cfg.Default == "" {
+	if len(cfg.Upstreams) == 0 || cfg.Upstreams[0].Name != config.DefaultUpstream {
 		return "none"
 	}
 	return cfg.Upstreams[0].Server.String()

@@ -20,7 +20,9 @@ type env struct {
 	level slog.LevelVar
 	out   *os.File // of the log
 	file  *os.File // is out, if it is ours to close; nil: standard error
-	quiet chan os.Signal
+
+	decisions *os.File // nil: nobody wants them
+	quiet     chan os.Signal
 }
 
 func newEnv(cfg *config.Config, stderr *os.File) (*env, error) {
@@ -58,6 +60,30 @@ func (e *env) close() {
 	if e.file != nil {
 		e.file.Close()
 	}
+	if e.decisions != nil {
+		e.decisions.Close()
+	}
+}
+
+// openDecisions opens the file of --decisions. It does not wait for the reader of a pipe: not here, and not when the data
+// plane ends.
+func (e *env) openDecisions(cfg *config.Config) (err error) {
+	if cfg.Decisions == "" {
+		return nil
+	}
+	flags := os.O_WRONLY | os.O_CREATE | os.O_APPEND | syscall.O_NONBLOCK
+	if e.decisions, err = os.OpenFile(cfg.Decisions, flags, 0o600); err != nil {
+		return fmt.Errorf("cannot write decisions to %s: %w", cfg.Decisions, err.(*os.PathError).Err)
+	}
+	return nil
+}
+
+// decisionsTo is where the data plane writes them; nil: nowhere.
+func (e *env) decisionsTo() io.Writer {
+	if e.decisions == nil {
+		return nil
+	}
+	return e.decisions
 }
 
 // tuneMemory trades memory for time: most of ours are buffers that live as long as a connection, and a collection

@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"io"
 	"log/slog"
 	"net/netip"
 	"reflect"
@@ -43,7 +44,7 @@ type plane struct {
 	stop   context.CancelFunc // of giveBack and followLoad; nil: not started
 }
 
-// dialing is how our own sockets are made, and the proxy's name looked up.
+// dialing is how our own sockets are made, and the proxy's name looked up, and who is told what was decided.
 type dialing struct {
 	control func(fd int) error // nil: sockets need nothing
 	direct  func(fd int) error // the same for those that go past the proxy; nil: control
@@ -51,6 +52,8 @@ type dialing struct {
 	allowed *endpoints // nil: sockets may go anywhere
 	// comesBack is route.Config.ComesBack.
 	comesBack func(flow.Flow) bool
+	// decisions is route.Config.Decisions.
+	decisions io.Writer
 }
 
 // upstream is one that the router has, and what it was made of.
@@ -88,8 +91,9 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 	if p.router, err = route.New(route.Config{
 		Upstreams: policy.Upstreams, Rules: policy.Rules, Default: policy.Default, Resolvers: policy.Resolvers,
 		ResolverDefault: policy.ResolverDefault,
-		Loops:           p.loops, Sockets: sockets, ComesBack: dial.comesBack,
-		Log: log,
+		Loops:           p.loops, Sockets: sockets, Owners: ownersOf(sockets), ComesBack: dial.comesBack,
+		Decisions: dial.decisions,
+		Log:       log,
 	}); err != nil {
 		dev.Close()
 		return nil, err

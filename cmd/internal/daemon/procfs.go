@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"bytes"
-	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -75,17 +74,10 @@ func exeOf(pid string) string {
 }
 
 // hasSocket reports whether a process has the socket with this inode open.
-func hasSocket(pid string, inode uint32) bool {
-	dir := filepath.Join("/proc", pid, "fd")
-	d, err := os.Open(dir)
-	if err != nil {
-		return false
-	}
-	defer d.Close()
-	names, _ := d.Readdirnames(-1)
-	want := fmt.Sprintf("socket:[%d]", inode)
-	return slices.ContainsFunc(names, func(name string) bool {
-		link, err := os.Readlink(filepath.Join(dir, name))
-		return err == nil && link == want
+func hasSocket(pid string, inode uint32) (has bool) {
+	sockets(pid, func(other uint32) bool {
+		has = other == inode
+		return !has
 	})
+	return has
 }

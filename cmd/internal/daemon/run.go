@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"os"
 	"os/signal"
@@ -10,6 +11,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/netns"
@@ -42,7 +44,10 @@ func Run(cfg *config.Config, environ []string, stdin, stdout, stderr *os.File) (
 	ctx, cancel := startContext(early)
 	defer cancel()
 
-	var dial dialing
+	if err := e.openDecisions(cfg); err != nil {
+		return 0, err
+	}
+	dial := dialing{decisions: e.decisionsTo()}
 	if err := probe(ctx, cfg, dial); err != nil {
 		return 0, err
 	}
@@ -66,6 +71,8 @@ func Run(cfg *config.Config, environ []string, stdin, stdout, stderr *os.File) (
 	var sockets flow.Sockets
 	if child.Diag != nil {
 		sockets = diagSockets{child.Diag, nil}
+	} else if slices.ContainsFunc(cfg.Rules, func(r route.Rule) bool { return r.AsksOwner() }) {
+		return 0, fmt.Errorf("cannot use rules with user, cgroup or exe: the program's sockets can't be looked at: %w", child.DiagErr)
 	} else {
 		e.log.Warn("the program's sockets can't be looked at: mappings end by time alone", "err", child.DiagErr)
 	}

@@ -77,6 +77,9 @@ func Up(cfg *config.Config, o UpOptions) error {
 		return err
 	}
 	defer lock.Close()
+	if err := e.openDecisions(cfg); err != nil {
+		return err
+	}
 	moreFiles()
 
 	ctx, stop := context.WithCancelCause(context.Background())
@@ -132,7 +135,7 @@ func (u *up) run(ctx context.Context) (err error) {
 	u.allowed = newEndpoints(u.log)
 	u.allowed.configure(cfg.Upstreams)
 	u.dial = markedDialing(cfg.Mark, kernel.MarksFrom(cfg.Mark, cfg.Mask).Direct, u.allowed)
-	u.dial.comesBack = u.loops.comesBack
+	u.dial.comesBack, u.dial.decisions = u.loops.comesBack, u.decisionsTo()
 	if err := u.checkProxies(cfg); err != nil {
 		return err
 	}

@@ -75,6 +75,9 @@ func (u *up) status() control.Status {
 	if w := shortageWarning(p.router.Shortage(), time.Now()); w != "" {
 		s.Warnings = append(s.Warnings, w)
 	}
+	if n := p.router.Stats().DecisionsLost; n > 0 {
+		s.Warnings = append(s.Warnings, fmt.Sprintf("%d lines of --decisions were lost: the file is written too slowly, or cannot be written", n))
+	}
 	if h != nil {
 		h.fill(&s, cfg)
 	}

@@ -1,0 +1,140 @@
+package config
+
+// ruleOptions say which flows go where.
+var ruleOptions = []Option{
+	{
+		Name: "rule", Arg: "RULE", Many: true, Live: true, Cmds: all, set: addRule,
+		Help: "which flows go where; the first rule that matches decides",
+		Man: `Which flows go where: conditions, all of which must hold, and then a verdict.
+The first rule that matches decides; what none matches goes to
+.Fl -proxy ,
+and is refused if there is none.
+The verdicts are
+.Cm via Ar NAME
+(an upstream),
+.Cm direct
+(from the host itself, past every proxy),
+.Cm reject
+(the program sees an error at once) and
+.Cm drop
+(silence).
+A rule with
+.Cm direct
+needs no proxy:
+.Li viasocks run --rule 'port 443 direct' -- PROGRAM
+lets a program reach port 443 and nothing else.
+.Pp
+The conditions are the following.
+Several values of one condition stand behind each other with commas and without spaces;
+.Cm not
+before a condition turns it round.
+.Bl -tag -width Ds
+.It Cm proto tcp | udp
+The protocol.
+.It Cm dst Ar NETWORK
+Addresses of the destination, in CIDR form.
+.It Cm src Ar NETWORK
+Addresses that the program, or a guest of this host, sends from.
+.It Cm port Ar N | N Ns - Ns Ar M
+Ports of the destination.
+.It Cm name Ar PATTERN
+The name that the program asked for:
+.Li example.com
+is this name,
+.Li .example.com
+this name and every name below it; in a pattern such as
+.Li img*.example.???
+an asterisk stands for any text and a question mark for any character.
+See
+.Sx NAMES IN RULES .
+.It Cm list= Ns Ar FILE
+Destinations that stand in
+.Ar FILE ,
+one on a line: a network, an address, or a name, which stands for every name below it, too.
+.Li #
+begins a comment.
+The file is read at the start and at a reload; one that cannot be read to its end, or has a line that is none of these, refuses the
+start, and at a reload the old rules stay.
+.It Cm user Ar USER
+The user who made the socket: a name, a number, or a range of numbers.
+.It Cm cgroup Ar PATH
+The control group (version 2) of who made the socket, or one below it, by its path below the root:
+.Li system.slice/foo.service .
+.It Cm exe Ar PATH
+The program that has the socket open, by its absolute path; an asterisk and a question mark stand for others as in a name.
+.El
+.Pp
+A flow whose decision depends on
+.Cm user , cgroup
+or
+.Cm exe
+waits until the owner of its socket is found, which takes some milliseconds on a host with many processes; no other flow waits.
+What is not known meets no condition, and therefore meets the same condition with
+.Cm not :
+the owner of a guest's socket, or of one that was closed meanwhile, a program of another user where viasocks does not run as root.
+User and control group are the kernel's word.
+The path of a program is not: who may make a mount namespace can give a program any path, so
+.Cm exe
+sorts traffic, and does not keep a hostile program in.
+.Pp
+The verdict on a TCP connection is taken once, when it begins.
+That on datagrams is taken for each pair of endpoints, and again within two seconds where it depends on an owner or a name.`,
+	},
+	{
+		Name: "allow", Arg: "PROTO:[HOST:]PORT", Many: true, Live: true, Cmds: all, set: addAllow,
+		Help: "let only this out, such as tcp:db.example.com:5432 or tcp:443; refuse all else",
+		Man: `Let this out, and refuse at once everything that neither another
+.Fl -allow
+nor a
+.Fl -rule
+lets out.
+.Ar PROTO
+is
+.Cm tcp
+or
+.Cm udp ,
+.Ar PORT
+a port, a range or several with commas, or an asterisk for all of them.
+.Ar HOST
+is an address (IPv6 in brackets), a network, or a name or pattern as in
+.Cm name
+of
+.Fl -rule ;
+without it the port of every host is meant.
+The rules are asked first.
+What is allowed goes by
+.Fl -proxy
+or, where there is no proxy, directly.
+.Pp
+Names are still resolved, whatever they are, by the resolvers of
+.Fl -dns :
+a program can ask for them, and tell them what it wants to, by the names that it asks for.
+With
+.Cm up
+what goes past viasocks, such as private networks that the host is connected to, is not judged: see
+.Fl -lan .`,
+	},
+	{
+		Name: "decisions", Arg: "FILE", Cmds: all, set: setDecisions,
+		Help: "append a line of JSON to FILE for each verdict",
+		Man: `Append a line to
+.Ar FILE
+(made with mode 600) for each verdict: when a TCP connection begins, and for datagrams when a pair of endpoints is new or its verdict
+changes.
+Each line is an object of JSON with
+.Cm time , proto , src , dst , verdict
+and
+.Cm rule ,
+and as far as they are known
+.Cm names
+(what the program asked for),
+.Cm uid , pid , exe
+and
+.Cm cgroup .
+To name the program each connection waits until its owner is found.
+When the file cannot be written as fast as verdicts are taken, lines are lost and no flow waits; a line with
+.Cm lost
+says how many are missing before it.
+Questions of DNS are not in it.`,
+	},
+}

@@ -1,0 +1,214 @@
+package route
+
+import (
+	"context"
+	"net/netip"
+	"sync"
+
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// Rules that speak of users, control groups and programs need the owner of the app's socket. To find a program all of
+// /proc may be read, which the frame reader must not wait for: a flow whose verdict needs its owner waits here, as a SYN
+// without an answer or as datagrams that are held, and a goroutine of its own looks for the owners of all that wait. Where
+// no rule asks, nobody waits.
+
+const (
+	// askQueue is how many flows may wait. A SYN over it is forgotten and comes again in a second, a datagram is dropped.
+	askQueue = 1024
+	// askBatch is how many are looked for at a time.
+	askBatch = 256
+	// ownerAge is how long the owner of a UDP socket is believed: the port may be another program's then.
+	ownerAge = int64(1e9)
+	// maxOwners bounds the UDP sockets whose owner is remembered.
+	maxOwners = 1 << 13
+	// heldAll bounds the bytes of all datagrams that are held.
+	heldAll = 4 << 20
+)
+
+// asker finds owners.
+type asker struct {
+	from flow.Owners
+	in   chan waiting
+	wg   sync.WaitGroup
+}
+
+// waiting is a flow that waits for its owner: a TCP flow with its request, or a UDP socket.
+type waiting struct {
+	req  flow.StreamRequest
+	flow flow.Flow
+	dest Dest
+}
+
+func newAsker(from flow.Owners) *asker {
+	if from == nil {
+		return nil
+	}
+	return &asker{from: from, in: make(chan waiting, askQueue)}
+}
+
+// post reports whether there was room.
+func (a *asker) post(w waiting) bool {
+	select {
+	case a.in <- w:
+		return true
+	default:
+		return false
+	}
+}
+
+// runAsker looks for owners until ctx ends, and then refuses the streams that wait. Posts after that stay in the queue:
+// their requests are of a stack that ends, too.
+func (r *Router) runAsker(ctx context.Context) {
+	batch := make([]waiting, 0, askBatch)
+	for {
+		batch = batch[:0]
+		select {
+		case <-ctx.Done():
+			r.refuseWaiting()
+			return
+		case w := <-r.asker.in:
+			batch = append(batch, w)
+		}
+		for more := true; more && len(batch) < askBatch; {
+			select {
+			case w := <-r.asker.in:
+				batch = append(batch, w)
+			default:
+				more = false
+			}
+		}
+		r.answerAll(batch)
+		clear(batch)
+	}
+}
+
+func (r *Router) refuseWaiting() {
+	for {
+		select {
+		case w := <-r.asker.in:
+			if w.req != nil {
+				w.req.Reject(flow.RefuseReset)
+			}
+		default:
+			return
+		}
+	}
+}
+
+func (r *Router) answerAll(batch []waiting) {
+	flows, owners := make([]flow.Flow, len(batch)), make([]flow.Owner, len(batch))
+	for i := range batch {
+		flows[i] = batch[i].flow
+	}
+	r.asker.from.OwnersOf(flows, owners)
+	for i, w := range batch {
+		if w.req != nil {
+			q := r.queryOf(w.flow, w.dest)
+			q.owner = &owners[i]
+			r.takeStream(w.req, w.flow, w.dest, r.verdictOn(&q), &q)
+		} else {
+			r.release(w.flow.Src, owners[i])
+		}
+	}
+}
+
+// laterStream forgets a stream that finds no room to wait: its SYN comes again.
+func (r *Router) laterStream(req flow.StreamRequest) {
+	r.count.streamsRefused.Add(1)
+	r.count.asksFull.Add(1)
+	req.Reject(flow.RefuseLater)
+}
+
+// owned is what is known of the owner of a UDP socket, and the datagrams that wait for it. udp.mu is held.
+type owned struct {
+	owner flow.Owner
+	at    int64 // when it was last found; 0: never
+	asked bool  // and not answered
+	items []queued
+	bytes int
+}
+
+// owners is what is known of the owners of UDP sockets.
+type owners struct {
+	bySrc map[netip.AddrPort]*owned
+	held  int // bytes
+}
+
+// ownerOf is the owner of the socket that p came from; nil: it is not known, and asked says whether it is being looked for.
+// udp.mu is held.
+func (r *Router) ownerOf(p *flow.Packet, now int64) (owner *flow.Owner, asked bool) {
+	t := &r.udp.owners
+	o := t.bySrc[p.Src]
+	if o == nil {
+		if t.bySrc == nil {
+			t.bySrc = make(map[netip.AddrPort]*owned)
+		}
+		if len(t.bySrc) >= maxOwners && !t.makeRoom(now) {
+			return nil, false
+		}
+		o = &owned{}
+		t.bySrc[p.Src] = o
+	}
+	if !o.asked && (o.at == 0 || now-o.at >= ownerAge) {
+		o.asked = r.asker.post(waiting{flow: flow.Flow{Proto: flow.UDP, Src: p.Src, Dst: p.Dst}})
+	}
+	if o.at == 0 {
+		return nil, o.asked
+	}
+	return &o.owner, o.asked
+}
+
+// makeRoom forgets owners that are not asked for any more, and reports whether there were any.
+func (t *owners) makeRoom(now int64) bool {
+	for src, o := range t.bySrc {
+		if !o.asked && now-o.at >= ownerAge {
+			delete(t.bySrc, src)
+		}
+	}
+	return len(t.bySrc) < maxOwners
+}
+
+// hold keeps datagrams of one source until their owner is known. udp.mu is held.
+func (r *Router) hold(pkts []flow.Packet, now int64) {
+	t := &r.udp.owners
+	o := t.bySrc[pkts[0].Src]
+	for i := range pkts {
+		p := &pkts[i]
+		n := len(p.Head) + len(p.Payload)
+		if o == nil || !o.asked || len(o.items) >= queueLen || o.bytes+n > queueBytes || t.held+n > heldAll {
+			r.count.dgramsQueueFull.Add(1)
+			continue
+		}
+		buf := append(append(make([]byte, 0, n), p.Head...), p.Payload...)
+		o.items = append(o.items, queued{p.Dst, buf, len(p.Head), now})
+		o.bytes += n
+		t.held += n
+	}
+}
+
+// release takes the owner of a UDP socket, and sends what waited for it.
+func (r *Router) release(src netip.AddrPort, owner flow.Owner) {
+	r.udp.mu.Lock()
+	defer r.udp.mu.Unlock()
+	t := &r.udp.owners
+	o := t.bySrc[src]
+	if o == nil {
+		return
+	}
+	now := r.now()
+	o.owner, o.at, o.asked = owner, now, false
+	items := o.items
+	t.held -= o.bytes
+	o.items, o.bytes = nil, 0
+	if r.udp.clos {
+		r.count.dgramsDropped.Add(uint64(len(items)))
+		return
+	}
+	for i := range items {
+		pkt := [1]flow.Packet{items[i].packet(src)}
+		v := r.classify(&pkt[0], now)
+		v.hits.Add(1)
+		r.run(r.askW, v, pkt[:], now)
+	}
+}
