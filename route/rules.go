@@ -291,17 +291,21 @@ func (r *Rule) format() string {
 		}
 		r.formatCondition(&b, c.kind, c.word+" ")
 	}
+	b.WriteString(r.Verdict())
+	return b.String()
+}
+
+// Verdict is what the rule decides, as it is written.
+func (r *Rule) Verdict() string {
 	switch {
 	case r.action == ActionReject:
-		b.WriteString("reject")
+		return "reject"
 	case r.action == ActionDrop:
-		b.WriteString("drop")
+		return "drop"
 	case r.via == DirectName:
-		b.WriteString(DirectName)
-	default:
-		b.WriteString("via " + r.via)
+		return DirectName
 	}
-	return b.String()
+	return "via " + r.via
 }
 
 // formatCondition writes r's condition of kind k, if it has one.

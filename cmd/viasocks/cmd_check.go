@@ -22,7 +22,11 @@ var cmdCheck = &command{
 		for _, w := range cfg.Warnings {
 			fmt.Fprintf(std.err, "viasocks: %s\n", control.Plain(w))
 		}
-		_, err = fmt.Fprint(std.out, summary(cfg))
+		text := explain(cfg)
+		if len(cfg.RuleFor) == 0 {
+			text = summary(cfg)
+		}
+		_, err = fmt.Fprint(std.out, text)
 		return exitOK, err
 	},
 }
@@ -57,4 +61,32 @@ func summary(cfg *config.Config) string {
 		line("up: %s", l)
 	}
 	return b.String() + "ok\n"
+}
+
+// explain says of each flow that the user asks about which rule decides.
+func explain(cfg *config.Config) string {
+	var b strings.Builder
+	line := func(format string, a ...any) { b.WriteString(control.Plain(fmt.Sprintf(format, a...)) + "\n") }
+	for _, f := range cfg.RuleFor {
+		line("%s", f.Text)
+		steps, decides, early := route.Explain(cfg.Rules, f.Flow)
+		told := "verdict"
+		for i, s := range steps {
+			if s.Unknown {
+				told = "verdict, as far as it can be told"
+			}
+			line("  rule %d: %s: %s", i+1, &cfg.Rules[i], s.Why)
+		}
+		switch {
+		case early != "":
+			line("verdict: %s, before any rule", early)
+		case decides >= 0:
+			line("%s: rule %d decides: %s", told, decides+1, cfg.Rules[decides].Verdict())
+		case cfg.Default != "":
+			line("%s: no rule matches: via %s", told, cfg.Default)
+		default:
+			line("%s: no rule matches, and there is no default: it is refused", told)
+		}
+	}
+	return b.String()
 }

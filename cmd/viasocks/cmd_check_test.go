@@ -14,5 +14,9 @@ func TestCheck(t *testing.T) {
 	}
 	golden(t, "check.txt", result(t, viasocks("check", "--config", path, "--dns", "tcp://10.0.0.53,[2001:db8::53]:5353")))
 	golden(t, "check_direct.txt", result(t, viasocks("check", "--rule", "port 443 direct", "--dns", "tcp://10.0.0.53")))
+	golden(t, "check_rulefor.txt", result(t, viasocks("check", "--config", path, "--rule-for", "tcp:example.com:443",
+		"--rule-for", "tcp:10.1.2.3:443", "--rule-for", "tcp:a.example:25", "--rule-for", "udp:192.0.2.1:53")))
+	golden(t, "check_allow.txt", result(t, viasocks("check", "--dns", "tcp://10.0.0.53", "--allow", "tcp:db.example.com:5432",
+		"--rule-for", "tcp:db.example.com:5432", "--rule-for", "tcp:192.0.2.1:5432")))
 	golden(t, "check_nodefault.txt", result(t, viasocks("check", "--upstream", "b=socks5://h:9", "--rule", "port 80 via b")))
 }

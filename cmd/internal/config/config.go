@@ -48,6 +48,12 @@ type Selection struct {
 	Cgroups []string // below the root of version 2, without a slash at either end
 }
 
+// RuleFor is a flow that the user asks about, in the user's words and read.
+type RuleFor struct {
+	Text string
+	Flow route.Question
+}
+
 // Empty: nothing was chosen.
 func (s *Selection) Empty() bool {
 	return len(s.Nets)+len(s.UIDs)+len(s.Ports)+len(s.Devices)+len(s.Cgroups) == 0
@@ -95,6 +101,8 @@ type Config struct {
 	Limit    int    // flows
 
 	AfterService bool // down
+
+	RuleFor []RuleFor // check: flows to be explained
 
 	LogLevel slog.Level
 	LogFile  string // empty: standard error

@@ -137,4 +137,21 @@ When the file cannot be written as fast as verdicts are taken, lines are lost an
 says how many are missing before it.
 Questions of DNS are not in it.`,
 	},
+	{
+		Name: "rule-for", Arg: "FLOW", Many: true, Cmds: Check, set: addRuleFor,
+		Help: "say which rule decides on a flow such as tcp:example.com:443, and why",
+		Man: `Say which rule decides on a flow, and why, in place of how the configuration was understood.
+.Ar FLOW
+is
+.Ar PROTO : Ns Ar HOST : Ns Ar PORT ,
+with an IPv6 address in brackets; behind it may stand, with spaces between,
+.Cm addr= Ns Ar ADDRESS
+(for which the program's name stands),
+.Cm src= Ns Ar ADDRESS ,
+.Cm user= Ns Ar USER ,
+.Cm exe= Ns Ar PATH
+and
+.Cm cgroup= Ns Ar PATH .
+Nothing is looked up: a rule that depends on what was not said is passed over, and says what to add.`,
+	},
 }

@@ -227,6 +227,15 @@ func setStateDir(c *Config, v value) error {
 	return nil
 }
 
+func addRuleFor(c *Config, v value) error {
+	q, err := route.ParseQuestion(v.text)
+	if err != nil {
+		return v.err("%v", err)
+	}
+	c.RuleFor = append(c.RuleFor, RuleFor{v.text, q})
+	return nil
+}
+
 func setDecisions(c *Config, v value) error { c.Decisions = v.text; return nil }
 
 func setLogFile(c *Config, v value) error { c.LogFile = v.text; return nil }
