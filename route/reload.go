@@ -130,6 +130,7 @@ type dnsSum dns.Stats
 func (s *dnsSum) add(t dns.Stats) {
 	s.Questions += t.Questions
 	s.Answered += t.Answered
+	s.Own += t.Own
 	s.Truncated += t.Truncated
 	s.Failed += t.Failed
 	s.Malformed += t.Malformed

@@ -9,5 +9,8 @@
 //	reply  <- Server.Run                  <- conn.read  <-
 //
 // Goroutines: Run, and two for each open connection, of which there is at most one for each resolver; all end when Run
-// returns. Nothing here looks at what the answers say; fake addresses will be given out here.
+// returns.
+//
+// With a Pool, questions for addresses are answered in Handle, by fake.go, with addresses that stand for names: pool.go keeps
+// which stands for which, and poolfile.go keeps that over a restart.
 package dns

@@ -235,6 +235,68 @@ func TestFakeAllocatesNothing(t *testing.T) {
 	}
 }
 
+// TestFakeServer: what the pool answers makes no connection and needs no running server; what it does not goes to the resolver.
+func TestFakeServer(t *testing.T) {
+	checkLeaks(t)
+	resolver := newFakeResolver(t, func(q []byte) []byte { return makeAnswer(t, q, 1) })
+	p, _ := newTestPool(t, "198.18.0.0/15", time.Minute)
+	cfg := Config{Resolvers: []netip.AddrPort{resolver.addr()}, Dial: dialTCP, Fake: FakeConfig{Pool: p}}
+	still, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	msg := makeQuestion(t, "www.example.com.", 1232, nil)
+	if b := ask(t, still, msg); rcodeOf(t, b) != 0 || b[7] != 1 {
+		t.Errorf("%x", b)
+	}
+	got := 0
+	reply := func(b []byte) { got += len(b) }
+	if n := testing.AllocsPerRun(100, func() { still.Handle(msg, netip.AddrPort{}, reply) }); n >= 1 { // the race detector drops what is pooled
+		t.Errorf("%v allocations for a question", n)
+	}
+	s := start(t, cfg)
+	ask(t, s, msg)
+	if n := resolver.conns.Load(); n != 0 {
+		t.Errorf("%d connections for an address", n)
+	}
+	mx := makeQuestion(t, "www.example.com.", 0, func(m *dnsmessage.Message) { m.Questions[0].Type = dnsmessage.TypeMX })
+	if b := ask(t, s, mx); rcodeOf(t, b) != 0 || b[7] != 1 {
+		t.Errorf("MX: %x", b)
+	}
+	if st := s.Stats(); st.Questions != 2 || st.Own != 1 || st.Answered != 1 || st.Connections != 1 {
+		t.Errorf("%+v", st)
+	}
+}
+
+// TestFakeServerFlood: 100,000 distinct names at once keep to the pool, and the names of before keep their addresses.
+func TestFakeServerFlood(t *testing.T) {
+	p, _ := newTestPool(t, "198.18.0.0/20", time.Minute)
+	s, err := New(Config{Resolvers: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:53")}, Dial: dialTCP, Fake: FakeConfig{Pool: p}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := bytes.Clone(ask(t, s, makeQuestion(t, "mine.example.", 0, nil)))
+	ok, failed := 0, 0
+	for i := range 100_000 {
+		s.Handle(makeQuestion(t, fmt.Sprintf("n%d.example.", i), 0, nil), netip.AddrPort{}, func(b []byte) {
+			if b[3]&15 == rcodeServer {
+				failed++
+			} else {
+				ok++
+			}
+		})
+	}
+	if size := p.Stats().Size; ok != size-1 || failed != 100_000-ok {
+		t.Errorf("%d answered and %d failed, with a pool of %d", ok, failed, size)
+	}
+	if after := ask(t, s, makeQuestion(t, "mine.example.", 0, nil)); !bytes.Equal(before, after) {
+		t.Errorf("the answer was %x and became %x", before, after)
+	}
+	if st := s.Stats(); st.Failed != uint64(failed) {
+		t.Errorf("%+v", st)
+	}
+}
+
 var makeQ = append(binary.BigEndian.AppendUint16(nil, 1), "\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x01a\x00\x00\x01\x00\x01"...)
 
 func FuzzFake(f *testing.F) {

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/netip"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -30,6 +31,7 @@ type Config struct {
 	// goroutine, with a connected socket that the receiver owns. Cancelling ctx ends the dial.
 	Dial      func(ctx context.Context, dst netip.AddrPort, done func(fd int, err error))
 	Resolvers []netip.AddrPort // asked in this order: the next one when one fails, is silent, or says SERVFAIL or REFUSED
+	Fake      FakeConfig       // with a Pool: questions for addresses are answered from it, and the rest goes to the resolvers
 	Timeout   time.Duration    // for one question, all resolvers together; 0: 5 s
 	InFlight  int              // questions at a time; those over it are dropped and counted; 0: 512
 	IdleClose time.Duration    // an idle connection is closed after it; 0: 20 s
@@ -40,6 +42,7 @@ type Config struct {
 type Stats struct {
 	Questions   uint64 // taken from the app
 	Answered    uint64 // with an answer of a resolver
+	Own         uint64 // answered without one: fake addresses, and names that nobody must be asked for
 	Truncated   uint64 // of those: cut to what the asker takes, with TC
 	Failed      uint64 // answered SERVFAIL: no resolver answered
 	Malformed   uint64 // answered FORMERR or NOTIMP, or not at all
@@ -49,12 +52,13 @@ type Stats struct {
 }
 
 type counters struct {
-	questions, answered, truncated, failed, malformed, dropped, unmatched, connections atomic.Uint64
+	questions, answered, own, truncated, failed, malformed, dropped, unmatched, connections atomic.Uint64
 }
 
 // Server answers questions while Run runs. Handle, Stats and Resolver may be called from any goroutine.
 type Server struct {
 	cfg   Config
+	fake  *fake // nil: there are no fake addresses
 	count counters
 
 	in    chan *query  // from Handle
@@ -143,6 +147,9 @@ func New(cfg Config) (*Server, error) {
 		asked: make(map[netip.AddrPort]*resolver),
 		live:  make(map[*query]struct{}),
 	}
+	if cfg.Fake.Pool != nil {
+		s.fake = &fake{pool: cfg.Fake.Pool, config: cfg.Fake}
+	}
 	for _, a := range cfg.Resolvers {
 		if !canBeAsked(a) {
 			return nil, fmt.Errorf("cannot answer DNS: %s is not the address and port of a resolver", a)
@@ -166,7 +173,7 @@ func (s *Server) Resolver() netip.AddrPort { return s.resolvers[0].addr }
 // Stats is a snapshot of the counters.
 func (s *Server) Stats() Stats {
 	c := &s.count
-	return Stats{c.questions.Load(), c.answered.Load(), c.truncated.Load(), c.failed.Load(), c.malformed.Load(),
+	return Stats{c.questions.Load(), c.answered.Load(), c.own.Load(), c.truncated.Load(), c.failed.Load(), c.malformed.Load(),
 		c.dropped.Load(), c.unmatched.Load(), c.connections.Load()}
 }
 
@@ -188,6 +195,9 @@ func (s *Server) Handle(msg []byte, asked netip.AddrPort, reply func([]byte)) {
 		reply(errorReply(msg, q, rcode))
 		return
 	}
+	if s.fake != nil && q.isQuery() && s.answerItself(msg, &q, reply) {
+		return
+	}
 	wire := make([]byte, 2+len(msg))
 	binary.BigEndian.PutUint16(wire, uint16(len(msg)))
 	copy(wire[2:], msg)
@@ -205,6 +215,26 @@ func (s *Server) Handle(msg []byte, asked netip.AddrPort, reply func([]byte)) {
 	default:
 		s.count.dropped.Add(1)
 	}
+}
+
+// answerBuffers hold the answers that need no resolver while reply reads them.
+var answerBuffers = sync.Pool{New: func() any { return new([maxFakeAnswer]byte) }}
+
+// answerItself replies if no resolver is needed, and reports whether it has. It works whether or not Run runs.
+func (s *Server) answerItself(msg []byte, q *question, reply func([]byte)) bool {
+	buf := answerBuffers.Get().(*[maxFakeAnswer]byte)
+	defer answerBuffers.Put(buf)
+	b, o := s.fake.answer(buf[:0], msg, q)
+	switch o {
+	case passed:
+		return false
+	case full:
+		s.count.failed.Add(1)
+	default:
+		s.count.own.Add(1)
+	}
+	reply(b)
+	return true
 }
 
 // Run carries questions until ctx ends; then it closes the connections, leaves open questions without a reply and
