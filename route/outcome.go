@@ -53,7 +53,7 @@ func refusalOf(err error) flow.Refusal {
 }
 
 func refusalOfReply(r socks.Reply) flow.Refusal {
-	switch r {
+	switch r.Plain() {
 	case socks.ReplyNotAllowed:
 		return flow.RefuseAdmin
 	case socks.ReplyNetUnreachable:

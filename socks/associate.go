@@ -38,11 +38,7 @@ type Association struct {
 
 // associated makes an Association of a granted dial. The descriptor stays in the loop.
 func (p *dial) associated() {
-	server := p.addrs[p.at]
-	if !server.IsValid() { // a unix socket: the server is on this host
-		server = netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), p.hs.Bound().Port)
-	}
-	relay, repaired := repairRelay(p.hs.Bound(), server, p.d.opts.CanBePeer, OnHost)
+	relay, repaired := repairRelay(p.hs.Bound(), p.serverAddr(), p.d.opts.CanBePeer, OnHost)
 	if repaired {
 		p.d.log.Debug("relay address repaired", "server", p.c.server, "answered", p.hs.Bound().String(), "used", relay.String())
 	}

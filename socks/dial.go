@@ -43,6 +43,8 @@ type dial struct {
 	dst       Addr
 	done      func(int, error)
 	assocDone func(*Association, error)
+	granting  func(*dial) // BIND and RESOLVE: in place of done
+	failed    func(error)
 
 	state     state
 	fd        int
@@ -71,6 +73,7 @@ const (
 	connecting
 	securing
 	shaking
+	waiting // for the second reply to BIND
 	over
 )
 
@@ -113,6 +116,10 @@ func (p *dial) finish(err error) {
 	}
 	p.drop()
 	p.leave()
+	if p.failed != nil {
+		p.failed(err)
+		return
+	}
 	if p.assocDone != nil {
 		p.assocDone(nil, err)
 		return
@@ -252,6 +259,8 @@ func (p *dial) expired(now time.Duration) {
 			p.c.failed()
 		}
 		p.fault(OpConnect, os.ErrDeadlineExceeded)
+	case p.state == waiting:
+		p.finish(ErrNoPeer)
 	case p.state == securing:
 		p.fault(OpSecure, os.ErrDeadlineExceeded)
 	case p.cmd == CmdConnect && p.hs.Requested() && !p.hs.Answered():
@@ -291,7 +300,7 @@ func (p *dial) ready(events uint32) {
 		p.begun()
 		return
 	}
-	if p.state == shaking {
+	if p.state == shaking || p.state == waiting {
 		p.shake()
 	}
 }
@@ -384,7 +393,7 @@ func (p *dial) broken(err error) {
 	switch {
 	case !p.hs.LoggingIn():
 		p.fault(OpHandshake, err)
-	case p.c.server.HasPassword():
+	case p.c.server.HasPassword() || p.c.server.options.isolate != isolateNone:
 		p.fault(OpAuthenticate, err)
 	default:
 		p.fault(OpAuthenticate, fmt.Errorf("%w: %w", ErrNoPassword, err))
@@ -408,7 +417,7 @@ func (p *dial) newHandshake() (err error) {
 	if p.cmd == CmdAssociate {
 		p.dst = p.zeros()
 	}
-	p.hs, err = newHandshake(&p.hs5, p.c.server.proto, p.c.server.login, p.cmd, p.dst)
+	p.hs, err = newHandshake(&p.hs5, p.c.server.proto, p.loginFor(), p.cmd, p.dst)
 	return err
 }
 
@@ -434,6 +443,10 @@ func (p *dial) want(events uint32) {
 
 // granted hands the socket over.
 func (p *dial) granted() {
+	if p.granting != nil {
+		p.granting(p)
+		return
+	}
 	if p.assocDone != nil {
 		p.associated()
 		return

@@ -53,6 +53,9 @@ var replyNames = [...]string{
 
 // Error is RFC 1928's wording and the number.
 func (r Reply) Error() string {
+	if i := int(r) - int(ReplyOnionNotFound); i >= 0 && i < len(torReplies) {
+		return fmt.Sprintf("Tor answered %X (%s)", byte(r), torReplies[i])
+	}
 	if int(r) < len(replyNames) {
 		return fmt.Sprintf("the SOCKS server answered %d (%s)", byte(r), replyNames[r])
 	}

@@ -14,14 +14,15 @@ import (
 // Server says where a proxy is, what it speaks and how to log in. It is a value: copy it freely. However it is printed or
 // logged, the credentials are left out.
 type Server struct {
-	scheme string
-	proto  protocol
-	host   string // a name or an IP address without brackets; a zone follows a plain percent sign
-	port   uint16
-	path   string // of a unix socket, in place of host and port; an @ begins an abstract one
-	tls    bool
-	ca     string // certificates in PEM that TLS trusts in place of the system's
-	login  *login
+	scheme  string
+	proto   protocol
+	host    string // a name or an IP address without brackets; a zone follows a plain percent sign
+	port    uint16
+	path    string // of a unix socket, in place of host and port; an @ begins an abstract one
+	tls     bool
+	ca      string // certificates in PEM that TLS trusts in place of the system's
+	options options
+	login   *login
 }
 
 // login is behind two pointers: fmt follows none or one, even where it can't call our methods.

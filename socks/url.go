@@ -54,10 +54,16 @@ func parseServer(rawurl string) (Server, error) {
 	if err != nil {
 		return Server{}, err
 	}
+	before, query, _ := strings.Cut(rest, "?")
 	if s.path != "" {
-		return s.parseUnix(rest)
+		s, err = s.parseUnix(before)
+	} else {
+		s, err = s.parseHost(scheme + "://" + before)
 	}
-	return s.parseHost(rawurl)
+	if err != nil {
+		return Server{}, err
+	}
+	return s.withOptions(query)
 }
 
 // parseScheme gives what the scheme says. A path that is not empty says that the socket's is to follow.

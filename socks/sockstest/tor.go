@@ -26,6 +26,9 @@ func (s *Server) torResolve(c stream, x exchange, f Fault) {
 		s.answer(c, Reply(4), x.reply(4, Addr{}))
 		return
 	}
+	if f.Bound != nil {
+		found = *f.Bound
+	}
 	if s.answer(c, f, x.reply(0, found)) {
 		s.end(c, FIN)
 	}

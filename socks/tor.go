@@ -1,0 +1,122 @@
+package socks
+
+import (
+	"context"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+)
+
+// The commands of Tor's extensions to SOCKS5 (its specification socks-extensions).
+const (
+	CmdResolve    Command = 0xf0
+	CmdResolvePTR Command = 0xf1
+)
+
+// The replies of Tor's extensions, given where its SocksPort has the flag ExtendedErrors.
+const (
+	ReplyOnionNotFound       Reply = 0xf0
+	ReplyOnionInvalid        Reply = 0xf1
+	ReplyOnionIntroduction   Reply = 0xf2
+	ReplyOnionRendezvous     Reply = 0xf3
+	ReplyOnionNoAuth         Reply = 0xf4
+	ReplyOnionWrongAuth      Reply = 0xf5
+	ReplyOnionBadAddress     Reply = 0xf6
+	ReplyOnionIntroductionTO Reply = 0xf7
+)
+
+var torReplies = [...]string{
+	"onion service descriptor not found", "onion service descriptor invalid", "onion service introduction failed",
+	"onion service rendezvous failed", "onion service wants client authorization", "onion service refuses the client authorization",
+	"invalid onion address", "onion service introduction timed out",
+}
+
+// Plain is the reply of RFC 1928 that says most of what r says, for a program that knows errnos only.
+func (r Reply) Plain() Reply {
+	switch r {
+	case ReplyOnionNoAuth, ReplyOnionWrongAuth:
+		return ReplyNotAllowed
+	case ReplyOnionNotFound, ReplyOnionInvalid, ReplyOnionIntroduction, ReplyOnionRendezvous, ReplyOnionBadAddress, ReplyOnionIntroductionTO:
+		return ReplyHostUnreachable
+	}
+	return r
+}
+
+var errNotTor = errors.New("the server's URL does not say tor")
+
+// Resolve asks a Tor for an address of name. done is called once, on the event loop or, when the Dialer is closed, on another
+// goroutine; its errors are those of Connect. A server whose URL does not say tor is not asked.
+func (c *Client) Resolve(ctx context.Context, name string, done func(netip.Addr, error)) {
+	c.torAsk(ctx, CmdResolve, Addr{Name: name}, func(a Addr, err error) {
+		if err == nil && (a.Name != "" || !a.IP.IsValid()) {
+			err = &ServerError{Server: c.server.String(), Op: OpHandshake, Err: fmt.Errorf("%w: no address", ErrMalformed)}
+		}
+		if err != nil {
+			a.IP = netip.Addr{}
+		}
+		done(a.IP, err)
+	})
+}
+
+// ResolvePTR asks a Tor for the name of ip. It is Resolve otherwise.
+func (c *Client) ResolvePTR(ctx context.Context, ip netip.Addr, done func(name string, err error)) {
+	c.torAsk(ctx, CmdResolvePTR, Addr{IP: ip}, func(a Addr, err error) {
+		if err == nil && a.Name == "" {
+			err = &ServerError{Server: c.server.String(), Op: OpHandshake, Err: fmt.Errorf("%w: no name", ErrMalformed)}
+		}
+		done(a.Name, err)
+	})
+}
+
+func (c *Client) torAsk(ctx context.Context, cmd Command, what Addr, done func(Addr, error)) {
+	failed := func(err error) { done(Addr{}, err) }
+	if !c.server.options.tor {
+		go failed(fmt.Errorf("cannot resolve by %v: %w: %w", c.server, ErrCannotExpress, errNotTor))
+		return
+	}
+	c.d.start(&dial{d: c.d, c: c, ctx: ctx, cmd: cmd, dst: what, failed: failed, granting: func(p *dial) {
+		found := p.hs.Bound()
+		p.drop()
+		p.leave()
+		done(found, nil)
+	}})
+}
+
+type isolationKey struct{}
+
+// WithIsolation is ctx for dials of one program: with isolate=program they share no circuit of Tor with those of another key.
+func WithIsolation(ctx context.Context, key string) context.Context {
+	return context.WithValue(ctx, isolationKey{}, key)
+}
+
+// isolationSecret makes the users of this process different from those of others, and says nothing about the key.
+var isolationSecret = sync.OnceValue(func() []byte {
+	b := make([]byte, 32)
+	_, _ = rand.Read(b) // never fails
+	return b
+})
+
+// loginFor is the user and password of a dial. Tor gives streams with different ones different circuits (IsolateSOCKSAuth).
+func (p *dial) loginFor() *login {
+	s := &p.c.server
+	key := ""
+	switch s.options.isolate {
+	case isolateNone:
+		return s.login
+	case isolateDestination:
+		key = p.dst.Name
+		if key == "" {
+			key = p.dst.IP.String()
+		}
+	case isolateProgram:
+		key, _ = p.ctx.Value(isolationKey{}).(string)
+	}
+	h := hmac.New(sha256.New, isolationSecret())
+	h.Write([]byte(key))
+	return newLogin("viasocks", hex.EncodeToString(h.Sum(nil)[:16]))
+}
