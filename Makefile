@@ -98,6 +98,11 @@ demo: ## Six downloads of aria2 through a SOCKS proxy, on real programs (root)
 	@$(MAKE) build
 	scripts/demo.sh
 
+.PHONY: zoo
+zoo: ## Ask real SOCKS servers what they do, and write the manual's tables of them (root)
+	scripts/deps.sh zoo
+	scripts/zoo.sh
+
 UNITS := viasocks.service viasocks@.service viasocks-closed.service
 UNITDIR := $(PREFIX)/lib/systemd/system
 

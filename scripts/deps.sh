@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # deps.sh: installs the Debian packages that `make test` and `make demo` need, on a machine with nothing but Go.
 #
-# Usage: deps.sh [test] [demo] [lint]      (no group: test)
+# Usage: deps.sh [test] [demo] [zoo] [lint]      (no group: test)
 #
 # When every program is there already, apt is not called and root is not needed. The services that Debian would
 # start with some packages do not start: a policy-rc.d refuses them while apt runs, and units that came with
@@ -24,12 +24,17 @@ declare -A groups=(
 		ip:iproute2 sysctl:procps unshare:util-linux curl:curl nft:nftables tcpdump:tcpdump
 		aria2c:aria2 danted:dante-server nginx:nginx vsftpd:vsftpd sshd:openssh-server
 		opentracker:opentracker mktorrent:mktorrent dnsmasq:dnsmasq-base"
+	# The SOCKS servers of scripts/zoo.sh that Debian has, and what runs the others.
+	[zoo]="git:git =/etc/ssl/certs/ca-certificates.crt:ca-certificates ip:iproute2 sysctl:procps ss:iproute2
+		danted:dante-server microsocks:microsocks ssh:openssh-client sshd:openssh-server ss-local:shadowsocks-libev
+		plink:putty-tools v2ray:v2ray trojan:trojan stunnel4:stunnel4 openssl:openssl dnsmasq:dnsmasq-base
+		=/usr/lib/python3/dist-packages/asyncssh:python3-asyncssh node:nodejs npm:npm"
 	[lint]="shellcheck:shellcheck"
 )
 # The units of the packages above.
 declare -A units=([dante-server]=danted.service [nginx]=nginx.service [vsftpd]=vsftpd.service
 	[openssh-server]="ssh.service ssh.socket" [opentracker]=opentracker.service [microsocks]=microsocks.service
-	[nftables]=nftables.service
+	[nftables]=nftables.service [shadowsocks-libev]=shadowsocks-libev.service [v2ray]=v2ray.service [trojan]=trojan.service [stunnel4]=stunnel4.service
 	[network-manager]="NetworkManager.service NetworkManager-dispatcher.service NetworkManager-wait-online.service"
 	[systemd]="systemd-networkd.service systemd-networkd.socket systemd-networkd-wait-online.service"
 	[dbus]="dbus.service dbus.socket")

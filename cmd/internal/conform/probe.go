@@ -1,0 +1,227 @@
+package conform
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/viasocks/viasocks/socks"
+)
+
+// Ends are the targets of a probe. Those that are not valid are left out of the report.
+type Ends struct {
+	TCP  netip.AddrPort       // a FarEnd, over IPv4
+	TCP6 netip.AddrPort       // the same over IPv6; its UDP port is the same
+	UDP  [2][2]netip.AddrPort // its datagram sockets, by address and port
+	Name string               // a name of TCP's address that the server can look up
+
+	Refused     netip.AddrPort // a port, for TCP and UDP, where nobody listens
+	Unreachable netip.AddrPort // a host about which a router says that it cannot be reached
+	Silent      netip.AddrPort // a host that never answers
+
+	// Unsendable are destinations to which the server's host cannot send, by a word for the reason. Port 0 and a name that
+	// does not exist are tried besides.
+	Unsendable map[string]netip.AddrPort
+}
+
+// Config is what a probe needs.
+type Config struct {
+	Server socks.Server
+	Ends   Ends
+
+	// Wait bounds the wait for one answer; zero: 5 s. The silent target has SilentWait; zero: 40 s.
+	Wait, SilentWait time.Duration
+	// UDPWait bounds the wait for the answer to one datagram, which is sent up to three times; zero: 400 ms.
+	UDPWait time.Duration
+	// Dial connects to the server, for tests and for transports other than TCP; nil: TCP to its host and port.
+	Dial func(ctx context.Context) (net.Conn, error)
+}
+
+// prober is a probe at work.
+type prober struct {
+	Config
+	report *Report
+	id     atomic.Uint64 // of datagrams and tokens
+}
+
+// Probe uses the server in every way that Report has a field for. It takes some 15 to 60 seconds and returns early, with
+// what it has, when ctx ends. The error is that of ctx: what the server does wrong is in the report.
+func Probe(ctx context.Context, c Config) (*Report, error) {
+	p := newProber(c)
+	if !p.reach(ctx) {
+		return p.report, ctx.Err()
+	}
+	var silent sync.WaitGroup
+	silent.Go(func() { p.report.Silent = p.try(ctx, socks.AddrFrom(p.Ends.Silent), p.SilentWait) })
+	for _, step := range []func(context.Context){p.methods, p.targets, p.halfClose, p.resets, p.bind, p.udp, p.socks4} {
+		if ctx.Err() == nil {
+			step(ctx)
+		}
+	}
+	silent.Wait()
+	return p.report, ctx.Err()
+}
+
+func newProber(c Config) *prober {
+	if c.Wait == 0 {
+		c.Wait = 5 * time.Second
+	}
+	if c.SilentWait == 0 {
+		c.SilentWait = 40 * time.Second
+	}
+	if c.UDPWait == 0 {
+		c.UDPWait = 400 * time.Millisecond
+	}
+	if c.Dial == nil {
+		at := net.JoinHostPort(c.Server.Host(), strconv.Itoa(int(c.Server.Port())))
+		c.Dial = func(ctx context.Context) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "tcp", at) }
+	}
+	p := &prober{Config: c, report: &Report{Server: c.Server.String(), Time: time.Now().UTC().Truncate(time.Second)}}
+	p.id.Store(uint64(time.Now().UnixNano()))
+	return p
+}
+
+// dial connects to the server. What is done with the connection must be over after limit.
+func (p *prober) dial(ctx context.Context, limit time.Duration) (net.Conn, error) {
+	by := time.Now().Add(limit)
+	ctx, cancel := context.WithDeadline(ctx, by)
+	defer cancel()
+	c, err := p.Dial(ctx)
+	if err == nil {
+		c.SetDeadline(by)
+	}
+	return c, err
+}
+
+// reach reports whether the server takes connections.
+func (p *prober) reach(ctx context.Context) bool {
+	c, err := p.dial(ctx, p.Wait)
+	if err != nil {
+		p.report.Error = err.Error()
+		return false
+	}
+	c.Close()
+	p.report.Reachable = true
+	return true
+}
+
+// methods asks for the choice of a method and for nothing more.
+func (p *prober) methods(ctx context.Context) {
+	choice := func(greeting ...byte) int {
+		c, err := p.dial(ctx, p.Wait)
+		if err != nil {
+			return -1
+		}
+		defer c.Close()
+		var b [2]byte
+		if _, err := c.Write(greeting); err != nil {
+			return -1
+		}
+		if _, err := io.ReadFull(c, b[:]); err != nil || b[0] != 5 {
+			return -1
+		}
+		return int(b[1])
+	}
+	p.report.MethodOfNone = choice(5, 1, 0)
+	p.report.MethodOfBoth = choice(5, 2, 0, 2)
+}
+
+// ask makes a request on a new connection. The connection is nil unless the answer is Granted; then the caller closes it.
+func (p *prober) ask(ctx context.Context, cmd socks.Command, dst socks.Addr, limit time.Duration) (net.Conn, Answer, socks.Addr) {
+	c, err := p.dial(ctx, limit)
+	if err != nil {
+		return nil, Answer{Kind: Failed, Error: err.Error()}, socks.Addr{}
+	}
+	unblock := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
+	defer unblock()
+	h, err := socks.NewHandshake(p.Server, cmd, dst)
+	if err != nil {
+		c.Close()
+		return nil, Answer{Kind: Failed, Error: err.Error()}, socks.Addr{}
+	}
+	reply, after, err := shake(c, h)
+	a := answer(reply, err)
+	a.After = after.Milliseconds()
+	if a.Kind != Granted {
+		if a.Kind != Refused && !h.Requested() && a.Kind != NoLogin {
+			a.Error = "before the request: " + a.Error
+		}
+		c.Close()
+		return nil, a, socks.Addr{}
+	}
+	a.Bound = h.Bound().String()
+	return c, a, h.Bound()
+}
+
+// shake runs the handshake. It gives the bytes of the reply, the time since the request, and what ended it.
+func shake(c net.Conn, h socks.Handshake) (reply []byte, after time.Duration, err error) {
+	var asked time.Time
+	for !h.Done() {
+		if out := h.Output(); len(out) > 0 {
+			n, err := c.Write(out)
+			h.Sent(n)
+			if err != nil {
+				return nil, 0, err
+			}
+			asked = time.Now()
+			continue
+		}
+		in := h.Input()
+		n, readErr := c.Read(in)
+		if h.Requested() {
+			reply = append(reply, in[:n]...)
+		}
+		if err := h.Received(n); err != nil {
+			return reply, time.Since(asked), err
+		}
+		if readErr != nil && !h.Done() {
+			return reply, time.Since(asked), readErr
+		}
+	}
+	return reply, time.Since(asked), nil
+}
+
+// answer names what came in place of a grant.
+func answer(reply []byte, err error) Answer {
+	var code socks.Reply
+	switch {
+	case err == nil:
+		return Answer{Kind: Granted}
+	case errors.As(err, &code):
+		return Answer{Kind: Refused, Code: int(code), Short: len(reply) < 5}
+	case len(reply) >= 2 && reply[0] == 5 && reply[1] != 0:
+		return Answer{Kind: Refused, Code: int(reply[1]), Short: true}
+	case errors.Is(err, socks.ErrMethod), errors.Is(err, socks.ErrCredentials):
+		return Answer{Kind: NoLogin, Error: err.Error()}
+	case errors.Is(err, socks.ErrMalformed):
+		return Answer{Kind: Malformed, Error: err.Error()}
+	}
+	a := ending(err)
+	if len(reply) > 0 && a.Kind == Closed {
+		a.Kind, a.Error = Malformed, fmt.Sprintf("FIN after % x", reply)
+	}
+	return a
+}
+
+// ending names how a connection ended.
+func ending(err error) Answer {
+	kind := Failed
+	switch {
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		kind = Closed
+	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+		kind = Reset
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		kind = Silence
+	}
+	return Answer{Kind: kind, Error: err.Error()}
+}

@@ -1,0 +1,194 @@
+package conform
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"net"
+	"net/netip"
+	"os"
+	"time"
+
+	"github.com/viasocks/viasocks/socks"
+)
+
+// udpTries is how often a datagram is sent before its answer is given up.
+const udpTries = 3
+
+// association is an open UDP ASSOCIATE. close ends it.
+type association struct {
+	p       *prober
+	control net.Conn
+	u       *net.UDPConn // connected to the relay
+	buf     []byte
+}
+
+// echo is an answer of the far end.
+type echo struct {
+	source  socks.Addr // in the header
+	seen    netip.AddrPort
+	arrived int    // bytes of the question that came
+	whole   bool   // question and answer came as they were sent
+	payload []byte // of the answer; valid until the next exchange
+}
+
+// associate opens an association. Not granted: nil.
+func (p *prober) associate(ctx context.Context, zero netip.Addr) (*association, Answer, bool) {
+	c, a, bound := p.ask(ctx, socks.CmdAssociate, socks.Addr{IP: zero}, p.Wait)
+	if a.Kind != Granted {
+		return nil, a, false
+	}
+	c.SetDeadline(time.Time{}) // only looked at without waiting from here on
+	relay, repaired := bound.AddrPort(), false
+	if !relay.IsValid() || relay.Addr().IsUnspecified() {
+		host, err := netip.ParseAddrPort(c.RemoteAddr().String())
+		if err != nil {
+			c.Close()
+			return nil, Answer{Kind: Failed, Error: "the reply names no relay that can be used"}, false
+		}
+		relay, repaired = netip.AddrPortFrom(host.Addr().Unmap(), bound.Port), true
+	}
+	u, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(relay))
+	if err != nil {
+		c.Close()
+		return nil, Answer{Kind: Failed, Error: err.Error()}, false
+	}
+	u.SetReadBuffer(1 << 20)
+	return &association{p: p, control: c, u: u, buf: make([]byte, maxUDP)}, a, repaired
+}
+
+func (a *association) close() {
+	a.control.Close()
+	a.u.Close()
+}
+
+// ended reports whether the server has closed the control connection.
+func (a *association) ended() bool {
+	a.control.SetReadDeadline(time.Now().Add(time.Millisecond))
+	_, err := a.control.Read(make([]byte, 64))
+	return err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
+}
+
+// exchange sends a question of size bytes to dst, for an answer of answerSize bytes from the far end's socket from, up to
+// tries times. nil: no answer came.
+func (a *association) exchange(ctx context.Context, dst socks.Addr, from [2]int, size, answerSize, tries int) *echo {
+	id := a.p.id.Add(1)
+	question := fill(fmt.Sprintf("? %d %d %d %d\n", id, from[0], from[1], answerSize), size)
+	datagram := append(socks.AppendUDPHeader(nil, dst), question...)
+	for range tries {
+		if ctx.Err() != nil {
+			return nil
+		}
+		a.u.Write(datagram) // an ICMP error of the one before does not matter
+		if e := a.await(id, question); e != nil {
+			return e
+		}
+	}
+	return nil
+}
+
+// await reads to the answer with this id.
+func (a *association) await(id uint64, question []byte) *echo {
+	by := time.Now().Add(a.p.UDPWait)
+	a.u.SetReadDeadline(by)
+	for time.Now().Before(by) {
+		n, err := a.u.Read(a.buf)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return nil
+		}
+		if err != nil { // an ICMP error: it may be of an earlier datagram
+			time.Sleep(10 * time.Millisecond)
+			continue
+		}
+		source, head, err := socks.ParseUDPHeader(a.buf[:n])
+		if err != nil {
+			continue
+		}
+		payload := a.buf[head:n]
+		line, _, _ := bytes.Cut(payload[:min(len(payload), farLine)], []byte{'\n'})
+		var got uint64
+		var seen string
+		var sum uint32
+		e := &echo{source: source, payload: payload}
+		if _, err := fmt.Sscanf(string(line), "! %d %s %d %d", &got, &seen, &e.arrived, &sum); err != nil || got != id {
+			continue
+		}
+		e.seen, _ = netip.ParseAddrPort(seen)
+		e.whole = e.arrived == len(question) && sum == crc32.ChecksumIEEE(question) && filled(payload)
+		return e
+	}
+	return nil
+}
+
+// small asks the far end's first socket for a small answer.
+func (a *association) small(ctx context.Context) *echo {
+	return a.exchange(ctx, socks.AddrFrom(a.p.Ends.UDP[0][0]), [2]int{}, 0, 0, udpTries)
+}
+
+// udp looks at UDP ASSOCIATE.
+func (p *prober) udp(ctx context.Context) {
+	r := &p.report.UDP
+	zero := netip.IPv4Unspecified()
+	other := netip.IPv6Unspecified()
+	if c, err := p.dial(ctx, p.Wait); err == nil {
+		if at, err := netip.ParseAddrPort(c.RemoteAddr().String()); err == nil && at.Addr().Is6() && !at.Addr().Is4In6() {
+			zero, other = other, zero
+		}
+		c.Close()
+	}
+	a, first, repaired := p.associate(ctx, zero)
+	r.Associate, r.Repaired = first, repaired
+	if a == nil {
+		return
+	}
+	r.Relay = a.u.RemoteAddr().String()
+	e := a.small(ctx)
+	a.close()
+	if e == nil {
+		return
+	}
+	r.Works, r.TrueSource = true, e.source == socks.AddrFrom(p.Ends.UDP[0][0])
+	if b, answer, _ := p.associate(ctx, other); b != nil {
+		r.OtherFamily = answer
+		b.close()
+	} else {
+		r.OtherFamily = answer
+	}
+	r.Mapping, r.Filtering = p.mapping(ctx), p.filtering(ctx)
+	r.LargestUp, r.CutUp = p.largest(ctx, true)
+	r.LargestDown, r.CutDown = p.largest(ctx, false)
+	if p.Ends.Name != "" {
+		r.Names = p.carries(ctx, zero, socks.Addr{Name: p.Ends.Name, Port: p.Ends.UDP[0][0].Port()})
+	}
+	if p.Ends.TCP6.IsValid() {
+		r.IPv6 = p.carries(ctx, zero, socks.AddrFrom(p.Ends.TCP6))
+	}
+	r.EndsWithTCP = p.endsWithTCP(ctx, zero)
+	r.After = p.fates(ctx, zero)
+}
+
+// carries reports whether an association carries an exchange with dst.
+func (p *prober) carries(ctx context.Context, zero netip.Addr, dst socks.Addr) bool {
+	a, _, _ := p.associate(ctx, zero)
+	if a == nil {
+		return false
+	}
+	defer a.close()
+	return a.exchange(ctx, dst, [2]int{}, 0, 0, udpTries) != nil
+}
+
+func (p *prober) endsWithTCP(ctx context.Context, zero netip.Addr) bool {
+	a, _, _ := p.associate(ctx, zero)
+	if a == nil {
+		return false
+	}
+	defer a.close()
+	if a.small(ctx) == nil {
+		return false
+	}
+	a.control.Close()
+	time.Sleep(settle)
+	return a.small(ctx) == nil
+}
