@@ -31,6 +31,7 @@ type Association struct {
 	mu      sync.Mutex
 	onClose func(error)
 	onOver  func() // nil: not set, or called
+	gone    func() // the same for a group
 	over    bool   // shut has closed the control connection
 	ended   bool   // the control connection is closed, or Close was called
 	err     error  // why it ended; nil when Close was called
@@ -154,11 +155,14 @@ func (a *Association) shut() {
 	a.fd = -1
 	a.d.assocs.Add(-1)
 	a.mu.Lock()
-	f := a.onOver
-	a.over, a.onOver = true, nil
+	f, gone := a.onOver, a.gone
+	a.over, a.onOver, a.gone = true, nil, nil
 	a.mu.Unlock()
 	if f != nil {
 		f()
+	}
+	if gone != nil {
+		gone()
 	}
 }
 

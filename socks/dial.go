@@ -18,8 +18,6 @@ import (
 )
 
 const (
-	// minAttempt is the least time that one of several addresses gets before the next is tried.
-	minAttempt = 2 * time.Second
 	// directTimeout is over the kernel's own limit for a connect (tcp_syn_retries 6: 127 s), which comes first.
 	directTimeout = 3 * time.Minute
 	// lateReply is from when on a general failure means that the target is silent: sing-box and tailscale give up after 5 s. A
@@ -52,11 +50,16 @@ type dial struct {
 	addrs     []netip.AddrPort
 	at        int // the one that is tried
 	connectBy time.Duration
-	looked    bool          // the name was looked up for this very dial
-	lastErr   error         // of the address tried before
-	hs        Handshake     // nil: direct
-	hs5       socks5        // what hs is for SOCKS5
-	asked     time.Duration // when the whole request was sent; 0: not yet
+	shakeBy   time.Duration
+	looked    bool               // the name was looked up for this very dial
+	lastErr   error              // of the address tried before
+	legs      []*leg             // that race to connect, while there are several addresses
+	endVia    context.CancelFunc // of the connection through another group
+	probing   bool               // no request is sent: see Client.Check
+	soon      bool               // a check that gives up early
+	hs        Handshake          // nil: direct
+	hs5       socks5             // what hs is for SOCKS5
+	asked     time.Duration      // when the whole request was sent; 0: not yet
 
 	pump    *pump // TLS; nil: there is none
 	flipped bool  // ASSOCIATE was refused for the family of the control connection, and the other one is asked for
@@ -85,14 +88,13 @@ func (p *dial) begin() {
 		p.finish(err)
 		return
 	}
-	timeout := time.Duration(p.d.connectTimeout.Load())
-	if p.c == nil {
-		timeout = directTimeout
-	} else if err := p.check(); err != nil {
-		p.finish(err)
-		return
+	if p.c != nil {
+		if err := p.check(); err != nil {
+			p.finish(err)
+			return
+		}
 	}
-	p.connectBy = p.d.now() + timeout
+	p.connectBy = p.d.now() + p.connectTime()
 	p.d.timers.set(p, p.connectBy)
 	p.stop = context.AfterFunc(p.ctx, func() {
 		p.d.post(func() { p.finish(p.ctx.Err()) })
@@ -100,6 +102,9 @@ func (p *dial) begin() {
 	switch {
 	case p.c == nil:
 		p.addrs = []netip.AddrPort{p.dst.AddrPort()}
+	case p.c.via != nil:
+		p.connectVia()
+		return
 	case p.c.fixed != nil:
 		p.addrs = p.c.fixed
 	default:
@@ -107,6 +112,18 @@ func (p *dial) begin() {
 		return
 	}
 	p.connect()
+}
+
+func (p *dial) connectTime() time.Duration {
+	switch {
+	case p.c == nil:
+		return directTimeout
+	case p.c.via != nil: // which has a handshake of its own
+		return p.c.connectTime() + p.c.handshakeTime()
+	case p.soon:
+		return min(p.c.connectTime(), soonConnect)
+	}
+	return p.c.connectTime()
 }
 
 // finish ends the dial with an error, once.
@@ -135,6 +152,9 @@ func (p *dial) leave() {
 	if p.stop != nil {
 		p.stop()
 	}
+	if p.endVia != nil {
+		p.endVia()
+	}
 }
 
 // drop closes the socket of this attempt.
@@ -147,6 +167,7 @@ func (p *dial) drop() {
 		p.d.shut(p.fd)
 		p.fd = -1
 	}
+	p.dropLegs()
 }
 
 // fault ends the dial by the server's fault.
@@ -161,10 +182,14 @@ func (p *dial) fault(op string, err error) {
 	p.finish(&ServerError{Server: p.c.server.String(), Op: op, Err: err})
 }
 
-// connect tries the addresses from p.at on.
+// connect tries the addresses from p.at on: one by itself, several by a race.
 func (p *dial) connect() {
 	p.state = connecting
-	for ; p.at < len(p.addrs); p.at++ {
+	if len(p.addrs)-p.at > 1 {
+		p.race()
+		return
+	}
+	if p.at < len(p.addrs) {
 		err, ours := p.open(p.addrs[p.at])
 		if err == errBusy {
 			p.drop()
@@ -172,9 +197,7 @@ func (p *dial) connect() {
 			return
 		}
 		if err == nil {
-			now := p.d.now()
-			share := (p.connectBy - now) / time.Duration(len(p.addrs)-p.at)
-			p.d.timers.set(p, min(p.connectBy, now+max(share, minAttempt)))
+			p.d.timers.set(p, p.connectBy)
 			return
 		}
 		p.drop()
@@ -184,6 +207,11 @@ func (p *dial) connect() {
 		}
 		p.lastErr = err
 	}
+	p.notReached()
+}
+
+// notReached: no address is left to try.
+func (p *dial) notReached() {
 	if p.c != nil && p.c.fixed == nil {
 		p.c.failed()
 		if !p.looked {
@@ -204,37 +232,49 @@ func (p *dial) open(at netip.AddrPort) (err error, ours bool) {
 	if p.c != nil && p.c.server.path != "" {
 		return p.openUnix()
 	}
+	fd, err, ours := p.socket(at)
+	p.fd = fd
+	if err != nil {
+		return err, ours
+	}
+	p.events = unix.EPOLLOUT
+	return p.d.register(fd, p, p.events), true
+}
+
+// socket makes a socket and starts connecting it to at. It may give one and an error, too.
+func (p *dial) socket(at netip.AddrPort) (fd int, err error, ours bool) {
 	domain, sa, err := sockaddr(at)
 	if err != nil {
-		return err, false
+		return -1, err, false
 	}
-	fd, err := unix.Socket(domain, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	fd, err = unix.Socket(domain, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
 	if err != nil {
-		return err, err != unix.EAFNOSUPPORT
+		return -1, err, err != unix.EAFNOSUPPORT
 	}
-	p.fd = fd
 	control := p.d.opts.Control
 	if p.c == nil {
 		control = p.d.opts.DirectControl
 	}
 	if control != nil {
 		if err := control(fd); err != nil {
-			return err, true
+			return fd, err, true
 		}
 	}
 	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
-		return err, true
+		return fd, err, true
+	}
+	if p.soon {
+		_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(soonAck.Milliseconds()))
 	}
 	_ = unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_LOCAL_PORT_RANGE, allPorts) // Linux before 6.3 does not know it
 	switch err := unix.Connect(fd, sa); err {
 	case nil, unix.EINPROGRESS, unix.EINTR:
+		return fd, nil, false
 	case unix.EADDRNOTAVAIL, unix.EAGAIN, unix.ENOBUFS, unix.ENOMEM: // no local port, no memory
-		return err, true
+		return fd, err, true
 	default:
-		return err, false
+		return fd, err, false
 	}
-	p.events = unix.EPOLLOUT
-	return p.d.register(fd, p, p.events), true
 }
 
 // next gives up this address.
@@ -250,10 +290,10 @@ func (p *dial) expired(now time.Duration) {
 	switch {
 	case p.state == resolving:
 		p.fault(OpResolve, os.ErrDeadlineExceeded)
-	case p.state == connecting && now < p.connectBy && p.fd < 0: // the wait after errBusy is over
+	case p.state == connecting && now < p.connectBy && p.fd < 0 && len(p.legs) == 0: // the wait after errBusy is over
 		p.connect()
 	case p.state == connecting && now < p.connectBy:
-		p.next(os.ErrDeadlineExceeded)
+		p.startLeg()
 	case p.state == connecting:
 		if p.c != nil && p.c.fixed == nil {
 			p.c.failed()
@@ -287,17 +327,7 @@ func (p *dial) ready(events uint32) {
 			p.granted()
 			return
 		}
-		p.d.timers.set(p, p.d.now()+time.Duration(p.d.handshakeTimeout.Load()))
-		p.c.reached(p.addrs[p.at])
-		if p.c.tls != nil {
-			p.state = securing
-			if err := p.secure(); err != nil {
-				p.finish(err)
-			}
-			return
-		}
-		p.state = shaking
-		p.begun()
+		p.arrived()
 		return
 	}
 	if p.state == shaking || p.state == waiting {
@@ -305,8 +335,28 @@ func (p *dial) ready(events uint32) {
 	}
 }
 
+// arrived: the server is reached. Until the request is sent there is nothing that a server could wait for: one that does not
+// answer so far, as a stopped process whose kernel takes connections, has no more time than to be reached.
+func (p *dial) arrived() {
+	now := p.d.now()
+	p.shakeBy = now + p.c.handshakeTime()
+	p.d.timers.set(p, min(p.shakeBy, now+p.c.connectTime()))
+	if p.c.via == nil {
+		p.c.reached(p.addrs[p.at])
+	}
+	if p.c.tls != nil {
+		p.state = securing
+		if err := p.secure(); err != nil {
+			p.finish(err)
+		}
+		return
+	}
+	p.begun()
+}
+
 // begun begins the handshake: the connection is there, and secured if it is to be.
 func (p *dial) begun() {
+	p.state = shaking
 	if err := p.newHandshake(); err != nil {
 		p.finish(err)
 		return
@@ -318,6 +368,10 @@ func (p *dial) begun() {
 func (p *dial) shake() {
 	spoke := false
 	for !p.hs.Done() {
+		if p.probing && p.hs.Requesting() {
+			p.checked()
+			return
+		}
 		if out := p.hs.Output(); len(out) > 0 {
 			n, err := write(p.fd, out)
 			if err == unix.EAGAIN {
@@ -332,6 +386,7 @@ func (p *dial) shake() {
 			spoke = true
 			if p.asked == 0 && p.hs.Requested() {
 				p.asked = p.d.now()
+				p.d.timers.set(p, p.shakeBy)
 			}
 			continue
 		}

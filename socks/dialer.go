@@ -154,6 +154,18 @@ type Client struct {
 	fixed  []netip.AddrPort // the address, when the server is given by one; for a unix socket no address
 	tls    *tls.Config      // nil: none
 	names  lookup           // the loop's alone
+
+	// Of a group: what its servers are reached through, and times other than the Dialer's.
+	via                              Connector
+	connectTimeout, handshakeTimeout time.Duration
+}
+
+func (c *Client) connectTime() time.Duration {
+	return cmp.Or(c.connectTimeout, time.Duration(c.d.connectTimeout.Load()))
+}
+
+func (c *Client) handshakeTime() time.Duration {
+	return cmp.Or(c.handshakeTimeout, time.Duration(c.d.handshakeTimeout.Load()))
 }
 
 // Client is s seen through d. Clients of one server each keep its addresses for themselves: make one and share it.

@@ -15,6 +15,8 @@ var (
 	// ErrLate: the server answered 1 (general failure) so late that it must have waited for a silent target. It wraps the
 	// Reply.
 	ErrLate = errors.New("the target is silent")
+	// ErrAllDown: no server of a group works. Inside a *ServerError.
+	ErrAllDown = errors.New("none of its servers works")
 	// ErrClosed: the Dialer was closed.
 	ErrClosed = errors.New("the dialer is closed")
 
@@ -27,6 +29,12 @@ var (
 	ErrMethod = errors.New("no offered authentication method is accepted")
 	// ErrMalformed: the server's answer is not of the protocol that its URL names. Inside a *ServerError.
 	ErrMalformed = errors.New("malformed answer")
+)
+
+var (
+	errAlwaysEnds   = errors.New("it closes the connection without an answer, whatever it is asked for")
+	errAlwaysSilent = errors.New("it answers no request, whatever it is asked for")
+	errServerDown   = errors.New("the server does not work any more")
 )
 
 // Reply is the REP field of a server's answer, RFC 1928 section 6. As an error it is the server's word about the
@@ -70,6 +78,7 @@ const (
 	OpHandshake    = "use"
 	OpAuthenticate = "log in to"
 	OpAssociation  = "keep an association at"
+	OpGroup        = "use the group"
 )
 
 // ServerError is a fault of the server, not of the target.

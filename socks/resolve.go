@@ -66,7 +66,7 @@ func (c *Client) lookUp(p *dial) {
 	n.asking = true
 	c.d.lookups.Go(func() {
 		// Half of the time is left for the addresses of the last good answer.
-		ctx, cancel := context.WithTimeout(c.d.ctx, time.Duration(c.d.connectTimeout.Load()/2))
+		ctx, cancel := context.WithTimeout(c.d.ctx, c.connectTime()/2)
 		defer cancel()
 		ips, err := c.d.opts.Resolve(ctx, c.server.host)
 		c.d.post(func() { c.lookedUp(ips, err) })
@@ -88,7 +88,7 @@ func (c *Client) lookedUp(ips []netip.Addr, err error) {
 	}
 	switch {
 	case err == nil && len(addrs) > 0:
-		n.addrs, n.stale = addrs, false
+		n.addrs, n.stale = byTurns(addrs), false
 	case err == nil:
 		err = errNoAddrs
 	}

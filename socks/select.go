@@ -1,0 +1,297 @@
+package socks
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// Select is how a group chooses the first server for a flow, and with it the order of the others.
+type Select uint8
+
+// The ways to choose.
+const (
+	Ordered    Select = iota // the first one that works, in the order given
+	RoundRobin               // each flow begins with the next one
+	Hash                     // by source and destination address: the same pair gets the same server while that works
+	Latched                  // the one that the last failover landed at
+)
+
+var selectNames = [...]string{Ordered: "ordered", RoundRobin: "round-robin", Hash: "hash", Latched: "latched"}
+
+func (s Select) String() string {
+	if int(s) < len(selectNames) {
+		return selectNames[s]
+	}
+	return fmt.Sprintf("Select(%d)", uint8(s))
+}
+
+// ParseSelect reads what String writes.
+func ParseSelect(text string) (Select, error) {
+	if i := slices.Index(selectNames[:], text); i >= 0 {
+		return Select(i), nil
+	}
+	return 0, errors.New("must be ordered, round-robin, hash or latched")
+}
+
+// MaxServers bounds a group.
+const MaxServers = 16
+
+// chooser decides which server of a group is asked next, and what its answer means. It does no I/O and has no clock. Who uses it
+// holds a lock.
+type chooser struct {
+	opts    GroupOptions // filled in
+	names   []string     // of the servers, for errors
+	servers []health
+	rr      int // where the next flow of RoundRobin begins
+	latched int
+}
+
+// attempt is a flow on its way through a group.
+type attempt struct {
+	kind   kind
+	target uint64 // hash of source and destination
+	order  [MaxServers]uint8
+	at     int // in order
+	here   int // attempts at that server
+	all    int // attempts in all
+	began  time.Duration
+
+	err     error // of the last attempt that failed, unless a more telling one came before
+	unable  error // reply 7 or 8, or what this server's version cannot express
+	skipped bool  // a server was passed over because it is down
+}
+
+// begin puts the servers into the order in which a is to try them.
+func (c *chooser) begin(a *attempt, cmd Command, src netip.Addr, dst Addr) {
+	a.kind = kindOf(cmd, dst)
+	n := len(c.servers)
+	first := 0
+	switch c.opts.Select {
+	case RoundRobin:
+		first = c.rr
+		c.rr = (c.rr + 1) % n
+	case Latched:
+		first = c.latched
+	}
+	for i := range n {
+		a.order[i] = uint8((first + i) % n)
+	}
+	a.target = targetHash(netip.Addr{}, dst)
+	if c.opts.Select != Hash {
+		return
+	}
+	pair := targetHash(src, dst)
+	// The server with the highest mark for this pair comes first (rendezvous hashing): when one is down, the pairs of the
+	// others stay where they are.
+	var marks [MaxServers]uint64
+	for i := range n {
+		marks[i] = mix(pair ^ mix(uint64(i)+1))
+	}
+	slices.SortFunc(a.order[:n], func(x, y uint8) int {
+		if marks[x] > marks[y] {
+			return -1
+		}
+		return 1
+	})
+}
+
+// targetHash is a hash of the pair without its ports: what one program says to one service is one pair.
+// The hash is the same in each run.
+func targetHash(src netip.Addr, dst Addr) uint64 {
+	const offset, prime = 0xcbf29ce484222325, 0x100000001b3 // FNV-1a
+	h := uint64(offset)
+	for i := range len(dst.Name) {
+		h = (h ^ uint64(dst.Name[i])) * prime
+	}
+	if dst.Name == "" {
+		h = addrHash(h, dst.IP)
+	}
+	if src.IsValid() {
+		h = addrHash(h, src)
+	}
+	return mix(h)
+}
+
+func addrHash(h uint64, a netip.Addr) uint64 {
+	b := a.As16()
+	return mix(mix(h^binary.LittleEndian.Uint64(b[:])) ^ binary.LittleEndian.Uint64(b[8:]))
+}
+
+// mix is the finalizer of MurmurHash3: each bit of x changes each bit of the result.
+func mix(x uint64) uint64 {
+	x ^= x >> 33
+	x *= 0xff51afd7ed558ccd
+	x ^= x >> 33
+	x *= 0xc4ceb9fe1a85ec53
+	return x ^ x>>33
+}
+
+// next is the server for the next attempt of a, or false when there is none: a.result says why.
+func (c *chooser) next(a *attempt, now time.Duration) (server int, ok bool) {
+	for ; a.at < len(c.servers); a.at, a.here = a.at+1, 0 {
+		if a.all >= c.opts.Attempts {
+			return 0, false
+		}
+		i := int(a.order[a.at])
+		h := &c.servers[i]
+		// What is alone is asked whatever is known of it: nobody else could do better.
+		if len(c.servers) > 1 {
+			if h.isDown {
+				a.skipped = true
+				continue
+			}
+			if !h.canDo(a.kind, now) {
+				a.unable = cmpError(a.unable, unableReply(a.kind))
+				continue
+			}
+		}
+		a.all++
+		a.here++
+		a.began = now
+		return i, true
+	}
+	return 0, false
+}
+
+func cmpError(a, b error) error {
+	if a != nil {
+		return a
+	}
+	return b
+}
+
+func unableReply(k kind) Reply {
+	if k == associates {
+		return ReplyCommandNotSupported
+	}
+	return ReplyAddrTypeNotSupported
+}
+
+// failure is why a flow could not be carried when next has no server left.
+func (a *attempt) failure(group string) error {
+	switch {
+	case a.unable != nil && a.kind != associates:
+		return a.unable // the word of a server that works says more than that another one does not
+	case a.err != nil:
+		return a.err
+	case a.unable != nil && !a.skipped: // else UDP may be there when that one is back
+		return a.unable
+	}
+	return &ServerError{Server: group, Op: OpGroup, Err: ErrAllDown}
+}
+
+// outcome is what an attempt's end means.
+type outcome struct {
+	again    bool // the flow goes on: ask next
+	wentDown bool // the server
+	cameUp   bool
+	err      error // of the flow, when it does not go on
+}
+
+// done takes the end of an attempt of a at server; err nil: success. This is the table of the manual, section GROUPS.
+func (c *chooser) done(a *attempt, server int, err error, now time.Duration) (o outcome) {
+	h := &c.servers[server]
+	var fault *ServerError
+	var reply Reply
+	switch {
+	case err == nil:
+		if c.opts.Select == Latched && (a.skipped || a.err != nil) { // not by a request that another one could not carry
+			c.latched = server
+		}
+		h.noAnswers = 0
+		return outcome{cameUp: h.success(now)}
+	case errors.As(err, &fault):
+		o.wentDown = h.fault(&c.opts, now, err)
+		a.err = err
+		// Only a connection that was not made may be tried again at the same server.
+		if fault.Op != OpConnect && fault.Op != OpResolve || a.here >= c.opts.ServerAttempts {
+			a.at, a.here = a.at+1, 0
+		}
+		o.again = true
+	case errors.Is(err, ErrCannotExpress):
+		a.unable = cmpError(a.unable, err)
+		a.at, a.here = a.at+1, 0
+		o.again = true
+	case errors.As(err, &reply):
+		h.heard(now)
+		h.noAnswers = 0
+		switch {
+		case reply == ReplyCommandNotSupported || reply == ReplyAddrTypeNotSupported:
+			h.cannot(a.kind, reply, now)
+			a.unable = err
+			o.again = true
+		case a.kind == associates: // no target could have answered: another server may have room
+			a.err = err
+			o.again = true
+		}
+		a.at, a.here = a.at+1, 0
+	case errors.Is(err, ErrEnded):
+		return c.ended(a, h, err, now)
+	case errors.Is(err, ErrSilent):
+		return c.silent(a, server, err, now)
+	}
+	o.err = err
+	return o
+}
+
+// ended: the server closed the connection after the request. That is the target's refusal, unless every request ends so.
+func (c *chooser) ended(a *attempt, h *health, err error, now time.Duration) (o outcome) {
+	a.at, a.here = a.at+1, 0
+	if a.kind == associates {
+		if h.noAnswers++; h.noAnswers >= endedAssociate {
+			h.cannot(associates, ReplyCommandNotSupported, now)
+		}
+		a.err = err
+		return outcome{again: true, err: err}
+	}
+	if h.ended.add(a.target); h.ended.most(fromEndedOn) {
+		err = &ServerError{Server: c.names[a.order[a.at-1]], Op: OpHandshake, Err: errAlwaysEnds}
+		a.err = err
+		return outcome{again: true, wentDown: h.fault(&c.opts, now, err), err: err}
+	}
+	return outcome{err: err}
+}
+
+// silent: no answer came within the handshake timeout. That is the target's silence, unless the server answered nobody in all
+// that time, and another server is there to ask.
+func (c *chooser) silent(a *attempt, server int, err error, now time.Duration) outcome {
+	h := &c.servers[server]
+	if h.answered > a.began {
+		return outcome{err: err}
+	}
+	if h.silent.add(a.target); h.silent.most(fromSilentOn) && c.othersUp(server) {
+		return outcome{wentDown: h.fault(&c.opts, now, &ServerError{
+			Server: c.names[server], Op: OpHandshake, Err: errAlwaysSilent,
+		}), err: err}
+	}
+	return outcome{err: err}
+}
+
+func (c *chooser) othersUp(but int) bool {
+	for i := range c.servers {
+		if i != but && !c.servers[i].isDown {
+			return true
+		}
+	}
+	return false
+}
+
+// allDown reports whether no server is used.
+func (c *chooser) allDown() bool { return !c.othersUp(-1) }
+
+type sourceKey struct{}
+
+// WithSource tells a group that chooses by Hash the source of a flow. It is for Connect and Associate.
+func WithSource(ctx context.Context, src netip.Addr) context.Context {
+	return context.WithValue(ctx, sourceKey{}, src)
+}
+
+func sourceOf(ctx context.Context) netip.Addr {
+	a, _ := ctx.Value(sourceKey{}).(netip.Addr)
+	return a
+}

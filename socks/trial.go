@@ -1,0 +1,114 @@
+package socks
+
+import (
+	"time"
+)
+
+const (
+	// While no server of a group works, each is tried anew so long after the last trial has ended. A trial then gives up
+	// connecting after soonConnect, and when what it sent is not acknowledged for soonAck: a server that is back is noticed
+	// within three seconds, whatever became of the packets that met its absence.
+	soonAgain   = 500 * time.Millisecond
+	soonConnect = 1500 * time.Millisecond
+	soonAck     = 2 * time.Second
+	// watchEvery is how often a server is looked at that carries associations and has not been heard by other ways.
+	watchEvery = 10 * time.Second
+)
+
+// looks are those at one server beside the flows: the trial of one that is out of use, and looks at one that is in use.
+type looks struct {
+	under bool          // way
+	next  time.Duration // not before
+}
+
+// plan sets the timer for the next trial or look. g.mu is held.
+func (g *Group) plan() {
+	if g.closed {
+		return
+	}
+	now := g.d.now()
+	first := time.Duration(-1)
+	for i := range g.c.servers {
+		if at, ok := g.lookAt(i); ok && (first < 0 || at < first) {
+			first = at
+		}
+	}
+	if g.timer != nil {
+		g.timer.Stop()
+		g.timer = nil
+	}
+	if first >= 0 {
+		g.timer = time.AfterFunc(max(0, first-now), g.look)
+	}
+}
+
+// lookAt is when server i is to be looked at; false: it need not be. g.mu is held.
+func (g *Group) lookAt(i int) (at time.Duration, ok bool) {
+	h, l := &g.c.servers[i], &g.looks[i]
+	switch every := g.c.opts.Check; {
+	case l.under:
+		return 0, false
+	case h.isDown && len(g.clients) > 1 && g.c.allDown():
+		return l.next, true
+	case h.isDown && len(g.clients) > 1:
+		return max(h.retryAt, l.next), true
+	case every > 0:
+		return max(h.answered+every, l.next), true
+	case len(g.clients) > 1 && len(g.assocs[i]) > 0:
+		return max(h.answered+watchEvery, l.next), true
+	}
+	return 0, false
+}
+
+// look begins the trials and looks that are due.
+func (g *Group) look() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.closed {
+		return
+	}
+	now := g.d.now()
+	soon := g.c.allDown() && len(g.clients) > 1
+	for i := range g.c.servers {
+		if at, ok := g.lookAt(i); !ok || at > now {
+			continue
+		}
+		h := &g.c.servers[i]
+		trial := len(g.clients) > 1 && h.due(now, soon)
+		h.trying = trial
+		g.looks[i].under = true
+		g.clients[i].check(g.ctx, soon, func(err error) { g.looked(i, trial, err) })
+	}
+	g.plan()
+}
+
+// looked takes the end of a trial or a look.
+func (g *Group) looked(i int, trial bool, err error) {
+	g.mu.Lock()
+	h := &g.c.servers[i]
+	now := g.d.now()
+	said := h.why
+	var o outcome
+	switch {
+	case trial:
+		o.cameUp = h.tried(&g.c.opts, now, err)
+	case err == nil:
+		h.answered = now
+		if len(g.clients) == 1 && h.isDown { // nobody else tries it
+			o.cameUp = h.success(now)
+		}
+	default:
+		o.wentDown = h.fault(&g.c.opts, now, err)
+	}
+	if o.wentDown {
+		g.moveAssociations(i)
+	}
+	g.looks[i].under = false
+	g.looks[i].next = now + soonAgain
+	if g.c.opts.Check > 0 && !h.isDown && err == nil {
+		g.looks[i].next = now + g.c.opts.Check
+	}
+	g.plan()
+	g.mu.Unlock()
+	g.tell(i, o, said, err)
+}
