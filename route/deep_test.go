@@ -423,3 +423,29 @@ func TestDecisionsAreLostAndNotWaitedFor(t *testing.T) {
 		return g.Stats().DecisionsLost == lost+1 && len(g.log.lines("decisions cannot be written")) == 1
 	})
 }
+
+// Two pairs of endpoints that share a slot do not share a verdict.
+func TestDeepCacheCollisions(t *testing.T) {
+	var u manualUpstream
+	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Rules: []Rule{mustRule(t, "src 10.0.0.2 drop")}}, nil)
+	dst := netip.MustParseAddrPort("203.0.113.1:1000")
+	var c deepCache
+	one := netip.MustParseAddrPort("10.0.0.1:1")
+	two := netip.AddrPort{}
+	for port := uint16(1); port < 65535 && !two.IsValid(); port++ {
+		if at := netip.AddrPortFrom(netip.MustParseAddr("10.0.0.2"), port); c.slot(at, dst) == c.slot(one, dst) {
+			two = at
+		}
+	}
+	if !two.IsValid() {
+		t.Fatal("no two sources share a slot")
+	}
+	for range 2 {
+		for _, src := range []netip.AddrPort{one, two} {
+			g.HandlePackets([]flow.Packet{{Src: src, Dst: dst, Payload: []byte("x"), Head: make([]byte, 28)}})
+		}
+	}
+	if s := g.Stats(); s.Dropped != 2 || s.Refused != 2 {
+		t.Errorf("%d dropped, %d refused", s.Dropped, s.Refused)
+	}
+}

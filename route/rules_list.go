@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -245,4 +246,21 @@ func (l *list) hasName(name string) bool {
 		}
 		name = name[dot+1:]
 	}
+}
+
+// SameList reports whether two rules have lists that say the same, or none.
+func (r *Rule) SameList(other *Rule) bool {
+	if r.List() == "" || other.List() == "" {
+		return r.List() == other.List()
+	}
+	a, b := r.rest.list, other.rest.list
+	return slices.Equal(a.v4, b.v4) && slices.Equal(a.v6, b.v6) && maps.Equal(a.names, b.names)
+}
+
+// ListLen is how many lines of the rule's list say something.
+func (r *Rule) ListLen() int {
+	if r.List() == "" {
+		return 0
+	}
+	return r.rest.list.lines
 }

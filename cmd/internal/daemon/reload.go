@@ -28,6 +28,9 @@ func (u *up) reload() {
 		u.log.Error("the configuration stays as it was", "err", config.Redact(err.Error()))
 		return
 	}
+	for _, c := range changes(u.config(), cfg) {
+		u.log.Info("reload: " + config.Redact(c))
+	}
 	now := time.Now()
 	u.mu.Lock()
 	u.cfg, u.reloaded = cfg, &now
