@@ -14,7 +14,7 @@ declare -A groups=(
 	# make and a C compiler: the race detector links with one. The rest: real peers and programs of the tests.
 	[test]="make:make gcc:gcc =/usr/include/stdio.h:libc6-dev git:git =/etc/ssl/certs/ca-certificates.crt:ca-certificates
 		ip:iproute2 sysctl:procps unshare:util-linux curl:curl
-		aria2c:aria2 danted:dante-server microsocks:microsocks nginx:nginx vsftpd:vsftpd sshd:openssh-server
+		aria2c:aria2 danted:dante-server microsocks:microsocks tinyproxy:tinyproxy-bin stunnel4:stunnel4 nginx:nginx vsftpd:vsftpd sshd:openssh-server
 		opentracker:opentracker mktorrent:mktorrent dnsmasq:dnsmasq-base
 		musl-gcc:musl-tools nsupdate:bind9-dnsutils
 		=/lib/systemd/systemd-networkd:systemd dhclient:isc-dhcp-client dhcpcd:dhcpcd-base NetworkManager:network-manager
@@ -37,7 +37,7 @@ declare -A units=([dante-server]=danted.service [nginx]=nginx.service [vsftpd]=v
 	[nftables]=nftables.service [shadowsocks-libev]=shadowsocks-libev.service [v2ray]=v2ray.service [trojan]=trojan.service [stunnel4]=stunnel4.service
 	[network-manager]="NetworkManager.service NetworkManager-dispatcher.service NetworkManager-wait-online.service"
 	[systemd]="systemd-networkd.service systemd-networkd.socket systemd-networkd-wait-online.service"
-	[dbus]="dbus.service dbus.socket")
+	[dbus]="dbus.service dbus.socket" [stunnel4]="stunnel4.service stunnel.target")
 
 die() { echo "deps: $*" >&2; exit 1; }
 
