@@ -20,6 +20,7 @@ import (
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // patience is for what must happen, on a machine that may stall for seconds.
@@ -361,8 +362,8 @@ type fakeUpstream struct {
 
 func (u *fakeUpstream) Name() string { return u.name }
 
-func (u *fakeUpstream) DialStream(ctx context.Context, d Dest, done func(int, error)) {
-	u.dial(ctx, d, done)
+func (u *fakeUpstream) DialStream(ctx context.Context, _ *relay.Loop, d Dest, done func(loop.Socket, error)) {
+	u.dial(ctx, d, func(fd int, err error) { done(loop.Unwatched(fd), err) })
 }
 
 func (u *fakeUpstream) OpenPackets(ctx context.Context, _ *relay.Loop, sink func([]flow.Packet), done func(relay.PacketLink, error), closed func(error)) {

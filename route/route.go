@@ -16,6 +16,7 @@ import (
 	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // Config of a Router.
@@ -193,11 +194,11 @@ func (r *Router) dialResolver(ctx context.Context, dst netip.AddrPort, done func
 		done(-1, fmt.Errorf("rule %q refuses it", v.rule))
 		return
 	}
-	v.up.DialStream(ctx, Dest{Addr: dst}, func(fd int, err error) {
+	v.up.DialStream(ctx, r.cfg.Loops[0], Dest{Addr: dst}, func(s loop.Socket, err error) {
 		if err != nil && isShortage(err) {
 			r.short(err)
 		}
-		done(fd, err)
+		done(s.Release(), err)
 	})
 }
 

@@ -1,17 +1,16 @@
 package route
 
 import (
-	"context"
 	"errors"
 	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // streams is the flow table of TCP: what is pending and what is open. What was refused leaves only its log line.
@@ -48,10 +47,10 @@ type stream struct {
 	flow     flow.Flow
 	dest     Dest
 	v        *verdict
-	cancel   atomic.Pointer[context.CancelFunc] // of the dial; nil once it is over, so that nothing of it stays
-	gone     atomic.Bool                        // the app gave up
-	replaced atomic.Bool                        // its upstream is not configured any more
-	state    atomic.Int32                       // dialing, open, over
+	call     loop.Call    // the dial
+	gone     atomic.Bool  // the app gave up
+	replaced atomic.Bool  // its upstream is not configured any more
+	state    atomic.Int32 // dialing, open, over
 	loop     int
 	relay    atomic.Pointer[relay.Relay]
 	index    int         // in streams.all
@@ -125,10 +124,7 @@ func (r *Router) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *v
 		return
 	}
 	s := &stream{r: r, req: req, flow: f, dest: dest, v: v, loop: -1}
-	ctx, cancel := context.WithCancel(r.ctx)
-	s.cancel.Store(&cancel)
 	if err := r.streams.add(s, r.cfg.Limits.Flows); err != nil {
-		cancel()
 		why := flow.RefuseReset
 		if err == errFull {
 			why = flow.RefuseLater
@@ -138,12 +134,13 @@ func (r *Router) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *v
 		r.turnAway(req, f, v, why, "refused", err)
 		return
 	}
+	s.loop = r.pickLoop()
 	req.OnCancel(s.gaveUp)
 	if !r.policy.Load().has(v.up) { // replaced since the verdict, and Reload may not have seen s
 		s.replaced.Store(true)
-		cancel()
+		s.endDial()
 	}
-	v.up.DialStream(ctx, dest, s.dialed)
+	v.up.DialStream(&s.call, r.cfg.Loops[s.loop], dest, s.dialed)
 }
 
 // turnAway refuses a flow that no upstream was asked for.
@@ -203,19 +200,11 @@ func (s *stream) gaveUp() {
 }
 
 // endDial ends the dial if it is not over. Any goroutine.
-func (s *stream) endDial() {
-	if cancel := s.cancel.Load(); cancel != nil {
-		(*cancel)()
-	}
-}
+func (s *stream) endDial() { s.call.Cancel() }
 
-// dialed takes the upstream's answer, on any goroutine.
-func (s *stream) dialed(fd int, err error) {
-	defer func() {
-		s.endDial() // gives ctx back
-		s.cancel.Store(nil)
-		s.req = nil
-	}()
+// dialed takes the upstream's answer, on the loop that will relay, or on any goroutine if there is no socket.
+func (s *stream) dialed(sock loop.Socket, err error) {
+	defer func() { s.req = nil }()
 	r, up := s.r, s.v.up
 	if err != nil {
 		s.refused(err)
@@ -223,12 +212,12 @@ func (s *stream) dialed(fd int, err error) {
 	}
 	up.tcp.works(r, up, "TCP")
 	if s.gone.Load() {
-		_ = syscall.Close(fd)
+		sock.Close()
 		s.finish("cancelled", 0, 0, errAppGone)
 		return
 	}
 	if s.replaced.Load() {
-		_ = syscall.Close(fd)
+		sock.Close()
 		s.req.Reject(flow.RefuseReset)
 		s.finish("aborted", 0, 0, errReplaced)
 		return
@@ -236,7 +225,6 @@ func (s *stream) dialed(fd int, err error) {
 	if r.cfg.Sockets != nil && r.cfg.Sockets.Forwards() {
 		s.look() // the app surely has its socket now: if it is not found later, it is gone and not a guest's
 	}
-	s.loop = r.pickLoop()
 	r.streams.mu.Lock()
 	closing := r.streams.closing
 	if !closing {
@@ -244,12 +232,12 @@ func (s *stream) dialed(fd int, err error) {
 	}
 	r.streams.mu.Unlock()
 	if closing {
-		_ = syscall.Close(fd)
+		sock.Close()
 		s.req.Reject(flow.RefuseReset)
 		s.finish("aborted", 0, 0, errClosing)
 		return
 	}
-	rel := r.cfg.Loops[s.loop].Start(s.req, fd, s.relayed)
+	rel := r.cfg.Loops[s.loop].Start(s.req, sock, s.relayed)
 	s.relay.Store(rel)
 	r.streams.mu.Lock()
 	closing = r.streams.closing

@@ -6,6 +6,7 @@ import (
 
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // Dest is where a TCP flow goes. Name wins when it is set: it travels to the proxy as a name.
@@ -27,9 +28,10 @@ func (d Dest) String() string {
 type Upstream interface {
 	Name() string
 
-	// DialStream opens a TCP connection to d. fd is connected and non-blocking, and the receiver's. The errors that
-	// socks documents, and an errno of connect(2) where there is no SOCKS server, become the app's error.
-	DialStream(ctx context.Context, d Dest, done func(fd int, err error))
+	// DialStream opens a TCP connection to d, on l. s is connected and non-blocking, and the receiver's. done is called on
+	// l's goroutine if s is watched by l, as that of a SOCKS server is. The errors that socks documents, and an errno of
+	// connect(2) where there is no SOCKS server, become the app's error. A *loop.Call is the cheapest ctx.
+	DialStream(ctx context.Context, l *relay.Loop, d Dest, done func(s loop.Socket, err error))
 
 	// OpenPackets opens a socket for datagrams from one app endpoint to any destination, on l. sink gets what comes
 	// back, on l's goroutine, in bursts that are lent for the call, with Src set and Dst not. The receiver of the link

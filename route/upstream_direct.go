@@ -9,6 +9,7 @@ import (
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 type directUpstream struct {
@@ -27,12 +28,12 @@ func NewDirect(d *socks.Dialer, control func(fd int) error) Upstream {
 func (u *directUpstream) Name() string { return DirectName }
 
 // DialStream implements Upstream by connect(2).
-func (u *directUpstream) DialStream(ctx context.Context, d Dest, done func(fd int, err error)) {
+func (u *directUpstream) DialStream(ctx context.Context, l *relay.Loop, d Dest, done func(s loop.Socket, err error)) {
 	if d.Name != "" {
-		done(-1, fmt.Errorf("cannot go direct to a name: %w", unix.ENETUNREACH))
+		done(loop.NoSocket, fmt.Errorf("cannot go direct to a name: %w", unix.ENETUNREACH))
 		return
 	}
-	u.d.DialDirect(ctx, d.Addr, done)
+	u.d.DialDirect(ctx, l.Loop, d.Addr, done)
 }
 
 // OpenPackets implements Upstream by one UDP socket for both families, or for IPv4 where there is no IPv6.

@@ -8,12 +8,13 @@ import (
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // Client is what a SOCKS upstream is made of: one server (*socks.Client), or later a group of them.
 type Client interface {
-	Connect(ctx context.Context, dst socks.Addr, done func(fd int, err error))
-	Associate(ctx context.Context, done func(*socks.Association, error))
+	Connect(ctx context.Context, l *loop.Loop, dst socks.Addr, done func(s loop.Socket, err error))
+	Associate(ctx context.Context, l *loop.Loop, done func(*socks.Association, error))
 }
 
 type socksUpstream struct {
@@ -28,13 +29,13 @@ func NewSOCKS(name string, c Client) Upstream { return &socksUpstream{name, c} }
 func (u *socksUpstream) Name() string { return u.name }
 
 // DialStream implements Upstream by CONNECT.
-func (u *socksUpstream) DialStream(ctx context.Context, d Dest, done func(fd int, err error)) {
-	u.c.Connect(ctx, socks.Addr{Name: d.Name, IP: d.Addr.Addr(), Port: d.Addr.Port()}, done)
+func (u *socksUpstream) DialStream(ctx context.Context, l *relay.Loop, d Dest, done func(s loop.Socket, err error)) {
+	u.c.Connect(ctx, l.Loop, socks.Addr{Name: d.Name, IP: d.Addr.Addr(), Port: d.Addr.Port()}, done)
 }
 
 // OpenPackets implements Upstream by UDP ASSOCIATE.
 func (u *socksUpstream) OpenPackets(ctx context.Context, l *relay.Loop, sink func([]flow.Packet), done func(relay.PacketLink, error), closed func(error)) {
-	u.c.Associate(ctx, func(a *socks.Association, err error) {
+	u.c.Associate(ctx, l.Loop, func(a *socks.Association, err error) {
 		if err != nil {
 			done(nil, err)
 			return

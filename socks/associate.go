@@ -9,6 +9,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 const (
@@ -20,8 +22,10 @@ const (
 )
 
 // Association is the state of a UDP ASSOCIATE, RFC 1928 section 6 and 7: it lives as long as its control connection, which
-// the Dialer watches and keeps. Its methods may be called from any goroutine.
+// its loop watches and keeps. Its methods may be called from any goroutine.
 type Association struct {
+	loop.Node
+	l      *loop.Loop
 	d      *Dialer
 	server string
 	relay  netip.AddrPort
@@ -37,26 +41,32 @@ type Association struct {
 	err     error  // why it ended; nil when Close was called
 }
 
+// closing is the bit of an Association whose Close was called.
+const closing = loop.Own
+
 // associated makes an Association of a granted dial. The descriptor stays in the loop.
-func (p *dial) associated() {
+func (p *dial) associated(s loop.Socket) {
 	relay, repaired := repairRelay(p.hs.Bound(), p.serverAddr(), p.d.opts.CanBePeer, OnHost)
 	if repaired {
 		p.d.log.Debug("relay address repaired", "server", p.c.server, "answered", p.hs.Bound().String(), "used", relay.String())
 	}
-	a := &Association{d: p.d, server: p.c.server.String(), relay: relay, fd: p.fd}
 	if p.c.server.path == "" {
-		if err := setKeepalive(p.fd); err != nil {
-			p.finish(fmt.Errorf("cannot set keepalive: %w", err))
+		if err := setKeepalive(s.FD()); err != nil {
+			s.Close()
+			p.assocDone(nil, fmt.Errorf("cannot set keepalive: %w", err))
 			return
 		}
 	}
-	if err := p.d.watch(p.fd, a, unix.EPOLLIN); err != nil {
-		p.finish(fmt.Errorf("cannot watch a socket: %w", err))
+	a := &Association{l: p.l, d: p.d, server: p.c.server.String(), relay: relay, fd: s.FD()}
+	a.Init(a)
+	if !a.l.Join(&a.Node) {
+		s.Close()
+		p.assocDone(nil, ErrClosed)
 		return
 	}
-	p.fd = -1
+	a.l.Adopt(&a.Node, s)
+	a.l.Enqueue(&a.Node) // it may have been closed already
 	p.d.assocs.Add(1)
-	p.leave()
 	p.assocDone(a, nil)
 }
 
@@ -82,11 +92,11 @@ func (a *Association) Relay() netip.AddrPort { return a.relay }
 // non-blocking and close-on-exec, Options.Control has seen it, and the caller owns it. It stays open when the association
 // ends.
 func (a *Association) Dial() (fd int, err error) {
-	domain, sa, err := sockaddr(a.relay)
-	if err != nil {
+	var sa sockaddrRoom
+	if err := sa.set(a.relay); err != nil {
 		return -1, fmt.Errorf("cannot use the relay %v: %w", a.relay, err)
 	}
-	fd, err = unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_UDP)
+	fd, err = unix.Socket(sa.domain(), unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_UDP)
 	if err != nil {
 		return -1, fmt.Errorf("cannot make a socket: %w", err)
 	}
@@ -96,9 +106,9 @@ func (a *Association) Dial() (fd int, err error) {
 			return -1, fmt.Errorf("cannot make a socket: %w", err)
 		}
 	}
-	if err := unix.Connect(fd, sa); err != nil {
+	if e := sa.connect(fd); e != 0 {
 		unix.Close(fd)
-		return -1, fmt.Errorf("cannot reach the relay %v: %w", a.relay, err)
+		return -1, fmt.Errorf("cannot reach the relay %v: %w", a.relay, e)
 	}
 	return fd, nil
 }
@@ -127,13 +137,13 @@ func (a *Association) Close() error {
 	a.ended, a.onClose, a.err = true, nil, nil
 	a.mu.Unlock()
 	if !was {
-		a.d.post(a.shut) // a closed Dialer closes the descriptor itself
+		a.l.Note(&a.Node, closing) // a closed loop has closed the descriptor itself
 	}
 	return nil
 }
 
 // OnOver sets what is called, once, when the association is over for whatever reason, Close included: on the event loop,
-// where it must not block, or at once if it is over already. The end of the Dialer does not count.
+// where it must not block, or at once if it is over already.
 func (a *Association) OnOver(f func()) {
 	a.mu.Lock()
 	over := a.over
@@ -151,8 +161,10 @@ func (a *Association) shut() {
 	if a.fd < 0 {
 		return
 	}
-	a.d.shut(a.fd)
+	a.l.Forget(&a.Node)
+	unix.Close(a.fd)
 	a.fd = -1
+	a.l.Leave(&a.Node)
 	a.d.assocs.Add(-1)
 	a.mu.Lock()
 	f, gone := a.onOver, a.gone
@@ -184,22 +196,36 @@ func (a *Association) end(err error) {
 	}
 }
 
-// ready is called by the loop with epoll's events.
-func (a *Association) ready(uint32) {
+// Shutdown implements loop.Task.
+func (a *Association) Shutdown() { a.end(ErrClosed) }
+
+// Turn implements loop.Task.
+func (a *Association) Turn() (again bool) {
+	switch {
+	case a.fd < 0:
+		return false
+	case a.Got&closing != 0:
+		a.shut()
+		return false
+	case a.Got&loop.In == 0:
+		return false
+	}
 	var b [256]byte
 	n, err := read(a.fd, b[:])
 	switch {
 	case err == unix.EAGAIN:
-		return
+		a.Got &^= loop.In
+		return false
 	case err == nil && n == 0:
 		err = fmt.Errorf("it closed the control connection: %w", io.EOF)
 	case err == nil:
 		if a.junk += n; a.junk <= maxJunk {
-			return
+			return true
 		}
 		err = fmt.Errorf("%w: it talks on the control connection", ErrMalformed)
 	}
 	a.end(&ServerError{Server: a.server, Op: OpAssociation, Err: err})
+	return false
 }
 
 // repairRelay makes an endpoint of what a server at the endpoint server answered to UDP ASSOCIATE. Servers behind NAT

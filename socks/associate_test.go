@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"weak"
 
 	"golang.org/x/sys/unix"
 
@@ -157,7 +158,7 @@ func TestAssociate(t *testing.T) {
 		t.Errorf("requests %+v", r)
 	}
 	alive := make(chan int, 1)
-	d.post(func() {
+	on(d).Post(func() {
 		v, _ := unix.GetsockoptInt(a.fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE)
 		alive <- v
 	})
@@ -193,7 +194,7 @@ func TestAssociate(t *testing.T) {
 	if src, p := receive(t, u); src != stranger || p != "relay" {
 		t.Errorf("%q from %v", p, src)
 	}
-	// From here on nothing refers to a but the Dialer; garbage collection must not end it.
+	// From here on nothing refers to a but the loop; garbage collection must not end it.
 	a2 := weakly(a)
 	for range 3 {
 		runtime.GC()
@@ -201,32 +202,22 @@ func TestAssociate(t *testing.T) {
 	if src, p := exchange(t, u, dst, "still"); src != dst || p != "still" {
 		t.Errorf("%q from %v", p, src)
 	}
-	a2().Close()
-	a2().Close()
+	a = a2()
+	if a == nil {
+		t.Fatal("the association was collected")
+	}
+	a.Close()
+	a.Close()
 	if _, ok := srv.WaitAssociations(0, patience); !ok {
 		t.Error("the server still has the association")
 	}
 	waitFor(t, func() bool { return d.Stats() == Stats{} })
 }
 
-// weakly finds the association again by way of the Dialer alone.
+// weakly finds the association again if the loop keeps it.
 func weakly(a *Association) func() *Association {
-	d := a.d
-	return func() *Association {
-		ch := make(chan *Association, 1)
-		if !d.post(func() {
-			for _, r := range d.fds {
-				if a, ok := r.h.(*Association); ok {
-					ch <- a
-					return
-				}
-			}
-			ch <- &Association{d: d, fd: -1, ended: true}
-		}) {
-			return nil
-		}
-		return <-ch
-	}
+	w := weak.Make(a)
+	return w.Value
 }
 
 func TestAssociationEnds(t *testing.T) {
@@ -290,7 +281,7 @@ func TestAssociationCloseRaces(t *testing.T) {
 		t.Fatal(err)
 	}
 	ran := make(chan struct{})
-	d.post(func() { a.Close(); a.end(io.EOF); close(ran) })
+	on(d).Post(func() { a.Close(); a.end(io.EOF); close(ran) })
 	<-ran
 	a.OnClose(func(err error) { t.Errorf("told %v", err) })
 	waitFor(t, func() bool { return d.Stats() == Stats{} })

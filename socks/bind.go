@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"os"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // DefaultBindTimeout is how long a BIND waits for its peer: as long as the kernel tries to connect, and some more.
@@ -22,12 +24,12 @@ var errNoPort = errors.New("it names no port")
 // the peer must be told, repaired as that of an association is; then done when the peer has connected, with a socket as by
 // Connect and the peer. Where it fails done is called with -1 and an error, as by Connect, at whatever stage: bound may then
 // never be called. ErrNoPeer: DefaultBindTimeout is over. Both are called on the event loop and must not block.
-func (c *Client) Bind(ctx context.Context, dst Addr, bound func(netip.AddrPort), done func(fd int, peer netip.AddrPort, err error)) {
+func (c *Client) Bind(ctx context.Context, l *loop.Loop, dst Addr, bound func(netip.AddrPort), done func(fd int, peer netip.AddrPort, err error)) {
 	granted := func(p *dial) {
 		if p.state == waiting { // the second reply
 			peer := p.hs.Bound().AddrPort()
-			fd := p.fd
-			p.d.release(fd)
+			fd := p.l.HandOver(&p.Node, p.fd).Release()
+			p.fd = -1
 			p.leave()
 			done(fd, peer, nil)
 			return
@@ -39,13 +41,13 @@ func (c *Client) Bind(ctx context.Context, dst Addr, bound func(netip.AddrPort),
 		at, _ := repairRelay(p.hs.Bound(), p.serverAddr(), p.d.opts.CanBePeer, OnHost)
 		p.state = waiting
 		p.hs.again()
-		p.d.timers.set(p, p.d.now()+DefaultBindTimeout)
+		p.l.SetTimer(&p.Node, p.l.Now()+p.d.bindTimeout)
 		bound(at)
-		if p.state == waiting { // bound may have closed the Dialer, or cancelled
+		if p.state == waiting { // bound may have cancelled
 			p.shake()
 		}
 	}
-	c.d.start(&dial{d: c.d, c: c, ctx: ctx, cmd: CmdBind, dst: dst, granting: granted,
+	c.d.start(&dial{d: c.d, l: l, c: c, ctx: ctx, cmd: CmdBind, dst: dst, granting: granted,
 		failed: func(err error) { done(-1, netip.AddrPort{}, err) }})
 }
 

@@ -5,16 +5,16 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/netip"
 	"os"
 	"slices"
-	"strconv"
 	"syscall"
 	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 const (
@@ -25,7 +25,7 @@ const (
 	lateReply = 3 * time.Second
 )
 
-// dial is a pending dial. Once started it belongs to the loop.
+// dial is a pending dial. Once started it belongs to its loop.
 //
 //	resolving ──> connecting ──> securing ──> shaking ──> over
 //	    ^             │  next address, or all failed and the name is looked up again
@@ -33,20 +33,22 @@ const (
 //
 // Only TLS needs securing. A direct dial goes from connecting to over. Every state goes to over by an error, the deadline, or the context.
 type dial struct {
+	loop.Node
 	d         *Dialer
+	l         *loop.Loop
 	c         *Client // nil: direct
 	ctx       context.Context
-	stop      func() bool // ends the watch of ctx
+	attached  loop.Attached // to ctx, if that is a *loop.Call
+	stop      func() bool   // ends the watch of another ctx
 	cmd       Command
 	dst       Addr
-	done      func(int, error)
+	done      func(loop.Socket, error)
 	assocDone func(*Association, error)
 	granting  func(*dial) // BIND and RESOLVE: in place of done
 	failed    func(error)
 
 	state     state
 	fd        int
-	events    uint32
 	addrs     []netip.AddrPort
 	at        int // the one that is tried
 	connectBy time.Duration
@@ -60,13 +62,17 @@ type dial struct {
 	hs        Handshake          // nil: direct
 	hs5       socks5             // what hs is for SOCKS5
 	asked     time.Duration      // when the whole request was sent; 0: not yet
-
-	pump    *pump // TLS; nil: there is none
-	flipped bool  // ASSOCIATE was refused for the family of the control connection, and the other one is asked for
-
-	when   time.Duration
-	heapAt int // -1: not in the heap
+	pump      *pump              // TLS; nil: there is none
+	flipped   bool               // ASSOCIATE was refused for the family of the control connection, and the other one is asked for
+	sa        sockaddrRoom
 }
+
+// The bits of a dial.
+const (
+	started  = loop.Own << iota // the first turn
+	canceled                    // its context ended
+	lookedUp                    // the resolver answered
+)
 
 type state uint8
 
@@ -82,23 +88,59 @@ const (
 
 var errEOF = fmt.Errorf("it closed the connection: %w", io.ErrUnexpectedEOF)
 
-// begin is the first thing on the loop.
-func (p *dial) begin() {
-	if err := p.ctx.Err(); err != nil {
-		p.finish(err)
+// start has the dial begin on its loop.
+func (d *Dialer) start(p *dial) {
+	p.fd = -1
+	p.Init(p)
+	d.pending.Add(1)
+	if d.closed.Load() || !p.l.Join(&p.Node) {
+		go p.finish(ErrClosed) // the caller may hold locks that done wants
 		return
 	}
+	p.l.Note(&p.Node, started)
+}
+
+// Turn implements loop.Task.
+func (p *dial) Turn() (again bool) {
+	got := p.Got
+	p.Got &^= started | canceled | lookedUp | loop.Tick
+	switch {
+	case p.state == over: // a note that came late
+	case got&canceled != 0 || got&started != 0 && p.ctx.Err() != nil:
+		p.finish(p.ctx.Err())
+	case got&started != 0:
+		p.begin()
+	case got&lookedUp != 0 && p.state == resolving:
+		p.resolved()
+	case got&loop.Tick != 0:
+		p.expired()
+	case p.state == connecting && p.fd >= 0:
+		p.reach()
+	case p.state == shaking || p.state == waiting:
+		p.shake()
+	}
+	return false
+}
+
+// Shutdown implements loop.Task.
+func (p *dial) Shutdown() { p.finish(ErrClosed) }
+
+// begin is the first thing on the loop.
+func (p *dial) begin() {
 	if p.c != nil {
 		if err := p.check(); err != nil {
 			p.finish(err)
 			return
 		}
 	}
-	p.connectBy = p.d.now() + p.connectTime()
-	p.d.timers.set(p, p.connectBy)
-	p.stop = context.AfterFunc(p.ctx, func() {
-		p.d.post(func() { p.finish(p.ctx.Err()) })
-	})
+	p.connectBy = p.l.Now() + p.connectTime()
+	p.l.SetTimer(&p.Node, p.connectBy)
+	if call, ok := p.ctx.(*loop.Call); ok {
+		p.attached = loop.Attached{Loop: p.l, Node: &p.Node, Bit: canceled}
+		call.Attach(&p.attached)
+	} else if p.ctx.Done() != nil {
+		p.stop = context.AfterFunc(p.ctx, func() { p.l.Note(&p.Node, canceled) })
+	}
 	switch {
 	case p.c == nil:
 		p.addrs = []netip.AddrPort{p.dst.AddrPort()}
@@ -141,15 +183,18 @@ func (p *dial) finish(err error) {
 		p.assocDone(nil, err)
 		return
 	}
-	p.done(-1, err)
+	p.done(loop.NoSocket, err)
 }
 
 // leave takes the dial out of the books.
 func (p *dial) leave() {
 	p.state = over
-	p.d.timers.remove(p)
+	p.l.StopTimer(&p.Node)
+	p.l.Leave(&p.Node)
 	p.d.pending.Add(-1)
-	if p.stop != nil {
+	if call, ok := p.ctx.(*loop.Call); ok {
+		call.Detach(&p.attached)
+	} else if p.stop != nil {
 		p.stop()
 	}
 	if p.endVia != nil {
@@ -164,8 +209,10 @@ func (p *dial) drop() {
 		p.pump = nil
 	}
 	if p.fd >= 0 {
-		p.d.shut(p.fd)
+		p.l.Forget(&p.Node)
+		unix.Close(p.fd)
 		p.fd = -1
+		p.Got &^= loop.In | loop.Out | loop.Hup | loop.Err
 	}
 	p.dropLegs()
 }
@@ -193,11 +240,11 @@ func (p *dial) connect() {
 		err, ours := p.open(p.addrs[p.at])
 		if err == errBusy {
 			p.drop()
-			p.d.timers.set(p, min(p.connectBy, p.d.now()+busyWait))
+			p.l.SetTimer(&p.Node, min(p.connectBy, p.l.Now()+busyWait))
 			return
 		}
 		if err == nil {
-			p.d.timers.set(p, p.connectBy)
+			p.l.SetTimer(&p.Node, p.connectBy)
 			return
 		}
 		p.drop()
@@ -237,17 +284,15 @@ func (p *dial) open(at netip.AddrPort) (err error, ours bool) {
 	if err != nil {
 		return err, ours
 	}
-	p.events = unix.EPOLLOUT
-	return p.d.register(fd, p, p.events), true
+	return p.l.Watch(&p.Node, fd, loop.Stream), true
 }
 
 // socket makes a socket and starts connecting it to at. It may give one and an error, too.
 func (p *dial) socket(at netip.AddrPort) (fd int, err error, ours bool) {
-	domain, sa, err := sockaddr(at)
-	if err != nil {
+	if err := p.sa.set(at); err != nil {
 		return -1, err, false
 	}
-	fd, err = unix.Socket(domain, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	fd, err = unix.Socket(p.sa.domain(), unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
 	if err != nil {
 		return -1, err, err != unix.EAFNOSUPPORT
 	}
@@ -267,8 +312,8 @@ func (p *dial) socket(at netip.AddrPort) (fd int, err error, ours bool) {
 		_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(soonAck.Milliseconds()))
 	}
 	_ = unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_LOCAL_PORT_RANGE, allPorts) // Linux before 6.3 does not know it
-	switch err := unix.Connect(fd, sa); err {
-	case nil, unix.EINPROGRESS, unix.EINTR:
+	switch err := p.sa.connect(fd); err {
+	case 0, unix.EINPROGRESS, unix.EINTR:
 		return fd, nil, false
 	case unix.EADDRNOTAVAIL, unix.EAGAIN, unix.ENOBUFS, unix.ENOMEM: // no local port, no memory
 		return fd, err, true
@@ -285,14 +330,14 @@ func (p *dial) next(err error) {
 	p.connect()
 }
 
-// expired is called by the loop at p.when. It moves the timer or ends the dial.
-func (p *dial) expired(now time.Duration) {
+// expired moves the timer or ends the dial.
+func (p *dial) expired() {
 	switch {
 	case p.state == resolving:
 		p.fault(OpResolve, os.ErrDeadlineExceeded)
-	case p.state == connecting && now < p.connectBy && p.fd < 0 && len(p.legs) == 0: // the wait after errBusy is over
+	case p.state == connecting && p.l.Now() < p.connectBy && p.fd < 0 && len(p.legs) == 0: // the wait after errBusy is over
 		p.connect()
-	case p.state == connecting && now < p.connectBy:
+	case p.state == connecting && p.l.Now() < p.connectBy:
 		p.startLeg()
 	case p.state == connecting:
 		if p.c != nil && p.c.fixed == nil {
@@ -311,36 +356,30 @@ func (p *dial) expired(now time.Duration) {
 	}
 }
 
-// ready is called by the loop with epoll's events.
-func (p *dial) ready(events uint32) {
-	if p.state == connecting {
-		if events&(unix.EPOLLERR|unix.EPOLLHUP) != 0 {
-			if e, err := unix.GetsockoptInt(p.fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && e != 0 {
-				p.next(syscall.Errno(e))
-				return
-			}
-		}
-		if events&unix.EPOLLOUT == 0 {
+// reach goes on when the server was reached.
+func (p *dial) reach() {
+	if p.Got&loop.Err != 0 {
+		if e, err := unix.GetsockoptInt(p.fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && e != 0 {
+			p.next(syscall.Errno(e))
 			return
 		}
-		if p.c == nil {
-			p.granted()
-			return
-		}
-		p.arrived()
+	}
+	if p.Got&loop.Out == 0 {
 		return
 	}
-	if p.state == shaking || p.state == waiting {
-		p.shake()
+	if p.c == nil {
+		p.granted()
+		return
 	}
+	p.arrived()
 }
 
 // arrived: the server is reached. Until the request is sent there is nothing that a server could wait for: one that does not
 // answer so far, as a stopped process whose kernel takes connections, has no more time than to be reached.
 func (p *dial) arrived() {
-	now := p.d.now()
+	now := p.l.Now()
 	p.shakeBy = now + p.c.handshakeTime()
-	p.d.timers.set(p, min(p.shakeBy, now+p.c.connectTime()))
+	p.l.SetTimer(&p.Node, min(p.shakeBy, now+p.c.connectTime()))
 	if p.c.via == nil {
 		p.c.reached(p.addrs[p.at])
 	}
@@ -366,16 +405,18 @@ func (p *dial) begun() {
 
 // shake does what the handshake needs and the socket allows.
 func (p *dial) shake() {
-	spoke := false
 	for !p.hs.Done() {
 		if p.probing && p.hs.Requesting() {
 			p.checked()
 			return
 		}
 		if out := p.hs.Output(); len(out) > 0 {
+			if p.Got&loop.Out == 0 {
+				return
+			}
 			n, err := write(p.fd, out)
 			if err == unix.EAGAIN {
-				p.want(unix.EPOLLOUT)
+				p.Got &^= loop.Out
 				return
 			}
 			if err != nil {
@@ -383,21 +424,19 @@ func (p *dial) shake() {
 				return
 			}
 			p.hs.Sent(n)
-			spoke = true
 			if p.asked == 0 && p.hs.Requested() {
-				p.asked = p.d.now()
-				p.d.timers.set(p, p.shakeBy)
+				p.asked = p.l.Now()
+				p.l.SetTimer(&p.Node, p.shakeBy)
 			}
 			continue
 		}
-		if spoke { // the answer can't be here yet
-			p.want(unix.EPOLLIN)
+		if p.Got&loop.In == 0 {
 			return
 		}
 		in := p.hs.Input()
 		n, err := read(p.fd, in)
 		if err == unix.EAGAIN {
-			p.want(unix.EPOLLIN)
+			p.Got &^= loop.In
 			return
 		}
 		if err == nil && n == 0 {
@@ -411,12 +450,12 @@ func (p *dial) shake() {
 			p.broken(err)
 			return
 		}
+		if n < len(in) && p.Got&loop.Hup == 0 {
+			p.Got &^= loop.In // that was all: what comes later is a new event
+		}
 		if err := p.hs.Received(n); err != nil {
 			p.answered(err)
 			return
-		}
-		if n < len(in) {
-			return // nothing more is there
 		}
 	}
 	p.granted()
@@ -430,9 +469,9 @@ func (p *dial) answered(err error) {
 		// A dante without IPv6 refuses ::, though it could relay. The next request needs a connection of its own.
 		p.flipped, p.asked = true, 0
 		p.drop()
-		p.connectBy = p.d.now() + time.Duration(p.d.connectTimeout.Load())
+		p.connectBy = p.l.Now() + time.Duration(p.d.connectTimeout.Load())
 		p.connect()
-	case errors.As(err, &r) && r == ReplyGeneralFailure && p.cmd == CmdConnect && p.d.now()-p.asked > lateReply:
+	case errors.As(err, &r) && r == ReplyGeneralFailure && p.cmd == CmdConnect && p.l.Now()-p.asked > lateReply:
 		p.finish(fmt.Errorf("%w: %w", ErrLate, err))
 	case errors.As(err, &r):
 		p.finish(err)
@@ -486,29 +525,20 @@ func (p *dial) zeros() Addr {
 	return Addr{IP: netip.IPv4Unspecified()}
 }
 
-// want changes the watched events.
-func (p *dial) want(events uint32) {
-	if p.events != events {
-		p.events = events
-		if err := p.d.watch(p.fd, p, events); err != nil {
-			p.finish(fmt.Errorf("cannot watch a socket: %w", err))
-		}
-	}
-}
-
 // granted hands the socket over.
 func (p *dial) granted() {
 	if p.granting != nil {
 		p.granting(p)
 		return
 	}
+	s := p.l.HandOver(&p.Node, p.fd)
+	p.fd = -1
+	p.leave()
 	if p.assocDone != nil {
-		p.associated()
+		p.associated(s)
 		return
 	}
-	p.d.release(p.fd)
-	p.leave()
-	p.done(p.fd, nil)
+	p.done(s, nil)
 }
 
 // The sockets are non-blocking, so neither call waits, and the Go scheduler need not be told of it.
@@ -529,35 +559,6 @@ func rawIO(call uintptr, fd int, b []byte) (int, error) {
 			return 0, e
 		}
 	}
-}
-
-// sockaddr is ap for the kernel. An error: its zone names no interface.
-func sockaddr(ap netip.AddrPort) (domain int, sa unix.Sockaddr, err error) {
-	ip := ap.Addr().Unmap()
-	if ip.Is4() {
-		return unix.AF_INET, &unix.SockaddrInet4{Port: int(ap.Port()), Addr: ip.As4()}, nil
-	}
-	sa6 := &unix.SockaddrInet6{Port: int(ap.Port()), Addr: ip.As16()}
-	if z := ip.Zone(); z != "" {
-		i, err := zoneIndex(z)
-		if err != nil {
-			return 0, nil, err
-		}
-		sa6.ZoneId = i
-	}
-	return unix.AF_INET6, sa6, nil
-}
-
-// zoneIndex is the interface that a zone names, or whose number it is.
-func zoneIndex(zone string) (uint32, error) {
-	i, err := net.InterfaceByName(zone)
-	if err == nil {
-		return uint32(i.Index), nil
-	}
-	if n, nerr := strconv.ParseUint(zone, 10, 32); nerr == nil && n > 0 {
-		return uint32(n), nil
-	}
-	return 0, err
 }
 
 // sameAddrs reports whether two lists name the same endpoints, in whatever order.

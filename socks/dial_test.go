@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // patience is for what must happen, on a machine that may stall for seconds.
@@ -68,21 +69,6 @@ func setup(t testing.TB, o Options, opts ...sockstest.Option) (*Dialer, *Client,
 	return d, d.Client(mustServer(t, srv.URL())), srv
 }
 
-func newDialer(t testing.TB, o Options) *Dialer {
-	t.Helper()
-	d, err := NewDialer(o)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		d.Close()
-		if s := d.Stats(); s != (Stats{}) {
-			t.Errorf("after Close: %+v", s)
-		}
-	})
-	return d
-}
-
 func mustServer(t testing.TB, url string) Server {
 	t.Helper()
 	s, err := ParseServer(url)
@@ -101,7 +87,7 @@ type dialed struct {
 func connect(t testing.TB, c *Client, ctx context.Context, dst Addr) (int, error) {
 	t.Helper()
 	ch := make(chan dialed, 2)
-	c.Connect(ctx, dst, func(fd int, err error) { ch <- dialed{fd, err} })
+	c.Connect(ctx, on(c.d), dst, func(s loop.Socket, err error) { ch <- dialed{s.Release(), err} })
 	select {
 	case r := <-ch:
 		return r.fd, r.err
@@ -118,7 +104,7 @@ func associate(t testing.TB, c *Client, ctx context.Context) (*Association, erro
 		err error
 	}
 	ch := make(chan result, 2)
-	c.Associate(ctx, func(a *Association, err error) { ch <- result{a, err} })
+	c.Associate(ctx, on(c.d), func(a *Association, err error) { ch <- result{a, err} })
 	select {
 	case r := <-ch:
 		return r.a, r.err
@@ -198,9 +184,6 @@ func testConnect(t *testing.T, login bool) {
 	}
 	if fl, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); fl&unix.FD_CLOEXEC == 0 || err != nil {
 		t.Errorf("the socket is inherited: %x, %v", fl, err)
-	}
-	if err := unix.EpollCtl(c.d.epoll, unix.EPOLL_CTL_DEL, fd, nil); err != unix.ENOENT {
-		t.Errorf("the loop still watches the socket: %v", err)
 	}
 	nc := conn(t, fd)
 	nc.Write([]byte("world"))
@@ -428,8 +411,8 @@ func TestDialDirect(t *testing.T) {
 	})
 	at := echo(t)
 	ch := make(chan dialed, 1)
-	done := func(fd int, err error) { ch <- dialed{fd, err} }
-	d.DialDirect(context.Background(), at, done)
+	done := func(s loop.Socket, err error) { ch <- dialed{s.Release(), err} }
+	d.DialDirect(context.Background(), on(d), at, done)
 	r := <-ch
 	if r.err != nil || direct.Load() != 1 {
 		t.Fatal(r.err, direct.Load())
@@ -441,11 +424,11 @@ func TestDialDirect(t *testing.T) {
 	ln, _ := net.Listen("tcp", "127.0.0.1:0")
 	closed := ln.Addr().(*net.TCPAddr).AddrPort()
 	ln.Close()
-	d.DialDirect(context.Background(), closed, done)
+	d.DialDirect(context.Background(), on(d), closed, done)
 	if r := <-ch; !errors.Is(r.err, syscall.ECONNREFUSED) {
 		t.Error(r.err)
 	}
-	d.DialDirect(context.Background(), netip.AddrPortFrom(netip.IPv4Unspecified(), 0), done)
+	d.DialDirect(context.Background(), on(d), netip.AddrPortFrom(netip.IPv4Unspecified(), 0), done)
 	if r := <-ch; r.err == nil {
 		t.Error("a destination of zeros was reached")
 	}
@@ -466,7 +449,7 @@ func TestLocalPorts(t *testing.T) {
 		ch := make(chan dialed, 1)
 		odd := 0
 		for range tries {
-			d.DialDirect(context.Background(), to, func(fd int, err error) { ch <- dialed{fd, err} })
+			d.DialDirect(context.Background(), on(d), to, func(s loop.Socket, err error) { ch <- dialed{s.Release(), err} })
 			r := <-ch
 			if r.err != nil {
 				t.Fatal(r.err)

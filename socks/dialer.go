@@ -5,17 +5,14 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
-	"os"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // Defaults of Options.
@@ -48,45 +45,27 @@ type Options struct {
 	Resolve func(ctx context.Context, host string) ([]netip.Addr, error)
 }
 
-// Dialer makes connections through SOCKS servers. It owns one goroutine, an event loop, for all pending dials and for
-// the control connections of all associations; another one only while a server's name is looked up. (A context that is
-// not one of package context's own costs a goroutine for each dial, as context.AfterFunc says.) Its methods may be
-// called from any goroutine.
+// Dialer makes connections through SOCKS servers. It has no goroutine but while a server's name is looked up: a dial, and
+// the control connection of an association, live on the loop that they are given. Its methods may be called from any
+// goroutine.
 type Dialer struct {
 	opts Options
 	log  *slog.Logger
 	base time.Time
 
+	bindTimeout time.Duration // DefaultBindTimeout but in tests
+
 	ctx     context.Context // ends look-ups
 	cancel  context.CancelFunc
+	mu      sync.Mutex // over closed and the start of look-ups
+	closed  atomic.Bool
 	lookups sync.WaitGroup
-	ended   chan struct{} // closed when the loop has returned
-
-	mu     sync.Mutex
-	closed bool
-	queue  []func()
 
 	pending, assocs                  atomic.Int64
 	connectTimeout, handshakeTimeout atomic.Int64 // ns
-
-	// Below: the loop's alone.
-	epoll    int
-	file     *os.File        // owns epoll
-	poll     syscall.RawConn // of file
-	armed    time.Duration   // the deadline that file has
-	event    int             // eventfd; written under mu
-	events   [128]unix.EpollEvent
-	polled   int // what pollOnce, which is pollEvents, found
-	pollErr  error
-	pollOnce func(uintptr) bool
-	spare    []func()
-	fds      map[int32]registered
-	peak     int // of fds since it was made
-	gen      int32
-	timers   timers
 }
 
-// NewDialer starts the event loop. Close ends it.
+// NewDialer checks the options. The caller closes the Dialer.
 func NewDialer(o Options) (*Dialer, error) {
 	if o.ConnectTimeout < 0 || o.HandshakeTimeout < 0 {
 		return nil, errors.New("cannot use a negative timeout for SOCKS servers")
@@ -105,13 +84,9 @@ func NewDialer(o Options) (*Dialer, error) {
 	if o.DirectControl == nil {
 		o.DirectControl = o.Control
 	}
-	d := &Dialer{opts: o, log: o.Log, base: time.Now(), ended: make(chan struct{}), fds: map[int32]registered{}}
+	d := &Dialer{opts: o, log: o.Log, base: time.Now(), bindTimeout: DefaultBindTimeout}
 	d.SetTimeouts(o.ConnectTimeout, o.HandshakeTimeout)
-	if err := d.openLoop(); err != nil {
-		return nil, fmt.Errorf("cannot start an event loop: %w", err)
-	}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
-	go d.run()
 	return d, nil
 }
 
@@ -121,20 +96,20 @@ func (d *Dialer) SetTimeouts(connect, handshake time.Duration) {
 	d.handshakeTimeout.Store(int64(cmp.Or(handshake, DefaultHandshakeTimeout)))
 }
 
-// Close fails all pending dials with ErrClosed, ends all associations (OnClose is told ErrClosed) and returns when that is
-// done. Sockets that were handed out are not touched. It may be called twice, but not from a callback of this Dialer.
+// Close refuses new dials with ErrClosed, ends look-ups and returns when that is done. What is under way on a loop ends with
+// the loop, which is closed first, or by itself. Sockets that were handed out are not touched. It may be called twice, but not
+// from a callback of this Dialer.
 func (d *Dialer) Close() error {
 	d.mu.Lock()
-	if !d.closed {
-		d.closed = true
-		d.wake()
-	}
+	d.closed.Store(true)
 	d.mu.Unlock()
 	d.cancel()
-	<-d.ended
 	d.lookups.Wait()
 	return nil
 }
+
+// now is the clock of groups, monotonic: the time since the Dialer was made.
+func (d *Dialer) now() time.Duration { return time.Since(d.base) }
 
 // Stats is how much a Dialer has under way.
 type Stats struct {
@@ -153,7 +128,7 @@ type Client struct {
 	server Server
 	fixed  []netip.AddrPort // the address, when the server is given by one; for a unix socket no address
 	tls    *tls.Config      // nil: none
-	names  lookup           // the loop's alone
+	names  lookup
 
 	// Of a group: what its servers are reached through, and times other than the Dialer's.
 	via                              Connector
@@ -185,32 +160,26 @@ func (d *Dialer) Client(s Server) *Client {
 // Server is the server that c speaks to.
 func (c *Client) Server() Server { return c.server }
 
-// Connect asks the server for a connection to dst and returns at once. done is called exactly once, on the event loop
-// (it must not block) or, when the Dialer is closed, on another goroutine: with a connected, non-blocking, close-on-exec
-// socket that the receiver owns and from which nothing behind the reply was read, or with -1 and an error (see the
-// package comment for the kinds). When ctx ends first, the socket is closed and done gets ctx.Err().
-func (c *Client) Connect(ctx context.Context, dst Addr, done func(fd int, err error)) {
-	c.d.start(&dial{d: c.d, c: c, ctx: ctx, cmd: CmdConnect, dst: dst, done: done})
+// Connect asks the server for a connection to dst and returns at once. done is called exactly once, on the goroutine of l (it
+// must not block) or, when l or the Dialer is closed, on another goroutine: with a connected, non-blocking, close-on-exec
+// socket, which l watches already, which the receiver owns and from which nothing behind the reply was read, or with
+// loop.NoSocket and an error (see the package comment for the kinds). When ctx ends first, the socket is closed and done gets
+// ctx.Err(). A *loop.Call is the cheapest ctx: another one costs some allocations for each dial, and one that is not of
+// package context a goroutine.
+func (c *Client) Connect(ctx context.Context, l *loop.Loop, dst Addr, done func(s loop.Socket, err error)) {
+	c.d.start(&dial{d: c.d, l: l, c: c, ctx: ctx, cmd: CmdConnect, dst: dst, done: done})
 }
 
-// Associate asks the server for an association and returns at once. done is called as by Connect, with an Association
-// that the receiver must Close. DST is all zeros, since our own endpoint is not known before the relay is
-// (RFC 1928, section 4); its family is that of the control connection, and then the other one if the server refuses that
-// with reply 8.
-func (c *Client) Associate(ctx context.Context, done func(*Association, error)) {
-	c.d.start(&dial{d: c.d, c: c, ctx: ctx, cmd: CmdAssociate, assocDone: done})
+// Associate asks the server for an association, whose control connection l keeps, and returns at once. done is called as by
+// Connect, with an Association that the receiver must Close. DST is all zeros, since our own endpoint is not known before the
+// relay is (RFC 1928, section 4); its family is that of the control connection, and then the other one if the server refuses
+// that with reply 8.
+func (c *Client) Associate(ctx context.Context, l *loop.Loop, done func(*Association, error)) {
+	c.d.start(&dial{d: c.d, l: l, c: c, ctx: ctx, cmd: CmdAssociate, assocDone: done})
 }
 
 // DialDirect connects to dst without a server. done is called as by Connect; an error wraps the errno, or ErrSilent when
 // dst did not answer for as long as the kernel tried.
-func (d *Dialer) DialDirect(ctx context.Context, dst netip.AddrPort, done func(fd int, err error)) {
-	d.start(&dial{d: d, ctx: ctx, dst: AddrFrom(dst), done: done})
-}
-
-func (d *Dialer) start(p *dial) {
-	p.fd, p.heapAt = -1, -1
-	d.pending.Add(1)
-	if !d.post(p.begin) {
-		go p.finish(ErrClosed) // the caller may hold locks that done wants
-	}
+func (d *Dialer) DialDirect(ctx context.Context, l *loop.Loop, dst netip.AddrPort, done func(s loop.Socket, err error)) {
+	d.start(&dial{d: d, l: l, ctx: ctx, dst: AddrFrom(dst), done: done})
 }

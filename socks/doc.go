@@ -1,11 +1,12 @@
 // Package socks is a SOCKS5 client (RFC 1928, RFC 1929) made for very many dials at once: it knows nothing of flows.
 //
-// A Dialer owns one goroutine, an event loop, which serves all pending dials and the control connections of all
-// associations. Neither has a goroutine of its own. A Client is one server seen through a Dialer: its Connect and
-// Associate return at once and call back.
+// A dial runs on an event loop that its caller chooses, and so does the control connection of an association: neither has a
+// goroutine of its own. A granted dial hands its socket over with its registration, so whoever relays on the same loop need not
+// register it again. A Dialer holds the options that all dials share. A Client is one server seen through a Dialer: its Connect
+// and Associate return at once and call back.
 //
-//	Dialer ── Client ── Connect(ctx, dst, done)     done(fd, nil): a connected, non-blocking socket
-//	                 └─ Associate(ctx, done)        done(a, nil): a.Dial() gives sockets connected to the relay
+//	Dialer ── Client ── Connect(ctx, loop, dst, done)     done(s, nil): a connected, non-blocking socket
+//	                 └─ Associate(ctx, loop, done)        done(a, nil): a.Dial() gives sockets connected to the relay
 //
 // Connect and Associate are the whole of what a caller needs of an upstream: a group of servers with failover will
 // have the same two methods, and chooses by the kind of error. There are three kinds.

@@ -3,6 +3,8 @@ package socks
 import (
 	"errors"
 	"fmt"
+
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 var (
@@ -17,8 +19,8 @@ var (
 	ErrLate = errors.New("the target is silent")
 	// ErrAllDown: no server of a group works. Inside a *ServerError.
 	ErrAllDown = errors.New("none of its servers works")
-	// ErrClosed: the Dialer was closed.
-	ErrClosed = errors.New("the dialer is closed")
+	// ErrClosed: the loop or the Dialer was closed.
+	ErrClosed = loop.ErrClosed
 
 	// ErrCredentials: the server refused the user and password (RFC 1929). Inside a *ServerError.
 	ErrCredentials = errors.New("user or password refused")

@@ -8,6 +8,8 @@ import (
 	"net/netip"
 	"sync"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // Defaults of GroupOptions.
@@ -41,7 +43,7 @@ type GroupOptions struct {
 
 // Connector makes connections: a Client or a Group.
 type Connector interface {
-	Connect(ctx context.Context, dst Addr, done func(fd int, err error))
+	Connect(ctx context.Context, l *loop.Loop, dst Addr, done func(s loop.Socket, err error))
 }
 
 // fill checks o and sets the defaults.
@@ -67,6 +69,7 @@ func (o *GroupOptions) fill() error {
 // may be called from any goroutine.
 type Group struct {
 	d       *Dialer
+	l       *loop.Loop // of trials and looks
 	clients []*Client
 
 	mu     sync.Mutex
@@ -80,15 +83,16 @@ type Group struct {
 	cancel context.CancelFunc
 }
 
-// Group makes a group of servers, which it asks in an order that o.Select says. It must be closed when it is not used any more.
-func (d *Dialer) Group(servers []Server, o GroupOptions) (*Group, error) {
+// Group makes a group of servers, which it asks in an order that o.Select says. Servers are tried
+// and looked at on l. It must be closed when it is not used any more.
+func (d *Dialer) Group(l *loop.Loop, servers []Server, o GroupOptions) (*Group, error) {
 	if err := o.fill(); err != nil {
 		return nil, fmt.Errorf("cannot use the group %s: %w", o.Name, err)
 	}
 	if len(servers) == 0 || len(servers) > MaxServers {
 		return nil, fmt.Errorf("cannot use the group %s: it has %d servers, 1 to %d are allowed", o.Name, len(servers), MaxServers)
 	}
-	g := &Group{d: d, looks: make([]looks, len(servers)), c: chooser{opts: o, servers: make([]health, len(servers))}}
+	g := &Group{d: d, l: l, looks: make([]looks, len(servers)), c: chooser{opts: o, servers: make([]health, len(servers))}}
 	for _, s := range servers {
 		c := d.Client(s)
 		c.connectTimeout, c.handshakeTimeout, c.via = o.ConnectTimeout, o.HandshakeTimeout, o.Via
@@ -131,23 +135,24 @@ func (g *Group) Renew() {
 // run is a flow, or an association, on its way through the group.
 type run struct {
 	g         *Group
+	l         *loop.Loop
 	ctx       context.Context
 	dst       Addr
 	a         attempt
 	server    int // that is asked
-	done      func(int, error)
+	done      func(loop.Socket, error)
 	assocDone func(*Association, error)
 }
 
 // Connect is Client.Connect by the first server that can. done may be called before it returns.
-func (g *Group) Connect(ctx context.Context, dst Addr, done func(fd int, err error)) {
-	g.start(&run{g: g, ctx: ctx, dst: dst, done: done}, CmdConnect)
+func (g *Group) Connect(ctx context.Context, l *loop.Loop, dst Addr, done func(s loop.Socket, err error)) {
+	g.start(&run{g: g, l: l, ctx: ctx, dst: dst, done: done}, CmdConnect)
 }
 
 // Associate is Client.Associate by the first server that can. done may be called before it returns. The association ends when its
 // server goes out of use.
-func (g *Group) Associate(ctx context.Context, done func(*Association, error)) {
-	g.start(&run{g: g, ctx: ctx, assocDone: done}, CmdAssociate)
+func (g *Group) Associate(ctx context.Context, l *loop.Loop, done func(*Association, error)) {
+	g.start(&run{g: g, l: l, ctx: ctx, assocDone: done}, CmdAssociate)
 }
 
 func (g *Group) start(r *run, cmd Command) {
@@ -172,10 +177,10 @@ func (r *run) next() {
 		r.fail(r.a.failure(g.c.opts.Name))
 	case r.assocDone != nil:
 		r.server = server
-		g.clients[server].Associate(r.ctx, r.associated)
+		g.clients[server].Associate(r.ctx, r.l, r.associated)
 	default:
 		r.server = server
-		g.clients[server].Connect(r.ctx, r.dst, r.connected)
+		g.clients[server].Connect(r.ctx, r.l, r.dst, r.connected)
 	}
 }
 
@@ -184,12 +189,12 @@ func (r *run) fail(err error) {
 		r.assocDone(nil, err)
 		return
 	}
-	r.done(-1, err)
+	r.done(loop.NoSocket, err)
 }
 
-func (r *run) connected(fd int, err error) {
+func (r *run) connected(s loop.Socket, err error) {
 	if o := r.g.took(r, err); err == nil {
-		r.done(fd, nil)
+		r.done(s, nil)
 	} else {
 		r.failed(o)
 	}

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // fleet is a group over servers of sockstest.
@@ -48,7 +49,7 @@ func newFleet(t testing.TB, n int, o GroupOptions, d Options) *fleet {
 	}
 	var err error
 	o.Name = "g"
-	if f.Group, err = dialer.Group(servers, o); err != nil {
+	if f.Group, err = dialer.Group(on(dialer), servers, o); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { f.Close(); f.Close() })
@@ -64,7 +65,7 @@ func (f *fleet) connect() error {
 func connectGroup(t testing.TB, g Connector, ctx context.Context, dst Addr) error {
 	t.Helper()
 	ch := make(chan dialed, 2)
-	g.Connect(ctx, dst, func(fd int, err error) { ch <- dialed{fd, err} })
+	g.Connect(ctx, g.(*Group).l, dst, func(s loop.Socket, err error) { ch <- dialed{s.Release(), err} })
 	select {
 	case r := <-ch:
 		if r.err == nil {
@@ -253,7 +254,7 @@ func TestGroupAssociationsMove(t *testing.T) {
 	open := func(f *fleet) (*Association, chan error) {
 		t.Helper()
 		ch := make(chan *Association, 1)
-		f.Associate(context.Background(), func(a *Association, err error) {
+		f.Associate(context.Background(), f.l, func(a *Association, err error) {
 			if err != nil {
 				f.t.Error(err)
 			}
@@ -320,7 +321,7 @@ func TestGroupAssociateElsewhere(t *testing.T) {
 		f.srvs[0].SetFault(func(sockstest.Request) sockstest.Fault { return fault })
 		for range 10 {
 			ch := make(chan *Association, 1)
-			f.Associate(context.Background(), func(a *Association, err error) {
+			f.Associate(context.Background(), f.l, func(a *Association, err error) {
 				if err != nil {
 					t.Error(err)
 				}
@@ -342,7 +343,7 @@ func TestCheck(t *testing.T) {
 	d, c, srv := setup(t, Options{ConnectTimeout: 300 * time.Millisecond}, sockstest.WithAuth("alice", "secret"))
 	check := func(c *Client) error {
 		ch := make(chan error, 2)
-		c.Check(context.Background(), func(err error) { ch <- err })
+		c.Check(context.Background(), on(c.d), func(err error) { ch <- err })
 		select {
 		case err := <-ch:
 			return err
@@ -390,12 +391,12 @@ func TestChain(t *testing.T) {
 	first.Redirect(netip.MustParseAddrPort("198.51.100.7:1080"), second.Addr())
 	dst := netip.MustParseAddrPort("203.0.113.1:80")
 	second.Redirect(dst, echo(t))
-	inner, err := d.Group([]Server{c.Server()}, GroupOptions{Name: "inner"})
+	inner, err := d.Group(on(d), []Server{c.Server()}, GroupOptions{Name: "inner"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer inner.Close()
-	outer, err := d.Group([]Server{mustServer(t, "socks5://far.test")}, GroupOptions{Name: "outer", Via: inner})
+	outer, err := d.Group(on(d), []Server{mustServer(t, "socks5://far.test")}, GroupOptions{Name: "outer", Via: inner})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -410,7 +411,7 @@ func TestChain(t *testing.T) {
 		t.Errorf("the second server's word: %v", err)
 	}
 	ch := make(chan error, 1)
-	outer.Associate(context.Background(), func(a *Association, err error) { ch <- err })
+	outer.Associate(context.Background(), on(d), func(a *Association, err error) { ch <- err })
 	if err := <-ch; !errors.Is(err, ReplyCommandNotSupported) {
 		t.Errorf("an association: %v", err)
 	}
@@ -445,7 +446,7 @@ func TestGroupRace(t *testing.T) {
 		wg.Go(func() {
 			for range 60 {
 				ch := make(chan dialed, 2)
-				f.Connect(context.Background(), AddrFrom(f.dst), func(fd int, err error) { ch <- dialed{fd, err} })
+				f.Connect(context.Background(), f.l, AddrFrom(f.dst), func(s loop.Socket, err error) { ch <- dialed{s.Release(), err} })
 				if r := <-ch; r.err == nil {
 					ok.Add(1)
 					unix.Close(r.fd)

@@ -51,13 +51,14 @@ type socks5 struct {
 	login *login
 	dst   Addr
 	bound Addr
-	buf   []byte // the message of this phase: what is to be sent, or room for what is to be received
-	n     int    // how much of buf was sent or received
+	buf   []byte   // the message of this phase: what is to be sent, or room for what is to be received
+	n     int      // how much of buf was sent or received
+	room  [64]byte // for buf, if the message has an address or a short name
 }
 
 func (h *socks5) start(l *login, cmd Command, dst Addr) {
 	*h = socks5{cmd: cmd, login: l, dst: dst}
-	h.buf = append(make([]byte, 0, 32), version, 1, methodNone)
+	h.buf = append(h.room[:0], version, 1, methodNone)
 	if l != nil {
 		h.buf = append(h.buf[:1], 2, methodNone, methodUser)
 	}

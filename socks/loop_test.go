@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // TestGoroutines: two hundred dials and two hundred associations have no goroutine of ours.
@@ -30,11 +31,11 @@ func TestGoroutines(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	results := make(chan error, n)
 	for range n {
-		c.Connect(ctx, testDst, func(fd int, err error) { results <- err })
+		c.Connect(ctx, on(c.d), testDst, func(_ loop.Socket, err error) { results <- err })
 	}
 	assocs := make(chan *Association, n)
 	for range n {
-		c.Associate(context.Background(), func(a *Association, err error) {
+		c.Associate(context.Background(), on(c.d), func(a *Association, err error) {
 			if err != nil {
 				t.Error(err)
 			}
@@ -109,14 +110,14 @@ func TestOnce(t *testing.T) {
 	defer cancel()
 	var kinds [4]atomic.Int32
 	for i := range n {
-		c.Connect(ctx, dst, func(fd int, err error) {
+		c.Connect(ctx, on(d), dst, func(s loop.Socket, err error) {
 			if calls[i].Add(1) == 1 {
 				wg.Done()
 			}
 			switch {
 			case err == nil:
 				kinds[0].Add(1)
-				unix.Close(fd)
+				s.Close()
 			case errors.Is(err, context.Canceled):
 				kinds[1].Add(1)
 			case errors.Is(err, ErrClosed):
@@ -132,11 +133,11 @@ func TestOnce(t *testing.T) {
 			cancel()
 			ctx = context.Background()
 		case n - n/8:
-			go d.Close()
+			go end(d)
 		}
 	}
 	wg.Wait()
-	d.Close()
+	end(d)
 	for i := range calls {
 		if c := calls[i].Load(); c != 1 {
 			t.Errorf("dial %d: done was called %d times", i, c)
@@ -154,18 +155,56 @@ func TestFinishedOnce(t *testing.T) {
 			srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Reply(5) })
 		}
 		results := make(chan dialed, 2)
-		p := &dial{d: d, c: c, ctx: context.Background(), cmd: CmdConnect, dst: testDst, done: func(fd int, err error) { results <- dialed{fd, err} }}
+		done := func(s loop.Socket, err error) { results <- dialed{s.Release(), err} }
+		p := &dial{d: d, l: on(d), c: c, ctx: context.Background(), cmd: CmdConnect, dst: testDst, done: done}
 		d.start(p)
 		r := <-results
 		if r.err == nil {
 			unix.Close(r.fd)
 		}
+		on(d).Note(&p.Node, canceled|lookedUp|started|loop.Tick)
 		ran := make(chan struct{})
-		d.post(func() { p.finish(context.Canceled); close(ran) })
+		on(d).Post(func() { close(ran) })
 		<-ran
 		if len(results) > 0 || d.Stats() != (Stats{}) {
 			t.Errorf("refused %v: done was called again, or the books are wrong: %+v", refused, d.Stats())
 		}
+	}
+}
+
+// TestCall: a dial with a loop.Call ends when that is canceled, before, during and after it.
+func TestCall(t *testing.T) {
+	d, c, srv := setup(t, Options{})
+	srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Silence() })
+	call := new(loop.Call)
+	ch := make(chan error, 1)
+	done := func(s loop.Socket, err error) { s.Close(); ch <- err }
+	c.Connect(call, on(d), testDst, done)
+	waitFor(t, func() bool { return srv.Stats().Requests == 1 })
+	if len(ch) > 0 {
+		t.Fatal("it ended by itself")
+	}
+	call.Cancel()
+	if err := <-ch; err != context.Canceled {
+		t.Error(err)
+	}
+	c.Connect(call, on(d), testDst, done)
+	if err := <-ch; err != context.Canceled {
+		t.Errorf("ended before: %v", err)
+	}
+	srv.SetFault(nil)
+	srv.Redirect(testDst.AddrPort(), echo(t))
+	call = new(loop.Call)
+	c.Connect(call, on(d), testDst, done)
+	if err := <-ch; err != nil {
+		t.Error(err)
+	}
+	call.Cancel()
+	ran := make(chan struct{})
+	on(d).Post(func() { close(ran) })
+	<-ran
+	if len(ch) > 0 || d.Stats() != (Stats{}) {
+		t.Errorf("done was called again, or the books are wrong: %+v", d.Stats())
 	}
 }
 
@@ -178,99 +217,23 @@ func TestCloseFailsAll(t *testing.T) {
 	srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Silence() })
 	errs := make(chan error, 10)
 	a.OnClose(func(err error) { errs <- err })
-	c.Connect(context.Background(), testDst, func(_ int, err error) {
+	c.Connect(context.Background(), on(c.d), testDst, func(_ loop.Socket, err error) {
 		errs <- err
 		// A callback that starts anew must not hang, nor start anything.
-		c.Connect(context.Background(), testDst, func(_ int, err error) { errs <- err })
+		c.Connect(context.Background(), on(c.d), testDst, func(_ loop.Socket, err error) { errs <- err })
 	})
-	c.Associate(context.Background(), func(_ *Association, err error) { errs <- err })
+	c.Associate(context.Background(), on(c.d), func(_ *Association, err error) { errs <- err })
 	waitFor(t, func() bool { return srv.Stats().Requests == 3 })
-	d.Close()
+	end(d)
 	for range 4 {
 		if err := <-errs; err != ErrClosed {
 			t.Error(err)
 		}
 	}
-	d.Close()
+	end(d)
 	a.Close()
 	if _, err := connect(t, c, context.Background(), testDst); err != ErrClosed {
 		t.Error(err)
-	}
-}
-
-func TestTimers(t *testing.T) {
-	var h timers
-	var all []*dial
-	for i := range 500 {
-		p := &dial{heapAt: -1}
-		all = append(all, p)
-		h.set(p, time.Duration((i*7919)%1009))
-	}
-	for i, p := range all {
-		switch i % 3 {
-		case 0:
-			h.set(p, time.Duration((i*104729)%997))
-		case 1:
-			h.remove(p)
-			h.remove(p)
-		}
-	}
-	last := time.Duration(-1)
-	n := 0
-	for ; len(h) > 0; n++ {
-		if h[0].when < last || h[0].heapAt != 0 {
-			t.Fatalf("%v after %v", h[0].when, last)
-		}
-		last = h[0].when
-		h.remove(h[0])
-	}
-	if n != 333 {
-		t.Errorf("%d were left", n)
-	}
-}
-
-// TestTablesShrink: what a burst of dials made is given back when little is left of it, and what is left stays.
-func TestTablesShrink(t *testing.T) {
-	d := &Dialer{fds: map[int32]registered{}}
-	var err error
-	if d.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(d.epoll)
-	const n = 2 * remake
-	for i := range n {
-		d.fds[int32(i)] = registered{gen: int32(i)}
-	}
-	d.peak = n
-	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i := range n {
-		if i != fd {
-			d.forget(i)
-		}
-	}
-	if len(d.fds) != 1 || d.fds[int32(fd)].gen != int32(fd) || d.peak > remake {
-		t.Errorf("%d descriptors, peak %d", len(d.fds), d.peak)
-	}
-	if err := d.register(fd, nil, unix.EPOLLIN); err != nil || d.peak > remake {
-		t.Error(err, d.peak)
-	}
-	d.shut(fd)
-
-	var h timers
-	var all []*dial
-	for i := range n {
-		p := &dial{heapAt: -1}
-		all = append(all, p)
-		h.set(p, time.Duration(n-i))
-	}
-	for _, p := range all[:n-1] {
-		h.remove(p)
-	}
-	if len(h) != 1 || cap(h) > remake || h[0] != all[n-1] {
-		t.Errorf("%d timers, room for %d", len(h), cap(h))
 	}
 }
 
@@ -307,10 +270,8 @@ func BenchmarkConnect(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		ch := make(chan error, 1)
-		c.Connect(context.Background(), testDst, func(fd int, err error) {
-			if err == nil {
-				unix.Close(fd)
-			}
+		c.Connect(context.Background(), on(c.d), testDst, func(s loop.Socket, err error) {
+			s.Close()
 			ch <- err
 		})
 		if err := <-ch; err != nil {
@@ -327,13 +288,11 @@ func BenchmarkConnect64(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		slots <- struct{}{}
-		c.Connect(context.Background(), testDst, func(fd int, err error) {
+		c.Connect(context.Background(), on(c.d), testDst, func(s loop.Socket, err error) {
 			if err != nil {
 				b.Error(err)
-			} else {
-				unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
-				unix.Close(fd)
 			}
+			s.CloseReset()
 			<-slots
 		})
 	}

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 const (
@@ -67,9 +69,8 @@ func (p *dial) secure() error {
 	if err != nil {
 		return fmt.Errorf("cannot make a socket pair: %w", err)
 	}
-	p.d.release(p.fd)
-	raw := p.fd
-	p.fd, p.events = pair[0], 0
+	raw := p.l.HandOver(&p.Node, p.fd).Release()
+	p.fd, p.Got = pair[0], 0
 	u, err := newPump(raw, pair[1], p.c.tls)
 	if err != nil {
 		unix.Close(pair[0])
@@ -80,14 +81,14 @@ func (p *dial) secure() error {
 		u.reset()
 		return fmt.Errorf("cannot write to a socket pair: %w", err)
 	}
-	if err := p.d.register(p.fd, p, p.events); err != nil {
+	if err := p.l.Watch(&p.Node, p.fd, loop.Stream); err != nil {
 		u.reset()
 		return fmt.Errorf("cannot watch a socket: %w", err)
 	}
 	var ctx context.Context
 	ctx, u.cancel = context.WithTimeout(context.Background(), time.Duration(p.d.handshakeTimeout.Load()))
 	p.pump = u
-	go u.run(ctx, func(err error) { p.d.post(func() { p.secured(u, err) }) })
+	go u.run(ctx, func(err error) { p.l.Post(func() { p.secured(u, err) }) })
 	return nil
 }
 

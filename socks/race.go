@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // stagger is how long an address has before the next one is tried beside it: the Connection Attempt Delay of RFC 8305, section 5.
@@ -17,6 +19,7 @@ const stagger = 250 * time.Millisecond
 // leg is one of the connections of a dial that race: RFC 8305, "happy eyeballs". The first that is connected goes on, the others
 // are closed.
 type leg struct {
+	loop.Node
 	p  *dial
 	fd int
 	at int // in p.addrs
@@ -29,11 +32,12 @@ func (p *dial) race() { p.startLeg() }
 func (p *dial) startLeg() {
 	for p.at < len(p.addrs) {
 		l := &leg{p: p, at: p.at}
+		l.Init(l)
 		p.at++
 		var err error
 		var ours bool
 		if l.fd, err, ours = p.socket(p.addrs[l.at]); err == nil {
-			err, ours = p.d.register(l.fd, l, unix.EPOLLOUT), true
+			err, ours = p.l.Watch(&l.Node, l.fd, loop.Stream), true
 		}
 		if err == nil {
 			p.legs = append(p.legs, l)
@@ -53,41 +57,52 @@ func (p *dial) startLeg() {
 	case len(p.legs) == 0:
 		p.notReached()
 	case p.at < len(p.addrs):
-		p.d.timers.set(p, min(p.connectBy, p.d.now()+stagger))
+		p.l.SetTimer(&p.Node, min(p.connectBy, p.l.Now()+stagger))
 	default:
-		p.d.timers.set(p, p.connectBy)
+		p.l.SetTimer(&p.Node, p.connectBy)
 	}
 }
 
-// ready implements handler: the leg has arrived, or failed.
-func (l *leg) ready(events uint32) {
+// Turn implements loop.Task: the leg has arrived, or failed.
+func (l *leg) Turn() (again bool) {
 	p := l.p
-	if events&(unix.EPOLLERR|unix.EPOLLHUP) != 0 {
+	if l.fd < 0 {
+		return false
+	}
+	if l.Got&loop.Err != 0 {
 		if e, err := unix.GetsockoptInt(l.fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && e != 0 {
-			p.d.shut(l.fd)
+			l.close()
 			p.legs = slices.DeleteFunc(p.legs, func(x *leg) bool { return x == l })
 			p.lastErr = syscall.Errno(e)
 			p.startLeg()
-			return
+			return false
 		}
 	}
-	if events&unix.EPOLLOUT == 0 {
-		return
+	if l.Got&loop.Out == 0 {
+		return false
 	}
 	p.legs = slices.DeleteFunc(p.legs, func(x *leg) bool { return x == l })
 	p.dropLegs()
-	p.fd, p.at, p.events = l.fd, l.at, unix.EPOLLOUT
-	if err := p.d.watch(p.fd, p, p.events); err != nil {
-		p.finish(fmt.Errorf("cannot watch a socket: %w", err))
-		return
-	}
+	p.fd, p.at = l.fd, l.at
+	p.l.Adopt(&p.Node, p.l.HandOver(&l.Node, l.fd))
+	l.fd = -1
 	p.arrived()
+	return false
+}
+
+// Shutdown implements loop.Task. A leg is no member: its dial is.
+func (l *leg) Shutdown() {}
+
+func (l *leg) close() {
+	l.p.l.Forget(&l.Node)
+	_ = unix.Close(l.fd)
+	l.fd = -1
 }
 
 // dropLegs closes those that have not arrived.
 func (p *dial) dropLegs() {
 	for _, l := range p.legs {
-		p.d.shut(l.fd)
+		l.close()
 	}
 	p.legs = nil
 }
@@ -127,31 +142,25 @@ func (p *dial) connectVia() {
 	if ip, ok := p.c.server.addr(); ok {
 		dst = Addr{IP: ip.WithZone(""), Port: p.c.server.port}
 	}
-	p.c.via.Connect(ctx, dst, func(fd int, err error) {
-		if !p.d.post(func() { p.viaDone(fd, err) }) && fd >= 0 {
-			_ = unix.Close(fd)
+	p.c.via.Connect(ctx, p.l, dst, func(s loop.Socket, err error) {
+		if err == nil { // on the loop
+			p.viaDone(s, nil)
+		} else {
+			p.l.Post(func() { p.viaDone(loop.NoSocket, err) })
 		}
 	})
 }
 
 // viaDone takes the connection, on the loop.
-func (p *dial) viaDone(fd int, err error) {
+func (p *dial) viaDone(s loop.Socket, err error) {
 	switch {
 	case p.state == over:
-		if fd >= 0 {
-			_ = unix.Close(fd)
-		}
+		s.Close()
 	case err != nil:
 		p.fault(OpConnect, err)
 	default:
-		p.fd, p.events = fd, unix.EPOLLOUT
-		if err := p.d.register(fd, p, p.events); err != nil {
-			p.d.release(fd)
-			_ = unix.Close(fd)
-			p.fd = -1
-			p.finish(fmt.Errorf("cannot watch a socket: %w", err))
-			return
-		}
+		p.fd = s.FD()
+		p.l.Adopt(&p.Node, s)
 		p.arrived()
 	}
 }
@@ -159,30 +168,36 @@ func (p *dial) viaDone(fd int, err error) {
 // Check looks whether the server works: it is reached, and takes the greeting and the credentials
 // where its protocol has them before the request. No request is sent. It returns at
 // once. done is called exactly once, on the event loop or on another goroutine, with nil or an error as Connect gives it.
-func (c *Client) Check(ctx context.Context, done func(error)) { c.check(ctx, false, done) }
+func (c *Client) Check(ctx context.Context, l *loop.Loop, done func(error)) {
+	c.check(ctx, l, false, done)
+}
 
 // check: soon gives up early, as while nothing works a server's return must not be missed.
-func (c *Client) check(ctx context.Context, soon bool, done func(error)) {
+func (c *Client) check(ctx context.Context, l *loop.Loop, soon bool, done func(error)) {
 	nobody := Addr{Name: "localhost", Port: 1} // not sent
-	c.d.start(&dial{d: c.d, c: c, ctx: ctx, cmd: CmdConnect, dst: nobody, probing: true, soon: soon,
-		done: func(_ int, err error) { done(err) }})
+	c.d.start(&dial{d: c.d, l: l, c: c, ctx: ctx, cmd: CmdConnect, dst: nobody, probing: true, soon: soon,
+		done: func(_ loop.Socket, err error) { done(err) }})
 }
 
 // checked ends a check that went well.
 func (p *dial) checked() {
 	p.drop()
 	p.leave()
-	p.done(-1, nil)
+	p.done(loop.NoSocket, nil)
 }
 
 // Renew has the server's name looked up anew by the next dial: the network may be another one. The last good answer stays, for when
 // the resolver does not answer. What is pending goes on.
 func (c *Client) Renew() {
-	c.d.post(func() { c.names.stale, c.names.asked = true, -lookAgain })
+	n := &c.names
+	n.mu.Lock()
+	n.asked = time.Time{}
+	n.mu.Unlock()
+	c.failed()
 }
 
 // fail ends the association by an error, from any goroutine; the receiver is told as if the control connection had ended.
-func (a *Association) fail(err error) { a.d.post(func() { a.end(err) }) }
+func (a *Association) fail(err error) { a.l.Post(func() { a.end(err) }) }
 
 // onGone sets what is called once when the association is over, for its group: at once if it is already. It is OnOver for another
 // caller.

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // What real servers were seen to do with the bytes of the handshake.
@@ -173,7 +174,7 @@ func TestUnixSocketBusy(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	results := make(chan error, 2)
-	c.Connect(ctx, testDst, func(_ int, err error) { results <- err })
+	c.Connect(ctx, on(d), testDst, func(_ loop.Socket, err error) { results <- err })
 	for end := time.Now().Add(patience); d.Stats().Pending != 1 && time.Now().Before(end); {
 		time.Sleep(time.Millisecond)
 	}
@@ -182,7 +183,7 @@ func TestUnixSocketBusy(t *testing.T) {
 		t.Errorf("%v, want a timeout", err)
 	}
 	d.SetTimeouts(patience, patience)
-	c.Connect(ctx, testDst, func(_ int, err error) { results <- err })
+	c.Connect(ctx, on(d), testDst, func(_ loop.Socket, err error) { results <- err })
 	time.Sleep(3 * busyWait)
 	for range 2 { // the second is there once the first is taken
 		fd, _, err := unix.Accept(l)

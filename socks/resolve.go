@@ -6,6 +6,8 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -20,11 +22,19 @@ const (
 // lookup is what a Client knows about its server's name. The last good answer is kept: it is used when a new look-up
 // fails. It is asked for anew after a dial that reached none of the addresses.
 type lookup struct {
-	addrs   []netip.AddrPort // the last good answer, the address that worked last first; never changed in place
-	stale   bool
+	good atomic.Pointer[answer] // nil: there was none; written under mu
+
+	mu      sync.Mutex
 	asking  bool
-	asked   time.Duration // when the last look-up ended
+	asked   time.Time // when the last look-up ended
+	err     error     // its error
 	waiting []*dial
+}
+
+// answer is the addresses of a name, the one that worked last first. It never changes but for stale.
+type answer struct {
+	addrs []netip.AddrPort
+	stale atomic.Bool
 }
 
 // LookupAddrs asks r for the addresses of host, which may be an address itself. The zone of a link-local address stays, as
@@ -43,42 +53,65 @@ func LookupAddrs(ctx context.Context, r *net.Resolver, host string) ([]netip.Add
 	return addrs, nil
 }
 
-// lookUp gives p addresses and lets it connect, now or when the resolver has answered.
+// lookUp gives p addresses and lets it connect, now or when the resolver has answered. It is called on p's loop.
 func (c *Client) lookUp(p *dial) {
 	n := &c.names
-	fresh := !n.stale || c.d.now()-n.asked < lookAgain
-	if len(n.addrs) > 0 && fresh && !n.asking {
-		if p.addrs != nil && sameAddrs(p.addrs, n.addrs) {
+	if a := n.good.Load(); a != nil && !a.stale.Load() && !sameAddrs(p.addrs, a.addrs) {
+		p.try(a, p.addrs != nil)
+		return
+	}
+	n.mu.Lock()
+	a := n.good.Load()
+	if a != nil && !n.asking && (!a.stale.Load() || time.Since(n.asked) < lookAgain) {
+		n.mu.Unlock()
+		if p.addrs != nil && sameAddrs(p.addrs, a.addrs) {
 			p.fault(OpConnect, p.lastErr) // these were tried
 			return
 		}
-		p.looked = p.addrs != nil // a second list is the last one
-		p.addrs, p.at = n.addrs, 0
-		p.connect()
+		p.try(a, p.addrs != nil)
 		return
 	}
-	p.state = resolving
-	c.d.timers.set(p, p.connectBy)
-	n.waiting = append(n.waiting, p)
-	if n.asking {
+	if !n.asking && !c.ask() {
+		n.mu.Unlock()
+		p.finish(ErrClosed)
 		return
 	}
 	n.asking = true
+	p.state = resolving
+	p.l.SetTimer(&p.Node, p.connectBy)
+	n.waiting = append(n.waiting, p)
+	n.mu.Unlock()
+}
+
+// try connects to addresses that were looked up. last: if none of them is reached there is no other look-up.
+func (p *dial) try(a *answer, last bool) {
+	p.looked = last
+	p.addrs, p.at = a.addrs, 0
+	p.connect()
+}
+
+// ask looks the name up on a goroutine of its own. false: the Dialer is closed.
+func (c *Client) ask() bool {
+	c.d.mu.Lock()
+	defer c.d.mu.Unlock()
+	if c.d.closed.Load() {
+		return false
+	}
 	c.d.lookups.Go(func() {
 		// Half of the time is left for the addresses of the last good answer.
 		ctx, cancel := context.WithTimeout(c.d.ctx, c.connectTime()/2)
 		defer cancel()
 		ips, err := c.d.opts.Resolve(ctx, c.server.host)
-		c.d.post(func() { c.lookedUp(ips, err) })
+		c.lookedUp(ips, err)
 	})
+	return true
 }
 
 var errNoAddrs = errors.New("the name has no addresses")
 
-// lookedUp goes on with the dials that waited.
+// lookedUp wakes the dials that waited.
 func (c *Client) lookedUp(ips []netip.Addr, err error) {
 	n := &c.names
-	n.asking, n.asked = false, c.d.now()
 	var addrs []netip.AddrPort
 	for _, ip := range ips {
 		ap := netip.AddrPortFrom(ip.Unmap(), c.server.port)
@@ -86,43 +119,69 @@ func (c *Client) lookedUp(ips []netip.Addr, err error) {
 			addrs = append(addrs, ap)
 		}
 	}
-	switch {
-	case err == nil && len(addrs) > 0:
-		n.addrs, n.stale = byTurns(addrs), false
-	case err == nil:
+	if err == nil && len(addrs) == 0 {
 		err = errNoAddrs
 	}
-	if err != nil {
-		c.d.log.Debug("cannot look up a SOCKS server", "server", c.server, "err", err, "known", len(n.addrs))
+	n.mu.Lock()
+	n.asking, n.asked, n.err = false, time.Now(), err
+	if err == nil {
+		n.good.Store(&answer{addrs: byTurns(addrs)})
 	}
+	known := n.good.Load() != nil
 	waiting := n.waiting
 	n.waiting = nil
+	n.mu.Unlock()
+	if err != nil {
+		c.d.log.Debug("cannot look up a SOCKS server", "server", c.server, "err", err, "known", known)
+	}
 	for _, p := range waiting {
-		switch {
-		case p.state != resolving: // its context or its time ended
-		case len(n.addrs) == 0:
-			p.fault(OpResolve, err)
-		case p.addrs != nil && sameAddrs(p.addrs, n.addrs):
-			p.fault(OpConnect, p.lastErr)
-		default:
-			p.looked = true
-			p.addrs, p.at = n.addrs, 0
-			p.connect()
-		}
+		p.l.Note(&p.Node, lookedUp)
+	}
+}
+
+// resolved goes on when the resolver has answered.
+func (p *dial) resolved() {
+	n := &p.c.names
+	switch a := n.good.Load(); {
+	case a == nil:
+		n.mu.Lock()
+		err := n.err
+		n.mu.Unlock()
+		p.fault(OpResolve, err)
+	case p.addrs != nil && sameAddrs(p.addrs, a.addrs):
+		p.fault(OpConnect, p.lastErr)
+	default:
+		p.try(a, true)
 	}
 }
 
 // failed tells that none of the addresses was reached.
-func (c *Client) failed() { c.names.stale = true }
+func (c *Client) failed() {
+	if a := c.names.good.Load(); a != nil {
+		a.stale.Store(true)
+	}
+}
 
 // reached tells that the server was reached at this address, which is put first.
 func (c *Client) reached(at netip.AddrPort) {
 	n := &c.names
-	n.stale = false
-	i := slices.Index(n.addrs, at)
+	a := n.good.Load()
+	if a == nil {
+		return
+	}
+	if a.stale.Load() {
+		a.stale.Store(false)
+	}
+	if a.addrs[0] == at {
+		return
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	a = n.good.Load()
+	i := slices.Index(a.addrs, at)
 	if i <= 0 {
 		return
 	}
-	addrs := append([]netip.AddrPort{at}, n.addrs[:i]...)
-	n.addrs = append(addrs, n.addrs[i+1:]...)
+	addrs := append(append([]netip.AddrPort{at}, a.addrs[:i]...), a.addrs[i+1:]...)
+	n.good.Store(&answer{addrs: addrs})
 }

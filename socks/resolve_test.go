@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // names is a resolver whose answer can be changed.
@@ -77,7 +78,7 @@ func TestServerByName(t *testing.T) {
 	if n.asked.Load() != 1 {
 		t.Errorf("asked %d times", n.asked.Load())
 	}
-	if got := c.names.addrs[0].Addr().String(); got != "127.0.0.1" { // the loop is idle
+	if got := c.names.good.Load().addrs[0].Addr().String(); got != "127.0.0.1" {
 		t.Errorf("%v is tried first", got)
 	}
 }
@@ -87,13 +88,10 @@ func TestServerMoves(t *testing.T) {
 	n.set(nil, "127.0.0.1")
 	mustConnect(t, c)
 	// The good answer becomes useless: within the same dial the name is asked again.
-	ch := make(chan struct{})
-	c.d.post(func() {
-		c.names.addrs = []netip.AddrPort{netip.AddrPortFrom(netip.MustParseAddr("127.0.0.9"), c.server.port)}
-		c.names.asked = -time.Hour
-		close(ch)
-	})
-	<-ch
+	c.names.mu.Lock()
+	c.names.good.Store(&answer{addrs: []netip.AddrPort{netip.AddrPortFrom(netip.MustParseAddr("127.0.0.9"), c.server.port)}})
+	c.names.asked = time.Time{}
+	c.names.mu.Unlock()
 	mustConnect(t, c)
 	if n.asked.Load() != 2 {
 		t.Errorf("asked %d times", n.asked.Load())
@@ -163,8 +161,8 @@ func TestSilentResolver(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	ch := make(chan error, 1)
-	c.Connect(context.Background(), testDst, func(_ int, err error) { ch <- err })
-	d.Close()
+	c.Connect(context.Background(), on(d), testDst, func(_ loop.Socket, err error) { ch <- err })
+	end(d)
 	if err := <-ch; err != ErrClosed {
 		t.Error(err)
 	}

@@ -88,10 +88,11 @@ func TestZone(t *testing.T) {
 		at   string
 		want uint32
 	}{{"[fe80::1%lo]:1", 1}, {"[fe80::1%1]:1", 1}, {"[fe80::1%77]:1", 77}, {"[2001:db8::1]:1", 0}, {"[fe80::1%none]:1", 0}, {"[fe80::1%0]:1", 0}} {
-		_, sa, err := sockaddr(netip.MustParseAddrPort(tt.at))
+		var sa sockaddrRoom
+		err := sa.set(netip.MustParseAddrPort(tt.at))
 		if (err != nil) != (tt.want == 0 && strings.Contains(tt.at, "%")) {
 			t.Errorf("%s: %v", tt.at, err)
-		} else if sa6, ok := sa.(*unix.SockaddrInet6); err == nil && (!ok || sa6.ZoneId != tt.want) {
+		} else if err == nil && (sa.domain() != unix.AF_INET6 || sa.raw.Scope_id != tt.want) {
 			t.Errorf("%s: %+v", tt.at, sa)
 		}
 	}

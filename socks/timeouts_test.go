@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/socks"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // SetTimeouts is for the next dial: with the 30 s of before the test would not see it end.
@@ -28,8 +29,16 @@ func TestSetTimeouts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	ev, err := loop.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	over := make(chan struct{})
+	go func() { _ = ev.Run(ctx); close(over) }()
+	defer func() { cancel(); <-over }()
 	done := make(chan error, 1)
-	d.Client(s).Connect(context.Background(), socks.Addr{Name: "example.org", Port: 80}, func(_ int, err error) { done <- err })
+	d.Client(s).Connect(ctx, ev, socks.Addr{Name: "example.org", Port: 80}, func(_ loop.Socket, err error) { done <- err })
 	select {
 	case err := <-done:
 		if !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, context.DeadlineExceeded) {

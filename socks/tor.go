@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"net/netip"
 	"sync"
+
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // The commands of Tor's extensions to SOCKS5 (its specification socks-extensions).
@@ -51,8 +53,8 @@ var errNotTor = errors.New("the server's URL does not say tor")
 
 // Resolve asks a Tor for an address of name. done is called once, on the event loop or, when the Dialer is closed, on another
 // goroutine; its errors are those of Connect. A server whose URL does not say tor is not asked.
-func (c *Client) Resolve(ctx context.Context, name string, done func(netip.Addr, error)) {
-	c.torAsk(ctx, CmdResolve, Addr{Name: name}, func(a Addr, err error) {
+func (c *Client) Resolve(ctx context.Context, l *loop.Loop, name string, done func(netip.Addr, error)) {
+	c.torAsk(ctx, l, CmdResolve, Addr{Name: name}, func(a Addr, err error) {
 		if err == nil && (a.Name != "" || !a.IP.IsValid()) {
 			err = &ServerError{Server: c.server.String(), Op: OpHandshake, Err: fmt.Errorf("%w: no address", ErrMalformed)}
 		}
@@ -64,8 +66,8 @@ func (c *Client) Resolve(ctx context.Context, name string, done func(netip.Addr,
 }
 
 // ResolvePTR asks a Tor for the name of ip. It is Resolve otherwise.
-func (c *Client) ResolvePTR(ctx context.Context, ip netip.Addr, done func(name string, err error)) {
-	c.torAsk(ctx, CmdResolvePTR, Addr{IP: ip}, func(a Addr, err error) {
+func (c *Client) ResolvePTR(ctx context.Context, l *loop.Loop, ip netip.Addr, done func(name string, err error)) {
+	c.torAsk(ctx, l, CmdResolvePTR, Addr{IP: ip}, func(a Addr, err error) {
 		if err == nil && a.Name == "" {
 			err = &ServerError{Server: c.server.String(), Op: OpHandshake, Err: fmt.Errorf("%w: no name", ErrMalformed)}
 		}
@@ -73,13 +75,13 @@ func (c *Client) ResolvePTR(ctx context.Context, ip netip.Addr, done func(name s
 	})
 }
 
-func (c *Client) torAsk(ctx context.Context, cmd Command, what Addr, done func(Addr, error)) {
+func (c *Client) torAsk(ctx context.Context, l *loop.Loop, cmd Command, what Addr, done func(Addr, error)) {
 	failed := func(err error) { done(Addr{}, err) }
 	if !c.server.options.tor {
 		go failed(fmt.Errorf("cannot resolve by %v: %w: %w", c.server, ErrCannotExpress, errNotTor))
 		return
 	}
-	c.d.start(&dial{d: c.d, c: c, ctx: ctx, cmd: cmd, dst: what, failed: failed, granting: func(p *dial) {
+	c.d.start(&dial{d: c.d, l: l, c: c, ctx: ctx, cmd: cmd, dst: what, failed: failed, granting: func(p *dial) {
 		found := p.hs.Bound()
 		p.drop()
 		p.leave()

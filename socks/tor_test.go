@@ -29,9 +29,9 @@ func TestTorResolve(t *testing.T) {
 	ask := func(c *Client, name string, of netip.Addr) answer {
 		ch := make(chan answer, 2)
 		if name != "" {
-			c.Resolve(context.Background(), name, func(ip netip.Addr, err error) { ch <- answer{ip: ip, err: err} })
+			c.Resolve(context.Background(), on(c.d), name, func(ip netip.Addr, err error) { ch <- answer{ip: ip, err: err} })
 		} else {
-			c.ResolvePTR(context.Background(), of, func(name string, err error) { ch <- answer{name: name, err: err} })
+			c.ResolvePTR(context.Background(), on(c.d), of, func(name string, err error) { ch <- answer{name: name, err: err} })
 		}
 		select {
 		case a := <-ch:

@@ -77,7 +77,7 @@ func (g *Group) look() {
 		trial := len(g.clients) > 1 && h.due(now, soon)
 		h.trying = trial
 		g.looks[i].under = true
-		g.clients[i].check(g.ctx, soon, func(err error) { g.looked(i, trial, err) })
+		g.clients[i].check(g.ctx, g.l, soon, func(err error) { g.looked(i, trial, err) })
 	}
 	g.plan()
 }

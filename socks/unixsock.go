@@ -5,6 +5,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // busyWait is the time between attempts at a unix socket whose queue is full: the kernel tells nobody when there is room.
@@ -26,6 +28,5 @@ func (p *dial) openUnix() (err error, ours bool) {
 	default:
 		return err, false
 	}
-	p.events = unix.EPOLLOUT
-	return p.d.register(fd, p, p.events), true
+	return p.l.Watch(&p.Node, fd, loop.Stream), true
 }

@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // A turn of a stream, either way, and datagrams both ways allocate nothing.
@@ -23,22 +24,19 @@ func TestTurnAllocatesNothing(t *testing.T) {
 	}
 	defer l.Close()
 	s := &plainStream{data: make([]byte, 20_000)}
-	r := l.Start(&plainRequest{s: s}, pair[0], nil)
-	l.takeNotes()
-	l.round()
+	r := l.Start(&plainRequest{s: s}, loop.Unwatched(pair[0]), nil)
+	l.Step(false)
 	msg, in := make([]byte, 3000), make([]byte, 64<<10)
 	if n := testing.AllocsPerRun(200, func() {
 		unix.Write(pair[1], msg)
-		if err := l.collect(); err != nil {
+		if _, err := l.Step(true); err != nil {
 			t.Fatal(err)
 		}
-		l.round()
 		s.unread = len(s.data)
 		r.Ready(flow.Readable)
-		if err := l.collect(); err != nil {
+		if _, err := l.Step(true); err != nil {
 			t.Fatal(err)
 		}
-		l.round()
 		for n, err := unix.Read(pair[1], in); err == nil && n > 0; n, err = unix.Read(pair[1], in) {
 		}
 	}); n != 0 {
@@ -53,8 +51,7 @@ func TestTurnAllocatesNothing(t *testing.T) {
 	sa, _ := unix.Getsockname(fd)
 	got := 0
 	k := openLink(t, l, fd, testCodec{}, func(ps []flow.Packet) { got += len(ps) })
-	l.takeNotes()
-	l.round()
+	l.Step(false)
 	ps := make([]flow.Packet, 20)
 	for i := range ps {
 		ps[i] = flow.Packet{Dst: netip.MustParseAddrPort("192.0.2.1:1"), Payload: make([]byte, 100+i/10*500)}
@@ -64,8 +61,8 @@ func TestTurnAllocatesNothing(t *testing.T) {
 	raw.Control(func(s uintptr) {
 		if n := testing.AllocsPerRun(200, func() {
 			unix.Sendto(int(s), d, 0, sa)
-			k.got |= sockIn
-			k.turn()
+			k.Got |= sockIn
+			k.Turn()
 			k.Send(ps)
 		}); n >= 2 { // that of Sendto is the test's
 			t.Errorf("%v allocations for datagrams", n)

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // BenchmarkRoundTrip: an app's small request and the upstream's answer, all on one machine.
@@ -84,17 +85,15 @@ func BenchmarkTurn(b *testing.B) {
 	}
 	s := newStream()
 	s.discard = true
-	r := l.Start(&fakeRequest{s: s}, pair[0], nil)
-	l.takeNotes()
-	l.round()
+	r := l.Start(&fakeRequest{s: s}, loop.Unwatched(pair[0]), nil)
+	l.Step(false)
 	msg := make([]byte, 64)
 	b.ReportAllocs()
 	for b.Loop() {
 		unix.Write(pair[1], msg)
-		if err := l.collect(); err != nil {
+		if _, err := l.Step(true); err != nil {
 			b.Fatal(err)
 		}
-		l.round()
 	}
 	if _, down := r.Bytes(); down != uint64(64*b.N) {
 		b.Errorf("%d bytes came", down)
@@ -144,8 +143,7 @@ func BenchmarkReceive(b *testing.B) {
 	sa, _ := unix.Getsockname(fd)
 	n := 0
 	k := openLink(b, l, fd, testCodec{}, func(ps []flow.Packet) { n += len(ps) })
-	l.takeNotes()
-	l.round()
+	l.Step(false)
 	d := append(testCodec{}.AppendHeader(nil, netip.MustParseAddrPort("192.0.2.1:1")), make([]byte, 1200)...)
 	raw, _ := srv.SyscallConn()
 	b.ReportAllocs()
@@ -156,8 +154,8 @@ func BenchmarkReceive(b *testing.B) {
 				unix.Sendto(int(s), d, 0, sa)
 			}
 			b.StartTimer()
-			k.got |= sockIn
-			k.turn()
+			k.Got |= sockIn
+			k.Turn()
 		}
 	})
 	if n != 32*b.N {

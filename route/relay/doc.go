@@ -1,16 +1,14 @@
 // Package relay moves bytes between the two sides of a flow: a flow.Stream of the app and the socket of the upstream,
 // or the app's datagrams and a UDP socket.
 //
-// A Loop is one goroutine with an epoll set. A relay that has nothing to do costs its struct and its kernel objects: no
-// goroutine, no buffer. A flow stays on its loop for life, so nothing but hints crosses a thread.
+// A Loop is one of package loop, which see. A relay that has nothing to do costs its struct and its kernel objects: no
+// goroutine, no buffer. A flow stays on its loop for life, so nothing but notes crosses a thread.
 //
 // # Theory of operation
 //
-// Sockets are registered once, edge-triggered, when the app's handshake is over (Loop.watch), and never touched again.
-// What the stack tells (Relay.Opened, Relay.Ready) comes under locks of the stack: it sets a hint bit and puts the relay
-// on a lock-free list. Events and hints end as bits of node.got, which only the loop reads; a bit stays set until an
-// attempt said "again". A relay whose bits allow something gets a turn, in order of arrival; a turn has a budget for each
-// direction, and what is left over waits for the next round behind all others.
+// A relay takes its socket over from the dial, which ran on the same loop, with its registration. What the stack tells
+// (Relay.Opened, Relay.Ready) comes under locks of the stack and becomes a note. A turn has a budget for each direction, and
+// what is left over waits for the next round behind all others.
 //
 // # How a relay ends
 //

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // patience is for what must happen, on a machine that may stall for seconds.
@@ -367,7 +368,7 @@ func startWith(t testing.TB, l *Loop, s *fakeStream, give flow.Stream) *flowOf {
 	t.Helper()
 	fd, peer := tcpPair(t)
 	f := &flowOf{app: s, up: peer, done: make(chan Result, 2)}
-	f.Relay = l.Start(&fakeRequest{s: s, give: give}, fd, func(r Result) { f.done <- r })
+	f.Relay = l.Start(&fakeRequest{s: s, give: give}, loop.Unwatched(fd), func(r Result) { f.done <- r })
 	return f
 }
 

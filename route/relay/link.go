@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // Codec puts a header before each datagram and takes it off: the SOCKS UDP header, RFC 1928 section 7. Its methods are
@@ -55,7 +56,7 @@ const (
 
 // link implements PacketLink. The loop owns fd and closes it; mu keeps it open during Send.
 type link struct {
-	node
+	loop.Node
 	l      *Loop
 	codec  Codec
 	sink   func([]flow.Packet)
@@ -80,7 +81,7 @@ type link struct {
 // is not. closed (nil: not wanted) is called once, on the loop, if the socket fails for good or the loop ends (ErrClosed), and not after Close.
 func (l *Loop) OpenPackets(fd int, codec Codec, sink func([]flow.Packet), closed func(error)) (PacketLink, error) {
 	k := &link{l: l, fd: fd, codec: codec, sink: sink, closed: closed, max: maxUDP4, seg: maxUDP4}
-	k.task = k
+	k.Init(k)
 	family, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
 	if err != nil {
 		_ = unix.Close(fd)
@@ -97,11 +98,11 @@ func (l *Loop) OpenPackets(fd int, codec Codec, sink func([]flow.Packet), closed
 	// Without GRO (Linux before 5.0) datagrams come one by one. A burst of a swarm overruns the default of 208 KiB.
 	_ = unix.SetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_GRO, 1)
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 1<<20)
-	if !l.join(&k.node) {
+	if !l.Join(&k.Node) {
 		_ = unix.Close(fd)
 		return nil, fmt.Errorf("cannot open a packet link: %w", ErrClosed)
 	}
-	l.note(&k.node, opened)
+	l.Note(&k.Node, opened)
 	return k, nil
 }
 
@@ -110,7 +111,7 @@ func (k *link) Close() error {
 	k.mu.Lock()
 	k.shut = true
 	k.mu.Unlock()
-	k.l.note(&k.node, ended)
+	k.l.Note(&k.Node, ended)
 	return nil
 }
 
@@ -125,29 +126,29 @@ func (k *link) Stats() LinkStats {
 	}
 }
 
-// turn implements task.
-func (k *link) turn() (again bool) {
+// turn implements loop.Task.
+func (k *link) Turn() (again bool) {
 	switch {
 	case k.over:
 		return false
-	case k.got&ended != 0:
+	case k.Got&ended != 0:
 		k.finish(nil)
 		return false
-	case k.got&opened != 0:
-		k.got &^= opened
-		if err := k.l.watch(&k.node, k.fd, unix.EPOLLIN); err != nil {
+	case k.Got&opened != 0:
+		k.Got &^= opened
+		if err := k.l.Watch(&k.Node, k.fd, unix.EPOLLIN); err != nil {
 			k.finish(fmt.Errorf("cannot watch a packet link: %w", err))
 			return false
 		}
 	}
-	if k.got&sockIn == 0 {
+	if k.Got&sockIn == 0 {
 		return false
 	}
 	return k.receive()
 }
 
-// shutdown implements task.
-func (k *link) shutdown() { k.finish(ErrClosed) }
+// shutdown implements loop.Task.
+func (k *link) Shutdown() { k.finish(ErrClosed) }
 
 // finish closes the socket and tells closed, unless Close was called.
 func (k *link) finish(err error) {
@@ -155,14 +156,14 @@ func (k *link) finish(err error) {
 		return
 	}
 	k.over = true
-	k.l.forget(&k.node)
+	k.l.Forget(&k.Node)
 	k.mu.Lock()
 	tell := !k.shut
 	k.shut = true
 	_ = unix.Close(k.fd)
 	k.fd = -1
 	k.mu.Unlock()
-	k.l.leave(&k.node)
+	k.l.Leave(&k.Node)
 	if tell && k.closed != nil {
 		k.closed(err)
 	}

@@ -110,7 +110,7 @@ func (k *link) receive() (again bool) {
 		asked := b.vec
 		n, e := b.recv(k.fd)
 		if e == unix.EAGAIN {
-			k.got &^= sockIn | sockHup | sockErr
+			k.Got &^= sockIn | sockHup | sockErr
 			return false
 		}
 		if e != 0 {
@@ -132,8 +132,8 @@ func (k *link) receive() (again bool) {
 		}
 		// A short count means that the socket was empty, and the next datagram is a new edge; but an ICMP error may
 		// have cut it short: then only EAGAIN is proof.
-		if n < asked && k.got&sockErr == 0 {
-			k.got &^= sockIn | sockHup
+		if n < asked && k.Got&sockErr == 0 {
+			k.Got &^= sockIn | sockHup
 			return false
 		}
 	}

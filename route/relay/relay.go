@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // How a relay ended: for errors.Is on Result.Err. See also ErrClosed.
@@ -29,7 +30,7 @@ type Result struct {
 
 // Relay is one TCP flow between the app and an upstream socket. It is the flow.Listener of its stream.
 type Relay struct {
-	node
+	loop.Node
 	l    *Loop
 	done func(Result)
 
@@ -41,7 +42,8 @@ type Relay struct {
 
 	// The loop's own.
 	fd       int32
-	open     bool // the app's handshake is over, fd is watched
+	watched  bool // fd is
+	open     bool // the app's handshake is over, and fd is watched
 	over     bool // nothing is left but a late Opened
 	upFIN    bool // the app's FIN was read
 	upDone   bool // and passed on
@@ -62,9 +64,9 @@ type orphan struct {
 type rst struct {
 	byApp bool
 	cause error
-	dry   bool // the dead side has nothing left to hand over
-	timer *time.Timer
-	wait  time.Duration
+	dry   bool          // the dead side has nothing left to hand over
+	wait  time.Duration // until the next look
+
 	moved uint64
 	queue int
 	since time.Time // of the last progress
@@ -79,23 +81,30 @@ type queuer interface{ Queued() int }
 // that in its own kernel's buffer, however late it reads; but a dead flow must not be held for ever.
 var lingerLimit = time.Minute
 
-// Start answers the held SYN (req.Accept) and relays between the app and fd, a connected non-blocking socket, until both
-// directions are over or one side resets. It owns fd from here on, also when the app is gone. It does not block and may be called from
-// any goroutine; done (nil: not wanted) is called exactly once, on the loop, or on a goroutine of its own if the loop is
-// closed; never by Start itself.
-func (l *Loop) Start(req flow.StreamRequest, fd int, done func(Result)) *Relay {
-	r := &Relay{l: l, done: done, fd: int32(fd)}
-	r.task = r
-	setup(fd, int(l.idle.Load()))
-	if !l.join(&r.node) {
+// Start answers the held SYN (req.Accept) and relays between the app and s, a connected non-blocking socket with
+// TCP_NODELAY set, until both directions are over or one side resets. It owns s from here on, also when the app is gone. It
+// does not block. A socket that the loop watches already, as a dial on the same loop hands it over, needs no second
+// registration; Start is then called on the loop's goroutine, and otherwise from any. done (nil: not wanted) is called
+// exactly once, on the loop, or on a goroutine of its own if the loop is closed; never by Start itself.
+func (l *Loop) Start(req flow.StreamRequest, s loop.Socket, done func(Result)) *Relay {
+	r := &Relay{l: l, done: done}
+	r.Init(r)
+	if !l.Join(&r.Node) {
 		r.over = true
-		closeReset(fd)
+		s.CloseReset()
 		req.Reject(flow.RefuseReset)
 		if done != nil {
 			go done(Result{Err: ErrClosed})
 		}
 		return r
 	}
+	if s.Watched(l.Loop) {
+		r.fd, r.watched = int32(s.FD()), true
+		l.Adopt(&r.Node, s)
+	} else {
+		r.fd = int32(s.Release())
+	}
+	setup(int(r.fd), int(l.idle.Load()))
 	req.Accept(r)
 	return r
 }
@@ -103,8 +112,8 @@ func (l *Loop) Start(req flow.StreamRequest, fd int, done func(Result)) *Relay {
 // Opened implements flow.Listener.
 func (r *Relay) Opened(s flow.Stream, err error) {
 	r.app, r.appErr = s, err
-	r.l.note(&r.node, opened)
-	if r.l.gone.Load() && s != nil && r.dropped.CompareAndSwap(false, true) {
+	r.l.Note(&r.Node, opened)
+	if r.l.Gone() && s != nil && r.dropped.CompareAndSwap(false, true) {
 		go func() { s.Abort(); _ = s.Close() }() // locks of the stack may be held
 	}
 }
@@ -122,7 +131,7 @@ func (r *Relay) Ready(ev flow.Events) {
 		b |= appIn | appHup
 	}
 	if b != 0 {
-		r.l.note(&r.node, b)
+		r.l.Note(&r.Node, b)
 	}
 }
 
@@ -130,35 +139,35 @@ func (r *Relay) Ready(ev flow.Events) {
 func (r *Relay) Bytes() (up, down uint64) { return r.up.Load(), r.down.Load() }
 
 // Abort resets both sides soon. Any goroutine, more than once, and after the end.
-func (r *Relay) Abort() { r.l.note(&r.node, ended) }
+func (r *Relay) Abort() { r.l.Note(&r.Node, ended) }
 
 // Orphaned tells that the app's socket does not exist any more. The kernel ends a connection that nobody holds: so the flow
 // ends when what the app sent has been handed to the upstream's socket, or when it does not move for lingerLimit. It is called
 // again and again, so that the progress is looked at. Any goroutine, and after the end.
-func (r *Relay) Orphaned() { r.l.note(&r.node, orphaned) }
+func (r *Relay) Orphaned() { r.l.Note(&r.Node, orphaned) }
 
-// turn implements task.
-func (r *Relay) turn() (again bool) {
+// turn implements loop.Task.
+func (r *Relay) Turn() (again bool) {
 	switch {
 	case r.over:
-		if r.got&opened != 0 {
+		if r.Got&opened != 0 {
 			r.dropApp(true)
 		}
 		return false
-	case r.got&ended != 0:
+	case r.Got&ended != 0:
 		r.finish(ErrAborted)
 		return false
 	case !r.open && !r.begin():
 		return false
 	}
-	if r.got&sockErr != 0 {
-		r.got &^= sockErr
+	if r.Got&sockErr != 0 {
+		r.Got &^= sockErr
 		if e := sockError(int(r.fd)); e != 0 {
 			r.upstreamReset(e)
 		}
 	}
-	if r.got&appHup != 0 && !r.over {
-		r.got &^= appHup
+	if r.Got&appHup != 0 && !r.over {
+		r.Got &^= appHup
 		r.probeApp()
 	}
 	if r.canDown() {
@@ -177,8 +186,8 @@ func (r *Relay) turn() (again bool) {
 		r.finish(nil)
 		return false
 	}
-	if r.got&orphaned != 0 {
-		r.got &^= orphaned
+	if r.Got&orphaned != 0 {
+		r.Got &^= orphaned
 		if r.orphanTurn(); r.over {
 			return false
 		}
@@ -204,7 +213,7 @@ func (r *Relay) orphanTurn() {
 
 // begin is the first turn after Opened.
 func (r *Relay) begin() bool {
-	if r.got&opened == 0 {
+	if r.Got&opened == 0 {
 		return false
 	}
 	if r.app == nil {
@@ -215,14 +224,15 @@ func (r *Relay) begin() bool {
 		r.finish(err)
 		return false
 	}
-	const events = unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP
-	if err := r.l.watch(&r.node, int(r.fd), events); err != nil {
-		r.finish(fmt.Errorf("%w: cannot watch its socket: %w", ErrAborted, err))
-		return false
+	if !r.watched {
+		if err := r.l.Watch(&r.Node, int(r.fd), loop.Stream); err != nil {
+			r.finish(fmt.Errorf("%w: cannot watch its socket: %w", ErrAborted, err))
+			return false
+		}
 	}
-	// What the socket has epoll tells at once. The rest is tried: early data goes out in this turn.
+	// What the socket has epoll told, or tells at once. The rest is tried: early data goes out in this turn.
 	r.open = true
-	r.got |= sockOut | appIn | appOut
+	r.Got |= sockOut | appIn | appOut
 	return true
 }
 
@@ -239,7 +249,7 @@ func (r *Relay) appReset(cause error) {
 	}
 	// Behind its FIN the app has nothing more to hand over, and nobody would ask it again.
 	r.beginReset(&rst{byApp: true, cause: cause, dry: r.upFIN})
-	r.got |= appIn
+	r.Got |= appIn
 }
 
 // upstreamReset: the socket is dead, but what it received can still be read.
@@ -256,7 +266,7 @@ func (r *Relay) upstreamReset(e unix.Errno) {
 	}
 	r.beginReset(&rst{cause: cause, dry: r.downDone})
 	r.spill = nil
-	r.got |= sockIn | sockHup
+	r.Got |= sockIn | sockHup
 }
 
 func (r *Relay) beginReset(x *rst) {
@@ -286,21 +296,18 @@ func (r *Relay) resetTurn() (again bool) {
 		return false
 	}
 	// Nobody tells when a queue is empty: look again, ever more seldom.
-	if x.timer == nil {
-		x.wait = time.Millisecond
-		x.timer = time.AfterFunc(x.wait, func() { r.l.note(&r.node, ticked) })
-	} else if r.got&ticked != 0 {
-		x.wait = min(2*x.wait, 128*time.Millisecond)
-		x.timer.Reset(x.wait)
+	if x.wait == 0 || r.Got&ticked != 0 {
+		x.wait = min(max(2*x.wait, time.Millisecond), 128*time.Millisecond)
+		r.l.SetTimer(&r.Node, r.l.Now()+x.wait)
 	}
-	r.got &^= ticked
+	r.Got &^= ticked
 	return r.canDown() || r.canUp()
 }
 
 func (r *Relay) finishReset() { r.finish(r.rst.cause) }
 
-// shutdown implements task.
-func (r *Relay) shutdown() { r.finish(ErrClosed) }
+// shutdown implements loop.Task.
+func (r *Relay) Shutdown() { r.finish(ErrClosed) }
 
 // finish closes both sides, in order or by RST, and tells done.
 func (r *Relay) finish(err error) { r.end(err, err == nil) }
@@ -311,21 +318,19 @@ func (r *Relay) end(err error, inOrder bool) {
 		return
 	}
 	r.over = true
-	r.l.forget(&r.node)
+	r.l.Forget(&r.Node)
 	if inOrder {
 		_ = unix.Close(int(r.fd))
 	} else {
-		closeReset(int(r.fd))
+		loop.CloseReset(int(r.fd))
 	}
 	r.fd = -1
-	if r.rst != nil && r.rst.timer != nil {
-		r.rst.timer.Stop()
-	}
+	r.l.StopTimer(&r.Node)
 	r.spill, r.rst, r.orphan = nil, nil, nil
-	if r.got&opened != 0 {
+	if r.Got&opened != 0 {
 		r.dropApp(err != nil)
 	}
-	r.l.leave(&r.node)
+	r.l.Leave(&r.Node)
 	if done := r.done; done != nil {
 		r.done = nil
 		done(Result{Up: r.up.Load(), Down: r.down.Load(), Err: err})

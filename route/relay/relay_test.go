@@ -16,6 +16,7 @@ import (
 	"unsafe"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 func pattern(n int) []byte {
@@ -85,7 +86,7 @@ func TestEarlyData(t *testing.T) {
 	s.in = [][]byte{[]byte("GET"), bytes.Repeat([]byte("x"), gatherBelow), []byte("end")}
 	s.fin = true
 	f := &flowOf{app: s, up: peer, done: make(chan Result, 2)}
-	f.Relay = l.Start(&fakeRequest{s: s}, fd, func(r Result) { f.done <- r })
+	f.Relay = l.Start(&fakeRequest{s: s}, loop.Unwatched(fd), func(r Result) { f.done <- r })
 	if got := s.take(t, 9); string(got) != "220 ready" {
 		t.Fatalf("got %q", got)
 	}
@@ -104,7 +105,7 @@ func TestAppGone(t *testing.T) {
 	s := newStream()
 	s.closed = 1
 	f := &flowOf{app: s, up: peer, done: make(chan Result, 2)}
-	f.Relay = l.Start(&fakeRequest{err: errors.New("gave up")}, fd, func(r Result) { f.done <- r })
+	f.Relay = l.Start(&fakeRequest{err: errors.New("gave up")}, loop.Unwatched(fd), func(r Result) { f.done <- r })
 	if r := f.result(t); !errors.Is(r.Err, ErrAppGone) {
 		t.Errorf("%+v", r)
 	}
@@ -128,7 +129,7 @@ func TestAbortBeforeOpened(t *testing.T) {
 	fd, peer := tcpPair(t)
 	q := &fakeRequest{s: newStream(), hold: true}
 	done := make(chan Result, 2)
-	l.Start(q, fd, func(r Result) { done <- r }).Abort()
+	l.Start(q, loop.Unwatched(fd), func(r Result) { done <- r }).Abort()
 	if r := <-done; !errors.Is(r.Err, ErrAborted) {
 		t.Errorf("%+v", r)
 	}
@@ -167,7 +168,7 @@ func TestLoopClosed(t *testing.T) {
 	fd, _ := tcpPair(t)
 	q := &fakeRequest{s: newStream(), hold: true} // not opened yet
 	late := make(chan Result, 2)
-	l.Start(q, fd, func(r Result) { late <- r })
+	l.Start(q, loop.Unwatched(fd), func(r Result) { late <- r })
 	flows[0].app.wait(t, "stream", func() bool { return flows[0].app.l != nil })
 	l.Close()
 	l.Close()
@@ -188,7 +189,7 @@ func TestLoopClosed(t *testing.T) {
 
 	fd, _ = tcpPair(t)
 	q = &fakeRequest{s: newStream()}
-	r := l.Start(q, fd, func(r Result) { late <- r })
+	r := l.Start(q, loop.Unwatched(fd), func(r Result) { late <- r })
 	if r := <-late; !errors.Is(r.Err, ErrClosed) {
 		t.Errorf("%+v", r)
 	}
@@ -270,17 +271,17 @@ func (l *Loop) spilled(r *Relay) int {
 // do runs f on the loop.
 func (l *Loop) do(f func()) {
 	p := &probe{f: f}
-	p.task = p
-	l.note(&p.node, appIn)
+	p.Init(p)
+	l.Note(&p.Node, appIn)
 }
 
 type probe struct {
-	node
+	loop.Node
 	f func()
 }
 
-func (p *probe) turn() bool { p.f(); return false }
-func (p *probe) shutdown()  {}
+func (p *probe) Turn() bool { p.f(); return false }
+func (p *probe) Shutdown()  {}
 
 // TestManyFlows: 1,000 at once, each with its own data both ways, echoed by the upstream.
 func TestManyFlows(t *testing.T) {
@@ -296,7 +297,7 @@ func TestManyFlows(t *testing.T) {
 	for i := range flows {
 		fd, peer := tcpPairOn(t, ln)
 		f := &flowOf{app: newStream(), up: peer, done: make(chan Result, 2)}
-		f.Relay = l.Start(&fakeRequest{s: f.app}, fd, func(r Result) { f.done <- r })
+		f.Relay = l.Start(&fakeRequest{s: f.app}, loop.Unwatched(fd), func(r Result) { f.done <- r })
 		wg.Go(func() {
 			echo(peer)
 			peer.CloseWrite()
@@ -320,7 +321,7 @@ func TestManyFlows(t *testing.T) {
 
 // TestIdleCosts: an idle relay is its struct and a slot: no goroutine, no buffer.
 func TestIdleCosts(t *testing.T) {
-	const flows = keepSlots + 1
+	const flows = 1001
 	l := newLoop(t)
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
@@ -345,7 +346,7 @@ func TestIdleCosts(t *testing.T) {
 	runtime.GC() // what finalizers held
 	runtime.ReadMemStats(&before)
 	for i, fd := range fds {
-		keep[i].Relay = l.Start(reqs[i], fd, done)
+		keep[i].Relay = l.Start(reqs[i], loop.Unwatched(fd), done)
 	}
 	for _, f := range keep {
 		f.up.Write([]byte("x"))
@@ -369,11 +370,11 @@ func TestIdleCosts(t *testing.T) {
 	}
 	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
 		slots := make(chan int)
-		l.do(func() { slots <- len(l.slots) })
+		l.do(func() { slots <- l.Watched() })
 		if n := <-slots; n == 0 {
 			break
 		} else if time.Now().After(end) {
-			t.Fatalf("room for %d sockets is kept when all have gone", n)
+			t.Fatalf("%d sockets are watched when all have gone", n)
 		}
 	}
 	// And a new one is heard, with a slot that others had before.

@@ -9,22 +9,15 @@ import (
 // The sockets are non-blocking, so none of these calls waits, and RawSyscall is right: telling the scheduler of each
 // (entersyscall) costs more than it brings, and risks the processor for what takes microseconds.
 
-// setup prepares a connected socket: no delay (the app's own stack has already decided what goes together), keepalive,
-// and urgent data in line, as the app's side has it: FIONREAD stops at an urgent mark otherwise.
+// setup prepares a connected socket: keepalive, and urgent data in line, as the app's side has it: FIONREAD stops at an
+// urgent mark otherwise. TCP_NODELAY who made the socket has set: the app's own stack has already decided what goes together.
 func setup(fd, idle int) {
 	// None of these can fail on a connected TCP socket; on another kind (a unix socket) the flow works without.
-	_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)
 	if idle > 0 {
 		_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, idle)
 	}
-}
-
-// closeReset closes fd so that the peer sees a RST.
-func closeReset(fd int) {
-	_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
-	_ = unix.Close(fd)
 }
 
 // unread is FIONREAD: how many bytes recv would give now.

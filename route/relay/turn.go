@@ -11,13 +11,13 @@ import (
 
 // canUp: there may be something to read from the app, and the socket may take it.
 func (r *Relay) canUp() bool {
-	if r.over || r.upDone || r.got&sockOut == 0 {
+	if r.over || r.upDone || r.Got&sockOut == 0 {
 		return false
 	}
 	if r.rst != nil && (!r.rst.byApp || r.rst.dry && len(r.spill) == 0) {
 		return false
 	}
-	return len(r.spill) > 0 || r.upFIN || r.got&appIn != 0
+	return len(r.spill) > 0 || r.upFIN || r.Got&appIn != 0
 }
 
 // canDown: there may be something to read from the socket, and the app's stream may take it.
@@ -25,7 +25,7 @@ func (r *Relay) canDown() bool {
 	if r.over || r.downDone || r.rst != nil && (r.rst.byApp || r.rst.dry) {
 		return false
 	}
-	return r.got&sockIn != 0 && r.got&appOut != 0
+	return r.Got&sockIn != 0 && r.Got&appOut != 0
 }
 
 // moveUp moves up to turnBytes from the app to the socket.
@@ -34,7 +34,7 @@ func (r *Relay) moveUp() {
 	if len(r.spill) > 0 {
 		n, e := send(fd, r.spill)
 		if e == unix.EAGAIN || e == 0 && n < len(r.spill) {
-			r.got &^= sockOut
+			r.Got &^= sockOut
 		} else if e != 0 {
 			r.upstreamReset(e)
 			return
@@ -61,7 +61,7 @@ func (r *Relay) moveUp() {
 		r.up.Add(uint64(total))
 	}
 	if w.again {
-		r.got &^= sockOut
+		r.Got &^= sockOut
 	}
 	if w.err != 0 {
 		r.upstreamReset(w.err)
@@ -73,15 +73,15 @@ func (r *Relay) moveUp() {
 	switch {
 	case err == nil:
 	case errors.Is(err, flow.ErrAgain):
-		r.got &^= appIn
+		r.Got &^= appIn
 	case errors.Is(err, io.EOF):
-		r.got &^= appIn
+		r.Got &^= appIn
 		r.upFIN = true
 		if r.rst != nil {
 			r.rst.dry = true
 		}
 	default:
-		r.got &^= appIn
+		r.Got &^= appIn
 		if r.rst == nil {
 			r.appReset(err)
 		}
@@ -109,15 +109,19 @@ func (r *Relay) passUpFIN() {
 	r.upDone = true
 }
 
-// moveDown moves up to the loop's budget from the socket to the app.
+// moveDown moves up to the budget of a turn from the socket to the app.
 func (r *Relay) moveDown() {
 	fd := int(r.fd)
 	p := &r.l.p
-	for budget := r.l.budget; budget > 0; {
+	budget := turnBytes
+	if r.l.Crowded() {
+		budget = crowdBytes
+	}
+	for budget > 0 {
 		n := unread(fd)
 		if n == 0 {
-			if r.got&sockHup == 0 { // what comes from now on is a new edge
-				r.got &^= sockIn
+			if r.Got&sockHup == 0 { // what comes from now on is a new edge
+				r.Got &^= sockIn
 				return
 			}
 			if r.downEnd() {
@@ -139,18 +143,18 @@ func (r *Relay) moveDown() {
 		switch {
 		case err == nil:
 			if k == 0 { // a stream that neither takes nor says why must not spin the loop
-				r.got &^= appOut
+				r.Got &^= appOut
 				return
 			}
 		case errors.Is(err, flow.ErrAgain):
-			r.got &^= appOut
+			r.Got &^= appOut
 			return
 		default:
 			r.appBroke(err)
 			return
 		}
-		if k == n && r.got&sockHup == 0 { // all that was there
-			r.got &^= sockIn
+		if k == n && r.Got&sockHup == 0 { // all that was there
+			r.Got &^= sockIn
 			return
 		}
 	}
@@ -162,12 +166,12 @@ func (r *Relay) downEnd() bool {
 	n, e := recv(int(r.fd), b[:], unix.MSG_PEEK)
 	switch {
 	case e == unix.EAGAIN:
-		r.got &^= sockIn
+		r.Got &^= sockIn
 		return true
 	case n > 0:
 		return false
 	}
-	r.got &^= sockIn // a RST behind the FIN would be told by EPOLLERR, as one that comes later
+	r.Got &^= sockIn // a RST behind the FIN would be told by EPOLLERR, as one that comes later
 	if e != 0 {
 		r.upstreamReset(e)
 	}
@@ -185,7 +189,7 @@ func (r *Relay) downEnd() bool {
 
 // appBroke: the write side of the app's stream failed. There may still be something to read.
 func (r *Relay) appBroke(err error) {
-	r.got &^= appOut
+	r.Got &^= appOut
 	r.appReset(err)
 }
 

@@ -20,16 +20,11 @@ func TestTurn(t *testing.T) {
 	turn := func() (up, down int, again bool) {
 		t.Helper()
 		up0, down0 := f.Bytes()
-		l.takeNotes()
-		evs, err := l.poll.now()
+		l.Enqueue(&f.Node)
+		again, err := l.Step(false)
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, ev := range evs {
-			f.got |= eventBits(ev.Events)
-		}
-		l.run, f.queued = l.run[:0], false
-		again = f.turn()
 		up1, down1 := f.Bytes()
 		return int(up1 - up0), int(down1 - down0), again
 	}
@@ -72,10 +67,10 @@ func TestTurn(t *testing.T) {
 			break
 		}
 	}
-	if again || f.got&sockOut != 0 {
+	if again || f.Got&sockOut != 0 {
 		t.Error("the upstream does not read, and the relay asks for turns")
 	}
-	if again := f.turn(); again {
+	if again := f.Turn(); again {
 		t.Error("and again")
 	}
 }
@@ -130,16 +125,10 @@ func TestResetMetWhileWriting(t *testing.T) {
 			if time.Now().After(end) {
 				t.Fatalf("not within %v: %s", patience, what)
 			}
-			l.takeNotes()
-			evs, err := l.poll.now()
-			if err != nil {
+			l.Enqueue(&f.Node)
+			if _, err := l.Step(false); err != nil {
 				t.Fatal(err)
 			}
-			for _, ev := range evs {
-				f.got |= eventBits(ev.Events)
-			}
-			l.run, f.queued = l.run[:0], false
-			f.turn()
 		}
 	}
 	f.app.sendFIN()

@@ -6,6 +6,7 @@ import (
 
 	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/socks"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // client is a SOCKS server whose relays are allowed before they are used, and whose name can be looked up anew.
@@ -28,17 +29,17 @@ func newClient(d *socks.Dialer, s socks.Server, allowed *endpoints) *client {
 func (c *client) renew() { c.now.Store(c.d.Client(c.server)) }
 
 // Connect implements route.Client.
-func (c *client) Connect(ctx context.Context, dst socks.Addr, done func(fd int, err error)) {
-	c.now.Load().Connect(ctx, dst, done)
+func (c *client) Connect(ctx context.Context, l *loop.Loop, dst socks.Addr, done func(s loop.Socket, err error)) {
+	c.now.Load().Connect(ctx, l, dst, done)
 }
 
 // Associate implements route.Client.
-func (c *client) Associate(ctx context.Context, done func(*socks.Association, error)) {
+func (c *client) Associate(ctx context.Context, l *loop.Loop, done func(*socks.Association, error)) {
 	if c.allowed == nil {
-		c.now.Load().Associate(ctx, done)
+		c.now.Load().Associate(ctx, l, done)
 		return
 	}
-	c.now.Load().Associate(ctx, func(a *socks.Association, err error) {
+	c.now.Load().Associate(ctx, l, func(a *socks.Association, err error) {
 		if err != nil {
 			done(nil, err)
 			return

@@ -17,6 +17,7 @@ import (
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // filter is what the kernel would hold.
@@ -255,7 +256,14 @@ func TestEndpointsOfAssociation(t *testing.T) {
 	got := make(chan error, 1)
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	newClient(d, srv, e).Associate(ctx, func(a *socks.Association, err error) {
+	l, err := loop.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	over := make(chan struct{})
+	go func() { _ = l.Run(context.Background()); close(over) }()
+	defer func() { l.Close(); <-over }()
+	newClient(d, srv, e).Associate(ctx, l, func(a *socks.Association, err error) {
 		if err == nil {
 			if !f.passes(flow.UDP, a.Relay().String()) {
 				err = fmt.Errorf("%v is not in %v", a.Relay(), f.has)

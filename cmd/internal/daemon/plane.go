@@ -23,8 +23,9 @@ import (
 
 // plane is the data plane: stack, router, relay loops and the SOCKS client over one TUN.
 //
-//	tun ─ stack ─ router ─┬─ loops      one goroutine each, as many as the machine has cores
-//	                      └─ dialer     one goroutine
+//	tun ─ stack ─ router ─ loops ─ dialer
+//
+// The loops have one goroutine each, as many as the machine has cores; dials and relays run on them.
 //
 // Those on the left use those on the right until their own Run has returned: Close goes from left to right.
 type plane struct {
@@ -63,7 +64,7 @@ type upstream struct {
 	client *client // nil: direct
 }
 
-// newPlane builds it and starts nothing but the dialer's loop. It owns dev, also on error.
+// newPlane builds it and starts nothing. It owns dev, also on error.
 func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dialing, log *slog.Logger) (_ *plane, err error) {
 	p := &plane{log: log, failed: make(chan error, 1), dial: dial}
 	defer func() {

@@ -1,0 +1,230 @@
+package loop
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrClosed says that the loop is closed, or was closed before the work was done.
+var ErrClosed = errors.New("the loop is closed")
+
+// Loop is an event loop: one goroutine, that of Run.
+type Loop struct {
+	poll    *Poller
+	notes   atomic.Pointer[Node] // newest first
+	parked  atomic.Bool          // in poll.Wait, or about to be: who notes must wake
+	closing atomic.Bool
+	gone    atomic.Bool // teardown has begun its last look at the notes
+	rang    atomic.Bool // the alarm
+	base    time.Time
+	poster  poster
+
+	mu      sync.Mutex
+	members *Node
+	closed  bool // no new members
+	running bool
+	posts   []func()
+
+	// The loop's own.
+	run, spare []*Node
+	crowded    bool
+	slots      []slot
+	gen        uint32 // of the last slot that was taken
+	free       []int32
+	timers     timers
+	alarm      *time.Timer
+	armed      time.Duration // when alarm rings; 0: it does not
+}
+
+// New makes a loop. Tasks may join at once; they get turns when Run runs. The caller calls Run or Close.
+func New() (*Loop, error) {
+	l := &Loop{base: time.Now()}
+	l.poster.l = l
+	l.poster.Init(&l.poster)
+	var err error
+	if l.poll, err = NewPoller(); err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
+// Run runs the loop until ctx ends or Close is called, and returns after the teardown: every member was shut down. Once
+// only; a second call returns ErrClosed.
+func (l *Loop) Run(ctx context.Context) error {
+	l.mu.Lock()
+	if l.closed || l.running {
+		l.mu.Unlock()
+		return ErrClosed
+	}
+	l.running = true
+	l.mu.Unlock()
+	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
+	defer stop()
+	defer l.teardown()
+	for !l.closing.Load() {
+		if _, err := l.Step(true); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Step is one round of Run: it takes what came and gives turns. With wait it waits until something comes, if nothing is to
+// be done. again reports whether somebody wants another turn. It is for tests of tasks, on loops that do not run.
+func (l *Loop) Step(wait bool) (again bool, err error) {
+	l.takeNotes()
+	if err := l.collect(wait); err != nil {
+		return false, fmt.Errorf("cannot wait for events: %w", err)
+	}
+	l.round()
+	return len(l.run) > 0, nil
+}
+
+// Close ends the loop: Run does the teardown and returns. If Run never ran, Close does it. It may be called twice and
+// from any goroutine, also from a turn: it does not wait for Run.
+func (l *Loop) Close() error {
+	l.mu.Lock()
+	l.closing.Store(true)
+	mine := !l.running
+	l.running = true
+	l.mu.Unlock()
+	if mine {
+		l.teardown()
+	} else {
+		l.poll.Wake()
+	}
+	return nil
+}
+
+// Gone reports whether the loop has ended: what is noted from now on may never be looked at.
+func (l *Loop) Gone() bool { return l.gone.Load() }
+
+// collect takes the events that are there, and with wait waits for some if nothing else is to be done.
+func (l *Loop) collect(wait bool) error {
+	var evs []unix.EpollEvent
+	var err error
+	l.fire()
+	if len(l.run) > 0 || !wait {
+		evs, err = l.poll.Poll()
+	} else {
+		var woken bool
+		l.parked.Store(true)
+		if l.notes.Load() == nil && !l.closing.Load() && !l.rang.Load() {
+			evs, woken, err = l.poll.Wait()
+		}
+		// Who took parked away calls Wake, perhaps only now: then the next Wait ends at once, for nothing.
+		if !l.parked.Swap(false) || woken {
+			l.poll.Clear()
+		}
+		l.fire()
+	}
+	if err != nil {
+		return err
+	}
+	for i := range evs {
+		ev := &evs[i]
+		if int(ev.Fd) >= len(l.slots) {
+			continue
+		}
+		s := l.slots[ev.Fd]
+		if s.n == nil || s.gen != uint32(ev.Pad) {
+			continue
+		}
+		s.n.Got |= eventBits(ev.Events)
+		l.Enqueue(s.n)
+	}
+	l.takeNotes()
+	return nil
+}
+
+// round gives a turn to everyone who is in the queue now.
+func (l *Loop) round() {
+	now := l.run
+	l.run = l.spare[:0]
+	l.crowded = len(now) > 1
+	for i, n := range now {
+		now[i] = nil
+		n.queued = false
+		if n.task.Turn() {
+			l.Enqueue(n)
+		}
+	}
+	l.spare = now
+	const keep = 4096 // a burst of events must not hold memory for ever
+	if cap(l.spare) > keep && len(l.run) < keep/4 {
+		l.spare = nil
+	}
+}
+
+// Crowded reports whether others have a turn in this round, too.
+func (l *Loop) Crowded() bool { return l.crowded }
+
+// Post has f called on the loop's goroutine. f must not block. false: the loop is closed, and f will not be called.
+func (l *Loop) Post(f func()) bool {
+	l.mu.Lock()
+	if l.closed {
+		l.mu.Unlock()
+		return false
+	}
+	l.posts = append(l.posts, f)
+	l.mu.Unlock()
+	l.Note(&l.poster.Node, Own)
+	return true
+}
+
+// poster is the task that calls what was posted.
+type poster struct {
+	Node
+	l *Loop
+}
+
+// Turn implements Task.
+func (p *poster) Turn() (again bool) {
+	p.Got = 0
+	p.l.mu.Lock()
+	fs := p.l.posts
+	p.l.posts = nil
+	p.l.mu.Unlock()
+	for _, f := range fs {
+		f()
+	}
+	return false
+}
+
+// Shutdown implements Task. The poster is no member: what was posted before the end is called by teardown.
+func (p *poster) Shutdown() {}
+
+// teardown ends all members. What is noted later finds the loop gone and helps itself.
+func (l *Loop) teardown() {
+	l.closing.Store(true)
+	l.mu.Lock()
+	l.closed = true
+	l.mu.Unlock()
+	l.poster.Turn()
+	for {
+		l.mu.Lock()
+		n := l.members
+		l.mu.Unlock()
+		if n == nil {
+			break
+		}
+		n.task.Shutdown()
+		l.Leave(n)
+	}
+	l.gone.Store(true)
+	l.takeNotes()
+	for _, n := range l.run {
+		n.task.Turn()
+	}
+	l.run, l.spare = nil, nil
+	if l.alarm != nil {
+		l.alarm.Stop()
+	}
+	_ = l.poll.Close()
+}

@@ -1,0 +1,105 @@
+package loop
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Poller is an epoll set that waits in the Go runtime's poller: an epoll descriptor is itself pollable. So who waits is a
+// parked goroutine and no thread sits in epoll_wait, and who wakes it (mostly the frame reader, on the same processor) puts
+// it on the run queue with neither a system call nor a thread switch. An eventfd and a thread in epoll_wait cost both:
+// 17.9 µs against 8.5 for route/relay's BenchmarkRoundTrip, and a quarter of its BenchmarkDown.
+//
+// One goroutine waits. Add, Wake and Close may be called from any.
+type Poller struct {
+	epfd   int // owned by file
+	file   *os.File
+	raw    syscall.RawConn
+	events [128]unix.EpollEvent
+	n      int
+	err    error
+	try    func(uintptr) bool
+}
+
+var longAgo = time.Unix(1, 0)
+
+// NewPoller makes an empty set. The caller closes it.
+func NewPoller() (*Poller, error) {
+	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("cannot make an epoll set: %w", err)
+	}
+	if err := unix.SetNonblock(epfd, true); err != nil { // tells os.NewFile that it is pollable
+		unix.Close(epfd)
+		return nil, fmt.Errorf("cannot make an epoll set: %w", err)
+	}
+	p := &Poller{epfd: epfd, file: os.NewFile(uintptr(epfd), "epoll")}
+	p.try = p.tryWait
+	if p.raw, err = p.file.SyscallConn(); err == nil {
+		err = p.file.SetReadDeadline(time.Time{})
+	}
+	if err != nil {
+		p.file.Close()
+		return nil, fmt.Errorf("cannot poll an epoll set: %w", err)
+	}
+	return p, nil
+}
+
+func (p *Poller) tryWait(uintptr) bool {
+	n, _, e := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(p.epfd), uintptr(unsafe.Pointer(&p.events[0])),
+		uintptr(len(p.events)), 0, 0, 0)
+	if e != 0 {
+		if e != unix.EINTR {
+			p.err = e
+		}
+		return true
+	}
+	p.n = int(n)
+	return n > 0
+}
+
+// Poll returns the events that are there. They are valid until the next call of Poll or Wait.
+func (p *Poller) Poll() ([]unix.EpollEvent, error) {
+	p.n, p.err = 0, nil
+	p.tryWait(0)
+	return p.events[:p.n], p.err
+}
+
+// Wait waits for events, or for Wake: then woken is true, and Clear must be called before the next Wait. After Close it
+// returns an error.
+func (p *Poller) Wait() (ev []unix.EpollEvent, woken bool, err error) {
+	p.n, p.err = 0, nil
+	err = p.raw.Read(p.try)
+	if err != nil {
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return nil, true, nil
+		}
+		return nil, false, err
+	}
+	return p.events[:p.n], false, p.err
+}
+
+// Wake ends a Wait, the present or the next one. The caller may hold any lock.
+func (p *Poller) Wake() { _ = p.file.SetReadDeadline(longAgo) }
+
+// Clear undoes Wake. It belongs to who waits.
+func (p *Poller) Clear() { _ = p.file.SetReadDeadline(time.Time{}) }
+
+// Add watches fd for events, which epoll_ctl(2) describes. An event of it carries data in Fd and gen in Pad. A descriptor
+// leaves the set when it is closed, if no other process has a copy of it, or by Remove.
+func (p *Poller) Add(fd int, events uint32, data int32, gen uint32) error {
+	ev := unix.EpollEvent{Events: events, Fd: data, Pad: int32(gen)}
+	return unix.EpollCtl(p.epfd, unix.EPOLL_CTL_ADD, fd, &ev)
+}
+
+// Remove stops watching fd.
+func (p *Poller) Remove(fd int) { _ = unix.EpollCtl(p.epfd, unix.EPOLL_CTL_DEL, fd, nil) }
+
+// Close frees the set and ends a Wait. It may be called twice.
+func (p *Poller) Close() error { return p.file.Close() }
