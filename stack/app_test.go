@@ -41,12 +41,13 @@ var offloads = map[string]tun.Offload{"full": offAll, "nouso": tun.VnetHdr | tun
 // testApp is an app with a stack of its own at the other end of the pipe.
 type testApp struct {
 	t   testing.TB
-	s   *Stack
+	s   *shard
 	dev *tuntest.Device
 }
 
 func newTestApp(t testing.TB, dev *tuntest.Device) *testApp {
-	s := &Stack{dev: dev, handler: new(testHandler)}
+	s := &shard{Stack: &Stack{handler: new(testHandler)}, dev: dev}
+	s.shards = []*shard{s}
 	e := &engine{link: newLink(s)}
 	ns, err := newNetstack(e.link)
 	if err != nil {

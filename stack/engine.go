@@ -10,7 +10,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 )
 
-// engine is gVisor's stack, and what belongs to it alone. The Stack has one at a time, and Renew replaces it.
+// engine is gVisor's stack, and what belongs to it alone. A shard has one at a time, and Renew replaces it.
 type engine struct {
 	ns      *gstack.Stack
 	link    *link
@@ -24,7 +24,7 @@ type engine struct {
 // verdicts is what gVisor verified and refused itself, and sent again.
 type verdicts struct{ malformed, checksum, retransmits uint64 }
 
-func (s *Stack) newEngine() (*engine, error) {
+func (s *shard) newEngine() (*engine, error) {
 	e := &engine{link: newLink(s)}
 	var err error
 	if e.ns, err = newNetstack(e.link); err != nil {
@@ -73,12 +73,20 @@ func (e *engine) opened(n int64) {
 	}
 }
 
-// Renew replaces gVisor's stack if it had many streams at once and has none now, and reports whether it did: gVisor's
-// table of endpoints never shrinks, and is 1.3 MB after 9,500. SYNs that wait for their answer are not touched. Any
+// Renew replaces each of gVisor's stacks that had many streams at once and has none now, and reports whether it replaced any:
+// gVisor's table of endpoints never shrinks, and is 1.3 MB after 9,500. SYNs that wait for their answer are not touched. Any
 // goroutine, but not from a Handler's or a Listener's call.
 func (s *Stack) Renew() bool {
+	renewed := false
+	for _, p := range s.shards {
+		renewed = p.renew() || renewed
+	}
+	return renewed
+}
+
+func (s *shard) renew() bool {
 	old := s.engine.Load()
-	if old.peak.Load() <= remake || s.stats.streams.Load() != 0 || !old.empty() {
+	if old.peak.Load() <= int64(remake/len(s.shards)) || s.stats.streams.Load() != 0 || !old.empty() {
 		return false
 	}
 	next, err := s.newEngine()
@@ -94,7 +102,7 @@ func (s *Stack) Renew() bool {
 }
 
 // replace puts next in the place of old, unless old came into use again, or all is about to end.
-func (s *Stack) replace(old, next *engine) bool {
+func (s *shard) replace(old, next *engine) bool {
 	s.mu.Lock() // teardown finds the one or the other
 	defer s.mu.Unlock()
 	s.feeding.Lock() // no frame is on its way into old

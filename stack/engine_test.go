@@ -35,8 +35,8 @@ func TestRenew(t *testing.T) {
 	const n = remake + 1
 	e := newEcho()
 	defer e.stop()
-	p := newPair(t, offAll, Config{Handler: e, Limits: Limits{PendingPerDest: n}})
-	first := p.st.engine.Load()
+	p := newPair(t, offAll, Config{Shards: 1, Handler: e, Limits: Limits{PendingPerDest: n}})
+	first := p.st.shards[0].engine.Load()
 	var cs []*gonet.TCPConn
 	for i := range n {
 		cs = append(cs, p.mustDial(netip.AddrPortFrom(srv4.Addr(), uint16(i+1))))
@@ -59,7 +59,7 @@ func TestRenew(t *testing.T) {
 	}
 	first.ns.Stats().TCP.ChecksumErrors.Increment()
 	waitFor(t, "the renewal", p.st.Renew)
-	if p.st.engine.Load() == first || p.st.Renew() {
+	if p.st.shards[0].engine.Load() == first || p.st.Renew() {
 		t.Fatal("not renewed, or again for nothing")
 	}
 	if s := p.st.Stats(); s.DroppedChecksum != 1 || s.Accepted != n || s.AppResets != 0 || s.Aborted != 0 {
@@ -76,13 +76,13 @@ func TestRenew(t *testing.T) {
 func TestRenewAmidst(t *testing.T) {
 	e := newEcho()
 	defer e.stop()
-	p := newPair(t, offAll, Config{Handler: e})
+	p := newPair(t, offAll, Config{Shards: 1, Handler: e})
 	var stop atomic.Bool
 	var renewals atomic.Int64
 	var wg, work sync.WaitGroup
 	wg.Go(func() {
 		for !stop.Load() {
-			p.st.engine.Load().peak.Store(remake + 1)
+			p.st.shards[0].engine.Load().peak.Store(remake + 1)
 			if p.st.Renew() {
 				renewals.Add(1)
 			}
@@ -125,7 +125,7 @@ func TestRenewAtTheEnd(t *testing.T) {
 	for range 50 {
 		dev, far := tuntest.Pipe(1500, offAll)
 		defer far.Close()
-		s, err := New(Config{Device: dev, Handler: &testHandler{}})
+		s, err := New(Config{Device: dev, Handler: &testHandler{}, Shards: 1})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -133,7 +133,7 @@ func TestRenewAtTheEnd(t *testing.T) {
 		go func() {
 			defer close(ended)
 			for i := range 10 {
-				s.engine.Load().peak.Store(remake + 1)
+				s.shards[0].engine.Load().peak.Store(remake + 1)
 				s.Renew()
 				if i == 2 {
 					close(begun)

@@ -1,7 +1,6 @@
 package stack
 
 import (
-	"encoding/binary"
 	"net/netip"
 
 	"github.com/viasocks/viasocks/stack/flow"
@@ -29,22 +28,32 @@ const (
 	protoDestOpts = 60
 )
 
-// inspect says what becomes of a frame that the UDP path did not take. Any bytes and any header are safe. hdr is the
-// length of the IP and TCP headers of a plain TCP segment, else 0.
+// inspect says what becomes of a packet that the UDP path did not take. b is a frame and p what parseIP says of it. Any bytes
+// and any header are safe. hdr is the length of the IP and TCP headers of a TCP segment that is no fragment, else 0.
 //
 // It only judges what gVisor would get wrong: gVisor answers echo requests for the whole Internet, reads super-frames of
 // UDP as one datagram, and has no opinion on the offload header.
-func inspect(h *tun.Header, b []byte) (v verdict, hdr int) {
-	if len(b) == 0 || !headerOK(h, len(b)) {
+func inspect(h *tun.Header, b []byte, p *packet) (v verdict, hdr int) {
+	if !headerOK(h, len(b)) {
 		return dropMalformed, 0
 	}
-	switch b[0] >> 4 {
-	case 4:
-		return inspect4(h, b)
-	case 6:
-		return inspect6(h, b)
+	var src, dst netip.Addr
+	if p.v6 {
+		src, dst = netip.AddrFrom16([16]byte(b[8:24])), netip.AddrFrom16([16]byte(b[24:40]))
+	} else {
+		src, dst = netip.AddrFrom4([4]byte(b[12:16])), netip.AddrFrom4([4]byte(b[16:20]))
 	}
-	return dropMalformed, 0
+	switch {
+	case flow.OneHost(src) && unicast(dst):
+	case p.v6 && (b[6] == protoICMPv6 || b[6] == protoHopByHop): // the kernel's own neighbour discovery
+		return dropICMP, 0
+	default:
+		return dropMulticast, 0
+	}
+	if p.proto == protoICMPv6 && !p.v6 || p.proto == protoICMP && p.v6 {
+		return dropProto, 0
+	}
+	return inspectTransport(h, b[:p.end], p.off, p.proto, p.frag)
 }
 
 // headerOK reports whether h can belong to a frame of n bytes.
@@ -59,69 +68,6 @@ func headerOK(h *tun.Header, n int) bool {
 		return h.GSOSize != 0 && int(h.HdrLen) <= n
 	}
 	return false
-}
-
-func inspect4(h *tun.Header, b []byte) (verdict, int) {
-	if len(b) < ip4HeaderLen {
-		return dropMalformed, 0
-	}
-	ihl := int(b[0]&0xf) * 4
-	total := int(binary.BigEndian.Uint16(b[2:]))
-	if ihl < ip4HeaderLen || total < ihl || total > len(b) {
-		return dropMalformed, 0
-	}
-	if !flow.OneHost(netip.AddrFrom4([4]byte(b[12:16]))) || !unicast(netip.AddrFrom4([4]byte(b[16:20]))) {
-		return dropMulticast, 0
-	}
-	frag := binary.BigEndian.Uint16(b[6:])&0x3fff != 0
-	proto := b[9]
-	if proto == protoICMPv6 {
-		return dropProto, 0
-	}
-	return inspectTransport(h, b[:total], ihl, proto, frag)
-}
-
-func inspect6(h *tun.Header, b []byte) (verdict, int) {
-	if len(b) < ip6HeaderLen {
-		return dropMalformed, 0
-	}
-	total := ip6HeaderLen + int(binary.BigEndian.Uint16(b[4:]))
-	if total > len(b) {
-		return dropMalformed, 0
-	}
-	src, dst := netip.AddrFrom16([16]byte(b[8:24])), netip.AddrFrom16([16]byte(b[24:40]))
-	if !flow.OneHost(src) || !unicast(dst) {
-		if b[6] == protoICMPv6 || b[6] == protoHopByHop { // the kernel's own neighbour discovery
-			return dropICMP, 0
-		}
-		return dropMulticast, 0
-	}
-	b = b[:total]
-	off, next, frag := ip6HeaderLen, b[6], false
-	for {
-		switch next {
-		case protoHopByHop, protoRouting, protoDestOpts, protoFragment:
-			if len(b) < off+8 {
-				return dropMalformed, 0
-			}
-			n := 8 + 8*int(b[off+1])
-			if next == protoFragment {
-				n, frag = 8, true
-			}
-			next = b[off]
-			off += n
-			if off > len(b) {
-				return dropMalformed, 0
-			}
-			if frag { // what follows is not a header in any but the first fragment
-				return inspectTransport(h, b, off, next, true)
-			}
-			continue
-		case protoICMP:
-			return dropProto, 0
-		}
-		return inspectTransport(h, b, off, next, false)
-	}
 }
 
 // inspectTransport judges the transport header, which begins at off.

@@ -107,14 +107,15 @@ func FuzzReader(f *testing.F) {
 	}
 	f.Cleanup(func() { s.Close() })
 	buf := make([]byte, tun.MaxFrame)
-	r := newFrameReader(s)
+	r := newFrameReader(s.shards[0])
 	f.Fuzz(func(t *testing.T, hb, frame []byte, inView bool) {
 		if len(hb) < tun.HeaderLen || len(frame) > viewSize {
 			return
 		}
 		h := tun.ParseHeader(hb)
-		b := frame
+		b, at := frame, inArena
 		if inView {
+			at = inTheView
 			if r.view == nil {
 				r.view = buffer.NewViewSize(viewSize)
 			}
@@ -123,7 +124,7 @@ func FuzzReader(f *testing.F) {
 			b = r.arena[:copy(r.arena, frame)]
 		}
 		now = b
-		r.take(&h, b, inView)
+		r.take(&h, b, at)
 		r.flush()
 		if frames++; frames%(1<<16) == 0 { // nothing piles up: views, requests, goroutines
 			if held, g := heapBytes(), runtime.NumGoroutine(); held > 64<<20 || g > 1000 {
@@ -135,7 +136,7 @@ func FuzzReader(f *testing.F) {
 			if err != nil {
 				break
 			}
-			if v, _ := inspect(&h, buf[:m]); v == dropMalformed || v == dropProto {
+			if v, _ := inspectFrame(&h, buf[:m]); v == dropMalformed || v == dropProto {
 				t.Fatalf("the stack wrote % x", buf[:m])
 			}
 		}
@@ -161,7 +162,7 @@ func BenchmarkReader(b *testing.B) {
 				b.Fatal(err)
 			}
 			defer s.Close()
-			r := newFrameReader(s)
+			r := newFrameReader(s.shards[0])
 			frame := segment(s4, srv4, 1, 1, header.TCPFlagRst, nil, make([]byte, n)) // RST: nobody answers
 			h := tun.Header{Flags: tun.DataValid}
 			b.SetBytes(int64(len(frame)))
@@ -172,9 +173,9 @@ func BenchmarkReader(b *testing.B) {
 						r.view = buffer.NewViewSize(viewSize)
 					}
 					copy(r.view.AsSlice(), frame[:100])
-					r.take(&h, r.view.AsSlice()[:len(frame)], true)
+					r.take(&h, r.view.AsSlice()[:len(frame)], inTheView)
 				} else {
-					r.take(&h, frame, false)
+					r.take(&h, frame, inArena)
 				}
 			}
 		})

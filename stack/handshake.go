@@ -23,7 +23,7 @@ import (
 // listener is gVisor's listening endpoint for one family. It is taken out of the demultiplexer: no segment from the device
 // reaches it, and it gets what give hands to it.
 type listener struct {
-	s      *Stack
+	s      *shard
 	ep     tcpip.Endpoint
 	wq     waiter.Queue
 	entry  waiter.Entry
@@ -45,7 +45,7 @@ const (
 )
 
 // listen makes the listener of one family.
-func (s *Stack) listen(e *engine, proto tcpip.NetworkProtocolNumber) (*listener, error) {
+func (s *shard) listen(e *engine, proto tcpip.NetworkProtocolNumber) (*listener, error) {
 	l := &listener{s: s, strays: &e.strays}
 	var ok bool
 	if l.queue, ok = e.ns.TransportProtocolInstance(tcp.ProtocolNumber).(packetQueue); !ok {
@@ -101,7 +101,7 @@ func (l *listener) close() {
 }
 
 // open lets gVisor answer the kept SYN and shake hands.
-func (s *Stack) open(e *pendingSYN, pkt *gstack.PacketBuffer) {
+func (s *shard) open(e *pendingSYN, pkt *gstack.PacketBuffer) {
 	// Data in a SYN (TCP Fast Open) is sent again when it is not acknowledged. The checksum was verified when it came.
 	pkt.Data().CapLength(0)
 	pkt.RXChecksumValidated = true
@@ -139,7 +139,7 @@ func tupleOf(id *gstack.TransportEndpointID) tuple {
 }
 
 // shaken takes the endpoint of a finished handshake. Locks of gVisor are held.
-func (s *Stack) shaken(l *listener, ep tcpip.Endpoint, wq *waiter.Queue) {
+func (s *shard) shaken(l *listener, ep tcpip.Endpoint, wq *waiter.Queue) {
 	e := s.pending.take(tupleOf(&ep.(*tcp.Endpoint).TransportEndpointInfo.ID))
 	if e == nil {
 		// It was given up meanwhile. Nothing of the endpoint's may be called here, and this is rare.
@@ -157,7 +157,7 @@ func (s *Stack) shaken(l *listener, ep tcpip.Endpoint, wq *waiter.Queue) {
 }
 
 // abortHandshake ends a handshake that failed or takes too long. The locks of gVisor must not be held.
-func (s *Stack) abortHandshake(key tuple) {
+func (s *shard) abortHandshake(key tuple) {
 	ep := s.endpoint(key)
 	e := s.pending.take(key)
 	if e == nil {
@@ -172,7 +172,7 @@ func (s *Stack) abortHandshake(key tuple) {
 }
 
 // endpoint is gVisor's endpoint of a connection or a handshake, or nil.
-func (s *Stack) endpoint(key tuple) gstack.TransportEndpoint {
+func (s *shard) endpoint(key tuple) gstack.TransportEndpoint {
 	id, proto := transportID(key)
 	return s.engine.Load().ns.FindTransportEndpoint(proto, tcp.ProtocolNumber, id, nicID)
 }
@@ -188,7 +188,7 @@ const (
 )
 
 // handshake says how far the handshake of key is.
-func (s *Stack) handshake(key tuple) shakeState {
+func (s *shard) handshake(key tuple) shakeState {
 	ep, ok := s.endpoint(key).(*tcp.Endpoint)
 	if !ok {
 		return shakeNone
@@ -202,16 +202,20 @@ func (s *Stack) handshake(key tuple) shakeState {
 	return shakeDone
 }
 
-// resetWatch stands between the IP layer and the transport layer, and tells the pending table of each RST for a handshake.
+// resetWatch stands between the IP layer and the transport layer, and tells the pending table of each RST for a handshake. What
+// gVisor put together for another shard goes there.
 type resetWatch struct {
 	gstack.TransportDispatcher
-	s *Stack
+	s *shard
 }
 
 // DeliverTransportPacket is that of gVisor's TransportDispatcher.
 func (w *resetWatch) DeliverTransportPacket(
 	proto tcpip.TransportProtocolNumber, pkt *gstack.PacketBuffer,
 ) gstack.TransportPacketDisposition {
+	if w.s.rehome(byte(proto), pkt) {
+		return gstack.TransportPacketHandled
+	}
 	if h := pkt.TransportHeader().Slice(); proto == header.TCPProtocolNumber && len(h) >= tcpHeaderLen &&
 		header.TCP(h).Flags()&header.TCPFlagRst != 0 && w.s.pending != nil {
 		return w.deliverReset(pkt, header.TCP(h))

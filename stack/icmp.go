@@ -165,30 +165,18 @@ func errorSource(dst netip.Addr) netip.Addr {
 // do not end within p. first is false in a fragment that is not the first one; off is then where the fragment's data
 // begins.
 func skipExtensions(p []byte) (proto byte, off int, first bool) {
-	proto, off, first = p[6], ip6HeaderLen, true
+	proto, off = p[6], ip6HeaderLen
 	for {
-		var n int
-		switch proto {
-		case protoHopByHop, protoRouting, protoDestOpts:
-			if len(p) < off+8 {
-				return proto, -1, first
-			}
-			n = (int(p[off+1]) + 1) * 8
-		case protoFragment:
-			if len(p) < off+8 {
-				return proto, -1, first
-			}
-			n = 8
-			if binary.BigEndian.Uint16(p[off+2:])&^7 != 0 {
-				return p[off], off + n, false
-			}
-		default:
-			return proto, off, first
+		u, ok := walk6(p, proto, off)
+		switch {
+		case !ok:
+			return u.proto, -1, true
+		case u.later:
+			return u.proto, u.off, false
+		case !u.frag:
+			return u.proto, u.off, true
 		}
-		if len(p) < off+n {
-			return proto, -1, first
-		}
-		proto, off = p[off], off+n
+		proto, off = u.proto, u.off
 	}
 }
 

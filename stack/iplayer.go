@@ -19,11 +19,11 @@ import (
 // ipProtocol is gVisor's IPv4 or IPv6, with an ipEndpoint in place of its endpoint.
 type ipProtocol struct {
 	gstack.NetworkProtocol
-	s *Stack
+	s *shard
 }
 
 // overIP wraps what makes gVisor's IPv4 or IPv6 of s.
-func (s *Stack) overIP(f gstack.NetworkProtocolFactory) gstack.NetworkProtocolFactory {
+func (s *shard) overIP(f gstack.NetworkProtocolFactory) gstack.NetworkProtocolFactory {
 	return func(ns *gstack.Stack) gstack.NetworkProtocol { return ipProtocol{f(ns), s} }
 }
 

@@ -70,8 +70,8 @@ func TestPeersCostNothing(t *testing.T) {
 		{ipv6.ProtocolNumber, appIP6, func(i byte) netip.Addr { return netip.AddrFrom16([16]byte{0x20, 1, 0xd, 0xb8, 15: i}) }},
 	} {
 		t.Run(fmt.Sprintf("%#x", c.proto), func(t *testing.T) {
-			p := newPair(t, offAll, Config{})
-			w := watchIP(t, p.st.engine.Load().ns, c.proto)
+			p := newPair(t, offAll, Config{Shards: 1})
+			w := watchIP(t, p.st.shards[0].engine.Load().ns, c.proto)
 			const peers = 100
 			var apps []*gonet.TCPConn
 			var ups []*testConn
@@ -113,12 +113,12 @@ func TestPeersCostNothing(t *testing.T) {
 func TestRareSegments(t *testing.T) {
 	for name, c := range rareSYNs() {
 		t.Run(name, func(t *testing.T) {
-			r := newRawOver(t, offAll, Config{})
+			r := newRawOver(t, offAll, Config{Shards: 1})
 			proto, src, dst := ipv4.ProtocolNumber, netip.AddrPortFrom(appIP4, 1234), srv4
 			if c.frames[0][0]>>4 == 6 {
 				proto, src, dst = ipv6.ProtocolNumber, netip.AddrPortFrom(appIP6, 1234), srv6
 			}
-			w := watchIP(t, r.s.engine.Load().ns, proto)
+			w := watchIP(t, r.s.shards[0].engine.Load().ns, proto)
 			for _, f := range c.frames {
 				r.send(tun.Header{}, f)
 			}
@@ -218,7 +218,7 @@ func recordedIP(
 		return func(s *gstack.Stack) gstack.NetworkProtocol { return ipRecorder{wrap(p)(s), &got} }
 	}
 	dev, _ := tuntest.Pipe(1500, offAll)
-	l := newLink(&Stack{dev: dev})
+	l := newLink(&shard{dev: dev})
 	ns := gstack.New(gstack.Options{
 		NetworkProtocols:   []gstack.NetworkProtocolFactory{record(ipv4.NewProtocol), record(ipv6.NewProtocol)},
 		TransportProtocols: []gstack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol},
@@ -269,13 +269,13 @@ func FuzzIPLayer(f *testing.F) {
 			f.Add(b, false)
 		}
 	}
-	ours := recordedIP(f, new(Stack).overIP)
+	ours := recordedIP(f, func(p gstack.NetworkProtocolFactory) gstack.NetworkProtocolFactory { return lone().overIP(p) })
 	theirs := recordedIP(f, func(p gstack.NetworkProtocolFactory) gstack.NetworkProtocolFactory { return p })
 	f.Fuzz(func(t *testing.T, b []byte, verified bool) {
 		if len(b) > tun.MaxFrame {
 			return
 		}
-		if v, _ := inspect(&tun.Header{}, b); v != toGVisor {
+		if v, _ := inspectFrame(&tun.Header{}, b); v != toGVisor {
 			return
 		}
 		if got, want := ours(b, verified), theirs(b, verified); !slices.Equal(got, want) {

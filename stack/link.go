@@ -16,7 +16,7 @@ import (
 // link is gVisor's view of the device. gVisor's own endpoint for file descriptors can't do segmentation offload on a
 // TUN (it has it for sockets only), and without it the download falls to a sixth.
 type link struct {
-	s     *Stack
+	s     *shard
 	mtu   uint32
 	gso   bool
 	disp  gstack.NetworkDispatcher
@@ -44,7 +44,7 @@ type outFrame struct {
 // tiny writes, and is joined.
 const maxParts = 128
 
-func newLink(s *Stack) *link {
+func newLink(s *shard) *link {
 	off := s.dev.Offload()
 	l := &link{s: s, mtu: uint32(s.dev.MTU()), gso: off&(tun.VnetHdr|tun.TSO) == tun.VnetHdr|tun.TSO}
 	l.frame.New = func() any { return &outFrame{parts: make([][]byte, 0, maxParts)} }

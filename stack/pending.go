@@ -89,6 +89,7 @@ type pendingSYN struct {
 // called by the frame reader (syn, rst) and by whoever holds a request.
 type pendingTable struct {
 	limits  Limits
+	budget  *budget // of all shards
 	sockets flow.Sockets
 	stats   *counters
 
@@ -100,7 +101,6 @@ type pendingTable struct {
 
 	mu      sync.Mutex
 	byKey   map[tuple]*pendingSYN
-	perDest map[netip.Addr]int // of those waiting
 	waiting int
 	shakes  int // of byKey: opening
 	peak    int // of byKey since it was made
@@ -117,15 +117,17 @@ type pendingTable struct {
 // Set changes Limits and KeepaliveIdle for what begins from now on. As in Config, zero means the default.
 func (s *Stack) Set(l Limits, keepaliveIdle time.Duration) {
 	s.keepalive.Store(int64(cmp.Or(keepaliveIdle, DefaultKeepalive)))
-	s.pending.mu.Lock()
-	defer s.pending.mu.Unlock()
-	s.pending.limits = l.withDefaults()
+	for _, p := range s.shards {
+		p.pending.mu.Lock()
+		p.pending.limits = l.withDefaults()
+		p.pending.mu.Unlock()
+	}
 }
 
-func newPendingTable(l Limits, sockets flow.Sockets, stats *counters) *pendingTable {
+func newPendingTable(l Limits, b *budget, sockets flow.Sockets, stats *counters) *pendingTable {
 	t := &pendingTable{
-		limits: l.withDefaults(), sockets: sockets, stats: stats,
-		byKey: make(map[tuple]*pendingSYN), perDest: make(map[netip.Addr]int),
+		limits: l.withDefaults(), budget: b, sockets: sockets, stats: stats,
+		byKey: make(map[tuple]*pendingSYN),
 	}
 	t.idle.L = &t.mu
 	t.timer = time.AfterFunc(time.Hour, t.fire)
@@ -166,18 +168,21 @@ func (t *pendingTable) syn(key tuple, isn uint32, pkt *gstack.PacketBuffer) *pen
 	}
 	refuse := t.refuse
 	var req *pendingSYN
+	over := within
+	if !refuse {
+		over = t.budget.take(key.dst.Addr(), t.limits)
+	}
 	switch {
 	case refuse:
-	case t.waiting >= t.limits.Pending:
+	case over == spentAll:
 		t.stats.overBudget.Add(1)
-	case t.perDest[key.dst.Addr()] >= t.limits.PendingPerDest:
+	case over == spentDest:
 		t.stats.overDestBudget.Add(1)
 	default:
 		req = &pendingSYN{t: t, key: key, isn: isn, start: now, last: now, gap: synRTO, pkt: pkt.Clone(), index: -1}
 		t.byKey[key] = req
 		t.peak = max(t.peak, len(t.byKey))
 		t.waiting++
-		t.perDest[key.dst.Addr()]++
 		t.stats.syns.Add(1)
 		t.stats.pending.Add(1)
 		t.schedule(req, t.askAt(req))
@@ -251,10 +256,7 @@ func (t *pendingTable) askAt(e *pendingSYN) time.Time {
 func (t *pendingTable) leave(e *pendingSYN) {
 	t.waiting--
 	t.stats.pending.Add(-1)
-	dst := e.key.dst.Addr()
-	if t.perDest[dst]--; t.perDest[dst] == 0 {
-		delete(t.perDest, dst)
-	}
+	t.budget.give(e.key.dst.Addr())
 	if e.pkt != nil {
 		e.pkt.DecRef()
 		e.pkt = nil
@@ -280,7 +282,7 @@ func (t *pendingTable) remove(e *pendingSYN) {
 		heap.Remove(&t.heap, e.index)
 	}
 	if t.peak > remake && len(t.byKey) <= t.peak/8 {
-		t.byKey, t.perDest, t.heap = maps.Collect(maps.All(t.byKey)), maps.Collect(maps.All(t.perDest)), slices.Clone(t.heap)
+		t.byKey, t.heap = maps.Collect(maps.All(t.byKey)), slices.Clone(t.heap)
 		t.peak = len(t.byKey)
 	}
 }

@@ -50,7 +50,7 @@ type tableTest struct {
 
 func newTableTest(t *testing.T, l Limits, s flow.Sockets) *tableTest {
 	x := &tableTest{t: t}
-	x.tab = newPendingTable(l, s, &x.stats)
+	x.tab = newPendingTable(l, newBudget(), s, &x.stats)
 	x.tab.open = func(e *pendingSYN, p *gstack.PacketBuffer) {
 		p.DecRef()
 		x.opens = append(x.opens, e)
@@ -96,8 +96,10 @@ func (x *tableTest) expect(what string, entries, waiting, cancels int, answers .
 		x.t.Fatalf("%s: %d pending by the counter, %d by the table", what, n, waiting)
 	}
 	sum := 0
-	for _, n := range x.tab.perDest {
-		sum += n
+	for i := range x.tab.budget.dests {
+		for _, n := range x.tab.budget.dests[i].n {
+			sum += n
+		}
 	}
 	if sum != waiting || len(x.tab.heap) != entries {
 		x.t.Fatalf("%s: %d for the destinations, %d in the heap", what, sum, len(x.tab.heap))
@@ -384,12 +386,12 @@ func TestSetDefaults(t *testing.T) {
 	defer s.Close()
 	want := Limits{Pending: DefaultPending, PendingPerDest: DefaultPendingPerDest}
 	for range 2 {
-		if s.pending.limits != want || s.keepalive.Load() != int64(DefaultKeepalive) {
-			t.Errorf("%+v, keepalive %v", s.pending.limits, time.Duration(s.keepalive.Load()))
+		if s.shards[0].pending.limits != want || s.keepalive.Load() != int64(DefaultKeepalive) {
+			t.Errorf("%+v, keepalive %v", s.shards[0].pending.limits, time.Duration(s.keepalive.Load()))
 		}
 		s.Set(Limits{Pending: 2, PendingPerDest: 1}, time.Minute)
-		if s.pending.limits.Pending != 2 || s.keepalive.Load() != int64(time.Minute) {
-			t.Errorf("set: %+v, keepalive %v", s.pending.limits, time.Duration(s.keepalive.Load()))
+		if s.shards[0].pending.limits.Pending != 2 || s.keepalive.Load() != int64(time.Minute) {
+			t.Errorf("set: %+v, keepalive %v", s.shards[0].pending.limits, time.Duration(s.keepalive.Load()))
 		}
 		s.Set(Limits{}, 0)
 	}

@@ -33,16 +33,17 @@ const (
 // A frame is read either into a view, which gVisor can take as it is, or into the arena, where datagrams lie side by
 // side until the burst is flushed. Which it will be is guessed from the frames before: a wrong guess costs a copy.
 type frameReader struct {
-	s     *Stack
+	s     *shard
 	udp   *udpBatch
 	view  *buffer.View
 	arena []byte
-	used  int // of arena
-	calm  int // frames since the last big one
-	held  int // frames since the first datagram of the batch, 0: none is held
+	used  int      // of arena
+	spare []handed // what the inbox gets next
+	calm  int      // frames since the last big one
+	held  int      // frames since the first datagram of the batch, 0: none is held
 }
 
-func newFrameReader(s *Stack) *frameReader {
+func newFrameReader(s *shard) *frameReader {
 	return &frameReader{s: s, udp: s.newUDPBatch(), arena: make([]byte, arenaSize+tun.MaxFrame), calm: bigMemory}
 }
 
@@ -54,20 +55,22 @@ func (r *frameReader) run() error {
 		}
 	}()
 	var h tun.Header
-	wait := true
 	for {
+		r.empty()
 		b, inView := r.buf()
-		n, err := r.s.dev.Read(&h, b, wait)
+		// Only datagrams that wait for their flush are a reason to ask whether there is more before waiting for it.
+		n, err := r.s.dev.Read(&h, b, r.held == 0)
 		switch {
 		case err == nil:
 			r.s.stats.framesIn.Add(1)
 			r.s.stats.bytesIn.Add(uint64(n))
-			r.take(&h, b[:n], inView)
-			// Only datagrams that wait for their flush are a reason to ask whether there is more before waiting for it.
-			wait = r.held == 0
+			at := inArena
+			if inView {
+				at = inTheView
+			}
+			r.take(&h, b[:n], at)
 		case errors.Is(err, tun.ErrAgain):
 			r.flush()
-			wait = true
 		case errors.Is(err, tun.ErrTooLong):
 			r.s.stats.framesIn.Add(1)
 			r.s.stats.droppedMalformed.Add(1)
@@ -100,13 +103,42 @@ func (r *frameReader) flush() {
 	r.used = 0
 }
 
+// empty takes what other shards' readers have read for this one.
+func (r *frameReader) empty() {
+	fs := r.s.inbox.take(r.spare)
+	if fs == nil {
+		return
+	}
+	for i := range fs {
+		f := &fs[i]
+		r.take(&f.h, *f.buf, inInbox)
+		frameBuf(cap(*f.buf)).Put(f.buf)
+		*f = handed{}
+	}
+	r.spare = fs
+}
+
+// place is where a frame lies.
+type place uint8
+
+const (
+	inArena   place = iota // at the end of what is used of it
+	inTheView              // gVisor can have it
+	inInbox                // only until take returns
+)
+
 // take handles one frame.
-func (r *frameReader) take(h *tun.Header, b []byte, inView bool) {
+func (r *frameReader) take(h *tun.Header, b []byte, at place) {
 	if r.calm < bigMemory {
 		r.calm++
 	}
-	if isTCP(b) || !r.takeUDP(h, b, inView) {
-		r.judge(h, b, inView)
+	p, ok := parseIP(b)
+	if !ok {
+		r.s.stats.droppedMalformed.Add(1)
+	} else if to := r.s.homeOf(b, &p); to != r.s {
+		r.s.hand(to, h, b)
+	} else if p.proto == protoTCP || !r.takeUDP(h, b, &p, at) {
+		r.judge(h, b, &p, at)
 	}
 	if r.held != 0 {
 		if r.held++; r.held > burst {
@@ -116,11 +148,11 @@ func (r *frameReader) take(h *tun.Header, b []byte, inView bool) {
 }
 
 // judge drops a frame or gives it to gVisor.
-func (r *frameReader) judge(h *tun.Header, b []byte, inView bool) {
-	v, hdr := inspect(h, b)
+func (r *frameReader) judge(h *tun.Header, b []byte, p *packet, at place) {
+	v, hdr := inspect(h, b, p)
 	switch v {
 	case toGVisor:
-		r.deliver(h, b, hdr, inView)
+		r.deliver(h, b, hdr, at)
 	case refuse:
 		r.s.answer(b[:hdr], flow.RefuseNet)
 	case dropMalformed:
@@ -134,22 +166,17 @@ func (r *frameReader) judge(h *tun.Header, b []byte, inView bool) {
 	}
 }
 
-// isTCP is a first look that spares TCP the way through the batch.
-func isTCP(b []byte) bool {
-	return len(b) >= ip4HeaderLen && (b[0]>>4 == 4 && b[9] == protoTCP || b[0]>>4 == 6 && b[6] == protoTCP)
-}
-
-// takeUDP offers a frame to the batch. What lies in the arena stays there until the flush; what lies in the view goes
-// there first.
-func (r *frameReader) takeUDP(h *tun.Header, b []byte, inView bool) bool {
-	if inView {
+// takeUDP offers a frame to the batch. What lies in the arena stays there until the flush; what lies elsewhere goes there
+// first.
+func (r *frameReader) takeUDP(h *tun.Header, b []byte, p *packet, at place) bool {
+	if at != inArena {
 		if len(r.arena)-r.used < len(b) {
 			r.flush()
 		}
 		copy(r.arena[r.used:], b)
 		b = r.arena[r.used:][:len(b)]
 	}
-	if !r.udp.add(b, h) {
+	if !r.udp.add(b, p, h) {
 		return false
 	}
 	r.used += len(b)
@@ -161,7 +188,7 @@ func (r *frameReader) takeUDP(h *tun.Header, b []byte, inView bool) bool {
 }
 
 // deliver gives a frame to gVisor as one packet, however long it is.
-func (r *frameReader) deliver(h *tun.Header, b []byte, hdr int, inView bool) {
+func (r *frameReader) deliver(h *tun.Header, b []byte, hdr int, at place) {
 	big := len(b) > handOn
 	if big {
 		r.calm = 0
@@ -172,7 +199,7 @@ func (r *frameReader) deliver(h *tun.Header, b []byte, hdr int, inView bool) {
 		split = hdr
 		payload = buffer.MakeWithView(fullView(b[:hdr]))
 	}
-	if big && inView {
+	if big && at == inTheView {
 		v := r.view
 		r.view = nil
 		v.CapLength(len(b))

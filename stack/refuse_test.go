@@ -416,7 +416,7 @@ func TestDropped(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r := newRaw(t, Config{})
 			if r.dev.Write(&tt.h, [][]byte{tt.b}) != nil { // the pipe refuses it as the kernel would: not the stack's case
-				newFrameReader(r.s).take(&tt.h, tt.b, false)
+				newFrameReader(r.s.shards[0]).take(&tt.h, tt.b, inArena)
 			}
 			waitFor(t, "the count", func() bool { return tt.count(r.s.Stats()) == 1 })
 			r.quiet()

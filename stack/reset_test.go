@@ -210,7 +210,7 @@ func TestAbort(t *testing.T) {
 				if s := p.st.Stats(); s.Streams != 0 {
 					t.Fatalf("%d streams", s.Streams)
 				}
-				waitFor(t, "the endpoint to go", func() bool { return len(p.st.engine.Load().ns.RegisteredEndpoints()) == 0 })
+				waitFor(t, "the endpoint to go", func() bool { return registered(p.st) == 0 })
 			})
 		}
 	}
@@ -267,7 +267,7 @@ func TestOrderlyClose(t *testing.T) {
 			time.Sleep(50 * time.Millisecond) // into TIME_WAIT, with its HUP
 			readEOF(t, up)
 			must(t, up.st.Close())
-			waitFor(t, "the endpoint to go", func() bool { return len(p.st.engine.Load().ns.RegisteredEndpoints()) == 0 })
+			waitFor(t, "the endpoint to go", func() bool { return registered(p.st) == 0 })
 			if s := p.st.Stats(); s.AppResets != 0 || s.Aborted != 0 || s.Streams != 0 {
 				t.Fatalf("%d resets by the app, %d by us, %d streams", s.AppResets, s.Aborted, s.Streams)
 			}
@@ -295,7 +295,7 @@ func TestCloseDelivers(t *testing.T) {
 		t.Fatalf("%d of %d bytes, %v", m, n, err)
 	}
 	app.Close()
-	waitFor(t, "the endpoint to go", func() bool { return len(p.st.engine.Load().ns.RegisteredEndpoints()) == 0 })
+	waitFor(t, "the endpoint to go", func() bool { return registered(p.st) == 0 })
 }
 
 // TestQueued: what the app has not taken is known, so that a RST from upstream can wait for it.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -34,6 +35,9 @@ type Config struct {
 	// KeepaliveIdle is how long a stream may be idle before the app's kernel is asked whether it is still there.
 	// 0: DefaultKeepalive.
 	KeepaliveIdle time.Duration
+	// Shards is how many parts the flows are divided into at the most: a device that cannot be divided has one. 0: as many as
+	// the program runs on processors. There are never more than 16.
+	Shards int
 }
 
 // Limits are the budgets for SYNs that wait for an answer. Zero means the default.
@@ -50,17 +54,13 @@ func (l Limits) withDefaults() Limits {
 	return Limits{Pending: cmp.Or(l.Pending, DefaultPending), PendingPerDest: cmp.Or(l.PendingPerDest, DefaultPendingPerDest)}
 }
 
-// Stack is the userspace stack over one device.
+// Stack is the userspace stack over one device. The work is the shards'.
 type Stack struct {
-	dev       tun.Device
+	dev       tun.Device // all of it, to be closed
 	handler   Handler
 	log       *slog.Logger
 	keepalive atomic.Int64 // ns
-	stats     counters
-
-	engine  atomic.Pointer[engine]
-	feeding sync.Mutex // held while gVisor takes a frame, and while the engine is replaced
-	pending *pendingTable
+	shards    []*shard
 
 	mu      sync.Mutex
 	running bool
@@ -89,26 +89,37 @@ func newStack(cfg Config) (*Stack, error) {
 		return nil, errors.New("cannot make a stack: a budget for pending dials is negative")
 	case cfg.KeepaliveIdle < 0:
 		return nil, errors.New("cannot make a stack: the keepalive time is negative")
+	case cfg.Shards < 0:
+		return nil, errors.New("cannot make a stack: the number of shards is negative")
 	}
 	s := &Stack{dev: cfg.Device, handler: cfg.Handler, log: cfg.Log}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
 	s.keepalive.Store(int64(cmp.Or(cfg.KeepaliveIdle, DefaultKeepalive)))
-	s.pending = newPendingTable(cfg.Limits, cfg.Sockets, &s.stats)
-	s.pending.open, s.pending.abort, s.pending.shake, s.pending.answer = s.open, s.abortHandshake, s.handshake, s.answer
-	e, err := s.newEngine()
+	n := cmp.Or(cfg.Shards, runtime.GOMAXPROCS(0))
+	parts, err := tun.Divide(s.dev, min(n, maxShards))
 	if err != nil {
 		return nil, err
 	}
-	s.engine.Store(e)
+	b := newBudget()
+	for _, p := range parts {
+		e, err := newShard(s, p, b, cfg)
+		if err != nil {
+			for _, p := range s.shards {
+				p.engine.Load().destroy()
+			}
+			return nil, err
+		}
+		s.shards = append(s.shards, e)
+	}
 	return s, nil
 }
 
 // Shards is into how many parts the flows are divided. It does not change.
-func (s *Stack) Shards() int { return 1 }
+func (s *Stack) Shards() int { return len(s.shards) }
 
-// Run is the frame reader. It blocks until ctx is done or Close is called (then it returns nil), or until the device
+// Run reads the frames. It blocks until ctx is done or Close is called (then it returns nil), or until the device
 // fails. Either way the app's streams have been reset, requests cancelled and goroutines ended when it returns. It may
 // be called once.
 func (s *Stack) Run(ctx context.Context) error {
@@ -126,7 +137,7 @@ func (s *Stack) Run(ctx context.Context) error {
 		s.ResetAll() // while the device still takes it
 		s.Close()
 	})
-	err := newFrameReader(s).run()
+	err := s.read()
 	if !stop() {
 		<-stopped
 	}
@@ -142,13 +153,36 @@ func (s *Stack) Run(ctx context.Context) error {
 	return fmt.Errorf("cannot read frames any more: %w", err)
 }
 
+// read runs the frame readers, until the first one fails and all have ended.
+func (s *Stack) read() error {
+	var wg sync.WaitGroup
+	errs := make([]error, len(s.shards))
+	var first atomic.Pointer[error]
+	for i, p := range s.shards {
+		wg.Go(func() {
+			errs[i] = newFrameReader(p).run()
+			if first.CompareAndSwap(nil, &errs[i]) {
+				for _, p := range s.shards {
+					p.dev.Close()
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return *first.Load()
+}
+
 // ResetAll refuses every pending stream and, from here on, every new one with RST, and sends RST to every open one:
 // their listeners see flow.ErrReset. Any goroutine; not from a Listener's call.
 func (s *Stack) ResetAll() {
-	s.pending.refuseAll()
-	s.pending.failAll()
-	for _, ep := range s.engine.Load().ns.RegisteredEndpoints() {
-		ep.Abort()
+	for _, p := range s.shards {
+		p.pending.refuseAll()
+	}
+	for _, p := range s.shards {
+		p.pending.failAll()
+		for _, ep := range p.engine.Load().ns.RegisteredEndpoints() {
+			ep.Abort()
+		}
 	}
 }
 
@@ -176,8 +210,10 @@ func (s *Stack) teardown() {
 	if down {
 		return
 	}
-	s.pending.close()
-	s.pending.failAll()
-	s.engine.Load().destroy()
-	s.pending.shaking.Wait()
+	for _, p := range s.shards {
+		p.pending.close()
+		p.pending.failAll()
+		p.engine.Load().destroy()
+		p.pending.shaking.Wait()
+	}
 }

@@ -27,6 +27,9 @@ type Stats struct {
 	AppResets      uint64 // open streams that the app reset
 	Aborted        uint64 // open streams that we reset
 
+	HandedOver      uint64 // frames that came by another shard's queue
+	DroppedHandover uint64 // of those, lost because the shard was behind
+
 	TCPRetransmits uint64 // segments of open streams that we sent again
 
 	Pending int64 // SYNs waiting for an answer, now
@@ -48,6 +51,8 @@ type counters struct {
 	accepted, acceptFailed, refused               atomic.Uint64
 	appResets, aborted                            atomic.Uint64
 
+	handedOver, droppedHandover atomic.Uint64
+
 	pending, streams atomic.Int64
 
 	udp udpCounters
@@ -55,27 +60,47 @@ type counters struct {
 
 // Stats returns a snapshot of the counters. Any goroutine.
 func (s *Stack) Stats() Stats {
-	c := &s.stats
-	st := Stats{
-		FramesIn: c.framesIn.Load(), BytesIn: c.bytesIn.Load(),
-		FramesOut: c.framesOut.Load(), BytesOut: c.bytesOut.Load(),
-		DroppedMalformed: c.droppedMalformed.Load(),
-		DroppedChecksum:  c.droppedChecksum.Load(),
-		DroppedICMP:      c.droppedICMP.Load(), DroppedMulticast: c.droppedMulticast.Load(),
-		DroppedProto: c.droppedProto.Load(), DroppedOut: c.droppedOut.Load(),
-		SYNs: c.syns.Load(), Retransmits: c.retransmits.Load(),
-		OverBudget: c.overBudget.Load(), OverDestBudget: c.overDestBudget.Load(),
-		Replaced: c.replaced.Load(), Cancelled: c.cancelled.Load(),
-		Accepted: c.accepted.Load(), AcceptFailed: c.acceptFailed.Load(), Refused: c.refused.Load(),
-		AppResets: c.appResets.Load(), Aborted: c.aborted.Load(),
-		Pending: c.pending.Load(), Streams: c.streams.Load(),
-		UDP: c.udp.snapshot(),
+	var st Stats
+	for _, p := range s.shards {
+		p.addTo(&st)
 	}
+	return st
+}
+
+// addTo adds what the shard has counted.
+func (s *shard) addTo(st *Stats) {
+	c := &s.stats
+
+	st.FramesIn += c.framesIn.Load()
+	st.BytesIn += c.bytesIn.Load()
+	st.FramesOut += c.framesOut.Load()
+	st.BytesOut += c.bytesOut.Load()
+	st.DroppedMalformed += c.droppedMalformed.Load()
+	st.DroppedChecksum += c.droppedChecksum.Load()
+	st.DroppedICMP += c.droppedICMP.Load()
+	st.DroppedMulticast += c.droppedMulticast.Load()
+	st.DroppedProto += c.droppedProto.Load()
+	st.DroppedOut += c.droppedOut.Load()
+	st.SYNs += c.syns.Load()
+	st.Retransmits += c.retransmits.Load()
+	st.OverBudget += c.overBudget.Load()
+	st.OverDestBudget += c.overDestBudget.Load()
+	st.Replaced += c.replaced.Load()
+	st.Cancelled += c.cancelled.Load()
+	st.Accepted += c.accepted.Load()
+	st.AcceptFailed += c.acceptFailed.Load()
+	st.Refused += c.refused.Load()
+	st.AppResets += c.appResets.Load()
+	st.Aborted += c.aborted.Load()
+	st.Pending += c.pending.Load()
+	st.Streams += c.streams.Load()
+	st.HandedOver += c.handedOver.Load()
+	st.DroppedHandover += c.droppedHandover.Load()
+	c.udp.addTo(&st.UDP)
 	if e := s.engine.Load(); e != nil {
 		v := e.verdicts()
 		st.DroppedMalformed += v.malformed
 		st.DroppedChecksum += v.checksum
-		st.TCPRetransmits = v.retransmits
+		st.TCPRetransmits += v.retransmits
 	}
-	return st
 }

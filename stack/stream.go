@@ -23,7 +23,7 @@ var (
 // Whether the app reset the connection is decided in reset alone, and latched: gVisor hands its hard error out once,
 // reads a RST after a FIN like EOF, and fires HUp also on entering TIME_WAIT.
 type stream struct {
-	s     *Stack
+	s     *shard
 	l     flow.Listener
 	ep    tcpip.Endpoint
 	wq    *waiter.Queue

@@ -17,7 +17,7 @@ const tcpHeaderLen = 20
 
 // handleTCP takes the segments for which gVisor has no endpoint, on the frame reader. false: gVisor answers with RST,
 // as RFC 9293 3.10.7.1 wants for a connection that does not exist.
-func (s *Stack) handleTCP(id gstack.TransportEndpointID, pkt *gstack.PacketBuffer) bool {
+func (s *shard) handleTCP(id gstack.TransportEndpointID, pkt *gstack.PacketBuffer) bool {
 	h := header.TCP(pkt.TransportHeader().Slice())
 	if len(h) < tcpHeaderLen {
 		s.stats.droppedMalformed.Add(1)
@@ -44,7 +44,7 @@ func (s *Stack) handleTCP(id gstack.TransportEndpointID, pkt *gstack.PacketBuffe
 			return true
 		}
 		if req := s.pending.syn(key, h.SequenceNumber(), pkt); req != nil {
-			s.handler.HandleStream(0, req)
+			s.handler.HandleStream(s.index, req)
 		}
 		return true
 	}
@@ -60,7 +60,7 @@ func addrTo(a netip.Addr) tcpip.Address {
 }
 
 // answer writes RST, or the ICMP error for why, to the app. syn is the SYN's IP and TCP headers.
-func (s *Stack) answer(syn []byte, why flow.Refusal) {
+func (s *shard) answer(syn []byte, why flow.Refusal) {
 	var b []byte
 	ok := false
 	if why == flow.RefuseReset || why == flow.RefusePort {
@@ -106,10 +106,10 @@ func appendReset(b, syn []byte) ([]byte, bool) {
 		if len(syn) < ip6HeaderLen {
 			return b, false
 		}
-		var proto byte
-		proto, off = ip6Upper(syn)
+		u, ok := walk6(syn, syn[6], ip6HeaderLen)
+		off = u.off
 		total = ip6HeaderLen + int(binary.BigEndian.Uint16(syn[4:]))
-		if proto != protoTCP || len(syn) < off+tcpHeaderLen {
+		if !ok || u.frag || u.routed || u.proto != protoTCP || len(syn) < off+tcpHeaderLen {
 			return b, false
 		}
 		b = append(b, 0x60, 0, 0, 0, 0, tcpHeaderLen, protoTCP, 64)

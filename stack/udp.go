@@ -25,96 +25,38 @@ const udpBurst = 256
 
 // udpBatch collects the datagrams of a burst of frames. It belongs to the frame reader.
 type udpBatch struct {
-	s           *Stack
+	s           *shard
 	unreachable UnreachableHandler // nil: the Handler does not want to know
 	pkts        []flow.Packet      // made once; its slices point into the reader's frames
 	bytes       uint64             // payload in pkts
 }
 
-func (s *Stack) newUDPBatch() *udpBatch {
+func (s *shard) newUDPBatch() *udpBatch {
 	u, _ := s.handler.(UnreachableHandler)
 	return &udpBatch{s: s, unreachable: u, pkts: make([]flow.Packet, 0, udpBurst)}
 }
 
-// add takes a frame that is UDP and not a fragment; what it drops it counts. It returns false for every other frame,
-// which then goes to gVisor. The frame must stay as it is until flush; a super-frame is split without a copy.
-func (b *udpBatch) add(frame []byte, h *tun.Header) bool {
-	var off, end int // where the UDP header begins and the IP packet ends
-	if len(frame) < ip4HeaderLen {
-		return false
-	}
-	switch frame[0] >> 4 {
-	case 4:
-		off = int(frame[0]&0xf) * 4
-		end = int(binary.BigEndian.Uint16(frame[2:]))
-		if off < ip4HeaderLen || end > len(frame) || off > end {
-			return false
-		}
-		if binary.BigEndian.Uint16(frame[6:])&0x3fff != 0 { // MF or an offset
-			b.flush() // what came before a fragment is handed on before it
-			return false
-		}
-		if frame[9] != protoUDP {
-			return frame[9] == protoICMP && b.addICMP(frame[:end], off, h)
-		}
-		if !checksumDone(h) && checksum.Checksum(frame[:off], 0) != 0xffff {
+// add takes a frame that is UDP and not a fragment; what it drops it counts. p is what parseIP says of it. It returns false for
+// every other frame, which then goes to gVisor. The frame must stay as it is until flush; a super-frame is split without a copy.
+//
+// gVisor could do with extension headers, but not with a checksum that is not filled in, nor with a super-frame: only
+// fragments, which have neither, are left to it.
+func (b *udpBatch) add(frame []byte, p *packet, h *tun.Header) bool {
+	switch {
+	case p.frag:
+		b.flush() // what came before a fragment is handed on before it
+	case p.routed:
+	case p.proto == protoUDP:
+		if !p.v6 && !checksumDone(h) && checksum.Checksum(frame[:p.off], 0) != 0xffff {
 			b.s.stats.udp.droppedChecksum.Add(1)
-			return true
+		} else {
+			b.addUDP(frame[:p.end], p.off, h)
 		}
-	case 6:
-		if len(frame) < ip6HeaderLen {
-			return false
-		}
-		end = ip6HeaderLen + int(binary.BigEndian.Uint16(frame[4:]))
-		if end > len(frame) {
-			return false
-		}
-		off = ip6HeaderLen
-		if frame[6] != protoUDP {
-			// gVisor could do with extension headers, but not with a checksum that is not filled in, nor with a
-			// super-frame: only fragments, which have neither, are left to it.
-			proto, o := ip6Upper(frame[:end])
-			if proto == protoICMPv6 {
-				return b.addICMP(frame[:end], o, h)
-			}
-			if proto != protoUDP {
-				if proto == protoFragment {
-					b.flush()
-				}
-				return false
-			}
-			off = o
-		}
-	default:
-		return false
+		return true
+	case p.proto == protoICMP && !p.v6, p.proto == protoICMPv6 && p.v6:
+		return b.addICMP(frame[:p.end], p.off, h)
 	}
-	b.addUDP(frame[:end], off, h)
-	return true
-}
-
-// ip6Upper finds the upper layer behind the extension headers of a packet that is for its destination address to
-// read. The protocol is that of the extension header itself where it can't: in a fragment, cut, or with a route.
-func ip6Upper(p []byte) (proto byte, off int) {
-	proto, off = p[6], ip6HeaderLen
-	for {
-		switch proto {
-		case protoHopByHop, protoDestOpts:
-		case protoRouting: // segments left: there is another destination after this one
-			if len(p) < off+8 || p[off+3] != 0 {
-				return proto, off
-			}
-		default:
-			return proto, off
-		}
-		if len(p) < off+8 {
-			return proto, off
-		}
-		n := (int(p[off+1]) + 1) * 8
-		if len(p) < off+n {
-			return proto, off
-		}
-		proto, off = p[off], off+n
-	}
+	return false
 }
 
 // checksumDone reports whether the checksum of the frame must not, or need not, be verified.
@@ -190,7 +132,7 @@ func (b *udpBatch) addUDP(p []byte, off int, h *tun.Header) {
 }
 
 // carried reports whether datagrams from src to dst are relayed at all, and counts them if not.
-func (s *Stack) carried(src, dst netip.Addr) bool {
+func (s *shard) carried(src, dst netip.Addr) bool {
 	// Multicast and broadcast (local peer discovery, SSDP, mDNS, DHCP) mean the app's own link: a proxy would carry them
 	// to somebody else's.
 	if dst.IsMulticast() || dst == broadcast {
@@ -225,7 +167,7 @@ func (b *udpBatch) addICMP(p []byte, off int, h *tun.Header) bool {
 	}
 	b.s.stats.udp.unreachable.Add(1)
 	if b.unreachable != nil {
-		b.unreachable.HandleUnreachable(0, app, remote)
+		b.unreachable.HandleUnreachable(b.s.index, app, remote)
 	}
 	return true
 }
@@ -240,6 +182,6 @@ func (b *udpBatch) flush() {
 	}
 	b.s.stats.udp.in.Add(uint64(len(b.pkts)))
 	b.s.stats.udp.inBytes.Add(b.bytes)
-	b.s.handler.HandlePackets(0, b.pkts)
+	b.s.handler.HandlePackets(b.s.index, b.pkts)
 	b.pkts, b.bytes = b.pkts[:0], 0
 }

@@ -78,7 +78,9 @@ func (h *recHandler) HandleUnreachable(_ int, app, remote netip.AddrPort) {
 // udpStack is a Stack with nothing but what UDP needs.
 func udpStack(off tun.Offload) (*Stack, *recDevice, *recHandler) {
 	d, h := &recDevice{off: off}, &recHandler{}
-	return &Stack{dev: d, handler: h}, d, h
+	s := &Stack{handler: h}
+	s.shards = []*shard{{Stack: s, dev: loneDevice{d}}}
+	return s, d, h
 }
 
 func mod(p []byte, at int, v ...byte) []byte {
@@ -116,8 +118,8 @@ func TestUDPToImpossible(t *testing.T) {
 			src, gateway = app6, flow.Gateway6
 		}
 		s, _, h := udpStack(0)
-		b := s.newUDPBatch()
-		b.add(rawUDP(src, dst, []byte("x")), &tun.Header{})
+		b := s.shards[0].newUDPBatch()
+		b.addFrame(rawUDP(src, dst, []byte("x")), &tun.Header{})
 		b.flush()
 		if len(h.pkts) != 1 || h.pkts[0].Dst != dst {
 			t.Errorf("to %v: %v", dst, h.pkts)
@@ -209,9 +211,9 @@ func TestUDPAdd(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s, _, h := udpStack(0)
-			b := s.newUDPBatch()
+			b := s.shards[0].newUDPBatch()
 			keep := bytes.Clone(c.frame)
-			ok := b.add(c.frame, &c.h)
+			ok := b.addFrame(c.frame, &c.h)
 			if len(h.pkts) != 0 {
 				t.Fatal("handed over before flush")
 			}
@@ -273,12 +275,12 @@ func TestUDPSuperFrameIn(t *testing.T) {
 				src, off = app6, 40
 			}
 			s, _, h := udpStack(tun.VnetHdr | tun.USO)
-			b := s.newUDPBatch()
+			b := s.shards[0].newUDPBatch()
 			pay := make([]byte, c.total)
 			for i := range pay {
 				pay[i] = byte(i / 7)
 			}
-			ok := b.add(rawUDP(src, to, pay), &tun.Header{Flags: tun.NeedsCsum, CsumStart: uint16(off), CsumOffset: 6, GSOType: tun.GSOUDPL4, GSOSize: uint16(c.size)})
+			ok := b.addFrame(rawUDP(src, to, pay), &tun.Header{Flags: tun.NeedsCsum, CsumStart: uint16(off), CsumOffset: 6, GSOType: tun.GSOUDPL4, GSOSize: uint16(c.size)})
 			b.flush()
 			if !ok || len(h.pkts) != c.want {
 				t.Fatalf("%d by %d: ok %v, %d datagrams, want %d", c.total, c.size, ok, len(h.pkts), c.want)
@@ -305,15 +307,15 @@ func TestUDPSuperFrameIn(t *testing.T) {
 
 func TestUDPBurst(t *testing.T) {
 	s, _, h := udpStack(0)
-	b := s.newUDPBatch()
+	b := s.shards[0].newUDPBatch()
 	frame := rawUDP(app4, far4, []byte("x"))
 	for !b.full() {
-		b.add(frame, &tun.Header{})
+		b.addFrame(frame, &tun.Header{})
 	}
 	if h.bursts != 0 {
 		t.Fatal("handed over before flush")
 	}
-	b.add(frame, &tun.Header{}) // a reader that does not ask is safe too
+	b.addFrame(frame, &tun.Header{}) // a reader that does not ask is safe too
 	b.flush()
 	b.flush()
 	if h.bursts != 2 || len(h.pkts) != udpBurst+1 {
@@ -342,8 +344,8 @@ func TestUDPUnreachable(t *testing.T) {
 		{"from a third host", sum4(mod(i4, 12, 10, 9, 9, 9)), netip.AddrPort{}, netip.AddrPort{}, false},
 	} {
 		s, _, h := udpStack(0)
-		b := s.newUDPBatch()
-		if ok := b.add(c.frame, &tun.Header{}); ok != c.ok || h.app != c.app || h.remote != c.remote {
+		b := s.shards[0].newUDPBatch()
+		if ok := b.addFrame(c.frame, &tun.Header{}); ok != c.ok || h.app != c.app || h.remote != c.remote {
 			t.Errorf("%s: %v, app %v remote %v", c.name, ok, h.app, h.remote)
 		}
 		for n := range c.frame { // every length is safe
@@ -361,8 +363,8 @@ func FuzzUDPAdd(f *testing.F) {
 	f.Add(icmp, uint8(0), uint8(0), uint16(0), uint16(0))
 	f.Fuzz(func(t *testing.T, frame []byte, flags, gso uint8, size, start uint16) {
 		s, _, h := udpStack(0)
-		b := s.newUDPBatch()
-		ok := b.add(frame, &tun.Header{Flags: flags, GSOType: gso, GSOSize: size, CsumStart: start, CsumOffset: 6})
+		b := s.shards[0].newUDPBatch()
+		ok := b.addFrame(frame, &tun.Header{Flags: flags, GSOType: gso, GSOSize: size, CsumStart: start, CsumOffset: 6})
 		b.flush()
 		st := s.Stats().UDP
 		dropped := st.DroppedAddress + st.DroppedChecksum + st.DroppedMalformed + st.DroppedMulticast
@@ -394,12 +396,12 @@ func BenchmarkUDPAdd(b *testing.B) {
 		b.Run(strings.ReplaceAll(c.name, " ", "-"), func(b *testing.B) {
 			s, _, h := udpStack(0)
 			h.quiet = true
-			batch := s.newUDPBatch()
+			batch := s.shards[0].newUDPBatch()
 			frame := rawUDP(app4, far4, make([]byte, c.size))
 			b.ReportAllocs()
 			b.SetBytes(int64(c.size))
 			for i := 0; b.Loop(); i++ {
-				if !batch.add(frame, &c.h) {
+				if !batch.addFrame(frame, &c.h) {
 					b.Fatal("not taken")
 				}
 				if i%c.frames == 0 {
@@ -417,15 +419,15 @@ func BenchmarkUDPAdd(b *testing.B) {
 func TestUDPAllocatesNothing(t *testing.T) {
 	s, d, h := udpStack(tun.VnetHdr | tun.TSO | tun.USO)
 	d.quiet, h.quiet = true, true
-	b := s.newUDPBatch()
+	b := s.shards[0].newUDPBatch()
 	w := s.PacketWriter(0)
 	one, six := rawUDP(app4, far4, make([]byte, 200)), rawUDP(app6, far6, make([]byte, 9000))
 	super := tun.Header{Flags: tun.NeedsCsum, CsumStart: 40, CsumOffset: 6, GSOType: tun.GSOUDPL4, GSOSize: 100}
 	out := append(repeat(20, 1200, far4, app4), repeat(3, 65527, far6, app6)...)
 	refused := flow.Packet{Src: app4, Dst: far4, Head: one[:28]}
 	if n := testing.AllocsPerRun(100, func() {
-		b.add(one, &tun.Header{})
-		b.add(six, &super)
+		b.addFrame(one, &tun.Header{})
+		b.addFrame(six, &super)
 		b.flush()
 		_, _ = w.WritePackets(out)
 		w.Refuse(refused, flow.RefusePort)

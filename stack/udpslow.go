@@ -27,7 +27,7 @@ var slowPool = sync.Pool{New: func() any { return new(slowUDP) }}
 
 // handleSlowUDP takes a datagram out of gVisor: one that came in fragments. gVisor has reassembled it and verified the
 // IP header, but not the UDP checksum. It always returns true: gVisor has nothing to say about it.
-func (s *Stack) handleSlowUDP(id gstack.TransportEndpointID, pkt *gstack.PacketBuffer) bool {
+func (s *shard) handleSlowUDP(id gstack.TransportEndpointID, pkt *gstack.PacketBuffer) bool {
 	c := &s.stats.udp
 	ip, udp := pkt.NetworkHeader().Slice(), pkt.TransportHeader().Slice()
 	if len(udp) < udpHeaderLen || len(ip) < ip4HeaderLen || ip[0]>>4 == 6 && len(ip) < ip6HeaderLen {
@@ -76,7 +76,7 @@ func (s *Stack) handleSlowUDP(id gstack.TransportEndpointID, pkt *gstack.PacketB
 		Src: netip.AddrPortFrom(src, id.RemotePort), Dst: netip.AddrPortFrom(dst, id.LocalPort),
 		Payload: w.data[udpHeaderLen:n:n], Head: w.head,
 	}
-	s.handler.HandlePackets(0, w.pkt[:])
+	s.handler.HandlePackets(s.index, w.pkt[:])
 	return true
 }
 

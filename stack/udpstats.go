@@ -32,13 +32,22 @@ type udpCounters struct {
 	refused, refusedMute, unreachable                                   atomic.Uint64
 }
 
-func (c *udpCounters) snapshot() UDPStats {
-	return UDPStats{
-		In: c.in.Load(), InBytes: c.inBytes.Load(), InSuper: c.inSuper.Load(), InReassembled: c.inReassembled.Load(),
-		DroppedMalformed: c.droppedMalformed.Load(), DroppedChecksum: c.droppedChecksum.Load(),
-		DroppedMulticast: c.droppedMulticast.Load(), DroppedAddress: c.droppedAddress.Load(),
-		Out: c.out.Load(), OutBytes: c.outBytes.Load(), OutSuper: c.outSuper.Load(),
-		OutTooLong: c.outTooLong.Load(), OutAddress: c.outAddress.Load(), OutFull: c.outFull.Load(),
-		Refused: c.refused.Load(), RefusedMute: c.refusedMute.Load(), Unreachable: c.unreachable.Load(),
-	}
+func (c *udpCounters) addTo(st *UDPStats) {
+	st.In += c.in.Load()
+	st.InBytes += c.inBytes.Load()
+	st.InSuper += c.inSuper.Load()
+	st.InReassembled += c.inReassembled.Load()
+	st.DroppedMalformed += c.droppedMalformed.Load()
+	st.DroppedChecksum += c.droppedChecksum.Load()
+	st.DroppedMulticast += c.droppedMulticast.Load()
+	st.DroppedAddress += c.droppedAddress.Load()
+	st.Out += c.out.Load()
+	st.OutBytes += c.outBytes.Load()
+	st.OutSuper += c.outSuper.Load()
+	st.OutTooLong += c.outTooLong.Load()
+	st.OutAddress += c.outAddress.Load()
+	st.OutFull += c.outFull.Load()
+	st.Refused += c.refused.Load()
+	st.RefusedMute += c.refusedMute.Load()
+	st.Unreachable += c.unreachable.Load()
 }

@@ -27,7 +27,7 @@ const (
 // packetWriter is the flow.PacketWriter. Everything that a frame needs beside the payload is in it, so that a write
 // allocates nothing.
 type packetWriter struct {
-	s     *Stack
+	s     *shard
 	id    uint16 // of the next IPv4 header
 	noUSO bool   // the device refused a super-frame
 	hdr   tun.Header
@@ -39,7 +39,7 @@ type packetWriter struct {
 // PacketWriter makes a writer of datagrams to the apps of one shard; each goroutine has its own. It holds nothing to give back.
 func (s *Stack) PacketWriter(shard int) flow.PacketWriter {
 	// From a random ID on: two writers seldom use one for the same pair of addresses at the same time.
-	return &packetWriter{s: s, id: uint16(rand.Uint32())}
+	return &packetWriter{s: s.shards[shard], id: uint16(rand.Uint32())}
 }
 
 // WritePackets implements flow.PacketWriter.

@@ -41,9 +41,9 @@ func cutFrame(t *testing.T, f recFrame) []flow.Packet {
 		t.Fatalf("%+v", f.h)
 	}
 	s, _, h := udpStack(0)
-	b := s.newUDPBatch()
+	b := s.shards[0].newUDPBatch()
 	// The sum over a super-frame is that of no datagram, but it proves the pseudo-header.
-	if !b.add(p, &tun.Header{}) {
+	if !b.addFrame(p, &tun.Header{}) {
 		t.Fatal("not UDP")
 	}
 	b.flush()
@@ -231,9 +231,9 @@ func TestUDPWriteErrors(t *testing.T) {
 
 func TestUDPRefuse(t *testing.T) {
 	s, d, h := udpStack(0)
-	b := s.newUDPBatch()
+	b := s.shards[0].newUDPBatch()
 	for _, p := range [][]byte{rawUDP(app4, far4, []byte("x")), rawUDP(app6, far6, []byte("x"))} {
-		b.add(p, &tun.Header{})
+		b.addFrame(p, &tun.Header{})
 	}
 	b.flush()
 	w := s.PacketWriter(0)

@@ -33,7 +33,7 @@ type rawConn struct {
 
 // openRaw shakes hands with the options in the SYN.
 func openRaw(t *testing.T, off tun.Offload, v6 bool, opts []byte) *rawConn {
-	r := &rawConn{rawStack: newRawOver(t, off, Config{}), src: netip.AddrPortFrom(appIP4, 1234), dst: srv4, hdr: ip4HeaderLen}
+	r := &rawConn{rawStack: newRawOver(t, off, Config{Shards: 1}), src: netip.AddrPortFrom(appIP4, 1234), dst: srv4, hdr: ip4HeaderLen}
 	if v6 {
 		r.src, r.dst, r.hdr = netip.AddrPortFrom(appIP6, 1234), srv6, ip6HeaderLen
 	}
@@ -247,12 +247,12 @@ func TestPersist(t *testing.T) {
 		for _, down := range []bool{true, false} {
 			for _, small := range []bool{false, true} {
 				t.Run(fmt.Sprintf("%s/down=%v/small=%v", name, down, small), func(t *testing.T) {
-					p := newPair(t, off, Config{})
-					compress(p.st.engine.Load().ns)
+					p := newPair(t, off, Config{Shards: 1})
+					compress(p.st.shards[0].engine.Load().ns)
 					compress(p.testApp.s.engine.Load().ns)
 					if small {
 						rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: 4096, Default: 16 << 10, Max: 16 << 10}
-						for _, ns := range []*gstack.Stack{p.st.engine.Load().ns, p.testApp.s.engine.Load().ns} {
+						for _, ns := range []*gstack.Stack{p.st.shards[0].engine.Load().ns, p.testApp.s.engine.Load().ns} {
 							if err := ns.SetTransportProtocolOption(tcp.ProtocolNumber, &rcv); err != nil {
 								t.Fatal(err)
 							}

@@ -101,6 +101,7 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 	}
 	if p.stack, err = stack.New(stack.Config{
 		Device: dev, Handler: handler{p.router}, Sockets: sockets, Log: log,
+		Shards: 1, // the router is not yet divided
 	}); err != nil {
 		return nil, err
 	}

@@ -1,0 +1,87 @@
+package stack
+
+import (
+	"sync"
+
+	"github.com/viasocks/viasocks/tun"
+)
+
+// The kernel chooses the queue of a frame, and knows no shards. A frame whose app's port is another shard's is copied into that
+// shard's inbox, in the order in which it came, and its reader takes it from there before it reads its own queues again. This
+// happens to the first frames of a flow and to those after a silence: what the shard writes moves the flow to its own queues.
+
+// inboxFrames and inboxBytes bound what waits in an inbox, as the kernel's queue of 500 frames does. A flow's first segments
+// are small; a super-segment comes this way after a silence only.
+const (
+	inboxFrames = 512
+	inboxBytes  = 4 << 20
+)
+
+// inbox is the frames that other shards' readers have read for this one.
+type inbox struct {
+	mu     sync.Mutex
+	frames []handed
+	bytes  int
+}
+
+// handed is a frame in a buffer of a pool.
+type handed struct {
+	h   tun.Header
+	buf *[]byte
+}
+
+// frameBufs are the buffers of frames that are handed over: of a packet's length, and of a super-segment's.
+var frameBufs = [2]sync.Pool{
+	{New: func() any { b := make([]byte, 0, smallFrame); return &b }},
+	{New: func() any { b := make([]byte, 0, tun.MaxFrame); return &b }},
+}
+
+const smallFrame = 2048
+
+// frameBuf is the pool for frames of n bytes.
+func frameBuf(n int) *sync.Pool {
+	if n <= smallFrame {
+		return &frameBufs[0]
+	}
+	return &frameBufs[1]
+}
+
+// hand gives a frame to another shard, in pieces. It is dropped and counted when the inbox is full.
+func (s *shard) hand(to *shard, h *tun.Header, parts ...[]byte) {
+	n := 0
+	for _, p := range parts {
+		n += len(p)
+	}
+	x := &to.inbox
+	x.mu.Lock()
+	if len(x.frames) >= inboxFrames || x.bytes+n > inboxBytes || n > tun.MaxFrame {
+		x.mu.Unlock()
+		s.stats.droppedHandover.Add(1)
+		return
+	}
+	buf := frameBuf(n).Get().(*[]byte)
+	*buf = (*buf)[:0]
+	for _, p := range parts {
+		*buf = append(*buf, p...)
+	}
+	x.frames = append(x.frames, handed{*h, buf})
+	x.bytes += n
+	first := len(x.frames) == 1
+	x.mu.Unlock()
+	s.stats.handedOver.Add(1)
+	if first { // else the reader was woken and has not come yet
+		to.dev.Wake()
+	}
+}
+
+// take exchanges what waits for an empty slice.
+func (x *inbox) take(empty []handed) []handed {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if len(x.frames) == 0 {
+		return nil
+	}
+	fs := x.frames
+	x.frames, x.bytes = empty[:0], 0
+	return fs
+}
