@@ -310,3 +310,15 @@ func TestBindAndSOCKS4(t *testing.T) {
 	p.socks4(t.Context())
 	check(t, "SOCKS4", p.report.SOCKS4.Code, 91)
 }
+
+// The second reply of BIND may be a refusal of two bytes, too.
+func TestShortReply(t *testing.T) {
+	_, reply, err := readReply(strings.NewReader("\x05\x05"))
+	if a := answer(reply, err); a.Kind != Refused || a.Code != 5 || !a.Short {
+		t.Errorf("%+v", a)
+	}
+	_, reply, err = readReply(strings.NewReader("\x05\x00\x00\x02\x01\x02\x03\x04\x00\x50"))
+	if a := answer(reply, err); a.Kind != Malformed {
+		t.Errorf("%+v", a)
+	}
+}
