@@ -141,7 +141,7 @@ func (r *Router) open(a *assoc) {
 	r.udp.mu.Unlock()
 	r.control.opening++
 	m, w := a.m, r.loopW[a.loop]
-	a.up.OpenPackets(ctx, r.cfg.Loops[a.loop],
+	a.up.OpenPackets(socks.WithSource(ctx, m.src.Addr()), r.cfg.Loops[a.loop],
 		func(pkts []flow.Packet) {
 			if !a.up.heard.Load() {
 				a.up.heardUDP(r)

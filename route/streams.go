@@ -75,7 +75,7 @@ func (r *Router) HandleStream(req flow.StreamRequest) {
 		r.turnAway(req, f, verdictImpossible, flow.RefuseReset, "refused", errComesBack)
 		return
 	}
-	dest := Dest{Addr: f.Dst}
+	dest := Dest{Addr: f.Dst, Src: f.Src.Addr()}
 	if d := r.dns.Load(); d != nil && f.Dst.Port() == 53 && flow.OneHost(f.Dst.Addr()) {
 		// A truncated answer asks to come back by TCP, and the address in resolv.conf need not exist.
 		dest.Addr = d.Resolver()

@@ -13,6 +13,7 @@ import (
 type Dest struct {
 	Addr netip.AddrPort
 	Name string
+	Src  netip.Addr // the app's address, for upstreams that choose a server by it
 }
 
 func (d Dest) String() string {

@@ -30,6 +30,9 @@ func (u *socksUpstream) Name() string { return u.name }
 
 // DialStream implements Upstream by CONNECT.
 func (u *socksUpstream) DialStream(ctx context.Context, l *relay.Loop, d Dest, done func(s loop.Socket, err error)) {
+	if h, ok := u.c.(interface{ BySource() bool }); ok && h.BySource() {
+		ctx = socks.WithSource(ctx, d.Src)
+	}
 	u.c.Connect(ctx, l.Loop, socks.Addr{Name: d.Name, IP: d.Addr.Addr(), Port: d.Addr.Port()}, done)
 }
 

@@ -88,6 +88,9 @@ func setKeepalive(fd int) error {
 // address or one that the server named and that is not nearer to us than the server is.
 func (a *Association) Relay() netip.AddrPort { return a.relay }
 
+// Server is the URL, without credentials, of the server that has the association.
+func (a *Association) Server() string { return a.server }
+
 // Dial opens a new UDP socket that is connected to the relay, so that the kernel drops what comes from elsewhere. It is
 // non-blocking and close-on-exec, Options.Control has seen it, and the caller owns it. It stays open when the association
 // ends.

@@ -132,6 +132,9 @@ func (g *Group) Renew() {
 	g.plan()
 }
 
+// BySource reports whether the choice depends on what WithSource tells.
+func (g *Group) BySource() bool { return g.c.opts.Select == Hash }
+
 // run is a flow, or an association, on its way through the group.
 type run struct {
 	g         *Group

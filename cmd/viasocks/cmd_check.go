@@ -36,11 +36,16 @@ func summary(cfg *config.Config) string {
 	var b strings.Builder
 	line := func(format string, a ...any) { b.WriteString(control.Plain(fmt.Sprintf(format, a...)) + "\n") }
 	for _, u := range cfg.Upstreams {
-		login := ""
-		if u.Server.HasCredentials() {
-			login = ", with a user and a password"
+		for i, s := range u.Servers() {
+			login, name := "", "upstream "+u.Name
+			if s.HasCredentials() {
+				login = ", with a user and a password"
+			}
+			if len(u.More) > 0 {
+				name += fmt.Sprintf(", %s, server %d", u.Group.Select, i+1)
+			}
+			line("%s: %s%s", name, s, login)
 		}
-		line("upstream %s: %s%s", u.Name, u.Server, login)
 	}
 	for i := range cfg.Rules {
 		line("rule %d: %s", i+1, &cfg.Rules[i])

@@ -21,7 +21,12 @@ type timeDuration = time.Duration
 type Upstream struct {
 	Name   string
 	Server socks.Server
+	More   []socks.Server     // of a group, behind Server
+	Group  socks.GroupOptions // its name is not set
 }
+
+// Servers are all servers of u.
+func (u *Upstream) Servers() []socks.Server { return append([]socks.Server{u.Server}, u.More...) }
 
 // Host is what `up` does to the host beyond the device, mark and table.
 type Host struct {

@@ -71,7 +71,7 @@ func TestUsageErrors(t *testing.T) {
 		{"P --upstream proxy=socks5://h", "the name proxy is taken"},
 		{"P --upstream direct=socks5://h", "the name direct is taken"},
 		{"P --upstream b=socks5://h --upstream b=socks5://h", "there is already an upstream b"},
-		{"P --upstream b=socks5://h,socks5://i", "groups of several proxies are not there yet"},
+		{"P --upstream b=socks5://h,socks5://h", "is named twice"},
 		{"P --rule=proto\ticmp\tdrop", `cannot use --rule proto icmp drop: protocol "icmp": write tcp or udp`},
 		{"P --rule drop,", "unknown word"},
 		{"P --rule=via\tb", `cannot use rule "via b": there is no upstream b, only proxy`},

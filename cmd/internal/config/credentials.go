@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/viasocks/viasocks/route"
@@ -64,16 +65,23 @@ func (c *Config) finishServers(env []string) error {
 	}
 	for i := range c.Upstreams {
 		u := &c.Upstreams[i]
-		s, err := c.withSecrets(u.Name, u.Server, env)
-		if err != nil {
-			return err
-		}
-		if ca != nil && s.TLS() {
-			if s, err = s.WithCA(ca); err != nil {
-				return fmt.Errorf("cannot use the certificates %s: %w", c.proxyCA.text, err)
+		all := u.Servers()
+		for j, s := range all {
+			s, err := c.withSecrets(u.Name, s, env)
+			if err != nil {
+				return err
 			}
+			if ca != nil && s.TLS() {
+				if s, err = s.WithCA(ca); err != nil {
+					return fmt.Errorf("cannot use the certificates %s: %w", c.proxyCA.text, err)
+				}
+			}
+			all[j] = s
 		}
-		u.Server = s
+		u.Server, u.More = all[0], slices.Clip(all[1:])
+		if len(u.More) == 0 {
+			u.More = nil
+		}
 	}
 	return nil
 }

@@ -104,15 +104,19 @@ in PEM, instead of those that the system trusts.
 There is no way to leave the verification out.`,
 	},
 	{
-		Name: "upstream", Arg: "NAME=URL", Many: true, Live: true, Cmds: all, set: addUpstream,
-		Help: "one more proxy, for rules to name",
-		Man: `One more proxy, for rules to name.
+		Name: "upstream", Arg: "NAME=URL[,URL...]", Many: true, Live: true, Cmds: all, set: addUpstream,
+		Help: "one more proxy, or a group of them, for rules to name",
+		Man: `One more proxy, or a group of proxies that carry the same, for rules to name.
 .Ar NAME
 begins with a letter or digit and goes on with letters, digits, dots, underscores and hyphens, 64 at most;
 .Cm proxy , direct , reject , drop
 and
 .Cm via
-are taken.`,
+are taken.
+Behind the URLs of a group may stand words, all in one argument:
+.Ql NAME=URL,URL select=latched retry-after=1m ;
+see
+.Sx GROUPS .`,
 	},
 	{
 		Name: "dns", Arg: "tcp://ADDR[,ADDR...]", Default: defaultDNS, Soft: true, Live: true, Cmds: all, set: setDNS,

@@ -50,7 +50,7 @@ func (c *Config) finishProxy(env []string) error {
 	}
 	c.proxyAt = value{} // it may hold a password
 	c.Default = DefaultUpstream
-	c.Upstreams = append([]Upstream{{DefaultUpstream, s}}, c.Upstreams...)
+	c.Upstreams = append([]Upstream{{Name: DefaultUpstream, Server: s}}, c.Upstreams...)
 	return c.finishServers(env)
 }
 

@@ -67,7 +67,7 @@ func setProxy(c *Config, v value) error   { c.proxyAt = v; return nil }
 func setProxyCA(c *Config, v value) error { c.proxyCA = v; return nil }
 
 func addUpstream(c *Config, v value) error {
-	name, url, ok := strings.Cut(v.text, "=")
+	name, text, ok := strings.Cut(v.text, "=")
 	if !ok {
 		return v.err("must be NAME=URL")
 	}
@@ -82,14 +82,11 @@ func addUpstream(c *Config, v value) error {
 			return v.err("there is already an upstream %s", name)
 		}
 	}
-	if strings.Contains(url, ",") {
-		return v.err("groups of several proxies are not there yet: one URL for each upstream")
-	}
-	s, err := parseServer(v, url)
+	u, err := parseGroup(v, Upstream{Name: name}, text)
 	if err != nil {
 		return err
 	}
-	c.Upstreams = append(c.Upstreams, Upstream{name, s})
+	c.Upstreams = append(c.Upstreams, u)
 	return nil
 }
 

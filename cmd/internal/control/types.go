@@ -66,6 +66,15 @@ type Upstream struct {
 	TCP       string   `json:"tcp"` // "ok" or "down"
 	UDP       string   `json:"udp"`
 	Addresses []string `json:"addresses,omitempty"` // where our sockets may go for it
+	Servers   []Member `json:"servers,omitempty"`   // of a group; its URL says how many
+}
+
+// Member is a server of a group.
+type Member struct {
+	URL          string `json:"url"`           // without its password
+	State        string `json:"state"`         // "ok" or "down"
+	Why          string `json:"why,omitempty"` // its last fault, if nothing went well since
+	Associations int    `json:"associations"`  // for UDP, now
 }
 
 // Rule is a rule and how often it decided, in TCP connections and datagrams.

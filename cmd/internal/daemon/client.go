@@ -2,48 +2,43 @@ package daemon
 
 import (
 	"context"
-	"sync/atomic"
+	"fmt"
 
+	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// client is a SOCKS server whose relays are allowed before they are used, and whose name can be looked up anew.
+// client is the group of servers of an upstream, whose relays are allowed before they are used.
 type client struct {
-	d       *socks.Dialer
-	server  socks.Server
+	*socks.Group
 	allowed *endpoints // nil: sockets may go anywhere
-	now     atomic.Pointer[socks.Client]
 }
 
 var _ route.Client = (*client)(nil)
 
-func newClient(d *socks.Dialer, s socks.Server, allowed *endpoints) *client {
-	c := &client{d: d, server: s, allowed: allowed}
-	c.renew()
-	return c
-}
-
-// renew forgets what the server's name stood for. What is pending goes on.
-func (c *client) renew() { c.now.Store(c.d.Client(c.server)) }
-
-// Connect implements route.Client.
-func (c *client) Connect(ctx context.Context, l *loop.Loop, dst socks.Addr, done func(s loop.Socket, err error)) {
-	c.now.Load().Connect(ctx, l, dst, done)
+func newClient(d *socks.Dialer, l *loop.Loop, u config.Upstream, allowed *endpoints) (*client, error) {
+	o := u.Group
+	o.Name = u.Name
+	g, err := d.Group(l, u.Servers(), o)
+	if err != nil {
+		return nil, fmt.Errorf("cannot use the upstream %s: %w", u.Name, err)
+	}
+	return &client{g, allowed}, nil
 }
 
 // Associate implements route.Client.
 func (c *client) Associate(ctx context.Context, l *loop.Loop, done func(*socks.Association, error)) {
 	if c.allowed == nil {
-		c.now.Load().Associate(ctx, l, done)
+		c.Group.Associate(ctx, l, done)
 		return
 	}
-	c.now.Load().Associate(ctx, l, func(a *socks.Association, err error) {
+	c.Group.Associate(ctx, l, func(a *socks.Association, err error) {
 		if err != nil {
 			done(nil, err)
 			return
 		}
-		a.OnOver(c.allowed.relay(c.server.String(), a.Relay(), func() { done(a, nil) }))
+		a.OnOver(c.allowed.relay(a.Server(), a.Relay(), func() { done(a, nil) }))
 	})
 }

@@ -80,8 +80,10 @@ func (e *endpoints) configure(ups []config.Upstream) {
 	e.servers = nil
 	owners := map[string]bool{resolvers: true}
 	for _, u := range ups {
-		owners[u.Server.String()] = true
-		e.servers = append(e.servers, u.Server)
+		for _, s := range u.Servers() {
+			owners[s.String()] = true
+			e.servers = append(e.servers, s)
+		}
 	}
 	for at, k := range e.known {
 		if !owners[k.owner] {

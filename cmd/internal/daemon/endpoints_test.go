@@ -14,6 +14,8 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/flow"
@@ -263,7 +265,12 @@ func TestEndpointsOfAssociation(t *testing.T) {
 	over := make(chan struct{})
 	go func() { _ = l.Run(context.Background()); close(over) }()
 	defer func() { l.Close(); <-over }()
-	newClient(d, srv, e).Associate(ctx, l, func(a *socks.Association, err error) {
+	c, err := newClient(d, l, config.Upstream{Name: "p", Server: srv}, e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.Associate(ctx, l, func(a *socks.Association, err error) {
 		if err == nil {
 			if !f.passes(flow.UDP, a.Relay().String()) {
 				err = fmt.Errorf("%v is not in %v", a.Relay(), f.has)
@@ -292,10 +299,15 @@ func TestReloadPolicy(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer d.Close()
-	p := &plane{dialer: d}
-	first, ups := p.policy(parse(t, "--proxy", "socks5://u:one@h", "--upstream", "b=socks5://b", "--rule", "port 1 direct"))
+	rl, err := relay.NewLoop(relay.Config{}) // it need not run
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rl.Close()
+	p := &plane{dialer: d, loops: []*relay.Loop{rl}}
+	first, ups, _ := p.policy(parse(t, "--proxy", "socks5://u:one@h", "--upstream", "b=socks5://b", "--rule", "port 1 direct"))
 	p.ups = ups
-	second, _ := p.policy(parse(t, "--proxy", "socks5://u:two@h", "--upstream", "b=socks5://b", "--rule", "port 2 direct"))
+	second, _, _ := p.policy(parse(t, "--proxy", "socks5://u:two@h", "--upstream", "b=socks5://b", "--rule", "port 2 direct"))
 	if len(first.Upstreams) != 3 || len(second.Upstreams) != 3 {
 		t.Fatalf("%v, %v", first, second)
 	}

@@ -98,13 +98,15 @@ func (u *up) localProxies(cfg *config.Config) (out []localProxy) {
 	}
 	defer diag.Close()
 	for _, up := range cfg.Upstreams {
-		for _, a := range u.proxyAddrs(up.Server) {
-			if !a.IsUnspecified() && !socks.OnHost(a) {
-				continue
+		for _, s := range up.Servers() {
+			for _, a := range u.proxyAddrs(s) {
+				if !a.IsUnspecified() && !socks.OnHost(a) {
+					continue
+				}
+				p := localProxy{server: s.String(), at: netip.AddrPortFrom(a, s.Port())}
+				p.find(diag)
+				out = append(out, p)
 			}
-			p := localProxy{server: up.Server.String(), at: netip.AddrPortFrom(a, up.Server.Port())}
-			p.find(diag)
-			out = append(out, p)
 		}
 	}
 	return out

@@ -35,6 +35,7 @@ type plane struct {
 	router *route.Router
 	stack  *stack.Stack
 	dial   dialing
+	mu     sync.Mutex // over changes of ups, and for those who read it elsewhere
 	ups    []upstream // that the router has
 	gso    atomic.Pointer[gso]
 
@@ -87,7 +88,11 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 		}
 		p.loops = append(p.loops, l)
 	}
-	policy, ups := p.policy(cfg)
+	policy, ups, err := p.policy(cfg)
+	if err != nil {
+		dev.Close()
+		return nil, err
+	}
 	p.ups = ups
 	if p.router, err = route.New(route.Config{
 		Upstreams: policy.Upstreams, Rules: policy.Rules, Default: policy.Default, Resolvers: policy.Resolvers,
@@ -111,15 +116,18 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 }
 
 // policy is what the router is told. What it has already, made of the same, stays the same.
-func (p *plane) policy(cfg *config.Config) (route.Policy, []upstream) {
-	var ups []upstream
+func (p *plane) policy(cfg *config.Config) (_ route.Policy, ups []upstream, err error) {
 	for _, u := range cfg.Upstreams {
 		i := slices.IndexFunc(p.ups, func(have upstream) bool { return reflect.DeepEqual(have.Config, u) })
 		if i >= 0 {
 			ups = append(ups, p.ups[i])
 			continue
 		}
-		c := newClient(p.dialer, u.Server, p.dial.allowed)
+		c, err := newClient(p.dialer, p.loops[0].Loop, u, p.dial.allowed)
+		if err != nil {
+			p.closeGroups(ups, p.ups)
+			return route.Policy{}, nil, err
+		}
 		ups = append(ups, upstream{u, route.NewSOCKS(u.Name, c), c})
 	}
 	if hasDirect(cfg) {
@@ -138,17 +146,33 @@ func (p *plane) policy(cfg *config.Config) (route.Policy, []upstream) {
 	for _, u := range ups {
 		pol.Upstreams = append(pol.Upstreams, u.Route)
 	}
-	return pol, ups
+	return pol, ups, nil
+}
+
+// closeGroups ends what groups of ups do by themselves, but for those that keep has too.
+func (p *plane) closeGroups(ups, keep []upstream) {
+	for _, u := range ups {
+		if u.client != nil && !slices.ContainsFunc(keep, func(k upstream) bool { return k.client == u.client }) {
+			u.client.Close()
+		}
+	}
 }
 
 // reload takes other upstreams, rules, resolvers, timeouts and limits, or leaves everything as it is. Times and limits are
 // for what begins from now on.
 func (p *plane) reload(cfg *config.Config) error {
-	policy, ups := p.policy(cfg)
-	if err := p.router.Reload(policy); err != nil {
+	policy, ups, err := p.policy(cfg)
+	if err != nil {
 		return err
 	}
+	if err := p.router.Reload(policy); err != nil {
+		p.closeGroups(ups, p.ups)
+		return err
+	}
+	p.closeGroups(p.ups, ups)
+	p.mu.Lock()
 	p.ups = ups
+	p.mu.Unlock()
 	p.set(cfg)
 	return nil
 }
@@ -204,7 +228,7 @@ func (p *plane) setGSO(mode relay.GSO) {
 func (p *plane) renew() {
 	for _, u := range p.ups {
 		if u.client != nil {
-			u.client.renew()
+			u.client.Renew()
 		}
 	}
 	p.router.Renew()
@@ -277,8 +301,21 @@ func (p *plane) Close() {
 			l.Close()
 		}
 		p.looped.Wait()
+		p.closeGroups(p.ups, nil)
 		if p.dialer != nil {
 			p.dialer.Close()
 		}
 	})
+}
+
+// servers are those of an upstream, with their health; nil for direct.
+func (p *plane) servers(name string) []socks.ServerStatus {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, u := range p.ups {
+		if u.Config.Name == name && u.client != nil {
+			return u.client.Servers()
+		}
+	}
+	return nil
 }

@@ -29,12 +29,12 @@ func probe(ctx context.Context, cfg *config.Config, dial dialing) error {
 	errs := make([]chan error, len(cfg.Upstreams))
 	for i, u := range cfg.Upstreams {
 		errs[i] = make(chan error, 1)
-		go func() { errs[i] <- probeServer(ctx, u.Server, dial, cfg.ConnectTimeout) }()
+		go func() { errs[i] <- probeGroup(ctx, u, dial, cfg.ConnectTimeout) }()
 	}
 	var first error
-	for i, c := range errs {
+	for _, c := range errs {
 		if err := <-c; err != nil && first == nil {
-			first = explain(cfg.Upstreams[i].Server, err)
+			first = err
 			cancel()
 		}
 	}
@@ -42,6 +42,35 @@ func probe(ctx context.Context, cfg *config.Config, dial dialing) error {
 		return cause // a signal
 	}
 	return first
+}
+
+// probeGroup looks at all servers of an upstream at a time. One that works is enough.
+func probeGroup(ctx context.Context, u config.Upstream, dial dialing, connectTimeout time.Duration) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	all := u.Servers()
+	type end struct {
+		i   int
+		err error
+	}
+	ends := make(chan end, len(all))
+	for i, s := range all {
+		go func() { ends <- end{i, probeServer(ctx, s, dial, connectTimeout)} }()
+	}
+	errs := make([]error, len(all))
+	works := false
+	for range all { // no look is left behind
+		e := <-ends
+		errs[e.i] = e.err
+		if e.err == nil {
+			works = true
+			cancel()
+		}
+	}
+	if works {
+		return nil
+	}
+	return explain(all[0], errs[0])
 }
 
 func probeServer(ctx context.Context, s socks.Server, dial dialing, connectTimeout time.Duration) error {

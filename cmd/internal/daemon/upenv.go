@@ -11,6 +11,7 @@ import (
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/netns"
@@ -19,15 +20,17 @@ import (
 // checkProxies refuses a proxy that can't be reached, and says what may surprise.
 func (u *up) checkProxies(cfg *config.Config) error {
 	for _, up := range cfg.Upstreams {
-		a, err := netip.ParseAddr(up.Server.Host())
-		if err != nil {
-			continue
+		for _, s := range up.Servers() {
+			a, err := netip.ParseAddr(s.Host())
+			if err != nil {
+				continue
+			}
+			a = a.Unmap()
+			if p, ours := tunRange(a); ours {
+				return fmt.Errorf("cannot use the proxy %s: its address is inside %s, which viasocks uses itself", s, p)
+			}
+			u.warnExcluded(cfg, s, a)
 		}
-		a = a.Unmap()
-		if p, ours := tunRange(a); ours {
-			return fmt.Errorf("cannot use the proxy %s: its address is inside %s, which viasocks uses itself", up.Server, p)
-		}
-		u.warnExcluded(cfg, up, a)
 	}
 	return nil
 }
@@ -35,19 +38,21 @@ func (u *up) checkProxies(cfg *config.Config) error {
 // checkNames warns as checkProxies does of what proxies' names turned out to stand for.
 func (u *up) checkNames(cfg *config.Config) {
 	for _, up := range cfg.Upstreams {
-		if _, err := netip.ParseAddr(up.Server.Host()); err == nil {
-			continue
-		}
-		for _, e := range u.allowed.of(up.Server.String()) {
-			u.warnExcluded(cfg, up, e.Addr.Addr())
+		for _, s := range up.Servers() {
+			if _, err := netip.ParseAddr(s.Host()); err == nil {
+				continue
+			}
+			for _, e := range u.allowed.of(s.String()) {
+				u.warnExcluded(cfg, s, e.Addr.Addr())
+			}
 		}
 	}
 }
 
-func (u *up) warnExcluded(cfg *config.Config, up config.Upstream, a netip.Addr) {
+func (u *up) warnExcluded(cfg *config.Config, s socks.Server, a netip.Addr) {
 	for _, p := range cfg.Host.Exclude.Nets {
 		if p.Contains(a.Unmap().WithZone("")) { // no network contains an address with a zone
-			u.warning(fmt.Sprintf("the proxy %s is inside the excluded %s: programs reach it, and what it does not ask a password for, past viasocks", up.Server, p))
+			u.warning(fmt.Sprintf("the proxy %s is inside the excluded %s: programs reach it, and what it does not ask a password for, past viasocks", s, p))
 		}
 	}
 }

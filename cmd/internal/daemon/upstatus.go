@@ -64,7 +64,7 @@ func (u *up) status() control.Status {
 	if p == nil {
 		return s
 	}
-	fillUpstreams(&s, cfg, p.router, u.allowed)
+	fillUpstreams(&s, cfg, p, u.allowed)
 	for _, r := range p.router.Rules() {
 		s.Rules = append(s.Rules, control.Rule{Rule: r.Rule, Hits: r.Hits})
 	}
@@ -96,18 +96,30 @@ func shortageWarning(s route.Shortage, now time.Time) string {
 		s.Times, now.Sub(s.Last).Round(time.Second), s.Why)
 }
 
-func fillUpstreams(s *control.Status, cfg *config.Config, r *route.Router, allowed *endpoints) {
+func fillUpstreams(s *control.Status, cfg *config.Config, p *plane, allowed *endpoints) {
 	words := map[bool]string{false: "ok", true: "down"}
-	for _, u := range r.Upstreams() {
+	for _, u := range p.router.Upstreams() {
 		up := control.Upstream{Name: u.Name, TCP: words[u.TCPDown], UDP: words[u.UDPDown]}
 		for _, c := range cfg.Upstreams {
 			if c.Name != u.Name {
 				continue
 			}
 			up.URL = c.Server.String()
-			for _, at := range allowed.of(up.URL) {
-				up.Addresses = append(up.Addresses, fmt.Sprintf("%s/%s", at.Addr, at.Proto))
+			for _, server := range c.Servers() {
+				for _, at := range allowed.of(server.String()) {
+					up.Addresses = append(up.Addresses, fmt.Sprintf("%s/%s", at.Addr, at.Proto))
+				}
 			}
+		}
+		if all := p.servers(u.Name); len(all) > 1 {
+			for _, server := range all {
+				x := control.Member{URL: server.Server, State: words[server.Down], Associations: server.Associations}
+				if server.Why != nil {
+					x.Why = server.Why.Error()
+				}
+				up.Servers = append(up.Servers, x)
+			}
+			up.URL = fmt.Sprintf("%d servers", len(all))
 		}
 		s.Upstreams = append(s.Upstreams, up)
 	}

@@ -1,0 +1,50 @@
+package config
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/viasocks/viasocks/socks"
+)
+
+func TestGroup(t *testing.T) {
+	c, err := Parse(Check, []string{"--upstream", "g=socks5://a:p,w@10.0.0.1,socks5://10.0.0.2:1081 select=latched attempts=3 " +
+		"server-attempts=2 fail-threshold=5 fail-window=10s retry-after=7s connect-timeout=2s handshake-timeout=9s check=4s"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u := c.Upstreams[0]
+	want := socks.GroupOptions{Select: socks.Latched, Attempts: 3, ServerAttempts: 2, FailThreshold: 5, FailWindow: 10 * time.Second,
+		RetryAfter: 7 * time.Second, ConnectTimeout: 2 * time.Second, HandshakeTimeout: 9 * time.Second, Check: 4 * time.Second}
+	if u.Group != want {
+		t.Errorf("%+v", u.Group)
+	}
+	if s := u.Servers(); len(s) != 2 || s[0].String() != "socks5://10.0.0.1:1080" || s[1].String() != "socks5://10.0.0.2:1081" || !s[0].HasCredentials() {
+		t.Errorf("%v", s)
+	}
+	for _, tt := range []struct{ words, want string }{
+		{"select=random", "must be ordered, round-robin, hash or latched"},
+		{"attempts=0", "attempts must be a number from 1 to 100"},
+		{"server-attempts=-1", "must be a number"},
+		{"fail-threshold=0", "must be a number"},
+		{"retry-after=0s", "must be a time from 1s to 24h"},
+		{"fail-window=-5s", "must be a time"},
+		{"connect-timeout=0", "must be a time"},
+		{"check=0s", "must be a time"},
+		{"colour=red", "there is no word"},
+		{"select=hash select=hash", "given twice"},
+	} {
+		_, err := Parse(Check, []string{"--upstream", "g=socks5://10.0.0.1,socks5://10.0.0.2 " + tt.words}, nil)
+		if err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: %v", tt.words, err)
+		}
+	}
+	if _, err := Parse(Check, []string{"--upstream", "g=socks5://10.0.0.1,socks5://10.0.0.1"}, nil); err == nil {
+		t.Error("one server twice is taken")
+	}
+	if _, err := Parse(Check, []string{"--upstream", "g=" + strings.Repeat("socks5://h,", 3) + "socks5://x:secret@h,socks5://"}, nil); err == nil ||
+		strings.Contains(err.Error(), "secret") {
+		t.Errorf("%v", err)
+	}
+}
