@@ -47,7 +47,7 @@ func (r *Router) queryOf(f flow.Flow, dest Dest) query {
 	q := query{proto: f.Proto, src: f.Src, dst: dest.Addr}
 	switch {
 	case dest.Name != "":
-		q.names = []string{plainName(dest.Name)}
+		q.names, q.fake = []string{plainName(dest.Name)}, true
 	case r.wantsNames():
 		q.names = r.names.of(dest.Addr.Addr(), r.now(), nil)
 	}

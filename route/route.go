@@ -39,6 +39,9 @@ type Config struct {
 	Resolvers []netip.AddrPort
 	// ResolverDefault is the upstream of connections to Resolvers that no rule matches; "": Default's.
 	ResolverDefault string
+	// Pool has the fake addresses that Fake of route/dns gives out. A TCP flow to one travels as the name that it stands for. nil:
+	// there are none.
+	Pool *dns.Pool
 	// UDPTimeout is how long a mapping lives after the last datagram when its socket is gone. 0: DefaultUDPTimeout.
 	UDPTimeout time.Duration
 	Limits     Limits

@@ -12,6 +12,7 @@ type query struct {
 	proto    flow.Proto
 	src, dst netip.AddrPort // unmapped
 	names    []string       // that dst may stand for, plain
+	fake     bool           // dst is a fake address, and what it stands for is carried
 	owner    *flow.Owner    // nil: nobody has looked for it
 }
 

@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/loop"
@@ -46,6 +47,7 @@ type stream struct {
 	req      flow.StreamRequest // nil once it is answered
 	flow     flow.Flow
 	dest     Dest
+	lease    dns.Lease // of the fake address, if dest has a name
 	v        *verdict
 	call     loop.Call    // the dial
 	gone     atomic.Bool  // the app gave up
@@ -81,6 +83,14 @@ func (r *Router) HandleStream(req flow.StreamRequest) {
 		dest.Addr = d.Resolver()
 		r.takeStream(req, f, dest, r.policy.Load().decideResolver(dest.Addr), nil)
 		return
+	}
+	if p := r.cfg.Pool; p != nil && p.Contains(f.Dst.Addr()) {
+		name, ok := p.AppendName(nil, f.Dst.Addr())
+		if !ok {
+			r.turnAway(req, f, verdictImpossible, flow.RefuseHost, "refused", errNoName)
+			return
+		}
+		dest.Name = string(name)
 	}
 	q := r.queryOf(f, dest)
 	v := r.verdictOn(&q)
@@ -124,7 +134,17 @@ func (r *Router) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *v
 		return
 	}
 	s := &stream{r: r, req: req, flow: f, dest: dest, v: v, loop: -1}
+	if r.cfg.Pool != nil && dest.Name != "" {
+		name, lease, _ := r.cfg.Pool.Hold(f.Dst.Addr())
+		if name != dest.Name { // it went to another name since the verdict
+			lease.Release()
+			r.turnAway(req, f, v, flow.RefuseHost, "refused", errNoName)
+			return
+		}
+		s.lease = lease
+	}
 	if err := r.streams.add(s, r.cfg.Limits.Flows); err != nil {
+		s.lease.Release()
 		why := flow.RefuseReset
 		if err == errFull {
 			why = flow.RefuseLater
@@ -160,6 +180,8 @@ var (
 	// errComesBack: the flow is of a proxy on this host.
 	errComesBack = errors.New("the proxy's own connection came back to it")
 	errAppGone   = errors.New("the app gave up")
+	// errNoName: the app kept the address for longer than it was told to, or made it up.
+	errNoName = errors.New("the fake address stands for no name any more")
 )
 
 func (t *streams) add(s *stream, limit int) error {
@@ -307,6 +329,7 @@ func (s *stream) finish(state string, up, down uint64, err error) {
 	r.count.up.Add(up) // who sees it gone sees its bytes
 	r.count.down.Add(down)
 	r.streams.remove(s)
+	s.lease.Release()
 	if s.loop >= 0 {
 		r.load[s.loop].Add(-1)
 	}

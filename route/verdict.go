@@ -140,11 +140,11 @@ func (p *policy) decide(q *query) *verdict {
 // say; a rule may still send cloud metadata direct.
 func (r *Router) verdictOn(q *query) *verdict {
 	a := q.dst.Addr()
-	if q.dst.Port() == 0 || !flow.OneHost(a) || flow.IsOurs(a) {
+	if q.dst.Port() == 0 || !q.fake && (!flow.OneHost(a) || flow.IsOurs(a)) {
 		return verdictImpossible
 	}
 	v := r.policy.Load().decide(q)
-	if v.kind == carry && v.up.name != DirectName && !flow.CanBePeer(a) {
+	if !q.fake && v.kind == carry && v.up.name != DirectName && !flow.CanBePeer(a) {
 		return verdictImpossible
 	}
 	return v
