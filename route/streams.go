@@ -18,10 +18,10 @@ import (
 type streams struct {
 	mu      sync.Mutex
 	byID    map[uint64]*stream
-	all     []*stream // for walks in small steps
-	walk    int       // where the next step starts
-	peak    int       // of byID since it was made
-	closing bool
+	all     []*stream      // for walks in small steps
+	walk    int            // where the next step starts
+	peak    int            // of byID since it was made
+	closing atomic.Bool    // set under mu, so that add is before it or sees it
 	wg      sync.WaitGroup // one for each entry
 }
 
@@ -188,7 +188,7 @@ func (t *streams) add(s *stream, limit int) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	switch {
-	case t.closing:
+	case t.closing.Load():
 		return errClosing
 	case len(t.byID) >= limit:
 		return errFull
@@ -247,24 +247,16 @@ func (s *stream) dialed(sock loop.Socket, err error) {
 	if r.cfg.Sockets != nil && r.cfg.Sockets.Forwards() {
 		s.look() // the app surely has its socket now: if it is not found later, it is gone and not a guest's
 	}
-	r.streams.mu.Lock()
-	closing := r.streams.closing
-	if !closing {
-		s.state.Store(open)
-	}
-	r.streams.mu.Unlock()
-	if closing {
+	if r.streams.closing.Load() {
 		sock.Close()
 		s.req.Reject(flow.RefuseReset)
 		s.finish("aborted", 0, 0, errClosing)
 		return
 	}
+	s.state.Store(open)
 	rel := r.cfg.Loops[s.loop].Start(s.req, sock, s.relayed)
 	s.relay.Store(rel)
-	r.streams.mu.Lock()
-	closing = r.streams.closing
-	r.streams.mu.Unlock()
-	if closing || s.replaced.Load() { // the Router's own Abort may have come before the relay was there to be seen
+	if r.streams.closing.Load() || s.replaced.Load() { // the Router's own Abort may have come before the relay was there to be seen
 		rel.Abort()
 	}
 }
@@ -373,7 +365,7 @@ func (t *streams) snapshot() []*stream {
 // close refuses new flows and resets those there are. Their ends come by dialed and relayed.
 func (t *streams) close() {
 	t.mu.Lock()
-	t.closing = true
+	t.closing.Store(true)
 	t.mu.Unlock()
 	for _, s := range t.snapshot() {
 		s.endDial()
