@@ -19,7 +19,7 @@ func (b *udpBatch) addFrame(frame []byte, h *tun.Header) bool {
 
 // lone is the only shard of a stack that does nothing.
 func lone() *shard {
-	s := &shard{Stack: new(Stack)}
+	s := &shard{Stack: new(Stack), dev: wakeCounter{new(int)}}
 	s.shards = []*shard{s}
 	return s
 }

@@ -1,6 +1,9 @@
 package stack
 
 import (
+	"math"
+	"math/rand/v2"
+
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/header/parse"
@@ -19,19 +22,19 @@ import (
 // ipProtocol is gVisor's IPv4 or IPv6, with an ipEndpoint in place of its endpoint.
 type ipProtocol struct {
 	gstack.NetworkProtocol
-	s *shard
+	l *link
 }
 
-// overIP wraps what makes gVisor's IPv4 or IPv6 of s.
-func (s *shard) overIP(f gstack.NetworkProtocolFactory) gstack.NetworkProtocolFactory {
-	return func(ns *gstack.Stack) gstack.NetworkProtocol { return ipProtocol{f(ns), s} }
+// overIP wraps what makes gVisor's IPv4 or IPv6 over l.
+func (l *link) overIP(f gstack.NetworkProtocolFactory) gstack.NetworkProtocolFactory {
+	return func(ns *gstack.Stack) gstack.NetworkProtocol { return ipProtocol{f(ns), l} }
 }
 
 // NewEndpoint is that of gVisor's NetworkProtocol.
 func (p ipProtocol) NewEndpoint(nic gstack.NetworkInterface, up gstack.TransportDispatcher) gstack.NetworkEndpoint {
-	up = &resetWatch{up, p.s}
+	up = &resetWatch{up, p.l.s}
 	inner := p.NetworkProtocol.NewEndpoint(nic, up)
-	e := &ipEndpoint{NetworkEndpoint: inner, AddressableEndpoint: inner.(gstack.AddressableEndpoint), nic: nic, up: up}
+	e := &ipEndpoint{NetworkEndpoint: inner, AddressableEndpoint: inner.(gstack.AddressableEndpoint), nic: nic, up: up, l: p.l}
 	none := tcpip.AddrFrom4([4]byte{})
 	if p.Number() == header.IPv6ProtocolNumber {
 		none = tcpip.AddrFrom16([16]byte{})
@@ -48,6 +51,7 @@ type ipEndpoint struct {
 
 	nic   gstack.NetworkInterface
 	up    gstack.TransportDispatcher
+	l     *link
 	every everyAddress
 }
 
@@ -69,6 +73,42 @@ func (e *ipEndpoint) HandlePacket(pkt *gstack.PacketBuffer) {
 		return
 	}
 	e.NetworkEndpoint.HandlePacket(pkt)
+}
+
+// WritePacket is that of gVisor's NetworkEndpoint: it puts the IP header before a TCP segment, as gVisor would, and writes it.
+// gVisor's endpoint asks its packet filter on the way, twice, and the locks of the stack and of the filter's tables, which all
+// connections have in common. What must be cut into fragments is left to it.
+func (e *ipEndpoint) WritePacket(r *gstack.Route, h gstack.NetworkHeaderParams, pkt *gstack.PacketBuffer) tcpip.Error {
+	n, proto := pkt.Size(), e.NetworkProtocolNumber()
+	hdr, most := ip6HeaderLen, math.MaxUint16
+	if proto == header.IPv4ProtocolNumber {
+		hdr, most = ip4HeaderLen, math.MaxUint16-ip4HeaderLen
+	}
+	if h.Protocol != header.TCPProtocolNumber || h.ExperimentOptionValue != 0 || r.Loop() != gstack.PacketOut || n > most ||
+		pkt.GSOOptions.Type == gstack.GSONone && hdr+n > int(e.l.mtu) {
+		return e.NetworkEndpoint.WritePacket(r, h, pkt)
+	}
+	if b := pkt.NetworkHeader().Push(hdr); proto == header.IPv4ProtocolNumber {
+		f := header.IPv4Fields{
+			TotalLength: uint16(hdr + n), TTL: h.TTL, TOS: h.TOS, Protocol: protoTCP,
+			SrcAddr: r.LocalAddress(), DstAddr: r.RemoteAddress(),
+		}
+		if h.DF {
+			f.Flags = header.IPv4FlagDontFragment // the ID is then free (RFC 6864 4.1)
+		} else {
+			f.ID = uint16(1 + rand.IntN(math.MaxUint16))
+		}
+		ip := header.IPv4(b)
+		ip.Encode(&f)
+		ip.SetChecksum(^ip.CalculateChecksum())
+	} else {
+		header.IPv6(b).Encode(&header.IPv6Fields{
+			PayloadLength: uint16(n), TransportProtocol: header.TCPProtocolNumber, HopLimit: h.TTL, TrafficClass: h.TOS,
+			SrcAddr: r.LocalAddress(), DstAddr: r.RemoteAddress(),
+		})
+	}
+	pkt.NetworkProtocolNumber = proto
+	return e.l.WritePacket(pkt)
 }
 
 // parse finds the headers of a plain TCP segment, and cuts off what follows the packet. When it reports false, the packet

@@ -42,7 +42,7 @@ func (noLog) Emit(int, log.Level, time.Time, string, ...any) {}
 func newNetstack(l *link) (*gstack.Stack, error) {
 	ns := gstack.New(gstack.Options{
 		NetworkProtocols: []gstack.NetworkProtocolFactory{
-			l.s.overIP(ipv4.NewProtocol), l.s.overIP(ipv6.NewProtocolWithOptions(ipv6.Options{})),
+			l.overIP(ipv4.NewProtocol), l.overIP(ipv6.NewProtocolWithOptions(ipv6.Options{})),
 		},
 		// UDP only to be reassembled; it has no endpoint.
 		TransportProtocols: []gstack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol},
