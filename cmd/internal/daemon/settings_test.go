@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/binary"
 	"io"
 	"net"
@@ -21,6 +22,7 @@ import (
 // samples has a value for each option of `up`, other than its default. An option that needs none has "".
 var samples = map[string]string{
 	"proxy": "PROXY", "password-file": "FILE", "upstream": "b=socks5://192.0.2.3", "rule": "port 25 reject", "dns": "tcp://192.0.2.53",
+	"proxy-ca": "CA", "allow": "tcp:203.0.113.9:80\nallow udp:203.0.113.9:6881", "decisions": "FILE",
 	"connect-timeout": "3s", "handshake-timeout": "20s", "idle-timeout": "1h", "udp-timeout": "1m", "max-pending": "512",
 	"max-pending-per-destination": "32", "max-mappings": "64", "mtu": "1400", "offload": "off", "udp-gso": "off",
 	"lan": "refuse", "inbound": "carry", "inbound-port": "51820,27015-27020", "exclude": "192.0.2.128/25", "exclude-uid": "1000", "exclude-port": "123", "exclude-device": "eth9",
@@ -158,6 +160,23 @@ func (c *carried) exchange(what string, to netip.AddrPort, b []byte, right func(
 	c.t.Fatalf("%s: no answer", what)
 }
 
+// refuses fails the test if a connection that --allow does not name reaches the proxy.
+func (c *carried) refuses() {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	other := netip.AddrPortFrom(farTCP.Addr(), 81)
+	if conn, err := c.app.DialTCP(ctx, other); err == nil {
+		conn.Close()
+		c.t.Errorf("allow: a connection to %v was made", other)
+	}
+	for _, r := range c.proxy.Requests() {
+		if r.Dst.Port == other.Port() {
+			c.t.Errorf("allow: the proxy was asked for %v", r.Dst)
+		}
+	}
+}
+
 // reload has the file read again, which must be taken.
 func (c *carried) reload(when string) {
 	c.t.Helper()
@@ -182,6 +201,12 @@ func TestReloadOfEachOption(t *testing.T) {
 	if err := os.WriteFile(secret, []byte("geheim\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	ca := filepath.Join(t.TempDir(), "ca.pem")
+	if _, pem, err := sockstest.Certificate("127.0.0.1"); err != nil {
+		t.Fatal(err)
+	} else if err := os.WriteFile(ca, pem, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, o := range config.Options {
 		sample, ok := samples[o.Name]
 		if o.Cmds&config.Up == 0 || o.Name == "config" {
@@ -196,10 +221,15 @@ func TestReloadOfEachOption(t *testing.T) {
 			sample = c.proxy.URL()
 		case "FILE":
 			sample = secret
+		case "CA":
+			sample = ca
 		}
 		write(o.Name + " " + sample + "\n")
 		c.reload(o.Name)
 		c.works("with " + o.Name)
+		if o.Name == "allow" {
+			c.refuses()
+		}
 		named := strings.Contains(strings.Join(c.u.status().Warnings, "\n"), "at the next start only: "+o.Name)
 		if named == o.Live {
 			t.Errorf("%s: live is %v, and the status says %q", o.Name, o.Live, c.u.status().Warnings)
@@ -209,6 +239,39 @@ func TestReloadOfEachOption(t *testing.T) {
 		c.works(o.Name + " removed")
 		if w := c.u.status().Warnings; len(w) > 0 {
 			t.Errorf("%s removed again: %q", o.Name, w)
+		}
+	}
+}
+
+// A proxy inside TLS is trusted by --proxy-ca from a reload on, and not by the certificates of another file.
+func TestReloadOfTheAuthority(t *testing.T) {
+	noLeaks(t)
+	cert, right, err := sockstest.Certificate("127.0.0.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, wrong, err := sockstest.Certificate("127.0.0.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := listen(t, sockstest.WithTLS(&tls.Config{Certificates: []tls.Certificate{cert}}))
+	s.Redirect(farTCP, serveTCP(t, func(b []byte) []byte { return b }))
+	c, write := newCarried(t)
+	for i, pem := range [][]byte{wrong, right, wrong} {
+		ca := filepath.Join(t.TempDir(), "ca.pem")
+		if err := os.WriteFile(ca, pem, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		write("proxy socks5+tls://" + s.Addr().String() + "\nproxy-ca " + ca + "\n")
+		c.reload("proxy-ca")
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		conn, err := c.app.DialTCP(ctx, farTCP)
+		cancel()
+		if trusted := i == 1; (err == nil) != trusted {
+			t.Errorf("reload %d: trusted is to be %v: %v", i, trusted, err)
+		}
+		if err == nil {
+			conn.Close()
 		}
 	}
 }
