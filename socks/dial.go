@@ -106,6 +106,9 @@ func (p *dial) Turn() (again bool) {
 	p.Got &^= started | canceled | lookedUp | loop.Tick
 	switch {
 	case p.state == over: // a note that came late
+	case got&canceled != 0 && p.probing && p.ctx.Err() == context.DeadlineExceeded:
+		p.connectBy = p.l.Now()
+		p.expired()
 	case got&canceled != 0 || got&started != 0 && p.ctx.Err() != nil:
 		p.finish(p.ctx.Err())
 	case got&started != 0:

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"sync"
 	"syscall"
 	"time"
 
@@ -167,7 +168,8 @@ func (p *dial) viaDone(s loop.Socket, err error) {
 
 // Check looks whether the server works: it is reached, and takes the greeting and the credentials
 // where its protocol has them before the request. No request is sent. It returns at
-// once. done is called exactly once, on the event loop or on another goroutine, with nil or an error as Connect gives it.
+// once. done is called exactly once, on the event loop or on another goroutine, with nil or an error as Connect gives it; but
+// when the deadline of ctx passes, that is one more timeout, and the error says what was waited for.
 func (c *Client) Check(ctx context.Context, l *loop.Loop, done func(error)) {
 	c.check(ctx, l, false, done)
 }
@@ -177,6 +179,46 @@ func (c *Client) check(ctx context.Context, l *loop.Loop, soon bool, done func(e
 	nobody := Addr{Name: "localhost", Port: 1} // not sent
 	c.d.start(&dial{d: c.d, l: l, c: c, ctx: ctx, cmd: CmdConnect, dst: nobody, probing: true, soon: soon,
 		done: func(_ loop.Socket, err error) { done(err) }})
+}
+
+// Check looks at all servers at once, as Client.Check does, whatever is known of them, and leaves what is known as it is. done
+// is called exactly once, on the event loop or on another goroutine: with nil as soon as one server works, else with the errors
+// of all, in the order of the servers. The looks that are not needed any more are ended.
+func (g *Group) Check(ctx context.Context, l *loop.Loop, done func(errs []error)) {
+	k := &groupCheck{errs: make([]error, len(g.clients)), left: len(g.clients), done: done}
+	ctx, k.cancel = context.WithCancel(ctx)
+	for i, c := range g.clients {
+		c.check(ctx, l, false, func(err error) { k.took(i, err) })
+	}
+}
+
+// groupCheck is a Group.Check on its way.
+type groupCheck struct {
+	mu     sync.Mutex
+	errs   []error // of each server
+	left   int     // looks that have not ended; 0: done was called
+	cancel context.CancelFunc
+	done   func([]error)
+}
+
+func (k *groupCheck) took(i int, err error) {
+	k.mu.Lock()
+	if k.left == 0 {
+		k.mu.Unlock()
+		return
+	}
+	k.left--
+	k.errs[i] = err
+	all := k.errs
+	if err == nil {
+		k.left, all = 0, nil
+	}
+	over := k.left == 0
+	k.mu.Unlock()
+	if over {
+		k.cancel()
+		k.done(all)
+	}
 }
 
 // checked ends a check that went well.

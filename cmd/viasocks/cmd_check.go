@@ -44,7 +44,11 @@ func summary(cfg *config.Config) string {
 			if len(u.More) > 0 {
 				name += fmt.Sprintf(", %s, server %d", u.Group.Select, i+1)
 			}
-			line("%s: %s%s", name, s, login)
+			how := ""
+			if u.Via != "" {
+				how = ", reached via " + u.Via + " (TCP only)"
+			}
+			line("%s: %s%s%s", name, s, login, how)
 		}
 	}
 	for i := range cfg.Rules {

@@ -18,5 +18,7 @@ func TestCheck(t *testing.T) {
 		"--rule-for", "tcp:10.1.2.3:443", "--rule-for", "tcp:a.example:25", "--rule-for", "udp:192.0.2.1:53")))
 	golden(t, "check_allow.txt", result(t, viasocks("check", "--dns", "tcp://10.0.0.53", "--allow", "tcp:db.example.com:5432",
 		"--rule-for", "tcp:db.example.com:5432", "--rule-for", "tcp:192.0.2.1:5432")))
+	golden(t, "check_chain.txt", result(t, viasocks("check", "--proxy", "socks5://h", "--dns", "tcp://10.0.0.53",
+		"--upstream", "far=socks5://f,socks5://g via=proxy", "--rule", "via far")))
 	golden(t, "check_nodefault.txt", result(t, viasocks("check", "--upstream", "b=socks5://h:9", "--rule", "port 80 via b")))
 }

@@ -23,6 +23,7 @@ type Upstream struct {
 	Server socks.Server
 	More   []socks.Server     // of a group, behind Server
 	Group  socks.GroupOptions // its name is not set
+	Via    string             // the upstream that the servers are reached through; empty: they are reached directly
 }
 
 // Servers are all servers of u.

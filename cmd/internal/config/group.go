@@ -52,13 +52,19 @@ func parseGroup(v value, u Upstream, text string) (Upstream, error) {
 		word, text, ok := strings.Cut(f, "=")
 		set := groupWords[word]
 		switch {
-		case !ok || set == nil:
-			return u, v.err("there is no word %q; the words are select, attempts, server-attempts, fail-threshold, fail-window, "+
+		case !ok || set == nil && word != "via":
+			return u, v.err("there is no word %q; the words are via, select, attempts, server-attempts, fail-threshold, fail-window, "+
 				"retry-after, connect-timeout, handshake-timeout and check", Redact(f))
 		case said[word]:
 			return u, v.err("%s is given twice", word)
 		}
 		said[word] = true
+		if word == "via" {
+			if why := setVia(&u, text); why != "" {
+				return u, v.err("via %s", why)
+			}
+			continue
+		}
 		if why := set(&u.Group, text); why != "" {
 			return u, v.err("%s %s", word, why)
 		}

@@ -48,3 +48,42 @@ func TestGroup(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+// An upstream is reached through another one, which may stand behind it or be --proxy; what never reaches a server is refused.
+func TestChains(t *testing.T) {
+	chain := func(ups ...string) (*Config, error) {
+		args := []string{"--proxy", "socks5://10.0.0.1"}
+		for _, u := range ups {
+			args = append(args, "--upstream", u)
+		}
+		return Parse(Check, args, nil)
+	}
+	c, err := chain("far=socks5://far.example via=mid select=latched", "mid=socks5://mid.example via=proxy")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Upstreams[1].Via != "mid" || c.Upstreams[2].Via != "proxy" || c.Upstreams[1].Group.Select != socks.Latched {
+		t.Errorf("%+v", c.Upstreams)
+	}
+	if c.Upstreams[0].Reached() == nil || c.Upstreams[1].Reached() != nil {
+		t.Error("only the first server of a chain is connected to")
+	}
+	for _, tt := range []struct {
+		ups  []string
+		want string
+	}{
+		{[]string{"a=socks5://h via=a"}, "names the upstream itself"},
+		{[]string{"a=socks5://h via=direct"}, "leave it out"},
+		{[]string{"a=socks5://h via=via"}, "must be the name of another upstream"},
+		{[]string{"a=socks5://h via="}, "must be the name of another upstream"},
+		{[]string{"a=socks5://h via=b via=b"}, "given twice"},
+		{[]string{"a=socks5://h via=b"}, "there is no upstream b"},
+		{[]string{"a=socks5://h via=b", "b=socks5://i via=c", "c=socks5://j via=a"}, "comes back to a"},
+		{[]string{"x=socks5://h via=a", "a=socks5://h via=b", "b=socks5://i via=a"}, "comes back to a"},
+		{[]string{"a=socks5+unix:///run/s via=proxy"}, "the socket /run/s cannot be reached via proxy"},
+	} {
+		if _, err := chain(tt.ups...); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%q: %v, want %q", tt.ups, err, tt.want)
+		}
+	}
+}

@@ -116,7 +116,10 @@ are taken.
 Behind the URLs of a group may stand words, all in one argument:
 .Ql NAME=URL,URL select=latched retry-after=1m ;
 see
-.Sx GROUPS .`,
+.Sx GROUPS .
+One of them,
+.Cm via ,
+makes a chain: the proxy is reached through another upstream.`,
 	},
 	{
 		Name: "dns", Arg: "tcp://ADDR[,ADDR...]", Default: defaultDNS, Soft: true, Live: true, Cmds: all, set: setDNS,

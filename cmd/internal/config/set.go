@@ -251,6 +251,9 @@ func (c *Config) finish(env []string) error {
 	if err := c.finishProxy(env); err != nil {
 		return err
 	}
+	if err := c.checkChains(); err != nil {
+		return err
+	}
 	if err := c.finishAllow(); err != nil {
 		return err
 	}

@@ -41,7 +41,11 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	b.WriteString("\nproxies\n")
 	table(&b, func(w io.Writer) {
 		for _, u := range s.Upstreams {
-			fmt.Fprintf(w, "  %s\t%s\tTCP %s\tUDP %s\n", Plain(u.Name), Plain(u.URL), Plain(u.TCP), Plain(u.UDP))
+			where := u.URL
+			if u.Via != "" {
+				where += " via " + u.Via
+			}
+			fmt.Fprintf(w, "  %s\t%s\tTCP %s\tUDP %s\n", Plain(u.Name), Plain(where), Plain(u.TCP), Plain(u.UDP))
 			for _, x := range u.Servers {
 				fmt.Fprintf(w, "  \t  %s\t%s\t%s\n", Plain(x.URL), Plain(x.State), Plain(x.Why))
 			}

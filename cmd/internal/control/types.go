@@ -62,8 +62,9 @@ func (s *Status) noNulls() {
 // Upstream is a proxy and whether it works. A state is "ok" as long as nothing says otherwise.
 type Upstream struct {
 	Name      string   `json:"name"`
-	URL       string   `json:"url"` // without its password; empty: direct
-	TCP       string   `json:"tcp"` // "ok" or "down"
+	URL       string   `json:"url"`           // without its password; empty: direct
+	Via       string   `json:"via,omitempty"` // the upstream that it is reached through; empty: it is reached directly
+	TCP       string   `json:"tcp"`           // "ok" or "down"
 	UDP       string   `json:"udp"`
 	Addresses []string `json:"addresses,omitempty"` // where our sockets may go for it
 	Servers   []Member `json:"servers,omitempty"`   // of a group; its URL says how many

@@ -20,7 +20,14 @@ func changes(old, next *config.Config) (out []string) {
 	}
 	upstreams := func(c *config.Config) (all []string) {
 		for _, u := range c.Upstreams {
-			all = append(all, u.Name+" "+u.Server.String())
+			line := u.Name
+			for _, s := range u.Servers() {
+				line += " " + s.String()
+			}
+			if u.Via != "" {
+				line += " via " + u.Via
+			}
+			all = append(all, line)
 		}
 		return all
 	}

@@ -3,6 +3,8 @@ package daemon
 import (
 	"context"
 	"fmt"
+	"reflect"
+	"slices"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/route"
@@ -13,20 +15,27 @@ import (
 // client is the group of servers of an upstream, whose relays are allowed before they are used.
 type client struct {
 	*socks.Group
+	via     *client    // that its servers are reached through; nil: directly
 	allowed *endpoints // nil: sockets may go anywhere
 }
 
 var _ route.Client = (*client)(nil)
 
-func newClient(d *socks.Dialer, l *loop.Loop, u config.Upstream, allowed *endpoints) (*client, error) {
+func newClient(d *socks.Dialer, l *loop.Loop, u config.Upstream, via *client, allowed *endpoints) (*client, error) {
 	o := u.Group
 	o.Name = u.Name
+	if via != nil {
+		o.Via = via
+	}
 	g, err := d.Group(l, u.Servers(), o)
 	if err != nil {
 		return nil, fmt.Errorf("cannot use the upstream %s: %w", u.Name, err)
 	}
-	return &client{g, allowed}, nil
+	return &client{g, via, allowed}, nil
 }
+
+// BySource is Group.BySource, of the whole chain.
+func (c *client) BySource() bool { return c.Group.BySource() || c.via != nil && c.via.BySource() }
 
 // Associate implements route.Client.
 func (c *client) Associate(ctx context.Context, l *loop.Loop, done func(*socks.Association, error)) {
@@ -41,4 +50,73 @@ func (c *client) Associate(ctx context.Context, l *loop.Loop, done func(*socks.A
 		}
 		a.OnOver(c.allowed.relay(a.Server(), a.Relay(), func() { done(a, nil) }))
 	})
+}
+
+// builder makes the upstreams of a configuration, each after the one that it is reached through.
+type builder struct {
+	d       *socks.Dialer
+	l       *loop.Loop // of trials and looks
+	allowed *endpoints
+	want    []config.Upstream
+	have    []upstream // what is made of the same as in want stays
+	made    map[string]upstream
+}
+
+// all are the upstreams of want, in order. On an error what was made is closed.
+func (b *builder) all() (ups []upstream, err error) {
+	b.made = map[string]upstream{}
+	for _, u := range b.want {
+		up, err := b.make(u)
+		if err != nil {
+			for _, x := range b.made {
+				ups = append(ups, x)
+			}
+			closeGroups(ups, b.have)
+			return nil, err
+		}
+		ups = append(ups, up)
+	}
+	return ups, nil
+}
+
+// make makes one. The configuration has no cycles.
+func (b *builder) make(u config.Upstream) (upstream, error) {
+	if up, ok := b.made[u.Name]; ok {
+		return up, nil
+	}
+	var via *client
+	if u.Via != "" {
+		i := slices.IndexFunc(b.want, func(w config.Upstream) bool { return w.Name == u.Via })
+		if i < 0 {
+			return upstream{}, fmt.Errorf("cannot use the upstream %s: there is no upstream %s", u.Name, u.Via)
+		}
+		up, err := b.make(b.want[i])
+		if err != nil {
+			return upstream{}, err
+		}
+		via = up.client
+	}
+	i := slices.IndexFunc(b.have, func(h upstream) bool {
+		return h.client != nil && h.client.via == via && reflect.DeepEqual(h.Config, u)
+	})
+	if i >= 0 {
+		b.made[u.Name] = b.have[i]
+		return b.have[i], nil
+	}
+	c, err := newClient(b.d, b.l, u, via, b.allowed)
+	if err != nil {
+		return upstream{}, err
+	}
+	up := upstream{u, route.NewSOCKS(u.Name, c), c}
+	b.made[u.Name] = up
+	return up, nil
+}
+
+// closeGroups ends what groups of ups do by themselves, but for those that keep has too.
+func closeGroups(ups, keep []upstream) {
+	for _, u := range ups {
+		if u.client != nil && !slices.ContainsFunc(keep, func(k upstream) bool { return k.client == u.client }) {
+			u.client.Close()
+		}
+	}
 }

@@ -80,7 +80,7 @@ func (e *endpoints) configure(ups []config.Upstream) {
 	e.servers = nil
 	owners := map[string]bool{resolvers: true}
 	for _, u := range ups {
-		for _, s := range u.Servers() {
+		for _, s := range u.Reached() {
 			owners[s.String()] = true
 			e.servers = append(e.servers, s)
 		}

@@ -265,7 +265,7 @@ func TestEndpointsOfAssociation(t *testing.T) {
 	over := make(chan struct{})
 	go func() { _ = l.Run(context.Background()); close(over) }()
 	defer func() { l.Close(); <-over }()
-	c, err := newClient(d, l, config.Upstream{Name: "p", Server: srv}, e)
+	c, err := newClient(d, l, config.Upstream{Name: "p", Server: srv}, nil, e)
 	if err != nil {
 		t.Fatal(err)
 	}

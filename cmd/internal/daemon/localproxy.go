@@ -98,7 +98,7 @@ func (u *up) localProxies(cfg *config.Config) (out []localProxy) {
 	}
 	defer diag.Close()
 	for _, up := range cfg.Upstreams {
-		for _, s := range up.Servers() {
+		for _, s := range up.Reached() {
 			for _, a := range u.proxyAddrs(s) {
 				if !a.IsUnspecified() && !socks.OnHost(a) {
 					continue

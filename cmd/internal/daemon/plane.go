@@ -6,7 +6,6 @@ import (
 	"io"
 	"log/slog"
 	"net/netip"
-	"reflect"
 	"runtime"
 	"slices"
 	"sync"
@@ -117,18 +116,9 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 
 // policy is what the router is told. What it has already, made of the same, stays the same.
 func (p *plane) policy(cfg *config.Config) (_ route.Policy, ups []upstream, err error) {
-	for _, u := range cfg.Upstreams {
-		i := slices.IndexFunc(p.ups, func(have upstream) bool { return reflect.DeepEqual(have.Config, u) })
-		if i >= 0 {
-			ups = append(ups, p.ups[i])
-			continue
-		}
-		c, err := newClient(p.dialer, p.loops[0].Loop, u, p.dial.allowed)
-		if err != nil {
-			p.closeGroups(ups, p.ups)
-			return route.Policy{}, nil, err
-		}
-		ups = append(ups, upstream{u, route.NewSOCKS(u.Name, c), c})
+	b := builder{d: p.dialer, l: p.loops[0].Loop, allowed: p.dial.allowed, want: cfg.Upstreams, have: p.ups}
+	if ups, err = b.all(); err != nil {
+		return route.Policy{}, nil, err
 	}
 	if hasDirect(cfg) {
 		i := slices.IndexFunc(p.ups, func(have upstream) bool { return have.Config.Name == route.DirectName })
@@ -149,15 +139,6 @@ func (p *plane) policy(cfg *config.Config) (_ route.Policy, ups []upstream, err 
 	return pol, ups, nil
 }
 
-// closeGroups ends what groups of ups do by themselves, but for those that keep has too.
-func (p *plane) closeGroups(ups, keep []upstream) {
-	for _, u := range ups {
-		if u.client != nil && !slices.ContainsFunc(keep, func(k upstream) bool { return k.client == u.client }) {
-			u.client.Close()
-		}
-	}
-}
-
 // reload takes other upstreams, rules, resolvers, timeouts and limits, or leaves everything as it is. Times and limits are
 // for what begins from now on.
 func (p *plane) reload(cfg *config.Config) error {
@@ -166,10 +147,10 @@ func (p *plane) reload(cfg *config.Config) error {
 		return err
 	}
 	if err := p.router.Reload(policy); err != nil {
-		p.closeGroups(ups, p.ups)
+		closeGroups(ups, p.ups)
 		return err
 	}
-	p.closeGroups(p.ups, ups)
+	closeGroups(p.ups, ups)
 	p.mu.Lock()
 	p.ups = ups
 	p.mu.Unlock()
@@ -301,7 +282,7 @@ func (p *plane) Close() {
 			l.Close()
 		}
 		p.looped.Wait()
-		p.closeGroups(p.ups, nil)
+		closeGroups(p.ups, nil)
 		if p.dialer != nil {
 			p.dialer.Close()
 		}

@@ -2,39 +2,61 @@ package daemon
 
 import (
 	"context"
-	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
 	"os"
-	"strconv"
+	"slices"
+	"sync"
 	"syscall"
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/socks"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // probeTimeout bounds the look at one proxy at the start: who waits for longer than this thinks that we hang.
 const probeTimeout = 10 * time.Second
 
-// probe looks once at each proxy, all at a time: is it there, does it speak SOCKS5, does it take the credentials?
+// probe looks once at each proxy, all at a time: is it there, does it speak its protocol, does it take the credentials?
 // Nothing is asked of it. The error is what the user should read.
 func probe(ctx context.Context, cfg *config.Config, dial dialing) error {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
-	errs := make([]chan error, len(cfg.Upstreams))
-	for i, u := range cfg.Upstreams {
-		errs[i] = make(chan error, 1)
-		go func() { errs[i] <- probeGroup(ctx, u, dial, cfg.ConnectTimeout) }()
+	d, err := socks.NewDialer(socks.Options{Control: dial.control, Resolve: dial.resolve, ConnectTimeout: cfg.ConnectTimeout})
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	l, err := loop.New()
+	if err != nil {
+		return err
+	}
+	var ran sync.WaitGroup
+	ran.Go(func() { _ = l.Run(context.Background()) })
+	defer ran.Wait()
+	defer l.Close()
+	b := builder{d: d, l: l, want: slices.Clone(cfg.Upstreams)}
+	for i := range b.want {
+		b.want[i].Group.Check = 0 // one look is enough
+	}
+	ups, err := b.all()
+	if err != nil {
+		return err
+	}
+	defer closeGroups(ups, nil)
+	ends := make([]chan []error, len(ups))
+	for i, u := range ups {
+		ends[i] = make(chan []error, 1)
+		u.client.Check(ctx, l, func(errs []error) { ends[i] <- errs })
 	}
 	var first error
-	for _, c := range errs {
-		if err := <-c; err != nil && first == nil {
-			first = err
+	for i, end := range ends {
+		if errs := <-end; errs != nil && first == nil { // the first server stands for all
+			first = explain(ups[i].Config.Server, errs[0])
 			cancel()
 		}
 	}
@@ -42,130 +64,6 @@ func probe(ctx context.Context, cfg *config.Config, dial dialing) error {
 		return cause // a signal
 	}
 	return first
-}
-
-// probeGroup looks at all servers of an upstream at a time. One that works is enough.
-func probeGroup(ctx context.Context, u config.Upstream, dial dialing, connectTimeout time.Duration) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	all := u.Servers()
-	type end struct {
-		i   int
-		err error
-	}
-	ends := make(chan end, len(all))
-	for i, s := range all {
-		go func() { ends <- end{i, probeServer(ctx, s, dial, connectTimeout)} }()
-	}
-	errs := make([]error, len(all))
-	works := false
-	for range all { // no look is left behind
-		e := <-ends
-		errs[e.i] = e.err
-		if e.err == nil {
-			works = true
-			cancel()
-		}
-	}
-	if works {
-		return nil
-	}
-	return explain(all[0], errs[0])
-}
-
-func probeServer(ctx context.Context, s socks.Server, dial dialing, connectTimeout time.Duration) error {
-	fail := func(op string, err error) error { return &socks.ServerError{Server: s.String(), Op: op, Err: err} }
-	conn, op, err := reach(ctx, s, dial, connectTimeout)
-	if err != nil {
-		return fail(op, err)
-	}
-	defer conn.Close()
-	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
-
-	if c := s.TLSConfig(); c != nil {
-		secure := tls.Client(conn, c)
-		if err := secure.HandshakeContext(ctx); err != nil {
-			return fail(socks.OpSecure, err)
-		}
-		conn = secure
-	}
-	h, err := socks.NewHandshake(s, socks.CmdConnect, socks.Addr{Name: "localhost", Port: 1}) // the request is not sent
-	if err != nil {
-		return err
-	}
-	// The greeting, and then the login if the server chose it. SOCKS4 and HTTP have neither.
-	for !h.Requesting() {
-		if err := write(conn, h); err != nil {
-			return fail(socks.OpHandshake, err)
-		}
-		err := read(conn, h)
-		if err != nil && h.LoggingIn() && s.HasCredentials() && !s.HasPassword() && !errors.Is(err, socks.ErrCredentials) {
-			return fail(socks.OpAuthenticate, fmt.Errorf("%w: %w", socks.ErrNoPassword, err))
-		}
-		if errors.Is(err, socks.ErrCredentials) || errors.Is(err, socks.ErrMethod) {
-			return fail(socks.OpAuthenticate, err)
-		}
-		if err != nil {
-			return fail(socks.OpHandshake, err)
-		}
-	}
-	return nil
-}
-
-// reach connects to a server, to one of its addresses or to its socket. op is what failed.
-func reach(ctx context.Context, s socks.Server, dial dialing, timeout time.Duration) (conn net.Conn, op string, err error) {
-	if path := s.Unix(); path != "" {
-		conn, err = (&net.Dialer{Timeout: timeout}).DialContext(ctx, "unix", path)
-		return conn, socks.OpConnect, err
-	}
-	resolve := dial.resolve
-	if resolve == nil {
-		resolve = func(ctx context.Context, host string) ([]netip.Addr, error) {
-			return socks.LookupAddrs(ctx, net.DefaultResolver, host)
-		}
-	}
-	addrs, err := resolve(ctx, s.Host()) // an address is its own answer
-	if err == nil && len(addrs) == 0 {
-		err = errors.New("no address")
-	}
-	if err != nil {
-		return nil, socks.OpResolve, err
-	}
-	d := net.Dialer{Timeout: timeout, Control: rawControl(dial.control)}
-	for _, a := range addrs {
-		if conn, err = d.DialContext(ctx, "tcp", net.JoinHostPort(a.Unmap().String(), strconv.Itoa(int(s.Port())))); err == nil {
-			break
-		}
-	}
-	return conn, socks.OpConnect, err
-}
-
-func write(conn net.Conn, h socks.Handshake) error {
-	for out := h.Output(); len(out) > 0; out = h.Output() {
-		n, err := conn.Write(out)
-		if err != nil {
-			return err
-		}
-		h.Sent(n)
-	}
-	return nil
-}
-
-// read hands over one answer of the server.
-func read(conn net.Conn, h socks.Handshake) error {
-	for in := h.Input(); len(in) > 0; in = h.Input() {
-		n, err := conn.Read(in)
-		if n > 0 {
-			if err := h.Received(n); err != nil {
-				return err
-			}
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // proxyFault is why a proxy can't be used, in words for the user.

@@ -20,7 +20,7 @@ import (
 // checkProxies refuses a proxy that can't be reached, and says what may surprise.
 func (u *up) checkProxies(cfg *config.Config) error {
 	for _, up := range cfg.Upstreams {
-		for _, s := range up.Servers() {
+		for _, s := range up.Reached() {
 			a, err := netip.ParseAddr(s.Host())
 			if err != nil {
 				continue
@@ -38,7 +38,7 @@ func (u *up) checkProxies(cfg *config.Config) error {
 // checkNames warns as checkProxies does of what proxies' names turned out to stand for.
 func (u *up) checkNames(cfg *config.Config) {
 	for _, up := range cfg.Upstreams {
-		for _, s := range up.Servers() {
+		for _, s := range up.Reached() {
 			if _, err := netip.ParseAddr(s.Host()); err == nil {
 				continue
 			}

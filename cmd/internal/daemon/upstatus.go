@@ -104,8 +104,8 @@ func fillUpstreams(s *control.Status, cfg *config.Config, p *plane, allowed *end
 			if c.Name != u.Name {
 				continue
 			}
-			up.URL = c.Server.String()
-			for _, server := range c.Servers() {
+			up.URL, up.Via = c.Server.String(), c.Via
+			for _, server := range c.Reached() {
 				for _, at := range allowed.of(server.String()) {
 					up.Addresses = append(up.Addresses, fmt.Sprintf("%s/%s", at.Addr, at.Proto))
 				}

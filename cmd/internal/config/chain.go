@@ -1,0 +1,58 @@
+package config
+
+import (
+	"slices"
+
+	"github.com/viasocks/viasocks/route"
+	"github.com/viasocks/viasocks/socks"
+)
+
+// Reached are the servers of u that our own sockets connect to: none of an upstream that is reached through another one.
+func (u *Upstream) Reached() []socks.Server {
+	if u.Via != "" {
+		return nil
+	}
+	return u.Servers()
+}
+
+// setVia takes the word via of an upstream. Whether there is an upstream of this name is known when all options are.
+func setVia(u *Upstream, name string) string {
+	if err := route.CheckName(name); err != nil {
+		return "must be the name of another upstream: " + err.Error()
+	}
+	if name == u.Name {
+		return "names the upstream itself: it must be another one"
+	}
+	if name == route.DirectName {
+		return "direct is what holds without it: leave it out"
+	}
+	u.Via = name
+	return ""
+}
+
+// checkChains: each upstream must be reached in the end.
+func (c *Config) checkChains() error {
+	for _, u := range c.Upstreams {
+		if u.Via == "" {
+			continue
+		}
+		for _, s := range u.Servers() {
+			if s.Unix() != "" {
+				return usagef("cannot use the upstream %s: the socket %s cannot be reached via %s: give the server's address", u.Name, s.Where(), u.Via)
+			}
+		}
+		path := []string{u.Name}
+		for next := u.Via; next != ""; {
+			i := slices.IndexFunc(c.Upstreams, func(v Upstream) bool { return v.Name == next })
+			if i < 0 {
+				return usagef("cannot use the upstream %s: there is no upstream %s that it could be reached via", path[len(path)-1], next)
+			}
+			if slices.Contains(path, next) {
+				return usagef("cannot use the upstream %s: its chain of via comes back to %s and never reaches a server", u.Name, next)
+			}
+			path = append(path, next)
+			next = c.Upstreams[i].Via
+		}
+	}
+	return nil
+}
