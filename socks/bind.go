@@ -40,7 +40,7 @@ func (c *Client) Bind(ctx context.Context, l *loop.Loop, dst Addr, bound func(ne
 		}
 		at, _ := repairRelay(p.hs.Bound(), p.serverAddr(), p.d.opts.CanBePeer, OnHost)
 		p.state = waiting
-		p.hs.again()
+		p.hs.Again()
 		p.l.SetTimer(&p.Node, p.l.Now()+p.d.bindTimeout)
 		bound(at)
 		if p.state == waiting { // bound may have cancelled

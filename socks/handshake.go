@@ -146,7 +146,8 @@ func (h *socks5) Answered() bool { return h.phase > recvHead || h.phase == recvH
 // LoggingIn implements Handshake.
 func (h *socks5) LoggingIn() bool { return h.phase == sendLogin || h.phase == recvLogin }
 
-func (h *socks5) again() { h.expect(recvHead, headLen) }
+// Again implements Handshake.
+func (h *socks5) Again() { h.expect(recvHead, headLen) }
 
 // send makes h.buf, which was just written, the message of phase p.
 func (h *socks5) send(p phase, buf []byte) { h.phase, h.buf, h.n = p, buf, 0 }

@@ -235,5 +235,5 @@ func (h *httpConnect) Answered() bool { return h.total > 0 }
 // LoggingIn implements Handshake: the credentials go with the request.
 func (h *httpConnect) LoggingIn() bool { return false }
 
-// again is for BIND, which HTTP does not have.
-func (h *httpConnect) again() {}
+// Again implements Handshake: it is for BIND, which HTTP does not have.
+func (h *httpConnect) Again() {}

@@ -45,8 +45,8 @@ type Handshake interface {
 	// LoggingIn reports whether user and password are on their way in a message of their own.
 	LoggingIn() bool
 
-	// again makes a BIND that is Done wait for its second reply.
-	again()
+	// Again makes a BIND that is Done wait for its second reply.
+	Again()
 }
 
 // protocol is what is spoken with a server.

@@ -77,7 +77,7 @@ func (h *socks4) Output() []byte {
 // Sent implements Handshake.
 func (h *socks4) Sent(n int) {
 	if h.n += n; h.n == len(h.buf) {
-		h.again()
+		h.Again() // the room for the first reply
 	}
 }
 
@@ -135,4 +135,5 @@ func (h *socks4) Answered() bool { return h.phase > recvHead || h.phase == recvH
 // LoggingIn implements Handshake: the user goes with the request.
 func (h *socks4) LoggingIn() bool { return false }
 
-func (h *socks4) again() { h.phase, h.buf, h.n = recvHead, make([]byte, reply4Len), 0 }
+// Again implements Handshake.
+func (h *socks4) Again() { h.phase, h.buf, h.n = recvHead, make([]byte, reply4Len), 0 }

@@ -11,6 +11,6 @@
 // datagrams cannot be sent.
 //
 // Every read has a bound and every wait a deadline, so that a probe ends whatever the server does. The requests are valid
-// by RFC 1928 and RFC 1929 and the documents of SOCKS4 and 4a. Package socks speaks the handshake; what it has no words for
-// (the methods of a greeting by themselves, the second reply of BIND, SOCKS4) is written here byte by byte.
+// by RFC 1928 and RFC 1929 and the documents of SOCKS4 and 4a. Package socks speaks the handshakes; only a greeting by itself,
+// for the method that the server chooses, is written here byte by byte.
 package conform

@@ -135,18 +135,20 @@ func (p *prober) methods(ctx context.Context) {
 	p.report.MethodOfBoth = choice(5, 2, 0, 2)
 }
 
-// ask makes a request on a new connection. The connection is nil unless the answer is Granted; then the caller closes it.
-func (p *prober) ask(ctx context.Context, cmd socks.Command, dst socks.Addr, limit time.Duration) (net.Conn, Answer, socks.Addr) {
+// ask makes a request of s on a new connection. The connection and the handshake are nil unless the answer is Granted; then the
+// caller closes the connection.
+func (p *prober) ask(ctx context.Context, s socks.Server, cmd socks.Command, dst socks.Addr, limit time.Duration) (
+	net.Conn, Answer, socks.Handshake) {
 	c, err := p.dial(ctx, limit)
 	if err != nil {
-		return nil, Answer{Kind: Failed, Error: err.Error()}, socks.Addr{}
+		return nil, Answer{Kind: Failed, Error: err.Error()}, nil
 	}
 	unblock := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
 	defer unblock()
-	h, err := socks.NewHandshake(p.Server, cmd, dst)
+	h, err := socks.NewHandshake(s, cmd, dst)
 	if err != nil {
 		c.Close()
-		return nil, Answer{Kind: Failed, Error: err.Error()}, socks.Addr{}
+		return nil, Answer{Kind: Failed, Error: err.Error()}, nil
 	}
 	reply, after, err := shake(c, h)
 	a := answer(reply, err)
@@ -156,13 +158,13 @@ func (p *prober) ask(ctx context.Context, cmd socks.Command, dst socks.Addr, lim
 			a.Error = "before the request: " + a.Error
 		}
 		c.Close()
-		return nil, a, socks.Addr{}
+		return nil, a, nil
 	}
 	a.Bound = h.Bound().String()
-	return c, a, h.Bound()
+	return c, a, h
 }
 
-// shake runs the handshake. It gives the bytes of the reply, the time since the request, and what ended it.
+// shake runs the handshake, or what is left of it. It gives the bytes of the reply, the time since the request, and what ended it.
 func shake(c net.Conn, h socks.Handshake) (reply []byte, after time.Duration, err error) {
 	var asked time.Time
 	for !h.Done() {
@@ -196,6 +198,8 @@ func answer(reply []byte, err error) Answer {
 	switch {
 	case err == nil:
 		return Answer{Kind: Granted}
+	case len(reply) >= 2 && reply[0] == 0 && !errors.Is(err, socks.ErrMalformed): // of SOCKS4, which has its own codes
+		return Answer{Kind: Refused, Code: int(reply[1])}
 	case errors.As(err, &code):
 		return Answer{Kind: Refused, Code: int(code), Short: len(reply) < 5}
 	case len(reply) >= 2 && reply[0] == 5 && reply[1] != 0:

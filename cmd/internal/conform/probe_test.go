@@ -312,13 +312,18 @@ func TestBindAndSOCKS4(t *testing.T) {
 }
 
 // The second reply of BIND may be a refusal of two bytes, too.
-func TestShortReply(t *testing.T) {
-	_, reply, err := readReply(strings.NewReader("\x05\x05"))
-	if a := answer(reply, err); a.Kind != Refused || a.Code != 5 || !a.Short {
+func TestSecondReply(t *testing.T) {
+	e := startFar(t)
+	second := func(reply string) Answer {
+		p := newProber(config(startRogue(t, &rogue{second: reply}), e))
+		p.targets(t.Context())
+		p.bind(t.Context())
+		return p.report.Bind.Second
+	}
+	if a := second("\x05\x05"); a.Kind != Refused || a.Code != 5 || !a.Short {
 		t.Errorf("%+v", a)
 	}
-	_, reply, err = readReply(strings.NewReader("\x05\x00\x00\x02\x01\x02\x03\x04\x00\x50"))
-	if a := answer(reply, err); a.Kind != Malformed {
+	if a := second("\x05\x00\x00\x02\x01\x02\x03\x04\x00\x50"); a.Kind != Malformed {
 		t.Errorf("%+v", a)
 	}
 }

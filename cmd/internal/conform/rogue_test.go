@@ -13,10 +13,11 @@ import (
 
 // rogue is a SOCKS server with the faults that sockstest does not have: those of the relay, of the NAT and of BIND.
 type rogue struct {
-	early    bool // CONNECT is granted before the dial
-	keepsFIN bool // a FIN is not passed on; without it, one FIN ends both ways
-	noPeer   bool // the second reply of BIND has zeros
-	deafBind bool // BIND is granted, and nobody listens
+	early    bool   // CONNECT is granted before the dial
+	keepsFIN bool   // a FIN is not passed on; without it, one FIN ends both ways
+	noPeer   bool   // the second reply of BIND has zeros
+	deafBind bool   // BIND is granted, and nobody listens
+	second   string // the bytes of the second reply of BIND, in place of a good one
 
 	mapping, filtering NAT
 	cut                int  // longer payloads are cut to this
@@ -168,6 +169,11 @@ func (r *rogue) bind(c *net.TCPConn) {
 	peer := far.RemoteAddr().(*net.TCPAddr).AddrPort()
 	if r.noPeer {
 		peer = netip.MustParseAddrPort("0.0.0.0:0")
+	}
+	if r.second != "" {
+		io.WriteString(c, r.second)
+		c.Close()
+		return
 	}
 	c.Write(reply5(0, peer))
 	r.relay(c, far)

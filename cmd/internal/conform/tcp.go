@@ -30,10 +30,14 @@ func (p *prober) targets(ctx context.Context) {
 
 // try asks for dst, and once it is granted looks whether a far end is there.
 func (p *prober) try(ctx context.Context, dst socks.Addr, limit time.Duration) Answer {
+	return p.tryOf(ctx, p.Server, dst, limit)
+}
+
+func (p *prober) tryOf(ctx context.Context, s socks.Server, dst socks.Addr, limit time.Duration) Answer {
 	if dst.Name == "" && !dst.IP.IsValid() {
 		return Answer{}
 	}
-	c, a, _ := p.ask(ctx, socks.CmdConnect, dst, limit)
+	c, a, _ := p.ask(ctx, s, socks.CmdConnect, dst, limit)
 	if a.Kind == Granted {
 		defer c.Close()
 		c.SetDeadline(time.Now().Add(p.Wait))
@@ -72,7 +76,7 @@ func hello(c net.Conn) error {
 
 // command connects to the far end and gives it a line.
 func (p *prober) command(ctx context.Context, line string) (net.Conn, error) {
-	c, a, _ := p.ask(ctx, socks.CmdConnect, socks.AddrFrom(p.Ends.TCP), p.Wait)
+	c, a, _ := p.ask(ctx, p.Server, socks.CmdConnect, socks.AddrFrom(p.Ends.TCP), p.Wait)
 	if a.Kind != Granted {
 		return nil, fmt.Errorf("the far end cannot be reached: %v", a)
 	}

@@ -36,11 +36,12 @@ type echo struct {
 
 // associate opens an association. Not granted: nil.
 func (p *prober) associate(ctx context.Context, zero netip.Addr) (*association, Answer, bool) {
-	c, a, bound := p.ask(ctx, socks.CmdAssociate, socks.Addr{IP: zero}, p.Wait)
+	c, a, h := p.ask(ctx, p.Server, socks.CmdAssociate, socks.Addr{IP: zero}, p.Wait)
 	if a.Kind != Granted {
 		return nil, a, false
 	}
 	c.SetDeadline(time.Time{}) // only looked at without waiting from here on
+	bound := h.Bound()
 	relay, repaired := bound.AddrPort(), false
 	if !relay.IsValid() || relay.Addr().IsUnspecified() {
 		host, err := netip.ParseAddrPort(c.RemoteAddr().String())
