@@ -13,6 +13,7 @@ import (
 type upstream struct {
 	Upstream
 	name     string
+	own      bool // of the Router itself, whatever the policy
 	tcp, udp health
 
 	// The server said that it carries no UDP: until then (on the Router's clock) nobody asks it again, and datagrams are

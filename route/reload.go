@@ -95,10 +95,14 @@ func (r *Router) endReplaced(p *policy) {
 	}
 }
 
-func (p *policy) has(u *upstream) bool { return slices.Contains(p.order, u) }
+func (p *policy) has(u *upstream) bool { return u.own || slices.Contains(p.order, u) }
 
 func (r *Router) newDNS(resolvers []netip.AddrPort) (*dns.Server, error) {
-	return dns.New(dns.Config{Dial: r.dialResolver, Resolvers: resolvers, Log: logTo(r.log)})
+	cfg := dns.Config{Dial: r.dialResolver, Resolvers: resolvers, Log: logTo(r.log)}
+	if r.cfg.Pool != nil {
+		cfg.Fake = dns.FakeConfig{Pool: r.cfg.Pool, IPv6: func() bool { return !r.cfg.NoFakeIPv6 }}
+	}
+	return dns.New(cfg)
 }
 
 // startDNS runs s in place of the one before. r.reload is held.

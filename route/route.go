@@ -42,6 +42,8 @@ type Config struct {
 	// Pool has the fake addresses that Fake of route/dns gives out. A TCP flow to one travels as the name that it stands for. nil:
 	// there are none.
 	Pool *dns.Pool
+	// NoFakeIPv6: names have no fake IPv6 address, only an IPv4 one.
+	NoFakeIPv6 bool
 	// UDPTimeout is how long a mapping lives after the last datagram when its socket is gone. 0: DefaultUDPTimeout.
 	UDPTimeout time.Duration
 	Limits     Limits
@@ -94,6 +96,7 @@ type Router struct {
 	cfg    Config
 	policy atomic.Pointer[policy]
 	dns    atomic.Pointer[dns.Server] // nil: port 53 is a port like others
+	answer *verdict                   // on TCP to port 53, where Pool is set
 	log    *flowLog
 	epoch  time.Time
 	ids    atomic.Uint64
@@ -160,6 +163,7 @@ func New(cfg Config) (*Router, error) {
 		lookEvery: lookEvery, goneAfter: goneAfter, streamsEvery: streamsEvery,
 	}
 	r.policy.Store(p)
+	r.answer = newAnswers(r)
 	r.asker, r.decisions = newAsker(cfg.Owners), newDecisions(cfg.Decisions, r.log)
 	r.udp.deep = r.deepFor(p)
 	r.streams.byID = make(map[uint64]*stream)

@@ -79,6 +79,10 @@ func (r *Router) HandleStream(req flow.StreamRequest) {
 	}
 	dest := Dest{Addr: f.Dst, Src: f.Src.Addr()}
 	if d := r.dns.Load(); d != nil && f.Dst.Port() == 53 && flow.OneHost(f.Dst.Addr()) {
+		if r.cfg.Pool != nil {
+			r.takeStream(req, f, dest, r.answer, nil)
+			return
+		}
 		// A truncated answer asks to come back by TCP, and the address in resolv.conf need not exist.
 		dest.Addr = d.Resolver()
 		r.takeStream(req, f, dest, r.policy.Load().decideResolver(dest.Addr), nil)

@@ -27,10 +27,10 @@ func NewDirect(d *socks.Dialer, control func(fd int) error) Upstream {
 // Name implements Upstream.
 func (u *directUpstream) Name() string { return DirectName }
 
-// DialStream implements Upstream by connect(2).
+// DialStream implements Upstream by connect(2). A name is looked up by d's Resolve, on this host and past the TUN.
 func (u *directUpstream) DialStream(ctx context.Context, l *relay.Loop, d Dest, done func(s loop.Socket, err error)) {
 	if d.Name != "" {
-		done(loop.NoSocket, fmt.Errorf("cannot go direct to a name: %w", unix.ENETUNREACH))
+		u.d.DialDirectName(ctx, l.Loop, d.Name, d.Addr.Port(), done)
 		return
 	}
 	u.d.DialDirect(ctx, l.Loop, d.Addr, done)

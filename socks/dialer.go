@@ -61,6 +61,7 @@ type Dialer struct {
 	closed  atomic.Bool
 	lookups sync.WaitGroup
 
+	names                            atomic.Int64 // look-ups of DialDirectName
 	pending, assocs                  atomic.Int64
 	connectTimeout, handshakeTimeout atomic.Int64 // ns
 }

@@ -59,6 +59,9 @@ func summary(cfg *config.Config) string {
 		rest = "via " + cfg.Default
 	}
 	line("everything else: %s", rest)
+	if cfg.Fake.On {
+		line("dns: fake: names get addresses of %s and travel to the proxy; the resolvers are for other questions", cfg.Fake.Pool)
+	}
 	for _, r := range cfg.DNS {
 		how := ""
 		if cfg.ResolverDefault == route.DirectName {

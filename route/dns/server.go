@@ -66,6 +66,8 @@ type Server struct {
 	msgs  chan message // from connections
 	over  chan struct{}
 
+	askers askers
+
 	// Owned by Run.
 	resolvers []*resolver
 	asked     map[netip.AddrPort]*resolver // beside those: servers that the app named; at most maxAsked
@@ -184,19 +186,42 @@ func (s *Server) Stats() Stats {
 // asked is the server that the app sent it to, or the zero AddrPort if that is none that exists. QUERY goes to the
 // resolvers whatever it is. Every other operation (UPDATE, NOTIFY) is about that server, and goes there.
 func (s *Server) Handle(msg []byte, asked netip.AddrPort, reply func([]byte)) {
+	s.handle(msg, asked, byUDP, reply)
+}
+
+// Ask has the resolvers asked, also for what a fake address would be the answer to. reply is called as by Handle, with the
+// whole answer however long it is. false: it will not be called.
+func (s *Server) Ask(msg []byte, reply func([]byte)) bool {
+	return s.handle(msg, netip.AddrPort{}, ours, reply)
+}
+
+// way is how a question came.
+type way uint8
+
+const (
+	byUDP way = iota
+	byTCP     // the answer may be of any length
+	ours      // the same, and it must be a resolver's
+)
+
+// handle reports whether reply is called, unless Run ends first.
+func (s *Server) handle(msg []byte, asked netip.AddrPort, how way, reply func([]byte)) bool {
 	s.count.questions.Add(1)
 	q, v, rcode := parseQuestion(msg)
 	switch v {
 	case silence:
 		s.count.malformed.Add(1)
-		return
+		return false
 	case answer:
 		s.count.malformed.Add(1)
 		reply(errorReply(msg, q, rcode))
-		return
+		return true
 	}
-	if s.fake != nil && q.isQuery() && s.answerItself(msg, &q, reply) {
-		return
+	if how != byUDP {
+		q.size = maxMessage
+	}
+	if s.fake != nil && how != ours && q.isQuery() && s.answerItself(msg, &q, reply) {
+		return true
 	}
 	wire := make([]byte, 2+len(msg))
 	binary.BigEndian.PutUint16(wire, uint16(len(msg)))
@@ -204,7 +229,7 @@ func (s *Server) Handle(msg []byte, asked netip.AddrPort, reply func([]byte)) {
 	select {
 	case <-s.over:
 		s.count.dropped.Add(1)
-		return
+		return false
 	default:
 	}
 	if q.isQuery() || !canBeAsked(asked) {
@@ -214,7 +239,9 @@ func (s *Server) Handle(msg []byte, asked netip.AddrPort, reply func([]byte)) {
 	case s.in <- &query{wire: wire, q: q, to: asked, reply: reply, deadline: time.Now().Add(s.cfg.Timeout)}:
 	default:
 		s.count.dropped.Add(1)
+		return false
 	}
+	return true
 }
 
 // answerBuffers hold the answers that need no resolver while reply reads them.
@@ -326,6 +353,7 @@ func (s *Server) ways(to netip.AddrPort) []*resolver {
 }
 
 func (s *Server) teardown() {
+	s.askers.close()
 	for r := range s.all() {
 		if r.conn != nil {
 			r.conn.close()

@@ -54,6 +54,14 @@ type Selection struct {
 	Cgroups []string // below the root of version 2, without a slash at either end
 }
 
+// Fake says whether and how names get addresses that stand for them.
+type Fake struct {
+	On   bool         // --dns fake
+	Pool netip.Prefix // of IPv4, inside flow.Pool4
+	File string       // that keeps the names over a restart; empty: none
+	IPv6 string       // auto, on, off: whether a name has an IPv6 address too
+}
+
 // RuleFor is a flow that the user asks about, in the user's words and read.
 type RuleFor struct {
 	Text string
@@ -84,6 +92,7 @@ type Config struct {
 	Default   string       // name of the upstream of flows that no rule matches; empty: they are refused
 	Rules     []route.Rule // in the order given
 	DNS       []netip.AddrPort
+	Fake      Fake
 	// ResolverDefault is the upstream by which resolvers are asked that no rule decides on; empty: they are not reached.
 	ResolverDefault string
 

@@ -10,6 +10,7 @@ import (
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack"
+	"github.com/viasocks/viasocks/stack/flow"
 )
 
 // Command is a set of subcommands.
@@ -122,13 +123,15 @@ One of them,
 makes a chain: the proxy is reached through another upstream.`,
 	},
 	{
-		Name: "dns", Arg: "tcp://ADDR[,ADDR...]", Default: defaultDNS, Soft: true, Live: true, Cmds: all, set: setDNS,
-		Help: "resolvers that are asked over TCP, through the proxy",
-		Man: `Questions of the program to UDP port 53 of whatever address are answered by these resolvers, which are asked over TCP
-through the proxy.
+		Name: "dns", Arg: "MODE[,MODE...]", Default: defaultDNS, Soft: true, Live: true, Cmds: all, set: setDNS,
+		Help: "fake: names travel to the proxy; tcp://ADDR: a resolver that is asked over TCP through it",
+		Man: `How questions of the program to port 53 of whatever address are answered.
+.Pp
+.Ar tcp://ADDR[,ADDR...] :
+by these resolvers, which are asked over TCP through the proxy.
 .Ar ADDR
 is an address, with a port if it is not 53.
-TCP connections to port 53 are carried to the first of them.
+TCP connections to port 53 are then carried to the first of them.
 The rules decide how a resolver is reached; where none matches it is reached by
 .Fl -proxy .
 Where there is no proxy at all the resolvers are asked directly, and those of the host's
@@ -136,7 +139,58 @@ Where there is no proxy at all the resolvers are asked directly, and those of th
 are the default: they must answer over TCP, as RFC 7766 demands.
 They are read at the start and at a reload.
 .Cm up
-leaves out a resolver that runs on the host itself, whose own questions would come back.`,
+leaves out a resolver that runs on the host itself, whose own questions would come back.
+.Pp
+.Ar fake[,tcp://ADDR[,ADDR...]] :
+each name gets an address of
+.Fl -dns-pool
+that stands for it, and a TCP connection to this address travels to the proxy as the name, which the proxy resolves.
+It also works where the proxy refuses port 53, and where only the proxy knows the names.
+Rules see the name.
+Questions over TCP are answered likewise, and zone transfers are refused.
+A name that a rule sends
+.Cm direct
+is looked up by the host's own resolver.
+Only questions for other things than addresses (MX, TXT, SRV and the like) go to the resolvers, which are
+.Ar 1.1.1.1
+and
+.Ar 9.9.9.9
+if none are given.
+UDP to such an address is refused (network unreachable).
+A reload does not change whether names have such addresses.`,
+	},
+	{
+		Name: "dns-pool", Arg: "NETWORK", Default: flow.Pool4.String(), Cmds: all, set: setDNSPool,
+		Help: "the addresses that stand for names, with --dns fake",
+		Man: `The IPv4 addresses that stand for names, with
+.Fl -dns Cm fake :
+all of
+.Ar 198.18.0.0/15 ,
+which viasocks keeps for itself, or a part of it that has 512 addresses at least; 256 of them stand for no name.
+IPv6 addresses that stand for names come from fd76:6961:736f:636b::/64.
+When all are given out the name that was asked for longest ago loses its address, but not while a connection uses it.`,
+	},
+	{
+		Name: "dns-pool-file", Arg: "FILE", Cmds: all, set: setDNSPoolFile,
+		Help: "keeps the names and their addresses over a restart, with --dns fake",
+		Man: `With
+.Fl -dns Cm fake :
+a file that keeps which address stands for which name, so that programs that remember an address reach the same name after a
+restart.
+It is written every 10 seconds where something changed, and at the end; it holds every name that was asked for, and is made with
+mode 600.
+One file is for one viasocks.`,
+	},
+	{
+		Name: "ipv6", Arg: "auto|on|off", Default: "auto", Cmds: all, set: setIPv6,
+		Help: "whether names have an IPv6 address too, with --dns fake",
+		Man: `With
+.Fl -dns Cm fake :
+whether a name has an IPv6 address that stands for it beside the IPv4 one.
+.Cm auto :
+where the program's network has IPv6.
+By which family the proxy reaches the name is the proxy's choice either way, so that programs need no IPv6 address to reach a
+host that has nothing else.`,
 	},
 	{
 		Name: "connect-timeout", Arg: "TIME", Default: span(socks.DefaultConnectTimeout), Live: true, Cmds: all,

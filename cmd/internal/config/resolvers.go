@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/viasocks/viasocks/route"
+	"github.com/viasocks/viasocks/stack/flow"
 )
 
 // defaultDNS is asked through the proxy where --dns says nothing.
@@ -33,6 +34,16 @@ func (c *Config) finishDNS() error {
 		c.ResolverDefault = route.DirectName
 	case c.Upstreams[0].Name == DefaultUpstream:
 		c.ResolverDefault = DefaultUpstream
+	}
+	if c.Fake.On {
+		if len(c.Upstreams) == 0 {
+			return usagef("cannot use --dns fake without a proxy: there is nobody who would know the names")
+		}
+		for _, p := range c.Host.Exclude.Nets {
+			if p.Overlaps(c.Fake.Pool) || p.Overlaps(flow.Pool6) {
+				return usagef("cannot use --dns fake with --exclude %s: addresses that stand for names must come to viasocks", p)
+			}
+		}
 	}
 	switch {
 	case len(c.DNS) > 0:

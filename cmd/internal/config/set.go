@@ -13,6 +13,7 @@ import (
 
 	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/tun"
 )
 
@@ -109,11 +110,18 @@ func addRule(c *Config, v value) error {
 const maxResolvers = 8
 
 func setDNS(c *Config, v value) error {
+	if rest, fake := strings.CutPrefix(v.text, "fake"); fake && (rest == "" || rest[0] == ',') {
+		c.Fake.On = true
+		if rest == "" {
+			rest = "," + defaultDNS
+		}
+		v.text = rest[1:]
+	}
 	for i, s := range strings.Split(v.text, ",") {
 		s = strings.TrimSpace(s)
 		host, isTCP := strings.CutPrefix(s, "tcp://")
 		if !isTCP && (i == 0 || strings.Contains(s, "://")) {
-			return v.err("must be tcp://ADDRESS[,ADDRESS...]; other ways of asking are not there yet")
+			return v.err("must be fake, tcp://ADDRESS[,ADDRESS...], or both with a comma between them; other ways of asking are not there yet")
 		}
 		a, err := resolver(host)
 		if err != nil {
@@ -125,6 +133,29 @@ func setDNS(c *Config, v value) error {
 		return v.err("more than %d resolvers", maxResolvers)
 	}
 	return nil
+}
+
+func setDNSPool(c *Config, v value) error {
+	p, err := netip.ParsePrefix(v.text)
+	if err != nil || p.Masked() != p || !flow.Pool4.Overlaps(p) || p.Bits() < flow.Pool4.Bits() || p.Bits() > maxPoolBits {
+		return v.err("must be a network inside %s, which viasocks keeps for itself, and of 512 addresses at least", flow.Pool4)
+	}
+	c.Fake.Pool = p
+	return nil
+}
+
+// maxPoolBits is the length of the prefix of the smallest pool: flow.PoolReserve of its addresses stand for no name.
+const maxPoolBits = 23
+
+func setDNSPoolFile(c *Config, v value) error { c.Fake.File = v.text; return nil }
+
+func setIPv6(c *Config, v value) error {
+	switch v.text {
+	case "auto", "on", "off":
+		c.Fake.IPv6 = v.text
+		return nil
+	}
+	return v.err("must be auto, on or off")
 }
 
 func resolver(s string) (netip.AddrPort, error) {

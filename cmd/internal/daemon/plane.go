@@ -13,6 +13,7 @@ import (
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/route"
+	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack"
@@ -38,6 +39,8 @@ type plane struct {
 	ups    []upstream // that the router has
 	gso    atomic.Pointer[gso]
 
+	poolFile string // keeps dial.pool; empty: none does
+
 	ran    sync.WaitGroup // stack, router, giveBack and followLoad
 	looped sync.WaitGroup
 	failed chan error // the first that ended by itself
@@ -55,6 +58,10 @@ type dialing struct {
 	comesBack func(flow.Flow) bool
 	// decisions is route.Config.Decisions.
 	decisions io.Writer
+	// pool has the addresses that stand for names; nil: there are none. It outlives the plane.
+	pool *dns.Pool
+	// noIPv6: the programs have no IPv6.
+	noIPv6 bool
 }
 
 // upstream is one that the router has, and what it was made of.
@@ -66,7 +73,7 @@ type upstream struct {
 
 // newPlane builds it and starts nothing. It owns dev, also on error.
 func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dialing, log *slog.Logger) (_ *plane, err error) {
-	p := &plane{log: log, failed: make(chan error, 1), dial: dial}
+	p := &plane{log: log, failed: make(chan error, 1), dial: dial, poolFile: cfg.Fake.File}
 	defer func() {
 		if err != nil {
 			p.Close()
@@ -98,7 +105,8 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 		ResolverDefault: policy.ResolverDefault,
 		Loops:           p.loops, Sockets: sockets, Owners: ownersOf(sockets), ComesBack: dial.comesBack,
 		Decisions: dial.decisions,
-		Log:       log,
+		Pool:      dial.pool, NoFakeIPv6: cfg.Fake.IPv6 == "off" || cfg.Fake.IPv6 == "auto" && dial.noIPv6,
+		Log: log,
 	}); err != nil {
 		dev.Close()
 		return nil, err
@@ -142,6 +150,9 @@ func (p *plane) policy(cfg *config.Config) (_ route.Policy, ups []upstream, err 
 // reload takes other upstreams, rules, resolvers, timeouts and limits, or leaves everything as it is. Times and limits are
 // for what begins from now on.
 func (p *plane) reload(cfg *config.Config) error {
+	if cfg.Fake.On != (p.dial.pool != nil) {
+		return errors.New("cannot change between --dns fake and other modes while running: restart viasocks")
+	}
 	policy, ups, err := p.policy(cfg)
 	if err != nil {
 		return err
@@ -260,6 +271,9 @@ func (p *plane) start() {
 	p.stop = stop
 	p.ran.Go(func() { giveBack(ctx, p.router.Ended, p.stack.Renew, p.log) })
 	p.ran.Go(func() { followLoad(ctx) })
+	if p.dial.pool != nil && p.poolFile != "" {
+		p.ran.Go(func() { p.dial.pool.KeepFile(ctx, p.poolFile, p.log) })
+	}
 }
 
 // refuse resets the app's flows, and new ones from here on.

@@ -47,7 +47,11 @@ func Run(cfg *config.Config, environ []string, stdin, stdout, stderr *os.File) (
 	if err := e.openDecisions(cfg); err != nil {
 		return 0, err
 	}
-	dial := dialing{decisions: e.decisionsTo()}
+	pool, err := newPool(cfg, e.log)
+	if err != nil {
+		return 0, err
+	}
+	dial := dialing{decisions: e.decisionsTo(), pool: pool}
 	if err := probe(ctx, cfg, dial); err != nil {
 		return 0, err
 	}
@@ -76,6 +80,7 @@ func Run(cfg *config.Config, environ []string, stdin, stdout, stderr *os.File) (
 	} else {
 		e.log.Warn("the program's sockets can't be looked at: mappings end by time alone", "err", child.DiagErr)
 	}
+	dial.noIPv6 = !child.IPv6
 	p, err := newPlane(cfg, dev, sockets, dial, e.log)
 	if err != nil {
 		return 0, err

@@ -58,6 +58,9 @@ func (u *up) status() control.Status {
 			s.State = control.Impaired
 		}
 	}
+	if cfg.Fake.On {
+		s.DNS = append(s.DNS, "fake")
+	}
 	for _, r := range cfg.DNS {
 		s.DNS = append(s.DNS, r.String())
 	}
@@ -129,7 +132,7 @@ func fillTraffic(s *control.Status, router *route.Router, k stack.Stats) {
 	r := router.Stats()
 	s.TCP = control.TCP{Now: r.StreamsNow, Pending: int(k.Pending), Total: r.Streams, Refused: r.StreamsRefused}
 	s.UDP = control.UDP{Now: r.MappingsNow, Total: r.Mappings, Reassociated: r.Reassociations, Refused: r.Refused}
-	s.Names = control.Names{Asked: r.DNS.Questions, Answered: r.DNS.Answered, Failed: r.DNS.Failed}
+	s.Names = control.Names{Asked: r.DNS.Questions, Answered: r.DNS.Answered + r.DNS.Own, Failed: r.DNS.Failed}
 	s.Up, s.Down = r.Up, r.Down
 	for _, f := range router.Flows() {
 		s.Up += f.Up

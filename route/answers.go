@@ -1,0 +1,46 @@
+package route
+
+import (
+	"context"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/loop"
+)
+
+// answers is the upstream of TCP connections to port 53 where names have fake addresses: route/dns answers them itself, at
+// the other end of a pair of sockets.
+type answers struct{ r *Router }
+
+// answersName stands in the log and the list of flows.
+const answersName = "dns"
+
+// newAnswers is the verdict on such connections. No policy has its upstream, and none replaces it.
+func newAnswers(r *Router) *verdict {
+	return &verdict{rule: "dns", up: &upstream{Upstream: answers{r}, name: answersName, own: true}}
+}
+
+// Name implements Upstream.
+func (answers) Name() string { return answersName }
+
+// DialStream implements Upstream.
+func (a answers) DialStream(_ context.Context, _ *relay.Loop, d Dest, done func(s loop.Socket, err error)) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		done(loop.NoSocket, err)
+		return
+	}
+	asked := d.Addr
+	if !flow.CanBePeer(asked.Addr()) {
+		asked = noAddr
+	}
+	a.r.dns.Load().ServeTCP(fds[1], asked)
+	done(loop.Unwatched(fds[0]), nil)
+}
+
+// OpenPackets implements Upstream: datagrams to port 53 come to route/dns without one.
+func (answers) OpenPackets(_ context.Context, _ *relay.Loop, _ func([]flow.Packet), done func(relay.PacketLink, error), _ func(error)) {
+	done(nil, unix.ENETUNREACH)
+}

@@ -1,0 +1,80 @@
+package socks
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/loop"
+)
+
+// maxNameDials bounds the look-ups of DialDirectName: each has a goroutine.
+const maxNameDials = 256
+
+// DialDirectName connects to a name without a server. Options.Resolve looks it up, and its addresses are tried in turn. done
+// is called as by DialDirect, whose errors it gets; a name that has no address is EHOSTUNREACH, as is one that the resolver
+// does not answer for, and too many look-ups at a time are EAGAIN.
+func (d *Dialer) DialDirectName(ctx context.Context, l *loop.Loop, name string, port uint16, done func(s loop.Socket, err error)) {
+	d.mu.Lock()
+	if d.closed.Load() {
+		d.mu.Unlock()
+		done(loop.NoSocket, ErrClosed)
+		return
+	}
+	if d.names.Add(1) > maxNameDials {
+		d.names.Add(-1)
+		d.mu.Unlock()
+		done(loop.NoSocket, fmt.Errorf("cannot look up %s: %w", name, unix.EAGAIN))
+		return
+	}
+	d.lookups.Go(func() {
+		addrs, err := d.lookUpDirect(ctx, name)
+		d.names.Add(-1)
+		if err != nil {
+			done(loop.NoSocket, err)
+			return
+		}
+		d.dialInTurn(ctx, l, addrs, port, done)
+	})
+	d.mu.Unlock()
+}
+
+// lookUpDirect gives a name's addresses, within the connect timeout and until ctx or the Dialer ends.
+func (d *Dialer) lookUpDirect(ctx context.Context, name string) ([]netip.Addr, error) {
+	within, cancel := context.WithTimeout(d.ctx, time.Duration(d.connectTimeout.Load()))
+	defer cancel()
+	stop := context.AfterFunc(ctx, cancel)
+	defer stop()
+	found, err := d.opts.Resolve(within, name)
+	switch {
+	case ctx.Err() != nil:
+		return nil, ctx.Err()
+	case err != nil:
+		return nil, fmt.Errorf("cannot look up %s: %w", name, errors.Join(err, unix.EHOSTUNREACH))
+	}
+	var addrs []netip.Addr
+	for _, a := range found {
+		if a = a.Unmap(); d.opts.CanBePeer(a) && len(addrs) < maxAddrs {
+			addrs = append(addrs, a)
+		}
+	}
+	if len(addrs) == 0 {
+		return nil, fmt.Errorf("cannot look up %s: %w: %w", name, errNoAddrs, unix.EHOSTUNREACH)
+	}
+	return addrs, nil
+}
+
+// dialInTurn tries each address until one answers. The error is the last one's.
+func (d *Dialer) dialInTurn(ctx context.Context, l *loop.Loop, addrs []netip.Addr, port uint16, done func(s loop.Socket, err error)) {
+	d.DialDirect(ctx, l, netip.AddrPortFrom(addrs[0], port), func(s loop.Socket, err error) {
+		if err != nil && len(addrs) > 1 && ctx.Err() == nil {
+			d.dialInTurn(ctx, l, addrs[1:], port, done)
+			return
+		}
+		done(s, err)
+	})
+}
