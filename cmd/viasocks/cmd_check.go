@@ -19,6 +19,9 @@ var cmdCheck = &command{
 		if err != nil {
 			return 0, err
 		}
+		if len(cfg.Import) > 0 {
+			return exitOK, importSocks(cfg.Import, std)
+		}
 		for _, w := range cfg.Warnings {
 			fmt.Fprintf(std.err, "viasocks: %s\n", control.Plain(w))
 		}
@@ -29,6 +32,20 @@ var cmdCheck = &command{
 		_, err = fmt.Fprint(std.out, text)
 		return exitOK, err
 	},
+}
+
+// importSocks prints our lines for files of Traffic Server.
+func importSocks(paths []string, std streams) error {
+	lines, err := config.ImportSocks(paths)
+	if err != nil {
+		return err
+	}
+	for _, l := range lines {
+		if _, err := fmt.Fprintln(std.out, control.Plain(l)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // summary says how the configuration was understood.

@@ -118,6 +118,7 @@ type Config struct {
 	AfterService bool // down
 
 	RuleFor []RuleFor // check: flows to be explained
+	Import  []string  // check: files of Traffic Server, for ImportSocks
 
 	LogLevel slog.Level
 	LogFile  string // empty: standard error

@@ -32,8 +32,11 @@ func WriteHelp(w io.Writer, cmd Command) {
 	}
 }
 
-// commands are the names of those of cmd that do something, for .Cm.
+// commands are the names of those of cmd that do something, for .Cm. check alone does: it takes what the others take.
 func commands(cmd Command) string {
+	if cmd == Check {
+		return "check"
+	}
 	var names []string
 	for _, c := range commandNames {
 		if cmd&c.cmd != 0 {

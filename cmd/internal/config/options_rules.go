@@ -154,4 +154,21 @@ and
 .Cm cgroup= Ns Ar PATH .
 Nothing is looked up: a rule that depends on what was not said is passed over, and says what to add.`,
 	},
+	{
+		Name: "import-socks-config", Arg: "FILE", Many: true, Cmds: Check, set: addImport,
+		Help: "print our lines for those of Apache Traffic Server's socks.config or records",
+		Man: `Print lines for the configuration file that do what
+.Ar FILE
+says, in place of everything else that
+.Cm check
+does.
+.Ar FILE
+is Apache Traffic Server's
+.Pa socks.config , records.config
+or, by the end of its name,
+.Pa records.yaml .
+The files belong together: give all of them.
+What the lines become is listed in
+.Sx SOCKS.CONFIG .`,
+	},
 }

@@ -264,13 +264,15 @@ func addRuleFor(c *Config, v value) error {
 	return nil
 }
 
+func addImport(c *Config, v value) error { c.Import = append(c.Import, v.text); return nil }
+
 func setDecisions(c *Config, v value) error { c.Decisions = v.text; return nil }
 
 func setLogFile(c *Config, v value) error { c.LogFile = v.text; return nil }
 
 // finish checks what depends on more than one option, and looks at the environment and the password file.
 func (c *Config) finish(env []string) error {
-	if c.Command&all == 0 {
+	if c.Command&all == 0 || len(c.Import) > 0 {
 		return nil // carries nothing
 	}
 	if !c.logLevelSet && c.Command == Run {
