@@ -43,6 +43,10 @@ func (u *socksUpstream) OpenPackets(ctx context.Context, l *relay.Loop, sink fun
 			done(nil, err)
 			return
 		}
+		if a.OverTCP() {
+			u.openStream(l, a, sink, done, closed)
+			return
+		}
 		fd, err := a.Dial()
 		if err != nil {
 			_ = a.Close()
@@ -57,6 +61,31 @@ func (u *socksUpstream) OpenPackets(ctx context.Context, l *relay.Loop, sink fun
 		}
 		done(&socksLink{link, a}, nil)
 		a.OnClose(closed)
+	})
+}
+
+// openStream opens a link for the datagrams of a, which travel in its own connection. It is called on l's goroutine.
+func (u *socksUpstream) openStream(l *relay.Loop, a *socks.Association, sink func([]flow.Packet),
+	done func(relay.PacketLink, error), closed func(error)) {
+	s := a.Stream()
+	if s.FD() < 0 {
+		_ = a.Close()
+		done(nil, socks.ErrClosed)
+		return
+	}
+	link, err := l.OpenStreamPackets(s, uotCodec{}, socks.MaxUoTPayload, sink, func(err error) {
+		_ = a.Close() // and OnClose is not told
+		closed(&socks.ServerError{Server: a.Server(), Op: socks.OpAssociation, Err: err})
+	})
+	if err != nil {
+		_ = a.Close()
+		done(nil, err)
+		return
+	}
+	done(&socksLink{link, a}, nil)
+	a.OnClose(func(err error) { // its server went out of use, or the loop ends
+		_ = link.Close()
+		closed(err)
 	})
 }
 
@@ -81,4 +110,16 @@ func (c codec) ParseHeader(b []byte) (src netip.AddrPort, n int, err error) {
 		err = errMartian
 	}
 	return src, n, err
+}
+
+// uotCodec is the frame of UDP over TCP, and knows which sources cannot be: they are invalid.
+type uotCodec struct{ socks.UoTCodec }
+
+// ParseHeader implements relay.StreamCodec.
+func (c uotCodec) ParseHeader(b []byte) (src netip.AddrPort, n, size int, err error) {
+	src, n, size, err = c.UoTCodec.ParseHeader(b)
+	if src.IsValid() && (src.Port() == 0 || !flow.CanBePeer(src.Addr())) {
+		src = netip.AddrPort{}
+	}
+	return src, n, size, err
 }

@@ -31,6 +31,8 @@ type Association struct {
 	relay  netip.AddrPort
 	fd     int // the control connection; the loop's alone
 	junk   int
+	uot    bool // the datagrams travel in the connection itself
+	taken  bool // by Stream; the loop's alone
 
 	mu      sync.Mutex
 	onClose func(error)
@@ -46,6 +48,10 @@ const closing = loop.Own
 
 // associated makes an Association of a granted dial. The descriptor stays in the loop.
 func (p *dial) associated(s loop.Socket) {
+	if p.c.server.options.uot {
+		p.overTCP(s)
+		return
+	}
 	relay, repaired := repairRelay(p.hs.Bound(), p.serverAddr(), p.d.opts.CanBePeer, OnHost)
 	if repaired {
 		p.d.log.Debug("relay address repaired", "server", p.c.server, "answered", p.hs.Bound().String(), "used", relay.String())
@@ -57,7 +63,24 @@ func (p *dial) associated(s loop.Socket) {
 			return
 		}
 	}
-	a := &Association{l: p.l, d: p.d, server: p.c.server.String(), relay: relay, fd: s.FD()}
+	p.keep(&Association{l: p.l, d: p.d, server: p.c.server.String(), relay: relay}, s)
+}
+
+// overTCP makes an Association of a granted CONNECT: what is left to do is to send the request of UDP over TCP, for which a
+// new connection has room.
+func (p *dial) overTCP(s loop.Socket) {
+	if n, err := write(s.FD(), uotRequest); err != nil || n < len(uotRequest) {
+		s.Close()
+		p.assocDone(nil, &ServerError{Server: p.c.server.String(), Op: OpAssociation, Err: cmpError(err, errUoTShort)})
+		return
+	}
+	_ = setKeepalive(s.FD()) // inside TLS it is a unix socket, which knows no keepalive
+	p.keep(&Association{l: p.l, d: p.d, server: p.c.server.String(), uot: true}, s)
+}
+
+// keep has the loop watch the connection s of a, and gives a to whoever asked for it.
+func (p *dial) keep(a *Association, s loop.Socket) {
+	a.fd = s.FD()
 	a.Init(a)
 	if !a.l.Join(&a.Node) {
 		s.Close()
@@ -84,7 +107,22 @@ func setKeepalive(fd int) error {
 	return nil
 }
 
-// Relay is the endpoint that datagrams go to, already repaired: always a valid address and port, either the server's
+// OverTCP reports whether the datagrams travel in the connection itself: Stream gives it, and there is no relay.
+func (a *Association) OverTCP() bool { return a.uot }
+
+// Stream gives the connection away that carries the frames of UDP over TCP in both directions (see UoTCodec); the receiver
+// owns it. It is called once, on the event loop. The association lives on, so that its group can end it, until Close is called, which
+// whoever sees the connection end must do. loop.NoSocket: the association is over, or has a relay.
+func (a *Association) Stream() loop.Socket {
+	if !a.uot || a.fd < 0 {
+		return loop.NoSocket
+	}
+	s := a.l.HandOver(&a.Node, a.fd)
+	a.fd, a.taken = -1, true
+	return s
+}
+
+// Relay is the endpoint that datagrams go to, already repaired, invalid over TCP: otherwise always a valid address and port, either the server's
 // address or one that the server named and that is not nearer to us than the server is.
 func (a *Association) Relay() netip.AddrPort { return a.relay }
 
@@ -161,12 +199,14 @@ func (a *Association) OnOver(f func()) {
 
 // shut closes the control connection, on the loop.
 func (a *Association) shut() {
-	if a.fd < 0 {
+	if a.fd < 0 && !a.taken {
 		return
 	}
-	a.l.Forget(&a.Node)
-	unix.Close(a.fd)
-	a.fd = -1
+	if a.fd >= 0 {
+		a.l.Forget(&a.Node)
+		unix.Close(a.fd)
+	}
+	a.fd, a.taken = -1, false
 	a.l.Leave(&a.Node)
 	a.d.assocs.Add(-1)
 	a.mu.Lock()
@@ -205,12 +245,12 @@ func (a *Association) Shutdown() { a.end(ErrClosed) }
 // Turn implements loop.Task.
 func (a *Association) Turn() (again bool) {
 	switch {
-	case a.fd < 0:
+	case a.fd < 0 && !a.taken:
 		return false
 	case a.Got&closing != 0:
 		a.shut()
 		return false
-	case a.Got&loop.In == 0:
+	case a.Got&loop.In == 0 || a.taken:
 		return false
 	}
 	var b [256]byte

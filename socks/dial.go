@@ -183,10 +183,21 @@ func (p *dial) finish(err error) {
 		return
 	}
 	if p.assocDone != nil {
-		p.assocDone(nil, err)
+		p.assocDone(nil, p.refused(err))
 		return
 	}
 	p.done(loop.NoSocket, err)
+}
+
+// refused is err, which ended an association's dial. Whatever a server answers about the name that stands for UDP over TCP, it
+// is no word about a target.
+func (p *dial) refused(err error) error {
+	var r Reply
+	var fault *ServerError
+	if p.c.server.options.uot && !errors.As(err, &fault) && (errors.As(err, &r) || errors.Is(err, ErrEnded)) {
+		return uotRefused(err)
+	}
+	return err
 }
 
 // leave takes the dial out of the books.

@@ -172,11 +172,16 @@ func (c *Client) Connect(ctx context.Context, l *loop.Loop, dst Addr, done func(
 }
 
 // Associate asks the server for an association, whose control connection l keeps, and returns at once. done is called as by
-// Connect, with an Association that the receiver must Close. DST is all zeros, since our own endpoint is not known before the
+// Connect, with an Association that the receiver must Close. With udp=over-tcp it asks for UDP over TCP instead, by
+// CONNECT: see Association.Stream. DST is all zeros, since our own endpoint is not known before the
 // relay is (RFC 1928, section 4); its family is that of the control connection, and then the other one if the server refuses
 // that with reply 8.
 func (c *Client) Associate(ctx context.Context, l *loop.Loop, done func(*Association, error)) {
-	c.d.start(&dial{d: c.d, l: l, c: c, ctx: ctx, cmd: CmdAssociate, assocDone: done})
+	p := &dial{d: c.d, l: l, c: c, ctx: ctx, cmd: CmdAssociate, assocDone: done}
+	if c.server.options.uot {
+		p.cmd, p.dst = CmdConnect, Addr{Name: uotName}
+	}
+	c.d.start(p)
 }
 
 // DialDirect connects to dst without a server. done is called as by Connect; an error wraps the errno, or ErrSilent when

@@ -6,7 +6,8 @@
 // and Associate return at once and call back.
 //
 //	Dialer ── Client ── Connect(ctx, loop, dst, done)     done(s, nil): a connected, non-blocking socket
-//	                 └─ Associate(ctx, loop, done)        done(a, nil): a.Dial() gives sockets connected to the relay
+//	                 └─ Associate(ctx, loop, done)        done(a, nil): a.Dial() gives sockets connected to the relay,
+//	                                                      or a.Stream() the connection of UDP over TCP
 //
 // Connect and Associate are the whole of what a caller needs of an upstream: a group of servers with failover will
 // have the same two methods, and chooses by the kind of error. There are three kinds.

@@ -9,6 +9,7 @@ import (
 type options struct {
 	tor     bool
 	isolate isolation
+	uot     bool // datagrams travel by UDP over TCP
 }
 
 // isolation says which dials may share a circuit of Tor.
@@ -21,7 +22,7 @@ const (
 )
 
 var (
-	errOption  = errors.New("behind the question mark stand tor, isolate=program|destination|none, with & between them")
+	errOption  = errors.New("behind the question mark stand tor, isolate=program|destination|none or udp=over-tcp, with & between")
 	errTor     = errors.New("tor and isolate need socks5")
 	errIsolate = errors.New("isolate needs tor, and uses the user and the password itself")
 )
@@ -42,6 +43,8 @@ func (s Server) withOptions(query string) (Server, error) {
 		switch name + "=" + values[0] {
 		case "tor=":
 			s.options.tor = true
+		case "udp=over-tcp":
+			s.options.uot = true
 		case "isolate=none":
 		case "isolate=destination":
 			s.options.isolate = isolateDestination
@@ -56,6 +59,8 @@ func (s Server) withOptions(query string) (Server, error) {
 		return Server{}, errTor
 	case s.options.isolate != isolateNone && (!s.options.tor || s.login != nil):
 		return Server{}, errIsolate
+	case s.options.uot && (s.options.tor || s.proto == protoSOCKS4):
+		return Server{}, errUoT
 	}
 	return s, nil
 }

@@ -82,6 +82,9 @@ func (s Server) Protocol() string { return s.proto.String() }
 // TLS reports whether the connection to the server is encrypted.
 func (s Server) TLS() bool { return s.tls }
 
+// UDPOverTCP reports whether datagrams go to the server inside a TCP connection, as its URL says by udp=over-tcp.
+func (s Server) UDPOverTCP() bool { return s.options.uot }
+
 // Where is the server for messages: host:port, or the path of its socket.
 func (s Server) Where() string {
 	if s.path != "" {

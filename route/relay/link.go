@@ -116,8 +116,9 @@ func (k *link) Close() error {
 }
 
 // Stats implements PacketLink.
-func (k *link) Stats() LinkStats {
-	s := &k.st
+func (k *link) Stats() LinkStats { return k.st.snapshot() }
+
+func (s *linkCounters) snapshot() LinkStats {
 	return LinkStats{
 		Sent: s.sent.Load(), SentBytes: s.sentBytes.Load(),
 		Received: s.received.Load(), ReceivedBytes: s.receivedBytes.Load(),

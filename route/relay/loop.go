@@ -58,6 +58,7 @@ const (
 	opened                      // Listener.Opened came
 	ended                       // the owner wants it to end
 	orphaned                    // the app's socket is gone
+	failed                      // a stream link could not send
 )
 
 // SetIdleTimeout changes Config.IdleTimeout for relays that are started from now on. 0: DefaultIdle.

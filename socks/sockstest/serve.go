@@ -55,6 +55,8 @@ func (s *Server) serve(c stream) {
 	switch {
 	case f.refuses():
 		s.answer(c, f, x.reply(f.Reply, Addr{}))
+	case x.Cmd == CmdConnect && s.uot && x.Dst.Name == uotName:
+		s.overTCP(c, x, f)
 	case x.Cmd == CmdConnect:
 		s.connect(c, x, f)
 	case x.Cmd == CmdBind:

@@ -97,6 +97,7 @@ type Server struct {
 	netns         string
 	tls           *tls.Config
 	tor           bool
+	uot           bool
 	names         map[netip.Addr]string // for RESOLVE_PTR
 
 	ln     net.Listener

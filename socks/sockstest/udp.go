@@ -15,13 +15,14 @@ type Association struct {
 	s     *Server
 	c     stream
 	req   Request
-	relay *net.UDPConn // toward the client
+	relay *net.UDPConn // toward the client; nil over TCP
 
-	mu     sync.Mutex
-	closed bool
-	fault  Fault
-	client netip.AddrPort  // where its datagrams came from last
-	out    [2]*net.UDPConn // toward the world, one each for IPv4 and IPv6, made when first needed
+	sending sync.Mutex // frames over TCP, one after the other
+	mu      sync.Mutex
+	closed  bool
+	fault   Fault
+	client  netip.AddrPort  // where its datagrams came from last
+	out     [2]*net.UDPConn // toward the world, one each for IPv4 and IPv6, made when first needed
 }
 
 func (s *Server) associate(c stream, req Request, f Fault) {
@@ -89,7 +90,9 @@ func (a *Association) close() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.closed = true
-	a.relay.Close()
+	if a.relay != nil {
+		a.relay.Close()
+	}
 	for _, u := range a.out {
 		if u != nil {
 			u.Close()
@@ -210,6 +213,9 @@ func (a *Association) Send(src Addr, payload []byte) error {
 	if f.DropUDP {
 		return errDropped
 	}
+	if a.OverTCP() {
+		return a.sendFrame(f, src, payload)
+	}
 	b := append([]byte{0, 0, f.Frag}, appendAddr(nil, src)...)
 	if f.BadUDP {
 		b, payload = b[:6], nil
@@ -221,8 +227,12 @@ func (a *Association) Send(src Addr, payload []byte) error {
 	return a.SendRaw(b)
 }
 
-// SendRaw sends b to the client from the relay, without a header of ours.
+// SendRaw sends b to the client from the relay, or over TCP, without a header of ours.
 func (a *Association) SendRaw(b []byte) error {
+	if a.OverTCP() {
+		_, err := a.c.Write(b)
+		return err
+	}
 	to := a.Client()
 	if !to.IsValid() {
 		return errNoClient
@@ -257,8 +267,8 @@ func (a *Association) Cut(end End) {
 // Request is the request that made the association.
 func (a *Association) Request() Request { return a.req }
 
-// Relay is where the client's datagrams go.
-func (a *Association) Relay() netip.AddrPort { return unmap(a.relay.LocalAddr()) }
+// Relay is where the client's datagrams go; invalid over TCP.
+func (a *Association) Relay() netip.AddrPort { return a.relayAddr() }
 
 // Client is where the client's datagrams come from; invalid before the first.
 func (a *Association) Client() netip.AddrPort {

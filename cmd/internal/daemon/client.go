@@ -44,8 +44,8 @@ func (c *client) Associate(ctx context.Context, l *loop.Loop, done func(*socks.A
 		return
 	}
 	c.Group.Associate(ctx, l, func(a *socks.Association, err error) {
-		if err != nil {
-			done(nil, err)
+		if err != nil || a.OverTCP() { // which sends no datagram to a relay
+			done(a, err)
 			return
 		}
 		a.OnOver(c.allowed.relay(a.Server(), a.Relay(), func() { done(a, nil) }))
