@@ -192,22 +192,23 @@ func shake(c net.Conn, h socks.Handshake) (reply []byte, after time.Duration, er
 	return reply, time.Since(asked), nil
 }
 
+// granted4 is the CD of a SOCKS4 grant; refusals are above it.
+const granted4 = 90
+
 // answer names what came in place of a grant.
 func answer(reply []byte, err error) Answer {
 	var code socks.Reply
 	switch {
 	case err == nil:
 		return Answer{Kind: Granted}
-	case len(reply) >= 2 && reply[0] == 0 && !errors.Is(err, socks.ErrMalformed): // of SOCKS4, which has its own codes
+	case errors.Is(err, socks.ErrMalformed):
+		return Answer{Kind: Malformed, Error: err.Error()}
+	case len(reply) >= 2 && reply[0] == 0 && reply[1] > granted4: // of SOCKS4, which has its own codes
 		return Answer{Kind: Refused, Code: int(reply[1])}
 	case errors.As(err, &code):
 		return Answer{Kind: Refused, Code: int(code), Short: len(reply) < 5}
-	case len(reply) >= 2 && reply[0] == 5 && reply[1] != 0:
-		return Answer{Kind: Refused, Code: int(reply[1]), Short: true}
 	case errors.Is(err, socks.ErrMethod), errors.Is(err, socks.ErrCredentials):
 		return Answer{Kind: NoLogin, Error: err.Error()}
-	case errors.Is(err, socks.ErrMalformed):
-		return Answer{Kind: Malformed, Error: err.Error()}
 	}
 	a := ending(err)
 	if len(reply) > 0 && a.Kind == Closed {

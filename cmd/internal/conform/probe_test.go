@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -325,5 +326,34 @@ func TestSecondReply(t *testing.T) {
 	}
 	if a := second("\x05\x00\x00\x02\x01\x02\x03\x04\x00\x50"); a.Kind != Malformed {
 		t.Errorf("%+v", a)
+	}
+}
+
+// What is no SOCKS4 is malformed, whatever its bytes would say in SOCKS5; a refusal keeps the code of SOCKS4.
+func TestSOCKS4Answers(t *testing.T) {
+	for reply, want := range map[string]Answer{
+		"\x05\xff":         {Kind: Malformed},
+		"\x00\x5a\x00":     {Kind: Malformed},
+		"\x00\x5d\x00\x00": {Kind: Refused, Code: 93},
+		"":                 {Kind: Closed},
+	} {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			defer ln.Close()
+			if c, err := ln.Accept(); err == nil {
+				defer c.Close()
+				c.Read(make([]byte, 64)) // the request, so that the end is a FIN
+				io.WriteString(c, reply)
+			}
+		}()
+		e := Ends{TCP: netip.MustParseAddrPort("192.0.2.9:80")}
+		p := newProber(config(server(t, ln.Addr().String()), e))
+		p.socks4(t.Context())
+		if a := p.report.SOCKS4; a.Kind != want.Kind || a.Code != want.Code || a.Short {
+			t.Errorf("% x: %+v, want %+v", reply, a, want)
+		}
 	}
 }
