@@ -27,9 +27,14 @@ func needPrograms(t *testing.T, names ...string) {
 	}
 }
 
-// serve starts a program that serves until the test is over, and waits until its TCP endpoint answers.
+// serve starts a program that serves until the test is over, and waits until it answers at its TCP endpoint, or at the path of
+// its unix socket.
 func serve(t *testing.T, at string, name string, args ...string) {
 	t.Helper()
+	network := "tcp"
+	if filepath.IsAbs(at) {
+		network = "unix"
+	}
 	log := &harness.Log{}
 	cmd := exec.Command(name, args...)
 	cmd.Stdout, cmd.Stderr = log, log
@@ -51,7 +56,7 @@ func serve(t *testing.T, at string, name string, args ...string) {
 		}
 	})
 	eventually(t, patience, name+" serves", func() bool {
-		c, err := net.DialTimeout("tcp", at, time.Second)
+		c, err := net.DialTimeout(network, at, time.Second)
 		if err == nil {
 			c.Close()
 		}
