@@ -15,6 +15,7 @@ declare -A groups=(
 	[test]="make:make gcc:gcc =/usr/include/stdio.h:libc6-dev git:git =/etc/ssl/certs/ca-certificates.crt:ca-certificates
 		ip:iproute2 sysctl:procps unshare:util-linux curl:curl
 		aria2c:aria2 danted:dante-server microsocks:microsocks tinyproxy:tinyproxy-bin stunnel4:stunnel4 nginx:nginx vsftpd:vsftpd sshd:openssh-server
+		ssh:openssh-client ss-local:shadowsocks-libev
 		opentracker:opentracker mktorrent:mktorrent dnsmasq:dnsmasq-base
 		musl-gcc:musl-tools nsupdate:bind9-dnsutils
 		=/lib/systemd/systemd-networkd:systemd dhclient:isc-dhcp-client dhcpcd:dhcpcd-base NetworkManager:network-manager
