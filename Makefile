@@ -103,6 +103,10 @@ zoo: ## Ask real SOCKS servers what they do, and write the manual's tables of th
 	scripts/deps.sh zoo
 	scripts/zoo.sh
 
+.PHONY: slow
+slow: ## Tests that take minutes: 300 echoes in 60 s beside datagrams that end their association, in each phase
+	VIASOCKS_SLOW=1 $(GO) test $(TESTFLAGS) -v -timeout 10m -run TestUDPPoison ./route
+
 UNITS := viasocks.service viasocks@.service viasocks-closed.service
 UNITDIR := $(PREFIX)/lib/systemd/system
 

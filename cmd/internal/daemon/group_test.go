@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -47,4 +48,37 @@ func TestGroupCarries(t *testing.T) {
 		return
 	}
 	t.Error("status has no group")
+}
+
+// OpenSSH -D ends each request for a target that refuses. Status shows the server up: it is the target that refuses.
+func TestRefusedTargetsAreNoFault(t *testing.T) {
+	noLeaks(t)
+	c, write := newCarried(t)
+	other := listen(t, sockstest.WithRedirectsOnly())
+	write(fmt.Sprintf("upstream g=%s,%s\nrule via g\n", c.proxy.URL(), other.URL()))
+	c.reload("a group")
+	c.works("before")
+	c.proxy.SetFault(func(r sockstest.Request) sockstest.Fault {
+		if r.Dst.IP == farTCP.Addr() {
+			return sockstest.Fault{}
+		}
+		return sockstest.EarlyClose()
+	})
+	for i := range 7 { // eight in a row, and no success between them, would be the server's fault
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		conn, err := c.app.DialTCP(ctx, netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(100 + i)}), 80))
+		cancel()
+		if err == nil {
+			conn.Close()
+			t.Fatal("a connection was made that the first server refused")
+		}
+	}
+	if n := len(other.Requests()); n > 0 {
+		t.Errorf("the other server was asked %d times", n)
+	}
+	for _, u := range c.u.status().Upstreams {
+		if u.Name == "g" && (u.TCP != "ok" || u.Servers[0].State != "ok" || u.Servers[0].Why != "") {
+			t.Errorf("status says %+v", u)
+		}
+	}
 }
