@@ -193,6 +193,8 @@ func (v *verdict) word() string {
 		return "via " + v.up.name
 	case drop:
 		return "drop"
+	case resolve:
+		return "resolve"
 	}
 	return "reject"
 }

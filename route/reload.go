@@ -18,6 +18,8 @@ type Policy struct {
 	Resolvers []netip.AddrPort // none only if there were none before
 	// ResolverDefault is as in Config.
 	ResolverDefault string
+	// Guard is as in Config.
+	Guard bool
 }
 
 var (
@@ -31,7 +33,7 @@ var (
 func (r *Router) Reload(p Policy) error {
 	cfg := r.cfg
 	cfg.Upstreams, cfg.Rules, cfg.Default, cfg.Resolvers = p.Upstreams, p.Rules, p.Default, p.Resolvers
-	cfg.ResolverDefault = p.ResolverDefault
+	cfg.ResolverDefault, cfg.Guard = p.ResolverDefault, p.Guard
 	r.reload.Lock()
 	defer r.reload.Unlock()
 	old := r.policy.Load()
@@ -138,6 +140,7 @@ func (s *dnsSum) add(t dns.Stats) {
 	s.Truncated += t.Truncated
 	s.Failed += t.Failed
 	s.Malformed += t.Malformed
+	s.Refused += t.Refused
 	s.Dropped += t.Dropped
 	s.Unmatched += t.Unmatched
 	s.Connections += t.Connections

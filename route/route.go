@@ -39,6 +39,9 @@ type Config struct {
 	Resolvers []netip.AddrPort
 	// ResolverDefault is the upstream of connections to Resolvers that no rule matches; "": Default's.
 	ResolverDefault string
+	// Guard refuses questions of DNS for names that no rule can need, and all operations of DNS but questions: they would be
+	// a way out past the rules.
+	Guard bool
 	// Pool has the fake addresses that Fake of route/dns gives out. A TCP flow to one travels as the name that it stands for. nil:
 	// there are none.
 	Pool *dns.Pool
@@ -113,6 +116,7 @@ type Router struct {
 	control control
 
 	rejectLogged int64 // under udp.mu
+	guarded      guardLog
 
 	names     nameTable
 	asker     *asker     // nil: nobody can be asked

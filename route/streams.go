@@ -79,13 +79,19 @@ func (r *Router) HandleStream(req flow.StreamRequest) {
 	}
 	dest := Dest{Addr: f.Dst, Src: f.Src.Addr()}
 	if d := r.dns.Load(); d != nil && f.Dst.Port() == 53 && flow.OneHost(f.Dst.Addr()) {
+		p := r.policy.Load()
+		if p.guard && (r.cfg.Pool != nil || !p.needsName("")) { // nobody judges the questions in it
+			r.takeStream(req, f, dest, verdictNoName, &query{})
+			return
+		}
 		if r.cfg.Pool != nil {
 			r.takeStream(req, f, dest, r.answer, nil)
 			return
 		}
 		// A truncated answer asks to come back by TCP, and the address in resolv.conf need not exist.
 		dest.Addr = d.Resolver()
-		r.takeStream(req, f, dest, r.policy.Load().decideResolver(dest.Addr), nil)
+		v := p.decideResolver(dest.Addr)
+		r.takeStream(req, f, dest, v, &query{})
 		return
 	}
 	if p := r.cfg.Pool; p != nil && p.Contains(f.Dst.Addr()) {

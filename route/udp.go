@@ -120,7 +120,8 @@ func (r *Router) question(p *flow.Packet) {
 	if !flow.CanBePeer(dst.Addr()) {
 		asked = noAddr
 	}
-	r.dns.Load().Handle(p.Payload, asked, func(b []byte) {
+	judge := r.judgeOf(flow.Flow{Proto: flow.UDP, Src: src, Dst: dst})
+	r.dns.Load().HandleJudged(p.Payload, asked, judge, func(b []byte) {
 		r.dnsMu.Lock()
 		defer r.dnsMu.Unlock()
 		r.dnsPkt[0] = flow.Packet{Src: dst, Dst: src, Payload: b}

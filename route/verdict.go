@@ -35,6 +35,7 @@ var verdictAsk = &verdict{kind: await, rule: "none"}
 // policy is the compiled configuration: immutable but for the counters.
 type policy struct {
 	needs     kinds // of conditions, in all rules
+	guard     bool  // Config.Guard
 	rules     []Rule
 	verdicts  []*verdict // one for each rule
 	otherwise *verdict
@@ -48,7 +49,7 @@ const noRule = "none"
 
 // newPolicy checks and compiles. Upstreams that old (or nil) has too keep what is known of them.
 func newPolicy(cfg Config, old *policy) (*policy, error) {
-	p := &policy{rules: cfg.Rules, upstreams: make(map[string]*upstream)}
+	p := &policy{rules: cfg.Rules, guard: cfg.Guard, upstreams: make(map[string]*upstream)}
 	var names []string
 	for _, u := range cfg.Upstreams {
 		name := u.Name()

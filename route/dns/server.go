@@ -46,13 +46,14 @@ type Stats struct {
 	Truncated   uint64 // of those: cut to what the asker takes, with TC
 	Failed      uint64 // answered SERVFAIL: no resolver answered
 	Malformed   uint64 // answered FORMERR or NOTIMP, or not at all
+	Refused     uint64 // answered REFUSED: the Judge said no
 	Dropped     uint64 // over InFlight, or not running
 	Unmatched   uint64 // answers of a resolver to nothing that was asked
 	Connections uint64 // opened to resolvers
 }
 
 type counters struct {
-	questions, answered, own, truncated, failed, malformed, dropped, unmatched, connections atomic.Uint64
+	questions, answered, own, truncated, failed, malformed, refused, dropped, unmatched, connections atomic.Uint64
 }
 
 // Server answers questions while Run runs. Handle, Stats and Resolver may be called from any goroutine.
@@ -176,7 +177,7 @@ func (s *Server) Resolver() netip.AddrPort { return s.resolvers[0].addr }
 func (s *Server) Stats() Stats {
 	c := &s.count
 	return Stats{c.questions.Load(), c.answered.Load(), c.own.Load(), c.truncated.Load(), c.failed.Load(), c.malformed.Load(),
-		c.dropped.Load(), c.unmatched.Load(), c.connections.Load()}
+		c.refused.Load(), c.dropped.Load(), c.unmatched.Load(), c.connections.Load()}
 }
 
 // Handle takes one question that came by UDP. It does not block and does not keep msg. reply is called at most once,
@@ -186,13 +187,18 @@ func (s *Server) Stats() Stats {
 // asked is the server that the app sent it to, or the zero AddrPort if that is none that exists. QUERY goes to the
 // resolvers whatever it is. Every other operation (UPDATE, NOTIFY) is about that server, and goes there.
 func (s *Server) Handle(msg []byte, asked netip.AddrPort, reply func([]byte)) {
-	s.handle(msg, asked, byUDP, reply)
+	s.HandleJudged(msg, asked, nil, reply)
+}
+
+// HandleJudged is Handle for an app whose questions judge decides on; nil: all are answered.
+func (s *Server) HandleJudged(msg []byte, asked netip.AddrPort, judge Judge, reply func([]byte)) {
+	s.handle(msg, asked, byUDP, judge, reply)
 }
 
 // Ask has the resolvers asked, also for what a fake address would be the answer to. reply is called as by Handle, with the
 // whole answer however long it is. false: it will not be called.
 func (s *Server) Ask(msg []byte, reply func([]byte)) bool {
-	return s.handle(msg, netip.AddrPort{}, ours, reply)
+	return s.handle(msg, netip.AddrPort{}, ours, nil, reply)
 }
 
 // way is how a question came.
@@ -205,7 +211,7 @@ const (
 )
 
 // handle reports whether reply is called, unless Run ends first.
-func (s *Server) handle(msg []byte, asked netip.AddrPort, how way, reply func([]byte)) bool {
+func (s *Server) handle(msg []byte, asked netip.AddrPort, how way, judge Judge, reply func([]byte)) bool {
 	s.count.questions.Add(1)
 	q, v, rcode := parseQuestion(msg)
 	switch v {
@@ -215,6 +221,11 @@ func (s *Server) handle(msg []byte, asked netip.AddrPort, how way, reply func([]
 	case answer:
 		s.count.malformed.Add(1)
 		reply(errorReply(msg, q, rcode))
+		return true
+	}
+	if !judge.allows(msg, &q) {
+		s.count.refused.Add(1)
+		reply(errorReply(msg, q, rcodeRefuse))
 		return true
 	}
 	if how != byUDP {

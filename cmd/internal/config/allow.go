@@ -84,6 +84,6 @@ func (c *Config) finishAllow() error {
 		}
 		c.Rules = append(c.Rules, r)
 	}
-	c.Default = ""
+	c.Default, c.Guard = "", true
 	return nil
 }

@@ -93,6 +93,7 @@ type Config struct {
 	Rules     []route.Rule // in the order given
 	DNS       []netip.AddrPort
 	Fake      Fake
+	Guard     bool // there is an --allow: names that no rule needs are not resolved
 	// ResolverDefault is the upstream by which resolvers are asked that no rule decides on; empty: they are not reached.
 	ResolverDefault string
 

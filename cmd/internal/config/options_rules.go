@@ -106,9 +106,23 @@ What is allowed goes by
 .Fl -proxy
 or, where there is no proxy, directly.
 .Pp
-Names are still resolved, whatever they are, by the resolvers of
-.Fl -dns :
-a program can ask for them, and tell them what it wants to, by the names that it asks for.
+A question of DNS is a way out as well: a name can carry what a program wants to tell.
+A name is therefore resolved only if a rule can need its addresses, and every other question is answered REFUSED at once.
+A rule with a name needs this name, one for every host (such as
+.Ar tcp:443 )
+needs all names, and one for an address or a network needs none.
+Where all names are needed a program can still tell the resolvers of
+.Fl -dns
+whatever it wants to; so can it tell whoever runs
+.Li example.com
+if
+.Ar tcp:.example.com:443
+is allowed.
+Connections to TCP port 53 are refused unless all names are needed, and always with
+.Fl -dns Cm fake .
+Operations of DNS that are no questions (UPDATE, NOTIFY) are refused where they come by UDP.
+Conditions on the port, the source and the program do not count here: a name that one program needs is resolved for all.
+.Pp
 With
 .Cm up
 what goes past viasocks, such as private networks that the host is connected to, is not judged: see
@@ -135,7 +149,13 @@ To name the program each connection waits until its owner is found.
 When the file cannot be written as fast as verdicts are taken, lines are lost and no flow waits; a line with
 .Cm lost
 says how many are missing before it.
-Questions of DNS are not in it.`,
+A question of DNS to UDP port 53 is a line with the name in
+.Cm names
+and the verdict
+.Cm resolve
+or
+.Cm reject ,
+without the program; so is a connection to TCP port 53, without the name.`,
 	},
 	{
 		Name: "rule-for", Arg: "FLOW", Many: true, Cmds: Check, set: addRuleFor,

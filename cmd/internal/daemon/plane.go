@@ -102,8 +102,8 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 	p.ups = ups
 	if p.router, err = route.New(route.Config{
 		Upstreams: policy.Upstreams, Rules: policy.Rules, Default: policy.Default, Resolvers: policy.Resolvers,
-		ResolverDefault: policy.ResolverDefault,
-		Loops:           p.loops, Sockets: sockets, Owners: ownersOf(sockets), ComesBack: dial.comesBack,
+		ResolverDefault: policy.ResolverDefault, Guard: policy.Guard,
+		Loops: p.loops, Sockets: sockets, Owners: ownersOf(sockets), ComesBack: dial.comesBack,
 		Decisions: dial.decisions,
 		Pool:      dial.pool, NoFakeIPv6: cfg.Fake.IPv6 == "off" || cfg.Fake.IPv6 == "auto" && dial.noIPv6,
 		Log: log,
@@ -140,7 +140,9 @@ func (p *plane) policy(cfg *config.Config) (_ route.Policy, ups []upstream, err 
 			ups = append(ups, upstream{config.Upstream{Name: route.DirectName}, route.NewDirect(p.dialer, control), nil})
 		}
 	}
-	pol := route.Policy{Rules: cfg.Rules, Default: cfg.Default, Resolvers: cfg.DNS, ResolverDefault: cfg.ResolverDefault}
+	pol := route.Policy{
+		Rules: cfg.Rules, Default: cfg.Default, Resolvers: cfg.DNS, ResolverDefault: cfg.ResolverDefault, Guard: cfg.Guard,
+	}
 	for _, u := range ups {
 		pol.Upstreams = append(pol.Upstreams, u.Route)
 	}

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -103,7 +104,7 @@ func TestGuard(t *testing.T) {
 				{world4 + ":8080", "", "reject"}, {world4 + ":8080", "db.example.com", verdict}, {other4 + ":8080", "other.example", "reject"},
 				{world4 + ":8082", "db.example.com", "reject"}, {other4 + ":8081", "other.example", verdict}, {"[" + world6 + "]:8081", "", verdict},
 			}
-			all := decisionsIn(t, file)
+			all := slices.DeleteFunc(decisionsIn(t, file), func(d decided) bool { return strings.HasSuffix(d.Dst, ":53") })
 			if len(all) != len(wants) {
 				t.Fatalf("%d decisions, want %d: %+v", len(all), len(wants), all)
 			}
@@ -120,6 +121,47 @@ func TestGuard(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestGuardOfNames: where all that is allowed has a name or an address, no other name is asked for: not by the resolver's
+// own log. Connections to TCP port 53 are refused, since nobody looks into them.
+func TestGuardOfNames(t *testing.T) {
+	needPrograms(t, "nginx", "dnsmasq", "curl", "dig")
+	nginx(t, world4+":8080")
+	asked := filepath.Join(t.TempDir(), "asked")
+	dnsmasq(t, "--address=/example.com/"+world4, "--log-queries", "--log-facility="+asked)
+	file := filepath.Join(t.TempDir(), "decisions")
+	flags := []string{"--allow", "tcp:db.example.com:8080", "--allow", "tcp:" + other4 + ":8080", "--decisions", file}
+	start := time.Now()
+	got := curl(t, flags, "http://db.example.com:8080", "http://secret.example.com:8080")
+	if want := served + "\n" + noName; got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+	if took := time.Since(start); took > 5*time.Second {
+		t.Errorf("it took %v: a name is refused at once", took)
+	}
+	r := run(t, flags, "sh", "-c", "dig +tries=1 +time=5 secret.example.com TXT; dig +tcp +tries=1 +time=5 secret.example.com; dig +short db.example.com")
+	if !strings.Contains(r.out, "status: REFUSED") || !strings.Contains(r.out, "connection refused") || !strings.HasSuffix(strings.TrimSpace(r.out), world4) {
+		t.Errorf("dig says %s", r.out)
+	}
+	log, err := os.ReadFile(asked)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(log), "db.example.com") || strings.Contains(string(log), "secret") {
+		t.Errorf("the resolver was asked:\n%s", log)
+	}
+	verdicts := map[string]bool{}
+	for _, d := range decisionsIn(t, file) {
+		if strings.HasSuffix(d.Dst, ":53") {
+			verdicts[d.Proto+" "+d.Verdict+" "+strings.Join(d.Names, " ")] = true
+		}
+	}
+	for _, want := range []string{"udp resolve db.example.com", "udp reject secret.example.com", "tcp reject "} {
+		if !verdicts[want] {
+			t.Errorf("no decision %q in %v", want, verdicts)
+		}
 	}
 }
 
