@@ -99,7 +99,7 @@ demo: ## Six downloads of aria2 through a SOCKS proxy, on real programs (root)
 	scripts/demo.sh
 
 .PHONY: zoo
-zoo: ## Ask real SOCKS servers what they do, and write the manual's tables of them (root)
+zoo: ## Ask real SOCKS servers what they do, for the manual's tables, and let them fail behind viasocks (root)
 	scripts/deps.sh zoo
 	scripts/zoo.sh
 

@@ -29,7 +29,8 @@ declare -A groups=(
 	[zoo]="git:git =/etc/ssl/certs/ca-certificates.crt:ca-certificates ip:iproute2 sysctl:procps ss:iproute2
 		danted:dante-server microsocks:microsocks ssh:openssh-client sshd:openssh-server ss-local:shadowsocks-libev
 		plink:putty-tools v2ray:v2ray trojan:trojan stunnel4:stunnel4 openssl:openssl dnsmasq:dnsmasq-base
-		=/usr/lib/python3/dist-packages/asyncssh:python3-asyncssh node:nodejs npm:npm"
+		=/usr/lib/python3/dist-packages/asyncssh:python3-asyncssh node:nodejs npm:npm
+		aria2c:aria2 curl:curl nft:nftables nsenter:util-linux"
 	[lint]="shellcheck:shellcheck"
 )
 # The units of the packages above.

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # zoo-servers.sh: how each server of the zoo is had and started. Sourced by zoo.sh, whose variables and helpers (run, go_server,
 # deb_version, lacks) it uses.
-# shellcheck disable=SC2154 # the variables are zoo.sh's
+# shellcheck disable=SC2154,SC2034,SC2086 # the variables are those of zoo.sh, and have no spaces; it uses those of here
 #
 # get_NAME sees to the program, prints its version, and fails with a reason if it cannot be had. start_NAME starts it in the
 # proxy's namespace, on $at (203.0.113.1:1080). A server that has a far half of its own has that on 127.0.0.1.

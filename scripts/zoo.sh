@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# zoo.sh: what real SOCKS servers do, found out by the probe of cmd/internal/conform; writes the manual's tables of servers.
+# zoo.sh: what real SOCKS servers do, found out by the probe of cmd/internal/conform, which writes the manual's tables of
+# servers; then what programs see through viasocks when such a server is killed, stopped, cut off, and comes back.
 #
-# Usage: zoo.sh [NAME...]      (no name: all of them)
+# Usage: zoo.sh [probe|front] [NAME...]      (no part: both; no name: all servers)
 #
-# It needs root, Debian 12 and Go, and takes some five minutes, the first time more: servers are built from the Go module proxy
+# It needs root, Debian 12 and Go, and takes some twelve minutes, the first time more: servers are built from the Go module proxy
 # and fetched from npm in the versions that zoo-servers.sh names, and kept under the user's cache directory. A server that cannot
 # be had here is skipped, with the reason. Continuous integration does not run it.
 #
@@ -22,12 +23,20 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/viasocks-zoo
 
 # shellcheck source=scripts/zoo-servers.sh
 . scripts/zoo-servers.sh
+front_dir=$cache/front
+# shellcheck source=scripts/zoo-front.sh
+. scripts/zoo-front.sh
 
+part=
 case ${1:-} in
 -h | --help) sed -n 's/^# Usage: /usage: /p' "$0"; exit 0 ;;
+probe | front) part=$1; shift ;;
 esac
 for name; do [[ " ${zoo[*]} " == *" $name "* ]] || die "unknown server $name; known: ${zoo[*]}"; done
-[[ $# -eq 0 ]] || zoo=("$@")
+if (($#)); then
+	mapfile -t front_servers < <(comm -12 <(printf '%s\n' "$@" | sort) <(printf '%s\n' "${front_servers[@]}" | sort))
+	zoo=("$@")
+fi
 ((EUID == 0)) || die "network namespaces need root"
 
 T=$(mktemp -d)
@@ -49,7 +58,7 @@ clean() {
 	stop_servers
 	kill "${ends[@]}" 2>/dev/null
 	wait 2>/dev/null
-	for name in "$client" "$proxy" "$far"; do ip netns del "$name" 2>/dev/null; done
+	for name in "$client" "$proxy" "$far" "$spare"; do ip netns del "$name" 2>/dev/null; done
 	rm -rf "$T"
 	exit "$status"
 }
@@ -98,7 +107,7 @@ go_server() {
 
 # npm_server PACKAGE VERSION fetches it into $cache/npm.
 npm_server() {
-	command -v node >/dev/null && command -v npm >/dev/null || lacks "node and npm are not installed: scripts/deps.sh zoo"
+	type node npm >/dev/null 2>&1 || lacks "node and npm are not installed: scripts/deps.sh zoo"
 	if ! grep -qs "\"version\": \"$2\"" "$cache/npm/node_modules/$1/package.json"; then
 		mkdir -p "$cache/npm"
 		npm install --prefix "$cache/npm" --ignore-scripts --no-audit --no-fund "$1@$2" >"$T/build.log" 2>&1 ||
@@ -181,15 +190,21 @@ visit() {
 	stop_servers
 }
 
+# probe_tour NAME... probes the servers and writes the tables.
+probe_tour() {
+	local name table=cmd/internal/conform/servers.json
+	results=() skipped=()
+	for name; do visit "$name"; done
+	((${#results[@]})) || die "no server gave a result"
+	"$T/zoo" survey $table "${results[@]}" >"$T/servers.json"
+	cp "$T/servers.json" $table
+	go test ./cmd/viasocks -run TestManualServers -update >/dev/null
+	echo "zoo: ${#results[@]} servers are in $table and in the manual${skipped:+; not there: ${skipped[*]}}"
+}
+
 mkdir -p "$cache"
 go build -o "$T/zoo" ./cmd/internal/conform/zoo
 command -v dnsmasq >/dev/null || die "dnsmasq is not installed: scripts/deps.sh zoo"
 make_world
-results=() skipped=()
-for name in "${zoo[@]}"; do visit "$name"; done
-((${#results[@]})) || die "no server gave a result"
-table=cmd/internal/conform/servers.json
-"$T/zoo" survey $table "${results[@]}" >"$T/servers.json"
-cp "$T/servers.json" $table
-go test ./cmd/viasocks -run TestManualServers -update >/dev/null
-echo "zoo: ${#results[@]} servers are in $table and in the manual${skipped:+; not there: ${skipped[*]}}"
+[[ $part == front ]] || probe_tour "${zoo[@]}"
+[[ $part == probe || ${#front_servers[@]} -eq 0 ]] || front_tour "${front_servers[@]}"

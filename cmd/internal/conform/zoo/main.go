@@ -3,6 +3,8 @@
 //	zoo far FIRST SECOND [MORE…]                   the far end, on port 7000
 //	zoo probe URL NAME VERSION                     a probe of the server; the far end's addresses are those of zoo.sh
 //	zoo survey OLD FILE…                           puts what several probes printed into a survey, in place of older entries
+//	zoo serve ADDRESS DIRECTORY                    a web server
+//	zoo echo N INTERVAL [UNSENDABLE EVERY]         N datagrams to the far end, and others that the server cannot send
 package main
 
 import (
@@ -13,6 +15,7 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -49,7 +52,8 @@ func main() {
 	}
 }
 
-var errUsage = errors.New("usage: zoo far FIRST SECOND [MORE…] | probe URL NAME VERSION | survey OLD FILE…")
+var errUsage = errors.New("usage: zoo far FIRST SECOND [MORE…] | probe URL NAME VERSION | survey OLD FILE… | " +
+	"serve ADDRESS DIRECTORY | echo N INTERVAL [UNSENDABLE EVERY]")
 
 func run(ctx context.Context, args []string) error {
 	switch {
@@ -59,6 +63,10 @@ func run(ctx context.Context, args []string) error {
 		return probe(ctx, args[1], args[2], args[3])
 	case len(args) >= 3 && args[0] == "survey":
 		return survey(args[1], args[2:])
+	case len(args) == 3 && args[0] == "serve":
+		return serve(ctx, args[1], args[2])
+	case (len(args) == 3 || len(args) == 5) && args[0] == "echo":
+		return echoes(ctx, args[1:])
 	}
 	return errUsage
 }
@@ -100,6 +108,27 @@ func probe(ctx context.Context, url, name, version string) error {
 		return fmt.Errorf("%s carries nothing: its entry would say nothing about it", name)
 	}
 	return write(conform.Entry{Name: name, Version: version, Report: r})
+}
+
+func echoes(ctx context.Context, args []string) error {
+	n, err := strconv.Atoi(args[0])
+	if err != nil {
+		return err
+	}
+	interval, err := time.ParseDuration(args[1])
+	if err != nil {
+		return err
+	}
+	var p poison
+	if len(args) > 2 {
+		if p.to, err = netip.ParseAddrPort(args[2]); err != nil {
+			return err
+		}
+		if p.every, err = time.ParseDuration(args[3]); err != nil {
+			return err
+		}
+	}
+	return echo(ctx, ends.UDP[0][0], n, interval, p)
 }
 
 func survey(old string, files []string) error {
