@@ -165,10 +165,7 @@ func TestTLSResetByUs(t *testing.T) {
 					ended <- err
 					return
 				}
-				for err == nil { // what follows is refused
-					_, err = k.Write([]byte("x"))
-					time.Sleep(time.Millisecond)
-				}
+				_, err = k.(*tls.Conn).NetConn().Read(make([]byte, 1)) // though the server sends nothing more
 			} else {
 				_, err = k.Read(make([]byte, 1))
 			}
@@ -186,6 +183,7 @@ func TestTLSResetByUs(t *testing.T) {
 		k := conn(t, fd).(*net.UnixConn)
 		if fin {
 			k.CloseWrite()
+			time.Sleep(50 * time.Millisecond) // close_notify is on its way before the close
 		}
 		k.Close()
 		select {
