@@ -199,12 +199,12 @@ func TestTLSResetByUs(t *testing.T) {
 }
 
 func TestTLSRefused(t *testing.T) {
-	d, c, _ := tlsServer(t, Options{}, "socks5+tls", "192.0.2.1")
+	_, c, _ := tlsServer(t, Options{}, "socks5+tls", "192.0.2.1")
 	var fault *ServerError
 	if _, err := connect(t, c, context.Background(), testDst); !errors.As(err, &fault) || fault.Op != OpSecure || !errors.As(err, &x509.HostnameError{}) {
 		t.Errorf("another host's certificate: %v", err)
 	}
-	d, c, _ = tlsServer(t, Options{}, "socks5+tls", "127.0.0.1")
+	d, c, _ := tlsServer(t, Options{}, "socks5+tls", "127.0.0.1")
 	s := c.Server()
 	s.ca = ""
 	if _, err := connect(t, d.Client(s), context.Background(), testDst); !errors.As(err, &fault) || fault.Op != OpSecure || !strings.Contains(err.Error(), "authority") {
