@@ -4,13 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net/netip"
 	"os"
 	"slices"
-	"syscall"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -58,6 +55,12 @@ type dial struct {
 	legs      []*leg             // that race to connect, while there are several addresses
 	endVia    context.CancelFunc // of the connection through another group
 	probing   bool               // no request is sent: see Client.Check
+	shelf     *shelf             // that the connection is for; nil: none
+	gen       int                // of shelf
+	pooled    bool               // the connection comes from a pool
+	proving   bool               // see provePipelining
+	piped     bool               // greeting, login and request are sent in one write
+	fast      bool               // TCP Fast Open: whether the server is reached is not known before its first byte
 	soon      bool               // a check that gives up early
 	hs        Handshake          // nil: direct
 	hs5       socks5             // what hs is for SOCKS5
@@ -85,8 +88,6 @@ const (
 	waiting // for the second reply to BIND
 	over
 )
-
-var errEOF = fmt.Errorf("it closed the connection: %w", io.ErrUnexpectedEOF)
 
 // start has the dial begin on its loop.
 func (d *Dialer) start(p *dial) {
@@ -144,6 +145,13 @@ func (p *dial) begin() {
 	} else if p.ctx.Done() != nil {
 		p.stop = context.AfterFunc(p.ctx, func() { p.l.Note(&p.Node, canceled) })
 	}
+	if p.c == nil || !p.fromPool() {
+		p.seek()
+	}
+}
+
+// seek finds the address to connect to.
+func (p *dial) seek() {
 	switch {
 	case p.c == nil:
 		p.addrs = []netip.AddrPort{p.dst.AddrPort()}
@@ -178,6 +186,7 @@ func (p *dial) finish(err error) {
 	}
 	p.drop()
 	p.leave()
+	p.doubt(err)
 	if p.failed != nil {
 		p.failed(err)
 		return
@@ -243,107 +252,6 @@ func (p *dial) fault(op string, err error) {
 	p.finish(&ServerError{Server: p.c.server.String(), Op: op, Err: err})
 }
 
-// connect tries the addresses from p.at on: one by itself, several by a race.
-func (p *dial) connect() {
-	p.state = connecting
-	if len(p.addrs)-p.at > 1 {
-		p.race()
-		return
-	}
-	if p.at < len(p.addrs) {
-		err, ours := p.open(p.addrs[p.at])
-		if err == errBusy {
-			p.drop()
-			p.l.SetTimer(&p.Node, min(p.connectBy, p.l.Now()+busyWait))
-			return
-		}
-		if err == nil {
-			p.l.SetTimer(&p.Node, p.connectBy)
-			return
-		}
-		p.drop()
-		if ours {
-			p.finish(fmt.Errorf("cannot make a socket: %w", err))
-			return
-		}
-		p.lastErr = err
-	}
-	p.notReached()
-}
-
-// notReached: no address is left to try.
-func (p *dial) notReached() {
-	if p.c != nil && p.c.fixed == nil {
-		p.c.failed()
-		if !p.looked {
-			p.c.lookUp(p)
-			return
-		}
-	}
-	p.fault(OpConnect, p.lastErr)
-}
-
-// allPorts is an IP_LOCAL_PORT_RANGE that leaves the host's range as it is. A socket that has the option is given any port of
-// that range. Without it Linux tries all even ports before the first odd one: when 14,000 connections to one server have
-// taken the even ones, each connect(2) walks them all (523 µs against 21).
-const allPorts = 1 | 65535<<16
-
-// open starts connecting to at. ours: the error is this host's and no other address would help.
-func (p *dial) open(at netip.AddrPort) (err error, ours bool) {
-	if p.c != nil && p.c.server.path != "" {
-		return p.openUnix()
-	}
-	fd, err, ours := p.socket(at)
-	p.fd = fd
-	if err != nil {
-		return err, ours
-	}
-	return p.l.Watch(&p.Node, fd, loop.Stream), true
-}
-
-// socket makes a socket and starts connecting it to at. It may give one and an error, too.
-func (p *dial) socket(at netip.AddrPort) (fd int, err error, ours bool) {
-	if err := p.sa.set(at); err != nil {
-		return -1, err, false
-	}
-	fd, err = unix.Socket(p.sa.domain(), unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
-	if err != nil {
-		return -1, err, err != unix.EAFNOSUPPORT
-	}
-	control := p.d.opts.Control
-	if p.c == nil {
-		control = p.d.opts.DirectControl
-	}
-	if control != nil {
-		if err := control(fd); err != nil {
-			return fd, err, true
-		}
-	}
-	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
-		return fd, err, true
-	}
-	if p.soon {
-		_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(soonAck.Milliseconds()))
-	}
-	_ = unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_LOCAL_PORT_RANGE, allPorts) // Linux before 6.3 does not know it
-	switch err := p.sa.connect(fd); err {
-	case 0, unix.EINPROGRESS, unix.EINTR:
-		return fd, nil, false
-	case unix.EADDRNOTAVAIL, unix.EAGAIN, unix.ENOBUFS, unix.ENOMEM: // no local port, no memory
-		return fd, err, true
-	default:
-		return fd, err, false
-	}
-}
-
-// next gives up this address.
-func (p *dial) next(err error) {
-	p.drop()
-	p.lastErr = err
-	p.at++
-	p.connect()
-}
-
 // expired moves the timer or ends the dial.
 func (p *dial) expired() {
 	switch {
@@ -360,6 +268,9 @@ func (p *dial) expired() {
 		p.fault(OpConnect, os.ErrDeadlineExceeded)
 	case p.state == waiting:
 		p.finish(ErrNoPeer)
+	case p.fast: // SOCKS5 has an answer before that to the request
+		p.c.failed()
+		p.fault(OpConnect, os.ErrDeadlineExceeded)
 	case p.state == securing:
 		p.fault(OpSecure, os.ErrDeadlineExceeded)
 	case p.cmd == CmdConnect && p.hs.Requested() && !p.hs.Answered():
@@ -370,177 +281,11 @@ func (p *dial) expired() {
 	}
 }
 
-// reach goes on when the server was reached.
-func (p *dial) reach() {
-	if p.Got&loop.Err != 0 {
-		if e, err := unix.GetsockoptInt(p.fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && e != 0 {
-			p.next(syscall.Errno(e))
-			return
-		}
-	}
-	if p.Got&loop.Out == 0 {
-		return
-	}
-	if p.c == nil {
-		p.granted()
-		return
-	}
-	p.arrived()
-}
-
-// arrived: the server is reached. Until the request is sent there is nothing that a server could wait for: one that does not
-// answer so far, as a stopped process whose kernel takes connections, has no more time than to be reached.
-func (p *dial) arrived() {
-	now := p.l.Now()
-	p.shakeBy = now + p.c.handshakeTime()
-	p.l.SetTimer(&p.Node, min(p.shakeBy, now+p.c.connectTime()))
-	if p.c.via == nil {
-		p.c.reached(p.addrs[p.at])
-	}
-	if p.c.tls != nil {
-		p.state = securing
-		if err := p.secure(); err != nil {
-			p.finish(err)
-		}
-		return
-	}
-	p.begun()
-}
-
-// begun begins the handshake: the connection is there, and secured if it is to be.
-func (p *dial) begun() {
-	p.state = shaking
-	if err := p.newHandshake(); err != nil {
-		p.finish(err)
-		return
-	}
-	p.shake()
-}
-
-// shake does what the handshake needs and the socket allows.
-func (p *dial) shake() {
-	for !p.hs.Done() {
-		if p.probing && p.hs.Requesting() {
-			p.checked()
-			return
-		}
-		if out := p.hs.Output(); len(out) > 0 {
-			if p.Got&loop.Out == 0 {
-				return
-			}
-			n, err := write(p.fd, out)
-			if err == unix.EAGAIN {
-				p.Got &^= loop.Out
-				return
-			}
-			if err != nil {
-				p.broken(err)
-				return
-			}
-			p.hs.Sent(n)
-			if p.asked == 0 && p.hs.Requested() {
-				p.asked = p.l.Now()
-				p.l.SetTimer(&p.Node, p.shakeBy)
-			}
-			continue
-		}
-		if p.Got&loop.In == 0 {
-			return
-		}
-		in := p.hs.Input()
-		n, err := read(p.fd, in)
-		if err == unix.EAGAIN {
-			p.Got &^= loop.In
-			return
-		}
-		if err == nil && n == 0 {
-			if p.hs.Requested() && !p.hs.Answered() {
-				p.finish(ErrEnded)
-				return
-			}
-			err = errEOF
-		}
-		if err != nil {
-			p.broken(err)
-			return
-		}
-		if n < len(in) && p.Got&loop.Hup == 0 {
-			p.Got &^= loop.In // that was all: what comes later is a new event
-		}
-		if err := p.hs.Received(n); err != nil {
-			p.answered(err)
-			return
-		}
-	}
-	p.granted()
-}
-
-// answered ends the dial by an answer that is no grant.
-func (p *dial) answered(err error) {
-	var r Reply
-	switch {
-	case errors.As(err, &r) && r == ReplyAddrTypeNotSupported && p.cmd == CmdAssociate && !p.flipped:
-		// A dante without IPv6 refuses ::, though it could relay. The next request needs a connection of its own.
-		p.flipped, p.asked = true, 0
-		p.drop()
-		p.connectBy = p.l.Now() + time.Duration(p.d.connectTimeout.Load())
-		p.connect()
-	case errors.As(err, &r) && r == ReplyGeneralFailure && p.cmd == CmdConnect && p.l.Now()-p.asked > lateReply:
-		p.finish(fmt.Errorf("%w: %w", ErrLate, err))
-	case errors.As(err, &r):
-		p.finish(err)
-	case errors.Is(err, ErrMethod) || errors.Is(err, ErrCredentials):
-		p.fault(OpAuthenticate, err)
-	default:
-		p.fault(OpHandshake, err)
-	}
-}
-
-// broken ends the dial when the server closed the connection or hung in the handshake.
-func (p *dial) broken(err error) {
-	switch {
-	case !p.hs.LoggingIn():
-		p.fault(OpHandshake, err)
-	case p.c.server.HasPassword() || p.c.server.options.isolate != isolateNone:
-		p.fault(OpAuthenticate, err)
-	default:
-		p.fault(OpAuthenticate, fmt.Errorf("%w: %w", ErrNoPassword, err))
-	}
-}
-
-// check finds what the protocol cannot express before a connection is made for it.
-func (p *dial) check() error {
-	if p.cmd == CmdAssociate && p.c.server.tls {
-		// Its datagrams would travel in clear.
-		return &inexpressible{p.c.server.proto, "UDP inside TLS", ReplyCommandNotSupported}
-	}
-	if p.cmd != CmdAssociate && p.c.server.proto == protoSOCKS5 {
-		return p.dst.check()
-	}
-	return p.newHandshake()
-}
-
-// newHandshake begins the handshake of a connection.
-func (p *dial) newHandshake() (err error) {
-	if p.cmd == CmdAssociate {
-		p.dst = p.zeros()
-	}
-	p.hs, err = newHandshake(&p.hs5, p.c.server.proto, p.loginFor(), p.cmd, p.dst)
-	return err
-}
-
-// zeros is what ASSOCIATE asks with: no endpoint of the family of the control connection, since a server may take it for the
-// family of the relay that is wanted.
-func (p *dial) zeros() Addr {
-	v6 := p.at < len(p.addrs) && p.addrs[p.at].Addr().Is6()
-	if v6 != p.flipped {
-		return Addr{IP: netip.IPv6Unspecified()}
-	}
-	return Addr{IP: netip.IPv4Unspecified()}
-}
-
 // granted hands the socket over.
 func (p *dial) granted() {
+	if p.pooled {
+		_ = unix.SetsockoptInt(p.fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 0) // see shelf.put
+	}
 	if p.granting != nil {
 		p.granting(p)
 		return
@@ -553,26 +298,6 @@ func (p *dial) granted() {
 		return
 	}
 	p.done(s, nil)
-}
-
-// The sockets are non-blocking, so neither call waits, and the Go scheduler need not be told of it.
-
-func read(fd int, b []byte) (int, error) { return rawIO(unix.SYS_READ, fd, b) }
-
-// write relies on the Go runtime, which ignores SIGPIPE for all but standard output and error.
-func write(fd int, b []byte) (int, error) { return rawIO(unix.SYS_WRITE, fd, b) }
-
-func rawIO(call uintptr, fd int, b []byte) (int, error) {
-	for {
-		n, _, e := unix.RawSyscall(call, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
-		switch e {
-		case 0:
-			return int(n), nil
-		case unix.EINTR:
-		default:
-			return 0, e
-		}
-	}
 }
 
 // sameAddrs reports whether two lists name the same endpoints, in whatever order.

@@ -62,7 +62,8 @@ type Dialer struct {
 	lookups sync.WaitGroup
 
 	names                            atomic.Int64 // look-ups of DialDirectName
-	pending, assocs                  atomic.Int64
+	tuning                           atomic.Pointer[Tuning]
+	pending, assocs, pooled          atomic.Int64
 	connectTimeout, handshakeTimeout atomic.Int64 // ns
 }
 
@@ -87,6 +88,7 @@ func NewDialer(o Options) (*Dialer, error) {
 	}
 	d := &Dialer{opts: o, log: o.Log, base: time.Now(), bindTimeout: DefaultBindTimeout}
 	d.SetTimeouts(o.ConnectTimeout, o.HandshakeTimeout)
+	d.Tune(Tuning{})
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	return d, nil
 }
@@ -116,11 +118,12 @@ func (d *Dialer) now() time.Duration { return time.Since(d.base) }
 type Stats struct {
 	Pending      int // dials, direct ones and those of associations included
 	Associations int // open ones
+	Pooled       int // connections that wait in a pool
 }
 
 // Stats is a snapshot.
 func (d *Dialer) Stats() Stats {
-	return Stats{Pending: int(d.pending.Load()), Associations: int(d.assocs.Load())}
+	return Stats{Pending: int(d.pending.Load()), Associations: int(d.assocs.Load()), Pooled: int(d.pooled.Load())}
 }
 
 // Client is one server seen through a Dialer. Its methods may be called from any goroutine.
@@ -130,6 +133,10 @@ type Client struct {
 	fixed  []netip.AddrPort // the address, when the server is given by one; for a unix socket no address
 	tls    *tls.Config      // nil: none
 	names  lookup
+	pipe   pipelining
+
+	shelves sync.Map // *loop.Loop to *shelf
+	noPool  atomic.Bool
 
 	// Of a group: what its servers are reached through, and times other than the Dialer's.
 	via                              Connector

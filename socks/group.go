@@ -107,7 +107,7 @@ func (d *Dialer) Group(l *loop.Loop, servers []Server, o GroupOptions) (*Group, 
 	return g, nil
 }
 
-// Close ends trials and looks. Flows that are under way, and associations, go on. It may be called twice.
+// Close ends trials and looks, and empties the pools. Flows that are under way, and associations, go on. It may be called twice.
 func (g *Group) Close() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -116,6 +116,9 @@ func (g *Group) Close() error {
 		g.timer.Stop()
 	}
 	g.cancel()
+	for _, c := range g.clients {
+		c.closePools()
+	}
 	return nil
 }
 

@@ -47,6 +47,7 @@ const (
 // socks5 is the Handshake of RFC 1928 and RFC 1929. It must not be copied once used.
 type socks5 struct {
 	phase phase
+	whole bool // all messages are sent by sendGreeting: see pipeline
 	cmd   Command
 	login *login
 	dst   Addr
@@ -80,6 +81,9 @@ func (h *socks5) Sent(n int) {
 	}
 	switch h.phase {
 	case sendGreeting:
+		if h.whole {
+			clear(h.buf) // as of sendLogin
+		}
 		h.expect(recvMethod, 2)
 	case sendLogin:
 		clear(h.buf) // a password need not stay in memory
@@ -168,13 +172,14 @@ func (h *socks5) method(got []byte) error {
 		return nil
 	}
 	switch m := got[1]; {
+	case m == methodNone && h.whole && h.login != nil:
+		return fmt.Errorf("%w: method %d was not offered", ErrMalformed, m)
 	case m == methodNone:
 		h.request()
+	case m == methodUser && h.login != nil && h.whole:
+		h.expect(recvLogin, 2)
 	case m == methodUser && h.login != nil:
-		b := append(h.buf[:0], authVersion, byte(len(h.login.user)))
-		b = append(b, h.login.user...)
-		b = append(b, byte(len(h.login.pass)))
-		h.send(sendLogin, append(b, h.login.pass...))
+		h.send(sendLogin, h.appendLogin(h.buf[:0]))
 	case m == methodFail && h.login == nil:
 		return fmt.Errorf("%w: it may want a user and a password", ErrMethod)
 	case m == methodUser: // mihomo chooses it although it was not offered
@@ -187,8 +192,25 @@ func (h *socks5) method(got []byte) error {
 	return nil
 }
 
+// appendLogin appends the message of RFC 1929.
+func (h *socks5) appendLogin(b []byte) []byte {
+	b = append(b, authVersion, byte(len(h.login.user)))
+	b = append(b, h.login.user...)
+	b = append(b, byte(len(h.login.pass)))
+	return append(b, h.login.pass...)
+}
+
+// request goes on with the request, or with its answer if it is sent already.
 func (h *socks5) request() {
-	h.send(sendRequest, appendAddr(append(h.buf[:0], version, byte(h.cmd), 0), h.dst))
+	if h.whole {
+		h.expect(recvHead, headLen)
+		return
+	}
+	h.send(sendRequest, h.appendRequest(h.buf[:0]))
+}
+
+func (h *socks5) appendRequest(b []byte) []byte {
+	return appendAddr(append(b, version, byte(h.cmd), 0), h.dst)
 }
 
 // head checks the reply as far as it came and, when the length is known, asks for the rest. The rest of a refusal is

@@ -42,7 +42,7 @@ func TestGoroutines(t *testing.T) {
 			assocs <- a
 		})
 	}
-	waitFor(t, func() bool { return c.d.Stats() == Stats{n, n} && srv.Stats().Requests == 2*n })
+	waitFor(t, func() bool { return c.d.Stats() == Stats{Pending: n, Associations: n} && srv.Stats().Requests == 2*n })
 	// Goroutines of the test server that have not run yet can't be told from ours.
 	for end := time.Now().Add(patience); ours() > before && time.Now().Before(end); {
 		time.Sleep(10 * time.Millisecond)

@@ -37,7 +37,7 @@ func (p *dial) startLeg() {
 		p.at++
 		var err error
 		var ours bool
-		if l.fd, err, ours = p.socket(p.addrs[l.at]); err == nil {
+		if l.fd, err, ours = p.socket(p.addrs[l.at], false); err == nil {
 			err, ours = p.l.Watch(&l.Node, l.fd, loop.Stream), true
 		}
 		if err == nil {
@@ -176,7 +176,6 @@ func (c *Client) Check(ctx context.Context, l *loop.Loop, done func(error)) {
 
 // check: soon gives up early, as while nothing works a server's return must not be missed.
 func (c *Client) check(ctx context.Context, l *loop.Loop, soon bool, done func(error)) {
-	nobody := Addr{Name: "localhost", Port: 1} // not sent
 	c.d.start(&dial{d: c.d, l: l, c: c, ctx: ctx, cmd: CmdConnect, dst: nobody, probing: true, soon: soon,
 		done: func(_ loop.Socket, err error) { done(err) }})
 }
@@ -223,12 +222,16 @@ func (k *groupCheck) took(i int, err error) {
 
 // checked ends a check that went well.
 func (p *dial) checked() {
+	if p.shelf != nil {
+		p.shelf.put(p)
+		return
+	}
 	p.drop()
 	p.leave()
 	p.done(loop.NoSocket, nil)
 }
 
-// Renew has the server's name looked up anew by the next dial: the network may be another one. The last good answer stays, for when
+// Renew has the server's name looked up anew by the next dial, and empties the pool: the network may be another one. The last good answer stays, for when
 // the resolver does not answer. What is pending goes on.
 func (c *Client) Renew() {
 	n := &c.names
@@ -236,6 +239,9 @@ func (c *Client) Renew() {
 	n.asked = time.Time{}
 	n.mu.Unlock()
 	c.failed()
+	c.emptyPools()
+	c.pipe.takes.Store(false)
+	c.pipe.notBefore.Store(0)
 }
 
 // fail ends the association by an error, from any goroutine; the receiver is told as if the control connection had ended.

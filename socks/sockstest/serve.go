@@ -76,10 +76,14 @@ func (s *Server) hear5(c stream, x *exchange) bool {
 	if !s.greet(c, &x.Request) {
 		return false
 	}
+	if s.idle > 0 {
+		c.SetDeadline(time.Now().Add(s.idle))
+	}
 	var head [4]byte
 	if _, err := io.ReadFull(c, head[:]); err != nil || head[0] != 5 {
 		return false
 	}
+	c.SetDeadline(time.Now().Add(helloLimit))
 	dst, err := readAddr(c, head[3])
 	if err != nil {
 		if errors.Is(err, errAddrType) {
@@ -100,6 +104,11 @@ func (s *Server) greet(c stream, req *Request) bool {
 	methods := b[2 : 2+int(b[1])]
 	if _, err := io.ReadFull(c, methods); err != nil {
 		return false
+	}
+	if s.loses { // what one write sent is here in whole
+		c.SetReadDeadline(time.Now().Add(time.Millisecond))
+		io.Copy(io.Discard, c)
+		c.SetDeadline(time.Now().Add(helloLimit))
 	}
 	want := byte(0)
 	if s.auth {

@@ -74,6 +74,12 @@ func WithDial(dial func(ctx context.Context, dst Addr) (net.Conn, error)) Option
 	return func(s *Server) { s.dial = dial }
 }
 
+// WithLostReads makes the server forget what has come behind a greeting before it was answered, as microsocks does.
+func WithLostReads() Option { return func(s *Server) { s.loses = true } }
+
+// WithIdleLimit makes the server close a connection whose request does not come within d of the greeting and the login.
+func WithIdleLimit(d time.Duration) Option { return func(s *Server) { s.idle = d } }
+
 // WithResolve answers for names, for TCP and UDP. Without it net.DefaultResolver is asked.
 func WithResolve(resolve func(name string) (netip.Addr, error)) Option {
 	return func(s *Server) { s.resolve = resolve }
@@ -98,6 +104,8 @@ type Server struct {
 	tls           *tls.Config
 	tor           bool
 	uot           bool
+	loses         bool                  // what follows the first read
+	idle          time.Duration         // for the request; zero: helloLimit
 	names         map[netip.Addr]string // for RESOLVE_PTR
 
 	ln     net.Listener

@@ -101,6 +101,7 @@ type Config struct {
 	IdleTimeout, UDPTimeout          time.Duration
 	MaxPending, MaxPendingPerDest    int
 	MaxMappings                      int
+	Tuning                           socks.Tuning // Pool is for each proxy in total
 
 	MTU          int
 	Offload      tun.Mode

@@ -175,6 +175,9 @@ func (p *plane) reload(cfg *config.Config) error {
 // cannot mean different things; a zero is the default of the part that takes it.
 func (p *plane) set(cfg *config.Config) {
 	p.dialer.SetTimeouts(cfg.ConnectTimeout, cfg.HandshakeTimeout)
+	t := cfg.Tuning
+	t.Pool = (t.Pool + len(p.loops) - 1) / len(p.loops) // that of the Dialer is for each loop
+	p.dialer.Tune(t)
 	for _, l := range p.loops {
 		l.SetIdleTimeout(cfg.IdleTimeout)
 	}
