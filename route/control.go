@@ -21,6 +21,7 @@ const (
 	evDone                         // OpenPackets called done
 	evClosed                       // an open link failed
 	evDiscard                      // a link is not wanted any more
+	evFar                          // the address of a name was found
 	evUnreachable                  // the app's kernel says that the socket is gone
 )
 
@@ -29,6 +30,7 @@ type event struct {
 	a    *assoc
 	m    *mapping
 	t    *try
+	far  *farAnswer
 	link relay.PacketLink
 	err  error
 }
@@ -97,6 +99,8 @@ func (r *Router) handle(e event) {
 		r.opened(e)
 	case evClosed:
 		r.closed(e)
+	case evFar:
+		r.found(e.far)
 	case evUnreachable:
 		r.unreachable(e.m)
 	case evDiscard:

@@ -54,6 +54,24 @@ func (r *Router) queryOf(f flow.Flow, dest Dest) query {
 	return q
 }
 
+// decideUDP takes the verdict on a datagram, and adds to q the owner that it was taken on; verdictAsk: the owner is looked for.
+// udp.mu is held.
+func (r *Router) decideUDP(q *query, p *flow.Packet, now int64) *verdict {
+	v := r.verdictOn(q)
+	switch {
+	case r.asker == nil && v == verdictAsk: // nobody can tell
+		q.owner = &nobody
+		return r.verdictOn(q)
+	case r.asker != nil && (v == verdictAsk || r.decisions != nil): // whose line names the program
+		var asked bool
+		if q.owner, asked = r.ownerOf(p, now); q.owner == nil && (asked || v == verdictAsk) {
+			return verdictAsk
+		}
+		return r.verdictOn(q)
+	}
+	return v
+}
+
 // classifyDeep is classify where a verdict depends on more than the destination. udp.mu is held.
 func (r *Router) classifyDeep(p *flow.Packet, now int64) *verdict {
 	c := r.udp.deep.slot(p.Src, p.Dst)
@@ -64,18 +82,9 @@ func (r *Router) classifyDeep(p *flow.Packet, now int64) *verdict {
 	}
 	f := flow.Flow{Proto: flow.UDP, Src: p.Src, Dst: p.Dst}
 	q := r.queryOf(f, Dest{Addr: p.Dst})
-	v := r.verdictOn(&q)
-	switch {
-	case r.asker == nil && v == verdictAsk: // nobody can tell
-		q.owner = &nobody
-		v = r.verdictOn(&q)
-	case r.asker == nil:
-	case v == verdictAsk || r.decisions != nil: // whose line names the program
-		var asked bool
-		if q.owner, asked = r.ownerOf(p, now); q.owner == nil && (asked || v == verdictAsk) {
-			return verdictAsk
-		}
-		v = r.verdictOn(&q)
+	v := r.decideUDP(&q, p, now)
+	if v == verdictAsk {
+		return v
 	}
 	if !same || v != c.v {
 		r.decisions.post(decision{time.Now(), f, q.names, v, q.owner})

@@ -34,6 +34,11 @@ type mapping struct {
 	upPkts    uint64
 	upBytes   uint64
 
+	host   string                        // the name that first stands for, if it is a fake address
+	named  map[netip.AddrPort]*namedDest // the fake destinations
+	itself map[netip.AddrPort]struct{}   // real addresses of them that the app writes to as well
+	back   atomic.Pointer[map[netip.AddrPort]netip.AddrPort]
+
 	gone      atomic.Bool // ended: a loop may still deliver to it for a moment
 	lastDown  atomic.Int64
 	downPkts  atomic.Uint64
@@ -113,6 +118,7 @@ type mappings struct {
 	cache   cache
 	deep    *deepCache // in place of cache; nil: cache is right
 	owners  owners
+	far     farTable
 	clos    bool // closing: no new ones
 
 	life, shortLife, pinned time.Duration
@@ -252,7 +258,7 @@ func oneShotPort(port uint16) bool { return port == 53 || port == 123 }
 
 func (m *mapping) info() FlowInfo {
 	i := info(m.id, flow.UDP, m.src, m.first, m.start)
-	i.Rule, i.Upstream = m.rule.rule, m.rule.up.name
+	i.Host, i.Rule, i.Upstream = m.host, m.rule.rule, m.rule.up.name
 	i.State = "retrying"
 	for _, a := range m.assocs {
 		switch {

@@ -58,6 +58,9 @@ func (r *Router) classify(p *flow.Packet, now int64) *verdict {
 	if r.dns.Load() != nil && p.Dst.Port() == 53 && flow.OneHost(p.Dst.Addr()) {
 		return verdictResolve
 	}
+	if r.cfg.Pool != nil && r.cfg.Pool.Contains(p.Dst.Addr()) {
+		return verdictNamed
+	}
 	if r.udp.deep != nil {
 		return r.classifyDeep(p, now)
 	}
@@ -77,7 +80,14 @@ func (r *Router) run(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now in
 			r.question(&pkts[i])
 		}
 	case carry:
+		if r.cfg.Pool != nil {
+			r.addressed(pkts)
+		}
 		r.carry(w, v, pkts, now)
+	case named:
+		for i := range pkts {
+			r.carryNamed(w, &pkts[i], now)
+		}
 	case reject:
 		r.refuse(w, pkts, flow.RefusePort)
 		r.logRejected(v, &pkts[0], now)
@@ -248,6 +258,9 @@ func (r *Router) endMapping(m *mapping, state string, err error) {
 		r.discard(a)
 	}
 	m.assocs = nil
+	for _, d := range m.named {
+		d.lease.Release()
+	}
 	r.count.ended.Add(1)
 	r.count.up.Add(i.Up)
 	r.count.down.Add(i.Down)
@@ -274,8 +287,14 @@ func (r *Router) deliver(m *mapping, w flow.PacketWriter, pkts []flow.Packet) {
 		return
 	}
 	bytes := uint64(0)
+	back := m.back.Load()
 	for i := range pkts {
 		pkts[i].Dst = m.src
+		if back != nil {
+			if fake, ok := (*back)[pkts[i].Src]; ok {
+				pkts[i].Src = fake
+			}
+		}
 		bytes += uint64(len(pkts[i].Payload))
 	}
 	m.lastDown.Store(r.now())

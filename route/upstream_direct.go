@@ -3,6 +3,7 @@ package route
 import (
 	"context"
 	"fmt"
+	"net/netip"
 
 	"golang.org/x/sys/unix"
 
@@ -34,6 +35,11 @@ func (u *directUpstream) DialStream(ctx context.Context, l *relay.Loop, d Dest, 
 		return
 	}
 	u.d.DialDirect(ctx, l.Loop, d.Addr, done)
+}
+
+// LookUp looks a name up on this host. done is called once, from any goroutine.
+func (u *directUpstream) LookUp(ctx context.Context, name string, done func([]netip.Addr, error)) {
+	u.d.LookUpDirect(ctx, name, done)
 }
 
 // OpenPackets implements Upstream by one UDP socket for both families, or for IPv4 where there is no IPv6.

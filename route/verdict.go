@@ -28,6 +28,7 @@ const (
 	resolve    // a question for route/dns
 	impossible // to an address that nothing can be carried to: dropped
 	await      // the owner of the socket must be looked for
+	named      // a datagram to a fake address
 )
 
 var verdictAsk = &verdict{kind: await, rule: "none"}

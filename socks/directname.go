@@ -12,35 +12,43 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// maxNameDials bounds the look-ups of DialDirectName: each has a goroutine.
+// maxNameDials bounds the look-ups of names without a server: each has a goroutine.
 const maxNameDials = 256
 
 // DialDirectName connects to a name without a server. Options.Resolve looks it up, and its addresses are tried in turn. done
 // is called as by DialDirect, whose errors it gets; a name that has no address is EHOSTUNREACH, as is one that the resolver
 // does not answer for, and too many look-ups at a time are EAGAIN.
 func (d *Dialer) DialDirectName(ctx context.Context, l *loop.Loop, name string, port uint16, done func(s loop.Socket, err error)) {
-	d.mu.Lock()
-	if d.closed.Load() {
-		d.mu.Unlock()
-		done(loop.NoSocket, ErrClosed)
-		return
-	}
-	if d.names.Add(1) > maxNameDials {
-		d.names.Add(-1)
-		d.mu.Unlock()
-		done(loop.NoSocket, fmt.Errorf("cannot look up %s: %w", name, unix.EAGAIN))
-		return
-	}
-	d.lookups.Go(func() {
-		addrs, err := d.lookUpDirect(ctx, name)
-		d.names.Add(-1)
+	d.LookUpDirect(ctx, name, func(addrs []netip.Addr, err error) {
 		if err != nil {
 			done(loop.NoSocket, err)
 			return
 		}
 		d.dialInTurn(ctx, l, addrs, port, done)
 	})
-	d.mu.Unlock()
+}
+
+// LookUpDirect has Options.Resolve look up a name, and returns at once. done is called exactly once, perhaps before that, and
+// must not block: with one address at least, or with an error as those of DialDirectName.
+func (d *Dialer) LookUpDirect(ctx context.Context, name string, done func([]netip.Addr, error)) {
+	d.mu.Lock()
+	switch {
+	case d.closed.Load():
+		d.mu.Unlock()
+		done(nil, ErrClosed)
+		return
+	case d.names.Add(1) > maxNameDials:
+		d.names.Add(-1)
+		d.mu.Unlock()
+		done(nil, fmt.Errorf("cannot look up %s: %w", name, unix.EAGAIN))
+		return
+	}
+	defer d.mu.Unlock()
+	d.lookups.Go(func() {
+		addrs, err := d.lookUpDirect(ctx, name)
+		d.names.Add(-1)
+		done(addrs, err)
+	})
 }
 
 // lookUpDirect gives a name's addresses, within the connect timeout and until ctx or the Dialer ends.

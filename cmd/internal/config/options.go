@@ -151,12 +151,15 @@ Questions over TCP are answered likewise, and zone transfers are refused.
 A name that a rule sends
 .Cm direct
 is looked up by the host's own resolver.
-Only questions for other things than addresses (MX, TXT, SRV and the like) go to the resolvers, which are
+Questions for other things than addresses (MX, TXT, SRV and the like) go to the resolvers, which are
 .Ar 1.1.1.1
 and
 .Ar 9.9.9.9
 if none are given.
-UDP to such an address is refused (network unreachable).
+For UDP to such an address the resolvers are asked too, since hardly any proxy takes names there; the datagrams go to the real
+address, and what comes from it comes back from the address that stands for the name.
+A program that writes to the real address from the same socket as well gets its answers from the real address.
+Where no resolver answers, UDP by name is refused (host unreachable).
 A reload does not change whether names have such addresses.`,
 	},
 	{

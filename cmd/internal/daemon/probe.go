@@ -15,6 +15,7 @@ import (
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/socks"
+	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
@@ -26,7 +27,9 @@ const probeTimeout = 10 * time.Second
 func probe(ctx context.Context, cfg *config.Config, dial dialing) error {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
-	d, err := socks.NewDialer(socks.Options{Control: dial.control, Resolve: dial.resolve, ConnectTimeout: cfg.ConnectTimeout})
+	d, err := socks.NewDialer(socks.Options{
+		Control: dial.control, Resolve: dial.resolve, ConnectTimeout: cfg.ConnectTimeout, CanBePeer: flow.CanBePeer,
+	})
 	if err != nil {
 		return err
 	}
