@@ -54,6 +54,7 @@ stop_servers() {
 }
 clean() {
 	local status=$?
+	trap "" INT TERM HUP # timeout and make both pass on the signal
 	set +e
 	stop_servers
 	kill "${ends[@]}" 2>/dev/null
