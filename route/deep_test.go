@@ -5,12 +5,14 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/netip"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
@@ -447,5 +449,84 @@ func TestDeepCacheCollisions(t *testing.T) {
 	}
 	if s := g.Stats(); s.Dropped != 2 || s.Refused != 2 {
 		t.Errorf("%d dropped, %d refused", s.Dropped, s.Refused)
+	}
+}
+
+// apartUpstream keeps programs apart.
+type apartUpstream struct{ *fakeUpstream }
+
+func (apartUpstream) ByProgram() bool { return true }
+
+// An upstream that keeps programs apart is told the program of each flow, although no rule asks for it.
+func TestProgramsAreKeptApart(t *testing.T) {
+	checkLeaks(t)
+	owners := &fakeOwners{}
+	owners.set("10.0.0.1:1", flow.Owner{Known: true, UID: 7, Exe: "/usr/bin/curl"})
+	owners.set("10.0.0.1:2", flow.Owner{Known: true, UID: 7, Exe: "/usr/bin/wget"})
+	owners.set("10.0.0.1:3", flow.Owner{Known: true, UID: 8, Exe: "/usr/bin/curl"})
+	owners.set("10.0.0.1:4", flow.Owner{Known: true, UID: 7, Exe: "/usr/bin/curl"})
+	dialed := make(chan Dest, 1)
+	up := &fakeUpstream{name: "p", dial: func(_ context.Context, d Dest, done func(int, error)) {
+		dialed <- d
+		go done(-1, context.Canceled)
+	}}
+	g := newRig(t, Config{Upstreams: []Upstream{apartUpstream{up}}, Owners: owners, Default: "p"}, nil)
+	for i, want := range []string{"7 /usr/bin/curl", "7 /usr/bin/wget", "8 /usr/bin/curl", "7 /usr/bin/curl", ""} {
+		req := newRequest(fmt.Sprintf("10.0.0.1:%d", i+1), "203.0.113.1:80")
+		g.HandleStream(req)
+		if d := <-dialed; d.Program != want {
+			t.Errorf("flow %d is of %q, want %q", i+1, d.Program, want)
+		}
+		refusal(t, req)
+	}
+}
+
+// A Tor with isolate=program is given a password of its own by each program.
+func TestProgramsHaveTheirPassword(t *testing.T) {
+	checkLeaks(t)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	logins := make(chan string, 4)
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				close(logins)
+				return
+			}
+			_ = c.SetDeadline(time.Now().Add(patience))
+			b := make([]byte, 512)
+			_, _ = c.Read(b) // the methods
+			_, _ = c.Write([]byte{5, 2})
+			n, _ := c.Read(b) // RFC 1929
+			logins <- string(b[:n])
+			_, _ = c.Write([]byte{1, 1})
+			_ = c.Close()
+		}
+	}()
+	d, _ := newClient(t, "socks5://"+ln.Addr().String(), socks.Options{})
+	s, err := socks.ParseServer("socks5://" + ln.Addr().String() + "?tor&isolate=program")
+	if err != nil {
+		t.Fatal(err)
+	}
+	owners := &fakeOwners{}
+	for i, exe := range []string{"/usr/bin/curl", "/usr/bin/wget", "/usr/bin/curl"} {
+		owners.set(fmt.Sprintf("10.0.0.1:%d", i+1), flow.Owner{Known: true, Exe: exe})
+	}
+	g := newRig(t, Config{Upstreams: []Upstream{NewSOCKS("p", d.Client(s))}, Owners: owners, Default: "p"}, nil)
+	var got []string
+	for i := range 3 {
+		req := newRequest(fmt.Sprintf("10.0.0.1:%d", i+1), "203.0.113.1:80")
+		g.HandleStream(req)
+		got = append(got, <-logins)
+		refusal(t, req)
+	}
+	if got[0] == got[1] || got[0] != got[2] || len(got[0]) < 32 {
+		t.Errorf("the logins are %q", got)
+	}
+	_ = ln.Close()
+	for range logins {
 	}
 }

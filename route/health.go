@@ -14,6 +14,7 @@ type upstream struct {
 	Upstream
 	name     string
 	own      bool // of the Router itself, whatever the policy
+	apart    bool // it keeps programs apart: the owner of a flow is looked for before the dial
 	tcp, udp health
 
 	// The server said that it carries no UDP: until then (on the Router's clock) nobody asks it again, and datagrams are

@@ -3,6 +3,7 @@ package route
 import (
 	"context"
 	"net/netip"
+	"strconv"
 	"sync"
 
 	"github.com/viasocks/viasocks/stack/flow"
@@ -111,6 +112,18 @@ func (r *Router) answerAll(batch []waiting) {
 			r.release(w.flow.Src, owners[i])
 		}
 	}
+}
+
+// apart reports whether the upstream that v names keeps programs apart.
+func (v *verdict) apart() bool { return v.kind == carry && v.up.apart }
+
+// programOf is the key of o for an upstream that keeps programs apart: the executable, or where nobody can see it the user. It
+// is empty when the owner is not known.
+func programOf(o *flow.Owner) string {
+	if o == nil || !o.Known {
+		return ""
+	}
+	return strconv.FormatUint(uint64(o.UID), 10) + " " + o.Exe
 }
 
 // laterStream forgets a stream that finds no room to wait: its SYN comes again.

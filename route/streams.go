@@ -109,11 +109,11 @@ func (r *Router) HandleStream(req flow.StreamRequest) {
 		q.owner = &nobody
 		v = r.verdictOn(&q)
 	case r.asker == nil:
-	case v == verdictAsk || r.decisions != nil: // whose line names the program
+	case v == verdictAsk || v.apart() || r.decisions != nil: // whose line names the program
 		if r.asker.post(waiting{req, f, dest}) {
 			return
 		}
-		if v == verdictAsk {
+		if v == verdictAsk || v.apart() {
 			r.laterStream(req)
 			return
 		}
@@ -142,6 +142,9 @@ func (r *Router) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *v
 	case impossible:
 		r.turnAway(req, f, v, flow.RefuseNet, "refused", errors.New("nothing can be carried to this address"))
 		return
+	}
+	if v.apart() && q != nil {
+		dest.Program = programOf(q.owner)
 	}
 	s := &stream{r: r, req: req, flow: f, dest: dest, v: v, loop: -1}
 	if r.cfg.Pool != nil && dest.Name != "" {

@@ -14,6 +14,10 @@ type Dest struct {
 	Addr netip.AddrPort
 	Name string
 	Src  netip.Addr // the app's address, for upstreams that choose a server by it
+
+	// Program stands for the app's program and user. It is set for upstreams that keep programs apart (ByProgram), and empty
+	// where the program could not be found.
+	Program string
 }
 
 func (d Dest) String() string {

@@ -28,10 +28,19 @@ func NewSOCKS(name string, c Client) Upstream { return &socksUpstream{name, c} }
 // Name implements Upstream.
 func (u *socksUpstream) Name() string { return u.name }
 
+// ByProgram reports whether flows of different programs are kept apart: their Dest must name the program.
+func (u *socksUpstream) ByProgram() bool {
+	p, ok := u.c.(interface{ ByProgram() bool })
+	return ok && p.ByProgram()
+}
+
 // DialStream implements Upstream by CONNECT.
 func (u *socksUpstream) DialStream(ctx context.Context, l *relay.Loop, d Dest, done func(s loop.Socket, err error)) {
 	if h, ok := u.c.(interface{ BySource() bool }); ok && h.BySource() {
 		ctx = socks.WithSource(ctx, d.Src)
+	}
+	if d.Program != "" {
+		ctx = socks.WithIsolation(ctx, d.Program)
 	}
 	u.c.Connect(ctx, l.Loop, socks.Addr{Name: d.Name, IP: d.Addr.Addr(), Port: d.Addr.Port()}, done)
 }

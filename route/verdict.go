@@ -61,6 +61,9 @@ func newPolicy(cfg Config, old *policy) (*policy, error) {
 			return nil, fmt.Errorf("cannot use two upstreams of one name: %s", name)
 		}
 		up := &upstream{Upstream: u, name: name}
+		if p, ok := u.(interface{ ByProgram() bool }); ok {
+			up.apart = p.ByProgram()
+		}
 		if old != nil && old.upstreams[name] != nil && old.upstreams[name].Upstream == u {
 			up = old.upstreams[name]
 		}

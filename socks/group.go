@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -137,6 +138,9 @@ func (g *Group) Renew() {
 
 // BySource reports whether the choice depends on what WithSource tells.
 func (g *Group) BySource() bool { return g.c.opts.Select == Hash }
+
+// ByProgram reports whether what WithIsolation tells matters to one of the servers.
+func (g *Group) ByProgram() bool { return slices.ContainsFunc(g.clients, (*Client).ByProgram) }
 
 // run is a flow, or an association, on its way through the group.
 type run struct {

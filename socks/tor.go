@@ -96,6 +96,9 @@ func WithIsolation(ctx context.Context, key string) context.Context {
 	return context.WithValue(ctx, isolationKey{}, key)
 }
 
+// ByProgram reports whether what WithIsolation tells matters to the server.
+func (c *Client) ByProgram() bool { return c.server.options.isolate == isolateProgram }
+
 // isolationSecret makes the users of this process different from those of others, and says nothing about the key.
 var isolationSecret = sync.OnceValue(func() []byte {
 	b := make([]byte, 32)

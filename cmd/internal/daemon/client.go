@@ -37,6 +37,9 @@ func newClient(d *socks.Dialer, l *loop.Loop, u config.Upstream, via *client, al
 // BySource is Group.BySource, of the whole chain.
 func (c *client) BySource() bool { return c.Group.BySource() || c.via != nil && c.via.BySource() }
 
+// ByProgram is Group.ByProgram, of the whole chain.
+func (c *client) ByProgram() bool { return c.Group.ByProgram() || c.via != nil && c.via.ByProgram() }
+
 // Associate implements route.Client.
 func (c *client) Associate(ctx context.Context, l *loop.Loop, done func(*socks.Association, error)) {
 	if c.allowed == nil {
