@@ -21,6 +21,7 @@ const (
 	evDone                         // OpenPackets called done
 	evClosed                       // an open link failed
 	evDiscard                      // a link is not wanted any more
+	evBack                         // a server of the upstream works again
 	evFar                          // the address of a name was found
 	evUnreachable                  // the app's kernel says that the socket is gone
 )
@@ -30,6 +31,7 @@ type event struct {
 	a    *assoc
 	m    *mapping
 	t    *try
+	up   *upstream
 	far  *farAnswer
 	link relay.PacketLink
 	err  error
@@ -103,6 +105,8 @@ func (r *Router) handle(e event) {
 		r.found(e.far)
 	case evUnreachable:
 		r.unreachable(e.m)
+	case evBack:
+		r.back(e.up)
 	case evDiscard:
 		if e.t != nil {
 			e.t.cancel()
@@ -262,6 +266,32 @@ func (r *Router) again(a *assoc) {
 		return
 	}
 	time.AfterFunc(d, func() { r.ctl.post(event{kind: evOpen, a: a}) })
+}
+
+// watchUpstreams has the associations of p's upstreams made at once when a server works again.
+func (r *Router) watchUpstreams(p *policy) {
+	for _, up := range p.order {
+		if u, ok := up.Upstream.(interface{ OnUp(func()) }); ok {
+			u.OnUp(func() { r.ctl.post(event{kind: evBack, up: up}) })
+		}
+	}
+}
+
+// back opens the associations that wait for their next try, which may be half a minute away.
+func (r *Router) back(up *upstream) {
+	var waiting []*assoc
+	r.udp.mu.Lock()
+	up.refuseUntil.Store(0)
+	for _, m := range r.udp.all {
+		if a := m.assocOf(up); a != nil && a.link == nil && a.try == nil {
+			a.failures = 0
+			waiting = append(waiting, a)
+		}
+	}
+	r.udp.mu.Unlock()
+	for _, a := range waiting {
+		r.open(a)
+	}
 }
 
 // closed: an open link failed. The mapping stays, and with it what the app knows.

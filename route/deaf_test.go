@@ -1,13 +1,16 @@
 package route
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
 	"os"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/flow"
@@ -153,5 +156,41 @@ func testUDPPoison(t *testing.T, before, after bool) {
 	}
 	if n := len(g.log.lines("upstream does not work")); n > 0 || g.Stats().Refused > 0 {
 		t.Errorf("%d warnings, %d refused", n, g.Stats().Refused)
+	}
+}
+
+// returningUpstream says when a server is back.
+type returningUpstream struct {
+	*fakeUpstream
+	up func()
+}
+
+func (u *returningUpstream) OnUp(f func()) { u.up = f }
+
+// A server that works again is asked for associations at once, however long the next try is away, and also when it had said that
+// it has no UDP.
+func TestServerIsBack(t *testing.T) {
+	for _, err := range []error{&socks.ServerError{Server: "p", Op: socks.OpConnect, Err: syscall.ECONNREFUSED}, socks.ReplyCommandNotSupported} {
+		t.Run(err.Error(), func(t *testing.T) {
+			checkLeaks(t)
+			var asked atomic.Int32
+			u := &returningUpstream{fakeUpstream: &fakeUpstream{name: "p", open: func(_ context.Context, _ func([]flow.Packet), done func(relay.PacketLink, error), _ func(error)) {
+				asked.Add(1)
+				done(nil, err)
+			}}}
+			g := newRig(t, Config{Upstreams: []Upstream{u}, Default: "p"}, func(r *Router) { r.retryFirst, r.retryMax = time.Hour, time.Hour })
+			g.send("10.0.0.1:5000", "203.0.113.1:1000", "a")
+			eventually(t, "the first try", func() bool { return asked.Load() == 1 })
+			eventually(t, "the end of the first try", func() bool {
+				g.udp.mu.Lock()
+				defer g.udp.mu.Unlock()
+				return g.udp.dialing == 0
+			})
+			u.up()
+			eventually(t, "the try of the server that is back", func() bool {
+				g.send("10.0.0.1:5000", "203.0.113.1:1000", "b")
+				return asked.Load() == 2
+			})
+		})
 	}
 }

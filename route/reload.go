@@ -55,6 +55,7 @@ func (r *Router) Reload(p Policy) error {
 		return errNotRunning
 	}
 	r.usePolicy(next)
+	r.watchUpstreams(next)
 	if names != nil {
 		r.startDNS(names)
 		r.resolvers = p.Resolvers

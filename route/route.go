@@ -167,6 +167,7 @@ func New(cfg Config) (*Router, error) {
 		lookEvery: lookEvery, goneAfter: goneAfter, streamsEvery: streamsEvery,
 	}
 	r.policy.Store(p)
+	r.watchUpstreams(p)
 	r.answer = newAnswers(r)
 	r.asker, r.decisions = newAsker(cfg.Owners), newDecisions(cfg.Decisions, r.log)
 	r.udp.deep = r.deepFor(p)

@@ -28,6 +28,13 @@ func NewSOCKS(name string, c Client) Upstream { return &socksUpstream{name, c} }
 // Name implements Upstream.
 func (u *socksUpstream) Name() string { return u.name }
 
+// OnUp is Group.OnUp. One server has no such event.
+func (u *socksUpstream) OnUp(f func()) {
+	if c, ok := u.c.(interface{ OnUp(func()) }); ok {
+		c.OnUp(f)
+	}
+}
+
 // ByProgram reports whether flows of different programs are kept apart: their Dest must name the program.
 func (u *socksUpstream) ByProgram() bool {
 	p, ok := u.c.(interface{ ByProgram() bool })

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/viasocks/viasocks/stack/loop"
@@ -82,6 +83,8 @@ type Group struct {
 
 	ctx    context.Context // of trials and looks
 	cancel context.CancelFunc
+
+	onUp atomic.Pointer[func()]
 }
 
 // Group makes a group of servers, which it asks in an order that o.Select says. Servers are tried
@@ -135,6 +138,10 @@ func (g *Group) Renew() {
 	}
 	g.plan()
 }
+
+// OnUp sets what is called each time when a server that was out of use is used again. It is called on any goroutine and must not
+// block. A second call replaces the first function.
+func (g *Group) OnUp(f func()) { g.onUp.Store(&f) }
 
 // BySource reports whether the choice depends on what WithSource tells.
 func (g *Group) BySource() bool { return g.c.opts.Select == Hash }
@@ -245,6 +252,9 @@ func (g *Group) took(r *run, err error) outcome {
 
 // tell logs what changed. A group of one says nothing: whoever uses it sees all errors.
 func (g *Group) tell(server int, o outcome, said, err error) {
+	if f := g.onUp.Load(); o.cameUp && f != nil {
+		(*f)()
+	}
 	if len(g.clients) == 1 {
 		return
 	}
