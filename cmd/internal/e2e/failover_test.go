@@ -287,7 +287,7 @@ func testFailover(t *testing.T, udp bool, one, two *realServer) {
 		})
 		t.Logf("%s is back and used again after %v", one.name, time.Since(back).Round(10*time.Millisecond))
 		if udp {
-			e.recovers(one.name+" "+f.name, back, 5*time.Second)
+			e.recovers(one.name+" "+f.name, back, 3*time.Second)
 		}
 	}
 	for _, f := range faults {
