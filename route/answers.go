@@ -41,6 +41,12 @@ func (a answers) DialStream(_ context.Context, _ *relay.Loop, d Dest, done func(
 }
 
 // OpenPackets implements Upstream: datagrams to port 53 come to route/dns without one.
-func (answers) OpenPackets(_ context.Context, _ *relay.Loop, _ func([]flow.Packet), done func(relay.PacketLink, error), _ func(error)) {
+func (answers) OpenPackets(
+	_ context.Context,
+	_ *relay.Loop,
+	_ func([]flow.Packet),
+	done func(relay.PacketLink, error),
+	_ func(error),
+) {
 	done(nil, unix.ENETUNREACH)
 }

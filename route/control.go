@@ -123,7 +123,11 @@ func (r *Router) closeLink(l relay.PacketLink) {
 	addLink(&r.links, s)
 	if s.TooLarge > 0 && !r.control.tooLong {
 		r.control.tooLong = true
-		r.log.post(slog.LevelWarn, "datagrams were too large for the proxy's encapsulation and were dropped", slog.Uint64("datagrams", s.TooLarge))
+		r.log.post(
+			slog.LevelWarn,
+			"datagrams were too large for the proxy's encapsulation and were dropped",
+			slog.Uint64("datagrams", s.TooLarge),
+		)
 	}
 }
 
@@ -330,7 +334,13 @@ func (r *Router) closed(e event) {
 	r.udp.mu.Unlock()
 	t.cancel()
 	r.closeLink(link)
-	r.log.post(slog.LevelDebug, "association is made again", slog.Uint64("flow", a.m.id), slog.String("upstream", a.up.name), slog.Any("err", t.why))
+	r.log.post(
+		slog.LevelDebug,
+		"association is made again",
+		slog.Uint64("flow", a.m.id),
+		slog.String("upstream", a.up.name),
+		slog.Any("err", t.why),
+	)
 }
 
 // sweep looks at a part of the mappings and ends those whose time is over.

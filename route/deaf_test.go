@@ -174,11 +174,20 @@ func TestServerIsBack(t *testing.T) {
 		t.Run(err.Error(), func(t *testing.T) {
 			checkLeaks(t)
 			var asked atomic.Int32
-			u := &returningUpstream{fakeUpstream: &fakeUpstream{name: "p", open: func(_ context.Context, _ func([]flow.Packet), done func(relay.PacketLink, error), _ func(error)) {
-				asked.Add(1)
-				done(nil, err)
-			}}}
-			g := newRig(t, Config{Upstreams: []Upstream{u}, Default: "p"}, func(r *Router) { r.retryFirst, r.retryMax = time.Hour, time.Hour })
+			u := &returningUpstream{
+				fakeUpstream: &fakeUpstream{
+					name: "p",
+					open: func(_ context.Context, _ func([]flow.Packet), done func(relay.PacketLink, error), _ func(error)) {
+						asked.Add(1)
+						done(nil, err)
+					},
+				},
+			}
+			g := newRig(
+				t,
+				Config{Upstreams: []Upstream{u}, Default: "p"},
+				func(r *Router) { r.retryFirst, r.retryMax = time.Hour, time.Hour },
+			)
 			g.send("10.0.0.1:5000", "203.0.113.1:1000", "a")
 			eventually(t, "the first try", func() bool { return asked.Load() == 1 })
 			eventually(t, "the end of the first try", func() bool {

@@ -63,7 +63,12 @@ func (u *manualUpstream) link(t testing.TB, i int) *fakeLink {
 }
 
 func packet(src, dst, payload string) flow.Packet {
-	return flow.Packet{Src: netip.MustParseAddrPort(src), Dst: netip.MustParseAddrPort(dst), Payload: []byte(payload), Head: make([]byte, 28)}
+	return flow.Packet{
+		Src:     netip.MustParseAddrPort(src),
+		Dst:     netip.MustParseAddrPort(dst),
+		Payload: []byte(payload),
+		Head:    make([]byte, 28),
+	}
 }
 
 // Two sources talk to one destination, in one burst and in turns, and a rule tells them apart: what was decided for one is never
@@ -71,9 +76,18 @@ func packet(src, dst, payload string) flow.Packet {
 func TestVerdictsOnDatagramsBySource(t *testing.T) {
 	checkLeaks(t)
 	var u manualUpstream
-	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p", Rules: []Rule{mustRule(t, "src 10.0.0.2 reject")}}, nil)
+	g := newRig(
+		t,
+		Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p", Rules: []Rule{mustRule(t, "src 10.0.0.2 reject")}},
+		nil,
+	)
 	const dst = "203.0.113.1:1000"
-	burst := []flow.Packet{packet("10.0.0.1:1", dst, "a"), packet("10.0.0.2:1", dst, "b"), packet("10.0.0.1:1", dst, "c"), packet("10.0.0.2:1", dst, "d")}
+	burst := []flow.Packet{
+		packet("10.0.0.1:1", dst, "a"),
+		packet("10.0.0.2:1", dst, "b"),
+		packet("10.0.0.1:1", dst, "c"),
+		packet("10.0.0.2:1", dst, "d"),
+	}
 	g.HandlePackets(burst)
 	l := u.link(t, 0)
 	eventually(t, "the link", func() bool { return g.Stats().Pending == 0 })
@@ -233,7 +247,14 @@ func TestStreamsWaitForTheirOwner(t *testing.T) {
 // Without anybody to ask, an owner is unknown, and nothing waits.
 func TestNobodyToAsk(t *testing.T) {
 	var u manualUpstream
-	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Rules: []Rule{mustRule(t, "not user 0-4294967295 reject"), mustRule(t, "via p")}}, nil)
+	g := newRig(
+		t,
+		Config{
+			Upstreams: []Upstream{u.upstream("p")},
+			Rules:     []Rule{mustRule(t, "not user 0-4294967295 reject"), mustRule(t, "via p")},
+		},
+		nil,
+	)
 	q := newRequest("10.0.0.1:1", "203.0.113.1:80")
 	g.HandleStream(q)
 	if why := refusal(t, q); why != flow.RefuseReset {
@@ -365,7 +386,13 @@ func TestDecisions(t *testing.T) {
 	}, nil)
 	g.HandleStream(newRequest("10.0.0.1:1", "203.0.113.1:81"))
 	for range 3 {
-		g.HandlePackets([]flow.Packet{packet("10.0.0.1:1", "203.0.113.1:80", "x"), packet("10.0.0.1:1", "203.0.113.1:82", "x"), packet("10.0.0.2:1", "203.0.113.1:80", "x")})
+		g.HandlePackets(
+			[]flow.Packet{
+				packet("10.0.0.1:1", "203.0.113.1:80", "x"),
+				packet("10.0.0.1:1", "203.0.113.1:82", "x"),
+				packet("10.0.0.2:1", "203.0.113.1:80", "x"),
+			},
+		)
 		time.Sleep(20 * time.Millisecond)
 	}
 	eventually(t, "the lines", func() bool { return len(out.lines(t)) >= 4 })

@@ -95,7 +95,8 @@ func TestTablesShrink(t *testing.T) {
 	for _, m := range maps[1:] {
 		ms.remove(m)
 	}
-	if ms.bySrc[maps[0].src] != maps[0] || len(ms.bySrc) != 1 || cap(ms.all) > remake/4 || ms.oldest != maps[0] || ms.newest != maps[0] {
+	if ms.bySrc[maps[0].src] != maps[0] || len(ms.bySrc) != 1 || cap(ms.all) > remake/4 || ms.oldest != maps[0] ||
+		ms.newest != maps[0] {
 		t.Errorf("the table of mappings still has %d entries, room for %d", len(ms.bySrc), cap(ms.all))
 	}
 }

@@ -112,9 +112,12 @@ func TestMappingOfGuest(t *testing.T) {
 // Thousands of mappings cost one question in each interval, and none for each of them.
 func TestMappingsAskedTogether(t *testing.T) {
 	checkLeaks(t)
-	u := &fakeUpstream{name: "p", open: func(_ context.Context, _ func([]flow.Packet), done func(relay.PacketLink, error), _ func(error)) {
-		done(&fakeLink{}, nil)
-	}}
+	u := &fakeUpstream{
+		name: "p",
+		open: func(_ context.Context, _ func([]flow.Packet), done func(relay.PacketLink, error), _ func(error)) {
+			done(&fakeLink{}, nil)
+		},
+	}
 	sockets := &fakeSockets{}
 	var all []string
 	const n = 2000

@@ -89,5 +89,11 @@ func (g *guardLog) tell(to *flowLog, f flow.Flow, name string, now int64) {
 	if last != 0 && now-last < int64(time.Second) || !g.last.CompareAndSwap(last, now) {
 		return
 	}
-	to.post(slog.LevelInfo, "question of DNS refused", slog.String("name", name), slog.Any("src", f.Src), slog.Any("err", errGuarded))
+	to.post(
+		slog.LevelInfo,
+		"question of DNS refused",
+		slog.String("name", name),
+		slog.Any("src", f.Src),
+		slog.Any("err", errGuarded),
+	)
 }

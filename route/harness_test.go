@@ -142,7 +142,9 @@ type fakeRequest struct {
 }
 
 func newRequest(src, dst string) *fakeRequest {
-	return &fakeRequest{f: flow.Flow{Proto: flow.TCP, Src: netip.MustParseAddrPort(src), Dst: netip.MustParseAddrPort(dst), Start: time.Now()}}
+	return &fakeRequest{
+		f: flow.Flow{Proto: flow.TCP, Src: netip.MustParseAddrPort(src), Dst: netip.MustParseAddrPort(dst), Start: time.Now()},
+	}
 }
 
 func (q *fakeRequest) Flow() flow.Flow { return q.f }
@@ -366,7 +368,13 @@ func (u *fakeUpstream) DialStream(ctx context.Context, _ *relay.Loop, d Dest, do
 	u.dial(ctx, d, func(fd int, err error) { done(loop.Unwatched(fd), err) })
 }
 
-func (u *fakeUpstream) OpenPackets(ctx context.Context, _ *relay.Loop, sink func([]flow.Packet), done func(relay.PacketLink, error), closed func(error)) {
+func (u *fakeUpstream) OpenPackets(
+	ctx context.Context,
+	_ *relay.Loop,
+	sink func([]flow.Packet),
+	done func(relay.PacketLink, error),
+	closed func(error),
+) {
 	u.open(ctx, sink, done, closed)
 }
 

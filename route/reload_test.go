@@ -84,9 +84,12 @@ func TestReloadMappings(t *testing.T) {
 	links := map[string]*fakeLink{}
 	up := func(name string) Upstream {
 		links[name] = &fakeLink{}
-		return &fakeUpstream{name: name, open: func(_ context.Context, _ func([]flow.Packet), done func(relay.PacketLink, error), _ func(error)) {
-			done(links[name], nil)
-		}}
+		return &fakeUpstream{
+			name: name,
+			open: func(_ context.Context, _ func([]flow.Packet), done func(relay.PacketLink, error), _ func(error)) {
+				done(links[name], nil)
+			},
+		}
 	}
 	a, b := up("a"), up("b")
 	g := newRig(t, Config{Upstreams: []Upstream{a, b}, Default: "a"}, nil)
@@ -176,7 +179,11 @@ func TestRenew(t *testing.T) {
 			opened <- l
 			done(l, nil)
 		}}
-	g := newRig(t, Config{Upstreams: []Upstream{a}, Default: "a", Resolvers: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:53")}}, nil)
+	g := newRig(
+		t,
+		Config{Upstreams: []Upstream{a}, Default: "a", Resolvers: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:53")}},
+		nil,
+	)
 	g.send(appEnd, farEnd, "one")
 	first := <-opened
 	eventually(t, "the datagram", func() bool { return first.count() == 1 })

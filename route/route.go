@@ -281,7 +281,12 @@ func (r *Router) teardown() error {
 			relays = nil
 		case <-r.ctl.wake:
 		case <-late.C:
-			return fmt.Errorf("cannot end all flows: %d dials and %d associations did not end in %v", len(r.streams.snapshot()), r.control.opening, teardownWait)
+			return fmt.Errorf(
+				"cannot end all flows: %d dials and %d associations did not end in %v",
+				len(r.streams.snapshot()),
+				r.control.opening,
+				teardownWait,
+			)
 		}
 		r.drain()
 	}

@@ -29,7 +29,11 @@ func TestShortage(t *testing.T) {
 			done(link, nil)
 		},
 	}
-	g := newRig(t, Config{Upstreams: []Upstream{u}, Default: "p"}, func(r *Router) { r.retryFirst, r.retryMax = time.Millisecond, time.Millisecond })
+	g := newRig(
+		t,
+		Config{Upstreams: []Upstream{u}, Default: "p"},
+		func(r *Router) { r.retryFirst, r.retryMax = time.Millisecond, time.Millisecond },
+	)
 	if s := g.Shortage(); s.Times != 0 {
 		t.Errorf("%+v", s)
 	}

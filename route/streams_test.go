@@ -74,7 +74,9 @@ func TestStreamCarried(t *testing.T) {
 		eventually(t, "the echo and FIN", func() bool { b, fin := s.received(); return b == "hello" && fin })
 	}
 	eventually(t, "the end", func() bool { return g.Stats().StreamsNow == 0 })
-	format := regexp.MustCompile(`level=INFO msg=flow flow=\d+ proto=tcp src=10\.0\.0\.1:4000 dst=\S+ host="" rule=default upstream=p state=closed up=5 down=5 dur=\S+ err=""\n`)
+	format := regexp.MustCompile(
+		`level=INFO msg=flow flow=\d+ proto=tcp src=10\.0\.0\.1:4000 dst=\S+ host="" rule=default upstream=p state=closed up=5 down=5 dur=\S+ err=""\n`,
+	)
 	eventually(t, "a line for each flow", func() bool { return len(g.log.lines("msg=flow")) == 3 })
 	for _, line := range g.log.lines("msg=flow") {
 		if !format.MatchString(line) {
@@ -147,7 +149,12 @@ func TestStreamVerdicts(t *testing.T) {
 	}}
 	g := newRig(t, Config{
 		Upstreams: []Upstream{up},
-		Rules:     []Rule{mustRule(t, "port 25 reject"), mustRule(t, "port 26 drop"), mustRule(t, "dst 203.0.113.0/24 via p"), mustRule(t, "dst 192.0.2.53 via p")},
+		Rules: []Rule{
+			mustRule(t, "port 25 reject"),
+			mustRule(t, "port 26 drop"),
+			mustRule(t, "dst 203.0.113.0/24 via p"),
+			mustRule(t, "dst 192.0.2.53 via p"),
+		},
 		Resolvers: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.53:5353")},
 	}, nil)
 	for _, tt := range []struct {
@@ -258,7 +265,8 @@ func TestStreamGoroutines(t *testing.T) {
 	}
 	// The echo server has one goroutine for each connection.
 	eventually(t, "no goroutine for an idle flow", func() bool { return runtime.NumGoroutine() <= before+many+2 })
-	if f := g.Flows(); len(f) != many || f[0].State != "open" || !slices.IsSortedFunc(f, func(a, b FlowInfo) int { return int(a.ID) - int(b.ID) }) {
+	if f := g.Flows(); len(f) != many || f[0].State != "open" ||
+		!slices.IsSortedFunc(f, func(a, b FlowInfo) int { return int(a.ID) - int(b.ID) }) {
 		t.Errorf("%d flows, the first %+v", len(f), f[0])
 	}
 	g.Close()
@@ -315,7 +323,8 @@ func TestStreamProxyDown(t *testing.T) {
 		g.HandleStream(newRequest(appEnd, farEnd))
 	}
 	eventually(t, "the flows' lines", func() bool { return len(g.log.lines("msg=flow")) == 40 })
-	if down, up := g.log.lines("does not work for TCP"), g.log.lines("works again for TCP"); len(down) != 1 || len(up) != 1 || !strings.Contains(down[0], "connection refused") {
+	if down, up := g.log.lines("does not work for TCP"), g.log.lines("works again for TCP"); len(down) != 1 || len(up) != 1 ||
+		!strings.Contains(down[0], "connection refused") {
 		t.Errorf("down: %q, up: %q", down, up)
 	}
 }

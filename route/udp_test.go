@@ -17,7 +17,12 @@ import (
 )
 
 func datagram(src, dst, payload string) flow.Packet {
-	return flow.Packet{Src: netip.MustParseAddrPort(src), Dst: netip.MustParseAddrPort(dst), Payload: []byte(payload), Head: []byte("head")}
+	return flow.Packet{
+		Src:     netip.MustParseAddrPort(src),
+		Dst:     netip.MustParseAddrPort(dst),
+		Payload: []byte(payload),
+		Head:    []byte("head"),
+	}
 }
 
 func (g *rig) send(src, dst string, payload ...string) {
@@ -147,7 +152,8 @@ func TestUDPRefusedByServer(t *testing.T) {
 	if len(why) != 52 || why[0] != flow.RefusePort || why[51] != flow.RefusePort {
 		t.Errorf("%d refusals: %v", len(why), why)
 	}
-	if p := g.w.refused[0]; string(p.Payload) != "a" || string(p.Head) != "head" || p.Src.String() != "10.0.0.1:5000" || p.Dst.String() != "203.0.113.1:1000" {
+	if p := g.w.refused[0]; string(p.Payload) != "a" || string(p.Head) != "head" || p.Src.String() != "10.0.0.1:5000" ||
+		p.Dst.String() != "203.0.113.1:1000" {
 		t.Errorf("refused %+v", p)
 	}
 	if s := g.Stats(); s.MappingsNow != 0 || srv.Stats().Requests != 1 {
@@ -209,11 +215,14 @@ type manualAsk struct {
 }
 
 func (u *manualUpstream) upstream(name string) Upstream {
-	return &fakeUpstream{name: name, open: func(ctx context.Context, sink func([]flow.Packet), done func(relay.PacketLink, error), closed func(error)) {
-		u.mu.Lock()
-		defer u.mu.Unlock()
-		u.asks = append(u.asks, manualAsk{ctx, sink, done, closed})
-	}}
+	return &fakeUpstream{
+		name: name,
+		open: func(ctx context.Context, sink func([]flow.Packet), done func(relay.PacketLink, error), closed func(error)) {
+			u.mu.Lock()
+			defer u.mu.Unlock()
+			u.asks = append(u.asks, manualAsk{ctx, sink, done, closed})
+		},
+	}
 }
 
 func (u *manualUpstream) ask(t testing.TB, i int) manualAsk {
@@ -470,7 +479,15 @@ func TestUDPResolver(t *testing.T) {
 	}()
 	srv, _, client := newProxy(t, socks.Options{})
 	srv.Redirect(netip.MustParseAddrPort("192.0.2.53:53"), l.Addr().(*net.TCPAddr).AddrPort())
-	g := newRig(t, Config{Upstreams: []Upstream{NewSOCKS("p", client)}, Default: "p", Resolvers: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.53:53")}}, nil)
+	g := newRig(
+		t,
+		Config{
+			Upstreams: []Upstream{NewSOCKS("p", client)},
+			Default:   "p",
+			Resolvers: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.53:53")},
+		},
+		nil,
+	)
 	wire := []byte("\x00\x4d\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x07example\x03com\x00\x00\x01\x00\x01")
 	g.send("10.0.0.1:5000", "10.255.255.1:53", string(wire), "garbage")
 	wire[2] |= 0x80

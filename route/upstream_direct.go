@@ -43,7 +43,13 @@ func (u *directUpstream) LookUp(ctx context.Context, name string, done func([]ne
 }
 
 // OpenPackets implements Upstream by one UDP socket for both families, or for IPv4 where there is no IPv6.
-func (u *directUpstream) OpenPackets(_ context.Context, l *relay.Loop, sink func([]flow.Packet), done func(relay.PacketLink, error), closed func(error)) {
+func (u *directUpstream) OpenPackets(
+	_ context.Context,
+	l *relay.Loop,
+	sink func([]flow.Packet),
+	done func(relay.PacketLink, error),
+	closed func(error),
+) {
 	fd, err := u.socket(unix.AF_INET6)
 	if err == unix.EAFNOSUPPORT {
 		fd, err = u.socket(unix.AF_INET)

@@ -53,7 +53,13 @@ func (u *socksUpstream) DialStream(ctx context.Context, l *relay.Loop, d Dest, d
 }
 
 // OpenPackets implements Upstream by UDP ASSOCIATE.
-func (u *socksUpstream) OpenPackets(ctx context.Context, l *relay.Loop, sink func([]flow.Packet), done func(relay.PacketLink, error), closed func(error)) {
+func (u *socksUpstream) OpenPackets(
+	ctx context.Context,
+	l *relay.Loop,
+	sink func([]flow.Packet),
+	done func(relay.PacketLink, error),
+	closed func(error),
+) {
 	u.c.Associate(ctx, l.Loop, func(a *socks.Association, err error) {
 		if err != nil {
 			done(nil, err)

@@ -74,7 +74,8 @@ func TestResolverDefault(t *testing.T) {
 			t.Errorf("default %q, resolvers %q: %s by %q, want %q", tt.def, tt.resolvers, tt.dst, got, tt.want)
 		}
 	}
-	if _, err := newPolicy(Config{Upstreams: []Upstream{a}, ResolverDefault: "b"}, nil); err == nil || !strings.Contains(err.Error(), "the upstreams are a") {
+	if _, err := newPolicy(Config{Upstreams: []Upstream{a}, ResolverDefault: "b"}, nil); err == nil ||
+		!strings.Contains(err.Error(), "the upstreams are a") {
 		t.Error(err)
 	}
 }
@@ -152,7 +153,10 @@ func BenchmarkDecide(b *testing.B) {
 		b.Run(fmt.Sprintf("rules=%d", n), func(b *testing.B) {
 			cfg := Config{Upstreams: []Upstream{&fakeUpstream{name: "a"}}, Default: "a"}
 			for i := range n {
-				cfg.Rules = append(cfg.Rules, mustRule(b, fmt.Sprintf("proto udp dst 10.%d.0.0/16,2001:db8:%x::/48 port 1000-2000 drop", i, i)))
+				cfg.Rules = append(
+					cfg.Rules,
+					mustRule(b, fmt.Sprintf("proto udp dst 10.%d.0.0/16,2001:db8:%x::/48 port 1000-2000 drop", i, i)),
+				)
 			}
 			p, err := newPolicy(cfg, nil)
 			if err != nil {

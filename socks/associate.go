@@ -276,7 +276,11 @@ func (a *Association) Turn() (again bool) {
 // than the server's own (a private one behind a public server, a loopback one behind any but a loopback server) stands
 // for the server's address. So does an address that datagrams must never be sent to: one that canBePeer refuses, and one
 // of this host when the server is not on it. A port 0 stands for the server's port.
-func repairRelay(bound Addr, server netip.AddrPort, canBePeer, onHost func(netip.Addr) bool) (relay netip.AddrPort, repaired bool) {
+func repairRelay(
+	bound Addr,
+	server netip.AddrPort,
+	canBePeer, onHost func(netip.Addr) bool,
+) (relay netip.AddrPort, repaired bool) {
 	ip, port := bound.IP.Unmap(), bound.Port
 	use := bound.Name == "" && port != 0
 	switch {

@@ -154,7 +154,8 @@ func TestAssociate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r := srv.Requests(); len(r) != 1 || r[0].Cmd != sockstest.CmdAssociate || r[0].Dst != (sockstest.Addr{IP: netip.IPv4Unspecified()}) {
+	if r := srv.Requests(); len(r) != 1 || r[0].Cmd != sockstest.CmdAssociate ||
+		r[0].Dst != (sockstest.Addr{IP: netip.IPv4Unspecified()}) {
 		t.Errorf("requests %+v", r)
 	}
 	alive := make(chan int, 1)

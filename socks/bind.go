@@ -24,7 +24,13 @@ var errNoPort = errors.New("it names no port")
 // the peer must be told, repaired as that of an association is; then done when the peer has connected, with a socket as by
 // Connect and the peer. Where it fails done is called with -1 and an error, as by Connect, at whatever stage: bound may then
 // never be called. ErrNoPeer: DefaultBindTimeout is over. Both are called on the event loop and must not block.
-func (c *Client) Bind(ctx context.Context, l *loop.Loop, dst Addr, bound func(netip.AddrPort), done func(fd int, peer netip.AddrPort, err error)) {
+func (c *Client) Bind(
+	ctx context.Context,
+	l *loop.Loop,
+	dst Addr,
+	bound func(netip.AddrPort),
+	done func(fd int, peer netip.AddrPort, err error),
+) {
 	granted := func(p *dial) {
 		if p.state == waiting { // the second reply
 			peer := p.hs.Bound().AddrPort()

@@ -23,7 +23,13 @@ type bindResult struct {
 func bind(t *testing.T, c *Client, ctx context.Context, dst Addr) (netip.AddrPort, chan bindResult) {
 	t.Helper()
 	at, done := make(chan netip.AddrPort, 2), make(chan bindResult, 2)
-	c.Bind(ctx, on(c.d), dst, func(a netip.AddrPort) { at <- a }, func(fd int, peer netip.AddrPort, err error) { done <- bindResult{fd, peer, err} })
+	c.Bind(
+		ctx,
+		on(c.d),
+		dst,
+		func(a netip.AddrPort) { at <- a },
+		func(fd int, peer netip.AddrPort, err error) { done <- bindResult{fd, peer, err} },
+	)
 	select {
 	case a := <-at:
 		return a, done

@@ -277,8 +277,13 @@ func TestFaults(t *testing.T) {
 		{"greeting: garbage", greeting, sockstest.Garbage(), false, serverError(OpHandshake, ErrMalformed)},
 		{"greeting: half", greeting, sockstest.Half(1, sockstest.Hold), true, serverError(OpHandshake, os.ErrDeadlineExceeded)},
 		{"greeting: no method", greeting, sockstest.Fault{Raw: []byte{5, 0xff}}, false, serverError(OpAuthenticate, ErrMethod)},
-		{"greeting: reply before the request", greeting, sockstest.Fault{Raw: []byte("\x05\x00\x05\x05\x00\x01\x00\x00\x00\x00\x00\x00"), End: sockstest.Hold},
-			false, replyIs(ReplyRefused)},
+		{
+			"greeting: reply before the request",
+			greeting,
+			sockstest.Fault{Raw: []byte("\x05\x00\x05\x05\x00\x01\x00\x00\x00\x00\x00\x00"), End: sockstest.Hold},
+			false,
+			replyIs(ReplyRefused),
+		},
 	}
 	_, c, srv := setup(t, Options{}, sockstest.WithRedirectsOnly())
 	hasty := newDialer(t, Options{HandshakeTimeout: handshake}).Client(c.Server())

@@ -18,7 +18,13 @@ const maxNameDials = 256
 // DialDirectName connects to a name without a server. Options.Resolve looks it up, and its addresses are tried in turn. done
 // is called as by DialDirect, whose errors it gets; a name that has no address is EHOSTUNREACH, as is one that the resolver
 // does not answer for, and too many look-ups at a time are EAGAIN.
-func (d *Dialer) DialDirectName(ctx context.Context, l *loop.Loop, name string, port uint16, done func(s loop.Socket, err error)) {
+func (d *Dialer) DialDirectName(
+	ctx context.Context,
+	l *loop.Loop,
+	name string,
+	port uint16,
+	done func(s loop.Socket, err error),
+) {
 	d.LookUpDirect(ctx, name, func(addrs []netip.Addr, err error) {
 		if err != nil {
 			done(loop.NoSocket, err)
@@ -77,7 +83,13 @@ func (d *Dialer) lookUpDirect(ctx context.Context, name string) ([]netip.Addr, e
 }
 
 // dialInTurn tries each address until one answers. The error is the last one's.
-func (d *Dialer) dialInTurn(ctx context.Context, l *loop.Loop, addrs []netip.Addr, port uint16, done func(s loop.Socket, err error)) {
+func (d *Dialer) dialInTurn(
+	ctx context.Context,
+	l *loop.Loop,
+	addrs []netip.Addr,
+	port uint16,
+	done func(s loop.Socket, err error),
+) {
 	d.DialDirect(ctx, l, netip.AddrPortFrom(addrs[0], port), func(s loop.Socket, err error) {
 		if err != nil && len(addrs) > 1 && ctx.Err() == nil {
 			d.dialInTurn(ctx, l, addrs[1:], port, done)

@@ -407,7 +407,10 @@ func TestChain(t *testing.T) {
 	if r := first.Requests(); len(r) != 1 || r[0].Dst.Name != "far.test" || r[0].Dst.Port != 1080 {
 		t.Errorf("the first server was asked %+v", r)
 	}
-	if err := connectGroup(t, outer, context.Background(), Addr{IP: netip.MustParseAddr("203.0.113.9"), Port: 1}); !errors.Is(err, ReplyNetUnreachable) {
+	if err := connectGroup(t, outer, context.Background(), Addr{IP: netip.MustParseAddr("203.0.113.9"), Port: 1}); !errors.Is(
+		err,
+		ReplyNetUnreachable,
+	) {
 		t.Errorf("the second server's word: %v", err)
 	}
 	ch := make(chan error, 1)
@@ -417,7 +420,8 @@ func TestChain(t *testing.T) {
 	}
 	first.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Reply(5) })
 	var fault *ServerError
-	if err := connectGroup(t, outer, context.Background(), AddrFrom(dst)); !errors.As(err, &fault) || fault.Server != "socks5://far.test:1080" {
+	if err := connectGroup(t, outer, context.Background(), AddrFrom(dst)); !errors.As(err, &fault) ||
+		fault.Server != "socks5://far.test:1080" {
 		t.Errorf("the second server is not there: %v", err)
 	}
 	first.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Silence() })

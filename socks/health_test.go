@@ -323,7 +323,18 @@ func TestAccountingProperty(t *testing.T) {
 		asked  map[int]int
 		all    int
 	}
-	outcomes := []error{nil, nil, notReachedErr, notReachedErr, eofErr, loginErr, ReplyRefused, ReplyCommandNotSupported, ErrEnded, context.Canceled}
+	outcomes := []error{
+		nil,
+		nil,
+		notReachedErr,
+		notReachedErr,
+		eofErr,
+		loginErr,
+		ReplyRefused,
+		ReplyCommandNotSupported,
+		ErrEnded,
+		context.Canceled,
+	}
 	for seed := range uint64(300) {
 		rnd := rand.New(rand.NewPCG(seed, 1))
 		n := 2 + rnd.IntN(4)

@@ -76,7 +76,8 @@ func TestProtocols(t *testing.T) {
 				c.Close()
 			}
 			var fault *ServerError
-			if _, err := connect(t, user("bob"), context.Background(), dst); !errors.As(err, &fault) || !errors.Is(err, ErrCredentials) || fault.Op != OpAuthenticate {
+			if _, err := connect(t, user("bob"), context.Background(), dst); !errors.As(err, &fault) || !errors.Is(err, ErrCredentials) ||
+				fault.Op != OpAuthenticate {
 				t.Errorf("another user: %v", err)
 			}
 			srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Reply(2) })
@@ -90,7 +91,8 @@ func TestProtocols(t *testing.T) {
 			if scheme == "socks5" {
 				return
 			}
-			if _, err := associate(t, user("alice"), context.Background()); !errors.Is(err, ErrCannotExpress) || !errors.Is(err, ReplyCommandNotSupported) {
+			if _, err := associate(t, user("alice"), context.Background()); !errors.Is(err, ErrCannotExpress) ||
+				!errors.Is(err, ReplyCommandNotSupported) {
 				t.Errorf("UDP: %v", err)
 			}
 		})

@@ -201,16 +201,19 @@ func TestTLSResetByUs(t *testing.T) {
 func TestTLSRefused(t *testing.T) {
 	_, c, _ := tlsServer(t, Options{}, "socks5+tls", "192.0.2.1")
 	var fault *ServerError
-	if _, err := connect(t, c, context.Background(), testDst); !errors.As(err, &fault) || fault.Op != OpSecure || !errors.As(err, &x509.HostnameError{}) {
+	if _, err := connect(t, c, context.Background(), testDst); !errors.As(err, &fault) || fault.Op != OpSecure ||
+		!errors.As(err, &x509.HostnameError{}) {
 		t.Errorf("another host's certificate: %v", err)
 	}
 	d, c, _ := tlsServer(t, Options{}, "socks5+tls", "127.0.0.1")
 	s := c.Server()
 	s.ca = ""
-	if _, err := connect(t, d.Client(s), context.Background(), testDst); !errors.As(err, &fault) || fault.Op != OpSecure || !strings.Contains(err.Error(), "authority") {
+	if _, err := connect(t, d.Client(s), context.Background(), testDst); !errors.As(err, &fault) || fault.Op != OpSecure ||
+		!strings.Contains(err.Error(), "authority") {
 		t.Errorf("an unknown authority: %v", err)
 	}
-	if _, err := associate(t, c, context.Background()); !errors.Is(err, ErrCannotExpress) || !errors.Is(err, ReplyCommandNotSupported) {
+	if _, err := associate(t, c, context.Background()); !errors.Is(err, ErrCannotExpress) ||
+		!errors.Is(err, ReplyCommandNotSupported) {
 		t.Errorf("UDP: %v", err)
 	}
 	if _, err := s.WithCA([]byte("hunter2")); err == nil {
@@ -231,7 +234,8 @@ func TestTLSHangs(t *testing.T) {
 		c := d.Client(mustServer(t, scheme+"://"+ln.Addr().String()))
 		var fault *ServerError
 		_, err := connect(t, c, context.Background(), testDst)
-		if !errors.As(err, &fault) || fault.Op != OpSecure || !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, context.DeadlineExceeded) {
+		if !errors.As(err, &fault) || fault.Op != OpSecure ||
+			!errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("%s: %v", scheme, err)
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)

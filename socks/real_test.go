@@ -179,7 +179,8 @@ func TestUnixSocketBusy(t *testing.T) {
 		time.Sleep(time.Millisecond)
 	}
 	var fault *ServerError
-	if _, err := connect(t, c, context.Background(), testDst); !errors.As(err, &fault) || fault.Op != OpConnect || !errors.Is(err, os.ErrDeadlineExceeded) {
+	if _, err := connect(t, c, context.Background(), testDst); !errors.As(err, &fault) || fault.Op != OpConnect ||
+		!errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Fatalf("%v, want a timeout", err)
 	}
 	d.SetTimeouts(patience, patience)

@@ -149,7 +149,8 @@ func TestSilentResolver(t *testing.T) {
 	c := d.Client(mustServer(t, "socks5://proxy.example"))
 	_, err := connect(t, c, context.Background(), testDst)
 	var se *ServerError
-	if !errors.As(err, &se) || se.Op != OpResolve || !(errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded)) {
+	if !errors.As(err, &se) || se.Op != OpResolve ||
+		!(errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded)) {
 		t.Errorf("%v", err)
 	}
 	// Here the dial has time enough.

@@ -169,7 +169,10 @@ socks pass { from: 0/0 to: 0/0 command: connect bind bindreply udpassociate udpr
 		if _, err := connect(t, d.Client(mustServer(t, "http://"+at)), context.Background(), refused); !errors.Is(err, ErrMethod) {
 			t.Errorf("without a login: %v", err)
 		}
-		if _, err := connect(t, d.Client(mustServer(t, "http://alice:x@"+at)), context.Background(), refused); !errors.Is(err, ErrCredentials) {
+		if _, err := connect(t, d.Client(mustServer(t, "http://alice:x@"+at)), context.Background(), refused); !errors.Is(
+			err,
+			ErrCredentials,
+		) {
 			t.Errorf("another password: %v", err)
 		}
 	})
@@ -183,8 +186,13 @@ socks pass { from: 0/0 to: 0/0 command: connect bind bindreply udpassociate udpr
 			t.Fatal(err)
 		}
 		server(t, "127.0.0.1:1081", "microsocks", "-i", "127.0.0.1", "-p", "1081")
-		server(t, "127.0.0.1:1443", "stunnel4", textFile(t, "foreground = yes\npid =\n[socks]\naccept = 127.0.0.1:1443\nconnect = 127.0.0.1:1081\ncert = "+
-			textFile(t, string(key)+string(pem))+"\n"))
+		server(
+			t,
+			"127.0.0.1:1443",
+			"stunnel4",
+			textFile(t, "foreground = yes\npid =\n[socks]\naccept = 127.0.0.1:1443\nconnect = 127.0.0.1:1081\ncert = "+
+				textFile(t, string(key)+string(pem))+"\n"),
+		)
 		d := newDialer(t, Options{})
 		s, err := mustServer(t, "socks5+tls://127.0.0.1:1443").WithCA(pem)
 		if err != nil {

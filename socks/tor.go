@@ -43,7 +43,12 @@ func (r Reply) Plain() Reply {
 	switch r {
 	case ReplyOnionNoAuth, ReplyOnionWrongAuth:
 		return ReplyNotAllowed
-	case ReplyOnionNotFound, ReplyOnionInvalid, ReplyOnionIntroduction, ReplyOnionRendezvous, ReplyOnionBadAddress, ReplyOnionIntroductionTO:
+	case ReplyOnionNotFound,
+		ReplyOnionInvalid,
+		ReplyOnionIntroduction,
+		ReplyOnionRendezvous,
+		ReplyOnionBadAddress,
+		ReplyOnionIntroductionTO:
 		return ReplyHostUnreachable
 	}
 	return r

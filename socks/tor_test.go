@@ -58,7 +58,8 @@ func TestTorResolve(t *testing.T) {
 		t.Errorf("a name for an address: %+v", a)
 	}
 	srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Reply(0xf0) })
-	if _, err := connect(t, c, context.Background(), Addr{Name: "x.onion", Port: 80}); !errors.Is(err, ReplyOnionNotFound) || !strings.Contains(err.Error(), "F0 (onion service descriptor not found)") {
+	if _, err := connect(t, c, context.Background(), Addr{Name: "x.onion", Port: 80}); !errors.Is(err, ReplyOnionNotFound) ||
+		!strings.Contains(err.Error(), "F0 (onion service descriptor not found)") {
 		t.Errorf("%v", err)
 	}
 }

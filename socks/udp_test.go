@@ -14,7 +14,10 @@ func TestUDPHeader(t *testing.T) {
 		b string
 	}{
 		{Addr{IP: netip.MustParseAddr("192.0.2.1"), Port: 53}, "\x00\x00\x00\x01\xc0\x00\x02\x01\x00\x35"},
-		{Addr{IP: netip.MustParseAddr("2001:db8::1"), Port: 6881}, "\x00\x00\x00\x04\x20\x01\x0d\xb8\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x01\x1a\xe1"},
+		{
+			Addr{IP: netip.MustParseAddr("2001:db8::1"), Port: 6881},
+			"\x00\x00\x00\x04\x20\x01\x0d\xb8\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x01\x1a\xe1",
+		},
 		{Addr{Name: "a.example", Port: 1}, "\x00\x00\x00\x03\x09a.example\x00\x01"},
 		{Addr{Name: strings.Repeat("x", 255), Port: 1}, "\x00\x00\x00\x03\xff" + strings.Repeat("x", 255) + "\x00\x01"},
 	}
@@ -62,7 +65,9 @@ func TestUDPHeaderRefused(t *testing.T) {
 		t.Errorf("a name as source: %v", err)
 	}
 	// A mapped source is the IPv4 endpoint that the app knows.
-	src, n, err := (UDPCodec{}).ParseHeader(append([]byte{0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff}, 192, 0, 2, 1, 0, 53))
+	src, n, err := (UDPCodec{}).ParseHeader(
+		append([]byte{0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff}, 192, 0, 2, 1, 0, 53),
+	)
 	if src.String() != "192.0.2.1:53" || n != 22 || err != nil {
 		t.Errorf("mapped source: %v, %d, %v", src, n, err)
 	}

@@ -45,7 +45,12 @@ func TestUDPOverTCP(t *testing.T) {
 	for _, scheme := range []string{"socks5", "socks4a", "http", "socks5+tls", "https"} {
 		d, _, srv := setup(t, Options{}, sockstest.WithUDPOverTCP())
 		if scheme == "socks5+tls" || scheme == "https" {
-			d, _, srv = setup(t, Options{}, sockstest.WithUDPOverTCP(), sockstest.WithTLS(&tls.Config{Certificates: []tls.Certificate{cert}}))
+			d, _, srv = setup(
+				t,
+				Options{},
+				sockstest.WithUDPOverTCP(),
+				sockstest.WithTLS(&tls.Config{Certificates: []tls.Certificate{cert}}),
+			)
 		}
 		s, err := mustServer(t, scheme+"://"+srv.Addr().String()+"?udp=over-tcp").WithCA(pem)
 		if err != nil {
@@ -159,7 +164,8 @@ func TestUoTFrames(t *testing.T) {
 	} {
 		b := []byte(tt.frame)
 		src, n, size, err := UoTCodec{}.ParseHeader(b)
-		if err != nil || size != tt.payload || n > len(b) || src.IsValid() != (tt.src != "") || src.IsValid() && src.String() != tt.src {
+		if err != nil || size != tt.payload || n > len(b) || src.IsValid() != (tt.src != "") ||
+			src.IsValid() && src.String() != tt.src {
 			t.Errorf("%q: %v, %d, %d, %v", tt.frame, src, n, size, err)
 		}
 		for i := range n {

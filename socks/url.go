@@ -104,7 +104,8 @@ func (s Server) parseHost(rawurl string) (Server, error) {
 		return Server{}, errURL
 	}
 	host := u.Hostname()
-	if u.Opaque != "" || (u.Path != "" && u.Path != "/") || u.RawQuery != "" || u.Fragment != "" || host == "" || len(host) > maxName {
+	if u.Opaque != "" || (u.Path != "" && u.Path != "/") || u.RawQuery != "" || u.Fragment != "" || host == "" ||
+		len(host) > maxName {
 		return Server{}, errURL
 	}
 	if strings.Contains(host, ":") && !strings.HasPrefix(u.Host, "[") { // the last part was taken for the port

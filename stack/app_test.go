@@ -91,7 +91,13 @@ func (a *testApp) dialFrom(ctx context.Context, src, dst netip.AddrPort) (*gonet
 	if src.IsValid() {
 		local = tcpip.FullAddress{NIC: nicID, Addr: addrTo(src.Addr()), Port: src.Port()}
 	}
-	return gonet.DialTCPWithBind(ctx, a.s.engine.Load().ns, local, tcpip.FullAddress{NIC: nicID, Addr: addrTo(dst.Addr()), Port: dst.Port()}, proto)
+	return gonet.DialTCPWithBind(
+		ctx,
+		a.s.engine.Load().ns,
+		local,
+		tcpip.FullAddress{NIC: nicID, Addr: addrTo(dst.Addr()), Port: dst.Port()},
+		proto,
+	)
 }
 
 func (a *testApp) mustDial(dst netip.AddrPort) *gonet.TCPConn {

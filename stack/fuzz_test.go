@@ -35,7 +35,11 @@ func FuzzReader(f *testing.F) {
 	f.Add(hdr(tun.Header{}), segment(s6, srv6, 1, 1, header.TCPFlagAck, nil, make([]byte, 700)), true)
 	ext := append([]byte(nil), syn6[:40]...)
 	ext[6] = protoHopByHop
-	f.Add(hdr(tun.Header{}), append(append(ext, protoFragment, 0, 1, 4, 0, 0, 0, 0, protoTCP, 0, 0, 1, 0, 0, 0, 9), syn6[40:]...), false)
+	f.Add(
+		hdr(tun.Header{}),
+		append(append(ext, protoFragment, 0, 1, 4, 0, 0, 0, 0, protoTCP, 0, 0, 1, 0, 0, 0, 9), syn6[40:]...),
+		false,
+	)
 	f.Add(hdr(tun.Header{}), []byte{0x45}, false)
 	f.Add(hdr(tun.Header{}), []byte{}, true)
 
@@ -83,7 +87,8 @@ func FuzzReader(f *testing.F) {
 		bytes := 0
 		for _, p := range ps {
 			bytes += len(p.Payload)
-			if len(p.Head) < ip4HeaderLen+udpHeaderLen || !p.Src.IsValid() || !p.Dst.IsValid() || p.Src.Port() == 0 || p.Dst.Port() == 0 || cap(p.Payload) != len(p.Payload) {
+			if len(p.Head) < ip4HeaderLen+udpHeaderLen || !p.Src.IsValid() || !p.Dst.IsValid() || p.Src.Port() == 0 || p.Dst.Port() == 0 ||
+				cap(p.Payload) != len(p.Payload) {
 				panic(fmt.Sprintf("%+v of % x", p, now))
 			}
 		}

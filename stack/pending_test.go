@@ -88,7 +88,8 @@ func (x *tableTest) expect(what string, entries, waiting, cancels int, answers .
 	synctest.Wait()
 	x.tab.mu.Lock()
 	defer x.tab.mu.Unlock()
-	if len(x.tab.byKey) != entries || x.tab.waiting != waiting || x.cancels != cancels || fmt.Sprint(x.answers) != fmt.Sprint(answers) {
+	if len(x.tab.byKey) != entries || x.tab.waiting != waiting || x.cancels != cancels ||
+		fmt.Sprint(x.answers) != fmt.Sprint(answers) {
 		x.t.Fatalf("%s: %d entries, %d waiting, %d cancelled, answers %v; want %d, %d, %d, %v", what,
 			len(x.tab.byKey), x.tab.waiting, x.cancels, x.answers, entries, waiting, cancels, answers)
 	}
@@ -150,16 +151,19 @@ func TestPending(t *testing.T) {
 			time.Sleep(200 * time.Millisecond)
 			x.expect("over", 0, 0, 1)
 		}},
-		"the socket is asked for at the first missed retransmission": {sockets: new(fakeSockets), run: func(x *tableTest, s *fakeSockets) {
-			x.syn(key1, 1)
-			time.Sleep(1200 * time.Millisecond)
-			if s.asked.Load() != 0 {
-				x.t.Fatal("asked too early")
-			}
-			s.gone.Store(true)
-			time.Sleep(100 * time.Millisecond)
-			x.expect("gone", 0, 0, 1)
-		}},
+		"the socket is asked for at the first missed retransmission": {
+			sockets: new(fakeSockets),
+			run: func(x *tableTest, s *fakeSockets) {
+				x.syn(key1, 1)
+				time.Sleep(1200 * time.Millisecond)
+				if s.asked.Load() != 0 {
+					x.t.Fatal("asked too early")
+				}
+				s.gone.Store(true)
+				time.Sleep(100 * time.Millisecond)
+				x.expect("gone", 0, 0, 1)
+			},
+		},
 		"not asked while SYNs come": {sockets: new(fakeSockets), run: func(x *tableTest, s *fakeSockets) {
 			x.syn(key1, 1)
 			for range 4 {
@@ -359,7 +363,13 @@ func TestPendingNoGoroutines(t *testing.T) {
 		s := new(fakeSockets)
 		x := newTableTest(t, Limits{}, s)
 		for i := range 5000 {
-			if x.syn(tuple{netip.AddrPortFrom(appIP4, uint16(i+1)), netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, byte(i >> 8), byte(i)}), 80)}, 1) == nil {
+			if x.syn(
+				tuple{
+					netip.AddrPortFrom(appIP4, uint16(i+1)),
+					netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, byte(i >> 8), byte(i)}), 80),
+				},
+				1,
+			) == nil {
 				t.Fatal("no request")
 			}
 		}

@@ -26,7 +26,15 @@ func segment(src, dst netip.AddrPort, seq, ack uint32, flags header.TCPFlags, op
 	if src.Addr().Is4() {
 		b = make([]byte, ip4HeaderLen+n)
 		ip := header.IPv4(b)
-		ip.Encode(&header.IPv4Fields{TotalLength: uint16(len(b)), TTL: 64, Protocol: protoTCP, SrcAddr: addrTo(src.Addr()), DstAddr: addrTo(dst.Addr())})
+		ip.Encode(
+			&header.IPv4Fields{
+				TotalLength: uint16(len(b)),
+				TTL:         64,
+				Protocol:    protoTCP,
+				SrcAddr:     addrTo(src.Addr()),
+				DstAddr:     addrTo(dst.Addr()),
+			},
+		)
 		ip.SetChecksum(^ip.CalculateChecksum())
 		t = header.TCP(b[ip4HeaderLen:])
 	} else {
@@ -34,7 +42,17 @@ func segment(src, dst netip.AddrPort, seq, ack uint32, flags header.TCPFlags, op
 		header.IPv6(b).Encode(&header.IPv6Fields{PayloadLength: uint16(n), TransportProtocol: protoTCP, HopLimit: 64, SrcAddr: addrTo(src.Addr()), DstAddr: addrTo(dst.Addr())})
 		t = header.TCP(b[ip6HeaderLen:])
 	}
-	t.Encode(&header.TCPFields{SrcPort: src.Port(), DstPort: dst.Port(), SeqNum: seq, AckNum: ack, DataOffset: uint8(tcpHeaderLen + len(opts)), Flags: flags, WindowSize: 65535})
+	t.Encode(
+		&header.TCPFields{
+			SrcPort:    src.Port(),
+			DstPort:    dst.Port(),
+			SeqNum:     seq,
+			AckNum:     ack,
+			DataOffset: uint8(tcpHeaderLen + len(opts)),
+			Flags:      flags,
+			WindowSize: 65535,
+		},
+	)
 	copy(t[tcpHeaderLen:], opts)
 	copy(t[tcpHeaderLen+len(opts):], data)
 	x := header.PseudoHeaderChecksum(protoTCP, addrTo(src.Addr()), addrTo(dst.Addr()), uint16(n))
@@ -435,7 +453,10 @@ func TestDataChecksum(t *testing.T) {
 		}
 		for _, size := range []int{10, 1400, 40 << 10} { // in one view, with headers split off, super-segment
 			r := newRaw(t, Config{})
-			r.send(tun.Header{Flags: tun.DataValid}, segment(end.src, end.dst, 1000, 0, header.TCPFlagSyn, nil, nil)) // for this frame only
+			r.send(
+				tun.Header{Flags: tun.DataValid},
+				segment(end.src, end.dst, 1000, 0, header.TCPFlagSyn, nil, nil),
+			) // for this frame only
 			c := newTestConn()
 			r.request().Accept(c)
 			_, b := r.recv(patience)

@@ -231,7 +231,12 @@ func TestUDPAdd(t *testing.T) {
 				t.Fatalf("got %d, want %d", got, c.want)
 			}
 			st := s.Stats().UDP
-			counts := map[string]uint64{"checksum": st.DroppedChecksum, "malformed": st.DroppedMalformed, "multicast": st.DroppedMulticast, "address": st.DroppedAddress}
+			counts := map[string]uint64{
+				"checksum":  st.DroppedChecksum,
+				"malformed": st.DroppedMalformed,
+				"multicast": st.DroppedMulticast,
+				"address":   st.DroppedAddress,
+			}
 			for name, n := range counts {
 				want := uint64(0)
 				if name == c.count {
@@ -280,7 +285,10 @@ func TestUDPSuperFrameIn(t *testing.T) {
 			for i := range pay {
 				pay[i] = byte(i / 7)
 			}
-			ok := b.addFrame(rawUDP(src, to, pay), &tun.Header{Flags: tun.NeedsCsum, CsumStart: uint16(off), CsumOffset: 6, GSOType: tun.GSOUDPL4, GSOSize: uint16(c.size)})
+			ok := b.addFrame(
+				rawUDP(src, to, pay),
+				&tun.Header{Flags: tun.NeedsCsum, CsumStart: uint16(off), CsumOffset: 6, GSOType: tun.GSOUDPL4, GSOSize: uint16(c.size)},
+			)
 			b.flush()
 			if !ok || len(h.pkts) != c.want {
 				t.Fatalf("%d by %d: ok %v, %d datagrams, want %d", c.total, c.size, ok, len(h.pkts), c.want)
@@ -375,7 +383,8 @@ func FuzzUDPAdd(f *testing.F) {
 			t.Fatalf("%d datagrams, %d dropped", len(h.pkts), dropped)
 		}
 		for _, p := range h.pkts {
-			if len(p.Head) < 28 || !p.Src.Addr().IsValid() || p.Dst.Port() == 0 || p.Dst.Addr().IsMulticast() || p.Dst.Addr().IsLoopback() {
+			if len(p.Head) < 28 || !p.Src.Addr().IsValid() || p.Dst.Port() == 0 || p.Dst.Addr().IsMulticast() ||
+				p.Dst.Addr().IsLoopback() {
 				t.Fatalf("%+v", p)
 			}
 		}

@@ -33,7 +33,12 @@ type rawConn struct {
 
 // openRaw shakes hands with the options in the SYN.
 func openRaw(t *testing.T, off tun.Offload, v6 bool, opts []byte) *rawConn {
-	r := &rawConn{rawStack: newRawOver(t, off, Config{Shards: 1}), src: netip.AddrPortFrom(appIP4, 1234), dst: srv4, hdr: ip4HeaderLen}
+	r := &rawConn{
+		rawStack: newRawOver(t, off, Config{Shards: 1}),
+		src:      netip.AddrPortFrom(appIP4, 1234),
+		dst:      srv4,
+		hdr:      ip4HeaderLen,
+	}
 	if v6 {
 		r.src, r.dst, r.hdr = netip.AddrPortFrom(appIP6, 1234), srv6, ip6HeaderLen
 	}
@@ -71,7 +76,14 @@ func (r *rawConn) say(h tun.Header, flags header.TCPFlags, data []byte) {
 
 // super is the header of a super-segment, as the kernel fills it in.
 func (r *rawConn) super(mss uint16) tun.Header {
-	h := tun.Header{Flags: tun.NeedsCsum, GSOType: tun.GSOTCPv4, GSOSize: mss, HdrLen: uint16(r.hdr + tcpHeaderLen), CsumStart: uint16(r.hdr), CsumOffset: 16}
+	h := tun.Header{
+		Flags:      tun.NeedsCsum,
+		GSOType:    tun.GSOTCPv4,
+		GSOSize:    mss,
+		HdrLen:     uint16(r.hdr + tcpHeaderLen),
+		CsumStart:  uint16(r.hdr),
+		CsumOffset: 16,
+	}
 	if r.hdr == ip6HeaderLen {
 		h.GSOType = tun.GSOTCPv6
 	}
@@ -125,7 +137,8 @@ func TestMSS(t *testing.T) {
 						case len(data) <= limit && h.GSOType == tun.GSONone:
 						case h.GSOType != tun.GSONone && off&tun.TSO != 0:
 							big++
-							if h.GSOType != r.super(0).GSOType || int(h.GSOSize) > limit || h.GSOSize == 0 || int(h.HdrLen) != hdr || h.Flags&tun.NeedsCsum == 0 {
+							if h.GSOType != r.super(0).GSOType || int(h.GSOSize) > limit || h.GSOSize == 0 || int(h.HdrLen) != hdr ||
+								h.Flags&tun.NeedsCsum == 0 {
 								t.Fatalf("header %+v of %d bytes, at most %d each", h, len(data), limit)
 							}
 						default:

@@ -14,9 +14,22 @@ func BenchmarkWrite(b *testing.B) {
 	}{{"1452", 1452}, {"64K", 65000}} {
 		b.Run(c.name, func(b *testing.B) {
 			d := kernelTUN(b, true, OffloadFull)
-			p := packet{src: netip.AddrPortFrom(far4, 1), dst: netip.AddrPortFrom(far4.Next(), 2), proto: protoTCP, flags: flagACK, payload: make([]byte, c.payload)}
+			p := packet{
+				src:     netip.AddrPortFrom(far4, 1),
+				dst:     netip.AddrPortFrom(far4.Next(), 2),
+				proto:   protoTCP,
+				flags:   flagACK,
+				payload: make([]byte, c.payload),
+			}
 			frame, l3, l4 := p.marshal(true)
-			h := &Header{Flags: NeedsCsum, GSOType: GSOTCPv4, GSOSize: 1400, HdrLen: uint16(l3 + l4), CsumStart: uint16(l3), CsumOffset: 16}
+			h := &Header{
+				Flags:      NeedsCsum,
+				GSOType:    GSOTCPv4,
+				GSOSize:    1400,
+				HdrLen:     uint16(l3 + l4),
+				CsumStart:  uint16(l3),
+				CsumOffset: 16,
+			}
 			parts := [][]byte{frame[:l3+l4], frame[l3+l4:]}
 			b.SetBytes(int64(len(frame)))
 			b.ReportAllocs()

@@ -60,8 +60,21 @@ func FromFiles(files []*os.File, o Options) (Device, error) {
 	}
 	if o.Log != nil {
 		off := d.Offload()
-		o.Log.LogAttrs(context.Background(), slog.LevelDebug, "tun device", slog.String("name", name), slog.Int("mtu", o.MTU), slog.Int("files", len(fds)),
-			slog.String("offload", o.Offload.String()), slog.Bool("vnet_hdr", vnet), slog.Bool("tso", off&TSO != 0), slog.Bool("uso", off&USO != 0))
+		o.Log.LogAttrs(
+			context.Background(),
+			slog.LevelDebug,
+			"tun device",
+			slog.String("name", name),
+			slog.Int("mtu", o.MTU),
+			slog.Int("files", len(fds)),
+			slog.String(
+				"offload",
+				o.Offload.String(),
+			),
+			slog.Bool("vnet_hdr", vnet),
+			slog.Bool("tso", off&TSO != 0),
+			slog.Bool("uso", off&USO != 0),
+		)
 	}
 	return d, nil
 }

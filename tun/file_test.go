@@ -175,7 +175,14 @@ func TestUDPSuperFrames(t *testing.T) {
 				continue
 			}
 			frame, l3, l4 := packet{src: dst, dst: p.src, proto: protoUDP, payload: payload[:len(payload)-1]}.marshal(true)
-			out := Header{Flags: NeedsCsum, GSOType: GSOUDPL4, HdrLen: uint16(l3 + l4), GSOSize: size, CsumStart: uint16(l3), CsumOffset: 6}
+			out := Header{
+				Flags:      NeedsCsum,
+				GSOType:    GSOUDPL4,
+				HdrLen:     uint16(l3 + l4),
+				GSOSize:    size,
+				CsumStart:  uint16(l3),
+				CsumOffset: 6,
+			}
 			if err := d.Write(&out, [][]byte{frame}); err != nil {
 				t.Fatal(err)
 			}
@@ -235,7 +242,14 @@ func TestTCPSuperSegments(t *testing.T) {
 			}
 			// And the other way: 40 segments in one frame.
 			payload := bytes.Repeat([]byte("abcdefgh"), 7000)
-			peer = packet{src: dst, dst: syn.src, proto: protoTCP, seq: 1001, ack: seg.seq + uint32(len(seg.payload)), flags: flagACK | flagPSH}
+			peer = packet{
+				src:   dst,
+				dst:   syn.src,
+				proto: protoTCP,
+				seq:   1001,
+				ack:   seg.seq + uint32(len(seg.payload)),
+				flags: flagACK | flagPSH,
+			}
 			if !tso {
 				payload = payload[:1400]
 			}
@@ -243,7 +257,14 @@ func TestTCPSuperSegments(t *testing.T) {
 			frame, l3, l4 := peer.marshal(tso)
 			var out Header
 			if tso {
-				out = Header{Flags: NeedsCsum, GSOType: GSOTCPv4, HdrLen: uint16(l3 + l4), GSOSize: 1400, CsumStart: uint16(l3), CsumOffset: 16}
+				out = Header{
+					Flags:      NeedsCsum,
+					GSOType:    GSOTCPv4,
+					HdrLen:     uint16(l3 + l4),
+					GSOSize:    1400,
+					CsumStart:  uint16(l3),
+					CsumOffset: 16,
+				}
 				if far.Is6() {
 					out.GSOType = GSOTCPv6
 				}
@@ -270,7 +291,14 @@ func TestTCPSuperSegments(t *testing.T) {
 }
 
 func TestWriteErrors(t *testing.T) {
-	good, l3, l4 := packet{src: netip.AddrPortFrom(far4, 1), dst: netip.AddrPortFrom(app4, 2), proto: protoUDP, payload: make([]byte, 100)}.marshal(true)
+	good, l3, l4 := packet{
+		src:     netip.AddrPortFrom(far4, 1),
+		dst:     netip.AddrPortFrom(app4, 2),
+		proto:   protoUDP,
+		payload: make([]byte, 100),
+	}.marshal(
+		true,
+	)
 	eachDevice(t, func(t *testing.T, d Device) {
 		vnet := d.Offload()&VnetHdr != 0
 		for _, c := range []struct {
@@ -399,7 +427,14 @@ func interfaceGone(t *testing.T, d Device) {
 func TestConcurrentWritersAndClose(t *testing.T) {
 	fds := openFDs(t)
 	d := kernelTUN(t, true, OffloadFull)
-	frame, _, _ := packet{src: netip.AddrPortFrom(far4, 1), dst: netip.AddrPortFrom(app4, 2), proto: protoUDP, payload: make([]byte, 500)}.marshal(false)
+	frame, _, _ := packet{
+		src:     netip.AddrPortFrom(far4, 1),
+		dst:     netip.AddrPortFrom(app4, 2),
+		proto:   protoUDP,
+		payload: make([]byte, 500),
+	}.marshal(
+		false,
+	)
 	var wg sync.WaitGroup
 	for range 8 {
 		wg.Go(func() {
@@ -444,7 +479,14 @@ func TestFromFilesRefuses(t *testing.T) {
 
 func TestWriteAllocatesNothing(t *testing.T) {
 	d := kernelTUN(t, true, OffloadFull)
-	frame, _, _ := packet{src: netip.AddrPortFrom(far4, 1), dst: netip.AddrPortFrom(app4, 2), proto: protoUDP, payload: make([]byte, 500)}.marshal(false)
+	frame, _, _ := packet{
+		src:     netip.AddrPortFrom(far4, 1),
+		dst:     netip.AddrPortFrom(app4, 2),
+		proto:   protoUDP,
+		payload: make([]byte, 500),
+	}.marshal(
+		false,
+	)
 	parts := [][]byte{frame[:28], frame[28:]}
 	b := make([]byte, MaxFrame)
 	h := new(Header)

@@ -58,7 +58,14 @@ func openQueues(fds []int) (q *queues, err error) {
 		unix.Close(epfd)
 		return nil, fmt.Errorf("cannot make an eventfd: %w", err)
 	}
-	q = &queues{fds: fds, bell: bell, epfd: epfd, base: time.Now(), until: make([]atomic.Int64, len(fds)), set: os.NewFile(uintptr(epfd), "epoll")}
+	q = &queues{
+		fds:   fds,
+		bell:  bell,
+		epfd:  epfd,
+		base:  time.Now(),
+		until: make([]atomic.Int64, len(fds)),
+		set:   os.NewFile(uintptr(epfd), "epoll"),
+	}
 	err = unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, bell, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: noQueue})
 	for i, fd := range fds {
 		if err == nil {

@@ -248,7 +248,14 @@ func TestAppPort(t *testing.T) {
 			if a.Is6() {
 				far = far6
 			}
-			b, l3, l4 := packet{src: netip.AddrPortFrom(far, 7), dst: netip.AddrPortFrom(a, 51413), proto: proto, payload: []byte("hello")}.marshal(false)
+			b, l3, l4 := packet{
+				src:     netip.AddrPortFrom(far, 7),
+				dst:     netip.AddrPortFrom(a, 51413),
+				proto:   proto,
+				payload: []byte("hello"),
+			}.marshal(
+				false,
+			)
 			for name, parts := range map[string][][]byte{"one": {b}, "headers apart": {b[:l3], b[l3 : l3+l4], b[l3+l4:]}, "payload apart": {b[:l3+l4], b[l3+l4:]}} {
 				if got := appPort(parts); got != 51413 {
 					t.Errorf("%d %s %s: %d", proto, a, name, got)

@@ -118,7 +118,8 @@ func (r *reader) used() {
 		return
 	}
 	b := unsafe.Slice(r.iov[1].Base, r.iov[1].Len)
-	if b = b[:min(len(b), max(r.n-HeaderLen, 0))]; len(b) < 20 || b[0]>>4 == 4 && b[9] != unix.IPPROTO_UDP || b[0]>>4 == 6 && b[6] != unix.IPPROTO_UDP {
+	if b = b[:min(len(b), max(r.n-HeaderLen, 0))]; len(b) < 20 || b[0]>>4 == 4 && b[9] != unix.IPPROTO_UDP ||
+		b[0]>>4 == 6 && b[6] != unix.IPPROTO_UDP {
 		return // TCP sends no more than its windows
 	}
 	if t.full++; t.full >= floodTurns {
@@ -171,7 +172,15 @@ func (r *reader) begin() {
 func (r *reader) ask() (n int, errno syscall.Errno) {
 	r.at, r.events = 0, r.events[:cap(r.events)]
 	for {
-		n, _, errno := syscall.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(r.q.epfd), uintptr(unsafe.Pointer(&r.events[0])), uintptr(len(r.events)), 0, 0, 0)
+		n, _, errno := syscall.RawSyscall6(
+			unix.SYS_EPOLL_PWAIT,
+			uintptr(r.q.epfd),
+			uintptr(unsafe.Pointer(&r.events[0])),
+			uintptr(len(r.events)),
+			0,
+			0,
+			0,
+		)
 		switch errno {
 		case 0:
 			r.events = slices.DeleteFunc(r.events[:n], func(e unix.EpollEvent) bool { return e.Fd == noQueue })
@@ -187,7 +196,12 @@ func (r *reader) ask() (n int, errno syscall.Errno) {
 // read reads one frame from the queue whose turn it is.
 func (r *reader) read() {
 	for {
-		n, _, errno := syscall.RawSyscall(unix.SYS_READV, uintptr(r.q.fds[r.cur]), uintptr(unsafe.Pointer(&r.iov[0])), uintptr(len(r.iov)))
+		n, _, errno := syscall.RawSyscall(
+			unix.SYS_READV,
+			uintptr(r.q.fds[r.cur]),
+			uintptr(unsafe.Pointer(&r.iov[0])),
+			uintptr(len(r.iov)),
+		)
 		if errno == unix.EINTR {
 			continue
 		}

@@ -67,7 +67,12 @@ func (w *writer) reset() {
 
 func (w *writer) writev(uintptr) {
 	for {
-		_, _, errno := syscall.RawSyscall(unix.SYS_WRITEV, uintptr(w.fd), uintptr(unsafe.Pointer(unsafe.SliceData(w.iov))), uintptr(len(w.iov)))
+		_, _, errno := syscall.RawSyscall(
+			unix.SYS_WRITEV,
+			uintptr(w.fd),
+			uintptr(unsafe.Pointer(unsafe.SliceData(w.iov))),
+			uintptr(len(w.iov)),
+		)
 		if errno != unix.EINTR {
 			w.errno = errno
 			return

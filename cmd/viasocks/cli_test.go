@@ -95,7 +95,8 @@ func TestOutputFull(t *testing.T) {
 		cmd := viasocks(strings.Fields(args)...)
 		cmd.Stdout, cmd.Stderr = full, &stderr
 		_ = cmd.Run()
-		if want := "viasocks: cannot write to /dev/stdout: no space left on device\n"; cmd.ProcessState.ExitCode() != exitNoStart || stderr.String() != want {
+		if want := "viasocks: cannot write to /dev/stdout: no space left on device\n"; cmd.ProcessState.ExitCode() != exitNoStart ||
+			stderr.String() != want {
 			t.Errorf("%s: exit %d, %s", args, cmd.ProcessState.ExitCode(), &stderr)
 		}
 	}

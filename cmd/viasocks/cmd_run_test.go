@@ -84,7 +84,9 @@ func TestStartErrors(t *testing.T) {
 	}
 	open := server(t)
 	noTUN := run(open.URL())
-	noTUN.Args = append([]string{"unshare", "-m", "sh", "-c", `mount -t tmpfs none /dev/net && exec "$@"`, "sh", self(t)}, noTUN.Args[1:]...)
+	noTUN.Args = append(
+		[]string{"unshare", "-m", "sh", "-c", `mount -t tmpfs none /dev/net && exec "$@"`, "sh", self(t)},
+		noTUN.Args[1:]...)
 	noTUN.Path = lookPath(t, "unshare")
 	try("no /dev/net/tun", noTUN)
 	plain := viasocks("up", "--proxy", open.URL())
@@ -133,7 +135,8 @@ func TestTitle(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if title := string(b); strings.Contains(title, "geheim") || !strings.Contains(title, "al:******@127") || !strings.Contains(title, "u:mine@h") {
+	if title := string(b); strings.Contains(title, "geheim") || !strings.Contains(title, "al:******@127") ||
+		!strings.Contains(title, "u:mine@h") {
 		t.Errorf("the title is %q", title)
 	}
 }
@@ -182,7 +185,14 @@ func TestRunIgnores(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, sig := range map[string]syscall.Signal{"HUP": syscall.SIGHUP, "INT": syscall.SIGINT} {
-		cmd := viasocks("run", "--proxy", s.URL(), "sh", "-c", "grep SigIgn /proc/self/status; kill -"+name+" $PPID $$; sleep 0.2; echo lives")
+		cmd := viasocks(
+			"run",
+			"--proxy",
+			s.URL(),
+			"sh",
+			"-c",
+			"grep SigIgn /proc/self/status; kill -"+name+" $PPID $$; sleep 0.2; echo lives",
+		)
 		cmd.Args = append([]string{"sh", "-c", "trap '' " + name + "; exec \"$@\"", "sh", self(t)}, cmd.Args[1:]...)
 		cmd.Path = lookPath(t, "sh")
 		got := result(t, cmd)

@@ -15,7 +15,10 @@ func TestVersion(t *testing.T) {
 		t.Error("--version differs")
 	}
 	info := &debug.BuildInfo{Settings: []debug.BuildSetting{
-		{Key: "vcs.revision", Value: "0123456789abcdef"}, {Key: "vcs.time", Value: "2026-11-22T00:00:00Z"}, {Key: "vcs.modified", Value: "true"},
+		{
+			Key:   "vcs.revision",
+			Value: "0123456789abcdef",
+		}, {Key: "vcs.time", Value: "2026-11-22T00:00:00Z"}, {Key: "vcs.modified", Value: "true"},
 	}}
 	info.Main.Version = "v1.2.3"
 	if v := version(info); !strings.HasPrefix(v, "viasocks v1.2.3 (0123456789ab, 2026-11-22T00:00:00Z, modified) go1.") {

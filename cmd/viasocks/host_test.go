@@ -259,7 +259,8 @@ func TestStatus(t *testing.T) {
 		return s
 	}
 	s := status()
-	if s.State != control.Unconfirmed || len(s.Upstreams) != 1 || s.Upstreams[0].URL != h.proxy || s.Config != conf || s.Host.TUN != "viasocks0" {
+	if s.State != control.Unconfirmed || len(s.Upstreams) != 1 || s.Upstreams[0].URL != h.proxy || s.Config != conf ||
+		s.Host.TUN != "viasocks0" {
 		t.Errorf("%+v", s)
 	}
 	if len(s.Upstreams[0].Addresses) != 1 || "socks5://"+strings.TrimSuffix(s.Upstreams[0].Addresses[0], "/tcp") != h.proxy {

@@ -87,7 +87,8 @@ func TestProxyOnThisHost(t *testing.T) {
 		if got := h.hello(); got != "hello\n" {
 			t.Errorf("got %q\n%s", got, p.text())
 		}
-		if s := h.result("status"); !strings.Contains(s, "of user 543") || !strings.Contains(p.text(), "what it sends goes past viasocks") {
+		if s := h.result("status"); !strings.Contains(s, "of user 543") ||
+			!strings.Contains(p.text(), "what it sends goes past viasocks") {
 			t.Errorf("nothing said:\n%s\n%s", s, p.text())
 		}
 		stop(p)

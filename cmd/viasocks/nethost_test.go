@@ -77,7 +77,17 @@ func (h *netHost) result(args ...string) string { return result(h.t, h.viasocks(
 func (h *netHost) state() string {
 	h.t.Helper()
 	in := "ip -n " + h.name + " "
-	s := h.run(in+"-4 rule") + h.run(in+"-6 rule") + h.run(in+"-4 route show table all") + h.run(in+"-6 route show table all") + h.run(in+"addr")
+	s := h.run(
+		in+"-4 rule",
+	) + h.run(
+		in+"-6 rule",
+	) + h.run(
+		in+"-4 route show table all",
+	) + h.run(
+		in+"-6 route show table all",
+	) + h.run(
+		in+"addr",
+	)
 	if _, err := exec.LookPath("nft"); err == nil {
 		s += h.run("ip netns exec " + h.name + " nft -s list ruleset")
 	}

@@ -23,7 +23,8 @@ func TestStateDir(t *testing.T) {
 	h := newHost(t)
 	before := h.state()
 	ro := func(args ...string) string { return result(t, h.readOnlyRun(h.viasocks(args...))) }
-	if got := ro("up", "--proxy", h.proxy); !strings.HasPrefix(got, "exit 1\n") || !strings.Contains(got, "read-only file system: choose a directory that can be written by --state-dir") {
+	if got := ro("up", "--proxy", h.proxy); !strings.HasPrefix(got, "exit 1\n") ||
+		!strings.Contains(got, "read-only file system: choose a directory that can be written by --state-dir") {
 		t.Error(got)
 	}
 	h.same("up that failed", before)
@@ -50,7 +51,8 @@ func TestStateDir(t *testing.T) {
 		}
 		h.same(args[0]+" with another state directory", steered)
 	}
-	if got := h.result("status"); !strings.HasPrefix(got, "exit 1\n") || !strings.Contains(got, "it is up here with another state directory (process ") {
+	if got := h.result("status"); !strings.HasPrefix(got, "exit 1\n") ||
+		!strings.Contains(got, "it is up here with another state directory (process ") {
 		t.Error(got)
 	}
 	if got := with("down"); !strings.HasPrefix(got, "exit 0\n--- stdout\nviasocks has stopped\n") {

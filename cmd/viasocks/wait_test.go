@@ -38,7 +38,10 @@ func TestWaitEnds(t *testing.T) {
 	// A proxy that says nothing: the first look has not ended yet.
 	p = h.launch("--proxy", "socks5://192.0.2.77", "--wait")
 	for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
-		if out, _ := exec.Command("ip", "-n", h.name, "route", "get", "203.0.113.1").CombinedOutput(); strings.Contains(string(out), "dev viasocks0") {
+		if out, _ := exec.Command("ip", "-n", h.name, "route", "get", "203.0.113.1").CombinedOutput(); strings.Contains(
+			string(out),
+			"dev viasocks0",
+		) {
 			break
 		}
 		if time.Now().After(end) {
@@ -65,7 +68,12 @@ func TestWaitEnds(t *testing.T) {
 	}
 	h.same("kill -9 while it waits", before)
 
-	login, err := sockstest.Listen("tcp4", "127.0.0.1:0", sockstest.WithNetns("/run/netns/"+h.name), sockstest.WithAuth("al", "geheim"))
+	login, err := sockstest.Listen(
+		"tcp4",
+		"127.0.0.1:0",
+		sockstest.WithNetns("/run/netns/"+h.name),
+		sockstest.WithAuth("al", "geheim"),
+	)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -80,7 +88,8 @@ func TestWaitEnds(t *testing.T) {
 	} {
 		got := h.result(append([]string{"up"}, tt.args...)...)
 		_, stderr, _ := strings.Cut(got, "--- stderr\n")
-		if !strings.HasPrefix(got, "exit 1\n") || !strings.Contains(stderr, tt.want) || strings.Contains(stderr, "waiting for the proxy") {
+		if !strings.HasPrefix(got, "exit 1\n") || !strings.Contains(stderr, tt.want) ||
+			strings.Contains(stderr, "waiting for the proxy") {
 			t.Errorf("%s: %s", tt.args, got)
 		}
 		h.same(strings.Join(tt.args, " "), before)

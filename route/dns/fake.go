@@ -151,7 +151,8 @@ func (f *fake) reverse(b, msg []byte, q *question, name []byte) ([]byte, outcome
 		}
 		return appendReply(b, msg, q, 0, addressSet{ttl: f.pool.TTL(), host: host}), answered
 	}
-	if isLocalZone(p) || f.pool.v4.Overlaps(p) && f.pool.v4.Bits() <= p.Bits() || f.pool.v6.Overlaps(p) && f.pool.v6.Bits() <= p.Bits() {
+	if isLocalZone(p) || f.pool.v4.Overlaps(p) && f.pool.v4.Bits() <= p.Bits() ||
+		f.pool.v6.Overlaps(p) && f.pool.v6.Bits() <= p.Bits() {
 		return appendReply(b, msg, q, rcodeName, negative), answered
 	}
 	return b, passed

@@ -271,7 +271,9 @@ func TestFakeServer(t *testing.T) {
 // TestFakeServerFlood: 100,000 distinct names at once keep to the pool, and the names of before keep their addresses.
 func TestFakeServerFlood(t *testing.T) {
 	p, _ := newTestPool(t, "198.18.0.0/20", time.Minute)
-	s, err := New(Config{Resolvers: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:53")}, Dial: dialTCP, Fake: FakeConfig{Pool: p}})
+	s, err := New(
+		Config{Resolvers: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:53")}, Dial: dialTCP, Fake: FakeConfig{Pool: p}},
+	)
 	if err != nil {
 		t.Fatal(err)
 	}

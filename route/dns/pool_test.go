@@ -110,7 +110,15 @@ func TestPoolProperties(t *testing.T) {
 				}
 				if owner, taken := m.name[v4]; taken && owner != name {
 					if m.held[owner] > 0 || m.until[owner] > clock.t {
-						t.Fatalf("seed %d step %d: %v was taken from %s, which has it until %v and %d times now", seed, step, v4, owner, m.until[owner], m.held[owner])
+						t.Fatalf(
+							"seed %d step %d: %v was taken from %s, which has it until %v and %d times now",
+							seed,
+							step,
+							v4,
+							owner,
+							m.until[owner],
+							m.held[owner],
+						)
 					}
 					delete(m.addr, owner)
 				}

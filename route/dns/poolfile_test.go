@@ -159,7 +159,9 @@ func TestPoolFileDamaged(t *testing.T) {
 }
 
 func saveForever(path string) {
-	p, err := NewPool(PoolConfig{V4: netip.MustParsePrefix("198.18.0.0/15"), V6: netip.MustParsePrefix("fd00::/64"), TTL: time.Millisecond})
+	p, err := NewPool(
+		PoolConfig{V4: netip.MustParsePrefix("198.18.0.0/15"), V6: netip.MustParsePrefix("fd00::/64"), TTL: time.Millisecond},
+	)
 	if err == nil {
 		_, err = p.Load(path)
 	}
@@ -195,7 +197,9 @@ func TestPoolFileSurvivesKill(t *testing.T) {
 		if _ = cmd.Wait(); said.Len() > 0 {
 			t.Fatalf("the process that saves says %s", &said)
 		}
-		p, err := NewPool(PoolConfig{V4: netip.MustParsePrefix("198.18.0.0/15"), V6: netip.MustParsePrefix("fd00::/64"), TTL: time.Second})
+		p, err := NewPool(
+			PoolConfig{V4: netip.MustParsePrefix("198.18.0.0/15"), V6: netip.MustParsePrefix("fd00::/64"), TTL: time.Second},
+		)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -210,7 +214,14 @@ func TestPoolFileFullDisk(t *testing.T) {
 	const env = "DNS_TEST_FULL_DISK"
 	dir := os.Getenv(env)
 	if dir == "" {
-		cmd := exec.Command("unshare", "-rm", "sh", "-c", `mount -t tmpfs -o size=64k none "$`+env+`" && exec "$0" -test.run '^TestPoolFileFullDisk$' -test.v`, "/proc/self/exe")
+		cmd := exec.Command(
+			"unshare",
+			"-rm",
+			"sh",
+			"-c",
+			`mount -t tmpfs -o size=64k none "$`+env+`" && exec "$0" -test.run '^TestPoolFileFullDisk$' -test.v`,
+			"/proc/self/exe",
+		)
 		self, err := os.Executable()
 		if err != nil {
 			t.Fatal(err)

@@ -197,7 +197,9 @@ func TestPipelineOnOneConnection(t *testing.T) {
 		wg.Go(func() {
 			name := fmt.Sprintf("n%d.example.", i)
 			var m dnsmessage.Message
-			if err := m.Unpack(ask(t, s, makeQuestion(t, name, 0, nil))); err != nil || m.ID != 0x1234 || m.Questions[0].Name.String() != name || len(m.Answers) != 1 {
+			if err := m.Unpack(ask(t, s, makeQuestion(t, name, 0, nil))); err != nil || m.ID != 0x1234 ||
+				m.Questions[0].Name.String() != name ||
+				len(m.Answers) != 1 {
 				t.Errorf("%s: %v %+v", name, err, m)
 			}
 		})
@@ -216,9 +218,15 @@ func TestPipelineOnOneConnection(t *testing.T) {
 
 func TestGarbageFromTheApp(t *testing.T) {
 	checkLeaks(t)
-	s := start(t, Config{Resolvers: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:1")}, Dial: func(context.Context, netip.AddrPort, func(int, error)) {
-		t.Error("garbage made a connection")
-	}})
+	s := start(
+		t,
+		Config{
+			Resolvers: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:1")},
+			Dial: func(context.Context, netip.AddrPort, func(int, error)) {
+				t.Error("garbage made a connection")
+			},
+		},
+	)
 	s.Handle([]byte("x"), netip.AddrPort{}, func([]byte) { t.Error("garbage was answered") })
 	answerBit := makeQuestion(t, "a.", 0, func(m *dnsmessage.Message) { m.Response = true })
 	s.Handle(answerBit, netip.AddrPort{}, func([]byte) { t.Error("an answer was answered") })

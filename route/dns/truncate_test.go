@@ -9,7 +9,10 @@ import (
 
 // rr is a record of a test's answer.
 func rr(name string, body dnsmessage.ResourceBody) dnsmessage.Resource {
-	return dnsmessage.Resource{Header: dnsmessage.ResourceHeader{Name: dnsmessage.MustNewName(name), Class: dnsmessage.ClassINET, TTL: 60}, Body: body}
+	return dnsmessage.Resource{
+		Header: dnsmessage.ResourceHeader{Name: dnsmessage.MustNewName(name), Class: dnsmessage.ClassINET, TTL: 60},
+		Body:   body,
+	}
 }
 
 func addresses(name string, n int) (all []dnsmessage.Resource) {
@@ -24,14 +27,23 @@ func TestTruncation(t *testing.T) {
 		rr("www.example.com.", &dnsmessage.CNAMEResource{CNAME: dnsmessage.MustNewName("www.example.com.cdn.example.net.")}),
 		rr("www.example.com.cdn.example.net.", &dnsmessage.CNAMEResource{CNAME: dnsmessage.MustNewName("e1234.a.cdn.example.org.")}),
 	}
-	soa := rr("example.com.", &dnsmessage.SOAResource{NS: dnsmessage.MustNewName("ns.example.com."), MBox: dnsmessage.MustNewName("root.example.com.")})
-	text := rr("www.example.com.", &dnsmessage.TXTResource{TXT: []string{string(bytes.Repeat([]byte{'x'}, 250)), string(bytes.Repeat([]byte{'y'}, 200))}})
+	soa := rr(
+		"example.com.",
+		&dnsmessage.SOAResource{NS: dnsmessage.MustNewName("ns.example.com."), MBox: dnsmessage.MustNewName("root.example.com.")},
+	)
+	text := rr(
+		"www.example.com.",
+		&dnsmessage.TXTResource{TXT: []string{string(bytes.Repeat([]byte{'x'}, 250)), string(bytes.Repeat([]byte{'y'}, 200))}},
+	)
 	options := func(n int) dnsmessage.Resource {
 		var h dnsmessage.ResourceHeader
 		if err := h.SetEDNS0(1232, 16, true); err != nil { // BADVERS: the upper bits of the RCODE stand here
 			t.Fatal(err)
 		}
-		return dnsmessage.Resource{Header: h, Body: &dnsmessage.OPTResource{Options: []dnsmessage.Option{{Code: 10, Data: make([]byte, n)}}}}
+		return dnsmessage.Resource{
+			Header: h,
+			Body:   &dnsmessage.OPTResource{Options: []dnsmessage.Option{{Code: 10, Data: make([]byte, n)}}},
+		}
 	}
 	for _, tt := range []struct {
 		name                            string
@@ -55,8 +67,15 @@ func TestTruncation(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			query := makeQuestion(t, "www.example.com.", tt.edns, nil)
 			q, _, _ := parseQuestion(query)
-			m := dnsmessage.Message{Header: dnsmessage.Header{ID: 7, Response: true}, Answers: tt.answers, Authorities: tt.authority, Additionals: tt.additional,
-				Questions: []dnsmessage.Question{{Name: dnsmessage.MustNewName("www.example.com."), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET}}}
+			m := dnsmessage.Message{
+				Header:      dnsmessage.Header{ID: 7, Response: true},
+				Answers:     tt.answers,
+				Authorities: tt.authority,
+				Additionals: tt.additional,
+				Questions: []dnsmessage.Question{
+					{Name: dnsmessage.MustNewName("www.example.com."), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET},
+				},
+			}
 			resp, err := m.Pack()
 			if err != nil {
 				t.Fatal(err)
@@ -69,16 +88,28 @@ func TestTruncation(t *testing.T) {
 			if err := got.Unpack(out); err != nil {
 				t.Fatal(err)
 			}
-			if len(got.Answers) != tt.wantAnswers || len(got.Authorities) != tt.wantAuth || len(got.Additionals) != tt.wantAddl || got.Truncated != tt.tc || truncated != tt.tc {
-				t.Errorf("%d, %d and %d records, TC %v; want %d, %d, %d, %v", len(got.Answers), len(got.Authorities), len(got.Additionals), got.Truncated,
-					tt.wantAnswers, tt.wantAuth, tt.wantAddl, tt.tc)
+			if len(got.Answers) != tt.wantAnswers || len(got.Authorities) != tt.wantAuth || len(got.Additionals) != tt.wantAddl ||
+				got.Truncated != tt.tc ||
+				truncated != tt.tc {
+				t.Errorf(
+					"%d, %d and %d records, TC %v; want %d, %d, %d, %v",
+					len(got.Answers),
+					len(got.Authorities),
+					len(got.Additionals),
+					got.Truncated,
+					tt.wantAnswers,
+					tt.wantAuth,
+					tt.wantAddl,
+					tt.tc,
+				)
 			}
 			for i, r := range got.Answers {
 				if r.GoString() != m.Answers[i].GoString() && r.Body.GoString() != m.Answers[i].Body.GoString() {
 					t.Errorf("record %d became %v", i, r)
 				}
 			}
-			if n := len(got.Additionals); n > 0 && tt.edns > 0 && got.Additionals[n-1].Header.Type == dnsmessage.TypeOPT && got.Additionals[n-1].Header.ExtendedRCode(0) != 16 {
+			if n := len(got.Additionals); n > 0 && tt.edns > 0 && got.Additionals[n-1].Header.Type == dnsmessage.TypeOPT &&
+				got.Additionals[n-1].Header.ExtendedRCode(0) != 16 {
 				t.Errorf("the upper bits of the RCODE are lost: %v", got.Additionals[n-1].Header)
 			}
 		})

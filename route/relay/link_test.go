@@ -189,7 +189,8 @@ func TestLinkThroughRelay(t *testing.T) {
 			}
 		}
 		st := k.Stats()
-		if st.Sent != 400 || st.Received != 400 || st.SentBytes != st.ReceivedBytes || st.Full+st.TooLarge+st.Unsendable+st.Malformed != 0 {
+		if st.Sent != 400 || st.Received != 400 || st.SentBytes != st.ReceivedBytes ||
+			st.Full+st.TooLarge+st.Unsendable+st.Malformed != 0 {
 			t.Errorf("%+v", st)
 		}
 		if seg == 1000 && k.seg != 1000 || seg == maxUDP4 && k.seg != maxUDP4 {

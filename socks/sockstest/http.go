@@ -46,7 +46,11 @@ func (s *Server) hearHTTP(c stream, first byte, x *exchange) bool {
 	user, pass, _ := r.BasicAuth()
 	x.User = user
 	if s.auth && (user != s.user || pass != s.pass) {
-		return s.answer(c, Fault{Raw: []byte("HTTP/1.1 407 Proxy Authentication Required\r\nProxy-Authenticate: Basic realm=\"test\"\r\n\r\n")}, nil)
+		return s.answer(
+			c,
+			Fault{Raw: []byte("HTTP/1.1 407 Proxy Authentication Required\r\nProxy-Authenticate: Basic realm=\"test\"\r\n\r\n")},
+			nil,
+		)
 	}
 	return true
 }

@@ -48,7 +48,15 @@ const (
 	RefuseLater                 // nothing, and the SYN is forgotten: when it comes again it is a new try
 )
 
-var refusalNames = [...]string{"reset", "net-unreachable", "host-unreachable", "admin-prohibited", "port-unreachable", "silent", "later"}
+var refusalNames = [...]string{
+	"reset",
+	"net-unreachable",
+	"host-unreachable",
+	"admin-prohibited",
+	"port-unreachable",
+	"silent",
+	"later",
+}
 
 func (r Refusal) String() string {
 	if int(r) < len(refusalNames) {

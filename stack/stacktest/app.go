@@ -90,7 +90,9 @@ func (a *App) setUp() error {
 			return fmt.Errorf("address %v: %v", addr, err)
 		}
 	}
-	a.ns.SetRouteTable([]tcpip.Route{{Destination: header.IPv4EmptySubnet, NIC: nicID}, {Destination: header.IPv6EmptySubnet, NIC: nicID}})
+	a.ns.SetRouteTable(
+		[]tcpip.Route{{Destination: header.IPv4EmptySubnet, NIC: nicID}, {Destination: header.IPv6EmptySubnet, NIC: nicID}},
+	)
 	return nil
 }
 

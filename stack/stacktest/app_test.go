@@ -411,9 +411,27 @@ func fds(t *testing.T) int {
 }
 
 func FuzzFrame(f *testing.F) {
-	f.Add(Datagram{Src: netip.AddrPortFrom(far4, 9), Dst: netip.AddrPortFrom(app4, 4), Payload: []byte("x")}.Frame().Data, uint8(0), uint8(0), uint16(0), uint16(0))
-	f.Add(Datagram{Src: netip.AddrPortFrom(far6, 9), Dst: netip.AddrPortFrom(app6, 4), Payload: make([]byte, 90)}.SuperFrame(9).Data, uint8(1), uint8(5), uint16(48), uint16(9))
-	f.Add(Segment{Src: netip.AddrPortFrom(far6, 9), Dst: netip.AddrPortFrom(app6, 4), Flags: SYN}.Frame().Data, uint8(0), uint8(0), uint16(0), uint16(0))
+	f.Add(
+		Datagram{Src: netip.AddrPortFrom(far4, 9), Dst: netip.AddrPortFrom(app4, 4), Payload: []byte("x")}.Frame().Data,
+		uint8(0),
+		uint8(0),
+		uint16(0),
+		uint16(0),
+	)
+	f.Add(
+		Datagram{Src: netip.AddrPortFrom(far6, 9), Dst: netip.AddrPortFrom(app6, 4), Payload: make([]byte, 90)}.SuperFrame(9).Data,
+		uint8(1),
+		uint8(5),
+		uint16(48),
+		uint16(9),
+	)
+	f.Add(
+		Segment{Src: netip.AddrPortFrom(far6, 9), Dst: netip.AddrPortFrom(app6, 4), Flags: SYN}.Frame().Data,
+		uint8(0),
+		uint8(0),
+		uint16(0),
+		uint16(0),
+	)
 	f.Fuzz(func(t *testing.T, b []byte, flags, gso uint8, hdrLen, size uint16) {
 		fr := Frame{tun.Header{Flags: flags, GSOType: gso, HdrLen: hdrLen, GSOSize: size, CsumStart: hdrLen - 8, CsumOffset: 6}, b}
 		fr.TCP()

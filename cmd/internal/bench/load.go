@@ -86,7 +86,11 @@ func loadMain(args []string) error {
 	proxy := fs.String("proxy", "", "SOCKS5 server: work natively; none: plainly")
 	target := fs.String("target", "", "the far end")
 	seconds := fs.Duration("time", 3*time.Second, "how long, where the case is bounded by time")
-	held := fs.Int("crowd", -1, "how many addresses are in use meanwhile; each connection goes to a new one; -1: all go to the target")
+	held := fs.Int(
+		"crowd",
+		-1,
+		"how many addresses are in use meanwhile; each connection goes to a new one; -1: all go to the target",
+	)
 	v6 := fs.Bool("v6", false, "the crowd's addresses are those of IPv6")
 	watch := fs.Int("watch", 0, "process whose CPU time and memory are noted; -1: the parent")
 	fs.Parse(args)

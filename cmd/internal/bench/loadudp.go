@@ -161,7 +161,12 @@ func (l *loader) swarm(n int) (result, error) {
 	if wrong > 0 || lost > 20 {
 		return result{}, fmt.Errorf("%d answers from elsewhere, %d stalls", wrong, lost)
 	}
-	return result{Value: float64(answers) / l.seconds.Seconds(), Unit: "rt/s", Work: float64(answers), Seconds: l.seconds.Seconds()}, nil
+	return result{
+		Value:   float64(answers) / l.seconds.Seconds(),
+		Unit:    "rt/s",
+		Work:    float64(answers),
+		Seconds: l.seconds.Seconds(),
+	}, nil
 }
 
 // openSwarm is openUDP with a socket that is not connected.

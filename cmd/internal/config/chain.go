@@ -38,7 +38,12 @@ func (c *Config) checkChains() error {
 		}
 		for _, s := range u.Servers() {
 			if s.Unix() != "" {
-				return usagef("cannot use the upstream %s: the socket %s cannot be reached via %s: give the server's address", u.Name, s.Where(), u.Via)
+				return usagef(
+					"cannot use the upstream %s: the socket %s cannot be reached via %s: give the server's address",
+					u.Name,
+					s.Where(),
+					u.Via,
+				)
 			}
 		}
 		path := []string{u.Name}

@@ -227,7 +227,8 @@ func TestPasswordFile(t *testing.T) {
 		t.Errorf("%v, %v", c, err)
 	}
 	for _, content := range []string{"", "\nx", strings.Repeat("x", 256), strings.Repeat("x", 1000)} {
-		if _, err := parse(content, 0o600); err == nil || errors.As(err, new(*UsageError)) || !strings.HasPrefix(err.Error(), "cannot use the password file ") {
+		if _, err := parse(content, 0o600); err == nil || errors.As(err, new(*UsageError)) ||
+			!strings.HasPrefix(err.Error(), "cannot use the password file ") {
 			t.Errorf("%d bytes: %v", len(content), err)
 		}
 	}
@@ -264,10 +265,12 @@ log-level debug
 	if len(c.Rules) != 1 || c.Rules[0].String() != "drop" || c.Table != 77 {
 		t.Errorf("flags must replace the file's list: %+v", c)
 	}
-	if _, err := Parse(Up, []string{"--config", "/does/not/exist"}, nil); err == nil || err.Error() != "cannot read the configuration file /does/not/exist: no such file or directory" {
+	if _, err := Parse(Up, []string{"--config", "/does/not/exist"}, nil); err == nil ||
+		err.Error() != "cannot read the configuration file /does/not/exist: no such file or directory" {
 		t.Error(err)
 	}
-	if _, err := Parse(Up, []string{"--config", t.TempDir()}, nil); err == nil || !strings.HasSuffix(err.Error(), "it is a directory") {
+	if _, err := Parse(Up, []string{"--config", t.TempDir()}, nil); err == nil ||
+		!strings.HasSuffix(err.Error(), "it is a directory") {
 		t.Error(err)
 	}
 }

@@ -85,7 +85,8 @@ func TestProxyCA(t *testing.T) {
 		t.Errorf("not the system's: %v", err)
 	}
 	for _, path := range []string{bad, good + "x"} {
-		if _, err := Parse(Up, []string{"--proxy", "https://h", "--proxy-ca", path}, nil); err == nil || !strings.HasPrefix(err.Error(), "cannot ") {
+		if _, err := Parse(Up, []string{"--proxy", "https://h", "--proxy-ca", path}, nil); err == nil ||
+			!strings.HasPrefix(err.Error(), "cannot ") {
 			t.Errorf("%v", err)
 		}
 	}

@@ -20,7 +20,8 @@ func TestGroup(t *testing.T) {
 	if u.Group != want {
 		t.Errorf("%+v", u.Group)
 	}
-	if s := u.Servers(); len(s) != 2 || s[0].String() != "socks5://10.0.0.1:1080" || s[1].String() != "socks5://10.0.0.2:1081" || !s[0].HasCredentials() {
+	if s := u.Servers(); len(s) != 2 || s[0].String() != "socks5://10.0.0.1:1080" || s[1].String() != "socks5://10.0.0.2:1081" ||
+		!s[0].HasCredentials() {
 		t.Errorf("%v", s)
 	}
 	for _, tt := range []struct{ words, want string }{

@@ -15,7 +15,10 @@ func TestHostDefaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := (Host{LAN: "direct", Inbound: "keep", NFTable: "viasocks", Priority: 9000, ControlGroup: -1}); !reflect.DeepEqual(c.Host, want) {
+	if want := (Host{LAN: "direct", Inbound: "keep", NFTable: "viasocks", Priority: 9000, ControlGroup: -1}); !reflect.DeepEqual(
+		c.Host,
+		want,
+	) {
 		t.Errorf("%+v", c.Host)
 	}
 	if !c.Host.Exclude.Empty() || !c.Host.Include.Empty() {
@@ -50,7 +53,11 @@ control-group 27
 		t.Fatal(err)
 	}
 	want := Selection{
-		Nets:    []netip.Prefix{netip.MustParsePrefix("203.0.113.9/32"), netip.MustParsePrefix("2001:db8::/32"), netip.MustParsePrefix("198.51.100.0/24")},
+		Nets: []netip.Prefix{
+			netip.MustParsePrefix("203.0.113.9/32"),
+			netip.MustParsePrefix("2001:db8::/32"),
+			netip.MustParsePrefix("198.51.100.0/24"),
+		},
 		UIDs:    []Range[uint32]{{0, 0}, {1000, 1999}},
 		Ports:   []Range[uint16]{{22, 22}, {6881, 6889}},
 		Devices: []string{"tun0"},
@@ -121,7 +128,8 @@ func TestHostErrors(t *testing.T) {
 	for range maxSelected + 1 {
 		many = append(many, "192.0.2.1")
 	}
-	if _, err := Parse(Up, []string{proxyFlag, "--exclude", strings.Join(many, ",")}, nil); err == nil || !strings.HasSuffix(err.Error(), "more than 256") {
+	if _, err := Parse(Up, []string{proxyFlag, "--exclude", strings.Join(many, ",")}, nil); err == nil ||
+		!strings.HasSuffix(err.Error(), "more than 256") {
 		t.Error(err)
 	}
 }

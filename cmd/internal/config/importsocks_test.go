@@ -120,7 +120,8 @@ func TestImportSocksErrors(t *testing.T) {
 			t.Errorf("%q: %v, want %q", tt.text, err, tt.want)
 		}
 	}
-	if _, err := imported("s", strings.Repeat("no_socks ::1-ffff:ffff:ffff:ffff:ffff:ffff:ffff:fffe\n", 100)); err == nil || !strings.Contains(err.Error(), "more than") {
+	if _, err := imported("s", strings.Repeat("no_socks ::1-ffff:ffff:ffff:ffff:ffff:ffff:ffff:fffe\n", 100)); err == nil ||
+		!strings.Contains(err.Error(), "more than") {
 		t.Errorf("%v", err)
 	}
 }
@@ -144,8 +145,11 @@ func TestRangeNetworks(t *testing.T) {
 
 // What is imported without an error is taken by our own parser, and never holds the password.
 func FuzzImportSocks(f *testing.F) {
-	f.Add("socks.config", "no_socks 10.1.0.0-10.1.255.255\nauth u al hunter2hunter2\ndest_ip=203.0.113.0-203.0.113.5 parent=\"s1:1080;s2:1081\" round_robin=strict\n"+
-		"CONFIG proxy.config.socks.socks_version INT 5\n")
+	f.Add(
+		"socks.config",
+		"no_socks 10.1.0.0-10.1.255.255\nauth u al hunter2hunter2\ndest_ip=203.0.113.0-203.0.113.5 parent=\"s1:1080;s2:1081\" round_robin=strict\n"+
+			"CONFIG proxy.config.socks.socks_version INT 5\n",
+	)
 	f.Add("records.yaml", "records:\n  socks:\n    socks_version: 5\n    default_servers: \"h:1\" # one\n    socks_timeout: 9\n")
 	f.Add("s", "dest_ip=::-ffff:: parent=[::1%25lo]:1\n")
 	f.Fuzz(func(t *testing.T, name, text string) {

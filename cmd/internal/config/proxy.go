@@ -41,7 +41,9 @@ func (c *Config) finishProxy(env []string) error {
 		if len(c.Upstreams) > 0 || len(c.allow) > 0 || c.letsOut() {
 			return c.finishServers(env)
 		}
-		return usagef("no proxy was given: use --proxy socks5://HOST:PORT, or set VIASOCKS_PROXY, or say with --allow or --rule what may go direct")
+		return usagef(
+			"no proxy was given: use --proxy socks5://HOST:PORT, or set VIASOCKS_PROXY, or say with --allow or --rule what may go direct",
+		)
 	}
 	c.proxyAt = v
 	s, err := parseServer(v, v.text)
@@ -56,7 +58,10 @@ func (c *Config) finishProxy(env []string) error {
 
 // letsOut reports whether a rule lets flows out past every proxy: then none is needed.
 func (c *Config) letsOut() bool {
-	return slices.ContainsFunc(c.Rules, func(r route.Rule) bool { return r.Action() == route.ActionVia && r.Via() == route.DirectName })
+	return slices.ContainsFunc(
+		c.Rules,
+		func(r route.Rule) bool { return r.Action() == route.ActionVia && r.Via() == route.DirectName },
+	)
 }
 
 func parseServer(v value, rawurl string) (socks.Server, error) {

@@ -121,7 +121,9 @@ func setDNS(c *Config, v value) error {
 		s = strings.TrimSpace(s)
 		host, isTCP := strings.CutPrefix(s, "tcp://")
 		if !isTCP && (i == 0 || strings.Contains(s, "://")) {
-			return v.err("must be fake, tcp://ADDRESS[,ADDRESS...], or both with a comma between them; other ways of asking are not there yet")
+			return v.err(
+				"must be fake, tcp://ADDRESS[,ADDRESS...], or both with a comma between them; other ways of asking are not there yet",
+			)
 		}
 		a, err := resolver(host)
 		if err != nil {

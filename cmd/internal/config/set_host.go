@@ -105,7 +105,8 @@ func addInboundPorts(c *Config, v value) error {
 func addDevices(sel func(*Config) *Selection) func(*Config, value) error {
 	return listOf(func(c *Config) *[]string { return &sel(c).Devices }, func(s string) (string, string) {
 		if !deviceName(s) || s == "lo" {
-			return s, strconv.Quote(s) + " is not the name of a device: 1 to 15 bytes without space, slash, colon and percent sign, and not lo"
+			return s, strconv.Quote(s) +
+				" is not the name of a device: 1 to 15 bytes without space, slash, colon and percent sign, and not lo"
 		}
 		return s, ""
 	})

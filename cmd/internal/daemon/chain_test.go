@@ -46,7 +46,10 @@ func TestChainCarries(t *testing.T) {
 	if r := far.Requests(); len(r) != 1 || r[0].Dst.Port != farTCP.Port() {
 		t.Errorf("the far proxy was asked %+v", r)
 	}
-	if r := c.proxy.Requests(); !slices.ContainsFunc(r, func(r sockstest.Request) bool { return r.Dst.IP == at.Addr() && r.Dst.Port == at.Port() }) {
+	if r := c.proxy.Requests(); !slices.ContainsFunc(
+		r,
+		func(r sockstest.Request) bool { return r.Dst.IP == at.Addr() && r.Dst.Port == at.Port() },
+	) {
 		t.Errorf("the near proxy was asked %+v", r)
 	}
 	for _, e := range c.u.allowed.list() {
@@ -71,7 +74,8 @@ func TestChainCarries(t *testing.T) {
 		t.Errorf("UDP: %v, want port unreachable", err)
 	}
 	var text strings.Builder
-	if err := control.WriteStatus(&text, c.u.status(), time.Now()); err != nil || !strings.Contains(text.String(), "socks5://198.51.100.7:1080 via proxy") {
+	if err := control.WriteStatus(&text, c.u.status(), time.Now()); err != nil ||
+		!strings.Contains(text.String(), "socks5://198.51.100.7:1080 via proxy") {
 		t.Errorf("%v: %s", err, text.String())
 	}
 

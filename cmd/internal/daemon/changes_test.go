@@ -17,7 +17,16 @@ func TestChanges(t *testing.T) {
 		}
 	}
 	list("a.example\n")
-	base := []string{"--proxy", "socks5://h", "--rule", "port 25 reject", "--rule", "port 80 direct", "--rule", "list=" + file + " drop"}
+	base := []string{
+		"--proxy",
+		"socks5://h",
+		"--rule",
+		"port 25 reject",
+		"--rule",
+		"port 80 direct",
+		"--rule",
+		"list=" + file + " drop",
+	}
 	old := parse(t, base...)
 	for _, tt := range []struct {
 		args []string

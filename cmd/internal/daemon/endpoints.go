@@ -312,6 +312,7 @@ func (e *endpoints) warnFull(relay netip.AddrPort) {
 		e.full.more++
 		return
 	}
-	e.log.Warn("too many relays are in use: the filter does not let this one pass", "relay", relay, "limit", maxEndpoints, "unsaid", e.full.more)
+	e.log.Warn("too many relays are in use: the filter does not let this one pass",
+		"relay", relay, "limit", maxEndpoints, "unsaid", e.full.more)
 	e.full = said{at: now}
 }

@@ -51,7 +51,17 @@ func TestEndpoints(t *testing.T) {
 	defer verifyNone(t, goleak.IgnoreCurrent())
 	var f filter
 	e := newEndpoints(slog.New(slog.DiscardHandler))
-	e.configure(parse(t, "--proxy", "socks5://192.0.2.1", "--upstream", "b=socks5://proxy.example:9", "--upstream", "c=socks5://[2001:db8::1]:1081").Upstreams)
+	e.configure(
+		parse(
+			t,
+			"--proxy",
+			"socks5://192.0.2.1",
+			"--upstream",
+			"b=socks5://proxy.example:9",
+			"--upstream",
+			"c=socks5://[2001:db8::1]:1081",
+		).Upstreams,
+	)
 	e.attach(f.apply)
 	if !f.passes(flow.TCP, "192.0.2.1:1080") || !f.passes(flow.TCP, "[2001:db8::1]:1081") || len(f.has) != 2 {
 		t.Errorf("%v", f.has)
@@ -101,7 +111,8 @@ func TestEndpoints(t *testing.T) {
 
 	// What is not configured any more is gone, what is stays.
 	e.configure(parse(t, "--proxy", "socks5://proxy.example:9").Upstreams)
-	if f.passes(flow.TCP, "192.0.2.1:1080") || f.passes(flow.UDP, "192.0.2.1:0") || !f.passes(flow.TCP, "203.0.113.1:9") || !f.passes(flow.TCP, "192.0.2.53:53") {
+	if f.passes(flow.TCP, "192.0.2.1:1080") || f.passes(flow.UDP, "192.0.2.1:0") || !f.passes(flow.TCP, "203.0.113.1:9") ||
+		!f.passes(flow.TCP, "192.0.2.53:53") {
 		t.Errorf("%v", f.has)
 	}
 }

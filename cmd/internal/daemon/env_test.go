@@ -20,7 +20,10 @@ func TestProgramEnv(t *testing.T) {
 	if got, want := programEnv(in, false), []string{"PATH=/bin", "PROXY=kept", "odd"}; !reflect.DeepEqual(got, want) {
 		t.Errorf("%q", got)
 	}
-	if got, want := programEnv(in, true), []string{"PATH=/bin", "http_proxy=x", "ALL_PROXY=x", "No_Proxy=x", "PROXY=kept", "odd"}; !reflect.DeepEqual(got, want) {
+	if got, want := programEnv(in, true), []string{"PATH=/bin", "http_proxy=x", "ALL_PROXY=x", "No_Proxy=x", "PROXY=kept", "odd"}; !reflect.DeepEqual(
+		got,
+		want,
+	) {
 		t.Errorf("%q", got)
 	}
 	if got := programEnv([]string{"VIASOCKS_X=1"}, false); got == nil {

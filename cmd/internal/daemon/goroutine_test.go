@@ -24,7 +24,8 @@ func ours() (n int, stacks string) {
 	all := strings.Split(string(b[:runtime.Stack(b, true)]), "\n\n")
 	var mine []string
 	for _, g := range all {
-		if strings.Contains(g, "/sockstest.") || strings.Contains(g, "/stacktest.") || strings.Contains(g, "testing.") || strings.Contains(g, "daemon.TestPlaneGoroutines") {
+		if strings.Contains(g, "/sockstest.") || strings.Contains(g, "/stacktest.") || strings.Contains(g, "testing.") ||
+			strings.Contains(g, "daemon.TestPlaneGoroutines") {
 			continue
 		}
 		mine = append(mine, g)
@@ -74,7 +75,13 @@ func TestPlaneGoroutines(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer app.Close()
-	p, err := newPlane(parse(t, "--proxy", s.URL(), "--max-pending-per-destination", "2000"), device, present{}, dialing{}, slog.New(slog.DiscardHandler))
+	p, err := newPlane(
+		parse(t, "--proxy", s.URL(), "--max-pending-per-destination", "2000"),
+		device,
+		present{},
+		dialing{},
+		slog.New(slog.DiscardHandler),
+	)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,7 +110,13 @@ func TestPlaneGoroutines(t *testing.T) {
 	for end := time.Now().Add(10 * time.Second); n > 40 && time.Now().Before(end); n, stacks = ours() {
 		time.Sleep(50 * time.Millisecond) // timers that fire just now have one for a moment
 	}
-	t.Logf("%d connections idle, %d dials pending: %d goroutines of the data plane, %d before the dials", st.Streams, st.Pending, n, before)
+	t.Logf(
+		"%d connections idle, %d dials pending: %d goroutines of the data plane, %d before the dials",
+		st.Streams,
+		st.Pending,
+		n,
+		before,
+	)
 	if st.Streams != each || st.Pending != each {
 		t.Errorf("%d streams, %d pending", st.Streams, st.Pending)
 	}

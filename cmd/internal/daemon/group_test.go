@@ -35,7 +35,8 @@ func TestGroupCarries(t *testing.T) {
 		if u.Name != "g" {
 			continue
 		}
-		if len(u.Servers) != 2 || u.Servers[0].State != "down" || u.Servers[0].Why == "" || u.Servers[1].State != "ok" || u.TCP != "ok" {
+		if len(u.Servers) != 2 || u.Servers[0].State != "down" || u.Servers[0].Why == "" || u.Servers[1].State != "ok" ||
+			u.TCP != "ok" {
 			t.Errorf("%+v", u)
 		}
 		var b strings.Builder

@@ -55,7 +55,10 @@ func kernelConfig(cfg *config.Config, log *slog.Logger) kernel.Config {
 
 // hasDirect: a rule lets flows out past every proxy.
 func hasDirect(cfg *config.Config) bool {
-	return slices.ContainsFunc(cfg.Rules, func(r route.Rule) bool { return r.Action() == route.ActionVia && r.Via() == route.DirectName })
+	return slices.ContainsFunc(
+		cfg.Rules,
+		func(r route.Rule) bool { return r.Action() == route.ActionVia && r.Via() == route.DirectName },
+	)
 }
 
 func kernelSelection(s config.Selection) kernel.Selection {
@@ -200,7 +203,10 @@ func (h *host) fill(s *control.Status, cfg *config.Config) {
 	}
 	for _, r := range refused {
 		if r.Packets > 0 {
-			s.Host.Refused = append(s.Host.Refused, control.Counter{Name: r.Reason, What: cmp.Or(reasons[r.Reason], r.Reason), Packets: r.Packets, Bytes: r.Bytes})
+			s.Host.Refused = append(
+				s.Host.Refused,
+				control.Counter{Name: r.Reason, What: cmp.Or(reasons[r.Reason], r.Reason), Packets: r.Packets, Bytes: r.Bytes},
+			)
 		}
 	}
 }

@@ -60,7 +60,12 @@ func (q *logQueue) run(out io.Writer) {
 		_, _ = out.Write(line) // there is nobody to tell
 		q.stuck.Store(false)
 		if n := q.lost.Swap(0); n > 0 {
-			fmt.Fprintf(out, "time=%s level=WARN msg=\"lines of the log are lost: they were not read\" count=%d\n", time.Now().UTC().Format("2006-01-02T15:04:05.000Z07:00"), n)
+			fmt.Fprintf(
+				out,
+				"time=%s level=WARN msg=\"lines of the log are lost: they were not read\" count=%d\n",
+				time.Now().UTC().Format("2006-01-02T15:04:05.000Z07:00"),
+				n,
+			)
 		}
 	}
 	for {

@@ -34,16 +34,21 @@ func markedDialing(mark, direct uint32, allowed *endpoints) dialing {
 		allowed.resolver(address)
 		return d.DialContext(ctx, network, address)
 	}}
-	return dialing{control: control, direct: marker(direct), allowed: allowed, resolve: func(ctx context.Context, host string) ([]netip.Addr, error) {
-		addrs, err := socks.LookupAddrs(ctx, r, host)
-		if err == nil {
-			addrs, err = notOurs(addrs)
-		}
-		if err == nil {
-			allowed.resolved(host, addrs)
-		}
-		return addrs, err
-	}}
+	return dialing{
+		control: control,
+		direct:  marker(direct),
+		allowed: allowed,
+		resolve: func(ctx context.Context, host string) ([]netip.Addr, error) {
+			addrs, err := socks.LookupAddrs(ctx, r, host)
+			if err == nil {
+				addrs, err = notOurs(addrs)
+			}
+			if err == nil {
+				allowed.resolved(host, addrs)
+			}
+			return addrs, err
+		},
+	}
 }
 
 // beyondStub gives the resolver that systemd-resolved asks, where address is its stub: it asks from a socket

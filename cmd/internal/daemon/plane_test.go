@@ -170,7 +170,13 @@ func TestPlaneNotStarted(t *testing.T) {
 	noLeaks(t)
 	ours, theirs := tuntest.Pipe(1500, tun.VnetHdr)
 	defer theirs.Close()
-	p, err := newPlane(parse(t, "--upstream", "a=socks5://127.0.0.1:1", "--rule", "direct"), ours, nil, dialing{}, slog.New(slog.DiscardHandler))
+	p, err := newPlane(
+		parse(t, "--upstream", "a=socks5://127.0.0.1:1", "--rule", "direct"),
+		ours,
+		nil,
+		dialing{},
+		slog.New(slog.DiscardHandler),
+	)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -63,7 +63,8 @@ func probe(ctx context.Context, cfg *config.Config, dial dialing) error {
 			cancel()
 		}
 	}
-	if cause := context.Cause(ctx); first != nil && cause != nil && !errors.Is(cause, context.Canceled) && !errors.Is(cause, context.DeadlineExceeded) {
+	if cause := context.Cause(ctx); first != nil && cause != nil && !errors.Is(cause, context.Canceled) &&
+		!errors.Is(cause, context.DeadlineExceeded) {
 		return cause // a signal
 	}
 	return first
@@ -125,13 +126,22 @@ func inWords(s socks.Server, err error) error {
 	case fault.Op == socks.OpSecure:
 		return fmt.Errorf("cannot use the proxy %s by TLS: %w", where, fault.Err)
 	case errors.Is(err, socks.ErrNoPassword):
-		return fmt.Errorf("cannot log in to the proxy %s: it does not answer a user without a password: give one with --password-file FILE", where)
+		return fmt.Errorf(
+			"cannot log in to the proxy %s: it does not answer a user without a password: give one with --password-file FILE",
+			where,
+		)
 	case errors.Is(err, socks.ErrCredentials) && !s.HasPassword():
-		return fmt.Errorf("cannot log in to the proxy %s: it refused the user, who has no password: give one with --password-file FILE", where)
+		return fmt.Errorf(
+			"cannot log in to the proxy %s: it refused the user, who has no password: give one with --password-file FILE",
+			where,
+		)
 	case errors.Is(err, socks.ErrCredentials):
 		return fmt.Errorf("cannot log in to the proxy %s: it refused the user or the password", where)
 	case errors.Is(err, socks.ErrMethod) && !s.HasCredentials():
-		return fmt.Errorf("cannot log in to the proxy %s: it wants a login: use --proxy socks5://USER@%[1]s with --password-file FILE", where)
+		return fmt.Errorf(
+			"cannot log in to the proxy %s: it wants a login: use --proxy socks5://USER@%[1]s with --password-file FILE",
+			where,
+		)
 	case errors.Is(err, socks.ErrMethod):
 		return fmt.Errorf("cannot log in to the proxy %s: it takes no user and password, and wants something else", where)
 	case errors.Is(err, socks.ErrMalformed):

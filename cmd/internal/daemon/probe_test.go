@@ -111,7 +111,8 @@ func TestProbeUsesDialing(t *testing.T) {
 		t.Errorf("%d sockets marked, %q asked", marked, asked)
 	}
 	d.control = func(int) error { return syscall.EPERM }
-	if err := probe(context.Background(), parse(t, "--proxy", s.URL()), dialing{control: d.control}); err == nil || !strings.Contains(err.Error(), "operation not permitted") {
+	if err := probe(context.Background(), parse(t, "--proxy", s.URL()), dialing{control: d.control}); err == nil ||
+		!strings.Contains(err.Error(), "operation not permitted") {
 		t.Error(err)
 	}
 }

@@ -44,7 +44,15 @@ func startUp(t *testing.T, file string, environ []string) (u *up, write func(str
 	log = &strings.Builder{}
 	e := &env{}
 	e.log = slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: &e.level}))
-	u = &up{loops: newLoopGuard(), UpOptions: UpOptions{Again: func() (*config.Config, error) { return cfg.Again(args, environ) }, Version: "test"}, env: e, first: cfg, cfg: cfg, state: control.Ready, confirm: make(chan struct{}, 1)}
+	u = &up{
+		loops:     newLoopGuard(),
+		UpOptions: UpOptions{Again: func() (*config.Config, error) { return cfg.Again(args, environ) }, Version: "test"},
+		env:       e,
+		first:     cfg,
+		cfg:       cfg,
+		state:     control.Ready,
+		confirm:   make(chan struct{}, 1),
+	}
 	u.notify = newNotifier(nil, e.log)
 	u.allowed = newEndpoints(e.log)
 	u.allowed.configure(cfg.Upstreams)
@@ -64,12 +72,15 @@ func startUp(t *testing.T, file string, environ []string) (u *up, write func(str
 func TestReload(t *testing.T) {
 	noLeaks(t)
 	u, write, log := newUp(t, "proxy socks5://192.0.2.1\nmtu 1400\nconfirm 1m\n")
-	write("proxy socks5://al:geheim@192.0.2.2\nupstream b=socks5://192.0.2.3\nrule port 25 reject\nmtu 1500\nlog-level debug\nexclude 192.0.2.0/24\nconfirm 1m\n" +
-		"connect-timeout 3s\nhandshake-timeout 4s\nidle-timeout 1h\nudp-timeout 1m\nmax-pending 7\nmax-pending-per-destination 3\nmax-mappings 9\nstay-closed\n")
+	write(
+		"proxy socks5://al:geheim@192.0.2.2\nupstream b=socks5://192.0.2.3\nrule port 25 reject\nmtu 1500\nlog-level debug\nexclude 192.0.2.0/24\nconfirm 1m\n" +
+			"connect-timeout 3s\nhandshake-timeout 4s\nidle-timeout 1h\nudp-timeout 1m\nmax-pending 7\nmax-pending-per-destination 3\nmax-mappings 9\nstay-closed\n",
+	)
 	began := time.Now()
 	u.reload()
 	s := u.status()
-	if len(s.Upstreams) != 2 || s.Upstreams[0].URL != "socks5://192.0.2.2:1080" || s.Rules[0].Rule != "port 25 reject" || s.Reloaded == nil {
+	if len(s.Upstreams) != 2 || s.Upstreams[0].URL != "socks5://192.0.2.2:1080" || s.Rules[0].Rule != "port 25 reject" ||
+		s.Reloaded == nil {
 		t.Errorf("%+v", s)
 	}
 	if u.level.Level() != slog.LevelDebug {
@@ -91,7 +102,8 @@ func TestReload(t *testing.T) {
 		log.Reset()
 		write(bad)
 		u.reload()
-		if got := u.status(); got.Upstreams[0].URL != "socks5://192.0.2.2:1080" || strings.Count(log.String(), "\n") != 1 || !strings.Contains(log.String(), "the configuration stays as it was") {
+		if got := u.status(); got.Upstreams[0].URL != "socks5://192.0.2.2:1080" || strings.Count(log.String(), "\n") != 1 ||
+			!strings.Contains(log.String(), "the configuration stays as it was") {
 			t.Errorf("%s: %+v\n%s", bad, got.Upstreams, log)
 		}
 		if strings.Contains(log.String(), "geheim") {
@@ -242,11 +254,13 @@ func TestCheckProxies(t *testing.T) {
 	if len(u.warnings) > 0 {
 		t.Error(u.warnings)
 	}
-	if err := u.checkProxies(parse(t, "--proxy", "socks5://[fe80::1%25eth0]", "--exclude", "fe80::/10")); err != nil || len(u.warnings) != 1 {
+	if err := u.checkProxies(parse(t, "--proxy", "socks5://[fe80::1%25eth0]", "--exclude", "fe80::/10")); err != nil ||
+		len(u.warnings) != 1 {
 		t.Errorf("%v, %q", err, u.warnings)
 	}
 	u.warnings = nil
-	if err := u.checkProxies(parse(t, "--proxy", "socks5://10.1.2.3", "--exclude", "10.0.0.0/8")); err != nil || len(u.warnings) != 1 {
+	if err := u.checkProxies(parse(t, "--proxy", "socks5://10.1.2.3", "--exclude", "10.0.0.0/8")); err != nil ||
+		len(u.warnings) != 1 {
 		t.Errorf("%v, %q", err, u.warnings)
 	}
 }

@@ -40,7 +40,10 @@ func TestNotify(t *testing.T) {
 	defer verifyNone(t, goleak.IgnoreCurrent())
 	for _, name := range []string{filepath.Join(t.TempDir(), "notify"), fmt.Sprintf("@viasocks-test-%d", os.Getpid())} {
 		c := notifySocket(t, name)
-		n := newNotifier([]string{"NOTIFY_SOCKET=" + name, "WATCHDOG_USEC=30000", fmt.Sprintf("WATCHDOG_PID=%d", os.Getpid())}, slog.New(slog.DiscardHandler))
+		n := newNotifier(
+			[]string{"NOTIFY_SOCKET=" + name, "WATCHDOG_USEC=30000", fmt.Sprintf("WATCHDOG_PID=%d", os.Getpid())},
+			slog.New(slog.DiscardHandler),
+		)
 		n.ready("carries\nall")
 		if got := heard(t, c); got != "READY=1\nSTATUS=carries all" {
 			t.Errorf("%q", got)

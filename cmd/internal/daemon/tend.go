@@ -119,7 +119,11 @@ func (u *up) tend() {
 		return
 	}
 	what := strings.Join(faults, ", ")
-	wrong := fmt.Sprintf("somebody changed the TUN device %s, and what it carries may fail until it is put right: it %s", t.wanted.Name, what)
+	wrong := fmt.Sprintf(
+		"somebody changed the TUN device %s, and what it carries may fail until it is put right: it %s",
+		t.wanted.Name,
+		what,
+	)
 	t.setFault(wrong)
 	if wait := t.delay(time.Now()); wait > 0 {
 		t.again = time.After(wait)

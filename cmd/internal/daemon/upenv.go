@@ -52,7 +52,13 @@ func (u *up) checkNames(cfg *config.Config) {
 func (u *up) warnExcluded(cfg *config.Config, s socks.Server, a netip.Addr) {
 	for _, p := range cfg.Host.Exclude.Nets {
 		if p.Contains(a.Unmap().WithZone("")) { // no network contains an address with a zone
-			u.warning(fmt.Sprintf("the proxy %s is inside the excluded %s: programs reach it, and what it does not ask a password for, past viasocks", s, p))
+			u.warning(
+				fmt.Sprintf(
+					"the proxy %s is inside the excluded %s: programs reach it, and what it does not ask a password for, past viasocks",
+					s,
+					p,
+				),
+			)
 		}
 	}
 }

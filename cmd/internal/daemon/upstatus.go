@@ -79,7 +79,10 @@ func (u *up) status() control.Status {
 		s.Warnings = append(s.Warnings, w)
 	}
 	if n := p.router.Stats().DecisionsLost; n > 0 {
-		s.Warnings = append(s.Warnings, fmt.Sprintf("%d lines of --decisions were lost: the file is written too slowly, or cannot be written", n))
+		s.Warnings = append(
+			s.Warnings,
+			fmt.Sprintf("%d lines of --decisions were lost: the file is written too slowly, or cannot be written", n),
+		)
 	}
 	if h != nil {
 		h.fill(&s, cfg)

@@ -13,7 +13,8 @@ import (
 func TestShortageWarning(t *testing.T) {
 	now := time.Now()
 	s := route.Shortage{Times: 7, Last: now.Add(-3 * time.Second), Why: "cannot make a socket: too many open files"}
-	if w := shortageWarning(s, now); !strings.Contains(w, "7 times") || !strings.Contains(w, "3s ago") || !strings.Contains(w, s.Why) {
+	if w := shortageWarning(s, now); !strings.Contains(w, "7 times") || !strings.Contains(w, "3s ago") ||
+		!strings.Contains(w, s.Why) {
 		t.Errorf("%q", w)
 	}
 	if w := shortageWarning(s, now.Add(shortageShown)); w != "" {

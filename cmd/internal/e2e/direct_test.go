@@ -185,7 +185,12 @@ func TestDirectOnly(t *testing.T) {
 	far, addr := farUDP(t, world4)
 	a := startApp(t, "--rule", "direct")
 	app := a.udp(false)
-	eventually(t, patience, "a datagram goes direct, and its answer comes", func() bool { return exchange(t, app, far, addr, "direct") })
+	eventually(
+		t,
+		patience,
+		"a datagram goes direct, and its answer comes",
+		func() bool { return exchange(t, app, far, addr, "direct") },
+	)
 	// And nothing but what is named: the same datagram is refused.
 	b := startApp(t, "--rule", "proto tcp direct")
 	u := b.udp(false)

@@ -186,7 +186,11 @@ func cut(t *testing.T, verb string, port int) {
 	table := fmt.Sprintf("inet cut%d", port)
 	script := verb + " table " + table + "\n"
 	if verb == "add" {
-		script += fmt.Sprintf("add chain %s c { type filter hook input priority 0; }\nadd rule %[1]s c tcp dport %d drop\nadd rule %[1]s c tcp sport %[2]d drop\n", table, port)
+		script += fmt.Sprintf(
+			"add chain %s c { type filter hook input priority 0; }\nadd rule %[1]s c tcp dport %d drop\nadd rule %[1]s c tcp sport %[2]d drop\n",
+			table,
+			port,
+		)
 	}
 	cmd := exec.Command("nft", "-f", "-")
 	cmd.Stdin = strings.NewReader(script)
@@ -238,12 +242,38 @@ func sshServer(t *testing.T, dir string, port int) *realServer {
 	if err := os.MkdirAll("/run/sshd", 0o755); err != nil {
 		t.Fatal(err)
 	}
-	program(t, "/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null", "-h", host, "-p", "2222", "-o", "ListenAddress=127.0.0.1", "-o", "UsePAM=no",
-		"-o", "PidFile=none", "-o", "StrictModes=no", "-o", "AuthorizedKeysFile="+key+".pub", "-o", "PermitRootLogin=yes")
+	program(
+		t,
+		"/usr/sbin/sshd",
+		"-D",
+		"-e",
+		"-f",
+		"/dev/null",
+		"-h",
+		host,
+		"-p",
+		"2222",
+		"-o",
+		"ListenAddress=127.0.0.1",
+		"-o",
+		"UsePAM=no",
+		"-o",
+		"PidFile=none",
+		"-o",
+		"StrictModes=no",
+		"-o",
+		"AuthorizedKeysFile="+key+".pub",
+		"-o",
+		"PermitRootLogin=yes",
+	)
 	listens(t, "sshd", 2222)
-	return &realServer{name: "ssh -D", port: port, start: []string{"ssh", "-F", "/dev/null", "-N", "-D", fmt.Sprintf("127.0.0.1:%d", port),
-		"-p", "2222", "-i", key, "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no",
-		"-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "root@127.0.0.1"}}
+	return &realServer{
+		name: "ssh -D",
+		port: port,
+		start: []string{"ssh", "-F", "/dev/null", "-N", "-D", fmt.Sprintf("127.0.0.1:%d", port),
+			"-p", "2222", "-i", key, "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no",
+			"-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "root@127.0.0.1"},
+	}
 }
 
 func testFailover(t *testing.T, udp bool, one, two *realServer) {
@@ -256,7 +286,11 @@ func testFailover(t *testing.T, udp bool, one, two *realServer) {
 			c.Close()
 		}
 	}()
-	group := fmt.Sprintf("g=socks5://127.0.0.1:%d,socks5://127.0.0.1:%d connect-timeout=1s handshake-timeout=5s retry-after=2s", one.port, two.port)
+	group := fmt.Sprintf(
+		"g=socks5://127.0.0.1:%d,socks5://127.0.0.1:%d connect-timeout=1s handshake-timeout=5s retry-after=2s",
+		one.port,
+		two.port,
+	)
 	a := startApp(t, "--upstream", group, "--rule", "via g", "--dns", "tcp://"+other4)
 	c := startClient(a, dst)
 	defer c.end()
@@ -300,7 +334,14 @@ func testFailover(t *testing.T, udp bool, one, two *realServer) {
 		back := time.Now()
 		eventually(t, patience, "a connection is made again", func() bool { return c.again(back) > 0 })
 		recovery := c.again(back)
-		t.Logf("both %s: %d of %d connections failed; %s came back, and the first was made %v later", f.name, failed, n, one.name, recovery.Round(time.Millisecond))
+		t.Logf(
+			"both %s: %d of %d connections failed; %s came back, and the first was made %v later",
+			f.name,
+			failed,
+			n,
+			one.name,
+			recovery.Round(time.Millisecond),
+		)
 		if recovery > 3*time.Second {
 			t.Errorf("the group worked again %v after %s came back, more than 3s", recovery, one.name)
 		}

@@ -51,8 +51,31 @@ func sshD(t *testing.T, at string) {
 	serve(t, "127.0.0.1:2222", "/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null", "-h", filepath.Join(dir, "host"), "-p", "2222",
 		"-o", "ListenAddress=127.0.0.1", "-o", "UsePAM=no", "-o", "PidFile=none", "-o", "StrictModes=no",
 		"-o", "AuthorizedKeysFile="+filepath.Join(dir, "key.pub"), "-o", "PermitRootLogin=yes")
-	serve(t, at, "ssh", "-F", "/dev/null", "-N", "-D", at, "-p", "2222", "-i", filepath.Join(dir, "key"), "-o", "IdentitiesOnly=yes",
-		"-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "root@127.0.0.1")
+	serve(
+		t,
+		at,
+		"ssh",
+		"-F",
+		"/dev/null",
+		"-N",
+		"-D",
+		at,
+		"-p",
+		"2222",
+		"-i",
+		filepath.Join(dir, "key"),
+		"-o",
+		"IdentitiesOnly=yes",
+		"-o",
+		"BatchMode=yes",
+		"-o",
+		"StrictHostKeyChecking=no",
+		"-o",
+		"UserKnownHostsFile=/dev/null",
+		"-o",
+		"LogLevel=ERROR",
+		"root@127.0.0.1",
+	)
 }
 
 // TestFakeNames: with --dns fake curl reaches a name that only the proxy can resolve, whatever the proxy: no resolver answers.
@@ -71,7 +94,10 @@ func TestFakeNames(t *testing.T) {
 			outer := t
 			start()
 			flags := []string{"--proxy", "socks5://" + at, "--dns", noResolver}
-			got := strings.Split(curl(outer, flags, "http://web.example:8080", "http://deep.web.example:8080", "http://no.example:8080"), "\n")
+			got := strings.Split(
+				curl(outer, flags, "http://web.example:8080", "http://deep.web.example:8080", "http://no.example:8080"),
+				"\n",
+			)
 			if len(got) != 3 || got[0] != served || got[1] != served || got[2] == served {
 				t.Errorf("curl by name: %q", got)
 			}
@@ -89,7 +115,13 @@ func TestFakeAnswers(t *testing.T) {
 	proxy := listenSOCKS(t)
 	flags := []string{"--proxy", proxy.URL(), "--dns", noResolver, "--dns-pool", "198.19.0.0/16"}
 	fake := netip.MustParsePrefix("198.19.0.0/16")
-	r := run(t, flags, "sh", "-c", "getent ahostsv4 www.example.com | head -1 | cut -d' ' -f1; dig +short +notcp www.example.com; dig +tcp +short www.example.com; getent hosts $(dig +short www.example.com); dig +short www.example.com AAAA")
+	r := run(
+		t,
+		flags,
+		"sh",
+		"-c",
+		"getent ahostsv4 www.example.com | head -1 | cut -d' ' -f1; dig +short +notcp www.example.com; dig +tcp +short www.example.com; getent hosts $(dig +short www.example.com); dig +short www.example.com AAAA",
+	)
 	lines := strings.Split(strings.TrimSpace(r.out), "\n")
 	if len(lines) != 5 {
 		t.Fatalf("%q, %s", lines, r.stderr)

@@ -46,7 +46,12 @@ func TestClosedConnectionsAreGivenBack(t *testing.T) {
 		for _, c := range open(closed) {
 			c.Close()
 		}
-		eventually(t, 2*patience, "the descriptors of the closed connections are given back", func() bool { return a.fds() <= before+half })
+		eventually(
+			t,
+			2*patience,
+			"the descriptors of the closed connections are given back",
+			func() bool { return a.fds() <= before+half },
+		)
 		// The living ones have been half-closed for longer than the dead ones were.
 		b := make([]byte, 8)
 		for i, c := range halves {

@@ -101,8 +101,16 @@ func TestGuard(t *testing.T) {
 			}
 			type want struct{ dst, name, verdict string }
 			wants := []want{
-				{world4 + ":8080", "", "reject"}, {world4 + ":8080", "db.example.com", verdict}, {other4 + ":8080", "other.example", "reject"},
-				{world4 + ":8082", "db.example.com", "reject"}, {other4 + ":8081", "other.example", verdict}, {"[" + world6 + "]:8081", "", verdict},
+				{
+					world4 + ":8080",
+					"",
+					"reject",
+				}, {world4 + ":8080", "db.example.com", verdict}, {other4 + ":8080", "other.example", "reject"},
+				{
+					world4 + ":8082",
+					"db.example.com",
+					"reject",
+				}, {other4 + ":8081", "other.example", verdict}, {"[" + world6 + "]:8081", "", verdict},
 			}
 			all := slices.DeleteFunc(decisionsIn(t, file), func(d decided) bool { return strings.HasSuffix(d.Dst, ":53") })
 			if len(all) != len(wants) {
@@ -113,7 +121,8 @@ func TestGuard(t *testing.T) {
 				if got := (want{d.Dst, strings.Join(d.Names, " "), d.Verdict}); got != w {
 					t.Errorf("decision %d is %+v, want %+v", i, d, w)
 				}
-				if !strings.HasSuffix(d.Exe, "/curl") || d.PID == 0 || d.UID == nil || *d.UID != os.Getuid() || d.Proto != "tcp" || time.Since(d.Time) > time.Minute {
+				if !strings.HasSuffix(d.Exe, "/curl") || d.PID == 0 || d.UID == nil || *d.UID != os.Getuid() || d.Proto != "tcp" ||
+					time.Since(d.Time) > time.Minute {
 					t.Errorf("decision %d: %+v", i, d)
 				}
 				if (d.Verdict == "reject") != (d.Rule == "none") {
@@ -141,8 +150,15 @@ func TestGuardOfNames(t *testing.T) {
 	if took := time.Since(start); took > 5*time.Second {
 		t.Errorf("it took %v: a name is refused at once", took)
 	}
-	r := run(t, flags, "sh", "-c", "dig +tries=1 +time=5 secret.example.com TXT; dig +tcp +tries=1 +time=5 secret.example.com; dig +short db.example.com")
-	if !strings.Contains(r.out, "status: REFUSED") || !strings.Contains(r.out, "connection refused") || !strings.HasSuffix(strings.TrimSpace(r.out), world4) {
+	r := run(
+		t,
+		flags,
+		"sh",
+		"-c",
+		"dig +tries=1 +time=5 secret.example.com TXT; dig +tcp +tries=1 +time=5 secret.example.com; dig +short db.example.com",
+	)
+	if !strings.Contains(r.out, "status: REFUSED") || !strings.Contains(r.out, "connection refused") ||
+		!strings.HasSuffix(strings.TrimSpace(r.out), world4) {
 		t.Errorf("dig says %s", r.out)
 	}
 	log, err := os.ReadFile(asked)

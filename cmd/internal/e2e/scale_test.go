@@ -130,8 +130,21 @@ func TestManyIdle(t *testing.T) {
 		time.Sleep(time.Second)
 		rss2 = a.rss()
 	}
-	t.Logf("%d idle connections in %v: RSS %d KiB before, %d KiB with them (%.1f KiB each), %d KiB after (%.2f times); descriptors %d, %d, %d; CPU while idle %v in 2 s; goroutines, whenever memory was given back: %v",
-		n, took.Round(time.Millisecond), rss0>>10, rss1>>10, float64(rss1-rss0)/1024/float64(n), rss2>>10, float64(rss2)/float64(rss0), fds0, fds1, a.fds(), idleCPU, a.goroutines())
+	t.Logf(
+		"%d idle connections in %v: RSS %d KiB before, %d KiB with them (%.1f KiB each), %d KiB after (%.2f times); descriptors %d, %d, %d; CPU while idle %v in 2 s; goroutines, whenever memory was given back: %v",
+		n,
+		took.Round(time.Millisecond),
+		rss0>>10,
+		rss1>>10,
+		float64(rss1-rss0)/1024/float64(n),
+		rss2>>10,
+		float64(rss2)/float64(rss0),
+		fds0,
+		fds1,
+		a.fds(),
+		idleCPU,
+		a.goroutines(),
+	)
 	if raceEnabled {
 		return // the race detector's own memory
 	}
@@ -214,8 +227,19 @@ func TestUnread(t *testing.T) {
 		time.Sleep(time.Second)
 		rss2 = a.rss()
 	}
-	t.Logf("%d unread connections: RSS %d KiB before, %d KiB during (%d KiB each), %d KiB after; descriptors %d, %d, %d; a new connection and a byte beside them in %v; goroutines after: %v",
-		n, rss0>>10, rss1>>10, (rss1-rss0)>>10/n, rss2>>10, fds0, fds1, a.fds(), beside.Round(time.Millisecond), a.goroutines())
+	t.Logf(
+		"%d unread connections: RSS %d KiB before, %d KiB during (%d KiB each), %d KiB after; descriptors %d, %d, %d; a new connection and a byte beside them in %v; goroutines after: %v",
+		n,
+		rss0>>10,
+		rss1>>10,
+		(rss1-rss0)>>10/n,
+		rss2>>10,
+		fds0,
+		fds1,
+		a.fds(),
+		beside.Round(time.Millisecond),
+		a.goroutines(),
+	)
 	if raceEnabled {
 		return
 	}
@@ -277,7 +301,13 @@ func TestTransferMemory(t *testing.T) {
 		time.Sleep(time.Second)
 		rss1 = a.rss()
 	}
-	t.Logf("RSS %d KiB before, %d KiB at most, %d KiB after (%.2f times)", rss0>>10, peak.Load()>>10, rss1>>10, float64(rss1)/float64(rss0))
+	t.Logf(
+		"RSS %d KiB before, %d KiB at most, %d KiB after (%.2f times)",
+		rss0>>10,
+		peak.Load()>>10,
+		rss1>>10,
+		float64(rss1)/float64(rss0),
+	)
 	if rss1 > rss0*13/10 {
 		t.Errorf("%d KiB remain of %d KiB before", rss1>>10, rss0>>10)
 	}

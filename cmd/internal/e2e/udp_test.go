@@ -288,7 +288,8 @@ func testNotCarried(t *testing.T, offload string) {
 	a := startApp(t, "--proxy", proxy.URL(), "--offload", offload)
 	app := a.udp(false)
 	for _, dst := range []string{"239.192.152.143:6771", "239.255.255.250:1900", "224.0.0.251:5353"} {
-		if _, err := app.WriteToUDPAddrPort([]byte("x"), netip.MustParseAddrPort(dst)); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		if _, err := app.WriteToUDPAddrPort([]byte("x"), netip.MustParseAddrPort(dst)); err != nil &&
+			!errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Logf("%s: %v", dst, err)
 		}
 	}

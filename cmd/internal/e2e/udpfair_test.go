@@ -107,7 +107,16 @@ func TestUDPFair(t *testing.T) {
 				for n := 1; ; n++ {
 					alone, lost0 := pingers(t, apps, dst, 5*time.Second, 500*time.Millisecond)
 					beside, lost := f()
-					t.Logf("alone: %d trips, p50 %v, %d lost; %s: %d, p50 %v, %d lost", len(alone), median(alone), lost0, what, len(beside), median(beside), lost)
+					t.Logf(
+						"alone: %d trips, p50 %v, %d lost; %s: %d, p50 %v, %d lost",
+						len(alone),
+						median(alone),
+						lost0,
+						what,
+						len(beside),
+						median(beside),
+						lost,
+					)
 					if lost == 0 && median(beside) < 10*median(alone)+5*time.Millisecond {
 						return
 					}
