@@ -11,7 +11,7 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// Client is what a SOCKS upstream is made of: one server (*socks.Client), or later a group of them.
+// Client is what a SOCKS upstream is made of: one server (*socks.Client), or a group of them (*socks.Group).
 type Client interface {
 	Connect(ctx context.Context, l *loop.Loop, dst socks.Addr, done func(s loop.Socket, err error))
 	Associate(ctx context.Context, l *loop.Loop, done func(*socks.Association, error))
