@@ -21,7 +21,7 @@ type conn struct {
 }
 
 // newConn owns fd from here on, also on error.
-func newConn(fd int, s *Server, of *resolver) (*conn, error) {
+func newConn(fd int, x *exchange, of *resolver) (*conn, error) {
 	if err := syscall.SetNonblock(fd, true); err != nil {
 		closeFD(fd)
 		return nil, fmt.Errorf("cannot use the connection: %w", err)
@@ -31,12 +31,12 @@ func newConn(fd int, s *Server, of *resolver) (*conn, error) {
 	c := &conn{
 		of:   of,
 		f:    os.NewFile(uintptr(fd), "resolver"),
-		out:  make(chan []byte, s.cfg.InFlight),
+		out:  make(chan []byte, x.inFlight),
 		over: make(chan struct{}),
 	}
 	c.wg.Add(2)
-	go c.writeLoop(s)
-	go c.readLoop(s)
+	go c.writeLoop(x)
+	go c.readLoop(x)
 	return c, nil
 }
 
@@ -62,7 +62,7 @@ func (c *conn) close() {
 
 func (c *conn) wait() { c.wg.Wait() }
 
-func (c *conn) writeLoop(s *Server) {
+func (c *conn) writeLoop(x *exchange) {
 	defer c.wg.Done()
 	var buf []byte
 	for {
@@ -81,7 +81,7 @@ func (c *conn) writeLoop(s *Server) {
 			}
 		}
 		if _, err := c.f.Write(buf); err != nil {
-			c.post(s, nil, err)
+			c.post(x, nil, err)
 			return
 		}
 		if cap(buf) > 16<<10 {
@@ -90,7 +90,7 @@ func (c *conn) writeLoop(s *Server) {
 	}
 }
 
-func (c *conn) readLoop(s *Server) {
+func (c *conn) readLoop(x *exchange) {
 	defer c.wg.Done()
 	var length [2]byte
 	for {
@@ -98,28 +98,28 @@ func (c *conn) readLoop(s *Server) {
 			if errors.Is(err, io.EOF) {
 				err = errors.New("it closed the connection")
 			}
-			c.post(s, nil, err)
+			c.post(x, nil, err)
 			return
 		}
 		n := int(binary.BigEndian.Uint16(length[:]))
 		if n < headerLen {
-			c.post(s, nil, fmt.Errorf("it sent a message of %d bytes", n))
+			c.post(x, nil, fmt.Errorf("it sent a message of %d bytes", n))
 			return
 		}
 		msg := make([]byte, n)
 		if _, err := io.ReadFull(c.f, msg); err != nil {
-			c.post(s, nil, err)
+			c.post(x, nil, err)
 			return
 		}
-		if !c.post(s, msg, nil) {
+		if !c.post(x, msg, nil) {
 			return
 		}
 	}
 }
 
-func (c *conn) post(s *Server, msg []byte, err error) bool {
+func (c *conn) post(x *exchange, msg []byte, err error) bool {
 	select {
-	case s.msgs <- message{c, msg, err}:
+	case x.msgs <- message{c, msg, err}:
 		return true
 	case <-c.over:
 		return false

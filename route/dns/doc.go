@@ -1,12 +1,13 @@
 // Package dns answers the app's DNS questions by asking a resolver over TCP through the upstream, so that port 53 works
 // with proxies that carry no UDP, and no question leaves the host by another way.
 //
-// A question comes in by Handle, is checked (message.go) and put on a persistent, pipelined connection to the first
-// resolver that works (RFC 7766). Its answer is checked against the question, given the question's ID again, cut to the
-// size that the asker can take (RFC 1035 4.2.1, RFC 6891 6.2.3) with TC set, and handed to the reply function.
+// A question comes in by Handle, is checked (message.go) and given to the exchange (exchange.go), which puts it on a
+// persistent, pipelined connection to the first resolver that works (RFC 7766) and checks the answer against the question. The
+// Server (server.go) gives the answer the question's ID again, cuts it to the size that the asker can take (RFC 1035 4.2.1,
+// RFC 6891 6.2.3) with TC set, and hands it to the reply function.
 //
-//	Handle -> Server.Run (owns all state) -> conn.write -> resolver
-//	reply  <- Server.Run                  <- conn.read  <-
+//	Server.Handle -> exchange.take -> exchange.run (owns the state) -> conn.write -> resolver
+//	Server.finish <-                  exchange.run                  <- conn.read  <-
 //
 // Goroutines: Run, and two for each open connection, of which there is at most one for each resolver; all end when Run
 // returns.

@@ -77,7 +77,7 @@ func (a *asker) run() {
 			select {
 			case a.slots <- struct{}{}:
 				continue
-			case <-a.s.over:
+			case <-a.s.exchange.over:
 			case <-late.C:
 			}
 			break
@@ -113,7 +113,7 @@ func (a *asker) readLoop() (ended bool) {
 		}
 		select {
 		case a.slots <- struct{}{}:
-		case <-a.s.over:
+		case <-a.s.exchange.over:
 			return false
 		}
 		if !a.s.handle(buf[:n], a.asked, byTCP, nil, a.reply) {
