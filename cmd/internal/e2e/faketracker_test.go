@@ -1,0 +1,88 @@
+package e2e
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/harness"
+)
+
+// TestFakeTracker: aria2 announces itself by UDP to a tracker that it knows by name, and takes the answer, which must come from the
+// fake address that it asked: it then connects to the peer that the tracker knows.
+func TestFakeTracker(t *testing.T) {
+	needPrograms(t, "danted", "dnsmasq", "opentracker", "aria2c")
+	const at, port = "127.0.0.1:1081", "6969"
+	hash, log := strings.Repeat("c3", 20), filepath.Join(t.TempDir(), "log")
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{
+		"whitelist": hash + "\n",
+		"conf": fmt.Sprintf("listen.tcp_udp %s:%s\naccess.whitelist /whitelist\ntracker.rootdir %s\ntracker.user nobody\n",
+			world4, port, dir),
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	serve(t, world4+":"+port, "opentracker", "-f", filepath.Join(dir, "conf"))
+	dnsmasq(t, "--address=/tracker.example/"+world4)
+	dante(t, at)
+	// A peer that the tracker knows: Debian's opentracker takes the address that an announcement comes from.
+	peer, peerAt := listenTCP(t, world4)
+	binaryHash := strings.Repeat("\xc3", 20)
+	get := func(path string) string {
+		resp, err := (&http.Client{Timeout: patience}).Get("http://" + world4 + ":" + port + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		b, err := io.ReadAll(io.LimitReader(resp.Body, 1<<16))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	_ = get(fmt.Sprintf("/announce?info_hash=%s&peer_id=%s&port=%d&uploaded=0&downloaded=0&left=1",
+		url.QueryEscape(binaryHash), strings.Repeat("p", 20), peerAt.Port()))
+	reached := make(chan struct{})
+	go func() {
+		if c, err := peer.Accept(); err == nil {
+			c.Close()
+			close(reached)
+		}
+	}()
+	// aria2 asks UDP trackers from the socket of its DHT, and not at all without it.
+	ended := make(chan ran, 1)
+	go func() {
+		ended <- run(t, []string{"--proxy", "socks5://" + at, "--dns", "fake,tcp://" + world4}, "aria2c", "--no-conf", "--dir="+dir,
+			"--enable-dht=true", "--dht-file-path="+filepath.Join(dir, "dht"), "--bt-stop-timeout=5", "--log="+log, "--log-level=info",
+			"magnet:?xt=urn:btih:"+hash+"&tr="+url.QueryEscape("udp://tracker.example:"+port+"/announce"))
+	}()
+	select {
+	case <-reached:
+	case <-time.After(patience):
+		t.Errorf("the peer was not reached; the tracker knows %q", get("/scrape?info_hash="+url.QueryEscape(binaryHash)))
+	}
+	r := <-ended
+	said, err := os.ReadFile(log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, what := range []string{"received CONNECT reply from 198.18.", "received ANNOUNCE reply from 198.18."} {
+		if !strings.Contains(string(said), what) {
+			t.Errorf("aria2 does not say %q", what)
+		}
+	}
+	if t.Failed() {
+		t.Logf("aria2 printed %s%s and logged\n%s", r.out, r.stderr, harness.Tail(string(said), 60))
+	}
+}
