@@ -318,6 +318,11 @@ func (c *Config) refuseChains(t *nfTable, st filterState) {
 	for _, p := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
 		pass.add(dport(p, PortRange{53, 53}), back())
 	}
+	// An answer that comes when the program has closed its socket makes the kernel tell the server that was asked, and
+	// quote the answer with the question in it. A server in a private network would get that by the device.
+	for _, v6 := range []bool{false, true} {
+		pass.add(aboutAnswer(53, v6), count(countDNS), drop())
+	}
 	pass.add(daddrType("multicast", unix.RTN_MULTICAST), back())
 	pass.add(daddrType("broadcast", unix.RTN_BROADCAST), back())
 	pass.add(jump("lan"))

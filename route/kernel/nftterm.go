@@ -158,6 +158,21 @@ func icmp6(typ, hops uint8) term {
 	return term{fmt.Sprintf("ip6 hoplimit %d icmpv6 type %d", hops, typ), e}
 }
 
+// aboutAnswer matches the ICMP errors of one family that say that a destination is unreachable and quote a datagram or a
+// segment from this port: it stands behind the header of ICMP (8 bytes) and the quoted IP header, which has no options.
+func aboutAnswer(port uint16, v6 bool) term {
+	word, proto, typ, offset := "icmp", uint8(unix.IPPROTO_ICMP), uint8(3), uint32(8+20)
+	if v6 {
+		word, proto, typ, offset = "icmpv6", unix.IPPROTO_ICMPV6, 1, 8+40
+	}
+	e := append(isFamily(v6), l4proto(proto)...)
+	e = append(e, &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1},
+		cmp(expr.CmpOpEq, []byte{typ}),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2},
+		cmp(expr.CmpOpEq, be16(port)))
+	return term{fmt.Sprintf("%s type %d @th,%d,16 %d", word, typ, offset*8, port), e}
+}
+
 func skuid(r UIDRange, eq bool) term {
 	s, op := opOf(eq)
 	if r.First == r.Last {

@@ -214,7 +214,7 @@ func (h *host) fill(s *control.Status, cfg *config.Config) {
 // reasons are the filter's counters in words.
 var reasons = map[string]string{
 	"refused_output":      "past the TUN: bound to a device, or with somebody else's mark",
-	"refused_dns":         "the same to port 53",
+	"refused_dns":         "the same to port 53, and errors that quote an answer from there",
 	"refused_multicast":   "multicast and broadcast",
 	"refused_no_daemon":   "into the TUN while nobody read it",
 	"refused_forward":     "forwarded by this host",
