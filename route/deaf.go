@@ -13,7 +13,7 @@ import (
 var (
 	errEndsRequests     = errors.New("it ends the connection when it is asked for UDP: it has none")
 	errEndsAssociations = errors.New("it grants UDP and ends each association at once, and no answer has come")
-	errNobodyListens    = errors.New("it grants UDP, but nobody listens on the port that it names")
+	errNobodyListens    = errors.New("it grants UDP, but no server listens on the port that it names")
 )
 
 const (

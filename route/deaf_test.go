@@ -22,7 +22,7 @@ func TestUDPDeafServers(t *testing.T) {
 		name, says string
 		fault      sockstest.Fault
 	}{
-		{"ss-local without -u", "nobody listens", sockstest.Fault{DeafUDP: true}},
+		{"ss-local without -u", "no server listens", sockstest.Fault{DeafUDP: true}},
 		{"simple-socks", "ends each association at once", sockstest.Fault{CloseUDP: true}},
 		{"OpenSSH -D", "ends the connection when it is asked for UDP", sockstest.EarlyClose()},
 	} {

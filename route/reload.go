@@ -23,7 +23,7 @@ type Policy struct {
 }
 
 var (
-	errReplaced   = errors.New("its upstream is not configured any more")
+	errReplaced   = errors.New("its upstream is no longer configured")
 	errNotRunning = errors.New("cannot change the rules of a router that does not run")
 )
 
@@ -147,7 +147,7 @@ func (s *dnsSum) add(t dns.Stats) {
 	s.Connections += t.Connections
 }
 
-var errNetwork = errors.New("the network is another one")
+var errNetwork = errors.New("the network has changed")
 
 // Renew makes anew what would wait long for an answer over a network that is not there any more: associations, and the
 // connections to resolvers. The mappings stay. Any goroutine; it does not wait.

@@ -71,7 +71,7 @@ func TestReloadStreams(t *testing.T) {
 	if got := g.Upstreams(); len(got) != 2 || got[0].Name != "c" {
 		t.Errorf("%+v", got)
 	}
-	eventually(t, "both lines", func() bool { return len(g.log.lines("not configured any more")) >= 1 && g.Stats().StreamsNow == 0 })
+	eventually(t, "both lines", func() bool { return len(g.log.lines("no longer configured")) >= 1 && g.Stats().StreamsNow == 0 })
 	g.Close()
 	if err := g.Reload(Policy{Upstreams: ups, Default: "a"}); !errors.Is(err, errNotRunning) {
 		t.Error(err)

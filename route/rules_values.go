@@ -124,7 +124,7 @@ func parseUser(s string) (userRange, error) {
 	}
 	id, err := strconv.ParseUint(u.Uid, 10, 32)
 	if err != nil {
-		return userRange{}, fmt.Errorf("user %q: its number cannot be told: %w", clip(s), err)
+		return userRange{}, fmt.Errorf("user %q: cannot find its number: %w", clip(s), err)
 	}
 	return userRange{uint32(id), uint32(id), s}, nil
 }

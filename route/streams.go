@@ -51,7 +51,7 @@ type stream struct {
 	v        *verdict
 	call     loop.Call    // the dial
 	gone     atomic.Bool  // the app gave up
-	replaced atomic.Bool  // its upstream is not configured any more
+	replaced atomic.Bool  // its upstream is no longer configured
 	state    atomic.Int32 // dialing, open, over
 	loop     int
 	relay    atomic.Pointer[relay.Relay]
@@ -191,10 +191,10 @@ var (
 	errFull    = errors.New("too many flows")
 	errClosing = errors.New("viasocks is ending")
 	// errComesBack: the flow is of a proxy on this host.
-	errComesBack = errors.New("the proxy's own connection came back to it")
+	errComesBack = errors.New("a connection of the proxy itself came back to it")
 	errAppGone   = errors.New("the app gave up")
 	// errNoName: the app kept the address for longer than it was told to, or made it up.
-	errNoName = errors.New("the fake address stands for no name any more")
+	errNoName = errors.New("the fake address no longer stands for a name")
 )
 
 func (t *streams) add(s *stream, limit int) error {

@@ -12,8 +12,8 @@ import (
 var (
 	verdictResolve = &verdict{kind: resolve, rule: "dns"}
 
-	errEvicted      = errors.New("too many mappings: it was the longest idle")
-	errMappingsFull = errors.New("too many mappings, and all of them are at work (--max-mappings)")
+	errEvicted      = errors.New("too many mappings: this one was idle longest")
+	errMappingsFull = errors.New("too many mappings, and all of them are in use (--max-mappings)")
 	errUnreachable  = errors.New("the app's host says port unreachable")
 )
 

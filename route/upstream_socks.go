@@ -123,7 +123,7 @@ func (l *socksLink) Close() error { return errors.Join(l.PacketLink.Close(), l.a
 // codec is SOCKS's UDP header, and knows which sources cannot be.
 type codec struct{ socks.UDPCodec }
 
-var errMartian = errors.New("a datagram from an address that nobody can have")
+var errMartian = errors.New("a datagram from an impossible address")
 
 // ParseHeader implements relay.Codec.
 func (c codec) ParseHeader(b []byte) (src netip.AddrPort, n int, err error) {

@@ -34,9 +34,9 @@ var (
 )
 
 var (
-	errAlwaysEnds   = errors.New("it closes the connection without an answer, whatever it is asked for")
-	errAlwaysSilent = errors.New("it answers no request, whatever it is asked for")
-	errServerDown   = errors.New("the server does not work any more")
+	errAlwaysEnds   = errors.New("it closes the connection without an answer for any destination")
+	errAlwaysSilent = errors.New("it answers no request for any destination")
+	errServerDown   = errors.New("the server no longer works")
 )
 
 // Reply is the REP field of a server's answer, RFC 1928 section 6. As an error it is the server's word about the

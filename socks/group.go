@@ -56,7 +56,7 @@ func (o *GroupOptions) fill() error {
 	case o.FailWindow < 0 || o.RetryAfter < 0 || o.Check < 0 || o.ConnectTimeout < 0 || o.HandshakeTimeout < 0:
 		return errors.New("a time is below 0")
 	case int(o.Select) >= len(selectNames):
-		return errors.New("there is no such way to select")
+		return errors.New("unknown way to select")
 	}
 	o.ServerAttempts = cmp.Or(o.ServerAttempts, DefaultServerAttempts)
 	o.Attempts = cmp.Or(o.Attempts, DefaultAttempts)

@@ -150,7 +150,7 @@ func (s *Stack) Run(ctx context.Context) error {
 	if asked {
 		return nil
 	}
-	return fmt.Errorf("cannot read frames any more: %w", err)
+	return fmt.Errorf("cannot read frames: %w", err)
 }
 
 // read runs the frame readers, until the first one fails and all have ended.

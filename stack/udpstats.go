@@ -8,7 +8,7 @@ type UDPStats struct {
 	InSuper       uint64 // super-frames that they came in, where the kernel made any
 	InReassembled uint64 // of In: put together from fragments
 
-	DroppedMalformed uint64 // lengths that can't be, port zero, a super-frame that makes no sense
+	DroppedMalformed uint64 // impossible lengths, port zero, a super-frame that makes no sense
 	DroppedChecksum  uint64 // checksum wrong, or missing over IPv6
 	DroppedMulticast uint64 // to a multicast or broadcast address: never relayed
 	DroppedAddress   uint64 // source or destination that no proxy can speak for: unspecified, loopback, link-local over IPv6

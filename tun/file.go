@@ -14,7 +14,7 @@ import (
 )
 
 // ErrBadFrame: the kernel refused the frame or its Header as malformed. It is lost; the device works on.
-var ErrBadFrame = errors.New("frame refused as malformed")
+var ErrBadFrame = errors.New("malformed frame")
 
 const (
 	offloadTSO = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6

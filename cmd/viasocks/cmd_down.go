@@ -7,7 +7,7 @@ import (
 
 var cmdDown = &command{
 	name: "down", args: "[OPTION...]", takes: config.Down,
-	short: "give the host back, whether viasocks is up or was killed; needs root",
+	short: "restore the host, whether viasocks is up or was killed; needs root",
 	about: `Give the host back. A viasocks that is up is told to stop, and waited for. What one left behind that was killed is
 undone by its journal, or where there is none by the marks of what is ours; nothing else is touched. Prints what it
 removed. The options need to be given only if 'up' had others and the journal is lost.`,

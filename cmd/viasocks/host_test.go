@@ -103,7 +103,7 @@ func TestNetworkChanges(t *testing.T) {
 	}
 	p.cmd.Process.Signal(syscall.SIGTERM)
 	p.ends(0)
-	if strings.Contains(p.text(), "put right") {
+	if strings.Contains(p.text(), "restored") {
 		t.Errorf("our own changes were taken for others':\n%s", p.text())
 	}
 }
@@ -184,7 +184,7 @@ func TestStaleConnections(t *testing.T) {
 	p = h.up("--proxy", proxy)
 	said("ended by")
 	talker.Wait()
-	p.await("connections that the dead viasocks carried were ended")
+	p.await("reset the connections that the dead viasocks had carried")
 	p.cmd.Process.Signal(syscall.SIGTERM)
 	p.ends(0)
 }
@@ -295,7 +295,7 @@ func TestStatus(t *testing.T) {
 	}
 	write("mtu nine\n")
 	p.cmd.Process.Signal(syscall.SIGHUP)
-	p.await("the configuration stays as it was")
+	p.await("the configuration is unchanged")
 	p.cmd.Process.Signal(syscall.SIGTERM)
 	p.ends(0)
 	if got := h.result("flows"); got != "exit 1\n--- stdout\n--- stderr\nviasocks: cannot ask viasocks: it is not up here: 'viasocks up' starts it\n" {
@@ -329,7 +329,7 @@ func TestUnconfirmed(t *testing.T) {
 	before := h.state()
 	p := h.up("--proxy", h.proxy, "--confirm", "5s")
 	p.ends(1)
-	if !strings.HasSuffix(p.text(), "viasocks: nobody said 'viasocks confirm' in time: the host is as it was\n") {
+	if !strings.HasSuffix(p.text(), "viasocks: not confirmed in time by 'viasocks confirm': all changes were undone\n") {
 		t.Error(p.text())
 	}
 	h.same("unconfirmed", before)

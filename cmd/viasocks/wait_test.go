@@ -56,7 +56,7 @@ func TestWaitEnds(t *testing.T) {
 	}
 	p = wait("--confirm", "5s")
 	p.ends(1)
-	if !strings.Contains(p.text(), "nobody said 'viasocks confirm' in time") {
+	if !strings.Contains(p.text(), "not confirmed in time by 'viasocks confirm'") {
 		t.Error(p.text())
 	}
 	h.same("nobody confirmed while it waits", before)

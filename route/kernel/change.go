@@ -11,7 +11,7 @@ func (h *Host) Change(c Config) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if !h.shut || h.closed {
-		return errors.New("cannot change what is not there")
+		return errors.New("cannot change an entry that does not exist")
 	}
 	next := h.c
 	next.changeable(c)

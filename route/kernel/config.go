@@ -139,7 +139,7 @@ const (
 )
 
 // ErrRunning: another daemon holds the lock of this network namespace.
-var ErrRunning = errors.New("cannot steer the host: another viasocks does: see 'viasocks status'")
+var ErrRunning = errors.New("cannot steer the host: another viasocks steers it: see 'viasocks status'")
 
 // maxList bounds each list of a Selection: each entry is looked at for each packet or route look-up.
 const maxList = 256

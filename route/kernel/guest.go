@@ -133,5 +133,5 @@ func (h *Host) tellServed() {
 	if nets == "" {
 		nets = "none any more"
 	}
-	h.c.Log.Info("networks that this host itself serves are reached past the proxy: --strict ends that", "networks", nets)
+	h.c.Log.Info("networks that this host serves are reached without the proxy: --strict prevents this", "networks", nets)
 }

@@ -66,7 +66,7 @@ func New(c Config) (_ *Host, err error) {
 	}()
 	old, err := readJournal(h.path)
 	if err != nil {
-		h.c.Log.Warn("the journal of a dead daemon can't be read: what is ours is found by its marks", "err", err)
+		h.c.Log.Warn("cannot read the journal of a dead daemon: its changes are found by their marks", "err", err)
 	}
 	h.j = journal{
 		Version:  journalVersion,
@@ -174,7 +174,7 @@ func (h *Host) listFamilies() ([]int, error) {
 				"cannot steer the host: this kernel has no ip rules: it must be built with CONFIG_IP_MULTIPLE_TABLES; " + orRun,
 			)
 		default:
-			h.c.Log.Info("the kernel has no IPv6, or no rules for it: IPv4 is steered, and IPv6 refused")
+			h.c.Log.Info("the kernel has no IPv6, or no IPv6 rules: IPv4 is steered, and IPv6 is refused")
 		}
 	}
 	return out, nil
@@ -220,18 +220,18 @@ func (h *Host) taken() error {
 			case r.Protocol == Protocol:
 				h.recovered = true
 			case r.Table == c.Table || r.Table == c.closedTable():
-				return fmt.Errorf("cannot use table %d: an ip rule of somebody else leads to it: see 'ip rule', and "+
+				return fmt.Errorf("cannot use table %d: an ip rule of another program leads to it: see 'ip rule', and "+
 					"choose another with --table", r.Table)
 			case r.Priority >= c.Priority && r.Priority <= c.Priority+lastRule:
 				return fmt.Errorf(
-					"cannot use rule priorities %d to %d: somebody else has %d: see 'ip rule', and choose others with --priority",
+					"cannot use rule priorities %d to %d: another program has %d: see 'ip rule', and choose others with --priority",
 					c.Priority,
 					c.Priority+lastRule,
 					r.Priority,
 				)
 			case r.Mark != 0 && (r.Mask == nil || *r.Mask&c.Marks.Mask != 0) && overlaps(r.Mark, r.Mask, c.Marks):
 				return fmt.Errorf(
-					"cannot use mark %#x/%#x: an ip rule of somebody else asks for mark %#x: see 'ip rule', and choose another with --mark",
+					"cannot use mark %#x/%#x: an ip rule of another program uses mark %#x: see 'ip rule', and choose another with --mark",
 					c.Marks.Own,
 					c.Marks.Mask,
 					r.Mark,
@@ -244,7 +244,7 @@ func (h *Host) taken() error {
 		}
 		for _, r := range routes {
 			if (r.Table == c.Table || r.Table == c.closedTable()) && r.Protocol != Protocol {
-				return fmt.Errorf("cannot use table %d: it has routes of somebody else: see 'ip route show table %[1]d', and "+
+				return fmt.Errorf("cannot use table %d: it has routes of another program: see 'ip route show table %[1]d', and "+
 					"choose another with --table", r.Table)
 			}
 			h.recovered = h.recovered || r.Protocol == Protocol
@@ -267,7 +267,7 @@ func (h *Host) taken() error {
 		}
 		if !ours {
 			return fmt.Errorf(
-				"cannot use the nftables name %s: somebody else has a table %s %[1]s: choose another with --nft-table",
+				"cannot use the nftables name %s: another program has a table %s %[1]s: choose another with --nft-table",
 				c.NFTable,
 				famNames[t.fam],
 			)

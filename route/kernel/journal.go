@@ -33,11 +33,11 @@ const journalVersion = 1
 func paths(dir string) (journal, lock string, err error) {
 	var st unix.Stat_t
 	if err := unix.Stat("/proc/thread-self/ns/net", &st); err != nil {
-		return "", "", fmt.Errorf("cannot tell the network namespace: %w", err)
+		return "", "", fmt.Errorf("cannot identify the network namespace: %w", err)
 	}
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
-		return "", "", fmt.Errorf("cannot tell the boot: %w", err)
+		return "", "", fmt.Errorf("cannot identify the boot: %w", err)
 	}
 	base := filepath.Join(dir, fmt.Sprintf("host-%d-%s", st.Ino, strings.TrimSpace(string(boot))))
 	return base + ".journal", base + ".lock", nil

@@ -165,7 +165,7 @@ func (h *Host) applyFilter() error {
 			return filterError(err)
 		}
 	}
-	return errors.New("cannot close the host: nftables or devices change all the time")
+	return errors.New("cannot close the host: other programs keep changing nftables or devices")
 }
 
 // remember reads what the filter has noted itself, so that the one that takes its place knows it too.
@@ -187,7 +187,7 @@ func (h *Host) remember(old []tableID) map[string][]nfElem {
 			})
 		})
 		if err != nil && !errors.Is(err, unix.ENOENT) { // a table of an older viasocks has no such set
-			h.c.Log.Warn("what the filter has noted can't be read: it is lost", "set", s.name, "err", err)
+			h.c.Log.Warn("cannot read the sets of the filter: their content is lost", "set", s.name, "err", err)
 		}
 	}
 	return out

@@ -167,7 +167,7 @@ func (s *nfSocket) batch(msgs []nfMsg) error {
 	case failed != nil:
 		return failed
 	case err != nil && !errors.Is(err, unix.EAGAIN):
-		return fmt.Errorf("cannot hear from nftables: %w", err)
+		return fmt.Errorf("cannot subscribe to nftables: %w", err)
 	case !acked:
 		return errors.New("nftables did not answer")
 	}

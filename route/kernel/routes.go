@@ -267,7 +267,7 @@ func (h *Host) foreign(family int, n *netlink.Rule) {
 	}
 	h.say(
 		"rule "+what,
-		"an ip rule of somebody else is asked before ours: what it leads past the proxy is refused"+hint,
+		"an ip rule of another program comes before ours: traffic that it routes without the proxy is refused"+hint,
 		"rule",
 		what,
 	)

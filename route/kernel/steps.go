@@ -109,7 +109,7 @@ func (h *Host) Steer() error {
 		return err
 	}
 	if err := h.nl.LinkSetAlias(k, alias); err != nil {
-		h.c.Log.Debug("the TUN can't be given an alias", "err", err)
+		h.c.Log.Debug("cannot set the alias of the TUN device", "err", err)
 	}
 	h.steered = true
 	h.st.guard = true

@@ -20,7 +20,7 @@ func Undo(c Config) (removed []string, err error) {
 	defer h.Close()
 	j, err := readJournal(h.path)
 	if err != nil {
-		h.c.Log.Warn("what is ours is found by its marks", "err", err)
+		h.c.Log.Warn("our changes are found by their marks", "err", err)
 		if _, serr := os.Stat(h.path); serr == nil {
 			removed = append(removed, "journal that could not be read")
 		}

@@ -210,17 +210,12 @@ func (h *Host) unwatched(s *source, err error) {
 	defer h.mu.Unlock()
 	key := "watch " + s.what
 	if err == nil {
-		h.c.Log.Info("the host is watched again", "what", s.what)
+		h.c.Log.Info("the netlink subscription is back", "what", s.what)
 		delete(h.warnings, key)
 		delete(h.said, key)
 		return
 	}
-	h.say(
-		key,
-		"the kernel ceased to tell what others change of "+s.what+": it is looked at now and then, until it tells again",
-		"why",
-		err,
-	)
+	h.say(key, "lost the netlink subscription for "+s.what+": polling until it is back", "why", err)
 }
 
 // readEvents calls got for each batch of messages until a read fails; nil: some were lost.
@@ -277,21 +272,21 @@ func (h *Host) putBack(n happened) bool {
 	}
 	put := n.filter || n.lost
 	if n.filter {
-		h.c.Log.Warn("somebody changed our nftables table: it is put back", "table", h.c.NFTable)
+		h.c.Log.Warn("another program changed our nftables table: it is restored", "table", h.c.NFTable)
 	}
 	if put {
 		if err := h.applyFilter(); err != nil {
-			h.c.Log.Error("the filter could not be put back", "err", err)
+			h.c.Log.Error("cannot restore the filter", "err", err)
 		}
 	}
 	changed, err := h.reconcile()
 	if err != nil {
-		h.c.Log.Error("rules and routes could not be put back: what they would lead to the proxy is refused", "err", err)
+		h.c.Log.Error("cannot restore rules and routes: the traffic that they would steer is refused", "err", err)
 		return true
 	}
 	if len(changed) > 0 {
 		put = true
-		h.c.Log.Warn("rules and routes are put right", "what", strings.Join(changed, "; "))
+		h.c.Log.Warn("rules and routes were changed by another program: they are restored", "what", strings.Join(changed, "; "))
 	}
 	return put
 }
@@ -304,15 +299,15 @@ func (h *Host) renew() {
 		return
 	}
 	if h.c.madeAnew() {
-		h.c.Log.Info("a control group was made anew: the filter takes the new one")
+		h.c.Log.Info("a service has a new control group: the filter was updated")
 		if err := h.applyFilter(); err != nil {
-			h.c.Log.Error("the filter does not know the control group that was made anew", "err", err)
+			h.c.Log.Error("cannot add the new control group of a restarted service to the filter", "err", err)
 		}
 	}
 	if err := h.refreshGuard(); err != nil {
-		h.c.Log.Warn("the guard could not be renewed: the filter is set anew", "err", err)
+		h.c.Log.Warn("cannot renew the guard: the filter is set again", "err", err)
 		if err := h.applyFilter(); err != nil {
-			h.c.Log.Error("the filter could not be put back", "err", err)
+			h.c.Log.Error("cannot restore the filter", "err", err)
 		}
 	}
 }

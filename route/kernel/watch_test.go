@@ -81,7 +81,7 @@ func TestWatchFails(t *testing.T) {
 		writes.Close()
 		eventually(t, "a warning that both ended", func() bool { return len(h.Warnings()) == 2 })
 		for _, f := range h.Warnings() {
-			if !strings.Contains(f, "ceased to tell what others change of ") {
+			if !strings.Contains(f, "lost the netlink subscription for ") {
 				t.Error(f)
 			}
 		}
@@ -114,7 +114,7 @@ func TestWatchFails(t *testing.T) {
 		}
 		cancel()
 		<-ended
-		for what, want := range map[string]int{"ceased to tell": 2, "watched again": 2} {
+		for what, want := range map[string]int{"lost the netlink subscription": 2, "subscription is back": 2} {
 			if got := strings.Count(log.String(), what); got != want {
 				t.Errorf("%q was logged %d times, want %d", what, got, want)
 			}

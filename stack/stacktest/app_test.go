@@ -343,7 +343,7 @@ func TestFaults(t *testing.T) {
 	for name, f := range map[string]Frame{
 		"wrong checksum, protocol 17": change(40, 1),
 		"wrong IPv4 header checksum":  change(10, 1),
-		"lengths that can't be":       {Data: good.Frame().Data[:100]},
+		"impossible lengths":          {Data: good.Frame().Data[:100]},
 		"UDP length 509":              change(25, 1),
 		"offload header":              bad,
 		"pseudo-header":               blank,

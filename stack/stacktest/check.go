@@ -15,7 +15,7 @@ import (
 func receive(f Frame) ([]Frame, error) {
 	src, dst, proto, body, ok := f.ip()
 	if !ok {
-		return nil, errors.New("no IP packet, or lengths that can't be")
+		return nil, errors.New("not an IP packet, or impossible lengths")
 	}
 	off := len(f.Data) - len(body)
 	v4 := f.Data[0]>>4 == 4

@@ -11,7 +11,7 @@ import (
 )
 
 // ErrNoInterface: the calling thread's namespace has no interface of that index, since it was deleted or moved to another one.
-var ErrNoInterface = errors.New("the interface is not there any more")
+var ErrNoInterface = errors.New("the interface no longer exists")
 
 // Wanted is how an interface of the calling thread's namespace is to be. The index says which one it is: others can change the
 // name.

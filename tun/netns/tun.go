@@ -29,7 +29,7 @@ type TUNOptions struct {
 }
 
 // errForeign is the error of an interface that has more queues than we attached.
-var errForeign = errors.New("somebody else has a queue of it")
+var errForeign = errors.New("another program has a queue of it")
 
 // makeAttempts is how often a new interface is made when somebody else attaches a queue to it before it has an owner.
 const makeAttempts = 5
@@ -111,7 +111,7 @@ func takeOver(fd int, name string, o TUNOptions) error {
 	// The group as well: the interface may have had another one, whose members some kernels let in.
 	for _, own := range []struct{ request, id int }{{unix.TUNSETOWNER, os.Geteuid()}, {unix.TUNSETGROUP, os.Getegid()}} {
 		if err := unix.IoctlSetInt(fd, uint(own.request), own.id); err != nil {
-			return fmt.Errorf("cannot take the TUN device %s from others: %w", name, err)
+			return fmt.Errorf("cannot restrict the TUN device %s to this user: %w", name, err)
 		}
 	}
 	if err := unshared(name, o); err != nil { // from here on it stays so
@@ -134,7 +134,7 @@ func unshared(name string, o TUNOptions) error {
 	}
 	n, err := queueCount(name)
 	if err != nil {
-		return fmt.Errorf("cannot tell who uses the TUN device %s: %w", name, err)
+		return fmt.Errorf("cannot find out who uses the TUN device %s: %w", name, err)
 	}
 	if n != 1 {
 		return fmt.Errorf(
@@ -269,10 +269,10 @@ func attachError(name string, err error) error {
 	case errors.Is(err, unix.EPERM):
 		hint = ": CAP_NET_ADMIN is needed: run as root"
 		if exists(name) {
-			hint = ": it belongs to somebody else: run as root, or choose another name"
+			hint = ": it belongs to another user: run as root, or choose another name"
 		}
 	case errors.Is(err, unix.EBUSY):
-		hint = ": somebody else uses it: choose another name"
+		hint = ": another program uses it: choose another name"
 	case errors.Is(err, unix.EINVAL):
 		hint = ": the name is not valid, or an interface of that name is no TUN of this kind"
 	case errors.Is(err, unix.ENOTTY):

@@ -21,7 +21,7 @@ func TestOpenTUNErrors(t *testing.T) {
 	}{
 		{"name too long", TUNOptions{Name: "a-name-of-sixteen"}, "at most 15 bytes"},
 		{"name not valid", TUNOptions{Name: "a/b"}, "the name is not valid"},
-		{"in use", TUNOptions{Name: "vsn0"}, "device or resource busy: somebody else uses it"},
+		{"in use", TUNOptions{Name: "vsn0"}, "device or resource busy: another program uses it"},
 		{"no TUN", TUNOptions{Name: "lo"}, "no TUN of this kind"},
 		{"MTU", TUNOptions{MTU: 10}, "MTU of"},
 	} {
@@ -165,7 +165,7 @@ func TestQueues(t *testing.T) {
 	}
 	defer exec.Command("ip", "link", "del", name).Run()
 	many.Name = name
-	if _, _, err := OpenTUN(many); err == nil || !strings.Contains(err.Error(), "somebody else uses it") {
+	if _, _, err := OpenTUN(many); err == nil || !strings.Contains(err.Error(), "another program uses it") {
 		t.Errorf("a second user of one queue: %v", err)
 	}
 	CloseTUN(one)

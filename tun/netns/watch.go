@@ -104,7 +104,7 @@ func (w *Watch) Run(got func(Change)) {
 		if w.isClosed() {
 			return
 		}
-		w.log.Warn("the network is not watched for a moment: the kernel ended it", "err", err)
+		w.log.Warn("lost the netlink subscription: it is made again", "err", err)
 		if time.Since(began) > watchMost {
 			pause = watchAgain
 		}

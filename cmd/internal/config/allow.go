@@ -69,7 +69,7 @@ func (c *Config) finishAllow() error {
 	upstream := c.Default
 	if upstream == "" {
 		if len(c.Upstreams) > 0 {
-			return usagef("cannot use --allow: there is no --proxy that it could go by, only --upstream: write rules in its place")
+			return usagef("cannot use --allow with --upstream and without --proxy: write rules instead")
 		}
 		upstream = route.DirectName
 	}

@@ -21,7 +21,7 @@ func TestAllow(t *testing.T) {
 		{direct + " --allow tcp:[2001:db8::1]:80", "[proto tcp dst 2001:db8::1/128 port 80 direct] direct"},
 		{direct + " --allow tcp:[2001:db8::/32]:*", "[proto tcp dst 2001:db8::/32 direct] direct"},
 		{proxy + " --allow tcp:443 --rule drop", "[drop proto tcp port 443 via proxy] proxy"},
-		{"--upstream b=socks5://h --allow tcp:443", "there is no --proxy that it could go by"},
+		{"--upstream b=socks5://h --allow tcp:443", "without --proxy"},
 		{proxy + " --allow 443", "must be tcp:PORT"},
 		{proxy + " --allow icmp:443", "must be tcp:PORT"},
 		{proxy + " --allow tcp:", "the port is missing"},

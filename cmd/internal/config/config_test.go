@@ -113,7 +113,7 @@ func TestUsageErrors(t *testing.T) {
 		{"P --table 254", "but not 253, 254 and 255"},
 		{"P --table main", "must be a number"},
 		{"P --config /dev/null --config", "flag needs an argument"},
-		{"P word", `cannot use "word": there is nothing that it could belong to`},
+		{"P word", `cannot use "word": unexpected argument`},
 	} {
 		args := strings.Fields(tt.args)
 		if strings.Contains(tt.args, "\t") {
@@ -286,13 +286,13 @@ func TestFileOfOtherEditors(t *testing.T) {
 func TestFileErrors(t *testing.T) {
 	for _, tt := range []struct{ file, want string }{
 		{"mtu 9", ":1: mtu 9: must be a number from 1280 to 65535"},
-		{"\n\nfoo bar", `:3: there is no option "foo"`},
+		{"\n\nfoo bar", `:3: unknown option "foo"`},
 		{"--mtu 1500", `:1: "--mtu": options stand here without the dashes`},
 		{"mtu", ":1: mtu needs a value: BYTES"},
 		{"mtu 1500\nmtu 1500", ":2: mtu was given before"},
 		{"config x", ":1: a file cannot name another one"},
 		{"proxy socks5://al:s3cr3t@h:x", ":1: proxy socks5://al:***@h:x: it must read"},
-		{"al:s3cr3t@h", `:1: there is no option "al:***@h"`},
+		{"al:s3cr3t@h", `:1: unknown option "al:***@h"`},
 		{"mtu 1500\x00", ":1: there is a control character in the line"},
 		{"mtu 15\xff", ":1: not UTF-8 text"},
 		{strings.Repeat("#", maxLine+1), ":1: the line is longer than 4096 bytes"},

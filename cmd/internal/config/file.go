@@ -93,7 +93,7 @@ func parseLine(line []byte) (value, error) {
 	case o == nil && strings.HasPrefix(name, "-"):
 		return value{}, fmt.Errorf("%q: options stand here without the dashes", Redact(name))
 	case o == nil:
-		return value{}, fmt.Errorf("there is no option %q", Redact(name))
+		return value{}, fmt.Errorf("unknown option %q", Redact(name))
 	case name == fileOption:
 		return value{}, fmt.Errorf("a file cannot name another one")
 	case o.Arg != "" && text == "":

@@ -91,7 +91,7 @@ func parse(cmd Command, args, env []string, running *Config) (*Config, error) {
 		return nil, usagef("cannot run: no program was given")
 	}
 	if cmd != Run && len(c.Program) > 0 {
-		return nil, usagef("cannot use %q: there is nothing that it could belong to", c.Program[0])
+		return nil, usagef("cannot use %q: unexpected argument", c.Program[0])
 	}
 
 	file := map[string][]value{}

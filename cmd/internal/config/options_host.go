@@ -174,7 +174,7 @@ DHCP clients that send raw frames, as most do for their first lease, need the an
 	},
 	{
 		Name: "fail-open", Cmds: Up | Check | Down, set: boolean(func(c *Config) *bool { return &c.Host.FailOpen }),
-		Help: "give the host back when viasocks fails, instead of leaving it closed",
+		Help: "restore the host when viasocks fails, instead of leaving it closed",
 		Man: `Give the host back when
 .Nm
 fails or is killed, that is all its rules are undone.

@@ -37,7 +37,7 @@ func (c *Config) finishDNS() error {
 	}
 	if c.Fake.On {
 		if len(c.Upstreams) == 0 {
-			return usagef("cannot use --dns fake without a proxy: there is nobody who would know the names")
+			return usagef("cannot use --dns fake without a proxy: no proxy would resolve the names")
 		}
 		for _, p := range c.Host.Exclude.Nets {
 			if p.Overlaps(c.Fake.Pool) || p.Overlaps(flow.Pool6) {

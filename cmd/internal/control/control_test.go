@@ -360,7 +360,7 @@ func TestStaleSocket(t *testing.T) {
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Listen(Options{Path: path, Group: -1}); err == nil || !strings.Contains(err.Error(), "something else is there") {
+	if _, err := Listen(Options{Path: path, Group: -1}); err == nil || !strings.Contains(err.Error(), "another file is there") {
 		t.Error(err)
 	}
 	os.Chmod(dir, 0o777)

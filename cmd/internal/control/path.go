@@ -13,7 +13,7 @@ import (
 func Path(dir string) (string, error) {
 	var st syscall.Stat_t
 	if err := syscall.Stat("/proc/thread-self/ns/net", &st); err != nil {
-		return "", fmt.Errorf("cannot tell the network namespace: %w", err)
+		return "", fmt.Errorf("cannot identify the network namespace: %w", err)
 	}
 	return filepath.Join(dir, fmt.Sprintf("control-%d.sock", st.Ino)), nil
 }

@@ -22,7 +22,7 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 		s.PID,
 	)
 	if s.State == Waiting {
-		fmt.Fprintf(&b, "  waiting for the proxy; the host is closed until it is there: %s\n", Plain(s.Waiting))
+		fmt.Fprintf(&b, "  waiting for the proxy; the host is closed until it can be reached: %s\n", Plain(s.Waiting))
 	}
 	if s.ConfirmBy != nil && s.State != Stopping {
 		fmt.Fprintf(&b, "  all is undone in %s unless you say 'viasocks confirm'\n", span(s.ConfirmBy.Sub(now)))

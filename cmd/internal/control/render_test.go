@@ -171,7 +171,7 @@ func TestWriteStatusWaiting(t *testing.T) {
 	if err := WriteStatus(&b, s, now); err != nil {
 		t.Fatal(err)
 	}
-	const want = "  waiting for the proxy; the host is closed until it is there: cannot reach the proxy?[2J\n  all is undone in 1m0s unless you say"
+	const want = "  waiting for the proxy; the host is closed until it can be reached: cannot reach the proxy?[2J\n  all is undone in 1m0s unless you say"
 	if !strings.Contains(b.String(), ": waiting, up since") || !strings.Contains(b.String(), want) {
 		t.Error(b.String())
 	}

@@ -114,7 +114,7 @@ func RemoveStale(path string) error {
 		return nil
 	}
 	if info.Mode()&os.ModeSocket == 0 {
-		return errors.New("something else is there")
+		return errors.New("another file is there")
 	}
 	return os.Remove(path)
 }
@@ -179,7 +179,7 @@ func (s *Server) refuse(w http.ResponseWriter, p peer) {
 	if last := s.refused.Load(); now-last >= int64(refuseEvery) && s.refused.CompareAndSwap(last, now) {
 		s.o.Log.Warn("control: refused", "uid", p.uid, "pid", p.pid, "err", p.err)
 	}
-	http.Error(w, "this user may not", http.StatusForbidden)
+	http.Error(w, "permission denied: only root and members of --control-group", http.StatusForbidden)
 }
 
 func (s *Server) flows(r *http.Request) (any, error) {

@@ -49,7 +49,7 @@ func stop(p *plane, between func()) {
 	select {
 	case <-done:
 	case <-time.After(stopTimeout):
-		p.log.Error("cannot stop in order: took too long", "limit", stopTimeout)
+		p.log.Error("cannot stop in order: it took too long", "limit", stopTimeout)
 	}
 }
 

@@ -23,7 +23,7 @@ func Down(cfg *config.Config, environ []string, out io.Writer) error {
 	if cfg.AfterService && !opensAfter(cfg, environ) {
 		return nil
 	}
-	if err := needNetAdmin("give the host back", ""); err != nil {
+	if err := needNetAdmin("restore the host", ""); err != nil {
 		return err
 	}
 	path, err := control.Path(cfg.StateDir)

@@ -187,7 +187,7 @@ func (e *endpoints) push() {
 	all := slices.Collect(maps.Keys(e.known))
 	e.mu.Unlock()
 	if err := e.apply(all); err != nil {
-		e.log.Error("the filter does not know where the proxy is: it may be cut off", "err", err)
+		e.log.Error("cannot tell the filter the proxy's address: the proxy may be cut off", "err", err)
 		return
 	}
 	e.applied = gen
@@ -312,7 +312,7 @@ func (e *endpoints) warnFull(relay netip.AddrPort) {
 		e.full.more++
 		return
 	}
-	e.log.Warn("too many relays are in use: the filter does not let this one pass",
+	e.log.Warn("too many relay addresses are in use: the filter refuses this one",
 		"relay", relay, "limit", maxEndpoints, "unsaid", e.full.more)
 	e.full = said{at: now}
 }

@@ -211,7 +211,7 @@ func TestEndpointsForget(t *testing.T) {
 	if n := len(e.list()); n != maxEndpoints || !passes(used) {
 		t.Errorf("%d endpoints", n)
 	}
-	if n := strings.Count(log.String(), "too many relays"); n != 1 {
+	if n := strings.Count(log.String(), "too many relay addresses"); n != 1 {
 		t.Errorf("%d warnings", n)
 	}
 }

@@ -81,7 +81,7 @@ func MainIfGuardian() {
 	}
 	signal.Ignore(syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGPIPE)
 	if err := guard(os.Stdin, slog.New(slog.NewTextHandler(os.Stderr, nil))); err != nil {
-		fmt.Fprintf(os.Stderr, "viasocks: cannot give the host back: %s\n", control.Plain(err.Error()))
+		fmt.Fprintf(os.Stderr, "viasocks: cannot restore the host: %s\n", control.Plain(err.Error()))
 		os.Exit(1)
 	}
 	os.Exit(0)
@@ -123,7 +123,7 @@ func guard(in io.Reader, log *slog.Logger) error {
 		TUN: w.TUN, Table: w.Table, Priority: w.Priority, NFTable: w.NFTable, Dir: w.StateDir, Marks: kernel.MarksFrom(w.Mark, w.Mask), FailOpen: true, Log: log,
 	})
 	if len(lines) > 0 {
-		log.Warn("viasocks died: the host was given back (fail-open)", "removed", len(lines))
+		log.Warn("viasocks died: the host was restored (--fail-open)", "removed", len(lines))
 	}
 	return err
 }

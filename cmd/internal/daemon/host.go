@@ -213,12 +213,12 @@ func (h *host) fill(s *control.Status, cfg *config.Config) {
 
 // reasons are the filter's counters in words.
 var reasons = map[string]string{
-	"refused_output":      "past the TUN: bound to a device, or with somebody else's mark",
+	"refused_output":      "without the TUN: bound to a device, or with a mark of another program",
 	"refused_dns":         "the same to port 53, and errors that quote an answer from there",
 	"refused_multicast":   "multicast and broadcast",
 	"refused_no_daemon":   "into the TUN while nobody read it",
 	"refused_forward":     "forwarded by this host",
-	"refused_postrouting": "sent another way by somebody else's rules",
+	"refused_postrouting": "routed another way by rules of another program",
 	"refused_lan_to_tun":  "from outside to the TUN's address",
 	"refused_arp":         "ARP questions for the TUN's address",
 	"refused_frame":       "raw frames",

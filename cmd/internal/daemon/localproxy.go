@@ -93,7 +93,7 @@ func (u *up) besideLocal(cfg *config.Config) (_ *config.Config, watched []localP
 func (u *up) localProxies(cfg *config.Config) (out []localProxy) {
 	diag, err := netns.OpenDiag()
 	if err != nil {
-		u.log.Debug("proxies on this host cannot be looked for", "err", err)
+		u.log.Debug("cannot look for proxies on this host", "err", err)
 		return nil
 	}
 	defer diag.Close()
@@ -162,7 +162,7 @@ func (u *up) stopLoop(p localProxy) {
 		}
 		// Also where the names are the same as before: the kernel knows a control group by its inode.
 		if err := u.host.Change(kernelConfig(next, u.log)); err != nil {
-			u.log.Error("cannot exclude what the proxy on this host sends", "err", err)
+			u.log.Error("cannot exclude the traffic of the proxy on this host", "err", err)
 			return
 		}
 		u.mu.Lock()

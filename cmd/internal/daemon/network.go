@@ -47,7 +47,7 @@ func (s *settling) noted() {
 // networkChanged is what follows when due came: servers are looked up again and associations are made anew.
 func (p *plane) networkChanged(s *settling) {
 	s.due = nil
-	p.log.Info("the network changed: the proxy is looked up again and associations are made anew")
+	p.log.Info("the network changed: resolving the proxy's name and making the associations again")
 	p.renew()
 }
 
@@ -59,7 +59,7 @@ func followNetwork(s *settling, log *slog.Logger) (end func()) {
 	ran.Go(func() { (&pulse{every: sleepCheck}).run(ctx, func() {}, s.changed) })
 	w, err := netns.NewWatch(log)
 	if err != nil {
-		log.Warn("a change of the network goes unnoticed: UDP may stop for a while then", "err", err)
+		log.Warn("cannot watch the network: after a change UDP may stop for a while", "err", err)
 		return func() { cancel(); ran.Wait() }
 	}
 	ran.Go(func() {

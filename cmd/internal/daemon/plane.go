@@ -220,7 +220,7 @@ func (p *plane) setGSO(mode relay.GSO) {
 	p.log.Log(context.Background(), level, "UDP segmentation toward the proxy", "udp_gso", g.String(), "why", g.why)
 }
 
-// renew has servers looked up anew, and what lives long and would not notice that the network is another one made anew.
+// renew has servers looked up anew, and what lives long and would not notice that the network has changed made anew.
 // TCP flows are left to their own: they live if the old way still works.
 func (p *plane) renew() {
 	for _, u := range p.ups {

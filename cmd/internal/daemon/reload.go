@@ -25,7 +25,7 @@ func (u *up) reload() {
 		err = u.take(cfg)
 	}
 	if err != nil {
-		u.log.Error("the configuration stays as it was", "err", config.Redact(err.Error()))
+		u.log.Error("the configuration is unchanged", "err", config.Redact(err.Error()))
 		return
 	}
 	for _, c := range changes(u.config(), cfg) {

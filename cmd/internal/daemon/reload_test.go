@@ -103,7 +103,7 @@ func TestReload(t *testing.T) {
 		write(bad)
 		u.reload()
 		if got := u.status(); got.Upstreams[0].URL != "socks5://192.0.2.2:1080" || strings.Count(log.String(), "\n") != 1 ||
-			!strings.Contains(log.String(), "the configuration stays as it was") {
+			!strings.Contains(log.String(), "the configuration is unchanged") {
 			t.Errorf("%s: %+v\n%s", bad, got.Upstreams, log)
 		}
 		if strings.Contains(log.String(), "geheim") {

@@ -78,7 +78,7 @@ func Run(cfg *config.Config, environ []string, stdin, stdout, stderr *os.File) (
 	} else if slices.ContainsFunc(cfg.Rules, func(r route.Rule) bool { return r.AsksOwner() }) {
 		return 0, fmt.Errorf("cannot use rules with user, cgroup or exe: the program's sockets can't be looked at: %w", child.DiagErr)
 	} else {
-		e.log.Warn("the program's sockets can't be looked at: mappings end by time alone", "err", child.DiagErr)
+		e.log.Warn("cannot look up the program's sockets: mappings end by timeout only", "err", child.DiagErr)
 	}
 	dial.noIPv6 = !child.IPv6
 	p, err := newPlane(cfg, dev, sockets, dial, e.log)
@@ -140,7 +140,7 @@ func watch(child *netns.Child, p *plane, network *settling, signals <-chan os.Si
 		case <-network.due:
 			p.networkChanged(network)
 		case failure = <-p.failed:
-			p.log.Error("the program's network failed: it is ended", "err", failure)
+			p.log.Error("the program's network failed: the program is ended", "err", failure)
 			child.Signal(syscall.SIGTERM)
 			kill = time.After(killAfter)
 		case <-kill:

@@ -48,7 +48,7 @@ func newNotifier(environ []string, log *slog.Logger) *notifier {
 	}
 	conn, err := dialNotify(addr)
 	if err != nil {
-		log.Warn("cannot tell systemd how we are", "err", err)
+		log.Warn("cannot notify systemd", "err", err)
 		return n
 	}
 	n.conn = conn
@@ -73,7 +73,7 @@ func (n *notifier) send(lines ...string) {
 	}
 	_ = n.conn.SetWriteDeadline(time.Now().Add(sendTimeout))
 	if _, err := n.conn.Write([]byte(strings.Join(lines, "\n"))); err != nil && !errors.Is(err, net.ErrClosed) {
-		n.log.Warn("cannot tell systemd how we are", "err", err)
+		n.log.Warn("cannot notify systemd", "err", err)
 	}
 }
 

@@ -90,7 +90,7 @@ func (t *tended) mended(now time.Time) {
 func (u *up) watchTUN() (end func()) {
 	w, err := netns.NewWatch(u.log)
 	if err != nil {
-		u.log.Warn("that somebody takes addresses from the TUN device goes unnoticed", "err", err)
+		u.log.Warn("cannot watch the addresses of the TUN device", "err", err)
 		return func() {}
 	}
 	var ran sync.WaitGroup
@@ -112,7 +112,7 @@ func (u *up) tend() {
 		u.plane.fail(fmt.Errorf("the TUN device %s is not in this network namespace any more", t.wanted.Name))
 		return
 	case err != nil:
-		u.log.Warn("the TUN device could not be looked at", "err", err)
+		u.log.Warn("cannot read the state of the TUN device", "err", err)
 		return
 	case len(faults) == 0:
 		t.setFault("")
@@ -120,7 +120,7 @@ func (u *up) tend() {
 	}
 	what := strings.Join(faults, ", ")
 	wrong := fmt.Sprintf(
-		"somebody changed the TUN device %s, and what it carries may fail until it is put right: it %s",
+		"another program changed the TUN device %s, and its traffic may fail until it is restored: it %s",
 		t.wanted.Name,
 		what,
 	)
@@ -139,10 +139,10 @@ func (u *up) tend() {
 	t.mended(time.Now())
 	if err != nil {
 		t.setFault(wrong + "; " + err.Error())
-		u.log.Warn("the TUN device could not be put right: it is tried again", "what", what, "err", err)
+		u.log.Warn("cannot restore the TUN device: trying again", "what", what, "err", err)
 		t.again = time.After(t.delay(time.Now()))
 		return
 	}
-	u.log.Warn("somebody changed the TUN device: it is put right", "tun", t.wanted.Name, "what", what)
+	u.log.Warn("another program changed the TUN device: it is restored", "tun", t.wanted.Name, "what", what)
 	t.changed() // look whether it is
 }

@@ -58,7 +58,7 @@ type up struct {
 
 var (
 	errDown        = errors.New("stopped by 'viasocks down'")
-	errUnconfirmed = errors.New("nobody said 'viasocks confirm' in time: the host is as it was")
+	errUnconfirmed = errors.New("not confirmed in time by 'viasocks confirm': all changes were undone")
 )
 
 // Up steers the whole host through the proxy until SIGTERM, SIGINT or `viasocks down`, and then undoes it. The error is
@@ -190,9 +190,9 @@ func (u *up) start(ctx context.Context, h *host) error {
 	if h.Recovered() {
 		switch n, err := h.ResetStale(); {
 		case err != nil:
-			u.log.Warn("connections of the dead viasocks could not be looked for", "err", err)
+			u.log.Warn("cannot look for connections of the dead viasocks", "err", err)
 		case n > 0:
-			u.log.Info("connections that the dead viasocks carried were ended", "count", n)
+			u.log.Info("reset the connections that the dead viasocks had carried", "count", n)
 		}
 	}
 	if err := u.startPlane(cfg); err != nil {
@@ -244,7 +244,7 @@ func (u *up) giveUp(h *host, err error) error {
 		}
 	})
 	if undo != nil {
-		return fmt.Errorf("%w; and cannot give the host back: %w", err, undo)
+		return fmt.Errorf("%w; and cannot restore the host: %w", err, undo)
 	}
 	return fmt.Errorf("%w (%s)", err, back)
 }
@@ -268,10 +268,10 @@ func (u *up) end(ctx context.Context, failed error) error {
 	})
 	if !open {
 		if kerr := u.host.KeepClosed(); kerr != nil {
-			err = errors.Join(err, fmt.Errorf("the host may open by itself: %w", kerr))
+			err = errors.Join(err, fmt.Errorf("--fail-open may open the host: %w", kerr))
 		}
 		u.leaveTUN(failed)
-		u.log.Warn("the host stays closed: 'viasocks up' takes it over, 'viasocks down' opens it")
+		u.log.Warn("the host stays closed: 'viasocks up' takes over, 'viasocks down' opens it")
 	}
 	switch {
 	case failed != nil:
@@ -315,7 +315,7 @@ func (u *up) live(ctx context.Context) error {
 		case <-u.confirm:
 			unconfirmed = nil
 			u.settle()
-			u.log.Info("confirmed: it stays")
+			u.log.Info("confirmed: the changes stay")
 		case <-u.hup:
 			u.reload()
 			waiter.changed()

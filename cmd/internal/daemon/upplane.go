@@ -63,7 +63,7 @@ func (u *up) rebuild(why error) error {
 		return fmt.Errorf("%w (%d times within %v)", why, rebuildMost+1, rebuildWithin)
 	}
 	u.rebuilt = append(u.rebuilt, now)
-	u.log.Warn("the data plane ended: it is built anew", "err", why)
+	u.log.Warn("the data plane ended: starting it again", "err", why)
 	u.stopPlane(nil)
 	u.mu.Lock()
 	cfg := u.cfg
@@ -90,6 +90,6 @@ func (u *up) leaveTUN(failed error) {
 		err = u.host.Steer()
 	}
 	if err != nil {
-		u.log.Error("connections from outside may not be answered", "err", err)
+		u.log.Error("answers to connections from outside may be lost", "err", err)
 	}
 }

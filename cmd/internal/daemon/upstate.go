@@ -18,7 +18,7 @@ func (u *up) awaitConfirm() (over <-chan time.Time, end func()) {
 		u.confirmBy = &by
 		t := time.NewTimer(d)
 		over, end = t.C, func() { t.Stop() }
-		u.log.Warn("all is undone unless 'viasocks confirm' comes", "within", d)
+		u.log.Warn("all changes are undone unless you run 'viasocks confirm'", "within", d)
 	}
 	u.state = u.stateNow()
 	return over, end

@@ -78,7 +78,7 @@ func (u *up) waitFor(err error) {
 	u.waiting = err
 	u.mu.Unlock()
 	if !said {
-		u.log.Warn("waiting for the proxy; the host is closed until it is there", "err", err)
+		u.log.Warn("waiting for the proxy; the host is closed until it can be reached", "err", err)
 	}
 	u.notify.waiting("waits for the proxy, the host is closed: "+err.Error(), waitMost+probeTimeout)
 }

@@ -111,11 +111,11 @@ func Tail(s string, lines int) string {
 func Descriptor(oob []byte) (int, error) {
 	msgs, err := unix.ParseSocketControlMessage(oob)
 	if err != nil || len(msgs) != 1 {
-		return -1, fmt.Errorf("no descriptor came: %v", err)
+		return -1, fmt.Errorf("no descriptor arrived: %v", err)
 	}
 	fds, err := unix.ParseUnixRights(&msgs[0])
 	if err != nil || len(fds) != 1 {
-		return -1, fmt.Errorf("no descriptor came: %v", err)
+		return -1, fmt.Errorf("no descriptor arrived: %v", err)
 	}
 	return fds[0], nil
 }

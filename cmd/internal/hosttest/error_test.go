@@ -83,13 +83,13 @@ func TestUpErrors(t *testing.T) {
 
 	for _, taken := range []struct{ what, by, undo, want string }{
 		{"table taken by a rule", "rule add from 10.9.9.9 lookup 30323", "rule del from 10.9.9.9 lookup 30323",
-			"cannot use table 30323: an ip rule of somebody else leads to it: see 'ip rule', and choose another with --table"},
+			"cannot use table 30323: an ip rule of another program leads to it: see 'ip rule', and choose another with --table"},
 		{"table taken by a route", "route add 203.0.113.0/24 dev eth0 table 30323", "route flush table 30323",
-			"cannot use table 30323: it has routes of somebody else: see 'ip route show table 30323', and choose another with --table"},
+			"cannot use table 30323: it has routes of another program: see 'ip route show table 30323', and choose another with --table"},
 		{"priority taken", "rule add from 10.9.9.9 lookup main pref 9005", "rule del pref 9005",
-			"cannot use rule priorities 9000 to 9019: somebody else has 9005: see 'ip rule', and choose others with --priority"},
+			"cannot use rule priorities 9000 to 9019: another program has 9005: see 'ip rule', and choose others with --priority"},
 		{"mark taken", "rule add fwmark 0x76000000/0xff000000 lookup main pref 100", "rule del pref 100",
-			"cannot use mark 0x76000000/0xff000000: an ip rule of somebody else asks for mark 0x76000000: see 'ip rule', and choose another with --mark"},
+			"cannot use mark 0x76000000/0xff000000: an ip rule of another program uses mark 0x76000000: see 'ip rule', and choose another with --mark"},
 		{"device taken", "link add viasocks0 type bridge", "link del viasocks0",
 			"cannot use the name viasocks0 for the TUN device: there is a bridge of that name: choose another with --tun"},
 	} {
@@ -100,7 +100,7 @@ func TestUpErrors(t *testing.T) {
 	w.nft("host", "add table inet viasocks")
 	fails(
 		"nftables name taken",
-		"cannot use the nftables name viasocks: somebody else has a table inet viasocks: choose another with --nft-table",
+		"cannot use the nftables name viasocks: another program has a table inet viasocks: choose another with --nft-table",
 		up(good...),
 	)
 	w.nft("host", "delete table inet viasocks")

@@ -99,7 +99,7 @@ connect-timeout 5s
 		fmt.Sprint(wantHost.Steered, wantHost.Kept, wantHost.Excluded, wantHost.TUN, wantHost.Table, wantHost.Mark) {
 		t.Errorf("host: %+v, want %+v", s.Host, wantHost)
 	}
-	if !slices.ContainsFunc(s.Warnings, func(l string) bool { return strings.Contains(l, "asked before ours") }) {
+	if !slices.ContainsFunc(s.Warnings, func(l string) bool { return strings.Contains(l, "comes before ours") }) {
 		t.Errorf("no word of the ip rule of somebody else: %q", s.Warnings)
 	}
 

@@ -92,14 +92,14 @@ func TestTUNNameTaken(t *testing.T) {
 		return s.State == control.Impaired
 	})
 	if len(s.Warnings) == 0 || !strings.Contains(s.Warnings[0], "has the name other0") ||
-		!strings.Contains(s.Warnings[0], "until it is put right") {
+		!strings.Contains(s.Warnings[0], "until it is restored") {
 		t.Errorf("warnings: %q", s.Warnings)
 	}
 	w.errorsAtOnce("without its TUN")
 	w.ip("host", "link del "+tunName)
 	w.carries("the name is free again")
 	if s := ask[control.Status](w, "status"); s.State != control.Ready ||
-		strings.Contains(strings.Join(s.Warnings, "\n"), "put right") {
+		strings.Contains(strings.Join(s.Warnings, "\n"), "is restored") {
 		t.Errorf("%s, %q", s.State, s.Warnings)
 	}
 }
@@ -116,7 +116,7 @@ func TestTUNChangedAgainAndAgain(t *testing.T) {
 		t.Error("status never said so")
 	}
 	// At 0, 0.25, 0.75, 1.75 and 3.75 s.
-	tries := strings.Count(d.log.String(), "it is put right") + strings.Count(d.log.String(), "could not be put right")
+	tries := strings.Count(d.log.String(), "device: it is restored") + strings.Count(d.log.String(), "cannot restore the TUN device")
 	if tries < 2 || tries > 6 {
 		t.Errorf("tried %d times", tries)
 	}

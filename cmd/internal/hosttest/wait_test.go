@@ -27,7 +27,7 @@ func TestWait(t *testing.T) {
 	}
 	waits("unreachable")
 	if out, _ := w.command("status"); !strings.Contains(out, ": waiting, up since") ||
-		!strings.Contains(out, "waiting for the proxy; the host is closed until it is there: cannot reach the proxy") {
+		!strings.Contains(out, "waiting for the proxy; the host is closed until it can be reached: cannot reach the proxy") {
 		t.Errorf("status says\n%s", out)
 	}
 	refused := func(when string) {
