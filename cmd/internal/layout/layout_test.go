@@ -69,8 +69,8 @@ var table = []struct {
 	},
 	{"route/kernel", []string{netlink, nftables, xsys}, nil,
 		"changes the host and undoes it: must work without a data plane"},
-	{"cmd/internal/hosttest", []string{self + "/...", xsys}, []string{netlink},
-		"its tests configure a host as DHCP clients do, with nothing between one message to the kernel and the next"},
+	{"cmd/internal/hosttest", []string{self + "/...", xsys}, []string{netlink, dnsmessage},
+		"its tests configure a host as DHCP clients do, with nothing between one message to the kernel and the next, and ask for names"},
 	{"cmd/...", []string{self + "/...", pflag, xsys}, nil,
 		"glue that no layer may import"},
 }
