@@ -12,7 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/net/dns/dnsmessage"
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
@@ -77,37 +76,32 @@ func dnsProbes() (ps []dnsProbe) {
 }
 
 // dnsQuestions are messages that resolvers and programs send: every kind that is treated in a way of its own.
-func dnsQuestions(t testing.TB, tag string) (all [][]byte) {
-	t.Helper()
+func dnsQuestions(tag string) (all [][]byte) {
 	for i, q := range []struct {
 		name   string
-		typ    dnsmessage.Type
-		opcode dnsmessage.OpCode
+		typ    uint16
+		opcode byte
 	}{
-		{"www." + tag + ".example.", dnsmessage.TypeA, 0},
-		{"www." + tag + ".example.", dnsmessage.TypeAAAA, 0},
+		{"www." + tag + ".example.", 1, 0},
+		{"www." + tag + ".example.", 28, 0},
 		{"www." + tag + ".example.", 65, 0}, // HTTPS
-		{tag + ".example.", dnsmessage.TypeMX, 0},
-		{tag + ".example.", dnsmessage.TypeTXT, 0},
-		{tag + ".example.", dnsmessage.TypeALL, 0},
-		{"7.113.0.203.in-addr.arpa.", dnsmessage.TypePTR, 0},
-		{"1.0.77.10.in-addr.arpa.", dnsmessage.TypePTR, 0},
-		{tag + ".", dnsmessage.TypeA, 0},
-		{tag + ".local.", dnsmessage.TypeA, 0},
-		{tag + ".onion.", dnsmessage.TypeA, 0},
-		{tag + ".home.arpa.", dnsmessage.TypeA, 0},
-		{tag + ".example.", dnsmessage.TypeSOA, 5}, // UPDATE
-		{tag + ".example.", dnsmessage.TypeSOA, 4}, // NOTIFY
+		{tag + ".example.", 15, 0},
+		{tag + ".example.", 16, 0},
+		{tag + ".example.", 255, 0},
+		{"7.113.0.203.in-addr.arpa.", 12, 0},
+		{"1.0.77.10.in-addr.arpa.", 12, 0},
+		{tag + ".", 1, 0},
+		{tag + ".local.", 1, 0},
+		{tag + ".onion.", 1, 0},
+		{tag + ".home.arpa.", 1, 0},
+		{tag + ".example.", 6, 5}, // UPDATE
+		{tag + ".example.", 6, 4}, // NOTIFY
 	} {
-		m := dnsmessage.Message{
-			Header:    dnsmessage.Header{ID: uint16(i + 1), RecursionDesired: true, OpCode: q.opcode},
-			Questions: []dnsmessage.Question{{Name: dnsmessage.MustNewName(q.name), Type: q.typ, Class: dnsmessage.ClassINET}},
+		b := []byte{0, byte(i + 1), 1 | q.opcode<<3, 0, 0, 1, 0, 0, 0, 0, 0, 0}
+		for label := range strings.SplitSeq(q.name, ".") {
+			b = append(append(b, byte(len(label))), label...)
 		}
-		b, err := m.Pack()
-		if err != nil {
-			t.Fatal(err)
-		}
-		all = append(all, b)
+		all = append(all, append(b, byte(q.typ>>8), byte(q.typ), 0, 1))
 	}
 	return append(all, []byte("no question at all"))
 }
@@ -259,7 +253,7 @@ func (a *dnsAsker) fire(phase string, d time.Duration) []int {
 	var wg sync.WaitGroup
 	ps := dnsProbes()
 	answers := make([]int, len(ps))
-	questions := dnsQuestions(a.t, phase)
+	questions := dnsQuestions(phase)
 	deadline := time.Now().Add(d)
 	for i, p := range ps {
 		wg.Go(func() {
@@ -413,7 +407,7 @@ func (a *dnsAsker) checkAnswers(answers []int) {
 	for i, p := range dnsProbes() {
 		want := pipelined
 		if !p.tcp {
-			want = len(dnsQuestions(a.t, "count")) - 1
+			want = len(dnsQuestions("count")) - 1
 		}
 		if p.answering && answers[i] < want {
 			a.t.Errorf("%v: %d answers to %d questions", p, answers[i], want)
