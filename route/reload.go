@@ -59,6 +59,8 @@ func (r *Router) Reload(p Policy) error {
 	if names != nil {
 		r.startDNS(names)
 		r.resolvers = p.Resolvers
+	} else if d := r.dns.Load(); d != nil {
+		d.Forget() // the rules may lead to the resolvers by another way
 	}
 	if !same {
 		r.endReplaced(next)
@@ -138,6 +140,8 @@ func (s *dnsSum) add(t dns.Stats) {
 	s.Questions += t.Questions
 	s.Answered += t.Answered
 	s.Own += t.Own
+	s.Cached += t.Cached
+	s.Shared += t.Shared
 	s.Truncated += t.Truncated
 	s.Failed += t.Failed
 	s.Malformed += t.Malformed

@@ -9,6 +9,9 @@
 //	Server.Handle -> exchange.take -> exchange.run (owns the state) -> conn.write -> resolver
 //	Server.finish <-                  exchange.run                  <- conn.read  <-
 //
+// Before that the Server looks for the answer in its cache (cache.go), and for somebody who asks the same at the time, whose answer
+// it waits for then (flight.go).
+//
 // Goroutines: Run, and two for each open connection, of which there is at most one for each resolver; all end when Run
 // returns.
 //

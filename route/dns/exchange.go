@@ -61,6 +61,7 @@ type query struct {
 	wire     []byte // length and message, with the ID for the resolver
 	q        question
 	reply    func([]byte) // for finish
+	key      string       // as appendKey has it; empty: the answer is for this asker alone
 	deadline time.Time
 	to       netip.AddrPort // the server that the app asked, if this must go there
 

@@ -40,6 +40,7 @@ type question struct {
 	edns  bool
 
 	ednsVersion byte
+	do          byte // the DO bit, in its place (RFC 3225)
 }
 
 // isQuery reports whether q is a QUERY: a question, and not an UPDATE, a NOTIFY or another operation.
@@ -109,7 +110,7 @@ func parseQuestion(msg []byte) (q question, v verdict, rcode uint16) {
 			if q.edns || msg[name] != 0 { // RFC 6891 6.1.1: one, of the root
 				return q, answer, rcodeFormat
 			}
-			q.edns, q.ednsVersion = true, msg[off+5]
+			q.edns, q.ednsVersion, q.do = true, msg[off+5], msg[off+6]&flagDO
 			q.size = min(max(int(binary.BigEndian.Uint16(msg[off+2:])), minUDPSize), maxUDPSize)
 		}
 		if off += 10 + data; off > len(msg) {

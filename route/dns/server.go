@@ -37,6 +37,8 @@ type Stats struct {
 	Questions   uint64 // taken from the app
 	Answered    uint64 // with an answer of a resolver
 	Own         uint64 // answered without one: fake addresses, and names that nobody must be asked for
+	Cached      uint64 // answered with an answer that a resolver gave before
+	Shared      uint64 // of those answered by a resolver: with the answer to another asker who asked the same at the time
 	Truncated   uint64 // of those: cut to what the asker takes, with TC
 	Failed      uint64 // answered SERVFAIL: no resolver answered
 	Malformed   uint64 // answered FORMERR or NOTIMP, or not at all
@@ -47,7 +49,7 @@ type Stats struct {
 }
 
 type counters struct {
-	questions, answered, own, truncated, failed, malformed, refused, dropped, unmatched, connections atomic.Uint64
+	questions, answered, own, cached, shared, truncated, failed, malformed, refused, dropped, unmatched, connections atomic.Uint64
 }
 
 // Server answers questions while Run runs. Handle, Stats and Resolver may be called from any goroutine.
@@ -57,6 +59,8 @@ type Server struct {
 	count counters
 
 	exchange *exchange // with the resolvers
+	cache    *cache
+	flights  flights
 
 	askers askers
 }
@@ -89,7 +93,7 @@ func New(cfg Config) (*Server, error) {
 			return nil, fmt.Errorf("cannot answer DNS: %s is not the address and port of a resolver", a)
 		}
 	}
-	s := &Server{cfg: cfg}
+	s := &Server{cfg: cfg, cache: newCache(cacheEntries, cacheBytes), flights: flights{most: cfg.InFlight}}
 	s.exchange = newExchange(&s.cfg, &s.count, s.finish)
 	if cfg.Fake.Pool != nil {
 		s.fake = &fake{pool: cfg.Fake.Pool, config: cfg.Fake}
@@ -107,7 +111,7 @@ func (s *Server) Resolver() netip.AddrPort { return s.cfg.Resolvers[0] }
 // Stats is a snapshot of the counters.
 func (s *Server) Stats() Stats {
 	c := &s.count
-	return Stats{c.questions.Load(), c.answered.Load(), c.own.Load(), c.truncated.Load(), c.failed.Load(), c.malformed.Load(),
+	return Stats{c.questions.Load(), c.answered.Load(), c.own.Load(), c.cached.Load(), c.shared.Load(), c.truncated.Load(), c.failed.Load(), c.malformed.Load(),
 		c.refused.Load(), c.dropped.Load(), c.unmatched.Load(), c.connections.Load()}
 }
 
@@ -165,28 +169,113 @@ func (s *Server) handle(msg []byte, asked netip.AddrPort, how way, judge Judge, 
 	if s.fake != nil && how != ours && q.isQuery() && s.answerItself(msg, &q, reply) {
 		return true
 	}
-	wire := make([]byte, 2+len(msg))
-	binary.BigEndian.PutUint16(wire, uint16(len(msg)))
-	copy(wire[2:], msg)
 	if q.isQuery() || !canBeAsked(asked) {
 		asked = netip.AddrPort{}
 	}
-	return s.exchange.take(&query{wire: wire, q: q, to: asked, reply: reply, deadline: time.Now().Add(s.cfg.Timeout)})
+	return s.ask(msg, &q, asked, reply)
 }
 
-// finish replies to q with the answer of a resolver, or with SERVFAIL if resp is nil.
+// ask has a resolver asked, unless its answer is in the cache or on its way to somebody else. It reports as handle does.
+func (s *Server) ask(msg []byte, q *question, to netip.AddrPort, reply func([]byte)) bool {
+	var room [keyLen]byte
+	key, shared := appendKey(room[:0], msg, q, to)
+	now := time.Now()
+	deadline := now.Add(s.cfg.Timeout)
+	if shared {
+		if s.answerCached(key, msg, q, now, reply) {
+			return true
+		}
+		switch s.flights.join(key, msg, q, reply, now, deadline.Add(time.Second)) {
+		case follows:
+			return true
+		case tooMany:
+			s.count.dropped.Add(1)
+			return false
+		}
+	} else {
+		key = nil
+	}
+	wire := make([]byte, 2+len(msg))
+	binary.BigEndian.PutUint16(wire, uint16(len(msg)))
+	copy(wire[2:], msg)
+	asked := &query{wire: wire, q: *q, to: to, reply: reply, key: string(key), deadline: deadline}
+	if s.exchange.take(asked) {
+		return true
+	}
+	s.finishOthers(asked, nil)
+	return false
+}
+
+// replyBuffers hold answers of the cache while reply reads them.
+var replyBuffers = sync.Pool{New: func() any { b := make([]byte, 0, 2048); return &b }}
+
+// answerCached replies if the answer is in the cache, and reports whether it was. It works whether or not Run runs.
+func (s *Server) answerCached(key, msg []byte, q *question, now time.Time, reply func([]byte)) bool {
+	buf := replyBuffers.Get().(*[]byte)
+	defer replyBuffers.Put(buf)
+	b, truncated, ok := s.cache.get((*buf)[:0], key, msg, q, now)
+	if !ok {
+		return false
+	}
+	if cap(b) > cap(*buf) {
+		*buf = b[:0]
+	}
+	s.count.cached.Add(1)
+	if truncated {
+		s.count.truncated.Add(1)
+	}
+	reply(b)
+	return true
+}
+
+// Forget empties the cache, as when other resolvers or rules are in force.
+func (s *Server) Forget() { s.cache.clear() }
+
+// finish replies to q, and to everybody who asked the same meanwhile, with the answer of a resolver, or with SERVFAIL if resp is
+// nil.
 func (s *Server) finish(q *query, resp []byte) {
+	s.finishOthers(q, resp)
 	if resp == nil {
 		s.count.failed.Add(1)
 		q.reply(errorReply(q.msg(), q.q, rcodeServer))
 		return
 	}
-	s.count.answered.Add(1)
 	out, truncated := udpReply(resp, q.msg(), q.q)
+	s.answered(out, truncated, q.reply)
+}
+
+func (s *Server) answered(out []byte, truncated bool, reply func([]byte)) {
+	s.count.answered.Add(1)
 	if truncated {
 		s.count.truncated.Add(1)
 	}
-	q.reply(out)
+	reply(out)
+}
+
+// finishOthers keeps the answer to q in the cache, and replies to those who wait for it beside q itself.
+func (s *Server) finishOthers(q *query, resp []byte) {
+	if q.key == "" {
+		return
+	}
+	var plain []byte
+	if resp != nil {
+		plain = plainAnswer(resp, q.q.qtype)
+		s.cache.put(q.key, plain, q.q.qtype, time.Now())
+	}
+	for _, w := range s.flights.land(q.key) {
+		s.count.shared.Add(1)
+		switch {
+		case resp == nil:
+			s.count.failed.Add(1)
+			w.reply(errorReply(w.head, w.q, rcodeServer))
+		case plain == nil: // nobody but the asker can tell what is in it
+			out, truncated := udpReply(append([]byte(nil), resp...), w.head, w.q)
+			s.answered(out, truncated, w.reply)
+		default:
+			out, truncated := asAsked(nil, plain, w.head, &w.q, 0)
+			s.answered(out, truncated, w.reply)
+		}
+	}
 }
 
 // answerBuffers hold the answers that need no resolver while reply reads them.

@@ -375,8 +375,8 @@ func bounds(t *testing.T) (inTime bool) {
 		}})
 	var failed atomic.Int32
 	begin := time.Now()
-	for range 1000 {
-		s.Handle(makeQuestion(t, "a.", 0, nil), netip.AddrPort{}, func(b []byte) { failed.Add(1) })
+	for i := range 1000 {
+		s.Handle(makeQuestion(t, fmt.Sprintf("a%d.", i), 0, nil), netip.AddrPort{}, func(b []byte) { failed.Add(1) })
 	}
 	if time.Since(begin) >= timeout {
 		return false

@@ -2,12 +2,15 @@ package dns
 
 import "encoding/binary"
 
-// udpReply makes the asker's answer out of the resolver's, in place: its own ID, and no more bytes than it takes.
-// truncated reports whether TC is set because of that.
+// udpReply makes the asker's answer out of the resolver's, in place: its own ID, its question letter by letter, and no more bytes
+// than it takes. truncated reports whether TC is set because of that.
 func udpReply(resp, query []byte, q question) (out []byte, truncated bool) {
 	flags := binary.BigEndian.Uint16(resp[2:])
 	if q.isQuery() && binary.BigEndian.Uint16(resp[4:]) == 0 {
 		return errorReply(query, q, flags&15), false
+	}
+	if q.isQuery() {
+		copy(resp[headerLen:q.end], query[headerLen:q.end])
 	}
 	if len(resp) > q.size {
 		resp, truncated = truncate(resp, q.size)

@@ -135,7 +135,7 @@ func fillTraffic(s *control.Status, router *route.Router, k stack.Stats) {
 	r := router.Stats()
 	s.TCP = control.TCP{Now: r.StreamsNow, Pending: int(k.Pending), Total: r.Streams, Refused: r.StreamsRefused}
 	s.UDP = control.UDP{Now: r.MappingsNow, Total: r.Mappings, Reassociated: r.Reassociations, Refused: r.Refused}
-	s.Names = control.Names{Asked: r.DNS.Questions, Answered: r.DNS.Answered + r.DNS.Own, Failed: r.DNS.Failed}
+	s.Names = control.Names{Asked: r.DNS.Questions, Answered: r.DNS.Answered + r.DNS.Own + r.DNS.Cached, Failed: r.DNS.Failed}
 	s.Up, s.Down = r.Up, r.Down
 	for _, f := range router.Flows() {
 		s.Up += f.Up

@@ -1,0 +1,329 @@
+package dns
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"sync"
+	"time"
+)
+
+const (
+	cacheEntries = 8192
+	cacheBytes   = 8 << 20         // of messages and keys, with entryCost for each
+	entryCost    = 256             // bytes that an entry takes beside its message and its key
+	maxCached    = 16 << 10        // a longer answer is not kept
+	maxLife      = time.Hour       // an answer is kept for so long at most, whatever its records say
+	failureLife  = 2 * time.Second // of SERVFAIL: RFC 9520 3.2 wants 1 s at least, RFC 2308 7.1 5 minutes at most
+	keyLen       = 1 + maxName + 4 + 18
+	flagAD       = 0x0020
+	flagAA       = 0x0400
+	flagDO       = 0x80 // in the third byte of the TTL of an OPT record (RFC 3225)
+	optionECS    = 8    // RFC 7871
+	optionCookie = 10   // RFC 7873
+	optionAlive  = 11   // RFC 7828
+	optionPad    = 12   // RFC 7830
+	typeTKEY     = 249
+	typeMAILA    = 254
+)
+
+// cache keeps answers of resolvers until their TTL is over. It is bounded in entries and bytes; the answer that was used least
+// recently goes first. Its methods may be called from any goroutine.
+type cache struct {
+	entries, bytes int // limits
+
+	mu    sync.Mutex
+	byKey map[string]*cached
+	ring  cached // its next is the entry that was used last
+	held  int    // bytes
+}
+
+// cached is an answer without its OPT record. Its message is never changed.
+type cached struct {
+	key           string
+	msg           []byte
+	stored, until time.Time
+	prev, next    *cached
+}
+
+func newCache(entries, bytes int) *cache {
+	c := &cache{entries: entries, bytes: bytes}
+	c.clear()
+	return c
+}
+
+// clear forgets everything.
+func (c *cache) clear() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.byKey = make(map[string]*cached)
+	c.ring.prev, c.ring.next = &c.ring, &c.ring
+	c.held = 0
+}
+
+// appendKey appends what tells one question from another: the server if it must be that one, the flags that change the answer,
+// the name in lower case, type and class. It is false for a question whose answer is for this asker alone: another operation than
+// QUERY, a signed question, a transfer, and options of EDNS whose meaning is not known here.
+func appendKey(b, msg []byte, q *question, to netip.AddrPort) (_ []byte, ok bool) {
+	if !q.isQuery() || q.end == 0 || q.ednsVersion != 0 || q.qtype == typeOPT || q.qtype >= typeTKEY && q.qtype <= typeMAILA {
+		return b, false
+	}
+	alone := false
+	_, whole := walkRecords(msg, func(section int, typ uint16, record []byte) bool {
+		alone = section != additional || typ != typeOPT || !sharedOptions(record[optLen:])
+		return !alone
+	})
+	if !whole || alone {
+		return b, false
+	}
+	b = append(b, byte(q.flags&(flagCD|flagAD))|byte(q.flags&flagRD>>8)|q.do)
+	for _, c := range msg[headerLen : q.end-4] {
+		b = append(b, lower(c))
+	}
+	b = append(b, msg[q.end-4:q.end]...)
+	if to.IsValid() {
+		a := to.Addr().As16()
+		b = binary.BigEndian.AppendUint16(append(b, a[:]...), to.Port())
+	}
+	return b, true
+}
+
+// sharedOptions reports whether the options of a question leave its answer the same for all askers: those that are about the
+// connection to the next server alone do.
+func sharedOptions(options []byte) bool {
+	for len(options) >= 4 {
+		switch binary.BigEndian.Uint16(options) {
+		case optionCookie, optionAlive, optionPad:
+		default:
+			return false
+		}
+		n := 4 + int(binary.BigEndian.Uint16(options[2:]))
+		if n > len(options) {
+			return false
+		}
+		options = options[n:]
+	}
+	return len(options) == 0
+}
+
+// get is the answer that is kept for a key, as the asker of msg wants it: see asAsked. It uses the room behind b.
+func (c *cache) get(b, key, msg []byte, q *question, now time.Time) (out []byte, truncated, ok bool) {
+	c.mu.Lock()
+	e := c.byKey[string(key)]
+	if e != nil && !now.Before(e.until) {
+		c.remove(e)
+		e = nil
+	}
+	if e == nil {
+		c.mu.Unlock()
+		return b, false, false
+	}
+	e.prev.next, e.next.prev = e.next, e.prev
+	c.first(e)
+	c.mu.Unlock()
+	age := uint32(max(now.Sub(e.stored), 0) / time.Second)
+	out, truncated = asAsked(b, e.msg, msg, q, age)
+	return out, truncated, true
+}
+
+// put keeps an answer of a resolver to the question of a key, if it may be kept. plain is what plainAnswer made of it.
+func (c *cache) put(key string, plain []byte, qtype uint16, now time.Time) {
+	life := lifeOf(plain, qtype)
+	if life <= 0 || len(plain) > maxCached {
+		return
+	}
+	e := &cached{key: key, msg: plain, stored: now, until: now.Add(min(life, maxLife))}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if old := c.byKey[key]; old != nil {
+		c.remove(old)
+	}
+	c.byKey[key] = e
+	c.held += e.size()
+	c.first(e)
+	for len(c.byKey) > c.entries || c.held > c.bytes {
+		c.remove(c.ring.prev)
+	}
+}
+
+func (e *cached) size() int { return entryCost + len(e.key) + len(e.msg) }
+
+// first puts e at the front of the ring; c.mu is held.
+func (c *cache) first(e *cached) {
+	e.prev, e.next = &c.ring, c.ring.next
+	e.prev.next, e.next.prev = e, e
+}
+
+// remove takes e out; c.mu is held.
+func (c *cache) remove(e *cached) {
+	e.prev.next, e.next.prev = e.next, e.prev
+	delete(c.byKey, e.key)
+	c.held -= e.size()
+}
+
+// usage is how many answers are kept, and how many bytes they take.
+func (c *cache) usage() (entries, bytes int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.byKey), c.held
+}
+
+// plainAnswer is a copy of a resolver's answer that can be given to others who ask the same: without the OPT record, which was
+// for the asker, and with the TTL of a negative answer as RFC 2308 5 wants it. What stands behind the OPT record is left out; the
+// additional section is no promise. It is nil for an answer that is for its asker alone: one that was cut, that is signed, whose
+// OPT record says more than this host can know, or that cannot be read to its end. resp has been checked by matches.
+func plainAnswer(resp []byte, qtype uint16) []byte {
+	flags := binary.BigEndian.Uint16(resp[2:])
+	if flags&flagTC != 0 || binary.BigEndian.Uint16(resp[4:]) != 1 || len(resp) > maxMessage {
+		return nil
+	}
+	size, kept, alone, opt := 0, [3]uint16{}, false, false
+	start, ok := walkRecords(resp, func(section int, typ uint16, record []byte) bool {
+		switch typ {
+		case typeOPT:
+			alone = alone || opt || section != additional || record[0] != 0 || !sharedOPT(record)
+			opt = true
+		case typeTSIG, typeSIG:
+			alone = alone || section == additional
+		}
+		if !opt {
+			size += len(record)
+			kept[section]++
+		}
+		return true
+	})
+	if !ok || alone {
+		return nil
+	}
+	out := append([]byte(nil), resp[:start+size]...)
+	for i, n := range kept {
+		binary.BigEndian.PutUint16(out[6+2*i:], n)
+	}
+	binary.BigEndian.PutUint16(out[2:], flags&^flagAA)
+	if isNegative(out, qtype) {
+		walkRecords(out, func(section int, typ uint16, record []byte) bool {
+			if section == authority && typ == typeSOA {
+				at, ttl := negativeTTL(record)
+				binary.BigEndian.PutUint32(record[at:], ttl)
+			}
+			return true
+		})
+	}
+	return out
+}
+
+// sharedOPT reports whether an answer with this OPT record is one for all who ask the same.
+func sharedOPT(record []byte) bool {
+	name, _ := skipName(record, 0, true)
+	if len(record)-name < 10 || record[name+4] != 0 || record[name+5] != 0 { // the upper bits of the RCODE, and the version
+		return false
+	}
+	for options := record[name+10:]; len(options) > 0; {
+		if len(options) < 4 {
+			return false
+		}
+		n := 4 + int(binary.BigEndian.Uint16(options[2:]))
+		if n > len(options) {
+			return false
+		}
+		// RFC 7871 7.3: a scope other than 0 says that others get another answer.
+		if binary.BigEndian.Uint16(options) == optionECS && (n < 8 || options[7] != 0) {
+			return false
+		}
+		options = options[n:]
+	}
+	return true
+}
+
+// isNegative reports whether an answer says that there is no such name, or no record of the type (RFC 2308 2).
+func isNegative(msg []byte, qtype uint16) bool {
+	switch binary.BigEndian.Uint16(msg[2:]) & 15 {
+	case rcodeName:
+		return true
+	case 0:
+	default:
+		return false
+	}
+	found := false
+	walkRecords(msg, func(section int, typ uint16, _ []byte) bool {
+		found = found || section == answers && (typ == qtype || qtype == typeANY)
+		return section == answers && !found
+	})
+	return !found
+}
+
+// negativeTTL is where the TTL of an SOA record stands, and for how long it lets a negative answer be kept (RFC 2308 5).
+func negativeTTL(record []byte) (at int, ttl uint32) {
+	at, ttl = recordTTL(record)
+	if len(record)-at < 6+20 {
+		return at, 0
+	}
+	return at, min(ttl, plainTTL(binary.BigEndian.Uint32(record[len(record)-4:])))
+}
+
+// recordTTL is where the TTL of a record stands, and what it is.
+func recordTTL(record []byte) (at int, ttl uint32) {
+	name, _ := skipName(record, 0, true)
+	at = name + 4
+	return at, plainTTL(binary.BigEndian.Uint32(record[at:]))
+}
+
+// plainTTL is a TTL, or 0 if its highest bit is set (RFC 2181 8).
+func plainTTL(ttl uint32) uint32 {
+	if ttl > 1<<31-1 {
+		return 0
+	}
+	return ttl
+}
+
+// lifeOf is for how long an answer that plainAnswer made may be kept; 0: not at all.
+func lifeOf(plain []byte, qtype uint16) time.Duration {
+	if plain == nil {
+		return 0
+	}
+	switch binary.BigEndian.Uint16(plain[2:]) & 15 {
+	case rcodeServer:
+		return failureLife
+	case 0, rcodeName:
+	default:
+		return 0
+	}
+	least, any, soa := uint32(1<<31-1), false, false
+	walkRecords(plain, func(section int, typ uint16, record []byte) bool {
+		_, ttl := recordTTL(record)
+		least, any = min(least, ttl), true
+		soa = soa || section == authority && typ == typeSOA
+		return true
+	})
+	if !any || !soa && isNegative(plain, qtype) { // RFC 2308 5: a negative answer without SOA is not kept
+		return 0
+	}
+	return time.Duration(least) * time.Second
+}
+
+// asAsked is an answer of plainAnswer as the asker of msg wants it: with its ID, its question letter by letter (the case of a name
+// may be its proof that the answer is to its question), an OPT record if it sent one, TTLs that are age seconds shorter, and no
+// more bytes than it takes. The answer is made in the room of b, which holds nothing, or in more if that is too little.
+func asAsked(b, plain, msg []byte, q *question, age uint32) (out []byte, truncated bool) {
+	out = append(b[:0], plain...)
+	if age > 0 {
+		walkRecords(out, func(_ int, _ uint16, record []byte) bool {
+			at, ttl := recordTTL(record)
+			binary.BigEndian.PutUint32(record[at:], ttl-min(ttl, age))
+			return true
+		})
+	}
+	copy(out[headerLen:q.end], msg[headerLen:q.end])
+	if q.edns {
+		out = append(out, 0, 0, typeOPT, ednsSize>>8, ednsSize&0xFF, 0, 0, q.do, 0, 0, 0)
+		binary.BigEndian.PutUint16(out[10:], binary.BigEndian.Uint16(out[10:])+1)
+	}
+	flags := binary.BigEndian.Uint16(out[2:])&^(maskOpcode|flagRD|flagCD) | flagQR | q.flags&(flagRD|flagCD)
+	if len(out) > q.size {
+		if out, truncated = truncate(out, q.size); truncated {
+			flags |= flagTC
+		}
+	}
+	binary.BigEndian.PutUint16(out, q.id)
+	binary.BigEndian.PutUint16(out[2:], flags)
+	return out, truncated
+}
