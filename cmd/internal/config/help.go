@@ -62,7 +62,7 @@ func WriteMan(w io.Writer) {
 			fmt.Fprintln(w, "May be given more than once.")
 		}
 		if !o.Live && o.Cmds&Up != 0 && o.set != nil {
-			fmt.Fprintln(w, "A reload does not take it.")
+			fmt.Fprintln(w, "A reload does not change it.")
 		}
 		if o.Default != "" {
 			fmt.Fprintf(w, "The default is\n.Li %s .\n", strings.ReplaceAll(o.Default, `\`, `\e`))

@@ -72,9 +72,9 @@ Other kinds of proxies and how they are reached are described in
 .Sx PROXIES .
 A link-local address needs the device that it is reached by:
 .Ar socks5://[fe80::1%25eth0]:1080 .
-A password given here is wiped from the process title at once, but stays in the history of the shell:
+A password given here is wiped from the process title at once, but stays in the history of the shell;
 .Fl -password-file
-is better.
+avoids that.
 Without this option see
 .Sx ENVIRONMENT .`,
 	},
@@ -92,17 +92,17 @@ in the
 of this name.
 Where neither the URL nor this option has the password, it is taken from the environment or from systemd, see
 .Sx ENVIRONMENT .
-A file that everybody may read, or that somebody else may write, is used, with a warning.`,
+A file that every user can read, or that another user can write, is used with a warning.`,
 	},
 	{
 		Name: "proxy-ca", Arg: "FILE", Live: true, Cmds: all, set: setProxyCA,
 		Help: "certificates in PEM that proxies inside TLS are verified by",
 		Man: `Proxies inside TLS
 .Pq Cm https , +tls
-are verified by the certificates in
+are verified with the certificates in
 .Ar FILE ,
 in PEM, instead of those that the system trusts.
-There is no way to leave the verification out.`,
+Verification cannot be turned off.`,
 	},
 	{
 		Name: "upstream", Arg: "NAME=URL[,URL...]", Many: true, Live: true, Cmds: all, set: addUpstream,
@@ -114,12 +114,12 @@ begins with a letter or digit and goes on with letters, digits, dots, underscore
 and
 .Cm via
 are taken.
-Behind the URLs of a group may stand words, all in one argument:
+Words may follow the URLs of a group, in the same argument:
 .Ql NAME=URL,URL select=latched retry-after=1m ;
 see
 .Sx GROUPS .
-One of them,
-.Cm via ,
+The word
+.Cm via
 makes a chain: the proxy is reached through another upstream.`,
 	},
 	{
@@ -205,33 +205,33 @@ host that has nothing else.`,
 		Name: "handshake-timeout", Arg: "TIME", Default: span(socks.DefaultHandshakeTimeout), Live: true, Cmds: all,
 		set:  duration("100ms", "10m", func(c *Config) *timeDuration { return &c.HandshakeTimeout }),
 		Help: "how long the proxy may take to answer",
-		Man: `How long the whole SOCKS exchange may take, the proxy's own way to the destination included, from 100ms to 10m.
-When no answer came in this time the program's connection attempt is left unanswered, as a silent destination would leave it.`,
+		Man: `How long the whole SOCKS exchange may take, including the proxy's own connection to the destination, from 100ms to 10m.
+If no answer comes in this time, the program's connection attempt stays unanswered, as with a silent destination.`,
 	},
 	{
 		Name: "idle-timeout", Arg: "TIME", Default: span(relay.DefaultIdle), Live: true, Cmds: all,
 		set:  duration("10s", "9h", func(c *Config) *timeDuration { return &c.IdleTimeout }),
 		Help: "idle TCP connections are probed after this",
-		Man: `A TCP connection on which nothing moved for this long is probed by keepalive on both sides, and ended if the other end is
-gone; from 10s to 9h (the kernel takes no more).
-A live connection is never ended, however idle.
-One that its program has closed, while the far end has not, is given back as the kernel gives back its own: a minute after the
-program's FIN, or when what is left to send has not moved for a minute.`,
+		Man: `A TCP connection that was idle for this long is probed by keepalive on both sides, and ended if the other end is
+gone; from 10s to 9h (the kernel's limit).
+A live connection is never ended, however long it is idle.
+A connection that the program has closed and the far end has not ends as the kernel ends its own: a minute after the
+program's FIN, or when the remaining data has not moved for a minute.`,
 	},
 	{
 		Name: "udp-timeout", Arg: "TIME", Default: span(route.DefaultUDPTimeout), Live: true, Cmds: all,
 		set:  duration("10s", "24h", func(c *Config) *timeDuration { return &c.UDPTimeout }),
 		Help: "how long a UDP mapping lives without traffic and without a socket",
 		Man: `How long the UDP mapping of a socket lives after the last datagram, from 10s to 24h (RFC 4787 asks for two minutes at least),
-where viasocks cannot tell whether the socket is open: for containers and virtual machines behind this host.
-Elsewhere a mapping lives on while its socket is open, and ends some 10 seconds after it was closed.`,
+where viasocks cannot find out whether the socket is open: for containers and virtual machines behind this host.
+Elsewhere a mapping lives as long as its socket, and ends some 10 seconds after the socket was closed.`,
 	},
 	{
 		Name: "max-pending", Arg: "N", Default: strconv.Itoa(stack.DefaultPending), Live: true, Cmds: all,
 		set:  number(1, 1_000_000, func(c *Config) *int { return &c.MaxPending }),
 		Help: "TCP connections that may wait for the proxy at a time",
 		Man: `How many TCP connections may wait for the proxy's answer at a time, from 1 to 1000000.
-More are left unanswered, so that the program's kernel tries again a second later.`,
+Further ones are left unanswered, so that the program's kernel tries again a second later.`,
 	},
 	{
 		Name: "max-pending-per-destination", Arg: "N", Default: strconv.Itoa(stack.DefaultPendingPerDest), Live: true, Cmds: all,
@@ -245,13 +245,13 @@ More are left unanswered, so that the program's kernel tries again a second late
 		Help: "UDP sockets of the program that have a mapping at a time",
 		Man: `How many UDP mappings there may be at a time, from 1 to 65536.
 Each holds two sockets to the proxy, so the default is less where the limit on open files is low.
-When there are more, the one that was idle longest goes first.`,
+If the limit is reached, the mapping that was idle longest ends.`,
 	},
 	{
 		Name: "mtu", Arg: "BYTES", Default: "1500", Cmds: all, set: number(1280, 65535, func(c *Config) *int { return &c.MTU }),
 		Help: "MTU of the TUN device",
 		Man: `MTU of the TUN device, from 1280 (IPv6 needs that) to 65535.
-It is what programs see that measure the path; speed does not depend on it.`,
+Programs that measure the path see it; the speed does not depend on it.`,
 	},
 	{
 		Name: "offload", Arg: "full|nouso|off", Default: "full", Cmds: all, set: setOffload,
@@ -290,9 +290,9 @@ shows what is in force, and why.`,
 and all other variables whose name ends in
 .Ev _proxy ,
 in small letters or capitals, in the program's environment.
-Without this option they are taken out: the program would hand its traffic to a proxy in its own name, through ours.
+Without this option they are removed, because the program would otherwise use that proxy through ours.
 .Ev VIASOCKS_*
-is always taken out.`,
+is always removed.`,
 	},
 }
 
@@ -328,7 +328,7 @@ otherwise.`,
 	{
 		Name: "limit", Arg: "N", Default: "100", Cmds: Flows, set: number(1, control.MaxFlows, func(c *Config) *int { return &c.Limit }),
 		Help: "the most flows to list",
-		Man:  `How many flows to list at most, those that moved most bytes first.`,
+		Man:  `How many flows to list at most, ordered by the bytes that they have moved.`,
 	},
 	{
 		Name: "after-service", Cmds: Down, set: boolean(func(c *Config) *bool { return &c.AfterService }),
@@ -337,22 +337,20 @@ otherwise.`,
 .Li ExecStopPost
 of
 .Xr systemd.service 5 :
-undo what a viasocks has left that failed, if the configuration says
+undo what a failed viasocks has left, if the configuration has
 .Fl -fail-open ,
-and else leave the host closed.`,
+and leave the host closed otherwise.`,
 	},
 	{
 		Name: "state-dir", Arg: "DIR", Default: kernel.DefaultDir, Cmds: Up | Check | Down | Confirm | Status | Flows,
 		set:  setStateDir,
 		Help: "directory of journal, lock and control socket",
-		Man: `The directory that holds the journal of what is to be undone, the lock and the control socket, for a host whose
+		Man: `The directory for the journal, the lock and the control socket, on a host whose
 .Pa /run
-can't be written.
-It is made if its parent is there, and nobody but root may be able to write it.
-It must not outlive a reboot.
-What
-.Cm up
-was given is also for
+cannot be written.
+It is made if its parent exists, and only root may have permission to write to it.
+It must not survive a reboot.
+The same directory must be given to
 .Cm close , down , status , flows
 and
 .Cm confirm .`,

@@ -5,15 +5,15 @@ var ruleOptions = []Option{
 	{
 		Name: "rule", Arg: "RULE", Many: true, Live: true, Cmds: all, set: addRule,
 		Help: "which flows go where; the first rule that matches decides",
-		Man: `Which flows go where: conditions, all of which must hold, and then a verdict.
-The first rule that matches decides; what none matches goes to
+		Man: `Which flows go where: conditions, all of which must be met, and then a verdict.
+The first rule that matches decides; a flow that no rule matches goes to
 .Fl -proxy ,
 and is refused if there is none.
 The verdicts are
 .Cm via Ar NAME
 (an upstream),
 .Cm direct
-(from the host itself, past every proxy),
+(from the host itself, without a proxy),
 .Cm reject
 (the program sees an error at once) and
 .Cm drop
@@ -25,9 +25,9 @@ needs no proxy:
 lets a program reach port 443 and nothing else.
 .Pp
 The conditions are the following.
-Several values of one condition stand behind each other with commas and without spaces;
+Several values of one condition are separated by commas without spaces;
 .Cm not
-before a condition turns it round.
+before a condition negates it.
 .Bl -tag -width Ds
 .It Cm proto tcp | udp
 The protocol.
@@ -53,12 +53,12 @@ Destinations that stand in
 one on a line: a network, an address, or a name, which stands for every name below it, too.
 .Li #
 begins a comment.
-The file is read at the start and at a reload; one that cannot be read to its end, or has a line that is none of these, refuses the
-start, and at a reload the old rules stay.
+The file is read at the start and at a reload.
+If it cannot be read completely, or has a line of another kind, viasocks refuses to start; a reload then keeps the old rules.
 .It Cm user Ar USER
 The user who made the socket: a name, a number, or a range of numbers.
 .It Cm cgroup Ar PATH
-The control group (version 2) of who made the socket, or one below it, by its path below the root:
+The control group (version 2) of the process that made the socket, or a parent of that group, by its path below the root:
 .Li system.slice/foo.service .
 .It Cm exe Ar PATH
 The program that has the socket open, by its absolute path; an asterisk and a question mark stand for others as in a name.
@@ -69,21 +69,21 @@ A flow whose decision depends on
 or
 .Cm exe
 waits until the owner of its socket is found, which takes some milliseconds on a host with many processes; no other flow waits.
-What is not known meets no condition, and therefore meets the same condition with
+If the owner is unknown, the condition is not met, and the same condition is met with
 .Cm not :
 the owner of a guest's socket, or of one that was closed meanwhile, a program of another user where viasocks does not run as root.
-User and control group are the kernel's word.
-The path of a program is not: who may make a mount namespace can give a program any path, so
+The kernel vouches for user and control group, but not for the path of a program: a process that can make a mount namespace can give a
+program any path, so
 .Cm exe
-sorts traffic, and does not keep a hostile program in.
+can sort traffic, but cannot confine a hostile program.
 .Pp
 The verdict on a TCP connection is taken once, when it begins.
-That on datagrams is taken for each pair of endpoints, and again within two seconds where it depends on an owner or a name.`,
+The verdict on datagrams is taken for each pair of endpoints, and again within two seconds if it depends on an owner or a name.`,
 	},
 	{
 		Name: "allow", Arg: "PROTO:[HOST:]PORT", Many: true, Live: true, Cmds: all, set: addAllow,
 		Help: "let only this out, such as tcp:db.example.com:5432 or tcp:443; refuse all else",
-		Man: `Let this out, and refuse at once everything that neither another
+		Man: `Allow this traffic, and refuse at once everything that neither another
 .Fl -allow
 nor a
 .Fl -rule
@@ -106,26 +106,26 @@ What is allowed goes by
 .Fl -proxy
 or, where there is no proxy, directly.
 .Pp
-A question of DNS is a way out as well: a name can carry what a program wants to tell.
+A DNS question is a way out as well, because a name can carry data.
 A name is therefore resolved only if a rule can need its addresses, and every other question is answered REFUSED at once.
 A rule with a name needs this name, one for every host (such as
 .Ar tcp:443 )
 needs all names, and one for an address or a network needs none.
-Where all names are needed a program can still tell the resolvers of
+Where all names are needed, a program can still send data to the resolvers of
 .Fl -dns
-whatever it wants to; so can it tell whoever runs
+in its questions; it can also send data to the owner of
 .Li example.com
 if
 .Ar tcp:.example.com:443
 is allowed.
 Connections to TCP port 53 are refused unless all names are needed, and always with
 .Fl -dns Cm fake .
-Operations of DNS that are no questions (UPDATE, NOTIFY) are refused where they come by UDP.
+DNS operations other than questions (UPDATE, NOTIFY) are refused over UDP.
 Conditions on the port, the source and the program do not count here: a name that one program needs is resolved for all.
 .Pp
 With
 .Cm up
-what goes past viasocks, such as private networks that the host is connected to, is not judged: see
+the rules do not see traffic that does not pass viasocks, such as that to private networks of the host: see
 .Fl -lan .`,
 	},
 	{
@@ -160,7 +160,7 @@ without the program; so is a connection to TCP port 53, without the name.`,
 	{
 		Name: "rule-for", Arg: "FLOW", Many: true, Cmds: Check, set: addRuleFor,
 		Help: "say which rule decides on a flow such as tcp:example.com:443, and why",
-		Man: `Say which rule decides on a flow, and why, in place of how the configuration was understood.
+		Man: `Print which rule decides on a flow, and why, instead of the configuration.
 .Ar FLOW
 is
 .Ar PROTO : Ns Ar HOST : Ns Ar PORT ,
@@ -172,14 +172,14 @@ with an IPv6 address in brackets; behind it may stand, with spaces between,
 .Cm exe= Ns Ar PATH
 and
 .Cm cgroup= Ns Ar PATH .
-Nothing is looked up: a rule that depends on what was not said is passed over, and says what to add.`,
+Nothing is resolved: a rule that depends on something that was not given is skipped, and the output says what to add.`,
 	},
 	{
 		Name: "import-socks-config", Arg: "FILE", Many: true, Cmds: Check, set: addImport,
 		Help: "print our lines for those of Apache Traffic Server's socks.config or records",
 		Man: `Print lines for the configuration file that do what
 .Ar FILE
-says, in place of everything else that
+says, instead of everything else that
 .Cm check
 does.
 .Ar FILE
