@@ -2,10 +2,8 @@ package netns
 
 import (
 	"bufio"
-	"errors"
 	"fmt"
 	"io"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,61 +11,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const (
-	resolvConf = "/etc/resolv.conf"
-	plainMount = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
-)
-
-// resolverDirs have path sockets of the host's resolvers, which a network namespace does not cut: nss-resolve, nscd and
-// avahi would answer from outside.
-var resolverDirs = []string{"/run/systemd/resolve", "/run/nscd", "/var/run/nscd", "/run/avahi-daemon"}
+const plainMount = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 
 // isolateMounts keeps our mounts inside. Slave and not private: what the host mounts and, more so, unmounts later must
 // reach the program's namespace, or a disk stays busy for as long as the program runs.
 func isolateMounts() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
 		return fmt.Errorf("cannot make the program's mount namespace: %w", err)
-	}
-	return nil
-}
-
-// setResolver hides the host's resolvers and gives the program a resolv.conf with these servers. Without servers only
-// the resolvers are hidden.
-func setResolver(servers []netip.Addr) error {
-	target, err := resolveLink(resolvConf)
-	if err != nil {
-		return fmt.Errorf("cannot set the program's resolver: %w", err)
-	}
-	content := resolvContent(servers, readSome(target)) // before a mask hides it
-	var masked []string
-	for _, d := range resolverDirs {
-		real, err := filepath.EvalSymlinks(d)
-		if err != nil || contains(masked, real) {
-			continue
-		}
-		if err := unix.Mount("tmpfs", real, "tmpfs", plainMount, "size=64k,mode=0755"); err != nil {
-			return fmt.Errorf("cannot hide %s from the program: %w", d, err)
-		}
-		masked = append(masked, real)
-	}
-	if len(servers) == 0 {
-		return nil
-	}
-	if contains(masked, target) {
-		err = writeFile(target, content)
-	} else {
-		err = bindContent(target, 0, content)
-	}
-	if errors.Is(err, unix.ENOENT) && isLink(resolvConf) {
-		// It is a link to a file that does not exist, as when systemd-resolved does not run. The link itself is covered then:
-		// the file can't be made without writing to the host.
-		err = bindContent(resolvConf, unix.O_NOFOLLOW, content)
-	}
-	if errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("cannot set the program's resolver: %s does not exist: make it, an empty file will do", target)
-	}
-	if err != nil {
-		return fmt.Errorf("cannot set the program's resolver (%s): %w", target, err)
 	}
 	return nil
 }
@@ -80,67 +30,6 @@ func contains(dirs []string, path string) bool {
 		}
 	}
 	return false
-}
-
-// resolveLink follows path to the file that an open would reach or create: also if that does not exist.
-func resolveLink(path string) (string, error) {
-	for range 40 { // the kernel's own limit
-		dir, err := filepath.EvalSymlinks(filepath.Dir(path))
-		if err != nil {
-			return path, nil // the error is told when it is opened
-		}
-		path = filepath.Join(dir, filepath.Base(path))
-		link, err := os.Readlink(path)
-		if err != nil {
-			return path, nil // no link, or not there
-		}
-		if !filepath.IsAbs(link) {
-			link = filepath.Join(dir, link)
-		}
-		path = link
-	}
-	return "", fmt.Errorf("%s: %w", path, unix.ELOOP)
-}
-
-// readSome reads a file of a sane size; a missing or unreadable one is empty.
-func readSome(path string) string {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	b, _ := io.ReadAll(io.LimitReader(f, 64<<10))
-	return string(b)
-}
-
-// resolvContent is a resolv.conf with servers that keeps the search list and the options of old, so that short names mean
-// what they meant; but not trust-ad, which speaks of a server that is not asked any more.
-func resolvContent(servers []netip.Addr, old string) string {
-	var b strings.Builder
-	for _, s := range servers {
-		fmt.Fprintf(&b, "nameserver %s\n", s)
-	}
-	for line := range strings.SplitSeq(old, "\n") {
-		f := strings.Fields(line)
-		if len(f) < 2 {
-			continue
-		}
-		switch f[0] {
-		case "search", "domain":
-			b.WriteString(strings.Join(f, " ") + "\n")
-		case "options":
-			var kept []string
-			for _, o := range f {
-				if o != "trust-ad" {
-					kept = append(kept, o)
-				}
-			}
-			if len(kept) > 1 {
-				b.WriteString(strings.Join(kept, " ") + "\n")
-			}
-		}
-	}
-	return b.String()
 }
 
 func writeFile(path, content string) error {
@@ -174,11 +63,11 @@ func bindContent(target string, flags int, content string) error {
 			break
 		}
 	}
-	if err := unix.Mount("tmpfs", scratch, "tmpfs", plainMount, "size=64k,mode=0755"); err != nil {
+	if err := unix.Mount("tmpfs", scratch, "tmpfs", plainMount, "size=256k,mode=0755"); err != nil {
 		return err
 	}
 	defer unix.Unmount(scratch, unix.MNT_DETACH)
-	src := filepath.Join(scratch, "resolv.conf")
+	src := filepath.Join(scratch, filepath.Base(target))
 	if err := writeFile(src, content); err != nil {
 		return err
 	}

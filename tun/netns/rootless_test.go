@@ -2,6 +2,7 @@ package netns
 
 import (
 	"bytes"
+	"net"
 	"os"
 	"os/exec"
 	"slices"
@@ -131,4 +132,76 @@ func asOrdinaryUser(args ...string) ([]byte, error) {
 	cmd.Env = append(slices.Clone(os.Environ()), "HOME=/")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: asUser, Gid: asUser}}
 	return cmd.CombinedOutput()
+}
+
+// TestSpawnNsswitch has hosts whose nsswitch.conf names sources that ask a process of the host.
+func TestSpawnNsswitch(t *testing.T) {
+	if os.Geteuid() != 0 || noNamespace != "" {
+		t.Skip("needs root and a mount namespace: ", noNamespace)
+	}
+	for _, dir := range []string{"/etc", "/run", "/usr/etc"} {
+		if _, err := os.Stat(dir); err != nil && dir == "/usr/etc" {
+			continue
+		}
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=755"); err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Unmount(dir, unix.MNT_DETACH)
+	}
+	write := func(path, content string) {
+		t.Helper()
+		if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const (
+		conf = "/etc/nsswitch.conf"
+		old  = "passwd: files systemd\nhosts: mymachines resolve [!UNAVAIL=return] files myhostname dns\n"
+		want = "passwd: files systemd\nhosts: files myhostname dns\n"
+	)
+	write(resolvConf, "")
+	l, err := net.Listen("unix", "/run/mdnsd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	os.Mkdir("/etc/static", 0o755)
+	script := "cat " + conf + " 2>/dev/null; test -S /run/mdnsd && echo socket; grep -c 198.51.100.9 /etc/hosts"
+	for _, c := range []struct {
+		name, want string
+		make       func()
+	}{
+		{"file", want, func() { write(conf, old) }},
+		{"link", want, func() { os.Rename(conf, "/etc/static/nsswitch.conf"); os.Symlink("static/nsswitch.conf", conf) }},
+		{"link to nothing", "", func() { os.Remove("/etc/static/nsswitch.conf") }},
+		{"absent", "", func() { os.Remove(conf) }},
+		{"nothing to change", "hosts: files dns # as is\n", func() { write(conf, "hosts: files dns # as is\n") }},
+		{"read-only", want, func() {
+			write(conf, old)
+			write("/etc/hosts", "198.51.100.9 host.example\n")
+			if err := unix.Mount("", "/etc", "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+				t.Fatal(err)
+			}
+		}},
+	} {
+		c.make()
+		hosts := "0\n"
+		if c.name == "read-only" {
+			hosts = "1\n"
+		} else {
+			write("/etc/hosts", "")
+		}
+		out, _, err := run(t, testSpec("/bin/sh", "-c", script))
+		if out != c.want+hosts || err != nil {
+			t.Errorf("%s: %q, %v, want %q", c.name, out, err, c.want)
+		}
+		if b, _ := os.ReadFile(conf); c.want != "" && c.name != "nothing to change" && string(b) != old {
+			t.Errorf("%s: the host's own became %q", c.name, b)
+		}
+	}
+	if c, err := net.Dial("unix", "/run/mdnsd"); err != nil {
+		t.Errorf("the host's own socket: %v", err)
+	} else {
+		c.Close()
+	}
 }

@@ -49,10 +49,36 @@ func TestResolvContent(t *testing.T) {
 		{"search a.example  b.example\ndomain x\nnameserver 1.2.3.4", "search a.example b.example\ndomain x\n"},
 		{"options trust-ad\n", ""},
 		{"options ndots:5 trust-ad edns0\n", "options ndots:5 edns0\n"},
-		{"options\nsearch\nsortlist 10.0.0.0\n\x00\xff", ""},
+		{"options\nsearch\nsortlist 10.0.0.0\n\x00\xff", "sortlist 10.0.0.0\n"},
 	} {
 		if got := resolvContent(servers, c.old); got != "nameserver 192.0.2.1\n"+c.want {
 			t.Errorf("%q became %q", c.old, got)
+		}
+	}
+}
+
+func TestNsswitchContent(t *testing.T) {
+	for _, c := range []struct{ old, want string }{
+		{"", ""},
+		{"passwd: files systemd\nhosts:\tfiles dns # as is\n", "passwd: files systemd\nhosts:\tfiles dns # as is\n"},
+		{"hosts: files myhostname dns", "hosts: files myhostname dns"},
+		{"hosts: files mdns4_minimal [NOTFOUND=return] dns\n", "hosts: files dns\n"},
+		{"hosts: mymachines resolve [!UNAVAIL=return] files myhostname dns\nnetworks: files\n",
+			"hosts: files myhostname dns\nnetworks: files\n"},
+		{"  hosts : resolve\n", "hosts: files dns\n"},
+		{"hosts: sss", "hosts: dns\n"},
+		{"hosts: files [SUCCESS=continue  NOTFOUND=continue]dns[!UNAVAIL=return] wins [ x", "hosts: files " +
+			"[SUCCESS=continue NOTFOUND=continue] dns [!UNAVAIL=return]\n"},
+		{"hosts: files [broken sss\n", "hosts: files [broken sss\n"},
+		{"#hosts: resolve\npasswd: sss # hosts: resolve\nhosts: dns resolve # why\n",
+			"#hosts: resolve\npasswd: sss # hosts: resolve\nhosts: files dns\n"},
+		{"hosts: DNS\n", "hosts: dns\n"},
+	} {
+		if got := nsswitchContent(c.old); got != c.want {
+			t.Errorf("%q became %q, want %q", c.old, got, c.want)
+		}
+		if got := nsswitchContent(c.want); got != c.want {
+			t.Errorf("%q became %q: it should stay", c.want, got)
 		}
 	}
 }
@@ -127,6 +153,20 @@ func FuzzResolvContent(f *testing.F) {
 		out := resolvContent([]netip.Addr{netip.MustParseAddr("192.0.2.1")}, old)
 		if strings.Count("\n"+out, "\nnameserver ") != 1 {
 			t.Errorf("%q became %q", old, out)
+		}
+	})
+}
+
+func FuzzNsswitchContent(f *testing.F) {
+	f.Add("passwd: files sss\nhosts: mymachines resolve [!UNAVAIL=return] files myhostname dns\n")
+	f.Add("hosts: [ ] mdns4_minimal [NOTFOUND=return] dns[a]wins # x\r\nhosts:")
+	f.Fuzz(func(t *testing.T, old string) {
+		out := nsswitchContent(old)
+		if again := nsswitchContent(out); again != out {
+			t.Errorf("%q became %q and then %q", old, out, again)
+		}
+		if len(out) > len(old)+64+16*strings.Count(old, "\n") {
+			t.Errorf("%d bytes became %d", len(old), len(out))
 		}
 	})
 }
