@@ -93,14 +93,14 @@ func (p *dial) socket(at netip.AddrPort, fast bool) (fd int, err error, ours boo
 			return fd, err, true
 		}
 	}
-	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
+	if err := loop.SetOption(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
 		return fd, err, true
 	}
 	if p.soon {
-		_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(soonAck.Milliseconds()))
+		_ = loop.SetOption(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(soonAck.Milliseconds()))
 	}
-	_ = unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_LOCAL_PORT_RANGE, allPorts) // Linux before 6.3 does not know it
-	p.fast = fast && unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_FASTOPEN_CONNECT, 1) == nil
+	_ = loop.SetOption(fd, unix.IPPROTO_IP, unix.IP_LOCAL_PORT_RANGE, allPorts) // Linux before 6.3 does not know it
+	p.fast = fast && loop.SetOption(fd, unix.IPPROTO_TCP, unix.TCP_FASTOPEN_CONNECT, 1) == nil
 	switch err := p.sa.connect(fd); err {
 	case 0, unix.EINPROGRESS, unix.EINTR:
 		return fd, nil, false

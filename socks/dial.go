@@ -233,7 +233,7 @@ func (p *dial) drop() {
 	}
 	if p.fd >= 0 {
 		p.l.Forget(&p.Node)
-		unix.Close(p.fd)
+		_ = loop.Close(p.fd)
 		p.fd = -1
 		p.Got &^= loop.In | loop.Out | loop.Hup | loop.Err
 	}
@@ -284,7 +284,7 @@ func (p *dial) expired() {
 // granted hands the socket over.
 func (p *dial) granted() {
 	if p.pooled {
-		_ = unix.SetsockoptInt(p.fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 0) // see shelf.put
+		_ = loop.SetOption(p.fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 0) // see shelf.put
 	}
 	if p.granting != nil {
 		p.granting(p)

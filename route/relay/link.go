@@ -161,7 +161,7 @@ func (k *link) finish(err error) {
 	k.mu.Lock()
 	tell := !k.shut
 	k.shut = true
-	_ = unix.Close(k.fd)
+	_ = loop.Close(k.fd)
 	k.fd = -1
 	k.mu.Unlock()
 	k.l.Leave(&k.Node)

@@ -320,7 +320,7 @@ func (r *Relay) end(err error, inOrder bool) {
 	r.over = true
 	r.l.Forget(&r.Node)
 	if inOrder {
-		_ = unix.Close(int(r.fd))
+		_ = loop.Close(int(r.fd))
 	} else {
 		loop.CloseReset(int(r.fd))
 	}

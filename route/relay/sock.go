@@ -4,6 +4,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // The sockets are non-blocking, so none of these calls waits, and RawSyscall is right: telling the scheduler of each
@@ -13,10 +15,10 @@ import (
 // urgent mark otherwise. TCP_NODELAY who made the socket has set: the app's own stack has already decided what goes together.
 func setup(fd, idle int) {
 	// None of these can fail on a connected TCP socket; on another kind (a unix socket) the flow works without.
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)
+	_ = loop.SetOption(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
+	_ = loop.SetOption(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)
 	if idle > 0 {
-		_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, idle)
+		_ = loop.SetOption(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, idle)
 	}
 }
 

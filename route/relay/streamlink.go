@@ -226,7 +226,7 @@ func (k *streamLink) finish(err error) {
 	k.mu.Lock()
 	tell := !k.shut
 	k.shut = true
-	_ = unix.Close(k.fd)
+	_ = loop.Close(k.fd)
 	k.fd, k.out = -1, nil
 	k.mu.Unlock()
 	k.in = nil

@@ -7,6 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // canUp: there may be something to read from the app, and the socket may take it.
@@ -98,7 +99,7 @@ func (r *Relay) passUpFIN() {
 	if r.rst != nil { // the app's RST came behind its FIN
 		return
 	}
-	if err := unix.Shutdown(int(r.fd), unix.SHUT_WR); err != nil {
+	if err := loop.CloseWrite(int(r.fd)); err != nil {
 		e := sockError(int(r.fd)) // ENOTCONN: it was reset
 		if e == 0 {
 			e = unix.ECONNRESET

@@ -109,7 +109,7 @@ func (s Socket) Close() {
 	if s.l != nil {
 		s.l.freeSlot(s.slot)
 	}
-	_ = unix.Close(s.fd)
+	_ = Close(s.fd)
 }
 
 // CloseReset is Close, but the peer sees a RST instead of a FIN.
@@ -126,7 +126,7 @@ func (s Socket) CloseReset() {
 // CloseReset closes fd, a TCP socket, so that the peer sees a RST.
 func CloseReset(fd int) {
 	_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
-	_ = unix.Close(fd)
+	_ = Close(fd)
 }
 
 // eventBits translates epoll's events.
