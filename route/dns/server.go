@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -26,10 +27,20 @@ type Config struct {
 	Dial      func(ctx context.Context, dst netip.AddrPort, done func(fd int, err error))
 	Resolvers []netip.AddrPort // asked in this order: the next one when one fails, is silent, or says SERVFAIL or REFUSED
 	Fake      FakeConfig       // with a Pool: questions for addresses are answered from it, and the rest goes to the resolvers
-	Timeout   time.Duration    // for one question, all resolvers together; 0: 5 s
-	InFlight  int              // questions at a time; those over it are dropped and counted; 0: 512
-	IdleClose time.Duration    // an idle connection is closed after it; 0: 20 s
-	Log       *slog.Logger     // nil: none
+	// Zones have servers of their own, also when there are fake addresses: the longest suffix of a name decides.
+	Zones []Zone
+	// HostServers are the host's own servers, as of now: for zones without others, and for HostNames. It is called for each
+	// question, from any goroutine. nil: there are none.
+	HostServers func() []DirectServer
+	// HostNames reports whether a name, as Fake.Real has it, is asked of HostServers. Such a name has no fake address. nil: none.
+	HostNames func(name []byte) bool
+	// DialDirect connects past the upstream, to an address and port. It is needed for HostServers and Zones with Direct servers.
+	DialDirect func(ctx context.Context, network, address string) (net.Conn, error)
+
+	Timeout   time.Duration // for one question, all resolvers together; 0: 5 s
+	InFlight  int           // questions at a time; those over it are dropped and counted; 0: 512
+	IdleClose time.Duration // an idle connection is closed after it; 0: 20 s
+	Log       *slog.Logger  // nil: none
 }
 
 // Stats are counters since the start, in questions but for Unmatched.
@@ -61,6 +72,7 @@ type Server struct {
 	exchange *exchange // with the resolvers
 	cache    *cache
 	flights  flights
+	split    split // names that others than exchange are asked for
 
 	askers askers
 }
@@ -95,7 +107,14 @@ func New(cfg Config) (*Server, error) {
 	}
 	s := &Server{cfg: cfg, cache: newCache(cacheEntries, cacheBytes), flights: flights{most: cfg.InFlight}}
 	s.exchange = newExchange(&s.cfg, &s.count, s.finish)
+	var err error
+	if s.split, err = newSplit(&s.cfg, &s.count, s.finish); err != nil {
+		return nil, err
+	}
 	if cfg.Fake.Pool != nil {
+		if real, host := cfg.Fake.Real, cfg.HostNames; host != nil {
+			cfg.Fake.Real = func(name []byte) bool { return real != nil && real(name) || host(name) }
+		}
 		s.fake = &fake{pool: cfg.Fake.Pool, config: cfg.Fake}
 	}
 	return s, nil
@@ -166,17 +185,24 @@ func (s *Server) handle(msg []byte, asked netip.AddrPort, how way, judge Judge, 
 	if how != byUDP {
 		q.size = maxMessage
 	}
-	if s.fake != nil && how != ours && q.isQuery() && s.answerItself(msg, &q, reply) {
-		return true
+	var to asking = s.exchange
+	if q.isQuery() {
+		if zone := s.split.zone(msg, &q); zone != nil {
+			to = zone
+		} else if s.fake != nil && how != ours && s.answerItself(msg, &q, reply) {
+			return true
+		} else if s.split.ofHost(msg, &q) {
+			to = s.split.host
+		}
 	}
 	if q.isQuery() || !canBeAsked(asked) {
 		asked = netip.AddrPort{}
 	}
-	return s.ask(msg, &q, asked, reply)
+	return s.ask(to, msg, &q, asked, reply)
 }
 
-// ask has a resolver asked, unless its answer is in the cache or on its way to somebody else. It reports as handle does.
-func (s *Server) ask(msg []byte, q *question, to netip.AddrPort, reply func([]byte)) bool {
+// ask has a server asked by way, unless its answer is in the cache or on its way to somebody else. It reports as handle does.
+func (s *Server) ask(way asking, msg []byte, q *question, to netip.AddrPort, reply func([]byte)) bool {
 	var room [keyLen]byte
 	key, shared := appendKey(room[:0], msg, q, to)
 	now := time.Now()
@@ -199,7 +225,7 @@ func (s *Server) ask(msg []byte, q *question, to netip.AddrPort, reply func([]by
 	binary.BigEndian.PutUint16(wire, uint16(len(msg)))
 	copy(wire[2:], msg)
 	asked := &query{wire: wire, q: *q, to: to, reply: reply, key: string(key), deadline: deadline}
-	if s.exchange.take(asked) {
+	if way.take(asked) {
 		return true
 	}
 	s.finishOthers(asked, nil)
@@ -301,7 +327,10 @@ func (s *Server) answerItself(msg []byte, q *question, reply func([]byte)) bool 
 // Run carries questions until ctx ends; then it closes the connections, leaves open questions without a reply and
 // returns nil. It may be called once.
 func (s *Server) Run(ctx context.Context) error {
+	var others sync.WaitGroup
+	others.Go(func() { s.split.run(ctx) })
 	s.exchange.run(ctx)
 	s.askers.close()
+	others.Wait()
 	return nil
 }
