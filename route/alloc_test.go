@@ -22,23 +22,24 @@ func TestDatagramsAllocateNothing(t *testing.T) {
 		dst := netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(i % 32)}), 6881)
 		pkts[i] = flow.Packet{Src: src, Dst: dst, Payload: make([]byte, 100), Head: make([]byte, 28)}
 	}
-	g.HandlePackets(pkts)
+	g.shards[0].handlePackets(pkts)
 	link := &nullLink{}
 	for i := range 8 {
 		u.ask(t, i).done(link, nil)
 	}
 	eventually(t, "all links", func() bool { return g.Stats().Pending == 0 })
-	if n := testing.AllocsPerRun(100, func() { g.HandlePackets(pkts) }); n >= 1 { // others of the process may allocate meanwhile
+	if n := testing.AllocsPerRun(100, func() { g.shards[0].handlePackets(pkts) }); n >= 1 { // others of the process may allocate meanwhile
 		t.Errorf("%v allocations for a burst up", n)
 	}
-	g.udp.mu.Lock()
+	s := g.shards[0]
+	s.udp.mu.Lock()
 	if link.n < 100*len(pkts) {
 		t.Errorf("%d datagrams were sent", link.n)
 	}
-	m := g.udp.newest
-	g.udp.mu.Unlock()
+	m := s.udp.newest
+	s.udp.mu.Unlock()
 	down := []flow.Packet{{Src: pkts[0].Dst, Payload: make([]byte, 100)}, {Src: pkts[1].Dst, Payload: make([]byte, 100)}}
-	if n := testing.AllocsPerRun(100, func() { g.deliver(m, nullWriter{}, down) }); n >= 1 {
+	if n := testing.AllocsPerRun(100, func() { s.deliver(m, nullWriter{}, down) }); n >= 1 {
 		t.Errorf("%v allocations for a burst down", n)
 	}
 	p := g.policy.Load()

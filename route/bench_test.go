@@ -41,7 +41,8 @@ func BenchmarkHandlePackets(b *testing.B) {
 					dst := netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(i % shape.dsts)}), 6881)
 					pkts[i] = flow.Packet{Src: src, Dst: dst, Payload: make([]byte, 100), Head: make([]byte, 28)}
 				}
-				g.HandlePackets(pkts)
+				s := g.shards[0]
+				s.handlePackets(pkts)
 				link := &nullLink{}
 				for i := range shape.srcs {
 					u.ask(b, i).done(link, nil)
@@ -50,14 +51,14 @@ func BenchmarkHandlePackets(b *testing.B) {
 				b.ReportAllocs()
 				at := 0
 				for b.Loop() {
-					g.HandlePackets(pkts[at : at+64])
+					s.handlePackets(pkts[at : at+64])
 					if at += 64; at == len(pkts) {
 						at = 0
 					}
 				}
 				b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/64, "ns/datagram")
-				g.udp.mu.Lock() // link is not locked
-				defer g.udp.mu.Unlock()
+				s.udp.mu.Lock() // link is not locked
+				defer s.udp.mu.Unlock()
 			})
 		}
 	}
@@ -65,8 +66,8 @@ func BenchmarkHandlePackets(b *testing.B) {
 
 // BenchmarkDeliver is a burst of 64 datagrams, down.
 func BenchmarkDeliver(b *testing.B) {
-	r := &Router{}
-	m := &mapping{src: netip.MustParseAddrPort("10.0.0.1:1")}
+	r := &shard{Router: &Router{}}
+	m := &mapping{s: r, src: netip.MustParseAddrPort("10.0.0.1:1")}
 	pkts := make([]flow.Packet, 64)
 	for i := range pkts {
 		pkts[i] = flow.Packet{Src: netip.MustParseAddrPort("203.0.113.1:1"), Payload: make([]byte, 100)}

@@ -96,17 +96,21 @@ func (r *Router) handle(e event) {
 	switch e.kind {
 	case evOpen:
 		r.firstLook(e.a.m)
-		r.open(e.a)
+		e.a.m.s.open(e.a)
 	case evDone:
-		r.opened(e)
+		e.t.a.m.s.opened(e)
 	case evClosed:
-		r.closed(e)
+		if e.t != nil {
+			e.t.a.m.s.closed(e)
+		}
 	case evFar:
-		r.found(e.far)
+		e.far.s.found(e.far)
 	case evUnreachable:
-		r.unreachable(e.m)
+		e.m.s.unreachable(e.m)
 	case evBack:
-		r.back(e.up)
+		for _, s := range r.shards {
+			s.back(e.up)
+		}
 	case evDiscard:
 		if e.t != nil {
 			e.t.cancel()
@@ -132,7 +136,7 @@ func (r *Router) closeLink(l relay.PacketLink) {
 }
 
 // open starts a try for a, or has it wait.
-func (r *Router) open(a *assoc) {
+func (r *shard) open(a *assoc) {
 	r.udp.mu.Lock()
 	if a.m.gone.Load() || a.m.assocOf(a.up) != a || a.link != nil || a.try != nil {
 		r.udp.mu.Unlock()
@@ -153,10 +157,10 @@ func (r *Router) open(a *assoc) {
 	r.udp.mu.Unlock()
 	r.control.opening++
 	m, w := a.m, r.loopW[a.loop]
-	a.up.OpenPackets(socks.WithSource(ctx, m.src.Addr()), r.cfg.Loops[a.loop],
+	a.up.OpenPackets(socks.WithSource(ctx, m.src.Addr()), r.loops[a.loop],
 		func(pkts []flow.Packet) {
 			if !a.up.heard.Load() {
-				a.up.heardUDP(r)
+				a.up.heardUDP(r.Router)
 			}
 			r.deliver(m, w, pkts)
 		},
@@ -169,11 +173,11 @@ func (r *Router) next() {
 	for len(r.control.waiting) > 0 && r.control.opening < r.cfg.Limits.Associations {
 		a := r.control.waiting[0]
 		r.control.waiting = r.control.waiting[1:]
-		r.open(a)
+		a.m.s.open(a)
 	}
 }
 
-func (r *Router) opened(e event) {
+func (r *shard) opened(e event) {
 	t, a := e.t, e.t.a
 	r.control.opening--
 	defer r.next()
@@ -217,7 +221,7 @@ func (r *Router) opened(e event) {
 }
 
 // failed decides what comes of an association that could not be opened. udp.mu is held.
-func (r *Router) failed(a *assoc, err error) {
+func (r *shard) failed(a *assoc, err error) {
 	if r.ctx.Err() != nil {
 		return
 	}
@@ -243,12 +247,12 @@ func (r *Router) failed(a *assoc, err error) {
 	if a.failures >= refuseAfter {
 		r.refuseQueue(a, flow.RefuseNet)
 	}
-	a.up.failedUDP(r, err)
+	a.up.failedUDP(r.Router, err)
 	r.again(a)
 }
 
 // refuseQueue tells the app of each datagram that waits.
-func (r *Router) refuseQueue(a *assoc, why flow.Refusal) {
+func (r *shard) refuseQueue(a *assoc, why flow.Refusal) {
 	for _, q := range r.udp.take(a) {
 		r.count.dgramsRefused.Add(1)
 		r.ctlW.Refuse(q.packet(a.m.src), why)
@@ -256,7 +260,7 @@ func (r *Router) refuseQueue(a *assoc, why flow.Refusal) {
 }
 
 // again has a opened after a delay that grows with its failures; without any at once, unless it was just opened.
-func (r *Router) again(a *assoc) {
+func (r *shard) again(a *assoc) {
 	d := time.Duration(0)
 	if a.opened > 0 {
 		d = max(0, time.Duration(a.opened-r.now())+reopenFloor)
@@ -282,7 +286,7 @@ func (r *Router) watchUpstreams(p *policy) {
 }
 
 // back opens the associations that wait for their next try, which may be half a minute away.
-func (r *Router) back(up *upstream) {
+func (r *shard) back(up *upstream) {
 	var waiting []*assoc
 	r.udp.mu.Lock()
 	up.refuseUntil.Store(0)
@@ -299,9 +303,9 @@ func (r *Router) back(up *upstream) {
 }
 
 // closed: an open link failed. The mapping stays, and with it what the app knows.
-func (r *Router) closed(e event) {
+func (r *shard) closed(e event) {
 	t, a := e.t, e.t.a
-	if t == nil || t.closed {
+	if t.closed {
 		return
 	}
 	t.closed, t.why = true, e.err
@@ -344,7 +348,7 @@ func (r *Router) closed(e event) {
 }
 
 // sweep looks at a part of the mappings and ends those whose time is over.
-func (r *Router) sweep() {
+func (r *shard) sweep() {
 	t := &r.udp
 	now := r.now()
 	var old []*mapping
@@ -390,7 +394,7 @@ func (r *Router) exists(m *mapping) bool {
 }
 
 // unreachable ends m if its socket is gone, as the app's kernel said.
-func (r *Router) unreachable(m *mapping) {
+func (r *shard) unreachable(m *mapping) {
 	if r.exists(m) {
 		return // it is connected, and a stranger wrote to it
 	}
@@ -402,7 +406,7 @@ func (r *Router) unreachable(m *mapping) {
 }
 
 // idle reports whether m has been silent for its life time. udp.mu is held.
-func (r *Router) idle(m *mapping, now int64) bool {
+func (r *shard) idle(m *mapping, now int64) bool {
 	life := r.udp.life
 	// An exchange of one datagram each way is over too: nobody waits for more.
 	if m.oneShot || m.upPkts == 1 && m.downPkts.Load() >= 1 {

@@ -24,13 +24,13 @@ const (
 )
 
 // refuseUDP has datagrams for a's upstream refused for a while, those that wait and new ones. udp.mu is held.
-func (r *Router) refuseUDP(a *assoc, why flow.Refusal, err error) {
+func (r *shard) refuseUDP(a *assoc, why flow.Refusal, err error) {
 	if a.m.gone.Load() || a.m.assocOf(a.up) != a {
 		return
 	}
 	a.up.refuseWhy.Store(uint32(why))
 	a.up.refuseUntil.Store(r.now() + int64(r.noUDP))
-	a.up.failedUDP(r, err)
+	a.up.failedUDP(r.Router, err)
 	r.refuseQueue(a, why)
 	a.m.drop(a)
 	r.discard(a)

@@ -190,11 +190,7 @@ func TestServerIsBack(t *testing.T) {
 			)
 			g.send("10.0.0.1:5000", "203.0.113.1:1000", "a")
 			eventually(t, "the first try", func() bool { return asked.Load() == 1 })
-			eventually(t, "the end of the first try", func() bool {
-				g.udp.mu.Lock()
-				defer g.udp.mu.Unlock()
-				return g.udp.dialing == 0
-			})
+			eventually(t, "the end of the first try", func() bool { return g.Stats().Pending == 0 })
 			u.up()
 			eventually(t, "the try of the server that is back", func() bool {
 				g.send("10.0.0.1:5000", "203.0.113.1:1000", "b")

@@ -56,7 +56,7 @@ func (r *Router) queryOf(f flow.Flow, dest Dest) query {
 
 // decideUDP takes the verdict on a datagram, and adds to q the owner that it was taken on; verdictAsk: the owner is looked for.
 // udp.mu is held.
-func (r *Router) decideUDP(q *query, p *flow.Packet, now int64) *verdict {
+func (r *shard) decideUDP(q *query, p *flow.Packet, now int64) *verdict {
 	v := r.verdictOn(q)
 	switch {
 	case r.asker == nil && v == verdictAsk: // nobody can tell
@@ -73,7 +73,7 @@ func (r *Router) decideUDP(q *query, p *flow.Packet, now int64) *verdict {
 }
 
 // classifyDeep is classify where a verdict depends on more than the destination. udp.mu is held.
-func (r *Router) classifyDeep(p *flow.Packet, now int64) *verdict {
+func (r *shard) classifyDeep(p *flow.Packet, now int64) *verdict {
 	c := r.udp.deep.slot(p.Src, p.Dst)
 	changes := r.names.changes.Load()
 	same := c.v != nil && c.src == p.Src && c.dst == p.Dst

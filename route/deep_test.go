@@ -107,18 +107,20 @@ func TestVerdictsOnDatagramsBySource(t *testing.T) {
 		}
 	}
 	// A policy that looks at the destination alone has the plain cache again, and the other way round.
-	if g.udp.deep == nil {
-		t.Error("the cache of sources is not used")
-	}
+	g.each(func(table *mappings) {
+		if table.deep == nil {
+			t.Error("the cache of sources is not used")
+		}
+	})
 	for _, rule := range []string{"dst 10.0.0.0/8 reject", "not src 10.0.0.1 reject"} {
 		if err := g.Reload(Policy{Upstreams: []Upstream{g.policy.Load().order[0].Upstream}, Default: "p", Rules: []Rule{mustRule(t, rule)}}); err != nil {
 			t.Fatal(err)
 		}
-		g.udp.mu.Lock()
-		if deep := g.udp.deep != nil; deep == strings.HasPrefix(rule, "dst") {
-			t.Errorf("%q: the cache of sources is used: %v", rule, deep)
-		}
-		g.udp.mu.Unlock()
+		g.each(func(table *mappings) {
+			if deep := table.deep != nil; deep == strings.HasPrefix(rule, "dst") {
+				t.Errorf("%q: the cache of sources is used: %v", rule, deep)
+			}
+		})
 	}
 	g.HandlePackets(burst)
 	if s := g.Stats(); s.Refused != 2+3*4+2 {
@@ -156,11 +158,11 @@ func TestDatagramsWaitForTheirOwner(t *testing.T) {
 			t.Errorf("%d: %s from %v", i, p.Payload, p.Src)
 		}
 	}
-	g.udp.mu.Lock()
-	if held := g.udp.owners.held; held != 0 {
-		t.Errorf("%d bytes are held", held)
-	}
-	g.udp.mu.Unlock()
+	g.each(func(table *mappings) {
+		if held := table.owners.held; held != 0 {
+			t.Errorf("%d bytes are held", held)
+		}
+	})
 	// The port is another user's now: that is noticed within two seconds.
 	owners.set(one, flow.Owner{Known: true, UID: 1001})
 	eventually(t, "the new owner", func() bool {
@@ -188,11 +190,11 @@ func TestHeldDatagramsAreBounded(t *testing.T) {
 			g.HandlePackets([]flow.Packet{packet(fmt.Sprintf("10.0.1.%d:%d", i%200+1, 1+i), "203.0.113.1:1000", big)})
 		}
 	}
-	g.udp.mu.Lock()
-	defer g.udp.mu.Unlock()
-	if held := g.udp.owners.held; held > heldAll || held < heldAll-2000 {
-		t.Errorf("%d bytes are held", held)
-	}
+	g.each(func(table *mappings) {
+		if held, most := table.owners.held, g.share(heldAll); held > most || held < most-2000 {
+			t.Errorf("%d bytes are held", held)
+		}
+	})
 }
 
 // A stream waits for its owner without an answer; one that finds no room is forgotten and comes again; at the end none is

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"testing"
 )
 
@@ -68,12 +69,11 @@ func TestFlowLogSlow(t *testing.T) {
 // Tables of a burst are made anew when little is left in them: a map never shrinks. What is left stays.
 func TestTablesShrink(t *testing.T) {
 	var ts streams
-	ts.byID = make(map[uint64]*stream)
+	var flows atomic.Int64
 	var all []*stream
-	for i := range remake + 1 {
+	for range remake + 1 {
 		s := &stream{}
-		s.flow.ID = uint64(i)
-		if err := ts.add(s, 2*remake); err != nil {
+		if err := ts.add(s, &flows, 2*remake); err != nil {
 			t.Fatal(err)
 		}
 		all = append(all, s)
@@ -81,11 +81,11 @@ func TestTablesShrink(t *testing.T) {
 	for _, s := range all[1:] {
 		ts.remove(s)
 	}
-	if ts.byID[0] != all[0] || len(ts.byID) != 1 || ts.peak > remake/8 {
-		t.Errorf("the table still has %d entries, peak %d", len(ts.byID), ts.peak)
+	if len(ts.all) != 1 || ts.all[0] != all[0] || cap(ts.all) > remake/4 {
+		t.Errorf("the table still has %d entries, room for %d", len(ts.all), cap(ts.all))
 	}
 	var ms mappings
-	ms.init()
+	ms.init(1)
 	var maps []*mapping
 	for i := range remake + 1 {
 		m := &mapping{src: netip.AddrPortFrom(netip.MustParseAddr("10.0.0.2"), uint16(i+1))}

@@ -91,9 +91,12 @@ func (r *Router) sweepSockets() {
 		return
 	}
 	r.control.nextLook = now + int64(r.lookEvery)
-	r.udp.mu.Lock()
-	all := append(r.control.looked[:0], r.udp.all...)
-	r.udp.mu.Unlock()
+	all := r.control.looked[:0]
+	for _, s := range r.shards {
+		s.udp.mu.Lock()
+		all = append(all, s.udp.all...)
+		s.udp.mu.Unlock()
+	}
 	defer func() {
 		clear(all)
 		r.control.looked = all[:0]
@@ -116,13 +119,13 @@ func (r *Router) sweepSockets() {
 		case m.ask.goneAt == 0:
 			m.ask.goneAt = now
 		default:
-			r.endGone(m, now)
+			m.s.endGone(m, now)
 		}
 	}
 }
 
 // endGone ends a mapping whose socket has been gone for long enough. The one question for all may have missed it.
-func (r *Router) endGone(m *mapping, now int64) {
+func (r *shard) endGone(m *mapping, now int64) {
 	r.udp.mu.Lock()
 	m.ask.goneAt = max(m.ask.goneAt, m.lastUp) // who sends has a socket
 	r.udp.mu.Unlock()
@@ -155,16 +158,10 @@ func (s *stream) look() (gone bool) {
 	return gone
 }
 
-// sweepStreams looks at a part of the open TCP flows. Where nothing moves it asks whether the app's socket still exists, and
-// tells the relay if it does not. A program that only half-closed its connection has its socket.
-func (r *Router) sweepStreams() {
-	if r.cfg.Sockets == nil {
-		return
-	}
-	t := &r.streams
-	some := r.control.streams[:0]
+// appendSome appends the next part of so many, sweepMin at least.
+func (t *streams) appendSome(some []*stream, parts int) []*stream {
 	t.mu.Lock()
-	parts := max(1, int(r.streamsEvery/r.sweepEvery))
+	defer t.mu.Unlock()
 	for range min(max(sweepMin, len(t.all)/parts+1), len(t.all)) {
 		if t.walk >= len(t.all) {
 			t.walk = 0
@@ -172,7 +169,20 @@ func (r *Router) sweepStreams() {
 		some = append(some, t.all[t.walk])
 		t.walk++
 	}
-	t.mu.Unlock()
+	return some
+}
+
+// sweepStreams looks at a part of the open TCP flows. Where nothing moves it asks whether the app's socket still exists, and
+// tells the relay if it does not. A program that only half-closed its connection has its socket.
+func (r *Router) sweepStreams() {
+	if r.cfg.Sockets == nil {
+		return
+	}
+	some := r.control.streams[:0]
+	parts := max(1, int(r.streamsEvery/r.sweepEvery))
+	for _, s := range r.shards {
+		some = s.streams.appendSome(some, parts)
+	}
 	for _, s := range some {
 		rel := s.relay.Load()
 		if rel == nil {
@@ -186,7 +196,7 @@ func (r *Router) sweepStreams() {
 		if s.look() {
 			if !s.orphaned {
 				s.orphaned = true
-				r.count.orphans.Add(1)
+				s.r.count.orphans.Add(1)
 			}
 			rel.Orphaned()
 		}

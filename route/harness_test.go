@@ -269,33 +269,61 @@ func (s *fakeStream) Close() error {
 	return nil
 }
 
-// rig is a running Router with one loop, a writer that remembers, and a log.
+// rig is a running Router with as many loops as shards, a writer that remembers, and a log.
 type rig struct {
 	*Router
 	w   *fakeWriter
+	ws  []*fakeWriter // of each shard, where a test wants them apart
 	log *logBuffer
 }
 
 // newRig runs a Router until the end of the test. change may alter the Router before it runs.
 func newRig(t testing.TB, cfg Config, change func(*Router)) *rig {
 	t.Helper()
-	g := &rig{w: &fakeWriter{}, log: &logBuffer{}}
-	loop, err := relay.NewLoop(relay.Config{})
-	if err != nil {
-		t.Fatal(err)
+	g := &rig{w: &fakeWriter{}}
+	g.run(t, cfg, testShards, testShards, change)
+	return g
+}
+
+// newShardRig is newRig with writers that are apart.
+func newShardRig(t testing.TB, cfg Config, shards, loops int) *rig {
+	t.Helper()
+	g := &rig{}
+	for range shards {
+		g.ws = append(g.ws, &fakeWriter{})
 	}
-	loopOver := make(chan struct{})
-	go func() { _ = loop.Run(context.Background()); close(loopOver) }()
-	t.Cleanup(func() { loop.Close(); <-loopOver })
-	cfg.Loops = []*relay.Loop{loop}
+	g.run(t, cfg, shards, loops, nil)
+	return g
+}
+
+func (g *rig) run(t testing.TB, cfg Config, shards, loops int, change func(*Router)) {
+	t.Helper()
+	g.log = &logBuffer{}
+	for range loops {
+		loop, err := relay.NewLoop(relay.Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		loopOver := make(chan struct{})
+		go func() { _ = loop.Run(context.Background()); close(loopOver) }()
+		t.Cleanup(func() { loop.Close(); <-loopOver })
+		cfg.Loops = append(cfg.Loops, loop)
+	}
+	cfg.Shards = shards
 	cfg.Log = slog.New(slog.NewTextHandler(g.log, nil))
+	var err error
 	if g.Router, err = New(cfg); err != nil {
 		t.Fatal(err)
 	}
 	if change != nil {
 		change(g.Router)
 	}
-	g.Attach(func() flow.PacketWriter { return g.w })
+	g.Attach(func(shard int) flow.PacketWriter {
+		if g.ws != nil {
+			return g.ws[shard]
+		}
+		return g.w
+	})
 	ended := make(chan error, 1)
 	go func() { ended <- g.Run(context.Background()) }()
 	t.Cleanup(func() {
@@ -308,25 +336,24 @@ func newRig(t testing.TB, cfg Config, change func(*Router)) *rig {
 		g.checkPending(t)
 	})
 	eventually(t, "Run to begin", g.ran.Load)
-	return g
 }
 
 // checkPending compares the count of associations that are being opened with those that there are.
 func (g *rig) checkPending(t testing.TB) {
 	t.Helper()
-	g.udp.mu.Lock()
-	defer g.udp.mu.Unlock()
-	n := 0
-	for _, m := range g.udp.all {
-		for _, a := range m.assocs {
-			if a.try != nil && a.link == nil {
-				n++
+	g.each(func(table *mappings) {
+		n := 0
+		for _, m := range table.all {
+			for _, a := range m.assocs {
+				if a.try != nil && a.link == nil {
+					n++
+				}
 			}
 		}
-	}
-	if g.udp.dialing != n {
-		t.Errorf("%d associations are said to be in the making, and %d are", g.udp.dialing, n)
-	}
+		if table.dialing != n {
+			t.Errorf("%d associations are said to be in the making, and %d are", table.dialing, n)
+		}
+	})
 }
 
 // newProxy starts a SOCKS server and a client for it.

@@ -3,6 +3,7 @@ package route
 import (
 	"context"
 	"maps"
+	"math"
 	"net/netip"
 	"slices"
 	"sync"
@@ -16,6 +17,7 @@ import (
 // mapping is the UDP of one app endpoint, whatever it talks to: RFC 4787 section 4.1, endpoint-independent. What comes
 // back is delivered whoever sent it, section 5. All but the atomics belongs to who holds udp.mu.
 type mapping struct {
+	s      *shard
 	src    netip.AddrPort
 	id     uint64
 	start  time.Time
@@ -84,7 +86,7 @@ const (
 	queueLen   = 64
 	queueBytes = 128 << 10
 	queueAge   = 5 * time.Second // whoever asked has asked again since
-	queuedAll  = 16 << 20        // bytes of all queues together
+	queuedAll  = 16 << 20        // bytes of all queues together; each shard has its share
 )
 
 // queued is a datagram copied: headers, then payload.
@@ -114,6 +116,7 @@ type mappings struct {
 	newest  *mapping
 	walk    int // where the next step starts
 	queued  int // bytes in all queues
+	room    int // most bytes in all queues
 	dialing int // associations that have a try and no link
 	cache   cache
 	deep    *deepCache // in place of cache; nil: cache is right
@@ -125,7 +128,9 @@ type mappings struct {
 	most                    int // Limits.Mappings
 }
 
-func (t *mappings) init() {
+// init prepares the table of one of so many shards.
+func (t *mappings) init(shards int) {
+	t.room = queuedAll / shards
 	t.bySrc = make(map[netip.AddrPort]*mapping)
 	t.live(0)
 }
@@ -174,6 +179,14 @@ func (t *mappings) unlink(m *mapping) {
 	m.older, m.newer = nil, nil
 }
 
+// idleSince is when the last datagram of the longest idle mapping came.
+func (t *mappings) idleSince() int64 {
+	if t.oldest == nil {
+		return math.MaxInt64
+	}
+	return t.oldest.lastUp
+}
+
 func (t *mappings) touch(m *mapping) {
 	if t.newest != m {
 		t.unlink(m)
@@ -204,7 +217,7 @@ func (t *mappings) push(a *assoc, p *flow.Packet, now int64) (lost int) {
 		t.pop(q)
 		lost++
 	}
-	if q.bytes+n > queueBytes || t.queued+n > queuedAll {
+	if q.bytes+n > queueBytes || t.queued+n > t.room {
 		return lost + 1
 	}
 	buf := make([]byte, 0, n)

@@ -23,7 +23,7 @@ const (
 	ownerAge = int64(1e9)
 	// maxOwners bounds the UDP sockets whose owner is remembered.
 	maxOwners = 1 << 13
-	// heldAll bounds the bytes of all datagrams that are held.
+	// heldAll bounds the bytes of all datagrams that are held. Each shard has its share.
 	heldAll = 4 << 20
 )
 
@@ -36,6 +36,7 @@ type asker struct {
 
 // waiting is a flow that waits for its owner: a TCP flow with its request, or a UDP socket.
 type waiting struct {
+	s    *shard
 	req  flow.StreamRequest
 	flow flow.Flow
 	dest Dest
@@ -107,9 +108,9 @@ func (r *Router) answerAll(batch []waiting) {
 		if w.req != nil {
 			q := r.queryOf(w.flow, w.dest)
 			q.owner = &owners[i]
-			r.takeStream(w.req, w.flow, w.dest, r.verdictOn(&q), &q)
+			w.s.takeStream(w.req, w.flow, w.dest, r.verdictOn(&q), &q)
 		} else {
-			r.release(w.flow.Src, owners[i])
+			w.s.release(w.flow.Src, owners[i])
 		}
 	}
 }
@@ -127,7 +128,7 @@ func programOf(o *flow.Owner) string {
 }
 
 // laterStream forgets a stream that finds no room to wait: its SYN comes again.
-func (r *Router) laterStream(req flow.StreamRequest) {
+func (r *shard) laterStream(req flow.StreamRequest) {
 	r.count.streamsRefused.Add(1)
 	r.count.asksFull.Add(1)
 	req.Reject(flow.RefuseLater)
@@ -150,7 +151,7 @@ type owners struct {
 
 // ownerOf is the owner of the socket that p came from; nil: it is not known, and asked says whether it is being looked for.
 // udp.mu is held.
-func (r *Router) ownerOf(p *flow.Packet, now int64) (owner *flow.Owner, asked bool) {
+func (r *shard) ownerOf(p *flow.Packet, now int64) (owner *flow.Owner, asked bool) {
 	t := &r.udp.owners
 	o := t.bySrc[p.Src]
 	if o == nil {
@@ -164,7 +165,7 @@ func (r *Router) ownerOf(p *flow.Packet, now int64) (owner *flow.Owner, asked bo
 		t.bySrc[p.Src] = o
 	}
 	if !o.asked && (o.at == 0 || now-o.at >= ownerAge) {
-		o.asked = r.asker.post(waiting{flow: flow.Flow{Proto: flow.UDP, Src: p.Src, Dst: p.Dst}})
+		o.asked = r.asker.post(waiting{s: r, flow: flow.Flow{Proto: flow.UDP, Src: p.Src, Dst: p.Dst}})
 	}
 	if o.at == 0 {
 		return nil, o.asked
@@ -183,13 +184,13 @@ func (t *owners) makeRoom(now int64) bool {
 }
 
 // hold keeps datagrams of one source until their owner is known. udp.mu is held.
-func (r *Router) hold(pkts []flow.Packet, now int64) {
+func (r *shard) hold(pkts []flow.Packet, now int64) {
 	t := &r.udp.owners
 	o := t.bySrc[pkts[0].Src]
 	for i := range pkts {
 		p := &pkts[i]
 		n := len(p.Head) + len(p.Payload)
-		if o == nil || !o.asked || len(o.items) >= queueLen || o.bytes+n > queueBytes || t.held+n > heldAll {
+		if o == nil || !o.asked || len(o.items) >= queueLen || o.bytes+n > queueBytes || t.held+n > r.share(heldAll) {
 			r.count.dgramsQueueFull.Add(1)
 			continue
 		}
@@ -201,7 +202,7 @@ func (r *Router) hold(pkts []flow.Packet, now int64) {
 }
 
 // release takes the owner of a UDP socket, and sends what waited for it.
-func (r *Router) release(src netip.AddrPort, owner flow.Owner) {
+func (r *shard) release(src netip.AddrPort, owner flow.Owner) {
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()
 	t := &r.udp.owners
@@ -221,7 +222,7 @@ func (r *Router) release(src netip.AddrPort, owner flow.Owner) {
 	for i := range items {
 		pkt := [1]flow.Packet{items[i].packet(src)}
 		v := r.classify(&pkt[0], now)
-		v.hits.Add(1)
+		v.hit(r.index, 1)
 		r.run(r.askW, v, pkt[:], now)
 	}
 }

@@ -68,12 +68,21 @@ func (r *Router) Reload(p Policy) error {
 	return nil
 }
 
-// usePolicy puts p in force, empties the cache and ends the associations of upstreams that p has not. All datagrams of a burst
-// are decided on by one policy and the cache that belongs to it.
+// usePolicy puts p in force, empties the caches and ends the associations of upstreams that p has not. All datagrams of a burst
+// are decided on by one policy and the cache that belongs to it: so all shards wait meanwhile.
 func (r *Router) usePolicy(p *policy) {
-	r.udp.mu.Lock()
-	defer r.udp.mu.Unlock()
+	for _, s := range r.shards {
+		s.udp.mu.Lock()
+		defer s.udp.mu.Unlock()
+	}
 	r.policy.Store(p)
+	for _, s := range r.shards {
+		s.usePolicy(p)
+	}
+}
+
+// usePolicy empties the cache and ends the associations of upstreams that p has not. udp.mu is held.
+func (r *shard) usePolicy(p *policy) {
 	r.udp.deep = r.deepFor(p)
 	clear(r.udp.cache[:])
 	for _, m := range r.udp.all {
@@ -88,7 +97,7 @@ func (r *Router) usePolicy(p *policy) {
 
 // endReplaced ends the TCP flows of upstreams that p has not.
 func (r *Router) endReplaced(p *policy) {
-	for _, s := range r.streams.snapshot() {
+	for _, s := range r.snapshot() {
 		if p.has(s.v.up) {
 			continue
 		}
@@ -156,15 +165,9 @@ var errNetwork = errors.New("the network has changed")
 // Renew makes anew what would wait long for an answer over a network that is not there any more: associations, and the
 // connections to resolvers. The mappings stay. Any goroutine; it does not wait.
 func (r *Router) Renew() {
-	r.udp.mu.Lock()
-	for _, m := range r.udp.all {
-		for _, a := range m.assocs {
-			if a.link != nil {
-				r.ctl.post(event{kind: evClosed, t: a.try, err: errNetwork})
-			}
-		}
+	for _, s := range r.shards {
+		s.renew()
 	}
-	r.udp.mu.Unlock()
 	r.reload.Lock()
 	defer r.reload.Unlock()
 	if r.ctx.Err() != nil || !r.ran.Load() || r.dns.Load() == nil {
@@ -175,13 +178,29 @@ func (r *Router) Renew() {
 	}
 }
 
+// renew has the associations that are open made anew.
+func (r *shard) renew() {
+	r.udp.mu.Lock()
+	defer r.udp.mu.Unlock()
+	for _, m := range r.udp.all {
+		for _, a := range m.assocs {
+			if a.link != nil {
+				r.ctl.post(event{kind: evClosed, t: a.try, err: errNetwork})
+			}
+		}
+	}
+}
+
 // SetUDP changes UDPTimeout and Limits.Mappings. As in Config, zero means the default. Mappings that are too many now go when
 // others come. New sets both by it, too.
 func (r *Router) SetUDP(timeout time.Duration, mappings int) {
-	r.udp.mu.Lock()
-	defer r.udp.mu.Unlock()
-	r.udp.live(timeout)
-	if r.udp.most = mappings; mappings == 0 {
-		r.udp.most = defaultMappings(openFiles())
+	if mappings == 0 {
+		mappings = defaultMappings(openFiles())
+	}
+	for _, s := range r.shards {
+		s.udp.mu.Lock()
+		s.udp.live(timeout)
+		s.udp.most = mappings
+		s.udp.mu.Unlock()
 	}
 }

@@ -214,15 +214,16 @@ func TestSetUDPDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	life, most := r.udp.life, r.udp.most
+	udp := &r.shards[0].udp
+	life, most := udp.life, udp.most
 	if life != DefaultUDPTimeout || most < 16 || most > DefaultMappings {
 		t.Errorf("at the start: %v, %d mappings", life, most)
 	}
 	r.SetUDP(time.Minute, 9)
-	if r.udp.life != time.Minute || r.udp.most != 9 {
-		t.Errorf("set: %v, %d mappings", r.udp.life, r.udp.most)
+	if udp.life != time.Minute || udp.most != 9 {
+		t.Errorf("set: %v, %d mappings", udp.life, udp.most)
 	}
-	if r.SetUDP(0, 0); r.udp.life != life || r.udp.most != most {
-		t.Errorf("back to the defaults: %v, %d mappings", r.udp.life, r.udp.most)
+	if r.SetUDP(0, 0); udp.life != life || udp.most != most {
+		t.Errorf("back to the defaults: %v, %d mappings", udp.life, udp.most)
 	}
 }

@@ -26,6 +26,7 @@ type Config struct {
 	Default   string     // the upstream of flows that no rule matches; "": they are refused
 
 	Loops   []*relay.Loop // at least one; run by the caller, until after the Router was closed
+	Shards  int           // those of the stack: HandleStream and the like name one; they share the loops out. 0: one
 	Sockets flow.Sockets  // nil: it can't be asked whether the app's sockets exist
 	Owners  flow.Owners   // nil: it can't be asked whose the app's sockets are
 	// Decisions gets one JSON object on a line for each verdict that is taken on a flow, from one goroutine. A writer that
@@ -94,7 +95,7 @@ func (l *Limits) fill() error {
 var noAddr netip.AddrPort
 
 // Router takes flows from the stack, as its Handler, and has them carried. Its methods may be called from any
-// goroutine, but for HandleStream and HandlePackets, which are the frame reader's.
+// goroutine, but for HandleStream and HandlePackets, which are the frame reader's of the shard that they name.
 type Router struct {
 	cfg    Config
 	policy atomic.Pointer[policy]
@@ -103,32 +104,22 @@ type Router struct {
 	log    *flowLog
 	epoch  time.Time
 	ids    atomic.Uint64
-	load   []atomic.Int64 // flows and associations of each loop
+	flows  atomic.Int64 // TCP flows of all shards
+	mapped atomic.Int64 // mappings of all shards
 
 	ctx    context.Context // of everything that is pending
 	cancel context.CancelFunc
 	ran    atomic.Bool
 	over   chan struct{} // Run has returned
 
-	streams streams
-	udp     mappings
+	shards  []*shard
 	ctl     mailbox
 	control control
-
-	rejectLogged int64 // under udp.mu
-	guarded      guardLog
+	guarded guardLog
 
 	names     nameTable
 	asker     *asker     // nil: nobody can be asked
 	decisions *decisions // nil: nobody wants them
-
-	readerW flow.PacketWriter   // the frame reader's
-	ctlW    flow.PacketWriter   // Run's
-	loopW   []flow.PacketWriter // the loops'
-	askW    flow.PacketWriter   // the asker's
-	dnsMu   sync.Mutex
-	dnsW    flow.PacketWriter // of who holds dnsMu
-	dnsPkt  [1]flow.Packet
 
 	reload    sync.Mutex // over the next four, and while the policy is replaced
 	resolvers []netip.AddrPort
@@ -136,7 +127,6 @@ type Router struct {
 	dnsPast   dnsSum             // of those that ran before
 	dnsRuns   sync.WaitGroup
 
-	count    counters
 	links    linkCounters
 	shortage shortage
 
@@ -161,18 +151,20 @@ func New(cfg Config) (*Router, error) {
 	}
 	r := &Router{
 		cfg: cfg, log: newFlowLog(cfg.Log), epoch: time.Now(),
-		load: make([]atomic.Int64, len(cfg.Loops)), loopW: make([]flow.PacketWriter, len(cfg.Loops)),
 		over:       make(chan struct{}),
 		retryFirst: retryFirst, retryMax: retryMax, livedLong: livedLong, quickEnd: quickEnd, noUDP: noUDP, sweepEvery: sweepEvery,
 		lookEvery: lookEvery, goneAfter: goneAfter, streamsEvery: streamsEvery,
+	}
+	if err := r.makeShards(); err != nil {
+		return nil, err
 	}
 	r.policy.Store(p)
 	r.watchUpstreams(p)
 	r.answer = newAnswers(r)
 	r.asker, r.decisions = newAsker(cfg.Owners), newDecisions(cfg.Decisions, r.log)
-	r.udp.deep = r.deepFor(p)
-	r.streams.byID = make(map[uint64]*stream)
-	r.udp.init()
+	for _, s := range r.shards {
+		s.udp.deep = r.deepFor(p)
+	}
 	r.SetUDP(cfg.UDPTimeout, cfg.Limits.Mappings)
 	r.ctl.wake = make(chan struct{}, 1)
 	if len(cfg.Resolvers) > 0 {
@@ -185,15 +177,6 @@ func New(cfg Config) (*Router, error) {
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r, nil
-}
-
-// Attach gives the Router what makes writers toward the app, one for each goroutine that needs one. It is called once,
-// before Run and the first packet.
-func (r *Router) Attach(writer func() flow.PacketWriter) {
-	r.readerW, r.ctlW, r.dnsW, r.askW = writer(), writer(), writer(), writer()
-	for i := range r.loopW {
-		r.loopW[i] = writer()
-	}
 }
 
 // now is the Router's clock: nanoseconds since it was made, never 0.
@@ -225,7 +208,7 @@ func (r *Router) Run(ctx context.Context) error {
 	}
 	defer close(r.over)
 	defer r.cancel()
-	if r.readerW == nil {
+	if r.shards[0].readerW == nil {
 		return errors.New("cannot run a router without writers: Attach comes first")
 	}
 	r.log.start()
@@ -255,7 +238,9 @@ func (r *Router) Run(ctx context.Context) error {
 		select {
 		case <-r.ctx.Done():
 		case <-sweep.C:
-			r.sweep()
+			for _, s := range r.shards {
+				s.sweep()
+			}
 			r.sweepSockets()
 			r.sweepStreams()
 		case <-r.ctl.wake:
@@ -269,10 +254,14 @@ func (r *Router) Run(ctx context.Context) error {
 }
 
 func (r *Router) teardown() error {
-	r.streams.close()
-	r.closeMappings()
+	r.endFlows()
 	relays := make(chan struct{})
-	go func() { r.streams.wg.Wait(); close(relays) }()
+	go func() {
+		for _, s := range r.shards {
+			s.streams.wg.Wait()
+		}
+		close(relays)
+	}()
 	late := time.NewTimer(teardownWait)
 	defer late.Stop()
 	for r.control.opening > 0 || relays != nil {
@@ -283,7 +272,7 @@ func (r *Router) teardown() error {
 		case <-late.C:
 			return fmt.Errorf(
 				"cannot end all flows: %d dials and %d associations did not end in %v",
-				len(r.streams.snapshot()),
+				len(r.snapshot()),
 				r.control.opening,
 				teardownWait,
 			)
@@ -300,8 +289,18 @@ func (r *Router) drain() {
 	}
 }
 
+// endFlows ends all flows and refuses new ones from here on. Those of TCP take a moment.
+func (r *Router) endFlows() {
+	for _, s := range r.shards {
+		s.streams.close()
+	}
+	for _, s := range r.shards {
+		s.closeMappings()
+	}
+}
+
 // closeMappings ends all mappings; new ones are refused from here on.
-func (r *Router) closeMappings() {
+func (r *shard) closeMappings() {
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()
 	r.udp.clos = true
@@ -317,7 +316,6 @@ func (r *Router) Close() error {
 		<-r.over
 		return nil
 	}
-	r.streams.close()
-	r.closeMappings()
+	r.endFlows()
 	return nil
 }

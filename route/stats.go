@@ -52,45 +52,70 @@ type Stats struct {
 
 // Stats gives the counters.
 func (r *Router) Stats() Stats {
-	c, l := &r.count, &r.links
+	l := &r.links
 	s := Stats{
-		Streams: c.streams.Load(), StreamsRefused: c.streamsRefused.Load(), StreamsFull: c.flowsFull.Load(),
-		Mappings: c.mappings.Load(), MappingsExpired: c.mappingsExpired.Load(), MappingsEvicted: c.mappingsEvicted.Load(),
-		MappingsGone: c.mappingsGone.Load(), Orphans: c.orphans.Load(), MappingsFull: c.mappingsFull.Load(), Reassociations: c.reassociations.Load(),
-		Dropped: c.dgramsDropped.Load(), Refused: c.dgramsRefused.Load(), QueueFull: c.dgramsQueueFull.Load(),
-		Up: c.up.Load(), Down: c.down.Load(),
 		Sent: l.sent.Load(), Received: l.received.Load(), SocketFull: l.full.Load(), TooLarge: l.tooLarge.Load(),
 		Unsendable: l.unsendable.Load(), Malformed: l.malformed.Load(),
 	}
-	s.AsksFull = c.asksFull.Load()
 	if r.decisions != nil {
 		s.DecisionsLost = r.decisions.lost.Load()
 	}
 	s.DNS = r.dnsStats()
-	r.streams.mu.Lock()
-	s.StreamsNow = len(r.streams.byID)
-	r.streams.mu.Unlock()
-	r.udp.mu.Lock()
-	s.MappingsNow = len(r.udp.all)
-	s.Pending = r.udp.dialing
-	r.udp.mu.Unlock()
+	for _, shard := range r.shards {
+		shard.addTo(&s)
+	}
 	return s
 }
 
+// addTo adds the counters of one shard.
+func (r *shard) addTo(s *Stats) {
+	c := &r.count
+	s.Streams += c.streams.Load()
+	s.StreamsRefused += c.streamsRefused.Load()
+	s.StreamsFull += c.flowsFull.Load()
+	s.AsksFull += c.asksFull.Load()
+	s.Mappings += c.mappings.Load()
+	s.MappingsExpired += c.mappingsExpired.Load()
+	s.MappingsGone += c.mappingsGone.Load()
+	s.Orphans += c.orphans.Load()
+	s.MappingsEvicted += c.mappingsEvicted.Load()
+	s.MappingsFull += c.mappingsFull.Load()
+	s.Reassociations += c.reassociations.Load()
+	s.Dropped += c.dgramsDropped.Load()
+	s.Refused += c.dgramsRefused.Load()
+	s.QueueFull += c.dgramsQueueFull.Load()
+	s.Up += c.up.Load()
+	s.Down += c.down.Load()
+	r.streams.mu.Lock()
+	s.StreamsNow += len(r.streams.all)
+	r.streams.mu.Unlock()
+	r.udp.mu.Lock()
+	s.MappingsNow += len(r.udp.all)
+	s.Pending += r.udp.dialing
+	r.udp.mu.Unlock()
+}
+
 // Ended is how many flows have ended, TCP and UDP: each leaves garbage behind. Any goroutine; no lock.
-func (r *Router) Ended() uint64 { return r.count.ended.Load() }
+func (r *Router) Ended() (n uint64) {
+	for _, s := range r.shards {
+		n += s.count.ended.Load()
+	}
+	return n
+}
 
 // Flows lists what there is now, by ID: for status.
 func (r *Router) Flows() []FlowInfo {
 	var all []FlowInfo
-	for _, s := range r.streams.snapshot() {
+	for _, s := range r.snapshot() {
 		all = append(all, s.info())
 	}
-	r.udp.mu.Lock()
-	for _, m := range r.udp.all {
-		all = append(all, m.info())
+	for _, s := range r.shards {
+		s.udp.mu.Lock()
+		for _, m := range s.udp.all {
+			all = append(all, m.info())
+		}
+		s.udp.mu.Unlock()
 	}
-	r.udp.mu.Unlock()
 	slices.SortFunc(all, func(a, b FlowInfo) int {
 		if a.ID < b.ID {
 			return -1
@@ -126,7 +151,7 @@ func (r *Router) Rules() []RuleInfo {
 	var all []RuleInfo
 	p := r.policy.Load()
 	for _, v := range append(p.verdicts[:len(p.verdicts):len(p.verdicts)], p.otherwise) {
-		all = append(all, RuleInfo{v.rule, v.hits.Load()})
+		all = append(all, RuleInfo{v.rule, v.hits.sum()})
 	}
 	return all
 }

@@ -2,7 +2,6 @@ package route
 
 import (
 	"errors"
-	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -17,10 +16,8 @@ import (
 // streams is the flow table of TCP: what is pending and what is open. What was refused leaves only its log line.
 type streams struct {
 	mu      sync.Mutex
-	byID    map[uint64]*stream
-	all     []*stream      // for walks in small steps
+	all     []*stream
 	walk    int            // where the next step starts
-	peak    int            // of byID since it was made
 	closing atomic.Bool    // set under mu, so that add is before it or sees it
 	wg      sync.WaitGroup // one for each entry
 }
@@ -43,7 +40,7 @@ var streamStates = [...]string{dialing: "dialing", open: "open", over: "closed"}
 
 // stream is a TCP flow that an upstream was asked for.
 type stream struct {
-	r        *Router
+	r        *shard
 	req      flow.StreamRequest // nil once it is answered
 	flow     flow.Flow
 	dest     Dest
@@ -65,8 +62,8 @@ type stream struct {
 
 var verdictImpossible = &verdict{kind: impossible, rule: "none"}
 
-// HandleStream implements stack.Handler: it takes the verdict and has the upstream dial. It does not block.
-func (r *Router) HandleStream(req flow.StreamRequest) {
+// handleStream is HandleStream of one shard.
+func (r *shard) handleStream(req flow.StreamRequest) {
 	f := req.Flow()
 	f.ID = r.ids.Add(1)
 	if f.Start.IsZero() {
@@ -110,7 +107,7 @@ func (r *Router) HandleStream(req flow.StreamRequest) {
 		v = r.verdictOn(&q)
 	case r.asker == nil:
 	case v == verdictAsk || v.apart() || r.decisions != nil: // whose line names the program
-		if r.asker.post(waiting{req, f, dest}) {
+		if r.asker.post(waiting{r, req, f, dest}) {
 			return
 		}
 		if v == verdictAsk || v.apart() {
@@ -123,11 +120,11 @@ func (r *Router) HandleStream(req flow.StreamRequest) {
 
 // takeStream does with a flow what the verdict says. q is what it was taken on; nil: nobody writes this decision down. Any
 // goroutine.
-func (r *Router) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *verdict, q *query) {
+func (r *shard) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *verdict, q *query) {
 	if q != nil {
 		r.decisions.post(decision{f.Start, f, q.names, v, q.owner})
 	}
-	v.hits.Add(1)
+	v.hit(r.index, 1)
 	switch v.kind {
 	case reject:
 		var err error
@@ -156,7 +153,7 @@ func (r *Router) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *v
 		}
 		s.lease = lease
 	}
-	if err := r.streams.add(s, r.cfg.Limits.Flows); err != nil {
+	if err := r.streams.add(s, &r.flows, r.cfg.Limits.Flows); err != nil {
 		s.lease.Release()
 		why := flow.RefuseReset
 		if err == errFull {
@@ -173,11 +170,11 @@ func (r *Router) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *v
 		s.replaced.Store(true)
 		s.endDial()
 	}
-	v.up.DialStream(&s.call, r.cfg.Loops[s.loop], dest, s.dialed)
+	v.up.DialStream(&s.call, r.loops[s.loop], dest, s.dialed)
 }
 
 // turnAway refuses a flow that no upstream was asked for.
-func (r *Router) turnAway(req flow.StreamRequest, f flow.Flow, v *verdict, why flow.Refusal, state string, err error) {
+func (r *shard) turnAway(req flow.StreamRequest, f flow.Flow, v *verdict, why flow.Refusal, state string, err error) {
 	r.count.streamsRefused.Add(1)
 	req.Reject(why)
 	i := FlowInfo{Flow: f, Rule: v.rule, State: state}
@@ -197,19 +194,19 @@ var (
 	errNoName = errors.New("the fake address no longer stands for a name")
 )
 
-func (t *streams) add(s *stream, limit int) error {
+// add puts s into the table. all counts the flows of all shards.
+func (t *streams) add(s *stream, all *atomic.Int64, limit int) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	switch {
 	case t.closing.Load():
 		return errClosing
-	case len(t.byID) >= limit:
+	case all.Add(1) > int64(limit):
+		all.Add(-1)
 		return errFull
 	}
-	t.byID[s.flow.ID] = s
 	s.index = len(t.all)
 	t.all = append(t.all, s)
-	t.peak = max(t.peak, len(t.byID))
 	t.wg.Add(1)
 	return nil
 }
@@ -217,14 +214,13 @@ func (t *streams) add(s *stream, limit int) error {
 func (t *streams) remove(s *stream) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	delete(t.byID, s.flow.ID)
 	last := len(t.all) - 1
 	t.all[s.index] = t.all[last]
 	t.all[s.index].index = s.index
 	t.all[last] = nil
 	t.all = t.all[:last]
-	if t.peak > remake && len(t.byID) <= t.peak/8 { // a map never shrinks
-		t.byID, t.all, t.peak = maps.Collect(maps.All(t.byID)), slices.Clone(t.all), len(t.byID)
+	if cap(t.all) > remake && last <= cap(t.all)/8 {
+		t.all = slices.Clone(t.all)
 	}
 }
 
@@ -245,7 +241,7 @@ func (s *stream) dialed(sock loop.Socket, err error) {
 		s.refused(err)
 		return
 	}
-	up.tcp.works(r, up, "TCP")
+	up.tcp.works(r.Router, up, "TCP")
 	if s.gone.Load() {
 		sock.Close()
 		s.finish("cancelled", 0, 0, errAppGone)
@@ -267,7 +263,7 @@ func (s *stream) dialed(sock loop.Socket, err error) {
 		return
 	}
 	s.state.Store(open)
-	rel := r.cfg.Loops[s.loop].Start(s.req, sock, s.relayed)
+	rel := r.loops[s.loop].Start(s.req, sock, s.relayed)
 	s.relay.Store(rel)
 	if r.streams.closing.Load() || s.replaced.Load() { // the Router's own Abort may have come before the relay was there to be seen
 		rel.Abort()
@@ -285,7 +281,7 @@ func (s *stream) refused(err error) {
 		s.finish("aborted", 0, 0, errReplaced)
 		return
 	case isServerFault(err):
-		up.tcp.failed(r, up, "TCP", err)
+		up.tcp.failed(r.Router, up, "TCP", err)
 	case r.ctx.Err() != nil:
 		s.req.Reject(flow.RefuseReset)
 		s.finish("aborted", 0, 0, errClosing)
@@ -293,7 +289,7 @@ func (s *stream) refused(err error) {
 	case isShortage(err):
 		r.short(err)
 	default:
-		up.tcp.works(r, up, "TCP") // a refusal of the target is the server's work well done
+		up.tcp.works(r.Router, up, "TCP") // a refusal of the target is the server's work well done
 	}
 	r.count.streamsRefused.Add(1)
 	why := refusalOf(err)
@@ -334,6 +330,7 @@ func (s *stream) finish(state string, up, down uint64, err error) {
 	r.count.up.Add(up) // who sees it gone sees its bytes
 	r.count.down.Add(down)
 	r.streams.remove(s)
+	r.flows.Add(-1)
 	s.lease.Release()
 	if s.loop >= 0 {
 		r.load[s.loop].Add(-1)
@@ -353,8 +350,8 @@ func (s *stream) info() FlowInfo {
 	return i
 }
 
-// pickLoop gives the loop with the least to do one flow more.
-func (r *Router) pickLoop() int {
+// pickLoop gives the shard's loop with the least to do one flow more.
+func (r *shard) pickLoop() int {
 	best := 0
 	for i := range r.load {
 		if r.load[i].Load() < r.load[best].Load() {
@@ -365,14 +362,11 @@ func (r *Router) pickLoop() int {
 	return best
 }
 
-func (t *streams) snapshot() []*stream {
+// appendTo appends all that there are.
+func (t *streams) appendTo(all []*stream) []*stream {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	all := make([]*stream, 0, len(t.byID))
-	for _, s := range t.byID {
-		all = append(all, s)
-	}
-	return all
+	return append(all, t.all...)
 }
 
 // close refuses new flows and resets those there are. Their ends come by dialed and relayed.
@@ -380,7 +374,7 @@ func (t *streams) close() {
 	t.mu.Lock()
 	t.closing.Store(true)
 	t.mu.Unlock()
-	for _, s := range t.snapshot() {
+	for _, s := range t.appendTo(nil) {
 		s.endDial()
 		if rel := s.relay.Load(); rel != nil {
 			rel.Abort()

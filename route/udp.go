@@ -1,8 +1,10 @@
 package route
 
 import (
+	"cmp"
 	"errors"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/viasocks/viasocks/route/relay"
@@ -21,9 +23,8 @@ var (
 // one waits.
 const evictIdle = int64(5 * time.Second)
 
-// HandlePackets implements stack.Handler: a burst of datagrams of the app. Runs of one source and one upstream are sent
-// by one call of its link. Nothing here blocks, and nothing is allocated for a datagram of an open association.
-func (r *Router) HandlePackets(pkts []flow.Packet) {
+// handlePackets is HandlePackets of one shard.
+func (r *shard) handlePackets(pkts []flow.Packet) {
 	if len(pkts) == 0 {
 		return
 	}
@@ -47,14 +48,14 @@ func (r *Router) HandlePackets(pkts []flow.Packet) {
 				break
 			}
 		}
-		v.hits.Add(uint64(j - i))
+		v.hit(r.index, uint64(j-i))
 		r.run(r.readerW, v, pkts[i:j], now)
 		i, v = j, next
 	}
 }
 
 // classify takes the verdict on one datagram, from the cache if it is there.
-func (r *Router) classify(p *flow.Packet, now int64) *verdict {
+func (r *shard) classify(p *flow.Packet, now int64) *verdict {
 	if r.dns.Load() != nil && p.Dst.Port() == 53 && flow.OneHost(p.Dst.Addr()) {
 		return verdictResolve
 	}
@@ -73,7 +74,7 @@ func (r *Router) classify(p *flow.Packet, now int64) *verdict {
 }
 
 // run handles datagrams of one source and one verdict. w is the calling goroutine's.
-func (r *Router) run(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now int64) {
+func (r *shard) run(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now int64) {
 	switch v.kind {
 	case resolve:
 		for i := range pkts {
@@ -100,7 +101,7 @@ func (r *Router) run(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now in
 	}
 }
 
-func (r *Router) refuse(w flow.PacketWriter, pkts []flow.Packet, why flow.Refusal) {
+func (r *shard) refuse(w flow.PacketWriter, pkts []flow.Packet, why flow.Refusal) {
 	r.count.dgramsRefused.Add(uint64(len(pkts)))
 	for i := range pkts {
 		w.Refuse(pkts[i], why)
@@ -109,7 +110,7 @@ func (r *Router) refuse(w flow.PacketWriter, pkts []flow.Packet, why flow.Refusa
 
 // logRejected writes a line for a datagram that no rule lets pass, once in a second at most: a program may send them at
 // any rate, and there is no flow whose end could be waited for. udp.mu is held.
-func (r *Router) logRejected(v *verdict, p *flow.Packet, now int64) {
+func (r *shard) logRejected(v *verdict, p *flow.Packet, now int64) {
 	if r.rejectLogged != 0 && now-r.rejectLogged < int64(time.Second) {
 		return
 	}
@@ -124,7 +125,7 @@ func (r *Router) logRejected(v *verdict, p *flow.Packet, now int64) {
 }
 
 // question hands a datagram to port 53 to route/dns. The answer comes from the address that was asked.
-func (r *Router) question(p *flow.Packet) {
+func (r *shard) question(p *flow.Packet) {
 	src, dst := p.Src, p.Dst
 	asked := dst
 	if !flow.CanBePeer(dst.Addr()) {
@@ -143,7 +144,7 @@ func (r *Router) question(p *flow.Packet) {
 	})
 }
 
-func (r *Router) carry(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now int64) {
+func (r *shard) carry(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now int64) {
 	t := &r.udp
 	m := t.bySrc[pkts[0].Src]
 	// What is open goes on working whatever the server says to others.
@@ -191,7 +192,7 @@ func (r *Router) carry(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now 
 }
 
 // newMapping makes room if there is none; nil: there is none to be made.
-func (r *Router) newMapping(v *verdict, p *flow.Packet, now int64) *mapping {
+func (r *shard) newMapping(v *verdict, p *flow.Packet, now int64) *mapping {
 	t := &r.udp
 	if p.Src.Port() == 0 || !flow.OneHost(p.Src.Addr()) {
 		return nil
@@ -199,32 +200,41 @@ func (r *Router) newMapping(v *verdict, p *flow.Packet, now int64) *mapping {
 	if r.cfg.ComesBack != nil && r.cfg.ComesBack(flow.Flow{Proto: flow.UDP, Src: p.Src, Dst: p.Dst}) {
 		return nil
 	}
-	if len(t.all) >= t.most && !r.evict(now) {
+	if r.mapped.Add(1) > int64(t.most) && !r.makeRoom(now) {
+		r.mapped.Add(-1)
 		r.count.mappingsFull.Add(1)
 		r.short(errMappingsFull)
 		return nil
 	}
-	m := &mapping{src: p.Src, id: r.ids.Add(1), start: time.Now(), first: p.Dst, rule: v, oneShot: true}
+	m := &mapping{s: r, src: p.Src, id: r.ids.Add(1), start: time.Now(), first: p.Dst, rule: v, oneShot: true}
 	t.add(m)
 	r.count.mappings.Add(1)
 	return m
 }
 
-// evict ends the mapping that was idle longest. Those that only receive are passed over, a few at a time.
-func (r *Router) evict(now int64) bool {
-	t := &r.udp
+// makeRoom ends the mapping that was idle longest, in whatever shard it is; a shard that is busy just now is left out. Those that
+// only receive are passed over, a few at a time. udp.mu is held.
+func (r *shard) makeRoom(now int64) bool {
+	held := []*shard{r}
+	for _, s := range r.shards {
+		if s != r && s.udp.mu.TryLock() {
+			held = append(held, s)
+			defer s.udp.mu.Unlock()
+		}
+	}
 	for range 16 {
-		m := t.oldest
+		s := slices.MinFunc(held, func(a, b *shard) int { return cmp.Compare(a.udp.idleSince(), b.udp.idleSince()) })
+		m := s.udp.oldest
 		if m == nil || now-m.lastUp < evictIdle {
 			return false
 		}
 		if now-m.lastDown.Load() >= evictIdle || m.lastDown.Load() == 0 {
-			r.count.mappingsEvicted.Add(1)
-			r.endMapping(m, "evicted", errEvicted)
+			s.count.mappingsEvicted.Add(1)
+			s.endMapping(m, "evicted", errEvicted)
 			return true
 		}
 		m.lastUp = m.lastDown.Load()
-		t.touch(m)
+		s.udp.touch(m)
 	}
 	return false
 }
@@ -232,10 +242,8 @@ func (r *Router) evict(now int64) bool {
 // askGone is the least time between two looks at the socket of an endpoint whose kernel says port unreachable.
 const askGone = int64(time.Second)
 
-// HandleUnreachable ends the mapping of an app endpoint whose kernel answered a datagram with ICMP port unreachable: its
-// socket is gone. A connected socket refuses strangers in the same way, and strangers must not end its mapping: so where
-// it can be asked, Run looks first. Called on the frame reader; it does not block.
-func (r *Router) HandleUnreachable(endpoint netip.AddrPort) {
+// handleUnreachable is HandleUnreachable of one shard.
+func (r *shard) handleUnreachable(endpoint netip.AddrPort) {
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()
 	m := r.udp.bySrc[endpoint]
@@ -250,10 +258,11 @@ func (r *Router) HandleUnreachable(endpoint netip.AddrPort) {
 }
 
 // endMapping takes m out of the table at once and leaves what may take longer to Run. udp.mu is held.
-func (r *Router) endMapping(m *mapping, state string, err error) {
+func (r *shard) endMapping(m *mapping, state string, err error) {
 	i := m.info()
 	i.State = state
 	r.udp.remove(m)
+	r.mapped.Add(-1)
 	for _, a := range m.assocs {
 		r.discard(a)
 	}
@@ -268,7 +277,7 @@ func (r *Router) endMapping(m *mapping, state string, err error) {
 }
 
 // discard ends an association whose mapping is gone, or does not need it. udp.mu is held.
-func (r *Router) discard(a *assoc) {
+func (r *shard) discard(a *assoc) {
 	r.load[a.loop].Add(-1)
 	if lost := r.udp.take(a); len(lost) > 0 {
 		r.count.dgramsDropped.Add(uint64(len(lost)))
@@ -282,7 +291,7 @@ func (r *Router) discard(a *assoc) {
 
 // deliver hands a burst from an upstream to the app, on the loop that w is of. Whoever sent it: filtering is
 // endpoint-independent.
-func (r *Router) deliver(m *mapping, w flow.PacketWriter, pkts []flow.Packet) {
+func (r *shard) deliver(m *mapping, w flow.PacketWriter, pkts []flow.Packet) {
 	if m.gone.Load() {
 		return
 	}

@@ -268,11 +268,11 @@ func TestUDPQueueBounds(t *testing.T) {
 	if s := g.Stats(); s.QueueFull != 136+3 {
 		t.Errorf("%d were counted as lost, %d were", s.QueueFull, 136+3)
 	}
-	g.udp.mu.Lock()
-	if g.udp.queued != 0 {
-		t.Errorf("%d bytes are said to wait", g.udp.queued)
-	}
-	g.udp.mu.Unlock()
+	g.each(func(table *mappings) {
+		if table.queued != 0 {
+			t.Errorf("%d bytes are said to wait", table.queued)
+		}
+	})
 }
 
 // The verdict is taken for each destination inside a mapping.

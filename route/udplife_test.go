@@ -61,11 +61,11 @@ func (s *fakeSockets) set(all ...string) {
 
 // age makes what the apps sent last so much older.
 func (g *rig) age(by time.Duration) {
-	g.udp.mu.Lock()
-	defer g.udp.mu.Unlock()
-	for _, m := range g.udp.all {
-		m.lastUp -= int64(by)
-	}
+	g.each(func(table *mappings) {
+		for _, m := range table.all {
+			m.lastUp -= int64(by)
+		}
+	})
 }
 
 func TestUDPLife(t *testing.T) {
@@ -75,7 +75,10 @@ func TestUDPLife(t *testing.T) {
 	pinned := netip.MustParseAddrPort("10.0.0.1:5001")
 	sockets := &fakeSockets{has: map[netip.AddrPort]bool{pinned: true}}
 	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p", Sockets: sockets}, func(r *Router) {
-		r.sweepEvery, r.udp.life, r.udp.shortLife, r.udp.pinned = 10*time.Millisecond, time.Hour, 100*time.Millisecond, pinnedFor
+		r.sweepEvery = 10 * time.Millisecond
+		for _, s := range r.shards {
+			s.udp.life, s.udp.shortLife, s.udp.pinned = time.Hour, 100*time.Millisecond, pinnedFor
+		}
 		r.epoch = r.epoch.Add(-2 * time.Hour) // for age
 	})
 	g.send("10.0.0.1:5000", "203.0.113.1:1000", "a")
@@ -119,7 +122,10 @@ func TestUDPLifeRace(t *testing.T) {
 	var u manualUpstream
 	sockets := &fakeSockets{}
 	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p", Sockets: sockets}, func(r *Router) {
-		r.sweepEvery, r.udp.life = 10*time.Millisecond, 100*time.Millisecond
+		r.sweepEvery = 10 * time.Millisecond
+		for _, s := range r.shards {
+			s.udp.life = 100 * time.Millisecond
+		}
 	})
 	sockets.mu.Lock()
 	sockets.hook = func() { g.send("10.0.0.1:5000", "203.0.113.1:1000", "a") }
@@ -154,9 +160,7 @@ func TestUDPUnreachableByConnected(t *testing.T) {
 	sockets.mu.Lock()
 	delete(sockets.has, app)
 	sockets.mu.Unlock()
-	g.udp.mu.Lock()
-	g.udp.all[0].askedGone = 0
-	g.udp.mu.Unlock()
+	g.mapping(5000, func(m *mapping) { m.askedGone = 0 })
 	g.HandleUnreachable(app)
 	eventually(t, "the mapping to end", func() bool { return g.Stats().MappingsNow == 0 })
 }
@@ -197,12 +201,8 @@ func TestUDPUnreachableAndEviction(t *testing.T) {
 	if s := g.Stats(); s.MappingsFull != 1 || s.MappingsNow != 3 {
 		t.Errorf("all are at work: %+v", s)
 	}
-	g.udp.mu.Lock() // time passes, but the first one has just heard something
-	for _, m := range g.udp.all {
-		m.lastUp -= 10 * int64(time.Second)
-	}
-	g.udp.oldest.lastDown.Store(g.now())
-	g.udp.mu.Unlock()
+	g.age(10 * time.Second) // but the first one has just heard something
+	g.mapping(5000, func(m *mapping) { m.lastDown.Store(g.now()) })
 	g.send("10.0.0.1:5009", "203.0.113.1:1000", "a")
 	u.ask(t, 3).done(links[3], nil)
 	eventually(t, "the second link to be closed", links[1].isClosed)
@@ -226,7 +226,10 @@ func TestUDPLifeByAnswers(t *testing.T) {
 	checkLeaks(t)
 	var u manualUpstream
 	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p"}, func(r *Router) {
-		r.sweepEvery, r.udp.life = 10*time.Millisecond, time.Hour
+		r.sweepEvery = 10 * time.Millisecond
+		for _, s := range r.shards {
+			s.udp.life = time.Hour
+		}
 		r.epoch = r.epoch.Add(-2 * time.Hour) // for age
 	})
 	g.send("10.0.0.1:5000", "203.0.113.1:1000", "a", "b")
@@ -238,9 +241,7 @@ func TestUDPLifeByAnswers(t *testing.T) {
 	if s := g.Stats(); s.MappingsNow != 1 {
 		t.Errorf("%+v", s)
 	}
-	g.udp.mu.Lock()
-	g.udp.all[0].lastDown.Add(-int64(time.Hour))
-	g.udp.mu.Unlock()
+	g.mapping(5000, func(m *mapping) { m.lastDown.Add(-int64(time.Hour)) })
 	eventually(t, "the end", func() bool { return g.Stats().MappingsNow == 0 })
 }
 
@@ -265,10 +266,10 @@ func TestUDPFlapping(t *testing.T) {
 	}
 	a.done(&fakeLink{}, nil)
 	eventually(t, "the link", func() bool { return g.Flows()[0].State == "open" })
-	g.udp.mu.Lock()
-	g.udp.all[0].assocs[0].opened -= int64(time.Hour)
-	g.udp.all[0].assocs[0].failures = 12 // were they not forgotten, it would take more than a minute
-	g.udp.mu.Unlock()
+	g.mapping(5000, func(m *mapping) {
+		m.assocs[0].opened -= int64(time.Hour)
+		m.assocs[0].failures = 12 // were they not forgotten, it would take more than a minute
+	})
 	a.closed(nil)
 	u.ask(t, 6).done(&fakeLink{}, nil)
 }

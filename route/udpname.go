@@ -63,13 +63,14 @@ type namedDest struct {
 
 // farAnswer is what a look-up found.
 type farAnswer struct {
+	s    *shard
 	key  farKey
 	addr netip.Addr
 	ttl  time.Duration
 }
 
 // carryNamed sends a datagram to a fake address, refuses it, or holds it until the address is known. udp.mu is held.
-func (r *Router) carryNamed(w flow.PacketWriter, p *flow.Packet, now int64) {
+func (r *shard) carryNamed(w flow.PacketWriter, p *flow.Packet, now int64) {
 	m := r.udp.bySrc[p.Src]
 	one := []flow.Packet{*p}
 	d := m.namedTo(p.Dst)
@@ -89,7 +90,7 @@ func (r *Router) carryNamed(w flow.PacketWriter, p *flow.Packet, now int64) {
 		}
 		d.v, d.policy, d.until = v, pol, now+deepAge
 	}
-	d.v.hits.Add(1)
+	d.v.hit(r.index, 1)
 	if d.v.kind != carry {
 		r.run(w, d.v, one, now)
 		if d.v == verdictAsk {
@@ -118,7 +119,7 @@ func (r *Router) carryNamed(w flow.PacketWriter, p *flow.Packet, now int64) {
 }
 
 // bound is m, or a new mapping, with the fake destination of p bound to real; nil: there is no room. udp.mu is held.
-func (r *Router) bound(m *mapping, d *namedDest, p *flow.Packet, real netip.AddrPort, now int64) *mapping {
+func (r *shard) bound(m *mapping, d *namedDest, p *flow.Packet, real netip.AddrPort, now int64) *mapping {
 	if m == nil {
 		if m = r.newMapping(d.v, p, now); m == nil {
 			return nil
@@ -173,7 +174,7 @@ func (m *mapping) bind(fake, real netip.AddrPort) {
 }
 
 // addressed takes in that the app writes to these addresses themselves: if they are bound they are so no more. udp.mu is held.
-func (r *Router) addressed(pkts []flow.Packet) {
+func (r *shard) addressed(pkts []flow.Packet) {
 	m := r.udp.bySrc[pkts[0].Src]
 	if m == nil || m.back.Load() == nil {
 		return
@@ -195,7 +196,7 @@ func (r *Router) addressed(pkts []flow.Packet) {
 
 // farOf is the address of the name that d stands for. known is false when the datagram waits for it, or was refused because
 // there is none. udp.mu is held.
-func (r *Router) farOf(w flow.PacketWriter, d *namedDest, p *flow.Packet, now int64) (far netip.Addr, known bool) {
+func (r *shard) farOf(w flow.PacketWriter, d *namedDest, p *flow.Packet, now int64) (far netip.Addr, known bool) {
 	t := &r.udp.far
 	k := farKey{d.name, p.Dst.Addr().Is6(), d.v.up.name == DirectName}
 	f := t.byKey[k]
@@ -223,7 +224,7 @@ func (r *Router) farOf(w flow.PacketWriter, d *namedDest, p *flow.Packet, now in
 		return far, false
 	}
 	n := len(p.Head) + len(p.Payload)
-	if len(f.items) >= queueLen || f.bytes+n > queueBytes || t.held+n > heldAll {
+	if len(f.items) >= queueLen || f.bytes+n > queueBytes || t.held+n > r.share(heldAll) {
 		r.count.dgramsQueueFull.Add(1)
 		return far, false
 	}
@@ -246,9 +247,9 @@ func (t *farTable) makeRoom(now int64) bool {
 }
 
 // lookUp asks for an address; its answer comes as an event. false: nobody can be asked.
-func (r *Router) lookUp(k farKey, up *upstream) bool {
+func (r *shard) lookUp(k farKey, up *upstream) bool {
 	answer := func(a netip.Addr, ttl time.Duration) {
-		r.ctl.post(event{kind: evFar, far: &farAnswer{k, a, ttl}})
+		r.ctl.post(event{kind: evFar, far: &farAnswer{r, k, a, ttl}})
 	}
 	if !k.direct {
 		d := r.dns.Load()
@@ -273,7 +274,7 @@ func (r *Router) lookUp(k farKey, up *upstream) bool {
 }
 
 // found takes an answer, and sends what waited for it.
-func (r *Router) found(a *farAnswer) {
+func (r *shard) found(a *farAnswer) {
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()
 	t := &r.udp.far

@@ -100,25 +100,26 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 		return nil, err
 	}
 	p.ups = ups
+	h := &handler{}
+	if p.stack, err = stack.New(stack.Config{
+		Device: dev, Handler: h, Sockets: sockets, Log: log, Shards: shards(len(p.loops)),
+	}); err != nil {
+		return nil, err
+	}
 	if p.router, err = route.New(route.Config{
 		Upstreams: policy.Upstreams, Rules: policy.Rules, Default: policy.Default, Resolvers: policy.Resolvers,
 		ResolverDefault: policy.ResolverDefault, Guard: policy.Guard,
-		Loops: p.loops, Sockets: sockets, Owners: ownersOf(sockets), ComesBack: dial.comesBack,
+		Loops: p.loops, Shards: p.stack.Shards(),
+		Sockets: sockets, Owners: ownersOf(sockets), ComesBack: dial.comesBack,
 		Decisions: dial.decisions,
 		Pool:      dial.pool, NoFakeIPv6: cfg.Fake.IPv6 == "off" || cfg.Fake.IPv6 == "auto" && dial.noIPv6,
 		Log: log,
 	}); err != nil {
-		dev.Close()
 		return nil, err
 	}
-	if p.stack, err = stack.New(stack.Config{
-		Device: dev, Handler: handler{p.router}, Sockets: sockets, Log: log,
-		Shards: 1, // the router is not yet divided
-	}); err != nil {
-		return nil, err
-	}
+	h.Router = p.router
 	p.set(cfg)
-	p.router.Attach(func() flow.PacketWriter { return p.stack.PacketWriter(0) })
+	p.router.Attach(p.stack.PacketWriter)
 	return p, nil
 }
 
@@ -239,22 +240,16 @@ func (p *plane) fail(err error) {
 	}
 }
 
-// handler is the router as the stack wants it. The router takes the flows of all shards alike.
+// handler is the router, which is made after the stack: it has as many shards. The stack calls it once it runs.
 type handler struct{ *route.Router }
 
 var (
-	_ stack.Handler            = handler{}
-	_ stack.UnreachableHandler = handler{}
+	_ stack.Handler            = (*handler)(nil)
+	_ stack.UnreachableHandler = (*handler)(nil)
 )
 
-// HandleStream implements stack.Handler.
-func (h handler) HandleStream(_ int, r flow.StreamRequest) { h.Router.HandleStream(r) }
-
-// HandlePackets implements stack.Handler.
-func (h handler) HandlePackets(_ int, pkts []flow.Packet) { h.Router.HandlePackets(pkts) }
-
-// HandleUnreachable implements stack.UnreachableHandler. The mapping is the app endpoint's, whoever had written to it.
-func (h handler) HandleUnreachable(_ int, app, _ netip.AddrPort) { h.Router.HandleUnreachable(app) }
+// shards is into how many parts the flows are divided on so many processors. It is another one in tests.
+var shards = func(procs int) int { return 1 }
 
 // start runs everything. A part that ends before Close was called is told on failed.
 func (p *plane) start() {

@@ -1,0 +1,98 @@
+package route
+
+import (
+	"errors"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+
+	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// shard is the part of the Router that has the flows of one of the stack's shards: those of some of the app's ports. It owns
+// their table, their mappings, the writers toward the app, the relay loops and the counters. A flow stays on one loop of its
+// shard from its SYN to its end, and no datagram needs anything that another shard's datagrams write to.
+//
+// Lock order: reload before udp.mu of the shards, these by index, before streams.mu. Who holds one shard's udp.mu and wants
+// another's may only try (makeRoom).
+type shard struct {
+	*Router // what all have in common
+	index   int
+
+	streams streams
+	udp     mappings
+	count   counters
+
+	loops []*relay.Loop
+	load  []atomic.Int64      // flows and associations of each loop
+	loopW []flow.PacketWriter // the loops'
+
+	readerW flow.PacketWriter // the frame reader's
+	ctlW    flow.PacketWriter // Run's
+	askW    flow.PacketWriter // the asker's
+	dnsMu   sync.Mutex
+	dnsW    flow.PacketWriter // of who holds dnsMu
+	dnsPkt  [1]flow.Packet
+
+	rejectLogged int64 // under udp.mu
+}
+
+// makeShards divides the loops among the shards. Where there are fewer loops than shards, some shards share one.
+func (r *Router) makeShards() error {
+	n := r.cfg.Shards
+	if n < 0 {
+		return errors.New("cannot use a number of shards below 0")
+	}
+	n = max(n, 1)
+	for i := range n {
+		s := &shard{Router: r, index: i}
+		for j := i; j < len(r.cfg.Loops); j += n {
+			s.loops = append(s.loops, r.cfg.Loops[j])
+		}
+		if len(s.loops) == 0 {
+			s.loops = append(s.loops, r.cfg.Loops[i%len(r.cfg.Loops)])
+		}
+		s.load, s.loopW = make([]atomic.Int64, len(s.loops)), make([]flow.PacketWriter, len(s.loops))
+		s.udp.init(n)
+		r.shards = append(r.shards, s)
+	}
+	return nil
+}
+
+// Attach gives the Router what makes writers toward the apps of one shard, one for each goroutine that needs one. It is called
+// once, before Run and the first packet.
+func (r *Router) Attach(writer func(shard int) flow.PacketWriter) {
+	for i, s := range r.shards {
+		s.readerW, s.ctlW, s.dnsW, s.askW = writer(i), writer(i), writer(i), writer(i)
+		for j := range s.loopW {
+			s.loopW[j] = writer(i)
+		}
+	}
+}
+
+// HandleStream implements stack.Handler: it takes the verdict and has the upstream dial. It does not block.
+func (r *Router) HandleStream(shard int, req flow.StreamRequest) { r.shards[shard].handleStream(req) }
+
+// HandlePackets implements stack.Handler: a burst of datagrams of the apps of one shard. Runs of one source and one upstream are
+// sent by one call of its link. Nothing here blocks, and nothing is allocated for a datagram of an open association.
+func (r *Router) HandlePackets(shard int, pkts []flow.Packet) { r.shards[shard].handlePackets(pkts) }
+
+// HandleUnreachable implements stack.UnreachableHandler: it ends the mapping of an app endpoint whose kernel answered a datagram
+// with ICMP port unreachable, whoever had written to it: its socket is gone. A connected socket refuses strangers in the same
+// way, and strangers must not end its mapping: so where it can be asked, Run looks first. It does not block.
+func (r *Router) HandleUnreachable(shard int, app, _ netip.AddrPort) {
+	r.shards[shard].handleUnreachable(app)
+}
+
+// snapshot is the TCP flows that there are.
+func (r *Router) snapshot() []*stream {
+	var all []*stream
+	for _, s := range r.shards {
+		all = s.streams.appendTo(all)
+	}
+	return all
+}
+
+// share is a shard's part of a bound.
+func (r *Router) share(bound int) int { return bound / len(r.shards) }
