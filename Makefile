@@ -84,9 +84,13 @@ fuzz: ## Run each fuzz target for FUZZTIME (20s)
 	done
 
 .PHONY: bench
-bench: ## Benchmarks and the speed beside a native client (root): half an hour, with ROUNDS=1 ten minutes
+bench: ## Benchmarks, the speed beside a native client, and names (root): half an hour, with ROUNDS=1 twelve minutes
+	scripts/deps.sh bench
 	$(GO) test -p 1 -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -benchmem ./...
 	@if [[ -x scripts/bench.sh ]]; then scripts/bench.sh --rounds $(ROUNDS); fi
+	scripts/dnsbench.sh --rounds $(ROUNDS)
+	scripts/dnsbench.sh --rounds $(ROUNDS) --delay 5ms
+	scripts/dnsbench.sh --rounds $(ROUNDS) --names 100000 --connections
 
 .PHONY: lab
 lab: build ## Three namespaces to try things in (root); then: scripts/lab.sh shell app

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # deps.sh: installs the Debian packages that `make test` and `make demo` need, on a machine with nothing but Go.
 #
-# Usage: deps.sh [test] [demo] [zoo] [lint]      (no group: test)
+# Usage: deps.sh [test] [demo] [zoo] [bench] [lint]      (no group: test)
 #
 # When every program is there already, apt is not called and root is not needed. The services that Debian would
 # start with some packages do not start: a policy-rc.d refuses them while apt runs, and units that came with
@@ -17,7 +17,7 @@ declare -A groups=(
 		aria2c:aria2 danted:dante-server microsocks:microsocks tinyproxy:tinyproxy-bin stunnel4:stunnel4 nginx:nginx vsftpd:vsftpd sshd:openssh-server
 		ssh:openssh-client ss-local:shadowsocks-libev
 		opentracker:opentracker mktorrent:mktorrent dnsmasq:dnsmasq-base
-		musl-gcc:musl-tools nsupdate:bind9-dnsutils
+		musl-gcc:musl-tools nsupdate:bind9-dnsutils dig:bind9-dnsutils kdig:knot-dnsutils unbound:unbound
 		=/lib/systemd/systemd-networkd:systemd dhclient:isc-dhcp-client dhcpcd:dhcpcd-base NetworkManager:network-manager
 		dbus-daemon:dbus conntrack:conntrack nft:nftables
 		socat:socat setpriv:util-linux nsenter:util-linux ss:iproute2"
@@ -31,12 +31,14 @@ declare -A groups=(
 		plink:putty-tools v2ray:v2ray trojan:trojan stunnel4:stunnel4 openssl:openssl dnsmasq:dnsmasq-base
 		=/usr/lib/python3/dist-packages/asyncssh:python3-asyncssh node:nodejs npm:npm
 		aria2c:aria2 curl:curl nft:nftables nsenter:util-linux"
+	# What scripts/dnsbench.sh asks with, and whom.
+	[bench]="ip:iproute2 sysctl:procps ss:iproute2 dnsperf:dnsperf unbound:unbound dnsmasq:dnsmasq-base"
 	[lint]="shellcheck:shellcheck"
 )
 # The units of the packages above.
 declare -A units=([dante-server]=danted.service [nginx]=nginx.service [vsftpd]=vsftpd.service
 	[openssh-server]="ssh.service ssh.socket" [opentracker]=opentracker.service [microsocks]=microsocks.service
-	[nftables]=nftables.service [shadowsocks-libev]=shadowsocks-libev.service [v2ray]=v2ray.service [trojan]=trojan.service [stunnel4]=stunnel4.service
+	[unbound]=unbound.service [nftables]=nftables.service [shadowsocks-libev]=shadowsocks-libev.service [v2ray]=v2ray.service [trojan]=trojan.service [stunnel4]=stunnel4.service
 	[network-manager]="NetworkManager.service NetworkManager-dispatcher.service NetworkManager-wait-online.service"
 	[systemd]="systemd-networkd.service systemd-networkd.socket systemd-networkd-wait-online.service"
 	[dbus]="dbus.service dbus.socket" [stunnel4]="stunnel4.service stunnel.target")

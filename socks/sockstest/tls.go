@@ -25,6 +25,9 @@ func Certificate(hosts ...string) (tls.Certificate, []byte, error) {
 		SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
 	}
+	if len(hosts) > 0 {
+		t.Subject.CommonName = hosts[0] // kdig 3.2.6 takes no certificate without one
+	}
 	for _, h := range hosts {
 		if ip := net.ParseIP(h); ip != nil {
 			t.IPAddresses = append(t.IPAddresses, ip)

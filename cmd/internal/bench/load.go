@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -51,7 +52,12 @@ type loader struct {
 	seconds time.Duration
 	watch   int    // process whose CPU time is noted; 0: none
 	crowd   *crowd // not nil: target is not used, each connection and socket has an address of its own
+
+	under string // not empty: each connection goes to a name of its own under this domain, and to target's port
 }
+
+// named is how many names connections went to.
+var named atomic.Uint64
 
 // cases by name: each does bounded work and says how much.
 var cases = map[string]func(*loader) (result, error){
@@ -92,6 +98,7 @@ func loadMain(args []string) error {
 		"how many addresses are in use meanwhile; each connection goes to a new one; -1: all go to the target",
 	)
 	v6 := fs.Bool("v6", false, "the crowd's addresses are those of IPv6")
+	under := fs.String("under", "", "a domain: each connection goes to a name of its own under it")
 	watch := fs.Int("watch", 0, "process whose CPU time and memory are noted; -1: the parent")
 	fs.Parse(args)
 	run, ok := cases[*name]
@@ -103,7 +110,7 @@ func loadMain(args []string) error {
 		slices.Sort(names)
 		return fmt.Errorf("no case %q: %v", *name, names)
 	}
-	l := &loader{seconds: *seconds}
+	l := &loader{seconds: *seconds, under: *under}
 	var err error
 	if l.target, err = netip.ParseAddrPort(*target); err != nil {
 		return err

@@ -14,7 +14,11 @@ import (
 // dial connects to the target: plainly, or by a SOCKS5 handshake of the generator's own.
 func (l *loader) dial() (*net.TCPConn, error) {
 	if !l.proxy.IsValid() {
-		c, err := net.DialTimeout("tcp", l.to().String(), 20*time.Second)
+		to := l.to().String()
+		if l.under != "" {
+			to = fmt.Sprintf("host-%d.%s:%d", named.Add(1), l.under, l.target.Port())
+		}
+		c, err := net.DialTimeout("tcp", to, 20*time.Second)
 		if err != nil {
 			return nil, err
 		}

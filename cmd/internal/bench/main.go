@@ -7,6 +7,8 @@
 //	bench table                                       results of load on standard input, as a table
 //	bench load  --case D1 --target … [--proxy …]      one case: one line of JSON on standard output
 //
+// With socks --names ADDRESS and load --under DOMAIN, scripts/dnsbench.sh has connections made by name.
+//
 // scripts/bench.sh runs them in namespaces of its own: sudo scripts/bench.sh --rounds 1 --time 1s --cases 'scan churn'. Its help
 // says what may stand before a case's name. The cases:
 //

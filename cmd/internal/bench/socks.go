@@ -15,7 +15,15 @@ import (
 func socksMain(args []string) error {
 	fs := flag.NewFlagSet("socks", flag.ExitOnError)
 	listen := fs.String("listen", "", "address and port")
+	names := fs.String("names", "", "the address that every name stands for; empty: names are refused")
 	fs.Parse(args)
+	var named netip.Addr
+	if *names != "" {
+		var err error
+		if named, err = netip.ParseAddr(*names); err != nil {
+			return err
+		}
+	}
 	l, err := net.Listen("tcp", *listen)
 	if err != nil {
 		return err
@@ -27,12 +35,13 @@ func socksMain(args []string) error {
 		}
 		go func() {
 			defer c.Close()
-			_ = serveSOCKS(c.(*net.TCPConn))
+			_ = serveSOCKS(c.(*net.TCPConn), named)
 		}()
 	}
 }
 
-func serveSOCKS(c *net.TCPConn) error {
+// named is what names stand for.
+func serveSOCKS(c *net.TCPConn, named netip.Addr) error {
 	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
 	var b [262]byte
 	if _, err := io.ReadFull(c, b[:2]); err != nil {
@@ -47,7 +56,7 @@ func serveSOCKS(c *net.TCPConn) error {
 	if _, err := io.ReadFull(c, b[:4]); err != nil {
 		return err
 	}
-	dst, err := readAddr(c, b[3])
+	dst, err := readAddr(c, b[3], named)
 	if err != nil {
 		return err
 	}
@@ -61,8 +70,16 @@ func serveSOCKS(c *net.TCPConn) error {
 	return fmt.Errorf("command %d", b[1])
 }
 
-func readAddr(r io.Reader, atyp byte) (netip.AddrPort, error) {
-	var b [18]byte
+func readAddr(r io.Reader, atyp byte, named netip.Addr) (netip.AddrPort, error) {
+	var b [257]byte
+	if atyp == 3 && named.IsValid() {
+		if _, err := io.ReadFull(r, b[:1]); err != nil {
+			return netip.AddrPort{}, err
+		}
+		n := int(b[0]) + 2
+		_, err := io.ReadFull(r, b[:n])
+		return netip.AddrPortFrom(named, binary.BigEndian.Uint16(b[n-2:])), err
+	}
 	n := 6
 	if atyp == 4 {
 		n = 18
