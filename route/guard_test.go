@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
@@ -87,7 +88,7 @@ func TestGuardQuestions(t *testing.T) {
 	g := newRig(t, Config{
 		Upstreams: []Upstream{up}, ResolverDefault: "p", Guard: true, Decisions: &file,
 		Rules:     []Rule{mustRule(t, "proto tcp name db.example.com port 443 via p")},
-		Resolvers: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.53:53")},
+		Resolvers: []dns.Resolver{dns.OverTCP(netip.MustParseAddrPort("192.0.2.53:53"))},
 	}, nil)
 	refused := func(q string) string {
 		b := []byte(q)

@@ -2,8 +2,8 @@ package route
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
-	"net/netip"
 	"slices"
 	"time"
 
@@ -15,7 +15,9 @@ type Policy struct {
 	Upstreams []Upstream // one that was there before, the same value, goes on with its flows
 	Rules     []Rule
 	Default   string
-	Resolvers []netip.AddrPort // none only if there were none before
+	Resolvers []dns.Resolver // none only if there were none before
+	// ResolverCAs is as in Config.
+	ResolverCAs *x509.CertPool
 	// ResolverDefault is as in Config.
 	ResolverDefault string
 	// Guard is as in Config.
@@ -45,9 +47,9 @@ func (r *Router) Reload(p Policy) error {
 	var names *dns.Server
 	if d := r.dns.Load(); (d != nil) != (len(p.Resolvers) > 0) {
 		return errors.New("cannot change whether port 53 is answered while running")
-	} else if d != nil && !(same && slices.Equal(p.Resolvers, r.resolvers)) {
+	} else if d != nil && !(same && slices.Equal(p.Resolvers, r.resolvers) && p.ResolverCAs.Equal(r.resolverCAs)) {
 		// Its connections are of the old upstreams, and it has no way to be told of others.
-		if names, err = r.newDNS(p.Resolvers); err != nil {
+		if names, err = r.newDNS(p.Resolvers, p.ResolverCAs); err != nil {
 			return err
 		}
 	}
@@ -58,7 +60,7 @@ func (r *Router) Reload(p Policy) error {
 	r.watchUpstreams(next)
 	if names != nil {
 		r.startDNS(names)
-		r.resolvers = p.Resolvers
+		r.resolvers, r.resolverCAs = p.Resolvers, p.ResolverCAs
 	} else if d := r.dns.Load(); d != nil {
 		d.Forget() // the rules may lead to the resolvers by another way
 	}
@@ -111,8 +113,8 @@ func (r *Router) endReplaced(p *policy) {
 
 func (p *policy) has(u *upstream) bool { return u.own || slices.Contains(p.order, u) }
 
-func (r *Router) newDNS(resolvers []netip.AddrPort) (*dns.Server, error) {
-	cfg := dns.Config{Dial: r.dialResolver, Resolvers: resolvers, Log: logTo(r.log)}
+func (r *Router) newDNS(resolvers []dns.Resolver, roots *x509.CertPool) (*dns.Server, error) {
+	cfg := dns.Config{Dial: r.dialResolver, Resolvers: resolvers, RootCAs: roots, Log: logTo(r.log)}
 	if r.cfg.Pool != nil {
 		cfg.Fake = dns.FakeConfig{Pool: r.cfg.Pool, IPv6: func() bool { return !r.cfg.NoFakeIPv6 }}
 	}
@@ -173,7 +175,7 @@ func (r *Router) Renew() {
 	if r.ctx.Err() != nil || !r.ran.Load() || r.dns.Load() == nil {
 		return
 	}
-	if d, err := r.newDNS(r.resolvers); err == nil { // they were fine before
+	if d, err := r.newDNS(r.resolvers, r.resolverCAs); err == nil { // they were fine before
 		r.startDNS(d)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
@@ -61,7 +62,7 @@ func TestReloadStreams(t *testing.T) {
 		t.Errorf("the new proxy has %d requests", n)
 	}
 	// What is wrong changes nothing.
-	for _, bad := range []Policy{{Upstreams: ups[:1], Default: "nobody"}, {Upstreams: ups[:1], Rules: []Rule{mustRule(t, "via b")}}, {Upstreams: ups, Default: "a", Resolvers: []netip.AddrPort{far}}} {
+	for _, bad := range []Policy{{Upstreams: ups[:1], Default: "nobody"}, {Upstreams: ups[:1], Rules: []Rule{mustRule(t, "via b")}}, {Upstreams: ups, Default: "a", Resolvers: []dns.Resolver{dns.OverTCP(far)}}} {
 		if err := g.Reload(bad); err == nil {
 			t.Error("taken")
 		}
@@ -129,7 +130,7 @@ func TestReloadDNS(t *testing.T) {
 	}
 	one, two := netip.MustParseAddrPort("192.0.2.1:53"), netip.MustParseAddrPort("192.0.2.2:53")
 	a, b := up("a"), up("b")
-	g := newRig(t, Config{Upstreams: []Upstream{a}, Default: "a", Resolvers: []netip.AddrPort{one}}, nil)
+	g := newRig(t, Config{Upstreams: []Upstream{a}, Default: "a", Resolvers: []dns.Resolver{dns.OverTCP(one)}}, nil)
 	question := strings.Join([]string{"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00", "\x01x\x00", "\x00\x01\x00\x01"}, "")
 	ask := func(want string) {
 		t.Helper()
@@ -145,7 +146,7 @@ func TestReloadDNS(t *testing.T) {
 	}
 	ask("a 192.0.2.1:53")
 	asked := g.Stats().DNS.Questions
-	if err := g.Reload(Policy{Upstreams: []Upstream{b}, Default: "b", Resolvers: []netip.AddrPort{two}}); err != nil {
+	if err := g.Reload(Policy{Upstreams: []Upstream{b}, Default: "b", Resolvers: []dns.Resolver{dns.OverTCP(two)}}); err != nil {
 		t.Fatal(err)
 	}
 	if got := g.Stats().DNS.Questions; got < asked || asked == 0 {
@@ -153,7 +154,7 @@ func TestReloadDNS(t *testing.T) {
 	}
 	ask("b 192.0.2.2:53")
 	old := g.dns.Load()
-	if err := g.Reload(Policy{Upstreams: []Upstream{b}, Default: "b", Rules: []Rule{mustRule(t, "port 25 reject")}, Resolvers: []netip.AddrPort{two}}); err != nil {
+	if err := g.Reload(Policy{Upstreams: []Upstream{b}, Default: "b", Rules: []Rule{mustRule(t, "port 25 reject")}, Resolvers: []dns.Resolver{dns.OverTCP(two)}}); err != nil {
 		t.Fatal(err)
 	}
 	if g.dns.Load() != old {
@@ -181,7 +182,7 @@ func TestRenew(t *testing.T) {
 		}}
 	g := newRig(
 		t,
-		Config{Upstreams: []Upstream{a}, Default: "a", Resolvers: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:53")}},
+		Config{Upstreams: []Upstream{a}, Default: "a", Resolvers: []dns.Resolver{dns.OverTCP(netip.MustParseAddrPort("192.0.2.1:53"))}},
 		nil,
 	)
 	g.send(appEnd, farEnd, "one")

@@ -2,6 +2,7 @@ package route
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -35,9 +36,10 @@ type Config struct {
 	// ComesBack reports whether the socket that began a flow is a proxy's own, so that carrying it would never end: it is
 	// refused. It is called for each new stream and each new mapping, on the frame reader. nil: no proxy's socket can.
 	ComesBack func(flow.Flow) bool
-	// Resolvers answer port 53, by DNS over TCP through the upstream that the rules give them. None: port 53 is a
-	// port like others.
-	Resolvers []netip.AddrPort
+	// Resolvers answer port 53, asked through the upstream that the rules give them. None: port 53 is a port like others.
+	Resolvers []dns.Resolver
+	// ResolverCAs are the certificates that resolvers inside TLS are verified by; nil: those that the system trusts.
+	ResolverCAs *x509.CertPool
 	// ResolverDefault is the upstream of connections to Resolvers that no rule matches; "": Default's.
 	ResolverDefault string
 	// Guard refuses questions of DNS for names that no rule can need, and all operations of DNS but questions: they would be
@@ -121,11 +123,12 @@ type Router struct {
 	asker     *asker     // nil: nobody can be asked
 	decisions *decisions // nil: nobody wants them
 
-	reload    sync.Mutex // over the next four, and while the policy is replaced
-	resolvers []netip.AddrPort
-	dnsStop   context.CancelFunc // of the dns.Server that runs
-	dnsPast   dnsSum             // of those that ran before
-	dnsRuns   sync.WaitGroup
+	reload      sync.Mutex // over the next five, and while the policy is replaced
+	resolvers   []dns.Resolver
+	resolverCAs *x509.CertPool
+	dnsStop     context.CancelFunc // of the dns.Server that runs
+	dnsPast     dnsSum             // of those that ran before
+	dnsRuns     sync.WaitGroup
 
 	links    linkCounters
 	shortage shortage
@@ -168,12 +171,12 @@ func New(cfg Config) (*Router, error) {
 	r.SetUDP(cfg.UDPTimeout, cfg.Limits.Mappings)
 	r.ctl.wake = make(chan struct{}, 1)
 	if len(cfg.Resolvers) > 0 {
-		d, err := r.newDNS(cfg.Resolvers)
+		d, err := r.newDNS(cfg.Resolvers, cfg.ResolverCAs)
 		if err != nil {
 			return nil, err
 		}
 		r.dns.Store(d)
-		r.resolvers = cfg.Resolvers
+		r.resolvers, r.resolverCAs = cfg.Resolvers, cfg.ResolverCAs
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r, nil
@@ -183,18 +186,26 @@ func New(cfg Config) (*Router, error) {
 func (r *Router) now() int64 { return int64(time.Since(r.epoch)) + 1 }
 
 // dialResolver dials for route/dns: by the rules, as any flow, and by ResolverDefault where none matches.
-func (r *Router) dialResolver(ctx context.Context, dst netip.AddrPort, done func(fd int, err error)) {
-	v := r.policy.Load().decideResolver(dst)
+func (r *Router) dialResolver(ctx context.Context, to dns.Resolver, done func(fd int, err error)) {
+	v := r.policy.Load().decideResolver(to)
 	if v.kind != carry {
 		done(-1, fmt.Errorf("rule %q refuses it", v.rule))
 		return
 	}
-	v.up.DialStream(ctx, r.cfg.Loops[0], Dest{Addr: dst}, func(s loop.Socket, err error) {
+	v.up.DialStream(ctx, r.cfg.Loops[0], resolverDest(to), func(s loop.Socket, err error) {
 		if err != nil && isShortage(err) {
 			r.short(err)
 		}
 		done(s.Release(), err)
 	})
+}
+
+// resolverDest is where a resolver is: its name only where its address is not known.
+func resolverDest(to dns.Resolver) Dest {
+	if to.Addr.Addr().IsValid() {
+		return Dest{Addr: to.Addr}
+	}
+	return Dest{Addr: to.Addr, Name: to.Name}
 }
 
 // teardownWait bounds the wait for the relays' ends at the end of Run: they come at once, unless a loop does not run.

@@ -77,17 +77,20 @@ func (r *shard) handleStream(req flow.StreamRequest) {
 	dest := Dest{Addr: f.Dst, Src: f.Src.Addr()}
 	if d := r.dns.Load(); d != nil && f.Dst.Port() == 53 && flow.OneHost(f.Dst.Addr()) {
 		p := r.policy.Load()
-		if p.guard && (r.cfg.Pool != nil || !p.needsName("")) { // nobody judges the questions in it
+		to, carried := d.Carries()
+		carried = carried && r.cfg.Pool == nil
+		if p.guard && (!carried || !p.needsName("")) { // nobody judges the questions in it
 			r.takeStream(req, f, dest, verdictNoName, &query{})
 			return
 		}
-		if r.cfg.Pool != nil {
+		if !carried {
 			r.takeStream(req, f, dest, r.answer, nil)
 			return
 		}
 		// A truncated answer asks to come back by TCP, and the address in resolv.conf need not exist.
-		dest.Addr = d.Resolver()
-		v := p.decideResolver(dest.Addr)
+		dest = resolverDest(to)
+		dest.Src = f.Src.Addr()
+		v := p.decideResolver(to)
 		r.takeStream(req, f, dest, v, &query{})
 		return
 	}

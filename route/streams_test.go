@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/flow"
@@ -155,7 +156,7 @@ func TestStreamVerdicts(t *testing.T) {
 			mustRule(t, "dst 203.0.113.0/24 via p"),
 			mustRule(t, "dst 192.0.2.53 via p"),
 		},
-		Resolvers: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.53:5353")},
+		Resolvers: []dns.Resolver{dns.OverTCP(netip.MustParseAddrPort("192.0.2.53:5353"))},
 	}, nil)
 	for _, tt := range []struct {
 		dst  string
@@ -340,7 +341,7 @@ func TestNewErrors(t *testing.T) {
 		t.Error("a negative limit: no error")
 	}
 	cfg = g.cfg
-	cfg.Resolvers = []netip.AddrPort{{}}
+	cfg.Resolvers = []dns.Resolver{{}}
 	if _, err := New(cfg); err == nil {
 		t.Error("a bad resolver: no error")
 	}

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
@@ -484,7 +485,7 @@ func TestUDPResolver(t *testing.T) {
 		Config{
 			Upstreams: []Upstream{NewSOCKS("p", client)},
 			Default:   "p",
-			Resolvers: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.53:53")},
+			Resolvers: []dns.Resolver{dns.OverTCP(netip.MustParseAddrPort("192.0.2.53:53"))},
 		},
 		nil,
 	)

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync/atomic"
 
+	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
@@ -137,8 +138,12 @@ func newPolicy(cfg Config, old *policy) (*policy, error) {
 }
 
 // decideResolver is the verdict on a connection to a resolver. It is ours, and so has no owner that a rule could mean.
-func (p *policy) decideResolver(dst netip.AddrPort) *verdict {
-	if v := p.decide(&query{proto: flow.TCP, dst: dst, owner: &nobody}); v != p.otherwise {
+func (p *policy) decideResolver(r dns.Resolver) *verdict {
+	q := query{proto: flow.TCP, dst: r.Addr, owner: &nobody}
+	if r.Name != "" {
+		q.names, q.fake = []string{r.Name}, !r.Addr.Addr().IsValid()
+	}
+	if v := p.decide(&q); v != p.otherwise {
 		return v
 	}
 	return p.resolvers

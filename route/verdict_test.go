@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
@@ -65,7 +66,7 @@ func TestResolverDefault(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		v := p.decideResolver(netip.MustParseAddrPort(tt.dst))
+		v := p.decideResolver(dns.OverTCP(netip.MustParseAddrPort(tt.dst)))
 		got := v.rule
 		if v.kind == carry {
 			got = v.up.name + " " + got

@@ -84,7 +84,7 @@ func summary(cfg *config.Config) string {
 		if cfg.ResolverDefault == route.DirectName {
 			how = ", past every proxy unless a rule says otherwise"
 		}
-		line("dns: tcp://%s%s", r, how)
+		line("dns: %s%s", r, how)
 	}
 	for _, l := range daemon.HostLines(cfg) {
 		line("up: %s", l)

@@ -5,48 +5,43 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"sync"
-	"syscall"
 )
 
-// conn is an open connection to a resolver. Its two goroutines end after close; wait waits for them.
+// conn is an open stream to a resolver of kind TCP or TLS, whose messages are pipelined (RFC 7766 6.2.1). Its two goroutines end
+// after close; wait waits for them.
 type conn struct {
 	of   *resolver
-	f    *os.File
+	rw   io.ReadWriter
+	shut io.Closer // ends reads and writes of rw at once
 	out  chan []byte
 	over chan struct{}
 	once sync.Once
 	wg   sync.WaitGroup
 }
 
-// newConn owns fd from here on, also on error.
-func newConn(fd int, x *exchange, of *resolver) (*conn, error) {
-	if err := syscall.SetNonblock(fd, true); err != nil {
-		closeFD(fd)
-		return nil, fmt.Errorf("cannot use the connection: %w", err)
-	}
-	// Questions are small and nobody waits for more of them. Where it fails they are only late.
-	_ = syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1)
+// newConn owns shut from here on.
+func newConn(rw io.ReadWriter, shut io.Closer, x *exchange, of *resolver) *conn {
 	c := &conn{
 		of:   of,
-		f:    os.NewFile(uintptr(fd), "resolver"),
+		rw:   rw,
+		shut: shut,
 		out:  make(chan []byte, x.inFlight),
 		over: make(chan struct{}),
 	}
 	c.wg.Add(2)
 	go c.writeLoop(x)
 	go c.readLoop(x)
-	return c, nil
+	return c
 }
 
-func closeFD(fd int) { _ = syscall.Close(fd) }
+func (c *conn) resolver() *resolver { return c.of }
 
-// write queues a message and its length. It does not block; false: the resolver takes nothing.
-func (c *conn) write(wire []byte) bool {
+// send queues a message and its length.
+func (c *conn) send(q *query) bool {
 	// The bytes are copied: a question that is asked again gets another ID.
 	select {
-	case c.out <- append([]byte(nil), wire...):
+	case c.out <- append([]byte(nil), q.wire...):
 		return true
 	default:
 		return false
@@ -56,7 +51,7 @@ func (c *conn) write(wire []byte) bool {
 func (c *conn) close() {
 	c.once.Do(func() {
 		close(c.over)
-		_ = c.f.Close()
+		_ = c.shut.Close()
 	})
 }
 
@@ -80,7 +75,7 @@ func (c *conn) writeLoop(x *exchange) {
 				more = false
 			}
 		}
-		if _, err := c.f.Write(buf); err != nil {
+		if _, err := c.rw.Write(buf); err != nil {
 			c.post(x, nil, err)
 			return
 		}
@@ -94,7 +89,7 @@ func (c *conn) readLoop(x *exchange) {
 	defer c.wg.Done()
 	var length [2]byte
 	for {
-		if _, err := io.ReadFull(c.f, length[:]); err != nil {
+		if _, err := io.ReadFull(c.rw, length[:]); err != nil {
 			if errors.Is(err, io.EOF) {
 				err = errors.New("it closed the connection")
 			}
@@ -107,7 +102,7 @@ func (c *conn) readLoop(x *exchange) {
 			return
 		}
 		msg := make([]byte, n)
-		if _, err := io.ReadFull(c.f, msg); err != nil {
+		if _, err := io.ReadFull(c.rw, msg); err != nil {
 			c.post(x, nil, err)
 			return
 		}
@@ -119,7 +114,7 @@ func (c *conn) readLoop(x *exchange) {
 
 func (c *conn) post(x *exchange, msg []byte, err error) bool {
 	select {
-	case x.msgs <- message{c, msg, err}:
+	case x.msgs <- message{link: c, msg: msg, err: err}:
 		return true
 	case <-c.over:
 		return false

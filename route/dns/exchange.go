@@ -2,6 +2,7 @@ package dns
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"iter"
@@ -16,12 +17,14 @@ const (
 	minAttempt = time.Second            // for one resolver, when there are others: a proxy may be 300 ms away and more
 	downFor    = 30 * time.Second       // a resolver that failed is asked last for so long
 	maxAsked   = 32                     // servers that are asked because the app named them, at a time
+	tryAgain   = 200 * time.Millisecond // when all resolvers failed, one that failed just now is left alone for so long
 	tick       = 100 * time.Millisecond // how exact the deadlines are
 )
 
-// exchange asks resolvers over TCP through the upstream. take may be called from any goroutine while run runs.
+// exchange asks resolvers through the upstream, by the links of link.go. take may be called from any goroutine while run runs.
 type exchange struct {
-	dial      func(ctx context.Context, dst netip.AddrPort, done func(fd int, err error))
+	dial      func(ctx context.Context, r Resolver, done func(fd int, err error))
+	tls       *tls.Config // without a ServerName
 	inFlight  int
 	idleClose time.Duration
 	log       *slog.Logger
@@ -43,17 +46,13 @@ type exchange struct {
 	live      map[*query]struct{}
 }
 
-type dialed struct {
-	r   *resolver
-	fd  int
-	err error
-}
-
-// message is what a connection read: an answer, or its end.
+// message is what came by a link.
 type message struct {
-	c   *conn
-	msg []byte
-	err error
+	link link
+	msg  []byte // an answer with the question's ID, or nil
+	err  error  // why the link has ended or, if id is valid, why the question with this ID has no answer
+	only bool   // it is about the question with id
+	id   uint16
 }
 
 // query is a question on its way.
@@ -78,21 +77,23 @@ type query struct {
 func (q *query) msg() []byte { return q.wire[2:] }
 
 type resolver struct {
-	addr    netip.AddrPort
-	conn    *conn // nil: none is open
-	cancel  context.CancelFunc
-	waiting []*query          // for the dial
-	asked   map[uint16]*query // by the ID that it was given
-	used    time.Time         // when something was last sent or came
-	heard   time.Time         // when the last answer came
-	down    time.Time         // asked last until then
-	failing bool              // and this was logged
+	Resolver
+	link    link               // nil: none is open
+	cancel  context.CancelFunc // not nil: it is being dialled
+	waiting []*query           // for the dial
+	asked   map[uint16]*query  // by the ID that it was given
+	used    time.Time          // when something was last sent or came
+	heard   time.Time          // when the last answer came
+	down    time.Time          // it failed, and is asked last until then; zero: it did not fail since its last answer
+	next    time.Time          // when it failed, and nobody else is left to ask, it is tried again then
+	failing bool               // and this was logged
 }
 
 // newExchange takes a Config with all its defaults.
 func newExchange(cfg *Config, count *counters, finish func(q *query, resp []byte)) *exchange {
 	x := &exchange{
 		dial:      cfg.Dial,
+		tls:       newTLSConfig(cfg.RootCAs),
 		inFlight:  cfg.InFlight,
 		idleClose: cfg.IdleClose,
 		log:       cfg.Log,
@@ -105,14 +106,14 @@ func newExchange(cfg *Config, count *counters, finish func(q *query, resp []byte
 		asked:     make(map[netip.AddrPort]*resolver),
 		live:      make(map[*query]struct{}),
 	}
-	for _, a := range cfg.Resolvers {
-		x.resolvers = append(x.resolvers, newResolver(a))
+	for _, r := range cfg.Resolvers {
+		x.resolvers = append(x.resolvers, newResolver(r))
 	}
 	return x
 }
 
-func newResolver(a netip.AddrPort) *resolver {
-	return &resolver{addr: a, asked: make(map[uint16]*query)}
+func newResolver(r Resolver) *resolver {
+	return &resolver{Resolver: r, asked: make(map[uint16]*query)}
 }
 
 // take has q asked, and owns it from here on. It does not block; false: too many questions are on their way, or run is over. The
@@ -172,7 +173,7 @@ func (x *exchange) busy() bool {
 		return true
 	}
 	for r := range x.all() {
-		if r.conn != nil || r.cancel != nil {
+		if r.link != nil || r.cancel != nil {
 			return true
 		}
 	}
@@ -201,53 +202,84 @@ func (x *exchange) ways(to netip.AddrPort) []*resolver {
 		return x.resolvers
 	}
 	for _, r := range x.resolvers {
-		if r.addr == to {
+		if r.Kind == TCP && r.Addr == to {
 			return []*resolver{r}
 		}
 	}
 	r := x.asked[to]
 	if r == nil {
-		if len(x.asked) >= maxAsked {
+		if !x.makeRoom() {
 			return nil
 		}
-		r = newResolver(to)
+		r = newResolver(OverTCP(to))
 		x.asked[to] = r
 	}
 	return []*resolver{r}
 }
 
+// makeRoom reports whether one more server can be asked. One that failed, and is remembered only for that, gives way.
+func (x *exchange) makeRoom() bool {
+	if len(x.asked) < maxAsked {
+		return true
+	}
+	for a, r := range x.asked {
+		if r.link == nil && r.cancel == nil {
+			delete(x.asked, a)
+			return true
+		}
+	}
+	return false
+}
+
 func (x *exchange) teardown() {
 	for r := range x.all() {
-		if r.conn != nil {
-			r.conn.close()
+		if r.link != nil {
+			r.link.close()
 		}
 	}
 	for r := range x.all() {
-		if r.conn != nil {
-			r.conn.wait()
+		if r.link != nil {
+			r.link.wait()
 		}
 		if r.cancel != nil { // the dial was cancelled with ctx, and done comes all the same
 			r.cancel()
 			d := <-x.dials
-			if d.err == nil {
-				closeFD(d.fd)
-			}
+			d.close()
 		}
 	}
+}
+
+// idle reports whether nobody waits for r.
+func (r *resolver) idle() bool { return len(r.asked) == 0 && len(r.waiting) == 0 }
+
+// mayAsk reports whether r may be asked now, and whether only if there is nobody else. A resolver that failed gets one question at
+// a time, so that no more than that one waits in vain.
+func (r *resolver) mayAsk(now time.Time) (ok, last bool) {
+	switch {
+	case r.down.IsZero():
+		return true, false
+	case !r.idle(), r.cancel != nil, now.Before(r.next):
+		return false, true
+	}
+	return true, now.Before(r.down)
 }
 
 // ask gives q to the first resolver that was not tried and is not down, or failing that to one that is, or gives up.
 func (x *exchange) ask(ctx context.Context, q *query) {
 	now := time.Now()
 	var to *resolver
-	left, bit := 0, uint32(0)
+	left, bit, toLast := 0, uint32(0), false
 	for i, r := range q.ways {
 		if q.tried&(1<<i) != 0 {
 			continue
 		}
+		ok, last := r.mayAsk(now)
+		if !ok {
+			continue
+		}
 		left++
-		if to == nil || now.Before(to.down) && !now.Before(r.down) {
-			to, bit = r, 1<<i
+		if to == nil || toLast && (!last || r.down.Before(to.down)) {
+			to, bit, toLast = r, 1<<i, last
 		}
 	}
 	if to == nil || !now.Before(q.deadline) {
@@ -262,16 +294,16 @@ func (x *exchange) ask(ctx context.Context, q *query) {
 	x.send(ctx, to, q)
 }
 
-// send puts q on r's connection, or dials one.
+// send puts q on r's link, or dials one.
 func (x *exchange) send(ctx context.Context, r *resolver, q *query) {
 	now := time.Now()
 	q.at, q.sent = r, now
-	if r.conn == nil {
+	if r.link == nil {
 		r.waiting = append(r.waiting, q)
 		if r.cancel == nil {
 			var dctx context.Context
 			dctx, r.cancel = context.WithCancel(ctx)
-			x.dial(dctx, r.addr, func(fd int, err error) { x.dials <- dialed{r, fd, err} })
+			x.connect(dctx, r)
 		}
 		return
 	}
@@ -282,7 +314,7 @@ func (x *exchange) send(ctx context.Context, r *resolver, q *query) {
 	binary.BigEndian.PutUint16(q.msg(), id)
 	r.asked[id] = q
 	r.used = now
-	if !r.conn.write(q.wire) {
+	if !r.link.send(q) {
 		x.lost(ctx, r, errors.New("it does not take what is sent"))
 	}
 }
@@ -294,7 +326,7 @@ func (x *exchange) dialed(ctx context.Context, d dialed) {
 	waiting := r.waiting
 	r.waiting = nil
 	if d.err == nil {
-		r.conn, d.err = newConn(d.fd, x, r)
+		r.link, d.err = d.link(x)
 	}
 	if d.err != nil {
 		x.markDown(r, d.err)
@@ -307,7 +339,7 @@ func (x *exchange) dialed(ctx context.Context, d dialed) {
 		if _, ok := x.live[q]; !ok || q.at != r {
 			continue
 		}
-		// The connection may be lost again while the queries are put on it.
+		// The link may be lost again while the queries are put on it.
 		if d.err == nil {
 			x.send(ctx, r, q)
 		} else {
@@ -316,11 +348,11 @@ func (x *exchange) dialed(ctx context.Context, d dialed) {
 	}
 }
 
-// lost ends r's connection and finds another way for what was asked on it.
+// lost ends r's link and finds another way for what was asked on it.
 func (x *exchange) lost(ctx context.Context, r *resolver, why error) {
-	r.conn.close()
-	r.conn.wait()
-	r.conn = nil
+	r.link.close()
+	r.link.wait()
+	r.link = nil
 	asked := r.asked
 	r.asked = make(map[uint16]*query)
 	served := !r.heard.IsZero()
@@ -339,20 +371,29 @@ func (x *exchange) lost(ctx context.Context, r *resolver, why error) {
 }
 
 func (x *exchange) markDown(r *resolver, why error) {
-	r.down = time.Now().Add(downFor)
+	now := time.Now()
+	r.down, r.next = now.Add(downFor), now.Add(tryAgain)
 	if !r.failing && !errors.Is(why, context.Canceled) {
 		r.failing = true
-		x.log.Warn("DNS resolver does not answer", "resolver", r.addr, "err", why)
+		x.log.Warn("DNS resolver does not answer", "resolver", r.Resolver.String(), "err", why)
 	}
 }
 
 func (x *exchange) received(ctx context.Context, m message) {
-	r := m.c.of
-	if r.conn != m.c {
-		return // of a connection that was given up
+	r := m.link.resolver()
+	if r.link != m.link {
+		return // of a link that was given up
+	}
+	if m.err != nil && !m.only {
+		x.lost(ctx, r, m.err)
+		return
 	}
 	if m.err != nil {
-		x.lost(ctx, r, m.err)
+		if q := r.asked[m.id]; q != nil {
+			delete(r.asked, m.id)
+			x.markDown(r, m.err)
+			x.ask(ctx, q)
+		}
 		return
 	}
 	q := r.asked[binary.BigEndian.Uint16(m.msg)]
@@ -364,7 +405,7 @@ func (x *exchange) received(ctx context.Context, m message) {
 	r.used, r.heard, r.down = now, now, time.Time{}
 	if r.failing {
 		r.failing = false
-		x.log.Info("DNS resolver answers again", "resolver", r.addr)
+		x.log.Info("DNS resolver answers again", "resolver", r.Resolver.String())
 	}
 	delete(r.asked, binary.BigEndian.Uint16(m.msg))
 	rcode := binary.BigEndian.Uint16(m.msg[2:]) & 15
@@ -400,9 +441,10 @@ func (x *exchange) expire(ctx context.Context, now time.Time) {
 			continue // its connection was given up for the one before it
 		}
 		r := q.at
-		if r.conn == nil {
+		if r.link == nil {
 			// The dial takes long: it goes on for those to come, and this one tries elsewhere.
 			x.unwait(r, q)
+			x.markDown(r, errors.New("no connection in time"))
 			x.ask(ctx, q)
 			continue
 		}
@@ -414,12 +456,12 @@ func (x *exchange) expire(ctx context.Context, now time.Time) {
 		x.ask(ctx, q)
 	}
 	for r := range x.all() {
-		if r.conn != nil && len(r.asked) == 0 && now.Sub(r.used) >= x.idleClose {
+		if r.link != nil && len(r.asked) == 0 && now.Sub(r.used) >= x.idleClose {
 			x.lost(ctx, r, nil)
 		}
 	}
 	for a, r := range x.asked {
-		if r.conn == nil && r.cancel == nil {
+		if r.link == nil && r.cancel == nil && !now.Before(r.down) {
 			delete(x.asked, a)
 		}
 	}

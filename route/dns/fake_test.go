@@ -240,7 +240,7 @@ func TestFakeServer(t *testing.T) {
 	checkLeaks(t)
 	resolver := newFakeResolver(t, func(q []byte) []byte { return makeAnswer(t, q, 1) })
 	p, _ := newTestPool(t, "198.18.0.0/15", time.Minute)
-	cfg := Config{Resolvers: []netip.AddrPort{resolver.addr()}, Dial: dialTCP, Fake: FakeConfig{Pool: p}}
+	cfg := Config{Resolvers: []Resolver{OverTCP(resolver.addr())}, Dial: dialTCP, Fake: FakeConfig{Pool: p}}
 	still, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -272,7 +272,7 @@ func TestFakeServer(t *testing.T) {
 func TestFakeServerFlood(t *testing.T) {
 	p, _ := newTestPool(t, "198.18.0.0/20", time.Minute)
 	s, err := New(
-		Config{Resolvers: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:53")}, Dial: dialTCP, Fake: FakeConfig{Pool: p}},
+		Config{Resolvers: []Resolver{OverTCP(netip.MustParseAddrPort("192.0.2.1:53"))}, Dial: dialTCP, Fake: FakeConfig{Pool: p}},
 	)
 	if err != nil {
 		t.Fatal(err)

@@ -38,7 +38,7 @@ func gatedResolver(t *testing.T, n int, ttl uint32) (f *fakeResolver, gate chan 
 func TestSharedQuestions(t *testing.T) {
 	checkLeaks(t)
 	f, gate, asked := gatedResolver(t, 40, 0)
-	s := start(t, Config{Resolvers: []netip.AddrPort{f.addr()}})
+	s := start(t, Config{Resolvers: []Resolver{OverTCP(f.addr())}})
 	type got struct {
 		i int
 		b []byte
@@ -105,7 +105,7 @@ func TestSharedQuestions(t *testing.T) {
 // TestSharedFailure: when no resolver answers everybody who waits is told.
 func TestSharedFailure(t *testing.T) {
 	checkLeaks(t)
-	s := start(t, Config{Resolvers: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:9")}, Timeout: 500 * time.Millisecond})
+	s := start(t, Config{Resolvers: []Resolver{OverTCP(netip.MustParseAddrPort("127.0.0.1:9"))}, Timeout: 500 * time.Millisecond})
 	var all sync.WaitGroup
 	for range 20 {
 		all.Add(1)
@@ -123,7 +123,7 @@ func TestSharedFailure(t *testing.T) {
 func TestSharedBound(t *testing.T) {
 	checkLeaks(t)
 	f, gate, _ := gatedResolver(t, 1, 0)
-	s := start(t, Config{Resolvers: []netip.AddrPort{f.addr()}, InFlight: 8})
+	s := start(t, Config{Resolvers: []Resolver{OverTCP(f.addr())}, InFlight: 8})
 	var replies atomic.Int32
 	for range 100 {
 		s.Handle(makeQuestion(t, "a.", 0, nil), netip.AddrPort{}, func(b []byte) { replies.Add(1) })
@@ -164,7 +164,7 @@ func TestCached(t *testing.T) {
 	for range 10 {
 		gate <- struct{}{}
 	}
-	s := start(t, Config{Resolvers: []netip.AddrPort{f.addr()}})
+	s := start(t, Config{Resolvers: []Resolver{OverTCP(f.addr())}})
 	for i := range 3 {
 		var m dnsmessage.Message
 		if err := m.Unpack(ask(t, s, makeQuestion(t, "a.", 0, nil))); err != nil || !m.Truncated {

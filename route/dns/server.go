@@ -2,6 +2,7 @@ package dns
 
 import (
 	"context"
+	"crypto/x509"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -22,11 +23,13 @@ const (
 
 // Config says where questions go. Dial and Resolvers must be set.
 type Config struct {
-	// Dial opens a TCP connection through the upstream: it returns at once and calls done exactly once, from any
-	// goroutine, with a connected socket that the receiver owns. Cancelling ctx ends the dial.
-	Dial      func(ctx context.Context, dst netip.AddrPort, done func(fd int, err error))
-	Resolvers []netip.AddrPort // asked in this order: the next one when one fails, is silent, or says SERVFAIL or REFUSED
-	Fake      FakeConfig       // with a Pool: questions for addresses are answered from it, and the rest goes to the resolvers
+	// Dial opens a TCP connection to a resolver through the upstream, to its address, or to its name if it has no address. It
+	// returns at once and calls done exactly once, from any goroutine, with a connected stream socket that the receiver owns.
+	// Cancelling ctx ends the dial.
+	Dial      func(ctx context.Context, r Resolver, done func(fd int, err error))
+	Resolvers []Resolver     // asked in this order: the next one when one fails, is silent, or says SERVFAIL or REFUSED
+	RootCAs   *x509.CertPool // that resolvers of kind TLS and HTTPS are verified by; nil: those that the system trusts
+	Fake      FakeConfig     // with a Pool: questions for addresses are answered from it, and the rest goes to the resolvers
 	// Zones have servers of their own, also when there are fake addresses: the longest suffix of a name decides.
 	Zones []Zone
 	// HostServers are the host's own servers, as of now: for zones without others, and for HostNames. It is called for each
@@ -63,7 +66,7 @@ type counters struct {
 	questions, answered, own, cached, shared, truncated, failed, malformed, refused, dropped, unmatched, connections atomic.Uint64
 }
 
-// Server answers questions while Run runs. Handle, Stats and Resolver may be called from any goroutine.
+// Server answers questions while Run runs. Handle, Stats and Carries may be called from any goroutine.
 type Server struct {
 	cfg   Config
 	fake  *fake // nil: there are no fake addresses
@@ -82,8 +85,8 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Dial == nil {
 		return nil, errors.New("cannot answer DNS: no way to dial a resolver is given")
 	}
-	if n := len(cfg.Resolvers); n == 0 || n > maxResolvers {
-		return nil, fmt.Errorf("cannot answer DNS: %d resolvers are given, from 1 to %d are possible", n, maxResolvers)
+	if err := checkResolvers(cfg.Resolvers); err != nil {
+		return nil, err
 	}
 	if cfg.Timeout < 0 || cfg.InFlight < 0 || cfg.IdleClose < 0 || cfg.InFlight > 1<<15 {
 		return nil, errors.New("cannot answer DNS: a limit is out of its range")
@@ -100,11 +103,6 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	for _, a := range cfg.Resolvers {
-		if !canBeAsked(a) {
-			return nil, fmt.Errorf("cannot answer DNS: %s is not the address and port of a resolver", a)
-		}
-	}
 	s := &Server{cfg: cfg, cache: newCache(cacheEntries, cacheBytes), flights: flights{most: cfg.InFlight}}
 	s.exchange = newExchange(&s.cfg, &s.count, s.finish)
 	var err error
@@ -120,12 +118,27 @@ func New(cfg Config) (*Server, error) {
 	return s, nil
 }
 
+func checkResolvers(all []Resolver) error {
+	if n := len(all); n == 0 || n > maxResolvers {
+		return fmt.Errorf("cannot answer DNS: %d resolvers are given, from 1 to %d are possible", n, maxResolvers)
+	}
+	for _, r := range all {
+		if err := r.check(); err != nil {
+			return fmt.Errorf("cannot answer DNS: %s %w", r, err)
+		}
+	}
+	return nil
+}
+
 func canBeAsked(a netip.AddrPort) bool {
 	return a.IsValid() && a.Port() != 0 && !a.Addr().IsUnspecified() && !a.Addr().IsMulticast()
 }
 
-// Resolver is the first resolver: where TCP to port 53 is carried.
-func (s *Server) Resolver() netip.AddrPort { return s.cfg.Resolvers[0] }
+// Carries is the first resolver, and whether TCP to port 53 can be carried to it as it is.
+func (s *Server) Carries() (Resolver, bool) {
+	r := s.cfg.Resolvers[0]
+	return r, r.Kind == TCP
+}
 
 // Stats is a snapshot of the counters.
 func (s *Server) Stats() Stats {

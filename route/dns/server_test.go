@@ -31,10 +31,19 @@ type fakeResolver struct {
 
 func newFakeResolver(t *testing.T, answer func(query []byte) []byte) *fakeResolver {
 	t.Helper()
+	return serveResolver(t, listen(t), answer)
+}
+
+func listen(t *testing.T) net.Listener {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
+	return l
+}
+
+func serveResolver(t *testing.T, l net.Listener, answer func(query []byte) []byte) *fakeResolver {
 	f := &fakeResolver{l: l}
 	f.wg.Go(func() {
 		for {
@@ -76,10 +85,10 @@ func newFakeResolver(t *testing.T, answer func(query []byte) []byte) *fakeResolv
 
 func (f *fakeResolver) addr() netip.AddrPort { return f.l.Addr().(*net.TCPAddr).AddrPort() }
 
-func dialTCP(ctx context.Context, dst netip.AddrPort, done func(int, error)) {
+func dialTCP(ctx context.Context, r Resolver, done func(int, error)) {
 	go func() {
 		var d net.Dialer
-		c, err := d.DialContext(ctx, "tcp", dst.String())
+		c, err := d.DialContext(ctx, "tcp", r.host())
 		if err != nil {
 			done(-1, err)
 			return
@@ -191,7 +200,7 @@ func TestPipelineOnOneConnection(t *testing.T) {
 		ids[binary.BigEndian.Uint16(q)] = true
 		return makeAnswer(t, q, 1)
 	})
-	s := start(t, Config{Resolvers: []netip.AddrPort{f.addr()}})
+	s := start(t, Config{Resolvers: []Resolver{OverTCP(f.addr())}})
 	var wg sync.WaitGroup
 	for i := range 100 {
 		wg.Go(func() {
@@ -221,8 +230,8 @@ func TestGarbageFromTheApp(t *testing.T) {
 	s := start(
 		t,
 		Config{
-			Resolvers: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:1")},
-			Dial: func(context.Context, netip.AddrPort, func(int, error)) {
+			Resolvers: []Resolver{OverTCP(netip.MustParseAddrPort("127.0.0.1:1"))},
+			Dial: func(context.Context, Resolver, func(int, error)) {
 				t.Error("garbage made a connection")
 			},
 		},
@@ -292,7 +301,7 @@ func failover(t *testing.T, resolvers []*fakeResolver, want dnsmessage.RCode, li
 	t.Helper()
 	cfg := Config{Timeout: 2 * time.Second, Dial: dialTCP}
 	for _, r := range resolvers {
-		cfg.Resolvers = append(cfg.Resolvers, r.addr())
+		cfg.Resolvers = append(cfg.Resolvers, OverTCP(r.addr()))
 	}
 	s, err := New(cfg)
 	if err != nil {
@@ -322,7 +331,7 @@ func failover(t *testing.T, resolvers []*fakeResolver, want dnsmessage.RCode, li
 func TestIdleClose(t *testing.T) {
 	checkLeaks(t)
 	f := newFakeResolver(t, func(q []byte) []byte { return makeAnswer(t, q, 1) })
-	s := start(t, Config{Resolvers: []netip.AddrPort{f.addr()}, IdleClose: 200 * time.Millisecond})
+	s := start(t, Config{Resolvers: []Resolver{OverTCP(f.addr())}, IdleClose: 200 * time.Millisecond})
 	for i := range 2 {
 		rcodeOf(t, ask(t, s, makeQuestion(t, "a.", 0, nil)))
 		for end := time.Now().Add(patience); f.ended.Load() != int32(i+1); time.Sleep(5 * time.Millisecond) {
@@ -346,7 +355,7 @@ func TestResolverCloses(t *testing.T) {
 		}
 		return makeAnswer(t, q, 1)
 	})
-	s := start(t, Config{Resolvers: []netip.AddrPort{f.addr()}})
+	s := start(t, Config{Resolvers: []Resolver{OverTCP(f.addr())}})
 	for range 6 {
 		if rc := rcodeOf(t, ask(t, s, makeQuestion(t, "a.", 0, nil))); rc != 0 {
 			t.Fatal(rc)
@@ -368,8 +377,8 @@ func bounds(t *testing.T) (inTime bool) {
 	t.Helper()
 	const timeout = 300 * time.Millisecond
 	dials := make(chan func(int, error), 1)
-	s := start(t, Config{Resolvers: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:1")}, InFlight: 8, Timeout: timeout,
-		Dial: func(ctx context.Context, _ netip.AddrPort, done func(int, error)) {
+	s := start(t, Config{Resolvers: []Resolver{OverTCP(netip.MustParseAddrPort("127.0.0.1:1"))}, InFlight: 8, Timeout: timeout,
+		Dial: func(ctx context.Context, _ Resolver, done func(int, error)) {
 			context.AfterFunc(ctx, func() { done(-1, ctx.Err()) })
 			dials <- done
 		}})
@@ -399,11 +408,11 @@ func bounds(t *testing.T) (inTime bool) {
 func TestNewErrors(t *testing.T) {
 	a := netip.MustParseAddrPort("192.0.2.1:53")
 	for _, cfg := range []Config{
-		{Resolvers: []netip.AddrPort{a}},
+		{Resolvers: []Resolver{OverTCP(a)}},
 		{Dial: dialTCP},
-		{Dial: dialTCP, Resolvers: []netip.AddrPort{{}}},
-		{Dial: dialTCP, Resolvers: []netip.AddrPort{netip.MustParseAddrPort("0.0.0.0:53")}},
-		{Dial: dialTCP, Resolvers: []netip.AddrPort{a}, Timeout: -1},
+		{Dial: dialTCP, Resolvers: []Resolver{{}}},
+		{Dial: dialTCP, Resolvers: []Resolver{OverTCP(netip.MustParseAddrPort("0.0.0.0:53"))}},
+		{Dial: dialTCP, Resolvers: []Resolver{OverTCP(a)}, Timeout: -1},
 	} {
 		if _, err := New(cfg); err == nil {
 			t.Errorf("%+v: no error", cfg)
@@ -426,7 +435,7 @@ func TestOtherOpcodes(t *testing.T) {
 		clear(r[4:])
 		return r
 	})
-	s := start(t, Config{Resolvers: []netip.AddrPort{resolver.addr()}})
+	s := start(t, Config{Resolvers: []Resolver{OverTCP(resolver.addr())}})
 	update := makeUpdate(100)
 	got := askAt(t, s, update, master.addr())
 	if len(got) != headerLen || got[0] != 0x12 || got[1] != 0x34 || got[2] != 0x80|5<<3 || got[3] != 0 {
@@ -448,8 +457,8 @@ func TestOtherOpcodes(t *testing.T) {
 func TestAskedServersAreBounded(t *testing.T) {
 	checkLeaks(t)
 	s := start(t, Config{
-		Resolvers: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:53")},
-		Dial: func(ctx context.Context, dst netip.AddrPort, done func(int, error)) {
+		Resolvers: []Resolver{OverTCP(netip.MustParseAddrPort("192.0.2.1:53"))},
+		Dial: func(ctx context.Context, r Resolver, done func(int, error)) {
 			go func() { <-ctx.Done(); done(-1, ctx.Err()) }() // silent servers
 		},
 	})

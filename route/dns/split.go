@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"sync"
 )
 
@@ -15,7 +14,7 @@ const maxZones = 64
 type Zone struct {
 	Suffix string // as the names of Pool: in lower case, without a dot at either end
 	// Resolvers are asked through the upstream, as Config.Resolvers.
-	Resolvers []netip.AddrPort
+	Resolvers []Resolver
 	// Direct are asked past the upstream, if there are no Resolvers. Where there are none either the host's own servers are asked.
 	Direct []DirectServer
 }
@@ -54,6 +53,9 @@ func newSplit(cfg *Config, count *counters, finish func(q *query, resp []byte)) 
 		var to asking
 		switch {
 		case len(z.Resolvers) > 0:
+			if err := checkResolvers(z.Resolvers); err != nil {
+				return s, err
+			}
 			own := *cfg
 			own.Resolvers = z.Resolvers
 			to = newExchange(&own, count, finish)

@@ -73,12 +73,12 @@ func TestZones(t *testing.T) {
 	lab := udpServer(t, one(t, 3))
 	host := udpServer(t, one(t, 4))
 	cfg := Config{
-		Resolvers: []netip.AddrPort{def.addr()},
+		Resolvers: []Resolver{OverTCP(def.addr())},
 		Zones: []Zone{
-			{Suffix: "corp.example", Resolvers: []netip.AddrPort{corp.addr()}},
+			{Suffix: "corp.example", Resolvers: []Resolver{OverTCP(corp.addr())}},
 			{Suffix: "lab.corp.example", Direct: []DirectServer{{Addr: lab}}},
 			{Suffix: "lan"},
-			{Suffix: "10.in-addr.arpa", Resolvers: []netip.AddrPort{corp.addr()}},
+			{Suffix: "10.in-addr.arpa", Resolvers: []Resolver{OverTCP(corp.addr())}},
 		},
 		HostServers: func() []DirectServer { return []DirectServer{{Addr: host}} },
 		HostNames:   func(name []byte) bool { return strings.HasSuffix(string(name), "direct.example") },
@@ -162,7 +162,7 @@ func TestDirect(t *testing.T) {
 	} {
 		t.Run(tt.what, func(t *testing.T) {
 			s := start(t, Config{
-				Resolvers: []netip.AddrPort{nobody}, Timeout: 4 * time.Second, DialDirect: dialDirect,
+				Resolvers: []Resolver{OverTCP(nobody)}, Timeout: 4 * time.Second, DialDirect: dialDirect,
 				Zones: []Zone{{Suffix: "a"}}, HostServers: func() []DirectServer { return tt.servers },
 			})
 			b := ask(t, s, makeQuestion(t, "a.", 0, nil))
@@ -201,7 +201,7 @@ func TestDirectWhole(t *testing.T) {
 	}()
 	t.Cleanup(func() { c.Close(); <-over })
 	s := start(t, Config{
-		Resolvers: []netip.AddrPort{tcp.addr()}, DialDirect: dialDirect,
+		Resolvers: []Resolver{OverTCP(tcp.addr())}, DialDirect: dialDirect,
 		Zones: []Zone{{Suffix: "a", Direct: []DirectServer{{Addr: tcp.addr()}}}},
 	})
 	got := make(chan int, 1)
@@ -220,7 +220,7 @@ func TestDirectBound(t *testing.T) {
 	checkLeaks(t)
 	silent := udpServer(t, func([]byte) []byte { return nil })
 	s := start(t, Config{
-		Resolvers: []netip.AddrPort{silent}, DialDirect: dialDirect, Zones: []Zone{{Suffix: "a", Direct: []DirectServer{{Addr: silent}}}},
+		Resolvers: []Resolver{OverTCP(silent)}, DialDirect: dialDirect, Zones: []Zone{{Suffix: "a", Direct: []DirectServer{{Addr: silent}}}},
 	})
 	for i := range maxDirect + 10 {
 		s.Handle(makeQuestionFast("x"+string(rune('a'+i%26))+string(rune('a'+i/26))+".a"), netip.AddrPort{}, func([]byte) {})
@@ -231,7 +231,7 @@ func TestDirectBound(t *testing.T) {
 }
 
 func TestZoneErrors(t *testing.T) {
-	ok := Config{Dial: dialTCP, Resolvers: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:53")}}
+	ok := Config{Dial: dialTCP, Resolvers: []Resolver{OverTCP(netip.MustParseAddrPort("192.0.2.1:53"))}}
 	for name, change := range map[string]func(*Config){
 		"no name":        func(c *Config) { c.Zones = []Zone{{Resolvers: c.Resolvers}} },
 		"no host":        func(c *Config) { c.Zones = []Zone{{Suffix: "a"}} },

@@ -1,12 +1,14 @@
 package config
 
 import (
+	"crypto/x509"
 	"fmt"
 	"log/slog"
 	"net/netip"
 	"time"
 
 	"github.com/viasocks/viasocks/route"
+	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/tun"
@@ -91,7 +93,8 @@ type Config struct {
 	Upstreams []Upstream   // the one of --proxy first
 	Default   string       // name of the upstream of flows that no rule matches; empty: they are refused
 	Rules     []route.Rule // in the order given
-	DNS       []netip.AddrPort
+	DNS       []dns.Resolver
+	DNSRoots  *x509.CertPool // that resolvers inside TLS are verified by; nil: those that the system trusts
 	Fake      Fake
 	Guard     bool // there is an --allow: names that no rule needs are not resolved
 	// ResolverDefault is the upstream by which resolvers are asked that no rule decides on; empty: they are not reached.
@@ -135,6 +138,7 @@ type Config struct {
 	proxyAt       value            // kept until finish
 	passwordFiles map[string]value // by upstream
 	proxyCA       value
+	dnsCA         value
 	logLevelSet   bool
 	kept          map[string][]value // of the options that a reload does not take
 }

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -29,8 +28,8 @@ func TestDefaults(t *testing.T) {
 	if c.Default != DefaultUpstream || len(c.Upstreams) != 1 || c.Upstreams[0].Server.String() != "socks5://127.0.0.1:1080" {
 		t.Errorf("upstreams %v, default %q", c.Upstreams, c.Default)
 	}
-	want := []netip.AddrPort{netip.MustParseAddrPort("1.1.1.1:53"), netip.MustParseAddrPort("9.9.9.9:53")}
-	if !reflect.DeepEqual(c.DNS, want) {
+	want := "[tcp://1.1.1.1:53 tcp://9.9.9.9:53]"
+	if fmt.Sprint(c.DNS) != want {
 		t.Errorf("DNS %v", c.DNS)
 	}
 	if c.MTU != 1500 || c.IdleTimeout != 2*time.Hour || c.Offload != tun.OffloadFull || c.LogLevel != slog.LevelWarn {
@@ -75,18 +74,20 @@ func TestUsageErrors(t *testing.T) {
 		{"P --rule=proto\ticmp\tdrop", `cannot use --rule proto icmp drop: protocol "icmp": write tcp or udp`},
 		{"P --rule drop,", "unknown word"},
 		{"P --rule=via\tb", `cannot use rule "via b": there is no upstream b, only proxy`},
-		{"P --dns 1.1.1.1", "must be fake, tcp://ADDRESS"},
-		{"P --dns fakes", "must be fake, tcp://ADDRESS"},
-		{"P --dns fake,1.1.1.1", "must be fake, tcp://ADDRESS"},
+		{"P --dns 1.1.1.1", "must be fake, or tcp://HOST"},
+		{"P --dns fakes", "must be fake, or tcp://HOST"},
+		{"P --dns fake,1.1.1.1", "must be fake, or tcp://HOST"},
 		{"--rule direct --dns fake", "cannot use --dns fake without a proxy"},
 		{"P --dns-pool 198.20.0.0/16", "inside 198.18.0.0/15"},
 		{"P --dns-pool 198.0.0.0/8", "inside 198.18.0.0/15"},
 		{"P --dns-pool 198.18.0.0/24", "of 512 addresses at least"},
 		{"P --dns-pool 198.18.0.1/16", "inside 198.18.0.0/15"},
 		{"P --ipv6 yes", "must be auto, on or off"},
-		{"P --dns tcp://one.one", `"one.one" is not an address`},
-		{"P --dns tcp://1.1.1.1,udp://1.0.0.1", "must be fake, tcp://ADDRESS"},
-		{"P --dns tcp://0.0.0.0", "is not an address"},
+		{"P --dns tcp://one.1", `"tcp://one.1" has no address or name`},
+		{"P --dns https://one.one", `"https://one.one" has no path`},
+		{"P --dns tls://1.1.1.1,one.one#x", `"tls://one.one#x" has two names`},
+		{"P --dns tcp://1.1.1.1,udp://1.0.0.1", `"udp://1.0.0.1" is no resolver`},
+		{"P --dns tcp://0.0.0.0", "has no address"},
 		{"P --mtu 0", "cannot use --mtu 0: must be a number from 1280 to 65535"},
 		{"P --mtu -1", "must be a number from"},
 		{"P --max-pending 0", "must be a number from 1 to 1000000"},

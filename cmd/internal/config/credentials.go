@@ -57,11 +57,9 @@ func (c *Config) finishServers(env []string) error {
 	var ca []byte
 	if c.proxyCA.name != "" {
 		var err error
-		var info fileInfo
-		if ca, info, err = readPath(c.proxyCA.text, maxCA); err != nil {
-			return fmt.Errorf("cannot read the certificates %s: %w", c.proxyCA.text, err)
+		if ca, err = c.readCertificates(c.proxyCA.text); err != nil {
+			return err
 		}
-		c.warnOfWriters("file of certificates", c.proxyCA.text, info)
 	}
 	for i := range c.Upstreams {
 		u := &c.Upstreams[i]
@@ -84,6 +82,16 @@ func (c *Config) finishServers(env []string) error {
 		}
 	}
 	return nil
+}
+
+// readCertificates reads a file of certificates, of which the caller checks what is in it.
+func (c *Config) readCertificates(path string) ([]byte, error) {
+	pem, info, err := readPath(path, maxCA)
+	if err != nil {
+		return nil, fmt.Errorf("cannot read the certificates %s: %w", path, err)
+	}
+	c.warnOfWriters("file of certificates", path, info)
+	return pem, nil
 }
 
 // withSecrets gives a server of the upstream name its password: that of the URL, of --password-file, of the environment, or of

@@ -124,14 +124,35 @@ makes a chain: the proxy is reached through another upstream.`,
 	},
 	{
 		Name: "dns", Arg: "MODE[,MODE...]", Default: defaultDNS, Soft: true, Live: true, Cmds: all, set: setDNS,
-		Help: "fake: names travel to the proxy; tcp://ADDR: a resolver that is asked over TCP through it",
+		Help: "fake: names travel to the proxy; tcp://, tls:// or https://: resolvers that are asked through it",
 		Man: `How questions of the program to port 53 of whatever address are answered.
 .Pp
-.Ar tcp://ADDR[,ADDR...] :
-by these resolvers, which are asked over TCP through the proxy.
-.Ar ADDR
-is an address, with a port if it is not 53.
-TCP connections to port 53 are then carried to the first of them.
+.Ar tcp://HOST[:PORT] ,
+.Ar tls://HOST[:PORT][#NAME]
+and
+.Ar https://HOST[:PORT]/PATH[#NAME] ,
+one or several with commas between them:
+by these resolvers, which are asked through the proxy over TCP, over TLS (DoT, RFC 7858) or over HTTPS (DoH, RFC 8484, with
+HTTP/2).
+.Ar HOST
+is an address, or a name, which the proxy then resolves.
+The port is 53, 853 or 443 if none is given; most servers of DoH have
+.Pa /dns-query
+as their path.
+The certificate must be for
+.Ar HOST ,
+or for
+.Ar NAME
+where that is given behind an address; see
+.Fl -dns-ca .
+A resolver without a scheme has that of the one before it:
+.Ql tls://1.1.1.1,9.9.9.9 .
+The resolvers are asked in their order: the next one when one cannot be reached, is silent, or answers SERVFAIL or REFUSED.
+One that failed is asked last for 30 seconds.
+While none of them works, questions get SERVFAIL at once, but for one at a time that tries again.
+TCP connections to port 53 are carried to the first resolver if it is of
+.Cm tcp:// ;
+otherwise viasocks answers the questions in them, and zone transfers are refused.
 The rules decide how a resolver is reached; where none matches it is reached by
 .Fl -proxy .
 Where there is no proxy at all the resolvers are asked directly, and those of the host's
@@ -141,7 +162,7 @@ They are read at the start and at a reload.
 .Cm up
 leaves out a resolver that runs on the host itself, whose own questions would come back.
 .Pp
-.Ar fake[,tcp://ADDR[,ADDR...]] :
+.Ar fake[,RESOLVER...] :
 each name gets an address of
 .Fl -dns-pool
 that stands for it, and a TCP connection to this address travels to the proxy as the name, which the proxy resolves.
@@ -161,6 +182,16 @@ address, and what comes from it comes back from the address that stands for the 
 A program that writes to the real address from the same socket as well gets its answers from the real address.
 Where no resolver answers, UDP by name is refused (host unreachable).
 A reload does not change whether names have such addresses.`,
+	},
+	{
+		Name: "dns-ca", Arg: "FILE", Live: true, Cmds: all, set: setDNSCA,
+		Help: "certificates in PEM that resolvers inside TLS are verified by",
+		Man: `Resolvers inside TLS
+.Pq Cm tls , https
+are verified by the certificates in
+.Ar FILE ,
+in PEM, instead of those that the system trusts.
+There is no way to leave the verification out.`,
 	},
 	{
 		Name: "dns-pool", Arg: "NETWORK", Default: flow.Pool4.String(), Cmds: all, set: setDNSPool,

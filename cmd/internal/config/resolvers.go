@@ -3,12 +3,14 @@ package config
 import (
 	"bufio"
 	"bytes"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
 
 	"github.com/viasocks/viasocks/route"
+	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
@@ -35,6 +37,9 @@ func (c *Config) finishDNS() error {
 	case c.Upstreams[0].Name == DefaultUpstream:
 		c.ResolverDefault = DefaultUpstream
 	}
+	if err := c.finishDNSCA(); err != nil {
+		return err
+	}
 	if c.Fake.On {
 		if len(c.Upstreams) == 0 {
 			return usagef("cannot use --dns fake without a proxy: no proxy would resolve the names")
@@ -56,9 +61,25 @@ func (c *Config) finishDNS() error {
 	return err
 }
 
+// finishDNSCA reads the certificates of --dns-ca.
+func (c *Config) finishDNSCA() error {
+	if c.dnsCA.name == "" {
+		return nil
+	}
+	pem, err := c.readCertificates(c.dnsCA.text)
+	if err != nil {
+		return err
+	}
+	c.DNSRoots = x509.NewCertPool()
+	if !c.DNSRoots.AppendCertsFromPEM(pem) {
+		return fmt.Errorf("cannot use the certificates %s: there is no certificate in PEM in it", c.dnsCA.text)
+	}
+	return nil
+}
+
 // hostResolvers are those of resolv.conf(5). When the whole host is steered (up), one that runs on the host itself is
 // left out: its own questions would come back to viasocks.
-func hostResolvers(up bool) ([]netip.AddrPort, error) {
+func hostResolvers(up bool) ([]dns.Resolver, error) {
 	all, err := nameservers(resolvConf)
 	if err != nil {
 		return nil, fmt.Errorf("cannot find the host's resolvers: %w: name one with --dns tcp://ADDRESS", err)
@@ -76,9 +97,9 @@ func hostResolvers(up bool) ([]netip.AddrPort, error) {
 				"come back to viasocks: name others with --dns tcp://ADDRESS", resolvConf)
 		}
 	}
-	var out []netip.AddrPort
+	var out []dns.Resolver
 	for _, a := range all[:min(len(all), maxResolvers)] {
-		out = append(out, netip.AddrPortFrom(a, 53))
+		out = append(out, dns.OverTCP(netip.AddrPortFrom(a, 53)))
 	}
 	return out, nil
 }

@@ -35,21 +35,21 @@ func TestDirectOnly(t *testing.T) {
 		want         string // the resolvers and how they are asked, or an error
 	}{
 		{Check, "# x\nnameserver 192.0.2.1\nnameserver\nnameserver 2001:db8::1 # y\nnameserver fe80::1%eth0\nnameserver x\nnameserver 0.0.0.0\n", "",
-			[]string{"--rule", "port 443 direct"}, "[192.0.2.1:53 [2001:db8::1]:53] direct"},
-		{Check, stub, "nameserver 192.0.2.9\n", []string{"--rule", "direct"}, "[127.0.0.53:53] direct"},
-		{Up, stub, "nameserver 127.0.0.1\nnameserver 192.0.2.9\n", []string{"--rule", "direct"}, "[192.0.2.9:53] direct"},
-		{Up, "nameserver ::1\nnameserver 192.0.2.1\n", "nameserver 192.0.2.9\n", []string{"--rule", "direct"}, "[192.0.2.1:53] direct"},
+			[]string{"--rule", "port 443 direct"}, "[tcp://192.0.2.1:53 tcp://[2001:db8::1]:53] direct"},
+		{Check, stub, "nameserver 192.0.2.9\n", []string{"--rule", "direct"}, "[tcp://127.0.0.53:53] direct"},
+		{Up, stub, "nameserver 127.0.0.1\nnameserver 192.0.2.9\n", []string{"--rule", "direct"}, "[tcp://192.0.2.9:53] direct"},
+		{Up, "nameserver ::1\nnameserver 192.0.2.1\n", "nameserver 192.0.2.9\n", []string{"--rule", "direct"}, "[tcp://192.0.2.1:53] direct"},
 		{Up, stub, "", []string{"--rule", "direct"}, "own questions would come back to viasocks"},
-		{Up, stub, "", []string{"--rule", "direct", "--dns", "tcp://192.0.2.3"}, "[192.0.2.3:53] direct"},
-		{Check, "search a\n", "", []string{"--rule", "direct"}, "[127.0.0.1:53] direct"},
+		{Up, stub, "", []string{"--rule", "direct", "--dns", "tcp://192.0.2.3"}, "[tcp://192.0.2.3:53] direct"},
+		{Check, "search a\n", "", []string{"--rule", "direct"}, "[tcp://127.0.0.1:53] direct"},
 		{Check, "", "", []string{"--rule", "direct"}, "no such file or directory: name one with --dns"},
 		{Check, strings.Repeat("#", maxResolvConf+1), "", []string{"--rule", "direct"}, "is too long"},
 		{Check, "", "", []string{"--rule", "port 25 reject"}, "no proxy was given"},
 		{Check, "", "", []string{"--rule", "via b"}, "no proxy was given"},
 		{Check, "", "", []string{"--rule", "direct", "--rule", "via b"}, "name it with --upstream b=URL"},
 		// A proxy, and a list that is not looked at.
-		{Check, "", "", []string{"--rule", "direct", "--proxy", "socks5://h"}, "[1.1.1.1:53 9.9.9.9:53] proxy"},
-		{Check, "", "", []string{"--rule", "direct", "--upstream", "b=socks5://h"}, "[1.1.1.1:53 9.9.9.9:53] "},
+		{Check, "", "", []string{"--rule", "direct", "--proxy", "socks5://h"}, "[tcp://1.1.1.1:53 tcp://9.9.9.9:53] proxy"},
+		{Check, "", "", []string{"--rule", "direct", "--upstream", "b=socks5://h"}, "[tcp://1.1.1.1:53 tcp://9.9.9.9:53] "},
 	} {
 		withResolvers(t, tt.list, tt.beyond)
 		c, err := Parse(tt.cmd, tt.args, nil)
@@ -60,5 +60,30 @@ func TestDirectOnly(t *testing.T) {
 		if err == nil && got != tt.want || err != nil && !strings.Contains(got, tt.want) {
 			t.Errorf("%v with %q: got %s, want %s", tt.args, tt.list, got, tt.want)
 		}
+	}
+}
+
+// A file of certificates that cannot be used refuses the start, whether or not there is a resolver that needs it.
+func TestDNSCA(t *testing.T) {
+	for file, want := range map[string]string{
+		"/nonexistent": "cannot read the certificates /nonexistent: ",
+		"/dev/null":    "cannot use the certificates /dev/null: there is no certificate in PEM in it",
+	} {
+		_, err := Parse(Check, []string{"--proxy", "socks5://h", "--dns-ca", file}, nil)
+		if err == nil || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("%s: %v", file, err)
+		}
+	}
+}
+
+// Each resolver has the scheme of the one before it, unless it has its own.
+func TestResolverSchemes(t *testing.T) {
+	c, err := Parse(Check, []string{"--proxy", "socks5://h", "--dns", "tls://192.0.2.1,192.0.2.2#DNS.example, tcp://a.example ,b.example:5353,https://192.0.2.3/q"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := "[tls://192.0.2.1:853 tls://192.0.2.2:853#dns.example tcp://a.example:53 tcp://b.example:5353 https://192.0.2.3:443/q]"
+	if got := fmt.Sprint(c.DNS); got != want {
+		t.Errorf("got %s, want %s", got, want)
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/route"
+	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/tun"
@@ -117,25 +118,29 @@ func setDNS(c *Config, v value) error {
 		}
 		v.text = rest[1:]
 	}
-	for i, s := range strings.Split(v.text, ",") {
+	scheme := ""
+	for _, s := range strings.Split(v.text, ",") {
 		s = strings.TrimSpace(s)
-		host, isTCP := strings.CutPrefix(s, "tcp://")
-		if !isTCP && (i == 0 || strings.Contains(s, "://")) {
-			return v.err(
-				"must be fake, tcp://ADDRESS[,ADDRESS...], or both with a comma between them; other ways of asking are not there yet",
-			)
+		if before, _, ok := strings.Cut(s, "://"); ok {
+			scheme = before
+		} else if scheme == "" {
+			return v.err("must be fake, or tcp://HOST, tls://HOST or https://HOST/PATH, or several of them with commas between them")
+		} else {
+			s = scheme + "://" + s
 		}
-		a, err := resolver(host)
+		r, err := dns.ParseResolver(s)
 		if err != nil {
-			return v.err("%q is not an address (a name would need a resolver first)", host)
+			return v.err("%q %v", s, err)
 		}
-		c.DNS = append(c.DNS, a)
+		c.DNS = append(c.DNS, r)
 	}
 	if len(c.DNS) > maxResolvers {
 		return v.err("more than %d resolvers", maxResolvers)
 	}
 	return nil
 }
+
+func setDNSCA(c *Config, v value) error { c.dnsCA = v; return nil }
 
 func setDNSPool(c *Config, v value) error {
 	p, err := netip.ParsePrefix(v.text)
@@ -158,22 +163,6 @@ func setIPv6(c *Config, v value) error {
 		return nil
 	}
 	return v.err("must be auto, on or off")
-}
-
-func resolver(s string) (netip.AddrPort, error) {
-	ap, err := netip.ParseAddrPort(s)
-	if err != nil {
-		a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(s, "["), "]"))
-		if err != nil {
-			return ap, err
-		}
-		ap = netip.AddrPortFrom(a, 53)
-	}
-	a := ap.Addr()
-	if ap.Port() == 0 || a.IsUnspecified() || a.IsMulticast() || a.Zone() != "" {
-		return ap, strconv.ErrRange
-	}
-	return netip.AddrPortFrom(a.Unmap(), ap.Port()), nil
 }
 
 func setOffload(c *Config, v value) error {

@@ -107,7 +107,7 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 		return nil, err
 	}
 	if p.router, err = route.New(route.Config{
-		Upstreams: policy.Upstreams, Rules: policy.Rules, Default: policy.Default, Resolvers: policy.Resolvers,
+		Upstreams: policy.Upstreams, Rules: policy.Rules, Default: policy.Default, Resolvers: policy.Resolvers, ResolverCAs: policy.ResolverCAs,
 		ResolverDefault: policy.ResolverDefault, Guard: policy.Guard,
 		Loops: p.loops, Shards: p.stack.Shards(),
 		Sockets: sockets, Owners: ownersOf(sockets), ComesBack: dial.comesBack,
@@ -142,7 +142,8 @@ func (p *plane) policy(cfg *config.Config) (_ route.Policy, ups []upstream, err 
 		}
 	}
 	pol := route.Policy{
-		Rules: cfg.Rules, Default: cfg.Default, Resolvers: cfg.DNS, ResolverDefault: cfg.ResolverDefault, Guard: cfg.Guard,
+		Rules: cfg.Rules, Default: cfg.Default, Resolvers: cfg.DNS, ResolverCAs: cfg.DNSRoots,
+		ResolverDefault: cfg.ResolverDefault, Guard: cfg.Guard,
 	}
 	for _, u := range ups {
 		pol.Upstreams = append(pol.Upstreams, u.Route)

@@ -1,0 +1,158 @@
+package dns
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"sync"
+)
+
+const (
+	mediaType     = "application/dns-message" // RFC 8484 6
+	maxHTTPHeader = 16 << 10
+)
+
+// Of what a resolver sends, so much is held before it is read.
+const (
+	streamBuffer = 128 << 10 // more than an answer has, in pieces of any size
+	clientBuffer = 1 << 20
+)
+
+// httpsLink is an HTTP/2 connection to a resolver (RFC 8484). Each question is a stream of it, and a goroutine; there are at most
+// as many as questions on their way.
+type httpsLink struct {
+	x      *exchange
+	of     *resolver
+	raw    net.Conn // below TLS: its end ends all
+	client *http.ClientConn
+	url    *url.URL
+	ctx    context.Context // of the questions
+	cancel context.CancelFunc
+	ended  chan struct{} // the client says that the connection cannot be used any more
+	wg     sync.WaitGroup
+}
+
+// newHTTPClient speaks HTTP/2 over c, which it owns unless it returns an error.
+func newHTTPClient(ctx context.Context, r Resolver, c *tls.Conn) (*http.ClientConn, error) {
+	if p := c.ConnectionState().NegotiatedProtocol; p != "h2" {
+		return nil, errors.New("it speaks no HTTP/2 (RFC 8484, section 5.2)")
+	}
+	t := &http.Transport{
+		DialTLSContext:         func(context.Context, string, string) (net.Conn, error) { return c, nil },
+		Protocols:              new(http.Protocols),
+		DisableCompression:     true,
+		MaxResponseHeaderBytes: maxHTTPHeader,
+		HTTP2:                  &http.HTTP2Config{MaxReceiveBufferPerStream: streamBuffer, MaxReceiveBufferPerConnection: clientBuffer},
+	}
+	t.Protocols.SetHTTP2(true)
+	client, err := t.NewClientConn(ctx, "https", r.host())
+	if err != nil {
+		return nil, fmt.Errorf("no HTTP/2: %w", err)
+	}
+	return client, nil
+}
+
+// newHTTPSLink owns the connection of d from here on.
+func newHTTPSLink(d *dialed, x *exchange) *httpsLink {
+	h := &httpsLink{x: x, of: d.r, raw: d.raw, client: d.http, url: d.r.url(), ended: make(chan struct{}, 1)}
+	h.ctx, h.cancel = context.WithCancel(context.Background())
+	h.client.SetStateHook(func(c *http.ClientConn) {
+		if c.Err() != nil {
+			select {
+			case h.ended <- struct{}{}:
+			default:
+			}
+		}
+	})
+	h.wg.Go(h.watch)
+	return h
+}
+
+func (h *httpsLink) resolver() *resolver { return h.of }
+
+func (h *httpsLink) close() {
+	h.cancel()
+	_ = h.raw.Close() // first, since the client would wait to say that it closes
+	_ = h.client.Close()
+}
+
+func (h *httpsLink) wait() { h.wg.Wait() }
+
+// watch tells the end of a connection that nobody uses just then.
+func (h *httpsLink) watch() {
+	select {
+	case <-h.ctx.Done():
+	case <-h.ended:
+		h.post(message{err: errors.New("it closed the connection")})
+	}
+}
+
+func (h *httpsLink) post(m message) {
+	m.link = h
+	select {
+	case h.x.msgs <- m:
+	case <-h.ctx.Done():
+	}
+}
+
+// send begins an exchange of q. RFC 8484 4.1 has the ID 0 on the wire, so that answers can be cached.
+func (h *httpsLink) send(q *query) bool {
+	msg := append([]byte(nil), q.msg()...)
+	id := binary.BigEndian.Uint16(msg)
+	binary.BigEndian.PutUint16(msg, 0)
+	deadline := q.deadline
+	h.wg.Go(func() {
+		ctx, cancel := context.WithDeadline(h.ctx, deadline)
+		defer cancel()
+		resp, failed, err := h.exchange(ctx, msg)
+		switch {
+		case ctx.Err() != nil: // exchange.run knows
+		case err != nil:
+			h.post(message{err: err})
+		case failed != nil:
+			h.post(message{err: failed, only: true, id: id})
+		default:
+			binary.BigEndian.PutUint16(resp, id)
+			h.post(message{msg: resp})
+		}
+	})
+	return true
+}
+
+// exchange asks and returns the answer, or in failed why this question has none, or in err why the connection is of no use.
+func (h *httpsLink) exchange(ctx context.Context, msg []byte) (resp []byte, failed, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "", bytes.NewReader(msg))
+	if err != nil {
+		return nil, nil, err
+	}
+	req.URL = h.url
+	req.Header = http.Header{"Content-Type": {mediaType}, "Accept": {mediaType}, "User-Agent": nil} // it need not know
+	r, err := h.client.RoundTrip(req)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer r.Body.Close()
+	if r.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("it answers with HTTP status %d", r.StatusCode), nil
+	}
+	if got := r.Header.Get("Content-Type"); got != mediaType {
+		return nil, fmt.Errorf("it answers with %.64q, which is not %s", got, mediaType), nil
+	}
+	resp, err = io.ReadAll(io.LimitReader(r.Body, maxMessage+1))
+	switch {
+	case err != nil:
+		return nil, nil, err
+	case len(resp) < headerLen || len(resp) > maxMessage:
+		return nil, errors.New("it answers with a message that is too short or too long"), nil
+	case resp[0] != 0 || resp[1] != 0:
+		return nil, errors.New("it answers another question"), nil
+	}
+	return resp, nil, nil
+}

@@ -1,0 +1,116 @@
+package dns
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"syscall"
+	"time"
+)
+
+// tlsWait bounds a handshake. A question that cannot wait so long tries another resolver meanwhile.
+const tlsWait = 10 * time.Second
+
+// link is what questions to one resolver travel by. What comes back, and its end, it posts to exchange.msgs. Its methods are
+// exchange.run's.
+type link interface {
+	resolver() *resolver
+	send(q *query) bool // with its ID; it does not block, and keeps nothing of q; false: the resolver takes nothing
+	close()             // ends the link soon; may be called twice
+	wait()              // until its goroutines have ended, after close
+}
+
+// dialed is the end of a dial: a TCP connection, and what was made of it.
+type dialed struct {
+	r    *resolver
+	fd   int              // of kind TCP, or -1
+	raw  net.Conn         // of the others
+	tls  *tls.Conn        // over raw
+	http *http.ClientConn // over tls; of kind HTTPS
+	err  error
+}
+
+// close gives up a connection of which no link was made.
+func (d *dialed) close() {
+	if d.raw != nil {
+		_ = d.raw.Close()
+	}
+	if d.http != nil {
+		_ = d.http.Close()
+	}
+	if d.raw == nil && d.err == nil {
+		_ = syscall.Close(d.fd)
+	}
+}
+
+// link makes one of a connection, and owns the connection also on error.
+func (d *dialed) link(x *exchange) (link, error) {
+	switch d.r.Kind {
+	case HTTPS:
+		return newHTTPSLink(d, x), nil
+	case TLS:
+		return newConn(d.tls, d.raw, x, d.r), nil
+	}
+	if err := syscall.SetNonblock(d.fd, true); err != nil {
+		_ = syscall.Close(d.fd)
+		return nil, fmt.Errorf("cannot use the connection: %w", err)
+	}
+	// Questions are small and nobody waits for more of them. Where it fails they are only late.
+	_ = syscall.SetsockoptInt(d.fd, syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1)
+	f := os.NewFile(uintptr(d.fd), "resolver")
+	return newConn(f, f, x, d.r), nil
+}
+
+// connect dials r. What comes of it is posted to dials.
+func (x *exchange) connect(ctx context.Context, r *resolver) {
+	x.dial(ctx, r.Resolver, func(fd int, err error) {
+		d := dialed{r: r, fd: fd, err: err}
+		if err != nil || r.Kind == TCP {
+			x.dials <- d
+			return
+		}
+		go func() {
+			if err := x.secure(ctx, &d); err != nil {
+				d.close()
+				d = dialed{r: r, fd: -1, err: err}
+			}
+			x.dials <- d
+		}()
+	})
+}
+
+// secure makes the TLS connection of d, and the client of HTTP over it. On error the caller closes d.
+func (x *exchange) secure(ctx context.Context, d *dialed) error {
+	f := os.NewFile(uintptr(d.fd), "resolver")
+	raw, err := net.FileConn(f) // a copy
+	_ = f.Close()
+	if err != nil {
+		d.err = err // and nothing is left to close
+		return fmt.Errorf("cannot use the connection: %w", err)
+	}
+	d.raw = raw
+	ctx, cancel := context.WithTimeout(ctx, tlsWait)
+	defer cancel()
+	c := x.tls.Clone()
+	c.ServerName = d.r.serverName()
+	if d.r.Kind == HTTPS {
+		c.NextProtos = []string{"h2"}
+	}
+	d.tls = tls.Client(raw, c)
+	if err := d.tls.HandshakeContext(ctx); err != nil {
+		return fmt.Errorf("no TLS: %w", err)
+	}
+	if d.r.Kind == HTTPS {
+		d.http, err = newHTTPClient(ctx, d.r.Resolver, d.tls)
+	}
+	return err
+}
+
+// newTLSConfig is for all resolvers. Verification is always on; without roots it is by those that the system trusts.
+func newTLSConfig(roots *x509.CertPool) *tls.Config {
+	return &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12, ClientSessionCache: tls.NewLRUClientSessionCache(maxResolvers)}
+}

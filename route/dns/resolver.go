@@ -1,0 +1,175 @@
+package dns
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"net/url"
+	"strings"
+)
+
+// Kind is how a resolver is asked.
+type Kind uint8
+
+const (
+	TCP   Kind = iota // DNS over TCP: RFC 7766
+	TLS               // DNS over TLS: RFC 7858
+	HTTPS             // DNS over HTTPS: RFC 8484
+)
+
+var kinds = [...]struct {
+	scheme string
+	port   uint16
+}{TCP: {"tcp", 53}, TLS: {"tls", 853}, HTTPS: {"https", 443}}
+
+// Resolver says where a resolver is and how it is asked. It is comparable.
+type Resolver struct {
+	Kind Kind
+	Addr netip.AddrPort // with a port; without an address, which is the zero Addr, Name travels to the upstream
+	Name string         // in small letters: the name in the certificate, and the Host of HTTPS; "": the address
+	Path string         // of HTTPS, with the slash at its start and perhaps a query
+}
+
+// OverTCP is the resolver at a that is asked over TCP.
+func OverTCP(a netip.AddrPort) Resolver { return Resolver{Addr: a} }
+
+var (
+	errResolver = errors.New("is no resolver: tcp://HOST[:PORT], tls://HOST[:PORT][#NAME] and https://HOST[:PORT]/PATH[#NAME] are")
+	errHost     = errors.New("has no address or name of a host")
+	errPort     = errors.New("has no port from 1 to 65535")
+	errPath     = errors.New("has a path that no URL can have")
+)
+
+// ParseResolver reads SCHEME://HOST[:PORT][/PATH][#NAME]. HOST is an address, of IPv6 in brackets where a port follows, or a
+// name. NAME is the one in the certificate of a host that is given by its address. Errors are of the form "has no port".
+func ParseResolver(s string) (r Resolver, err error) {
+	scheme, rest, ok := strings.Cut(s, "://")
+	for k := range kinds {
+		if ok && kinds[k].scheme == scheme {
+			r.Kind, ok = Kind(k), false
+		}
+	}
+	if ok || kinds[r.Kind].scheme != scheme {
+		return Resolver{}, errResolver
+	}
+	rest, name, named := strings.Cut(rest, "#")
+	if i := strings.IndexByte(rest, '/'); i >= 0 {
+		rest, r.Path = rest[:i], rest[i:]
+	}
+	switch {
+	case r.Kind == HTTPS && r.Path == "":
+		return Resolver{}, errors.New("has no path: most servers have it at /dns-query")
+	case r.Kind != HTTPS && r.Path != "":
+		return Resolver{}, errors.New("has a path, which only https:// has")
+	case r.Kind == TCP && named:
+		return Resolver{}, errors.New("has the name of a certificate, and tcp:// has none")
+	}
+	if r.Path != "" {
+		u, err := url.ParseRequestURI(r.Path)
+		if err != nil || u.RequestURI() != r.Path {
+			return Resolver{}, errPath
+		}
+	}
+	host, err := r.parseHost(rest)
+	if err != nil {
+		return Resolver{}, err
+	}
+	switch {
+	case named && host != "":
+		return Resolver{}, errors.New("has two names: behind # stands that of a host which is given by its address")
+	case named:
+		host = strings.ToLower(strings.TrimSuffix(name, "."))
+		if !isHost([]byte(host)) || isNumber([]byte(host)) {
+			return Resolver{}, errHost
+		}
+	}
+	r.Name = host
+	return r, nil
+}
+
+// parseHost reads HOST[:PORT], sets Addr, and returns the name if HOST is one.
+func (r *Resolver) parseHost(s string) (name string, err error) {
+	port := kinds[r.Kind].port
+	if a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(s, "["), "]")); err == nil {
+		r.Addr = netip.AddrPortFrom(a.Unmap(), port)
+		return "", r.check()
+	}
+	if ap, err := netip.ParseAddrPort(s); err == nil {
+		r.Addr = netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+		return "", r.check()
+	}
+	if host, p, err := net.SplitHostPort(s); err == nil {
+		// The digits are read as those of an address and port, which knows no signs and names of services.
+		ap, err := netip.ParseAddrPort("0.0.0.0:" + p)
+		if err != nil || ap.Port() == 0 {
+			return "", errPort
+		}
+		s, port = host, ap.Port()
+	}
+	s = strings.ToLower(strings.TrimSuffix(s, "."))
+	if !isHost([]byte(s)) || isNumber([]byte(s)) {
+		return "", errHost
+	}
+	r.Addr = netip.AddrPortFrom(netip.Addr{}, port)
+	return s, nil
+}
+
+// check reports why r cannot be asked.
+func (r Resolver) check() error {
+	switch a := r.Addr.Addr(); {
+	case int(r.Kind) >= len(kinds):
+		return errResolver
+	case r.Addr.Port() == 0:
+		return errPort
+	case !a.IsValid() && isHost([]byte(r.Name)):
+		return nil
+	case !a.IsValid(), a.IsUnspecified(), a.IsMulticast(), a.Zone() != "":
+		return errHost
+	}
+	return nil
+}
+
+// String is what ParseResolver reads, always with the port.
+func (r Resolver) String() string {
+	if int(r.Kind) >= len(kinds) {
+		return fmt.Sprintf("Kind(%d)", r.Kind)
+	}
+	s := kinds[r.Kind].scheme + "://" + r.host() + r.Path
+	if r.Addr.Addr().IsValid() && r.Name != "" {
+		s += "#" + r.Name
+	}
+	return s
+}
+
+// host is the HOST:PORT that is dialled.
+func (r Resolver) host() string {
+	if !r.Addr.Addr().IsValid() {
+		return fmt.Sprintf("%s:%d", r.Name, r.Addr.Port())
+	}
+	return r.Addr.String()
+}
+
+// url is that of a resolver of kind HTTPS.
+func (r Resolver) url() *url.URL {
+	u, err := url.ParseRequestURI(r.Path)
+	if err != nil { // not of ParseResolver
+		u = &url.URL{Path: r.Path}
+	}
+	u.Scheme, u.Host = "https", r.serverName()
+	switch port := r.Addr.Port(); {
+	case port != kinds[HTTPS].port:
+		u.Host = net.JoinHostPort(u.Host, fmt.Sprint(port))
+	case strings.Contains(u.Host, ":"):
+		u.Host = "[" + u.Host + "]"
+	}
+	return u
+}
+
+// serverName is what the certificate must be for.
+func (r Resolver) serverName() string {
+	if r.Name != "" {
+		return r.Name
+	}
+	return r.Addr.Addr().String()
+}
