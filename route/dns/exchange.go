@@ -252,8 +252,8 @@ func (x *exchange) teardown() {
 // idle reports whether nobody waits for r.
 func (r *resolver) idle() bool { return len(r.asked) == 0 && len(r.waiting) == 0 }
 
-// mayAsk reports whether r may be asked now, and whether only if there is nobody else. A resolver that failed gets one question at
-// a time, so that no more than that one waits in vain.
+// mayAsk reports whether r may be asked now, and whether only if there is nobody else. A resolver that failed gets one question
+// at a time, so that no more than that one waits in vain.
 func (r *resolver) mayAsk(now time.Time) (ok, last bool) {
 	switch {
 	case r.down.IsZero():

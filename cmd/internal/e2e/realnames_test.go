@@ -14,7 +14,7 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// unbound answers on port 53 of the world by UDP and TCP, and on port 853 by TLS, and stands in the host's resolv.conf. data is in
+// unbound answers on port 53 of the world by UDP and TCP, on port 853 by TLS and on port 443 by HTTPS, and stands in the host's resolv.conf. data is in
 // the form of its local-data option. It gives the file with the certificate.
 func unbound(t *testing.T, data ...string) (certificate string) {
 	t.Helper()
@@ -30,6 +30,7 @@ func unbound(t *testing.T, data ...string) (certificate string) {
 	conf := fmt.Sprintf(`server:
 	interface: %s
 	interface: %[1]s@853
+	interface: %[1]s@443
 	tls-service-pem: %s
 	tls-service-key: %s
 	access-control: 0.0.0.0/0 allow

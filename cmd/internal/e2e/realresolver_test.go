@@ -1,0 +1,87 @@
+package e2e
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+)
+
+// askingSecurely is what programs of others get from a resolver inside TLS. Each line begins with what was asked.
+const askingSecurely = `
+say() { echo "$1: $(shift; "$@" 2>&1 | tr '\n' ' ')"; }
+say udp dig +notcp +short +tries=1 +time=9 web.example
+say tcp kdig +tcp +short +retry=0 +time=9 web.example
+say mx dig +short +tries=1 +time=9 web.example MX
+say none dig +tries=1 +time=9 +noall +comments none.example MX
+say cut dig +short +tries=1 +time=9 +noedns +ignore many.example TXT
+say again dig +short +tries=1 +time=9 +noedns many.example TXT
+say edns dig +notcp +short +tries=1 +time=9 +bufsize=4096 many.example TXT
+say flags dig +tries=1 +time=9 +noall +comments +bufsize=4096 +dnssec many.example TXT
+`
+
+// TestResolversInsideTLS: unbound is asked by DNS over TLS and over HTTPS through dante and microsocks, by its address and by its
+// name, which the proxy resolves, and answers dig and kdig.
+func TestResolversInsideTLS(t *testing.T) {
+	needPrograms(t, "unbound", "danted", "microsocks", "dig", "kdig")
+	data := []string{"web.example. 60 A " + world4, "dns.example. 60 A " + world4, "web.example. 60 MX 10 mail.example."}
+	for _, c := range []string{"a", "b", "c"} {
+		data = append(data, `many.example. 60 TXT "`+strings.Repeat(c, 250)+`"`)
+	}
+	certificate := unbound(t, data...)
+	const at = "127.0.0.1:1081"
+	for name, start := range map[string]func(t *testing.T){
+		"dante":      func(t *testing.T) { dante(t, at) },
+		"microsocks": func(t *testing.T) { serve(t, at, "microsocks", "-i", "127.0.0.1", "-p", "1081") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			start(t)
+			for _, mode := range []string{
+				"tls://" + world4 + "#dns.example", "tls://dns.example", "https://" + world4 + "/dns-query#dns.example",
+				"https://dns.example/dns-query", "fake,https://dns.example/dns-query",
+				"tls://" + world4 + "#other.example,https://" + world4 + "/wrong#dns.example,tls://dns.example", // two that are of no use
+			} {
+				flags := []string{"--proxy", "socks5://" + at, "--dns", mode, "--dns-ca", certificate, "--log-level", "error"}
+				r := run(t, flags, "bash", "-c", askingSecurely, "asking")
+				checkAskingSecurely(t, mode, r)
+			}
+			// An authority that nobody knows.
+			for _, mode := range []string{"tls://dns.example", "https://dns.example/dns-query"} {
+				flags := []string{"--proxy", "socks5://" + at, "--dns", mode, "--log-level", "warn"}
+				r := run(t, flags, "dig", "+tries=1", "+time=9", "web.example")
+				if !strings.Contains(r.out, "SERVFAIL") || !strings.Contains(r.stderr, "unknown authority") {
+					t.Errorf("%s with an unknown certificate:\n%s%s", mode, r.out, r.stderr)
+				}
+			}
+		})
+	}
+}
+
+func checkAskingSecurely(t *testing.T, mode string, r ran) {
+	t.Helper()
+	said := map[string]string{}
+	for line := range strings.Lines(r.out) {
+		what, got, _ := strings.Cut(strings.TrimSpace(line), ": ")
+		said[what] = strings.TrimSpace(got)
+	}
+	fail := func(format string, args ...any) {
+		t.Errorf("%s: %s\n%s%s", mode, fmt.Sprintf(format, args...), r.out, r.stderr)
+	}
+	if !strings.HasPrefix(mode, "fake") && (said["udp"] != world4 || said["tcp"] != world4) {
+		fail("the address is not %s", world4)
+	}
+	if said["mx"] != "10 mail.example." {
+		fail("MX: %q", said["mx"])
+	}
+	if !strings.Contains(said["none"], "NXDOMAIN") {
+		fail("a name that does not exist: %q", said["none"])
+	}
+	for what, want := range map[string]int{"cut": 1, "again": 3, "edns": 3} {
+		if got := strings.Fields(said[what]); len(got) != want {
+			fail("%s: %d records, want %d", what, len(got), want)
+		}
+	}
+	// The resolver saw the DO bit: it says so in its own OPT record.
+	if !strings.Contains(said["flags"], "EDNS: version: 0, flags: do") {
+		fail("EDNS is lost: %q", said["flags"])
+	}
+}
