@@ -116,7 +116,11 @@ func (p *policy) has(u *upstream) bool { return u.own || slices.Contains(p.order
 func (r *Router) newDNS(resolvers []dns.Resolver, roots *x509.CertPool) (*dns.Server, error) {
 	cfg := dns.Config{Dial: r.dialResolver, Resolvers: resolvers, RootCAs: roots, Log: logTo(r.log)}
 	if r.cfg.Pool != nil {
-		cfg.Fake = dns.FakeConfig{Pool: r.cfg.Pool, IPv6: func() bool { return !r.cfg.NoFakeIPv6 }}
+		cfg.Fake = dns.FakeConfig{
+			Pool:  r.cfg.Pool,
+			IPv6:  func() bool { return !r.cfg.NoFakeIPv6 },
+			Onion: func() bool { return r.policy.Load().tor },
+		}
 	}
 	return dns.New(cfg)
 }

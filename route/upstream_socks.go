@@ -41,6 +41,12 @@ func (u *socksUpstream) ByProgram() bool {
 	return ok && p.ByProgram()
 }
 
+// Tor reports whether a server is a Tor, which knows the names of .onion.
+func (u *socksUpstream) Tor() bool {
+	t, ok := u.c.(interface{ Tor() bool })
+	return ok && t.Tor()
+}
+
 // DialStream implements Upstream by CONNECT.
 func (u *socksUpstream) DialStream(ctx context.Context, l *relay.Loop, d Dest, done func(s loop.Socket, err error)) {
 	if h, ok := u.c.(interface{ BySource() bool }); ok && h.BySource() {

@@ -59,6 +59,7 @@ var verdictAsk = &verdict{kind: await, rule: "none"}
 type policy struct {
 	needs     kinds // of conditions, in all rules
 	guard     bool  // Config.Guard
+	tor       bool  // an upstream is a Tor
 	rules     []Rule
 	verdicts  []*verdict // one for each rule
 	otherwise *verdict
@@ -86,6 +87,9 @@ func newPolicy(cfg Config, old *policy) (*policy, error) {
 		up := &upstream{Upstream: u, name: name}
 		if p, ok := u.(interface{ ByProgram() bool }); ok {
 			up.apart = p.ByProgram()
+		}
+		if t, ok := u.(interface{ Tor() bool }); ok && t.Tor() {
+			p.tor = true
 		}
 		if old != nil && old.upstreams[name] != nil && old.upstreams[name].Upstream == u {
 			up = old.upstreams[name]

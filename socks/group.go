@@ -149,6 +149,9 @@ func (g *Group) BySource() bool { return g.c.opts.Select == Hash }
 // ByProgram reports whether what WithIsolation tells matters to one of the servers.
 func (g *Group) ByProgram() bool { return slices.ContainsFunc(g.clients, (*Client).ByProgram) }
 
+// Tor reports whether one of the servers is a Tor.
+func (g *Group) Tor() bool { return slices.ContainsFunc(g.clients, (*Client).Tor) }
+
 // run is a flow, or an association, on its way through the group.
 type run struct {
 	g         *Group

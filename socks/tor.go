@@ -101,6 +101,9 @@ func WithIsolation(ctx context.Context, key string) context.Context {
 	return context.WithValue(ctx, isolationKey{}, key)
 }
 
+// Tor reports whether the server's URL says that it is a Tor.
+func (c *Client) Tor() bool { return c.server.options.tor }
+
 // ByProgram reports whether what WithIsolation tells matters to the server.
 func (c *Client) ByProgram() bool { return c.server.options.isolate == isolateProgram }
 

@@ -40,8 +40,9 @@ type FakeConfig struct {
 	// Real reports whether a name, in lower case and without the dot at the end, gets its real addresses. It is called for each
 	// question for an address, from any goroutine, and keeps nothing. nil: none does.
 	Real func(name []byte) bool
-	// Onion: the upstream knows the names of .onion (RFC 7686), so that they have addresses like others.
-	Onion bool
+	// Onion reports whether an upstream knows the names of .onion (RFC 7686), so that they have addresses like others. It is
+	// called for each such question, from any goroutine. nil: none does.
+	Onion func() bool
 	// NoSingleLabels: a name without a dot does not exist. Otherwise the proxy is asked for it, whose network may know it.
 	NoSingleLabels bool
 }
@@ -85,7 +86,7 @@ func (f *fake) answer(b, msg []byte, q *question) ([]byte, outcome) {
 		return appendReply(b, msg, q, 0, negative), answered
 	case hasSuffix(name, "arpa"):
 		return f.reverse(b, msg, q, name)
-	case hasSuffix(name, "local"), hasSuffix(name, "invalid"), isNumber(name), !f.config.Onion && hasSuffix(name, "onion"),
+	case hasSuffix(name, "local"), hasSuffix(name, "invalid"), isNumber(name), hasSuffix(name, "onion") && (f.config.Onion == nil || !f.config.Onion()),
 		f.config.NoSingleLabels && labels == 1:
 		return appendReply(b, msg, q, rcodeName, negative), answered
 	}

@@ -170,7 +170,7 @@ func TestFakeOptions(t *testing.T) {
 		t.Error(got)
 	}
 	f = newFake(t, func(c *FakeConfig) {
-		c.NoSingleLabels, c.Onion = true, true
+		c.NoSingleLabels, c.Onion = true, func() bool { return true }
 		c.IPv6 = func() bool { return false }
 	})
 	for _, tt := range []struct {

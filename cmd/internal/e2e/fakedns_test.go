@@ -140,6 +140,14 @@ func TestFakeAnswers(t *testing.T) {
 	if r := run(t, append(flags, "--ipv6", "off"), "dig", "+short", "www.example.com", "AAAA"); r.out != "" {
 		t.Errorf("with --ipv6 off AAAA is %q", r.out)
 	}
+	// RFC 7686: a name of .onion is nothing to anybody but a Tor.
+	if r := run(t, flags, "dig", "www.onion"); !strings.Contains(r.out, "NXDOMAIN") {
+		t.Errorf(".onion without a Tor: %s", r.out)
+	}
+	tor := append([]string{"--proxy", proxy.URL() + "?tor"}, flags[2:]...)
+	if a, err := netip.ParseAddr(strings.TrimSpace(run(t, tor, "dig", "+short", "www.onion").out)); err != nil || !fake.Contains(a) {
+		t.Errorf(".onion by a Tor: %v, %v", a, err)
+	}
 	start := time.Now()
 	r = run(t, flags, "dig", "+tries=1", "+time=10", "www.example.com", "MX")
 	if !strings.Contains(r.out, "SERVFAIL") || time.Since(start) > 8*time.Second {
