@@ -251,9 +251,14 @@ func (r *shard) failed(a *assoc, err error) {
 	r.again(a)
 }
 
-// refuseQueue tells the app of each datagram that waits.
+// refuseQueue tells the app of each datagram that waits. Questions of DNS that were to be relayed go another way.
 func (r *shard) refuseQueue(a *assoc, why flow.Refusal) {
+	relays := r.relaysQuestions() && a.failures < refuseAfter
 	for _, q := range r.udp.take(a) {
+		if p := q.packet(a.m.src); relays && p.Dst.Port() == 53 {
+			r.question(r.ctlW, &p, r.now())
+			continue
+		}
 		r.count.dgramsRefused.Add(1)
 		r.ctlW.Refuse(q.packet(a.m.src), why)
 	}

@@ -16,7 +16,8 @@ type Policy struct {
 	Rules     []Rule
 	Default   string
 	Resolvers []dns.Resolver // none only if there were none before
-	// ResolverCAs is as in Config.
+	// RelayDNS and ResolverCAs are as in Config.
+	RelayDNS    bool
 	ResolverCAs *x509.CertPool
 	// ResolverDefault is as in Config.
 	ResolverDefault string
@@ -47,9 +48,10 @@ func (r *Router) Reload(p Policy) error {
 	var names *dns.Server
 	if d := r.dns.Load(); (d != nil) != (len(p.Resolvers) > 0) {
 		return errors.New("cannot change whether port 53 is answered while running")
-	} else if d != nil && !(same && slices.Equal(p.Resolvers, r.resolvers) && p.ResolverCAs.Equal(r.resolverCAs)) {
+	} else if d != nil && !(same && slices.Equal(p.Resolvers, r.resolvers) && p.ResolverCAs.Equal(r.resolverCAs) &&
+		p.RelayDNS == r.relayDNS) {
 		// Its connections are of the old upstreams, and it has no way to be told of others.
-		if names, err = r.newDNS(p.Resolvers, p.ResolverCAs); err != nil {
+		if names, err = r.newDNS(p.Resolvers, p.ResolverCAs, p.RelayDNS); err != nil {
 			return err
 		}
 	}
@@ -60,7 +62,7 @@ func (r *Router) Reload(p Policy) error {
 	r.watchUpstreams(next)
 	if names != nil {
 		r.startDNS(names)
-		r.resolvers, r.resolverCAs = p.Resolvers, p.ResolverCAs
+		r.resolvers, r.resolverCAs, r.relayDNS = p.Resolvers, p.ResolverCAs, p.RelayDNS
 	} else if d := r.dns.Load(); d != nil {
 		d.Forget() // the rules may lead to the resolvers by another way
 	}
@@ -113,8 +115,8 @@ func (r *Router) endReplaced(p *policy) {
 
 func (p *policy) has(u *upstream) bool { return u.own || slices.Contains(p.order, u) }
 
-func (r *Router) newDNS(resolvers []dns.Resolver, roots *x509.CertPool) (*dns.Server, error) {
-	cfg := dns.Config{Dial: r.dialResolver, Resolvers: resolvers, RootCAs: roots, Log: logTo(r.log)}
+func (r *Router) newDNS(resolvers []dns.Resolver, roots *x509.CertPool, relay bool) (*dns.Server, error) {
+	cfg := dns.Config{Dial: r.dialResolver, Resolvers: resolvers, RootCAs: roots, Relay: relay, Log: logTo(r.log)}
 	if r.cfg.Pool != nil {
 		cfg.Fake = dns.FakeConfig{
 			Pool:  r.cfg.Pool,
@@ -154,6 +156,7 @@ type dnsSum dns.Stats
 func (s *dnsSum) add(t dns.Stats) {
 	s.Questions += t.Questions
 	s.Answered += t.Answered
+	s.Relayed += t.Relayed
 	s.Own += t.Own
 	s.Cached += t.Cached
 	s.Shared += t.Shared
@@ -179,7 +182,7 @@ func (r *Router) Renew() {
 	if r.ctx.Err() != nil || !r.ran.Load() || r.dns.Load() == nil {
 		return
 	}
-	if d, err := r.newDNS(r.resolvers, r.resolverCAs); err == nil { // they were fine before
+	if d, err := r.newDNS(r.resolvers, r.resolverCAs, r.relayDNS); err == nil { // they were fine before
 		r.startDNS(d)
 	}
 }

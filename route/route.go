@@ -38,6 +38,8 @@ type Config struct {
 	ComesBack func(flow.Flow) bool
 	// Resolvers answer port 53, asked through the upstream that the rules give them. None: port 53 is a port like others.
 	Resolvers []dns.Resolver
+	// RelayDNS: questions go to the servers that the app asks, and to Resolvers only if nobody can have their address.
+	RelayDNS bool
 	// ResolverCAs are the certificates that resolvers inside TLS are verified by; nil: those that the system trusts.
 	ResolverCAs *x509.CertPool
 	// ResolverDefault is the upstream of connections to Resolvers that no rule matches; "": Default's.
@@ -123,9 +125,10 @@ type Router struct {
 	asker     *asker     // nil: nobody can be asked
 	decisions *decisions // nil: nobody wants them
 
-	reload      sync.Mutex // over the next five, and while the policy is replaced
+	reload      sync.Mutex // over the next six, and while the policy is replaced
 	resolvers   []dns.Resolver
 	resolverCAs *x509.CertPool
+	relayDNS    bool
 	dnsStop     context.CancelFunc // of the dns.Server that runs
 	dnsPast     dnsSum             // of those that ran before
 	dnsRuns     sync.WaitGroup
@@ -171,12 +174,12 @@ func New(cfg Config) (*Router, error) {
 	r.SetUDP(cfg.UDPTimeout, cfg.Limits.Mappings)
 	r.ctl.wake = make(chan struct{}, 1)
 	if len(cfg.Resolvers) > 0 {
-		d, err := r.newDNS(cfg.Resolvers, cfg.ResolverCAs)
+		d, err := r.newDNS(cfg.Resolvers, cfg.ResolverCAs, cfg.RelayDNS)
 		if err != nil {
 			return nil, err
 		}
 		r.dns.Store(d)
-		r.resolvers, r.resolverCAs = cfg.Resolvers, cfg.ResolverCAs
+		r.resolvers, r.resolverCAs, r.relayDNS = cfg.Resolvers, cfg.ResolverCAs, cfg.RelayDNS
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r, nil

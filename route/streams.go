@@ -78,7 +78,8 @@ func (r *shard) handleStream(req flow.StreamRequest) {
 	if d := r.dns.Load(); d != nil && f.Dst.Port() == 53 && flow.OneHost(f.Dst.Addr()) {
 		p := r.policy.Load()
 		to, carried := d.Carries()
-		carried = carried && r.cfg.Pool == nil
+		relayed := d.Relays() && flow.CanBePeer(f.Dst.Addr())
+		carried = (carried || relayed) && r.cfg.Pool == nil
 		if p.guard && (!carried || !p.needsName("")) { // nobody judges the questions in it
 			r.takeStream(req, f, dest, verdictNoName, &query{})
 			return
@@ -87,12 +88,14 @@ func (r *shard) handleStream(req flow.StreamRequest) {
 			r.takeStream(req, f, dest, r.answer, nil)
 			return
 		}
-		// A truncated answer asks to come back by TCP, and the address in resolv.conf need not exist.
-		dest = resolverDest(to)
-		dest.Src = f.Src.Addr()
-		v := p.decideResolver(to)
-		r.takeStream(req, f, dest, v, &query{})
-		return
+		if !relayed {
+			// A truncated answer asks to come back by TCP, and the address in resolv.conf need not exist.
+			dest = resolverDest(to)
+			dest.Src = f.Src.Addr()
+			v := p.decideResolver(to)
+			r.takeStream(req, f, dest, v, &query{})
+			return
+		}
 	}
 	if p := r.cfg.Pool; p != nil && p.Contains(f.Dst.Addr()) {
 		name, ok := p.AppendName(nil, f.Dst.Addr())

@@ -78,7 +78,7 @@ func (r *shard) run(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now int
 	switch v.kind {
 	case resolve:
 		for i := range pkts {
-			r.question(&pkts[i])
+			r.question(w, &pkts[i], now)
 		}
 	case carry:
 		if r.cfg.Pool != nil {
@@ -124,15 +124,20 @@ func (r *shard) logRejected(v *verdict, p *flow.Packet, now int64) {
 	r.log.end(i, 0, err)
 }
 
-// question hands a datagram to port 53 to route/dns. The answer comes from the address that was asked.
-func (r *shard) question(p *flow.Packet) {
+// question hands a datagram to port 53 to route/dns. The answer comes from the address that was asked. udp.mu is held.
+func (r *shard) question(w flow.PacketWriter, p *flow.Packet, now int64) {
 	src, dst := p.Src, p.Dst
 	asked := dst
 	if !flow.CanBePeer(dst.Addr()) {
 		asked = noAddr
 	}
 	judge := r.judgeOf(flow.Flow{Proto: flow.UDP, Src: src, Dst: dst})
-	r.dns.Load().HandleJudged(p.Payload, asked, judge, func(b []byte) {
+	d := r.dns.Load()
+	var relay func() bool
+	if d.Relays() {
+		relay = func() bool { return r.relayQuestion(w, p, now) }
+	}
+	d.HandleRelayed(p.Payload, asked, judge, relay, func(b []byte) {
 		r.dnsMu.Lock()
 		defer r.dnsMu.Unlock()
 		r.dnsPkt[0] = flow.Packet{Src: dst, Dst: src, Payload: b}
@@ -142,6 +147,33 @@ func (r *shard) question(p *flow.Packet) {
 		_, _ = r.dnsW.WritePackets(r.dnsPkt[:])
 		r.dnsPkt[0].Payload = nil
 	})
+}
+
+// relaysQuestions reports whether questions of DNS go to the servers that the app asks.
+func (r *Router) relaysQuestions() bool {
+	d := r.dns.Load()
+	return d != nil && d.Relays()
+}
+
+// relayQuestion carries a question to the server that the app asked, as any datagram. false: it must be asked over TCP, because
+// the upstream has no UDP, or because rules speak of names: then no answer counts that was not seen to be one to a question.
+// udp.mu is held.
+func (r *shard) relayQuestion(w flow.PacketWriter, p *flow.Packet, now int64) bool {
+	if r.wantsNames() {
+		return false
+	}
+	v := r.policy.Load().decideRelayed(p.Dst)
+	if v.kind != carry {
+		return false
+	}
+	if a := r.udp.bySrc[p.Src].assocOf(v.up); a == nil || a.link == nil {
+		if _, refused := v.up.refused(now); refused {
+			return false
+		}
+	}
+	pkts := [1]flow.Packet{*p}
+	r.carry(w, v, pkts[:], now)
+	return true
 }
 
 func (r *shard) carry(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now int64) {

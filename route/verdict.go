@@ -147,7 +147,16 @@ func (p *policy) decideResolver(r dns.Resolver) *verdict {
 	if r.Name != "" {
 		q.names, q.fake = []string{r.Name}, !r.Addr.Addr().IsValid()
 	}
-	if v := p.decide(&q); v != p.otherwise {
+	return p.decideQuestion(&q)
+}
+
+// decideRelayed is the verdict on a question by UDP to the server that the app asked.
+func (p *policy) decideRelayed(dst netip.AddrPort) *verdict {
+	return p.decideQuestion(&query{proto: flow.UDP, dst: dst, owner: &nobody})
+}
+
+func (p *policy) decideQuestion(q *query) *verdict {
+	if v := p.decide(q); v != p.otherwise {
 		return v
 	}
 	return p.resolvers

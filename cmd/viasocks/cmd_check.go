@@ -79,6 +79,12 @@ func summary(cfg *config.Config) string {
 	if cfg.Fake.On {
 		line("dns: fake: names get addresses of %s and travel to the proxy; the resolvers are for other questions", cfg.Fake.Pool)
 	}
+	if cfg.DNSOff {
+		line("dns: off: port 53 is a port like others")
+	}
+	if cfg.Relay {
+		line("dns: relay: questions go to the server that the program asks; the resolvers are for those to an address that is nobody's")
+	}
 	for _, r := range cfg.DNS {
 		how := ""
 		if cfg.ResolverDefault == route.DirectName {

@@ -16,7 +16,7 @@ import (
 const (
 	minAttempt = time.Second            // for one resolver, when there are others: a proxy may be 300 ms away and more
 	downFor    = 30 * time.Second       // a resolver that failed is asked last for so long
-	maxAsked   = 32                     // servers that are asked because the app named them, at a time
+	maxAsked   = 128                    // servers that are asked because the app named them, at a time
 	tryAgain   = 200 * time.Millisecond // when all resolvers failed, one that failed just now is left alone for so long
 	tick       = 100 * time.Millisecond // how exact the deadlines are
 )

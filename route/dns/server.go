@@ -29,7 +29,9 @@ type Config struct {
 	Dial      func(ctx context.Context, r Resolver, done func(fd int, err error))
 	Resolvers []Resolver     // asked in this order: the next one when one fails, is silent, or says SERVFAIL or REFUSED
 	RootCAs   *x509.CertPool // that resolvers of kind TLS and HTTPS are verified by; nil: those that the system trusts
-	Fake      FakeConfig     // with a Pool: questions for addresses are answered from it, and the rest goes to the resolvers
+	// Relay: a question goes to the very server that the app asked, if that exists, and not to Resolvers.
+	Relay bool
+	Fake  FakeConfig // with a Pool: questions for addresses are answered from it, and the rest goes to the resolvers
 	// Zones have servers of their own, also when there are fake addresses: the longest suffix of a name decides.
 	Zones []Zone
 	// HostServers are the host's own servers, as of now: for zones without others, and for HostNames. It is called for each
@@ -50,6 +52,7 @@ type Config struct {
 type Stats struct {
 	Questions   uint64 // taken from the app
 	Answered    uint64 // with an answer of a resolver
+	Relayed     uint64 // sent by UDP to the server that the app asked, whose answer is not seen here
 	Own         uint64 // answered without one: fake addresses, and names that nobody must be asked for
 	Cached      uint64 // answered with an answer that a resolver gave before
 	Shared      uint64 // of those answered by a resolver: with the answer to another asker who asked the same at the time
@@ -63,7 +66,7 @@ type Stats struct {
 }
 
 type counters struct {
-	questions, answered, own, cached, shared, truncated, failed, malformed, refused, dropped, unmatched, connections atomic.Uint64
+	questions, answered, relayed, own, cached, shared, truncated, failed, malformed, refused, dropped, unmatched, connections atomic.Uint64
 }
 
 // Server answers questions while Run runs. Handle, Stats and Carries may be called from any goroutine.
@@ -143,8 +146,8 @@ func (s *Server) Carries() (Resolver, bool) {
 // Stats is a snapshot of the counters.
 func (s *Server) Stats() Stats {
 	c := &s.count
-	return Stats{c.questions.Load(), c.answered.Load(), c.own.Load(), c.cached.Load(), c.shared.Load(), c.truncated.Load(), c.failed.Load(), c.malformed.Load(),
-		c.refused.Load(), c.dropped.Load(), c.unmatched.Load(), c.connections.Load()}
+	return Stats{c.questions.Load(), c.answered.Load(), c.relayed.Load(), c.own.Load(), c.cached.Load(), c.shared.Load(),
+		c.truncated.Load(), c.failed.Load(), c.malformed.Load(), c.refused.Load(), c.dropped.Load(), c.unmatched.Load(), c.connections.Load()}
 }
 
 // Handle takes one question that came by UDP. It does not block and does not keep msg. reply is called at most once,
@@ -159,13 +162,23 @@ func (s *Server) Handle(msg []byte, asked netip.AddrPort, reply func([]byte)) {
 
 // HandleJudged is Handle for an app whose questions judge decides on; nil: all are answered.
 func (s *Server) HandleJudged(msg []byte, asked netip.AddrPort, judge Judge, reply func([]byte)) {
-	s.handle(msg, asked, byUDP, judge, reply)
+	s.handle(msg, asked, byUDP, judge, nil, reply)
+}
+
+// Relays reports whether questions go to the server that the app asked.
+func (s *Server) Relays() bool { return s.cfg.Relay }
+
+// HandleRelayed is HandleJudged, where relay sends the datagram to the server that the app asked, or reports that this cannot be.
+// It is called if the question is for this server, at most once and before HandleRelayed returns. What it cannot send is asked
+// over TCP.
+func (s *Server) HandleRelayed(msg []byte, asked netip.AddrPort, judge Judge, relay func() bool, reply func([]byte)) {
+	s.handle(msg, asked, byUDP, judge, relay, reply)
 }
 
 // Ask has the resolvers asked, also for what a fake address would be the answer to. reply is called as by Handle, with the
 // whole answer however long it is. false: it will not be called.
 func (s *Server) Ask(msg []byte, reply func([]byte)) bool {
-	return s.handle(msg, netip.AddrPort{}, ours, nil, reply)
+	return s.handle(msg, netip.AddrPort{}, ours, nil, nil, reply)
 }
 
 // way is how a question came.
@@ -178,7 +191,9 @@ const (
 )
 
 // handle reports whether reply is called, unless Run ends first.
-func (s *Server) handle(msg []byte, asked netip.AddrPort, how way, judge Judge, reply func([]byte)) bool {
+func (s *Server) handle(
+	msg []byte, asked netip.AddrPort, how way, judge Judge, relay func() bool, reply func([]byte),
+) bool {
 	s.count.questions.Add(1)
 	q, v, rcode := parseQuestion(msg)
 	switch v {
@@ -208,7 +223,12 @@ func (s *Server) handle(msg []byte, asked netip.AddrPort, how way, judge Judge, 
 			to = s.split.host
 		}
 	}
-	if q.isQuery() || !canBeAsked(asked) {
+	relayed := s.cfg.Relay && to == s.exchange && canBeAsked(asked)
+	if relayed && relay != nil && relay() {
+		s.count.relayed.Add(1)
+		return true
+	}
+	if q.isQuery() && !relayed || !canBeAsked(asked) {
 		asked = netip.AddrPort{}
 	}
 	return s.ask(to, msg, &q, asked, reply)

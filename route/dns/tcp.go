@@ -116,7 +116,7 @@ func (a *asker) readLoop() (ended bool) {
 		case <-a.s.exchange.over:
 			return false
 		}
-		if !a.s.handle(buf[:n], a.asked, byTCP, nil, a.reply) {
+		if !a.s.handle(buf[:n], a.asked, byTCP, nil, nil, a.reply) {
 			return false
 		}
 		if cap(buf) > 4096 {

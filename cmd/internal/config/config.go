@@ -94,6 +94,8 @@ type Config struct {
 	Default   string       // name of the upstream of flows that no rule matches; empty: they are refused
 	Rules     []route.Rule // in the order given
 	DNS       []dns.Resolver
+	DNSOff    bool           // port 53 is a port like others; then DNS is empty
+	Relay     bool           // questions go to the servers that the program asks, and to those of DNS only if nobody can have their address
 	DNSRoots  *x509.CertPool // that resolvers inside TLS are verified by; nil: those that the system trusts
 	Fake      Fake
 	Guard     bool // there is an --allow: names that no rule needs are not resolved

@@ -124,7 +124,7 @@ makes a chain: the proxy is reached through another upstream.`,
 	},
 	{
 		Name: "dns", Arg: "MODE[,MODE...]", Default: defaultDNS, Soft: true, Live: true, Cmds: all, set: setDNS,
-		Help: "fake: names travel to the proxy; tcp://, tls:// or https://: resolvers that are asked through it",
+		Help: "fake, relay, or resolvers (tcp://, tls://, https://) that are asked through the proxy; off",
 		Man: `How questions of the program to port 53 of whatever address are answered.
 .Pp
 .Ar tcp://HOST[:PORT] ,
@@ -181,7 +181,32 @@ For UDP to such an address the resolvers are asked too, since hardly any proxy t
 address, and what comes from it comes back from the address that stands for the name.
 A program that writes to the real address from the same socket as well gets its answers from the real address.
 Where no resolver answers, UDP by name is refused (host unreachable).
-A reload does not change whether names have such addresses.`,
+A reload does not change whether names have such addresses.
+.Pp
+.Ar relay[,RESOLVER...] :
+by the very server that the program asks, through the proxy: over UDP, or over TCP where the proxy has no UDP.
+Where rules speak of names, and with
+.Fl -decisions ,
+it is always TCP, so that no answer counts that is not one to a question.
+The rules decide, as for other flows, but those about programs and users.
+The proxy must be able to reach that server: a resolver of this host's own network is asked in the proxy's network.
+The resolvers are for questions to an address that nobody can have, such as the one in the
+.Pa /etc/resolv.conf
+that
+.Cm run
+gives to the program.
+Behind
+.Ar fake,
+this is for other questions than those for addresses.
+.Pp
+.Ar off :
+port 53 is a port like others, which the rules and the proxy decide on.
+Names reach rules only where something else tells them.
+.Cm run
+leaves the program the
+.Pa /etc/resolv.conf
+of the host; a server in it that runs on the host itself is out of its reach.
+Another mode needs a restart.`,
 	},
 	{
 		Name: "dns-ca", Arg: "FILE", Live: true, Cmds: all, set: setDNSCA,

@@ -51,7 +51,7 @@ func (c *Config) finishDNS() error {
 		}
 	}
 	switch {
-	case len(c.DNS) > 0:
+	case len(c.DNS) > 0 || c.DNSOff:
 		return nil
 	case len(c.Upstreams) > 0:
 		return setDNS(c, value{"dns", defaultDNS, "--dns " + defaultDNS})

@@ -76,6 +76,28 @@ func TestDNSCA(t *testing.T) {
 	}
 }
 
+// The modes, alone and with resolvers; those of the default are there when none is given.
+func TestDNSModes(t *testing.T) {
+	const usual = "[tcp://1.1.1.1:53 tcp://9.9.9.9:53]"
+	for mode, want := range map[string]string{
+		"relay":                         "false true false " + usual,
+		"relay,tls://192.0.2.1":         "false true false [tls://192.0.2.1:853]",
+		"fake":                          "true false false " + usual,
+		"fake,relay":                    "true true false " + usual,
+		"fake, relay, tcp://192.0.2.1 ": "true true false [tcp://192.0.2.1:53]",
+		"off":                           "false false true []",
+	} {
+		c, err := Parse(Check, []string{"--proxy", "socks5://h", "--dns", mode}, nil)
+		if err != nil {
+			t.Errorf("%s: %v", mode, err)
+			continue
+		}
+		if got := fmt.Sprint(c.Fake.On, c.Relay, c.DNSOff, c.DNS); got != want {
+			t.Errorf("%s: got %s, want %s", mode, got, want)
+		}
+	}
+}
+
 // Each resolver has the scheme of the one before it, unless it has its own.
 func TestResolverSchemes(t *testing.T) {
 	c, err := Parse(Check, []string{"--proxy", "socks5://h", "--dns", "tls://192.0.2.1,192.0.2.2#DNS.example, tcp://a.example ,b.example:5353,https://192.0.2.3/q"}, nil)

@@ -111,20 +111,30 @@ func addRule(c *Config, v value) error {
 const maxResolvers = 8
 
 func setDNS(c *Config, v value) error {
-	if rest, fake := strings.CutPrefix(v.text, "fake"); fake && (rest == "" || rest[0] == ',') {
-		c.Fake.On = true
-		if rest == "" {
-			rest = "," + defaultDNS
+	if v.text == "off" {
+		c.DNSOff = true
+		return nil
+	}
+	rest := v.text
+	for _, mode := range []struct {
+		name string
+		on   *bool
+	}{{"fake", &c.Fake.On}, {"relay", &c.Relay}} {
+		first, others, _ := strings.Cut(rest, ",")
+		if strings.TrimSpace(first) == mode.name {
+			*mode.on, rest = true, others
 		}
-		v.text = rest[1:]
+	}
+	if rest == "" && v.text != "" { // finishDNS knows the default
+		return nil
 	}
 	scheme := ""
-	for _, s := range strings.Split(v.text, ",") {
+	for _, s := range strings.Split(rest, ",") {
 		s = strings.TrimSpace(s)
 		if before, _, ok := strings.Cut(s, "://"); ok {
 			scheme = before
 		} else if scheme == "" {
-			return v.err("must be fake, or tcp://HOST, tls://HOST or https://HOST/PATH, or several of them with commas between them")
+			return v.err("must be off, or of fake, relay, tcp://HOST, tls://HOST and https://HOST/PATH one or several in this order, with commas between them")
 		} else {
 			s = scheme + "://" + s
 		}

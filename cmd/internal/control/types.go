@@ -105,8 +105,8 @@ type UDP struct {
 // Names counts questions to port 53.
 type Names struct {
 	Asked    uint64 `json:"asked"`
-	Answered uint64 `json:"answered"`
-	Failed   uint64 `json:"failed"` // answered by SERVFAIL
+	Answered uint64 `json:"answered"` // or relayed to the server that was asked
+	Failed   uint64 `json:"failed"`   // answered by SERVFAIL
 }
 
 // Host is what was done to the host. The lists are lines for people.

@@ -32,6 +32,14 @@ var (
 	nameserver = flow.Gateway4
 )
 
+// nameservers are for the program's resolv.conf; none: it has the host's, and questions to it are carried like anything else.
+func nameservers(cfg *config.Config) []netip.Addr {
+	if cfg.DNSOff {
+		return nil
+	}
+	return []netip.Addr{nameserver}
+}
+
 // stop ends p within stopTimeout; between is done when the app's flows have been reset.
 func stop(p *plane, between func()) {
 	p.refuse()

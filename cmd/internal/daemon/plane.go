@@ -108,6 +108,7 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 	}
 	if p.router, err = route.New(route.Config{
 		Upstreams: policy.Upstreams, Rules: policy.Rules, Default: policy.Default, Resolvers: policy.Resolvers, ResolverCAs: policy.ResolverCAs,
+		RelayDNS:        policy.RelayDNS,
 		ResolverDefault: policy.ResolverDefault, Guard: policy.Guard,
 		Loops: p.loops, Shards: p.stack.Shards(),
 		Sockets: sockets, Owners: ownersOf(sockets), ComesBack: dial.comesBack,
@@ -142,7 +143,7 @@ func (p *plane) policy(cfg *config.Config) (_ route.Policy, ups []upstream, err 
 		}
 	}
 	pol := route.Policy{
-		Rules: cfg.Rules, Default: cfg.Default, Resolvers: cfg.DNS, ResolverCAs: cfg.DNSRoots,
+		Rules: cfg.Rules, Default: cfg.Default, Resolvers: cfg.DNS, ResolverCAs: cfg.DNSRoots, RelayDNS: cfg.Relay,
 		ResolverDefault: cfg.ResolverDefault, Guard: cfg.Guard,
 	}
 	for _, u := range ups {

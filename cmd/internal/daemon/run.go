@@ -3,7 +3,6 @@ package daemon
 import (
 	"context"
 	"fmt"
-	"net/netip"
 	"os"
 	"os/signal"
 	"slices"
@@ -60,7 +59,7 @@ func Run(cfg *config.Config, environ []string, stdin, stdout, stderr *os.File) (
 		Stdin: stdin, Stdout: stdout, Stderr: stderr,
 		TUN:        netns.TUNOptions{MTU: cfg.MTU, VnetHdr: true, Queues: tun.Queues},
 		Addrs:      tunAddrs,
-		Nameserver: []netip.Addr{nameserver},
+		Nameserver: nameservers(cfg),
 		// The shell that started us has to see it when the program stops.
 		FollowStops: true,
 	})

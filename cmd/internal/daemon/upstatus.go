@@ -61,6 +61,12 @@ func (u *up) status() control.Status {
 	if cfg.Fake.On {
 		s.DNS = append(s.DNS, "fake")
 	}
+	if cfg.Relay {
+		s.DNS = append(s.DNS, "relay")
+	}
+	if cfg.DNSOff {
+		s.DNS = append(s.DNS, "off")
+	}
 	for _, r := range cfg.DNS {
 		s.DNS = append(s.DNS, r.String())
 	}
@@ -135,7 +141,7 @@ func fillTraffic(s *control.Status, router *route.Router, k stack.Stats) {
 	r := router.Stats()
 	s.TCP = control.TCP{Now: r.StreamsNow, Pending: int(k.Pending), Total: r.Streams, Refused: r.StreamsRefused}
 	s.UDP = control.UDP{Now: r.MappingsNow, Total: r.Mappings, Reassociated: r.Reassociations, Refused: r.Refused}
-	s.Names = control.Names{Asked: r.DNS.Questions, Answered: r.DNS.Answered + r.DNS.Own + r.DNS.Cached, Failed: r.DNS.Failed}
+	s.Names = control.Names{Asked: r.DNS.Questions, Answered: r.DNS.Answered + r.DNS.Relayed + r.DNS.Own + r.DNS.Cached, Failed: r.DNS.Failed}
 	s.Up, s.Down = r.Up, r.Down
 	for _, f := range router.Flows() {
 		s.Up += f.Up

@@ -85,3 +85,48 @@ func checkAskingSecurely(t *testing.T, mode string, r ran) {
 		fail("EDNS is lost: %q", said["flags"])
 	}
 }
+
+// askingServers asks the server of the test, and whom the resolv.conf names. Each line begins with what was asked.
+const askingServers = `
+say() { echo "$1: $(shift; "$@" 2>&1 | tr '\n' ' ')"; }
+say udp dig @203.0.113.1 +notcp +short +tries=1 +time=9 web.example
+say tcp dig @203.0.113.1 +tcp +short +tries=1 +time=9 web.example
+say tls kdig @203.0.113.1 +tls-ca="$1" +tls-hostname=dns.example +short +retry=0 +time=9 web.example
+say https kdig @203.0.113.1 +https +tls-ca="$1" +tls-hostname=dns.example +short +retry=0 +time=9 web.example
+say conf dig +notcp +short +tries=1 +time=9 web.example
+`
+
+// TestRelayAndOff: the server that a program asks is the one that answers, through a proxy with UDP and through one without; and
+// port 53 as a port like others.
+func TestRelayAndOff(t *testing.T) {
+	needPrograms(t, "unbound", "danted", "microsocks", "dig", "kdig")
+	certificate := unbound(t, "web.example. 60 A "+world4)
+	const at = "127.0.0.1:1081"
+	for name, start := range map[string]func(t *testing.T){
+		"dante":      func(t *testing.T) { dante(t, at) },
+		"microsocks": func(t *testing.T) { serve(t, at, "microsocks", "-i", "127.0.0.1", "-p", "1081") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			start(t)
+			for mode, want := range map[string]string{
+				"relay,tcp://" + world4:  "udp tcp tls https conf",
+				"relay,tcp://192.0.2.99": "udp tcp tls https", // a resolver that is not there, and is not asked
+				"off":                    "udp tcp tls https conf",
+			} {
+				flags := []string{"--proxy", "socks5://" + at, "--dns", mode, "--log-level", "error"}
+				r := run(t, flags, "bash", "-c", askingServers, "asking", certificate)
+				said := map[string]string{}
+				for line := range strings.Lines(r.out) {
+					what, got, _ := strings.Cut(strings.TrimSpace(line), ": ")
+					said[what] = strings.TrimSpace(got)
+				}
+				for _, what := range strings.Fields(want) {
+					without := mode == "off" && name == "microsocks" && (what == "udp" || what == "conf")
+					if (said[what] == world4) == without {
+						t.Errorf("%s: %s says %q\n%s%s", mode, what, said[what], r.out, r.stderr)
+					}
+				}
+			}
+		})
+	}
+}
