@@ -48,6 +48,8 @@ func (r *Router) queryOf(f flow.Flow, dest Dest) query {
 	switch {
 	case dest.Name != "":
 		q.names, q.fake = []string{plainName(dest.Name)}, true
+	case dest.Sniffed != "":
+		q.names = []string{dest.Sniffed}
 	case r.wantsNames():
 		q.names = r.names.of(dest.Addr.Addr(), r.now(), nil)
 	}

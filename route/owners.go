@@ -108,7 +108,7 @@ func (r *Router) answerAll(batch []waiting) {
 		if w.req != nil {
 			q := r.queryOf(w.flow, w.dest)
 			q.owner = &owners[i]
-			w.s.takeStream(w.req, w.flow, w.dest, r.verdictOn(&q), &q)
+			w.s.sniffOrTake(w.req, w.flow, w.dest, r.verdictOn(&q), &q)
 		} else {
 			w.s.release(w.flow.Src, owners[i])
 		}

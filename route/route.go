@@ -122,6 +122,7 @@ type Router struct {
 	guarded guardLog
 
 	names     nameTable
+	sniffs    sniffs
 	asker     *asker     // nil: nobody can be asked
 	decisions *decisions // nil: nobody wants them
 
@@ -271,6 +272,7 @@ func (r *Router) teardown() error {
 	r.endFlows()
 	relays := make(chan struct{})
 	go func() {
+		r.sniffs.wg.Wait() // each may begin a stream
 		for _, s := range r.shards {
 			s.streams.wg.Wait()
 		}
@@ -305,6 +307,7 @@ func (r *Router) drain() {
 
 // endFlows ends all flows and refuses new ones from here on. Those of TCP take a moment.
 func (r *Router) endFlows() {
+	r.closeSniffs()
 	for _, s := range r.shards {
 		s.streams.close()
 	}

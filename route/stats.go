@@ -12,6 +12,7 @@ type counters struct {
 	mappings, mappingsExpired, mappingsEvicted              atomic.Uint64
 	mappingsFull, mappingsGone, orphans, asksFull           atomic.Uint64
 	reassociations, ended                                   atomic.Uint64
+	sniffs, sniffed, sniffsFull                             atomic.Uint64
 	dgramsDropped, dgramsRefused, dgramsQueueFull, up, down atomic.Uint64
 }
 
@@ -26,6 +27,9 @@ type Stats struct {
 	StreamsRefused  uint64 // by a rule, by a limit, or by the upstream
 	StreamsFull     uint64 // of those: because of Limits.Flows
 	AsksFull        uint64 // of those: too many waited for their owner to be found; they come again
+	Sniffs          uint64 // TCP flows that were asked for their name before they were dialled
+	Sniffed         uint64 // of those: had one
+	SniffsFull      uint64 // of StreamsRefused: too many were asked at a time; they come again
 	StreamsNow      int    // pending and open
 	Mappings        uint64 // made
 	MappingsNow     int
@@ -74,6 +78,9 @@ func (r *shard) addTo(s *Stats) {
 	s.StreamsRefused += c.streamsRefused.Load()
 	s.StreamsFull += c.flowsFull.Load()
 	s.AsksFull += c.asksFull.Load()
+	s.Sniffs += c.sniffs.Load()
+	s.Sniffed += c.sniffed.Load()
+	s.SniffsFull += c.sniffsFull.Load()
 	s.Mappings += c.mappings.Load()
 	s.MappingsExpired += c.mappingsExpired.Load()
 	s.MappingsGone += c.mappingsGone.Load()

@@ -70,11 +70,11 @@ func (r *shard) handleStream(req flow.StreamRequest) {
 		f.Start = time.Now()
 	}
 	r.count.streams.Add(1)
+	dest := Dest{Addr: f.Dst, Src: f.Src.Addr()}
 	if r.cfg.ComesBack != nil && r.cfg.ComesBack(f) {
-		r.turnAway(req, f, verdictImpossible, flow.RefuseReset, "refused", errComesBack)
+		r.turnAway(req, f, dest, verdictImpossible, flow.RefuseReset, "refused", errComesBack)
 		return
 	}
-	dest := Dest{Addr: f.Dst, Src: f.Src.Addr()}
 	if d := r.dns.Load(); d != nil && f.Dst.Port() == 53 && flow.OneHost(f.Dst.Addr()) {
 		p := r.policy.Load()
 		to, carried := d.Carries()
@@ -100,11 +100,16 @@ func (r *shard) handleStream(req flow.StreamRequest) {
 	if p := r.cfg.Pool; p != nil && p.Contains(f.Dst.Addr()) {
 		name, ok := p.AppendName(nil, f.Dst.Addr())
 		if !ok {
-			r.turnAway(req, f, verdictImpossible, flow.RefuseHost, "refused", errNoName)
+			r.turnAway(req, f, dest, verdictImpossible, flow.RefuseHost, "refused", errNoName)
 			return
 		}
 		dest.Name = string(name)
 	}
+	r.judge(req, f, dest)
+}
+
+// judge takes the verdict on a flow, or leaves it to the asker, or to what the app's first bytes say. Any goroutine.
+func (r *shard) judge(req flow.StreamRequest, f flow.Flow, dest Dest) {
 	q := r.queryOf(f, dest)
 	v := r.verdictOn(&q)
 	switch {
@@ -121,7 +126,7 @@ func (r *shard) handleStream(req flow.StreamRequest) {
 			return
 		}
 	}
-	r.takeStream(req, f, dest, v, &q)
+	r.sniffOrTake(req, f, dest, v, &q)
 }
 
 // takeStream does with a flow what the verdict says. q is what it was taken on; nil: nobody writes this decision down. Any
@@ -137,24 +142,24 @@ func (r *shard) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *ve
 		if v.kind == reject && v.rule == noRule {
 			err = errNoRule
 		}
-		r.turnAway(req, f, v, flow.RefuseReset, "rejected", err)
+		r.turnAway(req, f, dest, v, flow.RefuseReset, "rejected", err)
 		return
 	case drop:
-		r.turnAway(req, f, v, flow.RefuseSilent, "dropped", nil)
+		r.turnAway(req, f, dest, v, flow.RefuseSilent, "dropped", nil)
 		return
 	case impossible:
-		r.turnAway(req, f, v, flow.RefuseNet, "refused", errors.New("nothing can be carried to this address"))
+		r.turnAway(req, f, dest, v, flow.RefuseNet, "refused", errors.New("nothing can be carried to this address"))
 		return
 	}
 	if v.apart() && q != nil {
 		dest.Program = programOf(q.owner)
 	}
 	s := &stream{r: r, req: req, flow: f, dest: dest, v: v, loop: -1}
-	if r.cfg.Pool != nil && dest.Name != "" {
+	if r.cfg.Pool != nil && dest.Name != "" && dest.Sniffed == "" {
 		name, lease, _ := r.cfg.Pool.Hold(f.Dst.Addr())
 		if name != dest.Name { // it went to another name since the verdict
 			lease.Release()
-			r.turnAway(req, f, v, flow.RefuseHost, "refused", errNoName)
+			r.turnAway(req, f, dest, v, flow.RefuseHost, "refused", errNoName)
 			return
 		}
 		s.lease = lease
@@ -167,7 +172,7 @@ func (r *shard) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *ve
 			r.count.flowsFull.Add(1)
 			r.short(err)
 		}
-		r.turnAway(req, f, v, why, "refused", err)
+		r.turnAway(req, f, dest, v, why, "refused", err)
 		return
 	}
 	s.loop = r.pickLoop()
@@ -180,10 +185,10 @@ func (r *shard) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *ve
 }
 
 // turnAway refuses a flow that no upstream was asked for.
-func (r *shard) turnAway(req flow.StreamRequest, f flow.Flow, v *verdict, why flow.Refusal, state string, err error) {
+func (r *shard) turnAway(req flow.StreamRequest, f flow.Flow, dest Dest, v *verdict, why flow.Refusal, state string, err error) {
 	r.count.streamsRefused.Add(1)
 	req.Reject(why)
-	i := FlowInfo{Flow: f, Rule: v.rule, State: state}
+	i := FlowInfo{Flow: f, Host: dest.host(), Rule: v.rule, State: state}
 	if v.up != nil {
 		i.Upstream = v.up.name
 	}
@@ -349,7 +354,7 @@ func (s *stream) finish(state string, up, down uint64, err error) {
 }
 
 func (s *stream) info() FlowInfo {
-	i := FlowInfo{Flow: s.flow, Host: s.dest.Name, Rule: s.v.rule, Upstream: s.v.up.name, State: streamStates[s.state.Load()]}
+	i := FlowInfo{Flow: s.flow, Host: s.dest.host(), Rule: s.v.rule, Upstream: s.v.up.name, State: streamStates[s.state.Load()]}
 	if rel := s.relay.Load(); rel != nil {
 		i.Up, i.Down = rel.Bytes()
 	}

@@ -1,6 +1,7 @@
 package route
 
 import (
+	"cmp"
 	"context"
 	"net/netip"
 
@@ -15,10 +16,16 @@ type Dest struct {
 	Name string
 	Src  netip.Addr // the app's address, for upstreams that choose a server by it
 
+	// Sniffed is the name that the app said in its first bytes. Rules and status know it; it travels only as Name.
+	Sniffed string
+
 	// Program stands for the app's program and user. It is set for upstreams that keep programs apart (ByProgram), and empty
 	// where the program could not be found.
 	Program string
 }
+
+// host is the name that the app means, as far as it is known.
+func (d Dest) host() string { return cmp.Or(d.Name, d.Sniffed) }
 
 func (d Dest) String() string {
 	if d.Name != "" {

@@ -62,6 +62,7 @@ type policy struct {
 	tor       bool  // an upstream is a Tor
 	rules     []Rule
 	verdicts  []*verdict // one for each rule
+	nameless  []*Rule    // the same, see withoutNames; nil: no rule asks for a name
 	otherwise *verdict
 	resolvers *verdict // of connections to resolvers that no rule matches
 	upstreams map[string]*upstream
@@ -119,6 +120,12 @@ func newPolicy(cfg Config, old *policy) (*policy, error) {
 		}
 		if rule.rest != nil {
 			p.needs |= rule.rest.kinds
+		}
+		if one := rule.withoutNames(); one != nil {
+			if p.nameless == nil {
+				p.nameless = make([]*Rule, len(p.rules))
+			}
+			p.nameless[i] = one
 		}
 		p.verdicts = append(p.verdicts, v)
 	}

@@ -19,6 +19,7 @@ const (
 	xsys       = "golang.org/x/sys"
 	dnsmessage = "golang.org/x/net/dns/dnsmessage"
 	nettest    = "golang.org/x/net/nettest"
+	cryptobyte = "golang.org/x/crypto/cryptobyte"
 	goleak     = "go.uber.org/goleak"
 	pflag      = "github.com/spf13/pflag"
 )
@@ -61,9 +62,13 @@ var table = []struct {
 		"moves bytes between two ends that it knows only by interface"},
 	{"route/dns", []string{self + "/stack/flow", dnsmessage}, nil,
 		"answers questions; how they reach the resolver is handed in"},
+	{"route/sniff", []string{self + "/stack/flow", self + "/stack/loop", cryptobyte}, nil,
+		"reads the first bytes of a connection: what their name is good for is route's concern"},
 	{
 		"route",
-		[]string{self + "/stack/flow", self + "/stack/loop", self + "/route/relay", self + "/route/dns", self + "/socks", xsys},
+		[]string{
+			self + "/stack/flow", self + "/stack/loop", self + "/route/relay", self + "/route/dns", self + "/route/sniff", self + "/socks", xsys,
+		},
 		[]string{self + "/socks/sockstest"},
 		"decides who carries a flow; the packets are stack's, the kernel is route/kernel's",
 	},
