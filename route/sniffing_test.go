@@ -44,10 +44,12 @@ func newSniffRig(t *testing.T, cfg Config, sniff *Sniff, rules ...string) *sniff
 	t.Helper()
 	s := &sniffRig{dialed: make(chan string, 10)}
 	for _, name := range []string{"a", "b", DirectName} {
-		cfg.Upstreams = append(cfg.Upstreams, &fakeUpstream{name: name, dial: func(_ context.Context, d Dest, done func(int, error)) {
+		up := &fakeUpstream{name: name}
+		up.dial = func(_ context.Context, d Dest, done func(int, error)) {
 			s.dialed <- name + " " + d.String()
 			done(-1, socks.ReplyHostUnreachable)
-		}})
+		}
+		cfg.Upstreams = append(cfg.Upstreams, up)
 	}
 	cfg.Default = "a"
 	for _, r := range rules {
@@ -87,7 +89,8 @@ func TestSniffRules(t *testing.T) {
 	checkLeaks(t)
 	var decisions logBuffer
 	g := newSniffRig(t, Config{Decisions: &decisions}, &Sniff{Ports: []uint16{80, 443}, Wait: time.Hour},
-		"name .bad.example reject", "name .silent.example drop", "name .b.example via b", "name .here.example direct", "name a.example via a")
+		"name .bad.example reject", "name .silent.example drop", "name .b.example via b", "name .here.example direct",
+		"name a.example via a")
 	for _, row := range []struct{ port, first, dial, line string }{
 		{"443", clientHello(t, "www.b.example"), "b 203.0.113.1:443", `host=www.b.example rule="name .b.example via b"`},
 		{"80", httpGet("B.example.:8080"), "b 203.0.113.1:80", `host=b.example rule="name .b.example via b"`},
@@ -121,7 +124,8 @@ func TestSniffRules(t *testing.T) {
 	}
 	eventually(t, "the decisions", func() bool { return len(decisions.lines("")) == 10 })
 	var d decisionLine
-	if err := json.Unmarshal([]byte(decisions.lines("")[0]), &d); err != nil || fmt.Sprint(d.Names) != "[www.b.example]" || d.Verdict != "via b" {
+	err := json.Unmarshal([]byte(decisions.lines("")[0]), &d)
+	if err != nil || fmt.Sprint(d.Names) != "[www.b.example]" || d.Verdict != "via b" {
 		t.Errorf("decision %+v, %v", d, err)
 	}
 }
@@ -129,6 +133,7 @@ func TestSniffRules(t *testing.T) {
 // What is not asked for its name is dialled before its SYN is answered.
 func TestSniffNeedless(t *testing.T) {
 	checkLeaks(t)
+	const byName = "name x.example via b"
 	for _, row := range []struct {
 		what, dst string
 		want      flow.Refusal
@@ -136,14 +141,14 @@ func TestSniffNeedless(t *testing.T) {
 		rules     []string
 		learn     string
 	}{
-		{"off", "203.0.113.1:443", flow.RefuseHost, nil, []string{"name x.example via b"}, ""},
-		{"another port", "203.0.113.1:22", flow.RefuseHost, &Sniff{}, []string{"name x.example via b"}, ""},
+		{"off", "203.0.113.1:443", flow.RefuseHost, nil, []string{byName}, ""},
+		{"another port", "203.0.113.1:22", flow.RefuseHost, &Sniff{}, []string{byName}, ""},
 		{"no rule by name", "203.0.113.1:443", flow.RefuseHost, &Sniff{}, []string{"port 25 reject"}, ""},
 		{"a rule of another port", "203.0.113.1:443", flow.RefuseHost, &Sniff{}, []string{"name x.example port 80 via b"}, ""},
-		{"a rule that decides before", "203.0.113.1:443", flow.RefuseReset, &Sniff{}, []string{"dst 203.0.113.0/24 reject", "name x.example via b"}, ""},
+		{"a rule before", "203.0.113.1:443", flow.RefuseReset, &Sniff{}, []string{"dst 203.0.113.0/24 reject", byName}, ""},
 		{"a rule that decides the same", "203.0.113.1:443", flow.RefuseHost, &Sniff{}, []string{"name x.example via a"}, ""},
-		{"a name from DNS", "203.0.113.1:443", flow.RefuseHost, &Sniff{}, []string{"name x.example via b"}, "y.example"},
-		{"nothing to carry", "224.0.0.1:443", flow.RefuseNet, &Sniff{Names: true}, []string{"name x.example via b"}, ""},
+		{"a name from DNS", "203.0.113.1:443", flow.RefuseHost, &Sniff{}, []string{byName}, "y.example"},
+		{"nothing to carry", "224.0.0.1:443", flow.RefuseNet, &Sniff{Names: true}, []string{byName}, ""},
 		{"direct", "203.0.113.1:443", flow.RefuseHost, &Sniff{Names: true}, []string{"direct"}, ""},
 	} {
 		t.Run(row.what, func(t *testing.T) {
@@ -169,10 +174,13 @@ func TestSniffNeedless(t *testing.T) {
 // With Names the proxy is told the name, unless it would mean something else there.
 func TestSniffNames(t *testing.T) {
 	checkLeaks(t)
-	g := newSniffRig(t, Config{Pool: newPool(t)}, &Sniff{Ports: []uint16{443}, Names: true, Wait: time.Hour}, "name .here.example direct")
+	g := newSniffRig(t, Config{Pool: newPool(t)}, &Sniff{Ports: []uint16{443}, Names: true, Wait: time.Hour},
+		"name .here.example direct")
 	for name, dial := range map[string]string{
-		"www.example.com": "a www.example.com", "WWW.Example.com": "a www.example.com", "x.here.example": "direct 203.0.113.1:443",
-		"localhost": "a 203.0.113.1:443", "x.localhost": "a 203.0.113.1:443", "printer.local": "a 203.0.113.1:443", "single": "a 203.0.113.1:443",
+		"www.example.com": "a www.example.com", "WWW.Example.com": "a www.example.com",
+		"x.here.example": "direct 203.0.113.1:443",
+		"localhost":      "a 203.0.113.1:443", "x.localhost": "a 203.0.113.1:443", "printer.local": "a 203.0.113.1:443",
+		"single": "a 203.0.113.1:443",
 	} {
 		q := newRequest(appEnd, "203.0.113.1:443")
 		g.HandleStream(q)
@@ -267,7 +275,10 @@ func TestSniffGone(t *testing.T) {
 	g.HandleStream(q)
 	s := opened(t, q)
 	s.send(httpGet("y.example"), false)
-	eventually(t, "the dial", func() bool { f := g.Flows(); return len(f) == 1 && f[0].Host == "y.example" && f[0].State == "dialing" })
+	eventually(t, "the dial", func() bool {
+		f := g.Flows()
+		return len(f) == 1 && f[0].Host == "y.example" && f[0].State == "dialing"
+	})
 	rst(s)
 	<-ended
 	eventually(t, "the line of a RST while it is dialled", func() bool { return len(g.log.lines("state=cancelled")) == 3 })
@@ -347,8 +358,9 @@ func TestSniffLimit(t *testing.T) {
 // nameMatters agrees with what names do: where it says no, no name changes what is done.
 func TestNameMatters(t *testing.T) {
 	texts := []string{
-		"name x.example via b", "not name x.example via b", "name x.example reject", "name .example port 443 via a", "dst 203.0.113.1 via b",
-		"dst 203.0.113.9 name x.example drop", "not name y.example port 443 reject", "port 443 direct", "proto udp reject", "not dst 203.0.113.1 not name x.example via b",
+		"name x.example via b", "not name x.example via b", "name x.example reject", "name .example port 443 via a",
+		"dst 203.0.113.1 via b", "dst 203.0.113.9 name x.example drop", "not name y.example port 443 reject", "port 443 direct",
+		"proto udp reject", "not dst 203.0.113.1 not name x.example via b",
 	}
 	var ups []Upstream
 	for _, name := range []string{"a", "b", DirectName} {
@@ -358,9 +370,8 @@ func TestNameMatters(t *testing.T) {
 	for i := range texts {
 		for j := range texts {
 			for k := range texts {
-				p, err := newPolicy(Config{
-					Upstreams: ups, Default: "a", Rules: []Rule{mustRule(t, texts[i]), mustRule(t, texts[j]), mustRule(t, texts[k])},
-				}, nil)
+				rules := []Rule{mustRule(t, texts[i]), mustRule(t, texts[j]), mustRule(t, texts[k])}
+				p, err := newPolicy(Config{Upstreams: ups, Default: "a", Rules: rules}, nil)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -389,7 +400,8 @@ func TestNameMatters(t *testing.T) {
 func BenchmarkSniffNot(b *testing.B) {
 	for _, on := range []bool{false, true} {
 		b.Run(fmt.Sprint(on), func(b *testing.B) {
-			up := &fakeUpstream{name: "a", dial: func(_ context.Context, _ Dest, done func(int, error)) { done(-1, socks.ReplyRefused) }}
+			up := &fakeUpstream{name: "a"}
+			up.dial = func(_ context.Context, _ Dest, done func(int, error)) { done(-1, socks.ReplyRefused) }
 			g := newRig(b, Config{Upstreams: []Upstream{up}, Default: "a"}, func(r *Router) {
 				if on {
 					r.SetSniff(&Sniff{Ports: []uint16{80, 443}})

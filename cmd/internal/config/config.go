@@ -104,6 +104,9 @@ type Config struct {
 
 	ConnectTimeout, HandshakeTimeout time.Duration
 	IdleTimeout, UDPTimeout          time.Duration
+	SniffMode                        string // off, rules, name: see Sniff
+	SniffPorts                       []uint16
+	SniffWait                        time.Duration
 	MaxPending, MaxPendingPerDest    int
 	MaxMappings                      int
 	Tuning                           socks.Tuning // Pool is for each proxy in total

@@ -1,5 +1,7 @@
 package config
 
+import "github.com/viasocks/viasocks/route"
+
 // ruleOptions say which flows go where.
 var ruleOptions = []Option{
 	{
@@ -156,6 +158,41 @@ and the verdict
 or
 .Cm reject ,
 without the program; so is a connection to TCP port 53, without the name.`,
+	},
+	{
+		Name: "sniff", Arg: "off|rules|name", Default: "off", Live: true, Cmds: all, set: setSniff,
+		Help: "take the name of a TCP connection from what the program sends first",
+		Man: `Take the name of a TCP connection whose destination is an address without a name from the server name of TLS or the Host field of
+HTTP:
+.Cm rules
+for rules and the log,
+.Cm name
+also for the proxy, which is then asked for the name in place of the address.
+See
+.Sx NAMES IN RULES
+for what is asked, and for what this costs.
+Not possible together with
+.Fl -allow
+is
+.Cm rules ,
+because a program could say an allowed name to any address.`,
+	},
+	{
+		Name: "sniff-port", Arg: "N[,...]", Default: defaultSniffPorts, Live: true, Cmds: all, set: setSniffPorts,
+		Help: "the ports of the destinations that --sniff is for",
+		Man: `The ports of the destinations that
+.Fl -sniff
+is for, 64 at most.
+Connections to other ports are not touched.`,
+	},
+	{
+		Name: "sniff-wait", Arg: "TIME", Default: span(route.DefaultSniffWait), Live: true, Cmds: all,
+		set:  duration("10ms", "10s", func(c *Config) *timeDuration { return &c.SniffWait }),
+		Help: "how long --sniff waits for the program's first bytes",
+		Man: `How long
+.Fl -sniff
+waits for the program's first bytes, from 10ms to 10s.
+A program that waits for its server to speak first is delayed by this time.`,
 	},
 	{
 		Name: "rule-for", Arg: "FLOW", Many: true, Cmds: Check, set: addRuleFor,

@@ -291,6 +291,9 @@ func (c *Config) finish(env []string) error {
 	if err := c.finishAllow(); err != nil {
 		return err
 	}
+	if err := c.checkSniff(); err != nil {
+		return err
+	}
 	if err := c.finishHost(); err != nil {
 		return err
 	}

@@ -185,6 +185,7 @@ func (p *plane) set(cfg *config.Config) {
 		l.SetIdleTimeout(cfg.IdleTimeout)
 	}
 	p.router.SetUDP(cfg.UDPTimeout, cfg.MaxMappings)
+	p.router.SetSniff(cfg.Sniff())
 	p.setGSO(cfg.UDPGSO)
 	p.stack.Set(stack.Limits{Pending: cfg.MaxPending, PendingPerDest: cfg.MaxPendingPerDest}, cfg.IdleTimeout)
 }
