@@ -116,7 +116,7 @@ func (r *Router) endReplaced(p *policy) {
 func (p *policy) has(u *upstream) bool { return u.own || slices.Contains(p.order, u) }
 
 func (r *Router) newDNS(resolvers []dns.Resolver, roots *x509.CertPool, relay bool) (*dns.Server, error) {
-	cfg := dns.Config{Dial: r.dialResolver, Resolvers: resolvers, RootCAs: roots, Relay: relay, Log: logTo(r.log)}
+	cfg := dns.Config{Dial: r.dialResolver, Resolvers: resolvers, RootCAs: roots, Relay: relay, Tor: r.askTor, Log: logTo(r.log)}
 	if r.cfg.Pool != nil {
 		cfg.Fake = dns.FakeConfig{
 			Pool:  r.cfg.Pool,

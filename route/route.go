@@ -16,6 +16,7 @@ import (
 
 	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/loop"
 )
@@ -201,6 +202,30 @@ func (r *Router) dialResolver(ctx context.Context, to dns.Resolver, done func(fd
 			r.short(err)
 		}
 		done(s.Release(), err)
+	})
+}
+
+// askTor asks the upstream of resolvers, which must be a Tor, for route/dns.
+func (r *Router) askTor(ctx context.Context, name string, ip netip.Addr, done func(netip.Addr, string, error)) {
+	v := r.policy.Load().decideResolver(dns.Resolver{Kind: dns.Tor})
+	if v.kind != carry {
+		done(netip.Addr{}, "", fmt.Errorf("rule %q refuses it", v.rule))
+		return
+	}
+	tor, ok := v.up.Upstream.(torUpstream)
+	if !ok {
+		done(netip.Addr{}, "", fmt.Errorf("the upstream %s is no Tor", v.up.name))
+		return
+	}
+	tor.AskTor(ctx, r.cfg.Loops[0], name, ip, func(found netip.Addr, of string, err error) {
+		var reply socks.Reply
+		switch {
+		case errors.Is(err, socks.ReplyHostUnreachable):
+			err = dns.ErrNoName
+		case errors.As(err, &reply):
+			err = fmt.Errorf("%w: %w", dns.ErrNoAnswer, err)
+		}
+		done(found, of, err)
 	})
 }
 

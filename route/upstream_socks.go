@@ -47,6 +47,28 @@ func (u *socksUpstream) Tor() bool {
 	return ok && t.Tor()
 }
 
+// torUpstream is an Upstream whose server may be a Tor. AskTor asks for an address of name or, if that is empty, for the name of
+// ip. It returns at once and calls done once, from any goroutine, perhaps before that.
+type torUpstream interface {
+	AskTor(ctx context.Context, l *relay.Loop, name string, ip netip.Addr, done func(netip.Addr, string, error))
+}
+
+// AskTor implements torUpstream.
+func (u *socksUpstream) AskTor(ctx context.Context, l *relay.Loop, name string, ip netip.Addr, done func(netip.Addr, string, error)) {
+	c, ok := u.c.(interface {
+		Resolve(ctx context.Context, l *loop.Loop, name string, done func(netip.Addr, error))
+		ResolvePTR(ctx context.Context, l *loop.Loop, ip netip.Addr, done func(name string, err error))
+	})
+	switch {
+	case !ok:
+		done(netip.Addr{}, "", socks.ErrCannotExpress)
+	case name != "":
+		c.Resolve(ctx, l.Loop, name, func(ip netip.Addr, err error) { done(ip, "", err) })
+	default:
+		c.ResolvePTR(ctx, l.Loop, ip, func(name string, err error) { done(netip.Addr{}, name, err) })
+	}
+}
+
 // DialStream implements Upstream by CONNECT.
 func (u *socksUpstream) DialStream(ctx context.Context, l *relay.Loop, d Dest, done func(s loop.Socket, err error)) {
 	if h, ok := u.c.(interface{ BySource() bool }); ok && h.BySource() {

@@ -80,6 +80,52 @@ func (c *Client) ResolvePTR(ctx context.Context, l *loop.Loop, ip netip.Addr, do
 	})
 }
 
+// Resolve asks the group's servers that are Tors, in their order, until one of them gives an answer, which may be a Reply.
+func (g *Group) Resolve(ctx context.Context, l *loop.Loop, name string, done func(netip.Addr, error)) {
+	g.askTors(0, func(err error) { done(netip.Addr{}, err) }, func(c *Client, next func(error)) {
+		c.Resolve(ctx, l, name, func(ip netip.Addr, err error) {
+			if failedItself(err) && ctx.Err() == nil {
+				next(err)
+				return
+			}
+			done(ip, err)
+		})
+	})
+}
+
+// ResolvePTR is Resolve for the name of ip.
+func (g *Group) ResolvePTR(ctx context.Context, l *loop.Loop, ip netip.Addr, done func(name string, err error)) {
+	g.askTors(0, func(err error) { done("", err) }, func(c *Client, next func(error)) {
+		c.ResolvePTR(ctx, l, ip, func(name string, err error) {
+			if failedItself(err) && ctx.Err() == nil {
+				next(err)
+				return
+			}
+			done(name, err)
+		})
+	})
+}
+
+// failedItself reports whether err says nothing about what was asked for.
+func failedItself(err error) bool {
+	var reply Reply
+	return err != nil && !errors.As(err, &reply)
+}
+
+// askTors calls ask with the first server from i on that is a Tor, and with the next one when that is not the last. Without any
+// it calls failed.
+func (g *Group) askTors(i int, failed func(error), ask func(c *Client, next func(error))) {
+	for ; i < len(g.clients); i++ {
+		if g.clients[i].Tor() {
+			ask(g.clients[i], func(err error) {
+				g.askTors(i+1, func(error) { failed(err) }, ask)
+			})
+			return
+		}
+	}
+	failed(fmt.Errorf("cannot resolve by %s: %w: %w", g.c.opts.Name, ErrCannotExpress, errNotTor))
+}
+
 func (c *Client) torAsk(ctx context.Context, l *loop.Loop, cmd Command, what Addr, done func(Addr, error)) {
 	failed := func(err error) { done(Addr{}, err) }
 	if !c.server.options.tor {
@@ -102,7 +148,10 @@ func WithIsolation(ctx context.Context, key string) context.Context {
 }
 
 // Tor reports whether the server's URL says that it is a Tor.
-func (c *Client) Tor() bool { return c.server.options.tor }
+func (c *Client) Tor() bool { return c.server.Tor() }
+
+// Tor reports whether the URL says that it is a Tor.
+func (s Server) Tor() bool { return s.options.tor }
 
 // ByProgram reports whether what WithIsolation tells matters to the server.
 func (c *Client) ByProgram() bool { return c.server.options.isolate == isolateProgram }

@@ -113,3 +113,60 @@ func TestIsolate(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+// A group asks the servers that are Tors, and the next of them when one does not work.
+func TestTorResolveByGroup(t *testing.T) {
+	ip := netip.MustParseAddr("203.0.113.9")
+	d, _, srv := setup(t, Options{}, sockstest.WithTor(map[netip.Addr]string{ip: "host.example"}),
+		sockstest.WithResolve(func(name string) (netip.Addr, error) {
+			if name != "host.example" {
+				return netip.Addr{}, errors.New("no such name")
+			}
+			return ip, nil
+		}))
+	plain, dead := mustServer(t, srv.URL()), mustServer(t, "socks5://127.0.0.1:1?tor")
+	type answer struct {
+		ip   netip.Addr
+		name string
+		err  error
+	}
+	ask := func(servers []Server, name string) answer {
+		t.Helper()
+		g, err := d.Group(on(d), servers, GroupOptions{Name: "g"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer g.Close()
+		ch := make(chan answer, 4)
+		if name != "" {
+			g.Resolve(context.Background(), on(d), name, func(ip netip.Addr, err error) { ch <- answer{ip: ip, err: err} })
+		} else {
+			g.ResolvePTR(context.Background(), on(d), ip, func(name string, err error) { ch <- answer{name: name, err: err} })
+		}
+		select {
+		case a := <-ch:
+			return a
+		case <-time.After(patience):
+			t.Fatal("done is not called")
+			return answer{}
+		}
+	}
+	tor := mustServer(t, srv.URL()+"?tor")
+	for _, servers := range [][]Server{{tor}, {plain, dead, tor}} {
+		if a := ask(servers, "host.example"); a.err != nil || a.ip != ip {
+			t.Errorf("RESOLVE: %+v", a)
+		}
+		if a := ask(servers, ""); a.err != nil || a.name != "host.example" {
+			t.Errorf("RESOLVE_PTR: %+v", a)
+		}
+		if a := ask(servers, "other.example"); !errors.Is(a.err, ReplyHostUnreachable) {
+			t.Errorf("no such name: %+v", a)
+		}
+	}
+	if a := ask([]Server{plain}, "host.example"); !errors.Is(a.err, ErrCannotExpress) {
+		t.Errorf("no Tor: %+v", a)
+	}
+	if a := ask([]Server{dead, plain}, "host.example"); a.err == nil || errors.Is(a.err, ErrCannotExpress) {
+		t.Errorf("a dead Tor: %+v", a)
+	}
+}

@@ -25,6 +25,7 @@ const (
 type exchange struct {
 	dial      func(ctx context.Context, r Resolver, done func(fd int, err error))
 	tls       *tls.Config // without a ServerName
+	tor       TorFunc     // nil: no resolver is a Tor
 	inFlight  int
 	idleClose time.Duration
 	log       *slog.Logger
@@ -94,6 +95,7 @@ func newExchange(cfg *Config, count *counters, finish func(q *query, resp []byte
 	x := &exchange{
 		dial:      cfg.Dial,
 		tls:       newTLSConfig(cfg.RootCAs),
+		tor:       cfg.Tor,
 		inFlight:  cfg.InFlight,
 		idleClose: cfg.IdleClose,
 		log:       cfg.Log,
@@ -270,7 +272,7 @@ func (x *exchange) ask(ctx context.Context, q *query) {
 	var to *resolver
 	left, bit, toLast := 0, uint32(0), false
 	for i, r := range q.ways {
-		if q.tried&(1<<i) != 0 {
+		if q.tried&(1<<i) != 0 || r.Kind == Tor && !torKnows(q.msg(), &q.q) {
 			continue
 		}
 		ok, last := r.mayAsk(now)

@@ -42,7 +42,7 @@ func (d *dialed) close() {
 	if d.http != nil {
 		_ = d.http.Close()
 	}
-	if d.raw == nil && d.err == nil {
+	if d.raw == nil && d.err == nil && d.fd >= 0 {
 		_ = syscall.Close(d.fd)
 	}
 }
@@ -52,6 +52,8 @@ func (d *dialed) link(x *exchange) (link, error) {
 	switch d.r.Kind {
 	case HTTPS:
 		return newHTTPSLink(d, x), nil
+	case Tor:
+		return newTorLink(x, d.r), nil
 	case TLS:
 		return newConn(d.tls, d.raw, x, d.r), nil
 	}
@@ -67,6 +69,10 @@ func (d *dialed) link(x *exchange) (link, error) {
 
 // connect dials r. What comes of it is posted to dials.
 func (x *exchange) connect(ctx context.Context, r *resolver) {
+	if r.Kind == Tor {
+		x.dials <- dialed{r: r, fd: -1}
+		return
+	}
 	x.dial(ctx, r.Resolver, func(fd int, err error) {
 		d := dialed{r: r, fd: fd, err: err}
 		if err != nil || r.Kind == TCP {

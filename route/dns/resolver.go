@@ -16,12 +16,13 @@ const (
 	TCP   Kind = iota // DNS over TCP: RFC 7766
 	TLS               // DNS over TLS: RFC 7858
 	HTTPS             // DNS over HTTPS: RFC 8484
+	Tor               // the upstream, which is a Tor, by RESOLVE and RESOLVE_PTR: only for A, AAAA and PTR
 )
 
 var kinds = [...]struct {
 	scheme string
 	port   uint16
-}{TCP: {"tcp", 53}, TLS: {"tls", 853}, HTTPS: {"https", 443}}
+}{TCP: {"tcp", 53}, TLS: {"tls", 853}, HTTPS: {"https", 443}, Tor: {"tor", 0}}
 
 // Resolver says where a resolver is and how it is asked. It is comparable.
 type Resolver struct {
@@ -35,18 +36,22 @@ type Resolver struct {
 func OverTCP(a netip.AddrPort) Resolver { return Resolver{Addr: a} }
 
 var (
-	errResolver = errors.New("is no resolver: tcp://HOST[:PORT], tls://HOST[:PORT][#NAME] and https://HOST[:PORT]/PATH[#NAME] are")
+	errResolver = errors.New("is no resolver: tcp://HOST[:PORT], tls://HOST[:PORT][#NAME], https://HOST[:PORT]/PATH[#NAME] and tor are")
 	errHost     = errors.New("has no address or name of a host")
 	errPort     = errors.New("has no port from 1 to 65535")
 	errPath     = errors.New("has a path that no URL can have")
 )
 
 // ParseResolver reads SCHEME://HOST[:PORT][/PATH][#NAME]. HOST is an address, of IPv6 in brackets where a port follows, or a
-// name. NAME is the one in the certificate of a host that is given by its address. Errors are of the form "has no port".
+// name. NAME is the one in the certificate of a host that is given by its address. "tor" alone is a resolver too. Errors are of the
+// form "has no port".
 func ParseResolver(s string) (r Resolver, err error) {
+	if s == kinds[Tor].scheme {
+		return Resolver{Kind: Tor}, nil
+	}
 	scheme, rest, ok := strings.Cut(s, "://")
 	for k := range kinds {
-		if ok && kinds[k].scheme == scheme {
+		if ok && Kind(k) != Tor && kinds[k].scheme == scheme {
 			r.Kind, ok = Kind(k), false
 		}
 	}
@@ -118,6 +123,8 @@ func (r *Resolver) parseHost(s string) (name string, err error) {
 // check reports why r cannot be asked.
 func (r Resolver) check() error {
 	switch a := r.Addr.Addr(); {
+	case r.Kind == Tor:
+		return nil
 	case int(r.Kind) >= len(kinds):
 		return errResolver
 	case r.Addr.Port() == 0:
@@ -134,6 +141,9 @@ func (r Resolver) check() error {
 func (r Resolver) String() string {
 	if int(r.Kind) >= len(kinds) {
 		return fmt.Sprintf("Kind(%d)", r.Kind)
+	}
+	if r.Kind == Tor {
+		return kinds[Tor].scheme
 	}
 	s := kinds[r.Kind].scheme + "://" + r.host() + r.Path
 	if r.Addr.Addr().IsValid() && r.Name != "" {

@@ -20,6 +20,9 @@ func TestParseResolver(t *testing.T) {
 		"https://dns.example/dns-query?x=1":        "https://dns.example:443/dns-query?x=1",
 		"https://[2001:db8::1]:8443/q#dns.example": "https://[2001:db8::1]:8443/q#dns.example",
 		"https://dns.example:8443/":                "https://dns.example:8443/",
+		"tor":                                      "tor",
+		"tor://":                                   "! is no resolver",
+		"tor://a":                                  "! is no resolver",
 		"":                                         "! is no resolver",
 		"1.1.1.1":                                  "! is no resolver",
 		"udp://1.1.1.1":                            "! is no resolver",
@@ -65,7 +68,7 @@ func TestParseResolver(t *testing.T) {
 
 // What is accepted can be asked, and is written in a form that means the same.
 func FuzzParseResolver(f *testing.F) {
-	for _, s := range []string{"tcp://1.1.1.1", "tls://[::1]:853#a.b", "https://a.b/q?x#y", "https://1.1.1.1:1/#c", "tcp://a:1"} {
+	for _, s := range []string{"tcp://1.1.1.1", "tls://[::1]:853#a.b", "https://a.b/q?x#y", "https://1.1.1.1:1/#c", "tcp://a:1", "tor"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {

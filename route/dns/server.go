@@ -29,6 +29,7 @@ type Config struct {
 	Dial      func(ctx context.Context, r Resolver, done func(fd int, err error))
 	Resolvers []Resolver     // asked in this order: the next one when one fails, is silent, or says SERVFAIL or REFUSED
 	RootCAs   *x509.CertPool // that resolvers of kind TLS and HTTPS are verified by; nil: those that the system trusts
+	Tor       TorFunc        // needed if a resolver is of kind Tor
 	// Relay: a question goes to the very server that the app asked, if that exists, and not to Resolvers.
 	Relay bool
 	Fake  FakeConfig // with a Pool: questions for addresses are answered from it, and the rest goes to the resolvers
@@ -88,7 +89,7 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Dial == nil {
 		return nil, errors.New("cannot answer DNS: no way to dial a resolver is given")
 	}
-	if err := checkResolvers(cfg.Resolvers); err != nil {
+	if err := checkResolvers(cfg.Resolvers, cfg.Tor); err != nil {
 		return nil, err
 	}
 	if cfg.Timeout < 0 || cfg.InFlight < 0 || cfg.IdleClose < 0 || cfg.InFlight > 1<<15 {
@@ -121,13 +122,16 @@ func New(cfg Config) (*Server, error) {
 	return s, nil
 }
 
-func checkResolvers(all []Resolver) error {
+func checkResolvers(all []Resolver, tor TorFunc) error {
 	if n := len(all); n == 0 || n > maxResolvers {
 		return fmt.Errorf("cannot answer DNS: %d resolvers are given, from 1 to %d are possible", n, maxResolvers)
 	}
 	for _, r := range all {
 		if err := r.check(); err != nil {
 			return fmt.Errorf("cannot answer DNS: %s %w", r, err)
+		}
+		if r.Kind == Tor && tor == nil {
+			return errors.New("cannot answer DNS: no way to ask a Tor is given")
 		}
 	}
 	return nil

@@ -53,7 +53,7 @@ func newSplit(cfg *Config, count *counters, finish func(q *query, resp []byte)) 
 		var to asking
 		switch {
 		case len(z.Resolvers) > 0:
-			if err := checkResolvers(z.Resolvers); err != nil {
+			if err := checkResolvers(z.Resolvers, cfg.Tor); err != nil {
 				return s, err
 			}
 			own := *cfg

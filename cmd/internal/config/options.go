@@ -145,6 +145,18 @@ or for
 .Ar NAME
 where that is given behind an address; see
 .Fl -dns-ca .
+With
+.Cm tor ,
+which needs a
+.Fl -proxy
+that is a Tor
+.Pq Cm ?tor ,
+the Tor itself tells addresses of names and names of addresses, by its commands RESOLVE and RESOLVE_PTR.
+It tells one address of a name, of IPv4 or of IPv6 as it likes, and no other types of records: for these the next resolver is
+asked.
+Where the proxy is a Tor
+.Cm tor
+comes first in the default.
 A resolver without a scheme has that of the one before it:
 .Ql tls://1.1.1.1,9.9.9.9 .
 The resolvers are asked in their order: the next one when one cannot be reached, is silent, or answers SERVFAIL or REFUSED.

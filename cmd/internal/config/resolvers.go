@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/route/dns"
+	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
@@ -50,15 +52,25 @@ func (c *Config) finishDNS() error {
 			}
 		}
 	}
+	if slices.Contains(c.DNS, dns.Resolver{Kind: dns.Tor}) && !c.torIsDefault() {
+		return usagef("cannot use --dns tor: --proxy has no server that is a Tor: add ?tor to its URL if it is one")
+	}
 	switch {
 	case len(c.DNS) > 0 || c.DNSOff:
 		return nil
+	case len(c.Upstreams) > 0 && c.torIsDefault():
+		return setDNS(c, value{"dns", "tor," + defaultDNS, "--dns tor," + defaultDNS})
 	case len(c.Upstreams) > 0:
 		return setDNS(c, value{"dns", defaultDNS, "--dns " + defaultDNS})
 	}
 	var err error
 	c.DNS, err = hostResolvers(c.Command == Up)
 	return err
+}
+
+// torIsDefault reports whether a Tor is where resolvers are asked that no rule decides on.
+func (c *Config) torIsDefault() bool {
+	return c.ResolverDefault == DefaultUpstream && slices.ContainsFunc(c.Upstreams[0].Servers(), socks.Server.Tor)
 }
 
 // finishDNSCA reads the certificates of --dns-ca.

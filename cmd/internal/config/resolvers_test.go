@@ -96,6 +96,19 @@ func TestDNSModes(t *testing.T) {
 			t.Errorf("%s: got %s, want %s", mode, got, want)
 		}
 	}
+	// A Tor knows names itself, and is asked unless the user says otherwise.
+	for args, want := range map[string]string{
+		"":                               "[tor tcp://1.1.1.1:53 tcp://9.9.9.9:53]",
+		"--dns fake":                     "[tor tcp://1.1.1.1:53 tcp://9.9.9.9:53]",
+		"--dns tor":                      "[tor]",
+		"--dns tls://192.0.2.1,a,tor":    "[tls://192.0.2.1:853 tls://a:853 tor]",
+		"--dns fake,tor,tcp://192.0.2.1": "[tor tcp://192.0.2.1:53]",
+	} {
+		c, err := Parse(Check, append([]string{"--proxy", "socks5://h?tor"}, strings.Fields(args)...), nil)
+		if err != nil || fmt.Sprint(c.DNS) != want {
+			t.Errorf("a Tor with %q: %v, %v", args, c, err)
+		}
+	}
 }
 
 // Each resolver has the scheme of the one before it, unless it has its own.

@@ -133,8 +133,11 @@ func setDNS(c *Config, v value) error {
 		s = strings.TrimSpace(s)
 		if before, _, ok := strings.Cut(s, "://"); ok {
 			scheme = before
+		} else if s == "tor" {
+			scheme = ""
 		} else if scheme == "" {
-			return v.err("must be off, or of fake, relay, tcp://HOST, tls://HOST and https://HOST/PATH one or several in this order, with commas between them")
+			return v.err("must be off, or one or several of fake, relay and resolvers (tcp://HOST, tls://HOST, https://HOST/PATH, tor) " +
+				"in this order, with commas between them")
 		} else {
 			s = scheme + "://" + s
 		}
