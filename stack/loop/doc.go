@@ -18,6 +18,9 @@
 // has shown the contrary. A node that got something has a turn in the next round, in order of arrival. A turn is bounded by
 // the task itself; a task that has more to do says so, and waits behind all others.
 //
+// The loop runs inside the call that waits (Poller.Serve), so it asks its sockets once for each wake-up: an event that comes
+// after the question ends the next wait at once, and the question need not be put again before the loop waits.
+//
 // A task that hands its socket to another one (a dial to a relay) calls HandOver; the other calls Adopt. Both happen in one
 // turn, so no event is lost between them. Data that was readable before stays readable without a new edge, therefore Adopt
 // sets In and Out, and the first turn finds out.

@@ -7,8 +7,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // ErrClosed says that the loop is closed, or was closed before the work was done.
@@ -18,7 +16,7 @@ var ErrClosed = errors.New("the loop is closed")
 type Loop struct {
 	poll    *Poller
 	notes   atomic.Pointer[Node] // newest first
-	parked  atomic.Bool          // in poll.Wait, or about to be: who notes must wake
+	parked  atomic.Bool          // in poll.Serve without a turn, or about to be: who notes must wake
 	closing atomic.Bool
 	gone    atomic.Bool // teardown has begun its last look at the notes
 	rang    atomic.Bool // the alarm
@@ -34,17 +32,24 @@ type Loop struct {
 	// The loop's own.
 	run, spare []*Node
 	crowded    bool
-	slots      []slot
-	gen        uint32 // of the last slot that was taken
-	free       []int32
-	timers     timers
-	alarm      *time.Timer
-	armed      time.Duration // when alarm rings; 0: it does not
+	waits      bool  // parked was set, and is to be looked at after the wait
+	woken      bool  // somebody calls Wake, or has called it
+	failed     error // of the poller
+	// served and awaited are serve and await, made once.
+	served, awaited func() bool
+
+	slots  []slot
+	gen    uint32 // of the last slot that was taken
+	free   []int32
+	timers timers
+	alarm  *time.Timer
+	armed  time.Duration // when alarm rings; 0: it does not
 }
 
 // New makes a loop. Tasks may join at once; they get turns when Run runs. The caller calls Run or Close.
 func New() (*Loop, error) {
 	l := &Loop{base: time.Now()}
+	l.served, l.awaited = l.serve, l.await
 	l.poster.l = l
 	l.poster.Init(&l.poster)
 	var err error
@@ -68,7 +73,7 @@ func (l *Loop) Run(ctx context.Context) error {
 	defer stop()
 	defer l.teardown()
 	for !l.closing.Load() {
-		if _, err := l.Step(true); err != nil {
+		if err := l.serveBy(l.served); err != nil {
 			return err
 		}
 	}
@@ -78,12 +83,95 @@ func (l *Loop) Run(ctx context.Context) error {
 // Step is one round of Run: it takes what came and gives turns. With wait it waits until something comes, if nothing is to
 // be done. again reports whether somebody wants another turn. It is for tests of tasks, on loops that do not run.
 func (l *Loop) Step(wait bool) (again bool, err error) {
-	l.takeNotes()
-	if err := l.collect(wait); err != nil {
-		return false, fmt.Errorf("cannot wait for events: %w", err)
+	l.take()
+	if len(l.run) > 0 || !wait {
+		l.ask()
+		err = l.failed
+	} else {
+		err = l.serveBy(l.awaited)
 	}
+	if err != nil {
+		return false, err
+	}
+	l.take()
 	l.round()
 	return len(l.run) > 0, nil
+}
+
+// serveBy has the poller call f, which is serve or await, until f has done or somebody woke the loop.
+func (l *Loop) serveBy(f func() bool) error {
+	woken, err := l.poll.Serve(f)
+	l.awake()
+	if woken || l.woken {
+		l.woken = false
+		l.poll.Clear()
+		if l.take(); len(l.run) > 0 {
+			l.round()
+		}
+	}
+	if err == nil {
+		err = l.failed
+	}
+	if err != nil {
+		return fmt.Errorf("cannot wait for events: %w", err)
+	}
+	return nil
+}
+
+// serve gives turns until nothing is to be done, and then has the poller wait. It is called again when that has an event.
+// done: the poller is to be left.
+//
+// An event that comes after the sockets were asked ends the wait at once, so they are not asked once more before it. They are
+// asked at the least before every other round, so that none waits long behind what is noted.
+func (l *Loop) serve() (done bool) {
+	l.awake()
+	for asked := false; ; {
+		more := false
+		if !asked {
+			more = l.ask()
+		}
+		l.take()
+		if l.failed != nil || l.closing.Load() {
+			return true
+		}
+		if len(l.run) == 0 && !more {
+			if l.park() {
+				return l.woken
+			}
+			asked = true
+			continue
+		}
+		l.round()
+		asked = !asked && !more && len(l.run) == 0
+	}
+}
+
+// await is serve for Step: it ends when there is something to do.
+func (l *Loop) await() (done bool) {
+	l.awake()
+	l.ask()
+	l.take()
+	return l.failed != nil || l.closing.Load() || len(l.run) > 0 || !l.park() || l.woken
+}
+
+// park says that the loop waits from now on. false: there is something to do.
+func (l *Loop) park() bool {
+	l.waits = true
+	l.parked.Store(true)
+	if l.notes.Load() == nil && !l.closing.Load() && !l.rang.Load() {
+		return true
+	}
+	l.awake()
+	return false
+}
+
+// awake says that the loop waits no more. Who took parked away before calls Wake, perhaps only later: then the next wait ends
+// at once, for nothing.
+func (l *Loop) awake() {
+	if l.waits {
+		l.waits = false
+		l.woken = !l.parked.Swap(false) || l.woken
+	}
 }
 
 // Close ends the loop: Run does the teardown and returns. If Run never ran, Close does it. It may be called twice and
@@ -105,27 +193,12 @@ func (l *Loop) Close() error {
 // Gone reports whether the loop has ended: what is noted from now on may never be looked at.
 func (l *Loop) Gone() bool { return l.gone.Load() }
 
-// collect takes the events that are there, and with wait waits for some if nothing else is to be done.
-func (l *Loop) collect(wait bool) error {
-	var evs []unix.EpollEvent
-	var err error
-	l.fire()
-	if len(l.run) > 0 || !wait {
-		evs, err = l.poll.Poll()
-	} else {
-		var woken bool
-		l.parked.Store(true)
-		if l.notes.Load() == nil && !l.closing.Load() && !l.rang.Load() {
-			evs, woken, err = l.poll.Wait()
-		}
-		// Who took parked away calls Wake, perhaps only now: then the next Wait ends at once, for nothing.
-		if !l.parked.Swap(false) || woken {
-			l.poll.Clear()
-		}
-		l.fire()
-	}
+// ask takes the events that are there. more: perhaps not all of them.
+func (l *Loop) ask() (more bool) {
+	evs, err := l.poll.Poll()
 	if err != nil {
-		return err
+		l.failed = err
+		return false
 	}
 	for i := range evs {
 		ev := &evs[i]
@@ -139,8 +212,13 @@ func (l *Loop) collect(wait bool) error {
 		s.n.Got |= eventBits(ev.Events)
 		l.Enqueue(s.n)
 	}
+	return len(evs) == maxEvents
+}
+
+// take takes the timers that are due, and what was noted.
+func (l *Loop) take() {
+	l.fire()
 	l.takeNotes()
-	return nil
 }
 
 // round gives a turn to everyone who is in the queue now.

@@ -21,11 +21,13 @@ type Poller struct {
 	epfd   int // owned by file
 	file   *os.File
 	raw    syscall.RawConn
-	events [128]unix.EpollEvent
-	n      int
-	err    error
-	try    func(uintptr) bool
+	events [maxEvents]unix.EpollEvent
+	serve  func() (done bool)
+	called func(uintptr) bool // it calls serve
 }
+
+// maxEvents is the most that Poll returns.
+const maxEvents = 128
 
 var longAgo = time.Unix(1, 0)
 
@@ -40,7 +42,7 @@ func NewPoller() (*Poller, error) {
 		return nil, fmt.Errorf("cannot make an epoll set: %w", err)
 	}
 	p := &Poller{epfd: epfd, file: os.NewFile(uintptr(epfd), "epoll")}
-	p.try = p.tryWait
+	p.called = func(uintptr) bool { return p.serve() }
 	if p.raw, err = p.file.SyscallConn(); err == nil {
 		err = p.file.SetReadDeadline(time.Time{})
 	}
@@ -51,44 +53,38 @@ func NewPoller() (*Poller, error) {
 	return p, nil
 }
 
-func (p *Poller) tryWait(uintptr) bool {
-	n, _, e := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(p.epfd), uintptr(unsafe.Pointer(&p.events[0])),
-		uintptr(len(p.events)), 0, 0, 0)
-	if e != 0 {
-		if e != unix.EINTR {
-			p.err = e
-		}
-		return true
-	}
-	p.n = int(n)
-	return n > 0
-}
-
-// Poll returns the events that are there. They are valid until the next call of Poll or Wait.
+// Poll returns the events that are there, at most maxEvents. They are valid until the next call.
 func (p *Poller) Poll() ([]unix.EpollEvent, error) {
-	p.n, p.err = 0, nil
-	p.tryWait(0)
-	return p.events[:p.n], p.err
-}
-
-// Wait waits for events, or for Wake: then woken is true, and Clear must be called before the next Wait. After Close it
-// returns an error.
-func (p *Poller) Wait() (ev []unix.EpollEvent, woken bool, err error) {
-	p.n, p.err = 0, nil
-	err = p.raw.Read(p.try)
-	if err != nil {
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			return nil, true, nil
+	for {
+		n, _, e := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(p.epfd), uintptr(unsafe.Pointer(&p.events[0])),
+			uintptr(len(p.events)), 0, 0, 0)
+		switch e {
+		case 0:
+			return p.events[:n], nil
+		case unix.EINTR:
+		default:
+			return nil, e
 		}
-		return nil, false, err
 	}
-	return p.events[:p.n], false, p.err
 }
 
-// Wake ends a Wait, the present or the next one. The caller may hold any lock.
+// Serve calls f at once, and again whenever there was an event since the call of Poll before, until f reports that it has done.
+// Between two calls it waits. f must call Poll first, until that returns fewer than maxEvents. Wake ends Serve: then woken is
+// true, and Clear must be called before the next Serve. After Close it returns an error.
+func (p *Poller) Serve(f func() (done bool)) (woken bool, err error) {
+	p.serve = f
+	err = p.raw.Read(p.called)
+	p.serve = nil
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return true, nil
+	}
+	return false, err
+}
+
+// Wake ends Serve, the present or the next one. The caller may hold any lock.
 func (p *Poller) Wake() { _ = p.file.SetReadDeadline(longAgo) }
 
-// Clear undoes Wake. It belongs to who waits.
+// Clear undoes Wake. It belongs to who calls Serve.
 func (p *Poller) Clear() { _ = p.file.SetReadDeadline(time.Time{}) }
 
 // Add watches fd for events, which epoll_ctl(2) describes. An event of it carries data in Fd and gen in Pad. A descriptor

@@ -10,8 +10,8 @@ import (
 // it is told of and that takes 20 µs, as shutdown and close do when they send the FIN, costs the loop its processor: the
 // runtime's monitor takes it away, wakes a thread for it, and goes on looking every 20 µs.
 
-// Close closes the descriptor of a non-blocking socket whose SO_LINGER is off or 0. Any goroutine. The descriptor is closed even when
-// it returns an error (close(2)).
+// Close closes the descriptor of a non-blocking socket whose SO_LINGER is off or 0. Any goroutine. The descriptor is closed
+// even when it returns an error (close(2)).
 func Close(fd int) error { return raw(unix.SYS_CLOSE, uintptr(fd), 0, 0) }
 
 // CloseWrite sends the FIN of a non-blocking socket behind what was written. It returns unix.ENOTCONN after a RST.
