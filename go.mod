@@ -3,6 +3,7 @@ module github.com/viasocks/viasocks
 go 1.26.3
 
 require (
+	github.com/godbus/dbus/v5 v5.2.4
 	github.com/google/nftables v0.3.0
 	github.com/spf13/pflag v1.0.10
 	github.com/vishvananda/netlink v1.3.1

@@ -50,3 +50,19 @@ func Undo(c Config) (removed []string, err error) {
 	}
 	return removed, nil
 }
+
+// LeftTUN is the name of the TUN device that a daemon which was killed has left: by its journal, or else the one of c.
+func LeftTUN(c Config) string {
+	if c.TUN == "" {
+		c.TUN = DefaultTUN
+	}
+	c, _ = c.withDefaults()
+	path, _, err := paths(c.Dir)
+	if err != nil {
+		return c.TUN
+	}
+	if j, err := readJournal(path); err == nil && j != nil {
+		return j.TUN
+	}
+	return c.TUN
+}

@@ -19,8 +19,8 @@ const resolvConf = "/etc/resolv.conf"
 // administrator has changed.
 var nsswitchConfs = []string{"/etc/nsswitch.conf", "/usr/etc/nsswitch.conf"}
 
-// resolverPaths are the directories of sockets, and the sockets, by which resolvers of the host answer. They have paths in the file
-// system, so a network namespace does not cut them off. Who would ask there: every C library before it reads nsswitch.conf
+// resolverPaths are the directories of sockets, and the sockets, by which resolvers of the host answer. They have paths in the
+// file system, so a network namespace does not cut them off. Who would ask there: every glibc before it reads nsswitch.conf
 // (nscd), nss-resolve (systemd-resolved), nss-mdns (avahi), and programs with the library of Apple's mDNSResponder.
 //
 // The socket of D-Bus stays, since desktops need it for much else: nothing in the C library asks for names there once
@@ -98,8 +98,8 @@ func setNsswitch(path string) error {
 }
 
 // nsswitchContent is an nsswitch.conf that is like old except that its hosts line names only sources that ask nobody on the host:
-// files, DNS, and myhostname, which knows the name of this host and its addresses. Others, such as resolve, mdns, sss, mymachines and
-// wins, ask a process by a socket. An action in brackets goes with the source before it.
+// files, DNS, and myhostname, which knows the name of this host and its addresses. Others, such as resolve, mdns, sss, mymachines
+// and wins, ask a process by a socket. An action in brackets goes with the source before it.
 func nsswitchContent(old string) string {
 	var b strings.Builder
 	for line := range strings.Lines(old) {
@@ -117,8 +117,8 @@ func nsswitchContent(old string) string {
 	return b.String()
 }
 
-// hostSources are the sources of a hosts line that ask nobody on the host. What was dropped is replaced by DNS, and by files if it
-// was one that reads /etc/hosts too.
+// hostSources are the sources of a hosts line that ask nobody on the host. What was dropped is replaced by DNS, and by files if
+// it was one that reads /etc/hosts too.
 func hostSources(sources string) (kept []string, dropped bool) {
 	keep, readsHosts := true, false
 	// An action may hold spaces: [NOTFOUND=return SUCCESS=continue].
@@ -191,8 +191,8 @@ func readSome(path string) string {
 	return string(b)
 }
 
-// resolvContent is a resolv.conf with servers that keeps the search list, the sortlist and the options of old, so that short names
-// mean what they meant. The option trust-ad is left out, since it speaks of a server that is not asked any more.
+// resolvContent is a resolv.conf with servers that keeps the search list, the sortlist and the options of old, so that short
+// names mean what they meant. The option trust-ad is left out, since it speaks of a server that is not asked any more.
 func resolvContent(servers []netip.Addr, old string) string {
 	var b strings.Builder
 	for _, s := range servers {

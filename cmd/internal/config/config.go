@@ -34,6 +34,7 @@ func (u *Upstream) Servers() []socks.Server { return append([]socks.Server{u.Ser
 // Host is what `up` does to the host beyond the device, mark and table.
 type Host struct {
 	LAN              string          // direct, carry, refuse
+	Resolved         bool            // tell systemd-resolved to ask viasocks
 	Inbound          string          // keep, carry
 	InboundPorts     []Range[uint16] // UDP ports of servers on this host
 	Exclude, Include Selection       // an empty Include takes everything

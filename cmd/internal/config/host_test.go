@@ -15,7 +15,7 @@ func TestHostDefaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := (Host{LAN: "direct", Inbound: "keep", NFTable: "viasocks", Priority: 9000, ControlGroup: -1}); !reflect.DeepEqual(
+	if want := (Host{LAN: "direct", Resolved: true, Inbound: "keep", NFTable: "viasocks", Priority: 9000, ControlGroup: -1}); !reflect.DeepEqual(
 		c.Host,
 		want,
 	) {

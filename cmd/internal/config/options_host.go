@@ -228,6 +228,19 @@ before: this keeps a host that is reached by SSH reachable.`,
 and change nothing.`,
 	},
 	{
+		Name: "resolved", Arg: "auto|off", Default: "auto", Cmds: Up | Check, set: setResolved,
+		Help: "whether systemd-resolved is told to ask viasocks for names",
+		Man: `Whether systemd-resolved is told, by D-Bus, to ask
+.Nm
+for all names.
+.Cm auto :
+if it runs on this host.
+.Cm off :
+never.
+See
+.Sx NAMES .`,
+	},
+	{
 		Name: "control-group", Arg: "GROUP", Cmds: Up | Check, set: setControlGroup,
 		Help: "group whose members may ask for status and flows",
 		Man: `Group, by name or number, whose members may ask for

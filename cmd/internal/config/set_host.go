@@ -23,6 +23,13 @@ func oneOf(field func(*Config) *string, words ...string) func(*Config, value) er
 	}
 }
 
+func setResolved(c *Config, v value) error {
+	var word string
+	err := oneOf(func(*Config) *string { return &word }, "auto", "off")(c, v)
+	c.Host.Resolved = word == "auto"
+	return err
+}
+
 var setLAN = oneOf(func(c *Config) *string { return &c.Host.LAN }, "direct", "carry", "refuse")
 
 // listOf makes a setter that appends each item of a list with commas.

@@ -88,6 +88,9 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	fmt.Fprintf(&b, "  bytes  %s up, %s down\n", bytes(s.Up), bytes(s.Down))
 
 	fmt.Fprintf(&b, "\nhost: device %s, table %d, mark %s\n", Plain(s.Host.TUN), s.Host.Table, Plain(s.Host.Mark))
+	if s.Host.Resolved {
+		b.WriteString("  systemd-resolved asks viasocks for names\n")
+	}
 	list(&b, "through the proxy", s.Host.Steered)
 	list(&b, "back the way they came", s.Host.Kept)
 	list(&b, "past the proxy", s.Host.Excluded)

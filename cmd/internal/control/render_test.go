@@ -48,7 +48,7 @@ func sample() Status {
 		Names: Names{Asked: 2048, Answered: 2040, Failed: 8},
 		Up:    5 << 20, Down: 7 << 30,
 		Host: Host{
-			TUN: "viasocks0", Table: 30323, Mark: "0x76000000/0xff000000",
+			TUN: "viasocks0", Table: 30323, Mark: "0x76000000/0xff000000", Resolved: true,
 			Steered: []string{"everything"}, Kept: []string{"answers to connections from outside"},
 			Excluded: []string{"192.168.7.0/24 (connected private network)", "uid 998"},
 			Refused: []Counter{

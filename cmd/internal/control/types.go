@@ -118,6 +118,7 @@ type Host struct {
 	Kept     []string  `json:"kept"`     // answered the way they came in
 	Excluded []string  `json:"excluded"` // past the proxy
 	Refused  []Counter `json:"refused"`  // packets that the filter stopped
+	Resolved bool      `json:"resolved"` // systemd-resolved was told to ask viasocks for names
 }
 
 // Counter is a number with its name.

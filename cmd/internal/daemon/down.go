@@ -1,18 +1,25 @@
 package daemon
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/cmd/internal/resolved"
 	"github.com/viasocks/viasocks/route/kernel"
 	"github.com/viasocks/viasocks/tun"
 )
+
+// revertTimeout bounds what `down` has to say to systemd-resolved.
+const revertTimeout = 5 * time.Second
 
 // downTimeout is how long `down` waits for a daemon to stop.
 const downTimeout = 30 * time.Second
@@ -44,11 +51,32 @@ func Down(cfg *config.Config, environ []string, out io.Writer) error {
 	if err := control.RemoveStale(path); err != nil {
 		return fmt.Errorf("cannot remove %s: %w", path, err)
 	}
+	if line := revertResolved(kernel.LeftTUN(kernelConfig(cfg, nil))); line != "" {
+		fmt.Fprintln(out, line)
+	}
 	lines, err := kernel.Undo(kernelConfig(cfg, nil))
 	for _, l := range lines {
 		fmt.Fprintln(out, control.Plain(l))
 	}
 	return err
+}
+
+// revertResolved takes back what a viasocks that was killed has told systemd-resolved of the TUN device, and says so. That would
+// forget it with the device, too; but where the device is not ours to delete, this is the only way.
+func revertResolved(device string) string {
+	link, err := net.InterfaceByName(device)
+	if err != nil {
+		return ""
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), revertTimeout)
+	defer cancel()
+	switch done, err := resolved.Revert(ctx, resolved.SystemBus(), link.Index, []netip.Addr{nameserver}); {
+	case err != nil:
+		return "cannot take back what systemd-resolved was told: " + control.Plain(err.Error()) + ": restart it if names are not found"
+	case done:
+		return "name servers of " + control.Plain(device) + " in systemd-resolved"
+	}
+	return ""
 }
 
 // stopDaemon asks the daemon to stop and waits until it has.
@@ -137,6 +165,11 @@ func DryRun(cfg *config.Config, out io.Writer, stderr *os.File) error {
 	plan, err := h.Plan()
 	if err != nil {
 		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), revertTimeout)
+	defer cancel()
+	if cfg.Host.Resolved && resolved.Running(ctx, resolved.SystemBus()) {
+		plan = append(plan, fmt.Sprintf("resolvectl dns %s %s", cfg.TUN, nameserver), fmt.Sprintf("resolvectl domain %s '~.'", cfg.TUN))
 	}
 	for _, l := range plan {
 		if _, err := fmt.Fprintln(out, control.Plain(l)); err != nil {

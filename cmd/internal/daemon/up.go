@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"os/signal"
 	"sync"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/cmd/internal/resolved"
 	"github.com/viasocks/viasocks/route/kernel"
 	"github.com/viasocks/viasocks/tun/netns"
 )
@@ -40,6 +42,7 @@ type up struct {
 	network *settling               // the way to the proxy may be another one
 	tun     tended
 	loops   *loopGuard
+	teller  *resolved.Teller // nil: systemd-resolved is not told
 	confirm chan struct{}
 	rebuilt []time.Time
 
@@ -89,6 +92,9 @@ func Up(cfg *config.Config, o UpOptions) error {
 		UpOptions: o, env: e, first: cfg, cfg: cfg, state: control.Starting, since: time.Now(),
 		stop: stop, hup: make(chan struct{}, 1), network: newSettling(), tun: tended{news: make(chan struct{}, 1)},
 		loops: newLoopGuard(), confirm: make(chan struct{}, 1),
+	}
+	if cfg.Host.Resolved {
+		u.teller = resolved.New(resolved.SystemBus(), []netip.Addr{nameserver}, e.log)
 	}
 	u.notify = newNotifier(o.Environ, e.log)
 	defer u.notify.close()
@@ -295,6 +301,9 @@ func (u *up) live(ctx context.Context) error {
 	guards.Go(func() { u.notify.guard(guard, u.look) })
 	guards.Go(func() { u.pulse.run(guard, u.look, u.network.changed) })
 	guards.Go(func() { u.loops.run(guard) })
+	if u.teller != nil {
+		guards.Go(func() { u.teller.Run(guard) }) // its end takes back what was told
+	}
 	defer u.watchTUN()()
 	waiter := u.newWaiter(guard, &guards)
 	defer waiter.close()

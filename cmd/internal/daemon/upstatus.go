@@ -58,6 +58,7 @@ func (u *up) status() control.Status {
 			s.State = control.Impaired
 		}
 	}
+	s.Host.Resolved = u.teller != nil && u.teller.Told()
 	if cfg.Fake.On {
 		s.DNS = append(s.DNS, "fake")
 	}

@@ -22,6 +22,7 @@ const (
 	cryptobyte = "golang.org/x/crypto/cryptobyte"
 	goleak     = "go.uber.org/goleak"
 	pflag      = "github.com/spf13/pflag"
+	godbus     = "github.com/godbus/dbus/v5"
 )
 
 // table is the import table of the design: what each package may import besides the standard library, itself, and
@@ -76,6 +77,8 @@ var table = []struct {
 		"changes the host and undoes it: must work without a data plane"},
 	{"cmd/internal/hosttest", []string{self + "/...", xsys}, []string{netlink, dnsmessage},
 		"its tests configure a host as DHCP clients do, with nothing between one message to the kernel and the next, and ask for names"},
+	{"cmd/internal/resolved", []string{godbus, xsys}, nil,
+		"speaks to systemd-resolved, and knows a device by its index and nothing else of ours"},
 	{"cmd/...", []string{self + "/...", pflag, xsys}, nil,
 		"glue that no layer may import"},
 }

@@ -1,0 +1,214 @@
+package resolved
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/godbus/dbus/v5"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	service    = "org.freedesktop.resolve1"
+	objectPath = dbus.ObjectPath("/org/freedesktop/resolve1")
+	manager    = service + ".Manager."
+	link       = service + ".Link."
+
+	defaultBus = "unix:path=/run/dbus/system_bus_socket"
+	// dialTimeout bounds the way to the bus, with its authentication; callTimeout bounds one call.
+	dialTimeout = 3 * time.Second
+	callTimeout = 3 * time.Second
+)
+
+// errAbsent: nothing called systemd-resolved is on the bus.
+var errAbsent = errors.New("systemd-resolved does not run")
+
+// server and domain are what the interface calls a(iay) and a(sb).
+type server struct {
+	Family  int32
+	Address []byte
+}
+
+type domain struct {
+	Name      string
+	RouteOnly bool
+}
+
+// everything is the domain ~. : all names, and no search list.
+var everything = []domain{{".", true}}
+
+// bus is a connection to the system bus.
+type bus struct {
+	conn  *dbus.Conn
+	end   context.CancelCauseFunc
+	owner chan struct{} // systemd-resolved came, went, or was restarted
+}
+
+// SystemBus is the address of the system bus: what DBUS_SYSTEM_BUS_ADDRESS says, if that is a unix socket, or the usual one.
+// Addresses of other kinds, which can start programs or lead over the network, are not used.
+func SystemBus() string {
+	if a := os.Getenv("DBUS_SYSTEM_BUS_ADDRESS"); strings.HasPrefix(a, "unix:") {
+		return a
+	}
+	return defaultBus
+}
+
+// dial connects to the bus at address; ctx bounds that, and not the life of the connection. The caller closes it.
+func dial(ctx context.Context, address string) (*bus, error) {
+	life, end := context.WithCancelCause(context.Background())
+	b := &bus{owner: make(chan struct{}, 1), end: end}
+	ctx, cancel := context.WithTimeoutCause(ctx, dialTimeout, errors.New("it does not answer"))
+	defer cancel()
+	// The end of a connection's context is what ends an authentication that hangs.
+	waiting := context.AfterFunc(ctx, func() { end(context.Cause(ctx)) })
+	conn, err := dbus.Connect(address, dbus.WithContext(life), dbus.WithSignalHandler(b))
+	if err == nil {
+		b.conn = conn
+		err = b.call(life, conn.BusObject(), "org.freedesktop.DBus.AddMatch",
+			"type='signal',sender='org.freedesktop.DBus',member='NameOwnerChanged',arg0='"+service+"'").Err
+	}
+	if !waiting() {
+		err = context.Cause(life)
+	}
+	if err != nil {
+		end(nil)
+		return nil, fmt.Errorf("cannot use the system bus %s: %w", address, err)
+	}
+	return b, nil
+}
+
+// DeliverSignal makes a bus the signal handler of its connection: anybody on the bus may send us signals, which must not pile up.
+func (b *bus) DeliverSignal(_, _ string, s *dbus.Signal) {
+	if s.Name != "org.freedesktop.DBus.NameOwnerChanged" || s.Sender != "org.freedesktop.DBus" {
+		return
+	}
+	select {
+	case b.owner <- struct{}{}:
+	default: // one is waiting already
+	}
+}
+
+func (b *bus) close() {
+	_ = b.conn.Close()
+	b.end(nil)
+}
+
+func (b *bus) call(ctx context.Context, o dbus.BusObject, method string, args ...any) *dbus.Call {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	return o.CallWithContext(ctx, method, dbus.FlagNoAutoStart, args...)
+}
+
+// manage calls a method of systemd-resolved. Nothing is started by that.
+func (b *bus) manage(ctx context.Context, method string, args ...any) *dbus.Call {
+	return b.call(ctx, b.conn.Object(service, objectPath), manager+method, args...)
+}
+
+// runs returns the name that systemd-resolved has on the bus as long as it is the same process, or errAbsent.
+func (b *bus) runs(ctx context.Context) (owner string, err error) {
+	err = b.call(ctx, b.conn.BusObject(), "org.freedesktop.DBus.GetNameOwner", service).Store(&owner)
+	if isError(err, "org.freedesktop.DBus.Error.NameHasNoOwner") {
+		err = errAbsent
+	}
+	return owner, err
+}
+
+// told reports whether systemd-resolved asks exactly these servers for all names at the device.
+func (b *bus) told(ctx context.Context, index int, servers []server) (bool, error) {
+	var path dbus.ObjectPath
+	if err := b.manage(ctx, "GetLink", int32(index)).Store(&path); err != nil {
+		return false, err
+	}
+	o := b.conn.Object(service, path)
+	var haveServers []server
+	var haveDomains []domain
+	for name, to := range map[string]any{"DNS": &haveServers, "Domains": &haveDomains} {
+		var v dbus.Variant
+		err := b.call(ctx, o, "org.freedesktop.DBus.Properties.Get", strings.TrimSuffix(link, "."), name).Store(&v)
+		if err == nil {
+			err = v.Store(to)
+		}
+		if err != nil {
+			return false, fmt.Errorf("cannot read %s of the device: %w", name, err)
+		}
+	}
+	return equal(haveServers, servers) && len(haveDomains) == 1 && haveDomains[0] == everything[0], nil
+}
+
+func equal(a, b []server) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for i := range a {
+		if a[i].Family != b[i].Family || string(a[i].Address) != string(b[i].Address) {
+			return false
+		}
+	}
+	return true
+}
+
+// tell has systemd-resolved ask these servers at the device for all names.
+func (b *bus) tell(ctx context.Context, index int, servers []server) error {
+	i := int32(index)
+	for _, c := range []struct {
+		method string
+		need   bool // methods that older versions lack are not needed
+		arg    any
+	}{
+		// What is asked must not be encrypted or validated: the server is this process, and addresses that stand for names have
+		// no signatures. LLMNR and multicast DNS find nobody on the TUN, and would delay single-label names.
+		{"SetLinkDNSOverTLS", false, "no"},
+		{"SetLinkDNSSEC", false, "no"},
+		{"SetLinkLLMNR", false, "no"},
+		{"SetLinkMulticastDNS", false, "no"},
+		{"SetLinkDNS", true, servers},
+		{"SetLinkDefaultRoute", false, true},
+		{"SetLinkDomains", true, everything},
+	} {
+		err := b.manage(ctx, c.method, i, c.arg).Err
+		if err != nil && (c.need || !isError(err, "org.freedesktop.DBus.Error.UnknownMethod")) {
+			return fmt.Errorf("%s: %w", c.method, err)
+		}
+	}
+	return b.flush(ctx)
+}
+
+// revert has systemd-resolved forget what it was told of the device.
+func (b *bus) revert(ctx context.Context, index int) error {
+	if err := b.manage(ctx, "RevertLink", int32(index)).Err; err != nil && !isError(err, service+".NoSuchLink") {
+		return err
+	}
+	return b.flush(ctx)
+}
+
+// flush ends the life of answers that came another way than questions go from now on.
+func (b *bus) flush(ctx context.Context) error { return b.manage(ctx, "FlushCaches").Err }
+
+func isError(err error, name string) bool {
+	var e dbus.Error
+	return errors.As(err, &e) && e.Name == name
+}
+
+// wentAway reports whether err says that systemd-resolved, or the bus, ended during a call.
+func wentAway(err error) bool {
+	const prefix = "org.freedesktop.DBus.Error."
+	return errors.Is(err, dbus.ErrClosed) || errors.Is(err, io.EOF) || isError(err, prefix+"ServiceUnknown") ||
+		isError(err, prefix+"NameHasNoOwner") || isError(err, prefix+"NoReply") || isError(err, prefix+"Disconnected")
+}
+
+func toServers(addrs []netip.Addr) (out []server) {
+	for _, a := range addrs {
+		family := int32(unix.AF_INET)
+		if a.Is6() {
+			family = unix.AF_INET6
+		}
+		out = append(out, server{family, a.AsSlice()})
+	}
+	return out
+}

@@ -1,0 +1,217 @@
+package resolved
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"time"
+)
+
+const (
+	// lookAgain is how often it is looked whether systemd-resolved still does as it was told, and retryMost the longest wait
+	// before what failed is tried again.
+	lookAgain, retryFirst, retryMost = 30 * time.Second, 200 * time.Millisecond, 30 * time.Second
+	// revertTimeout bounds how long taking everything back may hold up who waits for it.
+	revertTimeout = 5 * time.Second
+)
+
+// Teller keeps systemd-resolved told, from Run's start to its end. Its methods may be called from any goroutine.
+type Teller struct {
+	bus     string
+	servers []server
+	log     *slog.Logger
+	news    chan struct{}
+
+	mu    sync.Mutex
+	index int    // of the device; 0: none yet
+	done  bool   // systemd-resolved does as it was told
+	fault string // what was logged last
+}
+
+// New makes a Teller for the bus at an address (see SystemBus) and for the servers that systemd-resolved is to ask.
+func New(bus string, servers []netip.Addr, log *slog.Logger) *Teller {
+	return &Teller{bus: bus, servers: toServers(servers), log: log, news: make(chan struct{}, 1)}
+}
+
+// Use names the device by its index. What was told of an earlier one is forgotten by systemd-resolved when that is deleted.
+func (t *Teller) Use(index int) {
+	t.mu.Lock()
+	t.index = index
+	t.mu.Unlock()
+	select {
+	case t.news <- struct{}{}:
+	default: // it will look anyway
+	}
+}
+
+// Told reports whether systemd-resolved does as it was told.
+func (t *Teller) Told() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.done
+}
+
+// Run tells systemd-resolved, again when it was restarted and when somebody else changed it, until ctx ends. Then it takes
+// everything back and returns, at the latest after a few seconds.
+func (t *Teller) Run(ctx context.Context) {
+	wait := retryFirst
+	for ctx.Err() == nil {
+		b, err := dial(ctx, t.bus)
+		if err == nil {
+			wait = retryFirst
+			t.serve(ctx, b)
+			b.close()
+		} else {
+			t.log.Debug("systemd-resolved is not told", "err", err)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+			wait = min(2*wait, retryMost)
+		}
+	}
+}
+
+// serve is the life of one connection to the bus.
+func (t *Teller) serve(ctx context.Context, b *bus) {
+	defer t.setDone(false)
+	var told told
+	wait := retryFirst
+	for {
+		again := lookAgain
+		switch err := t.look(ctx, b, &told); {
+		case err == nil:
+			wait = retryFirst
+		case ctx.Err() == nil:
+			t.failed(err)
+			again, wait = wait, min(2*wait, retryMost)
+		}
+		select {
+		case <-ctx.Done():
+			t.takeBack(b, told)
+			return
+		case <-b.conn.Context().Done():
+			return
+		case <-b.owner:
+		case <-t.news:
+		case <-time.After(again):
+		}
+	}
+}
+
+// told is which process was told of which device.
+type told struct {
+	owner string
+	index int
+}
+
+// look tells systemd-resolved what it does not do yet.
+func (t *Teller) look(ctx context.Context, b *bus, before *told) error {
+	t.mu.Lock()
+	now := told{index: t.index}
+	t.mu.Unlock()
+	if now.index == 0 {
+		return nil
+	}
+	var err error
+	if now.owner, err = b.runs(ctx); err != nil {
+		t.setDone(false)
+		*before = told{}
+		if errors.Is(err, errAbsent) {
+			t.log.Debug("systemd-resolved is not told", "err", err)
+			return nil // NameOwnerChanged will say when it comes
+		}
+		return err
+	}
+	if now == *before && t.Told() {
+		right, err := b.told(ctx, now.index, t.servers)
+		if err != nil || right {
+			return err
+		}
+		t.log.Warn("somebody changed the name servers of the TUN device in systemd-resolved: they are set again")
+	}
+	*before = now // some of it may be done
+	if err := b.tell(ctx, now.index, t.servers); err != nil {
+		t.setDone(false)
+		return err
+	}
+	t.setDone(true)
+	t.log.Info("systemd-resolved asks viasocks for names")
+	return nil
+}
+
+// takeBack undoes what was told.
+func (t *Teller) takeBack(b *bus, was told) {
+	if was.owner == "" {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), revertTimeout)
+	defer cancel()
+	if err := b.revert(ctx, was.index); err != nil {
+		t.log.Warn("cannot take back what systemd-resolved was told: it forgets it when the TUN device is deleted", "err", err)
+	}
+}
+
+func (t *Teller) setDone(done bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.done = done
+	if done {
+		t.fault = ""
+	}
+}
+
+// failed logs err, once as long as it is the same.
+func (t *Teller) failed(err error) {
+	t.mu.Lock()
+	same := t.fault == err.Error()
+	t.fault = err.Error()
+	t.mu.Unlock()
+	switch {
+	case same:
+	case wentAway(err):
+		t.log.Debug("systemd-resolved went away", "err", err)
+	case isError(err, service+".NoSuchLink"):
+		// It hears of the device by netlink, a moment later than we do.
+		t.log.Debug("systemd-resolved does not know the TUN device yet", "err", err)
+	case isError(err, service+".LinkBusy"):
+		t.log.Warn("systemd-resolved cannot be told to ask viasocks: systemd-networkd manages the TUN device: "+
+			"give it a .network file with Unmanaged=yes", "err", err)
+	default:
+		t.log.Warn("systemd-resolved cannot be told to ask viasocks: names that it looks up may fail", "err", err)
+	}
+}
+
+// Running reports whether systemd-resolved runs and can be told.
+func Running(ctx context.Context, address string) bool {
+	b, err := dial(ctx, address)
+	if err != nil {
+		return false
+	}
+	defer b.close()
+	_, err = b.runs(ctx)
+	return err == nil
+}
+
+// Revert takes back what a dead process has told systemd-resolved of the device: if all names are asked of these servers there.
+// It reports whether it did.
+func Revert(ctx context.Context, address string, index int, servers []netip.Addr) (bool, error) {
+	b, err := dial(ctx, address)
+	if err != nil {
+		return false, nil // nobody was told
+	}
+	defer b.close()
+	if _, err := b.runs(ctx); err != nil {
+		return false, nil
+	}
+	told, err := b.told(ctx, index, toServers(servers))
+	if err != nil || !told {
+		if isError(err, service+".NoSuchLink") {
+			err = nil
+		}
+		return false, err
+	}
+	return true, b.revert(ctx, index)
+}
