@@ -48,6 +48,11 @@ type Config struct {
 	// Guard refuses questions of DNS for names that no rule can need, and all operations of DNS but questions: they would be
 	// a way out past the rules.
 	Guard bool
+	// Split says which names are asked of other servers than Resolvers.
+	Split Split
+	// HostDNS asks servers past every upstream; its zero value: there is no way to. With Pool, names that the rules send direct are
+	// asked of its Servers.
+	HostDNS HostDNS
 	// Pool has the fake addresses that Fake of route/dns gives out. A TCP flow to one travels as the name that it stands for. nil:
 	// there are none.
 	Pool *dns.Pool
@@ -176,7 +181,7 @@ func New(cfg Config) (*Router, error) {
 	r.SetUDP(cfg.UDPTimeout, cfg.Limits.Mappings)
 	r.ctl.wake = make(chan struct{}, 1)
 	if len(cfg.Resolvers) > 0 {
-		d, err := r.newDNS(cfg.Resolvers, cfg.ResolverCAs, cfg.RelayDNS)
+		d, err := r.newDNS(cfg.Resolvers, cfg.ResolverCAs, cfg.RelayDNS, &cfg.Split)
 		if err != nil {
 			return nil, err
 		}

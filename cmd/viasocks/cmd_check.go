@@ -92,6 +92,9 @@ func summary(cfg *config.Config) string {
 		}
 		line("dns: %s%s", r, how)
 	}
+	for _, z := range cfg.Split.Zones {
+		line("dns for %s", z)
+	}
 	for _, l := range daemon.HostLines(cfg) {
 		line("up: %s", l)
 	}

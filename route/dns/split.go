@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 )
 
@@ -17,6 +18,25 @@ type Zone struct {
 	Resolvers []Resolver
 	// Direct are asked past the upstream, if there are no Resolvers. Where there are none either the host's own servers are asked.
 	Direct []DirectServer
+}
+
+// String is the zone as it is written: SUFFIX=SERVER[,SERVER...].
+func (z Zone) String() string {
+	var servers []string
+	for _, r := range z.Resolvers {
+		servers = append(servers, r.String())
+	}
+	for _, d := range z.Direct {
+		scheme := "direct:udp://"
+		if d.TCP {
+			scheme = "direct:tcp://"
+		}
+		servers = append(servers, scheme+d.Addr.String())
+	}
+	if len(servers) == 0 {
+		servers = []string{"direct"}
+	}
+	return z.Suffix + "=" + strings.Join(servers, ",")
 }
 
 // asking is who asks servers: an exchange, or a direct.

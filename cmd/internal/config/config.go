@@ -99,7 +99,8 @@ type Config struct {
 	Relay     bool           // questions go to the servers that the program asks, and to those of DNS only if nobody can have their address
 	DNSRoots  *x509.CertPool // that resolvers inside TLS are verified by; nil: those that the system trusts
 	Fake      Fake
-	Guard     bool // there is an --allow: names that no rule needs are not resolved
+	Split     route.Split // names that are asked of other servers than DNS
+	Guard     bool        // there is an --allow: names that no rule needs are not resolved
 	// ResolverDefault is the upstream by which resolvers are asked that no rule decides on; empty: they are not reached.
 	ResolverDefault string
 

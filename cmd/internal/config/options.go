@@ -50,7 +50,7 @@ type Option struct {
 }
 
 // Options is every option there is, in the order of help and manual.
-var Options = slices.Concat(flowOptions, tuningOptions, ruleOptions, hostOptions, logOptions)
+var Options = slices.Concat(flowOptions, splitOptions, tuningOptions, ruleOptions, hostOptions, logOptions)
 
 // flowOptions say how what is captured is carried.
 var flowOptions = []Option{

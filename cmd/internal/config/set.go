@@ -303,7 +303,11 @@ func (c *Config) finish(env []string) error {
 	if err := c.checkRules(); err != nil {
 		return err
 	}
-	return c.finishDNS()
+	if err := c.finishDNS(); err != nil {
+		return err
+	}
+	c.finishSplit()
+	return nil
 }
 
 // checkRules: a rule that names nobody would refuse in silence what the user meant to let through.

@@ -40,7 +40,7 @@ func kernelConfig(cfg *config.Config, log *slog.Logger) kernel.Config {
 		Dir: cfg.StateDir,
 		Log: log,
 	}
-	k.Direct = hasDirect(cfg)
+	k.Direct = hasDirect(cfg) || cfg.AsksDirect()
 	for _, p := range tunAddrs {
 		k.TUNAddrs = append(k.TUNAddrs, p.Addr())
 	}

@@ -64,6 +64,14 @@ type dialing struct {
 	noIPv6 bool
 }
 
+// directly is how sockets are made that go past the proxy; nil: they need nothing.
+func (d *dialing) directly() func(fd int) error {
+	if d.direct == nil {
+		return d.control
+	}
+	return d.direct
+}
+
 // upstream is one that the router has, and what it was made of.
 type upstream struct {
 	Config config.Upstream
@@ -110,6 +118,7 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 		Upstreams: policy.Upstreams, Rules: policy.Rules, Default: policy.Default, Resolvers: policy.Resolvers, ResolverCAs: policy.ResolverCAs,
 		RelayDNS:        policy.RelayDNS,
 		ResolverDefault: policy.ResolverDefault, Guard: policy.Guard,
+		Split: policy.Split, HostDNS: hostDNS(cfg.Command == config.Up, dial.directly()),
 		Loops: p.loops, Shards: p.stack.Shards(),
 		Sockets: sockets, Owners: ownersOf(sockets), ComesBack: dial.comesBack,
 		Decisions: dial.decisions,
@@ -135,16 +144,12 @@ func (p *plane) policy(cfg *config.Config) (_ route.Policy, ups []upstream, err 
 		if i >= 0 {
 			ups = append(ups, p.ups[i])
 		} else {
-			control := p.dial.direct
-			if control == nil {
-				control = p.dial.control
-			}
-			ups = append(ups, upstream{config.Upstream{Name: route.DirectName}, route.NewDirect(p.dialer, control), nil})
+			ups = append(ups, upstream{config.Upstream{Name: route.DirectName}, route.NewDirect(p.dialer, p.dial.directly()), nil})
 		}
 	}
 	pol := route.Policy{
 		Rules: cfg.Rules, Default: cfg.Default, Resolvers: cfg.DNS, ResolverCAs: cfg.DNSRoots, RelayDNS: cfg.Relay,
-		ResolverDefault: cfg.ResolverDefault, Guard: cfg.Guard,
+		ResolverDefault: cfg.ResolverDefault, Guard: cfg.Guard, Split: cfg.Split,
 	}
 	for _, u := range ups {
 		pol.Upstreams = append(pol.Upstreams, u.Route)

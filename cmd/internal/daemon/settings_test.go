@@ -22,6 +22,7 @@ import (
 // samples has a value for each option of `up`, other than its default. An option that needs none has "".
 var samples = map[string]string{
 	"proxy": "PROXY", "password-file": "FILE", "upstream": "b=socks5://192.0.2.3", "rule": "port 25 reject", "dns": "tcp://192.0.2.53",
+	"dns-for": "corp.example=tcp://192.0.2.54", "dns-exclude": ".real.example", "dns-single-labels": "off",
 	"dns-pool": "198.19.0.0/16", "dns-pool-file": "FILE", "ipv6": "off",
 	"proxy-ca": "CA", "dns-ca": "CA", "allow": "tcp:203.0.113.9:80\nallow udp:203.0.113.9:6881\nallow tcp:example:443", "decisions": "FILE",
 	"connect-timeout": "3s", "handshake-timeout": "20s", "idle-timeout": "1h", "udp-timeout": "1m", "max-pending": "512",

@@ -1,0 +1,195 @@
+package route
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"reflect"
+	"strings"
+
+	"github.com/viasocks/viasocks/route/dns"
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// Split says which names are asked of other servers than the resolvers, and which have no fake address.
+type Split struct {
+	// Zones have servers of their own, whether or not names have fake addresses.
+	Zones []dns.Zone
+	// Exclude are names that have real addresses, from the resolvers, although others have fake ones.
+	Exclude []Names
+	// NoSingleLabels: a name without a dot does not exist where names have fake addresses.
+	NoSingleLabels bool
+}
+
+// HostDNS is how servers of DNS are asked past every upstream: those of the host, and those of Split.Zones that are direct.
+type HostDNS struct {
+	// Servers are the host's own, as of now. It is called for each question that they are asked, from any goroutine.
+	Servers func() []dns.DirectServer
+	// Dial connects to one, by a socket that is steered past the TUN.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+// Names is a set of names.
+type Names struct {
+	patterns []namePattern
+	list     *list // nil: there is none
+}
+
+// ParseNames reads PATTERN[,PATTERN...] or list=FILE, as they stand in a rule. A file is not looked at again afterwards.
+func ParseNames(s string) (n Names, err error) {
+	if path, ok := strings.CutPrefix(s, listWord); ok {
+		n.list, err = loadList(path)
+		return n, err
+	}
+	n.patterns, err = parsePatterns(s)
+	return n, err
+}
+
+// List is the file of the names; empty: there is none.
+func (n Names) List() string {
+	if n.list == nil {
+		return ""
+	}
+	return n.list.path
+}
+
+// has reports whether a plain name is in the set.
+func (n Names) has(name string) bool {
+	if n.list != nil {
+		return n.list.hasName(name)
+	}
+	for _, p := range n.patterns {
+		if p.matches(name) {
+			return true
+		}
+	}
+	return false
+}
+
+// excludes reports whether a plain name has its real addresses, from the resolvers.
+func (s *Split) excludes(name string) bool {
+	for _, n := range s.Exclude {
+		if n.has(name) {
+			return true
+		}
+	}
+	return false
+}
+
+// sameServers reports whether one dns.Server can serve both. What they exclude is looked up for each question.
+func (s *Split) sameServers(o *Split) bool {
+	return reflect.DeepEqual(s.Zones, o.Zones) && s.NoSingleLabels == o.NoSingleLabels
+}
+
+// mayBeDirect reports whether there are names that sendsDirect is true for.
+func (p *policy) mayBeDirect() bool {
+	return p.upstreams[DirectName] != nil
+}
+
+// sendsDirect reports whether flows to a plain name are direct, whatever else is known of them, or refused. A program that gets the
+// name's real address then reaches it without us having to look the name up. A rule that sends some of the flows to the name by a
+// proxy is reason enough for a fake address, by which the proxy gets the name.
+func (p *policy) sendsDirect(name string) bool {
+	q := query{names: []string{name}}
+	for i := range p.rules {
+		r := &p.rules[i]
+		switch {
+		case !r.mayMean(&q):
+		case r.asksNameAlone():
+			return p.verdicts[i].isDirect()
+		case r.action == ActionVia && !p.verdicts[i].isDirect():
+			return false
+		}
+	}
+	return p.otherwise.isDirect()
+}
+
+func (v *verdict) isDirect() bool { return v.kind == carry && v.up.name == DirectName }
+
+// split puts what is asked of other servers into the configuration of route/dns.
+func (r *Router) split(cfg *dns.Config, s *Split) {
+	cfg.Zones, cfg.HostServers, cfg.DialDirect = s.Zones, r.cfg.HostDNS.Servers, r.cfg.HostDNS.Dial
+	if r.cfg.Pool == nil {
+		return
+	}
+	cfg.Fake.NoSingleLabels = s.NoSingleLabels
+	cfg.Fake.Real = func(name []byte) bool { return r.policy.Load().split.excludes(string(name)) }
+	if cfg.HostServers != nil {
+		cfg.HostNames = func(name []byte) bool {
+			p := r.policy.Load()
+			return p.mayBeDirect() && !p.split.excludes(string(name)) && p.sendsDirect(string(name))
+		}
+	}
+}
+
+// ParseZone reads SUFFIX=SERVER[,SERVER...]. SERVER is asked through the upstream if it is what dns.ParseResolver reads, and past it
+// if it is direct:udp://ADDRESS or direct:tcp://ADDRESS; direct alone is the host's own servers. Errors are of the form "must be ...".
+func ParseZone(s string) (z dns.Zone, err error) {
+	suffix, servers, ok := strings.Cut(s, "=")
+	if !ok || servers == "" {
+		return z, errors.New("must be SUFFIX=SERVER, such as corp.example=tcp://10.0.0.53")
+	}
+	z.Suffix = strings.TrimPrefix(strings.TrimPrefix(plainName(suffix), "*"), ".")
+	if err := checkDomain(z.Suffix, false); err != nil {
+		return z, fmt.Errorf("must have the name of a zone before the equals sign, and not %q: %w", clip(suffix), err)
+	}
+	if z.Suffix == "localhost" || strings.HasSuffix(z.Suffix, ".localhost") {
+		return z, errors.New("must not be about localhost, which is this host (RFC 6761)")
+	}
+	if servers == DirectName {
+		return z, nil
+	}
+	for server := range strings.SplitSeq(servers, ",") {
+		server = strings.TrimSpace(server)
+		direct, isDirect := strings.CutPrefix(server, DirectName+":")
+		if !isDirect {
+			r, err := dns.ParseResolver(server)
+			if err != nil || flow.IsOurs(r.Addr.Addr()) {
+				return z, badServer(server)
+			}
+			z.Resolvers = append(z.Resolvers, r)
+			continue
+		}
+		d := dns.DirectServer{TCP: strings.HasPrefix(direct, "tcp://")}
+		scheme := "udp://"
+		if d.TCP {
+			scheme = "tcp://"
+		}
+		if d.Addr, err = parseServer(direct, scheme); err != nil {
+			return z, err
+		}
+		z.Direct = append(z.Direct, d)
+	}
+	if len(z.Resolvers) > 0 && len(z.Direct) > 0 {
+		return z, errors.New("must have servers that are all direct, or none that is")
+	}
+	return z, nil
+}
+
+func badServer(s string) error {
+	return fmt.Errorf("must have servers such as tcp://10.0.0.53, direct:udp://10.0.0.53 or direct, and not %q", clip(s))
+}
+
+// parseServer reads the address of a server behind scheme.
+func parseServer(s, scheme string) (netip.AddrPort, error) {
+	bad := badServer(s)
+	rest, ok := strings.CutPrefix(s, scheme)
+	if !ok {
+		return netip.AddrPort{}, bad
+	}
+	at, err := netip.ParseAddrPort(rest)
+	if err != nil {
+		a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(rest, "["), "]"))
+		if err != nil {
+			return at, bad
+		}
+		at = netip.AddrPortFrom(a, 53)
+	}
+	at = netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
+	if at.Port() == 0 || !flow.OneHost(at.Addr()) && !at.Addr().IsLoopback() || flow.IsOurs(at.Addr()) || at.Addr().Zone() != "" {
+		return at, bad
+	}
+	return at, nil
+}
