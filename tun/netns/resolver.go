@@ -27,8 +27,8 @@ var nsswitchConfs = []string{"/etc/nsswitch.conf", "/usr/etc/nsswitch.conf"}
 // nsswitch.conf names no module that does.
 var resolverPaths = []string{"/run/systemd/resolve", "/run/nscd", "/var/run/nscd", "/run/avahi-daemon", "/run/mdnsd"}
 
-// setResolver hides the host's resolvers and gives the program a resolv.conf with these servers, and an nsswitch.conf that names
-// no resolver but them. Without servers only the resolvers are hidden.
+// setResolver hides the host's resolvers and gives the program an nsswitch.conf that names none of them, and a resolv.conf with
+// these servers. Without servers the program has the resolv.conf of the host.
 func setResolver(servers []netip.Addr) error {
 	target, err := resolveLink(resolvConf)
 	if err != nil {
@@ -36,13 +36,16 @@ func setResolver(servers []netip.Addr) error {
 	}
 	content := resolvContent(servers, readSome(target)) // before a mask hides it
 	masked, err := hideResolvers()
-	if err != nil || len(servers) == 0 {
+	if err != nil {
 		return err
 	}
 	for _, conf := range nsswitchConfs {
 		if err := setNsswitch(conf); err != nil {
 			return fmt.Errorf("cannot set the program's resolver (%s): %w", conf, err)
 		}
+	}
+	if len(servers) == 0 {
+		return nil
 	}
 	if contains(masked, target) {
 		err = writeFile(target, content)

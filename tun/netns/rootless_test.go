@@ -195,6 +195,11 @@ func TestSpawnNsswitch(t *testing.T) {
 		if out != c.want+hosts || err != nil {
 			t.Errorf("%s: %q, %v, want %q", c.name, out, err, c.want)
 		}
+		s := testSpec("/bin/sh", "-c", script)
+		s.Nameserver = nil
+		if out, _, err := run(t, s); out != c.want+hosts || err != nil {
+			t.Errorf("%s, with the host's resolv.conf: %q, %v, want %q", c.name, out, err, c.want)
+		}
 		if b, _ := os.ReadFile(conf); c.want != "" && c.name != "nothing to change" && string(b) != old {
 			t.Errorf("%s: the host's own became %q", c.name, b)
 		}

@@ -234,7 +234,11 @@ and change nothing.`,
 .Nm
 for all names.
 .Cm auto :
-if it runs on this host.
+if it runs on this host, except with
+.Fl -dns Cm off
+and
+.Cm relay ,
+where it asks the servers that it has.
 .Cm off :
 never.
 See

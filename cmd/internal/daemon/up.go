@@ -93,7 +93,8 @@ func Up(cfg *config.Config, o UpOptions) error {
 		stop: stop, hup: make(chan struct{}, 1), network: newSettling(), tun: tended{news: make(chan struct{}, 1)},
 		loops: newLoopGuard(), confirm: make(chan struct{}, 1),
 	}
-	if cfg.Host.Resolved {
+	// With --dns off and relay the servers that systemd-resolved has are those to be asked.
+	if cfg.Host.Resolved && !cfg.DNSOff && (cfg.Fake.On || !cfg.Relay) {
 		u.teller = resolved.New(resolved.SystemBus(), []netip.Addr{nameserver}, e.log)
 	}
 	u.notify = newNotifier(o.Environ, e.log)
