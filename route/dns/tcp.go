@@ -5,6 +5,7 @@ import (
 	"io"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"time"
 )
@@ -105,10 +106,8 @@ func (a *asker) readLoop() (ended bool) {
 		if n < headerLen {
 			return false
 		}
-		if buf = buf[:0]; n > cap(buf) {
-			buf = make([]byte, 0, n)
-		}
-		if _, err := io.ReadFull(a.f, buf[:n]); err != nil {
+		var err error
+		if buf, err = appendFrom(a.f, buf[:0], n); err != nil {
 			return false
 		}
 		select {
@@ -116,13 +115,27 @@ func (a *asker) readLoop() (ended bool) {
 		case <-a.s.exchange.over:
 			return false
 		}
-		if !a.s.handle(buf[:n], a.asked, byTCP, nil, nil, a.reply) {
+		if !a.s.handle(buf, a.asked, byTCP, nil, nil, a.reply) {
 			return false
 		}
 		if cap(buf) > 4096 {
 			buf = make([]byte, 0, 512)
 		}
 	}
+}
+
+// appendFrom reads n bytes to the end of b. The buffer grows with what has come, since n is only what the asker claims.
+func appendFrom(r io.Reader, b []byte, n int) ([]byte, error) {
+	const step = 4 << 10
+	for end := len(b) + n; len(b) < end; {
+		had := len(b)
+		b = slices.Grow(b, min(end-had, step))
+		b = b[:min(end, cap(b))]
+		if _, err := io.ReadFull(r, b[had:]); err != nil {
+			return b, err
+		}
+	}
+	return b, nil
 }
 
 func (a *asker) reply(b []byte) {

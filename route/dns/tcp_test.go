@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"runtime"
 	"syscall"
 	"testing"
 	"time"
@@ -135,5 +136,39 @@ func TestTCPGarbage(t *testing.T) {
 	stop()
 	if n, err := all[0].Read(make([]byte, 1)); n != 0 || err == nil {
 		t.Errorf("after Run: %d bytes, %v", n, err)
+	}
+}
+
+// TestTCPClaims: a length costs nothing until the bytes come, and a message of 64 KiB that does come is answered.
+func TestTCPClaims(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	connect, stop := tcpServer(t)
+	defer stop()
+	var all []net.Conn
+	for range maxAskers {
+		all = append(all, connect())
+	}
+	heap := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before := heap()
+	for _, c := range all {
+		if _, err := c.Write([]byte{0xFF, 0xFF}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	time.Sleep(100 * time.Millisecond) // they read, and nothing tells when
+	if after := heap(); after > before+4<<20 {
+		t.Errorf("%d connections that claim 64 KiB hold %d KiB", len(all), (after-before)>>10)
+	}
+	q := tcpQuestion(7, "a.example", typeA)[2:]
+	if _, err := all[0].Write(append(q, make([]byte, 65535-len(q))...)); err != nil {
+		t.Fatal(err)
+	}
+	if b := tcpAnswer(t, all[0]); b[1] != 7 || b[3]&15 != 0 {
+		t.Errorf("got %x", b)
 	}
 }
