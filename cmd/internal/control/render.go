@@ -86,6 +86,9 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 		count(s.Names.Failed),
 	)
 	fmt.Fprintf(&b, "  bytes  %s up, %s down\n", bytes(s.Up), bytes(s.Down))
+	if s.Shards.Now > 1 {
+		fmt.Fprintf(&b, "  shards %d; %s packets came by another one's queue\n", s.Shards.Now, count(s.Shards.HandedOver))
+	}
 
 	fmt.Fprintf(&b, "\nhost: device %s, table %d, mark %s\n", Plain(s.Host.TUN), s.Host.Table, Plain(s.Host.Mark))
 	if s.Host.Resolved {

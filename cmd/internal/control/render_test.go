@@ -47,6 +47,7 @@ func sample() Status {
 			GSOReason: "Linux 7.1.4 spoils datagrams with some network cards; Linux 7.1.5 does not"},
 		Names: Names{Asked: 2048, Answered: 2040, Failed: 8},
 		Up:    5 << 20, Down: 7 << 30,
+		Shards: Shards{Now: 4, HandedOver: 1203},
 		Host: Host{
 			TUN: "viasocks0", Table: 30323, Mark: "0x76000000/0xff000000", Resolved: true,
 			Steered: []string{"everything"}, Kept: []string{"answers to connections from outside"},
@@ -69,7 +70,7 @@ func TestWriteStatus(t *testing.T) {
 	}
 	s := sample()
 	s.State, s.ConfirmBy, s.Reloaded, s.Warnings = Unconfirmed, at(-41*time.Second), nil, nil
-	s.Host.Refused, s.Dropped = nil, nil
+	s.Host.Refused, s.Dropped, s.Shards = nil, nil, Shards{Now: 1}
 	b.WriteString("----\n")
 	if err := WriteStatus(&b, s, now); err != nil {
 		t.Fatal(err)

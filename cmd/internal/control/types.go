@@ -34,6 +34,7 @@ type Status struct {
 	Up    uint64 `json:"up_bytes"`   // program to proxy
 	Down  uint64 `json:"down_bytes"` // proxy to program
 
+	Shards   Shards    `json:"shards"`
 	Host     Host      `json:"host"`
 	Dropped  []Counter `json:"dropped"` // what the data plane could not carry
 	Warnings []string  `json:"warnings"`
@@ -107,6 +108,12 @@ type Names struct {
 	Asked    uint64 `json:"asked"`
 	Answered uint64 `json:"answered"` // or relayed to the server that was asked
 	Failed   uint64 `json:"failed"`   // answered by SERVFAIL
+}
+
+// Shards are the parts that the flows are divided into, by the programs' ports.
+type Shards struct {
+	Now        int    `json:"now"`         // 0: there is no data plane
+	HandedOver uint64 `json:"handed_over"` // packets that came by another one's queue of the TUN: the first of a flow
 }
 
 // Host is what was done to the host. The lists are lines for people.

@@ -25,7 +25,8 @@ import (
 //
 //	tun ─ stack ─ router ─ loops ─ dialer
 //
-// The loops have one goroutine each, as many as the machine has cores; dials and relays run on them.
+// The loops have one goroutine each, as many as the machine has cores; dials and relays run on them. Stack and router are divided
+// into shards, each of which has its share of the loops.
 //
 // Those on the left use those on the right until their own Run has returned: Close goes from left to right.
 type plane struct {
@@ -110,7 +111,7 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 	p.ups = ups
 	h := &handler{}
 	if p.stack, err = stack.New(stack.Config{
-		Device: dev, Handler: h, Sockets: sockets, Log: log, Shards: shards(len(p.loops)),
+		Device: dev, Handler: h, Sockets: sockets, Log: log, Shards: shardsFor(len(p.loops)),
 	}); err != nil {
 		return nil, err
 	}
@@ -255,9 +256,6 @@ var (
 	_ stack.Handler            = (*handler)(nil)
 	_ stack.UnreachableHandler = (*handler)(nil)
 )
-
-// shards is into how many parts the flows are divided on so many processors. It is another one in tests.
-var shards = func(procs int) int { return 1 }
 
 // start runs everything. A part that ends before Close was called is told on failed.
 func (p *plane) start() {

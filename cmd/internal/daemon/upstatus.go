@@ -78,7 +78,9 @@ func (u *up) status() control.Status {
 	for _, r := range p.router.Rules() {
 		s.Rules = append(s.Rules, control.Rule{Rule: r.Rule, Hits: r.Hits})
 	}
-	fillTraffic(&s, p.router, p.stack.Stats())
+	k := p.stack.Stats()
+	fillTraffic(&s, p.router, k)
+	s.Shards = control.Shards{Now: p.stack.Shards(), HandedOver: k.HandedOver}
 	if g := p.gso.Load(); g != nil {
 		s.UDP.GSO, s.UDP.GSOReason = g.String(), g.why
 	}
@@ -160,6 +162,7 @@ func fillTraffic(s *control.Status, router *route.Router, k stack.Stats) {
 		{What: "datagrams lost while their association was made", Packets: r.QueueFull},
 		{What: "datagrams dropped by a rule or for want of room", Packets: r.Dropped},
 		{What: "packets that the device did not take", Packets: k.DroppedOut},
+		{What: "packets lost on the way to another shard", Packets: k.DroppedHandover},
 	} {
 		if c.Packets > 0 {
 			s.Dropped = append(s.Dropped, c)
