@@ -34,6 +34,7 @@ func giveBack(ctx context.Context, ended func() uint64, renew func() bool, log *
 	tick := time.NewTicker(quietEvery)
 	defer tick.Stop()
 	var g gauge
+	dropCode() // all is set up by now
 	before := g.read()
 	done, doneAt, flows := before.allocated, time.Now(), ended()
 	for {
@@ -54,6 +55,7 @@ func giveBack(ctx context.Context, ended func() uint64, renew func() bool, log *
 		flows = ended()
 		runtime.GC() // what is in a sync.Pool outlives one collection
 		debug.FreeOSMemory()
+		dropCode()
 		after := g.read()
 		log.LogAttrs(ctx, slog.LevelDebug, "memory given back", slog.Uint64("from", now.held), slog.Uint64("to", after.held),
 			slog.Int("goroutines", runtime.NumGoroutine()))
