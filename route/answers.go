@@ -2,6 +2,7 @@ package route
 
 import (
 	"context"
+	"net/netip"
 
 	"golang.org/x/sys/unix"
 
@@ -10,8 +11,8 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// answers is the upstream of TCP connections to port 53 where names have fake addresses: route/dns answers them itself, at
-// the other end of a pair of sockets.
+// answers is the upstream of TCP connections to port 53 whose questions are looked at: route/dns answers them itself, at the other
+// end of a pair of sockets.
 type answers struct{ r *Router }
 
 // answersName stands in the log and the list of flows.
@@ -36,7 +37,12 @@ func (a answers) DialStream(_ context.Context, _ *relay.Loop, d Dest, done func(
 	if !flow.CanBePeer(asked.Addr()) {
 		asked = noAddr
 	}
-	a.r.dns.Load().ServeTCP(fds[1], asked)
+	src := netip.AddrPortFrom(d.Src, d.SrcPort)
+	a.r.dns.Load().ServeTCP(fds[1], asked, a.r.judgeOf(flow.Flow{Proto: flow.TCP, Src: src, Dst: d.Addr}), func(b []byte) {
+		if a.r.wantsNames() {
+			a.r.names.learn(b, a.r.now())
+		}
+	})
 	done(loop.Unwatched(fds[0]), nil)
 }
 

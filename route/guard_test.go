@@ -9,11 +9,12 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/route/dns"
-	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // TestNeedsName: which names a policy needs. The first rule that is sure to match decides.
@@ -75,8 +76,8 @@ func wireQuestion(name string, opcode byte) string {
 	return string(append(b, 0, 0, 1, 0, 1))
 }
 
-// TestGuardQuestions: a name that no rule needs is answered REFUSED without asking anybody, and so are an UPDATE, and TCP to
-// port 53. What is decided is written down with the name.
+// TestGuardQuestions: a name that no rule needs is answered REFUSED without asking anybody, and so is an UPDATE, by UDP
+// and by TCP. What is decided is written down with the name.
 func TestGuardQuestions(t *testing.T) {
 	checkLeaks(t)
 	var dials atomic.Int32
@@ -108,17 +109,18 @@ func TestGuardQuestions(t *testing.T) {
 	}
 	g.send("10.0.0.1:5000", "203.0.113.53:53", wireQuestion("DB.example.COM", 0))
 	eventually(t, "the dial to the resolver", func() bool { return dials.Load() == 1 })
-	req := newRequest("10.0.0.1:5001", "203.0.113.53:53")
-	g.HandleStream(req)
-	if _, why, _ := req.outcome(); !slices.Equal(why, []flow.Refusal{flow.RefuseReset}) {
-		t.Errorf("TCP to port 53 is refused by %v", why)
+	if got := g.askByTCP(t, wireQuestion("secret.attacker.test", 0)); got != refused(wireQuestion("secret.attacker.test", 0)) {
+		t.Errorf("a question over TCP is answered %x", got)
 	}
-	if s := g.Stats().DNS; s.Refused != 4 || s.Questions != 5 {
+	if got := g.askByTCP(t, wireQuestion("db.example.com", 5)); got != refused(wireQuestion("db.example.com", 5)) {
+		t.Errorf("an UPDATE over TCP is answered %x", got)
+	}
+	if s := g.Stats().DNS; s.Refused != 6 || s.Questions != 7 {
 		t.Errorf("%+v", s)
 	}
 	want := []string{
 		"udp reject none secret.attacker.test", "udp reject none db.example.com.attacker.test", "udp reject none db.example.com",
-		"udp reject none db!example.com", "udp resolve dns db.example.com", "tcp reject none ",
+		"udp reject none db!example.com", "udp resolve dns db.example.com", "tcp reject none secret.attacker.test", "tcp reject none db.example.com",
 	}
 	eventually(t, "the lines", func() bool { return len(file.lines(t)) >= len(want) })
 	var got []string
@@ -131,4 +133,29 @@ func TestGuardQuestions(t *testing.T) {
 	if !slices.Equal(got, want) {
 		t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
+}
+
+// askByTCP is the answer to a question that comes by a TCP connection to port 53.
+func (g *rig) askByTCP(t *testing.T, q string) string {
+	t.Helper()
+	to := Dest{Addr: netip.MustParseAddrPort("203.0.113.53:53"), Src: netip.MustParseAddr("10.0.0.1"), SrcPort: 5001}
+	got := make(chan int, 1)
+	answers{g.Router}.DialStream(t.Context(), nil, to, func(s loop.Socket, err error) {
+		if err != nil {
+			t.Error(err)
+		}
+		got <- s.Release()
+	})
+	f := os.NewFile(uintptr(<-got), "app")
+	defer f.Close()
+	_ = f.SetDeadline(time.Now().Add(patience))
+	if _, err := f.Write(append([]byte{0, byte(len(q))}, q...)); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 512)
+	n, err := f.Read(b)
+	if err != nil || n < 2 {
+		t.Fatal(n, err)
+	}
+	return string(b[2:n])
 }

@@ -70,7 +70,7 @@ func (r *shard) handleStream(req flow.StreamRequest) {
 		f.Start = time.Now()
 	}
 	r.count.streams.Add(1)
-	dest := Dest{Addr: f.Dst, Src: f.Src.Addr()}
+	dest := Dest{Addr: f.Dst, Src: f.Src.Addr(), SrcPort: f.Src.Port()}
 	if r.cfg.ComesBack != nil && r.cfg.ComesBack(f) {
 		r.turnAway(req, f, dest, verdictImpossible, flow.RefuseReset, "refused", errComesBack)
 		return
@@ -79,11 +79,8 @@ func (r *shard) handleStream(req flow.StreamRequest) {
 		p := r.policy.Load()
 		to, carried := d.Carries()
 		relayed := d.Relays() && flow.CanBePeer(f.Dst.Addr())
-		carried = (carried || relayed) && r.cfg.Pool == nil
-		if p.guard && (!carried || !p.needsName("")) { // nobody judges the questions in it
-			r.takeStream(req, f, dest, verdictNoName, &query{})
-			return
-		}
+		// A connection whose questions nobody looks at is carried as it is, zone transfers included.
+		carried = (carried || relayed) && r.cfg.Pool == nil && !p.guard && len(p.split.Zones) == 0
 		if !carried {
 			r.takeStream(req, f, dest, r.answer, nil)
 			return

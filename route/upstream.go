@@ -15,6 +15,8 @@ type Dest struct {
 	Addr netip.AddrPort
 	Name string
 	Src  netip.Addr // the app's address, for upstreams that choose a server by it
+	// SrcPort is the app's port. Nothing is chosen by it.
+	SrcPort uint16
 
 	// Sniffed is the name that the app said in its first bytes. Rules and status know it; it travels only as Name.
 	Sniffed string

@@ -61,7 +61,7 @@ func TestSharedQuestions(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.ServeTCP(fds[1], netip.AddrPort{})
+	s.ServeTCP(fds[1], netip.AddrPort{}, nil, nil)
 	goner := os.NewFile(uintptr(fds[0]), "goner")
 	q := question(0)
 	if _, err := goner.Write(append([]byte{0, byte(len(q))}, q...)); err != nil {

@@ -30,15 +30,18 @@ type asker struct {
 	s     *Server
 	f     *os.File
 	asked netip.AddrPort
+	judge Judge
+	seen  func(answer []byte)
 	slots chan struct{} // one for each question without a written answer
 	out   chan []byte   // as long: an answer never waits for room
 }
 
 // ServeTCP answers the questions that come by fd, a connected and non-blocking stream socket that it owns from here on. It
 // does not block, and ends the connection when it is idle, when what comes is no question, when there are too many
-// connections, and with Run. asked is as in Handle.
-func (s *Server) ServeTCP(fd int, asked netip.AddrPort) {
-	a := &asker{s: s, f: os.NewFile(uintptr(fd), "asker"), asked: asked,
+// connections, and with Run. asked is as in Handle, and judge as in HandleJudged. seen gets each answer before the app does, from any
+// goroutine, and keeps nothing; nil: nobody wants them.
+func (s *Server) ServeTCP(fd int, asked netip.AddrPort, judge Judge, seen func(answer []byte)) {
+	a := &asker{s: s, f: os.NewFile(uintptr(fd), "asker"), asked: asked, judge: judge, seen: seen,
 		slots: make(chan struct{}, askerPending), out: make(chan []byte, askerPending)}
 	t := &s.askers
 	t.mu.Lock()
@@ -115,7 +118,7 @@ func (a *asker) readLoop() (ended bool) {
 		case <-a.s.exchange.over:
 			return false
 		}
-		if !a.s.handle(buf, a.asked, byTCP, nil, nil, a.reply) {
+		if !a.s.handle(buf, a.asked, byTCP, a.judge, nil, a.reply) {
 			return false
 		}
 		if cap(buf) > 4096 {
@@ -139,6 +142,9 @@ func appendFrom(r io.Reader, b []byte, n int) ([]byte, error) {
 }
 
 func (a *asker) reply(b []byte) {
+	if a.seen != nil {
+		a.seen(b)
+	}
 	a.out <- append(binary.BigEndian.AppendUint16(make([]byte, 0, 2+len(b)), uint16(len(b))), b...)
 }
 

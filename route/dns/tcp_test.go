@@ -39,7 +39,7 @@ func tcpServer(t *testing.T) (connect func() net.Conn, stop func()) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s.ServeTCP(fds[1], netip.AddrPort{})
+		s.ServeTCP(fds[1], netip.AddrPort{}, nil, nil)
 		f := os.NewFile(uintptr(fds[0]), "app")
 		defer f.Close()
 		c, err := net.FileConn(f)

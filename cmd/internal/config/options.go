@@ -163,7 +163,12 @@ The resolvers are asked in their order: the next one when one cannot be reached,
 One that failed is asked last for 30 seconds.
 While none of them works, questions get SERVFAIL at once, but for one at a time that tries again.
 TCP connections to port 53 are carried to the first resolver if it is of
-.Cm tcp:// ;
+.Cm tcp://
+and neither
+.Fl -allow
+nor
+.Fl -dns-for
+is given;
 otherwise viasocks answers the questions in them, and zone transfers are refused.
 The rules decide how a resolver is reached; where none matches it is reached by
 .Fl -proxy .

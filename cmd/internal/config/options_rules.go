@@ -120,9 +120,8 @@ in its questions; it can also send data to the owner of
 if
 .Ar tcp:.example.com:443
 is allowed.
-Connections to TCP port 53 are refused unless all names are needed, and always with
-.Fl -dns Cm fake .
-DNS operations other than questions (UPDATE, NOTIFY) are refused over UDP.
+Questions over TCP are judged in the same way.
+DNS operations other than questions (UPDATE, NOTIFY) and zone transfers are refused.
 Conditions on the port, the source and the program do not count here: a name that one program needs is resolved for all.
 .Pp
 With
@@ -157,7 +156,12 @@ and the verdict
 .Cm resolve
 or
 .Cm reject ,
-without the program; so is a connection to TCP port 53, without the name.`,
+without the program.
+A question over TCP is such a line, too, where viasocks answers it, as with
+.Fl -allow , -dns-for
+and
+.Fl -dns Cm fake .
+Where it carries the connection to a resolver, the connection is a line without a name.`,
 	},
 	{
 		Name: "sniff", Arg: "off|rules|name", Default: "off", Live: true, Cmds: all, set: setSniff,
