@@ -7,15 +7,14 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"os"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
-	"go.uber.org/goleak"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -252,7 +251,7 @@ type testPair struct {
 }
 
 func newPair(t testing.TB, off tun.Offload, cfg Config) *testPair {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	a, b := tuntest.Pipe(1500, off)
 	p := &testPair{reqs: make(chan flow.StreamRequest, 2000)}
 	if cfg.Handler == nil {
@@ -275,32 +274,6 @@ func newPair(t testing.TB, off tun.Offload, cfg Config) *testPair {
 		}
 	})
 	return p
-}
-
-// checkLeaks fails the test if it leaves goroutines or file descriptors behind.
-func checkLeaks(t testing.TB) {
-	ignore := goleak.IgnoreCurrent()
-	fds := countFDs(t)
-	t.Cleanup(func() {
-		for end := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
-			err, n := goleak.Find(ignore), countFDs(t)
-			if err == nil && n <= fds {
-				return
-			}
-			if time.Now().After(end) {
-				t.Errorf("%d file descriptors before, %d after; %v", fds, n, err)
-				return
-			}
-		}
-	})
-}
-
-func countFDs(t testing.TB) int {
-	d, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(d)
 }
 
 func (p *testPair) request() flow.StreamRequest {

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun/tuntest"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 )
@@ -41,7 +42,7 @@ func TestRenew(t *testing.T) {
 	for i := range n {
 		cs = append(cs, p.mustDial(netip.AddrPortFrom(srv4.Addr(), uint16(i+1))))
 	}
-	waitFor(t, "the handshakes to end", func() bool { return p.st.Stats().Streams == n })
+	testkit.Eventually(t, "the handshakes to end", func() bool { return p.st.Stats().Streams == n })
 	if p.st.Renew() {
 		t.Fatal("renewed under open streams")
 	}
@@ -50,7 +51,7 @@ func TestRenew(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	waitFor(t, "all but one to end", func() bool { return len(first.ns.RegisteredEndpoints()) == 1 })
+	testkit.Eventually(t, "all but one to end", func() bool { return len(first.ns.RegisteredEndpoints()) == 1 })
 	if p.st.Renew() {
 		t.Fatal("renewed under an open stream")
 	}
@@ -58,7 +59,7 @@ func TestRenew(t *testing.T) {
 		t.Fatal(err)
 	}
 	first.ns.Stats().TCP.ChecksumErrors.Increment()
-	waitFor(t, "the renewal", p.st.Renew)
+	testkit.Eventually(t, "the renewal", p.st.Renew)
 	if p.st.shards[0].engine.Load() == first || p.st.Renew() {
 		t.Fatal("not renewed, or again for nothing")
 	}
@@ -121,7 +122,7 @@ func TestRenewAmidst(t *testing.T) {
 
 // TestRenewAtTheEnd: a renewal while the stack ends leaves nothing behind.
 func TestRenewAtTheEnd(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	for range 50 {
 		dev, far := tuntest.Pipe(1500, offAll)
 		defer far.Close()

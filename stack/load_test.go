@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
 	"gvisor.dev/gvisor/pkg/buffer"
@@ -168,7 +169,7 @@ func TestThousand(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			waitFor(t, "the streams to end", func() bool {
+			testkit.Eventually(t, "the streams to end", func() bool {
 				return p.st.Stats().Streams == 0 && registered(p.st) == 0
 			})
 			if s := p.st.Stats(); s.Accepted != uint64(n) || s.AppResets != 0 || s.Aborted != 0 {
@@ -190,7 +191,7 @@ func TestIdle(t *testing.T) {
 	for i := range n {
 		p.mustDial(netip.AddrPortFrom(srv4.Addr(), uint16(i+1)))
 	}
-	waitFor(t, "the handshakes to end", func() bool { return p.st.Stats().Streams == n+1 && runtime.NumGoroutine() <= before })
+	testkit.Eventually(t, "the handshakes to end", func() bool { return p.st.Stats().Streams == n+1 && runtime.NumGoroutine() <= before })
 	t.Logf("%d streams: %d bytes of heap each, app's side and test included", n, (heapBytes()-m)/n)
 }
 
@@ -339,7 +340,7 @@ func TestResetAllRefuses(t *testing.T) {
 
 func TestLifecycle(t *testing.T) {
 	t.Run("never run", func(t *testing.T) {
-		checkLeaks(t)
+		testkit.CheckLeaks(t)
 		a, _ := tuntest.Pipe(1500, offAll)
 		s, err := New(Config{Device: a, Handler: new(testHandler)})
 		must(t, err)
@@ -350,7 +351,7 @@ func TestLifecycle(t *testing.T) {
 		}
 	})
 	t.Run("bad config", func(t *testing.T) {
-		checkLeaks(t)
+		testkit.CheckLeaks(t)
 		for _, c := range []Config{{}, {Handler: new(testHandler), KeepaliveIdle: -1}, {Handler: new(testHandler), Limits: Limits{Pending: -1}}} {
 			a, _ := tuntest.Pipe(1500, offAll)
 			c.Device = a
@@ -363,7 +364,7 @@ func TestLifecycle(t *testing.T) {
 		}
 	})
 	t.Run("the device goes", func(t *testing.T) {
-		checkLeaks(t)
+		testkit.CheckLeaks(t)
 		a, b := tuntest.Pipe(1500, offAll)
 		s, err := New(Config{Device: a, Handler: new(testHandler)})
 		must(t, err)

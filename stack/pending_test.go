@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun/tuntest"
 	"gvisor.dev/gvisor/pkg/buffer"
 	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
@@ -358,7 +359,7 @@ func TestPending(t *testing.T) {
 
 // TestPendingNoGoroutines: thousands of dials pending cost no goroutine.
 func TestPendingNoGoroutines(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	synctest.Test(t, func(t *testing.T) {
 		s := new(fakeSockets)
 		x := newTableTest(t, Limits{}, s)

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -71,7 +72,7 @@ type rawStack struct {
 func newRaw(t testing.TB, cfg Config) *rawStack { return newRawOver(t, offAll, cfg) }
 
 func newRawOver(t testing.TB, off tun.Offload, cfg Config) *rawStack {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	a, b := tuntest.Pipe(1500, off)
 	r := &rawStack{t: t, dev: b, reqs: make(chan flow.StreamRequest, 100)}
 	cfg.Device = a
@@ -217,7 +218,7 @@ func TestRefusal(t *testing.T) {
 					}
 					r.send(tun.Header{}, syn)
 				}
-				waitFor(t, "the count", func() bool { return r.s.Stats().Refused == 1 })
+				testkit.Eventually(t, "the count", func() bool { return r.s.Stats().Refused == 1 })
 				return nil
 			}
 			t.Run(tt.why.String()+"/"+dst.String(), func(t *testing.T) {
@@ -304,7 +305,7 @@ func TestSYN(t *testing.T) {
 	first.OnCancel(func() { close(cancelled) })
 	r.send(tun.Header{}, segment(src, srv4, 1000, 0, header.TCPFlagSyn, nil, nil))
 	r.quiet()
-	waitFor(t, "the retransmission to be counted", func() bool { return r.s.Stats().Retransmits == 1 })
+	testkit.Eventually(t, "the retransmission to be counted", func() bool { return r.s.Stats().Retransmits == 1 })
 	// Another ISN replaces the first.
 	r.send(tun.Header{}, segment(src, srv4, 5000, 0, header.TCPFlagSyn, nil, nil))
 	second := r.request()
@@ -332,7 +333,7 @@ func TestSYN(t *testing.T) {
 	bad[37] ^= 0xff
 	r.send(tun.Header{}, bad)
 	r.quiet()
-	waitFor(t, "the wrong checksum to be counted", func() bool { return r.s.Stats().DroppedChecksum == 1 })
+	testkit.Eventually(t, "the wrong checksum to be counted", func() bool { return r.s.Stats().DroppedChecksum == 1 })
 	r.send(tun.Header{Flags: tun.DataValid}, bad)
 	r.request()
 	bad[23]++ // the ISN
@@ -370,7 +371,7 @@ func TestBudgetUnanswered(t *testing.T) {
 	over := segment(netip.AddrPortFrom(appIP4, 2), srv4, 1, 0, header.TCPFlagSyn, nil, nil)
 	r.send(tun.Header{}, over)
 	r.quiet()
-	waitFor(t, "what is over the budget to be counted", func() bool { return r.s.Stats().OverDestBudget == 1 })
+	testkit.Eventually(t, "what is over the budget to be counted", func() bool { return r.s.Stats().OverDestBudget == 1 })
 	req.Reject(flow.RefuseSilent)
 	r.send(tun.Header{}, over)
 	r.request()
@@ -436,7 +437,7 @@ func TestDropped(t *testing.T) {
 			if r.dev.Write(&tt.h, [][]byte{tt.b}) != nil { // the pipe refuses it as the kernel would: not the stack's case
 				newFrameReader(r.s.shards[0]).take(&tt.h, tt.b, inArena)
 			}
-			waitFor(t, "the count", func() bool { return tt.count(r.s.Stats()) == 1 })
+			testkit.Eventually(t, "the count", func() bool { return tt.count(r.s.Stats()) == 1 })
 			r.quiet()
 		})
 	}
@@ -470,13 +471,13 @@ func TestDataChecksum(t *testing.T) {
 			bad := append([]byte(nil), good...)
 			bad[len(bad)-1] = 1
 			r.send(tun.Header{}, bad)
-			waitFor(t, "the count", func() bool { return r.s.Stats().DroppedChecksum == 1 })
+			testkit.Eventually(t, "the count", func() bool { return r.s.Stats().DroppedChecksum == 1 })
 			if n, err := c.st.ReadTo(&sliceWriter{b: make([]byte, size)}); n != 0 || !errors.Is(err, flow.ErrAgain) {
 				t.Fatalf("read %d, %v of a segment with a wrong checksum", n, err)
 			}
 			r.send(tun.Header{}, good)
 			w := &sliceWriter{b: make([]byte, size)}
-			waitFor(t, "the data", func() bool { c.st.ReadTo(w); return w.n == size })
+			testkit.Eventually(t, "the data", func() bool { c.st.ReadTo(w); return w.n == size })
 			if s := r.s.Stats(); s.DroppedChecksum != 1 {
 				t.Fatalf("%d wrong checksums", s.DroppedChecksum)
 			}

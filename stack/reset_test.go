@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
@@ -210,17 +211,8 @@ func TestAbort(t *testing.T) {
 				if s := p.st.Stats(); s.Streams != 0 {
 					t.Fatalf("%d streams", s.Streams)
 				}
-				waitFor(t, "the endpoint to go", func() bool { return registered(p.st) == 0 })
+				testkit.Eventually(t, "the endpoint to go", func() bool { return registered(p.st) == 0 })
 			})
-		}
-	}
-}
-
-func waitFor(t testing.TB, what string, f func() bool) {
-	t.Helper()
-	for end := time.Now().Add(patience); !f(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("waited %v for %s", patience, what)
 		}
 	}
 }
@@ -267,7 +259,7 @@ func TestOrderlyClose(t *testing.T) {
 			time.Sleep(50 * time.Millisecond) // into TIME_WAIT, with its HUP
 			readEOF(t, up)
 			must(t, up.st.Close())
-			waitFor(t, "the endpoint to go", func() bool { return registered(p.st) == 0 })
+			testkit.Eventually(t, "the endpoint to go", func() bool { return registered(p.st) == 0 })
 			if s := p.st.Stats(); s.AppResets != 0 || s.Aborted != 0 || s.Streams != 0 {
 				t.Fatalf("%d resets by the app, %d by us, %d streams", s.AppResets, s.Aborted, s.Streams)
 			}
@@ -295,7 +287,7 @@ func TestCloseDelivers(t *testing.T) {
 		t.Fatalf("%d of %d bytes, %v", m, n, err)
 	}
 	app.Close()
-	waitFor(t, "the endpoint to go", func() bool { return registered(p.st) == 0 })
+	testkit.Eventually(t, "the endpoint to go", func() bool { return registered(p.st) == 0 })
 }
 
 // TestQueued: what the app has not taken is known, so that a RST from upstream can wait for it.
@@ -322,7 +314,7 @@ func TestQueued(t *testing.T) {
 		}
 		last = now
 		if n-got <= 0 && last > 0 {
-			waitFor(t, "the last acknowledgement", func() bool { last = queued(); return last == 0 })
+			testkit.Eventually(t, "the last acknowledgement", func() bool { last = queued(); return last == 0 })
 		}
 	}
 	// Now the RST overtakes nothing: all is in the app's kernel.

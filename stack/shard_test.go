@@ -16,6 +16,7 @@ import (
 
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/stacktest"
+	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -123,7 +124,7 @@ func TestShardsTCP(t *testing.T) {
 // TestShardsUDP: datagrams come to their port's shard in order, whatever queue they come by, whole or in fragments; and so does
 // the app's word that a port is closed.
 func TestShardsUDP(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	here, there := tuntest.Pipe(1500, offAll)
 	h := newShardHandler(t, nil)
 	s, err := New(Config{Device: here, Handler: h, Shards: 4})
@@ -159,7 +160,7 @@ func TestShardsUDP(t *testing.T) {
 					send(d)
 				}
 				total++
-				waitFor(t, "a datagram", func() bool { h.mu.Lock(); defer h.mu.Unlock(); return len(h.got[src]) == i+1 })
+				testkit.Eventually(t, "a datagram", func() bool { h.mu.Lock(); defer h.mu.Unlock(); return len(h.got[src]) == i+1 })
 				h.mu.Lock()
 				if b := h.got[src][i]; b[0] != byte(i) || len(b) != 1+2999*(i%4/3) {
 					t.Fatalf("%v: datagram %d is %d of %d bytes", src, i, b[0], len(b))
@@ -174,7 +175,7 @@ func TestShardsUDP(t *testing.T) {
 	for i := range 200 {
 		send(stacktest.Datagram{Src: src, Dst: far4, Payload: []byte{byte(i)}}.Frame())
 	}
-	waitFor(t, "the run", func() bool { h.mu.Lock(); defer h.mu.Unlock(); return len(h.got[src]) == 200 })
+	testkit.Eventually(t, "the run", func() bool { h.mu.Lock(); defer h.mu.Unlock(); return len(h.got[src]) == 200 })
 	for i, b := range h.got[src] {
 		if b[0] != byte(i) && !t.Failed() {
 			t.Errorf("datagram %d is %d", i, b[0])
@@ -192,7 +193,7 @@ func TestShardsUDP(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	waitFor(t, "the ICMP errors", func() bool { h.mu.Lock(); defer h.mu.Unlock(); return len(h.gone) == ports })
+	testkit.Eventually(t, "the ICMP errors", func() bool { h.mu.Lock(); defer h.mu.Unlock(); return len(h.gone) == ports })
 	st := s.Stats()
 	if st.UDP.In != uint64(total+200) || st.HandedOver == 0 || st.DroppedHandover != 0 || st.UDP.InReassembled != 2*ports*each/4 {
 		t.Errorf("%+v", st)
@@ -251,8 +252,8 @@ func TestShardsBudget(t *testing.T) {
 		dst := netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(i % 10)}), 80)
 		r.send(tun.Header{}, segment(netip.AddrPortFrom(appIP4, uint16(3000+i)), dst, 1, 0, header.TCPFlagSyn, nil, nil))
 	}
-	waitFor(t, "all SYNs", func() bool { return r.s.Stats().FramesIn >= 100 })
-	waitFor(t, "the budget to be used", func() bool {
+	testkit.Eventually(t, "all SYNs", func() bool { return r.s.Stats().FramesIn >= 100 })
+	testkit.Eventually(t, "the budget to be used", func() bool {
 		st := r.s.Stats()
 		return st.SYNs == 20 && st.OverBudget+st.OverDestBudget == 80 && st.Pending == 20
 	})
@@ -263,7 +264,7 @@ func TestShardsBudget(t *testing.T) {
 	for i := range 10 {
 		r.send(tun.Header{}, segment(netip.AddrPortFrom(appIP4, uint16(4000+i)), one, 1, 0, header.TCPFlagSyn, nil, nil))
 	}
-	waitFor(t, "the destination's budget to be used", func() bool {
+	testkit.Eventually(t, "the destination's budget to be used", func() bool {
 		st := r.s.Stats()
 		return st.SYNs == 25 && st.OverDestBudget >= 5 && st.Pending == 5
 	})

@@ -14,6 +14,7 @@ import (
 
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/stacktest"
+	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
 	"golang.org/x/sys/unix"
@@ -54,7 +55,7 @@ func echoUDP(w flow.PacketWriter, ps []flow.Packet) {
 // udpPair is an app with its stack, and a whole Stack of ours whose handler is f.
 func udpPair(t *testing.T, off tun.Offload, f func(flow.PacketWriter, []flow.Packet)) (*stacktest.App, *Stack, *udpHandler) {
 	t.Helper()
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	here, there := tuntest.Pipe(1500, off)
 	h := &udpHandler{f: f}
 	s, err := New(Config{Device: here, Handler: h})
@@ -130,7 +131,7 @@ func TestUDPEcho(t *testing.T) {
 					receive(t, c, to, fill(n))
 				}
 				// The counters are behind the frame.
-				waitFor(t, "the counters", func() bool {
+				testkit.Eventually(t, "the counters", func() bool {
 					st := s.Stats().UDP
 					return st.In == uint64(len(sizes)) && st.Out == st.In && st.InReassembled >= 5
 				})
@@ -158,7 +159,7 @@ func TestUDPSuperFrames(t *testing.T) {
 		for rest := d.Payload; len(rest) > 0; rest = rest[min(1200, len(rest)):] {
 			receive(t, c, to, rest[:min(1200, len(rest))])
 		}
-		waitFor(t, "the counters", func() bool {
+		testkit.Eventually(t, "the counters", func() bool {
 			st := s.Stats().UDP
 			return st.In == 11 && st.InSuper == 1 && st.Out == 11 && st.OutSuper == 1
 		})
@@ -275,7 +276,7 @@ func TestUDPFragments(t *testing.T) {
 			a[2].Data[len(a[2].Data)-1] ^= 1
 			inject(t, app, a...)
 			silent(t, c)
-			waitFor(t, "the wrong checksum to be counted", func() bool { return s.Stats().UDP.DroppedChecksum == 1 })
+			testkit.Eventually(t, "the wrong checksum to be counted", func() bool { return s.Stats().UDP.DroppedChecksum == 1 })
 
 			// Beyond 64 KiB when put together, of no length, and without a first one.
 			last := frags(from, to, most, 105)
@@ -305,7 +306,7 @@ func TestUDPFragments(t *testing.T) {
 			}
 			inject(t, app, frags(from, to, 3000, 107)...)
 			receive(t, c, to, fill(3000))
-			waitFor(t, "the counters", func() bool { return s.Stats().UDP.InReassembled >= 15 }) // they are behind the frame
+			testkit.Eventually(t, "the counters", func() bool { return s.Stats().UDP.InReassembled >= 15 }) // they are behind the frame
 			if got := s.Stats().UDP; got.DroppedMalformed != 0 || got.InReassembled != 15 {
 				t.Errorf("%+v", got)
 			}
@@ -355,7 +356,7 @@ func TestUDPRefused(t *testing.T) {
 			if _, err := conn.Read(make([]byte, 10)); !errors.Is(err, unix.ECONNREFUSED) {
 				t.Errorf("%d bytes to %v: %v", n, c.to, err)
 			}
-			waitFor(t, "the counter", func() bool { return s.Stats().UDP.Refused == 1 })
+			testkit.Eventually(t, "the counter", func() bool { return s.Stats().UDP.Refused == 1 })
 		}
 	}
 }
@@ -376,7 +377,7 @@ func TestUDPClosedSocket(t *testing.T) {
 		time.Sleep(20 * time.Millisecond)
 		conn.Close()
 		close(hold)
-		waitFor(t, "the ICMP error", func() bool {
+		testkit.Eventually(t, "the ICMP error", func() bool {
 			h.mu.Lock()
 			defer h.mu.Unlock()
 			return slices.Equal(h.gone, []netip.AddrPort{c.from, c.to})

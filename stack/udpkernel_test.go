@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
 	"golang.org/x/sys/unix"
 )
@@ -93,7 +94,7 @@ func openTUN(t *testing.T, mode tun.Mode) tun.Device {
 	}
 	// The kernel makes the route to an IPv6 address of its own later, from a work queue, also without DAD: until then
 	// what arrives for it is not local.
-	waitFor(t, "the IPv6 address", func() bool {
+	testkit.Eventually(t, "the IPv6 address", func() bool {
 		out, _ := exec.Command("ip", "-6", "route", "show", "table", "local").Output()
 		return bytes.Contains(out, []byte("local "+app6.Addr().String()))
 	})
@@ -103,7 +104,7 @@ func openTUN(t *testing.T, mode tun.Mode) tun.Device {
 // kernelStack is a Stack of ours on a real TUN.
 func kernelStack(t *testing.T, mode tun.Mode, f func(flow.PacketWriter, []flow.Packet)) (*Stack, *udpHandler) {
 	t.Helper()
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	dev := openTUN(t, mode)
 	h := &udpHandler{f: f}
 	s, err := New(Config{Device: dev, Handler: h})
@@ -175,7 +176,7 @@ func TestKernelUDPSizes(t *testing.T) {
 						t.Fatalf("%d: %d bytes: %v; %+v", n, m, err, s.Stats().UDP)
 					}
 				}
-				waitFor(t, "the counters", func() bool {
+				testkit.Eventually(t, "the counters", func() bool {
 					st := s.Stats().UDP
 					return st.In == uint64(len(sizes)) && st.Out == st.In && st.InReassembled >= 4
 				})
@@ -210,7 +211,7 @@ func TestKernelUDPSuperFrames(t *testing.T) {
 						t.Fatalf("datagram %d has %d bytes, want %d", i, n, len(part))
 					}
 				}
-				waitFor(t, "the counters", func() bool { return s.Stats().UDP.Out == count })
+				testkit.Eventually(t, "the counters", func() bool { return s.Stats().UDP.Out == count })
 				st := s.Stats().UDP
 				if uso := s.dev.Offload()&tun.USO != 0; uso != (st.InSuper == 1) || uso != (st.OutSuper > 0) || st.In != count {
 					t.Errorf("USO %v: %+v", uso, st)
@@ -242,7 +243,7 @@ func TestKernelUDPManySegments(t *testing.T) {
 			t.Fatalf("datagram %d: %d bytes: %v", i, n, err)
 		}
 	}
-	waitFor(t, "the counters", func() bool { return s.Stats().UDP.OutSuper == 3 })
+	testkit.Eventually(t, "the counters", func() bool { return s.Stats().UDP.OutSuper == 3 })
 }
 
 // Each refusal as the errno of a connected socket.
@@ -330,10 +331,10 @@ func TestKernelUDPRules(t *testing.T) {
 		t.Fatal(err)
 	}
 	app := netip.AddrPortFrom(app4.Addr(), c.LocalAddr().(*net.UDPAddr).AddrPort().Port())
-	waitFor(t, "the datagram", func() bool { return s.Stats().UDP.In == 2 })
+	testkit.Eventually(t, "the datagram", func() bool { return s.Stats().UDP.In == 2 })
 	c.Close()
 	hold <- struct{}{}
-	waitFor(t, "port unreachable", func() bool {
+	testkit.Eventually(t, "port unreachable", func() bool {
 		h.mu.Lock()
 		defer h.mu.Unlock()
 		return slices.Equal(h.gone, []netip.AddrPort{app, stranger})

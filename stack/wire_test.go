@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
@@ -215,7 +216,7 @@ func TestEndInSuperSegment(t *testing.T) {
 					if late {
 						c.do(r)
 						close(said)
-						waitFor(t, "the end to be seen", func() bool { s := r.up.state(); return s != tcp.StateEstablished })
+						testkit.Eventually(t, "the end to be seen", func() bool { s := r.up.state(); return s != tcp.StateEstablished })
 					} else {
 						go func() { defer close(said); c.do(r) }()
 					}
@@ -297,7 +298,7 @@ func TestPersist(t *testing.T) {
 						_, err := io.Copy(from, struct{ io.Reader }{bytes.NewReader(want[:size])})
 						wrote <- err
 					}()
-					waitFor(t, "the probes", func() bool { return seen.Load() >= probes })
+					testkit.Eventually(t, "the probes", func() bool { return seen.Load() >= probes })
 					select {
 					case err := <-wrote:
 						t.Fatalf("%d bytes went nowhere: %v", size, err)

@@ -8,32 +8,20 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"os"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 )
 
 // patience is for what must happen, on a machine that may stall for seconds.
 const patience = 20 * time.Second
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(settled{m}) }
-
-// settled waits after the tests for goroutines that are about to end.
-type settled struct{ m *testing.M }
-
-func (s settled) Run() int {
-	code := s.m.Run()
-	for end := time.Now().Add(patience); goleak.Find() != nil && time.Now().Before(end); {
-		time.Sleep(5 * time.Millisecond)
-	}
-	return code
-}
+func TestMain(m *testing.M) { testkit.Main(m) }
 
 var (
 	app4 = netip.MustParseAddr("10.0.0.2")
@@ -368,7 +356,7 @@ func TestFaults(t *testing.T) {
 }
 
 func TestCloseGivesBack(t *testing.T) {
-	before := fds(t)
+	testkit.CheckLeaks(t)
 	app, far := pair(t, all)
 	l, err := far.ListenTCP(netip.AddrPortFrom(far4, 80))
 	if err != nil {
@@ -393,21 +381,6 @@ func TestCloseGivesBack(t *testing.T) {
 	if err := app.Inject(Frame{Data: []byte{0x45}}); err == nil {
 		t.Error("written after Close")
 	}
-	for end := time.Now().Add(patience); (goleak.Find() != nil || fds(t) > before) && time.Now().Before(end); {
-		time.Sleep(5 * time.Millisecond)
-	}
-	if after := fds(t); after != before {
-		t.Errorf("%d fds, before %d", after, before)
-	}
-	goleak.VerifyNone(t)
-}
-
-func fds(t *testing.T) int {
-	d, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(d)
 }
 
 func FuzzFrame(f *testing.F) {

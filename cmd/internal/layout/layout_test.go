@@ -26,7 +26,7 @@ const (
 )
 
 // table is the import table of the design: what each package may import besides the standard library, itself, and
-// (in tests) nettest and goleak. A package of ours without a row fails the test.
+// (in tests) nettest, goleak and our testkit. A package of ours without a row fails the test.
 var table = []struct {
 	pkg    string   // below self; "/..." takes all below
 	may    []string // prefixes
@@ -35,6 +35,8 @@ var table = []struct {
 }{
 	{"stack/loop", []string{xsys}, nil,
 		"the event loop that socks, route/relay and tun share: it knows sockets and nothing of what is said on them"},
+	{"stack/testkit", []string{goleak}, nil,
+		"the waits and leak checks of all tests: it knows no layer, so every layer's tests may import it"},
 	{"stack/flow", nil, nil,
 		"the nouns of the seam: an import here would reach both sides of it"},
 	{"socks", []string{self + "/stack/loop", xsys}, []string{self + "/socks/sockstest"},
@@ -120,7 +122,7 @@ func checkPackage(t *testing.T, p listed) {
 				t.Errorf("%s imports %s, which it may not: %s", p.ImportPath, imp, row.reason)
 			}
 		}
-		inTests := append(append([]string{goleak, nettest}, row.may...), row.tests...)
+		inTests := append(append([]string{goleak, nettest, self + "/stack/testkit"}, row.may...), row.tests...)
 		for _, imp := range append(p.TestImports, p.XTestImports...) {
 			if !allowed(imp, p.ImportPath, inTests) {
 				t.Errorf("a test of %s imports %s, which it may not: %s", p.ImportPath, imp, row.reason)
