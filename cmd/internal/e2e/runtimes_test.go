@@ -126,8 +126,8 @@ var fetchers = []fetcher{
 	}},
 }
 
-// nscd is where every program of glibc asks for names first. It counts the programs in the network namespace of the test, and those
-// in another one. It drops them, so that they go on to nsswitch.conf.
+// nscd is where every program of glibc asks for names first. It counts the programs in the network namespace of the test, and
+// those in another one. It drops them, so that they go on to nsswitch.conf.
 func nscd(t *testing.T) (here, elsewhere *atomic.Int32) {
 	t.Helper()
 	const dir = "/run/nscd"
@@ -182,8 +182,8 @@ func peerNamespace(c *net.UnixConn) (ns string) {
 	return ns
 }
 
-// TestRuntimes: each library that resolves names finds a name under `viasocks run`, by real answers and by addresses that stand for
-// names, and asks no nscd of the host.
+// TestRuntimes: each library that resolves names finds a name under `viasocks run`, by real answers and by addresses that stand
+// for names, and asks no nscd of the host.
 func TestRuntimes(t *testing.T) {
 	needPrograms(t, "dnsmasq", "microsocks")
 	// Its answer for IPv6 must be empty: REFUSED or NXDOMAIN, which dnsmasq gives with --address, ends musl's search.

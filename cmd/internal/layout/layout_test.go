@@ -77,8 +77,9 @@ var table = []struct {
 	},
 	{"route/kernel", []string{netlink, nftables, xsys}, nil,
 		"changes the host and undoes it: must work without a data plane"},
-	{"cmd/internal/hosttest", []string{self + "/...", xsys}, []string{netlink, dnsmessage},
-		"its tests configure a host as DHCP clients do, with nothing between one message to the kernel and the next, and ask for names"},
+	{"cmd/internal/hosttest", []string{self + "/...", xsys}, []string{netlink, dnsmessage, godbus},
+		"its tests configure a host as DHCP clients do, with nothing between one message to the kernel and the next, ask for names, " +
+			"and stand in for systemd-resolved"},
 	{"cmd/internal/resolved", []string{godbus, xsys}, nil,
 		"speaks to systemd-resolved, and knows a device by its index and nothing else of ours"},
 	{"cmd/...", []string{self + "/...", pflag, xsys}, nil,
