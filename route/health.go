@@ -40,8 +40,8 @@ func (u *upstream) refused(now int64) (flow.Refusal, bool) {
 // health is whether the server works, so that its failing is logged once and not for each flow.
 type health struct {
 	mu      sync.Mutex
-	down    bool
-	logged  bool // that it is down
+	down    atomic.Bool // written under mu; read by each flow
+	logged  bool        // that it is down
 	changed time.Time
 }
 
@@ -52,10 +52,10 @@ const quiet = 10 * time.Second
 func (h *health) failed(r *Router, u *upstream, what string, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.down && h.logged {
+	if h.down.Load() && h.logged {
 		return
 	}
-	h.down = true
+	h.down.Store(true)
 	if now := time.Now(); h.changed.IsZero() || now.Sub(h.changed) >= quiet {
 		h.changed, h.logged = now, true
 		r.log.post(slog.LevelWarn, "upstream does not work for "+what, slog.String("upstream", u.name), slog.Any("err", err))
@@ -63,12 +63,15 @@ func (h *health) failed(r *Router, u *upstream, what string, err error) {
 }
 
 func (h *health) works(r *Router, u *upstream, what string) {
+	if !h.down.Load() {
+		return // no lock for each flow
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if !h.down {
+	if !h.down.Load() {
 		return
 	}
-	h.down = false
+	h.down.Store(false)
 	if h.logged {
 		h.logged = false
 		h.changed = time.Now()
@@ -77,8 +80,4 @@ func (h *health) works(r *Router, u *upstream, what string) {
 }
 
 // isDown is for the status.
-func (h *health) isDown() bool {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.down
-}
+func (h *health) isDown() bool { return h.down.Load() }

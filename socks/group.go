@@ -81,6 +81,10 @@ type Group struct {
 	timer  *time.Timer                 // of the next trial or look; nil: none is planned
 	closed bool
 
+	// While nothing speaks against any server, flows neither wait for mu nor write to what others read: see calm.go.
+	calm  atomic.Bool
+	heard []atomic.Int64 // when each server granted a request past mu
+
 	ctx    context.Context // of trials and looks
 	cancel context.CancelFunc
 
@@ -96,7 +100,7 @@ func (d *Dialer) Group(l *loop.Loop, servers []Server, o GroupOptions) (*Group, 
 	if len(servers) == 0 || len(servers) > MaxServers {
 		return nil, fmt.Errorf("cannot use the group %s: it has %d servers, 1 to %d are allowed", o.Name, len(servers), MaxServers)
 	}
-	g := &Group{d: d, l: l, looks: make([]looks, len(servers)), c: chooser{opts: o, servers: make([]health, len(servers))}}
+	g := &Group{d: d, l: l, looks: make([]looks, len(servers)), heard: make([]atomic.Int64, len(servers)), c: chooser{opts: o, servers: make([]health, len(servers))}}
 	for _, s := range servers {
 		c := d.Client(s)
 		c.connectTimeout, c.handshakeTimeout, c.via = o.ConnectTimeout, o.HandshakeTimeout, o.Via
@@ -105,9 +109,9 @@ func (d *Dialer) Group(l *loop.Loop, servers []Server, o GroupOptions) (*Group, 
 		g.assocs = append(g.assocs, map[*Association]struct{}{})
 	}
 	g.ctx, g.cancel = context.WithCancel(d.ctx)
-	g.mu.Lock()
+	g.lock()
 	g.plan()
-	g.mu.Unlock()
+	g.unlock()
 	return g, nil
 }
 
@@ -180,18 +184,23 @@ func (g *Group) start(r *run, cmd Command) {
 	if g.c.opts.Select == Hash {
 		src = sourceOf(r.ctx)
 	}
-	g.mu.Lock()
-	g.c.begin(&r.a, cmd, src, r.dst)
-	g.mu.Unlock()
+	if !g.beginCalm(&r.a, cmd, src, r.dst) {
+		g.mu.Lock()
+		g.c.begin(&r.a, cmd, src, r.dst)
+		g.mu.Unlock()
+	}
 	r.next()
 }
 
 // next asks the next server, or gives up.
 func (r *run) next() {
 	g := r.g
-	g.mu.Lock()
-	server, ok := g.c.next(&r.a, g.d.now())
-	g.mu.Unlock()
+	server, ok := g.nextCalm(&r.a)
+	if !ok {
+		g.mu.Lock()
+		server, ok = g.c.next(&r.a, g.d.now())
+		g.mu.Unlock()
+	}
 	switch {
 	case !ok:
 		r.fail(r.a.failure(g.c.opts.Name))
@@ -240,7 +249,10 @@ func (r *run) failed(o outcome) {
 
 // took accounts for the end of an attempt.
 func (g *Group) took(r *run, err error) outcome {
-	g.mu.Lock()
+	if err == nil && g.grantedCalm(r) {
+		return outcome{}
+	}
+	g.lock()
 	h := &g.c.servers[r.server]
 	said := h.why
 	o := g.c.done(&r.a, r.server, err, g.d.now())
@@ -248,7 +260,7 @@ func (g *Group) took(r *run, err error) outcome {
 		g.moveAssociations(r.server)
 		g.plan()
 	}
-	g.mu.Unlock()
+	g.unlock()
 	g.tell(r.server, o, said, err)
 	return o
 }

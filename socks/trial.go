@@ -62,8 +62,8 @@ func (g *Group) lookAt(i int) (at time.Duration, ok bool) {
 
 // look begins the trials and looks that are due.
 func (g *Group) look() {
-	g.mu.Lock()
-	defer g.mu.Unlock()
+	g.lock()
+	defer g.unlock()
 	if g.closed {
 		return
 	}
@@ -84,7 +84,7 @@ func (g *Group) look() {
 
 // looked takes the end of a trial or a look.
 func (g *Group) looked(i int, trial bool, err error) {
-	g.mu.Lock()
+	g.lock()
 	h := &g.c.servers[i]
 	now := g.d.now()
 	said := h.why
@@ -109,6 +109,6 @@ func (g *Group) looked(i int, trial bool, err error) {
 		g.looks[i].next = now + g.c.opts.Check
 	}
 	g.plan()
-	g.mu.Unlock()
+	g.unlock()
 	g.tell(i, o, said, err)
 }
