@@ -17,6 +17,7 @@
 // Goroutines of a Router: Run itself (opens and closes associations, expires mappings), one that writes the flow log,
 // and those of route/dns. The frame reader calls HandleStream and HandlePackets; relay loops call the sinks.
 //
-// Port 53 is answered by route/dns over UDP whatever address was asked, and TCP to port 53 is carried to the first
-// resolver, before any rule is looked at.
+// Port 53 is answered by route/dns over UDP whatever address was asked. TCP to port 53 is carried to the first resolver if that is
+// of tcp://, and else answered by route/dns too. Both come before any rule is looked at. With RelayDNS questions go to the server
+// that was asked.
 package route

@@ -2,6 +2,7 @@ package route
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"net/netip"
 	"slices"
@@ -159,6 +160,23 @@ func TestReloadDNS(t *testing.T) {
 	}
 	if g.dns.Load() != old {
 		t.Error("another resolver, and nothing that concerns it changed")
+	}
+	// What else a resolver is asked by is taken too.
+	for _, change := range []func(*Policy){
+		func(p *Policy) { p.RelayDNS = true },
+		func(p *Policy) { p.ResolverCAs = x509.NewCertPool() },
+		func(p *Policy) { p.Resolvers[0].Kind = dns.TLS },
+	} {
+		old = g.dns.Load()
+		p := Policy{Upstreams: []Upstream{b}, Default: "b", Resolvers: []dns.Resolver{dns.OverTCP(two)},
+			Rules: []Rule{mustRule(t, "port 25 reject")}}
+		change(&p)
+		if err := g.Reload(p); err != nil {
+			t.Fatal(err)
+		}
+		if d := g.dns.Load(); d == old || d.Relays() != p.RelayDNS {
+			t.Errorf("%+v is not taken", p)
+		}
 	}
 	if rules := g.Rules(); !slices.ContainsFunc(rules, func(r RuleInfo) bool { return r.Rule == "port 25 reject" }) {
 		t.Errorf("%+v", rules)

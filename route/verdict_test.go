@@ -75,6 +75,22 @@ func TestResolverDefault(t *testing.T) {
 			t.Errorf("default %q, resolvers %q: %s by %q, want %q", tt.def, tt.resolvers, tt.dst, got, tt.want)
 		}
 	}
+	// A resolver has the name in its URL, whether or not its address is known.
+	p, err := newPolicy(Config{Upstreams: []Upstream{a, b}, Default: "a", Rules: []Rule{mustRule(t, "name dns.example reject")}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for s, want := range map[string]kind{
+		"tls://dns.example": reject, "tls://192.0.2.1#dns.example": reject, "tls://dns2.example": carry, "tls://192.0.2.1": carry,
+	} {
+		r, err := dns.ParseResolver(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if v := p.decideResolver(r); v.kind != want {
+			t.Errorf("%s: %+v", s, v)
+		}
+	}
 	if _, err := newPolicy(Config{Upstreams: []Upstream{a}, ResolverDefault: "b"}, nil); err == nil ||
 		!strings.Contains(err.Error(), "the upstreams are a") {
 		t.Error(err)
