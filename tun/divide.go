@@ -81,5 +81,5 @@ func (q *queues) release() ([]int, error) {
 // wake ends a read that waits. The reader looks at woke after it has asked the set, so that it finds the one or the other.
 func (q *queues) wake() {
 	q.woke.Store(true)
-	_ = q.raw.Control(func(uintptr) { q.ring() }) // so that the bell is not closed meanwhile
+	_ = q.set.Guard(func(uintptr) { q.ring() }) // so that the bell is not closed meanwhile
 }

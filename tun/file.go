@@ -226,7 +226,7 @@ func (d *fileDevice) Close() error {
 	return err
 }
 
-// rawErr names the error of a RawConn: with the file open it has none to give.
+// rawErr names the error of a Poller: while that is open it has none to give.
 func (d *fileDevice) rawErr(err error) error {
 	if d.closed.Load() {
 		return os.ErrClosed
@@ -239,9 +239,9 @@ func (d *fileDevice) Read(h *Header, b []byte, wait bool) (int, error) {
 	r.set(b)
 	var err error
 	if wait {
-		err = d.q.raw.Read(r.tryWait)
+		_, err = d.q.set.Serve(r.tryWait) // nobody calls its Wake
 	} else {
-		err = d.q.raw.Control(r.try) // no lock of the poller, which a look alone does not need
+		err = d.q.set.Guard(r.try) // no lock of the poller, which a look alone does not need
 	}
 	r.set(nil)
 	if err != nil {
@@ -276,9 +276,9 @@ func (d *fileDevice) Write(h *Header, parts [][]byte) error {
 	w := d.wr.Get().(*writer)
 	err := w.set(h, parts)
 	if err == nil {
-		// Control and not RawConn.Write: this takes a reference to the file and no lock, so that writers run side by side.
+		// Guard and not Serve: this takes a reference to the file and no lock, so that writers run side by side.
 		w.fd = d.q.fds[d.q.toward(parts)]
-		if err = d.q.raw.Control(w.try); err != nil {
+		if err = d.q.set.Guard(w.try); err != nil {
 			err = d.rawErr(err)
 		} else if w.errno != 0 {
 			err = writeErr(d.name, w.errno)

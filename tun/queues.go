@@ -2,13 +2,14 @@ package tun
 
 import (
 	"fmt"
-	"os"
 	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/loop"
 )
 
 // Queues is how many queues a TUN is best opened with: one for each of the frames' queues, and the one that the handle detaches.
@@ -23,15 +24,12 @@ const Queues = frameQueues + 1
 // cost a descriptor each.
 const frameQueues = 16
 
-// queues is the open queues of one TUN behind an epoll set, which waits in the Go runtime's poller (an epoll descriptor is
-// itself pollable) and guards them all: their descriptors are used only while the set's own is held, and closed when
-// nobody holds it any more.
+// queues is the open queues of one TUN behind a poller, which guards them all: their descriptors are used only under its
+// Guard or in its Serve, and closed when nobody is there any more.
 type queues struct {
 	fds  []int
 	bell int // an eventfd in the set, which is of no queue: ringing it wakes the reader
-	epfd int // owned by set
-	set  *os.File
-	raw  syscall.RawConn // of set
+	set  *loop.Poller
 	base time.Time
 	// until is how long each queue is taken for flooded, in ns since base; 0: it is not.
 	until []atomic.Int64
@@ -45,35 +43,27 @@ func openQueues(fds []int) (q *queues, err error) {
 			closeAll(fds)
 		}
 	}()
-	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	set, err := loop.NewPoller()
 	if err != nil {
-		return nil, fmt.Errorf("cannot make an epoll set: %w", err)
-	}
-	if err := unix.SetNonblock(epfd, true); err != nil { // tells os.NewFile that it is pollable
-		unix.Close(epfd)
-		return nil, fmt.Errorf("cannot make an epoll set: %w", err)
+		return nil, err
 	}
 	bell, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	if err != nil {
-		unix.Close(epfd)
+		set.Close()
 		return nil, fmt.Errorf("cannot make an eventfd: %w", err)
 	}
 	q = &queues{
 		fds:   fds,
 		bell:  bell,
-		epfd:  epfd,
 		base:  time.Now(),
 		until: make([]atomic.Int64, len(fds)),
-		set:   os.NewFile(uintptr(epfd), "epoll"),
+		set:   set,
 	}
-	err = unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, bell, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: noQueue})
+	err = set.Add(bell, unix.EPOLLIN|unix.EPOLLET, noQueue, 0)
 	for i, fd := range fds {
 		if err == nil {
-			err = unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(i)})
+			err = set.Add(fd, unix.EPOLLIN, int32(i), 0)
 		}
-	}
-	if err == nil {
-		q.raw, err = q.set.SyscallConn()
 	}
 	if err != nil {
 		q.set.Close()

@@ -45,17 +45,17 @@ type reader struct {
 	n       int
 	errno   syscall.Errno
 	try     func(uintptr)
-	tryWait func(uintptr) bool
+	tryWait func() bool
 }
 
 func (r *reader) init(q *queues) {
-	r.q, r.turns, r.events = q, make([]turns, len(q.fds)), make([]unix.EpollEvent, 0, len(q.fds)+1)
+	r.q, r.turns = q, make([]turns, len(q.fds))
 	r.iov[0].Base = &r.hdr[0]
 	r.iov[0].SetLen(HeaderLen)
 	r.iov[2].Base = &r.over[0]
 	r.iov[2].SetLen(len(r.over))
 	r.try = func(uintptr) { r.next() }
-	r.tryWait = func(uintptr) bool {
+	r.tryWait = func() bool {
 		switch {
 		case r.asleep:
 			if r.frames >= stepBack || r.bytes >= stepBackBytes {
@@ -170,27 +170,18 @@ func (r *reader) begin() {
 
 // ask returns how many queues have frames. errno is never 0 when there are none.
 func (r *reader) ask() (n int, errno syscall.Errno) {
-	r.at, r.events = 0, r.events[:cap(r.events)]
-	for {
-		n, _, errno := syscall.RawSyscall6(
-			unix.SYS_EPOLL_PWAIT,
-			uintptr(r.q.epfd),
-			uintptr(unsafe.Pointer(&r.events[0])),
-			uintptr(len(r.events)),
-			0,
-			0,
-			0,
-		)
-		switch errno {
-		case 0:
-			r.events = slices.DeleteFunc(r.events[:n], func(e unix.EpollEvent) bool { return e.Fd == noQueue })
-			return len(r.events), unix.EAGAIN
-		case unix.EINTR:
-		default:
-			r.events = r.events[:0]
-			return 0, errno
+	r.at = 0
+	evs, err := r.q.set.Poll()
+	if err != nil {
+		r.events = nil
+		errno, ok := err.(syscall.Errno)
+		if !ok {
+			errno = unix.EIO
 		}
+		return 0, errno
 	}
+	r.events = slices.DeleteFunc(evs, func(e unix.EpollEvent) bool { return e.Fd == noQueue })
+	return len(r.events), unix.EAGAIN
 }
 
 // read reads one frame from the queue whose turn it is.

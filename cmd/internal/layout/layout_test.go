@@ -44,7 +44,7 @@ var table = []struct {
 	{"socks/sockstest", []string{xsys, self + "/socks"}, nil,
 		"a server that misbehaves; nothing of the data plane"},
 	{"tun", []string{self + "/stack/loop", wgtun, netlink, xsys}, []string{self + "/tun/tuntest", self + "/tun/netns"},
-		"frames are bytes here: what is in them is stack's concern"},
+		"frames are bytes here: what is in them is stack's concern. Its queues wait in the poller of the loops"},
 	{"tun/tuntest", []string{self + "/tun"}, nil,
 		"stands in for tun in tests of the layers above"},
 	{"tun/netns", []string{netlink, xsys}, []string{self + "/tun"},
