@@ -5,8 +5,9 @@ import (
 	"time"
 )
 
-// A group is calm while nothing speaks against any of its servers: a success then changes nothing but the time of the last answer.
-// So flows of all loops pass without the group's lock, which is taken from the first fault or refusal on until all is well again.
+// A group is calm while nothing speaks against any of its servers: a success then changes nothing but the time of the last
+// answer. So flows of all loops pass without the group's lock, which is taken from the first fault or refusal on until all is
+// well again.
 
 // lock takes g.mu and what was granted past it.
 func (g *Group) lock() {

@@ -47,8 +47,8 @@ func (g *Group) attempt(i int) *run {
 	return r
 }
 
-// TestCalmTakesNoLock: while all servers are well a flow passes though somebody holds the lock; after a fault it takes the lock until
-// a success has cleared it.
+// TestCalmTakesNoLock: while all servers are well a flow passes though somebody holds the lock; after a fault it takes the lock
+// until a success has cleared it.
 func TestCalmTakesNoLock(t *testing.T) {
 	g := calmGroup(t, GroupOptions{})
 	passes := func() bool {

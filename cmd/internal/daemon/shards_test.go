@@ -66,8 +66,8 @@ func echoes(t *testing.T) netip.AddrPort {
 	return l.Addr().(*net.TCPAddr).AddrPort()
 }
 
-// TestPlaneShards: connections and datagrams of many ports at once pass a data plane of several shards, also when the kernel forgets
-// in between which queue is whose, and status knows the shards.
+// TestPlaneShards: connections and datagrams of many ports at once pass a data plane of several shards, also when the kernel
+// forgets in between which queue is whose, and status knows the shards.
 func TestPlaneShards(t *testing.T) {
 	for _, n := range []int{2, 4} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {

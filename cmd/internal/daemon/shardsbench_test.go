@@ -22,9 +22,9 @@ import (
 )
 
 // BenchmarkShards is the whole path of a frame but for the kernel: a device in memory, the stack, the router and an upstream that
-// answers on the spot. udp: each op is a datagram of one of 256 sockets and its answer. syn: each op is a connection to an address
-// of its own, which the upstream refuses, and its RST. The app has one frame under way for each of its ports, and the device sends
-// the next one by the queue that the answer came from, as the kernel does.
+// answers on the spot. udp: each op is a datagram of one of 256 sockets and its answer. syn: each op is a connection to an
+// address of its own, which the upstream refuses, and its RST. The app has one frame under way for each of its ports, and the
+// device sends the next one by the queue that the answer came from, as the kernel does.
 //
 // wait-ns/op is how long goroutines waited for mutexes. Run it with -mutexprofile to see for which.
 func BenchmarkShards(b *testing.B) {
