@@ -17,7 +17,7 @@ declare -A groups=(
 		aria2c:aria2 danted:dante-server microsocks:microsocks tinyproxy:tinyproxy-bin stunnel4:stunnel4 nginx:nginx vsftpd:vsftpd sshd:openssh-server
 		ssh:openssh-client ss-local:shadowsocks-libev
 		opentracker:opentracker mktorrent:mktorrent dnsmasq:dnsmasq-base
-		musl-gcc:musl-tools nsupdate:bind9-dnsutils dig:bind9-dnsutils kdig:knot-dnsutils unbound:unbound
+		musl-gcc:musl-tools nsupdate:bind9-dnsutils dig:bind9-dnsutils kdig:knot-dnsutils unbound:unbound tor:tor
 		=/lib/systemd/systemd-networkd:systemd dhclient:isc-dhcp-client dhcpcd:dhcpcd-base NetworkManager:network-manager
 		dbus-daemon:dbus conntrack:conntrack nft:nftables
 		socat:socat setpriv:util-linux nsenter:util-linux ss:iproute2"
@@ -39,7 +39,7 @@ declare -A groups=(
 # The units of the packages above.
 declare -A units=([dante-server]=danted.service [nginx]=nginx.service [vsftpd]=vsftpd.service
 	[openssh-server]="ssh.service ssh.socket" [opentracker]=opentracker.service [microsocks]=microsocks.service
-	[unbound]=unbound.service [nftables]=nftables.service [shadowsocks-libev]=shadowsocks-libev.service [v2ray]=v2ray.service [trojan]=trojan.service [stunnel4]=stunnel4.service
+	[unbound]=unbound.service [tor]="tor.service tor@default.service" [nftables]=nftables.service [shadowsocks-libev]=shadowsocks-libev.service [v2ray]=v2ray.service [trojan]=trojan.service [stunnel4]=stunnel4.service
 	[network-manager]="NetworkManager.service NetworkManager-dispatcher.service NetworkManager-wait-online.service"
 	[systemd]="systemd-networkd.service systemd-networkd.socket systemd-networkd-wait-online.service"
 	[dbus]="dbus.service dbus.socket" [stunnel4]="stunnel4.service stunnel.target")

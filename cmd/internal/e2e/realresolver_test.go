@@ -130,3 +130,28 @@ func TestRelayAndOff(t *testing.T) {
 		})
 	}
 }
+
+// TestTorResolves: a real Tor answers RESOLVE. It has no network here, and tells what it knows of its own: the name that its
+// configuration maps to an address.
+func TestTorResolves(t *testing.T) {
+	needPrograms(t, "tor", "dig")
+	const at = "127.0.0.1:1081"
+	conf := fmt.Sprintf(`SocksPort %s
+DataDirectory %s
+DirAuthority nobody orport=9 v3ident=0000000000000000000000000000000000000001 192.0.2.1:9 0000000000000000000000000000000000000002
+MapAddress mapped.example 192.0.2.7
+Log notice stderr
+`, at, t.TempDir())
+	serve(t, at, "tor", "-f", writeFile(t, "torrc", conf), "--defaults-torrc", "/dev/null")
+	flags := []string{"--proxy", "socks5://" + at + "?tor", "--dns", "tor", "--log-level", "error"}
+	const script = `
+say() { echo "$1: $(shift; "$@" 2>&1 | tr '\n' ' ')"; }
+say a dig +short +tries=1 +time=9 mapped.example
+say aaaa dig +short +tries=1 +time=9 mapped.example AAAA
+say mx dig +tries=1 +time=9 +noall +comments mapped.example MX
+`
+	r := run(t, flags, "bash", "-c", script)
+	if !strings.Contains(r.out, "a: 192.0.2.7 \n") || !strings.Contains(r.out, "aaaa: \n") || !strings.Contains(r.out, "status: SERVFAIL") {
+		t.Errorf("%s%s", r.out, r.stderr)
+	}
+}
