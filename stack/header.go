@@ -52,6 +52,23 @@ func parseIP(b []byte) (p packet, ok bool) {
 	return p, false
 }
 
+// plainEnd is where the packet ends if it is a TCP segment without IP options or extension headers, else 0. hdr is that of
+// inspect.
+func (p *packet) plainEnd(hdr int) int {
+	if hdr == 0 || p.off != p.ipLen() {
+		return 0
+	}
+	return p.end
+}
+
+// ipLen is the length of an IP header without options.
+func (p *packet) ipLen() int {
+	if p.v6 {
+		return ip6HeaderLen
+	}
+	return ip4HeaderLen
+}
+
 // walk6 walks over the extension headers of an IPv6 packet (RFC 8200 4), from the one of type next at off on. It ends at a
 // fragment header, behind which a header stands only in the first fragment. ok is false if the headers do not end within p.
 func walk6(p []byte, next byte, off int) (u upper, ok bool) {

@@ -111,31 +111,24 @@ func (e *ipEndpoint) WritePacket(r *gstack.Route, h gstack.NetworkHeaderParams, 
 	return e.l.WritePacket(pkt)
 }
 
-// parse finds the headers of a plain TCP segment, and cuts off what follows the packet. When it reports false, the packet
-// is as it was.
+// parse takes the headers of a plain TCP segment off, as the frame reader has found them, and cuts off what follows the packet.
+// When it reports false, the packet is as it was.
 func (e *ipEndpoint) parse(pkt *gstack.PacketBuffer) bool {
-	proto := e.NetworkProtocolNumber()
-	hdr, total := 0, 0
-	if proto == header.IPv4ProtocolNumber {
-		b, ok := pkt.Data().PullUp(ip4HeaderLen)
-		if h := header.IPv4(b); !ok || b[0] != 0x45 || h.Protocol() != protoTCP || h.More() || h.FragmentOffset() != 0 ||
-			!pkt.RXChecksumValidated && !h.IsChecksumValid() {
-			return false
-		}
-		hdr, total = ip4HeaderLen, int(header.IPv4(b).TotalLength())
-	} else {
-		b, ok := pkt.Data().PullUp(ip6HeaderLen)
-		if !ok || b[0]>>4 != 6 || b[6] != protoTCP {
-			return false
-		}
-		hdr, total = ip6HeaderLen, ip6HeaderLen+int(header.IPv6(b).PayloadLength())
-	}
-	if total > pkt.Data().Size() || total < hdr+tcpHeaderLen {
+	if e.l.plain == 0 {
 		return false
+	}
+	proto, hdr := e.NetworkProtocolNumber(), ip6HeaderLen
+	if proto == header.IPv4ProtocolNumber {
+		hdr = ip4HeaderLen
+		if !pkt.RXChecksumValidated {
+			if b, ok := pkt.Data().PullUp(hdr); !ok || !header.IPv4(b).IsChecksumValid() {
+				return false
+			}
+		}
 	}
 	pkt.NetworkHeader().Consume(hdr)
 	pkt.NetworkProtocolNumber = proto
-	pkt.Data().CapLength(total - hdr)
+	pkt.Data().CapLength(e.l.plain - hdr)
 	parse.TCP(pkt) // there are enough bytes for its header
 	return true
 }

@@ -270,15 +270,19 @@ func FuzzIPLayer(f *testing.F) {
 			f.Add(b, false)
 		}
 	}
-	ours := recordedIP(f, newLink(lone()).overIP)
+	l := newLink(lone())
+	ours := recordedIP(f, l.overIP)
 	theirs := recordedIP(f, func(p gstack.NetworkProtocolFactory) gstack.NetworkProtocolFactory { return p })
 	f.Fuzz(func(t *testing.T, b []byte, verified bool) {
 		if len(b) > tun.MaxFrame {
 			return
 		}
-		if v, _ := inspectFrame(&tun.Header{}, b); v != toGVisor {
+		v, hdr := inspectFrame(&tun.Header{}, b)
+		if v != toGVisor {
 			return
 		}
+		p, _ := parseIP(b)
+		l.plain = p.plainEnd(hdr)
 		if got, want := ours(b, verified), theirs(b, verified); !slices.Equal(got, want) {
 			t.Errorf("of % x the transport layer got\n%q, and from gVisor's IP\n%q", b, got, want)
 		}

@@ -25,6 +25,9 @@ type link struct {
 	// verified: the frame being delivered has a checksum that need not be verified. gVisor takes this from
 	// Capabilities, which it asks anew for each frame and on the frame reader only.
 	verified atomic.Bool
+	// plain is where the packet being delivered ends in its frame, if it is a TCP segment whose TCP header stands behind an IP
+	// header without options or extensions, else 0. The frame reader writes it, and the IP layer reads it.
+	plain int
 }
 
 var (

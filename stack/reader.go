@@ -152,7 +152,7 @@ func (r *frameReader) judge(h *tun.Header, b []byte, p *packet, at place) {
 	v, hdr := inspect(h, b, p)
 	switch v {
 	case toGVisor:
-		r.deliver(h, b, hdr, at)
+		r.deliver(h, b, p, hdr, at)
 	case refuse:
 		r.s.answer(b[:hdr], flow.RefuseNet)
 	case dropMalformed:
@@ -187,8 +187,8 @@ func (r *frameReader) takeUDP(h *tun.Header, b []byte, p *packet, at place) bool
 	return true
 }
 
-// deliver gives a frame to gVisor as one packet, however long it is.
-func (r *frameReader) deliver(h *tun.Header, b []byte, hdr int, at place) {
+// deliver gives a frame to gVisor as one packet, however long it is. hdr is that of inspect.
+func (r *frameReader) deliver(h *tun.Header, b []byte, p *packet, hdr int, at place) {
 	big := len(b) > handOn
 	if big {
 		r.calm = 0
@@ -218,6 +218,7 @@ func (r *frameReader) deliver(h *tun.Header, b []byte, hdr int, at place) {
 	if v := h.Flags&(tun.NeedsCsum|tun.DataValid) != 0; v != l.verified.Load() {
 		l.verified.Store(v)
 	}
+	l.plain = p.plainEnd(hdr)
 	l.disp.DeliverNetworkPacket(proto, pkt)
 	r.s.feeding.Unlock()
 	pkt.DecRef()
