@@ -85,7 +85,7 @@ func prepare(sock int, o order) error {
 	if err := isolateMounts(); err != nil {
 		return err
 	}
-	if err := setResolver(o.Nameserver); err != nil {
+	if err := setResolver(o.Nameserver, o.Search, o.DotsAsIs); err != nil {
 		return err
 	}
 	if err := linkUp("lo"); err != nil {

@@ -37,6 +37,8 @@ type order struct {
 	TUN        TUNOptions
 	Addrs      []netip.Prefix
 	Nameserver []netip.Addr
+	Search     []string
+	DotsAsIs   bool
 	Rootless   bool
 }
 

@@ -29,12 +29,12 @@ var resolverPaths = []string{"/run/systemd/resolve", "/run/nscd", "/var/run/nscd
 
 // setResolver hides the host's resolvers and gives the program an nsswitch.conf that names none of them, and a resolv.conf with
 // these servers. Without servers the program has the resolv.conf of the host.
-func setResolver(servers []netip.Addr) error {
+func setResolver(servers []netip.Addr, search []string, dotsAsIs bool) error {
 	target, err := resolveLink(resolvConf)
 	if err != nil {
 		return fmt.Errorf("cannot set the program's resolver: %w", err)
 	}
-	content := resolvContent(servers, readSome(target)) // before a mask hides it
+	content := resolvContent(servers, search, dotsAsIs, readSome(target)) // before a mask hides it
 	masked, err := hideResolvers()
 	if err != nil {
 		return err
@@ -196,10 +196,14 @@ func readSome(path string) string {
 
 // resolvContent is a resolv.conf with servers that keeps the search list, the sortlist and the options of old, so that short
 // names mean what they meant. The option trust-ad is left out, since it speaks of a server that is not asked any more.
-func resolvContent(servers []netip.Addr, old string) string {
+// search, if it is not nil, stands in place of the search list, and dotsAsIs leaves out the option ndots.
+func resolvContent(servers []netip.Addr, search []string, dotsAsIs bool, old string) string {
 	var b strings.Builder
 	for _, s := range servers {
 		fmt.Fprintf(&b, "nameserver %s\n", s)
+	}
+	if search != nil {
+		b.WriteString("search " + strings.Join(search, " ") + "\n")
 	}
 	for line := range strings.SplitSeq(old, "\n") {
 		f := strings.Fields(line)
@@ -208,11 +212,14 @@ func resolvContent(servers []netip.Addr, old string) string {
 		}
 		switch f[0] {
 		case "search", "domain", "sortlist":
+			if search != nil && f[0] != "sortlist" {
+				continue
+			}
 			b.WriteString(strings.Join(f, " ") + "\n")
 		case "options":
 			var kept []string
 			for _, o := range f {
-				if o != "trust-ad" {
+				if o != "trust-ad" && !(dotsAsIs && strings.HasPrefix(o, "ndots:")) {
 					kept = append(kept, o)
 				}
 			}

@@ -32,6 +32,8 @@ type Spec struct {
 	TUN         TUNOptions     // Persist makes no sense here
 	Addrs       []netip.Prefix // of the TUN; it is the default route of their families
 	Nameserver  []netip.Addr   // for the program's /etc/resolv.conf; none: it stays as it is
+	Search      []string       // domains for the same file, in place of those in it; nil: those stay
+	DotsAsIs    bool           // a name with a dot is asked for as it is first, whatever "ndots" the same file has
 	FollowStops bool           // Wait stops the calling process when the program stops itself (see Wait)
 }
 
@@ -153,6 +155,8 @@ func (c *Child) handover(ctx context.Context, s Spec) error {
 		TUN:        s.TUN,
 		Addrs:      s.Addrs,
 		Nameserver: s.Nameserver,
+		Search:     s.Search,
+		DotsAsIs:   s.DotsAsIs,
 		Rootless:   c.Rootless,
 	}
 	msg, err := json.Marshal(o)

@@ -51,8 +51,27 @@ func TestResolvContent(t *testing.T) {
 		{"options ndots:5 trust-ad edns0\n", "options ndots:5 edns0\n"},
 		{"options\nsearch\nsortlist 10.0.0.0\n\x00\xff", "sortlist 10.0.0.0\n"},
 	} {
-		if got := resolvContent(servers, c.old); got != "nameserver 192.0.2.1\n"+c.want {
+		if got := resolvContent(servers, nil, false, c.old); got != "nameserver 192.0.2.1\n"+c.want {
 			t.Errorf("%q became %q", c.old, got)
+		}
+	}
+}
+
+// TestResolvSearch: another search list, and names with a dot as they are.
+func TestResolvSearch(t *testing.T) {
+	servers := []netip.Addr{netip.MustParseAddr("192.0.2.1")}
+	const old = "search a.example b.example\noptions ndots:5 edns0\nsortlist 10.0.0.0\n"
+	for _, c := range []struct {
+		search []string
+		asIs   bool
+		want   string
+	}{
+		{nil, true, "search a.example b.example\noptions edns0\nsortlist 10.0.0.0\n"},
+		{[]string{"c.example", "d.example"}, false, "search c.example d.example\noptions ndots:5 edns0\nsortlist 10.0.0.0\n"},
+		{[]string{"."}, true, "search .\noptions edns0\nsortlist 10.0.0.0\n"},
+	} {
+		if got := resolvContent(servers, c.search, c.asIs, old); got != "nameserver 192.0.2.1\n"+c.want {
+			t.Errorf("%q, %v: %q", c.search, c.asIs, got)
 		}
 	}
 }
@@ -150,7 +169,7 @@ func FuzzResolvContent(f *testing.F) {
 	f.Add("search a b\noptions edns0 trust-ad\nnameserver 127.0.0.53\n")
 	f.Add("options\t\x00\r\nsearch \xff")
 	f.Fuzz(func(t *testing.T, old string) {
-		out := resolvContent([]netip.Addr{netip.MustParseAddr("192.0.2.1")}, old)
+		out := resolvContent([]netip.Addr{netip.MustParseAddr("192.0.2.1")}, nil, false, old)
 		if strings.Count("\n"+out, "\nnameserver ") != 1 {
 			t.Errorf("%q became %q", old, out)
 		}

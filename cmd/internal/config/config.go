@@ -100,6 +100,7 @@ type Config struct {
 	DNSRoots  *x509.CertPool // that resolvers inside TLS are verified by; nil: those that the system trusts
 	Fake      Fake
 	Split     route.Split // names that are asked of other servers than DNS
+	Search    []string    // run: the search list of the program's resolv.conf; nil: the host's
 	Guard     bool        // there is an --allow: names that no rule needs are not resolved
 	// ResolverDefault is the upstream by which resolvers are asked that no rule decides on; empty: they are not reached.
 	ResolverDefault string

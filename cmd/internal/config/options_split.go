@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 
 	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/stack/flow"
@@ -77,6 +78,27 @@ is this name and every name below it, and an asterisk and a question mark stand 
 excludes the names in a file, as in a rule.`,
 	},
 	{
+		Name: "dns-search", Arg: "DOMAIN[,DOMAIN...]", Many: true, Cmds: Run, set: addDNSSearch,
+		Help: "the domains that the program appends to short names, in place of the host's",
+		Man: `The domains that the program's
+.Pa /etc/resolv.conf
+names for short names, in place of those of the host: six at most, or a dot for none.
+.Pp
+With
+.Fl -dns Cm fake
+every name has an address, so that the program takes the first domain for the right one: with the domain
+.Li corp.example ,
+.Ql ping intranet
+means
+.Li intranet.corp.example ,
+and with a dot it means
+.Li intranet ,
+which the proxy's network may know.
+For the same reason a name with a dot is then asked for as it is, whatever
+.Li ndots
+says in the host's file.`,
+	},
+	{
 		Name: "dns-single-labels", Arg: "on|off", Default: "on", Live: true, Cmds: all, set: setSingleLabels,
 		Help: "whether names without a dot exist, with --dns fake",
 		Man: `With
@@ -94,6 +116,23 @@ A name that
 .Fl -dns-for
 is about is resolved in either case.`,
 	},
+}
+
+// maxSearch is glibc's own limit (resolv.conf(5)).
+const maxSearch = 6
+
+func addDNSSearch(c *Config, v value) error {
+	for s := range strings.SplitSeq(v.text, ",") {
+		if s != "." {
+			if _, err := route.ParseNames(s); err != nil || strings.ContainsAny(s, "*?") || strings.HasPrefix(s, ".") {
+				return v.err("must be a domain such as corp.example, or a dot for none")
+			}
+		}
+		if c.Search = append(c.Search, s); len(c.Search) > maxSearch || len(c.Search) > 1 && slices.Contains(c.Search, ".") {
+			return v.err("must be %d domains at most, or a dot alone", maxSearch)
+		}
+	}
+	return nil
 }
 
 // maxSplit is more zones than anybody lists.

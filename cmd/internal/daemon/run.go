@@ -60,6 +60,8 @@ func Run(cfg *config.Config, environ []string, stdin, stdout, stderr *os.File) (
 		TUN:        netns.TUNOptions{MTU: cfg.MTU, VnetHdr: true, Queues: tun.Queues},
 		Addrs:      tunAddrs,
 		Nameserver: nameservers(cfg),
+		Search:     cfg.Search,
+		DotsAsIs:   cfg.Fake.On,
 		// The shell that started us has to see it when the program stops.
 		FollowStops: true,
 	})

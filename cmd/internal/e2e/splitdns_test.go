@@ -8,6 +8,28 @@ import (
 	"testing"
 )
 
+// TestShortNames: what a program gets with a name without a dot, such as that of "ping intranet", in fake mode.
+func TestShortNames(t *testing.T) {
+	needPrograms(t, "getent")
+	proxy := listenSOCKS(t)
+	for _, tt := range []struct {
+		flags string
+		want  string // the name that the address stands for; empty: there is none
+	}{
+		{"--dns-search corp.example,other.example", "intranet.corp.example"},
+		{"--dns-search .", "intranet"},
+		{"--dns-search . --dns-single-labels off", ""},
+		{"--dns-single-labels off --dns-search corp.example", "intranet.corp.example"},
+	} {
+		r := run(t, append([]string{"--proxy", proxy.URL(), "--dns", noResolver}, strings.Fields(tt.flags)...),
+			"sh", "-c", "a=$(getent ahostsv4 intranet | head -1 | cut -d' ' -f1); [ -z \"$a\" ] || getent hosts $a")
+		f := strings.Fields(r.out)
+		if tt.want == "" && len(f) != 0 || tt.want != "" && (len(f) != 2 || f[1] != tt.want) {
+			t.Errorf("%s: %q, want %s", tt.flags, f, tt.want)
+		}
+	}
+}
+
 // TestSplitDNS: dnsmasq serves a zone of its own beside the public server. Each name is asked of the server that the options name,
 // by the way that they name, in fake mode and without; what no option is about stays with the proxy.
 func TestSplitDNS(t *testing.T) {
