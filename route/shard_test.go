@@ -15,9 +15,13 @@ import (
 // testShards is how many shards, and loops, the rigs have.
 var testShards = 1
 
-// TestMain runs all tests with one shard and again with two.
+// TestMain runs all tests with one shard and again with two; with -short only with two.
 func TestMain(m *testing.M) {
 	flag.Parse()
+	if testing.Short() {
+		testShards = 2
+		os.Exit(m.Run())
+	}
 	code := m.Run()
 	if flag.Lookup("test.fuzz").Value.String() == "" && flag.Lookup("test.bench").Value.String() == "" {
 		testShards = 2

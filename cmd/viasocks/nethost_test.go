@@ -21,6 +21,9 @@ type netHost struct {
 
 func newHost(t *testing.T) *netHost {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("the short tests make no namespaces")
+	}
 	if os.Getuid() != 0 {
 		t.Skip("no root: the namespace and the TUN would need a user namespace")
 	}

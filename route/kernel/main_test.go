@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -27,6 +28,10 @@ func TestMain(m *testing.M) {
 	if r, w, err := os.Pipe(); err == nil { // the runtime's poller has files of its own, from the first use on
 		r.Close()
 		w.Close()
+	}
+	if flag.Parse(); testing.Short() {
+		noNamespace = "the short tests make none"
+		os.Exit(m.Run())
 	}
 	if os.Getuid() == 0 {
 		cmd := exec.Command("ip", "-V")

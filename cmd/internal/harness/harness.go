@@ -5,6 +5,7 @@ package harness
 import (
 	"bytes"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -13,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"testing"
 
 	"golang.org/x/sys/unix"
 )
@@ -21,7 +23,12 @@ import (
 // binary bin if there is one; then it runs the tests again with its path in the environment variable inside, and gives
 // their exit code. They are in new namespaces of flags (CLONE_NEW…), without root of a user as well. Where these can't be
 // made the tests run in place and find in the variable why what stands against it, so that each can say it when it skips.
+//
+// With -short there are no namespaces: these tests take minutes, and the short ones are for every change.
 func Reenter(bin, inside, why string, flags uintptr) (int, error) {
+	if flag.Parse(); testing.Short() {
+		return inPlace(bin, inside, why, "the short tests make no namespaces")
+	}
 	if bin == "" {
 		dir, err := os.MkdirTemp("", "viasocks-test-")
 		if err != nil {
@@ -64,10 +71,23 @@ func Reenter(bin, inside, why string, flags uintptr) (int, error) {
 	case errors.As(err, &exit):
 		return exit.ExitCode(), nil
 	}
-	cmd = exec.Command("/proc/self/exe", os.Args[1:]...)
+	return inPlace(bin, inside, why, "cannot make namespaces: "+err.Error())
+}
+
+// inPlace runs the tests again without namespaces. Those that need one find the reason in the variable why.
+func inPlace(bin, inside, why, reason string) (int, error) {
+	if bin == "" {
+		bin = "-" // there is none, and nobody runs it
+	}
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	cmd.Env = append(os.Environ(), inside+"="+bin, why+"=cannot make namespaces: "+err.Error())
-	return 0, cmd.Run()
+	cmd.Env = append(os.Environ(), inside+"="+bin, why+"="+reason)
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return exit.ExitCode(), nil
+	}
+	return 0, err
 }
 
 // CheckTUN says why no TUN device can be made.
