@@ -20,6 +20,7 @@ import (
 
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/loop"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // patience is for what must happen, on a machine that may stall for seconds.
@@ -32,34 +33,10 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-func countFDs(t testing.TB) int {
-	t.Helper()
-	e, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(e)
-}
-
 // setup gives a Dialer and a server; when the test ends both are closed and nothing may be left.
 func setup(t testing.TB, o Options, opts ...sockstest.Option) (*Dialer, *Client, *sockstest.Server) {
 	t.Helper()
-	fds, others := countFDs(t), goleak.IgnoreCurrent()
-	t.Cleanup(func() {
-		var err error
-		n := 0
-		for end := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
-			if err, n = goleak.Find(others), countFDs(t); err == nil && n <= fds || time.Now().After(end) {
-				break
-			}
-		}
-		if err != nil {
-			t.Error(err)
-		}
-		if n > fds {
-			t.Errorf("%d descriptors before, %d after", fds, n)
-		}
-	})
+	testkit.CheckLeaks(t)
 	srv, err := sockstest.Listen("tcp", "127.0.0.1:0", opts...)
 	if err != nil {
 		t.Fatal(err)

@@ -15,6 +15,7 @@ import (
 
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/loop"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // TestPipeline: grants and refusals are understood when all was sent in one write, with and without a login.
@@ -101,7 +102,7 @@ func TestPipelineProof(t *testing.T) {
 		far := echo(t)
 		d.Tune(Tuning{Pipeline: PipelineAuto})
 		fetch(t, c, far)
-		until(t, "it is proven", c.pipe.takes.Load)
+		testkit.Eventually(t, "it is proven", c.pipe.takes.Load)
 		var seen bool
 		for _, r := range srv.Requests() {
 			seen = seen || r.Dst.Port == nobody.Port
@@ -114,7 +115,7 @@ func TestPipelineProof(t *testing.T) {
 		if c.pipe.takes.Load() {
 			t.Error("another network may have another server")
 		}
-		until(t, "it is quiet", pooledIs(d, 0))
+		testkit.Eventually(t, "it is quiet", pooledIs(d, 0))
 	})
 	t.Run("loses", func(t *testing.T) {
 		d, c, _ := setup(t, Options{HandshakeTimeout: 300 * time.Millisecond}, sockstest.WithLostReads())
@@ -123,12 +124,12 @@ func TestPipelineProof(t *testing.T) {
 		for range 3 {
 			fetch(t, c, far)
 		}
-		until(t, "the proof is over", func() bool { return !c.pipe.asking.Load() })
+		testkit.Eventually(t, "the proof is over", func() bool { return !c.pipe.asking.Load() })
 		fetch(t, c, far)
 		if c.pipe.takes.Load() {
 			t.Error("the server lost the request of the proof, and is trusted")
 		}
-		until(t, "it is quiet", pooledIs(d, 0))
+		testkit.Eventually(t, "it is quiet", pooledIs(d, 0))
 		// The test can fail: such a server answers nothing to all in one write.
 		d.Tune(Tuning{Pipeline: PipelineOn})
 		if _, err := connect(t, c, context.Background(), AddrFrom(far)); !errors.Is(err, ErrSilent) {

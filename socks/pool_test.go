@@ -10,17 +10,8 @@ import (
 
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/loop"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
-
-// until waits for what must become true.
-func until(t testing.TB, what string, f func() bool) {
-	t.Helper()
-	for end := time.Now().Add(patience); !f(); time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%s: that does not happen", what)
-		}
-	}
-}
 
 func pooledIs(d *Dialer, n int) func() bool {
 	return func() bool { s := d.Stats(); return s.Pooled == n && s.Pending == 0 }
@@ -55,7 +46,7 @@ func fetch(t testing.TB, c *Client, to netip.AddrPort) {
 func warm(t testing.TB, c *Client, to netip.AddrPort, n int) {
 	t.Helper()
 	fetch(t, c, to)
-	until(t, "the pool is filled", pooledIs(c.d, n))
+	testkit.Eventually(t, "the pool is filled", pooledIs(c.d, n))
 }
 
 // TestPool: the pool is filled behind the first flow, the next one takes from it, and what it took is replaced.
@@ -83,7 +74,7 @@ func TestPool(t *testing.T) {
 			for range 20 {
 				fetch(t, c, far)
 			}
-			until(t, "what was taken is replaced", pooledIs(d, 5))
+			testkit.Eventually(t, "what was taken is replaced", pooledIs(d, 5))
 			// Each flow has one request and each connection carries one: no request was lost or repeated.
 			if s := srv.Stats(); s.Requests != 21 || s.Accepted != 26 {
 				t.Errorf("%+v", s)
@@ -147,7 +138,7 @@ func TestPoolEnded(t *testing.T) {
 	// A refusal is an answer: the same request is not sent again.
 	asked.Store(0)
 	srv.SetFault(func(sockstest.Request) sockstest.Fault { asked.Add(1); return sockstest.Reply(5) })
-	until(t, "the pool is filled", pooledIs(d, 3))
+	testkit.Eventually(t, "the pool is filled", pooledIs(d, 3))
 	if _, err := connect(t, c, context.Background(), AddrFrom(far)); !errors.Is(err, ReplyRefused) {
 		t.Error(err)
 	}
@@ -162,14 +153,14 @@ func TestPoolClosedByServer(t *testing.T) {
 	far := echo(t)
 	d.Tune(Tuning{Pool: 3})
 	warm(t, c, far, 3)
-	until(t, "the server has closed them", pooledIs(d, 0))
+	testkit.Eventually(t, "the server has closed them", pooledIs(d, 0))
 	had := srv.Stats().Accepted
 	time.Sleep(250 * time.Millisecond)
 	if n := srv.Stats().Accepted; n != had {
 		t.Errorf("%d connections without a use", n-had)
 	}
 	fetch(t, c, far)
-	until(t, "the pool is filled again", func() bool { return srv.Stats().Accepted >= had+4 })
+	testkit.Eventually(t, "the pool is filled again", func() bool { return srv.Stats().Accepted >= had+4 })
 }
 
 // TestPoolIdle: without a use all are closed after the idle limit; while there are uses the old ones are replaced.
@@ -178,15 +169,15 @@ func TestPoolIdle(t *testing.T) {
 	far := echo(t)
 	d.Tune(Tuning{Pool: 2, PoolAge: 50 * time.Millisecond, PoolIdle: time.Hour})
 	warm(t, c, far, 2)
-	until(t, "the old ones are replaced", func() bool { return srv.Stats().Accepted > 8 })
+	testkit.Eventually(t, "the old ones are replaced", func() bool { return srv.Stats().Accepted > 8 })
 	d.Tune(Tuning{Pool: 2, PoolIdle: 50 * time.Millisecond, PoolAge: 50 * time.Millisecond})
-	until(t, "the pool is empty", func() bool { return srv.Stats().Open == 0 && pooledIs(d, 0)() })
+	testkit.Eventually(t, "the pool is empty", func() bool { return srv.Stats().Open == 0 && pooledIs(d, 0)() })
 	fetch(t, c, far)
 	d.Tune(Tuning{PoolIdle: 20 * time.Millisecond})
-	until(t, "the pool is off", pooledIs(d, 0))
+	testkit.Eventually(t, "the pool is off", pooledIs(d, 0))
 	had := srv.Stats().Accepted
 	fetch(t, c, far)
-	until(t, "it is quiet", pooledIs(d, 0))
+	testkit.Eventually(t, "it is quiet", pooledIs(d, 0))
 	if n := srv.Stats().Accepted; n != had+1 {
 		t.Errorf("%d connections for one flow", n-had)
 	}
@@ -211,7 +202,7 @@ func TestPoolOfGroup(t *testing.T) {
 		}
 	}
 	ask()
-	until(t, "the pool is filled", pooledIs(d, 3))
+	testkit.Eventually(t, "the pool is filled", pooledIs(d, 3))
 	var asked atomic.Int32
 	srv.SetFault(func(sockstest.Request) sockstest.Fault {
 		if asked.Add(1)%2 == 1 {
@@ -220,22 +211,22 @@ func TestPoolOfGroup(t *testing.T) {
 		return sockstest.Fault{}
 	})
 	for range 5 {
-		until(t, "the pool is filled", pooledIs(d, 3))
+		testkit.Eventually(t, "the pool is filled", pooledIs(d, 3))
 		ask()
 	}
 	if s := g.Servers()[0]; s.Down || s.Why != nil {
 		t.Errorf("%+v", s)
 	}
-	until(t, "the pool is filled", pooledIs(d, 3))
+	testkit.Eventually(t, "the pool is filled", pooledIs(d, 3))
 	g.Renew()
-	until(t, "the pool is empty", pooledIs(d, 0))
+	testkit.Eventually(t, "the pool is empty", pooledIs(d, 0))
 	srv.SetFault(nil)
 	ask()
-	until(t, "the pool is filled", pooledIs(d, 3))
+	testkit.Eventually(t, "the pool is filled", pooledIs(d, 3))
 	g.Close()
-	until(t, "the pool is empty", pooledIs(d, 0))
+	testkit.Eventually(t, "the pool is empty", pooledIs(d, 0))
 	ask()
-	until(t, "it is quiet", pooledIs(d, 0))
+	testkit.Eventually(t, "it is quiet", pooledIs(d, 0))
 	time.Sleep(20 * time.Millisecond)
 	if n := d.Stats().Pooled; n != 0 {
 		t.Errorf("a group that is closed has %d connections", n)
@@ -249,7 +240,7 @@ func TestPoolGone(t *testing.T) {
 	d.Tune(Tuning{Pool: 4})
 	warm(t, c, far, 4)
 	srv.Close()
-	until(t, "the pool is empty", pooledIs(d, 0))
+	testkit.Eventually(t, "the pool is empty", pooledIs(d, 0))
 	var fault *ServerError
 	if _, err := connect(t, c, context.Background(), AddrFrom(far)); !errors.As(err, &fault) || fault.Op != OpConnect {
 		t.Error(err)
@@ -266,12 +257,12 @@ func TestPoolOthers(t *testing.T) {
 		had := srv.Stats().Requests
 		warm(t, o, far, 2)
 		fetch(t, o, far)
-		until(t, "the pool is filled", pooledIs(d, 2))
+		testkit.Eventually(t, "the pool is filled", pooledIs(d, 2))
 		if n := srv.Stats().Requests; n != had+2 {
 			t.Errorf("%s: %d requests", scheme, n-had)
 		}
 		o.closePools()
-		until(t, "the pool is empty", pooledIs(d, 0))
+		testkit.Eventually(t, "the pool is empty", pooledIs(d, 0))
 	}
 	if err := checkOf(t, d.Client(mustServer(t, "socks4://"+srv.Addr().String()))); err != nil {
 		t.Error(err)
@@ -321,6 +312,6 @@ func TestPoolSpeaksEarly(t *testing.T) {
 		s.used = l.Now()
 		s.fill(d.tuning.Load(), 1)
 	})
-	until(t, "it is closed", func() bool { return greeted.Load() == 1 && pooledIs(d, 0)() })
+	testkit.Eventually(t, "it is closed", func() bool { return greeted.Load() == 1 && pooledIs(d, 0)() })
 	fetch(t, c, far)
 }

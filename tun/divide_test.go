@@ -7,6 +7,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // TestDivide: each kind of device has parts that together give every frame, once each, and a flow's frames go to the part that
@@ -14,7 +16,7 @@ import (
 func TestDivide(t *testing.T) {
 	for _, c := range devices {
 		t.Run(c.name, func(t *testing.T) {
-			fds := openFDs(t)
+			fds := testkit.CountFiles(t)
 			d := openKernelTUN(t, c.vnet, c.n, Options{MTU: 1500, Offload: c.mode})
 			name, off := d.Name(), d.Offload()
 			parts, err := Divide(d, 3)
@@ -114,7 +116,7 @@ func waitFDs(t *testing.T, n int) {
 	t.Helper()
 	got := 0
 	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(time.Millisecond) {
-		if got = openFDs(t); got <= n {
+		if got = testkit.CountFiles(t); got <= n {
 			return
 		}
 	}

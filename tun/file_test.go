@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
@@ -425,7 +426,7 @@ func interfaceGone(t *testing.T, d Device) {
 }
 
 func TestConcurrentWritersAndClose(t *testing.T) {
-	fds := openFDs(t)
+	fds := testkit.CountFiles(t)
 	d := kernelTUN(t, true, OffloadFull)
 	frame, _, _ := packet{
 		src:     netip.AddrPortFrom(far4, 1),
@@ -453,13 +454,13 @@ func TestConcurrentWritersAndClose(t *testing.T) {
 	time.Sleep(50 * time.Millisecond)
 	d.Close()
 	wg.Wait()
-	if n := openFDs(t); n != fds {
+	if n := testkit.CountFiles(t); n != fds {
 		t.Errorf("%d open files, %d before", n, fds)
 	}
 }
 
 func TestFromFilesRefuses(t *testing.T) {
-	fds := openFDs(t)
+	fds := testkit.CountFiles(t)
 	null, err := os.Open("/dev/null")
 	if err != nil {
 		t.Fatal(err)
@@ -472,7 +473,7 @@ func TestFromFilesRefuses(t *testing.T) {
 			t.Error("a TUN without an interface is taken")
 		}
 	}
-	if n := openFDs(t); n != fds {
+	if n := testkit.CountFiles(t); n != fds {
 		t.Errorf("%d open files, %d before: FromFiles owns what it refuses", n, fds)
 	}
 }

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // ipLink runs ip(8), or skips where it is missing.
@@ -45,7 +47,7 @@ func stacks() string {
 // TestLinkEvents: each change of the link is told, until the device is closed, and the MTU is set by it.
 func TestLinkEvents(t *testing.T) {
 	for _, vnet := range []bool{true, false} {
-		fds := openFDs(t)
+		fds := testkit.CountFiles(t)
 		told := make(chan struct{}, 100)
 		d := openKernelTUN(t, vnet, Queues, Options{MTU: 1300, OnLink: func() {
 			select {
@@ -71,7 +73,7 @@ func TestLinkEvents(t *testing.T) {
 		if err := d.Close(); err != nil {
 			t.Error(err)
 		}
-		if n := openFDs(t); n != fds {
+		if n := testkit.CountFiles(t); n != fds {
 			t.Errorf("vnet %v: %d open files, %d before", vnet, n, fds)
 		}
 		for end := time.Now().Add(patience); strings.Contains(stacks(), "routineNetlinkListener"); time.Sleep(time.Millisecond) {

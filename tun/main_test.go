@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // inNamespace says that the tests run in a network namespace of their own; else noNamespace says why not.
@@ -30,18 +30,7 @@ func TestMain(m *testing.M) {
 			noNamespace = err.Error()
 		}
 	}
-	goleak.VerifyTestMain(settled{m})
-}
-
-// settled waits after the tests for goroutines that are about to end.
-type settled struct{ m *testing.M }
-
-func (s settled) Run() int {
-	code := s.m.Run()
-	for end := time.Now().Add(patience); goleak.Find() != nil && time.Now().Before(end); {
-		time.Sleep(5 * time.Millisecond)
-	}
-	return code
+	testkit.Main(m)
 }
 
 func fuzzWorker() bool {
@@ -74,18 +63,4 @@ func reenter() (int, error) {
 		return 1, nil
 	}
 	return 0, nil
-}
-
-// openFDs counts the open files. The runtime's poller, made at the first use, is among them from the start.
-func openFDs(t testing.TB) int {
-	t.Helper()
-	if r, w, err := os.Pipe(); err == nil {
-		r.Close()
-		w.Close()
-	}
-	e, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(e)
 }

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // dialUDP is a connected socket of the app.
@@ -288,7 +290,7 @@ func TestAppPort(t *testing.T) {
 
 // TestOpenQueuesFails: what cannot be polled is closed, and nothing else stays open.
 func TestOpenQueuesFails(t *testing.T) {
-	fds := openFDs(t)
+	fds := testkit.CountFiles(t)
 	plain, err := os.CreateTemp(t.TempDir(), "")
 	if err != nil {
 		t.Fatal(err)
@@ -301,7 +303,7 @@ func TestOpenQueuesFails(t *testing.T) {
 	if _, err := openQueues([]int{fd}); err == nil {
 		t.Error("a plain file can be polled")
 	}
-	if n := openFDs(t); n != fds {
+	if n := testkit.CountFiles(t); n != fds {
 		t.Errorf("%d open files, %d before", n, fds)
 	}
 }

@@ -5,7 +5,6 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"os"
 	"syscall"
 	"testing"
 	"time"
@@ -13,6 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"go.uber.org/goleak"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // patience is for what must happen, on a machine that may stall for seconds.
@@ -28,7 +29,7 @@ func TestMain(m *testing.M) {
 // start gives a server that is checked for leaks when the test ends.
 func start(t *testing.T, opts ...Option) *Server {
 	t.Helper()
-	fds := countFDs(t)
+	testkit.CheckLeaks(t)
 	s, err := Listen("tcp", "127.0.0.1:0", opts...)
 	if err != nil {
 		t.Fatal(err)
@@ -37,30 +38,8 @@ func start(t *testing.T, opts ...Option) *Server {
 		if err := s.Close(); err != nil {
 			t.Errorf("Close: %v", err)
 		}
-		var err error
-		n := 0
-		for end := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
-			if err, n = goleak.Find(), countFDs(t); err == nil && n <= fds || time.Now().After(end) {
-				break
-			}
-		}
-		if err != nil {
-			t.Error(err)
-		}
-		if n > fds {
-			t.Errorf("%d descriptors before, %d after", fds, n)
-		}
 	})
 	return s
-}
-
-func countFDs(t *testing.T) int {
-	t.Helper()
-	e, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(e)
 }
 
 // request is a plain client: greeting, request, and the whole reply.

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 var (
@@ -306,7 +308,7 @@ func TestDiagBoundToDevice(t *testing.T) {
 }
 
 func TestDiagConcurrentAndClosed(t *testing.T) {
-	fds := openFDs(t)
+	fds := testkit.CountFiles(t)
 	d := newTestDiag(t)
 	l, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
@@ -339,7 +341,7 @@ func TestDiagConcurrentAndClosed(t *testing.T) {
 	if _, err := d.Exists(17, here, gone); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("after Close: %v", err)
 	}
-	if n := openFDs(t); n != fds {
+	if n := testkit.CountFiles(t); n != fds {
 		t.Errorf("%d open files, %d before", n, fds)
 	}
 }
@@ -350,14 +352,14 @@ func TestDiagFromFile(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	fds := openFDs(t)
+	fds := testkit.CountFiles(t)
 	d, err := DiagFromFile(os.NewFile(uintptr(fd), "diag"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	expect(t, d, "nothing", 6, netip.MustParseAddrPort("127.0.0.1:1"), netip.MustParseAddrPort("127.0.0.1:2"), false)
 	d.Close()
-	if n := openFDs(t); n != fds-1 {
+	if n := testkit.CountFiles(t); n != fds-1 {
 		t.Errorf("%d open files, want %d", n, fds-1)
 	}
 	null, err := os.Open("/dev/null")

@@ -10,8 +10,9 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // inNamespace says that the tests run in a network namespace of their own; else noNamespace says why not.
@@ -41,18 +42,7 @@ func TestMain(m *testing.M) {
 			noNamespace = err.Error()
 		}
 	}
-	goleak.VerifyTestMain(settled{m})
-}
-
-// settled waits after the tests for goroutines that are about to end.
-type settled struct{ m *testing.M }
-
-func (s settled) Run() int {
-	code := s.m.Run()
-	for end := time.Now().Add(patience); goleak.Find() != nil && time.Now().Before(end); {
-		time.Sleep(5 * time.Millisecond)
-	}
-	return code
+	testkit.Main(m)
 }
 
 // coverHelpers gives the helpers of Spawn, which are this binary, a directory for their coverage that every user may write to.
@@ -125,18 +115,4 @@ func ownMounts() {
 		return
 	}
 	os.Chmod(tunNode, 0o666)
-}
-
-// openFDs counts the open files. The runtime's poller, made at the first use, is among them from the start.
-func openFDs(t testing.TB) int {
-	t.Helper()
-	if r, w, err := os.Pipe(); err == nil {
-		r.Close()
-		w.Close()
-	}
-	e, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(e)
 }

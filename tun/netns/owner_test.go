@@ -13,6 +13,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // attachTo names the interface to which this process, an ordinary user's, is to attach a queue.
@@ -116,7 +118,7 @@ func multiQueue(t *testing.T, name string) (fd int) {
 // TestOnlyTheOwnerAttaches: another user can't attach a queue, neither while we have ours nor when we left the interface.
 func TestOnlyTheOwnerAttaches(t *testing.T) {
 	asRoot(t)
-	fds := openFDs(t)
+	fds := testkit.CountFiles(t)
 	unix.Close(multiQueue(t, "vso0"))
 	if i := intrude(t, "vso0"); i.said != "attached" {
 		t.Fatalf("the control, an interface without an owner: %s", i.said)
@@ -140,7 +142,7 @@ func TestOnlyTheOwnerAttaches(t *testing.T) {
 			}
 		}
 	}
-	if n := openFDs(t); n != fds {
+	if n := testkit.CountFiles(t); n != fds {
 		t.Errorf("%d open files, %d before", n, fds)
 	}
 }
@@ -149,7 +151,7 @@ func TestOnlyTheOwnerAttaches(t *testing.T) {
 func TestForeignQueueOfNewInterface(t *testing.T) {
 	asRoot(t)
 	for _, c := range []struct{ times, made int }{{1, 2}, {makeAttempts, makeAttempts}} {
-		fds := openFDs(t)
+		fds := testkit.CountFiles(t)
 		made := 0
 		var intruders []*intruder
 		unowned = func(name string) {
@@ -181,7 +183,7 @@ func TestForeignQueueOfNewInterface(t *testing.T) {
 		for _, i := range intruders {
 			i.end()
 		}
-		if n := openFDs(t); n != fds {
+		if n := testkit.CountFiles(t); n != fds {
 			t.Errorf("%d open files, %d before", n, fds)
 		}
 	}
@@ -191,7 +193,7 @@ func TestForeignQueueOfNewInterface(t *testing.T) {
 // is detached for now, and it is left as it was.
 func TestForeignQueueOfOldInterface(t *testing.T) {
 	asRoot(t)
-	fds := openFDs(t)
+	fds := testkit.CountFiles(t)
 	unix.Close(multiQueue(t, "vsf0"))
 	before, err := net.InterfaceByName("vsf0")
 	if err != nil {
@@ -222,7 +224,7 @@ func TestForeignQueueOfOldInterface(t *testing.T) {
 		t.Errorf("when the other one is gone: %v", err)
 	}
 	CloseTUN(queues)
-	if n := openFDs(t); n != fds {
+	if n := testkit.CountFiles(t); n != fds {
 		t.Errorf("%d open files, %d before", n, fds)
 	}
 }

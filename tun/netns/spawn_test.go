@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // testSpec is a Spec that runs argv with output to a pipe.
@@ -135,7 +137,7 @@ func TestSpawnExit(t *testing.T) {
 		{"too long", []string{"true", strings.Repeat("x", 300000)}, 126, "", "argument list too long"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			fds := openFDs(t)
+			fds := testkit.CountFiles(t)
 			s := testSpec(c.argv...)
 			s.Env = []string{"PATH=/no/such:/etc/passwd:" + dir + ":/usr/bin:/bin"}
 			out, exit, err := run(t, s)
@@ -145,7 +147,7 @@ func TestSpawnExit(t *testing.T) {
 			if (err == nil) != (c.err == "") || err != nil && !strings.Contains(err.Error(), c.err) {
 				t.Errorf("error %q, want %q", err, c.err)
 			}
-			if n := openFDs(t); n != fds {
+			if n := testkit.CountFiles(t); n != fds {
 				t.Errorf("%d open files, %d before", n, fds)
 			}
 		})
@@ -260,7 +262,7 @@ func TestSpawnInheritedFiles(t *testing.T) {
 
 // TestSpawnTraffic has the program's packets on the TUN that was handed over, and its sockets on the Diag.
 func TestSpawnTraffic(t *testing.T) {
-	fds := openFDs(t)
+	fds := testkit.CountFiles(t)
 	s := testSpec("bash", "-c", "exec 9<>/dev/udp/203.0.113.1/6881; echo -n hello >&9; read line")
 	s.TUN.VnetHdr = false
 	stdin, w, err := os.Pipe()
@@ -303,7 +305,7 @@ func TestSpawnTraffic(t *testing.T) {
 	}
 	c.Close()
 	c.Close()
-	if n := openFDs(t); n != fds {
+	if n := testkit.CountFiles(t); n != fds {
 		t.Errorf("%d open files, %d before", n, fds)
 	}
 }
@@ -317,7 +319,7 @@ func TestSpawnSignal(t *testing.T) {
 	if err := c.Exec(); err != nil {
 		t.Errorf("second Exec: %v", err)
 	}
-	waitFor(t, "exec", func() bool {
+	testkit.Eventually(t, "exec", func() bool {
 		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", c.Pid()))
 		return string(b) == "sleep\n"
 	})
@@ -329,18 +331,9 @@ func TestSpawnSignal(t *testing.T) {
 	}
 }
 
-func waitFor(t *testing.T, what string, cond func() bool) {
-	t.Helper()
-	for end := time.Now().Add(patience); !cond(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("no", what)
-		}
-	}
-}
-
 // TestSpawnAbandoned: without its go-ahead the helper ends, whether Close, the context or the caller's death leaves it.
 func TestSpawnAbandoned(t *testing.T) {
-	fds := openFDs(t)
+	fds := testkit.CountFiles(t)
 	c := spawn(t, testSpec("touch", "/tmp/viasocks-must-not-run"))
 	c.Close()
 	if err := syscall.Kill(c.Pid(), 0); err != syscall.ESRCH {
@@ -357,7 +350,7 @@ func TestSpawnAbandoned(t *testing.T) {
 	if _, err := Spawn(ctx, testSpec("true")); !errors.Is(err, context.Canceled) {
 		t.Errorf("with a cancelled context: %v", err)
 	}
-	if n := openFDs(t); n != fds {
+	if n := testkit.CountFiles(t); n != fds {
 		t.Errorf("%d open files, %d before", n, fds)
 	}
 	if _, err := os.Stat("/tmp/viasocks-must-not-run"); err == nil {

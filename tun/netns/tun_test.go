@@ -9,11 +9,13 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 func TestOpenTUNErrors(t *testing.T) {
 	network(t)
-	fds := openFDs(t)
+	fds := testkit.CountFiles(t)
 	for _, c := range []struct {
 		name string
 		o    TUNOptions
@@ -31,7 +33,7 @@ func TestOpenTUNErrors(t *testing.T) {
 			t.Errorf("%s: %v, want %q", c.name, err, c.want)
 		}
 	}
-	if n := openFDs(t); n != fds {
+	if n := testkit.CountFiles(t); n != fds {
 		t.Errorf("%d open files, %d before", n, fds)
 	}
 }
@@ -136,7 +138,7 @@ func TestConfigureWithoutIPv6(t *testing.T) {
 // somebody else or an older viasocks, has one.
 func TestQueues(t *testing.T) {
 	network(t)
-	fds := openFDs(t)
+	fds := testkit.CountFiles(t)
 	many := TUNOptions{Name: "vsq%d", Persist: true, Queues: 4}
 	queues, name, err := OpenTUN(many)
 	if err != nil {
@@ -173,7 +175,7 @@ func TestQueues(t *testing.T) {
 		t.Errorf("one for one queue: %d files, %v", len(queues), err)
 	}
 	CloseTUN(queues)
-	if n := openFDs(t); n != fds {
+	if n := testkit.CountFiles(t); n != fds {
 		t.Errorf("%d open files, %d before", n, fds)
 	}
 }

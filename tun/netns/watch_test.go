@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // ip runs ip(8) in the tests' namespace, or skips where there is none.
@@ -61,9 +63,9 @@ func await(t *testing.T, changes <-chan Change, what string, want func(Change) b
 
 func TestWatch(t *testing.T) {
 	network(t)
-	fds := openFDs(t)
+	fds := testkit.CountFiles(t)
 	t.Cleanup(func() {
-		if n := openFDs(t); n != fds {
+		if n := testkit.CountFiles(t); n != fds {
 			t.Errorf("%d open files, %d before", n, fds)
 		}
 	})

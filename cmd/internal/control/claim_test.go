@@ -11,11 +11,13 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // One network namespace has one daemon, whatever the state directories; and nobody without privilege can keep root out.
 func TestTakeHost(t *testing.T) {
-	noLeak(t)
+	testkit.CheckLeaks(t)
 	if os.Getuid() != 0 {
 		t.Skip("no root: the namespace would need a user namespace")
 	}

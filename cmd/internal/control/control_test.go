@@ -19,43 +19,13 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 var update = flag.Bool("update", false, "write the golden files")
 
 // patience is for what must happen, on a machine that may stall for seconds.
 const patience = 20 * time.Second
-
-// noLeak ends a test with a look at goroutines and files.
-func noLeak(t *testing.T) {
-	t.Helper()
-	fds := func() int {
-		d, err := os.ReadDir("/proc/self/fd")
-		if err != nil {
-			t.Fatal(err)
-		}
-		return len(d)
-	}
-	l, err := net.Listen("tcp4", "127.0.0.1:0") // the poller's own files
-	if err != nil {
-		t.Fatal(err)
-	}
-	l.Close()
-	before, running := fds(), goleak.IgnoreCurrent()
-	t.Cleanup(func() {
-		for end := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
-			err, after := goleak.Find(running), fds()
-			if err == nil && after == before {
-				return
-			}
-			if time.Now().After(end) {
-				t.Errorf("%d files before, %d after; %v", before, after, err)
-				return
-			}
-		}
-	})
-}
 
 type fake struct {
 	confirmed, down atomic.Int32
@@ -85,7 +55,7 @@ func listen(t *testing.T, f *fake, group int) (*Server, string) {
 }
 
 func TestServer(t *testing.T) {
-	noLeak(t)
+	testkit.CheckLeaks(t)
 	var f fake
 	s, path := listen(t, &f, -1)
 	info, err := os.Stat(path)
@@ -130,7 +100,7 @@ func TestServer(t *testing.T) {
 
 // What no client of ours sends.
 func TestHostileRequests(t *testing.T) {
-	noLeak(t)
+	testkit.CheckLeaks(t)
 	var f fake
 	_, path := listen(t, &f, -1)
 	for _, tt := range []struct{ send, want string }{
@@ -164,7 +134,7 @@ func TestHostileRequests(t *testing.T) {
 
 // Connections that say nothing take their own places and nobody's time.
 func TestBounds(t *testing.T) {
-	noLeak(t)
+	testkit.CheckLeaks(t)
 	var f fake
 	s, path := listen(t, &f, -1)
 	var silent []net.Conn
@@ -205,7 +175,7 @@ func TestBounds(t *testing.T) {
 
 // Those who may only look take their own slots: with all of them held, root is answered, and stops it.
 func TestLookersKeepNobodyOut(t *testing.T) {
-	noLeak(t)
+	testkit.CheckLeaks(t)
 	if os.Getuid() != 0 {
 		t.Skip("no root: another user's connection is not tried")
 	}
@@ -278,7 +248,7 @@ func TestPeers(t *testing.T) {
 			t.Errorf("%s is in no group's group", tt.name)
 		}
 	}
-	noLeak(t)
+	testkit.CheckLeaks(t)
 	if os.Getuid() != 0 {
 		t.Skip("no root: another user's connection is not tried")
 	}
@@ -340,7 +310,7 @@ func askAs(path string, gid int, groups []int) (*http.Response, error) {
 }
 
 func TestStaleSocket(t *testing.T) {
-	noLeak(t)
+	testkit.CheckLeaks(t)
 	dir := t.TempDir()
 	path := filepath.Join(dir, "control-1.sock")
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
@@ -370,7 +340,7 @@ func TestStaleSocket(t *testing.T) {
 }
 
 func TestLock(t *testing.T) {
-	noLeak(t)
+	testkit.CheckLeaks(t)
 	path := filepath.Join(t.TempDir(), "control-1.sock")
 	if Locked(path) {
 		t.Error("locked by nobody")
@@ -410,7 +380,7 @@ func TestLock(t *testing.T) {
 
 // However often it is taken, given back and removed, only one has it.
 func TestLockOfMany(t *testing.T) {
-	noLeak(t)
+	testkit.CheckLeaks(t)
 	path := filepath.Join(t.TempDir(), "control-1.sock")
 	var have, most atomic.Int32
 	var wg sync.WaitGroup
@@ -446,7 +416,7 @@ func TestPath(t *testing.T) {
 
 // A server that is none of ours.
 func TestClientBounds(t *testing.T) {
-	noLeak(t)
+	testkit.CheckLeaks(t)
 	path := filepath.Join(t.TempDir(), "s.sock")
 	l, err := net.Listen("unix", path)
 	if err != nil {
