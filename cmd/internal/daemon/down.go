@@ -61,6 +61,12 @@ func Down(cfg *config.Config, environ []string, out io.Writer) error {
 	return err
 }
 
+// tellsResolved reports whether `up` tells systemd-resolved to ask viasocks. With --dns off and relay the servers that it has are
+// those to be asked.
+func tellsResolved(cfg *config.Config) bool {
+	return cfg.Host.Resolved && !cfg.DNSOff && (cfg.Fake.On || !cfg.Relay)
+}
+
 // revertResolved takes back what a viasocks that was killed has told systemd-resolved of the TUN device, and says so. That would
 // forget it with the device, too; but where the device is not ours to delete, this is the only way.
 func revertResolved(device string) string {
@@ -168,7 +174,7 @@ func DryRun(cfg *config.Config, out io.Writer, stderr *os.File) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), revertTimeout)
 	defer cancel()
-	if cfg.Host.Resolved && resolved.Running(ctx, resolved.SystemBus()) {
+	if tellsResolved(cfg) && resolved.Running(ctx, resolved.SystemBus()) {
 		plan = append(plan, fmt.Sprintf("resolvectl dns %s %s", cfg.TUN, nameserver), fmt.Sprintf("resolvectl domain %s '~.'", cfg.TUN))
 	}
 	for _, l := range plan {

@@ -93,8 +93,7 @@ func Up(cfg *config.Config, o UpOptions) error {
 		stop: stop, hup: make(chan struct{}, 1), network: newSettling(), tun: tended{news: make(chan struct{}, 1)},
 		loops: newLoopGuard(), confirm: make(chan struct{}, 1),
 	}
-	// With --dns off and relay the servers that systemd-resolved has are those to be asked.
-	if cfg.Host.Resolved && !cfg.DNSOff && (cfg.Fake.On || !cfg.Relay) {
+	if tellsResolved(cfg) {
 		u.teller = resolved.New(resolved.SystemBus(), []netip.Addr{nameserver}, e.log)
 	}
 	u.notify = newNotifier(o.Environ, e.log)

@@ -195,6 +195,12 @@ func TestSystemdResolved(t *testing.T) {
 	}
 	flags := []string{"--proxy", "socks5://" + proxy4 + ":1080"}
 
+	for option, want := range map[string]bool{"auto": true, "off": false} {
+		out, err := w.command(append([]string{"up", "--dry-run", "--resolved", option}, flags...)...)
+		if err != nil || strings.Contains(out, "resolvectl dns "+tunName+" 198.18.0.2") != want {
+			t.Errorf("--dry-run --resolved %s: %v\n%s", option, err, out)
+		}
+	}
 	d := w.up(flags...)
 	index := told("after the start")
 	if out, err := w.command("status"); err != nil || !strings.Contains(out, "systemd-resolved asks viasocks") {
