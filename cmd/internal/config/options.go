@@ -145,6 +145,7 @@ or for
 .Ar NAME
 where that is given behind an address; see
 .Fl -dns-ca .
+Questions are not padded (RFC 8467): who sees their length may guess a name.
 With
 .Cm tor ,
 which needs a
