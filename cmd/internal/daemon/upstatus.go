@@ -161,6 +161,7 @@ func fillTraffic(s *control.Status, router *route.Router, k stack.Stats) {
 		{What: "datagrams too large for SOCKS", Packets: r.TooLarge},
 		{What: "datagrams lost while their association was made", Packets: r.QueueFull},
 		{What: "datagrams dropped by a rule or for want of room", Packets: r.Dropped},
+		{What: "questions of DNS that --allow refuses", Packets: r.DNS.Refused},
 		{What: "packets that the device did not take", Packets: k.DroppedOut},
 		{What: "packets lost on the way to another shard", Packets: k.DroppedHandover},
 	} {
