@@ -49,7 +49,7 @@ func TestStreamByName(t *testing.T) {
 	up := namedUpstream{NewSOCKS("p", client), far, dialed}
 	srv.Redirect(far, far)
 	g := newRig(t, Config{
-		Upstreams: []Upstream{up}, Default: "p", Pool: pool, Rules: []Rule{mustRule(t, "name .bad.example reject")},
+		Upstreams: []Upstream{up}, Default: "p", Pool: pool, Fake: true, Rules: []Rule{mustRule(t, "name .bad.example reject")},
 	}, nil)
 	v4, v6, _ := pool.Give([]byte("www.example.com"))
 	for _, dst := range []netip.Addr{v4, v6} {

@@ -21,8 +21,8 @@ type Policy struct {
 	ResolverCAs *x509.CertPool
 	// ResolverDefault is as in Config.
 	ResolverDefault string
-	// Guard is as in Config.
-	Guard bool
+	// Guard and Fake are as in Config.
+	Guard, Fake bool
 	// Split is as in Config.
 	Split Split
 }
@@ -38,7 +38,7 @@ var (
 func (r *Router) Reload(p Policy) error {
 	cfg := r.cfg
 	cfg.Upstreams, cfg.Rules, cfg.Default, cfg.Resolvers = p.Upstreams, p.Rules, p.Default, p.Resolvers
-	cfg.ResolverDefault, cfg.Guard, cfg.Split = p.ResolverDefault, p.Guard, p.Split
+	cfg.ResolverDefault, cfg.Guard, cfg.Fake, cfg.Split = p.ResolverDefault, p.Guard, p.Fake, p.Split
 	r.reload.Lock()
 	defer r.reload.Unlock()
 	old := r.policy.Load()
@@ -51,9 +51,9 @@ func (r *Router) Reload(p Policy) error {
 	if d := r.dns.Load(); (d != nil) != (len(p.Resolvers) > 0) {
 		return errors.New("cannot change whether port 53 is answered while running")
 	} else if d != nil && !(same && slices.Equal(p.Resolvers, r.resolvers) && p.ResolverCAs.Equal(r.resolverCAs) &&
-		p.RelayDNS == r.relayDNS && p.Split.sameServers(&old.split)) {
+		p.RelayDNS == r.relayDNS && next.fake == old.fake && p.Split.sameServers(&old.split)) {
 		// Its connections are of the old upstreams, and it has no way to be told of others.
-		if names, err = r.newDNS(p.Resolvers, p.ResolverCAs, p.RelayDNS, &p.Split); err != nil {
+		if names, err = r.newDNS(next, p.Resolvers, p.ResolverCAs, p.RelayDNS, &p.Split); err != nil {
 			return err
 		}
 	}
@@ -117,9 +117,9 @@ func (r *Router) endReplaced(p *policy) {
 
 func (p *policy) has(u *upstream) bool { return u.own || slices.Contains(p.order, u) }
 
-func (r *Router) newDNS(resolvers []dns.Resolver, roots *x509.CertPool, relay bool, split *Split) (*dns.Server, error) {
+func (r *Router) newDNS(p *policy, resolvers []dns.Resolver, roots *x509.CertPool, relay bool, split *Split) (*dns.Server, error) {
 	cfg := dns.Config{Dial: r.dialResolver, Resolvers: resolvers, RootCAs: roots, Relay: relay, Tor: r.askTor, Log: logTo(r.log)}
-	if r.cfg.Pool != nil {
+	if p.fake {
 		cfg.Fake = dns.FakeConfig{
 			Pool:  r.cfg.Pool,
 			IPv6:  func() bool { return !r.cfg.NoFakeIPv6 },
@@ -185,7 +185,7 @@ func (r *Router) Renew() {
 	if r.ctx.Err() != nil || !r.ran.Load() || r.dns.Load() == nil {
 		return
 	}
-	if d, err := r.newDNS(r.resolvers, r.resolverCAs, r.relayDNS, &r.policy.Load().split); err == nil { // they were fine before
+	if d, err := r.newDNS(r.policy.Load(), r.resolvers, r.resolverCAs, r.relayDNS, &r.policy.Load().split); err == nil { // they were fine before
 		r.startDNS(d)
 	}
 }

@@ -50,12 +50,14 @@ type Config struct {
 	Guard bool
 	// Split says which names are asked of other servers than Resolvers.
 	Split Split
-	// HostDNS asks servers past every upstream; its zero value: there is no way to. With Pool, names that the rules send direct are
+	// HostDNS asks servers past every upstream; its zero value: there is no way to. With Fake, names that the rules send direct are
 	// asked of its Servers.
 	HostDNS HostDNS
-	// Pool has the fake addresses that Fake of route/dns gives out. A TCP flow to one travels as the name that it stands for. nil:
-	// there are none.
+	// Pool has the fake addresses. A TCP flow to one travels as the name that it stands for. nil: there are none.
 	Pool *dns.Pool
+	// Fake: questions for addresses are answered with those of Pool, which must be there. Otherwise addresses that were given out
+	// before go on standing for their names.
+	Fake bool
 	// NoFakeIPv6: names have no fake IPv6 address, only an IPv4 one.
 	NoFakeIPv6 bool
 	// UDPTimeout is how long a mapping lives after the last datagram when its socket is gone. 0: DefaultUDPTimeout.
@@ -181,7 +183,7 @@ func New(cfg Config) (*Router, error) {
 	r.SetUDP(cfg.UDPTimeout, cfg.Limits.Mappings)
 	r.ctl.wake = make(chan struct{}, 1)
 	if len(cfg.Resolvers) > 0 {
-		d, err := r.newDNS(cfg.Resolvers, cfg.ResolverCAs, cfg.RelayDNS, &cfg.Split)
+		d, err := r.newDNS(p, cfg.Resolvers, cfg.ResolverCAs, cfg.RelayDNS, &cfg.Split)
 		if err != nil {
 			return nil, err
 		}

@@ -111,7 +111,7 @@ func (v *verdict) isDirect() bool { return v.kind == carry && v.up.name == Direc
 // split puts what is asked of other servers into the configuration of route/dns.
 func (r *Router) split(cfg *dns.Config, s *Split) {
 	cfg.Zones, cfg.HostServers, cfg.DialDirect = s.Zones, r.cfg.HostDNS.Servers, r.cfg.HostDNS.Dial
-	if r.cfg.Pool == nil {
+	if cfg.Fake.Pool == nil {
 		return
 	}
 	cfg.Fake.NoSingleLabels = s.NoSingleLabels

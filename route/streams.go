@@ -80,7 +80,7 @@ func (r *shard) handleStream(req flow.StreamRequest) {
 		to, carried := d.Carries()
 		relayed := d.Relays() && flow.CanBePeer(f.Dst.Addr())
 		// A connection whose questions nobody looks at is carried as it is, zone transfers included.
-		carried = (carried || relayed) && r.cfg.Pool == nil && !p.guard && len(p.split.Zones) == 0
+		carried = (carried || relayed) && !p.fake && !p.guard && len(p.split.Zones) == 0
 		if !carried {
 			r.takeStream(req, f, dest, r.answer, nil)
 			return

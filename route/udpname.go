@@ -106,7 +106,7 @@ func (r *shard) carryNamed(w flow.PacketWriter, p *flow.Packet, now int64) {
 	if !known {
 		return
 	}
-	if !flow.OneHost(far) || flow.IsOurs(far) || d.v.up.name != DirectName && !flow.CanBePeer(far) {
+	if !flow.OneHost(far) || flow.IsOurs(far) || r.cfg.Pool.Contains(far) || d.v.up.name != DirectName && !flow.CanBePeer(far) {
 		r.refuse(w, one, flow.RefuseHost)
 		return
 	}

@@ -76,7 +76,7 @@ func TestUDPByName(t *testing.T) {
 	})
 	pool := newPool(t)
 	g := newRig(t, Config{
-		Upstreams: []Upstream{NewSOCKS("p", client)}, Default: "p", Pool: pool, Resolvers: []dns.Resolver{dns.OverTCP(res)},
+		Upstreams: []Upstream{NewSOCKS("p", client)}, Default: "p", Pool: pool, Fake: true, Resolvers: []dns.Resolver{dns.OverTCP(res)},
 		Rules: []Rule{mustRule(t, "name bad.example reject")},
 	}, nil)
 	give := func(name string) string {
@@ -153,7 +153,7 @@ func TestUDPByNameDirect(t *testing.T) {
 	looked := make(chan string, 4)
 	direct := &lookingUpstream{fakeUpstream{name: DirectName}, looked}
 	g := newRig(t, Config{
-		Upstreams: []Upstream{NewSOCKS("p", client), direct}, Default: "p", Pool: pool, Resolvers: []dns.Resolver{dns.OverTCP(res)},
+		Upstreams: []Upstream{NewSOCKS("p", client), direct}, Default: "p", Pool: pool, Fake: true, Resolvers: []dns.Resolver{dns.OverTCP(res)},
 		Rules: []Rule{mustRule(t, "name lan.example direct")},
 	}, nil)
 	a, _, _ := pool.Give([]byte("lan.example"))

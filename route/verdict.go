@@ -61,6 +61,7 @@ type policy struct {
 	guard     bool  // Config.Guard
 	tor       bool  // an upstream is a Tor
 	split     Split
+	fake      bool // Config.Fake, and there is a pool
 	rules     []Rule
 	verdicts  []*verdict // one for each rule
 	nameless  []*Rule    // the same, see withoutNames; nil: no rule asks for a name
@@ -75,7 +76,7 @@ const noRule = "none"
 
 // newPolicy checks and compiles. Upstreams that old (or nil) has too keep what is known of them.
 func newPolicy(cfg Config, old *policy) (*policy, error) {
-	p := &policy{rules: cfg.Rules, guard: cfg.Guard, split: cfg.Split, upstreams: make(map[string]*upstream)}
+	p := &policy{rules: cfg.Rules, guard: cfg.Guard, fake: cfg.Fake && cfg.Pool != nil, split: cfg.Split, upstreams: make(map[string]*upstream)}
 	shards := max(cfg.Shards, 1)
 	var names []string
 	for _, u := range cfg.Upstreams {

@@ -69,7 +69,12 @@ start_proxy() {
 			log: error
 		}
 	END
-	start danted "$proxy" danted -f "$T/danted.conf" -p "$T/danted.pid"
+	# It resolves the names itself, by a resolver of the world, which stands in a resolv.conf of its own.
+	echo "nameserver $dns_addr" >"$T/resolv.conf"
+	# shellcheck disable=SC2016 # expanded by the inner shell
+	start danted "$proxy" unshare --mount --propagation private bash -ec '
+		mount --bind "$0/resolv.conf" "$(readlink -f /etc/resolv.conf)"
+		exec danted -f "$0/danted.conf" -p "$0/danted.pid"' "$T"
 	await "dante-server" 10 listening "$proxy" t $proxy_in 1080
 }
 

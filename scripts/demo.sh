@@ -193,7 +193,8 @@ positive_control() {
 
 # --- the cases ----------------------------------------------------------------------------------------------------
 
-run_args=(--proxy "$proxy_url" --dns "tcp://$dns_addr")
+# Names travel to the proxy. For UDP they are looked up by a resolver of the world, through the proxy.
+run_args=(--proxy "$proxy_url" --dns "fake,tcp://$dns_addr")
 
 # download CASE FILE SECONDS ARGS... runs aria2 under viasocks and notes bytes, time and hash. With a torrent the time ends
 # with the last byte, though aria2 seeds a little longer.

@@ -58,6 +58,9 @@ func (s Server) HasPassword() bool { return s.login != nil && s.login.pass != ""
 // TakesPassword reports whether the protocol has room for a password.
 func (s Server) TakesPassword() bool { return s.proto == protoSOCKS5 || s.proto == protoHTTP }
 
+// TakesNames reports whether the protocol can ask for a name in place of an address: all but SOCKS4 without the a.
+func (s Server) TakesNames() bool { return s.proto != protoSOCKS4 }
+
 // User is the user name, empty without credentials. Not for logs.
 func (s Server) User() string {
 	if s.login == nil {

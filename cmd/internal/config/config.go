@@ -59,10 +59,19 @@ type Selection struct {
 
 // Fake says whether and how names get addresses that stand for them.
 type Fake struct {
-	On   bool         // --dns fake
-	Pool netip.Prefix // of IPv4, inside flow.Pool4
-	File string       // that keeps the names over a restart; empty: none
-	IPv6 string       // auto, on, off: whether a name has an IPv6 address too
+	On    bool         // --dns fake
+	Pool  netip.Prefix // of IPv4, inside flow.Pool4
+	Pool6 netip.Prefix // a unique local one, as wide as a /64 at least
+	File  string       // that keeps the names over a restart; empty: none
+	IPv6  string       // auto, on, off: whether a name has an IPv6 address too
+}
+
+// Pools are the networks whose addresses stand for names.
+func (f *Fake) Pools() []netip.Prefix {
+	if f.IPv6 == "off" {
+		return []netip.Prefix{f.Pool}
+	}
+	return []netip.Prefix{f.Pool, f.Pool6}
 }
 
 // RuleFor is a flow that the user asks about, in the user's words and read.

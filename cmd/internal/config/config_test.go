@@ -28,6 +28,9 @@ func TestDefaults(t *testing.T) {
 	if c.Default != DefaultUpstream || len(c.Upstreams) != 1 || c.Upstreams[0].Server.String() != "socks5://127.0.0.1:1080" {
 		t.Errorf("upstreams %v, default %q", c.Upstreams, c.Default)
 	}
+	if !c.Fake.On {
+		t.Error("names do not become fake addresses")
+	}
 	want := "[tcp://1.1.1.1:53 tcp://9.9.9.9:53]"
 	if fmt.Sprint(c.DNS) != want {
 		t.Errorf("DNS %v", c.DNS)
@@ -79,6 +82,14 @@ func TestUsageErrors(t *testing.T) {
 		{"P --dns fake,1.1.1.1", "must be off, or one or several of fake"},
 		{"--rule direct --dns fake", "cannot use --dns fake without a proxy"},
 		{"P --dns-pool 198.20.0.0/16", "inside 198.18.0.0/15"},
+		{"P --dns-pool6 fd00::/65", "a /64 or wider"},
+		{"P --dns-pool6 fd00::1/64", "a /64 or wider"},
+		{"P --dns-pool6 2001:db8::/48", "inside fd00::/8"},
+		{"P --dns-pool6 fc00::/7", "inside fd00::/8"},
+		{"P --dns-pool6 198.18.0.0/15", "inside fd00::/8"},
+		{"P --dns tcp://198.18.0.2 --dns fake,tcp://198.18.0.2", "whose addresses stand for names"},
+		{"P --dns fake,tcp://[fd76:6961:736f:636b::9]", "whose addresses stand for names"},
+		{"P --dns-pool6 fd77::/48 --dns fake,tcp://[fd77:0:0:1::9]", "whose addresses stand for names"},
 		{"P --dns-pool 198.0.0.0/8", "inside 198.18.0.0/15"},
 		{"P --dns-pool 198.18.0.0/24", "of 512 addresses at least"},
 		{"P --dns-pool 198.18.0.1/16", "inside 198.18.0.0/15"},

@@ -127,6 +127,32 @@ makes a chain: the proxy is reached through another upstream.`,
 		Help: "fake, relay, or resolvers (tcp://, tls://, https://) that are asked through the proxy; off",
 		Man: `How questions of the program to port 53 of whatever address are answered.
 .Pp
+.Ar fake[,RESOLVER...] :
+each name gets an address of
+.Fl -dns-pool
+that stands for it, and a TCP connection to this address travels to the proxy as the name, which the proxy resolves.
+It also works where the proxy refuses port 53, and where only the proxy knows the names.
+Rules see the name, and no other address than the one that stands for it: a rule about the destination's network
+.Pq Cm dst
+does not match what goes to a name.
+Questions over TCP are answered likewise, and zone transfers are refused.
+A name that a rule sends
+.Cm direct
+is looked up by the host's own resolver.
+Questions for other things than addresses (MX, TXT, SRV and the like) go to the resolvers, which are
+.Ar 1.1.1.1
+and
+.Ar 9.9.9.9
+if none are given.
+For UDP to such an address the resolvers are asked too, since hardly any proxy takes names there; the datagrams go to the real
+address, and what comes from it comes back from the address that stands for the name.
+A program that writes to the real address from the same socket as well gets its answers from the real address.
+Where no resolver answers, UDP by name is refused (host unreachable).
+After a reload with another mode, addresses that were given out before still stand for their names.
+This is the default where there is a proxy, unless one of the upstreams has only
+.Cm socks4
+proxies, which take no names.
+.Pp
 .Ar tcp://HOST[:PORT] ,
 .Ar tls://HOST[:PORT][#NAME]
 and
@@ -175,31 +201,10 @@ The rules decide how a resolver is reached; where none matches it is reached by
 .Fl -proxy .
 Where there is no proxy at all the resolvers are asked directly, and those of the host's
 .Pa /etc/resolv.conf
-are the default: they must answer over TCP, as RFC 7766 demands.
+are the default of this option: they must answer over TCP, as RFC 7766 demands.
 They are read at the start and at a reload.
 .Cm up
 leaves out a resolver that runs on the host itself, whose own questions would come back.
-.Pp
-.Ar fake[,RESOLVER...] :
-each name gets an address of
-.Fl -dns-pool
-that stands for it, and a TCP connection to this address travels to the proxy as the name, which the proxy resolves.
-It also works where the proxy refuses port 53, and where only the proxy knows the names.
-Rules see the name.
-Questions over TCP are answered likewise, and zone transfers are refused.
-A name that a rule sends
-.Cm direct
-is looked up by the host's own resolver.
-Questions for other things than addresses (MX, TXT, SRV and the like) go to the resolvers, which are
-.Ar 1.1.1.1
-and
-.Ar 9.9.9.9
-if none are given.
-For UDP to such an address the resolvers are asked too, since hardly any proxy takes names there; the datagrams go to the real
-address, and what comes from it comes back from the address that stands for the name.
-A program that writes to the real address from the same socket as well gets its answers from the real address.
-Where no resolver answers, UDP by name is refused (host unreachable).
-A reload does not change whether names have such addresses.
 .Pp
 .Ar relay[,RESOLVER...] :
 by the very server that the program asks, through the proxy: over UDP, or over TCP where the proxy has no UDP.
@@ -244,8 +249,21 @@ There is no way to leave the verification out.`,
 all of
 .Ar 198.18.0.0/15 ,
 which viasocks keeps for itself, or a part of it that has 512 addresses at least; 256 of them stand for no name.
-IPv6 addresses that stand for names come from fd76:6961:736f:636b::/64.
 When all are given out the name that was asked for longest ago loses its address, but not while a connection uses it.`,
+	},
+	{
+		Name: "dns-pool6", Arg: "NETWORK", Default: flow.Pool6.String(), Cmds: all, set: setDNSPool6,
+		Help: "the same for IPv6",
+		Man: `The IPv6 addresses that stand for names, with
+.Fl -dns Cm fake :
+a network inside
+.Ar fd00::/8
+that is a /64 or wider.
+Neither this network nor that of
+.Fl -dns-pool
+may overlap a network that the host is connected to, or hold the address of a proxy or a resolver:
+.Cm up
+then refuses to start, or to take the configuration at a reload.`,
 	},
 	{
 		Name: "dns-pool-file", Arg: "FILE", Cmds: all, set: setDNSPoolFile,

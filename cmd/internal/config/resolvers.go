@@ -13,11 +13,13 @@ import (
 	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/socks"
-	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// defaultDNS is asked through the proxy where --dns says nothing.
-const defaultDNS = "tcp://1.1.1.1,9.9.9.9"
+// defaultDNS is the mode where --dns says nothing and the proxies take names; see finishDNS.
+const defaultDNS = "fake"
+
+// defaultResolvers are asked through the proxy where --dns names none.
+const defaultResolvers = "tcp://1.1.1.1,9.9.9.9"
 
 // The host's own list of resolvers, and the one that systemd-resolved, whose stub may stand in the first, asks itself.
 // Variables for the tests.
@@ -32,6 +34,9 @@ const maxResolvConf = 64 << 10
 // finishDNS says who answers the program's questions, and by which upstream they are asked where no rule says so: by that
 // of --proxy, or, where there is no proxy at all, directly. In the latter case the host's own resolvers are asked if the
 // user names no others: they may be the only ones that can be reached, and that know the names of this network.
+//
+// Names become fake addresses unless --dns says otherwise, there is no proxy, or one of the upstreams has only SOCKS4 servers,
+// which take no names.
 func (c *Config) finishDNS() error {
 	switch {
 	case len(c.Upstreams) == 0:
@@ -42,14 +47,15 @@ func (c *Config) finishDNS() error {
 	if err := c.finishDNSCA(); err != nil {
 		return err
 	}
+	if !c.Relay && !c.DNSOff && len(c.DNS) == 0 && c.takesNames() {
+		c.Fake.On = true
+	}
 	if c.Fake.On {
 		if len(c.Upstreams) == 0 {
 			return usagef("cannot use --dns fake without a proxy: no proxy would resolve the names")
 		}
-		for _, p := range c.Host.Exclude.Nets {
-			if p.Overlaps(c.Fake.Pool) || p.Overlaps(flow.Pool6) {
-				return usagef("cannot use --dns fake with --exclude %s: addresses that stand for names must come to viasocks", p)
-			}
+		if err := c.checkPools(); err != nil {
+			return err
 		}
 	}
 	if slices.Contains(c.DNS, dns.Resolver{Kind: dns.Tor}) && !c.torIsDefault() {
@@ -59,9 +65,9 @@ func (c *Config) finishDNS() error {
 	case len(c.DNS) > 0 || c.DNSOff:
 		return nil
 	case len(c.Upstreams) > 0 && c.torIsDefault():
-		return setDNS(c, value{"dns", "tor," + defaultDNS, "--dns tor," + defaultDNS})
+		return setDNS(c, value{"dns", "tor," + defaultResolvers, "--dns tor," + defaultResolvers})
 	case len(c.Upstreams) > 0:
-		return setDNS(c, value{"dns", defaultDNS, "--dns " + defaultDNS})
+		return setDNS(c, value{"dns", defaultResolvers, "--dns " + defaultResolvers})
 	}
 	var err error
 	c.DNS, err = hostResolvers(c.Command == Up)
@@ -87,6 +93,35 @@ func (c *Config) finishDNSCA() error {
 		return fmt.Errorf("cannot use the certificates %s: there is no certificate in PEM in it", c.dnsCA.text)
 	}
 	return nil
+}
+
+// checkPools refuses ranges of fake addresses that must not come to viasocks, or that something else in the configuration has.
+func (c *Config) checkPools() error {
+	for _, pool := range c.Fake.Pools() {
+		for _, p := range c.Host.Exclude.Nets {
+			if p.Overlaps(pool) {
+				return usagef("cannot use --exclude %s with --dns fake: the addresses of %s, which stand for names, must come to viasocks: "+
+					"take other addresses with --dns-pool or --dns-pool6, or real ones with --dns tcp://ADDRESS", p, pool)
+			}
+		}
+		for _, r := range c.DNS {
+			if pool.Contains(r.Addr.Addr()) {
+				return usagef("cannot use the resolver %s: it is inside %s, whose addresses stand for names", r, pool)
+			}
+		}
+	}
+	return nil
+}
+
+// takesNames reports whether there are proxies, and each upstream has one that can be asked for a name.
+func (c *Config) takesNames() bool {
+	for i := range c.Upstreams {
+		servers := c.Upstreams[i].Servers()
+		if !slices.ContainsFunc(servers, socks.Server.TakesNames) {
+			return false
+		}
+	}
+	return len(c.Upstreams) > 0
 }
 
 // hostResolvers are those of resolv.conf(5). When the whole host is steered (up), one that runs on the host itself is

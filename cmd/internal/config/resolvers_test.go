@@ -122,3 +122,34 @@ func TestResolverSchemes(t *testing.T) {
 		t.Errorf("got %s, want %s", got, want)
 	}
 }
+
+// TestDefaultDNS: names become fake addresses unless something else is said, or a proxy takes no names.
+func TestDefaultDNS(t *testing.T) {
+	withResolvers(t, "nameserver 192.0.2.1\n", "")
+	for _, tt := range []struct {
+		args string
+		fake bool
+	}{
+		{"--proxy socks5://h", true},
+		{"--proxy socks4a://h", true},
+		{"--proxy http://h", true},
+		{"--rule direct --upstream b=socks5://h", true},
+		{"--upstream b=socks4://h,socks5://h --rule via|b", true},
+		{"--proxy socks4://h", false},
+		{"--proxy socks5://h --upstream b=socks4://h", false},
+		{"--rule direct", false},
+		{"--proxy socks5://h --dns tcp://192.0.2.53", false},
+		{"--proxy socks4://h --dns fake", true},
+	} {
+		args := strings.Fields(tt.args)
+		for i := range args {
+			args[i] = strings.ReplaceAll(args[i], "|", " ")
+		}
+		for _, cmd := range []Command{Check, Up} {
+			c, err := Parse(cmd, args, nil)
+			if err != nil || c.Fake.On != tt.fake || len(c.DNS) == 0 {
+				t.Errorf("%s: %v, fake %v, resolvers %v", tt.args, err, c != nil && c.Fake.On, c != nil && len(c.DNS) > 0)
+			}
+		}
+	}
+}

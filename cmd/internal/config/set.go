@@ -167,6 +167,18 @@ func setDNSPool(c *Config, v value) error {
 // maxPoolBits is the length of the prefix of the smallest pool: flow.PoolReserve of its addresses stand for no name.
 const maxPoolBits = 23
 
+func setDNSPool6(c *Config, v value) error {
+	p, err := netip.ParsePrefix(v.text)
+	if err != nil || p.Masked() != p || p.Bits() < uniqueLocal.Bits() || p.Bits() > 64 || !uniqueLocal.Contains(p.Addr()) {
+		return v.err("must be a network inside %s, and a /64 or wider", uniqueLocal)
+	}
+	c.Fake.Pool6 = p
+	return nil
+}
+
+// uniqueLocal are the addresses that everybody may choose networks from (RFC 4193 3.1). Programs prefer IPv4 to them.
+var uniqueLocal = netip.MustParsePrefix("fd00::/8")
+
 func setDNSPoolFile(c *Config, v value) error { c.Fake.File = v.text; return nil }
 
 func setIPv6(c *Config, v value) error {

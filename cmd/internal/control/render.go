@@ -79,12 +79,17 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	}
 	fmt.Fprintf(
 		&b,
-		"  names  %s asked of %s, %s answered, %s failed\n",
+		"  names  %s asked, %s answered (%s of them by viasocks itself), %s failed; mode and resolvers: %s\n",
 		count(s.Names.Asked),
-		Plain(strings.Join(s.DNS, ", ")),
 		count(s.Names.Answered),
+		count(s.Names.Own),
 		count(s.Names.Failed),
+		Plain(strings.Join(s.DNS, ", ")),
 	)
+	if p := s.Names.Pool; p != nil {
+		fmt.Fprintf(&b, "         %s of %s fake addresses given out, %s in use; %s taken back for other names, %s names got none\n",
+			count(p.Names), count(p.Size), count(p.Held), count(p.Evicted), count(p.Refused))
+	}
 	fmt.Fprintf(&b, "  bytes  %s up, %s down\n", bytes(s.Up), bytes(s.Down))
 	if s.Shards.Now > 1 {
 		fmt.Fprintf(&b, "  shards %d; %s packets came by another one's queue\n", s.Shards.Now, count(s.Shards.HandedOver))

@@ -106,8 +106,19 @@ type UDP struct {
 // Names counts questions to port 53.
 type Names struct {
 	Asked    uint64 `json:"asked"`
-	Answered uint64 `json:"answered"` // or relayed to the server that was asked
-	Failed   uint64 `json:"failed"`   // answered by SERVFAIL
+	Answered uint64 `json:"answered"`       // or relayed to the server that was asked
+	Failed   uint64 `json:"failed"`         // answered by SERVFAIL
+	Own      uint64 `json:"own"`            // of those answered: without a resolver
+	Pool     *Pool  `json:"pool,omitempty"` // of addresses that stand for names; nil: there is none
+}
+
+// Pool is the state of the fake addresses.
+type Pool struct {
+	Names   uint64 `json:"names"`   // that have an address
+	Size    uint64 `json:"size"`    // how many can have one
+	Held    uint64 `json:"held"`    // of Names: flows use them
+	Evicted uint64 `json:"evicted"` // names that lost their address to another
+	Refused uint64 `json:"refused"` // names that got none
 }
 
 // Shards are the parts that the flows are divided into, by the programs' ports.

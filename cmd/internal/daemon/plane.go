@@ -59,7 +59,7 @@ type dialing struct {
 	comesBack func(flow.Flow) bool
 	// decisions is route.Config.Decisions.
 	decisions io.Writer
-	// pool has the addresses that stand for names; nil: there are none. It outlives the plane.
+	// pool has the addresses that stand for names; nil: there are none, whatever --dns says. It outlives the plane.
 	pool *dns.Pool
 	// noIPv6: the programs have no IPv6.
 	noIPv6 bool
@@ -118,7 +118,7 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 	if p.router, err = route.New(route.Config{
 		Upstreams: policy.Upstreams, Rules: policy.Rules, Default: policy.Default, Resolvers: policy.Resolvers, ResolverCAs: policy.ResolverCAs,
 		RelayDNS:        policy.RelayDNS,
-		ResolverDefault: policy.ResolverDefault, Guard: policy.Guard,
+		ResolverDefault: policy.ResolverDefault, Guard: policy.Guard, Fake: policy.Fake,
 		Split: policy.Split, HostDNS: hostDNS(cfg.Command == config.Up, dial.directly()),
 		Loops: p.loops, Shards: p.stack.Shards(),
 		Sockets: sockets, Owners: ownersOf(sockets), ComesBack: dial.comesBack,
@@ -150,7 +150,7 @@ func (p *plane) policy(cfg *config.Config) (_ route.Policy, ups []upstream, err 
 	}
 	pol := route.Policy{
 		Rules: cfg.Rules, Default: cfg.Default, Resolvers: cfg.DNS, ResolverCAs: cfg.DNSRoots, RelayDNS: cfg.Relay,
-		ResolverDefault: cfg.ResolverDefault, Guard: cfg.Guard, Split: cfg.Split,
+		ResolverDefault: cfg.ResolverDefault, Guard: cfg.Guard, Fake: cfg.Fake.On, Split: cfg.Split,
 	}
 	for _, u := range ups {
 		pol.Upstreams = append(pol.Upstreams, u.Route)
@@ -161,9 +161,6 @@ func (p *plane) policy(cfg *config.Config) (_ route.Policy, ups []upstream, err 
 // reload takes other upstreams, rules, resolvers, timeouts and limits, or leaves everything as it is. Times and limits are
 // for what begins from now on.
 func (p *plane) reload(cfg *config.Config) error {
-	if cfg.Fake.On != (p.dial.pool != nil) {
-		return errors.New("cannot change between --dns fake and other modes while running: restart viasocks")
-	}
 	policy, ups, err := p.policy(cfg)
 	if err != nil {
 		return err

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
@@ -17,13 +18,10 @@ import (
 // nobody needs the address.
 const fakeTTL = 60 * time.Second
 
-// newPool makes what --dns fake gives addresses from, with the names that its file has; nil: there are no fake addresses. A
-// file that cannot be used costs only that names get other addresses than before.
+// newPool makes what --dns fake gives addresses from, with the names that its file has. It is there in other modes too, since a
+// reload may change between them. A file that cannot be used costs only that names get other addresses than before.
 func newPool(cfg *config.Config, log *slog.Logger) (*dns.Pool, error) {
-	if !cfg.Fake.On {
-		return nil, nil
-	}
-	p, err := dns.NewPool(dns.PoolConfig{V4: cfg.Fake.Pool, V6: flow.Pool6, TTL: fakeTTL})
+	p, err := dns.NewPool(dns.PoolConfig{V4: cfg.Fake.Pool, V6: cfg.Fake.Pool6, TTL: fakeTTL})
 	if err != nil {
 		return nil, fmt.Errorf("cannot use --dns fake: %w", err)
 	}
@@ -39,11 +37,19 @@ func newPool(cfg *config.Config, log *slog.Logger) (*dns.Pool, error) {
 	return p, nil
 }
 
-// poolIsFree says which of the host's own addresses is inside the ranges of fake addresses: what is sent to it would be taken
-// for a connection to a name. The TUN's own may be there from before.
+// poolIsFree says which network of the host overlaps the ranges of fake addresses, or which proxy is in them: what is sent to an
+// address there would be taken for a connection to a name. The TUN's own addresses may be there from before.
 func poolIsFree(cfg *config.Config, addrs func() ([]net.Addr, error)) error {
 	if !cfg.Fake.On {
 		return nil
+	}
+	for _, u := range cfg.Upstreams {
+		for _, s := range u.Reached() {
+			a, err := netip.ParseAddr(s.Host())
+			if p, in := inside(cfg.Fake.Pools(), a); err == nil && in {
+				return fmt.Errorf("cannot use the proxy %s: its address is inside %s, whose addresses stand for names: %s", s, p, elsewhere)
+			}
+		}
 	}
 	all, err := addrs()
 	if err != nil {
@@ -59,14 +65,26 @@ func poolIsFree(cfg *config.Config, addrs func() ([]net.Addr, error)) error {
 		if ip == flow.TUN4 || ip == flow.TUN6 {
 			continue
 		}
-		for _, p := range []netip.Prefix{cfg.Fake.Pool, flow.Pool6} {
-			if p.Contains(ip) {
-				return fmt.Errorf("cannot use --dns fake: this host has the address %s, inside %s, whose addresses stand for names: "+
-					"take another part of %s with --dns-pool", ip, p, flow.Pool4)
+		bits, _ := n.Mask.Size()
+		for _, p := range cfg.Fake.Pools() {
+			if p.Overlaps(netip.PrefixFrom(ip, bits)) {
+				return fmt.Errorf("cannot use --dns fake: this host has the address %s/%d, and the addresses of %s stand for names: %s",
+					ip, bits, p, elsewhere)
 			}
 		}
 	}
 	return nil
+}
+
+// elsewhere is what to do about it.
+const elsewhere = "choose others with --dns-pool or --dns-pool6, or give programs real addresses with --dns tcp://ADDRESS"
+
+func inside(all []netip.Prefix, a netip.Addr) (netip.Prefix, bool) {
+	i := slices.IndexFunc(all, func(p netip.Prefix) bool { return p.Contains(a.Unmap().WithZone("")) })
+	if i < 0 {
+		return netip.Prefix{}, false
+	}
+	return all[i], true
 }
 
 // hostHasIPv6 reports whether the kernel has IPv6 at all.

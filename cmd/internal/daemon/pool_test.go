@@ -20,6 +20,8 @@ func TestPoolIsFree(t *testing.T) {
 		{"198.18.0.1/32", true},              // the TUN's own
 		{"fd76:6961:736f:636b::1/128", true}, // likewise
 		{"198.18.7.7/24", true},              // outside the part that is the pool
+		{"198.18.7.7/8", false},              // its network is not
+		{"fd76::1/16", false},
 		{"198.19.0.1/32", false},
 		{"fd76:6961:736f:636b::9/64", false},
 	} {
@@ -31,7 +33,7 @@ func TestPoolIsFree(t *testing.T) {
 		if (err == nil) != tt.free || err != nil && !strings.Contains(err.Error(), p.Addr().String()) {
 			t.Errorf("%s: %v", tt.addr, err)
 		}
-		if err := poolIsFree(parse(t, "--proxy", "socks5://127.0.0.1:1"), addrs); err != nil {
+		if err := poolIsFree(parse(t, "--proxy", "socks5://127.0.0.1:1", "--dns", "tcp://192.0.2.53"), addrs); err != nil {
 			t.Errorf("%s without fake addresses: %v", tt.addr, err)
 		}
 	}

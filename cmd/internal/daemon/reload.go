@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"errors"
+	"net"
 	"reflect"
 	"slices"
 	"strings"
@@ -59,6 +60,9 @@ func (u *up) take(cfg *config.Config) (err error) {
 		}
 	}()
 	if err := u.checkProxies(cfg); err != nil {
+		return err
+	}
+	if err := poolIsFree(cfg, net.InterfaceAddrs); err != nil {
 		return err
 	}
 	next := u.excludeLocal(cfg)

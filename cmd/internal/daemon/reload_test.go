@@ -56,8 +56,12 @@ func startUp(t *testing.T, file string, environ []string) (u *up, write func(str
 	u.notify = newNotifier(nil, e.log)
 	u.allowed = newEndpoints(e.log)
 	u.allowed.configure(cfg.Upstreams)
+	pool, err := newPool(cfg, e.log)
+	if err != nil {
+		t.Fatal(err)
+	}
 	ours, theirs := tuntest.Pipe(1500, 0)
-	if u.plane, err = newPlane(cfg, ours, nil, dialing{allowed: u.allowed}, slog.New(slog.DiscardHandler)); err != nil {
+	if u.plane, err = newPlane(cfg, ours, nil, dialing{allowed: u.allowed, pool: pool}, slog.New(slog.DiscardHandler)); err != nil {
 		t.Fatal(err)
 	}
 	u.plane.start()

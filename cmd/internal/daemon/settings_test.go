@@ -23,8 +23,8 @@ import (
 var samples = map[string]string{
 	"proxy": "PROXY", "password-file": "FILE", "upstream": "b=socks5://192.0.2.3", "rule": "port 25 reject", "dns": "tcp://192.0.2.53",
 	"dns-for": "corp.example=tcp://192.0.2.54", "dns-exclude": ".real.example", "dns-single-labels": "off",
-	"dns-pool": "198.19.0.0/16", "dns-pool-file": "FILE", "ipv6": "off",
-	"proxy-ca": "CA", "dns-ca": "CA", "allow": "tcp:203.0.113.9:80\nallow udp:203.0.113.9:6881\nallow tcp:example:443", "decisions": "FILE",
+	"dns-pool": "198.19.0.0/16", "dns-pool6": "fd77::/48", "dns-pool-file": "FILE", "ipv6": "off",
+	"proxy-ca": "CA", "dns-ca": "CA", "allow": "tcp:203.0.113.9:80\nallow udp:203.0.113.9:6881\nallow tcp:a.example:443", "decisions": "FILE",
 	"connect-timeout": "3s", "handshake-timeout": "20s", "idle-timeout": "1h", "udp-timeout": "1m", "max-pending": "512",
 	"sniff": "name", "sniff-port": "80,8443", "sniff-wait": "50ms",
 	"max-pending-per-destination": "32", "max-mappings": "64", "pool": "4", "pool-idle": "9s", "pool-age": "8s", "pipeline": "auto", "fast-open": "", "mtu": "1400", "offload": "off", "udp-gso": "off",
@@ -131,10 +131,15 @@ func (c *carried) works(when string) {
 		c.t.Fatalf("%s: TCP: %q, %v", when, b[:3], err)
 	}
 	c.exchange(when+": UDP", farUDP, []byte("udp"), func(b []byte) bool { return string(b) == "udp" })
-	question := append([]byte{0xab, 0xcd, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0}, "\x07example\x00\x00\x01\x00\x01"...)
-	c.exchange(when+": names", netip.MustParseAddrPort("198.18.0.2:53"), question, func(b []byte) bool {
-		return len(b) == len(question) && binary.BigEndian.Uint16(b) == 0xabcd && b[2]&0x80 != 0 && b[3]&0xf == 0
-	})
+	for typ, want := range map[string]int{"\x00\x01": 16, "\x00\x10": 0} { // A, and TXT, which the resolver answers in any mode
+		question := append([]byte{0xab, 0xcd, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0}, "\x01a\x07example\x00"+typ+"\x00\x01"...)
+		if !c.u.config().Fake.On {
+			want = 0
+		}
+		c.exchange(when+": names", netip.MustParseAddrPort("198.18.0.2:53"), question, func(b []byte) bool {
+			return len(b) == len(question)+want && binary.BigEndian.Uint16(b) == 0xabcd && b[2]&0x80 != 0 && b[3]&0xf == 0
+		})
+	}
 }
 
 // exchange sends a datagram from a socket of its own until it is answered.

@@ -143,14 +143,14 @@ func (u *up) run(ctx context.Context) (err error) {
 	u.allowed.configure(cfg.Upstreams)
 	u.dial = markedDialing(cfg.Mark, kernel.MarksFrom(cfg.Mark, cfg.Mask).Direct, u.allowed)
 	u.dial.comesBack, u.dial.decisions = u.loops.comesBack, u.decisionsTo()
-	if err := poolIsFree(cfg, net.InterfaceAddrs); err != nil {
-		return err
-	}
 	if u.dial.pool, err = newPool(cfg, u.log); err != nil {
 		return err
 	}
 	u.dial.noIPv6 = !hostHasIPv6()
 	if err := u.checkProxies(cfg); err != nil {
+		return err
+	}
+	if err := poolIsFree(cfg, net.InterfaceAddrs); err != nil {
 		return err
 	}
 	cfg = u.excludeLocal(cfg)

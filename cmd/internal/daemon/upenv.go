@@ -64,13 +64,7 @@ func (u *up) warnExcluded(cfg *config.Config, s socks.Server, a netip.Addr) {
 }
 
 // tunRange is the range of ours that a is in.
-func tunRange(a netip.Addr) (netip.Prefix, bool) {
-	i := slices.IndexFunc(flow.Ours[:], func(p netip.Prefix) bool { return p.Contains(a.Unmap().WithZone("")) })
-	if i < 0 {
-		return netip.Prefix{}, false
-	}
-	return flow.Ours[i], true
-}
+func tunRange(a netip.Addr) (netip.Prefix, bool) { return inside(flow.Ours[:], a) }
 
 // ourAddress is what a proxy's name must not stand for: it would come back to us.
 type ourAddress struct {

@@ -81,6 +81,12 @@ func (u *up) status() control.Status {
 	k := p.stack.Stats()
 	fillTraffic(&s, p.router, k)
 	s.Shards = control.Shards{Now: p.stack.Shards(), HandedOver: k.HandedOver}
+	if pool := p.dial.pool; cfg.Fake.On && pool != nil {
+		n := pool.Stats()
+		s.Names.Pool = &control.Pool{
+			Names: uint64(n.Names), Size: uint64(n.Size), Held: uint64(n.Held), Evicted: n.Evicted, Refused: n.Refused,
+		}
+	}
 	if g := p.gso.Load(); g != nil {
 		s.UDP.GSO, s.UDP.GSOReason = g.String(), g.why
 	}
@@ -144,7 +150,9 @@ func fillTraffic(s *control.Status, router *route.Router, k stack.Stats) {
 	r := router.Stats()
 	s.TCP = control.TCP{Now: r.StreamsNow, Pending: int(k.Pending), Total: r.Streams, Refused: r.StreamsRefused}
 	s.UDP = control.UDP{Now: r.MappingsNow, Total: r.Mappings, Reassociated: r.Reassociations, Refused: r.Refused}
-	s.Names = control.Names{Asked: r.DNS.Questions, Answered: r.DNS.Answered + r.DNS.Relayed + r.DNS.Own + r.DNS.Cached, Failed: r.DNS.Failed}
+	s.Names = control.Names{
+		Asked: r.DNS.Questions, Answered: r.DNS.Answered + r.DNS.Relayed + r.DNS.Own + r.DNS.Cached, Failed: r.DNS.Failed, Own: r.DNS.Own,
+	}
 	s.Up, s.Down = r.Up, r.Down
 	for _, f := range router.Flows() {
 		s.Up += f.Up

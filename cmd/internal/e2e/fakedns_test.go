@@ -84,15 +84,18 @@ func TestFakeNames(t *testing.T) {
 	needPrograms(t, "nginx", "dnsmasq", "curl", "danted", "microsocks", "ssh", "/usr/sbin/sshd", "getent", "dig")
 	nginx(t, world4+":8080")
 	dnsmasq(t, "--address=/web.example/"+world4)
-	const at = "127.0.0.1:1081"
-	for name, start := range map[string]func(){
-		"dante":      func() { dante(t, at) },
-		"microsocks": func() { serve(t, at, "microsocks", "-i", "127.0.0.1", "-p", "1081") },
-		"ssh -D":     func() { sshD(t, at) },
+	// microsocks takes no port on which an ended connection waits (TIME_WAIT): each server has its own.
+	for name, start := range map[string]func() (at string){
+		"dante": func() string { dante(t, "127.0.0.1:1081"); return "127.0.0.1:1081" },
+		"microsocks": func() string {
+			serve(t, "127.0.0.1:1082", "microsocks", "-i", "127.0.0.1", "-p", "1082")
+			return "127.0.0.1:1082"
+		},
+		"ssh -D": func() string { sshD(t, "127.0.0.1:1083"); return "127.0.0.1:1083" },
 	} {
 		t.Run(strings.ReplaceAll(name, " ", ""), func(t *testing.T) {
 			outer := t
-			start()
+			at := start()
 			flags := []string{"--proxy", "socks5://" + at, "--dns", noResolver}
 			got := strings.Split(
 				curl(outer, flags, "http://web.example:8080", "http://deep.web.example:8080", "http://no.example:8080"),
