@@ -116,9 +116,13 @@ UNITS := viasocks.service viasocks@.service viasocks-closed.service
 UNITDIR := $(PREFIX)/lib/systemd/system
 
 .PHONY: install
-install: build ## Install under PREFIX (/usr/local), below DESTDIR: the program, its manual, units for systemd
+install: build ## Install under PREFIX (/usr/local), below DESTDIR: the program, its manual, completions for shells, units for systemd
 	install -D -m 755 bin/viasocks $(DESTDIR)$(PREFIX)/bin/viasocks
 	install -D -m 644 cmd/viasocks/viasocks.1 $(DESTDIR)$(PREFIX)/share/man/man1/viasocks.1
+	for c in bash:bash-completion/completions/viasocks zsh:zsh/site-functions/_viasocks fish:fish/vendor_completions.d/viasocks.fish; do \
+		install -d -m 755 "$$(dirname "$(DESTDIR)$(PREFIX)/share/$${c#*:}")"; \
+		bin/viasocks completion "$${c%%:*}" >"$(DESTDIR)$(PREFIX)/share/$${c#*:}"; chmod 644 "$(DESTDIR)$(PREFIX)/share/$${c#*:}"; \
+	done
 	install -d -m 755 $(DESTDIR)$(UNITDIR)
 	for u in $(UNITS); do \
 		sed 's|/usr/local/bin/|$(PREFIX)/bin/|' "scripts/$$u" >"$(DESTDIR)$(UNITDIR)/$$u"; chmod 644 "$(DESTDIR)$(UNITDIR)/$$u"; \
@@ -126,7 +130,9 @@ install: build ## Install under PREFIX (/usr/local), below DESTDIR: the program,
 
 .PHONY: uninstall
 uninstall: ## Remove what install put there
-	rm -f $(DESTDIR)$(PREFIX)/bin/viasocks $(DESTDIR)$(PREFIX)/share/man/man1/viasocks.1 $(UNITS:%=$(DESTDIR)$(UNITDIR)/%)
+	rm -f $(DESTDIR)$(PREFIX)/bin/viasocks $(DESTDIR)$(PREFIX)/share/man/man1/viasocks.1 $(UNITS:%=$(DESTDIR)$(UNITDIR)/%) \
+		$(addprefix $(DESTDIR)$(PREFIX)/share/,bash-completion/completions/viasocks zsh/site-functions/_viasocks \
+		fish/vendor_completions.d/viasocks.fish)
 
 .PHONY: clean
 clean: ## Remove what build made

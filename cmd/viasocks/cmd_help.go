@@ -42,7 +42,7 @@ func writeOverview(out io.Writer) error {
 commands:
 `)
 	for _, c := range commands() {
-		fmt.Fprintf(&w, "  %-9s %s\n", c.name, c.short)
+		fmt.Fprintf(&w, "  %-10s %s\n", c.name, c.short)
 	}
 	fmt.Fprint(&w, "\n'viasocks help COMMAND' shows its options; "+manualNotice)
 	_, err := io.WriteString(out, w.String())

@@ -85,7 +85,7 @@ it applies to datagrams that arrive on a device of
 	{
 		Name: "exclude", Arg: "NETWORK[,...]", Many: true, Live: true, Cmds: Up | Check,
 		set:  addNetworks(func(c *Config) *Selection { return &c.Host.Exclude }),
-		Help: "destinations that are reached past the proxy",
+		Help: "destinations that are reached without the proxy",
 		Man: `Destinations that are reached without the proxy: addresses, or networks such as 203.0.113.0/24.
 Excluded traffic leaves the host as if there were no
 .Nm ,
@@ -94,20 +94,20 @@ including DNS questions to such a destination.`,
 	{
 		Name: "exclude-uid", Arg: "USER|N[-M][,...]", Many: true, Live: true, Cmds: Up | Check,
 		set:  addUIDs(func(c *Config) *Selection { return &c.Host.Exclude }),
-		Help: "users whose programs go past the proxy",
+		Help: "users whose programs go without the proxy",
 		Man:  `Users whose programs do not use the proxy, by name or by number.`,
 	},
 	{
 		Name: "exclude-port", Arg: "N[-M][,...]", Many: true, Live: true, Cmds: Up | Check,
 		set:  addPorts(func(c *Config) *Selection { return &c.Host.Exclude }),
-		Help: "destination ports (TCP and UDP) that are reached past the proxy",
+		Help: "destination ports (TCP and UDP) that are reached without the proxy",
 		Man: `Destination ports, of TCP and UDP, that are reached without the proxy.
 Port 53 is not allowed here: names are asked through the proxy.`,
 	},
 	{
 		Name: "exclude-device", Arg: "NAME[,...]", Many: true, Live: true, Cmds: Up | Check,
 		set:  addDevices(func(c *Config) *Selection { return &c.Host.Exclude }),
-		Help: "devices: what comes in by them, or is bound to them, goes past the proxy",
+		Help: "devices: what comes in by them, or is bound to them, goes without the proxy",
 		Man: `Network devices.
 Packets that arrive on one of them and are forwarded, and sockets that are bound to one of them, do not use the proxy.
 Connections from outside that arrive on one of them are answered through it, whatever
@@ -121,7 +121,7 @@ The device does not have to exist yet.`,
 	{
 		Name: "exclude-cgroup", Arg: "PATH[,...]", Many: true, Live: true, Cmds: Up | Check,
 		set:  addCgroups(func(c *Config) *Selection { return &c.Host.Exclude }),
-		Help: "control groups whose programs go past the proxy",
+		Help: "control groups whose programs go without the proxy",
 		Man: `Control groups (version 2) whose programs do not use the proxy, as in
 .Pa /proc/PID/cgroup :
 .Li system.slice/chrony.service .
