@@ -103,7 +103,7 @@ demo: ## Six downloads of aria2 through a SOCKS proxy, on real programs (root)
 	scripts/demo.sh
 
 .PHONY: zoo
-zoo: ## Ask real SOCKS servers what they do, for the manual's tables, and let them fail behind viasocks (root)
+zoo: ## Ask real SOCKS servers what they do, for the manual; then failing servers, Tor and Chromium behind viasocks (root)
 	scripts/deps.sh zoo
 	$(GO) test $(TESTFLAGS) -v -run TestRuntimes ./cmd/internal/e2e
 	scripts/zoo.sh

@@ -28,7 +28,7 @@ declare -A groups=(
 	# The SOCKS servers of scripts/zoo.sh that Debian has, and what runs the others; gcc and the rest of its line are for TestRuntimes.
 	[zoo]="git:git =/etc/ssl/certs/ca-certificates.crt:ca-certificates ip:iproute2 sysctl:procps ss:iproute2
 		danted:dante-server microsocks:microsocks ssh:openssh-client sshd:openssh-server ss-local:shadowsocks-libev
-		plink:putty-tools v2ray:v2ray trojan:trojan stunnel4:stunnel4 openssl:openssl dnsmasq:dnsmasq-base
+		tor:tor tor-gencert:tor chromium:chromium nginx:nginx plink:putty-tools v2ray:v2ray trojan:trojan stunnel4:stunnel4 openssl:openssl dnsmasq:dnsmasq-base
 		=/usr/lib/python3/dist-packages/asyncssh:python3-asyncssh node:nodejs npm:npm
 		gcc:gcc musl-gcc:musl-tools python3:python3 java:default-jre-headless javac:default-jdk-headless
 		aria2c:aria2 curl:curl nft:nftables nsenter:util-linux"

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # zoo.sh: what real SOCKS servers do, found out by the probe of cmd/internal/conform, which writes the manual's tables of
-# servers; then what programs see through viasocks when such a server is killed, stopped, cut off, and comes back.
+# servers; then what programs see through viasocks when such a server is killed, stopped, cut off, and comes back; then names through
+# a Tor, in a Tor network of its own (zoo-tor.sh), and those of a browser (zoo-browser.sh).
 #
-# Usage: zoo.sh [probe|front] [NAME...]      (no part: both; no name: all servers)
+# Usage: zoo.sh [probe|front|tor|browser] [NAME...]  (no part: all; no name: all servers)
 #
-# It needs root, Debian 12 and Go, and takes some twelve minutes, the first time more: servers are built from the Go module proxy
+# It needs root, Debian 12 and Go, and takes some fifteen minutes, the first time more: servers are built from the Go module proxy
 # and fetched from npm in the versions that zoo-servers.sh names, and kept under the user's cache directory. A server that cannot
 # be had here is skipped, with the reason. Continuous integration does not run it.
 #
@@ -26,14 +27,18 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/viasocks-zoo
 front_dir=$cache/front
 # shellcheck source=scripts/zoo-front.sh
 . scripts/zoo-front.sh
+# shellcheck source=scripts/zoo-tor.sh
+. scripts/zoo-tor.sh
 
 part=
 case ${1:-} in
 -h | --help) sed -n 's/^# Usage: /usage: /p' "$0"; exit 0 ;;
-probe | front) part=$1; shift ;;
+probe | front | tor | browser) part=$1; shift ;;
 esac
 for name; do [[ " ${zoo[*]} " == *" $name "* ]] || die "unknown server $name; known: ${zoo[*]}"; done
+all=yes # or some servers that were named
 if (($#)); then
+	all=
 	mapfile -t front_servers < <(comm -12 <(printf '%s\n' "$@" | sort) <(printf '%s\n' "${front_servers[@]}" | sort))
 	zoo=("$@")
 fi
@@ -207,5 +212,12 @@ mkdir -p "$cache"
 go build -o "$T/zoo" ./cmd/internal/conform/zoo
 command -v dnsmasq >/dev/null || die "dnsmasq is not installed: scripts/deps.sh zoo"
 make_world
-[[ $part == front ]] || probe_tour "${zoo[@]}"
-[[ $part == probe || ${#front_servers[@]} -eq 0 ]] || front_tour "${front_servers[@]}"
+status=0
+[[ $part == front || $part == tor || $part == browser ]] || probe_tour "${zoo[@]}"
+[[ $part == probe || $part == tor || $part == browser || ${#front_servers[@]} -eq 0 ]] || front_tour "${front_servers[@]}" || status=1
+[[ $part == probe || $part == front || $part == browser || -z $all ]] || tor_tour || status=1
+if [[ -n $all && ($part == browser || -z $part) ]]; then
+	[[ -x $T/viasocks ]] || go build -o "$T/viasocks" ./cmd/viasocks
+	scripts/zoo-browser.sh "$T/viasocks" || status=1
+fi
+exit $status

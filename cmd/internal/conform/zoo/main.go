@@ -5,6 +5,7 @@
 //	zoo survey OLD FILE…                           puts what several probes printed into a survey, in place of older entries
 //	zoo serve ADDRESS DIRECTORY                    a web server
 //	zoo echo N INTERVAL [UNSENDABLE EVERY]         N datagrams to the far end, and others that the server cannot send
+//	zoo resolve URL NAME                           has a Tor resolve a name
 package main
 
 import (
@@ -53,7 +54,7 @@ func main() {
 }
 
 var errUsage = errors.New("usage: zoo far FIRST SECOND [MORE…] | probe URL NAME VERSION | survey OLD FILE… | " +
-	"serve ADDRESS DIRECTORY | echo N INTERVAL [UNSENDABLE EVERY]")
+	"serve ADDRESS DIRECTORY | echo N INTERVAL [UNSENDABLE EVERY] | resolve URL NAME")
 
 func run(ctx context.Context, args []string) error {
 	switch {
@@ -67,6 +68,8 @@ func run(ctx context.Context, args []string) error {
 		return serve(ctx, args[1], args[2])
 	case (len(args) == 3 || len(args) == 5) && args[0] == "echo":
 		return echoes(ctx, args[1:])
+	case len(args) == 3 && args[0] == "resolve":
+		return resolve(ctx, args[1], args[2])
 	}
 	return errUsage
 }
