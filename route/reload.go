@@ -185,7 +185,8 @@ func (r *Router) Renew() {
 	if r.ctx.Err() != nil || !r.ran.Load() || r.dns.Load() == nil {
 		return
 	}
-	if d, err := r.newDNS(r.policy.Load(), r.resolvers, r.resolverCAs, r.relayDNS, &r.policy.Load().split); err == nil { // they were fine before
+	p := r.policy.Load()
+	if d, err := r.newDNS(p, r.resolvers, r.resolverCAs, r.relayDNS, &p.split); err == nil { // they were fine before
 		r.startDNS(d)
 	}
 }

@@ -76,7 +76,10 @@ const noRule = "none"
 
 // newPolicy checks and compiles. Upstreams that old (or nil) has too keep what is known of them.
 func newPolicy(cfg Config, old *policy) (*policy, error) {
-	p := &policy{rules: cfg.Rules, guard: cfg.Guard, fake: cfg.Fake && cfg.Pool != nil, split: cfg.Split, upstreams: make(map[string]*upstream)}
+	p := &policy{
+		rules: cfg.Rules, guard: cfg.Guard, fake: cfg.Fake && cfg.Pool != nil, split: cfg.Split,
+		upstreams: make(map[string]*upstream),
+	}
 	shards := max(cfg.Shards, 1)
 	var names []string
 	for _, u := range cfg.Upstreams {
