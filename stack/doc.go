@@ -3,7 +3,8 @@
 // The flows are divided into shards, by the app's port. A shard has queues of the TUN and the one reader of their frames, a
 // gVisor stack (engine), a table of pending SYNs and counters, and no lock that another shard's flows need. What comes by a
 // queue of another shard is handed over (inbox): the first frames of a flow and those after a silence, until a frame that the
-// shard writes has moved the flow to its queues.
+// shard writes has moved the flow to its queues. Frames that wait in the old queue at that moment may be overtaken, as on a
+// network with several paths.
 //
 // A frame's way in: the shard's reader reads it from its tun.Part and looks at its IP header once (parseIP); UDP goes by the
 // fast path straight to Handler.HandlePackets; everything else goes into gVisor as one packet, however long, by way of an IP
