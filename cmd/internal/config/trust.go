@@ -7,8 +7,6 @@ import (
 	"syscall"
 )
 
-type fileInfo = os.FileInfo
-
 // exists reports whether there is a file; what cannot be looked at is one, so that the error is told.
 func exists(path string) bool {
 	_, err := os.Stat(path)
