@@ -84,7 +84,8 @@ func (b *boundSet) has(src netip.AddrPort) bool {
 	return ok
 }
 
-// sweepSockets asks which UDP sockets there are, and ends the mappings whose socket has been gone for long enough.
+// sweepSockets asks which UDP sockets there are, and ends the mappings whose socket has been gone for long enough. No mapping is
+// asked about by itself: the kernel has no index for that question, and looks through its whole table of UDP sockets each time.
 func (r *Router) sweepSockets() {
 	now := r.now()
 	if r.cfg.Sockets == nil || now < r.control.nextLook {
@@ -105,11 +106,23 @@ func (r *Router) sweepSockets() {
 		return
 	}
 	began := time.Now()
-	r.control.bound.reset()
-	if r.cfg.Sockets.BoundUDP(r.control.bound.add) != nil {
+	due, err := r.missed(all, now)
+	if err == nil && len(due) > 0 {
+		err = r.endGone(due)
+	}
+	if err != nil {
 		return
 	}
 	r.control.nextLook = now + max(int64(r.lookEvery), lookShare*int64(time.Since(began)))
+}
+
+// missed notes whose socket is there, and gives those mappings whose socket has been gone for long enough. It reuses the room of
+// all.
+func (r *Router) missed(all []*mapping, now int64) (due []*mapping, err error) {
+	if err := r.bound(); err != nil {
+		return nil, err
+	}
+	due = all[:0]
 	for _, m := range all {
 		switch {
 		case m.gone.Load():
@@ -118,25 +131,45 @@ func (r *Router) sweepSockets() {
 		case !m.ask.known:
 		case m.ask.goneAt == 0:
 			m.ask.goneAt = now
-		default:
-			m.s.endGone(m, now)
+		case m.s.isDue(m, now):
+			due = append(due, m)
 		}
 	}
+	return due, nil
 }
 
-// endGone ends a mapping whose socket has been gone for long enough. The one question for all may have missed it.
-func (r *shard) endGone(m *mapping, now int64) {
+// bound asks which UDP sockets there are.
+func (r *Router) bound() error {
+	r.control.bound.reset()
+	return r.cfg.Sockets.BoundUDP(r.control.bound.add)
+}
+
+// isDue reports whether the socket of a mapping has been gone for long enough.
+func (r *shard) isDue(m *mapping, now int64) bool {
 	r.udp.mu.Lock()
+	defer r.udp.mu.Unlock()
 	m.ask.goneAt = max(m.ask.goneAt, m.lastUp) // who sends has a socket
-	r.udp.mu.Unlock()
-	if now-m.ask.goneAt < int64(r.goneAfter) {
-		return
+	return now-m.ask.goneAt >= int64(r.goneAfter)
+}
+
+// endGone ends mappings whose socket was missed for long enough, and is missed once more: a socket can be left out of one answer
+// when others come and go meanwhile.
+func (r *Router) endGone(due []*mapping) error {
+	if err := r.bound(); err != nil {
+		return err
 	}
-	ok, err := r.cfg.Sockets.Exists(flow.UDP, m.src, noAddr)
-	if !found(ok, err, &m.ask.known) {
-		m.ask.goneAt = 0
-		return
+	for _, m := range due {
+		if r.control.bound.has(m.src) {
+			m.ask.goneAt = 0
+			continue
+		}
+		m.s.endIfSilent(m)
 	}
+	return nil
+}
+
+// endIfSilent ends a mapping whose socket is gone, unless a new socket has sent from its port meanwhile.
+func (r *shard) endIfSilent(m *mapping) {
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()
 	if !m.gone.Load() && m.lastUp <= m.ask.goneAt {

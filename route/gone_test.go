@@ -2,7 +2,6 @@ package route
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -79,7 +78,7 @@ func TestMappingEndsAfterSocket(t *testing.T) {
 // On a host that forwards, a socket that was never found may be a guest's: its mapping lives on. One that was found is gone.
 func TestMappingOfGuest(t *testing.T) {
 	checkLeaks(t)
-	for _, refused := range []error{flow.ErrForwarded, errors.New("netlink is tired")} {
+	for _, refused := range []error{flow.ErrForwarded, errTired} {
 		var u manualUpstream
 		sockets := &fakeSockets{err: refused}
 		sockets.set("10.0.0.1:5000")
@@ -90,6 +89,9 @@ func TestMappingOfGuest(t *testing.T) {
 		}
 		eventually(t, "a look at the sockets", func() bool { sockets.mu.Lock(); defer sockets.mu.Unlock(); return sockets.lists >= 2 })
 		sockets.set()
+		sockets.mu.Lock()
+		sockets.tired = refused == errTired
+		sockets.mu.Unlock()
 		want := 2
 		if refused == flow.ErrForwarded {
 			want = 1
@@ -134,6 +136,32 @@ func TestMappingsAskedTogether(t *testing.T) {
 	defer sockets.mu.Unlock()
 	if sockets.asks > n {
 		t.Errorf("%d single questions for %d mappings: more than the first one of each", sockets.asks, n)
+	}
+}
+
+// The mappings of thousands of closed sockets end without a question for each of them, however many there are at a time.
+func TestGoneAskedTogether(t *testing.T) {
+	checkLeaks(t)
+	u := &fakeUpstream{
+		name: "p",
+		open: func(_ context.Context, _ func([]flow.Packet), done func(relay.PacketLink, error), _ func(error)) {
+			done(&fakeLink{}, nil)
+		},
+	}
+	sockets := &fakeSockets{}
+	const n = 2000
+	g := newRig(t, Config{Upstreams: []Upstream{u}, Default: "p", Sockets: sockets, Limits: Limits{Mappings: 2 * n}}, fast)
+	for i := range n {
+		g.send(fmt.Sprintf("10.0.0.1:%d", 5000+i), "203.0.113.1:1000", "a")
+	}
+	eventually(t, "the mappings to end", func() bool { return g.Stats().MappingsNow == 0 })
+	sockets.mu.Lock()
+	defer sockets.mu.Unlock()
+	if sockets.asks > n {
+		t.Errorf("%d single questions for %d mappings: more than the first one of each", sockets.asks, n)
+	}
+	if s := g.Stats(); s.MappingsGone != n {
+		t.Errorf("%+v", s)
 	}
 }
 

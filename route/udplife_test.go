@@ -15,10 +15,13 @@ type fakeSockets struct {
 	mu    sync.Mutex
 	has   map[netip.AddrPort]bool
 	err   error // of what is not found
+	tired bool  // the list cannot be had
 	asks  int
 	lists int
 	hook  func() // while it is asked
 }
+
+var errTired = errors.New("netlink is tired")
 
 func (s *fakeSockets) Exists(_ flow.Proto, src, _ netip.AddrPort) (bool, error) {
 	s.mu.Lock()
@@ -43,6 +46,9 @@ func (s *fakeSockets) BoundUDP(visit func(netip.AddrPort)) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.lists++
+	if s.tired {
+		return errTired
+	}
 	for at := range s.has {
 		visit(at)
 	}

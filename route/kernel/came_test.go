@@ -121,9 +121,15 @@ func TestConntrackFlushed(t *testing.T) {
 				if loose == "0" {
 					want -= 2 // those of before are never an entry of conntrack's
 				}
-				if n := came(); n != want {
-					t.Errorf("%d connections are noted, want %d", n, want)
+				// A segment notes its connection only if it leaves nothing unacknowledged, since conntrack keeps an entry with
+				// unacknowledged data for five minutes only: here it is the ACK of what the host says last.
+				for _, p := range pairs {
+					if err := say(p.here, p.out); err != nil {
+						t.Errorf("%s: %v", p.name, err)
+					}
 				}
+				// On a loaded machine one of them may have missed its chance before the first flush.
+				eventually(t, fmt.Sprintf("%d connections to be noted", want), func() bool { n := came(); return n == want || n == want-1 })
 				for _, p := range pairs { // a FIN without an entry is invalid to conntrack, and forgets nothing
 					if err := say(p.out, p.here); err != nil {
 						t.Errorf("%s: %v", p.name, err)
