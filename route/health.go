@@ -16,6 +16,7 @@ type upstream struct {
 	own      bool // of the Router itself, whatever the policy
 	apart    bool // it keeps programs apart: the owner of a flow is looked for before the dial
 	tcp, udp health
+	ipv6     ipv6Known
 
 	// The server said that it carries no UDP: until then (on the Router's clock) nobody asks it again, and datagrams are
 	// refused with why.

@@ -61,6 +61,7 @@ func (r *Router) Reload(p Policy) error {
 		return errNotRunning
 	}
 	r.usePolicy(next)
+	next.forgetIPv6()
 	r.watchUpstreams(next)
 	if names != nil {
 		r.startDNS(names)
@@ -122,7 +123,7 @@ func (r *Router) newDNS(p *policy, resolvers []dns.Resolver, roots *x509.CertPoo
 	if p.fake {
 		cfg.Fake = dns.FakeConfig{
 			Pool:  r.cfg.Pool,
-			IPv6:  func() bool { return !r.cfg.NoFakeIPv6 },
+			IPv6:  r.givesIPv6,
 			Onion: func() bool { return r.policy.Load().tor },
 		}
 	}
@@ -175,8 +176,9 @@ func (s *dnsSum) add(t dns.Stats) {
 var errNetwork = errors.New("the network has changed")
 
 // Renew makes anew what would wait long for an answer over a network that is not there any more: associations, and the
-// connections to resolvers. The mappings stay. Any goroutine; it does not wait.
+// connections to resolvers. It forgets what is known of the upstreams' IPv6. The mappings stay. Any goroutine; it does not wait.
 func (r *Router) Renew() {
+	r.policy.Load().forgetIPv6()
 	for _, s := range r.shards {
 		s.renew()
 	}

@@ -60,6 +60,8 @@ type Config struct {
 	Fake bool
 	// NoFakeIPv6: names have no fake IPv6 address, only an IPv4 one.
 	NoFakeIPv6 bool
+	// LearnFakeIPv6: names have none while flows show that the upstream that carries them cannot reach IPv6.
+	LearnFakeIPv6 bool
 	// UDPTimeout is how long a mapping lives after the last datagram when its socket is gone. 0: DefaultUDPTimeout.
 	UDPTimeout time.Duration
 	Limits     Limits

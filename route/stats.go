@@ -13,6 +13,7 @@ type counters struct {
 	mappingsFull, mappingsGone, orphans, asksFull           atomic.Uint64
 	reassociations, ended                                   atomic.Uint64
 	sniffs, sniffed, sniffsFull                             atomic.Uint64
+	secondTries, secondOpened                               atomic.Uint64
 	dgramsDropped, dgramsRefused, dgramsQueueFull, up, down atomic.Uint64
 }
 
@@ -30,6 +31,8 @@ type Stats struct {
 	Sniffs          uint64 // TCP flows that were asked for their name before they were dialled
 	Sniffed         uint64 // of those: had one
 	SniffsFull      uint64 // of StreamsRefused: too many were asked at a time; they come again
+	SecondTries     uint64 // TCP flows that were dialled again by IPv4, because the server could not reach their name
+	SecondOpened    uint64 // of those: were granted
 	StreamsNow      int    // pending and open
 	Mappings        uint64 // made
 	MappingsNow     int
@@ -81,6 +84,8 @@ func (r *shard) addTo(s *Stats) {
 	s.Sniffs += c.sniffs.Load()
 	s.Sniffed += c.sniffed.Load()
 	s.SniffsFull += c.sniffsFull.Load()
+	s.SecondTries += c.secondTries.Load()
+	s.SecondOpened += c.secondOpened.Load()
 	s.Mappings += c.mappings.Load()
 	s.MappingsExpired += c.mappingsExpired.Load()
 	s.MappingsGone += c.mappingsGone.Load()

@@ -54,6 +54,8 @@ type stream struct {
 	relay    atomic.Pointer[relay.Relay]
 	index    int         // in streams.all
 	known    atomic.Bool // that the app's socket is not found means that it is gone
+	owner    *flow.Owner // that the verdict was taken on; nil: it asked for none
+	second   atomic.Pointer[secondTry]
 
 	// Run's own, for its looks at the socket.
 	moved    uint64 // bytes, at the last look
@@ -152,6 +154,9 @@ func (r *shard) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *ve
 		dest.Program = programOf(q.owner)
 	}
 	s := &stream{r: r, req: req, flow: f, dest: dest, v: v, loop: -1}
+	if q != nil {
+		s.owner = q.owner
+	}
 	if r.cfg.Pool != nil && dest.Name != "" && dest.Sniffed == "" {
 		name, lease, _ := r.cfg.Pool.Hold(f.Dst.Addr())
 		if name != dest.Name { // it went to another name since the verdict
@@ -239,10 +244,21 @@ func (s *stream) gaveUp() {
 }
 
 // endDial ends the dial if it is not over. Any goroutine.
-func (s *stream) endDial() { s.call.Cancel() }
+func (s *stream) endDial() {
+	s.call.Cancel()
+	if t := s.second.Load(); t != nil {
+		t.timer.Reset(0) // on a goroutine of its own: locks of the stack may be held
+	}
+}
 
 // dialed takes the upstream's answer, on the loop that will relay, or on any goroutine if there is no socket.
 func (s *stream) dialed(sock loop.Socket, err error) {
+	s.learnIPv6(err)
+	if t := s.second.Load(); t != nil {
+		err = t.over(err)
+	} else if s.tryAgain(err) {
+		return
+	}
 	defer func() { s.req = nil }()
 	r, up := s.r, s.v.up
 	if err != nil {

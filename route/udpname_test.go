@@ -16,7 +16,7 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// zoneResolver answers A over TCP from a table, and counts the questions.
+// zoneResolver answers A over TCP from a table, where AAAA stand as "AAAA NAME", and counts the questions.
 func zoneResolver(t *testing.T, srv *sockstest.Server, zone map[string]string) (at netip.AddrPort, asked *atomic.Int64) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -42,10 +42,14 @@ func zoneResolver(t *testing.T, srv *sockstest.Server, zone map[string]string) (
 				labels = append(labels, string(q[at+1:at+1+int(q[at])]))
 			}
 			q[2], q[3] = 0x81, 0x80
-			if a, ok := zone[strings.Join(labels, ".")]; ok {
+			name, typ := strings.Join(labels, "."), q[len(q)-3]
+			if typ == 28 {
+				name = "AAAA " + name
+			}
+			if a, ok := zone[name]; ok {
 				q[7] = 1
-				ip := netip.MustParseAddr(a).As4()
-				q = append(append(q, 0xC0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4), ip[:]...)
+				ip := netip.MustParseAddr(a).AsSlice()
+				q = append(append(q, 0xC0, 12, 0, typ, 0, 1, 0, 0, 0, 60, 0, byte(len(ip))), ip...)
 			}
 			_, _ = c.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(q))), q...))
 		}

@@ -35,8 +35,9 @@ type fake struct {
 // FakeConfig says how names become fake addresses.
 type FakeConfig struct {
 	Pool *Pool // nil: they do not
-	// IPv6 reports whether names have an IPv6 address too. It is called for each question, from any goroutine. nil: they have.
-	IPv6 func() bool
+	// IPv6 reports whether a name, in lower case and without the dot at the end, has an IPv6 address too. It is called for each
+	// question for one, from any goroutine, and keeps nothing. nil: all have.
+	IPv6 func(name []byte) bool
 	// Real reports whether a name, in lower case and without the dot at the end, gets its real addresses. It is called for each
 	// question for an address, from any goroutine, and keeps nothing. nil: none does.
 	Real func(name []byte) bool
@@ -103,7 +104,7 @@ func (f *fake) answer(b, msg []byte, q *question) ([]byte, outcome) {
 
 // address answers with the addresses that stand for name. HTTPS and SVCB have none: their hints would be real addresses.
 func (f *fake) address(b, msg []byte, q *question, name []byte) ([]byte, outcome) {
-	v6 := f.config.IPv6 == nil || f.config.IPv6()
+	v6 := (q.qtype == typeAAAA || q.qtype == typeANY) && (f.config.IPv6 == nil || f.config.IPv6(name))
 	if q.qtype == typeHTTPS || q.qtype == typeSVCB || q.qtype == typeAAAA && !v6 {
 		return appendReply(b, msg, q, 0, negative), answered
 	}
@@ -115,7 +116,7 @@ func (f *fake) address(b, msg []byte, q *question, name []byte) ([]byte, outcome
 	if q.qtype != typeAAAA {
 		set.v4 = a4
 	}
-	if q.qtype == typeAAAA || q.qtype == typeANY && v6 {
+	if v6 {
 		set.v6 = a6
 	}
 	return appendReply(b, msg, q, 0, set), answered

@@ -171,7 +171,7 @@ func TestFakeOptions(t *testing.T) {
 	}
 	f = newFake(t, func(c *FakeConfig) {
 		c.NoSingleLabels, c.Onion = true, func() bool { return true }
-		c.IPv6 = func() bool { return false }
+		c.IPv6 = func([]byte) bool { return false }
 	})
 	for _, tt := range []struct {
 		name string

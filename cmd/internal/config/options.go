@@ -283,9 +283,31 @@ One file is for one viasocks.`,
 .Fl -dns Cm fake :
 whether a name has an IPv6 address that stands for it beside the IPv4 one.
 .Cm auto :
-where the program's network has IPv6.
+where the program's network has IPv6, unless connections have shown that the proxy that carries the name does not.
+A proxy has shown this when three different IPv6 addresses that programs connected to were unreachable for it (SOCKS5 replies 3, 4
+and 8), and none was reached in the last ten minutes.
+It is believed for five minutes, or until an IPv6 address is reached, the network changes, or the configuration is reloaded.
+viasocks makes no connections of its own to find this out.
+Where rules send a name by several proxies, the name has an IPv6 address if one of them may have IPv6.
+.Cm on :
+always;
+.Cm off :
+never.
+.Pp
 By which family the proxy reaches the name is the proxy's choice either way, so that programs need no IPv6 address to reach a
-host that has nothing else.`,
+host that has nothing else, and a name that has only IPv4 is reached by its fake IPv6 address, too.
+Some proxies try only the IPv6 address of a name that has both, and fail where that one is dead.
+When a proxy answers that it cannot reach a name (SOCKS5 replies 3, 4 and 8), viasocks therefore asks the resolvers of
+.Fl -dns
+for the addresses of the name, and if it has both an IPv6 and an IPv4 address, connects once more, to the IPv4 address, before the
+program is refused.
+After reply 8, which also comes from proxies that take no names, an IPv4 address is enough.
+This takes 3 seconds at most where no resolver answers.
+It is not done for refused connections (reply 5), for names without a dot, below
+.Li .onion
+and others that no public resolver knows, with a Tor
+.Pq Cm ?tor ,
+or where the rules decide otherwise on that address.`,
 	},
 	{
 		Name: "connect-timeout", Arg: "TIME", Default: span(socks.DefaultConnectTimeout), Live: true, Cmds: all,

@@ -124,7 +124,8 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 		Sockets: sockets, Owners: ownersOf(sockets), ComesBack: dial.comesBack,
 		Decisions: dial.decisions,
 		Pool:      dial.pool, NoFakeIPv6: cfg.Fake.IPv6 == "off" || cfg.Fake.IPv6 == "auto" && dial.noIPv6,
-		Log: log,
+		LearnFakeIPv6: cfg.Fake.IPv6 == "auto",
+		Log:           log,
 	}); err != nil {
 		return nil, err
 	}

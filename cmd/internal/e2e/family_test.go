@@ -1,0 +1,58 @@
+package e2e
+
+import (
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+)
+
+// deadIPv6 has connections to other6 fail as behind a router without a route. The kernel still has a route of its own, so that
+// getaddrinfo puts the address first.
+func deadIPv6(t *testing.T) {
+	t.Helper()
+	cmd := exec.Command("nft", "-f", "-")
+	cmd.Stdin = strings.NewReader(`table ip6 dead {
+	chain out {
+		type filter hook output priority 0;
+		ip6 daddr ` + other6 + ` meta l4proto tcp reject with icmpv6 no-route
+	}
+}`)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("nft: %v: %s", err, out)
+	}
+	t.Cleanup(func() { _ = exec.Command("nft", "delete", "table", "ip6", "dead").Run() })
+}
+
+// TestSecondFamily: microsocks tries the first address of a name only. Where that is an IPv6 address that is dead, curl and a
+// program that knows IPv4 only still get to the IPv4 address, and a name whose port is closed is refused at once.
+func TestSecondFamily(t *testing.T) {
+	needPrograms(t, "nginx", "unbound", "microsocks", "curl", "nft")
+	if os.Geteuid() != 0 {
+		t.Skip("nft needs root")
+	}
+	nginx(t, world4+":8080")
+	unbound(t, "both.example. 60 A "+world4, "both.example. 60 AAAA "+other6, "four.example. 60 A "+world4)
+	deadIPv6(t)
+	const at = "127.0.0.1:1081"
+	serve(t, at, "microsocks", "-i", "127.0.0.1", "-p", "1081")
+	flags := []string{"--proxy", "socks5://" + at, "--dns", "fake,tcp://" + world4, "--log-level", "debug"}
+	r := run(t, flags, "sh", "-c", `for f in -4 -6 ""; do curl -s -m 10 $f http://both.example:8080; echo; done`)
+	if got := strings.Fields(r.out); len(got) != 3 || got[0] != "served" || got[1] != "served" || got[2] != "served" {
+		t.Errorf("curl got %q", got)
+	}
+	if n := strings.Count(r.stderr, "trying its IPv4 address"); n != 3 {
+		t.Errorf("%d second tries are in the log:\n%s", n, r.stderr)
+	}
+	start := time.Now()
+	r = run(t, flags, "curl", "-s", "-m", "10", "http://four.example:8081")
+	if r.exit != 7 || time.Since(start) > 3*time.Second || strings.Contains(r.stderr, "trying its IPv4 address") {
+		t.Errorf("curl to a closed port: %d after %v\n%s", r.exit, time.Since(start), r.stderr)
+	}
+	// Without a resolver there is nothing to try.
+	r = run(t, []string{"--proxy", "socks5://" + at, "--dns", noResolver}, "curl", "-s", "-m", "10", "http://both.example:8080")
+	if r.exit != 7 {
+		t.Errorf("curl without a resolver: %d, %q", r.exit, r.out)
+	}
+}

@@ -1,0 +1,258 @@
+package route
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/viasocks/viasocks/socks"
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// A name travels to the proxy as a name, and the proxy chooses the family of the address. Two things can go wrong. A program
+// that is given a fake IPv6 address believes that it can reach IPv6, and asks for addresses of IPv6 that the proxy cannot reach:
+// so names have no fake IPv6 address while flows show that their upstream has no IPv6. And many servers try the IPv6 address of
+// a name only, and fail where that is dead: so such a flow is tried once more, with an IPv4 address of the name.
+
+const (
+	// lackingAfter is how many different IPv6 addresses must be unreachable, with none reached within reachedFor, for an upstream
+	// to have no IPv6. This is believed for lackingFor.
+	lackingAfter = 3
+	lackingFor   = 5 * time.Minute
+	reachedFor   = 10 * time.Minute
+
+	// secondWait bounds the wait for the addresses of a name.
+	secondWait = 3 * time.Second
+	// secondLimit is when a flow is refused whose second try has no answer, counted from its begin.
+	secondLimit = socks.DefaultHandshakeTimeout
+)
+
+// ipv6Known is what flows to IPv6 addresses have shown of an upstream. Its methods may be called from any goroutine. Times are of
+// the Router's clock.
+type ipv6Known struct {
+	reached atomic.Int64 // when an IPv6 address was last reached; 0: never
+	lacking atomic.Int64 // there is no IPv6 until then; 0: nothing is known
+
+	mu     sync.Mutex
+	failed []netip.Addr // less than lackingAfter
+	since  int64        // the first of failed
+}
+
+// lacks reports whether the upstream cannot reach IPv6, as far as is known.
+func (k *ipv6Known) lacks(now int64) bool { return now < k.lacking.Load() }
+
+func (k *ipv6Known) forget() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.failed = nil
+	k.reached.Store(0)
+	k.lacking.Store(0)
+}
+
+// learn takes in how a dial of an IPv6 address ended, and reports whether it has just shown that there is no IPv6.
+func (k *ipv6Known) learn(a netip.Addr, err error, now int64) (lacks bool) {
+	if err == nil || errors.Is(err, socks.ReplyRefused) && !isServerFault(err) {
+		k.reached.Store(now)
+		k.lacking.Store(0)
+		return false
+	}
+	if last := k.reached.Load(); !failedByFamily(err) || last != 0 && now-last < int64(reachedFor) {
+		return false
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if now-k.since > int64(reachedFor) {
+		k.failed = nil
+	}
+	if len(k.failed) == 0 {
+		k.since = now
+	}
+	if slices.Contains(k.failed, a) {
+		return false
+	}
+	if k.failed = append(k.failed, a); len(k.failed) < lackingAfter {
+		return false
+	}
+	k.failed = nil
+	lacks = !k.lacks(now)
+	k.lacking.Store(now + int64(lackingFor))
+	return lacks
+}
+
+// failedByFamily reports whether err is what a server answers when it has no address of the right family for the target, or no
+// way to it.
+func failedByFamily(err error) bool {
+	return !isServerFault(err) && (errors.Is(err, socks.ReplyNetUnreachable) || errors.Is(err, socks.ReplyHostUnreachable) ||
+		errors.Is(err, socks.ReplyAddrTypeNotSupported))
+}
+
+// learnIPv6 takes in how the dial of s ended, if it was for an IPv6 address.
+func (s *stream) learnIPv6(err error) {
+	a := s.dest.Addr.Addr()
+	if s.dest.Name != "" || !a.Is6() || a.Is4In6() {
+		return
+	}
+	if s.v.up.ipv6.learn(a, err, s.r.now()) && s.r.cfg.LearnFakeIPv6 {
+		s.r.log.post(slog.LevelInfo, "upstream cannot reach IPv6: its names have no IPv6 address for a while",
+			slog.String("upstream", s.v.up.name), slog.Duration("for", lackingFor), slog.Any("err", err))
+	}
+}
+
+// givesIPv6 reports whether a plain name has a fake IPv6 address.
+func (r *Router) givesIPv6(name []byte) bool {
+	return !r.cfg.NoFakeIPv6 && (!r.cfg.LearnFakeIPv6 || r.policy.Load().mayReachIPv6(name, r.now()))
+}
+
+// mayReachIPv6 reports whether an upstream that may carry flows to a plain name can reach IPv6, as far as is known.
+func (p *policy) mayReachIPv6(name []byte, now int64) bool {
+	if !slices.ContainsFunc(p.order, func(u *upstream) bool { return u.ipv6.lacks(now) }) {
+		return true
+	}
+	can := func(v *verdict) bool { return v.kind == carry && !v.up.ipv6.lacks(now) }
+	q := query{names: []string{string(name)}}
+	for i := range p.rules {
+		switch r := &p.rules[i]; {
+		case !r.mayMean(&q):
+		case can(p.verdicts[i]):
+			return true
+		case r.asksNameAlone():
+			return false
+		}
+	}
+	return can(p.otherwise)
+}
+
+// forgetIPv6 forgets what is known of the upstreams' IPv6.
+func (p *policy) forgetIPv6() {
+	for _, u := range p.order {
+		u.ipv6.forget()
+	}
+}
+
+// secondTry is of a flow to a name that the server could not reach: it waits for the addresses of the name, and is then dialled
+// once more if it has both an IPv6 address, by which the server may have failed, and one of IPv4.
+type secondTry struct {
+	s      *stream
+	first  error       // the server's answer to the name
+	timer  *time.Timer // ends the wait, and after that the dial
+	waited atomic.Bool // the wait is over
+
+	mu      sync.Mutex
+	six     bool // the name has an IPv6 address
+	four    netip.Addr
+	unheard int // answers that have not come
+}
+
+// tryAgain begins the second try of a flow whose dial ended with err, if it is to have one. false: err is final.
+func (s *stream) tryAgain(err error) bool {
+	d := s.r.dns.Load()
+	if d == nil || s.second.Load() != nil || !failedByFamily(err) || !s.mayLookUp() {
+		return false
+	}
+	t := &secondTry{s: s, first: err, unheard: 2}
+	t.timer = time.AfterFunc(secondWait, t.late)
+	s.second.Store(t)
+	if s.call.Err() != nil { // the end of the flow may have come before t was there to be seen
+		t.timer.Reset(0)
+	}
+	if errors.Is(err, socks.ReplyAddrTypeNotSupported) { // the server takes no names: any address is worth a try
+		t.heard(true, netip.IPv6Unspecified())
+	} else if !d.LookUp(s.dest.Name, true, func(a netip.Addr, _ time.Duration) { t.heard(true, a) }) {
+		t.heard(true, netip.Addr{})
+	}
+	if !d.LookUp(s.dest.Name, false, func(a netip.Addr, _ time.Duration) { t.heard(false, a) }) {
+		t.heard(false, netip.Addr{})
+	}
+	return true
+}
+
+// mayLookUp reports whether the resolvers may be asked for the name of s: who uses a Tor wants no resolver to see the name, and
+// some names are known only in the proxy's own network.
+func (s *stream) mayLookUp() bool {
+	up, pool := s.v.up, s.r.cfg.Pool
+	if pool == nil || !pool.Contains(s.flow.Dst.Addr()) || up.own || up.name == DirectName || !travels(plainName(s.dest.Name)) {
+		return false
+	}
+	if tor, ok := up.Upstream.(interface{ Tor() bool }); ok && tor.Tor() {
+		return false
+	}
+	return time.Since(s.flow.Start) < secondLimit-secondWait
+}
+
+// heard takes an address of the name in, or that it has none.
+func (t *secondTry) heard(v6 bool, a netip.Addr) {
+	t.mu.Lock()
+	if v6 {
+		t.six = a.IsValid()
+	} else {
+		t.four = a
+	}
+	t.unheard--
+	wait, to := t.unheard > 0, netip.AddrPortFrom(t.four, t.s.flow.Dst.Port())
+	useless := !t.six || !t.four.IsValid()
+	t.mu.Unlock()
+	switch {
+	case wait:
+	case useless || !t.s.mayGoTo(to):
+		t.giveUp()
+	case !t.waited.Swap(true):
+		t.dial(to)
+	}
+}
+
+// mayGoTo reports whether the rules send a flow of this name to this address by the same upstream.
+func (s *stream) mayGoTo(to netip.AddrPort) bool {
+	if s.r.cfg.Pool.Contains(to.Addr()) {
+		return false
+	}
+	q := query{proto: flow.TCP, src: s.flow.Src, dst: to, names: []string{plainName(s.dest.Name)}, owner: s.owner}
+	v := s.r.verdictOn(&q)
+	return v.kind == carry && v.up == s.v.up
+}
+
+func (t *secondTry) dial(to netip.AddrPort) {
+	s := t.s
+	s.r.count.secondTries.Add(1)
+	s.r.log.post(slog.LevelDebug, "the server cannot reach a name: trying its IPv4 address", slog.Uint64("flow", s.flow.ID),
+		slog.String("host", s.dest.Name), slog.String("address", to.String()), slog.Any("err", t.first))
+	t.timer.Reset(max(secondLimit-time.Since(s.flow.Start), 0))
+	dest := s.dest
+	dest.Name, dest.Addr = "", to
+	s.v.up.DialStream(&s.call, s.r.loops[s.loop], dest, s.dialed)
+}
+
+// late is called by the timer, also when the flow has ended.
+func (t *secondTry) late() {
+	if t.waited.Load() {
+		t.s.call.Cancel()
+		return
+	}
+	t.giveUp()
+}
+
+// giveUp refuses the flow without a second dial.
+func (t *secondTry) giveUp() {
+	if t.waited.Swap(true) {
+		return
+	}
+	t.timer.Stop()
+	t.s.refused(t.first)
+	t.s.req = nil
+}
+
+// over ends the second try with its result, and gives what the app is told.
+func (t *secondTry) over(err error) error {
+	t.timer.Stop()
+	switch {
+	case err == nil:
+		t.s.r.count.secondOpened.Add(1)
+	case errors.Is(err, context.Canceled):
+		return t.first
+	}
+	return err
+}
