@@ -24,6 +24,14 @@ type DirectServer struct {
 	TCP  bool // by TCP only
 }
 
+// String is as in the configuration.
+func (d DirectServer) String() string {
+	if d.TCP {
+		return "direct:tcp://" + d.Addr.String()
+	}
+	return "direct:udp://" + d.Addr.String()
+}
+
 // direct asks servers past the upstream. It is for the few names that the user sends there: each question has a goroutine, and UDP
 // a socket, whose port is the kernel's choice (RFC 5452 9.2).
 type direct struct {
@@ -94,6 +102,7 @@ func (d *direct) ask(q *query) (best []byte) {
 			if resp == nil {
 				continue
 			}
+			q.direct = s
 			if rcode := binary.BigEndian.Uint16(resp[2:]) & 15; rcode != rcodeServer && rcode != rcodeRefuse {
 				return resp
 			}

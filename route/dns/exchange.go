@@ -69,10 +69,24 @@ type query struct {
 	attempt time.Time // until then this resolver has time
 	sent    time.Time
 	ways    []*resolver // who may be asked, in this order
-	at      *resolver
-	tried   uint32 // of ways, a bit each
-	retried bool   // sent again because a connection ended that had served
-	best    []byte // a SERVFAIL or REFUSED, for want of better
+	at      *resolver   // the last that was asked
+	tried   uint32      // of ways, a bit each
+	retried bool        // sent again because a connection ended that had served
+	best    []byte      // a SERVFAIL or REFUSED, for want of better
+	bestOf  *resolver
+
+	direct DirectServer // that has answered, if its address is valid
+}
+
+// answeredBy is the server whose answer was taken.
+func (q *query) answeredBy() string {
+	switch {
+	case q.direct.Addr.IsValid():
+		return q.direct.String()
+	case q.at != nil:
+		return q.at.Resolver.String()
+	}
+	return ""
 }
 
 func (q *query) msg() []byte { return q.wire[2:] }
@@ -412,7 +426,7 @@ func (x *exchange) received(ctx context.Context, m message) {
 	delete(r.asked, binary.BigEndian.Uint16(m.msg))
 	rcode := binary.BigEndian.Uint16(m.msg[2:]) & 15
 	if (rcode == rcodeServer || rcode == rcodeRefuse) && int(q.tried) != 1<<len(q.ways)-1 {
-		q.best = m.msg
+		q.best, q.bestOf = m.msg, r
 		x.ask(ctx, q)
 		return
 	}
@@ -427,6 +441,9 @@ func (x *exchange) done(q *query, resp []byte) {
 
 // fail ends q with the best answer that there is, or none.
 func (x *exchange) fail(q *query) {
+	if q.best != nil {
+		q.at = q.bestOf
+	}
 	x.done(q, q.best)
 }
 

@@ -54,6 +54,7 @@ type outcome uint8
 const (
 	passed   outcome = iota // it is for a resolver
 	answered                // the answer is there
+	faked                   // the same, and it is of the pool
 	full                    // the answer is SERVFAIL: the pool has no address left
 )
 
@@ -119,7 +120,7 @@ func (f *fake) address(b, msg []byte, q *question, name []byte) ([]byte, outcome
 	if v6 {
 		set.v6 = a6
 	}
-	return appendReply(b, msg, q, 0, set), answered
+	return appendReply(b, msg, q, 0, set), faked
 }
 
 func (f *fake) loopback(b, msg []byte, q *question) []byte {
@@ -151,7 +152,7 @@ func (f *fake) reverse(b, msg []byte, q *question, name []byte) ([]byte, outcome
 		case q.qtype != typePTR && q.qtype != typeANY:
 			return appendReply(b, msg, q, 0, negative), answered
 		}
-		return appendReply(b, msg, q, 0, addressSet{ttl: f.pool.TTL(), host: host}), answered
+		return appendReply(b, msg, q, 0, addressSet{ttl: f.pool.TTL(), host: host}), faked
 	}
 	if isLocalZone(p) || f.pool.v4.Overlaps(p) && f.pool.v4.Bits() <= p.Bits() ||
 		f.pool.v6.Overlaps(p) && f.pool.v6.Bits() <= p.Bits() {

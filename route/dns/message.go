@@ -41,6 +41,8 @@ type question struct {
 
 	ednsVersion byte
 	do          byte // the DO bit, in its place (RFC 3225)
+
+	trace *trace // nil: it is not logged
 }
 
 // isQuery reports whether q is a QUERY: a question, and not an UPDATE, a NOTIFY or another operation.

@@ -200,18 +200,20 @@ func (s *Server) handle(
 ) bool {
 	s.count.questions.Add(1)
 	q, v, rcode := parseQuestion(msg)
+	s.follow(msg, &q)
 	switch v {
 	case silence:
 		s.count.malformed.Add(1)
+		s.tell(&q, howMalformed, "", nil)
 		return false
 	case answer:
 		s.count.malformed.Add(1)
-		reply(errorReply(msg, q, rcode))
+		s.refuse(msg, &q, howMalformed, rcode, reply)
 		return true
 	}
 	if !judge.allows(msg, &q) {
 		s.count.refused.Add(1)
-		reply(errorReply(msg, q, rcodeRefuse))
+		s.refuse(msg, &q, howRefused, rcodeRefuse, reply)
 		return true
 	}
 	if how != byUDP {
@@ -230,12 +232,22 @@ func (s *Server) handle(
 	relayed := s.cfg.Relay && to == s.exchange && canBeAsked(asked)
 	if relayed && relay != nil && relay() {
 		s.count.relayed.Add(1)
+		if q.trace != nil {
+			s.tell(&q, howRelayed, "udp://"+asked.String(), nil)
+		}
 		return true
 	}
 	if q.isQuery() && !relayed || !canBeAsked(asked) {
 		asked = netip.AddrPort{}
 	}
 	return s.ask(to, msg, &q, asked, reply)
+}
+
+// refuse replies with an error that no resolver is asked for.
+func (s *Server) refuse(msg []byte, q *question, how string, rcode uint16, reply func([]byte)) {
+	b := errorReply(msg, *q, rcode)
+	s.tell(q, how, "", b)
+	reply(b)
 }
 
 // ask has a server asked by way, unless its answer is in the cache or on its way to somebody else. It reports as handle does.
@@ -253,6 +265,7 @@ func (s *Server) ask(way asking, msg []byte, q *question, to netip.AddrPort, rep
 			return true
 		case tooMany:
 			s.count.dropped.Add(1)
+			s.tell(q, howDropped, "", nil)
 			return false
 		}
 	} else {
@@ -265,6 +278,7 @@ func (s *Server) ask(way asking, msg []byte, q *question, to netip.AddrPort, rep
 	if way.take(asked) {
 		return true
 	}
+	s.tell(q, howDropped, "", nil)
 	s.finishOthers(asked, nil)
 	return false
 }
@@ -287,6 +301,7 @@ func (s *Server) answerCached(key, msg []byte, q *question, now time.Time, reply
 	if truncated {
 		s.count.truncated.Add(1)
 	}
+	s.tell(q, howCache, "", b)
 	reply(b)
 	return true
 }
@@ -299,12 +314,20 @@ func (s *Server) Forget() { s.cache.clear() }
 func (s *Server) finish(q *query, resp []byte) {
 	s.finishOthers(q, resp)
 	if resp == nil {
-		s.count.failed.Add(1)
-		q.reply(errorReply(q.msg(), q.q, rcodeServer))
+		s.fail(q.msg(), &q.q, q.reply)
 		return
 	}
 	out, truncated := udpReply(resp, q.msg(), q.q)
+	if q.q.trace != nil {
+		s.tell(&q.q, howResolver, q.answeredBy(), out)
+	}
 	s.answered(out, truncated, q.reply)
+}
+
+// fail replies that no resolver has answered.
+func (s *Server) fail(msg []byte, q *question, reply func([]byte)) {
+	s.count.failed.Add(1)
+	s.refuse(msg, q, howFailed, rcodeServer, reply)
 }
 
 func (s *Server) answered(out []byte, truncated bool, reply func([]byte)) {
@@ -329,13 +352,14 @@ func (s *Server) finishOthers(q *query, resp []byte) {
 		s.count.shared.Add(1)
 		switch {
 		case resp == nil:
-			s.count.failed.Add(1)
-			w.reply(errorReply(w.head, w.q, rcodeServer))
+			s.fail(w.head, &w.q, w.reply)
 		case plain == nil: // nobody but the asker can tell what is in it
 			out, truncated := udpReply(append([]byte(nil), resp...), w.head, w.q)
+			s.tell(&w.q, howShared, "", out)
 			s.answered(out, truncated, w.reply)
 		default:
 			out, truncated := asAsked(nil, plain, w.head, &w.q, 0)
+			s.tell(&w.q, howShared, "", out)
 			s.answered(out, truncated, w.reply)
 		}
 	}
@@ -349,14 +373,20 @@ func (s *Server) answerItself(msg []byte, q *question, reply func([]byte)) bool 
 	buf := answerBuffers.Get().(*[maxFakeAnswer]byte)
 	defer answerBuffers.Put(buf)
 	b, o := s.fake.answer(buf[:0], msg, q)
+	how := howOwn
 	switch o {
 	case passed:
 		return false
 	case full:
 		s.count.failed.Add(1)
+		how = howFailed
+	case faked:
+		how = howFake
+		fallthrough
 	default:
 		s.count.own.Add(1)
 	}
+	s.tell(q, how, "", b)
 	reply(b)
 	return true
 }

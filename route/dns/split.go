@@ -27,11 +27,7 @@ func (z Zone) String() string {
 		servers = append(servers, r.String())
 	}
 	for _, d := range z.Direct {
-		scheme := "direct:udp://"
-		if d.TCP {
-			scheme = "direct:tcp://"
-		}
-		servers = append(servers, scheme+d.Addr.String())
+		servers = append(servers, d.String())
 	}
 	if len(servers) == 0 {
 		servers = []string{"direct"}

@@ -420,7 +420,9 @@ or
 .Cm error .
 At
 .Cm info
-there is a line for each flow.
+there is a line for each flow, and at
+.Cm debug
+one for each question of DNS too: its name and type, how it was answered, the RCODE and the microseconds that it took.
 The default is
 .Cm warn
 for
