@@ -171,6 +171,7 @@ func (s *dnsSum) add(t dns.Stats) {
 	s.Dropped += t.Dropped
 	s.Unmatched += t.Unmatched
 	s.Connections += t.Connections
+	s.CacheEntries, s.CacheBytes = t.CacheEntries, t.CacheBytes // those before t keep nothing any more
 }
 
 var errNetwork = errors.New("the network has changed")

@@ -64,6 +64,8 @@ type Stats struct {
 	Dropped     uint64 // over InFlight, or not running
 	Unmatched   uint64 // answers of a resolver to nothing that was asked
 	Connections uint64 // opened to resolvers
+
+	CacheEntries, CacheBytes int // answers that are kept now, and the bytes that they take
 }
 
 type counters struct {
@@ -150,8 +152,10 @@ func (s *Server) Carries() (Resolver, bool) {
 // Stats is a snapshot of the counters.
 func (s *Server) Stats() Stats {
 	c := &s.count
+	entries, bytes := s.cache.usage()
 	return Stats{c.questions.Load(), c.answered.Load(), c.relayed.Load(), c.own.Load(), c.cached.Load(), c.shared.Load(),
-		c.truncated.Load(), c.failed.Load(), c.malformed.Load(), c.refused.Load(), c.dropped.Load(), c.unmatched.Load(), c.connections.Load()}
+		c.truncated.Load(), c.failed.Load(), c.malformed.Load(), c.refused.Load(), c.dropped.Load(), c.unmatched.Load(), c.connections.Load(),
+		entries, bytes}
 }
 
 // Handle takes one question that came by UDP. It does not block and does not keep msg. reply is called at most once,

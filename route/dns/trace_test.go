@@ -123,6 +123,9 @@ func TestQuestionLinesOfAnswers(t *testing.T) {
 	if got := strings.Join(log.take(), "\n"); got != want {
 		t.Error(got)
 	}
+	if st := s.Stats(); st.CacheEntries != 1 || st.CacheBytes < entryCost || st.Cached != 1 {
+		t.Errorf("%+v", st)
+	}
 	s = start(t, Config{Resolvers: []Resolver{OverTCP(closedPort(t))}, Log: log.logger(slog.LevelDebug)})
 	ask(t, s, q)
 	if got := strings.Join(log.take(), "\n"); got != "name=a.example. type=A how=failed rcode=SERVFAIL" {

@@ -86,9 +86,17 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 		count(s.Names.Failed),
 		Plain(strings.Join(s.DNS, ", ")),
 	)
+	if n := s.Names; n.Cache.Entries > 0 || n.Cached > 0 || n.Shared > 0 {
+		fmt.Fprintf(&b, "         cache: %s answers in %s; %s questions answered from it, %s that others asked at the same time\n",
+			count(uint64(n.Cache.Entries)), bytes(uint64(n.Cache.Bytes)), count(n.Cached), count(n.Shared))
+	}
 	if p := s.Names.Pool; p != nil {
 		fmt.Fprintf(&b, "         %s of %s fake addresses given out, %s in use; %s taken back for other names, %s names got none\n",
 			count(p.Names), count(p.Size), count(p.Held), count(p.Evicted), count(p.Refused))
+	}
+	if n := s.Sniff; n != nil {
+		fmt.Fprintf(&b, "  sniff  %s connections were held for their first bytes, %s of them had a name; %s were put off\n",
+			count(n.Asked), count(n.Named), count(n.Full))
 	}
 	fmt.Fprintf(&b, "  bytes  %s up, %s down\n", bytes(s.Up), bytes(s.Down))
 	if s.Shards.Now > 1 {

@@ -45,7 +45,9 @@ func sample() Status {
 		TCP:   TCP{Now: 42, Pending: 3, Total: 10816, Refused: 17},
 		UDP: UDP{Now: 5, Total: 321, Reassociated: 2, Refused: 9, GSO: "off",
 			GSOReason: "Linux 7.1.4 spoils datagrams with some network cards; Linux 7.1.5 does not"},
-		Names: Names{Asked: 2048, Answered: 2040, Failed: 8, Own: 2000, Pool: &Pool{Names: 1200, Size: 130816, Held: 7, Evicted: 1}},
+		Names: Names{Asked: 2048, Answered: 2040, Failed: 8, Own: 2000, Cached: 21, Shared: 4, Cache: Cache{17, 9411},
+			Pool: &Pool{Names: 1200, Size: 130816, Held: 7, Evicted: 1}},
+		Sniff: &Sniff{Asked: 1203, Named: 1100, Full: 3},
 		Up:    5 << 20, Down: 7 << 30,
 		Shards: Shards{Now: 4, HandedOver: 1203},
 		Host: Host{
@@ -71,7 +73,7 @@ func TestWriteStatus(t *testing.T) {
 	s := sample()
 	s.State, s.ConfirmBy, s.Reloaded, s.Warnings = Unconfirmed, at(-41*time.Second), nil, nil
 	s.Host.Refused, s.Dropped, s.Shards = nil, nil, Shards{Now: 1}
-	s.DNS, s.Names.Pool = s.DNS[1:], nil
+	s.DNS, s.Names, s.Sniff = s.DNS[1:], Names{Asked: 2048, Answered: 2040, Failed: 8}, nil
 	b.WriteString("----\n")
 	if err := WriteStatus(&b, s, now); err != nil {
 		t.Fatal(err)

@@ -31,8 +31,9 @@ type Status struct {
 	TCP   TCP    `json:"tcp"`
 	UDP   UDP    `json:"udp"`
 	Names Names  `json:"names"`
-	Up    uint64 `json:"up_bytes"`   // program to proxy
-	Down  uint64 `json:"down_bytes"` // proxy to program
+	Sniff *Sniff `json:"sniff,omitempty"` // nil: no connection was held for its name
+	Up    uint64 `json:"up_bytes"`        // program to proxy
+	Down  uint64 `json:"down_bytes"`      // proxy to program
 
 	Shards   Shards    `json:"shards"`
 	Host     Host      `json:"host"`
@@ -109,7 +110,23 @@ type Names struct {
 	Answered uint64 `json:"answered"`       // or relayed to the server that was asked
 	Failed   uint64 `json:"failed"`         // answered by SERVFAIL
 	Own      uint64 `json:"own"`            // of those answered: without a resolver
+	Cached   uint64 `json:"cached"`         // of those answered: from the cache
+	Shared   uint64 `json:"shared"`         // of those answered: with the answer to the same question, which was on its way
+	Cache    Cache  `json:"cache"`          // of answers that resolvers gave
 	Pool     *Pool  `json:"pool,omitempty"` // of addresses that stand for names; nil: there is none
+}
+
+// Cache is what is kept now.
+type Cache struct {
+	Entries int `json:"entries"`
+	Bytes   int `json:"bytes"`
+}
+
+// Sniff counts TCP connections that are held until their program has sent its first bytes (--sniff).
+type Sniff struct {
+	Asked uint64 `json:"asked"`
+	Named uint64 `json:"named"` // of those: it had a name
+	Full  uint64 `json:"full"`  // put off until their next SYN, because too many were held
 }
 
 // Pool is the state of the fake addresses.

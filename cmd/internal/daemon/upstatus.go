@@ -152,6 +152,10 @@ func fillTraffic(s *control.Status, router *route.Router, k stack.Stats) {
 	s.UDP = control.UDP{Now: r.MappingsNow, Total: r.Mappings, Reassociated: r.Reassociations, Refused: r.Refused}
 	s.Names = control.Names{
 		Asked: r.DNS.Questions, Answered: r.DNS.Answered + r.DNS.Relayed + r.DNS.Own + r.DNS.Cached, Failed: r.DNS.Failed, Own: r.DNS.Own,
+		Cached: r.DNS.Cached, Shared: r.DNS.Shared, Cache: control.Cache{Entries: r.DNS.CacheEntries, Bytes: r.DNS.CacheBytes},
+	}
+	if r.Sniffs > 0 || r.SniffsFull > 0 {
+		s.Sniff = &control.Sniff{Asked: r.Sniffs, Named: r.Sniffed, Full: r.SniffsFull}
 	}
 	s.Up, s.Down = r.Up, r.Down
 	for _, f := range router.Flows() {
