@@ -26,9 +26,9 @@ const (
 	maxFakeAnswer = headerLen + 2*(maxName+4) + 64 // more than any answer of fake has
 )
 
-// fake answers questions with addresses of a pool. It holds no state of its own.
+// fake answers questions with addresses of a pool, and those that no resolver must be asked. It holds no state of its own.
 type fake struct {
-	pool   *Pool
+	pool   *Pool // nil: only names that no resolver must be asked are answered
 	config FakeConfig
 }
 
@@ -42,7 +42,7 @@ type FakeConfig struct {
 	// question for an address, from any goroutine, and keeps nothing. nil: none does.
 	Real func(name []byte) bool
 	// Onion reports whether an upstream knows the names of .onion (RFC 7686), so that they have addresses like others. It is
-	// called for each such question, from any goroutine. nil: none does.
+	// called for each such question, from any goroutine. nil: none does. Other types of records than addresses do not exist there.
 	Onion func() bool
 	// NoSingleLabels: a name without a dot does not exist. Otherwise the proxy is asked for it, whose network may know it.
 	NoSingleLabels bool
@@ -62,23 +62,44 @@ const (
 // maxFakeAnswer.
 //
 // What RFC 6761 (localhost, invalid), 6762 (local), 7686 (onion), 8375 (home.arpa) and 6303 (reverse zones of private addresses)
-// say must not be asked of the world is answered here, whatever the type.
-func (f *fake) answer(b, msg []byte, q *question) ([]byte, outcome) {
+// say must not be asked of the world is answered here, whatever the type. site: the resolver that would be asked has a private
+// address and may know names of its own network, so that it is asked for those in local, home.arpa and the reverse zones.
+func (f *fake) answer(b, msg []byte, q *question, site bool) ([]byte, outcome) {
 	class := binary.BigEndian.Uint16(msg[q.end-2:])
-	if q.ednsVersion != 0 {
+	if q.ednsVersion != 0 && f.pool != nil {
 		return appendReply(b, msg, q, 0, nothing), answered
 	}
 	if class != classIN && class != classANY {
 		return b, passed
 	}
 	// The name stands where the answer will: an array of our own would move to the heap, since Real is not known to keep nothing.
-	name, labels, ok := appendHost(b[len(b):], msg, headerLen)
-	if !ok {
-		return b, passed // nobody can tell a proxy such a name
+	name, labels, plain := appendAny(b[len(b):], msg, headerLen)
+	if out, o := f.reserved(b, msg, q, name, site); o != passed {
+		return out, o
 	}
+	switch {
+	case f.pool == nil, !plain, // nobody can tell a proxy such a name
+		site && isSites(name), hasSuffix(name, "arpa"):
+		return b, passed
+	case isNumber(name), f.config.NoSingleLabels && labels == 1:
+		return appendReply(b, msg, q, rcodeName, negative), answered
+	}
+	if !isAddress(q.qtype) || f.config.Real != nil && f.config.Real(name) {
+		return b, passed
+	}
+	return f.address(b, msg, q, name)
+}
+
+// isSites reports whether a name is of a zone that each site has for itself, other than a reverse zone.
+func isSites(name []byte) bool { return hasSuffix(name, "local") || hasSuffix(name, "home.arpa") }
+
+// reserved answers for names that no resolver must be asked.
+func (f *fake) reserved(b, msg []byte, q *question, name []byte, site bool) ([]byte, outcome) {
 	switch {
 	case hasSuffix(name, "localhost"):
 		return f.loopback(b, msg, q), answered
+	case site && isSites(name):
+		return b, passed
 	case hasSuffix(name, "home.arpa"):
 		if len(name) == len("home.arpa") {
 			return appendReply(b, msg, q, 0, negative), answered
@@ -87,20 +108,27 @@ func (f *fake) answer(b, msg []byte, q *question) ([]byte, outcome) {
 	case hasSuffix(name, "resolver.arpa"): // RFC 9462 6.4: it asks for another way to ask us, and there is none
 		return appendReply(b, msg, q, 0, negative), answered
 	case hasSuffix(name, "arpa"):
-		return f.reverse(b, msg, q, name)
-	case hasSuffix(name, "local"), hasSuffix(name, "invalid"), isNumber(name), hasSuffix(name, "onion") && (f.config.Onion == nil || !f.config.Onion()),
-		f.config.NoSingleLabels && labels == 1:
+		return f.reverse(b, msg, q, name, site)
+	case hasSuffix(name, "local"), hasSuffix(name, "invalid"):
 		return appendReply(b, msg, q, rcodeName, negative), answered
+	case hasSuffix(name, "onion"):
+		switch {
+		case f.config.Onion == nil || !f.config.Onion():
+			return appendReply(b, msg, q, rcodeName, negative), answered
+		case !isAddress(q.qtype): // a resolver must not be asked, and a Tor cannot tell
+			return appendReply(b, msg, q, 0, negative), answered
+		}
 	}
-	switch q.qtype {
+	return b, passed
+}
+
+// isAddress reports whether a type is one that a name with a fake address is asked for.
+func isAddress(qtype uint16) bool {
+	switch qtype {
 	case typeA, typeAAAA, typeANY, typeHTTPS, typeSVCB:
-	default:
-		return b, passed
+		return true
 	}
-	if f.config.Real != nil && f.config.Real(name) {
-		return b, passed
-	}
-	return f.address(b, msg, q, name)
+	return false
 }
 
 // address answers with the addresses that stand for name. HTTPS and SVCB have none: their hints would be real addresses.
@@ -137,13 +165,13 @@ func (f *fake) loopback(b, msg []byte, q *question) []byte {
 }
 
 // reverse answers for names below arpa: those of the pool's addresses from the pool, and those of private networks with "no such
-// name", since nobody but a resolver of that network could know them.
-func (f *fake) reverse(b, msg []byte, q *question, name []byte) ([]byte, outcome) {
-	p, ok := reversePrefix(name)
-	if !ok {
+// name", since nobody but a resolver of that network could know them, unless site says that one is asked.
+func (f *fake) reverse(b, msg []byte, q *question, name []byte, site bool) ([]byte, outcome) {
+	p, whole := reversePrefix(name)
+	if !p.IsValid() {
 		return b, passed
 	}
-	if p.IsSingleIP() && f.pool.Contains(p.Addr()) {
+	if whole && p.IsSingleIP() && f.pool != nil && f.pool.Contains(p.Addr()) {
 		var buf [maxName]byte
 		host, known := f.pool.AppendName(buf[:0], p.Addr())
 		switch {
@@ -154,8 +182,8 @@ func (f *fake) reverse(b, msg []byte, q *question, name []byte) ([]byte, outcome
 		}
 		return appendReply(b, msg, q, 0, addressSet{ttl: f.pool.TTL(), host: host}), faked
 	}
-	if isLocalZone(p) || f.pool.v4.Overlaps(p) && f.pool.v4.Bits() <= p.Bits() ||
-		f.pool.v6.Overlaps(p) && f.pool.v6.Bits() <= p.Bits() {
+	ours := f.pool != nil && (within(f.pool.v4, p) || within(f.pool.v6, p))
+	if ours || !site && isLocalZone(p) {
 		return appendReply(b, msg, q, rcodeName, negative), answered
 	}
 	return b, passed
@@ -258,58 +286,81 @@ var localZones = [...]netip.Prefix{
 
 func isLocalZone(p netip.Prefix) bool {
 	for _, z := range localZones {
-		if z.Bits() <= p.Bits() && z.Contains(p.Addr()) {
+		if within(z, p) {
 			return true
 		}
 	}
 	return false
 }
 
-// reversePrefix is the network that a name below in-addr.arpa or ip6.arpa is about (RFC 1035 3.5, RFC 3596 2.5).
+// within reports whether p is a part of a network, or all of it.
+func within(network, p netip.Prefix) bool {
+	return network.Bits() <= p.Bits() && network.Contains(p.Addr())
+}
+
+// reversePrefix is the network that a name below in-addr.arpa or ip6.arpa is about (RFC 1035 3.5, RFC 3596 2.5). If more stands
+// before what can be read, as in lb._dns-sd._udp.10.in-addr.arpa, ok is false, and p is the network of the rest, if that has any.
 func reversePrefix(name []byte) (p netip.Prefix, ok bool) {
 	if hasSuffix(name, "in-addr.arpa") {
-		var a [4]byte
-		n := 0
-		for rest := name[:len(name)-len("in-addr.arpa")]; len(rest) > 0; n++ {
-			var label []byte
-			rest, label = lastLabel(rest)
-			v := 0
-			for _, c := range label {
-				if c < '0' || c > '9' || v > 255 {
-					return p, false
-				}
-				v = v*10 + int(c-'0')
-			}
-			if n == len(a) || v > 255 || len(label) > 1 && label[0] == '0' {
-				return p, false
-			}
-			a[n] = byte(v)
-		}
-		return netip.PrefixFrom(netip.AddrFrom4(a), 8*n), n > 0
+		return reverse4(name[:len(name)-len("in-addr.arpa")])
 	}
 	if hasSuffix(name, "ip6.arpa") {
-		var a [16]byte
-		n := 0
-		for rest := name[:len(name)-len("ip6.arpa")]; len(rest) > 0; n++ {
-			var label []byte
-			rest, label = lastLabel(rest)
-			if n == 2*len(a) || len(label) != 1 {
-				return p, false
-			}
-			c := label[0]
-			switch {
-			case c >= '0' && c <= '9':
-				c -= '0'
-			case c >= 'a' && c <= 'f':
-				c -= 'a' - 10
-			default:
-				return p, false
-			}
-			a[n/2] |= c << (4 * (1 - n%2))
-		}
-		return netip.PrefixFrom(netip.AddrFrom16(a), 4*n), n > 0
+		return reverse6(name[:len(name)-len("ip6.arpa")])
 	}
 	return p, false
+}
+
+func reverse4(rest []byte) (p netip.Prefix, ok bool) {
+	var a [4]byte
+	n := 0
+	for ; len(rest) > 0 && n < len(a); n++ {
+		before, label := lastLabel(rest)
+		v := 0
+		for _, c := range label {
+			if c < '0' || c > '9' || v > 255 {
+				v = 256
+				break
+			}
+			v = v*10 + int(c-'0')
+		}
+		if v > 255 || len(label) > 1 && label[0] == '0' {
+			break
+		}
+		a[n], rest = byte(v), before
+	}
+	if n == 0 {
+		return p, false
+	}
+	return netip.PrefixFrom(netip.AddrFrom4(a), 8*n), len(rest) == 0
+}
+
+func reverse6(rest []byte) (p netip.Prefix, ok bool) {
+	var a [16]byte
+	n := 0
+	for ; len(rest) > 0 && n < 2*len(a); n++ {
+		before, label := lastLabel(rest)
+		if len(label) != 1 {
+			break
+		}
+		c := label[0]
+		switch {
+		case c >= '0' && c <= '9':
+			c -= '0'
+		case c >= 'a' && c <= 'f':
+			c -= 'a' - 10
+		default:
+			c = 16
+		}
+		if c == 16 {
+			break
+		}
+		a[n/2] |= c << (4 * (1 - n%2))
+		rest = before
+	}
+	if n == 0 {
+		return p, false
+	}
+	return netip.PrefixFrom(netip.AddrFrom16(a), 4*n), len(rest) == 0
 }
 
 // lastLabel splits "a.b." into "a." and "b".

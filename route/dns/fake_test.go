@@ -30,7 +30,7 @@ func fakeAnswer(t testing.TB, f *fake, name string, typ dnsmessage.Type, edns in
 	if v != accept {
 		t.Fatalf("%s: the question is malformed", name)
 	}
-	out, o := f.answer([]byte("before"), msg, &q)
+	out, o := f.answer([]byte("before"), msg, &q, false)
 	if !bytes.HasPrefix(out, []byte("before")) {
 		t.Fatalf("%s: what stood there before is gone", name)
 	}
@@ -142,10 +142,16 @@ func TestFakeAnswers(t *testing.T) {
 		{"2." + strings.Repeat("0.", 31) + "ip6.arpa.", dnsmessage.TypePTR, "resolver"},
 		// What only looks like a reverse name.
 		{"1.2.3.4.5.in-addr.arpa.", dnsmessage.TypePTR, "resolver"},
-		{"0/25.2.0.10.in-addr.arpa.", dnsmessage.TypePTR, "resolver"},
+		{"0/25.2.0.198.in-addr.arpa.", dnsmessage.TypePTR, "resolver"},
 		{"01.in-addr.arpa.", dnsmessage.TypePTR, "resolver"},
-		{"256.10.in-addr.arpa.", dnsmessage.TypePTR, "resolver"},
-		{"gg.d.f.ip6.arpa.", dnsmessage.TypePTR, "resolver"},
+		// What stands below a reverse zone of a private network is in it.
+		{"256.10.in-addr.arpa.", dnsmessage.TypePTR, no},
+		{"0/25.2.0.10.in-addr.arpa.", dnsmessage.TypePTR, no},
+		{"lb._dns-sd._udp.0.1.168.192.in-addr.arpa.", dnsmessage.TypePTR, no},
+		{"gg.d.f.ip6.arpa.", dnsmessage.TypePTR, no},
+		{"a.0.1.18.198.in-addr.arpa.", dnsmessage.TypePTR, no},
+		// A label may hold any byte.
+		{"A printer._ipp._tcp.local.", dnsmessage.TypeSRV, no},
 		{"in-addr.arpa.", dnsmessage.TypeNS, "resolver"},
 		{"arpa.", dnsmessage.TypeNS, "resolver"},
 		// A proxy would take it for an address.
@@ -182,6 +188,7 @@ func TestFakeOptions(t *testing.T) {
 		{"hidden.onion.", dnsmessage.TypeA, "Success 198.18.1.0/10"},
 		{"hidden.onion.", dnsmessage.TypeAAAA, "Success SOA"},
 		{"hidden.onion.", dnsmessage.TypeALL, "Success 198.18.1.0/10"},
+		{"hidden.onion.", dnsmessage.TypeTXT, "Success SOA"},
 	} {
 		if got := fakeAnswer(t, f, tt.name, tt.typ, 0); got != tt.want {
 			t.Errorf("%s %v: %s, want %s", tt.name, tt.typ, got, tt.want)
@@ -207,13 +214,13 @@ func TestFakeClassAndVersion(t *testing.T) {
 	f := newFake(t, nil)
 	msg := makeQuestion(t, "a.example.", 0, func(m *dnsmessage.Message) { m.Questions[0].Class = dnsmessage.ClassCHAOS })
 	q, _, _ := parseQuestion(msg)
-	if out, o := f.answer(nil, msg, &q); o != passed || len(out) > 0 {
+	if out, o := f.answer(nil, msg, &q, false); o != passed || len(out) > 0 {
 		t.Errorf("class CH: %x", out)
 	}
 	msg = makeQuestion(t, "a.example.", 1232, nil)
 	msg[len(msg)-5] = 3 // the version
 	q, _, _ = parseQuestion(msg)
-	out, _ := f.answer(nil, msg, &q)
+	out, _ := f.answer(nil, msg, &q, false)
 	var m dnsmessage.Message
 	if err := m.Unpack(out); err != nil || len(m.Answers) > 0 || m.Additionals[0].Header.ExtendedRCode(m.RCode) != 16 {
 		t.Errorf("%v %+v", err, m)
@@ -226,7 +233,7 @@ func TestFakeAllocatesNothing(t *testing.T) {
 	for _, name := range []string{"www.example.com.", "0.1.18.198.in-addr.arpa.", "a.local."} {
 		msg := makeQuestion(t, name, 1232, nil)
 		q, _, _ := parseQuestion(msg)
-		if n := testing.AllocsPerRun(100, func() { f.answer(buf, msg, &q) }); n > 0 {
+		if n := testing.AllocsPerRun(100, func() { f.answer(buf, msg, &q, false) }); n > 0 {
 			t.Errorf("%s: %v allocations", name, n)
 		}
 	}
@@ -313,7 +320,7 @@ func FuzzFake(f *testing.F) {
 		if v != accept || !q.isQuery() {
 			return
 		}
-		out, o := fk.answer(nil, msg, &q)
+		out, o := fk.answer(nil, msg, &q, false)
 		if o == passed {
 			return
 		}
@@ -340,6 +347,6 @@ func BenchmarkFake(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		q, _, _ := parseQuestion(msg)
-		f.answer(buf, msg, &q)
+		f.answer(buf, msg, &q, false)
 	}
 }

@@ -21,17 +21,6 @@ func questionName(msg []byte, q *question) string {
 		return ""
 	}
 	var buf [maxName]byte
-	name := buf[:0]
-	for off := headerLen; off < q.end && msg[off] != 0; off += 1 + int(msg[off]) {
-		if len(name) > 0 {
-			name = append(name, '.')
-		}
-		for _, c := range msg[off+1 : off+1+int(msg[off])] {
-			if c <= ' ' || c == '.' || c >= 0x7F {
-				c = '!'
-			}
-			name = append(name, lower(c))
-		}
-	}
+	name, _, _ := appendAny(buf[:0], msg, headerLen)
 	return string(name)
 }

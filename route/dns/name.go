@@ -22,6 +22,29 @@ func appendHost(b, wire []byte, off int) (_ []byte, labels int, ok bool) {
 	return b, labels, labels > 0
 }
 
+// appendAny is appendHost for a name of whatever bytes: it writes an exclamation mark for each byte that is a dot inside a label,
+// a space, or not printable ASCII. plain is what appendHost calls ok.
+func appendAny(b, wire []byte, off int) (_ []byte, labels int, plain bool) {
+	plain = true
+	for wire[off] != 0 {
+		n := int(wire[off])
+		if labels > 0 {
+			b = append(b, '.')
+		}
+		for _, c := range wire[off+1 : off+1+n] {
+			if c <= ' ' || c == '.' || c >= 0x7F {
+				c = '!'
+			}
+			c = lower(c)
+			plain = plain && hostByte(c)
+			b = append(b, c)
+		}
+		off += 1 + n
+		labels++
+	}
+	return b, labels, plain && labels > 0
+}
+
 func hostByte(c byte) bool {
 	return c >= 'a' && c <= 'z' || c >= '0' && c <= '9' || c == '-' || c == '_'
 }

@@ -75,7 +75,8 @@ type counters struct {
 // Server answers questions while Run runs. Handle, Stats and Carries may be called from any goroutine.
 type Server struct {
 	cfg   Config
-	fake  *fake // nil: there are no fake addresses
+	fake  fake
+	site  bool // all resolvers have private addresses
 	count counters
 
 	exchange *exchange // with the resolvers
@@ -115,11 +116,13 @@ func New(cfg Config) (*Server, error) {
 	if s.split, err = newSplit(&s.cfg, &s.count, s.finish); err != nil {
 		return nil, err
 	}
+	s.fake = fake{config: FakeConfig{Onion: func() bool { return onlyTor(cfg.Resolvers) }}}
+	s.site = allPrivate(cfg.Resolvers)
 	if cfg.Fake.Pool != nil {
 		if real, host := cfg.Fake.Real, cfg.HostNames; host != nil {
 			cfg.Fake.Real = func(name []byte) bool { return real != nil && real(name) || host(name) }
 		}
-		s.fake = &fake{pool: cfg.Fake.Pool, config: cfg.Fake}
+		s.fake = fake{pool: cfg.Fake.Pool, config: cfg.Fake}
 	}
 	return s, nil
 }
@@ -224,16 +227,17 @@ func (s *Server) handle(
 		q.size = maxMessage
 	}
 	var to asking = s.exchange
+	toAsked := s.cfg.Relay && canBeAsked(asked)
 	if q.isQuery() {
 		if zone := s.split.zone(msg, &q); zone != nil {
 			to = zone
-		} else if s.fake != nil && how != ours && s.answerItself(msg, &q, reply) {
+		} else if (!toAsked || s.fake.pool != nil) && how != ours && s.answerItself(msg, &q, s.isSite(toAsked, asked), reply) {
 			return true
 		} else if s.split.ofHost(msg, &q) {
 			to = s.split.host
 		}
 	}
-	relayed := s.cfg.Relay && to == s.exchange && canBeAsked(asked)
+	relayed := toAsked && to == s.exchange
 	if relayed && relay != nil && relay() {
 		s.count.relayed.Add(1)
 		if q.trace != nil {
@@ -373,10 +377,10 @@ func (s *Server) finishOthers(q *query, resp []byte) {
 var answerBuffers = sync.Pool{New: func() any { return new([maxFakeAnswer]byte) }}
 
 // answerItself replies if no resolver is needed, and reports whether it has. It works whether or not Run runs.
-func (s *Server) answerItself(msg []byte, q *question, reply func([]byte)) bool {
+func (s *Server) answerItself(msg []byte, q *question, site bool, reply func([]byte)) bool {
 	buf := answerBuffers.Get().(*[maxFakeAnswer]byte)
 	defer answerBuffers.Put(buf)
-	b, o := s.fake.answer(buf[:0], msg, q)
+	b, o := s.fake.answer(buf[:0], msg, q, site)
 	how := howOwn
 	switch o {
 	case passed:

@@ -113,7 +113,7 @@ func TestZones(t *testing.T) {
 				t.Errorf("fake %v: %s was asked of %d, want %d", fake, name, got, want)
 			}
 		}
-		if b := ask(t, s, makeQuestion(t, "localhost.", 0, nil)); fake && answerOf(t, b) != 1 {
+		if b := ask(t, s, makeQuestion(t, "localhost.", 0, nil)); b[7] != 1 || answerOf(t, b) != 1 || b[len(b)-4] != 127 {
 			t.Errorf("localhost: %x", b)
 		}
 	}

@@ -20,9 +20,9 @@ func fakeTor(ctx context.Context, name string, ip netip.Addr, done func(netip.Ad
 		done(netip.MustParseAddr("::ffff:192.0.2.1"), "", nil)
 	case name == "six.example":
 		done(netip.MustParseAddr("2001:db8::1"), "", nil)
-	case ip == netip.MustParseAddr("192.0.2.1"), ip == netip.MustParseAddr("2001:db8::1"):
+	case ip == netip.MustParseAddr("192.0.3.1"), ip == netip.MustParseAddr("2001:db9::1"): // the reverse zones of examples are local
 		done(netip.Addr{}, "Host.Example.", nil)
-	case ip == netip.MustParseAddr("192.0.2.2"):
+	case ip == netip.MustParseAddr("192.0.3.2"):
 		done(netip.Addr{}, "not a host", nil)
 	case name == "slow.example":
 		context.AfterFunc(ctx, func() { done(netip.Addr{}, "", ctx.Err()) })
@@ -38,7 +38,7 @@ func fakeTor(ctx context.Context, name string, ip netip.Addr, done func(netip.Ad
 func TestTor(t *testing.T) {
 	checkLeaks(t)
 	next := newFakeResolver(t, func(q []byte) []byte { return makeAnswer(t, q, 3) })
-	const reverse6 = "1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.8.b.d.0.1.0.0.2.ip6.arpa."
+	const reverse6 = "1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.9.b.d.0.1.0.0.2.ip6.arpa."
 	for _, tt := range []struct {
 		name string
 		typ  dnsmessage.Type
@@ -49,10 +49,10 @@ func TestTor(t *testing.T) {
 		{"a.example.", dnsmessage.TypeAAAA, "RCodeSuccess", false},
 		{"six.example.", dnsmessage.TypeAAAA, "RCodeSuccess 2001:db8::1", false},
 		{"six.example.", dnsmessage.TypeA, "RCodeSuccess", false},
-		{"1.2.0.192.in-addr.arpa.", dnsmessage.TypePTR, "RCodeSuccess host.example.", false},
+		{"1.3.0.192.in-addr.arpa.", dnsmessage.TypePTR, "RCodeSuccess host.example.", false},
 		{reverse6, dnsmessage.TypePTR, "RCodeSuccess host.example.", false},
-		{"2.2.0.192.in-addr.arpa.", dnsmessage.TypePTR, "RCodeSuccess", false},
-		{"2.0.192.in-addr.arpa.", dnsmessage.TypePTR, "RCodeNameError", false},
+		{"2.3.0.192.in-addr.arpa.", dnsmessage.TypePTR, "RCodeSuccess", false},
+		{"3.0.192.in-addr.arpa.", dnsmessage.TypePTR, "RCodeNameError", false},
 		{"none.example.", dnsmessage.TypeA, "RCodeNameError", false},
 		{"a b.example.", dnsmessage.TypeA, "RCodeNameError", false},
 		{"cannot.example.", dnsmessage.TypeA, "RCodeServerFailure", true},
