@@ -95,7 +95,11 @@ including DNS questions to such a destination.`,
 		Name: "exclude-uid", Arg: "USER|N[-M][,...]", Many: true, Live: true, Cmds: Up | Check,
 		set:  addUIDs(func(c *Config) *Selection { return &c.Host.Exclude }),
 		Help: "users whose programs go without the proxy",
-		Man:  `Users whose programs do not use the proxy, by name or by number.`,
+		Man: `Users whose programs do not use the proxy, by name or by number.
+Their questions of DNS go to the host's own resolvers, too, so that names have their real addresses.
+A resolver that runs on this host is not one of their programs: with
+.Fl -dns Cm fake
+it gives them addresses that stand for names, which they cannot reach.`,
 	},
 	{
 		Name: "exclude-port", Arg: "N[-M][,...]", Many: true, Live: true, Cmds: Up | Check,
