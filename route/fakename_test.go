@@ -60,6 +60,9 @@ func TestStreamByName(t *testing.T) {
 		}
 		var s *fakeStream
 		eventually(t, "the grant", func() bool { _, _, s = q.outcome(); return s != nil })
+		if all := g.Flows(); len(all) != 1 || all[0].Host != "www.example.com" || all[0].Dst != netip.AddrPortFrom(dst, 443) {
+			t.Errorf("the flows are %+v", all)
+		}
 		if held := pool.Stats().Held; held != 1 {
 			t.Errorf("%d addresses are held while the flow lives", held)
 		}

@@ -112,6 +112,10 @@ func TestUDPByName(t *testing.T) {
 	g.wantPacket(t, fake2, app, "from two")
 	g.wantPacket(t, "203.0.113.9:1000", app, "from a stranger")
 
+	if all := g.Flows(); len(all) != 1 || all[0].Host != "one.example" || all[0].Dst.String() != fake1 {
+		t.Errorf("the flows are %+v", all)
+	}
+
 	// Another socket, which knows the address only, sees the address.
 	g.send("10.0.0.1:5001", "203.0.113.1:1000", "c1")
 	_, ext2 := one.read()
