@@ -9,8 +9,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -39,11 +41,7 @@ func startBus(t *testing.T) (address string, stop func()) {
 		t.Fatal(err)
 	}
 	cmd := exec.Command("dbus-daemon", "--config-file="+conf, "--nofork")
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	stop = sync.OnceFunc(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	t.Cleanup(stop)
+	stop = startWithTest(t, cmd)
 	waitFor(t, "the bus", func() bool {
 		c, err := net.Dial("unix", socket)
 		if err == nil {
@@ -52,6 +50,63 @@ func startBus(t *testing.T) (address string, stop func()) {
 		return err == nil
 	})
 	return "unix:path=" + socket, stop
+}
+
+// startWithTest starts a command that ends by stop, when the test is over, and also when the test process is killed.
+func startWithTest(t *testing.T, cmd *exec.Cmd) (stop func()) {
+	t.Helper()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	started, end, over := make(chan error), make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(over)
+		// The signal comes when the thread ends that started the process. It is this one, which stays for as long.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := cmd.Start()
+		started <- err
+		if err != nil {
+			return
+		}
+		<-end
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	}()
+	if err := <-started; err != nil {
+		t.Fatal(err)
+	}
+	stop = sync.OnceFunc(func() { close(end); <-over })
+	t.Cleanup(stop)
+	return stop
+}
+
+const envBus = "RESOLVED_TEST_BUS" // set in a test process that is to be killed: where it writes the PID of its bus
+
+// TestBusEndsWithTest: when the test process is killed the bus that it started does not stay.
+func TestBusEndsWithTest(t *testing.T) {
+	if file := os.Getenv(envBus); file != "" {
+		cmd := exec.Command("sleep", "60")
+		startWithTest(t, cmd)
+		if err := os.WriteFile(file, fmt.Append(nil, cmd.Process.Pid), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(patience)
+		return
+	}
+	file := filepath.Join(t.TempDir(), "pid")
+	test := exec.Command(os.Args[0], "-test.run=^TestBusEndsWithTest$")
+	test.Env = append(os.Environ(), envBus+"="+file)
+	kill := startWithTest(t, test)
+	pid := 0
+	waitFor(t, "PID", func() bool {
+		b, _ := os.ReadFile(file)
+		_, err := fmt.Sscan(string(b), &pid)
+		return err == nil && pid > 1
+	})
+	kill()
+	waitFor(t, "end of what the killed test started", func() bool {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		return err != nil || strings.Contains(string(b), ") Z ") // nobody may be there to reap it
+	})
 }
 
 func waitFor(t *testing.T, what string, cond func() bool) {

@@ -118,8 +118,8 @@ func (t *Teller) look(ctx context.Context, b *bus, before *told) error {
 	var err error
 	if now.owner, err = b.runs(ctx); err != nil {
 		t.setDone(false)
-		*before = told{}
 		if errors.Is(err, errAbsent) {
+			*before = told{} // it forgot with its end; after any other error it still does as it was told
 			t.log.Debug("systemd-resolved is not told", "err", err)
 			return nil // NameOwnerChanged will say when it comes
 		}

@@ -82,6 +82,32 @@ func TestTellAndTakeBack(t *testing.T) {
 	}
 }
 
+// TestTellEndsWhileLooking: what was told is taken back also when the end comes while it is looked at again.
+func TestTellEndsWhileLooking(t *testing.T) {
+	address, _ := startBus(t)
+	f := startFake(t, address, 7)
+	teller := New(address, testServers, slog.New(slog.DiscardHandler))
+	teller.Use(7)
+	b, err := dial(t.Context(), address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.close()
+	var was told
+	if err := teller.look(t.Context(), b, &was); err != nil || !f.link(7).right() {
+		t.Fatalf("not told: %v", err)
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := teller.look(ended, b, &was); err == nil {
+		t.Error("a look after the end succeeds")
+	}
+	teller.takeBack(b, was)
+	if l := f.link(7); !l.empty() {
+		t.Errorf("after the end: %+v", l)
+	}
+}
+
 // TestTellRestarted: systemd-resolved comes later, is restarted, and the bus is restarted.
 func TestTellRestarted(t *testing.T) {
 	address, stopBus := startBus(t)
