@@ -48,7 +48,8 @@ package main
 //
 // What was found to walk over all of something, and no longer does: gVisor's lookup of an address and its list of addresses
 // (stack, ipEndpoint); connect(2), over the local ports that are taken (socks, allPorts); the count of associations in the
-// making, each second (route).
+// making, each second (route); the kernel's answer about one UDP socket, over its whole table of them, for each mapping whose
+// socket was closed (route, sweepSockets).
 //
 // What still does, each once in a while and none for a packet or a connection: the sweep of UDP mappings, an eighth of them each
 // second, and the question which UDP sockets there are, every five seconds; the sweep of TCP flows, a thirtieth each second,
