@@ -11,8 +11,8 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// answers is the upstream of TCP connections to port 53 whose questions are looked at: route/dns answers them itself, at the other
-// end of a pair of sockets.
+// answers is the upstream of TCP connections to port 53 whose questions are looked at: route/dns answers them itself, at the
+// other end of a pair of sockets.
 type answers struct{ r *Router }
 
 // answersName stands in the log and the list of flows.

@@ -118,7 +118,8 @@ func (r *Router) endReplaced(p *policy) {
 
 func (p *policy) has(u *upstream) bool { return u.own || slices.Contains(p.order, u) }
 
-func (r *Router) newDNS(p *policy, resolvers []dns.Resolver, roots *x509.CertPool, relay bool, split *Split) (*dns.Server, error) {
+func (r *Router) newDNS(p *policy, resolvers []dns.Resolver, roots *x509.CertPool, relay bool,
+	split *Split) (*dns.Server, error) {
 	cfg := dns.Config{Dial: r.dialResolver, Resolvers: resolvers, RootCAs: roots, Relay: relay, Tor: r.askTor, Log: logTo(r.log)}
 	if p.fake {
 		cfg.Fake = dns.FakeConfig{

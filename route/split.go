@@ -88,9 +88,9 @@ func (p *policy) mayBeDirect() bool {
 	return p.upstreams[DirectName] != nil
 }
 
-// sendsDirect reports whether flows to a plain name are direct, whatever else is known of them, or refused. A program that gets the
-// name's real address then reaches it without us having to look the name up. A rule that sends some of the flows to the name by a
-// proxy is reason enough for a fake address, by which the proxy gets the name.
+// sendsDirect reports whether flows to a plain name are direct, whatever else is known of them, or refused. A program that gets
+// the name's real address then reaches it without us having to look the name up. A rule that sends some of the flows to the name
+// by a proxy is reason enough for a fake address, by which the proxy gets the name.
 func (p *policy) sendsDirect(name string) bool {
 	q := query{names: []string{name}}
 	for i := range p.rules {
@@ -124,8 +124,9 @@ func (r *Router) split(cfg *dns.Config, s *Split) {
 	}
 }
 
-// ParseZone reads SUFFIX=SERVER[,SERVER...]. SERVER is asked through the upstream if it is what dns.ParseResolver reads, and past it
-// if it is direct:udp://ADDRESS or direct:tcp://ADDRESS; direct alone is the host's own servers. Errors are of the form "must be ...".
+// ParseZone reads SUFFIX=SERVER[,SERVER...]. SERVER is asked through the upstream if it is what dns.ParseResolver reads, and
+// past it if it is direct:udp://ADDRESS or direct:tcp://ADDRESS; direct alone is the host's own servers. Errors are of the form
+// "must be ...".
 func ParseZone(s string) (z dns.Zone, err error) {
 	suffix, servers, ok := strings.Cut(s, "=")
 	if !ok || servers == "" {

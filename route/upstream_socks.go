@@ -54,7 +54,8 @@ type torUpstream interface {
 }
 
 // AskTor implements torUpstream.
-func (u *socksUpstream) AskTor(ctx context.Context, l *relay.Loop, name string, ip netip.Addr, done func(netip.Addr, string, error)) {
+func (u *socksUpstream) AskTor(ctx context.Context, l *relay.Loop, name string, ip netip.Addr,
+	done func(netip.Addr, string, error)) {
 	c, ok := u.c.(interface {
 		Resolve(ctx context.Context, l *loop.Loop, name string, done func(netip.Addr, error))
 		ResolvePTR(ctx context.Context, l *loop.Loop, ip netip.Addr, done func(name string, err error))

@@ -28,7 +28,8 @@ const (
 //	    ^             │  next address, or all failed and the name is looked up again
 //	    └─────────────┘
 //
-// Only TLS needs securing. A direct dial goes from connecting to over. Every state goes to over by an error, the deadline, or the context.
+// Only TLS needs securing. A direct dial goes from connecting to over. Every state goes to over by an error, the deadline, or
+// the context.
 type dial struct {
 	loop.Node
 	d         *Dialer

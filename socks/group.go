@@ -100,7 +100,13 @@ func (d *Dialer) Group(l *loop.Loop, servers []Server, o GroupOptions) (*Group, 
 	if len(servers) == 0 || len(servers) > MaxServers {
 		return nil, fmt.Errorf("cannot use the group %s: it has %d servers, 1 to %d are allowed", o.Name, len(servers), MaxServers)
 	}
-	g := &Group{d: d, l: l, looks: make([]looks, len(servers)), heard: make([]atomic.Int64, len(servers)), c: chooser{opts: o, servers: make([]health, len(servers))}}
+	g := &Group{
+		d:     d,
+		l:     l,
+		looks: make([]looks, len(servers)),
+		heard: make([]atomic.Int64, len(servers)),
+		c:     chooser{opts: o, servers: make([]health, len(servers))},
+	}
 	for _, s := range servers {
 		c := d.Client(s)
 		c.connectTimeout, c.handshakeTimeout, c.via = o.ConnectTimeout, o.HandshakeTimeout, o.Via

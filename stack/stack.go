@@ -15,9 +15,9 @@ import (
 	"github.com/viasocks/viasocks/tun"
 )
 
-// Handler takes what the stack captured. Each shard has a frame reader of its own, which calls the handler and says which shard it
-// is (0 to Shards-1): calls for one shard come one after another, calls for different shards come at the same time. All that one
-// app's port sends comes to one shard. No call may block.
+// Handler takes what the stack captured. Each shard has a frame reader of its own, which calls the handler and says which shard
+// it is (0 to Shards-1): calls for one shard come one after another, calls for different shards come at the same time. All that
+// one app's port sends comes to one shard. No call may block.
 type Handler interface {
 	// HandleStream takes a new request. The handler owns it: it must call Accept or Reject sooner or later.
 	HandleStream(shard int, r flow.StreamRequest)

@@ -300,9 +300,9 @@ func lifeOf(plain []byte, qtype uint16) time.Duration {
 	return time.Duration(least) * time.Second
 }
 
-// asAsked is an answer of plainAnswer as the asker of msg wants it: with its ID, its question letter by letter (the case of a name
-// may be its proof that the answer is to its question), an OPT record if it sent one, TTLs that are age seconds shorter, and no
-// more bytes than it takes. The answer is made in the room of b, which holds nothing, or in more if that is too little.
+// asAsked is an answer of plainAnswer as the asker of msg wants it: with its ID, its question letter by letter (the case of a
+// name may be its proof that the answer is to its question), an OPT record if it sent one, TTLs that are age seconds shorter,
+// and no more bytes than it takes. The answer is made in the room of b, which holds nothing, or in more if that is too little.
 func asAsked(b, plain, msg []byte, q *question, age uint32) (out []byte, truncated bool) {
 	out = append(b[:0], plain...)
 	if age > 0 {

@@ -32,8 +32,8 @@ func (d DirectServer) String() string {
 	return "direct:udp://" + d.Addr.String()
 }
 
-// direct asks servers past the upstream. It is for the few names that the user sends there: each question has a goroutine, and UDP
-// a socket, whose port is the kernel's choice (RFC 5452 9.2).
+// direct asks servers past the upstream. It is for the few names that the user sends there: each question has a goroutine, and
+// UDP a socket, whose port is the kernel's choice (RFC 5452 9.2).
 type direct struct {
 	dial    func(ctx context.Context, network, address string) (net.Conn, error)
 	servers func() []DirectServer // in order; none: questions fail

@@ -43,8 +43,8 @@ var (
 )
 
 // ParseResolver reads SCHEME://HOST[:PORT][/PATH][#NAME]. HOST is an address, of IPv6 in brackets where a port follows, or a
-// name. NAME is the one in the certificate of a host that is given by its address. "tor" alone is a resolver too. Errors are of the
-// form "has no port".
+// name. NAME is the one in the certificate of a host that is given by its address. "tor" alone is a resolver too. Errors are of
+// the form "has no port".
 func ParseResolver(s string) (r Resolver, err error) {
 	if s == kinds[Tor].scheme {
 		return Resolver{Kind: Tor}, nil

@@ -36,10 +36,10 @@ type asker struct {
 	out   chan []byte   // as long: an answer never waits for room
 }
 
-// ServeTCP answers the questions that come by fd, a connected and non-blocking stream socket that it owns from here on. It
-// does not block, and ends the connection when it is idle, when what comes is no question, when there are too many
-// connections, and with Run. asked is as in Handle, and judge as in HandleJudged. seen gets each answer before the app does, from any
-// goroutine, and keeps nothing; nil: nobody wants them.
+// ServeTCP answers the questions that come by fd, a connected and non-blocking stream socket that it owns from here on. It does
+// not block, and ends the connection when it is idle, when what comes is no question, when there are too many connections, and
+// with Run. asked is as in Handle, and judge as in HandleJudged. seen gets each answer before the app does, from any goroutine,
+// and keeps nothing; nil: nobody wants them.
 func (s *Server) ServeTCP(fd int, asked netip.AddrPort, judge Judge, seen func(answer []byte)) {
 	a := &asker{s: s, f: os.NewFile(uintptr(fd), "asker"), asked: asked, judge: judge, seen: seen,
 		slots: make(chan struct{}, askerPending), out: make(chan []byte, askerPending)}

@@ -23,8 +23,8 @@ var (
 	ErrNoAnswer = errors.New("no answer")
 )
 
-// torLink asks a Tor, which knows addresses of names and names of addresses. There is nothing to be opened or closed: each question
-// is a request of its own, and a goroutine.
+// torLink asks a Tor, which knows addresses of names and names of addresses. There is nothing to be opened or closed: each
+// question is a request of its own, and a goroutine.
 type torLink struct {
 	x      *exchange
 	of     *resolver

@@ -77,8 +77,9 @@ type link struct {
 // socket is connected to the SOCKS relay: the kernel drops datagrams of strangers. Without, it is not connected: datagrams go
 // as they are to their Dst, and Src is whoever sent them.
 //
-// sink gets what was received, on the loop, in bursts; the packets and their bytes are lent for the call. Src is set, Dst
-// is not. closed (nil: not wanted) is called once, on the loop, if the socket fails for good or the loop ends (ErrClosed), and not after Close.
+// sink gets what was received, on the loop, in bursts; the packets and their bytes are lent for the call. Src is set, Dst is
+// not. closed (nil: not wanted) is called once, on the loop, if the socket fails for good or the loop ends (ErrClosed), and not
+// after Close.
 func (l *Loop) OpenPackets(fd int, codec Codec, sink func([]flow.Packet), closed func(error)) (PacketLink, error) {
 	k := &link{l: l, fd: fd, codec: codec, sink: sink, closed: closed, max: maxUDP4, seg: maxUDP4}
 	k.Init(k)

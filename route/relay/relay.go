@@ -77,8 +77,8 @@ type rst struct {
 // when nothing more will be written.
 type queuer interface{ Queued() int }
 
-// lingerLimit is how long the living side may make no progress in taking what came before the RST. Directly, the app would find all
-// that in its own kernel's buffer, however late it reads; but a dead flow must not be held for ever.
+// lingerLimit is how long the living side may make no progress in taking what came before the RST. Directly, the app would find
+// all that in its own kernel's buffer, however late it reads; but a dead flow must not be held for ever.
 var lingerLimit = time.Minute
 
 // Start answers the held SYN (req.Accept) and relays between the app and s, a connected non-blocking socket with

@@ -59,8 +59,8 @@ func Files(t testing.TB) (files []string) {
 // CountFiles is the number of open file descriptors, those of the runtime's poller included from the first call on.
 func CountFiles(t testing.TB) int { t.Helper(); return len(Files(t)) }
 
-// CheckLeaks fails the test if, when it is over, there are goroutines that were not there when CheckLeaks was called, or more open
-// files. It comes first in a test: its look is then the last thing that the test does.
+// CheckLeaks fails the test if, when it is over, there are goroutines that were not there when CheckLeaks was called, or more
+// open files. It comes first in a test: its look is then the last thing that the test does.
 func CheckLeaks(t testing.TB) {
 	t.Helper()
 	before, others := Files(t), goleak.IgnoreCurrent()

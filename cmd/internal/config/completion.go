@@ -111,6 +111,34 @@ _viasocks() {
 		fmt.Fprint(b, " ;;\n")
 	}
 	fmt.Fprint(b, "\t*) return ;;\n\tesac\n\tcase $prev in\n")
+	bashValues(b)
+	fmt.Fprint(b, `	esac
+	[[ $takes == *" $prev "* ]] || COMPREPLY=($(compgen -W "$options" -- "$cur"))
+}
+# _viasocks_program completes the program of run and its arguments, and fails before them.
+_viasocks_program() {
+	for ((i = 2; i < COMP_CWORD; i++)); do
+		case ${COMP_WORDS[i]} in
+		--) ((i++)); break ;;
+		--*) if [[ $takes == *" ${COMP_WORDS[i]} "* ]]; then ((i++)); [[ ${COMP_WORDS[i]} != = ]] || ((i++)); fi ;;
+		*) break ;;
+		esac
+	done
+	if ((i > COMP_CWORD)); then return 1; fi
+	if ((i < COMP_CWORD)); then
+		COMPREPLY=($(compgen -f -- "$cur"))
+	elif [[ $cur == -* && ${COMP_WORDS[i-1]} != -- ]]; then
+		return 1
+	else
+		COMPREPLY=($(compgen -c -- "$cur"))
+	fi
+}
+complete -o filenames -F _viasocks viasocks
+`)
+}
+
+// bashValues writes what the values of options are completed with.
+func bashValues(b *strings.Builder) {
 	byValue := map[string][]string{}
 	var order []string
 	for _, o := range Options {
@@ -137,34 +165,16 @@ _viasocks() {
 	for _, reply := range order {
 		fmt.Fprintf(b, "\t%s) COMPREPLY=($(%s -- \"$cur\")); return ;;\n", strings.Join(slices.Compact(byValue[reply]), "|"), reply)
 	}
-	fmt.Fprint(b, `	esac
-	[[ $takes == *" $prev "* ]] || COMPREPLY=($(compgen -W "$options" -- "$cur"))
-}
-# _viasocks_program completes the program of run and its arguments, and fails before them.
-_viasocks_program() {
-	for ((i = 2; i < COMP_CWORD; i++)); do
-		case ${COMP_WORDS[i]} in
-		--) ((i++)); break ;;
-		--*) if [[ $takes == *" ${COMP_WORDS[i]} "* ]]; then ((i++)); [[ ${COMP_WORDS[i]} != = ]] || ((i++)); fi ;;
-		*) break ;;
-		esac
-	done
-	if ((i > COMP_CWORD)); then return 1; fi
-	if ((i < COMP_CWORD)); then
-		COMPREPLY=($(compgen -f -- "$cur"))
-	elif [[ $cur == -* && ${COMP_WORDS[i-1]} != -- ]]; then
-		return 1
-	else
-		COMPREPLY=($(compgen -c -- "$cur"))
-	fi
-}
-complete -o filenames -F _viasocks viasocks
-`)
 }
 
 func zshCompletion(b *strings.Builder, commands []Subcommand) {
 	quote := strings.NewReplacer("'", `'\''`, "[", `\[`, "]", `\]`, ":", `\:`)
-	fmt.Fprint(b, "#compdef viasocks\n# zsh completion for viasocks, written by \"viasocks completion zsh\".\n_viasocks() {\n\tlocal -a commands\n\tcommands=(\n")
+	fmt.Fprint(b, `#compdef viasocks
+# zsh completion for viasocks, written by "viasocks completion zsh".
+_viasocks() {
+	local -a commands
+	commands=(
+`)
 	for _, c := range commands {
 		fmt.Fprintf(b, "\t\t'%s:%s'\n", c.Name, quote.Replace(c.Short))
 	}
@@ -214,7 +224,10 @@ func zshCompletion(b *strings.Builder, commands []Subcommand) {
 		}
 		fmt.Fprint(b, "\n\t\t;;\n")
 	}
-	fmt.Fprint(b, "\tesac\n}\nif [[ $zsh_eval_context[-1] == loadautofunc ]]; then _viasocks \"$@\"; else compdef _viasocks viasocks; fi\n")
+	fmt.Fprint(b, `	esac
+}
+if [[ $zsh_eval_context[-1] == loadautofunc ]]; then _viasocks "$@"; else compdef _viasocks viasocks; fi
+`)
 }
 
 func fishCompletion(b *strings.Builder, commands []Subcommand) {

@@ -336,7 +336,8 @@ program's FIN, or when the remaining data has not moved for a minute.`,
 		Name: "udp-timeout", Arg: "TIME", Default: span(route.DefaultUDPTimeout), Live: true, Cmds: all,
 		set:  duration("10s", "24h", func(c *Config) *timeDuration { return &c.UDPTimeout }),
 		Help: "how long a UDP mapping lives without traffic and without a socket",
-		Man: `How long the UDP mapping of a socket lives after the last datagram, from 10s to 24h (RFC 4787 asks for two minutes at least),
+		Man: `How long the UDP mapping of a socket lives after the last datagram, from 10s to 24h (RFC 4787 asks for two minutes at
+least),
 where viasocks cannot find out whether the socket is open: for containers and virtual machines behind this host.
 Elsewhere a mapping lives as long as its socket, and ends some 10 seconds after the socket was closed.`,
 	},

@@ -24,7 +24,8 @@ It also holds for private networks on virtual devices (veth, TUN and TAP, dummy,
 .Cm carry
 and
 .Cm refuse
-make an exception only for the networks that this host itself serves, which are still reached directly: those on a bridge whose ports are all
+make an exception only for the networks that this host itself serves, which are still reached directly: those on a bridge whose
+ports are all
 TAP devices or veths with their peers in other network namespaces, and those on such a veth if the default route of the host
 is on a device of another kind.
 There is no exception for a device that has a default route or a route with a gateway, or that
@@ -118,7 +119,8 @@ Connections from outside that arrive on one of them are answered through it, wha
 .Fl -inbound
 says.
 All other traffic that leaves through such a device is excluded, too: multicast and broadcast for which the program or the kernel
-chooses the device, link-local addresses, datagrams of a socket with SO_DONTROUTE to neighbours (IPv4), and traffic that ip rules of
+chooses the device, link-local addresses, datagrams of a socket with SO_DONTROUTE to neighbours (IPv4), and traffic that ip
+rules of
 other programs route there.
 The device does not have to exist yet.`,
 	},
@@ -227,7 +229,8 @@ before: this keeps a host that is reached by SSH reachable.`,
 	{
 		Name: "dry-run", Cmds: Up, set: boolean(func(c *Config) *bool { return &c.Host.DryRun }),
 		Help: "print every rule, route and nftables line, and touch nothing",
-		Man: `Print every ip rule, kernel route and nftables line that would be added, in the form in which they could be typed (except that of
+		Man: `Print every ip rule, kernel route and nftables line that would be added, in the form in which they could be typed
+(except that of
 .Fl -fail-open ) ,
 and change nothing.`,
 	},

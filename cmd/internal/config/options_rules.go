@@ -74,7 +74,8 @@ waits until the owner of its socket is found, which takes some milliseconds on a
 If the owner is unknown, the condition is not met, and the same condition is met with
 .Cm not :
 the owner of a guest's socket, or of one that was closed meanwhile, a program of another user where viasocks does not run as root.
-The kernel vouches for user and control group, but not for the path of a program: a process that can make a mount namespace can give a
+The kernel vouches for user and control group, but not for the path of a program: a process that can make a mount namespace can
+give a
 program any path, so
 .Cm exe
 can sort traffic, but cannot confine a hostile program.
@@ -134,7 +135,8 @@ the rules do not see traffic that does not pass viasocks, such as that to privat
 		Help: "append a line of JSON to FILE for each verdict",
 		Man: `Append a line to
 .Ar FILE
-(made with mode 600) for each verdict: when a TCP connection begins, and for datagrams when a pair of endpoints is new or its verdict
+(made with mode 600) for each verdict: when a TCP connection begins, and for datagrams when a pair of endpoints is new or its
+verdict
 changes.
 Each line is an object of JSON with
 .Cm time , proto , src , dst , verdict
@@ -166,7 +168,8 @@ Where it carries the connection to a resolver, the connection is a line without 
 	{
 		Name: "sniff", Arg: "off|rules|name", Default: "off", Live: true, Cmds: all, set: setSniff,
 		Help: "take the name of a TCP connection from what the program sends first",
-		Man: `Take the name of a TCP connection whose destination is an address without a name from the server name of TLS or the Host field of
+		Man: `Take the name of a TCP connection whose destination is an address without a name from the server name of TLS or the
+Host field of
 HTTP:
 .Cm rules
 for rules and the log,

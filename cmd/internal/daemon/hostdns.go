@@ -8,8 +8,8 @@ import (
 	"github.com/viasocks/viasocks/route/dns"
 )
 
-// hostDNS is how servers of DNS are asked past every proxy. The host's own are found anew for each question, since the host may come
-// to another network; up: the whole host is carried. control makes their sockets ones that are not carried; nil: none is.
+// hostDNS is how servers of DNS are asked past every proxy. The host's own are found anew for each question, since the host may
+// come to another network; up: the whole host is carried. control makes their sockets ones that are not carried; nil: none is.
 func hostDNS(up bool, control func(fd int) error) route.HostDNS {
 	d := net.Dialer{Control: rawControl(control)}
 	return route.HostDNS{

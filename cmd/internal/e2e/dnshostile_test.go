@@ -203,8 +203,8 @@ func askMany(u *net.UDPConn, rate int, stop chan struct{}) (asked, answered *ato
 	return asked, answered, wg.Wait
 }
 
-// TestDNSFlood: while 10,000 distinct names are asked each second, other flows lose nothing, hardly wait, and keep their rate; and
-// memory is bounded.
+// TestDNSFlood: while 10,000 distinct names are asked each second, other flows lose nothing, hardly wait, and keep their rate;
+// and memory is bounded.
 func TestDNSFlood(t *testing.T) {
 	const rate = 10_000
 	proxy := listenSOCKS(t)

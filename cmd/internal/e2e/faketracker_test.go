@@ -14,8 +14,8 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/harness"
 )
 
-// TestFakeTracker: aria2 announces itself by UDP to a tracker that it knows by name, and takes the answer, which must come from the
-// fake address that it asked: it then connects to the peer that the tracker knows.
+// TestFakeTracker: aria2 announces itself by UDP to a tracker that it knows by name, and takes the answer, which must come from
+// the fake address that it asked: it then connects to the peer that the tracker knows.
 func TestFakeTracker(t *testing.T) {
 	needPrograms(t, "danted", "dnsmasq", "opentracker", "aria2c")
 	const at, port = "127.0.0.1:1081", "6969"

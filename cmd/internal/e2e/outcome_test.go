@@ -181,8 +181,8 @@ func testOutcomes(t *testing.T, offload string) {
 	}
 }
 
-// TestImpossible: what no proxy can carry is refused at once, by TCP and by UDP, and the proxy is not asked: addresses that nobody
-// can have, and fake ones that stand for no name.
+// TestImpossible: what no proxy can carry is refused at once, by TCP and by UDP, and the proxy is not asked: addresses that
+// nobody can have, and fake ones that stand for no name.
 func TestImpossible(t *testing.T) { eachOffload(t, testImpossible) }
 
 func testImpossible(t *testing.T, offload string) {

@@ -10,8 +10,8 @@ import (
 	"github.com/viasocks/viasocks/socks/sockstest"
 )
 
-// TestPoolOfRestartedServer: connections that --pool keeps to a real server die when the server is restarted. No connection of the
-// program notices: each one is made.
+// TestPoolOfRestartedServer: connections that --pool keeps to a real server die when the server is restarted. No connection of
+// the program notices: each one is made.
 func TestPoolOfRestartedServer(t *testing.T) {
 	needWorld(t)
 	for _, name := range []string{"microsocks", "danted", "stunnel4"} {

@@ -14,8 +14,8 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// unbound answers on port 53 of the world by UDP and TCP, on port 853 by TLS and on port 443 by HTTPS, and stands in the host's resolv.conf. data is in
-// the form of its local-data option. It gives the file with the certificate.
+// unbound answers on port 53 of the world by UDP and TCP, on port 853 by TLS and on port 443 by HTTPS, and stands in the host's
+// resolv.conf. data is in the form of its local-data option. It gives the file with the certificate.
 func unbound(t *testing.T, data ...string) (certificate string) {
 	t.Helper()
 	cert, pem, err := sockstest.Certificate("dns.example")
@@ -100,8 +100,8 @@ say aria2 aria2c -q --no-conf -d "$dir" --connect-timeout=10 --max-tries=1 http:
 say file cat "$dir/index.html"
 `
 
-// TestNamesOfRealPrograms: programs of others ask for names through servers of others, with and without UDP, in fake mode and by TCP:
-// dig, kdig by UDP, TCP and TLS, glibc, a static program of musl, and c-ares in aria2.
+// TestNamesOfRealPrograms: programs of others ask for names through servers of others, with and without UDP, in fake mode and by
+// TCP: dig, kdig by UDP, TCP and TLS, glibc, a static program of musl, and c-ares in aria2.
 func TestNamesOfRealPrograms(t *testing.T) {
 	needPrograms(t, "nginx", "unbound", "danted", "microsocks", "ssh", "/usr/sbin/sshd", "dig", "kdig", "getent", "musl-gcc", "aria2c")
 	nginx(t, world4+":8080")

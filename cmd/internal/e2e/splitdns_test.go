@@ -30,8 +30,8 @@ func TestShortNames(t *testing.T) {
 	}
 }
 
-// TestSplitDNS: dnsmasq serves a zone of its own beside the public server. Each name is asked of the server that the options name,
-// by the way that they name, in fake mode and without; what no option is about stays with the proxy.
+// TestSplitDNS: dnsmasq serves a zone of its own beside the public server. Each name is asked of the server that the options
+// name, by the way that they name, in fake mode and without; what no option is about stays with the proxy.
 func TestSplitDNS(t *testing.T) {
 	needPrograms(t, "nginx", "dnsmasq", "curl", "dig")
 	nginx(t, world4+":8080")

@@ -64,8 +64,8 @@ func (w *world) lookUp(name string) (a netip.Addr, err error) {
 	return a, err
 }
 
-// TestUpSplitDNS: the whole host is carried, and a zone's server and the host's own are asked past the proxy, by sockets that do not
-// come back to viasocks. A name that no option is about has an address that stands for it.
+// TestUpSplitDNS: the whole host is carried, and a zone's server and the host's own are asked past the proxy, by sockets that do
+// not come back to viasocks. A name that no option is about has an address that stands for it.
 func TestUpSplitDNS(t *testing.T) {
 	w := newWorld(t)
 	w.proxy(proxy4 + ":1080")
