@@ -1,7 +1,6 @@
 package resolved
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"maps"
@@ -243,24 +242,6 @@ func (p fakeProperties) Get(_, name string) (v dbus.Variant, err *dbus.Error) {
 			v = dbus.MakeVariant(append([]domain{}, l.Domains...))
 		}
 	})
-}
-
-// logged is a log for tests.
-type logged struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *logged) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(b)
-}
-
-func (l *logged) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }
 
 func TestErrorNames(t *testing.T) {

@@ -2,6 +2,7 @@ package resolved
 
 import (
 	"context"
+	"github.com/viasocks/viasocks/cmd/internal/harness"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -14,9 +15,9 @@ import (
 var testServers = []netip.Addr{netip.MustParseAddr("198.18.0.2"), netip.MustParseAddr("2001:db8::53")}
 
 // startTeller runs a Teller for a device; stop ends it and waits.
-func startTeller(t *testing.T, address string, index int) (teller *Teller, log *logged, stop func()) {
+func startTeller(t *testing.T, address string, index int) (teller *Teller, log *harness.Log, stop func()) {
 	t.Helper()
-	log = &logged{}
+	log = &harness.Log{}
 	teller = New(address, testServers, slog.New(slog.NewTextHandler(log, nil)))
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
