@@ -145,6 +145,16 @@ func (r *Router) startDNS(s *dns.Server) {
 	r.dnsStop = cancel
 }
 
+// startFirstDNS runs the dns.Server that New made, unless a Reload or Renew that came just after the start of Run has already
+// started one in its place.
+func (r *Router) startFirstDNS() {
+	r.reload.Lock()
+	defer r.reload.Unlock()
+	if r.dnsStop == nil {
+		r.startDNS(r.dns.Load())
+	}
+}
+
 // dnsStats are the counters of the server that runs and of those before it.
 func (r *Router) dnsStats() dns.Stats {
 	r.reload.Lock()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
+	"log/slog"
 	"net/netip"
 	"slices"
 	"strings"
@@ -116,6 +117,42 @@ func TestReloadMappings(t *testing.T) {
 	}
 	if links["b"].isClosed() {
 		t.Error("b's association ended")
+	}
+}
+
+// A Reload or Renew that comes just as Run begins has its resolvers asked: Run neither puts the old ones back nor starts the new
+// ones twice.
+func TestReloadAsRunBegins(t *testing.T) {
+	checkLeaks(t)
+	loop, err := relay.NewLoop(relay.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	loopOver := make(chan struct{})
+	go func() { _ = loop.Run(context.Background()); close(loopOver) }()
+	defer func() { loop.Close(); <-loopOver }()
+	one := []dns.Resolver{dns.OverTCP(netip.MustParseAddrPort("192.0.2.1:53"))}
+	r, err := New(Config{
+		Loops: []*relay.Loop{loop}, Upstreams: []Upstream{&fakeUpstream{name: "a"}}, Default: "a", Resolvers: one,
+		Log: slog.New(slog.DiscardHandler),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Attach(func(int) flow.PacketWriter { return &fakeWriter{} })
+	next, err := r.newDNS(r.policy.Load(), one, nil, false, &Split{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.reload.Lock()
+	ended := make(chan error, 1)
+	go func() { ended <- r.Run(context.Background()) }()
+	eventually(t, "Run to begin", r.ran.Load)
+	r.startDNS(next) // as Reload and Renew do
+	r.reload.Unlock()
+	eventually(t, "Run to end", func() bool { r.cancel(); return len(ended) == 1 })
+	if r.dns.Load() != next {
+		t.Error("Run has put the old resolvers back")
 	}
 }
 

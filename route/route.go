@@ -270,10 +270,8 @@ func (r *Router) Run(ctx context.Context) error {
 	}
 	stop := context.AfterFunc(ctx, r.cancel)
 	defer stop()
-	if d := r.dns.Load(); d != nil {
-		r.reload.Lock()
-		r.startDNS(d)
-		r.reload.Unlock()
+	if r.dns.Load() != nil {
+		r.startFirstDNS()
 		defer func() {
 			r.reload.Lock() // a Reload that is under way may start one more, later ones see that it is over
 			defer r.reload.Unlock()

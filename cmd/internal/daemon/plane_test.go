@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"os"
 	"testing"
 	"time"
 
@@ -16,6 +15,7 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/stacktest"
+	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
 )
@@ -35,37 +35,8 @@ func verifyNone(t *testing.T, before goleak.Option) {
 	t.Error(err)
 }
 
-// noLeaks checks at the end that goroutines and files are as they were.
-func noLeaks(t *testing.T) {
-	t.Helper()
-	// The poller keeps descriptors of its own from its first use on.
-	if c, err := net.Listen("tcp4", "127.0.0.1:0"); err == nil {
-		c.Close()
-	}
-	ignore := goleak.IgnoreCurrent()
-	list := func() (files []string) {
-		d, err := os.ReadDir("/proc/self/fd")
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, e := range d {
-			to, _ := os.Readlink("/proc/self/fd/" + e.Name())
-			files = append(files, to)
-		}
-		return files
-	}
-	before := list()
-	t.Cleanup(func() {
-		verifyNone(t, ignore)
-		after := list()
-		for end := time.Now().Add(patience); len(after) != len(before) && time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
-			after = list()
-		}
-		if len(after) != len(before) {
-			t.Errorf("open files before: %q, after: %q", before, after)
-		}
-	})
-}
+// noLeaks checks at the end that there are no more goroutines and files than now.
+func noLeaks(t *testing.T) { t.Helper(); testkit.CheckLeaks(t) }
 
 func parse(t *testing.T, args ...string) *config.Config {
 	t.Helper()

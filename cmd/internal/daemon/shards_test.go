@@ -3,12 +3,14 @@ package daemon
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/netip"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -33,17 +35,29 @@ func withShards(t *testing.T, n int) {
 	t.Cleanup(func() { shardsFor = old })
 }
 
+// listenBoth opens TCP and UDP sockets at one port of the loopback.
+func listenBoth(t *testing.T) (net.Listener, net.PacketConn) {
+	t.Helper()
+	for try := 1; ; try++ {
+		l, err := net.Listen("tcp4", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		u, err := net.ListenPacket("udp4", l.Addr().String())
+		if err == nil {
+			return l, u
+		}
+		l.Close()
+		if !errors.Is(err, syscall.EADDRINUSE) || try == 10 { // another process may have the UDP port
+			t.Fatal(err)
+		}
+	}
+}
+
 // echoes starts a far end that echoes TCP and UDP at one port.
 func echoes(t *testing.T) netip.AddrPort {
 	t.Helper()
-	l, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	u, err := net.ListenPacket("udp4", l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
+	l, u := listenBoth(t)
 	var ended sync.WaitGroup
 	ended.Go(func() {
 		for c, err := l.Accept(); err == nil; c, err = l.Accept() {

@@ -80,7 +80,7 @@ var table = []struct {
 	{"cmd/internal/hosttest", []string{self + "/...", xsys}, []string{netlink, dnsmessage, godbus},
 		"its tests configure a host as DHCP clients do, with nothing between one message to the kernel and the next, ask for names, " +
 			"and stand in for systemd-resolved"},
-	{"cmd/internal/resolved", []string{godbus, xsys}, nil,
+	{"cmd/internal/resolved", []string{godbus, xsys}, []string{self + "/cmd/internal/harness"},
 		"speaks to systemd-resolved, and knows a device by its index and nothing else of ours"},
 	{"cmd/...", []string{self + "/...", pflag, xsys}, nil,
 		"glue that no layer may import"},
