@@ -21,14 +21,14 @@ const maxName = 255
 // Addr is a destination as SOCKS names it: an IP address or a name, and a port. Name wins when both are set.
 type Addr struct {
 	Name string     // at most 255 bytes, sent as it is
-	IP   netip.Addr // without a zone: SOCKS has no place for it
+	IP   netip.Addr // has no zone, because SOCKS cannot carry one
 	Port uint16
 }
 
-// AddrFrom is the Addr of an endpoint.
+// AddrFrom returns the Addr of an endpoint.
 func AddrFrom(ap netip.AddrPort) Addr { return Addr{IP: ap.Addr(), Port: ap.Port()} }
 
-// AddrPort is the endpoint that a names. It is invalid when a has a name.
+// AddrPort returns a as an endpoint. The result is invalid if a has a name.
 func (a Addr) AddrPort() netip.AddrPort {
 	if a.Name != "" {
 		return netip.AddrPort{}
@@ -36,7 +36,7 @@ func (a Addr) AddrPort() netip.AddrPort {
 	return netip.AddrPortFrom(a.IP, a.Port)
 }
 
-// String is host:port, with brackets around an IPv6 address.
+// String returns "host:port", with brackets around an IPv6 address.
 func (a Addr) String() string {
 	host := a.Name
 	if host == "" && a.IP.IsValid() {
@@ -47,7 +47,7 @@ func (a Addr) String() string {
 
 var errNoAddr = errors.New("neither a name nor an address is given")
 
-// check reports why a can't be put into a request.
+// check returns an error if a cannot be put into a request.
 func (a Addr) check() error {
 	switch {
 	case len(a.Name) > maxName:
@@ -58,7 +58,7 @@ func (a Addr) check() error {
 	return nil
 }
 
-// appendAddr appends ATYP, address and port. a has been checked.
+// appendAddr appends ATYP, address and port to b. The caller has called a.check.
 func appendAddr(b []byte, a Addr) []byte {
 	if a.Name != "" {
 		name := a.Name[:min(len(a.Name), maxName)]
@@ -69,7 +69,8 @@ func appendAddr(b []byte, a Addr) []byte {
 	return appendEndpoint(b, a.IP, a.Port)
 }
 
-// appendEndpoint is appendAddr for an address. An IPv4-mapped one goes as IPv4; an invalid one as 0.0.0.0.
+// appendEndpoint is appendAddr for an IP address. It writes an IPv4-mapped address as IPv4, and an invalid one as
+// 0.0.0.0.
 func appendEndpoint(b []byte, ip netip.Addr, port uint16) []byte {
 	switch {
 	case ip.Is4() || ip.Is4In6():

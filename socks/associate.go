@@ -14,39 +14,41 @@ import (
 )
 
 const (
-	// A dead server is noticed after 90 s: its association's datagrams are lost in silence until then.
+	// With these values a dead server is noticed after 90 s. Until then the datagrams of its association are lost
+	// silently.
 	keepaliveIdle, keepaliveInterval, keepaliveCount = 60, 10, 3
 
-	// maxJunk is how much a server may say on a control connection, where RFC 1928 has nothing for it to say.
+	// maxJunk is the number of bytes that a server may send on a control connection before the association is ended.
+	// RFC 1928 defines no message there.
 	maxJunk = 1024
 )
 
-// Association is the state of a UDP ASSOCIATE, RFC 1928 section 6 and 7: it lives as long as its control connection, which
-// its loop watches and keeps. Its methods may be called from any goroutine.
+// Association is the state of a UDP ASSOCIATE (RFC 1928, sections 6 and 7). It lives as long as its control
+// connection, which the loop watches and closes. Its methods may be called from any goroutine.
 type Association struct {
 	loop.Node
 	l      *loop.Loop
 	d      *Dialer
 	server string
 	relay  netip.AddrPort
-	fd     int // the control connection; the loop's alone
+	fd     int // the control connection; used only on the loop
 	junk   int
 	uot    bool // the datagrams travel in the connection itself
-	taken  bool // by Stream; the loop's alone
+	taken  bool // Stream has given the connection away; used only on the loop
 
 	mu      sync.Mutex
 	onClose func(error)
-	onOver  func() // nil: not set, or called
-	gone    func() // the same for a group
+	onOver  func() // nil: not set, or already called
+	gone    func() // the same for the group
 	over    bool   // shut has closed the control connection
 	ended   bool   // the control connection is closed, or Close was called
 	err     error  // why it ended; nil when Close was called
 }
 
-// closing is the bit of an Association whose Close was called.
+// closing is the event bit that Close sets on an Association.
 const closing = loop.Own
 
-// associated makes an Association of a granted dial. The descriptor stays in the loop.
+// associated makes an Association of a granted dial. The loop keeps the descriptor.
 func (p *dial) associated(s loop.Socket) {
 	if p.c.server.options.uot {
 		p.overTCP(s)
@@ -66,19 +68,19 @@ func (p *dial) associated(s loop.Socket) {
 	p.keep(&Association{l: p.l, d: p.d, server: p.c.server.String(), relay: relay}, s)
 }
 
-// overTCP makes an Association of a granted CONNECT: what is left to do is to send the request of UDP over TCP, for which a
-// new connection has room.
+// overTCP makes an Association of a granted CONNECT by sending the request of UDP over TCP. A new connection always
+// has room for it in the send buffer.
 func (p *dial) overTCP(s loop.Socket) {
 	if n, err := write(s.FD(), uotRequest); err != nil || n < len(uotRequest) {
 		s.Close()
 		p.assocDone(nil, &ServerError{Server: p.c.server.String(), Op: OpAssociation, Err: cmpError(err, errUoTShort)})
 		return
 	}
-	_ = setKeepalive(s.FD()) // inside TLS it is a unix socket, which knows no keepalive
+	_ = setKeepalive(s.FD()) // inside TLS it is a unix socket, which has no keepalive
 	p.keep(&Association{l: p.l, d: p.d, server: p.c.server.String(), uot: true}, s)
 }
 
-// keep has the loop watch the connection s of a, and gives a to whoever asked for it.
+// keep lets the loop watch the connection s for a, and passes a to the caller of Associate.
 func (p *dial) keep(a *Association, s loop.Socket) {
 	a.fd = s.FD()
 	a.Init(a)
@@ -107,12 +109,14 @@ func setKeepalive(fd int) error {
 	return nil
 }
 
-// OverTCP reports whether the datagrams travel in the connection itself: Stream gives it, and there is no relay.
+// OverTCP reports whether the datagrams travel in the connection itself. Then Stream returns that connection, and
+// there is no relay.
 func (a *Association) OverTCP() bool { return a.uot }
 
-// Stream gives the connection away that carries the frames of UDP over TCP in both directions (see UoTCodec); the receiver
-// owns it. It is called once, on the event loop. The association lives on, so that its group can end it, until Close is called, which
-// whoever sees the connection end must do. loop.NoSocket: the association is over, or has a relay.
+// Stream returns the connection that carries the frames of UDP over TCP in both directions (see UoTCodec). The caller
+// owns it. Stream may be called once, on the event loop. The association continues to exist, so that its group can
+// end it, until Close is called; the owner of the connection must call Close when it sees the connection end. The
+// result is loop.NoSocket if the association is over or has a relay.
 func (a *Association) Stream() loop.Socket {
 	if !a.uot || a.fd < 0 {
 		return loop.NoSocket
@@ -122,16 +126,17 @@ func (a *Association) Stream() loop.Socket {
 	return s
 }
 
-// Relay is the endpoint that datagrams go to, already repaired, invalid over TCP: otherwise always a valid address and port, either the server's
-// address or one that the server named and that is not nearer to us than the server is.
+// Relay returns the endpoint to which datagrams are sent, already repaired (see repairRelay). It is invalid for UDP
+// over TCP. Otherwise it is always a valid address and port: the server's own address, or one that the server named
+// and that has no nearer scope than the server's.
 func (a *Association) Relay() netip.AddrPort { return a.relay }
 
-// Server is the URL, without credentials, of the server that has the association.
+// Server returns the URL of the server that holds the association, without credentials.
 func (a *Association) Server() string { return a.server }
 
-// Dial opens a new UDP socket that is connected to the relay, so that the kernel drops what comes from elsewhere. It is
-// non-blocking and close-on-exec, Options.Control has seen it, and the caller owns it. It stays open when the association
-// ends.
+// Dial opens a new UDP socket and connects it to the relay, so that the kernel drops datagrams from other senders.
+// The socket is non-blocking and close-on-exec, and Options.Control was called for it. The caller owns it. It stays
+// open when the association ends.
 func (a *Association) Dial() (fd int, err error) {
 	var sa sockaddrRoom
 	if err := sa.set(a.relay); err != nil {
@@ -154,16 +159,16 @@ func (a *Association) Dial() (fd int, err error) {
 	return fd, nil
 }
 
-// OnClose sets what is called, once, when the control connection has ended for whatever reason but Close: with a
-// *ServerError or ErrClosed. It is called at once if that has already happened, else on the event loop, where it must
-// not block. A second call replaces the first function.
+// OnClose sets the function that is called once when the control connection ends for any reason except Close. Its
+// argument is a *ServerError or ErrClosed. If the connection has already ended, f is called at once; otherwise it is
+// called on the event loop and must not block. A second call of OnClose replaces the first function.
 func (a *Association) OnClose(f func(error)) {
 	a.mu.Lock()
 	err := a.err
 	if err == nil {
 		a.onClose = f
 	} else {
-		a.err = nil // told once
+		a.err = nil // reported once
 	}
 	a.mu.Unlock()
 	if err != nil {
@@ -171,20 +176,21 @@ func (a *Association) OnClose(f func(error)) {
 	}
 }
 
-// Close ends the association: the server stops relaying. OnClose is not told. It may be called twice and does not wait.
+// Close ends the association, so that the server stops relaying. The function set by OnClose is not called. Close
+// does not wait and may be called twice.
 func (a *Association) Close() error {
 	a.mu.Lock()
 	was := a.ended
 	a.ended, a.onClose, a.err = true, nil, nil
 	a.mu.Unlock()
 	if !was {
-		a.l.Note(&a.Node, closing) // a closed loop has closed the descriptor itself
+		a.l.Note(&a.Node, closing) // if the loop is closed, it has already closed the descriptor
 	}
 	return nil
 }
 
-// OnOver sets what is called, once, when the association is over for whatever reason, Close included: on the event loop,
-// where it must not block, or at once if it is over already.
+// OnOver sets the function that is called once when the association is over for any reason, including Close. It is
+// called on the event loop, where it must not block, or at once if the association is already over.
 func (a *Association) OnOver(f func()) {
 	a.mu.Lock()
 	over := a.over
@@ -197,7 +203,7 @@ func (a *Association) OnOver(f func()) {
 	}
 }
 
-// shut closes the control connection, on the loop.
+// shut closes the control connection. It runs on the loop.
 func (a *Association) shut() {
 	if a.fd < 0 && !a.taken {
 		return
@@ -221,7 +227,7 @@ func (a *Association) shut() {
 	}
 }
 
-// end is what happens when the control connection ended by itself, on the loop.
+// end handles a control connection that ended by itself. It runs on the loop.
 func (a *Association) end(err error) {
 	a.shut()
 	a.mu.Lock()
@@ -230,7 +236,7 @@ func (a *Association) end(err error) {
 	case a.ended: // Close was called, and its turn on the loop comes later
 		f = nil
 	case f == nil:
-		a.err = err // told when OnClose is called
+		a.err = err // reported when OnClose is called
 	}
 	a.ended, a.onClose = true, nil
 	a.mu.Unlock()
@@ -271,11 +277,11 @@ func (a *Association) Turn() (again bool) {
 	return false
 }
 
-// repairRelay makes an endpoint of what a server at the endpoint server answered to UDP ASSOCIATE. Servers behind NAT
-// answer with addresses that only they can use: an unspecified address, a name, port 0, or an address of a nearer scope
-// than the server's own (a private one behind a public server, a loopback one behind any but a loopback server) stands
-// for the server's address. So does an address that datagrams must never be sent to: one that canBePeer refuses, and one
-// of this host when the server is not on it. A port 0 stands for the server's port.
+// repairRelay turns the answer to UDP ASSOCIATE into an endpoint that can be used. Servers behind NAT answer with
+// addresses that only they can reach. The address is replaced by that of the server if it is unspecified, a name, or
+// of a nearer scope than the server's own (a private address of a public server, a loopback address of any server
+// that is not on loopback). It is also replaced if datagrams must never be sent there: canBePeer refuses it, or it is
+// an address of this host while the server is elsewhere. Port 0 is replaced by the server's port.
 func repairRelay(
 	bound Addr,
 	server netip.AddrPort,
@@ -287,8 +293,8 @@ func repairRelay(
 	case !use || ip == server.Addr():
 	case scope(ip) < max(scope(server.Addr()), scopeHost):
 		use = false
-	case ip.IsLoopback(): // and so is the server's
-	case ip.Is6() && ip.IsLinkLocalUnicast(): // SOCKS has no place for the zone
+	case ip.IsLoopback(): // the server's address is loopback too
+	case ip.Is6() && ip.IsLinkLocalUnicast(): // SOCKS cannot carry the zone
 		use = false
 	default:
 		use = canBePeer(ip) && (!onHost(ip) || onHost(server.Addr()))
@@ -302,8 +308,8 @@ func repairRelay(
 	return netip.AddrPortFrom(ip, port), repaired
 }
 
-// OnHost reports whether ip is an address of the calling thread's network namespace. What cannot be found out is taken for
-// one.
+// OnHost reports whether ip is an address of the calling thread's network namespace. If that cannot be determined, it
+// returns true.
 func OnHost(ip netip.Addr) bool {
 	if ip.IsLoopback() {
 		return true
@@ -318,7 +324,7 @@ func OnHost(ip netip.Addr) bool {
 	})
 }
 
-// Scopes of addresses, from nowhere to everywhere.
+// Scopes of addresses, from the narrowest to the widest.
 const (
 	scopeNone = iota // unspecified, multicast, broadcast: never a relay
 	scopeHost
@@ -326,8 +332,8 @@ const (
 	scopePublic
 )
 
-// Ranges beside those that netip knows: shared by a provider's customers (RFC 6598); class E with the broadcast address;
-// "this network". Options.CanBePeer knows those that the caller uses itself.
+// Address ranges that netip has no method for: the shared address space of RFC 6598, class E with the broadcast
+// address, and "this network". Options.CanBePeer knows the ranges that the caller uses itself.
 var (
 	sharedNet = netip.MustParsePrefix("100.64.0.0/10")
 	classE    = netip.MustParsePrefix("240.0.0.0/4")

@@ -11,19 +11,20 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// DefaultBindTimeout is how long a BIND waits for its peer: as long as the kernel tries to connect, and some more.
+// DefaultBindTimeout is how long a BIND waits for its peer. It is somewhat longer than the kernel tries to connect.
 const DefaultBindTimeout = 3 * time.Minute
 
-// ErrNoPeer: no peer connected to what BIND had opened in time.
+// ErrNoPeer means that no peer connected to the BIND in time.
 var ErrNoPeer = fmt.Errorf("no peer connected: %w", os.ErrDeadlineExceeded)
 
 var errNoPort = errors.New("it names no port")
 
-// Bind asks the server to listen for one connection from dst, of which servers compare the address (zeros: from anybody), and
-// returns at once (RFC 1928, section 4; SOCKS4 has it too). bound is called when the server listens, with the endpoint that
-// the peer must be told, repaired as that of an association is; then done when the peer has connected, with a socket as by
-// Connect and the peer. Where it fails done is called with -1 and an error, as by Connect, at whatever stage: bound may then
-// never be called. ErrNoPeer: DefaultBindTimeout is over. Both are called on the event loop and must not block.
+// Bind asks the server to listen for one connection from dst, and returns at once (RFC 1928, section 4; SOCKS4 has
+// BIND too). Servers compare only the address of dst; a zero address allows any peer. When the server listens, bound
+// is called with the endpoint to give to the peer, repaired like that of an association. When the peer has connected,
+// done is called with a socket, as by Connect, and the peer's address. If any step fails, done is called with
+// loop.NoSocket and an error as from Connect; bound may then never be called. The error is ErrNoPeer after
+// DefaultBindTimeout. Both functions are called on the event loop and must not block.
 func (c *Client) Bind(
 	ctx context.Context,
 	l *loop.Loop,
@@ -49,7 +50,7 @@ func (c *Client) Bind(
 		p.hs.Again()
 		p.l.SetTimer(&p.Node, p.l.Now()+p.d.bindTimeout)
 		bound(at)
-		if p.state == waiting { // bound may have cancelled
+		if p.state == waiting { // bound may have cancelled the dial
 			p.shake()
 		}
 	}
@@ -57,7 +58,7 @@ func (c *Client) Bind(
 		failed: func(err error) { done(-1, netip.AddrPort{}, err) }})
 }
 
-// serverAddr is the endpoint that the server was reached at. One on a unix socket is on this host.
+// serverAddr returns the endpoint at which the server was reached. A server on a unix socket is on this host.
 func (p *dial) serverAddr() netip.AddrPort {
 	if at := p.addrs[p.at]; at.IsValid() {
 		return at

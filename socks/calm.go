@@ -5,11 +5,11 @@ import (
 	"time"
 )
 
-// A group is calm while nothing speaks against any of its servers: a success then changes nothing but the time of the last
-// answer. So flows of all loops pass without the group's lock, which is taken from the first fault or refusal on until all is
-// well again.
+// A group is calm while nothing is known against any of its servers. A success then changes nothing but the time of
+// the last answer. Flows on all loops therefore proceed without the group's lock. From the first fault or refusal
+// until all servers are well again, they take the lock.
 
-// lock takes g.mu and what was granted past it.
+// lock takes g.mu and collects the answers that were noted without it.
 func (g *Group) lock() {
 	g.mu.Lock()
 	for i := range g.heard {
@@ -18,7 +18,7 @@ func (g *Group) lock() {
 	}
 }
 
-// unlock notes whether the group is calm, and gives g.mu back. It follows each change of the servers' health.
+// unlock records whether the group is calm and releases g.mu. It must follow each change of the servers' health.
 func (g *Group) unlock() {
 	now, calm := g.d.now(), true
 	for i := range g.c.servers {
@@ -30,7 +30,7 @@ func (g *Group) unlock() {
 	g.mu.Unlock()
 }
 
-// well reports whether nothing is known that speaks against the server.
+// well reports whether nothing is known against the server.
 func (h *health) well(now time.Duration) bool {
 	for k := range h.unable {
 		if !h.canDo(kind(k), now) {
@@ -41,7 +41,7 @@ func (h *health) well(now time.Duration) bool {
 		h.ended == quietRequests{} && h.silent == quietRequests{}
 }
 
-// beginCalm is chooser.begin where that needs no lock: in an order that is always the same.
+// beginCalm is chooser.begin without the lock. It is possible where the order of the servers never changes.
 func (g *Group) beginCalm(a *attempt, cmd Command, src netip.Addr, dst Addr) bool {
 	if s := g.c.opts.Select; s != Ordered && s != Hash {
 		return false
@@ -59,7 +59,8 @@ func (g *Group) nextCalm(a *attempt) (server int, ok bool) {
 	return int(a.order[0]), true
 }
 
-// grantedCalm is the success of an attempt. false: the group is not calm, or this flow has changed that.
+// grantedCalm records the success of an attempt without the lock. It returns false if the group is not calm, or if
+// this flow changed that.
 func (g *Group) grantedCalm(r *run) bool {
 	if r.a.all != 1 || r.a.skipped || !g.calm.Load() {
 		return false

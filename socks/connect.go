@@ -10,7 +10,7 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// connect tries the addresses from p.at on: one by itself, several by a race.
+// connect tries the addresses from p.at on: a single one directly, several in a race.
 func (p *dial) connect() {
 	p.state = connecting
 	if len(p.addrs)-p.at > 1 {
@@ -38,7 +38,7 @@ func (p *dial) connect() {
 	p.notReached()
 }
 
-// notReached: no address is left to try.
+// notReached ends an attempt that has no address left.
 func (p *dial) notReached() {
 	if p.c != nil && p.c.fixed == nil {
 		p.c.failed()
@@ -50,12 +50,12 @@ func (p *dial) notReached() {
 	p.fault(OpConnect, p.lastErr)
 }
 
-// allPorts is an IP_LOCAL_PORT_RANGE that leaves the host's range as it is. A socket that has the option is given any port of
-// that range. Without it Linux tries all even ports before the first odd one: when 14,000 connections to one server have
-// taken the even ones, each connect(2) walks them all (523 µs against 21).
+// allPorts is a value of IP_LOCAL_PORT_RANGE that leaves the host's range unchanged. A socket with this option gets
+// any port of that range. Without it, Linux tries all even ports before the first odd one: once 14,000 connections to
+// one server have taken the even ports, each connect(2) walks them all (523 µs instead of 21).
 const allPorts = 1 | 65535<<16
 
-// open starts connecting to at. ours: the error is this host's and no other address would help.
+// open starts connecting to at. ours is true if the error is this host's, so that no other address would help.
 func (p *dial) open(at netip.AddrPort) (err error, ours bool) {
 	if p.c != nil && p.c.server.path != "" {
 		return p.openUnix()
@@ -68,14 +68,15 @@ func (p *dial) open(at netip.AddrPort) (err error, ours bool) {
 	return p.l.Watch(&p.Node, fd, loop.Stream), true
 }
 
-// opensFast reports whether TCP Fast Open is tried. It is for SOCKS5 in clear, whose first answer does not depend on the target,
-// and not for what only looks whether the server is there.
+// opensFast reports whether TCP Fast Open is tried. It is used for SOCKS5 without TLS, whose first answer does not
+// depend on the target, and not for checks that only test whether the server is there.
 func (p *dial) opensFast() bool {
 	return p.c != nil && p.c.tls == nil && p.c.server.proto == protoSOCKS5 && !p.probing && p.d.tuning.Load().FastOpen
 }
 
-// socket makes a socket and starts connecting it to at. It may give one and an error, too. With fast, the kernel may send the SYN
-// with the first write, as if it were connected already (TCP_FASTOPEN_CONNECT, tcp(7)).
+// socket makes a socket and starts connecting it to at. It may return both a socket and an error. With fast, the
+// kernel treats the socket as connected and sends the SYN together with the first write (TCP_FASTOPEN_CONNECT,
+// tcp(7)).
 func (p *dial) socket(at netip.AddrPort, fast bool) (fd int, err error, ours bool) {
 	if err := p.sa.set(at); err != nil {
 		return -1, err, false
@@ -99,7 +100,7 @@ func (p *dial) socket(at netip.AddrPort, fast bool) (fd int, err error, ours boo
 	if p.soon {
 		_ = loop.SetOption(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(soonAck.Milliseconds()))
 	}
-	_ = loop.SetOption(fd, unix.IPPROTO_IP, unix.IP_LOCAL_PORT_RANGE, allPorts) // Linux before 6.3 does not know it
+	_ = loop.SetOption(fd, unix.IPPROTO_IP, unix.IP_LOCAL_PORT_RANGE, allPorts) // unknown to Linux before 6.3
 	p.fast = fast && loop.SetOption(fd, unix.IPPROTO_TCP, unix.TCP_FASTOPEN_CONNECT, 1) == nil
 	switch err := p.sa.connect(fd); err {
 	case 0, unix.EINPROGRESS, unix.EINTR:
@@ -111,7 +112,7 @@ func (p *dial) socket(at netip.AddrPort, fast bool) (fd int, err error, ours boo
 	}
 }
 
-// next gives up this address.
+// next gives up on this address and tries the next one.
 func (p *dial) next(err error) {
 	p.drop()
 	p.lastErr = err
@@ -119,7 +120,7 @@ func (p *dial) next(err error) {
 	p.connect()
 }
 
-// reach goes on when the server was reached.
+// reach continues when the connection has been made or has failed.
 func (p *dial) reach() {
 	if p.Got&loop.Err != 0 {
 		if e, err := unix.GetsockoptInt(p.fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && e != 0 {
@@ -137,8 +138,9 @@ func (p *dial) reach() {
 	p.arrived()
 }
 
-// arrived: the server is reached. Until the request is sent there is nothing that a server could wait for: one that does not
-// answer so far, as a stopped process whose kernel takes connections, has no more time than to be reached.
+// arrived continues when the server has been reached. Until the request is sent, the server has nothing to wait for.
+// A server that does not answer up to then, such as a stopped process whose kernel still accepts connections, gets no
+// more time than the connect timeout.
 func (p *dial) arrived() {
 	now := p.l.Now()
 	p.shakeBy = now + p.c.handshakeTime()
@@ -159,7 +161,7 @@ func (p *dial) arrived() {
 	p.begun()
 }
 
-// begun begins the handshake: the connection is there, and secured if it is to be.
+// begun starts the handshake on a connection that is there and, if required, secured.
 func (p *dial) begun() {
 	p.state = shaking
 	if err := p.newHandshake(); err != nil {

@@ -15,21 +15,22 @@ import (
 )
 
 const (
-	// directTimeout is over the kernel's own limit for a connect (tcp_syn_retries 6: 127 s), which comes first.
+	// directTimeout is longer than the kernel's own limit for connect (127 s with tcp_syn_retries 6), which therefore
+	// comes first.
 	directTimeout = 3 * time.Minute
-	// lateReply is from when on a general failure means that the target is silent: sing-box and tailscale give up after 5 s. A
-	// target that answers at all does so within the 3 s after which a SYN has been sent three times.
+	// lateReply is the time after which a general failure means that the target is silent: sing-box and tailscale
+	// give up after 5 s. A target that answers at all does so within 3 s, in which a SYN is sent three times.
 	lateReply = 3 * time.Second
 )
 
-// dial is a pending dial. Once started it belongs to its loop.
+// dial is a pending dial. After its start it belongs to its loop.
 //
 //	resolving ──> connecting ──> securing ──> shaking ──> over
 //	    ^             │  next address, or all failed and the name is looked up again
 //	    └─────────────┘
 //
-// Only TLS needs securing. A direct dial goes from connecting to over. Every state goes to over by an error, the deadline, or
-// the context.
+// The state securing exists only with TLS. A direct dial goes from connecting to over. An error, the deadline or the
+// end of the context leads from every state to over.
 type dial struct {
 	loop.Node
 	d         *Dialer
@@ -37,41 +38,41 @@ type dial struct {
 	c         *Client // nil: direct
 	ctx       context.Context
 	attached  loop.Attached // to ctx, if that is a *loop.Call
-	stop      func() bool   // ends the watch of another ctx
+	stop      func() bool   // ends the watch of any other kind of ctx
 	cmd       Command
 	dst       Addr
 	done      func(loop.Socket, error)
 	assocDone func(*Association, error)
-	granting  func(*dial) // BIND and RESOLVE: in place of done
+	granting  func(*dial) // BIND and RESOLVE: called instead of done
 	failed    func(error)
 
 	state     state
 	fd        int
 	addrs     []netip.AddrPort
-	at        int // the one that is tried
+	at        int // index of the address being tried
 	connectBy time.Duration
 	shakeBy   time.Duration
-	looked    bool               // the name was looked up for this very dial
+	looked    bool               // the name was looked up for this dial
 	lastErr   error              // of the address tried before
-	legs      []*leg             // that race to connect, while there are several addresses
-	endVia    context.CancelFunc // of the connection through another group
+	legs      []*leg             // connections that race while there are several addresses
+	endVia    context.CancelFunc // ends the connection through another group
 	probing   bool               // no request is sent: see Client.Check
-	shelf     *shelf             // that the connection is for; nil: none
-	gen       int                // of shelf
+	shelf     *shelf             // the pool that the connection is for, or nil
+	gen       int                // generation of shelf when the dial began
 	pooled    bool               // the connection comes from a pool
 	proving   bool               // see provePipelining
 	piped     bool               // greeting, login and request are sent in one write
-	fast      bool               // TCP Fast Open: whether the server is reached is not known before its first byte
+	fast      bool               // TCP Fast Open: only the first byte shows that the server is reached
 	soon      bool               // a check that gives up early
 	hs        Handshake          // nil: direct
-	hs5       socks5             // what hs is for SOCKS5
+	hs5       socks5             // the Handshake in hs, for SOCKS5
 	asked     time.Duration      // when the whole request was sent; 0: not yet
-	pump      *pump              // TLS; nil: there is none
-	flipped   bool               // ASSOCIATE was refused for the family of the control connection, and the other one is asked for
+	pump      *pump              // TLS, or nil
+	flipped   bool               // ASSOCIATE was refused for one family; the other one is being asked for
 	sa        sockaddrRoom
 }
 
-// The bits of a dial.
+// Event bits of a dial.
 const (
 	started  = loop.Own << iota // the first turn
 	canceled                    // its context ended
@@ -90,13 +91,13 @@ const (
 	over
 )
 
-// start has the dial begin on its loop.
+// start lets the dial begin on its loop.
 func (d *Dialer) start(p *dial) {
 	p.fd = -1
 	p.Init(p)
 	d.pending.Add(1)
 	if d.closed.Load() || !p.l.Join(&p.Node) {
-		go p.finish(ErrClosed) // the caller may hold locks that done wants
+		go p.finish(ErrClosed) // the caller may hold locks that done takes
 		return
 	}
 	p.l.Note(&p.Node, started)
@@ -107,7 +108,7 @@ func (p *dial) Turn() (again bool) {
 	got := p.Got
 	p.Got &^= started | canceled | lookedUp | loop.Tick
 	switch {
-	case p.state == over: // a note that came late
+	case p.state == over: // an event that came late
 	case got&canceled != 0 && p.probing && p.ctx.Err() == context.DeadlineExceeded:
 		p.connectBy = p.l.Now()
 		p.expired()
@@ -130,7 +131,7 @@ func (p *dial) Turn() (again bool) {
 // Shutdown implements loop.Task.
 func (p *dial) Shutdown() { p.finish(ErrClosed) }
 
-// begin is the first thing on the loop.
+// begin is the first step on the loop.
 func (p *dial) begin() {
 	if p.c != nil {
 		if err := p.check(); err != nil {
@@ -172,7 +173,7 @@ func (p *dial) connectTime() time.Duration {
 	switch {
 	case p.c == nil:
 		return directTimeout
-	case p.c.via != nil: // which has a handshake of its own
+	case p.c.via != nil: // the other group makes the connection
 		return p.c.connectTime() + p.c.handshakeTime()
 	case p.soon:
 		return min(p.c.connectTime(), soonConnect)
@@ -199,8 +200,8 @@ func (p *dial) finish(err error) {
 	p.done(loop.NoSocket, err)
 }
 
-// refused is err, which ended an association's dial. Whatever a server answers about the name that stands for UDP over TCP, it
-// is no word about a target.
+// refused converts err, which ended the dial of an association. A server's answer about the name that stands for UDP
+// over TCP says nothing about a target.
 func (p *dial) refused(err error) error {
 	var r Reply
 	var fault *ServerError
@@ -210,7 +211,7 @@ func (p *dial) refused(err error) error {
 	return err
 }
 
-// leave takes the dial out of the books.
+// leave removes the dial from the counts and the timers.
 func (p *dial) leave() {
 	p.state = over
 	p.l.StopTimer(&p.Node)
@@ -241,7 +242,7 @@ func (p *dial) drop() {
 	p.dropLegs()
 }
 
-// fault ends the dial by the server's fault.
+// fault ends the dial with a fault of the server.
 func (p *dial) fault(op string, err error) {
 	if p.c == nil {
 		if errors.Is(err, unix.ETIMEDOUT) || errors.Is(err, os.ErrDeadlineExceeded) {
@@ -253,7 +254,7 @@ func (p *dial) fault(op string, err error) {
 	p.finish(&ServerError{Server: p.c.server.String(), Op: op, Err: err})
 }
 
-// expired moves the timer or ends the dial.
+// expired handles the timer: it sets it again or ends the dial.
 func (p *dial) expired() {
 	switch {
 	case p.state == resolving:
@@ -269,7 +270,7 @@ func (p *dial) expired() {
 		p.fault(OpConnect, os.ErrDeadlineExceeded)
 	case p.state == waiting:
 		p.finish(ErrNoPeer)
-	case p.fast: // SOCKS5 has an answer before that to the request
+	case p.fast: // SOCKS5 answers before the request
 		p.c.failed()
 		p.fault(OpConnect, os.ErrDeadlineExceeded)
 	case p.state == securing:
@@ -277,12 +278,13 @@ func (p *dial) expired() {
 	case p.cmd == CmdConnect && p.hs.Requested() && !p.hs.Answered():
 		p.finish(ErrSilent)
 	default:
-		// An association has no target that could be silent; a reply that never ends is not the target's either.
+		// An association has no target that could be silent, and the target is not to blame for a reply that never
+		// ends.
 		p.broken(os.ErrDeadlineExceeded)
 	}
 }
 
-// granted hands the socket over.
+// granted hands the socket over to the caller.
 func (p *dial) granted() {
 	if p.pooled {
 		_ = loop.SetOption(p.fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 0) // see shelf.put
@@ -301,7 +303,7 @@ func (p *dial) granted() {
 	p.done(s, nil)
 }
 
-// sameAddrs reports whether two lists name the same endpoints, in whatever order.
+// sameAddrs reports whether two lists contain the same endpoints, in any order.
 func sameAddrs(a, b []netip.AddrPort) bool {
 	if len(a) != len(b) {
 		return false

@@ -12,12 +12,12 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// maxNameDials bounds the look-ups of names without a server: each has a goroutine.
+// maxNameDials limits the concurrent look-ups of names without a server. Each look-up has a goroutine.
 const maxNameDials = 256
 
-// DialDirectName connects to a name without a server. Options.Resolve looks it up, and its addresses are tried in turn. done
-// is called as by DialDirect, whose errors it gets; a name that has no address is EHOSTUNREACH, as is one that the resolver
-// does not answer for, and too many look-ups at a time are EAGAIN.
+// DialDirectName connects to a name without a server. Options.Resolve looks the name up, and its addresses are tried
+// one after the other. done is called as by DialDirect and gets the same errors. A name without addresses, or one
+// that the resolver does not answer for, gives EHOSTUNREACH; too many concurrent look-ups give EAGAIN.
 func (d *Dialer) DialDirectName(
 	ctx context.Context,
 	l *loop.Loop,
@@ -34,8 +34,8 @@ func (d *Dialer) DialDirectName(
 	})
 }
 
-// LookUpDirect has Options.Resolve look up a name, and returns at once. done is called exactly once, perhaps before that, and
-// must not block: with one address at least, or with an error as those of DialDirectName.
+// LookUpDirect looks up a name by Options.Resolve and returns at once. done is called exactly once, possibly before
+// LookUpDirect returns, and must not block. It gets at least one address, or an error like those of DialDirectName.
 func (d *Dialer) LookUpDirect(ctx context.Context, name string, done func([]netip.Addr, error)) {
 	d.mu.Lock()
 	switch {
@@ -57,7 +57,7 @@ func (d *Dialer) LookUpDirect(ctx context.Context, name string, done func([]neti
 	})
 }
 
-// lookUpDirect gives a name's addresses, within the connect timeout and until ctx or the Dialer ends.
+// lookUpDirect returns the addresses of a name. It ends at the connect timeout, or when ctx or the Dialer ends.
 func (d *Dialer) lookUpDirect(ctx context.Context, name string) ([]netip.Addr, error) {
 	within, cancel := context.WithTimeout(d.ctx, time.Duration(d.connectTimeout.Load()))
 	defer cancel()
@@ -82,7 +82,7 @@ func (d *Dialer) lookUpDirect(ctx context.Context, name string) ([]netip.Addr, e
 	return addrs, nil
 }
 
-// dialInTurn tries each address until one answers. The error is the last one's.
+// dialInTurn tries each address until one answers. The error is that of the last address.
 func (d *Dialer) dialInTurn(
 	ctx context.Context,
 	l *loop.Loop,

@@ -8,28 +8,31 @@ import (
 )
 
 var (
-	// ErrSilent: the request was sent, and no byte of an answer came within the handshake timeout. It is taken for the
-	// target's silence, not for a fault of the server.
+	// ErrSilent means that the request was sent and no byte of an answer came within the handshake timeout. The
+	// target is taken to be silent; the server is not at fault.
 	ErrSilent = errors.New("no answer to the request")
-	// ErrEnded: the request was sent, and the server closed the connection in order without a byte of an answer. OpenSSH
-	// -D says so that the target refused. It is taken for the target's failure, not for a fault of the server.
+	// ErrEnded means that the request was sent and the server closed the connection in order, without a byte of an
+	// answer. OpenSSH -D does so when the target refused. It counts as a failure of the target, not as a fault of the
+	// server.
 	ErrEnded = errors.New("the server closed the connection without an answer to the request")
-	// ErrLate: the server answered 1 (general failure) so late that it must have waited for a silent target. It wraps the
-	// Reply.
+	// ErrLate means that the server answered 1 (general failure) so late that it must have waited for a silent
+	// target. It wraps the Reply.
 	ErrLate = errors.New("the target is silent")
-	// ErrAllDown: no server of a group works. Inside a *ServerError.
+	// ErrAllDown means that no server of a group works. It comes inside a *ServerError.
 	ErrAllDown = errors.New("none of its servers works")
-	// ErrClosed: the loop or the Dialer was closed.
+	// ErrClosed means that the loop or the Dialer was closed.
 	ErrClosed = loop.ErrClosed
 
-	// ErrCredentials: the server refused the user and password (RFC 1929). Inside a *ServerError.
+	// ErrCredentials means that the server refused the user and password (RFC 1929). It comes inside a *ServerError.
 	ErrCredentials = errors.New("user or password refused")
-	// ErrNoPassword: the server hung or closed when it was given a user without a password (socksv5 and
-	// @pondwader/socks5-server do so). Inside a *ServerError, with what happened.
+	// ErrNoPassword means that the server hung, or closed the connection, when it was given a user without a password
+	// (socksv5 and @pondwader/socks5-server do so). It comes inside a *ServerError, with the event.
 	ErrNoPassword = errors.New("it takes no user without a password")
-	// ErrMethod: the server accepts none of the authentication methods that were offered. Inside a *ServerError.
+	// ErrMethod means that the server accepts none of the offered authentication methods. It comes inside a
+	// *ServerError.
 	ErrMethod = errors.New("no offered authentication method is accepted")
-	// ErrMalformed: the server's answer is not of the protocol that its URL names. Inside a *ServerError.
+	// ErrMalformed means that the server's answer does not follow the protocol that its URL names. It comes inside a
+	// *ServerError.
 	ErrMalformed = errors.New("malformed answer")
 )
 
@@ -39,11 +42,11 @@ var (
 	errServerDown   = errors.New("the server no longer works")
 )
 
-// Reply is the REP field of a server's answer, RFC 1928 section 6. As an error it is the server's word about the
-// target; ReplySucceeded is never returned as one.
+// Reply is the REP field of a server's answer (RFC 1928, section 6). As an error it is the server's statement about
+// the target; ReplySucceeded is never returned as an error.
 type Reply byte
 
-// The replies of RFC 1928. Higher values are unassigned, and are passed on as they come.
+// The replies of RFC 1928. Higher values are unassigned and are passed on unchanged.
 const (
 	ReplySucceeded            Reply = 0
 	ReplyGeneralFailure       Reply = 1
@@ -61,7 +64,7 @@ var replyNames = [...]string{
 	"connection refused", "TTL expired", "command not supported", "address type not supported",
 }
 
-// Error is RFC 1928's wording and the number.
+// Error returns the wording of RFC 1928 and the number.
 func (r Reply) Error() string {
 	if i := int(r) - int(ReplyOnionNotFound); i >= 0 && i < len(torReplies) {
 		return fmt.Sprintf("Tor answered %X (%s)", byte(r), torReplies[i])
@@ -72,7 +75,7 @@ func (r Reply) Error() string {
 	return fmt.Sprintf("the SOCKS server answered %d", byte(r))
 }
 
-// What was being done when a server failed.
+// Values of ServerError.Op: what was being done when the server failed.
 const (
 	OpResolve      = "resolve"
 	OpConnect      = "connect to"
@@ -83,17 +86,17 @@ const (
 	OpGroup        = "use the group"
 )
 
-// ServerError is a fault of the server, not of the target.
+// ServerError is a fault of the server, as opposed to one of the target.
 type ServerError struct {
 	Server string // its URL without credentials
 	Op     string // one of the Op constants
 	Err    error  // os.ErrDeadlineExceeded, io.ErrUnexpectedEOF, an errno, ErrMalformed, ErrCredentials, ErrMethod …
 }
 
-// Error reads "cannot connect to socks5://10.0.0.1:1080: connection refused".
+// Error returns a text such as "cannot connect to socks5://10.0.0.1:1080: connection refused".
 func (e *ServerError) Error() string {
 	return "cannot " + e.Op + " " + e.Server + ": " + e.Err.Error()
 }
 
-// Unwrap gives the cause.
+// Unwrap returns the cause.
 func (e *ServerError) Unwrap() error { return e.Err }

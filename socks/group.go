@@ -14,7 +14,7 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// Defaults of GroupOptions.
+// Default values of GroupOptions.
 const (
 	DefaultServerAttempts = 1
 	DefaultAttempts       = 4
@@ -23,27 +23,27 @@ const (
 	DefaultRetryAfter     = 30 * time.Second
 )
 
-// GroupOptions of a Group. A zero means the default; below zero is an error.
+// GroupOptions are the options of a Group. Zero means the default; a negative value is an error.
 type GroupOptions struct {
 	Name   string // for messages
 	Select Select
 
-	ServerAttempts int           // how often one flow tries to connect to one server before the next: 1
-	Attempts       int           // how many attempts one flow makes in all: 4
-	FailThreshold  int           // so many faults without a success between them take a server out of use: 2
-	FailWindow     time.Duration // faults that are older do not count: 1 min
+	ServerAttempts int           // how often one flow tries to connect to one server before it tries the next: 1
+	Attempts       int           // how many attempts one flow makes in total: 4
+	FailThreshold  int           // the number of faults, without a success between them, that takes a server out of use: 2
+	FailWindow     time.Duration // older faults do not count: 1 min
 	RetryAfter     time.Duration // how long a server is out of use before it is tried: 30 s
-	// Check is how often servers that are in use are looked at beside the flows. Zero: only those that carry associations,
-	// whose silence would not be noticed otherwise.
+	// Check is how often servers in use are checked independently of the flows. Zero: only those that carry
+	// associations, because their silence would not be noticed otherwise.
 	Check time.Duration
 
-	ConnectTimeout, HandshakeTimeout time.Duration // zero: the Dialer's
+	ConnectTimeout, HandshakeTimeout time.Duration // zero: those of the Dialer
 
-	// Via is what the servers are reached through; nil: directly. A chain carries CONNECT only.
+	// Via makes the connections to the servers; nil: they are reached directly. A chain carries only CONNECT.
 	Via Connector
 }
 
-// Connector makes connections: a Client or a Group.
+// Connector makes connections. Client and Group implement it.
 type Connector interface {
 	Connect(ctx context.Context, l *loop.Loop, dst Addr, done func(s loop.Socket, err error))
 }
@@ -66,33 +66,34 @@ func (o *GroupOptions) fill() error {
 	return nil
 }
 
-// Group is several servers that carry the same: a flow that one does not take goes to the next, and a server that fails is out of
-// use for a while. The state of each server is kept here. A group of one server asks it whatever is known of it. The methods
-// may be called from any goroutine.
+// Group is a set of servers that can carry the same traffic. If one server does not take a flow, the next is asked; a
+// server that fails is out of use for a while. The group keeps the state of each server. A group with a single server
+// asks it whatever its state is. The methods may be called from any goroutine.
 type Group struct {
 	d       *Dialer
-	l       *loop.Loop // of trials and looks
+	l       *loop.Loop // runs trials and checks
 	clients []*Client
 
 	mu     sync.Mutex
 	c      chooser
-	assocs []map[*Association]struct{} // of each server
-	looks  []looks                     // at each server
-	timer  *time.Timer                 // of the next trial or look; nil: none is planned
+	assocs []map[*Association]struct{} // for each server
+	looks  []looks                     // for each server
+	timer  *time.Timer                 // of the next trial or check; nil: none is planned
 	closed bool
 
-	// While nothing speaks against any server, flows neither wait for mu nor write to what others read: see calm.go.
+	// While nothing is known against any server, flows neither wait for mu nor write to memory that others read: see
+	// calm.go.
 	calm  atomic.Bool
-	heard []atomic.Int64 // when each server granted a request past mu
+	heard []atomic.Int64 // when each server last granted a request without mu
 
-	ctx    context.Context // of trials and looks
+	ctx    context.Context // of trials and checks
 	cancel context.CancelFunc
 
 	onUp atomic.Pointer[func()]
 }
 
-// Group makes a group of servers, which it asks in an order that o.Select says. Servers are tried
-// and looked at on l. It must be closed when it is not used any more.
+// Group returns a group of servers. o.Select chooses the order in which they are asked. Trials and checks run on l.
+// The caller must close the group.
 func (d *Dialer) Group(l *loop.Loop, servers []Server, o GroupOptions) (*Group, error) {
 	if err := o.fill(); err != nil {
 		return nil, fmt.Errorf("cannot use the group %s: %w", o.Name, err)
@@ -121,7 +122,8 @@ func (d *Dialer) Group(l *loop.Loop, servers []Server, o GroupOptions) (*Group, 
 	return g, nil
 }
 
-// Close ends trials and looks, and empties the pools. Flows that are under way, and associations, go on. It may be called twice.
+// Close ends trials and checks, and empties the pools. Flows in progress and associations continue. It may be called
+// twice.
 func (g *Group) Close() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -136,7 +138,8 @@ func (g *Group) Close() error {
 	return nil
 }
 
-// Renew is for a network that is another one: names are looked up anew, and servers that are out of use are tried at once.
+// Renew tells the group that the network has changed: names are looked up again, and servers that are out of use are
+// tried at once.
 func (g *Group) Renew() {
 	for _, c := range g.clients {
 		c.Renew()
@@ -149,38 +152,39 @@ func (g *Group) Renew() {
 	g.plan()
 }
 
-// OnUp sets what is called each time when a server that was out of use is used again. It is called on any goroutine and must not
-// block. A second call replaces the first function.
+// OnUp sets the function that is called whenever a server that was out of use is used again. It is called on any
+// goroutine and must not block. A second call replaces the first function.
 func (g *Group) OnUp(f func()) { g.onUp.Store(&f) }
 
-// BySource reports whether the choice depends on what WithSource tells.
+// BySource reports whether the choice of a server depends on WithSource.
 func (g *Group) BySource() bool { return g.c.opts.Select == Hash }
 
-// ByProgram reports whether what WithIsolation tells matters to one of the servers.
+// ByProgram reports whether WithIsolation matters to one of the servers.
 func (g *Group) ByProgram() bool { return slices.ContainsFunc(g.clients, (*Client).ByProgram) }
 
 // Tor reports whether one of the servers is a Tor.
 func (g *Group) Tor() bool { return slices.ContainsFunc(g.clients, (*Client).Tor) }
 
-// run is a flow, or an association, on its way through the group.
+// run is a flow, or an association, that is asking the servers of a group.
 type run struct {
 	g         *Group
 	l         *loop.Loop
 	ctx       context.Context
 	dst       Addr
 	a         attempt
-	server    int // that is asked
+	server    int // the one that is asked
 	done      func(loop.Socket, error)
 	assocDone func(*Association, error)
 }
 
-// Connect is Client.Connect by the first server that can. done may be called before it returns.
+// Connect is Client.Connect at the first server that can carry the request. done may be called before Connect
+// returns.
 func (g *Group) Connect(ctx context.Context, l *loop.Loop, dst Addr, done func(s loop.Socket, err error)) {
 	g.start(&run{g: g, l: l, ctx: ctx, dst: dst, done: done}, CmdConnect)
 }
 
-// Associate is Client.Associate by the first server that can. done may be called before it returns. The association ends when its
-// server goes out of use.
+// Associate is Client.Associate at the first server that can carry the request. done may be called before Associate
+// returns. The association ends when its server goes out of use.
 func (g *Group) Associate(ctx context.Context, l *loop.Loop, done func(*Association, error)) {
 	g.start(&run{g: g, l: l, ctx: ctx, assocDone: done}, CmdAssociate)
 }
@@ -253,7 +257,7 @@ func (r *run) failed(o outcome) {
 	r.fail(cmpError(o.err, r.ctx.Err()))
 }
 
-// took accounts for the end of an attempt.
+// took records the result of an attempt.
 func (g *Group) took(r *run, err error) outcome {
 	if err == nil && g.grantedCalm(r) {
 		return outcome{}
@@ -271,7 +275,7 @@ func (g *Group) took(r *run, err error) outcome {
 	return o
 }
 
-// tell logs what changed. A group of one says nothing: whoever uses it sees all errors.
+// tell logs what changed. A group of one server logs nothing, because its user sees all errors.
 func (g *Group) tell(server int, o outcome, said, err error) {
 	if f := g.onUp.Load(); o.cameUp && f != nil {
 		(*f)()
@@ -304,8 +308,8 @@ func (g *Group) keep(a *Association, server int) {
 	})
 }
 
-// moveAssociations ends those of a server that went down, so that whoever needs them asks for others: if another server is there.
-// g.mu is held.
+// moveAssociations ends the associations of a server that went down, if another server is there, so that their users
+// ask for new ones. The caller holds g.mu.
 func (g *Group) moveAssociations(server int) {
 	if !g.c.othersUp(server) {
 		return
@@ -315,16 +319,16 @@ func (g *Group) moveAssociations(server int) {
 	}
 }
 
-// ServerStatus is a server of a group as status shows it.
+// ServerStatus is the state of one server of a group, for the status command.
 type ServerStatus struct {
 	Server       string // its URL without credentials
 	Down         bool
 	Why          error         // its last fault; nil after a success
-	Retry        time.Duration // Down: until it is tried again; 0: now
+	Retry        time.Duration // if Down: time until the next trial; 0: now
 	Associations int
 }
 
-// Servers lists the servers in the order given.
+// Servers returns the state of the servers, in the order given.
 func (g *Group) Servers() []ServerStatus {
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -23,12 +23,13 @@ const (
 	methodUser = 2
 	methodFail = 0xff
 
-	// headLen reaches to the length byte of a name. Every well-formed reply is longer.
+	// headLen is the length of a reply up to and including the length byte of a name. Every well-formed reply is
+	// longer.
 	headLen = 5
 )
 
-// phase is the message that is being sent or received. They follow each other downwards; the two in brackets only if
-// the server asks for a user and a password.
+// phase is the message that is being sent or received. The phases follow each other from left to right; the two in
+// brackets are used only if the server asks for a user and a password.
 //
 //	sendGreeting → recvMethod → [sendLogin → recvLogin →] sendRequest → recvHead → recvTail → granted
 type phase uint8
@@ -44,17 +45,17 @@ const (
 	granted
 )
 
-// socks5 is the Handshake of RFC 1928 and RFC 1929. It must not be copied once used.
+// socks5 is the Handshake of RFC 1928 and RFC 1929. It must not be copied after first use.
 type socks5 struct {
 	phase phase
-	whole bool // all messages are sent by sendGreeting: see pipeline
+	whole bool // sendGreeting sends all messages: see pipeline
 	cmd   Command
 	login *login
 	dst   Addr
 	bound Addr
-	buf   []byte   // the message of this phase: what is to be sent, or room for what is to be received
+	buf   []byte   // the message of this phase: bytes to send, or room for bytes to receive
 	n     int      // how much of buf was sent or received
-	room  [64]byte // for buf, if the message has an address or a short name
+	room  [64]byte // storage for buf, if the message has an address or a short name
 }
 
 func (h *socks5) start(l *login, cmd Command, dst Addr) {
@@ -82,11 +83,11 @@ func (h *socks5) Sent(n int) {
 	switch h.phase {
 	case sendGreeting:
 		if h.whole {
-			clear(h.buf) // as of sendLogin
+			clear(h.buf) // of sendLogin, too
 		}
 		h.expect(recvMethod, 2)
 	case sendLogin:
-		clear(h.buf) // a password need not stay in memory
+		clear(h.buf) // do not keep the password in memory
 		h.expect(recvLogin, 2)
 	case sendRequest:
 		h.expect(recvHead, headLen)
@@ -102,7 +103,7 @@ func (h *socks5) Input() []byte {
 	return nil
 }
 
-// Received implements Handshake. What is wrong is told at its first wrong byte.
+// Received implements Handshake. An error is reported at the first wrong byte.
 func (h *socks5) Received(n int) error {
 	h.n += n
 	got := h.buf[:h.n]
@@ -135,7 +136,7 @@ func (h *socks5) Received(n int) error {
 // Done implements Handshake.
 func (h *socks5) Done() bool { return h.phase == granted }
 
-// Bound implements Handshake: BND.ADDR and BND.PORT.
+// Bound implements Handshake. It returns BND.ADDR and BND.PORT.
 func (h *socks5) Bound() Addr { return h.bound }
 
 // Requesting implements Handshake.
@@ -153,7 +154,7 @@ func (h *socks5) LoggingIn() bool { return h.phase == sendLogin || h.phase == re
 // Again implements Handshake.
 func (h *socks5) Again() { h.expect(recvHead, headLen) }
 
-// send makes h.buf, which was just written, the message of phase p.
+// send makes buf the message of phase p.
 func (h *socks5) send(p phase, buf []byte) { h.phase, h.buf, h.n = p, buf, 0 }
 
 // expect makes room for the n bytes of phase p.
@@ -192,7 +193,7 @@ func (h *socks5) method(got []byte) error {
 	return nil
 }
 
-// appendLogin appends the message of RFC 1929.
+// appendLogin appends the message of RFC 1929 to b.
 func (h *socks5) appendLogin(b []byte) []byte {
 	b = append(b, authVersion, byte(len(h.login.user)))
 	b = append(b, h.login.user...)
@@ -200,7 +201,7 @@ func (h *socks5) appendLogin(b []byte) []byte {
 	return append(b, h.login.pass...)
 }
 
-// request goes on with the request, or with its answer if it is sent already.
+// request continues with the request, or with its answer if the request was already sent.
 func (h *socks5) request() {
 	if h.whole {
 		h.expect(recvHead, headLen)
@@ -213,8 +214,9 @@ func (h *socks5) appendRequest(b []byte) []byte {
 	return appendAddr(append(b, version, byte(h.cmd), 0), h.dst)
 }
 
-// head checks the reply as far as it came and, when the length is known, asks for the rest. The rest of a refusal is
-// not waited for, nor looked at: servers are careless with it, and some end behind its code.
+// head checks the part of the reply that has arrived and, once the length is known, asks for the rest. The rest of a
+// refusal is neither awaited nor checked: servers are careless with it, and some close the connection right after the
+// code.
 func (h *socks5) head(got []byte) error {
 	if got[0] != version {
 		return fmt.Errorf("%w: SOCKS version %d", ErrMalformed, got[0])

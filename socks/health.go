@@ -2,31 +2,31 @@ package socks
 
 import "time"
 
-// health is what is known of one server of a group: whether it is used, and which requests it cannot carry. It has no clock of
-// its own: each call is told what time it is. Who uses it holds a lock.
+// health is what is known of one server of a group: whether it is in use, and which requests it cannot carry. It has
+// no clock of its own; each method is given the time. The caller holds a lock.
 //
 //	up ──fault, FailThreshold of them within FailWindow──> down ──RetryAfter──> one trial ──passed──> up, on probation
 //	                                                         ^                     │ failed                  │ first fault
 //	                                                         └─────────────────────┴─────────────────────────┘
 //
-// A success at any time makes the server up and clears the count of its faults.
+// A success at any time takes the server up and clears the count of its faults.
 type health struct {
-	faults    []time.Duration // when, the oldest first; no more than FailThreshold
+	faults    []time.Duration // times of the faults, oldest first, at most FailThreshold
 	isDown    bool
-	probation bool // a trial has passed, and no request since
-	trying    bool // a trial is under way
+	probation bool // a trial has passed, and no request has succeeded since
+	trying    bool // a trial is in progress
 	retryAt   time.Duration
 	why       error // the last fault
 
-	// Requests that ended without an answer, since the last one that had one.
+	// Requests that ended without an answer since the last answered one.
 	ended, silent quietRequests
-	answered      time.Duration // when the server last answered a request in whatever way
+	answered      time.Duration // when the server last answered any request
 
-	unable    [numKinds]time.Duration // until when it is taken as unable to carry a kind of request
-	noAnswers int                     // requests for an association in a row that ended with FIN
+	unable    [numKinds]time.Duration // until when the server counts as unable to carry a kind of request
+	noAnswers int                     // consecutive ASSOCIATEs that ended with FIN
 }
 
-// kind is what a server may be unable to do: a command, and for CONNECT an address type.
+// kind is something that a server may be unable to do: a command and, for CONNECT, an address type.
 type kind uint8
 
 const (
@@ -50,17 +50,19 @@ func kindOf(cmd Command, dst Addr) kind {
 }
 
 const (
-	// unableFor is how long a reply 7 or 8 is remembered: a server that was given UDP or IPv6 is used for it a minute later.
+	// unableFor is how long a reply 7 or 8 is remembered. A server that has been given UDP or IPv6 is used for it
+	// within a minute.
 	unableFor = time.Minute
-	// fromEndedOn is after how many requests to different targets, all of which ended with FIN, the server is at fault.
+	// fromEndedOn is the number of requests to different targets, all ended by FIN, from which on the server is at
+	// fault.
 	fromEndedOn = 8
-	// fromSilentOn is the same for requests that had no answer within the handshake timeout.
+	// fromSilentOn is the same for requests without an answer within the handshake timeout.
 	fromSilentOn = 3
-	// endedAssociate is how many ASSOCIATEs that end with FIN mean that the server has no UDP.
+	// endedAssociate is the number of ASSOCIATEs ended by FIN that mean that the server has no UDP.
 	endedAssociate = 3
 )
 
-// quietRequests counts requests for different targets that had no answer.
+// quietRequests counts requests to different targets that got no answer.
 type quietRequests struct {
 	count, targets int
 	last           uint64
@@ -73,14 +75,14 @@ func (q *quietRequests) add(target uint64) {
 	q.last = target
 }
 
-// most reports whether n requests, and not all to one target, had no answer.
+// most reports whether at least n requests got no answer, and they were not all to one target.
 func (q *quietRequests) most(n int) bool { return q.count >= n && q.targets > 1 }
 
-// fault counts a fault. It reports whether the server went down by it.
+// fault counts a fault. It reports whether this took the server down.
 func (h *health) fault(o *GroupOptions, now time.Duration, why error) (wentDown bool) {
 	h.why = why
 	if h.isDown {
-		return false // an attempt from before: the time of the next trial stands
+		return false // an attempt from before: the time of the next trial does not change
 	}
 	for len(h.faults) > 0 && now-h.faults[0] > o.FailWindow {
 		h.faults = h.faults[1:]
@@ -93,7 +95,7 @@ func (h *health) fault(o *GroupOptions, now time.Duration, why error) (wentDown 
 	return true
 }
 
-// success clears the count. It reports whether the server came up by it.
+// success clears the count of faults. It reports whether this took the server up.
 func (h *health) success(now time.Duration) (cameUp bool) {
 	cameUp = h.isDown
 	h.faults, h.isDown, h.probation, h.why = nil, false, false, nil
@@ -101,21 +103,22 @@ func (h *health) success(now time.Duration) (cameUp bool) {
 	return cameUp
 }
 
-// heard notes an answer of the server, whatever it was.
+// heard notes that the server has answered, whatever the answer was.
 func (h *health) heard(now time.Duration) {
 	h.answered = now
 	h.ended, h.silent = quietRequests{}, quietRequests{}
 }
 
-// due reports whether a trial is to begin. soon: no server of the group is up, so that RetryAfter is not waited for.
+// due reports whether a trial should begin. With soon, no server of the group is up and the trial does not wait for
+// RetryAfter.
 func (h *health) due(now time.Duration, soon bool) bool {
 	return h.isDown && !h.trying && (soon || now >= h.retryAt)
 }
 
-// tried ends a trial. It reports whether the server came up by it.
+// tried ends a trial. It reports whether this took the server up.
 func (h *health) tried(o *GroupOptions, now time.Duration, err error) (cameUp bool) {
 	h.trying = false
-	if !h.isDown { // a success of an attempt from before came first
+	if !h.isDown { // an earlier attempt has succeeded first
 		return false
 	}
 	if err != nil {
@@ -129,10 +132,10 @@ func (h *health) tried(o *GroupOptions, now time.Duration, err error) (cameUp bo
 	return true
 }
 
-// canDo reports whether nothing is known that speaks against asking the server for k.
+// canDo reports whether nothing speaks against asking the server for k.
 func (h *health) canDo(k kind, now time.Duration) bool { return now >= h.unable[k] }
 
-// cannot notes that the server carries no requests of the command or address type of k.
+// cannot notes that the server does not carry the command or address type of k.
 func (h *health) cannot(k kind, r Reply, now time.Duration) {
 	h.unable[k] = now + unableFor
 	if r == ReplyCommandNotSupported && k != associates {

@@ -9,23 +9,25 @@ import (
 )
 
 const (
-	// maxHTTPHead bounds the heads of a proxy's answers, interim ones included.
+	// maxHTTPHead limits the total size of the heads of a proxy's answers, including interim ones.
 	maxHTTPHead = 16 << 10
-	// httpStatusLen is the length of the shortest status line without its end: "HTTP/1.1 200".
+	// httpStatusLen is the length of the shortest status line without its line end: "HTTP/1.1 200".
 	httpStatusLen = 12
 )
 
-// httpConnect is the Handshake of HTTP CONNECT, RFC 9110 section 9.3.6. Its two messages are sendRequest → recvHead → granted.
+// httpConnect is the Handshake of HTTP CONNECT (RFC 9110, section 9.3.6). Its phases are sendRequest → recvHead →
+// granted.
 type httpConnect struct {
 	phase phase
-	login bool   // credentials went with the request
-	buf   []byte // the request, and then the head of the answer as far as it came
+	login bool   // the request carried credentials
+	buf   []byte // the request, and later the head of the answer as far as it has arrived
 	n     int    // bytes sent
-	want  int    // bytes of buf behind the head that Input lends
-	total int    // bytes received, heads of interim answers included
+	want  int    // bytes of buf after the head that Input lends
+	total int    // bytes received, including the heads of interim answers
 }
 
-// newHTTP writes the request. Credentials go with it, as Basic (RFC 7617): a proxy that wants them need not ask.
+// newHTTP writes the request. It includes the credentials as Basic (RFC 7617), so that a proxy that wants them need
+// not ask.
 func newHTTP(l *login, cmd Command, dst Addr) (*httpConnect, error) {
 	switch {
 	case cmd == CmdAssociate:
@@ -48,7 +50,7 @@ func newHTTP(l *login, cmd Command, dst Addr) (*httpConnect, error) {
 	return &httpConnect{phase: sendRequest, login: l != nil, buf: append(b, "\r\n"...)}, nil
 }
 
-// notHostname: a name must not end the request line, nor add to it.
+// notHostname reports whether r must not appear in a name, where it could end the request line or add to it.
 func notHostname(r rune) bool {
 	return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-' || r == '.' || r == '_')
 }
@@ -64,14 +66,14 @@ func (h *httpConnect) Output() []byte {
 // Sent implements Handshake.
 func (h *httpConnect) Sent(n int) {
 	if h.n += n; h.n == len(h.buf) {
-		clear(h.buf) // a password need not stay in memory
+		clear(h.buf) // do not keep the password in memory
 		h.phase, h.buf = recvHead, h.buf[:0]
 		h.expect()
 	}
 }
 
-// expect asks for as many bytes as the head must still have: with more, bytes of the target could be among them. A line may
-// end without a carriage return.
+// expect asks for the smallest number of bytes that can complete the head. If it asked for more, bytes of the target
+// could be among them. A line may end without a carriage return.
 func (h *httpConnect) expect() {
 	switch {
 	case len(h.buf) < httpStatusLen:
@@ -118,7 +120,7 @@ func (h *httpConnect) Received(n int) error {
 	case status < 200: // an interim answer, RFC 9110 section 15.2
 		h.buf = h.buf[:0]
 		h.expect()
-	case status < 300: // a tunnel, whatever a Content-Length says
+	case status < 300: // a tunnel, even if there is a Content-Length
 		h.phase, h.want = granted, 0
 	default:
 		return h.refused(status)
@@ -126,7 +128,7 @@ func (h *httpConnect) Received(n int) error {
 	return nil
 }
 
-// httpStatus reads "HTTP/1.1 200 OK".
+// httpStatus parses a line such as "HTTP/1.1 200 OK".
 func httpStatus(head []byte) (status int, ok bool) {
 	line, _, _ := bytes.Cut(head, []byte("\n"))
 	line = bytes.TrimSuffix(line, []byte("\r"))
@@ -144,7 +146,7 @@ func httpStatus(head []byte) (status int, ok bool) {
 
 var errNoBasic = errors.New("it wants a login, and takes no Basic user and password")
 
-// refused is the error of an answer that is no success. The manual has this table.
+// refused returns the error for an answer other than success. The manual has this table.
 func (h *httpConnect) refused(status int) error {
 	switch {
 	case status == 401 || status == 407:
@@ -173,7 +175,7 @@ func (h *httpConnect) refused(status int) error {
 	return &refusal{fmt.Sprintf("the HTTP proxy answered %d", status), reply}
 }
 
-// fields calls f with each header field of the answer, the name in small letters.
+// fields calls f with each header field of the answer. The name is in lower case.
 func (h *httpConnect) fields(f func(name, value string)) {
 	for line := range strings.Lines(string(h.buf)) {
 		if name, value, ok := strings.Cut(line, ":"); ok {
@@ -182,7 +184,7 @@ func (h *httpConnect) fields(f func(name, value string)) {
 	}
 }
 
-// offersBasic reports whether the proxy takes Basic, and whether it says at all what it takes.
+// offersBasic reports whether the proxy accepts Basic, and whether it names any authentication scheme at all.
 func (h *httpConnect) offersBasic() (basic, asked bool) {
 	h.fields(func(name, value string) {
 		if name == "proxy-authenticate" || name == "www-authenticate" {
@@ -193,7 +195,7 @@ func (h *httpConnect) offersBasic() (basic, asked bool) {
 	return basic, asked
 }
 
-// proxyErrors are error types of Proxy-Status (RFC 9209, section 2.3) that say more than the status.
+// proxyErrors maps those error types of Proxy-Status (RFC 9209, section 2.3) that tell more than the status code.
 var proxyErrors = map[string]Reply{
 	"connection_refused": ReplyRefused, "destination_ip_unroutable": ReplyNetUnreachable,
 	"destination_ip_prohibited": ReplyNotAllowed, "http_request_denied": ReplyNotAllowed,
@@ -201,7 +203,7 @@ var proxyErrors = map[string]Reply{
 	"destination_not_found": ReplyHostUnreachable, "destination_unavailable": ReplyHostUnreachable,
 }
 
-// proxyStatus is what the Proxy-Status field says, or a general failure.
+// proxyStatus returns the meaning of the Proxy-Status field, or a general failure.
 func (h *httpConnect) proxyStatus() Reply {
 	reply := ReplyGeneralFailure
 	h.fields(func(name, value string) {
@@ -220,7 +222,7 @@ func (h *httpConnect) proxyStatus() Reply {
 // Done implements Handshake.
 func (h *httpConnect) Done() bool { return h.phase == granted }
 
-// Bound implements Handshake: HTTP does not tell.
+// Bound implements Handshake. HTTP does not name the endpoint.
 func (h *httpConnect) Bound() Addr { return Addr{} }
 
 // Requesting implements Handshake.
@@ -232,8 +234,8 @@ func (h *httpConnect) Requested() bool { return h.phase >= recvHead }
 // Answered implements Handshake.
 func (h *httpConnect) Answered() bool { return h.total > 0 }
 
-// LoggingIn implements Handshake: the credentials go with the request.
+// LoggingIn implements Handshake. The credentials are part of the request.
 func (h *httpConnect) LoggingIn() bool { return false }
 
-// Again implements Handshake: it is for BIND, which HTTP does not have.
+// Again implements Handshake. It is for BIND, which HTTP does not have.
 func (h *httpConnect) Again() {}

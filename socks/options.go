@@ -5,14 +5,14 @@ import (
 	"net/url"
 )
 
-// options are the words behind the question mark of a URL.
+// options are the words after the question mark of a URL.
 type options struct {
 	tor     bool
 	isolate isolation
 	uot     bool // datagrams travel by UDP over TCP
 }
 
-// isolation says which dials may share a circuit of Tor.
+// isolation tells which dials may share a circuit of Tor.
 type isolation uint8
 
 const (
@@ -27,7 +27,7 @@ var (
 	errIsolate = errors.New("isolate needs tor, and uses the user and the password itself")
 )
 
-// withOptions reads the query of a URL. Nothing of it is repeated in an error.
+// withOptions parses the query of a URL. No part of it appears in an error.
 func (s Server) withOptions(query string) (Server, error) {
 	if query == "" {
 		return s, nil

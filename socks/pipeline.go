@@ -12,23 +12,24 @@ import (
 )
 
 const (
-	// proofTime is how long a server has to answer the request of a proof. It is refused on the server's own host.
+	// proofTime is how long a server may take to answer the request of a proof, which is refused on the server's own
+	// host.
 	proofTime = 5 * time.Second
-	// proofAgain is the least time between two proofs.
+	// proofAgain is the minimum time between two proofs.
 	proofAgain = time.Minute
 )
 
-// nobody is a destination for requests that are not sent, or that nobody is to take: port 1 is that of tcpmux.
+// nobody is a destination for requests that are never sent, or that must not reach a service: port 1 is tcpmux.
 var nobody = Addr{IP: netip.AddrFrom4([4]byte{127, 0, 0, 1}), Port: 1}
 
-// pipelining is what is known of whether a server takes greeting, login and request in one write.
+// pipelining records whether a server accepts greeting, login and request in one write.
 type pipelining struct {
 	takes     atomic.Bool
 	asking    atomic.Bool
-	notBefore atomic.Int64 // of the next proof, on the Dialer's clock
+	notBefore atomic.Int64 // earliest time of the next proof, on the Dialer's clock
 }
 
-// pipes reports whether p sends all in one write.
+// pipes reports whether p sends all messages in one write.
 func (p *dial) pipes() bool {
 	if p.c.server.proto != protoSOCKS5 || p.cmd != CmdConnect || p.assocDone != nil || p.probing {
 		return false
@@ -45,9 +46,9 @@ func (p *dial) pipes() bool {
 	return p.proving
 }
 
-// provePipelining asks the server for nobody with all in one write, beside the flows. An answer to the request proves that the
-// server has read behind the greeting. Silence, or an end without an answer, tells that it may have not. If the server is not reached,
-// nothing is learned.
+// provePipelining sends the server a request for nobody, with all messages in one write, on a separate connection. An
+// answer to the request proves that the server has read past the greeting. Silence, or an end without an answer,
+// suggests that it has not. If the server is not reached, nothing is learned.
 func (c *Client) provePipelining(l *loop.Loop) {
 	now := c.d.now()
 	if int64(now) < c.pipe.notBefore.Load() || !c.pipe.asking.CompareAndSwap(false, true) {
@@ -64,7 +65,7 @@ func (c *Client) provePipelining(l *loop.Loop) {
 	c.d.start(&dial{d: c.d, l: l, c: c, ctx: context.Background(), cmd: CmdConnect, dst: nobody, proving: true, done: done})
 }
 
-// pipelineProof is what the end of a proof tells.
+// pipelineProof interprets the result of a proof. told is false if nothing was learned.
 func pipelineProof(err error) (takes, told bool) {
 	var r Reply
 	var fault *ServerError
@@ -79,7 +80,7 @@ func pipelineProof(err error) (takes, told bool) {
 	return false, false
 }
 
-// doubt has the proof repeated when a dial that sent all in one write ended as one would whose request was lost.
+// doubt repeats the proof if a dial that sent everything in one write ended as if its request had been lost.
 func (p *dial) doubt(err error) {
 	if !p.piped || p.proving || p.d.tuning.Load().Pipeline != PipelineAuto {
 		return
@@ -90,8 +91,8 @@ func (p *dial) doubt(err error) {
 	}
 }
 
-// pipeline makes all messages of a handshake that has just started one: greeting, login and request. Since the login follows at
-// once, no other method is offered with it.
+// pipeline merges all messages of a handshake that has just started into one: greeting, login and request. Because
+// the login follows at once, no other method is offered with it.
 func (h *socks5) pipeline() {
 	h.whole = true
 	if h.login != nil {

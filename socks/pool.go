@@ -11,28 +11,30 @@ import (
 )
 
 const (
-	// fillStep is how many connections one use of a pool begins at most. A pool so grows within a few uses, and a server does
-	// not get a burst of connections because one flow came.
+	// fillStep is the maximum number of connections that one use of a pool begins. A pool thus grows within a few
+	// uses, and a single flow causes no burst of connections to the server.
 	fillStep = 2
 	// fillAgain is how long a pool is not filled after a connection for it has failed.
 	fillAgain = time.Second
 )
 
-// shelf is the pool of one Client on one loop: connections that have finished greeting and login and wait for a request. It is
-// filled while it is used. All of it belongs to the loop's goroutine. While it holds something it is a member of the loop.
+// shelf is the pool of one Client on one loop: connections that have finished greeting and login and wait for a
+// request. Each use fills it again. All of it belongs to the loop's goroutine. While it holds a connection, it is a
+// member of the loop.
 type shelf struct {
-	loop.Node // has the timer of age and idle limit
+	loop.Node // has the timer for age and idle limit
 	c         *Client
 	l         *loop.Loop
-	ready     []*pooled // the oldest first
-	filling   int       // dials under way
+	ready     []*pooled // oldest first
+	filling   int       // dials in progress
 	used      time.Duration
 	retryAt   time.Duration
-	gen       int // counts how often it was emptied: what was dialed before is not wanted
+	gen       int // how often the pool was emptied: connections dialed before that are not wanted
 	timed     bool
 }
 
-// pooled is a connection that waits. Nothing may come from the server: whatever comes ends it.
+// pooled is a connection that waits in a pool. The server must send nothing on it; anything it sends ends the
+// connection.
 type pooled struct {
 	loop.Node
 	s     *shelf
@@ -40,10 +42,10 @@ type pooled struct {
 	since time.Duration
 }
 
-// unfit are the events that a connection which waits must not have.
+// unfit is the set of events that a waiting connection must not have.
 const unfit = loop.In | loop.Hup | loop.Err
 
-// shelfOn is c's pool on l. It is called on the goroutine of l.
+// shelfOn returns c's pool on l. It is called on the goroutine of l.
 func (c *Client) shelfOn(l *loop.Loop) *shelf {
 	if s, ok := c.shelves.Load(l); ok {
 		return s.(*shelf)
@@ -54,7 +56,7 @@ func (c *Client) shelfOn(l *loop.Loop) *shelf {
 	return s
 }
 
-// emptyPools closes what waits in the pools of c, soon, on their loops.
+// emptyPools closes the connections in the pools of c. Each loop does so in its next turn.
 func (c *Client) emptyPools() {
 	c.shelves.Range(func(_, v any) bool {
 		s := v.(*shelf)
@@ -63,17 +65,18 @@ func (c *Client) emptyPools() {
 	})
 }
 
-// closePools has the pools of c emptied and not filled any more.
+// closePools empties the pools of c and stops filling them.
 func (c *Client) closePools() {
 	c.noPool.Store(true)
 	c.emptyPools()
 }
 
-// fromPool gives p a connection that waits, and sends the request on it. false: there is none. Either way this counts as a use,
-// and the pool is filled behind it.
+// fromPool gives p a waiting connection and sends the request on it. It returns false if there is none. Either way
+// this counts as a use, and the pool is filled again.
 func (p *dial) fromPool() bool {
 	t := p.d.tuning.Load()
-	// With isolation the login depends on the flow. UDP over TCP is a CONNECT too, and takes none.
+	// With isolation, the login depends on the flow. UDP over TCP is a CONNECT too, but takes no connection from the
+	// pool.
 	if t.Pool == 0 || p.cmd != CmdConnect || p.assocDone != nil || p.probing || p.proving ||
 		p.c.server.options.isolate != isolateNone || p.c.noPool.Load() {
 		return false
@@ -88,7 +91,7 @@ func (p *dial) fromPool() bool {
 	p.fd, p.pooled = waiting.fd, true
 	p.l.Adopt(&p.Node, p.l.HandOver(&waiting.Node, waiting.fd))
 	waiting.fd = -1
-	p.Got &^= loop.In // nothing came yet
+	p.Got &^= loop.In // nothing has come yet
 	p.state = shaking
 	p.shakeBy = p.l.Now() + p.c.handshakeTime()
 	p.l.SetTimer(&p.Node, p.shakeBy)
@@ -103,8 +106,8 @@ func (p *dial) fromPool() bool {
 	return true
 }
 
-// replaced begins p anew on a fresh connection when the one from the pool turns out to be dead. It happens once for a flow: a
-// server that answers a refused target by FIN, as OpenSSH does, decides by its second FIN.
+// replaced starts p again on a fresh connection if the one from the pool turns out to be dead. It does so once for
+// each flow: if a server closes connections when the target refuses, as OpenSSH does, its second FIN is the answer.
 func (p *dial) replaced() bool {
 	if !p.pooled || p.hs.Answered() {
 		return false
@@ -117,7 +120,7 @@ func (p *dial) replaced() bool {
 	return true
 }
 
-// take gives the youngest connection that is fit, which the caller hands over; nil: there is none.
+// take returns the youngest connection that is fit, for the caller to hand over, or nil.
 func (s *shelf) take(t *Tuning) *pooled {
 	now := s.l.Now()
 	for n := len(s.ready); n > 0; n = len(s.ready) {
@@ -131,7 +134,7 @@ func (s *shelf) take(t *Tuning) *pooled {
 	return nil
 }
 
-// forget takes connection i out of the books.
+// forget removes connection i from the pool's records.
 func (s *shelf) forget(i int) {
 	s.ready = slices.Delete(s.ready, i, i+1)
 	s.c.d.pooled.Add(-1)
@@ -151,7 +154,7 @@ func (s *shelf) close(i int) {
 	c.fd = -1
 }
 
-// empty closes all that waits, and what is under way when it arrives.
+// empty closes all waiting connections now, and those being made when they arrive.
 func (s *shelf) empty() {
 	s.gen++
 	for len(s.ready) > 0 {
@@ -159,11 +162,12 @@ func (s *shelf) empty() {
 	}
 }
 
-// fill begins up to atMost connections, if some are missing.
+// fill begins up to atMost connections if the pool is not full.
 func (s *shelf) fill(t *Tuning, atMost int) {
 	for ; atMost > 0 && len(s.ready)+s.filling < t.Pool && s.l.Now() >= s.retryAt; atMost-- {
 		s.filling++
-		// A failure is no fault of the server that counts: the next flow finds out. It may be told on another goroutine.
+		// A failure does not count as a fault of the server: the next flow will find out. This may run on another
+		// goroutine.
 		failed := func(error) {
 			s.l.Post(func() {
 				s.filling--
@@ -175,7 +179,7 @@ func (s *shelf) fill(t *Tuning, atMost int) {
 	}
 }
 
-// put takes the connection of p, a dial that fill has begun.
+// put stores the connection of p, a dial that fill has begun.
 func (s *shelf) put(p *dial) {
 	sock := p.l.HandOver(&p.Node, p.fd)
 	p.fd = -1
@@ -193,9 +197,10 @@ func (s *shelf) put(p *dial) {
 	c.Got &^= loop.In | loop.Out
 	s.ready = append(s.ready, c)
 	s.c.d.pooled.Add(1)
-	// A path that has forgotten the connection swallows the request: then it fails soon, and a fresh one is made.
+	// A path that has forgotten the connection swallows the request. With this option it fails soon and is made
+	// again.
 	_ = unix.SetsockoptInt(c.fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(soonAck.Milliseconds()))
-	// What came along with the last answer causes no event any more.
+	// Bytes that came along with the last answer cause no further event.
 	_, _, err := unix.Recvfrom(c.fd, make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
 	if err != unix.EAGAIN || c.Got&unfit != 0 {
 		s.close(len(s.ready) - 1)
@@ -205,7 +210,7 @@ func (s *shelf) put(p *dial) {
 	s.fill(t, 1)
 }
 
-// plan sets the timer for the age of the oldest connection, or the idle limit if that is sooner.
+// plan sets the timer to the age limit of the oldest connection or to the idle limit, whichever comes first.
 func (s *shelf) plan(t *Tuning) {
 	if !s.timed && len(s.ready) > 0 {
 		s.timed = true
@@ -213,7 +218,8 @@ func (s *shelf) plan(t *Tuning) {
 	}
 }
 
-// Turn implements loop.Task: the timer. What is too old is replaced while the pool is in use.
+// Turn implements loop.Task. It handles the timer: connections that are too old are replaced while the pool is in
+// use.
 func (s *shelf) Turn() (again bool) {
 	if s.Got&loop.Tick == 0 {
 		return false
@@ -236,8 +242,8 @@ func (s *shelf) Turn() (again bool) {
 // Shutdown implements loop.Task.
 func (s *shelf) Shutdown() { s.empty() }
 
-// Turn implements loop.Task: the server has closed the connection, or speaks out of turn. The next use of the pool replaces it:
-// a server that closes what is idle is not asked for ever.
+// Turn implements loop.Task. The server has closed the connection or has sent something unexpected. The connection is
+// replaced at the next use of the pool, so that a server that closes idle connections is not called without end.
 func (c *pooled) Turn() (again bool) {
 	if c.fd < 0 || c.Got&unfit == 0 {
 		return false
@@ -248,5 +254,5 @@ func (c *pooled) Turn() (again bool) {
 	return false
 }
 
-// Shutdown implements loop.Task. A connection is no member: its shelf is.
+// Shutdown implements loop.Task. Not the connection but its shelf is a member of the loop.
 func (c *pooled) Shutdown() {}

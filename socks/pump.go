@@ -21,22 +21,22 @@ import (
 )
 
 const (
-	// pumpBuf is the most that one TLS record holds.
+	// pumpBuf is the largest content of a TLS record.
 	pumpBuf = 16 << 10
-	// pumpIdle is when an idle connection is first probed, as RFC 1122, 4.2.3.6, has it. The receiver of the other end cannot
-	// set it, since it has no TCP socket.
+	// pumpIdle is when an idle connection is first probed (RFC 1122, section 4.2.3.6). The owner of the other end
+	// cannot enable keepalive, because it has no TCP socket.
 	pumpIdle = 2 * time.Hour
 )
 
-// pump is TLS to a server for those who need a plain descriptor: a socket pair, of which they have one end, and two goroutines
-// that move bytes between the other end and the TLS connection. At most a buffer for each direction and what the two sockets
-// hold is under way.
+// pump connects a TLS connection to a plain descriptor. It uses a socket pair, one end of which the receiver has, and
+// two goroutines that move bytes between the other end and the TLS connection. It holds at most one buffer for each
+// direction, besides what the two sockets hold.
 //
 //	relay <── socket pair ──> pump <── TLS over TCP ──> server
 //
-// An end by close_notify is FIN at the pair, and FIN there is close_notify. Whatever else ends the connection, a FIN of TCP
-// without close_notify too, is a reset on both sides. The kernel resets a unix socket whose peer is closed while bytes of it
-// are unread: so one byte always stays unread at the pump's end, see take.
+// A close_notify becomes FIN at the pair, and FIN at the pair becomes close_notify. Any other end of the connection,
+// including a TCP FIN without close_notify, becomes a reset on both sides. The kernel resets a unix socket when its
+// peer is closed with unread bytes; therefore one byte always stays unread at the pump's end: see take.
 type pump struct {
 	conn   *tls.Conn
 	tcp    *net.TCPConn
@@ -44,12 +44,12 @@ type pump struct {
 	rc     syscall.RawConn // of local
 	cancel context.CancelFunc
 
-	cut  bool        // TCP's FIN was read; for down, who reads
+	cut  bool        // TCP's FIN was read; used by down, which reads
 	fin  atomic.Bool // close_notify of the server was passed on
 	once sync.Once
 }
 
-// tlsConfig is how TLS with s is spoken. Verification is always on.
+// tlsConfig returns the TLS configuration for s. Verification is always on.
 func (s Server) tlsConfig() *tls.Config {
 	host, _, _ := strings.Cut(s.host, "%") // a certificate has no zone
 	c := &tls.Config{ServerName: host, ClientSessionCache: tls.NewLRUClientSessionCache(16)}
@@ -63,7 +63,7 @@ func (s Server) tlsConfig() *tls.Config {
 	return c
 }
 
-// secure puts TLS on the connected socket of p. p.fd is then one end of a socket pair.
+// secure puts TLS on the connected socket of p. Afterwards p.fd is one end of a socket pair.
 func (p *dial) secure() error {
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -92,10 +92,10 @@ func (p *dial) secure() error {
 	return nil
 }
 
-// secured is told how the TLS handshake of u ended.
+// secured handles the result of u's TLS handshake.
 func (p *dial) secured(u *pump, err error) {
 	switch {
-	case p.pump != u || p.state != securing: // given up
+	case p.pump != u || p.state != securing: // the dial was given up
 	case err != nil:
 		p.fault(OpSecure, err)
 	default:
@@ -104,7 +104,7 @@ func (p *dial) secured(u *pump, err error) {
 	}
 }
 
-// newPump owns both descriptors, also on error.
+// newPump takes ownership of both descriptors, even if it returns an error.
 func newPump(raw, local int, c *tls.Config) (*pump, error) {
 	tcp, err := fileConn(raw)
 	if err != nil {
@@ -132,7 +132,7 @@ func fileConn(fd int) (net.Conn, error) {
 	return net.FileConn(f)
 }
 
-// run makes the TLS connection within ctx, tells done, and then moves bytes until both directions are over.
+// run makes the TLS connection within ctx, calls done, and then moves bytes until both directions are over.
 func (u *pump) run(ctx context.Context, done func(error)) {
 	err := u.conn.HandshakeContext(ctx)
 	u.cancel()
@@ -146,13 +146,14 @@ func (u *pump) run(ctx context.Context, done func(error)) {
 	u.down()
 	both.Wait()
 	u.once.Do(func() {
-		_ = u.skip(1) // then the close is no reset
+		_ = u.skip(1) // with this byte read, closing causes no reset
 		_ = u.local.Close()
 		_ = u.conn.Close()
 	})
 }
 
-// pumpTCP is the TCP connection of a pump, and notes its FIN: crypto/tls takes one between two records for an end in order.
+// pumpTCP is the TCP connection of a pump. It notes the FIN of TCP, because crypto/tls takes a FIN between two
+// records for an orderly end.
 type pumpTCP pump
 
 func (c *pumpTCP) Read(b []byte) (int, error) {
@@ -171,12 +172,12 @@ func (c *pumpTCP) SetDeadline(t time.Time) error      { return c.tcp.SetDeadline
 func (c *pumpTCP) SetReadDeadline(t time.Time) error  { return c.tcp.SetReadDeadline(t) }
 func (c *pumpTCP) SetWriteDeadline(t time.Time) error { return c.tcp.SetWriteDeadline(t) }
 
-// reset ends both sides by RST, once.
+// reset ends both sides with RST, once.
 func (u *pump) reset() {
 	u.once.Do(func() {
 		_ = u.tcp.SetLinger(0)
 		_ = u.tcp.Close()
-		_ = u.local.Close() // with an unread byte
+		_ = u.local.Close() // a byte is unread, so this resets the pair
 	})
 }
 
@@ -205,7 +206,7 @@ func (u *pump) down() {
 	}
 }
 
-// up moves bytes to the server. It returns when the other end of the pair was closed.
+// up moves bytes to the server. It returns when the other end of the pair is closed.
 func (u *pump) up() {
 	buf := make([]byte, 1+pumpBuf)
 	for {
@@ -229,12 +230,12 @@ func (u *pump) up() {
 	}
 	_ = u.rc.Read(func(fd uintptr) bool { return polled(fd, unix.POLLHUP) })
 	if !u.fin.Load() { // our direction is not over, so the other end is closed
-		u.reset() // nobody wants what the server would still send
+		u.reset() // the server's remaining bytes have no receiver
 	}
 }
 
-// take waits for bytes from the pair and puts them into buf[1:]. It leaves the last of them unread, as it has left the one
-// before the first. io.EOF: the other end sent FIN, or is closed.
+// take waits for bytes from the pair and puts them into buf[1:]. It leaves the last byte unread, as the previous call
+// left the byte that now comes first. The error is io.EOF if the other end sent FIN or is closed.
 func (u *pump) take(buf []byte) (n int, err error) {
 	werr := u.rc.Read(func(fd uintptr) bool {
 		for {
@@ -263,7 +264,7 @@ func (u *pump) take(buf []byte) (n int, err error) {
 	return n, u.skip(n)
 }
 
-// skip reads n bytes that were looked at already.
+// skip reads n bytes that were already peeked at.
 func (u *pump) skip(n int) (err error) {
 	scratch := pumpScratch.Get().(*[]byte)
 	defer pumpScratch.Put(scratch)
@@ -285,8 +286,8 @@ func (u *pump) skip(n int) (err error) {
 
 var pumpScratch = sync.Pool{New: func() any { b := make([]byte, pumpBuf); return &b }}
 
-// hungUp reports whether the other end of the pair is closed, and not only its direction toward us; or whether both directions
-// are over.
+// hungUp reports whether the other end of the pair is fully closed, not only in its sending direction, or whether
+// both directions are over.
 func (u *pump) hungUp() (up bool) {
 	if u.rc.Control(func(fd uintptr) { up = polled(fd, unix.POLLHUP) }) != nil {
 		return true

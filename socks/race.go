@@ -14,11 +14,12 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// stagger is how long an address has before the next one is tried beside it: the Connection Attempt Delay of RFC 8305, section 5.
+// stagger is the time after which the next address is tried in parallel: the Connection Attempt Delay of RFC 8305,
+// section 5.
 const stagger = 250 * time.Millisecond
 
-// leg is one of the connections of a dial that race: RFC 8305, "happy eyeballs". The first that is connected goes on, the others
-// are closed.
+// leg is one of the racing connections of a dial (RFC 8305, "Happy Eyeballs"). The dial continues with the first leg
+// that is connected; the others are closed.
 type leg struct {
 	loop.Node
 	p  *dial
@@ -29,7 +30,7 @@ type leg struct {
 // race starts the first leg.
 func (p *dial) race() { p.startLeg() }
 
-// startLeg tries the next address beside those that are being tried.
+// startLeg tries the next address in parallel with those in progress.
 func (p *dial) startLeg() {
 	for p.at < len(p.addrs) {
 		l := &leg{p: p, at: p.at}
@@ -64,7 +65,7 @@ func (p *dial) startLeg() {
 	}
 }
 
-// Turn implements loop.Task: the leg has arrived, or failed.
+// Turn implements loop.Task. The leg is connected or has failed.
 func (l *leg) Turn() (again bool) {
 	p := l.p
 	if l.fd < 0 {
@@ -91,7 +92,7 @@ func (l *leg) Turn() (again bool) {
 	return false
 }
 
-// Shutdown implements loop.Task. A leg is no member: its dial is.
+// Shutdown implements loop.Task. Not the leg but its dial is a member of the loop.
 func (l *leg) Shutdown() {}
 
 func (l *leg) close() {
@@ -100,7 +101,7 @@ func (l *leg) close() {
 	l.fd = -1
 }
 
-// dropLegs closes those that have not arrived.
+// dropLegs closes the legs that are not connected.
 func (p *dial) dropLegs() {
 	for _, l := range p.legs {
 		l.close()
@@ -108,7 +109,7 @@ func (p *dial) dropLegs() {
 	p.legs = nil
 }
 
-// byTurns orders addresses so that the families take turns, beginning with that of the first.
+// byTurns reorders addresses so that the families alternate, beginning with the family of the first address.
 func byTurns(addrs []netip.AddrPort) []netip.AddrPort {
 	var families [2][]netip.AddrPort
 	first := addrs[0].Addr().Is4()
@@ -130,7 +131,7 @@ func byTurns(addrs []netip.AddrPort) []netip.AddrPort {
 	return out
 }
 
-// connectVia has another group make the connection to the server. The server's name travels there.
+// connectVia lets another group make the connection to the server. The server's name is passed on to that group.
 func (p *dial) connectVia() {
 	p.state = connecting
 	ctx, cancel := context.WithCancel(p.ctx)
@@ -152,7 +153,7 @@ func (p *dial) connectVia() {
 	})
 }
 
-// viaDone takes the connection, on the loop.
+// viaDone takes over the connection. It runs on the loop.
 func (p *dial) viaDone(s loop.Socket, err error) {
 	switch {
 	case p.state == over:
@@ -166,23 +167,23 @@ func (p *dial) viaDone(s loop.Socket, err error) {
 	}
 }
 
-// Check looks whether the server works: it is reached, and takes the greeting and the credentials
-// where its protocol has them before the request. No request is sent. It returns at
-// once. done is called exactly once, on the event loop or on another goroutine, with nil or an error as Connect gives it; but
-// when the deadline of ctx passes, that is one more timeout, and the error says what was waited for.
+// Check tests whether the server works: it can be reached, and it accepts the greeting and, where the protocol sends
+// them before the request, the credentials. No request is sent. Check returns at once. done is called exactly once,
+// on the event loop or on another goroutine, with nil or an error as from Connect. The deadline of ctx counts as a
+// timeout: the error then tells what was waited for.
 func (c *Client) Check(ctx context.Context, l *loop.Loop, done func(error)) {
 	c.check(ctx, l, false, done)
 }
 
-// check: soon gives up early, as while nothing works a server's return must not be missed.
+// check is Check. With soon it gives up early: while no server works, the return of this one must be noticed quickly.
 func (c *Client) check(ctx context.Context, l *loop.Loop, soon bool, done func(error)) {
 	c.d.start(&dial{d: c.d, l: l, c: c, ctx: ctx, cmd: CmdConnect, dst: nobody, probing: true, soon: soon,
 		done: func(_ loop.Socket, err error) { done(err) }})
 }
 
-// Check looks at all servers at once, as Client.Check does, whatever is known of them, and leaves what is known as it is. done
-// is called exactly once, on the event loop or on another goroutine: with nil as soon as one server works, else with the errors
-// of all, in the order of the servers. The looks that are not needed any more are ended.
+// Check tests all servers at the same time, as Client.Check does, whatever their state, and does not change their
+// state. done is called exactly once, on the event loop or on another goroutine: with nil as soon as one server
+// works, otherwise with the errors of all servers, in their order. Tests that are no longer needed are ended.
 func (g *Group) Check(ctx context.Context, l *loop.Loop, done func(errs []error)) {
 	k := &groupCheck{errs: make([]error, len(g.clients)), left: len(g.clients), done: done}
 	ctx, k.cancel = context.WithCancel(ctx)
@@ -191,11 +192,11 @@ func (g *Group) Check(ctx context.Context, l *loop.Loop, done func(errs []error)
 	}
 }
 
-// groupCheck is a Group.Check on its way.
+// groupCheck is a Group.Check in progress.
 type groupCheck struct {
 	mu     sync.Mutex
-	errs   []error // of each server
-	left   int     // looks that have not ended; 0: done was called
+	errs   []error // for each server
+	left   int     // tests in progress; 0: done was called
 	cancel context.CancelFunc
 	done   func([]error)
 }
@@ -220,7 +221,7 @@ func (k *groupCheck) took(i int, err error) {
 	}
 }
 
-// checked ends a check that went well.
+// checked ends a successful check.
 func (p *dial) checked() {
 	if p.shelf != nil {
 		p.shelf.put(p)
@@ -231,8 +232,8 @@ func (p *dial) checked() {
 	p.done(loop.NoSocket, nil)
 }
 
-// Renew has the server's name looked up anew by the next dial, and empties the pool: the network may be another one. The last good answer stays, for when
-// the resolver does not answer. What is pending goes on.
+// Renew tells the client that the network may have changed. The next dial looks up the server's name again, and the
+// pool is emptied. The last good answer is kept in case the resolver does not answer. Pending dials continue.
 func (c *Client) Renew() {
 	n := &c.names
 	n.mu.Lock()
@@ -244,11 +245,12 @@ func (c *Client) Renew() {
 	c.pipe.notBefore.Store(0)
 }
 
-// fail ends the association by an error, from any goroutine; the receiver is told as if the control connection had ended.
+// fail ends the association with an error. It may be called from any goroutine; the receiver is told as if the
+// control connection had ended.
 func (a *Association) fail(err error) { a.l.Post(func() { a.end(err) }) }
 
-// onGone sets what is called once when the association is over, for its group: at once if it is already. It is OnOver for another
-// caller.
+// onGone sets the function that is called once when the association is over, or at once if it already is. It is
+// OnOver for the group.
 func (a *Association) onGone(f func()) {
 	a.mu.Lock()
 	over := a.over

@@ -12,17 +12,17 @@ import (
 )
 
 const (
-	// maxAddrs bounds how many addresses of a server's name are tried.
+	// maxAddrs limits how many addresses of a server's name are tried.
 	maxAddrs = 16
-	// lookAgain is the least time between look-ups of a name whose server is not reached, so that a dead server with
-	// many dials does not flood the resolver.
+	// lookAgain is the minimum time between two look-ups of the name of a server that is not reached, so that many
+	// dials to a dead server do not flood the resolver.
 	lookAgain = time.Second
 )
 
-// lookup is what a Client knows about its server's name. The last good answer is kept: it is used when a new look-up
-// fails. It is asked for anew after a dial that reached none of the addresses.
+// lookup is what a Client knows about its server's name. The last good answer is kept and used if a new look-up
+// fails. The name is looked up again after a dial that reached none of the addresses.
 type lookup struct {
-	good atomic.Pointer[answer] // nil: there was none; written under mu
+	good atomic.Pointer[answer] // nil: none yet; written under mu
 
 	mu      sync.Mutex
 	asking  bool
@@ -31,14 +31,14 @@ type lookup struct {
 	waiting []*dial
 }
 
-// answer is the addresses of a name, the one that worked last first. It never changes but for stale.
+// answer holds the addresses of a name; the one that last worked is the first. Only the field stale ever changes.
 type answer struct {
 	addrs []netip.AddrPort
 	stale atomic.Bool
 }
 
-// LookupAddrs asks r for the addresses of host, which may be an address itself. The zone of a link-local address stays, as
-// /etc/hosts and multicast DNS have it; net's LookupNetIP loses it (Go 1.26).
+// LookupAddrs asks r for the addresses of host, which may itself be an address. It keeps the zone of a link-local
+// address, as /etc/hosts and multicast DNS give it; net's LookupNetIP loses the zone (Go 1.26).
 func LookupAddrs(ctx context.Context, r *net.Resolver, host string) ([]netip.Addr, error) {
 	found, err := r.LookupIPAddr(ctx, host)
 	if err != nil {
@@ -53,7 +53,8 @@ func LookupAddrs(ctx context.Context, r *net.Resolver, host string) ([]netip.Add
 	return addrs, nil
 }
 
-// lookUp gives p addresses and lets it connect, now or when the resolver has answered. It is called on p's loop.
+// lookUp gives addresses to p and lets it connect, either now or when the resolver has answered. It is called on p's
+// loop.
 func (c *Client) lookUp(p *dial) {
 	n := &c.names
 	if a := n.good.Load(); a != nil && !a.stale.Load() && !sameAddrs(p.addrs, a.addrs) {
@@ -83,14 +84,14 @@ func (c *Client) lookUp(p *dial) {
 	n.mu.Unlock()
 }
 
-// try connects to addresses that were looked up. last: if none of them is reached there is no other look-up.
+// try connects to the addresses of a look-up. With last, there will be no further look-up if none of them is reached.
 func (p *dial) try(a *answer, last bool) {
 	p.looked = last
 	p.addrs, p.at = a.addrs, 0
 	p.connect()
 }
 
-// ask looks the name up on a goroutine of its own. false: the Dialer is closed.
+// ask looks up the name on its own goroutine. It returns false if the Dialer is closed.
 func (c *Client) ask() bool {
 	c.d.mu.Lock()
 	defer c.d.mu.Unlock()
@@ -109,7 +110,7 @@ func (c *Client) ask() bool {
 
 var errNoAddrs = errors.New("the name has no addresses")
 
-// lookedUp wakes the dials that waited.
+// lookedUp wakes the dials that wait for the look-up.
 func (c *Client) lookedUp(ips []netip.Addr, err error) {
 	n := &c.names
 	var addrs []netip.AddrPort
@@ -139,7 +140,7 @@ func (c *Client) lookedUp(ips []netip.Addr, err error) {
 	}
 }
 
-// resolved goes on when the resolver has answered.
+// resolved continues when the resolver has answered.
 func (p *dial) resolved() {
 	n := &p.c.names
 	switch a := n.good.Load(); {
@@ -155,14 +156,14 @@ func (p *dial) resolved() {
 	}
 }
 
-// failed tells that none of the addresses was reached.
+// failed records that none of the addresses was reached.
 func (c *Client) failed() {
 	if a := c.names.good.Load(); a != nil {
 		a.stale.Store(true)
 	}
 }
 
-// reached tells that the server was reached at this address, which is put first.
+// reached records the address at which the server was reached, and puts it first.
 func (c *Client) reached(at netip.AddrPort) {
 	n := &c.names
 	a := n.good.Load()

@@ -10,15 +10,15 @@ import (
 	"time"
 )
 
-// Select is how a group chooses the first server for a flow, and with it the order of the others.
+// Select is how a group chooses the first server for a flow, and thereby the order of the others.
 type Select uint8
 
-// The ways to choose.
+// The values of Select.
 const (
 	Ordered    Select = iota // the first one that works, in the order given
-	RoundRobin               // each flow begins with the next one
-	Hash                     // by source and destination address: the same pair gets the same server while that works
-	Latched                  // the one that the last failover landed at
+	RoundRobin               // each flow begins with the next server
+	Hash                     // by source and destination address: a pair keeps its server while that works
+	Latched                  // the server that the last failover chose
 )
 
 var selectNames = [...]string{Ordered: "ordered", RoundRobin: "round-robin", Hash: "hash", Latched: "latched"}
@@ -30,7 +30,7 @@ func (s Select) String() string {
 	return fmt.Sprintf("Select(%d)", uint8(s))
 }
 
-// ParseSelect reads what String writes.
+// ParseSelect parses the text that String returns.
 func ParseSelect(text string) (Select, error) {
 	if i := slices.Index(selectNames[:], text); i >= 0 {
 		return Select(i), nil
@@ -38,35 +38,35 @@ func ParseSelect(text string) (Select, error) {
 	return 0, errors.New("must be ordered, round-robin, hash or latched")
 }
 
-// MaxServers bounds a group.
+// MaxServers limits the servers of a group.
 const MaxServers = 16
 
-// chooser decides which server of a group is asked next, and what its answer means. It does no I/O and has no clock. Who uses it
-// holds a lock.
+// chooser decides which server of a group is asked next, and what its answer means. It does no I/O and has no clock.
+// The caller holds a lock.
 type chooser struct {
-	opts    GroupOptions // filled in
+	opts    GroupOptions // with the defaults filled in
 	names   []string     // of the servers, for errors
 	servers []health
 	rr      int // where the next flow of RoundRobin begins
 	latched int
 }
 
-// attempt is a flow on its way through a group.
+// attempt is a flow that is asking the servers of a group.
 type attempt struct {
 	kind   kind
 	target uint64 // hash of source and destination
 	order  [MaxServers]uint8
-	at     int // in order
+	at     int // index into order
 	here   int // attempts at that server
-	all    int // attempts in all
+	all    int // attempts in total
 	began  time.Duration
 
-	err     error // of the last attempt that failed, unless a more telling one came before
-	unable  error // reply 7 or 8, or what this server's version cannot express
-	skipped bool  // a server was passed over because it is down
+	err     error // of the last failed attempt, unless an earlier one tells more
+	unable  error // reply 7 or 8, or what the protocol of this server cannot express
+	skipped bool  // a server was skipped because it is down
 }
 
-// begin puts the servers into the order in which a is to try them.
+// begin orders the servers for a.
 func (c *chooser) begin(a *attempt, cmd Command, src netip.Addr, dst Addr) {
 	a.kind = kindOf(cmd, dst)
 	n := len(c.servers)
@@ -86,8 +86,8 @@ func (c *chooser) begin(a *attempt, cmd Command, src netip.Addr, dst Addr) {
 		return
 	}
 	pair := targetHash(src, dst)
-	// The server with the highest mark for this pair comes first (rendezvous hashing): when one is down, the pairs of the
-	// others stay where they are.
+	// The server with the highest mark for this pair comes first (rendezvous hashing). When a server is down, the
+	// pairs of the others stay where they are.
 	var marks [MaxServers]uint64
 	for i := range n {
 		marks[i] = mix(pair ^ mix(uint64(i)+1))
@@ -100,8 +100,8 @@ func (c *chooser) begin(a *attempt, cmd Command, src netip.Addr, dst Addr) {
 	})
 }
 
-// targetHash is a hash of the pair without its ports: what one program says to one service is one pair.
-// The hash is the same in each run.
+// targetHash hashes the pair without its ports, so that everything that one program sends to one service is one pair.
+// The hash is the same in each run of viasocks.
 func targetHash(src netip.Addr, dst Addr) uint64 {
 	const offset, prime = 0xcbf29ce484222325, 0x100000001b3 // FNV-1a
 	h := uint64(offset)
@@ -122,7 +122,7 @@ func addrHash(h uint64, a netip.Addr) uint64 {
 	return mix(mix(h^binary.LittleEndian.Uint64(b[:])) ^ binary.LittleEndian.Uint64(b[8:]))
 }
 
-// mix is the finalizer of MurmurHash3: each bit of x changes each bit of the result.
+// mix is the finalizer of MurmurHash3: every bit of x affects every bit of the result.
 func mix(x uint64) uint64 {
 	x ^= x >> 33
 	x *= 0xff51afd7ed558ccd
@@ -131,7 +131,7 @@ func mix(x uint64) uint64 {
 	return x ^ x>>33
 }
 
-// next is the server for the next attempt of a, or false when there is none: a.result says why.
+// next returns the server for the next attempt of a, or false if there is none; failure tells why.
 func (c *chooser) next(a *attempt, now time.Duration) (server int, ok bool) {
 	for ; a.at < len(c.servers); a.at, a.here = a.at+1, 0 {
 		if a.all >= c.opts.Attempts {
@@ -139,7 +139,7 @@ func (c *chooser) next(a *attempt, now time.Duration) (server int, ok bool) {
 		}
 		i := int(a.order[a.at])
 		h := &c.servers[i]
-		// What is alone is asked whatever is known of it: nobody else could do better.
+		// A single server is asked whatever its state is, because no other could do better.
 		if len(c.servers) > 1 {
 			if h.isDown {
 				a.skipped = true
@@ -172,35 +172,37 @@ func unableReply(k kind) Reply {
 	return ReplyAddrTypeNotSupported
 }
 
-// failure is why a flow could not be carried when next has no server left.
+// failure returns why a flow could not be carried when next has no server left.
 func (a *attempt) failure(group string) error {
 	switch {
 	case a.unable != nil && a.kind != associates:
-		return a.unable // the word of a server that works says more than that another one does not
+		return a.unable // the answer of a server that works tells more than that another one does not work
 	case a.err != nil:
 		return a.err
-	case a.unable != nil && !a.skipped: // else UDP may be there when that one is back
+	case a.unable != nil && !a.skipped: // otherwise UDP may work when the skipped server is back
 		return a.unable
 	}
 	return &ServerError{Server: group, Op: OpGroup, Err: ErrAllDown}
 }
 
-// outcome is what an attempt's end means.
+// outcome is the meaning of an attempt's result.
 type outcome struct {
-	again    bool // the flow goes on: ask next
-	wentDown bool // the server
+	again    bool // the flow continues: call next
+	wentDown bool // the server went down
 	cameUp   bool
-	err      error // of the flow, when it does not go on
+	err      error // the flow's error, if it does not continue
 }
 
-// done takes the end of an attempt of a at server; err nil: success. This is the table of the manual, section GROUPS.
+// done interprets the result of an attempt of a at server; a nil err is success. The section GROUPS of the manual
+// shows this table.
 func (c *chooser) done(a *attempt, server int, err error, now time.Duration) (o outcome) {
 	h := &c.servers[server]
 	var fault *ServerError
 	var reply Reply
 	switch {
 	case err == nil:
-		if c.opts.Select == Latched && (a.skipped || a.err != nil) { // not by a request that another one could not carry
+		// not because of a request that another server could not carry
+		if c.opts.Select == Latched && (a.skipped || a.err != nil) {
 			c.latched = server
 		}
 		h.noAnswers = 0
@@ -225,7 +227,7 @@ func (c *chooser) done(a *attempt, server int, err error, now time.Duration) (o 
 			h.cannot(a.kind, reply, now)
 			a.unable = err
 			o.again = true
-		case a.kind == associates: // no target could have answered: another server may have room
+		case a.kind == associates: // no target could have answered; another server may have room
 			a.err = err
 			o.again = true
 		}
@@ -239,7 +241,8 @@ func (c *chooser) done(a *attempt, server int, err error, now time.Duration) (o 
 	return o
 }
 
-// ended: the server closed the connection after the request. That is the target's refusal, unless every request ends so.
+// ended handles a server that closed the connection after the request. That is a refusal by the target, unless every
+// request ends so.
 func (c *chooser) ended(a *attempt, h *health, err error, now time.Duration) (o outcome) {
 	a.at, a.here = a.at+1, 0
 	if a.kind == associates {
@@ -257,8 +260,8 @@ func (c *chooser) ended(a *attempt, h *health, err error, now time.Duration) (o 
 	return outcome{err: err}
 }
 
-// silent: no answer came within the handshake timeout. That is the target's silence, unless the server answered nobody in all
-// that time, and another server is there to ask.
+// silent handles a request without an answer within the handshake timeout. The target is taken to be silent, unless
+// the server answered no request in all that time and there is another server to ask.
 func (c *chooser) silent(a *attempt, server int, err error, now time.Duration) outcome {
 	h := &c.servers[server]
 	if h.answered > a.began {
@@ -281,12 +284,12 @@ func (c *chooser) othersUp(but int) bool {
 	return false
 }
 
-// allDown reports whether no server is used.
+// allDown reports whether no server is in use.
 func (c *chooser) allDown() bool { return !c.othersUp(-1) }
 
 type sourceKey struct{}
 
-// WithSource tells a group that chooses by Hash the source of a flow. It is for Connect and Associate.
+// WithSource adds the source of a flow to ctx, for Connect and Associate of a group that chooses by Hash.
 func WithSource(ctx context.Context, src netip.Addr) context.Context {
 	return context.WithValue(ctx, sourceKey{}, src)
 }

@@ -15,7 +15,7 @@ import (
 
 var errEOF = fmt.Errorf("it closed the connection: %w", io.ErrUnexpectedEOF)
 
-// shake does what the handshake needs and the socket allows.
+// shake advances the handshake as far as the socket allows.
 func (p *dial) shake() {
 	for !p.hs.Done() {
 		if p.probing && p.hs.Requesting() {
@@ -60,7 +60,7 @@ func (p *dial) shake() {
 			p.c.reached(p.addrs[p.at])
 		}
 		if n < len(in) && p.Got&loop.Hup == 0 {
-			p.Got &^= loop.In // that was all: what comes later is a new event
+			p.Got &^= loop.In // everything is read: bytes that come later cause a new event
 		}
 		if err := p.hs.Received(n); err != nil {
 			p.answered(err)
@@ -71,8 +71,9 @@ func (p *dial) shake() {
 	p.granted()
 }
 
-// noteRequest notes when the whole request was sent, and gives the server its time to answer from then on. One that was sent along
-// with the greeting counts once the server has answered that: until then the server is what is waited for.
+// noteRequest notes when the whole request was sent, from when on the server has its time to answer. A request that
+// was sent together with the greeting counts once the server has answered the greeting; until then we are waiting for
+// the server.
 func (p *dial) noteRequest() {
 	if p.asked == 0 && p.hs.Requested() {
 		p.asked = p.l.Now()
@@ -80,7 +81,7 @@ func (p *dial) noteRequest() {
 	}
 }
 
-// cut takes the end of the connection in the handshake; errEOF: by FIN.
+// cut handles the end of the connection during the handshake. errEOF means FIN.
 func (p *dial) cut(err error) {
 	switch {
 	case p.replaced():
@@ -94,12 +95,12 @@ func (p *dial) cut(err error) {
 	}
 }
 
-// answered ends the dial by an answer that is no grant.
+// answered ends the dial with an answer other than success.
 func (p *dial) answered(err error) {
 	var r Reply
 	switch {
 	case errors.As(err, &r) && r == ReplyAddrTypeNotSupported && p.cmd == CmdAssociate && !p.flipped:
-		// A dante without IPv6 refuses ::, though it could relay. The next request needs a connection of its own.
+		// A dante without IPv6 refuses ::, although it could relay. The next request needs its own connection.
 		p.flipped, p.asked = true, 0
 		p.drop()
 		p.connectBy = p.l.Now() + time.Duration(p.d.connectTimeout.Load())
@@ -115,7 +116,7 @@ func (p *dial) answered(err error) {
 	}
 }
 
-// broken ends the dial when the server closed the connection or hung in the handshake.
+// broken ends the dial when the server closed the connection or hung during the handshake.
 func (p *dial) broken(err error) {
 	switch {
 	case !p.hs.LoggingIn():
@@ -127,10 +128,10 @@ func (p *dial) broken(err error) {
 	}
 }
 
-// check finds what the protocol cannot express before a connection is made for it.
+// check finds requests that the protocol cannot express before a connection is made for them.
 func (p *dial) check() error {
 	if p.cmd == CmdAssociate && p.c.server.tls {
-		// Its datagrams would travel in clear.
+		// The datagrams would travel unencrypted.
 		return &inexpressible{p.c.server.proto, "UDP inside TLS", ReplyCommandNotSupported}
 	}
 	if p.cmd != CmdAssociate && p.c.server.proto == protoSOCKS5 {
@@ -148,8 +149,8 @@ func (p *dial) newHandshake() (err error) {
 	return err
 }
 
-// zeros is what ASSOCIATE asks with: no endpoint of the family of the control connection, since a server may take it for the
-// family of the relay that is wanted.
+// zeros returns the DST of an ASSOCIATE: an all-zero endpoint of the family of the control connection, because a
+// server may take it for the family of the relay that is wanted.
 func (p *dial) zeros() Addr {
 	v6 := p.at < len(p.addrs) && p.addrs[p.at].Addr().Is6()
 	if v6 != p.flipped {
@@ -158,11 +159,11 @@ func (p *dial) zeros() Addr {
 	return Addr{IP: netip.IPv4Unspecified()}
 }
 
-// The sockets are non-blocking, so neither call waits, and the Go scheduler need not be told of it.
+// The sockets are non-blocking, so neither call waits, and the Go scheduler need not know of it.
 
 func read(fd int, b []byte) (int, error) { return rawIO(unix.SYS_READ, fd, b) }
 
-// write relies on the Go runtime, which ignores SIGPIPE for all but standard output and error.
+// write relies on the Go runtime, which ignores SIGPIPE except for standard output and error.
 func write(fd int, b []byte) (int, error) { return rawIO(unix.SYS_WRITE, fd, b) }
 
 func rawIO(call uintptr, fd int, b []byte) (int, error) {

@@ -10,13 +10,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// sockaddrRoom is an endpoint for the kernel, in place: unix.Connect would allocate.
+// sockaddrRoom is an endpoint in the kernel's format, stored in place because unix.Connect would allocate.
 type sockaddrRoom struct {
 	raw  unix.RawSockaddrInet6 // large enough for both families
 	size uintptr
 }
 
-// set makes s name ap. An error: the zone names no interface.
+// set stores ap in s. It fails if the zone names no interface.
 func (s *sockaddrRoom) set(ap netip.AddrPort) error {
 	ip := ap.Addr().Unmap()
 	var b [2]byte
@@ -41,13 +41,13 @@ func (s *sockaddrRoom) set(ap netip.AddrPort) error {
 
 func (s *sockaddrRoom) domain() int { return int(s.raw.Family) }
 
-// connect is connect(2) for a non-blocking socket. 0: connected at once.
+// connect is connect(2) for a non-blocking socket. It returns 0 if the socket was connected at once.
 func (s *sockaddrRoom) connect(fd int) unix.Errno {
 	_, _, e := unix.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&s.raw)), s.size)
 	return e
 }
 
-// zoneIndex is the interface that a zone names, or whose number it is.
+// zoneIndex returns the index of the interface that a zone gives by name or number.
 func zoneIndex(zone string) (uint32, error) {
 	i, err := net.InterfaceByName(zone)
 	if err == nil {

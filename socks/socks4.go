@@ -16,7 +16,7 @@ const (
 	reply4Len     = 8
 )
 
-// socks4 is the Handshake of SOCKS4 and 4a. It has two messages: sendRequest → recvHead → granted.
+// socks4 is the Handshake of SOCKS4 and 4a. Its phases are sendRequest → recvHead → granted.
 type socks4 struct {
 	phase phase
 	bound Addr
@@ -24,7 +24,7 @@ type socks4 struct {
 	n     int
 }
 
-// newSOCKS4 writes the request. The user of l is its USERID; there is no room for a password.
+// newSOCKS4 writes the request. The user of l becomes the USERID; SOCKS4 has no password.
 func newSOCKS4(p protocol, l *login, cmd Command, dst Addr) (*socks4, error) {
 	cannot := func(reply Reply, format string, args ...any) (*socks4, error) {
 		return nil, &inexpressible{p, fmt.Sprintf(format, args...), reply}
@@ -42,7 +42,7 @@ func newSOCKS4(p protocol, l *login, cmd Command, dst Addr) (*socks4, error) {
 	case strings.ContainsRune(name, 0):
 		return cannot(ReplyAddrTypeNotSupported, "a name with a zero byte")
 	case name != "":
-		ip = netip.AddrFrom4([4]byte{0, 0, 0, 1}) // says that a name follows
+		ip = netip.AddrFrom4([4]byte{0, 0, 0, 1}) // announces that a name follows
 	case ip.Is6():
 		return cannot(ReplyAddrTypeNotSupported, "an IPv6 address")
 	case p == protoSOCKS4a && namesFollow(ip):
@@ -60,7 +60,7 @@ func newSOCKS4(p protocol, l *login, cmd Command, dst Addr) (*socks4, error) {
 	return &socks4{phase: sendRequest, buf: b}, nil
 }
 
-// namesFollow reports whether SOCKS4a takes ip for the sign that a name follows.
+// namesFollow reports whether SOCKS4a takes ip as the announcement that a name follows.
 func namesFollow(ip netip.Addr) bool {
 	b := ip.As4()
 	return b[0] == 0 && b[1] == 0 && b[2] == 0 && b[3] != 0
@@ -77,7 +77,7 @@ func (h *socks4) Output() []byte {
 // Sent implements Handshake.
 func (h *socks4) Sent(n int) {
 	if h.n += n; h.n == len(h.buf) {
-		h.Again() // the room for the first reply
+		h.Again() // makes room for the first reply
 	}
 }
 
@@ -89,7 +89,7 @@ func (h *socks4) Input() []byte {
 	return h.buf[h.n:]
 }
 
-// Received implements Handshake. As for SOCKS5, the rest of a refusal is not waited for.
+// Received implements Handshake. As with SOCKS5, the rest of a refusal is not awaited.
 func (h *socks4) Received(n int) error {
 	h.n += n
 	got := h.buf[:h.n]
@@ -120,7 +120,7 @@ func (h *socks4) Received(n int) error {
 // Done implements Handshake.
 func (h *socks4) Done() bool { return h.phase == granted }
 
-// Bound implements Handshake: DSTIP and DSTPORT of the reply.
+// Bound implements Handshake. It returns DSTIP and DSTPORT of the reply.
 func (h *socks4) Bound() Addr { return h.bound }
 
 // Requesting implements Handshake.
@@ -132,7 +132,7 @@ func (h *socks4) Requested() bool { return h.phase >= recvHead }
 // Answered implements Handshake.
 func (h *socks4) Answered() bool { return h.phase > recvHead || h.phase == recvHead && h.n > 0 }
 
-// LoggingIn implements Handshake: the user goes with the request.
+// LoggingIn implements Handshake. The user is part of the request.
 func (h *socks4) LoggingIn() bool { return false }
 
 // Again implements Handshake.

@@ -14,13 +14,13 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// The commands of Tor's extensions to SOCKS5 (its specification socks-extensions).
+// The commands of Tor's extensions to SOCKS5 (its specification "socks-extensions").
 const (
 	CmdResolve    Command = 0xf0
 	CmdResolvePTR Command = 0xf1
 )
 
-// The replies of Tor's extensions, given where its SocksPort has the flag ExtendedErrors.
+// The replies of Tor's extensions, which it gives if its SocksPort has the flag ExtendedErrors.
 const (
 	ReplyOnionNotFound       Reply = 0xf0
 	ReplyOnionInvalid        Reply = 0xf1
@@ -38,7 +38,7 @@ var torReplies = [...]string{
 	"invalid onion address", "onion service introduction timed out",
 }
 
-// Plain is the reply of RFC 1928 that says most of what r says, for a program that knows errnos only.
+// Plain returns the reply of RFC 1928 that is nearest to r, for programs that know only errnos.
 func (r Reply) Plain() Reply {
 	switch r {
 	case ReplyOnionNoAuth, ReplyOnionWrongAuth:
@@ -56,8 +56,8 @@ func (r Reply) Plain() Reply {
 
 var errNotTor = errors.New("the server's URL does not say tor")
 
-// Resolve asks a Tor for an address of name. done is called once, on the event loop or, when the Dialer is closed, on another
-// goroutine; its errors are those of Connect. A server whose URL does not say tor is not asked.
+// Resolve asks a Tor for an address of name. done is called once, on the event loop or, if the Dialer is closed, on
+// another goroutine; its errors are those of Connect. A server is asked only if its URL says tor.
 func (c *Client) Resolve(ctx context.Context, l *loop.Loop, name string, done func(netip.Addr, error)) {
 	c.torAsk(ctx, l, CmdResolve, Addr{Name: name}, func(a Addr, err error) {
 		if err == nil && (a.Name != "" || !a.IP.IsValid()) {
@@ -70,7 +70,7 @@ func (c *Client) Resolve(ctx context.Context, l *loop.Loop, name string, done fu
 	})
 }
 
-// ResolvePTR asks a Tor for the name of ip. It is Resolve otherwise.
+// ResolvePTR asks a Tor for the name of ip. Otherwise it is like Resolve.
 func (c *Client) ResolvePTR(ctx context.Context, l *loop.Loop, ip netip.Addr, done func(name string, err error)) {
 	c.torAsk(ctx, l, CmdResolvePTR, Addr{IP: ip}, func(a Addr, err error) {
 		if err == nil && a.Name == "" {
@@ -80,7 +80,8 @@ func (c *Client) ResolvePTR(ctx context.Context, l *loop.Loop, ip netip.Addr, do
 	})
 }
 
-// Resolve asks the group's servers that are Tors, in their order, until one of them gives an answer, which may be a Reply.
+// Resolve asks those servers of the group that are Tors, in their order, until one gives an answer, which may be a
+// Reply.
 func (g *Group) Resolve(ctx context.Context, l *loop.Loop, name string, done func(netip.Addr, error)) {
 	g.askTors(0, func(err error) { done(netip.Addr{}, err) }, func(c *Client, next func(error)) {
 		c.Resolve(ctx, l, name, func(ip netip.Addr, err error) {
@@ -106,14 +107,14 @@ func (g *Group) ResolvePTR(ctx context.Context, l *loop.Loop, ip netip.Addr, don
 	})
 }
 
-// failedItself reports whether err says nothing about what was asked for.
+// failedItself reports whether err says nothing about the name or address that was asked for.
 func failedItself(err error) bool {
 	var reply Reply
 	return err != nil && !errors.As(err, &reply)
 }
 
-// askTors calls ask with the first server from i on that is a Tor, and with the next one when that is not the last. Without any
-// it calls failed.
+// askTors calls ask with the first Tor at index i or later; if that one fails, next continues with the one after it.
+// If there is no Tor, it calls failed.
 func (g *Group) askTors(i int, failed func(error), ask func(c *Client, next func(error))) {
 	for ; i < len(g.clients); i++ {
 		if g.clients[i].Tor() {
@@ -142,7 +143,8 @@ func (c *Client) torAsk(ctx context.Context, l *loop.Loop, cmd Command, what Add
 
 type isolationKey struct{}
 
-// WithIsolation is ctx for dials of one program: with isolate=program they share no circuit of Tor with those of another key.
+// WithIsolation returns a context for the dials of one program: with isolate=program they share no circuit of Tor
+// with those of another key.
 func WithIsolation(ctx context.Context, key string) context.Context {
 	return context.WithValue(ctx, isolationKey{}, key)
 }
@@ -153,17 +155,18 @@ func (c *Client) Tor() bool { return c.server.Tor() }
 // Tor reports whether the URL says that it is a Tor.
 func (s Server) Tor() bool { return s.options.tor }
 
-// ByProgram reports whether what WithIsolation tells matters to the server.
+// ByProgram reports whether WithIsolation matters to the server.
 func (c *Client) ByProgram() bool { return c.server.options.isolate == isolateProgram }
 
-// isolationSecret makes the users of this process different from those of others, and says nothing about the key.
+// isolationSecret makes the user names of this process differ from those of others, and hides the key.
 var isolationSecret = sync.OnceValue(func() []byte {
 	b := make([]byte, 32)
 	_, _ = rand.Read(b) // never fails
 	return b
 })
 
-// loginFor is the user and password of a dial. Tor gives streams with different ones different circuits (IsolateSOCKSAuth).
+// loginFor returns the user and password of a dial. Tor gives streams with different ones different circuits
+// (IsolateSOCKSAuth).
 func (p *dial) loginFor() *login {
 	s := &p.c.server
 	key := ""

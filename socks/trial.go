@@ -5,23 +5,24 @@ import (
 )
 
 const (
-	// While no server of a group works, each is tried anew so long after the last trial has ended. A trial then gives up
-	// connecting after soonConnect, and when what it sent is not acknowledged for soonAck: a server that is back is noticed
-	// within three seconds, whatever became of the packets that met its absence.
+	// While no server of a group works, each is tried again soonAgain after its last trial has ended. Such a trial
+	// gives up after soonConnect, and when its data is not acknowledged within soonAck. A server that is back is thus
+	// noticed within three seconds, whatever happened to the packets that were sent while it was away.
 	soonAgain   = 500 * time.Millisecond
 	soonConnect = 1500 * time.Millisecond
 	soonAck     = 2 * time.Second
-	// watchEvery is how often a server is looked at that carries associations and has not been heard by other ways.
+	// watchEvery is how often a server that carries associations is checked if nothing else was heard from it.
 	watchEvery = 10 * time.Second
 )
 
-// looks are those at one server beside the flows: the trial of one that is out of use, and looks at one that is in use.
+// looks are the checks of one server that are independent of the flows: the trial of a server that is out of use, and
+// the check of one that is in use.
 type looks struct {
-	under bool          // way
-	next  time.Duration // not before
+	under bool          // one is in progress
+	next  time.Duration // earliest time of the next one
 }
 
-// plan sets the timer for the next trial or look. g.mu is held.
+// plan sets the timer for the next trial or check. The caller holds g.mu.
 func (g *Group) plan() {
 	if g.closed {
 		return
@@ -42,7 +43,7 @@ func (g *Group) plan() {
 	}
 }
 
-// lookAt is when server i is to be looked at; false: it need not be. g.mu is held.
+// lookAt returns when server i should be checked, or false if it need not be. The caller holds g.mu.
 func (g *Group) lookAt(i int) (at time.Duration, ok bool) {
 	h, l := &g.c.servers[i], &g.looks[i]
 	switch every := g.c.opts.Check; {
@@ -60,7 +61,7 @@ func (g *Group) lookAt(i int) (at time.Duration, ok bool) {
 	return 0, false
 }
 
-// look begins the trials and looks that are due.
+// look begins the trials and checks that are due.
 func (g *Group) look() {
 	g.lock()
 	defer g.unlock()
@@ -82,7 +83,7 @@ func (g *Group) look() {
 	g.plan()
 }
 
-// looked takes the end of a trial or a look.
+// looked handles the result of a trial or check.
 func (g *Group) looked(i int, trial bool, err error) {
 	g.lock()
 	h := &g.c.servers[i]
@@ -94,7 +95,7 @@ func (g *Group) looked(i int, trial bool, err error) {
 		o.cameUp = h.tried(&g.c.opts, now, err)
 	case err == nil:
 		h.answered = now
-		if len(g.clients) == 1 && h.isDown { // nobody else tries it
+		if len(g.clients) == 1 && h.isDown { // nothing else tries it
 			o.cameUp = h.success(now)
 		}
 	default:

@@ -9,7 +9,7 @@ import (
 
 // Limits and defaults of Tuning.
 const (
-	// MaxPool bounds the connections that wait in the pool of one server on one loop.
+	// MaxPool limits the connections that wait in the pool of one server on one loop.
 	MaxPool = 1024
 	// DefaultPoolIdle is the idle limit of a pool.
 	DefaultPoolIdle = 30 * time.Second
@@ -17,21 +17,22 @@ const (
 	DefaultPoolAge = 25 * time.Second
 )
 
-// Tuning saves round trips to the servers. The zero value saves none. It changes nothing of what a server's answer means.
+// Tuning saves round trips to the servers. The zero value saves none. It does not change the meaning of a server's
+// answer.
 type Tuning struct {
-	// Pool is how many connections that have finished greeting and login are kept ready for each server, on each loop that
-	// dials it: MaxPool at most. Zero: none.
+	// Pool is how many connections with finished greeting and login are kept ready for each server, on each loop that
+	// dials it; at most MaxPool. Zero: none.
 	Pool int
-	// PoolIdle is after how long without a dial the connections of a pool are closed, and PoolAge how old one may become.
-	// Zero: the defaults.
+	// PoolIdle is the time without a dial after which the connections of a pool are closed. PoolAge is how old a
+	// connection may become. Zero: the defaults.
 	PoolIdle, PoolAge time.Duration
-	// Pipeline is whether greeting, login and request of a CONNECT are sent in one write.
+	// Pipeline tells whether greeting, login and request of a CONNECT are sent in one write.
 	Pipeline Pipeline
-	// FastOpen has the kernel put what is sent first into the SYN (RFC 7413), where it has a cookie of the server.
+	// FastOpen lets the kernel send the first data with the SYN (RFC 7413) if it has a cookie of the server.
 	FastOpen bool
 }
 
-// Tune changes how round trips are saved, for dials from now on. Any goroutine may call it.
+// Tune sets the Tuning for later dials. It may be called from any goroutine.
 func (d *Dialer) Tune(t Tuning) {
 	t.Pool = min(max(t.Pool, 0), MaxPool)
 	t.PoolIdle = cmp.Or(max(t.PoolIdle, 0), DefaultPoolIdle)
@@ -39,14 +40,14 @@ func (d *Dialer) Tune(t Tuning) {
 	d.tuning.Store(&t)
 }
 
-// Pipeline is when greeting, login and request are sent in one write, without waiting for the answers between
-// them. RFC 1928 does not forbid it. Some servers lose what follows their first read.
+// Pipeline tells when greeting, login and request are sent in one write, without waiting for the answers between
+// them. RFC 1928 does not forbid this, but some servers lose what follows their first read.
 type Pipeline uint8
 
-// The ways to pipeline.
+// The values of Pipeline.
 const (
 	PipelineOff  Pipeline = iota // never
-	PipelineAuto                 // where a connection beside the flows has shown that the server takes it
+	PipelineAuto                 // where a separate connection has shown that the server accepts it
 	PipelineOn                   // always
 )
 
@@ -59,7 +60,7 @@ func (p Pipeline) String() string {
 	return fmt.Sprintf("Pipeline(%d)", uint8(p))
 }
 
-// ParsePipeline reads what String writes.
+// ParsePipeline parses the text that String returns.
 func ParsePipeline(text string) (Pipeline, error) {
 	if i := slices.Index(pipelineNames[:], text); i >= 0 {
 		return Pipeline(i), nil

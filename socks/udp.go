@@ -5,10 +5,10 @@ import (
 	"net/netip"
 )
 
-// MaxUDPHeader is the longest header of a datagram, the one with a name of 255 bytes.
+// MaxUDPHeader is the length of the longest datagram header, which has a name of 255 bytes.
 const MaxUDPHeader = 3 + 2 + maxName + 2
 
-// Why a datagram from a relay is dropped. They are fixed values: parsing allocates nothing.
+// Reasons for dropping a datagram from a relay. They are fixed values, so parsing allocates nothing.
 var (
 	ErrUDPShort    = errors.New("the datagram is shorter than its SOCKS header")
 	ErrUDPFragment = errors.New("the datagram is a SOCKS fragment")
@@ -16,15 +16,15 @@ var (
 	ErrUDPName     = errors.New("the datagram's source is a name")
 )
 
-// AppendUDPHeader appends the header that goes before a datagram to dst (RFC 1928, section 7). It allocates only to
+// AppendUDPHeader appends to b the header that precedes a datagram to dst (RFC 1928, section 7). It allocates only to
 // grow b.
 func AppendUDPHeader(b []byte, dst Addr) []byte {
 	return appendAddr(append(b, 0, 0, 0), dst)
 }
 
-// ParseUDPHeader reads the header before a datagram from a relay: src is the sender, b[n:] the payload. FRAG other than
-// 0, which section 7 lets an implementation drop, RSV other than 0, an unknown ATYP, an empty name and a short header
-// are errors. It allocates only for a name.
+// ParseUDPHeader parses the header of a datagram from a relay. src is the sender, and b[n:] is the payload. It
+// rejects a FRAG other than 0, which section 7 allows an implementation to drop, an RSV other than 0, an unknown
+// ATYP, an empty name and a short header. It allocates only for a name.
 func ParseUDPHeader(b []byte) (src Addr, n int, err error) {
 	ap, name, n, err := parseUDPHeader(b)
 	if err != nil {
@@ -75,8 +75,8 @@ func parseUDPHeader(b []byte) (src netip.AddrPort, name []byte, n int, err error
 	return netip.AddrPortFrom(ip, uint16(b[n])<<8|uint16(b[n+1])), name, n + 2, nil
 }
 
-// UDPCodec puts the headers of datagrams on and takes them off for endpoints without names. It allocates nothing and may
-// be used from anywhere.
+// UDPCodec adds and removes the headers of datagrams for endpoints without names. It allocates nothing and may be
+// used from any goroutine.
 type UDPCodec struct{}
 
 // AppendHeader is AppendUDPHeader for an endpoint.
@@ -84,7 +84,8 @@ func (UDPCodec) AppendHeader(b []byte, dst netip.AddrPort) []byte {
 	return appendEndpoint(append(b, 0, 0, 0), dst.Addr(), dst.Port())
 }
 
-// ParseHeader is ParseUDPHeader for an endpoint: a name is ErrUDPName, since a reply needs an address to come from.
+// ParseHeader is ParseUDPHeader for an endpoint. A name gives ErrUDPName, because a reply needs an address to come
+// from.
 func (UDPCodec) ParseHeader(b []byte) (src netip.AddrPort, n int, err error) {
 	src, name, n, err := parseUDPHeader(b)
 	if err == nil && name != nil {

@@ -6,22 +6,22 @@ import (
 	"net/netip"
 )
 
-// uotName is the destination of a CONNECT that asks sing-box for UDP over TCP, version 2 (its documentation,
-// "UDP over TCP", and common/uot of its library sing). The port is 0.
+// uotName is the destination of a CONNECT that asks sing-box for UDP over TCP, version 2 (its documentation, "UDP
+// over TCP", and common/uot of its library sing). The port is 0.
 const uotName = "sp.v2.udp-over-tcp.arpa"
 
-// Address types of a frame. They are not those of RFC 1928, which the request behind the CONNECT has.
+// Address types of a frame. They differ from those of RFC 1928, which the request after the CONNECT uses.
 const (
 	uotIPv4   = 0
 	uotIPv6   = 1
 	uotDomain = 2
 )
 
-// MaxUoTPayload is the longest datagram that is put into a frame: sing-box 1.14.1 reads each one into 16 KiB, and ends the
-// connection at a longer one. The longer ones of the far end it cuts to that length.
+// MaxUoTPayload is the longest datagram that is put into a frame. sing-box 1.14.1 reads each one into 16 KiB and ends
+// the connection at a longer one. It cuts longer datagrams from the far end to that length.
 const MaxUoTPayload = 16 << 10
 
-// ErrUoTFrame: a frame of UDP over TCP is malformed. Nothing behind it can be understood.
+// ErrUoTFrame means that a frame of UDP over TCP is malformed. Nothing after it can be understood.
 var ErrUoTFrame = fmt.Errorf("%w: a frame of UDP over TCP", ErrMalformed)
 
 var (
@@ -29,21 +29,21 @@ var (
 	errUoTShort = errors.New("the connection did not take the request for UDP over TCP")
 )
 
-// uotRequest stands before the first frame: isConnect is 0, so that each frame has an address, and the destination, which
-// is then that of nobody, is written as by RFC 1928.
+// uotRequest precedes the first frame. isConnect is 0, so each frame has an address; the destination, which is then
+// unused, is written as in RFC 1928.
 var uotRequest = []byte{0, atypIPv4, 0, 0, 0, 0, 0, 0}
 
-// uotRefused is what a server that refuses to connect to uotName says about UDP.
+// uotRefused converts the error of a server that refuses to connect to uotName into one about UDP.
 func uotRefused(err error) error {
 	return &refusal{text: "it takes no UDP over TCP: " + err.Error(), reply: ReplyCommandNotSupported}
 }
 
-// UoTCodec puts datagrams into the frames of UDP over TCP, version 2, and finds them there. It allocates nothing and may be used
-// from anywhere.
+// UoTCodec puts datagrams into the frames of UDP over TCP, version 2, and finds them there. It allocates nothing and
+// may be used from any goroutine.
 type UoTCodec struct{}
 
-// AppendHeader appends what stands before a payload of size bytes to dst: the address and the length.
-// It leaves b as it is where there is no such frame: size is negative or over 65,535, or dst is invalid.
+// AppendHeader appends to b the address and length that precede a payload of size bytes to dst. It returns b
+// unchanged if no such frame exists: size is negative or over 65,535, or dst is invalid.
 func (UoTCodec) AppendHeader(b []byte, dst netip.AddrPort, size int) []byte {
 	ip := dst.Addr()
 	switch {
@@ -59,8 +59,8 @@ func (UoTCodec) AppendHeader(b []byte, dst netip.AddrPort, size int) []byte {
 	return append(b, byte(dst.Port()>>8), byte(dst.Port()), byte(size>>8), byte(size))
 }
 
-// ParseHeader reads the beginning of b: n is the length of the header, and size that of the payload behind it. n is 0
-// as long as b is too short to tell. src is invalid where the frame names its source instead of giving its address. The error is
+// ParseHeader parses the beginning of b: n is the length of the header, and size that of the payload after it. n is 0
+// if b is too short. src is invalid if the frame gives the name of its source instead of an address. The error is
 // ErrUoTFrame.
 func (UoTCodec) ParseHeader(b []byte) (src netip.AddrPort, n, size int, err error) {
 	if len(b) < 2 {

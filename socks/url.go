@@ -9,17 +9,17 @@ import (
 	"strings"
 )
 
-// Ports of URLs that name none.
+// Default ports of URLs.
 const (
 	defaultPort  = 1080
 	defaultHTTP  = 80
 	defaultHTTPS = 443
 )
 
-// maxPath is what sockaddr_un has room for, less the zero byte at either end.
+// maxPath is the room in sockaddr_un, less the zero byte at either end.
 const maxPath = 107
 
-// The errors of ParseServer. No part of the URL is in them.
+// The errors of ParseServer. They contain no part of the URL.
 var (
 	errURL      = errors.New("it must read SCHEME://[user[:password]@]host[:port], with special characters of the password as %XX")
 	errScheme   = errors.New("it must begin with socks5://, socks5h://, socks4://, socks4a://, http:// or https://")
@@ -33,10 +33,11 @@ var (
 	errCarrier  = errors.New("only socks5, socks4 and socks4a have +tls, and they and http have +unix")
 )
 
-// ParseServer reads SCHEME://[user[:password]@]host[:port]. SCHEME is socks5 or socks5h (they are the same: names always
-// travel as names here), socks (SOCKS5, as desktops write it), socks4, socks4a, http or https; the port is 1080, 80 or 443
-// when left out. SOCKS+tls is SOCKS inside TLS. With +unix the user is followed by the path of a socket, or by @ and the name of
-// an abstract one. No part of rawurl is repeated in an error, since any may be a password that was not escaped.
+// ParseServer parses SCHEME://[user[:password]@]host[:port]. SCHEME is socks5 or socks5h (the two are the same here,
+// since names always travel as names), socks (SOCKS5, as desktops write it), socks4, socks4a, http or https. The
+// default port is 1080, 80 or 443. A scheme with +tls is SOCKS inside TLS. With +unix, the path of a socket, or @ and
+// the name of an abstract one, follows the user. No part of rawurl appears in an error, since any part may be a
+// password that was not escaped.
 func ParseServer(rawurl string) (Server, error) {
 	s, err := parseServer(rawurl)
 	if err != nil {
@@ -66,12 +67,13 @@ func parseServer(rawurl string) (Server, error) {
 	return s.withOptions(query)
 }
 
-// parseScheme gives what the scheme says. A path that is not empty says that the socket's is to follow.
+// parseScheme returns a Server with what the scheme tells. If its path is not empty, the path of a socket must
+// follow.
 func parseScheme(scheme string) (s Server, err error) {
 	base, carrier, _ := strings.Cut(scheme, "+")
 	s.scheme, s.port = scheme, defaultPort
 	switch base {
-	case "socks": // what desktops write into ALL_PROXY, and mean SOCKS5 by
+	case "socks": // desktops write this into ALL_PROXY and mean SOCKS5
 		s.scheme = "socks5" + strings.TrimPrefix(scheme, base)
 	case "socks5", "socks5h":
 	case "socks4":
@@ -97,7 +99,7 @@ func parseScheme(scheme string) (s Server, err error) {
 	return s, nil
 }
 
-// parseHost reads a URL of which s is the scheme.
+// parseHost parses a URL whose scheme gave s.
 func (s Server) parseHost(rawurl string) (Server, error) {
 	u, err := url.Parse(escapeZone(rawurl))
 	if err != nil {
@@ -125,8 +127,8 @@ func (s Server) parseHost(rawurl string) (Server, error) {
 	return s.withUserinfo(u.User)
 }
 
-// parseUnix reads what follows the scheme: [user[:password]@]/path or [user[:password]@]@name. What needs it is escaped by
-// %XX, in the path too.
+// parseUnix parses what follows the scheme: [user[:password]@]/path or [user[:password]@]@name. Special characters
+// are escaped by %XX, also in the path.
 func (s Server) parseUnix(rest string) (Server, error) {
 	var user *url.Userinfo
 	if rest != "" && rest[0] != '/' && rest[0] != '@' {
@@ -156,11 +158,11 @@ func (s Server) withUserinfo(u *url.Userinfo) (Server, error) {
 	return s.WithCredentials(u.Username(), pass)
 }
 
-// needsZone reports whether ip stands for different hosts on different devices, and does not say which.
+// needsZone reports whether ip means different hosts on different devices and has no zone.
 func needsZone(ip netip.Addr) bool { return ip.Is6() && ip.IsLinkLocalUnicast() && ip.Zone() == "" }
 
-// escapeZone writes %25 for the percent sign before the zone of an address in brackets (RFC 6874), which people write as the
-// system prints it: [fe80::1%eth0].
+// escapeZone writes %25 for the percent sign before the zone of an address in brackets (RFC 6874). People write the
+// zone as the system prints it: [fe80::1%eth0].
 func escapeZone(rawurl string) string {
 	open := strings.LastIndexByte(rawurl, '[')
 	if open < 1 || !strings.ContainsRune("/@", rune(rawurl[open-1])) || strings.Contains(rawurl[open:], "@") {
