@@ -114,11 +114,14 @@ slow: ## Tests that take minutes: 300 echoes in 60 s beside datagrams that end t
 
 UNITS := viasocks.service viasocks@.service viasocks-closed.service
 UNITDIR := $(PREFIX)/lib/systemd/system
+MANUAL := viasocks.1 viasocks.conf.5 viasocks.7
 
 .PHONY: install
 install: build ## Install under PREFIX (/usr/local), below DESTDIR: the program, its manual, completions for shells, units for systemd
 	install -D -m 755 bin/viasocks $(DESTDIR)$(PREFIX)/bin/viasocks
-	install -D -m 644 cmd/viasocks/viasocks.1 $(DESTDIR)$(PREFIX)/share/man/man1/viasocks.1
+	for m in $(MANUAL); do \
+		install -D -m 644 "cmd/viasocks/$$m" "$(DESTDIR)$(PREFIX)/share/man/man$${m##*.}/$$m"; \
+	done
 	for c in bash:bash-completion/completions/viasocks zsh:zsh/site-functions/_viasocks fish:fish/vendor_completions.d/viasocks.fish; do \
 		install -d -m 755 "$$(dirname "$(DESTDIR)$(PREFIX)/share/$${c#*:}")"; \
 		bin/viasocks completion "$${c%%:*}" >"$(DESTDIR)$(PREFIX)/share/$${c#*:}"; chmod 644 "$(DESTDIR)$(PREFIX)/share/$${c#*:}"; \
@@ -130,7 +133,7 @@ install: build ## Install under PREFIX (/usr/local), below DESTDIR: the program,
 
 .PHONY: uninstall
 uninstall: ## Remove what install put there
-	rm -f $(DESTDIR)$(PREFIX)/bin/viasocks $(DESTDIR)$(PREFIX)/share/man/man1/viasocks.1 $(UNITS:%=$(DESTDIR)$(UNITDIR)/%) \
+	rm -f $(DESTDIR)$(PREFIX)/bin/viasocks $(foreach m,$(MANUAL),$(DESTDIR)$(PREFIX)/share/man/man$(patsubst .%,%,$(suffix $(m)))/$(m)) $(UNITS:%=$(DESTDIR)$(UNITDIR)/%) \
 		$(addprefix $(DESTDIR)$(PREFIX)/share/,bash-completion/completions/viasocks zsh/site-functions/_viasocks \
 		fish/vendor_completions.d/viasocks.fish)
 

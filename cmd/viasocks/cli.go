@@ -17,7 +17,7 @@ const (
 	exitNoStart  = 1
 	exitUsage    = 2
 	exitDied     = 3
-	manualNotice = "viasocks(1) has every option, examples, and what may surprise.\n"
+	manualNotice = "Manual: viasocks(1) for every option, viasocks.conf(5) for the file and rules, viasocks(7) for recipes.\n"
 )
 
 // streams are files, not interfaces: run hands them to the program.

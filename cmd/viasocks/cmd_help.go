@@ -44,7 +44,7 @@ commands:
 	for _, c := range commands() {
 		fmt.Fprintf(&w, "  %-10s %s\n", c.name, c.short)
 	}
-	fmt.Fprint(&w, "\n'viasocks help COMMAND' shows its options; "+manualNotice)
+	fmt.Fprint(&w, "\n'viasocks help COMMAND' shows its options.\n"+manualNotice)
 	_, err := io.WriteString(out, w.String())
 	return err
 }

@@ -46,27 +46,33 @@ func commands(cmd Command) string {
 	return strings.Join(names, " , ")
 }
 
-// WriteMan writes the list of all options for the manual, in mdoc.
+// WriteMan writes the list of all options for the manual, in mdoc, with a subsection for each group.
 func WriteMan(w io.Writer) {
-	fmt.Fprintln(w, ".Bl -tag -width Ds")
-	for _, o := range Options {
-		fmt.Fprintf(w, ".It Fl -%s", o.Name)
-		if o.Arg != "" {
-			fmt.Fprintf(w, " Ar %s", o.Arg)
+	for _, g := range optionGroups {
+		fmt.Fprintf(w, ".Ss %s\n.Bl -tag -width Ds\n", g.title)
+		for _, o := range g.options {
+			o.writeMan(w)
 		}
-		fmt.Fprintf(w, "\n%s\n", o.Man)
-		if o.Cmds&all != all {
-			fmt.Fprintln(w, "Only for\n.Cm "+commands(o.Cmds)+" .")
-		}
-		if o.Many {
-			fmt.Fprintln(w, "May be given more than once.")
-		}
-		if !o.Live && o.Cmds&Up != 0 && o.set != nil {
-			fmt.Fprintln(w, "A reload does not change it.")
-		}
-		if o.Default != "" {
-			fmt.Fprintf(w, "The default is\n.Li %s .\n", strings.ReplaceAll(o.Default, `\`, `\e`))
-		}
+		fmt.Fprintln(w, ".El")
 	}
-	fmt.Fprintln(w, ".El")
+}
+
+func (o *Option) writeMan(w io.Writer) {
+	fmt.Fprintf(w, ".It Fl -%s", o.Name)
+	if o.Arg != "" {
+		fmt.Fprintf(w, " Ar %s", o.Arg)
+	}
+	fmt.Fprintf(w, "\n%s\n", o.Man)
+	if o.Cmds&all != all {
+		fmt.Fprintln(w, "Only for\n.Cm "+commands(o.Cmds)+" .")
+	}
+	if o.Many {
+		fmt.Fprintln(w, "May be given more than once.")
+	}
+	if !o.Live && o.Cmds&Up != 0 && o.set != nil {
+		fmt.Fprintln(w, "A reload does not change it.")
+	}
+	if o.Default != "" {
+		fmt.Fprintf(w, "The default is\n.Li %s .\n", strings.ReplaceAll(o.Default, `\`, `\e`))
+	}
 }

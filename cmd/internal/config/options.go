@@ -1,7 +1,6 @@
 package config
 
 import (
-	"slices"
 	"strconv"
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
@@ -49,8 +48,28 @@ type Option struct {
 	set     func(*Config, value) error
 }
 
+// optionGroups are the options by subject, in the order of help and manual.
+var optionGroups = []struct {
+	title   string // the subsection of the manual
+	options []Option
+}{
+	{"Proxies, names and limits", flowOptions},
+	{"Other resolvers for some names", splitOptions},
+	{"Faster connections to the proxy", tuningOptions},
+	{"Rules", ruleOptions},
+	{"The whole host", hostOptions},
+	{"Log, output and files", logOptions},
+}
+
 // Options is every option there is, in the order of help and manual.
-var Options = slices.Concat(flowOptions, splitOptions, tuningOptions, ruleOptions, hostOptions, logOptions)
+var Options = allOptions()
+
+func allOptions() (list []Option) {
+	for _, g := range optionGroups {
+		list = append(list, g.options...)
+	}
+	return list
+}
 
 // flowOptions say how what is captured is carried.
 var flowOptions = []Option{
@@ -69,14 +88,18 @@ and
 .Cm socks ,
 which desktops write, mean the same.
 Other kinds of proxies and how they are reached are described in
-.Sx PROXIES .
+.Em PROXIES
+in
+.Xr viasocks.conf 5 .
 A link-local address needs the device that it is reached by:
 .Ar socks5://[fe80::1%25eth0]:1080 .
 A password given here is wiped from the process title at once, but stays in the history of the shell;
 .Fl -password-file
 avoids that.
 Without this option see
-.Sx ENVIRONMENT .`,
+.Em ENVIRONMENT
+in
+.Xr viasocks.conf 5 .`,
 	},
 	{
 		Name: "password-file", Arg: "[NAME=]FILE", Many: true, Live: true, Cmds: all, set: addPasswordFile,
@@ -91,7 +114,9 @@ in the
 .Fl -upstream
 of this name.
 Where neither the URL nor this option has the password, it is taken from the environment or from systemd, see
-.Sx ENVIRONMENT .
+.Em ENVIRONMENT
+in
+.Xr viasocks.conf 5 .
 A file that every user can read, or that another user can write, is used with a warning.`,
 	},
 	{
@@ -117,7 +142,9 @@ are taken.
 Words may follow the URLs of a group, in the same argument:
 .Ql NAME=URL,URL select=latched retry-after=1m ;
 see
-.Sx GROUPS .
+.Em GROUPS
+in
+.Xr viasocks.conf 5 .
 The word
 .Cm via
 makes a chain: the proxy is reached through another upstream.`,
@@ -478,7 +505,7 @@ and
 		Man: `Read options from
 .Ar FILE ,
 see
-.Sx FILES .
+.Xr viasocks.conf 5 .
 An option given as a flag wins over the file; of options that may be given more than once the flags then replace all of the
 file's.`,
 	},

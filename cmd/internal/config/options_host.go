@@ -60,7 +60,9 @@ A datagram does not prove who sent it.
 Therefore a UDP port that has sent a datagram through the proxy of its own accord has no direct answers for an hour, unless
 .Fl -inbound-port
 names it: see
-.Sx THE WHOLE HOST .
+.Em THE WHOLE HOST
+in
+.Xr viasocks 7 .
 .Cm carry :
 they go through the proxy like other traffic, so servers on this host can no longer be reached from outside.`,
 	},
@@ -249,7 +251,9 @@ where it asks the servers that it has.
 .Cm off :
 never.
 See
-.Sx NAMES .`,
+.Em NAMES
+in
+.Xr viasocks 7 .`,
 	},
 	{
 		Name: "control-group", Arg: "GROUP", Cmds: Up | Check, set: setControlGroup,

@@ -7,81 +7,21 @@ var ruleOptions = []Option{
 	{
 		Name: "rule", Arg: "RULE", Many: true, Live: true, Cmds: all, set: addRule,
 		Help: "which flows go where; the first rule that matches decides",
-		Man: `Which flows go where: conditions, all of which must be met, and then a verdict.
+		Man: `Which flows go where:
+.Ql proto tcp port 25 reject ,
+.Ql dst 203.0.113.0/24 via lab .
 The first rule that matches decides; a flow that no rule matches goes to
 .Fl -proxy ,
 and is refused if there is none.
-The verdicts are
-.Cm via Ar NAME
-(an upstream),
-.Cm direct
-(from the host itself, without a proxy),
-.Cm reject
-(the program sees an error at once) and
-.Cm drop
-(silence).
+The conditions and verdicts are described in
+.Em RULES
+in
+.Xr viasocks.conf 5 .
 A rule with
 .Cm direct
 needs no proxy:
 .Li viasocks run --rule 'port 443 direct' -- PROGRAM
-lets a program reach port 443 and nothing else.
-.Pp
-The conditions are the following.
-Several values of one condition are separated by commas without spaces;
-.Cm not
-before a condition negates it.
-.Bl -tag -width Ds
-.It Cm proto tcp | udp
-The protocol.
-.It Cm dst Ar NETWORK
-Addresses of the destination, in CIDR form.
-.It Cm src Ar NETWORK
-Addresses that the program, or a guest of this host, sends from.
-.It Cm port Ar N | N Ns - Ns Ar M
-Ports of the destination.
-.It Cm name Ar PATTERN
-The name that the program asked for:
-.Li example.com
-is this name,
-.Li .example.com
-this name and every name below it; in a pattern such as
-.Li img*.example.???
-an asterisk stands for any text and a question mark for any character.
-See
-.Sx NAMES IN RULES .
-.It Cm list= Ns Ar FILE
-Destinations that stand in
-.Ar FILE ,
-one on a line: a network, an address, or a name, which stands for every name below it, too.
-.Li #
-begins a comment.
-The file is read at the start and at a reload.
-If it cannot be read completely, or has a line of another kind, viasocks refuses to start; a reload then keeps the old rules.
-.It Cm user Ar USER
-The user who made the socket: a name, a number, or a range of numbers.
-.It Cm cgroup Ar PATH
-The control group (version 2) of the process that made the socket, or a parent of that group, by its path below the root:
-.Li system.slice/foo.service .
-.It Cm exe Ar PATH
-The program that has the socket open, by its absolute path; an asterisk and a question mark stand for others as in a name.
-.El
-.Pp
-A flow whose decision depends on
-.Cm user , cgroup
-or
-.Cm exe
-waits until the owner of its socket is found, which takes some milliseconds on a host with many processes; no other flow waits.
-If the owner is unknown, the condition is not met, and the same condition is met with
-.Cm not :
-the owner of a guest's socket, or of one that was closed meanwhile, a program of another user where viasocks does not run as root.
-The kernel vouches for user and control group, but not for the path of a program: a process that can make a mount namespace can
-give a
-program any path, so
-.Cm exe
-can sort traffic, but cannot confine a hostile program.
-.Pp
-The verdict on a TCP connection is taken once, when it begins.
-The verdict on datagrams is taken for each pair of endpoints, and again within two seconds if it depends on an owner or a name.`,
+lets a program reach port 443 and nothing else.`,
 	},
 	{
 		Name: "allow", Arg: "PROTO:[HOST:]PORT", Many: true, Live: true, Cmds: all, set: addAllow,
@@ -176,7 +116,9 @@ for rules and the log,
 .Cm name
 also for the proxy, which is then asked for the name in place of the address.
 See
-.Sx NAMES IN RULES
+.Em NAMES IN RULES
+in
+.Xr viasocks.conf 5
 for what is asked, and for what this costs.
 Not possible together with
 .Fl -allow
@@ -233,6 +175,8 @@ or, by the end of its name,
 .Pa records.yaml .
 The files belong together: give all of them.
 What the lines become is listed in
-.Sx SOCKS.CONFIG .`,
+.Em SOCKS.CONFIG
+in
+.Xr viasocks.conf 5 .`,
 	},
 }

@@ -287,7 +287,7 @@ func TestReloadOfTheAuthority(t *testing.T) {
 // The configuration that the manual shows is read, reloaded and carries.
 func TestReloadOfTheManualsExample(t *testing.T) {
 	noLeaks(t)
-	manual, err := os.ReadFile("../../viasocks/viasocks.1")
+	manual, err := os.ReadFile("../../viasocks/viasocks.conf.5")
 	if err != nil {
 		t.Fatal(err)
 	}
