@@ -202,6 +202,14 @@ var openRouting = func() (routing, error) { return netlink.NewHandle(unix.NETLIN
 
 // taken looks for what somebody else uses already.
 func (h *Host) taken() error {
+	if err := h.takenRouting(); err != nil {
+		return err
+	}
+	return h.takenTables()
+}
+
+// takenRouting looks for it among devices, ip rules and kernel routes, which needs no privilege.
+func (h *Host) takenRouting() error {
 	c := &h.c
 	if k, err := h.nl.LinkByName(c.TUN); err == nil && k.Type() != "tuntap" && k.Type() != "tun" {
 		return fmt.Errorf(
@@ -250,6 +258,12 @@ func (h *Host) taken() error {
 			h.recovered = h.recovered || r.Protocol == Protocol
 		}
 	}
+	return nil
+}
+
+// takenTables looks for it among the tables of nftables.
+func (h *Host) takenTables() error {
+	c := &h.c
 	tables, err := h.listTables()
 	if err != nil {
 		return err

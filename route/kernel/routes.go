@@ -257,13 +257,12 @@ func ruleWords(family int, n *netlink.Rule) string {
 
 // foreign warns about a rule of others that is asked before ours. The filter holds what it leads astray.
 func (h *Host) foreign(family int, n *netlink.Rule) {
-	if n.Priority == 0 || n.Priority > h.c.Priority+atAll {
+	what, hint, ahead := h.c.ahead(family, n)
+	if !ahead {
 		return
 	}
-	what := fmt.Sprintf("%s %d:%s", familyName(family), n.Priority, ruleWords(family, n))
-	hint := ""
-	if p := n.Priority - lastRule - 1; p > 0 {
-		hint = fmt.Sprintf(": with --priority %d ours are asked first", p)
+	if hint != "" {
+		hint = ": with " + hint + " ours are asked first"
 	}
 	h.say(
 		"rule "+what,
@@ -271,6 +270,17 @@ func (h *Host) foreign(family int, n *netlink.Rule) {
 		"rule",
 		what,
 	)
+}
+
+// ahead says in words a rule of others that is asked before ours, and the option that puts ours first, if there is one.
+func (c *Config) ahead(family int, n *netlink.Rule) (what, option string, ahead bool) {
+	if n.Priority == 0 || n.Priority > c.Priority+atAll {
+		return "", "", false
+	}
+	if p := n.Priority - lastRule - 1; p > 0 {
+		option = fmt.Sprintf("--priority %d", p)
+	}
+	return fmt.Sprintf("%s %d:%s", familyName(family), n.Priority, ruleWords(family, n)), option, true
 }
 
 // removeSteering takes away all rules and routes with our protocol number, whatever their table, and says which.
