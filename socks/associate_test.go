@@ -222,7 +222,7 @@ func weakly(a *Association) func() *Association {
 }
 
 func TestAssociationEnds(t *testing.T) {
-	d, c, srv := setup(t, Options{})
+	_, c, srv := setup(t, Options{})
 	tests := []struct {
 		name string
 		end  func(a *sockstest.Association)
@@ -244,7 +244,7 @@ func TestAssociationEnds(t *testing.T) {
 			}
 			tt.end(srv.Associations()[0])
 			if late {
-				waitFor(t, func() bool { return d.Stats().Associations == 0 })
+				waitFor(t, func() bool { a.mu.Lock(); defer a.mu.Unlock(); return a.err != nil })
 				a.OnClose(func(err error) { ended <- err })
 				a.OnClose(func(err error) { ended <- errors.New("told twice") })
 			}
