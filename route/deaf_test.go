@@ -99,7 +99,7 @@ func TestUDPPoison(t *testing.T) {
 func testUDPPoison(t *testing.T, before, after bool) {
 	checkLeaks(t)
 	const echoes, poisonEvery = 300, 15
-	every, want := 10*time.Millisecond, 250 // a busy machine may lose two or three echoes for each
+	every, want := 10*time.Millisecond, 180 // a busy machine may lose several echoes for each; a pause of a second loses 100
 	if os.Getenv("VIASOCKS_SLOW") != "" {
 		every, want = 200*time.Millisecond, 280
 	}
