@@ -5,23 +5,24 @@ import (
 	"fmt"
 )
 
-// Part is a share of a device: some of its queues. Read returns the frames that the kernel puts into these queues, and Write
-// writes by one of them. A part is a Device of its own in all else. Each part has one reader, and different parts may be read at
-// the same time.
+// Part is a share of a device: some of its queues. Read returns the frames that the kernel puts into these queues,
+// and Write writes to one of them. In all other respects a part is a Device of its own. Each part has one reader, and
+// different parts may be read at the same time.
 //
-// What is written by a queue has the kernel send that flow's frames to the same queue from then on. The entry is forgotten 3 to
-// 4 s after the last write. So the first frames of a flow, and those after a silence, come to whatever part the kernel's hash
-// chooses.
+// After a frame of a flow was written to a queue, the kernel sends that flow's frames to the same queue. It forgets
+// this 3 to 4 s after the last write. The first frames of a flow, and those after a silence, therefore arrive at the
+// part that the kernel's hash chooses.
 type Part interface {
 	Device
 
-	// Wake makes a Read that waits return ErrAgain, or else the next one that would wait. Any goroutine.
+	// Wake makes a waiting Read return ErrAgain or, if none waits, the next Read that would wait. It may be called
+	// from any goroutine.
 	Wake()
 }
 
-// Divide makes at most n parts of a device, each with its share of the queues, and at least one. It is called once, before the
-// first Read. From then on d itself is there only to be closed, which closes all parts. A device that cannot be divided has one
-// part. When Divide fails, d is closed.
+// Divide splits a device into at most n parts, and at least one, each with its share of the queues. It may be called
+// once, before the first Read. After that, d itself can only be closed, which closes all parts. A device that cannot
+// be divided has one part. If Divide fails, it closes d.
 func Divide(d Device, n int) ([]Part, error) {
 	if n < 1 {
 		return nil, errors.Join(fmt.Errorf("cannot divide the TUN device into %d parts", n), d.Close())
@@ -32,12 +33,12 @@ func Divide(d Device, n int) ([]Part, error) {
 	return []Part{&whole{Device: d}}, nil
 }
 
-// whole is a device as its only part. Nobody has a frame for it that it did not read itself, so nobody wakes it.
+// whole is a device as its only part. No other part reads frames for it, so nothing ever needs to wake it.
 type whole struct{ Device }
 
 func (*whole) Wake() {}
 
-// Divide is what the function of this name calls.
+// Divide implements the function of the same name.
 func (d *fileDevice) Divide(n int) ([]Part, error) {
 	fds, err := d.q.release()
 	d.q = nil
@@ -68,18 +69,19 @@ func (d *fileDevice) Divide(n int) ([]Part, error) {
 	return all, nil
 }
 
-// Wake is that of Part.
+// Wake implements Part.
 func (d *fileDevice) Wake() { d.q.wake() }
 
-// release takes the descriptors out of the set, and ends it.
+// release removes the descriptors from the poller and closes the poller.
 func (q *queues) release() ([]int, error) {
 	fds := q.fds
 	q.fds = nil
 	return fds, q.close()
 }
 
-// wake ends a read that waits. The reader looks at woke after it has asked the set, so that it finds the one or the other.
+// wake ends a waiting read. The reader checks woke after it has polled the set, so it notices either woke or the
+// bell.
 func (q *queues) wake() {
 	q.woke.Store(true)
-	_ = q.set.Guard(func(uintptr) { q.ring() }) // so that the bell is not closed meanwhile
+	_ = q.set.Guard(func(uintptr) { q.ring() }) // Guard keeps the bell from being closed meanwhile
 }

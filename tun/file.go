@@ -13,7 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrBadFrame: the kernel refused the frame or its Header as malformed. It is lost; the device works on.
+// ErrBadFrame means that the kernel refused the frame or its Header as malformed. The frame is lost; the device keeps
+// working.
 var ErrBadFrame = errors.New("malformed frame")
 
 const (
@@ -21,7 +22,8 @@ const (
 	offloadUSO = unix.TUN_F_USO4 | unix.TUN_F_USO6
 )
 
-// fileDevice is a TUN of the kernel whose frames carry a header. They go by its own queues; the handle keeps the rest.
+// fileDevice is a kernel TUN whose frames carry a header. It moves the frames through its own queues; the handle does
+// the rest.
 type fileDevice struct {
 	q      *queues
 	h      *handle
@@ -31,13 +33,13 @@ type fileDevice struct {
 	closed atomic.Bool
 	rd     reader
 	wr     sync.Pool     // of *writer
-	parts  []*fileDevice // what it was divided into; q is then nil
+	parts  []*fileDevice // the parts that it was divided into; q is then nil
 }
 
-// FromFiles makes a Device of an open TUN. The files are its queues, as netns.OpenTUN gives them; they may be from another
-// network namespace, unless o.OnLink is set. It takes ownership of them, also when it fails. The TUN must have been made with
-// IFF_NO_PI; whether it has IFF_VNET_HDR is asked. Without that header, and on kernels that lack an offload, Device.Offload
-// says less than Options.Offload asked for.
+// FromFiles makes a Device of an open TUN. The files are its queues, as netns.OpenTUN returns them; they may come
+// from another network namespace unless o.OnLink is set. FromFiles takes ownership of the files, even if it fails.
+// The TUN must have been made with IFF_NO_PI; FromFiles finds out whether it has IFF_VNET_HDR. Without that header,
+// and on kernels that lack an offload, Device.Offload returns less than Options.Offload requested.
 func FromFiles(files []*os.File, o Options) (Device, error) {
 	fds, err := takeFiles(files)
 	if err != nil {
@@ -79,12 +81,13 @@ func FromFiles(files []*os.File, o Options) (Device, error) {
 	return d, nil
 }
 
-// newFileDevice takes ownership of fds, also when it fails. The first is the handle's, if there is another one for the frames.
+// newFileDevice takes ownership of fds, even if it fails. The first descriptor is for the handle if there is at least
+// one more for the frames.
 func newFileDevice(fds []int, name string, o Options) (_ *fileDevice, err error) {
 	own, fds := fds[0], fds[1:]
 	detach := len(fds) > 0
 	if !detach {
-		// The interface was made for one queue. The handle shares it and leaves the frames alone.
+		// The interface was made for a single queue. The handle shares it but leaves the frames alone.
 		fds = []int{own}
 		if own, err = unix.FcntlInt(uintptr(fds[0]), unix.F_DUPFD_CLOEXEC, 3); err != nil {
 			closeAll(fds)
@@ -117,14 +120,14 @@ func newFileDevice(fds []int, name string, o Options) (_ *fileDevice, err error)
 	return d, nil
 }
 
-// init makes a device whose queues are open ready to be used.
+// init prepares a device whose queues are open.
 func (d *fileDevice) init() {
 	d.rd.init(d.q)
 	d.wr.New = func() any { return newWriter() }
 }
 
-// takeFiles returns descriptors of the files' own and closes the files: these are known to the runtime's poller, which
-// would be told of each frame a second time.
+// takeFiles duplicates the descriptors of the files and closes the files. The runtime's poller knows the files, and
+// would report each frame a second time.
 func takeFiles(files []*os.File) (fds []int, err error) {
 	if len(files) == 0 {
 		return nil, errors.New("it has no open queue")
@@ -144,7 +147,7 @@ func takeFiles(files []*os.File) (fds []int, err error) {
 	return fds, err
 }
 
-// dup is a non-blocking duplicate.
+// dup returns a non-blocking duplicate.
 func dup(f *os.File) (fd int, err error) {
 	raw, err := f.SyscallConn()
 	if err != nil {
@@ -161,7 +164,8 @@ func dup(f *os.File) (fd int, err error) {
 	return fd, errors.Join(cerr, err)
 }
 
-// probe checks that fds are queues of one TUN that can be used, and tells its name and whether its frames carry a header.
+// probe checks that fds are usable queues of a single TUN. It returns the name of the interface and whether its
+// frames carry a header.
 func probe(fds []int) (name string, vnet bool, err error) {
 	for i, fd := range fds {
 		ifr, err := unix.NewIfreq("")
@@ -183,7 +187,7 @@ func probe(fds []int) (name string, vnet bool, err error) {
 	if !vnet {
 		return name, false, nil
 	}
-	// Somebody may have asked for the 12 bytes of a vhost on a persistent interface.
+	// Another program may have set the 12 bytes of vhost on a persistent interface.
 	if err := unix.IoctlSetPointerInt(fds[0], unix.TUNSETVNETHDRSZ, HeaderLen); err != nil {
 		return name, false, fmt.Errorf("cannot set the header's length: %w", err)
 	}
@@ -193,8 +197,8 @@ func probe(fds []int) (name string, vnet bool, err error) {
 	return name, true, nil
 }
 
-// negotiate limits the offloads to what m allows. The handle has asked for all; that the kernel has USO is seen only by asking
-// again.
+// negotiate limits the offloads to those that m allows. The handle has requested all of them; only another request
+// shows whether the kernel has USO.
 func negotiate(fd int, m Mode) (Offload, error) {
 	switch {
 	case m == OffloadOff:
@@ -220,13 +224,13 @@ func (d *fileDevice) Close() error {
 	if d.q != nil {
 		err = d.q.close()
 	}
-	if d.h != nil { // else it is a part
+	if d.h != nil { // otherwise it is a part
 		err = errors.Join(err, d.h.close())
 	}
 	return err
 }
 
-// rawErr names the error of a Poller: while that is open it has none to give.
+// rawErr names the error of a Poller, which returns one only after it was closed.
 func (d *fileDevice) rawErr(err error) error {
 	if d.closed.Load() {
 		return os.ErrClosed
@@ -239,9 +243,9 @@ func (d *fileDevice) Read(h *Header, b []byte, wait bool) (int, error) {
 	r.set(b)
 	var err error
 	if wait {
-		_, err = d.q.set.Serve(r.tryWait) // nobody calls its Wake
+		_, err = d.q.set.Serve(r.tryWait) // nothing calls its Wake
 	} else {
-		err = d.q.set.Guard(r.try) // no lock of the poller, which a look alone does not need
+		err = d.q.set.Guard(r.try) // Guard takes no lock of the poller; a read that does not wait needs none
 	}
 	r.set(nil)
 	if err != nil {
@@ -276,7 +280,7 @@ func (d *fileDevice) Write(h *Header, parts [][]byte) error {
 	w := d.wr.Get().(*writer)
 	err := w.set(h, parts)
 	if err == nil {
-		// Guard and not Serve: this takes a reference to the file and no lock, so that writers run side by side.
+		// Guard instead of Serve: it takes a reference to the file and no lock, so writers run in parallel.
 		w.fd = d.q.fds[d.q.toward(parts)]
 		if err = d.q.set.Guard(w.try); err != nil {
 			err = d.rawErr(err)
@@ -289,7 +293,7 @@ func (d *fileDevice) Write(h *Header, parts [][]byte) error {
 	return err
 }
 
-// errDeleted is the error of a device whose interface somebody deleted.
+// errDeleted returns the error for a device whose interface was deleted.
 func errDeleted(to, name string) error {
 	return fmt.Errorf("cannot %s the TUN device %s: the interface was deleted: %w", to, name, unix.EBADFD)
 }
@@ -299,7 +303,7 @@ func writeErr(name string, errno syscall.Errno) error {
 	case unix.EAGAIN, unix.ENOBUFS, unix.ENOMEM:
 		return ErrAgain
 	case unix.EIO:
-		// The interface is set down. It may come up again, and what is written meanwhile is lost as on a full device.
+		// The interface is down. It may come up again; frames written meanwhile are lost, as on a full device.
 		return ErrAgain
 	case unix.EMSGSIZE:
 		return ErrTooLong

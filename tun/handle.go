@@ -8,18 +8,18 @@ import (
 	wgtun "golang.zx2c4.com/wireguard/tun"
 )
 
-// handle is the wireguard device of a TUN. It owns the interface's name, its MTU, the negotiation of the offloads and the
-// lifetime, and it tells of changes to the link. The frames do not pass through it: its Read and Write would cut each
-// super-segment into packets and merge them again. It therefore holds a queue that is detached from the interface, to which
-// the kernel gives no frame.
+// handle is the wireguard device of a TUN. It owns the interface's name, MTU, offload negotiation and lifetime, and
+// it reports changes of the link. The frames do not pass through it, because its Read and Write would cut each
+// super-segment into packets and merge them again. It therefore holds a queue that is detached from the interface, to
+// which the kernel sends no frames.
 type handle struct {
 	dev     wgtun.Device
 	drained chan struct{} // closed when the last event was read
 }
 
-// newHandle makes the wireguard device of fd, which it owns, also when it fails. fd must be attached to the interface: the
-// device asks for its name and sets its offloads. With onLink the link is watched from the calling thread's network namespace,
-// which must be the interface's own.
+// newHandle makes the wireguard device of fd and takes ownership of fd, even if it fails. fd must be attached to the
+// interface: the device reads its name and sets its offloads. With onLink, the link is watched from the calling
+// thread's network namespace, which must be that of the interface.
 func newHandle(fd int, o Options) (*handle, error) {
 	h := &handle{drained: make(chan struct{})}
 	if o.OnLink == nil {
@@ -41,9 +41,10 @@ func newHandle(fd int, o Options) (*handle, error) {
 	return h, nil
 }
 
-// drain reads the events until the device is closed: its goroutines would wait for a reader otherwise. What an event says is not
-// passed on, because the library reports a link that went down as a change of its MTU: findings/wireguard-tun-never-says-down.sh
-// shows and explains this. The library also writes no bytes to the queue once a second; that does nothing.
+// drain reads the events until the device is closed; otherwise the device's goroutines would wait for a reader. The
+// content of an event is not passed on, because the library reports a link that went down as a change of its MTU:
+// findings/wireguard-tun-never-says-down.sh demonstrates and explains this. The library also writes zero bytes to the
+// queue every second, which has no effect.
 func (h *handle) drain(onLink func()) {
 	defer close(h.drained)
 	for range h.dev.Events() {
@@ -53,7 +54,8 @@ func (h *handle) drain(onLink func()) {
 	}
 }
 
-// detach takes the handle's queue out of those that the interface sends to. It stays a queue of the interface in all else.
+// detach removes the handle's queue from those that the interface sends to. In all other respects it stays a queue of
+// the interface.
 func (h *handle) detach() error {
 	ifr, err := unix.NewIfreq("")
 	if err != nil {
@@ -66,7 +68,8 @@ func (h *handle) detach() error {
 	return nil
 }
 
-// Abandon has the interface end with the device, also one that was to stay (netns.TUNOptions.Persist). The device works on.
+// Abandon lets the interface end with the device, even one made to persist (netns.TUNOptions.Persist). The device
+// keeps working.
 func Abandon(d Device) {
 	var h *handle
 	switch d := d.(type) {
@@ -77,10 +80,10 @@ func Abandon(d Device) {
 	default:
 		return
 	}
-	_ = h.control(func(fd int) error { return unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 0) }) // it fails if the interface is gone
+	_ = h.control(func(fd int) error { return unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 0) }) // fails if the interface is gone
 }
 
-// control calls f with the handle's descriptor, which stays open meanwhile.
+// control calls f with the handle's descriptor and keeps it open meanwhile.
 func (h *handle) control(f func(fd int) error) error {
 	raw, err := h.dev.File().SyscallConn()
 	if err != nil {
@@ -93,7 +96,7 @@ func (h *handle) control(f func(fd int) error) error {
 	return err
 }
 
-// close returns when no event will come any more.
+// close returns when no more events can come.
 func (h *handle) close() error {
 	err := h.dev.Close()
 	<-h.drained

@@ -5,18 +5,18 @@ import (
 	"log/slog"
 )
 
-// Mode is how much of the kernel's offloads is asked for. Less is for old kernels and for tests.
+// Mode tells how much of the kernel's offloads to request. Less than full is for old kernels and for tests.
 type Mode uint8
 
 const (
-	OffloadFull  Mode = iota // checksums, TCP super-segments and UDP super-frames, as far as the kernel has them
+	OffloadFull  Mode = iota // checksums, TCP super-segments and UDP super-frames, as far as the kernel supports them
 	OffloadNoUSO             // checksums and TCP super-segments
 	OffloadOff               // none: each frame is one packet with its checksums filled in
 )
 
 var modeNames = [...]string{"full", "nouso", "off"}
 
-// String is the word of the offload flag: full, nouso, off.
+// String returns the value of the offload option: full, nouso or off.
 func (m Mode) String() string {
 	if int(m) < len(modeNames) {
 		return modeNames[m]
@@ -34,13 +34,14 @@ func ParseMode(s string) (Mode, error) {
 	return 0, fmt.Errorf("cannot use offload %q: it is one of full, nouso, off", s)
 }
 
-// Options are the choices of FromFiles.
+// Options are the options of FromFiles.
 type Options struct {
-	MTU     int          // of the interface, bytes. It is set with OnLink, and otherwise only reported
+	MTU     int          // of the interface, in bytes; it is set if OnLink is set, and otherwise only reported
 	Offload Mode         // full unless set
 	Log     *slog.Logger // nil: nothing is logged
 
-	// OnLink is called when the link may have gone up or down or may have another MTU, until Close. It must not block or close
-	// the device. The interface must be in the network namespace of the thread that calls FromFiles. nil: nothing is watched.
+	// OnLink is called when the link may have gone up or down or may have another MTU, until Close. It must not block
+	// or close the device. The interface must be in the network namespace of the thread that calls FromFiles. If it
+	// is nil, nothing is watched.
 	OnLink func()
 }

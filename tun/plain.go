@@ -10,20 +10,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// plainDevice is a TUN without the offload header. Each frame is one packet, which the wireguard device reads and writes itself.
-// This is the fallback for an interface that was made without the header: it has one queue, and each frame is copied once.
+// plainDevice is a TUN without the offload header. Each frame is one packet, which the wireguard device itself reads
+// and writes. It is the fallback for an interface that was made without the header: it has one queue, and each frame
+// is copied once.
 type plainDevice struct {
 	h      *handle
 	name   string
 	mtu    int
 	closed atomic.Bool
 
-	bufs  [][]byte // of the reader: as many as the wireguard device fills at once, which without the header is one
+	bufs  [][]byte // of the reader: as many as the wireguard device fills at once, which is one without the header
 	sizes []int
 	wr    sync.Pool // of *[]byte
 }
 
-// newPlain takes ownership of fd, also when it fails.
+// newPlain takes ownership of fd, even if it fails.
 func newPlain(fd int, name string, o Options) (*plainDevice, error) {
 	h, err := newHandle(fd, o)
 	if err != nil {
@@ -51,7 +52,7 @@ func (d *plainDevice) Read(h *Header, b []byte, wait bool) (int, error) {
 		}
 	}
 	_, err := d.h.dev.Read(d.bufs, d.sizes, 0)
-	for errors.Is(err, unix.ENOBUFS) { // its watch of the link lost messages; the queue itself never gives this error
+	for errors.Is(err, unix.ENOBUFS) { // its watch of the link lost messages; the queue itself never returns this error
 		_, err = d.h.dev.Read(d.bufs, d.sizes, 0)
 	}
 	if err != nil {
@@ -65,7 +66,7 @@ func (d *plainDevice) Read(h *Header, b []byte, wait bool) (int, error) {
 	return n, nil
 }
 
-// readable reports whether a read would not wait.
+// readable reports whether a read would return at once.
 func (d *plainDevice) readable() (ready bool, err error) {
 	err = d.h.control(func(fd int) error {
 		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
@@ -84,7 +85,7 @@ func (d *plainDevice) readErr(err error) error {
 	switch {
 	case d.closed.Load():
 		return os.ErrClosed
-	case errors.Is(err, os.ErrClosed): // the wireguard device says so of an interface that is gone
+	case errors.Is(err, os.ErrClosed): // the wireguard device returns this if the interface is gone
 		return errDeleted("read from", d.name)
 	}
 	return fmt.Errorf("cannot read from the TUN device %s: %w", d.name, err)
@@ -95,7 +96,7 @@ func (d *plainDevice) Write(h *Header, parts [][]byte) error {
 		return os.ErrClosed
 	}
 	if h != nil && (h.GSOType != GSONone || h.Flags&NeedsCsum != 0) {
-		return ErrBadFrame // it would go out unfinished
+		return ErrBadFrame // it would be sent unfinished
 	}
 	if len(parts) > maxIovecs {
 		return ErrTooLong

@@ -12,31 +12,31 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// Queues is how many queues a TUN is best opened with: one for each of the frames' queues, and the one that the handle detaches.
+// Queues is the recommended number of queues of a TUN: those for frames and the one that the handle detaches.
 const Queues = frameQueues + 1
 
-// frameQueues is how many queues the frames have (IFF_MULTI_QUEUE; Documentation/networking/tuntap.rst).
+// frameQueues is the number of queues for frames (IFF_MULTI_QUEUE; Documentation/networking/tuntap.rst).
 //
-// A queue holds the interface's txqueuelen of frames, 500, and what comes to a full one is lost, whoever sent it. The kernel
-// chooses the queue by a hash of both endpoints, or, for flows that something was written to, takes the queue that this was
-// written to (tun_flow_update in drivers/net/tun.c). So a socket that sends more than can be read fills one queue, and loses its
-// own datagrams; whoever was in that queue by chance is moved by the next answer that it gets (see toward). More queues would
-// cost a descriptor each.
+// A queue holds as many frames as the interface's txqueuelen, 500. Any frame that arrives at a full queue is lost,
+// whatever its sender. The kernel chooses the queue by a hash of both endpoints; for a flow to which something was
+// written, it takes the queue of that write (tun_flow_update in drivers/net/tun.c). A socket that sends more than can
+// be read therefore fills one queue and loses its own datagrams. Another flow that shares this queue by chance is
+// moved by the next answer that it gets (see toward). More queues would cost one descriptor each.
 const frameQueues = 16
 
-// queues is the open queues of one TUN behind a poller, which guards them all: their descriptors are used only under its
-// Guard or in its Serve, and closed when nobody is there any more.
+// queues are the open queues of one TUN. A poller guards them: their descriptors are used only under its Guard or in
+// its Serve, and are closed when no user is left.
 type queues struct {
 	fds  []int
-	bell int // an eventfd in the set, which is of no queue: ringing it wakes the reader
+	bell int // an eventfd in the set that belongs to no queue; ringing it wakes the reader
 	set  *loop.Poller
 	base time.Time
-	// until is how long each queue is taken for flooded, in ns since base; 0: it is not.
+	// until is the time up to which each queue counts as flooded, in ns since base; 0: it does not.
 	until []atomic.Int64
-	woke  atomic.Bool // a read that waits is to return without a frame
+	woke  atomic.Bool // a waiting read must return without a frame
 }
 
-// openQueues takes ownership of fds, also when it fails.
+// openQueues takes ownership of fds, even if it fails.
 func openQueues(fds []int) (q *queues, err error) {
 	defer func() {
 		if err != nil {
@@ -73,7 +73,7 @@ func openQueues(fds []int) (q *queues, err error) {
 	return q, nil
 }
 
-// close may be called once, from any goroutine. It ends a blocked read and waits for those who use a queue.
+// close may be called once, from any goroutine. It ends a blocked read and waits for the users of the queues.
 func (q *queues) close() error {
 	err := q.set.Close()
 	closeAll(q.fds)
@@ -87,22 +87,23 @@ func closeAll(fds []int) {
 	}
 }
 
-// noQueue is the bell's number.
+// noQueue is the number that stands for the bell.
 const noQueue = -1
 
-// ring makes the set readable once more, so that the runtime's poller returns the reader with all else that is readable.
+// ring makes the set readable again, so that the runtime's poller returns the reader together with everything else
+// that is readable.
 func (q *queues) ring() {
 	one := uint64(1)
 	_, _, _ = syscall.RawSyscall(unix.SYS_WRITE, uintptr(q.bell), uintptr(unsafe.Pointer(&one)), unsafe.Sizeof(one))
 }
 
-// floodTerm is for how long a queue that was flooded is taken for flooded still.
+// floodTerm is how long a queue counts as flooded after a flood.
 const floodTerm = time.Second
 
-// flooded notes that queue i is. The reader's.
+// flooded records that queue i is flooded. Only the reader calls it.
 func (q *queues) flooded(i int) { q.until[i].Store(int64(time.Since(q.base) + floodTerm)) }
 
-// calm reports whether queue i is not flooded. Any goroutine.
+// calm reports whether queue i is not flooded. It may be called from any goroutine.
 func (q *queues) calm(i int) bool {
 	until := q.until[i].Load()
 	if until == 0 {
@@ -115,19 +116,20 @@ func (q *queues) calm(i int) bool {
 	return true
 }
 
-// toward chooses the queue for a frame to the app, by the app's port: what the app sends to where the frame came from comes by
-// the same queue then, and all that one socket sends and gets answers to. If that queue is flooded there is a second choice,
-// another for each port: whoever shares a queue with a flood gets out of it. Frames without a port have the first queue.
+// toward chooses the queue for a frame to the app by the app's port. The kernel then uses the same queue for what the
+// app sends to the source of the frame; thus all traffic of one socket that gets answers shares a queue. If that
+// queue is flooded, there is a second choice, which differs from port to port, so that other sockets leave the queue
+// of a flood. Frames without a port use the first queue.
 func (q *queues) toward(parts [][]byte) int {
 	if len(q.fds) == 1 {
 		return 0
 	}
-	// Neighbouring ports are the rule: the golden ratio spreads them (Knuth, TAOCP 6.4).
+	// Neighbouring ports are common. The golden ratio spreads them (Knuth, TAOCP 6.4).
 	h := uint32(appPort(parts)) * 0x9E3779B1
 	n := uint32(len(q.fds))
 	i := int((h >> 16) % n)
 	if !q.calm(i) {
-		// Never the first choice again.
+		// This is never the first choice again.
 		if j := (i + 1 + int((h>>8)%(n-1))) % int(n); q.calm(j) {
 			return j
 		}
@@ -135,7 +137,7 @@ func (q *queues) toward(parts [][]byte) int {
 	return i
 }
 
-// appPort is the destination port of a TCP or UDP frame, or 0.
+// appPort returns the destination port of a TCP or UDP frame, or 0.
 func appPort(parts [][]byte) uint16 {
 	if len(parts) == 0 || len(parts[0]) < 20 {
 		return 0
@@ -153,7 +155,7 @@ func appPort(parts [][]byte) uint16 {
 	if proto != unix.IPPROTO_TCP && proto != unix.IPPROTO_UDP {
 		return 0
 	}
-	if off >= len(p) { // gVisor gives each header by itself
+	if off >= len(p) { // gVisor passes each header as its own part
 		if off -= len(p); len(parts) < 2 {
 			return 0
 		}

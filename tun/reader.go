@@ -10,37 +10,40 @@ import (
 )
 
 const (
-	// turn is how many frames are read from one queue while others have some too: as many as the stack collects in a burst.
+	// turn is how many frames are read from one queue while others have frames too. The stack collects as many in a
+	// burst.
 	turn = 64
-	// floodTurns is for how many turns a queue must have been full of datagrams: for as many frames as it holds.
+	// floodTurns is the number of consecutive full turns with datagrams after which a queue counts as flooded: a
+	// whole queue of frames.
 	floodTurns = 500/turn + 1
 )
 
-// The Go runtime looks for readable descriptors when nothing else runs, and else every 10 ms. A reader that always finds a frame
-// would keep answers waiting: so it steps back after so many frames, or bytes, until the runtime has looked.
+// The Go runtime looks for readable descriptors when nothing else runs, and otherwise every 10 ms. A reader that
+// always finds a frame would delay answers. After so many frames or bytes it therefore steps back until the runtime
+// has looked.
 const (
 	stepBack      = 128
 	stepBackBytes = 1 << 20
 )
 
-// reader reads frames from the queues, in turn where several have some. It is the arguments and the outcome of its system
-// calls too, kept with the device so that a read allocates nothing: one goroutine reads at a time. Its closures are made once.
+// reader reads frames from the queues, in turn if several have frames. It also holds the arguments and results of its
+// system calls, so that a read allocates nothing; only one goroutine reads at a time. Its closures are made once.
 type reader struct {
 	q      *queues
-	events []unix.EpollEvent // the queues that had frames when last asked
-	at     int               // the next of them
+	events []unix.EpollEvent // the queues that had frames at the last poll
+	at     int               // index of the next of them
 	cur    int               // the queue whose turn it is
-	left   int               // frames of its turn; 0: the turn is over
-	turns  []turns           // of each queue
-	round  uint              // how often all queues were asked
+	left   int               // frames left in its turn; 0: the turn is over
+	turns  []turns           // for each queue
+	round  uint              // how often all queues were polled
 
-	frames int  // read since it last waited or stepped back
-	bytes  int  // of them
+	frames int  // frames read since it last waited or stepped back
+	bytes  int  // bytes of those frames
 	asleep bool // the read waits, or has waited
-	guess  bool // the last two waits ended by the same queue
+	guess  bool // the last two waits were ended by the same queue
 
 	hdr     [HeaderLen]byte
-	over    [1]byte // filled only when the frame did not fit
+	over    [1]byte // filled only if the frame did not fit
 	iov     [3]unix.Iovec
 	n       int
 	errno   syscall.Errno
@@ -59,7 +62,7 @@ func (r *reader) init(q *queues) {
 		switch {
 		case r.asleep:
 			if r.frames >= stepBack || r.bytes >= stepBackBytes {
-				runtime.Gosched() // the runtime goes on with whom it finds first: that may have been us
+				runtime.Gosched() // the runtime continues with the first runnable goroutine, which may have been this one
 			}
 			r.woken()
 		case r.frames >= stepBack || r.bytes >= stepBackBytes:
@@ -74,14 +77,14 @@ func (r *reader) init(q *queues) {
 	}
 }
 
-// set puts b in place; nil takes it out again, so that the device does not keep it.
+// set makes b the buffer of the next read. nil removes it again, so that the device does not keep it.
 func (r *reader) set(b []byte) {
 	r.iov[1].Base = unsafe.SliceData(b)
 	r.iov[1].SetLen(len(b))
 	r.asleep = false
 }
 
-// next reads a frame from the queue whose turn it is, or from the next one that has some.
+// next reads a frame from the queue whose turn it is, or from the next queue that has one.
 func (r *reader) next() {
 	for {
 		if r.left == 0 && !r.pick() {
@@ -94,23 +97,24 @@ func (r *reader) next() {
 	}
 }
 
-// turns is what the turns of one queue were like.
+// turns describes the recent turns of one queue.
 type turns struct {
-	// next is how many frames its next turn has at most. As many as there were the last time: then the read that finds nothing more
-	// is spared, since all queues are asked before the wait anyway. Twice as many after a turn that did not suffice.
+	// next is the maximum number of frames in its next turn. It is the number of frames of the last turn, which saves
+	// the read that finds nothing more, because all queues are polled before the wait anyway. After a turn that was
+	// too short it is doubled.
 	next  int
-	full  int  // turns of turn frames since it was last empty
-	round uint // the reader's at the last turn
+	full  int  // turns of full length since it was last empty
+	round uint // the reader's round at the last turn
 }
 
-// empty ends the turn of a queue that has no more.
+// empty ends the turn of a queue that has no more frames.
 func (r *reader) empty() {
 	t := &r.turns[r.cur]
 	t.next, t.full = max(t.next-r.left, 1), 0
 	r.left = 0
 }
 
-// used is the end of a turn that used all its frames.
+// used ends a turn that has used all its frames.
 func (r *reader) used() {
 	t := &r.turns[r.cur]
 	if t.next < turn {
@@ -120,18 +124,18 @@ func (r *reader) used() {
 	b := unsafe.Slice(r.iov[1].Base, r.iov[1].Len)
 	if b = b[:min(len(b), max(r.n-HeaderLen, 0))]; len(b) < 20 || b[0]>>4 == 4 && b[9] != unix.IPPROTO_UDP ||
 		b[0]>>4 == 6 && b[6] != unix.IPPROTO_UDP {
-		return // TCP sends no more than its windows
+		return // TCP sends no more than its windows allow
 	}
 	if t.full++; t.full >= floodTurns {
 		r.q.flooded(r.cur)
 	}
 }
 
-// woken is next after a wait. Mostly it is the queue of the last time again, which is tried without asking.
+// woken is next after a wait. Usually the same queue as the last time has a frame, so it is tried without polling.
 func (r *reader) woken() {
 	r.frames, r.bytes = 0, 0
 	last := r.cur
-	if r.guess && r.left == 0 && r.at == len(r.events) { // else it had only stepped back, and the turn goes on
+	if r.guess && r.left == 0 && r.at == len(r.events) { // otherwise it had only stepped back, and the turn goes on
 		r.begin()
 		if r.read(); r.errno != unix.EAGAIN {
 			return
@@ -142,13 +146,14 @@ func (r *reader) woken() {
 	r.guess = r.errno != unix.EAGAIN && r.cur == last
 }
 
-// pick gives the next queue its turn. When all that had frames had theirs it asks again; the kernel lists them in turn.
+// pick gives the next queue its turn. After all queues with frames have had theirs, it polls again; the kernel lists
+// the queues in turn.
 func (r *reader) pick() bool {
 	if r.at == len(r.events) {
 		n, errno := r.ask()
 		r.round++
 		if n == 0 {
-			r.round++ // none is listed twice in a row
+			r.round++ // no queue is listed twice in a row
 			r.errno = errno
 			return false
 		}
@@ -161,14 +166,14 @@ func (r *reader) pick() bool {
 
 func (r *reader) begin() {
 	t := &r.turns[r.cur]
-	if r.round-t.round > 1 { // it was not listed the last time: it was empty
+	if r.round-t.round > 1 { // it was not listed the last time, so it was empty
 		t.full = 0
 	}
 	t.round, t.next = r.round, max(t.next, 1)
 	r.left = t.next
 }
 
-// ask returns how many queues have frames. errno is never 0 when there are none.
+// ask polls the queues and returns how many have frames. If none has, errno is not 0.
 func (r *reader) ask() (n int, errno syscall.Errno) {
 	r.at = 0
 	evs, err := r.q.set.Poll()

@@ -7,14 +7,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxIovecs is the kernel's UIO_MAXIOV: a frame of more parts cannot be written in one call.
+// maxIovecs is the kernel's UIO_MAXIOV. A frame of more parts cannot be written in one call.
 const maxIovecs = 1024
 
-// The files are non-blocking, so that no call waits, and RawSyscall is right: the kernel's whole receive path runs in
-// a write, 5 to 30 µs, and when the scheduler is told (Syscall) its monitor takes the processor away after 20 µs, wakes a
-// thread for it and does not go back to sleep itself: a fifth of the CPU time of UDP round trips.
+// The files are non-blocking, so no call waits, and RawSyscall is right. The kernel's whole receive path runs inside
+// a write, which takes 5 to 30 µs. If the scheduler knew of the call (Syscall), its monitor would take the processor
+// away after 20 µs, wake a thread for it and stay awake itself: a fifth of the CPU time of UDP round trips.
 
-// writer is the arguments and the outcome of one writev. Writers are pooled, as many as write at once.
+// writer holds the arguments and the result of one writev. Writers are pooled; there are as many as concurrent
+// writes.
 type writer struct {
 	hdr   [HeaderLen]byte
 	fd    int // of the queue
@@ -24,13 +25,13 @@ type writer struct {
 }
 
 func newWriter() *writer {
-	// A super-frame has up to 128 datagrams (UDP_MAX_SEGMENTS) and its headers.
+	// A super-frame consists of up to 128 datagrams (UDP_MAX_SEGMENTS) and its headers.
 	w := &writer{iov: make([]unix.Iovec, 0, 132)}
 	w.try = w.writev
 	return w
 }
 
-// set gathers the frame. What the kernel would misread or refuse for its size is refused here.
+// set collects the frame. It refuses a frame whose size the kernel would misread or refuse.
 func (w *writer) set(h *Header, parts [][]byte) error {
 	Header{}.Put(w.hdr[:])
 	if h != nil {
@@ -59,7 +60,7 @@ func (w *writer) add(b []byte) {
 	w.iov = append(w.iov, v)
 }
 
-// reset forgets the caller's slices.
+// reset drops the references to the caller's slices.
 func (w *writer) reset() {
 	clear(w.iov)
 	w.iov = w.iov[:0]

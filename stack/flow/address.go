@@ -2,23 +2,24 @@ package flow
 
 import "net/netip"
 
-// Pool4 and Pool6 are the ranges that viasocks uses itself: the addresses of the TUN, and by default those that stand for
-// names. This is the one place that knows them. The IPv4 range is RFC 2544's for benchmarks, which nobody routes; the IPv6 one
-// is a unique local address (RFC 4193), so that a name with addresses of both families is reached by IPv4 (RFC 6724: labels),
-// which more proxies can carry.
+// Pool4 and Pool6 are the ranges that viasocks itself uses: for the addresses of the TUN and, by default, for those
+// that stand for names. This is the only place that defines them. The IPv4 range is that of RFC 2544 for benchmarks,
+// which is not routed on the Internet. The IPv6 range is a unique local address (RFC 4193), so a name with addresses
+// of both families is reached by IPv4 (RFC 6724: labels), which more proxies can carry.
 var (
 	Pool4 = netip.MustParsePrefix("198.18.0.0/15")
 	Pool6 = netip.MustParsePrefix("fd76:6961:736f:636b::/64")
 )
 
-// PoolReserve is how many addresses at the beginning of a range stand for no name. Those below are among them.
+// PoolReserve is how many addresses at the beginning of a range stand for no name. The TUN's addresses are among
+// them.
 const PoolReserve = 256
 
-// Ours are all of these ranges.
+// Ours contains all of these ranges.
 var Ours = [...]netip.Prefix{Pool4, Pool6}
 
-// The addresses of the TUN, and of its far end. Programs find their name server at the far end, and ICMP errors come from there
-// when the destination that they are about cannot be the source of a packet.
+// The addresses of the TUN and of its far end. Programs find their name server at the far end. ICMP errors also come
+// from there if the destination that they are about cannot be the source of a packet.
 var (
 	TUN4     = netip.MustParseAddr("198.18.0.1")
 	TUN6     = netip.MustParseAddr("fd76:6961:736f:636b::1")
@@ -26,12 +27,13 @@ var (
 	Gateway6 = netip.MustParseAddr("fd76:6961:736f:636b::2")
 )
 
-// metadata is where clouds tell a machine about itself, credentials included. Behind a proxy it would be the proxy's.
+// metadata is the address at which clouds tell a machine about itself, including credentials. Behind a proxy it would
+// be the proxy's machine.
 var metadata = netip.MustParseAddr("169.254.169.254")
 
-// OneHost reports whether a has the form of the address of one host that a packet on a wire can come from: it is not
-// unspecified, loopback, multicast or broadcast, not in 0.0.0.0/8 ("this network", RFC 1122 3.2.1.3) or 240.0.0.0/4
-// (reserved), and not an IPv4 address written as an IPv6 one.
+// OneHost reports whether a has the form of the address of a single host that packets on a wire can come from. It is
+// not unspecified, loopback, multicast or broadcast, not in 0.0.0.0/8 ("this network", RFC 1122, section 3.2.1.3) or
+// 240.0.0.0/4 (reserved), and not an IPv4 address in IPv6 form.
 func OneHost(a netip.Addr) bool {
 	if a.Is4() {
 		b := a.As4()
@@ -50,8 +52,8 @@ func IsOurs(a netip.Addr) bool {
 	return false
 }
 
-// CanBePeer reports whether a can be the address of a peer beyond a proxy. It is the one definition for the destinations
-// of TCP and UDP, for the relays that a proxy names, and for the sources of the datagrams that a relay hands over.
+// CanBePeer reports whether a can be the address of a peer beyond a proxy. It is the single definition for the
+// destinations of TCP and UDP, for the relays that a proxy names, and for the sources of datagrams from a relay.
 func CanBePeer(a netip.Addr) bool {
 	return OneHost(a) && !IsOurs(a) && a != metadata
 }

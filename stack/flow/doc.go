@@ -1,13 +1,12 @@
-// Package flow holds the nouns that stack and route share: a Flow, the request for a TCP stream, the stream itself
-// and the datagram. It imports the standard library only, so that neither side of the seam drags the other's
-// libraries along.
+// Package flow defines the types that stack and route share: a Flow, the request for a TCP stream, the stream itself
+// and the datagram. It imports only the standard library, so that neither side depends on the libraries of the other.
 //
-// Who calls whom:
+// The calls between the layers are:
 //
 //	stack  -> route   Handler (declared in stack): a StreamRequest for each new SYN, a burst of Packets
-//	route  -> stack   StreamRequest.Accept or Reject, the Stream's methods, the PacketWriter's methods
-//	stack  -> relay   Listener: what happened to an accepted stream
+//	route  -> stack   StreamRequest.Accept or Reject, the methods of Stream and PacketWriter
+//	stack  -> relay   Listener: events of an accepted stream
 //
-// Nothing in this package blocks. What waits for something is told by a Listener call that carries a hint and no
-// data; the one who is told then reads or writes until ErrAgain.
+// No method in this package blocks. A party that waits for something gets a Listener call, which is a hint without
+// data; it then reads or writes until ErrAgain.
 package flow

@@ -7,27 +7,28 @@ import (
 	"time"
 )
 
-// Call is held by the caller of something slow, a dial for instance, to cancel it. It is a context.Context without a
-// deadline and without values, which costs nothing when it is embedded in the caller's own struct: whoever works for it on a
-// loop attaches a node, and Cancel notes that node. The zero value works; it must not be copied.
+// Call lets the caller of a slow operation, such as a dial, cancel it. It is a context.Context without deadline and
+// values, and costs nothing when it is embedded in the caller's own struct: the operation attaches a node of its
+// loop, and Cancel notes that node. The zero value is ready to use. A Call must not be copied.
 type Call struct {
 	canceled atomic.Bool
 	at       atomic.Pointer[Attached]
 
 	mu   sync.Mutex
-	done chan struct{} // made when somebody asks for it
+	done chan struct{} // created when Done is first called
 }
 
-// Attached is the node that is told when a Call is canceled. It is embedded where the node is.
+// Attached is the node that is told when a Call is cancelled. It is embedded next to the node.
 type Attached struct {
 	Loop *Loop
 	Node *Node
-	Bit  uint32 // that Node gets
+	Bit  uint32 // set in Node
 }
 
 var _ context.Context = (*Call)(nil)
 
-// Attach has a.Node get a.Bit when c is canceled, which may be now. It replaces what was attached before.
+// Attach arranges for a.Node to get a.Bit when c is cancelled, or now if it already is. It replaces an earlier
+// attachment.
 func (c *Call) Attach(a *Attached) {
 	c.at.Store(a)
 	if c.canceled.Load() {
@@ -35,10 +36,11 @@ func (c *Call) Attach(a *Attached) {
 	}
 }
 
-// Detach undoes Attach if a is what is attached. A bit that is on its way still comes.
+// Detach undoes Attach if a is attached. A bit that is already on its way still arrives.
 func (c *Call) Detach(a *Attached) { c.at.CompareAndSwap(a, nil) }
 
-// Cancel ends what is done for c. Any goroutine, with any locks, more than once.
+// Cancel ends the operations done for c. It may be called from any goroutine, with any locks held, and more than
+// once.
 func (c *Call) Cancel() {
 	if c.canceled.Swap(true) {
 		return
@@ -53,7 +55,7 @@ func (c *Call) Cancel() {
 	}
 }
 
-// Err implements context.Context: context.Canceled after Cancel.
+// Err implements context.Context. It returns context.Canceled after Cancel.
 func (c *Call) Err() error {
 	if c.canceled.Load() {
 		return context.Canceled
@@ -74,8 +76,8 @@ func (c *Call) Done() <-chan struct{} {
 	return c.done
 }
 
-// Deadline implements context.Context: there is none.
+// Deadline implements context.Context. There is none.
 func (c *Call) Deadline() (time.Time, bool) { return time.Time{}, false }
 
-// Value implements context.Context: there are none.
+// Value implements context.Context. There are none.
 func (c *Call) Value(any) any { return nil }

@@ -9,41 +9,41 @@ import (
 	"time"
 )
 
-// ErrClosed says that the loop is closed, or was closed before the work was done.
+// ErrClosed means that the loop is closed, or was closed before the work was done.
 var ErrClosed = errors.New("the loop is closed")
 
-// Loop is an event loop: one goroutine, that of Run.
+// Loop is an event loop: one goroutine, which calls Run.
 type Loop struct {
 	poll    *Poller
 	notes   atomic.Pointer[Node] // newest first
-	parked  atomic.Bool          // in poll.Serve without a turn, or about to be: who notes must wake
+	parked  atomic.Bool          // in poll.Serve without a turn, or about to be: a goroutine that notes must wake it
 	closing atomic.Bool
-	gone    atomic.Bool // teardown has begun its last look at the notes
-	rang    atomic.Bool // the alarm
+	gone    atomic.Bool // teardown has begun its last pass over the notes
+	rang    atomic.Bool // the alarm has rung
 	base    time.Time
 	poster  poster
 
 	mu      sync.Mutex
 	members *Node
-	closed  bool // no new members
+	closed  bool // no new members are accepted
 	running bool
 	posts   []func()
 
-	// The loop's own.
+	// The fields below belong to the loop's goroutine.
 	run, spare []*Node
 	crowded    bool
-	waits      bool  // parked was set, and is to be looked at after the wait
-	woken      bool  // somebody calls Wake, or has called it
+	waits      bool  // parked was set and must be checked after the wait
+	woken      bool  // another goroutine calls Wake or has called it
 	failed     error // of the poller
-	// served and awaited are serve and await, made once.
+	// served and awaited are the method values serve and await, made once.
 	served, awaited func() bool
 
 	slots  []slot
-	gen    uint32 // of the last slot that was taken
+	gen    uint32 // generation of the last slot that was taken
 	free   []int32
 	timers timers
 	alarm  *time.Timer
-	armed  time.Duration // when alarm rings; 0: it does not
+	armed  time.Duration // when the alarm rings; 0: it is not set
 }
 
 // New makes a loop. Tasks may join at once; they get turns when Run runs. The caller calls Run or Close.
@@ -59,8 +59,8 @@ func New() (*Loop, error) {
 	return l, nil
 }
 
-// Run runs the loop until ctx ends or Close is called, and returns after the teardown: every member was shut down. Once
-// only; a second call returns ErrClosed.
+// Run runs the loop until ctx ends or Close is called, and returns after the teardown, in which every member was shut
+// down. It may be called once; a second call returns ErrClosed.
 func (l *Loop) Run(ctx context.Context) error {
 	l.mu.Lock()
 	if l.closed || l.running {
@@ -80,8 +80,8 @@ func (l *Loop) Run(ctx context.Context) error {
 	return nil
 }
 
-// Step is one round of Run: it takes what came and gives turns. With wait it waits until something comes, if nothing is to
-// be done. again reports whether somebody wants another turn. It is for tests of tasks, on loops that do not run.
+// Step is one round of Run: it takes events and notes and gives turns. With wait, it waits for an event if there is
+// nothing to do. again reports whether a task wants another turn. It is for tests of tasks, on loops that do not run.
 func (l *Loop) Step(wait bool) (again bool, err error) {
 	l.take()
 	if len(l.run) > 0 || !wait {
@@ -98,7 +98,7 @@ func (l *Loop) Step(wait bool) (again bool, err error) {
 	return len(l.run) > 0, nil
 }
 
-// serveBy has the poller call f, which is serve or await, until f has done or somebody woke the loop.
+// serveBy lets the poller call f, which is serve or await, until f is done or the loop is woken.
 func (l *Loop) serveBy(f func() bool) error {
 	woken, err := l.poll.Serve(f)
 	l.awake()
@@ -118,11 +118,11 @@ func (l *Loop) serveBy(f func() bool) error {
 	return nil
 }
 
-// serve gives turns until nothing is to be done, and then has the poller wait. It is called again when that has an event.
-// done: the poller is to be left.
+// serve gives turns until there is nothing to do, and then returns to the poller to wait. It is called again at the
+// next event. done means that the poller must return.
 //
-// An event that comes after the sockets were asked ends the wait at once, so they are not asked once more before it. They are
-// asked at the least before every other round, so that none waits long behind what is noted.
+// An event that arrives after the poll ends the wait at once, so the sockets are not polled again before the wait.
+// They are polled at least before every other round, so that no socket waits long behind notes.
 func (l *Loop) serve() (done bool) {
 	l.awake()
 	for asked := false; ; {
@@ -154,7 +154,7 @@ func (l *Loop) await() (done bool) {
 	return l.failed != nil || l.closing.Load() || len(l.run) > 0 || !l.park() || l.woken
 }
 
-// park says that the loop waits from now on. false: there is something to do.
+// park declares that the loop waits from now on. It returns false if there is something to do.
 func (l *Loop) park() bool {
 	l.waits = true
 	l.parked.Store(true)
@@ -165,8 +165,8 @@ func (l *Loop) park() bool {
 	return false
 }
 
-// awake says that the loop waits no more. Who took parked away before calls Wake, perhaps only later: then the next wait ends
-// at once, for nothing.
+// awake declares that the loop no longer waits. A goroutine that cleared parked before calls Wake, perhaps only
+// later; the next wait then ends at once and without effect.
 func (l *Loop) awake() {
 	if l.waits {
 		l.waits = false
@@ -174,8 +174,8 @@ func (l *Loop) awake() {
 	}
 }
 
-// Close ends the loop: Run does the teardown and returns. If Run never ran, Close does it. It may be called twice and
-// from any goroutine, also from a turn: it does not wait for Run.
+// Close ends the loop: Run does the teardown and returns. If Run never ran, Close does the teardown. It does not wait
+// for Run, and may be called twice, from any goroutine and from a turn.
 func (l *Loop) Close() error {
 	l.mu.Lock()
 	l.closing.Store(true)
@@ -190,10 +190,10 @@ func (l *Loop) Close() error {
 	return nil
 }
 
-// Gone reports whether the loop has ended: what is noted from now on may never be looked at.
+// Gone reports whether the loop has ended. What is noted from then on may never be seen.
 func (l *Loop) Gone() bool { return l.gone.Load() }
 
-// ask takes the events that are there. more: perhaps not all of them.
+// ask takes the available events. more means that there may be others.
 func (l *Loop) ask() (more bool) {
 	evs, err := l.poll.Poll()
 	if err != nil {
@@ -215,13 +215,13 @@ func (l *Loop) ask() (more bool) {
 	return len(evs) == maxEvents
 }
 
-// take takes the timers that are due, and what was noted.
+// take takes the timers that are due and the notes.
 func (l *Loop) take() {
 	l.fire()
 	l.takeNotes()
 }
 
-// round gives a turn to everyone who is in the queue now.
+// round gives a turn to every node in the queue.
 func (l *Loop) round() {
 	now := l.run
 	l.run = l.spare[:0]
@@ -234,16 +234,17 @@ func (l *Loop) round() {
 		}
 	}
 	l.spare = now
-	const keep = 4096 // a burst of events must not hold memory for ever
+	const keep = 4096 // a burst of events must not keep its memory for ever
 	if cap(l.spare) > keep && len(l.run) < keep/4 {
 		l.spare = nil
 	}
 }
 
-// Crowded reports whether others have a turn in this round, too.
+// Crowded reports whether other nodes have a turn in this round, too.
 func (l *Loop) Crowded() bool { return l.crowded }
 
-// Post has f called on the loop's goroutine. f must not block. false: the loop is closed, and f will not be called.
+// Post calls f on the loop's goroutine. f must not block. Post returns false if the loop is closed and f will not be
+// called.
 func (l *Loop) Post(f func()) bool {
 	l.mu.Lock()
 	if l.closed {
@@ -256,7 +257,7 @@ func (l *Loop) Post(f func()) bool {
 	return true
 }
 
-// poster is the task that calls what was posted.
+// poster is the task that calls the functions given to Post.
 type poster struct {
 	Node
 	l *Loop
@@ -275,10 +276,10 @@ func (p *poster) Turn() (again bool) {
 	return false
 }
 
-// Shutdown implements Task. The poster is no member: what was posted before the end is called by teardown.
+// Shutdown implements Task. The poster is not a member: teardown calls the functions posted before the end.
 func (p *poster) Shutdown() {}
 
-// teardown ends all members. What is noted later finds the loop gone and helps itself.
+// teardown ends all members. A goroutine that notes something later sees that the loop is gone.
 func (l *Loop) teardown() {
 	l.closing.Store(true)
 	l.mu.Lock()

@@ -5,51 +5,52 @@ import (
 	"time"
 )
 
-// Bits of Node.Got. A task's own bits begin at Own; they are set by Loop.Note.
+// Bits of Node.Got. The bits from Own on are those of the task; Loop.Note sets them.
 const (
 	In   uint32 = 1 << iota // the socket may have data, FIN or an error
 	Out                     // the socket may take data
-	Hup                     // the peer's FIN or RST is in: read until it says so
-	Err                     // EPOLLERR or EPOLLHUP: ask SO_ERROR
+	Hup                     // the peer's FIN or RST has arrived: read until a read returns it
+	Err                     // EPOLLERR or EPOLLHUP: read SO_ERROR
 	Tick                    // the timer of the node is due
-	Own                     // the first bit that is the task's
+	Own                     // the first bit of the task
 )
 
 // Task is something that a Loop serves. Both methods are called on the loop's goroutine.
 type Task interface {
-	// Turn does what the bits of Node.Got allow, for a bounded time, and clears those that are served. again means that
-	// there is more to do after the others had their turn.
+	// Turn does what the bits of Node.Got allow, for a limited time, and clears those that it has served. again means
+	// that there is more to do after the others have had their turn.
 	Turn() (again bool)
-	// Shutdown is called when the loop ends: the task releases what it holds and tells its owner.
+	// Shutdown is called when the loop ends. The task releases its resources and tells its owner.
 	Shutdown()
 }
 
-// Node is what a Loop knows of a Task. It is embedded in the task and must not be copied. Init comes first.
+// Node is the loop's record of a Task. It is embedded in the task and must not be copied. Call Init first.
 type Node struct {
 	task Task
 
-	// Written by any goroutine. A node with hints is on the loop's list of notes, and next belongs to that list until the
-	// loop takes the hints.
+	// Written by any goroutine. A node with hints is on the loop's list of notes, and next belongs to that list until
+	// the loop takes the hints.
 	hints atomic.Uint32
 	next  *Node
 
-	// Got is what happened and what may be possible. It belongs to the loop's goroutine.
+	// Got records what happened and what may be possible. It belongs to the loop's goroutine.
 	Got uint32
 
-	queued bool          // in the run queue
-	slot   int32         // index of Loop.slots, -1 when no socket is watched
-	heapAt int32         // index of Loop.timers, -1 when no timer is set
-	when   time.Duration // of the timer
+	queued bool          // is in the run queue
+	slot   int32         // index in Loop.slots; -1: no socket is watched
+	heapAt int32         // index in Loop.timers; -1: no timer is set
+	when   time.Duration // time of the timer
 
-	// The list of all members, under Loop.mu.
+	// Links of the list of all members, guarded by Loop.mu.
 	before, after *Node
 	listed        bool
 }
 
-// Init prepares n for the task t, in which it is embedded. It is called once, before everything else.
+// Init prepares n for the task t, in which it is embedded. It must be called once, before all else.
 func (n *Node) Init(t Task) { n.task, n.slot, n.heapAt = t, -1, -1 }
 
-// Join makes n a member, which the loop shuts down when it ends. false: the loop is closed, and n will get no turn.
+// Join makes n a member, which the loop shuts down when it ends. It returns false if the loop is closed; n then gets
+// no turn.
 func (l *Loop) Join(n *Node) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -83,10 +84,10 @@ func (l *Loop) Leave(n *Node) {
 	n.before, n.after = nil, nil
 }
 
-// Note hands bits over to n, which gets a turn. It does not block and takes no lock: callers may hold any.
+// Note passes bits to n, which gets a turn. It does not block and takes no lock, so callers may hold any.
 func (l *Loop) Note(n *Node, bits uint32) {
 	if n.hints.Or(bits) != 0 {
-		return // on the list already; who put it there wakes the loop
+		return // it is already listed, and the goroutine that listed it wakes the loop
 	}
 	for {
 		head := l.notes.Load()
@@ -98,14 +99,14 @@ func (l *Loop) Note(n *Node, bits uint32) {
 	l.unpark()
 }
 
-// unpark wakes the loop if it waits, or is about to.
+// unpark wakes the loop if it waits or is about to wait.
 func (l *Loop) unpark() {
 	if l.parked.Load() && l.parked.CompareAndSwap(true, false) {
 		l.poll.Wake()
 	}
 }
 
-// takeNotes moves everything noted to the run queue, oldest first.
+// takeNotes moves all noted nodes to the run queue, oldest first.
 func (l *Loop) takeNotes() {
 	if l.notes.Load() == nil {
 		return
@@ -118,7 +119,7 @@ func (l *Loop) takeNotes() {
 	}
 	for n := first; n != nil; {
 		next := n.next
-		n.next = nil // before the hints are taken: from then on it may be listed again
+		n.next = nil // before the hints are taken, because the node may then be listed again
 		n.Got |= n.hints.Swap(0)
 		l.Enqueue(n)
 		n = next

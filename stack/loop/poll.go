@@ -11,22 +11,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Poller is an epoll set that waits in the Go runtime's poller: an epoll descriptor is itself pollable. So who waits is a
-// parked goroutine and no thread sits in epoll_wait, and who wakes it (mostly the frame reader, on the same processor) puts
-// it on the run queue with neither a system call nor a thread switch. An eventfd and a thread in epoll_wait cost both:
-// 17.9 µs against 8.5 for route/relay's BenchmarkRoundTrip, and a quarter of its BenchmarkDown.
+// Poller is an epoll set that waits in the Go runtime's poller, which is possible because an epoll descriptor is
+// itself pollable. While it waits, a goroutine is parked and no thread sits in epoll_wait. The goroutine that wakes
+// it (mostly the frame reader, on the same processor) puts it on the run queue without a system call or a thread
+// switch. An eventfd and a thread in epoll_wait cost both: 17.9 µs instead of 8.5 in BenchmarkRoundTrip of
+// route/relay, and a quarter of its BenchmarkDown.
 //
-// One goroutine waits. Add, Guard, Wake and Close may be called from any.
+// One goroutine waits. Add, Guard, Wake and Close may be called from any goroutine.
 type Poller struct {
 	epfd   int // owned by file
 	file   *os.File
 	raw    syscall.RawConn
 	events [maxEvents]unix.EpollEvent
 	serve  func() (done bool)
-	called func(uintptr) bool // it calls serve
+	called func(uintptr) bool // calls serve
 }
 
-// maxEvents is the most that Poll returns.
+// maxEvents is the maximum number of events that Poll returns.
 const maxEvents = 128
 
 var longAgo = time.Unix(1, 0)
@@ -53,7 +54,7 @@ func NewPoller() (*Poller, error) {
 	return p, nil
 }
 
-// Poll returns the events that are there, at most maxEvents. They are valid until the next call.
+// Poll returns the available events, at most maxEvents. They are valid until the next call.
 func (p *Poller) Poll() ([]unix.EpollEvent, error) {
 	for {
 		n, _, e := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(p.epfd), uintptr(unsafe.Pointer(&p.events[0])),
@@ -68,9 +69,9 @@ func (p *Poller) Poll() ([]unix.EpollEvent, error) {
 	}
 }
 
-// Serve calls f at once, and again whenever there was an event since the call of Poll before, until f reports that it has done.
-// Between two calls it waits. f must call Poll first, until that returns fewer than maxEvents. Wake ends Serve: then woken is
-// true, and Clear must be called before the next Serve. After Close it returns an error.
+// Serve calls f at once, and again whenever there has been an event since the previous Poll, until f returns done.
+// Between two calls it waits. f must begin by calling Poll until that returns fewer than maxEvents. Wake ends Serve;
+// woken is then true, and Clear must be called before the next Serve. After Close, Serve returns an error.
 func (p *Poller) Serve(f func() (done bool)) (woken bool, err error) {
 	p.serve = f
 	err = p.raw.Read(p.called)
@@ -81,17 +82,18 @@ func (p *Poller) Serve(f func() (done bool)) (woken bool, err error) {
 	return false, err
 }
 
-// Guard calls f, during which Close does not return. It returns an error after Close. Any goroutine.
+// Guard calls f and keeps Close from returning meanwhile. After Close it returns an error. It may be called from any
+// goroutine.
 func (p *Poller) Guard(f func(uintptr)) error { return p.raw.Control(f) }
 
-// Wake ends Serve, the present or the next one. The caller may hold any lock.
+// Wake ends the current or the next Serve. The caller may hold any lock.
 func (p *Poller) Wake() { _ = p.file.SetReadDeadline(longAgo) }
 
-// Clear undoes Wake. It belongs to who calls Serve.
+// Clear undoes Wake. Only the goroutine that calls Serve may call it.
 func (p *Poller) Clear() { _ = p.file.SetReadDeadline(time.Time{}) }
 
-// Add watches fd for events, which epoll_ctl(2) describes. An event of it carries data in Fd and gen in Pad. A descriptor
-// leaves the set when it is closed, if no other process has a copy of it, or by Remove.
+// Add watches fd for events as described in epoll_ctl(2). Its events carry data in Fd and gen in Pad. A descriptor
+// leaves the set by Remove, or when it is closed and no other process has a copy of it.
 func (p *Poller) Add(fd int, events uint32, data int32, gen uint32) error {
 	ev := unix.EpollEvent{Events: events, Fd: data, Pad: int32(gen)}
 	return unix.EpollCtl(p.epfd, unix.EPOLL_CTL_ADD, fd, &ev)

@@ -5,20 +5,22 @@ import (
 	"time"
 )
 
-// Now is the loop's clock, monotonic: the time since the loop was made. Any goroutine.
+// Now returns the time since the loop was made, which is the loop's monotonic clock. It may be called from any
+// goroutine.
 func (l *Loop) Now() time.Duration { return time.Since(l.base) }
 
-// SetTimer has n get the bit Tick at when, on the clock of Now. A node has one timer: setting it again moves it.
+// SetTimer makes n get the bit Tick at the time when, on the clock of Now. A node has one timer; setting it again
+// moves it.
 func (l *Loop) SetTimer(n *Node, when time.Duration) {
 	l.timers.set(n, when)
 	l.arm(when)
 }
 
-// StopTimer takes the timer back. A Tick that was set already stays.
+// StopTimer cancels the timer. A Tick that was already set stays.
 func (l *Loop) StopTimer(n *Node) { l.timers.remove(n) }
 
-// arm has ring called at when, unless it is called before. An alarm that is too early does no harm, since it looks at the
-// timers and is armed anew. So it is not moved for each node that stops its timer.
+// arm sets the alarm to the time when, unless it is set to an earlier time. An alarm that rings too early does no
+// harm, because fire looks at the timers and sets it again. It is therefore not moved when a node stops its timer.
 func (l *Loop) arm(when time.Duration) {
 	if l.armed != 0 && l.armed <= when {
 		return
@@ -37,7 +39,7 @@ func (l *Loop) ring() {
 	l.unpark()
 }
 
-// fire gives those whose timer is due their turn. No timer is due before the alarm rang.
+// fire gives a turn to the nodes whose timer is due. No timer is due before the alarm has rung.
 func (l *Loop) fire() {
 	if !l.rang.Load() || !l.rang.Swap(false) {
 		return
@@ -55,13 +57,13 @@ func (l *Loop) fire() {
 	}
 }
 
-// keepTimers is the room for timers that is kept when an eighth of it or less is used.
+// keepTimers is the capacity for timers that is kept when an eighth of it or less is used.
 const keepTimers = 1000
 
-// timers is a heap of nodes by the time of their timers.
+// timers is a heap of nodes, ordered by the time of their timers.
 type timers []*Node
 
-// set puts n into the heap, or moves it.
+// set puts n into the heap or moves it.
 func (t *timers) set(n *Node, when time.Duration) {
 	n.when = when
 	if n.heapAt < 0 {

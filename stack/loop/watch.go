@@ -2,20 +2,20 @@ package loop
 
 import "golang.org/x/sys/unix"
 
-// Stream is the events of a connected socket, for Watch.
+// Stream is the set of epoll events of a connected socket, for Watch.
 const Stream = unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP
 
-// slot says who an epoll event is for. The generation guards against an event of a socket that was closed here while a
-// process that was just forked still held it.
+// slot tells which node an epoll event is for. The generation guards against an event of a socket that was closed
+// here while a process that was just forked still held it.
 type slot struct {
 	n   *Node
 	gen uint32
 }
 
-// keepSlots is the longest table of slots that is kept when none is taken.
+// keepSlots is the longest table of slots that is kept when none is in use.
 const keepSlots = 1000
 
-// Watch registers fd for n, edge-triggered. It is unregistered by closing fd, after Forget.
+// Watch registers fd for n, edge-triggered. To unregister it, call Forget and close fd.
 func (l *Loop) Watch(n *Node, fd int, events uint32) error {
 	var i int32
 	if k := len(l.free); k > 0 {
@@ -35,7 +35,7 @@ func (l *Loop) Watch(n *Node, fd int, events uint32) error {
 	return nil
 }
 
-// Forget ends what Watch began; the caller closes the descriptor at once.
+// Forget ends a Watch. The caller must close the descriptor at once.
 func (l *Loop) Forget(n *Node) {
 	if n.slot < 0 {
 		return
@@ -52,11 +52,11 @@ func (l *Loop) freeSlot(i int32) {
 	}
 }
 
-// Watched is how many sockets the loop watches. It belongs to the loop's goroutine.
+// Watched returns how many sockets the loop watches. It belongs to the loop's goroutine.
 func (l *Loop) Watched() int { return len(l.slots) - len(l.free) }
 
-// Socket is a descriptor on its way to a new owner, with its registration if it has one. Whoever gets it, on the loop's
-// goroutine, calls exactly one of Loop.Adopt, Release and Close before the turn is over.
+// Socket is a descriptor on its way to a new owner, together with its registration if it has one. The receiver must
+// call exactly one of Loop.Adopt, Release and Close on the loop's goroutine before the turn is over.
 type Socket struct {
 	fd   int
 	l    *Loop // nil: not registered
@@ -64,13 +64,13 @@ type Socket struct {
 	got  uint32
 }
 
-// NoSocket stands beside an error.
+// NoSocket is the Socket that accompanies an error.
 var NoSocket = Socket{fd: -1}
 
-// Unwatched is a Socket that no loop knows yet. It may be passed on and adopted from any goroutine.
+// Unwatched returns a Socket that no loop watches. It may be passed on and adopted from any goroutine.
 func Unwatched(fd int) Socket { return Socket{fd: fd} }
 
-// FD is the descriptor; -1: there is none.
+// FD returns the descriptor, or -1 if there is none.
 func (s Socket) FD() int { return s.fd }
 
 // Watched reports whether l watches s.
@@ -84,15 +84,15 @@ func (l *Loop) HandOver(n *Node, fd int) Socket {
 	return s
 }
 
-// Adopt gives n the registration of s, which the same loop watches. What is readable or writable already causes no new
-// event, so In and Out are set; n gets no turn by that.
+// Adopt gives n the registration of s, which the same loop watches. A socket that is already readable or writable
+// causes no new event, so Adopt sets In and Out. It does not give n a turn.
 func (l *Loop) Adopt(n *Node, s Socket) {
 	l.slots[s.slot].n = n
 	n.slot = s.slot
 	n.Got |= s.got | In | Out
 }
 
-// Release takes the descriptor out of the loop. The caller owns it.
+// Release removes the descriptor from the loop. The caller owns it.
 func (s Socket) Release() (fd int) {
 	if s.l != nil {
 		s.l.poll.Remove(s.fd)
@@ -101,7 +101,7 @@ func (s Socket) Release() (fd int) {
 	return s.fd
 }
 
-// Close closes the descriptor, if there is one.
+// Close closes the descriptor if there is one.
 func (s Socket) Close() {
 	if s.fd < 0 {
 		return
@@ -112,7 +112,7 @@ func (s Socket) Close() {
 	_ = Close(s.fd)
 }
 
-// CloseReset is Close, but the peer sees a RST instead of a FIN.
+// CloseReset is like Close, but the peer sees RST instead of FIN.
 func (s Socket) CloseReset() {
 	if s.fd < 0 {
 		return
@@ -123,13 +123,13 @@ func (s Socket) CloseReset() {
 	CloseReset(s.fd)
 }
 
-// CloseReset closes fd, a TCP socket, so that the peer sees a RST.
+// CloseReset closes the TCP socket fd so that the peer sees RST.
 func CloseReset(fd int) {
 	_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
 	_ = Close(fd)
 }
 
-// eventBits translates epoll's events.
+// eventBits translates the events of epoll.
 func eventBits(ev uint32) (b uint32) {
 	if ev&unix.EPOLLIN != 0 {
 		b |= In

@@ -15,11 +15,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// helperName is argv[0] of the helper that Spawn starts; argv[1] is the number of its socket.
+// helperName is argv[0] of the helper that Spawn starts. argv[1] is the number of its socket.
 const helperName = "viasocks-netns"
 
-// MainIfChild is the first line of main. In the helper of Spawn it does the work and never returns; else it returns at
-// once.
+// MainIfChild must be the first call in main. In the helper of Spawn it does the helper's work and never returns; in
+// any other process it returns at once.
 func MainIfChild() {
 	if len(os.Args) != 2 || os.Args[0] != helperName {
 		return
@@ -32,12 +32,12 @@ func MainIfChild() {
 		return
 	}
 	unix.CloseOnExec(sock)
-	// Capabilities belong to a thread: those that are dropped here must be those of the thread that execs.
+	// Capabilities belong to a thread. They must be dropped by the thread that calls exec.
 	runtime.LockOSThread()
 	os.Exit(helper(sock))
 }
 
-// fdReader reads the socket without the runtime's poller: nothing else happens in the helper.
+// fdReader reads the socket without the runtime's poller, because nothing else happens in the helper.
 type fdReader int
 
 func (fd fdReader) Read(b []byte) (int, error) {
@@ -64,7 +64,7 @@ func helper(sock int) (exit int) {
 		err = json.Unmarshal(msg, &o)
 	}
 	if err != nil {
-		return 1 // nobody is there to be told
+		return 1 // the parent is gone, so there is nowhere to report to
 	}
 	if err := prepare(sock, o); err != nil {
 		sendReport(sock, report{Err: err.Error(), Denied: errors.Is(err, fs.ErrPermission), Exit: 1})
@@ -79,8 +79,8 @@ func helper(sock int) (exit int) {
 	return exit
 }
 
-// prepare makes the network and the mounts, and hands the files over. The helper's own copies are closed: with the
-// caller dead nobody holds the TUN.
+// prepare sets up the network and the mounts, and sends the files to the parent. It closes the helper's own copies,
+// so that nothing holds the TUN if the parent dies.
 func prepare(sock int, o order) error {
 	if err := isolateMounts(); err != nil {
 		return err
@@ -93,7 +93,7 @@ func prepare(sock int, o order) error {
 	}
 	for _, p := range o.Addrs {
 		if p.Addr().Is6() {
-			// Off by default on some hosts; for the app IPv6 ends in the TUN as IPv4 does.
+			// Some hosts switch IPv6 off by default. For the app, IPv6 ends in the TUN as IPv4 does.
 			sysctl("net/ipv6/conf/all/disable_ipv6", "0")
 			sysctl("net/ipv6/conf/default/disable_ipv6", "0")
 			break
@@ -115,10 +115,10 @@ func prepare(sock int, o order) error {
 		return fmt.Errorf("cannot find %s: %w", name, err)
 	}
 	r.TUNIndex = link.Index
-	mountSysfs() // after the network: it shows what is there
+	mountSysfs() // after the network, because it shows the network namespace
 	fds := make([]int, len(queues), len(queues)+1)
 	for i, f := range queues {
-		fds[i] = int(f.Fd()) // nobody closes it meanwhile
+		fds[i] = int(f.Fd()) // not closed before the message is sent
 	}
 	r.Queues = len(fds)
 	diag, err := openDiagSocket()
@@ -134,7 +134,7 @@ func prepare(sock int, o order) error {
 	return nil
 }
 
-// become executes the program. It returns only if it can't, with the shell's exit status for that.
+// become executes the program. It returns only if that fails, with the exit status that a shell would use.
 func become(o order) (exit int, err error) {
 	argv, env := toStrings(o.Argv), toStrings(o.Env)
 	if dir := string(o.Dir); dir != "" {
@@ -167,7 +167,7 @@ func become(o order) (exit int, err error) {
 	return execError(name, "", last)
 }
 
-// tryExec is one attempt of execvp(3): a file without a magic number is a script of sh.
+// tryExec is one attempt of execvp(3). It runs a file without a magic number as a script of sh.
 func tryExec(path string, argv, env []string) error {
 	err := syscall.Exec(path, argv, env)
 	if err == unix.ENOEXEC {
@@ -196,7 +196,7 @@ func execError(name, path string, err error) (int, error) {
 	return 126, fmt.Errorf("cannot run %s: %w", name, err)
 }
 
-// pathOf is PATH of env, or what shells use without one.
+// pathOf returns PATH of env, or the default of shells if there is none.
 func pathOf(env []string) string {
 	for _, e := range env {
 		if p, ok := strings.CutPrefix(e, "PATH="); ok {

@@ -12,22 +12,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// diagTimeout bounds a question. The kernel answers before the send returns, so it only ends what should not happen.
+// diagTimeout limits a query. The kernel answers before the send returns, so the timeout only ends what should not
+// happen.
 const diagTimeout = 100 * time.Millisecond
 
-// Diag asks a network namespace about its sockets (sock_diag(7)): that of the thread which opened it, wherever it is
-// used. Its methods are safe for concurrent use; one question at a time is under way, about 3 us each.
+// Diag queries the sockets of a network namespace (sock_diag(7)): that of the thread which opened it, wherever the
+// Diag is used. Its methods may be called concurrently. One query runs at a time and takes about 3 µs.
 type Diag struct {
 	mu    sync.Mutex
 	fd    int // -1: closed
 	seq   uint32
 	index uint32
 	buf   []byte
-	attrs []byte // attributes behind the message that match looks at, while it does
+	attrs []byte // attributes after the message, valid while match is called
 }
 
-// OpenDiag opens a sock_diag socket in the network namespace of the calling thread, and asks it once: where the kernel
-// lacks tcp_diag or udp_diag this is an error, because every later answer would read "no such socket".
+// OpenDiag opens a sock_diag socket in the network namespace of the calling thread and sends a test query. It fails
+// if the kernel lacks tcp_diag or udp_diag, because every later answer would be "no such socket".
 func OpenDiag() (*Diag, error) {
 	fd, err := openDiagSocket()
 	if err != nil {
@@ -44,7 +45,7 @@ func openDiagSocket() (int, error) {
 	return fd, nil
 }
 
-// DiagFromFile is OpenDiag with a sock_diag socket that was opened elsewhere. It takes ownership of f, also when it
+// DiagFromFile is OpenDiag for a sock_diag socket that was opened elsewhere. It takes ownership of f, even if it
 // fails.
 func DiagFromFile(f *os.File) (*Diag, error) {
 	defer f.Close()
@@ -66,7 +67,7 @@ func newDiag(fd int) (*Diag, error) {
 		proto  uint8
 		module string
 	}{{unix.IPPROTO_TCP, "tcp_diag"}, {unix.IPPROTO_UDP, "udp_diag"}} {
-		// A dump of no state tells the two kinds of ENOENT apart: without the module it fails.
+		// An empty dump distinguishes the two meanings of ENOENT: without the module, it fails.
 		d.request(unix.AF_INET, m.proto, unix.NLM_F_DUMP, 0)
 		if _, err := d.ask(func(*diagMsg) bool { return false }); err != nil {
 			d.Close()
@@ -76,7 +77,7 @@ func newDiag(fd int) (*Diag, error) {
 	return d, nil
 }
 
-// SetInterface tells the index of the TUN in the namespace. Without it sockets that are bound to a device
+// SetInterface sets the index of the TUN in the namespace. Without it, sockets that are bound to a device
 // (SO_BINDTODEVICE) are not found.
 func (d *Diag) SetInterface(index int) {
 	d.mu.Lock()
@@ -98,12 +99,14 @@ func (d *Diag) Close() error {
 
 // Exists reports whether the namespace has a socket of the IP protocol proto (6 or 17) with the local endpoint src.
 //
-// TCP: the socket with exactly this source and destination, SYN_SENT included; not one in TIME_WAIT, nor a listener on
-// the same port. UDP: a socket that would receive a datagram from dst to src: bound to src or to a wildcard address of
-// either family, and not connected elsewhere. With dst zero any socket that is bound so, connected or not: dearer, since
-// the kernel then looks through its table (20 us and more).
+// For TCP it looks for the socket with exactly this source and destination, in any state including SYN_SENT, but not
+// for one in TIME_WAIT or a listener on the same port. For UDP it looks for a socket that would receive a datagram
+// from dst to src: bound to src or to a wildcard address of either family, and not connected elsewhere. If dst is
+// zero, any socket bound to src counts, whether connected or not. This costs more (20 µs and above), because the
+// kernel searches its table.
 //
-// An error means that it could not be asked: within 100 ms, because the Diag is closed, or the protocol is another one.
+// An error means that the query failed: there was no answer within 100 ms, the Diag is closed, or proto is another
+// protocol.
 func (d *Diag) Exists(proto uint8, src, dst netip.AddrPort) (bool, error) {
 	src = netip.AddrPortFrom(src.Addr().Unmap().WithZone(""), src.Port())
 	dst = netip.AddrPortFrom(dst.Addr().Unmap().WithZone(""), dst.Port())
@@ -127,7 +130,7 @@ func (d *Diag) tcp(src, dst netip.AddrPort) (bool, error) {
 	return d.ask(func(m *diagMsg) bool {
 		switch m.state() {
 		case unix.BPF_TCP_TIME_WAIT, unix.BPF_TCP_CLOSE, unix.BPF_TCP_LISTEN:
-			return false // the look-up falls back on a listener
+			return false // the look-up falls back to a listener
 		}
 		return m.src() == src && m.dst() == dst
 	})
@@ -142,7 +145,8 @@ func (d *Diag) udp(src, dst netip.AddrPort) (bool, error) {
 			remote = netip.AddrPortFrom(any6, 0)
 		}
 	}
-	// The exact look-up takes the datagram's view: its source is the far end. By AF_INET it finds dual-stack sockets too.
+	// The exact look-up has the view of an incoming datagram, whose source is the far end. With AF_INET it also finds
+	// dual-stack sockets.
 	req := d.request(family(src), unix.IPPROTO_UDP, 0, ^uint32(0))
 	req.endpoints(remote, src)
 	found, err := d.ask(func(*diagMsg) bool { return true })
@@ -166,8 +170,9 @@ func (d *Diag) udp(src, dst netip.AddrPort) (bool, error) {
 	return false, nil
 }
 
-// BoundUDP calls visit with the local endpoint of each UDP socket of the namespace. The address is unspecified, of either
-// family, where the socket is bound to every address. A socket that is bound or connected meanwhile may be left out.
+// BoundUDP calls visit with the local endpoint of each UDP socket of the namespace. The address is unspecified, of
+// either family, if the socket is bound to all addresses. Sockets that are bound or connected during the call may be
+// missed.
 func (d *Diag) BoundUDP(visit func(local netip.AddrPort)) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -197,7 +202,7 @@ const (
 	sockByFam  = 20 // SOCK_DIAG_BY_FAMILY
 )
 
-// request begins a question; d.mu is held.
+// request begins a query. The caller holds d.mu.
 func (d *Diag) request(family, proto uint8, flags uint16, states uint32) diagReq {
 	d.seq++
 	b := d.buf[:diagReqLen]

@@ -14,8 +14,9 @@ import (
 
 var errDiagTimeout = errors.New("no answer from the kernel")
 
-// ask sends the question that request put into the buffer and reads the answer to its end. found is whether a socket
-// of the answer was one that match takes. ENOENT is no error: there is no such socket. d.mu is held.
+// ask sends the query that request has put into the buffer and reads the answer to its end. found tells whether match
+// accepted a socket of the answer. ENOENT is not an error: it means that there is no such socket. The caller holds
+// d.mu.
 func (d *Diag) ask(match func(*diagMsg) bool) (found bool, err error) {
 	if d.fd < 0 {
 		return false, fmt.Errorf("cannot ask for a socket: %w", os.ErrClosed)
@@ -45,8 +46,8 @@ func (d *Diag) ask(match func(*diagMsg) bool) (found bool, err error) {
 	}
 }
 
-// receive reads one datagram of the kernel's into the buffer. Any other sender is ignored: with CAP_NET_ADMIN in the
-// namespace a program could send to this socket.
+// receive reads one datagram of the kernel into the buffer and ignores any other sender: a program with CAP_NET_ADMIN
+// in the namespace could send to this socket.
 func (d *Diag) receive(deadline time.Time) (int, error) {
 	for {
 		var from unix.RawSockaddrNetlink
@@ -73,8 +74,8 @@ func (d *Diag) receive(deadline time.Time) (int, error) {
 	}
 }
 
-// parse reads the messages of one datagram. done: the answer is complete. Answers to earlier questions, left over after
-// a timeout, are skipped by their sequence number.
+// parse reads the messages of one datagram. done means that the answer is complete. Answers to earlier queries, left
+// over after a timeout, are recognized by their sequence number and skipped.
 func (d *Diag) parse(b []byte, dump bool, match func(*diagMsg) bool) (found, done bool, err error) {
 	for len(b) >= nlHdrLen {
 		size := int(binary.NativeEndian.Uint32(b))

@@ -9,17 +9,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Owner tells whose a socket is.
+// Owner describes the owner of a socket.
 type Owner struct {
-	UID    uint32 // of who made it
+	UID    uint32 // user who made the socket
 	Inode  uint32 // of the socket, as in /proc/PID/fd
-	Cgroup uint64 // inode of the control group (version 2) of who made it; 0: the kernel does not say
+	Cgroup uint64 // inode of the control group (version 2) in which the socket was made; 0: unknown to the kernel
 }
 
 // inetDiagCgroupID is INET_DIAG_CGROUP_ID of linux/inet_diag.h, since Linux 5.8.
 const inetDiagCgroupID = 21
 
-// owner reads the message that was given to match; d.mu is held.
+// owner reads the message that match was called with. The caller holds d.mu.
 func (d *Diag) owner(m *diagMsg) Owner {
 	ne := binary.NativeEndian
 	o := Owner{UID: ne.Uint32(m[64:]), Inode: ne.Uint32(m[68:])}
@@ -36,7 +36,7 @@ func (d *Diag) owner(m *diagMsg) Owner {
 	return o
 }
 
-// Owner finds the owner of the socket of the IP protocol proto (6 or 17) that sent from src to dst. found is false where
+// Owner finds the owner of the socket of the IP protocol proto (6 or 17) that sent from src to dst. found is false if
 // there is no such socket. The errors are those of Exists.
 func (d *Diag) Owner(proto uint8, src, dst netip.AddrPort) (o Owner, found bool, err error) {
 	src = netip.AddrPortFrom(src.Addr().Unmap().WithZone(""), src.Port())
@@ -50,7 +50,7 @@ func (d *Diag) Owner(proto uint8, src, dst netip.AddrPort) (o Owner, found bool,
 	switch proto {
 	case unix.IPPROTO_TCP:
 		req.endpoints(src, dst)
-	case unix.IPPROTO_UDP: // the look-up takes the view of a datagram that arrives
+	case unix.IPPROTO_UDP: // the look-up has the view of an incoming datagram
 		req.endpoints(dst, src)
 	default:
 		return o, false, fmt.Errorf("cannot ask for a socket of protocol %d", proto)
@@ -65,12 +65,12 @@ func (d *Diag) Owner(proto uint8, src, dst netip.AddrPort) (o Owner, found bool,
 	return o, found, err
 }
 
-// Listener finds the owner of the TCP socket that listens at the endpoint, or at its port of a wildcard address.
+// Listener finds the owner of the TCP socket that listens at the endpoint, or at its port on a wildcard address.
 func (d *Diag) Listener(at netip.AddrPort) (o Owner, found bool, err error) {
 	at = netip.AddrPortFrom(at.Addr().Unmap().WithZone(""), at.Port())
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for _, fam := range []uint8{family(at), unix.AF_INET6} { // a socket of IPv6 may listen for both families
+	for _, fam := range []uint8{family(at), unix.AF_INET6} { // an IPv6 socket may listen for both families
 		req := d.request(fam, unix.IPPROTO_TCP, unix.NLM_F_DUMP, 1<<unix.BPF_TCP_LISTEN)
 		req.sport(at.Port())
 		found, err = d.ask(func(m *diagMsg) bool {

@@ -13,19 +13,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Between Spawn and the helper, over a socket pair:
+// Messages between Spawn and the helper over a socket pair:
 //
 //	Spawn  -> helper   order
 //	helper -> Spawn    report, with the TUN's queues and the sock_diag socket as SCM_RIGHTS; or a report with an error, after
 //	                   which the helper exits
-//	Spawn  -> helper   goAhead; EOF instead: Spawn's process is gone, the helper exits
-//	helper -> Wait     nothing, and EOF, when it has become the program; a report if it could not
+//	Spawn  -> helper   goAhead; EOF instead: Spawn's process is gone, and the helper exits
+//	helper -> Wait     EOF when the helper has become the program, or a report if it could not
 //
-// order and report go as JSON after their length in four bytes. Arguments are bytes: JSON strings would mend them.
+// order and report are JSON, preceded by their length in four bytes. Arguments are sent as bytes, because JSON
+// strings would replace invalid UTF-8.
 const goAhead = 'g'
 
-// maxMessage bounds what is read: arguments and environment are at most 2 MiB (exec's own limit for the usual stack), a
-// third more in base64.
+// maxMessage limits what is read. Arguments and environment are at most 2 MiB (the limit of exec for the usual
+// stack), and base64 adds a third.
 const maxMessage = 16 << 20
 
 // maxQueues is the kernel's SCM_MAX_FD, less one for the sock_diag socket.
@@ -44,16 +45,17 @@ type order struct {
 
 type report struct {
 	Err      string `json:",omitempty"`
-	Denied   bool   `json:",omitempty"` // Err is a lack of privilege
+	Denied   bool   `json:",omitempty"` // Err is due to missing privileges
 	Exit     int    `json:",omitempty"`
 	TUNName  string `json:",omitempty"`
 	TUNIndex int    `json:",omitempty"`
 	IPv6     bool   `json:",omitempty"`
-	Queues   int    `json:",omitempty"` // of the TUN: so many files; one more is the sock_diag socket
-	DiagErr  string `json:",omitempty"`
+	// number of queues of the TUN, each with a file; one more file is the sock_diag socket
+	Queues  int    `json:",omitempty"`
+	DiagErr string `json:",omitempty"`
 }
 
-// diags is how many sock_diag sockets came with the TUN's queues.
+// diags returns the number of sock_diag sockets that came with the TUN's queues.
 func (r *report) diags() int {
 	if r.DiagErr != "" {
 		return 0
@@ -66,7 +68,7 @@ func frame(msg []byte) []byte {
 	return append(b, msg...)
 }
 
-// readFrame reads one message; first has the bytes that were read already.
+// readFrame reads one message. first contains the bytes that were already read.
 func readFrame(r io.Reader, first []byte) ([]byte, error) {
 	var size [4]byte
 	if len(first) > 4 {
@@ -85,7 +87,7 @@ func readFrame(r io.Reader, first []byte) ([]byte, error) {
 	return b, err
 }
 
-// readReport reads a report and the files that came with it, which are the caller's also when there is an error.
+// readReport reads a report and the files that came with it. The caller owns the files, even if there is an error.
 func readReport(c *net.UnixConn) (r report, files []*os.File, err error) {
 	first, oob := make([]byte, 4), make([]byte, unix.CmsgSpace((maxQueues+1)*4))
 	n, oobn, _, _, err := c.ReadMsgUnix(first, oob)
@@ -116,7 +118,7 @@ func readReport(c *net.UnixConn) (r report, files []*os.File, err error) {
 	return r, files, nil
 }
 
-// sendReport is the helper's side.
+// sendReport sends a report. The helper calls it.
 func sendReport(sock int, r report, fds ...int) error {
 	b, err := json.Marshal(r)
 	if err != nil {

@@ -10,11 +10,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrNoInterface: the calling thread's namespace has no interface of that index, since it was deleted or moved to another one.
+// ErrNoInterface means that the calling thread's namespace has no interface with that index: it was deleted, or moved
+// to another namespace.
 var ErrNoInterface = errors.New("the interface no longer exists")
 
-// Wanted is how an interface of the calling thread's namespace is to be. The index says which one it is: others can change the
-// name.
+// Wanted is the intended state of an interface of the calling thread's namespace. The index identifies the interface,
+// because others can change the name.
 type Wanted struct {
 	Index int
 	Name  string
@@ -22,7 +23,8 @@ type Wanted struct {
 	Addrs []netip.Prefix
 }
 
-// Faults lists, as the rest of a sentence about the interface, in what it is not as it was configured.
+// Faults lists the ways in which the interface differs from its intended state. Each fault is the rest of a sentence
+// about the interface.
 func (w Wanted) Faults() (faults []string, err error) {
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
@@ -67,7 +69,7 @@ func (w Wanted) find(h *netlink.Handle) (netlink.Link, error) {
 	return link, nil
 }
 
-// Mend gives the interface back its name and configures it anew, without default routes. ipv6 is as Configure has it.
+// Mend restores the name of the interface and configures it again, without default routes. ipv6 is as in Configure.
 func (w Wanted) Mend() (ipv6 bool, err error) {
 	if err := w.rename(); err != nil {
 		return false, err
@@ -86,7 +88,7 @@ func (w Wanted) rename() error {
 		return err
 	}
 	err = h.LinkSetName(link, w.Name)
-	if errors.Is(err, unix.EBUSY) { // before Linux 6.2 it must be down for that
+	if errors.Is(err, unix.EBUSY) { // before Linux 6.2 the interface must be down for that
 		if err = h.LinkSetDown(link); err == nil {
 			err = h.LinkSetName(link, w.Name)
 		}

@@ -13,8 +13,9 @@ import (
 
 const plainMount = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 
-// isolateMounts keeps our mounts inside. Slave and not private: what the host mounts and, more so, unmounts later must
-// reach the program's namespace, or a disk stays busy for as long as the program runs.
+// isolateMounts keeps our mounts inside the namespace. It makes them slave instead of private: mounts and, more
+// importantly, unmounts of the host must still reach the program's namespace, or a disk stays busy as long as the
+// program runs.
 func isolateMounts() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
 		return fmt.Errorf("cannot make the program's mount namespace: %w", err)
@@ -22,7 +23,7 @@ func isolateMounts() error {
 	return nil
 }
 
-// contains reports whether path is one of dirs or below one.
+// contains reports whether path is one of dirs or below one of them.
 func contains(dirs []string, path string) bool {
 	for _, d := range dirs {
 		if path == d || strings.HasPrefix(path, d+"/") {
@@ -39,7 +40,7 @@ func writeFile(path, content string) error {
 	if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
 		return err
 	}
-	return os.Chmod(path, 0o644) // whatever the umask
+	return os.Chmod(path, 0o644) // regardless of the umask
 }
 
 func isLink(path string) bool {
@@ -47,9 +48,9 @@ func isLink(path string) bool {
 	return err == nil && st.Mode().Type() == os.ModeSymlink
 }
 
-// bindContent mounts a file with this content over target, which is opened with flags: O_NOFOLLOW means a link itself. The
-// file lives in a tmpfs that was mounted for a moment over some directory and is held by the bind mount alone afterwards:
-// nothing is written to the host.
+// bindContent mounts a file with this content over target, which is opened with flags; O_NOFOLLOW means a link
+// itself. The file lives in a tmpfs that is mounted briefly over some directory, and afterwards only the bind mount
+// holds it. Nothing is written to the host.
 func bindContent(target string, flags int, content string) error {
 	fd, err := unix.Open(target, unix.O_PATH|unix.O_CLOEXEC|flags, 0)
 	if err != nil {
@@ -74,8 +75,8 @@ func bindContent(target string, flags int, content string) error {
 	return unix.Mount(src, fmt.Sprintf("/proc/self/fd/%d", fd), "", unix.MS_BIND, "")
 }
 
-// mountSysfs mounts a sysfs of this network namespace over /sys and puts what was mounted below it (cgroups) back. Best
-// effort: without it /sys/class/net names the host's interfaces, which carries no packet anywhere.
+// mountSysfs mounts a sysfs of this network namespace over /sys and restores the mounts below it (cgroups). Errors
+// are ignored: without it, /sys/class/net shows the host's interfaces, but no packet can reach them.
 func mountSysfs() {
 	f, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
@@ -108,7 +109,7 @@ func mountSysfs() {
 	}
 }
 
-// mountsBelow lists the topmost mount points below dir from a mountinfo (proc(5)).
+// mountsBelow returns the topmost mount points below dir from a mountinfo (proc(5)).
 func mountsBelow(r io.Reader, dir string) (points []string) {
 	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
 	s := bufio.NewScanner(r)

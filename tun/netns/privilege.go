@@ -9,7 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// isRoot reports whether namespaces can be made without a user namespace: uid 0 alone is not enough in a container.
+// isRoot reports whether namespaces can be made without a user namespace. Inside a container, uid 0 alone is not
+// enough.
 func isRoot() bool {
 	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
@@ -20,7 +21,7 @@ func isRoot() bool {
 	return os.Geteuid() == 0 && data[0].Effective&need == need
 }
 
-// dropCapabilities takes all capabilities from the calling thread, and the way to gain any by exec.
+// dropCapabilities drops all capabilities of the calling thread, and all ways to gain any by exec.
 func dropCapabilities() error {
 	if err := unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0); err != nil {
 		return err
@@ -33,7 +34,7 @@ func dropCapabilities() error {
 	return unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 }
 
-// startError says why the namespaces could not be made, and what to do.
+// startError explains why the namespaces could not be made, and what to do.
 func startError(rootless bool, err error) error {
 	if !rootless {
 		hint := ""
@@ -45,7 +46,7 @@ func startError(rootless bool, err error) error {
 	return fmt.Errorf("cannot make a user namespace: %w%s", err, usernsHint(sysctlValue))
 }
 
-// usernsHint names the setting that forbids user namespaces; value reads a sysctl, "" if it is missing.
+// usernsHint names the setting that forbids user namespaces. value reads a sysctl; it returns "" if that is missing.
 func usernsHint(value func(key string) string) string {
 	for _, s := range []struct{ key, off, on string }{
 		{"user.max_user_namespaces", "0", "10000"},
@@ -59,7 +60,7 @@ func usernsHint(value func(key string) string) string {
 	return ": run this as root, or in a container allow it user namespaces (seccomp)"
 }
 
-// restrictedHint is for hosts where a user namespace can be made but gives no privilege inside (Ubuntu's AppArmor).
+// restrictedHint is for hosts where a user namespace can be made but gives no privileges inside (Ubuntu's AppArmor).
 func restrictedHint(rootless, denied bool) string {
 	const key = "kernel.apparmor_restrict_unprivileged_userns"
 	if rootless && denied && sysctlValue(key) == "1" {

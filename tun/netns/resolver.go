@@ -15,20 +15,21 @@ import (
 
 const resolvConf = "/etc/resolv.conf"
 
-// nsswitchConfs are where C libraries look for nsswitch.conf: the second path is that of systems whose /etc holds only what the
-// administrator has changed.
+// nsswitchConfs are the paths at which C libraries look for nsswitch.conf. The second is that of systems whose /etc
+// contains only what the administrator has changed.
 var nsswitchConfs = []string{"/etc/nsswitch.conf", "/usr/etc/nsswitch.conf"}
 
-// resolverPaths are the directories of sockets, and the sockets, by which resolvers of the host answer. They have paths in the
-// file system, so a network namespace does not cut them off. Who would ask there: every glibc before it reads nsswitch.conf
-// (nscd), nss-resolve (systemd-resolved), nss-mdns (avahi), and programs with the library of Apple's mDNSResponder.
+// resolverPaths are the sockets, or the directories of sockets, through which the host's resolvers answer. They have
+// paths in the file system, so a network namespace does not cut them off. They are used by glibc before it reads
+// nsswitch.conf (nscd), by nss-resolve (systemd-resolved), by nss-mdns (avahi), and by programs with the library of
+// Apple's mDNSResponder.
 //
-// The socket of D-Bus stays, since desktops need it for much else: nothing in the C library asks for names there once
+// The socket of D-Bus stays, because desktops need it for much else. The C library does not use it for names if
 // nsswitch.conf names no module that does.
 var resolverPaths = []string{"/run/systemd/resolve", "/run/nscd", "/var/run/nscd", "/run/avahi-daemon", "/run/mdnsd"}
 
-// setResolver hides the host's resolvers and gives the program an nsswitch.conf that names none of them, and a resolv.conf with
-// these servers. Without servers the program has the resolv.conf of the host.
+// setResolver hides the host's resolvers and gives the program an nsswitch.conf that names none of them, and a
+// resolv.conf with these servers. If there are no servers, the program keeps the host's resolv.conf.
 func setResolver(servers []netip.Addr, search []string, dotsAsIs bool) error {
 	target, err := resolveLink(resolvConf)
 	if err != nil {
@@ -53,8 +54,8 @@ func setResolver(servers []netip.Addr, search []string, dotsAsIs bool) error {
 		err = bindContent(target, 0, content)
 	}
 	if errors.Is(err, unix.ENOENT) && isLink(resolvConf) {
-		// It is a link to a file that does not exist, as when systemd-resolved does not run. The link itself is covered then:
-		// the file can't be made without writing to the host.
+		// It is a link to a file that does not exist, as when systemd-resolved is not running. The link itself is
+		// covered then, because the file cannot be created without writing to the host.
 		err = bindContent(resolvConf, unix.O_NOFOLLOW, content)
 	}
 	if errors.Is(err, unix.ENOENT) {
@@ -66,7 +67,7 @@ func setResolver(servers []netip.Addr, search []string, dotsAsIs bool) error {
 	return nil
 }
 
-// hideResolvers covers what resolverPaths name, and returns the directories.
+// hideResolvers covers the paths of resolverPaths and returns the directories.
 func hideResolvers() (masked []string, err error) {
 	for _, path := range resolverPaths {
 		real, err := filepath.EvalSymlinks(path)
@@ -85,12 +86,12 @@ func hideResolvers() (masked []string, err error) {
 	return masked, nil
 }
 
-// setNsswitch covers an nsswitch.conf that names other sources of host names than files and DNS. Without one, and with one that
-// the program can't read, a C library asks these two.
+// setNsswitch covers an nsswitch.conf that names sources of host names other than files and DNS. If there is none, or
+// the program cannot read it, a C library uses these two.
 func setNsswitch(path string) error {
 	target, err := resolveLink(path)
 	if err != nil {
-		return nil // a loop of links: nobody can read it
+		return nil // a loop of links, which nothing can read
 	}
 	old := readSome(target)
 	content := nsswitchContent(old)
@@ -100,9 +101,9 @@ func setNsswitch(path string) error {
 	return bindContent(target, 0, content)
 }
 
-// nsswitchContent is an nsswitch.conf that is like old except that its hosts line names only sources that ask nobody on the host:
-// files, DNS, and myhostname, which knows the name of this host and its addresses. Others, such as resolve, mdns, sss, mymachines
-// and wins, ask a process by a socket. An action in brackets goes with the source before it.
+// nsswitchContent returns old with a hosts line that names only sources which contact no process of the host: files,
+// DNS, and myhostname, which knows the name of this host and its addresses. Others, such as resolve, mdns, sss,
+// mymachines and wins, contact a process through a socket. An action in brackets belongs to the source before it.
 func nsswitchContent(old string) string {
 	var b strings.Builder
 	for line := range strings.Lines(old) {
@@ -120,11 +121,11 @@ func nsswitchContent(old string) string {
 	return b.String()
 }
 
-// hostSources are the sources of a hosts line that ask nobody on the host. What was dropped is replaced by DNS, and by files if
-// it was one that reads /etc/hosts too.
+// hostSources returns the sources of a hosts line that contact no process of the host. A dropped source is replaced
+// by DNS and, if it also reads /etc/hosts, by files.
 func hostSources(sources string) (kept []string, dropped bool) {
 	keep, readsHosts := true, false
-	// An action may hold spaces: [NOTFOUND=return SUCCESS=continue].
+	// An action may contain spaces: [NOTFOUND=return SUCCESS=continue].
 	for _, f := range splitSources(sources) {
 		switch {
 		case strings.HasPrefix(f, "["):
@@ -147,7 +148,7 @@ func hostSources(sources string) (kept []string, dropped bool) {
 	return kept, dropped
 }
 
-// splitSources splits a line of nsswitch.conf into sources and actions; an action is one word with its brackets.
+// splitSources splits a line of nsswitch.conf into sources and actions. An action is one word including its brackets.
 func splitSources(s string) (words []string) {
 	for s = strings.TrimSpace(s); s != ""; s = strings.TrimSpace(s) {
 		n := strings.IndexAny(s, " \t\r\n[")
@@ -163,17 +164,17 @@ func splitSources(s string) (words []string) {
 	return words
 }
 
-// resolveLink follows path to the file that an open would reach or create: also if that does not exist.
+// resolveLink follows path to the file that an open would reach or create, even if that file does not exist.
 func resolveLink(path string) (string, error) {
 	for range 40 { // the kernel's own limit
 		dir, err := filepath.EvalSymlinks(filepath.Dir(path))
 		if err != nil {
-			return path, nil // the error is told when it is opened
+			return path, nil // opening it reports the error
 		}
 		path = filepath.Join(dir, filepath.Base(path))
 		link, err := os.Readlink(path)
 		if err != nil {
-			return path, nil // no link, or not there
+			return path, nil // not a link, or missing
 		}
 		if !filepath.IsAbs(link) {
 			link = filepath.Join(dir, link)
@@ -183,7 +184,7 @@ func resolveLink(path string) (string, error) {
 	return "", fmt.Errorf("%s: %w", path, unix.ELOOP)
 }
 
-// readSome reads a file of a sane size; a missing or unreadable one is empty.
+// readSome reads a file of limited size. A missing or unreadable file counts as empty.
 func readSome(path string) string {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -194,9 +195,9 @@ func readSome(path string) string {
 	return string(b)
 }
 
-// resolvContent is a resolv.conf with servers that keeps the search list, the sortlist and the options of old, so that short
-// names mean what they meant. The option trust-ad is left out, since it speaks of a server that is not asked any more.
-// search, if it is not nil, stands in place of the search list, and dotsAsIs leaves out the option ndots.
+// resolvContent returns a resolv.conf with servers that keeps the search list, the sortlist and the options of old,
+// so that short names keep their meaning. It drops the option trust-ad, which is about a server that is no longer
+// used. A non-nil search replaces the search list, and dotsAsIs drops the option ndots.
 func resolvContent(servers []netip.Addr, search []string, dotsAsIs bool, old string) string {
 	var b strings.Builder
 	for _, s := range servers {

@@ -18,38 +18,38 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// setupTimeout bounds Spawn beside its context: the helper makes a dozen system calls.
+// setupTimeout limits Spawn in addition to its context. The helper makes about a dozen system calls.
 const setupTimeout = 30 * time.Second
 
-// Spec is one program and the network it is to see.
+// Spec describes a program and the network that it will see.
 type Spec struct {
-	Argv        []string       // Argv[0] is looked up in the PATH of Env as a shell does
+	Argv        []string       // Argv[0] is looked up in the PATH of Env, as a shell does
 	Env         []string       // nil: the caller's
 	Dir         string         // working directory; "": the caller's
-	Stdin       *os.File       // nil: the caller's, as the next two
+	Stdin       *os.File       // nil: the caller's; the same for the next two
 	Stdout      *os.File       //
 	Stderr      *os.File       //
-	TUN         TUNOptions     // Persist makes no sense here
-	Addrs       []netip.Prefix // of the TUN; it is the default route of their families
-	Nameserver  []netip.Addr   // for the program's /etc/resolv.conf; none: it stays as it is
-	Search      []string       // domains for the same file, in place of those in it; nil: those stay
-	DotsAsIs    bool           // a name with a dot is asked for as it is first, whatever "ndots" the same file has
-	FollowStops bool           // Wait stops the calling process when the program stops itself (see Wait)
+	TUN         TUNOptions     // Persist has no use here
+	Addrs       []netip.Prefix // of the TUN, which is the default route of their families
+	Nameserver  []netip.Addr   // for the program's /etc/resolv.conf; none: the file stays as it is
+	Search      []string       // domains for the same file, instead of those in it; nil: those stay
+	DotsAsIs    bool           // a name with a dot is first looked up as it is, whatever "ndots" the same file has
+	FollowStops bool           // Wait stops the calling process when the program stops itself
 }
 
-// Child is a program in namespaces of its own. Its life: Spawn (the namespaces are there, a helper process waits inside)
-// - Exec (the helper becomes the program, same pid) - Wait - Close.
+// Child is a program in its own namespaces. Its life is: Spawn (the namespaces exist, and a helper process waits
+// inside), Exec (the helper becomes the program, with the same pid), Wait, Close.
 type Child struct {
-	TUN      []*os.File // its queues; give them to tun.FromFiles, which owns them then. Close closes them otherwise
+	TUN      []*os.File // its queues, for tun.FromFiles, which takes ownership; otherwise Close closes them
 	TUNName  string
 	TUNIndex int
 	IPv6     bool  // the TUN has all its IPv6 addresses; false if there are none or the namespace has no IPv6
-	Diag     *Diag // of the program's namespace, SetInterface done; nil if DiagErr. Close closes it
-	DiagErr  error // why sockets can't be asked for
+	Diag     *Diag // of the program's namespace, after SetInterface; nil if DiagErr is set; Close closes it
+	DiagErr  error // why sockets cannot be queried
 	Rootless bool  // the program is in a user namespace, without capabilities
 
 	follow bool
-	conn   *net.UnixConn // to the helper; EOF when it became the program or died
+	conn   *net.UnixConn // to the helper; EOF when it has become the program or has died
 	pid    int
 
 	mu      sync.Mutex
@@ -58,18 +58,19 @@ type Child struct {
 	reaped  bool
 }
 
-// Spawn starts a helper in new network and mount namespaces, and in a new user namespace if the caller is not root with
-// CAP_SYS_ADMIN and CAP_NET_ADMIN. The helper brings lo up, makes the TUN with its addresses and default routes, binds a
-// resolv.conf over the program's and empty directories over the host's resolver sockets, mounts a sysfs that shows the
-// new namespace where it may, and hands the TUN and a sock_diag socket over. Spawn returns then; the program does not run
-// yet. If the caller dies the TUN goes with it, and the namespace reaches nothing.
+// Spawn starts a helper in new network and mount namespaces, and also in a new user namespace unless the caller is
+// root with CAP_SYS_ADMIN and CAP_NET_ADMIN. The helper brings lo up, makes the TUN with its addresses and default
+// routes, mounts a resolv.conf over the program's and empty directories over the host's resolver sockets, mounts a
+// sysfs of the new namespace where it is allowed to, and passes the TUN and a sock_diag socket to the caller. Then
+// Spawn returns; the program does not run yet. If the caller dies, the TUN disappears and the namespace reaches
+// nothing.
 //
-// The helper is /proc/self/exe: main must begin with MainIfChild. Mounts of the host show up inside, none gets out. The
-// program stays in the caller's process group and session, so that the terminal's signals reach both: who calls Spawn
-// takes SIGINT and SIGQUIT with signal.Notify (not signal.Ignore, which the program would inherit). File descriptors that
-// the caller itself inherited are passed on, others not.
+// The helper is /proc/self/exe: main must begin with MainIfChild. Mounts of the host appear inside, and no mount gets
+// out. The program stays in the caller's process group and session, so signals of the terminal reach both. The caller
+// must handle SIGINT and SIGQUIT with signal.Notify (not signal.Ignore, which the program would inherit). File
+// descriptors that the caller inherited are passed on; others are not.
 //
-// ctx ends the wait for the helper, not the program. Errors are one line that ends with what to do.
+// ctx limits the wait for the helper, not the program. An error is one line that ends with what to do.
 func Spawn(ctx context.Context, s Spec) (*Child, error) {
 	if len(s.Argv) == 0 || s.Argv[0] == "" {
 		return nil, errors.New("cannot run a program: no command given")
@@ -108,7 +109,8 @@ func (c *Child) start(s Spec, sock int) error {
 		}
 		files = append(files, f.given.Fd())
 	}
-	// The program may expect descriptors that we were started with: the helper's socket takes the first number that is none.
+	// The program may expect descriptors that we were started with. The helper's socket gets the first number that is
+	// unused.
 	for {
 		flags, err := unix.FcntlInt(uintptr(len(files)), unix.F_GETFD, 0)
 		if err != nil || flags&unix.FD_CLOEXEC != 0 {
@@ -123,11 +125,11 @@ func (c *Child) start(s Spec, sock int) error {
 		sys.Cloneflags |= unix.CLONE_NEWUSER
 		sys.UidMappings = []syscall.SysProcIDMap{{ContainerID: os.Getuid(), HostID: os.Getuid(), Size: 1}}
 		sys.GidMappings = []syscall.SysProcIDMap{{ContainerID: os.Getgid(), HostID: os.Getgid(), Size: 1}}
-		// With an identity map exec drops all capabilities but the ambient ones.
+		// With an identity map, exec drops all capabilities except the ambient ones.
 		sys.AmbientCaps = []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_SYS_ADMIN}
 	}
 	env := []string{"GOMAXPROCS=1", "GODEBUG=" + os.Getenv("GODEBUG")}
-	if dir, ok := os.LookupEnv("GOCOVERDIR"); ok { // an executable built with coverage writes a warning where it is missing
+	if dir, ok := os.LookupEnv("GOCOVERDIR"); ok { // an executable built with coverage writes a warning without it
 		env = append(env, "GOCOVERDIR="+dir)
 	}
 	pid, _, err := syscall.StartProcess("/proc/self/exe", argv, &syscall.ProcAttr{Env: env, Files: files, Sys: sys})
@@ -139,7 +141,7 @@ func (c *Child) start(s Spec, sock int) error {
 	return nil
 }
 
-// handover gives the helper its order and takes what it made.
+// handover sends the helper its order and receives what it made.
 func (c *Child) handover(ctx context.Context, s Spec) error {
 	c.conn.SetDeadline(time.Now().Add(setupTimeout))
 	stop := context.AfterFunc(ctx, func() { c.conn.SetDeadline(time.Unix(1, 0)) })
@@ -197,8 +199,8 @@ func (c *Child) handover(ctx context.Context, s Spec) error {
 	return nil
 }
 
-// Exec lets the helper become the program: the data plane is ready. Without root it has no capabilities then and can gain
-// none (no_new_privs). That the program can't be run is told by Wait.
+// Exec makes the helper become the program; the caller's data plane must be ready. Without root, the program then has
+// no capabilities and can gain none (no_new_privs). If the program cannot be run, Wait reports it.
 func (c *Child) Exec() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -212,20 +214,21 @@ func (c *Child) Exec() error {
 	return nil
 }
 
-// Wait waits for the end of the program and returns its exit status, or 128+n if signal n ended it. With an error the
-// program could not be run: the status is 127 if it was not found and 126 otherwise, and the error says why. One
-// goroutine may call it, once.
+// Wait waits for the end of the program and returns its exit status, or 128+n if signal n ended it. An error means
+// that the program could not be run: the status is 127 if it was not found and 126 otherwise, and the error tells
+// why. Wait may be called once, by one goroutine.
 //
-// With Spec.FollowStops, a program that stops itself as the terminal would (SIGTSTP, SIGTTIN, SIGTTOU: a pager's Ctrl-Z)
-// stops the calling process as well, so that the shell sees its job stopped; when that is continued so is the program.
-// SIGSTOP is not followed: who sent it to the program alone will continue it alone.
+// With Spec.FollowStops, a program that stops itself as the terminal would (SIGTSTP, SIGTTIN, SIGTTOU, for example a
+// pager's Ctrl-Z) also stops the calling process, so that the shell sees its job stopped. When the caller is
+// continued, so is the program. SIGSTOP is not followed: a sender that stops only the program will also continue only
+// the program.
 func (c *Child) Wait() (exit int, err error) {
 	ws, err := c.wait()
 	if err != nil {
 		return 1, fmt.Errorf("cannot wait for the program: %w", err)
 	}
-	// Whatever the helper had to say is in the socket; after a successful exec that is nothing.
-	c.conn.SetReadDeadline(time.Now().Add(10 * time.Second)) // it is there already: a bound for what can't be
+	// Anything that the helper had to report is in the socket. After a successful exec there is nothing.
+	c.conn.SetReadDeadline(time.Now().Add(10 * time.Second)) // it is already there; the limit is for what cannot happen
 	if r, files, err := readReport(c.conn); err == nil {
 		for _, f := range files {
 			f.Close()
@@ -260,20 +263,20 @@ func (c *Child) wait() (ws syscall.WaitStatus, err error) {
 	}
 }
 
-// stopToo stops this process as the program is stopped.
+// stopToo stops this process, as the program is stopped.
 func (c *Child) stopToo(sig syscall.Signal) {
 	if sig != syscall.SIGTSTP && sig != syscall.SIGTTIN && sig != syscall.SIGTTOU {
 		return
 	}
-	// A Ctrl-Z stopped both of us, and if this runs the shell is just continuing both: SIGCONT may not have reached the
-	// program yet. Only one that stays stopped was stopped alone.
+	// A Ctrl-Z stopped both processes. If this code runs, the shell is just continuing both, and SIGCONT may not have
+	// reached the program yet. Only a program that stays stopped was stopped alone.
 	time.Sleep(20 * time.Millisecond)
 	if !stopped(c.pid) {
 		return
 	}
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	// To this thread, so that it does not run on before the process has stopped.
+	// Send it to this thread, so that the thread does not run on before the process has stopped.
 	unix.Tgkill(os.Getpid(), unix.Gettid(), unix.SIGSTOP)
 	c.Signal(syscall.SIGCONT)
 }
@@ -288,7 +291,7 @@ func stopped(pid int) bool {
 	return strings.HasPrefix(s, " T")
 }
 
-// Signal sends a signal to the program, or to the helper before Exec. After the program's end it returns
+// Signal sends a signal to the program or, before Exec, to the helper. After the end of the program it returns
 // os.ErrProcessDone.
 func (c *Child) Signal(sig os.Signal) error {
 	s, ok := sig.(syscall.Signal)
@@ -314,11 +317,11 @@ func (c *Child) Signal(sig os.Signal) error {
 	return nil
 }
 
-// Pid is the process id, the helper's and then the program's.
+// Pid returns the process id of the helper and later of the program.
 func (c *Child) Pid() int { return c.pid }
 
-// Close gives back what the Child holds: TUN and Diag are closed. A program that was never started is ended; one that
-// runs is left alone, with a network that reaches nothing. It may be called twice, not during Wait.
+// Close closes TUN and Diag. A program that was never started is ended. A running program is left alone, with a
+// network that reaches nothing. Close may be called twice, but not during Wait.
 func (c *Child) Close() error {
 	c.conn.Close()
 	CloseTUN(c.TUN)

@@ -19,31 +19,32 @@ import (
 
 const tunNode = "/dev/net/tun"
 
-// TUNOptions are the choices of OpenTUN.
+// TUNOptions are the options of OpenTUN.
 type TUNOptions struct {
-	Name    string // of the interface, a template such as "tun%d", or empty: the kernel's choice
-	MTU     int    // bytes; 0: as it is
+	Name    string // of the interface, or a template such as "tun%d"; empty: the kernel chooses
+	MTU     int    // bytes; 0: unchanged
 	VnetHdr bool   // frames carry a struct virtio_net_hdr
 	Persist bool   // the interface stays when its files are closed
-	Queues  int    // how many; 0 and 1: one, without IFF_MULTI_QUEUE
+	Queues  int    // number of queues; 0 and 1: one, without IFF_MULTI_QUEUE
 }
 
-// errForeign is the error of an interface that has more queues than we attached.
+// errForeign means that an interface has more queues than we attached.
 var errForeign = errors.New("another program has a queue of it")
 
-// makeAttempts is how often a new interface is made when somebody else attaches a queue to it before it has an owner.
+// makeAttempts is how often a new interface is made if another program attaches a queue to it before it has an owner.
 const makeAttempts = 5
 
-// unowned is called when a new interface has no owner yet. Tests attach a queue then.
+// unowned is called when a new interface has no owner yet. Tests attach a queue at that moment.
 var unowned = func(name string) {}
 
 // OpenTUN opens /dev/net/tun and attaches it to an interface of the calling thread's network namespace: a new one, or
-// a persistent one of that name, which gets one queue if it was made for one. There is a file for each queue; they are
-// non-blocking and the caller's to close, and may be used from any namespace.
+// an existing persistent one of that name, which gets one queue if it was made for one. There is one file for each
+// queue. The files are non-blocking, the caller closes them, and they may be used from any namespace.
 //
-// The interface belongs to the effective user and group of the caller, so that others need CAP_NET_ADMIN to attach a queue,
-// which would get a share of the frames. Until the owner is set, anybody who can open /dev/net/tun may do so. A new interface to
-// which somebody attached a queue in that moment is deleted and made again; one that was there before is refused.
+// The interface belongs to the effective user and group of the caller. Others then need CAP_NET_ADMIN to attach a
+// queue, which would receive a share of the frames. Until the owner is set, anybody who can open /dev/net/tun may
+// attach one. If that happens to a new interface, it is deleted and made again; an interface that existed before is
+// refused.
 func OpenTUN(o TUNOptions) (queues []*os.File, name string, err error) {
 	for attempt := 1; ; attempt++ {
 		fresh := !exists(o.Name)
@@ -64,7 +65,7 @@ func OpenTUN(o TUNOptions) (queues []*os.File, name string, err error) {
 	}
 }
 
-// openTUN is one attempt of OpenTUN. On error too the files and the name are those that it got.
+// openTUN is one attempt of OpenTUN. On error, too, it returns the files and the name that it got.
 func openTUN(o TUNOptions) (queues []*os.File, name string, err error) {
 	name = o.Name
 	flags := uint16(unix.IFF_TUN | unix.IFF_NO_PI)
@@ -84,7 +85,7 @@ func openTUN(o TUNOptions) (queues []*os.File, name string, err error) {
 			return queues, name, err
 		}
 		name = attached
-		// Only now, attached, can it be polled: os.NewFile gives it to the runtime's poller.
+		// Only now that it is attached can it be polled: os.NewFile adds it to the runtime's poller.
 		queues = append(queues, os.NewFile(uintptr(fd), tunNode))
 		if len(queues) > 1 {
 			continue
@@ -102,22 +103,22 @@ func openTUN(o TUNOptions) (queues []*os.File, name string, err error) {
 	return queues, name, nil
 }
 
-// takeOver makes the interface, to which fd is the first queue of ours, belong to us alone.
+// takeOver makes the interface belong to us alone. fd is our first queue.
 func takeOver(fd int, name string, o TUNOptions) error {
 	unowned(name)
 	if err := unshared(name, o); err != nil {
 		return err
 	}
-	// The group as well: the interface may have had another one, whose members some kernels let in.
+	// Set the group as well: the interface may have had another one, whose members some kernels let in.
 	for _, own := range []struct{ request, id int }{{unix.TUNSETOWNER, os.Geteuid()}, {unix.TUNSETGROUP, os.Getegid()}} {
 		if err := unix.IoctlSetInt(fd, uint(own.request), own.id); err != nil {
 			return fmt.Errorf("cannot restrict the TUN device %s to this user: %w", name, err)
 		}
 	}
-	if err := unshared(name, o); err != nil { // from here on it stays so
+	if err := unshared(name, o); err != nil { // from here on this cannot change
 		return err
 	}
-	persist := 0 // of one that is there already, too
+	persist := 0 // also for an interface that existed before
 	if o.Persist {
 		persist = 1
 	}
@@ -147,7 +148,7 @@ func unshared(name string, o TUNOptions) error {
 	return nil
 }
 
-// exists reports whether there is an interface of that name; a template and no name stand for a new one.
+// exists reports whether there is an interface with that name. A template and the empty name mean a new one.
 func exists(name string) bool {
 	_, err := net.InterfaceByName(name)
 	return err == nil
@@ -164,14 +165,14 @@ func deleteLink(name string) error {
 	return nil
 }
 
-// CloseTUN closes the files of OpenTUN.
+// CloseTUN closes the files that OpenTUN returned.
 func CloseTUN(queues []*os.File) {
 	for _, f := range queues {
 		f.Close()
 	}
 }
 
-// openQueue attaches one more queue to the interface, which it makes if there is none of that name.
+// openQueue attaches one more queue to the interface. If there is no interface with that name, this creates it.
 func openQueue(name string, flags uint16) (fd int, attached string, err error) {
 	fd, err = unix.Open(tunNode, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -190,8 +191,8 @@ func openQueue(name string, flags uint16) (fd int, attached string, err error) {
 	return fd, ifr.Name(), nil
 }
 
-// queueCount is how many queues the interface has, whoever holds them. Those that are detached count: their holders can attach
-// them again and are not asked for any privilege then.
+// queueCount returns the number of queues of the interface, whichever process holds them. Detached queues count,
+// because their holders can attach them again without any privilege.
 func queueCount(name string) (int, error) {
 	link, err := net.InterfaceByName(name)
 	if err != nil {
@@ -228,7 +229,7 @@ func queueCount(name string) (int, error) {
 	return n, nil
 }
 
-// attribute is the value of an attribute in data.
+// attribute returns the value of an attribute in data.
 func attribute(data []byte, kind uint16) ([]byte, error) {
 	attrs, err := nl.ParseRouteAttr(data)
 	if err != nil {
@@ -241,7 +242,7 @@ func attribute(data []byte, kind uint16) ([]byte, error) {
 	return attrs[i].Value, nil
 }
 
-// CheckTUN says whether OpenTUN will find its device node, and touches nothing.
+// CheckTUN reports whether OpenTUN can open its device node. It changes nothing.
 func CheckTUN() error {
 	fd, err := unix.Open(tunNode, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -301,10 +302,11 @@ func setMTU(name string, mtu int) error {
 	return nil
 }
 
-// Configure gives the interface of the calling thread's namespace its MTU (0: as it is) and addresses, brings it up
-// and, if asked, makes it the default route of each family that it has an address of. What is there already is left
-// or replaced. Where the namespace has no IPv6 (ipv6.disable=1, disable_ipv6, an MTU below 1280) IPv4 alone is set up:
-// nothing goes out by IPv6 then. Duplicate address detection and autoconfiguration are off: nobody would answer.
+// Configure sets the MTU (0: unchanged) and the addresses of an interface of the calling thread's namespace, brings
+// it up and, if asked, makes it the default route of each family for which it has an address. Existing settings are
+// kept or replaced. If the namespace has no IPv6 (ipv6.disable=1, disable_ipv6, an MTU below 1280), only IPv4 is set
+// up; nothing can leave by IPv6 then. Duplicate address detection and autoconfiguration are off, because nothing
+// would answer.
 //
 // ipv6 reports whether all IPv6 addresses were set.
 func Configure(name string, mtu int, addrs []netip.Prefix, defaultRoutes bool) (ipv6 bool, err error) {
@@ -322,7 +324,8 @@ func Configure(name string, mtu int, addrs []netip.Prefix, defaultRoutes bool) (
 			return false, fmt.Errorf("cannot set the MTU of %s to %d: %w", name, mtu, err)
 		}
 	}
-	// Before it comes up: link-local address and router solicitations would only be dropped by us.
+	// This must happen before the interface comes up: we would only drop its link-local address and router
+	// solicitations.
 	sysctl("net/ipv6/conf/"+name+"/addr_gen_mode", "1")
 	sysctl("net/ipv6/conf/"+name+"/accept_ra", "0")
 	sysctl("net/ipv6/conf/"+name+"/autoconf", "0")
@@ -333,7 +336,7 @@ func Configure(name string, mtu int, addrs []netip.Prefix, defaultRoutes bool) (
 		mtu = link.Attrs().MTU
 	}
 	var has4, has6 bool
-	no6 := mtu < 1280 // RFC 8200 section 5
+	no6 := mtu < 1280 // RFC 8200, section 5
 	for _, p := range addrs {
 		a := &netlink.Addr{IPNet: ipNet(p)}
 		if p.Addr().Is6() {
@@ -361,7 +364,7 @@ func Configure(name string, mtu int, addrs []netip.Prefix, defaultRoutes bool) (
 	for _, d := range []struct {
 		has   bool
 		dst   netip.Prefix
-		scope netlink.Scope // as 'ip route' has it for a route without a gateway
+		scope netlink.Scope // as 'ip route' sets it for a route without a gateway
 	}{
 		{has4, netip.MustParsePrefix("0.0.0.0/0"), netlink.SCOPE_LINK},
 		{has6, netip.MustParsePrefix("::/0"), netlink.SCOPE_UNIVERSE},
@@ -377,7 +380,7 @@ func Configure(name string, mtu int, addrs []netip.Prefix, defaultRoutes bool) (
 	return has6 && !no6, nil
 }
 
-// linkUp brings an interface of the calling thread's namespace up.
+// linkUp brings up an interface of the calling thread's namespace.
 func linkUp(name string) error {
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
@@ -394,10 +397,10 @@ func linkUp(name string) error {
 	return nil
 }
 
-// awaitLocal waits until the kernel takes a for its own. It enters an IPv6 address's local route from a work queue, a little
-// after the address can be used as a source: what is answered in between is lost (Ip6InAddrErrors; seen by 3 % of the tests
-// that answered at once). If it takes five seconds, going on is as good as anything else. There is nothing to wait for when
-// the address is gone again, as when somebody sets the interface down.
+// awaitLocal waits until the kernel treats a as its own. The kernel adds an IPv6 address's local route from a work
+// queue, a little after the address can be used as a source; packets that arrive in between are lost
+// (Ip6InAddrErrors; seen by 3 % of the tests that answered at once). After five seconds it gives up waiting. It also
+// stops if the address is gone, as when another program sets the interface down.
 func awaitLocal(h *netlink.Handle, link netlink.Link, a netip.Addr) {
 	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); {
 		if r, err := h.RouteGet(a.AsSlice()); err == nil && len(r) > 0 && r[0].Type == unix.RTN_LOCAL {
@@ -411,8 +414,8 @@ func awaitLocal(h *netlink.Handle, link netlink.Link, a netip.Addr) {
 	}
 }
 
-// isNoIPv6 tells a namespace without IPv6 from a real failure: EACCES for disable_ipv6, EOPNOTSUPP or EAFNOSUPPORT for
-// ipv6.disable=1.
+// isNoIPv6 distinguishes a namespace without IPv6 from a real failure: EACCES for disable_ipv6, EOPNOTSUPP or
+// EAFNOSUPPORT for ipv6.disable=1.
 func isNoIPv6(err error) bool {
 	return errors.Is(err, unix.EACCES) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT)
 }
@@ -421,8 +424,8 @@ func ipNet(p netip.Prefix) *net.IPNet {
 	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
 
-// sysctl writes a value below /proc/sys, which shows the network namespace of the reader. Best effort: it may be
-// missing (no IPv6) or read-only (containers).
+// sysctl writes a value below /proc/sys, which shows the network namespace of the calling thread. Callers may ignore
+// the error: the file may be missing (no IPv6) or read-only (containers).
 func sysctl(key, value string) error {
 	return os.WriteFile(filepath.Join("/proc/sys", key), []byte(value), 0)
 }

@@ -14,23 +14,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// How soon a watch that failed is begun again: at first, and at most.
+// The time until a failed watch is started again: at first, and at most.
 const (
 	watchAgain = time.Second
 	watchMost  = 30 * time.Second
 )
 
-// Change is what changed in a network namespace.
+// Change describes a change in a network namespace.
 type Change struct {
-	Link         int          // the index of an interface that changed, came or went; 0: none did
-	Addr         netip.Prefix // an address that came or went; not valid: none did
-	AddrLink     int          // the index of the interface that has or had Addr
-	DefaultRoute bool         // a default route of the main table came or went
-	Lost         bool         // the kernel had more to tell than there was room for: anything may have changed
+	Link         int          // index of an interface that changed, appeared or disappeared; 0: none
+	Addr         netip.Prefix // an address that appeared or disappeared; invalid: none
+	AddrLink     int          // index of the interface that has or had Addr
+	DefaultRoute bool         // a default route of the main table appeared or disappeared
+	Lost         bool         // the kernel had more events than there was room for: anything may have changed
 }
 
-// Watch tells what changes in the network namespace of the thread that made it. Addresses whose lifetime alone was renewed, as
-// router advertisements do every few minutes, have not changed.
+// Watch reports changes in the network namespace of the thread that made it. An address whose lifetime was renewed,
+// as router advertisements do every few minutes, has not changed.
 type Watch struct {
 	log *slog.Logger
 
@@ -38,7 +38,7 @@ type Watch struct {
 	sock   *nl.NetlinkSocket // nil: there is none now
 	closed chan struct{}
 
-	addrs map[address]bool // those that there are
+	addrs map[address]bool // the current addresses
 }
 
 type address struct {
@@ -46,8 +46,8 @@ type address struct {
 	addr netip.Prefix
 }
 
-// NewWatch subscribes; what changes from now on waits for Run. Every thread of the process must be in the namespace when Run
-// is to begin again after a failure.
+// NewWatch subscribes. Changes from now on are kept until Run. Every thread of the process must be in the namespace
+// if Run is to start again after a failure.
 func NewWatch(log *slog.Logger) (*Watch, error) {
 	w := &Watch{log: log, closed: make(chan struct{})}
 	if err := w.open(); err != nil {
@@ -56,7 +56,7 @@ func NewWatch(log *slog.Logger) (*Watch, error) {
 	return w, nil
 }
 
-// open subscribes in the place of what was there, and learns the addresses.
+// open subscribes instead of the previous subscription and lists the addresses.
 func (w *Watch) open() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -80,7 +80,7 @@ func (w *Watch) open() error {
 	return nil
 }
 
-// learn lists the addresses that there are.
+// learn lists the current addresses.
 func (w *Watch) learn() error {
 	list, err := netlink.AddrList(nil, unix.AF_UNSPEC)
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
@@ -96,7 +96,8 @@ func (w *Watch) learn() error {
 	return nil
 }
 
-// Run calls got for each change until Close. When the watch fails it is begun again, and got is told that changes were lost.
+// Run calls got for each change until Close. After a failure the watch starts again, and got is told that changes
+// were lost.
 func (w *Watch) Run(got func(Change)) {
 	for pause := watchAgain; ; pause = min(2*pause, watchMost) {
 		began := time.Now()
@@ -158,7 +159,7 @@ func (w *Watch) receive(got func(Change)) error {
 	}
 }
 
-// change is what a message tells, if it is of interest.
+// change decodes a message. ok is false if it is not of interest.
 func (w *Watch) change(kind uint16, data []byte) (c Change, ok bool) {
 	switch kind {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
@@ -200,7 +201,7 @@ func parseAddress(data []byte) (a address, ok bool) {
 	}
 	var ip netip.Addr
 	for _, attr := range attrs {
-		// IFA_LOCAL is the address itself where it is given; IFA_ADDRESS is then the peer's.
+		// IFA_LOCAL, if present, is the address itself; IFA_ADDRESS is then that of the peer.
 		if attr.Attr.Type == unix.IFA_LOCAL || attr.Attr.Type == unix.IFA_ADDRESS && !ip.IsValid() {
 			ip, _ = netip.AddrFromSlice(attr.Value)
 		}
