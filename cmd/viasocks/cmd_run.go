@@ -15,6 +15,8 @@ terminal, files and arguments; its exit status is given on. Needs no root where 
 		if err != nil {
 			return 0, err
 		}
-		return daemon.Run(cfg, env, std.in, std.out, std.err)
+		return daemon.Run(cfg, daemon.RunOptions{
+			Environ: env, Stdin: std.in, Stdout: std.out, Stderr: std.err, Version: shortVersion(),
+		})
 	},
 }

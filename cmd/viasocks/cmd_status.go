@@ -9,9 +9,10 @@ import (
 
 var cmdStatus = &command{
 	name: "status", args: "[OPTION...]", takes: config.Status,
-	short: "show how the viasocks that is up is doing",
+	short: "show how the viasocks that is up, or one of 'run', is doing",
 	about: `Show how the viasocks that is up in this network namespace is doing: its proxies and whether they work, what it
-carries, what it did to the host, and what it refused. Exit status 1 if none is up.`,
+carries, what it did to the host, and what it refused. Exit status 1 if none is up. With --pid, show it of a program
+under 'viasocks run': 'viasocks ps' lists them.`,
 	run: func(c *command, args, env []string, std streams) (int, error) {
 		return ask(c, args, env, func(cfg *config.Config, client *control.Client) error {
 			s, err := client.Status()
@@ -28,9 +29,10 @@ carries, what it did to the host, and what it refused. Exit status 1 if none is 
 
 var cmdFlows = &command{
 	name: "flows", args: "[OPTION...]", takes: config.Flows,
-	short: "list what the viasocks that is up carries",
+	short: "list what the viasocks that is up, or one of 'run', carries",
 	about: `List the TCP connections and UDP mappings that the viasocks that is up in this network namespace carries, those that
-moved most bytes first. Of a mapping the first destination is shown.`,
+moved most bytes first. Of a mapping the first destination is shown. With --pid, list those of a program under
+'viasocks run': 'viasocks ps' lists them.`,
 	run: func(c *command, args, env []string, std streams) (int, error) {
 		return ask(c, args, env, func(cfg *config.Config, client *control.Client) error {
 			f, err := client.Flows(cfg.Limit)
@@ -54,17 +56,28 @@ var cmdConfirm = &command{
 	},
 }
 
-// ask parses the options and hands f a client of the daemon in this namespace.
+// ask parses the options and hands f a client of the viasocks that they choose.
 func ask(c *command, args, env []string, f func(*config.Config, *control.Client) error) (int, error) {
 	cfg, err := c.parse(args, env)
 	if err != nil {
 		return 0, err
 	}
-	path, err := control.Path(cfg.StateDir)
+	client, err := clientOf(cfg, env)
 	if err != nil {
 		return 0, err
 	}
-	client := control.NewClient(path)
 	defer client.Close()
 	return exitOK, f(cfg, client)
+}
+
+// clientOf is a client of the viasocks that --pid names, or of the daemon in this namespace.
+func clientOf(cfg *config.Config, env []string) (*control.Client, error) {
+	path, err := control.Path(cfg.StateDir)
+	if err != nil {
+		return nil, err
+	}
+	if cfg.PID != 0 {
+		return control.Find(control.RuntimeOf(env), path, cfg.PID)
+	}
+	return control.NewClient(path), nil
 }

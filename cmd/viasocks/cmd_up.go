@@ -1,7 +1,6 @@
 package main
 
 import (
-	"runtime/debug"
 	"slices"
 	"strings"
 
@@ -29,14 +28,9 @@ configuration file again. Over SSH, try it with --confirm 60s first.`,
 		if cfg.Host.DryRun {
 			return exitOK, daemon.DryRun(cfg, std.out, std.err)
 		}
-		info, ok := debug.ReadBuildInfo()
-		if !ok {
-			info = &debug.BuildInfo{}
-		}
-		_, v, _ := strings.Cut(version(info), " ")
 		return exitOK, daemon.Up(cfg, daemon.UpOptions{
 			Again:   func() (*config.Config, error) { return cfg.Again(again, env) },
-			Environ: env, Stderr: std.err, Version: v,
+			Environ: env, Stderr: std.err, Version: shortVersion(),
 		})
 	},
 }

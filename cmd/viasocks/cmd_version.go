@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"runtime"
 	"runtime/debug"
+	"strings"
 )
 
 var cmdVersion = &command{
@@ -14,13 +15,23 @@ var cmdVersion = &command{
 		if err := noArgs(c, args); err != nil {
 			return 0, err
 		}
-		info, ok := debug.ReadBuildInfo()
-		if !ok {
-			info = &debug.BuildInfo{}
-		}
-		_, err := fmt.Fprintln(std.out, version(info))
+		_, err := fmt.Fprintln(std.out, version(buildInfo()))
 		return exitOK, err
 	},
+}
+
+// buildInfo is what the build noted in the program; never nil.
+func buildInfo() *debug.BuildInfo {
+	if info, ok := debug.ReadBuildInfo(); ok {
+		return info
+	}
+	return &debug.BuildInfo{}
+}
+
+// shortVersion is version without the name of the program, as status shows it.
+func shortVersion() string {
+	_, v, _ := strings.Cut(version(buildInfo()), " ")
+	return v
 }
 
 // version is one line: the module's version, the revision with its time if the build knew it, and the platform.

@@ -134,7 +134,8 @@ type Config struct {
 	File         string // of --config; empty: none
 
 	StateDir string // of the journal, the lock and the control socket
-	JSON     bool   // status, flows
+	JSON     bool   // status, flows, ps
+	PID      int    // status, flows: of the viasocks to ask; 0: the one that is up
 	Limit    int    // flows
 
 	AfterService bool // down

@@ -13,7 +13,7 @@ import (
 )
 
 // Command is a set of subcommands.
-type Command uint8
+type Command uint16
 
 // The subcommands that take options.
 const (
@@ -24,6 +24,7 @@ const (
 	Confirm
 	Status
 	Flows
+	Ps
 )
 
 // all that carry something, or say how they would.
@@ -32,7 +33,7 @@ const all = Run | Up | Check
 var commandNames = []struct {
 	cmd  Command
 	name string
-}{{Run, "run"}, {Up, "up"}, {Down, "down"}, {Confirm, "confirm"}, {Status, "status"}, {Flows, "flows"}}
+}{{Run, "run"}, {Up, "up"}, {Down, "down"}, {Confirm, "confirm"}, {Status, "status"}, {Flows, "flows"}, {Ps, "ps"}}
 
 // Option is one long option: a flag, a word of the configuration file, a line of the help and an item of the manual.
 type Option struct {
@@ -465,9 +466,18 @@ otherwise.`,
 		Man:  `Append the log to` + "\n.Ar FILE\n" + `(made with mode 600) instead of writing it to standard error.`,
 	},
 	{
-		Name: "json", Cmds: Status | Flows, set: boolean(func(c *Config) *bool { return &c.JSON }),
+		Name: "json", Cmds: Status | Flows | Ps, set: boolean(func(c *Config) *bool { return &c.JSON }),
 		Help: "print it as JSON, for programs",
 		Man:  `Print it as JSON, for programs.`,
+	},
+	{
+		Name: "pid", Arg: "PID", Cmds: Status | Flows, set: number(1, maxPID, func(c *Config) *int { return &c.PID }),
+		Help: "ask the viasocks with this process id, see ps",
+		Man: `Ask the viasocks with this process id instead of the one that is up.
+.Cm viasocks ps
+lists the process ids: those of your own programs under
+.Cm run ,
+and for root those of all users.`,
 	},
 	{
 		Name: "limit", Arg: "N", Default: "100", Cmds: Flows, set: number(1, control.MaxFlows, func(c *Config) *int { return &c.Limit }),
@@ -486,7 +496,7 @@ undo what a failed viasocks has left, if the configuration has
 and leave the host closed otherwise.`,
 	},
 	{
-		Name: "state-dir", Arg: "DIR", Default: kernel.DefaultDir, Cmds: Up | Check | Down | Confirm | Status | Flows,
+		Name: "state-dir", Arg: "DIR", Default: kernel.DefaultDir, Cmds: Up | Check | Down | Confirm | Status | Flows | Ps,
 		set:  setStateDir,
 		Help: "directory of journal, lock and control socket",
 		Man: `The directory for the journal, the lock and the control socket, on a host whose
@@ -495,12 +505,12 @@ cannot be written.
 It is made if its parent exists, and only root may have permission to write to it.
 It must not survive a reboot.
 The same directory must be given to
-.Cm close , down , status , flows
+.Cm close , down , status , flows , ps
 and
 .Cm confirm .`,
 	},
 	{
-		Name: fileOption, Arg: "FILE", Cmds: all | Down | Confirm | Status | Flows,
+		Name: fileOption, Arg: "FILE", Cmds: all | Down | Confirm | Status | Flows | Ps,
 		Help: "read options from FILE; flags win over it",
 		Man: `Read options from
 .Ar FILE ,
@@ -510,6 +520,9 @@ An option given as a flag wins over the file; of options that may be given more 
 file's.`,
 	},
 }
+
+// maxPID is the largest that Linux can give (PID_MAX_LIMIT).
+const maxPID = 1 << 22
 
 // fileOption is the one option that can't stand in the file.
 const fileOption = "config"

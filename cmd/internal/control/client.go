@@ -9,12 +9,20 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // ErrNoDaemon: nobody answers there.
-var ErrNoDaemon = errors.New("cannot ask viasocks: it is not up here: 'viasocks up' starts it")
+var ErrNoDaemon = errors.New(
+	"cannot ask viasocks: it is not up here: 'viasocks up' starts it; 'viasocks ps' lists programs under 'viasocks run', for --pid",
+)
+
+// errEnded: the program under `run` has ended since its instance was found.
+var errEnded = errors.New("cannot ask viasocks: it has ended")
 
 const (
 	maxAnswer     = 32 << 20
@@ -23,23 +31,31 @@ const (
 
 // Client asks the daemon at a socket.
 type Client struct {
-	http http.Client
-	path string
+	http  http.Client
+	path  string
+	owner int                        // whose viasocks it must be, root's apart; below 0: anybody's
+	dir   *runDir                    // that path is in, to be closed; nil: none
+	peer  atomic.Pointer[unix.Ucred] // who answered last
 }
 
 // NewClient is a Client of the socket at path. Nothing is opened until it is asked something. Close it.
 func NewClient(path string) *Client {
-	return &Client{path: path, http: http.Client{
-		Timeout: clientTimeout,
-		Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			var d net.Dialer
-			return d.DialContext(ctx, "unix", path)
-		}},
-	}}
+	c := &Client{path: path, owner: -1}
+	c.http = http.Client{
+		Timeout:   clientTimeout,
+		Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return c.dial(ctx) }},
+	}
+	return c
 }
 
 // Close gives back what is open.
-func (c *Client) Close() { c.http.CloseIdleConnections() }
+func (c *Client) Close() {
+	c.http.CloseIdleConnections()
+	if c.dir != nil {
+		c.dir.close()
+		c.dir = nil
+	}
+}
 
 // Status asks for the status.
 func (c *Client) Status() (s Status, err error) { return s, c.ask("GET", "/v1/status", &s) }
@@ -98,6 +114,8 @@ func (c *Client) explain(err error) error {
 	var dial *net.OpError
 	errors.As(err, &dial)
 	switch {
+	case c.dir != nil && (errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ECONNREFUSED)):
+		return errEnded
 	case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ECONNREFUSED):
 		if Locked(c.path) {
 			return errors.New("cannot ask viasocks: it is starting or stopping, and does not answer yet")

@@ -10,6 +10,9 @@
 // five seconds. Of those who may do everything 16 connections are served at a time, and 16 of all others together; what is more
 // is closed unanswered.
 //
-// Beside the socket lies a lock file. It is held while a daemon lives, also one that has no socket yet or is half dead, so
+// Each instance of `run` has a socket of its own, in a directory that only its user can look into (see Runtime); it answers status
+// and flows. Instances lists them.
+//
+// Beside the socket of `up` lies a lock file. It is held while a daemon lives, also one that has no socket yet or is half dead, so
 // that there is one in each network namespace, to which the path of both belongs.
 package control

@@ -21,6 +21,9 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 		span(now.Sub(s.Since)),
 		s.PID,
 	)
+	if s.Mode == ModeRun {
+		fmt.Fprintf(&b, "  program %s\n", Plain(s.Program))
+	}
 	if s.State == Waiting {
 		fmt.Fprintf(&b, "  waiting for the proxy; the host is closed until it can be reached: %s\n", Plain(s.Waiting))
 	}
@@ -103,6 +106,11 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 		fmt.Fprintf(&b, "  shards %d; %s packets came by another one's queue\n", s.Shards.Now, count(s.Shards.HandedOver))
 	}
 
+	if s.Mode == ModeRun {
+		counters(&b, "what could not be carried", s.Dropped)
+		_, err := io.WriteString(w, b.String())
+		return err
+	}
 	fmt.Fprintf(&b, "\nhost: device %s, table %d, mark %s\n", Plain(s.Host.TUN), s.Host.Table, Plain(s.Host.Mark))
 	if s.Host.Resolved {
 		b.WriteString("  systemd-resolved asks viasocks for names\n")
@@ -138,6 +146,33 @@ func WriteFlows(w io.Writer, f Flows, now time.Time) error {
 	if more := f.Total - len(f.Flows); more > 0 {
 		fmt.Fprintf(&b, "and %d more: see --limit\n", more)
 	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// WriteInstances writes a list of instances for people.
+func WriteInstances(w io.Writer, all []Instance, now time.Time) error {
+	var b strings.Builder
+	if len(all) == 0 {
+		b.WriteString("there is no viasocks that you may ask\n")
+	}
+	table(&b, func(w io.Writer) {
+		for i, x := range all {
+			if i == 0 {
+				fmt.Fprintln(w, "PID\tUSER\tPROGRAM\tPROXY\tSTATE\tFLOWS\tUP\tDOWN\tAGE")
+			}
+			if x.State == NoAnswer {
+				fmt.Fprintf(w, "%d\t%s\t-\t-\t%s\t-\t-\t-\t-\n", x.PID, Plain(x.User), x.State)
+				continue
+			}
+			program := x.Program
+			if x.Mode == ModeUp {
+				program = "(the host)"
+			}
+			fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n", x.PID, Plain(x.User), Plain(program), Plain(x.Proxy), Plain(x.State),
+				x.Flows, bytes(x.Up), bytes(x.Down), span(now.Sub(x.Since)))
+		}
+	})
 	_, err := io.WriteString(w, b.String())
 	return err
 }

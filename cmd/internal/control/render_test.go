@@ -34,7 +34,7 @@ func at(ago time.Duration) *time.Time { t := now.Add(-ago); return &t }
 
 func sample() Status {
 	return Status{
-		Version: "v0.2.0", PID: 4711, State: Ready, Since: *at(26*time.Hour + 11*time.Minute), ReadyAt: at(26 * time.Hour),
+		Version: "v0.2.0", PID: 4711, Mode: ModeUp, State: Ready, Since: *at(26*time.Hour + 11*time.Minute), ReadyAt: at(26 * time.Hour),
 		Config: "/etc/viasocks/viasocks.conf", Reloaded: at(5*time.Minute + 3*time.Second),
 		Upstreams: []Upstream{
 			{Name: "proxy", URL: "socks5://alice:***@10.0.0.1:1080", TCP: "ok", UDP: "down", Addresses: []string{"10.0.0.1:1080 tcp"}},

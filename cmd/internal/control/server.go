@@ -30,8 +30,8 @@ const (
 type Backend struct {
 	Status  func() Status
 	Flows   func() []Flow
-	Confirm func() error // nil: the steering stays
-	Down    func()       // starts to stop, returns at once
+	Confirm func() error // its error is nil when the steering stays; nil: there is nothing to confirm, as under `run`
+	Down    func()       // starts to stop, returns at once; nil: it ends by itself, as `run` does
 }
 
 // Options of a Server.
@@ -49,6 +49,7 @@ type Server struct {
 	http   *http.Server
 	served chan struct{}
 	once   sync.Once
+	remove func() // takes the socket away at the end; nil: the listener does
 
 	refused atomic.Int64 // when a refusal was logged last, in Unix nanoseconds
 }
@@ -79,6 +80,11 @@ func Listen(o Options) (*Server, error) {
 		l.Close()
 		return nil, fail(err)
 	}
+	return serve(o, l), nil
+}
+
+// serve answers on l.
+func serve(o Options, l *net.UnixListener) *Server {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
@@ -90,8 +96,12 @@ func Listen(o Options) (*Server, error) {
 		return st, nil
 	}))
 	mux.HandleFunc("GET /v1/flows", s.look(s.flows))
-	mux.HandleFunc("POST /v1/confirm", s.touch(func() error { return o.Backend.Confirm() }))
-	mux.HandleFunc("POST /v1/down", s.touch(func() error { o.Backend.Down(); return nil }))
+	if o.Backend.Confirm != nil {
+		mux.HandleFunc("POST /v1/confirm", s.touch(func() error { return o.Backend.Confirm() }))
+	}
+	if o.Backend.Down != nil {
+		mux.HandleFunc("POST /v1/down", s.touch(func() error { o.Backend.Down(); return nil }))
+	}
 	s.http = &http.Server{
 		Handler: mux, ErrorLog: slog.NewLogLogger(o.Log.Handler(), slog.LevelDebug),
 		ReadHeaderTimeout: readTimeout, ReadTimeout: readTimeout, WriteTimeout: answerTimeout, IdleTimeout: idleTimeout,
@@ -104,7 +114,7 @@ func Listen(o Options) (*Server, error) {
 		defer close(s.served)
 		s.http.Serve(s.l) // the error says that it was closed
 	}()
-	return s, nil
+	return s
 }
 
 // RemoveStale removes the socket of a killed daemon, if there is one. The caller holds the Lock.
@@ -128,6 +138,9 @@ func (s *Server) Close() error {
 			s.http.Close()
 		}
 		<-s.served
+		if s.remove != nil {
+			s.remove()
+		}
 	})
 	return nil
 }

@@ -16,6 +16,8 @@ const (
 type Status struct {
 	Version   string     `json:"version"`
 	PID       int        `json:"pid"`
+	Mode      string     `json:"mode"`              // "up" or "run"
+	Program   string     `json:"program,omitempty"` // run: the name of the program
 	State     string     `json:"state"`
 	Since     time.Time  `json:"since"`                // it was started
 	ReadyAt   *time.Time `json:"ready_at,omitempty"`   // it was ready

@@ -16,14 +16,21 @@ import (
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
+// RunOptions is what Run needs besides the configuration.
+type RunOptions struct {
+	Environ               []string
+	Stdin, Stdout, Stderr *os.File
+	Version               string
+}
+
 // Run runs cfg.Program in a network namespace of its own and carries its traffic, until the program ends. exit is the
 // program's own status, 126 or 127 with an error when it could not be started, or 0 with an error when nothing was
 // started. The error is ErrDied when the data plane failed under the program, which is ended then.
 //
 // Our sockets stay in the caller's namespace: a proxy on 127.0.0.1 is reached. The limit of open files needs no care
 // here: the runtime raises it to the hard limit for us, and gives the program back what it was.
-func Run(cfg *config.Config, environ []string, stdin, stdout, stderr *os.File) (exit int, err error) {
-	e, err := newEnv(cfg, stderr)
+func Run(cfg *config.Config, o RunOptions) (exit int, err error) {
+	e, err := newEnv(cfg, o.Stderr)
 	if err != nil {
 		return 0, err
 	}
@@ -55,8 +62,8 @@ func Run(cfg *config.Config, environ []string, stdin, stdout, stderr *os.File) (
 		return 0, err
 	}
 	child, err := netns.Spawn(ctx, netns.Spec{
-		Argv: cfg.Program, Env: programEnv(environ, cfg.KeepProxyEnv),
-		Stdin: stdin, Stdout: stdout, Stderr: stderr,
+		Argv: cfg.Program, Env: programEnv(o.Environ, cfg.KeepProxyEnv),
+		Stdin: o.Stdin, Stdout: o.Stdout, Stderr: o.Stderr,
 		TUN:        netns.TUNOptions{MTU: cfg.MTU, VnetHdr: true, Queues: tun.Queues},
 		Addrs:      tunAddrs,
 		Nameserver: nameservers(cfg),
@@ -99,6 +106,7 @@ func Run(cfg *config.Config, environ []string, stdin, stdout, stderr *os.File) (
 	forwarded := make(chan os.Signal, 16)
 	signal.Notify(forwarded, forward...)
 	defer signal.Stop(forwarded)
+	defer serveRun(cfg, p, o, e.log)()
 	if err := child.Exec(); err != nil {
 		return 0, err
 	}

@@ -5,12 +5,8 @@ import (
 	"fmt"
 	"os"
 	"slices"
-	"time"
 
-	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/control"
-	"github.com/viasocks/viasocks/route"
-	"github.com/viasocks/viasocks/stack"
 )
 
 // backend is the daemon for the control socket. It answers from the start on: what is not there yet is left out.
@@ -43,7 +39,7 @@ func (u *up) status() control.Status {
 	u.mu.Lock()
 	cfg := u.cfg
 	s := control.Status{
-		Version: u.Version, PID: os.Getpid(), State: u.state, Since: u.since, ReadyAt: u.readyAt, ConfirmBy: u.confirmBy,
+		Version: u.Version, PID: os.Getpid(), Mode: control.ModeUp, State: u.state, Since: u.since, ReadyAt: u.readyAt, ConfirmBy: u.confirmBy,
 		Config: cfg.File, Reloaded: u.reloaded,
 		Warnings: slices.Concat(cfg.Warnings, u.warnings),
 		Host:     control.Host{TUN: u.first.TUN, Table: u.first.Table, Mark: fmt.Sprintf("%#x/%#x", u.first.Mark, u.first.Mask)},
@@ -59,128 +55,15 @@ func (u *up) status() control.Status {
 		}
 	}
 	s.Host.Resolved = u.teller != nil && u.teller.Told()
-	if cfg.Fake.On {
-		s.DNS = append(s.DNS, "fake")
-	}
-	if cfg.Relay {
-		s.DNS = append(s.DNS, "relay")
-	}
-	if cfg.DNSOff {
-		s.DNS = append(s.DNS, "off")
-	}
-	for _, r := range cfg.DNS {
-		s.DNS = append(s.DNS, r.String())
-	}
+	s.DNS = resolverWords(cfg)
 	if p == nil {
 		return s
 	}
-	fillUpstreams(&s, cfg, p, u.allowed)
-	for _, r := range p.router.Rules() {
-		s.Rules = append(s.Rules, control.Rule{Rule: r.Rule, Hits: r.Hits})
-	}
-	k := p.stack.Stats()
-	fillTraffic(&s, p.router, k)
-	s.Shards = control.Shards{Now: p.stack.Shards(), HandedOver: k.HandedOver}
-	if pool := p.dial.pool; cfg.Fake.On && pool != nil {
-		n := pool.Stats()
-		s.Names.Pool = &control.Pool{
-			Names: uint64(n.Names), Size: uint64(n.Size), Held: uint64(n.Held), Evicted: n.Evicted, Refused: n.Refused,
-		}
-	}
-	if g := p.gso.Load(); g != nil {
-		s.UDP.GSO, s.UDP.GSOReason = g.String(), g.why
-	}
-	if w := shortageWarning(p.router.Shortage(), time.Now()); w != "" {
-		s.Warnings = append(s.Warnings, w)
-	}
-	if n := p.router.Stats().DecisionsLost; n > 0 {
-		s.Warnings = append(
-			s.Warnings,
-			fmt.Sprintf("%d lines of --decisions were lost: the file is written too slowly, or cannot be written", n),
-		)
-	}
+	p.fill(&s, cfg, u.allowed)
 	if h != nil {
 		h.fill(&s, cfg)
 	}
 	return s
-}
-
-// shortageShown is how long status warns of a shortage after it was last felt.
-const shortageShown = 5 * time.Minute
-
-// shortageWarning is the line of status about this host having run out of something; "": there is none.
-func shortageWarning(s route.Shortage, now time.Time) string {
-	if s.Times == 0 || now.Sub(s.Last) >= shortageShown {
-		return ""
-	}
-	return fmt.Sprintf("this host ran out of what new flows need, %d times since the start, %v ago the last time: %s",
-		s.Times, now.Sub(s.Last).Round(time.Second), s.Why)
-}
-
-func fillUpstreams(s *control.Status, cfg *config.Config, p *plane, allowed *endpoints) {
-	words := map[bool]string{false: "ok", true: "down"}
-	for _, u := range p.router.Upstreams() {
-		up := control.Upstream{Name: u.Name, TCP: words[u.TCPDown], UDP: words[u.UDPDown]}
-		for _, c := range cfg.Upstreams {
-			if c.Name != u.Name {
-				continue
-			}
-			up.URL, up.Via = c.Server.String(), c.Via
-			for _, server := range c.Reached() {
-				for _, at := range allowed.of(server.String()) {
-					up.Addresses = append(up.Addresses, fmt.Sprintf("%s/%s", at.Addr, at.Proto))
-				}
-			}
-		}
-		if all := p.servers(u.Name); len(all) > 1 {
-			for _, server := range all {
-				x := control.Member{URL: server.Server, State: words[server.Down], Associations: server.Associations}
-				if server.Why != nil {
-					x.Why = server.Why.Error()
-				}
-				up.Servers = append(up.Servers, x)
-			}
-			up.URL = fmt.Sprintf("%d servers", len(all))
-		}
-		s.Upstreams = append(s.Upstreams, up)
-	}
-}
-
-func fillTraffic(s *control.Status, router *route.Router, k stack.Stats) {
-	r := router.Stats()
-	s.TCP = control.TCP{Now: r.StreamsNow, Pending: int(k.Pending), Total: r.Streams, Refused: r.StreamsRefused}
-	s.UDP = control.UDP{Now: r.MappingsNow, Total: r.Mappings, Reassociated: r.Reassociations, Refused: r.Refused}
-	s.Names = control.Names{
-		Asked: r.DNS.Questions, Answered: r.DNS.Answered + r.DNS.Relayed + r.DNS.Own + r.DNS.Cached, Failed: r.DNS.Failed, Own: r.DNS.Own,
-		Cached: r.DNS.Cached, Shared: r.DNS.Shared, Cache: control.Cache{Entries: r.DNS.CacheEntries, Bytes: r.DNS.CacheBytes},
-	}
-	if r.Sniffs > 0 || r.SniffsFull > 0 {
-		s.Sniff = &control.Sniff{Asked: r.Sniffs, Named: r.Sniffed, Full: r.SniffsFull}
-	}
-	s.Up, s.Down = r.Up, r.Down
-	for _, f := range router.Flows() {
-		s.Up += f.Up
-		s.Down += f.Down
-	}
-	for _, c := range []control.Counter{
-		{What: "ICMP (ping)", Packets: k.DroppedICMP},
-		{What: "multicast and broadcast", Packets: k.DroppedMulticast + k.UDP.DroppedMulticast},
-		{What: "other protocols than TCP and UDP", Packets: k.DroppedProto},
-		{What: "malformed packets", Packets: k.DroppedMalformed},
-		{What: "wrong checksums", Packets: k.DroppedChecksum},
-		{What: "connections over --max-pending", Packets: k.OverBudget},
-		{What: "connections over --max-pending-per-destination", Packets: k.OverDestBudget},
-		{What: "datagrams too large for SOCKS", Packets: r.TooLarge},
-		{What: "datagrams lost while their association was made", Packets: r.QueueFull},
-		{What: "datagrams dropped by a rule or for want of room", Packets: r.Dropped},
-		{What: "questions of DNS that --allow refuses", Packets: r.DNS.Refused},
-		{What: "packets that the device did not take", Packets: k.DroppedOut},
-		{What: "packets lost on the way to another shard", Packets: k.DroppedHandover},
-	} {
-		if c.Packets > 0 {
-			s.Dropped = append(s.Dropped, c)
-		}
-	}
 }
 
 func (u *up) flows() []control.Flow {
@@ -188,12 +71,5 @@ func (u *up) flows() []control.Flow {
 	if p == nil {
 		return nil
 	}
-	var all []control.Flow
-	for _, f := range p.router.Flows() {
-		all = append(all, control.Flow{
-			ID: f.ID, Proto: f.Proto.String(), Src: f.Src.String(), Dst: f.Dst.String(), Host: f.Host, Rule: f.Rule,
-			Upstream: f.Upstream, State: f.State, Start: f.Start, Up: f.Up, Down: f.Down,
-		})
-	}
-	return all
+	return p.flows()
 }

@@ -1,0 +1,182 @@
+package control
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"os/user"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The kinds of an instance: what its Status has as Mode.
+const (
+	ModeUp  = "up"
+	ModeRun = "run"
+)
+
+// NoAnswer is the State of an instance that has a socket and does not answer.
+const NoAnswer = "no answer"
+
+// Instance is a viasocks that runs, in short.
+type Instance struct {
+	PID     int       `json:"pid"`
+	UID     int       `json:"uid"`
+	User    string    `json:"user"` // the name of UID, or its number
+	Mode    string    `json:"mode"` // run or up
+	Program string    `json:"program,omitempty"`
+	Proxy   string    `json:"proxy"` // without user and password
+	State   string    `json:"state"`
+	Since   time.Time `json:"since"`
+	Flows   int       `json:"flows"` // TCP connections and UDP mappings, now
+	Up      uint64    `json:"up_bytes"`
+	Down    uint64    `json:"down_bytes"`
+}
+
+const (
+	// lookTimeout is how long one instance may take to say how it is.
+	lookTimeout = 2 * time.Second
+	// lookers is how many are asked at a time.
+	lookers = 16
+)
+
+// Instances lists those of the calling user, or for root those of all users, by process id; and the one at the socket upPath, if the
+// caller may ask it. The sockets of killed ones are removed on the way, if they are the caller's own.
+func Instances(r Runtime, upPath string) []Instance {
+	var mu sync.Mutex
+	all := []Instance{}
+	var wg sync.WaitGroup
+	places := make(chan struct{}, lookers)
+	add := func(c *Client) {
+		places <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-places }()
+			defer c.Close()
+			if i, ok := c.instance(); ok {
+				mu.Lock()
+				all = append(all, i)
+				mu.Unlock()
+			}
+		})
+	}
+	if upPath != "" {
+		add(NewClient(upPath))
+	}
+	dirs := r.existing()
+	for _, d := range dirs {
+		if d.uid == r.UID && d.lock() == nil {
+			d.reap()
+			d.unlock()
+		}
+		for _, name := range d.sockets() {
+			add(d.client(name))
+		}
+	}
+	wg.Wait()
+	for _, d := range dirs {
+		d.close()
+	}
+	slices.SortFunc(all, func(a, b Instance) int { return cmp.Or(cmp.Compare(a.PID, b.PID), cmp.Compare(a.UID, b.UID)) })
+	return all
+}
+
+// client is a Client of a socket in d. It works until d is closed.
+func (d *runDir) client(name string) *Client {
+	c := NewClient(d.at(name))
+	c.owner = d.uid
+	return c
+}
+
+// instance asks the client's viasocks how it is. It reports false where there is none.
+func (c *Client) instance() (i Instance, ok bool) {
+	c.http.Timeout = lookTimeout
+	s, err := c.Status()
+	at := c.peer.Load()
+	if at == nil {
+		return i, false // nobody is there, or it is not ours to ask
+	}
+	i = Instance{PID: int(at.Pid), UID: int(at.Uid), User: userName(int(at.Uid)), Mode: ModeRun, State: NoAnswer}
+	if err != nil {
+		return i, true
+	}
+	i.Mode, i.Program, i.State, i.Since = cmp.Or(s.Mode, ModeUp), s.Program, s.State, s.Since
+	i.Flows, i.Up, i.Down = s.TCP.Now+s.UDP.Now, s.Up, s.Down
+	for _, u := range s.Upstreams {
+		if u.URL != "" {
+			i.Proxy = withoutUser(u.URL)
+			break
+		}
+	}
+	return i, true
+}
+
+// withoutUser is the URL of a proxy without the part that names a user.
+func withoutUser(text string) string {
+	u, err := url.Parse(text)
+	if err != nil || u.User == nil {
+		return text
+	}
+	u.User = nil
+	return u.String()
+}
+
+func userName(uid int) string {
+	if u, err := user.LookupId(strconv.Itoa(uid)); err == nil {
+		return u.Username
+	}
+	return strconv.Itoa(uid)
+}
+
+// Find gives a Client of the instance with this process id, which is one that Instances lists. It must be closed.
+func Find(r Runtime, upPath string, pid int) (*Client, error) {
+	if c := NewClient(upPath); c.isOf(pid) {
+		return c, nil
+	}
+	for _, d := range r.existing() {
+		for _, name := range d.sockets() {
+			if c := d.client(name); c.isOf(pid) {
+				c.dir = d
+				return c, nil
+			}
+		}
+		d.close()
+	}
+	return nil, fmt.Errorf("cannot find a viasocks with the process id %d among those that you may ask: see 'viasocks ps'", pid)
+}
+
+// isOf connects, and reports whether the other side is the process pid. The connection is closed.
+func (c *Client) isOf(pid int) bool {
+	ctx, cancel := context.WithTimeout(context.Background(), lookTimeout)
+	defer cancel()
+	conn, err := c.dial(ctx)
+	if err != nil {
+		return false
+	}
+	conn.Close()
+	return int(c.peer.Load().Pid) == pid
+}
+
+// dial connects to the viasocks, and refuses one of another user than the socket belongs to.
+func (c *Client) dial(ctx context.Context) (net.Conn, error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", c.path)
+	if err != nil {
+		return nil, err
+	}
+	p := peerOf(conn.(*net.UnixConn))
+	if p.err != nil || c.owner >= 0 && int(p.uid) != c.owner && p.uid != 0 {
+		conn.Close()
+		return nil, &net.OpError{Op: "dial", Net: "unix", Err: errors.Join(errNotOwner, p.err)}
+	}
+	c.peer.Store(&unix.Ucred{Pid: p.pid, Uid: p.uid, Gid: p.gid})
+	return conn, nil
+}
+
+var errNotOwner = errors.New("another user answers there")

@@ -1,0 +1,234 @@
+package control
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Runtime is where the control sockets of `viasocks run` are: one directory for each user, in which each instance has a socket of
+// its own. Only the user can look into the directory.
+type Runtime struct {
+	XDG string // XDG_RUNTIME_DIR; empty: not set
+	Run string // has the runtime directories of all users by their numbers
+	Tmp string // used where the user has no runtime directory
+	UID int
+}
+
+// RuntimeOf is the Runtime of the calling user with the environment environ.
+func RuntimeOf(environ []string) Runtime {
+	r := Runtime{Run: "/run/user", Tmp: "/tmp", UID: os.Geteuid()}
+	for _, e := range environ {
+		if v, ok := strings.CutPrefix(e, "XDG_RUNTIME_DIR="); ok {
+			r.XDG = v
+		}
+	}
+	return r
+}
+
+// runDirName is the name of the directory below a runtime directory; below Tmp the user's number follows.
+const runDirName = "viasocks"
+
+func (r Runtime) inTmp(uid int) string { return filepath.Join(r.Tmp, runDirName+"-"+strconv.Itoa(uid)) }
+
+// candidates are the user's own directories, the best first. Those whose parent does not exist, or could be changed by other users,
+// are left out.
+func (r Runtime) candidates() (paths []string) {
+	for _, parent := range []string{r.XDG, filepath.Join(r.Run, strconv.Itoa(r.UID))} {
+		var st unix.Stat_t
+		if filepath.IsAbs(parent) && unix.Stat(parent, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFDIR &&
+			int(st.Uid) == r.UID && st.Mode&0o022 == 0 {
+			paths = append(paths, filepath.Join(parent, runDirName))
+		}
+	}
+	return append(paths, r.inTmp(r.UID))
+}
+
+// create opens the first directory that can be used, and makes it if it does not exist. It is locked.
+func (r Runtime) create() (*runDir, error) {
+	var errs []error
+	for _, path := range r.candidates() {
+		for try := 0; ; try++ {
+			err := unix.Mkdir(path, 0o700)
+			if err != nil && !errors.Is(err, unix.EEXIST) {
+				errs = append(errs, fmt.Errorf("cannot make %s: %w", path, err))
+				break
+			}
+			d, err := openRunDir(path, r.UID)
+			if err == nil {
+				if err = d.lock(); err == nil && d.removed() {
+					err = unix.ENOENT
+				}
+				if err == nil {
+					return d, nil
+				}
+				d.close()
+			}
+			if errors.Is(err, unix.ENOENT) && try < 10 { // whoever used it last has just removed it
+				continue
+			}
+			errs = append(errs, err)
+			break
+		}
+	}
+	return nil, errors.Join(errs...)
+}
+
+// existing opens the directories that exist: those of the user, and for root those of all users. What is not safe is left out.
+func (r Runtime) existing() (dirs []*runDir) {
+	type place struct {
+		path string
+		uid  int
+	}
+	var places []place
+	for _, path := range r.candidates() {
+		places = append(places, place{path, r.UID})
+	}
+	if r.UID == 0 {
+		users, _ := filepath.Glob(filepath.Join(r.Run, "*", runDirName))
+		temps, _ := filepath.Glob(filepath.Join(r.Tmp, runDirName+"-*"))
+		for _, path := range append(users, temps...) {
+			owner := filepath.Base(filepath.Dir(path))
+			if filepath.Dir(path) == r.Tmp {
+				owner = strings.TrimPrefix(filepath.Base(path), runDirName+"-")
+			}
+			if uid, err := strconv.ParseUint(owner, 10, 31); err == nil {
+				places = append(places, place{path, int(uid)})
+			}
+		}
+	}
+	seen := map[[2]uint64]bool{}
+	for _, p := range places[:min(len(places), maxRunDirs)] {
+		d, err := openRunDir(p.path, p.uid)
+		if err != nil {
+			continue
+		}
+		if seen[d.id] {
+			d.close()
+			continue
+		}
+		seen[d.id] = true
+		dirs = append(dirs, d)
+	}
+	return dirs
+}
+
+// Bounds of what is listed: other users could make any number.
+const (
+	maxRunDirs    = 256
+	maxRunSockets = 1024 // of a directory
+)
+
+// runDir is an open directory with sockets. It is used by its descriptor from here on, so that nobody can put another one in its
+// place, and so that the length of its path does not matter.
+type runDir struct {
+	f    *os.File
+	path string
+	uid  int
+	id   [2]uint64 // device and inode
+}
+
+// openRunDir opens the directory and refuses one that is a symbolic link, belongs to another user than uid, or can be used by others.
+func openRunDir(path string, uid int) (*runDir, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENOTDIR) {
+		return nil, fmt.Errorf("cannot use %s: it is not a directory: remove it", path)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot open %s: %w", path, err)
+	}
+	d := &runDir{f: os.NewFile(uintptr(fd), path), path: path, uid: uid}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		d.close()
+		return nil, fmt.Errorf("cannot use %s: %w", path, err)
+	}
+	if int(st.Uid) != uid || st.Mode&0o077 != 0 {
+		d.close()
+		return nil, fmt.Errorf("cannot use %s: it belongs to another user, or others may use it: remove it", path)
+	}
+	d.id = [2]uint64{st.Dev, st.Ino}
+	return d, nil
+}
+
+func (d *runDir) close() { d.f.Close() }
+
+func (d *runDir) fd() int { return int(d.f.Fd()) }
+
+// at is a path of a file in the directory, short enough for the address of a unix socket.
+func (d *runDir) at(name string) string { return fmt.Sprintf("/proc/self/fd/%d/%s", d.fd(), name) }
+
+// lockWait bounds the wait for other instances of the same user, each of which has the directory for a moment only.
+const lockWait = 2 * time.Second
+
+// lock has the directory to itself, until unlock or close: for the time between the name of a socket and its first answer, in
+// which it looks like that of a dead instance.
+func (d *runDir) lock() error {
+	for end := time.Now().Add(lockWait); ; time.Sleep(5 * time.Millisecond) {
+		err := unix.Flock(d.fd(), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil || errors.Is(err, unix.EINTR) {
+			if err == nil {
+				return nil
+			}
+			continue
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("cannot lock %s: %w", d.path, err)
+		}
+	}
+}
+
+func (d *runDir) unlock() { _ = unix.Flock(d.fd(), unix.LOCK_UN) }
+
+// removed reports whether the directory has lost its name.
+func (d *runDir) removed() bool {
+	var st unix.Stat_t
+	return unix.Fstat(d.fd(), &st) != nil || st.Nlink == 0
+}
+
+// sockets are the names of the sockets that belong to the user.
+func (d *runDir) sockets() (names []string) {
+	if _, err := d.f.Seek(0, 0); err != nil {
+		return nil
+	}
+	all, _ := d.f.Readdirnames(maxRunSockets)
+	for _, name := range all {
+		var st unix.Stat_t
+		if strings.HasPrefix(name, runPrefix) && strings.HasSuffix(name, ".sock") &&
+			unix.Fstatat(d.fd(), name, &st, unix.AT_SYMLINK_NOFOLLOW) == nil &&
+			st.Mode&unix.S_IFMT == unix.S_IFSOCK && int(st.Uid) == d.uid {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// reap removes the sockets of instances that were killed. The directory is locked.
+func (d *runDir) reap() {
+	for _, name := range d.sockets() {
+		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+		if err != nil {
+			return
+		}
+		if errors.Is(unix.Connect(fd, &unix.SockaddrUnix{Name: d.at(name)}), unix.ECONNREFUSED) {
+			_ = unix.Unlinkat(d.fd(), name, 0)
+		}
+		unix.Close(fd)
+	}
+}
+
+// remove removes a socket, and the directory with the last one. The descriptor is closed.
+func (d *runDir) remove(name string) {
+	defer d.close()
+	locked := d.lock() == nil
+	_ = unix.Unlinkat(d.fd(), name, 0)
+	if locked {
+		_ = unix.Rmdir(d.path) // fails while there are others
+	}
+}

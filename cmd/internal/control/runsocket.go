@@ -1,0 +1,47 @@
+package control
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"fmt"
+	"net"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// runPrefix begins the names of sockets. The process id follows, and some random digits: two containers that share the directory
+// may have the same process ids.
+const runPrefix = "run-"
+
+// ListenRun makes the control socket of an instance of `run` in the user's directory, removes those that killed instances have left
+// there, and starts to answer. Path and Group of o are not used.
+func ListenRun(r Runtime, o Options) (*Server, error) {
+	d, err := r.create()
+	if err != nil {
+		return nil, fmt.Errorf("cannot make a control socket: %w", err)
+	}
+	fail := func(err error) (*Server, error) {
+		d.close()
+		return nil, fmt.Errorf("cannot make a control socket in %s: %w", d.path, err)
+	}
+	defer d.unlock()
+	d.reap()
+	var random [4]byte
+	_, _ = rand.Read(random[:]) // it never fails
+	name := fmt.Sprintf("%s%d-%s.sock", runPrefix, os.Getpid(), hex.EncodeToString(random[:]))
+	o.Path, o.Group = d.at(name), -1
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: o.Path, Net: "unix"})
+	if err != nil {
+		return fail(err)
+	}
+	l.SetUnlinkOnClose(false)
+	if err := unix.Fchmodat(d.fd(), name, 0o600, 0); err != nil {
+		l.Close()
+		_ = unix.Unlinkat(d.fd(), name, 0)
+		return fail(err)
+	}
+	s := serve(o, l)
+	s.remove = func() { d.remove(name) }
+	return s, nil
+}

@@ -1,0 +1,32 @@
+package daemon
+
+import (
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/control"
+)
+
+// serveRun answers `status` and `flows` for a program under `run`, until end. The program runs also where that is not possible.
+func serveRun(cfg *config.Config, p *plane, o RunOptions, log *slog.Logger) (end func()) {
+	since := time.Now()
+	status := func() control.Status {
+		s := control.Status{
+			Version: o.Version, PID: os.Getpid(), Mode: control.ModeRun, Program: filepath.Base(cfg.Program[0]),
+			State: control.Ready, Since: since, ReadyAt: &since, Config: cfg.File, Warnings: cfg.Warnings, DNS: resolverWords(cfg),
+		}
+		p.fill(&s, cfg, nil)
+		return s
+	}
+	srv, err := control.ListenRun(control.RuntimeOf(o.Environ), control.Options{
+		Backend: control.Backend{Status: status, Flows: p.flows}, Log: log,
+	})
+	if err != nil {
+		log.Warn("the program runs, but 'viasocks status', 'flows' and 'ps' will not know of it", "err", err)
+		return func() {}
+	}
+	return func() { srv.Close() }
+}

@@ -1,0 +1,134 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/stack/testkit"
+)
+
+// instance is a program under `run` with the runtime directory xdg, which ends when its standard input does.
+func instance(t *testing.T, xdg, url string) (cmd *exec.Cmd, end func()) {
+	t.Helper()
+	cmd = viasocks("run", "--proxy", url, "--", "sh", "-c", "echo up; read x")
+	cmd.Env = append(cmd.Env, "XDG_RUNTIME_DIR="+xdg)
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := false
+	end = func() {
+		if !ended {
+			ended = true
+			in.Close()
+			_ = cmd.Wait()
+		}
+	}
+	t.Cleanup(end)
+	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != "up\n" {
+		t.Fatalf("%q, %v", line, err)
+	}
+	return cmd, end
+}
+
+// asked is what a subcommand prints with the runtime directory xdg.
+func asked(t *testing.T, xdg string, args ...string) string {
+	t.Helper()
+	cmd := viasocks(args...)
+	cmd.Env = append(cmd.Env, "XDG_RUNTIME_DIR="+xdg)
+	return result(t, cmd)
+}
+
+// ps lists what runs, status and flows ask the one that --pid names, and nothing is left behind, not even by one that was killed.
+func TestPs(t *testing.T) {
+	s := server(t)
+	needNamespaces(t, s)
+	xdg := t.TempDir()
+	dir := []string{"--state-dir", t.TempDir() + "/none"} // of a viasocks that is not up
+	list := func() (all []control.Instance) {
+		t.Helper()
+		out := asked(t, xdg, "ps", "--json")
+		_, out, _ = strings.Cut(out, "--- stdout\n")
+		out, _, _ = strings.Cut(out, "--- stderr\n")
+		if err := json.NewDecoder(bytes.NewReader([]byte(out))).Decode(&all); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		return all
+	}
+	a, endA := instance(t, xdg, strings.Replace(s.URL(), "://", "://al:geheim@", 1))
+	b, _ := instance(t, xdg, s.URL())
+	found := byPID(list())
+	for _, cmd := range []*exec.Cmd{a, b} {
+		i := found[cmd.Process.Pid]
+		if i.Mode != control.ModeRun || i.Program != "sh" || i.Proxy != s.URL() || i.State != control.Ready || i.UID != os.Getuid() {
+			t.Errorf("process %d: %+v", cmd.Process.Pid, found)
+		}
+	}
+	if got := asked(t, xdg, "ps"); !strings.Contains(got, strconv.Itoa(a.Process.Pid)) || strings.Contains(got, "geheim") ||
+		strings.Contains(got, "al@") {
+		t.Error(got)
+	}
+
+	pid := strconv.Itoa(a.Process.Pid)
+	got := asked(t, xdg, "status", "--pid", pid)
+	if !strings.HasPrefix(got, "exit 0\n") || !strings.Contains(got, "process "+pid+"\n  program sh\n") || strings.Contains(got, "\nhost:") ||
+		strings.Contains(got, "geheim") {
+		t.Error(got)
+	}
+	if got := asked(t, xdg, "flows", "--pid", pid); got != "exit 0\n--- stdout\nthere are no flows\n--- stderr\n" {
+		t.Error(got)
+	}
+	for _, args := range [][]string{{"status", "--pid", strconv.Itoa(os.Getpid())}, append([]string{"status"}, dir...)} {
+		got := asked(t, xdg, args...)
+		oneLine(t, got)
+		if !strings.HasPrefix(got, "exit 1\n") || !strings.Contains(got, "'viasocks ps'") {
+			t.Error(got)
+		}
+	}
+
+	sockets := func() int {
+		all, err := filepath.Glob(filepath.Join(xdg, "viasocks", "*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(all)
+	}
+	endA()
+	if n := sockets(); n != 1 {
+		t.Errorf("%d sockets after the first has ended", n)
+	}
+	_ = b.Process.Kill()
+	_ = b.Wait()
+	if n := sockets(); n != 1 {
+		t.Errorf("%d sockets after the second was killed: the test tests nothing", n)
+	}
+	if _, live := byPID(list())[b.Process.Pid]; live || sockets() != 0 {
+		t.Errorf("%d sockets after ps", sockets())
+	}
+	_, endC := instance(t, xdg, s.URL())
+	endC()
+	testkit.Eventually(t, "the directory is gone", func() bool { _, err := os.Stat(filepath.Join(xdg, "viasocks")); return os.IsNotExist(err) })
+}
+
+func byPID(all []control.Instance) map[int]control.Instance {
+	m := map[int]control.Instance{}
+	for _, i := range all {
+		m[i.PID] = i
+	}
+	return m
+}
