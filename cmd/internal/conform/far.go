@@ -13,11 +13,13 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Bounds of a far end.
 const (
-	farLine    = 128              // bytes of a command
+	farLine    = 192              // bytes of a command
 	farLife    = 30 * time.Second // of one connection
 	farConns   = 256              // open connections; more are closed at once
 	farRecords = 1024             // tokens; older ones are forgotten
@@ -41,7 +43,20 @@ const farHello = "viasocks far end 1\n"
 //	record TOKEN  reads, and records how the connection ended
 //	result TOKEN  says what was recorded
 //	dial PORT     connects to that port of the host that asks, says from where, and sends back what comes there
+//
+// One that Serve has made has these in place of dial, and answers no datagrams but those of a session:
+//
+//	session       says "TOKEN PORT PORT2 CLOSED ADDRESSES SEEN": the token of datagrams, the ports of UDP, a port that refuses TCP, how
+//	              many addresses there are, and who asks
+//	pour N        sends N bytes, for two seconds at most
+//	sink          reads to the FIN, then says how much came
 type FarEnd struct {
+	guard      *guard // nil: it is for hosts that only the tests reach
+	closed     int    // a descriptor that keeps closedPort; below 0: none
+	closedPort uint16
+	ports      [2]uint16
+	addresses  int
+
 	tcp []net.Listener
 	udp [2][2]*net.UDPConn
 	all []*net.UDPConn // these, and those of further addresses
@@ -59,7 +74,7 @@ type FarEnd struct {
 // ListenFar starts a far end on first and second, which are different addresses of this host and of one family, and by TCP
 // and UDP also on more. Ports are chosen by the kernel if port is 0; else TCP has port, and UDP port and port+1. Close ends it.
 func ListenFar(port uint16, first, second netip.Addr, more ...netip.Addr) (*FarEnd, error) {
-	f := &FarEnd{slots: make(chan struct{}, farConns), records: map[string]string{}}
+	f := &FarEnd{slots: make(chan struct{}, farConns), records: map[string]string{}, closed: -1}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	if err := f.listen(port, first, second, more); err != nil {
 		f.Close()
@@ -126,6 +141,10 @@ func (f *FarEnd) Close() error {
 		u.Close()
 	}
 	f.wg.Wait()
+	if f.closed >= 0 {
+		unix.Close(f.closed)
+		f.closed = -1
+	}
 	return nil
 }
 
@@ -145,8 +164,19 @@ func (f *FarEnd) accept(ln net.Listener) {
 			c.Close()
 			continue
 		}
+		client := c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
+		if f.guard != nil && !f.guard.enter(client) {
+			c.Close()
+			<-f.slots
+			continue
+		}
 		f.wg.Go(func() {
-			defer func() { <-f.slots }()
+			defer func() {
+				if f.guard != nil {
+					f.guard.leave(client)
+				}
+				<-f.slots
+			}()
 			defer c.Close()
 			defer context.AfterFunc(f.ctx, func() { c.Close() })()
 			f.serve(c.(*net.TCPConn))
@@ -188,7 +218,19 @@ func (f *FarEnd) serve(c *net.TCPConn) {
 	case "result":
 		fmt.Fprintf(c, "%s\n", f.result(arg))
 	case "dial":
-		f.dialBack(c, arg)
+		if f.guard == nil {
+			f.dialBack(c, arg)
+		}
+	case "session":
+		f.serveSession(c)
+	case "pour":
+		n, _ := strconv.Atoi(arg)
+		f.servePour(c, n)
+	case "sink":
+		n, err := io.Copy(io.Discard, c)
+		if err == nil {
+			fmt.Fprintf(c, "%d\n", n)
+		}
 	}
 }
 

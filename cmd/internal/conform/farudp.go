@@ -9,9 +9,47 @@ import (
 	"net/netip"
 )
 
-// A datagram to the far end begins with a line "? ID I J SIZE": the answer comes from UDP socket [I][J], or for [0][0] from
-// the one that was asked, with at least SIZE bytes. An answer begins with "! ID SEEN LENGTH SUM": who was seen to send, how
-// many bytes came, and their CRC-32. Both are filled up with the same pattern.
+// A datagram to the far end begins with a line "? ID I J SIZE [TOKEN [COOKIE]]": the answer comes from UDP socket [I][J], or for
+// [0][0] from the one that was asked, with at least SIZE bytes. An answer begins with "! ID SEEN LENGTH SUM [COOKIE]": who was seen
+// to send, how many bytes came, and their CRC-32. Both are filled up with the same pattern. A public far end wants the token and
+// the cookie, see guard, and its answers are no longer than the questions.
+
+// question is the first line of a datagram to the far end.
+type question struct {
+	id            uint64
+	from          [2]int
+	size          int
+	token, cookie string
+}
+
+func parseQuestion(b []byte) (q question, ok bool) {
+	line, _, ok := bytes.Cut(b[:min(len(b), farLine)], []byte{'\n'})
+	if !ok {
+		return q, false
+	}
+	n, _ := fmt.Sscanf(string(line), "? %d %d %d %d %s %s", &q.id, &q.from[0], &q.from[1], &q.size, &q.token, &q.cookie)
+	return q, n >= 4 && q.from[0]|q.from[1] == (q.from[0]|q.from[1])&1 && q.size >= 0
+}
+
+// minQuestion is longer than any first line of an answer.
+const minQuestion = 140
+
+func (q question) datagram(size int) []byte {
+	head := fmt.Sprintf("? %d %d %d %d", q.id, q.from[0], q.from[1], q.size)
+	if q.token == "" {
+		return fill(head+"\n", size)
+	}
+	return fill(fmt.Sprintf("%s %s %s\n", head, q.token, q.cookie), max(size, minQuestion))
+}
+
+// answer is the datagram that answers asked, which came from a host that is told its address.
+func (q question) answer(from netip.AddrPort, asked []byte, size int, cookie string) []byte {
+	head := fmt.Sprintf("! %d %v %d %d", q.id, from, len(asked), crc32.ChecksumIEEE(asked))
+	if cookie != "" {
+		head += " " + cookie
+	}
+	return fill(head+"\n", size)
+}
 
 // maxUDP is the largest payload of a datagram over IPv4.
 const maxUDP = 65535 - 20 - 8
@@ -36,21 +74,16 @@ func (f *FarEnd) answerUDP(u *net.UDPConn) {
 		if err != nil {
 			continue // an ICMP error of somebody who went away
 		}
-		var id uint64
-		var i, j, size int
-		if _, err := fmt.Sscanf(string(buf[:min(n, farLine)]), "? %d %d %d %d\n", &id, &i, &j, &size); err != nil {
-			continue
-		}
-		if i < 0 || i > 1 || j < 0 || j > 1 {
+		q, ok := parseQuestion(buf[:n])
+		if !ok {
 			continue
 		}
 		out := u
-		if i != 0 || j != 0 {
-			out = f.udp[i][j]
+		if q.from != [2]int{} {
+			out = f.udp[q.from[0]][q.from[1]]
 		}
 		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
-		head := fmt.Sprintf("! %d %v %d %d\n", id, from, n, crc32.ChecksumIEEE(buf[:n]))
-		out.WriteToUDPAddrPort(fill(head, size), from)
+		out.WriteToUDPAddrPort(q.answer(from, buf[:n], q.size, ""), from)
 	}
 }
 

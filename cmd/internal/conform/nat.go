@@ -25,6 +25,10 @@ func (p *prober) mapping(ctx context.Context) NAT {
 	defer a.close()
 	var seen [3]netip.AddrPort
 	for i, at := range []netip.AddrPort{p.Ends.UDP[0][0], p.Ends.UDP[0][1], p.Ends.UDP[1][0]} {
+		if i == 2 && !at.IsValid() { // the far end has one address: two ports must do
+			seen[2] = seen[0]
+			break
+		}
 		e := a.exchange(ctx, socks.AddrFrom(at), [2]int{}, 0, 0, udpTries)
 		if e == nil {
 			return UnknownNAT
@@ -46,6 +50,9 @@ func (p *prober) filtering(ctx context.Context) NAT {
 		from [2]int
 		if_  NAT
 	}{{[2]int{1, 1}, EndpointIndependent}, {[2]int{0, 1}, AddressDependent}, {[2]int{0, 0}, PortDependent}} {
+		if try.from[0] == 1 && !p.Ends.UDP[1][1].IsValid() {
+			continue
+		}
 		a, _, _ := p.associate(ctx, p.zero()) // a new one: it has written to nobody
 		if a == nil {
 			return UnknownNAT

@@ -42,6 +42,11 @@ type Config struct {
 	Wait, SilentWait time.Duration
 	// UDPWait bounds the wait for the answer to one datagram, which is sent up to three times; zero: 400 ms.
 	UDPWait time.Duration
+	// Token is that of a session with a public far end; empty: the far end is none.
+	Token string
+	// Associate opens an association in another way than the probe's, and gives a socket that is connected to its relay, or nil,
+	// and what ends it; nil: the probe does so itself.
+	Associate func(ctx context.Context) (*net.UDPConn, func(), Answer)
 	// Dial connects to the server, for tests and for transports other than TCP; nil: TCP to its host and port.
 	Dial func(ctx context.Context) (net.Conn, error)
 }
@@ -229,4 +234,8 @@ func ending(err error) Answer {
 		kind = Silence
 	}
 	return Answer{Kind: kind, Error: err.Error()}
+}
+
+func isTimeout(err error) bool {
+	return errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, net.ErrClosed)
 }

@@ -20,15 +20,18 @@ const udpTries = 3
 // association is an open UDP ASSOCIATE. close ends it.
 type association struct {
 	p       *prober
-	control net.Conn
+	control net.Conn     // nil: end is set
+	end     func()       // of Config.Associate
 	u       *net.UDPConn // connected to the relay
 	buf     []byte
+	cookie  string // of a public far end
 }
 
 // echo is an answer of the far end.
 type echo struct {
 	source  socks.Addr // in the header
 	seen    netip.AddrPort
+	cookie  string
 	arrived int    // bytes of the question that came
 	whole   bool   // question and answer came as they were sent
 	payload []byte // of the answer; valid until the next exchange
@@ -36,6 +39,14 @@ type echo struct {
 
 // associate opens an association. Not granted: nil.
 func (p *prober) associate(ctx context.Context, zero netip.Addr) (*association, Answer, bool) {
+	if p.Config.Associate != nil {
+		u, end, a := p.Config.Associate(ctx)
+		if u == nil {
+			return nil, a, false
+		}
+		u.SetReadBuffer(1 << 20)
+		return &association{p: p, end: end, u: u, buf: make([]byte, maxUDP)}, a, false
+	}
 	c, a, h := p.ask(ctx, p.Server, socks.CmdAssociate, socks.Addr{IP: zero}, p.Wait)
 	if a.Kind != Granted {
 		return nil, a, false
@@ -61,12 +72,19 @@ func (p *prober) associate(ctx context.Context, zero netip.Addr) (*association, 
 }
 
 func (a *association) close() {
-	a.control.Close()
 	a.u.Close()
+	if a.end != nil {
+		a.end()
+		return
+	}
+	a.control.Close()
 }
 
 // ended reports whether the server has closed the control connection.
 func (a *association) ended() bool {
+	if a.control == nil {
+		return false
+	}
 	a.control.SetReadDeadline(time.Now().Add(time.Millisecond))
 	_, err := a.control.Read(make([]byte, 64))
 	return err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
@@ -75,8 +93,17 @@ func (a *association) ended() bool {
 // exchange sends a question of size bytes to dst, for an answer of answerSize bytes from the far end's socket from, up to
 // tries times. nil: no answer came.
 func (a *association) exchange(ctx context.Context, dst socks.Addr, from [2]int, size, answerSize, tries int) *echo {
+	if a.p.Token != "" && from != [2]int{} && a.cookie == "" { // a public far end must know first that its answers arrive
+		if a.exchange(ctx, dst, [2]int{}, 0, 0, tries) == nil {
+			return nil
+		}
+	}
 	id := a.p.id.Add(1)
-	question := fill(fmt.Sprintf("? %d %d %d %d\n", id, from[0], from[1], answerSize), size)
+	q := question{id: id, from: from, size: answerSize, token: a.p.Token, cookie: a.cookie}
+	if q.token != "" { // no answer is longer than its question
+		size = max(size, answerSize)
+	}
+	question := q.datagram(size)
 	datagram := append(socks.AppendUDPHeader(nil, dst), question...)
 	for range tries {
 		if ctx.Err() != nil {
@@ -107,20 +134,28 @@ func (a *association) await(id uint64, question []byte) *echo {
 		if err != nil {
 			continue
 		}
-		payload := a.buf[head:n]
-		line, _, _ := bytes.Cut(payload[:min(len(payload), farLine)], []byte{'\n'})
-		var got uint64
-		var seen string
-		var sum uint32
-		e := &echo{source: source, payload: payload}
-		if _, err := fmt.Sscanf(string(line), "! %d %s %d %d", &got, &seen, &e.arrived, &sum); err != nil || got != id {
+		e, got, sum := parseEcho(a.buf[head:n])
+		if e == nil || got != id {
 			continue
 		}
-		e.seen, _ = netip.ParseAddrPort(seen)
-		e.whole = e.arrived == len(question) && sum == crc32.ChecksumIEEE(question) && filled(payload)
+		e.source = source
+		a.cookie = e.cookie
+		e.whole = e.arrived == len(question) && sum == crc32.ChecksumIEEE(question) && filled(e.payload)
 		return e
 	}
 	return nil
+}
+
+// parseEcho reads an answer of the far end; nil: it is none.
+func parseEcho(payload []byte) (e *echo, id uint64, sum uint32) {
+	line, _, _ := bytes.Cut(payload[:min(len(payload), farLine)], []byte{'\n'})
+	var seen string
+	e = &echo{payload: payload}
+	if n, _ := fmt.Sscanf(string(line), "! %d %s %d %d %s", &id, &seen, &e.arrived, &sum, &e.cookie); n < 4 {
+		return nil, 0, 0
+	}
+	e.seen, _ = netip.ParseAddrPort(seen)
+	return e, id, sum
 }
 
 // small asks the far end's first socket for a small answer.
