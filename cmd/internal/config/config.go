@@ -159,4 +159,5 @@ type Config struct {
 	dnsCA         value
 	logLevelSet   bool
 	kept          map[string][]value // of the options that a reload does not take
+	unknownVars   []string           // variables of the environment that look like ours, until finish
 }

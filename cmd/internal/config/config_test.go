@@ -364,7 +364,7 @@ func FuzzFile(f *testing.F) {
 		}
 		if err == nil {
 			c := &Config{Command: Check}
-			_ = c.build(nil, got, nil, nil)
+			_ = c.build(func(option string) []value { return got[option] }, nil, nil)
 		}
 	})
 }

@@ -1,7 +1,6 @@
 package config
 
 import (
-	"bytes"
 	"fmt"
 	"path/filepath"
 	"slices"
@@ -122,6 +121,9 @@ func (c *Config) withSecrets(name string, s socks.Server, env []string) (socks.S
 		}
 		return withPassword, nil
 	}
+	if file := lookup(env, of(passwordVar, "_", varName)+secretFile); file != "" && name != DefaultUpstream {
+		return c.withPassword(s, strings.Clone(file), true) // for --proxy this is the variable of --password-file
+	}
 	if dir := lookup(env, credentialsVar); dir != "" {
 		path := filepath.Join(dir, of(passwordCredential, ".", func(s string) string { return s }))
 		if exists(path) {
@@ -143,22 +145,12 @@ func varName(upstream string) string {
 
 // withPassword reads the password from the first line of a file. One of the user's is looked at for who may read and write it.
 func (c *Config) withPassword(s socks.Server, path string, ofUser bool) (socks.Server, error) {
-	b, info, err := readPath(path, int64(len(byteOrderMark))+maxPassword+2)
+	line, info, err := firstLine("password file", path, maxPassword)
 	if err != nil {
-		return s, fmt.Errorf("cannot read the password file %s: %w", path, err)
-	}
-	line, _, _ := bytes.Cut(bytes.TrimPrefix(b, byteOrderMark), []byte("\n"))
-	line = bytes.TrimSuffix(line, []byte("\r"))
-	if len(line) == 0 {
-		return s, fmt.Errorf("cannot use the password file %s: its first line is empty", path)
-	}
-	if len(line) > maxPassword {
-		return s, fmt.Errorf("cannot use the password file %s: its first line is longer than %d bytes", path, maxPassword)
+		return s, err
 	}
 	if ofUser {
-		if info.Mode().IsRegular() && info.Mode().Perm()&0o004 != 0 {
-			c.Warnings = append(c.Warnings, fmt.Sprintf("everybody can read the password file %s: chmod 600 it", path))
-		}
+		c.warnOfReaders("password file", path, info)
 		c.warnOfWriters("password file", path, info)
 	}
 	withPassword, err := s.WithCredentials(s.User(), string(line))

@@ -94,33 +94,44 @@ func parse(cmd Command, args, env []string, running *Config) (*Config, error) {
 		return nil, usagef("cannot use %q: unexpected argument", c.Program[0])
 	}
 
+	fromEnv, err := c.readEnv(env)
+	if err != nil {
+		return nil, err
+	}
 	file := map[string][]value{}
-	if v := flags[fileOption]; v != nil {
-		var err error
+	if v := firstGiven(flags[fileOption], fromEnv[fileOption]); v != nil {
 		c.File = v[0].text
 		if file, err = c.readFile(c.File); err != nil {
 			return nil, err
 		}
 	}
-	if err := c.build(flags, file, env, running); err != nil {
+	given := func(option string) []value { return firstGiven(flags[option], fromEnv[option], file[option]) }
+	if err := c.build(given, env, running); err != nil {
 		return nil, err
 	}
+	c.warnOfVariables()
 	return c, nil
 }
 
-// build takes each option from the flags, else from the file, else its default; but from running, if there is one, what a reload
-// does not take.
-func (c *Config) build(flags, file map[string][]value, env []string, running *Config) error {
+// firstGiven is the first of the places that has values.
+func firstGiven(places ...[]value) []value {
+	for _, vs := range places {
+		if vs != nil {
+			return vs
+		}
+	}
+	return nil
+}
+
+// build takes each option from what was given, else its default; but from running, if there is one, what a reload does not take.
+func (c *Config) build(given func(option string) []value, env []string, running *Config) error {
 	c.kept = map[string][]value{}
 	for i := range Options {
 		o := &Options[i]
 		if o.Cmds&c.Command == 0 {
 			continue
 		}
-		vs := flags[o.Name]
-		if vs == nil {
-			vs = file[o.Name]
-		}
+		vs := given(o.Name)
 		if vs == nil && o.Default != "" && !o.Soft {
 			vs = []value{{o.Name, o.Default, "--" + o.Name + " " + o.Default}}
 		}

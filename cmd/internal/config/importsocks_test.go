@@ -25,7 +25,7 @@ func accepted(lines []string) error {
 	}
 	c := blank()
 	c.Command = Check
-	return c.build(nil, file, nil, nil)
+	return c.build(func(option string) []value { return file[option] }, nil, nil)
 }
 
 const group = " select=ordered connect-timeout=10s handshake-timeout=100s server-attempts=1 attempts=4 retry-after=300s fail-threshold=2"

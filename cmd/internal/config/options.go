@@ -42,6 +42,7 @@ type Option struct {
 	Default string // shown, and used
 	Soft    bool   // the default is shown and not set: the layer that uses it may take less
 	Many    bool   // may be given more than once
+	Secret  bool   // the value may hold a password: a variable that ends in _FILE can name a file that has it
 	Live    bool   // a reload takes it; else a daemon that runs keeps what it was started with, see Config.Again
 	Cmds    Command
 	Help    string // one line
@@ -75,7 +76,7 @@ func allOptions() (list []Option) {
 // flowOptions say how what is captured is carried.
 var flowOptions = []Option{
 	{
-		Name: "proxy", Arg: "URL", Live: true, Cmds: all, set: setProxy,
+		Name: "proxy", Arg: "URL", Secret: true, Live: true, Cmds: all, set: setProxy,
 		Help: "socks5://[USER[:PASSWORD]@]HOST:PORT, carries what no rule says otherwise",
 		Man: `The proxy:
 .Ar socks5://[USER[:PASSWORD]@]HOST:PORT .
@@ -131,7 +132,7 @@ in PEM, instead of those that the system trusts.
 Verification cannot be turned off.`,
 	},
 	{
-		Name: "upstream", Arg: "NAME=URL[,URL...]", Many: true, Live: true, Cmds: all, set: addUpstream,
+		Name: "upstream", Arg: "NAME=URL[,URL...]", Many: true, Secret: true, Live: true, Cmds: all, set: addUpstream,
 		Help: "one more proxy, or a group of them, for rules to name",
 		Man: `One more proxy, or a group of proxies that carry the same, for rules to name.
 .Ar NAME
@@ -516,8 +517,8 @@ and
 .Ar FILE ,
 see
 .Xr viasocks.conf 5 .
-An option given as a flag wins over the file; of options that may be given more than once the flags then replace all of the
-file's.`,
+An option given as a flag or in the environment wins over the file; of options that may be given more than once these values then
+replace all of the file's.`,
 	},
 }
 

@@ -10,9 +10,9 @@ import (
 	"github.com/viasocks/viasocks/socks"
 )
 
-// Where the proxy is looked for when --proxy does not stand anywhere, in this order. The last two belong to everybody
-// and count only when they hold a SOCKS URL.
-var proxyVars = []string{"VIASOCKS_PROXY", "ALL_PROXY", "all_proxy"}
+// Where the proxy is looked for when --proxy does not stand anywhere, in this order. They belong to everybody and count only when
+// they hold a SOCKS URL.
+var proxyVars = []string{"ALL_PROXY", "all_proxy"}
 
 func lookup(env []string, name string) string {
 	for _, e := range env {
@@ -30,7 +30,7 @@ func (c *Config) finishProxy(env []string) error {
 		if v.name != "" {
 			break
 		}
-		if s := lookup(env, name); s != "" && (name == proxyVars[0] || strings.HasPrefix(strings.ToLower(s), "socks")) {
+		if s := lookup(env, name); strings.HasPrefix(strings.ToLower(s), "socks") {
 			v = value{name, strings.Clone(s), name + "=" + quote(s)}
 		}
 	}

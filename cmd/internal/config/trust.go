@@ -16,6 +16,13 @@ func exists(path string) bool {
 // byteOrderMark is what some editors begin a file of text with. It is no part of the text.
 var byteOrderMark = []byte("\ufeff")
 
+// warnOfReaders warns when everybody can read a file that holds a secret.
+func (c *Config) warnOfReaders(kind, path string, info os.FileInfo) {
+	if info.Mode().IsRegular() && info.Mode().Perm()&0o004 != 0 {
+		c.Warnings = append(c.Warnings, fmt.Sprintf("everybody can read the %s %s: chmod 600 it", kind, path))
+	}
+}
+
 // warnOfWriters warns when somebody else than root and the caller can change what a file says, or put another one in its place:
 // who can do so decides where a whole host's traffic goes. kind is what it is, for the message.
 func (c *Config) warnOfWriters(kind, path string, info os.FileInfo) {
