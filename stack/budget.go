@@ -7,20 +7,20 @@ import (
 	"sync/atomic"
 )
 
-// budget counts the SYNs that wait for an answer, of all shards: in all, and for each destination address.
+// budget counts the SYNs of all shards that wait for an answer: in total, and for each destination address.
 type budget struct {
 	waiting atomic.Int64
 	seed    maphash.Seed
 	dests   [destStripes]destCounts
 }
 
-// destStripes is how many locks the counts of the destinations have. Each is held for one look into a map.
+// destStripes is the number of locks for the counts of the destinations. Each is held for one look-up in a map.
 const destStripes = 16
 
 type destCounts struct {
 	mu   sync.Mutex
 	n    map[netip.Addr]int
-	peak int // of len(n) since it was made
+	peak int // the largest len(n) since the map was made
 	_    [64]byte
 }
 
@@ -32,12 +32,12 @@ func newBudget() *budget {
 	return b
 }
 
-// spent is what a budget refuses for.
+// spent is the reason for which a budget refuses a SYN.
 type spent uint8
 
 const (
 	within    spent = iota
-	spentAll        // too many in all
+	spentAll        // too many in total
 	spentDest       // too many for this destination
 )
 
@@ -45,7 +45,7 @@ func (b *budget) stripe(dst netip.Addr) *destCounts {
 	return &b.dests[maphash.Comparable(b.seed, dst)%destStripes]
 }
 
-// take counts a SYN, unless it is over a limit.
+// take counts a SYN unless this would exceed a limit.
 func (b *budget) take(dst netip.Addr, l Limits) spent {
 	if b.waiting.Add(1) > int64(l.Pending) {
 		b.waiting.Add(-1)
@@ -63,7 +63,8 @@ func (b *budget) take(dst netip.Addr, l Limits) spent {
 	return within
 }
 
-// give ends what take counted. What a burst made is given back when little of it is left: a map never shrinks.
+// give undoes take. It replaces the map of a past burst by a smaller one when little of it is left, because a map
+// never shrinks.
 func (b *budget) give(dst netip.Addr) {
 	b.waiting.Add(-1)
 	c := b.stripe(dst)

@@ -1,39 +1,53 @@
-// Package stack is the userspace TCP/IP stack that ends the captured flows, and the only importer of gVisor's netstack.
+// Package stack is the userspace TCP/IP stack that terminates the captured flows. It is the only importer of gVisor's
+// netstack.
 //
-// The flows are divided into shards, by the app's port. A shard has queues of the TUN and the one reader of their frames, a
-// gVisor stack (engine), a table of pending SYNs and counters, and no lock that another shard's flows need. What comes by a
-// queue of another shard is handed over (inbox): the first frames of a flow and those after a silence, until a frame that the
-// shard writes has moved the flow to its queues. Frames that wait in the old queue at that moment may be overtaken, as on a
-// network with several paths.
+// The flows are divided into shards by the app's port. A shard has its own queues of the TUN with one reader, a
+// gVisor stack (engine), a table of pending SYNs and counters. It holds no lock that the flows of another shard need.
+// A frame that arrives on a queue of another shard is handed over through an inbox. This happens to the first frames
+// of a flow and to those after a silence, until a frame that the shard writes has moved the flow to its own queues.
+// Frames that wait in the old queue at that moment may be overtaken, as in a network with several paths.
 //
-// A frame's way in: the shard's reader reads it from its tun.Part and looks at its IP header once (parseIP); UDP goes by the
-// fast path straight to Handler.HandlePackets; everything else goes into gVisor as one packet, however long, by way of an IP
-// layer (ipEndpoint) that has one state for all addresses. A TCP segment for which gVisor has no endpoint comes to the pending
-// table: a SYN becomes a flow.StreamRequest and is not answered before the upstream has (dial before accept).
+// # The way in
 //
-// A frame's way out: gVisor's packets go by link to tun.Part.Write with their offload header, up to 64 KiB in one
-// frame; UDP replies and ICMP errors are built here and written past gVisor.
+// The shard's reader reads a frame from its tun.Part and parses its IP header once (parseIP). UDP takes the fast path
+// directly to Handler.HandlePackets. Everything else enters gVisor as one packet of any length, through an IP layer
+// (ipEndpoint) that keeps one state for all addresses. A TCP segment for which gVisor has no endpoint goes to the
+// pending table. A SYN becomes a flow.StreamRequest, which is not answered before the upstream has answered (dial
+// before accept).
 //
-// What has a goroutine: each shard's reader, and gVisor's TCP processors (one for each CPU in each shard). A pending dial, a
-// handshake and an idle flow have none.
+// # The way out
 //
-// Lock order of a shard: feeding (a frame is in gVisor), then gVisor's own, then pendingTable.mu, then a stripe of the budget, or
-// the mutex of another shard's inbox. No two shards' locks are held together, but for that of an inbox, which is a leaf.
+// The packets of gVisor go through link to tun.Part.Write with their offload header, up to 64 KiB in one frame. UDP
+// replies and ICMP errors are built in this package and written without gVisor.
 //
-// What all shards have in common: the budgets of pending SYNs (a counter, and a lock for a sixteenth of the destinations, once
-// for each SYN and once when it is answered); the pools of packets and buffers, which the Go runtime keeps for each processor;
-// gVisor's list of endpoints that were closed and are not yet gone (tcpip.AddDanglingEndpoint, one lock in the process, twice
-// for each connection); and the garbage collector. BenchmarkShards on two cores: 1.0 million segments a second with one shard,
-// 2.1 million with two, no time spent waiting for locks with either. The whole path has a benchmark of the same name in
-// cmd/internal/daemon.
+// # Goroutines
 //
-// A frame that comes by another shard's queue is copied, and wakes its reader. That is rare where the kernel remembers the flows:
-// 4 to 10 of 6,000 to 20,000 frames, with eight sockets of UDP and eight downloads in two shards.
+// Each shard has one reader and gVisor's TCP processors, one for each CPU. A pending dial, a handshake and an idle
+// flow have no goroutine.
 //
-// On paper, the next limit at 16 cores is the kernel's side first: the daemon then has 8 shards, each with two queues of 500
-// frames, so that whoever shares a queue with a flood has one other queue to be moved to. Then gVisor's processors, of which 8
-// shards have 128, each woken for a segment at a time, so that wake-ups and not locks are what grows. Then the lock of the
-// dangling endpoints, some 100 ns twice for each connection, which is 2 % of one core at 100,000 connections a second. Two cores
-// cannot show how the shared cache lines (reference counts of the pools, the budget's counter) behave across sockets, nor whether
-// frames of one flow come in order when many readers hand over to each other.
+// # Lock order
+//
+// Within a shard: feeding (held while a frame is in gVisor), then gVisor's own locks, then pendingTable.mu, then
+// either a stripe of the budget or the mutex of another shard's inbox. Locks of two shards are never held together,
+// except that of an inbox, under which no other lock is taken.
+//
+// # What the shards share
+//
+// The shards share the budgets of pending SYNs (a counter, and a lock for a sixteenth of the destinations, taken once
+// for each SYN and once when it is answered); the pools of packets and buffers, which the Go runtime keeps for each
+// processor; gVisor's list of endpoints that were closed and are not yet gone (tcpip.AddDanglingEndpoint, one lock in
+// the process, taken twice for each connection); and the garbage collector. BenchmarkShards on two cores: 1.0 million
+// segments a second with one shard, 2.1 million with two, and no time spent waiting for locks in either case. The
+// benchmark of the same name in cmd/internal/daemon measures the whole path.
+//
+// A frame that arrives on another shard's queue is copied and wakes its reader. This is rare where the kernel
+// remembers the flows: 4 to 10 of 6,000 to 20,000 frames, with eight UDP sockets and eight downloads in two shards.
+//
+// The limits at 16 cores are an estimate. The first is the kernel's side: the daemon then has 8 shards, each with two
+// queues of 500 frames, so a flow that shares a queue with a flood has only one other queue to move to. The second is
+// gVisor's processors: 8 shards have 128 of them, each woken for one segment at a time, so the number of wake-ups
+// grows, not lock contention. The third is the lock of the dangling endpoints: some 100 ns twice for each connection,
+// which is 2 % of one core at 100,000 connections a second. Two cores cannot show how the shared cache lines
+// (reference counts of the pools, the budget's counter) behave across CPU sockets, nor whether the frames of one flow
+// stay in order when many readers hand over to each other.
 package stack

@@ -10,18 +10,19 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 )
 
-// engine is gVisor's stack, and what belongs to it alone. A shard has one at a time, and Renew replaces it.
+// engine is a gVisor stack with everything that belongs to it alone. A shard has one at a time, and Renew replaces
+// it.
 type engine struct {
 	ns      *gstack.Stack
 	link    *link
 	listen4 *listener
 	listen6 *listener
-	strays  sync.WaitGroup // what ends connections that nobody waits for
-	peak    atomic.Int64   // streams at once
-	past    verdicts       // of the engines before it
+	strays  sync.WaitGroup // goroutines that end connections which have no owner
+	peak    atomic.Int64   // the most streams at any time
+	past    verdicts       // totals of the engines before it
 }
 
-// verdicts is what gVisor verified and refused itself, and sent again.
+// verdicts counts the frames that gVisor itself found to be wrong, and the segments that it sent again.
 type verdicts struct{ malformed, checksum, retransmits uint64 }
 
 func (s *shard) newEngine() (*engine, error) {
@@ -42,7 +43,7 @@ func (s *shard) newEngine() (*engine, error) {
 	return e, nil
 }
 
-// destroy ends gVisor's stack and its goroutines, and what streams are left.
+// destroy ends gVisor's stack with its goroutines and remaining streams.
 func (e *engine) destroy() {
 	for _, l := range []*listener{e.listen4, e.listen6} {
 		if l != nil {
@@ -62,20 +63,21 @@ func (e *engine) verdicts() verdicts {
 	}
 }
 
-// empty reports whether no endpoint is left, also none that we closed and that still waits for the app's last ACK.
+// empty reports whether no endpoint is left, including those that were closed and still wait for the app's last ACK.
 func (e *engine) empty() bool {
 	return len(e.ns.RegisteredEndpoints()) == 0 && len(e.ns.CleanupEndpoints()) == 0
 }
 
-// opened notes that there are n streams now.
+// opened records that there are now n streams.
 func (e *engine) opened(n int64) {
 	for p := e.peak.Load(); n > p && !e.peak.CompareAndSwap(p, n); p = e.peak.Load() {
 	}
 }
 
-// Renew replaces each of gVisor's stacks that had many streams at once and has none now, and reports whether it replaced any:
-// gVisor's table of endpoints never shrinks, and is 1.3 MB after 9,500. SYNs that wait for their answer are not touched. Any
-// goroutine, but not from a Handler's or a Listener's call.
+// Renew replaces those of gVisor's stacks that had many streams at once and have none now, and reports whether it
+// replaced any. gVisor's table of endpoints never shrinks, and takes 1.3 MB after 9,500 streams. SYNs that wait for
+// their answer are not affected. Renew may be called from any goroutine, but not from a call of a Handler or a
+// Listener.
 func (s *Stack) Renew() bool {
 	renewed := false
 	for _, p := range s.shards {
@@ -91,7 +93,7 @@ func (s *shard) renew() bool {
 	}
 	next, err := s.newEngine()
 	if err != nil {
-		return false // the old one is as good
+		return false // nothing would be gained
 	}
 	if !s.replace(old, next) {
 		next.destroy()
@@ -101,9 +103,9 @@ func (s *shard) renew() bool {
 	return true
 }
 
-// replace puts next in the place of old, unless old came into use again, or all is about to end.
+// replace puts next in the place of old, unless old has come into use again or the stack is about to end.
 func (s *shard) replace(old, next *engine) bool {
-	s.mu.Lock() // teardown finds the one or the other
+	s.mu.Lock() // teardown finds either old or next
 	defer s.mu.Unlock()
 	s.feeding.Lock() // no frame is on its way into old
 	defer s.feeding.Unlock()

@@ -8,7 +8,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 )
 
-// verdict is what becomes of a frame.
+// verdict tells what to do with a frame.
 type verdict uint8
 
 const (
@@ -17,10 +17,10 @@ const (
 	dropICMP
 	dropMulticast
 	dropProto
-	refuse // a SYN that gVisor would drop: it is answered at once
+	refuse // a SYN that gVisor would drop is answered at once
 )
 
-// IP protocol and IPv6 next header numbers of the IANA registry that icmp.go does not have.
+// IP protocol and IPv6 next header numbers of the IANA registry that icmp.go does not define.
 const (
 	protoHopByHop = 0
 	protoRouting  = 43
@@ -28,11 +28,12 @@ const (
 	protoDestOpts = 60
 )
 
-// inspect says what becomes of a packet that the UDP path did not take. b is a frame and p what parseIP says of it. Any bytes
-// and any header are safe. hdr is the length of the IP and TCP headers of a TCP segment that is no fragment, else 0.
+// inspect decides what to do with a packet that the UDP path did not take. b is the frame and p the result of
+// parseIP. Any bytes and any header are safe. hdr is the length of the IP and TCP headers if the packet is a TCP
+// segment and not a fragment, otherwise 0.
 //
-// It only judges what gVisor would get wrong: gVisor answers echo requests for the whole Internet, reads super-frames of
-// UDP as one datagram, and has no opinion on the offload header.
+// inspect checks only what gVisor would get wrong: gVisor answers echo requests for the whole Internet, treats
+// super-frames of UDP as one datagram, and does not check the offload header.
 func inspect(h *tun.Header, b []byte, p *packet) (v verdict, hdr int) {
 	if !headerOK(h, len(b)) {
 		return dropMalformed, 0
@@ -70,7 +71,7 @@ func headerOK(h *tun.Header, n int) bool {
 	return false
 }
 
-// inspectTransport judges the transport header, which begins at off.
+// inspectTransport checks the transport header, which begins at off.
 func inspectTransport(h *tun.Header, b []byte, off int, proto byte, frag bool) (verdict, int) {
 	gso := h.GSOType &^ tun.GSOECN
 	switch proto {
@@ -101,8 +102,8 @@ func inspectTransport(h *tun.Header, b []byte, off int, proto byte, frag bool) (
 		}
 		return toGVisor, 0
 	case protoICMP, protoICMPv6:
-		// An error about a flow may lower its segment size. All else is dropped: SOCKS cannot carry echo, and gVisor
-		// would answer it for addresses that may not exist.
+		// An ICMP error about a flow may lower its segment size. Everything else is dropped: SOCKS cannot carry echo,
+		// and gVisor would answer it for addresses that may not exist.
 		if frag || gso != tun.GSONone || len(b) < off+8 {
 			return dropICMP, 0
 		}
@@ -115,15 +116,16 @@ func inspectTransport(h *tun.Header, b []byte, off int, proto byte, frag bool) (
 	return dropProto, 0
 }
 
-// unicast reports whether a packet to a may be answered with an error (RFC 1122 3.2.2, RFC 4443 2.4 (e)). Which addresses can
-// carry a flow is for flow.OneHost and flow.CanBePeer to say. Loopback addresses never come on a device (RFC 1122 3.2.1.3).
+// unicast reports whether a packet to a may be answered with an error (RFC 1122, section 3.2.2; RFC 4443, section 2.4
+// (e)). flow.OneHost and flow.CanBePeer decide which addresses can carry a flow. Loopback addresses never arrive on a
+// device (RFC 1122, section 3.2.1.3).
 func unicast(a netip.Addr) bool {
 	return !a.IsMulticast() && !a.IsUnspecified() && !a.IsLoopback() && a != broadcast
 }
 
 var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 
-// isSYN reports whether a TCP segment asks for a new connection. flags is the byte of the header that holds them.
+// isSYN reports whether a TCP segment requests a new connection. flags is the header byte that contains the flags.
 func isSYN(flags byte) bool {
 	return header.TCPFlags(flags)&(header.TCPFlagSyn|header.TCPFlagAck) == header.TCPFlagSyn
 }

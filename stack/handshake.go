@@ -13,15 +13,16 @@ import (
 	"gvisor.dev/gvisor/pkg/waiter"
 )
 
-// A handshake needs no goroutine of its own. A SYN that was accepted goes to a listening endpoint of gVisor, which makes the
-// connection's endpoint, for whatever address and port the SYN names, and sends the SYN-ACK. When the app's ACK has come,
-// the listener has a connection to accept. All this happens on gVisor's TCP processors, whose stacks are warm.
+// A handshake needs no goroutine of its own. An accepted SYN is given to a listening endpoint of gVisor, which makes
+// the connection's endpoint for whatever address and port the SYN names, and sends the SYN-ACK. When the app's ACK
+// has come, the listener has a connection to accept. All this happens on gVisor's TCP processors, whose stacks have
+// already grown.
 //
-// gVisor does not tell of a handshake that fails. So every RST for a handshake makes the pending table look at its endpoint
-// a moment later, and look again until gVisor has decided (pendingTable.look).
+// gVisor does not report a failed handshake. After every RST for a handshake, the pending table therefore looks at
+// its endpoint a moment later, and again until gVisor has decided (pendingTable.look).
 
-// listener is gVisor's listening endpoint for one family. It is taken out of the demultiplexer: no segment from the device
-// reaches it, and it gets what give hands to it.
+// listener is gVisor's listening endpoint for one family. It is removed from the demultiplexer: no segment from the
+// device reaches it, only what give passes to it.
 type listener struct {
 	s      *shard
 	ep     tcpip.Endpoint
@@ -31,27 +32,27 @@ type listener struct {
 	strays *sync.WaitGroup
 }
 
-// packetQueue is what gVisor's demultiplexer uses to hand a segment to a TCP endpoint.
+// packetQueue is the interface through which gVisor's demultiplexer passes a segment to a TCP endpoint.
 type packetQueue interface {
 	QueuePacket(gstack.TransportEndpoint, gstack.TransportEndpointID, *gstack.PacketBuffer)
 }
 
 const (
-	// listenPort is any port: the listener's address and port say nothing about what it takes.
+	// listenPort can be any port: the listener's address and port do not restrict what it accepts.
 	listenPort = 1
-	// backlog is never reached: the pending table has the budgets. From so many handshakes on gVisor would use SYN cookies,
-	// which lose the window scale.
+	// backlog is never reached, because the pending table has the budgets. Above the backlog gVisor would use SYN
+	// cookies, which lose the window scale.
 	backlog = 1 << 30
 )
 
-// listen makes the listener of one family.
+// listen makes the listener for one family.
 func (s *shard) listen(e *engine, proto tcpip.NetworkProtocolNumber) (*listener, error) {
 	l := &listener{s: s, strays: &e.strays}
 	var ok bool
 	if l.queue, ok = e.ns.TransportProtocolInstance(tcp.ProtocolNumber).(packetQueue); !ok {
 		return nil, fmt.Errorf("cannot listen: gVisor's TCP takes no segments for an endpoint")
 	}
-	// No flow has a loopback address at its other end, so no reservation of a port meets the listener's.
+	// No flow has a loopback address at its other end, so no reservation of a port conflicts with the listener's.
 	at := tcpip.AddrFrom4([4]byte{127, 0, 0, 1})
 	if proto == header.IPv6ProtocolNumber {
 		at = header.IPv6Loopback
@@ -77,13 +78,13 @@ func (s *shard) listen(e *engine, proto tcpip.NetworkProtocolNumber) (*listener,
 	return l, nil
 }
 
-// give hands a SYN to the listener, which begins the handshake soon.
+// give passes a SYN to the listener, which soon begins the handshake.
 func (l *listener) give(id gstack.TransportEndpointID, pkt *gstack.PacketBuffer) {
 	l.queue.QueuePacket(l.ep.(gstack.TransportEndpoint), id, pkt)
 }
 
-// NotifyEvent is gVisor's call: there is a connection to accept. The lock of some connection's endpoint is held, so nothing
-// here may ask an endpoint for more than its addresses.
+// NotifyEvent is called by gVisor when there is a connection to accept. The lock of some connection's endpoint is
+// held, so nothing here may ask an endpoint for more than its addresses.
 func (l *listener) NotifyEvent(waiter.EventMask) {
 	for {
 		ep, wq, err := l.ep.Accept(nil)
@@ -94,15 +95,17 @@ func (l *listener) NotifyEvent(waiter.EventMask) {
 	}
 }
 
-// close ends the listener, and resets the connections that it has not handed on. When it returns no other will come of it.
+// close ends the listener and resets the connections that it has not passed on. After it returns, the listener passes
+// on no more connections.
 func (l *listener) close() {
-	l.wq.EventUnregister(&l.entry) // it waits for the calls of NotifyEvent, which Close might meet in a deadlock
+	l.wq.EventUnregister(&l.entry) // waits for running calls of NotifyEvent, with which Close could deadlock
 	l.ep.Close()
 }
 
-// open lets gVisor answer the kept SYN and shake hands.
+// open lets gVisor answer the stored SYN and complete the handshake.
 func (s *shard) open(e *pendingSYN, pkt *gstack.PacketBuffer) {
-	// Data in a SYN (TCP Fast Open) is sent again when it is not acknowledged. The checksum was verified when it came.
+	// Data in a SYN (TCP Fast Open) is sent again if it is not acknowledged. The checksum was verified when the SYN
+	// arrived.
 	pkt.Data().CapLength(0)
 	pkt.RXChecksumValidated = true
 	id, _ := transportID(e.key)
@@ -110,7 +113,7 @@ func (s *shard) open(e *pendingSYN, pkt *gstack.PacketBuffer) {
 	pkt.DecRef()
 }
 
-// listener is the one of the key's family.
+// listener returns the listener for the key's family.
 func (e *engine) listener(key tuple) *listener {
 	if key.dst.Addr().Is4() {
 		return e.listen4
@@ -118,7 +121,7 @@ func (e *engine) listener(key tuple) *listener {
 	return e.listen6
 }
 
-// transportID is key as gVisor names a connection.
+// transportID returns gVisor's identification of the connection key.
 func transportID(key tuple) (gstack.TransportEndpointID, tcpip.NetworkProtocolNumber) {
 	proto := header.IPv4ProtocolNumber
 	if key.dst.Addr().Is6() {
@@ -138,11 +141,12 @@ func tupleOf(id *gstack.TransportEndpointID) tuple {
 	}
 }
 
-// shaken takes the endpoint of a finished handshake. Locks of gVisor are held.
+// shaken takes over the endpoint of a completed handshake. Locks of gVisor are held.
 func (s *shard) shaken(l *listener, ep tcpip.Endpoint, wq *waiter.Queue) {
 	e := s.pending.take(tupleOf(&ep.(*tcp.Endpoint).TransportEndpointInfo.ID))
 	if e == nil {
-		// It was given up meanwhile. Nothing of the endpoint's may be called here, and this is rare.
+		// It was given up meanwhile. No method of the endpoint may be called here, so a goroutine ends it; this is
+		// rare.
 		l.strays.Go(func() {
 			ep.Abort()
 			ep.Close()
@@ -156,7 +160,7 @@ func (s *shard) shaken(l *listener, ep tcpip.Endpoint, wq *waiter.Queue) {
 	s.pending.shaking.Done()
 }
 
-// abortHandshake ends a handshake that failed or takes too long. The locks of gVisor must not be held.
+// abortHandshake ends a handshake that failed or takes too long. The caller must not hold locks of gVisor.
 func (s *shard) abortHandshake(key tuple) {
 	ep := s.endpoint(key)
 	e := s.pending.take(key)
@@ -171,23 +175,23 @@ func (s *shard) abortHandshake(key tuple) {
 	s.pending.shaking.Done()
 }
 
-// endpoint is gVisor's endpoint of a connection or a handshake, or nil.
+// endpoint returns gVisor's endpoint of a connection or handshake, or nil.
 func (s *shard) endpoint(key tuple) gstack.TransportEndpoint {
 	id, proto := transportID(key)
 	return s.engine.Load().ns.FindTransportEndpoint(proto, tcp.ProtocolNumber, id, nicID)
 }
 
-// shakeState is how far gVisor is with a handshake.
+// shakeState tells how far gVisor is with a handshake.
 type shakeState uint8
 
 const (
-	shakeNone   shakeState = iota // there is no endpoint: it was not yet made, or is gone
-	shakeGoesOn                   // the app's ACK is waited for
+	shakeNone   shakeState = iota // there is no endpoint: not yet made, or gone
+	shakeGoesOn                   // waiting for the app's ACK
 	shakeFailed
 	shakeDone // the listener is told, or has been
 )
 
-// handshake says how far the handshake of key is.
+// handshake returns the state of the handshake of key.
 func (s *shard) handshake(key tuple) shakeState {
 	ep, ok := s.endpoint(key).(*tcp.Endpoint)
 	if !ok {
@@ -202,14 +206,14 @@ func (s *shard) handshake(key tuple) shakeState {
 	return shakeDone
 }
 
-// resetWatch stands between the IP layer and the transport layer, and tells the pending table of each RST for a handshake. What
-// gVisor put together for another shard goes there.
+// resetWatch sits between the IP layer and the transport layer and tells the pending table of each RST for a
+// handshake. It also hands over packets that gVisor has reassembled for another shard.
 type resetWatch struct {
 	gstack.TransportDispatcher
 	s *shard
 }
 
-// DeliverTransportPacket is that of gVisor's TransportDispatcher.
+// DeliverTransportPacket implements gVisor's TransportDispatcher.
 func (w *resetWatch) DeliverTransportPacket(
 	proto tcpip.TransportProtocolNumber, pkt *gstack.PacketBuffer,
 ) gstack.TransportPacketDisposition {

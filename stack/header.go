@@ -2,27 +2,28 @@ package stack
 
 import "encoding/binary"
 
-// IP headers are read here and nowhere else, once for each frame.
+// IP headers are parsed only here, once for each frame.
 
-// packet is what the IP header of a frame says, and the extension headers behind it. The bytes are the frame's.
+// packet is the content of a frame's IP header and the extension headers after it. The bytes stay in the frame.
 type packet struct {
 	v6 bool
-	// upper is what stands behind the IP header and its options or extension headers. Of a fragment it is the fragment's data.
+	// upper describes what follows the IP header and its options or extension headers. In a fragment, that is the
+	// fragment's data.
 	upper
-	end int // where the packet ends; the frame may be longer
+	end int // end of the packet; the frame may be longer
 }
 
-// upper is where the headers of the network layer end.
+// upper tells where the headers of the network layer end.
 type upper struct {
 	proto  byte // IP protocol or next header number
-	off    int  // where it begins
-	frag   bool // the packet is a fragment, also if it is the only one
-	later  bool // and not the first: what begins at off is no header
+	off    int  // offset at which it begins
+	frag   bool // the packet is a fragment, even if it is the only one
+	later  bool // a fragment other than the first: there is no header at off
 	id     uint16
-	routed bool // there is another destination after this one (a routing header with segments left)
+	routed bool // another destination follows (a routing header with segments left)
 }
 
-// parseIP reads the IP header of a frame of any bytes. ok is false for what is no IP packet: its lengths cannot be.
+// parseIP parses the IP header of a frame of any content. ok is false if the lengths are impossible for an IP packet.
 func parseIP(b []byte) (p packet, ok bool) {
 	if len(b) < ip4HeaderLen {
 		return p, false
@@ -52,8 +53,8 @@ func parseIP(b []byte) (p packet, ok bool) {
 	return p, false
 }
 
-// plainEnd is where the packet ends if it is a TCP segment without IP options or extension headers, else 0. hdr is that of
-// inspect.
+// plainEnd returns the end of the packet if it is a TCP segment without IP options or extension headers, and 0
+// otherwise. hdr is the result of inspect.
 func (p *packet) plainEnd(hdr int) int {
 	if hdr == 0 || p.off != p.ipLen() {
 		return 0
@@ -61,7 +62,7 @@ func (p *packet) plainEnd(hdr int) int {
 	return p.end
 }
 
-// ipLen is the length of an IP header without options.
+// ipLen returns the length of an IP header without options.
 func (p *packet) ipLen() int {
 	if p.v6 {
 		return ip6HeaderLen
@@ -69,8 +70,9 @@ func (p *packet) ipLen() int {
 	return ip4HeaderLen
 }
 
-// walk6 walks over the extension headers of an IPv6 packet (RFC 8200 4), from the one of type next at off on. It ends at a
-// fragment header, behind which a header stands only in the first fragment. ok is false if the headers do not end within p.
+// walk6 skips the extension headers of an IPv6 packet (RFC 8200, section 4), beginning with the one of type next at
+// off. It ends at a fragment header, which is followed by a header only in the first fragment. ok is false if the
+// headers do not end within p.
 func walk6(p []byte, next byte, off int) (u upper, ok bool) {
 	u.proto, u.off = next, off
 	for {
@@ -102,8 +104,9 @@ func walk6(p []byte, next byte, off int) (u upper, ok bool) {
 	}
 }
 
-// appPort is the port of the app that a packet of the app's is about: the source of TCP and UDP, and of an ICMP error the
-// destination of what it quotes, which we had sent. ok is false if the packet does not say.
+// appPort returns the app's port for a packet from the app: the source port of TCP and UDP, or, for an ICMP error,
+// the destination port of the packet that it quotes, which we had sent. ok is false if the packet does not contain
+// it.
 func appPort(b []byte, p *packet) (port uint16, ok bool) {
 	u := b[p.off:p.end]
 	at := 0

@@ -8,8 +8,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 )
 
-// ICMP errors are built here and written raw, not sent by gVisor: its limiter (1000/s) would leave apps without an
-// answer, and the source must be the quoted destination, an address that gVisor does not have.
+// ICMP errors are built here and written raw instead of being sent by gVisor: its rate limiter (1000/s) would leave
+// apps without an answer, and the source must be the quoted destination, which is not an address of gVisor.
 
 const (
 	protoICMP   = 1
@@ -20,20 +20,21 @@ const (
 	ip4HeaderLen  = 20
 	ip6HeaderLen  = 40
 	udpHeaderLen  = 8
-	icmpHeaderLen = 8 // type, code, checksum and 4 unused bytes: RFC 792, RFC 4443 3.1
+	icmpHeaderLen = 8 // type, code, checksum and 4 unused bytes (RFC 792; RFC 4443, section 3.1)
 
-	// RFC 1812 4.3.2.3: as much of the datagram as fits without the error exceeding 576 bytes.
+	// RFC 1812, section 4.3.2.3: as much of the datagram as fits into an error of 576 bytes.
 	maxQuote4 = 576 - ip4HeaderLen - icmpHeaderLen
-	// RFC 4443 2.4 (c): as much as fits the minimum IPv6 MTU.
+	// RFC 4443, section 2.4 (c): as much as fits the minimum IPv6 MTU.
 	maxQuote6 = 1280 - ip6HeaderLen - icmpHeaderLen
-	// The receiver finds the socket by the quoted ports: RFC 792 promises it 8 bytes.
+	// The receiver finds the socket by the quoted ports; RFC 792 promises it 8 bytes.
 	minQuote = 8
 
 	icmpTTL = 64
-	icmpTOS = 0xc0 // internetwork control, RFC 1812 4.3.2.5
+	icmpTOS = 0xc0 // internetwork control (RFC 1812, section 4.3.2.5)
 )
 
-// unreachableCode is the type and code that say why, for each family; RefuseReset is for a datagram what RST is for TCP.
+// unreachableCode returns the type and code for why in each family. For a datagram, RefuseReset is what RST is for
+// TCP.
 func unreachableCode(why flow.Refusal, v6 bool) (typ, code byte, ok bool) {
 	typ = 3
 	var c4, c6 byte
@@ -46,7 +47,7 @@ func unreachableCode(why flow.Refusal, v6 bool) (typ, code byte, ok bool) {
 		c4, c6 = 1, 3
 	case flow.RefuseAdmin:
 		c4, c6 = 13, 1
-	default: // RefuseSilent, RefuseLater, and what we don't know
+	default: // RefuseSilent, RefuseLater and unknown values
 		return 0, 0, false
 	}
 	if v6 {
@@ -55,14 +56,14 @@ func unreachableCode(why flow.Refusal, v6 bool) (typ, code byte, ok bool) {
 	return typ, c4, true
 }
 
-// appendUnreachable appends to b a whole IP packet, checksums filled in: the ICMP or ICMPv6 destination unreachable for
-// why. It quotes quote, a packet of the app from its IP header on, as much as RFC 1812 and RFC 4443 let it; 8 bytes
-// behind the IP header (and IPv6 extension headers) must be there, the rest may be missing. The source is that of
-// errorSource.
+// appendUnreachable appends to b a whole IP packet with its checksums: the ICMP or ICMPv6 destination unreachable for
+// why. It quotes quote, a packet of the app beginning with its IP header, as far as RFC 1812 and RFC 4443 allow. 8
+// bytes after the IP header (and IPv6 extension headers) must be present, the rest may be missing. The source is that
+// of errorSource.
 //
-// ok is false, and b comes back as it was, when why is RefuseSilent, when quote can't be a packet, and when RFC 1122
-// 3.2.2 or RFC 4443 2.4 (e) forbids an answer: to ICMP errors, to any but the first fragment, to multicast and
-// broadcast, and to a source that is not one host.
+// ok is false, and b is returned unchanged, if why is RefuseSilent, if quote cannot be a packet, or if RFC 1122,
+// section 3.2.2, or RFC 4443, section 2.4 (e), forbids an answer: to ICMP errors, to fragments other than the first,
+// to multicast and broadcast, and to a source that is not a single host.
 func appendUnreachable(b []byte, quote []byte, why flow.Refusal) (out []byte, ok bool) {
 	if len(quote) == 0 {
 		return b, false
@@ -88,8 +89,8 @@ func appendUnreachable4(b, quote []byte, why flow.Refusal) ([]byte, bool) {
 	if binary.BigEndian.Uint16(quote[6:])&0x1fff != 0 { // fragment offset
 		return b, false
 	}
-	// Of ICMP only the two queries that a host sends may be answered with an error (RFC 1122 3.2.2.6, 3.2.2.8): what is
-	// neither is an error itself, or an answer.
+	// Of ICMP, only the two queries that a host sends may be answered with an error (RFC 1122, sections 3.2.2.6 and
+	// 3.2.2.8); all other messages are errors themselves, or answers.
 	if quote[9] == protoICMP && quote[ihl] != 8 && quote[ihl] != 13 {
 		return b, false
 	}
@@ -123,7 +124,7 @@ func appendUnreachable6(b, quote []byte, why flow.Refusal) ([]byte, bool) {
 	if !first || off < 0 || len(quote) < off+minQuote {
 		return b, false
 	}
-	// RFC 4443 2.1: errors have types below 128. Redirect is 137.
+	// RFC 4443, section 2.1: errors have types below 128. Redirect is 137.
 	if proto == protoICMPv6 && (quote[off] < 128 || quote[off] == 137) {
 		return b, false
 	}
@@ -148,9 +149,10 @@ func appendUnreachable6(b, quote []byte, why flow.Refusal) ([]byte, bool) {
 	return b, true
 }
 
-// errorSource is the address that an error about a packet to dst comes from: dst itself, as if the far end answered (Linux
-// ignores an IPv4 error from one of its own addresses). No packet can come from an address that is not of one host (Linux
-// before 5.3 drops what comes from 0.0.0.0/8): there the far end of the TUN answers, as a router would.
+// errorSource returns the source address of an error about a packet to dst: dst itself, as if the far end had
+// answered (Linux ignores an IPv4 error from one of its own addresses). An address that is not that of a single host
+// cannot be the source of a packet (Linux before 5.3 drops packets from 0.0.0.0/8); in that case the far end of the
+// TUN answers, as a router would.
 func errorSource(dst netip.Addr) netip.Addr {
 	switch {
 	case flow.OneHost(dst):
@@ -161,9 +163,9 @@ func errorSource(dst netip.Addr) netip.Addr {
 	return flow.Gateway6
 }
 
-// skipExtensions finds the upper layer of an IPv6 packet (RFC 8200 4.1): its protocol and where it begins. off is -1 when the headers
-// do not end within p. first is false in a fragment that is not the first one; off is then where the fragment's data
-// begins.
+// skipExtensions finds the upper layer of an IPv6 packet (RFC 8200, section 4.1): its protocol and its offset. off is
+// -1 if the headers do not end within p. first is false in a fragment other than the first; off is then the beginning
+// of the fragment's data.
 func skipExtensions(p []byte) (proto byte, off int, first bool) {
 	proto, off = p[6], ip6HeaderLen
 	for {
@@ -180,15 +182,15 @@ func skipExtensions(p []byte) (proto byte, off int, first bool) {
 	}
 }
 
-// pseudoSum is the checksum of the pseudo-header: addrs is source and destination, 8 or 32 bytes, as they stand in
-// the IP header; n is the length of what is behind the IP header (RFC 768, RFC 8200 8.1).
+// pseudoSum returns the checksum of the pseudo-header. addrs contains source and destination, 8 or 32 bytes, as in
+// the IP header; n is the length of what follows the IP header (RFC 768; RFC 8200, section 8.1).
 func pseudoSum(addrs []byte, proto byte, n int) uint16 {
 	sum := checksum.Checksum(addrs, uint16(proto))
 	return checksum.Combine(sum, uint16(n)) // n < 65536: the upper half of the 32-bit length is zero
 }
 
-// parseUnreachable reads a port unreachable that the app's kernel sent about a datagram from remote to app. p is the
-// IP packet, off where ICMP begins; its checksum is verified unless trusted.
+// parseUnreachable parses a port unreachable that the app's kernel sent about a datagram from remote to app. p is the
+// IP packet and off the beginning of ICMP. The checksum is verified unless trusted is set.
 func parseUnreachable(p []byte, off int, trusted bool) (app, remote netip.AddrPort, ok bool) {
 	icmp := p[off:]
 	if len(icmp) < icmpHeaderLen+ip4HeaderLen+udpHeaderLen {
@@ -217,7 +219,7 @@ func parseUnreachable(p []byte, off int, trusted bool) (app, remote netip.AddrPo
 		src, dst = netip.AddrFrom16([16]byte(q[8:24])), netip.AddrFrom16([16]byte(q[24:40]))
 		sum = pseudoSum(p[8:40], protoICMPv6, len(icmp))
 	}
-	// Only the host that got the datagram can say that its port is closed.
+	// Only the host that received the datagram can report that its port is closed.
 	if len(q) < udp+udpHeaderLen || from != dst || !trusted && checksum.Checksum(icmp, sum) != 0xffff {
 		return app, remote, false
 	}

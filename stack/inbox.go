@@ -6,31 +6,33 @@ import (
 	"github.com/viasocks/viasocks/tun"
 )
 
-// The kernel chooses the queue of a frame, and knows no shards. A frame whose app's port is another shard's is copied into that
-// shard's inbox, in the order in which it came, and its reader takes it from there before it reads its own queues again. This
-// happens to the first frames of a flow and to those after a silence: what the shard writes moves the flow to its own queues.
+// The kernel chooses the queue of a frame and does not know about shards. A frame for another shard, by the app's
+// port, is copied into that shard's inbox in order of arrival; that shard's reader takes it from there before it
+// reads its own queues again. This happens to the first frames of a flow and to those after a silence: what the shard
+// writes moves the flow to its own queues.
 
-// inboxFrames and inboxBytes bound what waits in an inbox, as the kernel's queue of 500 frames does. A flow's first segments
-// are small; a super-segment comes this way after a silence only.
+// inboxFrames and inboxBytes limit what waits in an inbox, as the kernel's queue is limited to 500 frames. A flow's
+// first segments are small; a super-segment comes this way only after a silence.
 const (
 	inboxFrames = 512
 	inboxBytes  = 4 << 20
 )
 
-// inbox is the frames that other shards' readers have read for this one.
+// inbox contains the frames that other shards' readers have read for this one.
 type inbox struct {
 	mu     sync.Mutex
 	frames []handed
 	bytes  int
 }
 
-// handed is a frame in a buffer of a pool.
+// handed is a frame in a pooled buffer.
 type handed struct {
 	h   tun.Header
 	buf *[]byte
 }
 
-// frameBufs are the buffers of frames that are handed over: of a packet's length, and of a super-segment's.
+// frameBufs are the pools of buffers for frames that are handed over: one for the size of a packet and one for that
+// of a super-segment.
 var frameBufs = [2]sync.Pool{
 	{New: func() any { b := make([]byte, 0, smallFrame); return &b }},
 	{New: func() any { b := make([]byte, 0, tun.MaxFrame); return &b }},
@@ -38,7 +40,7 @@ var frameBufs = [2]sync.Pool{
 
 const smallFrame = 2048
 
-// frameBuf is the pool for frames of n bytes.
+// frameBuf returns the pool for frames of n bytes.
 func frameBuf(n int) *sync.Pool {
 	if n <= smallFrame {
 		return &frameBufs[0]
@@ -46,7 +48,7 @@ func frameBuf(n int) *sync.Pool {
 	return &frameBufs[1]
 }
 
-// hand gives a frame to another shard, in pieces. It is dropped and counted when the inbox is full.
+// hand passes a frame, given in parts, to another shard. If the inbox is full, the frame is dropped and counted.
 func (s *shard) hand(to *shard, h *tun.Header, parts ...[]byte) {
 	n := 0
 	for _, p := range parts {
@@ -69,12 +71,12 @@ func (s *shard) hand(to *shard, h *tun.Header, parts ...[]byte) {
 	first := len(x.frames) == 1
 	x.mu.Unlock()
 	s.stats.handedOver.Add(1)
-	if first { // else the reader was woken and has not come yet
+	if first { // otherwise the reader was already woken
 		to.dev.Wake()
 	}
 }
 
-// take exchanges what waits for an empty slice.
+// take returns the waiting frames and leaves empty in their place.
 func (x *inbox) take(empty []handed) []handed {
 	x.mu.Lock()
 	defer x.mu.Unlock()

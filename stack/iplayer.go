@@ -10,27 +10,28 @@ import (
 	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
-// gVisor's IP endpoints keep a table of the addresses that are theirs. In a stack that takes every address, each
-// destination in use gets a temporary entry, and the cost of a packet depends on how many entries there are: IPv4 compares
-// an address that the table does not hold with all that it does hold, since it could be the broadcast address of one of
-// their subnets, and both families keep the entries in a list that they search when an entry goes.
+// gVisor's IP endpoints keep a table of their own addresses. In a stack that accepts every address, each destination
+// in use gets a temporary entry, and the cost of a packet depends on the number of entries. IPv4 compares an address
+// that is not in the table with all that are, because it could be the broadcast address of one of their subnets. Both
+// families keep the entries in a list that is searched when an entry is removed.
 //
-// The IP layer here stands before gVisor's endpoint and has one state for all addresses, so nothing is looked up, added or
-// removed, and gVisor's table stays empty. It also hands a plain TCP segment to the transport layer by itself. All other
-// packets take their way through gVisor's endpoint: fragments, options and extension headers, ICMP, and what is malformed.
+// The IP layer in this file precedes gVisor's endpoint and has one state for all addresses. Nothing is looked up,
+// added or removed, and gVisor's table stays empty. It also passes a plain TCP segment directly to the transport
+// layer. All other packets go through gVisor's endpoint: fragments, options and extension headers, ICMP, and
+// malformed packets.
 
-// ipProtocol is gVisor's IPv4 or IPv6, with an ipEndpoint in place of its endpoint.
+// ipProtocol is gVisor's IPv4 or IPv6 with an ipEndpoint instead of gVisor's endpoint.
 type ipProtocol struct {
 	gstack.NetworkProtocol
 	l *link
 }
 
-// overIP wraps what makes gVisor's IPv4 or IPv6 over l.
+// overIP wraps the factory of gVisor's IPv4 or IPv6 for l.
 func (l *link) overIP(f gstack.NetworkProtocolFactory) gstack.NetworkProtocolFactory {
 	return func(ns *gstack.Stack) gstack.NetworkProtocol { return ipProtocol{f(ns), l} }
 }
 
-// NewEndpoint is that of gVisor's NetworkProtocol.
+// NewEndpoint implements gVisor's NetworkProtocol.
 func (p ipProtocol) NewEndpoint(nic gstack.NetworkInterface, up gstack.TransportDispatcher) gstack.NetworkEndpoint {
 	up = &resetWatch{up, p.l.s}
 	inner := p.NetworkProtocol.NewEndpoint(nic, up)
@@ -44,7 +45,7 @@ func (p ipProtocol) NewEndpoint(nic gstack.NetworkInterface, up gstack.Transport
 	return e
 }
 
-// ipEndpoint is the IP layer of one family. The two that it embeds are gVisor's endpoint.
+// ipEndpoint is the IP layer of one family. The two embedded interfaces are gVisor's endpoint.
 type ipEndpoint struct {
 	gstack.NetworkEndpoint
 	gstack.AddressableEndpoint
@@ -55,7 +56,7 @@ type ipEndpoint struct {
 	every everyAddress
 }
 
-// AcquireAssignedAddress is that of gVisor's AddressableEndpoint. Where any address may be used, all have the one state.
+// AcquireAssignedAddress implements gVisor's AddressableEndpoint. Where any address may be used, all share one state.
 func (e *ipEndpoint) AcquireAssignedAddress(
 	a tcpip.Address, temporary bool, b gstack.PrimaryEndpointBehavior, readOnly bool,
 ) gstack.AddressEndpoint {
@@ -65,7 +66,7 @@ func (e *ipEndpoint) AcquireAssignedAddress(
 	return e.AddressableEndpoint.AcquireAssignedAddress(a, false, b, readOnly)
 }
 
-// HandlePacket is that of gVisor's NetworkEndpoint. The frame reader has judged the packet (inspect).
+// HandlePacket implements gVisor's NetworkEndpoint. The frame reader has already inspected the packet.
 func (e *ipEndpoint) HandlePacket(pkt *gstack.PacketBuffer) {
 	if e.nic.Promiscuous() && e.parse(pkt) {
 		pkt.NICID = e.nic.ID()
@@ -75,9 +76,9 @@ func (e *ipEndpoint) HandlePacket(pkt *gstack.PacketBuffer) {
 	e.NetworkEndpoint.HandlePacket(pkt)
 }
 
-// WritePacket is that of gVisor's NetworkEndpoint: it puts the IP header before a TCP segment, as gVisor would, and writes it.
-// gVisor's endpoint asks its packet filter on the way, twice, and the locks of the stack and of the filter's tables, which all
-// connections have in common. What must be cut into fragments is left to it.
+// WritePacket implements gVisor's NetworkEndpoint. It adds the IP header to a TCP segment, as gVisor would, and
+// writes the packet. gVisor's endpoint would consult its packet filter twice and take the locks of the stack and of
+// the filter's tables, which all connections share. Packets that must be fragmented are left to gVisor.
 func (e *ipEndpoint) WritePacket(r *gstack.Route, h gstack.NetworkHeaderParams, pkt *gstack.PacketBuffer) tcpip.Error {
 	n, proto := pkt.Size(), e.NetworkProtocolNumber()
 	hdr, most := ip6HeaderLen, math.MaxUint16
@@ -94,7 +95,7 @@ func (e *ipEndpoint) WritePacket(r *gstack.Route, h gstack.NetworkHeaderParams, 
 			SrcAddr: r.LocalAddress(), DstAddr: r.RemoteAddress(),
 		}
 		if h.DF {
-			f.Flags = header.IPv4FlagDontFragment // the ID is then free (RFC 6864 4.1)
+			f.Flags = header.IPv4FlagDontFragment // the ID is then arbitrary (RFC 6864, section 4.1)
 		} else {
 			f.ID = uint16(1 + rand.IntN(math.MaxUint16))
 		}
@@ -111,8 +112,8 @@ func (e *ipEndpoint) WritePacket(r *gstack.Route, h gstack.NetworkHeaderParams, 
 	return e.l.WritePacket(pkt)
 }
 
-// parse takes the headers of a plain TCP segment off, as the frame reader has found them, and cuts off what follows the packet.
-// When it reports false, the packet is as it was.
+// parse removes the headers of a plain TCP segment, as found by the frame reader, and cuts off what follows the
+// packet. If it returns false, the packet is unchanged.
 func (e *ipEndpoint) parse(pkt *gstack.PacketBuffer) bool {
 	if e.l.plain == 0 {
 		return false
@@ -133,7 +134,7 @@ func (e *ipEndpoint) parse(pkt *gstack.PacketBuffer) bool {
 	return true
 }
 
-// everyAddress is the state of every address: it is ours, and there is nothing to count, expire or remove.
+// everyAddress is the state of every address: it is our own, and there is nothing to count, expire or remove.
 type everyAddress struct {
 	prefix tcpip.AddressWithPrefix
 	subnet tcpip.Subnet
@@ -141,8 +142,8 @@ type everyAddress struct {
 
 var _ gstack.AddressEndpoint = (*everyAddress)(nil)
 
-// AddressWithPrefix names no address: gVisor asks only to learn whether the other end is the subnet's broadcast address,
-// which a subnet of one address does not have.
+// AddressWithPrefix returns a subnet of one address. gVisor uses it only to find out whether the other end is the
+// subnet's broadcast address, which such a subnet does not have.
 func (a *everyAddress) AddressWithPrefix() tcpip.AddressWithPrefix { return a.prefix }
 
 func (a *everyAddress) Subnet() tcpip.Subnet                        { return a.subnet }

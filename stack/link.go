@@ -13,8 +13,8 @@ import (
 	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
-// link is gVisor's view of the device. gVisor's own endpoint for file descriptors can't do segmentation offload on a
-// TUN (it has it for sockets only), and without it the download falls to a sixth.
+// link is the device as gVisor sees it. gVisor's own endpoint for file descriptors cannot do segmentation offload on
+// a TUN (it can for sockets only), and without it the download speed falls to a sixth.
 type link struct {
 	s     *shard
 	mtu   uint32
@@ -22,11 +22,12 @@ type link struct {
 	disp  gstack.NetworkDispatcher
 	frame sync.Pool // of *outFrame
 
-	// verified: the frame being delivered has a checksum that need not be verified. gVisor takes this from
-	// Capabilities, which it asks anew for each frame and on the frame reader only.
+	// verified is set while the frame being delivered has a checksum that need not be verified. gVisor reads this
+	// from Capabilities, which it calls again for each frame, and only on the frame reader.
 	verified atomic.Bool
-	// plain is where the packet being delivered ends in its frame, if it is a TCP segment whose TCP header stands behind an IP
-	// header without options or extensions, else 0. The frame reader writes it, and the IP layer reads it.
+	// plain is the end of the packet being delivered within its frame if it is a TCP segment whose TCP header follows
+	// an IP header without options or extensions, and 0 otherwise. The frame reader writes it, and the IP layer reads
+	// it.
 	plain int
 }
 
@@ -35,16 +36,16 @@ var (
 	_ gstack.QueueingDiscipline = (*link)(nil)
 )
 
-// outFrame is what one write needs, kept so that a write allocates nothing.
+// outFrame holds what one write needs, so that a write allocates nothing.
 type outFrame struct {
 	h     tun.Header
 	parts [][]byte
-	skip  int // header space not used, still to be skipped
+	skip  int // unused header space that is still to be skipped
 	flat  []byte
 }
 
-// maxParts bounds what is handed to writev, well below IOV_MAX (1024). A packet of more slices than that is made of
-// tiny writes, and is joined.
+// maxParts limits the parts passed to writev, well below IOV_MAX (1024). A packet of more slices consists of tiny
+// writes and is joined.
 const maxParts = 128
 
 func newLink(s *shard) *link {
@@ -54,7 +55,7 @@ func newLink(s *shard) *link {
 	return l
 }
 
-// SupportedGSO is gVisor's question whether a packet may be longer than the MTU.
+// SupportedGSO tells gVisor whether a packet may be longer than the MTU.
 func (l *link) SupportedGSO() gstack.SupportedGSO {
 	if l.gso {
 		return gstack.HostGSOSupported
@@ -62,11 +63,11 @@ func (l *link) SupportedGSO() gstack.SupportedGSO {
 	return gstack.GSONotSupported
 }
 
-// GSOMaxSize is the longest IP packet.
+// GSOMaxSize returns the length of the longest IP packet.
 func (l *link) GSOMaxSize() uint32 { return 65535 }
 
-// Capabilities never has TX checksum offload: gVisor would then leave the checksums of SYN-ACK and RST blank, for which
-// no GSO options tell us where they go. Data segments still go out with NeedsCsum.
+// Capabilities never includes TX checksum offload: gVisor would then leave the checksums of SYN-ACK and RST blank,
+// and no GSO options would tell where they belong. Data segments are still sent with NeedsCsum.
 func (l *link) Capabilities() gstack.LinkEndpointCapabilities {
 	if l.verified.Load() {
 		return gstack.CapabilityRXChecksumOffload
@@ -74,7 +75,7 @@ func (l *link) Capabilities() gstack.LinkEndpointCapabilities {
 	return gstack.CapabilityNone
 }
 
-// WritePackets is what gVisor asks of a link. WritePacket spares it the list, an allocation for each frame.
+// WritePackets implements gVisor's LinkEndpoint. WritePacket avoids its list, which is an allocation for each frame.
 func (l *link) WritePackets(pkts gstack.PacketBufferList) (n int, err tcpip.Error) {
 	for _, pkt := range pkts.AsSlice() {
 		if err := l.WritePacket(pkt); err != nil {
@@ -85,10 +86,11 @@ func (l *link) WritePackets(pkts gstack.PacketBufferList) (n int, err tcpip.Erro
 	return n, nil
 }
 
-// WritePacket is that of gVisor's QueueingDiscipline, and queues nothing: it writes to the device on the caller's goroutine,
-// since a writer goroutine gained nothing. A frame that the device does not take is lost as on a wire.
+// WritePacket implements gVisor's QueueingDiscipline without a queue: it writes to the device on the caller's
+// goroutine, because a writer goroutine brought no gain. A frame that the device does not accept is lost, as on a
+// wire.
 func (l *link) WritePacket(pkt *gstack.PacketBuffer) tcpip.Error {
-	// TCP is all that gVisor may say: echo replies, neighbour discovery and its ICMP errors would be lies.
+	// gVisor may send only TCP. Its echo replies, neighbour discovery and ICMP errors would be false.
 	if pkt.TransportProtocolNumber != header.TCPProtocolNumber {
 		l.s.stats.droppedProto.Add(1)
 		return nil
@@ -124,7 +126,7 @@ func (l *link) write(pkt *gstack.PacketBuffer) error {
 	}
 	size := pkt.Size()
 	err := l.s.dev.Write(&f.h, f.parts)
-	clear(f.parts) // nothing of the packet stays referenced
+	clear(f.parts) // keep no reference to the packet
 	f.parts = f.parts[:0]
 	l.frame.Put(f)
 	if err != nil {

@@ -16,14 +16,16 @@ import (
 
 const nicID = 1
 
-// Buffers of one stream, bytes. gVisor grows them as the congestion window (send) and what the relay reads in each
-// round trip (receive) grow, so the default is what a stream holds whose other side never moves. Measured against a
-// kernel's TUN, 200 apps that never read: 31 MB with this default, 186 MB with 1 MiB, at the same throughput.
+// Buffer sizes of one stream in bytes. gVisor grows them with the congestion window (send) and with what the relay
+// reads in each round trip (receive), so the default is what a stream holds whose other side never reads. Measured
+// against a kernel's TUN with 200 apps that never read: 31 MB with this default, 186 MB with 1 MiB, at the same
+// throughput.
 //
-// The app is always in this machine, so the maxima are what 10 Gbit/s ask for while the scheduler keeps us waiting, and
-// not the product of a long path, which the kernel's socket toward the proxy has. Eight downloads fill their send buffers
-// whenever the frame reader waits: beside them a small answer waits 8 ms with 1 MiB, 20 ms with 4, 5 ms with 512 KiB, which
-// costs one download a tenth. A receive buffer of 1 MiB costs an upload a fifth: 0.75 s/GB against 0.62 with 4.
+// The app is always on this machine. The maxima are therefore what 10 Gbit/s need while the scheduler keeps us
+// waiting, not the bandwidth-delay product of a long path, which the kernel's socket to the proxy has. Eight
+// downloads fill their send buffers whenever the frame reader waits; a small answer beside them then waits 8 ms with
+// 1 MiB, 20 ms with 4, and 5 ms with 512 KiB, which costs one download a tenth. A receive buffer of 1 MiB costs an
+// upload a fifth: 0.75 s/GB instead of 0.62 with 4 MiB.
 const (
 	minBuffer     = 4 << 10
 	defaultBuffer = 256 << 10
@@ -31,20 +33,21 @@ const (
 	maxRecvBuffer = 4 << 20
 )
 
-// gVisor logs to stderr by itself, which belongs to the program that runs with us. Nobody else imports it.
+// gVisor logs to stderr by itself, which belongs to the program that we run. No other package imports its log.
 func init() { log.SetTarget(noLog{}) }
 
 type noLog struct{}
 
 func (noLog) Emit(int, log.Level, time.Time, string, ...any) {}
 
-// newNetstack makes gVisor's stack over l: it answers for every address (promiscuous) and with every address (spoofing).
+// newNetstack makes gVisor's stack over l. It accepts packets to every address (promiscuous) and sends from every
+// address (spoofing).
 func newNetstack(l *link) (*gstack.Stack, error) {
 	ns := gstack.New(gstack.Options{
 		NetworkProtocols: []gstack.NetworkProtocolFactory{
 			l.overIP(ipv4.NewProtocol), l.overIP(ipv6.NewProtocolWithOptions(ipv6.Options{})),
 		},
-		// UDP only to be reassembled; it has no endpoint.
+		// UDP is here only for reassembly; it has no endpoint.
 		TransportProtocols: []gstack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol},
 	})
 	if err := configure(ns, l); err != nil {
@@ -55,19 +58,20 @@ func newNetstack(l *link) (*gstack.Stack, error) {
 }
 
 func configure(ns *gstack.Stack, l *link) error {
-	// RACK's probe fires at twice the round trip without a floor: on a TUN 200 µs, hundreds of needless retransmits.
+	// RACK's probe fires at twice the round trip without a lower limit. On a TUN that is 200 µs and causes hundreds
+	// of needless retransmits.
 	recovery := tcpip.TCPRecovery(0)
 	sack := tcpip.TCPSACKEnabled(true)
 	moderate := tcpip.TCPModerateReceiveBufferOption(true)
-	// Nothing wanders on a TUN, and gVisor swallows a SYN that re-uses a tuple in TIME_WAIT.
+	// No segment can be delayed on a TUN, and gVisor ignores a SYN that reuses a tuple in TIME_WAIT.
 	timeWait := tcpip.TCPTimeWaitTimeoutOption(0)
 	snd := tcpip.TCPSendBufferSizeRangeOption{Min: minBuffer, Default: defaultBuffer, Max: maxSendBuffer}
 	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: minBuffer, Default: defaultBuffer, Max: maxRecvBuffer}
-	// Not cubic: its HyStart takes the scheduler's delays for a queue and ends slow start at some 47 segments. Then 40 % of
-	// the super-segments are cut at the window's edge, and each piece is a frame and an ACK of its own: 0.77 s/GB against
-	// 0.66. Nobody shares a TUN, so there is no congestion that anybody should be spared.
+	// Not cubic: its HyStart takes the scheduler's delays for a queue and ends slow start at about 47 segments. 40 %
+	// of the super-segments are then cut at the edge of the window, and each piece is a frame with its own ACK: 0.77
+	// s/GB instead of 0.66. No other host shares a TUN, so there is no congestion to avoid.
 	cc := tcpip.CongestionControlOption("reno")
-	// No Nagle: the relay writes what it has in one piece, and waiting for more would only add to the delay.
+	// No Nagle: the relay writes what it has in one piece, and waiting for more would only add delay.
 	delay := tcpip.TCPDelayEnabled(false)
 	for _, o := range []tcpip.SettableTransportProtocolOption{&recovery, &sack, &moderate, &timeWait, &snd, &rcv, &cc, &delay} {
 		if err := ns.SetTransportProtocolOption(tcp.ProtocolNumber, o); err != nil {

@@ -14,32 +14,32 @@ import (
 )
 
 const (
-	// DefaultPending and DefaultPendingPerDest are the defaults of Limits. A swarm's dead peers wait for the proxy's timeout,
-	// 30 s by default: 8192 of them are 270 new ones each second. A program that opens more than 256 connections to one
-	// address at once is a scanner.
+	// DefaultPending and DefaultPendingPerDest are the defaults of Limits. The dead peers of a swarm wait for the
+	// proxy's timeout, 30 s by default: 8192 of them are 270 new ones each second. A program that opens more than 256
+	// connections to one address at once is a scanner.
 	DefaultPending        = 8192
 	DefaultPendingPerDest = 256
 
-	// synRTO is the first retransmission timeout of a SYN (RFC 6298 2.1; Linux TCP_TIMEOUT_INIT).
+	// synRTO is the first retransmission timeout of a SYN (RFC 6298, section 2.1; TCP_TIMEOUT_INIT of Linux).
 	synRTO = time.Second
-	// maxGap is the longest gap between two SYNs (Linux TCP_RTO_MAX).
+	// maxGap is the longest gap between two SYNs (TCP_RTO_MAX of Linux).
 	maxGap = 120 * time.Second
-	// askSlack is what a retransmission may be late before the app's kernel is asked.
+	// askSlack is how late a retransmission may be before the app's kernel is queried.
 	askSlack = 250 * time.Millisecond
-	// askEvery is how often it is asked after that, and the longest that a dead app keeps its dial.
+	// askEvery is the interval of later queries, and thus the longest time that a dead app keeps its dial.
 	askEvery = 4 * time.Second
-	// lookAfter is when a handshake is first looked at after a RST, and doubled for each of the lookTimes looks: gVisor decides
-	// in microseconds, unless the machine is very busy.
+	// lookAfter is the time after a RST at which a handshake is first checked. It doubles for each of the lookTimes
+	// checks; gVisor decides within microseconds unless the machine is very busy.
 	lookAfter = time.Millisecond
 	lookTimes = 8
-	// openTime bounds a handshake: the app's kernel answers a SYN-ACK at once, unless the TUN lost it.
+	// openTime limits a handshake. The app's kernel answers a SYN-ACK at once unless the TUN lost it.
 	openTime = 30 * time.Second
 )
 
-// tuple names a connection from the app's side.
+// tuple identifies a connection, seen from the app.
 type tuple struct{ src, dst netip.AddrPort }
 
-// synState is what became of a SYN.
+// synState is the state of a SYN.
 //
 //	              SYN                    Accept                     handshake over
 //	(no entry) ----------> waiting ------------------> opening --------------------> (no entry, Opened)
@@ -48,23 +48,23 @@ type tuple struct{ src, dst netip.AddrPort }
 //	     +------ ISN, ------+    +-----> refused          v
 //	     |   app gone            |       (the answer is given again to the same SYN)
 //	     |  (OnCancel)           +-----> silent
-//	     |                               (the same SYN is swallowed)
+//	     |                               (the same SYN is ignored)
 //	     +-- no SYN for twice the last gap and a second, or another ISN --+
 //
-// waiting counts against the budgets, the others don't; refused and silent keep no packet.
+// Only waiting counts against the budgets. refused and silent keep no packet.
 type synState uint8
 
 const (
 	synWaiting   synState = iota
-	synOpening            // Accept won: gVisor shakes hands
+	synOpening            // Accept won: gVisor is doing the handshake
 	synRefused            // Reject won, with an answer
 	synSilent             // Reject won, with silence: a tombstone
 	synCancelled          // the app gave up; not in the table
 	synDone               // not in the table
 )
 
-// pendingSYN is one SYN from its arrival to the end of its retransmissions. It is the flow.StreamRequest that the handler
-// holds. All fields but the first four are guarded by the table's lock.
+// pendingSYN is one SYN from its arrival to the end of its retransmissions. It is the flow.StreamRequest that the
+// handler holds. All fields except the first four are guarded by the table's lock.
 type pendingSYN struct {
 	t     *pendingTable
 	key   tuple
@@ -73,45 +73,45 @@ type pendingSYN struct {
 
 	state    synState
 	why      flow.Refusal         // refused
-	pkt      *gstack.PacketBuffer // waiting: the latest SYN, ours
+	pkt      *gstack.PacketBuffer // waiting: our clone of the latest SYN
 	onCancel func()               // waiting
 	listener flow.Listener        // opening
 	openBy   time.Time            // opening: when it has taken too long
-	looks    int                  // opening: how often the timer looked since the last RST
+	looks    int                  // opening: how often the timer has checked it since the last RST
 	made     bool                 // opening: gVisor had an endpoint when the RST came
 	last     time.Time            // when the latest SYN came
 	gap      time.Duration        // between the last two SYNs, or synRTO
-	due      time.Time            // when the timer looks at it
+	due      time.Time            // when the timer will check it
 	index    int                  // in the heap
 }
 
-// pendingTable keeps the SYNs that are not connections. One lock, one timer, no goroutine for any of them. It is
-// called by the frame reader (syn, rst) and by whoever holds a request.
+// pendingTable holds the SYNs that are not connections yet. It has one lock and one timer, and no goroutine for any
+// entry. The frame reader (syn, rst) and the holders of requests call it.
 type pendingTable struct {
 	limits  Limits
-	budget  *budget // of all shards
+	budget  *budget // shared by all shards
 	sockets flow.Sockets
 	stats   *counters
 
-	// What the stack does for the table. Called without the lock.
-	open   func(*pendingSYN, *gstack.PacketBuffer) // takes over the packet, and calls take in the end
-	abort  func(tuple)                             // ends a handshake that is still under way
-	shake  func(tuple) shakeState                  // says how far a handshake is
+	// What the stack does for the table. The functions are called without the lock.
+	open   func(*pendingSYN, *gstack.PacketBuffer) // takes over the packet, and finally calls take
+	abort  func(tuple)                             // ends a handshake that is still in progress
+	shake  func(tuple) shakeState                  // returns the state of a handshake
 	answer func(syn []byte, why flow.Refusal)      // writes RST or ICMP; syn: the IP and TCP headers
 
 	mu      sync.Mutex
 	byKey   map[tuple]*pendingSYN
 	waiting int
-	shakes  int // of byKey: opening
-	peak    int // of byKey since it was made
+	shakes  int // entries of byKey that are opening
+	peak    int // the largest len(byKey) since it was made
 	heap    dueHeap
 	timer   *time.Timer
 	firing  bool
-	idle    sync.Cond // firing became false
+	idle    sync.Cond // signalled when firing becomes false
 	refuse  bool      // every new SYN is answered with RST
 	closed  bool
 
-	shaking sync.WaitGroup // handshakes: Done when the listener was told how it ended
+	shaking sync.WaitGroup // handshakes: Done when the listener was told the result
 }
 
 // Set changes Limits and KeepaliveIdle for what begins from now on. As in Config, zero means the default.
@@ -135,8 +135,7 @@ func newPendingTable(l Limits, b *budget, sockets flow.Sockets, stats *counters)
 	return t
 }
 
-// syn takes a SYN. It returns a request when one is to be handed on: the SYN is new, and within the budgets. pkt stays the
-// caller's.
+// syn handles a SYN. It returns a request to pass on if the SYN is new and within the budgets. The caller keeps pkt.
 func (t *pendingTable) syn(key tuple, isn uint32, pkt *gstack.PacketBuffer) *pendingSYN {
 	now := time.Now()
 	t.mu.Lock()
@@ -148,7 +147,8 @@ func (t *pendingTable) syn(key tuple, isn uint32, pkt *gstack.PacketBuffer) *pen
 	if e != nil && (e.isn == isn || e.state == synOpening) {
 		why, again := t.again(e, isn, pkt, now)
 		if e.state == synOpening {
-			// gVisor will have its endpoint in a moment, or the handshake has failed. Another ISN comes again after that.
+			// Either gVisor is about to have its endpoint, or the handshake has failed. A SYN with another ISN is
+			// retransmitted after that.
 			t.lookSoon(e, now)
 		}
 		t.mu.Unlock()
@@ -197,7 +197,7 @@ func (t *pendingTable) syn(key tuple, isn uint32, pkt *gstack.PacketBuffer) *pen
 	return req
 }
 
-// again notes another SYN for e, and says whether it is to be answered once more.
+// again records another SYN for e, and returns whether and how it must be answered again.
 func (t *pendingTable) again(e *pendingSYN, isn uint32, pkt *gstack.PacketBuffer, now time.Time) (flow.Refusal, bool) {
 	if e.isn != isn {
 		return 0, false
@@ -207,7 +207,8 @@ func (t *pendingTable) again(e *pendingSYN, isn uint32, pkt *gstack.PacketBuffer
 	e.last = now
 	switch e.state {
 	case synWaiting:
-		// The newest timestamp: what SYN-ACK echoes is then the shortest round trip that is true.
+		// Keep the SYN with the newest timestamp: the round trip that the SYN-ACK's echo shows is then as short as
+		// possible.
 		e.pkt.DecRef()
 		e.pkt = pkt.Clone()
 		t.schedule(e, t.askAt(e))
@@ -217,11 +218,11 @@ func (t *pendingTable) again(e *pendingSYN, isn uint32, pkt *gstack.PacketBuffer
 	return e.why, e.state == synRefused
 }
 
-// rst takes a RST, and reports whether it was for a SYN that waits.
+// rst handles a RST and reports whether it was for a waiting SYN.
 func (t *pendingTable) rst(key tuple, seq uint32) bool {
 	t.mu.Lock()
 	e := t.byKey[key]
-	// The sequence number is that of the SYN or, with it counted and data of TCP Fast Open, a little more.
+	// The sequence number is that of the SYN or, counting the SYN and data of TCP Fast Open, slightly higher.
 	if e == nil || e.state != synWaiting || seq-e.isn > 1<<16 {
 		t.mu.Unlock()
 		return false
@@ -233,12 +234,12 @@ func (t *pendingTable) rst(key tuple, seq uint32) bool {
 	return true
 }
 
-// over is when e's SYN is surely not sent again.
+// over returns the time after which e's SYN is certainly not retransmitted.
 func (e *pendingSYN) over() time.Time { return e.last.Add(2*e.gap + synRTO) }
 
-// askAt is when the app's kernel is asked whether the socket is there: at the first missed retransmission. Linux sends
-// four in steps of a second and doubles the gap only then (tcp_syn_linear_timeouts), so twice the last gap is the
-// latest. Where nobody can be asked it is when the SYN is over.
+// askAt returns when to query the app's kernel for the socket: at the first missed retransmission. Linux sends four
+// at intervals of a second and doubles the gap only then (tcp_syn_linear_timeouts), so twice the last gap is the
+// latest time. If there is no way to query, it is the time when the SYN is over.
 func (t *pendingTable) askAt(e *pendingSYN) time.Time {
 	if t.sockets == nil {
 		return e.over()
@@ -250,9 +251,9 @@ func (t *pendingTable) askAt(e *pendingSYN) time.Time {
 	return e.last.Add(min(next+askSlack, askEvery))
 }
 
-// The rest is called with the lock held, unless it says otherwise.
+// The functions below are called with the lock held, unless they say otherwise.
 
-// leave ends e's waiting: its budget and its packet are free.
+// leave ends e's waiting and releases its budget and packet.
 func (t *pendingTable) leave(e *pendingSYN) {
 	t.waiting--
 	t.stats.pending.Add(-1)
@@ -263,7 +264,7 @@ func (t *pendingTable) leave(e *pendingSYN) {
 	}
 }
 
-// drop takes e out of the table.
+// drop removes e from the table and sets its state.
 func (t *pendingTable) drop(e *pendingSYN, s synState) {
 	switch e.state {
 	case synWaiting:
@@ -275,7 +276,8 @@ func (t *pendingTable) drop(e *pendingSYN, s synState) {
 	t.remove(e)
 }
 
-// remove takes e out of the table. What a burst made is given back when little of it is left: a map never shrinks.
+// remove removes e from the table. It replaces the map of a past burst by a smaller one when little of it is left,
+// because a map never shrinks.
 func (t *pendingTable) remove(e *pendingSYN) {
 	delete(t.byKey, e.key)
 	if e.index >= 0 {
@@ -287,10 +289,10 @@ func (t *pendingTable) remove(e *pendingSYN) {
 	}
 }
 
-// remake is from how many entries on a table is made anew when an eighth is left.
+// remake is the size from which on a table is replaced when an eighth is left.
 const remake = 1000
 
-// cancel drops e, and returns what is to be called without the lock.
+// cancel drops e and returns the function to call without the lock.
 func (t *pendingTable) cancel(e *pendingSYN) func() {
 	t.drop(e, synCancelled)
 	f := e.onCancel
@@ -301,7 +303,7 @@ func (t *pendingTable) cancel(e *pendingSYN) func() {
 	return f
 }
 
-// schedule sets when the timer looks at e.
+// schedule sets the time at which the timer checks e.
 func (t *pendingTable) schedule(e *pendingSYN, due time.Time) {
 	e.due = due
 	if e.index < 0 {
@@ -320,7 +322,7 @@ func (t *pendingTable) arm() {
 	}
 }
 
-// dueHeap is a heap of entries by due.
+// dueHeap is a heap of entries, ordered by due.
 type dueHeap []*pendingSYN
 
 func (h dueHeap) Len() int           { return len(h) }

@@ -6,7 +6,7 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// fire is the timer's function: it looks at what is due. Only one runs at a time.
+// fire is the timer's function. It handles the entries that are due. Only one call runs at a time.
 func (t *pendingTable) fire() {
 	t.mu.Lock()
 	if t.firing || t.closed {
@@ -20,7 +20,7 @@ func (t *pendingTable) fire() {
 		if e.due.After(now) {
 			break
 		}
-		t.look(e, now) // lets go of the lock
+		t.look(e, now) // releases the lock
 	}
 	t.firing = false
 	t.arm()
@@ -28,7 +28,7 @@ func (t *pendingTable) fire() {
 	t.mu.Unlock()
 }
 
-// look handles e, which is due.
+// look handles e, which is due. It may release the lock for a while.
 func (t *pendingTable) look(e *pendingSYN, now time.Time) {
 	switch e.state {
 	case synRefused, synSilent:
@@ -40,15 +40,15 @@ func (t *pendingTable) look(e *pendingSYN, now time.Time) {
 			t.gaveUp(e)
 			return
 		}
-		t.schedule(e, now.Add(askEvery)) // while it is asked, and after that
+		t.schedule(e, now.Add(askEvery)) // during the query and after it
 		last := e.last
 		t.mu.Unlock()
 		there, err := t.sockets.Exists(flow.TCP, e.key.src, e.key.dst)
 		t.mu.Lock()
 		switch {
-		case e.state != synWaiting || !e.last.Equal(last): // it went on meanwhile
+		case e.state != synWaiting || !e.last.Equal(last): // its state changed meanwhile
 		case err == nil && there:
-		case err != nil && now.Before(e.over()): // it can't be asked: the silence must tell
+		case err != nil && now.Before(e.over()): // the query failed: only the silence can tell
 			t.schedule(e, e.over())
 		default:
 			t.gaveUp(e)
@@ -63,10 +63,10 @@ func (t *pendingTable) lookHandshake(e *pendingSYN, now time.Time) {
 		s := t.shake(e.key)
 		t.mu.Lock()
 		switch {
-		case e.state != synOpening: // it went on meanwhile
+		case e.state != synOpening: // its state changed meanwhile
 			return
 		case s == shakeFailed, s == shakeNone && (e.made || e.looks == lookTimes):
-		case s == shakeDone || e.looks == lookTimes: // the RST was none that counts
+		case s == shakeDone || e.looks == lookTimes: // the RST was not a valid one
 			t.schedule(e, e.openBy)
 			return
 		default:
@@ -96,7 +96,7 @@ func (t *pendingTable) failAll() {
 	}
 }
 
-// gaveUp cancels e. It lets go of the lock for the call.
+// gaveUp cancels e. It releases the lock for the call of its function.
 func (t *pendingTable) gaveUp(e *pendingSYN) {
 	t.stats.cancelled.Add(1)
 	cancel := t.cancel(e)
@@ -105,7 +105,7 @@ func (t *pendingTable) gaveUp(e *pendingSYN) {
 	t.mu.Lock()
 }
 
-// refuseAll answers every SYN that waits, and from here on every new one, with RST.
+// refuseAll answers with RST every waiting SYN and, from now on, every new one.
 func (t *pendingTable) refuseAll() {
 	t.mu.Lock()
 	t.refuse = true
@@ -124,7 +124,7 @@ func (t *pendingTable) refuseAll() {
 	}
 }
 
-// close cancels what waits and waits for the timer. Handshakes under way are the stack's to end.
+// close cancels the waiting entries and waits for the timer. The stack ends the handshakes that are in progress.
 func (t *pendingTable) close() {
 	t.mu.Lock()
 	t.closed = true

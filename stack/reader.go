@@ -11,43 +11,44 @@ import (
 )
 
 const (
-	// viewSize is gVisor's largest pooled buffer. A frame can't be longer: a TUN's MTU ends at 65535, a super-segment at
-	// 65536.
+	// viewSize is the size of gVisor's largest pooled buffer. No frame is longer: a TUN's MTU is at most 65535, a
+	// super-segment 65536.
 	viewSize = buffer.MaxChunkSize
-	// handOn is the length from which a view is handed on as it is. gVisor counts memory by content: so what a window of
-	// 1 MiB really holds is bounded to twice that. Shorter frames are copied into a view of their size.
+	// handOn is the length from which on a view is passed to gVisor as it is. gVisor counts memory by content, so
+	// this limits the real memory of a window of 1 MiB to twice that. Shorter frames are copied into a view of their
+	// size.
 	handOn = 32 << 10
-	// splitFrom is the length from which headers get a view of their own. gVisor clones the view that holds the headers
-	// while it parses them: that must not be the payload's.
+	// splitFrom is the length from which on the headers get a view of their own. gVisor clones the view with the
+	// headers while it parses them; that view should not contain the payload.
 	splitFrom = 512
-	// arenaSize is what a burst of datagrams is collected in, besides room for the longest frame.
+	// arenaSize is the space for a burst of datagrams, in addition to room for the longest frame.
 	arenaSize = 128 << 10
-	// burst bounds how many frames are read between two flushes of datagrams.
+	// burst limits how many frames are read between two flushes of datagrams.
 	burst = 64
-	// bigMemory is how many frames after the last big one the next is still guessed to be big.
+	// bigMemory is for how many frames after the last big one the next frame is expected to be big.
 	bigMemory = 32
 )
 
-// frameReader is the state of the one goroutine that reads frames.
+// frameReader is the state of the single goroutine that reads frames.
 //
-// A frame is read either into a view, which gVisor can take as it is, or into the arena, where datagrams lie side by
-// side until the burst is flushed. Which it will be is guessed from the frames before: a wrong guess costs a copy.
+// A frame is read either into a view, which gVisor can take as it is, or into the arena, where datagrams lie next to
+// each other until the burst is flushed. The choice is a guess from the previous frames; a wrong guess costs a copy.
 type frameReader struct {
 	s     *shard
 	udp   *udpBatch
 	view  *buffer.View
 	arena []byte
-	used  int      // of arena
+	used  int      // bytes of arena in use
 	spare []handed // what the inbox gets next
-	calm  int      // frames since the last big one
-	held  int      // frames since the first datagram of the batch, 0: none is held
+	calm  int      // number of frames since the last big one
+	held  int      // number of frames since the first datagram of the batch; 0: none is held
 }
 
 func newFrameReader(s *shard) *frameReader {
 	return &frameReader{s: s, udp: s.newUDPBatch(), arena: make([]byte, arenaSize+tun.MaxFrame), calm: bigMemory}
 }
 
-// run reads until the device ends.
+// run reads frames until the device ends.
 func (r *frameReader) run() error {
 	defer func() {
 		if r.view != nil {
@@ -58,7 +59,7 @@ func (r *frameReader) run() error {
 	for {
 		r.empty()
 		b, inView := r.buf()
-		// Only datagrams that wait for their flush are a reason to ask whether there is more before waiting for it.
+		// Ask without waiting only if datagrams wait to be flushed.
 		n, err := r.s.dev.Read(&h, b, r.held == 0)
 		switch {
 		case err == nil:
@@ -81,7 +82,7 @@ func (r *frameReader) run() error {
 	}
 }
 
-// buf is where the next frame is read.
+// buf returns the buffer for the next frame.
 func (r *frameReader) buf() (b []byte, inView bool) {
 	if r.calm >= bigMemory {
 		if len(r.arena)-r.used < tun.MaxFrame {
@@ -103,7 +104,7 @@ func (r *frameReader) flush() {
 	r.used = 0
 }
 
-// empty takes what other shards' readers have read for this one.
+// empty handles the frames that other shards' readers have read for this one.
 func (r *frameReader) empty() {
 	fs := r.s.inbox.take(r.spare)
 	if fs == nil {
@@ -118,13 +119,13 @@ func (r *frameReader) empty() {
 	r.spare = fs
 }
 
-// place is where a frame lies.
+// place tells where a frame is stored.
 type place uint8
 
 const (
-	inArena   place = iota // at the end of what is used of it
-	inTheView              // gVisor can have it
-	inInbox                // only until take returns
+	inArena   place = iota // at the end of the used part of the arena
+	inTheView              // in a view that gVisor can take
+	inInbox                // valid only until take returns
 )
 
 // take handles one frame.
@@ -147,7 +148,7 @@ func (r *frameReader) take(h *tun.Header, b []byte, at place) {
 	}
 }
 
-// judge drops a frame or gives it to gVisor.
+// judge drops a frame or passes it to gVisor.
 func (r *frameReader) judge(h *tun.Header, b []byte, p *packet, at place) {
 	v, hdr := inspect(h, b, p)
 	switch v {
@@ -166,7 +167,7 @@ func (r *frameReader) judge(h *tun.Header, b []byte, p *packet, at place) {
 	}
 }
 
-// takeUDP offers a frame to the batch. What lies in the arena stays there until the flush; what lies elsewhere goes there
+// takeUDP offers a frame to the batch. A frame in the arena stays there until the flush; any other is copied there
 // first.
 func (r *frameReader) takeUDP(h *tun.Header, b []byte, p *packet, at place) bool {
 	if at != inArena {
@@ -187,7 +188,7 @@ func (r *frameReader) takeUDP(h *tun.Header, b []byte, p *packet, at place) bool
 	return true
 }
 
-// deliver gives a frame to gVisor as one packet, however long it is. hdr is that of inspect.
+// deliver passes a frame to gVisor as one packet of any length. hdr is the result of inspect.
 func (r *frameReader) deliver(h *tun.Header, b []byte, p *packet, hdr int, at place) {
 	big := len(b) > handOn
 	if big {
@@ -224,7 +225,7 @@ func (r *frameReader) deliver(h *tun.Header, b []byte, p *packet, hdr int, at pl
 	pkt.DecRef()
 }
 
-// fullView is a view of b that ends where its memory ends, so that what is appended to its Buffer stays apart.
+// fullView returns a view of b without spare capacity, so that data appended to its Buffer goes elsewhere.
 func fullView(b []byte) *buffer.View {
 	v := buffer.NewView(len(b))
 	n := v.Capacity()

@@ -7,17 +7,17 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// ErrAppGone is what Listener.Opened is given when the app gave up before its connection was open.
+// ErrAppGone is the error that Listener.Opened gets if the app gave up before its connection was open.
 var ErrAppGone = errors.New("the app is gone")
 
 var _ flow.StreamRequest = (*pendingSYN)(nil)
 
-// Flow names the connection. Its ID is zero: route gives it one.
+// Flow implements flow.StreamRequest. The flow's ID is zero; route assigns one.
 func (e *pendingSYN) Flow() flow.Flow {
 	return flow.Flow{Proto: flow.TCP, Src: e.key.src, Dst: e.key.dst, Start: e.start}
 }
 
-// OnCancel is that of flow.StreamRequest.
+// OnCancel implements flow.StreamRequest.
 func (e *pendingSYN) OnCancel(f func()) {
 	e.t.mu.Lock()
 	switch e.state {
@@ -34,7 +34,7 @@ func (e *pendingSYN) OnCancel(f func()) {
 	}
 }
 
-// Accept is that of flow.StreamRequest.
+// Accept implements flow.StreamRequest.
 func (e *pendingSYN) Accept(l flow.Listener) {
 	t := e.t
 	t.mu.Lock()
@@ -44,7 +44,7 @@ func (e *pendingSYN) Accept(l flow.Listener) {
 		e.state = synDone
 		t.mu.Unlock()
 		t.stats.acceptFailed.Add(1)
-		go l.Opened(nil, ErrAppGone) // not on this goroutine, which may hold what Opened wants
+		go l.Opened(nil, ErrAppGone) // not on this goroutine, which may hold locks that Opened takes
 		return
 	default:
 		t.mu.Unlock()
@@ -63,7 +63,8 @@ func (e *pendingSYN) Accept(l flow.Listener) {
 	t.open(e, pkt)
 }
 
-// take ends the handshake of key and returns its entry, once: who gets it tells the listener. nil: none is under way.
+// take ends the handshake of key and returns its entry, or nil if there is none. Only one caller gets the entry; it
+// must tell the listener.
 func (t *pendingTable) take(key tuple) *pendingSYN {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -75,7 +76,7 @@ func (t *pendingTable) take(key tuple) *pendingSYN {
 	return e
 }
 
-// opening reports whether the handshake of key is under way.
+// opening reports whether the handshake of key is in progress.
 func (t *pendingTable) opening(key tuple) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -83,18 +84,18 @@ func (t *pendingTable) opening(key tuple) bool {
 	return e != nil && e.state == synOpening
 }
 
-// disturbed takes note of a RST that gVisor was given for a handshake. made: there was an endpoint for it.
+// disturbed records a RST that gVisor received for a handshake. made tells whether there was an endpoint for it.
 func (t *pendingTable) disturbed(key tuple, seq uint32, made bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	// gVisor wants it in the window that begins after the SYN, and the first window is shorter than 64 KiB.
+	// gVisor requires it to be in the window that begins after the SYN, and the first window is shorter than 64 KiB.
 	if e := t.byKey[key]; e != nil && e.state == synOpening && seq-e.isn <= 1<<16 {
 		e.made = e.made || made
 		t.lookSoon(e, time.Now())
 	}
 }
 
-// lookSoon has the timer look at a handshake.
+// lookSoon makes the timer check a handshake soon.
 func (t *pendingTable) lookSoon(e *pendingSYN, now time.Time) {
 	e.looks = 0
 	if due := now.Add(lookAfter); due.Before(e.due) {
@@ -102,7 +103,7 @@ func (t *pendingTable) lookSoon(e *pendingSYN, now time.Time) {
 	}
 }
 
-// Reject is that of flow.StreamRequest.
+// Reject implements flow.StreamRequest.
 func (e *pendingSYN) Reject(why flow.Refusal) {
 	t := e.t
 	t.mu.Lock()
@@ -117,7 +118,8 @@ func (e *pendingSYN) Reject(why flow.Refusal) {
 		e.state = synSilent
 	}
 	if why == flow.RefuseLater || len(t.byKey) > 4*t.limits.Pending {
-		// Its next SYN is a new try, as if this one had been over the budget. So it is when there is too much to remember.
+		// Its next SYN is a new attempt, as if this one had exceeded the budget. The same holds if there is too much
+		// to remember.
 		t.drop(e, synDone)
 	} else {
 		t.schedule(e, e.over())

@@ -10,14 +10,14 @@ import (
 	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
-// maxShards: a TUN is opened with 16 queues for frames, and each shard needs one.
+// maxShards is the number of queues for frames that a TUN is opened with, because each shard needs one.
 const maxShards = 16
 
-// shard is a part of the flows, with all that handles their frames: queues of the device and their reader, an engine, a table
-// of pending SYNs, counters. A flow belongs to the shard of the app's port, and no lock is shared by the flows of different
-// shards, except for the counts of the budget, once for each SYN.
+// shard is a part of the flows, with everything that handles their frames: queues of the device and their reader, an
+// engine, a table of pending SYNs, counters. A flow belongs to the shard of the app's port. The flows of different
+// shards share no lock except for the counts of the budget, once for each SYN.
 type shard struct {
-	*Stack // what all have in common
+	*Stack // what all shards have in common
 
 	index int
 	dev   tun.Part
@@ -41,14 +41,14 @@ func newShard(s *Stack, dev tun.Part, b *budget, cfg Config) (*shard, error) {
 	return p, nil
 }
 
-// home is the shard of an app's port. Neighbouring ports are the rule: the golden ratio spreads them (Knuth, TAOCP 6.4). The
-// upper bits are used, since tun takes the middle ones to choose among a part's queues.
+// home returns the shard of an app's port. Neighbouring ports are common; the golden ratio spreads them (Knuth, TAOCP
+// 6.4). The upper bits are used, because tun uses the middle ones to choose among a part's queues.
 func (s *Stack) home(port uint16) int {
 	return int(uint64(uint32(port)*0x9E3779B1) * uint64(len(s.shards)) >> 32)
 }
 
-// homeOf is the shard that a packet belongs to. What has no port stays where it is, but for fragments: those of one datagram
-// meet in one shard, whose engine puts them together (see rehome).
+// homeOf returns the shard that a packet belongs to. A packet without a port stays where it is, except for fragments:
+// those of one datagram meet in one shard, whose engine reassembles them (see rehome).
 func (s *shard) homeOf(b []byte, p *packet) *shard {
 	if len(s.shards) == 1 {
 		return s
@@ -64,7 +64,7 @@ func (s *shard) homeOf(b []byte, p *packet) *shard {
 	return s.shards[s.home(port)]
 }
 
-// rehome hands a packet that was put together of fragments to the shard of the app's port, if that is another one.
+// rehome hands a reassembled packet to the shard of the app's port if that is another one.
 func (s *shard) rehome(proto byte, pkt *gstack.PacketBuffer) bool {
 	l4 := pkt.TransportHeader().Slice()
 	if len(s.shards) == 1 || len(l4) < 4 || proto != protoTCP && proto != protoUDP {

@@ -15,48 +15,48 @@ import (
 	"github.com/viasocks/viasocks/tun"
 )
 
-// Handler takes what the stack captured. Each shard has a frame reader of its own, which calls the handler and says which shard
-// it is (0 to Shards-1): calls for one shard come one after another, calls for different shards come at the same time. All that
-// one app's port sends comes to one shard. No call may block.
+// Handler receives what the stack captures. Each shard has its own frame reader, which calls the handler with its
+// number (0 to Shards-1). Calls for one shard are sequential; calls for different shards may run concurrently. All
+// packets from one app port belong to one shard. No call may block.
 type Handler interface {
-	// HandleStream takes a new request. The handler owns it: it must call Accept or Reject sooner or later.
+	// HandleStream receives a new request. The handler owns it and must eventually call Accept or Reject.
 	HandleStream(shard int, r flow.StreamRequest)
-	// HandlePackets takes one burst of datagrams, until the TUN is drained: return means flush. The slices are lent.
+	// HandlePackets receives one burst of datagrams, up to the moment when the TUN is drained; data to be sent must
+	// be flushed before it returns. The slices are valid only during the call.
 	HandlePackets(shard int, pkts []flow.Packet)
 }
 
-// Config is what New needs.
+// Config is the configuration for New.
 type Config struct {
 	Device  tun.Device
 	Handler Handler
-	Sockets flow.Sockets // asks the app's kernel whether a socket is still there; may be nil
+	Sockets flow.Sockets // queries the app's kernel for a socket; may be nil
 	Log     *slog.Logger // nil: discarded
 	Limits  Limits
-	// KeepaliveIdle is how long a stream may be idle before the app's kernel is asked whether it is still there.
-	// 0: DefaultKeepalive.
+	// KeepaliveIdle is how long a stream may be idle before keepalive probes the app's kernel. 0: DefaultKeepalive.
 	KeepaliveIdle time.Duration
-	// Shards is how many parts the flows are divided into at the most: a device that cannot be divided has one. 0: as many as
-	// the program runs on processors. There are never more than 16.
+	// Shards is the maximum number of parts into which the flows are divided; a device that cannot be divided has
+	// one. 0: the number of processors that the program uses. There are never more than 16.
 	Shards int
 }
 
 // Limits are the budgets for SYNs that wait for an answer. Zero means the default.
 type Limits struct {
-	Pending        int // in all; default DefaultPending
+	Pending        int // in total; default DefaultPending
 	PendingPerDest int // for each destination address; default DefaultPendingPerDest
 }
 
-// DefaultKeepalive is that of RFC 9293 3.8.4: two hours at the least unless the user wants otherwise.
+// DefaultKeepalive is the minimum of RFC 9293, section 3.8.4, unless the user wants otherwise: two hours.
 const DefaultKeepalive = 2 * time.Hour
 
-// withDefaults fills in the defaults. New and Set both take their limits from it.
+// withDefaults fills in the defaults. Both New and Set take their limits from it.
 func (l Limits) withDefaults() Limits {
 	return Limits{Pending: cmp.Or(l.Pending, DefaultPending), PendingPerDest: cmp.Or(l.PendingPerDest, DefaultPendingPerDest)}
 }
 
-// Stack is the userspace stack over one device. The work is the shards'.
+// Stack is the userspace stack over one device. The shards do the work.
 type Stack struct {
-	dev       tun.Device // all of it, to be closed
+	dev       tun.Device // the whole device, to be closed
 	handler   Handler
 	log       *slog.Logger
 	keepalive atomic.Int64 // ns
@@ -68,8 +68,8 @@ type Stack struct {
 	down    bool // torn down
 }
 
-// New makes a stack and takes ownership of cfg.Device, also when it fails. Nothing is read before Run; Close gives
-// everything back, whether Run was called or not.
+// New makes a stack and takes ownership of cfg.Device, even if it fails. Nothing is read before Run. The caller must
+// call Close, whether or not it calls Run.
 func New(cfg Config) (*Stack, error) {
 	if cfg.Device == nil {
 		return nil, errors.New("cannot make a stack: no device")
@@ -116,12 +116,11 @@ func newStack(cfg Config) (*Stack, error) {
 	return s, nil
 }
 
-// Shards is into how many parts the flows are divided. It does not change.
+// Shards returns the number of parts into which the flows are divided. It never changes.
 func (s *Stack) Shards() int { return len(s.shards) }
 
-// Run reads the frames. It blocks until ctx is done or Close is called (then it returns nil), or until the device
-// fails. Either way the app's streams have been reset, requests cancelled and goroutines ended when it returns. It may
-// be called once.
+// Run reads the frames. It returns nil when ctx is done or Close is called, or an error when the device fails. When
+// it returns, the app's streams have been reset, requests cancelled and goroutines ended. It may be called once.
 func (s *Stack) Run(ctx context.Context) error {
 	s.mu.Lock()
 	if s.running || s.closed {
@@ -134,7 +133,7 @@ func (s *Stack) Run(ctx context.Context) error {
 	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(stopped)
-		s.ResetAll() // while the device still takes it
+		s.ResetAll() // while the device still accepts frames
 		s.Close()
 	})
 	err := s.read()
@@ -153,7 +152,7 @@ func (s *Stack) Run(ctx context.Context) error {
 	return fmt.Errorf("cannot read frames: %w", err)
 }
 
-// read runs the frame readers, until the first one fails and all have ended.
+// read runs the frame readers until the first one fails and all have ended.
 func (s *Stack) read() error {
 	var wg sync.WaitGroup
 	errs := make([]error, len(s.shards))
@@ -172,8 +171,8 @@ func (s *Stack) read() error {
 	return *first.Load()
 }
 
-// ResetAll refuses every pending stream and, from here on, every new one with RST, and sends RST to every open one:
-// their listeners see flow.ErrReset. Any goroutine; not from a Listener's call.
+// ResetAll refuses with RST every pending stream and, from now on, every new one, and sends RST to every open stream,
+// whose listener sees flow.ErrReset. It may be called from any goroutine, but not from a call of a Listener.
 func (s *Stack) ResetAll() {
 	for _, p := range s.shards {
 		p.pending.refuseAll()
@@ -186,8 +185,8 @@ func (s *Stack) ResetAll() {
 	}
 }
 
-// Close closes the device, which ends Run. Without Run it tears the stack down itself. It may be called twice, from any
-// goroutine, and does not wait for Run.
+// Close closes the device, which ends Run. If Run was not called, Close tears the stack down itself. It does not wait
+// for Run, and may be called twice and from any goroutine.
 func (s *Stack) Close() error {
 	s.mu.Lock()
 	running := s.running
@@ -200,7 +199,7 @@ func (s *Stack) Close() error {
 	return err
 }
 
-// teardown ends what is left, when no frame is read any more: requests first, so that no handshake begins, then
+// teardown ends what is left when no more frames are read: first the requests, so that no handshake begins, then the
 // handshakes, then gVisor with its streams and goroutines.
 func (s *Stack) teardown() {
 	s.mu.Lock()

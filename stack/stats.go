@@ -2,43 +2,43 @@ package stack
 
 import "sync/atomic"
 
-// Stats is a snapshot of the stack's counters, taken without a lock: each figure is exact, but they are not of one
-// instant.
+// Stats is a snapshot of the stack's counters, taken without a lock: each value is exact, but they are not all from
+// the same instant.
 type Stats struct {
 	FramesIn, BytesIn   uint64
 	FramesOut, BytesOut uint64
 
-	DroppedMalformed uint64 // frame in: not IP, lengths or offload header that can't be
-	DroppedChecksum  uint64 // frame in: a checksum that had to be verified is wrong
-	DroppedICMP      uint64 // frame in: ICMP other than an error about a flow; echo above all
-	DroppedMulticast uint64 // frame in: TCP to or from a multicast, broadcast, loopback or unspecified address
-	DroppedProto     uint64 // frame in: neither TCP, UDP nor ICMP; frame out of gVisor: not TCP
-	DroppedOut       uint64 // frame out: the device was full or refused it
+	DroppedMalformed uint64 // frames in: not IP, impossible lengths or offload header
+	DroppedChecksum  uint64 // frames in: a checksum that had to be verified is wrong
+	DroppedICMP      uint64 // frames in: ICMP other than an error about a flow, mainly echo
+	DroppedMulticast uint64 // frames in: TCP to or from a multicast, broadcast, loopback or unspecified address
+	DroppedProto     uint64 // frames in: not TCP, UDP or ICMP; frames out of gVisor: not TCP
+	DroppedOut       uint64 // frames out: the device was full or refused them
 
-	SYNs           uint64 // streams asked for
-	Retransmits    uint64 // SYNs that came again for a pending or refused stream
-	OverBudget     uint64 // SYNs forgotten unanswered, in all
-	OverDestBudget uint64 // SYNs forgotten unanswered, for one destination
+	SYNs           uint64 // streams requested
+	Retransmits    uint64 // repeated SYNs for a pending or refused stream
+	OverBudget     uint64 // SYNs forgotten without an answer, because of the total limit
+	OverDestBudget uint64 // SYNs forgotten without an answer, because of the limit for one destination
 	Replaced       uint64 // pending streams replaced by a SYN with another ISN
 	Cancelled      uint64 // pending streams whose app gave up
 	Accepted       uint64
-	AcceptFailed   uint64 // accepted, but the app was gone
+	AcceptFailed   uint64 // streams accepted although the app was gone
 	Refused        uint64
 	AppResets      uint64 // open streams that the app reset
 	Aborted        uint64 // open streams that we reset
 
-	HandedOver      uint64 // frames that came by another shard's queue
-	DroppedHandover uint64 // of those, lost because the shard was behind
+	HandedOver      uint64 // frames that arrived on another shard's queue
+	DroppedHandover uint64 // those of them that were lost because the shard could not keep up
 
-	TCPRetransmits uint64 // segments of open streams that we sent again
+	TCPRetransmits uint64 // segments of open streams that were sent again
 
-	Pending int64 // SYNs waiting for an answer, now
-	Streams int64 // open streams, now
+	Pending int64 // SYNs that wait for an answer now
+	Streams int64 // streams that are open now
 
 	UDP UDPStats
 }
 
-// counters is what Stats is taken from.
+// counters are the source of Stats.
 type counters struct {
 	framesIn, bytesIn   atomic.Uint64
 	framesOut, bytesOut atomic.Uint64
@@ -58,7 +58,7 @@ type counters struct {
 	udp udpCounters
 }
 
-// Stats returns a snapshot of the counters. Any goroutine.
+// Stats returns a snapshot of the counters. It may be called from any goroutine.
 func (s *Stack) Stats() Stats {
 	var st Stats
 	for _, p := range s.shards {
@@ -67,7 +67,7 @@ func (s *Stack) Stats() Stats {
 	return st
 }
 
-// addTo adds what the shard has counted.
+// addTo adds the shard's counters to st.
 func (s *shard) addTo(st *Stats) {
 	c := &s.stats
 

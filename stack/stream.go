@@ -17,11 +17,11 @@ var (
 	errPayload     = errors.New("cannot write to the app: the payload was shorter than it promised")
 )
 
-// stream is the app's end of an open connection: a gVisor endpoint, and what gVisor forgets. It has no goroutine and no
-// buffer of its own.
+// stream is the app's end of an open connection: a gVisor endpoint, and what gVisor forgets. It has no goroutine and
+// no buffer of its own.
 //
-// Whether the app reset the connection is decided in reset alone, and latched: gVisor hands its hard error out once,
-// reads a RST after a FIN like EOF, and fires HUp also on entering TIME_WAIT.
+// Only reset decides whether the app has reset the connection, and remembers it: gVisor returns its hard error once,
+// reports a RST after a FIN like EOF, and also fires HUp on entering TIME_WAIT.
 type stream struct {
 	s     *shard
 	l     flow.Listener
@@ -29,28 +29,28 @@ type stream struct {
 	wq    *waiter.Queue
 	entry waiter.Entry
 
-	wasReset atomic.Bool // latched
-	aborted  atomic.Bool // by us
+	wasReset atomic.Bool // never cleared
+	aborted  atomic.Bool // we aborted it
 	closed   atomic.Bool
 	sentFIN  atomic.Bool
 	readEOF  atomic.Bool
 	asks     atomic.Bool // keepalive is set
 
-	rd    turnWriter   // of the goroutine that reads and writes
-	wr    checkPayload // the same
-	fixed bool         // the same; the send buffer is no longer tuned
+	rd    turnWriter   // used by the goroutine that reads and writes
+	wr    checkPayload // used by the same goroutine
+	fixed bool         // used by the same goroutine; the send buffer is no longer tuned
 }
 
 var _ flow.Stream = (*stream)(nil)
 
-// watch asks for the endpoint's events. Locks of gVisor are held.
+// watch subscribes to the endpoint's events. Locks of gVisor are held.
 func (st *stream) watch() {
 	st.s.engine.Load().opened(st.s.stats.streams.Add(1))
 	st.entry.Init(st, waiter.ReadableEvents|waiter.WritableEvents|waiter.EventHUp|waiter.EventErr|waiter.EventRdHUp)
 	st.wq.EventRegister(&st.entry)
 }
 
-// keepalive sets the keepalive timer, which cannot be done where the stream is made.
+// keepalive sets the keepalive timer, which is not possible where the stream is made.
 func (st *stream) keepalive() {
 	if st.asks.Swap(true) {
 		return
@@ -60,14 +60,14 @@ func (st *stream) keepalive() {
 	st.ep.SocketOptions().SetKeepAlive(true)
 }
 
-// first tells the listener, after Opened, what came before the events were asked for.
+// first tells the listener, after Opened, what happened before the events were subscribed to.
 func (st *stream) first() {
 	if !st.closed.Load() && st.ep.Readiness(waiter.ReadableEvents) != 0 {
 		st.l.Ready(flow.Readable)
 	}
 }
 
-// NotifyEvent is gVisor's call: locks of the endpoint and of the queue may be held.
+// NotifyEvent is called by gVisor. Locks of the endpoint and of the queue may be held.
 func (st *stream) NotifyEvent(m waiter.EventMask) {
 	var ev flow.Events
 	if m&(waiter.ReadableEvents|waiter.EventRdHUp) != 0 {
@@ -84,8 +84,8 @@ func (st *stream) NotifyEvent(m waiter.EventMask) {
 	}
 }
 
-// ReadTo is that of flow.Stream. An error of w's is w's to remember: it ends the turn like a short write. What came
-// before a reset is still handed over.
+// ReadTo implements flow.Stream. It does not return an error of w, which w must remember; such an error ends the turn
+// like a short write. Data that came before a reset is still passed on.
 func (st *stream) ReadTo(w io.Writer) (int, error) {
 	if st.aborted.Load() || st.closed.Load() {
 		return 0, flow.ErrReset
@@ -99,7 +99,7 @@ func (st *stream) ReadTo(w io.Writer) (int, error) {
 	switch err.(type) {
 	case nil:
 		if res.Count > 0 {
-			// gVisor grows the window only when it is told what was read.
+			// gVisor grows the window only if it is told what was read.
 			st.ep.ModerateRecvBuf(res.Count)
 		}
 		return res.Count, nil
@@ -121,7 +121,7 @@ func (st *stream) ReadTo(w io.Writer) (int, error) {
 	return 0, flow.ErrReset
 }
 
-// WriteFrom is that of flow.Stream.
+// WriteFrom implements flow.Stream.
 func (st *stream) WriteFrom(p flow.Payload) (int, error) {
 	if st.wasReset.Load() || st.aborted.Load() || st.closed.Load() {
 		return 0, flow.ErrReset
@@ -148,7 +148,7 @@ func (st *stream) WriteFrom(p flow.Payload) (int, error) {
 	return 0, flow.ErrReset
 }
 
-// CloseWrite is that of flow.Stream. The second call does nothing.
+// CloseWrite implements flow.Stream. A second call has no effect.
 func (st *stream) CloseWrite() error {
 	if st.wasReset.Load() || st.aborted.Load() || st.closed.Load() {
 		return flow.ErrReset
@@ -157,7 +157,7 @@ func (st *stream) CloseWrite() error {
 		return nil
 	}
 	if err := st.ep.Shutdown(tcpip.ShutdownWrite); err != nil {
-		// The connection has ended, and not by the two FINs.
+		// The connection has ended, and not by two FINs.
 		st.sentFIN.Store(false)
 		st.latch()
 		return flow.ErrReset
@@ -165,7 +165,7 @@ func (st *stream) CloseWrite() error {
 	return nil
 }
 
-// Abort is that of flow.Stream. It must not be called from Ready.
+// Abort implements flow.Stream. It must not be called from Ready.
 func (st *stream) Abort() {
 	if st.closed.Load() || st.aborted.Swap(true) {
 		return
@@ -176,8 +176,8 @@ func (st *stream) Abort() {
 	st.ep.Abort()
 }
 
-// Close is that of flow.Stream. After both FINs what is still queued goes on to the app, at gVisor's care and bounded by
-// the send buffer, until the app's kernel has taken it or is gone. It must not be called from Ready.
+// Close implements flow.Stream. After both FINs, gVisor continues to send what is still queued, limited by the send
+// buffer, until the app's kernel has acknowledged it or is gone. Close must not be called from Ready.
 func (st *stream) Close() error {
 	if st.sentFIN.Load() && st.readEOF.Load() {
 		if st.closed.Swap(true) {
@@ -195,11 +195,11 @@ func (st *stream) Close() error {
 	return nil
 }
 
-// Queued is how many bytes that were written the app's kernel has not acknowledged yet, so that a RST from upstream need
-// not overtake them: Abort drops what is queued. It may be called only when nothing more will be written, by the
-// goroutine that wrote; after CloseWrite it only tells 1, not all, from 0.
+// Queued returns how many written bytes the app's kernel has not acknowledged yet, so that a RST from upstream need
+// not overtake them: Abort discards what is queued. It may be called only when nothing more will be written, by the
+// goroutine that wrote. After CloseWrite it distinguishes only 0 from more than 0.
 //
-// gVisor has no word for this. It does say whether the buffer has room, of whatever size the buffer is.
+// gVisor has no function for this. But it tells whether the buffer has room, whatever the size of the buffer.
 func (st *stream) Queued() int {
 	if st.aborted.Load() || st.closed.Load() || st.reset() {
 		return 0
@@ -212,7 +212,7 @@ func (st *stream) Queued() int {
 	size := o.GetSendBufferSize()
 	defer o.SetSendBufferSize(size, false)
 	if !st.fixed {
-		// From here on gVisor leaves the size alone, but for one change that may be under way.
+		// From here on gVisor does not change the size, except for one change that may be in progress.
 		st.fixed = true
 		o.SetSendBufferSize(size, true)
 	}
@@ -225,9 +225,9 @@ func (st *stream) Queued() int {
 	return max(search(), search())
 }
 
-// reset reports, and latches, that the connection ended otherwise than by two FINs. gVisor's states: ERROR after a RST
-// or a timeout; CLOSED after LAST_ACK and TIME_WAIT, but also after a RST in CLOSE_WAIT, when our FIN was not yet
-// asked for.
+// reset reports, and remembers, that the connection ended otherwise than by two FINs. gVisor's states are ERROR after
+// a RST or a timeout, and CLOSED after LAST_ACK and TIME_WAIT, but also after a RST in CLOSE_WAIT when our FIN was
+// not yet requested.
 func (st *stream) reset() bool {
 	if st.wasReset.Load() {
 		return true
@@ -251,7 +251,7 @@ func (st *stream) latch() {
 	}
 }
 
-// turnWriter makes a short write end the turn: gVisor panics when one comes without an error.
+// turnWriter makes a short write end the turn: gVisor panics at a short write without an error.
 type turnWriter struct{ w io.Writer }
 
 func (t *turnWriter) Write(b []byte) (int, error) {
@@ -263,8 +263,8 @@ func (t *turnWriter) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// checkPayload stands between a payload and gVisor, which first reads nothing at all to see whether there is an end,
-// and asks for ever when it gets less than was promised.
+// checkPayload sits between a payload and gVisor. gVisor first reads zero bytes to find out whether there is an end,
+// and asks without end if it gets less than promised.
 type checkPayload struct {
 	p   flow.Payload
 	err error
@@ -281,7 +281,7 @@ func (c *checkPayload) Read(b []byte) (int, error) {
 		return n, nil
 	}
 	if n > 0 && n < len(b) && err == nil {
-		return n, nil // the rest is asked for next
+		return n, nil // the rest is requested next
 	}
 	if err == nil || err == io.EOF {
 		err = errPayload

@@ -12,11 +12,11 @@ import (
 	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
-// tcpHeaderLen is without options.
+// tcpHeaderLen is the length of a header without options.
 const tcpHeaderLen = 20
 
-// handleTCP takes the segments for which gVisor has no endpoint, on the frame reader. false: gVisor answers with RST,
-// as RFC 9293 3.10.7.1 wants for a connection that does not exist.
+// handleTCP handles the segments for which gVisor has no endpoint. It runs on the frame reader. If it returns false,
+// gVisor answers with RST, as RFC 9293, section 3.10.7.1, requires for a connection that does not exist.
 func (s *shard) handleTCP(id gstack.TransportEndpointID, pkt *gstack.PacketBuffer) bool {
 	h := header.TCP(pkt.TransportHeader().Slice())
 	if len(h) < tcpHeaderLen {
@@ -39,7 +39,7 @@ func (s *shard) handleTCP(id gstack.TransportEndpointID, pkt *gstack.PacketBuffe
 		s.pending.rst(key, h.SequenceNumber())
 		return true
 	case flags&header.TCPFlagSyn != 0 && flags&header.TCPFlagAck == 0:
-		if flags&header.TCPFlagFin != 0 { // as Linux: nobody means it
+		if flags&header.TCPFlagFin != 0 { // ignored, as in Linux: it is never sent on purpose
 			s.stats.droppedMalformed.Add(1)
 			return true
 		}
@@ -51,7 +51,7 @@ func (s *shard) handleTCP(id gstack.TransportEndpointID, pkt *gstack.PacketBuffe
 	return false
 }
 
-// addrTo is a as gVisor's address.
+// addrTo converts a to gVisor's address type.
 func addrTo(a netip.Addr) tcpip.Address {
 	if a.Is4() {
 		return tcpip.AddrFrom4(a.As4())
@@ -59,7 +59,7 @@ func addrTo(a netip.Addr) tcpip.Address {
 	return tcpip.AddrFrom16(a.As16())
 }
 
-// answer writes RST, or the ICMP error for why, to the app. syn is the SYN's IP and TCP headers.
+// answer writes the RST or ICMP error for why to the app. syn contains the SYN's IP and TCP headers.
 func (s *shard) answer(syn []byte, why flow.Refusal) {
 	var b []byte
 	ok := false
@@ -72,21 +72,21 @@ func (s *shard) answer(syn []byte, why flow.Refusal) {
 		return
 	}
 	if err := s.dev.Write(&tun.Header{}, [][]byte{b}); err != nil {
-		s.stats.droppedOut.Add(1) // the SYN comes again, and is answered again
+		s.stats.droppedOut.Add(1) // the SYN is retransmitted and answered again
 		return
 	}
 	s.stats.framesOut.Add(1)
 	s.stats.bytesOut.Add(uint64(len(b)))
 }
 
-// synHeaders copies the IP and TCP headers of pkt.
+// synHeaders returns a copy of the IP and TCP headers of pkt.
 func synHeaders(pkt *gstack.PacketBuffer) []byte {
 	n, t := pkt.NetworkHeader().Slice(), pkt.TransportHeader().Slice()
 	return append(append(make([]byte, 0, len(n)+len(t)), n...), t...)
 }
 
-// appendReset appends the RST that refuses a SYN (RFC 9293 3.10.7.1), as an IP packet with its checksums. syn is the IP
-// and TCP headers of the SYN, whatever it carried.
+// appendReset appends the RST that refuses a SYN (RFC 9293, section 3.10.7.1), as an IP packet with its checksums.
+// syn contains the IP and TCP headers of the SYN, which may have carried data.
 func appendReset(b, syn []byte) ([]byte, bool) {
 	if len(syn) < ip4HeaderLen {
 		return b, false
@@ -124,7 +124,7 @@ func appendReset(b, syn []byte) ([]byte, bool) {
 	b = append(b, t[2], t[3], t[0], t[1], 0, 0, 0, 0)
 	b = binary.BigEndian.AppendUint32(b, ack)
 	b = append(b, tcpHeaderLen/4<<4, byte(header.TCPFlagRst|header.TCPFlagAck), 0, 0, 0, 0, 0, 0)
-	sum := uint16(protoTCP + tcpHeaderLen) // of the pseudo header
+	sum := uint16(protoTCP + tcpHeaderLen) // of the pseudo-header
 	if syn[0]>>4 == 4 {
 		sum = checksum.Checksum(b[start+12:start+20], sum)
 	} else {

@@ -9,26 +9,26 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 )
 
-// UDP from the app does not pass gVisor: the frame reader finds the datagrams in its frames and hands them on in
-// bursts, in place. Only fragments take the way through gVisor, for its reassembly, and come back by handleSlowUDP.
+// UDP from the app does not pass through gVisor: the frame reader finds the datagrams in its frames and passes them
+// on in bursts, without copying. Only fragments go through gVisor, for reassembly, and come back by handleSlowUDP.
 
-// UnreachableHandler may be implemented by a Handler. HandleUnreachable is told that the app's kernel answered a
-// datagram from remote with ICMP port unreachable: the app has no socket at the endpoint app. shard is that of app. It is
-// called on that shard's frame reader and must not block.
+// UnreachableHandler may be implemented by a Handler. HandleUnreachable is called when the app's kernel has answered
+// a datagram from remote with ICMP port unreachable: the app has no socket at the endpoint app. shard is that of app.
+// It is called on that shard's frame reader and must not block.
 type UnreachableHandler interface {
 	HandleUnreachable(shard int, app, remote netip.AddrPort)
 }
 
-// udpBurst is how many datagrams are handed over at once: more than a super-frame has (the kernel's
-// UDP_MAX_SEGMENTS is 128), so that one seldom needs two bursts.
+// udpBurst is how many datagrams are passed on at once. It is more than a super-frame contains (UDP_MAX_SEGMENTS of
+// the kernel is 128), so that one seldom needs two bursts.
 const udpBurst = 256
 
 // udpBatch collects the datagrams of a burst of frames. It belongs to the frame reader.
 type udpBatch struct {
 	s           *shard
-	unreachable UnreachableHandler // nil: the Handler does not want to know
+	unreachable UnreachableHandler // nil: the Handler does not implement it
 	pkts        []flow.Packet      // made once; its slices point into the reader's frames
-	bytes       uint64             // payload in pkts
+	bytes       uint64             // payload bytes in pkts
 }
 
 func (s *shard) newUDPBatch() *udpBatch {
@@ -36,15 +36,16 @@ func (s *shard) newUDPBatch() *udpBatch {
 	return &udpBatch{s: s, unreachable: u, pkts: make([]flow.Packet, 0, udpBurst)}
 }
 
-// add takes a frame that is UDP and not a fragment; what it drops it counts. p is what parseIP says of it. It returns false for
-// every other frame, which then goes to gVisor. The frame must stay as it is until flush; a super-frame is split without a copy.
+// add takes a frame that is UDP and not a fragment, and counts what it drops. p is the result of parseIP. It returns
+// false for all other frames, which then go to gVisor. The frame must not change until flush; a super-frame is split
+// without a copy.
 //
-// gVisor could do with extension headers, but not with a checksum that is not filled in, nor with a super-frame: only
-// fragments, which have neither, are left to it.
+// gVisor could handle extension headers, but not a checksum that is not filled in, nor a super-frame. Only fragments,
+// which have neither, are left to it.
 func (b *udpBatch) add(frame []byte, p *packet, h *tun.Header) bool {
 	switch {
 	case p.frag:
-		b.flush() // what came before a fragment is handed on before it
+		b.flush() // datagrams from before a fragment are passed on before it
 	case p.routed:
 	case p.proto == protoUDP:
 		if !p.v6 && !checksumDone(h) && checksum.Checksum(frame[:p.off], 0) != 0xffff {
@@ -72,13 +73,13 @@ func (b *udpBatch) addUDP(p []byte, off int, h *tun.Header) {
 	}
 	n := int(binary.BigEndian.Uint16(udp[4:]))
 	sport, dport := binary.BigEndian.Uint16(udp), binary.BigEndian.Uint16(udp[2:])
-	// RFC 768 allows source port 0 for those who want no answer, but there is no endpoint to map then.
+	// RFC 768 allows source port 0 for senders that want no answer, but then there is no endpoint to map.
 	if n < udpHeaderLen || n > len(udp) || sport == 0 || dport == 0 {
 		c.droppedMalformed.Add(1)
 		return
 	}
 	udp = udp[:n:n]
-	// A checksum to fill in that is not the datagram's own would be inside the payload: it would never be filled in.
+	// A checksum position outside the datagram's own checksum field would be in the payload and never be filled in.
 	if h.Flags&tun.NeedsCsum != 0 && (int(h.CsumStart) != off || h.CsumOffset != 6) {
 		c.droppedMalformed.Add(1)
 		return
@@ -102,7 +103,8 @@ func (b *udpBatch) addUDP(p []byte, off int, h *tun.Header) {
 			return
 		}
 	case tun.GSOUDPL4:
-		// The checksum field of a super-frame is that of no datagram in it: without a flag nothing could be verified.
+		// The checksum field of a super-frame belongs to none of its datagrams, so without a flag nothing could be
+		// verified.
 		if h.GSOSize == 0 || !checksumDone(h) {
 			c.droppedMalformed.Add(1)
 			return
@@ -131,10 +133,10 @@ func (b *udpBatch) addUDP(p []byte, off int, h *tun.Header) {
 	}
 }
 
-// carried reports whether datagrams from src to dst are relayed at all, and counts them if not.
+// carried reports whether datagrams from src to dst are relayed at all, and counts them if they are not.
 func (s *shard) carried(src, dst netip.Addr) bool {
-	// Multicast and broadcast (local peer discovery, SSDP, mDNS, DHCP) mean the app's own link: a proxy would carry them
-	// to somebody else's.
+	// Multicast and broadcast (local peer discovery, SSDP, mDNS, DHCP) are meant for the app's own link. A proxy
+	// would carry them to another link.
 	if dst.IsMulticast() || dst == broadcast {
 		s.stats.udp.droppedMulticast.Add(1)
 		return false
@@ -146,8 +148,8 @@ func (s *shard) carried(src, dst netip.Addr) bool {
 	return true
 }
 
-// verifyUDP verifies the checksum of udp, a whole datagram of the IP packet p. Zero means none over IPv4, and is
-// forbidden over IPv6 (RFC 768, RFC 8200 8.1).
+// verifyUDP verifies the checksum of udp, a whole datagram of the IP packet p. Zero means no checksum over IPv4, and
+// is forbidden over IPv6 (RFC 768; RFC 8200, section 8.1).
 func verifyUDP(p, udp []byte) bool {
 	addrs := p[12:20]
 	if p[0]>>4 == 6 {
@@ -159,7 +161,8 @@ func verifyUDP(p, udp []byte) bool {
 	return checksum.Checksum(udp, pseudoSum(addrs, protoUDP, len(udp))) == 0xffff
 }
 
-// addICMP takes p, an IP packet with its ICMP header at off, if it is a port unreachable about a datagram that we wrote.
+// addICMP takes p, an IP packet with its ICMP header at off, if it is a port unreachable about a datagram that we
+// wrote.
 func (b *udpBatch) addICMP(p []byte, off int, h *tun.Header) bool {
 	app, remote, ok := parseUnreachable(p, off, checksumDone(h))
 	if !ok {
@@ -172,10 +175,10 @@ func (b *udpBatch) addICMP(p []byte, off int, h *tun.Header) bool {
 	return true
 }
 
-// full reports whether flush should come before the next add. add works on all the same.
+// full reports whether flush should be called before the next add. add still works if it is not.
 func (b *udpBatch) full() bool { return len(b.pkts) == cap(b.pkts) }
 
-// flush hands the datagrams over, if there are any. After it the frames may be used again.
+// flush passes the datagrams on, if there are any. After it, the frames may be reused.
 func (b *udpBatch) flush() {
 	if len(b.pkts) == 0 {
 		return

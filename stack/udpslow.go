@@ -10,7 +10,7 @@ import (
 	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
-// slowUDP is what one datagram from gVisor needs to be handed on.
+// slowUDP is what is needed to pass on one datagram from gVisor.
 type slowUDP struct {
 	pkt  [1]flow.Packet
 	head []byte
@@ -22,11 +22,11 @@ func (w *slowUDP) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// slowPool: gVisor calls on the frame reader as far as is known, and this does not depend on it.
+// slowPool exists because it is not guaranteed that gVisor always calls on the frame reader.
 var slowPool = sync.Pool{New: func() any { return new(slowUDP) }}
 
-// handleSlowUDP takes a datagram out of gVisor: one that came in fragments. gVisor has reassembled it and verified the
-// IP header, but not the UDP checksum. It always returns true: gVisor has nothing to say about it.
+// handleSlowUDP takes a datagram that came in fragments out of gVisor. gVisor has reassembled it and verified the IP
+// header, but not the UDP checksum. The result is always true, so that gVisor does not answer.
 func (s *shard) handleSlowUDP(id gstack.TransportEndpointID, pkt *gstack.PacketBuffer) bool {
 	c := &s.stats.udp
 	ip, udp := pkt.NetworkHeader().Slice(), pkt.TransportHeader().Slice()
@@ -60,7 +60,8 @@ func (s *shard) handleSlowUDP(id gstack.TransportEndpointID, pkt *gstack.PacketB
 		return true
 	}
 	if ip[0]>>4 == 6 {
-		// The headers as if it had come whole: gVisor drops the fragment header's successors and keeps its next header.
+		// Build the headers as if it had come whole: gVisor drops what follows the fragment header and keeps its next
+		// header.
 		w.head = append(w.head[:0], ip[:ip6HeaderLen]...)
 		binary.BigEndian.PutUint16(w.head[4:], uint16(n))
 		w.head[6] = protoUDP
@@ -80,7 +81,7 @@ func (s *shard) handleSlowUDP(id gstack.TransportEndpointID, pkt *gstack.PacketB
 	return true
 }
 
-// addrFrom is gVisor's address as one of net/netip; the zero Addr if it is neither IPv4 nor IPv6.
+// addrFrom converts gVisor's address. It returns the zero Addr if a is neither IPv4 nor IPv6.
 func addrFrom(a tcpip.Address) netip.Addr {
 	switch a.BitLen() {
 	case 32:

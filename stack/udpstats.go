@@ -2,29 +2,29 @@ package stack
 
 import "sync/atomic"
 
-// UDPStats is the datagram part of Stats. "In" is from the app, "out" is to the app.
+// UDPStats is the datagram part of Stats. "In" means from the app, "out" to the app.
 type UDPStats struct {
-	In, InBytes   uint64 // datagrams handed to the Handler, and their payload
-	InSuper       uint64 // super-frames that they came in, where the kernel made any
-	InReassembled uint64 // of In: put together from fragments
+	In, InBytes   uint64 // datagrams passed to the Handler, and their payload bytes
+	InSuper       uint64 // super-frames that contained them, where the kernel made any
+	InReassembled uint64 // those of In that were reassembled from fragments
 
-	DroppedMalformed uint64 // impossible lengths, port zero, a super-frame that makes no sense
+	DroppedMalformed uint64 // impossible lengths, port zero, or an inconsistent super-frame
 	DroppedChecksum  uint64 // checksum wrong, or missing over IPv6
 	DroppedMulticast uint64 // to a multicast or broadcast address: never relayed
-	DroppedAddress   uint64 // source or destination that no proxy can speak for: unspecified, loopback, link-local over IPv6
+	DroppedAddress   uint64 // source or destination that no proxy can reach: unspecified, loopback, IPv6 link-local
 
-	Out, OutBytes uint64 // datagrams written to the app, and their payload
-	OutSuper      uint64 // super-frames that they went in
-	OutTooLong    uint64 // not written: longer than IP can say
-	OutAddress    uint64 // not written: source and destination not of one family, or not set
+	Out, OutBytes uint64 // datagrams written to the app, and their payload bytes
+	OutSuper      uint64 // super-frames that contained them
+	OutTooLong    uint64 // not written: too long for IP
+	OutAddress    uint64 // not written: source and destination of different families, or not set
 	OutFull       uint64 // lost: the device was full or refused the frame
 
 	Refused     uint64 // ICMP errors written to the app
-	RefusedMute uint64 // no ICMP error could be written: nothing to quote, an answer is forbidden, or the device was full
-	Unreachable uint64 // ICMP port unreachable that the app's kernel sent about a datagram of ours
+	RefusedMute uint64 // no ICMP error was written: nothing to quote, an answer is forbidden, or the device was full
+	Unreachable uint64 // ICMP port unreachable from the app's kernel about a datagram of ours
 }
 
-// udpCounters is what UDPStats is taken from.
+// udpCounters are the source of UDPStats.
 type udpCounters struct {
 	in, inBytes, inSuper, inReassembled                                 atomic.Uint64
 	droppedMalformed, droppedChecksum, droppedMulticast, droppedAddress atomic.Uint64

@@ -13,22 +13,22 @@ import (
 )
 
 const (
-	// maxUDP4 and maxUDP6 are the longest payloads that IP lengths can say. MTU does not limit them: a frame of any
-	// length that is written to a TUN is delivered to a local socket.
+	// maxUDP4 and maxUDP6 are the longest payloads that IP allows. The MTU does not limit them: a frame of any length
+	// that is written to a TUN is delivered to a local socket.
 	maxUDP4 = 65535 - ip4HeaderLen - udpHeaderLen
 	maxUDP6 = 65535 - udpHeaderLen
 
-	// maxSegments is the kernel's UDP_MAX_SEGMENTS: the most datagrams that one of its own super-frames has.
+	// maxSegments is UDP_MAX_SEGMENTS of the kernel: the maximum number of datagrams in one of its own super-frames.
 	maxSegments = 128
 
 	udpTTL = 64
 )
 
-// packetWriter is the flow.PacketWriter. Everything that a frame needs beside the payload is in it, so that a write
-// allocates nothing.
+// packetWriter implements flow.PacketWriter. It contains everything that a frame needs besides the payload, so that a
+// write allocates nothing.
 type packetWriter struct {
 	s     *shard
-	id    uint16 // of the next IPv4 header
+	id    uint16 // ID of the next IPv4 header
 	noUSO bool   // the device refused a super-frame
 	hdr   tun.Header
 	head  [ip6HeaderLen + udpHeaderLen]byte
@@ -36,9 +36,11 @@ type packetWriter struct {
 	icmp  [1280]byte
 }
 
-// PacketWriter makes a writer of datagrams to the apps of one shard; each goroutine has its own. It holds nothing to give back.
+// PacketWriter returns a writer of datagrams to the apps of one shard. Each goroutine has its own. It need not be
+// closed.
 func (s *Stack) PacketWriter(shard int) flow.PacketWriter {
-	// From a random ID on: two writers seldom use one for the same pair of addresses at the same time.
+	// IDs start at a random value, so that two writers seldom use the same ID for the same pair of addresses at the
+	// same time.
 	return &packetWriter{s: s.shards[shard], id: uint16(rand.Uint32())}
 }
 
@@ -60,7 +62,7 @@ func (w *packetWriter) WritePackets(ps []flow.Packet) (n int, err error) {
 		run, size := w.run(ps, limit)
 		err := w.write(ps[:run], size)
 		if run > 1 && errors.Is(err, tun.ErrBadFrame) {
-			w.noUSO = true // and once more, one by one
+			w.noUSO = true // try again, one by one
 			continue
 		}
 		if err == nil {
@@ -80,12 +82,13 @@ func (w *packetWriter) WritePackets(ps []flow.Packet) (n int, err error) {
 	return n, nil
 }
 
-// gone reports whether a write error means that the device is, and not that this one frame is lost.
+// gone reports whether a write error means that the device is gone, as opposed to the loss of a single frame.
 func gone(err error) bool {
 	return errors.Is(err, os.ErrClosed) || errors.Is(err, unix.EBADFD) // closed here; deleted in the kernel
 }
 
-// addresses checks that both endpoints of a datagram are of one family and says how long its payload may be.
+// addresses checks that both endpoints of a datagram are of one family, and returns the maximum length of the
+// payload.
 func addresses(p *flow.Packet) (limit int, ok bool) {
 	src, dst := p.Src.Addr(), p.Dst.Addr()
 	switch {
@@ -97,8 +100,8 @@ func addresses(p *flow.Packet) (limit int, ok bool) {
 	return 0, false
 }
 
-// run is how many datagrams at the front of ps make one frame, and their payload bytes: those with the same
-// endpoints and size as the first one, and one shorter at the end. All of them together stay within limit.
+// run returns how many datagrams at the front of ps form one frame, and their payload bytes: those with the endpoints
+// and the size of the first one, and one shorter datagram at the end. All together stay within limit.
 func (w *packetWriter) run(ps []flow.Packet, limit int) (n, size int) {
 	first := len(ps[0].Payload)
 	n, size = 1, first
@@ -121,7 +124,7 @@ func (w *packetWriter) run(ps []flow.Packet, limit int) (n, size int) {
 	return n, size
 }
 
-// write writes ps as one frame: a datagram, or a super-frame of several. size is their payload together.
+// write writes ps as one frame: a datagram, or a super-frame of several. size is the sum of their payloads.
 func (w *packetWriter) write(ps []flow.Packet, size int) error {
 	src, dst := ps[0].Src, ps[0].Dst
 	n := udpHeaderLen + size
@@ -130,7 +133,8 @@ func (w *packetWriter) write(ps []flow.Packet, size int) error {
 		h = w.head[:ip4HeaderLen]
 		h[0], h[1] = 0x45, 0
 		binary.BigEndian.PutUint16(h[2:], uint16(ip4HeaderLen+n))
-		// DF is not set: who forwards it (guests behind the host) may cut it. So the ID counts, for each segment.
+		// DF is not set, so a forwarder (for guests behind the host) may fragment the packet. The ID therefore counts
+		// every segment.
 		binary.BigEndian.PutUint16(h[4:], w.id)
 		w.id += uint16(len(ps))
 		h[6], h[7], h[8], h[9], h[10], h[11] = 0, 0, udpTTL, protoUDP, 0, 0
@@ -169,7 +173,7 @@ func (w *packetWriter) write(ps []flow.Packet, size int) error {
 		sum = checksum.Checksum(udp, sum)
 		sum = ^checksum.Checksum(ps[0].Payload, sum)
 		if sum == 0 {
-			sum = 0xffff // zero means that there is none
+			sum = 0xffff // zero would mean that there is none
 		}
 		binary.BigEndian.PutUint16(udp[6:], sum)
 	}
@@ -181,7 +185,7 @@ func (w *packetWriter) write(ps []flow.Packet, size int) error {
 		}
 	}
 	err := w.s.dev.Write(&w.hdr, parts)
-	clear(parts) // the payload is lent: it must not be kept alive by us
+	clear(parts) // keep no reference to the payload
 	return err
 }
 
