@@ -11,6 +11,7 @@ import (
 
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/socks"
+	"github.com/viasocks/viasocks/stack/count"
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
@@ -124,7 +125,7 @@ func (r *Router) handle(e event) {
 func (r *Router) closeLink(l relay.PacketLink) {
 	_ = l.Close() // the link is given up: nobody could do anything about an error
 	s := l.Stats()
-	addLink(&r.links, s)
+	count.Add(&r.links, &s)
 	if s.TooLarge > 0 && !r.control.tooLong {
 		r.control.tooLong = true
 		r.log.post(
@@ -207,7 +208,7 @@ func (r *shard) opened(e event) {
 	pkts := make([]flow.Packet, 0, len(items))
 	for i := range items {
 		if r.now()-items[i].at > int64(queueAge) {
-			r.count.dgramsQueueFull.Add(1)
+			r.count.QueueFull.Add(1)
 			continue
 		}
 		pkts = append(pkts, items[i].packet(a.m.src))
@@ -259,7 +260,7 @@ func (r *shard) refuseQueue(a *assoc, why flow.Refusal) {
 			r.question(r.ctlW, &p, r.now())
 			continue
 		}
-		r.count.dgramsRefused.Add(1)
+		r.count.Refused.Add(1)
 		r.ctlW.Refuse(q.packet(a.m.src), why)
 	}
 }
@@ -334,7 +335,7 @@ func (r *shard) closed(e event) {
 			a.up.deaf.Add(1)
 		}
 	}
-	r.count.reassociations.Add(1)
+	r.count.Reassociations.Add(1)
 	if a.failures > 0 && a.up.deaf.Load() >= deafAfter {
 		r.refuseUDP(a, flow.RefusePort, errEndsAssociations)
 	} else {
@@ -382,7 +383,7 @@ func (r *shard) sweep() {
 		case exists:
 			m.notYet = r.now() + int64(t.pinned)
 		default:
-			r.count.mappingsExpired.Add(1)
+			r.count.MappingsExpired.Add(1)
 			r.endMapping(m, "closed", nil)
 		}
 		t.mu.Unlock()

@@ -217,7 +217,7 @@ func (s *stream) mayGoTo(to netip.AddrPort) bool {
 
 func (t *secondTry) dial(to netip.AddrPort) {
 	s := t.s
-	s.r.count.secondTries.Add(1)
+	s.r.count.SecondTries.Add(1)
 	s.r.log.post(slog.LevelDebug, "the server cannot reach a name: trying its IPv4 address", slog.Uint64("flow", s.flow.ID),
 		slog.String("host", s.dest.Name), slog.String("address", to.String()), slog.Any("err", t.first))
 	t.timer.Reset(max(secondLimit-time.Since(s.flow.Start), 0))
@@ -250,7 +250,7 @@ func (t *secondTry) over(err error) error {
 	t.timer.Stop()
 	switch {
 	case err == nil:
-		t.s.r.count.secondOpened.Add(1)
+		t.s.r.count.SecondOpened.Add(1)
 	case errors.Is(err, context.Canceled):
 		return t.first
 	}

@@ -173,7 +173,7 @@ func (r *shard) endIfSilent(m *mapping) {
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()
 	if !m.gone.Load() && m.lastUp <= m.ask.goneAt {
-		r.count.mappingsGone.Add(1)
+		r.count.MappingsGone.Add(1)
 		r.endMapping(m, "closed", nil)
 	}
 }
@@ -229,7 +229,7 @@ func (r *Router) sweepStreams() {
 		if s.look() {
 			if !s.orphaned {
 				s.orphaned = true
-				s.r.count.orphans.Add(1)
+				s.r.count.Orphans.Add(1)
 			}
 			rel.Orphaned()
 		}

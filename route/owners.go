@@ -129,8 +129,8 @@ func programOf(o *flow.Owner) string {
 
 // laterStream forgets a stream that finds no room to wait: its SYN comes again.
 func (r *shard) laterStream(req flow.StreamRequest) {
-	r.count.streamsRefused.Add(1)
-	r.count.asksFull.Add(1)
+	r.count.StreamsRefused.Add(1)
+	r.count.AsksFull.Add(1)
 	req.Reject(flow.RefuseLater)
 }
 
@@ -191,7 +191,7 @@ func (r *shard) hold(pkts []flow.Packet, now int64) {
 		p := &pkts[i]
 		n := len(p.Head) + len(p.Payload)
 		if o == nil || !o.asked || len(o.items) >= queueLen || o.bytes+n > queueBytes || t.held+n > r.share(heldAll) {
-			r.count.dgramsQueueFull.Add(1)
+			r.count.QueueFull.Add(1)
 			continue
 		}
 		buf := append(append(make([]byte, 0, n), p.Head...), p.Payload...)
@@ -216,7 +216,7 @@ func (r *shard) release(src netip.AddrPort, owner flow.Owner) {
 	t.held -= o.bytes
 	o.items, o.bytes = nil, 0
 	if r.udp.clos {
-		r.count.dgramsDropped.Add(uint64(len(items)))
+		r.count.Dropped.Add(uint64(len(items)))
 		return
 	}
 	for i := range items {

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/route/dns"
+	"github.com/viasocks/viasocks/stack/count"
 )
 
 // Policy is the part of a Config that can change while the Router runs.
@@ -137,7 +138,8 @@ func (r *Router) startDNS(s *dns.Server) {
 	ctx, cancel := context.WithCancel(r.ctx)
 	r.dnsRuns.Go(func() { _ = s.Run(ctx) })
 	if old := r.dns.Swap(s); old != nil && old != s {
-		r.dnsPast.add(old.Stats())
+		past := old.Stats()
+		count.Add(&r.dnsPast, &past.Counters)
 	}
 	if r.dnsStop != nil {
 		r.dnsStop()
@@ -156,33 +158,14 @@ func (r *Router) startFirstDNS() {
 }
 
 // dnsStats are the counters of the server that runs and of those before it.
-func (r *Router) dnsStats() dns.Stats {
+func (r *Router) dnsStats() (st dns.Stats) {
 	r.reload.Lock()
 	defer r.reload.Unlock()
-	sum := r.dnsPast
 	if d := r.dns.Load(); d != nil {
-		sum.add(d.Stats())
+		st = d.Stats() // those before it keep no answers any more
 	}
-	return dns.Stats(sum)
-}
-
-type dnsSum dns.Stats
-
-func (s *dnsSum) add(t dns.Stats) {
-	s.Questions += t.Questions
-	s.Answered += t.Answered
-	s.Relayed += t.Relayed
-	s.Own += t.Own
-	s.Cached += t.Cached
-	s.Shared += t.Shared
-	s.Truncated += t.Truncated
-	s.Failed += t.Failed
-	s.Malformed += t.Malformed
-	s.Refused += t.Refused
-	s.Dropped += t.Dropped
-	s.Unmatched += t.Unmatched
-	s.Connections += t.Connections
-	s.CacheEntries, s.CacheBytes = t.CacheEntries, t.CacheBytes // those before t keep nothing any more
+	count.Add(&st.Counters, &r.dnsPast)
+	return st
 }
 
 var errNetwork = errors.New("the network has changed")

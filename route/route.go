@@ -140,11 +140,11 @@ type Router struct {
 	resolvers   []dns.Resolver
 	resolverCAs *x509.CertPool
 	relayDNS    bool
-	dnsStop     context.CancelFunc // of the dns.Server that runs
-	dnsPast     dnsSum             // of those that ran before
+	dnsStop     context.CancelFunc   // of the dns.Server that runs
+	dnsPast     dns.Counters[uint64] // of those that ran before
 	dnsRuns     sync.WaitGroup
 
-	links    linkCounters
+	links    relay.LinkCounters[atomic.Uint64]
 	shortage shortage
 
 	// Constants but in tests.

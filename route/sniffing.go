@@ -99,15 +99,15 @@ func (r *shard) askName(c *Sniff, req flow.StreamRequest, f flow.Flow, dest Dest
 		r.turnAway(req, f, dest, verdictAsk, flow.RefuseReset, "refused", errClosing)
 		return
 	case len(t.now) >= maxSniffs || t.bytes.Load() >= maxSniffed:
-		r.count.streamsRefused.Add(1)
-		r.count.sniffsFull.Add(1)
+		r.count.StreamsRefused.Add(1)
+		r.count.SniffsFull.Add(1)
 		req.Reject(flow.RefuseLater)
 		return
 	}
 	if t.now == nil {
 		t.now = make(map[*sniff.Early]struct{})
 	}
-	r.count.sniffs.Add(1)
+	r.count.Sniffs.Add(1)
 	t.wg.Add(1)
 	e := sniff.Start(l.Loop, req, c.Wait, &t.bytes, func(e *sniff.Early, name string, err error) {
 		defer t.wg.Done()
@@ -131,7 +131,7 @@ func (r *shard) named(e *sniff.Early, f flow.Flow, dest Dest, name string, err e
 	}
 	if name = plainName(name); name != "" && checkDomain(name, false) == nil && !isNumbers(name) {
 		dest.Sniffed = name
-		r.count.sniffed.Add(1)
+		r.count.Sniffed.Add(1)
 	}
 	r.judge(e, f, dest)
 }

@@ -5,65 +5,75 @@ import (
 	"sync/atomic"
 
 	"github.com/viasocks/viasocks/route/dns"
+	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/stack/count"
 )
 
-type counters struct {
-	streams, streamsRefused, flowsFull                      atomic.Uint64
-	mappings, mappingsExpired, mappingsEvicted              atomic.Uint64
-	mappingsFull, mappingsGone, orphans, asksFull           atomic.Uint64
-	reassociations, ended                                   atomic.Uint64
-	sniffs, sniffed, sniffsFull                             atomic.Uint64
-	secondTries, secondOpened                               atomic.Uint64
-	dgramsDropped, dgramsRefused, dgramsQueueFull, up, down atomic.Uint64
-}
+// Counters is the table of what a Router counts: see package count.
+type Counters[T any] struct {
+	Streams T `metric:"flows_total" label:"proto=tcp" help:"Flows: TCP connections that were asked for, and UDP mappings."`
+	// Made.
+	Mappings T `metric:"flows_total" label:"proto=udp"`
+	Ended    T `metric:"flows_ended_total" help:"Flows that have ended."`
+	// By a rule, by a limit, or by the upstream.
+	StreamsRefused T `metric:"tcp_flows_refused_total" help:"TCP flows that were refused, for whatever reason."`
+	// Of StreamsRefused: because of Limits.Flows.
+	StreamsFull T `metric:"tcp_flows_over_limit_total" label:"limit=flows" help:"TCP flows put off because of a limit."`
+	// Of StreamsRefused: too many waited for their owner to be found; they come again.
+	AsksFull T `metric:"tcp_flows_over_limit_total" label:"limit=owners"`
+	// Of StreamsRefused: too many were asked at a time; they come again.
+	SniffsFull T `metric:"tcp_flows_over_limit_total" label:"limit=sniffs"`
+	// TCP flows that were asked for their name before they were dialled.
+	Sniffs  T `metric:"sniffs_total" help:"TCP flows that were held for their name."`
+	Sniffed T `metric:"sniffs_named_total" help:"TCP flows that were held and had a name."`
+	// TCP flows that were dialled again by IPv4, because the server could not reach their name.
+	SecondTries  T `metric:"second_tries_total" help:"TCP flows that were dialled again by IPv4."`
+	SecondOpened T `metric:"second_tries_granted_total" help:"TCP flows that were granted when they were dialled again by IPv4."`
+	// TCP flows whose app had closed its socket while the far end went on.
+	Orphans T `metric:"tcp_orphans_total" help:"TCP flows that were ended because their program had closed its socket."`
 
-// linkCounters are those of links that were closed.
-type linkCounters struct {
-	sent, received, full, tooLarge, unsendable, malformed atomic.Uint64
+	// Silent for their life time, and the socket gone.
+	MappingsExpired T `metric:"mappings_ended_total" label:"reason=silent" help:"UDP mappings that were ended, by reason."`
+	// Ended because the socket was gone.
+	MappingsGone T `metric:"mappings_ended_total" label:"reason=socket_gone"`
+	// Ended for a new one, the longest idle first.
+	MappingsEvicted T `metric:"mappings_ended_total" label:"reason=evicted"`
+	// Not made: all were at work.
+	MappingsFull T `metric:"mappings_refused_total" help:"UDP mappings that were not made because all were at work."`
+	// Links that failed and were made again.
+	Reassociations T `metric:"reassociations_total" help:"Associations that failed and were made again."`
+
+	// Datagrams lost while their association was made.
+	QueueFull T `metric:"datagrams_dropped_total" label:"reason=associating" lost:"datagrams lost while their association was made"`
+	// Verdict drop, no room, no mapping, an address that cannot be carried to.
+	Dropped T `metric:"datagrams_dropped_total" label:"reason=rule_or_limit" lost:"datagrams dropped by a rule or for want of room"`
+	// Answered with an ICMP error.
+	Refused T `metric:"datagrams_refused_total" help:"Datagrams that were answered with an ICMP error."`
+
+	// Payload of flows that ended.
+	Up, Down T
 }
 
 // Stats is a snapshot. What is not said to be a number of now counts since the start.
 type Stats struct {
-	Streams         uint64 // TCP flows that the app asked for
-	StreamsRefused  uint64 // by a rule, by a limit, or by the upstream
-	StreamsFull     uint64 // of those: because of Limits.Flows
-	AsksFull        uint64 // of those: too many waited for their owner to be found; they come again
-	Sniffs          uint64 // TCP flows that were asked for their name before they were dialled
-	Sniffed         uint64 // of those: had one
-	SniffsFull      uint64 // of StreamsRefused: too many were asked at a time; they come again
-	SecondTries     uint64 // TCP flows that were dialled again by IPv4, because the server could not reach their name
-	SecondOpened    uint64 // of those: were granted
-	StreamsNow      int    // pending and open
-	Mappings        uint64 // made
-	MappingsNow     int
-	MappingsExpired uint64 // silent for their life time, and the socket gone
-	MappingsGone    uint64 // ended because the socket was gone
-	Orphans         uint64 // TCP flows whose app had closed its socket while the far end went on
-	MappingsEvicted uint64 // for a new one, the longest idle first
-	MappingsFull    uint64 // not made: all were at work
-	Reassociations  uint64 // links that failed and were made again
-	Pending         int    // associations being opened, now
+	Counters[uint64]
+	relay.LinkStats // of links that were closed
 
-	Dropped   uint64 // datagrams: verdict drop, no room, no mapping, an address that can't be carried to
-	Refused   uint64 // datagrams answered with an ICMP error
-	QueueFull uint64 // datagrams lost while their association was made
-	Up, Down  uint64 // payload bytes of flows that ended
-
-	// Datagrams of links that were closed.
-	Sent, Received, SocketFull, TooLarge, Unsendable, Malformed uint64
-
-	DecisionsLost uint64 // lines that could not be written
+	StreamsNow    int    `metric:"flows" label:"proto=tcp" help:"Flows that there are, pending ones too."`
+	MappingsNow   int    `metric:"flows" label:"proto=udp"`
+	Pending       int    `metric:"associations_pending" help:"Associations that are being opened."`
+	DecisionsLost uint64 `metric:"decisions_lost_total" help:"Lines of --decisions that could not be written."`
 
 	DNS dns.Stats
 }
 
+// counters is what Stats is taken from, for one shard.
+type counters struct{ Counters[atomic.Uint64] }
+
 // Stats gives the counters.
 func (r *Router) Stats() Stats {
-	l := &r.links
-	s := Stats{
-		Sent: l.sent.Load(), Received: l.received.Load(), SocketFull: l.full.Load(), TooLarge: l.tooLarge.Load(),
-		Unsendable: l.unsendable.Load(), Malformed: l.malformed.Load(),
-	}
+	var s Stats
+	count.Add(&s.LinkStats, &r.links)
 	if r.decisions != nil {
 		s.DecisionsLost = r.decisions.lost.Load()
 	}
@@ -76,28 +86,7 @@ func (r *Router) Stats() Stats {
 
 // addTo adds the counters of one shard.
 func (r *shard) addTo(s *Stats) {
-	c := &r.count
-	s.Streams += c.streams.Load()
-	s.StreamsRefused += c.streamsRefused.Load()
-	s.StreamsFull += c.flowsFull.Load()
-	s.AsksFull += c.asksFull.Load()
-	s.Sniffs += c.sniffs.Load()
-	s.Sniffed += c.sniffed.Load()
-	s.SniffsFull += c.sniffsFull.Load()
-	s.SecondTries += c.secondTries.Load()
-	s.SecondOpened += c.secondOpened.Load()
-	s.Mappings += c.mappings.Load()
-	s.MappingsExpired += c.mappingsExpired.Load()
-	s.MappingsGone += c.mappingsGone.Load()
-	s.Orphans += c.orphans.Load()
-	s.MappingsEvicted += c.mappingsEvicted.Load()
-	s.MappingsFull += c.mappingsFull.Load()
-	s.Reassociations += c.reassociations.Load()
-	s.Dropped += c.dgramsDropped.Load()
-	s.Refused += c.dgramsRefused.Load()
-	s.QueueFull += c.dgramsQueueFull.Load()
-	s.Up += c.up.Load()
-	s.Down += c.down.Load()
+	count.Add(&s.Counters, &r.count.Counters)
 	r.streams.mu.Lock()
 	s.StreamsNow += len(r.streams.all)
 	r.streams.mu.Unlock()
@@ -110,7 +99,7 @@ func (r *shard) addTo(s *Stats) {
 // Ended is how many flows have ended, TCP and UDP: each leaves garbage behind. Any goroutine; no lock.
 func (r *Router) Ended() (n uint64) {
 	for _, s := range r.shards {
-		n += s.count.ended.Load()
+		n += s.count.Ended.Load()
 	}
 	return n
 }

@@ -71,7 +71,7 @@ func (r *shard) handleStream(req flow.StreamRequest) {
 	if f.Start.IsZero() {
 		f.Start = time.Now()
 	}
-	r.count.streams.Add(1)
+	r.count.Streams.Add(1)
 	dest := Dest{Addr: f.Dst, Src: f.Src.Addr(), SrcPort: f.Src.Port()}
 	if r.cfg.ComesBack != nil && r.cfg.ComesBack(f) {
 		r.turnAway(req, f, dest, verdictImpossible, flow.RefuseReset, "refused", errComesBack)
@@ -171,7 +171,7 @@ func (r *shard) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *ve
 		why := flow.RefuseReset
 		if err == errFull {
 			why = flow.RefuseLater
-			r.count.flowsFull.Add(1)
+			r.count.StreamsFull.Add(1)
 			r.short(err)
 		}
 		r.turnAway(req, f, dest, v, why, "refused", err)
@@ -188,7 +188,7 @@ func (r *shard) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *ve
 
 // turnAway refuses a flow that no upstream was asked for.
 func (r *shard) turnAway(req flow.StreamRequest, f flow.Flow, dest Dest, v *verdict, why flow.Refusal, state string, err error) {
-	r.count.streamsRefused.Add(1)
+	r.count.StreamsRefused.Add(1)
 	req.Reject(why)
 	i := FlowInfo{Flow: f, Host: dest.host(), Rule: v.rule, State: state}
 	if v.up != nil {
@@ -315,7 +315,7 @@ func (s *stream) refused(err error) {
 	default:
 		up.tcp.works(r.Router, up, "TCP") // a refusal of the target is the server's work well done
 	}
-	r.count.streamsRefused.Add(1)
+	r.count.StreamsRefused.Add(1)
 	why := refusalOf(err)
 	s.req.Reject(why)
 	state := "refused"
@@ -351,15 +351,15 @@ func (s *stream) finish(state string, up, down uint64, err error) {
 		return
 	}
 	r := s.r
-	r.count.up.Add(up) // who sees it gone sees its bytes
-	r.count.down.Add(down)
+	r.count.Up.Add(up) // who sees it gone sees its bytes
+	r.count.Down.Add(down)
 	r.streams.remove(s)
 	r.flows.Add(-1)
 	s.lease.Release()
 	if s.loop >= 0 {
 		r.load[s.loop].Add(-1)
 	}
-	r.count.ended.Add(1)
+	r.count.Ended.Add(1)
 	i := s.info()
 	i.State, i.Up, i.Down = state, up, down
 	r.log.end(i, time.Since(s.flow.Start), err)

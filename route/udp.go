@@ -7,7 +7,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
@@ -33,7 +32,7 @@ func (r *shard) handlePackets(pkts []flow.Packet) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.clos {
-		r.count.dgramsDropped.Add(uint64(len(pkts)))
+		r.count.Dropped.Add(uint64(len(pkts)))
 		return
 	}
 	v := r.classify(&pkts[0], now)
@@ -97,12 +96,12 @@ func (r *shard) run(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now int
 	case await:
 		r.hold(pkts, now)
 	default:
-		r.count.dgramsDropped.Add(uint64(len(pkts)))
+		r.count.Dropped.Add(uint64(len(pkts)))
 	}
 }
 
 func (r *shard) refuse(w flow.PacketWriter, pkts []flow.Packet, why flow.Refusal) {
-	r.count.dgramsRefused.Add(uint64(len(pkts)))
+	r.count.Refused.Add(uint64(len(pkts)))
 	for i := range pkts {
 		w.Refuse(pkts[i], why)
 	}
@@ -188,7 +187,7 @@ func (r *shard) carry(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now i
 	}
 	if m == nil {
 		if m = r.newMapping(v, &pkts[0], now); m == nil {
-			r.count.dgramsDropped.Add(uint64(len(pkts)))
+			r.count.Dropped.Add(uint64(len(pkts)))
 			return
 		}
 	}
@@ -217,7 +216,7 @@ func (r *shard) carry(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now i
 	default:
 		for i := range pkts {
 			if lost := t.push(a, &pkts[i], now); lost > 0 {
-				r.count.dgramsQueueFull.Add(uint64(lost))
+				r.count.QueueFull.Add(uint64(lost))
 			}
 		}
 	}
@@ -234,13 +233,13 @@ func (r *shard) newMapping(v *verdict, p *flow.Packet, now int64) *mapping {
 	}
 	if r.mapped.Add(1) > int64(t.most) && !r.makeRoom(now) {
 		r.mapped.Add(-1)
-		r.count.mappingsFull.Add(1)
+		r.count.MappingsFull.Add(1)
 		r.short(errMappingsFull)
 		return nil
 	}
 	m := &mapping{s: r, src: p.Src, id: r.ids.Add(1), start: time.Now(), first: p.Dst, rule: v, oneShot: true}
 	t.add(m)
-	r.count.mappings.Add(1)
+	r.count.Mappings.Add(1)
 	return m
 }
 
@@ -261,7 +260,7 @@ func (r *shard) makeRoom(now int64) bool {
 			return false
 		}
 		if now-m.lastDown.Load() >= evictIdle || m.lastDown.Load() == 0 {
-			s.count.mappingsEvicted.Add(1)
+			s.count.MappingsEvicted.Add(1)
 			s.endMapping(m, "evicted", errEvicted)
 			return true
 		}
@@ -302,9 +301,9 @@ func (r *shard) endMapping(m *mapping, state string, err error) {
 	for _, d := range m.named {
 		d.lease.Release()
 	}
-	r.count.ended.Add(1)
-	r.count.up.Add(i.Up)
-	r.count.down.Add(i.Down)
+	r.count.Ended.Add(1)
+	r.count.Up.Add(i.Up)
+	r.count.Down.Add(i.Down)
 	r.log.end(i, time.Since(m.start), err)
 }
 
@@ -312,7 +311,7 @@ func (r *shard) endMapping(m *mapping, state string, err error) {
 func (r *shard) discard(a *assoc) {
 	r.load[a.loop].Add(-1)
 	if lost := r.udp.take(a); len(lost) > 0 {
-		r.count.dgramsDropped.Add(uint64(len(lost)))
+		r.count.Dropped.Add(uint64(len(lost)))
 	}
 	if a.try != nil && a.link == nil {
 		r.udp.dialing--
@@ -342,13 +341,4 @@ func (r *shard) deliver(m *mapping, w flow.PacketWriter, pkts []flow.Packet) {
 	m.downPkts.Add(uint64(len(pkts)))
 	m.downBytes.Add(bytes)
 	_, _ = w.WritePackets(pkts) // it counts what it could not write; an error means that the device is gone, and Run ends soon
-}
-
-func addLink(c *linkCounters, s relay.LinkStats) {
-	c.sent.Add(s.Sent)
-	c.received.Add(s.Received)
-	c.full.Add(s.Full)
-	c.tooLarge.Add(s.TooLarge)
-	c.unsendable.Add(s.Unsendable)
-	c.malformed.Add(s.Malformed)
 }

@@ -111,7 +111,7 @@ func (r *shard) carryNamed(w flow.PacketWriter, p *flow.Packet, now int64) {
 		return
 	}
 	if m = r.bound(m, d, p, netip.AddrPortFrom(far, p.Dst.Port()), now); m == nil {
-		r.count.dgramsDropped.Add(1)
+		r.count.Dropped.Add(1)
 		return
 	}
 	one[0].Dst = netip.AddrPortFrom(far, p.Dst.Port())
@@ -205,7 +205,7 @@ func (r *shard) farOf(w flow.PacketWriter, d *namedDest, p *flow.Packet, now int
 			t.byKey = make(map[farKey]*farAddr)
 		}
 		if len(t.byKey) >= maxFar && !t.makeRoom(now) {
-			r.count.dgramsDropped.Add(1)
+			r.count.Dropped.Add(1)
 			return far, false
 		}
 		f = &farAddr{}
@@ -225,7 +225,7 @@ func (r *shard) farOf(w flow.PacketWriter, d *namedDest, p *flow.Packet, now int
 	}
 	n := len(p.Head) + len(p.Payload)
 	if len(f.items) >= queueLen || f.bytes+n > queueBytes || t.held+n > r.share(heldAll) {
-		r.count.dgramsQueueFull.Add(1)
+		r.count.QueueFull.Add(1)
 		return far, false
 	}
 	buf := append(append(make([]byte, 0, n), p.Head...), p.Payload...)
@@ -290,7 +290,7 @@ func (r *shard) found(a *farAnswer) {
 	f.items, f.bytes = nil, 0
 	for i := range items {
 		if r.udp.clos || now-items[i].at > int64(queueAge) {
-			r.count.dgramsDropped.Add(1)
+			r.count.Dropped.Add(1)
 			continue
 		}
 		p := items[i].packet(items[i].src)

@@ -120,9 +120,10 @@ func (d *Dialer) now() time.Duration { return time.Since(d.base) }
 
 // Stats counts what a Dialer holds.
 type Stats struct {
-	Pending      int // dials, including direct ones and those of associations
-	Associations int // open associations
-	Pooled       int // connections that wait in a pool
+	// Includes direct dials and those of associations.
+	Pending      int `metric:"dials_pending" help:"Dials that are under way."`
+	Associations int `metric:"associations" help:"Associations that are open."`
+	Pooled       int `metric:"pooled_connections" help:"Connections to SOCKS servers that wait in a pool."`
 }
 
 // Stats returns a snapshot.

@@ -170,7 +170,7 @@ func (s *shard) abortHandshake(key tuple) {
 	if ep != nil {
 		ep.Abort()
 	}
-	s.stats.acceptFailed.Add(1)
+	s.stats.AcceptFailed.Add(1)
 	e.listener.Opened(nil, ErrAppGone)
 	s.pending.shaking.Done()
 }

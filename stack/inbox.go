@@ -58,7 +58,7 @@ func (s *shard) hand(to *shard, h *tun.Header, parts ...[]byte) {
 	x.mu.Lock()
 	if len(x.frames) >= inboxFrames || x.bytes+n > inboxBytes || n > tun.MaxFrame {
 		x.mu.Unlock()
-		s.stats.droppedHandover.Add(1)
+		s.stats.DroppedHandover.Add(1)
 		return
 	}
 	buf := frameBuf(n).Get().(*[]byte)
@@ -70,7 +70,7 @@ func (s *shard) hand(to *shard, h *tun.Header, parts ...[]byte) {
 	x.bytes += n
 	first := len(x.frames) == 1
 	x.mu.Unlock()
-	s.stats.handedOver.Add(1)
+	s.stats.HandedOver.Add(1)
 	if first { // otherwise the reader was already woken
 		to.dev.Wake()
 	}

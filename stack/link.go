@@ -92,11 +92,11 @@ func (l *link) WritePackets(pkts gstack.PacketBufferList) (n int, err tcpip.Erro
 func (l *link) WritePacket(pkt *gstack.PacketBuffer) tcpip.Error {
 	// gVisor may send only TCP. Its echo replies, neighbour discovery and ICMP errors would be false.
 	if pkt.TransportProtocolNumber != header.TCPProtocolNumber {
-		l.s.stats.droppedProto.Add(1)
+		l.s.stats.DroppedProto.Add(1)
 		return nil
 	}
 	if err := l.write(pkt); err != nil {
-		l.s.stats.droppedOut.Add(1)
+		l.s.stats.DroppedOut.Add(1)
 		if errors.Is(err, os.ErrClosed) {
 			return &tcpip.ErrClosedForSend{}
 		}
@@ -132,8 +132,8 @@ func (l *link) write(pkt *gstack.PacketBuffer) error {
 	if err != nil {
 		return err
 	}
-	l.s.stats.framesOut.Add(1)
-	l.s.stats.bytesOut.Add(uint64(size))
+	l.s.stats.FramesOut.Add(1)
+	l.s.stats.BytesOut.Add(uint64(size))
 	return nil
 }
 

@@ -160,7 +160,7 @@ func (t *pendingTable) syn(key tuple, isn uint32, pkt *gstack.PacketBuffer) *pen
 	var cancel func()
 	if e != nil {
 		if e.state == synWaiting {
-			t.stats.replaced.Add(1)
+			t.stats.Replaced.Add(1)
 			cancel = t.cancel(e)
 		} else {
 			t.drop(e, synDone)
@@ -175,15 +175,15 @@ func (t *pendingTable) syn(key tuple, isn uint32, pkt *gstack.PacketBuffer) *pen
 	switch {
 	case refuse:
 	case over == spentAll:
-		t.stats.overBudget.Add(1)
+		t.stats.OverBudget.Add(1)
 	case over == spentDest:
-		t.stats.overDestBudget.Add(1)
+		t.stats.OverDestBudget.Add(1)
 	default:
 		req = &pendingSYN{t: t, key: key, isn: isn, start: now, last: now, gap: synRTO, pkt: pkt.Clone(), index: -1}
 		t.byKey[key] = req
 		t.peak = max(t.peak, len(t.byKey))
 		t.waiting++
-		t.stats.syns.Add(1)
+		t.stats.SYNs.Add(1)
 		t.stats.pending.Add(1)
 		t.schedule(req, t.askAt(req))
 	}
@@ -202,7 +202,7 @@ func (t *pendingTable) again(e *pendingSYN, isn uint32, pkt *gstack.PacketBuffer
 	if e.isn != isn {
 		return 0, false
 	}
-	t.stats.retransmits.Add(1)
+	t.stats.Retransmits.Add(1)
 	e.gap = min(max(now.Sub(e.last), synRTO), maxGap)
 	e.last = now
 	switch e.state {
@@ -227,7 +227,7 @@ func (t *pendingTable) rst(key tuple, seq uint32) bool {
 		t.mu.Unlock()
 		return false
 	}
-	t.stats.cancelled.Add(1)
+	t.stats.Cancelled.Add(1)
 	cancel := t.cancel(e)
 	t.mu.Unlock()
 	cancel()

@@ -132,7 +132,7 @@ func TestPending(t *testing.T) {
 				x.t.Fatal("no request")
 			}
 			x.expect("replaced", 1, 1, 1)
-			if n := x.stats.replaced.Load(); n != 1 {
+			if n := x.stats.Replaced.Load(); n != 1 {
 				x.t.Fatalf("%d replaced", n)
 			}
 		}},
@@ -246,7 +246,7 @@ func TestPending(t *testing.T) {
 			if x.syn(k3, 1) == nil {
 				x.t.Fatal("the next SYN is a new try")
 			}
-			if n := x.stats.overBudget.Load(); n != 1 {
+			if n := x.stats.OverBudget.Load(); n != 1 {
 				x.t.Fatalf("%d counted", n)
 			}
 		}},
@@ -258,7 +258,7 @@ func TestPending(t *testing.T) {
 			if x.syn(key("10.0.0.2:2", "203.0.113.8:80"), 1) == nil {
 				x.t.Fatal("another address starves")
 			}
-			if n := x.stats.overDestBudget.Load(); n != 1 {
+			if n := x.stats.OverDestBudget.Load(); n != 1 {
 				x.t.Fatalf("%d counted", n)
 			}
 		}},

@@ -98,7 +98,7 @@ func (t *pendingTable) failAll() {
 
 // gaveUp cancels e. It releases the lock for the call of its function.
 func (t *pendingTable) gaveUp(e *pendingSYN) {
-	t.stats.cancelled.Add(1)
+	t.stats.Cancelled.Add(1)
 	cancel := t.cancel(e)
 	t.mu.Unlock()
 	cancel()

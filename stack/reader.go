@@ -63,8 +63,8 @@ func (r *frameReader) run() error {
 		n, err := r.s.dev.Read(&h, b, r.held == 0)
 		switch {
 		case err == nil:
-			r.s.stats.framesIn.Add(1)
-			r.s.stats.bytesIn.Add(uint64(n))
+			r.s.stats.FramesIn.Add(1)
+			r.s.stats.BytesIn.Add(uint64(n))
 			at := inArena
 			if inView {
 				at = inTheView
@@ -73,8 +73,8 @@ func (r *frameReader) run() error {
 		case errors.Is(err, tun.ErrAgain):
 			r.flush()
 		case errors.Is(err, tun.ErrTooLong):
-			r.s.stats.framesIn.Add(1)
-			r.s.stats.droppedMalformed.Add(1)
+			r.s.stats.FramesIn.Add(1)
+			r.s.stats.DroppedMalformed.Add(1)
 		default:
 			r.flush()
 			return err
@@ -135,7 +135,7 @@ func (r *frameReader) take(h *tun.Header, b []byte, at place) {
 	}
 	p, ok := parseIP(b)
 	if !ok {
-		r.s.stats.droppedMalformed.Add(1)
+		r.s.stats.DroppedMalformed.Add(1)
 	} else if to := r.s.homeOf(b, &p); to != r.s {
 		r.s.hand(to, h, b)
 	} else if p.proto == protoTCP || !r.takeUDP(h, b, &p, at) {
@@ -157,13 +157,13 @@ func (r *frameReader) judge(h *tun.Header, b []byte, p *packet, at place) {
 	case refuse:
 		r.s.answer(b[:hdr], flow.RefuseNet)
 	case dropMalformed:
-		r.s.stats.droppedMalformed.Add(1)
+		r.s.stats.DroppedMalformed.Add(1)
 	case dropICMP:
-		r.s.stats.droppedICMP.Add(1)
+		r.s.stats.DroppedICMP.Add(1)
 	case dropMulticast:
-		r.s.stats.droppedMulticast.Add(1)
+		r.s.stats.DroppedMulticast.Add(1)
 	case dropProto:
-		r.s.stats.droppedProto.Add(1)
+		r.s.stats.DroppedProto.Add(1)
 	}
 }
 

@@ -43,7 +43,7 @@ func (e *pendingSYN) Accept(l flow.Listener) {
 	case synCancelled:
 		e.state = synDone
 		t.mu.Unlock()
-		t.stats.acceptFailed.Add(1)
+		t.stats.AcceptFailed.Add(1)
 		go l.Opened(nil, ErrAppGone) // not on this goroutine, which may hold locks that Opened takes
 		return
 	default:
@@ -59,7 +59,7 @@ func (e *pendingSYN) Accept(l flow.Listener) {
 	e.openBy = time.Now().Add(openTime)
 	t.schedule(e, e.openBy)
 	t.mu.Unlock()
-	t.stats.accepted.Add(1)
+	t.stats.Accepted.Add(1)
 	t.open(e, pkt)
 }
 
@@ -125,7 +125,7 @@ func (e *pendingSYN) Reject(why flow.Refusal) {
 		t.schedule(e, e.over())
 	}
 	t.mu.Unlock()
-	t.stats.refused.Add(1)
+	t.stats.Refused.Add(1)
 	if why != flow.RefuseSilent && why != flow.RefuseLater {
 		t.answer(syn, why)
 	}

@@ -89,11 +89,11 @@ func (s *shard) rehome(proto byte, pkt *gstack.PacketBuffer) bool {
 		binary.BigEndian.PutUint16(hdr[10:], ^checksum.Checksum(hdr, 0))
 	}
 	if n > 65535 {
-		s.stats.droppedHandover.Add(1)
+		s.stats.DroppedHandover.Add(1)
 		return true
 	}
 	if proto == protoUDP {
-		s.stats.udp.inReassembled.Add(1)
+		s.stats.udp.InReassembled.Add(1)
 	}
 	s.hand(to, &tun.Header{}, hdr, l4, data)
 	return true

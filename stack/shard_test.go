@@ -226,7 +226,7 @@ func TestInbox(t *testing.T) {
 		t.Errorf("%d big frames, %d wakes", len(fs), wakes)
 	}
 	from.hand(to, &tun.Header{}, make([]byte, tun.MaxFrame+1))
-	if n := from.stats.droppedHandover.Load(); n != 10+100-uint64(inboxBytes/len(big))+1 {
+	if n := from.stats.DroppedHandover.Load(); n != 10+100-uint64(inboxBytes/len(big))+1 {
 		t.Errorf("%d dropped", n)
 	}
 	spare := make([]handed, 0, 4)

@@ -1,64 +1,69 @@
 package stack
 
-import "sync/atomic"
+import (
+	"sync/atomic"
 
-// Stats is a snapshot of the stack's counters, taken without a lock: each value is exact, but they are not all from
-// the same instant.
+	"github.com/viasocks/viasocks/stack/count"
+)
+
+// Counters is the table of what a stack counts: see package count.
+type Counters[T any] struct {
+	FramesIn  T `metric:"tun_frames_total" label:"direction=in" help:"Frames that crossed the TUN; in: from programs."`
+	FramesOut T `metric:"tun_frames_total" label:"direction=out"`
+	BytesIn   T `metric:"tun_bytes_total" label:"direction=in" help:"Bytes of the frames that crossed the TUN, with IP headers."`
+	BytesOut  T `metric:"tun_bytes_total" label:"direction=out"`
+
+	// ICMP other than an error about a flow; echo above all.
+	DroppedICMP T `metric:"packets_dropped_total" label:"reason=icmp" help:"Packets that were dropped." lost:"ICMP (ping)"`
+	// TCP to or from a multicast, broadcast, loopback or unspecified address.
+	DroppedMulticast T `metric:"packets_dropped_total" label:"reason=multicast" lost:"multicast and broadcast"`
+	// From a program: neither TCP, UDP nor ICMP; to a program: gVisor made something other than TCP.
+	DroppedProto T `metric:"packets_dropped_total" label:"reason=protocol" lost:"other protocols than TCP and UDP"`
+	// Not IP, or lengths or an offload header that cannot be.
+	DroppedMalformed T `metric:"packets_dropped_total" label:"reason=malformed" lost:"malformed packets"`
+	// A checksum that had to be verified is wrong.
+	DroppedChecksum T `metric:"packets_dropped_total" label:"reason=checksum" lost:"wrong checksums"`
+	// To a program: the device was full or refused the frame.
+	DroppedOut T `metric:"packets_dropped_total" label:"reason=device_full" lost:"packets that the device did not take"`
+	// Of HandedOver: the other shard was behind.
+	DroppedHandover T `metric:"packets_dropped_total" label:"reason=handover" lost:"packets lost on the way to another shard"`
+	HandedOver      T `metric:"shard_handovers_total" help:"Frames that came by the queue of another shard."`
+
+	SYNs        T `metric:"tcp_syns_total" help:"Connections that programs asked for."`
+	Retransmits T `metric:"tcp_syn_retransmits_total" help:"SYNs that came again for a pending or refused connection."`
+	// SYNs forgotten unanswered.
+	OverBudget     T `metric:"tcp_syns_dropped_total" label:"limit=pending" help:"SYNs over a limit." lost:"connections over --max-pending"`
+	OverDestBudget T `metric:"tcp_syns_dropped_total" label:"limit=destination" lost:"connections over --max-pending-per-destination"`
+	Replaced       T `metric:"tcp_pending_replaced_total" help:"Pending connections that a SYN with another sequence number replaced."`
+	Cancelled      T `metric:"tcp_pending_cancelled_total" help:"Pending connections that their program gave up."`
+	Accepted       T `metric:"tcp_accepted_total" help:"Connections that were granted to their program."`
+	AcceptFailed   T `metric:"tcp_accept_failed_total" help:"Granted connections whose program was gone."`
+	Refused        T `metric:"tcp_refused_total" help:"Connections that were refused to their program."`
+	AppResets      T `metric:"tcp_resets_total" label:"by=program" help:"Open connections that were reset toward or by the program."`
+	Aborted        T `metric:"tcp_resets_total" label:"by=viasocks"`
+	// Segments of open streams that we sent again.
+	TCPRetransmits T `metric:"tcp_retransmits_total" help:"Segments to programs that were sent again."`
+}
+
+// Stats is a snapshot of the stack's counters, taken without a lock: each figure is exact, but they are not of one
+// instant.
 type Stats struct {
-	FramesIn, BytesIn   uint64
-	FramesOut, BytesOut uint64
+	Counters[uint64]
 
-	DroppedMalformed uint64 // frames in: not IP, impossible lengths or offload header
-	DroppedChecksum  uint64 // frames in: a checksum that had to be verified is wrong
-	DroppedICMP      uint64 // frames in: ICMP other than an error about a flow, mainly echo
-	DroppedMulticast uint64 // frames in: TCP to or from a multicast, broadcast, loopback or unspecified address
-	DroppedProto     uint64 // frames in: not TCP, UDP or ICMP; frames out of gVisor: not TCP
-	DroppedOut       uint64 // frames out: the device was full or refused them
-
-	SYNs           uint64 // streams requested
-	Retransmits    uint64 // repeated SYNs for a pending or refused stream
-	OverBudget     uint64 // SYNs forgotten without an answer, because of the total limit
-	OverDestBudget uint64 // SYNs forgotten without an answer, because of the limit for one destination
-	Replaced       uint64 // pending streams replaced by a SYN with another ISN
-	Cancelled      uint64 // pending streams whose app gave up
-	Accepted       uint64
-	AcceptFailed   uint64 // streams accepted although the app was gone
-	Refused        uint64
-	AppResets      uint64 // open streams that the app reset
-	Aborted        uint64 // open streams that we reset
-
-	HandedOver      uint64 // frames that arrived on another shard's queue
-	DroppedHandover uint64 // those of them that were lost because the shard could not keep up
-
-	TCPRetransmits uint64 // segments of open streams that were sent again
-
-	Pending int64 // SYNs that wait for an answer now
-	Streams int64 // streams that are open now
+	Pending int64 `metric:"tcp_pending" help:"Connections that wait for the answer of their upstream."`
+	Streams int64 `metric:"tcp_open" help:"Open connections of programs."`
 
 	UDP UDPStats
 }
 
-// counters are the source of Stats.
+// counters is what Stats is taken from.
 type counters struct {
-	framesIn, bytesIn   atomic.Uint64
-	framesOut, bytesOut atomic.Uint64
-
-	droppedMalformed, droppedChecksum, droppedICMP atomic.Uint64
-	droppedMulticast, droppedProto, droppedOut     atomic.Uint64
-
-	syns, retransmits, overBudget, overDestBudget atomic.Uint64
-	replaced, cancelled                           atomic.Uint64
-	accepted, acceptFailed, refused               atomic.Uint64
-	appResets, aborted                            atomic.Uint64
-
-	handedOver, droppedHandover atomic.Uint64
-
+	Counters[atomic.Uint64]
 	pending, streams atomic.Int64
-
-	udp udpCounters
+	udp              UDPCounters[atomic.Uint64]
 }
 
-// Stats returns a snapshot of the counters. It may be called from any goroutine.
+// Stats returns a snapshot of the counters. Any goroutine.
 func (s *Stack) Stats() Stats {
 	var st Stats
 	for _, p := range s.shards {
@@ -67,36 +72,13 @@ func (s *Stack) Stats() Stats {
 	return st
 }
 
-// addTo adds the shard's counters to st.
+// addTo adds what the shard has counted.
 func (s *shard) addTo(st *Stats) {
 	c := &s.stats
-
-	st.FramesIn += c.framesIn.Load()
-	st.BytesIn += c.bytesIn.Load()
-	st.FramesOut += c.framesOut.Load()
-	st.BytesOut += c.bytesOut.Load()
-	st.DroppedMalformed += c.droppedMalformed.Load()
-	st.DroppedChecksum += c.droppedChecksum.Load()
-	st.DroppedICMP += c.droppedICMP.Load()
-	st.DroppedMulticast += c.droppedMulticast.Load()
-	st.DroppedProto += c.droppedProto.Load()
-	st.DroppedOut += c.droppedOut.Load()
-	st.SYNs += c.syns.Load()
-	st.Retransmits += c.retransmits.Load()
-	st.OverBudget += c.overBudget.Load()
-	st.OverDestBudget += c.overDestBudget.Load()
-	st.Replaced += c.replaced.Load()
-	st.Cancelled += c.cancelled.Load()
-	st.Accepted += c.accepted.Load()
-	st.AcceptFailed += c.acceptFailed.Load()
-	st.Refused += c.refused.Load()
-	st.AppResets += c.appResets.Load()
-	st.Aborted += c.aborted.Load()
+	count.Add(&st.Counters, &c.Counters)
+	count.Add(&st.UDP, &c.udp)
 	st.Pending += c.pending.Load()
 	st.Streams += c.streams.Load()
-	st.HandedOver += c.handedOver.Load()
-	st.DroppedHandover += c.droppedHandover.Load()
-	c.udp.addTo(&st.UDP)
 	if e := s.engine.Load(); e != nil {
 		v := e.verdicts()
 		st.DroppedMalformed += v.malformed

@@ -171,7 +171,7 @@ func (st *stream) Abort() {
 		return
 	}
 	if !st.reset() {
-		st.s.stats.aborted.Add(1)
+		st.s.stats.Aborted.Add(1)
 	}
 	st.ep.Abort()
 }
@@ -247,7 +247,7 @@ func (st *stream) reset() bool {
 
 func (st *stream) latch() {
 	if !st.wasReset.Swap(true) && !st.aborted.Load() {
-		st.s.stats.appResets.Add(1)
+		st.s.stats.AppResets.Add(1)
 	}
 }
 

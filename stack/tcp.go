@@ -20,17 +20,17 @@ const tcpHeaderLen = 20
 func (s *shard) handleTCP(id gstack.TransportEndpointID, pkt *gstack.PacketBuffer) bool {
 	h := header.TCP(pkt.TransportHeader().Slice())
 	if len(h) < tcpHeaderLen {
-		s.stats.droppedMalformed.Add(1)
+		s.stats.DroppedMalformed.Add(1)
 		return true
 	}
 	_, csum, ok := header.TCPValid(h, func() uint16 { return pkt.Data().Checksum() }, uint16(pkt.Data().Size()),
 		id.RemoteAddress, id.LocalAddress, pkt.RXChecksumValidated)
 	switch {
 	case !ok || id.RemotePort == 0 || id.LocalPort == 0:
-		s.stats.droppedMalformed.Add(1)
+		s.stats.DroppedMalformed.Add(1)
 		return true
 	case !csum:
-		s.stats.droppedChecksum.Add(1)
+		s.stats.DroppedChecksum.Add(1)
 		return true
 	}
 	key := tupleOf(&id)
@@ -40,7 +40,7 @@ func (s *shard) handleTCP(id gstack.TransportEndpointID, pkt *gstack.PacketBuffe
 		return true
 	case flags&header.TCPFlagSyn != 0 && flags&header.TCPFlagAck == 0:
 		if flags&header.TCPFlagFin != 0 { // ignored, as in Linux: it is never sent on purpose
-			s.stats.droppedMalformed.Add(1)
+			s.stats.DroppedMalformed.Add(1)
 			return true
 		}
 		if req := s.pending.syn(key, h.SequenceNumber(), pkt); req != nil {
@@ -72,11 +72,11 @@ func (s *shard) answer(syn []byte, why flow.Refusal) {
 		return
 	}
 	if err := s.dev.Write(&tun.Header{}, [][]byte{b}); err != nil {
-		s.stats.droppedOut.Add(1) // the SYN is retransmitted and answered again
+		s.stats.DroppedOut.Add(1) // the SYN is retransmitted and answered again
 		return
 	}
-	s.stats.framesOut.Add(1)
-	s.stats.bytesOut.Add(uint64(len(b)))
+	s.stats.FramesOut.Add(1)
+	s.stats.BytesOut.Add(uint64(len(b)))
 }
 
 // synHeaders returns a copy of the IP and TCP headers of pkt.

@@ -49,7 +49,7 @@ func (b *udpBatch) add(frame []byte, p *packet, h *tun.Header) bool {
 	case p.routed:
 	case p.proto == protoUDP:
 		if !p.v6 && !checksumDone(h) && checksum.Checksum(frame[:p.off], 0) != 0xffff {
-			b.s.stats.udp.droppedChecksum.Add(1)
+			b.s.stats.udp.DroppedChecksum.Add(1)
 		} else {
 			b.addUDP(frame[:p.end], p.off, h)
 		}
@@ -68,20 +68,20 @@ func (b *udpBatch) addUDP(p []byte, off int, h *tun.Header) {
 	c := &b.s.stats.udp
 	udp := p[off:]
 	if len(udp) < udpHeaderLen {
-		c.droppedMalformed.Add(1)
+		c.DroppedMalformed.Add(1)
 		return
 	}
 	n := int(binary.BigEndian.Uint16(udp[4:]))
 	sport, dport := binary.BigEndian.Uint16(udp), binary.BigEndian.Uint16(udp[2:])
 	// RFC 768 allows source port 0 for senders that want no answer, but then there is no endpoint to map.
 	if n < udpHeaderLen || n > len(udp) || sport == 0 || dport == 0 {
-		c.droppedMalformed.Add(1)
+		c.DroppedMalformed.Add(1)
 		return
 	}
 	udp = udp[:n:n]
 	// A checksum position outside the datagram's own checksum field would be in the payload and never be filled in.
 	if h.Flags&tun.NeedsCsum != 0 && (int(h.CsumStart) != off || h.CsumOffset != 6) {
-		c.droppedMalformed.Add(1)
+		c.DroppedMalformed.Add(1)
 		return
 	}
 
@@ -99,20 +99,20 @@ func (b *udpBatch) addUDP(p []byte, off int, h *tun.Header) {
 	switch h.GSOType {
 	case tun.GSONone:
 		if !checksumDone(h) && !verifyUDP(p, udp) {
-			c.droppedChecksum.Add(1)
+			c.DroppedChecksum.Add(1)
 			return
 		}
 	case tun.GSOUDPL4:
 		// The checksum field of a super-frame belongs to none of its datagrams, so without a flag nothing could be
 		// verified.
 		if h.GSOSize == 0 || !checksumDone(h) {
-			c.droppedMalformed.Add(1)
+			c.DroppedMalformed.Add(1)
 			return
 		}
-		c.inSuper.Add(1)
+		c.InSuper.Add(1)
 		size = int(h.GSOSize)
 	default:
-		c.droppedMalformed.Add(1)
+		c.DroppedMalformed.Add(1)
 		return
 	}
 
@@ -138,11 +138,11 @@ func (s *shard) carried(src, dst netip.Addr) bool {
 	// Multicast and broadcast (local peer discovery, SSDP, mDNS, DHCP) are meant for the app's own link. A proxy
 	// would carry them to another link.
 	if dst.IsMulticast() || dst == broadcast {
-		s.stats.udp.droppedMulticast.Add(1)
+		s.stats.udp.DroppedMulticast.Add(1)
 		return false
 	}
 	if !flow.OneHost(src) || !unicast(dst) || dst.Is6() && dst.IsLinkLocalUnicast() {
-		s.stats.udp.droppedAddress.Add(1)
+		s.stats.udp.DroppedAddress.Add(1)
 		return false
 	}
 	return true
@@ -168,7 +168,7 @@ func (b *udpBatch) addICMP(p []byte, off int, h *tun.Header) bool {
 	if !ok {
 		return false
 	}
-	b.s.stats.udp.unreachable.Add(1)
+	b.s.stats.udp.Unreachable.Add(1)
 	if b.unreachable != nil {
 		b.unreachable.HandleUnreachable(b.s.index, app, remote)
 	}
@@ -183,8 +183,8 @@ func (b *udpBatch) flush() {
 	if len(b.pkts) == 0 {
 		return
 	}
-	b.s.stats.udp.in.Add(uint64(len(b.pkts)))
-	b.s.stats.udp.inBytes.Add(b.bytes)
+	b.s.stats.udp.In.Add(uint64(len(b.pkts)))
+	b.s.stats.udp.InBytes.Add(b.bytes)
 	b.s.handler.HandlePackets(b.s.index, b.pkts)
 	b.pkts, b.bytes = b.pkts[:0], 0
 }

@@ -31,12 +31,12 @@ func (s *shard) handleSlowUDP(id gstack.TransportEndpointID, pkt *gstack.PacketB
 	c := &s.stats.udp
 	ip, udp := pkt.NetworkHeader().Slice(), pkt.TransportHeader().Slice()
 	if len(udp) < udpHeaderLen || len(ip) < ip4HeaderLen || ip[0]>>4 == 6 && len(ip) < ip6HeaderLen {
-		c.droppedMalformed.Add(1)
+		c.DroppedMalformed.Add(1)
 		return true
 	}
 	n := int(binary.BigEndian.Uint16(udp[4:]))
 	if n < udpHeaderLen || n > udpHeaderLen+pkt.Data().Size() || id.RemotePort == 0 || id.LocalPort == 0 {
-		c.droppedMalformed.Add(1)
+		c.DroppedMalformed.Add(1)
 		return true
 	}
 	src, dst := addrFrom(id.RemoteAddress), addrFrom(id.LocalAddress)
@@ -51,12 +51,12 @@ func (s *shard) handleSlowUDP(id gstack.TransportEndpointID, pkt *gstack.PacketB
 	}()
 	w.data = append(w.data[:0], udp[:udpHeaderLen]...)
 	if _, err := pkt.Data().ReadTo(w, true); err != nil {
-		c.droppedMalformed.Add(1)
+		c.DroppedMalformed.Add(1)
 		return true
 	}
 	w.data = w.data[:n]
 	if !verifyUDP(ip, w.data) {
-		c.droppedChecksum.Add(1)
+		c.DroppedChecksum.Add(1)
 		return true
 	}
 	if ip[0]>>4 == 6 {
@@ -70,9 +70,9 @@ func (s *shard) handleSlowUDP(id gstack.TransportEndpointID, pkt *gstack.PacketB
 	}
 	w.head = append(w.head, udp[:udpHeaderLen]...)
 
-	c.in.Add(1)
-	c.inReassembled.Add(1)
-	c.inBytes.Add(uint64(n - udpHeaderLen))
+	c.In.Add(1)
+	c.InReassembled.Add(1)
+	c.InBytes.Add(uint64(n - udpHeaderLen))
 	w.pkt[0] = flow.Packet{
 		Src: netip.AddrPortFrom(src, id.RemotePort), Dst: netip.AddrPortFrom(dst, id.LocalPort),
 		Payload: w.data[udpHeaderLen:n:n], Head: w.head,

@@ -1,53 +1,37 @@
 package stack
 
-import "sync/atomic"
+// UDPCounters is the table of what is counted of datagrams: see package count. "In" is from the app, "out" is to the app.
+type UDPCounters[T any] struct {
+	In       T `metric:"udp_datagrams_total" label:"direction=in" help:"Datagrams of programs; in: from them."`
+	Out      T `metric:"udp_datagrams_total" label:"direction=out"`
+	InBytes  T `metric:"udp_bytes_total" label:"direction=in" help:"Payload of the datagrams of programs."`
+	OutBytes T `metric:"udp_bytes_total" label:"direction=out"`
+	// Super-frames that the datagrams came and went in.
+	InSuper  T `metric:"udp_super_frames_total" label:"direction=in" help:"Frames that carried several datagrams."`
+	OutSuper T `metric:"udp_super_frames_total" label:"direction=out"`
+	// Of In: put together from fragments.
+	InReassembled T `metric:"udp_reassembled_total" help:"Datagrams of programs that were put together from fragments."`
 
-// UDPStats is the datagram part of Stats. "In" means from the app, "out" to the app.
-type UDPStats struct {
-	In, InBytes   uint64 // datagrams passed to the Handler, and their payload bytes
-	InSuper       uint64 // super-frames that contained them, where the kernel made any
-	InReassembled uint64 // those of In that were reassembled from fragments
+	// Impossible lengths, port zero, a super-frame that makes no sense.
+	DroppedMalformed T `metric:"datagrams_dropped_total" label:"reason=malformed" help:"Datagrams that were dropped." lost:"malformed packets"`
+	// Checksum wrong, or missing over IPv6.
+	DroppedChecksum T `metric:"datagrams_dropped_total" label:"reason=checksum" lost:"wrong checksums"`
+	// To a multicast or broadcast address: never relayed.
+	DroppedMulticast T `metric:"datagrams_dropped_total" label:"reason=multicast" lost:"multicast and broadcast"`
+	// Source or destination that no proxy can speak for: unspecified, loopback, link-local over IPv6.
+	DroppedAddress T `metric:"datagrams_dropped_total" label:"reason=address" lost:"datagrams of addresses that no proxy can carry"`
+	// To a program: longer than IP can say.
+	OutTooLong T `metric:"datagrams_dropped_total" label:"reason=reply_too_long" lost:"datagrams to programs that IP cannot carry"`
+	// To a program: source and destination not of one family, or not set.
+	OutAddress T `metric:"datagrams_dropped_total" label:"reason=reply_address" lost:"datagrams to programs that IP cannot carry"`
+	// To a program: the device was full or refused the frame.
+	OutFull T `metric:"datagrams_dropped_total" label:"reason=device_full" lost:"packets that the device did not take"`
 
-	DroppedMalformed uint64 // impossible lengths, port zero, or an inconsistent super-frame
-	DroppedChecksum  uint64 // checksum wrong, or missing over IPv6
-	DroppedMulticast uint64 // to a multicast or broadcast address: never relayed
-	DroppedAddress   uint64 // source or destination that no proxy can reach: unspecified, loopback, IPv6 link-local
-
-	Out, OutBytes uint64 // datagrams written to the app, and their payload bytes
-	OutSuper      uint64 // super-frames that contained them
-	OutTooLong    uint64 // not written: too long for IP
-	OutAddress    uint64 // not written: source and destination of different families, or not set
-	OutFull       uint64 // lost: the device was full or refused the frame
-
-	Refused     uint64 // ICMP errors written to the app
-	RefusedMute uint64 // no ICMP error was written: nothing to quote, an answer is forbidden, or the device was full
-	Unreachable uint64 // ICMP port unreachable from the app's kernel about a datagram of ours
+	Refused T `metric:"icmp_errors_total" label:"outcome=sent" help:"Datagrams that were to be answered with an ICMP error."`
+	// Nothing to quote, an answer is forbidden, or the device was full.
+	RefusedMute T `metric:"icmp_errors_total" label:"outcome=not_sent"`
+	Unreachable T `metric:"icmp_unreachable_received_total" help:"Datagrams to programs that their kernel had no socket for."`
 }
 
-// udpCounters are the source of UDPStats.
-type udpCounters struct {
-	in, inBytes, inSuper, inReassembled                                 atomic.Uint64
-	droppedMalformed, droppedChecksum, droppedMulticast, droppedAddress atomic.Uint64
-	out, outBytes, outSuper, outTooLong, outAddress, outFull            atomic.Uint64
-	refused, refusedMute, unreachable                                   atomic.Uint64
-}
-
-func (c *udpCounters) addTo(st *UDPStats) {
-	st.In += c.in.Load()
-	st.InBytes += c.inBytes.Load()
-	st.InSuper += c.inSuper.Load()
-	st.InReassembled += c.inReassembled.Load()
-	st.DroppedMalformed += c.droppedMalformed.Load()
-	st.DroppedChecksum += c.droppedChecksum.Load()
-	st.DroppedMulticast += c.droppedMulticast.Load()
-	st.DroppedAddress += c.droppedAddress.Load()
-	st.Out += c.out.Load()
-	st.OutBytes += c.outBytes.Load()
-	st.OutSuper += c.outSuper.Load()
-	st.OutTooLong += c.outTooLong.Load()
-	st.OutAddress += c.outAddress.Load()
-	st.OutFull += c.outFull.Load()
-	st.Refused += c.refused.Load()
-	st.RefusedMute += c.refusedMute.Load()
-	st.Unreachable += c.unreachable.Load()
-}
+// UDPStats is the datagram part of Stats.
+type UDPStats = UDPCounters[uint64]

@@ -52,9 +52,9 @@ func (w *packetWriter) WritePackets(ps []flow.Packet) (n int, err error) {
 		limit, ok := addresses(p)
 		if !ok || len(p.Payload) > limit {
 			if ok {
-				c.outTooLong.Add(1)
+				c.OutTooLong.Add(1)
 			} else {
-				c.outAddress.Add(1)
+				c.OutAddress.Add(1)
 			}
 			ps = ps[1:]
 			continue
@@ -67,15 +67,15 @@ func (w *packetWriter) WritePackets(ps []flow.Packet) (n int, err error) {
 		}
 		if err == nil {
 			n += run
-			c.out.Add(uint64(run))
-			c.outBytes.Add(uint64(size))
+			c.Out.Add(uint64(run))
+			c.OutBytes.Add(uint64(size))
 			if run > 1 {
-				c.outSuper.Add(1)
+				c.OutSuper.Add(1)
 			}
 		} else if gone(err) {
 			return n, err
 		} else {
-			c.outFull.Add(uint64(run))
+			c.OutFull.Add(uint64(run))
 		}
 		ps = ps[run:]
 	}
@@ -200,8 +200,8 @@ func (w *packetWriter) Refuse(p flow.Packet, why flow.Refusal) {
 		clear(parts)
 	}
 	if ok {
-		c.refused.Add(1)
+		c.Refused.Add(1)
 	} else if why != flow.RefuseSilent && why != flow.RefuseLater {
-		c.refusedMute.Add(1)
+		c.RefusedMute.Add(1)
 	}
 }

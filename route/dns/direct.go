@@ -62,12 +62,12 @@ func (d *direct) take(q *query) bool {
 	select {
 	case d.slots <- struct{}{}:
 	default:
-		d.count.dropped.Add(1)
+		d.count.Dropped.Add(1)
 		return false
 	}
 	if d.over {
 		<-d.slots
-		d.count.dropped.Add(1)
+		d.count.Dropped.Add(1)
 		return false
 	}
 	d.wg.Go(func() {
@@ -175,7 +175,7 @@ func (d *direct) byTCP(ctx context.Context, to netip.AddrPort, q *query) []byte 
 		return nil
 	}
 	defer end()
-	d.count.connections.Add(1)
+	d.count.Connections.Add(1)
 	if _, err := c.Write(q.wire); err != nil {
 		return nil
 	}
@@ -198,6 +198,6 @@ func (d *direct) isAnswer(resp []byte, q *query) bool {
 	if len(resp) >= headerLen && [2]byte(resp) == [2]byte(q.msg()) && matches(resp, q.msg(), q.q) {
 		return true
 	}
-	d.count.unmatched.Add(1)
+	d.count.Unmatched.Add(1)
 	return false
 }

@@ -137,13 +137,13 @@ func newResolver(r Resolver) *resolver {
 func (x *exchange) take(q *query) bool {
 	select {
 	case <-x.over:
-		x.count.dropped.Add(1)
+		x.count.Dropped.Add(1)
 		return false
 	default:
 	}
 	if x.taken.Add(1) > int32(x.inFlight) {
 		x.taken.Add(-1)
-		x.count.dropped.Add(1)
+		x.count.Dropped.Add(1)
 		return false
 	}
 	x.in <- q // it has room for all that are taken
@@ -347,7 +347,7 @@ func (x *exchange) dialed(ctx context.Context, d dialed) {
 	if d.err != nil {
 		x.markDown(r, d.err)
 	} else {
-		x.count.connections.Add(1)
+		x.count.Connections.Add(1)
 		r.used = time.Now()
 		r.heard = time.Time{}
 	}
@@ -414,7 +414,7 @@ func (x *exchange) received(ctx context.Context, m message) {
 	}
 	q := r.asked[binary.BigEndian.Uint16(m.msg)]
 	if q == nil || !matches(m.msg, q.msg(), q.q) {
-		x.count.unmatched.Add(1)
+		x.count.Unmatched.Add(1)
 		return
 	}
 	now := time.Now()

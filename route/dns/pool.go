@@ -78,10 +78,11 @@ const none = ^uint32(0)
 
 // PoolStats is a snapshot.
 type PoolStats struct {
-	Names, Size int    // that have an address now, and that can have one
-	Held        int    // of those: in use by flows
-	Evicted     uint64 // that lost their address to another name
-	Refused     uint64 // that got none, because all are in use
+	Names   int    `metric:"fake_names" help:"Names that have a fake address."`
+	Size    int    `metric:"fake_names_max" help:"Names that can have a fake address."`
+	Held    int    `metric:"fake_names_held" help:"Names with a fake address that flows use."`
+	Evicted uint64 `metric:"fake_names_evicted_total" help:"Names that lost their fake address to another name."`
+	Refused uint64 `metric:"fake_names_refused_total" help:"Names that got no fake address because all are in use."`
 }
 
 // NewPool checks the ranges.

@@ -12,6 +12,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/count"
 )
 
 const (
@@ -49,28 +51,44 @@ type Config struct {
 	Log       *slog.Logger  // nil: none
 }
 
-// Stats are counters since the start, in questions but for Unmatched.
+// Counters is the table of what a Server counts, in questions but for Unmatched and Connections: see package count.
+type Counters[T any] struct {
+	Questions T `metric:"dns_questions_total" help:"Questions of programs to port 53."`
+	// With an answer of a resolver.
+	Answered T `metric:"dns_answers_total" label:"by=resolver" help:"Questions by who answered them."`
+	// Sent by UDP to the server that the app asked, whose answer is not seen here.
+	Relayed T `metric:"dns_answers_total" label:"by=relay"`
+	// Answered without a resolver: fake addresses, and names that nobody must be asked for.
+	Own T `metric:"dns_answers_total" label:"by=viasocks"`
+	// Answered with an answer that a resolver gave before.
+	Cached T `metric:"dns_answers_total" label:"by=cache"`
+	// Of those answered by a resolver: with the answer to another asker who asked the same at the time.
+	Shared T `metric:"dns_shared_total" help:"Questions that got the answer to the same question of another program."`
+	// Of those answered: cut to what the asker takes, with TC.
+	Truncated T `metric:"dns_truncated_total" help:"Answers that were cut to what the program takes."`
+	// Answered SERVFAIL: no resolver answered.
+	Failed T `metric:"dns_failed_total" label:"reason=no_answer" help:"Questions that were not answered."`
+	// Answered FORMERR or NOTIMP, or not at all.
+	Malformed T `metric:"dns_failed_total" label:"reason=malformed"`
+	// Answered REFUSED: the Judge said no.
+	Refused T `metric:"dns_failed_total" label:"reason=not_allowed" lost:"questions of DNS that --allow refuses"`
+	// Over InFlight, or not running.
+	Dropped T `metric:"dns_failed_total" label:"reason=too_many" lost:"questions of DNS over the limit"`
+	// Answers of a resolver to nothing that was asked.
+	Unmatched T `metric:"dns_unmatched_total" help:"Answers of resolvers to nothing that was asked."`
+	// Opened to resolvers.
+	Connections T `metric:"dns_connections_total" help:"Connections to resolvers that were opened."`
+}
+
+// Stats is a snapshot.
 type Stats struct {
-	Questions   uint64 // taken from the app
-	Answered    uint64 // with an answer of a resolver
-	Relayed     uint64 // sent by UDP to the server that the app asked, whose answer is not seen here
-	Own         uint64 // answered without one: fake addresses, and names that nobody must be asked for
-	Cached      uint64 // answered with an answer that a resolver gave before
-	Shared      uint64 // of those answered by a resolver: with the answer to another asker who asked the same at the time
-	Truncated   uint64 // of those: cut to what the asker takes, with TC
-	Failed      uint64 // answered SERVFAIL: no resolver answered
-	Malformed   uint64 // answered FORMERR or NOTIMP, or not at all
-	Refused     uint64 // answered REFUSED: the Judge said no
-	Dropped     uint64 // over InFlight, or not running
-	Unmatched   uint64 // answers of a resolver to nothing that was asked
-	Connections uint64 // opened to resolvers
-
-	CacheEntries, CacheBytes int // answers that are kept now, and the bytes that they take
+	Counters[uint64]
+	// Answers that are kept now, and the bytes that they take.
+	CacheEntries int `metric:"dns_cache_entries" help:"Answers of resolvers that are kept."`
+	CacheBytes   int `metric:"dns_cache_bytes" help:"Bytes that the kept answers take."`
 }
 
-type counters struct {
-	questions, answered, relayed, own, cached, shared, truncated, failed, malformed, refused, dropped, unmatched, connections atomic.Uint64
-}
+type counters struct{ Counters[atomic.Uint64] }
 
 // Server answers questions while Run runs. Handle, Stats and Carries may be called from any goroutine.
 type Server struct {
@@ -153,12 +171,10 @@ func (s *Server) Carries() (Resolver, bool) {
 }
 
 // Stats is a snapshot of the counters.
-func (s *Server) Stats() Stats {
-	c := &s.count
-	entries, bytes := s.cache.usage()
-	return Stats{c.questions.Load(), c.answered.Load(), c.relayed.Load(), c.own.Load(), c.cached.Load(), c.shared.Load(),
-		c.truncated.Load(), c.failed.Load(), c.malformed.Load(), c.refused.Load(), c.dropped.Load(), c.unmatched.Load(), c.connections.Load(),
-		entries, bytes}
+func (s *Server) Stats() (st Stats) {
+	count.Add(&st.Counters, &s.count.Counters)
+	st.CacheEntries, st.CacheBytes = s.cache.usage()
+	return st
 }
 
 // Handle takes one question that came by UDP. It does not block and does not keep msg. reply is called at most once,
@@ -205,21 +221,21 @@ const (
 func (s *Server) handle(
 	msg []byte, asked netip.AddrPort, how way, judge Judge, relay func() bool, reply func([]byte),
 ) bool {
-	s.count.questions.Add(1)
+	s.count.Questions.Add(1)
 	q, v, rcode := parseQuestion(msg)
 	s.follow(msg, &q)
 	switch v {
 	case silence:
-		s.count.malformed.Add(1)
+		s.count.Malformed.Add(1)
 		s.tell(&q, howMalformed, "", nil)
 		return false
 	case answer:
-		s.count.malformed.Add(1)
+		s.count.Malformed.Add(1)
 		s.refuse(msg, &q, howMalformed, rcode, reply)
 		return true
 	}
 	if !judge.allows(msg, &q) {
-		s.count.refused.Add(1)
+		s.count.Refused.Add(1)
 		s.refuse(msg, &q, howRefused, rcodeRefuse, reply)
 		return true
 	}
@@ -239,7 +255,7 @@ func (s *Server) handle(
 	}
 	relayed := toAsked && to == s.exchange
 	if relayed && relay != nil && relay() {
-		s.count.relayed.Add(1)
+		s.count.Relayed.Add(1)
 		if q.trace != nil {
 			s.tell(&q, howRelayed, "udp://"+asked.String(), nil)
 		}
@@ -272,7 +288,7 @@ func (s *Server) ask(way asking, msg []byte, q *question, to netip.AddrPort, rep
 		case follows:
 			return true
 		case tooMany:
-			s.count.dropped.Add(1)
+			s.count.Dropped.Add(1)
 			s.tell(q, howDropped, "", nil)
 			return false
 		}
@@ -305,9 +321,9 @@ func (s *Server) answerCached(key, msg []byte, q *question, now time.Time, reply
 	if cap(b) > cap(*buf) {
 		*buf = b[:0]
 	}
-	s.count.cached.Add(1)
+	s.count.Cached.Add(1)
 	if truncated {
-		s.count.truncated.Add(1)
+		s.count.Truncated.Add(1)
 	}
 	s.tell(q, howCache, "", b)
 	reply(b)
@@ -334,14 +350,14 @@ func (s *Server) finish(q *query, resp []byte) {
 
 // fail replies that no resolver has answered.
 func (s *Server) fail(msg []byte, q *question, reply func([]byte)) {
-	s.count.failed.Add(1)
+	s.count.Failed.Add(1)
 	s.refuse(msg, q, howFailed, rcodeServer, reply)
 }
 
 func (s *Server) answered(out []byte, truncated bool, reply func([]byte)) {
-	s.count.answered.Add(1)
+	s.count.Answered.Add(1)
 	if truncated {
-		s.count.truncated.Add(1)
+		s.count.Truncated.Add(1)
 	}
 	reply(out)
 }
@@ -357,7 +373,7 @@ func (s *Server) finishOthers(q *query, resp []byte) {
 		s.cache.put(q.key, plain, q.q.qtype, time.Now())
 	}
 	for _, w := range s.flights.land(q.key) {
-		s.count.shared.Add(1)
+		s.count.Shared.Add(1)
 		switch {
 		case resp == nil:
 			s.fail(w.head, &w.q, w.reply)
@@ -386,13 +402,13 @@ func (s *Server) answerItself(msg []byte, q *question, site bool, reply func([]b
 	case passed:
 		return false
 	case full:
-		s.count.failed.Add(1)
+		s.count.Failed.Add(1)
 		how = howFailed
 	case faked:
 		how = howFake
 		fallthrough
 	default:
-		s.count.own.Add(1)
+		s.count.Own.Add(1)
 	}
 	s.tell(q, how, "", b)
 	reply(b)

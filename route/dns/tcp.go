@@ -47,7 +47,7 @@ func (s *Server) ServeTCP(fd int, asked netip.AddrPort, judge Judge, seen func(a
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.over || len(t.open) >= maxAskers {
-		s.count.dropped.Add(1)
+		s.count.Dropped.Add(1)
 		_ = a.f.Close()
 		return
 	}

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/viasocks/viasocks/stack/count"
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/loop"
 )
@@ -33,20 +34,25 @@ type PacketLink interface {
 	Stats() LinkStats // any goroutine
 }
 
-// LinkStats counts datagrams of one link. Bytes are payload, without the header.
-type LinkStats struct {
-	Sent, SentBytes         uint64
-	Received, ReceivedBytes uint64
-	Full                    uint64 // not sent: the socket's buffer was full
-	TooLarge                uint64 // not sent: over what the encapsulation allows (DESIGN.md 6)
-	Unsendable              uint64 // not sent: no header, wrong family, or refused by the kernel
-	Malformed               uint64 // received and dropped: bad header
-	Unreachable             uint64 // ICMP errors that the socket was told: transient, the link goes on
+// LinkCounters is the table of what links count, in datagrams: see package count. Bytes are payload, without the header.
+type LinkCounters[T any] struct {
+	Sent          T `metric:"relay_datagrams_total" label:"direction=up" help:"Datagrams between viasocks and its upstreams; up: to them."`
+	Received      T `metric:"relay_datagrams_total" label:"direction=down"`
+	SentBytes     T `metric:"relay_datagram_bytes_total" label:"direction=up" help:"Payload of the datagrams to and from upstreams."`
+	ReceivedBytes T `metric:"relay_datagram_bytes_total" label:"direction=down"`
+	// Not sent: over what the encapsulation allows (DESIGN.md 6).
+	TooLarge T `metric:"datagrams_dropped_total" label:"reason=too_large" lost:"datagrams too large for SOCKS"`
+	// Not sent: the socket's buffer was full.
+	Full T `metric:"datagrams_dropped_total" label:"reason=socket_full" lost:"datagrams for which the socket to the proxy had no room"`
+	// Not sent: no header, wrong family, or refused by the kernel.
+	Unsendable T `metric:"datagrams_dropped_total" label:"reason=unsendable" lost:"datagrams that could not be sent to the proxy"`
+	// Received and dropped: bad header.
+	Malformed   T `metric:"datagrams_dropped_total" label:"reason=bad_header" lost:"malformed datagrams of the proxy"`
+	Unreachable T `metric:"relay_icmp_errors_total" help:"ICMP errors about datagrams to upstreams: they are transient."`
 }
 
-type linkCounters struct {
-	sent, sentBytes, received, receivedBytes, full, tooLarge, unsendable, malformed, unreachable atomic.Uint64
-}
+// LinkStats is a snapshot of one link, or of several.
+type LinkStats = LinkCounters[uint64]
 
 // The longest UDP payload: 65,535 less the UDP header, and on IPv4 less the IP header.
 const (
@@ -69,7 +75,7 @@ type link struct {
 	shut bool
 	seg  int // largest size that UDP_SEGMENT is tried with; under mu
 
-	st   linkCounters
+	st   LinkCounters[atomic.Uint64]
 	over bool // the loop's own
 }
 
@@ -117,15 +123,9 @@ func (k *link) Close() error {
 }
 
 // Stats implements PacketLink.
-func (k *link) Stats() LinkStats { return k.st.snapshot() }
-
-func (s *linkCounters) snapshot() LinkStats {
-	return LinkStats{
-		Sent: s.sent.Load(), SentBytes: s.sentBytes.Load(),
-		Received: s.received.Load(), ReceivedBytes: s.receivedBytes.Load(),
-		Full: s.full.Load(), TooLarge: s.tooLarge.Load(), Unsendable: s.unsendable.Load(),
-		Malformed: s.malformed.Load(), Unreachable: s.unreachable.Load(),
-	}
+func (k *link) Stats() (s LinkStats) {
+	count.Add(&s, &k.st)
+	return s
 }
 
 // turn implements loop.Task.

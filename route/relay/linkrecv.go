@@ -118,7 +118,7 @@ func (k *link) receive() (again bool) {
 				k.finish(e)
 				return false
 			}
-			k.st.unreachable.Add(1)
+			k.st.Unreachable.Add(1)
 			datagrams++
 			continue
 		}
@@ -181,7 +181,7 @@ func (k *link) deliver(b *rxBuffers, n int) (datagrams, size int) {
 		}
 	}
 	if bad > 0 {
-		k.st.malformed.Add(bad)
+		k.st.Malformed.Add(bad)
 	}
 	if len(b.pkts) > 0 {
 		k.hand(b, bytes)
@@ -191,8 +191,8 @@ func (k *link) deliver(b *rxBuffers, n int) (datagrams, size int) {
 
 // hand gives what was gathered, of so many bytes, to the sink. It is counted first: who sees a datagram sees the count.
 func (k *link) hand(b *rxBuffers, bytes uint64) {
-	k.st.received.Add(uint64(len(b.pkts)))
-	k.st.receivedBytes.Add(bytes)
+	k.st.Received.Add(uint64(len(b.pkts)))
+	k.st.ReceivedBytes.Add(bytes)
 	k.sink(b.pkts)
 	b.pkts = b.pkts[:0]
 }

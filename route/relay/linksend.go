@@ -77,13 +77,13 @@ func (k *link) put(b *txBatch, p *flow.Packet) {
 		b.head = k.codec.AppendHeader(b.head, p.Dst)
 		if len(b.head) <= at {
 			b.head = b.head[:at]
-			k.st.unsendable.Add(1)
+			k.st.Unsendable.Add(1)
 			return
 		}
 	} else {
 		is4 := p.Dst.Addr().Is4() || p.Dst.Addr().Is4In6()
 		if !p.Dst.IsValid() || !is4 && !k.v6 {
-			k.st.unsendable.Add(1)
+			k.st.Unsendable.Add(1)
 			return
 		}
 		if !is4 {
@@ -94,7 +94,7 @@ func (k *link) put(b *txBatch, p *flow.Packet) {
 	size := len(h) + len(p.Payload)
 	if size > limit {
 		b.head = b.head[:at]
-		k.st.tooLarge.Add(1)
+		k.st.TooLarge.Add(1)
 		return
 	}
 	r := k.runFor(b, p.Dst, size)
@@ -155,12 +155,12 @@ func (k *link) flush(b *txBatch) (sent int) {
 		switch {
 		case e == unix.EAGAIN: // the buffer is full; so it will be for the others
 			for ; i < b.nmsg; i++ {
-				k.st.full.Add(uint64(b.run[i].count))
+				k.st.Full.Add(uint64(b.run[i].count))
 			}
 			continue
 		case e == unix.ECONNREFUSED && tries < 3:
 			// The ICMP error that an earlier datagram met: this one was not tried.
-			k.st.unreachable.Add(1)
+			k.st.Unreachable.Add(1)
 			tries++
 			continue
 		case r.count > 1 && (e == unix.EINVAL || e == unix.EMSGSIZE || e == unix.EIO):
@@ -173,15 +173,15 @@ func (k *link) flush(b *txBatch) (sent int) {
 			sent += n
 			bytes += by
 		case e == unix.EMSGSIZE:
-			k.st.tooLarge.Add(1)
+			k.st.TooLarge.Add(1)
 		default:
-			k.st.unsendable.Add(uint64(r.count))
+			k.st.Unsendable.Add(uint64(r.count))
 		}
 		i++
 		tries = 0
 	}
-	k.st.sent.Add(uint64(sent))
-	k.st.sentBytes.Add(uint64(bytes))
+	k.st.Sent.Add(uint64(sent))
+	k.st.SentBytes.Add(uint64(bytes))
 	b.nmsg, b.niov, b.head = 0, 0, b.head[:0]
 	return sent
 }
@@ -238,11 +238,11 @@ func (k *link) sendSingly(b *txBatch, i int) (sent, bytes int) {
 			sent++
 			bytes += payload
 		case unix.EAGAIN:
-			k.st.full.Add(1)
+			k.st.Full.Add(1)
 		case unix.EMSGSIZE:
-			k.st.tooLarge.Add(1)
+			k.st.TooLarge.Add(1)
 		default:
-			k.st.unsendable.Add(1)
+			k.st.Unsendable.Add(1)
 		}
 	}
 	return sent, bytes

@@ -6,9 +6,11 @@ import (
 	"io"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/viasocks/viasocks/stack/count"
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/loop"
 )
@@ -56,7 +58,7 @@ type streamLink struct {
 	out  []byte     // whole frames, the first one perhaps begun, that wait for room in the socket
 
 	in   []byte // the beginning of a frame; the loop's own
-	st   linkCounters
+	st   LinkCounters[atomic.Uint64]
 	over bool // the loop's own
 }
 
@@ -97,7 +99,10 @@ func (k *streamLink) Close() error {
 }
 
 // Stats implements PacketLink.
-func (k *streamLink) Stats() LinkStats { return k.st.snapshot() }
+func (k *streamLink) Stats() (s LinkStats) {
+	count.Add(&s, &k.st)
+	return s
+}
 
 // Send implements PacketLink. A datagram counts as sent when the socket or the queue took it.
 func (k *streamLink) Send(ps []flow.Packet) (sent int, err error) {
@@ -113,15 +118,15 @@ func (k *streamLink) Send(ps []flow.Packet) (sent int, err error) {
 		p := &ps[i]
 		switch {
 		case len(p.Payload) > k.max:
-			k.st.tooLarge.Add(1)
+			k.st.TooLarge.Add(1)
 			continue
 		case k.fail != 0 || len(b.buf)+len(k.out)+maxFrameHead+len(p.Payload) > streamQueue && !k.flush(b, len(p.Payload)):
-			k.st.full.Add(1)
+			k.st.Full.Add(1)
 			continue
 		}
 		at := len(b.buf)
 		if b.buf = k.codec.AppendHeader(b.buf, p.Dst, len(p.Payload)); len(b.buf) <= at {
-			k.st.unsendable.Add(1)
+			k.st.Unsendable.Add(1)
 			continue
 		}
 		b.buf = append(b.buf, p.Payload...)
@@ -129,8 +134,8 @@ func (k *streamLink) Send(ps []flow.Packet) (sent int, err error) {
 		bytes += uint64(len(p.Payload))
 	}
 	k.flush(b, 0)
-	k.st.sent.Add(uint64(sent))
-	k.st.sentBytes.Add(bytes)
+	k.st.Sent.Add(uint64(sent))
+	k.st.SentBytes.Add(bytes)
 	return sent, nil
 }
 
@@ -261,7 +266,7 @@ func (k *streamLink) receive() (again bool) {
 		bytes += n
 		rest, err := k.frames(b, buf[:had+n])
 		if err != nil {
-			k.st.malformed.Add(1)
+			k.st.Malformed.Add(1)
 			k.finish(err)
 			return false
 		}
@@ -303,7 +308,7 @@ func (k *streamLink) frames(b *rxBuffers, data []byte) (rest []byte, err error) 
 		}
 	}
 	if bad > 0 {
-		k.st.malformed.Add(bad)
+		k.st.Malformed.Add(bad)
 	}
 	if len(b.pkts) > 0 {
 		k.hand(b, bytes)
@@ -313,8 +318,8 @@ func (k *streamLink) frames(b *rxBuffers, data []byte) (rest []byte, err error) 
 
 // hand gives what was gathered, of so many bytes, to the sink. It is counted first: who sees a datagram sees the count.
 func (k *streamLink) hand(b *rxBuffers, bytes uint64) {
-	k.st.received.Add(uint64(len(b.pkts)))
-	k.st.receivedBytes.Add(bytes)
+	k.st.Received.Add(uint64(len(b.pkts)))
+	k.st.ReceivedBytes.Add(bytes)
 	k.sink(b.pkts)
 	b.pkts = b.pkts[:0]
 }

@@ -41,6 +41,9 @@ type Status struct {
 	Host     Host      `json:"host"`
 	Dropped  []Counter `json:"dropped"` // what the data plane could not carry
 	Warnings []string  `json:"warnings"`
+
+	// Counters has every number of the data plane, by the names of the metrics without their prefix.
+	Counters map[string]int64 `json:"counters,omitempty"`
 }
 
 // noNulls makes lists of what is none: a program that reads [] need not know null.

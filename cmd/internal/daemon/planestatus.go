@@ -7,7 +7,6 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/route"
-	"github.com/viasocks/viasocks/stack"
 )
 
 // resolverWords are the mode of names and the resolvers, as --dns has them.
@@ -33,11 +32,10 @@ func (p *plane) fill(s *control.Status, cfg *config.Config, allowed *endpoints) 
 	for _, r := range p.router.Rules() {
 		s.Rules = append(s.Rules, control.Rule{Rule: r.Rule, Hits: r.Hits})
 	}
-	k := p.stack.Stats()
-	fillTraffic(s, p.router, k)
-	s.Shards = control.Shards{Now: p.stack.Shards(), HandedOver: k.HandedOver}
-	if pool := p.dial.pool; cfg.Fake.On && pool != nil {
-		n := pool.Stats()
+	c := p.counters()
+	fillTraffic(s, p.router, &c)
+	s.Shards = control.Shards{Now: p.stack.Shards(), HandedOver: c.Stack.HandedOver}
+	if n := c.Pool; cfg.Fake.On && p.dial.pool != nil {
 		s.Names.Pool = &control.Pool{
 			Names: uint64(n.Names), Size: uint64(n.Size), Held: uint64(n.Held), Evicted: n.Evicted, Refused: n.Refused,
 		}
@@ -48,7 +46,7 @@ func (p *plane) fill(s *control.Status, cfg *config.Config, allowed *endpoints) 
 	if w := shortageWarning(p.router.Shortage(), time.Now()); w != "" {
 		s.Warnings = append(s.Warnings, w)
 	}
-	if n := p.router.Stats().DecisionsLost; n > 0 {
+	if n := c.Route.DecisionsLost; n > 0 {
 		s.Warnings = append(
 			s.Warnings,
 			fmt.Sprintf("%d lines of --decisions were lost: the file is written too slowly, or cannot be written", n),
@@ -100,9 +98,9 @@ func fillUpstreams(s *control.Status, cfg *config.Config, p *plane, allowed *end
 	}
 }
 
-func fillTraffic(s *control.Status, router *route.Router, k stack.Stats) {
-	r := router.Stats()
-	s.TCP = control.TCP{Now: r.StreamsNow, Pending: int(k.Pending), Total: r.Streams, Refused: r.StreamsRefused}
+func fillTraffic(s *control.Status, router *route.Router, c *counters) {
+	r := &c.Route
+	s.TCP = control.TCP{Now: r.StreamsNow, Pending: int(c.Stack.Pending), Total: r.Streams, Refused: r.StreamsRefused}
 	s.UDP = control.UDP{Now: r.MappingsNow, Total: r.Mappings, Reassociated: r.Reassociations, Refused: r.Refused}
 	s.Names = control.Names{
 		Asked: r.DNS.Questions, Answered: r.DNS.Answered + r.DNS.Relayed + r.DNS.Own + r.DNS.Cached, Failed: r.DNS.Failed, Own: r.DNS.Own,
@@ -116,25 +114,7 @@ func fillTraffic(s *control.Status, router *route.Router, k stack.Stats) {
 		s.Up += f.Up
 		s.Down += f.Down
 	}
-	for _, c := range []control.Counter{
-		{What: "ICMP (ping)", Packets: k.DroppedICMP},
-		{What: "multicast and broadcast", Packets: k.DroppedMulticast + k.UDP.DroppedMulticast},
-		{What: "other protocols than TCP and UDP", Packets: k.DroppedProto},
-		{What: "malformed packets", Packets: k.DroppedMalformed},
-		{What: "wrong checksums", Packets: k.DroppedChecksum},
-		{What: "connections over --max-pending", Packets: k.OverBudget},
-		{What: "connections over --max-pending-per-destination", Packets: k.OverDestBudget},
-		{What: "datagrams too large for SOCKS", Packets: r.TooLarge},
-		{What: "datagrams lost while their association was made", Packets: r.QueueFull},
-		{What: "datagrams dropped by a rule or for want of room", Packets: r.Dropped},
-		{What: "questions of DNS that --allow refuses", Packets: r.DNS.Refused},
-		{What: "packets that the device did not take", Packets: k.DroppedOut},
-		{What: "packets lost on the way to another shard", Packets: k.DroppedHandover},
-	} {
-		if c.Packets > 0 {
-			s.Dropped = append(s.Dropped, c)
-		}
-	}
+	s.Counters, s.Dropped = c.all(), c.lost()
 }
 
 // flows lists what the data plane carries.

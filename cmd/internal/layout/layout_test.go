@@ -35,6 +35,8 @@ var table = []struct {
 }{
 	{"stack/loop", []string{xsys}, nil,
 		"the event loop that socks, route/relay and tun share: it knows sockets and nothing of what is said on them"},
+	{"stack/count", nil, nil,
+		"the tables of counters of all layers: it knows none of them"},
 	{"stack/testkit", []string{goleak}, nil,
 		"the waits and leak checks of all tests: it knows no layer, so every layer's tests may import it"},
 	{"stack/flow", nil, nil,
@@ -51,7 +53,7 @@ var table = []struct {
 		"namespaces are made before there is a stack"},
 	{
 		"stack",
-		[]string{self + "/stack/flow", self + "/tun", gvisor, xsys},
+		[]string{self + "/stack/count", self + "/stack/flow", self + "/tun", gvisor, xsys},
 		[]string{self + "/tun/tuntest", self + "/stack/stacktest"},
 		"the only importer of gVisor: another stack would be another package, and nothing else would change",
 	},
@@ -61,16 +63,17 @@ var table = []struct {
 		[]string{self + "/stack", self + "/tun/tuntest"},
 		"the app's side of the same frames",
 	},
-	{"route/relay", []string{self + "/stack/flow", self + "/stack/loop", xsys}, nil,
+	{"route/relay", []string{self + "/stack/count", self + "/stack/flow", self + "/stack/loop", xsys}, nil,
 		"moves bytes between two ends that it knows only by interface"},
-	{"route/dns", []string{self + "/stack/flow", dnsmessage}, nil,
+	{"route/dns", []string{self + "/stack/count", self + "/stack/flow", dnsmessage}, nil,
 		"answers questions; how they reach the resolver is handed in"},
 	{"route/sniff", []string{self + "/stack/flow", self + "/stack/loop", cryptobyte}, nil,
 		"reads the first bytes of a connection: what their name is good for is route's concern"},
 	{
 		"route",
 		[]string{
-			self + "/stack/flow", self + "/stack/loop", self + "/route/relay", self + "/route/dns", self + "/route/sniff", self + "/socks", xsys,
+			self + "/stack/count", self + "/stack/flow", self + "/stack/loop",
+			self + "/route/relay", self + "/route/dns", self + "/route/sniff", self + "/socks", xsys,
 		},
 		[]string{self + "/socks/sockstest"},
 		"decides who carries a flow; the packets are stack's, the kernel is route/kernel's",

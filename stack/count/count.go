@@ -1,0 +1,98 @@
+// Package count makes one table of the counters of a package: their fields, what they are called and what they mean stand in one
+// struct, and everything else (snapshots, sums, status, metrics) is derived from it.
+//
+// A table is a generic struct, so that the live counters and their snapshot cannot differ:
+//
+//	type Counters[T any] struct {
+//		SYNs    T `metric:"tcp_syns_total" help:"Connections that programs asked for."`
+//		Dropped T `metric:"dropped_packets_total" label:"reason=icmp" help:"Packets that were dropped." lost:"ICMP (ping)"`
+//	}
+//	var live Counters[atomic.Uint64] // live.SYNs.Add(1): one atomic operation, as if there were no table
+//	var seen Counters[uint64]        // Add(&seen, &live)
+//
+// Two fields may share a name if their labels differ. A field of type int, int64 or atomic.Int64 is a value of now, a gauge.
+package count
+
+import (
+	"fmt"
+	"reflect"
+	"strings"
+	"sync/atomic"
+)
+
+// Add adds each field of the table that src points to to the same field of the one that dst points to. Both are of one generic
+// struct; each holds plain or atomic numbers. It panics if they are of different structs: that is a mistake of the program.
+func Add(dst, src any) {
+	add(reflect.ValueOf(dst).Elem(), reflect.ValueOf(src).Elem())
+}
+
+func add(dst, src reflect.Value) {
+	if generic(dst.Type()) != generic(src.Type()) {
+		panic(fmt.Sprintf("cannot add %v to %v: they are different tables", src.Type(), dst.Type()))
+	}
+	for i := range dst.NumField() {
+		switch to := dst.Field(i).Addr().Interface().(type) {
+		case *uint64:
+			*to += load(src.Field(i))
+		case *atomic.Uint64:
+			to.Add(load(src.Field(i)))
+		default:
+			add(dst.Field(i), src.Field(i))
+		}
+	}
+}
+
+// generic is the name of a type without its type arguments.
+func generic(t reflect.Type) string {
+	name, _, _ := strings.Cut(t.Name(), "[")
+	return t.PkgPath() + "." + name
+}
+
+func load(v reflect.Value) uint64 {
+	if a, ok := v.Addr().Interface().(*atomic.Uint64); ok {
+		return a.Load()
+	}
+	return v.Uint()
+}
+
+// Metric is a number with its description.
+type Metric struct {
+	Name  string // of the family, without the prefix of the program
+	Label string // "key=value"; empty: none
+	Help  string
+	Lost  string // what was lost, for people; empty: nothing was
+	Gauge bool   // a value of now; otherwise it only grows
+	Value float64
+}
+
+// Key is the name with the label: it identifies the number among all.
+func (m Metric) Key() string {
+	if m.Label == "" {
+		return m.Name
+	}
+	return m.Name + "{" + m.Label + "}"
+}
+
+// Each calls f for every number of a snapshot: a struct of plain numbers, which may hold further structs. A number without a name
+// is left out.
+func Each(snapshot any, f func(Metric)) { each(reflect.ValueOf(snapshot), f) }
+
+func each(v reflect.Value, f func(Metric)) {
+	t := v.Type()
+	for i := range v.NumField() {
+		tag := t.Field(i).Tag
+		m := Metric{Name: tag.Get("metric"), Label: tag.Get("label"), Help: tag.Get("help"), Lost: tag.Get("lost")}
+		switch n := v.Field(i); {
+		case n.Kind() == reflect.Struct:
+			each(n, f)
+			continue
+		case n.CanUint():
+			m.Value = float64(n.Uint())
+		case n.CanInt():
+			m.Value, m.Gauge = float64(n.Int()), true
+		}
+		if m.Name != "" {
+			f(m)
+		}
+	}
+}
