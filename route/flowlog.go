@@ -132,6 +132,8 @@ type FlowInfo struct {
 	Host     string // the name that the app asked for, if it is known
 	Rule     string // as Rule.String, or "default", "none", "dns"
 	Upstream string
+	PID      int // of the program, and Exe its executable, where a rule has asked for it
+	Exe      string
 	State    string // dialing, open; UDP also retrying; in the log how it ended
 	Up, Down uint64
 }

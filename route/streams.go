@@ -371,6 +371,9 @@ func (s *stream) info() FlowInfo {
 	if rel := s.relay.Load(); rel != nil {
 		i.Up, i.Down = rel.Bytes()
 	}
+	if s.owner != nil {
+		i.PID, i.Exe = s.owner.PID, s.owner.Exe
+	}
 	return i
 }
 

@@ -3,7 +3,10 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/json"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,13 +15,20 @@ import (
 	"testing"
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // instance is a program under `run` with the runtime directory xdg, which ends when its standard input does.
 func instance(t *testing.T, xdg, url string) (cmd *exec.Cmd, end func()) {
 	t.Helper()
-	cmd = viasocks("run", "--proxy", url, "--", "sh", "-c", "echo up; read x")
+	return instanceOf(t, xdg, url, "sh", "echo up; read x")
+}
+
+// instanceOf is instance with a shell and a script of its own, which says up.
+func instanceOf(t *testing.T, xdg, url, shell, script string) (cmd *exec.Cmd, end func()) {
+	t.Helper()
+	cmd = viasocks("run", "--proxy", url, "--", shell, "-c", script)
 	cmd.Env = append(cmd.Env, "XDG_RUNTIME_DIR="+xdg)
 	in, err := cmd.StdinPipe()
 	if err != nil {
@@ -131,4 +141,53 @@ func byPID(all []control.Instance) map[int]control.Instance {
 		m[i.PID] = i
 	}
 	return m
+}
+
+// flows shows the program that a flow belongs to, its process id and its executable.
+func TestFlowsOfRun(t *testing.T) {
+	bash := lookPath(t, "bash")
+	s := carrying(t)
+	needNamespaces(t, s)
+	xdg := t.TempDir()
+	cmd, _ := instanceOf(t, xdg, s.URL(), bash, "exec 3<>/dev/tcp/203.0.113.9/80; echo up; read x")
+	out := asked(t, xdg, "flows", "--json", "--pid", strconv.Itoa(cmd.Process.Pid))
+	_, out, _ = strings.Cut(out, "--- stdout\n")
+	var flows control.Flows
+	if err := json.NewDecoder(strings.NewReader(out)).Decode(&flows); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if len(flows.Flows) != 1 {
+		t.Fatal(out)
+	}
+	f := flows.Flows[0]
+	exe, err := os.Readlink("/proc/" + strconv.Itoa(f.PID) + "/exe")
+	if f.State != "open" || f.Dst != "203.0.113.9:80" || f.PID == 0 || err != nil || f.Exe != exe || filepath.Base(exe) != "bash" {
+		t.Errorf("%+v, %s, %v", f, exe, err)
+	}
+}
+
+// carrying is a proxy that reaches an echo server in place of every destination.
+func carrying(t *testing.T) *sockstest.Server {
+	t.Helper()
+	far, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { far.Close() })
+	go func() {
+		for {
+			c, err := far.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				_, _ = io.Copy(c, c)
+			}()
+		}
+	}()
+	return server(t, sockstest.WithDial(func(ctx context.Context, _ sockstest.Addr) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "tcp", far.Addr().String())
+	}))
 }

@@ -38,6 +38,11 @@ func (f *fake) backend() Backend {
 		Flows: func() []Flow {
 			return []Flow{{ID: 1, Up: 5}, {ID: 2, Down: 7}, {ID: 3, Up: 3, Down: 4}}
 		},
+		Name: func(flows []Flow) {
+			for i := range flows {
+				flows[i].PID = int(10 * flows[i].ID)
+			}
+		},
 		Confirm: func() error { f.confirmed.Add(1); return f.refuse },
 		Down:    func() { f.down.Add(1) },
 	}
@@ -69,7 +74,8 @@ func TestServer(t *testing.T) {
 		t.Errorf("%+v, %v", got, err)
 	}
 	flows, err := c.Flows(2)
-	if err != nil || flows.Total != 3 || len(flows.Flows) != 2 || flows.Flows[0].ID != 2 || flows.Flows[1].ID != 3 {
+	if err != nil || flows.Total != 3 || len(flows.Flows) != 2 || flows.Flows[0].ID != 2 || flows.Flows[1].ID != 3 ||
+		flows.Flows[0].PID != 20 {
 		t.Errorf("%+v, %v", flows, err)
 	}
 	if _, err := c.Flows(MaxFlows + 1); err == nil || !strings.Contains(err.Error(), "limit must be") {

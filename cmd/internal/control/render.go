@@ -3,6 +3,7 @@ package control
 import (
 	"fmt"
 	"io"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -133,13 +134,13 @@ func WriteFlows(w io.Writer, f Flows, now time.Time) error {
 	table(&b, func(w io.Writer) {
 		for i, x := range f.Flows {
 			if i == 0 {
-				fmt.Fprintln(w, "ID\tPROTO\tFROM\tTO\tVIA\tSTATE\tAGE\tUP\tDOWN")
+				fmt.Fprintln(w, "ID\tPROGRAM\tPROTO\tFROM\tTO\tVIA\tSTATE\tAGE\tUP\tDOWN")
 			}
 			to := x.Dst
 			if x.Host != "" {
 				to = x.Host + " " + to
 			}
-			fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", x.ID, Plain(x.Proto), Plain(x.Src), Plain(to), Plain(x.Upstream),
+			fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", x.ID, Plain(programOf(x)), Plain(x.Proto), Plain(x.Src), Plain(to), Plain(x.Upstream),
 				Plain(x.State), span(now.Sub(x.Start)), bytes(x.Up), bytes(x.Down))
 		}
 	})
@@ -148,6 +149,17 @@ func WriteFlows(w io.Writer, f Flows, now time.Time) error {
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// programOf is the program of a flow, as 4711/aria2c.
+func programOf(f Flow) string {
+	switch {
+	case f.PID == 0:
+		return "-"
+	case f.Exe == "":
+		return strconv.Itoa(f.PID)
+	}
+	return strconv.Itoa(f.PID) + "/" + filepath.Base(f.Exe)
 }
 
 // WriteInstances writes a list of instances for people.

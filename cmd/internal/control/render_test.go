@@ -92,6 +92,8 @@ func TestWriteFlows(t *testing.T) {
 			Src:      "192.0.2.7:41022",
 			Dst:      "203.0.113.9:443",
 			Host:     "example.org",
+			PID:      4711,
+			Exe:      "/usr/bin/ari\x1ba2c",
 			Rule:     "default",
 			Upstream: "proxy",
 			State:    "open",

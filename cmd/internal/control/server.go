@@ -30,6 +30,7 @@ const (
 type Backend struct {
 	Status  func() Status
 	Flows   func() []Flow
+	Name    func([]Flow) // fills in the programs of those that are shown; nil: nobody can
 	Confirm func() error // its error is nil when the steering stays; nil: there is nothing to confirm, as under `run`
 	Down    func()       // starts to stop, returns at once; nil: it ends by itself, as `run` does
 }
@@ -207,6 +208,9 @@ func (s *Server) flows(r *http.Request) (any, error) {
 	all := s.o.Backend.Flows()
 	SortFlows(all)
 	f := Flows{Total: len(all), Flows: all[:min(limit, len(all))]}
+	if s.o.Backend.Name != nil {
+		s.o.Backend.Name(f.Flows)
+	}
 	if f.Flows == nil {
 		f.Flows = []Flow{}
 	}

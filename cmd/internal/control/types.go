@@ -176,6 +176,8 @@ type Flow struct {
 	Src      string    `json:"src"`
 	Dst      string    `json:"dst"`
 	Host     string    `json:"host,omitempty"` // the name that was asked for, if it is known
+	PID      int       `json:"pid,omitempty"`  // of a process that has the socket open; 0: it was not found
+	Exe      string    `json:"exe,omitempty"`  // its executable, if we may see it
 	Rule     string    `json:"rule"`
 	Upstream string    `json:"upstream"`
 	State    string    `json:"state"`

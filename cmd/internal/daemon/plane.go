@@ -40,6 +40,8 @@ type plane struct {
 	ups    []upstream // that the router has
 	gso    atomic.Pointer[gso]
 
+	programs *programs // of the flows, for those who look at them
+
 	poolFile string // keeps dial.pool; empty: none does
 
 	ran    sync.WaitGroup // stack, router, giveBack and followLoad
@@ -109,6 +111,7 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 		return nil, err
 	}
 	p.ups = ups
+	p.programs = newPrograms(ownersOf(sockets))
 	h := &handler{}
 	if p.stack, err = stack.New(stack.Config{
 		Device: dev, Handler: h, Sockets: sockets, Log: log, Shards: shardsFor(len(p.loops)),

@@ -122,7 +122,7 @@ func (p *plane) flows() (all []control.Flow) {
 	for _, f := range p.router.Flows() {
 		all = append(all, control.Flow{
 			ID: f.ID, Proto: f.Proto.String(), Src: f.Src.String(), Dst: f.Dst.String(), Host: f.Host, Rule: f.Rule,
-			Upstream: f.Upstream, State: f.State, Start: f.Start, Up: f.Up, Down: f.Down,
+			Upstream: f.Upstream, State: f.State, Start: f.Start, Up: f.Up, Down: f.Down, PID: f.PID, Exe: f.Exe,
 		})
 	}
 	return all

@@ -22,7 +22,7 @@ func serveRun(cfg *config.Config, p *plane, o RunOptions, log *slog.Logger) (end
 		return s
 	}
 	srv, err := control.ListenRun(control.RuntimeOf(o.Environ), control.Options{
-		Backend: control.Backend{Status: status, Flows: p.flows}, Log: log,
+		Backend: control.Backend{Status: status, Flows: p.flows, Name: p.programs.name}, Log: log,
 	})
 	if err != nil {
 		log.Warn("the program runs, but 'viasocks status', 'flows' and 'ps' will not know of it", "err", err)

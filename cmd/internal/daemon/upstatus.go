@@ -11,7 +11,7 @@ import (
 
 // backend is the daemon for the control socket. It answers from the start on: what is not there yet is left out.
 func (u *up) backend() control.Backend {
-	return control.Backend{Status: u.status, Flows: u.flows, Confirm: u.confirmed, Down: func() { u.stop(errDown) }}
+	return control.Backend{Status: u.status, Flows: u.flows, Name: u.name, Confirm: u.confirmed, Down: func() { u.stop(errDown) }}
 }
 
 func (u *up) confirmed() error {
@@ -64,6 +64,12 @@ func (u *up) status() control.Status {
 		h.fill(&s, cfg)
 	}
 	return s
+}
+
+func (u *up) name(flows []control.Flow) {
+	if p, _ := u.running(); p != nil {
+		p.programs.name(flows)
+	}
 }
 
 func (u *up) flows() []control.Flow {
