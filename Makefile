@@ -13,6 +13,11 @@ export GIT_CONFIG_KEY_0 := safe.directory
 export GIT_CONFIG_VALUE_0 := $(CURDIR)
 
 GO ?= go
+# The same sources give the same bytes in every folder: no paths, no build id, and the version from scripts/version.sh.
+BUILDFLAGS := -trimpath -buildvcs=false
+VERSION = $(shell scripts/version.sh)
+REVISION = $(shell git rev-parse HEAD 2>/dev/null)
+LDFLAGS = -buildid= -X main.release=$(VERSION) -X main.revision=$(REVISION)
 PREFIX ?= /usr/local
 DESTDIR ?=
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
@@ -32,7 +37,7 @@ help: ## Print this help
 
 .PHONY: build
 build: ## Build bin/viasocks
-	CGO_ENABLED=0 $(GO) build -trimpath -o bin/viasocks ./cmd/viasocks
+	CGO_ENABLED=0 $(GO) build $(BUILDFLAGS) -ldflags '$(LDFLAGS)' -o bin/viasocks ./cmd/viasocks
 
 .PHONY: test
 test: deps lint unit race aria ## Everything CI runs: installs what it needs (root), lint, unit, race, namespace and aria2 tests

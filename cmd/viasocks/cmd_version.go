@@ -1,16 +1,16 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"runtime"
 	"runtime/debug"
-	"strings"
 )
 
 var cmdVersion = &command{
 	name:  "version",
 	short: "show the version",
-	about: "Show the version, the revision it was built from, and what built it.",
+	about: "Show the version, the revision it was built from, the Go that built it, and the version of gVisor.",
 	run: func(c *command, args, _ []string, std streams) (int, error) {
 		if err := noArgs(c, args); err != nil {
 			return 0, err
@@ -28,15 +28,27 @@ func buildInfo() *debug.BuildInfo {
 	return &debug.BuildInfo{}
 }
 
-// shortVersion is version without the name of the program, as status shows it.
-func shortVersion() string {
-	_, v, _ := strings.Cut(version(buildInfo()), " ")
+// release and revision are set by the linker, see BUILDFLAGS in the Makefile. Without them the program was made by a plain go build,
+// which notes a version of its own.
+var release, revision string
+
+// shortVersion is version without the name of the program and of its parts, as status shows it.
+func shortVersion() string { return versionOf(buildInfo()) }
+
+// version is one line: the version, the revision with its time if the build knew it, the platform, and the version of gVisor, which
+// has the largest part in what the program does.
+func version(info *debug.BuildInfo) string {
+	v := "viasocks " + versionOf(info)
+	for _, d := range info.Deps {
+		if d.Path == "gvisor.dev/gvisor" {
+			v += ", gVisor " + d.Version
+		}
+	}
 	return v
 }
 
-// version is one line: the module's version, the revision with its time if the build knew it, and the platform.
-func version(info *debug.BuildInfo) string {
-	v := info.Main.Version
+func versionOf(info *debug.BuildInfo) string {
+	v := cmp.Or(release, info.Main.Version)
 	if v == "" || v == "(devel)" {
 		v = "devel"
 	}
@@ -44,7 +56,7 @@ func version(info *debug.BuildInfo) string {
 	for _, s := range info.Settings {
 		set[s.Key] = s.Value
 	}
-	if rev := set["vcs.revision"]; rev != "" {
+	if rev := cmp.Or(revision, set["vcs.revision"]); rev != "" {
 		v += " (" + rev[:min(12, len(rev))]
 		if t := set["vcs.time"]; t != "" {
 			v += ", " + t
@@ -54,5 +66,5 @@ func version(info *debug.BuildInfo) string {
 		}
 		v += ")"
 	}
-	return fmt.Sprintf("viasocks %s %s %s/%s", v, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	return fmt.Sprintf("%s %s %s/%s", v, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }
