@@ -7,17 +7,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TCP connections from outside outlive their conntrack entries. Who runs `conntrack -F` or -D takes away the mark that
-// lets their answers out, and in the middle of a connection nothing else tells it from one that this host began. So the
-// filter notes them in the sets came4 and came6, this host's end first, for as long as conntrack calls them established.
+// TCP connections from outside outlive their conntrack entries. `conntrack -F` or -D removes the mark that lets their
+// answers out, and in the middle of a connection nothing else distinguishes it from one that this host opened. The
+// filter therefore records them in the sets came4 and came6, this host's end first, for as long as conntrack calls
+// them established.
 const (
-	// cameFor is how long a silent connection is known: what conntrack gives it by default
+	// cameFor is how long a silent connection is remembered: the default of conntrack
 	// (nf_conntrack_tcp_timeout_established). Each segment from outside renews it.
 	cameFor  = 5 * 24 * time.Hour
 	cameSize = 1 << 17
-	// establishedFor tells an established connection by how long conntrack will wait for its next segment: in all other
-	// states that is 300 s at most (nf_conntrack_tcp_timeout_max_retrans, _unacknowledged). A forged SYN thus notes
-	// nothing, and the last ACK of a connection does not note it again.
+	// establishedFor recognizes an established connection by the time that conntrack will wait for its next segment:
+	// in all other states that is at most 300 s (nf_conntrack_tcp_timeout_max_retrans, _unacknowledged). A forged SYN
+	// thus records nothing, and the last ACK of a connection does not record it again.
 	establishedFor = 301 * time.Second
 )
 
@@ -34,7 +35,7 @@ var tupleKeys = map[bool]struct {
 		concat(typeProto, typeIP6, typePort, typeIP6, typePort), 44},
 }
 
-// cameSets are the sets of established connections from outside.
+// cameSets returns the sets of established connections from outside.
 func cameSets() (sets []*nfSet) {
 	for _, v6 := range []bool{false, true} {
 		k := tupleKeys[v6]
@@ -44,7 +45,7 @@ func cameSets() (sets []*nfSet) {
 	return sets
 }
 
-// noteCame notes and forgets connections as their segments come in.
+// noteCame adds the rules that record and forget connections as their segments arrive.
 func (c *Config) noteCame(t *nfTable, pre *nfChain) {
 	note := t.chain(&nfChain{name: "note_came"})
 	forget := t.chain(&nfChain{name: "forget_came"})
@@ -59,8 +60,9 @@ func (c *Config) noteCame(t *nfTable, pre *nfChain) {
 	pre.add(isProto(unix.IPPROTO_TCP), ctMark(c.Marks, c.Marks.Inbound, true), jump("came_in"))
 }
 
-// recallCame lets answers out whose conntrack entry is gone: the first segment after that is a new flow to conntrack, or
-// none at all where it does not pick connections up (nf_conntrack_tcp_loose=0). A SYN is no answer.
+// recallCame adds the rules that let answers out whose conntrack entry is gone. For conntrack, the first segment
+// after that is a new flow, or part of no flow if it does not pick up connections (nf_conntrack_tcp_loose=0). A SYN
+// is not an answer.
 func (c *Config) recallCame(t *nfTable, out *nfChain) {
 	m := c.Marks
 	again := t.chain(&nfChain{name: "came"})
@@ -77,7 +79,7 @@ func (c *Config) recallCame(t *nfTable, out *nfChain) {
 	out.add(isProto(unix.IPPROTO_TCP), ctNone(), jump("came_lost"))
 }
 
-// passCame lets out what came_lost has marked.
+// passCame adds the rules that let out what came_lost has marked.
 func (c *Config) passCame(pass *nfChain) {
 	for _, v6 := range []bool{false, true} {
 		for _, set := range []string{tupleKeys[v6].set, keptSet(v6)} {
@@ -86,7 +88,7 @@ func (c *Config) passCame(pass *nfChain) {
 	}
 }
 
-// keptSet is the set of connections that were open before.
+// keptSet returns the name of the set of connections that were open before.
 func keptSet(v6 bool) string {
 	if v6 {
 		return "kept6"
@@ -94,11 +96,11 @@ func keptSet(v6 bool) string {
 	return "kept4"
 }
 
-// changeTuple puts the whole 5-tuple of a packet into a set of such, or takes it out.
+// changeTuple adds the 5-tuple of a packet to a set of 5-tuples, or removes it.
 func changeTuple(set string, v6, in bool, op uint32) term {
 	key, loads := tupleOf(v6, in)
 	word := "update"
-	if op == dynsetDelete { // nft(8) adds the family by itself to an update only
+	if op == dynsetDelete { // nft(8) adds the family itself, but only to an update
 		word = "meta protocol ip delete"
 		if v6 {
 			word = "meta protocol ip6 delete"

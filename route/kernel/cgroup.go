@@ -11,7 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// cgroupMount is where cgroups of version 2 are mounted. Hosts with both versions have it elsewhere than others.
+// cgroupMount returns where cgroups of version 2 are mounted. On hosts with both versions it differs from the usual
+// place.
 func cgroupMount() (string, error) {
 	b, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -27,8 +28,8 @@ func cgroupMount() (string, error) {
 	return "", fmt.Errorf("cannot choose by cgroup: no cgroup2 is mounted")
 }
 
-// cgroup looks a path below the mount up. A group that was there before need not be there now: its service may be
-// stopped, and nobody is in it then.
+// cgroup looks up a path below the mount. A group that existed before may be missing now: its service may be stopped,
+// and then it contains no process.
 func (c *Config) cgroup(path string) (cgroup, error) {
 	cg, err := findCgroup(path)
 	if err != nil {
@@ -43,7 +44,8 @@ func (c *Config) cgroup(path string) (cgroup, error) {
 	return cg, nil
 }
 
-// madeAnew reports whether a control group that the filter knows has another inode now: a service was restarted.
+// madeAnew reports whether a control group that the filter knows has another inode now, because its service was
+// restarted.
 func (c *Config) madeAnew() bool {
 	for path, known := range c.groups {
 		if cg, err := findCgroup(path); err == nil && cg.id != known.id {
@@ -53,7 +55,7 @@ func (c *Config) madeAnew() bool {
 	return false
 }
 
-// findCgroup looks a path below the mount up.
+// findCgroup looks up a path below the mount.
 func findCgroup(path string) (cgroup, error) {
 	mount, err := cgroupMount()
 	if err != nil {
@@ -70,11 +72,11 @@ func findCgroup(path string) (cgroup, error) {
 	return cgroup{path: rel, level: uint32(strings.Count(rel, "/") + 1), id: st.Ino}, nil
 }
 
-// maxCgroups bounds how many control groups CgroupPath looks at.
+// maxCgroups limits how many control groups CgroupPath examines.
 const maxCgroups = 1 << 16
 
-// CgroupPath finds the control group (version 2) whose directory has this inode. The path is below the mount, without a
-// slash at either end; it is empty for the root, and where there is no such group.
+// CgroupPath finds the control group (version 2) whose directory has this inode. The path is relative to the mount,
+// without a slash at either end. It is empty for the root and if there is no such group.
 func CgroupPath(inode uint64) (string, error) {
 	mount, err := cgroupMount()
 	if err != nil {
@@ -83,7 +85,7 @@ func CgroupPath(inode uint64) (string, error) {
 	found, seen := "", 0
 	err = filepath.WalkDir(mount, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.IsDir() {
-			return nil // a group may end while we look
+			return nil // a group may end during the walk
 		}
 		if seen++; seen > maxCgroups {
 			return filepath.SkipAll

@@ -5,8 +5,9 @@ import (
 	"fmt"
 )
 
-// Change takes those fields of c that changeable names; the rest of c is not looked at. The filter is replaced in one batch,
-// then the rules: what only one of them lets pass in between is refused. After an error it is as it was.
+// Change applies those fields of c that changeable names and ignores the rest. The filter is replaced in one batch,
+// then the rules; traffic that only one of the two lets pass is refused in between. After an error the host is as
+// before.
 func (h *Host) Change(c Config) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -29,13 +30,13 @@ func (h *Host) Change(c Config) error {
 	return nil
 }
 
-// changeable sets what may change while the host is steered.
+// changeable copies the fields that may change while the host is steered.
 func (c *Config) changeable(to Config) {
 	c.LAN, c.CarryInbound, c.InboundPorts = to.LAN, to.CarryInbound, to.InboundPorts
 	c.Exclude, c.Include, c.Direct, c.Strict = to.Exclude, to.Include, to.Direct, to.Strict
 }
 
-// become sets what Change may set. Run looks at other fields without the lock: they stay untouched.
+// become sets what Change may set. It leaves other fields alone, because Run reads them without the lock.
 func (h *Host) become(c Config) error {
 	h.c.changeable(c)
 	l, err := h.look()
@@ -50,12 +51,12 @@ func (h *Host) become(c Config) error {
 	if err := h.applyFilter(); err != nil {
 		return err
 	}
-	h.clearMarks(h.c.Marks.Direct) // whoever is still let out gets it anew
+	h.clearMarks(h.c.Marks.Direct) // a flow that is still let out gets the mark again
 	_, err = h.reconcile()
 	return err
 }
 
-// KeepClosed takes FailOpen back: the host is closed also when nobody renews the guard.
+// KeepClosed withdraws FailOpen: the host stays closed even if nothing renews the guard.
 func (h *Host) KeepClosed() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()

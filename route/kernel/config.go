@@ -9,30 +9,31 @@ import (
 	"time"
 )
 
-// What becomes of private networks that the host is connected to.
+// LANMode tells what happens to traffic to private networks that the host is connected to.
 type LANMode int
 
-// LANDirect: reached past the proxy, but for names. LANCarry: reached through the proxy. LANRefuse: not at all.
+// The values of LANMode. LANDirect: reached past the proxy, except for names. LANCarry: reached through the proxy.
+// LANRefuse: not reached at all.
 const (
 	LANDirect LANMode = iota
 	LANCarry
 	LANRefuse
 )
 
-// Marks are the packet marks (and conntrack marks) in use: values under one mask, so that the bits of docker, kube,
-// tailscale and others stay theirs.
+// Marks are the packet marks and conntrack marks in use. They are values under one mask, so the bits of docker,
+// Kubernetes, tailscale and others stay theirs.
 type Marks struct {
 	Mask     uint32
-	Own      uint32 // our sockets: may leave the host to Config.Upstreams
-	Direct   uint32 // our sockets of verdict direct (Config.Direct), and what is excluded: may go anywhere
+	Own      uint32 // our sockets; may leave the host to Config.Upstreams
+	Direct   uint32 // our sockets for the verdict direct (Config.Direct), and excluded traffic; may go anywhere
 	Captured uint32 // conntrack only: flows that began in the TUN
 	Inbound  uint32 // answers to connections from outside
-	Declined uint32 // conntrack only: flows from outside that have no direct answers yet, see talk.go
+	Declined uint32 // conntrack only: flows from outside that do not get direct answers yet, see talk.go
 	Bridged  uint32 // packet mark only: frames that cross a bridge from port to port
 }
 
-// MarksFrom derives the others from the mark of our own sockets: own+1 to own+5 in units of the mask's lowest
-// bit, wrapping round inside the mask and never 0. The mask needs three bits or more.
+// MarksFrom derives the other marks from that of our own sockets: own+1 to own+5 in units of the mask's lowest bit,
+// wrapping around inside the mask and never 0. The mask needs at least three bits.
 func MarksFrom(own, mask uint32) Marks {
 	m := Marks{Mask: mask, Own: own}
 	if mask == 0 {
@@ -41,7 +42,7 @@ func MarksFrom(own, mask uint32) Marks {
 	unit := mask & -mask
 	next := func(v uint32) uint32 {
 		for {
-			// Adding to what is outside of the mask carries across its gaps.
+			// Adding to the bits outside the mask carries across its gaps.
 			if v = ((v | ^mask) + unit) & mask; v != 0 && v != own {
 				return v
 			}
@@ -58,12 +59,12 @@ func MarksFrom(own, mask uint32) Marks {
 	return m
 }
 
-// Selection names traffic; each field is an alternative.
+// Selection selects traffic. Each entry of each field is an alternative.
 type Selection struct {
 	Networks []netip.Prefix // by destination
 	UIDs     []UIDRange
 	Ports    []PortRange // by destination, TCP and UDP
-	Devices  []string    // coming in by it to be forwarded, or bound to it
+	Devices  []string    // traffic that comes in on it to be forwarded, or sockets bound to it
 	Cgroups  []string    // paths below the cgroup2 mount: system.slice/chrony.service
 }
 
@@ -77,60 +78,61 @@ func (s Selection) empty() bool {
 	return len(s.Networks)+len(s.UIDs)+len(s.Ports)+len(s.Devices)+len(s.Cgroups) == 0
 }
 
-// Config says what is to be done to the host. The zero value of a field is its default where one is named, else an
-// error.
+// Config tells what to do to the host. The zero value of a field stands for its default if one is named here, and is
+// otherwise an error.
 type Config struct {
-	TUN      string       // name of the device that takes the packets; need not be there before Steer
-	TUNAddrs []netip.Addr // its addresses: they answer nobody on the LAN
+	TUN      string       // name of the device that takes the packets; need not exist before Steer
+	TUNAddrs []netip.Addr // its addresses, which are not reachable from the LAN
 	Table    int          // number of the kernel routing table
-	Priority int          // of the first ip rule; 19 more are used; 0: DefaultPriority
+	Priority int          // of the first ip rule; the next 19 are used too; 0: DefaultPriority
 	NFTable  string       // name of the nftables tables; "": DefaultNFTable
 	Marks    Marks
 
 	LAN          LANMode
-	CarryInbound bool        // answers to connections from outside are nothing special
-	InboundPorts []PortRange // UDP ports of servers: what comes in to them is answered directly, whatever they have sent
+	CarryInbound bool        // answers to connections from outside are treated like other traffic
+	InboundPorts []PortRange // UDP ports of servers: they answer directly, whatever they have sent
 	Exclude      Selection   // goes past the proxy
-	Include      Selection   // if not empty, nothing else goes through the proxy
-	Strict       bool        // stop AF_PACKET too
-	FailOpen     bool        // Undo by the next daemon's New is not needed: see Host.Recovered
+	Include      Selection   // if not empty, only this goes through the proxy
+	Strict       bool        // block AF_PACKET too
+	FailOpen     bool        // the filter lets everything pass when nothing has renewed the guard for Guard
 
-	Upstreams []Endpoint // what sockets with the mark Own may reach: proxies, their relays, resolvers of their names
-	Direct    bool       // there is a verdict direct: sockets of ours with that mark may go anywhere
-	OwnUID    *uint32    // our sockets have this uid; nil: not asked
-	OwnCgroup string     // our sockets are of this cgroup; "": not asked
-	Kept      []Tuple    // connections of before, see Established
+	Upstreams []Endpoint // what sockets with the mark Own may reach: proxies, their relays, resolvers for their names
+	Direct    bool       // rules use the verdict direct: our sockets with that mark may go anywhere
+	OwnUID    *uint32    // our sockets have this uid; nil: not checked
+	OwnCgroup string     // our sockets belong to this cgroup; "": not checked
+	Kept      []Tuple    // connections from before, see Established
 
 	groups map[string]cgroup // control groups by path, as the filter knows them; see cgroup
 
 	Dir   string        // of the journal; "": /run/viasocks
-	Guard time.Duration // how long after the last Run the TUN still swallows packets, before programs get errors; 0: 10 s
+	Guard time.Duration // how long after the last renewal the TUN still swallows packets, before programs get errors; 0: 10 s
 
 	Log            *slog.Logger // nil: none
-	Alive          func() bool  // asked before the guard is refreshed; nil: always. Must not block
-	OnDefaultRoute func()       // a default route of main changed. Must not block
+	Alive          func() bool  // called before the guard is renewed; nil: always true. Must not block
+	OnDefaultRoute func()       // called when a default route of main has changed. Must not block
 }
 
-// Endpoint is where a socket of ours may go.
+// Endpoint is a destination that our sockets may reach.
 type Endpoint struct {
 	Proto uint8          // IPPROTO_TCP, IPPROTO_UDP; 0: both
 	Addr  netip.AddrPort // port 0: any
 }
 
-// Tuple is a connection as this host sees it.
+// Tuple is a connection, seen from this host.
 type Tuple struct {
 	Proto         uint8 // IPPROTO_TCP, IPPROTO_UDP
 	Local, Remote netip.AddrPort
-	Out           bool // opened by this host: not from outside, whoever speaks first
+	Out           bool // opened by this host, so not from outside, whichever end speaks first
 }
 
-// Defaults.
+// Defaults and limits.
 const (
-	// Protocol marks our ip rules and kernel routes (`proto 118` in ip's output), so that what is ours is known and
-	// nothing else is touched. Nobody in /etc/iproute2/rt_protos has it.
+	// Protocol marks our ip rules and kernel routes (`proto 118` in the output of ip), so that ours are recognized
+	// and nothing else is touched. /etc/iproute2/rt_protos does not use this number.
 	Protocol = 118
-	// DefaultPriority of the first ip rule. Rules that others add without a priority land one before the first that
-	// is there, so ours stay well behind those of VPNs (tailscale: 5210 and on) and before main (32766).
+	// DefaultPriority is the priority of the first ip rule. A rule that is added without a priority gets one before
+	// the first existing rule, so ours stay well behind those of VPNs (tailscale: 5210 and above) and before main
+	// (32766).
 	DefaultPriority = 9000
 	DefaultNFTable  = "viasocks"
 	DefaultTUN      = "viasocks0"
@@ -138,15 +140,15 @@ const (
 	DefaultGuard    = 10 * time.Second
 )
 
-// ErrRunning: another daemon holds the lock of this network namespace.
+// ErrRunning means that another daemon holds the lock of this network namespace.
 var ErrRunning = errors.New("cannot steer the host: another viasocks steers it: see 'viasocks status'")
 
-// maxList bounds each list of a Selection: each entry is looked at for each packet or route look-up.
+// maxList limits each list of a Selection, because each entry is checked for each packet or route look-up.
 const maxList = 256
 
 var nameRE = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.-]{0,30}$`)
 
-// withDefaults fills in the defaults and says what is wrong.
+// withDefaults fills in the defaults, and returns an error if a field is invalid.
 func (c Config) withDefaults() (Config, error) {
 	if c.Priority == 0 {
 		c.Priority = DefaultPriority
@@ -215,5 +217,5 @@ func (c *Config) validate() error {
 	return nil
 }
 
-// maxEndpoints bounds the set of upstream endpoints.
+// maxEndpoints limits the set of upstream endpoints.
 const maxEndpoints = 4096

@@ -11,18 +11,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxCleared bounds how many flows are asked to forget our mark: it is of use to nobody once we are gone.
+// maxCleared limits how many flows lose our mark. Once we are gone, the mark has no use.
 const maxCleared = 1 << 16
 
-// Of linux/netfilter/nfnetlink_conntrack.h.
+// Constants of linux/netfilter/nfnetlink_conntrack.h.
 const (
 	ctUpdate, ctGet                                    = 0, 1
 	ctaTupleOrig, ctaMark, ctaZone, ctaMarkMask uint16 = 1, 8, 18, 21
 )
 
-// clearMarks takes our bits out of the marks of the flows that live on, of those whose bits are what, or of all (0). Best
-// effort. It hands each flow's own description
-// back to the kernel, whatever its protocol: there are more kinds than TCP and UDP.
+// clearMarks removes our bits from the marks of flows: those whose bits equal what, or all flows if what is 0. Errors
+// are ignored. It returns each flow's own description to the kernel, whatever its protocol, because there are more
+// kinds than TCP and UDP.
 func (h *Host) clearMarks(what uint32) {
 	m := h.c.Marks.Mask
 	if m == 0 {
@@ -62,10 +62,10 @@ func (h *Host) clearMarks(what uint32) {
 	}
 }
 
-// Established lists the connections of the calling thread's network namespace: TCP connections that came in from outside
-// to a listener, to be kept, and connected UDP sockets that were opened here (Out), not to be kept though their far end
-// may be the first to speak. A program that dials from the TCP port that it listens on can't be told from one that is
-// called, nor a UDP socket that is not connected from a server.
+// Established lists connections of the calling thread's network namespace: TCP connections that came from outside to
+// a listener, which will keep their direct answers, and connected UDP sockets that were opened here (Out), which will
+// not, even if their far end speaks first. A program that dials from the TCP port on which it listens cannot be
+// distinguished from one that was called, nor an unconnected UDP socket from a server.
 func Established() ([]Tuple, error) {
 	var out []Tuple
 	listening := map[netip.AddrPort]bool{}
@@ -110,7 +110,7 @@ func Established() ([]Tuple, error) {
 	return out, nil
 }
 
-// sockets are none where the kernel lacks the family or its sock_diag.
+// sockets returns an empty list if the kernel lacks the family or its sock_diag.
 func sockets(s []*netlink.Socket, err error) ([]*netlink.Socket, error) {
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EINVAL) ||
 		errors.Is(err, netlink.ErrDumpInterrupted) {
@@ -133,7 +133,7 @@ func tuple(proto uint8, s *netlink.Socket) (Tuple, bool) {
 			ok2
 }
 
-// anyAddr makes one thing of the unspecified addresses.
+// anyAddr maps the unspecified addresses to a single value.
 func anyAddr(a netip.AddrPort) netip.AddrPort {
 	if a.Addr().IsUnspecified() {
 		return netip.AddrPortFrom(netip.Addr{}, a.Port())
@@ -141,7 +141,7 @@ func anyAddr(a netip.AddrPort) netip.AddrPort {
 	return a
 }
 
-// firstEphemeral is the first port that the kernel gives to sockets that did not ask for one.
+// firstEphemeral returns the first port that the kernel gives to sockets that did not ask for one.
 func firstEphemeral() uint16 {
 	var lo, hi uint16
 	if _, err := fmt.Sscan(readSysctl("net/ipv4/ip_local_port_range"), &lo, &hi); err != nil {
@@ -150,7 +150,7 @@ func firstEphemeral() uint16 {
 	return lo
 }
 
-// keep chooses among the connections that were open before: with CarryInbound, those from outside keep their direct
+// keep chooses among the connections that were open before. With CarryInbound, those from outside keep their direct
 // answers only if this host's end has an address of an excluded device.
 func (h *Host) keep() error {
 	h.st.kept = h.c.Kept
@@ -161,7 +161,7 @@ func (h *Host) keep() error {
 	for _, d := range h.c.Exclude.Devices {
 		k, err := h.nl.LinkByName(d)
 		if err != nil {
-			continue // the device need not be there yet
+			continue // the device may not exist yet
 		}
 		addrs, err := h.nl.AddrList(k, netlink.FAMILY_ALL)
 		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {

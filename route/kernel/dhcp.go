@@ -9,12 +9,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A DHCP client of this host reaches its servers: by broadcast and multicast, at link-local addresses, in the networks that
-// the host is connected to, and at an address that DHCP has answered from, where the host has no network, as in some clouds.
-// Nobody else on the host has its port, which is privileged. A server behind a relay is reached by broadcast, when the
-// client rebinds. What containers and guests send is forwarded, and has no such exception.
+// A DHCP client of this host reaches its servers by broadcast and multicast, at link-local addresses, in the networks
+// that the host is connected to, and at an address from which DHCP has answered, where the host has no network, as in
+// some clouds. Its port is privileged, so no other program has it. A server behind a relay is reached by broadcast
+// when the client rebinds. Packets of containers and guests are forwarded, and have no such exception.
 
-// How many servers the filter knows, and for how long after their last answer: longer than half of a lease.
+// How many servers the filter remembers, and for how long after their last answer: longer than half of a lease.
 const (
 	dhcpServers = 64
 	dhcpKeep    = 8 * 24 * time.Hour
@@ -26,7 +26,7 @@ var (
 	dhcpTo6 = []netip.Prefix{netip.MustParsePrefix("ff02::1:2/128"), netip.MustParsePrefix("fe80::/10")}
 )
 
-// dhcpTerms let a client's packets pass.
+// dhcpTerms adds the rules that let a client's packets pass.
 func dhcpTerms(ch *nfChain, st filterState) {
 	for _, p := range dhcpTo4 {
 		ch.add(daddr(p), udpPorts(68, 67), accept())
@@ -39,7 +39,7 @@ func dhcpTerms(ch *nfChain, st filterState) {
 	}
 }
 
-// dhcpLearn notes who answers a client.
+// dhcpLearn adds the rules that record the servers that answer a client.
 func dhcpLearn(pre *nfChain) {
 	saddr := &expr.Payload{DestRegister: 8, Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 4}
 	pre.add(udpPorts(67, 68), update(dhcpSet, "ip saddr", append(isFamily(false), saddr)...))
@@ -64,7 +64,7 @@ func udpPorts(src, dst uint16) term {
 	)}
 }
 
-// dhcpChain is for what this host itself sends.
+// dhcpChain adds the chain for packets that this host itself sends.
 func dhcpChain(t *nfTable, st filterState) {
 	ch := t.chain(&nfChain{name: "dhcp"})
 	dhcpTerms(ch, st)

@@ -8,20 +8,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Reasons of refusal: names of the filter's counters.
+// Reasons for refusing packets, which are also the names of the filter's counters.
 const (
 	countBound     = "refused_output"      // would leave by another device than the TUN: bound sockets, foreign marks
-	countDNS       = "refused_dns"         // the same to port 53
+	countDNS       = "refused_dns"         // the same, to port 53
 	countMulticast = "refused_multicast"   // multicast and broadcast
-	countDead      = "refused_no_daemon"   // to the TUN, and nobody reads it
+	countDead      = "refused_no_daemon"   // to the TUN while no daemon reads it
 	countForward   = "refused_forward"     // forwarded by this host
-	countPost      = "refused_postrouting" // rerouted behind the other chains
+	countPost      = "refused_postrouting" // rerouted after the other chains
 	countLAN       = "refused_lan_to_tun"  // from outside to the TUN's address
 	countARP       = "refused_arp"
 	countFrame     = "refused_frame" // raw frames, with Strict
-	countForgot    = "refused_full"  // the filter could not remember it
+	countForgot    = "refused_full"  // the filter had no room to remember it
 
-	// signBridge counts nothing. It tells that a table of family bridge is ours.
+	// signBridge counts nothing. Its presence shows that a table of the family bridge is ours.
 	signBridge = "viasocks_bridge"
 )
 
@@ -32,7 +32,7 @@ const (
 	prioLast   = 300
 )
 
-// concat is nft(8)'s number for a key of several fields.
+// concat returns nft(8)'s number for a key of several fields.
 func concat(types ...uint32) (t uint32) {
 	for _, x := range types {
 		t = t<<6 | x
@@ -40,7 +40,7 @@ func concat(types ...uint32) (t uint32) {
 	return t
 }
 
-// nft(8)'s numbers of types.
+// Type numbers of nft(8).
 const (
 	typeIP4, typeIP6, typeProto, typePort, typeIfname = 7, 8, 12, 13, 41
 )
@@ -49,27 +49,28 @@ const (
 type lanNet struct {
 	dev    string
 	prefix netip.Prefix
-	guest  bool // of containers and guests of this host, and reached past the proxy whatever becomes of private networks
+	guest  bool // contains only containers and guests of this host, and is reached past the proxy whatever the LANMode
 }
 
-// filterState is what the filter depends on besides the configuration.
+// filterState is the state of the host on which the filter depends, in addition to the configuration.
 type filterState struct {
 	lan     []lanNet
 	near    []lanNet // see links
 	ends    []Endpoint
 	kept    []Tuple  // connections that were open before, see Host.keep
-	guard   bool     // programs' packets may go to the TUN
-	devices []string // with Strict: those that lead out
+	guard   bool     // packets of programs may go to the TUN
+	devices []string // with Strict: devices that lead out of the host
 	router  bool     // this host sends router advertisements
-	arp     bool     // the kernel has the family arp
-	bridge  bool     // the kernel has the family bridge
-	wasZero bool     // see there
+	arp     bool     // the kernel supports the family arp
+	bridge  bool     // the kernel supports the family bridge
+	wasZero bool     // src_valid_mark was 0 before we changed it; see the constant wasZero
 
 	noSocket bool                // the kernel has no nftables socket expression
-	memory   map[string][]nfElem // what the filter has noted, by set: for the table that takes the place of another
+	memory   map[string][]nfElem // what the filter itself has recorded, by set, for the table that replaces it
 }
 
-// own is the part of a set's key for one protocol.
+// endpointSets returns the elements of the four sets of endpoints: by family, without a port (any4, any6) and with
+// one.
 func endpointSets(ends []Endpoint) (any4, any6, set4, set6 []nfElem) {
 	seen := map[string]bool{}
 	for _, e := range ends {
@@ -102,7 +103,7 @@ func endpointSets(ends []Endpoint) (any4, any6, set4, set6 []nfElem) {
 	return any4, any6, set4, set6
 }
 
-// tupleSets are the keys, local end first, of the connections that were opened by this host, or of the others.
+// tupleSets returns the keys, local end first, of the connections that this host opened (out), or of the others.
 func tupleSets(kept []Tuple, out bool) (set4, set6 []nfElem) {
 	seen := map[Tuple]bool{}
 	for _, k := range kept {
@@ -171,10 +172,10 @@ func (c *Config) ownSets(ends []Endpoint) []*nfSet {
 	}
 }
 
-// aliveKey stands in the guard set beside the TUN's name, for FailOpen: no device can have this name.
+// aliveKey is stored in the guard set next to the TUN's name, for FailOpen. No device can have this name.
 const aliveKey = "alive/"
 
-// guardElems are renewed as long as there is a daemon.
+// guardElems returns the elements that are renewed as long as there is a daemon.
 func (c *Config) guardElems(steered bool) (out []nfElem) {
 	if steered {
 		out = append(out, nfElem{key: ifname(c.TUN), text: fmt.Sprintf("%q", c.TUN), timeout: c.Guard})
@@ -185,7 +186,7 @@ func (c *Config) guardElems(steered bool) (out []nfElem) {
 	return out
 }
 
-// tables are all of ours.
+// tables returns all of our tables.
 func (c *Config) tables(st filterState) ([]*nfTable, error) {
 	t, err := c.inetTable(st)
 	if err != nil {
@@ -242,7 +243,8 @@ func (c *Config) inetTable(st filterState) (*nfTable, error) {
 	c.failOpen(out)
 	out.add(oif("lo", true), accept())
 	out.add(oifSet(guardSet), accept())
-	// What was marked at -150 has been rerouted, but this hook still sees the device of before: so pass comes first.
+	// What was marked at priority -150 has been rerouted, but this hook still sees the former device. Therefore pass
+	// comes first.
 	out.add(jump("pass"))
 	out.add(isProto(unix.IPPROTO_UDP), jump("dhcp"))
 	out.add(oif(c.TUN, true), count(countDead), goTo("refuse"))
@@ -257,8 +259,8 @@ func (c *Config) inetTable(st filterState) (*nfTable, error) {
 	fwd := t.chain(&nfChain{name: "forward", kind: "filter", hook: unix.NF_INET_FORWARD, prio: prioLast})
 	c.failOpen(fwd)
 	fwd.add(metaMark(c.Marks, c.Marks.Bridged, true), accept())
-	// A flow of our own sockets that is forwarded is an answer to an address that this host has lost. Without this rule the
-	// host and its router would send it to and fro until its TTL is used up.
+	// A flow of our own sockets that is forwarded is an answer to an address that this host has lost. Without this
+	// rule, the host and its router would send it to each other until its TTL is used up.
 	fwd.add(ctMark(c.Marks, c.Marks.Own, true), count(countForward), drop())
 	fwd.add(iif(c.TUN, true), accept())
 	fwd.add(isProto(unix.IPPROTO_UDP), oif(c.TUN, true), jump("fwd_speak"))
@@ -268,7 +270,7 @@ func (c *Config) inetTable(st filterState) (*nfTable, error) {
 	fwd.add(isProto(unix.IPPROTO_UDP), jump("fwd_speak"))
 	fwd.add(count(countForward), goTo("refuse"))
 
-	// No answer can be given here, and none is due: what is rejected above never comes here.
+	// No error can be sent from here, and none is needed: what is rejected above does not get here.
 	post := t.chain(&nfChain{name: "postrouting", kind: "filter", hook: unix.NF_INET_POST_ROUTING, prio: prioLast})
 	c.failOpen(post)
 	post.add(metaMark(c.Marks, c.Marks.Bridged, true), accept())
@@ -281,14 +283,14 @@ func (c *Config) inetTable(st filterState) (*nfTable, error) {
 	return t, nil
 }
 
-// failOpen opens a chain when nobody renews the guard.
+// failOpen adds a rule that opens a chain if nothing renews the guard.
 func (c *Config) failOpen(ch *nfChain) {
 	if c.FailOpen {
 		ch.add(lapsed(guardSet, aliveKey), accept())
 	}
 }
 
-// refuseChains are what passes, and how the rest is refused.
+// refuseChains adds the chains pass, with what may pass, and refuse, which answers the rest.
 func (c *Config) refuseChains(t *nfTable, st filterState) {
 	m := c.Marks
 	lan := t.chain(&nfChain{name: "lan"})
@@ -304,7 +306,7 @@ func (c *Config) refuseChains(t *nfTable, st filterState) {
 	pass.add(ctMark(m, m.Own, true), accept())
 	if c.needDirect() {
 		pass.add(metaMark(m, m.Direct, true), accept())
-		pass.add(ctMark(m, m.Direct, true), accept()) // somebody else has put another mark over ours
+		pass.add(ctMark(m, m.Direct, true), accept()) // another program has overwritten our mark
 	}
 	if c.keepsInbound() {
 		pass.add(metaMark(m, m.Inbound, true), ctMark(m, m.Inbound, true), accept())
@@ -318,8 +320,8 @@ func (c *Config) refuseChains(t *nfTable, st filterState) {
 	for _, p := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
 		pass.add(dport(p, PortRange{53, 53}), back())
 	}
-	// An answer that comes when the program has closed its socket makes the kernel tell the server that was asked, and
-	// quote the answer with the question in it. A server in a private network would get that by the device.
+	// If an answer arrives after the program has closed its socket, the kernel sends the name server an error that
+	// quotes the answer with the question in it. A server in a private network would receive that on its device.
 	for _, v6 := range []bool{false, true} {
 		pass.add(aboutAnswer(53, v6), count(countDNS), drop())
 	}
@@ -327,16 +329,17 @@ func (c *Config) refuseChains(t *nfTable, st filterState) {
 	pass.add(daddrType("broadcast", unix.RTN_BROADCAST), back())
 	pass.add(jump("lan"))
 
-	// Measured: these end a connect() at once, for bound sockets too. For TCP over IPv6 any ICMPv6 takes a second or
-	// never comes. Over IPv4 the true error comes at once to sockets that don't block; a blocking connect() holds its
-	// socket while the answer comes, and hears of it with the first retransmission, after a second.
+	// Measured: these errors end a connect() at once, for bound sockets too. For TCP over IPv6, an ICMPv6 error takes
+	// a second or never arrives. Over IPv4 the true error arrives at once at non-blocking sockets; a blocking
+	// connect() holds its socket while the error arrives, and sees it only after the first retransmission, a second
+	// later.
 	refuse := t.chain(&nfChain{name: "refuse"})
 	refuse.add(term{"meta nfproto ipv6", isFamily(true)}, isProto(unix.IPPROTO_TCP), rejectReset())
 	refuse.add(isProto(unix.IPPROTO_TCP), rejectICMPX("no-route", unix.NFT_REJECT_ICMPX_NO_ROUTE))
 	refuse.add(rejectICMPX("admin-prohibited", unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED))
 }
 
-// hostTerms are what a host needs on its own links: neighbour discovery.
+// hostTerms adds what a host needs on its own links: neighbour discovery.
 func hostTerms(ch *nfChain, st filterState) {
 	nd := []uint8{133, 135, 136} // router solicitation, neighbour solicitation and advertisement
 	if st.router {
@@ -350,11 +353,12 @@ func hostTerms(ch *nfChain, st filterState) {
 	}
 }
 
-// bridgeTable marks frames that cross a bridge from one port to another. They are not this host's, yet they come to the
-// inet table where net.bridge.bridge-nf-call-iptables is 1, which docker and Kubernetes set, and with Strict to the
-// netdev table of the port that they leave by. The inet hooks cannot tell them from what this host routes back to the
-// bridge it came from, which must not pass. The chain runs before br_netfilter hands the frame on (br_nf_forward, -1).
-// A frame from another network namespace cannot bring the mark along: the kernel clears it on the way.
+// bridgeTable marks frames that cross a bridge from one port to another. They do not belong to this host, but they
+// reach the inet table if net.bridge.bridge-nf-call-iptables is 1, which docker and Kubernetes set, and with Strict
+// the netdev table of the port on which they leave. The inet hooks cannot distinguish them from packets that this
+// host routes back to the bridge they came from, which must not pass. The chain runs before br_netfilter passes the
+// frame on (br_nf_forward, -1). A frame from another network namespace cannot carry the mark: the kernel clears it on
+// the way.
 func (c *Config) bridgeTable() *nfTable {
 	t := &nfTable{fam: unix.NFPROTO_BRIDGE, name: c.NFTable, counters: []string{signBridge}}
 	fwd := t.chain(&nfChain{name: "forward", kind: "filter", hook: unix.NF_INET_FORWARD, prio: prioBridge})
@@ -362,7 +366,7 @@ func (c *Config) bridgeTable() *nfTable {
 	return t
 }
 
-// netdevTable sees each frame that leaves.
+// netdevTable returns the table that sees each frame that leaves.
 func (c *Config) netdevTable(st filterState) *nfTable {
 	t := &nfTable{fam: unix.NFPROTO_NETDEV, name: c.NFTable, counters: []string{countFrame}}
 	pass := t.chain(&nfChain{name: "pass"})

@@ -8,13 +8,13 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// served finds the devices whose other side is nothing but containers and guests of this host: a veth whose peer is in
-// another network namespace, and a bridge all of whose ports are such veths or TAP devices. A device that has a gateway
-// leads somewhere else. Everything else is taken for the network that it may be: a dummy, a TUN device of a VPN, the parent
-// of a macvlan, a bridge with a port of any other kind.
+// served finds the devices that lead only to containers and guests of this host: a veth whose peer is in another
+// network namespace, and a bridge whose ports are all such veths or TAP devices. A device that has a gateway leads
+// elsewhere. All other devices may be real networks and are treated so: a dummy, a TUN device of a VPN, the parent of
+// a macvlan, a bridge with any other kind of port.
 //
-// A container has veths of the same look, and its networks are others'. It is known by the device that leads out. A veth is
-// believed only where another kind of device does that.
+// Inside a container, the veth to the outside looks the same, and its networks belong to others. It is recognized
+// because it leads out: a veth counts as serving guests only if another kind of device leads out.
 func served(list []netlink.Link, leads map[int]bool) map[int]bool {
 	guestEnd := func(k netlink.Link) bool {
 		switch d := k.(type) {
@@ -55,15 +55,15 @@ func served(list []netlink.Link, leads map[int]bool) map[int]bool {
 	return out
 }
 
-// exempt reports whether a network that this host serves keeps its direct way whatever becomes of private networks: it
-// does unless Strict is set, or the user has named its device or network himself.
+// exempt reports whether a network that this host serves stays reachable directly whatever the LANMode. It does,
+// unless Strict is set or the user has named its device or network.
 func (c *Config) exempt(dev string, p netip.Prefix) bool {
 	return !c.Strict && !slices.Contains(c.Include.Devices, dev) && !slices.Contains(c.Exclude.Devices, dev) &&
 		len(c.includedIn(p)) == 0
 }
 
-// includedIn are the networks of Include that lie in p or around it: they go through the proxy also where private networks
-// do not.
+// includedIn returns the networks of Include that contain p or lie in it. They go through the proxy even where
+// private networks do not.
 func (c *Config) includedIn(p netip.Prefix) (out []netip.Prefix) {
 	for _, n := range c.Include.Networks {
 		if n.Overlaps(p) {
@@ -73,7 +73,7 @@ func (c *Config) includedIn(p netip.Prefix) (out []netip.Prefix) {
 	return out
 }
 
-// included are those of all private networks that the host is connected to, each once.
+// included returns those of all private networks that the host is connected to, without duplicates.
 func (c *Config) included(lan []lanNet) (out []netip.Prefix) {
 	for _, n := range lan {
 		for _, p := range c.includedIn(n.prefix) {
@@ -85,20 +85,21 @@ func (c *Config) included(lan []lanNet) (out []netip.Prefix) {
 	return out
 }
 
-// answered are the private networks, each once, that need a rule of their own for what comes out of the TUN: answers to
-// containers, guests and neighbours that use this host as their router. The rules behind it would lead them back into the
-// TUN, or refuse them, where the network is not reached directly. No router forwards to link-local addresses.
+// answered returns the private networks, without duplicates, that need their own rule for packets out of the TUN:
+// answers to containers, guests and neighbours that use this host as their router. Later rules would lead them back
+// into the TUN, or refuse them, if the network is not reached directly. No router forwards to link-local addresses.
 func (c *Config) answered(lan []lanNet) (out []netip.Prefix) {
 	for _, n := range lan {
 		direct := n.guest || c.LAN == LANDirect && len(c.includedIn(n.prefix)) == 0
-		if !direct && !n.prefix.Addr().IsLinkLocalUnicast() && !slices.Contains(out, n.prefix) { // devices may have the same network
+		// several devices may have the same network
+		if !direct && !n.prefix.Addr().IsLinkLocalUnicast() && !slices.Contains(out, n.prefix) {
 			out = append(out, n.prefix)
 		}
 	}
 	return out
 }
 
-// direct are the private networks that are reached past the proxy, with their devices.
+// direct returns the private networks that are reached past the proxy, with their devices.
 func (c *Config) direct(lan []lanNet) (out []string) {
 	for _, n := range lan {
 		switch {
@@ -113,14 +114,14 @@ func (c *Config) direct(lan []lanNet) (out []string) {
 	return out
 }
 
-// PrivateDirect are the private networks that are reached past the proxy, with their devices.
+// PrivateDirect returns the private networks that are reached past the proxy, with their devices.
 func (h *Host) PrivateDirect() []string {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.c.direct(h.st.lan)
 }
 
-// tellServed logs, when it changes, which networks have a direct way though private networks have none.
+// tellServed logs changes of the networks that are reached directly although private networks are not.
 func (h *Host) tellServed() {
 	if h.c.LAN == LANDirect {
 		return

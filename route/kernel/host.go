@@ -12,11 +12,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Host is the change to the host. The order is: New (looks, takes the lock, touches nothing), Shut (the filter is
-// closed), then the caller makes its TUN and starts its stack, Steer (rules and routes), Run (watches and refreshes the
-// guard; the caller may say ready), Unsteer, Open (the filter goes last), Close (the lock). Methods may be called from
-// any goroutine, but New, Shut, Steer, Unsteer and Open one after the other, and in the network namespace that they
-// change.
+// Host is the set of changes to the host. The order of calls is: New (examines the host and takes the lock, changes
+// nothing); Shut (closes the filter); then the caller makes its TUN and starts its stack; Steer (rules and routes);
+// Run (watches the host and renews the guard; the caller may report that it is ready); Unsteer; Open (removes the
+// filter last); Close (releases the lock). Methods may be called from any goroutine, but New, Shut, Steer, Unsteer
+// and Open must be called one after the other, in the network namespace that they change.
 type Host struct {
 	c         Config
 	nl        routing
@@ -28,7 +28,7 @@ type Host struct {
 	nfEvents  *source
 	recovered bool
 
-	mu        sync.Mutex // over everything below, and over all changes
+	mu        sync.Mutex // guards the fields below and all changes
 	j         journal
 	st        filterState
 	shut      bool
@@ -39,17 +39,17 @@ type Host struct {
 	tunNoIPv6 bool
 	owned     uint32 // flags of our tables
 	lastEnds  []Endpoint
-	base      map[string]Counter // of tables that were replaced
-	led       map[int]bool       // see look
+	base      map[string]Counter // counts of tables that were replaced
+	led       map[int]bool       // devices that lead or have led out, see look
 	said      map[string]string
 	warnings  map[string]string
 }
 
-// step is for tests: it fails the n-th change to the host.
+// step is for tests: it makes the n-th change to the host fail.
 var step = func() error { return nil }
 
-// New looks at the host: what is taken already is an error, what a dead daemon left is taken over later. ErrRunning:
-// another daemon is there. Nothing is changed.
+// New examines the host and changes nothing. It fails if another program uses what the configuration needs. What a
+// dead daemon left is taken over later. ErrRunning means that another daemon is running.
 func New(c Config) (_ *Host, err error) {
 	c, err = c.withDefaults()
 	if err != nil {
@@ -101,8 +101,8 @@ func New(c Config) (_ *Host, err error) {
 	return h, nil
 }
 
-// inheritedFrom looks for the tables of a dead daemon that had another name for them. A journal alone says nothing: the kernel
-// gives the number of a network namespace that has ended to a new one, where nobody has changed anything.
+// inheritedFrom looks for the tables of a dead daemon that used another name for them. A journal alone proves
+// nothing: the kernel may give the number of an ended network namespace to a new one, which nobody has changed.
 func (h *Host) inheritedFrom(old *journal) error {
 	tables, err := h.listTables()
 	if err != nil {
@@ -121,7 +121,7 @@ func (h *Host) inheritedFrom(old *journal) error {
 	return nil
 }
 
-// open has the sockets and the lock.
+// open opens the sockets and takes the lock.
 func open(c Config) (_ *Host, err error) {
 	c.groups = map[string]cgroup{}
 	h := &Host{
@@ -148,7 +148,7 @@ func open(c Config) (_ *Host, err error) {
 		return nil, fmt.Errorf("cannot steer the host: no netlink socket: %w", err)
 	}
 	if h.nf, err = openNF(); noTables(err) {
-		h.nf, err = nil, nil // there is nothing to undo, and New says what is missing
+		h.nf, err = nil, nil // there is nothing to undo, and New reports what is missing
 	} else if err != nil {
 		return nil, fmt.Errorf("cannot open a netfilter socket: %w", err)
 	}
@@ -157,8 +157,9 @@ func open(c Config) (_ *Host, err error) {
 	return h, err
 }
 
-// listFamilies are those that the kernel has rules of. IPv6 may be compiled out, switched off at boot (ipv6.disable=1), or
-// come later as a module. What there is of it without rules the filter refuses: its tables are of both families.
+// listFamilies returns the families for which the kernel has ip rules. IPv6 may be compiled out, disabled at boot
+// (ipv6.disable=1), or loaded later as a module. Without ip rules, the filter refuses the family, because its tables
+// cover both.
 func (h *Host) listFamilies() ([]int, error) {
 	var out []int
 	for _, f := range []int{unix.AF_INET, unix.AF_INET6} {
@@ -180,7 +181,7 @@ func (h *Host) listFamilies() ([]int, error) {
 	return out, nil
 }
 
-// routing is rtnetlink of the network namespace that it was opened in.
+// routing is rtnetlink in the network namespace in which it was opened.
 type routing interface {
 	RuleList(family int) ([]netlink.Rule, error)
 	RuleAdd(*netlink.Rule) error
@@ -197,10 +198,10 @@ type routing interface {
 	Close()
 }
 
-// openRouting is for tests, too: a kernel that lacks something.
+// openRouting is a variable so that tests can simulate a kernel that lacks something.
 var openRouting = func() (routing, error) { return netlink.NewHandle(unix.NETLINK_ROUTE) }
 
-// taken looks for what somebody else uses already.
+// taken looks for what other programs already use.
 func (h *Host) taken() error {
 	if err := h.takenRouting(); err != nil {
 		return err
@@ -291,7 +292,7 @@ func (h *Host) takenTables() error {
 	return nil
 }
 
-// overlaps: a packet with one of our marks would match.
+// overlaps reports whether a packet with one of our marks would match mark under mask.
 func overlaps(mark uint32, mask *uint32, m Marks) bool {
 	k := ^uint32(0)
 	if mask != nil {
@@ -308,7 +309,7 @@ func overlaps(mark uint32, mask *uint32, m Marks) bool {
 // Recovered reports whether a dead daemon had left something behind.
 func (h *Host) Recovered() bool { return h.recovered }
 
-// Close gives back the lock and leaves the host as it is. It may be called twice.
+// Close releases the lock and leaves the host as it is. It may be called twice.
 func (h *Host) Close() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -334,7 +335,7 @@ func (h *Host) Close() error {
 	return err
 }
 
-// say logs what is found again and again only when it changes.
+// say logs repeated findings only when they change.
 func (h *Host) say(key, msg string, args ...any) {
 	text := fmt.Sprint(append([]any{msg}, args...)...)
 	if h.said[key] == text {
@@ -345,7 +346,7 @@ func (h *Host) say(key, msg string, args ...any) {
 	h.warnings[key] = fmt.Sprint(msg, " ", fmt.Sprintln(args...))
 }
 
-// Warnings are what the administrator should know, such as foreign rules ahead of ours.
+// Warnings returns what the administrator should know, such as foreign rules ahead of ours.
 func (h *Host) Warnings() (out []string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// journal is what has to be known to undo: written, and on the disk, before what it speaks of is done.
+// journal contains what is needed to undo the changes. Each entry is on the disk before the change is made.
 type journal struct {
 	Version  int             `json:"version"`
 	PID      int             `json:"pid"`
@@ -28,8 +28,8 @@ type sysctlChange struct{ Key, Old, New string }
 
 const journalVersion = 1
 
-// paths are named after the network namespace, since /run is shared by namespaces, and the boot, since namespaces' numbers
-// come again.
+// paths returns names that contain the network namespace, because namespaces may share /run, and the boot, because
+// the numbers of namespaces are reused.
 func paths(dir string) (journal, lock string, err error) {
 	var st unix.Stat_t
 	if err := unix.Stat("/proc/thread-self/ns/net", &st); err != nil {
@@ -43,7 +43,7 @@ func paths(dir string) (journal, lock string, err error) {
 	return base + ".journal", base + ".lock", nil
 }
 
-// takeLock makes dir if need be.
+// takeLock creates dir if necessary.
 func takeLock(path string) (*os.File, error) {
 	for range 100 {
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -65,20 +65,20 @@ func takeLock(path string) (*os.File, error) {
 		if err == nil && terr == nil && os.SameFile(mine, there) {
 			return f, nil
 		}
-		f.Close() // its holder took it away between: what we hold is nobody's lock
+		f.Close() // its holder removed it in the meantime, so this lock protects nothing
 	}
 	return nil, fmt.Errorf("cannot lock %s: it comes and goes", path)
 }
 
-// giveLock takes the file away while it is still held, so that no two can hold it.
+// giveLock removes the file while the lock is still held, so that no two processes can hold it.
 func giveLock(f *os.File) error {
 	return errors.Join(os.Remove(f.Name()), f.Close())
 }
 
-// maxJournal bounds what is read: ours has some hundred bytes.
+// maxJournal limits what is read. Our journal has some hundred bytes.
 const maxJournal = 1 << 20
 
-// readJournal gives nil where there is none, and an error where it is corrupt.
+// readJournal returns nil if there is no journal, and an error if it is corrupt.
 func readJournal(path string) (*journal, error) {
 	st, err := os.Stat(path)
 	if errors.Is(err, os.ErrNotExist) {
@@ -117,7 +117,7 @@ func (j *journal) write(path string) error {
 	return nil
 }
 
-// replaceFile writes all or nothing, and it is on the disk when it returns.
+// replaceFile writes all of b or nothing. When it returns, the file is on the disk.
 func replaceFile(path string, b []byte) error {
 	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".")
 	if err != nil {
@@ -150,12 +150,12 @@ func syncDir(dir string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-// srcValidMark lets the kernel look for the way back of a packet with the mark that it has got in prerouting; without it
-// rp_filter=1 drops the answers that our own sockets and outside clients wait for.
+// srcValidMark makes the kernel look up the reverse path of a packet with the mark that it got in prerouting. Without
+// it, rp_filter=1 drops the answers that our own sockets and outside clients wait for.
 const srcValidMark = "net/ipv4/conf/all/src_valid_mark"
 
-// wasZero is the name of a counter in our table that says that src_valid_mark was 0: where the journal is lost, it is the
-// only one who knows.
+// wasZero is the name of a counter in our table whose presence means that src_valid_mark was 0. If the journal is
+// lost, it is the only record of this.
 const wasZero = "was_src_valid_mark_0"
 
 func knownSysctl(key string) bool { return key == srcValidMark }

@@ -14,9 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// private are the networks that no proxy can lead to, so that a host goes on talking to those of them that it is
-// connected to: RFC 1918, RFC 3927, RFC 4193 and link-local. Nothing else is ever excepted: the prefix on a device is
-// what a DHCP server or a router says, and any could say 0.0.0.0/1.
+// private are the networks that no proxy can reach, so the host keeps reaching those that it is connected to
+// directly: RFC 1918, RFC 3927, RFC 4193 and link-local. Nothing else is ever exempt: the prefix on a device comes
+// from a DHCP server or a router, and any of them could announce 0.0.0.0/1.
 var private = []netip.Prefix{
 	netip.MustParsePrefix("10.0.0.0/8"),
 	netip.MustParsePrefix("172.16.0.0/12"),
@@ -26,12 +26,12 @@ var private = []netip.Prefix{
 	netip.MustParsePrefix("fe80::/10"),
 }
 
-// maxLAN bounds the rules for private networks: each is looked at for each route look-up of the host. A host with a
-// bridge for each of its containers' networks has some tens.
+// maxLAN limits the rules for private networks, because each is checked at each route look-up of the host. A host
+// with a bridge for each network of its containers has a few dozen.
 const maxLAN = 128
 
-// connected gives the private prefix that an address on a device stands for. One that is the host's alone (/32, /128)
-// needs no rule: the kernel's local table comes first.
+// connected returns the private prefix of an address on a device. An address that is the host's alone (/32, /128)
+// needs no rule, because the kernel's local table comes first.
 func connected(n *net.IPNet) (netip.Prefix, bool) {
 	if n == nil {
 		return netip.Prefix{}, false
@@ -52,24 +52,24 @@ func connected(n *net.IPNet) (netip.Prefix, bool) {
 	return p, slices.ContainsFunc(private, func(q netip.Prefix) bool { return q.Bits() <= p.Bits() && q.Contains(p.Addr()) })
 }
 
-// links is what the host's devices say now.
+// links is the current state of the host's devices.
 type links struct {
 	lan  []lanNet
 	near []lanNet // IPv4 networks, private or not
 	out  []string // devices that may lead out of the host, by name
-	mine int      // index of the TUN, 0: not there
+	mine int      // index of the TUN; 0: it does not exist
 }
 
-// see takes what the filter needs of the devices.
+// see stores what the filter needs to know about the devices.
 func (s *filterState) see(l links) { s.lan, s.near, s.devices = l.lan, l.near, l.out }
 
 // look reads devices, addresses and default routes.
 func (h *Host) look() (l links, err error) {
 	list, err := h.nl.LinkList()
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) { // interrupted: it changed meanwhile, an event follows
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) { // the list changed meanwhile, and an event will follow
 		return l, fmt.Errorf("cannot list devices: %w", err)
 	}
-	// A device that has, or has had, a gateway leads out whatever it is: a link that goes down loses its routes.
+	// A device that has, or has had, a gateway leads out whatever its kind. A link that goes down loses its routes.
 	leads := h.led
 	for _, f := range h.families {
 		routes, err := h.nl.RouteListFiltered(f, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
@@ -85,7 +85,7 @@ func (h *Host) look() (l links, err error) {
 			}
 		}
 	}
-	names, guest := map[int]string{}, map[int]bool{} // of all devices but the TUN and lo
+	names, guest := map[int]string{}, map[int]bool{} // of all devices except the TUN and lo
 	serves := served(list, leads)
 	for _, k := range list {
 		a := k.Attrs()
@@ -111,7 +111,7 @@ func (h *Host) look() (l links, err error) {
 	for _, a := range addrs {
 		n := a.IPNet
 		if a.Peer != nil {
-			n = a.Peer // the network is the peer's, the address stands alone
+			n = a.Peer // the network is that of the peer, and the address stands alone
 		}
 		p, ok := connected(n)
 		dev := names[a.LinkIndex]
@@ -142,7 +142,7 @@ func (h *Host) look() (l links, err error) {
 	return l, nil
 }
 
-// sortNets has those of guests first: where networks overlap, the first counts.
+// sortNets puts those of guests first: where networks overlap, the first one counts.
 func sortNets(nets []lanNet) {
 	sort.Slice(nets, func(i, j int) bool {
 		a, b := nets[i], nets[j]
@@ -160,13 +160,13 @@ func maskOf(n *net.IPNet) (ones, bits int) {
 	return n.Mask.Size()
 }
 
-// sends router advertisements: forwarding of IPv6 is on for a device.
+// isRouter reports whether the host forwards IPv6, and thus may send router advertisements.
 func isRouter() bool {
 	b, err := os.ReadFile("/proc/sys/net/ipv6/conf/all/forwarding")
 	return err == nil && len(b) > 0 && b[0] == '1'
 }
 
-// strictReversePath: devices on which rp_filter=1 drops what it can't explain.
+// strictReversePath returns the devices on which rp_filter=1 drops packets whose source it cannot explain.
 func strictReversePath(tun string) (devices []string) {
 	all := readSysctl("net/ipv4/conf/all/rp_filter")
 	dirs, _ := filepath.Glob("/proc/sys/net/ipv4/conf/*")
@@ -174,7 +174,7 @@ func strictReversePath(tun string) (devices []string) {
 		switch dev := filepath.Base(d); dev {
 		case "all", "default", "lo", tun:
 		default:
-			if max(all, readSysctl("net/ipv4/conf/"+dev+"/rp_filter")) == "1" { // the larger of both counts
+			if max(all, readSysctl("net/ipv4/conf/"+dev+"/rp_filter")) == "1" { // the larger of the two is in force
 				devices = append(devices, dev)
 			}
 		}

@@ -7,7 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// markChains know which flow a packet belongs to.
+// markChains adds the chains that determine which flow a packet belongs to, and mark it.
 func (c *Config) markChains(t *nfTable, st filterState) error {
 	m := c.Marks
 	ours, err := c.ours()
@@ -31,7 +31,7 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 	pre := t.chain(&nfChain{name: "prerouting", kind: "filter", hook: unix.NF_INET_PRE_ROUTING, prio: prioMangle})
 	pre.add(metaMark(m, m.Bridged, true), setMetaMark(m, 0)) // of a bridge whose port leads back to this host
 	pre.add(iif(c.TUN, true), ctNew(), setCtMark(m, m.Captured))
-	if c.Strict { // tells what is carried for others from a raw frame
+	if c.Strict { // distinguishes what is carried for others from a raw frame
 		pre.add(iif(c.TUN, true), setMetaMark(m, m.Captured))
 	}
 	pre.add(iif(c.TUN, true), back())
@@ -43,7 +43,8 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 	if c.keepsInbound() {
 		c.serverPorts(t, pre)
 	}
-	// What comes in by an excluded device for this host is a connection from outside; the chain forwarded takes the rest.
+	// What arrives on an excluded device for this host is a connection from outside. The chain forwarded handles the
+	// rest.
 	for _, d := range c.Exclude.Devices {
 		pre.add(iif(d, true), ctDirection(true), ctMark(m, 0, true), setCtMark(m, m.Direct))
 	}
@@ -72,11 +73,11 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 	out.add(oif("lo", true), back())
 	out.add(metaMark(m, m.Own, true), ctMark(m, m.Own, false), jump("own"))
 	out.add(metaMark(m, m.Own, true), back())
-	// Whoever has a socket is asked anew: addresses and ports, or what is excluded, may be another's by now. The mark of
-	// the flow is for those that have none, as in TIME_WAIT.
+	// Re-evaluate every packet that has a socket: address, port, owner or the exclusions may have changed. The mark
+	// of the flow is for packets without a socket, as in TIME_WAIT.
 	anybody := skuid(UIDRange{0, ^uint32(0)}, true)
 	if c.needDirect() {
-		// The mark alone is anybody's who may set one. What is excluded gets it below.
+		// The mark alone proves nothing: any program that may set marks can set it. Excluded traffic gets it below.
 		direct := t.chain(&nfChain{name: "direct"})
 		if c.Direct {
 			direct.add(append(slices.Clone(ours), setCtMark(m, m.Direct), back())...)
@@ -113,7 +114,7 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 		if err != nil {
 			return err
 		}
-		// For when the flow has no socket any more that would tell.
+		// This is for the time when the flow no longer has a socket.
 		t.chain(&nfChain{name: "chosen"}).add(anybody, setCtMark(m, m.Captured))
 		ch := t.chain(&nfChain{name: "choose"})
 		for _, x := range include {
@@ -121,7 +122,7 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 		}
 		ch.add(setCtMark(m, m.Direct))
 		out.add(ctMark(m, 0, true), jump("choose"))
-		// What conntrack does not take for a packet of a flow has no mark but its own.
+		// A packet that conntrack assigns to no flow has only its own mark.
 		bad := t.chain(&nfChain{name: "choose_untracked"})
 		for _, x := range include {
 			bad.add(x, back())
@@ -129,7 +130,7 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 		bad.add(setMetaMark(m, m.Direct))
 		out.add(ctNone(), jump("choose_untracked"))
 	}
-	// With the mark of our own too: what the kernel says for a socket that is closed has none.
+	// This includes our own mark: packets that the kernel sends for a closed socket have none.
 	for _, v := range c.passing() {
 		out.add(ctMark(m, v, true), setMetaMark(m, v))
 	}
@@ -137,8 +138,9 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 	return nil
 }
 
-// ours is whom a socket of ours belongs to. It asks for ours and not for others', since of a socket without a user, or
-// of a group that lies higher, the kernel says nothing at all, and no expression matches.
+// ours returns the conditions that identify our sockets. It tests for ours and not for those of others, because the
+// kernel gives no answer for a socket without a user, or for a group at a higher level, and then no expression
+// matches.
 func (c *Config) ours() (out []term, err error) {
 	if c.OwnUID != nil {
 		out = append(out, skuid(UIDRange{*c.OwnUID, *c.OwnUID}, true))
@@ -153,15 +155,15 @@ func (c *Config) ours() (out []term, err error) {
 	return out, nil
 }
 
-// needDirect: something goes past the proxy by the mark Direct.
+// needDirect reports whether some traffic goes past the proxy by the mark Direct.
 func (c *Config) needDirect() bool { return c.Direct || !c.Exclude.empty() || !c.Include.empty() }
 
-// keepsInbound reports whether answers to connections from outside go back the way they came: of all of them, or with
-// CarryInbound of those that come in by an excluded device.
+// keepsInbound reports whether answers to connections from outside go back the way they came: all of them or, with
+// CarryInbound, those of connections that come in on an excluded device.
 func (c *Config) keepsInbound() bool { return !c.CarryInbound || len(c.Exclude.Devices) > 0 }
 
-// inboundBy are the conditions, one of which holds for what may be from outside: none is needed, or with CarryInbound that
-// it comes in by an excluded device.
+// inboundBy returns alternative conditions for traffic that may be from outside: none is needed or, with
+// CarryInbound, it must come in on an excluded device.
 func (c *Config) inboundBy() (out [][]term) {
 	if !c.CarryInbound {
 		return [][]term{nil}
@@ -172,7 +174,7 @@ func (c *Config) inboundBy() (out [][]term) {
 	return out
 }
 
-// passing are the marks of what goes past the TUN.
+// passing returns the marks of traffic that goes past the TUN.
 func (c *Config) passing() []uint32 {
 	out := []uint32{c.Marks.Own}
 	if c.needDirect() {
@@ -184,8 +186,8 @@ func (c *Config) passing() []uint32 {
 	return out
 }
 
-// forwardedChains choose among what goes through this host. Answers are not asked, nor what is for the host itself: their
-// destination is not the flow's.
+// forwardedChains adds the chains that select among forwarded traffic. Answers are not evaluated, nor is traffic to
+// the host itself, because their destination is not that of the flow.
 func (c *Config) forwardedChains(t *nfTable, pre *nfChain) {
 	m := c.Marks
 	if c.Include.empty() && len(c.Exclude.Devices) == 0 {
@@ -206,14 +208,14 @@ func (c *Config) forwardedChains(t *nfTable, pre *nfChain) {
 		}
 		ch.add(setCtMark(m, m.Direct))
 		fwd.add(ctMark(m, 0, true), jump("choose_forward"))
-		if c.CarryInbound { // answers are asked as the rest
+		if c.CarryInbound { // answers are evaluated like the rest
 			pre.add(ctDirection(true), ctMark(m, 0, true), jump("choose_forward"))
 		}
 	}
 	pre.add(ctDirection(false), jump("forwarded"))
 }
 
-// chosen are the conditions that hold for forwarded packets too.
+// chosen returns the conditions that also work for forwarded packets.
 func (c *Config) chosen(s Selection) (out []term) {
 	for _, n := range s.Networks {
 		out = append(out, daddr(n))
@@ -224,7 +226,7 @@ func (c *Config) chosen(s Selection) (out []term) {
 	return out
 }
 
-// terms are the conditions of a selection. Cgroups are known for local sockets only, and not behind routing.
+// terms returns the conditions of a selection. Cgroups are known only for local sockets, and not after routing.
 func (c *Config) terms(s Selection, cgroups bool) (out []term, err error) {
 	out = c.chosen(s)
 	for _, u := range s.UIDs {

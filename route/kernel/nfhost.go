@@ -13,7 +13,7 @@ type tableID struct {
 	name string
 }
 
-// errNoTables: the kernel has no nf_tables, so there are no tables either.
+// errNoTables means that the kernel has no nf_tables, so there are no tables either.
 var errNoTables = lackError(needTables)
 
 func (h *Host) listTables() (out []tableID, err error) {
@@ -32,7 +32,7 @@ func (h *Host) listTables() (out []tableID, err error) {
 	return out, nil
 }
 
-// counter is one counter of a table.
+// counter is a counter of a table.
 type counter struct {
 	table tableID
 	Counter
@@ -56,7 +56,7 @@ func (h *Host) listCounters() (out []counter, err error) {
 	return out, nil
 }
 
-// isOurs knows a table by its counters.
+// isOurs recognizes a table by its counters.
 func (h *Host) isOurs(t tableID) (bool, error) {
 	cs, err := h.listCounters()
 	return slices.ContainsFunc(cs, func(c counter) bool {
@@ -64,13 +64,13 @@ func (h *Host) isOurs(t tableID) (bool, error) {
 	}), err
 }
 
-// ourFamilies are the families of tables that ours may be of.
+// ourFamilies are the families that our tables may have.
 var ourFamilies = []uint8{unix.NFPROTO_INET, unix.NFPROTO_ARP, unix.NFPROTO_BRIDGE, unix.NFPROTO_NETDEV}
 
-// isSign reports whether a counter of ours counts no refused packets.
+// isSign reports whether a counter of ours is a sign instead of a count of refused packets.
 func isSign(name string) bool { return name == wasZero || name == signBridge }
 
-// ourTables are those of ours that are there.
+// ourTables returns those of our tables that exist.
 func (h *Host) ourTables() (out []tableID, err error) {
 	all, err := h.listTables()
 	if errors.Is(err, errNoTables) {
@@ -94,7 +94,8 @@ func (h *Host) ourTables() (out []tableID, err error) {
 	return out, nil
 }
 
-// applyFilter puts our tables as h.st wants them in the place of those that are there: one batch, no open moment.
+// applyFilter replaces the existing tables of ours by those that h.st requires, in one batch, so that the host is
+// never open.
 func (h *Host) applyFilter() error {
 	h.st.ends = h.lastEnds
 	h.st.router = isRouter()
@@ -114,7 +115,7 @@ func (h *Host) applyFilter() error {
 		for _, t := range old {
 			msgs = append(msgs, delTable(t.fam, t.name))
 		}
-		at := make([]int, len(tables)) // where the tables begin
+		at := make([]int, len(tables)) // where each table begins
 		for i, t := range tables {
 			at[i] = len(msgs)
 			m, err := t.messages(h.owned)
@@ -133,7 +134,7 @@ func (h *Host) applyFilter() error {
 		}
 		switch {
 		case slices.Contains(at, ne.index) && h.owned != 0 && (errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL)):
-			h.owned = 0 // Linux before 6.9: whoever flushes all takes ours too, and the watch puts it back
+			h.owned = 0 // Linux before 6.9: flushing everything removes ours too, and the watch restores it
 		case h.st.bridge && ne.index >= len(old) && ne.index < len(msgs) && msgs[ne.index].fam == unix.NFPROTO_BRIDGE:
 			h.noBridge = true
 			h.say("bridge", "the kernel cannot filter bridges: guests on a bridge have no network while "+
@@ -141,10 +142,10 @@ func (h *Host) applyFilter() error {
 		case h.st.arp && ne.index >= len(old) && ne.index < len(msgs) && msgs[ne.index].fam == unix.NFPROTO_ARP:
 			h.noARP = true
 			h.say("arp", "the kernel can't filter ARP: neighbours learn that the TUN's address is here, and get no further", "why", err)
-		case errors.Is(err, unix.ENOENT) && ne.index < len(old): // somebody deleted it between
+		case errors.Is(err, unix.ENOENT) && ne.index < len(old): // it was deleted in between
 		case errors.Is(err, unix.ENOENT) && ne.index >= 0 &&
 			msgs[ne.index].fam == unix.NFPROTO_NETDEV && msgs[ne.index].op == unix.NFT_MSG_NEWCHAIN:
-			// A device went away since we looked.
+			// A device disappeared after we looked.
 			l, err := h.look()
 			if err != nil {
 				return err
@@ -156,7 +157,7 @@ func (h *Host) applyFilter() error {
 				"listens for may be answered by the program that opens the port next", "why", err)
 		case lacking(msgs, ne.index, err) == needCgroupv2 && h.c.OwnCgroup != "" &&
 			len(h.c.Exclude.Cgroups)+len(h.c.Include.Cgroups) == 0:
-			h.c.OwnCgroup = "" // wanted where it can be had
+			h.c.OwnCgroup = "" // it is used only where the kernel supports it
 			h.say("own cgroup", "the kernel can't tell our sockets from others' by their cgroup: only by mark and destination", "why", err)
 		default:
 			if n := lacking(msgs, ne.index, err); n != nil {
@@ -168,7 +169,7 @@ func (h *Host) applyFilter() error {
 	return errors.New("cannot close the host: other programs keep changing nftables or devices")
 }
 
-// remember reads what the filter has noted itself, so that the one that takes its place knows it too.
+// remember reads what the filter has recorded itself, for the filter that replaces it.
 func (h *Host) remember(old []tableID) map[string][]nfElem {
 	out := map[string][]nfElem{}
 	if !slices.Contains(old, tableID{unix.NFPROTO_INET, h.c.NFTable}) {
@@ -193,7 +194,7 @@ func (h *Host) remember(old []tableID) map[string][]nfElem {
 	return out
 }
 
-// filterError is for what else may be wrong.
+// filterError adds a hint for other causes of a failure.
 func filterError(err error) error {
 	hint := ""
 	if errors.Is(err, unix.EPERM) {
@@ -202,7 +203,7 @@ func filterError(err error) error {
 	return fmt.Errorf("cannot close the host: %w%s", err, hint)
 }
 
-// keepCounters adds what tables that are about to go have counted.
+// keepCounters saves the counts of tables that are about to be removed.
 func (h *Host) keepCounters() {
 	cs, err := h.listCounters()
 	if err != nil {
@@ -216,13 +217,13 @@ func (h *Host) keepCounters() {
 	}
 }
 
-// Counter is what the filter has refused for one reason.
+// Counter is the number of packets that the filter has refused for one reason.
 type Counter struct {
 	Reason         string
 	Packets, Bytes uint64
 }
 
-// Counters gives the refused packets by reason, since the first Shut.
+// Counters returns the refused packets by reason, since the first Shut.
 func (h *Host) Counters() ([]Counter, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -246,7 +247,7 @@ func (h *Host) Counters() ([]Counter, error) {
 	return out, nil
 }
 
-// refreshGuard renews the elements that say that there is a daemon.
+// refreshGuard renews the elements that show that there is a daemon.
 func (h *Host) refreshGuard() error {
 	elems := h.c.guardElems(h.st.guard)
 	t := &nfTable{fam: unix.NFPROTO_INET, name: h.c.NFTable}
@@ -256,7 +257,7 @@ func (h *Host) refreshGuard() error {
 	return h.nf.batch(msgs)
 }
 
-// SetUpstreams replaces the endpoints that our own sockets may reach. When it returns they can be reached.
+// SetUpstreams replaces the endpoints that our own sockets may reach. They can be reached when it returns.
 func (h *Host) SetUpstreams(ends []Endpoint) error {
 	if len(ends) > maxEndpoints {
 		return fmt.Errorf("cannot open the filter for %d upstream endpoints: at most %d", len(ends), maxEndpoints)
@@ -279,7 +280,7 @@ func (h *Host) SetUpstreams(ends []Endpoint) error {
 		return nil
 	}
 	if err := h.nf.batch(msgs); err != nil {
-		return h.applyFilter() // somebody changed it: the watch would do so too
+		return h.applyFilter() // another program changed it; the watch would do the same
 	}
 	h.st.ends = h.lastEnds
 	return nil
@@ -298,7 +299,7 @@ func minus(a, b []nfElem) (out []nfElem) {
 	return out
 }
 
-// removeFilter takes our tables away.
+// removeFilter removes our tables.
 func (h *Host) removeFilter() (removed []string, err error) {
 	old, err := h.ourTables()
 	if err != nil || len(old) == 0 {

@@ -12,11 +12,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// This file speaks nfnetlink itself, with the expressions of google/nftables: that library writes zeros for a table's
-// flags, and an owned table takes messages from one socket only.
+// This file implements nfnetlink itself and uses the expressions of google/nftables: that library writes zeros for a
+// table's flags, and an owned table accepts messages from one socket only.
 
-// Flags of a table, linux/netfilter/nf_tables.h. An owned table survives `nft flush ruleset` and deletion by others;
-// with persist (Linux 6.9) it survives its owner, too.
+// Flags of a table (linux/netfilter/nf_tables.h). An owned table survives `nft flush ruleset` and deletion by others.
+// With persist (Linux 6.9) it survives its owner, too.
 const (
 	tableOwner   = 0x2
 	tablePersist = 0x4
@@ -32,16 +32,16 @@ type nfMsg struct {
 	needs []*need
 }
 
-// nfSocket speaks with the nftables of the network namespace that it was opened in.
+// nfSocket is a connection to the nftables of the network namespace in which it was opened.
 type nfSocket struct {
 	mu   sync.Mutex
 	conn nfConn // nil: closed
-	pid  uint32 // what the kernel calls us in its notifications
+	pid  uint32 // the sender that the kernel names in notifications of our changes
 	seq  uint32
 	buf  []byte
 }
 
-// nfConn is a netlink socket. The answers to what is sent are there when Send returns.
+// nfConn is a netlink socket. The answers to a message are available when Send returns.
 type nfConn interface {
 	Send(b []byte) error
 	Receive(b []byte, flags int) (int, error)
@@ -61,7 +61,7 @@ func (c nfFD) Receive(b []byte, flags int) (int, error) {
 
 func (c nfFD) Close() error { return unix.Close(int(c)) }
 
-// openNF is for tests, too: a kernel that lacks something.
+// openNF is a variable so that tests can simulate a kernel that lacks something.
 var openNF = func() (*nfSocket, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
 	if err != nil {
@@ -94,7 +94,7 @@ func (s *nfSocket) Close() error {
 	return c.Close()
 }
 
-// nfError says which message of a batch failed.
+// nfError tells which message of a batch failed.
 type nfError struct {
 	index int // -1: the batch itself
 	text  string
@@ -116,7 +116,7 @@ func setLen(b []byte, start int) {
 	(*unix.NlMsghdr)(unsafe.Pointer(&b[start])).Len = uint32(len(b) - start)
 }
 
-// batch does all of msgs or nothing. The kernel answers before the system call ends.
+// batch applies all of msgs or none. The kernel answers before the system call ends.
 func (s *nfSocket) batch(msgs []nfMsg) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -174,7 +174,7 @@ func (s *nfSocket) batch(msgs []nfMsg) error {
 	return nil
 }
 
-// dump asks for all objects of a kind.
+// dump requests all objects of a kind.
 func (s *nfSocket) dump(op uint16, fam uint8, attrs []byte, f func(fam uint8, attrs []byte)) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -194,7 +194,7 @@ func (s *nfSocket) dump(op uint16, fam uint8, attrs []byte, f func(fam uint8, at
 		case h.Seq != s.seq:
 		case h.Type == unix.NLMSG_DONE && len(data) < 4:
 			return false
-		case h.Type == unix.NLMSG_DONE || h.Type == unix.NLMSG_ERROR && len(data) >= 4: // both say how it ended
+		case h.Type == unix.NLMSG_DONE || h.Type == unix.NLMSG_ERROR && len(data) >= 4: // both contain the result
 			if errno := unix.Errno(-int32(binary.NativeEndian.Uint32(data))); errno != 0 {
 				failed = errno
 			}
@@ -207,7 +207,7 @@ func (s *nfSocket) dump(op uint16, fam uint8, attrs []byte, f func(fam uint8, at
 	return errors.Join(err, failed)
 }
 
-// receive calls f for each message until f says no, or an error.
+// receive calls f for each message until f returns false or there is an error.
 func (s *nfSocket) receive(flags int, f func(unix.NlMsghdr, []byte) bool) error {
 	for {
 		n, err := s.conn.Receive(s.buf, flags)
@@ -237,7 +237,7 @@ func eachMessage(b []byte, f func(unix.NlMsghdr, []byte) bool) bool {
 	return true
 }
 
-// attr is one netlink attribute.
+// attr encodes one netlink attribute.
 func attr(typ uint16, data []byte) []byte {
 	n := 4 + len(data)
 	b := make([]byte, 0, (n+3)&^3)
@@ -262,14 +262,14 @@ func cat(parts ...[]byte) (b []byte) {
 	return b
 }
 
-// attrs takes attributes apart; what is malformed is left out.
+// attrs decodes attributes and skips malformed ones.
 func attrs(b []byte) map[uint16][]byte {
 	m := map[uint16][]byte{}
 	eachAttr(b, func(typ uint16, data []byte) { m[typ] = data })
 	return m
 }
 
-// eachAttr calls f for each attribute, for lists whose members have the same type.
+// eachAttr calls f for each attribute. It is for lists whose members have the same type.
 func eachAttr(b []byte, f func(typ uint16, data []byte)) {
 	for len(b) >= 4 {
 		n := int(binary.NativeEndian.Uint16(b))
@@ -290,7 +290,7 @@ func cstring(b []byte) string {
 	return string(b)
 }
 
-// encodeExprs is the list of a rule's expressions.
+// encodeExprs encodes the list of a rule's expressions.
 func encodeExprs(fam uint8, es []expr.Any) ([]byte, error) {
 	var list []byte
 	for _, e := range es {

@@ -8,10 +8,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// need is a part of nftables that a kernel may lack: most are modules of their own.
+// need is a part of nftables that a kernel may lack; most parts are separate modules.
 type need struct {
 	what string // "this kernel has no ..."
-	how  string // what can be done
+	how  string // what the user can do
 }
 
 const orRun = "or use 'viasocks run' for one program"
@@ -76,12 +76,12 @@ func (t term) needs() (out []*need) {
 	return out
 }
 
-// lacking is what the kernel does not have, when it refuses msgs[failed]: of the things that this message needs, one
-// that none before it has had. nil: it refuses for another reason.
+// lacking returns what the kernel does not support if it refuses msgs[failed]: one of the things that this message
+// needs and no message before it needed. nil: it refuses for another reason.
 func lacking(msgs []nfMsg, failed int, err error) *need {
 	switch {
 	case failed < 0:
-		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) { // nobody is there to take a batch
+		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) { // nothing in the kernel accepts a batch
 			return needTables
 		}
 		return nil
@@ -93,7 +93,7 @@ func lacking(msgs []nfMsg, failed int, err error) *need {
 	case m.op == unix.NFT_MSG_NEWTABLE && noTables(err):
 		return needInet
 	case errors.Is(err, unix.ENOENT) && m.op == unix.NFT_MSG_NEWCHAIN && m.fam == unix.NFPROTO_NETDEV:
-		return nil // the device went
+		return nil // the device disappeared
 	case errors.Is(err, unix.ENOENT),
 		errors.Is(err, unix.EOPNOTSUPP),
 		errors.Is(err, unix.EAFNOSUPPORT),
@@ -116,12 +116,12 @@ func lacking(msgs []nfMsg, failed int, err error) *need {
 	return nil
 }
 
-// lackError is the one line that it takes.
+// lackError returns the error for a missing part, in one line.
 func lackError(n *need) error {
 	return fmt.Errorf("cannot close the host: this kernel has no %s: %s", n.what, n.how)
 }
 
-// noTables reports that the kernel has no nf_tables at all: an answer to a question, or to the try to open a socket.
+// noTables reports whether err, from a query or from opening a socket, means that the kernel has no nf_tables at all.
 func noTables(err error) bool {
 	return errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT) ||
 		errors.Is(err, unix.EPROTONOSUPPORT)

@@ -8,7 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// nfTable is one table as we want it, or as text.
+// nfTable is one table as we want it, for the kernel and as text.
 type nfTable struct {
 	fam      uint8
 	name     string
@@ -25,7 +25,7 @@ type nfSet struct {
 	timeout bool
 	elems   []nfElem
 
-	// Of a set that rules fill.
+	// For a set that rules fill:
 	dynamic bool
 	size    uint32
 	keep    time.Duration // how long an element stays
@@ -70,7 +70,7 @@ func (t *nfTable) hookName(h uint32) string {
 	return hookNames[h]
 }
 
-// lines are the table in nft(8)'s words, one command in each line.
+// lines returns the table as commands of nft(8), one on each line.
 func (t *nfTable) lines() (out []string) {
 	at := famNames[t.fam] + " " + t.name
 	say := func(format string, a ...any) { out = append(out, "nft "+fmt.Sprintf(format, a...)) }
@@ -118,7 +118,7 @@ func (t *nfTable) lines() (out []string) {
 	return out
 }
 
-// nftTime is a time in nft(8)'s words.
+// nftTime formats a time for nft(8).
 func nftTime(d time.Duration) string { return fmt.Sprintf("%ds", int(d.Seconds())) }
 
 func delTable(fam uint8, name string) nfMsg {
@@ -126,7 +126,7 @@ func delTable(fam uint8, name string) nfMsg {
 		text: "delete table " + famNames[fam] + " " + name}
 }
 
-// messages create the table.
+// messages returns the messages that create the table.
 func (t *nfTable) messages(flags uint32) ([]nfMsg, error) {
 	at := famNames[t.fam] + " " + t.name
 	var out []nfMsg
@@ -189,7 +189,8 @@ func (t *nfTable) messages(flags uint32) ([]nfMsg, error) {
 	return out, nil
 }
 
-// elements adds or deletes elements of a set; an attribute's length has 16 bits.
+// elements returns messages that add or delete elements of a set. There may be several, because an attribute's length
+// has 16 bits.
 func elements(t *nfTable, s *nfSet, op uint16, elems []nfElem) (out []nfMsg) {
 	for len(elems) > 0 {
 		n := min(len(elems), 400)
@@ -213,7 +214,7 @@ func elements(t *nfTable, s *nfSet, op uint16, elems []nfElem) (out []nfMsg) {
 	return out
 }
 
-// flushSet takes all elements out of a set.
+// flushSet returns the message that removes all elements of a set.
 func flushSet(fam uint8, table, set string) nfMsg {
 	return nfMsg{op: unix.NFT_MSG_DELSETELEM, fam: fam, text: "flush set " + set,
 		attrs: cat(attrString(unix.NFTA_SET_ELEM_LIST_TABLE, table), attrString(unix.NFTA_SET_ELEM_LIST_SET, set))}

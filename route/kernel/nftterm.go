@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// term is one part of an nftables rule, for people and for the kernel.
+// term is one part of an nftables rule, as text and for the kernel.
 type term struct {
 	text  string
 	exprs []expr.Any
@@ -76,7 +76,7 @@ func oif(name string, eq bool) term {
 	return term{fmt.Sprintf("oifname %s %q", s, name), []expr.Any{loadMeta(expr.MetaKeyOIFNAME), cmp(op, ifname(name))}}
 }
 
-// etherType matches the family of a packet in any family of tables.
+// etherType matches the family of a packet, in tables of any family.
 func etherType(proto uint16) []expr.Any {
 	return []expr.Any{loadMeta(expr.MetaKeyPROTOCOL), cmp(expr.CmpOpEq, be16(proto))}
 }
@@ -123,7 +123,7 @@ func protoName(p uint8) string {
 	return "udp"
 }
 
-// dport matches destination ports of TCP or UDP, and sport source ports.
+// dport matches destination ports of TCP or UDP, and sport matches source ports.
 func dport(proto uint8, r PortRange) term { return portIn(proto, "dport", 2, r) }
 func sport(proto uint8, r PortRange) term { return portIn(proto, "sport", 0, r) }
 
@@ -142,7 +142,7 @@ func notProto(p uint8) term {
 	return term{"meta l4proto != " + protoName(p), []expr.Any{loadMeta(expr.MetaKeyL4PROTO), cmp(expr.CmpOpNeq, []byte{p})}}
 }
 
-// icmp6 matches one type of ICMPv6 with a hop limit that no router would pass on.
+// icmp6 matches one type of ICMPv6 with a hop limit that no router would forward.
 func icmp6(typ, hops uint8) term {
 	e := append(
 		isFamily(true),
@@ -158,8 +158,8 @@ func icmp6(typ, hops uint8) term {
 	return term{fmt.Sprintf("ip6 hoplimit %d icmpv6 type %d", hops, typ), e}
 }
 
-// aboutAnswer matches the ICMP errors of one family that say that a destination is unreachable and quote a datagram or a
-// segment from this port: it stands behind the header of ICMP (8 bytes) and the quoted IP header, which has no options.
+// aboutAnswer matches ICMP errors of one family that report an unreachable destination and quote a datagram or
+// segment from this port. The port follows the ICMP header (8 bytes) and the quoted IP header, which has no options.
 func aboutAnswer(port uint16, v6 bool) term {
 	word, proto, typ, offset := "icmp", uint8(unix.IPPROTO_ICMP), uint8(3), uint32(8+20)
 	if v6 {
@@ -183,7 +183,7 @@ func skuid(r UIDRange, eq bool) term {
 		cmp(expr.CmpOpGte, be32(r.First)), cmp(expr.CmpOpLte, be32(r.Last))}}
 }
 
-// cgroup is a control group as nftables knows it: its inode and how deep it lies.
+// cgroup is a control group as nftables identifies it: by its inode and its depth.
 type cgroup struct {
 	path  string
 	level uint32
@@ -207,7 +207,7 @@ func ctNew() term {
 	return term{"ct state new", []expr.Any{loadCt(expr.CtKeySTATE), mask32(expr.CtStateBitNEW, 0), cmp(expr.CmpOpNeq, native32(0))}}
 }
 
-// ctNone matches what belongs to no flow: conntrack leaves it alone, or can't make sense of it.
+// ctNone matches packets that belong to no flow: conntrack ignores them or cannot interpret them.
 func ctNone() term {
 	return term{
 		"ct state invalid,untracked",
@@ -219,7 +219,7 @@ func ctNone() term {
 	}
 }
 
-// daddrType asks what the destination is to this host.
+// daddrType matches the type of the destination from this host's view.
 func daddrType(name string, rtn uint32) term {
 	return term{
 		"fib daddr type " + name,
@@ -227,7 +227,7 @@ func daddrType(name string, rtn uint32) term {
 	}
 }
 
-// lookup in a set by the given key; regs are loads into consecutive registers.
+// lookup matches packets whose key is in a set. loads load the key into consecutive registers.
 func lookup(set string, text string, v6 *bool, loads ...expr.Any) term {
 	var e []expr.Any
 	if v6 != nil {
@@ -237,7 +237,7 @@ func lookup(set string, text string, v6 *bool, loads ...expr.Any) term {
 	return term{text + " @" + set, append(e, &expr.Lookup{SourceRegister: 8, SetName: set})}
 }
 
-// ownEndpoint looks protocol, destination and port up.
+// ownEndpoint looks up protocol, destination and port.
 func ownEndpoint(set string, v6 bool) term {
 	word, off, n := "ip", uint32(16), uint32(4)
 	if v6 {
@@ -249,14 +249,14 @@ func ownEndpoint(set string, v6 bool) term {
 		&expr.Payload{DestRegister: 9 + n/4, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2})
 }
 
-// keptTuple looks the whole 5-tuple of a packet up, this host's end first: the source of what goes out, the destination
-// of what comes in.
+// keptTuple looks up the 5-tuple of a packet, this host's end first: the source of outgoing and the destination of
+// incoming packets.
 func keptTuple(set string, v6, in bool) term {
 	key, loads := tupleOf(v6, in)
 	return lookup(set, key, &v6, loads...)
 }
 
-// tupleOf is the key of keptTuple's sets, for people and for the kernel.
+// tupleOf returns the key for keptTuple's sets, as text and for the kernel.
 func tupleOf(v6, in bool) (string, []expr.Any) {
 	word, src, n := "ip", uint32(12), uint32(4)
 	if v6 {
@@ -281,7 +281,7 @@ func tcpSYN() term {
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{0x17}, Xor: []byte{0}}, cmp(expr.CmpOpEq, []byte{0x02}))}
 }
 
-// ctDNAT matches connections whose destination is translated: published ports.
+// ctDNAT matches connections whose destination is translated, such as published ports.
 func ctDNAT() term {
 	return term{"ct status dnat", []expr.Any{loadCt(expr.CtKeySTATUS), mask32(1<<5, 0), cmp(expr.CmpOpNeq, native32(0))}}
 }
@@ -290,7 +290,7 @@ func oifSet(set string) term {
 	return lookup(set, "oifname", nil, &expr.Meta{Key: expr.MetaKeyOIFNAME, Register: 8})
 }
 
-// arpTarget matches what asks for an address of ours.
+// arpTarget matches ARP requests for an address of ours.
 func arpTarget(a netip.Addr) term {
 	return term{"arp daddr ip " + a.String(), []expr.Any{
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 24, Len: 4}, cmp(expr.CmpOpEq, a.AsSlice())}}
@@ -321,7 +321,7 @@ func rejectICMPX(word string, code uint8) term {
 	return term{"reject with icmpx type " + word, []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: code}}}
 }
 
-// ownHost looks protocol and destination up.
+// ownHost looks up protocol and destination.
 func ownHost(set string, v6 bool) term {
 	word, off, n := "ip", uint32(16), uint32(4)
 	if v6 {
@@ -332,7 +332,7 @@ func ownHost(set string, v6 bool) term {
 		&expr.Payload{DestRegister: 9, Base: expr.PayloadBaseNetworkHeader, Offset: off, Len: n})
 }
 
-// lapsed matches every packet once key is no longer in the set.
+// lapsed matches every packet when key is no longer in the set.
 func lapsed(set, key string) term {
 	return term{fmt.Sprintf("%q != @%s", key, set), []expr.Any{
 		&expr.Immediate{Register: 8, Data: ifname(key)}, &expr.Lookup{SourceRegister: 8, SetName: set, Invert: true}}}

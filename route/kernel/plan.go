@@ -1,8 +1,7 @@
 package kernel
 
-// Plan gives every line of nft(8), ip(8) and sysctl(8) that would be done, in order, behind comments that name the private
-// networks that have a direct way. It touches nothing, and New need
-// not be followed by Shut.
+// Plan returns every command of nft(8), ip(8) and sysctl(8) that would be executed, in order, after comments that
+// name the private networks that are reached directly. It changes nothing. The caller need not call Shut after New.
 func (h *Host) Plan() ([]string, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

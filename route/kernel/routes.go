@@ -11,9 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// listRoutes lists all tables of a family.
+// listRoutes lists the routes of a family in all tables.
 func (h *Host) listRoutes(family int) ([]netlink.Route, error) {
-	// The filter is set but the table is not: this lists all tables.
+	// The filter is set but the table is unspecified: this lists all tables.
 	routes, err := h.nl.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		return nil, fmt.Errorf("cannot list kernel routes: %w", err)
@@ -28,10 +28,10 @@ func defaultNet(family int) *net.IPNet {
 	return &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}
 }
 
-// source is the address that main would choose for the world: UDP servers on wildcard sockets answer from it, and
-// what is rerouted past the TUN behind the choice has it already. nil: main leads nowhere.
+// source returns the address that main would choose for the Internet. UDP servers on wildcard sockets answer from it,
+// and traffic that is rerouted past the TUN after the choice already has it. nil: main leads nowhere.
 func (h *Host) source(family int) net.IP {
-	far := net.IPv4(192, 88, 99, 1) // any public address: nothing is sent
+	far := net.IPv4(192, 88, 99, 1) // any public address; nothing is sent
 	if family == unix.AF_INET6 {
 		far = net.ParseIP("2001:4860::1")
 	}
@@ -45,12 +45,12 @@ func (h *Host) source(family int) net.IP {
 	return nil
 }
 
-// wantRoutes are the routes of ours for a family; tun is the index of the TUN, 0 where there is none.
+// wantRoutes returns our routes for a family. tun is the index of the TUN, or 0 if there is none.
 //
-// Table T has the default route into the TUN. Its scope is universe, and not the link that ip(8) would give a route
+// Table T has the default route into the TUN. Its scope is universe, not the link that ip(8) would choose for a route
 // without a gateway: see closedTable.
 //
-// The table behind it (closedTable) refuses everything, IPv4 only: see rules.
+// The table after it (closedTable) refuses everything, for IPv4 only: see rules.
 func (h *Host) wantRoutes(family, tun int) (out []*netlink.Route) {
 	if family == unix.AF_INET {
 		out = append(out, h.refusing(family, h.c.closedTable()))
@@ -64,7 +64,7 @@ func (h *Host) wantRoutes(family, tun int) (out []*netlink.Route) {
 	return out
 }
 
-// refusing is a default route that refuses everything.
+// refusing returns a default route that refuses everything.
 func (h *Host) refusing(family, table int) *netlink.Route {
 	return &netlink.Route{
 		Table: table, Protocol: Protocol, Family: family, Type: unix.RTN_UNREACHABLE,
@@ -94,8 +94,8 @@ func routeText(r *netlink.Route, tun string) string {
 	return b.String()
 }
 
-// sameRoute reports whether r does what want does. A default route of IPv6 that refuses is as good as one into a TUN
-// that has no IPv6.
+// sameRoute reports whether r has the effect of want. An IPv6 default route that refuses is as good as one into a TUN
+// without IPv6.
 func (h *Host) sameRoute(r, want *netlink.Route) bool {
 	if want.Family == unix.AF_INET6 && h.tunNoIPv6 && r.Type == unix.RTN_UNREACHABLE {
 		return true
@@ -106,7 +106,7 @@ func (h *Host) sameRoute(r, want *netlink.Route) bool {
 	return r.Type == unix.RTN_UNREACHABLE || r.LinkIndex == want.LinkIndex && r.Src.Equal(want.Src)
 }
 
-// syncRoutes makes our tables what they should be. It says what it changed.
+// syncRoutes brings our tables into the intended state. It returns what it changed.
 func (h *Host) syncRoutes(family, tun int) (changed []string, err error) {
 	want := h.wantRoutes(family, tun)
 	for _, table := range []int{h.c.Table, h.c.closedTable()} {
@@ -123,7 +123,7 @@ func (h *Host) syncRoutes(family, tun int) (changed []string, err error) {
 			at := slices.IndexFunc(want, func(w *netlink.Route) bool { return w.Table == table })
 			switch {
 			case ones == 0 && at >= 0 && h.sameRoute(r, want[at]):
-				want = slices.Delete(want, at, at+1) // it is there
+				want = slices.Delete(want, at, at+1) // it exists
 				continue
 			case ones == 0 && at >= 0 && r.LinkIndex == want[at].LinkIndex && r.Priority == want[at].Priority:
 				continue // the new route replaces it below
@@ -143,18 +143,18 @@ func (h *Host) syncRoutes(family, tun int) (changed []string, err error) {
 	return changed, nil
 }
 
-// addRoute adds a route of ours, or one in its place that the kernel takes, and returns what it added.
+// addRoute adds a route of ours, or a variant that the kernel accepts, and returns what it added.
 func (h *Host) addRoute(r *netlink.Route) (*netlink.Route, error) {
 	if err := step(); err != nil {
 		return nil, err
 	}
 	err := h.nl.RouteReplace(r)
-	if errors.Is(err, unix.EINVAL) && r.Src != nil { // the address went meanwhile
+	if errors.Is(err, unix.EINVAL) && r.Src != nil { // the address disappeared meanwhile
 		r.Src = nil
 		err = h.nl.RouteReplace(r)
 	}
 	if r.Family == unix.AF_INET6 && (errors.Is(err, unix.EACCES) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EINVAL)) {
-		// IPv6 must not pass by the proxy because it is switched off on one device.
+		// IPv6 must not go past the proxy just because it is disabled on one device.
 		h.tunNoIPv6 = true
 		h.say("no IPv6", "the TUN device has no IPv6: IPv6 is refused", "why", err)
 		r = h.refusing(r.Family, r.Table)
@@ -176,8 +176,8 @@ func (h *Host) delRoute(r *netlink.Route) error {
 	return nil
 }
 
-// syncRules makes the rules of a family what they should be: what is missing is added first, in the order of c.rules,
-// then what is too many goes.
+// syncRules brings the rules of a family into the intended state: it adds what is missing, in the order of c.rules,
+// and then removes what is superfluous.
 func (h *Host) syncRules(family int, l links) (changed []string, err error) {
 	want := h.c.rules(family, l)
 	list, err := listRules(h.nl, family)
@@ -232,7 +232,7 @@ func (h *Host) delRule(n *netlink.Rule) error {
 	return nil
 }
 
-// ruleWords says in the words of ip(8) what a rule of somebody else matches and does.
+// ruleWords describes a rule of another program in the words of ip(8).
 func ruleWords(family int, n *netlink.Rule) string {
 	var b strings.Builder
 	if n.Invert {
@@ -247,7 +247,7 @@ func ruleWords(family int, n *netlink.Rule) string {
 	if n.TunID != 0 {
 		fmt.Fprintf(&b, " tun_id %d", n.TunID)
 	}
-	r, _ := ruleFrom(family, n.Priority, n) // of a rule without a table or a goto the library does not tell what it does
+	r, _ := ruleFrom(family, n.Priority, n) // the library does not report the action of a rule without a table or goto
 	b.WriteString(strings.TrimSuffix(r.what(), " nop"))
 	if n.SuppressPrefixlen >= 0 {
 		fmt.Fprintf(&b, " suppress_prefixlength %d", n.SuppressPrefixlen)
@@ -255,7 +255,7 @@ func ruleWords(family int, n *netlink.Rule) string {
 	return b.String()
 }
 
-// foreign warns about a rule of others that is asked before ours. The filter holds what it leads astray.
+// foreign warns about a rule of another program that comes before ours. The filter blocks what it misdirects.
 func (h *Host) foreign(family int, n *netlink.Rule) {
 	what, hint, ahead := h.c.ahead(family, n)
 	if !ahead {
@@ -272,7 +272,8 @@ func (h *Host) foreign(family int, n *netlink.Rule) {
 	)
 }
 
-// ahead says in words a rule of others that is asked before ours, and the option that puts ours first, if there is one.
+// ahead describes a rule of another program that comes before ours, and names the option that puts ours first, if
+// there is one.
 func (c *Config) ahead(family int, n *netlink.Rule) (what, option string, ahead bool) {
 	if n.Priority == 0 || n.Priority > c.Priority+atAll {
 		return "", "", false
@@ -283,14 +284,14 @@ func (c *Config) ahead(family int, n *netlink.Rule) (what, option string, ahead 
 	return fmt.Sprintf("%s %d:%s", familyName(family), n.Priority, ruleWords(family, n)), option, true
 }
 
-// removeSteering takes away all rules and routes with our protocol number, whatever their table, and says which.
+// removeSteering removes all rules and routes with our protocol number, in any table, and returns which.
 func (h *Host) removeSteering() (removed []string, err error) {
 	for _, f := range h.families {
 		list, lerr := listRules(h.nl, f)
 		if lerr != nil {
 			return removed, lerr
 		}
-		// What steers goes before what closes, and the end of the gotos last.
+		// Rules that steer are removed before those that close, and the target of the gotos last.
 		order := func(n *netlink.Rule) int {
 			switch n.Priority - h.c.Priority {
 			case atAll, atDNS:

@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Where the rules stand, counted from the first.
+// Positions of the rules, relative to the first.
 const (
 	atMarked = iota
 	atHost
@@ -21,10 +21,10 @@ const (
 	atLAN
 	atAll
 	atClosed
-	lastRule = 19 // the end, where the host goes on as it would without us
+	lastRule = 19 // the end, after which the host continues as without us
 )
 
-// rule is one ip rule of ours; rules are equal when they do the same.
+// rule is one ip rule of ours. Rules are equal if they have the same effect.
 type rule struct {
 	family       int
 	prio         int
@@ -35,12 +35,12 @@ type rule struct {
 	hasUIDs      bool
 	proto        int
 	sport, dport PortRange
-	table        int // look-up; 0: none
-	jump         int // goto; 0: none
+	table        int // table of the look-up; 0: none
+	jump         int // target of the goto; 0: none
 	action       uint8
 }
 
-// rules are all of ours for a family:
+// rules returns all of our rules for a family:
 //
 //	P    fwmark OWN, DIRECT, INBOUND  goto END, those in use
 //	P+1  DHCP; the TUN's answers      goto END
@@ -53,19 +53,20 @@ type rule struct {
 //	P+6                               refuse
 //	P+19                              nop
 //
-// A look-up of main would be wrong for the exceptions: whoever has rules behind ours, as wg-quick, has them without us
-// too. Connected networks are rules and not throw routes in T, which answers for port 53 inside of them too, and after a
-// throw the rule behind it would refuse.
+// A look-up of main would be wrong for the exceptions: rules after ours, such as those of wg-quick, must apply to
+// them as they do without us. Connected networks are rules and not throw routes in T, because T must answer for port
+// 53 inside these networks too, and because after a throw the following rule would refuse.
 //
-// IPv6 refuses by a rule of type unreachable: a look-up for a device skips an unreachable route and goes on to main.
+// IPv6 refuses with a rule of type unreachable: a look-up for a device skips an unreachable route and continues with
+// main.
 //
-// IPv4 refuses by a table that holds an unreachable route (closedTable). When somebody adds a route with a gateway, the
-// kernel looks the gateway up by all ip rules, with no mark, no port and user 0, and refuses the route with "Nexthop has
-// invalid gateway" if that look-up fails (fib_check_nh in net/ipv4/fib_semantics.c). DHCP clients do not try again, so a
-// new lease would leave the host without a network. Nothing that an ip rule can match tells that look-up from a
-// program's, but its scope does: it asks for a route of scope link or narrower, and skips the routes of T and of
-// closedTable, which have scope universe. It goes on to main, and finds the gateway's network there. The same holds for
-// sockets with SO_DONTROUTE, which the filter refuses.
+// IPv4 refuses with a table that contains an unreachable route (closedTable). When a route with a gateway is added,
+// the kernel looks up the gateway with all ip rules, with no mark, no port and user 0, and refuses the route with
+// "Nexthop has invalid gateway" if that look-up fails (fib_check_nh in net/ipv4/fib_semantics.c). DHCP clients do not
+// try again, so a new lease would leave the host without a network. No condition of an ip rule distinguishes that
+// look-up from a program's, but its scope does: it asks for a route of scope link or narrower, and therefore skips
+// the routes of T and of closedTable, which have scope universe. It continues with main and finds the gateway's
+// network there. The same holds for sockets with SO_DONTROUTE, which the filter refuses.
 func (c *Config) rules(family int, l links) (out []rule) {
 	end := c.Priority + lastRule
 	add := func(at int, r rule) {
@@ -80,7 +81,7 @@ func (c *Config) rules(family int, l links) (out []rule) {
 	if family == unix.AF_INET6 {
 		client, server = PortRange{546, 546}, PortRange{547, 547}
 	}
-	// Of this host itself: what others send through it is theirs.
+	// This is for packets of this host only, not for those that it forwards.
 	add(atHost, rule{iif: "lo", proto: unix.IPPROTO_UDP, sport: client, dport: server, jump: end})
 	for _, n := range c.answered(l.lan) {
 		if familyOf(n.Addr()) == family {
@@ -127,13 +128,13 @@ func (c *Config) rules(family int, l links) (out []rule) {
 		seen[n.prefix] = true
 	}
 	if !c.Include.empty() {
-		// Sockets that are bound to a device, and that nobody included, would find nothing in T. The filter refuses those
-		// that are included.
+		// Sockets that are bound to a device and not included would find nothing in T. The filter refuses those that
+		// are included.
 		for _, d := range l.out {
 			add(atLAN, rule{oif: d, jump: end})
 		}
 	}
-	// What closes comes before what steers, so that there is no moment between.
+	// The rule that closes precedes those that steer, so that there is no gap in between.
 	if !c.FailOpen {
 		add(atClosed, c.refuse(rule{family: family}))
 	}
@@ -141,7 +142,8 @@ func (c *Config) rules(family int, l links) (out []rule) {
 	return out
 }
 
-// closedTable is the kernel routing table whose only route refuses, IPv4 only: the one behind T.
+// closedTable returns the number of the kernel routing table whose only route refuses, for IPv4 only. It is the one
+// after T.
 func (c *Config) closedTable() int { return c.Table + 1 }
 
 // refuse makes r refuse what it matches, with an error that the program sees at once.
@@ -210,7 +212,7 @@ func (r rule) what() string {
 	return b.String()
 }
 
-// netlink is the rule as the library wants it.
+// netlink converts the rule for the library.
 func (r rule) netlink() *netlink.Rule {
 	n := netlink.NewRule()
 	n.Family, n.Priority, n.Protocol, n.Type, n.Table = r.family, r.prio, Protocol, r.action, r.table
@@ -237,7 +239,8 @@ func (r rule) netlink() *netlink.Rule {
 	return n
 }
 
-// ruleFrom reads what the kernel has, end being the priority of our last rule; ok is false for what no rule of ours is.
+// ruleFrom converts a rule from the kernel. end is the priority of our last rule. ok is false if n cannot be a rule
+// of ours.
 func ruleFrom(family, end int, n *netlink.Rule) (r rule, ok bool) {
 	r = rule{family: family, prio: max(n.Priority, 0), iif: n.IifName, oif: n.OifName, proto: n.IPProto}
 	if n.Mark != 0 {
@@ -261,7 +264,7 @@ func ruleFrom(family, end int, n *netlink.Rule) (r rule, ok bool) {
 	if n.Dport != nil {
 		r.dport = PortRange{n.Dport.Start, n.Dport.End}
 	}
-	switch { // the library does not read the action
+	switch { // the library does not report the action
 	case n.Goto > 0:
 		r.jump = n.Goto
 	case n.Table != 0:
@@ -281,7 +284,7 @@ func familyOf(a netip.Addr) int {
 	return unix.AF_INET6
 }
 
-// listRules reads the rules of a family, ours and others'.
+// listRules returns the rules of a family, ours and those of others.
 func listRules(h routing, family int) ([]netlink.Rule, error) {
 	rs, err := h.RuleList(family)
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
@@ -290,7 +293,7 @@ func listRules(h routing, family int) ([]netlink.Rule, error) {
 	return rs, nil
 }
 
-// gone: the kernel has no such rule or route, or took it away with its device.
+// gone reports whether err means that the kernel has no such rule or route, or has removed it with its device.
 func gone(err error) bool {
 	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENODEV)
 }

@@ -11,13 +11,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// timerRetransmit is idiag_timer of a socket that sends again what was not acknowledged.
+// timerRetransmit is the idiag_timer of a socket that retransmits unacknowledged data.
 const timerRetransmit = 1
 
-// ResetStale ends the TCP connections that a dead daemon carried and that send again and again what nobody acknowledges:
-// with their timers backed off they could do so for the first time when the host is given back, to the real peer. It
-// takes those whose way leads into the TUN or nowhere, but none that came in from outside. Where sockets can't be chosen
-// by what a route look-up knows, or the kernel can't destroy them, it does nothing. It returns how many it ended.
+// ResetStale ends TCP connections that a dead daemon carried and that keep retransmitting unacknowledged data. Their
+// timers back off, so their next retransmission could come after the host is opened again, and reach the real peer.
+// It ends connections whose route leads into the TUN or nowhere, except those that came from outside. It does nothing
+// if traffic is selected by something that a route look-up does not know, or if the kernel cannot destroy sockets. n
+// is the number of connections that it ended.
 func (h *Host) ResetStale() (n int, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -35,7 +36,7 @@ func (h *Host) ResetStale() (n int, err error) {
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		all, err := netlink.SocketDiagTCP(family)
 		if err != nil {
-			continue // the kernel has no such family, or no sock_diag
+			continue // the kernel lacks the family or sock_diag
 		}
 		for _, s := range all {
 			local, ok1 := netip.AddrFromSlice(s.ID.Source)
@@ -63,7 +64,7 @@ func (s *Selection) hasPort(port uint16) bool {
 	return slices.ContainsFunc(s.Ports, func(r PortRange) bool { return r.First <= port && port <= r.Last })
 }
 
-// leadsInto reports whether what s sends goes into the device index, or nowhere.
+// leadsInto reports whether packets of s go to the device index, or nowhere.
 func leadsInto(s *netlink.Socket, local netip.Addr, index int) bool {
 	uid := s.UID
 	routes, err := netlink.RouteGetWithOptions(
@@ -102,7 +103,7 @@ func (r *destroyRequest) Serialize() []byte {
 	return b
 }
 
-// destroy ends a connection: its program sees ECONNABORTED. The cookie says that it is still the same one.
+// destroy ends a connection: its program sees ECONNABORTED. The cookie ensures that it is still the same connection.
 func destroy(s *netlink.Socket) error {
 	req := nl.NewNetlinkRequest(nl.SOCK_DESTROY, unix.NLM_F_ACK)
 	req.AddData(&destroyRequest{s.Family, s.ID})

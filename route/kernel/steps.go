@@ -8,11 +8,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// alias tells our TUN from others' of the same name.
+// alias distinguishes our TUN from others with the same name.
 const alias = "viasocks"
 
-// Shut closes the host: the filter refuses everything but its exceptions, also what the TUN shall take, until Steer. What
-// a dead daemon left is taken over. After an error the caller chooses: Open, or Close, which leaves the host as it is.
+// Shut closes the host: until Steer, the filter refuses everything except its exceptions, including what the TUN will
+// take. It takes over what a dead daemon left. After an error the caller chooses between Open and Close, which leaves
+// the host as it is.
 func (h *Host) Shut() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -32,7 +33,7 @@ func (h *Host) Shut() error {
 		return err
 	}
 	h.shut = true
-	if h.recovered { // what the dead one let past the proxy need not be what we do
+	if h.recovered { // the dead daemon may have let more past the proxy than we do
 		h.clearMarks(h.c.Marks.Direct)
 	}
 	if err := h.setSysctls(); err != nil {
@@ -41,7 +42,7 @@ func (h *Host) Shut() error {
 	return nil
 }
 
-// record writes the journal; what it speaks of may be done then.
+// record writes the journal. What it lists may be done afterwards.
 func (h *Host) record() error {
 	if err := step(); err != nil {
 		return err
@@ -49,7 +50,7 @@ func (h *Host) record() error {
 	return h.j.write(h.path)
 }
 
-// recallSysctls asks our table where there is no journal.
+// recallSysctls reads the former sysctls from our table if there is no journal.
 func (h *Host) recallSysctls() {
 	if len(h.j.Sysctls) > 0 {
 		return
@@ -92,8 +93,8 @@ func (h *Host) setSysctls() error {
 	return nil
 }
 
-// Steer adds routes and rules, and lets packets into the TUN, which must be up. After an error the caller chooses:
-// Unsteer and Open, or Close, which leaves the host closed.
+// Steer adds routes and rules, and lets packets into the TUN, which must be up. After an error the caller chooses
+// between Unsteer and Open, and Close, which leaves the host closed.
 func (h *Host) Steer() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -122,7 +123,7 @@ func (h *Host) Steer() error {
 	return nil
 }
 
-// reconcile makes rules, routes and, where it depends on devices, the filter what they should be.
+// reconcile brings rules, routes and, where it depends on devices, the filter into the intended state.
 func (h *Host) reconcile() (changed []string, err error) {
 	l, err := h.look()
 	if err != nil {
@@ -139,13 +140,13 @@ func (h *Host) reconcile() (changed []string, err error) {
 	if !h.steered {
 		return nil, nil
 	}
-	if len(h.families) < 2 { // IPv6 may have come as a module
+	if len(h.families) < 2 { // IPv6 may have been loaded as a module
 		if _, err := listRules(h.nl, unix.AF_INET6); err == nil {
 			h.families = []int{unix.AF_INET, unix.AF_INET6}
 		}
 	}
 	var errs []error
-	for _, f := range h.families { // routes first, so that nothing is refused in passing
+	for _, f := range h.families { // routes first, so that nothing is refused in between
 		c, err := h.syncRoutes(f, l.mine)
 		changed, errs = append(changed, c...), append(errs, err)
 	}
@@ -168,7 +169,7 @@ func equal[T comparable](a, b []T) bool {
 	return true
 }
 
-// Unsteer takes away the rules and routes. The host is closed.
+// Unsteer removes the rules and routes. Afterwards the host is closed.
 func (h *Host) Unsteer() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -177,7 +178,8 @@ func (h *Host) Unsteer() error {
 	return err
 }
 
-// Open takes away the TUN, what else was changed, the filter, and last the journal. The host is as it was.
+// Open removes the TUN, undoes the other changes, and removes the filter and finally the journal. Afterwards the host
+// is as it was before Shut.
 func (h *Host) Open() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -185,7 +187,7 @@ func (h *Host) Open() error {
 	return err
 }
 
-// restore undoes all but rules and routes. tun: the device is ours.
+// restore undoes everything except rules and routes. tun tells whether the device is ours.
 func (h *Host) restore(tun bool) (removed []string, err error) {
 	h.shut, h.steered = false, false
 	var errs []error
@@ -201,7 +203,7 @@ func (h *Host) restore(tun bool) (removed []string, err error) {
 	}
 	for _, s := range h.j.Sysctls {
 		if readSysctl(s.Key) != s.New {
-			continue // somebody else has changed it since
+			continue // another program has changed it since
 		}
 		if err := step(); err != nil {
 			return removed, err
@@ -215,7 +217,7 @@ func (h *Host) restore(tun bool) (removed []string, err error) {
 		removed, errs = append(removed, t...), append(errs, err)
 	}
 	if err := errors.Join(errs...); err != nil {
-		return removed, err // the journal stays: Undo can be tried again
+		return removed, err // the journal stays, so that Undo can be tried again
 	}
 	if err := step(); err != nil {
 		return removed, err

@@ -13,21 +13,23 @@ import (
 
 // Survey is what Steer would find on this host.
 type Survey struct {
-	Conflict error         // New would refuse with it: somebody else has the mark, a table, a priority or a name; nil: nobody has
-	Foreign  []ForeignRule // of other programs, asked before ours would be
-	Left     bool          // rules, routes or tables of ours are there: of a daemon that lives or was killed
-	Unseen   error         // why the tables of nftables could not be looked at; nil: they were
+	// the error with which New would refuse: another program uses the mark, a table, a priority or a name; nil: none
+	Conflict error
+	Foreign  []ForeignRule // rules of other programs that come before ours
+	Left     bool          // there are rules, routes or tables of ours, from a running daemon or one that was killed
+	Unseen   error         // why the tables of nftables could not be read; nil: they were
 	Strict   []string      // devices with rp_filter=1
 }
 
 // ForeignRule is an ip rule of another program.
 type ForeignRule struct {
 	Text   string // in the words of ip(8)
-	Option string // that puts ours before it; empty: none can
-	All    bool   // it leads everything, or all but one mark, somewhere else than the TUN
+	Option string // the option that puts our rules before it; empty: none does
+	All    bool   // it leads all packets, or all except those with one mark, past the TUN
 }
 
-// Look looks at the host and changes nothing. It needs no privilege, takes no lock, and may be called while a daemon runs.
+// Look examines the host and changes nothing. It needs no privilege, takes no lock, and may be called while a daemon
+// runs.
 func Look(c Config) (s Survey, err error) {
 	if c, err = c.withDefaults(); err != nil {
 		return s, err
@@ -66,8 +68,8 @@ func Look(c Config) (s Survey, err error) {
 	return s, nil
 }
 
-// takesAll reports whether n decides on packets that it does not tell apart, but for those with one mark: it refuses them, or
-// looks them up in a table that has a route for all or for half of the addresses.
+// takesAll reports whether n decides on all packets, except possibly those with one mark: it refuses them, or looks
+// them up in a table that has a route for all or half of the addresses.
 func (h *Host) takesAll(family int, n *netlink.Rule) bool {
 	anyMark := n.Mark == 0 || n.Invert
 	if n.Invert && n.Mark == 0 || !anyMark || n.Src != nil || n.Dst != nil || n.IifName != "" || n.OifName != "" || n.UIDRange != nil ||
@@ -93,9 +95,9 @@ func (h *Host) takesAll(family int, n *netlink.Rule) bool {
 	})
 }
 
-// Try closes a network namespace made for it, and opens it again: a filter that this kernel cannot have is an error, as Shut gives
-// it. The namespace ends with the call, and nothing of this host is changed, but that the kernel may load modules of nftables. It
-// needs CAP_SYS_ADMIN and CAP_NET_ADMIN.
+// Try closes a network namespace that it creates, and opens it again. It fails, with the error of Shut, if this
+// kernel does not support the filter. The namespace ends with the call. Nothing on this host changes, except that the
+// kernel may load modules of nftables. Try needs CAP_SYS_ADMIN and CAP_NET_ADMIN.
 func Try(c Config) error {
 	dir, err := os.MkdirTemp("", "viasocks-try-")
 	if err != nil {

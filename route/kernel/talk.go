@@ -8,24 +8,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// This file decides who began a UDP conversation. A datagram from outside proves nothing by itself: anybody can forge one,
-// and if it could begin a flow on the port of a program that uses the proxy, the program's own datagrams to that address
-// would leave past the proxy, as if they were answers. So the filter keeps these sets, without any help of a process:
+// This file decides which end began a UDP conversation. A datagram from outside proves nothing: it may be forged. If
+// it could begin a flow on the port of a program that uses the proxy, the program's own datagrams to that address
+// would leave past the proxy as if they were answers. The filter therefore keeps these sets, without the help of any
+// process:
 //
-//	spoke        local UDP ports that sent something of their own accord that was for the TUN
+//	spoke        local UDP ports that sent something on their own initiative that was for the TUN
 //	spoke_proto  other protocols of which the host sent something for the TUN; UDP, if spoke was full
 //	served4, 6   local ports and the peers that they answered directly: conntrack forgets those after half a minute, and
-//	             a server that speaks first to such a peer answers it still
+//	             a server that speaks first to such a peer still answers it
 //	fwd_spoke4,6 addresses and ports of containers and guests that sent something for the TUN
 //	fwd_full     UDP, if fwd_spoke4 or fwd_spoke6 was full
 //
-// What is in a spoke set has no direct answers. A datagram is looked at when it comes and when the answer leaves. With
-// CarryInbound nothing has, but the sets are filled all the same: it may be changed while the host is steered.
+// Ports in a spoke set get no direct answers. A datagram is checked when it arrives and when the answer leaves. With
+// CarryInbound no port gets direct answers, but the sets are still filled, because the option may change while the
+// host is steered.
 //
-// InboundPorts are excepted: the user has said that these are servers' ports. See serverPorts.
+// InboundPorts are an exception, because the user has declared them to be ports of servers. See serverPorts.
 
-// How long the filter remembers, and how much. A tracker is asked every half hour; a peer that was answered keeps its
-// address translation for some minutes. There are 65,535 ports; the kernel removes what has expired a second later.
+// How long, and how much, the filter remembers. A tracker is asked every half hour; a peer that was answered keeps
+// its address translation for some minutes. There are 65,535 ports; the kernel removes expired elements within a
+// second.
 const (
 	spokeFor   = time.Hour
 	servedFor  = 10 * time.Minute
@@ -34,7 +37,7 @@ const (
 	protoSize  = 512
 )
 
-// memorySets are the sets that the filter itself fills.
+// memorySets returns the sets that the filter itself fills.
 func (c *Config) memorySets() []*nfSet {
 	set := func(name, keyText string, keyType, keyLen uint32, size uint32, keep time.Duration) *nfSet {
 		return &nfSet{name: name, keyText: keyText, keyType: keyType, keyLen: keyLen, dynamic: true, size: size, keep: keep}
@@ -51,7 +54,8 @@ func (c *Config) memorySets() []*nfSet {
 	)
 }
 
-// turned is the mark of a flow that is not from outside after all. With Include it is chosen like any other.
+// turned returns the mark for a flow that turns out not to be from outside. With Include it is evaluated like any
+// other.
 func (c *Config) turned() term {
 	if !c.Include.empty() {
 		return setCtMark(c.Marks, 0)
@@ -59,12 +63,13 @@ func (c *Config) turned() term {
 	return setCtMark(c.Marks, c.Marks.Captured)
 }
 
-// inboundChains know what is from outside. Who speaks first is no proof: a connection that this host opened before `up`,
-// and that nobody tracked, has its far end speak first too. For TCP a SYN is one, or translation, which is always
-// tracked.
+// inboundChains adds the chains that recognize traffic from outside. Which end speaks first proves nothing: the far
+// end may also speak first in a connection that this host opened before `up` and that was not tracked. For TCP, a SYN
+// is proof, and so is address translation, which is always tracked.
 func (c *Config) inboundChains(t *nfTable) {
 	m := c.Marks
-	// An error, our own filter's too, belongs to the flow that it is about, the other way round: it proves nothing.
+	// An ICMP error, including one of our own filter, belongs to the flow that it is about, in the opposite
+	// direction. It proves nothing.
 	in := t.chain(&nfChain{name: "inbound"})
 	in.add(ctRelated(), back())
 	in.add(ctDNAT(), setCtMark(m, m.Inbound), back())
@@ -87,9 +92,9 @@ func (c *Config) inboundChains(t *nfTable) {
 	out.add(setCtMark(m, m.Inbound))
 }
 
-// serverPorts takes whatever comes in to a UDP port of InboundPorts for a question from outside, which is answered
-// directly. It does not ask what the port has sent, nor who began: the flow may have begun with a datagram that the port
-// sent into the TUN. The flows of our own sockets and of what is excluded stay what they are.
+// serverPorts adds the rules that take everything that arrives at a UDP port of InboundPorts for a request from
+// outside, which is answered directly. They do not check what the port has sent or which end began: the flow may have
+// begun with a datagram that the port sent into the TUN. Flows of our own sockets and excluded flows do not change.
 func (c *Config) serverPorts(t *nfTable, pre *nfChain) {
 	if len(c.InboundPorts) == 0 {
 		return
@@ -107,8 +112,9 @@ func (c *Config) serverPorts(t *nfTable, pre *nfChain) {
 	}
 }
 
-// heardChain takes a datagram back that nobody listened for: the program that opens the port a moment later, and sends to
-// that address first, does not answer. The next datagram is asked again.
+// heardChain adds the rules that withdraw the mark of a datagram for which there was no socket. If a program opens
+// the port a moment later and first sends to that address, this is not an answer. The next datagram is evaluated
+// again.
 func (c *Config) heardChain(t *nfTable, st filterState) {
 	if st.noSocket {
 		return
@@ -122,7 +128,7 @@ func (c *Config) heardChain(t *nfTable, st filterState) {
 		add(isProto(unix.IPPROTO_UDP), ctMark(m, m.Inbound, true), ctNew(), jump("heard"))
 }
 
-// answerRules decide in the output chain what is an answer to somebody outside.
+// answerRules adds the rules of the output chain that decide what is an answer to the outside.
 func (c *Config) answerRules(t *nfTable, out *nfChain) {
 	m := c.Marks
 	again := t.chain(&nfChain{name: "again"})
@@ -132,7 +138,8 @@ func (c *Config) answerRules(t *nfTable, out *nfChain) {
 	serve.add(servedPeer(false, true))
 	serve.add(servedPeer(true, true))
 	turn := t.chain(&nfChain{name: "turn"})
-	// Nobody answers with a SYN: this host calls, from the port and to the address of somebody who seemed to have called.
+	// A SYN is never an answer: this host opens a connection, from the port and to the address of an apparent earlier
+	// caller.
 	turn.add(tcpSYN(), ctDirection(true), c.turned(), back())
 	turn.add(isProto(unix.IPPROTO_TCP), back())
 	for _, r := range c.InboundPorts {
@@ -145,13 +152,13 @@ func (c *Config) answerRules(t *nfTable, out *nfChain) {
 	out.add(isProto(unix.IPPROTO_UDP), ctDirection(false), ctMark(m, 0, true), ctNew(), jump("again"))
 	out.add(ctMark(m, m.Inbound, true), jump("turn"))
 	declined := t.chain(&nfChain{name: "declined"})
-	declined.add(ctRelated(), back()) // the error of a port that is closed
+	declined.add(ctRelated(), back()) // the error of a closed port
 	declined.add(c.turned())
 	out.add(ctDirection(true), ctMark(m, m.Declined, true), jump("declined"))
 }
 
-// speakChains note who sends something for the TUN of his own accord. An answer notes nothing: else a server whose port
-// has come into the set by accident would never get out of it.
+// speakChains adds the chains that record which ports send something for the TUN on their own initiative. An answer
+// records nothing; otherwise a server whose port got into the set by accident would never leave it.
 func (c *Config) speakChains(t *nfTable) {
 	speak := t.chain(&nfChain{name: "speak"})
 	speak.add(ctDirection(true), back())
@@ -168,7 +175,8 @@ func (c *Config) speakChains(t *nfTable) {
 	fwd.add(count(countForgot), drop())
 }
 
-// forwardedAnswers takes back what seems to be the answer of a container or guest, whose port is published.
+// forwardedAnswers adds the rules that withdraw the mark of what seems to be the answer of a container or guest whose
+// port is published.
 func (c *Config) forwardedAnswers(t *nfTable, pre *nfChain) {
 	turn := t.chain(&nfChain{name: "fwd_turn"})
 	turn.add(hostPort("fwd_spoke4", false, false), c.turned())
@@ -177,7 +185,7 @@ func (c *Config) forwardedAnswers(t *nfTable, pre *nfChain) {
 	pre.add(isProto(unix.IPPROTO_UDP), ctDirection(true), ctMark(c.Marks, c.Marks.Inbound, true), jump("fwd_turn"))
 }
 
-// update makes the rule part that puts a key into a set, or makes it stay for another term.
+// update returns the part of a rule that adds a key to a set, or extends its time in the set.
 func update(set, key string, loads ...expr.Any) term {
 	return term{"update @" + set + " { " + key + " }",
 		append(loads, &expr.Dynset{SrcRegKey: 8, SetName: set, Operation: unix.NFT_DYNSET_OP_UPDATE})}
@@ -187,7 +195,7 @@ func loadPort(reg, offset uint32) expr.Any {
 	return &expr.Payload{DestRegister: reg, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2}
 }
 
-// inPort looks the source or destination port of a datagram up.
+// inPort looks up the source or destination port of a datagram.
 func inPort(set, which string) term {
 	offset := uint32(0)
 	if which == "dport" {
@@ -206,7 +214,7 @@ func loadProto() expr.Any { return &expr.Meta{Key: expr.MetaKeyL4PROTO, Register
 func inProto(set string) term   { return lookup(set, "meta l4proto", nil, loadProto()) }
 func noteProto(set string) term { return update(set, "meta l4proto", loadProto()) }
 
-// hostPort looks the source of a datagram up, or notes it.
+// hostPort looks up the source of a datagram, or records it.
 func hostPort(set string, v6, note bool) term {
 	word, off, n := "ip", uint32(12), uint32(4)
 	if v6 {
@@ -221,7 +229,7 @@ func hostPort(set string, v6, note bool) term {
 	return lookup(set, word+" saddr . udp sport", nil, loads...)
 }
 
-// servedPeer looks the port and the peer of what is sent up, or notes them.
+// servedPeer looks up the port and the peer of an outgoing datagram, or records them.
 func servedPeer(v6, note bool) term {
 	set, word, off, n := "served4", "ip", uint32(16), uint32(4)
 	if v6 {
@@ -237,7 +245,8 @@ func servedPeer(v6, note bool) term {
 	return lookup(set, key, nil, loads...)
 }
 
-// socketTransparent matches what somebody on this host receives: the expression ends the rule where there is no socket.
+// socketTransparent matches packets that a socket on this host will receive: if there is none, the expression ends
+// the rule.
 func socketTransparent(yes bool) term {
 	v := byte(0)
 	if yes {

@@ -5,9 +5,9 @@ import (
 	"os"
 )
 
-// Undo is `down` without a daemon: from the journal, and without one, or with a corrupt one, by what is named in c (TUN,
-// NFTable, Priority, Marks, Dir; zero fields: defaults) and by our protocol number, it removes what is ours and nothing
-// else. ErrRunning: the daemon lives. It returns a line for each thing that it removed.
+// Undo is `down` without a daemon. It works from the journal or, if that is missing or corrupt, from the names in c
+// (TUN, NFTable, Priority, Marks, Dir; zero fields mean the defaults) and our protocol number, and removes only what
+// is ours. ErrRunning means that the daemon is alive. removed contains a line for each thing that was removed.
 func Undo(c Config) (removed []string, err error) {
 	if c.TUN == "" {
 		c.TUN = DefaultTUN
@@ -51,7 +51,7 @@ func Undo(c Config) (removed []string, err error) {
 	return removed, nil
 }
 
-// LeftTUN is the name of the TUN device that a daemon which was killed has left: by its journal, or else the one of c.
+// LeftTUN returns the name of the TUN device that a killed daemon has left, from its journal or else from c.
 func LeftTUN(c Config) string {
 	if c.TUN == "" {
 		c.TUN = DefaultTUN

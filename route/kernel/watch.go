@@ -13,19 +13,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// How often what others remove is put back: at once, but not more than a few times a second if they go on.
+// How often removed changes are restored: at once, but at most a few times a second if the removal is repeated.
 const (
 	putBackEvery = 250 * time.Millisecond
 	settle       = 5 * time.Millisecond // events come in bursts
 )
 
-// How soon a watch that ended is begun again: at first, and in the end. It is a variable for tests.
+// The time after which an ended watch is started again: at first, and at most. It is a variable for tests.
 var (
 	watchAgain = time.Second
 	watchMost  = 30 * time.Second
 )
 
-// subscribe is for tests, too: a kernel that fails to tell.
+// subscribe is a variable so that tests can simulate a kernel that stops reporting.
 var subscribe = func(proto int, groups ...int) (*os.File, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, proto)
 	if err != nil {
@@ -45,18 +45,18 @@ var subscribe = func(proto int, groups ...int) (*os.File, error) {
 	return f, nil
 }
 
-// source is a subscription to events, and how to make it again.
+// source is a subscription to events, and what is needed to renew it.
 type source struct {
-	what   string // for people
+	what   string // for messages
 	proto  int
 	groups []int
 
 	mu     sync.Mutex
-	f      *os.File // nil: there is none now
+	f      *os.File // nil: there is no subscription now
 	closed bool
 }
 
-// open subscribes, in place of what was there.
+// open subscribes, and replaces an existing subscription.
 func (s *source) open() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -72,7 +72,7 @@ func (s *source) open() error {
 	return err
 }
 
-// file is what there is to read; nil: nothing.
+// file returns the file to read from, or nil.
 func (s *source) file() *os.File {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -95,7 +95,7 @@ func (s *source) close() {
 	}
 }
 
-// watchEvents subscribes; the events wait in the sockets until Run.
+// watchEvents subscribes. The events wait in the sockets until Run.
 func (h *Host) watchEvents() error {
 	h.events = &source{what: "routes, rules and addresses", proto: unix.NETLINK_ROUTE, groups: []int{
 		unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
@@ -109,18 +109,18 @@ func (h *Host) watchEvents() error {
 	return nil
 }
 
-// what happened to the host.
+// happened collects what has happened to the host.
 type happened struct {
 	any, defaultRoute, filter bool
-	lost                      bool // what, nobody knows: the filter may have been changed
+	lost                      bool // events were lost: the filter may have been changed
 }
 
-// Run puts back what others remove, follows addresses and devices, and refreshes the guard, until ctx ends. When the
-// kernel ceases to tell, it asks to be told again, and looks at everything meanwhile. It is to be called once, and
-// every thread of the process must be of the network namespace.
+// Run restores what others remove, follows changes of addresses and devices, and renews the guard, until ctx ends. If
+// the kernel stops reporting, Run subscribes again and checks everything meanwhile. It may be called once, and every
+// thread of the process must be in the network namespace.
 func (h *Host) Run(ctx context.Context) {
 	var wg sync.WaitGroup
-	defer func() { // ctx has ended: who subscribes just now sees it before he reads
+	defer func() { // ctx has ended: a goroutine that is subscribing sees this before it reads
 		h.events.interrupt()
 		h.nfEvents.interrupt()
 		wg.Wait()
@@ -173,7 +173,7 @@ func (h *Host) Run(ctx context.Context) {
 	}
 }
 
-// follow calls got for each batch of messages, until ctx ends; nil: some may have been lost.
+// follow calls got for each batch of messages until ctx ends. A nil batch means that some may have been lost.
 func (h *Host) follow(ctx context.Context, s *source, got func([]byte)) {
 	pause := watchAgain
 	for ctx.Err() == nil {
@@ -204,7 +204,7 @@ func (h *Host) follow(ctx context.Context, s *source, got func([]byte)) {
 	}
 }
 
-// unwatched says that the watch ended, or with nil that there is one again.
+// unwatched reports that the watch has ended or, if err is nil, that it is back.
 func (h *Host) unwatched(s *source, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -218,7 +218,7 @@ func (h *Host) unwatched(s *source, err error) {
 	h.say(key, "lost the netlink subscription for "+s.what+": polling until it is back", "why", err)
 }
 
-// readEvents calls got for each batch of messages until a read fails; nil: some were lost.
+// readEvents calls got for each batch of messages until a read fails. A nil batch means that some were lost.
 func readEvents(f *os.File, got func([]byte)) error {
 	buf := make([]byte, 64<<10)
 	for {
@@ -234,7 +234,7 @@ func readEvents(f *os.File, got func([]byte)) error {
 	}
 }
 
-// routeEvents notes what is of interest. Our own changes come by too: they change nothing a second time.
+// routeEvents records what is of interest. Our own changes are reported too, but cause no second change.
 func (h *Host) routeEvents(b []byte, n *happened) {
 	n.any = true
 	if b == nil {
@@ -249,7 +249,7 @@ func (h *Host) routeEvents(b []byte, n *happened) {
 	})
 }
 
-// filterEvents notes that somebody else changed a table of ours.
+// filterEvents records that another program changed a table of ours.
 func (h *Host) filterEvents(b []byte, n *happened) {
 	if b == nil {
 		n.lost = true
@@ -257,13 +257,14 @@ func (h *Host) filterEvents(b []byte, n *happened) {
 	eachMessage(b, func(m unix.NlMsghdr, data []byte) bool {
 		if m.Type>>8 == unix.NFNL_SUBSYS_NFTABLES && m.Type&0xff != unix.NFT_MSG_NEWGEN && m.Pid != 0 && m.Pid != h.nf.pid &&
 			len(data) > 4 {
-			n.filter = n.filter || cstring(attrs(data[4:])[1]) == h.c.NFTable // the table's name is 1 for all kinds
+			// attribute 1 is the table's name for all kinds of objects
+			n.filter = n.filter || cstring(attrs(data[4:])[1]) == h.c.NFTable
 		}
 		return true
 	})
 }
 
-// putBack reports whether something had to be put back.
+// putBack restores what was removed or changed, and reports whether anything was.
 func (h *Host) putBack(n happened) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -291,7 +292,7 @@ func (h *Host) putBack(n happened) bool {
 	return put
 }
 
-// renew refreshes the guard if the data plane lives.
+// renew renews the guard if the data plane is alive.
 func (h *Host) renew() {
 	h.mu.Lock()
 	defer h.mu.Unlock()

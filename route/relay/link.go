@@ -13,25 +13,27 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// Codec puts a header before each datagram and takes it off: the SOCKS UDP header, RFC 1928 section 7. Its methods are
-// called from the frame reader and from the loop at once, so it has no state that changes.
+// Codec adds and removes the header of each datagram: the SOCKS UDP header (RFC 1928, section 7). Its methods are
+// called concurrently from the frame reader and from the loop, so it must have no state that changes.
 type Codec interface {
-	// AppendHeader appends the header of a datagram to dst. No header: b comes back as it was, and the datagram is dropped.
+	// AppendHeader appends the header of a datagram to dst. If it returns b unchanged, there is no header for dst,
+	// and the datagram is dropped.
 	AppendHeader(b []byte, dst netip.AddrPort) []byte
-	// ParseHeader returns the source that the header names and the header's length. b is whatever the relay sent. An
-	// error drops and counts the datagram; it should be a fixed value, made once.
+	// ParseHeader returns the source that the header names, and the header's length. b is whatever the relay sent.
+	// After an error the datagram is dropped and counted; the error should be a fixed value that is made once.
 	ParseHeader(b []byte) (src netip.AddrPort, n int, err error)
 }
 
 // PacketLink is a UDP socket of an upstream.
 type PacketLink interface {
-	// Send sends datagrams to their Dst. It never blocks: what can't be sent is dropped and counted. n is how many the
-	// kernel took. The error is ErrClosed or nil. One goroutine at a time; Close may come meanwhile.
+	// Send sends datagrams to their Dst. It never blocks: what cannot be sent is dropped and counted. n is the number
+	// that the kernel accepted. The error is ErrClosed or nil. One goroutine at a time may call Send; Close may be
+	// called meanwhile.
 	Send([]flow.Packet) (n int, err error)
-	// Close gives the socket back. A sink call that is under way ends after it; no other begins once the loop knows.
-	// It may be called twice and from any goroutine.
+	// Close releases the socket. A sink call in progress ends after it; no other begins once the loop has noticed. It
+	// may be called twice and from any goroutine.
 	Close() error
-	Stats() LinkStats // any goroutine
+	Stats() LinkStats // may be called from any goroutine
 }
 
 // LinkCounters is the table of what links count, in datagrams: see package count. Bytes are payload, without the header.
@@ -54,7 +56,7 @@ type LinkCounters[T any] struct {
 // LinkStats is a snapshot of one link, or of several.
 type LinkStats = LinkCounters[uint64]
 
-// The longest UDP payload: 65,535 less the UDP header, and on IPv4 less the IP header.
+// The longest UDP payload: 65,535 less the UDP header and, on IPv4, less the IP header.
 const (
 	maxUDP4 = 65507
 	maxUDP6 = 65527
@@ -73,19 +75,19 @@ type link struct {
 	mu   sync.Mutex
 	fd   int
 	shut bool
-	seg  int // largest size that UDP_SEGMENT is tried with; under mu
+	seg  int // the largest size for which UDP_SEGMENT is tried; guarded by mu
 
 	st   LinkCounters[atomic.Uint64]
-	over bool // the loop's own
+	over bool // belongs to the loop
 }
 
-// OpenPackets makes a link of fd, a non-blocking UDP socket, and owns it from here on, also on error. With a codec the
-// socket is connected to the SOCKS relay: the kernel drops datagrams of strangers. Without, it is not connected: datagrams go
-// as they are to their Dst, and Src is whoever sent them.
+// OpenPackets makes a link of fd, a non-blocking UDP socket, and takes ownership of it, even on error. With a codec
+// the socket is connected to the SOCKS relay, so the kernel drops datagrams of other senders. Without one it is not
+// connected: datagrams go unchanged to their Dst, and Src is their sender.
 //
-// sink gets what was received, on the loop, in bursts; the packets and their bytes are lent for the call. Src is set, Dst is
-// not. closed (nil: not wanted) is called once, on the loop, if the socket fails for good or the loop ends (ErrClosed), and not
-// after Close.
+// sink receives datagrams on the loop, in bursts. The packets and their bytes are valid only during the call. Src is
+// set, Dst is not. closed, if not nil, is called once, on the loop, if the socket fails for good or the loop ends
+// (ErrClosed), but not after Close.
 func (l *Loop) OpenPackets(fd int, codec Codec, sink func([]flow.Packet), closed func(error)) (PacketLink, error) {
 	k := &link{l: l, fd: fd, codec: codec, sink: sink, closed: closed, max: maxUDP4, seg: maxUDP4}
 	k.Init(k)
@@ -102,7 +104,8 @@ func (l *Loop) OpenPackets(fd int, codec Codec, sink func([]flow.Packet), closed
 			}
 		}
 	}
-	// Without GRO (Linux before 5.0) datagrams come one by one. A burst of a swarm overruns the default of 208 KiB.
+	// Without GRO (Linux before 5.0) datagrams arrive one by one. A burst of a swarm overruns the default buffer of
+	// 208 KiB.
 	_ = unix.SetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_GRO, 1)
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 1<<20)
 	if !l.Join(&k.Node) {
@@ -128,7 +131,7 @@ func (k *link) Stats() (s LinkStats) {
 	return s
 }
 
-// turn implements loop.Task.
+// Turn implements loop.Task.
 func (k *link) Turn() (again bool) {
 	switch {
 	case k.over:
@@ -149,10 +152,10 @@ func (k *link) Turn() (again bool) {
 	return k.receive()
 }
 
-// shutdown implements loop.Task.
+// Shutdown implements loop.Task.
 func (k *link) Shutdown() { k.finish(ErrClosed) }
 
-// finish closes the socket and tells closed, unless Close was called.
+// finish closes the socket and calls closed, unless Close was called.
 func (k *link) finish(err error) {
 	if k.over {
 		return

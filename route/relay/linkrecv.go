@@ -11,15 +11,15 @@ import (
 )
 
 const (
-	rxVec     = 32      // most messages for one recvmmsg; with UDP_GRO each may hold 64 datagrams
-	rxBuf     = 1 << 16 // the longest datagram and the longest GRO run
-	rxTurn    = 256     // datagrams for one turn, more or less; also bounded by turnBytes
+	rxVec     = 32      // maximum number of messages for one recvmmsg; with UDP_GRO each may contain 64 datagrams
+	rxBuf     = 1 << 16 // length of the longest datagram and the longest GRO run
+	rxTurn    = 256     // approximate number of datagrams for one turn, which turnBytes also limits
 	rxPackets = 256     // datagrams for one sink call
 	ctlLen    = 24      // CMSG_SPACE of an int
 )
 
-// rxBuffers is shared by all links of a loop: a link that waits owns none. 2 MiB of address space, of which the kernel touches as
-// many pages as datagrams are long.
+// rxBuffers is shared by all links of a loop, so a waiting link owns none. It is 2 MiB of address space; the kernel
+// touches only as many pages as the datagrams need.
 type rxBuffers struct {
 	data  []byte
 	msgs  [rxVec]unix.Mmsghdr
@@ -27,7 +27,7 @@ type rxBuffers struct {
 	names [rxVec]unix.RawSockaddrInet6 // large enough for both families
 	ctl   [rxVec][ctlLen]byte
 	used  int // headers that the last call may have changed
-	vec   int // messages for the next call: fewer when they are large, so that a turn keeps to its budget
+	vec   int // messages for the next call: fewer if they are large, so that a turn keeps to its budget
 	pkts  []flow.Packet
 }
 
@@ -59,7 +59,7 @@ func (b *rxBuffers) recv(fd int) (int, unix.Errno) {
 			continue
 		}
 		if e != 0 {
-			b.used = 1 // the kernel may have got as far as the first
+			b.used = 1 // the kernel may have changed the first
 			return 0, e
 		}
 		b.used = min(int(n)+1, rxVec)
@@ -67,7 +67,7 @@ func (b *rxBuffers) recv(fd int) (int, unix.Errno) {
 	}
 }
 
-// segment is the size of the datagrams that GRO joined in message i, or 0.
+// segment returns the size of the datagrams that GRO joined in message i, or 0.
 func (b *rxBuffers) segment(i int) int {
 	h := &b.msgs[i].Hdr
 	if int(h.Controllen) < unix.SizeofCmsghdr+4 {
@@ -80,7 +80,7 @@ func (b *rxBuffers) segment(i int) int {
 	return int(int32(binary.NativeEndian.Uint32(b.ctl[i][unix.SizeofCmsghdr:])))
 }
 
-// source is who sent message i, with IPv4-mapped addresses unmapped.
+// source returns the sender of message i. IPv4-mapped addresses are unmapped.
 func (b *rxBuffers) source(i int) netip.AddrPort {
 	sa := &b.names[i]
 	switch sa.Family {
@@ -93,14 +93,14 @@ func (b *rxBuffers) source(i int) netip.AddrPort {
 	return netip.AddrPort{}
 }
 
-// swap16 turns a port in network order, as sockaddr has it, into a number, and back.
+// swap16 converts a port from network order, as in sockaddr, to a number, and back.
 func swap16(p uint16) uint16 {
 	var b [2]byte
 	binary.NativeEndian.PutUint16(b[:], p)
 	return binary.BigEndian.Uint16(b[:])
 }
 
-// receive hands what is there to sink, for one turn.
+// receive passes received datagrams to sink, for one turn.
 func (k *link) receive() (again bool) {
 	if k.l.rx == nil {
 		k.l.rx = newRxBuffers()
@@ -130,8 +130,8 @@ func (k *link) receive() (again bool) {
 		} else if size < turnBytes/4 {
 			b.vec = min(b.vec*2, rxVec)
 		}
-		// A short count means that the socket was empty, and the next datagram is a new edge; but an ICMP error may
-		// have cut it short: then only EAGAIN is proof.
+		// A short count means that the socket was empty, and that the next datagram causes a new edge. But an ICMP
+		// error may have caused the short count; then only EAGAIN is proof.
 		if n < asked && k.Got&sockErr == 0 {
 			k.Got &^= sockIn | sockHup
 			return false
@@ -140,7 +140,7 @@ func (k *link) receive() (again bool) {
 	return true
 }
 
-// deliver takes n messages apart and hands them to sink. It returns how many datagrams and bytes they were.
+// deliver splits n messages into datagrams and passes them to sink. It returns their number and total size.
 func (k *link) deliver(b *rxBuffers, n int) (datagrams, size int) {
 	var bad, bytes, count uint64
 	b.pkts = b.pkts[:0]
@@ -155,7 +155,7 @@ func (k *link) deliver(b *rxBuffers, n int) (datagrams, size int) {
 		if k.codec == nil {
 			from = b.source(i)
 		}
-		for first := true; first || len(m) > 0; first = false { // an empty datagram is one too
+		for first := true; first || len(m) > 0; first = false { // an empty datagram counts, too
 			d := m[:min(seg, len(m))]
 			m = m[len(d):]
 			src := from
@@ -189,7 +189,8 @@ func (k *link) deliver(b *rxBuffers, n int) (datagrams, size int) {
 	return int(bad + count), size
 }
 
-// hand gives what was gathered, of so many bytes, to the sink. It is counted first: who sees a datagram sees the count.
+// hand passes the collected datagrams to the sink. bytes is their size. They are counted first, so that a sink that
+// sees a datagram also sees it counted.
 func (k *link) hand(b *rxBuffers, bytes uint64) {
 	k.st.Received.Add(uint64(len(b.pkts)))
 	k.st.ReceivedBytes.Add(bytes)
@@ -197,7 +198,7 @@ func (k *link) hand(b *rxBuffers, bytes uint64) {
 	b.pkts = b.pkts[:0]
 }
 
-// transient: an ICMP error that a connected socket is told, or the kernel's shortage.
+// transient reports whether e is an ICMP error that a connected socket reports, or a shortage in the kernel.
 func transient(e unix.Errno) bool {
 	switch e {
 	case unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EHOSTDOWN, unix.ENONET, unix.ENOPROTOOPT,

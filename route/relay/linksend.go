@@ -11,13 +11,13 @@ import (
 )
 
 const (
-	txVec   = 64    // messages for one sendmmsg
+	txVec   = 64    // maximum number of messages for one sendmmsg
 	txIov   = 512   // header and payload of 256 datagrams
 	maxRun  = 64    // UDP_MAX_SEGMENTS before Linux 6.6; 128 since
-	maxSend = 65000 // bytes of one run; with the headers it stays below 65,535
+	maxSend = 65000 // maximum bytes of one run; with the headers it stays below 65,535
 )
 
-// txBatch is what one sendmmsg takes. Pooled: a link that does not send owns none.
+// txBatch is the content of one sendmmsg. It is pooled, so a link that does not send owns none.
 type txBatch struct {
 	msgs  [txVec]unix.Mmsghdr
 	iov   [txIov]unix.Iovec
@@ -30,13 +30,13 @@ type txBatch struct {
 	gso   bool // a message may be a run of several datagrams
 }
 
-// txRun is one message: count datagrams of size bytes, the last one perhaps shorter.
+// txRun is one message: count datagrams of size bytes, of which the last may be shorter.
 type txRun struct {
 	size, count    int
 	bytes, payload int            // with and without headers
 	iov            int            // index of the first iovec
 	dst            netip.AddrPort // when not connected
-	closed         bool           // takes no more
+	closed         bool           // accepts no more datagrams
 }
 
 var txPool = sync.Pool{New: func() any {
@@ -69,7 +69,7 @@ func (k *link) Send(ps []flow.Packet) (sent int, err error) {
 	return sent, nil
 }
 
-// put adds a datagram to the batch, which has room: to the last run if it fits there.
+// put adds a datagram to the batch, which has room for it: to the last run if it fits there.
 func (k *link) put(b *txBatch, p *flow.Packet) {
 	at := len(b.head)
 	limit := k.max
@@ -106,7 +106,7 @@ func (k *link) put(b *txBatch, p *flow.Packet) {
 	b.addIov(p.Payload)
 }
 
-// runFor is the last run if it takes a datagram of size to dst, or else a new one.
+// runFor returns the last run if it can take a datagram of size to dst, or a new one.
 func (k *link) runFor(b *txBatch, dst netip.AddrPort, size int) *txRun {
 	if b.nmsg > 0 && b.gso {
 		r := &b.run[b.nmsg-1]
@@ -130,7 +130,7 @@ func (b *txBatch) addIov(p []byte) {
 	b.niov++
 }
 
-// flush sends the batch and empties it. It returns how many datagrams the kernel took.
+// flush sends the batch and empties it. It returns how many datagrams the kernel accepted.
 func (k *link) flush(b *txBatch) (sent int) {
 	if b.nmsg == 0 {
 		return 0
@@ -153,18 +153,19 @@ func (k *link) flush(b *txBatch) (sent int) {
 		}
 		r := &b.run[i]
 		switch {
-		case e == unix.EAGAIN: // the buffer is full; so it will be for the others
+		case e == unix.EAGAIN: // the buffer is full, which holds for the others too
 			for ; i < b.nmsg; i++ {
 				k.st.Full.Add(uint64(b.run[i].count))
 			}
 			continue
 		case e == unix.ECONNREFUSED && tries < 3:
-			// The ICMP error that an earlier datagram met: this one was not tried.
+			// This is the ICMP error for an earlier datagram; this one was not tried.
 			k.st.Unreachable.Add(1)
 			tries++
 			continue
 		case r.count > 1 && (e == unix.EINVAL || e == unix.EMSGSIZE || e == unix.EIO):
-			// No UDP_SEGMENT for this size: over the path's MTU (EINVAL, EMSGSIZE) or no checksum offload (EIO).
+			// UDP_SEGMENT does not work for this size: it exceeds the path's MTU (EINVAL, EMSGSIZE), or there is no
+			// checksum offload (EIO).
 			k.seg = r.size - 1
 			if e == unix.EIO {
 				k.seg = 0
@@ -221,7 +222,7 @@ func (k *link) sendSingly(b *txBatch, i int) (sent, bytes int) {
 	for range r.count {
 		size := min(r.size, left)
 		left -= size
-		n := 0 // iovecs of this datagram: header and payload, or one of them
+		n := 0 // iovecs of this datagram: header and payload, or one of the two
 		for got := 0; got < size; n++ {
 			got += int(b.iov[at+n].Len)
 		}
@@ -262,7 +263,8 @@ func sendmmsg(fd int, m []unix.Mmsghdr) (int, unix.Errno) {
 	}
 }
 
-// putSockaddr writes dst for a socket of the family and returns its length. A dual-stack socket wants IPv4 mapped.
+// putSockaddr writes dst for a socket of the given family and returns its length. A dual-stack socket needs
+// IPv4-mapped addresses.
 func putSockaddr(sa *unix.RawSockaddrInet6, dst netip.AddrPort, v6 bool) uint32 {
 	if v6 {
 		*sa = unix.RawSockaddrInet6{Family: unix.AF_INET6, Port: swap16(dst.Port()), Addr: dst.Addr().As16()}

@@ -12,35 +12,35 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// Config of a Loop.
+// Config is the configuration of a Loop.
 type Config struct {
 	// IdleTimeout is how long an upstream connection may be silent before keepalive probes begin. 0: DefaultIdle.
 	IdleTimeout time.Duration
 	Log         *slog.Logger // nil: slog.Default
 }
 
-// DefaultIdle is the least that RFC 1122, 4.2.3.6, allows unless the user wants otherwise.
+// DefaultIdle is the minimum of RFC 1122, section 4.2.3.6, unless the user wants otherwise.
 const DefaultIdle = 2 * time.Hour
 
-// ErrClosed: the loop, or the link, was closed.
+// ErrClosed means that the loop or the link was closed.
 var ErrClosed = loop.ErrClosed
 
-// Loop is an event loop with what relays and links share: buffers that are used during a turn only. After its Run every
-// relay is reset on both sides, every link closed, every done and closed called.
+// Loop is an event loop with what relays and links share: buffers that are used only during a turn. When its Run
+// returns, every relay was reset on both sides, every link was closed, and every done and closed function was called.
 type Loop struct {
 	*loop.Loop
 	log  *slog.Logger
-	idle atomic.Int64 // TCP_KEEPIDLE in seconds, 0: the kernel's own is right
+	idle atomic.Int64 // TCP_KEEPIDLE in seconds; 0: the kernel's default is right
 
 	noGSO atomic.Bool // links send without UDP_SEGMENT: see GSO
 
-	// The loop's own.
+	// The fields below belong to the loop's goroutine.
 	w  upWriter
 	p  downPayload
 	rx *rxBuffers
 }
 
-// The bits of Node.Got. Those of the loop are about the socket; the first two, and appIn and appOut, stay set until an
+// Bits of Node.Got. Those of the loop are about the socket. The first two, and appIn and appOut, stay set until an
 // attempt fails.
 const (
 	sockIn  = loop.In
@@ -50,21 +50,21 @@ const (
 	ticked  = loop.Tick // the linger timer
 )
 
-// The bits of a relay or a link.
+// Bits of a relay or a link.
 const (
 	appIn    = loop.Own << iota // the app's stream may have data or FIN
 	appOut                      // the app's stream may take data
-	appHup                      // the app may have reset: ask the stream
-	opened                      // Listener.Opened came
-	ended                       // the owner wants it to end
-	orphaned                    // the app's socket is gone
+	appHup                      // the app may have reset it: query the stream
+	opened                      // Listener.Opened was called
+	ended                       // the owner ends it
+	orphaned                    // the app's socket no longer exists
 	failed                      // a stream link could not send
 )
 
-// SetIdleTimeout changes Config.IdleTimeout for relays that are started from now on. 0: DefaultIdle.
+// SetIdleTimeout changes Config.IdleTimeout for relays that start later. 0: DefaultIdle.
 func (l *Loop) SetIdleTimeout(d time.Duration) { l.idle.Store(int64(keepIdle(d))) }
 
-// NewLoop makes a loop. Relays may be started at once; they move when Run runs.
+// NewLoop makes a loop. Relays may be started at once; they make progress while Run runs.
 func NewLoop(c Config) (*Loop, error) {
 	if c.IdleTimeout < 0 || c.IdleTimeout > 0 && c.IdleTimeout < time.Second {
 		return nil, fmt.Errorf("cannot make a loop: idle timeout %v is less than a second", c.IdleTimeout)
@@ -82,7 +82,8 @@ func NewLoop(c Config) (*Loop, error) {
 	return l, nil
 }
 
-// keepIdle is TCP_KEEPIDLE for d, or 0 if it is what the kernel does anyhow: one system call less for each flow.
+// keepIdle returns TCP_KEEPIDLE for d, or 0 if that is the kernel's default anyway, which saves a system call for
+// each flow.
 func keepIdle(d time.Duration) int {
 	if d == 0 {
 		d = DefaultIdle

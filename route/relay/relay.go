@@ -12,19 +12,20 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// How a relay ended: for errors.Is on Result.Err. See also ErrClosed.
+// Reasons why a relay ended, for errors.Is on Result.Err. See also ErrClosed.
 var (
-	ErrAppGone       = errors.New("the app was gone")                                   // before the handshake with it was over
-	ErrAppReset      = errors.New("reset by the app")                                   // RST
-	ErrUpstreamReset = errors.New("reset by the upstream")                              // RST; or its socket failed, then the errno is in the chain
-	ErrAborted       = errors.New("aborted")                                            // Relay.Abort
-	ErrOrphan        = errors.New("the app closed its socket, and the far end went on") // Relay.Orphaned
-	ErrLost          = errors.New("data lost")                                          // the stack did not take what it had asked for: a bug
+	ErrAppGone       = errors.New("the app was gone")      // before the handshake with it was over
+	ErrAppReset      = errors.New("reset by the app")      // RST
+	ErrUpstreamReset = errors.New("reset by the upstream") // RST, or the socket failed with an errno
+	ErrAborted       = errors.New("aborted")               // Relay.Abort
+	// the app's socket is gone, and the far end went on
+	ErrOrphan = errors.New("the app closed its socket, and the far end went on")
+	ErrLost   = errors.New("data lost") // a bug: the stack did not take what it asked for
 )
 
-// Result is the end of a relay.
+// Result is the result of a relay.
 type Result struct {
-	Up, Down uint64 // bytes moved, app to upstream and back
+	Up, Down uint64 // bytes moved from app to upstream, and back
 	Err      error  // nil: both FINs were passed on
 }
 
@@ -34,58 +35,60 @@ type Relay struct {
 	l    *Loop
 	done func(Result)
 
-	app     flow.Stream // Opened wrote it before its hint
+	app     flow.Stream // written by Opened before its hint
 	appErr  error
 	dropped atomic.Bool // the stream was closed, or is about to be
 
 	up, down atomic.Uint64
 
-	// The loop's own.
+	// The fields below belong to the loop's goroutine.
 	fd       int32
 	watched  bool // fd is
 	open     bool // the app's handshake is over, and fd is watched
-	over     bool // nothing is left but a late Opened
+	over     bool // nothing is left except a late Opened
 	upFIN    bool // the app's FIN was read
-	upDone   bool // and passed on
+	upDone   bool // the app's FIN was passed on
 	downDone bool // the upstream's FIN was passed on
 	spill    []byte
-	rst      *rst // one side has reset
+	rst      *rst // not nil: one side has reset
 	orphan   *orphan
 }
 
-// orphan is a flow whose app has closed its socket, while what it sent is still on its way to the upstream.
+// orphan is a flow whose app has closed its socket while its data is still on the way to the upstream.
 type orphan struct {
 	moved uint64
 	queue int
 	since time.Time // of the last progress
 }
 
-// rst is the end of a flow by RST: the other side still gets what came before it.
+// rst is the end of a flow by RST. The other side still gets what came before it.
 type rst struct {
 	byApp bool
 	cause error
-	dry   bool          // the dead side has nothing left to hand over
-	wait  time.Duration // until the next look
+	dry   bool          // the dead side has no more data
+	wait  time.Duration // until the next check
 
 	moved uint64
 	queue int
 	since time.Time // of the last progress
 }
 
-// queuer is what a Stream may also implement: how many of the bytes that WriteFrom took the app's kernel has not
-// acknowledged. With it a RST of the upstream does not overtake them; without it Abort drops them. It is asked only
-// when nothing more will be written.
+// queuer may be implemented by a Stream. Queued returns how many of the bytes that WriteFrom took have not been
+// acknowledged by the app's kernel. With it, a RST of the upstream does not overtake these bytes; without it, Abort
+// discards them. It is called only when nothing more will be written.
 type queuer interface{ Queued() int }
 
-// lingerLimit is how long the living side may make no progress in taking what came before the RST. Directly, the app would find
-// all that in its own kernel's buffer, however late it reads; but a dead flow must not be held for ever.
+// lingerLimit is how long the living side may make no progress with the data from before the RST. Without a proxy,
+// the app would find all of it in its own kernel's buffer, however late it reads; but a dead flow must not be held
+// for ever.
 var lingerLimit = time.Minute
 
-// Start answers the held SYN (req.Accept) and relays between the app and s, a connected non-blocking socket with
-// TCP_NODELAY set, until both directions are over or one side resets. It owns s from here on, also when the app is gone. It
-// does not block. A socket that the loop watches already, as a dial on the same loop hands it over, needs no second
-// registration; Start is then called on the loop's goroutine, and otherwise from any. done (nil: not wanted) is called
-// exactly once, on the loop, or on a goroutine of its own if the loop is closed; never by Start itself.
+// Start answers the pending SYN (req.Accept) and relays between the app and s, a connected non-blocking socket with
+// TCP_NODELAY set, until both directions are over or one side resets. It takes ownership of s, even if the app is
+// gone. It does not block. A socket that the loop already watches, such as one handed over by a dial on the same
+// loop, needs no second registration; Start must then be called on the loop's goroutine, and otherwise may be called
+// from any. done, if not nil, is called exactly once, never by Start itself: on the loop, or on its own goroutine if
+// the loop is closed.
 func (l *Loop) Start(req flow.StreamRequest, s loop.Socket, done func(Result)) *Relay {
 	r := &Relay{l: l, done: done}
 	r.Init(r)
@@ -135,18 +138,19 @@ func (r *Relay) Ready(ev flow.Events) {
 	}
 }
 
-// Bytes is what was moved so far. Any goroutine.
+// Bytes returns the bytes moved so far. It may be called from any goroutine.
 func (r *Relay) Bytes() (up, down uint64) { return r.up.Load(), r.down.Load() }
 
-// Abort resets both sides soon. Any goroutine, more than once, and after the end.
+// Abort resets both sides soon. It may be called from any goroutine, more than once, and after the end.
 func (r *Relay) Abort() { r.l.Note(&r.Node, ended) }
 
-// Orphaned tells that the app's socket does not exist any more. The kernel ends a connection that nobody holds: so the flow
-// ends when what the app sent has been handed to the upstream's socket, or when it does not move for lingerLimit. It is called
-// again and again, so that the progress is looked at. Any goroutine, and after the end.
+// Orphaned tells the relay that the app's socket no longer exists. The kernel ends a connection without a socket, so
+// the flow ends when the data of the app has been passed to the upstream's socket, or when it has made no progress
+// for lingerLimit. Orphaned must be called repeatedly, because each call checks the progress. It may be called from
+// any goroutine, and after the end.
 func (r *Relay) Orphaned() { r.l.Note(&r.Node, orphaned) }
 
-// turn implements loop.Task.
+// Turn implements loop.Task.
 func (r *Relay) Turn() (again bool) {
 	switch {
 	case r.over:
@@ -195,9 +199,9 @@ func (r *Relay) Turn() (again bool) {
 	return r.canDown() || r.canUp()
 }
 
-// orphanTurn ends a flow without an app when nothing is left to do for it. Once the app's FIN was passed on, the kernel has
-// all that the app sent, and does with the upstream's socket what it would have done with the app's: it goes on sending for
-// a while, and waits for the far end's FIN for tcp_fin_timeout.
+// orphanTurn ends a flow without an app when nothing is left to do for it. After the app's FIN was passed on, the
+// kernel has all data of the app. It treats the upstream's socket as it would have treated the app's: it continues to
+// send for a while, and waits for the far end's FIN for tcp_fin_timeout.
 func (r *Relay) orphanTurn() {
 	if r.upDone {
 		r.end(ErrOrphan, true)
@@ -230,13 +234,13 @@ func (r *Relay) begin() bool {
 			return false
 		}
 	}
-	// What the socket has epoll told, or tells at once. The rest is tried: early data goes out in this turn.
+	// The socket's events are reported by epoll. Everything else is tried now: early data is sent in this turn.
 	r.open = true
 	r.Got |= sockOut | appIn | appOut
 	return true
 }
 
-// appReset: the app's RST. What it had sent before goes up first.
+// appReset handles the app's RST. Data that it sent before is passed on first.
 func (r *Relay) appReset(cause error) {
 	if r.rst != nil {
 		r.finishReset() // both sides are dead
@@ -247,12 +251,12 @@ func (r *Relay) appReset(cause error) {
 	} else {
 		cause = fmt.Errorf("%w: %w", ErrAppReset, cause)
 	}
-	// Behind its FIN the app has nothing more to hand over, and nobody would ask it again.
+	// After its FIN, the app has no more data, and nothing would read from it again.
 	r.beginReset(&rst{byApp: true, cause: cause, dry: r.upFIN})
 	r.Got |= appIn
 }
 
-// upstreamReset: the socket is dead, but what it received can still be read.
+// upstreamReset handles a dead socket. What it has received can still be read.
 func (r *Relay) upstreamReset(e unix.Errno) {
 	if r.rst != nil {
 		if r.rst.byApp {
@@ -275,7 +279,7 @@ func (r *Relay) beginReset(x *rst) {
 	r.rst = x
 }
 
-// resetTurn ends the flow when what came before the RST was handed over, or when that does not move for lingerLimit.
+// resetTurn ends the flow when the data from before the RST was passed on, or has made no progress for lingerLimit.
 func (r *Relay) resetTurn() (again bool) {
 	x := r.rst
 	queue := 0
@@ -295,7 +299,7 @@ func (r *Relay) resetTurn() (again bool) {
 		r.finishReset()
 		return false
 	}
-	// Nobody tells when a queue is empty: look again, ever more seldom.
+	// There is no event for an empty queue, so check again at growing intervals.
 	if x.wait == 0 || r.Got&ticked != 0 {
 		x.wait = min(max(2*x.wait, time.Millisecond), 128*time.Millisecond)
 		r.l.SetTimer(&r.Node, r.l.Now()+x.wait)
@@ -306,13 +310,13 @@ func (r *Relay) resetTurn() (again bool) {
 
 func (r *Relay) finishReset() { r.finish(r.rst.cause) }
 
-// shutdown implements loop.Task.
+// Shutdown implements loop.Task.
 func (r *Relay) Shutdown() { r.finish(ErrClosed) }
 
-// finish closes both sides, in order or by RST, and tells done.
+// finish closes both sides, in order or with RST, and calls done.
 func (r *Relay) finish(err error) { r.end(err, err == nil) }
 
-// end is finish for those who know better how the upstream's socket is to be closed.
+// end is finish for callers that know how the upstream's socket must be closed.
 func (r *Relay) end(err error, inOrder bool) {
 	if r.over {
 		return
@@ -337,7 +341,7 @@ func (r *Relay) end(err error, inOrder bool) {
 	}
 }
 
-// dropApp gives the stream back, once.
+// dropApp releases the stream, once.
 func (r *Relay) dropApp(abort bool) {
 	if r.app == nil || !r.dropped.CompareAndSwap(false, true) {
 		return

@@ -9,12 +9,14 @@ import (
 )
 
 // The sockets are non-blocking, so none of these calls waits, and RawSyscall is right: telling the scheduler of each
-// (entersyscall) costs more than it brings, and risks the processor for what takes microseconds.
+// call (entersyscall) costs more than it brings, and risks losing the processor for a call of microseconds.
 
-// setup prepares a connected socket: keepalive, and urgent data in line, as the app's side has it: FIONREAD stops at an
-// urgent mark otherwise. TCP_NODELAY who made the socket has set: the app's own stack has already decided what goes together.
+// setup prepares a connected socket. It sets keepalive, and urgent data in line as on the app's side, because
+// FIONREAD otherwise stops at an urgent mark. The maker of the socket has set TCP_NODELAY, because the app's own
+// stack has already decided what is sent together.
 func setup(fd, idle int) {
-	// None of these can fail on a connected TCP socket; on another kind (a unix socket) the flow works without.
+	// None of these calls can fail on a connected TCP socket. On another kind (a unix socket) the flow works without
+	// them.
 	_ = loop.SetOption(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
 	_ = loop.SetOption(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)
 	if idle > 0 {
@@ -22,10 +24,10 @@ func setup(fd, idle int) {
 	}
 }
 
-// unread is FIONREAD: how many bytes recv would give now.
+// unread returns FIONREAD: how many bytes recv would return now.
 func unread(fd int) int { return ioctlInt(fd, unix.TIOCINQ) }
 
-// unacked is SIOCOUTQ: how many bytes the peer has not acknowledged.
+// unacked returns SIOCOUTQ: how many bytes the peer has not acknowledged.
 func unacked(fd int) int { return ioctlInt(fd, unix.SIOCOUTQ) }
 
 func ioctlInt(fd int, req uintptr) int {
@@ -36,7 +38,7 @@ func ioctlInt(fd int, req uintptr) int {
 	return int(n)
 }
 
-// sockError takes the socket's pending error.
+// sockError returns and clears the socket's pending error.
 func sockError(fd int) unix.Errno {
 	n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
 	if err != nil {
@@ -83,7 +85,7 @@ func send(fd int, b []byte) (int, unix.Errno) {
 	}
 }
 
-// vec is what sendmsg takes, kept in the loop so that nothing is allocated.
+// vec is the argument of sendmsg, kept in the loop so that nothing is allocated.
 type vec struct {
 	msg unix.Msghdr
 	iov [2]unix.Iovec

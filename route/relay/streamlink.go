@@ -15,25 +15,25 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// StreamCodec puts datagrams into frames of a stream and finds them there: UDP over TCP. Its methods are called from the frame
-// reader and from the loop at once, so it has no state that changes.
+// StreamCodec puts datagrams into the frames of a stream and finds them there: UDP over TCP. Its methods are called
+// concurrently from the frame reader and from the loop, so it must have no state that changes.
 type StreamCodec interface {
-	// AppendHeader appends what stands before a payload of size bytes to b. No header: b comes back as it was, and the
-	// datagram is dropped.
+	// AppendHeader appends to b what precedes a payload of size bytes to dst. If it returns b unchanged, there is no
+	// header for dst, and the datagram is dropped.
 	AppendHeader(b []byte, dst netip.AddrPort, size int) []byte
-	// ParseHeader reads the beginning of b: n is the length of the header, and size that of the payload behind it. n is 0
-	// as long as b is too short to tell. A frame whose src is invalid is dropped and counted. An error ends the link, since
-	// nobody knows where the next frame begins; it should be a fixed value, made once.
+	// ParseHeader parses the beginning of b: n is the length of the header, and size that of the payload after it. n
+	// is 0 if b is too short. A frame whose src is invalid is dropped and counted. An error ends the link, because
+	// the beginning of the next frame is unknown; it should be a fixed value that is made once.
 	ParseHeader(b []byte) (src netip.AddrPort, n, size int, err error)
 }
 
-// Bounds of a stream link.
+// Limits of a stream link.
 const (
-	maxFrameHead = 1 << 10 // a header that is longer is malformed
+	maxFrameHead = 1 << 10 // a longer header is malformed
 	maxFrame     = maxFrameHead + 1<<16
-	streamRead   = 4 * rxBuf // for one recv: a frame and more
-	// streamQueue is how many bytes wait for room in the socket, and as much again waits in the kernel without being sent: what
-	// is older helps no program that uses UDP.
+	streamRead   = 4 * rxBuf // for one recv: more than a frame
+	// streamQueue is how many bytes wait for room in the socket; as many wait unsent in the kernel. Older datagrams
+	// are of no use to a program that uses UDP.
 	streamQueue = 128 << 10
 )
 
@@ -54,25 +54,26 @@ type streamLink struct {
 	mu   sync.Mutex
 	fd   int
 	shut bool
-	fail unix.Errno // why Send could not send; the loop ends the link
-	out  []byte     // whole frames, the first one perhaps begun, that wait for room in the socket
+	fail unix.Errno // why Send could not send; the loop then ends the link
+	out  []byte     // whole frames that wait for room in the socket; the first one may be partly sent
 
-	in   []byte // the beginning of a frame; the loop's own
+	in   []byte // the beginning of a frame; belongs to the loop
 	st   LinkCounters[atomic.Uint64]
-	over bool // the loop's own
+	over bool // belongs to the loop
 }
 
-// OpenStreamPackets makes a link of a connection to an upstream that carries datagrams in frames, and owns it from here on, also
-// on error. Payloads of more than max bytes are dropped and counted. A socket that the loop watches is passed on
-// its goroutine. sink and closed are those of OpenPackets; a FIN of the upstream ends the link, too.
+// OpenStreamPackets makes a link of a connection to an upstream that carries datagrams in frames, and takes ownership
+// of it, even on error. Payloads of more than max bytes are dropped and counted. If the loop already watches the
+// socket, OpenStreamPackets must be called on the loop's goroutine. sink and closed are as for OpenPackets; a FIN of
+// the upstream also ends the link.
 //
-// What does not fit into the socket waits in a queue of 128 KiB, and what does not fit there is dropped and counted.
+// What does not fit into the socket waits in a queue of 128 KiB. What does not fit there is dropped and counted.
 func (l *Loop) OpenStreamPackets(s loop.Socket, codec StreamCodec, max int, sink func([]flow.Packet),
 	closed func(error)) (PacketLink, error) {
 	k := &streamLink{l: l, fd: s.FD(), codec: codec, sink: sink, closed: closed, max: max}
 	k.Init(k)
-	// Without TCP_NODELAY a datagram may wait for the acknowledgement of the one before. Inside TLS the socket is none of TCP,
-	// and neither is needed.
+	// Without TCP_NODELAY, a datagram may wait for the acknowledgement of the one before. Inside TLS the socket is
+	// not a TCP socket, and neither option is needed.
 	_ = unix.SetsockoptInt(k.fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
 	_ = unix.SetsockoptInt(k.fd, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, streamQueue)
 	if !l.Join(&k.Node) {
@@ -89,7 +90,7 @@ func (l *Loop) OpenStreamPackets(s loop.Socket, codec StreamCodec, max int, sink
 	return k, nil
 }
 
-// Close implements PacketLink. What still waits is lost, as datagrams are.
+// Close implements PacketLink. Datagrams that still wait are lost.
 func (k *streamLink) Close() error {
 	k.mu.Lock()
 	k.shut = true
@@ -104,7 +105,7 @@ func (k *streamLink) Stats() (s LinkStats) {
 	return s
 }
 
-// Send implements PacketLink. A datagram counts as sent when the socket or the queue took it.
+// Send implements PacketLink. A datagram counts as sent when the socket or the queue has accepted it.
 func (k *streamLink) Send(ps []flow.Packet) (sent int, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -139,13 +140,13 @@ func (k *streamLink) Send(ps []flow.Packet) (sent int, err error) {
 	return sent, nil
 }
 
-// streamBatch is what one write takes. Pooled: a link that does not send owns none.
+// streamBatch is the content of one write. It is pooled, so a link that does not send owns none.
 type streamBatch struct{ buf []byte }
 
 var streamPool = sync.Pool{New: func() any { return &streamBatch{make([]byte, 0, streamQueue)} }}
 
-// flush writes what the batch holds, behind what waits, and empties it: what the socket does not take waits. It reports whether
-// there is room for a frame with a payload of size bytes. mu is held.
+// flush writes the content of the batch after what already waits, and empties the batch. What the socket does not
+// accept waits. It reports whether there is room for a frame with a payload of size bytes. The caller holds mu.
 func (k *streamLink) flush(b *streamBatch, size int) (room bool) {
 	if k.fail == 0 && len(b.buf) > 0 {
 		if len(k.out) == 0 {
@@ -159,7 +160,7 @@ func (k *streamLink) flush(b *streamBatch, size int) (room bool) {
 	return k.fail == 0 && len(k.out)+maxFrameHead+size <= streamQueue
 }
 
-// write returns what the socket did not take. mu is held.
+// write returns what the socket did not accept. The caller holds mu.
 func (k *streamLink) write(b []byte) (rest []byte) {
 	for len(b) > 0 {
 		n, e := send(k.fd, b)
@@ -202,7 +203,7 @@ func (k *streamLink) Turn() (again bool) {
 	return again && !k.over
 }
 
-// drain writes what waits. An edge of the socket comes for what stays.
+// drain writes what waits. If something stays, an edge of the socket will follow.
 func (k *streamLink) drain() {
 	k.mu.Lock()
 	if k.fail == 0 && len(k.out) > 0 {
@@ -221,7 +222,7 @@ func (k *streamLink) drain() {
 // Shutdown implements loop.Task.
 func (k *streamLink) Shutdown() { k.finish(ErrClosed) }
 
-// finish closes the connection and tells closed, unless Close was called.
+// finish closes the connection and calls closed, unless Close was called.
 func (k *streamLink) finish(err error) {
 	if k.over {
 		return
@@ -242,7 +243,7 @@ func (k *streamLink) finish(err error) {
 	k.sink, k.closed = nil, nil
 }
 
-// receive hands the frames that are there to sink, for one turn.
+// receive passes received frames to sink, for one turn.
 func (k *streamLink) receive() (again bool) {
 	if k.l.rx == nil {
 		k.l.rx = newRxBuffers()
@@ -274,14 +275,14 @@ func (k *streamLink) receive() (again bool) {
 			k.in = nil
 		}
 		if had+n < streamRead && k.Got&(sockHup|sockErr) == 0 {
-			k.Got &^= sockIn // that was all: what comes later is a new edge
+			k.Got &^= sockIn // everything was read: what comes later is a new edge
 			return false
 		}
 	}
 	return true
 }
 
-// frames hands the whole frames of data to sink, and returns what is behind them.
+// frames passes the whole frames of data to sink, and returns what follows them.
 func (k *streamLink) frames(b *rxBuffers, data []byte) (rest []byte, err error) {
 	var bad, bytes uint64
 	b.pkts = b.pkts[:0]
@@ -316,7 +317,8 @@ func (k *streamLink) frames(b *rxBuffers, data []byte) (rest []byte, err error) 
 	return data, err
 }
 
-// hand gives what was gathered, of so many bytes, to the sink. It is counted first: who sees a datagram sees the count.
+// hand passes the collected datagrams to the sink. bytes is their size. They are counted first, so that a sink that
+// sees a datagram also sees it counted.
 func (k *streamLink) hand(b *rxBuffers, bytes uint64) {
 	k.st.Received.Add(uint64(len(b.pkts)))
 	k.st.ReceivedBytes.Add(bytes)

@@ -10,7 +10,7 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// canUp: there may be something to read from the app, and the socket may take it.
+// canUp reports whether there may be data to read from the app, and the socket may accept it.
 func (r *Relay) canUp() bool {
 	if r.over || r.upDone || r.Got&sockOut == 0 {
 		return false
@@ -21,7 +21,7 @@ func (r *Relay) canUp() bool {
 	return len(r.spill) > 0 || r.upFIN || r.Got&appIn != 0
 }
 
-// canDown: there may be something to read from the socket, and the app's stream may take it.
+// canDown reports whether there may be data to read from the socket, and the app's stream may accept it.
 func (r *Relay) canDown() bool {
 	if r.over || r.downDone || r.rst != nil && (r.rst.byApp || r.rst.dry) {
 		return false
@@ -53,7 +53,7 @@ func (r *Relay) moveUp() {
 		var n int
 		n, err = r.app.ReadTo(w)
 		total += n
-		if n == 0 && err == nil && !w.stopped() { // a stream that neither gives nor says why must not spin the loop
+		if n == 0 && err == nil && !w.stopped() { // a stream that gives neither data nor an error must not spin the loop
 			err = flow.ErrAgain
 		}
 	}
@@ -86,7 +86,7 @@ func (r *Relay) moveUp() {
 		if r.rst == nil {
 			r.appReset(err)
 		}
-		r.rst.dry = true // what is left to send is in spill and in the socket
+		r.rst.dry = true // the rest is in spill and in the socket
 		return
 	}
 	if r.upFIN && len(r.spill) == 0 {
@@ -96,7 +96,7 @@ func (r *Relay) moveUp() {
 
 // passUpFIN half-closes the socket.
 func (r *Relay) passUpFIN() {
-	if r.rst != nil { // the app's RST came behind its FIN
+	if r.rst != nil { // the app's RST came after its FIN
 		return
 	}
 	if err := loop.CloseWrite(int(r.fd)); err != nil {
@@ -143,7 +143,7 @@ func (r *Relay) moveDown() {
 		}
 		switch {
 		case err == nil:
-			if k == 0 { // a stream that neither takes nor says why must not spin the loop
+			if k == 0 { // a stream that neither takes data nor returns an error must not spin the loop
 				r.Got &^= appOut
 				return
 			}
@@ -154,14 +154,15 @@ func (r *Relay) moveDown() {
 			r.appBroke(err)
 			return
 		}
-		if k == n && r.Got&sockHup == 0 { // all that was there
+		if k == n && r.Got&sockHup == 0 { // that was everything
 			r.Got &^= sockIn
 			return
 		}
 	}
 }
 
-// downEnd is called when the receive queue is empty and FIN or RST was seen. false: there is data after all.
+// downEnd is called when the receive queue is empty and FIN or RST was seen. It returns false if there is data after
+// all.
 func (r *Relay) downEnd() bool {
 	var b [1]byte
 	n, e := recv(int(r.fd), b[:], unix.MSG_PEEK)
@@ -172,7 +173,7 @@ func (r *Relay) downEnd() bool {
 	case n > 0:
 		return false
 	}
-	r.Got &^= sockIn // a RST behind the FIN would be told by EPOLLERR, as one that comes later
+	r.Got &^= sockIn // EPOLLERR reports a RST after the FIN
 	if e != 0 {
 		r.upstreamReset(e)
 	}
@@ -188,14 +189,14 @@ func (r *Relay) downEnd() bool {
 	return true
 }
 
-// appBroke: the write side of the app's stream failed. There may still be something to read.
+// appBroke handles a failed write to the app's stream. There may still be something to read.
 func (r *Relay) appBroke(err error) {
 	r.Got &^= appOut
 	r.appReset(err)
 }
 
-// probeApp finds out whether Hup meant a RST where neither direction would: the upstream does not take data or the app's
-// FIN was read, and nothing comes down.
+// probeApp finds out whether Hup meant a RST if neither direction would show it: the upstream accepts no data or the
+// app's FIN was read, and nothing comes down.
 func (r *Relay) probeApp() {
 	if r.rst != nil && r.rst.byApp {
 		return

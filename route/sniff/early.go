@@ -11,15 +11,15 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// ErrAppGone says that the program gave the connection up before its name was known.
+// ErrAppGone means that the program gave up the connection before its name was known.
 var ErrAppGone = errors.New("the app was gone")
 
-// errOver is what a listener hears when the program gave up before Accept.
+// errOver is the error for a listener if the program gave up before Accept.
 var errOver = errors.New("the connection was ended")
 
 // The phases of an Early. They belong to the loop.
 //
-//	reading -> held    the look at the first bytes is over, and done was called
+//	reading -> held    the first bytes were examined, and done was called
 //	held    -> given   Accept: the listener has the stream
 //	reading, held -> over
 const (
@@ -33,36 +33,36 @@ const (
 const (
 	opened   = loop.Own << iota
 	readable // the stream may have data or FIN
-	hup      // the app may have reset
-	other    // the stream may take data: only the listener wants to know
+	hup      // the app may have reset it
+	other    // the stream may take data; matters only to the listener
 	accepted
 	rejected
 	aborted
 )
 
-// Early is a connection whose SYN was answered before anybody was asked to carry it. It is the StreamRequest for what comes
-// then, and its methods may be called from any goroutine. It uses no goroutine.
+// Early is a connection whose SYN was answered before an upstream was asked. It is the StreamRequest for what
+// follows. Its methods may be called from any goroutine. It uses no goroutine.
 type Early struct {
 	loop.Node
 	l    *loop.Loop
 	req  flow.StreamRequest
 	wait time.Duration
-	held *atomic.Int64 // the bytes that all connections hold
+	held *atomic.Int64 // bytes held by all connections
 	done func(e *Early, name string, err error)
 
-	app     flow.Stream // Opened wrote it before its hint
+	app     flow.Stream // written by Opened before its hint
 	appErr  error
 	dropped atomic.Bool // app was closed, or is about to be
 
 	cancel   atomic.Pointer[func()]
 	canceled atomic.Bool // cancel was called
 	next     atomic.Pointer[flow.Listener]
-	told     atomic.Bool // next has heard Opened, or is about to
+	told     atomic.Bool // Opened of next was called, or is about to be
 	gone     atomic.Bool // the phase is over
 
-	// The loop's own.
+	// The fields below belong to the loop's goroutine.
 	phase uint8
-	open  bool // the handshake with the app is over: app may be read
+	open  bool // the handshake with the app is over, so app may be read
 	first early
 }
 
@@ -71,10 +71,10 @@ var (
 	_ flow.Listener      = (*Early)(nil)
 )
 
-// Start answers the held SYN of req on l and looks for a name in what the program sends within wait after the handshake. done
-// is called exactly once, on l, or on a goroutine of its own if l is closed; never by Start itself. It receives e and the
-// name, which is empty where none was found; e must then be accepted or rejected. After an error the connection is over and
-// e need not be answered. bytes (nil: not wanted) is kept at the number of bytes that are held.
+// Start answers the pending SYN of req on l, and looks for a name in what the program sends within wait after the
+// handshake. done is called exactly once, never by Start itself: on l, or on its own goroutine if l is closed. It
+// receives e and the name, which is empty if none was found; e must then be accepted or rejected. After an error the
+// connection is over, and e need not be answered. bytes, if not nil, is kept at the number of bytes that are held.
 func Start(l *loop.Loop, req flow.StreamRequest, wait time.Duration, bytes *atomic.Int64,
 	done func(e *Early, name string, err error)) *Early {
 	if bytes == nil {
@@ -104,7 +104,8 @@ func (e *Early) OnCancel(f func()) {
 	}
 }
 
-// Accept implements flow.StreamRequest: l receives the stream, with what was read of it, on the goroutine of e's loop.
+// Accept implements flow.StreamRequest. l receives the stream, including the bytes that were read, on the goroutine
+// of e's loop.
 func (e *Early) Accept(l flow.Listener) {
 	if !e.next.CompareAndSwap(nil, &l) {
 		return
@@ -115,10 +116,11 @@ func (e *Early) Accept(l flow.Listener) {
 	}
 }
 
-// Reject implements flow.StreamRequest. The SYN was answered, so the program gets RST, whatever the refusal.
+// Reject implements flow.StreamRequest. Because the SYN was answered, the program gets RST, whatever the refusal.
 func (e *Early) Reject(flow.Refusal) { e.l.Note(&e.Node, rejected) }
 
-// Abort ends the connection by RST if nobody has accepted it yet: done gets an error, or the function of OnCancel is called.
+// Abort ends the connection with RST if it has not been accepted: done gets an error, or the function of OnCancel is
+// called.
 func (e *Early) Abort() { e.l.Note(&e.Node, aborted) }
 
 // Opened implements flow.Listener.
@@ -207,7 +209,7 @@ func (e *Early) begin() bool {
 	return true
 }
 
-// read takes what is there. late: the time is over.
+// read takes the bytes that are there. late means that the time is over.
 func (e *Early) read(late bool) {
 	before := len(e.first.b)
 	n, err := 0, error(nil)
@@ -239,7 +241,7 @@ func (e *Early) read(late bool) {
 	done(e, name, nil)
 }
 
-// isReset asks the stream whether the app has reset it.
+// isReset reports whether the app has reset the stream.
 func (e *Early) isReset() bool {
 	if _, err := e.app.ReadTo(none{}); err != nil && !errors.Is(err, flow.ErrAgain) && !errors.Is(err, io.EOF) {
 		return true
@@ -248,7 +250,7 @@ func (e *Early) isReset() bool {
 	return errors.Is(err, flow.ErrReset)
 }
 
-// give hands the stream over to the listener of Accept, and with it all hints.
+// give passes the stream to the listener of Accept, together with all hints.
 func (e *Early) give(got uint32) {
 	e.phase = given
 	e.l.Leave(&e.Node)
@@ -264,7 +266,7 @@ func (e *Early) tell(s flow.Stream, err error) {
 	}
 }
 
-// forward hands over hints that came while the stream changed hands.
+// forward passes on hints that came while the stream was being passed on.
 func (e *Early) forward(got uint32) {
 	var ev flow.Events
 	if got&readable != 0 {
@@ -284,7 +286,7 @@ func (e *Early) forward(got uint32) {
 // Shutdown implements loop.Task.
 func (e *Early) Shutdown() { e.end(loop.ErrClosed, true) }
 
-// end resets the connection, and tells whoever waits for it. tell: also the one who was called by done.
+// end resets the connection and tells those who wait for it. With tell, this includes a caller whose done was called.
 func (e *Early) end(err error, tell bool) {
 	if e.phase >= given {
 		return
@@ -314,18 +316,18 @@ func (e *Early) drop() {
 	_ = e.app.Close()
 }
 
-// early is a stream of which the first bytes were read. It keeps the Queued of the stream, for the relay.
+// early is a stream whose first bytes were read. It keeps the method Queued of the stream, for the relay.
 type early struct {
 	flow.Stream
 	b    []byte
-	fin  bool // the app's FIN was read behind b
-	need int  // of Name
+	fin  bool // the app's FIN was read after b
+	need int  // result of Name
 	held *atomic.Int64
 }
 
 func (s *early) full() bool { return len(s.b) >= MaxBytes }
 
-// Write implements io.Writer for Stream.ReadTo while the name is looked for.
+// Write implements io.Writer for Stream.ReadTo while the name is being looked for.
 func (s *early) Write(p []byte) (int, error) {
 	n := min(len(p), MaxBytes-len(s.b))
 	s.b = append(s.b, p[:n]...)
@@ -335,7 +337,7 @@ func (s *early) Write(p []byte) (int, error) {
 	return n, nil
 }
 
-// ReadTo implements flow.Stream: first what was read.
+// ReadTo implements flow.Stream. It first returns the bytes that were read.
 func (s *early) ReadTo(w io.Writer) (int, error) {
 	if len(s.b) == 0 {
 		if s.fin {
@@ -351,7 +353,7 @@ func (s *early) ReadTo(w io.Writer) (int, error) {
 	return n, nil
 }
 
-// end is ReadTo behind the app's FIN: a reset that came later is told.
+// end is ReadTo after the app's FIN. It reports a reset that came later.
 func (s *early) end(w io.Writer) (int, error) {
 	n, err := s.Stream.ReadTo(w)
 	if err == nil || errors.Is(err, flow.ErrAgain) {
@@ -366,13 +368,13 @@ func (s *early) Close() error {
 	return s.Stream.Close()
 }
 
-// release gives the bytes back.
+// release frees the bytes.
 func (s *early) release(held *atomic.Int64) {
 	held.Add(-int64(len(s.b)))
 	s.b = nil
 }
 
-// Queued is how much the app's kernel has not acknowledged, where the stream knows it.
+// Queued returns how much the app's kernel has not acknowledged, if the stream knows it.
 func (s *early) Queued() int {
 	if q, ok := s.Stream.(interface{ Queued() int }); ok {
 		return q.Queued()
@@ -380,7 +382,7 @@ func (s *early) Queued() int {
 	return 0
 }
 
-// none takes nothing and gives nothing: it asks a stream for its state.
+// none takes nothing and gives nothing. It queries the state of a stream.
 type none struct{}
 
 func (none) Write([]byte) (int, error) { return 0, io.ErrShortWrite }

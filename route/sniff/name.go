@@ -10,12 +10,13 @@ import (
 	"golang.org/x/crypto/cryptobyte"
 )
 
-// MaxBytes is the most that is read of a flow to find its name.
+// MaxBytes is the maximum that is read of a flow to find its name.
 const MaxBytes = 16 << 10
 
-// Name looks for a name in b, the first bytes that a program sends. need is 0 when more bytes would change nothing; else it is
-// the least length of b with which another look is worthwhile. It is larger than MaxBytes when the message claims to be. The
-// name is as the program wrote it, and may be anything. Nothing is allocated by a length that the bytes claim.
+// Name looks for a name in b, the first bytes that a program sends. need is 0 if more bytes would change nothing;
+// otherwise it is the minimum length of b for another attempt. It exceeds MaxBytes if the message claims to be that
+// long. The name is as the program wrote it, and may be anything. No memory is allocated according to a length that
+// the bytes claim.
 func Name(b []byte) (name string, need int) {
 	switch {
 	case len(b) == 0:
@@ -28,19 +29,19 @@ func Name(b []byte) (name string, need int) {
 	return "", 0
 }
 
-// Constants of TLS: RFC 8446 sections 4 and 5.1, RFC 6066 section 3.
+// Constants of TLS (RFC 8446, sections 4 and 5.1; RFC 6066, section 3).
 const (
 	recordHandshake = 22
 	recordHead      = 5
 	maxRecord       = 1 << 14
-	maxRecords      = 64 // that a ClientHello may be spread over: each is looked at again with the next
+	maxRecords      = 64 // of one ClientHello: each is examined again with the next
 	clientHello     = 1
 	handshakeHead   = 4
 	extServerName   = 0
 	nameTypeHost    = 0
 )
 
-// tlsName reads the server name of a ClientHello, which may be spread over several records.
+// tlsName returns the server name of a ClientHello, which may span several records.
 func tlsName(b []byte) (name string, need int) {
 	hello, parts := []byte(nil), 0
 	for at := 0; ; {
@@ -56,7 +57,7 @@ func tlsName(b []byte) (name string, need int) {
 		if parts++; parts > maxRecords {
 			return "", 0
 		} else if parts == 1 {
-			hello = part[:len(part):len(part)] // no copy where one record has all
+			hello = part[:len(part):len(part)] // no copy if one record has everything
 		} else {
 			hello = append(hello, part...)
 		}
@@ -80,7 +81,7 @@ func tlsName(b []byte) (name string, need int) {
 	}
 }
 
-// serverName is the host name in the server name extension of a ClientHello; empty: there is none.
+// serverName returns the host name in the server name extension of a ClientHello, or an empty string.
 func serverName(hello []byte) string {
 	s := cryptobyte.String(hello)
 	var session, suites, compressions, extensions cryptobyte.String
@@ -118,13 +119,13 @@ func serverName(hello []byte) string {
 // maxMethod is longer than any method of HTTP.
 const maxMethod = 24
 
-// httpName reads the Host field of a request to an origin server. A request to a proxy (an absolute URL, or CONNECT) names a
-// host that is not the one the flow goes to, and so gives no name.
+// httpName returns the Host field of a request to an origin server. A request to a proxy (an absolute URL, or
+// CONNECT) names another host than the one that the flow goes to, and therefore gives no name.
 func httpName(b []byte) (name string, need int) {
 	method, _, whole := bytes.Cut(b[:min(len(b), maxMethod)], []byte(" "))
 	for _, c := range method {
 		if (c < 'A' || c > 'Z') && c != '-' && c != '_' {
-			return "", 0 // "SSH-2.0" for instance
+			return "", 0 // "SSH-2.0", for instance
 		}
 	}
 	if !whole {
