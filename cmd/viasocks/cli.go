@@ -11,7 +11,7 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/daemon"
 )
 
-// Exit codes. `run` gives the program's own once it has started.
+// Exit codes. After the start of its program, `run` returns the program's own.
 const (
 	exitOK       = 0
 	exitNoStart  = 1
@@ -20,10 +20,10 @@ const (
 	manualNotice = "Manual: viasocks(1) for every option, viasocks.conf(5) for the file and rules, viasocks(7) for recipes.\n"
 )
 
-// streams are files, not interfaces: run hands them to the program.
+// streams are files and not interfaces, because run passes them to the program.
 type streams struct{ in, out, err *os.File }
 
-// command is a subcommand. run gets the arguments behind its name.
+// command is a subcommand. run gets the arguments after its name.
 type command struct {
 	name  string
 	args  string // for the usage line
@@ -33,7 +33,7 @@ type command struct {
 	run   func(c *command, args, env []string, std streams) (exit int, err error)
 }
 
-// commands in the order of the help.
+// commands returns the subcommands in the order of the help.
 func commands() []*command {
 	return []*command{cmdRun, cmdUp, cmdDown, cmdConfirm, cmdClose, cmdPs, cmdStatus, cmdFlows, cmdCheck, cmdCompletion, cmdVersion, cmdHelp}
 }
@@ -47,7 +47,7 @@ func lookup(name string) *command {
 	return nil
 }
 
-// dispatch runs the subcommand of argv, prints its error as one line and gives the exit code.
+// dispatch runs the subcommand of argv, prints its error on one line and returns the exit code.
 func dispatch(argv, env []string, std streams) int {
 	if len(argv) < 2 {
 		_ = writeOverview(std.err)
@@ -93,7 +93,7 @@ func dispatch(argv, env []string, std streams) int {
 	return exit
 }
 
-// printable is err as one line without passwords, and without what a terminal would obey.
+// printable returns err as one line without passwords and without control characters.
 func printable(err error) string { return control.Plain(config.Redact(err.Error())) }
 
 // parse reads the options of a subcommand and wipes passwords from the process title.
@@ -105,7 +105,7 @@ func (c *command) parse(args, env []string) (*config.Config, error) {
 	return cfg, err
 }
 
-// noArgs is for commands that take nothing.
+// noArgs checks that a command without arguments got none.
 func noArgs(c *command, args []string) error {
 	if len(args) == 0 {
 		return nil

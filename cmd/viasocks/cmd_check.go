@@ -34,7 +34,7 @@ var cmdCheck = &command{
 	},
 }
 
-// importSocks prints our lines for files of Traffic Server.
+// importSocks prints configuration lines for files of Traffic Server.
 func importSocks(paths []string, std streams) error {
 	lines, err := config.ImportSocks(paths)
 	if err != nil {
@@ -48,7 +48,7 @@ func importSocks(paths []string, std streams) error {
 	return nil
 }
 
-// summary says how the configuration was understood.
+// summary describes how the configuration was understood.
 func summary(cfg *config.Config) string {
 	var b strings.Builder
 	line := func(format string, a ...any) { b.WriteString(control.Plain(fmt.Sprintf(format, a...)) + "\n") }
@@ -101,7 +101,7 @@ func summary(cfg *config.Config) string {
 	return b.String() + "ok\n"
 }
 
-// explain says of each flow that the user asks about which rule decides.
+// explain tells for each flow that the user asks about which rule decides.
 func explain(cfg *config.Config) string {
 	var b strings.Builder
 	line := func(format string, a ...any) { b.WriteString(control.Plain(fmt.Sprintf(format, a...)) + "\n") }

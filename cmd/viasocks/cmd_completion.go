@@ -17,7 +17,7 @@ var cmdCompletion = &command{
   viasocks completion fish >~/.config/fish/completions/viasocks.fish`,
 }
 
-func init() { cmdCompletion.run = runCompletion } // commands() names it: a cycle otherwise
+func init() { cmdCompletion.run = runCompletion } // avoids an initialization cycle, because commands() names it
 
 func runCompletion(c *command, args, _ []string, std streams) (int, error) {
 	if len(args) == 1 && (args[0] == "-h" || args[0] == "--help") {

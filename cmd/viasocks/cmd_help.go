@@ -14,7 +14,7 @@ var cmdHelp = &command{
 	about: "Show what there is, or the options of a command.",
 }
 
-func init() { cmdHelp.run = runHelp } // commands() names it: a cycle otherwise
+func init() { cmdHelp.run = runHelp } // avoids an initialization cycle, because commands() names it
 
 func runHelp(c *command, args, _ []string, std streams) (int, error) {
 	if len(args) == 0 {

@@ -56,7 +56,7 @@ var cmdConfirm = &command{
 	},
 }
 
-// ask parses the options and hands f a client of the viasocks that they choose.
+// ask parses the options and passes f a client of the viasocks that they select.
 func ask(c *command, args, env []string, f func(*config.Config, *control.Client) error) (int, error) {
 	cfg, err := c.parse(args, env)
 	if err != nil {
@@ -70,7 +70,7 @@ func ask(c *command, args, env []string, f func(*config.Config, *control.Client)
 	return exitOK, f(cfg, client)
 }
 
-// clientOf is a client of the viasocks that --pid names, or of the daemon in this namespace.
+// clientOf returns a client of the viasocks that --pid selects, or of the daemon in this namespace.
 func clientOf(cfg *config.Config, env []string) (*control.Client, error) {
 	path, err := control.Path(cfg.StateDir)
 	if err != nil {

@@ -16,7 +16,7 @@ networks that the host is connected to are reached directly, and answers to conn
 way they came. If viasocks is killed the host stays closed until 'viasocks up' or 'viasocks down'. SIGHUP reads the
 configuration file again. Over SSH, try it with --confirm 60s first.`,
 	run: func(c *command, args, env []string, std streams) (int, error) {
-		// Again later: the arguments themselves lose their passwords.
+		// The arguments are needed again at a reload, but the originals are about to lose their passwords.
 		again := slices.Clone(args)
 		for i := range again {
 			again[i] = strings.Clone(again[i])

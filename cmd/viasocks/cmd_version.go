@@ -20,7 +20,7 @@ var cmdVersion = &command{
 	},
 }
 
-// buildInfo is what the build noted in the program; never nil.
+// buildInfo returns what the build recorded in the program. It is never nil.
 func buildInfo() *debug.BuildInfo {
 	if info, ok := debug.ReadBuildInfo(); ok {
 		return info

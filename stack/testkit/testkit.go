@@ -1,5 +1,5 @@
-// Package testkit is what the tests of all layers share: waiting for a condition, and looking for goroutines and file descriptors
-// that a test left behind. Only tests import it.
+// Package testkit is shared by the tests of all layers. It waits for conditions, and finds goroutines and file
+// descriptors that a test has left behind. Only tests import it.
 package testkit
 
 import (
@@ -15,14 +15,14 @@ import (
 // Patience is how long a test waits for what must happen, on a machine that may stall for seconds.
 const Patience = 20 * time.Second
 
-// poll is the time between two looks at a condition.
+// poll is the time between two checks of a condition.
 const poll = 2 * time.Millisecond
 
-// leakPatience is Patience but in the test of CheckLeaks.
+// leakPatience equals Patience, except in the test of CheckLeaks.
 var leakPatience = Patience
 
-// Eventually waits until ok reports true. After Patience it ends the test and says what it waited for. It is called on the
-// goroutine of the test.
+// Eventually waits until ok returns true. After Patience it ends the test and reports what it waited for. It must be
+// called on the goroutine of the test.
 func Eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for end := time.Now().Add(Patience); !ok(); time.Sleep(poll) {
@@ -32,7 +32,7 @@ func Eventually(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-// runtimeFiles opens what the runtime keeps once it has a poller, so that no test is blamed for it.
+// runtimeFiles opens the files that the runtime keeps once it has a poller, so that no test is blamed for them.
 var runtimeFiles = sync.OnceFunc(func() {
 	if l, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
 		_ = l.Close()
@@ -41,7 +41,7 @@ var runtimeFiles = sync.OnceFunc(func() {
 	}
 })
 
-// Files lists what the open file descriptors of this process are, as /proc names them: for a message.
+// Files lists the open file descriptors of this process, as /proc names them, for a message.
 func Files(t testing.TB) (files []string) {
 	t.Helper()
 	runtimeFiles()
@@ -56,11 +56,12 @@ func Files(t testing.TB) (files []string) {
 	return files
 }
 
-// CountFiles is the number of open file descriptors, those of the runtime's poller included from the first call on.
+// CountFiles returns the number of open file descriptors. From the first call on it includes those of the runtime's
+// poller.
 func CountFiles(t testing.TB) int { t.Helper(); return len(Files(t)) }
 
-// CheckLeaks fails the test if, when it is over, there are goroutines that were not there when CheckLeaks was called, or more
-// open files. It comes first in a test: its look is then the last thing that the test does.
+// CheckLeaks fails the test if, when it is over, there are goroutines that did not exist when CheckLeaks was called,
+// or more open files. Call it first in a test: its check is then the last thing that the test does.
 func CheckLeaks(t testing.TB) {
 	t.Helper()
 	before, others := Files(t), goleak.IgnoreCurrent()
@@ -78,7 +79,7 @@ func CheckLeaks(t testing.TB) {
 	})
 }
 
-// Main runs the tests of a package and then looks for goroutines that are left, after some time to end. It does not return.
+// Main runs the tests of a package and then checks that all goroutines end within some time. It does not return.
 func Main(m *testing.M) {
 	runtimeFiles()
 	goleak.VerifyTestMain(settled{m})

@@ -9,12 +9,13 @@ import (
 	"github.com/viasocks/viasocks/tun"
 )
 
-// wire is one direction of a Pipe: a queue, or several for an end that was divided.
+// wire is one direction of a Pipe: one queue, or several for an end that was divided.
 type wire struct {
 	queues atomic.Pointer[[]*queue]
-	flows  [flowEntries]atomic.Uint32 // the part that last wrote to a flow, from 1 on; by the flow's hash, as the kernel has it
-	mu     sync.RWMutex               // guards tap
-	tap    func(h tun.Header, frame []byte) bool
+	// number of the part that last wrote to a flow, from 1 on, by the flow's hash as in the kernel
+	flows [flowEntries]atomic.Uint32
+	mu    sync.RWMutex // guards tap
+	tap   func(h tun.Header, frame []byte) bool
 }
 
 const flowEntries = 1024
@@ -25,7 +26,7 @@ func newWire() *wire {
 	return w
 }
 
-// queue is where a frame goes: where the flow was last written from, or what its hash says.
+// queue returns the queue for a frame: that from which the flow was last written, or that of its hash.
 func (w *wire) queue(parts [][]byte) *queue {
 	qs := *w.queues.Load()
 	if len(qs) == 1 {
@@ -38,12 +39,12 @@ func (w *wire) queue(parts [][]byte) *queue {
 	return qs[h>>16%uint32(len(qs))]
 }
 
-// moved notes that a part wrote a frame.
+// moved records that a part wrote a frame.
 func (w *wire) moved(parts [][]byte, part int) {
 	w.flows[flowHash(parts)%flowEntries].Store(uint32(part))
 }
 
-// Forget has every flow go by its hash again, as the kernel does some seconds after the last frame to it.
+// Forget assigns every flow to a queue by its hash again, as the kernel does some seconds after the last frame to it.
 func (d *Device) Forget() {
 	for _, w := range []*wire{d.in, d.out} {
 		for i := range w.flows {
@@ -52,7 +53,7 @@ func (d *Device) Forget() {
 	}
 }
 
-// flowHash is the same for both directions of a flow, as the kernel's is. A frame without ports has 0.
+// flowHash is the same for both directions of a flow, as in the kernel. It is 0 for a frame without ports.
 func flowHash(parts [][]byte) uint32 {
 	var head [60]byte
 	b := head[:0]
@@ -79,8 +80,8 @@ func flowHash(parts [][]byte) uint32 {
 	return x ^ x>>15
 }
 
-// Divide makes n parts of this end, each with a queue of its own, as tun.Divide does of a device of the kernel. What is in the
-// queue already is lost.
+// Divide splits this end into n parts, each with its own queue, as tun.Divide does with a device of the kernel.
+// Frames that are already queued are lost.
 func (d *Device) Divide(n int) ([]tun.Part, error) {
 	if d.own != nil || n < 1 {
 		return nil, errors.New("cannot divide this end of the pipe")
@@ -94,7 +95,7 @@ func (d *Device) Divide(n int) ([]tun.Part, error) {
 	return parts, nil
 }
 
-// Wake is that of tun.Part.
+// Wake implements tun.Part.
 func (d *Device) Wake() {
 	q := d.own
 	if q == nil {

@@ -1,9 +1,10 @@
-// Package tuntest has a TUN device in memory, for tests of the layers above: no privilege, no kernel.
+// Package tuntest provides a TUN device in memory, for tests of the layers above: it needs no privilege and no
+// kernel.
 //
-// A Pipe is two devices back to back: what is written to one is read from the other, with its Header unchanged. So it
-// stands for the kernel's side as well: one end is given to the stack under test, the other to the app's stack.
-// Frames are checked as the kernel does on write, and a full queue drops, so that a stack that works on a Pipe does not
-// meet its first refusal on a real device.
+// A Pipe is two devices back to back: what is written to one is read from the other, with its Header unchanged. One
+// end is given to the stack under test, the other to the app's stack, which stands for the kernel. Frames are checked
+// on write as in the kernel, and a full queue drops frames. A stack that works on a Pipe therefore does not meet its
+// first refusal on a real device.
 package tuntest
 
 import (
@@ -13,25 +14,25 @@ import (
 	"github.com/viasocks/viasocks/tun"
 )
 
-// QueueFrames is how many frames wait in each direction before one is dropped, as much as two TUN rings (txqueuelen
+// QueueFrames is how many frames wait in each direction before one is dropped, as many as two TUN rings (txqueuelen
 // 500) hold.
 const QueueFrames = 1024
 
-// Device is one end of a Pipe. All methods are safe for concurrent use.
+// Device is one end of a Pipe. All methods may be called concurrently.
 type Device struct {
 	name string
 	mtu  int
 	off  tun.Offload
 	in   *wire // what the other end wrote
 	out  *wire
-	own  *queue // of in: what Read reads; nil: all of it
-	part int    // 1 and up: which part this is
+	own  *queue // the queue of in that Read reads; nil: all of them
+	part int    // number of this part, from 1 on
 }
 
 var _ tun.Device = (*Device)(nil)
 
-// Pipe returns two devices back to back. Closing one end makes the other's Read return os.ErrClosed once the queue is
-// empty, as when a kernel's device is gone, and its Write fail.
+// Pipe returns two devices back to back. After one end was closed, the other's Read returns os.ErrClosed once the
+// queue is empty, as when a kernel's device is gone, and its Write fails.
 func Pipe(mtu int, off tun.Offload) (a, b *Device) {
 	ab, ba := newWire(), newWire()
 	a = &Device{name: "pipe0", mtu: mtu, off: off, in: ba, out: ab}
@@ -39,24 +40,25 @@ func Pipe(mtu int, off tun.Offload) (a, b *Device) {
 	return a, b
 }
 
-// Name is pipe0 or pipe1.
+// Name returns pipe0 or pipe1.
 func (d *Device) Name() string { return d.name }
 
-// MTU is what Pipe was given.
+// MTU returns the argument of Pipe.
 func (d *Device) MTU() int { return d.mtu }
 
-// Offload is what Pipe was given.
+// Offload returns the argument of Pipe.
 func (d *Device) Offload() tun.Offload { return d.off }
 
-// Tap calls f for each frame written to this end, before it is queued: f returns false to drop it. nil removes it. The
-// frame is lent for the call, and f must not write to this end.
+// Tap sets a function that is called for each frame written to this end before it is queued. If f returns false, the
+// frame is dropped. nil removes the function. The frame is valid only during the call, and f must not write to this
+// end.
 func (d *Device) Tap(f func(h tun.Header, frame []byte) bool) {
 	d.out.mu.Lock()
 	d.out.tap = f
 	d.out.mu.Unlock()
 }
 
-// Dropped is how many frames written to this end were lost because the queue was full.
+// Dropped returns how many frames written to this end were lost because the queue was full.
 func (d *Device) Dropped() uint64 {
 	var n uint64
 	for _, q := range *d.out.queues.Load() {
@@ -67,7 +69,7 @@ func (d *Device) Dropped() uint64 {
 	return n
 }
 
-// Read is that of tun.Device.
+// Read implements tun.Device.
 func (d *Device) Read(h *tun.Header, b []byte, wait bool) (int, error) {
 	q := d.own
 	if q == nil {
@@ -76,7 +78,7 @@ func (d *Device) Read(h *tun.Header, b []byte, wait bool) (int, error) {
 	return q.get(h, b, wait)
 }
 
-// Write is that of tun.Device. It refuses what the kernel refuses (tun.ErrBadFrame).
+// Write implements tun.Device. It refuses what the kernel refuses (tun.ErrBadFrame).
 func (d *Device) Write(h *tun.Header, parts [][]byte) error {
 	var hdr tun.Header
 	if h != nil {
@@ -133,7 +135,7 @@ func (d *Device) takes(h tun.Header, n int, parts [][]byte) bool {
 	return false
 }
 
-// Close is that of tun.Device.
+// Close implements tun.Device.
 func (d *Device) Close() error {
 	if d.own != nil {
 		d.own.close(true)
@@ -153,14 +155,14 @@ type frame struct {
 	b []byte
 }
 
-// queue is one direction: a ring of frames whose buffers are used again.
+// queue is one direction: a ring of frames with reused buffers.
 type queue struct {
 	mu      sync.Mutex
 	more    sync.Cond
 	ring    [QueueFrames]frame
 	head, n int
 	closed  bool
-	woke    bool // a get that waits is to return without a frame
+	woke    bool // a waiting get must return without a frame
 	dropped uint64
 }
 
@@ -221,7 +223,7 @@ func (q *queue) get(h *tun.Header, b []byte, wait bool) (int, error) {
 	return n, nil
 }
 
-// close ends the direction. The reader's own Close also forgets what is queued.
+// close ends the direction. The reader's own Close also drops what is queued.
 func (q *queue) close(byReader bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()

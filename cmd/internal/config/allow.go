@@ -9,21 +9,21 @@ import (
 	"github.com/viasocks/viasocks/route"
 )
 
-// addAllow keeps what may go out; by which upstream is known when all options are.
+// addAllow stores what may leave. The upstream for it is known when all options have been read.
 func addAllow(c *Config, v value) error {
 	rule, err := allowed(v.text, route.DirectName)
 	if err == nil {
 		_, err = route.ParseRule(rule)
 	}
 	if err != nil {
-		// What it wraps says what is wrong, without naming the rule, which the user did not write.
+		// The wrapped error tells what is wrong without naming the rule, which the user did not write.
 		return v.err("%v", cmp.Or(errors.Unwrap(err), err))
 	}
 	c.allow = append(c.allow, v.text)
 	return nil
 }
 
-// allowed is PROTO:[HOST:]PORTS as a rule.
+// allowed returns the rule for PROTO:[HOST:]PORTS.
 func allowed(s, upstream string) (string, error) {
 	proto, rest, ok := strings.Cut(s, ":")
 	if !ok || proto != "tcp" && proto != "udp" {
@@ -61,7 +61,7 @@ func allowed(s, upstream string) (string, error) {
 	return rule + " via " + upstream, nil
 }
 
-// finishAllow makes rules of what may go out, behind the user's own. Nothing else does: there is no default.
+// finishAllow adds rules for what may leave, after the user's own. Nothing else may leave: there is no default.
 func (c *Config) finishAllow() error {
 	if len(c.allow) == 0 {
 		return nil

@@ -7,7 +7,8 @@ import (
 	"github.com/viasocks/viasocks/socks"
 )
 
-// Reached are the servers of u that our own sockets connect to: none of an upstream that is reached through another one.
+// Reached returns the servers of u to which our own sockets connect. There are none if u is reached through another
+// upstream.
 func (u *Upstream) Reached() []socks.Server {
 	if u.Via != "" {
 		return nil
@@ -15,7 +16,8 @@ func (u *Upstream) Reached() []socks.Server {
 	return u.Servers()
 }
 
-// setVia takes the word via of an upstream. Whether there is an upstream of this name is known when all options are.
+// setVia sets the word via of an upstream. Whether an upstream with that name exists is known when all options have
+// been read.
 func setVia(u *Upstream, name string) string {
 	if err := route.CheckName(name); err != nil {
 		return "must be the name of another upstream: " + err.Error()
@@ -30,7 +32,7 @@ func setVia(u *Upstream, name string) string {
 	return ""
 }
 
-// checkChains: each upstream must be reached in the end.
+// checkChains checks that every upstream can be reached, so that no chain is a cycle.
 func (c *Config) checkChains() error {
 	for _, u := range c.Upstreams {
 		if u.Via == "" {

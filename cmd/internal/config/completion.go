@@ -7,19 +7,19 @@ import (
 	"strings"
 )
 
-// Subcommand is what a completion script has to know of a subcommand.
+// Subcommand is what a completion script must know about a subcommand.
 type Subcommand struct {
 	Name, Short string
-	Takes       Command // 0: no options of Options
+	Takes       Command // 0: none of the options in Options
 	Program     bool    // a program and its arguments follow the options
 	Words       []string
 }
 
-// Shells are those that WriteCompletion knows.
+// Shells are the shells that WriteCompletion supports.
 var Shells = []string{"bash", "zsh", "fish"}
 
-// WriteCompletion writes a script with which a shell completes subcommands, options and the values of options.
-// shell is one of Shells.
+// WriteCompletion writes a script with which a shell completes subcommands, options and the values of options. shell
+// is one of Shells.
 func WriteCompletion(w io.Writer, shell string, commands []Subcommand) error {
 	var b strings.Builder
 	switch shell {
@@ -36,7 +36,7 @@ func WriteCompletion(w io.Writer, shell string, commands []Subcommand) error {
 	return err
 }
 
-// valueKind is what the value of an option is completed with.
+// valueKind tells how the value of an option is completed.
 type valueKind uint8
 
 const (
@@ -49,7 +49,7 @@ const (
 	wordValue
 )
 
-// values tells what the value of an option is completed with, and the words that it can be.
+// values tells how the value of an option is completed, and which words it can be.
 func (o *Option) values() (valueKind, []string) {
 	switch {
 	case o.Arg == "":
@@ -70,7 +70,7 @@ func (o *Option) values() (valueKind, []string) {
 	return anyValue, nil
 }
 
-// optionsOf are the options of a subcommand, and help, which each of them takes.
+// optionsOf returns the options of a subcommand, and help, which every subcommand has.
 func optionsOf(c Subcommand) []Option {
 	var list []Option
 	for _, o := range Options {
@@ -137,7 +137,7 @@ complete -o filenames -F _viasocks viasocks
 `)
 }
 
-// bashValues writes what the values of options are completed with.
+// bashValues writes how the values of options are completed.
 func bashValues(b *strings.Builder) {
 	byValue := map[string][]string{}
 	var order []string

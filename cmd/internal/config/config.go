@@ -14,7 +14,7 @@ import (
 	"github.com/viasocks/viasocks/tun"
 )
 
-// DefaultUpstream is the name of what --proxy gives.
+// DefaultUpstream is the name of the upstream that --proxy defines.
 const DefaultUpstream = "proxy"
 
 type timeDuration = time.Duration
@@ -23,15 +23,15 @@ type timeDuration = time.Duration
 type Upstream struct {
 	Name   string
 	Server socks.Server
-	More   []socks.Server     // of a group, behind Server
-	Group  socks.GroupOptions // its name is not set
-	Via    string             // the upstream that the servers are reached through; empty: they are reached directly
+	More   []socks.Server     // further servers of a group, after Server
+	Group  socks.GroupOptions // without its name
+	Via    string             // the upstream through which the servers are reached; empty: they are reached directly
 }
 
-// Servers are all servers of u.
+// Servers returns all servers of u.
 func (u *Upstream) Servers() []socks.Server { return append([]socks.Server{u.Server}, u.More...) }
 
-// Host is what `up` does to the host beyond the device, mark and table.
+// Host is what `up` does to the host besides the device, mark and table.
 type Host struct {
 	LAN              string          // direct, carry, refuse
 	Resolved         bool            // tell systemd-resolved to ask viasocks
@@ -40,15 +40,15 @@ type Host struct {
 	Exclude, Include Selection       // an empty Include takes everything
 	Strict, FailOpen bool
 	StayClosed       bool
-	Wait             bool // for a proxy that is not there yet
+	Wait             bool // for a proxy that is not reachable yet
 	NFTable          string
 	DryRun           bool
-	Confirm          time.Duration // 0: nobody needs to
+	Confirm          time.Duration // 0: no confirmation is needed
 	Priority         int           // of the first ip rule
-	ControlGroup     int           // below 0: none
+	ControlGroup     int           // negative: none
 }
 
-// Selection is a choice of traffic: what matches any part of it.
+// Selection selects traffic that matches any part of it.
 type Selection struct {
 	Nets    []netip.Prefix
 	UIDs    []Range[uint32]
@@ -57,16 +57,16 @@ type Selection struct {
 	Cgroups []string // below the root of version 2, without a slash at either end
 }
 
-// Fake says whether and how names get addresses that stand for them.
+// Fake tells whether and how names get addresses that stand for them.
 type Fake struct {
 	On    bool         // --dns fake
 	Pool  netip.Prefix // of IPv4, inside flow.Pool4
-	Pool6 netip.Prefix // a unique local one, as wide as a /64 at least
-	File  string       // that keeps the names over a restart; empty: none
-	IPv6  string       // auto, on, off: whether a name has an IPv6 address too
+	Pool6 netip.Prefix // a unique local range, at least as wide as a /64
+	File  string       // keeps the names over a restart; empty: none
+	IPv6  string       // auto, on, off: whether a name also has an IPv6 address
 }
 
-// Pools are the networks whose addresses stand for names.
+// Pools returns the networks whose addresses stand for names.
 func (f *Fake) Pools() []netip.Prefix {
 	if f.IPv6 == "off" {
 		return []netip.Prefix{f.Pool}
@@ -74,18 +74,18 @@ func (f *Fake) Pools() []netip.Prefix {
 	return []netip.Prefix{f.Pool, f.Pool6}
 }
 
-// RuleFor is a flow that the user asks about, in the user's words and read.
+// RuleFor is a flow that the user asks about, as written and parsed.
 type RuleFor struct {
 	Text string
 	Flow route.Question
 }
 
-// Empty: nothing was chosen.
+// Empty reports whether nothing was selected.
 func (s *Selection) Empty() bool {
 	return len(s.Nets)+len(s.UIDs)+len(s.Ports)+len(s.Devices)+len(s.Cgroups) == 0
 }
 
-// Range is from First to Last, both included.
+// Range includes both First and Last.
 type Range[T uint16 | uint32] struct{ First, Last T }
 
 func (r Range[T]) String() string {
@@ -95,23 +95,25 @@ func (r Range[T]) String() string {
 	return fmt.Sprintf("%d-%d", r.First, r.Last)
 }
 
-// Config is everything the user said, checked. It is not changed after Parse.
+// Config is the complete configuration of the user, checked. It does not change after Parse.
 type Config struct {
 	Command Command
 	Program []string // run: the program and its arguments
 
-	Upstreams []Upstream   // the one of --proxy first
-	Default   string       // name of the upstream of flows that no rule matches; empty: they are refused
+	Upstreams []Upstream   // that of --proxy comes first
+	Default   string       // upstream of flows that no rule matches; empty: they are refused
 	Rules     []route.Rule // in the order given
 	DNS       []dns.Resolver
-	DNSOff    bool           // port 53 is a port like others; then DNS is empty
-	Relay     bool           // questions go to the servers that the program asks, and to those of DNS only if nobody can have their address
-	DNSRoots  *x509.CertPool // that resolvers inside TLS are verified by; nil: those that the system trusts
-	Fake      Fake
-	Split     route.Split // names that are asked of other servers than DNS
-	Search    []string    // run: the search list of the program's resolv.conf; nil: the host's
-	Guard     bool        // there is an --allow: names that no rule needs are not resolved
-	// ResolverDefault is the upstream by which resolvers are asked that no rule decides on; empty: they are not reached.
+	DNSOff    bool // port 53 is a port like others; DNS is then empty
+	// questions go to the servers that the program asks, and to those of DNS only if those addresses cannot be real
+	Relay    bool
+	DNSRoots *x509.CertPool // verifies resolvers inside TLS; nil: the system's authorities
+	Fake     Fake
+	Split    route.Split // names that are looked up at other servers than DNS
+	Search   []string    // run: the search list of the program's resolv.conf; nil: the host's
+	Guard    bool        // there is an --allow: names that no rule needs are not resolved
+	// ResolverDefault is the upstream through which resolvers are asked if no rule decides; empty: they are not
+	// reached.
 	ResolverDefault string
 
 	ConnectTimeout, HandshakeTimeout time.Duration
@@ -121,7 +123,7 @@ type Config struct {
 	SniffWait                        time.Duration
 	MaxPending, MaxPendingPerDest    int
 	MaxMappings                      int
-	Tuning                           socks.Tuning // Pool is for each proxy in total
+	Tuning                           socks.Tuning // Pool is the total for each proxy
 
 	MTU          int
 	Offload      tun.Mode
@@ -135,21 +137,22 @@ type Config struct {
 
 	StateDir string // of the journal, the lock and the control socket
 	JSON     bool   // status, flows, ps
-	PID      int    // status, flows: of the viasocks to ask; 0: the one that is up
+	PID      int    // status, flows: process id of the viasocks to ask; 0: the one that is up
 	Limit    int    // flows
 
 	AfterService bool // down
 
-	RuleFor []RuleFor // check: flows to be explained
+	RuleFor []RuleFor // check: flows to explain
 	Import  []string  // check: files of Traffic Server, for ImportSocks
 
 	LogLevel slog.Level
 	LogFile  string // empty: standard error
-	// Decisions is the file that gets a line for each verdict; empty: none.
+	// Decisions is the file that gets a line for each decision; empty: none.
 	Decisions string
-	Warnings  []string // to be logged once
+	Warnings  []string // logged once
 
-	// NeedRestart names the options that were given other values than the daemon was started with, and that it keeps: see Again.
+	// NeedRestart names the options whose values differ from those that the daemon was started with, and that it does
+	// not change: see Again.
 	NeedRestart []string
 
 	allow         []string
@@ -158,6 +161,6 @@ type Config struct {
 	proxyCA       value
 	dnsCA         value
 	logLevelSet   bool
-	kept          map[string][]value // of the options that a reload does not take
+	kept          map[string][]value // of the options that a reload does not change
 	unknownVars   []string           // variables of the environment that look like ours, until finish
 }

@@ -10,20 +10,21 @@ import (
 	"github.com/viasocks/viasocks/socks"
 )
 
-// maxPassword is what RFC 1929 has room for.
+// maxPassword is the limit of RFC 1929.
 const maxPassword = 255
 
-// maxCA bounds --proxy-ca: the certificates of all public authorities take a quarter of it.
+// maxCA limits --proxy-ca. The certificates of all public authorities take a quarter of it.
 const maxCA = 1 << 20
 
-// Where a password is looked for that neither the URL nor --password-file has. Behind both names of an upstream may follow.
+// Where to look for a password that neither the URL nor --password-file gives. Both names may be followed by that of
+// an upstream.
 const (
 	passwordVar        = "VIASOCKS_PASSWORD"
 	credentialsVar     = "CREDENTIALS_DIRECTORY" // of systemd.exec(5), LoadCredential
 	passwordCredential = "viasocks.password"
 )
 
-// addPasswordFile takes FILE, for --proxy, or NAME=FILE.
+// addPasswordFile accepts FILE, for --proxy, or NAME=FILE.
 func addPasswordFile(c *Config, v value) error {
 	name, file, ok := strings.Cut(v.text, "=")
 	if !ok || route.CheckName(name) != nil {
@@ -39,7 +40,7 @@ func addPasswordFile(c *Config, v value) error {
 	return nil
 }
 
-// finishServers gives the upstreams their passwords and certificates.
+// finishServers sets the passwords and certificates of the upstreams.
 func (c *Config) finishServers(env []string) error {
 	for name, v := range c.passwordFiles {
 		known := false
@@ -83,7 +84,7 @@ func (c *Config) finishServers(env []string) error {
 	return nil
 }
 
-// readCertificates reads a file of certificates, of which the caller checks what is in it.
+// readCertificates reads a file of certificates. The caller checks its content.
 func (c *Config) readCertificates(path string) ([]byte, error) {
 	pem, info, err := readPath(path, maxCA)
 	if err != nil {
@@ -93,8 +94,8 @@ func (c *Config) readCertificates(path string) ([]byte, error) {
 	return pem, nil
 }
 
-// withSecrets gives a server of the upstream name its password: that of the URL, of --password-file, of the environment, or of
-// systemd, in this order.
+// withSecrets sets the password of a server of the upstream name: that of the URL, of --password-file, of the
+// environment, or of systemd, in this order.
 func (c *Config) withSecrets(name string, s socks.Server, env []string) (socks.Server, error) {
 	if v, ok := c.passwordFiles[name]; ok {
 		switch {
@@ -133,7 +134,7 @@ func (c *Config) withSecrets(name string, s socks.Server, env []string) (socks.S
 	return s, nil
 }
 
-// varName is the name of an upstream in the name of a variable: capitals, and _ for what a variable cannot have.
+// varName converts the name of an upstream or option for use in a variable: capitals, and _ for other characters.
 func varName(upstream string) string {
 	return strings.Map(func(r rune) rune {
 		if r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' {
@@ -143,7 +144,8 @@ func varName(upstream string) string {
 	}, strings.ToUpper(upstream))
 }
 
-// withPassword reads the password from the first line of a file. One of the user's is looked at for who may read and write it.
+// withPassword reads the password from the first line of a file. If it is the user's file, its permissions are
+// checked.
 func (c *Config) withPassword(s socks.Server, path string, ofUser bool) (socks.Server, error) {
 	line, info, err := firstLine("password file", path, maxPassword)
 	if err != nil {

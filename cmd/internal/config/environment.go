@@ -10,31 +10,31 @@ import (
 	"strings"
 )
 
-// envPrefix begins the variable of each option: behind it stands the option's name in capitals, with _ for -. Of an option that may
-// be given more than once, _1, _2 and so on may follow. A variable of a secret option that ends in secretFile names a file whose
-// first line is the value.
+// envPrefix begins the variable of each option. It is followed by the option's name in capitals, with _ for -. An
+// option that may be given more than once may have variables ending in _1, _2 and so on. The variable of a secret
+// option that ends in secretFile names a file whose first line is the value.
 const (
 	envPrefix  = "VIASOCKS_"
 	secretFile = "_FILE"
 )
 
-// maxEnvValues bounds the numbers behind a variable. A longer list belongs into a file.
+// maxEnvValues limits the numbers after a variable. A longer list belongs in a file.
 const maxEnvValues = 9999
 
-// Variable is the name of the option in the environment.
+// Variable returns the name of the option in the environment.
 func (o *Option) Variable() string { return envPrefix + varName(o.Name) }
 
 // envVar is a variable that stands for an option.
 type envVar struct {
 	opt    *Option
-	number int    // its place among the values of the option
-	file   bool   // its text is the path of a file that has the value
+	number int    // its position among the values of the option
+	file   bool   // the text is the path of a file that contains the value
 	name   string // of the variable
 	text   string
 }
 
-// readEnv takes the options of a command from the environment. Variables without a value count as not set, because programs that
-// start containers set those that the user left out.
+// readEnv reads the options of a command from the environment. A variable without a value counts as not set, because
+// programs that start containers set those that the user left out.
 func (c *Config) readEnv(env []string) (map[string][]value, error) {
 	var vars []envVar
 	seen := map[string]bool{}
@@ -74,7 +74,7 @@ func (c *Config) readEnv(env []string) (map[string][]value, error) {
 	return got, nil
 }
 
-// parseVariable tells which option a variable stands for; the option is nil if there is none.
+// parseVariable returns the option that a variable stands for; its opt is nil if there is none.
 func parseVariable(name string) envVar {
 	v := envVar{name: name}
 	if v.opt = optionOf(name); v.opt != nil {
@@ -129,7 +129,7 @@ func (c *Config) envValue(v envVar) (value, error) {
 	return value{v.opt.Name, string(line), v.name + "=" + quote(v.text) + ": " + quote(string(line))}, nil
 }
 
-// readSecret reads the first line of a file that the user keeps a secret in. kind is what it is, for the messages.
+// readSecret reads the first line of a file with a secret of the user. kind describes it in messages.
 func (c *Config) readSecret(kind, path string, limit int) ([]byte, error) {
 	line, info, err := firstLine(kind, path, limit)
 	if err != nil {
@@ -140,7 +140,7 @@ func (c *Config) readSecret(kind, path string, limit int) ([]byte, error) {
 	return line, nil
 }
 
-// firstLine reads the first line of a file, which must not be empty.
+// firstLine reads the first line of a file. An empty line is an error.
 func firstLine(kind, path string, limit int) ([]byte, os.FileInfo, error) {
 	b, info, err := readPath(path, int64(len(byteOrderMark)+limit+2))
 	if err != nil {
@@ -157,7 +157,8 @@ func firstLine(kind, path string, limit int) ([]byte, os.FileInfo, error) {
 	return line, info, nil
 }
 
-// warnOfVariables warns of variables that look like ours and stand for nothing: a mistake in a name would else go unnoticed.
+// warnOfVariables warns of variables that look like ours and stand for nothing, because a mistyped name would
+// otherwise go unnoticed.
 func (c *Config) warnOfVariables() {
 	for _, name := range c.unknownVars {
 		if !c.isPassword(name) {
@@ -167,7 +168,7 @@ func (c *Config) warnOfVariables() {
 	c.unknownVars = nil
 }
 
-// isPassword reports whether a variable is the password of an upstream.
+// isPassword reports whether a variable contains the password of an upstream.
 func (c *Config) isPassword(name string) bool {
 	name = strings.TrimSuffix(name, secretFile)
 	if name == passwordVar {

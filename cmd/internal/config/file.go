@@ -7,14 +7,14 @@ import (
 	"unicode/utf8"
 )
 
-// Bounds of the configuration file. A list of rules may be long; a megabyte of them is a wrong file name.
+// Limits of the configuration file. A list of rules may be long, but a megabyte means a wrong file name.
 const (
 	maxFile = 1 << 20
 	maxLine = 4096
 )
 
-// readFile reads a configuration file. A word that belongs to another subcommand is checked for being one and left
-// out, so that one file serves both run and up.
+// readFile reads a configuration file. An option of another subcommand is only checked for existence and skipped, so
+// that one file serves both run and up.
 func (c *Config) readFile(path string) (map[string][]value, error) {
 	b, info, err := readPath(path, maxFile)
 	if err != nil {
@@ -25,7 +25,7 @@ func (c *Config) readFile(path string) (map[string][]value, error) {
 }
 
 // parseFile reads one option from each line: its name, white space or an equals sign, its value. A # at the start of
-// the line or behind white space begins a comment.
+// the line or after white space begins a comment.
 func parseFile(path string, b []byte, cmd Command) (map[string][]value, error) {
 	if len(b) > maxFile {
 		return nil, usagef("cannot use %s: longer than %d bytes", path, maxFile)
@@ -58,7 +58,7 @@ func parseFile(path string, b []byte, cmd Command) (map[string][]value, error) {
 	return got, nil
 }
 
-// parseLine gives a value without a name for a line that says nothing.
+// parseLine returns a value without a name for an empty line.
 func parseLine(line []byte) (value, error) {
 	if len(line) > maxLine {
 		return value{}, fmt.Errorf("the line is longer than %d bytes", maxLine)

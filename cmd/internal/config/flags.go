@@ -11,17 +11,17 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// ErrHelp: --help was given, the caller prints the help.
+// ErrHelp means that --help was given; the caller prints the help.
 var ErrHelp = pflag.ErrHelp
 
-// UsageError is a mistake in the flags or in the file, as opposed to something that failed.
+// UsageError is a mistake in the flags or in the file, as opposed to a failed operation.
 type UsageError struct{ Msg string }
 
 func (e *UsageError) Error() string { return e.Msg }
 
 func usagef(format string, a ...any) error { return &UsageError{fmt.Sprintf(format, a...)} }
 
-// value is what was given for an option, and where.
+// value is the value given for an option, and its place.
 type value struct {
 	name, text string
 	where      string // "--mtu 9" or "FILE:3: mtu 9", without secrets
@@ -31,8 +31,8 @@ func (v value) err(format string, a ...any) error {
 	return usagef("cannot use %s: %s", Redact(v.where), Redact(fmt.Sprintf(format, a...)))
 }
 
-// given implements pflag.Value. It only collects: a value is checked later, where the error can be told without
-// showing a password.
+// given implements pflag.Value. It only collects values. They are checked later, where an error can be reported
+// without showing a password.
 type given struct {
 	opt  *Option
 	into map[string][]value
@@ -54,21 +54,22 @@ func (g given) String() string   { return "" }
 func (g given) Type() string     { return g.opt.Arg }
 func (g given) IsBoolFlag() bool { return g.opt.Arg == "" }
 
-// Again reads everything anew for a daemon that was started with c, as Parse does. What the new Config says is what the daemon
-// does: options that a reload does not take have the values of c, and NeedRestart names those that would be others.
+// Again parses everything again for a daemon that was started with c. The new Config is what the daemon will do:
+// options that a reload does not change have the values of c, and NeedRestart names those that would differ.
 func (c *Config) Again(args, env []string) (*Config, error) { return parse(c.Command, args, env, c) }
 
-// Parse reads the arguments of a subcommand, the file that they name, and the environment (in the form of os.Environ),
-// and checks everything. Nothing but the files named is touched. The error is ErrHelp, a *UsageError, or what failed.
+// Parse parses the arguments of a subcommand, the file that they name, and the environment (in the form of
+// os.Environ), and checks everything. It touches nothing except the named files. The error is ErrHelp, a *UsageError,
+// or the failure.
 func Parse(cmd Command, args, env []string) (*Config, error) { return parse(cmd, args, env, nil) }
 
-// parse: running is what a daemon was started with, or nil.
+// parse is Parse. running is the configuration with which a daemon was started, or nil.
 func parse(cmd Command, args, env []string, running *Config) (*Config, error) {
 	flags := map[string][]value{}
 	set := pflag.NewFlagSet("", pflag.ContinueOnError)
 	set.SetOutput(io.Discard)
 	set.Usage = func() {}
-	// The program's own flags begin behind the first word that is not ours.
+	// The program's own flags begin after the first word that is not ours.
 	set.SetInterspersed(cmd != Run)
 	for i := range Options {
 		o := &Options[i]
@@ -113,7 +114,7 @@ func parse(cmd Command, args, env []string, running *Config) (*Config, error) {
 	return c, nil
 }
 
-// firstGiven is the first of the places that has values.
+// firstGiven returns the first of the places that has values.
 func firstGiven(places ...[]value) []value {
 	for _, vs := range places {
 		if vs != nil {
@@ -123,7 +124,8 @@ func firstGiven(places ...[]value) []value {
 	return nil
 }
 
-// build takes each option from what was given, else its default; but from running, if there is one, what a reload does not take.
+// build sets each option to the given value, or to its default. With running, options that a reload does not change
+// are taken from there.
 func (c *Config) build(given func(option string) []value, env []string, running *Config) error {
 	c.kept = map[string][]value{}
 	for i := range Options {
@@ -156,7 +158,7 @@ func (c *Config) build(given func(option string) []value, env []string, running 
 	return c.finish(env)
 }
 
-// apply sets an option of c to what was given.
+// apply sets an option of c to the given values.
 func (o *Option) apply(c *Config, vs []value) error {
 	for _, v := range vs {
 		if o.set == nil {
@@ -169,7 +171,7 @@ func (o *Option) apply(c *Config, vs []value) error {
 	return nil
 }
 
-// same reports whether two ways to give an option mean the same, however they are written. The error is about a.
+// same reports whether two ways of giving an option mean the same, however they are written. An error is about a.
 func (o *Option) same(a, b []value) (bool, error) {
 	x, y := blank(), blank()
 	if err := o.apply(x, a); err != nil {
@@ -178,7 +180,7 @@ func (o *Option) same(a, b []value) (bool, error) {
 	return o.apply(y, b) == nil && reflect.DeepEqual(x, y), nil
 }
 
-// blank is a Config before any option was applied.
+// blank returns a Config before any option was applied.
 func blank() *Config { return &Config{Host: Host{ControlGroup: -1}} }
 
 func readPath(path string, limit int64) ([]byte, os.FileInfo, error) {

@@ -9,10 +9,10 @@ import (
 	"github.com/viasocks/viasocks/socks"
 )
 
-// nextURL is where another URL begins in a list: a comma alone may be part of a password.
+// nextURL matches the start of another URL in a list. A comma alone may be part of a password.
 var nextURL = regexp.MustCompile(`,[A-Za-z0-9+.-]+://`)
 
-// splitURLs takes a list of URLs apart.
+// splitURLs splits a list of URLs.
 func splitURLs(list string) (urls []string) {
 	begin := 0
 	for _, i := range nextURL.FindAllStringIndex(list, -1) {
@@ -22,7 +22,7 @@ func splitURLs(list string) (urls []string) {
 	return append(urls, list[begin:])
 }
 
-// parseGroup reads what stands behind the name of an upstream: URLs, and words that say how the group chooses.
+// parseGroup parses what follows the name of an upstream: URLs, and words that tell how the group chooses.
 func parseGroup(v value, u Upstream, text string) (Upstream, error) {
 	fields := strings.Fields(text)
 	if len(fields) == 0 {
@@ -72,7 +72,7 @@ func parseGroup(v value, u Upstream, text string) (Upstream, error) {
 	return u, nil
 }
 
-// groupWords set the options of a group. They give what is wrong, or "".
+// groupWords set the options of a group. They return what is wrong, or "".
 var groupWords = map[string]func(*socks.GroupOptions, string) string{
 	"select": func(o *socks.GroupOptions, s string) string {
 		var err error

@@ -32,7 +32,8 @@ func WriteHelp(w io.Writer, cmd Command) {
 	}
 }
 
-// commands are the names of those of cmd that do something, for .Cm. check alone does: it takes what the others take.
+// commands returns the names of the commands in cmd for .Cm. check appears only alone, because it takes what the
+// others take.
 func commands(cmd Command) string {
 	if cmd == Check {
 		return "check"

@@ -11,7 +11,7 @@ import (
 	"github.com/viasocks/viasocks/socks"
 )
 
-// groupSettings are the settings that become words of a group, with Traffic Server's defaults.
+// groupSettings are the settings that become words of a group, with the defaults of Traffic Server.
 var groupSettings = []struct{ theirs, ours, unit, preset string }{
 	{"server_connect_timeout", "connect-timeout", "s", "10"},
 	{"socks_timeout", "handshake-timeout", "s", "100"},
@@ -21,13 +21,13 @@ var groupSettings = []struct{ theirs, ours, unit, preset string }{
 	{"server_fail_threshold", "fail-threshold", "", "2"},
 }
 
-// otherSettings need no line of ours.
+// otherSettings need no line in our configuration.
 var otherSettings = []string{
 	"socks_needed", "socks_version", "default_servers", "socks_config_file", "server_retry_timeout", "accept_enabled", "accept_port", "http_port",
 }
 
-// recordsYAML reads the part records: socks: of records.yaml: block mappings of scalars, which is all that Traffic Server has
-// there. Other parts are passed over.
+// recordsYAML reads the part records: socks: of records.yaml. It understands block mappings of scalars, which is all
+// that Traffic Server has there, and skips other parts.
 type recordsYAML struct {
 	im   *socksImport
 	path []yamlKey
@@ -70,7 +70,7 @@ func (y *recordsYAML) line(where, text string) error {
 	return y.im.set(where, strings.Trim(name, `"'`), strings.Trim(value, `"'`))
 }
 
-// yamlScalar is a value without its comment.
+// yamlScalar returns a value without its comment.
 func yamlScalar(s string) string {
 	s = strings.TrimSpace(s)
 	if s != "" && (s[0] == '"' || s[0] == '\'') {
@@ -85,7 +85,7 @@ func yamlScalar(s string) string {
 	return s
 }
 
-// words are the words of each group.
+// words returns the words of each group.
 func (im *socksImport) words() (string, error) {
 	var b strings.Builder
 	for _, g := range groupSettings {
@@ -105,7 +105,7 @@ func (im *socksImport) words() (string, error) {
 	return b.String(), nil
 }
 
-// scheme is by the version, 4 unless said otherwise.
+// scheme returns the scheme for the configured version, which is 4 by default.
 func (im *socksImport) scheme() (string, error) {
 	v, ok := im.settings["socks_version"]
 	switch {
@@ -117,7 +117,8 @@ func (im *socksImport) scheme() (string, error) {
 	return "", usagef("%s: proxy.config.socks.socks_version must be 4 or 5", v.where)
 }
 
-// lines are those of our file, in the order in which Traffic Server decides: no_socks, dest_ip, default_servers, direct.
+// lines returns the lines of our file, in the order in which Traffic Server decides: no_socks, dest_ip,
+// default_servers, direct.
 func (im *socksImport) lines() (out []string, err error) {
 	words, err := im.words()
 	if err != nil {
@@ -173,7 +174,7 @@ func (im *socksImport) lines() (out []string, err error) {
 	return append(out, rules...), nil
 }
 
-// remarks are about what has no line of its own.
+// remarks returns remarks about settings that have no line of their own.
 func (im *socksImport) remarks(scheme string) (out []string) {
 	if v, ok := im.settings["socks_needed"]; ok && v.text == "0" {
 		out = append(out, "# socks_needed is 0: Traffic Server does not use what follows")
@@ -201,7 +202,7 @@ func (im *socksImport) remarks(scheme string) (out []string) {
 	return out
 }
 
-// dstRules are rules for networks, some on each line.
+// dstRules returns rules for networks, several networks on each line.
 func dstRules(nets []netip.Prefix, verdict string) (out []string) {
 	for part := range slices.Chunk(nets, prefixesEachRule) {
 		var all []string

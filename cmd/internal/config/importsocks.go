@@ -13,9 +13,9 @@ import (
 	"github.com/viasocks/viasocks/socks"
 )
 
-// ImportSocks reads files of Apache Traffic Server, socks.config and records.config or records.yaml in any order, and gives lines
-// of our configuration that do the same. A password is left out: the lines say where it goes. An error names the file and the
-// line.
+// ImportSocks reads files of Apache Traffic Server, socks.config and records.config or records.yaml in any order, and
+// returns lines of our configuration with the same effect. Passwords are left out: the lines tell where they belong.
+// An error names the file and the line.
 func ImportSocks(paths []string) (lines []string, err error) {
 	im := newSocksImport()
 	for _, path := range paths {
@@ -30,16 +30,16 @@ func ImportSocks(paths []string) (lines []string, err error) {
 	return im.lines()
 }
 
-// Bounds of what is imported.
+// Limits of the import.
 const (
 	maxImportRules    = 1000
-	prefixesEachRule  = 64 // of IPv6, 64 networks fill two thirds of a line of the configuration file
+	prefixesEachRule  = 64 // with 64 IPv6 networks, a line is two thirds of the longest allowed
 	maxImportPrefixes = 4096
 )
 
 // socksImport is what was read so far.
 type socksImport struct {
-	settings map[string]setting // of proxy.config.socks, by the word behind that
+	settings map[string]setting // settings below proxy.config.socks, by the word after that
 	direct   []netip.Prefix     // no_socks
 	parents  []parentLine
 	user     string
@@ -47,7 +47,7 @@ type socksImport struct {
 	prefixes int
 }
 
-// setting is a value and where it stands.
+// setting is a value and its place.
 type setting struct{ text, where string }
 
 // parentLine is a line with dest_ip.
@@ -60,7 +60,7 @@ type parentLine struct {
 
 func newSocksImport() *socksImport { return &socksImport{settings: map[string]setting{}} }
 
-// read takes one file.
+// read reads one file.
 func (im *socksImport) read(path string, b []byte) error {
 	if len(b) > maxFile {
 		return usagef("cannot import %s: longer than %d bytes", path, maxFile)
@@ -92,7 +92,7 @@ func (im *socksImport) read(path string, b []byte) error {
 	return nil
 }
 
-// socksLine takes a line of socks.config, or of records.config: their first words differ.
+// socksLine parses a line of socks.config or of records.config; their first words differ.
 func (im *socksImport) socksLine(where, text string) error {
 	text = strings.TrimSpace(text)
 	if text == "" || text[0] == '#' {
@@ -117,7 +117,7 @@ func (im *socksImport) socksLine(where, text string) error {
 	return im.parent(where, text)
 }
 
-// record takes CONFIG NAME TYPE VALUE. Settings of other parts of Traffic Server are passed over.
+// record parses CONFIG NAME TYPE VALUE. It skips settings of other parts of Traffic Server.
 func (im *socksImport) record(where string, f []string) error {
 	if len(f) < 2 {
 		return errors.New("must be CONFIG NAME TYPE VALUE")
@@ -143,7 +143,7 @@ func (im *socksImport) set(where, name, text string) error {
 	return nil
 }
 
-// noSocks takes addresses and ranges, separated by commas or spaces.
+// noSocks parses addresses and ranges, separated by commas or spaces.
 func (im *socksImport) noSocks(list string) error {
 	words := strings.FieldsFunc(list, func(r rune) bool { return r == ',' || r == ' ' || r == '\t' })
 	if len(words) == 0 {
@@ -159,7 +159,7 @@ func (im *socksImport) noSocks(list string) error {
 	return nil
 }
 
-// parent takes dest_ip=RANGE parent="HOST:PORT;..." round_robin=WORD.
+// parent parses dest_ip=RANGE parent="HOST:PORT;..." round_robin=WORD.
 func (im *socksImport) parent(where, text string) error {
 	p := parentLine{where: where}
 	words, err := quotedWords(text)
@@ -202,12 +202,13 @@ func (im *socksImport) parent(where, text string) error {
 	return nil
 }
 
-// roundRobin: Traffic Server's true goes by the client's address, for which its SOCKS client takes the destination's.
+// roundRobin maps the words of round_robin. Traffic Server's true chooses by the client's address, for which its
+// SOCKS client uses the destination's.
 var roundRobin = map[string]socks.Select{
 	"strict": socks.RoundRobin, "true": socks.Hash, "false": socks.Ordered, "latched": socks.Latched,
 }
 
-// quotedWords splits at white space outside of double quotes, and takes those away.
+// quotedWords splits s at white space outside of double quotes, and removes the quotes.
 func quotedWords(s string) (words []string, err error) {
 	var w strings.Builder
 	quoted := false
@@ -230,7 +231,7 @@ func quotedWords(s string) (words []string, err error) {
 	return words, nil
 }
 
-// importServers takes HOST:PORT, separated by semicolons, commas or spaces. One that is named twice is asked once.
+// importServers parses HOST:PORT entries, separated by semicolons, commas or spaces. Duplicates are dropped.
 func importServers(list string) (servers []string, err error) {
 	for _, s := range strings.FieldsFunc(list, func(r rune) bool { return r == ';' || r == ',' || r == ' ' || r == '\t' }) {
 		i := strings.LastIndexByte(s, ':')
@@ -254,7 +255,7 @@ func importServers(list string) (servers []string, err error) {
 	return servers, nil
 }
 
-// networks takes an address, a network or FIRST-LAST as networks.
+// networks converts an address, a network or FIRST-LAST to networks.
 func (im *socksImport) networks(s string) (nets []netip.Prefix, err error) {
 	defer func() {
 		if im.prefixes += len(nets); err == nil && im.prefixes > maxImportPrefixes {
@@ -276,7 +277,7 @@ func (im *socksImport) networks(s string) (nets []netip.Prefix, err error) {
 	return rangeNetworks(a, b), nil
 }
 
-// rangeNetworks are the networks that cover a to b and nothing else: at each step the largest that begins at a.
+// rangeNetworks returns the networks that exactly cover a to b. Each step takes the largest network that begins at a.
 func rangeNetworks(a, b netip.Addr) (nets []netip.Prefix) {
 	for {
 		bits := a.BitLen()
@@ -297,7 +298,7 @@ func rangeNetworks(a, b netip.Addr) (nets []netip.Prefix) {
 	}
 }
 
-// lastOf is the last address of a network.
+// lastOf returns the last address of a network.
 func lastOf(p netip.Prefix) netip.Addr {
 	b := p.Addr().AsSlice()
 	for i := p.Bits(); i < len(b)*8; i++ {
@@ -307,7 +308,7 @@ func lastOf(p netip.Prefix) netip.Addr {
 	return a
 }
 
-// serverURL is the URL of one of their servers.
+// serverURL returns the URL of one of the imported servers.
 func (im *socksImport) serverURL(scheme, where string) string {
 	u := url.URL{Scheme: scheme, Host: where}
 	if im.hasUser && scheme == "socks5" {

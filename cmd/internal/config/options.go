@@ -27,7 +27,7 @@ const (
 	Ps
 )
 
-// all that carry something, or say how they would.
+// all are the commands that carry traffic, or explain how they would.
 const all = Run | Up | Check
 
 var commandNames = []struct {
@@ -38,15 +38,15 @@ var commandNames = []struct {
 // Option is one long option: a flag, a word of the configuration file, a line of the help and an item of the manual.
 type Option struct {
 	Name    string
-	Arg     string // what stands for the value in help and manual; empty: the option takes none
-	Default string // shown, and used
-	Soft    bool   // the default is shown and not set: the layer that uses it may take less
+	Arg     string // stands for the value in help and manual; empty: the option has no value
+	Default string // shown in the help, and used
+	Soft    bool   // the default is shown but not set: the layer that uses it may choose less
 	Many    bool   // may be given more than once
-	Secret  bool   // the value may hold a password: a variable that ends in _FILE can name a file that has it
-	Live    bool   // a reload takes it; else a daemon that runs keeps what it was started with, see Config.Again
+	Secret  bool   // the value may contain a password: a variable that ends in _FILE may name a file with it
+	Live    bool   // a reload changes it; otherwise a running daemon keeps its value, see Config.Again
 	Cmds    Command
 	Help    string // one line
-	Man     string // paragraphs of mdoc; the manual says there what the help has no room for
+	Man     string // paragraphs of mdoc, for what does not fit into the help
 	set     func(*Config, value) error
 }
 
@@ -63,7 +63,7 @@ var optionGroups = []struct {
 	{"Log, output and files", logOptions},
 }
 
-// Options is every option there is, in the order of help and manual.
+// Options contains every option, in the order of help and manual.
 var Options = allOptions()
 
 func allOptions() (list []Option) {
@@ -73,7 +73,7 @@ func allOptions() (list []Option) {
 	return list
 }
 
-// flowOptions say how what is captured is carried.
+// flowOptions tell how captured traffic is carried.
 var flowOptions = []Option{
 	{
 		Name: "proxy", Arg: "URL", Secret: true, Live: true, Cmds: all, set: setProxy,
@@ -440,7 +440,7 @@ is always removed.`,
 	},
 }
 
-// logOptions are the rest.
+// logOptions are the remaining options.
 var logOptions = []Option{
 	{
 		Name: "log-level", Arg: "LEVEL", Live: true, Cmds: all, set: setLogLevel,
@@ -522,10 +522,10 @@ replace all of the file's.`,
 	},
 }
 
-// maxPID is the largest that Linux can give (PID_MAX_LIMIT).
+// maxPID is the largest process id of Linux (PID_MAX_LIMIT).
 const maxPID = 1 << 22
 
-// fileOption is the one option that can't stand in the file.
+// fileOption is the only option that is not allowed in the file.
 const fileOption = "config"
 
 func find(name string) *Option {

@@ -6,7 +6,7 @@ import (
 	"github.com/viasocks/viasocks/route/kernel"
 )
 
-// hostOptions say what `up` does to the host.
+// hostOptions tell what `up` does to the host.
 var hostOptions = []Option{
 	{
 		Name: "lan", Arg: "direct|carry|refuse", Default: "direct", Soft: true, Live: true, Cmds: Up | Check, set: setLAN,

@@ -2,7 +2,7 @@ package config
 
 import "github.com/viasocks/viasocks/route"
 
-// ruleOptions say which flows go where.
+// ruleOptions tell which flows go where.
 var ruleOptions = []Option{
 	{
 		Name: "rule", Arg: "RULE", Many: true, Live: true, Cmds: all, set: addRule,

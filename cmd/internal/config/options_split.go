@@ -11,7 +11,7 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// splitOptions say which names are asked of other servers than those of --dns.
+// splitOptions tell which names are looked up at other servers than those of --dns.
 var splitOptions = []Option{
 	{
 		Name: "dns-for", Arg: "SUFFIX=SERVER[,SERVER...]", Many: true, Live: true, Cmds: all, set: addDNSFor,
@@ -135,7 +135,7 @@ func addDNSSearch(c *Config, v value) error {
 	return nil
 }
 
-// maxSplit is more zones than anybody lists.
+// maxSplit limits the number of zones.
 const maxSplit = 64
 
 func addDNSFor(c *Config, v value) error {
@@ -181,7 +181,7 @@ func setSingleLabels(c *Config, v value) error {
 	return v.err("must be on or off")
 }
 
-// finishSplit warns of what cannot work.
+// finishSplit warns of combinations that cannot work.
 func (c *Config) finishSplit() {
 	if !c.Fake.On && len(c.Split.Exclude) > 0 {
 		c.Warnings = append(c.Warnings, "--dns-exclude has no effect without --dns fake: all names have their real addresses")
@@ -194,7 +194,7 @@ func (c *Config) finishSplit() {
 	}
 }
 
-// asksHost reports whether there are names that the host's own servers may be asked for.
+// asksHost reports whether the host's own servers may be asked for some names.
 func (c *Config) asksHost() bool {
 	for _, z := range c.Split.Zones {
 		if len(z.Resolvers)+len(z.Direct) == 0 {
@@ -204,7 +204,7 @@ func (c *Config) asksHost() bool {
 	return c.Fake.On && slices.ContainsFunc(c.Rules, func(r route.Rule) bool { return r.Verdict() == route.DirectName })
 }
 
-// AsksDirect reports whether questions of DNS may go past every proxy.
+// AsksDirect reports whether DNS questions may go past every proxy.
 func (c *Config) AsksDirect() bool {
 	for _, z := range c.Split.Zones {
 		if len(z.Resolvers) == 0 {
@@ -214,8 +214,9 @@ func (c *Config) AsksDirect() bool {
 	return false
 }
 
-// HostServers are the servers that this host asks. Where the whole host is carried (up), one on this host is left out, since its
-// own questions would come back to viasocks; so is, always, our own address, which systemd-resolved may have been told of.
+// HostServers returns the servers that this host asks. If the whole host is carried (up), it leaves out a server on
+// this host, whose own questions would come back to viasocks. It always leaves out our own address, which
+// systemd-resolved may have been given.
 func HostServers(up bool) ([]netip.AddrPort, error) {
 	all, err := nameservers(resolvConf)
 	if err != nil {

@@ -10,8 +10,8 @@ import (
 	"github.com/viasocks/viasocks/socks"
 )
 
-// Where the proxy is looked for when --proxy does not stand anywhere, in this order. They belong to everybody and count only when
-// they hold a SOCKS URL.
+// Variables in which the proxy is looked for if there is no --proxy, in this order. Other programs use them too, so
+// they count only if they contain a SOCKS URL.
 var proxyVars = []string{"ALL_PROXY", "all_proxy"}
 
 func lookup(env []string, name string) string {
@@ -50,13 +50,13 @@ func (c *Config) finishProxy(env []string) error {
 	if err != nil {
 		return err
 	}
-	c.proxyAt = value{} // it may hold a password
+	c.proxyAt = value{} // it may contain a password
 	c.Default = DefaultUpstream
 	c.Upstreams = append([]Upstream{{Name: DefaultUpstream, Server: s}}, c.Upstreams...)
 	return c.finishServers(env)
 }
 
-// letsOut reports whether a rule lets flows out past every proxy: then none is needed.
+// letsOut reports whether a rule lets flows out past every proxy. Then no proxy is needed.
 func (c *Config) letsOut() bool {
 	return slices.ContainsFunc(
 		c.Rules,
@@ -67,7 +67,7 @@ func (c *Config) letsOut() bool {
 func parseServer(v value, rawurl string) (socks.Server, error) {
 	s, err := socks.ParseServer(rawurl)
 	if err != nil {
-		// What it wraps says what is wrong, without "cannot use" again.
+		// The wrapped error tells what is wrong, without a second "cannot use".
 		return s, v.err("%v", cmp.Or(errors.Unwrap(err), err))
 	}
 	return s, nil

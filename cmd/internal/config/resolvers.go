@@ -15,28 +15,29 @@ import (
 	"github.com/viasocks/viasocks/socks"
 )
 
-// defaultDNS is the mode where --dns says nothing and the proxies take names; see finishDNS.
+// defaultDNS is the mode if --dns is not given and the proxies accept names; see finishDNS.
 const defaultDNS = "fake"
 
-// defaultResolvers are asked through the proxy where --dns names none.
+// defaultResolvers are asked through the proxy if --dns names none.
 const defaultResolvers = "tcp://1.1.1.1,9.9.9.9"
 
-// The host's own list of resolvers, and the one that systemd-resolved, whose stub may stand in the first, asks itself.
-// Variables for the tests.
+// The host's own list of resolvers, and the list that systemd-resolved asks, whose stub may be in the first. They are
+// variables for tests.
 var (
 	resolvConf = "/etc/resolv.conf"
 	beyondStub = "/run/systemd/resolve/resolv.conf"
 )
 
-// maxResolvConf is far more than glibc reads of it.
+// maxResolvConf is far more than glibc reads.
 const maxResolvConf = 64 << 10
 
-// finishDNS says who answers the program's questions, and by which upstream they are asked where no rule says so: by that
-// of --proxy, or, where there is no proxy at all, directly. In the latter case the host's own resolvers are asked if the
-// user names no others: they may be the only ones that can be reached, and that know the names of this network.
+// finishDNS decides who answers the program's questions, and through which upstream resolvers are asked if no rule
+// decides: through that of --proxy or, if there is no proxy at all, directly. In the latter case the host's own
+// resolvers are the default, because they may be the only ones that can be reached and that know the names of this
+// network.
 //
-// Names become fake addresses unless --dns says otherwise, there is no proxy, or one of the upstreams has only SOCKS4 servers,
-// which take no names.
+// Names become fake addresses unless --dns says otherwise, there is no proxy, or one of the upstreams has only SOCKS4
+// servers, which do not accept names.
 func (c *Config) finishDNS() error {
 	switch {
 	case len(c.Upstreams) == 0:
@@ -74,7 +75,7 @@ func (c *Config) finishDNS() error {
 	return err
 }
 
-// torIsDefault reports whether a Tor is where resolvers are asked that no rule decides on.
+// torIsDefault reports whether resolvers are asked through a Tor if no rule decides.
 func (c *Config) torIsDefault() bool {
 	return c.ResolverDefault == DefaultUpstream && slices.ContainsFunc(c.Upstreams[0].Servers(), socks.Server.Tor)
 }
@@ -95,7 +96,8 @@ func (c *Config) finishDNSCA() error {
 	return nil
 }
 
-// checkPools refuses ranges of fake addresses that must not come to viasocks, or that something else in the configuration has.
+// checkPools refuses ranges of fake addresses that must not come to viasocks, or that another part of the
+// configuration uses.
 func (c *Config) checkPools() error {
 	for _, pool := range c.Fake.Pools() {
 		for _, p := range c.Host.Exclude.Nets {
@@ -113,7 +115,7 @@ func (c *Config) checkPools() error {
 	return nil
 }
 
-// takesNames reports whether there are proxies, and each upstream has one that can be asked for a name.
+// takesNames reports whether there are proxies, and every upstream has one that accepts names.
 func (c *Config) takesNames() bool {
 	for i := range c.Upstreams {
 		servers := c.Upstreams[i].Servers()
@@ -124,8 +126,8 @@ func (c *Config) takesNames() bool {
 	return len(c.Upstreams) > 0
 }
 
-// hostResolvers are those of resolv.conf(5). When the whole host is steered (up), one that runs on the host itself is
-// left out: its own questions would come back to viasocks.
+// hostResolvers returns the resolvers of resolv.conf(5). When the whole host is steered (up), it leaves out one on
+// the host itself, whose own questions would come back to viasocks.
 func hostResolvers(up bool) ([]dns.Resolver, error) {
 	all, err := nameservers(resolvConf)
 	if err != nil {
@@ -160,8 +162,8 @@ func notLoopback(all []netip.Addr) (out []netip.Addr) {
 	return out
 }
 
-// nameservers reads the lines of a resolv.conf that name a resolver. What is no address of one host is left out, as glibc
-// does, and so is an address with a zone, which cannot be asked over TCP by number alone.
+// nameservers returns the addresses in the nameserver lines of a resolv.conf. Like glibc, it skips what is not the
+// address of one host. It also skips an address with a zone, which cannot be asked over TCP by number alone.
 func nameservers(path string) (out []netip.Addr, err error) {
 	b, _, err := readPath(path, maxResolvConf)
 	if err != nil {

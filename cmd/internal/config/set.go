@@ -18,7 +18,7 @@ import (
 	"github.com/viasocks/viasocks/tun"
 )
 
-// duration makes a setter of a time between lo and hi.
+// duration returns a setter for a duration between lo and hi.
 func duration(lo, hi string, field func(*Config) *timeDuration) func(*Config, value) error {
 	l, h := mustDuration(lo), mustDuration(hi)
 	return func(c *Config, v value) error {
@@ -34,7 +34,7 @@ func duration(lo, hi string, field func(*Config) *timeDuration) func(*Config, va
 	}
 }
 
-// span is d as it is written for an option: 2h and not 2h0m0s.
+// span formats d as it is written for an option: 2h, not 2h0m0s.
 func span(d time.Duration) string {
 	s := d.String()
 	for _, zero := range []string{"m0s", "h0m"} {
@@ -53,7 +53,7 @@ func mustDuration(s string) time.Duration {
 	return d
 }
 
-// number makes a setter of a whole number between lo and hi.
+// number returns a setter for a whole number between lo and hi.
 func number(lo, hi int, field func(*Config) *int) func(*Config, value) error {
 	return func(c *Config, v value) error {
 		n, err := strconv.Atoi(v.text)
@@ -95,7 +95,7 @@ func addUpstream(c *Config, v value) error {
 func addRule(c *Config, v value) error {
 	r, err := route.ParseRule(v.text)
 	if err != nil {
-		// What it wraps says what is wrong, without naming the rule again.
+		// The wrapped error tells what is wrong without naming the rule again.
 		return v.err("%v", cmp.Or(errors.Unwrap(err), err))
 	}
 	if list := r.List(); list != "" {
@@ -107,7 +107,7 @@ func addRule(c *Config, v value) error {
 	return nil
 }
 
-// maxResolvers is more than anybody lists; resolv.conf takes three.
+// maxResolvers limits the list; resolv.conf allows three.
 const maxResolvers = 8
 
 func setDNS(c *Config, v value) error {
@@ -125,7 +125,7 @@ func setDNS(c *Config, v value) error {
 			*mode.on, rest = true, others
 		}
 	}
-	if rest == "" && v.text != "" { // finishDNS knows the default
+	if rest == "" && v.text != "" { // finishDNS sets the default
 		return nil
 	}
 	scheme := ""
@@ -164,7 +164,7 @@ func setDNSPool(c *Config, v value) error {
 	return nil
 }
 
-// maxPoolBits is the length of the prefix of the smallest pool: flow.PoolReserve of its addresses stand for no name.
+// maxPoolBits is the prefix length of the smallest pool. flow.PoolReserve of its addresses stand for no name.
 const maxPoolBits = 23
 
 func setDNSPool6(c *Config, v value) error {
@@ -176,7 +176,8 @@ func setDNSPool6(c *Config, v value) error {
 	return nil
 }
 
-// uniqueLocal are the addresses that everybody may choose networks from (RFC 4193 3.1). Programs prefer IPv4 to them.
+// uniqueLocal is the range from which everybody may choose networks (RFC 4193, section 3.1). Programs prefer IPv4 to
+// it.
 var uniqueLocal = netip.MustParsePrefix("fd00::/8")
 
 func setDNSPoolFile(c *Config, v value) error { c.Fake.File = v.text; return nil }
@@ -208,7 +209,7 @@ func setUDPGSO(c *Config, v value) error {
 	return nil
 }
 
-// boolean makes a setter of an option that stands alone.
+// boolean returns a setter for an option without a value.
 func boolean(field func(*Config) *bool) func(*Config, value) error {
 	return func(c *Config, v value) error {
 		b, err := strconv.ParseBool(v.text)
@@ -286,7 +287,7 @@ func setDecisions(c *Config, v value) error { c.Decisions = v.text; return nil }
 
 func setLogFile(c *Config, v value) error { c.LogFile = v.text; return nil }
 
-// finish checks what depends on more than one option, and looks at the environment and the password file.
+// finish checks what depends on more than one option, and reads the environment and the password files.
 func (c *Config) finish(env []string) error {
 	if c.Command&all == 0 || len(c.Import) > 0 {
 		return nil // carries nothing
@@ -322,7 +323,8 @@ func (c *Config) finish(env []string) error {
 	return nil
 }
 
-// checkRules: a rule that names nobody would refuse in silence what the user meant to let through.
+// checkRules checks the upstreams that rules name. A rule for an unknown upstream would silently refuse traffic that
+// the user meant to let through.
 func (c *Config) checkRules() error {
 	for i := range c.Rules {
 		r := &c.Rules[i]

@@ -9,10 +9,10 @@ import (
 	"strings"
 )
 
-// maxSelected bounds each list of a selection: each entry is looked at for each packet or route look-up.
+// maxSelected limits each list of a selection, because each entry is checked for each packet or route look-up.
 const maxSelected = 256
 
-// oneOf makes a setter of a word out of words.
+// oneOf returns a setter for one of several words.
 func oneOf(field func(*Config) *string, words ...string) func(*Config, value) error {
 	return func(c *Config, v value) error {
 		if !slices.Contains(words, v.text) {
@@ -32,7 +32,7 @@ func setResolved(c *Config, v value) error {
 
 var setLAN = oneOf(func(c *Config) *string { return &c.Host.LAN }, "direct", "carry", "refuse")
 
-// listOf makes a setter that appends each item of a list with commas.
+// listOf returns a setter that appends each item of a comma-separated list.
 func listOf[T any](field func(*Config) *[]T, parse func(string) (T, string)) func(*Config, value) error {
 	return func(c *Config, v value) error {
 		list := field(c)
@@ -98,7 +98,7 @@ func addPorts(sel func(*Config) *Selection) func(*Config, value) error {
 	})
 }
 
-// addInboundPorts takes 53 too: a resolver may serve the LAN.
+// addInboundPorts allows port 53, because a resolver may serve the LAN.
 func addInboundPorts(c *Config, v value) error {
 	return listOf(func(c *Config) *[]Range[uint16] { return &c.Host.InboundPorts }, func(s string) (Range[uint16], string) {
 		r, ok := parseRange[uint16](s, 16)
@@ -129,7 +129,7 @@ func addCgroups(sel func(*Config) *Selection) func(*Config, value) error {
 	})
 }
 
-// parseRange reads N or N-M.
+// parseRange parses N or N-M.
 func parseRange[T uint16 | uint32](s string, bits int) (r Range[T], ok bool) {
 	first, last, isRange := strings.Cut(s, "-")
 	if !isRange {
@@ -140,7 +140,7 @@ func parseRange[T uint16 | uint32](s string, bits int) (r Range[T], ok bool) {
 	return Range[T]{T(a), T(b)}, err == nil && err2 == nil && a <= b
 }
 
-// deviceName is dev_valid_name of the kernel, and no % which would make it a pattern.
+// deviceName is dev_valid_name of the kernel, and additionally excludes %, which would make the name a pattern.
 func deviceName(s string) bool {
 	return s != "" && len(s) <= 15 && s != "." && s != ".." && !strings.ContainsAny(s, "/:% \t\"")
 }

@@ -11,7 +11,7 @@ import (
 const (
 	// defaultSniffPorts are those of HTTP and TLS.
 	defaultSniffPorts = "80,443"
-	// maxSniffPorts bounds the work for each connection.
+	// maxSniffPorts limits the work for each connection.
 	maxSniffPorts = 64
 )
 
@@ -44,7 +44,7 @@ func setSniffPorts(c *Config, v value) error {
 	return nil
 }
 
-// checkSniff: what is allowed must not depend on what the program says.
+// checkSniff refuses combinations in which what the program says would decide what is allowed.
 func (c *Config) checkSniff() error {
 	if c.Guard && c.SniffMode == "rules" {
 		return usagef("cannot use --sniff rules with --allow: a program could say an allowed name to any address; " +
@@ -53,7 +53,7 @@ func (c *Config) checkSniff() error {
 	return nil
 }
 
-// Sniff is what --sniff says; nil: nothing is asked for its name.
+// Sniff returns the settings of --sniff, or nil if no connection is held for its name.
 func (c *Config) Sniff() *route.Sniff {
 	if c.SniffMode == "" || c.SniffMode == "off" {
 		return nil

@@ -7,24 +7,25 @@ import (
 	"syscall"
 )
 
-// exists reports whether there is a file; what cannot be looked at is one, so that the error is told.
+// exists reports whether there is a file. It returns true for a file that cannot be examined, so that opening it
+// reports the error.
 func exists(path string) bool {
 	_, err := os.Stat(path)
 	return !os.IsNotExist(err)
 }
 
-// byteOrderMark is what some editors begin a file of text with. It is no part of the text.
+// byteOrderMark is what some editors write at the start of a text file. It is not part of the text.
 var byteOrderMark = []byte("\ufeff")
 
-// warnOfReaders warns when everybody can read a file that holds a secret.
+// warnOfReaders warns if everybody can read a file with a secret.
 func (c *Config) warnOfReaders(kind, path string, info os.FileInfo) {
 	if info.Mode().IsRegular() && info.Mode().Perm()&0o004 != 0 {
 		c.Warnings = append(c.Warnings, fmt.Sprintf("everybody can read the %s %s: chmod 600 it", kind, path))
 	}
 }
 
-// warnOfWriters warns when somebody else than root and the caller can change what a file says, or put another one in its place:
-// who can do so decides where a whole host's traffic goes. kind is what it is, for the message.
+// warnOfWriters warns if users other than root and the caller can change a file or replace it, because they could
+// decide where a whole host's traffic goes. kind describes the file in the message.
 func (c *Config) warnOfWriters(kind, path string, info os.FileInfo) {
 	if !info.Mode().IsRegular() {
 		return // a pipe, /dev/null
@@ -45,8 +46,8 @@ func (c *Config) warnOfWriters(kind, path string, info os.FileInfo) {
 	}
 }
 
-// writers says who besides root and the caller can write what info is about; "": nobody. A group that the caller acts for, as
-// where each user has a group of their own, is the caller.
+// writers describes who besides root and the caller can write to the file of info; "": nobody. The group of the
+// caller's process counts as the caller, because many systems give each user a private group.
 func writers(info os.FileInfo) string {
 	st, ok := info.Sys().(*syscall.Stat_t)
 	mode := info.Mode().Perm()

@@ -10,15 +10,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// claimName is an abstract unix socket. Such names belong to the network namespace, as what a daemon does belongs to it, and the
-// kernel frees them when their process ends.
+// claimName is an abstract unix socket. Such names belong to the network namespace, as do the changes of a daemon,
+// and the kernel frees them when their process ends.
 const claimName = "@viasocks/up"
 
-// claimWait is how long a claim that is held may take to become free: a process that is killed loses its lock file first.
+// claimWait is how long a held claim may take to become free: a killed process loses its lock file first.
 const claimWait = 200 * time.Millisecond
 
-// TakeHost takes the lock beside the socket path, as TakeLock does, and claims the network namespace: daemons with different
-// state directories do not share the lock file. The error is ErrLocked when a daemon lives.
+// TakeHost takes the lock next to the socket path, as TakeLock does, and claims the network namespace, because
+// daemons with different state directories do not share a lock file. The error is ErrLocked if a daemon is alive.
 func TakeHost(path string) (*Lock, error) {
 	l, err := TakeLock(path)
 	if err != nil {
@@ -31,8 +31,8 @@ func TakeHost(path string) (*Lock, error) {
 	return l, nil
 }
 
-// claim gives nil without an error where the name is held by somebody who may not steer the host: anybody may take it, and must
-// not keep root from its work by that.
+// claim returns nil without an error if the name is held by a process that may not steer the host: any process can
+// take the name, and must not keep root from its work that way.
 func claim() (*net.UnixListener, error) {
 	for end := time.Now().Add(claimWait); ; time.Sleep(10 * time.Millisecond) {
 		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: claimName, Net: "unix"})
@@ -56,7 +56,7 @@ func claim() (*net.UnixListener, error) {
 	}
 }
 
-// claimant is the process that holds the claim, if it is root's or the caller's own user's.
+// claimant returns the process that holds the claim if it belongs to root or to the caller's own user.
 func claimant() (pid int32, ok bool) {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {

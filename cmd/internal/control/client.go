@@ -16,12 +16,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrNoDaemon: nobody answers there.
+// ErrNoDaemon means that nothing answers at the socket.
 var ErrNoDaemon = errors.New(
 	"cannot ask viasocks: it is not up here: 'viasocks up' starts it; 'viasocks ps' lists programs under 'viasocks run', for --pid",
 )
 
-// errEnded: the program under `run` has ended since its instance was found.
+// errEnded means that the program under `run` has ended since its instance was found.
 var errEnded = errors.New("cannot ask viasocks: it has ended")
 
 const (
@@ -29,16 +29,17 @@ const (
 	clientTimeout = 15 * time.Second
 )
 
-// Client asks the daemon at a socket.
+// Client talks to the daemon at a socket.
 type Client struct {
 	http  http.Client
 	path  string
-	owner int                        // whose viasocks it must be, root's apart; below 0: anybody's
-	dir   *runDir                    // that path is in, to be closed; nil: none
-	peer  atomic.Pointer[unix.Ucred] // who answered last
+	owner int                        // user who must own the viasocks, besides root; negative: any
+	dir   *runDir                    // the directory that contains path, to be closed; nil: none
+	peer  atomic.Pointer[unix.Ucred] // the process that answered last
 }
 
-// NewClient is a Client of the socket at path. Nothing is opened until it is asked something. Close it.
+// NewClient returns a Client for the socket at path. It opens nothing before the first request. The caller must Close
+// it.
 func NewClient(path string) *Client {
 	c := &Client{path: path, owner: -1}
 	c.http = http.Client{
@@ -48,7 +49,7 @@ func NewClient(path string) *Client {
 	return c
 }
 
-// Close gives back what is open.
+// Close closes what is open.
 func (c *Client) Close() {
 	c.http.CloseIdleConnections()
 	if c.dir != nil {
@@ -57,10 +58,10 @@ func (c *Client) Close() {
 	}
 }
 
-// Status asks for the status.
+// Status requests the status.
 func (c *Client) Status() (s Status, err error) { return s, c.ask("GET", "/v1/status", &s) }
 
-// Flows asks for at most limit flows; 0: as many as the daemon thinks right.
+// Flows requests at most limit flows; 0: the daemon's default.
 func (c *Client) Flows(limit int) (f Flows, err error) {
 	q := ""
 	if limit > 0 {
@@ -69,13 +70,13 @@ func (c *Client) Flows(limit int) (f Flows, err error) {
 	return f, c.ask("GET", "/v1/flows"+q, &f)
 }
 
-// Confirm says that the steering shall stay.
+// Confirm confirms that the steering will stay.
 func (c *Client) Confirm() error { return c.ask("POST", "/v1/confirm", nil) }
 
-// Down tells the daemon to stop. It returns when it has been told: see Wait.
+// Down tells the daemon to stop. It returns when the daemon has been told; see Wait.
 func (c *Client) Down() error { return c.ask("POST", "/v1/down", nil) }
 
-// Wait returns when no daemon lives here any more, or with an error after limit.
+// Wait returns when no daemon is alive any more, or with an error after limit.
 func (c *Client) Wait(limit time.Duration) error {
 	for end := time.Now().Add(limit); Locked(c.path); {
 		if time.Now().After(end) {

@@ -16,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The kinds of an instance: what its Status has as Mode.
+// Kinds of instances, which are the values of Status.Mode.
 const (
 	ModeUp  = "up"
 	ModeRun = "run"
@@ -25,11 +25,11 @@ const (
 // NoAnswer is the State of an instance that has a socket and does not answer.
 const NoAnswer = "no answer"
 
-// Instance is a viasocks that runs, in short.
+// Instance is a summary of a running viasocks.
 type Instance struct {
 	PID     int       `json:"pid"`
 	UID     int       `json:"uid"`
-	User    string    `json:"user"` // the name of UID, or its number
+	User    string    `json:"user"` // name of UID, or its number
 	Mode    string    `json:"mode"` // run or up
 	Program string    `json:"program,omitempty"`
 	Proxy   string    `json:"proxy"` // without user and password
@@ -41,14 +41,14 @@ type Instance struct {
 }
 
 const (
-	// lookTimeout is how long one instance may take to say how it is.
+	// lookTimeout is how long one instance may take to answer.
 	lookTimeout = 2 * time.Second
-	// lookers is how many are asked at a time.
+	// lookers is how many instances are asked at a time.
 	lookers = 16
 )
 
-// Instances lists those of the calling user, or for root those of all users, by process id; and the one at the socket upPath, if the
-// caller may ask it. The sockets of killed ones are removed on the way, if they are the caller's own.
+// Instances lists the instances of the calling user, or of all users for root, by process id, and the one at the
+// socket upPath if the caller may ask it. It removes the caller's own sockets of killed instances.
 func Instances(r Runtime, upPath string) []Instance {
 	var mu sync.Mutex
 	all := []Instance{}
@@ -87,20 +87,20 @@ func Instances(r Runtime, upPath string) []Instance {
 	return all
 }
 
-// client is a Client of a socket in d. It works until d is closed.
+// client returns a Client for a socket in d. It works until d is closed.
 func (d *runDir) client(name string) *Client {
 	c := NewClient(d.at(name))
 	c.owner = d.uid
 	return c
 }
 
-// instance asks the client's viasocks how it is. It reports false where there is none.
+// instance asks the client's viasocks for its summary. ok is false if there is none.
 func (c *Client) instance() (i Instance, ok bool) {
 	c.http.Timeout = lookTimeout
 	s, err := c.Status()
 	at := c.peer.Load()
 	if at == nil {
-		return i, false // nobody is there, or it is not ours to ask
+		return i, false // it does not exist, or we may not ask it
 	}
 	i = Instance{PID: int(at.Pid), UID: int(at.Uid), User: userName(int(at.Uid)), Mode: ModeRun, State: NoAnswer}
 	if err != nil {
@@ -117,7 +117,7 @@ func (c *Client) instance() (i Instance, ok bool) {
 	return i, true
 }
 
-// withoutUser is the URL of a proxy without the part that names a user.
+// withoutUser returns the URL of a proxy without the user.
 func withoutUser(text string) string {
 	u, err := url.Parse(text)
 	if err != nil || u.User == nil {
@@ -134,7 +134,8 @@ func userName(uid int) string {
 	return strconv.Itoa(uid)
 }
 
-// Find gives a Client of the instance with this process id, which is one that Instances lists. It must be closed.
+// Find returns a Client for the instance with this process id, which must be one that Instances lists. The caller
+// must close it.
 func Find(r Runtime, upPath string, pid int) (*Client, error) {
 	if c := NewClient(upPath); c.isOf(pid) {
 		return c, nil
@@ -151,7 +152,7 @@ func Find(r Runtime, upPath string, pid int) (*Client, error) {
 	return nil, fmt.Errorf("cannot find a viasocks with the process id %d among those that you may ask: see 'viasocks ps'", pid)
 }
 
-// isOf connects, and reports whether the other side is the process pid. The connection is closed.
+// isOf connects, reports whether the other side is the process pid, and closes the connection.
 func (c *Client) isOf(pid int) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), lookTimeout)
 	defer cancel()
@@ -163,7 +164,7 @@ func (c *Client) isOf(pid int) bool {
 	return int(c.peer.Load().Pid) == pid
 }
 
-// dial connects to the viasocks, and refuses one of another user than the socket belongs to.
+// dial connects to the viasocks. It refuses one of another user than the owner of the socket.
 func (c *Client) dial(ctx context.Context) (net.Conn, error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", c.path)

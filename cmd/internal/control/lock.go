@@ -11,18 +11,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrLocked: another daemon lives in this namespace.
+// ErrLocked means that another daemon is alive in this namespace.
 var ErrLocked = errors.New("another viasocks is up here")
 
-// Lock is held by the one daemon of a namespace, until it is closed or its process ends.
+// Lock is held by the only daemon of a namespace until it is closed or its process ends.
 type Lock struct {
 	f     *os.File
 	path  string
 	claim *net.UnixListener // of TakeHost; nil: none
 }
 
-// TakeLock takes the lock beside the socket path and writes the caller's process id into it. The error is ErrLocked,
-// with the other's process id, when a daemon lives.
+// TakeLock takes the lock next to the socket path and writes the caller's process id into it. If a daemon is alive,
+// the error is ErrLocked with that daemon's process id.
 func TakeLock(path string) (*Lock, error) {
 	fail := func(err error) error { return fmt.Errorf("cannot lock %s: %w", path, err) }
 	if err := makeDir(path); err != nil {
@@ -39,7 +39,7 @@ func TakeLock(path string) (*Lock, error) {
 			f.Close()
 			return nil, err
 		}
-		if err == nil && !inPlace(f) { // who had it has just removed it
+		if err == nil && !inPlace(f) { // its holder has just removed it
 			f.Close()
 			continue
 		}
@@ -47,7 +47,8 @@ func TakeLock(path string) (*Lock, error) {
 			f.Close()
 			return nil, fail(err)
 		}
-		// The number is for others' messages. A full disk must not keep 'down' from giving the host back.
+		// The number is only for messages of other processes. A full disk must not keep 'down' from restoring the
+		// host.
 		if f.Truncate(0) == nil {
 			_, _ = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
 		}
@@ -55,17 +56,17 @@ func TakeLock(path string) (*Lock, error) {
 	}
 }
 
-// inPlace reports whether f is still what its name stands for.
+// inPlace reports whether f is still the file that its name refers to.
 func inPlace(f *os.File) bool {
 	a, err := f.Stat()
 	b, err2 := os.Lstat(f.Name())
 	return err == nil && err2 == nil && os.SameFile(a, b)
 }
 
-// Close lets the next one have it, and removes the file. It may be called twice.
+// Close releases the lock and removes the file. It may be called twice.
 func (l *Lock) Close() error {
 	if l.claim != nil {
-		l.claim.Close() // first: who has the file next must find it free
+		l.claim.Close() // first, because the next holder of the file must find it free
 	}
 	if inPlace(l.f) {
 		os.Remove(l.path) // while it is held: see TakeLock
@@ -73,7 +74,7 @@ func (l *Lock) Close() error {
 	return l.f.Close()
 }
 
-// Locked reports whether a daemon lives, whether it answers or not.
+// Locked reports whether a daemon is alive, whether or not it answers.
 func Locked(path string) bool {
 	f, err := openLock(path, os.O_RDONLY)
 	if err != nil {
@@ -87,7 +88,7 @@ func openLock(path string, flags int) (*os.File, error) {
 	return os.OpenFile(strings.TrimSuffix(path, ".sock")+".lock", flags|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 }
 
-// holder is " (process 123)", for the message.
+// holder returns " (process 123)", for a message.
 func holder(f *os.File) string {
 	b := make([]byte, 32)
 	n, _ := f.ReadAt(b, 0)

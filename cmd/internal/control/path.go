@@ -8,8 +8,8 @@ import (
 	"syscall"
 )
 
-// Path is the socket of the daemon in the network namespace of the caller, below dir, where a viasocks that is up keeps what it
-// must. A directory may be shared by namespaces: the namespace's inode is in the name.
+// Path returns the socket of the daemon in the caller's network namespace. dir is the state directory of a viasocks
+// that is up. Several namespaces may share it, so the name contains the inode of the namespace.
 func Path(dir string) (string, error) {
 	var st syscall.Stat_t
 	if err := syscall.Stat("/proc/thread-self/ns/net", &st); err != nil {
@@ -18,7 +18,7 @@ func Path(dir string) (string, error) {
 	return filepath.Join(dir, fmt.Sprintf("control-%d.sock", st.Ino)), nil
 }
 
-// makeDir makes the directory of path and refuses one that others could put something into.
+// makeDir creates the directory of path, and refuses one in which other users could create files.
 func makeDir(path string) error {
 	dir := filepath.Dir(path)
 	err := os.Mkdir(dir, 0o755)
@@ -38,7 +38,7 @@ func makeDir(path string) error {
 		return fmt.Errorf("%s is not a directory of root's alone: remove it, or make it one (chown root, chmod 755)", dir)
 	}
 	if info.Mode().Perm()&0o055 != 0o055 && made {
-		return os.Chmod(dir, 0o755) // the umask was narrow: the socket says who may
+		return os.Chmod(dir, 0o755) // the umask was narrow; the socket's own mode protects it
 	}
 	return nil
 }

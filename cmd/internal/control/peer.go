@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// peer is who connected, as the kernel says.
+// peer is the process that connected, according to the kernel.
 type peer struct {
 	uid, gid uint32
 	pid      int32
@@ -38,7 +38,7 @@ func peerOf(c *net.UnixConn) (p peer) {
 	return p
 }
 
-// peerGroups are the supplementary groups of who connected; none when they can't be asked (before Linux 4.13).
+// peerGroups returns the supplementary groups of the peer, or none if they are not available (before Linux 4.13).
 func peerGroups(fd int) []uint32 {
 	b := make([]byte, 4*64)
 	for {
@@ -60,12 +60,12 @@ func peerGroups(fd int) []uint32 {
 	}
 }
 
-// owner: root, or the user that the daemon runs as.
+// owner reports whether the peer is root or the user that the daemon runs as.
 func (p peer) owner() bool {
 	return p.err == nil && (p.uid == 0 || int(p.uid) == os.Geteuid())
 }
 
-// in reports whether gid is one of the peer's groups; below 0 it is nobody's.
+// in reports whether gid is one of the peer's groups. A negative gid is in no group.
 func (p peer) in(gid int) bool {
 	if p.err != nil || gid < 0 {
 		return false

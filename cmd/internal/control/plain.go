@@ -9,9 +9,9 @@ import (
 	"unicode/utf16"
 )
 
-// Plain is s as one line that a terminal can show: what a terminal would obey, or what changes the order in which the line is
-// read, is replaced. Names, arguments and what a proxy or the kernel said come from others, so that everything that is printed
-// goes through here; the log quotes such values itself.
+// Plain returns s as one line for a terminal. It replaces control characters, and characters that change the reading
+// order of the line. Names, arguments and messages of proxies or the kernel come from others, so everything that is
+// printed passes through here; the log quotes such values itself.
 func Plain(s string) string {
 	return strings.Map(func(r rune) rune {
 		switch {
@@ -24,7 +24,7 @@ func Plain(s string) string {
 	}, s)
 }
 
-// WriteJSON writes v for programs, indented. What Plain would replace is escaped: it may be a terminal that reads it.
+// WriteJSON writes v as indented JSON. It escapes what Plain would replace, because the output may go to a terminal.
 func WriteJSON(w io.Writer, v any) error {
 	var b strings.Builder
 	e := json.NewEncoder(&b)
@@ -34,7 +34,7 @@ func WriteJSON(w io.Writer, v any) error {
 		return err
 	}
 	var out strings.Builder
-	for _, r := range b.String() { // outside of strings JSON is ASCII
+	for _, r := range b.String() { // outside of strings, JSON is ASCII
 		switch {
 		case r == '\n' || strconv.IsPrint(r):
 			out.WriteRune(r)

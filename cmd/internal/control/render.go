@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// WriteStatus writes s for people. now is theirs.
+// WriteStatus writes s as text. now is the reader's time.
 func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	var b strings.Builder
 	fmt.Fprintf(
@@ -125,7 +125,7 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	return err
 }
 
-// WriteFlows writes f for people.
+// WriteFlows writes f as text.
 func WriteFlows(w io.Writer, f Flows, now time.Time) error {
 	var b strings.Builder
 	if len(f.Flows) == 0 {
@@ -151,7 +151,7 @@ func WriteFlows(w io.Writer, f Flows, now time.Time) error {
 	return err
 }
 
-// programOf is the program of a flow, as 4711/aria2c.
+// programOf returns the program of a flow in the form 4711/aria2c.
 func programOf(f Flow) string {
 	switch {
 	case f.PID == 0:
@@ -162,7 +162,7 @@ func programOf(f Flow) string {
 	return strconv.Itoa(f.PID) + "/" + filepath.Base(f.Exe)
 }
 
-// WriteInstances writes a list of instances for people.
+// WriteInstances writes a list of instances as text.
 func WriteInstances(w io.Writer, all []Instance, now time.Time) error {
 	var b strings.Builder
 	if len(all) == 0 {
@@ -192,7 +192,7 @@ func WriteInstances(w io.Writer, all []Instance, now time.Time) error {
 func table(b *strings.Builder, rows func(io.Writer)) {
 	t := tabwriter.NewWriter(b, 0, 0, 2, ' ', 0)
 	rows(t)
-	t.Flush() // a Builder takes everything
+	t.Flush() // a Builder accepts everything
 }
 
 func list(b *strings.Builder, title string, lines []string) {
@@ -217,10 +217,10 @@ func counters(b *strings.Builder, title string, cs []Counter) {
 	})
 }
 
-// stamp is a time as people write it, in their zone.
+// stamp formats a time in the local zone.
 func stamp(t time.Time) string { return t.Local().Format("2006-01-02 15:04:05") }
 
-// span is a duration in two units at most: 41s, 5m3s, 2h7m, 12d4h.
+// span formats a duration in at most two units: 41s, 5m3s, 2h7m, 12d4h.
 func span(d time.Duration) string {
 	d = max(d, 0).Round(time.Second)
 	day := 24 * time.Hour
@@ -235,7 +235,7 @@ func span(d time.Duration) string {
 	return fmt.Sprintf("%ds", d/time.Second)
 }
 
-// count is a number with its thousands apart.
+// count formats a number with separated thousands.
 func count(n uint64) string {
 	s := strconv.FormatUint(n, 10)
 	for i := len(s) - 3; i > 0; i -= 3 {
@@ -244,7 +244,7 @@ func count(n uint64) string {
 	return s
 }
 
-// bytes is a number of bytes in the unit that leaves one to four digits.
+// bytes formats a number of bytes in the unit that leaves one to four digits.
 func bytes(n uint64) string {
 	if n < 10_000 {
 		return count(n) + " B"

@@ -12,16 +12,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Runtime is where the control sockets of `viasocks run` are: one directory for each user, in which each instance has a socket of
-// its own. Only the user can look into the directory.
+// Runtime tells where the control sockets of `viasocks run` are: in one directory for each user, where each instance
+// has its own socket. Only the user can access the directory.
 type Runtime struct {
 	XDG string // XDG_RUNTIME_DIR; empty: not set
-	Run string // has the runtime directories of all users by their numbers
-	Tmp string // used where the user has no runtime directory
+	Run string // contains the runtime directories of all users, by user number
+	Tmp string // used if the user has no runtime directory
 	UID int
 }
 
-// RuntimeOf is the Runtime of the calling user with the environment environ.
+// RuntimeOf returns the Runtime of the calling user with the environment environ.
 func RuntimeOf(environ []string) Runtime {
 	r := Runtime{Run: "/run/user", Tmp: "/tmp", UID: os.Geteuid()}
 	for _, e := range environ {
@@ -32,13 +32,13 @@ func RuntimeOf(environ []string) Runtime {
 	return r
 }
 
-// runDirName is the name of the directory below a runtime directory; below Tmp the user's number follows.
+// runDirName is the name of the directory below a runtime directory. Below Tmp, the user's number follows.
 const runDirName = "viasocks"
 
 func (r Runtime) inTmp(uid int) string { return filepath.Join(r.Tmp, runDirName+"-"+strconv.Itoa(uid)) }
 
-// candidates are the user's own directories, the best first. Those whose parent does not exist, or could be changed by other users,
-// are left out.
+// candidates returns the possible directories of the user, the best first. It leaves out those whose parent does not
+// exist or could be changed by other users.
 func (r Runtime) candidates() (paths []string) {
 	for _, parent := range []string{r.XDG, filepath.Join(r.Run, strconv.Itoa(r.UID))} {
 		var st unix.Stat_t
@@ -50,7 +50,7 @@ func (r Runtime) candidates() (paths []string) {
 	return append(paths, r.inTmp(r.UID))
 }
 
-// create opens the first directory that can be used, and makes it if it does not exist. It is locked.
+// create opens the first directory that can be used, creates it if it does not exist, and locks it.
 func (r Runtime) create() (*runDir, error) {
 	var errs []error
 	for _, path := range r.candidates() {
@@ -70,7 +70,7 @@ func (r Runtime) create() (*runDir, error) {
 				}
 				d.close()
 			}
-			if errors.Is(err, unix.ENOENT) && try < 10 { // whoever used it last has just removed it
+			if errors.Is(err, unix.ENOENT) && try < 10 { // its last user has just removed it
 				continue
 			}
 			errs = append(errs, err)
@@ -80,7 +80,8 @@ func (r Runtime) create() (*runDir, error) {
 	return nil, errors.Join(errs...)
 }
 
-// existing opens the directories that exist: those of the user, and for root those of all users. What is not safe is left out.
+// existing opens the directories that exist: that of the user, or those of all users for root. Unsafe directories are
+// left out.
 func (r Runtime) existing() (dirs []*runDir) {
 	type place struct {
 		path string
@@ -119,14 +120,14 @@ func (r Runtime) existing() (dirs []*runDir) {
 	return dirs
 }
 
-// Bounds of what is listed: other users could make any number.
+// Limits of what is listed, because other users could create any number.
 const (
 	maxRunDirs    = 256
-	maxRunSockets = 1024 // of a directory
+	maxRunSockets = 1024 // of one directory
 )
 
-// runDir is an open directory with sockets. It is used by its descriptor from here on, so that nobody can put another one in its
-// place, and so that the length of its path does not matter.
+// runDir is an open directory with sockets. After opening, only its descriptor is used, so that it cannot be replaced
+// and the length of its path does not matter.
 type runDir struct {
 	f    *os.File
 	path string
@@ -134,7 +135,8 @@ type runDir struct {
 	id   [2]uint64 // device and inode
 }
 
-// openRunDir opens the directory and refuses one that is a symbolic link, belongs to another user than uid, or can be used by others.
+// openRunDir opens the directory. It refuses a symbolic link, and a directory that belongs to another user than uid
+// or is accessible to others.
 func openRunDir(path string, uid int) (*runDir, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENOTDIR) {
@@ -161,14 +163,14 @@ func (d *runDir) close() { d.f.Close() }
 
 func (d *runDir) fd() int { return int(d.f.Fd()) }
 
-// at is a path of a file in the directory, short enough for the address of a unix socket.
+// at returns a path for a file in the directory that is short enough for the address of a unix socket.
 func (d *runDir) at(name string) string { return fmt.Sprintf("/proc/self/fd/%d/%s", d.fd(), name) }
 
-// lockWait bounds the wait for other instances of the same user, each of which has the directory for a moment only.
+// lockWait limits the wait for other instances of the same user, which hold the lock only briefly.
 const lockWait = 2 * time.Second
 
-// lock has the directory to itself, until unlock or close: for the time between the name of a socket and its first answer, in
-// which it looks like that of a dead instance.
+// lock locks the directory until unlock or close. The lock covers the time between the creation of a socket and its
+// first answer, during which it looks like that of a dead instance.
 func (d *runDir) lock() error {
 	for end := time.Now().Add(lockWait); ; time.Sleep(5 * time.Millisecond) {
 		err := unix.Flock(d.fd(), unix.LOCK_EX|unix.LOCK_NB)
@@ -186,13 +188,13 @@ func (d *runDir) lock() error {
 
 func (d *runDir) unlock() { _ = unix.Flock(d.fd(), unix.LOCK_UN) }
 
-// removed reports whether the directory has lost its name.
+// removed reports whether the directory was unlinked.
 func (d *runDir) removed() bool {
 	var st unix.Stat_t
 	return unix.Fstat(d.fd(), &st) != nil || st.Nlink == 0
 }
 
-// sockets are the names of the sockets that belong to the user.
+// sockets returns the names of the sockets that belong to the user.
 func (d *runDir) sockets() (names []string) {
 	if _, err := d.f.Seek(0, 0); err != nil {
 		return nil
@@ -209,7 +211,7 @@ func (d *runDir) sockets() (names []string) {
 	return names
 }
 
-// reap removes the sockets of instances that were killed. The directory is locked.
+// reap removes the sockets of killed instances. The caller holds the lock of the directory.
 func (d *runDir) reap() {
 	for _, name := range d.sockets() {
 		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
@@ -223,12 +225,12 @@ func (d *runDir) reap() {
 	}
 }
 
-// remove removes a socket, and the directory with the last one. The descriptor is closed.
+// remove removes a socket and, with the last one, the directory. It closes the descriptor.
 func (d *runDir) remove(name string) {
 	defer d.close()
 	locked := d.lock() == nil
 	_ = unix.Unlinkat(d.fd(), name, 0)
 	if locked {
-		_ = unix.Rmdir(d.path) // fails while there are others
+		_ = unix.Rmdir(d.path) // fails while it contains others
 	}
 }

@@ -10,12 +10,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// runPrefix begins the names of sockets. The process id follows, and some random digits: two containers that share the directory
-// may have the same process ids.
+// runPrefix begins the names of sockets. The process id and some random digits follow, because two containers that
+// share the directory may have the same process ids.
 const runPrefix = "run-"
 
-// ListenRun makes the control socket of an instance of `run` in the user's directory, removes those that killed instances have left
-// there, and starts to answer. Path and Group of o are not used.
+// ListenRun creates the control socket of an instance of `run` in the user's directory, removes those of killed
+// instances, and starts to answer. Path and Group of o are not used.
 func ListenRun(r Runtime, o Options) (*Server, error) {
 	d, err := r.create()
 	if err != nil {
@@ -28,7 +28,7 @@ func ListenRun(r Runtime, o Options) (*Server, error) {
 	defer d.unlock()
 	d.reap()
 	var random [4]byte
-	_, _ = rand.Read(random[:]) // it never fails
+	_, _ = rand.Read(random[:]) // never fails
 	name := fmt.Sprintf("%s%d-%s.sock", runPrefix, os.Getpid(), hex.EncodeToString(random[:]))
 	o.Path, o.Group = d.at(name), -1
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: o.Path, Net: "unix"})

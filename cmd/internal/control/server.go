@@ -17,46 +17,46 @@ import (
 	"time"
 )
 
-// Bounds of a request.
+// Limits of a request.
 const (
-	maxConns      = 16 // of those who may do everything, and as many of all others together
+	maxConns      = 16 // of those who may do everything, and the same number for all others together
 	maxHeader     = 8 << 10
 	readTimeout   = 5 * time.Second
 	answerTimeout = 10 * time.Second
 	idleTimeout   = 30 * time.Second
 )
 
-// Backend is the daemon that a Server speaks for. Its functions may be called at any time, by several at once.
+// Backend is the daemon that a Server represents. Its functions may be called at any time, and concurrently.
 type Backend struct {
 	Status  func() Status
 	Flows   func() []Flow
-	Name    func([]Flow) // fills in the programs of those that are shown; nil: nobody can
-	Confirm func() error // its error is nil when the steering stays; nil: there is nothing to confirm, as under `run`
-	Down    func()       // starts to stop, returns at once; nil: it ends by itself, as `run` does
+	Name    func([]Flow) // fills in the programs of the flows that are shown; nil: not available
+	Confirm func() error // returns nil if the steering stays; nil: there is nothing to confirm, as under `run`
+	Down    func()       // begins to stop and returns at once; nil: it ends by itself, as `run` does
 }
 
-// Options of a Server.
+// Options are the options of a Server.
 type Options struct {
 	Path    string
-	Group   int // members of this group may look; below 0: nobody besides root and the own user
+	Group   int // members of this group may read; negative: only root and the daemon's own user
 	Backend Backend
 	Log     *slog.Logger
 }
 
-// Server answers on a unix socket.
+// Server answers requests on a unix socket.
 type Server struct {
 	o      Options
 	l      *listener
 	http   *http.Server
 	served chan struct{}
 	once   sync.Once
-	remove func() // takes the socket away at the end; nil: the listener does
+	remove func() // removes the socket at the end; nil: the listener does
 
-	refused atomic.Int64 // when a refusal was logged last, in Unix nanoseconds
+	refused atomic.Int64 // when a refusal was last logged, in Unix nanoseconds
 }
 
-// Listen makes the socket, in place of one that a killed daemon left, and starts to answer. The caller holds the Lock, so
-// that nobody listens there.
+// Listen creates the socket, replacing one that a killed daemon left, and starts to answer. The caller holds the
+// Lock, so no other process listens there.
 func Listen(o Options) (*Server, error) {
 	fail := func(err error) error { return fmt.Errorf("cannot make the control socket %s: %w", o.Path, err) }
 	if err := makeDir(o.Path); err != nil {
@@ -113,7 +113,7 @@ func serve(o Options, l *net.UnixListener) *Server {
 	}
 	go func() {
 		defer close(s.served)
-		s.http.Serve(s.l) // the error says that it was closed
+		s.http.Serve(s.l) // the error only reports that it was closed
 	}()
 	return s
 }
@@ -130,7 +130,7 @@ func RemoveStale(path string) error {
 	return os.Remove(path)
 }
 
-// Close removes the socket and ends what is being answered, after a moment to finish. It may be called twice.
+// Close removes the socket and ends requests in progress after a short time. It may be called twice.
 func (s *Server) Close() error {
 	s.once.Do(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
@@ -148,7 +148,7 @@ func (s *Server) Close() error {
 
 type peerKey struct{}
 
-// look answers whoever may connect at all.
+// look handles requests that every client may make.
 func (s *Server) look(f func(*http.Request) (any, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		p, _ := r.Context().Value(peerKey{}).(peer)
@@ -164,11 +164,11 @@ func (s *Server) look(f func(*http.Request) (any, error)) http.HandlerFunc {
 		w.Header().Set("Content-Type", "application/json")
 		e := json.NewEncoder(w)
 		e.SetEscapeHTML(false)
-		_ = e.Encode(v) // the reader has gone
+		_ = e.Encode(v) // the client has gone
 	}
 }
 
-// touch is for those who may change something.
+// touch handles requests of clients that may change something.
 func (s *Server) touch(f func() error) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		p, _ := r.Context().Value(peerKey{}).(peer)
@@ -185,7 +185,8 @@ func (s *Server) touch(f func() error) http.HandlerFunc {
 	}
 }
 
-// refuseEvery is how often a refusal is logged at most: whoever is refused may ask at any rate.
+// refuseEvery is the minimum time between two logged refusals, because a refused client may repeat its request at any
+// rate.
 const refuseEvery = time.Second
 
 func (s *Server) refuse(w http.ResponseWriter, p peer) {
@@ -217,21 +218,21 @@ func (s *Server) flows(r *http.Request) (any, error) {
 	return f, nil
 }
 
-// SortFlows puts those that moved most bytes first, and the older of equals.
+// SortFlows sorts by the bytes moved, most first, and then by age, oldest first.
 func SortFlows(all []Flow) {
 	slices.SortFunc(all, func(a, b Flow) int {
 		return cmp.Or(cmp.Compare(b.Up+b.Down, a.Up+a.Down), cmp.Compare(a.ID, b.ID))
 	})
 }
 
-// listener counts the connections there are and closes what is too many. Those who may do everything are counted apart from
-// those who may only look, so that nobody else can keep root from 'down'.
+// listener counts the connections and closes those over the limit. Clients that may do everything are counted
+// separately from those that may only read, so that others cannot keep root from 'down'.
 type listener struct {
 	*net.UnixListener
 	owners, others atomic.Int32
 }
 
-// slots is the count that p's connections are in.
+// slots returns the counter for p's connections.
 func (l *listener) slots(p peer) *atomic.Int32 {
 	if p.owner() {
 		return &l.owners

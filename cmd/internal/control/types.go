@@ -5,29 +5,29 @@ import "time"
 // The states of a daemon.
 const (
 	Starting    = "starting"
-	Waiting     = "waiting"     // the host is closed, and the proxy is not there yet
-	Unconfirmed = "unconfirmed" // up, and it will be undone if nobody confirms
+	Waiting     = "waiting"     // the host is closed, and the proxy is not reachable yet
+	Unconfirmed = "unconfirmed" // up, and will be undone unless it is confirmed
 	Ready       = "ready"
-	Impaired    = "impaired" // it was ready; the first warning says what is wrong now
+	Impaired    = "impaired" // it was ready; the first warning tells what is wrong now
 	Stopping    = "stopping"
 )
 
-// Status is what a daemon says of itself. Numbers that are not of now count since it started; bytes are payload.
+// Status is the state of a daemon. Numbers that do not describe the present count since the start; bytes are payload.
 type Status struct {
 	Version   string     `json:"version"`
 	PID       int        `json:"pid"`
 	Mode      string     `json:"mode"`              // "up" or "run"
 	Program   string     `json:"program,omitempty"` // run: the name of the program
 	State     string     `json:"state"`
-	Since     time.Time  `json:"since"`                // it was started
-	ReadyAt   *time.Time `json:"ready_at,omitempty"`   // it was ready
-	Waiting   string     `json:"waiting,omitempty"`    // Waiting: why the proxy can't be used yet
-	ConfirmBy *time.Time `json:"confirm_by,omitempty"` // nobody has confirmed yet: when all is undone
+	Since     time.Time  `json:"since"`                // when it was started
+	ReadyAt   *time.Time `json:"ready_at,omitempty"`   // when it became ready
+	Waiting   string     `json:"waiting,omitempty"`    // Waiting: why the proxy cannot be used yet
+	ConfirmBy *time.Time `json:"confirm_by,omitempty"` // Unconfirmed: when everything will be undone
 	Config    string     `json:"config,omitempty"`     // the configuration file
-	Reloaded  *time.Time `json:"reloaded,omitempty"`   // the last time that it was read again and taken
+	Reloaded  *time.Time `json:"reloaded,omitempty"`   // when it was last reloaded successfully
 
 	Upstreams []Upstream `json:"upstreams"`
-	Rules     []Rule     `json:"rules"` // the last is what happens to the rest
+	Rules     []Rule     `json:"rules"` // the last one covers everything else
 	DNS       []string   `json:"dns"`
 
 	TCP   TCP    `json:"tcp"`
@@ -42,11 +42,11 @@ type Status struct {
 	Dropped  []Counter `json:"dropped"` // what the data plane could not carry
 	Warnings []string  `json:"warnings"`
 
-	// Counters has every number of the data plane, by the names of the metrics without their prefix.
+	// Counters contains every number of the data plane, by the names of the metrics without their prefix.
 	Counters map[string]int64 `json:"counters,omitempty"`
 }
 
-// noNulls makes lists of what is none: a program that reads [] need not know null.
+// noNulls replaces nil lists by empty ones, so that programs read [] and never null.
 func (s *Status) noNulls() {
 	for _, l := range []*[]string{&s.DNS, &s.Warnings, &s.Host.Steered, &s.Host.Kept, &s.Host.Excluded} {
 		if *l == nil {
@@ -66,22 +66,22 @@ func (s *Status) noNulls() {
 	}
 }
 
-// Upstream is a proxy and whether it works. A state is "ok" as long as nothing says otherwise.
+// Upstream is a proxy and its state, which is "ok" unless a fault is known.
 type Upstream struct {
 	Name      string   `json:"name"`
 	URL       string   `json:"url"`           // without its password; empty: direct
-	Via       string   `json:"via,omitempty"` // the upstream that it is reached through; empty: it is reached directly
+	Via       string   `json:"via,omitempty"` // the upstream through which it is reached; empty: directly
 	TCP       string   `json:"tcp"`           // "ok" or "down"
 	UDP       string   `json:"udp"`
 	Addresses []string `json:"addresses,omitempty"` // where our sockets may go for it
-	Servers   []Member `json:"servers,omitempty"`   // of a group; its URL says how many
+	Servers   []Member `json:"servers,omitempty"`   // of a group; its URL tells how many
 }
 
 // Member is a server of a group.
 type Member struct {
 	URL          string `json:"url"`           // without its password
 	State        string `json:"state"`         // "ok" or "down"
-	Why          string `json:"why,omitempty"` // its last fault, if nothing went well since
+	Why          string `json:"why,omitempty"` // its last fault, if nothing has succeeded since
 	Associations int    `json:"associations"`  // for UDP, now
 }
 
@@ -93,10 +93,10 @@ type Rule struct {
 
 // TCP counts connections.
 type TCP struct {
-	Now     int    `json:"now"`     // open, and waiting for the proxy's answer
-	Pending int    `json:"pending"` // of those: waiting
+	Now     int    `json:"now"`     // open, or waiting for the proxy's answer
+	Pending int    `json:"pending"` // those that are waiting
 	Total   uint64 `json:"total"`
-	Refused uint64 `json:"refused"` // by a rule, by a limit, by the proxy or what is behind it
+	Refused uint64 `json:"refused"` // by a rule, by a limit, by the proxy or by a host behind it
 }
 
 // UDP counts mappings.
@@ -105,8 +105,8 @@ type UDP struct {
 	Total        uint64 `json:"total"`
 	Reassociated uint64 `json:"reassociated"` // associations that ended and were made again
 	Refused      uint64 `json:"refused"`      // datagrams that were answered with an error
-	GSO          string `json:"gso"`          // "on": they go to the kernel in runs; "off"; empty before there is UDP
-	GSOReason    string `json:"gso_reason"`   // why it is so, for people
+	GSO          string `json:"gso"`          // "on": datagrams go to the kernel in runs; "off"; empty before there is UDP
+	GSOReason    string `json:"gso_reason"`   // why it is so, as text
 }
 
 // Names counts questions to port 53.
@@ -114,14 +114,14 @@ type Names struct {
 	Asked    uint64 `json:"asked"`
 	Answered uint64 `json:"answered"`       // or relayed to the server that was asked
 	Failed   uint64 `json:"failed"`         // answered by SERVFAIL
-	Own      uint64 `json:"own"`            // of those answered: without a resolver
-	Cached   uint64 `json:"cached"`         // of those answered: from the cache
-	Shared   uint64 `json:"shared"`         // of those answered: with the answer to the same question, which was on its way
-	Cache    Cache  `json:"cache"`          // of answers that resolvers gave
-	Pool     *Pool  `json:"pool,omitempty"` // of addresses that stand for names; nil: there is none
+	Own      uint64 `json:"own"`            // answered without a resolver
+	Cached   uint64 `json:"cached"`         // answered from the cache
+	Shared   uint64 `json:"shared"`         // answered with the answer to the same question, which was in progress
+	Cache    Cache  `json:"cache"`          // the answers of resolvers
+	Pool     *Pool  `json:"pool,omitempty"` // addresses that stand for names; nil: there is none
 }
 
-// Cache is what is kept now.
+// Cache is the current content of the cache.
 type Cache struct {
 	Entries int `json:"entries"`
 	Bytes   int `json:"bytes"`
@@ -130,53 +130,53 @@ type Cache struct {
 // Sniff counts TCP connections that are held until their program has sent its first bytes (--sniff).
 type Sniff struct {
 	Asked uint64 `json:"asked"`
-	Named uint64 `json:"named"` // of those: it had a name
-	Full  uint64 `json:"full"`  // put off until their next SYN, because too many were held
+	Named uint64 `json:"named"` // those that had a name
+	Full  uint64 `json:"full"`  // deferred to their next SYN, because too many were held
 }
 
 // Pool is the state of the fake addresses.
 type Pool struct {
-	Names   uint64 `json:"names"`   // that have an address
+	Names   uint64 `json:"names"`   // names that have an address
 	Size    uint64 `json:"size"`    // how many can have one
-	Held    uint64 `json:"held"`    // of Names: flows use them
+	Held    uint64 `json:"held"`    // those of Names that flows use
 	Evicted uint64 `json:"evicted"` // names that lost their address to another
 	Refused uint64 `json:"refused"` // names that got none
 }
 
-// Shards are the parts that the flows are divided into, by the programs' ports.
+// Shards are the parts into which the flows are divided, by the programs' ports.
 type Shards struct {
 	Now        int    `json:"now"`         // 0: there is no data plane
-	HandedOver uint64 `json:"handed_over"` // packets that came by another one's queue of the TUN: the first of a flow
+	HandedOver uint64 `json:"handed_over"` // packets that arrived on another shard's queue of the TUN: the first of a flow
 }
 
-// Host is what was done to the host. The lists are lines for people.
+// Host is what was changed on the host. The lists are lines of text.
 type Host struct {
 	TUN      string    `json:"tun"`
 	Table    int       `json:"table"`
 	Mark     string    `json:"mark"`
 	Steered  []string  `json:"steered"`
-	Kept     []string  `json:"kept"`     // answered the way they came in
+	Kept     []string  `json:"kept"`     // answered the way they came
 	Excluded []string  `json:"excluded"` // past the proxy
-	Refused  []Counter `json:"refused"`  // packets that the filter stopped
+	Refused  []Counter `json:"refused"`  // packets that the filter blocked
 	Resolved bool      `json:"resolved"` // systemd-resolved was told to ask viasocks for names
 }
 
 // Counter is a number with its name.
 type Counter struct {
-	Name    string `json:"name,omitempty"` // for programs, where there is one
-	What    string `json:"what"`           // for people
+	Name    string `json:"name,omitempty"` // for programs, if there is one
+	What    string `json:"what"`           // as text
 	Packets uint64 `json:"packets"`
 	Bytes   uint64 `json:"bytes,omitempty"`
 }
 
-// Flow is a TCP connection or a UDP mapping. Of a mapping Dst is the first destination.
+// Flow is a TCP connection or a UDP mapping. For a mapping, Dst is the first destination.
 type Flow struct {
 	ID       uint64    `json:"id"`
 	Proto    string    `json:"proto"`
 	Src      string    `json:"src"`
 	Dst      string    `json:"dst"`
-	Host     string    `json:"host,omitempty"` // the name that was asked for, if it is known
-	PID      int       `json:"pid,omitempty"`  // of a process that has the socket open; 0: it was not found
+	Host     string    `json:"host,omitempty"` // the name that was asked for, if known
+	PID      int       `json:"pid,omitempty"`  // a process that has the socket open; 0: not found
 	Exe      string    `json:"exe,omitempty"`  // its executable, if we may see it
 	Rule     string    `json:"rule"`
 	Upstream string    `json:"upstream"`
@@ -186,7 +186,8 @@ type Flow struct {
 	Down     uint64    `json:"down_bytes"`
 }
 
-// Flows is a list of flows, the busiest first. Total is how many there are: more than are listed, when there was a limit.
+// Flows is a list of flows, the busiest first. Total is the number of all flows, which exceeds the list if there was
+// a limit.
 type Flows struct {
 	Total int    `json:"total"`
 	Flows []Flow `json:"flows"`

@@ -1,5 +1,5 @@
-// Package harness is what the tests with a real kernel share: the viasocks under test, namespaces of the tests' own, what
-// a program says, and a socket from another process.
+// Package harness is shared by the tests with a real kernel: it provides the viasocks under test, separate
+// namespaces, the output of a program, and a socket from another process.
 package harness
 
 import (
@@ -19,10 +19,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Reenter builds viasocks from the source, with the race detector if the tests have it and else without cgo, or takes the
-// binary bin if there is one; then it runs the tests again with its path in the environment variable inside, and gives
-// their exit code. They are in new namespaces of flags (CLONE_NEW…), without root of a user as well. Where these can't be
-// made the tests run in place and find in the variable why what stands against it, so that each can say it when it skips.
+// Reenter builds viasocks from the source, with the race detector if the tests have it and otherwise without cgo, or
+// uses the binary bin if that is set. Then it runs the tests again with the path in the environment variable inside,
+// and returns their exit code. They run in new namespaces according to flags (CLONE_NEW…), without root also in a
+// user namespace. If these cannot be created, the tests run in place, and the variable why contains the reason, for
+// the message with which each test skips.
 //
 // With -short there are no namespaces: these tests take minutes, and the short ones are for every change.
 func Reenter(bin, inside, why string, flags uintptr) (int, error) {
@@ -77,7 +78,7 @@ func Reenter(bin, inside, why string, flags uintptr) (int, error) {
 // inPlace runs the tests again without namespaces. Those that need one find the reason in the variable why.
 func inPlace(bin, inside, why, reason string) (int, error) {
 	if bin == "" {
-		bin = "-" // there is none, and nobody runs it
+		bin = "-" // there is none, and nothing runs it
 	}
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
@@ -90,7 +91,7 @@ func inPlace(bin, inside, why, reason string) (int, error) {
 	return 0, err
 }
 
-// CheckTUN says why no TUN device can be made.
+// CheckTUN returns why no TUN device can be created.
 func CheckTUN() error {
 	f, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
 	if err != nil {
@@ -99,7 +100,7 @@ func CheckTUN() error {
 	return f.Close()
 }
 
-// Log is what a program says. Its methods may be called from any goroutine.
+// Log collects the output of a program. Its methods may be called from any goroutine.
 type Log struct {
 	mu sync.Mutex
 	b  bytes.Buffer
@@ -111,14 +112,14 @@ func (l *Log) Write(p []byte) (int, error) {
 	return l.b.Write(p)
 }
 
-// String is all that was said.
+// String returns the whole output.
 func (l *Log) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.b.String()
 }
 
-// Tail is the last lines of s.
+// Tail returns the last lines of s.
 func Tail(s string, lines int) string {
 	all := strings.Split(s, "\n")
 	if len(all) > lines {
@@ -127,7 +128,7 @@ func Tail(s string, lines int) string {
 	return strings.Join(all, "\n")
 }
 
-// Descriptor is the one that came with oob, for the caller to close.
+// Descriptor returns the descriptor that came with oob. The caller closes it.
 func Descriptor(oob []byte) (int, error) {
 	msgs, err := unix.ParseSocketControlMessage(oob)
 	if err != nil || len(msgs) != 1 {

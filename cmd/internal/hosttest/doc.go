@@ -1,7 +1,7 @@
-// Package hosttest has the tests of `viasocks up`: does a host leak, does it stay reachable, does it come back.
+// Package hosttest contains the tests of `viasocks up`: whether a host leaks, stays reachable, and is restored.
 //
-// The test binary runs itself again in namespaces of its own (network, mounts, process ids; without root also users), and
-// makes these network namespaces there:
+// The test binary runs itself again in its own namespaces (network, mounts, process ids; without root also users),
+// and creates these network namespaces there:
 //
 //	ctr ──── br0 ┐                recorder
 //	172.20.0.2   │ host             │         ┌ proxy  192.0.2.2, 2001:db8:2::2: sockstest
@@ -11,11 +11,10 @@
 //	               198.51.100.2
 //	               2001:db8:1::2, fd77::2
 //
-// The recorder is outside of the host, on its only uplink, and sees each frame (AF_PACKET). What may leave is a short
-// list of types and ports; everything else is a leak, and is laid to a probe by a canary in its payload or by its
-// destination, which no other probe has. A positive control without viasocks shows that each probe is seen.
+// The recorder is outside of the host, on its only uplink, and sees each frame (AF_PACKET). A short list of types and
+// ports may leave the host; everything else is a leak. A leak is assigned to a probe by a canary in its payload, or
+// by its destination, which no other probe uses. A positive control without viasocks shows that each probe is seen.
 //
-// Tests that spend most of their time waiting, such as those with DHCP clients, run beside each other: each of them is a
-// process of its own, which makes the same world once more in its own namespaces (see apart). They start when all other
-// tests are over.
+// Tests that mostly wait, such as those with DHCP clients, run in parallel: each is its own process, which creates
+// the same network once more in its own namespaces (see apart). They start after all other tests.
 package hosttest

@@ -21,12 +21,12 @@ const (
 	link       = service + ".Link."
 
 	defaultBus = "unix:path=/run/dbus/system_bus_socket"
-	// dialTimeout bounds the way to the bus, with its authentication; callTimeout bounds one call.
+	// dialTimeout limits connecting to the bus, including authentication; callTimeout limits one call.
 	dialTimeout = 3 * time.Second
 	callTimeout = 3 * time.Second
 )
 
-// errAbsent: nothing called systemd-resolved is on the bus.
+// errAbsent means that systemd-resolved is not on the bus.
 var errAbsent = errors.New("systemd-resolved does not run")
 
 // server and domain are what the interface calls a(iay) and a(sb).
@@ -40,18 +40,18 @@ type domain struct {
 	RouteOnly bool
 }
 
-// everything is the domain ~. : all names, and no search list.
+// everything is the domain "~.", which means all names and no search list.
 var everything = []domain{{".", true}}
 
 // bus is a connection to the system bus.
 type bus struct {
 	conn  *dbus.Conn
 	end   context.CancelCauseFunc
-	owner chan struct{} // systemd-resolved came, went, or was restarted
+	owner chan struct{} // signals that systemd-resolved started, ended, or was restarted
 }
 
-// SystemBus is the address of the system bus: what DBUS_SYSTEM_BUS_ADDRESS says, if that is a unix socket, or the usual one.
-// Addresses of other kinds, which can start programs or lead over the network, are not used.
+// SystemBus returns the address of the system bus: DBUS_SYSTEM_BUS_ADDRESS if that is a unix socket, or the usual
+// address. Other kinds of addresses are not used, because they can start programs or lead over the network.
 func SystemBus() string {
 	if a := os.Getenv("DBUS_SYSTEM_BUS_ADDRESS"); strings.HasPrefix(a, "unix:") {
 		return a
@@ -59,13 +59,13 @@ func SystemBus() string {
 	return defaultBus
 }
 
-// dial connects to the bus at address; ctx bounds that, and not the life of the connection. The caller closes it.
+// dial connects to the bus at address. ctx limits only the connecting. The caller closes the bus.
 func dial(ctx context.Context, address string) (*bus, error) {
 	life, end := context.WithCancelCause(context.Background())
 	b := &bus{owner: make(chan struct{}, 1), end: end}
 	ctx, cancel := context.WithTimeoutCause(ctx, dialTimeout, errors.New("it does not answer"))
 	defer cancel()
-	// The end of a connection's context is what ends an authentication that hangs.
+	// Only the end of the connection's context ends an authentication that hangs.
 	waiting := context.AfterFunc(ctx, func() { end(context.Cause(ctx)) })
 	conn, err := dbus.Connect(address, dbus.WithContext(life), dbus.WithSignalHandler(b))
 	if err == nil {
@@ -83,14 +83,15 @@ func dial(ctx context.Context, address string) (*bus, error) {
 	return b, nil
 }
 
-// DeliverSignal makes a bus the signal handler of its connection: anybody on the bus may send us signals, which must not pile up.
+// DeliverSignal makes bus the signal handler of its connection. Any process on the bus may send us signals, which
+// must not accumulate.
 func (b *bus) DeliverSignal(_, _ string, s *dbus.Signal) {
 	if s.Name != "org.freedesktop.DBus.NameOwnerChanged" || s.Sender != "org.freedesktop.DBus" {
 		return
 	}
 	select {
 	case b.owner <- struct{}{}:
-	default: // one is waiting already
+	default: // one is already waiting
 	}
 }
 
@@ -105,12 +106,12 @@ func (b *bus) call(ctx context.Context, o dbus.BusObject, method string, args ..
 	return o.CallWithContext(ctx, method, dbus.FlagNoAutoStart, args...)
 }
 
-// manage calls a method of systemd-resolved. Nothing is started by that.
+// manage calls a method of systemd-resolved without starting the service.
 func (b *bus) manage(ctx context.Context, method string, args ...any) *dbus.Call {
 	return b.call(ctx, b.conn.Object(service, objectPath), manager+method, args...)
 }
 
-// runs returns the name that systemd-resolved has on the bus as long as it is the same process, or errAbsent.
+// runs returns the name of systemd-resolved's process on the bus, which changes with the process, or errAbsent.
 func (b *bus) runs(ctx context.Context) (owner string, err error) {
 	err = b.call(ctx, b.conn.BusObject(), "org.freedesktop.DBus.GetNameOwner", service).Store(&owner)
 	if isError(err, "org.freedesktop.DBus.Error.NameHasNoOwner") {
@@ -153,7 +154,7 @@ func equal(a, b []server) bool {
 	return true
 }
 
-// tell has systemd-resolved ask these servers at the device for all names.
+// tell makes systemd-resolved ask these servers for all names at the device.
 func (b *bus) tell(ctx context.Context, index int, servers []server) error {
 	i := int32(index)
 	for _, c := range []struct {
@@ -161,8 +162,9 @@ func (b *bus) tell(ctx context.Context, index int, servers []server) error {
 		need   bool // methods that older versions lack are not needed
 		arg    any
 	}{
-		// What is asked must not be encrypted or validated: the server is this process, and addresses that stand for names have
-		// no signatures. LLMNR and multicast DNS find nobody on the TUN, and would delay single-label names.
+		// Questions must not be encrypted or validated: the server is this process, and addresses that stand for
+		// names have no signatures. LLMNR and multicast DNS reach no host on the TUN, and would delay single-label
+		// names.
 		{"SetLinkDNSOverTLS", false, "no"},
 		{"SetLinkDNSSEC", false, "no"},
 		{"SetLinkLLMNR", false, "no"},
@@ -179,7 +181,7 @@ func (b *bus) tell(ctx context.Context, index int, servers []server) error {
 	return b.flush(ctx)
 }
 
-// revert has systemd-resolved forget what it was told of the device.
+// revert makes systemd-resolved forget the settings for the device.
 func (b *bus) revert(ctx context.Context, index int) error {
 	if err := b.manage(ctx, "RevertLink", int32(index)).Err; err != nil && !isError(err, service+".NoSuchLink") {
 		return err
@@ -187,7 +189,7 @@ func (b *bus) revert(ctx context.Context, index int) error {
 	return b.flush(ctx)
 }
 
-// flush ends the life of answers that came another way than questions go from now on.
+// flush drops answers from before the change of servers.
 func (b *bus) flush(ctx context.Context) error { return b.manage(ctx, "FlushCaches").Err }
 
 func isError(err error, name string) bool {
@@ -195,7 +197,7 @@ func isError(err error, name string) bool {
 	return errors.As(err, &e) && e.Name == name
 }
 
-// wentAway reports whether err says that systemd-resolved, or the bus, ended during a call.
+// wentAway reports whether err means that systemd-resolved, or the bus, ended during a call.
 func wentAway(err error) bool {
 	const prefix = "org.freedesktop.DBus.Error."
 	return errors.Is(err, dbus.ErrClosed) || errors.Is(err, io.EOF) || isError(err, prefix+"ServiceUnknown") ||

@@ -10,14 +10,14 @@ import (
 )
 
 const (
-	// lookAgain is how often it is looked whether systemd-resolved still does as it was told, and retryMost the longest wait
-	// before what failed is tried again.
+	// lookAgain is the interval at which the settings of systemd-resolved are checked. retryMost is the longest wait
+	// before a failed attempt is repeated.
 	lookAgain, retryFirst, retryMost = 30 * time.Second, 200 * time.Millisecond, 30 * time.Second
-	// revertTimeout bounds how long taking everything back may hold up who waits for it.
+	// revertTimeout limits how long undoing the settings may delay its caller.
 	revertTimeout = 5 * time.Second
 )
 
-// Teller keeps systemd-resolved told, from Run's start to its end. Its methods may be called from any goroutine.
+// Teller keeps the settings in systemd-resolved while Run runs. Its methods may be called from any goroutine.
 type Teller struct {
 	bus     string
 	servers []server
@@ -25,36 +25,36 @@ type Teller struct {
 	news    chan struct{}
 
 	mu    sync.Mutex
-	index int    // of the device; 0: none yet
-	done  bool   // systemd-resolved does as it was told
-	fault string // what was logged last
+	index int    // of the device; 0: not known yet
+	done  bool   // systemd-resolved has the settings
+	fault string // what was last logged
 }
 
-// New makes a Teller for the bus at an address (see SystemBus) and for the servers that systemd-resolved is to ask.
+// New returns a Teller for the bus at an address (see SystemBus) and for the servers that systemd-resolved shall ask.
 func New(bus string, servers []netip.Addr, log *slog.Logger) *Teller {
 	return &Teller{bus: bus, servers: toServers(servers), log: log, news: make(chan struct{}, 1)}
 }
 
-// Use names the device by its index. What was told of an earlier one is forgotten by systemd-resolved when that is deleted.
+// Use sets the device by its index. systemd-resolved forgets the settings for an earlier device when that is deleted.
 func (t *Teller) Use(index int) {
 	t.mu.Lock()
 	t.index = index
 	t.mu.Unlock()
 	select {
 	case t.news <- struct{}{}:
-	default: // it will look anyway
+	default: // the next check is already due
 	}
 }
 
-// Told reports whether systemd-resolved does as it was told.
+// Told reports whether systemd-resolved has the settings.
 func (t *Teller) Told() bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.done
 }
 
-// Run tells systemd-resolved, again when it was restarted and when somebody else changed it, until ctx ends. Then it takes
-// everything back and returns, at the latest after a few seconds.
+// Run sets and maintains the settings, also after a restart of systemd-resolved or a change by others, until ctx
+// ends. Then it undoes them and returns within a few seconds.
 func (t *Teller) Run(ctx context.Context) {
 	wait := retryFirst
 	for ctx.Err() == nil {
@@ -74,7 +74,7 @@ func (t *Teller) Run(ctx context.Context) {
 	}
 }
 
-// serve is the life of one connection to the bus.
+// serve handles one connection to the bus.
 func (t *Teller) serve(ctx context.Context, b *bus) {
 	defer t.setDone(false)
 	var told told
@@ -101,13 +101,13 @@ func (t *Teller) serve(ctx context.Context, b *bus) {
 	}
 }
 
-// told is which process was told of which device.
+// told records which process has the settings for which device.
 type told struct {
 	owner string
 	index int
 }
 
-// look tells systemd-resolved what it does not do yet.
+// look sets what systemd-resolved lacks.
 func (t *Teller) look(ctx context.Context, b *bus, before *told) error {
 	t.mu.Lock()
 	now := told{index: t.index}
@@ -119,9 +119,9 @@ func (t *Teller) look(ctx context.Context, b *bus, before *told) error {
 	if now.owner, err = b.runs(ctx); err != nil {
 		t.setDone(false)
 		if errors.Is(err, errAbsent) {
-			*before = told{} // it forgot with its end; after any other error it still does as it was told
+			*before = told{} // the settings ended with it; after any other error it still has them
 			t.log.Debug("systemd-resolved is not told", "err", err)
-			return nil // NameOwnerChanged will say when it comes
+			return nil // NameOwnerChanged will report its return
 		}
 		return err
 	}
@@ -142,7 +142,7 @@ func (t *Teller) look(ctx context.Context, b *bus, before *told) error {
 	return nil
 }
 
-// takeBack undoes what was told.
+// takeBack undoes the settings.
 func (t *Teller) takeBack(b *bus, was told) {
 	if was.owner == "" {
 		return
@@ -163,7 +163,7 @@ func (t *Teller) setDone(done bool) {
 	}
 }
 
-// failed logs err, once as long as it is the same.
+// failed logs err, but not again while it stays the same.
 func (t *Teller) failed(err error) {
 	t.mu.Lock()
 	same := t.fault == err.Error()
@@ -174,7 +174,7 @@ func (t *Teller) failed(err error) {
 	case wentAway(err):
 		t.log.Debug("systemd-resolved went away", "err", err)
 	case isError(err, service+".NoSuchLink"):
-		// It hears of the device by netlink, a moment later than we do.
+		// It learns of the device through netlink, a moment later than we do.
 		t.log.Debug("systemd-resolved does not know the TUN device yet", "err", err)
 	case isError(err, service+".LinkBusy"):
 		t.log.Warn("systemd-resolved cannot be told to ask viasocks: systemd-networkd manages the TUN device: "+
@@ -184,7 +184,7 @@ func (t *Teller) failed(err error) {
 	}
 }
 
-// Running reports whether systemd-resolved runs and can be told.
+// Running reports whether systemd-resolved runs and can be configured.
 func Running(ctx context.Context, address string) bool {
 	b, err := dial(ctx, address)
 	if err != nil {
@@ -195,12 +195,12 @@ func Running(ctx context.Context, address string) bool {
 	return err == nil
 }
 
-// Revert takes back what a dead process has told systemd-resolved of the device: if all names are asked of these servers there.
-// It reports whether it did.
+// Revert undoes the settings of a dead process for the device if all names are asked of these servers there. It
+// reports whether it did.
 func Revert(ctx context.Context, address string, index int, servers []netip.Addr) (bool, error) {
 	b, err := dial(ctx, address)
 	if err != nil {
-		return false, nil // nobody was told
+		return false, nil // there are no settings
 	}
 	defer b.close()
 	if _, err := b.runs(ctx); err != nil {
