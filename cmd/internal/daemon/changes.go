@@ -7,10 +7,10 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/config"
 )
 
-// maxChanges is how many lines a reload writes about what it changed.
+// maxChanges is how many lines a reload logs about what it changed.
 const maxChanges = 50
 
-// changes says what a reload changes in the rules and upstreams, a line for each.
+// changes describes what a reload changes in the rules and upstreams, one line for each.
 func changes(old, next *config.Config) (out []string) {
 	rules := func(c *config.Config) (all []string) {
 		for i := range c.Rules {
@@ -62,7 +62,7 @@ func defaultWord(c *config.Config) string {
 	return "via " + c.Default
 }
 
-// differences lists what was removed and what was added, each as often as it was.
+// differences lists what was removed and added. Repeated entries are counted.
 func differences(what string, was, is []string) (out []string) {
 	left := map[string]int{}
 	for _, s := range is {

@@ -12,10 +12,10 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// client is the group of servers of an upstream, whose relays are allowed before they are used.
+// client is the group of servers of an upstream. It allows relays in the filter before they are used.
 type client struct {
 	*socks.Group
-	via     *client    // that its servers are reached through; nil: directly
+	via     *client    // the upstream through which its servers are reached; nil: directly
 	allowed *endpoints // nil: sockets may go anywhere
 }
 
@@ -34,10 +34,10 @@ func newClient(d *socks.Dialer, l *loop.Loop, u config.Upstream, via *client, al
 	return &client{g, via, allowed}, nil
 }
 
-// BySource is Group.BySource, of the whole chain.
+// BySource is Group.BySource for the whole chain.
 func (c *client) BySource() bool { return c.Group.BySource() || c.via != nil && c.via.BySource() }
 
-// ByProgram is Group.ByProgram, of the whole chain.
+// ByProgram is Group.ByProgram for the whole chain.
 func (c *client) ByProgram() bool { return c.Group.ByProgram() || c.via != nil && c.via.ByProgram() }
 
 // Associate implements route.Client.
@@ -47,7 +47,7 @@ func (c *client) Associate(ctx context.Context, l *loop.Loop, done func(*socks.A
 		return
 	}
 	c.Group.Associate(ctx, l, func(a *socks.Association, err error) {
-		if err != nil || a.OverTCP() { // which sends no datagram to a relay
+		if err != nil || a.OverTCP() { // an association over TCP sends no datagrams to a relay
 			done(a, err)
 			return
 		}
@@ -55,17 +55,17 @@ func (c *client) Associate(ctx context.Context, l *loop.Loop, done func(*socks.A
 	})
 }
 
-// builder makes the upstreams of a configuration, each after the one that it is reached through.
+// builder makes the upstreams of a configuration, each after the one through which it is reached.
 type builder struct {
 	d       *socks.Dialer
-	l       *loop.Loop // of trials and looks
+	l       *loop.Loop // for trials and checks
 	allowed *endpoints
 	want    []config.Upstream
-	have    []upstream // what is made of the same as in want stays
+	have    []upstream // existing upstreams, which stay if they are made of the same as in want
 	made    map[string]upstream
 }
 
-// all are the upstreams of want, in order. On an error what was made is closed.
+// all returns the upstreams of want, in order. On an error it closes those that it has made.
 func (b *builder) all() (ups []upstream, err error) {
 	b.made = map[string]upstream{}
 	for _, u := range b.want {
@@ -82,7 +82,7 @@ func (b *builder) all() (ups []upstream, err error) {
 	return ups, nil
 }
 
-// make makes one. The configuration has no cycles.
+// make makes one upstream. The configuration has no cycles.
 func (b *builder) make(u config.Upstream) (upstream, error) {
 	if up, ok := b.made[u.Name]; ok {
 		return up, nil
@@ -115,7 +115,7 @@ func (b *builder) make(u config.Upstream) (upstream, error) {
 	return up, nil
 }
 
-// closeGroups ends what groups of ups do by themselves, but for those that keep has too.
+// closeGroups closes the groups of ups, except those that are also in keep.
 func closeGroups(ups, keep []upstream) {
 	for _, u := range ups {
 		if u.client != nil && !slices.ContainsFunc(keep, func(k upstream) bool { return k.client == u.client }) {

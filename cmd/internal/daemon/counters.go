@@ -11,8 +11,8 @@ import (
 	"github.com/viasocks/viasocks/stack/count"
 )
 
-// counters is a snapshot of the tables of all parts of a data plane. A counter that is added to one of them is found here by its
-// name, and is so part of status and of the metrics.
+// counters is a snapshot of the counter tables of all parts of a data plane. A counter that is added to one of these
+// tables is found here by its name, and thus appears in status and in the metrics.
 type counters struct {
 	Stack stack.Stats
 	Route route.Stats
@@ -28,14 +28,14 @@ func (p *plane) counters() counters {
 	return c
 }
 
-// all gives every number by its name.
+// all returns every number by its name.
 func (c *counters) all() map[string]int64 {
 	all := map[string]int64{}
 	count.Each(*c, func(m count.Metric) { all[m.Key()] = int64(m.Value) })
 	return all
 }
 
-// lost gives what could not be carried, in the order of the tables. What people call the same is one line.
+// lost returns what could not be carried, in the order of the tables. Counters with the same text become one line.
 func (c *counters) lost() (all []control.Counter) {
 	count.Each(*c, func(m count.Metric) {
 		if m.Lost == "" || m.Value == 0 {

@@ -12,27 +12,30 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// ErrDied: it had started, and then failed.
+// ErrDied means that viasocks had started and then failed.
 var ErrDied = errors.New("the data plane failed")
 
 const (
-	// stopTimeout bounds the orderly teardown. What takes longer is left to the kernel, which closes everything anyway.
+	// stopTimeout limits the orderly teardown. What takes longer is left to the kernel, which closes everything
+	// anyway.
 	stopTimeout = 5 * time.Second
-	// killAfter is how long a program has to end when its network has failed under it.
+	// killAfter is how long a program has to end after its network has failed.
 	killAfter = 5 * time.Second
-	// How often, and how far apart, what became a connection while all were reset is reset too. Between two processes of
-	// one host a handshake takes some microseconds.
+	// How often, and at which interval, connections are reset that were completed while all were being reset. Between
+	// two processes of one host a handshake takes some microseconds.
 	lateResets, lateReset = 3, 10 * time.Millisecond
 )
 
-// Addresses of the TUN. They are single addresses: no network beside them is lost, and there is no broadcast.
+// The addresses of the TUN. They are single addresses, so they hide no other network, and there is no broadcast
+// address.
 var (
 	tunAddrs = []netip.Prefix{netip.PrefixFrom(flow.TUN4, 32), netip.PrefixFrom(flow.TUN6, 128)}
-	// nameserver stands in the program's resolv.conf. Port 53 of whatever address is answered by route/dns.
+	// nameserver is written to the program's resolv.conf. route/dns answers port 53 of any address.
 	nameserver = flow.Gateway4
 )
 
-// nameservers are for the program's resolv.conf; none: it has the host's, and questions to it are carried like anything else.
+// nameservers returns the servers for the program's resolv.conf. If there are none, the program keeps the host's, and
+// its questions are carried like other traffic.
 func nameservers(cfg *config.Config) []netip.Addr {
 	if cfg.DNSOff {
 		return nil
@@ -40,12 +43,12 @@ func nameservers(cfg *config.Config) []netip.Addr {
 	return []netip.Addr{nameserver}
 }
 
-// stop ends p within stopTimeout; between is done when the app's flows have been reset.
+// stop ends p within stopTimeout. It calls between after the app's flows have been reset.
 func stop(p *plane, between func()) {
 	p.refuse()
 	if between != nil {
-		// A handshake that was under way has become a connection only now. Were it not reset, its retransmissions would
-		// go to the real peer once the host is open.
+		// A handshake that was in progress has completed only now. If the connection were not reset, its
+		// retransmissions would go to the real peer once the host is open.
 		for range lateResets {
 			time.Sleep(lateReset)
 			p.refuse()
@@ -61,17 +64,17 @@ func stop(p *plane, between func()) {
 	}
 }
 
-// warn logs what the configuration had to say.
+// warn logs the warnings of the configuration.
 func (e *env) warn(cfg *config.Config) {
 	for _, w := range cfg.Warnings {
 		e.log.Warn(w)
 	}
 }
 
-// died is the error for a data plane that ended by itself.
+// died returns the error for a data plane that ended by itself.
 func died(err error) error { return fmt.Errorf("%w: %w", ErrDied, err) }
 
-// startContext ends when one of signals comes; its cause says so.
+// startContext returns a context that ends when one of signals arrives. Its cause names the signal.
 func startContext(signals <-chan os.Signal) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	go func() {
@@ -84,7 +87,7 @@ func startContext(signals <-chan os.Signal) (context.Context, context.CancelFunc
 	return ctx, func() { cancel(nil) }
 }
 
-// proxyName is the one of --proxy for the log.
+// proxyName returns the proxy of --proxy, for the log.
 func proxyName(cfg *config.Config) string {
 	if len(cfg.Upstreams) == 0 || cfg.Upstreams[0].Name != config.DefaultUpstream {
 		return "none"

@@ -1,2 +1,2 @@
-// Package daemon puts the layers together, starts and stops them in order, and tells the user what went wrong.
+// Package daemon assembles the layers, starts and stops them in order, and tells the user what went wrong.
 package daemon

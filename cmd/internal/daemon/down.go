@@ -18,14 +18,14 @@ import (
 	"github.com/viasocks/viasocks/tun"
 )
 
-// revertTimeout bounds what `down` has to say to systemd-resolved.
+// revertTimeout limits what `down` does with systemd-resolved.
 const revertTimeout = 5 * time.Second
 
 // downTimeout is how long `down` waits for a daemon to stop.
 const downTimeout = 30 * time.Second
 
-// Down gives the host back: it has the daemon stop in order, if one lives, and then undoes what is left, by the journal or
-// by what is known to be ours. What it did is written to out.
+// Down restores the host. It stops the daemon in order if one is alive, and then undoes what is left, by the journal
+// or by the marks of our changes. It writes what it did to out.
 func Down(cfg *config.Config, environ []string, out io.Writer) error {
 	if cfg.AfterService && !opensAfter(cfg, environ) {
 		return nil
@@ -43,7 +43,7 @@ func Down(cfg *config.Config, environ []string, out io.Writer) error {
 		}
 		fmt.Fprintln(out, "viasocks has stopped")
 	}
-	lock, err := control.TakeHost(path) // nobody comes up while we undo
+	lock, err := control.TakeHost(path) // so that no daemon starts while we undo
 	if err != nil {
 		return err
 	}
@@ -61,14 +61,14 @@ func Down(cfg *config.Config, environ []string, out io.Writer) error {
 	return err
 }
 
-// tellsResolved reports whether `up` tells systemd-resolved to ask viasocks. With --dns off and relay the servers that it has are
-// those to be asked.
+// tellsResolved reports whether `up` tells systemd-resolved to ask viasocks. With --dns off and relay, its own
+// servers must be asked.
 func tellsResolved(cfg *config.Config) bool {
 	return cfg.Host.Resolved && !cfg.DNSOff && (cfg.Fake.On || !cfg.Relay)
 }
 
-// revertResolved takes back what a viasocks that was killed has told systemd-resolved of the TUN device, and says so. That would
-// forget it with the device, too; but where the device is not ours to delete, this is the only way.
+// revertResolved undoes what a killed viasocks has set in systemd-resolved for the TUN device, and returns a line
+// about it. Deleting the device would have the same effect, but we may not delete a device that is not ours.
 func revertResolved(device string) string {
 	link, err := net.InterfaceByName(device)
 	if err != nil {
@@ -85,11 +85,11 @@ func revertResolved(device string) string {
 	return ""
 }
 
-// stopDaemon asks the daemon to stop and waits until it has.
+// stopDaemon asks the daemon to stop and waits until it has stopped.
 func stopDaemon(path string) error {
 	c := control.NewClient(path)
 	defer c.Close()
-	// One that starts has no socket yet, one that stops has none any more.
+	// A starting daemon has no socket yet, and a stopping one no longer has one.
 	for end := time.Now().Add(downTimeout); ; time.Sleep(50 * time.Millisecond) {
 		err := c.Down()
 		if err == nil {
@@ -105,8 +105,8 @@ func stopDaemon(path string) error {
 	return c.Wait(downTimeout)
 }
 
-// opensAfter decides for ExecStopPost of systemd.service(5): a service that failed is undone if it may fail open. One that
-// was stopped has done itself what it should.
+// opensAfter decides for ExecStopPost of systemd.service(5): a failed service is undone if it may fail open. A
+// stopped service has done itself what was needed.
 func opensAfter(cfg *config.Config, environ []string) bool {
 	for _, e := range environ {
 		if result, ok := strings.CutPrefix(e, "SERVICE_RESULT="); ok {
@@ -116,8 +116,8 @@ func opensAfter(cfg *config.Config, environ []string) bool {
 	return false
 }
 
-// Shut closes the host as Up does, and ends: nothing but what Up lets pass leaves until Up or Down. The TUN stays, so that
-// answers to connections from outside find their way.
+// Shut closes the host as Up does, and returns: nothing except what Up lets pass leaves until Up or Down. The TUN
+// stays, so that answers to connections from outside find their way.
 func Shut(cfg *config.Config, stderr *os.File) error {
 	e, err := newEnv(cfg, stderr)
 	if err != nil {
@@ -131,7 +131,7 @@ func Shut(cfg *config.Config, stderr *os.File) error {
 	}
 	defer lock.Close()
 	closed := *cfg
-	closed.Host.FailOpen = false // nobody has failed: it is closed until somebody says otherwise
+	closed.Host.FailOpen = false // nothing has failed: the host is closed until Up or Down
 	h, err := newHost(&closed, nil, nil, e.log)
 	if err != nil {
 		return err
@@ -151,7 +151,7 @@ func Shut(cfg *config.Config, stderr *os.File) error {
 	return err
 }
 
-// DryRun writes every line that Up would do to the host.
+// DryRun writes every change that Up would make to the host.
 func DryRun(cfg *config.Config, out io.Writer, stderr *os.File) error {
 	e, err := newEnv(cfg, stderr)
 	if err != nil {

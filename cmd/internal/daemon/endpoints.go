@@ -13,24 +13,25 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// endpoint is where a socket of ours may go. Port 0 is any.
+// endpoint is a destination for our sockets. Port 0 means any port.
 type endpoint struct {
 	Proto flow.Proto
 	Addr  netip.AddrPort
 }
 
-// endpoints is the set of them: the proxies' addresses, the relays that they named, and the resolvers that know the
-// proxies' names. The filter holds the same set, so that nobody gets out by putting our mark on a packet. What becomes
-// known is in the filter before the first packet goes there. Its methods may be called from any goroutine.
+// endpoints is the set of allowed endpoints: the addresses of the proxies, the relays that they named, and the
+// resolvers for the proxies' names. The filter contains the same set, so that a program cannot leave by setting our
+// mark on a packet. A new endpoint is in the filter before the first packet is sent to it. The methods may be called
+// from any goroutine.
 type endpoints struct {
 	log *slog.Logger
 
 	mu      sync.Mutex
 	servers []socks.Server // of the configuration
 	known   map[endpoint]*known
-	ports   map[netip.Addr]int // of relays at this address
-	idle    []*known           // relays that no association uses, among others that are used again
-	full    said               // that there is no room for a relay
+	ports   map[netip.Addr]int // number of relays at this address
+	idle    []*known           // relays without an association, and others that are in use again
+	full    said               // the warning that there is no room for a relay
 	gen     uint64             // counts changes
 
 	applying sync.Mutex
@@ -38,14 +39,14 @@ type endpoints struct {
 	applied  uint64
 }
 
-// known is an endpoint of the set.
+// known is an endpoint in the set.
 type known struct {
 	at     endpoint
 	owner  string    // a server, or resolvers
-	uses   int       // associations of this relay
-	since  time.Time // a relay: it has not been used
+	uses   int       // associations that use this relay
+	since  time.Time // for a relay: since when it is unused
 	listed bool      // in idle
-	into   *known    // its address stands with any port instead
+	into   *known    // the entry for any port of its address, which replaces it
 }
 
 // said is a message that is not repeated for a while.
@@ -54,27 +55,27 @@ type said struct {
 	more int
 }
 
-// A relay that no association uses is forgotten after relayIdle: another association may be given the same one. A warning
-// is not repeated within warnEvery.
+// A relay without an association is forgotten after relayIdle, because another association may be given the same one.
+// A warning is not repeated within warnEvery.
 const (
 	relayIdle = time.Minute
 	warnEvery = time.Minute
 )
 
-// A proxy that gives each association a port of its own has thousands: from relayMany on the relay's address stands with
-// any port. maxEndpoints bounds what a resolver or a proxy can make us hold.
+// A proxy that gives each association its own port has thousands of relays. From relayMany on, the relay's address is
+// allowed with any port. maxEndpoints limits what a resolver or a proxy can make us store.
 const (
 	relayMany    = 256
 	maxEndpoints = 4096
-	resolvers    = "resolvers" // no server's name: those have a scheme
+	resolvers    = "resolvers" // no server has this name, because servers have a scheme
 )
 
 func newEndpoints(log *slog.Logger) *endpoints {
 	return &endpoints{log: log, known: map[endpoint]*known{}, ports: map[netip.Addr]int{}}
 }
 
-// configure says which proxies there are. Those given by address are in the set from here on; what belongs to others is
-// taken out.
+// configure sets the proxies. Those given by address are in the set from now on; endpoints of other owners are
+// removed.
 func (e *endpoints) configure(ups []config.Upstream) {
 	e.mu.Lock()
 	e.servers = nil
@@ -101,7 +102,7 @@ func (e *endpoints) configure(ups []config.Upstream) {
 	e.push()
 }
 
-// add takes one in; e.mu is held. nil: there is no room.
+// add adds an endpoint and returns it, or nil if there is no room. The caller holds e.mu.
 func (e *endpoints) add(owner string, at endpoint) *known {
 	if k := e.known[at]; k != nil {
 		return k
@@ -115,7 +116,7 @@ func (e *endpoints) add(owner string, at endpoint) *known {
 	return k
 }
 
-// find: e.mu is held.
+// find returns the entry for an endpoint. The caller holds e.mu.
 func (e *endpoints) find(at endpoint) *known {
 	if k := e.known[at]; k != nil {
 		return k
@@ -123,7 +124,7 @@ func (e *endpoints) find(at endpoint) *known {
 	return e.known[endpoint{at.Proto, netip.AddrPortFrom(at.Addr.Addr(), 0)}]
 }
 
-// forget takes out the relays that have been idle for so long; e.mu is held.
+// forget removes the relays that have been idle for the given time. The caller holds e.mu.
 func (e *endpoints) forget(idle time.Duration) {
 	now := time.Now()
 	all := e.idle
@@ -161,7 +162,7 @@ func (e *endpoints) released(k *known) {
 	}
 }
 
-// attach hands the set to the filter by apply, now and whenever it changes.
+// attach passes the set to the filter by apply, now and after each change.
 func (e *endpoints) attach(apply func([]endpoint) error) {
 	e.applying.Lock()
 	e.apply, e.applied = apply, 0
@@ -172,7 +173,7 @@ func (e *endpoints) attach(apply func([]endpoint) error) {
 	e.push()
 }
 
-// push brings the filter up to date. It returns when it is.
+// push updates the filter. When it returns, the filter is up to date.
 func (e *endpoints) push() {
 	e.mu.Lock()
 	gen := e.gen
@@ -193,7 +194,7 @@ func (e *endpoints) push() {
 	e.applied = gen
 }
 
-// list is the set, sorted.
+// list returns the set, sorted.
 func (e *endpoints) list() []endpoint {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -205,7 +206,7 @@ func (e *endpoints) list() []endpoint {
 	})
 }
 
-// of lists those that belong to a server.
+// of returns the endpoints that belong to a server.
 func (e *endpoints) of(owner string) (out []endpoint) {
 	for _, at := range e.list() {
 		e.mu.Lock()
@@ -217,7 +218,7 @@ func (e *endpoints) of(owner string) (out []endpoint) {
 	return out
 }
 
-// resolver takes in a resolver that is about to be asked for a proxy's name.
+// resolver adds a resolver that is about to be asked for a proxy's name.
 func (e *endpoints) resolver(address string) {
 	at, err := netip.ParseAddrPort(address)
 	if err != nil {
@@ -231,7 +232,7 @@ func (e *endpoints) resolver(address string) {
 	e.push()
 }
 
-// resolved takes in what a proxy's name stands for. What it stood for before stays: connections may live there.
+// resolved adds the addresses of a proxy's name. Earlier addresses stay, because connections may use them.
 func (e *endpoints) resolved(host string, addrs []netip.Addr) {
 	e.mu.Lock()
 	for _, s := range e.servers {
@@ -246,8 +247,8 @@ func (e *endpoints) resolved(host string, addrs []netip.Addr) {
 	e.push()
 }
 
-// relay takes in a relay of a server and then calls then: at once if it is known, else later, on another goroutine,
-// which lives for as long as the filter takes. over is to be called once, when the association is over.
+// relay adds a relay of a server and then calls then: at once if the relay is known, otherwise later on another
+// goroutine, which lives as long as the filter takes. The caller must call over once, when the association is over.
 func (e *endpoints) relay(server string, at netip.AddrPort, then func()) (over func()) {
 	at = netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
 	e.mu.Lock()
@@ -279,8 +280,8 @@ func (e *endpoints) relay(server string, at netip.AddrPort, then func()) (over f
 	}
 }
 
-// addRelay takes in a relay that is not known; e.mu is held. nil: there is no room. Its address is then not remembered
-// either: a proxy may name as many as it likes.
+// addRelay adds an unknown relay and returns it, or nil if there is no room. In that case its address is not stored
+// either, because a proxy may name any number. The caller holds e.mu.
 func (e *endpoints) addRelay(server string, at netip.AddrPort) *known {
 	ports := e.ports[at.Addr()] + 1
 	if ports <= relayMany {
@@ -305,7 +306,7 @@ func (e *endpoints) addRelay(server string, at netip.AddrPort) *known {
 	return any
 }
 
-// warnFull says that there is no room for a relay, once in a while; e.mu is held.
+// warnFull logs, at a limited rate, that there is no room for a relay. The caller holds e.mu.
 func (e *endpoints) warnFull(relay netip.AddrPort) {
 	now := time.Now()
 	if !e.full.at.IsZero() && now.Sub(e.full.at) < warnEvery {

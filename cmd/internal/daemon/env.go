@@ -14,14 +14,14 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/config"
 )
 
-// env is what surrounds the daemon: its log, and what it changed about its own process.
+// env is the daemon's process: its log, and what was changed about the process.
 type env struct {
 	log   *slog.Logger
 	level slog.LevelVar
-	out   *os.File // of the log
-	file  *os.File // is out, if it is ours to close; nil: standard error
+	out   *os.File // where the log goes
+	file  *os.File // equals out if we must close it; nil: standard error
 
-	decisions *os.File // nil: nobody wants them
+	decisions *os.File // nil: not wanted
 	quiet     chan os.Signal
 }
 
@@ -37,8 +37,8 @@ func newEnv(cfg *config.Config, stderr *os.File) (*env, error) {
 	}
 	e.level.Set(cfg.LogLevel)
 	e.logTo(e.out)
-	// A log that nobody reads any more must not take the network with it. Caught and not ignored: the program would
-	// inherit that.
+	// A log whose reader is gone must not end the network. The signal is caught instead of ignored, because the
+	// program would inherit that.
 	signal.Notify(e.quiet, syscall.SIGPIPE)
 	tuneMemory()
 	return e, nil
@@ -48,7 +48,7 @@ func (e *env) logTo(w io.Writer) {
 	e.log = slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: &e.level}))
 }
 
-// queueLog lets lines wait for whoever reads them, until end: a log that nobody reads must not hold up a whole host.
+// queueLog makes log lines wait in a queue until end is called: a log that nobody reads must not block a whole host.
 func (e *env) queueLog() (end func()) {
 	q := newLogQueue(e.out)
 	e.logTo(q)
@@ -65,8 +65,8 @@ func (e *env) close() {
 	}
 }
 
-// openDecisions opens the file of --decisions. It does not wait for the reader of a pipe: not here, and not when the data
-// plane ends.
+// openDecisions opens the file of --decisions. It does not wait for the reader of a pipe, neither now nor when the
+// data plane ends.
 func (e *env) openDecisions(cfg *config.Config) (err error) {
 	if cfg.Decisions == "" {
 		return nil
@@ -78,7 +78,7 @@ func (e *env) openDecisions(cfg *config.Config) (err error) {
 	return nil
 }
 
-// decisionsTo is where the data plane writes them; nil: nowhere.
+// decisionsTo returns the writer for the data plane's decisions, or nil.
 func (e *env) decisionsTo() io.Writer {
 	if e.decisions == nil {
 		return nil
@@ -86,9 +86,9 @@ func (e *env) decisionsTo() io.Writer {
 	return e.decisions
 }
 
-// tuneMemory trades memory for time: most of ours are buffers that live as long as a connection, and a collection
-// walks them all. Measured: 10 to 20 % of the CPU. The limit makes the collector work more again when the trade
-// would become dear. The user's own GOGC and GOMEMLIMIT win.
+// tuneMemory trades memory for time: most of our memory is buffers that live as long as a connection, and a
+// collection scans all of them. Measured: 10 to 20 % of the CPU time. The limit makes the collector work more again
+// when this would need too much memory. The user's own GOGC and GOMEMLIMIT take precedence.
 func tuneMemory() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(400)
@@ -98,7 +98,8 @@ func tuneMemory() {
 	}
 }
 
-// memory is what there is, in bytes: the machine's, or the control group's if that is less; 0: can't be told.
+// memory returns the available memory in bytes: that of the machine, or of the control group if that is less; 0:
+// unknown.
 func memory() int64 {
 	var total int64
 	if b, err := os.ReadFile("/proc/meminfo"); err == nil {
@@ -120,10 +121,10 @@ func memory() int64 {
 	return total
 }
 
-// programEnv is the program's environment: without variables that name a proxy, which inside its namespace would
-// mean somebody else's idea of the way out, and without ours, which may hold a password.
+// programEnv returns the program's environment. It leaves out variables that name a proxy, which would be wrong
+// inside the namespace, and our own variables, which may contain a password.
 func programEnv(environ []string, keepProxy bool) []string {
-	out := []string{} // not nil, which would mean all of ours
+	out := []string{} // nil would mean our whole environment
 	for _, e := range environ {
 		name, _, _ := strings.Cut(e, "=")
 		if strings.HasPrefix(name, "VIASOCKS_") || !keepProxy && strings.HasSuffix(strings.ToLower(name), "_proxy") {

@@ -18,9 +18,9 @@ import (
 	"github.com/viasocks/viasocks/route/kernel"
 )
 
-// guardian is a process of our own program that gives the host back when we die without having said farewell: by it
-// fail-open holds for kill -9 too. It waits for the end of a pipe, which the kernel closes whatever happens to us, and
-// holds nothing else.
+// guardian is a process of our own program that restores the host if we die without dismissing it. It makes fail-open
+// work after kill -9, too. It waits for the end of a pipe, which the kernel closes whatever happens to us, and holds
+// nothing else.
 type guardian struct {
 	cmd  *exec.Cmd
 	pipe io.WriteCloser
@@ -29,11 +29,12 @@ type guardian struct {
 const (
 	guardianEnv = "VIASOCKS_GUARDIAN"
 	farewell    = "farewell\n"
-	// lockWait is how long the guardian waits for the lock of the dead, which the kernel takes from it at the same time.
+	// lockWait is how long the guardian waits for the lock of the dead daemon, which the kernel releases at the same
+	// time.
 	lockWait = 3 * time.Second
 )
 
-// will is what the guardian is told: by what names to undo.
+// will is the message to the guardian: the names by which to undo.
 type will struct {
 	TUN, NFTable    string
 	StateDir        string
@@ -41,14 +42,14 @@ type will struct {
 	Mark, Mask      uint32
 }
 
-// startGuardian starts one. Its messages go to stderr.
+// startGuardian starts a guardian. Its messages go to stderr.
 func startGuardian(cfg *config.Config, stderr *os.File) (*guardian, error) {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Args[0] = "viasocks-guardian"
 	cmd.Env = []string{guardianEnv + "=1"}
 	cmd.Dir = "/"
 	cmd.Stderr = stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // what ends our terminal's processes does not end it
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // so that signals to our terminal's processes do not end it
 	pipe, err := cmd.StdinPipe()
 	if err == nil {
 		err = cmd.Start()
@@ -64,17 +65,17 @@ func startGuardian(cfg *config.Config, stderr *os.File) (*guardian, error) {
 	return g, nil
 }
 
-// dismiss ends it: what is to be undone was undone, or shall stay. A nil guardian is none.
+// dismiss ends the guardian: everything was undone, or shall stay. It does nothing if g is nil.
 func (g *guardian) dismiss() {
 	if g == nil {
 		return
 	}
-	io.WriteString(g.pipe, farewell) // if it is gone there is nobody to dismiss
+	io.WriteString(g.pipe, farewell) // if the guardian is gone, it need not be dismissed
 	g.pipe.Close()
 	g.cmd.Wait()
 }
 
-// MainIfGuardian is for the first line of main: in a guardian it does the guardian's work and does not return.
+// MainIfGuardian must be called at the start of main. In a guardian it does the guardian's work and does not return.
 func MainIfGuardian() {
 	if os.Getenv(guardianEnv) == "" {
 		return
@@ -87,12 +88,12 @@ func MainIfGuardian() {
 	os.Exit(0)
 }
 
-// guard waits for the end of in and then undoes, unless there was a farewell.
+// guard waits for the end of in, and then undoes unless it has read a farewell.
 func guard(in io.Reader, log *slog.Logger) error {
 	r := bufio.NewReaderSize(in, 4096)
 	line, err := r.ReadSlice('\n')
 	if err != nil {
-		return nil // it died before it had changed anything
+		return nil // the daemon died before it had changed anything
 	}
 	var w will
 	if err := json.Unmarshal(line, &w); err != nil {
@@ -112,13 +113,13 @@ func guard(in io.Reader, log *slog.Logger) error {
 		}
 	}
 	if errors.Is(err, control.ErrLocked) {
-		return nil // another one is up and has taken over
+		return nil // another daemon is up and has taken over
 	}
 	if err != nil {
 		return err
 	}
 	defer lock.Close()
-	_ = control.RemoveStale(path) // the next one tries again
+	_ = control.RemoveStale(path) // the next daemon tries again
 	lines, err := kernel.Undo(kernel.Config{
 		TUN: w.TUN, Table: w.Table, Priority: w.Priority, NFTable: w.NFTable, Dir: w.StateDir, Marks: kernel.MarksFrom(w.Mark, w.Mask), FailOpen: true, Log: log,
 	})

@@ -18,17 +18,17 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// host is the change to the host, and what was asked for.
+// host is the change to the host, and what was requested.
 type host struct {
 	*kernel.Host
 	cfg *config.Config
 
-	cancel context.CancelFunc // of the watching; nil: it does not run
+	cancel context.CancelFunc // ends the watch; nil: it does not run
 	ran    sync.WaitGroup
 	once   sync.Once
 }
 
-// kernelConfig says in route/kernel's words what the user wants.
+// kernelConfig converts the configuration for route/kernel.
 func kernelConfig(cfg *config.Config, log *slog.Logger) kernel.Config {
 	h := &cfg.Host
 	k := kernel.Config{
@@ -53,7 +53,7 @@ func kernelConfig(cfg *config.Config, log *slog.Logger) kernel.Config {
 	return k
 }
 
-// hasDirect: a rule lets flows out past every proxy.
+// hasDirect reports whether a rule lets flows out past every proxy.
 func hasDirect(cfg *config.Config) bool {
 	return slices.ContainsFunc(
 		cfg.Rules,
@@ -89,11 +89,11 @@ func kernelEndpoints(all []endpoint) []kernel.Endpoint {
 	return out
 }
 
-// newHost looks at the host and touches nothing. alive and network must not block.
+// newHost examines the host and changes nothing. alive and network must not block.
 func newHost(cfg *config.Config, alive func() bool, network func(), log *slog.Logger) (*host, error) {
 	k := kernelConfig(cfg, log)
 	k.Alive, k.OnDefaultRoute = alive, network
-	if alive != nil { // it has sockets of its own
+	if alive != nil { // the daemon has its own sockets
 		k.OwnCgroup, k.OwnUID = ownership("/proc/self/cgroup")
 	} else {
 		k.Direct = false
@@ -109,8 +109,8 @@ func newHost(cfg *config.Config, alive func() bool, network func(), log *slog.Lo
 	return &host{Host: h, cfg: cfg}, nil
 }
 
-// ownership is what else than the mark tells our sockets from others': the control group, where systemd gave us one of
-// our own, or else the user, where it is not root.
+// ownership returns what distinguishes our sockets from those of others besides the mark: the control group if
+// systemd gave us our own, or else the user if that is not root.
 func ownership(file string) (cgroup string, uid *uint32) {
 	b, err := os.ReadFile(file)
 	if err == nil {
@@ -128,10 +128,10 @@ func ownership(file string) (cgroup string, uid *uint32) {
 	return "", nil
 }
 
-// setEndpoints is for endpoints.attach.
+// setEndpoints is the function for endpoints.attach.
 func (h *host) setEndpoints(all []endpoint) error { return h.SetUpstreams(kernelEndpoints(all)) }
 
-// watch starts to put back what others remove.
+// watch starts to restore what others remove.
 func (h *host) watch() {
 	ctx, cancel := context.WithCancel(context.Background())
 	h.cancel = cancel
@@ -147,7 +147,7 @@ func (h *host) unwatch() {
 	})
 }
 
-// HostLines says in words what Up would do to the host.
+// HostLines describes in words what Up would do to the host.
 func HostLines(cfg *config.Config) (lines []string) {
 	var s control.Status
 	fillChoices(&s, cfg)
@@ -190,7 +190,7 @@ func fillChoices(s *control.Status, cfg *config.Config) {
 	}
 }
 
-// fill tells the status what was done to the host.
+// fill adds to the status what was done to the host.
 func (h *host) fill(s *control.Status, cfg *config.Config) {
 	fillChoices(s, cfg)
 	for _, n := range h.PrivateDirect() {
@@ -211,7 +211,7 @@ func (h *host) fill(s *control.Status, cfg *config.Config) {
 	}
 }
 
-// reasons are the filter's counters in words.
+// reasons are texts for the filter's counters.
 var reasons = map[string]string{
 	"refused_output":      "without the TUN: bound to a device, or with a mark of another program",
 	"refused_dns":         "the same to port 53, and errors that quote an answer from there",

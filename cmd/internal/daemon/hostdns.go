@@ -8,14 +8,15 @@ import (
 	"github.com/viasocks/viasocks/route/dns"
 )
 
-// hostDNS is how servers of DNS are asked past every proxy. The host's own are found anew for each question, since the host may
-// come to another network; up: the whole host is carried. control makes their sockets ones that are not carried; nil: none is.
+// hostDNS returns how DNS servers are asked past every proxy. The host's own servers are looked up for each question,
+// because the network may change; up: the whole host is carried. control marks the sockets so that they are not
+// carried; nil: not needed.
 func hostDNS(up bool, control func(fd int) error) route.HostDNS {
 	d := net.Dialer{Control: rawControl(control)}
 	return route.HostDNS{
 		Dial: d.DialContext,
 		Servers: func() (all []dns.DirectServer) {
-			servers, _ := config.HostServers(up) // config.Parse has warned where there are none
+			servers, _ := config.HostServers(up) // config.Parse has warned if there are none
 			for _, a := range servers {
 				all = append(all, dns.DirectServer{Addr: a})
 			}

@@ -13,17 +13,18 @@ import (
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
-// A proxy on this host is a program like any other: `up` would lead its connections to the TUN, and from there back to
-// the proxy, which would make the next one. What it sends must go past viasocks. Where it has a control group or a user
-// of its own, that is excluded by itself; else the user must choose, and until then loopGuard refuses what comes back.
+// A proxy on this host is a program like any other: `up` would lead its connections into the TUN and from there back
+// to the proxy, which would make the next connection. Its traffic must go past viasocks. If it has its own control
+// group or user, that is excluded automatically. Otherwise the user must choose, and until then loopGuard refuses
+// what comes back.
 
 // localProxy is a proxy that listens on this host, or will.
 type localProxy struct {
 	server string // as in messages
 	at     netip.AddrPort
-	owner  netns.Owner // of the listening socket; its zero value: nobody listens yet
+	owner  netns.Owner // of the listening socket; zero: nothing listens yet
 	cgroup string      // below the root of version 2; "": unknown, or the root
-	exe    string      // of a process that listens; "": it cannot be seen
+	exe    string      // of a process that listens; "": not visible
 }
 
 func (p *localProxy) String() string {
@@ -34,26 +35,28 @@ func (p *localProxy) String() string {
 	return fmt.Sprintf("the proxy %s runs on this host (%s)", p.server, who)
 }
 
-// The users that Debian and others make for one service each. Those below are shared, those above are people.
+// The user numbers that Debian and others give to single services. Lower ones are shared, and higher ones belong to
+// people.
 const firstServiceUser, lastServiceUser = 100, 999
 
-// serviceCgroup is the control group where it is that of one service; "": it is not.
+// serviceCgroup returns the control group if it belongs to a single service, or "".
 func (p *localProxy) serviceCgroup() string {
 	unit := path.Base(p.cgroup)
 	if !strings.HasSuffix(unit, ".service") || strings.HasPrefix(unit, "user@") {
-		return "" // a session, a container, or all of a user's programs
+		return "" // a session, a container, or all programs of a user
 	}
 	return p.cgroup
 }
 
-// excludedBy reports whether what the proxy sends is excluded already by its user or control group.
+// excludedBy reports whether the proxy's traffic is already excluded by its user or control group.
 func (p *localProxy) excludedBy(x *config.Selection) bool {
 	uid := p.owner.UID
 	return slices.ContainsFunc(x.UIDs, func(r config.Range[uint32]) bool { return r.First <= uid && uid <= r.Last }) ||
 		slices.ContainsFunc(x.Cgroups, func(c string) bool { return p.cgroup == c || strings.HasPrefix(p.cgroup, c+"/") })
 }
 
-// exclude adds to x what the proxy has to itself, and says what; "": it shares its user and control group with others.
+// exclude adds to x what only the proxy has, and returns a description; "": it shares its user and control group with
+// others.
 func (p *localProxy) exclude(x *config.Selection) string {
 	if c := p.serviceCgroup(); c != "" {
 		x.Cgroups = append(slices.Clone(x.Cgroups), c)
@@ -66,16 +69,16 @@ func (p *localProxy) exclude(x *config.Selection) string {
 	return ""
 }
 
-// hint is what to do about a proxy that has nothing to itself.
+// hint tells what to do about a proxy that has neither its own user nor its own control group.
 func (p *localProxy) hint() string {
 	return fmt.Sprintf("exclude what it sends: --exclude with the addresses that it connects to, --exclude-uid %d if nobody "+
 		"else is that user, or start it as a service of its own, whose control group is excluded by itself: "+
 		"systemd-run --unit=proxy COMMAND", p.owner.UID)
 }
 
-// besideLocal is cfg with what proxies on this host need excluded. What it adds is logged, and shown by status among what
-// is excluded. watched are all of them that may come back: one that has nothing to itself, one that is not there yet, and
-// one whose control group may be made anew when its service is restarted.
+// besideLocal returns cfg with the exclusions that proxies on this host need. It logs what it adds, and status shows
+// it. watched contains all proxies whose traffic may come back: one without its own user or control group, one that
+// does not run yet, and one whose control group may be created again when its service is restarted.
 func (u *up) besideLocal(cfg *config.Config) (_ *config.Config, watched []localProxy) {
 	next := *cfg
 	for _, p := range u.localProxies(cfg) {
@@ -112,7 +115,7 @@ func (u *up) localProxies(cfg *config.Config) (out []localProxy) {
 	return out
 }
 
-// find looks for who listens.
+// find looks up the process that listens.
 func (p *localProxy) find(diag *netns.Diag) {
 	o, found, err := diag.Listener(p.at)
 	if err != nil || !found || o.Inode == p.owner.Inode {
@@ -127,16 +130,16 @@ func (p *localProxy) find(diag *netns.Diag) {
 	}
 }
 
-// proxyAddrs are the addresses of a proxy as far as they are known; nothing is asked.
+// proxyAddrs returns the known addresses of a proxy. It asks no resolver.
 func (u *up) proxyAddrs(s socks.Server) (out []netip.Addr) {
 	if s.Unix() != "" {
-		return nil // who listens there is not looked for: see the manual
+		return nil // its process is not looked up: see the manual
 	}
 	host := strings.TrimSuffix(s.Host(), ".")
 	if a, err := netip.ParseAddr(host); err == nil {
 		return []netip.Addr{a.Unmap()}
 	}
-	if host == "localhost" || strings.HasSuffix(host, ".localhost") { // RFC 6761 6.3
+	if host == "localhost" || strings.HasSuffix(host, ".localhost") { // RFC 6761, section 6.3
 		return []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()}
 	}
 	for _, e := range u.allowed.of(s.String()) {
@@ -145,22 +148,23 @@ func (u *up) proxyAddrs(s socks.Server) (out []netip.Addr) {
 	return out
 }
 
-// excludeLocal is cfg with what proxies on this host need excluded. They are watched from here on.
+// excludeLocal returns cfg with the exclusions that proxies on this host need, and starts to watch these proxies.
 func (u *up) excludeLocal(cfg *config.Config) *config.Config {
 	next, watched := u.besideLocal(cfg)
 	u.loops.watch(watched)
 	return next
 }
 
-// stopLoop is told that connections of a proxy came back to it: they are refused from now on. A proxy that began after
-// us may have a control group or a user to itself, and is excluded then.
+// stopLoop is called when connections of a proxy came back to it, which are refused from then on. A proxy that
+// started after us may have its own control group or user, and is excluded then.
 func (u *up) stopLoop(p localProxy) {
 	next, watched := u.besideLocal(u.config())
 	for _, q := range watched {
 		if q.at != p.at || !q.excludedBy(&next.Host.Exclude) {
 			continue
 		}
-		// Also where the names are the same as before: the kernel knows a control group by its inode.
+		// This is needed even if the names are the same as before, because the kernel identifies a control group by
+		// its inode.
 		if err := u.host.Change(kernelConfig(next, u.log)); err != nil {
 			u.log.Error("cannot exclude the traffic of the proxy on this host", "err", err)
 			return

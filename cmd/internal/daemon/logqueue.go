@@ -8,16 +8,17 @@ import (
 	"time"
 )
 
-// Lines that wait for whoever reads the log, how long a line waits to be one of them, and how long the end waits.
+// The number of lines that wait for the reader of the log, how long a line waits for room among them, and how long
+// the end waits.
 const (
 	logLines = 1024
 	logWait  = 100 * time.Millisecond
 	logFlush = time.Second
 )
 
-// logQueue is a Writer that does not block for long, to one that may: a terminal that was stopped, a pipe that nobody
-// reads. When the queue is full a line waits a moment, so that one who reads loses nothing; from then on until the next
-// is read, what there is no room for is lost and counted.
+// logQueue is a Writer that does not block for long, in front of one that may: a stopped terminal, or a pipe that
+// nobody reads. When the queue is full, a line waits briefly, so that a slow reader loses nothing. From then on until
+// the next line is read, lines for which there is no room are dropped and counted.
 type logQueue struct {
 	lines      chan []byte
 	stuck      atomic.Bool
@@ -25,14 +26,15 @@ type logQueue struct {
 	stop, done chan struct{}
 }
 
-// newLogQueue needs to be closed. out is used until then, and after that where it was stuck.
+// newLogQueue returns a queue that the caller must close. It writes to out until then, and afterwards only if a write
+// was stuck.
 func newLogQueue(out io.Writer) *logQueue {
 	q := &logQueue{lines: make(chan []byte, logLines), stop: make(chan struct{}), done: make(chan struct{})}
 	go q.run(out)
 	return q
 }
 
-// Write takes one line.
+// Write accepts one line.
 func (q *logQueue) Write(p []byte) (int, error) {
 	line := bytes.Clone(p)
 	select {
@@ -57,7 +59,7 @@ func (q *logQueue) Write(p []byte) (int, error) {
 func (q *logQueue) run(out io.Writer) {
 	defer close(q.done)
 	write := func(line []byte) {
-		_, _ = out.Write(line) // there is nobody to tell
+		_, _ = out.Write(line) // a failed write cannot be reported
 		q.stuck.Store(false)
 		if n := q.lost.Swap(0); n > 0 {
 			fmt.Fprintf(
@@ -81,7 +83,7 @@ func (q *logQueue) run(out io.Writer) {
 	}
 }
 
-// close waits a little until everything is written. What is written to the queue afterwards is lost.
+// close waits briefly until everything is written. Later writes to the queue are lost.
 func (q *logQueue) close() {
 	close(q.stop)
 	t := time.NewTimer(logFlush)

@@ -11,29 +11,29 @@ import (
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
-// loopGuard notices when connections of a proxy on this host come back to it, and refuses them then. Without such a proxy
-// it costs a flow nothing. Until a loop was seen it looks at samples, beside the data plane: a flow costs one attempt to
-// queue it.
+// loopGuard detects when connections of a proxy on this host come back to it, and then refuses them. Without such a
+// proxy it costs a flow nothing. Until a loop is detected, it checks samples outside of the data plane: a flow costs
+// one attempt to queue it.
 type loopGuard struct {
 	watched atomic.Pointer[[]localProxy] // nil: none
 	looping atomic.Bool
 	samples chan flow.Flow
-	seen    chan localProxy // a loop was seen
+	seen    chan localProxy // a loop was detected
 
-	mu       sync.Mutex // over the following: see processesOf
+	mu       sync.Mutex // guards the fields below: see processesOf
 	pids     []string
 	listener uint32
 	listed   time.Time
 }
 
-// The least and the most time between two looks at a sample: each may read all of /proc.
+// The minimum and maximum time between the checks of two samples. Each check may read all of /proc.
 const sampleOften, sampleSeldom = 20 * time.Millisecond, time.Second
 
 func newLoopGuard() *loopGuard {
 	return &loopGuard{samples: make(chan flow.Flow, 8), seen: make(chan localProxy, 1)}
 }
 
-// watch takes the proxies to look for, and begins anew.
+// watch sets the proxies to look for, and starts again.
 func (g *loopGuard) watch(proxies []localProxy) {
 	g.looping.Store(false)
 	if len(proxies) == 0 {
@@ -43,7 +43,7 @@ func (g *loopGuard) watch(proxies []localProxy) {
 	g.watched.Store(&proxies)
 }
 
-// comesBack reports whether a flow is a proxy's own. It is for route.Config.ComesBack.
+// comesBack reports whether a flow is a proxy's own. It is the function for route.Config.ComesBack.
 func (g *loopGuard) comesBack(f flow.Flow) bool {
 	if g.watched.Load() == nil {
 		return false
@@ -64,7 +64,7 @@ func (g *loopGuard) comesBack(f flow.Flow) bool {
 	return own
 }
 
-// ownerOf finds the proxy that made the flow's socket: the process that listens, or a child of it.
+// ownerOf finds the proxy that made the flow's socket: the listening process or a child of it.
 func (g *loopGuard) ownerOf(diag *netns.Diag, f flow.Flow) (localProxy, bool) {
 	watched := g.watched.Load()
 	if watched == nil {
@@ -75,7 +75,7 @@ func (g *loopGuard) ownerOf(diag *netns.Diag, f flow.Flow) (localProxy, bool) {
 		return localProxy{}, false
 	}
 	for _, p := range *watched {
-		p.find(diag) // it may have been started since
+		p.find(diag) // it may have started since
 		if p.owner == (netns.Owner{}) || o.Cgroup != p.owner.Cgroup {
 			continue
 		}
@@ -86,8 +86,8 @@ func (g *loopGuard) ownerOf(diag *netns.Diag, f flow.Flow) (localProxy, bool) {
 	return localProxy{}, false
 }
 
-// processesOf lists those that have the listening socket open, and their descendants, as of a second ago at most: to find
-// them all of /proc is read.
+// processesOf lists the processes that have the listening socket open, and their descendants, at most a second old:
+// finding them requires reading all of /proc.
 func (g *loopGuard) processesOf(listener uint32) []string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -97,7 +97,7 @@ func (g *loopGuard) processesOf(listener uint32) []string {
 	return g.pids
 }
 
-// run looks at samples until ctx ends.
+// run checks samples until ctx ends.
 func (g *loopGuard) run(ctx context.Context) {
 	diag, err := netns.OpenDiag()
 	if err != nil {

@@ -14,7 +14,7 @@ import (
 	"github.com/viasocks/viasocks/socks"
 )
 
-// marker is what marks a socket.
+// marker returns a function that marks a socket.
 func marker(mark uint32) func(fd int) error {
 	return func(fd int) error {
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(mark)); err != nil {
@@ -24,8 +24,8 @@ func marker(mark uint32) func(fd int) error {
 	}
 }
 
-// markedDialing makes sockets that the steering leaves alone: with mark those to allowed, which learns where they go
-// before they do, with direct those that may go anywhere.
+// markedDialing makes sockets that the steering leaves alone: with mark, those to allowed endpoints, which are added
+// before the sockets use them; with direct, those that may go anywhere.
 func markedDialing(mark, direct uint32, allowed *endpoints) dialing {
 	control := marker(mark)
 	d := net.Dialer{Control: rawControl(control)}
@@ -51,7 +51,7 @@ func markedDialing(mark, direct uint32, allowed *endpoints) dialing {
 	}
 }
 
-// beyondStub gives the resolver that systemd-resolved asks, where address is its stub: it asks from a socket
+// beyondStub returns the resolver that systemd-resolved asks if address is its stub. The stub asks from a socket
 // without our mark, so the question would come back to us, who need the proxy to answer it.
 func beyondStub(address, list string) string {
 	if address != "127.0.0.53:53" && address != "127.0.0.54:53" {
@@ -71,7 +71,7 @@ func beyondStub(address, list string) string {
 	return address
 }
 
-// rawControl is control as package net wants it.
+// rawControl converts control for package net.
 func rawControl(control func(fd int) error) func(network, address string, c syscall.RawConn) error {
 	if control == nil {
 		return nil

@@ -9,32 +9,34 @@ import (
 	"time"
 )
 
-// With GOGC at 400 the collector is lazy: what a burst of connections left behind stays until the heap has grown
-// five times what lives, which an idle host never does. So after a burst, when it is quiet again, we collect.
+// With GOGC at 400 the collector is lazy: the garbage of a burst of connections stays until the heap has grown to
+// five times the live data, which never happens on an idle host. After a burst, when it is quiet again, we therefore
+// collect.
 const (
 	quietEvery = 5 * time.Second
-	// quietBytes allocated between two looks is no load worth waiting for.
+	// quietBytes allocated between two checks do not count as load.
 	quietBytes = 2 << 20
-	// burstBytes of garbage since the last time are worth a collection, some 1 ms for each 10 MB that lives; and an eighth
-	// of what lives, where that is more. What was allocated tells how much garbage there may be, but not that of flows
-	// that end: their end allocates next to nothing.
+	// burstBytes of garbage since the last time are worth a collection, which takes some 1 ms for each 10 MB of live
+	// data; or an eighth of the live data if that is more. The amount allocated shows how much garbage there may be,
+	// except that of ended flows, whose end allocates almost nothing.
 	burstBytes = 2 << 20
 	flowBytes  = 6 << 10
-	// When next to nothing is allocated between two looks, the burst is over, and what its end left is worth it sooner.
+	// If almost nothing was allocated between two checks, the burst is over, and less garbage is enough for a
+	// collection.
 	calmBytes = 64 << 10
 	restBytes = 256 << 10
-	// A host that is never quiet is collected too, seldom, when most of its heap is garbage or empty.
+	// A host that is never quiet is also collected, though rarely, if most of its heap is garbage or empty.
 	busyEvery = time.Minute
 	busyHeap  = 64 << 20
 )
 
-// giveBack returns memory to the kernel after bursts, until ctx ends. ended is how many flows have ended so far; renew gives
-// up what a burst left that is no garbage, and says whether there was any.
+// giveBack returns memory to the kernel after bursts, until ctx ends. ended returns how many flows have ended so far.
+// renew releases what a burst has left that is not garbage, and reports whether there was any.
 func giveBack(ctx context.Context, ended func() uint64, renew func() bool, log *slog.Logger) {
 	tick := time.NewTicker(quietEvery)
 	defer tick.Stop()
 	var g gauge
-	dropCode() // all is set up by now
+	dropCode() // the setup is complete by now
 	before := g.read()
 	done, doneAt, flows := before.allocated, time.Now(), ended()
 	for {
@@ -53,7 +55,7 @@ func giveBack(ctx context.Context, ended func() uint64, renew func() bool, log *
 			continue
 		}
 		flows = ended()
-		runtime.GC() // what is in a sync.Pool outlives one collection
+		runtime.GC() // the content of a sync.Pool survives one collection
 		debug.FreeOSMemory()
 		dropCode()
 		after := g.read()
@@ -64,14 +66,15 @@ func giveBack(ctx context.Context, ended func() uint64, renew func() bool, log *
 	}
 }
 
-// worthIt reports whether it is quiet, and there is garbage worth a collection. lately is what was allocated since the
-// last look.
+// worthIt reports whether it is quiet and there is enough garbage for a collection. lately is what was allocated
+// since the last check.
 func worthIt(now heapState, lately, garbage uint64) bool {
 	return lately < quietBytes && garbage > max(burstBytes, now.live/8) ||
 		lately < calmBytes && garbage > max(restBytes, now.live/64)
 }
 
-// gauge reads the three figures, in bytes: allocated ever, held from the kernel, alive at the last collection.
+// gauge reads three values in bytes: the total allocated, the memory held from the kernel, and the live data at the
+// last collection.
 type gauge struct{ samples []metrics.Sample }
 
 type heapState struct{ allocated, held, live uint64 }

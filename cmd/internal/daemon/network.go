@@ -10,32 +10,32 @@ import (
 )
 
 const (
-	// settleAfter is how long the network must have been quiet after a change, which hardly comes alone.
+	// settleAfter is how long the network must be quiet after a change, because changes rarely come alone.
 	settleAfter = 500 * time.Millisecond
-	// settleMost bounds that: a network that changes all the time is acted upon too.
+	// settleMost limits that wait, for a network that changes all the time.
 	settleMost = 5 * time.Second
-	// sleepCheck is how often run asks whether the host was asleep.
+	// sleepCheck is how often run checks whether the host was asleep.
 	sleepCheck = 5 * time.Second
 )
 
-// settling tells once of changes that come together. It belongs to one goroutine, except changed.
+// settling reports several changes in quick succession once. It belongs to one goroutine, except changed.
 type settling struct {
 	news   chan struct{}
 	due    <-chan time.Time // nil: nothing has changed
-	latest time.Time        // due is not put off longer
+	latest time.Time        // due is not deferred beyond this
 }
 
 func newSettling() *settling { return &settling{news: make(chan struct{}, 1)} }
 
-// changed is told of a change. It does not block, and any goroutine may call it.
+// changed reports a change. It does not block and may be called from any goroutine.
 func (s *settling) changed() {
 	select {
 	case s.news <- struct{}{}:
-	default: // one is waiting already
+	default: // one is already waiting
 	}
 }
 
-// noted is called with what news gave: due comes when it has been quiet.
+// noted must be called after a receive from news. due fires when the network has been quiet.
 func (s *settling) noted() {
 	now := time.Now()
 	if s.due == nil {
@@ -44,15 +44,15 @@ func (s *settling) noted() {
 	s.due = time.After(min(settleAfter, s.latest.Sub(now)))
 }
 
-// networkChanged is what follows when due came: servers are looked up again and associations are made anew.
+// networkChanged must be called when due fires: servers are looked up again, and associations are made again.
 func (p *plane) networkChanged(s *settling) {
 	s.due = nil
 	p.log.Info("the network changed: resolving the proxy's name and making the associations again")
 	p.renew()
 }
 
-// followNetwork tells s when the way from the calling thread's network namespace to the proxy may be another one, until end is
-// called, or when the host was asleep.
+// followNetwork reports to s when the route from the calling thread's network namespace to the proxy may have
+// changed, or when the host was asleep, until end is called.
 func followNetwork(s *settling, log *slog.Logger) (end func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var ran sync.WaitGroup
@@ -72,8 +72,8 @@ func followNetwork(s *settling, log *slog.Logger) (end func()) {
 	return func() { cancel(); w.Close(); ran.Wait() }
 }
 
-// leadsElsewhere reports whether c may concern how a proxy is reached. Link-local addresses do not count: each container that is
-// started brings one.
+// leadsElsewhere reports whether c may affect how a proxy is reached. Link-local addresses do not count, because
+// every started container adds one.
 func leadsElsewhere(c netns.Change) bool {
 	a := c.Addr.Addr()
 	return c.Lost || c.DefaultRoute || c.Addr.IsValid() && !a.IsLoopback() && !a.IsLinkLocalUnicast()

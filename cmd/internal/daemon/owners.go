@@ -14,23 +14,23 @@ import (
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
-// procOwners tells whose sockets are: sock_diag names the user, the control group and the inode of a socket, and /proc the
-// process that has this inode open. The processes that had the last sockets are looked at first, and all of /proc only for
-// what they do not have. One goroutine at a time.
+// procOwners finds the owners of sockets: sock_diag returns the user, the control group and the inode of a socket,
+// and /proc the process that has this inode open. It first checks the processes that had the last sockets, and reads
+// all of /proc only for the rest. It must be used by one goroutine at a time.
 type procOwners struct {
 	diag ownerSource
 
 	sockets map[uint32]holder // by inode
 	cgroups map[uint64]string // paths by inode
-	recent  []string          // processes that had sockets, the last one first
+	recent  []string          // processes that had sockets, most recent first
 }
 
-// ownerSource is what a netns.Diag tells.
+// ownerSource is the part of netns.Diag that is needed.
 type ownerSource interface {
 	Owner(proto uint8, src, dst netip.AddrPort) (o netns.Owner, found bool, err error)
 }
 
-// holder is a process that has a socket open, at a time.
+// holder is a process that had a socket open at a certain time.
 type holder struct {
 	pid int
 	exe string
@@ -38,13 +38,13 @@ type holder struct {
 }
 
 const (
-	// holderAge is how long a socket is believed to be of the same program: one may be handed on.
+	// holderAge is how long a socket is assumed to belong to the same program, because sockets may be passed on.
 	holderAge = 10 * time.Second
-	// Bounds of what is remembered. What is over them is forgotten, and looked for again.
+	// Limits of what is remembered. What exceeds them is forgotten and looked up again.
 	maxHolders, maxCgroupPaths, maxRecent = 4096, 1024, 16
 )
 
-// ownersOf asks where sockets are asked for; nil: nowhere.
+// ownersOf returns the source of owners for sockets, or nil if there is none.
 func ownersOf(sockets flow.Sockets) flow.Owners {
 	if d, ok := sockets.(diagSockets); ok {
 		return newOwners(d.Diag)
@@ -122,7 +122,7 @@ func (p *procOwners) find(want map[uint32][]int, found func(inode uint32, pid st
 	}
 }
 
-// saw puts a process first among those that had sockets lately.
+// saw moves a process to the front of those that recently had sockets.
 func (p *procOwners) saw(pid string) {
 	if len(p.recent) > 0 && p.recent[0] == pid {
 		return
@@ -132,7 +132,7 @@ func (p *procOwners) saw(pid string) {
 	p.recent = p.recent[:min(len(p.recent), maxRecent)]
 }
 
-// cgroup is the path of a control group; "": it cannot be told.
+// cgroup returns the path of a control group; "": unknown.
 func (p *procOwners) cgroup(inode uint64) string {
 	if inode == 0 {
 		return ""
@@ -148,7 +148,7 @@ func (p *procOwners) cgroup(inode uint64) string {
 	return path
 }
 
-// cgroupOf is the control group of a process, for kernels that do not name that of a socket.
+// cgroupOf returns the control group of a process, for kernels that do not report that of a socket.
 func cgroupOf(pid string) string {
 	b, err := os.ReadFile(filepath.Join("/proc", pid, "cgroup"))
 	if err != nil {
@@ -162,7 +162,7 @@ func cgroupOf(pid string) string {
 	return ""
 }
 
-// sockets calls visit with the inode of each socket that a process has open, until it says false.
+// sockets calls visit with the inode of each socket that a process has open, until it returns false.
 func sockets(pid string, visit func(inode uint32) bool) {
 	dir := filepath.Join("/proc", pid, "fd")
 	d, err := os.Open(dir)

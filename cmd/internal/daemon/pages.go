@@ -10,23 +10,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// region is a part of the address space, as /proc/self/smaps tells of it.
+// region is a part of the address space, as listed in /proc/self/smaps.
 type region struct {
 	from, to uintptr
 	resident int // KiB
 }
 
-// dropCode takes the pages of our own program file out of the address space. The kernel maps those that are needed again when
-// they are used, from its cache of the file: some microseconds for 64 KiB. What was used at the start only, the options, the
-// configuration and the set-up, then counts no more: 13 MB of RSS become 6.5.
+// dropCode removes the pages of our own program file from the address space. When they are used again, the kernel
+// maps them from its cache of the file, which takes some microseconds for 64 KiB. Code that was used only at the
+// start (options, configuration, set-up) then no longer counts: 13 MB of RSS become 6.5.
 func dropCode() {
 	for _, r := range codeRegions() {
 		_, _, _ = unix.RawSyscall(unix.SYS_MADVISE, r.from, r.to-r.from, unix.MADV_DONTNEED)
 	}
 }
 
-// codeRegions are the regions of our program file that cannot be written and hold nothing but what is in the file. A region
-// with pages of its own is left out: MADV_DONTNEED would lose relocations, and the breakpoints of a debugger.
+// codeRegions returns the regions of our program file that cannot be written and contain only what is in the file. A
+// region with pages of its own is left out: MADV_DONTNEED would lose relocations, and the breakpoints of a debugger.
 func codeRegions() (all []region) {
 	exe, err := os.Readlink("/proc/self/exe")
 	if err != nil {
@@ -49,7 +49,7 @@ func codeRegions() (all []region) {
 			low, lowErr := strconv.ParseUint(from, 16, strconv.IntSize)
 			high, highErr := strconv.ParseUint(to, 16, strconv.IntSize)
 			r = region{from: uintptr(low), to: uintptr(high)}
-			perm := string(words[1]) // as r-xp
+			perm := string(words[1]) // such as r-xp
 			ours = lowErr == nil && highErr == nil && len(perm) == 4 && perm[1] == '-' && perm[3] == 'p' &&
 				bytes.HasSuffix(line, []byte(" "+exe))
 		case ours && len(words) == 3 && string(words[0]) == "Rss:":

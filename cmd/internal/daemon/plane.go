@@ -25,10 +25,10 @@ import (
 //
 //	tun ─ stack ─ router ─ loops ─ dialer
 //
-// The loops have one goroutine each, as many as the machine has cores; dials and relays run on them. Stack and router are divided
-// into shards, each of which has its share of the loops.
+// Each loop has one goroutine, and there are as many loops as the machine has cores; dials and relays run on them.
+// Stack and router are divided into shards, each of which has its share of the loops.
 //
-// Those on the left use those on the right until their own Run has returned: Close goes from left to right.
+// A part uses those to its right until its own Run has returned. Close therefore goes from left to right.
 type plane struct {
 	log    *slog.Logger
 	dialer *socks.Dialer
@@ -36,38 +36,39 @@ type plane struct {
 	router *route.Router
 	stack  *stack.Stack
 	dial   dialing
-	mu     sync.Mutex // over changes of ups, and for those who read it elsewhere
+	mu     sync.Mutex // guards changes of ups, and readers on other goroutines
 	ups    []upstream // that the router has
 	gso    atomic.Pointer[gso]
 
-	programs *programs // of the flows, for those who look at them
+	programs *programs // of the flows, for those who list them
 
-	poolFile string // keeps dial.pool; empty: none does
+	poolFile string // file that keeps dial.pool; empty: none
 
 	ran    sync.WaitGroup // stack, router, giveBack and followLoad
 	looped sync.WaitGroup
-	failed chan error // the first that ended by itself
+	failed chan error // the error of the first part that ended by itself
 	once   sync.Once
-	stop   context.CancelFunc // of giveBack and followLoad; nil: not started
+	stop   context.CancelFunc // ends giveBack and followLoad; nil: not started
 }
 
-// dialing is how our own sockets are made, and the proxy's name looked up, and who is told what was decided.
+// dialing tells how our own sockets are made, how the proxy's name is looked up, and where decisions are reported.
 type dialing struct {
 	control func(fd int) error // nil: sockets need nothing
-	direct  func(fd int) error // the same for those that go past the proxy; nil: control
+	direct  func(fd int) error // the same for sockets that go past the proxy; nil: control
 	resolve func(ctx context.Context, host string) ([]netip.Addr, error)
 	allowed *endpoints // nil: sockets may go anywhere
-	// comesBack is route.Config.ComesBack.
+	// comesBack is for route.Config.ComesBack.
 	comesBack func(flow.Flow) bool
-	// decisions is route.Config.Decisions.
+	// decisions is for route.Config.Decisions.
 	decisions io.Writer
-	// pool has the addresses that stand for names; nil: there are none, whatever --dns says. It outlives the plane.
+	// pool contains the addresses that stand for names; nil: there are none, whatever --dns says. It outlives the
+	// plane.
 	pool *dns.Pool
-	// noIPv6: the programs have no IPv6.
+	// noIPv6 means that the programs have no IPv6.
 	noIPv6 bool
 }
 
-// directly is how sockets are made that go past the proxy; nil: they need nothing.
+// directly returns the function for sockets that go past the proxy; nil: none is needed.
 func (d *dialing) directly() func(fd int) error {
 	if d.direct == nil {
 		return d.control
@@ -82,7 +83,7 @@ type upstream struct {
 	client *client // nil: direct
 }
 
-// newPlane builds it and starts nothing. It owns dev, also on error.
+// newPlane builds a plane and starts nothing. It takes ownership of dev, even on error.
 func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dialing, log *slog.Logger) (_ *plane, err error) {
 	p := &plane{log: log, failed: make(chan error, 1), dial: dial, poolFile: cfg.Fake.File}
 	defer func() {
@@ -138,7 +139,7 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 	return p, nil
 }
 
-// policy is what the router is told. What it has already, made of the same, stays the same.
+// policy returns the policy for the router. Existing upstreams that are made of the same are kept.
 func (p *plane) policy(cfg *config.Config) (_ route.Policy, ups []upstream, err error) {
 	b := builder{d: p.dialer, l: p.loops[0].Loop, allowed: p.dial.allowed, want: cfg.Upstreams, have: p.ups}
 	if ups, err = b.all(); err != nil {
@@ -162,8 +163,8 @@ func (p *plane) policy(cfg *config.Config) (_ route.Policy, ups []upstream, err 
 	return pol, ups, nil
 }
 
-// reload takes other upstreams, rules, resolvers, timeouts and limits, or leaves everything as it is. Times and limits are
-// for what begins from now on.
+// reload applies other upstreams, rules, resolvers, timeouts and limits, or changes nothing. Timeouts and limits
+// apply to what begins later.
 func (p *plane) reload(cfg *config.Config) error {
 	policy, ups, err := p.policy(cfg)
 	if err != nil {
@@ -181,12 +182,12 @@ func (p *plane) reload(cfg *config.Config) error {
 	return nil
 }
 
-// set hands every part the timeouts and limits of cfg. A new plane and one that is reloaded both get them here, so that they
-// cannot mean different things; a zero is the default of the part that takes it.
+// set passes the timeouts and limits of cfg to every part. Both a new plane and a reload use it, so that they always
+// agree. Zero means the default of the part.
 func (p *plane) set(cfg *config.Config) {
 	p.dialer.SetTimeouts(cfg.ConnectTimeout, cfg.HandshakeTimeout)
 	t := cfg.Tuning
-	t.Pool = (t.Pool + len(p.loops) - 1) / len(p.loops) // that of the Dialer is for each loop
+	t.Pool = (t.Pool + len(p.loops) - 1) / len(p.loops) // the Dialer's pool is for each loop
 	p.dialer.Tune(t)
 	for _, l := range p.loops {
 		l.SetIdleTimeout(cfg.IdleTimeout)
@@ -197,13 +198,13 @@ func (p *plane) set(cfg *config.Config) {
 	p.stack.Set(stack.Limits{Pending: cfg.MaxPending, PendingPerDest: cfg.MaxPendingPerDest}, cfg.IdleTimeout)
 }
 
-// gso is whether datagrams go to the proxy with UDP_SEGMENT, and why.
+// gso tells whether datagrams go to the proxy with UDP_SEGMENT, and why.
 type gso struct {
 	on  bool
 	why string
 }
 
-// String is the word of the option.
+// String returns the word of the option.
 func (g *gso) String() string {
 	if g.on {
 		return relay.GSOOn.String()
@@ -211,10 +212,10 @@ func (g *gso) String() string {
 	return relay.GSOOff.String()
 }
 
-// kernelRelease is the release of the running kernel. Tests have another one.
+// kernelRelease returns the release of the running kernel. It is a variable for tests.
 var kernelRelease = relay.KernelRelease
 
-// setGSO does what mode says on this kernel, for the links that are open too. The log has it when it changes.
+// setGSO applies mode on this kernel, also to open links. It logs a change.
 func (p *plane) setGSO(mode relay.GSO) {
 	g := &gso{}
 	g.on, g.why = mode.Decide(kernelRelease())
@@ -226,13 +227,13 @@ func (p *plane) setGSO(mode relay.GSO) {
 	}
 	level := slog.LevelDebug
 	if !g.on && mode == relay.GSOAuto {
-		level = slog.LevelInfo // it costs speed, and nobody chose it
+		level = slog.LevelInfo // it costs speed, and the user did not choose it
 	}
 	p.log.Log(context.Background(), level, "UDP segmentation toward the proxy", "udp_gso", g.String(), "why", g.why)
 }
 
-// renew has servers looked up anew, and what lives long and would not notice that the network has changed made anew.
-// TCP flows are left to their own: they live if the old way still works.
+// renew looks up the servers again, and makes again what lives long and would not notice that the network has
+// changed. TCP flows are not touched: they survive if the old route still works.
 func (p *plane) renew() {
 	for _, u := range p.ups {
 		if u.client != nil {
@@ -242,7 +243,7 @@ func (p *plane) renew() {
 	p.router.Renew()
 }
 
-// fail ends the daemon with err, unless something else does already.
+// fail ends the daemon with err, unless it is already ending.
 func (p *plane) fail(err error) {
 	select {
 	case p.failed <- err:
@@ -250,7 +251,8 @@ func (p *plane) fail(err error) {
 	}
 }
 
-// handler is the router, which is made after the stack: it has as many shards. The stack calls it once it runs.
+// handler is the router, which is made after the stack, because it has as many shards. The stack calls it only when
+// it runs.
 type handler struct{ *route.Router }
 
 var (
@@ -258,7 +260,7 @@ var (
 	_ stack.UnreachableHandler = (*handler)(nil)
 )
 
-// start runs everything. A part that ends before Close was called is told on failed.
+// start runs all parts. A part that ends before Close was called is reported on failed.
 func (p *plane) start() {
 	run := func(wg *sync.WaitGroup, f func(context.Context) error, what string) {
 		wg.Go(func() {
@@ -283,14 +285,15 @@ func (p *plane) start() {
 	}
 }
 
-// refuse resets the app's flows, and new ones from here on.
+// refuse resets the app's flows, and new ones from now on.
 func (p *plane) refuse() { p.stack.ResetAll() }
 
-// Close ends and frees everything, in order, and waits for it. It may be called twice, and after a newPlane that failed.
+// Close ends all parts in order, frees everything, and waits for that. It may be called twice, and after a failed
+// newPlane.
 func (p *plane) Close() {
 	p.once.Do(func() {
 		if p.router != nil {
-			p.router.Close() // while the stack still takes its resets
+			p.router.Close() // while the stack still sends its resets
 		}
 		if p.stack != nil {
 			p.stack.Close()
@@ -310,7 +313,7 @@ func (p *plane) Close() {
 	})
 }
 
-// servers are those of an upstream, with their health; nil for direct.
+// servers returns the servers of an upstream with their health, or nil for direct.
 func (p *plane) servers(name string) []socks.ServerStatus {
 	p.mu.Lock()
 	defer p.mu.Unlock()

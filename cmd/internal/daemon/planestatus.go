@@ -9,7 +9,7 @@ import (
 	"github.com/viasocks/viasocks/route"
 )
 
-// resolverWords are the mode of names and the resolvers, as --dns has them.
+// resolverWords returns the mode of names and the resolvers, in the words of --dns.
 func resolverWords(cfg *config.Config) (words []string) {
 	if cfg.Fake.On {
 		words = append(words, "fake")
@@ -26,7 +26,7 @@ func resolverWords(cfg *config.Config) (words []string) {
 	return words
 }
 
-// fill adds what the data plane knows: of `up` and of `run`.
+// fill adds what the data plane knows, for `up` and `run`.
 func (p *plane) fill(s *control.Status, cfg *config.Config, allowed *endpoints) {
 	fillUpstreams(s, cfg, p, allowed)
 	for _, r := range p.router.Rules() {
@@ -54,10 +54,10 @@ func (p *plane) fill(s *control.Status, cfg *config.Config, allowed *endpoints) 
 	}
 }
 
-// shortageShown is how long status warns of a shortage after it was last felt.
+// shortageShown is how long status warns of a shortage after it last occurred.
 const shortageShown = 5 * time.Minute
 
-// shortageWarning is the line of status about this host having run out of something; "": there is none.
+// shortageWarning returns the line of status about a resource of this host that has run out; "": none has.
 func shortageWarning(s route.Shortage, now time.Time) string {
 	if s.Times == 0 || now.Sub(s.Last) >= shortageShown {
 		return ""

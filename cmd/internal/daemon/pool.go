@@ -14,12 +14,12 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// fakeTTL is for how long an answer with a fake address may be kept. Programs that keep it longer are right for as long as
-// nobody needs the address.
+// fakeTTL is the TTL of an answer with a fake address. Programs that keep it longer stay right until another name
+// needs the address.
 const fakeTTL = 60 * time.Second
 
-// newPool makes what --dns fake gives addresses from, with the names that its file has. It is there in other modes too, since a
-// reload may change between them. A file that cannot be used costs only that names get other addresses than before.
+// newPool makes the pool of addresses for --dns fake, with the names in its file. It exists in other modes too,
+// because a reload may change the mode. If the file cannot be used, names only get other addresses than before.
 func newPool(cfg *config.Config, log *slog.Logger) (*dns.Pool, error) {
 	p, err := dns.NewPool(dns.PoolConfig{V4: cfg.Fake.Pool, V6: cfg.Fake.Pool6, TTL: fakeTTL})
 	if err != nil {
@@ -37,8 +37,9 @@ func newPool(cfg *config.Config, log *slog.Logger) (*dns.Pool, error) {
 	return p, nil
 }
 
-// poolIsFree says which network of the host overlaps the ranges of fake addresses, or which proxy is in them: what is sent to an
-// address there would be taken for a connection to a name. The TUN's own addresses may be there from before.
+// poolIsFree returns an error if a network of the host overlaps the ranges of fake addresses, or a proxy is in them:
+// traffic to an address there would be taken for a connection to a name. The TUN's own addresses may exist from
+// before.
 func poolIsFree(cfg *config.Config, addrs func() ([]net.Addr, error)) error {
 	if !cfg.Fake.On {
 		return nil
@@ -76,7 +77,7 @@ func poolIsFree(cfg *config.Config, addrs func() ([]net.Addr, error)) error {
 	return nil
 }
 
-// elsewhere is what to do about it.
+// elsewhere tells what to do about it.
 const elsewhere = "choose others with --dns-pool or --dns-pool6, or give programs real addresses with --dns tcp://ADDRESS"
 
 func inside(all []netip.Prefix, a netip.Addr) (netip.Prefix, bool) {

@@ -19,11 +19,11 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// probeTimeout bounds the look at one proxy at the start: who waits for longer than this thinks that we hang.
+// probeTimeout limits the check of one proxy at the start. A user who waits longer would think that viasocks hangs.
 const probeTimeout = 10 * time.Second
 
-// probe looks once at each proxy, all at a time: is it there, does it speak its protocol, does it take the credentials?
-// Nothing is asked of it. The error is what the user should read.
+// probe checks all proxies once, at the same time: whether each can be reached, speaks its protocol and accepts the
+// credentials. It sends no request. The error is text for the user.
 func probe(ctx context.Context, cfg *config.Config, dial dialing) error {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
@@ -44,7 +44,7 @@ func probe(ctx context.Context, cfg *config.Config, dial dialing) error {
 	defer l.Close()
 	b := builder{d: d, l: l, want: slices.Clone(cfg.Upstreams)}
 	for i := range b.want {
-		b.want[i].Group.Check = 0 // one look is enough
+		b.want[i].Group.Check = 0 // one check is enough
 	}
 	ups, err := b.all()
 	if err != nil {
@@ -70,15 +70,15 @@ func probe(ctx context.Context, cfg *config.Config, dial dialing) error {
 	return first
 }
 
-// proxyFault is why a proxy can't be used, in words for the user.
+// proxyFault is why a proxy cannot be used, in words for the user.
 type proxyFault struct {
 	error
-	lasting bool // it does not pass by itself
+	lasting bool // it will not pass by itself
 }
 
 func (e *proxyFault) Unwrap() error { return e.error }
 
-// explain says what a fault of the proxy at the start means and what to do about it.
+// explain tells what a fault of the proxy at the start means and what to do about it.
 func explain(s socks.Server, err error) error {
 	var fault *socks.ServerError
 	var ours *ourAddress

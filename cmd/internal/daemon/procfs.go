@@ -8,7 +8,8 @@ import (
 	"strconv"
 )
 
-// Other users' processes show what they have open only with CAP_SYS_PTRACE: without it they are passed over here.
+// The open files of other users' processes are visible only with CAP_SYS_PTRACE. Without it, these processes are
+// skipped.
 
 // holders lists the processes that have the socket with this inode open.
 func holders(inode uint32) (pids []string) {
@@ -53,13 +54,13 @@ func processes() []string {
 	})
 }
 
-// parent is the process id of a process's parent; "": it has ended.
+// parent returns the id of a process's parent; "": the process has ended.
 func parent(pid string) string {
 	b, err := os.ReadFile(filepath.Join("/proc", pid, "stat"))
 	if err != nil {
 		return ""
 	}
-	// proc_pid_stat(5): the name in parentheses may hold anything; state and parent follow it.
+	// proc_pid_stat(5): the name in parentheses may contain anything; state and parent follow it.
 	f := bytes.Fields(b[bytes.LastIndexByte(b, ')')+1:])
 	if len(f) < 2 {
 		return ""
@@ -67,7 +68,7 @@ func parent(pid string) string {
 	return string(f[1])
 }
 
-// exeOf is the executable of a process; "": it is not ours to see.
+// exeOf returns the executable of a process; "": we may not see it.
 func exeOf(pid string) string {
 	exe, _ := os.Readlink(filepath.Join("/proc", pid, "exe"))
 	return exe

@@ -9,20 +9,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// With more processors than it can fill the Go scheduler wakes threads to look for work that is not there, for each
-// goroutine that becomes ready: on two cores 1.37 CPU seconds per GB against 1.20 with one, 154 µs against 126 for a
-// connection, and the program and the proxy want those cores. With one processor only, eight flows reach 5.5 Gbit/s in
-// place of 7.1. So there are as many as there is work for.
+// With more processors than it can use, the Go scheduler wakes threads to look for work that does not exist, for each
+// goroutine that becomes ready. On two cores that costs 1.37 CPU seconds per GB instead of 1.20 with one, and 154 µs
+// instead of 126 for a connection, and the program and the proxy need those cores. With only one processor, eight
+// flows reach 5.5 Gbit/s instead of 7.1. The number of processors therefore follows the load.
 const (
 	procsEvery = 250 * time.Millisecond
-	// procsMore is the share of the present processors that must be in use for twice as many, procsFewer the share of
-	// half of them that may be in use for half as many: what runs on two takes a little more than on one.
+	// procsMore is the share of the current processors that must be busy before their number is doubled. procsFewer
+	// is the share of half of them below which it is halved: what runs on two takes a little more than on one.
 	procsMore  = 0.80
 	procsFewer = 0.60
 )
 
-// followLoad sets GOMAXPROCS between 1 and what it is now, until ctx ends, and then sets it back. A GOMAXPROCS in the
-// environment is the user's word and stays.
+// followLoad sets GOMAXPROCS between 1 and its current value until ctx ends, and then restores it. It does not
+// override GOMAXPROCS in the environment.
 func followLoad(ctx context.Context) {
 	most := runtime.GOMAXPROCS(0)
 	if most == 1 || os.Getenv("GOMAXPROCS") != "" {
@@ -50,7 +50,7 @@ func followLoad(ctx context.Context) {
 	}
 }
 
-// procsFor is how many processors suit a load of cores when there are n now.
+// procsFor returns the number of processors for a load of cores when there are n now.
 func procsFor(n, most int, cores float64) int {
 	switch {
 	case cores > procsMore*float64(n):
@@ -61,7 +61,7 @@ func procsFor(n, most int, cores float64) int {
 	return n
 }
 
-// cpuTime is what this process has used, user and system.
+// cpuTime returns the user and system time of this process.
 func cpuTime() time.Duration {
 	var u unix.Rusage
 	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {

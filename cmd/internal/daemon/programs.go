@@ -9,8 +9,8 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// programs tells which program each flow belongs to, for those who look at the flows. Nothing is looked up before somebody asks,
-// and what was found is remembered: the flow keeps its program as long as it lives.
+// programs finds the program of each flow, for those who list flows. It looks up nothing before it is asked, and
+// remembers what it finds: a flow keeps its program as long as it lives.
 type programs struct {
 	mu    sync.Mutex
 	from  flow.Owners
@@ -20,25 +20,26 @@ type programs struct {
 type program struct {
 	pid int
 	exe string
-	at  time.Time // when it was looked for
+	at  time.Time // when it was looked up
 }
 
 const (
-	// maxPrograms bounds what is remembered. What is over it is forgotten, and looked for again.
+	// maxPrograms limits what is remembered. What exceeds it is forgotten and looked up again.
 	maxPrograms = control.MaxFlows
-	// maxLookups is how many flows are looked up in one call: some milliseconds of sock_diag, and one walk through /proc.
+	// maxLookups is how many flows are looked up in one call: some milliseconds of sock_diag, and one pass over
+	// /proc.
 	maxLookups = 1000
-	// lookAgain is when the program of a flow is looked for again where it was not found: its socket may belong to a guest, or
-	// its process to another user.
+	// lookAgain is when an unknown program of a flow is looked up again. Its socket may belong to a guest, or its
+	// process to another user.
 	lookAgain = 5 * time.Second
 )
 
-// newPrograms looks for sockets where from does; nil: nowhere.
+// newPrograms uses from to look up sockets; nil: no lookups.
 func newPrograms(from flow.Owners) *programs {
 	return &programs{from: from, known: map[uint64]program{}}
 }
 
-// name fills in PID and Exe of flows that have none.
+// name fills in PID and Exe of flows without them.
 func (p *programs) name(flows []control.Flow) {
 	if p.from == nil {
 		return
@@ -76,7 +77,7 @@ func (p *programs) name(flows []control.Flow) {
 	}
 }
 
-// question is a flow as its owner is asked for.
+// question returns the flow with which to ask for its owner.
 func question(f *control.Flow) (q flow.Flow, ok bool) {
 	q.Proto = flow.TCP
 	if f.Proto == flow.UDP.String() {

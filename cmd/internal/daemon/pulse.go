@@ -11,20 +11,20 @@ import (
 
 const (
 	pulseEvery = time.Second
-	// pulseFresh is how old the last look at the data plane may be for it to count as alive.
+	// pulseFresh is how old the last answer of the data plane may be for it to count as alive.
 	pulseFresh = 5 * time.Second
 	// sleptFor is how much the clock that counts sleep must gain on the one that does not.
 	sleptFor = 5 * time.Second
 )
 
-// pulse looks again and again whether the data plane answers, and whether the host was asleep.
+// pulse checks regularly whether the data plane answers, and whether the host was asleep.
 type pulse struct {
-	last   atomic.Int64         // awake clock, ns; 0: never
-	asleep func() time.Duration // since the boot; nil: as the kernel says
+	last   atomic.Int64         // on the clock that stops in sleep, ns; 0: never
+	asleep func() time.Duration // since boot; nil: as the kernel reports
 	every  time.Duration        // 0: pulseEvery
 }
 
-// run looks until ctx ends. look may hang: then fresh is false after a while.
+// run checks until ctx ends. look may hang; fresh then becomes false.
 func (p *pulse) run(ctx context.Context, look, woke func()) {
 	tick := time.NewTicker(cmp.Or(p.every, pulseEvery))
 	defer tick.Stop()
@@ -52,7 +52,7 @@ func (p *pulse) beat(look func()) {
 	p.last.Store(int64(clock(unix.CLOCK_MONOTONIC)))
 }
 
-// fresh reports whether the data plane answered lately.
+// fresh reports whether the data plane has answered recently.
 func (p *pulse) fresh() bool {
 	last := p.last.Load()
 	return last != 0 && clock(unix.CLOCK_MONOTONIC)-time.Duration(last) < pulseFresh
@@ -66,5 +66,5 @@ func clock(id int32) time.Duration {
 	return time.Duration(t.Nano())
 }
 
-// asleep is how long the host has been suspended since it was booted.
+// asleep returns how long the host has been suspended since it was booted.
 func asleep() time.Duration { return clock(unix.CLOCK_BOOTTIME) - clock(unix.CLOCK_MONOTONIC) }

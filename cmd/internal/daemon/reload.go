@@ -11,13 +11,13 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/config"
 )
 
-// lingers is how long a proxy that is not configured any more may still be written to: the resets of its connections
-// shall reach it.
+// lingers is how long a removed proxy may still be written to, so that the resets of its connections reach it.
 const lingers = 2 * time.Second
 
-// reload reads the configuration again and takes what can change while running. What is wrong changes nothing.
+// reload reads the configuration again and applies what can change while running. If it has an error, nothing
+// changes.
 func (u *up) reload() {
-	if u.waitsFor() == nil { // else it has not been ready yet
+	if u.waitsFor() == nil { // otherwise it has not been ready yet
 		u.notify.reloading()
 		defer func() { u.notify.ready("carries the host through " + proxyName(u.config())) }()
 	}
@@ -45,7 +45,7 @@ func (u *up) config() *config.Config {
 	return u.cfg
 }
 
-// take does what cfg says, or leaves everything as it was.
+// take applies cfg, or changes nothing.
 func (u *up) take(cfg *config.Config) (err error) {
 	old := u.config()
 	u.mu.Lock()
@@ -67,7 +67,7 @@ func (u *up) take(cfg *config.Config) (err error) {
 	}
 	next := u.excludeLocal(cfg)
 	*cfg = *next
-	// Both the old and the new may be reached while one replaces the other.
+	// Both the old and the new proxies may be reached while one replaces the other.
 	u.allowed.configure(slices.Concat(old.Upstreams, cfg.Upstreams))
 	if err := u.change(old, cfg); err != nil {
 		u.allowed.configure(old.Upstreams)
@@ -80,7 +80,7 @@ func (u *up) take(cfg *config.Config) (err error) {
 	time.AfterFunc(lingers, func() { u.allowed.configure(u.config().Upstreams) })
 	u.checkNames(cfg)
 	for _, w := range cfg.Warnings {
-		u.log.Warn(w) // the status has them from cfg
+		u.log.Warn(w) // status takes them from cfg
 	}
 	if len(cfg.NeedRestart) > 0 {
 		u.warning("changed in the file, and taken at the next start only: " + strings.Join(cfg.NeedRestart, ", "))
@@ -89,7 +89,7 @@ func (u *up) take(cfg *config.Config) (err error) {
 	return nil
 }
 
-// change does to the host what two configurations say differently.
+// change applies the differences between two configurations to the host.
 func (u *up) change(from, to *config.Config) error {
 	next := kernelConfig(to, u.log)
 	if u.host == nil || reflect.DeepEqual(kernelConfig(from, u.log), next) {
@@ -98,7 +98,7 @@ func (u *up) change(from, to *config.Config) error {
 	return u.host.Change(next)
 }
 
-// warning logs what the status shows too.
+// warning logs a warning that status also shows.
 func (u *up) warning(text string) {
 	u.log.Warn(text)
 	u.mu.Lock()

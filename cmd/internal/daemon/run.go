@@ -16,19 +16,19 @@ import (
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
-// RunOptions is what Run needs besides the configuration.
+// RunOptions are the arguments of Run besides the configuration.
 type RunOptions struct {
 	Environ               []string
 	Stdin, Stdout, Stderr *os.File
 	Version               string
 }
 
-// Run runs cfg.Program in a network namespace of its own and carries its traffic, until the program ends. exit is the
-// program's own status, 126 or 127 with an error when it could not be started, or 0 with an error when nothing was
-// started. The error is ErrDied when the data plane failed under the program, which is ended then.
+// Run runs cfg.Program in its own network namespace and carries its traffic until the program ends. exit is the
+// program's own status, 126 or 127 with an error if it could not be started, or 0 with an error if nothing was
+// started. The error is ErrDied if the data plane failed while the program ran; the program is ended then.
 //
-// Our sockets stay in the caller's namespace: a proxy on 127.0.0.1 is reached. The limit of open files needs no care
-// here: the runtime raises it to the hard limit for us, and gives the program back what it was.
+// Our sockets stay in the caller's namespace, so a proxy on 127.0.0.1 is reached. The limit of open files needs no
+// attention here: the runtime raises it to the hard limit for us, and restores it for the program.
 func Run(cfg *config.Config, o RunOptions) (exit int, err error) {
 	e, err := newEnv(cfg, o.Stderr)
 	if err != nil {
@@ -37,14 +37,14 @@ func Run(cfg *config.Config, o RunOptions) (exit int, err error) {
 	defer e.close()
 	e.warn(cfg)
 
-	// INT and QUIT come from the terminal and reach the program too, which decides. They are caught and not ignored: it
-	// would inherit that.
+	// INT and QUIT come from the terminal and also reach the program, which decides what to do. We catch them instead
+	// of ignoring them, because the program would inherit that.
 	forward := heeded(syscall.SIGTERM, syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2)
 	ending := heeded(syscall.SIGTERM, syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT)
 	theirs := make(chan os.Signal, 1)
 	signal.Notify(theirs, heeded(syscall.SIGINT, syscall.SIGQUIT)...)
 	defer signal.Stop(theirs)
-	// Until the program runs they end us like the others.
+	// Before the program runs, they end us like the other signals.
 	early := make(chan os.Signal, 4)
 	signal.Notify(early, ending...)
 	ctx, cancel := startContext(early)
@@ -69,7 +69,7 @@ func Run(cfg *config.Config, o RunOptions) (exit int, err error) {
 		Nameserver: nameservers(cfg),
 		Search:     cfg.Search,
 		DotsAsIs:   cfg.Fake.On,
-		// The shell that started us has to see it when the program stops.
+		// The shell that started us must notice when the program stops.
 		FollowStops: true,
 	})
 	if err != nil {
@@ -116,13 +116,14 @@ func Run(cfg *config.Config, o RunOptions) (exit int, err error) {
 	return watch(child, p, network, forwarded)
 }
 
-// heeded are the signals without those that our caller has ignored: nohup's HUP, the INT of a shell's background job. They
-// stay ignored, here and for the program. Notify ends that: it is asked before.
+// heeded returns the signals except those that our caller has ignored: nohup's HUP, or the INT of a shell's
+// background job. They stay ignored, here and for the program. It must be called before Notify, which changes this.
 func heeded(signals ...os.Signal) []os.Signal {
 	return slices.DeleteFunc(signals, signal.Ignored)
 }
 
-// watch waits for the program, hands it signals, follows the network, and ends the program when the data plane fails.
+// watch waits for the program, passes signals to it, follows the network, and ends the program if the data plane
+// fails.
 func watch(child *netns.Child, p *plane, network *settling, signals <-chan os.Signal) (int, error) {
 	type end struct {
 		exit int

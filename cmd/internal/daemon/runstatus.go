@@ -10,7 +10,8 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/control"
 )
 
-// serveRun answers `status` and `flows` for a program under `run`, until end. The program runs also where that is not possible.
+// serveRun answers `status` and `flows` for a program under `run` until end is called. If that is not possible, the
+// program runs anyway.
 func serveRun(cfg *config.Config, p *plane, o RunOptions, log *slog.Logger) (end func()) {
 	since := time.Now()
 	status := func() control.Status {

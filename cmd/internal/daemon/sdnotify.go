@@ -16,19 +16,19 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/control"
 )
 
-// notifier tells systemd how we are: sd_notify(3), datagrams on the unix socket that NOTIFY_SOCKET names. One without a
-// socket tells nobody. Its methods may be called from any goroutine.
+// notifier tells systemd our state by sd_notify(3): datagrams on the unix socket that NOTIFY_SOCKET names. Without a
+// socket it does nothing. Its methods may be called from any goroutine.
 type notifier struct {
 	conn     *net.UnixConn
-	watchdog time.Duration // systemd wants to hear from us this often; 0: it does not
+	watchdog time.Duration // how often systemd must hear from us; 0: never
 	log      *slog.Logger
 }
 
-// sendTimeout bounds one message: a systemd that does not read must not hold us.
+// sendTimeout limits one message, so that a systemd that does not read cannot block us.
 const sendTimeout = time.Second
 
-// newNotifier reads NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID of environ, in the form of os.Environ. An address that
-// can't be used is logged and no error: the network matters more.
+// newNotifier reads NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID from environ, which has the form of os.Environ. An
+// address that cannot be used is logged and is not an error, because the network matters more.
 func newNotifier(environ []string, log *slog.Logger) *notifier {
 	n := &notifier{log: log}
 	var addr, usec, pid string
@@ -66,7 +66,7 @@ func dialNotify(addr string) (*net.UnixConn, error) {
 	return net.DialUnix("unixgram", nil, &net.UnixAddr{Name: addr, Net: "unixgram"})
 }
 
-// send sends assignments, one on a line.
+// send sends assignments, one on each line.
 func (n *notifier) send(lines ...string) {
 	if n.conn == nil {
 		return
@@ -79,10 +79,10 @@ func (n *notifier) send(lines ...string) {
 
 func status(text string) string { return "STATUS=" + control.Plain(text) }
 
-// ready: the host is steered, or is so again after reloading.
+// ready reports that the host is steered, or is so again after a reload.
 func (n *notifier) ready(text string) { n.send("READY=1", status(text)) }
 
-// reloading: the configuration is read again. ready follows.
+// reloading reports that the configuration is being read again. ready must follow.
 func (n *notifier) reloading() {
 	var now unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
@@ -91,15 +91,15 @@ func (n *notifier) reloading() {
 	n.send("RELOADING=1", "MONOTONIC_USEC="+strconv.FormatInt(now.Nano()/1000, 10))
 }
 
-// waiting: the start takes longer, and the next word comes within the time given.
+// waiting reports that the start takes longer, and that the next message will come within the given time.
 func (n *notifier) waiting(text string, within time.Duration) {
 	n.send(status(text), "EXTEND_TIMEOUT_USEC="+strconv.FormatInt((2*within).Microseconds(), 10))
 }
 
 func (n *notifier) stopping() { n.send("STOPPING=1", status("stopping")) }
 
-// guard tells the watchdog that we live, as often as it wants to hear it and twice more, until ctx ends. Before each time
-// it calls alive: what hangs there stops the telling, and systemd ends us.
+// guard tells the watchdog that we are alive, three times as often as required, until ctx ends. It calls alive before
+// each message. If that hangs, the messages stop and systemd ends us.
 func (n *notifier) guard(ctx context.Context, alive func()) {
 	if n.conn == nil || n.watchdog == 0 {
 		return
@@ -117,7 +117,7 @@ func (n *notifier) guard(ctx context.Context, alive func()) {
 	}
 }
 
-// close gives the socket back.
+// close closes the socket.
 func (n *notifier) close() {
 	if n.conn != nil {
 		n.conn.Close()

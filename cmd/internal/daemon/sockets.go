@@ -12,7 +12,7 @@ import (
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
-// diagSockets is a sock_diag socket as stack and route want it.
+// diagSockets adapts a sock_diag socket for stack and route.
 type diagSockets struct {
 	*netns.Diag
 	guests *forwarding // nil: nothing is forwarded
@@ -30,16 +30,16 @@ func (d diagSockets) Exists(proto flow.Proto, src, dst netip.AddrPort) (bool, er
 // Forwards implements flow.Sockets.
 func (d diagSockets) Forwards() bool { return d.guests.on() }
 
-// forwarding tells whether the host forwards packets. It looks at the kernel's settings now and then.
+// forwarding tells whether the host forwards packets. It reads the kernel's settings at intervals.
 type forwarding struct {
-	dir string // /proc/sys/net, but in tests
+	dir string // /proc/sys/net, except in tests
 
 	mu      sync.Mutex
 	checked time.Time
 	forward bool
 }
 
-// forwardingAge is how long an answer is believed.
+// forwardingAge is how long an answer is used.
 const forwardingAge = 5 * time.Second
 
 func (f *forwarding) on() bool {
@@ -54,7 +54,7 @@ func (f *forwarding) on() bool {
 	return f.forward
 }
 
-// forwards reports whether a device forwards what it receives. What cannot be read counts as forwarding.
+// forwards reports whether a device forwards what it receives. A setting that cannot be read counts as forwarding.
 func forwards(dir string) bool {
 	for _, family := range []string{"ipv4", "ipv6"} {
 		settings, err := filepath.Glob(filepath.Join(dir, family, "conf", "*", "forwarding"))
@@ -62,7 +62,7 @@ func forwards(dir string) bool {
 			return true
 		}
 		for _, name := range settings {
-			if filepath.Base(filepath.Dir(name)) == "default" { // what new devices get
+			if filepath.Base(filepath.Dir(name)) == "default" { // the default for new devices
 				continue
 			}
 			b, err := os.ReadFile(name)

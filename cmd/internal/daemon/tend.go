@@ -12,31 +12,32 @@ import (
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
-// The TUN is put right at once when others change it. If they do so again within mendCalm, the next time comes later and later.
+// The TUN is repaired at once when others change it. If they repeat this within mendCalm, each repair is delayed
+// longer.
 const (
 	mendAgain = 250 * time.Millisecond
 	mendMost  = 30 * time.Second
 	mendCalm  = time.Minute
 )
 
-// tended is the TUN of an up, which others may set down, rename, or take addresses from. It belongs to the goroutine of live,
-// except changed, linkChanged and fault.
+// tended is the TUN of an up, which others may set down, rename, or take addresses from. It belongs to the goroutine
+// of live, except changed, linkChanged and fault.
 type tended struct {
 	dev    tun.Device
 	wanted netns.Wanted
 	index  atomic.Int64 // wanted.Index for other goroutines
 
 	news  chan struct{}
-	again <-chan time.Time // nil: it is looked at when news come
-	mends int              // that came within mendCalm of each other
-	last  time.Time        // of them
-	next  time.Time        // not before
+	again <-chan time.Time // nil: the TUN is checked only after events
+	mends int              // repairs within mendCalm of each other
+	last  time.Time        // time of the last repair
+	next  time.Time        // earliest time of the next one
 
 	mu    sync.Mutex
-	broke string // in what it is wrong; "": it is as it must be
+	broke string // what is wrong with the TUN; "": nothing
 }
 
-// changed is told that something may have happened to the TUN. It does not block.
+// changed reports that the TUN may have changed. It does not block.
 func (t *tended) changed() {
 	select {
 	case t.news <- struct{}{}:
@@ -44,21 +45,21 @@ func (t *tended) changed() {
 	}
 }
 
-// linkChanged is told of all changes of the network.
+// linkChanged receives all changes of the network.
 func (t *tended) linkChanged(c netns.Change) {
 	if i := int(t.index.Load()); c.Lost || c.Link == i || c.AddrLink == i {
 		t.changed()
 	}
 }
 
-// use is called with each TUN that is opened.
+// use must be called with each TUN that is opened.
 func (t *tended) use(dev tun.Device, w netns.Wanted) {
 	t.dev, t.wanted = dev, w
 	t.index.Store(int64(w.Index))
 	t.setFault("")
 }
 
-// fault is in what the TUN is wrong now, or "".
+// fault returns what is wrong with the TUN now, or "".
 func (t *tended) fault() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -71,7 +72,7 @@ func (t *tended) setFault(s string) {
 	t.broke = s
 }
 
-// delay is how long to wait before the TUN is put right once more. It is 0 if it has been in order for a while.
+// delay returns how long to wait before the next repair. It is 0 if the TUN has been in order for a while.
 func (t *tended) delay(now time.Time) time.Duration {
 	if now.Sub(t.last) > mendCalm {
 		t.mends, t.next = 0, time.Time{}
@@ -79,14 +80,14 @@ func (t *tended) delay(now time.Time) time.Duration {
 	return max(t.next.Sub(now), 0)
 }
 
-// mended notes that the TUN was put right, or that this was tried.
+// mended records that the TUN was repaired, or that this was tried.
 func (t *tended) mended(now time.Time) {
 	t.last = now
 	t.next = now.Add(min(mendAgain<<min(t.mends, 10), mendMost))
 	t.mends++
 }
 
-// watchTUN tells u.tun of changes until end is called.
+// watchTUN reports changes to u.tun until end is called.
 func (u *up) watchTUN() (end func()) {
 	w, err := netns.NewWatch(u.log)
 	if err != nil {
@@ -95,19 +96,20 @@ func (u *up) watchTUN() (end func()) {
 	}
 	var ran sync.WaitGroup
 	ran.Go(func() { w.Run(u.tun.linkChanged) })
-	u.tun.changed() // before the watch began
+	u.tun.changed() // for changes before the watch began
 	return func() { w.Close(); ran.Wait() }
 }
 
-// tend looks at the TUN and puts it right, unless that was just done: then it is looked at again after a while. The host is
-// closed meanwhile, since the filter lets nothing else out.
+// tend checks the TUN and repairs it, unless that was done very recently; then it is checked again after a while. The
+// host is closed meanwhile, because the filter lets nothing else out.
 func (u *up) tend() {
 	t := &u.tun
 	t.again = nil
 	faults, err := t.wanted.Faults()
 	switch {
 	case errors.Is(err, netns.ErrNoInterface):
-		// If it was deleted, the data plane ends by itself. A TUN that was moved to another namespace would go on there.
+		// If it was deleted, the data plane ends by itself. A TUN that was moved to another namespace would continue
+		// to work there.
 		tun.Abandon(t.dev)
 		u.plane.fail(fmt.Errorf("the TUN device %s is not in this network namespace any more", t.wanted.Name))
 		return
@@ -130,7 +132,7 @@ func (u *up) tend() {
 		return
 	}
 	ipv6, err := t.wanted.Mend()
-	if err == nil && !ipv6 { // somebody switched it off: that is respected
+	if err == nil && !ipv6 { // another program disabled IPv6, which is respected
 		t.wanted.Addrs = only4(t.wanted.Addrs)
 	}
 	if err == nil {
@@ -144,5 +146,5 @@ func (u *up) tend() {
 		return
 	}
 	u.log.Warn("another program changed the TUN device: it is restored", "tun", t.wanted.Name, "what", what)
-	t.changed() // look whether it is
+	t.changed() // check the result
 }

@@ -19,39 +19,39 @@ import (
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
-// UpOptions is what Up needs besides the configuration.
+// UpOptions are the arguments of Up besides the configuration.
 type UpOptions struct {
-	Again   func() (*config.Config, error) // reads the configuration anew
+	Again   func() (*config.Config, error) // reads the configuration again
 	Environ []string
 	Stderr  *os.File
 	Version string
 }
 
-// up is the life of one `viasocks up`.
+// up is one run of `viasocks up`.
 type up struct {
 	UpOptions
 	*env
-	first   *config.Config // what it was started with: the device, the marks and the like do not change
+	first   *config.Config // the initial configuration: the device, the marks and the like do not change
 	notify  *notifier
 	allowed *endpoints
 	dial    dialing
 	diag    *netns.Diag
 	pulse   pulse
-	stop    context.CancelCauseFunc // with why
-	hup     chan struct{}           // read the configuration again
-	network *settling               // the way to the proxy may be another one
+	stop    context.CancelCauseFunc // with the reason as its cause
+	hup     chan struct{}           // requests to read the configuration again
+	network *settling               // the route to the proxy may have changed
 	tun     tended
 	loops   *loopGuard
-	teller  *resolved.Teller // nil: systemd-resolved is not told
+	teller  *resolved.Teller // nil: systemd-resolved is not configured
 	confirm chan struct{}
 	rebuilt []time.Time
 
-	mu        sync.Mutex // over the following, which status reads
+	mu        sync.Mutex // guards the fields below, which status reads
 	plane     *plane
 	host      *host
 	cfg       *config.Config
 	state     string
-	waiting   error // why the proxy is waited for; nil: it is not
+	waiting   error // why we wait for the proxy; nil: we do not
 	since     time.Time
 	readyAt   *time.Time
 	confirmBy *time.Time
@@ -64,10 +64,10 @@ var (
 	errUnconfirmed = errors.New("not confirmed in time by 'viasocks confirm': all changes were undone")
 )
 
-// Up steers the whole host through the proxy until SIGTERM, SIGINT or `viasocks down`, and then undoes it. The error is
-// ErrDied when it had been ready; the host is left closed then, unless the configuration says otherwise.
+// Up steers the whole host through the proxy until SIGTERM, SIGINT or `viasocks down`, and then undoes it. The error
+// is ErrDied if it had been ready before; the host is then left closed, unless the configuration says otherwise.
 //
-// The order is DESIGN's: nothing is touched before everything was parsed, and the lock says that no other one lives.
+// Nothing is changed before everything was parsed and the lock shows that no other daemon is alive.
 func Up(cfg *config.Config, o UpOptions) error {
 	e, err := newEnv(cfg, o.Stderr)
 	if err != nil {
@@ -107,11 +107,11 @@ func Up(cfg *config.Config, o UpOptions) error {
 	return u.run(ctx)
 }
 
-// listenSignals turns signals into what they mean, until the function that it returns is called.
+// listenSignals handles signals until the function that it returns is called.
 func (u *up) listenSignals() (end func()) {
 	signals := make(chan os.Signal, 4)
 	heed := []os.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP}
-	if u.first.File == "" && signal.Ignored(syscall.SIGHUP) { // nohup: the terminal may go
+	if u.first.File == "" && signal.Ignored(syscall.SIGHUP) { // nohup: the terminal may close
 		heed = heed[:2]
 	}
 	signal.Notify(signals, heed...)
@@ -119,13 +119,14 @@ func (u *up) listenSignals() (end func()) {
 	go func() {
 		defer close(done)
 		for s := range signals {
-			if s != syscall.SIGHUP || u.first.File == "" { // without a file there is nothing to read again: the terminal went
+			// without a file there is nothing to read again, so the terminal was closed
+			if s != syscall.SIGHUP || u.first.File == "" {
 				u.stop(fmt.Errorf("stopped by a signal: %s", s))
 				continue
 			}
 			select {
 			case u.hup <- struct{}{}:
-			default: // one is waiting already
+			default: // one is already waiting
 			}
 		}
 	}()
@@ -162,7 +163,8 @@ func (u *up) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer h.Close()
-	// Where the filter of a dead one is there it need not know this proxy; one that is waited for must be looked for behind it.
+	// If the filter of a dead daemon is still there, it may not know this proxy. A proxy that we wait for must be
+	// checked with our filter in place.
 	if !h.Recovered() && !cfg.Host.Wait {
 		if err := probe(ctx, cfg, u.dial); err != nil {
 			return err
@@ -175,7 +177,7 @@ func (u *up) run(ctx context.Context) (err error) {
 		}
 		defer g.dismiss()
 	}
-	// From here on the host changes: who fails gives it back, or leaves it closed if it was.
+	// From here on the host is changed: on failure it is restored, or left closed if it was closed before.
 	if err := u.start(ctx, h); err != nil {
 		return u.giveUp(h, err)
 	}
@@ -212,7 +214,7 @@ func (u *up) start(ctx context.Context, h *host) error {
 	}
 	u.pulse.beat(u.look)
 	h.watch()
-	// Once more, with the rules in place: what they cut off is better given back at once.
+	// Check again with the rules in place. If they cut off the proxy, the host is better restored at once.
 	err := probe(ctx, cfg, u.dial)
 	switch {
 	case err == nil:
@@ -230,7 +232,7 @@ func (u *up) start(ctx context.Context, h *host) error {
 	return nil
 }
 
-// look takes the locks that every flow takes: it returns when the data plane is alive.
+// look takes the locks that every flow takes. It returns only if the data plane is alive.
 func (u *up) look() {
 	p, _ := u.running()
 	p.router.Stats()
@@ -255,7 +257,7 @@ func (u *up) giveUp(h *host, err error) error {
 	return fmt.Errorf("%w (%s)", err, back)
 }
 
-// end stops in order, and leaves the host open or closed as the configuration says.
+// end stops everything in order, and leaves the host open or closed according to the configuration.
 func (u *up) end(ctx context.Context, failed error) error {
 	cfg, cause := u.first, context.Cause(ctx)
 	u.setState(control.Stopping)
@@ -268,7 +270,8 @@ func (u *up) end(ctx context.Context, failed error) error {
 	var err error
 	u.stopPlane(func() {
 		if open {
-			// The app's flows are reset first: their retransmissions would go to the real peers once the rules are gone.
+			// The app's flows are reset first, because their retransmissions would go to the real peers once the
+			// rules are removed.
 			err = errors.Join(u.host.Unsteer(), u.host.Open())
 		}
 	})
@@ -290,7 +293,8 @@ func (u *up) end(ctx context.Context, failed error) error {
 	return nil
 }
 
-// live is from the time on at which the host is steered to the end. The error is that of a data plane that ended by itself.
+// live runs from the time when the host is steered to the end. The error is that of a data plane that ended by
+// itself.
 func (u *up) live(ctx context.Context) error {
 	unconfirmed, end := u.awaitConfirm()
 	defer end()
@@ -302,7 +306,7 @@ func (u *up) live(ctx context.Context) error {
 	guards.Go(func() { u.pulse.run(guard, u.look, u.network.changed) })
 	guards.Go(func() { u.loops.run(guard) })
 	if u.teller != nil {
-		guards.Go(func() { u.teller.Run(guard) }) // its end takes back what was told
+		guards.Go(func() { u.teller.Run(guard) }) // undoes the settings at its end
 	}
 	defer u.watchTUN()()
 	waiter := u.newWaiter(guard, &guards)
@@ -332,7 +336,7 @@ func (u *up) live(ctx context.Context) error {
 			waiter.try()
 		case err := <-waiter.tried:
 			if waiter.found(err) {
-				u.plane.renew() // what could not be reached is tried anew
+				u.plane.renew() // what could not be reached is tried again
 				u.ready()
 			}
 		case p := <-u.loops.seen:

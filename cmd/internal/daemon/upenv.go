@@ -17,7 +17,7 @@ import (
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
-// checkProxies refuses a proxy that can't be reached, and says what may surprise.
+// checkProxies refuses a proxy that cannot be reached, and warns of what may surprise the user.
 func (u *up) checkProxies(cfg *config.Config) error {
 	for _, up := range cfg.Upstreams {
 		for _, s := range up.Reached() {
@@ -35,7 +35,7 @@ func (u *up) checkProxies(cfg *config.Config) error {
 	return nil
 }
 
-// checkNames warns as checkProxies does of what proxies' names turned out to stand for.
+// checkNames does the same as checkProxies for the addresses of proxies' names.
 func (u *up) checkNames(cfg *config.Config) {
 	for _, up := range cfg.Upstreams {
 		for _, s := range up.Reached() {
@@ -51,7 +51,7 @@ func (u *up) checkNames(cfg *config.Config) {
 
 func (u *up) warnExcluded(cfg *config.Config, s socks.Server, a netip.Addr) {
 	for _, p := range cfg.Host.Exclude.Nets {
-		if p.Contains(a.Unmap().WithZone("")) { // no network contains an address with a zone
+		if p.Contains(a.Unmap().WithZone("")) { // a network never contains an address with a zone
 			u.warning(
 				fmt.Sprintf(
 					"the proxy %s is inside the excluded %s: programs reach it, and what it does not ask a password for, past viasocks",
@@ -63,10 +63,10 @@ func (u *up) warnExcluded(cfg *config.Config, s socks.Server, a netip.Addr) {
 	}
 }
 
-// tunRange is the range of ours that a is in.
+// tunRange returns the range of ours that contains a.
 func tunRange(a netip.Addr) (netip.Prefix, bool) { return inside(flow.Ours[:], a) }
 
-// ourAddress is what a proxy's name must not stand for: it would come back to us.
+// ourAddress is the error for a proxy's name with an address of ours, to which connections would come back to us.
 type ourAddress struct {
 	addr   netip.Addr
 	within netip.Prefix
@@ -76,7 +76,7 @@ func (e *ourAddress) Error() string {
 	return fmt.Sprintf("its name stands for %s, inside %s, which viasocks uses itself", e.addr, e.within)
 }
 
-// notOurs leaves out what a proxy's name must not stand for. If nothing else is there it is an error.
+// notOurs removes such addresses. If no other address is left, it returns an error.
 func notOurs(addrs []netip.Addr) (others []netip.Addr, err error) {
 	for _, a := range addrs {
 		if p, ours := tunRange(a); ours {
@@ -91,8 +91,8 @@ func notOurs(addrs []netip.Addr) (others []netip.Addr, err error) {
 	return nil, err
 }
 
-// openTUN makes the TUN, or takes the one that is there, and says how it is to stay. persist: it stays when we are gone.
-// onLink is called when its link changes, until it is closed; nil: never.
+// openTUN makes the TUN, or takes the existing one, and returns its intended state. persist: it stays when we are
+// gone. onLink, if not nil, is called when its link changes, until it is closed.
 func openTUN(cfg *config.Config, e *env, persist bool, onLink func()) (dev tun.Device, w netns.Wanted, err error) {
 	queues, name, err := netns.OpenTUN(netns.TUNOptions{
 		Name: cfg.TUN, MTU: cfg.MTU, VnetHdr: true, Persist: persist, Queues: tun.Queues,
@@ -122,13 +122,13 @@ func openTUN(cfg *config.Config, e *env, persist bool, onLink func()) (dev tun.D
 	return dev, w, nil
 }
 
-// only4 leaves out the IPv6 addresses, where the host has none.
+// only4 removes the IPv6 addresses, for a host without IPv6.
 func only4(addrs []netip.Prefix) []netip.Prefix {
 	return slices.DeleteFunc(slices.Clone(addrs), func(p netip.Prefix) bool { return p.Addr().Is6() })
 }
 
-// alone is before anything is changed: what it takes is there, and nobody else steers this host until lock is closed. path
-// is that of the control socket.
+// alone runs before anything is changed. It checks that the needed privileges and devices are there, and that no
+// other daemon steers this host until lock is closed. path is that of the control socket.
 func alone(cfg *config.Config) (path string, lock *control.Lock, err error) {
 	if err := needNetAdmin("steer the host", ", or use 'viasocks run' for one program"); err != nil {
 		return "", nil, err
@@ -143,18 +143,18 @@ func alone(cfg *config.Config) (path string, lock *control.Lock, err error) {
 	return path, lock, err
 }
 
-// needNetAdmin tells beforehand, and once, what would fail at each step.
+// needNetAdmin reports beforehand, and once, what would otherwise fail at each step.
 func needNetAdmin(to, or string) error {
 	var data [2]unix.CapUserData
 	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	if err := unix.Capget(&hdr, &data[0]); err != nil || data[0].Effective&(1<<unix.CAP_NET_ADMIN) != 0 {
-		return nil // where it can't be asked the kernel will say
+		return nil // if it cannot be queried, the kernel will report it
 	}
 	return errors.New("cannot " + to + ": CAP_NET_ADMIN is missing: run it as root" + or)
 }
 
-// moreFiles raises the limit of open files as far as we may: a flow holds one, a UDP mapping two. (The runtime raises
-// it to the hard limit only.)
+// moreFiles raises the limit of open files as far as permitted: a flow holds one, a UDP mapping two. (The runtime
+// raises it only to the hard limit.)
 func moreFiles() {
 	const enough = 1 << 20
 	var l unix.Rlimit

@@ -8,15 +8,17 @@ import (
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
-// A data plane that ends by itself, as when somebody deletes the TUN, is built anew; not for ever.
+// A data plane that ends by itself, for example because the TUN was deleted, is built again, but only a limited
+// number of times.
 const (
 	rebuildMost   = 5
 	rebuildWithin = time.Minute
 )
 
-// startPlane makes the TUN, or takes the one that is there, and starts a data plane over it.
+// startPlane makes the TUN, or takes the existing one, and starts a data plane over it.
 func (u *up) startPlane(cfg *config.Config) error {
-	// One that nobody reads would swallow what fail-open is to let out, where the guardian was killed with us.
+	// With fail-open, a TUN without a reader would swallow what should get out if the guardian was killed together
+	// with us. Therefore it does not persist.
 	dev, wanted, err := openTUN(cfg, u.env, !u.first.Host.FailOpen, u.tun.changed)
 	if err != nil {
 		return err
@@ -44,7 +46,7 @@ func (u *up) startPlane(cfg *config.Config) error {
 	return nil
 }
 
-// stopPlane ends the data plane, if there is one; between is done when the app's flows were reset.
+// stopPlane ends the data plane, if there is one. It calls between after the app's flows were reset.
 func (u *up) stopPlane(between func()) {
 	if u.plane == nil {
 		if between != nil {
@@ -56,7 +58,7 @@ func (u *up) stopPlane(between func()) {
 	u.diag.Close()
 }
 
-// rebuild puts another data plane in the place of one that ended with why. The host stays steered and closed meanwhile.
+// rebuild replaces a data plane that ended with the error why. The host stays steered and closed meanwhile.
 func (u *up) rebuild(why error) error {
 	now := time.Now()
 	for len(u.rebuilt) > 0 && now.Sub(u.rebuilt[0]) > rebuildWithin {
@@ -81,11 +83,11 @@ func (u *up) rebuild(why error) error {
 	return nil
 }
 
-// leaveTUN leaves a TUN that nobody reads: without one the answers to connections from outside are refused before
-// their mark can be restored.
+// leaveTUN leaves a TUN without a reader: without it, answers to connections from outside are refused before their
+// mark can be restored.
 func (u *up) leaveTUN(failed error) {
 	if failed == nil && !u.first.Host.FailOpen {
-		return // it is there
+		return // it exists
 	}
 	dev, _, err := openTUN(u.first, u.env, true, nil)
 	if err == nil {

@@ -6,9 +6,10 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/control"
 )
 
-// up goes from starting to waiting, if the proxy is not there yet, to unconfirmed, if somebody must confirm, to ready.
+// The states of up are starting, then waiting if the proxy is not reachable yet, unconfirmed if a confirmation is
+// required, and ready.
 
-// awaitConfirm starts the time in which somebody must confirm, if there is one.
+// awaitConfirm starts the time within which a confirmation is required, if one is.
 func (u *up) awaitConfirm() (over <-chan time.Time, end func()) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -24,7 +25,7 @@ func (u *up) awaitConfirm() (over <-chan time.Time, end func()) {
 	return over, end
 }
 
-// settle says that nobody needs to confirm any more.
+// settle records that no confirmation is required any more.
 func (u *up) settle() {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -32,7 +33,7 @@ func (u *up) settle() {
 	u.state = u.stateNow()
 }
 
-// ready says that what is captured is carried.
+// ready reports that captured traffic is carried.
 func (u *up) ready() {
 	cfg, now := u.config(), time.Now()
 	u.checkNames(cfg)
@@ -43,7 +44,7 @@ func (u *up) ready() {
 	u.notify.ready("carries the host through " + proxyName(cfg))
 }
 
-// stateNow is one of control's states while it is up. u.mu is held.
+// stateNow returns one of control's states while it is up. The caller holds u.mu.
 func (u *up) stateNow() string {
 	switch {
 	case u.waiting != nil:

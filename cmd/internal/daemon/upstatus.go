@@ -9,7 +9,7 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/control"
 )
 
-// backend is the daemon for the control socket. It answers from the start on: what is not there yet is left out.
+// backend is the daemon for the control socket. It answers from the start on, and leaves out what does not exist yet.
 func (u *up) backend() control.Backend {
 	return control.Backend{Status: u.status, Flows: u.flows, Name: u.name, Confirm: u.confirmed, Down: func() { u.stop(errDown) }}
 }
@@ -22,12 +22,12 @@ func (u *up) confirmed() error {
 	}
 	select {
 	case u.confirm <- struct{}{}:
-	default: // another one said so
+	default: // it was already confirmed
 	}
 	return nil
 }
 
-// running gives the parts that there are by now.
+// running returns the parts that exist by now.
 func (u *up) running() (*plane, *host) {
 	u.mu.Lock()
 	defer u.mu.Unlock()

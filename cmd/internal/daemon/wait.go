@@ -7,26 +7,27 @@ import (
 	"time"
 )
 
-// How long --wait waits between two looks at a proxy that is not there: twice as long each time, from the first to the last. The
-// pauses begin anew when the network or the configuration changes.
+// The pauses of --wait between two checks of a proxy that is not reachable: they double from the first to the last.
+// They start again at the first when the network or the configuration changes.
 const (
 	waitFirst = time.Second
 	waitMost  = 30 * time.Second
 )
 
-// waiter looks again and again for a proxy that is not there yet, while the host is closed. Its methods are of the goroutine that
-// is in up.live.
+// waiter checks repeatedly for a proxy that is not reachable yet, while the host is closed. Its methods belong to the
+// goroutine of up.live.
 type waiter struct {
 	u     *up
-	ctx   context.Context // of the probes
-	ran   *sync.WaitGroup // they are waited for
+	ctx   context.Context // for the probes
+	ran   *sync.WaitGroup // counts the probes, which are waited for
 	pause time.Duration
 	again *time.Timer
-	tried chan error // has what the probe that runs finds
-	busy  bool       // one runs
+	tried chan error // receives the result of the running probe
+	busy  bool       // a probe is running
 }
 
-// newWaiter is one that waits from the start on if the first look failed with u.waiting, and else never does.
+// newWaiter returns a waiter that waits from the start if the first check failed with u.waiting, and otherwise never
+// does.
 func (u *up) newWaiter(ctx context.Context, ran *sync.WaitGroup) *waiter {
 	w := &waiter{u: u, ctx: ctx, ran: ran, pause: waitFirst, again: time.NewTimer(waitFirst), tried: make(chan error, 1)}
 	if u.waitsFor() == nil {
@@ -35,7 +36,7 @@ func (u *up) newWaiter(ctx context.Context, ran *sync.WaitGroup) *waiter {
 	return w
 }
 
-// try looks now. The result comes by w.tried.
+// try starts a check now. The result arrives on w.tried.
 func (w *waiter) try() {
 	if w.busy {
 		return
@@ -46,7 +47,7 @@ func (w *waiter) try() {
 	w.ran.Go(func() { w.tried <- probe(w.ctx, cfg, w.u.dial) })
 }
 
-// changed looks at once, since what it waits for may be another thing now; it does nothing when it does not wait.
+// changed checks at once, because the reason for waiting may have changed. It does nothing if there is no waiting.
 func (w *waiter) changed() {
 	if w.u.waitsFor() != nil {
 		w.pause = waitFirst
@@ -54,7 +55,7 @@ func (w *waiter) changed() {
 	}
 }
 
-// found takes what a probe found, and reports whether the proxy is there.
+// found handles the result of a probe and reports whether the proxy is there.
 func (w *waiter) found(err error) bool {
 	w.busy = false
 	if err == nil {
@@ -71,7 +72,8 @@ func (w *waiter) found(err error) bool {
 
 func (w *waiter) close() { w.again.Stop() }
 
-// waitFor says that the proxy is waited for since err: in the status, to systemd, and in the log when it is another err.
+// waitFor records that we wait for the proxy because of err: in the status, to systemd, and in the log if err has
+// changed.
 func (u *up) waitFor(err error) {
 	u.mu.Lock()
 	said := u.waiting != nil && u.waiting.Error() == err.Error()
@@ -83,14 +85,15 @@ func (u *up) waitFor(err error) {
 	u.notify.waiting("waits for the proxy, the host is closed: "+err.Error(), waitMost+probeTimeout)
 }
 
-// waitsFor is why the proxy is waited for; nil: it is not.
+// waitsFor returns why we wait for the proxy, or nil.
 func (u *up) waitsFor() error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	return u.waiting
 }
 
-// mayCome reports whether err, of probe, may pass by itself: a proxy that can't be found or reached yet, or that does not answer.
+// mayCome reports whether err, from probe, may pass by itself: a proxy that cannot be found or reached yet, or that
+// does not answer.
 func mayCome(err error) bool {
 	var fault *proxyFault
 	return errors.As(err, &fault) && !fault.lasting
