@@ -8,14 +8,14 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 )
 
-// maxAddresses is how many records of one answer Addresses looks at. Names with more are rare, and each program tries the
-// first few.
+// maxAddresses is how many records of one answer Addresses examines. Names with more are rare, and each program tries
+// only the first few.
 const maxAddresses = 256
 
-// Addresses calls visit with each address that a resolver's answer gives for the name that was asked, and with the time
-// for which the answer says that this holds. The name is in small letters and without the dot at its end. What is not the
-// answer to one question, or cannot be read to its end, gives what stands before that. An address behind a CNAME is one
-// of the name that was asked.
+// Addresses calls visit with each address that a resolver's answer gives for the name that was asked for, and with
+// the time for which the answer is valid. The name is in lower case and without the dot at its end. If the message is
+// not the answer to one question, or cannot be read to its end, the part before the fault counts. An address behind a
+// CNAME belongs to the name that was asked for.
 func Addresses(msg []byte, visit func(name string, a netip.Addr, ttl time.Duration)) {
 	var p dnsmessage.Parser
 	h, err := p.Start(msg)
@@ -36,7 +36,7 @@ func Addresses(msg []byte, visit func(name string, a netip.Addr, ttl time.Durati
 			return
 		}
 		ttl := time.Duration(rh.TTL) * time.Second
-		if rh.TTL > 1<<31-1 { // RFC 2181 8: a negative time is none
+		if rh.TTL > 1<<31-1 { // RFC 2181, section 8: a negative time counts as zero
 			ttl = 0
 		}
 		switch {

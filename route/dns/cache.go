@@ -9,11 +9,12 @@ import (
 
 const (
 	cacheEntries = 8192
-	cacheBytes   = 8 << 20         // of messages and keys, with entryCost for each
-	entryCost    = 256             // bytes that an entry takes beside its message and its key
-	maxCached    = 16 << 10        // a longer answer is not kept
-	maxLife      = time.Hour       // an answer is kept for so long at most, whatever its records say
-	failureLife  = 2 * time.Second // of SERVFAIL: RFC 9520 3.2 wants 1 s at least, RFC 2308 7.1 5 minutes at most
+	cacheBytes   = 8 << 20   // of messages and keys, plus entryCost for each
+	entryCost    = 256       // bytes that an entry takes besides its message and its key
+	maxCached    = 16 << 10  // a longer answer is not cached
+	maxLife      = time.Hour // the longest time that an answer is cached, whatever its records say
+	// of SERVFAIL: RFC 9520, section 3.2, requires at least 1 s, RFC 2308, section 7.1, at most 5 minutes
+	failureLife  = 2 * time.Second
 	keyLen       = 1 + maxName + 4 + 18
 	flagAD       = 0x0020
 	flagAA       = 0x0400
@@ -26,18 +27,18 @@ const (
 	typeMAILA    = 254
 )
 
-// cache keeps answers of resolvers until their TTL is over. It is bounded in entries and bytes; the answer that was used least
-// recently goes first. Its methods may be called from any goroutine.
+// cache stores answers of resolvers until their TTL is over. Its entries and bytes are limited; the least recently
+// used answer is dropped first. Its methods may be called from any goroutine.
 type cache struct {
 	entries, bytes int // limits
 
 	mu    sync.Mutex
 	byKey map[string]*cached
-	ring  cached // its next is the entry that was used last
+	ring  cached // its next is the most recently used entry
 	held  int    // bytes
 }
 
-// cached is an answer without its OPT record. Its message is never changed.
+// cached is an answer without its OPT record. Its message never changes.
 type cached struct {
 	key           string
 	msg           []byte
@@ -60,9 +61,9 @@ func (c *cache) clear() {
 	c.held = 0
 }
 
-// appendKey appends what tells one question from another: the server if it must be that one, the flags that change the answer,
-// the name in lower case, type and class. It is false for a question whose answer is for this asker alone: another operation than
-// QUERY, a signed question, a transfer, and options of EDNS whose meaning is not known here.
+// appendKey appends what distinguishes questions: the server if it must be a certain one, the flags that affect the
+// answer, the name in lower case, type and class. ok is false for a question whose answer is for this asker alone: an
+// operation other than QUERY, a signed question, a transfer, or unknown EDNS options.
 func appendKey(b, msg []byte, q *question, to netip.AddrPort) (_ []byte, ok bool) {
 	if !q.isQuery() || q.end == 0 || q.ednsVersion != 0 || q.qtype == typeOPT || q.qtype >= typeTKEY && q.qtype <= typeMAILA {
 		return b, false
@@ -87,8 +88,8 @@ func appendKey(b, msg []byte, q *question, to netip.AddrPort) (_ []byte, ok bool
 	return b, true
 }
 
-// sharedOptions reports whether the options of a question leave its answer the same for all askers: those that are about the
-// connection to the next server alone do.
+// sharedOptions reports whether the answer is the same for all askers in spite of these options. That is so for
+// options that concern only the connection to the next server.
 func sharedOptions(options []byte) bool {
 	for len(options) >= 4 {
 		switch binary.BigEndian.Uint16(options) {
@@ -105,7 +106,7 @@ func sharedOptions(options []byte) bool {
 	return len(options) == 0
 }
 
-// get is the answer that is kept for a key, as the asker of msg wants it: see asAsked. It uses the room behind b.
+// get returns the cached answer for a key, as the asker of msg needs it: see asAsked. It uses the capacity of b.
 func (c *cache) get(b, key, msg []byte, q *question, now time.Time) (out []byte, truncated, ok bool) {
 	c.mu.Lock()
 	e := c.byKey[string(key)]
@@ -125,7 +126,7 @@ func (c *cache) get(b, key, msg []byte, q *question, now time.Time) (out []byte,
 	return out, truncated, true
 }
 
-// put keeps an answer of a resolver to the question of a key, if it may be kept. plain is what plainAnswer made of it.
+// put stores the answer to the question of a key if it may be cached. plain is the result of plainAnswer.
 func (c *cache) put(key string, plain []byte, qtype uint16, now time.Time) {
 	life := lifeOf(plain, qtype)
 	if life <= 0 || len(plain) > maxCached {
@@ -147,30 +148,31 @@ func (c *cache) put(key string, plain []byte, qtype uint16, now time.Time) {
 
 func (e *cached) size() int { return entryCost + len(e.key) + len(e.msg) }
 
-// first puts e at the front of the ring; c.mu is held.
+// first puts e at the front of the ring. The caller holds c.mu.
 func (c *cache) first(e *cached) {
 	e.prev, e.next = &c.ring, c.ring.next
 	e.prev.next, e.next.prev = e, e
 }
 
-// remove takes e out; c.mu is held.
+// remove removes e. The caller holds c.mu.
 func (c *cache) remove(e *cached) {
 	e.prev.next, e.next.prev = e.next, e.prev
 	delete(c.byKey, e.key)
 	c.held -= e.size()
 }
 
-// usage is how many answers are kept, and how many bytes they take.
+// usage returns how many answers are stored and how many bytes they take.
 func (c *cache) usage() (entries, bytes int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return len(c.byKey), c.held
 }
 
-// plainAnswer is a copy of a resolver's answer that can be given to others who ask the same: without the OPT record, which was
-// for the asker, and with the TTL of a negative answer as RFC 2308 5 wants it. What stands behind the OPT record is left out; the
-// additional section is no promise. It is nil for an answer that is for its asker alone: one that was cut, that is signed, whose
-// OPT record says more than this host can know, or that cannot be read to its end. resp has been checked by matches.
+// plainAnswer returns a copy of a resolver's answer that can be given to other askers of the same question: without
+// the OPT record, which was for the asker, and with the TTL of a negative answer according to RFC 2308, section 5. It
+// drops records after the OPT record, because the additional section is no promise. It returns nil for an answer that
+// is only for its asker: one that was truncated, is signed, has an OPT record with unknown content, or cannot be read
+// to its end. resp has been checked by matches.
 func plainAnswer(resp []byte, qtype uint16) []byte {
 	flags := binary.BigEndian.Uint16(resp[2:])
 	if flags&flagTC != 0 || binary.BigEndian.Uint16(resp[4:]) != 1 || len(resp) > maxMessage {
@@ -211,7 +213,7 @@ func plainAnswer(resp []byte, qtype uint16) []byte {
 	return out
 }
 
-// sharedOPT reports whether an answer with this OPT record is one for all who ask the same.
+// sharedOPT reports whether an answer with this OPT record is the same for all askers of the question.
 func sharedOPT(record []byte) bool {
 	name, _ := skipName(record, 0, true)
 	if len(record)-name < 10 || record[name+4] != 0 || record[name+5] != 0 { // the upper bits of the RCODE, and the version
@@ -225,7 +227,7 @@ func sharedOPT(record []byte) bool {
 		if n > len(options) {
 			return false
 		}
-		// RFC 7871 7.3: a scope other than 0 says that others get another answer.
+		// RFC 7871, section 7.3: a scope other than 0 means that other askers get other answers.
 		if binary.BigEndian.Uint16(options) == optionECS && (n < 8 || options[7] != 0) {
 			return false
 		}
@@ -234,7 +236,8 @@ func sharedOPT(record []byte) bool {
 	return true
 }
 
-// isNegative reports whether an answer says that there is no such name, or no record of the type (RFC 2308 2).
+// isNegative reports whether an answer means that the name, or a record of the type, does not exist (RFC 2308,
+// section 2).
 func isNegative(msg []byte, qtype uint16) bool {
 	switch binary.BigEndian.Uint16(msg[2:]) & 15 {
 	case rcodeName:
@@ -251,7 +254,8 @@ func isNegative(msg []byte, qtype uint16) bool {
 	return !found
 }
 
-// negativeTTL is where the TTL of an SOA record stands, and for how long it lets a negative answer be kept (RFC 2308 5).
+// negativeTTL returns the position of the TTL in an SOA record, and how long it allows a negative answer to be cached
+// (RFC 2308, section 5).
 func negativeTTL(record []byte) (at int, ttl uint32) {
 	at, ttl = recordTTL(record)
 	if len(record)-at < 6+20 {
@@ -260,14 +264,14 @@ func negativeTTL(record []byte) (at int, ttl uint32) {
 	return at, min(ttl, plainTTL(binary.BigEndian.Uint32(record[len(record)-4:])))
 }
 
-// recordTTL is where the TTL of a record stands, and what it is.
+// recordTTL returns the position of a record's TTL and its value.
 func recordTTL(record []byte) (at int, ttl uint32) {
 	name, _ := skipName(record, 0, true)
 	at = name + 4
 	return at, plainTTL(binary.BigEndian.Uint32(record[at:]))
 }
 
-// plainTTL is a TTL, or 0 if its highest bit is set (RFC 2181 8).
+// plainTTL returns a TTL, or 0 if its highest bit is set (RFC 2181, section 8).
 func plainTTL(ttl uint32) uint32 {
 	if ttl > 1<<31-1 {
 		return 0
@@ -275,7 +279,7 @@ func plainTTL(ttl uint32) uint32 {
 	return ttl
 }
 
-// lifeOf is for how long an answer that plainAnswer made may be kept; 0: not at all.
+// lifeOf returns how long an answer from plainAnswer may be cached; 0: not at all.
 func lifeOf(plain []byte, qtype uint16) time.Duration {
 	if plain == nil {
 		return 0
@@ -294,15 +298,16 @@ func lifeOf(plain []byte, qtype uint16) time.Duration {
 		soa = soa || section == authority && typ == typeSOA
 		return true
 	})
-	if !any || !soa && isNegative(plain, qtype) { // RFC 2308 5: a negative answer without SOA is not kept
+	if !any || !soa && isNegative(plain, qtype) { // RFC 2308, section 5: a negative answer without SOA is not cached
 		return 0
 	}
 	return time.Duration(least) * time.Second
 }
 
-// asAsked is an answer of plainAnswer as the asker of msg wants it: with its ID, its question letter by letter (the case of a
-// name may be its proof that the answer is to its question), an OPT record if it sent one, TTLs that are age seconds shorter,
-// and no more bytes than it takes. The answer is made in the room of b, which holds nothing, or in more if that is too little.
+// asAsked converts an answer from plainAnswer for the asker of msg: it gets the asker's ID, the question letter by
+// letter (the case of a name may be the asker's proof that the answer belongs to the question), an OPT record if the
+// asker sent one, TTLs reduced by age seconds, and no more bytes than the asker accepts. It uses the capacity of b,
+// which is empty, or allocates if that is too small.
 func asAsked(b, plain, msg []byte, q *question, age uint32) (out []byte, truncated bool) {
 	out = append(b[:0], plain...)
 	if age > 0 {

@@ -8,8 +8,8 @@ import (
 	"sync"
 )
 
-// conn is an open stream to a resolver of kind TCP or TLS, whose messages are pipelined (RFC 7766 6.2.1). Its two goroutines end
-// after close; wait waits for them.
+// conn is an open stream to a resolver of kind TCP or TLS. Its messages are pipelined (RFC 7766, section 6.2.1). Its
+// two goroutines end after close; wait waits for them.
 type conn struct {
 	of   *resolver
 	rw   io.ReadWriter
@@ -20,7 +20,7 @@ type conn struct {
 	wg   sync.WaitGroup
 }
 
-// newConn owns shut from here on.
+// newConn takes ownership of shut.
 func newConn(rw io.ReadWriter, shut io.Closer, x *exchange, of *resolver) *conn {
 	c := &conn{
 		of:   of,
@@ -37,9 +37,9 @@ func newConn(rw io.ReadWriter, shut io.Closer, x *exchange, of *resolver) *conn 
 
 func (c *conn) resolver() *resolver { return c.of }
 
-// send queues a message and its length.
+// send queues a message with its length.
 func (c *conn) send(q *query) bool {
-	// The bytes are copied: a question that is asked again gets another ID.
+	// The bytes are copied, because a question that is repeated gets another ID.
 	select {
 	case c.out <- append([]byte(nil), q.wire...):
 		return true
@@ -67,7 +67,7 @@ func (c *conn) writeLoop(x *exchange) {
 		case wire := <-c.out:
 			buf = append(buf[:0], wire...)
 		}
-		for more := true; more && len(buf) < 4096; { // what is there goes in one segment: RFC 7766 8
+		for more := true; more && len(buf) < 4096; { // everything available goes into one segment (RFC 7766, section 8)
 			select {
 			case wire := <-c.out:
 				buf = append(buf, wire...)

@@ -12,19 +12,19 @@ import (
 )
 
 const (
-	maxDirect     = 128                     // questions at a time; each has a goroutine
-	directAttempt = 1500 * time.Millisecond // for one server, when there is time for another attempt
+	maxDirect     = 128                     // concurrent questions, each with a goroutine
+	directAttempt = 1500 * time.Millisecond // for one server, if there is time for another attempt
 	directRounds  = 2                       // a datagram may be lost
-	directBuffer  = 4096                    // bytes of a datagram; servers send no more than 1232 or 4096 unless they are told to
+	directBuffer  = 4096                    // bytes of a datagram; servers send at most 1232 or 4096 unless they are told otherwise
 )
 
-// DirectServer is a server that is asked past the upstream: by UDP, and by TCP for what does not fit.
+// DirectServer is a server that is asked without the upstream: by UDP, and by TCP if the answer does not fit.
 type DirectServer struct {
 	Addr netip.AddrPort
 	TCP  bool // by TCP only
 }
 
-// String is as in the configuration.
+// String returns the form used in the configuration.
 func (d DirectServer) String() string {
 	if d.TCP {
 		return "direct:tcp://" + d.Addr.String()
@@ -32,8 +32,8 @@ func (d DirectServer) String() string {
 	return "direct:udp://" + d.Addr.String()
 }
 
-// direct asks servers past the upstream. It is for the few names that the user sends there: each question has a goroutine, and
-// UDP a socket, whose port is the kernel's choice (RFC 5452 9.2).
+// direct asks servers without the upstream. It is for the few names that the user configures so: each question has a
+// goroutine and, for UDP, a socket whose port the kernel chooses (RFC 5452, section 9.2).
 type direct struct {
 	dial    func(ctx context.Context, network, address string) (net.Conn, error)
 	servers func() []DirectServer // in order; none: questions fail
@@ -55,7 +55,7 @@ func newDirect(cfg *Config, servers func() []DirectServer, count *counters, fini
 	return d
 }
 
-// take has q asked, as that of exchange.
+// take accepts q like exchange.take.
 func (d *direct) take(q *query) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -80,7 +80,7 @@ func (d *direct) take(q *query) bool {
 	return true
 }
 
-// run waits for the end of ctx, and then for the questions that are open, which it ends without a reply.
+// run waits for the end of ctx, and then for the open questions, which it ends without a reply.
 func (d *direct) run(ctx context.Context) {
 	<-ctx.Done()
 	d.mu.Lock()
@@ -90,8 +90,8 @@ func (d *direct) run(ctx context.Context) {
 	d.wg.Wait()
 }
 
-// ask asks one server after the other, and all of them twice. nil: none has answered. SERVFAIL and REFUSED are the answer only if
-// there is no better one.
+// ask asks one server after the other, all of them twice. It returns nil if none has answered. SERVFAIL and REFUSED
+// are used only if there is no better answer.
 func (d *direct) ask(q *query) (best []byte) {
 	ctx, cancel := context.WithDeadline(d.ctx, q.deadline)
 	defer cancel()
@@ -115,7 +115,7 @@ func (d *direct) ask(q *query) (best []byte) {
 	return best
 }
 
-// askOne is the answer of one server, or nil.
+// askOne returns the answer of one server, or nil.
 func (d *direct) askOne(ctx context.Context, s DirectServer, q *query) []byte {
 	ctx, cancel := context.WithTimeout(ctx, directAttempt)
 	defer cancel()
@@ -135,7 +135,7 @@ func (d *direct) askOne(ctx context.Context, s DirectServer, q *query) []byte {
 	return resp
 }
 
-// open connects to a server; the connection ends with ctx.
+// open connects to a server. The connection ends with ctx.
 func (d *direct) open(ctx context.Context, network string, to netip.AddrPort) (c net.Conn, end func()) {
 	c, err := d.dial(ctx, network, to.String())
 	if err != nil {
@@ -160,7 +160,7 @@ func (d *direct) byUDP(ctx context.Context, to netip.AddrPort, q *query) []byte 
 	buf := make([]byte, directBuffer)
 	for {
 		n, err := c.Read(buf)
-		if err != nil { // also when nobody listens there
+		if err != nil { // also if nothing listens there
 			return nil
 		}
 		if d.isAnswer(buf[:n], q) {

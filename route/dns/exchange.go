@@ -14,14 +14,15 @@ import (
 )
 
 const (
-	minAttempt = time.Second            // for one resolver, when there are others: a proxy may be 300 ms away and more
-	downFor    = 30 * time.Second       // a resolver that failed is asked last for so long
-	maxAsked   = 128                    // servers that are asked because the app named them, at a time
-	tryAgain   = 200 * time.Millisecond // when all resolvers failed, one that failed just now is left alone for so long
-	tick       = 100 * time.Millisecond // how exact the deadlines are
+	minAttempt = time.Second            // for one resolver if there are others: a proxy may be 300 ms away and more
+	downFor    = 30 * time.Second       // a resolver that failed is asked last for this time
+	maxAsked   = 128                    // concurrent servers that are asked because the app named them
+	tryAgain   = 200 * time.Millisecond // when all resolvers have failed, one that has just failed is not asked for this time
+	tick       = 100 * time.Millisecond // precision of the deadlines
 )
 
-// exchange asks resolvers through the upstream, by the links of link.go. take may be called from any goroutine while run runs.
+// exchange asks resolvers through the upstream, over the links of link.go. take may be called from any goroutine
+// while run runs.
 type exchange struct {
 	dial      func(ctx context.Context, r Resolver, done func(fd int, err error))
 	tls       *tls.Config // without a ServerName
@@ -31,54 +32,54 @@ type exchange struct {
 	log       *slog.Logger
 	count     *counters // only dropped, unmatched and connections are counted here
 
-	// finish is called once for each query that take took, from run's goroutine, with the answer of a resolver, which belongs
-	// to it, or with nil if none answered. When run ends first it is not called.
+	// finish is called once for each query that take has accepted, from run's goroutine: with the answer of a
+	// resolver, which it may keep, or with nil if none has answered. It is not called if run ends first.
 	finish func(q *query, resp []byte)
 
-	taken atomic.Int32 // queries between take and finish; at most inFlight
+	taken atomic.Int32 // queries between take and finish, at most inFlight
 	in    chan *query
-	dials chan dialed  // one place for each resolver: done never blocks
+	dials chan dialed  // one place for each resolver, so done never blocks
 	msgs  chan message // from connections
 	over  chan struct{}
 
-	// Owned by run.
+	// The fields below belong to run.
 	resolvers []*resolver
-	asked     map[netip.AddrPort]*resolver // beside those: servers that the app named; at most maxAsked
+	asked     map[netip.AddrPort]*resolver // additional servers that the app named, at most maxAsked
 	live      map[*query]struct{}
 }
 
-// message is what came by a link.
+// message is what arrived on a link.
 type message struct {
 	link link
 	msg  []byte // an answer with the question's ID, or nil
 	err  error  // why the link has ended or, if id is valid, why the question with this ID has no answer
-	only bool   // it is about the question with id
+	only bool   // it concerns only the question with id
 	id   uint16
 }
 
-// query is a question on its way.
+// query is a question in progress.
 type query struct {
 	wire     []byte // length and message, with the ID for the resolver
 	q        question
 	reply    func([]byte) // for finish
-	key      string       // as appendKey has it; empty: the answer is for this asker alone
+	key      string       // result of appendKey; empty: the answer is for this asker alone
 	deadline time.Time
-	to       netip.AddrPort // the server that the app asked, if this must go there
+	to       netip.AddrPort // the server that the app asked, if the question must go there
 
-	// Owned by run.
-	attempt time.Time // until then this resolver has time
+	// The fields below belong to run.
+	attempt time.Time // until when the current resolver may answer
 	sent    time.Time
-	ways    []*resolver // who may be asked, in this order
-	at      *resolver   // the last that was asked
-	tried   uint32      // of ways, a bit each
-	retried bool        // sent again because a connection ended that had served
-	best    []byte      // a SERVFAIL or REFUSED, for want of better
+	ways    []*resolver // the resolvers that may be asked, in this order
+	at      *resolver   // the one that was asked last
+	tried   uint32      // those of ways that were tried, one bit each
+	retried bool        // sent again because a connection ended that had worked
+	best    []byte      // a SERVFAIL or REFUSED, in case there is no better answer
 	bestOf  *resolver
 
-	direct DirectServer // that has answered, if its address is valid
+	direct DirectServer // the server that has answered, if its address is valid
 }
 
-// answeredBy is the server whose answer was taken.
+// answeredBy returns the server whose answer was used.
 func (q *query) answeredBy() string {
 	switch {
 	case q.direct.Addr.IsValid():
@@ -94,17 +95,17 @@ func (q *query) msg() []byte { return q.wire[2:] }
 type resolver struct {
 	Resolver
 	link    link               // nil: none is open
-	cancel  context.CancelFunc // not nil: it is being dialled
-	waiting []*query           // for the dial
-	asked   map[uint16]*query  // by the ID that it was given
-	used    time.Time          // when something was last sent or came
+	cancel  context.CancelFunc // not nil: a dial is in progress
+	waiting []*query           // wait for the dial
+	asked   map[uint16]*query  // by the ID sent to the resolver
+	used    time.Time          // when something was last sent or received
 	heard   time.Time          // when the last answer came
-	down    time.Time          // it failed, and is asked last until then; zero: it did not fail since its last answer
-	next    time.Time          // when it failed, and nobody else is left to ask, it is tried again then
-	failing bool               // and this was logged
+	down    time.Time          // after a failure: it is asked last until then; zero: no failure since its last answer
+	next    time.Time          // after a failure, if no other resolver is left: when it is tried again
+	failing bool               // the failure was logged
 }
 
-// newExchange takes a Config with all its defaults.
+// newExchange expects a Config with all defaults set.
 func newExchange(cfg *Config, count *counters, finish func(q *query, resp []byte)) *exchange {
 	x := &exchange{
 		dial:      cfg.Dial,
@@ -132,8 +133,8 @@ func newResolver(r Resolver) *resolver {
 	return &resolver{Resolver: r, asked: make(map[uint16]*query)}
 }
 
-// take has q asked, and owns it from here on. It does not block; false: too many questions are on their way, or run is over. The
-// question is then counted as dropped, and finish is not called.
+// take accepts q and owns it from then on. It does not block. It returns false if too many questions are in progress
+// or run has ended; the question is then counted as dropped, and finish is not called.
 func (x *exchange) take(q *query) bool {
 	select {
 	case <-x.over:
@@ -146,11 +147,12 @@ func (x *exchange) take(q *query) bool {
 		x.count.Dropped.Add(1)
 		return false
 	}
-	x.in <- q // it has room for all that are taken
+	x.in <- q // it has room for all accepted queries
 	return true
 }
 
-// run asks until ctx ends; then it closes the connections and leaves open questions unfinished. It may be called once.
+// run asks the resolvers until ctx ends. Then it closes the connections and leaves open questions unfinished. It may
+// be called once.
 func (x *exchange) run(ctx context.Context) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -183,7 +185,7 @@ func (x *exchange) run(ctx context.Context) {
 	}
 }
 
-// busy reports whether the clock is needed.
+// busy reports whether the ticker is needed.
 func (x *exchange) busy() bool {
 	if len(x.live) > 0 {
 		return true
@@ -196,7 +198,7 @@ func (x *exchange) busy() bool {
 	return false
 }
 
-// all yields the resolvers, and the servers that the app named.
+// all returns the resolvers and the servers that the app named.
 func (x *exchange) all() iter.Seq[*resolver] {
 	return func(yield func(*resolver) bool) {
 		for _, r := range x.resolvers {
@@ -212,7 +214,8 @@ func (x *exchange) all() iter.Seq[*resolver] {
 	}
 }
 
-// ways are who may be asked: the resolvers, or the server to if it is valid. None: too many servers are asked already.
+// ways returns who may be asked: the resolvers, or the server to if it is valid. It returns none if too many servers
+// are being asked already.
 func (x *exchange) ways(to netip.AddrPort) []*resolver {
 	if !to.IsValid() {
 		return x.resolvers
@@ -233,7 +236,7 @@ func (x *exchange) ways(to netip.AddrPort) []*resolver {
 	return []*resolver{r}
 }
 
-// makeRoom reports whether one more server can be asked. One that failed, and is remembered only for that, gives way.
+// makeRoom reports whether one more server can be asked. It drops one that is remembered only because it failed.
 func (x *exchange) makeRoom() bool {
 	if len(x.asked) < maxAsked {
 		return true
@@ -257,7 +260,7 @@ func (x *exchange) teardown() {
 		if r.link != nil {
 			r.link.wait()
 		}
-		if r.cancel != nil { // the dial was cancelled with ctx, and done comes all the same
+		if r.cancel != nil { // the dial was cancelled with ctx, but done is still called
 			r.cancel()
 			d := <-x.dials
 			d.close()
@@ -265,11 +268,11 @@ func (x *exchange) teardown() {
 	}
 }
 
-// idle reports whether nobody waits for r.
+// idle reports whether no question waits for r.
 func (r *resolver) idle() bool { return len(r.asked) == 0 && len(r.waiting) == 0 }
 
-// mayAsk reports whether r may be asked now, and whether only if there is nobody else. A resolver that failed gets one question
-// at a time, so that no more than that one waits in vain.
+// mayAsk reports whether r may be asked now, and whether only as a last resort. A resolver that failed gets one
+// question at a time, so that only this one can wait in vain.
 func (r *resolver) mayAsk(now time.Time) (ok, last bool) {
 	switch {
 	case r.down.IsZero():
@@ -280,7 +283,7 @@ func (r *resolver) mayAsk(now time.Time) (ok, last bool) {
 	return true, now.Before(r.down)
 }
 
-// ask gives q to the first resolver that was not tried and is not down, or failing that to one that is, or gives up.
+// ask sends q to the first untried resolver that is not down, or else to one that is, or gives up.
 func (x *exchange) ask(ctx context.Context, q *query) {
 	now := time.Now()
 	var to *resolver
@@ -310,7 +313,7 @@ func (x *exchange) ask(ctx context.Context, q *query) {
 	x.send(ctx, to, q)
 }
 
-// send puts q on r's link, or dials one.
+// send sends q on r's link, or dials one.
 func (x *exchange) send(ctx context.Context, r *resolver, q *query) {
 	now := time.Now()
 	q.at, q.sent = r, now
@@ -323,7 +326,7 @@ func (x *exchange) send(ctx context.Context, r *resolver, q *query) {
 		}
 		return
 	}
-	id := uint16(rand.Uint32()) // ChaCha8, seeded by the system: RFC 5452 9.2
+	id := uint16(rand.Uint32()) // ChaCha8, seeded by the system (RFC 5452, section 9.2)
 	for r.asked[id] != nil {
 		id = uint16(rand.Uint32())
 	}
@@ -355,7 +358,7 @@ func (x *exchange) dialed(ctx context.Context, d dialed) {
 		if _, ok := x.live[q]; !ok || q.at != r {
 			continue
 		}
-		// The link may be lost again while the queries are put on it.
+		// The link may be lost again while the queries are being sent.
 		if d.err == nil {
 			x.send(ctx, r, q)
 		} else {
@@ -364,7 +367,7 @@ func (x *exchange) dialed(ctx context.Context, d dialed) {
 	}
 }
 
-// lost ends r's link and finds another way for what was asked on it.
+// lost ends r's link and finds another way for the questions asked on it.
 func (x *exchange) lost(ctx context.Context, r *resolver, why error) {
 	r.link.close()
 	r.link.wait()
@@ -376,7 +379,8 @@ func (x *exchange) lost(ctx context.Context, r *resolver, why error) {
 		x.markDown(r, why)
 	}
 	for _, q := range asked {
-		// RFC 7766 6.2.4: a resolver may close an idle connection just when a question is on its way.
+		// RFC 7766, section 6.2.4: a resolver may close an idle connection at the moment when a question is being
+		// sent.
 		if served && !q.retried {
 			q.retried = true
 			x.send(ctx, r, q)
@@ -398,7 +402,7 @@ func (x *exchange) markDown(r *resolver, why error) {
 func (x *exchange) received(ctx context.Context, m message) {
 	r := m.link.resolver()
 	if r.link != m.link {
-		return // of a link that was given up
+		return // of a link that was already dropped
 	}
 	if m.err != nil && !m.only {
 		x.lost(ctx, r, m.err)
@@ -439,7 +443,7 @@ func (x *exchange) done(q *query, resp []byte) {
 	x.finish(q, resp)
 }
 
-// fail ends q with the best answer that there is, or none.
+// fail ends q with the best available answer, or none.
 func (x *exchange) fail(q *query) {
 	if q.best != nil {
 		q.at = q.bestOf
@@ -447,7 +451,7 @@ func (x *exchange) fail(q *query) {
 	x.done(q, q.best)
 }
 
-// expire looks at every deadline.
+// expire checks every deadline.
 func (x *exchange) expire(ctx context.Context, now time.Time) {
 	var late []*query
 	for q := range x.live {
@@ -457,18 +461,18 @@ func (x *exchange) expire(ctx context.Context, now time.Time) {
 	}
 	for _, q := range late {
 		if _, ok := x.live[q]; !ok || now.Before(q.attempt) {
-			continue // its connection was given up for the one before it
+			continue // its connection was dropped because of an earlier question
 		}
 		r := q.at
 		if r.link == nil {
-			// The dial takes long: it goes on for those to come, and this one tries elsewhere.
+			// The dial takes long. It continues for later questions, while this one tries another resolver.
 			x.unwait(r, q)
 			x.markDown(r, errors.New("no connection in time"))
 			x.ask(ctx, q)
 			continue
 		}
 		delete(r.asked, binary.BigEndian.Uint16(q.msg()))
-		if r.heard.Before(q.sent) { // nothing came since: it is the connection, not the question
+		if r.heard.Before(q.sent) { // nothing has arrived since, so the connection is at fault and not the question
 			x.markDown(r, errors.New("no answer in time"))
 			x.lost(ctx, r, errors.New("no answer in time"))
 		}

@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// Types of RFC 1035 3.2.2, 3596 2.1 and 9460 14.1, and the class IN.
+// Types of RFC 1035, section 3.2.2, RFC 3596, section 2.1, and RFC 9460, section 14.1, and the class IN.
 const (
 	typeA     = 1
 	typeSOA   = 6
@@ -20,50 +20,54 @@ const (
 
 	rcodeName     = 3
 	flagRA        = 0x0080
-	badVersion    = 1                  // the upper bits of BADVERS (RFC 6891 9), which stand in the OPT record
+	badVersion    = 1                  // the upper bits of BADVERS (RFC 6891, section 9), which are in the OPT record
 	toQuestion    = 0xC000 | headerLen // a compression pointer to the name of the question
 	loopbackTTL   = time.Hour
-	maxFakeAnswer = headerLen + 2*(maxName+4) + 64 // more than any answer of fake has
+	maxFakeAnswer = headerLen + 2*(maxName+4) + 64 // longer than any answer of fake
 )
 
-// fake answers questions with addresses of a pool, and those that no resolver must be asked. It holds no state of its own.
+// fake answers questions with addresses of a pool, and questions that must not be sent to any resolver. It has no
+// state of its own.
 type fake struct {
-	pool   *Pool // nil: only names that no resolver must be asked are answered
+	pool   *Pool // nil: only names that must not be sent to any resolver are answered
 	config FakeConfig
 }
 
-// FakeConfig says how names become fake addresses.
+// FakeConfig tells how names become fake addresses.
 type FakeConfig struct {
 	Pool *Pool // nil: they do not
-	// IPv6 reports whether a name, in lower case and without the dot at the end, has an IPv6 address too. It is called for each
-	// question for one, from any goroutine, and keeps nothing. nil: all have.
+	// IPv6 reports whether a name, in lower case and without the dot at the end, also has an IPv6 address. It is
+	// called for each question for one, from any goroutine, and must not keep name. nil: all names have.
 	IPv6 func(name []byte) bool
-	// Real reports whether a name, in lower case and without the dot at the end, gets its real addresses. It is called for each
-	// question for an address, from any goroutine, and keeps nothing. nil: none does.
+	// Real reports whether a name, in lower case and without the dot at the end, gets its real addresses. It is
+	// called for each question for an address, from any goroutine, and must not keep name. nil: none does.
 	Real func(name []byte) bool
-	// Onion reports whether an upstream knows the names of .onion (RFC 7686), so that they have addresses like others. It is
-	// called for each such question, from any goroutine. nil: none does. Other types of records than addresses do not exist there.
+	// Onion reports whether an upstream can resolve .onion names (RFC 7686), so that they get addresses like others.
+	// It is called for each such question, from any goroutine. nil: none can. Record types other than addresses do
+	// not exist for these names.
 	Onion func() bool
-	// NoSingleLabels: a name without a dot does not exist. Otherwise the proxy is asked for it, whose network may know it.
+	// NoSingleLabels means that a name without a dot does not exist. Otherwise the proxy resolves it, whose network
+	// may know it.
 	NoSingleLabels bool
 }
 
-// outcome is what became of a question.
+// outcome is what happened to a question.
 type outcome uint8
 
 const (
-	passed   outcome = iota // it is for a resolver
-	answered                // the answer is there
-	faked                   // the same, and it is of the pool
-	full                    // the answer is SERVFAIL: the pool has no address left
+	passed   outcome = iota // a resolver must be asked
+	answered                // there is an answer
+	faked                   // there is an answer from the pool
+	full                    // the answer is SERVFAIL: the pool has no free address
 )
 
-// answer appends the answer to a question to b. msg has been checked by parseQuestion. It allocates only to grow b beyond
-// maxFakeAnswer.
+// answer appends the answer to a question to b. msg has been checked by parseQuestion. It allocates only to grow b
+// beyond maxFakeAnswer.
 //
-// What RFC 6761 (localhost, invalid), 6762 (local), 7686 (onion), 8375 (home.arpa) and 6303 (reverse zones of private addresses)
-// say must not be asked of the world is answered here, whatever the type. site: the resolver that would be asked has a private
-// address and may know names of its own network, so that it is asked for those in local, home.arpa and the reverse zones.
+// It answers, whatever the type, names that must not be sent to public resolvers according to RFC 6761 (localhost,
+// invalid), 6762 (local), 7686 (onion), 8375 (home.arpa) and 6303 (reverse zones of private addresses). site means
+// that the resolver for the question has a private address and may know the names of its own network; questions in
+// local, home.arpa and the reverse zones are then sent to it.
 func (f *fake) answer(b, msg []byte, q *question, site bool) ([]byte, outcome) {
 	class := binary.BigEndian.Uint16(msg[q.end-2:])
 	if q.ednsVersion != 0 && f.pool != nil {
@@ -72,13 +76,14 @@ func (f *fake) answer(b, msg []byte, q *question, site bool) ([]byte, outcome) {
 	if class != classIN && class != classANY {
 		return b, passed
 	}
-	// The name stands where the answer will: an array of our own would move to the heap, since Real is not known to keep nothing.
+	// The name is stored where the answer will be. A local array would move to the heap, because the compiler does
+	// not know that Real keeps nothing.
 	name, labels, plain := appendAny(b[len(b):], msg, headerLen)
 	if out, o := f.reserved(b, msg, q, name, site); o != passed {
 		return out, o
 	}
 	switch {
-	case f.pool == nil, !plain, // nobody can tell a proxy such a name
+	case f.pool == nil, !plain, // such a name cannot be sent to a proxy
 		site && isSites(name), hasSuffix(name, "arpa"):
 		return b, passed
 	case isNumber(name), f.config.NoSingleLabels && labels == 1:
@@ -90,10 +95,10 @@ func (f *fake) answer(b, msg []byte, q *question, site bool) ([]byte, outcome) {
 	return f.address(b, msg, q, name)
 }
 
-// isSites reports whether a name is of a zone that each site has for itself, other than a reverse zone.
+// isSites reports whether a name is in a zone that each site has for itself, other than a reverse zone.
 func isSites(name []byte) bool { return hasSuffix(name, "local") || hasSuffix(name, "home.arpa") }
 
-// reserved answers for names that no resolver must be asked.
+// reserved answers questions for names that must not be sent to any resolver.
 func (f *fake) reserved(b, msg []byte, q *question, name []byte, site bool) ([]byte, outcome) {
 	switch {
 	case hasSuffix(name, "localhost"):
@@ -105,7 +110,7 @@ func (f *fake) reserved(b, msg []byte, q *question, name []byte, site bool) ([]b
 			return appendReply(b, msg, q, 0, negative), answered
 		}
 		return appendReply(b, msg, q, rcodeName, negative), answered
-	case hasSuffix(name, "resolver.arpa"): // RFC 9462 6.4: it asks for another way to ask us, and there is none
+	case hasSuffix(name, "resolver.arpa"): // RFC 9462, section 6.4: a question for another way to ask us, and there is none
 		return appendReply(b, msg, q, 0, negative), answered
 	case hasSuffix(name, "arpa"):
 		return f.reverse(b, msg, q, name, site)
@@ -115,14 +120,14 @@ func (f *fake) reserved(b, msg []byte, q *question, name []byte, site bool) ([]b
 		switch {
 		case f.config.Onion == nil || !f.config.Onion():
 			return appendReply(b, msg, q, rcodeName, negative), answered
-		case !isAddress(q.qtype): // a resolver must not be asked, and a Tor cannot tell
+		case !isAddress(q.qtype): // a resolver must not be asked, and a Tor does not know
 			return appendReply(b, msg, q, 0, negative), answered
 		}
 	}
 	return b, passed
 }
 
-// isAddress reports whether a type is one that a name with a fake address is asked for.
+// isAddress reports whether a type may be answered with a fake address.
 func isAddress(qtype uint16) bool {
 	switch qtype {
 	case typeA, typeAAAA, typeANY, typeHTTPS, typeSVCB:
@@ -131,7 +136,8 @@ func isAddress(qtype uint16) bool {
 	return false
 }
 
-// address answers with the addresses that stand for name. HTTPS and SVCB have none: their hints would be real addresses.
+// address answers with the addresses that stand for name. HTTPS and SVCB get an empty answer, because their hints
+// would be real addresses.
 func (f *fake) address(b, msg []byte, q *question, name []byte) ([]byte, outcome) {
 	v6 := (q.qtype == typeAAAA || q.qtype == typeANY) && (f.config.IPv6 == nil || f.config.IPv6(name))
 	if q.qtype == typeHTTPS || q.qtype == typeSVCB || q.qtype == typeAAAA && !v6 {
@@ -164,8 +170,8 @@ func (f *fake) loopback(b, msg []byte, q *question) []byte {
 	return appendReply(b, msg, q, 0, set)
 }
 
-// reverse answers for names below arpa: those of the pool's addresses from the pool, and those of private networks with "no such
-// name", since nobody but a resolver of that network could know them, unless site says that one is asked.
+// reverse answers for names below arpa: for addresses of the pool from the pool, and for those of private networks
+// with "no such name", because only a resolver of that network could know them, unless site means that one is asked.
 func (f *fake) reverse(b, msg []byte, q *question, name []byte, site bool) ([]byte, outcome) {
 	p, whole := reversePrefix(name)
 	if !p.IsValid() {
@@ -189,12 +195,12 @@ func (f *fake) reverse(b, msg []byte, q *question, name []byte, site bool) ([]by
 	return b, passed
 }
 
-// addressSet is what an answer holds.
+// addressSet is the content of an answer.
 type addressSet struct {
 	v4, v6   netip.Addr // A and AAAA, if valid
 	host     []byte     // PTR, if not nil
 	ttl      time.Duration
-	negative bool // an SOA record that lets the asker remember for ttl that there is nothing (RFC 2308)
+	negative bool // an SOA record that lets the asker cache for ttl that there is nothing (RFC 2308)
 }
 
 var (
@@ -202,8 +208,8 @@ var (
 	negative = addressSet{negative: true, ttl: 10 * time.Second}
 )
 
-// appendReply appends an answer to msg with the records of set. The name of the question is repeated letter by letter: its case
-// may be the asker's proof that the answer is to its question.
+// appendReply appends an answer to msg with the records of set. It repeats the name of the question letter by letter,
+// because its case may be the asker's proof that the answer belongs to the question.
 func appendReply(b, msg []byte, q *question, rcode uint16, set addressSet) []byte {
 	start := len(b)
 	b = append(b, make([]byte, headerLen)...)
@@ -226,7 +232,7 @@ func appendReply(b, msg []byte, q *question, rcode uint16, set addressSet) []byt
 	}
 	if set.negative {
 		b = appendRecord(b, typeSOA, ttl, 2+20)
-		b = append(b, 0, 0) // the names of server and administrator: nobody's
+		b = append(b, 0, 0) // the names of server and administrator are empty
 		for _, v := range [...]uint32{1, 3600, 600, 86400, ttl} {
 			b = binary.BigEndian.AppendUint32(b, v)
 		}
@@ -250,14 +256,14 @@ func appendReply(b, msg []byte, q *question, rcode uint16, set addressSet) []byt
 	return b
 }
 
-// appendRecord appends a record of the question's name without its data.
+// appendRecord appends a record for the question's name, without its data.
 func appendRecord(b []byte, typ uint16, ttl uint32, data int) []byte {
 	b = append(b, toQuestion>>8, toQuestion&0xFF, byte(typ>>8), byte(typ), 0, classIN)
 	b = binary.BigEndian.AppendUint32(b, ttl)
 	return binary.BigEndian.AppendUint16(b, uint16(data))
 }
 
-// appendWire appends a name that appendHost made, in the form of RFC 1035 3.1: two bytes longer.
+// appendWire appends a name from appendHost in the form of RFC 1035, section 3.1, which is two bytes longer.
 func appendWire(b, name []byte) []byte {
 	at := len(b)
 	b = append(b, 0)
@@ -273,7 +279,8 @@ func appendWire(b, name []byte) []byte {
 	return append(b, 0)
 }
 
-// localZones are the networks whose reverse zones are each site's own: RFC 6303 4, 6761 6.1, 6598, 7793.
+// localZones are the networks whose reverse zones belong to each site (RFC 6303, section 4; RFC 6761, section 6.1;
+// RFC 6598; RFC 7793).
 var localZones = [...]netip.Prefix{
 	netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("172.16.0.0/12"), netip.MustParsePrefix("192.168.0.0/16"),
 	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("169.254.0.0/16"),
@@ -293,13 +300,14 @@ func isLocalZone(p netip.Prefix) bool {
 	return false
 }
 
-// within reports whether p is a part of a network, or all of it.
+// within reports whether p is a part of network, or all of it.
 func within(network, p netip.Prefix) bool {
 	return network.Bits() <= p.Bits() && network.Contains(p.Addr())
 }
 
-// reversePrefix is the network that a name below in-addr.arpa or ip6.arpa is about (RFC 1035 3.5, RFC 3596 2.5). If more stands
-// before what can be read, as in lb._dns-sd._udp.10.in-addr.arpa, ok is false, and p is the network of the rest, if that has any.
+// reversePrefix returns the network that a name below in-addr.arpa or ip6.arpa is about (RFC 1035, section 3.5; RFC
+// 3596, section 2.5). If it has further labels in front, as in lb._dns-sd._udp.10.in-addr.arpa, ok is false, and p is
+// the network of the rest, if there is one.
 func reversePrefix(name []byte) (p netip.Prefix, ok bool) {
 	if hasSuffix(name, "in-addr.arpa") {
 		return reverse4(name[:len(name)-len("in-addr.arpa")])

@@ -5,10 +5,10 @@ import (
 	"time"
 )
 
-// flights are the questions that are on their way to a resolver, so that what is asked again meanwhile is not sent again: the
-// first asker leads, and those who come later wait for its answer. Its methods may be called from any goroutine.
+// flights are the questions in progress to a resolver, so that the same question is not sent again meanwhile: the
+// first asker leads, and later ones wait for its answer. Its methods may be called from any goroutine.
 type flights struct {
-	most int // askers that wait, of all flights together
+	most int // waiting askers of all flights together
 
 	mu      sync.Mutex
 	byKey   map[string]*flight
@@ -17,26 +17,26 @@ type flights struct {
 
 type flight struct {
 	askers []waiter
-	until  time.Time // the leader has an answer by then, or will not
+	until  time.Time // the leader has an answer by then, or never
 }
 
-// waiter is an asker beside the leader.
+// waiter is an asker that waits for the leader's answer.
 type waiter struct {
-	head  []byte // of its message: the header and the question
+	head  []byte // the header and the question of its message
 	q     question
 	reply func([]byte)
 }
 
-// role is what became of an asker.
+// role is what an asker must do.
 type role uint8
 
 const (
-	leads   role = iota // it has to ask
-	follows             // its reply is called with the answer to the one who leads
-	tooMany             // it can do neither
+	leads   role = iota // it must ask
+	follows             // its reply is called with the answer to the leader
+	tooMany             // it can neither lead nor wait
 )
 
-// join lets an asker wait for the answer to a key, or lead until then.
+// join lets an asker wait for the answer to a key, or lead until the given time.
 func (f *flights) join(key []byte, msg []byte, q *question, reply func([]byte), now, until time.Time) role {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -45,7 +45,7 @@ func (f *flights) join(key []byte, msg []byte, q *question, reply func([]byte), 
 	}
 	x := f.byKey[string(key)]
 	switch {
-	case x == nil || !now.Before(x.until): // the leader was dropped, and those who wait for it ask again by themselves
+	case x == nil || !now.Before(x.until): // the leader was dropped, and those who wait for it will ask again
 		if x != nil {
 			f.waiting -= len(x.askers)
 		}

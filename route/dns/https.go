@@ -15,31 +15,31 @@ import (
 )
 
 const (
-	mediaType     = "application/dns-message" // RFC 8484 6
+	mediaType     = "application/dns-message" // RFC 8484, section 6
 	maxHTTPHeader = 16 << 10
 )
 
-// Of what a resolver sends, so much is held before it is read.
+// Limits of what is buffered before it is read.
 const (
-	streamBuffer = 128 << 10 // more than an answer has, in pieces of any size
+	streamBuffer = 128 << 10 // more than the longest answer, in pieces of any size
 	clientBuffer = 1 << 20
 )
 
-// httpsLink is an HTTP/2 connection to a resolver (RFC 8484). Each question is a stream of it, and a goroutine; there are at most
-// as many as questions on their way.
+// httpsLink is an HTTP/2 connection to a resolver (RFC 8484). Each question is a stream of it with a goroutine. There
+// are at most as many as questions in progress.
 type httpsLink struct {
 	x      *exchange
 	of     *resolver
-	raw    net.Conn // below TLS: its end ends all
+	raw    net.Conn // below TLS: closing it ends everything
 	client *http.ClientConn
 	url    *url.URL
 	ctx    context.Context // of the questions
 	cancel context.CancelFunc
-	ended  chan struct{} // the client says that the connection cannot be used any more
+	ended  chan struct{} // the client reports that the connection can no longer be used
 	wg     sync.WaitGroup
 }
 
-// newHTTPClient speaks HTTP/2 over c, which it owns unless it returns an error.
+// newHTTPClient speaks HTTP/2 over c. It takes ownership of c unless it returns an error.
 func newHTTPClient(ctx context.Context, r Resolver, c *tls.Conn) (*http.ClientConn, error) {
 	if p := c.ConnectionState().NegotiatedProtocol; p != "h2" {
 		return nil, errors.New("it speaks no HTTP/2 (RFC 8484, section 5.2)")
@@ -59,7 +59,7 @@ func newHTTPClient(ctx context.Context, r Resolver, c *tls.Conn) (*http.ClientCo
 	return client, nil
 }
 
-// newHTTPSLink owns the connection of d from here on.
+// newHTTPSLink takes ownership of the connection of d.
 func newHTTPSLink(d *dialed, x *exchange) *httpsLink {
 	h := &httpsLink{x: x, of: d.r, raw: d.raw, client: d.http, url: d.r.url(), ended: make(chan struct{}, 1)}
 	h.ctx, h.cancel = context.WithCancel(context.Background())
@@ -79,13 +79,13 @@ func (h *httpsLink) resolver() *resolver { return h.of }
 
 func (h *httpsLink) close() {
 	h.cancel()
-	_ = h.raw.Close() // first, since the client would wait to say that it closes
+	_ = h.raw.Close() // first, because the client would wait to send a close message
 	_ = h.client.Close()
 }
 
 func (h *httpsLink) wait() { h.wg.Wait() }
 
-// watch tells the end of a connection that nobody uses just then.
+// watch reports the end of a connection that is not in use.
 func (h *httpsLink) watch() {
 	select {
 	case <-h.ctx.Done():
@@ -102,7 +102,7 @@ func (h *httpsLink) post(m message) {
 	}
 }
 
-// send begins an exchange of q. RFC 8484 4.1 has the ID 0 on the wire, so that answers can be cached.
+// send begins an exchange for q. RFC 8484, section 4.1, asks for the ID 0 so that answers can be cached.
 func (h *httpsLink) send(q *query) bool {
 	msg := append([]byte(nil), q.msg()...)
 	id := binary.BigEndian.Uint16(msg)
@@ -126,14 +126,16 @@ func (h *httpsLink) send(q *query) bool {
 	return true
 }
 
-// exchange asks and returns the answer, or in failed why this question has none, or in err why the connection is of no use.
+// exchange asks and returns the answer, or in failed why this question has none, or in err why the connection is
+// useless.
 func (h *httpsLink) exchange(ctx context.Context, msg []byte) (resp []byte, failed, err error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "", bytes.NewReader(msg))
 	if err != nil {
 		return nil, nil, err
 	}
 	req.URL = h.url
-	req.Header = http.Header{"Content-Type": {mediaType}, "Accept": {mediaType}, "User-Agent": nil} // it need not know
+	// it reveals nothing about the client
+	req.Header = http.Header{"Content-Type": {mediaType}, "Accept": {mediaType}, "User-Agent": nil}
 	r, err := h.client.RoundTrip(req)
 	if err != nil {
 		return nil, nil, err

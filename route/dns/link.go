@@ -12,29 +12,29 @@ import (
 	"time"
 )
 
-// tlsWait bounds a handshake. A question that cannot wait so long tries another resolver meanwhile.
+// tlsWait limits a TLS handshake. A question that cannot wait so long tries another resolver meanwhile.
 const tlsWait = 10 * time.Second
 
-// link is what questions to one resolver travel by. What comes back, and its end, it posts to exchange.msgs. Its methods are
-// exchange.run's.
+// link carries questions to one resolver. It posts what arrives, and its end, to exchange.msgs. Its methods are
+// called only by exchange.run.
 type link interface {
 	resolver() *resolver
-	send(q *query) bool // with its ID; it does not block, and keeps nothing of q; false: the resolver takes nothing
+	send(q *query) bool // with its ID; does not block and keeps nothing of q; false: the resolver accepts nothing
 	close()             // ends the link soon; may be called twice
 	wait()              // until its goroutines have ended, after close
 }
 
-// dialed is the end of a dial: a TCP connection, and what was made of it.
+// dialed is the result of a dial: a TCP connection, and what was built on it.
 type dialed struct {
 	r    *resolver
-	fd   int              // of kind TCP, or -1
-	raw  net.Conn         // of the others
+	fd   int              // for kind TCP, or -1
+	raw  net.Conn         // for the other kinds
 	tls  *tls.Conn        // over raw
-	http *http.ClientConn // over tls; of kind HTTPS
+	http *http.ClientConn // over tls, for kind HTTPS
 	err  error
 }
 
-// close gives up a connection of which no link was made.
+// close closes a connection of which no link was made.
 func (d *dialed) close() {
 	if d.raw != nil {
 		_ = d.raw.Close()
@@ -47,7 +47,7 @@ func (d *dialed) close() {
 	}
 }
 
-// link makes one of a connection, and owns the connection also on error.
+// link makes a link of a connection. It takes ownership of the connection, even on error.
 func (d *dialed) link(x *exchange) (link, error) {
 	switch d.r.Kind {
 	case HTTPS:
@@ -61,13 +61,13 @@ func (d *dialed) link(x *exchange) (link, error) {
 		_ = syscall.Close(d.fd)
 		return nil, fmt.Errorf("cannot use the connection: %w", err)
 	}
-	// Questions are small and nobody waits for more of them. Where it fails they are only late.
+	// Questions are small and must not wait for more data. If this fails, they are only late.
 	_ = syscall.SetsockoptInt(d.fd, syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1)
 	f := os.NewFile(uintptr(d.fd), "resolver")
 	return newConn(f, f, x, d.r), nil
 }
 
-// connect dials r. What comes of it is posted to dials.
+// connect dials r and posts the result to dials.
 func (x *exchange) connect(ctx context.Context, r *resolver) {
 	if r.Kind == Tor {
 		x.dials <- dialed{r: r, fd: -1}
@@ -89,13 +89,13 @@ func (x *exchange) connect(ctx context.Context, r *resolver) {
 	})
 }
 
-// secure makes the TLS connection of d, and the client of HTTP over it. On error the caller closes d.
+// secure makes the TLS connection of d, and the HTTP client over it. On error the caller closes d.
 func (x *exchange) secure(ctx context.Context, d *dialed) error {
 	f := os.NewFile(uintptr(d.fd), "resolver")
 	raw, err := net.FileConn(f) // a copy
 	_ = f.Close()
 	if err != nil {
-		d.err = err // and nothing is left to close
+		d.err = err // nothing is left to close
 		return fmt.Errorf("cannot use the connection: %w", err)
 	}
 	d.raw = raw
@@ -116,7 +116,8 @@ func (x *exchange) secure(ctx context.Context, d *dialed) error {
 	return err
 }
 
-// newTLSConfig is for all resolvers. Verification is always on; without roots it is by those that the system trusts.
+// newTLSConfig returns the TLS configuration for all resolvers. Verification is always on; without roots, the
+// system's authorities are used.
 func newTLSConfig(roots *x509.CertPool) *tls.Config {
 	return &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12, ClientSessionCache: tls.NewLRUClientSessionCache(maxResolvers)}
 }

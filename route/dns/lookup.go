@@ -5,9 +5,10 @@ import (
 	"time"
 )
 
-// LookUp asks the resolvers for an address of name, of IPv6 or of IPv4, past the fake ones. name is as Pool has it. done is
-// called once, from Run's goroutine, with the first address of the answer and its TTL; an address that is not valid means that
-// there is none, or that nobody answered. false: done will not be called. If Run ends first it is not called either.
+// LookUp asks the resolvers for an IPv6 or IPv4 address of name, ignoring fake addresses. name is in the form of
+// Pool. done is called once, from Run's goroutine, with the first address of the answer and its TTL; an invalid
+// address means that there is none, or that no resolver answered. If LookUp returns false, done will not be called.
+// If Run ends first, it is not called either.
 func (s *Server) LookUp(name string, v6 bool, done func(a netip.Addr, ttl time.Duration)) bool {
 	if !isHost([]byte(name)) {
 		return false

@@ -2,11 +2,11 @@ package dns
 
 import "encoding/binary"
 
-// Wire constants of RFC 1035 4.1.1 and RFC 6891.
+// Wire constants of RFC 1035, section 4.1.1, and RFC 6891.
 const (
 	headerLen   = 12
 	maxMessage  = 65535
-	minUDPSize  = 512 // RFC 1035 2.3.4: what every asker takes
+	minUDPSize  = 512 // RFC 1035, section 2.3.4: every asker accepts this
 	maxUDPSize  = 65507
 	typeSIG     = 24
 	typeOPT     = 41
@@ -16,7 +16,7 @@ const (
 	maxRecords  = 64 // records in a question's message: OPT, TSIG and the like; more is garbage
 	maxName     = 255
 	optLen      = 11
-	ednsSize    = 1232 // bytes that we take by UDP, as we tell askers
+	ednsSize    = 1232 // bytes that we accept by UDP, as we tell askers
 	flagQR      = 0x8000
 	flagTC      = 0x0200
 	flagRD      = 0x0100
@@ -30,34 +30,34 @@ const (
 	rcodeRefuse = 5
 )
 
-// question is what must be known of a question: where its name ends, and what answer the asker can take.
+// question is what we need to know about a question: where its name ends, and what answer the asker accepts.
 type question struct {
 	id    uint16
 	flags uint16
-	end   int    // of the question section, which starts at headerLen; 0: there is none
-	qtype uint16 // RFC 1035 3.2.3
-	size  int    // bytes that the asker takes by UDP: 512, or as its OPT record says
+	end   int    // end of the question section, which starts at headerLen; 0: there is none
+	qtype uint16 // RFC 1035, section 3.2.3
+	size  int    // bytes that the asker accepts by UDP: 512, or as in its OPT record
 	edns  bool
 
 	ednsVersion byte
-	do          byte // the DO bit, in its place (RFC 3225)
+	do          byte // the DO bit in its position (RFC 3225)
 
 	trace *trace // nil: it is not logged
 }
 
-// isQuery reports whether q is a QUERY: a question, and not an UPDATE, a NOTIFY or another operation.
+// isQuery reports whether q is a QUERY, as opposed to UPDATE, NOTIFY or another operation.
 func (q *question) isQuery() bool { return q.flags&maskOpcode == 0 }
 
-// verdict on a message that claims to be a question.
+// verdict is the result of checking a message that may be a question.
 type verdict uint8
 
 const (
 	accept  verdict = iota
-	silence         // not a question at all: no answer, so that nothing can be bounced
+	silence         // not a question at all: no answer, so that we cannot be used as a reflector
 	answer          // answer with the rcode
 )
 
-// parseQuestion checks a message of the app. It reads no further than the message and follows no pointer.
+// parseQuestion checks a message of the app. It never reads beyond the message and follows no pointers.
 func parseQuestion(msg []byte) (q question, v verdict, rcode uint16) {
 	if len(msg) < headerLen || len(msg) > maxMessage {
 		return q, silence, 0
@@ -75,7 +75,7 @@ func parseQuestion(msg []byte) (q question, v verdict, rcode uint16) {
 		}
 	} else {
 		if q.flags&maskOpcode == opcodeDSO {
-			return q, answer, rcodeNotImp // it is about a connection, and we share ours
+			return q, answer, rcodeNotImp // it concerns a connection, and ours is shared
 		}
 		if questions > 1 {
 			return q, answer, rcodeFormat
@@ -93,7 +93,7 @@ func parseQuestion(msg []byte) (q question, v verdict, rcode uint16) {
 		off = q.end
 	}
 	if q.isQuery() && (q.qtype == typeAXFR || q.qtype == typeIXFR) {
-		return q, answer, rcodeNotImp // many messages for one question: TCP only, which is carried as it is
+		return q, answer, rcodeNotImp // many messages for one question: only TCP, which is carried unchanged, allows this
 	}
 	records := 0
 	for off := 6; off < headerLen; off += 2 {
@@ -109,7 +109,7 @@ func parseQuestion(msg []byte) (q question, v verdict, rcode uint16) {
 		}
 		data := int(binary.BigEndian.Uint16(msg[off+8:]))
 		if binary.BigEndian.Uint16(msg[off:]) == typeOPT {
-			if q.edns || msg[name] != 0 { // RFC 6891 6.1.1: one, of the root
+			if q.edns || msg[name] != 0 { // RFC 6891, section 6.1.1: only one, and of the root
 				return q, answer, rcodeFormat
 			}
 			q.edns, q.ednsVersion, q.do = true, msg[off+5], msg[off+6]&flagDO
@@ -122,7 +122,7 @@ func parseQuestion(msg []byte) (q question, v verdict, rcode uint16) {
 	return q, accept, 0
 }
 
-// skipName returns the offset behind the name at off. A compression pointer ends a name and is not followed.
+// skipName returns the offset after the name at off. A compression pointer ends a name and is not followed.
 func skipName(msg []byte, off int, pointer bool) (end int, ok bool) {
 	for start := off; off < len(msg); {
 		n := int(msg[off])
@@ -140,7 +140,7 @@ func skipName(msg []byte, off int, pointer bool) (end int, ok bool) {
 	return 0, false
 }
 
-// errorReply is an answer to msg without records. The question section is repeated if it could be read.
+// errorReply returns an answer to msg without records. It repeats the question section if that could be parsed.
 func errorReply(msg []byte, q question, rcode uint16) []byte {
 	b := make([]byte, headerLen, headerLen+maxName+4+optLen)
 	binary.BigEndian.PutUint16(b, q.id)
@@ -155,15 +155,15 @@ func errorReply(msg []byte, q question, rcode uint16) []byte {
 	return b
 }
 
-// appendOPT ends a message with an OPT record that promises nothing but our size (RFC 6891 6.1.2).
+// appendOPT ends a message with an OPT record that contains only our size (RFC 6891, section 6.1.2).
 func appendOPT(b []byte) []byte {
 	binary.BigEndian.PutUint16(b[10:], 1)
 	return append(b, 0, 0, typeOPT, ednsSize>>8, ednsSize&0xFF, 0, 0, 0, 0, 0, 0)
 }
 
-// matches reports whether an answer of a resolver is one to the question of query: RFC 5452 9.1, without the ID. A
-// resolver that did not understand may leave the question out, and so may one that answers another opcode than QUERY (RFC
-// 2136 3.8).
+// matches reports whether an answer of a resolver belongs to the question of query (RFC 5452, section 9.1), without
+// comparing the ID. A resolver that did not understand the question may leave it out, and so may one that answers an
+// operation other than QUERY (RFC 2136, section 3.8).
 func matches(resp, query []byte, q question) bool {
 	if len(resp) < headerLen {
 		return false
@@ -189,7 +189,7 @@ func matches(resp, query []byte, q question) bool {
 	if !ok || end+4 != q.end {
 		return false
 	}
-	// Length bytes are below 64 and so not letters: folding case over all of the name compares it rightly.
+	// Length bytes are below 64 and thus not letters, so folding the case of the whole name compares it correctly.
 	for i := headerLen; i < q.end; i++ {
 		a, b := resp[i], query[i]
 		if i < end {

@@ -1,8 +1,8 @@
 package dns
 
-// appendHost appends the name of wire[off:], in lower case and without the dot at the end, to b. ok is false when it is not the
-// name of a host: the root, or a label with a byte that is not a letter, digit, hyphen or underscore. Such a name can't be told
-// to a proxy as text. The name has been checked by skipName.
+// appendHost appends the name at wire[off:] to b, in lower case and without the dot at the end. ok is false if it is
+// not the name of a host: the root, or a label with a byte other than a letter, digit, hyphen or underscore. Such a
+// name cannot be sent to a proxy as text. The name has been checked by skipName.
 func appendHost(b, wire []byte, off int) (_ []byte, labels int, ok bool) {
 	for wire[off] != 0 {
 		n := int(wire[off])
@@ -22,8 +22,8 @@ func appendHost(b, wire []byte, off int) (_ []byte, labels int, ok bool) {
 	return b, labels, labels > 0
 }
 
-// appendAny is appendHost for a name of whatever bytes: it writes an exclamation mark for each byte that is a dot inside a label,
-// a space, or not printable ASCII. plain is what appendHost calls ok.
+// appendAny is appendHost for a name of any bytes. It writes an exclamation mark for each byte that is a dot inside a
+// label, a space, or not printable ASCII. plain is what appendHost calls ok.
 func appendAny(b, wire []byte, off int) (_ []byte, labels int, plain bool) {
 	plain = true
 	for wire[off] != 0 {
@@ -49,7 +49,7 @@ func hostByte(c byte) bool {
 	return c >= 'a' && c <= 'z' || c >= '0' && c <= '9' || c == '-' || c == '_'
 }
 
-// isHost reports whether name is one that appendHost makes.
+// isHost reports whether name has the form that appendHost produces.
 func isHost(name []byte) bool {
 	if len(name) == 0 || len(name) > maxName-2 {
 		return false
@@ -70,8 +70,9 @@ func isHost(name []byte) bool {
 	return label > 0
 }
 
-// isNumber reports whether name would be read as an address: its last label is a number. No top-level domain is one (RFC 3696
-// 2), and who reads 127.1 or 0x7f000001 as an address would reach, on the proxy's side, what no name leads to.
+// isNumber reports whether name could be read as an address because its last label is a number. No top-level domain
+// is a number (RFC 3696, section 2). A proxy that reads 127.1 or 0x7f000001 as an address would reach a host that no
+// name leads to.
 func isNumber(name []byte) bool {
 	at := len(name)
 	for at > 0 && name[at-1] != '.' {

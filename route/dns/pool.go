@@ -13,32 +13,34 @@ import (
 )
 
 const (
-	// maxNames is how many names have a fake address at a time, where the pool has so many addresses: as many as 198.18.0.0/15
-	// has. They take 5 MB and their own bytes.
+	// maxNames is how many names can have a fake address at the same time if the pool has so many addresses;
+	// 198.18.0.0/15 has. They take 5 MB plus the bytes of the names.
 	maxNames = 1 << 17
-	// minNames is what the smallest pool holds.
+	// minNames is the capacity of the smallest pool.
 	minNames = 256
-	// maxNameBytes bounds the bytes of all names; half as many again may wait to be given back. Names of hosts have some 25.
+	// maxNameBytes limits the bytes of all names; half as many again may wait to be reclaimed. A host name has about
+	// 25 bytes.
 	maxNameBytes = 8 << 20
 )
 
-// PoolConfig says which addresses a Pool gives out.
+// PoolConfig is the configuration of a Pool.
 type PoolConfig struct {
-	// V4 and V6 are the ranges. flow.PoolReserve addresses at the beginning of each are left out: the TUN's own are there. Where
-	// one range has fewer addresses, the pool holds fewer names.
+	// V4 and V6 are the ranges of addresses. The first flow.PoolReserve addresses of each are left out, because they
+	// contain the TUN's own. If one range has fewer addresses, the pool has room for fewer names.
 	V4, V6 netip.Prefix
-	// TTL is how long an answer may be kept. An address stays with its name for as long after each answer, and after the
-	// end of each flow.
+	// TTL is how long an answer may be cached. An address stays with its name for that long after each answer and
+	// after the end of each flow.
 	TTL time.Duration
 	// Now is a clock that never goes back. nil: the system's.
 	Now func() time.Duration
 }
 
-// Pool gives each name an address of each family, and knows the name of each address that it gave out. When all are given out
-// the one that was not asked for longest goes to a new name, but never one that a flow uses, nor one that was given out less
-// than its TTL ago. Its methods may be called from any goroutine; each takes constant time but when a table grows.
+// Pool gives each name an address of each family, and finds the name of each address that it gave out. When all
+// addresses are in use, a new name gets the one that was not asked for the longest time, but never one that a flow
+// uses or that was given out less than its TTL ago. Its methods may be called from any goroutine. Each takes constant
+// time, except when a table grows.
 //
-// Names are lower case and without the dot at the end. The same entry number stands for both addresses of a name.
+// Names are in lower case and without the dot at the end. The same entry number stands for both addresses of a name.
 type Pool struct {
 	v4, v6 netip.Prefix
 	base4  uint32
@@ -50,11 +52,11 @@ type Pool struct {
 
 	mu      sync.Mutex
 	entries []entry
-	index   []uint32 // hash table of entry numbers, each plus one; open addressing, at most half full
-	names   []byte   // of all entries, one behind the other
-	waste   int      // bytes of names that belong to no entry any more
+	index   []uint32 // hash table of entry numbers plus one; open addressing, at most half full
+	names   []byte   // of all entries, one after the other
+	waste   int      // bytes in names that belong to no entry any more
 	used    int      // entries that have a name
-	held    int      // of those: that a flow uses
+	held    int      // those of them that a flow uses
 	oldest  uint32   // of those that no flow uses
 	newest  uint32
 	free    uint32 // entries without a name, linked by next
@@ -63,20 +65,20 @@ type Pool struct {
 	evicted uint64
 }
 
-// entry has no pointer: the garbage collector does not look at the table. until, and the order of the list, are of the last
-// answer or the end of the last flow: the oldest of the list is the first whose time is over.
+// entry contains no pointers, so the garbage collector does not scan the table. until and the order of the list refer
+// to the last answer or the end of the last flow: the oldest entry in the list is the first to expire.
 type entry struct {
 	until      time.Duration
 	name       uint32
 	hash       uint32
-	prev, next uint32 // toward the oldest and the newest; not linked while refs > 0
+	prev, next uint32 // to the next older and newer entries; not linked while refs > 0
 	refs       uint32
 	len        uint8 // 0: no name
 }
 
 const none = ^uint32(0)
 
-// PoolStats is a snapshot.
+// PoolStats is a snapshot of the counters.
 type PoolStats struct {
 	Names   int    `metric:"fake_names" help:"Names that have a fake address."`
 	Size    int    `metric:"fake_names_max" help:"Names that can have a fake address."`
@@ -85,7 +87,7 @@ type PoolStats struct {
 	Refused uint64 `metric:"fake_names_refused_total" help:"Names that got no fake address because all are in use."`
 }
 
-// NewPool checks the ranges.
+// NewPool returns a Pool, or an error if the ranges are not valid.
 func NewPool(cfg PoolConfig) (*Pool, error) {
 	if !cfg.V4.IsValid() || !cfg.V4.Addr().Is4() {
 		return nil, fmt.Errorf("cannot give out addresses of %v: it is not an IPv4 network", cfg.V4)
@@ -125,11 +127,11 @@ func NewPool(cfg PoolConfig) (*Pool, error) {
 // Contains reports whether a is in the ranges, whether or not it stands for a name.
 func (p *Pool) Contains(a netip.Addr) bool { return p.v4.Contains(a) || p.v6.Contains(a) }
 
-// TTL is how long an answer may be kept.
+// TTL returns how long an answer may be cached.
 func (p *Pool) TTL() time.Duration { return p.ttl }
 
-// Give returns the addresses that stand for name, which it does not keep. ok is false when every address is in use or was
-// given out less than its TTL ago, or name is empty or has more than 255 bytes.
+// Give returns the addresses that stand for name, which it does not keep. ok is false if every address is in use or
+// was given out less than its TTL ago, or if name is empty or longer than 255 bytes.
 func (p *Pool) Give(name []byte) (v4, v6 netip.Addr, ok bool) {
 	if len(name) == 0 || len(name) > maxName {
 		return v4, v6, false
@@ -157,7 +159,7 @@ func (p *Pool) Give(name []byte) (v4, v6 netip.Addr, ok bool) {
 	return p.addr4(i), p.addr6(i), true
 }
 
-// AppendName appends the name that a stands for to b. ok is false when it stands for none.
+// AppendName appends the name that a stands for to b. ok is false if it stands for none.
 func (p *Pool) AppendName(b []byte, a netip.Addr) (_ []byte, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -168,13 +170,14 @@ func (p *Pool) AppendName(b []byte, a netip.Addr) (_ []byte, ok bool) {
 	return append(b, p.name(i)...), true
 }
 
-// Lease keeps an address with its name. The zero Lease keeps none.
+// Lease keeps an address assigned to its name. The zero Lease keeps none.
 type Lease struct {
 	p *Pool
 	i uint32
 }
 
-// Hold returns the name that a stands for, which a keeps until the Lease is released. ok is false when a stands for none.
+// Hold returns the name that a stands for. a keeps standing for it until the Lease is released. ok is false if a
+// stands for none.
 func (p *Pool) Hold(a netip.Addr) (name string, l Lease, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -191,7 +194,7 @@ func (p *Pool) Hold(a netip.Addr) (name string, l Lease, ok bool) {
 	return string(p.name(i)), Lease{p, i}, true
 }
 
-// Release ends the hold; a second call on the same variable has no effect.
+// Release ends the hold. A second call on the same variable has no effect.
 func (l *Lease) Release() {
 	p := l.p
 	if p == nil {
@@ -209,14 +212,14 @@ func (l *Lease) Release() {
 	p.link(l.i)
 }
 
-// Stats gives the counters.
+// Stats returns the counters.
 func (p *Pool) Stats() PoolStats {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return PoolStats{Names: p.used, Size: int(p.size), Held: p.held, Evicted: p.evicted, Refused: p.refused}
 }
 
-// What follows is called with mu held.
+// The methods below are called with mu held.
 
 func (p *Pool) name(i uint32) []byte {
 	e := &p.entries[i]
@@ -236,7 +239,7 @@ func (p *Pool) addr6(i uint32) netip.Addr {
 	return netip.AddrFrom16(b)
 }
 
-// number is the entry whose address a is, if it has a name.
+// number returns the entry whose address is a, if it has a name.
 func (p *Pool) number(a netip.Addr) uint32 {
 	i := uint64(none)
 	switch {
@@ -255,7 +258,7 @@ func (p *Pool) number(a netip.Addr) uint32 {
 	return uint32(i)
 }
 
-// take returns an entry without a name, and room for one of n bytes; none: there is none.
+// take returns an entry without a name, and makes room for a name of n bytes; none: there is none.
 func (p *Pool) take(n int, now time.Duration) uint32 {
 	for len(p.names)+n-p.waste > maxNameBytes {
 		if !p.evict(now) {
@@ -273,7 +276,7 @@ func (p *Pool) take(n int, now time.Duration) uint32 {
 	return uint32(len(p.entries) - 1)
 }
 
-// evict takes the oldest name's address, if it may be taken.
+// evict takes the address of the oldest name if that is allowed.
 func (p *Pool) evict(now time.Duration) bool {
 	i := p.oldest
 	if i == none || p.entries[i].until > now {
@@ -284,7 +287,7 @@ func (p *Pool) evict(now time.Duration) bool {
 	return true
 }
 
-// drop takes the name from an entry that is linked.
+// drop removes the name from a linked entry.
 func (p *Pool) drop(i uint32) {
 	p.unlink(i)
 	e := &p.entries[i]
@@ -310,7 +313,8 @@ func (p *Pool) put(i uint32, name []byte, h uint32) {
 	}
 }
 
-// compact leaves out the bytes of names that are gone, which are a third at least: it costs each name some copies of itself.
+// compact removes the bytes of names that are gone, which are at least a third. Each name is therefore copied only a
+// few times.
 func (p *Pool) compact() {
 	live := len(p.names) - p.waste
 	names := make([]byte, 0, live+live/2+1<<16)
@@ -350,7 +354,7 @@ func (p *Pool) unlink(i uint32) {
 	e.prev, e.next = none, none
 }
 
-// hash is keyed: nobody can choose names that meet in one place.
+// hash is keyed, so that nobody can choose names that collide.
 func (p *Pool) hash(name []byte) uint32 { return uint32(maphash.Bytes(p.seed, name)) }
 
 func (p *Pool) find(name []byte, h uint32) uint32 {
@@ -385,7 +389,7 @@ func (p *Pool) grow() {
 	}
 }
 
-// forget takes i out of the index, and moves those behind it that would not be found any more.
+// forget removes i from the index, and moves later entries that would no longer be found.
 func (p *Pool) forget(i uint32) {
 	mask := uint32(len(p.index) - 1)
 	hole := p.entries[i].hash & mask

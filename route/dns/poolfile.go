@@ -18,8 +18,9 @@ import (
 	"time"
 )
 
-// A pool's file is text: a line with the version and the ranges; a line for each name, with its number and when it was last
-// used, in milliseconds of a clock that means nothing else; and a line with the count and a checksum of all before it.
+// A pool's file is text: a line with the version and the ranges; a line for each name, with its number and the time
+// of its last use, in milliseconds of a clock that has no other meaning; and a line with the count and a checksum of
+// everything before it.
 const (
 	fileMagic   = "viasocks-names 1"
 	fileMax     = 64 << 20
@@ -30,8 +31,8 @@ const (
 
 var errDamaged = errors.New("it is damaged")
 
-// Save writes the names and their addresses to a file of mode 600 that takes the place of path when it is whole and on the
-// disk. When anything fails, path stays what it was. Names that come meanwhile may be in it or not.
+// Save writes the names and their addresses to a file of mode 600, which replaces path when it is complete and on the
+// disk. If anything fails, path does not change. Names that are added meanwhile may or may not be included.
 func (p *Pool) Save(path string) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
 	if err != nil {
@@ -98,9 +99,9 @@ type saved struct {
 	name  string
 }
 
-// Load takes in what Save wrote, into a pool that has given out nothing yet, and returns how many names there were. Each
-// counts as given out just now. A file that is not there, or is of other ranges, has none. A damaged one is an error, and the pool
-// stays empty.
+// Load reads what Save wrote into a pool that has not given out any address, and returns the number of names. Each
+// counts as given out just now. A missing file, or one for other ranges, contains none. A damaged file is an error,
+// and the pool stays empty.
 func (p *Pool) Load(path string) (int, error) {
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -119,7 +120,8 @@ func (p *Pool) Load(path string) (int, error) {
 	if len(p.entries) > 0 {
 		return 0, errors.New("cannot load names into a pool that is in use")
 	}
-	// The newest first: of two lines of one name or number, written while it moved, the older is not true any more.
+	// Sort the newest first: if two lines have the same name or number, written while it moved, the older is no
+	// longer true.
 	slices.SortStableFunc(all, func(a, b saved) int { return cmp.Compare(b.until, a.until) })
 	last := uint32(0)
 	for _, s := range all {
@@ -148,7 +150,7 @@ func (p *Pool) Load(path string) (int, error) {
 	return len(kept), nil
 }
 
-// read checks all of a file before any of it is used.
+// read checks the whole file before any of it is used.
 func (p *Pool) read(r io.Reader) ([]saved, error) {
 	sum := crc32.NewIEEE()
 	in := bufio.NewReaderSize(r, 4096)
@@ -157,7 +159,7 @@ func (p *Pool) read(r io.Reader) ([]saved, error) {
 		return nil, errors.New("it is not a file of names that viasocks wrote")
 	}
 	if string(line) != fmt.Sprintf("%s %v %v\n", fileMagic, p.v4, p.v6) {
-		return nil, nil // the addresses were of other ranges: nobody can use them
+		return nil, nil // the addresses are from other ranges and cannot be used
 	}
 	var all []saved
 	for {
@@ -193,8 +195,8 @@ func parseSaved(line []byte) (s saved, ok bool) {
 	return saved{uint32(i), ms, string(name)}, true
 }
 
-// KeepFile saves the pool to path while ctx lives, where it changed, and once more at the end. A failure is logged and tried
-// again later: names work without the file.
+// KeepFile saves the pool to path, if it has changed, until ctx ends, and once more at the end. A failure is logged
+// and repeated later, because names work without the file.
 func (p *Pool) KeepFile(ctx context.Context, path string, log *slog.Logger) {
 	p.keepFile(ctx, path, saveEvery, saveBackoff, log)
 }

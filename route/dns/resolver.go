@@ -9,14 +9,14 @@ import (
 	"strings"
 )
 
-// Kind is how a resolver is asked.
+// Kind tells how a resolver is asked.
 type Kind uint8
 
 const (
 	TCP   Kind = iota // DNS over TCP: RFC 7766
 	TLS               // DNS over TLS: RFC 7858
 	HTTPS             // DNS over HTTPS: RFC 8484
-	Tor               // the upstream, which is a Tor, by RESOLVE and RESOLVE_PTR: only for A, AAAA and PTR
+	Tor               // the upstream, which must be a Tor, by RESOLVE and RESOLVE_PTR: only for A, AAAA and PTR
 )
 
 var kinds = [...]struct {
@@ -24,15 +24,15 @@ var kinds = [...]struct {
 	port   uint16
 }{TCP: {"tcp", 53}, TLS: {"tls", 853}, HTTPS: {"https", 443}, Tor: {"tor", 0}}
 
-// Resolver says where a resolver is and how it is asked. It is comparable.
+// Resolver describes where a resolver is and how it is asked. It is comparable.
 type Resolver struct {
 	Kind Kind
-	Addr netip.AddrPort // with a port; without an address, which is the zero Addr, Name travels to the upstream
-	Name string         // in small letters: the name in the certificate, and the Host of HTTPS; "": the address
-	Path string         // of HTTPS, with the slash at its start and perhaps a query
+	Addr netip.AddrPort // with a port; if the address is the zero Addr, the upstream gets Name
+	Name string         // in lower case: the name in the certificate, and the Host of HTTPS; "": the address
+	Path string         // for HTTPS, beginning with a slash, possibly with a query
 }
 
-// OverTCP is the resolver at a that is asked over TCP.
+// OverTCP returns the resolver at a that is asked over TCP.
 func OverTCP(a netip.AddrPort) Resolver { return Resolver{Addr: a} }
 
 var (
@@ -42,9 +42,9 @@ var (
 	errPath     = errors.New("has a path that no URL can have")
 )
 
-// ParseResolver reads SCHEME://HOST[:PORT][/PATH][#NAME]. HOST is an address, of IPv6 in brackets where a port follows, or a
-// name. NAME is the one in the certificate of a host that is given by its address. "tor" alone is a resolver too. Errors are of
-// the form "has no port".
+// ParseResolver parses SCHEME://HOST[:PORT][/PATH][#NAME]. HOST is an address, with brackets around an IPv6 address
+// if a port follows, or a name. NAME is the name in the certificate of a host that is given by its address. "tor"
+// alone is a resolver, too. Errors have the form "has no port".
 func ParseResolver(s string) (r Resolver, err error) {
 	if s == kinds[Tor].scheme {
 		return Resolver{Kind: Tor}, nil
@@ -93,7 +93,7 @@ func ParseResolver(s string) (r Resolver, err error) {
 	return r, nil
 }
 
-// parseHost reads HOST[:PORT], sets Addr, and returns the name if HOST is one.
+// parseHost parses HOST[:PORT], sets Addr, and returns the name if HOST is one.
 func (r *Resolver) parseHost(s string) (name string, err error) {
 	port := kinds[r.Kind].port
 	if a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(s, "["), "]")); err == nil {
@@ -105,7 +105,7 @@ func (r *Resolver) parseHost(s string) (name string, err error) {
 		return "", r.check()
 	}
 	if host, p, err := net.SplitHostPort(s); err == nil {
-		// The digits are read as those of an address and port, which knows no signs and names of services.
+		// The digits are parsed like those of an address and port, which allows no signs and no service names.
 		ap, err := netip.ParseAddrPort("0.0.0.0:" + p)
 		if err != nil || ap.Port() == 0 {
 			return "", errPort
@@ -120,7 +120,7 @@ func (r *Resolver) parseHost(s string) (name string, err error) {
 	return s, nil
 }
 
-// check reports why r cannot be asked.
+// check returns an error if r cannot be asked.
 func (r Resolver) check() error {
 	switch a := r.Addr.Addr(); {
 	case r.Kind == Tor:
@@ -137,7 +137,7 @@ func (r Resolver) check() error {
 	return nil
 }
 
-// String is what ParseResolver reads, always with the port.
+// String returns the form that ParseResolver reads, always with the port.
 func (r Resolver) String() string {
 	if int(r.Kind) >= len(kinds) {
 		return fmt.Sprintf("Kind(%d)", r.Kind)
@@ -152,7 +152,7 @@ func (r Resolver) String() string {
 	return s
 }
 
-// host is the HOST:PORT that is dialled.
+// host returns the HOST:PORT to dial.
 func (r Resolver) host() string {
 	if !r.Addr.Addr().IsValid() {
 		return fmt.Sprintf("%s:%d", r.Name, r.Addr.Port())
@@ -160,10 +160,10 @@ func (r Resolver) host() string {
 	return r.Addr.String()
 }
 
-// url is that of a resolver of kind HTTPS.
+// url returns the URL of a resolver of kind HTTPS.
 func (r Resolver) url() *url.URL {
 	u, err := url.ParseRequestURI(r.Path)
-	if err != nil { // not of ParseResolver
+	if err != nil { // cannot happen after ParseResolver
 		u = &url.URL{Path: r.Path}
 	}
 	u.Scheme, u.Host = "https", r.serverName()
@@ -176,7 +176,7 @@ func (r Resolver) url() *url.URL {
 	return u
 }
 
-// serverName is what the certificate must be for.
+// serverName returns the name that the certificate must be for.
 func (r Resolver) serverName() string {
 	if r.Name != "" {
 		return r.Name

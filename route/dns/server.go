@@ -17,73 +17,76 @@ import (
 )
 
 const (
-	defaultTimeout   = 5 * time.Second // glibc asks again after 5 s: later answers find nobody
+	defaultTimeout   = 5 * time.Second // glibc asks again after 5 s, so later answers are not received
 	defaultInFlight  = 512
-	defaultIdleClose = 20 * time.Second // RFC 7766 6.2.3: idle connections are the server's cost
+	defaultIdleClose = 20 * time.Second // RFC 7766, section 6.2.3: idle connections cost the server
 	maxResolvers     = 16
 )
 
-// Config says where questions go. Dial and Resolvers must be set.
+// Config is the configuration of a Server. Dial and Resolvers must be set.
 type Config struct {
-	// Dial opens a TCP connection to a resolver through the upstream, to its address, or to its name if it has no address. It
-	// returns at once and calls done exactly once, from any goroutine, with a connected stream socket that the receiver owns.
-	// Cancelling ctx ends the dial.
+	// Dial opens a TCP connection to a resolver through the upstream, to its address, or to its name if it has no
+	// address. It returns at once and calls done exactly once, from any goroutine, with a connected stream socket
+	// that the receiver owns. Cancelling ctx ends the dial.
 	Dial      func(ctx context.Context, r Resolver, done func(fd int, err error))
-	Resolvers []Resolver     // asked in this order: the next one when one fails, is silent, or says SERVFAIL or REFUSED
-	RootCAs   *x509.CertPool // that resolvers of kind TLS and HTTPS are verified by; nil: those that the system trusts
-	Tor       TorFunc        // needed if a resolver is of kind Tor
-	// Relay: a question goes to the very server that the app asked, if that exists, and not to Resolvers.
+	Resolvers []Resolver     // asked in this order: the next one if one fails, is silent, or answers SERVFAIL or REFUSED
+	RootCAs   *x509.CertPool // for resolvers of kind TLS and HTTPS; nil: the system's authorities
+	Tor       TorFunc        // required if a resolver is of kind Tor
+	// Relay means that a question goes to the server that the app asked, if that can exist, instead of Resolvers.
 	Relay bool
-	Fake  FakeConfig // with a Pool: questions for addresses are answered from it, and the rest goes to the resolvers
-	// Zones have servers of their own, also when there are fake addresses: the longest suffix of a name decides.
+	Fake  FakeConfig // with a Pool, it answers questions for addresses; the rest goes to the resolvers
+	// Zones have their own servers, even if there are fake addresses. The longest matching suffix of a name decides.
 	Zones []Zone
-	// HostServers are the host's own servers, as of now: for zones without others, and for HostNames. It is called for each
-	// question, from any goroutine. nil: there are none.
+	// HostServers returns the current servers of the host, for zones without others and for HostNames. It is called
+	// for each question, from any goroutine. nil: there are none.
 	HostServers func() []DirectServer
-	// HostNames reports whether a name, as Fake.Real has it, is asked of HostServers. Such a name has no fake address. nil: none.
+	// HostNames reports whether a name, in the form of Fake.Real, is looked up at HostServers. Such a name has no
+	// fake address. nil: none.
 	HostNames func(name []byte) bool
-	// DialDirect connects past the upstream, to an address and port. It is needed for HostServers and Zones with Direct servers.
+	// DialDirect connects to an address and port without the upstream. It is required for HostServers and for Zones
+	// with Direct servers.
 	DialDirect func(ctx context.Context, network, address string) (net.Conn, error)
 
-	Timeout   time.Duration // for one question, all resolvers together; 0: 5 s
-	InFlight  int           // questions at a time; those over it are dropped and counted; 0: 512
-	IdleClose time.Duration // an idle connection is closed after it; 0: 20 s
+	Timeout   time.Duration // for one question, at all resolvers together; 0: 5 s
+	InFlight  int           // concurrent questions; further ones are dropped and counted; 0: 512
+	IdleClose time.Duration // when an idle connection is closed; 0: 20 s
 	Log       *slog.Logger  // nil: none
 }
 
-// Counters is the table of what a Server counts, in questions but for Unmatched and Connections: see package count.
+// Counters is the table of a Server's counters; see package count. They count questions, except Unmatched and
+// Connections.
 type Counters[T any] struct {
 	Questions T `metric:"dns_questions_total" help:"Questions of programs to port 53."`
-	// With an answer of a resolver.
+	// Answered by a resolver.
 	Answered T `metric:"dns_answers_total" label:"by=resolver" help:"Questions by who answered them."`
-	// Sent by UDP to the server that the app asked, whose answer is not seen here.
+	// Sent by UDP to the server that the app asked; its answer is not seen here.
 	Relayed T `metric:"dns_answers_total" label:"by=relay"`
-	// Answered without a resolver: fake addresses, and names that nobody must be asked for.
+	// Answered without a resolver: fake addresses, and names that no resolver must be asked for.
 	Own T `metric:"dns_answers_total" label:"by=viasocks"`
-	// Answered with an answer that a resolver gave before.
+	// Answered from the cache.
 	Cached T `metric:"dns_answers_total" label:"by=cache"`
-	// Of those answered by a resolver: with the answer to another asker who asked the same at the time.
+	// Those answered by a resolver that got the answer to the same question of another asker.
 	Shared T `metric:"dns_shared_total" help:"Questions that got the answer to the same question of another program."`
-	// Of those answered: cut to what the asker takes, with TC.
+	// Those answered that were truncated, with TC, to the size that the asker accepts.
 	Truncated T `metric:"dns_truncated_total" help:"Answers that were cut to what the program takes."`
-	// Answered SERVFAIL: no resolver answered.
+	// Answered SERVFAIL, because no resolver answered.
 	Failed T `metric:"dns_failed_total" label:"reason=no_answer" help:"Questions that were not answered."`
 	// Answered FORMERR or NOTIMP, or not at all.
 	Malformed T `metric:"dns_failed_total" label:"reason=malformed"`
-	// Answered REFUSED: the Judge said no.
+	// Answered REFUSED, because of the Judge.
 	Refused T `metric:"dns_failed_total" label:"reason=not_allowed" lost:"questions of DNS that --allow refuses"`
-	// Over InFlight, or not running.
+	// Dropped because of InFlight, or because Run is not running.
 	Dropped T `metric:"dns_failed_total" label:"reason=too_many" lost:"questions of DNS over the limit"`
-	// Answers of a resolver to nothing that was asked.
+	// Answers of a resolver that match no question.
 	Unmatched T `metric:"dns_unmatched_total" help:"Answers of resolvers to nothing that was asked."`
-	// Opened to resolvers.
+	// Connections to resolvers that were opened.
 	Connections T `metric:"dns_connections_total" help:"Connections to resolvers that were opened."`
 }
 
-// Stats is a snapshot.
+// Stats is a snapshot of the counters.
 type Stats struct {
 	Counters[uint64]
-	// Answers that are kept now, and the bytes that they take.
+	// The current number of cached answers, and their bytes.
 	CacheEntries int `metric:"dns_cache_entries" help:"Answers of resolvers that are kept."`
 	CacheBytes   int `metric:"dns_cache_bytes" help:"Bytes that the kept answers take."`
 }
@@ -97,10 +100,10 @@ type Server struct {
 	site  bool // all resolvers have private addresses
 	count counters
 
-	exchange *exchange // with the resolvers
+	exchange *exchange // asks the resolvers
 	cache    *cache
 	flights  flights
-	split    split // names that others than exchange are asked for
+	split    split // names for which others than exchange are asked
 
 	askers askers
 }
@@ -164,30 +167,31 @@ func canBeAsked(a netip.AddrPort) bool {
 	return a.IsValid() && a.Port() != 0 && !a.Addr().IsUnspecified() && !a.Addr().IsMulticast()
 }
 
-// Carries is the first resolver, and whether TCP to port 53 can be carried to it as it is.
+// Carries returns the first resolver, and whether TCP to port 53 can be carried to it unchanged.
 func (s *Server) Carries() (Resolver, bool) {
 	r := s.cfg.Resolvers[0]
 	return r, r.Kind == TCP
 }
 
-// Stats is a snapshot of the counters.
+// Stats returns a snapshot of the counters.
 func (s *Server) Stats() (st Stats) {
 	count.Add(&st.Counters, &s.count.Counters)
 	st.CacheEntries, st.CacheBytes = s.cache.usage()
 	return st
 }
 
-// Handle takes one question that came by UDP. It does not block and does not keep msg. reply is called at most once,
-// from Handle or from Run's goroutine, with bytes that are lent for the call; garbage and what is over InFlight gets no
-// reply.
+// Handle processes one question that arrived by UDP. It does not block and does not keep msg. reply is called at most
+// once, from Handle or from Run's goroutine, with bytes that are valid only during the call. Garbage, and questions
+// over InFlight, get no reply.
 //
-// asked is the server that the app sent it to, or the zero AddrPort if that is none that exists. QUERY goes to the
-// resolvers whatever it is. Every other operation (UPDATE, NOTIFY) is about that server, and goes there.
+// asked is the server to which the app sent the question, or the zero AddrPort if no such server can exist. A QUERY
+// goes to the resolvers whatever it is. Every other operation (such as UPDATE and NOTIFY) concerns that server, and
+// goes there.
 func (s *Server) Handle(msg []byte, asked netip.AddrPort, reply func([]byte)) {
 	s.HandleJudged(msg, asked, nil, reply)
 }
 
-// HandleJudged is Handle for an app whose questions judge decides on; nil: all are answered.
+// HandleJudged is Handle with a judge that decides whether to answer; nil: all questions are answered.
 func (s *Server) HandleJudged(msg []byte, asked netip.AddrPort, judge Judge, reply func([]byte)) {
 	s.handle(msg, asked, byUDP, judge, nil, reply)
 }
@@ -195,26 +199,26 @@ func (s *Server) HandleJudged(msg []byte, asked netip.AddrPort, judge Judge, rep
 // Relays reports whether questions go to the server that the app asked.
 func (s *Server) Relays() bool { return s.cfg.Relay }
 
-// HandleRelayed is HandleJudged, where relay sends the datagram to the server that the app asked, or reports that this cannot be.
-// It is called if the question is for this server, at most once and before HandleRelayed returns. What it cannot send is asked
-// over TCP.
+// HandleRelayed is HandleJudged with a function that sends the datagram to the server that the app asked, or returns
+// false if that is impossible. relay is called if the question is for this server, at most once and before
+// HandleRelayed returns. What it cannot send is asked over TCP.
 func (s *Server) HandleRelayed(msg []byte, asked netip.AddrPort, judge Judge, relay func() bool, reply func([]byte)) {
 	s.handle(msg, asked, byUDP, judge, relay, reply)
 }
 
-// Ask has the resolvers asked, also for what a fake address would be the answer to. reply is called as by Handle, with the
-// whole answer however long it is. false: it will not be called.
+// Ask asks the resolvers even if the answer would be a fake address. reply is called as by Handle, with the whole
+// answer, however long. If Ask returns false, reply will not be called.
 func (s *Server) Ask(msg []byte, reply func([]byte)) bool {
 	return s.handle(msg, netip.AddrPort{}, ours, nil, nil, reply)
 }
 
-// way is how a question came.
+// way tells how a question arrived.
 type way uint8
 
 const (
 	byUDP way = iota
-	byTCP     // the answer may be of any length
-	ours      // the same, and it must be a resolver's
+	byTCP     // the answer may have any length
+	ours      // the same, and the answer must come from a resolver
 )
 
 // handle reports whether reply is called, unless Run ends first.
@@ -267,14 +271,15 @@ func (s *Server) handle(
 	return s.ask(to, msg, &q, asked, reply)
 }
 
-// refuse replies with an error that no resolver is asked for.
+// refuse replies with an error without asking a resolver.
 func (s *Server) refuse(msg []byte, q *question, how string, rcode uint16, reply func([]byte)) {
 	b := errorReply(msg, *q, rcode)
 	s.tell(q, how, "", b)
 	reply(b)
 }
 
-// ask has a server asked by way, unless its answer is in the cache or on its way to somebody else. It reports as handle does.
+// ask asks a server by way, unless the answer is in the cache or the same question is in progress. Its result is that
+// of handle.
 func (s *Server) ask(way asking, msg []byte, q *question, to netip.AddrPort, reply func([]byte)) bool {
 	var room [keyLen]byte
 	key, shared := appendKey(room[:0], msg, q, to)
@@ -307,7 +312,7 @@ func (s *Server) ask(way asking, msg []byte, q *question, to netip.AddrPort, rep
 	return false
 }
 
-// replyBuffers hold answers of the cache while reply reads them.
+// replyBuffers hold answers from the cache while reply reads them.
 var replyBuffers = sync.Pool{New: func() any { b := make([]byte, 0, 2048); return &b }}
 
 // answerCached replies if the answer is in the cache, and reports whether it was. It works whether or not Run runs.
@@ -330,11 +335,11 @@ func (s *Server) answerCached(key, msg []byte, q *question, now time.Time, reply
 	return true
 }
 
-// Forget empties the cache, as when other resolvers or rules are in force.
+// Forget empties the cache. It is called when other resolvers or rules are in force.
 func (s *Server) Forget() { s.cache.clear() }
 
-// finish replies to q, and to everybody who asked the same meanwhile, with the answer of a resolver, or with SERVFAIL if resp is
-// nil.
+// finish replies to q, and to everybody who asked the same question meanwhile, with the answer of a resolver, or with
+// SERVFAIL if resp is nil.
 func (s *Server) finish(q *query, resp []byte) {
 	s.finishOthers(q, resp)
 	if resp == nil {
@@ -362,7 +367,7 @@ func (s *Server) answered(out []byte, truncated bool, reply func([]byte)) {
 	reply(out)
 }
 
-// finishOthers keeps the answer to q in the cache, and replies to those who wait for it beside q itself.
+// finishOthers stores the answer to q in the cache, and replies to the other askers of the same question.
 func (s *Server) finishOthers(q *query, resp []byte) {
 	if q.key == "" {
 		return
@@ -377,7 +382,7 @@ func (s *Server) finishOthers(q *query, resp []byte) {
 		switch {
 		case resp == nil:
 			s.fail(w.head, &w.q, w.reply)
-		case plain == nil: // nobody but the asker can tell what is in it
+		case plain == nil: // only the asker can interpret it
 			out, truncated := udpReply(append([]byte(nil), resp...), w.head, w.q)
 			s.tell(&w.q, howShared, "", out)
 			s.answered(out, truncated, w.reply)
@@ -389,7 +394,7 @@ func (s *Server) finishOthers(q *query, resp []byte) {
 	}
 }
 
-// answerBuffers hold the answers that need no resolver while reply reads them.
+// answerBuffers hold answers that need no resolver while reply reads them.
 var answerBuffers = sync.Pool{New: func() any { return new([maxFakeAnswer]byte) }}
 
 // answerItself replies if no resolver is needed, and reports whether it has. It works whether or not Run runs.
@@ -415,7 +420,7 @@ func (s *Server) answerItself(msg []byte, q *question, site bool, reply func([]b
 	return true
 }
 
-// Run carries questions until ctx ends; then it closes the connections, leaves open questions without a reply and
+// Run processes questions until ctx ends. Then it closes the connections, leaves open questions without a reply, and
 // returns nil. It may be called once.
 func (s *Server) Run(ctx context.Context) error {
 	var others sync.WaitGroup

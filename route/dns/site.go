@@ -2,10 +2,12 @@ package dns
 
 import "net/netip"
 
-// Names of a site's own (local, home.arpa, the reverse zones of private addresses) are asked of the site's own resolvers only. A
-// resolver is taken for one of those if it has a private address. One that is given by its name may be anywhere.
+// Names that belong to a site (local, home.arpa, the reverse zones of private addresses) are sent only to the site's
+// own resolvers. A resolver counts as one of these if it has a private address. One that is given by name may be
+// anywhere.
 
-// isSite reports whether a question goes to a resolver of a site: to asked if toAsked says so, and to the Resolvers otherwise.
+// isSite reports whether a question goes to a resolver of a site: to asked if toAsked is set, and to the Resolvers
+// otherwise.
 func (s *Server) isSite(toAsked bool, asked netip.AddrPort) bool {
 	if toAsked {
 		return isPrivate(asked.Addr())
@@ -29,7 +31,7 @@ func isPrivate(a netip.Addr) bool {
 	return a.IsPrivate() || a.IsLoopback() || a.IsLinkLocalUnicast() || sharedSpace.Contains(a)
 }
 
-// onlyTor reports whether nobody but a Tor is asked.
+// onlyTor reports whether all resolvers are Tors.
 func onlyTor(all []Resolver) bool {
 	for _, r := range all {
 		if r.Kind != Tor {

@@ -8,19 +8,20 @@ import (
 	"sync"
 )
 
-// maxZones bounds Config.Zones: those that ask through the upstream have a goroutine each.
+// maxZones limits Config.Zones. Each zone that asks through the upstream has a goroutine.
 const maxZones = 64
 
-// Zone is a part of the names that has servers of its own: a name and every name below it.
+// Zone is a name, and every name below it, that has its own servers.
 type Zone struct {
-	Suffix string // as the names of Pool: in lower case, without a dot at either end
+	Suffix string // in the form of Pool's names: in lower case, without a dot at either end
 	// Resolvers are asked through the upstream, as Config.Resolvers.
 	Resolvers []Resolver
-	// Direct are asked past the upstream, if there are no Resolvers. Where there are none either the host's own servers are asked.
+	// Direct are asked without the upstream if there are no Resolvers. If there are none either, the host's own
+	// servers are asked.
 	Direct []DirectServer
 }
 
-// String is the zone as it is written: SUFFIX=SERVER[,SERVER...].
+// String returns the zone in the form SUFFIX=SERVER[,SERVER...].
 func (z Zone) String() string {
 	var servers []string
 	for _, r := range z.Resolvers {
@@ -35,21 +36,21 @@ func (z Zone) String() string {
 	return z.Suffix + "=" + strings.Join(servers, ",")
 }
 
-// asking is who asks servers: an exchange, or a direct.
+// asking is what asks servers: an exchange or a direct.
 type asking interface {
 	take(q *query) bool
 	run(ctx context.Context)
 }
 
-// split says who is asked for names that the resolvers are not asked for.
+// split tells who is asked for names that are not for the resolvers.
 type split struct {
-	zones map[string]asking      // by the name in the form of RFC 1035 3.1, in lower case
+	zones map[string]asking      // by the name in the form of RFC 1035, section 3.1, in lower case
 	host  *direct                // nil: the host has no servers that can be asked
-	local func(name []byte) bool // nil: no name but those of zones is for host
-	all   []asking               // once each
+	local func(name []byte) bool // nil: only names in zones are for host
+	all   []asking               // without duplicates
 }
 
-// newSplit checks the part of the configuration that is about it.
+// newSplit checks this part of the configuration.
 func newSplit(cfg *Config, count *counters, finish func(q *query, resp []byte)) (split, error) {
 	s := split{zones: make(map[string]asking), local: cfg.HostNames}
 	if len(cfg.Zones) > maxZones {
@@ -99,14 +100,14 @@ func newSplit(cfg *Config, count *counters, finish func(q *query, resp []byte)) 
 	return s, nil
 }
 
-// zone is who is asked for the name of a question because of Zones, or nil. The longest suffix wins.
+// zone returns who is asked for the name of a question because of Zones, or nil. The longest suffix wins.
 func (s *split) zone(msg []byte, q *question) asking {
 	if len(s.zones) == 0 || q.end == 0 {
 		return nil
 	}
 	var buf [maxName]byte
 	name := buf[:0]
-	for _, c := range msg[headerLen : q.end-4] { // length bytes are below 64 and so not letters
+	for _, c := range msg[headerLen : q.end-4] { // length bytes are below 64 and thus not letters
 		name = append(name, lower(c))
 	}
 	for off := 0; off < len(name)-1; off += 1 + int(name[off]) {
@@ -117,7 +118,7 @@ func (s *split) zone(msg []byte, q *question) asking {
 	return nil
 }
 
-// ofHost reports whether the host's servers are asked for the name of a question, other than because of Zones.
+// ofHost reports whether the host's servers are asked for the name of a question for a reason other than Zones.
 func (s *split) ofHost(msg []byte, q *question) bool {
 	if s.local == nil || q.end == 0 {
 		return false
@@ -127,7 +128,7 @@ func (s *split) ofHost(msg []byte, q *question) bool {
 	return ok && s.local(name)
 }
 
-// run runs all until ctx ends.
+// run runs all of them until ctx ends.
 func (s *split) run(ctx context.Context) {
 	var all sync.WaitGroup
 	for _, a := range s.all {

@@ -11,9 +11,9 @@ import (
 )
 
 const (
-	maxAskers    = 256              // connections of the app at a time
-	askerPending = 32               // questions of one connection that wait for an answer; it is read no further meanwhile
-	askerWrite   = 10 * time.Second // for the app to take an answer
+	maxAskers    = 256              // concurrent connections of the app
+	askerPending = 32               // questions of one connection that wait for an answer; meanwhile no more are read
+	askerWrite   = 10 * time.Second // time for the app to accept an answer
 )
 
 // askers are the open connections of the app.
@@ -24,8 +24,8 @@ type askers struct {
 	wg   sync.WaitGroup
 }
 
-// asker is a connection that the app asks by: RFC 7766. Questions may come before the answers to those before them, and the
-// answers come in the order in which they are found.
+// asker is a connection over which the app asks (RFC 7766). Questions may arrive before earlier ones are answered,
+// and answers are sent in the order in which they are found.
 type asker struct {
 	s     *Server
 	f     *os.File
@@ -33,13 +33,13 @@ type asker struct {
 	judge Judge
 	seen  func(answer []byte)
 	slots chan struct{} // one for each question without a written answer
-	out   chan []byte   // as long: an answer never waits for room
+	out   chan []byte   // the same capacity, so an answer never waits for room
 }
 
-// ServeTCP answers the questions that come by fd, a connected and non-blocking stream socket that it owns from here on. It does
-// not block, and ends the connection when it is idle, when what comes is no question, when there are too many connections, and
-// with Run. asked is as in Handle, and judge as in HandleJudged. seen gets each answer before the app does, from any goroutine,
-// and keeps nothing; nil: nobody wants them.
+// ServeTCP answers the questions that arrive on fd, a connected and non-blocking stream socket of which it takes
+// ownership. It does not block. It ends the connection when it is idle, when the input is not a question, when there
+// are too many connections, and with Run. asked is as in Handle, and judge as in HandleJudged. seen, if not nil, gets
+// each answer before the app does, from any goroutine, and must not keep it.
 func (s *Server) ServeTCP(fd int, asked netip.AddrPort, judge Judge, seen func(answer []byte)) {
 	a := &asker{s: s, f: os.NewFile(uintptr(fd), "asker"), asked: asked, judge: judge, seen: seen,
 		slots: make(chan struct{}, askerPending), out: make(chan []byte, askerPending)}
@@ -69,7 +69,7 @@ func (t *askers) close() {
 	t.wg.Wait()
 }
 
-// run reads until there is nothing more to read, and waits for the answers that are still to come.
+// run reads to the end, and waits for the outstanding answers.
 func (a *asker) run() {
 	over := make(chan struct{})
 	var writer sync.WaitGroup
@@ -96,12 +96,12 @@ func (a *asker) run() {
 	t.mu.Unlock()
 }
 
-// readLoop takes questions until the app ends its side, and then returns true, or something is wrong.
+// readLoop reads questions until the app ends its side, for which it returns true, or until there is an error.
 func (a *asker) readLoop() (ended bool) {
 	var length [2]byte
 	buf := make([]byte, 0, 512)
 	for {
-		_ = a.f.SetReadDeadline(time.Now().Add(a.s.cfg.IdleClose)) // a file that can't have one is closed with Run
+		_ = a.f.SetReadDeadline(time.Now().Add(a.s.cfg.IdleClose)) // a file without deadlines is closed with Run
 		if _, err := io.ReadFull(a.f, length[:]); err != nil {
 			return err == io.EOF
 		}
@@ -127,7 +127,8 @@ func (a *asker) readLoop() (ended bool) {
 	}
 }
 
-// appendFrom reads n bytes to the end of b. The buffer grows with what has come, since n is only what the asker claims.
+// appendFrom appends n bytes from r to b. The buffer grows with what has arrived, because n is only the asker's
+// claim.
 func appendFrom(r io.Reader, b []byte, n int) ([]byte, error) {
 	const step = 4 << 10
 	for end := len(b) + n; len(b) < end; {
@@ -156,7 +157,7 @@ func (a *asker) writeLoop(over <-chan struct{}) {
 		case b := <-a.out:
 			_ = a.f.SetWriteDeadline(time.Now().Add(askerWrite))
 			if _, err := a.f.Write(b); err != nil {
-				_ = a.f.Close() // which ends the reader
+				_ = a.f.Close() // this ends the reader
 			}
 			<-a.slots
 		}

@@ -9,22 +9,22 @@ import (
 	"time"
 )
 
-// torTTL is how long an answer of a Tor is valid. It says nothing about that.
+// torTTL is how long an answer of a Tor is valid. The answer itself contains no TTL.
 const torTTL = time.Minute
 
-// TorFunc has a Tor asked for an address of a name, or, if name is empty, for the name of ip. It returns at once and calls done
-// exactly once, from any goroutine; done does not block. Cancelling ctx ends it.
+// TorFunc asks a Tor for an address of a name or, if name is empty, for the name of ip. It returns at once and calls
+// done exactly once, from any goroutine; done must not block. Cancelling ctx ends the request.
 type TorFunc func(ctx context.Context, name string, ip netip.Addr, done func(found netip.Addr, name string, err error))
 
 var (
-	// ErrNoName of a TorFunc: there is no such name.
+	// ErrNoName means that there is no such name. A TorFunc returns it.
 	ErrNoName = errors.New("no such name")
-	// ErrNoAnswer of a TorFunc: Tor works, and cannot tell.
+	// ErrNoAnswer means that the Tor works but does not know. A TorFunc returns it.
 	ErrNoAnswer = errors.New("no answer")
 )
 
-// torLink asks a Tor, which knows addresses of names and names of addresses. There is nothing to be opened or closed: each
-// question is a request of its own, and a goroutine.
+// torLink asks a Tor, which knows addresses of names and names of addresses. There is nothing to open or close: each
+// question is a separate request with a goroutine.
 type torLink struct {
 	x      *exchange
 	of     *resolver
@@ -71,7 +71,7 @@ func (t *torLink) send(q *query) bool {
 	return true
 }
 
-// resolve finds what the answer holds. An error means that the Tor does not work.
+// resolve finds the content of an answer. An error means that the Tor does not work.
 func (t *torLink) resolve(ctx context.Context, msg []byte, q *question) (addressSet, uint16, error) {
 	name, _, ok := appendHost(nil, msg, headerLen)
 	if !ok {
@@ -109,7 +109,7 @@ func (t *torLink) resolve(ctx context.Context, msg []byte, q *question) (address
 	return torSet(q.qtype, r.ip, r.name), 0, nil
 }
 
-// torSet is what an answer of a Tor is for a question of a type: it chooses the family of an address itself.
+// torSet returns the content of an answer for a question of a type. The Tor itself chooses the family of an address.
 func torSet(qtype uint16, ip netip.Addr, name string) addressSet {
 	set := addressSet{ttl: torTTL}
 	switch qtype {
@@ -130,7 +130,7 @@ func torSet(qtype uint16, ip netip.Addr, name string) addressSet {
 	return set
 }
 
-// lowerName is a name of somebody else's as isHost wants it.
+// lowerName converts a name from another source to the form that isHost accepts.
 func lowerName(name string) []byte {
 	b := make([]byte, 0, len(name))
 	for _, c := range []byte(name) {

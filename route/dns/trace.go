@@ -11,34 +11,34 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 )
 
-// trace is what the log will say of a question. There is one only where lines at debug level are logged.
+// trace is what will be logged about a question. It exists only if lines at debug level are logged.
 type trace struct {
-	name  string // as a Judge has it: without bytes that a terminal would obey
+	name  string // in the form of Judge, without control characters
 	start time.Time
 }
 
-// How a question was answered, as the log has it.
+// How a question was answered, as logged.
 const (
-	howFake      = "fake"      // with an address that stands for a name, or the name that an address stands for
-	howOwn       = "own"       // by viasocks, with what needs no resolver
-	howCache     = "cache"     // with an answer that a resolver gave before
-	howShared    = "shared"    // with the answer to somebody who asked the same at the time
-	howResolver  = "resolver"  // with the answer of this resolver
-	howRelayed   = "relayed"   // it went to the server that was asked; the answer is not seen
-	howRefused   = "refused"   // the Judge said no
+	howFake      = "fake"      // with an address that stands for a name, or with the name that an address stands for
+	howOwn       = "own"       // by viasocks, without a resolver
+	howCache     = "cache"     // from the cache
+	howShared    = "shared"    // with the answer to the same question of another asker
+	howResolver  = "resolver"  // by this resolver
+	howRelayed   = "relayed"   // sent to the server that was asked; the answer is not seen
+	howRefused   = "refused"   // because of the Judge
 	howFailed    = "failed"    // no resolver answered, or no fake address was left
 	howMalformed = "malformed" // with an error, or not at all
-	howDropped   = "dropped"   // not at all: too many questions are on their way
+	howDropped   = "dropped"   // not at all: too many questions are in progress
 )
 
-// follow has q logged when it is answered, if that is wanted. It allocates nothing if not.
+// follow arranges that q is logged when it is answered, if that is wanted. It allocates nothing if not.
 func (s *Server) follow(msg []byte, q *question) {
 	if s.cfg.Log.Enabled(context.Background(), slog.LevelDebug) {
 		q.trace = &trace{name: questionName(msg, q), start: time.Now()}
 	}
 }
 
-// tell logs how q was answered: server is who answered it, if that is not viasocks, and resp the answer, or nil if there is none.
+// tell logs how q was answered. server is who answered it, if that is not viasocks; resp is the answer, or nil.
 func (s *Server) tell(q *question, how, server string, resp []byte) {
 	t := q.trace
 	if t == nil {
@@ -56,7 +56,7 @@ func (s *Server) tell(q *question, how, server string, resp []byte) {
 	s.cfg.Log.LogAttrs(context.Background(), slog.LevelDebug, "DNS question", attrs...)
 }
 
-// typeName is the type of a question, or the operation if it is no QUERY, as tools like dig write it.
+// typeName returns the type of a question, or the operation if it is not a QUERY, as tools like dig write it.
 func typeName(q *question) string {
 	if !q.isQuery() {
 		return fmt.Sprintf("opcode%d", q.flags&maskOpcode>>11)
@@ -72,7 +72,7 @@ func typeName(q *question) string {
 	if s, ok := strings.CutPrefix(dnsmessage.Type(q.qtype).String(), "Type"); ok {
 		return s
 	}
-	return fmt.Sprintf("TYPE%d", q.qtype) // RFC 3597 5
+	return fmt.Sprintf("TYPE%d", q.qtype) // RFC 3597, section 5
 }
 
 func rcodeText(rcode uint16) string {

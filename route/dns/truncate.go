@@ -2,8 +2,8 @@ package dns
 
 import "encoding/binary"
 
-// udpReply makes the asker's answer out of the resolver's, in place: its own ID, its question letter by letter, and no more bytes
-// than it takes. truncated reports whether TC is set because of that.
+// udpReply converts the resolver's answer, in place, into the asker's: with the asker's ID, its question letter by
+// letter, and no more bytes than it accepts. truncated reports whether TC is set because of that.
 func udpReply(resp, query []byte, q question) (out []byte, truncated bool) {
 	flags := binary.BigEndian.Uint16(resp[2:])
 	if q.isQuery() && binary.BigEndian.Uint16(resp[4:]) == 0 {
@@ -23,13 +23,13 @@ func udpReply(resp, query []byte, q question) (out []byte, truncated bool) {
 	return resp, truncated
 }
 
-// truncate shortens an answer to size bytes, 512 at least, in place. It keeps the records that fit, whole and in the order
-// of the answer, and the OPT record. Many askers never come back by TCP (musl before 1.2.4) and take what they get for all
-// there is; an answer without a record would tell them that the name does not exist. more reports whether a record of the answer
-// or authority section is missing, which TC must tell; the additional section is no promise (RFC 2181 9).
+// truncate shortens an answer, in place, to size bytes, at least 512. It keeps the records that fit, whole and in
+// order, and the OPT record. Many askers never retry by TCP (musl before 1.2.4) and take the answer for complete; an
+// answer without records would mean that the name does not exist. more reports whether a record of the answer or
+// authority section is missing, which TC must signal; the additional section is no promise (RFC 2181, section 9).
 //
-// Names are compressed by pointers to what comes before them (RFC 1035 4.1.4), so the beginning of a message can be read
-// without the rest.
+// Names are compressed by pointers to earlier bytes (RFC 1035, section 4.1.4), so the beginning of a message can be
+// read without the rest.
 func truncate(resp []byte, size int) (out []byte, more bool) {
 	var opt []byte
 	start, ok := walkRecords(resp, func(section int, typ uint16, record []byte) bool {
@@ -38,10 +38,10 @@ func truncate(resp []byte, size int) (out []byte, more bool) {
 		}
 		return true
 	})
-	if !ok { // nobody can read it: the asker may see for itself by TCP
+	if !ok { // unreadable: the asker may retry by TCP
 		opt = nil
 	}
-	if len(opt) > size/4 { // options may be as long as they like, and the asker wants records
+	if len(opt) > size/4 { // options may have any length, and the asker needs records
 		opt = opt[:optLen]
 		opt[9], opt[10] = 0, 0
 	}
@@ -49,7 +49,7 @@ func truncate(resp []byte, size int) (out []byte, more bool) {
 	if ok {
 		walkRecords(resp, func(section int, typ uint16, record []byte) bool {
 			if section == additional && (typ == typeOPT || typ == typeTSIG || typ == typeSIG) {
-				return false // OPT is put behind the others; the two sign the whole message
+				return false // OPT is moved to the end; TSIG and SIG(0) sign the whole message
 			}
 			if end+len(record)+len(opt) > size {
 				more = section < additional
@@ -70,15 +70,16 @@ func truncate(resp []byte, size int) (out []byte, more bool) {
 	return resp[:end], more || !ok
 }
 
-// The sections that hold records, in the order of their counts in the header.
+// The sections that contain records, in the order of their counts in the header.
 const (
 	answers = iota
 	authority
 	additional
 )
 
-// walkRecords calls each with every record of msg until it returns false. start is where the records begin, behind the
-// questions. ok: msg holds all that it claims to, as far as each wanted to see. It follows no pointer, and allocates nothing.
+// walkRecords calls each with every record of msg until it returns false. start is where the records begin, after the
+// questions. ok means that msg contains all that it claims to, as far as it was read. It follows no pointers and
+// allocates nothing.
 func walkRecords(msg []byte, each func(section int, typ uint16, record []byte) bool) (start int, ok bool) {
 	off := headerLen
 	for n := binary.BigEndian.Uint16(msg[4:]); n > 0; n-- {
