@@ -11,14 +11,14 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// answers is the upstream of TCP connections to port 53 whose questions are looked at: route/dns answers them itself, at the
-// other end of a pair of sockets.
+// answers is the upstream of TCP connections to port 53 whose questions are examined: route/dns itself answers them,
+// at the other end of a socket pair.
 type answers struct{ r *Router }
 
-// answersName stands in the log and the list of flows.
+// answersName appears in the log and the list of flows.
 const answersName = "dns"
 
-// newAnswers is the verdict on such connections. No policy has its upstream, and none replaces it.
+// newAnswers returns the verdict on such connections. Its upstream belongs to no policy, and none replaces it.
 func newAnswers(r *Router) *verdict {
 	return &verdict{rule: "dns", up: &upstream{Upstream: answers{r}, name: answersName, own: true}}
 }
@@ -46,7 +46,7 @@ func (a answers) DialStream(_ context.Context, _ *relay.Loop, d Dest, done func(
 	done(loop.Unwatched(fds[0]), nil)
 }
 
-// OpenPackets implements Upstream: datagrams to port 53 come to route/dns without one.
+// OpenPackets implements Upstream. It fails, because datagrams to port 53 reach route/dns without an upstream.
 func (answers) OpenPackets(
 	_ context.Context,
 	_ *relay.Loop,

@@ -21,10 +21,10 @@ const (
 	evOpen        eventKind = iota // an association is wanted
 	evDone                         // OpenPackets called done
 	evClosed                       // an open link failed
-	evDiscard                      // a link is not wanted any more
+	evDiscard                      // a link is no longer wanted
 	evBack                         // a server of the upstream works again
 	evFar                          // the address of a name was found
-	evUnreachable                  // the app's kernel says that the socket is gone
+	evUnreachable                  // the app's kernel reports that the socket is gone
 )
 
 type event struct {
@@ -38,7 +38,8 @@ type event struct {
 	err  error
 }
 
-// mailbox takes events from any goroutine without blocking. Its length is bounded by the mappings: a handful for each.
+// mailbox takes events from any goroutine without blocking. The number of mappings limits its length: there are a few
+// events for each.
 type mailbox struct {
 	mu     sync.Mutex
 	events []event
@@ -55,7 +56,7 @@ func (b *mailbox) post(e event) {
 	}
 }
 
-// take returns what is there. spare is what take returned before: it becomes the next buffer.
+// take returns the waiting events. spare is the previous result of take, whose memory is reused.
 func (b *mailbox) take(spare []event) []event {
 	clear(spare)
 	b.mu.Lock()
@@ -65,13 +66,13 @@ func (b *mailbox) take(spare []event) []event {
 	return events
 }
 
-// control is Run's own state: nobody else touches it.
+// control is the state of Run. No other goroutine uses it.
 type control struct {
-	opening int      // tries whose done is outstanding
-	waiting []*assoc // for opening to fall below the limit
-	tooLong bool     // that datagrams were too large was logged
+	opening int      // tries whose done was not called yet
+	waiting []*assoc // until opening falls below the limit
+	tooLong bool     // a warning about datagrams that are too large was logged
 
-	// Of the looks at sockets: when the next one comes, and room for each.
+	// For the checks of sockets: the time of the next one, and memory for each.
 	nextLook int64
 	bound    boundSet
 	looked   []*mapping
@@ -80,19 +81,19 @@ type control struct {
 
 const (
 	sweepEvery = time.Second
-	sweepPart  = 8 // a sweep looks at one part of this many, but at sweepMin at least
+	sweepPart  = 8 // a sweep checks one of this many parts, but at least sweepMin
 	sweepMin   = 64
 
 	retryFirst = 250 * time.Millisecond
 	retryMax   = 30 * time.Second
-	livedLong  = 10 * time.Second // an association that lived so long is made again at once
+	livedLong  = 10 * time.Second // an association that lived this long is made again at once
 )
 
-// Some servers end an association when one datagram cannot be sent (sing-box, trojan). What has delivered an answer is made
-// again at once, but not more often than this.
+// Some servers end an association if one datagram cannot be sent (sing-box, trojan). An association that has
+// delivered an answer is made again at once, but not more often than this.
 const reopenFloor = 100 * time.Millisecond
 
-// handle does what can take longer than the frame reader may.
+// handle does what would take the frame reader too long.
 func (r *Router) handle(e event) {
 	switch e.kind {
 	case evOpen:
@@ -123,7 +124,7 @@ func (r *Router) handle(e event) {
 }
 
 func (r *Router) closeLink(l relay.PacketLink) {
-	_ = l.Close() // the link is given up: nobody could do anything about an error
+	_ = l.Close() // nothing can be done about an error of a link that is given up
 	s := l.Stats()
 	count.Add(&r.links, &s)
 	if s.TooLarge > 0 && !r.control.tooLong {
@@ -136,7 +137,7 @@ func (r *Router) closeLink(l relay.PacketLink) {
 	}
 }
 
-// open starts a try for a, or has it wait.
+// open starts a try for a, or makes it wait.
 func (r *shard) open(a *assoc) {
 	r.udp.mu.Lock()
 	if a.m.gone.Load() || a.m.assocOf(a.up) != a || a.link != nil || a.try != nil {
@@ -169,7 +170,7 @@ func (r *shard) open(a *assoc) {
 		func(err error) { r.ctl.post(event{kind: evClosed, t: t, err: err}) })
 }
 
-// next lets one that waits have its turn.
+// next starts waiting tries while the limit allows.
 func (r *Router) next() {
 	for len(r.control.waiting) > 0 && r.control.opening < r.cfg.Limits.Associations {
 		a := r.control.waiting[0]
@@ -187,7 +188,7 @@ func (r *shard) opened(e event) {
 		e.link, e.err = nil, t.why
 	}
 	r.udp.mu.Lock()
-	if a.try != t { // not wanted any more
+	if a.try != t { // no longer wanted
 		r.udp.mu.Unlock()
 		t.cancel()
 		if e.link != nil {
@@ -203,7 +204,7 @@ func (r *shard) opened(e event) {
 		t.cancel()
 		return
 	}
-	a.link, a.opened = e.link, r.now() // its failures are forgotten when it has delivered, or lived: see closed
+	a.link, a.opened = e.link, r.now() // its failures are forgotten once it has delivered or lived long enough: see closed
 	items := r.udp.take(a)
 	pkts := make([]flow.Packet, 0, len(items))
 	for i := range items {
@@ -221,7 +222,7 @@ func (r *shard) opened(e event) {
 	r.udp.mu.Unlock()
 }
 
-// failed decides what comes of an association that could not be opened. udp.mu is held.
+// failed decides what to do about an association that could not be opened. The caller holds udp.mu.
 func (r *shard) failed(a *assoc, err error) {
 	if r.ctx.Err() != nil {
 		return
@@ -231,7 +232,7 @@ func (r *shard) failed(a *assoc, err error) {
 		return
 	}
 	a.failures++
-	if errors.Is(err, socks.ErrEnded) { // OpenSSH -D has no UDP, and says nothing else; one alone says little
+	if errors.Is(err, socks.ErrEnded) { // OpenSSH -D has no UDP and ends like this; a single case proves little
 		if a.up.deaf.Add(1) >= deafAfter {
 			r.refuseUDP(a, flow.RefusePort, errEndsRequests)
 			return
@@ -241,7 +242,7 @@ func (r *shard) failed(a *assoc, err error) {
 	}
 	if isShortage(err) {
 		r.short(err)
-		a.failures = min(a.failures, refuseAfter-1) // what waits goes on waiting
+		a.failures = min(a.failures, refuseAfter-1) // what waits continues to wait
 		r.again(a)
 		return
 	}
@@ -252,7 +253,7 @@ func (r *shard) failed(a *assoc, err error) {
 	r.again(a)
 }
 
-// refuseQueue tells the app of each datagram that waits. Questions of DNS that were to be relayed go another way.
+// refuseQueue refuses each waiting datagram to the app. DNS questions that were to be relayed are sent another way.
 func (r *shard) refuseQueue(a *assoc, why flow.Refusal) {
 	relays := r.relaysQuestions() && a.failures < refuseAfter
 	for _, q := range r.udp.take(a) {
@@ -265,7 +266,8 @@ func (r *shard) refuseQueue(a *assoc, why flow.Refusal) {
 	}
 }
 
-// again has a opened after a delay that grows with its failures; without any at once, unless it was just opened.
+// again opens a after a delay that grows with its failures. Without failures it opens a at once, unless it was opened
+// just before.
 func (r *shard) again(a *assoc) {
 	d := time.Duration(0)
 	if a.opened > 0 {
@@ -273,7 +275,7 @@ func (r *shard) again(a *assoc) {
 	}
 	if a.failures > 0 {
 		d = min(r.retryFirst<<min(a.failures-1, 16), r.retryMax)
-		d += time.Duration(rand.Int64N(int64(d)/4 + 1)) // not all mappings at the same moment
+		d += time.Duration(rand.Int64N(int64(d)/4 + 1)) // so that not all mappings try at the same moment
 	}
 	if d == 0 {
 		r.ctl.post(event{kind: evOpen, a: a})
@@ -282,7 +284,7 @@ func (r *shard) again(a *assoc) {
 	time.AfterFunc(d, func() { r.ctl.post(event{kind: evOpen, a: a}) })
 }
 
-// watchUpstreams has the associations of p's upstreams made at once when a server works again.
+// watchUpstreams makes the associations of p's upstreams open at once when a server works again.
 func (r *Router) watchUpstreams(p *policy) {
 	for _, up := range p.order {
 		if u, ok := up.Upstream.(interface{ OnUp(func()) }); ok {
@@ -308,7 +310,7 @@ func (r *shard) back(up *upstream) {
 	}
 }
 
-// closed: an open link failed. The mapping stays, and with it what the app knows.
+// closed handles the failure of an open link. The mapping stays, and so does what the app knows.
 func (r *shard) closed(e event) {
 	t, a := e.t, e.t.a
 	if t.closed {
@@ -319,7 +321,7 @@ func (r *shard) closed(e event) {
 		t.why = errors.New("the control connection ended")
 	}
 	r.udp.mu.Lock()
-	if a.try != t || a.link == nil { // not wanted, or done is still to come
+	if a.try != t || a.link == nil { // not wanted, or done was not called yet
 		r.udp.mu.Unlock()
 		return
 	}
@@ -353,7 +355,7 @@ func (r *shard) closed(e event) {
 	)
 }
 
-// sweep looks at a part of the mappings and ends those whose time is over.
+// sweep checks a part of the mappings and ends those whose time is over.
 func (r *shard) sweep() {
 	t := &r.udp
 	now := r.now()
@@ -379,7 +381,7 @@ func (r *shard) sweep() {
 		exists := r.exists(m)
 		t.mu.Lock()
 		switch {
-		case m.gone.Load() || !r.idle(m, r.now()): // ended, or a datagram came while we asked
+		case m.gone.Load() || !r.idle(m, r.now()): // ended, or a datagram came during the query
 		case exists:
 			m.notYet = r.now() + int64(t.pinned)
 		default:
@@ -390,7 +392,7 @@ func (r *shard) sweep() {
 	}
 }
 
-// exists asks whether the app has a socket with m's endpoint. What can't be asked has none.
+// exists asks whether the app has a socket with m's endpoint. It returns false if that cannot be queried.
 func (r *Router) exists(m *mapping) bool {
 	if r.cfg.Sockets == nil {
 		return false
@@ -399,10 +401,10 @@ func (r *Router) exists(m *mapping) bool {
 	return ok && err == nil
 }
 
-// unreachable ends m if its socket is gone, as the app's kernel said.
+// unreachable ends m if its socket is gone, as the app's kernel reported.
 func (r *shard) unreachable(m *mapping) {
 	if r.exists(m) {
-		return // it is connected, and a stranger wrote to it
+		return // it is connected, and another sender wrote to it
 	}
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()
@@ -411,10 +413,10 @@ func (r *shard) unreachable(m *mapping) {
 	}
 }
 
-// idle reports whether m has been silent for its life time. udp.mu is held.
+// idle reports whether m has been silent for its lifetime. The caller holds udp.mu.
 func (r *shard) idle(m *mapping, now int64) bool {
 	life := r.udp.life
-	// An exchange of one datagram each way is over too: nobody waits for more.
+	// An exchange of one datagram in each direction is also over, because no more is expected.
 	if m.oneShot || m.upPkts == 1 && m.downPkts.Load() >= 1 {
 		life = r.udp.shortLife
 	}

@@ -7,9 +7,9 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// Some servers grant UDP and have none: ss-local without -u names a port on which nobody listens, simple-socks ends each
-// association at once, and OpenSSH -D ends the connection in place of an answer. As long as no datagram has come back, this is
-// taken for "no UDP" after a few of these events, so that programs get an error instead of silence.
+// Some servers grant UDP but do not carry it: ss-local without -u names a port on which nothing listens, simple-socks
+// ends each association at once, and OpenSSH -D ends the connection instead of answering. As long as no datagram has
+// come back, a few of these events are taken for "no UDP", so that programs get an error instead of silence.
 var (
 	errEndsRequests     = errors.New("it ends the connection when it is asked for UDP: it has none")
 	errEndsAssociations = errors.New("it grants UDP and ends each association at once, and no answer has come")
@@ -17,13 +17,14 @@ var (
 )
 
 const (
-	// deafAfter is how many associations in a row must have ended, or datagrams met ICMP port unreachable, without an answer.
+	// deafAfter is how many consecutive associations must have ended, or datagrams met ICMP port unreachable, without
+	// an answer.
 	deafAfter = 3
-	// quickEnd is how long an association that is ended "at once" lives at most.
+	// quickEnd is the longest life of an association that was ended "at once".
 	quickEnd = time.Second
 )
 
-// refuseUDP has datagrams for a's upstream refused for a while, those that wait and new ones. udp.mu is held.
+// refuseUDP refuses datagrams for a's upstream for a while, both waiting and new ones. The caller holds udp.mu.
 func (r *shard) refuseUDP(a *assoc, why flow.Refusal, err error) {
 	if a.m.gone.Load() || a.m.assocOf(a.up) != a {
 		return
@@ -39,13 +40,13 @@ func (r *shard) refuseUDP(a *assoc, why flow.Refusal, err error) {
 	}
 }
 
-// failedUDP says once that u does not work for UDP, until an answer comes.
+// failedUDP logs once that u does not work for UDP, until an answer comes.
 func (u *upstream) failedUDP(r *Router, err error) {
 	u.heard.Store(false)
 	u.udp.failed(r, u, "UDP", err)
 }
 
-// heardUDP notes that an answer came by u. Any goroutine.
+// heardUDP records that an answer came through u. It may be called from any goroutine.
 func (u *upstream) heardUDP(r *Router) {
 	u.heard.Store(true)
 	u.deaf.Store(0)
@@ -53,8 +54,8 @@ func (u *upstream) heardUDP(r *Router) {
 	u.udp.works(r, u, "UDP")
 }
 
-// appendDeaf appends the associations of m whose datagrams only met ICMP port unreachable, of an upstream that was never heard.
-// udp.mu is held.
+// appendDeaf appends the associations of m whose datagrams only met ICMP port unreachable, if nothing was ever
+// received from their upstream. The caller holds udp.mu.
 func appendDeaf(all []*assoc, m *mapping) []*assoc {
 	for _, a := range m.assocs {
 		if a.link == nil || a.up.heard.Load() || a.up.name == DirectName {

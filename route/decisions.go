@@ -13,17 +13,17 @@ import (
 )
 
 const (
-	// decisionQueue is how many decisions may wait for their writer. Those over it are lost, and counted.
+	// decisionQueue is how many decisions may wait to be written. Further ones are dropped and counted.
 	decisionQueue = 4096
 	// decisionBuffer is how much is written at a time.
 	decisionBuffer = 64 << 10
-	// decisionEnd bounds the wait for a reader that does not read, at the end.
+	// decisionEnd limits the wait, at the end, for a reader that does not read.
 	decisionEnd = time.Second
-	// decisionFault is the least time between two warnings about a file that cannot be written.
+	// decisionFault is the minimum time between two warnings about a file that cannot be written.
 	decisionFault = time.Minute
 )
 
-// decision is a verdict that was taken on a flow.
+// decision is a verdict on a flow.
 type decision struct {
 	at    time.Time
 	flow  flow.Flow
@@ -32,23 +32,23 @@ type decision struct {
 	owner *flow.Owner
 }
 
-// decisionLine is a decision as it is written: one JSON object on a line.
+// decisionLine is a decision in the form in which it is written: one JSON object on a line.
 type decisionLine struct {
 	Time    string   `json:"time"`
 	Proto   string   `json:"proto,omitempty"`
 	Src     string   `json:"src,omitempty"`
 	Dst     string   `json:"dst,omitempty"`
-	Names   []string `json:"names,omitempty"` // that the program asked for and dst was an answer to
+	Names   []string `json:"names,omitempty"` // that the program asked for and whose answer contained dst
 	Verdict string   `json:"verdict,omitempty"`
 	Rule    string   `json:"rule,omitempty"`
 	UID     *uint32  `json:"uid,omitempty"`
 	PID     int      `json:"pid,omitempty"`
 	Exe     string   `json:"exe,omitempty"`
 	Cgroup  string   `json:"cgroup,omitempty"`
-	Lost    uint64   `json:"lost,omitempty"` // lines that are missing before this one
+	Lost    uint64   `json:"lost,omitempty"` // number of missing lines before this one
 }
 
-// decisions writes them, from a goroutine of its own. Nobody waits for it.
+// decisions writes decisions from its own goroutine. Posting never blocks.
 type decisions struct {
 	w    io.Writer
 	log  *flowLog
@@ -57,9 +57,9 @@ type decisions struct {
 	wg   sync.WaitGroup
 	stop context.CancelFunc
 
-	// The goroutine's own.
+	// The fields below belong to the goroutine.
 	buf    []byte
-	told   uint64 // of lost
+	told   uint64 // part of lost that was reported
 	faulty time.Time
 }
 
@@ -70,7 +70,7 @@ func newDecisions(w io.Writer, log *flowLog) *decisions {
 	return &decisions{w: w, log: log, in: make(chan decision, decisionQueue)}
 }
 
-// post queues a decision. It does not block; from any goroutine. d may be nil.
+// post queues a decision. It does not block and may be called from any goroutine. d may be nil.
 func (d *decisions) post(x decision) {
 	if d == nil {
 		return
@@ -103,7 +103,7 @@ func (d *decisions) start() {
 	})
 }
 
-// end writes what is queued, and waits for it, but not for a reader that does not read.
+// end writes what is queued and waits for that, but not for a reader that does not read.
 func (d *decisions) end() {
 	if d == nil {
 		return
@@ -119,7 +119,7 @@ func (d *decisions) end() {
 	}
 }
 
-// drain writes all that is queued.
+// drain writes everything that is queued.
 func (d *decisions) drain() {
 	for {
 		select {
@@ -152,7 +152,7 @@ func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339Nano) }
 
 func (d *decisions) line(l decisionLine) {
 	b, err := json.Marshal(l)
-	if err != nil { // there is nothing in it that cannot be written
+	if err != nil { // it contains nothing that cannot be marshalled
 		return
 	}
 	d.buf = append(append(d.buf, b...), '\n')
@@ -183,7 +183,7 @@ func (d *decisions) flush() {
 	}
 }
 
-// word is the verdict as a rule writes it.
+// word returns the verdict in the words of a rule.
 func (v *verdict) word() string {
 	switch v.kind {
 	case carry:

@@ -7,29 +7,29 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// Most rules look at protocol and destination alone, and the cache in verdict.go is for them. Where a rule also looks at
-// the source, at names or at the owner of a socket, or where decisions are written, a verdict on datagrams is remembered
-// for a pair of source and destination, and not for longer than what it depends on stays as it is.
+// Most rules look only at protocol and destination, and the cache in verdict.go is for them. If a rule also looks at
+// the source, at names or at the owner of a socket, or if decisions are written, a verdict on datagrams is cached for
+// a pair of source and destination, and only while what it depends on does not change.
 
-// deepAge is how long a verdict is believed that depends on a name or on an owner: both change with time.
+// deepAge is how long a verdict is valid that depends on a name or an owner, because both change with time.
 const deepAge = int64(time.Second)
 
-// deepCache remembers verdicts on datagrams by source and destination. It belongs to who holds the mappings' lock.
+// deepCache caches verdicts on datagrams by source and destination. It is guarded by the mappings' lock.
 type deepCache [cacheSize]deepSlot
 
 type deepSlot struct {
 	src, dst netip.AddrPort
 	v        *verdict
 	until    int64
-	changes  uint64 // of the names, when the verdict was taken
+	changes  uint64 // of the names, when the verdict was made
 }
 
-// slot mixes both endpoints into the place of a pair.
+// slot returns the slot for a pair of endpoints.
 func (c *deepCache) slot(src, dst netip.AddrPort) *deepSlot {
 	return &c[(slotOf(dst)^slotOf(src)*5)&(cacheSize-1)]
 }
 
-// deepFor is the cache that a policy needs; nil: the plain one is right for it.
+// deepFor returns the cache that a policy needs, or nil if the plain cache is right for it.
 func (r *Router) deepFor(p *policy) *deepCache {
 	if p.plain() && r.decisions == nil {
 		return nil
@@ -42,7 +42,8 @@ func (r *Router) wantsNames() bool {
 	return r.decisions != nil || r.policy.Load().needs&(ofName|ofList) != 0
 }
 
-// queryOf is what a verdict on a flow is taken on, as far as it is known. Names are looked up where somebody wants them.
+// queryOf returns what a verdict on a flow is based on, as far as it is known. Names are looked up only if they are
+// needed.
 func (r *Router) queryOf(f flow.Flow, dest Dest) query {
 	q := query{proto: f.Proto, src: f.Src, dst: dest.Addr}
 	switch {
@@ -56,15 +57,15 @@ func (r *Router) queryOf(f flow.Flow, dest Dest) query {
 	return q
 }
 
-// decideUDP takes the verdict on a datagram, and adds to q the owner that it was taken on; verdictAsk: the owner is looked for.
-// udp.mu is held.
+// decideUDP returns the verdict on a datagram, and adds to q the owner on which it is based; verdictAsk means that
+// the owner is being looked up. The caller holds udp.mu.
 func (r *shard) decideUDP(q *query, p *flow.Packet, now int64) *verdict {
 	v := r.verdictOn(q)
 	switch {
-	case r.asker == nil && v == verdictAsk: // nobody can tell
+	case r.asker == nil && v == verdictAsk: // the owner cannot be found
 		q.owner = &nobody
 		return r.verdictOn(q)
-	case r.asker != nil && (v == verdictAsk || r.decisions != nil): // whose line names the program
+	case r.asker != nil && (v == verdictAsk || r.decisions != nil): // the decision line names the program
 		var asked bool
 		if q.owner, asked = r.ownerOf(p, now); q.owner == nil && (asked || v == verdictAsk) {
 			return verdictAsk
@@ -74,7 +75,7 @@ func (r *shard) decideUDP(q *query, p *flow.Packet, now int64) *verdict {
 	return v
 }
 
-// classifyDeep is classify where a verdict depends on more than the destination. udp.mu is held.
+// classifyDeep is classify for verdicts that depend on more than the destination. The caller holds udp.mu.
 func (r *shard) classifyDeep(p *flow.Packet, now int64) *verdict {
 	c := r.udp.deep.slot(p.Src, p.Dst)
 	changes := r.names.changes.Load()

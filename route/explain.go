@@ -10,14 +10,14 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// Question is a flow that somebody wants to know the verdict on. What is not said is unknown.
+// Question is a flow for which the user wants to know the verdict. What the user does not give is unknown.
 type Question struct {
 	q                query
-	uid, exe, cgroup bool // are said
+	uid, exe, cgroup bool // were given
 }
 
-// ParseQuestion reads PROTO:HOST:PORT, behind which may stand, with spaces between, addr=ADDRESS (of a name), src=ADDRESS,
-// user=USER, exe=PATH and cgroup=PATH. An IPv6 address stands in brackets.
+// ParseQuestion parses PROTO:HOST:PORT, optionally followed, with spaces between, by addr=ADDRESS (of a name),
+// src=ADDRESS, user=USER, exe=PATH and cgroup=PATH. An IPv6 address is written in brackets.
 func ParseQuestion(s string) (Question, error) {
 	var x Question
 	words := strings.Fields(s)
@@ -96,15 +96,15 @@ func (x *Question) destination(s string) error {
 	return nil
 }
 
-// Step is what one rule says to a flow.
+// Step is the result of one rule for a flow.
 type Step struct {
 	Decides bool
-	Unknown bool // it cannot be told whether the rule matches
+	Unknown bool // it is unknown whether the rule matches
 	Why     string
 }
 
-// Explain says for each rule, up to the one that decides, whether and why it matches. decides is the index of that rule, or
-// -1: none does. early is set where the flow is handled before any rule is looked at, and says how.
+// Explain tells for each rule, up to the one that decides, whether and why it matches. decides is the index of that
+// rule, or -1 if none does. early is set if the flow is handled before any rule is evaluated, and describes how.
 func Explain(rules []Rule, x Question) (steps []Step, decides int, early string) {
 	dst := x.q.dst
 	if a := dst.Addr(); a.IsValid() && (!flow.OneHost(a) || flow.IsOurs(a)) {
@@ -125,7 +125,8 @@ func Explain(rules []Rule, x Question) (steps []Step, decides int, early string)
 	return steps, -1, ""
 }
 
-// step looks at each condition of a rule alone. One that does not hold is final; one that cannot be told is not.
+// step checks each condition of a rule separately. A condition that does not hold is final; one that is unknown is
+// not.
 func (x *Question) step(r *Rule) Step {
 	var open, holds []string
 	for k := ofProto; k <= ofExe; k <<= 1 {
@@ -151,7 +152,7 @@ func (x *Question) step(r *Rule) Step {
 	return Step{Decides: true, Why: strings.Join(holds, " and ") + map[bool]string{true: " holds", false: " hold"}[len(holds) == 1]}
 }
 
-// only is r with one of its conditions, and with the verdict drop.
+// only returns r with one of its conditions, and with the verdict drop.
 func (r *Rule) only(k kinds) Rule {
 	one := Rule{not: r.not & k, action: ActionDrop}
 	switch k {
@@ -182,7 +183,7 @@ func (r *Rule) only(k kinds) Rule {
 	return one
 }
 
-// missing is what the question does not say, and the condition of kind k needs; "": nothing.
+// missing returns what the question does not give and the condition of kind k needs; "": nothing.
 func (x *Question) missing(k kinds, one *Rule) string {
 	switch {
 	case k == ofDest && !x.q.dst.Addr().IsValid():

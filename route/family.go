@@ -14,36 +14,37 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// A name travels to the proxy as a name, and the proxy chooses the family of the address. Two things can go wrong. A program
-// that is given a fake IPv6 address believes that it can reach IPv6, and asks for addresses of IPv6 that the proxy cannot reach:
-// so names have no fake IPv6 address while flows show that their upstream has no IPv6. And many servers try the IPv6 address of
-// a name only, and fail where that is dead: so such a flow is tried once more, with an IPv4 address of the name.
+// A name travels to the proxy as a name, and the proxy chooses the address family. Two things can go wrong. A program
+// that gets a fake IPv6 address believes that it can reach IPv6, and asks for IPv6 addresses that the proxy cannot
+// reach. Names therefore have no fake IPv6 address while flows show that their upstream has no IPv6. Also, many
+// servers try only the IPv6 address of a name, and fail if that is dead. Such a flow is therefore tried once more,
+// with an IPv4 address of the name.
 
 const (
-	// lackingAfter is how many different IPv6 addresses must be unreachable, with none reached within reachedFor, for an upstream
-	// to have no IPv6. This is believed for lackingFor.
+	// lackingAfter is how many different IPv6 addresses must be unreachable, with none reached within reachedFor, for
+	// an upstream to count as without IPv6. This is remembered for lackingFor.
 	lackingAfter = 3
 	lackingFor   = 5 * time.Minute
 	reachedFor   = 10 * time.Minute
 
-	// secondWait bounds the wait for the addresses of a name.
+	// secondWait limits the wait for the addresses of a name.
 	secondWait = 3 * time.Second
-	// secondLimit is when a flow is refused whose second try has no answer, counted from its begin.
+	// secondLimit is when a flow is refused if its second try has no answer, counted from the beginning of the flow.
 	secondLimit = socks.DefaultHandshakeTimeout
 )
 
-// ipv6Known is what flows to IPv6 addresses have shown of an upstream. Its methods may be called from any goroutine. Times are of
-// the Router's clock.
+// ipv6Known is what flows to IPv6 addresses have shown about an upstream. Its methods may be called from any
+// goroutine. Times are on the Router's clock.
 type ipv6Known struct {
 	reached atomic.Int64 // when an IPv6 address was last reached; 0: never
-	lacking atomic.Int64 // there is no IPv6 until then; 0: nothing is known
+	lacking atomic.Int64 // until when there is no IPv6; 0: unknown
 
 	mu     sync.Mutex
-	failed []netip.Addr // less than lackingAfter
-	since  int64        // the first of failed
+	failed []netip.Addr // fewer than lackingAfter
+	since  int64        // time of the first in failed
 }
 
-// lacks reports whether the upstream cannot reach IPv6, as far as is known.
+// lacks reports whether the upstream is known not to reach IPv6.
 func (k *ipv6Known) lacks(now int64) bool { return now < k.lacking.Load() }
 
 func (k *ipv6Known) forget() {
@@ -54,7 +55,7 @@ func (k *ipv6Known) forget() {
 	k.lacking.Store(0)
 }
 
-// learn takes in how a dial of an IPv6 address ended, and reports whether it has just shown that there is no IPv6.
+// learn records the result of a dial to an IPv6 address, and reports whether it has just shown that there is no IPv6.
 func (k *ipv6Known) learn(a netip.Addr, err error, now int64) (lacks bool) {
 	if err == nil || errors.Is(err, socks.ReplyRefused) && !isServerFault(err) {
 		k.reached.Store(now)
@@ -84,14 +85,14 @@ func (k *ipv6Known) learn(a netip.Addr, err error, now int64) (lacks bool) {
 	return lacks
 }
 
-// failedByFamily reports whether err is what a server answers when it has no address of the right family for the target, or no
-// way to it.
+// failedByFamily reports whether err is what a server answers if it has no address of the right family for the
+// target, or no route to it.
 func failedByFamily(err error) bool {
 	return !isServerFault(err) && (errors.Is(err, socks.ReplyNetUnreachable) || errors.Is(err, socks.ReplyHostUnreachable) ||
 		errors.Is(err, socks.ReplyAddrTypeNotSupported))
 }
 
-// learnIPv6 takes in how the dial of s ended, if it was for an IPv6 address.
+// learnIPv6 records the result of the dial of s if it was to an IPv6 address.
 func (s *stream) learnIPv6(err error) {
 	a := s.dest.Addr.Addr()
 	if s.dest.Name != "" || !a.Is6() || a.Is4In6() {
@@ -127,28 +128,29 @@ func (p *policy) mayReachIPv6(name []byte, now int64) bool {
 	return can(p.otherwise)
 }
 
-// forgetIPv6 forgets what is known of the upstreams' IPv6.
+// forgetIPv6 forgets what is known about the upstreams' IPv6.
 func (p *policy) forgetIPv6() {
 	for _, u := range p.order {
 		u.ipv6.forget()
 	}
 }
 
-// secondTry is of a flow to a name that the server could not reach: it waits for the addresses of the name, and is then dialled
-// once more if it has both an IPv6 address, by which the server may have failed, and one of IPv4.
+// secondTry belongs to a flow to a name that the server could not reach. It waits for the addresses of the name, and
+// then dials once more if the name has both an IPv6 address, which may be why the server failed, and an IPv4 address.
 type secondTry struct {
 	s      *stream
-	first  error       // the server's answer to the name
-	timer  *time.Timer // ends the wait, and after that the dial
+	first  error       // the server's answer for the name
+	timer  *time.Timer // ends the wait, and later the dial
 	waited atomic.Bool // the wait is over
 
 	mu      sync.Mutex
 	six     bool // the name has an IPv6 address
 	four    netip.Addr
-	unheard int // answers that have not come
+	unheard int // number of outstanding answers
 }
 
-// tryAgain begins the second try of a flow whose dial ended with err, if it is to have one. false: err is final.
+// tryAgain begins the second try of a flow whose dial ended with err, if it should have one. It returns false if err
+// is final.
 func (s *stream) tryAgain(err error) bool {
 	d := s.r.dns.Load()
 	if d == nil || s.second.Load() != nil || !failedByFamily(err) || !s.mayLookUp() {
@@ -157,10 +159,10 @@ func (s *stream) tryAgain(err error) bool {
 	t := &secondTry{s: s, first: err, unheard: 2}
 	t.timer = time.AfterFunc(secondWait, t.late)
 	s.second.Store(t)
-	if s.call.Err() != nil { // the end of the flow may have come before t was there to be seen
+	if s.call.Err() != nil { // the flow may have ended before t was visible
 		t.timer.Reset(0)
 	}
-	if errors.Is(err, socks.ReplyAddrTypeNotSupported) { // the server takes no names: any address is worth a try
+	if errors.Is(err, socks.ReplyAddrTypeNotSupported) { // the server does not accept names: any address is worth a try
 		t.heard(true, netip.IPv6Unspecified())
 	} else if !d.LookUp(s.dest.Name, true, func(a netip.Addr, _ time.Duration) { t.heard(true, a) }) {
 		t.heard(true, netip.Addr{})
@@ -171,8 +173,8 @@ func (s *stream) tryAgain(err error) bool {
 	return true
 }
 
-// mayLookUp reports whether the resolvers may be asked for the name of s: who uses a Tor wants no resolver to see the name, and
-// some names are known only in the proxy's own network.
+// mayLookUp reports whether the resolvers may be asked for the name of s: a user of Tor wants no resolver to see the
+// name, and some names are known only in the proxy's own network.
 func (s *stream) mayLookUp() bool {
 	up, pool := s.v.up, s.r.cfg.Pool
 	if pool == nil || !pool.Contains(s.flow.Dst.Addr()) || up.own || up.name == DirectName || !travels(plainName(s.dest.Name)) {
@@ -184,7 +186,7 @@ func (s *stream) mayLookUp() bool {
 	return time.Since(s.flow.Start) < secondLimit-secondWait
 }
 
-// heard takes an address of the name in, or that it has none.
+// heard records an address of the name, or that it has none.
 func (t *secondTry) heard(v6 bool, a netip.Addr) {
 	t.mu.Lock()
 	if v6 {
@@ -205,7 +207,7 @@ func (t *secondTry) heard(v6 bool, a netip.Addr) {
 	}
 }
 
-// mayGoTo reports whether the rules send a flow of this name to this address by the same upstream.
+// mayGoTo reports whether the rules send a flow with this name to this address through the same upstream.
 func (s *stream) mayGoTo(to netip.AddrPort) bool {
 	if s.r.cfg.Pool.Contains(to.Addr()) {
 		return false
@@ -226,7 +228,7 @@ func (t *secondTry) dial(to netip.AddrPort) {
 	s.v.up.DialStream(&s.call, s.r.loops[s.loop], dest, s.dialed)
 }
 
-// late is called by the timer, also when the flow has ended.
+// late is called by the timer, even if the flow has ended.
 func (t *secondTry) late() {
 	if t.waited.Load() {
 		t.s.call.Cancel()
@@ -245,7 +247,7 @@ func (t *secondTry) giveUp() {
 	t.s.req = nil
 }
 
-// over ends the second try with its result, and gives what the app is told.
+// over ends the second try with its result, and returns the error for the app.
 func (t *secondTry) over(err error) error {
 	t.timer.Stop()
 	switch {

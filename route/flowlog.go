@@ -11,15 +11,16 @@ import (
 )
 
 const (
-	// logQueue is the number of log lines that may wait, besides those that are being written, as many at most. A reader
-	// of the log that is slower loses lines, not flows.
+	// logQueue is the number of log lines that may wait, in addition to at most as many that are being written. If
+	// the log is read too slowly, lines are lost, but no flow waits.
 	logQueue = 4096
-	// logKeep is the longest queue that is kept when it is empty: a line is 300 bytes, so a burst of them is a megabyte.
+	// logKeep is the longest queue whose memory is kept when it is empty: a line has 300 bytes, so a burst of them is
+	// a megabyte.
 	logKeep = 64
 )
 
-// flowLog writes log lines from a goroutine of its own: the frame reader and the loops must not wait for a terminal or
-// a journal.
+// flowLog writes log lines from its own goroutine, because the frame reader and the loops must not wait for a
+// terminal or a journal.
 type flowLog struct {
 	h  slog.Handler
 	wg sync.WaitGroup
@@ -44,7 +45,7 @@ func newFlowLog(log *slog.Logger) *flowLog {
 
 func (l *flowLog) enabled(level slog.Level) bool { return l.h.Enabled(context.Background(), level) }
 
-// post queues a line. It does not block; from any goroutine.
+// post queues a line. It does not block and may be called from any goroutine.
 func (l *flowLog) post(level slog.Level, msg string, attrs ...slog.Attr) {
 	if !l.enabled(level) {
 		return
@@ -82,7 +83,7 @@ func (l *flowLog) start() {
 			dropped := l.dropped
 			l.dropped = 0
 			l.mu.Unlock()
-			if len(recs) == 0 { // over, and what was queued before is written
+			if len(recs) == 0 { // closed, and everything queued before is written
 				return
 			}
 			l.write(recs, dropped)
@@ -110,7 +111,7 @@ func (l *flowLog) close() {
 	l.wg.Wait()
 }
 
-// end is the one line that a flow gets.
+// end logs the single line of a flow.
 func (l *flowLog) end(f FlowInfo, took time.Duration, err error) {
 	if !l.enabled(slog.LevelInfo) {
 		return
@@ -129,12 +130,12 @@ func (l *flowLog) end(f FlowInfo, took time.Duration, err error) {
 // FlowInfo is a flow as status shows it. Up and Down are payload bytes.
 type FlowInfo struct {
 	flow.Flow
-	Host     string // the name that the app asked for, if it is known
+	Host     string // the name that the app asked for, if known
 	Rule     string // as Rule.String, or "default", "none", "dns"
 	Upstream string
-	PID      int // of the program, and Exe its executable, where a rule has asked for it
+	PID      int // of the program, and Exe its executable, if a rule has asked for it
 	Exe      string
-	State    string // dialing, open; UDP also retrying; in the log how it ended
+	State    string // dialing, open; for UDP also retrying; in the log how it ended
 	Up, Down uint64
 }
 
@@ -142,11 +143,11 @@ func info(id uint64, proto flow.Proto, src, dst netip.AddrPort, start time.Time)
 	return FlowInfo{Flow: flow.Flow{ID: id, Proto: proto, Src: src, Dst: dst, Start: start}}
 }
 
-// logTo is a Logger whose lines go through the queue.
+// logTo returns a Logger whose lines go through the queue.
 func logTo(l *flowLog) *slog.Logger { return slog.New(&queueHandler{l, l.h}) }
 
-// queueHandler queues the lines of those who log by slog. WithAttrs and WithGroup are not used by them: what they are
-// given would be lost on the way, so they write past the queue.
+// queueHandler queues the lines of code that logs with slog. This code does not use WithAttrs and WithGroup; the
+// handlers that these return write without the queue, because it could not carry their attributes.
 type queueHandler struct {
 	l *flowLog
 	slog.Handler

@@ -8,30 +8,31 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// Run looks, in the background, for flows whose program is gone. The frames don't tell: a UDP socket closes in silence, and
-// the kernel drops a TCP connection that nobody holds without a word when the far end does not take what is left of it.
+// Run looks, in the background, for flows whose program is gone. The frames do not show this: a UDP socket closes
+// silently, and the kernel silently drops a TCP connection without a socket if the far end does not accept the
+// remaining data.
 
 const (
-	// lookEvery is how often Run asks which UDP sockets there are. It is one question for all mappings, and lookShare
-	// times its duration pass before the next one.
+	// lookEvery is how often Run lists the existing UDP sockets. It is one query for all mappings, and at least
+	// lookShare times its duration passes before the next one.
 	lookEvery = 5 * time.Second
 	lookShare = 200
-	// goneAfter is how long a mapping outlives its socket: a socket that is opened again on the same port keeps the outer
-	// port.
+	// goneAfter is how long a mapping outlives its socket, so that a socket that is opened again on the same port
+	// keeps the outer port.
 	goneAfter = 10 * time.Second
-	// streamsEvery is the time in which Run comes by each TCP flow once.
+	// streamsEvery is the time in which Run checks each TCP flow once.
 	streamsEvery = 30 * time.Second
 )
 
-// asking is what Run remembers of a mapping's socket. Nobody else touches it.
+// asking is what Run remembers about a mapping's socket. No other goroutine uses it.
 type asking struct {
-	done   bool  // the socket was looked for when the mapping was new
-	known  bool  // "not found" means "gone": the socket was found before, or it can't be a guest's
-	goneAt int64 // when it was first not found; 0: it was there the last time
+	done   bool  // the socket was looked up when the mapping was new
+	known  bool  // "not found" means "gone", because the socket was found before or cannot be a guest's
+	goneAt int64 // when it was first not found; 0: it existed at the last check
 }
 
-// found takes the answer to a question about a socket, and reports whether the socket is surely gone. known is whether it
-// was found before.
+// found interprets the answer to a query for a socket, and reports whether the socket is certainly gone. known tells
+// whether it was found before.
 func found(ok bool, err error, known *bool) (gone bool) {
 	switch {
 	case ok:
@@ -44,7 +45,7 @@ func found(ok bool, err error, known *bool) (gone bool) {
 	return *known && errors.Is(err, flow.ErrForwarded)
 }
 
-// firstLook looks for the socket of a new mapping, while it is likely to be there still.
+// firstLook looks up the socket of a new mapping while it probably still exists.
 func (r *Router) firstLook(m *mapping) {
 	if m.ask.done || r.cfg.Sockets == nil {
 		return
@@ -54,9 +55,9 @@ func (r *Router) firstLook(m *mapping) {
 	found(ok, err, &m.ask.known)
 }
 
-// boundSet is the local endpoints of all UDP sockets.
+// boundSet contains the local endpoints of all UDP sockets.
 type boundSet struct {
-	ports     map[uint16]struct{} // of those that are bound to every address
+	ports     map[uint16]struct{} // of those bound to all addresses
 	endpoints map[netip.AddrPort]struct{}
 }
 
@@ -84,8 +85,9 @@ func (b *boundSet) has(src netip.AddrPort) bool {
 	return ok
 }
 
-// sweepSockets asks which UDP sockets there are, and ends the mappings whose socket has been gone for long enough. No mapping is
-// asked about by itself: the kernel has no index for that question, and looks through its whole table of UDP sockets each time.
+// sweepSockets lists the existing UDP sockets and ends the mappings whose socket has been gone long enough. It does
+// not query single mappings, because the kernel has no index for that and searches its whole table of UDP sockets
+// each time.
 func (r *Router) sweepSockets() {
 	now := r.now()
 	if r.cfg.Sockets == nil || now < r.control.nextLook {
@@ -116,8 +118,8 @@ func (r *Router) sweepSockets() {
 	r.control.nextLook = now + max(int64(r.lookEvery), lookShare*int64(time.Since(began)))
 }
 
-// missed notes whose socket is there, and gives those mappings whose socket has been gone for long enough. It reuses the room of
-// all.
+// missed records which sockets exist, and returns the mappings whose socket has been gone long enough. It reuses the
+// memory of all.
 func (r *Router) missed(all []*mapping, now int64) (due []*mapping, err error) {
 	if err := r.bound(); err != nil {
 		return nil, err
@@ -138,22 +140,22 @@ func (r *Router) missed(all []*mapping, now int64) (due []*mapping, err error) {
 	return due, nil
 }
 
-// bound asks which UDP sockets there are.
+// bound lists the existing UDP sockets.
 func (r *Router) bound() error {
 	r.control.bound.reset()
 	return r.cfg.Sockets.BoundUDP(r.control.bound.add)
 }
 
-// isDue reports whether the socket of a mapping has been gone for long enough.
+// isDue reports whether the socket of a mapping has been gone long enough.
 func (r *shard) isDue(m *mapping, now int64) bool {
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()
-	m.ask.goneAt = max(m.ask.goneAt, m.lastUp) // who sends has a socket
+	m.ask.goneAt = max(m.ask.goneAt, m.lastUp) // a sender has a socket
 	return now-m.ask.goneAt >= int64(r.goneAfter)
 }
 
-// endGone ends mappings whose socket was missed for long enough, and is missed once more: a socket can be left out of one answer
-// when others come and go meanwhile.
+// endGone ends mappings whose socket was missing long enough and is missing in one more list: a socket can be left
+// out of a list if others come and go meanwhile.
 func (r *Router) endGone(due []*mapping) error {
 	if err := r.bound(); err != nil {
 		return err
@@ -178,7 +180,7 @@ func (r *shard) endIfSilent(m *mapping) {
 	}
 }
 
-// look asks whether the app's socket exists, and reports whether it is surely gone.
+// look asks whether the app's socket exists, and reports whether it is certainly gone.
 func (s *stream) look() (gone bool) {
 	sockets := s.r.cfg.Sockets
 	if sockets == nil {
@@ -191,7 +193,7 @@ func (s *stream) look() (gone bool) {
 	return gone
 }
 
-// appendSome appends the next part of so many, sweepMin at least.
+// appendSome appends the next of parts parts, but at least sweepMin flows.
 func (t *streams) appendSome(some []*stream, parts int) []*stream {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -205,8 +207,9 @@ func (t *streams) appendSome(some []*stream, parts int) []*stream {
 	return some
 }
 
-// sweepStreams looks at a part of the open TCP flows. Where nothing moves it asks whether the app's socket still exists, and
-// tells the relay if it does not. A program that only half-closed its connection has its socket.
+// sweepStreams checks a part of the open TCP flows. If a flow makes no progress, it asks whether the app's socket
+// still exists, and tells the relay if it does not. A program that only half-closed its connection still has its
+// socket.
 func (r *Router) sweepStreams() {
 	if r.cfg.Sockets == nil {
 		return

@@ -10,17 +10,16 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// An egress guard that refuses a connection to a host but resolves every name is no guard: the names that a program asks
-// for carry what it wants to tell. With Config.Guard a question is answered only if a rule can need the answer.
+// An egress guard that refuses a connection to a host but resolves every name is no guard, because the names that a
+// program asks for can carry data out. With Config.Guard a question is answered only if a rule may need the answer.
 
-// verdictNoName is on a question for a name that no rule can need.
+// verdictNoName is the verdict on a question for a name that no rule may need.
 var verdictNoName = &verdict{kind: reject, rule: noRule}
 
 var errGuarded = errors.New("no rule needs this name (--allow)")
 
-// needsName reports whether a flow to this name can be carried, whatever its address, port, protocol and owner turn out to
-// be. A rule for networks needs no name, since the program can say the address. name is plain; empty: none that a rule can
-// mean.
+// needsName reports whether a flow to this name may be carried for some address, port, protocol and owner. A rule for
+// networks needs no name, because the program can use the address. name is plain; it is empty if no rule can mean it.
 func (p *policy) needsName(name string) bool {
 	q := query{names: []string{name}}
 	for i := range p.rules {
@@ -32,13 +31,14 @@ func (p *policy) needsName(name string) bool {
 			return true
 		}
 		if r.asksNameAlone() {
-			return false // whatever else the flow is, this rule refuses it
+			return false // this rule refuses the flow, whatever else is known of it
 		}
 	}
 	return p.otherwise.kind == carry
 }
 
-// mayMean reports whether the rule can match a flow to the name in q because of the name, or because it is for any host.
+// mayMean reports whether the rule can match a flow to the name in q because of the name, or because it is for any
+// host.
 func (r *Rule) mayMean(q *query) bool {
 	if r.prefixes != nil && !r.turned(ofDest) {
 		return false
@@ -52,14 +52,15 @@ func (r *Rule) mayMean(q *query) bool {
 	return r.rest.kinds&ofList == 0 || r.rest.list.has(q) != r.turned(ofList)
 }
 
-// asksNameAlone reports whether the rule has no condition but those on the name.
+// asksNameAlone reports whether the rule has only conditions on the name.
 func (r *Rule) asksNameAlone() bool {
 	const others = ofSource | ofOwner
 	return r.proto == 0 && r.ports == nil && r.prefixes == nil &&
 		(r.rest == nil || r.rest.kinds&others == 0 && (r.rest.kinds&ofList == 0 || !r.turned(ofList)))
 }
 
-// judgeOf decides on questions of one flow and writes the decisions down. nil: nobody judges. Any goroutine.
+// judgeOf returns the function that decides on the questions of one flow and writes the decisions, or nil if that is
+// not needed. It may be called from any goroutine.
 func (r *Router) judgeOf(f flow.Flow) dns.Judge {
 	if !r.policy.Load().guard && r.decisions == nil {
 		return nil
@@ -81,7 +82,7 @@ func (r *Router) judgeOf(f flow.Flow) dns.Judge {
 	}
 }
 
-// guardLog writes a line for a question that is refused, once in a second at most.
+// guardLog logs refused questions, at most one line each second.
 type guardLog struct{ last atomic.Int64 }
 
 func (g *guardLog) tell(to *flowLog, f flow.Flow, name string, now int64) {

@@ -9,28 +9,28 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// upstream is an Upstream and what is known of it.
+// upstream is an Upstream and what is known about it.
 type upstream struct {
 	Upstream
 	name     string
-	own      bool // of the Router itself, whatever the policy
-	apart    bool // it keeps programs apart: the owner of a flow is looked for before the dial
+	own      bool // belongs to the Router itself, whatever the policy
+	apart    bool // separates programs: the owner of a flow is looked up before the dial
 	tcp, udp health
 	ipv6     ipv6Known
 
-	// The server said that it carries no UDP: until then (on the Router's clock) nobody asks it again, and datagrams are
-	// refused with why.
+	// The server reported that it does not carry UDP: until then (on the Router's clock) it is not asked again, and
+	// datagrams are refused with refuseWhy.
 	refuseUntil atomic.Int64
 	refuseWhy   atomic.Uint32
 
-	heard atomic.Bool  // an answer came by UDP since it last failed
-	deaf  atomic.Int32 // associations in a row that the server ended without one
+	heard atomic.Bool  // an answer came by UDP since the last failure
+	deaf  atomic.Int32 // consecutive associations that the server ended without an answer
 }
 
-// noUDP is how long "no UDP" is believed. The next datagram after it is a new try.
+// noUDP is how long "no UDP" is remembered. The next datagram after that is a new try.
 const noUDP = time.Minute
 
-// refused reports whether datagrams for u are refused at now, and how.
+// refused reports whether datagrams for u are refused at the time now, and how.
 func (u *upstream) refused(now int64) (flow.Refusal, bool) {
 	if until := u.refuseUntil.Load(); until == 0 || now >= until {
 		return 0, false
@@ -38,16 +38,16 @@ func (u *upstream) refused(now int64) (flow.Refusal, bool) {
 	return flow.Refusal(u.refuseWhy.Load()), true
 }
 
-// health is whether the server works, so that its failing is logged once and not for each flow.
+// health records whether the server works, so that a failure is logged once and not for each flow.
 type health struct {
 	mu      sync.Mutex
 	down    atomic.Bool // written under mu; read by each flow
-	logged  bool        // that it is down
+	logged  bool        // that it is down was logged
 	changed time.Time
 }
 
-// quiet is the least time between two log lines about one upstream: a server that fails now and then must not fill
-// the log.
+// quiet is the minimum time between two log lines about one upstream, so that a server that fails now and then does
+// not fill the log.
 const quiet = 10 * time.Second
 
 func (h *health) failed(r *Router, u *upstream, what string, err error) {
@@ -80,5 +80,5 @@ func (h *health) works(r *Router, u *upstream, what string) {
 	}
 }
 
-// isDown is for the status.
+// isDown returns the state for the status.
 func (h *health) isDown() bool { return h.down.Load() }

@@ -14,31 +14,32 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// mapping is the UDP of one app endpoint, whatever it talks to: RFC 4787 section 4.1, endpoint-independent. What comes
-// back is delivered whoever sent it, section 5. All but the atomics belongs to who holds udp.mu.
+// mapping is the UDP state of one app endpoint, whatever its peers (RFC 4787, section 4.1: endpoint-independent).
+// Incoming datagrams are delivered whoever sent them (section 5). All fields except the atomics are guarded by
+// udp.mu.
 type mapping struct {
 	s      *shard
 	src    netip.AddrPort
 	id     uint64
 	start  time.Time
-	first  netip.AddrPort // the first destination, and the rule that decided on it: for the log
+	first  netip.AddrPort // the first destination, and the rule that decided on it, for the log
 	rule   *verdict
-	assocs []*assoc // one for each upstream that the verdicts asked for: hardly ever more than one
+	assocs []*assoc // one for each upstream that the verdicts require; rarely more than one
 
-	older, newer *mapping // by the app's last datagram
+	older, newer *mapping // ordered by the app's last datagram
 	index        int      // in mappings.all
 
 	lastUp    int64 // Router.now
-	notYet    int64 // the app's socket was there: not looked at again before
+	notYet    int64 // the app's socket existed: the next check is not before this time
 	ask       asking
-	askedGone int64 // when its kernel last said port unreachable and we asked whether that is so
-	oneShot   bool  // all of it was to ports of question and answer
+	askedGone int64 // when its kernel last reported port unreachable and we checked whether that is true
+	oneShot   bool  // all its traffic was to ports with single questions and answers
 	upPkts    uint64
 	upBytes   uint64
 
-	host   string                        // the name that first stands for, if it is a fake address
+	host   string                        // the name that first stands for, if that is a fake address
 	named  map[netip.AddrPort]*namedDest // the fake destinations
-	itself map[netip.AddrPort]struct{}   // real addresses of them that the app writes to as well
+	itself map[netip.AddrPort]struct{}   // their real addresses, if the app writes to these as well
 	back   atomic.Pointer[map[netip.AddrPort]netip.AddrPort]
 
 	gone      atomic.Bool // ended: a loop may still deliver to it for a moment
@@ -47,49 +48,49 @@ type mapping struct {
 	downBytes atomic.Uint64
 }
 
-// lastSeen is when the last datagram passed, either way.
+// lastSeen returns when the last datagram passed in either direction.
 func (m *mapping) lastSeen() int64 { return max(m.lastUp, m.lastDown.Load()) }
 
-// An association's life:
+// The life of an association:
 //
-//	opening  -> open      the upstream gave a link; what was queued is sent
-//	opening  -> retrying  it gave an error; after a delay: opening
-//	opening  -> (removed) the server carries no UDP
-//	open     -> opening   the control connection ended; at once if it had lived, else by retrying
+//	opening  -> open      the upstream returned a link; what was queued is sent
+//	opening  -> retrying  the upstream returned an error; after a delay: opening
+//	opening  -> (removed) the server does not carry UDP
+//	open     -> opening   the control connection ended; at once if it had lived long enough, otherwise through retrying
 //
-// In opening and retrying datagrams are queued; from the third failure in a row on they are refused.
+// In opening and retrying datagrams are queued; from the third consecutive failure on they are refused.
 type assoc struct {
 	m        *mapping
 	up       *upstream
 	loop     int
-	link     relay.PacketLink // set: open
-	try      *try             // that is pending, or that link came from
+	link     relay.PacketLink // not nil: open
+	try      *try             // the pending one, or the one that returned link
 	opened   int64
 	failures int
 	queue    queue
 }
 
-// try is one call of OpenPackets: what comes back of an earlier one is told from what is wanted.
+// try is one call of OpenPackets. It distinguishes the results of an earlier call from those that are wanted.
 type try struct {
 	a      *assoc
 	cancel context.CancelFunc
-	closed bool // and why; the upstream may say so before done
+	closed bool // closed was called, and why; the upstream may call it before done
 	why    error
 }
 
-// refuseAfter is how many failures in a row it takes until datagrams are refused instead of queued.
+// refuseAfter is the number of consecutive failures from which on datagrams are refused instead of queued.
 const refuseAfter = 3
 
-// Queue bounds, for one association while it is opened. A program hardly sends 64 datagrams in a first burst; the
-// bytes allow two of the largest.
+// Limits of the queue of one association while it is being opened. A program rarely sends 64 datagrams in its first
+// burst; the bytes allow two of the largest size.
 const (
 	queueLen   = 64
 	queueBytes = 128 << 10
-	queueAge   = 5 * time.Second // whoever asked has asked again since
+	queueAge   = 5 * time.Second // the app has asked again since
 	queuedAll  = 16 << 20        // bytes of all queues together; each shard has its share
 )
 
-// queued is a datagram copied: headers, then payload.
+// queued is a copy of a datagram: headers, then payload.
 type queued struct {
 	dst  netip.AddrPort
 	buf  []byte
@@ -106,8 +107,8 @@ type queue struct {
 	bytes int
 }
 
-// mappings is the table. Its lock is taken once for each burst of datagrams and held while they are sent, so that a
-// link is used by one goroutine at a time; nobody else holds it for long.
+// mappings is the table of mappings. Its lock is taken once for each burst of datagrams and held while they are sent,
+// so that only one goroutine uses a link at a time. Others hold it only briefly.
 type mappings struct {
 	mu      sync.Mutex
 	bySrc   map[netip.AddrPort]*mapping
@@ -116,33 +117,33 @@ type mappings struct {
 	newest  *mapping
 	walk    int // where the next step starts
 	queued  int // bytes in all queues
-	room    int // most bytes in all queues
+	room    int // limit of queued
 	dialing int // associations that have a try and no link
 	cache   cache
-	deep    *deepCache // in place of cache; nil: cache is right
+	deep    *deepCache // used instead of cache; nil: cache is right
 	owners  owners
 	far     farTable
-	clos    bool // closing: no new ones
+	clos    bool // closing: no new mappings
 
 	life, shortLife, pinned time.Duration
 	most                    int // Limits.Mappings
 }
 
-// init prepares the table of one of so many shards.
+// init prepares the table of one of shards shards.
 func (t *mappings) init(shards int) {
 	t.room = queuedAll / shards
 	t.bySrc = make(map[netip.AddrPort]*mapping)
 	t.live(0)
 }
 
-// DefaultUDPTimeout is what RFC 4787 4.3, REQ-5, recommends.
+// DefaultUDPTimeout is the recommendation of RFC 4787, section 4.3, REQ-5.
 const DefaultUDPTimeout = 5 * time.Minute
 
 // live sets how long mappings live. 0: DefaultUDPTimeout.
 func (t *mappings) live(udp time.Duration) {
 	t.life = DefaultUDPTimeout
 	t.shortLife = 30 * time.Second // questions and answers
-	t.pinned = time.Minute         // between two looks at the app's socket
+	t.pinned = time.Minute         // between two checks of the app's socket
 	if udp > 0 {
 		t.life, t.shortLife, t.pinned = udp, min(udp, t.shortLife), min(udp, t.pinned)
 	}
@@ -179,7 +180,7 @@ func (t *mappings) unlink(m *mapping) {
 	m.older, m.newer = nil, nil
 }
 
-// idleSince is when the last datagram of the longest idle mapping came.
+// idleSince returns when the last datagram of the mapping with the longest idle time came.
 func (t *mappings) idleSince() int64 {
 	if t.oldest == nil {
 		return math.MaxInt64
@@ -201,15 +202,15 @@ func (t *mappings) remove(m *mapping) {
 	t.all[m.index].index = m.index
 	t.all[last] = nil
 	t.all = t.all[:last]
-	if cap(t.all) > remake && last <= cap(t.all)/8 { // a map never shrinks
+	if cap(t.all) > remake && last <= cap(t.all)/8 { // the slice of a past burst is replaced by a smaller one
 		t.bySrc, t.all = maps.Collect(maps.All(t.bySrc)), slices.Clone(t.all)
 	}
 	t.unlink(m)
 	m.gone.Store(true)
 }
 
-// push copies a datagram to a's queue. What does not fit pushes out the oldest: their senders ask again, and the newest
-// is what they wait for. It returns how many were lost.
+// push copies a datagram to a's queue. If there is no room, it drops the oldest ones: their senders ask again, and
+// wait for the newest. It returns how many were lost.
 func (t *mappings) push(a *assoc, p *flow.Packet, now int64) (lost int) {
 	q := &a.queue
 	n := len(p.Head) + len(p.Payload)
@@ -236,7 +237,7 @@ func (t *mappings) pop(q *queue) {
 	q.items = q.items[1:]
 }
 
-// take empties a's queue.
+// take empties a's queue and returns its content.
 func (t *mappings) take(a *assoc) []queued {
 	items := a.queue.items
 	t.queued -= a.queue.bytes
@@ -266,7 +267,8 @@ func (m *mapping) drop(a *assoc) {
 	}
 }
 
-// oneShotPort reports whether a port is of a service of single questions and answers (RFC 4787 REQ-5 a): DNS and NTP.
+// oneShotPort reports whether a port belongs to a service with single questions and answers (RFC 4787, REQ-5 a): DNS
+// and NTP.
 func oneShotPort(port uint16) bool { return port == 53 || port == 123 }
 
 func (m *mapping) info() FlowInfo {

@@ -9,37 +9,37 @@ import (
 	"github.com/viasocks/viasocks/route/dns"
 )
 
-// Rules that speak of names need the name of a flow, and a packet has none. The names are those that route/dns gave the
-// address as an answer for: whoever asked for a name and then connects to an address of the answer means this name. An
-// address that serves several names has all of them.
+// Rules with names need the name of a flow, but a packet has none. The names used are those for which route/dns
+// returned the address: a program that asks for a name and then connects to an address in the answer means this name.
+// An address that serves several names has all of them.
 
 const (
-	// An answer is believed for as long as it says, but for nameMin at least, since programs connect a little later, and
-	// for nameMax at most.
+	// An answer is valid for as long as it says, but at least for nameMin, because programs connect a little later,
+	// and at most for nameMax.
 	nameMin = time.Minute
 	nameMax = 24 * time.Hour
-	// Bounds: addresses, and names of one address. What is over them is forgotten, the oldest name of an address first,
-	// and among the addresses those that have ended.
+	// Limits of the number of addresses, and of the names of one address. Of an address, the oldest name is dropped
+	// first; of the addresses, those that have expired.
 	maxNamed = 1 << 16
 	maxNames = 8
 )
 
-// nameTable knows which names an address was an answer for. Its methods may be called from any goroutine.
+// nameTable stores for which names an address was the answer. Its methods may be called from any goroutine.
 type nameTable struct {
-	// changes counts what was added. A verdict that was taken before is not valid after it.
+	// changes counts additions. A verdict from before an addition is no longer valid.
 	changes atomic.Uint64
 
 	mu     sync.RWMutex
 	byAddr map[netip.Addr][]knownName
 }
 
-// knownName is a name and until when it is believed, on the Router's clock.
+// knownName is a name and the time until which it is valid, on the Router's clock.
 type knownName struct {
 	name  string
 	until int64
 }
 
-// learn takes in an answer of DNS.
+// learn stores the content of an answer of DNS.
 func (t *nameTable) learn(msg []byte, now int64) {
 	dns.Addresses(msg, func(name string, a netip.Addr, ttl time.Duration) {
 		t.add(a, name, now, now+int64(min(max(ttl, nameMin), nameMax)))
@@ -56,7 +56,7 @@ func (t *nameTable) add(a netip.Addr, name string, now, until int64) {
 	oldest := 0
 	for i := range have {
 		if have[i].name == name {
-			if now >= have[i].until { // it had none meanwhile
+			if now >= have[i].until { // it had expired meanwhile
 				t.changes.Add(1)
 			}
 			have[i].until = max(have[i].until, until)
@@ -77,7 +77,7 @@ func (t *nameTable) add(a netip.Addr, name string, now, until int64) {
 	t.byAddr[a] = append(have, knownName{name, until})
 }
 
-// makeRoom forgets a sixteenth of the addresses at least: the walk is rare then.
+// makeRoom drops at least a sixteenth of the addresses, so that this walk is rare.
 func (t *nameTable) makeRoom(now int64) {
 	over := func(names []knownName) bool {
 		for _, n := range names {
@@ -92,7 +92,7 @@ func (t *nameTable) makeRoom(now int64) {
 			delete(t.byAddr, a)
 		}
 	}
-	for a := range t.byAddr { // in no order
+	for a := range t.byAddr { // in random order
 		if len(t.byAddr) <= maxNamed-maxNamed/16 {
 			return
 		}
@@ -100,7 +100,7 @@ func (t *nameTable) makeRoom(now int64) {
 	}
 }
 
-// of appends the names of an address.
+// of appends the names of an address to to.
 func (t *nameTable) of(a netip.Addr, now int64, to []string) []string {
 	t.mu.RLock()
 	defer t.mu.RUnlock()

@@ -10,18 +10,18 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// errNoRule is the reason in the log of a flow that no upstream was asked for.
+// errNoRule is the logged reason for a flow for which no upstream was asked.
 var errNoRule = errors.New("no rule matches and there is no default")
 
-// refusalOf is how the app's connect() ends when a dial ended with err: as it would have ended had the app dialled
-// itself. For SOCKS that is the server's word; where no server works the network is unreachable, which lets IPv6 fall
-// back to IPv4 at once. An errno is of a direct dial.
+// refusalOf returns how the app's connect() ends if the dial ended with err: as it would have ended if the app itself
+// had dialled. For SOCKS, this is the server's answer. If no server works, the network is unreachable, which lets
+// IPv6 fall back to IPv4 at once. An errno comes from a direct dial.
 func refusalOf(err error) flow.Refusal {
 	var reply socks.Reply
 	var server *socks.ServerError
 	var errno syscall.Errno
 	switch {
-	case errors.As(err, &server): // before the others: what it wraps is about the server, not about the target
+	case errors.As(err, &server): // first, because what it wraps is about the server and not about the target
 		return flow.RefuseNet
 	case errors.Is(err, socks.ErrLate):
 		return flow.RefuseHost
@@ -34,7 +34,7 @@ func refusalOf(err error) flow.Refusal {
 	case errors.Is(err, socks.ErrSilent):
 		return flow.RefuseSilent
 	case errors.Is(err, context.Canceled), errors.Is(err, socks.ErrClosed):
-		return flow.RefuseReset // we are ending: the app must not wait for us
+		return flow.RefuseReset // we are ending, and the app must not wait for us
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
 		return flow.RefuseSilent
 	case errors.As(err, &errno):
@@ -59,21 +59,22 @@ func refusalOfReply(r socks.Reply) flow.Refusal {
 	case socks.ReplyNetUnreachable:
 		return flow.RefuseNet
 	case socks.ReplyHostUnreachable, socks.ReplyTTLExpired:
-		// dante and microsocks send 6 when the target timed out: an early error is better than ETIMEDOUT two minutes later.
+		// dante and microsocks send 6 when the target timed out. An early error is better than ETIMEDOUT two minutes
+		// later.
 		return flow.RefuseHost
 	case socks.ReplyCommandNotSupported, socks.ReplyAddrTypeNotSupported:
 		return flow.RefuseNet
 	}
-	return flow.RefuseReset // 5, 1, and what RFC 1928 leaves unassigned
+	return flow.RefuseReset // 5, 1, and values that RFC 1928 leaves unassigned
 }
 
-// isServerFault reports whether err says that the upstream, and not a target, is at fault.
+// isServerFault reports whether err is a fault of the upstream and not of a target.
 func isServerFault(err error) bool {
 	var server *socks.ServerError
 	return errors.As(err, &server)
 }
 
-// udpRefused reports whether err is a server's final word on UDP ASSOCIATE, and what the app is told for each datagram.
+// udpRefused reports whether err is a server's final answer to UDP ASSOCIATE, and how to refuse each datagram.
 func udpRefused(err error) (flow.Refusal, bool) {
 	var reply socks.Reply
 	if isServerFault(err) || !errors.As(err, &reply) {

@@ -9,21 +9,22 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// Rules that speak of users, control groups and programs need the owner of the app's socket. To find a program all of
-// /proc may be read, which the frame reader must not wait for: a flow whose verdict needs its owner waits here, as a SYN
-// without an answer or as datagrams that are held, and a goroutine of its own looks for the owners of all that wait. Where
-// no rule asks, nobody waits.
+// Rules with users, control groups and programs need the owner of the app's socket. Finding a program may require
+// reading all of /proc, for which the frame reader must not wait. A flow whose verdict needs its owner therefore
+// waits, as an unanswered SYN or as held datagrams, while a separate goroutine looks up the owners of all waiting
+// flows. If no rule needs an owner, no flow waits.
 
 const (
-	// askQueue is how many flows may wait. A SYN over it is forgotten and comes again in a second, a datagram is dropped.
+	// askQueue is how many flows may wait. A SYN over the limit is forgotten and retransmitted within a second, a
+	// datagram is dropped.
 	askQueue = 1024
-	// askBatch is how many are looked for at a time.
+	// askBatch is how many owners are looked up at a time.
 	askBatch = 256
-	// ownerAge is how long the owner of a UDP socket is believed: the port may be another program's then.
+	// ownerAge is how long the owner of a UDP socket is valid: later the port may belong to another program.
 	ownerAge = int64(1e9)
-	// maxOwners bounds the UDP sockets whose owner is remembered.
+	// maxOwners limits the UDP sockets whose owner is stored.
 	maxOwners = 1 << 13
-	// heldAll bounds the bytes of all datagrams that are held. Each shard has its share.
+	// heldAll limits the bytes of all held datagrams. Each shard has its share.
 	heldAll = 4 << 20
 )
 
@@ -49,7 +50,7 @@ func newAsker(from flow.Owners) *asker {
 	return &asker{from: from, in: make(chan waiting, askQueue)}
 }
 
-// post reports whether there was room.
+// post queues a flow and reports whether there was room.
 func (a *asker) post(w waiting) bool {
 	select {
 	case a.in <- w:
@@ -59,8 +60,8 @@ func (a *asker) post(w waiting) bool {
 	}
 }
 
-// runAsker looks for owners until ctx ends, and then refuses the streams that wait. Posts after that stay in the queue:
-// their requests are of a stack that ends, too.
+// runAsker looks up owners until ctx ends, and then refuses the waiting streams. Later posts stay in the queue: their
+// requests belong to a stack that is ending, too.
 func (r *Router) runAsker(ctx context.Context) {
 	batch := make([]waiting, 0, askBatch)
 	for {
@@ -115,11 +116,11 @@ func (r *Router) answerAll(batch []waiting) {
 	}
 }
 
-// apart reports whether the upstream that v names keeps programs apart.
+// apart reports whether v's upstream separates programs.
 func (v *verdict) apart() bool { return v.kind == carry && v.up.apart }
 
-// programOf is the key of o for an upstream that keeps programs apart: the executable, or where nobody can see it the user. It
-// is empty when the owner is not known.
+// programOf returns the key of o for an upstream that separates programs: the executable or, if that is not visible,
+// the user. It is empty if the owner is unknown.
 func programOf(o *flow.Owner) string {
 	if o == nil || !o.Known {
 		return ""
@@ -127,30 +128,31 @@ func programOf(o *flow.Owner) string {
 	return strconv.FormatUint(uint64(o.UID), 10) + " " + o.Exe
 }
 
-// laterStream forgets a stream that finds no room to wait: its SYN comes again.
+// laterStream forgets a stream for which there is no room to wait. Its SYN will be retransmitted.
 func (r *shard) laterStream(req flow.StreamRequest) {
 	r.count.StreamsRefused.Add(1)
 	r.count.AsksFull.Add(1)
 	req.Reject(flow.RefuseLater)
 }
 
-// owned is what is known of the owner of a UDP socket, and the datagrams that wait for it. udp.mu is held.
+// owned is what is known about the owner of a UDP socket, and the datagrams that wait for it. It is guarded by
+// udp.mu.
 type owned struct {
 	owner flow.Owner
 	at    int64 // when it was last found; 0: never
-	asked bool  // and not answered
+	asked bool  // a query is in progress
 	items []queued
 	bytes int
 }
 
-// owners is what is known of the owners of UDP sockets.
+// owners is what is known about the owners of UDP sockets.
 type owners struct {
 	bySrc map[netip.AddrPort]*owned
 	held  int // bytes
 }
 
-// ownerOf is the owner of the socket that p came from; nil: it is not known, and asked says whether it is being looked for.
-// udp.mu is held.
+// ownerOf returns the owner of the socket that p came from, or nil if it is unknown; asked reports whether it is
+// being looked up. The caller holds udp.mu.
 func (r *shard) ownerOf(p *flow.Packet, now int64) (owner *flow.Owner, asked bool) {
 	t := &r.udp.owners
 	o := t.bySrc[p.Src]
@@ -173,7 +175,7 @@ func (r *shard) ownerOf(p *flow.Packet, now int64) (owner *flow.Owner, asked boo
 	return &o.owner, o.asked
 }
 
-// makeRoom forgets owners that are not asked for any more, and reports whether there were any.
+// makeRoom drops owners that are not being looked up, and reports whether there were any.
 func (t *owners) makeRoom(now int64) bool {
 	for src, o := range t.bySrc {
 		if !o.asked && now-o.at >= ownerAge {
@@ -183,7 +185,7 @@ func (t *owners) makeRoom(now int64) bool {
 	return len(t.bySrc) < maxOwners
 }
 
-// hold keeps datagrams of one source until their owner is known. udp.mu is held.
+// hold keeps datagrams of one source until their owner is known. The caller holds udp.mu.
 func (r *shard) hold(pkts []flow.Packet, now int64) {
 	t := &r.udp.owners
 	o := t.bySrc[pkts[0].Src]
@@ -201,7 +203,7 @@ func (r *shard) hold(pkts []flow.Packet, now int64) {
 	}
 }
 
-// release takes the owner of a UDP socket, and sends what waited for it.
+// release stores the owner of a UDP socket, and sends what waited for it.
 func (r *shard) release(src netip.AddrPort, owner flow.Owner) {
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()

@@ -13,10 +13,10 @@ import (
 
 // Policy is the part of a Config that can change while the Router runs.
 type Policy struct {
-	Upstreams []Upstream // one that was there before, the same value, goes on with its flows
+	Upstreams []Upstream // an upstream that was there before, as the same value, continues with its flows
 	Rules     []Rule
 	Default   string
-	Resolvers []dns.Resolver // none only if there were none before
+	Resolvers []dns.Resolver // must not be empty, unless there were none before
 	// RelayDNS and ResolverCAs are as in Config.
 	RelayDNS    bool
 	ResolverCAs *x509.CertPool
@@ -33,9 +33,10 @@ var (
 	errNotRunning = errors.New("cannot change the rules of a router that does not run")
 )
 
-// Reload replaces the policy, or leaves everything as it is and returns an error. New flows and the next datagram of each
-// mapping follow the new rules. Connections through an upstream that is gone are reset, its associations end, and their
-// mappings get others with the next datagram. Any goroutine, one at a time; it does not wait for what ends.
+// Reload replaces the policy, or changes nothing and returns an error. New flows and the next datagram of each
+// mapping follow the new rules. Connections through an upstream that was removed are reset, its associations end, and
+// their mappings get others with the next datagram. It may be called from any goroutine, but not concurrently. It
+// does not wait for what ends.
 func (r *Router) Reload(p Policy) error {
 	cfg := r.cfg
 	cfg.Upstreams, cfg.Rules, cfg.Default, cfg.Resolvers = p.Upstreams, p.Rules, p.Default, p.Resolvers
@@ -53,7 +54,7 @@ func (r *Router) Reload(p Policy) error {
 		return errors.New("cannot change whether port 53 is answered while running")
 	} else if d != nil && !(same && slices.Equal(p.Resolvers, r.resolvers) && p.ResolverCAs.Equal(r.resolverCAs) &&
 		p.RelayDNS == r.relayDNS && next.fake == old.fake && p.Split.sameServers(&old.split)) {
-		// Its connections are of the old upstreams, and it has no way to be told of others.
+		// Its connections belong to the old upstreams, and it cannot be given others.
 		if names, err = r.newDNS(next, p.Resolvers, p.ResolverCAs, p.RelayDNS, &p.Split); err != nil {
 			return err
 		}
@@ -76,8 +77,8 @@ func (r *Router) Reload(p Policy) error {
 	return nil
 }
 
-// usePolicy puts p in force, empties the caches and ends the associations of upstreams that p has not. All datagrams of a burst
-// are decided on by one policy and the cache that belongs to it: so all shards wait meanwhile.
+// usePolicy puts p in force, empties the caches and ends the associations of upstreams that p does not have. All
+// datagrams of a burst must be judged by one policy and its own cache, so all shards wait meanwhile.
 func (r *Router) usePolicy(p *policy) {
 	for _, s := range r.shards {
 		s.udp.mu.Lock()
@@ -89,7 +90,7 @@ func (r *Router) usePolicy(p *policy) {
 	}
 }
 
-// usePolicy empties the cache and ends the associations of upstreams that p has not. udp.mu is held.
+// usePolicy empties the cache and ends the associations of upstreams that p does not have. The caller holds udp.mu.
 func (r *shard) usePolicy(p *policy) {
 	r.udp.deep = r.deepFor(p)
 	clear(r.udp.cache[:])
@@ -103,7 +104,7 @@ func (r *shard) usePolicy(p *policy) {
 	}
 }
 
-// endReplaced ends the TCP flows of upstreams that p has not.
+// endReplaced ends the TCP flows of upstreams that p does not have.
 func (r *Router) endReplaced(p *policy) {
 	for _, s := range r.snapshot() {
 		if p.has(s.v.up) {
@@ -133,7 +134,7 @@ func (r *Router) newDNS(p *policy, resolvers []dns.Resolver, roots *x509.CertPoo
 	return dns.New(cfg)
 }
 
-// startDNS runs s in place of the one before. r.reload is held.
+// startDNS runs s instead of the previous server. The caller holds r.reload.
 func (r *Router) startDNS(s *dns.Server) {
 	ctx, cancel := context.WithCancel(r.ctx)
 	r.dnsRuns.Go(func() { _ = s.Run(ctx) })
@@ -147,8 +148,8 @@ func (r *Router) startDNS(s *dns.Server) {
 	r.dnsStop = cancel
 }
 
-// startFirstDNS runs the dns.Server that New made, unless a Reload or Renew that came just after the start of Run has already
-// started one in its place.
+// startFirstDNS runs the dns.Server that New made, unless a Reload or Renew just after the start of Run has already
+// started another one.
 func (r *Router) startFirstDNS() {
 	r.reload.Lock()
 	defer r.reload.Unlock()
@@ -157,12 +158,12 @@ func (r *Router) startFirstDNS() {
 	}
 }
 
-// dnsStats are the counters of the server that runs and of those before it.
+// dnsStats returns the counters of the running server and of those before it.
 func (r *Router) dnsStats() (st dns.Stats) {
 	r.reload.Lock()
 	defer r.reload.Unlock()
 	if d := r.dns.Load(); d != nil {
-		st = d.Stats() // those before it keep no answers any more
+		st = d.Stats() // earlier servers no longer hold cached answers
 	}
 	count.Add(&st.Counters, &r.dnsPast)
 	return st
@@ -170,8 +171,9 @@ func (r *Router) dnsStats() (st dns.Stats) {
 
 var errNetwork = errors.New("the network has changed")
 
-// Renew makes anew what would wait long for an answer over a network that is not there any more: associations, and the
-// connections to resolvers. It forgets what is known of the upstreams' IPv6. The mappings stay. Any goroutine; it does not wait.
+// Renew makes again what would wait long for an answer over a network that no longer exists: associations, and the
+// connections to resolvers. It forgets what is known about the upstreams' IPv6. The mappings stay. It may be called
+// from any goroutine and does not wait.
 func (r *Router) Renew() {
 	r.policy.Load().forgetIPv6()
 	for _, s := range r.shards {
@@ -183,12 +185,12 @@ func (r *Router) Renew() {
 		return
 	}
 	p := r.policy.Load()
-	if d, err := r.newDNS(p, r.resolvers, r.resolverCAs, r.relayDNS, &p.split); err == nil { // they were fine before
+	if d, err := r.newDNS(p, r.resolvers, r.resolverCAs, r.relayDNS, &p.split); err == nil { // they were valid before
 		r.startDNS(d)
 	}
 }
 
-// renew has the associations that are open made anew.
+// renew makes the open associations again.
 func (r *shard) renew() {
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()
@@ -201,8 +203,8 @@ func (r *shard) renew() {
 	}
 }
 
-// SetUDP changes UDPTimeout and Limits.Mappings. As in Config, zero means the default. Mappings that are too many now go when
-// others come. New sets both by it, too.
+// SetUDP changes UDPTimeout and Limits.Mappings. As in Config, zero means the default. Mappings over a lower limit
+// end when new ones come. New also uses it.
 func (r *Router) SetUDP(timeout time.Duration, mappings int) {
 	if mappings == 0 {
 		mappings = defaultMappings(openFiles())

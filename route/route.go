@@ -21,64 +21,69 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// Config of a Router.
+// Config is the configuration of a Router.
 type Config struct {
-	Upstreams []Upstream // their names must differ; the one named "direct" is what the verdict direct means
-	Rules     []Rule     // the first that matches decides
-	Default   string     // the upstream of flows that no rule matches; "": they are refused
+	Upstreams []Upstream // their names must differ; the one named "direct" is that of the verdict direct
+	Rules     []Rule     // the first one that matches decides
+	Default   string     // upstream of flows that no rule matches; "": they are refused
 
-	Loops   []*relay.Loop // at least one; run by the caller, until after the Router was closed
-	Shards  int           // those of the stack: HandleStream and the like name one; they share the loops out. 0: one
-	Sockets flow.Sockets  // nil: it can't be asked whether the app's sockets exist
-	Owners  flow.Owners   // nil: it can't be asked whose the app's sockets are
-	// Decisions gets one JSON object on a line for each verdict that is taken on a flow, from one goroutine. A writer that
-	// is too slow loses lines and holds up nothing. nil: nobody wants them.
+	Loops   []*relay.Loop // at least one; the caller runs them until after the Router was closed
+	Shards  int           // those of the stack, which HandleStream and others name; they share the loops. 0: one
+	Sockets flow.Sockets  // nil: the app's sockets cannot be queried
+	Owners  flow.Owners   // nil: the owners of the app's sockets cannot be found
+	// Decisions gets one JSON object on a line for each verdict on a flow, from one goroutine. If the writer is too
+	// slow, lines are lost and nothing is delayed. nil: not wanted.
 	Decisions io.Writer
-	// ComesBack reports whether the socket that began a flow is a proxy's own, so that carrying it would never end: it is
-	// refused. It is called for each new stream and each new mapping, on the frame reader. nil: no proxy's socket can.
+	// ComesBack reports whether the socket that began a flow belongs to a proxy, so that carrying it would never end;
+	// the flow is then refused. It is called for each new stream and each new mapping, on the frame reader. nil: this
+	// cannot happen.
 	ComesBack func(flow.Flow) bool
-	// Resolvers answer port 53, asked through the upstream that the rules give them. None: port 53 is a port like others.
+	// Resolvers answer port 53. They are asked through the upstream that the rules choose. Empty: port 53 is a port
+	// like others.
 	Resolvers []dns.Resolver
-	// RelayDNS: questions go to the servers that the app asks, and to Resolvers only if nobody can have their address.
+	// RelayDNS means that questions go to the servers that the app asks, and to Resolvers only if those addresses
+	// cannot be real.
 	RelayDNS bool
-	// ResolverCAs are the certificates that resolvers inside TLS are verified by; nil: those that the system trusts.
+	// ResolverCAs are the certificates by which resolvers inside TLS are verified; nil: the system's authorities.
 	ResolverCAs *x509.CertPool
-	// ResolverDefault is the upstream of connections to Resolvers that no rule matches; "": Default's.
+	// ResolverDefault is the upstream for connections to Resolvers that no rule matches; "": that of Default.
 	ResolverDefault string
-	// Guard refuses questions of DNS for names that no rule can need, and all operations of DNS but questions: they would be
-	// a way out past the rules.
+	// Guard refuses DNS questions for names that no rule may need, and all DNS operations except questions, because
+	// they would be a way out past the rules.
 	Guard bool
-	// Split says which names are asked of other servers than Resolvers.
+	// Split tells which names are looked up at other servers than Resolvers.
 	Split Split
-	// HostDNS asks servers past every upstream; its zero value: there is no way to. With Fake, names that the rules send direct are
-	// asked of its Servers.
+	// HostDNS asks servers past every upstream; with its zero value that is not possible. With Fake, names that the
+	// rules send direct are looked up at its Servers.
 	HostDNS HostDNS
-	// Pool has the fake addresses. A TCP flow to one travels as the name that it stands for. nil: there are none.
+	// Pool contains the fake addresses. A TCP flow to one of them travels as the name that it stands for. nil: there
+	// are none.
 	Pool *dns.Pool
-	// Fake: questions for addresses are answered with those of Pool, which must be there. Otherwise addresses that were given out
-	// before go on standing for their names.
+	// Fake means that questions for addresses are answered from Pool, which must not be nil. Otherwise addresses that
+	// were given out before still stand for their names.
 	Fake bool
-	// NoFakeIPv6: names have no fake IPv6 address, only an IPv4 one.
+	// NoFakeIPv6 means that names have only a fake IPv4 address.
 	NoFakeIPv6 bool
-	// LearnFakeIPv6: names have none while flows show that the upstream that carries them cannot reach IPv6.
+	// LearnFakeIPv6 means that names have no fake IPv6 address while flows show that the upstream that carries them
+	// cannot reach IPv6.
 	LearnFakeIPv6 bool
-	// UDPTimeout is how long a mapping lives after the last datagram when its socket is gone. 0: DefaultUDPTimeout.
+	// UDPTimeout is how long a mapping lives after its last datagram if its socket is gone. 0: DefaultUDPTimeout.
 	UDPTimeout time.Duration
 	Limits     Limits
 	Log        *slog.Logger // nil: none
 }
 
-// Limits bound what the app can make us hold. Zero fields get the defaults.
+// Limits limit the resources that the app can make us hold. Zero means the default.
 type Limits struct {
-	Flows        int // TCP flows, pending ones included; default 65,536, or what RLIMIT_NOFILE leaves
-	Mappings     int // UDP mappings; default DefaultMappings, or what RLIMIT_NOFILE leaves
-	Associations int // that may be pending at a time; default 256
+	Flows        int // TCP flows, including pending ones; default 65,536, or what RLIMIT_NOFILE allows
+	Mappings     int // UDP mappings; default DefaultMappings, or what RLIMIT_NOFILE allows
+	Associations int // that may be pending at the same time; default 256
 }
 
-// DefaultMappings is the most UDP mappings where enough files may be open.
+// DefaultMappings is the limit of UDP mappings if enough files may be open.
 const DefaultMappings = 8192
 
-// openFiles is how many files may be open, as far as it matters here.
+// openFiles returns how many files may be open, up to a large number.
 func openFiles() int {
 	files := 1 << 20
 	var rl unix.Rlimit
@@ -90,9 +95,9 @@ func openFiles() int {
 
 func defaultMappings(files int) int { return max(min(DefaultMappings, files/8), 16) }
 
-// fill sets the defaults, but for Mappings, whose default SetUDP sets. A flow holds one descriptor, a mapping two (the control
-// connection and the UDP socket): the mappings get a quarter of what there is, the flows three fifths, and the rest is for
-// everything else.
+// fill sets the defaults, except that of Mappings, which SetUDP sets. A flow holds one descriptor, a mapping two (the
+// control connection and the UDP socket). The mappings get a quarter of the descriptors, the flows three fifths, and
+// the rest is for everything else.
 func (l *Limits) fill() error {
 	if l.Flows < 0 || l.Mappings < 0 || l.Associations < 0 {
 		return errors.New("cannot use a limit below 0")
@@ -109,12 +114,12 @@ func (l *Limits) fill() error {
 var noAddr netip.AddrPort
 
 // Router takes flows from the stack, as its Handler, and has them carried. Its methods may be called from any
-// goroutine, but for HandleStream and HandlePackets, which are the frame reader's of the shard that they name.
+// goroutine, except HandleStream and HandlePackets, which belong to the frame reader of the shard that they name.
 type Router struct {
 	cfg    Config
 	policy atomic.Pointer[policy]
 	dns    atomic.Pointer[dns.Server] // nil: port 53 is a port like others
-	answer *verdict                   // on TCP to port 53, where Pool is set
+	answer *verdict                   // for TCP to port 53, if Pool is set
 	log    *flowLog
 	epoch  time.Time
 	ids    atomic.Uint64
@@ -124,7 +129,7 @@ type Router struct {
 	ctx    context.Context // of everything that is pending
 	cancel context.CancelFunc
 	ran    atomic.Bool
-	over   chan struct{} // Run has returned
+	over   chan struct{} // closed when Run has returned
 
 	shards  []*shard
 	ctl     mailbox
@@ -133,25 +138,25 @@ type Router struct {
 
 	names     nameTable
 	sniffs    sniffs
-	asker     *asker     // nil: nobody can be asked
-	decisions *decisions // nil: nobody wants them
+	asker     *asker     // nil: owners cannot be found
+	decisions *decisions // nil: not wanted
 
-	reload      sync.Mutex // over the next six, and while the policy is replaced
+	reload      sync.Mutex // guards the next six fields, and is held while the policy is replaced
 	resolvers   []dns.Resolver
 	resolverCAs *x509.CertPool
 	relayDNS    bool
-	dnsStop     context.CancelFunc   // of the dns.Server that runs
-	dnsPast     dns.Counters[uint64] // of those that ran before
+	dnsStop     context.CancelFunc   // ends the running dns.Server
+	dnsPast     dns.Counters[uint64] // of earlier servers
 	dnsRuns     sync.WaitGroup
 
 	links    relay.LinkCounters[atomic.Uint64]
 	shortage shortage
 
-	// Constants but in tests.
+	// Constants, except in tests.
 	retryFirst, retryMax, livedLong, quickEnd, noUDP, sweepEvery, lookEvery, goneAfter, streamsEvery time.Duration
 }
 
-// New checks the configuration. Nothing runs, and nothing is opened, until Run.
+// New checks the configuration. It runs and opens nothing; Run does.
 func New(cfg Config) (*Router, error) {
 	if len(cfg.Loops) == 0 {
 		return nil, errors.New("cannot carry flows: no relay loop is given")
@@ -196,10 +201,10 @@ func New(cfg Config) (*Router, error) {
 	return r, nil
 }
 
-// now is the Router's clock: nanoseconds since it was made, never 0.
+// now returns the time on the Router's clock: nanoseconds since it was made, never 0.
 func (r *Router) now() int64 { return int64(time.Since(r.epoch)) + 1 }
 
-// dialResolver dials for route/dns: by the rules, as any flow, and by ResolverDefault where none matches.
+// dialResolver dials for route/dns, by the rules like any flow, or by ResolverDefault if none matches.
 func (r *Router) dialResolver(ctx context.Context, to dns.Resolver, done func(fd int, err error)) {
 	v := r.policy.Load().decideResolver(to)
 	if v.kind != carry {
@@ -238,7 +243,7 @@ func (r *Router) askTor(ctx context.Context, name string, ip netip.Addr, done fu
 	})
 }
 
-// resolverDest is where a resolver is: its name only where its address is not known.
+// resolverDest returns the destination of a resolver, by name only if its address is unknown.
 func resolverDest(to dns.Resolver) Dest {
 	if to.Addr.Addr().IsValid() {
 		return Dest{Addr: to.Addr}
@@ -246,11 +251,12 @@ func resolverDest(to dns.Resolver) Dest {
 	return Dest{Addr: to.Addr, Name: to.Name}
 }
 
-// teardownWait bounds the wait for the relays' ends at the end of Run: they come at once, unless a loop does not run.
+// teardownWait limits the wait for the relays' ends at the end of Run. They come at once, unless a loop does not run.
 const teardownWait = 5 * time.Second
 
-// Run does the Router's own work until ctx ends or Close is called, then refuses new flows, resets those there are, closes
-// the mappings, waits for all of it and returns nil. The loops must run until Run has returned. It may be called once.
+// Run does the Router's own work until ctx ends or Close is called. Then it refuses new flows, resets existing ones,
+// closes the mappings, waits for all of that and returns nil. The loops must run until Run has returned. It may be
+// called once.
 func (r *Router) Run(ctx context.Context) error {
 	if r.ran.Swap(true) {
 		return errors.New("cannot run a router twice")
@@ -273,7 +279,7 @@ func (r *Router) Run(ctx context.Context) error {
 	if r.dns.Load() != nil {
 		r.startFirstDNS()
 		defer func() {
-			r.reload.Lock() // a Reload that is under way may start one more, later ones see that it is over
+			r.reload.Lock() // a Reload in progress may start one more; later ones see that it is over
 			defer r.reload.Unlock()
 			r.dnsRuns.Wait()
 		}()
@@ -337,7 +343,7 @@ func (r *Router) drain() {
 	}
 }
 
-// endFlows ends all flows and refuses new ones from here on. Those of TCP take a moment.
+// endFlows ends all flows and refuses new ones. Those of TCP take a moment.
 func (r *Router) endFlows() {
 	r.closeSniffs()
 	for _, s := range r.shards {
@@ -348,7 +354,7 @@ func (r *Router) endFlows() {
 	}
 }
 
-// closeMappings ends all mappings; new ones are refused from here on.
+// closeMappings ends all mappings and refuses new ones.
 func (r *shard) closeMappings() {
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()

@@ -10,7 +10,7 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// Action is what a rule decides for a flow.
+// Action is what a rule decides about a flow.
 type Action uint8
 
 const (
@@ -22,14 +22,14 @@ const (
 // DirectName is the name of the upstream that the verdict `direct` means.
 const DirectName = "direct"
 
-// Limits on the text of a rule: what is longer was not written by a person, and each is a bound on the work for a flow.
+// Limits on the text of a rule. Longer ones were not written by a person, and each limits the work for a flow.
 const (
 	maxRuleText = 4096
 	maxRuleList = 256 // values of one condition
 	maxNameLen  = 64
 )
 
-// Rule is a line of policy. The rules of a Router are tried in order and the first that matches decides.
+// Rule is a line of policy. The rules of a Router are tried in order, and the first that matches decides.
 //
 //	rule      = { ["not"] condition } verdict
 //	condition = "proto" ("tcp" | "udp")
@@ -46,29 +46,30 @@ const (
 //	ports     = N | N-M, of the destination
 //	user      = a name, or UID, or UID-UID
 //
-// Conditions come in any order, each at most once, and all must hold; a rule without one matches every flow. "not" turns
-// the condition behind it round. src is the app's address. FILE has one network, address or name on a line (see list); a
-// name there means every name below it, too. A control group is named by its path below the root of version 2, and has
-// all that are below it. PATH of exe is the absolute path of the program, in which * and ? stand for any text and for any
-// character. NAME is an upstream's: a letter or digit, then letters, digits, '.', '_' and '-'.
+// Conditions may come in any order, each at most once, and all must hold. A rule without conditions matches every
+// flow. "not" inverts the condition after it. src is the app's address. FILE contains one network, address or name on
+// each line (see list); a name there also means every name below it. A control group is given by its path below the
+// root of version 2, and includes all groups below it. PATH of exe is the absolute path of the program, in which *
+// stands for any text and ? for any character. NAME is that of an upstream: a letter or digit, then letters, digits,
+// '.', '_' and '-'.
 //
-// What is not known of a flow meets no condition: a flow without a name matches no pattern, and so matches "not name".
-// The same holds for the owner of a socket that cannot be found. The zero Rule is not valid.
+// An unknown property of a flow meets no condition: a flow without a name matches no pattern, and therefore matches
+// "not name". The same holds for the owner of a socket if it cannot be found. The zero Rule is not valid.
 type Rule struct {
 	not      kinds
 	proto    flow.Proto // 0: any
 	prefixes []netip.Prefix
 	ports    []portRange
-	rest     *rest // what few rules ask for; nil: nothing of it
+	rest     *rest // conditions that few rules have; nil: none
 
 	action Action
 	via    string // ActionVia: the upstream's name
-	text   string // as String gives it
+	text   string // the result of String
 }
 
-// rest are the conditions that need more than protocol and destination.
+// rest contains the conditions that need more than protocol and destination.
 type rest struct {
-	kinds  kinds // that are there
+	kinds  kinds // the conditions that are present
 	src    []netip.Prefix
 	names  []namePattern
 	list   *list
@@ -100,7 +101,7 @@ const (
 var conditions = []struct {
 	word  string
 	kind  kinds
-	want  string // what must follow
+	want  string // what must follow the word
 	parse func(r *Rule, arg string) error
 }{
 	{"proto", ofProto, "tcp or udp", func(r *Rule, arg string) (err error) { r.proto, err = parseProto(arg); return err }},
@@ -122,7 +123,7 @@ var conditions = []struct {
 
 const listWord = "list="
 
-// more gives r its rest, with a condition of kind k in it.
+// more adds a condition of kind k to r's rest, and returns the rest.
 func (r *Rule) more(k kinds) *rest {
 	if r.rest == nil {
 		r.rest = &rest{}
@@ -131,16 +132,16 @@ func (r *Rule) more(k kinds) *rest {
 	return r.rest
 }
 
-// Action says what the rule decides.
+// Action returns what the rule decides.
 func (r *Rule) Action() Action { return r.action }
 
-// Via is the name of the upstream that the rule wants; empty unless the Action is ActionVia.
+// Via returns the name of the rule's upstream. It is empty unless the Action is ActionVia.
 func (r *Rule) Via() string { return r.via }
 
-// AsksOwner reports whether the rule speaks of the owner of the app's socket.
+// AsksOwner reports whether the rule needs the owner of the app's socket.
 func (r *Rule) AsksOwner() bool { return r.rest != nil && r.rest.kinds&ofOwner != 0 }
 
-// List is the file that the rule names; empty: none.
+// List returns the file that the rule names; empty: none.
 func (r *Rule) List() string {
 	if r.rest == nil || r.rest.list == nil {
 		return ""
@@ -148,11 +149,11 @@ func (r *Rule) List() string {
 	return r.rest.list.path
 }
 
-// String is the rule in its shortest spelling, which ParseRule reads back to the same rule.
+// String returns the rule in its shortest form. ParseRule parses it back to the same rule.
 func (r *Rule) String() string { return r.text }
 
-// ParseRule reads one rule, and the file that it may name, which is not looked at again afterwards. Its errors say which
-// word is wrong and what to write in its place.
+// ParseRule parses one rule, and reads the file that it may name, which is not read again later. An error tells which
+// word is wrong and what to write instead.
 func ParseRule(s string) (Rule, error) { return parseRule(s, loadList) }
 
 func parseRule(s string, load func(path string) (*list, error)) (Rule, error) {
@@ -171,10 +172,10 @@ func clip(s string) string {
 	return s
 }
 
-// ruleWords hands out the words of a rule.
+// ruleWords are the remaining words of a rule.
 type ruleWords []string
 
-// next is the word behind after, where want must stand.
+// next returns the word after the word after; want describes what must be there.
 func (w *ruleWords) next(after, want string) (string, error) {
 	if len(*w) == 0 {
 		return "", fmt.Errorf("it ends after %q: write %s", after, want)
@@ -225,7 +226,7 @@ func (r *Rule) parse(s string, load func(path string) (*list, error)) error {
 	return fmt.Errorf("it has no verdict: end it with via NAME, direct, reject or drop")
 }
 
-// verdict reads the verdict that begins with w, if it is one.
+// verdict parses the verdict that begins with w, if it is one.
 func (r *Rule) verdict(w string, words *ruleWords) (decided bool, err error) {
 	switch w {
 	case "via":
@@ -244,7 +245,7 @@ func (r *Rule) verdict(w string, words *ruleWords) (decided bool, err error) {
 	return true, err
 }
 
-// condition reads the condition that begins with w.
+// condition parses the condition that begins with w.
 func (r *Rule) condition(w string, words *ruleWords, load func(path string) (*list, error)) (k kinds, err error) {
 	if path, ok := strings.CutPrefix(w, listWord); ok {
 		r.more(ofList).list, err = load(path)
@@ -264,7 +265,8 @@ func (r *Rule) condition(w string, words *ruleWords, load func(path string) (*li
 		"verdicts are via NAME, direct, reject and drop", clip(w))
 }
 
-// CheckName says whether an upstream may be called s: one word of a rule, and none that a rule reads as another thing.
+// CheckName returns an error unless an upstream may have the name s: it must be one word of a rule that has no other
+// meaning there.
 func CheckName(s string) error {
 	ok := s != "" && len(s) <= maxNameLen
 	for i := 0; ok && i < len(s); i++ {
@@ -286,7 +288,7 @@ func CheckName(s string) error {
 func (r *Rule) format() string {
 	var b strings.Builder
 	for _, c := range conditions {
-		if c.kind == ofPort { // the list stands before it
+		if c.kind == ofPort { // the list is written before it
 			r.formatCondition(&b, ofList, listWord)
 		}
 		r.formatCondition(&b, c.kind, c.word+" ")
@@ -295,7 +297,7 @@ func (r *Rule) format() string {
 	return b.String()
 }
 
-// Verdict is what the rule decides, as it is written.
+// Verdict returns what the rule decides, as it is written.
 func (r *Rule) Verdict() string {
 	switch {
 	case r.action == ActionReject:
@@ -320,7 +322,8 @@ func (r *Rule) formatCondition(b *strings.Builder, k kinds, word string) {
 	b.WriteString(word + strings.Join(values, ",") + " ")
 }
 
-// values are those of the condition of kind k, as they are written; none: the rule does not have it.
+// values returns the values of the condition of kind k, as they are written. There are none if the rule does not have
+// it.
 func (r *Rule) values(k kinds) (out []string) {
 	if k == ofProto && r.proto != 0 {
 		return []string{r.proto.String()}
@@ -361,7 +364,7 @@ func texts[T fmt.Stringer](all []T) (out []string) {
 	return out
 }
 
-// String is the range as it is written.
+// String returns the range as it is written.
 func (p portRange) String() string {
 	if p.lo == p.hi {
 		return strconv.Itoa(int(p.lo))

@@ -15,25 +15,26 @@ import (
 	"strings"
 )
 
-// Bounds of a file that a rule names. Public lists of domains have some hundred thousand lines of 20 bytes.
+// Limits of a file that a rule names. Public lists of domains have some hundred thousand lines of 20 bytes.
 const (
 	maxListBytes = 64 << 20
 	maxListLines = 2_000_000
 	maxListLine  = 1024
 )
 
-// list is what a file has: one network, address or name on a line, # before a comment. A name stands for itself and for
-// every name below it, also where it is written with "." or "*." before it. It is not changed once it is read.
+// list is the content of a file: one network, address or name on each line, and # before a comment. A name stands for
+// itself and for every name below it, also if it is written with "." or "*." in front. A list never changes after it
+// is read.
 //
-// Networks are sorted ranges without overlap, so that a look-up is a binary search; names are a hash table that is asked
-// for each suffix of a name.
+// Networks are sorted ranges without overlap, so a look-up is a binary search. Names are in a hash table that is
+// searched for each suffix of a name.
 type list struct {
 	path   string
 	v4     []range4
 	v6     []range6
 	names  map[string]struct{}
 	labels int // of the longest name
-	lines  int // that say something
+	lines  int // lines with content
 }
 
 type range4 struct{ first, last uint32 }
@@ -46,7 +47,7 @@ func (a addr6) compare(b addr6) int {
 	return cmp.Or(cmp.Compare(a.hi, b.hi), cmp.Compare(a.lo, b.lo))
 }
 
-// loadList reads the file of a rule. Its errors name the file and the line.
+// loadList reads the file of a rule. An error names the file and the line.
 func loadList(path string) (*list, error) {
 	if path == "" {
 		return nil, errors.New(`"list=" names no file: write list=/etc/viasocks/blocked.txt`)
@@ -111,7 +112,7 @@ func readList(path string, from io.Reader) (*list, error) {
 	return l, nil
 }
 
-// merged sorts ranges and joins those that join says are one.
+// merged sorts ranges and merges those for which join returns true.
 func merged[T any](all []T, order func(a, b T) int, join func(a *T, b T) bool) []T {
 	slices.SortFunc(all, order)
 	out := all[:0]
@@ -123,7 +124,7 @@ func merged[T any](all []T, order func(a, b T) int, join func(a *T, b T) bool) [
 	return slices.Clip(out)
 }
 
-// add takes in one line.
+// add adds one line.
 func (l *list) add(line []byte) error {
 	if len(line) > 3 && l.lines == 0 {
 		line = bytes.TrimPrefix(line, []byte("\ufeff"))
@@ -157,7 +158,8 @@ func (l *list) add(line []byte) error {
 	return nil
 }
 
-// isNumbers reports whether s can only be meant as an IPv4 address: no name ends in a label of digits (RFC 3696 2).
+// isNumbers reports whether s can only be meant as an IPv4 address: no name ends in a label of digits (RFC 3696,
+// section 2).
 func isNumbers(s string) bool {
 	return strings.Trim(s[strings.LastIndexByte(s, '.')+1:], "0123456789") == ""
 }
@@ -233,7 +235,7 @@ func (l *list) hasName(name string) bool {
 	if len(l.names) == 0 {
 		return false
 	}
-	for skip := strings.Count(name, ".") + 1 - l.labels; skip > 0; skip-- { // no name of the list is so long
+	for skip := strings.Count(name, ".") + 1 - l.labels; skip > 0; skip-- { // no name in the list is that long
 		name = name[strings.IndexByte(name, '.')+1:]
 	}
 	for {
@@ -248,7 +250,7 @@ func (l *list) hasName(name string) bool {
 	}
 }
 
-// SameList reports whether two rules have lists that say the same, or none.
+// SameList reports whether two rules have lists with the same content, or none.
 func (r *Rule) SameList(other *Rule) bool {
 	if r.List() == "" || other.List() == "" {
 		return r.List() == other.List()
@@ -257,7 +259,7 @@ func (r *Rule) SameList(other *Rule) bool {
 	return slices.Equal(a.v4, b.v4) && slices.Equal(a.v6, b.v6) && maps.Equal(a.names, b.names)
 }
 
-// ListLen is how many lines of the rule's list say something.
+// ListLen returns the number of lines with content in the rule's list.
 func (r *Rule) ListLen() int {
 	if r.List() == "" {
 		return 0

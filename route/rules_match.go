@@ -7,22 +7,22 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// query is what a verdict is taken on. What is not known is zero.
+// query is what a verdict is based on. What is unknown is zero.
 type query struct {
 	proto    flow.Proto
 	src, dst netip.AddrPort // unmapped
-	names    []string       // that dst may stand for, plain
-	fake     bool           // dst is a fake address, and what it stands for is carried
-	owner    *flow.Owner    // nil: nobody has looked for it
+	names    []string       // plain names that dst may stand for
+	fake     bool           // dst is a fake address, and the name that it stands for is carried
+	owner    *flow.Owner    // nil: it was not looked up
 }
 
-// answer is whether a rule matches.
+// answer tells whether a rule matches.
 type answer uint8
 
 const (
 	no answer = iota
 	yes
-	ask // all but the owner matches, and nobody has looked for the owner
+	ask // everything except the owner matches, and the owner was not looked up
 )
 
 // matches reports whether all conditions hold. It does not allocate.
@@ -42,7 +42,7 @@ func (r *Rule) matches(q *query) answer {
 	return r.restMatches(q)
 }
 
-// turned reports whether "not" stands before the condition of kind k.
+// turned reports whether the condition of kind k is preceded by "not".
 func (r *Rule) turned(k kinds) bool { return r.not&k != 0 }
 
 func (r *Rule) restMatches(q *query) answer {

@@ -5,12 +5,12 @@ import (
 	"strings"
 )
 
-// maxDomain is the longest name of DNS as text, without the dot at its end (RFC 1035 2.3.4).
+// maxDomain is the length of the longest DNS name as text, without the dot at its end (RFC 1035, section 2.3.4).
 const maxDomain = 253
 
-// namePattern is a name, a name with every name below it, or a pattern with * and ?. It is in small letters.
+// namePattern is a name, a name with every name below it, or a pattern with * and ?. It is in lower case.
 type namePattern struct {
-	text string // of a suffix without its dot
+	text string // for a suffix without its dot
 	kind patternKind
 }
 
@@ -22,7 +22,7 @@ const (
 	globName
 )
 
-// String is the pattern as it is written.
+// String returns the pattern as it is written.
 func (p namePattern) String() string {
 	if p.kind == suffixName {
 		return "." + p.text
@@ -47,7 +47,7 @@ func parsePattern(s string) (namePattern, error) {
 	return p, nil
 }
 
-// checkDomain accepts what can be a name in DNS, and wildcards if they are allowed.
+// checkDomain accepts what can be a name in DNS, including wildcards if wild is set.
 func checkDomain(s string, wild bool) error {
 	if s == "" || len(s) > maxDomain || strings.HasPrefix(s, ".") || strings.Contains(s, "..") {
 		return fmt.Errorf("write a name such as example.com, .example.com or *.example.com, of at most %d letters", maxDomain)
@@ -65,11 +65,11 @@ func checkDomain(s string, wild bool) error {
 	return nil
 }
 
-// plainName is a name as it is compared: in small letters and without the dot at its end. It allocates only where there
-// is something to change.
+// plainName returns a name in the form used for comparison: in lower case and without the dot at its end. It
+// allocates only if something changes.
 func plainName(s string) string { return strings.ToLower(strings.TrimSuffix(s, ".")) }
 
-// matches reports whether a plain name fits.
+// matches reports whether a plain name matches the pattern.
 func (p namePattern) matches(name string) bool {
 	switch p.kind {
 	case exactName:
@@ -86,7 +86,7 @@ func isBelow(name, suffix string) bool {
 	return strings.HasSuffix(name, suffix) && (cut == 0 || name[cut-1] == '.')
 }
 
-// glob reports whether s fits a pattern in which * stands for any text and ? for any byte. It takes at most
+// glob reports whether s matches a pattern in which * stands for any text and ? for any byte. It takes at most
 // len(pattern) times len(s) steps.
 func glob(pattern, s string) bool {
 	p, i := 0, 0
@@ -99,7 +99,7 @@ func glob(pattern, s string) bool {
 		case p < len(pattern) && (pattern[p] == '?' || pattern[p] == s[i]):
 			p++
 			i++
-		case star >= 0: // the last * takes one byte more
+		case star >= 0: // the last * takes one more byte
 			mark++
 			p, i = star+1, mark
 		default:

@@ -11,7 +11,7 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// items splits a list of values, and bounds it.
+// items splits a list of values and limits its length.
 func items(list, what string) ([]string, error) {
 	all := strings.Split(list, ",")
 	if len(all) > maxRuleList {
@@ -20,7 +20,7 @@ func items(list, what string) ([]string, error) {
 	return all, nil
 }
 
-// parseItems reads each value of a list.
+// parseItems parses each value of a list.
 func parseItems[T any](list, what string, parse func(string) (T, error)) ([]T, error) {
 	all, err := items(list, what)
 	if err != nil {
@@ -94,7 +94,7 @@ func parsePortRange(s string) (portRange, error) {
 	return portRange{uint16(l), uint16(h)}, nil
 }
 
-// userRange is users from first to last. text is how it was written.
+// userRange is a range of users. text is the way it was written.
 type userRange struct {
 	first, last uint32
 	text        string

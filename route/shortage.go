@@ -8,9 +8,9 @@ import (
 	"time"
 )
 
-// shortage is what is known of this host running out of what flows need: descriptors, local ports, memory, or the room that
-// the limits leave. That says nothing about the far end or the proxy. So the app gets no error that speaks of them: it gets
-// silence, as from a network that loses a packet, and tries again.
+// shortage records that this host has run out of something that flows need: descriptors, local ports, memory, or the
+// room that the limits leave. That says nothing about the far end or the proxy, so the app gets no error that blames
+// them. It gets silence, as from a network that loses a packet, and tries again.
 type shortage struct {
 	mu   sync.Mutex
 	n    uint64
@@ -19,10 +19,10 @@ type shortage struct {
 	said time.Time
 }
 
-// shortageQuiet is the least time between two log lines about a shortage.
+// shortageQuiet is the minimum time between two log lines about a shortage.
 const shortageQuiet = time.Minute
 
-// isShortage reports whether err says that this host has run out of something.
+// isShortage reports whether err means that this host has run out of something.
 func isShortage(err error) bool {
 	if isServerFault(err) {
 		return false
@@ -33,12 +33,12 @@ func isShortage(err error) bool {
 	}
 	switch errno {
 	case syscall.EMFILE, syscall.ENFILE, syscall.EADDRNOTAVAIL, syscall.ENOBUFS, syscall.ENOMEM, syscall.EAGAIN:
-		return true // of a connect(2) on our sockets EADDRNOTAVAIL and EAGAIN mean that no local port is left
+		return true // from a connect(2) on our sockets, EADDRNOTAVAIL and EAGAIN mean that no local port is left
 	}
 	return false
 }
 
-// short notes a shortage. Any goroutine; locks may be held.
+// short records a shortage. It may be called from any goroutine, with locks held.
 func (r *Router) short(err error) {
 	s := &r.shortage
 	now := time.Now()
@@ -57,14 +57,14 @@ func (r *Router) short(err error) {
 	}
 }
 
-// Shortage is that this host ran out of descriptors, local ports, memory or room for flows.
+// Shortage tells how often, and when, this host ran out of descriptors, local ports, memory or room for flows.
 type Shortage struct {
 	Times uint64    // since the start
 	Last  time.Time // the zero time: never
 	Why   string
 }
 
-// Shortage tells whether there was one.
+// Shortage returns what is known about shortages.
 func (r *Router) Shortage() Shortage {
 	s := &r.shortage
 	s.mu.Lock()

@@ -13,43 +13,44 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// A flow to an address of which no name is known can still say its name: in the ClientHello of TLS, or in the Host field of
-// HTTP. The app sends these bytes only after its SYN was answered, which is before anybody knows whether the destination can
-// be reached: what connect() says is not the truth for such a flow, and a dial that fails becomes a RST. So it is done only
-// where the user wants it, on few ports, and where the name can change something.
+// A flow to an address without a known name may still reveal its name: in the ClientHello of TLS, or in the Host
+// field of HTTP. The app sends these bytes only after its SYN was answered, which is before it is known whether the
+// destination can be reached. For such a flow the result of connect() is not the truth, and a failed dial becomes a
+// RST. Sniffing is therefore done only if the user wants it, on few ports, and where the name can make a difference.
 
-// Sniff says which TCP flows are asked for their name.
+// Sniff tells which TCP flows are held for their name.
 type Sniff struct {
 	Ports []uint16      // of the destination
-	Wait  time.Duration // for the first bytes, after the handshake with the app. 0: DefaultSniffWait
-	// Names has flows travel to the proxy by the name that they say, and so asks all of them. Else only rules see the names, and
-	// a flow is asked if a rule can depend on its answer.
+	Wait  time.Duration // time for the first bytes, after the handshake with the app. 0: DefaultSniffWait
+	// Names means that flows travel to the proxy by the name found, so all of them are held. Otherwise only rules see
+	// the names, and a flow is held only if a rule may depend on its name.
 	Names bool
 }
 
-// DefaultSniffWait is how long a program that waits for its server's first word waits longer. A program that speaks first does
-// so within its round-trip time to viasocks, which is on the same host.
+// DefaultSniffWait is the delay for a program that waits for its server to speak first. A program that speaks first
+// does so within its round-trip time to viasocks, which is on the same host.
 const DefaultSniffWait = 300 * time.Millisecond
 
 const (
-	// maxSniffs is how many flows may be asked at a time. A SYN over it is forgotten and comes again in a second.
+	// maxSniffs is how many flows may be held at the same time. A SYN over the limit is forgotten and retransmitted
+	// within a second.
 	maxSniffs = 4096
-	// maxSniffed bounds the bytes that were read of flows and not yet passed on, as maxSniffs bounds the flows.
+	// maxSniffed limits the bytes that were read of flows and not yet passed on, as maxSniffs limits the flows.
 	maxSniffed = 32 << 20
 )
 
-// sniffs are the flows that were asked for their name and have not answered.
+// sniffs are the flows that are held for their name.
 type sniffs struct {
-	cfg   atomic.Pointer[Sniff] // nil: none is asked
+	cfg   atomic.Pointer[Sniff] // nil: no flow is held
 	bytes atomic.Int64
-	wg    sync.WaitGroup // one for each of now
+	wg    sync.WaitGroup // one for each flow in now
 
-	mu      sync.Mutex // none is taken by who holds a lock of the stack
+	mu      sync.Mutex // must not be held while a lock of the stack is taken
 	now     map[*sniff.Early]struct{}
 	closing bool
 }
 
-// SetSniff has flows that begin from now on asked for their name; nil: none is. Any goroutine.
+// SetSniff sets which later flows are held for their name; nil: none. It may be called from any goroutine.
 func (r *Router) SetSniff(s *Sniff) {
 	if s != nil {
 		c := *s
@@ -61,8 +62,8 @@ func (r *Router) SetSniff(s *Sniff) {
 	r.sniffs.cfg.Store(s)
 }
 
-// sniffOrTake asks a flow for its name if that is wanted, or else does what the verdict says. q is what the verdict was taken
-// on. Any goroutine.
+// sniffOrTake holds a flow for its name if that is wanted, and otherwise executes the verdict. q is what the verdict
+// is based on. It may be called from any goroutine.
 func (r *shard) sniffOrTake(req flow.StreamRequest, f flow.Flow, dest Dest, v *verdict, q *query) {
 	if c := r.sniffs.cfg.Load(); c != nil {
 		if _, asked := req.(*sniff.Early); asked {
@@ -77,7 +78,7 @@ func (r *shard) sniffOrTake(req flow.StreamRequest, f flow.Flow, dest Dest, v *v
 	r.takeStream(req, f, dest, v, q)
 }
 
-// asksName reports whether a flow must say its name before the verdict v on it holds.
+// asksName reports whether a flow must be held for its name before its verdict v is final.
 func (r *Router) asksName(c *Sniff, v *verdict, q *query) bool {
 	if len(q.names) > 0 || v.kind == impossible || !slices.Contains(c.Ports, q.dst.Port()) {
 		return false
@@ -85,7 +86,7 @@ func (r *Router) asksName(c *Sniff, v *verdict, q *query) bool {
 	return c.Names && v.carriesNames() || r.policy.Load().nameMatters(q, v)
 }
 
-// carriesNames reports whether a name that a flow said is of use to the upstream of v.
+// carriesNames reports whether v's upstream can use a name that was found.
 func (v *verdict) carriesNames() bool { return v.kind == carry && v.up.name != DirectName && !v.up.own }
 
 // askName answers the SYN and waits for the app's first bytes.
@@ -119,7 +120,7 @@ func (r *shard) askName(c *Sniff, req flow.StreamRequest, f flow.Flow, dest Dest
 	t.now[e] = struct{}{}
 }
 
-// named takes the name that a flow said, or that it said none, on a loop.
+// named handles the name that was found for a flow, or that there is none. It runs on a loop.
 func (r *shard) named(e *sniff.Early, f flow.Flow, dest Dest, name string, err error) {
 	if err != nil {
 		state := "cancelled"
@@ -136,8 +137,8 @@ func (r *shard) named(e *sniff.Early, f flow.Flow, dest Dest, name string, err e
 	r.judge(e, f, dest)
 }
 
-// travels reports whether a name that a flow said may stand for its address at the proxy. The names of RFC 6761, 6762, 7686 and
-// the reverse zones mean nothing there, or the proxy itself, as a single label may.
+// travels reports whether a name that was found may replace the flow's address at the proxy. The names of RFC 6761,
+// 6762, 7686 and the reverse zones have no meaning there, or mean the proxy itself, as a single label may.
 func travels(name string) bool {
 	i := strings.LastIndexByte(name, '.')
 	if i < 0 {
@@ -150,7 +151,7 @@ func travels(name string) bool {
 	return true
 }
 
-// closeSniffs resets the flows that were asked and have not answered; new ones are refused.
+// closeSniffs resets the held flows and refuses new ones.
 func (r *Router) closeSniffs() {
 	t := &r.sniffs
 	t.mu.Lock()
@@ -161,7 +162,7 @@ func (r *Router) closeSniffs() {
 	}
 }
 
-// withoutNames is the rule without its conditions on names; nil: it has none.
+// withoutNames returns the rule without its conditions on names, or nil if it has none.
 func (r *Rule) withoutNames() *Rule {
 	m := r.rest
 	if m == nil || m.names == nil && (m.list == nil || len(m.list.names) == 0) {
@@ -173,7 +174,7 @@ func (r *Rule) withoutNames() *Rule {
 	return &one
 }
 
-// nameMatters reports whether another verdict than v, which was taken on q, could be the right one if q had a name.
+// nameMatters reports whether a verdict other than v, which is based on q, could be the right one if q had a name.
 func (p *policy) nameMatters(q *query, v *verdict) bool {
 	if p.nameless == nil {
 		return false
@@ -181,7 +182,7 @@ func (p *policy) nameMatters(q *query, v *verdict) bool {
 	for i, r := range p.nameless {
 		mine := p.verdicts[i]
 		if r != nil && r.matches(q) != no && (mine == v || mine.kind != v.kind || mine.up != v.up) {
-			return true // mine == v: a name may turn it, and what comes behind is not looked at
+			return true // mine == v: a name may invert it, and later rules are not examined
 		}
 		if mine == v {
 			return false

@@ -13,31 +13,33 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// Split says which names are asked of other servers than the resolvers, and which have no fake address.
+// Split tells which names are looked up at other servers than the resolvers, and which have no fake address.
 type Split struct {
-	// Zones have servers of their own, whether or not names have fake addresses.
+	// Zones have their own servers, whether or not names have fake addresses.
 	Zones []dns.Zone
-	// Exclude are names that have real addresses, from the resolvers, although others have fake ones.
+	// Exclude are names that get their real addresses from the resolvers although others have fake ones.
 	Exclude []Names
-	// NoSingleLabels: a name without a dot does not exist where names have fake addresses.
+	// NoSingleLabels means that a name without a dot does not exist if names have fake addresses.
 	NoSingleLabels bool
 }
 
-// HostDNS is how servers of DNS are asked past every upstream: those of the host, and those of Split.Zones that are direct.
+// HostDNS tells how DNS servers are asked past every upstream: those of the host, and the direct servers of
+// Split.Zones.
 type HostDNS struct {
-	// Servers are the host's own, as of now. It is called for each question that they are asked, from any goroutine.
+	// Servers returns the host's current servers. It is called for each question that goes to them, from any
+	// goroutine.
 	Servers func() []dns.DirectServer
-	// Dial connects to one, by a socket that is steered past the TUN.
+	// Dial connects to a server from a socket that is steered past the TUN.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
 // Names is a set of names.
 type Names struct {
 	patterns []namePattern
-	list     *list // nil: there is none
+	list     *list // nil: none
 }
 
-// ParseNames reads PATTERN[,PATTERN...] or list=FILE, as they stand in a rule. A file is not looked at again afterwards.
+// ParseNames parses PATTERN[,PATTERN...] or list=FILE, in the form of a rule. A file is not read again later.
 func ParseNames(s string) (n Names, err error) {
 	if path, ok := strings.CutPrefix(s, listWord); ok {
 		n.list, err = loadList(path)
@@ -47,7 +49,7 @@ func ParseNames(s string) (n Names, err error) {
 	return n, err
 }
 
-// List is the file of the names; empty: there is none.
+// List returns the file of the names; empty: none.
 func (n Names) List() string {
 	if n.list == nil {
 		return ""
@@ -68,7 +70,7 @@ func (n Names) has(name string) bool {
 	return false
 }
 
-// excludes reports whether a plain name has its real addresses, from the resolvers.
+// excludes reports whether a plain name gets its real addresses from the resolvers.
 func (s *Split) excludes(name string) bool {
 	for _, n := range s.Exclude {
 		if n.has(name) {
@@ -78,19 +80,19 @@ func (s *Split) excludes(name string) bool {
 	return false
 }
 
-// sameServers reports whether one dns.Server can serve both. What they exclude is looked up for each question.
+// sameServers reports whether one dns.Server can serve both. Their excluded names are checked for each question.
 func (s *Split) sameServers(o *Split) bool {
 	return reflect.DeepEqual(s.Zones, o.Zones) && s.NoSingleLabels == o.NoSingleLabels
 }
 
-// mayBeDirect reports whether there are names that sendsDirect is true for.
+// mayBeDirect reports whether sendsDirect can return true for any name.
 func (p *policy) mayBeDirect() bool {
 	return p.upstreams[DirectName] != nil
 }
 
-// sendsDirect reports whether flows to a plain name are direct, whatever else is known of them, or refused. A program that gets
-// the name's real address then reaches it without us having to look the name up. A rule that sends some of the flows to the name
-// by a proxy is reason enough for a fake address, by which the proxy gets the name.
+// sendsDirect reports whether flows to a plain name are direct, or refused, whatever else is known about them. A
+// program that gets the name's real address then reaches it without a look-up by us. If a rule sends some of the
+// flows to the name through a proxy, the name needs a fake address, so that the proxy gets the name.
 func (p *policy) sendsDirect(name string) bool {
 	q := query{names: []string{name}}
 	for i := range p.rules {
@@ -108,7 +110,7 @@ func (p *policy) sendsDirect(name string) bool {
 
 func (v *verdict) isDirect() bool { return v.kind == carry && v.up.name == DirectName }
 
-// split puts what is asked of other servers into the configuration of route/dns.
+// split adds the names for other servers to the configuration of route/dns.
 func (r *Router) split(cfg *dns.Config, s *Split) {
 	cfg.Zones, cfg.HostServers, cfg.DialDirect = s.Zones, r.cfg.HostDNS.Servers, r.cfg.HostDNS.Dial
 	if cfg.Fake.Pool == nil {
@@ -124,9 +126,9 @@ func (r *Router) split(cfg *dns.Config, s *Split) {
 	}
 }
 
-// ParseZone reads SUFFIX=SERVER[,SERVER...]. SERVER is asked through the upstream if it is what dns.ParseResolver reads, and
-// past it if it is direct:udp://ADDRESS or direct:tcp://ADDRESS; direct alone is the host's own servers. Errors are of the form
-// "must be ...".
+// ParseZone parses SUFFIX=SERVER[,SERVER...]. A SERVER in the form of dns.ParseResolver is asked through the
+// upstream, and direct:udp://ADDRESS or direct:tcp://ADDRESS past it; direct alone means the host's own servers.
+// Errors have the form "must be ...".
 func ParseZone(s string) (z dns.Zone, err error) {
 	suffix, servers, ok := strings.Cut(s, "=")
 	if !ok || servers == "" {
@@ -173,7 +175,7 @@ func badServer(s string) error {
 	return fmt.Errorf("must have servers such as tcp://10.0.0.53, direct:udp://10.0.0.53 or direct, and not %q", clip(s))
 }
 
-// parseServer reads the address of a server behind scheme.
+// parseServer parses the address of a server after scheme.
 func parseServer(s, scheme string) (netip.AddrPort, error) {
 	bad := badServer(s)
 	rest, ok := strings.CutPrefix(s, scheme)

@@ -9,21 +9,21 @@ import (
 	"github.com/viasocks/viasocks/stack/count"
 )
 
-// Counters is the table of what a Router counts: see package count.
+// Counters is the table of a Router's counters; see package count.
 type Counters[T any] struct {
 	Streams T `metric:"flows_total" label:"proto=tcp" help:"Flows: TCP connections that were asked for, and UDP mappings."`
-	// Made.
+	// Mappings that were made.
 	Mappings T `metric:"flows_total" label:"proto=udp"`
 	Ended    T `metric:"flows_ended_total" help:"Flows that have ended."`
-	// By a rule, by a limit, or by the upstream.
+	// Refused by a rule, by a limit, or by the upstream.
 	StreamsRefused T `metric:"tcp_flows_refused_total" help:"TCP flows that were refused, for whatever reason."`
-	// Of StreamsRefused: because of Limits.Flows.
+	// Those of StreamsRefused that exceeded Limits.Flows.
 	StreamsFull T `metric:"tcp_flows_over_limit_total" label:"limit=flows" help:"TCP flows put off because of a limit."`
-	// Of StreamsRefused: too many waited for their owner to be found; they come again.
+	// Those of StreamsRefused for which too many flows waited for their owner; they are retransmitted.
 	AsksFull T `metric:"tcp_flows_over_limit_total" label:"limit=owners"`
-	// Of StreamsRefused: too many were asked at a time; they come again.
+	// Those of StreamsRefused for which too many flows were held; they are retransmitted.
 	SniffsFull T `metric:"tcp_flows_over_limit_total" label:"limit=sniffs"`
-	// TCP flows that were asked for their name before they were dialled.
+	// TCP flows that were held for their name before they were dialled.
 	Sniffs  T `metric:"sniffs_total" help:"TCP flows that were held for their name."`
 	Sniffed T `metric:"sniffs_named_total" help:"TCP flows that were held and had a name."`
 	// TCP flows that were dialled again by IPv4, because the server could not reach their name.
@@ -32,29 +32,29 @@ type Counters[T any] struct {
 	// TCP flows whose app had closed its socket while the far end went on.
 	Orphans T `metric:"tcp_orphans_total" help:"TCP flows that were ended because their program had closed its socket."`
 
-	// Silent for their life time, and the socket gone.
+	// Ended after a silence of their lifetime, with the socket gone.
 	MappingsExpired T `metric:"mappings_ended_total" label:"reason=silent" help:"UDP mappings that were ended, by reason."`
 	// Ended because the socket was gone.
 	MappingsGone T `metric:"mappings_ended_total" label:"reason=socket_gone"`
-	// Ended for a new one, the longest idle first.
+	// Ended to make room for a new one, the longest idle first.
 	MappingsEvicted T `metric:"mappings_ended_total" label:"reason=evicted"`
-	// Not made: all were at work.
+	// Not made, because all mappings were in use.
 	MappingsFull T `metric:"mappings_refused_total" help:"UDP mappings that were not made because all were at work."`
 	// Links that failed and were made again.
 	Reassociations T `metric:"reassociations_total" help:"Associations that failed and were made again."`
 
-	// Datagrams lost while their association was made.
+	// Datagrams lost while their association was being made.
 	QueueFull T `metric:"datagrams_dropped_total" label:"reason=associating" lost:"datagrams lost while their association was made"`
-	// Verdict drop, no room, no mapping, an address that cannot be carried to.
+	// Dropped because of the verdict drop, no room, no mapping, or an address that cannot be carried to.
 	Dropped T `metric:"datagrams_dropped_total" label:"reason=rule_or_limit" lost:"datagrams dropped by a rule or for want of room"`
 	// Answered with an ICMP error.
 	Refused T `metric:"datagrams_refused_total" help:"Datagrams that were answered with an ICMP error."`
 
-	// Payload of flows that ended.
+	// Payload bytes of flows that ended.
 	Up, Down T
 }
 
-// Stats is a snapshot. What is not said to be a number of now counts since the start.
+// Stats is a snapshot of the counters. Unless it says otherwise, a number counts since the start.
 type Stats struct {
 	Counters[uint64]
 	relay.LinkStats // of links that were closed
@@ -67,10 +67,10 @@ type Stats struct {
 	DNS dns.Stats
 }
 
-// counters is what Stats is taken from, for one shard.
+// counters are the source of Stats, for one shard.
 type counters struct{ Counters[atomic.Uint64] }
 
-// Stats gives the counters.
+// Stats returns the counters.
 func (r *Router) Stats() Stats {
 	var s Stats
 	count.Add(&s.LinkStats, &r.links)
@@ -84,7 +84,7 @@ func (r *Router) Stats() Stats {
 	return s
 }
 
-// addTo adds the counters of one shard.
+// addTo adds the counters of one shard to s.
 func (r *shard) addTo(s *Stats) {
 	count.Add(&s.Counters, &r.count.Counters)
 	r.streams.mu.Lock()
@@ -96,7 +96,8 @@ func (r *shard) addTo(s *Stats) {
 	r.udp.mu.Unlock()
 }
 
-// Ended is how many flows have ended, TCP and UDP: each leaves garbage behind. Any goroutine; no lock.
+// Ended returns how many flows have ended, TCP and UDP; each leaves garbage behind. It may be called from any
+// goroutine and takes no lock.
 func (r *Router) Ended() (n uint64) {
 	for _, s := range r.shards {
 		n += s.count.Ended.Load()
@@ -104,7 +105,7 @@ func (r *Router) Ended() (n uint64) {
 	return n
 }
 
-// Flows lists what there is now, by ID: for status.
+// Flows returns the existing flows by ID, for status.
 func (r *Router) Flows() []FlowInfo {
 	var all []FlowInfo
 	for _, s := range r.snapshot() {
@@ -126,13 +127,13 @@ func (r *Router) Flows() []FlowInfo {
 	return all
 }
 
-// UpstreamInfo is an upstream as status shows it. Down: the last flow met a fault of the server's.
+// UpstreamInfo is an upstream as status shows it. Down means that the last flow met a fault of the server.
 type UpstreamInfo struct {
 	Name             string
 	TCPDown, UDPDown bool
 }
 
-// Upstreams lists them in the order of the configuration.
+// Upstreams returns the upstreams in the order of the configuration.
 func (r *Router) Upstreams() []UpstreamInfo {
 	var all []UpstreamInfo
 	for _, up := range r.policy.Load().order {
@@ -147,7 +148,7 @@ type RuleInfo struct {
 	Hits uint64
 }
 
-// Rules lists the rules in their order, and last what happens to the rest: "default", or "none".
+// Rules returns the rules in their order, and finally what happens to the rest: "default" or "none".
 func (r *Router) Rules() []RuleInfo {
 	var all []RuleInfo
 	p := r.policy.Load()

@@ -13,19 +13,19 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// streams is the flow table of TCP: what is pending and what is open. What was refused leaves only its log line.
+// streams is the flow table of TCP: the pending and open flows. A refused flow leaves only its log line.
 type streams struct {
 	mu      sync.Mutex
 	all     []*stream
 	walk    int            // where the next step starts
-	closing atomic.Bool    // set under mu, so that add is before it or sees it
+	closing atomic.Bool    // set under mu, so that add either comes first or sees it
 	wg      sync.WaitGroup // one for each entry
 }
 
-// remake is from how many entries on a table is made anew when an eighth is left.
+// remake is the size from which on a table is replaced when an eighth is left.
 const remake = 1000
 
-// A stream's life. Each arrow happens once, and over is final:
+// The life of a stream. Each arrow happens once, and over is final:
 //
 //	dialing -> open    the upstream granted it; the relay has the request and the socket
 //	dialing -> over    refused, or the app gave up, or we end
@@ -38,10 +38,10 @@ const (
 
 var streamStates = [...]string{dialing: "dialing", open: "open", over: "closed"}
 
-// stream is a TCP flow that an upstream was asked for.
+// stream is a TCP flow for which an upstream was asked.
 type stream struct {
 	r        *shard
-	req      flow.StreamRequest // nil once it is answered
+	req      flow.StreamRequest // nil after it was answered
 	flow     flow.Flow
 	dest     Dest
 	lease    dns.Lease // of the fake address, if dest has a name
@@ -52,19 +52,19 @@ type stream struct {
 	state    atomic.Int32 // dialing, open, over
 	loop     int
 	relay    atomic.Pointer[relay.Relay]
-	index    int         // in streams.all
-	known    atomic.Bool // that the app's socket is not found means that it is gone
-	owner    *flow.Owner // that the verdict was taken on; nil: it asked for none
+	index    int         // index in streams.all
+	known    atomic.Bool // "not found" means that the app's socket is gone
+	owner    *flow.Owner // the owner that the verdict is based on; nil: it needed none
 	second   atomic.Pointer[secondTry]
 
-	// Run's own, for its looks at the socket.
-	moved    uint64 // bytes, at the last look
+	// The fields below belong to Run, for its checks of the socket.
+	moved    uint64 // bytes at the last check
 	orphaned bool
 }
 
 var verdictImpossible = &verdict{kind: impossible, rule: "none"}
 
-// handleStream is HandleStream of one shard.
+// handleStream implements HandleStream for one shard.
 func (r *shard) handleStream(req flow.StreamRequest) {
 	f := req.Flow()
 	f.ID = r.ids.Add(1)
@@ -81,14 +81,14 @@ func (r *shard) handleStream(req flow.StreamRequest) {
 		p := r.policy.Load()
 		to, carried := d.Carries()
 		relayed := d.Relays() && flow.CanBePeer(f.Dst.Addr())
-		// A connection whose questions nobody looks at is carried as it is, zone transfers included.
+		// A connection whose questions need not be examined is carried unchanged, including zone transfers.
 		carried = (carried || relayed) && !p.fake && !p.guard && len(p.split.Zones) == 0
 		if !carried {
 			r.takeStream(req, f, dest, r.answer, nil)
 			return
 		}
 		if !relayed {
-			// A truncated answer asks to come back by TCP, and the address in resolv.conf need not exist.
+			// A truncated answer asks the app to retry by TCP, and the address in resolv.conf need not exist.
 			dest = resolverDest(to)
 			dest.Src = f.Src.Addr()
 			v := p.decideResolver(to)
@@ -107,16 +107,17 @@ func (r *shard) handleStream(req flow.StreamRequest) {
 	r.judge(req, f, dest)
 }
 
-// judge takes the verdict on a flow, or leaves it to the asker, or to what the app's first bytes say. Any goroutine.
+// judge makes the verdict on a flow, or leaves it to the asker, or to what the app's first bytes reveal. It may be
+// called from any goroutine.
 func (r *shard) judge(req flow.StreamRequest, f flow.Flow, dest Dest) {
 	q := r.queryOf(f, dest)
 	v := r.verdictOn(&q)
 	switch {
-	case r.asker == nil && v == verdictAsk: // nobody can tell
+	case r.asker == nil && v == verdictAsk: // the owner cannot be found
 		q.owner = &nobody
 		v = r.verdictOn(&q)
 	case r.asker == nil:
-	case v == verdictAsk || v.apart() || r.decisions != nil: // whose line names the program
+	case v == verdictAsk || v.apart() || r.decisions != nil: // the decision line names the program
 		if r.asker.post(waiting{r, req, f, dest}) {
 			return
 		}
@@ -128,8 +129,8 @@ func (r *shard) judge(req flow.StreamRequest, f flow.Flow, dest Dest) {
 	r.sniffOrTake(req, f, dest, v, &q)
 }
 
-// takeStream does with a flow what the verdict says. q is what it was taken on; nil: nobody writes this decision down. Any
-// goroutine.
+// takeStream executes the verdict on a flow. q is what the verdict is based on; nil: the decision is not written. It
+// may be called from any goroutine.
 func (r *shard) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *verdict, q *query) {
 	if q != nil {
 		r.decisions.post(decision{f.Start, f, q.names, v, q.owner})
@@ -159,7 +160,7 @@ func (r *shard) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *ve
 	}
 	if r.cfg.Pool != nil && dest.Name != "" && dest.Sniffed == "" {
 		name, lease, _ := r.cfg.Pool.Hold(f.Dst.Addr())
-		if name != dest.Name { // it went to another name since the verdict
+		if name != dest.Name { // the address was given to another name since the verdict
 			lease.Release()
 			r.turnAway(req, f, dest, v, flow.RefuseHost, "refused", errNoName)
 			return
@@ -186,7 +187,7 @@ func (r *shard) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *ve
 	v.up.DialStream(&s.call, r.loops[s.loop], dest, s.dialed)
 }
 
-// turnAway refuses a flow that no upstream was asked for.
+// turnAway refuses a flow for which no upstream was asked.
 func (r *shard) turnAway(req flow.StreamRequest, f flow.Flow, dest Dest, v *verdict, why flow.Refusal, state string, err error) {
 	r.count.StreamsRefused.Add(1)
 	req.Reject(why)
@@ -200,10 +201,10 @@ func (r *shard) turnAway(req flow.StreamRequest, f flow.Flow, dest Dest, v *verd
 var (
 	errFull    = errors.New("too many flows")
 	errClosing = errors.New("viasocks is ending")
-	// errComesBack: the flow is of a proxy on this host.
+	// errComesBack means that the flow belongs to a proxy on this host.
 	errComesBack = errors.New("a connection of the proxy itself came back to it")
 	errAppGone   = errors.New("the app gave up")
-	// errNoName: the app kept the address for longer than it was told to, or made it up.
+	// errNoName means that the app kept the address longer than the TTL, or invented it.
 	errNoName = errors.New("the fake address no longer stands for a name")
 )
 
@@ -237,21 +238,21 @@ func (t *streams) remove(s *stream) {
 	}
 }
 
-// gaveUp is told by the stack that nobody waits for this flow any more. Locks of the stack may be held.
+// gaveUp is called by the stack when the app no longer waits for this flow. Locks of the stack may be held.
 func (s *stream) gaveUp() {
 	s.gone.Store(true)
-	s.endDial() // and dialed is then called with an error
+	s.endDial() // dialed is then called with an error
 }
 
-// endDial ends the dial if it is not over. Any goroutine.
+// endDial ends the dial unless it is over. It may be called from any goroutine.
 func (s *stream) endDial() {
 	s.call.Cancel()
 	if t := s.second.Load(); t != nil {
-		t.timer.Reset(0) // on a goroutine of its own: locks of the stack may be held
+		t.timer.Reset(0) // on its own goroutine, because locks of the stack may be held
 	}
 }
 
-// dialed takes the upstream's answer, on the loop that will relay, or on any goroutine if there is no socket.
+// dialed handles the upstream's answer, on the loop that will relay, or on any goroutine if there is no socket.
 func (s *stream) dialed(sock loop.Socket, err error) {
 	s.learnIPv6(err)
 	if t := s.second.Load(); t != nil {
@@ -278,7 +279,7 @@ func (s *stream) dialed(sock loop.Socket, err error) {
 		return
 	}
 	if r.cfg.Sockets != nil && r.cfg.Sockets.Forwards() {
-		s.look() // the app surely has its socket now: if it is not found later, it is gone and not a guest's
+		s.look() // the app certainly has its socket now: if it is not found later, it is gone and not a guest's
 	}
 	if r.streams.closing.Load() {
 		sock.Close()
@@ -289,7 +290,7 @@ func (s *stream) dialed(sock loop.Socket, err error) {
 	s.state.Store(open)
 	rel := r.loops[s.loop].Start(s.req, sock, s.relayed)
 	s.relay.Store(rel)
-	if r.streams.closing.Load() || s.replaced.Load() { // the Router's own Abort may have come before the relay was there to be seen
+	if r.streams.closing.Load() || s.replaced.Load() { // the Router's own Abort may have come before the relay was visible
 		rel.Abort()
 	}
 }
@@ -313,7 +314,7 @@ func (s *stream) refused(err error) {
 	case isShortage(err):
 		r.short(err)
 	default:
-		up.tcp.works(r.Router, up, "TCP") // a refusal of the target is the server's work well done
+		up.tcp.works(r.Router, up, "TCP") // the server has worked even if the target refused
 	}
 	r.count.StreamsRefused.Add(1)
 	why := refusalOf(err)
@@ -328,7 +329,7 @@ func (s *stream) refused(err error) {
 	s.finish(state, 0, 0, err)
 }
 
-// relayed takes the relay's end, on its loop.
+// relayed handles the end of the relay, on its loop.
 func (s *stream) relayed(res relay.Result) {
 	state := "closed"
 	switch {
@@ -345,13 +346,13 @@ func (s *stream) relayed(res relay.Result) {
 	s.finish(state, res.Up, res.Down, res.Err)
 }
 
-// finish takes s out of the table and writes its line.
+// finish removes s from the table and writes its log line.
 func (s *stream) finish(state string, up, down uint64, err error) {
 	if s.state.Swap(over) == over {
 		return
 	}
 	r := s.r
-	r.count.Up.Add(up) // who sees it gone sees its bytes
+	r.count.Up.Add(up) // before it disappears, so that its bytes are never missing
 	r.count.Down.Add(down)
 	r.streams.remove(s)
 	r.flows.Add(-1)
@@ -377,7 +378,7 @@ func (s *stream) info() FlowInfo {
 	return i
 }
 
-// pickLoop gives the shard's loop with the least to do one flow more.
+// pickLoop assigns one more flow to the least loaded loop of the shard.
 func (r *shard) pickLoop() int {
 	best := 0
 	for i := range r.load {
@@ -389,14 +390,14 @@ func (r *shard) pickLoop() int {
 	return best
 }
 
-// appendTo appends all that there are.
+// appendTo appends all flows.
 func (t *streams) appendTo(all []*stream) []*stream {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return append(all, t.all...)
 }
 
-// close refuses new flows and resets those there are. Their ends come by dialed and relayed.
+// close refuses new flows and resets existing ones. Their ends arrive through dialed and relayed.
 func (t *streams) close() {
 	t.mu.Lock()
 	t.closing.Store(true)

@@ -18,11 +18,11 @@ var (
 	errUnreachable  = errors.New("the app's host says port unreachable")
 )
 
-// evictIdle is how long a mapping must be silent to make room for a new one. Younger ones are at work: then the new
-// one waits.
+// evictIdle is how long a mapping must be silent before a new one may replace it. Mappings with more recent traffic
+// are in use, and a new one must wait.
 const evictIdle = int64(5 * time.Second)
 
-// handlePackets is HandlePackets of one shard.
+// handlePackets implements HandlePackets for one shard.
 func (r *shard) handlePackets(pkts []flow.Packet) {
 	if len(pkts) == 0 {
 		return
@@ -53,7 +53,7 @@ func (r *shard) handlePackets(pkts []flow.Packet) {
 	}
 }
 
-// classify takes the verdict on one datagram, from the cache if it is there.
+// classify returns the verdict on one datagram, from the cache if it is there.
 func (r *shard) classify(p *flow.Packet, now int64) *verdict {
 	if r.dns.Load() != nil && p.Dst.Port() == 53 && flow.OneHost(p.Dst.Addr()) {
 		return verdictResolve
@@ -72,7 +72,7 @@ func (r *shard) classify(p *flow.Packet, now int64) *verdict {
 	return c.v
 }
 
-// run handles datagrams of one source and one verdict. w is the calling goroutine's.
+// run handles datagrams of one source and one verdict. w belongs to the calling goroutine.
 func (r *shard) run(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now int64) {
 	switch v.kind {
 	case resolve:
@@ -107,8 +107,8 @@ func (r *shard) refuse(w flow.PacketWriter, pkts []flow.Packet, why flow.Refusal
 	}
 }
 
-// logRejected writes a line for a datagram that no rule lets pass, once in a second at most: a program may send them at
-// any rate, and there is no flow whose end could be waited for. udp.mu is held.
+// logRejected logs a datagram that no rule lets pass, at most once a second: a program may send them at any rate, and
+// there is no flow whose end could be logged. The caller holds udp.mu.
 func (r *shard) logRejected(v *verdict, p *flow.Packet, now int64) {
 	if r.rejectLogged != 0 && now-r.rejectLogged < int64(time.Second) {
 		return
@@ -123,7 +123,8 @@ func (r *shard) logRejected(v *verdict, p *flow.Packet, now int64) {
 	r.log.end(i, 0, err)
 }
 
-// question hands a datagram to port 53 to route/dns. The answer comes from the address that was asked. udp.mu is held.
+// question passes a datagram to port 53 to route/dns. The answer comes from the address that was asked. The caller
+// holds udp.mu.
 func (r *shard) question(w flow.PacketWriter, p *flow.Packet, now int64) {
 	src, dst := p.Src, p.Dst
 	asked := dst
@@ -148,15 +149,15 @@ func (r *shard) question(w flow.PacketWriter, p *flow.Packet, now int64) {
 	})
 }
 
-// relaysQuestions reports whether questions of DNS go to the servers that the app asks.
+// relaysQuestions reports whether DNS questions go to the servers that the app asks.
 func (r *Router) relaysQuestions() bool {
 	d := r.dns.Load()
 	return d != nil && d.Relays()
 }
 
-// relayQuestion carries a question to the server that the app asked, as any datagram. false: it must be asked over TCP, because
-// the upstream has no UDP, or because rules speak of names: then no answer counts that was not seen to be one to a question.
-// udp.mu is held.
+// relayQuestion carries a question to the server that the app asked, like any datagram. It returns false if the
+// question must be asked over TCP, because the upstream has no UDP, or because rules use names: then an answer counts
+// only if it was seen to belong to a question. The caller holds udp.mu.
 func (r *shard) relayQuestion(w flow.PacketWriter, p *flow.Packet, now int64) bool {
 	if r.wantsNames() {
 		return false
@@ -178,7 +179,7 @@ func (r *shard) relayQuestion(w flow.PacketWriter, p *flow.Packet, now int64) bo
 func (r *shard) carry(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now int64) {
 	t := &r.udp
 	m := t.bySrc[pkts[0].Src]
-	// What is open goes on working whatever the server says to others.
+	// An open association continues to work, whatever the server answers to others.
 	if a := m.assocOf(v.up); a == nil || a.link == nil {
 		if why, refused := v.up.refused(now); refused {
 			r.refuse(w, pkts, why)
@@ -208,7 +209,7 @@ func (r *shard) carry(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now i
 	m.upBytes += bytes
 	switch {
 	case a.link != nil:
-		if _, err := a.link.Send(pkts); err != nil { // what it could not send it has counted
+		if _, err := a.link.Send(pkts); err != nil { // it has counted what it could not send
 			r.ctl.post(event{kind: evClosed, t: a.try, err: err})
 		}
 	case a.failures >= refuseAfter:
@@ -222,7 +223,7 @@ func (r *shard) carry(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now i
 	}
 }
 
-// newMapping makes room if there is none; nil: there is none to be made.
+// newMapping makes a mapping, and makes room for it if necessary; nil: there is no room.
 func (r *shard) newMapping(v *verdict, p *flow.Packet, now int64) *mapping {
 	t := &r.udp
 	if p.Src.Port() == 0 || !flow.OneHost(p.Src.Addr()) {
@@ -243,8 +244,8 @@ func (r *shard) newMapping(v *verdict, p *flow.Packet, now int64) *mapping {
 	return m
 }
 
-// makeRoom ends the mapping that was idle longest, in whatever shard it is; a shard that is busy just now is left out. Those that
-// only receive are passed over, a few at a time. udp.mu is held.
+// makeRoom ends the mapping with the longest idle time, in whatever shard it is, except shards that are busy at the
+// moment. It skips mappings that only receive, a few at a time. The caller holds udp.mu.
 func (r *shard) makeRoom(now int64) bool {
 	held := []*shard{r}
 	for _, s := range r.shards {
@@ -270,10 +271,10 @@ func (r *shard) makeRoom(now int64) bool {
 	return false
 }
 
-// askGone is the least time between two looks at the socket of an endpoint whose kernel says port unreachable.
+// askGone is the minimum time between two checks of the socket of an endpoint whose kernel reports port unreachable.
 const askGone = int64(time.Second)
 
-// handleUnreachable is HandleUnreachable of one shard.
+// handleUnreachable implements HandleUnreachable for one shard.
 func (r *shard) handleUnreachable(endpoint netip.AddrPort) {
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()
@@ -288,7 +289,7 @@ func (r *shard) handleUnreachable(endpoint netip.AddrPort) {
 	}
 }
 
-// endMapping takes m out of the table at once and leaves what may take longer to Run. udp.mu is held.
+// endMapping removes m from the table at once and leaves what may take longer to Run. The caller holds udp.mu.
 func (r *shard) endMapping(m *mapping, state string, err error) {
 	i := m.info()
 	i.State = state
@@ -307,7 +308,7 @@ func (r *shard) endMapping(m *mapping, state string, err error) {
 	r.log.end(i, time.Since(m.start), err)
 }
 
-// discard ends an association whose mapping is gone, or does not need it. udp.mu is held.
+// discard ends an association whose mapping is gone or no longer needs it. The caller holds udp.mu.
 func (r *shard) discard(a *assoc) {
 	r.load[a.loop].Add(-1)
 	if lost := r.udp.take(a); len(lost) > 0 {
@@ -320,7 +321,7 @@ func (r *shard) discard(a *assoc) {
 	a.link, a.try = nil, nil
 }
 
-// deliver hands a burst from an upstream to the app, on the loop that w is of. Whoever sent it: filtering is
+// deliver passes a burst from an upstream to the app, on the loop that w belongs to, whoever sent it: filtering is
 // endpoint-independent.
 func (r *shard) deliver(m *mapping, w flow.PacketWriter, pkts []flow.Packet) {
 	if m.gone.Load() {
@@ -340,5 +341,6 @@ func (r *shard) deliver(m *mapping, w flow.PacketWriter, pkts []flow.Packet) {
 	m.lastDown.Store(r.now())
 	m.downPkts.Add(uint64(len(pkts)))
 	m.downBytes.Add(bytes)
-	_, _ = w.WritePackets(pkts) // it counts what it could not write; an error means that the device is gone, and Run ends soon
+	// it counts what it could not write; an error means that the device is gone, and Run ends soon
+	_, _ = w.WritePackets(pkts)
 }

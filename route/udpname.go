@@ -10,32 +10,33 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// UDP to a fake address. Hardly any server takes names in UDP headers, so the name is looked up, by the resolvers through the
-// upstream that the rules give them, or on this host where the verdict is direct. Datagrams go to the real address on the
-// mapping of their socket, whose outer port stays the same, and what comes from that address comes back from the fake one. An
-// app that also writes to the real address itself gets answers from the real address from then on: that is what it sees.
+// UDP to a fake address. Hardly any server accepts names in UDP headers, so the name is looked up: by the resolvers
+// through the upstream that the rules choose, or on this host if the verdict is direct. Datagrams go to the real
+// address on the mapping of their socket, whose outer port does not change, and datagrams from that address are
+// delivered as coming from the fake one. If an app also writes to the real address itself, it gets answers from the
+// real address from then on, as it expects.
 
 const (
-	maxFar   = 4096             // names that are looked up, or whose address is remembered
+	maxFar   = 4096             // names that are being looked up, or whose address is stored
 	maxBound = 1024             // fake destinations of one mapping
-	farWait  = 6 * time.Second  // route/dns has answered by then, or will not
-	farMin   = 10 * time.Second // an address is believed for so long at least, and a name is without one
+	farWait  = 6 * time.Second  // route/dns has answered by then, or never
+	farMin   = 10 * time.Second // the minimum time for which an address, or the lack of one, is valid
 	farMax   = time.Hour
 )
 
 var verdictNamed = &verdict{kind: named, rule: "dns"}
 
-// farKey is what is looked up.
+// farKey identifies a look-up.
 type farKey struct {
 	name       string
 	v6, direct bool // direct: by this host's own resolver
 }
 
-// farAddr is what is known of it. udp.mu is held.
+// farAddr is the result of a look-up. It is guarded by udp.mu.
 type farAddr struct {
-	addr  netip.Addr // not valid: it has none
-	until int64      // on the Router's clock; 0: it was never answered
-	asked int64      // since when an answer is waited for; 0: it is not
+	addr  netip.Addr // invalid: it has none
+	until int64      // on the Router's clock; 0: never answered
+	asked int64      // when the pending look-up began; 0: none is pending
 	items []queuedFrom
 	bytes int
 }
@@ -46,7 +47,7 @@ type queuedFrom struct {
 	src netip.AddrPort
 }
 
-// farTable is what is known of all names.
+// farTable contains the results for all names.
 type farTable struct {
 	byKey map[farKey]*farAddr
 	held  int // bytes
@@ -57,11 +58,11 @@ type namedDest struct {
 	name   string
 	lease  dns.Lease
 	v      *verdict
-	policy *policy // that v is of
-	until  int64   // v is believed
+	policy *policy // that v belongs to
+	until  int64   // until when v is valid
 }
 
-// farAnswer is what a look-up found.
+// farAnswer is the answer to a look-up.
 type farAnswer struct {
 	s    *shard
 	key  farKey
@@ -69,7 +70,8 @@ type farAnswer struct {
 	ttl  time.Duration
 }
 
-// carryNamed sends a datagram to a fake address, refuses it, or holds it until the address is known. udp.mu is held.
+// carryNamed sends a datagram to a fake address, refuses it, or holds it until the address is known. The caller holds
+// udp.mu.
 func (r *shard) carryNamed(w flow.PacketWriter, p *flow.Packet, now int64) {
 	m := r.udp.bySrc[p.Src]
 	one := []flow.Packet{*p}
@@ -118,7 +120,8 @@ func (r *shard) carryNamed(w flow.PacketWriter, p *flow.Packet, now int64) {
 	r.carry(w, d.v, one, now)
 }
 
-// bound is m, or a new mapping, with the fake destination of p bound to real; nil: there is no room. udp.mu is held.
+// bound returns m, or a new mapping, with the fake destination of p bound to real; nil: there is no room. The caller
+// holds udp.mu.
 func (r *shard) bound(m *mapping, d *namedDest, p *flow.Packet, real netip.AddrPort, now int64) *mapping {
 	if m == nil {
 		if m = r.newMapping(d.v, p, now); m == nil {
@@ -131,7 +134,7 @@ func (r *shard) bound(m *mapping, d *namedDest, p *flow.Packet, real netip.AddrP
 			return nil
 		}
 		name, lease, _ := r.cfg.Pool.Hold(p.Dst.Addr())
-		if name != d.name { // it went to another name just now
+		if name != d.name { // the address was given to another name just now
 			lease.Release()
 			return nil
 		}
@@ -145,7 +148,7 @@ func (r *shard) bound(m *mapping, d *namedDest, p *flow.Packet, real netip.AddrP
 	return m
 }
 
-// namedTo is m's fake destination, or nil; m may be nil.
+// namedTo returns m's fake destination, or nil; m may be nil.
 func (m *mapping) namedTo(fake netip.AddrPort) *namedDest {
 	if m == nil {
 		return nil
@@ -153,8 +156,8 @@ func (m *mapping) namedTo(fake netip.AddrPort) *namedDest {
 	return m.named[fake]
 }
 
-// bind has what comes from real come from fake: the last fake destination of one real address wins. The loops read the table
-// without a lock, so that it is made anew for each change.
+// bind makes datagrams from real arrive as from fake. The last fake destination of a real address wins. The loops
+// read the table without a lock, so it is replaced at each change.
 func (m *mapping) bind(fake, real netip.AddrPort) {
 	if _, itself := m.itself[real]; itself {
 		return
@@ -173,7 +176,8 @@ func (m *mapping) bind(fake, real netip.AddrPort) {
 	m.back.Store(&next)
 }
 
-// addressed takes in that the app writes to these addresses themselves: if they are bound they are so no more. udp.mu is held.
+// addressed records that the app itself writes to these addresses: if they were bound, they no longer are. The caller
+// holds udp.mu.
 func (r *shard) addressed(pkts []flow.Packet) {
 	m := r.udp.bySrc[pkts[0].Src]
 	if m == nil || m.back.Load() == nil {
@@ -194,8 +198,8 @@ func (r *shard) addressed(pkts []flow.Packet) {
 	}
 }
 
-// farOf is the address of the name that d stands for. known is false when the datagram waits for it, or was refused because
-// there is none. udp.mu is held.
+// farOf returns the address of the name that d stands for. known is false if the datagram waits for it, or was
+// refused because there is none. The caller holds udp.mu.
 func (r *shard) farOf(w flow.PacketWriter, d *namedDest, p *flow.Packet, now int64) (far netip.Addr, known bool) {
 	t := &r.udp.far
 	k := farKey{d.name, p.Dst.Addr().Is6(), d.v.up.name == DirectName}
@@ -235,7 +239,7 @@ func (r *shard) farOf(w flow.PacketWriter, d *namedDest, p *flow.Packet, now int
 	return far, false
 }
 
-// makeRoom forgets what is not true any more, and reports whether there was any.
+// makeRoom drops expired results, and reports whether there were any.
 func (t *farTable) makeRoom(now int64) bool {
 	for k, f := range t.byKey {
 		if now >= f.until && (f.asked == 0 || now-f.asked > int64(farWait)) {
@@ -246,7 +250,7 @@ func (t *farTable) makeRoom(now int64) bool {
 	return len(t.byKey) < maxFar
 }
 
-// lookUp asks for an address; its answer comes as an event. false: nobody can be asked.
+// lookUp asks for an address. Its answer arrives as an event. It returns false if nobody can be asked.
 func (r *shard) lookUp(k farKey, up *upstream) bool {
 	answer := func(a netip.Addr, ttl time.Duration) {
 		r.ctl.post(event{kind: evFar, far: &farAnswer{r, k, a, ttl}})
@@ -273,7 +277,7 @@ func (r *shard) lookUp(k farKey, up *upstream) bool {
 	return true
 }
 
-// found takes an answer, and sends what waited for it.
+// found stores an answer, and sends what waited for it.
 func (r *shard) found(a *farAnswer) {
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()

@@ -18,9 +18,9 @@ type directUpstream struct {
 	control func(fd int) error
 }
 
-// NewDirect is the upstream named "direct": flows leave from sockets of this host, which must be steered past the TUN.
-// Those of TCP see d's DirectControl, those of UDP see control before they are used (nil: nothing). d stays the caller's,
-// who closes it after the Router.
+// NewDirect returns the upstream named "direct": flows leave from sockets of this host, which must be steered past
+// the TUN. For TCP sockets d's DirectControl is called, for UDP sockets control (nil: none) before they are used. The
+// caller keeps d, and closes it after the Router.
 func NewDirect(d *socks.Dialer, control func(fd int) error) Upstream {
 	return &directUpstream{d, control}
 }
@@ -28,7 +28,7 @@ func NewDirect(d *socks.Dialer, control func(fd int) error) Upstream {
 // Name implements Upstream.
 func (u *directUpstream) Name() string { return DirectName }
 
-// DialStream implements Upstream by connect(2). A name is looked up by d's Resolve, on this host and past the TUN.
+// DialStream implements Upstream by connect(2). d's Resolve looks up a name, on this host and past the TUN.
 func (u *directUpstream) DialStream(ctx context.Context, l *relay.Loop, d Dest, done func(s loop.Socket, err error)) {
 	if d.Name != "" {
 		u.d.DialDirectName(ctx, l.Loop, d.Name, d.Addr.Port(), done)
@@ -37,12 +37,12 @@ func (u *directUpstream) DialStream(ctx context.Context, l *relay.Loop, d Dest, 
 	u.d.DialDirect(ctx, l.Loop, d.Addr, done)
 }
 
-// LookUp looks a name up on this host. done is called once, from any goroutine.
+// LookUp looks up a name on this host. done is called once, from any goroutine.
 func (u *directUpstream) LookUp(ctx context.Context, name string, done func([]netip.Addr, error)) {
 	u.d.LookUpDirect(ctx, name, done)
 }
 
-// OpenPackets implements Upstream by one UDP socket for both families, or for IPv4 where there is no IPv6.
+// OpenPackets implements Upstream with one UDP socket for both families, or for IPv4 if there is no IPv6.
 func (u *directUpstream) OpenPackets(
 	_ context.Context,
 	l *relay.Loop,

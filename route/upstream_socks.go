@@ -11,7 +11,7 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// Client is what a SOCKS upstream is made of: one server (*socks.Client), or a group of them (*socks.Group).
+// Client carries the flows of a SOCKS upstream: one server (*socks.Client), or a group of servers (*socks.Group).
 type Client interface {
 	Connect(ctx context.Context, l *loop.Loop, dst socks.Addr, done func(s loop.Socket, err error))
 	Associate(ctx context.Context, l *loop.Loop, done func(*socks.Association, error))
@@ -22,33 +22,33 @@ type socksUpstream struct {
 	c    Client
 }
 
-// NewSOCKS is an upstream of SOCKS servers. Their Dialer stays the caller's, who closes it after the Router.
+// NewSOCKS returns an upstream of SOCKS servers. The caller keeps their Dialer, and closes it after the Router.
 func NewSOCKS(name string, c Client) Upstream { return &socksUpstream{name, c} }
 
 // Name implements Upstream.
 func (u *socksUpstream) Name() string { return u.name }
 
-// OnUp is Group.OnUp. One server has no such event.
+// OnUp is Group.OnUp. A single server has no such event.
 func (u *socksUpstream) OnUp(f func()) {
 	if c, ok := u.c.(interface{ OnUp(func()) }); ok {
 		c.OnUp(f)
 	}
 }
 
-// ByProgram reports whether flows of different programs are kept apart: their Dest must name the program.
+// ByProgram reports whether flows of different programs are kept apart. Their Dest must then name the program.
 func (u *socksUpstream) ByProgram() bool {
 	p, ok := u.c.(interface{ ByProgram() bool })
 	return ok && p.ByProgram()
 }
 
-// Tor reports whether a server is a Tor, which knows the names of .onion.
+// Tor reports whether a server is a Tor, which knows .onion names.
 func (u *socksUpstream) Tor() bool {
 	t, ok := u.c.(interface{ Tor() bool })
 	return ok && t.Tor()
 }
 
-// torUpstream is an Upstream whose server may be a Tor. AskTor asks for an address of name or, if that is empty, for the name of
-// ip. It returns at once and calls done once, from any goroutine, perhaps before that.
+// torUpstream is an Upstream whose server may be a Tor. AskTor asks for an address of name or, if that is empty, for
+// the name of ip. It returns at once and calls done once, from any goroutine, possibly before it returns.
 type torUpstream interface {
 	AskTor(ctx context.Context, l *relay.Loop, name string, ip netip.Addr, done func(netip.Addr, string, error))
 }
@@ -125,7 +125,7 @@ func (u *socksUpstream) openStream(l *relay.Loop, a *socks.Association, sink fun
 		return
 	}
 	link, err := l.OpenStreamPackets(s, uotCodec{}, socks.MaxUoTPayload, sink, func(err error) {
-		_ = a.Close() // and OnClose is not told
+		_ = a.Close() // the function of OnClose is not called
 		closed(&socks.ServerError{Server: a.Server(), Op: socks.OpAssociation, Err: err})
 	})
 	if err != nil {
@@ -149,7 +149,7 @@ type socksLink struct {
 // Close implements relay.PacketLink.
 func (l *socksLink) Close() error { return errors.Join(l.PacketLink.Close(), l.a.Close()) }
 
-// codec is SOCKS's UDP header, and knows which sources cannot be.
+// codec handles the UDP header of SOCKS, and refuses impossible sources.
 type codec struct{ socks.UDPCodec }
 
 var errMartian = errors.New("a datagram from an impossible address")
@@ -163,7 +163,7 @@ func (c codec) ParseHeader(b []byte) (src netip.AddrPort, n int, err error) {
 	return src, n, err
 }
 
-// uotCodec is the frame of UDP over TCP, and knows which sources cannot be: they are invalid.
+// uotCodec handles the frames of UDP over TCP, and makes impossible sources invalid.
 type uotCodec struct{ socks.UoTCodec }
 
 // ParseHeader implements relay.StreamCodec.

@@ -12,16 +12,16 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// verdict is what was decided for a flow. There is one for each rule, so that verdicts are compared by pointer.
+// verdict is what was decided about a flow. There is one for each rule, so verdicts are compared by pointer.
 type verdict struct {
 	kind kind
-	up   *upstream // carry
+	up   *upstream // for carry
 	rule string    // for the log
 	hits hits
 }
 
-// hits counts what was decided, for each shard by itself, each on a cache line of its own: it is written to for each burst. A
-// verdict of no rule has none.
+// hits counts decisions, separately for each shard and each on its own cache line, because it is written for each
+// burst. It is nil for a verdict without a rule.
 type hits []struct {
 	n atomic.Uint64
 	_ [56]byte
@@ -49,32 +49,32 @@ const (
 	drop
 	resolve    // a question for route/dns
 	impossible // to an address that nothing can be carried to: dropped
-	await      // the owner of the socket must be looked for
+	await      // the owner of the socket must be looked up
 	named      // a datagram to a fake address
 )
 
 var verdictAsk = &verdict{kind: await, rule: "none"}
 
-// policy is the compiled configuration: immutable but for the counters.
+// policy is the compiled configuration. It never changes, except for the counters.
 type policy struct {
-	needs     kinds // of conditions, in all rules
+	needs     kinds // kinds of conditions in all rules
 	guard     bool  // Config.Guard
 	tor       bool  // an upstream is a Tor
 	split     Split
-	fake      bool // Config.Fake, and there is a pool
+	fake      bool // Config.Fake is set, and there is a pool
 	rules     []Rule
 	verdicts  []*verdict // one for each rule
-	nameless  []*Rule    // the same, see withoutNames; nil: no rule asks for a name
+	nameless  []*Rule    // the same rules, see withoutNames; nil: no rule uses a name
 	otherwise *verdict
-	resolvers *verdict // of connections to resolvers that no rule matches
+	resolvers *verdict // for connections to resolvers that no rule matches
 	upstreams map[string]*upstream
 	order     []*upstream
 }
 
-// noRule stands for the rule that decided where none did.
+// noRule is the name of the rule if none has decided.
 const noRule = "none"
 
-// newPolicy checks and compiles. Upstreams that old (or nil) has too keep what is known of them.
+// newPolicy checks and compiles cfg. Upstreams that are also in old (which may be nil) keep what is known about them.
 func newPolicy(cfg Config, old *policy) (*policy, error) {
 	p := &policy{
 		rules: cfg.Rules, guard: cfg.Guard, fake: cfg.Fake && cfg.Pool != nil, split: cfg.Split,
@@ -153,7 +153,8 @@ func newPolicy(cfg Config, old *policy) (*policy, error) {
 	return p, nil
 }
 
-// decideResolver is the verdict on a connection to a resolver. It is ours, and so has no owner that a rule could mean.
+// decideResolver returns the verdict on a connection to a resolver. The connection is ours, so it has no owner that a
+// rule could mean.
 func (p *policy) decideResolver(r dns.Resolver) *verdict {
 	q := query{proto: flow.TCP, dst: r.Addr, owner: &nobody}
 	if r.Name != "" {
@@ -162,7 +163,7 @@ func (p *policy) decideResolver(r dns.Resolver) *verdict {
 	return p.decideQuestion(&q)
 }
 
-// decideRelayed is the verdict on a question by UDP to the server that the app asked.
+// decideRelayed returns the verdict on a question by UDP to the server that the app asked.
 func (p *policy) decideRelayed(dst netip.AddrPort) *verdict {
 	return p.decideQuestion(&query{proto: flow.UDP, dst: dst, owner: &nobody})
 }
@@ -176,11 +177,11 @@ func (p *policy) decideQuestion(q *query) *verdict {
 
 var nobody flow.Owner
 
-// plain reports whether a verdict depends on protocol and destination alone.
+// plain reports whether verdicts depend only on protocol and destination.
 func (p *policy) plain() bool { return p.needs == 0 }
 
-// decide returns the verdict of the first rule that matches, or verdictAsk where that depends on an owner that nobody has
-// looked for. It does not allocate.
+// decide returns the verdict of the first rule that matches, or verdictAsk if that depends on an owner that was not
+// looked up. It does not allocate.
 func (p *policy) decide(q *query) *verdict {
 	for i := range p.rules {
 		switch p.rules[i].matches(q) {
@@ -193,8 +194,8 @@ func (p *policy) decide(q *query) *verdict {
 	return p.otherwise
 }
 
-// verdictOn takes the verdict on a destination as the app named it. What no proxy can carry is impossible, whatever the rules
-// say; a rule may still send cloud metadata direct.
+// verdictOn returns the verdict on a destination as the app named it. What no proxy can carry is impossible, whatever
+// the rules say; but a rule may send cloud metadata direct.
 func (r *Router) verdictOn(q *query) *verdict {
 	a := q.dst.Addr()
 	if q.dst.Port() == 0 || !q.fake && (!flow.OneHost(a) || flow.IsOurs(a)) {
@@ -207,12 +208,12 @@ func (r *Router) verdictOn(q *query) *verdict {
 	return v
 }
 
-// cacheSize is the number of destinations whose verdict is remembered: 48 bytes each. A DHT node talks to some hundred
-// in a minute.
+// cacheSize is the number of destinations whose verdict is cached, with 48 bytes each. A DHT node contacts a few
+// hundred in a minute.
 const cacheSize = 1 << 10
 
-// cache remembers verdicts on datagrams by destination; a verdict depends on nothing else. Direct mapped, so bounded,
-// and it costs the same whatever the rules are. It belongs to who holds the mappings' lock.
+// cache stores verdicts on datagrams by destination; a verdict depends on nothing else. It is direct mapped, and
+// therefore limited, and its cost does not depend on the rules. It is guarded by the mappings' lock.
 type cache [cacheSize]struct {
 	dst netip.AddrPort
 	v   *verdict
@@ -220,7 +221,7 @@ type cache [cacheSize]struct {
 
 func (c *cache) slot(dst netip.AddrPort) int { return slotOf(dst) }
 
-// slotOf spreads endpoints over the slots of a cache.
+// slotOf distributes endpoints over the slots of a cache.
 func slotOf(dst netip.AddrPort) int {
 	b := dst.Addr().As16()
 	h := binary.LittleEndian.Uint64(b[:]) ^ binary.LittleEndian.Uint64(b[8:])*0x9E3779B97F4A7C15 ^ uint64(dst.Port())<<40
