@@ -17,7 +17,7 @@ GO ?= go
 BUILDFLAGS := -trimpath -buildvcs=false
 VERSION = $(shell scripts/version.sh)
 REVISION = $(shell git rev-parse HEAD 2>/dev/null)
-LDFLAGS = -buildid= -X main.release=$(VERSION) -X main.revision=$(REVISION)
+LDFLAGS = $(STRIP) -buildid= -X main.release=$(VERSION) -X main.revision=$(REVISION)
 PREFIX ?= /usr/local
 DESTDIR ?=
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
@@ -58,7 +58,7 @@ vet:
 
 .PHONY: lint
 lint: vet
-	for f in scripts/*.sh .ci/run; do bash -n "$$f"; done
+	for f in scripts/*.sh packaging/*.sh packaging/scripts/*.sh .ci/run; do bash -n "$$f"; done
 	$(GO) run $(STATICCHECK) ./...
 
 # With root, and where user namespaces are allowed, the namespace and end-to-end tests run as part of these.
@@ -142,6 +142,10 @@ uninstall: ## Remove what install put there
 		$(addprefix $(DESTDIR)$(PREFIX)/share/,bash-completion/completions/viasocks zsh/site-functions/_viasocks \
 		fish/vendor_completions.d/viasocks.fish)
 
+.PHONY: packages
+packages: ## Packages for Debian, Fedora, Alpine and Arch in dist/
+	packaging/build.sh dist
+
 .PHONY: clean
-clean: ## Remove what build made
-	rm -rf bin
+clean: ## Remove what build and packages made
+	rm -rf bin dist

@@ -1,0 +1,37 @@
+#!/bin/sh
+# After the installation or an upgrade. The first argument differs: Debian says "configure" and the version before, RPM the
+# number of packages that there are now, Alpine and Arch the new version.
+set -e
+
+case "${1:-}" in
+abort-*) exit 0 ;;
+esac
+
+# The group of the option control-group.
+if command -v systemd-sysusers >/dev/null 2>&1; then
+	systemd-sysusers viasocks.conf || true
+elif ! getent group viasocks >/dev/null; then
+	groupadd -r viasocks 2>/dev/null || addgroup -S viasocks 2>/dev/null || true
+fi
+
+# Where AppArmor keeps user namespaces from ordinary programs, 'viasocks run' needs a profile. Older versions of AppArmor
+# do not know what stands in it, and do not need it.
+profile=/etc/apparmor.d/viasocks
+if [ -e "${VIASOCKS_SYS:-}/proc/sys/kernel/apparmor_restrict_unprivileged_userns" ] && [ -d /etc/apparmor.d ]; then
+	[ -e "$profile" ] || install -m 644 /usr/share/viasocks/apparmor "$profile"
+	if command -v apparmor_parser >/dev/null 2>&1; then
+		apparmor_parser -r -T -W "$profile" ||
+			echo "viasocks: AppArmor did not take $profile: 'viasocks run' needs root" >&2
+	fi
+fi
+
+[ -d /run/systemd/system ] || exit 0
+systemctl daemon-reload || true
+
+# An upgrade while the host is carried. A stop would open the host for a moment; after SIGKILL it stays closed, and systemd
+# starts the new version a second later, which takes over. Connections from outside and past the proxy go on.
+systemctl list-units --plain --no-legend --state=active 'viasocks.service' 'viasocks@*.service' 2>/dev/null |
+	while read -r unit _; do
+		echo "viasocks: $unit is restarted; the host stays closed meanwhile"
+		systemctl kill --kill-who=main --signal=SIGKILL "$unit" || true
+	done
