@@ -45,7 +45,7 @@ type sniffs struct {
 	bytes atomic.Int64
 	wg    sync.WaitGroup // one for each flow in now
 
-	mu      sync.Mutex // must not be held while a lock of the stack is taken
+	mu      sync.Mutex // never taken by a goroutine that holds a lock of the stack
 	now     map[*sniff.Early]struct{}
 	closing bool
 }

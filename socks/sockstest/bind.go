@@ -6,7 +6,7 @@ import (
 	"net/netip"
 )
 
-// bind listens for one connection from what the client named, and relays it.
+// bind listens for one connection from the peer that the client named, and relays it.
 func (s *Server) bind(c stream, x exchange, f Fault) {
 	at := unmap(c.LocalAddr()).Addr()
 	if !at.IsValid() { // a unix socket

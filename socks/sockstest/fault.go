@@ -7,64 +7,65 @@ import (
 	"time"
 )
 
-// Stage says before which answer a fault happens.
+// Stage tells before which answer a fault happens.
 type Stage uint8
 
 // The three answers of a server.
 const (
-	AtGreeting Stage = iota // the choice of a method; of the Request only Client and Time are known
+	AtGreeting Stage = iota // the choice of a method; of the Request, only Client and Time are known
 	AtAuth                  // the status of user and password; User is known
 	AtRequest               // the reply to the request
 	numStages
 )
 
-// End is what happens to the connection after a fault.
+// End tells what happens to the connection after a fault.
 type End uint8
 
-// The ends.
+// The values of End.
 const (
 	FIN  End = iota // closed in order
-	Hold            // kept open, what comes is read and thrown away
+	Hold            // kept open; what arrives is read and discarded
 	RST             // reset
 )
 
-// Fault is how the server misbehaves with one answer. The zero value: it does not. The fields can be combined; the
-// functions below are the usual ones.
+// Fault tells how the server misbehaves at one answer. The zero value means that it does not. The fields can be
+// combined; the functions below return the usual faults.
 type Fault struct {
-	Reply    byte   // nothing is done, and this is the REP of the answer (at AtAuth the status); then End
-	Raw      []byte // nothing is done, and this is sent in place of an answer; then End
-	NoAnswer bool   // nothing is done or sent; End
-	Cut      int    // only so many bytes of the answer are sent; then End
+	Reply    byte   // do nothing, answer with this REP (at AtAuth: this status), then End
+	Raw      []byte // do nothing, send this instead of an answer, then End
+	NoAnswer bool   // do and send nothing; End
+	Cut      int    // send only this many bytes of the answer, then End
 	End      End
 
-	Delay time.Duration // waited before the answer
-	Drip  time.Duration // waited before each byte of the answer
-	Bound *Addr         // BND.ADDR and BND.PORT of the answer in place of the true ones
+	Delay time.Duration // wait before the answer
+	Drip  time.Duration // wait before each byte of the answer
+	Bound *Addr         // BND.ADDR and BND.PORT of the answer instead of the true ones
 	Extra []byte        // sent together with the answer, in one write
 
-	// For the datagrams of an association. Association.SetFault changes these while it lives.
-	DropUDP  bool            // neither way
-	EndUDP   func(Addr) bool // a datagram to such a destination is not sent and ends the association, as sing-box and trojan do
-	CloseUDP bool            // the association ends as soon as it was granted, as simple-socks does
-	DeafUDP  bool            // nobody listens on the relay's port, as with ss-local without -u
-	Frag     byte            // FRAG of those toward the client
-	BadUDP   bool            // headers toward the client are cut short
-	MangleTo func([]byte)    // whatever else toward the client, on header and payload in place
+	// For the datagrams of an association. Association.SetFault changes these later.
+	DropUDP bool // in both directions
+	// a datagram to such a destination is not sent and ends the association, as with sing-box and trojan
+	EndUDP   func(Addr) bool
+	CloseUDP bool         // the association ends as soon as it was granted, as with simple-socks
+	DeafUDP  bool         // nothing listens on the relay's port, as with ss-local without -u
+	Frag     byte         // FRAG of datagrams to the client
+	BadUDP   bool         // headers to the client are truncated
+	MangleTo func([]byte) // any other change to datagrams for the client, on header and payload in place
 }
 
-// Reply answers with code, RFC 1928 section 6, and closes.
+// Reply answers with code (RFC 1928, section 6) and closes.
 func Reply(code byte) Fault { return Fault{Reply: code} }
 
-// Silence never answers and keeps the connection.
+// Silence never answers and keeps the connection open.
 func Silence() Fault { return Fault{NoAnswer: true, End: Hold} }
 
-// EarlyClose closes in place of an answer.
+// EarlyClose closes instead of answering.
 func EarlyClose() Fault { return Fault{NoAnswer: true, End: FIN} }
 
-// EarlyReset resets in place of an answer.
+// EarlyReset resets instead of answering.
 func EarlyReset() Fault { return Fault{NoAnswer: true, End: RST} }
 
-// Garbage answers with bytes that are no SOCKS at all.
+// Garbage answers with bytes that are not SOCKS at all.
 func Garbage() Fault {
 	return Fault{Raw: []byte("HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")}
 }
@@ -75,13 +76,13 @@ func BadVersion() Fault { return Fault{Raw: []byte{4, 0, 0, 1, 127, 0, 0, 1, 0, 
 // BadAddrType answers success with an ATYP that does not exist.
 func BadAddrType() Fault { return Fault{Raw: []byte{5, 0, 0, 2, 127, 0, 0, 1, 0, 80}, End: Hold} }
 
-// Drip sends the answer byte by byte with a pause before each; then it goes on as it should.
+// Drip sends the answer byte by byte with a pause before each, and then continues normally.
 func Drip(pause time.Duration) Fault { return Fault{Drip: pause} }
 
-// Half sends the first n bytes of the answer, then end.
+// Half sends the first n bytes of the answer, and then end.
 func Half(n int, end End) Fault { return Fault{Cut: n, End: end} }
 
-// LongName grants, with a name of 255 bytes as BND.ADDR.
+// LongName grants the request with a name of 255 bytes as BND.ADDR.
 func LongName() Fault {
 	name := make([]byte, 255)
 	for i := range name {
@@ -90,14 +91,14 @@ func LongName() Fault {
 	return Bound(Addr{Name: string(name), Port: 80})
 }
 
-// Bound grants with another BND.ADDR and BND.PORT: the bad relay addresses.
+// Bound grants the request with another BND.ADDR and BND.PORT, for bad relay addresses.
 func Bound(a Addr) Fault { return Fault{Bound: &a} }
 
-// refuses reports whether nothing is to be done.
+// refuses reports whether the request must not be executed.
 func (f *Fault) refuses() bool { return f.Reply != 0 || f.Raw != nil || f.NoAnswer }
 
-// SetFault sets what decides, for each request, how the server misbehaves; nil: not at all. f is called on the
-// connection's goroutine. It may be changed at any time and holds for requests read from then on.
+// SetFault sets the function that decides, for each request, how the server misbehaves; nil: not at all. f is called
+// on the connection's goroutine. It may be changed at any time and applies to requests read from then on.
 func (s *Server) SetFault(f func(Request) Fault) { s.SetFaultAt(AtRequest, f) }
 
 // SetFaultAt is SetFault for another stage.
@@ -117,7 +118,7 @@ func (s *Server) faultFor(stage Stage, r Request) Fault {
 	return f(r)
 }
 
-// answer sends b as f says. False: that was all, the connection is over.
+// answer sends b according to f. It returns false if the connection is over.
 func (s *Server) answer(c stream, f Fault, b []byte) bool {
 	if f.Delay > 0 && !s.wait(f.Delay) {
 		return false
@@ -171,7 +172,7 @@ func (s *Server) end(c stream, e End) {
 	}
 }
 
-// wait sleeps. False: the server was closed.
+// wait sleeps. It returns false if the server was closed.
 func (s *Server) wait(d time.Duration) bool {
 	t := time.NewTimer(d)
 	defer t.Stop()

@@ -11,13 +11,14 @@ import (
 	"strconv"
 )
 
-// maxHead bounds the head of a request.
+// maxHead limits the head of a request.
 const maxHead = 8192
 
-// hearHTTP reads a CONNECT of HTTP behind its first byte, and checks the credentials. False: the connection is over.
+// hearHTTP reads an HTTP CONNECT after its first byte, and checks the credentials. It returns false if the connection
+// is over.
 func (s *Server) hearHTTP(c stream, first byte, x *exchange) bool {
 	head := []byte{first}
-	for !bytes.HasSuffix(head, []byte("\r\n\r\n")) { // byte by byte: what follows is for the target
+	for !bytes.HasSuffix(head, []byte("\r\n\r\n")) { // byte by byte, because what follows is for the target
 		var b [1]byte
 		if _, err := io.ReadFull(c, b[:]); err != nil || len(head) >= maxHead {
 			return false
@@ -55,7 +56,7 @@ func (s *Server) hearHTTP(c stream, first byte, x *exchange) bool {
 	return true
 }
 
-// replyHTTP is the answer of HTTP for a REP of SOCKS5.
+// replyHTTP returns the HTTP answer for a REP of SOCKS5.
 func replyHTTP(code byte, _ Addr) []byte {
 	status := map[byte]int{0: 200, 2: 403, 4: 504, 6: 504, 7: 501}[code]
 	if status == 0 {

@@ -12,13 +12,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// drainLimit bounds the wait for bytes that were sent before a reset to be acknowledged: a reset drops what is queued.
+// drainLimit limits the wait until bytes sent before a reset are acknowledged, because a reset discards what is
+// queued.
 const drainLimit = 2 * time.Second
 
 // bufs are held only while bytes move, so that an idle connection holds none.
 var bufs = sync.Pool{New: func() any { b := make([]byte, 64<<10); return &b }}
 
-// pair is two connections that end alike.
+// pair is two connections that end in the same way.
 type pair struct {
 	a, b *net.TCPConn
 	once sync.Once
@@ -26,7 +27,7 @@ type pair struct {
 	fins int
 }
 
-// relayTCP copies both ways until both directions saw FIN or one side was reset. It closes both.
+// relayTCP copies in both directions until both saw FIN or one side was reset. It closes both connections.
 func relayTCP(a, b *net.TCPConn) {
 	p := &pair{a: a, b: b}
 	var wg sync.WaitGroup
@@ -49,7 +50,7 @@ func (p *pair) copy(src, dst *net.TCPConn) {
 			err = p.write(src, dst, rc, (*buf)[:n])
 			bufs.Put(buf)
 			if err != nil {
-				p.abort() // dst is reset: so is src now
+				p.abort() // dst is reset, and now src too
 				return
 			}
 			continue
@@ -110,7 +111,7 @@ func (p *pair) write(src, dst *net.TCPConn, rc syscall.RawConn, b []byte) error 
 	return nil
 }
 
-// fin counts a direction that saw FIN. At the second the watchers are released.
+// fin counts a direction that saw FIN. The second one releases the watchers.
 func (p *pair) fin() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -145,8 +146,8 @@ func watchReset(rc syscall.RawConn) (reset bool) {
 
 const tcpClose = 7 // TCP_CLOSE of the kernel's tcp_states.h
 
-// wasReset takes the pending error of a connection. Its state would not tell: CLOSE is also where two FINs in order end,
-// perhaps with bytes still to be read.
+// wasReset takes the pending error of a connection. Its state would not tell: two FINs in order also end in CLOSE,
+// possibly with bytes still to be read.
 func wasReset(rc syscall.RawConn) (reset bool) {
 	rc.Control(func(fd uintptr) {
 		e, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
@@ -169,7 +170,7 @@ func drain(c *net.TCPConn) {
 	}
 }
 
-// relayAny copies between connections of which one is not TCP: FIN is passed on where there is a CloseWrite.
+// relayAny copies between connections of which one is not TCP. It passes on FIN where there is a CloseWrite.
 func relayAny(a, b net.Conn) {
 	type closeWriter interface{ CloseWrite() error }
 	one := func(dst, src net.Conn) {

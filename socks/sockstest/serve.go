@@ -21,14 +21,14 @@ type stream interface {
 	CloseWrite() error
 }
 
-// exchange is a request and how it is answered in its protocol.
+// exchange is a request, and how it is answered in its protocol.
 type exchange struct {
 	Request
 	reply func(code byte, bound Addr) []byte
 }
 
-// serve is one connection of a client, from greeting to end; its first byte tells the protocol. The caller closes c, or what
-// it encrypts.
+// serve handles one connection of a client, from greeting to end. The first byte tells the protocol. The caller
+// closes c, or the connection under TLS.
 func (s *Server) serve(c stream) {
 	c.SetDeadline(time.Now().Add(helloLimit))
 	var version [1]byte
@@ -71,7 +71,7 @@ func (s *Server) serve(c stream) {
 	}
 }
 
-// hear5 reads a request of SOCKS5 behind its first byte. False: the connection is over.
+// hear5 reads a request of SOCKS5 after its first byte. It returns false if the connection is over.
 func (s *Server) hear5(c stream, x *exchange) bool {
 	if !s.greet(c, &x.Request) {
 		return false
@@ -95,7 +95,7 @@ func (s *Server) hear5(c stream, x *exchange) bool {
 	return true
 }
 
-// greet chooses the method and checks the credentials. False: the connection is over.
+// greet chooses the method and checks the credentials. It returns false if the connection is over.
 func (s *Server) greet(c stream, req *Request) bool {
 	var b [512]byte
 	if _, err := io.ReadFull(c, b[1:2]); err != nil {
@@ -105,7 +105,7 @@ func (s *Server) greet(c stream, req *Request) bool {
 	if _, err := io.ReadFull(c, methods); err != nil {
 		return false
 	}
-	if s.loses { // what one write sent is here in whole
+	if s.loses { // everything sent in one write has arrived by now
 		c.SetReadDeadline(time.Now().Add(time.Millisecond))
 		io.Copy(io.Discard, c)
 		c.SetDeadline(time.Now().Add(helloLimit))
@@ -196,7 +196,7 @@ func (s *Server) reach(ctx context.Context, dst Addr) (net.Conn, error) {
 	return s.dialTCP(ctx, to)
 }
 
-// real is the endpoint behind what a client named.
+// real returns the endpoint behind what a client named.
 func (s *Server) real(ctx context.Context, dst Addr) (netip.AddrPort, error) {
 	to := netip.AddrPortFrom(dst.IP, dst.Port)
 	if dst.Name != "" {
@@ -235,7 +235,7 @@ func (s *Server) lookup(ctx context.Context, name string) (netip.Addr, error) {
 	return ips[0].Unmap(), nil
 }
 
-// replyFor is the REP that tells a client err.
+// replyFor returns the REP that reports err to a client.
 func replyFor(err error) byte {
 	switch {
 	case errors.Is(err, unix.ECONNREFUSED):
@@ -254,7 +254,8 @@ func replyFor(err error) byte {
 	return 1
 }
 
-// watchGone calls gone when the client ends its connection while nothing reads it. stop ends the watch, and waits.
+// watchGone calls gone if the client ends its connection while nothing reads it. stop ends the watch and waits for
+// that.
 func watchGone(c stream, gone func()) (stop func()) {
 	done := make(chan struct{})
 	var under net.Conn = c
@@ -344,7 +345,7 @@ func unmap(a net.Addr) netip.AddrPort {
 	return netip.AddrPort{}
 }
 
-// dialTCP is net.Dial with the socket made in the server's namespace; only the making must happen there.
+// dialTCP is net.Dial with the socket created in the server's namespace; only the creation must happen there.
 func (s *Server) dialTCP(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error) {
 	domain, sa := sockaddr(to)
 	var fd int
@@ -375,7 +376,7 @@ func (s *Server) dialTCP(ctx context.Context, to netip.AddrPort) (*net.TCPConn, 
 	return c.(*net.TCPConn), nil
 }
 
-// connected waits for a connect that is under way.
+// connected waits for a connect in progress.
 func connected(f *os.File) error {
 	rc, err := f.SyscallConn()
 	if err != nil {

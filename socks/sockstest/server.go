@@ -16,13 +16,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Bounds of a Server.
+// Limits of a Server.
 const (
-	maxConns   = 32768            // control connections, those of CONNECTs included; more are closed at once
-	maxAssocs  = 8192             // associations; more get reply 1
-	maxLog     = 65536            // requests kept in the log; older ones are forgotten
+	maxConns   = 32768            // control connections, including those of CONNECT; further ones are closed at once
+	maxAssocs  = 8192             // associations; further ones get reply 1
+	maxLog     = 65536            // requests kept in the log; older ones are dropped
 	helloLimit = 30 * time.Second // for a client to send its request
-	dialLimit  = 3 * time.Minute  // for a real dial; the kernel's own limit is a little over two
+	dialLimit  = 3 * time.Minute  // for a real dial; the kernel's own limit is slightly over two minutes
 )
 
 // Addr is a destination: a name or an address, and a port.
@@ -32,10 +32,10 @@ type Addr struct {
 	Port uint16
 }
 
-// AddrFrom is the Addr of an endpoint.
+// AddrFrom returns the Addr of an endpoint.
 func AddrFrom(ap netip.AddrPort) Addr { return Addr{IP: ap.Addr(), Port: ap.Port()} }
 
-// String is host:port.
+// String returns host:port.
 func (a Addr) String() string {
 	host := a.Name
 	if host == "" {
@@ -51,7 +51,7 @@ const (
 	CmdAssociate = 3
 )
 
-// Request is one request as the server read it.
+// Request is one request as read by the server.
 type Request struct {
 	Time   time.Time
 	Client netip.AddrPort // the other end of the control connection
@@ -63,34 +63,35 @@ type Request struct {
 // Option changes a Server before it starts.
 type Option func(*Server)
 
-// WithAuth makes the server ask for this user and password and take nothing else.
+// WithAuth makes the server require this user and password.
 func WithAuth(user, pass string) Option {
 	return func(s *Server) { s.auth, s.user, s.pass = true, user, pass }
 }
 
-// WithDial is used for CONNECT in place of a real dial; redirections are not looked at. Errnos inside the error choose
-// the reply. Resets are passed on only when the connection is a *net.TCPConn.
+// WithDial sets a function that replaces a real dial for CONNECT; redirections are ignored. Errnos inside the error
+// choose the reply. Resets are passed on only if the connection is a *net.TCPConn.
 func WithDial(dial func(ctx context.Context, dst Addr) (net.Conn, error)) Option {
 	return func(s *Server) { s.dial = dial }
 }
 
-// WithLostReads makes the server forget what has come behind a greeting before it was answered, as microsocks does.
+// WithLostReads makes the server discard what arrived after a greeting before it was answered, as microsocks does.
 func WithLostReads() Option { return func(s *Server) { s.loses = true } }
 
-// WithIdleLimit makes the server close a connection whose request does not come within d of the greeting and the login.
+// WithIdleLimit makes the server close a connection whose request does not arrive within d of the greeting and the
+// login.
 func WithIdleLimit(d time.Duration) Option { return func(s *Server) { s.idle = d } }
 
-// WithResolve answers for names, for TCP and UDP. Without it net.DefaultResolver is asked.
+// WithResolve sets the resolver for names, for TCP and UDP. The default is net.DefaultResolver.
 func WithResolve(resolve func(name string) (netip.Addr, error)) Option {
 	return func(s *Server) { s.resolve = resolve }
 }
 
-// WithRedirectsOnly makes the server reach nothing but what Redirect names, so that a test with made-up addresses sends
-// no packet into the network: CONNECT gets reply 3, datagrams are dropped.
+// WithRedirectsOnly makes the server reach only what Redirect names, so that a test with invented addresses sends no
+// packet into the network: CONNECT gets reply 3, and datagrams are dropped.
 func WithRedirectsOnly() Option { return func(s *Server) { s.redirectsOnly = true } }
 
-// WithNetns makes the server's sockets in the network namespace of this file (/run/netns/NAME, /proc/PID/ns/net). It
-// needs CAP_SYS_ADMIN.
+// WithNetns creates the server's sockets in the network namespace of this file (/run/netns/NAME, /proc/PID/ns/net).
+// It needs CAP_SYS_ADMIN.
 func WithNetns(path string) Option { return func(s *Server) { s.netns = path } }
 
 // Server is a SOCKS5 server. Its methods may be called from any goroutine.
@@ -104,7 +105,7 @@ type Server struct {
 	tls           *tls.Config
 	tor           bool
 	uot           bool
-	loses         bool                  // what follows the first read
+	loses         bool                  // discards what follows the first read
 	idle          time.Duration         // for the request; zero: helloLimit
 	names         map[netip.Addr]string // for RESOLVE_PTR
 
@@ -118,7 +119,7 @@ type Server struct {
 	conns   map[net.Conn]struct{}
 	assocs  map[*Association]struct{}
 	redir   map[netip.AddrPort]netip.AddrPort // to the real endpoint
-	unredir map[netip.AddrPort]netip.AddrPort // and back, for datagrams' sources
+	unredir map[netip.AddrPort]netip.AddrPort // and back, for the sources of datagrams
 	faults  [numStages]func(Request) Fault
 	log     []Request
 
@@ -132,13 +133,13 @@ type counters struct {
 
 // Stats is a snapshot of the counters.
 type Stats struct {
-	Open             int    // connections of clients now open, control connections of associations included
-	Accepted         uint64 // connections of clients ever taken
+	Open             int    // open connections of clients, including control connections of associations
+	Accepted         uint64 // connections of clients accepted so far
 	Requests         uint64 // requests read
 	AssociationsOpen int    // associations now open
-	Associations     uint64 // associations ever opened
+	Associations     uint64 // associations opened so far
 	UDPUp, UDPDown   uint64 // datagrams relayed from and to clients
-	UDPDropped       uint64 // datagrams with a bad header, from strangers, or to nowhere
+	UDPDropped       uint64 // datagrams with a bad header, from other senders, or without a destination
 }
 
 // Listen starts a server. network is tcp, tcp4, tcp6 or unix.
@@ -162,7 +163,7 @@ func Listen(network, addr string, opts ...Option) (*Server, error) {
 	return s, nil
 }
 
-// enter runs f, which makes sockets, on a thread in the server's network namespace.
+// enter runs f, which creates sockets, on a thread in the server's network namespace.
 func (s *Server) enter(f func() error) error {
 	if s.netns == "" {
 		return f()
@@ -185,7 +186,7 @@ func (s *Server) enter(f func() error) error {
 	}
 	err = f()
 	if unix.Setns(int(back.Fd()), unix.CLONE_NEWNET) == nil {
-		runtime.UnlockOSThread() // else the thread stays locked, and dies with its goroutine
+		runtime.UnlockOSThread() // otherwise the thread stays locked and ends with its goroutine
 	}
 	return err
 }
@@ -216,7 +217,7 @@ func (s *Server) accept() {
 	}
 }
 
-// track makes Close end c. False: the server is closed or full.
+// track arranges that Close ends c. It returns false if the server is closed or full.
 func (s *Server) track(c net.Conn) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -236,7 +237,7 @@ func (s *Server) untrack(c net.Conn) {
 	s.n.open.Add(-1)
 }
 
-// Addr is where the server listens; invalid for a unix socket.
+// Addr returns where the server listens. It is invalid for a unix socket.
 func (s *Server) Addr() netip.AddrPort {
 	if _, ok := s.ln.Addr().(*net.UnixAddr); ok {
 		return netip.AddrPort{}
@@ -245,7 +246,7 @@ func (s *Server) Addr() netip.AddrPort {
 	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
-// URL is socks5://host:port of the server, or socks5+unix://path, without credentials.
+// URL returns socks5://host:port of the server, or socks5+unix://path, without credentials.
 func (s *Server) URL() string {
 	if a, ok := s.ln.Addr().(*net.UnixAddr); ok {
 		return "socks5+unix://" + a.Name
@@ -253,8 +254,9 @@ func (s *Server) URL() string {
 	return "socks5://" + s.Addr().String()
 }
 
-// Redirect makes the server use the endpoint to when it is asked for from, for TCP and UDP; what comes from to is said
-// to come from from. A test names addresses of documentation in this way and listens on loopback. A zero to ends it.
+// Redirect makes the server use the endpoint to when it is asked for from, for TCP and UDP; what comes from to
+// appears to come from from. A test can thus use documentation addresses and listen on loopback. A zero to ends the
+// redirection.
 func (s *Server) Redirect(from, to netip.AddrPort) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -267,7 +269,7 @@ func (s *Server) Redirect(from, to netip.AddrPort) {
 	}
 }
 
-// Stats is a snapshot.
+// Stats returns a snapshot.
 func (s *Server) Stats() Stats {
 	return Stats{
 		Open: int(s.n.open.Load()), Accepted: s.n.accepted.Load(), Requests: s.n.requests.Load(),
@@ -276,7 +278,7 @@ func (s *Server) Stats() Stats {
 	}
 }
 
-// Requests is the log of requests, oldest first, at most the last 65,536.
+// Requests returns the log of requests, oldest first, at most the last 65,536.
 func (s *Server) Requests() []Request {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -293,7 +295,7 @@ func (s *Server) logRequest(r Request) {
 	s.log = append(s.log, r)
 }
 
-// CutAll ends every connection of clients, by RST or by FIN, and with them the associations. The server goes on.
+// CutAll ends every connection of clients, by RST or by FIN, and thereby the associations. The server continues.
 func (s *Server) CutAll(end End) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -5,7 +5,8 @@ import (
 	"net/netip"
 )
 
-// hear4 reads a request of SOCKS4 or 4a behind its first byte, and checks the user. False: the connection is over.
+// hear4 reads a request of SOCKS4 or 4a after its first byte, and checks the user. It returns false if the connection
+// is over.
 func (s *Server) hear4(c stream, x *exchange) bool {
 	var head [7]byte
 	if _, err := io.ReadFull(c, head[:]); err != nil {
@@ -49,7 +50,7 @@ func readString(c io.Reader) (string, bool) {
 	return "", false
 }
 
-// reply4 is the answer of SOCKS4 for a REP of SOCKS5.
+// reply4 returns the SOCKS4 answer for a REP of SOCKS5.
 func reply4(code byte, bound Addr) []byte {
 	b := []byte{0, 0x5a, byte(bound.Port >> 8), byte(bound.Port), 0, 0, 0, 0}
 	if code != 0 {

@@ -15,7 +15,8 @@ import (
 // WithTLS puts everything inside TLS.
 func WithTLS(c *tls.Config) Option { return func(s *Server) { s.tls = c } }
 
-// Certificate makes a certificate for these names and addresses that is its own authority, and gives it in PEM too.
+// Certificate makes a certificate for these names and addresses that is its own authority, and also returns it in
+// PEM.
 func Certificate(hosts ...string) (tls.Certificate, []byte, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -26,7 +27,7 @@ func Certificate(hosts ...string) (tls.Certificate, []byte, error) {
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
 	}
 	if len(hosts) > 0 {
-		t.Subject.CommonName = hosts[0] // kdig 3.2.6 takes no certificate without one
+		t.Subject.CommonName = hosts[0] // kdig 3.2.6 accepts no certificate without one
 	}
 	for _, h := range hosts {
 		if ip := net.ParseIP(h); ip != nil {
@@ -43,7 +44,7 @@ func Certificate(hosts ...string) (tls.Certificate, []byte, error) {
 	return cert, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), nil
 }
 
-// KeyPEM is the private key of a certificate in PEM, for a server that reads it from a file.
+// KeyPEM returns the private key of a certificate in PEM, for a server that reads it from a file.
 func KeyPEM(c tls.Certificate) ([]byte, error) {
 	der, err := x509.MarshalPKCS8PrivateKey(c.PrivateKey)
 	if err != nil {

@@ -2,13 +2,13 @@ package sockstest
 
 import "net/netip"
 
-// Commands of Tor (its specification of SOCKS extensions).
+// Commands of Tor (its specification "socks-extensions").
 const (
 	CmdResolve    = 0xf0
 	CmdResolvePTR = 0xf1
 )
 
-// WithTor makes the server answer RESOLVE, and RESOLVE_PTR by names.
+// WithTor makes the server answer RESOLVE, and RESOLVE_PTR from names.
 func WithTor(names map[netip.Addr]string) Option {
 	return func(s *Server) { s.tor, s.names = true, names }
 }

@@ -10,19 +10,19 @@ import (
 	"time"
 )
 
-// Association is one UDP ASSOCIATE of a client, and the way for a test to meddle with it.
+// Association is one UDP ASSOCIATE of a client. Tests can change its behaviour.
 type Association struct {
 	s     *Server
 	c     stream
 	req   Request
-	relay *net.UDPConn // toward the client; nil over TCP
+	relay *net.UDPConn // to the client; nil over TCP
 
 	sending sync.Mutex // frames over TCP, one after the other
 	mu      sync.Mutex
 	closed  bool
 	fault   Fault
-	client  netip.AddrPort  // where its datagrams came from last
-	out     [2]*net.UDPConn // toward the world, one each for IPv4 and IPv6, made when first needed
+	client  netip.AddrPort  // source of its last datagram
+	out     [2]*net.UDPConn // to the world, for IPv4 and IPv6, created when first needed
 }
 
 func (s *Server) associate(c stream, req Request, f Fault) {
@@ -81,7 +81,7 @@ func (s *Server) listenUDP(at netip.AddrPort) (u *net.UDPConn, err error) {
 		return err
 	})
 	if err == nil {
-		u.SetReadBuffer(4 << 20) // bursts of a fast client: what is lost here would be blamed on the client
+		u.SetReadBuffer(4 << 20) // for bursts of a fast client: what is lost here would be blamed on the client
 	}
 	return u, err
 }
@@ -110,7 +110,7 @@ func (a *Association) fromClient() {
 			return
 		}
 		if err != nil {
-			continue // an ICMP error of a client that went away
+			continue // an ICMP error about a client that went away
 		}
 		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
 		dst, payload, ok := parseDatagram(buf[:n])
@@ -136,7 +136,7 @@ func (a *Association) fromClient() {
 			a.s.n.udpBad.Add(1)
 			continue
 		}
-		// Counted first: who sees the datagram sees the count.
+		// Count first, so that a test that sees the datagram also sees it counted.
 		a.s.n.udpUp.Add(1)
 		if _, err := u.WriteToUDPAddrPort(payload, to); err != nil {
 			a.s.n.udpUp.Add(^uint64(0))
@@ -145,7 +145,7 @@ func (a *Association) fromClient() {
 	}
 }
 
-// outFor is the socket toward the world for ip's family; nil when there can't be one.
+// outFor returns the socket to the world for ip's family, or nil if it cannot be created.
 func (a *Association) outFor(ip netip.Addr) *net.UDPConn {
 	i, at := 0, netip.IPv4Unspecified()
 	if ip.Is6() {
@@ -164,7 +164,7 @@ func (a *Association) outFor(ip netip.Addr) *net.UDPConn {
 	return a.out[i]
 }
 
-// fromWorld carries whatever reaches our endpoint back to the client, with its true source.
+// fromWorld carries everything that reaches our endpoint back to the client, with its true source.
 func (a *Association) fromWorld(u *net.UDPConn) {
 	buf := make([]byte, 65536)
 	for {
@@ -194,7 +194,7 @@ var (
 	errDropped  = errors.New("dropped by a fault")
 )
 
-// SetFault changes how the association's datagrams are treated from now on. What concerns the answer is past.
+// SetFault changes how the association's datagrams are treated from now on. The answer was already sent.
 func (a *Association) SetFault(f Fault) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -227,7 +227,7 @@ func (a *Association) Send(src Addr, payload []byte) error {
 	return a.SendRaw(b)
 }
 
-// SendRaw sends b to the client from the relay, or over TCP, without a header of ours.
+// SendRaw sends b to the client from the relay, or over TCP, without adding a header.
 func (a *Association) SendRaw(b []byte) error {
 	if a.OverTCP() {
 		_, err := a.c.Write(b)
@@ -241,7 +241,7 @@ func (a *Association) SendRaw(b []byte) error {
 	return err
 }
 
-// SendStranger sends b to the client from an endpoint that is not the relay's.
+// SendStranger sends b to the client from an endpoint other than the relay's.
 func (a *Association) SendStranger(b []byte) error {
 	to := a.Client()
 	if !to.IsValid() {
@@ -256,7 +256,7 @@ func (a *Association) SendStranger(b []byte) error {
 	return err
 }
 
-// Cut ends the control connection from the server's side, and with it the association.
+// Cut ends the control connection from the server's side, and thereby the association.
 func (a *Association) Cut(end End) {
 	if end == RST {
 		setLinger0(a.c)
@@ -264,21 +264,21 @@ func (a *Association) Cut(end End) {
 	a.c.Close()
 }
 
-// Request is the request that made the association.
+// Request returns the request that made the association.
 func (a *Association) Request() Request { return a.req }
 
-// Relay is where the client's datagrams go; invalid over TCP.
+// Relay returns the destination of the client's datagrams. It is invalid over TCP.
 func (a *Association) Relay() netip.AddrPort { return a.relayAddr() }
 
-// Client is where the client's datagrams come from; invalid before the first.
+// Client returns the source of the client's datagrams. It is invalid before the first one.
 func (a *Association) Client() netip.AddrPort {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.client
 }
 
-// World is the association's endpoint toward IPv4 or IPv6 destinations, with an unspecified address; invalid before the
-// first datagram of that family.
+// World returns the association's endpoint to IPv4 or IPv6 destinations, with an unspecified address. It is invalid
+// before the first datagram of that family.
 func (a *Association) World(ipv6 bool) netip.AddrPort {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -292,7 +292,7 @@ func (a *Association) World(ipv6 bool) netip.AddrPort {
 	return unmap(a.out[i].LocalAddr())
 }
 
-// Associations are those now open, in no order.
+// Associations returns the open associations, in no particular order.
 func (s *Server) Associations() []*Association {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -303,7 +303,7 @@ func (s *Server) Associations() []*Association {
 	return all
 }
 
-// WaitAssociations waits until n associations are open, and gives them.
+// WaitAssociations waits until n associations are open, and returns them.
 func (s *Server) WaitAssociations(n int, limit time.Duration) ([]*Association, bool) {
 	for end := time.Now().Add(limit); ; time.Sleep(5 * time.Millisecond) {
 		if all := s.Associations(); len(all) == n {
@@ -314,7 +314,7 @@ func (s *Server) WaitAssociations(n int, limit time.Duration) ([]*Association, b
 	}
 }
 
-// parseDatagram takes the header off a client's datagram.
+// parseDatagram removes the header of a client's datagram.
 func parseDatagram(b []byte) (dst Addr, payload []byte, ok bool) {
 	if len(b) < 4 || b[0] != 0 || b[1] != 0 || b[2] != 0 {
 		return Addr{}, nil, false

@@ -8,17 +8,17 @@ import (
 	"net/netip"
 )
 
-// uotName is what a CONNECT names to ask for UDP over TCP, version 2, of sing-box.
+// uotName is the name in a CONNECT that asks for UDP over TCP, version 2, of sing-box.
 const uotName = "sp.v2.udp-over-tcp.arpa"
 
-// uotLongest is how long a datagram of a client may be: sing-box reads it into 16 KiB.
+// uotLongest is the longest datagram of a client: sing-box reads it into 16 KiB.
 const uotLongest = 16 << 10
 
-// WithUDPOverTCP makes the server take UDP over TCP, version 2, and be strict with it: whatever is not as sing-box's client
-// writes it ends the connection. Without it a CONNECT to the name that asks for it is one to a name like others.
+// WithUDPOverTCP makes the server accept UDP over TCP, version 2, strictly: anything that sing-box's client would
+// write differently ends the connection. Without it, the name that asks for it is a name like others.
 func WithUDPOverTCP() Option { return func(s *Server) { s.uot = true } }
 
-// overTCP grants x, reads the request and carries datagrams both ways until the connection ends.
+// overTCP grants x, reads the request and carries datagrams in both directions until the connection ends.
 func (s *Server) overTCP(c stream, x exchange, f Fault) {
 	if x.Dst.Port != 0 {
 		s.answer(c, Reply(1), x.reply(1, Addr{}))
@@ -74,7 +74,7 @@ func (s *Server) overTCP(c stream, x exchange, f Fault) {
 			continue
 		}
 		if u := a.outFor(to.Addr()); u != nil {
-			s.n.udpUp.Add(1) // first: who sees the datagram sees the count
+			s.n.udpUp.Add(1) // first, so that a test that sees the datagram also sees it counted
 			if _, err = u.WriteToUDPAddrPort(payload, to); err == nil {
 				continue
 			}
@@ -112,7 +112,7 @@ func readFrame(r io.Reader, buf []byte) (dst Addr, payload []byte, err error) {
 	return dst, buf[:n], nil
 }
 
-// sendFrame sends a datagram to a client of UDP over TCP: byte by byte if the fault says so.
+// sendFrame sends a datagram to a client of UDP over TCP, byte by byte if the fault requires it.
 func (a *Association) sendFrame(f Fault, src Addr, payload []byte) error {
 	b := appendAddr(nil, src)
 	b[0] = map[byte]byte{1: 0, 4: 1, 3: 2}[b[0]]
@@ -141,10 +141,10 @@ func (a *Association) sendFrame(f Fault, src Addr, payload []byte) error {
 	return err
 }
 
-// OverTCP reports whether the datagrams travel in the connection of the request: there is no relay then.
+// OverTCP reports whether the datagrams travel in the connection of the request. There is then no relay.
 func (a *Association) OverTCP() bool { return a.relay == nil }
 
-// relayAddr is the relay's endpoint, invalid over TCP.
+// relayAddr returns the relay's endpoint, which is invalid over TCP.
 func (a *Association) relayAddr() netip.AddrPort {
 	if a.relay == nil {
 		return netip.AddrPort{}

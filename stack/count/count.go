@@ -1,5 +1,5 @@
-// Package count makes one table of the counters of a package: their fields, what they are called and what they mean stand in one
-// struct, and everything else (snapshots, sums, status, metrics) is derived from it.
+// Package count turns the counters of a package into one table: a single struct contains the fields, their names and
+// their meaning, and everything else (snapshots, sums, status, metrics) is derived from it.
 //
 // A table is a generic struct, so that the live counters and their snapshot cannot differ:
 //
@@ -7,10 +7,11 @@
 //		SYNs    T `metric:"tcp_syns_total" help:"Connections that programs asked for."`
 //		Dropped T `metric:"dropped_packets_total" label:"reason=icmp" help:"Packets that were dropped." lost:"ICMP (ping)"`
 //	}
-//	var live Counters[atomic.Uint64] // live.SYNs.Add(1): one atomic operation, as if there were no table
+//	var live Counters[atomic.Uint64] // live.SYNs.Add(1): one atomic operation, as without the table
 //	var seen Counters[uint64]        // Add(&seen, &live)
 //
-// Two fields may share a name if their labels differ. A field of type int, int64 or atomic.Int64 is a value of now, a gauge.
+// Two fields may share a name if their labels differ. A field of type int, int64 or atomic.Int64 is a current value,
+// a gauge.
 package count
 
 import (
@@ -20,8 +21,9 @@ import (
 	"sync/atomic"
 )
 
-// Add adds each field of the table that src points to to the same field of the one that dst points to. Both are of one generic
-// struct; each holds plain or atomic numbers. It panics if they are of different structs: that is a mistake of the program.
+// Add adds each field of the table that src points to to the same field of the table that dst points to. Both must be
+// of one generic struct, with plain or atomic numbers. Add panics if the structs differ, because that is a mistake in
+// the program.
 func Add(dst, src any) {
 	add(reflect.ValueOf(dst).Elem(), reflect.ValueOf(src).Elem())
 }
@@ -42,7 +44,7 @@ func add(dst, src reflect.Value) {
 	}
 }
 
-// generic is the name of a type without its type arguments.
+// generic returns the name of a type without its type arguments.
 func generic(t reflect.Type) string {
 	name, _, _ := strings.Cut(t.Name(), "[")
 	return t.PkgPath() + "." + name
@@ -60,12 +62,12 @@ type Metric struct {
 	Name  string // of the family, without the prefix of the program
 	Label string // "key=value"; empty: none
 	Help  string
-	Lost  string // what was lost, for people; empty: nothing was
-	Gauge bool   // a value of now; otherwise it only grows
+	Lost  string // what was lost, as text; empty: nothing
+	Gauge bool   // a current value; otherwise the number only grows
 	Value float64
 }
 
-// Key is the name with the label: it identifies the number among all.
+// Key returns the name with the label. It is unique among all metrics.
 func (m Metric) Key() string {
 	if m.Label == "" {
 		return m.Name
@@ -73,8 +75,8 @@ func (m Metric) Key() string {
 	return m.Name + "{" + m.Label + "}"
 }
 
-// Each calls f for every number of a snapshot: a struct of plain numbers, which may hold further structs. A number without a name
-// is left out.
+// Each calls f for every number of a snapshot: a struct of plain numbers that may contain further structs. Fields
+// without a name are skipped.
 func Each(snapshot any, f func(Metric)) { each(reflect.ValueOf(snapshot), f) }
 
 func each(v reflect.Value, f func(Metric)) {

@@ -23,18 +23,18 @@ import (
 
 const nicID = 1
 
-// App is a program with its kernel. All methods are safe for concurrent use.
+// App is a program together with its kernel. All methods may be called concurrently.
 type App struct {
 	dev   tun.Device
 	ns    *stack.Stack
 	link  *link
 	addrs []netip.Addr
-	done  chan struct{} // the reader is over
+	done  chan struct{} // closed when the reader has ended
 
 	mu     sync.Mutex
 	dials  map[dialKey]chan unix.Errno // connects that an ICMP error can end
 	taps   []*Capture
-	fault  error // of the first frame that a kernel would not have taken
+	fault  error // about the first frame that a kernel would have refused
 	faults int
 	closed bool
 
@@ -43,8 +43,8 @@ type App struct {
 
 type dialKey struct{ src, dst netip.AddrPort }
 
-// New makes an app with the addresses addrs and takes ownership of dev, also when it fails. The first address of each
-// family is the source of what is not bound.
+// New makes an app with the addresses addrs and takes ownership of dev, even if it fails. The first address of each
+// family is the source of unbound sockets.
 func New(dev tun.Device, addrs ...netip.Addr) (*App, error) {
 	a := &App{dev: dev, addrs: addrs, done: make(chan struct{}), dials: map[dialKey]chan unix.Errno{}}
 	a.link = newLink(dev)
@@ -62,9 +62,10 @@ func New(dev tun.Device, addrs ...netip.Addr) (*App, error) {
 }
 
 func (a *App) setUp() error {
-	const large = 4 << 20 // a datagram of 65,507 bytes must not meet a buffer of 32 KiB
+	const large = 4 << 20 // a datagram of 65,507 bytes does not fit a buffer of 32 KiB
 	for _, o := range []tcpip.SettableTransportProtocolOption{
-		// As a kernel on a TUN, which is why the stack under test has it so too: RACK has no floor here.
+		// These are the settings of a kernel on a TUN, and thus also of the stack under test: RACK has no lower limit
+		// here.
 		ptr(tcpip.TCPRecovery(0)), ptr(tcpip.TCPSACKEnabled(true)), ptr(tcpip.TCPModerateReceiveBufferOption(true)),
 		&tcpip.TCPReceiveBufferSizeRangeOption{Min: 4 << 10, Default: 256 << 10, Max: large},
 		&tcpip.TCPSendBufferSizeRangeOption{Min: 4 << 10, Default: 256 << 10, Max: large},
@@ -105,7 +106,7 @@ func network(a netip.Addr) tcpip.NetworkProtocolNumber {
 	return ipv6.ProtocolNumber
 }
 
-// source is the app's first address of dst's family.
+// source returns the app's first address of dst's family.
 func (a *App) source(dst netip.Addr) (netip.Addr, error) {
 	for _, addr := range a.addrs {
 		if addr.Is4() == dst.Is4() {
@@ -115,8 +116,8 @@ func (a *App) source(dst netip.Addr) (netip.Addr, error) {
 	return netip.Addr{}, unix.ENETUNREACH
 }
 
-// Close kills the program: RST for every connection. It gives everything back, the device too, and then tells of the
-// first frame that a kernel would not have taken, if there was one. It may be called twice.
+// Close kills the program: it resets every connection and closes everything, including the device. It returns an
+// error about the first frame that a kernel would have refused, if there was one. It may be called twice.
 func (a *App) Close() error {
 	a.mu.Lock()
 	was := a.closed
@@ -144,12 +145,12 @@ func (a *App) Close() error {
 	return nil
 }
 
-// Inject writes a frame to the device as if the app's kernel had sent it. Nothing is checked. Answers to addresses that
-// New was not given are seen by Capture only.
+// Inject writes a frame to the device as if the app's kernel had sent it, without any check. Only Capture sees
+// answers to addresses that were not given to New.
 func (a *App) Inject(f Frame) error { return a.dev.Write(&f.Header, [][]byte{f.Data}) }
 
-// Deaf lets the app's kernel see no frame from now on (captures still do), until it is called with false: a program
-// whose host is gone.
+// Deaf hides all frames from the app's kernel, but not from captures, until it is called with false. The app then
+// behaves like a program whose host is gone.
 func (a *App) Deaf(on bool) { a.deaf.Store(on) }
 
 func (a *App) read() {
@@ -186,7 +187,7 @@ func (a *App) read() {
 	}
 }
 
-// bad notes a frame that a kernel would not take.
+// bad records a frame that a kernel would refuse.
 func (a *App) bad(f Frame, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -205,7 +206,7 @@ func (a *App) deliver(f Frame) {
 	a.link.deliver(proto, pkt)
 }
 
-// unreachable ends a connect as Linux does on a destination unreachable that quotes its SYN.
+// unreachable ends a connect as Linux does when it receives a destination unreachable that quotes the SYN.
 func (a *App) unreachable(m ICMP) {
 	errno, ok := unreachableErrno(m)
 	if !ok {
@@ -225,17 +226,17 @@ func (a *App) unreachable(m ICMP) {
 	}
 }
 
-// Capture is the frames that the stack under test wrote, from a moment on.
+// Capture contains the frames that the stack under test wrote from a certain moment on.
 type Capture struct {
 	a      *App
 	filter func(Frame) bool
 	mu     sync.Mutex
 	frames []Frame
-	more   chan struct{} // has a token when frames came
+	more   chan struct{} // contains a token when frames have arrived
 }
 
-// Capture begins to keep the frames for which filter returns true (nil: all). They are as they were written, before
-// anything was checked. Close ends it, at the latest the App's own.
+// Capture begins to record the frames for which filter returns true (nil: all). They are recorded as they were
+// written, before any check. Close ends it, at the latest that of the App.
 func (a *App) Capture(filter func(Frame) bool) *Capture {
 	c := &Capture{a: a, filter: filter, more: make(chan struct{}, 1)}
 	a.mu.Lock()
@@ -261,7 +262,7 @@ func (a *App) capture(f Frame) {
 	}
 }
 
-// Next waits for the next frame and removes it. One goroutine at a time.
+// Next waits for the next frame and removes it. One goroutine at a time may call it.
 func (c *Capture) Next(ctx context.Context) (Frame, error) {
 	for {
 		c.mu.Lock()
@@ -280,17 +281,17 @@ func (c *Capture) Next(ctx context.Context) (Frame, error) {
 	}
 }
 
-// Frames is what was captured and not yet taken by Next. They stay.
+// Frames returns the frames that were captured and not yet removed by Next. It does not remove them.
 func (c *Capture) Frames() []Frame {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return slices.Clone(c.frames)
 }
 
-// Close ends the capture; what was captured can still be read.
+// Close ends the capture. Captured frames can still be read.
 func (c *Capture) Close() {
 	c.a.mu.Lock()
 	defer c.a.mu.Unlock()
-	// A new slice: the reader may be walking the old one.
+	// Make a new slice, because the reader may be walking the old one.
 	c.a.taps = slices.DeleteFunc(slices.Clone(c.a.taps), func(x *Capture) bool { return x == c })
 }

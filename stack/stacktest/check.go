@@ -9,9 +9,9 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 )
 
-// receive does what a kernel does with a frame that is written to its TUN: it fills in the checksum that the header asks
-// for, cuts a UDP super-frame, and verifies everything. The frames that come out are whole packets with right checksums
-// (a TCP super-segment stays one). Data is changed in place.
+// receive does what a kernel does with a frame that is written to its TUN: it fills in the checksum that the header
+// requests, splits a UDP super-frame, and verifies everything. It returns whole packets with correct checksums; a TCP
+// super-segment stays one packet. It changes Data in place.
 func receive(f Frame) ([]Frame, error) {
 	src, dst, proto, body, ok := f.ip()
 	if !ok {
@@ -25,7 +25,7 @@ func receive(f Frame) ([]Frame, error) {
 	if v4 && binary.BigEndian.Uint16(f.Data[6:])&0x3fff != 0 || !v4 && proto == 44 {
 		return []Frame{f}, nil // verified when it is whole
 	}
-	least, at := 0, 0 // the shortest header, and where the checksum is in it
+	least, at := 0, 0 // length of the shortest header, and offset of the checksum in it
 	switch proto {
 	case protoTCP:
 		least, at = 20, 16
@@ -84,7 +84,7 @@ func receive(f Frame) ([]Frame, error) {
 	return []Frame{f}, nil
 }
 
-// cutUDP makes the datagrams of a super-frame.
+// cutUDP returns the datagrams of a super-frame.
 func cutUDP(f Frame, body []byte, off int) ([]Frame, error) {
 	h := &f.Header
 	_, _, proto, _, _ := f.ip()

@@ -9,8 +9,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip"
 )
 
-// unreachableErrno is what Linux makes of a destination unreachable (icmp_err_convert in net/ipv4/icmp.c, tab_unreach in
-// net/ipv6/icmp.c). gVisor knows only some of the codes, and over IPv6 two.
+// unreachableErrno returns the errno that Linux derives from a destination unreachable (icmp_err_convert in
+// net/ipv4/icmp.c, tab_unreach in net/ipv6/icmp.c). gVisor knows only some of the codes, and two over IPv6.
 func unreachableErrno(m ICMP) (unix.Errno, bool) {
 	table := []unix.Errno{
 		unix.ENETUNREACH, unix.EHOSTUNREACH, unix.ENOPROTOOPT, unix.ECONNREFUSED, unix.EMSGSIZE, unix.EOPNOTSUPP,
@@ -30,7 +30,7 @@ func unreachableErrno(m ICMP) (unix.Errno, bool) {
 	return table[m.Code], true
 }
 
-// errnos are gVisor's errors as Linux has them.
+// errnos maps gVisor's errors to those of Linux.
 var errnos = map[string]unix.Errno{}
 
 func init() {
@@ -57,7 +57,7 @@ func init() {
 	}
 }
 
-// sysError is a gVisor error as the net package shows one of the kernel.
+// sysError returns a gVisor error in the form that the net package gives to one of the kernel.
 func sysError(call string, err tcpip.Error) error {
 	if errno, ok := errnos[err.String()]; ok {
 		return os.NewSyscallError(call, errno)
@@ -65,7 +65,7 @@ func sysError(call string, err tcpip.Error) error {
 	return errors.New(err.String())
 }
 
-// translate gives an error of gonet the errno that the kernel's would have.
+// translate gives an error of gonet the errno that the kernel would return.
 func translate(call string, err error) error {
 	var op *net.OpError
 	if !errors.As(err, &op) || op.Timeout() {

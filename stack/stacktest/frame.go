@@ -23,7 +23,7 @@ type Frame struct {
 	Data   []byte
 }
 
-// ip takes the IP header off. Fragments and extension headers are not looked into.
+// ip removes the IP header. It does not handle fragments and extension headers.
 func (f Frame) ip() (src, dst netip.Addr, proto byte, body []byte, ok bool) {
 	p := f.Data
 	switch {
@@ -62,7 +62,7 @@ type Segment struct {
 	Payload  []byte
 }
 
-// TCP reads the frame as a TCP segment; a super-segment is one.
+// TCP parses the frame as a TCP segment; a super-segment is one segment.
 func (f Frame) TCP() (s Segment, ok bool) {
 	src, dst, proto, b, ok := f.ip()
 	if !ok || proto != protoTCP || len(b) < 20 {
@@ -80,7 +80,7 @@ func (f Frame) TCP() (s Segment, ok bool) {
 	}, true
 }
 
-// Frame is the whole IP packet, checksums filled in.
+// Frame returns the whole IP packet with its checksums.
 func (s Segment) Frame() Frame {
 	b := make([]byte, 20, 20+len(s.Options)+len(s.Payload))
 	binary.BigEndian.PutUint16(b, s.Src.Port())
@@ -94,7 +94,7 @@ func (s Segment) Frame() Frame {
 	return newFrame(s.Src.Addr(), s.Dst.Addr(), protoTCP, b, 16)
 }
 
-// String is one line for a failing test.
+// String returns one line for a failing test.
 func (s Segment) String() string {
 	flags := ""
 	for i, c := range "FSRPA" {
@@ -111,7 +111,7 @@ type Datagram struct {
 	Payload  []byte
 }
 
-// UDP reads the frame as a UDP datagram; a super-frame is one.
+// UDP parses the frame as a UDP datagram; a super-frame is one datagram.
 func (f Frame) UDP() (d Datagram, ok bool) {
 	src, dst, proto, b, ok := f.ip()
 	if !ok || proto != protoUDP || len(b) < 8 {
@@ -127,7 +127,7 @@ func (f Frame) UDP() (d Datagram, ok bool) {
 	}, true
 }
 
-// Frame is the whole IP packet, checksums filled in.
+// Frame returns the whole IP packet with its checksums.
 func (d Datagram) Frame() Frame {
 	b := make([]byte, 8, 8+len(d.Payload))
 	binary.BigEndian.PutUint16(b, d.Src.Port())
@@ -136,8 +136,8 @@ func (d Datagram) Frame() Frame {
 	return newFrame(d.Src.Addr(), d.Dst.Addr(), protoUDP, append(b, d.Payload...), 6)
 }
 
-// SuperFrame is the payload as a run of datagrams of size bytes each, as an app sends with UDP_SEGMENT. The device must
-// have USO.
+// SuperFrame returns the payload as a run of datagrams of size bytes each, as an app sends it with UDP_SEGMENT. The
+// device must have USO.
 func (d Datagram) SuperFrame(size int) Frame {
 	f := d.Frame()
 	off := len(f.Data) - 8 - len(d.Payload)
@@ -152,10 +152,10 @@ func (d Datagram) SuperFrame(size int) Frame {
 type ICMP struct {
 	Src, Dst   netip.Addr
 	Type, Code uint8
-	Quote      []byte // what it quotes, from its IP header on
+	Quote      []byte // the quoted packet, beginning with its IP header
 }
 
-// ICMP reads the frame as an ICMP or ICMPv6 message.
+// ICMP parses the frame as an ICMP or ICMPv6 message.
 func (f Frame) ICMP() (m ICMP, ok bool) {
 	src, dst, proto, b, ok := f.ip()
 	if !ok || len(b) < 8 || proto != protoICMP && proto != protoICMPv6 {
@@ -164,7 +164,7 @@ func (f Frame) ICMP() (m ICMP, ok bool) {
 	return ICMP{Src: src, Dst: dst, Type: b[0], Code: b[1], Quote: b[8:]}, true
 }
 
-// Frame is the whole IP packet, checksums filled in.
+// Frame returns the whole IP packet with its checksums.
 func (m ICMP) Frame() Frame {
 	b := append([]byte{m.Type, m.Code, 0, 0, 0, 0, 0, 0}, m.Quote...)
 	proto := byte(protoICMP)
@@ -174,7 +174,7 @@ func (m ICMP) Frame() Frame {
 	return newFrame(m.Src, m.Dst, proto, b, 2)
 }
 
-// quoted is the flow that an ICMP error is about.
+// quoted returns the flow that an ICMP error is about.
 func (m ICMP) quoted() (proto byte, src, dst netip.AddrPort, ok bool) {
 	q := m.Quote
 	switch {
@@ -190,7 +190,7 @@ func (m ICMP) quoted() (proto byte, src, dst netip.AddrPort, ok bool) {
 	return 0, src, dst, false
 }
 
-// newFrame puts an IP header before body and the checksum at csum in it.
+// newFrame adds an IP header to body and fills in the checksum at csum.
 func newFrame(src, dst netip.Addr, proto byte, body []byte, csum int) Frame {
 	var h []byte
 	sum := uint16(0)
@@ -223,7 +223,8 @@ func pseudo(src, dst netip.Addr, proto byte, n int) uint16 {
 	return checksum.Checksum(append(append(src.AsSlice(), dst.AsSlice()...), 0, proto, byte(n>>8), byte(n)), 0)
 }
 
-// Fragments cuts f as a sender does whose MTU is mtu: in order, the same id in all. A frame that fits comes back whole.
+// Fragments splits f as a sender with this MTU does: in order, and with the same id in all fragments. A frame that
+// fits is returned whole.
 func (f Frame) Fragments(mtu int, id uint32) []Frame {
 	p := f.Data
 	if len(p) <= mtu {

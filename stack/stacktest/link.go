@@ -9,8 +9,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
-// link is gVisor's end of the device, the app's side. It is simple on purpose, and shares nothing with the one under
-// test.
+// link is gVisor's end of the device on the app's side. It is simple on purpose, and shares nothing with the link
+// under test.
 type link struct {
 	dev tun.Device
 	mu  sync.RWMutex // guards disp
@@ -31,7 +31,7 @@ func (l *link) SupportedGSO() stack.SupportedGSO {
 
 func (l *link) GSOMaxSize() uint32 { return 65535 }
 
-// deliver hands a packet to gVisor, which verifies its checksums once more.
+// deliver passes a packet to gVisor, which verifies its checksums once more.
 func (l *link) deliver(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) {
 	l.mu.RLock()
 	d := l.d

@@ -14,19 +14,20 @@ import (
 	"gvisor.dev/gvisor/pkg/waiter"
 )
 
-// Conn is an app's TCP connection. Beside net.Conn it has CloseRead and CloseWrite. Errors of the network are errnos, as
-// those of the net package are (errors.Is(err, unix.ECONNRESET)).
+// Conn is an app's TCP connection. In addition to net.Conn it has CloseRead and CloseWrite. Network errors are
+// errnos, as in the net package (errors.Is(err, unix.ECONNRESET)).
 type Conn struct {
 	*gonet.TCPConn
 	ep tcpip.Endpoint
 }
 
-// DialTCP connects as a program does: with ctx done the program gives up, and as on Linux nothing is sent then.
+// DialTCP connects as a program does. When ctx is done, the program gives up; as on Linux, it then sends nothing.
 func (a *App) DialTCP(ctx context.Context, dst netip.AddrPort) (*Conn, error) {
 	return a.DialTCPFrom(ctx, netip.AddrPort{}, dst)
 }
 
-// DialTCPFrom is DialTCP from a chosen source: an address of the app (zero: its first of the family) and port (0: any).
+// DialTCPFrom is DialTCP from a given source: an address of the app (zero: its first of the family) and port (0:
+// any).
 func (a *App) DialTCPFrom(ctx context.Context, src, dst netip.AddrPort) (*Conn, error) {
 	fail := func(err error) (*Conn, error) {
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(dst), Err: err}
@@ -47,7 +48,8 @@ func (a *App) DialTCPFrom(ctx context.Context, src, dst netip.AddrPort) (*Conn, 
 		return fail(sysError("socket", terr))
 	}
 	ep.SocketOptions().SetReuseAddress(true)
-	// Bound before connect, so that the port is known before the SYN goes out: an ICMP error is matched by it.
+	// The socket is bound before connect, so that the port is known before the SYN is sent: an ICMP error is matched
+	// by it.
 	if terr = ep.Bind(full(src)); terr != nil {
 		ep.Close()
 		return fail(sysError("bind", terr))
@@ -87,7 +89,7 @@ func (a *App) DialTCPFrom(ctx context.Context, src, dst netip.AddrPort) (*Conn, 
 	if terr != nil {
 		ep.Close()
 		select {
-		case errno := <-icmp: // gVisor's reader was told too; ours has the right code
+		case errno := <-icmp: // gVisor's reader was told too, but ours has the right code
 			return fail(os.NewSyscallError("connect", errno))
 		default:
 		}
@@ -100,33 +102,33 @@ func full(a netip.AddrPort) tcpip.FullAddress {
 	return tcpip.FullAddress{NIC: nicID, Addr: tcpip.AddrFromSlice(a.Addr().AsSlice()), Port: a.Port()}
 }
 
-// Read is that of net.Conn.
+// Read implements net.Conn.
 func (c *Conn) Read(b []byte) (int, error) {
 	n, err := c.TCPConn.Read(b)
 	return n, translate("read", err)
 }
 
-// Write is that of net.Conn.
+// Write implements net.Conn.
 func (c *Conn) Write(b []byte) (int, error) {
 	n, err := c.TCPConn.Write(b)
 	return n, translate("write", err)
 }
 
-// Abort is close with SO_LINGER 0: RST.
+// Abort closes with SO_LINGER 0, which sends RST.
 func (c *Conn) Abort() {
 	c.ep.SocketOptions().SetLinger(tcpip.LingerOption{Enabled: true})
 	_ = c.Close()
 }
 
-// SetReadBuffer bounds how much the app's kernel takes while the program does not read.
+// SetReadBuffer limits how much the app's kernel accepts while the program does not read.
 func (c *Conn) SetReadBuffer(bytes int) {
 	c.ep.SocketOptions().SetReceiveBufferSize(int64(bytes), true)
 }
 
-// State is the endpoint's, in the words of RFC 9293: ESTABLISHED, FIN-WAIT1, CLOSE-WAIT …
+// State returns the state of the endpoint in the words of RFC 9293: ESTABLISHED, FIN-WAIT1, CLOSE-WAIT …
 func (c *Conn) State() string { return tcp.EndpointState(c.ep.State()).String() }
 
-// WaitState waits until State is one of those given; false: it was not within the time.
+// WaitState waits until State is one of those given. It returns false if that does not happen within the time.
 func (c *Conn) WaitState(within time.Duration, states ...string) bool {
 	for end := time.Now().Add(within); ; time.Sleep(time.Millisecond) {
 		now := c.State()
@@ -141,12 +143,12 @@ func (c *Conn) WaitState(within time.Duration, states ...string) bool {
 	}
 }
 
-// ListenTCP accepts connections from the other end of the device: two Apps on one pipe talk to each other. The stack of
-// viasocks never dials in.
+// ListenTCP accepts connections from the other end of the device, for two Apps on one pipe. The stack of viasocks
+// never dials in.
 func (a *App) ListenTCP(src netip.AddrPort) (net.Listener, error) {
 	l, err := gonet.ListenTCP(a.ns, full(src), network(src.Addr()))
 	if err != nil {
-		return nil, err // not l: a nil in an interface
+		return nil, err // not l, which would be a nil in an interface
 	}
 	return l, nil
 }

@@ -14,8 +14,8 @@ import (
 	"gvisor.dev/gvisor/pkg/waiter"
 )
 
-// PacketConn is an app's UDP socket: a net.PacketConn. What is longer than the MTU is sent in fragments; what is
-// received may have any length. gonet's would do, but sleeps on when an ICMP error comes.
+// PacketConn is an app's UDP socket and implements net.PacketConn. It sends datagrams longer than the MTU in
+// fragments; received ones may have any length. gonet's PacketConn does not wake up when an ICMP error arrives.
 type PacketConn struct {
 	ep tcpip.Endpoint
 	wq *waiter.Queue
@@ -31,13 +31,13 @@ var (
 )
 
 // ListenUDP binds a socket to src, an address of the app (zero: any, of both families) and port (0: any free one). It
-// receives from everybody.
+// receives from every sender.
 func (a *App) ListenUDP(src netip.AddrPort) (*PacketConn, error) {
 	return a.udp(src, netip.AddrPort{})
 }
 
-// DialUDP binds a socket to src as ListenUDP does and connects it to dst: it receives from dst alone, and ICMP errors
-// about what it sent come out of Read as errnos.
+// DialUDP binds a socket to src like ListenUDP and connects it to dst: it receives only from dst, and Read returns
+// ICMP errors about its datagrams as errnos.
 func (a *App) DialUDP(src, dst netip.AddrPort) (*PacketConn, error) {
 	return a.udp(src, dst)
 }
@@ -48,7 +48,7 @@ func (a *App) udp(src, dst netip.AddrPort) (*PacketConn, error) {
 	}
 	of := src.Addr()
 	if !of.IsValid() {
-		of = dst.Addr() // IPv6, so both, if this is not valid either
+		of = dst.Addr() // IPv6, which means both families, if this is invalid too
 	}
 	wq := new(waiter.Queue)
 	ep, err := a.ns.NewEndpoint(udp.ProtocolNumber, network(of), wq)
@@ -72,7 +72,7 @@ func (a *App) udp(src, dst netip.AddrPort) (*PacketConn, error) {
 	return &PacketConn{ep: ep, wq: wq, changed: make(chan struct{})}, nil
 }
 
-// ReadFromAddrPort is that of net.UDPConn: the sender as it stood in the packet.
+// ReadFromAddrPort is like that of net.UDPConn. It returns the sender as written in the packet.
 func (c *PacketConn) ReadFromAddrPort(b []byte) (int, netip.AddrPort, error) {
 	entry, ready := waiter.NewChannelEntry(waiter.ReadableEvents | waiter.EventErr | waiter.EventHUp)
 	c.wq.EventRegister(&entry)
@@ -106,7 +106,7 @@ func (c *PacketConn) ReadFromAddrPort(b []byte) (int, netip.AddrPort, error) {
 	}
 }
 
-// WriteToAddrPort is that of net.UDPConn. It does not block: a device that is full loses the datagram.
+// WriteToAddrPort is like that of net.UDPConn. It does not block: if the device is full, the datagram is lost.
 func (c *PacketConn) WriteToAddrPort(b []byte, dst netip.AddrPort) (int, error) {
 	var o tcpip.WriteOptions
 	if dst.IsValid() {
@@ -135,7 +135,7 @@ func (c *PacketConn) Read(b []byte) (int, error) {
 // Write sends on a connected socket.
 func (c *PacketConn) Write(b []byte) (int, error) { return c.WriteToAddrPort(b, netip.AddrPort{}) }
 
-// ReadFrom is that of net.PacketConn.
+// ReadFrom implements net.PacketConn.
 func (c *PacketConn) ReadFrom(b []byte) (int, net.Addr, error) {
 	n, from, err := c.ReadFromAddrPort(b)
 	if err != nil {
@@ -144,19 +144,19 @@ func (c *PacketConn) ReadFrom(b []byte) (int, net.Addr, error) {
 	return n, net.UDPAddrFromAddrPort(from), nil
 }
 
-// WriteTo is that of net.PacketConn. addr is a *net.UDPAddr.
+// WriteTo implements net.PacketConn. addr must be a *net.UDPAddr.
 func (c *PacketConn) WriteTo(b []byte, addr net.Addr) (int, error) {
 	a := addr.(*net.UDPAddr).AddrPort()
 	return c.WriteToAddrPort(b, netip.AddrPortFrom(a.Addr().Unmap(), a.Port()))
 }
 
-// LocalAddrPort is the bound endpoint.
+// LocalAddrPort returns the bound endpoint.
 func (c *PacketConn) LocalAddrPort() netip.AddrPort { return addrPort(c.ep.GetLocalAddress()) }
 
-// LocalAddr is the bound endpoint.
+// LocalAddr returns the bound endpoint.
 func (c *PacketConn) LocalAddr() net.Addr { return net.UDPAddrFromAddrPort(c.LocalAddrPort()) }
 
-// RemoteAddr is the endpoint that the socket is connected to, or nil.
+// RemoteAddr returns the endpoint that the socket is connected to, or nil.
 func (c *PacketConn) RemoteAddr() net.Addr {
 	if a := addrPort(c.ep.GetRemoteAddress()); a.IsValid() {
 		return net.UDPAddrFromAddrPort(a)
@@ -172,7 +172,7 @@ func addrPort(a tcpip.FullAddress, err tcpip.Error) netip.AddrPort {
 	return netip.AddrPortFrom(addr, a.Port)
 }
 
-// SetReadDeadline wakes a blocked read too.
+// SetReadDeadline also affects a blocked read.
 func (c *PacketConn) SetReadDeadline(t time.Time) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -185,10 +185,10 @@ func (c *PacketConn) SetReadDeadline(t time.Time) error {
 // SetWriteDeadline does nothing: writes do not block.
 func (c *PacketConn) SetWriteDeadline(time.Time) error { return nil }
 
-// SetDeadline is SetReadDeadline.
+// SetDeadline is the same as SetReadDeadline.
 func (c *PacketConn) SetDeadline(t time.Time) error { return c.SetReadDeadline(t) }
 
-// Close ends a blocked read.
+// Close closes the socket and ends a blocked read.
 func (c *PacketConn) Close() error {
 	c.ep.Close()
 	return nil

@@ -13,15 +13,16 @@ import (
 
 const (
 	churnRate   = 500  // connections a second
-	churnAtOnce = 256  // connections at a time: those that come due beyond it are left out
-	churnSlices = 4    // the download alone, with connections beside it, and both once more
+	churnAtOnce = 256  // concurrent connections: those that become due beyond it are left out
+	churnSlices = 4    // the download alone, then with connections, and both once more
 	churnSize   = 1024 // bytes that each connection gets
 )
 
-// churn opens connections of 1 KB each at a fixed rate beside one download. The figure is how many a second there were, which is
-// the fixed rate unless they came too slowly. What the redirector's CPU time is for cannot be seen, so it is measured in slices
-// with and without the connections: theirs is what the bytes of the slice would not have cost without them. So it includes that
-// the bytes become dearer, since the processor's caches and the batches are shared.
+// churn opens connections of 1 KB each at a fixed rate beside one download. The result is how many there were in a
+// second, which is the fixed rate unless they came too slowly. The use of the redirector's CPU time cannot be
+// observed directly, so it is measured in slices with and without the connections: their share is what the bytes of
+// the slice would not have cost without them. This includes that the bytes become more expensive, because the
+// processor's caches and the batches are shared.
 func (l *loader) churn() (result, error) {
 	c, err := l.dial()
 	if err != nil {
@@ -32,7 +33,7 @@ func (l *loader) churn() (result, error) {
 	end := make(chan struct{})
 	bulk := make(chan error, 1)
 	go func() { bulk <- downloadUntil(c, end, &bytes) }()
-	time.Sleep(300 * time.Millisecond) // it is under way
+	time.Sleep(300 * time.Millisecond) // until it is in progress
 	var alone, both slice
 	var took []time.Duration
 	for i := range churnSlices {
@@ -65,7 +66,7 @@ func (l *loader) churn() (result, error) {
 	return r, err
 }
 
-// slice is what was measured in some time.
+// slice is a measurement over some time.
 type slice struct{ seconds, cpu, bytes float64 }
 
 func (s *slice) add(t slice) {
@@ -74,10 +75,10 @@ func (s *slice) add(t slice) {
 	s.bytes += t.bytes
 }
 
-// rate is the bytes' in Gbit/s.
+// rate returns the rate of the bytes in Gbit/s.
 func (s *slice) rate() float64 { return s.bytes * 8 / s.seconds / 1e9 }
 
-// over is the CPU time that s had beyond what its bytes cost at the rate of alone.
+// over returns the CPU time of s beyond what its bytes cost at the rate of alone.
 func (s *slice) over(alone slice) float64 {
 	if alone.bytes == 0 {
 		return 0
@@ -87,7 +88,7 @@ func (s *slice) over(alone slice) float64 {
 
 // downloadUntil reads from a download, and counts, until end is closed and a read ends.
 func downloadUntil(c *net.TCPConn, end <-chan struct{}, n *atomic.Uint64) error {
-	// More than can come: the reader ends it.
+	// This is more than can arrive; the reader ends it.
 	if _, err := c.Write(binary.BigEndian.AppendUint64([]byte{workDown}, 1<<40)); err != nil {
 		return err
 	}
@@ -107,8 +108,8 @@ func downloadUntil(c *net.TCPConn, end <-chan struct{}, n *atomic.Uint64) error 
 	}
 }
 
-// connectFor makes connections at the fixed rate and gives how long each took from the moment when it was due. It returns when
-// all of them have ended.
+// connectFor makes connections at the fixed rate, and returns how long each took from the moment when it was due. It
+// returns when all of them have ended.
 func (l *loader) connectFor(d time.Duration) (took []time.Duration, err error) {
 	var mu sync.Mutex
 	var wg sync.WaitGroup
@@ -139,7 +140,7 @@ func (l *loader) connectFor(d time.Duration) (took []time.Duration, err error) {
 	return took, err
 }
 
-// kilobyte is one connection, from its SYN to the far end's FIN.
+// kilobyte makes one connection, from its SYN to the far end's FIN.
 func (l *loader) kilobyte() error {
 	c, err := l.dial()
 	if err != nil {

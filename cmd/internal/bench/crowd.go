@@ -14,9 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A crowd is many addresses that are in use while a case is measured, each by an idle connection or by a UDP flow. All of
-// them are one far end, which answers at every address of two networks that scripts/bench.sh routes to it, on a port of its
-// own.
+// A crowd is many addresses that are in use while a case is measured, each by an idle connection or a UDP flow. All
+// of them are a single far end, which answers at every address of two networks that scripts/bench.sh routes to it, on
+// a separate port.
 var (
 	crowd4 = netip.MustParsePrefix("10.9.0.0/16")
 	crowd6 = netip.MustParsePrefix("2001:db8:9::/112")
@@ -25,16 +25,16 @@ var (
 const (
 	crowdPort    = 8999
 	crowdMost    = 20000 // addresses held
-	crowdSockets = 2000  // UDP sockets that hold them: the SOCKS server needs three descriptors for each
+	crowdSockets = 2000  // UDP sockets that use them: the SOCKS server needs three descriptors for each
 )
 
-// crowd gives a new address for each connection and socket.
+// crowd provides a new address for each connection and socket.
 type crowd struct {
 	v6   bool
 	next atomic.Uint32
 }
 
-// to is where the next connection or socket goes.
+// to returns the destination of the next connection or socket.
 func (l *loader) to() netip.AddrPort {
 	if l.crowd == nil {
 		return l.target
@@ -42,8 +42,8 @@ func (l *loader) to() netip.AddrPort {
 	return netip.AddrPortFrom(nth(l.crowd.next.Add(1), crowd4, crowd6, l.crowd.v6), crowdPort)
 }
 
-// nth is the address i of one of two networks, of 16 bits both. The first 256 are left out, and so is the end: they wrap before
-// the network does.
+// nth returns address i of one of two networks, both of 16 bits. The first 256 and the last are left out: the numbers
+// wrap before the network does.
 func nth(i uint32, net4, net6 netip.Prefix, v6 bool) netip.Addr {
 	i = 256 + i%(1<<16-512)
 	if v6 {
@@ -56,7 +56,7 @@ func nth(i uint32, net4, net6 netip.Prefix, v6 bool) netip.Addr {
 	return netip.AddrFrom4(a)
 }
 
-// hold brings n addresses into use for the case: by TCP, or by UDP if the case is one of UDP. release ends that.
+// hold uses n addresses for the case: by TCP, or by UDP if the case is one of UDP. release ends that.
 func (l *loader) hold(n int, name string) (release func(), err error) {
 	var held []io.Closer
 	release = func() {
@@ -74,7 +74,7 @@ func (l *loader) hold(n int, name string) (release func(), err error) {
 		return nil, fmt.Errorf("cannot hold %d addresses: %w", n, err)
 	}
 	if n > 0 {
-		time.Sleep(time.Second) // what the opening left to do is done
+		time.Sleep(time.Second) // until the work of opening is done
 	}
 	return release, nil
 }
@@ -90,8 +90,8 @@ func (l *loader) holdTCP(n int) ([]io.Closer, error) {
 				return err
 			}
 			made <- c
-			// They end by RST: in TIME_WAIT they would keep their ports for a minute, and with twice 9,000 taken ports the kernel
-			// searches so long for a free one that a connection costs six times as much.
+			// They end by RST. In TIME_WAIT they would keep their ports for a minute, and with twice 9,000 used ports
+			// the kernel searches so long for a free one that a connection costs six times as much.
 			if err := c.SetLinger(0); err != nil {
 				return err
 			}
@@ -152,7 +152,7 @@ func (l *loader) newSockets() (result, error) {
 	return rate([][]time.Duration{took}, l.seconds, "sock/s"), nil
 }
 
-// askOnce waits for one answer, and asks again a few times.
+// askOnce waits for one answer, and repeats the question a few times.
 func (d *dgram) askOnce(to netip.AddrPort) error {
 	out := append(d.headFor(to), dgramEcho)
 	if d.control != nil {

@@ -17,8 +17,8 @@ import (
 )
 
 // linkMain is a slow or lossy link between two network namespaces, for kernels without netem: a TUN in each, and this
-// process between them, which hands each packet on after a delay, or not at all. Without loss the packets are
-// super-segments, so that the link is no bottleneck; with loss each is one of the MTU, as on a wire.
+// process between them, which passes each packet on after a delay, or drops it. Without loss the packets are
+// super-segments, so that the link is not a bottleneck; with loss each has the size of the MTU, as on a wire.
 func linkMain(args []string) error {
 	fs := flag.NewFlagSet("link", flag.ExitOnError)
 	name := fs.String("name", "slow0", "interface, in both namespaces")
@@ -105,7 +105,7 @@ func openEndHere(spec, name string, super bool) (*os.File, error) {
 	return f, nil
 }
 
-// linkBytes bounds what is on its way in one direction: 25 ms of 16 Gbit/s.
+// linkBytes limits what is in transit in one direction: 25 ms of 16 Gbit/s.
 const linkBytes = 50 << 20
 
 type late struct {

@@ -16,21 +16,21 @@ import (
 // result is one line of the generator's output.
 type result struct {
 	Case    string  `json:"case"`
-	Value   float64 `json:"value"` // in Unit: the figure that is compared with native
+	Value   float64 `json:"value"` // in Unit: the number that is compared with native
 	Unit    string  `json:"unit"`
 	P50us   float64 `json:"p50_us,omitempty"`
 	P99us   float64 `json:"p99_us,omitempty"`
 	Seconds float64 `json:"seconds"`
-	Work    float64 `json:"work"`     // bytes, connections, round trips or datagrams in all
-	CPU     float64 `json:"cpu_s"`    // CPU seconds of the watched process meanwhile
+	Work    float64 `json:"work"`     // total bytes, connections, round trips or datagrams
+	CPU     float64 `json:"cpu_s"`    // CPU seconds of the watched process during the case
 	RSS     int64   `json:"rss"`      // bytes, of the watched process at the end
 	PeakRSS int64   `json:"peak_rss"` // bytes, of the watched process so far
 
-	Beside []figure `json:"beside,omitempty"` // what was measured of others meanwhile
-	ownCPU bool     // CPU is set already: not all of the watched process's is the case's
+	Beside []figure `json:"beside,omitempty"` // other measurements made at the same time
+	ownCPU bool     // CPU is already set, because not all of the watched process's belongs to the case
 }
 
-// figure is one of those that a result has besides its own.
+// figure is an additional measurement of a result.
 type figure struct {
 	Name  string  `json:"name"`
 	Value float64 `json:"value,omitempty"`
@@ -39,7 +39,7 @@ type figure struct {
 	P99us float64 `json:"p99_us,omitempty"`
 }
 
-// spread is the figure of how long each of some took.
+// spread returns the distribution of durations.
 func spread(name string, took []time.Duration) figure {
 	f := figure{Name: name}
 	f.P50us, f.P99us = percentiles(took)
@@ -47,19 +47,19 @@ func spread(name string, took []time.Duration) figure {
 }
 
 type loader struct {
-	proxy   netip.AddrPort // invalid: plainly
+	proxy   netip.AddrPort // invalid: without a proxy
 	target  netip.AddrPort
 	seconds time.Duration
-	watch   int    // process whose CPU time is noted; 0: none
-	crowd   *crowd // not nil: target is not used, each connection and socket has an address of its own
+	watch   int    // process whose CPU time is recorded; 0: none
+	crowd   *crowd // not nil: target is not used, and each connection and socket has its own address
 
-	under string // not empty: each connection goes to a name of its own under this domain, and to target's port
+	under string // not empty: each connection goes to its own name in this domain, and to target's port
 }
 
-// named is how many names connections went to.
+// named is the number of names that connections went to.
 var named atomic.Uint64
 
-// cases by name: each does bounded work and says how much.
+// cases are the cases by name. Each does a limited amount of work and reports it.
 var cases = map[string]func(*loader) (result, error){
 	"D1":        func(l *loader) (result, error) { return l.bulk(1, 0) },
 	"D8":        func(l *loader) (result, error) { return l.bulk(8, 0) },
@@ -166,7 +166,7 @@ func together(n int, work func(i int) error) error {
 	return errors.Join(errs...)
 }
 
-// percentiles of durations in microseconds.
+// percentiles returns percentiles of durations in microseconds.
 func percentiles(d []time.Duration) (p50, p99 float64) {
 	if len(d) == 0 {
 		return 0, 0

@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// dial connects to the target: plainly, or by a SOCKS5 handshake of the generator's own.
+// dial connects to the target, directly or by the generator's own SOCKS5 handshake.
 func (l *loader) dial() (*net.TCPConn, error) {
 	if !l.proxy.IsValid() {
 		to := l.to().String()
@@ -28,17 +28,17 @@ func (l *loader) dial() (*net.TCPConn, error) {
 	return c, err
 }
 
-// socksReply is what a SOCKS5 server answers other than that it is granted.
+// socksReply is a refusal of a SOCKS5 server.
 type socksReply byte
 
 func (r socksReply) Error() string { return fmt.Sprintf("the SOCKS server answers %d", byte(r)) }
 
-// request does a handshake with the SOCKS5 server and gives BND.ADDR's bytes.
+// request does a handshake with the SOCKS5 server and returns the bytes of BND.ADDR.
 func (l *loader) request(cmd byte, to netip.AddrPort) (*net.TCPConn, []byte, error) {
 	return l.requestFor(cmd, to, 20*time.Second)
 }
 
-// requestFor is request that gives up after some time. The error is a socksReply if the server refuses.
+// requestFor is request with a time limit. The error is a socksReply if the server refuses.
 func (l *loader) requestFor(cmd byte, to netip.AddrPort, patience time.Duration) (*net.TCPConn, []byte, error) {
 	end := time.Now().Add(patience)
 	d, err := net.DialTimeout("tcp", l.proxy.String(), patience)
@@ -74,7 +74,7 @@ func (l *loader) requestFor(cmd byte, to netip.AddrPort, patience time.Duration)
 	return c, b[4:n], nil
 }
 
-// appendAddr appends an address as SOCKS5 writes it.
+// appendAddr appends an address in the form of SOCKS5.
 func appendAddr(b []byte, a netip.AddrPort) []byte {
 	kind := byte(1)
 	if a.Addr().Is6() {
@@ -84,7 +84,7 @@ func appendAddr(b []byte, a netip.AddrPort) []byte {
 	return binary.BigEndian.AppendUint16(b, a.Port())
 }
 
-// bulk moves bytes over down and up connections at once until the time is over.
+// bulk moves bytes over down and up concurrent connections until the time is over.
 func (l *loader) bulk(down, up int) (result, error) {
 	var total atomic.Uint64
 	end := time.Now().Add(l.seconds)
@@ -105,14 +105,14 @@ func (l *loader) bulk(down, up int) (result, error) {
 	})
 	seconds := l.seconds.Seconds()
 	if late := time.Since(end); late > 0 {
-		seconds += late.Seconds() // what was under way at the end counts with its time
+		seconds += late.Seconds() // what was in transit at the end counts with its time
 	}
 	n := float64(total.Load())
 	return result{Value: n * 8 / seconds / 1e9, Unit: "Gbit/s", Work: n, Seconds: seconds}, err
 }
 
 func (l *loader) download(c *net.TCPConn, end time.Time) (n uint64, err error) {
-	// More than can come: the reader ends it.
+	// This is more than can arrive; the reader ends it.
 	if _, err := c.Write(binary.BigEndian.AppendUint64([]byte{workDown}, 1<<40)); err != nil {
 		return 0, err
 	}
@@ -140,7 +140,7 @@ func (l *loader) upload(c *net.TCPConn, end time.Time) (uint64, error) {
 	if err := c.CloseWrite(); err != nil {
 		return 0, err
 	}
-	// What counts is what arrived.
+	// Only what arrived counts.
 	var b [8]byte
 	_ = c.SetReadDeadline(time.Now().Add(30 * time.Second))
 	if _, err := io.ReadFull(c, b[:]); err != nil {
@@ -166,7 +166,7 @@ func (l *loader) conns(clients int) (result, error) {
 	return rate(took, l.seconds, "conn/s"), err
 }
 
-// one is a connection that is opened, brings one byte and is closed.
+// one opens a connection, receives one byte and closes it.
 func (l *loader) one() error {
 	c, err := l.dial()
 	if err != nil {
@@ -219,7 +219,7 @@ func (l *loader) ping(n int) (result, error) {
 	return rate(took, l.seconds, "rt/s"), err
 }
 
-// pingBesideBulk is the latency of one connection while eight download.
+// pingBesideBulk measures the latency of one connection beside eight downloads.
 func (l *loader) pingBesideBulk() (result, error) {
 	var r result
 	bulk := make(chan error, 1)
@@ -227,12 +227,12 @@ func (l *loader) pingBesideBulk() (result, error) {
 		_, err := (&loader{proxy: l.proxy, target: l.target, seconds: l.seconds + time.Second, crowd: l.crowd}).bulk(8, 0)
 		bulk <- err
 	}()
-	time.Sleep(500 * time.Millisecond) // the eight are under way
+	time.Sleep(500 * time.Millisecond) // until the eight are in progress
 	r, err := l.ping(1)
 	return r, errors.Join(err, <-bulk)
 }
 
-// idle opens n connections that do nothing and holds them a while: the watched process's memory is the figure.
+// idle opens n connections that do nothing and holds them for a while. The result is the watched process's memory.
 func (l *loader) idle(n int) (result, error) {
 	held := make([]*net.TCPConn, n)
 	const dialers = 32

@@ -12,11 +12,11 @@ import (
 	"time"
 )
 
-// dgram is a UDP socket to the target: plainly, or by an association of the generator's own.
+// dgram is a UDP socket to the target, directly or by the generator's own association.
 type dgram struct {
 	*net.UDPConn
-	control *net.TCPConn // nil: plainly
-	head    []byte       // what goes before each datagram
+	control *net.TCPConn // nil: directly
+	head    []byte       // precedes each datagram
 	relay   netip.AddrPort
 }
 
@@ -43,7 +43,7 @@ func (l *loader) openUDP() (*dgram, error) {
 	return d, nil
 }
 
-// headFor is what goes before a datagram to an address.
+// headFor returns what precedes a datagram to an address.
 func (d *dgram) headFor(to netip.AddrPort) []byte {
 	if d.control == nil {
 		return nil
@@ -51,7 +51,7 @@ func (d *dgram) headFor(to netip.AddrPort) []byte {
 	return appendAddr([]byte{0, 0, 0}, to)
 }
 
-// Close ends the association too.
+// Close also ends the association.
 func (d *dgram) Close() (err error) {
 	if d.UDPConn != nil {
 		err = d.UDPConn.Close()
@@ -62,7 +62,7 @@ func (d *dgram) Close() (err error) {
 	return err
 }
 
-// echoes does round trips of size bytes on each of n sockets. A lost datagram costs 200 ms, and is asked again.
+// echoes does round trips of size bytes on each of n sockets. A lost datagram costs 200 ms and is repeated.
 func (l *loader) echoes(n, size int) (result, error) {
 	took := make([][]time.Duration, n)
 	end := time.Now().Add(l.seconds)
@@ -103,7 +103,7 @@ func (l *loader) echoes(n, size int) (result, error) {
 	return rate(took, l.seconds, "rt/s"), err
 }
 
-// swarm is one socket that asks n peers, a window of 64 questions at a time, round and round: a DHT node. The figure is
+// swarm is one socket that asks n peers repeatedly, with a window of 64 questions, like a DHT node. The result is
 // answers per second, by true source.
 func (l *loader) swarm(n int) (result, error) {
 	d, err := l.openSwarm()
@@ -137,7 +137,7 @@ func (l *loader) swarm(n int) (result, error) {
 		m, from, err := d.ReadFromUDPAddrPort(in)
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			lost++ // a window of questions, or some of it
+			lost++ // a window of questions, or part of it
 			for range 64 {
 				if err := ask(); err != nil {
 					return result{}, err
@@ -169,7 +169,7 @@ func (l *loader) swarm(n int) (result, error) {
 	}, nil
 }
 
-// openSwarm is openUDP with a socket that is not connected.
+// openSwarm is openUDP with an unconnected socket.
 func (l *loader) openSwarm() (*dgram, error) {
 	d, err := l.openUDP()
 	if err != nil {
@@ -187,7 +187,7 @@ func (l *loader) openSwarm() (*dgram, error) {
 
 const floodSize = 1200
 
-// floodUp sends as fast as it can; the figure is what the far end counted.
+// floodUp sends as fast as possible. The result is what the far end counted.
 func (l *loader) floodUp() (result, error) {
 	d, err := l.openUDP()
 	if err != nil {
@@ -202,13 +202,14 @@ func (l *loader) floodUp() (result, error) {
 			_, _ = d.Write(out)
 		}
 	}
-	time.Sleep(300 * time.Millisecond) // what is queued arrives
+	time.Sleep(300 * time.Millisecond) // until what is queued has arrived
 	n, err := l.count(d)
 	return result{Value: n / l.seconds.Seconds(), Unit: "dgram/s", Work: n, Seconds: l.seconds.Seconds()}, err
 }
 
-// pingsBesideFlood: twenty sockets ask 100 times a second each, while another process floods. What has no answer after
-// 200 ms is lost, and the figure is the answers: 2,000 at most. They ask a peer's port, since the flood's own is busy.
+// pingsBesideFlood lets twenty sockets ask 100 times a second each, while another process floods. A question without
+// an answer after 200 ms is lost. The result is the number of answers, at most 2,000. They ask a peer's port, because
+// the flood's own is busy.
 func (l *loader) pingsBesideFlood() (result, error) {
 	args := []string{"load", "--case", "floodup", "--time", (l.seconds + time.Second).String(), "--target", l.target.String()}
 	if l.proxy.IsValid() {
@@ -261,7 +262,7 @@ func (l *loader) pingsBesideFlood() (result, error) {
 		return nil
 	})
 	r := rate(took, l.seconds, "rt/s")
-	r.Work = 0 // what a round trip costs can't be told from what the flood does
+	r.Work = 0 // the cost of a round trip cannot be separated from that of the flood
 	return r, err
 }
 
@@ -279,7 +280,7 @@ func (l *loader) count(d *dgram) (float64, error) {
 	return 0, errors.New("the far end does not answer with its count")
 }
 
-// floodDown asks the far end to flood; the figure is what arrives here.
+// floodDown asks the far end to flood. The result is what arrives here.
 func (l *loader) floodDown() (result, error) {
 	d, err := l.openUDP()
 	if err != nil {

@@ -9,20 +9,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// cpuSeconds is the CPU time that a process has used, user and system, by its own clock (clock_getcpuclockid(3)). 0 for a process
-// that is not there.
+// cpuSeconds returns the user and system time of a process by its own clock (clock_getcpuclockid(3)). It is 0 if the
+// process does not exist.
 func cpuSeconds(pid int) float64 {
 	if pid <= 0 {
 		return 0
 	}
 	var t unix.Timespec
-	if unix.ClockGettime(int32(^pid<<3|2), &t) != nil { // 2: the clock that the scheduler keeps
+	if unix.ClockGettime(int32(^pid<<3|2), &t) != nil { // 2: the scheduler's clock
 		return 0
 	}
 	return float64(t.Nano()) / 1e9
 }
 
-// memory is VmRSS and VmHWM of a process in bytes.
+// memory returns VmRSS and VmHWM of a process in bytes.
 func memory(pid int) (rss, peak int64) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {

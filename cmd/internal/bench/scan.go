@@ -12,25 +12,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A scan tries many addresses, each once. One in eight is open, one in eight is silent, and the others refuse. Those that are
-// open or refuse are addresses of a crowd, at the port where it answers or at one where it does not listen. scripts/bench.sh has
-// the far end drop what comes to the networks of the silent ones.
+// A scan tries many addresses, each once. One in eight is open, one in eight is silent, and the others refuse. Those
+// that are open or refuse are addresses of a crowd, at the port where it answers or at one where it does not listen.
+// scripts/bench.sh makes the far end drop packets to the networks of the silent ones.
 var (
 	silent4 = netip.MustParsePrefix("10.10.0.0/16")
 	silent6 = netip.MustParsePrefix("2001:db8:a::/112")
 )
 
 const (
-	scanCount    = 20000                  // attempts, each to another address
-	scanners     = 256                    // attempts at a time
-	scanPatience = 400 * time.Millisecond // before an attempt is given up
+	scanCount    = 20000                  // attempts, each to a different address
+	scanners     = 256                    // concurrent attempts
+	scanPatience = 400 * time.Millisecond // after which an attempt is given up
 	scanTimes    = 10                     // the scan ends after this many times --time, finished or not
-	scanWrong    = 0.05                   // the share of attempts that may end otherwise than they should: open, but too late
+	scanWrong    = 0.05                   // the share of attempts that may end differently than they should: open, but too late
 
 	refusedPort = crowdPort - 1
 )
 
-// outcome is how an attempt ends.
+// outcome is the result of an attempt.
 type outcome int
 
 const (
@@ -40,7 +40,7 @@ const (
 	isOther
 )
 
-// scanned is where attempt i goes, and how it should end.
+// scanned returns the destination of attempt i, and its expected result.
 func scanned(i int, v6 bool) (to netip.AddrPort, want outcome) {
 	net4, net6, port := crowd4, crowd6, uint16(refusedPort)
 	want = isRefused
@@ -53,8 +53,9 @@ func scanned(i int, v6 bool) (to netip.AddrPort, want outcome) {
 	return netip.AddrPortFrom(nth(uint32(i), net4, net6, v6), port), want
 }
 
-// scan makes the attempts, as many at a time as there are scanners. The figure is how many ended in a second. A new connection
-// and a round trip of an open one are measured meanwhile, a hundred of each in a second, so that they cost little themselves.
+// scan makes the attempts, with as many at a time as there are scanners. The result is how many ended in a second.
+// Meanwhile it measures new connections and round trips on an open one, a hundred of each in a second, so that they
+// cost little themselves.
 func (l *loader) scan() (result, error) {
 	v6 := l.crowd != nil && l.crowd.v6
 	var next, made, wrong atomic.Int64
@@ -104,7 +105,7 @@ func (l *loader) scan() (result, error) {
 	return r, err
 }
 
-// attempt connects to an address, for so long at most, and closes the connection at once.
+// attempt connects to an address within a time limit, and closes the connection at once.
 func (l *loader) attempt(to netip.AddrPort, patience time.Duration) (outcome, error) {
 	var c *net.TCPConn
 	var err error
@@ -130,7 +131,7 @@ func (l *loader) attempt(to netip.AddrPort, patience time.Duration) (outcome, er
 	return isOther, err
 }
 
-// besideEvery is the pace of what is measured beside a case.
+// besideEvery is the interval of additional measurements.
 const besideEvery = 10 * time.Millisecond
 
 // newBeside opens a connection at each step, reads one byte from it and closes it.
@@ -160,7 +161,8 @@ func (l *loader) pingBeside(stop <-chan struct{}) (figure, error) {
 	return spread("round trip", took), err
 }
 
-// paced does the work every so often, one after the other, until stop is closed. What takes longer than a step delays the next.
+// paced does the work at intervals, one after the other, until stop is closed. If it takes longer than a step, the
+// next is delayed.
 func paced(stop <-chan struct{}, every time.Duration, work func() error) (took []time.Duration, err error) {
 	t := time.NewTicker(every)
 	defer t.Stop()

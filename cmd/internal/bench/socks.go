@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// socksMain is a SOCKS5 server without authentication. Bulk goes by splice(2).
+// socksMain is a SOCKS5 server without authentication. Bulk data moves by splice(2).
 func socksMain(args []string) error {
 	fs := flag.NewFlagSet("socks", flag.ExitOnError)
 	listen := fs.String("listen", "", "address and port")
@@ -40,7 +40,7 @@ func socksMain(args []string) error {
 	}
 }
 
-// named is what names stand for.
+// serveSOCKS serves one client. named is the address that all names stand for.
 func serveSOCKS(c *net.TCPConn, named netip.Addr) error {
 	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
 	var b [262]byte
@@ -127,8 +127,8 @@ func serveConnect(c *net.TCPConn, dst netip.AddrPort) error {
 	return errors.Join(err, <-up)
 }
 
-// serveAssociate relays datagrams until the control connection ends. One socket faces both sides: the client is who
-// sends from the control connection's address first.
+// serveAssociate relays datagrams until the control connection ends. One socket faces both sides: the client is the
+// first sender from the control connection's address.
 func serveAssociate(c *net.TCPConn) error {
 	local := c.LocalAddr().(*net.TCPAddr)
 	toClient, err := net.ListenUDP("udp", &net.UDPAddr{IP: local.IP})

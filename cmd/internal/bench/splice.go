@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// pipe is what bytes pass on their way from socket to socket in the kernel. Go's own io.Copy would do, but it holds a
-// pipe in each direction of an idle connection: six descriptors for each, where the limit lets us have two.
+// pipe is what bytes pass through inside the kernel from socket to socket. Go's own io.Copy would work, but it holds
+// a pipe in each direction of an idle connection: six descriptors for each, where the limit allows two.
 type pipe struct{ r, w int }
 
 const pipeSize = 1 << 20
@@ -70,7 +70,7 @@ func spliceAll(dst, src *net.TCPConn) error {
 		}
 		switch {
 		case err != nil:
-			if p != nil { // there may be bytes in it
+			if p != nil { // it may contain bytes
 				unix.Close(p.r)
 				unix.Close(p.w)
 			}

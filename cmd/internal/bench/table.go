@@ -9,7 +9,7 @@ import (
 	"text/tabwriter"
 )
 
-// line is a result with what scripts/bench.sh adds to it.
+// line is a result together with what scripts/bench.sh adds to it.
 type line struct {
 	Mode  string `json:"mode"` // native, through, against
 	Round int    `json:"round"`
@@ -53,7 +53,7 @@ func table(in io.Reader, out io.Writer) error {
 	return compared(order, byCase, out)
 }
 
-// besides prints what was measured of others meanwhile, for the cases that did so.
+// besides prints the additional measurements of the cases that have them.
 func besides(order []string, byCase map[string]map[string][]line, out io.Writer) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
 	some := false
@@ -77,7 +77,7 @@ func besides(order []string, byCase map[string]map[string][]line, out io.Writer)
 	return w.Flush()
 }
 
-// figures are those that all lines have, one of each.
+// figures returns the measurements that all lines have.
 func figures(modes [][]line) []figure {
 	var common []figure
 	first := true
@@ -91,7 +91,7 @@ func figures(modes [][]line) []figure {
 	return common
 }
 
-// compared prints the second table: this build beside another one, if there was one.
+// compared prints the second table, if there was a second build: this build compared with it.
 func compared(order []string, byCase map[string]map[string][]line, out io.Writer) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
 	some := false
@@ -119,7 +119,7 @@ func p50(l line) float64   { return l.P50us }
 func p99(l line) float64   { return l.P99us }
 func rss(l line) float64   { return float64(l.RSS) / (1 << 20) }
 
-// cpuEach is the redirector's CPU seconds for each unit of work.
+// cpuEach returns the redirector's CPU seconds for each unit of work.
 func cpuEach(l line) float64 {
 	if l.Work == 0 {
 		return 0
@@ -127,7 +127,8 @@ func cpuEach(l line) float64 {
 	return l.CPU / l.Work
 }
 
-// ratio is the median of the ratios of the rounds: the two of one round were measured one after the other.
+// ratio returns the median of the ratios of the rounds: the two results of one round were measured one after the
+// other.
 func ratio(a, b []line, of func(line) float64) float64 {
 	var ratios []float64
 	for _, x := range a {
@@ -149,7 +150,7 @@ func unit(ls ...[]line) string {
 	return ""
 }
 
-// cpuPer is the redirector's CPU for each unit of work: seconds per GB, or microseconds per thing.
+// cpuPer returns the redirector's CPU time for each unit of work: seconds per GB, or microseconds per item.
 func cpuPer(ls []line) (float64, string) {
 	scale, per := 1e6, "µs"
 	if unit(ls) == "Gbit/s" {

@@ -12,10 +12,10 @@ import (
 
 // The far end's protocol: one byte that names the work, then the work.
 const (
-	workDown = 'D' // then 8 bytes: how many bytes to send; FIN after them
-	workUp   = 'U' // reads to FIN, then sends 8 bytes: how many there were
+	workDown = 'D' // then 8 bytes: how many bytes to send, followed by FIN
+	workUp   = 'U' // reads to FIN, then sends 8 bytes: how many arrived
 	workPing = 'P' // echoes 64-byte messages to FIN
-	workOne  = 'C' // sends one byte and FIN: a connection's cost
+	workOne  = 'C' // sends one byte and FIN, for the cost of a connection
 	workKB   = 'K' // sends 1,024 bytes and FIN
 )
 
@@ -110,7 +110,7 @@ func sendZeros(w io.Writer, n uint64) error {
 	return nil
 }
 
-// drain reads to FIN in large reads and throws the bytes away.
+// drain reads to FIN in large reads and discards the bytes.
 func drain(r io.Reader) (n uint64, err error) {
 	p := chunks.Get().(*[]byte)
 	defer chunks.Put(p)
@@ -126,12 +126,12 @@ func drain(r io.Reader) (n uint64, err error) {
 	}
 }
 
-// Datagrams: the first byte names the work, as above. An echo comes back whole.
+// Datagrams: the first byte names the work, as above. An echo is returned whole.
 const (
 	dgramEcho  = 'e' // sent back
 	dgramSink  = 's' // counted
 	dgramCount = 'c' // answered by 8 bytes: how many were counted since the last question
-	dgramFlood = 'f' // then size (2 bytes) and milliseconds (2 bytes): a flood back for that long
+	dgramFlood = 'f' // then size (2 bytes) and milliseconds (2 bytes): a flood back for that time
 )
 
 func serveDatagrams(u *net.UDPConn) {

@@ -11,7 +11,7 @@ import (
 	"github.com/viasocks/viasocks/socks"
 )
 
-// bind asks for a connection from the far end, has it made, and looks at both replies.
+// bind asks for a connection from the far end, has it made, and checks both replies.
 func (p *prober) bind(ctx context.Context) {
 	if !p.report.Open.Works {
 		return

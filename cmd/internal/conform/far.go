@@ -17,22 +17,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Bounds of a far end.
+// Limits of a far end.
 const (
 	farLine    = 192              // bytes of a command
 	farLife    = 30 * time.Second // of one connection
-	farConns   = 256              // open connections; more are closed at once
-	farRecords = 1024             // tokens; older ones are forgotten
+	farConns   = 256              // open connections; further ones are closed at once
+	farRecords = 1024             // tokens; older ones are dropped
 	farAnswer  = 20_000           // bytes of the answer to a half-close
-	recordWait = 3 * time.Second  // for the end of a connection that is asked for
+	recordWait = 3 * time.Second  // wait for the end of the connection in question
 )
 
-// farHello is what the far end says first on each connection.
+// farHello is what the far end sends first on each connection.
 const farHello = "viasocks far end 1\n"
 
-// FarEnd is the peer behind the server. It listens for TCP on the first address, and for UDP on two ports of both: the
-// second address need only differ. It answers whoever asks, and its answers to datagrams can be larger than the questions:
-// it is for hosts that only the tests reach.
+// FarEnd is the peer behind the server. It listens for TCP on the first address, and for UDP on two ports of both;
+// the second address need only be different. It answers every client, and its answers to datagrams can be larger than
+// the questions, so it is only for hosts that nobody but the tests can reach.
 //
 // A connection begins with its greeting; then it takes one line:
 //
@@ -44,7 +44,7 @@ const farHello = "viasocks far end 1\n"
 //	result TOKEN  says what was recorded
 //	dial PORT     connects to that port of the host that asks, says from where, and sends back what comes there
 //
-// One that Serve has made has these in place of dial, and answers no datagrams but those of a session:
+// A FarEnd made by Serve has these commands instead of dial, and answers only the datagrams of a session:
 //
 //	session       says "TOKEN PORT PORT2 CLOSED ADDRESSES SEEN": the token of datagrams, the ports of UDP, a port that refuses TCP, how
 //	              many addresses there are, and who asks
@@ -52,7 +52,7 @@ const farHello = "viasocks far end 1\n"
 //	sink          reads to the FIN, then says how much came
 type FarEnd struct {
 	guard      *guard // nil: it is for hosts that only the tests reach
-	closed     int    // a descriptor that keeps closedPort; below 0: none
+	closed     int    // a descriptor that keeps closedPort; negative: none
 	closedPort uint16
 	ports      [2]uint16
 	addresses  int
@@ -71,8 +71,9 @@ type FarEnd struct {
 	order   []string
 }
 
-// ListenFar starts a far end on first and second, which are different addresses of this host and of one family, and by TCP
-// and UDP also on more. Ports are chosen by the kernel if port is 0; else TCP has port, and UDP port and port+1. Close ends it.
+// ListenFar starts a far end on first and second, which are different addresses of this host and of one family, and
+// for TCP and UDP also on more. If port is 0, the kernel chooses the ports; otherwise TCP has port, and UDP has port
+// and port+1. Close ends it.
 func ListenFar(port uint16, first, second netip.Addr, more ...netip.Addr) (*FarEnd, error) {
 	f := &FarEnd{slots: make(chan struct{}, farConns), records: map[string]string{}, closed: -1}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
@@ -118,10 +119,10 @@ func (f *FarEnd) listen(port uint16, first, second netip.Addr, more []netip.Addr
 	return nil
 }
 
-// TCP is where the far end listens on its first address.
+// TCP returns where the far end listens on its first address.
 func (f *FarEnd) TCP() netip.AddrPort { return f.tcp[0].Addr().(*net.TCPAddr).AddrPort() }
 
-// UDP is where the far end has its datagram sockets: by address, then by port.
+// UDP returns the addresses of the far end's datagram sockets: by address, then by port.
 func (f *FarEnd) UDP() (at [2][2]netip.AddrPort) {
 	for i := range f.udp {
 		for j, u := range f.udp[i] {
@@ -203,7 +204,7 @@ func (f *FarEnd) serve(c *net.TCPConn) {
 		if err != nil {
 			return
 		}
-		time.Sleep(200 * time.Millisecond) // a server that ends both ways at the first FIN has done so by now
+		time.Sleep(200 * time.Millisecond) // a server that ends both directions at the first FIN has done so by now
 		fmt.Fprintf(c, "%d\n", n)
 		c.Write(make([]byte, farAnswer))
 	case "fin":
@@ -211,7 +212,7 @@ func (f *FarEnd) serve(c *net.TCPConn) {
 		f.record(arg, c)
 	case "reset":
 		c.Write(make([]byte, 1000))
-		time.Sleep(200 * time.Millisecond) // until they are acknowledged: RST drops what is queued
+		time.Sleep(200 * time.Millisecond) // until they are acknowledged, because RST discards what is queued
 		c.SetLinger(0)
 	case "record":
 		f.record(arg, c)
@@ -234,7 +235,7 @@ func (f *FarEnd) serve(c *net.TCPConn) {
 	}
 }
 
-// record reads to the end of c and keeps how it ended: "fin N", "reset N" or "open N", N being bytes.
+// record reads to the end of c and stores how it ended: "fin N", "reset N" or "open N" with the number of bytes.
 func (f *FarEnd) record(token string, c net.Conn) {
 	n, err := io.Copy(io.Discard, c)
 	how := "open"
@@ -254,7 +255,7 @@ func (f *FarEnd) record(token string, c net.Conn) {
 	f.order = append(f.order, token)
 }
 
-// result waits for what record keeps. "open" if the connection has not ended.
+// result waits for what record stores. It returns "open" if the connection has not ended.
 func (f *FarEnd) result(token string) string {
 	for end := time.Now().Add(recordWait); ; time.Sleep(20 * time.Millisecond) {
 		f.mu.Lock()
@@ -296,7 +297,7 @@ func readLine(r io.Reader) (string, error) {
 	return strings.TrimSuffix(line, "\n"), err
 }
 
-// oneByte hands out one byte for each read, so that a reader above it takes nothing too much.
+// oneByte returns one byte at each read, so that a reader on top of it takes nothing in advance.
 type oneByte struct{ r io.Reader }
 
 func (o oneByte) Read(b []byte) (int, error) { return o.r.Read(b[:1]) }

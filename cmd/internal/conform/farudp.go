@@ -9,10 +9,11 @@ import (
 	"net/netip"
 )
 
-// A datagram to the far end begins with a line "? ID I J SIZE [TOKEN [COOKIE]]": the answer comes from UDP socket [I][J], or for
-// [0][0] from the one that was asked, with at least SIZE bytes. An answer begins with "! ID SEEN LENGTH SUM [COOKIE]": who was seen
-// to send, how many bytes came, and their CRC-32. Both are filled up with the same pattern. A public far end wants the token and
-// the cookie, see guard, and its answers are no longer than the questions.
+// A datagram to the far end begins with a line "? ID I J SIZE [TOKEN [COOKIE]]": the answer comes from UDP socket
+// [I][J], or for [0][0] from the one that was asked, with at least SIZE bytes. An answer begins with "! ID SEEN
+// LENGTH SUM [COOKIE]": the sender that was seen, how many bytes arrived, and their CRC-32. Both are padded with the
+// same pattern. A public far end requires the token and the cookie, see guard, and its answers are no longer than the
+// questions.
 
 // question is the first line of a datagram to the far end.
 type question struct {
@@ -42,7 +43,7 @@ func (q question) datagram(size int) []byte {
 	return fill(fmt.Sprintf("%s %s %s\n", head, q.token, q.cookie), max(size, minQuestion))
 }
 
-// answer is the datagram that answers asked, which came from a host that is told its address.
+// answer returns the datagram that answers asked. It contains the address of the host that asked.
 func (q question) answer(from netip.AddrPort, asked []byte, size int, cookie string) []byte {
 	head := fmt.Sprintf("! %d %v %d %d", q.id, from, len(asked), crc32.ChecksumIEEE(asked))
 	if cookie != "" {
@@ -72,7 +73,7 @@ func (f *FarEnd) answerUDP(u *net.UDPConn) {
 			return
 		}
 		if err != nil {
-			continue // an ICMP error of somebody who went away
+			continue // an ICMP error about a client that went away
 		}
 		q, ok := parseQuestion(buf[:n])
 		if !ok {
@@ -87,7 +88,7 @@ func (f *FarEnd) answerUDP(u *net.UDPConn) {
 	}
 }
 
-// fill makes a payload of size bytes that begins with head; it is longer if head is.
+// fill returns a payload of size bytes that begins with head; it is longer if head is.
 func fill(head string, size int) []byte {
 	b := make([]byte, max(len(head), min(size, maxUDP)))
 	for i := copy(b, head); i < len(b); i++ {
@@ -96,7 +97,7 @@ func fill(head string, size int) []byte {
 	return b
 }
 
-// filled reports whether b is what fill made.
+// filled reports whether b was made by fill.
 func filled(b []byte) bool {
 	head, _, ok := bytes.Cut(b, []byte{'\n'})
 	return ok && bytes.Equal(b, fill(string(head)+"\n", len(b)))

@@ -8,7 +8,7 @@ import (
 	"github.com/viasocks/viasocks/socks"
 )
 
-// zero is the unspecified address of the family by which the relay was reached the first time.
+// zero returns the unspecified address of the family by which the relay was first reached.
 func (p *prober) zero() netip.Addr {
 	if at, err := netip.ParseAddrPort(p.report.UDP.Relay); err == nil && at.Addr().Is6() && !at.Addr().Is4In6() {
 		return netip.IPv6Unspecified()
@@ -16,7 +16,7 @@ func (p *prober) zero() netip.Addr {
 	return netip.IPv4Unspecified()
 }
 
-// mapping asks three of the far end's sockets where they see the association (RFC 5780, section 4.3).
+// mapping asks three sockets of the far end where they see the association (RFC 5780, section 4.3).
 func (p *prober) mapping(ctx context.Context) NAT {
 	a, _, _ := p.associate(ctx, p.zero())
 	if a == nil {
@@ -25,7 +25,7 @@ func (p *prober) mapping(ctx context.Context) NAT {
 	defer a.close()
 	var seen [3]netip.AddrPort
 	for i, at := range []netip.AddrPort{p.Ends.UDP[0][0], p.Ends.UDP[0][1], p.Ends.UDP[1][0]} {
-		if i == 2 && !at.IsValid() { // the far end has one address: two ports must do
+		if i == 2 && !at.IsValid() { // the far end has one address, so two ports must do
 			seen[2] = seen[0]
 			break
 		}
@@ -44,7 +44,7 @@ func (p *prober) mapping(ctx context.Context) NAT {
 	return EndpointIndependent
 }
 
-// filtering has the answer come from a socket that was not written to (RFC 5780, section 4.4).
+// filtering lets the answer come from a socket that was not written to (RFC 5780, section 4.4).
 func (p *prober) filtering(ctx context.Context) NAT {
 	for _, try := range []struct {
 		from [2]int
@@ -53,7 +53,7 @@ func (p *prober) filtering(ctx context.Context) NAT {
 		if try.from[0] == 1 && !p.Ends.UDP[1][1].IsValid() {
 			continue
 		}
-		a, _, _ := p.associate(ctx, p.zero()) // a new one: it has written to nobody
+		a, _, _ := p.associate(ctx, p.zero()) // a new one, which has written to no other socket
 		if a == nil {
 			return UnknownNAT
 		}
@@ -66,7 +66,8 @@ func (p *prober) filtering(ctx context.Context) NAT {
 	return UnknownNAT
 }
 
-// largest finds the largest payload that arrives whole, and the length to which larger ones are cut (0: they do not come).
+// largest finds the largest payload that arrives whole, and the length to which larger ones are cut (0: they do not
+// arrive).
 func (p *prober) largest(ctx context.Context, up bool) (size, cut int) {
 	var a *association
 	defer func() {
@@ -107,7 +108,7 @@ func (p *prober) largest(ctx context.Context, up bool) (size, cut int) {
 	if arrives(high - 1) {
 		return high - 1, 0
 	}
-	for _, usual := range []int{512, 1400, 1472} { // a start below the limits that are usual
+	for _, usual := range []int{512, 1400, 1472} { // start below the usual limits
 		if !arrives(usual) {
 			high = usual
 			break
@@ -124,7 +125,8 @@ func (p *prober) largest(ctx context.Context, up bool) (size, cut int) {
 	return low, cut
 }
 
-// fates sends, on associations of their own, datagrams that cannot be sent, and looks what becomes of the associations.
+// fates sends datagrams that cannot be sent, each on its own association, and checks what happens to the
+// associations.
 func (p *prober) fates(ctx context.Context, zero netip.Addr) map[string]Fate {
 	bad := map[string]socks.Addr{
 		"port 0":       {IP: p.Ends.TCP.Addr()},
@@ -155,7 +157,7 @@ func (p *prober) fate(ctx context.Context, zero netip.Addr, dst socks.Addr) (Fat
 	if before == nil {
 		return "", false
 	}
-	for range 2 { // the kernel tells some errors only at the next one
+	for range 2 { // the kernel reports some errors only at the next one
 		a.u.Write(append(socks.AppendUDPHeader(nil, dst), "not to be sent"...))
 		time.Sleep(settle)
 	}

@@ -17,49 +17,49 @@ import (
 	"github.com/viasocks/viasocks/socks"
 )
 
-// Ends are the targets of a probe. Those that are not valid are left out of the report.
+// Ends are the targets of a probe. Invalid ones are left out of the report.
 type Ends struct {
 	TCP  netip.AddrPort       // a FarEnd, over IPv4
 	TCP6 netip.AddrPort       // the same over IPv6; its UDP port is the same
 	UDP  [2][2]netip.AddrPort // its datagram sockets, by address and port
 	Name string               // a name of TCP's address that the server can look up
 
-	Refused     netip.AddrPort // a port, for TCP and UDP, where nobody listens
-	Unreachable netip.AddrPort // a host about which a router says that it cannot be reached
+	Refused     netip.AddrPort // a port, for TCP and UDP, on which nothing listens
+	Unreachable netip.AddrPort // a host that a router reports to be unreachable
 	Silent      netip.AddrPort // a host that never answers
 
-	// Unsendable are destinations to which the server's host cannot send, by a word for the reason. Port 0 and a name that
-	// does not exist are tried besides.
+	// Unsendable are destinations to which the server's host cannot send, by a word for the reason. Port 0 and a name
+	// that does not exist are also tried.
 	Unsendable map[string]netip.AddrPort
 }
 
-// Config is what a probe needs.
+// Config is the configuration of a probe.
 type Config struct {
 	Server socks.Server
 	Ends   Ends
 
-	// Wait bounds the wait for one answer; zero: 5 s. The silent target has SilentWait; zero: 40 s.
+	// Wait limits the wait for one answer; zero: 5 s. SilentWait is for the silent target; zero: 40 s.
 	Wait, SilentWait time.Duration
-	// UDPWait bounds the wait for the answer to one datagram, which is sent up to three times; zero: 400 ms.
+	// UDPWait limits the wait for the answer to one datagram, which is sent up to three times; zero: 400 ms.
 	UDPWait time.Duration
-	// Token is that of a session with a public far end; empty: the far end is none.
+	// Token is that of a session with a public far end; empty: the far end is not public.
 	Token string
-	// Associate opens an association in another way than the probe's, and gives a socket that is connected to its relay, or nil,
-	// and what ends it; nil: the probe does so itself.
+	// Associate opens an association in another way than the probe's own. It returns a socket that is connected to
+	// its relay, or nil, and a function that ends the association. If Associate is nil, the probe opens it itself.
 	Associate func(ctx context.Context) (*net.UDPConn, func(), Answer)
 	// Dial connects to the server, for tests and for transports other than TCP; nil: TCP to its host and port.
 	Dial func(ctx context.Context) (net.Conn, error)
 }
 
-// prober is a probe at work.
+// prober is a running probe.
 type prober struct {
 	Config
 	report *Report
 	id     atomic.Uint64 // of datagrams and tokens
 }
 
-// Probe uses the server in every way that Report has a field for. It takes some 15 to 60 seconds and returns early, with
-// what it has, when ctx ends. The error is that of ctx: what the server does wrong is in the report.
+// Probe uses the server in every way that Report has a field for. It takes about 15 to 60 seconds, and returns early
+// with a partial result when ctx ends. The error is that of ctx; faults of the server are in the report.
 func Probe(ctx context.Context, c Config) (*Report, error) {
 	p := newProber(c)
 	if !p.reach(ctx) {
@@ -95,7 +95,7 @@ func newProber(c Config) *prober {
 	return p
 }
 
-// dial connects to the server. What is done with the connection must be over after limit.
+// dial connects to the server. The connection ends after limit.
 func (p *prober) dial(ctx context.Context, limit time.Duration) (net.Conn, error) {
 	by := time.Now().Add(limit)
 	ctx, cancel := context.WithDeadline(ctx, by)
@@ -107,7 +107,7 @@ func (p *prober) dial(ctx context.Context, limit time.Duration) (net.Conn, error
 	return c, err
 }
 
-// reach reports whether the server takes connections.
+// reach reports whether the server accepts connections.
 func (p *prober) reach(ctx context.Context) bool {
 	c, err := p.dial(ctx, p.Wait)
 	if err != nil {
@@ -119,7 +119,7 @@ func (p *prober) reach(ctx context.Context) bool {
 	return true
 }
 
-// methods asks for the choice of a method and for nothing more.
+// methods asks only for the choice of a method.
 func (p *prober) methods(ctx context.Context) {
 	choice := func(greeting ...byte) int {
 		c, err := p.dial(ctx, p.Wait)
@@ -140,8 +140,8 @@ func (p *prober) methods(ctx context.Context) {
 	p.report.MethodOfBoth = choice(5, 2, 0, 2)
 }
 
-// ask makes a request of s on a new connection. The connection and the handshake are nil unless the answer is Granted; then the
-// caller closes the connection.
+// ask makes a request of s on a new connection. Unless the answer is Granted, the connection and the handshake are
+// nil; otherwise the caller closes the connection.
 func (p *prober) ask(ctx context.Context, s socks.Server, cmd socks.Command, dst socks.Addr, limit time.Duration) (
 	net.Conn, Answer, socks.Handshake) {
 	c, err := p.dial(ctx, limit)
@@ -169,7 +169,8 @@ func (p *prober) ask(ctx context.Context, s socks.Server, cmd socks.Command, dst
 	return c, a, h
 }
 
-// shake runs the handshake, or what is left of it. It gives the bytes of the reply, the time since the request, and what ended it.
+// shake runs the handshake, or the rest of it. It returns the bytes of the reply, the time since the request, and the
+// error that ended it.
 func shake(c net.Conn, h socks.Handshake) (reply []byte, after time.Duration, err error) {
 	var asked time.Time
 	for !h.Done() {
@@ -197,10 +198,10 @@ func shake(c net.Conn, h socks.Handshake) (reply []byte, after time.Duration, er
 	return reply, time.Since(asked), nil
 }
 
-// granted4 is the CD of a SOCKS4 grant; refusals are above it.
+// granted4 is the CD of a SOCKS4 grant; refusals are higher.
 const granted4 = 90
 
-// answer names what came in place of a grant.
+// answer describes what came instead of a grant.
 func answer(reply []byte, err error) Answer {
 	var code socks.Reply
 	switch {
@@ -208,7 +209,7 @@ func answer(reply []byte, err error) Answer {
 		return Answer{Kind: Granted}
 	case errors.Is(err, socks.ErrMalformed):
 		return Answer{Kind: Malformed, Error: err.Error()}
-	case len(reply) >= 2 && reply[0] == 0 && reply[1] > granted4: // of SOCKS4, which has its own codes
+	case len(reply) >= 2 && reply[0] == 0 && reply[1] > granted4: // SOCKS4, which has its own codes
 		return Answer{Kind: Refused, Code: int(reply[1])}
 	case errors.As(err, &code):
 		return Answer{Kind: Refused, Code: int(code), Short: len(reply) < 5}
@@ -222,7 +223,7 @@ func answer(reply []byte, err error) Answer {
 	return a
 }
 
-// ending names how a connection ended.
+// ending describes how a connection ended.
 func ending(err error) Answer {
 	kind := Failed
 	switch {

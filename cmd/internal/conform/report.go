@@ -5,36 +5,36 @@ import (
 	"time"
 )
 
-// Kind says how a server answered a request.
+// Kind tells how a server answered a request.
 type Kind string
 
 // The kinds of an Answer.
 const (
 	Granted   Kind = "granted"
 	Refused   Kind = "refused"   // with a reply; Answer.Code is its REP
-	Closed    Kind = "closed"    // FIN in place of a reply
-	Reset     Kind = "reset"     // RST in place of a reply
+	Closed    Kind = "closed"    // FIN instead of a reply
+	Reset     Kind = "reset"     // RST instead of a reply
 	Silence   Kind = "silence"   // no reply within the limit
-	Malformed Kind = "malformed" // bytes that are no answer of this version of SOCKS
-	NoLogin   Kind = "no login"  // no offered method is accepted, or user and password are not
-	Failed    Kind = "failed"    // the probe could not ask; Answer.Error says why
-	NotAsked  Kind = ""          // the far end has nothing of this kind
+	Malformed Kind = "malformed" // bytes that are not an answer of this version of SOCKS
+	NoLogin   Kind = "no login"  // no offered method is accepted, or user and password are refused
+	Failed    Kind = "failed"    // the probe could not ask; Answer.Error tells why
+	NotAsked  Kind = ""          // the far end has no such target
 )
 
 // Answer is a server's answer to one request.
 type Answer struct {
 	Kind  Kind   `json:"kind"`
 	Code  int    `json:"code,omitempty"`  // REP of RFC 1928, or CD of SOCKS4
-	Short bool   `json:"short,omitempty"` // the refusal had fewer bytes than RFC 1928 gives it
+	Short bool   `json:"short,omitempty"` // the refusal had fewer bytes than RFC 1928 requires
 	After int64  `json:"after_ms"`        // milliseconds from the request to the answer
 	Bound string `json:"bound,omitempty"` // BND.ADDR and BND.PORT
-	Error string `json:"error,omitempty"` // what the probe saw, in words
-	Early bool   `json:"early,omitempty"` // granted, and only then dialled: the target was not there
-	Works bool   `json:"works,omitempty"` // granted, and bytes went both ways
-	First bool   `json:"first,omitempty"` // what the target says first arrived
+	Error string `json:"error,omitempty"` // what the probe saw, as text
+	Early bool   `json:"early,omitempty"` // granted before dialling: the target was not there
+	Works bool   `json:"works,omitempty"` // granted, and bytes went in both directions
+	First bool   `json:"first,omitempty"` // the first bytes of the target arrived
 }
 
-// String is short: "granted", "5", "FIN", "5 in 2 bytes".
+// String returns a short form: "granted", "5", "FIN", "5 in 2 bytes".
 func (a Answer) String() string {
 	s := string(a.Kind)
 	switch a.Kind {
@@ -57,7 +57,7 @@ func (a Answer) String() string {
 	return s
 }
 
-// Passage says what became of an event (FIN or RST of one side) on its way through the server.
+// Passage tells what happened to an event (FIN or RST of one side) on its way through the server.
 type Passage string
 
 // The passages of a FIN and of a RST.
@@ -65,21 +65,21 @@ const (
 	Passed    Passage = "passed"
 	CutOff    Passage = "cut off" // FIN: the other direction ended as well, and bytes were lost
 	BecameFIN Passage = "became FIN"
-	Lost      Passage = "lost" // the other side was told nothing within the limit
+	Lost      Passage = "lost" // the other side saw nothing within the limit
 	Unknown   Passage = "unknown"
 )
 
-// BindReport is what BIND does.
+// BindReport describes BIND.
 type BindReport struct {
 	First  Answer `json:"first"`          // the reply with the address where the server listens
 	Second Answer `json:"second"`         // the reply once the peer has connected
 	Peer   bool   `json:"peer,omitempty"` // the second reply names the peer's address and port
 }
 
-// NAT is the behaviour of RFC 4787, sections 4.1 and 5.
+// NAT is a behaviour as in RFC 4787, sections 4.1 and 5.
 type NAT string
 
-// The behaviours.
+// The values of NAT.
 const (
 	EndpointIndependent NAT = "endpoint-independent"
 	AddressDependent    NAT = "address-dependent"
@@ -90,22 +90,22 @@ const (
 // Fate is what an association does after a datagram that cannot be sent.
 type Fate string
 
-// The fates.
+// The values of Fate.
 const (
 	Survives Fate = "survives"
-	NewPort  Fate = "new port" // goes on, seen from the far end at another endpoint
+	NewPort  Fate = "new port" // continues, seen from the far end at another endpoint
 	Ended    Fate = "ends"     // the server closes the control connection
-	Mute     Fate = "mute"     // the control connection stays, and nothing is carried any more
+	Mute     Fate = "mute"     // the control connection stays, but nothing is carried any more
 )
 
-// UDPReport is what UDP ASSOCIATE does.
+// UDPReport describes UDP ASSOCIATE.
 type UDPReport struct {
 	Associate   Answer `json:"associate"`
-	Relay       string `json:"relay,omitempty"`    // where datagrams go
-	Repaired    bool   `json:"repaired,omitempty"` // the reply named no usable host (zeros, a name): the server's was taken
-	OtherFamily Answer `json:"other_family"`       // the reply when DST has zeros of the other family
+	Relay       string `json:"relay,omitempty"`    // where datagrams are sent
+	Repaired    bool   `json:"repaired,omitempty"` // the reply named no usable host (zeros, a name), so the server's was used
+	OtherFamily Answer `json:"other_family"`       // the reply if DST has zeros of the other family
 	Works       bool   `json:"works"`              // an echo came back
-	TrueSource  bool   `json:"true_source"`        // the headers of answers name who sent them
+	TrueSource  bool   `json:"true_source"`        // the headers of answers name their senders
 
 	Mapping   NAT `json:"mapping,omitempty"`
 	Filtering NAT `json:"filtering,omitempty"`
@@ -117,12 +117,12 @@ type UDPReport struct {
 
 	Names       bool `json:"names"` // a name in the header works
 	IPv6        bool `json:"ipv6"`
-	EndsWithTCP bool `json:"ends_with_tcp"` // nothing is carried once the client has closed the control connection
+	EndsWithTCP bool `json:"ends_with_tcp"` // nothing is carried after the client has closed the control connection
 
 	After map[string]Fate `json:"after,omitempty"` // by what could not be sent
 }
 
-// Report is what was found out about one server. Its zero fields were not asked.
+// Report is the result for one server. Zero fields were not tested.
 type Report struct {
 	Server string    `json:"server"` // its URL without credentials
 	Time   time.Time `json:"time"`
@@ -130,8 +130,8 @@ type Report struct {
 	Reachable bool   `json:"reachable"`
 	Error     string `json:"error,omitempty"` // why not
 
-	// Methods are what the server chooses when it is offered only "none" and when it is offered "none" and user/password.
-	// -1: it gave no answer of SOCKS5.
+	// Methods are the server's choices when it is offered only "none", and when it is offered "none" and
+	// user/password. -1: it gave no answer of SOCKS5.
 	MethodOfNone int `json:"method_of_none"`
 	MethodOfBoth int `json:"method_of_both"`
 
@@ -154,7 +154,8 @@ type Report struct {
 	SOCKS4a Answer `json:"socks4a"`
 }
 
-// Truthful reports whether the server grants only what it has reached, and tells a refused port from success by a reply.
+// Truthful reports whether the server grants only what it has reached, and distinguishes a refused port from success
+// by a reply.
 func (r *Report) Truthful() bool {
 	return r.Open.Works && r.Refused.Kind == Refused && r.Unreachable.Kind == Refused && !r.Silent.Early
 }

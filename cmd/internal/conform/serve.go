@@ -20,28 +20,29 @@ import (
 // DefaultPort is where a public far end listens; its second UDP port is the next one.
 const DefaultPort = 7780
 
-// Bounds of a public far end, which anybody may find.
+// Limits of a public far end, which anybody may find.
 const (
 	publicConns     = 128             // open connections
 	publicPerClient = 24              // of one address
-	sessionAsks     = 2000            // datagrams that one session may have answered
-	sessionBytes    = 8 << 20         // and the bytes of the answers
-	pourMost        = 64 << 20        // bytes that one connection may ask for
+	sessionAsks     = 2000            // datagrams answered for one session
+	sessionBytes    = 8 << 20         // and the total bytes of these answers
+	pourMost        = 64 << 20        // bytes that one connection may request
 	pourTime        = 2 * time.Second // and for how long they are sent
-	pourStore       = 512 << 20       // bytes that all connections may ask for at once,
-	pourRate        = 8 << 20         // and how many become free each second
+	pourStore       = 512 << 20       // bytes that all connections together may request at once,
+	pourRate        = 8 << 20         // and how many become available each second
 )
 
-// guard is what makes a far end fit for a public address. Whoever asks by UDP needs the token of a session, which is an open TCP
-// connection, and gets no answer that is longer than the question. An answer comes from another socket than the one that was asked
-// only for a question with the cookie of its source, which the plain answer brings: it goes to nobody who has not received one.
+// guard makes a far end safe for a public address. A client that asks by UDP needs the token of a session, which is
+// an open TCP connection, and gets no answer that is longer than the question. An answer comes from a socket other
+// than the one that was asked only if the question has the cookie of its source, which the plain answer contains.
+// Such answers therefore go only to hosts that have received a plain one.
 type guard struct {
-	key [32]byte // of the cookies
+	key [32]byte // for the cookies
 
 	mu       sync.Mutex
 	sessions map[string]*session
 	clients  map[netip.Addr]int
-	store    float64 // bytes that may be poured
+	store    float64 // bytes that may be sent by pour
 	filled   time.Time
 }
 
@@ -53,7 +54,7 @@ func newGuard() *guard {
 	return g
 }
 
-// enter takes a place for a connection from a; leave gives it back.
+// enter takes a place for a connection from a; leave releases it.
 func (g *guard) enter(a netip.Addr) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -72,7 +73,7 @@ func (g *guard) leave(a netip.Addr) {
 	}
 }
 
-// open begins a session and gives its token.
+// open begins a session and returns its token.
 func (g *guard) open() string {
 	token := rand.Text()
 	g.mu.Lock()
@@ -100,7 +101,7 @@ func (g *guard) allows(token string, size int) bool {
 	return true
 }
 
-// cookie proves that whoever has it receives what is sent to from.
+// cookie returns a proof that its holder receives what is sent to from.
 func (g *guard) cookie(from netip.AddrPort) string {
 	m := hmac.New(sha256.New, g.key[:])
 	b, _ := from.MarshalBinary()
@@ -108,7 +109,7 @@ func (g *guard) cookie(from netip.AddrPort) string {
 	return hex.EncodeToString(m.Sum(nil)[:8])
 }
 
-// pour gives how many of n bytes may be sent.
+// pour returns how many of n bytes may be sent.
 func (g *guard) pour(n int) int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -123,12 +124,12 @@ func (g *guard) pour(n int) int {
 // publicSocket is one datagram socket of a public far end.
 type publicSocket struct {
 	u      *net.UDPConn
-	wild   bool                // it has all addresses of the host: the one that was asked is told with each datagram
-	others [2][2]*publicSocket // by address and port, itself first; nil: there is none
+	wild   bool                // bound to all addresses of the host: the kernel reports the address asked with each datagram
+	others [2][2]*publicSocket // by address and port, itself first; nil: does not exist
 }
 
-// Serve is a far end for a public address: see guard. It has at most two addresses of each family; of all addresses at one port,
-// the zero addresses stand for them. Port 0 is chosen by the kernel.
+// Serve starts a far end for a public address: see guard. It has at most two addresses of each family. The zero
+// addresses stand for all addresses at one port. If a port is 0, the kernel chooses it.
 func Serve(at ...netip.AddrPort) (*FarEnd, error) {
 	f := &FarEnd{slots: make(chan struct{}, publicConns), records: map[string]string{}, guard: newGuard(), closed: -1}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
@@ -190,7 +191,7 @@ func (f *FarEnd) listenPublic(a netip.AddrPort, before []*publicSocket) ([]*publ
 	for i, s := range pair {
 		s.others[0] = [2]*publicSocket{s, pair[1-i]}
 	}
-	for i, b := range before { // of the same family: each is the other address of the other
+	for i, b := range before { // of the same family: each is the other's other address
 		if s := pair[i%2]; b.u.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Is4() == a.Addr().Is4() && i/2 == len(before)/2-1 {
 			s.others[1] = [2]*publicSocket{b, b.others[0][1]}
 			b.others[1] = [2]*publicSocket{s, pair[1-i%2]}
@@ -200,7 +201,7 @@ func (f *FarEnd) listenPublic(a netip.AddrPort, before []*publicSocket) ([]*publ
 	return pair, nil
 }
 
-// tellAddress has the kernel say of each datagram to which address it came.
+// tellAddress makes the kernel report with each datagram to which address it was sent.
 func tellAddress(u *net.UDPConn, fam string) error {
 	raw, err := u.SyscallConn()
 	if err != nil {
@@ -217,7 +218,7 @@ func tellAddress(u *net.UDPConn, fam string) error {
 	return serr
 }
 
-// bindClosed takes a TCP port at which nobody will listen: it refuses connections as long as the far end lives.
+// bindClosed reserves a TCP port on which nothing listens: it refuses connections as long as the far end lives.
 func (f *FarEnd) bindClosed() error {
 	a := f.TCP().Addr()
 	domain, sa := unix.AF_INET, unix.Sockaddr(&unix.SockaddrInet4{Addr: a.Unmap().As4()})
@@ -245,7 +246,7 @@ func (f *FarEnd) bindClosed() error {
 	return nil
 }
 
-// answerPublic answers the datagrams of s that guard lets pass.
+// answerPublic answers the datagrams of s that guard allows.
 func (f *FarEnd) answerPublic(s *publicSocket) {
 	buf, oob := make([]byte, maxUDP), make([]byte, 128)
 	for {
@@ -254,7 +255,7 @@ func (f *FarEnd) answerPublic(s *publicSocket) {
 			if errors.Is(err, net.ErrClosed) {
 				return
 			}
-			continue // an ICMP error of somebody who went away
+			continue // an ICMP error about a client that went away
 		}
 		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
 		q, ok := parseQuestion(buf[:n])
@@ -278,8 +279,8 @@ func (f *FarEnd) answerPublic(s *publicSocket) {
 	}
 }
 
-// anyDevice is a control message that tells the address of a datagram, made one that sets the source of another: the way that it
-// takes is left to the routes.
+// anyDevice turns a control message with the address of a received datagram into one that sets the source of a sent
+// one. The routes decide on the device.
 func anyDevice(oob []byte) []byte {
 	msgs, err := unix.ParseSocketControlMessage(oob)
 	if err != nil || len(msgs) != 1 {
@@ -295,7 +296,7 @@ func anyDevice(oob []byte) []byte {
 	return oob
 }
 
-// serveSession tells what a probe needs to know, and keeps the token of its datagrams until the connection ends.
+// serveSession sends what a probe needs to know, and keeps the token for its datagrams until the connection ends.
 func (f *FarEnd) serveSession(c *net.TCPConn) {
 	if f.guard == nil {
 		return
@@ -320,5 +321,5 @@ func (f *FarEnd) servePour(c *net.TCPConn, n int) {
 			break
 		}
 	}
-	f.guard.pour(-n) // given back
+	f.guard.pour(-n) // returned
 }

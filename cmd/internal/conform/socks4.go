@@ -6,7 +6,7 @@ import (
 	"github.com/viasocks/viasocks/socks"
 )
 
-// socks4 asks for the far end in the words of SOCKS4, with its address, and of SOCKS4a, with its name. The user is empty.
+// socks4 asks for the far end by SOCKS4, with its address, and by SOCKS4a, with its name. The user is empty.
 func (p *prober) socks4(ctx context.Context) {
 	at := p.Ends.TCP
 	if !at.Addr().Is4() {
@@ -18,11 +18,11 @@ func (p *prober) socks4(ctx context.Context) {
 	}
 }
 
-// speaking is a server that says only which version is spoken: Config.Dial knows where it is.
+// speaking returns a server that only defines the protocol version: Config.Dial knows where it is.
 func speaking(scheme string) socks.Server {
 	s, err := socks.ParseServer(scheme + "://127.0.0.1")
 	if err != nil {
-		panic(err) // of a constant
+		panic(err) // the URL is constant
 	}
 	return s
 }

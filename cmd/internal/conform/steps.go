@@ -15,10 +15,10 @@ import (
 	"github.com/viasocks/viasocks/socks"
 )
 
-// Prober does one step of a probe at a time, for whoever cannot wait for a whole one. Steps may run side by side.
+// Prober does single steps of a probe, for callers that cannot wait for a whole one. Steps may run concurrently.
 type Prober struct{ p *prober }
 
-// NewProber is a Prober that has done nothing yet.
+// NewProber returns a Prober.
 func NewProber(c Config) Prober { return Prober{newProber(c)} }
 
 // Request asks for a connection to dst, and closes it if it is granted.
@@ -30,23 +30,23 @@ func (p Prober) Request(ctx context.Context, dst socks.Addr, limit time.Duration
 	return a
 }
 
-// Reach asks for a connection to a far end at dst, and says whether it works.
+// Reach asks for a connection to a far end at dst, and checks that it works.
 func (p Prober) Reach(ctx context.Context, dst socks.Addr, limit time.Duration) Answer {
 	return p.p.try(ctx, dst, limit)
 }
 
-// Open gives a connection to dst, or nil and why there is none. The connection and what is done with it end after limit.
+// Open returns a connection to dst, or nil and why there is none. The connection ends after limit.
 func (p Prober) Open(ctx context.Context, dst socks.Addr, limit time.Duration) (net.Conn, Answer) {
 	c, a, _ := p.p.ask(ctx, p.p.Server, socks.CmdConnect, dst, limit)
 	return c, a
 }
 
-// HalfClose says what becomes of a FIN each way.
+// HalfClose tests what happens to a FIN in each direction.
 func (p Prober) HalfClose(ctx context.Context) (up, down Passage) {
 	return p.p.halfCloseUp(ctx), p.p.halfCloseDown(ctx)
 }
 
-// Resets says what becomes of a RST each way.
+// Resets tests what happens to a RST in each direction.
 func (p Prober) Resets(ctx context.Context) (up, down Passage) {
 	return p.p.resetUp(ctx), p.p.resetDown(ctx)
 }
@@ -54,20 +54,20 @@ func (p Prober) Resets(ctx context.Context) (up, down Passage) {
 // Session is an open session with a public far end.
 type Session struct {
 	Token     string
-	Ports     [2]uint16 // of UDP
+	Ports     [2]uint16 // for UDP
 	Closed    uint16    // a port that refuses TCP
-	Addresses int       // of the far end
+	Addresses int       // number of addresses of the far end
 	Seen      netip.AddrPort
 	conn      net.Conn
 }
 
-// Close ends the session: its token is of no more use. It may be called twice.
+// Close ends the session, after which its token is invalid. It may be called twice.
 func (s *Session) Close() error { return s.conn.Close() }
 
-// ErrNoFarEnd: what answers at the far end's address is none, or one that serves only tests.
+// ErrNoFarEnd means that the peer is not a far end, or one that serves only tests.
 var ErrNoFarEnd = errors.New("what answers there is no 'viasocks doctor --serve'")
 
-// Session opens a session with the far end at dst, which the caller closes.
+// Session opens a session with the far end at dst. The caller closes it.
 func (p Prober) Session(ctx context.Context, dst socks.Addr, limit time.Duration) (*Session, Answer, error) {
 	c, a, _ := p.p.ask(ctx, p.p.Server, socks.CmdConnect, dst, limit)
 	if a.Kind != Granted {
@@ -120,10 +120,10 @@ func (p Prober) Trip(ctx context.Context) (time.Duration, error) {
 	return all[len(all)/2], nil
 }
 
-// speedTime is for how long a speed is measured.
+// speedTime is how long a speed is measured.
 const speedTime = 1500 * time.Millisecond
 
-// Speed measures bytes per second, through one connection at a time. Zero: nothing came.
+// Speed measures bytes per second, through one connection at a time. Zero: nothing arrived.
 func (p Prober) Speed(ctx context.Context) (down, up float64) { return p.pour(ctx), p.sink(ctx) }
 
 func (p Prober) pour(ctx context.Context) float64 {
@@ -179,14 +179,15 @@ func (p Prober) Association(ctx context.Context) Answer {
 	return answer
 }
 
-// Mapping and Filtering are of RFC 5780. With a far end of one address the best that they tell is "endpoint-independent" for the
-// mapping, as seen at two ports, and "address-dependent" for the filtering.
+// Mapping tests the mapping behaviour of RFC 5780. With a far end of one address, the best result is
+// "endpoint-independent" as seen at two ports; that of Filtering is then "address-dependent".
 func (p Prober) Mapping(ctx context.Context) NAT { return p.p.mapping(ctx) }
 
-// Filtering: see Mapping.
+// Filtering tests the filtering behaviour: see Mapping.
 func (p Prober) Filtering(ctx context.Context) NAT { return p.p.filtering(ctx) }
 
-// Echo sends a datagram to dst through an association of its own. ok: an answer came; true source: its header names dst.
+// Echo sends a datagram to dst through a new association. ok means that an answer came, and trueSource that its
+// header names dst.
 func (p Prober) Echo(ctx context.Context, dst socks.Addr) (ok, trueSource bool) {
 	a, _, _ := p.p.associate(ctx, p.p.zero())
 	if a == nil {
@@ -197,11 +198,12 @@ func (p Prober) Echo(ctx context.Context, dst socks.Addr) (ok, trueSource bool) 
 	return e != nil, e != nil && e.source == dst
 }
 
-// datagramSizes are those that Sizes tries: the largest of all, what servers' buffers and path MTUs let pass, and the least that
-// QUIC needs.
+// datagramSizes are the sizes that Sizes tries: the largest possible, those that servers' buffers and path MTUs
+// usually let pass, and the minimum for QUIC.
 var datagramSizes = []int{65485, 60000, 32768, 16384, 9000, 8192, 4096, 2048, 1472, 1400, 1252, 1200, 1000, 512}
 
-// Sizes finds which of some sizes of payload arrive whole, to the far end and back: the largest of each. Zero: none does.
+// Sizes finds the largest of these payloads that arrives whole at the far end, and the largest that comes back. Zero:
+// none does.
 func (p Prober) Sizes(ctx context.Context) (up, down int) {
 	up = p.sizes(ctx, datagramSizes, false)
 	return up, p.sizes(ctx, slices.DeleteFunc(slices.Clone(datagramSizes), func(n int) bool { return n > up }), true)
@@ -233,7 +235,7 @@ func (p Prober) sizes(ctx context.Context, sizes []int, back bool) (most int) {
 				break
 			}
 			if err != nil {
-				time.Sleep(time.Millisecond) // an ICMP error: it is of one datagram
+				time.Sleep(time.Millisecond) // an ICMP error about one datagram
 				continue
 			}
 			_, skip, err := socks.ParseUDPHeader(buf[:n])

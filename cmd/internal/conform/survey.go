@@ -21,12 +21,12 @@ type Entry struct {
 	Report  *Report `json:"report"`
 }
 
-// Survey is what was found out about several servers, in the order of their names.
+// Survey contains the results for several servers, in the order of their names.
 type Survey struct {
 	Servers []Entry `json:"servers"`
 }
 
-// Put adds e, in place of what s had of that name.
+// Put adds e, or replaces the entry with the same name.
 func (s *Survey) Put(e Entry) {
 	i, found := slices.BinarySearchFunc(s.Servers, e.Name, func(a Entry, name string) int { return strings.Compare(a.Name, name) })
 	if found {
@@ -36,7 +36,7 @@ func (s *Survey) Put(e Entry) {
 	s.Servers = slices.Insert(s.Servers, i, e)
 }
 
-// Date is the day of the newest report.
+// Date returns the day of the newest report.
 func (s *Survey) Date() string {
 	var newest time.Time
 	for _, e := range s.Servers {
@@ -47,7 +47,7 @@ func (s *Survey) Date() string {
 	return newest.Format("2 January 2006")
 }
 
-// Servers is the survey of real servers that `make zoo` wrote last.
+// Servers returns the survey of real servers that `make zoo` last wrote.
 func Servers() (*Survey, error) {
 	var s Survey
 	if err := json.Unmarshal(servers, &s); err != nil {
@@ -62,7 +62,7 @@ var (
 	UDPColumns = []string{"server", "UDP", "mapping", "filter", "up", "down", "name", "IPv6", "unsendable"}
 )
 
-// TCPRow is the row of e under TCPColumns.
+// TCPRow returns the row of e under TCPColumns.
 func (e Entry) TCPRow() []string {
 	r := e.Report
 	return []string{
@@ -72,7 +72,7 @@ func (e Entry) TCPRow() []string {
 	}
 }
 
-// UDPRow is the row of e under UDPColumns.
+// UDPRow returns the row of e under UDPColumns.
 func (e Entry) UDPRow() []string {
 	u := e.Report.UDP
 	if !u.Works {
@@ -84,7 +84,7 @@ func (e Entry) UDPRow() []string {
 	}
 }
 
-// silent adds the seconds to an answer that comes late.
+// silent adds the seconds to a late answer.
 func silent(a Answer) string {
 	if a.Kind == Refused || a.Kind == Closed || a.Kind == Reset {
 		return fmt.Sprintf("%s/%ds", a.cell(), (a.After+500)/1000)
@@ -116,7 +116,7 @@ func natCell(n NAT) string {
 
 func sizeCell(whole, cut int) string { return fmt.Sprint(whole) + choose(cut > 0, "c", "") }
 
-// fateCell is the worst that came after a datagram that could not be sent.
+// fateCell returns the worst result of a datagram that could not be sent.
 func fateCell(after map[string]Fate) string {
 	if len(after) == 0 {
 		return "?"
@@ -149,7 +149,7 @@ func (s *Survey) WriteMan(w io.Writer) error {
 	return err
 }
 
-// table writes one table: columns as wide as their widest cell.
+// table writes one table. Each column is as wide as its widest cell.
 func table(b *strings.Builder, columns []string, entries []Entry, row func(Entry) []string) {
 	wide := slices.Clone(columns)
 	for _, e := range entries {

@@ -28,7 +28,7 @@ func (p *prober) targets(ctx context.Context) {
 	}
 }
 
-// try asks for dst, and once it is granted looks whether a far end is there.
+// try asks for dst and, if it is granted, checks whether a far end is there.
 func (p *prober) try(ctx context.Context, dst socks.Addr, limit time.Duration) Answer {
 	return p.tryOf(ctx, p.Server, dst, limit)
 }
@@ -47,7 +47,7 @@ func (p *prober) tryOf(ctx context.Context, s socks.Server, dst socks.Addr, limi
 	return a
 }
 
-// greeted reads what the far end says first, and has it send something back.
+// greeted reads the far end's first bytes, and lets it send something back.
 func greeted(c net.Conn) (first, works bool) {
 	if hello(c) != nil {
 		return false, false
@@ -74,7 +74,7 @@ func hello(c net.Conn) error {
 	return nil
 }
 
-// command connects to the far end and gives it a line.
+// command connects to the far end and sends it a line.
 func (p *prober) command(ctx context.Context, line string) (net.Conn, error) {
 	c, a, _ := p.ask(ctx, p.Server, socks.CmdConnect, socks.AddrFrom(p.Ends.TCP), p.Wait)
 	if a.Kind != Granted {
@@ -94,7 +94,7 @@ func (p *prober) command(ctx context.Context, line string) (net.Conn, error) {
 
 func (p *prober) token() string { return fmt.Sprint(p.id.Add(1)) }
 
-// result is what the far end recorded about a connection: "fin", "reset" or "open", and how many bytes it read.
+// result returns what the far end recorded about a connection: "fin", "reset" or "open", and how many bytes it read.
 func (p *prober) result(ctx context.Context, token string) (how string, n int) {
 	c, err := p.command(ctx, "result "+token)
 	if err != nil {
@@ -123,7 +123,7 @@ func (p *prober) halfClose(ctx context.Context) {
 	}
 }
 
-// halfCloseUp sends FIN and waits for an answer that comes after it.
+// halfCloseUp sends FIN and waits for an answer after it.
 func (p *prober) halfCloseUp(ctx context.Context) Passage {
 	const sent = 10_000
 	c, err := p.command(ctx, "count")
@@ -148,7 +148,7 @@ func (p *prober) halfCloseUp(ctx context.Context) Passage {
 	return CutOff
 }
 
-// halfCloseDown has the far end send FIN, and sends bytes after that.
+// halfCloseDown lets the far end send FIN, and sends bytes after that.
 func (p *prober) halfCloseDown(ctx context.Context) Passage {
 	const sent = 10_000
 	token := p.token()
@@ -165,7 +165,7 @@ func (p *prober) halfCloseDown(ctx context.Context) Passage {
 	}
 	time.Sleep(settle)
 	c.SetDeadline(time.Now().Add(p.Wait))
-	// In two parts, with time for a RST in answer to the first.
+	// Write two parts, with time for a RST in answer to the first.
 	for range 2 {
 		if _, err := c.Write(make([]byte, sent/2)); err != nil {
 			return CutOff

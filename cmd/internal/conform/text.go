@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// WriteText writes the report for people, one line for each thing that was asked.
+// WriteText writes the report as text, one line for each thing that was tested.
 func (r *Report) WriteText(w io.Writer) error {
 	t := &text{w: w}
 	t.line("server", r.Server)
@@ -117,7 +117,7 @@ func method(m int) string {
 	return fmt.Sprint("method ", m)
 }
 
-// yesNo is the cell of a table for a thing that works or does not.
+// yesNo returns the cell of a table for a thing that works or does not.
 func yesNo(a Answer) string {
 	if a.Kind == NotAsked {
 		return "?"
@@ -125,7 +125,7 @@ func yesNo(a Answer) string {
 	return choose(a.Works, "yes", "no")
 }
 
-// cell is String in the fewest letters.
+// cell is String in the shortest form.
 func (a Answer) cell() string {
 	switch a.Kind {
 	case NotAsked:
@@ -140,7 +140,7 @@ func (a Answer) cell() string {
 	return strings.Replace(a.String(), " (short)", "*", 1)
 }
 
-// bothWays is the cell for what may pass up, down, or both ways.
+// bothWays returns the cell for what may pass up, down, or in both directions.
 func bothWays(up, down Passage) string {
 	switch {
 	case up == Passed && down == Passed:

@@ -14,17 +14,17 @@ import (
 	"github.com/viasocks/viasocks/socks"
 )
 
-// udpTries is how often a datagram is sent before its answer is given up.
+// udpTries is how often a datagram is sent before the answer is given up.
 const udpTries = 3
 
 // association is an open UDP ASSOCIATE. close ends it.
 type association struct {
 	p       *prober
 	control net.Conn     // nil: end is set
-	end     func()       // of Config.Associate
+	end     func()       // from Config.Associate
 	u       *net.UDPConn // connected to the relay
 	buf     []byte
-	cookie  string // of a public far end
+	cookie  string // from a public far end
 }
 
 // echo is an answer of the far end.
@@ -32,12 +32,12 @@ type echo struct {
 	source  socks.Addr // in the header
 	seen    netip.AddrPort
 	cookie  string
-	arrived int    // bytes of the question that came
-	whole   bool   // question and answer came as they were sent
+	arrived int    // bytes of the question that arrived
+	whole   bool   // question and answer arrived as they were sent
 	payload []byte // of the answer; valid until the next exchange
 }
 
-// associate opens an association. Not granted: nil.
+// associate opens an association. If it is not granted, the result is nil.
 func (p *prober) associate(ctx context.Context, zero netip.Addr) (*association, Answer, bool) {
 	if p.Config.Associate != nil {
 		u, end, a := p.Config.Associate(ctx)
@@ -51,7 +51,7 @@ func (p *prober) associate(ctx context.Context, zero netip.Addr) (*association, 
 	if a.Kind != Granted {
 		return nil, a, false
 	}
-	c.SetDeadline(time.Time{}) // only looked at without waiting from here on
+	c.SetDeadline(time.Time{}) // from here on it is only polled
 	bound := h.Bound()
 	relay, repaired := bound.AddrPort(), false
 	if !relay.IsValid() || relay.Addr().IsUnspecified() {
@@ -90,10 +90,10 @@ func (a *association) ended() bool {
 	return err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
 }
 
-// exchange sends a question of size bytes to dst, for an answer of answerSize bytes from the far end's socket from, up to
-// tries times. nil: no answer came.
+// exchange sends a question of size bytes to dst, up to tries times, for an answer of answerSize bytes from the far
+// end's socket from. It returns nil if no answer came.
 func (a *association) exchange(ctx context.Context, dst socks.Addr, from [2]int, size, answerSize, tries int) *echo {
-	if a.p.Token != "" && from != [2]int{} && a.cookie == "" { // a public far end must know first that its answers arrive
+	if a.p.Token != "" && from != [2]int{} && a.cookie == "" { // a public far end must first know that its answers arrive
 		if a.exchange(ctx, dst, [2]int{}, 0, 0, tries) == nil {
 			return nil
 		}
@@ -109,7 +109,7 @@ func (a *association) exchange(ctx context.Context, dst socks.Addr, from [2]int,
 		if ctx.Err() != nil {
 			return nil
 		}
-		a.u.Write(datagram) // an ICMP error of the one before does not matter
+		a.u.Write(datagram) // an ICMP error about the previous one does not matter
 		if e := a.await(id, question); e != nil {
 			return e
 		}
@@ -126,7 +126,7 @@ func (a *association) await(id uint64, question []byte) *echo {
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			return nil
 		}
-		if err != nil { // an ICMP error: it may be of an earlier datagram
+		if err != nil { // an ICMP error, possibly about an earlier datagram
 			time.Sleep(10 * time.Millisecond)
 			continue
 		}
@@ -146,7 +146,7 @@ func (a *association) await(id uint64, question []byte) *echo {
 	return nil
 }
 
-// parseEcho reads an answer of the far end; nil: it is none.
+// parseEcho parses an answer of the far end. It returns nil if payload is not one.
 func parseEcho(payload []byte) (e *echo, id uint64, sum uint32) {
 	line, _, _ := bytes.Cut(payload[:min(len(payload), farLine)], []byte{'\n'})
 	var seen string
@@ -163,7 +163,7 @@ func (a *association) small(ctx context.Context) *echo {
 	return a.exchange(ctx, socks.AddrFrom(a.p.Ends.UDP[0][0]), [2]int{}, 0, 0, udpTries)
 }
 
-// udp looks at UDP ASSOCIATE.
+// udp tests UDP ASSOCIATE.
 func (p *prober) udp(ctx context.Context) {
 	r := &p.report.UDP
 	zero := netip.IPv4Unspecified()
