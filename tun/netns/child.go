@@ -18,20 +18,16 @@ import (
 // helperName is argv[0] of the helper that Spawn starts. argv[1] is the number of its socket.
 const helperName = "viasocks-netns"
 
-// MainIfChild must be the first call in main. In the helper of Spawn it does the helper's work and never returns; in
-// any other process it returns at once.
+// MainIfChild must be the first call in main. In the helper of Spawn and in the maker of Sockets it does their work and never
+// returns; in any other process it returns at once.
 func MainIfChild() {
-	if len(os.Args) != 2 || os.Args[0] != helperName {
+	if sock, ok := childSocket(makerName); ok {
+		os.Exit(makerMain(sock))
+	}
+	sock, ok := childSocket(helperName)
+	if !ok {
 		return
 	}
-	sock, err := strconv.Atoi(os.Args[1])
-	if err != nil {
-		return
-	}
-	if domain, err := unix.GetsockoptInt(sock, unix.SOL_SOCKET, unix.SO_DOMAIN); err != nil || domain != unix.AF_UNIX {
-		return
-	}
-	unix.CloseOnExec(sock)
 	// Capabilities belong to a thread. They must be dropped by the thread that calls exec.
 	runtime.LockOSThread()
 	os.Exit(helper(sock))
@@ -110,6 +106,11 @@ func prepare(sock int, o order) error {
 	if r.IPv6, err = Configure(name, o.TUN.MTU, o.Addrs, true); err != nil {
 		return err
 	}
+	if len(o.Local) > 0 {
+		if _, err := Configure("lo", 0, o.Local, false); err != nil {
+			return err
+		}
+	}
 	link, err := net.InterfaceByName(name)
 	if err != nil {
 		return fmt.Errorf("cannot find %s: %w", name, err)
@@ -127,6 +128,14 @@ func prepare(sock int, o order) error {
 	} else {
 		defer unix.Close(diag)
 		fds = append(fds, diag)
+	}
+	if o.Sockets {
+		maker, pid, err := startMaker()
+		if err != nil {
+			return err
+		}
+		defer unix.Close(maker)
+		fds, r.Maker = append(fds, maker), pid
 	}
 	if err := sendReport(sock, r, fds...); err != nil {
 		return fmt.Errorf("cannot hand %s over: %w", name, err)

@@ -29,8 +29,8 @@ const goAhead = 'g'
 // stack), and base64 adds a third.
 const maxMessage = 16 << 20
 
-// maxQueues is the kernel's SCM_MAX_FD, less one for the sock_diag socket.
-const maxQueues = 252
+// maxQueues is the kernel's SCM_MAX_FD, less one for the sock_diag socket and one for the maker of sockets.
+const maxQueues = 251
 
 type order struct {
 	Argv, Env  [][]byte
@@ -40,6 +40,8 @@ type order struct {
 	Nameserver []netip.Addr
 	Search     []string
 	DotsAsIs   bool
+	Local      []netip.Prefix
+	Sockets    bool
 	Rootless   bool
 }
 
@@ -53,14 +55,19 @@ type report struct {
 	// number of queues of the TUN, each with a file; one more file is the sock_diag socket
 	Queues  int    `json:",omitempty"`
 	DiagErr string `json:",omitempty"`
+	Maker   int    `json:",omitempty"` // the pid of the maker of sockets, whose socket is the last file
 }
 
-// diags returns the number of sock_diag sockets that came with the TUN's queues.
-func (r *report) diags() int {
-	if r.DiagErr != "" {
-		return 0
+// files returns the number of files that come with the report.
+func (r *report) files() int {
+	n := r.Queues
+	if r.DiagErr == "" {
+		n++
 	}
-	return 1
+	if r.Maker != 0 {
+		n++
+	}
+	return n
 }
 
 func frame(msg []byte) []byte {
@@ -89,7 +96,7 @@ func readFrame(r io.Reader, first []byte) ([]byte, error) {
 
 // readReport reads a report and the files that came with it. The caller owns the files, even if there is an error.
 func readReport(c *net.UnixConn) (r report, files []*os.File, err error) {
-	first, oob := make([]byte, 4), make([]byte, unix.CmsgSpace((maxQueues+1)*4))
+	first, oob := make([]byte, 4), make([]byte, unix.CmsgSpace((maxQueues+2)*4))
 	n, oobn, _, _, err := c.ReadMsgUnix(first, oob)
 	if err != nil {
 		return r, nil, err

@@ -34,6 +34,8 @@ type Spec struct {
 	Nameserver  []netip.Addr   // for the program's /etc/resolv.conf; none: the file stays as it is
 	Search      []string       // domains for the same file, instead of those in it; nil: those stay
 	DotsAsIs    bool           // a name with a dot is first looked up as it is, whatever "ndots" the same file has
+	Local       []netip.Prefix // addresses for lo, as sources of connections from outside
+	Sockets     bool           // Child.Sockets is wanted
 	FollowStops bool           // Wait stops the calling process when the program stops itself
 }
 
@@ -43,10 +45,11 @@ type Child struct {
 	TUN      []*os.File // its queues, for tun.FromFiles, which takes ownership; otherwise Close closes them
 	TUNName  string
 	TUNIndex int
-	IPv6     bool  // the TUN has all its IPv6 addresses; false if there are none or the namespace has no IPv6
-	Diag     *Diag // of the program's namespace, after SetInterface; nil if DiagErr is set; Close closes it
-	DiagErr  error // why sockets cannot be queried
-	Rootless bool  // the program is in a user namespace, without capabilities
+	IPv6     bool     // the TUN has all its IPv6 addresses; false if there are none or the namespace has no IPv6
+	Diag     *Diag    // of the program's namespace, after SetInterface; nil if DiagErr is set; Close closes it
+	DiagErr  error    // why sockets cannot be queried
+	Sockets  *Sockets // if Spec.Sockets; Close closes it
+	Rootless bool     // the program is in a user namespace, without capabilities
 
 	follow bool
 	conn   *net.UnixConn // to the helper; EOF when it has become the program or has died
@@ -159,6 +162,8 @@ func (c *Child) handover(ctx context.Context, s Spec) error {
 		Nameserver: s.Nameserver,
 		Search:     s.Search,
 		DotsAsIs:   s.DotsAsIs,
+		Local:      s.Local,
+		Sockets:    s.Sockets,
 		Rootless:   c.Rootless,
 	}
 	msg, err := json.Marshal(o)
@@ -171,6 +176,9 @@ func (c *Child) handover(ctx context.Context, s Spec) error {
 		for _, f := range files {
 			f.Close()
 		}
+		if r.Maker != 0 && c.Sockets == nil {
+			reap(r.Maker)
+		}
 	}()
 	switch {
 	case ctx.Err() != nil:
@@ -179,7 +187,7 @@ func (c *Child) handover(ctx context.Context, s Spec) error {
 		return fmt.Errorf("cannot run a program: the helper in its namespace died: %w", errors.Join(werr, rerr))
 	case r.Err != "":
 		return errors.New(r.Err + restrictedHint(c.Rootless, r.Denied))
-	case r.Queues < 1 || len(files) != r.Queues+r.diags():
+	case r.Queues < 1 || len(files) != r.files():
 		return fmt.Errorf("cannot run a program: the helper handed over %d files", len(files))
 	}
 	if !stop() {
@@ -193,6 +201,11 @@ func (c *Child) handover(ctx context.Context, s Spec) error {
 		}
 	} else {
 		c.DiagErr = errors.New(r.DiagErr)
+	}
+	if r.Maker != 0 {
+		if c.Sockets, err = socketsFromFile(files[len(files)-1], r.Maker); err != nil {
+			return err
+		}
 	}
 	c.TUN, c.TUNName, c.TUNIndex, c.IPv6 = files[:r.Queues:r.Queues], r.TUNName, r.TUNIndex, r.IPv6
 	files = nil
@@ -327,6 +340,9 @@ func (c *Child) Close() error {
 	CloseTUN(c.TUN)
 	if c.Diag != nil {
 		c.Diag.Close()
+	}
+	if c.Sockets != nil {
+		c.Sockets.Close()
 	}
 	c.mu.Lock()
 	kill := !c.started && !c.reaped && c.pid != 0
