@@ -25,6 +25,10 @@ var (
 	TUN6     = netip.MustParseAddr("fd76:6961:736f:636b::1")
 	Gateway4 = netip.MustParseAddr("198.18.0.2")
 	Gateway6 = netip.MustParseAddr("fd76:6961:736f:636b::2")
+	// Outside4 and Outside6 are what a program in its own namespace sees as the source of connections to its published
+	// ports. They are addresses of its loopback interface.
+	Outside4 = netip.MustParseAddr("198.18.0.3")
+	Outside6 = netip.MustParseAddr("fd76:6961:736f:636b::3")
 )
 
 // metadata is the address at which clouds tell a machine about itself, including credentials. Behind a proxy it would

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/viasocks/viasocks/cmd/internal/publish"
 	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/route/relay"
@@ -129,6 +130,7 @@ type Config struct {
 	Offload      tun.Mode
 	UDPGSO       relay.GSO
 	KeepProxyEnv bool
+	Publish      []publish.Spec // run
 	TUN          string
 	Mark, Mask   uint32
 	Table        int

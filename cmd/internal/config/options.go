@@ -57,6 +57,7 @@ var optionGroups = []struct {
 }{
 	{"Proxies, names and limits", flowOptions},
 	{"Other resolvers for some names", splitOptions},
+	{"Reaching a program of run", publishOptions},
 	{"Faster connections to the proxy", tuningOptions},
 	{"Rules", ruleOptions},
 	{"The whole host", hostOptions},

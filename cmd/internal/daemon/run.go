@@ -69,6 +69,8 @@ func Run(cfg *config.Config, o RunOptions) (exit int, err error) {
 		Nameserver: nameservers(cfg),
 		Search:     cfg.Search,
 		DotsAsIs:   cfg.Fake.On,
+		Local:      outsideAddrs(cfg),
+		Sockets:    len(cfg.Publish) > 0,
 		// The shell that started us must notice when the program stops.
 		FollowStops: true,
 	})
@@ -107,6 +109,11 @@ func Run(cfg *config.Config, o RunOptions) (exit int, err error) {
 	signal.Notify(forwarded, forward...)
 	defer signal.Stop(forwarded)
 	defer serveRun(cfg, p, o, e.log)()
+	unpublish, err := startPublishing(cfg, child, e.log)
+	if err != nil {
+		return 0, err
+	}
+	defer unpublish()
 	if err := child.Exec(); err != nil {
 		return 0, err
 	}

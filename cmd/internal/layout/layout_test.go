@@ -83,6 +83,8 @@ var table = []struct {
 	{"cmd/internal/hosttest", []string{self + "/...", xsys}, []string{netlink, dnsmessage, godbus},
 		"its tests configure a host as DHCP clients do, with nothing between one message to the kernel and the next, ask for names, " +
 			"and stand in for systemd-resolved"},
+	{"cmd/internal/publish", []string{xsys}, []string{self + "/stack/testkit"},
+		"carries connections from outside to a program, and knows no other flows"},
 	{"cmd/internal/resolved", []string{godbus, xsys}, []string{self + "/cmd/internal/harness"},
 		"speaks to systemd-resolved, and knows a device by its index and nothing else of ours"},
 	{"cmd/...", []string{self + "/...", pflag, xsys}, nil,

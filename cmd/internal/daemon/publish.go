@@ -1,0 +1,42 @@
+package daemon
+
+import (
+	"log/slog"
+	"net/netip"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/publish"
+	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/tun/netns"
+)
+
+// outsideAddrs are the addresses of the program's lo from which published ports are reached; none if nothing is published.
+func outsideAddrs(cfg *config.Config) []netip.Prefix {
+	if len(cfg.Publish) == 0 {
+		return nil
+	}
+	return []netip.Prefix{netip.PrefixFrom(flow.Outside4, 32), netip.PrefixFrom(flow.Outside6, 128)}
+}
+
+// targets are where the program may listen. Its loopback comes first: a program that listens at all addresses is reached there, too.
+var targets = []publish.Target{
+	{To: netip.AddrFrom4([4]byte{127, 0, 0, 1}), From: flow.Outside4},
+	{To: netip.IPv6Loopback(), From: flow.Outside6},
+	{To: flow.TUN4, From: flow.Outside4},
+	{To: flow.TUN6, From: flow.Outside6},
+}
+
+// startPublishing makes the program's ports reachable, if any is to be. stop ends that.
+func startPublishing(cfg *config.Config, child *netns.Child, log *slog.Logger) (stop func(), err error) {
+	if len(cfg.Publish) == 0 {
+		return func() {}, nil
+	}
+	p, err := publish.Start(publish.Config{Specs: cfg.Publish, Sockets: child.Sockets, Targets: targets, Log: log})
+	if err != nil {
+		return nil, err
+	}
+	for _, s := range p.Listening() {
+		log.Info("published a port of the program", "port", s.String())
+	}
+	return p.Close, nil
+}

@@ -1,0 +1,175 @@
+package publish
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// Maker makes sockets in the program's namespace; netns.Sockets is one. Socket may be called concurrently.
+type Maker interface {
+	// Socket returns a socket that does not block; the caller owns it.
+	Socket(domain, typ int) (fd int, err error)
+}
+
+const (
+	maxFlows    = 1024                   // connections of one published port, and senders of datagrams
+	connectWait = 10 * time.Second       // for the program to take a connection; more only if its backlog is full
+	shortage    = 100 * time.Millisecond // between two tries if the host has no descriptor left
+)
+
+// Config is what Start needs.
+type Config struct {
+	Specs   []Spec
+	Sockets Maker
+	Targets []Target // where the program may listen, in the order in which they are tried
+	Log     *slog.Logger
+}
+
+// Target is an address of the program's namespace, and the address that the program sees as the source.
+type Target struct{ To, From netip.Addr }
+
+// Stats are counters since the start, but for Open.
+type Stats struct {
+	Connections int64 // TCP connections that reached the program
+	Refused     int64 // TCP connections that did not
+	Open        int64 // connections and senders of datagrams now
+	Datagrams   int64 // carried, in both directions
+	Dropped     int64 // datagrams that were not: the program does not listen, or there are too many senders
+}
+
+// Publisher listens for a program. Close ends it.
+type Publisher struct {
+	cfg    Config
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+	at     []Spec
+	close  []func()
+
+	connections, refused, open, datagrams, dropped atomic.Int64
+}
+
+// Start listens at every Spec. Nothing listens if an error is returned.
+func Start(cfg Config) (*Publisher, error) {
+	p := &Publisher{cfg: cfg}
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	for _, s := range cfg.Specs {
+		if err := p.listen(s); err != nil {
+			p.Close()
+			return nil, err
+		}
+	}
+	return p, nil
+}
+
+// Listening returns the Specs with the ports that the kernel chose.
+func (p *Publisher) Listening() []Spec { return p.at }
+
+// Stats may be called from any goroutine.
+func (p *Publisher) Stats() Stats {
+	return Stats{p.connections.Load(), p.refused.Load(), p.open.Load(), p.datagrams.Load(), p.dropped.Load()}
+}
+
+// Close stops listening, resets what is open, removes the unix sockets and waits until all of it has ended. It may be called twice.
+func (p *Publisher) Close() {
+	p.cancel()
+	for _, f := range p.close {
+		f()
+	}
+	p.close = nil
+	p.wg.Wait()
+}
+
+func (p *Publisher) listen(s Spec) (err error) {
+	var lc net.ListenConfig
+	switch {
+	case s.Path != "":
+		err = p.listenUnix(s)
+	case s.UDP:
+		var c net.PacketConn
+		if s.Listen.Addr().IsUnspecified() {
+			lc.Control = askDestination
+		}
+		if c, err = lc.ListenPacket(p.ctx, network("udp", s.Listen), s.Listen.String()); err == nil {
+			s.Listen = c.LocalAddr().(*net.UDPAddr).AddrPort()
+			p.close = append(p.close, func() { _ = c.Close() })
+			p.wg.Go(func() { p.serveUDP(c.(*net.UDPConn), s) })
+		}
+	default:
+		var l net.Listener
+		if l, err = lc.Listen(p.ctx, network("tcp", s.Listen), s.Listen.String()); err == nil {
+			s.Listen = l.Addr().(*net.TCPAddr).AddrPort()
+			p.accept(l, s)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("cannot publish %s: %w%s", s, plain(err), hint(err))
+	}
+	p.at = append(p.at, s)
+	return nil
+}
+
+// listenUnix leaves alone whatever is at the path, unless it is a socket at which nobody listens any more.
+func (p *Publisher) listenUnix(s Spec) error {
+	if st, err := os.Lstat(s.Path); err == nil && st.Mode().Type() == fs.ModeSocket {
+		if c, err := net.Dial("unix", s.Path); err == nil {
+			_ = c.Close()
+			return syscall.EADDRINUSE
+		} else if !errors.Is(err, syscall.ECONNREFUSED) {
+			return err
+		}
+		if err := os.Remove(s.Path); err != nil {
+			return err
+		}
+	}
+	l, err := listenPrivately(s.Path)
+	if err != nil {
+		return err
+	}
+	p.accept(l, s)
+	return nil
+}
+
+// network is "tcp4" for "tcp" and an IPv4 address, so that 0.0.0.0 does not mean IPv6 as well.
+func network(name string, at netip.AddrPort) string {
+	if at.Addr().Is4() {
+		return name + "4"
+	}
+	return name + "6"
+}
+
+// plain is the reason alone, without the address, which the message has already.
+func plain(err error) error {
+	var op *net.OpError
+	if errors.As(err, &op) {
+		err = op.Err
+	}
+	var errno syscall.Errno
+	if errors.As(err, &errno) {
+		return errno
+	}
+	return err
+}
+
+// hint says what to do.
+func hint(err error) string {
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		return ": choose another port, as in --publish 8081:8080"
+	case errors.Is(err, syscall.EACCES):
+		return ": choose a port from 1024 on and a directory that you may write to"
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		return ": the host does not have this address"
+	}
+	return ""
+}

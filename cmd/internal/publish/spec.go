@@ -1,0 +1,94 @@
+package publish
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"strings"
+)
+
+// Spec says which port of the program is reached, and where.
+type Spec struct {
+	UDP    bool
+	Listen netip.AddrPort // on the host; port 0: any that is free
+	Path   string         // of a unix socket, in place of Listen
+	Port   uint16         // of the program
+}
+
+// loopback is where a port is published if no address is given: only the host itself reaches it there.
+var loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+
+// String is the Spec as Parse or ParseUnix take it.
+func (s Spec) String() string {
+	if s.Path != "" {
+		return s.Path + ":" + strconv.Itoa(int(s.Port))
+	}
+	text := s.Listen.String() + ":" + strconv.Itoa(int(s.Port))
+	if s.UDP {
+		text += "/udp"
+	}
+	return text
+}
+
+// Parse reads [ADDR:]PORT[:PORT][/tcp|/udp]: the address and port of the host, and the port of the program if it is another one. An
+// IPv6 address stands in brackets.
+func Parse(text string) (Spec, error) {
+	var s Spec
+	rest, proto, has := strings.Cut(text, "/")
+	switch {
+	case has && proto == "udp":
+		s.UDP = true
+	case has && proto != "tcp":
+		return Spec{}, fmt.Errorf("%q is neither tcp nor udp", proto)
+	}
+	addr, ports := loopback, rest
+	if end := strings.LastIndexByte(rest, ']'); end >= 0 {
+		if !strings.HasPrefix(rest, "[") || !strings.HasPrefix(rest[end+1:], ":") {
+			return Spec{}, errForm
+		}
+		a, err := netip.ParseAddr(rest[1:end])
+		if err != nil || !a.Is6() {
+			return Spec{}, fmt.Errorf("%q is no IPv6 address", rest[1:end])
+		}
+		addr, ports = a, rest[end+2:]
+	} else if dots := strings.Count(rest, ":"); dots == 2 || strings.Contains(rest, ".") {
+		a, after, _ := strings.Cut(rest, ":")
+		ip, err := netip.ParseAddr(a)
+		if err != nil || !ip.Is4() {
+			return Spec{}, fmt.Errorf("%q is no IPv4 address", a)
+		}
+		addr, ports = ip, after
+	}
+	at, inside, two := strings.Cut(ports, ":")
+	if !two {
+		inside = at
+	}
+	port, err := parsePort(at, two)
+	if err != nil {
+		return Spec{}, err
+	}
+	s.Listen = netip.AddrPortFrom(addr, port)
+	s.Port, err = parsePort(inside, false)
+	return s, err
+}
+
+// ParseUnix reads PATH:PORT: a unix socket of the host, and the program's TCP port.
+func ParseUnix(text string) (Spec, error) {
+	i := strings.LastIndexByte(text, ':')
+	if i <= 0 {
+		return Spec{}, errors.New("must be PATH:PORT")
+	}
+	port, err := parsePort(text[i+1:], false)
+	return Spec{Path: text[:i], Port: port}, err
+}
+
+var errForm = errors.New("must be [ADDR:]PORT[:PORT][/udp]")
+
+func parsePort(s string, zero bool) (uint16, error) {
+	n, err := strconv.ParseUint(s, 10, 16)
+	if err != nil || n == 0 && !zero {
+		return 0, fmt.Errorf("%q is no port number", s)
+	}
+	return uint16(n), nil
+}

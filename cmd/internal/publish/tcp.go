@@ -1,0 +1,214 @@
+package publish
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// listenPrivately makes a unix socket that only its owner may use. It is made under a restrictive umask, not changed afterwards, so
+// that nobody else can connect in between.
+func listenPrivately(path string) (net.Listener, error) {
+	old := unix.Umask(0o177)
+	defer unix.Umask(old)
+	return net.Listen("unix", path) // closing it removes the file
+}
+
+// accept carries what l accepts until Close.
+func (p *Publisher) accept(l net.Listener, s Spec) {
+	p.close = append(p.close, func() { _ = l.Close() })
+	p.wg.Go(func() {
+		slots := make(chan struct{}, maxFlows)
+		for {
+			select {
+			case slots <- struct{}{}: // else they wait in the kernel's backlog
+			case <-p.ctx.Done():
+				return
+			}
+			c, err := l.Accept()
+			switch {
+			case err == nil:
+				p.wg.Go(func() {
+					defer func() { <-slots }()
+					p.carry(c.(stream), s)
+				})
+				continue
+			case p.ctx.Err() != nil:
+				return
+			}
+			<-slots
+			p.cfg.Log.Warn("cannot accept a connection to a published port", "port", s.String(), "err", plain(err))
+			select {
+			case <-time.After(shortage):
+			case <-p.ctx.Done():
+			}
+		}
+	})
+}
+
+// stream is a *net.TCPConn or a *net.UnixConn.
+type stream interface {
+	net.Conn
+	CloseWrite() error
+}
+
+// carry connects a connection from outside to the program.
+func (p *Publisher) carry(out stream, s Spec) {
+	defer out.Close()
+	in, err := p.connect(s.Port)
+	if err != nil {
+		p.refused.Add(1)
+		p.cfg.Log.Info("a connection to a published port did not reach the program", "port", s.String(), "from", peer(out), "err", err)
+		reset(out)
+		return
+	}
+	defer in.Close()
+	p.connections.Add(1)
+	p.open.Add(1)
+	defer p.open.Add(-1)
+	p.cfg.Log.Debug("a connection reached a published port", "port", s.String(), "from", peer(out))
+	stop := afterFunc(p.ctx, func() { reset(out); reset(in) })
+	defer stop()
+	done := make(chan struct{})
+	go func() { defer close(done); copyOneWay(in, out) }()
+	copyOneWay(out, in)
+	<-done
+}
+
+// copyOneWay copies until the end of from, which it passes on. If anything goes wrong both are reset, so that neither side takes a
+// part for the whole.
+func copyOneWay(to, from stream) {
+	_, err := io.Copy(to, from)
+	if err == nil {
+		err = to.CloseWrite()
+	}
+	if err != nil && !errors.Is(err, syscall.ENOTCONN) {
+		reset(to)
+		reset(from)
+	}
+}
+
+// reset ends a connection with RST. The other end of a unix socket sees ECONNRESET only if something of it was unread.
+func reset(c stream) {
+	if t, ok := c.(*net.TCPConn); ok {
+		_ = t.SetLinger(0)
+	}
+	_ = c.Close()
+}
+
+// connect tries the program's addresses in turn. An address at which nobody listens says so at once.
+func (p *Publisher) connect(port uint16) (stream, error) {
+	var first error
+	for _, t := range p.cfg.Targets {
+		c, err := p.connectTo(t, port)
+		if err == nil {
+			return c, nil
+		}
+		if first == nil {
+			first = err
+		}
+		if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.EADDRNOTAVAIL) && !errors.Is(err, syscall.EAFNOSUPPORT) {
+			break
+		}
+	}
+	if errors.Is(first, syscall.ECONNREFUSED) {
+		return nil, fmt.Errorf("the program does not listen on port %d", port)
+	}
+	return nil, first
+}
+
+func (p *Publisher) connectTo(t Target, port uint16) (stream, error) {
+	f, err := p.socket(t, unix.SOCK_STREAM)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if err := startConnect(f, netip.AddrPortFrom(t.To, port)); err != nil {
+		return nil, err
+	}
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, err
+	}
+	return c.(*net.TCPConn), nil
+}
+
+// socket makes a socket in the program's namespace, bound to the source of t.
+func (p *Publisher) socket(t Target, typ int) (*os.File, error) {
+	domain := unix.AF_INET
+	if t.To.Is6() {
+		domain = unix.AF_INET6
+	}
+	fd, err := p.cfg.Sockets.Socket(domain, typ)
+	if err != nil {
+		return nil, err
+	}
+	// The port is chosen when the destination is known, so that the ports of one source do not run out.
+	err = unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
+	if err == nil {
+		err = unix.Bind(fd, sockaddr(netip.AddrPortFrom(t.From, 0)))
+	}
+	if err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), "published port"), nil
+}
+
+// startConnect connects f and waits for the outcome.
+func startConnect(f *os.File, to netip.AddrPort) error {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	if err := f.SetWriteDeadline(time.Now().Add(connectWait)); err != nil {
+		return err
+	}
+	var failed error
+	started := false
+	err = raw.Write(func(fd uintptr) (done bool) {
+		if !started {
+			started = true
+			failed = unix.Connect(int(fd), sockaddr(to))
+			return failed != unix.EINPROGRESS
+		}
+		var errno int
+		if errno, failed = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR); failed == nil && errno != 0 {
+			failed = syscall.Errno(errno)
+		}
+		return true
+	})
+	if err != nil {
+		return err
+	}
+	return failed
+}
+
+func sockaddr(a netip.AddrPort) unix.Sockaddr {
+	if a.Addr().Is4() {
+		return &unix.SockaddrInet4{Addr: a.Addr().As4(), Port: int(a.Port())}
+	}
+	return &unix.SockaddrInet6{Addr: a.Addr().As16(), Port: int(a.Port())}
+}
+
+// peer is who connects, for the log.
+func peer(c net.Conn) string {
+	if a := c.RemoteAddr(); a != nil && a.String() != "" {
+		return a.String()
+	}
+	return "a unix socket"
+}
+
+// afterFunc is context.AfterFunc whose stop may be deferred.
+func afterFunc(ctx context.Context, f func()) (stop func()) {
+	s := context.AfterFunc(ctx, f)
+	return func() { s() }
+}

@@ -1,0 +1,266 @@
+package publish
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// udpIdle is how long a sender of datagrams keeps its socket inside without traffic: RFC 4787 (REQ-5) asks for two minutes at least.
+const udpIdle = 2 * time.Minute
+
+// maxFirst is the largest datagram that is kept until the program's address is known. More than the usual MTU is rare.
+const maxFirst = 1500
+
+// senders are all who send to one published port.
+type senders struct {
+	p   *Publisher
+	out *net.UDPConn
+	s   Spec
+
+	mu  sync.Mutex
+	all map[senderKey]*sender
+}
+
+// senderKey is who sends, and to which of our addresses: answers come from that one.
+type senderKey struct {
+	from netip.AddrPort
+	to   string // the control message that names it; empty if the port is published at one address
+}
+
+// sender has a socket of its own inside, so that the program can tell senders apart.
+type sender struct {
+	key senderKey
+
+	mu     sync.Mutex
+	in     *net.UDPConn
+	target int    // the index of in's target
+	first  []byte // not nil: the program has not answered yet, and this is sent again if nobody listens at in's target
+}
+
+// serveUDP carries datagrams until Close.
+func (p *Publisher) serveUDP(out *net.UDPConn, s Spec) {
+	all := &senders{p: p, out: out, s: s, all: make(map[senderKey]*sender)}
+	stop := afterFunc(p.ctx, all.end)
+	defer stop()
+	b, oob := make([]byte, 64<<10), make([]byte, 128)
+	for {
+		n, oobn, _, from, err := out.ReadMsgUDPAddrPort(b, oob)
+		switch {
+		case errors.Is(err, net.ErrClosed):
+			return
+		case err != nil: // of an answer that somebody did not want; the next call reads a datagram
+			continue
+		}
+		if err := all.take(b[:n], senderKey{from, destination(oob[:oobn])}); err != nil {
+			p.dropped.Add(1)
+			p.cfg.Log.Debug("a datagram to a published port was dropped", "port", s.String(), "from", from, "err", err)
+			continue
+		}
+		p.datagrams.Add(1)
+	}
+}
+
+var errTooMany = fmt.Errorf("more than %d senders", maxFlows)
+
+// take carries one datagram to the program.
+func (a *senders) take(b []byte, key senderKey) error {
+	a.mu.Lock()
+	s := a.all[key]
+	if s == nil {
+		if err := a.mayAdd(); err != nil {
+			a.mu.Unlock()
+			return err
+		}
+		in, target, err := a.p.dialUDP(a.s.Port, 0)
+		if err != nil {
+			a.mu.Unlock()
+			return err
+		}
+		s = &sender{key: key, in: in, target: target, first: make([]byte, 0, 1)}
+		a.all[key] = s
+		a.p.open.Add(1)
+		a.p.wg.Go(func() { a.answers(s) })
+	}
+	a.mu.Unlock()
+	return s.send(b)
+}
+
+// mayAdd reports why there can be no further sender. a.mu is held.
+func (a *senders) mayAdd() error {
+	if len(a.all) >= maxFlows {
+		return errTooMany
+	}
+	return a.p.ctx.Err() // end does not see it any more
+}
+
+// send passes b to the program.
+func (s *sender) send(b []byte) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.first != nil && len(b) <= maxFirst {
+		s.first = append(s.first[:0], b...)
+	}
+	_ = s.in.SetReadDeadline(time.Now().Add(udpIdle))
+	_, err := s.in.Write(b)
+	if errors.Is(err, syscall.ECONNREFUSED) { // of the one before; it does not tell of this one
+		_, err = s.in.Write(b)
+	}
+	return err
+}
+
+// answers carries the program's answers to a sender until it is idle.
+func (a *senders) answers(s *sender) {
+	defer func() {
+		a.mu.Lock()
+		delete(a.all, s.key)
+		a.mu.Unlock()
+		a.p.open.Add(-1)
+		s.mu.Lock()
+		_ = s.in.Close()
+		s.mu.Unlock()
+	}()
+	b := make([]byte, 64<<10)
+	for {
+		s.mu.Lock()
+		in := s.in
+		s.mu.Unlock()
+		n, err := in.Read(b)
+		switch {
+		case errors.Is(err, net.ErrClosed), errors.Is(err, os.ErrDeadlineExceeded):
+			return
+		case errors.Is(err, syscall.ECONNREFUSED):
+			a.elsewhere(s)
+			continue
+		case err != nil:
+			continue
+		}
+		s.mu.Lock()
+		s.first = nil
+		_ = in.SetReadDeadline(time.Now().Add(udpIdle))
+		s.mu.Unlock()
+		if _, _, err := a.out.WriteMsgUDPAddrPort(b[:n], []byte(s.key.to), s.key.from); err != nil {
+			a.p.dropped.Add(1)
+			continue
+		}
+		a.p.datagrams.Add(1)
+	}
+}
+
+// elsewhere turns s to the next target if nobody listens at this one and the program has not answered before. The last datagram is
+// sent again there. After the last target it is the first one's turn, with the next datagram.
+func (a *senders) elsewhere(s *sender) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.first == nil || len(a.p.cfg.Targets) < 2 {
+		return
+	}
+	in, target, err := a.p.dialUDP(a.s.Port, (s.target+1)%len(a.p.cfg.Targets))
+	if err != nil {
+		return
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.p.ctx.Err() != nil { // end has closed the sockets
+		_ = in.Close()
+		return
+	}
+	_ = in.SetReadDeadline(time.Now().Add(udpIdle))
+	_ = s.in.Close()
+	again := target > s.target
+	s.in, s.target = in, target
+	if again && len(s.first) > 0 {
+		_, _ = in.Write(s.first)
+	}
+}
+
+// end closes the sockets inside, after the Publisher's context has ended.
+func (a *senders) end() {
+	a.mu.Lock()
+	all := make([]*sender, 0, len(a.all))
+	for _, s := range a.all {
+		all = append(all, s)
+	}
+	a.mu.Unlock()
+	for _, s := range all {
+		s.mu.Lock()
+		_ = s.in.Close()
+		s.mu.Unlock()
+	}
+}
+
+// dialUDP makes a socket that is connected to the program's port at the target with this index, or at the next one that the
+// namespace has. Whether the program listens there is seen only later.
+func (p *Publisher) dialUDP(port uint16, from int) (in *net.UDPConn, target int, err error) {
+	for i := range p.cfg.Targets {
+		target = (from + i) % len(p.cfg.Targets)
+		if in, err = p.dialUDPTo(p.cfg.Targets[target], port); err == nil {
+			return in, target, nil
+		}
+	}
+	return nil, 0, err
+}
+
+func (p *Publisher) dialUDPTo(t Target, port uint16) (*net.UDPConn, error) {
+	f, err := p.socket(t, unix.SOCK_DGRAM)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if err := startConnect(f, netip.AddrPortFrom(t.To, port)); err != nil {
+		return nil, err
+	}
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, err
+	}
+	return c.(*net.UDPConn), nil
+}
+
+// askDestination, before the socket is bound, has each datagram come with a control message that says which of our addresses it was
+// sent to (ip(7), IP_PKTINFO).
+func askDestination(network, _ string, raw syscall.RawConn) error {
+	var failed error
+	err := raw.Control(func(fd uintptr) {
+		if network == "udp4" {
+			failed = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_PKTINFO, 1)
+		} else {
+			failed = unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, 1)
+		}
+	})
+	if err == nil {
+		err = failed
+	}
+	return err
+}
+
+// destination makes the control message for the answers of what came with that of a datagram. It leaves the interface to the
+// routing table, unless the address is of that interface alone.
+func destination(oob []byte) string {
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil || len(msgs) != 1 {
+		return ""
+	}
+	m := msgs[0]
+	switch {
+	case m.Header.Level == unix.IPPROTO_IP && m.Header.Type == unix.IP_PKTINFO && len(m.Data) >= unix.SizeofInet4Pktinfo:
+		var local [4]byte
+		copy(local[:], m.Data[4:8])
+		return string(unix.PktInfo4(&unix.Inet4Pktinfo{Spec_dst: local}))
+	case m.Header.Level == unix.IPPROTO_IPV6 && m.Header.Type == unix.IPV6_PKTINFO && len(m.Data) >= unix.SizeofInet6Pktinfo:
+		info := unix.Inet6Pktinfo{Addr: [16]byte(m.Data[:16])}
+		if netip.AddrFrom16(info.Addr).IsLinkLocalUnicast() {
+			info.Ifindex = binary.NativeEndian.Uint32(m.Data[16:20])
+		}
+		return string(unix.PktInfo6(&info))
+	}
+	return ""
+}
