@@ -34,6 +34,7 @@ type shard struct {
 	dnsMu   sync.Mutex
 	dnsW    flow.PacketWriter // for the holder of dnsMu
 	dnsPkt  [1]flow.Packet
+	burst   burst // under udp.mu
 
 	rejectLogged int64 // guarded by udp.mu
 }

@@ -35,6 +35,7 @@ func (r *shard) handlePackets(pkts []flow.Packet) {
 		r.count.Dropped.Add(uint64(len(pkts)))
 		return
 	}
+	r.burst.open = true
 	v := r.classify(&pkts[0], now)
 	for i := 0; i < len(pkts); {
 		var next *verdict
@@ -51,6 +52,8 @@ func (r *shard) handlePackets(pkts []flow.Packet) {
 		r.run(r.readerW, v, pkts[i:j], now)
 		i, v = j, next
 	}
+	r.burst.flush(r.readerW)
+	r.burst.open = false
 }
 
 // classify returns the verdict on one datagram, from the cache if it is there.
@@ -125,7 +128,7 @@ func (r *shard) logRejected(v *verdict, p *flow.Packet, now int64) {
 
 // question passes a datagram to port 53 to route/dns. The answer comes from the address that was asked. The caller
 // holds udp.mu.
-func (r *shard) question(w flow.PacketWriter, p *flow.Packet, now int64) {
+func (r *shard) question(w flow.PacketWriter, p *flow.Packet, at int64) {
 	src, dst := p.Src, p.Dst
 	asked := dst
 	if !flow.CanBePeer(dst.Addr()) {
@@ -135,18 +138,39 @@ func (r *shard) question(w flow.PacketWriter, p *flow.Packet, now int64) {
 	d := r.dns.Load()
 	var relay func() bool
 	if d.Relays() {
-		relay = func() bool { return r.relayQuestion(w, p, now) }
+		relay = func() bool { return r.relayQuestion(w, p, at) }
 	}
-	d.HandleRelayed(p.Payload, asked, judge, relay, func(b []byte) {
-		r.dnsMu.Lock()
-		defer r.dnsMu.Unlock()
-		r.dnsPkt[0] = flow.Packet{Src: dst, Dst: src, Payload: b}
-		if r.wantsNames() { // before the program knows it
-			r.names.learn(b, r.now())
-		}
-		_, _ = r.dnsW.WritePackets(r.dnsPkt[:])
-		r.dnsPkt[0].Payload = nil
+	now := func(b []byte) { r.replyNow(w, flow.Packet{Src: dst, Dst: src, Payload: b}) }
+	d.HandleRelayed(p.Payload, asked, judge, relay, now, func() func([]byte) {
+		return func(b []byte) { r.replyLater(flow.Packet{Src: dst, Dst: src, Payload: b}) }
 	})
+}
+
+// replyNow writes an answer that was known at once, on the goroutine that handed in the question. The frame reader writes it at
+// the end of its burst. The caller holds udp.mu.
+func (r *shard) replyNow(w flow.PacketWriter, p flow.Packet) {
+	r.learn(p.Payload)
+	if !r.burst.take(w, p) {
+		one := [1]flow.Packet{p}
+		_, _ = w.WritePackets(one[:])
+	}
+}
+
+// replyLater writes an answer, from any goroutine.
+func (r *shard) replyLater(p flow.Packet) {
+	r.learn(p.Payload)
+	r.dnsMu.Lock()
+	defer r.dnsMu.Unlock()
+	r.dnsPkt[0] = p
+	_, _ = r.dnsW.WritePackets(r.dnsPkt[:])
+	r.dnsPkt[0].Payload = nil
+}
+
+// learn remembers the names of the addresses in an answer before the program knows them.
+func (r *shard) learn(answer []byte) {
+	if r.wantsNames() {
+		r.names.learn(answer, r.now())
+	}
 }
 
 // relaysQuestions reports whether DNS questions go to the servers that the app asks.

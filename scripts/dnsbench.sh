@@ -10,9 +10,9 @@
 #   fake     the same under `viasocks run --dns fake,tcp://RESOLVER`
 #   tcp      the same under `viasocks run --dns tcp://RESOLVER`: each question goes to the resolver through the proxy
 #
-# A mode is measured twice: with 100 questions in flight, for questions a second and for the CPU time of viasocks for each; and at
-# 1,000 a second, for the latency. All names are different. The table has medians over the rounds, and each mode's rate divided by
-# the direct one of the same round.
+# A mode is measured twice: with 100 questions in flight (--flight), for questions a second and for the CPU time that each process
+# takes for one; and at 1,000 a second, for the latency. All names are different. The table has medians over the rounds, and each
+# mode's rate divided by the direct one of the same round.
 #
 # The resolver is unbound with one thread, or with --server dnsmasq that. With --delay 5ms it is 5 ms away, each way.
 #
@@ -24,16 +24,16 @@
 # It needs root, and dnsperf, and unbound or dnsmasq: scripts/deps.sh bench.
 #
 # Usage: dnsbench.sh [--rounds N] [--time SECONDS] [--modes 'direct fake tcp'] [--server unbound|dnsmasq] [--delay TIME]
-#                    [--names N] [--connections] [--viasocks PATH]
+#                    [--flight N] [--names N] [--connections] [--viasocks PATH]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PATH:/usr/local/go/bin:/usr/sbin:/sbin
 
-rounds=3 time=3 modes='direct fake tcp' names='' connections='' viasocks='' resolver=unbound delay=''
+rounds=3 time=3 modes='direct fake tcp' names='' connections='' viasocks='' resolver=unbound delay='' flight=100
 die() { echo "dnsbench: $*" >&2; exit 1; }
 while [[ $# -gt 0 ]]; do
 	case $1 in
-	--rounds | --time | --names) [[ ${2-} =~ ^[1-9][0-9]*$ ]] || die "$1 takes a number from 1 on, not '${2-}'" ;;
+	--rounds | --time | --names | --flight) [[ ${2-} =~ ^[1-9][0-9]*$ ]] || die "$1 takes a number from 1 on, not '${2-}'" ;;
 	esac
 	case $1 in
 	--rounds) rounds=$2; shift 2 ;;
@@ -43,6 +43,7 @@ while [[ $# -gt 0 ]]; do
 	--connections) connections=yes; shift ;;
 	--server) resolver=${2?}; shift 2 ;;
 	--delay) delay=${2?}; shift 2 ;;
+	--flight) flight=$2; shift 2 ;;
 	--viasocks) viasocks=${2?}; shift 2 ;;
 	-h | --help) sed -n '2,/^set -e/{/^set -e/!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
 	*) die "unknown option $1: see $0 --help" ;;
@@ -110,27 +111,37 @@ dnsmasq) serve=(dnsmasq --keep-in-foreground --conf-file=/dev/null --no-resolv -
 	--bind-interfaces --listen-address="$server" --address=/bench/203.0.113.2 --local-ttl=60 --dns-forward-max=1000) ;;
 esac
 ip netns exec "$LAB-world" "${serve[@]}" >"$dir/resolver.log" 2>&1 & pids+=($!)
+export RESOLVER=$!
 ip netns exec "$LAB-world" "$dir/bench" world --listen 203.0.113.2:9000 & pids+=($!)
 ip netns exec "$LAB-proxy" "$dir/bench" socks --listen "$proxy" --names 203.0.113.2 & pids+=($!)
+export PROXY=$!
 for _ in $(seq 50); do
 	[[ -z $(in_ns world ss -Hltn "sport = :53") || -z $(in_ns proxy ss -Hltn "sport = :1080") ]] || break
 	sleep 0.1
 done
 [[ -n $(in_ns world ss -Hltn "sport = :53") ]] || { cat "$dir/resolver.log" >&2; die "$resolver does not serve"; }
 
-# ask OUT COMMAND...: runs what asks, under viasocks or past it. OUT gets the CPU time and the memory of the parent before and after
-# it, if the parent is viasocks.
+# ask OUT COMMAND...: runs what asks, under viasocks or past it. OUT gets one line: the CPU and the KiB of memory of viasocks, if
+# it is the parent, before and after it, and the CPU that the command, the resolver and the proxy used. CPU is in ticks of a
+# hundredth of a second.
 cat >"$dir/ask" <<-'END'
 	#!/bin/bash
-	usage() { # clock ticks and KiB
+	ticks() { awk '{ print $14 + $15 }' "/proc/$1/stat"; } # of a process
+	children() { awk '{ print $16 + $17 }' /proc/$$/stat; }
+	usage() {
 		[[ $(cat /proc/$PPID/comm) == viasocks ]] || { echo 0 0; return; }
-		echo "$(awk '{ print $14 + $15 }' /proc/$PPID/stat) $(awk '/^VmRSS/ { print $2 }' /proc/$PPID/status)"
+		echo "$(ticks $PPID) $(awk '/^VmRSS/ { print $2 }' /proc/$PPID/status)"
 	}
 	out=$1
 	shift
+	others="$(ticks "$RESOLVER") $(ticks "$PROXY")"
 	before=$(usage)
+	own=$(children)
 	"$@" >"$out.log" 2>&1 || { cat "$out.log" >&2; exit 1; }
-	echo "$before $(usage)" >"$out"
+	own=$(($(children) - own))
+	after=$(usage)
+	echo "$before $after $own $(ticks "$RESOLVER") $(ticks "$PROXY") $others" |
+		awk '{ print $1, $2, $3, $4, $5, $6 - $8, $7 - $9 }' >"$out"
 END
 chmod +x "$dir/ask"
 
@@ -156,26 +167,36 @@ perf() {
 
 median() { sort -g | awk '{ a[NR] = $1 } END { if (NR) printf "%.6g\n", (a[int((NR + 1) / 2)] + a[int(NR / 2) + 1]) / 2 }'; }
 
+# cost N: microseconds of CPU for each of N questions, of viasocks, dnsperf, the resolver and the proxy.
+cost() {
+	local who ticks=('$3 - $1' '$5' '$6' '$7') i=0
+	for who in viasocks dnsperf resolver proxy; do
+		awk -v n="$1" "{ printf \"%.2f\\n\", (${ticks[i++]}) * 1e4 / n }" "$dir/fast" >>"$dir/$mode.$who"
+	done
+}
+
 rates() {
-	local round mode n
+	local round mode n who
 	seq 1 100000 | sed 's/.*/host-&.bench A/' >"$dir/names"
 	for ((round = 1; round <= rounds; round++)); do
 		for mode in $modes; do
-			perf "$mode" "$dir/fast" -c 8 -q 100 -l "$time"
+			perf "$mode" "$dir/fast" -c 8 -q "$flight" -l "$time"
 			awk '/Queries per second/ { print $4 }' "$dir/fast.log" >>"$dir/$mode.rate"
 			n=$(awk '/Queries completed/ { print $3 }' "$dir/fast.log")
-			awk -v n="$n" '{ printf "%.2f\n", ($3 - $1) * 1e4 / n }' "$dir/fast" >>"$dir/$mode.cpu"
+			cost "$n"
 			perf "$mode" "$dir/slow" -c 1 -q 100 -Q 1000 -l "$time" -v
 			awk '$1 == ">" { print $NF * 1e6 }' "$dir/slow.log" | sort -g >"$dir/slow.us"
 			awk '{ a[NR] = $1 } END { print a[int(NR / 2) + 1] }' "$dir/slow.us" >>"$dir/$mode.p50"
 			awk '{ a[NR] = $1 } END { print a[int(NR * 0.99) + 1] }' "$dir/slow.us" >>"$dir/$mode.p99"
 		done
 	done
-	printf '%-8s %12s %8s %14s %10s %10s\n' mode 'questions/s' ratio 'CPU us each' 'p50 us' 'p99 us'
+	printf '%-8s %12s %7s  %-42s %8s %8s\n' '' '' '' 'CPU us for a question' '' ''
+	printf '%-8s %12s %7s %9s %9s %9s %9s %9s %9s\n' mode 'questions/s' ratio viasocks dnsperf resolver proxy 'p50 us' 'p99 us'
 	for mode in $modes; do
 		paste "$dir/$mode.rate" "$dir/direct.rate" 2>/dev/null | awk '{ print $2 ? $1 / $2 : 0 }' >"$dir/ratio"
-		printf '%-8s %12.0f %8.2f %14.1f %10.0f %10.0f\n' "$mode" "$(median <"$dir/$mode.rate")" "$(median <"$dir/ratio")" \
-			"$(median <"$dir/$mode.cpu")" "$(median <"$dir/$mode.p50")" "$(median <"$dir/$mode.p99")"
+		printf '%-8s %12.0f %7.2f' "$mode" "$(median <"$dir/$mode.rate")" "$(median <"$dir/ratio")"
+		for who in viasocks dnsperf resolver proxy; do printf ' %9.1f' "$(median <"$dir/$mode.$who")"; done
+		printf ' %9.0f %9.0f\n' "$(median <"$dir/$mode.p50")" "$(median <"$dir/$mode.p99")"
 	done
 }
 

@@ -20,7 +20,7 @@ func (s *Server) LookUp(name string, v6 bool, done func(a netip.Addr, ttl time.D
 		typ = typeAAAA
 	}
 	msg = append(appendWire(msg, []byte(name)), 0, typ, 0, classIN)
-	return s.handle(msg, netip.AddrPort{}, ours, nil, nil, func(b []byte) {
+	return s.Ask(msg, func(b []byte) {
 		var found netip.Addr
 		var life time.Duration
 		Addresses(b, func(_ string, a netip.Addr, ttl time.Duration) {

@@ -193,7 +193,7 @@ func (s *Server) Handle(msg []byte, asked netip.AddrPort, reply func([]byte)) {
 
 // HandleJudged is Handle with a judge that decides whether to answer; nil: all questions are answered.
 func (s *Server) HandleJudged(msg []byte, asked netip.AddrPort, judge Judge, reply func([]byte)) {
-	s.handle(msg, asked, byUDP, judge, nil, reply)
+	s.handle(msg, asked, byUDP, judge, nil, always(reply))
 }
 
 // Relays reports whether questions go to the server that the app asked.
@@ -202,15 +202,29 @@ func (s *Server) Relays() bool { return s.cfg.Relay }
 // HandleRelayed is HandleJudged with a function that sends the datagram to the server that the app asked, or returns
 // false if that is impossible. relay is called if the question is for this server, at most once and before
 // HandleRelayed returns. What it cannot send is asked over TCP.
-func (s *Server) HandleRelayed(msg []byte, asked netip.AddrPort, judge Judge, relay func() bool, reply func([]byte)) {
-	s.handle(msg, asked, byUDP, judge, relay, reply)
+//
+// An answer that is known at once is given to now, before HandleRelayed returns. Otherwise later is called, and returns the
+// reply function. Neither now nor later is kept, so that a question which is answered at once allocates nothing.
+func (s *Server) HandleRelayed(
+	msg []byte, asked netip.AddrPort, judge Judge, relay func() bool, now func([]byte), later func() func([]byte),
+) {
+	s.handle(msg, asked, byUDP, judge, relay, replies{now, later})
 }
 
 // Ask asks the resolvers even if the answer would be a fake address. reply is called as by Handle, with the whole
 // answer, however long. If Ask returns false, reply will not be called.
 func (s *Server) Ask(msg []byte, reply func([]byte)) bool {
-	return s.handle(msg, netip.AddrPort{}, ours, nil, nil, reply)
+	return s.handle(msg, netip.AddrPort{}, ours, nil, nil, always(reply))
 }
+
+// replies are the two ways to answer: at once, and by the function that later returns, which is the only one that is kept.
+type replies struct {
+	now   func([]byte)
+	later func() func([]byte)
+}
+
+// always answers in the same way at once and later.
+func always(reply func([]byte)) replies { return replies{reply, func() func([]byte) { return reply }} }
 
 // way tells how a question arrived.
 type way uint8
@@ -221,9 +235,9 @@ const (
 	ours      // the same, and the answer must come from a resolver
 )
 
-// handle reports whether reply is called, unless Run ends first.
+// handle reports whether an answer is given, unless Run ends first.
 func (s *Server) handle(
-	msg []byte, asked netip.AddrPort, how way, judge Judge, relay func() bool, reply func([]byte),
+	msg []byte, asked netip.AddrPort, how way, judge Judge, relay func() bool, reply replies,
 ) bool {
 	s.count.Questions.Add(1)
 	q, v, rcode := parseQuestion(msg)
@@ -235,12 +249,12 @@ func (s *Server) handle(
 		return false
 	case answer:
 		s.count.Malformed.Add(1)
-		s.refuse(msg, &q, howMalformed, rcode, reply)
+		s.refuse(msg, &q, howMalformed, rcode, reply.now)
 		return true
 	}
 	if !judge.allows(msg, &q) {
 		s.count.Refused.Add(1)
-		s.refuse(msg, &q, howRefused, rcodeRefuse, reply)
+		s.refuse(msg, &q, howRefused, rcodeRefuse, reply.now)
 		return true
 	}
 	if how != byUDP {
@@ -251,7 +265,7 @@ func (s *Server) handle(
 	if q.isQuery() {
 		if zone := s.split.zone(msg, &q); zone != nil {
 			to = zone
-		} else if (!toAsked || s.fake.pool != nil) && how != ours && s.answerItself(msg, &q, s.isSite(toAsked, asked), reply) {
+		} else if (!toAsked || s.fake.pool != nil) && how != ours && s.answerItself(msg, &q, s.isSite(toAsked, asked), reply.now) {
 			return true
 		} else if s.split.ofHost(msg, &q) {
 			to = s.split.host
@@ -280,15 +294,17 @@ func (s *Server) refuse(msg []byte, q *question, how string, rcode uint16, reply
 
 // ask asks a server by way, unless the answer is in the cache or the same question is in progress. Its result is that
 // of handle.
-func (s *Server) ask(way asking, msg []byte, q *question, to netip.AddrPort, reply func([]byte)) bool {
+func (s *Server) ask(way asking, msg []byte, q *question, to netip.AddrPort, how replies) bool {
 	var room [keyLen]byte
 	key, shared := appendKey(room[:0], msg, q, to)
 	now := time.Now()
 	deadline := now.Add(s.cfg.Timeout)
+	var reply func([]byte)
 	if shared {
-		if s.answerCached(key, msg, q, now, reply) {
+		if s.answerCached(key, msg, q, now, how.now) {
 			return true
 		}
+		reply = how.later()
 		switch s.flights.join(key, msg, q, reply, now, deadline.Add(time.Second)) {
 		case follows:
 			return true
@@ -298,7 +314,7 @@ func (s *Server) ask(way asking, msg []byte, q *question, to netip.AddrPort, rep
 			return false
 		}
 	} else {
-		key = nil
+		key, reply = nil, how.later()
 	}
 	wire := make([]byte, 2+len(msg))
 	binary.BigEndian.PutUint16(wire, uint16(len(msg)))

@@ -69,7 +69,7 @@ func TestReservedNames(t *testing.T) {
 					default:
 						got = own
 					}
-				})
+				}, func() func([]byte) { return func([]byte) { t.Error("answered later") } })
 			if got != tt.want[i] {
 				t.Errorf("%s: %s %v: %s, want %s", k.what, tt.name, tt.typ, got, tt.want[i])
 			}

@@ -118,7 +118,7 @@ func (a *asker) readLoop() (ended bool) {
 		case <-a.s.exchange.over:
 			return false
 		}
-		if !a.s.handle(buf, a.asked, byTCP, a.judge, nil, a.reply) {
+		if !a.s.handle(buf, a.asked, byTCP, a.judge, nil, always(a.reply)) {
 			return false
 		}
 		if cap(buf) > 4096 {

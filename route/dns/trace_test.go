@@ -117,7 +117,8 @@ func TestQuestionLinesOfAnswers(t *testing.T) {
 	ask(t, s, q)
 	ask(t, s, q)
 	far := netip.MustParseAddrPort("192.0.2.53:53")
-	s.HandleRelayed(q, far, nil, func() bool { return true }, func([]byte) { t.Error("an answer") })
+	s.HandleRelayed(q, far, nil, func() bool { return true }, func([]byte) { t.Error("an answer") },
+		func() func([]byte) { t.Error("an answer is expected"); return func([]byte) {} })
 	want := "name=a.example. type=A how=resolver server=tcp://" + f.addr().String() + " rcode=NOERROR\n" +
 		"name=a.example. type=A how=cache rcode=NOERROR\nname=a.example. type=A how=relayed server=udp://192.0.2.53:53"
 	if got := strings.Join(log.take(), "\n"); got != want {

@@ -1,0 +1,80 @@
+package route
+
+import "github.com/viasocks/viasocks/stack/flow"
+
+const (
+	// burstRoom is how many bytes of answers are collected before they are written. An answer of the fake addresses has some 100.
+	burstRoom = 8 << 10
+	// burstAnswers is how many answers are collected: as many as the frames that the stack reads at once.
+	burstAnswers = 64
+	// burstSlots is how many runs are told apart: answers of one socket and one length.
+	burstSlots = 64
+)
+
+// burst collects the answers to the questions of one burst of datagrams, so that those of one socket that are equally long are
+// written by one system call, as one super-frame: a write costs more than all else that a question does. It belongs to a shard
+// and is used with udp.mu held.
+type burst struct {
+	open bool   // the shard handles a burst, and flushes at its end
+	room []byte // the payloads, one behind the other; its array never moves
+	pkts []flow.Packet
+
+	slots  [burstAnswers]uint8 // of pkts
+	sorted []flow.Packet
+}
+
+// take copies an answer, to be written by flush. false: it must be written now.
+func (b *burst) take(w flow.PacketWriter, p flow.Packet) bool {
+	if !b.open || len(p.Payload) > burstRoom {
+		return false
+	}
+	if b.room == nil {
+		b.room, b.pkts = make([]byte, 0, burstRoom), make([]flow.Packet, 0, burstAnswers)
+		b.sorted = make([]flow.Packet, burstAnswers)
+	}
+	if len(b.room)+len(p.Payload) > burstRoom || len(b.pkts) == burstAnswers {
+		b.flush(w)
+	}
+	at := len(b.room)
+	b.room = append(b.room, p.Payload...)
+	p.Payload = b.room[at:]
+	b.slots[len(b.pkts)] = runOf(&p)
+	b.pkts = append(b.pkts, p)
+	return true
+}
+
+// runOf is one number for all that can stand in one super-frame. Others may have the same: then there are more, shorter runs.
+func runOf(p *flow.Packet) uint8 {
+	return uint8((uint32(p.Dst.Port())*31 + uint32(len(p.Payload))) % burstSlots)
+}
+
+// flush writes what was collected. Answers to one socket may be reordered: whoever asks knows them by their IDs.
+func (b *burst) flush(w flow.PacketWriter) {
+	n := len(b.pkts)
+	if n == 0 {
+		return
+	}
+	out := b.pkts
+	if n > 2 {
+		out = b.sort()
+	}
+	_, _ = w.WritePackets(out) // it counts what it could not write; an error means that the device is gone, and Run ends soon
+	b.room, b.pkts = b.room[:0], b.pkts[:0]
+}
+
+// sort is a counting sort by slot: it takes a time that does not depend on what was asked.
+func (b *burst) sort() []flow.Packet {
+	var at [burstSlots + 1]uint16
+	n := len(b.pkts)
+	for _, s := range b.slots[:n] {
+		at[s+1]++
+	}
+	for i := 1; i < len(at); i++ {
+		at[i] += at[i-1]
+	}
+	for i, s := range b.slots[:n] {
+		b.sorted[at[s]] = b.pkts[i]
+		at[s]++
+	}
+	return b.sorted[:n]
+}
