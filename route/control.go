@@ -205,6 +205,7 @@ func (r *shard) opened(e event) {
 		return
 	}
 	a.link, a.opened = e.link, r.now() // its failures are forgotten once it has delivered or lived long enough: see closed
+	a.m.event(FlowEstablished)
 	items := r.udp.take(a)
 	pkts := make([]flow.Packet, 0, len(items))
 	for i := range items {

@@ -131,6 +131,8 @@ type Router struct {
 	ran    atomic.Bool
 	over   chan struct{} // closed when Run has returned
 
+	watched watchers // they get events
+
 	shards  []*shard
 	ctl     mailbox
 	control control

@@ -184,6 +184,7 @@ func (r *shard) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *ve
 		s.replaced.Store(true)
 		s.endDial()
 	}
+	s.event(FlowOpened)
 	v.up.DialStream(&s.call, r.loops[s.loop], dest, s.dialed)
 }
 
@@ -196,6 +197,7 @@ func (r *shard) turnAway(req flow.StreamRequest, f flow.Flow, dest Dest, v *verd
 		i.Upstream = v.up.name
 	}
 	r.log.end(i, time.Since(f.Start), err)
+	r.watched.send(FlowClosed, i, err)
 }
 
 var (
@@ -287,8 +289,9 @@ func (s *stream) dialed(sock loop.Socket, err error) {
 		s.finish("aborted", 0, 0, errClosing)
 		return
 	}
+	s.event(FlowDialled)
 	s.state.Store(open)
-	rel := r.loops[s.loop].Start(s.req, sock, s.relayed)
+	rel := r.loops[s.loop].Start(s.request(), sock, s.relayed)
 	s.relay.Store(rel)
 	if r.streams.closing.Load() || s.replaced.Load() { // the Router's own Abort may have come before the relay was visible
 		rel.Abort()
@@ -364,6 +367,7 @@ func (s *stream) finish(state string, up, down uint64, err error) {
 	i := s.info()
 	i.State, i.Up, i.Down = state, up, down
 	r.log.end(i, time.Since(s.flow.Start), err)
+	r.watched.send(FlowClosed, i, err)
 	r.streams.wg.Done()
 }
 

@@ -211,7 +211,7 @@ func (r *shard) carry(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now i
 		}
 	}
 	if m == nil {
-		if m = r.newMapping(v, &pkts[0], now); m == nil {
+		if m = r.newMapping(v, &pkts[0], "", now); m == nil {
 			r.count.Dropped.Add(uint64(len(pkts)))
 			return
 		}
@@ -247,8 +247,9 @@ func (r *shard) carry(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now i
 	}
 }
 
-// newMapping makes a mapping, and makes room for it if necessary; nil: there is no room.
-func (r *shard) newMapping(v *verdict, p *flow.Packet, now int64) *mapping {
+// newMapping makes a mapping, and makes room for it if necessary; nil: there is no room. host is the name of its first destination,
+// if that is known.
+func (r *shard) newMapping(v *verdict, p *flow.Packet, host string, now int64) *mapping {
 	t := &r.udp
 	if p.Src.Port() == 0 || !flow.OneHost(p.Src.Addr()) {
 		return nil
@@ -262,8 +263,9 @@ func (r *shard) newMapping(v *verdict, p *flow.Packet, now int64) *mapping {
 		r.short(errMappingsFull)
 		return nil
 	}
-	m := &mapping{s: r, src: p.Src, id: r.ids.Add(1), start: time.Now(), first: p.Dst, rule: v, oneShot: true}
+	m := &mapping{s: r, src: p.Src, id: r.ids.Add(1), start: time.Now(), first: p.Dst, rule: v, host: host, oneShot: true}
 	t.add(m)
+	m.event(FlowOpened)
 	r.count.Mappings.Add(1)
 	return m
 }
@@ -330,6 +332,7 @@ func (r *shard) endMapping(m *mapping, state string, err error) {
 	r.count.Up.Add(i.Up)
 	r.count.Down.Add(i.Down)
 	r.log.end(i, time.Since(m.start), err)
+	r.watched.send(FlowClosed, i, err)
 }
 
 // discard ends an association whose mapping is gone or no longer needs it. The caller holds udp.mu.

@@ -124,10 +124,9 @@ func (r *shard) carryNamed(w flow.PacketWriter, p *flow.Packet, now int64) {
 // holds udp.mu.
 func (r *shard) bound(m *mapping, d *namedDest, p *flow.Packet, real netip.AddrPort, now int64) *mapping {
 	if m == nil {
-		if m = r.newMapping(d.v, p, now); m == nil {
+		if m = r.newMapping(d.v, p, d.name, now); m == nil {
 			return nil
 		}
-		m.host = d.name
 	}
 	if m.namedTo(p.Dst) == nil {
 		if len(m.named) >= maxBound {

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/socks/sockstest"
@@ -22,11 +23,12 @@ import (
 // instance is a program under `run` with the runtime directory xdg, which ends when its standard input does.
 func instance(t *testing.T, xdg, url string) (cmd *exec.Cmd, end func()) {
 	t.Helper()
-	return instanceOf(t, xdg, url, "sh", "echo up; read x")
+	cmd, _, end = instanceOf(t, xdg, url, "sh", "echo up; read x")
+	return cmd, end
 }
 
-// instanceOf is instance with a shell and a script of its own, which says up.
-func instanceOf(t *testing.T, xdg, url, shell, script string) (cmd *exec.Cmd, end func()) {
+// instanceOf is instance with a shell and a script of its own, which says up. in is its standard input.
+func instanceOf(t *testing.T, xdg, url, shell, script string) (cmd *exec.Cmd, in io.WriteCloser, end func()) {
 	t.Helper()
 	cmd = viasocks("run", "--proxy", url, "--", shell, "-c", script)
 	cmd.Env = append(cmd.Env, "XDG_RUNTIME_DIR="+xdg)
@@ -53,7 +55,7 @@ func instanceOf(t *testing.T, xdg, url, shell, script string) (cmd *exec.Cmd, en
 	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != "up\n" {
 		t.Fatalf("%q, %v", line, err)
 	}
-	return cmd, end
+	return cmd, in, end
 }
 
 // asked is what a subcommand prints with the runtime directory xdg.
@@ -149,7 +151,7 @@ func TestFlowsOfRun(t *testing.T) {
 	s := carrying(t)
 	needNamespaces(t, s)
 	xdg := t.TempDir()
-	cmd, _ := instanceOf(t, xdg, s.URL(), bash, "exec 3<>/dev/tcp/203.0.113.9/80; echo up; read x")
+	cmd, _, _ := instanceOf(t, xdg, s.URL(), bash, "exec 3<>/dev/tcp/203.0.113.9/80; echo up; read x")
 	out := asked(t, xdg, "flows", "--json", "--pid", strconv.Itoa(cmd.Process.Pid))
 	_, out, _ = strings.Cut(out, "--- stdout\n")
 	var flows control.Flows
@@ -190,4 +192,72 @@ func carrying(t *testing.T) *sockstest.Server {
 		var d net.Dialer
 		return d.DialContext(ctx, "tcp", far.Addr().String())
 	}))
+}
+
+// flows --watch prints what happens to the flows of a program, and ends with an error when its viasocks ends.
+func TestWatchRun(t *testing.T) {
+	bash := lookPath(t, "bash")
+	s := carrying(t)
+	needNamespaces(t, s)
+	xdg := t.TempDir()
+	script := "echo up; while read x; do exec 3<>/dev/tcp/203.0.113.9/80; echo hello >&3; read y <&3; read x; exec 3>&-; done"
+	cmd, in, end := instanceOf(t, xdg, s.URL(), bash, script)
+	watcher := viasocks("flows", "--watch", "--json", "--pid", strconv.Itoa(cmd.Process.Pid))
+	watcher.Env = append(watcher.Env, "XDG_RUNTIME_DIR="+xdg)
+	out, err := watcher.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stderr bytes.Buffer
+	watcher.Stderr = &stderr
+	if err := watcher.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer watcher.Process.Kill()
+	lines := bufio.NewScanner(out)
+	seen, told := make(chan struct{}), make(chan struct{})
+	go func() { // the watch begins at some moment: connections are made, each ends before the next, until one was seen to the end
+		defer close(told)
+		for {
+			_, _ = io.WriteString(in, "go\n")
+			select {
+			case <-seen:
+				return
+			case <-time.After(50 * time.Millisecond):
+			}
+		}
+	}()
+	first := uint64(0)
+	var kinds []string
+	for lines.Scan() {
+		var e control.Event
+		if err := json.Unmarshal(lines.Bytes(), &e); err != nil || e.Flow == nil {
+			t.Fatalf("%s: %v", lines.Text(), err)
+		}
+		if first == 0 && e.Event == control.EventOpened {
+			first = e.ID
+		}
+		if e.ID != first {
+			continue
+		}
+		if kinds = append(kinds, e.Event); e.Dst != "203.0.113.9:80" || e.PID == 0 || filepath.Base(e.Exe) != "bash" {
+			t.Error(lines.Text())
+		}
+		if e.Event == control.EventClosed {
+			if e.Up != 6 || e.Down != 6 || e.State != "closed" {
+				t.Error(lines.Text())
+			}
+			break
+		}
+	}
+	close(seen)
+	if got := strings.Join(kinds, " "); got != "opened dialled established closed" {
+		t.Error(got)
+	}
+	<-told
+	end()
+	_ = watcher.Wait()
+	if code := watcher.ProcessState.ExitCode(); code != 1 || stderr.String() != "viasocks: viasocks has ended\n" {
+		t.Errorf("exit %d: %s", code, &stderr)
+	}
 }

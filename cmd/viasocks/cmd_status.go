@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"os"
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
@@ -31,10 +33,14 @@ var cmdFlows = &command{
 	name: "flows", args: "[OPTION...]", takes: config.Flows,
 	short: "list what the viasocks that is up, or one of 'run', carries",
 	about: `List the TCP connections and UDP mappings that the viasocks that is up in this network namespace carries, those that
-moved most bytes first. Of a mapping the first destination is shown. With --pid, list those of a program under
+moved most bytes first. Of a mapping the first destination is shown. With --watch, print a line whenever something
+happens to a flow, until interrupted. With --pid, list those of a program under
 'viasocks run': 'viasocks ps' lists them.`,
 	run: func(c *command, args, env []string, std streams) (int, error) {
 		return ask(c, args, env, func(cfg *config.Config, client *control.Client) error {
+			if cfg.Watch {
+				return watch(client, std.out, cfg.JSON)
+			}
 			f, err := client.Flows(cfg.Limit)
 			if err != nil {
 				return err
@@ -54,6 +60,16 @@ var cmdConfirm = &command{
 	run: func(c *command, args, env []string, _ streams) (int, error) {
 		return ask(c, args, env, func(_ *config.Config, client *control.Client) error { return client.Confirm() })
 	},
+}
+
+// watch prints events until viasocks ends, which is an error, or nobody reads.
+func watch(client *control.Client, out *os.File, asJSON bool) error {
+	return client.Watch(context.Background(), func(e control.Event) error {
+		if asJSON {
+			return control.WriteJSONLine(out, e)
+		}
+		return control.WriteEvent(out, e)
+	})
 }
 
 // ask parses the options and passes f a client of the viasocks that they select.

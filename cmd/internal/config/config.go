@@ -141,6 +141,7 @@ type Config struct {
 	JSON     bool   // status, flows, ps
 	PID      int    // status, flows: process id of the viasocks to ask; 0: the one that is up
 	Limit    int    // flows
+	Watch    bool   // flows: print events instead of a list
 
 	AfterService bool // down
 

@@ -487,6 +487,24 @@ and for root those of all users.`,
 		Man:  `How many flows to list at most, ordered by the bytes that they have moved.`,
 	},
 	{
+		Name: "watch", Cmds: Flows, set: boolean(func(c *Config) *bool { return &c.Watch }),
+		Help: "print a line whenever something happens to a flow",
+		Man: `Print a line whenever a flow is opened, dialled, established or closed, until interrupted, instead of a list.
+A flow is
+.Em opened
+when the proxy is asked for it,
+.Em dialled
+when the proxy has granted it,
+.Em established
+when the program is connected (UDP: when the association was made), and
+.Em closed
+with its state, bytes and duration when it is over; a flow that a rule refuses has only the last line.
+With
+.Fl -json
+each line is a JSON object.
+Nothing waits for the reader: if lines are read too slowly, some are lost, and a line tells how many.`,
+	},
+	{
 		Name: "after-service", Cmds: Down, set: boolean(func(c *Config) *bool { return &c.AfterService }),
 		Help: "for ExecStopPost of systemd: undo only what fail-open says",
 		Man: `For

@@ -21,9 +21,6 @@ var ErrNoDaemon = errors.New(
 	"cannot ask viasocks: it is not up here: 'viasocks up' starts it; 'viasocks ps' lists programs under 'viasocks run', for --pid",
 )
 
-// errEnded means that the program under `run` has ended since its instance was found.
-var errEnded = errors.New("cannot ask viasocks: it has ended")
-
 const (
 	maxAnswer     = 32 << 20
 	clientTimeout = 15 * time.Second
@@ -116,7 +113,7 @@ func (c *Client) explain(err error) error {
 	errors.As(err, &dial)
 	switch {
 	case c.dir != nil && (errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ECONNREFUSED)):
-		return errEnded
+		return fmt.Errorf("cannot ask viasocks: %w", ErrEnded)
 	case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ECONNREFUSED):
 		if Locked(c.path) {
 			return errors.New("cannot ask viasocks: it is starting or stopping, and does not answer yet")

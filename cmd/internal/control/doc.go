@@ -2,6 +2,7 @@
 //
 //	GET  /v1/status           Status
 //	GET  /v1/flows?limit=N    Flows, the busiest first
+//	GET  /v1/watch            an Event on a line whenever something happens to a flow, until the client goes
 //	POST /v1/confirm          202: the steering stays
 //	POST /v1/down             202: it stops, and the socket disappears when it has stopped
 //

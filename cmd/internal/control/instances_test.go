@@ -1,6 +1,7 @@
 package control
 
 import (
+	"errors"
 	"log/slog"
 	"net"
 	"os"
@@ -113,7 +114,7 @@ func TestInstances(t *testing.T) {
 	a.Close()
 	b.Close()
 	b.Close()
-	if _, err := c.Status(); err != errEnded {
+	if _, err := c.Status(); !errors.Is(err, ErrEnded) {
 		t.Error(err)
 	}
 	c.Close()

@@ -2,11 +2,9 @@ package control
 
 import (
 	"encoding/json"
-	"fmt"
 	"io"
 	"strconv"
 	"strings"
-	"unicode/utf16"
 )
 
 // Plain returns s as one line for a terminal. It replaces control characters, and characters that change the reading
@@ -33,18 +31,6 @@ func WriteJSON(w io.Writer, v any) error {
 	if err := e.Encode(v); err != nil {
 		return err
 	}
-	var out strings.Builder
-	for _, r := range b.String() { // outside of strings, JSON is ASCII
-		switch {
-		case r == '\n' || strconv.IsPrint(r):
-			out.WriteRune(r)
-		case r > 0xffff:
-			hi, lo := utf16.EncodeRune(r)
-			fmt.Fprintf(&out, `\u%04x\u%04x`, hi, lo)
-		default:
-			fmt.Fprintf(&out, `\u%04x`, r)
-		}
-	}
-	_, err := io.WriteString(w, out.String())
+	_, err := io.WriteString(w, printableJSON(b.String()))
 	return err
 }

@@ -92,7 +92,7 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	)
 	if n := s.Names; n.Cache.Entries > 0 || n.Cached > 0 || n.Shared > 0 {
 		fmt.Fprintf(&b, "         cache: %s answers in %s; %s questions answered from it, %s that others asked at the same time\n",
-			count(uint64(n.Cache.Entries)), bytes(uint64(n.Cache.Bytes)), count(n.Cached), count(n.Shared))
+			count(uint64(n.Cache.Entries)), byteCount(uint64(n.Cache.Bytes)), count(n.Cached), count(n.Shared))
 	}
 	if p := s.Names.Pool; p != nil {
 		fmt.Fprintf(&b, "         %s of %s fake addresses given out, %s in use; %s taken back for other names, %s names got none\n",
@@ -102,7 +102,7 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 		fmt.Fprintf(&b, "  sniff  %s connections were held for their first bytes, %s of them had a name; %s were put off\n",
 			count(n.Asked), count(n.Named), count(n.Full))
 	}
-	fmt.Fprintf(&b, "  bytes  %s up, %s down\n", bytes(s.Up), bytes(s.Down))
+	fmt.Fprintf(&b, "  bytes  %s up, %s down\n", byteCount(s.Up), byteCount(s.Down))
 	if s.Shards.Now > 1 {
 		fmt.Fprintf(&b, "  shards %d; %s packets came by another one's queue\n", s.Shards.Now, count(s.Shards.HandedOver))
 	}
@@ -136,12 +136,8 @@ func WriteFlows(w io.Writer, f Flows, now time.Time) error {
 			if i == 0 {
 				fmt.Fprintln(w, "ID\tPROGRAM\tPROTO\tFROM\tTO\tVIA\tSTATE\tAGE\tUP\tDOWN")
 			}
-			to := x.Dst
-			if x.Host != "" {
-				to = x.Host + " " + to
-			}
-			fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", x.ID, Plain(programOf(x)), Plain(x.Proto), Plain(x.Src), Plain(to), Plain(x.Upstream),
-				Plain(x.State), span(now.Sub(x.Start)), bytes(x.Up), bytes(x.Down))
+			fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", x.ID, Plain(programOf(x)), Plain(x.Proto), Plain(x.Src), Plain(destination(x)), Plain(x.Upstream),
+				Plain(x.State), span(now.Sub(x.Start)), byteCount(x.Up), byteCount(x.Down))
 		}
 	})
 	if more := f.Total - len(f.Flows); more > 0 {
@@ -182,7 +178,7 @@ func WriteInstances(w io.Writer, all []Instance, now time.Time) error {
 				program = "(the host)"
 			}
 			fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n", x.PID, Plain(x.User), Plain(program), Plain(x.Proxy), Plain(x.State),
-				x.Flows, bytes(x.Up), bytes(x.Down), span(now.Sub(x.Since)))
+				x.Flows, byteCount(x.Up), byteCount(x.Down), span(now.Sub(x.Since)))
 		}
 	})
 	_, err := io.WriteString(w, b.String())
@@ -244,8 +240,8 @@ func count(n uint64) string {
 	return s
 }
 
-// bytes formats a number of bytes in the unit that leaves one to four digits.
-func bytes(n uint64) string {
+// byteCount formats a number of bytes in the unit that leaves one to four digits.
+func byteCount(n uint64) string {
 	if n < 10_000 {
 		return count(n) + " B"
 	}

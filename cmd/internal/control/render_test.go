@@ -28,6 +28,9 @@ func golden(t *testing.T, name, got string) {
 	}
 }
 
+// Times are printed in the local zone.
+func init() { time.Local = time.UTC }
+
 var now = time.Date(2026, 11, 22, 12, 0, 0, 0, time.UTC)
 
 func at(ago time.Duration) *time.Time { t := now.Add(-ago); return &t }
@@ -65,7 +68,6 @@ func sample() Status {
 }
 
 func TestWriteStatus(t *testing.T) {
-	time.Local = time.UTC
 	var b strings.Builder
 	if err := WriteStatus(&b, sample(), now); err != nil {
 		t.Fatal(err)
@@ -144,7 +146,7 @@ func TestUnits(t *testing.T) {
 		}
 	}
 	for n, want := range map[uint64]string{0: "0 B", 9999: "9,999 B", 10240: "10.0 KiB", 5 << 30: "5.0 GiB", 3 << 50: "3072.0 TiB"} {
-		if got := bytes(n); got != want {
+		if got := byteCount(n); got != want {
 			t.Errorf("%d: %s, want %s", n, got, want)
 		}
 	}

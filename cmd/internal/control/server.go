@@ -28,9 +28,11 @@ const (
 
 // Backend is the daemon that a Server represents. Its functions may be called at any time, and concurrently.
 type Backend struct {
-	Status  func() Status
-	Flows   func() []Flow
-	Name    func([]Flow) // fills in the programs of the flows that are shown; nil: not available
+	Status func() Status
+	Flows  func() []Flow
+	Name   func([]Flow) // fills in the programs of the flows that are shown; nil: not available
+	// Watch passes events to send from now on, and returns when ctx ends, send fails, or no more events will come. nil: not available.
+	Watch   func(ctx context.Context, send func([]Event) error)
 	Confirm func() error // returns nil if the steering stays; nil: there is nothing to confirm, as under `run`
 	Down    func()       // begins to stop and returns at once; nil: it ends by itself, as `run` does
 }
@@ -51,6 +53,10 @@ type Server struct {
 	served chan struct{}
 	once   sync.Once
 	remove func() // removes the socket at the end; nil: the listener does
+
+	closing                  context.Context // ends with Close
+	endWatch                 context.CancelFunc
+	ownersWatch, othersWatch atomic.Int32 // how many watch
 
 	refused atomic.Int64 // when a refusal was last logged, in Unix nanoseconds
 }
@@ -90,6 +96,7 @@ func serve(o Options, l *net.UnixListener) *Server {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
 	s := &Server{o: o, l: &listener{UnixListener: l}, served: make(chan struct{})}
+	s.closing, s.endWatch = context.WithCancel(context.Background())
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", s.look(func(*http.Request) (any, error) {
 		st := o.Backend.Status()
@@ -97,6 +104,9 @@ func serve(o Options, l *net.UnixListener) *Server {
 		return st, nil
 	}))
 	mux.HandleFunc("GET /v1/flows", s.look(s.flows))
+	if o.Backend.Watch != nil {
+		mux.HandleFunc("GET /v1/watch", s.watch)
+	}
 	if o.Backend.Confirm != nil {
 		mux.HandleFunc("POST /v1/confirm", s.touch(func() error { return o.Backend.Confirm() }))
 	}
@@ -133,6 +143,7 @@ func RemoveStale(path string) error {
 // Close removes the socket and ends requests in progress after a short time. It may be called twice.
 func (s *Server) Close() error {
 	s.once.Do(func() {
+		s.endWatch()
 		ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
 		defer cancel()
 		if s.http.Shutdown(ctx) != nil {

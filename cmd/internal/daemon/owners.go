@@ -112,7 +112,9 @@ func (p *procOwners) find(want map[uint32][]int, found func(inode uint32, pid st
 			return
 		}
 	}
-	for _, pid := range processes() {
+	all := processes()
+	slices.Reverse(all) // /proc has the oldest first; those that make connections are hardly ever among these
+	for _, pid := range all {
 		if slices.Contains(before, pid) {
 			continue
 		}

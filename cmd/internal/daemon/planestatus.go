@@ -120,10 +120,14 @@ func fillTraffic(s *control.Status, router *route.Router, c *counters) {
 // flows lists what the data plane carries.
 func (p *plane) flows() (all []control.Flow) {
 	for _, f := range p.router.Flows() {
-		all = append(all, control.Flow{
-			ID: f.ID, Proto: f.Proto.String(), Src: f.Src.String(), Dst: f.Dst.String(), Host: f.Host, Rule: f.Rule,
-			Upstream: f.Upstream, State: f.State, Start: f.Start, Up: f.Up, Down: f.Down, PID: f.PID, Exe: f.Exe,
-		})
+		all = append(all, flowOf(f))
 	}
 	return all
+}
+
+func flowOf(f route.FlowInfo) control.Flow {
+	return control.Flow{
+		ID: f.ID, Proto: f.Proto.String(), Src: f.Src.String(), Dst: f.Dst.String(), Host: f.Host, Rule: f.Rule,
+		Upstream: f.Upstream, State: f.State, Start: f.Start, Up: f.Up, Down: f.Down, PID: f.PID, Exe: f.Exe,
+	}
 }

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"context"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -22,8 +23,9 @@ func serveRun(cfg *config.Config, p *plane, o RunOptions, log *slog.Logger) (end
 		p.fill(&s, cfg, nil)
 		return s
 	}
+	watch := func(ctx context.Context, send func([]control.Event) error) { _ = p.watch(ctx, send) } // who watched has gone, or p is over
 	srv, err := control.ListenRun(control.RuntimeOf(o.Environ), control.Options{
-		Backend: control.Backend{Status: status, Flows: p.flows, Name: p.programs.name}, Log: log,
+		Backend: control.Backend{Status: status, Flows: p.flows, Name: p.programs.name, Watch: watch}, Log: log,
 	})
 	if err != nil {
 		log.Warn("the program runs, but 'viasocks status', 'flows' and 'ps' will not know of it", "err", err)

@@ -1,17 +1,19 @@
 package daemon
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"slices"
+	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
 )
 
 // backend is the daemon for the control socket. It answers from the start on, and leaves out what does not exist yet.
 func (u *up) backend() control.Backend {
-	return control.Backend{Status: u.status, Flows: u.flows, Name: u.name, Confirm: u.confirmed, Down: func() { u.stop(errDown) }}
+	return control.Backend{Status: u.status, Flows: u.flows, Name: u.name, Watch: u.watch, Confirm: u.confirmed, Down: func() { u.stop(errDown) }}
 }
 
 func (u *up) confirmed() error {
@@ -71,6 +73,28 @@ func (u *up) name(flows []control.Flow) {
 		p.programs.name(flows)
 	}
 }
+
+// watch watches the data plane, and the one that is made in place of it when it fails.
+func (u *up) watch(ctx context.Context, send func([]control.Event) error) {
+	var last *plane
+	again := time.NewTicker(watchAgain)
+	defer again.Stop()
+	for {
+		if p, _ := u.running(); p != nil && p != last {
+			if last = p; p.watch(ctx, send) != nil {
+				return
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-again.C:
+		}
+	}
+}
+
+// watchAgain is how often a watcher looks whether there is a data plane.
+const watchAgain = 100 * time.Millisecond
 
 func (u *up) flows() []control.Flow {
 	p, _ := u.running()

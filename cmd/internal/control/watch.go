@@ -1,0 +1,135 @@
+package control
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"sync/atomic"
+	"time"
+)
+
+// The kinds of an Event.
+const (
+	EventOpened      = "opened"      // an upstream is asked for the flow; UDP: the mapping was made
+	EventDialled     = "dialled"     // TCP: the upstream granted it
+	EventEstablished = "established" // TCP: the program is connected; UDP: the association was made
+	EventClosed      = "closed"      // it is over, and its state says how
+	EventLost        = "lost"        // this watcher was too slow: Lost events are missing here
+)
+
+// Event is what happened to a flow.
+type Event struct {
+	Event string    `json:"event"`
+	Time  time.Time `json:"time"`
+	*Flow
+	Error string `json:"error,omitempty"` // closed: why, if it did not end in order
+	Lost  uint64 `json:"lost,omitempty"`
+}
+
+const (
+	// maxWatchers is how many may watch at a time: less than the connections that are served, so that others can still ask.
+	maxWatchers = 8
+	// maxEvent bounds a line of the stream.
+	maxEvent = 64 << 10
+)
+
+var errManyWatchers = fmt.Errorf("there are %d watchers already", maxWatchers)
+
+// watch answers with a JSON object on a line for each event, until the watcher goes away or the Server is closed.
+func (s *Server) watch(w http.ResponseWriter, r *http.Request) {
+	p, _ := r.Context().Value(peerKey{}).(peer)
+	if !p.owner() && !p.in(s.o.Group) {
+		s.refuse(w, p)
+		return
+	}
+	n := s.watchers(p)
+	defer n.Add(-1)
+	if n.Add(1) > maxWatchers {
+		http.Error(w, errManyWatchers.Error(), http.StatusServiceUnavailable)
+		return
+	}
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	defer context.AfterFunc(s.closing, cancel)()
+	rc := http.NewResponseController(w)
+	_ = rc.SetReadDeadline(time.Time{}) // that of the request must not end what is a stream now
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	w.WriteHeader(http.StatusOK)
+	e := json.NewEncoder(w)
+	e.SetEscapeHTML(false)
+	flush := func() error {
+		// One who does not read for so long is not waited for.
+		if err := rc.SetWriteDeadline(time.Now().Add(answerTimeout)); err != nil {
+			return err
+		}
+		return rc.Flush()
+	}
+	if flush() != nil {
+		return
+	}
+	s.o.Backend.Watch(ctx, func(events []Event) error {
+		if err := rc.SetWriteDeadline(time.Now().Add(answerTimeout)); err != nil {
+			return err
+		}
+		for i := range events {
+			if err := e.Encode(&events[i]); err != nil {
+				return err
+			}
+		}
+		return flush()
+	})
+}
+
+// watchers counts those of p's kind, as slots does connections.
+func (s *Server) watchers(p peer) *atomic.Int32 {
+	if p.owner() {
+		return &s.ownersWatch
+	}
+	return &s.othersWatch
+}
+
+// ErrEnded: the viasocks that was asked or watched has ended.
+var ErrEnded = errors.New("viasocks has ended")
+
+// Watch hands each event to f, until ctx ends or f returns an error, which is then the error. It is ErrEnded when viasocks ends.
+func (c *Client) Watch(ctx context.Context, f func(Event) error) error {
+	req, err := http.NewRequestWithContext(ctx, "GET", "http://viasocks/v1/watch", nil)
+	if err != nil {
+		return err
+	}
+	stream := c.http
+	stream.Timeout = 0 // nothing may happen for hours
+	resp, err := stream.Do(req)
+	if err != nil {
+		return c.explain(err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		b, _ := io.ReadAll(io.LimitReader(resp.Body, 1024))
+		return fmt.Errorf("cannot watch: %s", strings.TrimSpace(string(b)))
+	}
+	lines := bufio.NewScanner(resp.Body)
+	lines.Buffer(nil, maxEvent)
+	for lines.Scan() {
+		if len(bytes.TrimSpace(lines.Bytes())) == 0 {
+			continue
+		}
+		var e Event
+		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
+			return fmt.Errorf("cannot understand the answer of viasocks: %w", err)
+		}
+		if err := f(e); err != nil {
+			return err
+		}
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return ErrEnded
+}
