@@ -72,8 +72,10 @@ func Look(c Config) (s Survey, err error) {
 // them up in a table that has a route for all or half of the addresses.
 func (h *Host) takesAll(family int, n *netlink.Rule) bool {
 	anyMark := n.Mark == 0 || n.Invert
-	if n.Invert && n.Mark == 0 || !anyMark || n.Src != nil || n.Dst != nil || n.IifName != "" || n.OifName != "" || n.UIDRange != nil ||
-		n.IPProto != 0 || n.Sport != nil || n.Dport != nil || n.Tos != 0 || n.TunID != 0 || n.SuppressPrefixlen >= 0 || n.Goto > 0 {
+	if n.Invert && n.Mark == 0 || !anyMark || n.Src != nil || n.Dst != nil || n.IifName != "" || n.OifName != "" ||
+		n.UIDRange != nil ||
+		n.IPProto != 0 || n.Sport != nil || n.Dport != nil || n.Tos != 0 || n.TunID != 0 || n.SuppressPrefixlen >= 0 ||
+		n.Goto > 0 {
 		return false
 	}
 	if n.Table == 0 {

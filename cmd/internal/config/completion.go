@@ -74,7 +74,7 @@ func (o *Option) values() (valueKind, []string) {
 func optionsOf(c Subcommand) []Option {
 	var list []Option
 	for _, o := range Options {
-		if o.Cmds&c.Takes != 0 {
+		if o.takes(c.Takes) {
 			list = append(list, o)
 		}
 	}

@@ -148,6 +148,12 @@ type Config struct {
 	RuleFor []RuleFor // check: flows to explain
 	Import  []string  // check: files of Traffic Server, for ImportSocks
 
+	Peers   []Peer           // doctor: addresses of one host behind the proxy
+	Serve   bool             // doctor: be such a host
+	ServeAt []netip.AddrPort // where; empty: everywhere
+	// NamesDNS: the user has named the resolvers of DNS.
+	NamesDNS bool
+
 	LogLevel slog.Level
 	LogFile  string // empty: standard error
 	// Decisions is the file that gets a line for each decision; empty: none.

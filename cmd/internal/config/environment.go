@@ -47,7 +47,7 @@ func (c *Config) readEnv(env []string) (map[string][]value, error) {
 		v := parseVariable(name)
 		if v.opt == nil {
 			c.unknownVars = append(c.unknownVars, name)
-		} else if v.opt.Cmds&c.Command != 0 {
+		} else if v.opt.takes(c.Command) {
 			v.text = strings.Clone(text)
 			vars = append(vars, v)
 		}

@@ -21,7 +21,7 @@ var sampleValues = map[string]string{
 	"exclude-device": "wg0", "exclude-cgroup": "system.slice", "include": "192.0.2.0/24", "include-uid": "7", "include-port": "22",
 	"include-device": "wg0", "include-cgroup": "system.slice", "resolved": "off", "control-group": "0", "tun": "vs1",
 	"mark": "0x100/0xff00", "nft-table": "vs", "table": "77", "dns-for": "lan.example=tcp://192.0.2.53", "max-pending": "777", "dns-exclude": "*.ads.example",
-	"dns-search": "lan.example", "dns-single-labels": "off", "pool": "3", "pipeline": "on", "log-level": "error", "state-dir": "/run/vs",
+	"dns-search": "lan.example", "dns-single-labels": "off", "pool": "3", "pipeline": "on", "log-level": "error", "state-dir": "/run/vs", "peer": "vps.example:7000",
 }
 
 func sampleOf(t *testing.T, o *Option, dir string) string {

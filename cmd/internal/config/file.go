@@ -46,7 +46,7 @@ func parseFile(path string, b []byte, cmd Command) (map[string][]value, error) {
 		if len(got[v.name]) > 0 && !o.Many {
 			return nil, usagef("%s:%d: %s was given before", path, n, v.name)
 		}
-		if o.Cmds&cmd == 0 {
+		if !o.takes(cmd) {
 			continue
 		}
 		v.where = strings.TrimRight(fmt.Sprintf("%s:%d: %s %s", path, n, v.name, quote(v.text)), " ")

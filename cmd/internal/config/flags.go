@@ -73,7 +73,7 @@ func parse(cmd Command, args, env []string, running *Config) (*Config, error) {
 	set.SetInterspersed(cmd != Run)
 	for i := range Options {
 		o := &Options[i]
-		if o.Cmds&cmd == 0 {
+		if !o.takes(cmd) {
 			continue
 		}
 		f := set.VarPF(given{o, flags}, o.Name, "", "")
@@ -90,6 +90,10 @@ func parse(cmd Command, args, env []string, running *Config) (*Config, error) {
 	c.Command, c.Program = cmd, set.Args()
 	if cmd == Run && (len(c.Program) == 0 || c.Program[0] == "") {
 		return nil, usagef("cannot run: no program was given")
+	}
+	var behind []string
+	if cmd == Doctor {
+		behind, c.Program = c.Program, nil
 	}
 	if cmd != Run && len(c.Program) > 0 {
 		return nil, usagef("cannot use %q: unexpected argument", c.Program[0])
@@ -109,6 +113,11 @@ func parse(cmd Command, args, env []string, running *Config) (*Config, error) {
 	given := func(option string) []value { return firstGiven(flags[option], fromEnv[option], file[option]) }
 	if err := c.build(given, env, running); err != nil {
 		return nil, err
+	}
+	if cmd == Doctor {
+		if err := c.setServeAt(behind); err != nil {
+			return nil, err
+		}
 	}
 	c.warnOfVariables()
 	return c, nil
@@ -130,7 +139,7 @@ func (c *Config) build(given func(option string) []value, env []string, running 
 	c.kept = map[string][]value{}
 	for i := range Options {
 		o := &Options[i]
-		if o.Cmds&c.Command == 0 {
+		if !o.takes(c.Command) {
 			continue
 		}
 		vs := given(o.Name)

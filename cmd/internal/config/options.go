@@ -25,7 +25,13 @@ const (
 	Status
 	Flows
 	Ps
+	Doctor // takes what Check takes, too
 )
+
+// takes reports whether the option is one of cmd.
+func (o *Option) takes(cmd Command) bool {
+	return o.Cmds&cmd != 0 || cmd == Doctor && o.Cmds&Check != 0 && o.Cmds != Check
+}
 
 // all are the commands that carry traffic, or explain how they would.
 const all = Run | Up | Check
@@ -33,7 +39,8 @@ const all = Run | Up | Check
 var commandNames = []struct {
 	cmd  Command
 	name string
-}{{Run, "run"}, {Up, "up"}, {Down, "down"}, {Confirm, "confirm"}, {Status, "status"}, {Flows, "flows"}, {Ps, "ps"}}
+}{{Run, "run"}, {Up, "up"}, {Down, "down"}, {Confirm, "confirm"}, {Status, "status"}, {Flows, "flows"}, {Ps, "ps"},
+	{Doctor, "doctor"}}
 
 // Option is one long option: a flag, a word of the configuration file, a line of the help and an item of the manual.
 type Option struct {
@@ -61,6 +68,7 @@ var optionGroups = []struct {
 	{"Faster connections to the proxy", tuningOptions},
 	{"Rules", ruleOptions},
 	{"The whole host", hostOptions},
+	{"Finding faults", doctorOptions},
 	{"Log, output and files", logOptions},
 }
 
@@ -77,7 +85,7 @@ func allOptions() (list []Option) {
 // flowOptions tell how captured traffic is carried.
 var flowOptions = []Option{
 	{
-		Name: "proxy", Arg: "URL", Secret: true, Live: true, Cmds: all, set: setProxy,
+		Name: "proxy", Arg: "URL", Secret: true, Live: true, Cmds: all | Doctor, set: setProxy,
 		Help: "socks5://[USER[:PASSWORD]@]HOST:PORT, carries what no rule says otherwise",
 		Man: `The proxy:
 .Ar socks5://[USER[:PASSWORD]@]HOST:PORT .
@@ -105,7 +113,7 @@ in
 .Xr viasocks.conf 5 .`,
 	},
 	{
-		Name: "password-file", Arg: "[NAME=]FILE", Many: true, Live: true, Cmds: all, set: addPasswordFile,
+		Name: "password-file", Arg: "[NAME=]FILE", Many: true, Live: true, Cmds: all | Doctor, set: addPasswordFile,
 		Help: "the first line is the password for --proxy, or for the upstream NAME",
 		Man: `The first line of
 .Ar FILE ,
@@ -123,7 +131,7 @@ in
 A file that every user can read, or that another user can write, is used with a warning.`,
 	},
 	{
-		Name: "proxy-ca", Arg: "FILE", Live: true, Cmds: all, set: setProxyCA,
+		Name: "proxy-ca", Arg: "FILE", Live: true, Cmds: all | Doctor, set: setProxyCA,
 		Help: "certificates in PEM that proxies inside TLS are verified by",
 		Man: `Proxies inside TLS
 .Pq Cm https , +tls
@@ -133,7 +141,7 @@ in PEM, instead of those that the system trusts.
 Verification cannot be turned off.`,
 	},
 	{
-		Name: "upstream", Arg: "NAME=URL[,URL...]", Many: true, Secret: true, Live: true, Cmds: all, set: addUpstream,
+		Name: "upstream", Arg: "NAME=URL[,URL...]", Many: true, Secret: true, Live: true, Cmds: all | Doctor, set: addUpstream,
 		Help: "one more proxy, or a group of them, for rules to name",
 		Man: `One more proxy, or a group of proxies that carry the same, for rules to name.
 .Ar NAME
@@ -468,7 +476,7 @@ otherwise.`,
 		Man:  `Append the log to` + "\n.Ar FILE\n" + `(made with mode 600) instead of writing it to standard error.`,
 	},
 	{
-		Name: "json", Cmds: Status | Flows | Ps, set: boolean(func(c *Config) *bool { return &c.JSON }),
+		Name: "json", Cmds: Status | Flows | Ps | Doctor, set: boolean(func(c *Config) *bool { return &c.JSON }),
 		Help: "print it as JSON, for programs",
 		Man:  `Print it as JSON, for programs.`,
 	},
@@ -530,7 +538,7 @@ and
 .Cm confirm .`,
 	},
 	{
-		Name: fileOption, Arg: "FILE", Cmds: all | Down | Confirm | Status | Flows | Ps,
+		Name: fileOption, Arg: "FILE", Cmds: all | Down | Confirm | Status | Flows | Ps | Doctor,
 		Help: "read options from FILE; flags win over it",
 		Man: `Read options from
 .Ar FILE ,

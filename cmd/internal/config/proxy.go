@@ -38,7 +38,7 @@ func (c *Config) finishProxy(env []string) error {
 		if v, ok := c.passwordFiles[DefaultUpstream]; ok {
 			return v.err("there is no --proxy that it could belong to")
 		}
-		if len(c.Upstreams) > 0 || len(c.allow) > 0 || c.letsOut() {
+		if len(c.Upstreams) > 0 || len(c.allow) > 0 || c.letsOut() || c.Command == Doctor {
 			return c.finishServers(env)
 		}
 		return usagef(

@@ -48,6 +48,7 @@ func (c *Config) finishDNS() error {
 	if err := c.finishDNSCA(); err != nil {
 		return err
 	}
+	c.NamesDNS = len(c.DNS) > 0
 	if !c.Relay && !c.DNSOff && len(c.DNS) == 0 && c.takesNames() {
 		c.Fake.On = true
 	}
@@ -69,6 +70,9 @@ func (c *Config) finishDNS() error {
 		return setDNS(c, value{"dns", "tor," + defaultResolvers, "--dns tor," + defaultResolvers})
 	case len(c.Upstreams) > 0:
 		return setDNS(c, value{"dns", defaultResolvers, "--dns " + defaultResolvers})
+	}
+	if c.Command == Doctor {
+		return nil // it says itself that there is no proxy
 	}
 	var err error
 	c.DNS, err = hostResolvers(c.Command == Up)

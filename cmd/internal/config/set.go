@@ -289,7 +289,7 @@ func setLogFile(c *Config, v value) error { c.LogFile = v.text; return nil }
 
 // finish checks what depends on more than one option, and reads the environment and the password files.
 func (c *Config) finish(env []string) error {
-	if c.Command&all == 0 || len(c.Import) > 0 {
+	if c.Command&(all|Doctor) == 0 || len(c.Import) > 0 || c.Serve {
 		return nil // carries nothing
 	}
 	if !c.logLevelSet && c.Command == Run {

@@ -46,8 +46,8 @@ const farHello = "viasocks far end 1\n"
 //
 // A FarEnd made by Serve has these commands instead of dial, and answers only the datagrams of a session:
 //
-//	session       says "TOKEN PORT PORT2 CLOSED ADDRESSES SEEN": the token of datagrams, the ports of UDP, a port that refuses TCP, how
-//	              many addresses there are, and who asks
+//	session       says "TOKEN PORT PORT2 CLOSED ADDRESSES SEEN": the token of datagrams, the ports of UDP, a port that
+//	              refuses TCP, how many addresses there are, and who asks
 //	pour N        sends N bytes, for two seconds at most
 //	sink          reads to the FIN, then says how much came
 type FarEnd struct {

@@ -134,8 +134,10 @@ func TestServeGuards(t *testing.T) {
 	_, s := publicProber(t, f)
 	to := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), s.Ports[0])
 	for name, q := range map[string]question{
-		"no token": {}, "a token of nobody": {token: "AAAAAAAAAAAAAAAAAAAAAAAAAA"}, "another socket, no cookie": {token: s.Token, from: [2]int{0, 1}},
-		"a socket that is not there": {token: s.Token, from: [2]int{1, 1}}, "a cookie of nobody": {token: s.Token, from: [2]int{0, 1}, cookie: "0011223344556677"},
+		"no token": {}, "a token of nobody": {token: "AAAAAAAAAAAAAAAAAAAAAAAAAA"},
+		"another socket, no cookie":  {token: s.Token, from: [2]int{0, 1}},
+		"a socket that is not there": {token: s.Token, from: [2]int{1, 1}},
+		"a cookie of nobody":         {token: s.Token, from: [2]int{0, 1}, cookie: "0011223344556677"},
 	} {
 		if n, _ := ask(t, to, q, 400); n >= 0 {
 			t.Errorf("%s: an answer of %d bytes", name, n)

@@ -46,6 +46,9 @@ func NewClient(path string) *Client {
 	return c
 }
 
+// SetTimeout bounds each question; without it, it is 15 s.
+func (c *Client) SetTimeout(d time.Duration) { c.http.Timeout = d }
+
 // Close closes what is open.
 func (c *Client) Close() {
 	c.http.CloseIdleConnections()
@@ -128,7 +131,7 @@ func (c *Client) explain(err error) error {
 	case errors.Is(err, syscall.EACCES):
 		return errors.New("cannot ask viasocks: permission denied: use sudo, or be in the group that it was given by --control-group")
 	case errors.Is(err, context.DeadlineExceeded):
-		return fmt.Errorf("cannot ask viasocks: no answer within %v", clientTimeout)
+		return fmt.Errorf("cannot ask viasocks: no answer within %v", c.http.Timeout)
 	case dial != nil:
 		return fmt.Errorf("cannot ask viasocks at %s: %w", c.path, dial.Err)
 	}

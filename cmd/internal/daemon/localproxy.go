@@ -28,11 +28,15 @@ type localProxy struct {
 }
 
 func (p *localProxy) String() string {
-	who := fmt.Sprintf("user %d", p.owner.UID)
+	return fmt.Sprintf("the proxy %s runs on this host (%s)", p.server, p.who())
+}
+
+// who listens.
+func (p *localProxy) who() string {
 	if p.exe != "" {
-		who = fmt.Sprintf("%s, user %d", p.exe, p.owner.UID)
+		return fmt.Sprintf("%s, user %d", p.exe, p.owner.UID)
 	}
-	return fmt.Sprintf("the proxy %s runs on this host (%s)", p.server, who)
+	return fmt.Sprintf("user %d", p.owner.UID)
 }
 
 // The user numbers that Debian and others give to single services. Lower ones are shared, and higher ones belong to
@@ -93,16 +97,24 @@ func (u *up) besideLocal(cfg *config.Config) (_ *config.Config, watched []localP
 }
 
 // localProxies finds the proxies of cfg that listen on this host now.
-func (u *up) localProxies(cfg *config.Config) (out []localProxy) {
-	diag, err := netns.OpenDiag()
+func (u *up) localProxies(cfg *config.Config) []localProxy {
+	out, err := findLocal(cfg, u.proxyAddrs)
 	if err != nil {
 		u.log.Debug("cannot look for proxies on this host", "err", err)
-		return nil
+	}
+	return out
+}
+
+// findLocal finds the proxies of cfg that listen on this host now, by the addresses that addrs gives for them.
+func findLocal(cfg *config.Config, addrs func(socks.Server) []netip.Addr) (out []localProxy, err error) {
+	diag, err := netns.OpenDiag()
+	if err != nil {
+		return nil, err
 	}
 	defer diag.Close()
 	for _, up := range cfg.Upstreams {
 		for _, s := range up.Reached() {
-			for _, a := range u.proxyAddrs(s) {
+			for _, a := range addrs(s) {
 				if !a.IsUnspecified() && !socks.OnHost(a) {
 					continue
 				}
@@ -112,7 +124,7 @@ func (u *up) localProxies(cfg *config.Config) (out []localProxy) {
 			}
 		}
 	}
-	return out
+	return out, nil
 }
 
 // find looks up the process that listens.

@@ -87,6 +87,11 @@ var table = []struct {
 		"carries connections from outside to a program, and knows no other flows"},
 	{"cmd/internal/resolved", []string{godbus, xsys}, []string{self + "/cmd/internal/harness"},
 		"speaks to systemd-resolved, and knows a device by its index and nothing else of ours"},
+	{"cmd/internal/doctor", []string{self + "/cmd/internal/config", self + "/cmd/internal/conform", self + "/cmd/internal/control",
+		self + "/cmd/internal/daemon", self + "/route/dns", self + "/route/kernel", self + "/route/relay", self + "/socks",
+		self + "/stack/flow", self + "/stack/loop", self + "/tun/netns", xsys},
+		[]string{self + "/cmd/internal/harness", self + "/socks/sockstest"},
+		"looks at a host and a proxy from outside the data plane: what it finds must not depend on what may be broken"},
 	{"cmd/...", []string{self + "/...", pflag, xsys}, nil,
 		"glue that no layer may import"},
 }

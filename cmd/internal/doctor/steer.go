@@ -1,0 +1,217 @@
+package doctor
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/cmd/internal/daemon"
+	"github.com/viasocks/viasocks/route/kernel"
+)
+
+// asRoot is the finding of a check that ordinary users cannot make.
+func asRoot() []Finding {
+	return []Finding{
+		{Level: NotTested, Found: "Only root can use 'viasocks up' and test it.", Do: "sudo viasocks doctor, with the same options"},
+	}
+}
+
+// tryUp closes a network namespace of its own with the filter of up.
+func (h *host) tryUp(context.Context) []Finding {
+	if !h.root {
+		return asRoot()
+	}
+	if err := kernel.Try(daemon.KernelConfig(h.cfg)); err != nil {
+		return []Finding{
+			{Level: Fault, Found: sentence(err), Means: "'viasocks up' cannot carry this host; 'viasocks run' can carry a program."},
+		}
+	}
+	f := Finding{Level: OK, Found: "The kernel takes the rules of nftables that 'up' needs (tried in a namespace of its own)."}
+	if err := writable("/proc/sys/net/ipv4/conf/all/src_valid_mark"); err != nil &&
+		sysctl("net.ipv4.conf.all.src_valid_mark") != "1" {
+		f.Means = "The settings below /proc/sys cannot be changed here, as in many containers."
+		if s, lerr := kernel.Look(daemon.KernelConfig(h.cfg)); lerr == nil && len(s.Strict) > 0 {
+			f.Level = Fault
+			f.Means = fmt.Sprintf(
+				"The settings below /proc/sys cannot be changed here, and rp_filter is 1 on %s: 'viasocks up' will not start.",
+				strings.Join(s.Strict, ", "),
+			)
+			f.Do = "start the container with --sysctl net.ipv4.conf.all.src_valid_mark=1"
+		}
+	}
+	return []Finding{f}
+}
+
+func writable(path string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+// state says what viasocks has done to this host by now.
+func (h *host) state(context.Context) []Finding {
+	if s := h.up; s != nil {
+		return h.upFindings(s)
+	}
+	look, err := kernel.Look(daemon.KernelConfig(h.cfg))
+	switch {
+	case errors.Is(h.upErr, control.ErrNoDaemon) && err == nil && look.Left:
+		return []Finding{{Level: Fault, Found: "A 'viasocks up' was killed, and this host is still closed.",
+			Means: "No program reaches anything that is not on this host or its private networks.",
+			Do:    "viasocks up (with the same options) carries the host again; viasocks down opens it"}}
+	case errors.Is(h.upErr, control.ErrNoDaemon):
+		return []Finding{{Level: OK, Found: "'viasocks up' is not running, and has left nothing behind."}}
+	case h.upErr != nil:
+		return []Finding{{Level: NotTested, Found: sentence(h.upErr), Do: "sudo viasocks doctor, with the same options"}}
+	}
+	return nil
+}
+
+func (h *host) upFindings(s *control.Status) []Finding {
+	f := Finding{Level: OK, Found: fmt.Sprintf("'viasocks up' is running (process %d, %s).", s.PID, s.State)}
+	switch s.State {
+	case control.Ready, control.Unconfirmed:
+	case control.Waiting:
+		f.Level, f.Means = Fault, "This host is closed until the proxy can be reached: "+s.Waiting
+	case control.Impaired:
+		f.Level = Fault
+	default:
+		f.Level = Warning
+	}
+	all := []Finding{f}
+	for _, w := range s.Warnings {
+		all = append(all, Finding{Level: Warning, Found: "'viasocks status' says: " + sentence(errors.New(w))})
+	}
+	for _, u := range s.Upstreams {
+		if u.TCP == "down" {
+			all = append(all, Finding{Level: Fault, Found: fmt.Sprintf("Its proxy %s is down.", cmp.Or(u.URL, u.Name)),
+				Means: "Connections through it fail until it can be reached again; see below for why."})
+		}
+	}
+	return all
+}
+
+// maxRules is how many rules of others are listed: a script may have made a thousand.
+const maxRules = 8
+
+// rules looks for ip rules of others, as those of VPNs, that stand in up's way.
+func (h *host) rules(context.Context) []Finding {
+	look, err := kernel.Look(daemon.KernelConfig(h.cfg))
+	if err != nil {
+		return []Finding{{Level: NotTested, Found: sentence(err)}}
+	}
+	var all []Finding
+	if look.Conflict != nil {
+		what, do, _ := strings.Cut(look.Conflict.Error(), ": see ")
+		all = append(
+			all,
+			Finding{Level: Fault, Found: sentence(errors.New(what)), Means: "'viasocks up' will not start; 'viasocks run' works.",
+				Do: "see " + do},
+		)
+	}
+	for _, r := range look.Foreign[:min(len(look.Foreign), maxRules)] {
+		f := Finding{Level: Warning, Found: "A rule of another program comes before those of 'viasocks up': " + r.Text + ".",
+			Means: "What it routes past viasocks is refused under 'viasocks up'. 'viasocks run' is not concerned."}
+		if r.All {
+			f.Level = Fault
+			f.Means = "It takes all traffic, as a VPN does: nothing would come to viasocks under 'viasocks up', and everything " +
+				"would be refused. " +
+				"'viasocks run' is not concerned."
+		}
+		if r.Option != "" {
+			f.Do = r.Option + " puts the rules of 'viasocks up' first; or stop the other program"
+		} else {
+			f.Do = "remove the rule, or stop the program that made it"
+		}
+		all = append(all, f)
+	}
+	if n := len(look.Foreign) - maxRules; n > 0 {
+		all = append(all, Finding{Level: Warning, Found: fmt.Sprintf("There are %d more such rules: see 'ip rule'.", n)})
+	}
+	if len(all) == 0 {
+		all = append(all, Finding{Level: OK, Found: "No rule of another program comes before those of 'viasocks up'."})
+	}
+	if len(look.Strict) > 0 && h.root {
+		all = append(all, Finding{Check: "rp_filter", Level: OK, Found: "rp_filter is 1 on " + strings.Join(look.Strict, ", ") +
+			": 'viasocks up' sets src_valid_mark=1, so that the answers of the proxy pass."})
+	}
+	return all
+}
+
+// besides are programs that change a host's network, and how viasocks lives with them.
+var besides = []struct {
+	name    string
+	devices []string // by which it is known, or:
+	comms   []string // names of processes
+	found   string
+	do      string
+}{
+	{
+		name: "docker", devices: []string{"docker0", "podman0", "cni0"}, comms: []string{"dockerd"},
+		found: "Containers go through the proxy under 'viasocks up', as the host does.",
+		do:    "--exclude-device docker0 lets them go their own way",
+	},
+	{
+		name: "firewalld", comms: []string{"firewalld"},
+		found: "It may reload its rules at any time: viasocks keeps its own in tables of their own, and puts back what is flushed.",
+	},
+	{
+		name: "NetworkManager", comms: []string{"NetworkManager"},
+		found: "It leaves the TUN device alone, and its default routes are no longer used for what 'viasocks up' carries.",
+	},
+	{
+		name: "systemd-resolved", comms: []string{"systemd-resolve"},
+		found: "'viasocks up' tells it to ask viasocks for names; 'viasocks run' hides it from the program.",
+	},
+	{
+		name: "tailscale", devices: []string{"tailscale0"}, comms: []string{"tailscaled"},
+		found: "Under 'viasocks up' it must be left out, or it cannot reach its peers.",
+		do:    "--exclude 100.64.0.0/10 --exclude fd7a:115c:a1e0::/48 --exclude-cgroup system.slice/tailscaled.service",
+	},
+	{
+		name: "WireGuard", devices: []string{"wg0", "wg1"},
+		found: "Under 'viasocks up' its endpoint must be left out, or the tunnel would go through the proxy.",
+		do:    "--exclude with the address of the endpoint",
+	},
+}
+
+// beside names the programs beside which viasocks runs.
+func (h *host) beside(ctx context.Context) (all []Finding) {
+	comms := processNames(ctx)
+	for _, p := range besides {
+		there := slices.ContainsFunc(p.devices, func(dev string) bool { return exists("/sys/class/net/" + dev) }) ||
+			slices.ContainsFunc(p.comms, func(c string) bool { return comms[c] })
+		if there {
+			all = append(all, Finding{Check: p.name, Level: OK, Found: "It runs here. " + p.found, Do: p.do})
+		}
+	}
+	return all
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+// processNames are those of all processes that can be seen.
+func processNames(ctx context.Context) map[string]bool {
+	names := map[string]bool{}
+	paths, _ := filepath.Glob("/proc/[0-9]*/comm")
+	for _, p := range paths {
+		if ctx.Err() != nil {
+			break
+		}
+		if b, err := os.ReadFile(p); err == nil {
+			names[strings.TrimSpace(string(b))] = true
+		}
+	}
+	return names
+}
