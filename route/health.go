@@ -16,6 +16,7 @@ type upstream struct {
 	own      bool // belongs to the Router itself, whatever the policy
 	apart    bool // separates programs: the owner of a flow is looked up before the dial
 	tcp, udp health
+	dials    dialStats // TCP
 	ipv6     ipv6Known
 
 	// The server reported that it does not carry UDP: until then (on the Router's clock) it is not asked again, and

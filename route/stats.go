@@ -3,6 +3,7 @@ package route
 import (
 	"slices"
 	"sync/atomic"
+	"time"
 
 	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/route/relay"
@@ -131,13 +132,18 @@ func (r *Router) Flows() []FlowInfo {
 type UpstreamInfo struct {
 	Name             string
 	TCPDown, UDPDown bool
+	Granted, Failed  uint64        // TCP flows that it granted, and that failed through its own fault
+	Latency          time.Duration // from the first packet of a TCP flow to the grant, on average of the last ones; 0: not known
 }
 
 // Upstreams returns the upstreams in the order of the configuration.
 func (r *Router) Upstreams() []UpstreamInfo {
 	var all []UpstreamInfo
 	for _, up := range r.policy.Load().order {
-		all = append(all, UpstreamInfo{up.name, up.tcp.isDown(), up.udp.isDown()})
+		all = append(all, UpstreamInfo{
+			Name: up.name, TCPDown: up.tcp.isDown(), UDPDown: up.udp.isDown(),
+			Granted: up.dials.granted.Load(), Failed: up.dials.failed.Load(), Latency: time.Duration(up.dials.latency.Load()),
+		})
 	}
 	return all
 }

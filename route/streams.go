@@ -269,6 +269,7 @@ func (s *stream) dialed(sock loop.Socket, err error) {
 		return
 	}
 	up.tcp.works(r.Router, up, "TCP")
+	up.dials.grant(time.Since(s.flow.Start))
 	if s.gone.Load() {
 		sock.Close()
 		s.finish("cancelled", 0, 0, errAppGone)
@@ -310,6 +311,7 @@ func (s *stream) refused(err error) {
 		return
 	case isServerFault(err):
 		up.tcp.failed(r.Router, up, "TCP", err)
+		up.dials.failed.Add(1)
 	case r.ctx.Err() != nil:
 		s.req.Reject(flow.RefuseReset)
 		s.finish("aborted", 0, 0, errClosing)

@@ -73,8 +73,11 @@ type Upstream struct {
 	Via       string   `json:"via,omitempty"` // the upstream through which it is reached; empty: directly
 	TCP       string   `json:"tcp"`           // "ok" or "down"
 	UDP       string   `json:"udp"`
-	Addresses []string `json:"addresses,omitempty"` // where our sockets may go for it
-	Servers   []Member `json:"servers,omitempty"`   // of a group; its URL tells how many
+	Granted   uint64   `json:"granted"`              // TCP connections
+	Failed    uint64   `json:"failed"`               // TCP connections that failed through its own fault
+	LatencyMS float64  `json:"latency_ms,omitempty"` // until a connection is granted, on average of the last ones
+	Addresses []string `json:"addresses,omitempty"`  // where our sockets may go for it
+	Servers   []Member `json:"servers,omitempty"`    // of a group; its URL tells how many
 }
 
 // Member is a server of a group.
