@@ -20,7 +20,7 @@ const answersName = "dns"
 
 // newAnswers returns the verdict on such connections. Its upstream belongs to no policy, and none replaces it.
 func newAnswers(r *Router) *verdict {
-	return &verdict{rule: "dns", up: &upstream{Upstream: answers{r}, name: answersName, own: true}}
+	return &verdict{rule: "dns", up: &upstream{Upstream: answers{r}, name: answersName, own: true, count: new(upstreamCounters)}}
 }
 
 // Name implements Upstream.

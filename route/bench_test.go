@@ -14,6 +14,7 @@ type nullLink struct{ n int }
 func (l *nullLink) Send(p []flow.Packet) (int, error) { l.n += len(p); return len(p), nil }
 func (l *nullLink) Close() error                      { return nil }
 func (l *nullLink) Stats() relay.LinkStats            { return relay.LinkStats{} }
+func (l *nullLink) Overflowed() uint64                { return 0 }
 
 type nullWriter struct{}
 

@@ -118,15 +118,17 @@ func (r *Router) handle(e event) {
 			e.t.cancel()
 		}
 		if e.link != nil {
-			r.closeLink(e.link)
+			r.closeLink(e.up, e.link)
 		}
 	}
 }
 
-func (r *Router) closeLink(l relay.PacketLink) {
+func (r *Router) closeLink(up *upstream, l relay.PacketLink) {
+	overflowed := l.Overflowed()
 	_ = l.Close() // nothing can be done about an error of a link that is given up
 	s := l.Stats()
-	count.Add(&r.links, &s)
+	s.Overflowed = overflowed
+	count.Add(&up.count.links, &s)
 	if s.TooLarge > 0 && !r.control.tooLong {
 		r.control.tooLong = true
 		r.log.post(
@@ -184,7 +186,7 @@ func (r *shard) opened(e event) {
 	r.control.opening--
 	defer r.next()
 	if e.err == nil && t.closed {
-		r.closeLink(e.link)
+		r.closeLink(a.up, e.link)
 		e.link, e.err = nil, t.why
 	}
 	r.udp.mu.Lock()
@@ -192,11 +194,12 @@ func (r *shard) opened(e event) {
 		r.udp.mu.Unlock()
 		t.cancel()
 		if e.link != nil {
-			r.closeLink(e.link)
+			r.closeLink(a.up, e.link)
 		}
 		return
 	}
 	r.udp.dialing--
+	a.up.count.associated(e.err)
 	if e.err != nil {
 		a.try = nil
 		r.failed(a, e.err)
@@ -339,6 +342,7 @@ func (r *shard) closed(e event) {
 		}
 	}
 	r.count.Reassociations.Add(1)
+	a.up.count.Reassociations.Add(1)
 	if a.failures > 0 && a.up.deaf.Load() >= deafAfter {
 		r.refuseUDP(a, flow.RefusePort, errEndsAssociations)
 	} else {
@@ -346,7 +350,7 @@ func (r *shard) closed(e event) {
 	}
 	r.udp.mu.Unlock()
 	t.cancel()
-	r.closeLink(link)
+	r.closeLink(a.up, link)
 	r.log.post(
 		slog.LevelDebug,
 		"association is made again",

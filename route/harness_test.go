@@ -431,6 +431,7 @@ func (l *fakeLink) Close() error {
 }
 
 func (l *fakeLink) Stats() relay.LinkStats { return relay.LinkStats{} }
+func (l *fakeLink) Overflowed() uint64     { return 0 }
 
 func (l *fakeLink) count() int {
 	l.mu.Lock()

@@ -18,6 +18,7 @@ type upstream struct {
 	tcp, udp health
 	dials    dialStats // TCP
 	ipv6     ipv6Known
+	count    *upstreamCounters
 
 	// The server reported that it does not carry UDP: until then (on the Router's clock) it is not asked again, and
 	// datagrams are refused with refuseWhy.

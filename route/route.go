@@ -151,7 +151,6 @@ type Router struct {
 	dnsPast     dns.Counters[uint64] // of earlier servers
 	dnsRuns     sync.WaitGroup
 
-	links    relay.LinkCounters[atomic.Uint64]
 	shortage shortage
 
 	// Constants, except in tests.

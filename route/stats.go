@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/route/dns"
-	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/stack/count"
 )
 
@@ -41,8 +40,8 @@ type Counters[T any] struct {
 	MappingsEvicted T `metric:"mappings_ended_total" label:"reason=evicted"`
 	// Not made, because all mappings were in use.
 	MappingsFull T `metric:"mappings_refused_total" help:"UDP mappings that were not made because all were at work."`
-	// Links that failed and were made again.
-	Reassociations T `metric:"reassociations_total" help:"Associations that failed and were made again."`
+	// Links that failed and were made again: by upstream in UpstreamStats.
+	Reassociations T
 
 	// Datagrams lost while their association was being made.
 	QueueFull T `metric:"datagrams_dropped_total" label:"reason=associating" lost:"datagrams lost while their association was made"`
@@ -58,7 +57,6 @@ type Counters[T any] struct {
 // Stats is a snapshot of the counters. Unless it says otherwise, a number counts since the start.
 type Stats struct {
 	Counters[uint64]
-	relay.LinkStats // of links that were closed
 
 	StreamsNow    int    `metric:"flows" label:"proto=tcp" help:"Flows that there are, pending ones too."`
 	MappingsNow   int    `metric:"flows" label:"proto=udp"`
@@ -74,7 +72,6 @@ type counters struct{ Counters[atomic.Uint64] }
 // Stats returns the counters.
 func (r *Router) Stats() Stats {
 	var s Stats
-	count.Add(&s.LinkStats, &r.links)
 	if r.decisions != nil {
 		s.DecisionsLost = r.decisions.lost.Load()
 	}

@@ -264,6 +264,9 @@ func (s *stream) dialed(sock loop.Socket, err error) {
 	}
 	defer func() { s.req = nil }()
 	r, up := s.r, s.v.up
+	if err == nil {
+		up.count.dialed(nil)
+	}
 	if err != nil {
 		s.refused(err)
 		return
@@ -301,6 +304,7 @@ func (s *stream) dialed(sock loop.Socket, err error) {
 
 func (s *stream) refused(err error) {
 	r, up := s.r, s.v.up
+	up.count.dialed(err)
 	switch {
 	case s.gone.Load():
 		s.finish("cancelled", 0, 0, errAppGone)
@@ -359,6 +363,8 @@ func (s *stream) finish(state string, up, down uint64, err error) {
 	r := s.r
 	r.count.Up.Add(up) // before it disappears, so that its bytes are never missing
 	r.count.Down.Add(down)
+	s.v.up.count.Up.Add(up)
+	s.v.up.count.Down.Add(down)
 	r.streams.remove(s)
 	r.flows.Add(-1)
 	s.lease.Release()

@@ -344,7 +344,7 @@ func (r *shard) discard(a *assoc) {
 	if a.try != nil && a.link == nil {
 		r.udp.dialing--
 	}
-	r.ctl.post(event{kind: evDiscard, link: a.link, t: a.try})
+	r.ctl.post(event{kind: evDiscard, up: a.up, link: a.link, t: a.try})
 	a.link, a.try = nil, nil
 }
 

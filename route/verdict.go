@@ -97,8 +97,12 @@ func newPolicy(cfg Config, old *policy) (*policy, error) {
 		if t, ok := u.(interface{ Tor() bool }); ok && t.Tor() {
 			p.tor = true
 		}
-		if old != nil && old.upstreams[name] != nil && old.upstreams[name].Upstream == u {
-			up = old.upstreams[name]
+		up.count = new(upstreamCounters)
+		if old != nil && old.upstreams[name] != nil {
+			up.count = old.upstreams[name].count // also where the servers are others now
+			if old.upstreams[name].Upstream == u {
+				up = old.upstreams[name]
+			}
 		}
 		p.upstreams[name] = up
 		p.order = append(p.order, up)

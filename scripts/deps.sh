@@ -20,6 +20,7 @@ declare -A groups=(
 		musl-gcc:musl-tools nsupdate:bind9-dnsutils dig:bind9-dnsutils kdig:knot-dnsutils unbound:unbound tor:tor
 		=/lib/systemd/systemd-networkd:systemd dhclient:isc-dhcp-client dhcpcd:dhcpcd-base NetworkManager:network-manager
 		dbus-daemon:dbus conntrack:conntrack nft:nftables
+		promtool:prometheus
 		socat:socat setpriv:util-linux nsenter:util-linux ss:iproute2"
 	[demo]="make:make git:git =/etc/ssl/certs/ca-certificates.crt:ca-certificates
 		ip:iproute2 sysctl:procps unshare:util-linux curl:curl nft:nftables tcpdump:tcpdump
@@ -42,7 +43,7 @@ declare -A units=([dante-server]=danted.service [nginx]=nginx.service [vsftpd]=v
 	[unbound]=unbound.service [tor]="tor.service tor@default.service" [nftables]=nftables.service [shadowsocks-libev]=shadowsocks-libev.service [v2ray]=v2ray.service [trojan]=trojan.service [stunnel4]=stunnel4.service
 	[network-manager]="NetworkManager.service NetworkManager-dispatcher.service NetworkManager-wait-online.service"
 	[systemd]="systemd-networkd.service systemd-networkd.socket systemd-networkd-wait-online.service"
-	[dbus]="dbus.service dbus.socket" [stunnel4]="stunnel4.service stunnel.target")
+	[dbus]="dbus.service dbus.socket" [stunnel4]="stunnel4.service stunnel.target" [prometheus]=prometheus.service)
 
 die() { echo "deps: $*" >&2; exit 1; }
 

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/viasocks/viasocks/stack/count"
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
@@ -50,6 +51,7 @@ type dial struct {
 	fd        int
 	addrs     []netip.AddrPort
 	at        int // index of the address being tried
+	began     time.Duration
 	connectBy time.Duration
 	shakeBy   time.Duration
 	looked    bool               // the name was looked up for this dial
@@ -139,7 +141,8 @@ func (p *dial) begin() {
 			return
 		}
 	}
-	p.connectBy = p.l.Now() + p.connectTime()
+	p.began = p.l.Now()
+	p.connectBy = p.began + p.connectTime()
 	p.l.SetTimer(&p.Node, p.connectBy)
 	if call, ok := p.ctx.(*loop.Call); ok {
 		p.attached = loop.Attached{Loop: p.l, Node: &p.Node, Bit: canceled}
@@ -189,6 +192,9 @@ func (p *dial) finish(err error) {
 	p.drop()
 	p.leave()
 	p.doubt(err)
+	if p.c != nil {
+		p.c.count.refused(err)
+	}
 	if p.failed != nil {
 		p.failed(err)
 		return
@@ -286,6 +292,10 @@ func (p *dial) expired() {
 
 // granted hands the socket over to the caller.
 func (p *dial) granted() {
+	if p.c != nil {
+		p.c.count.Succeeded.Add(1)
+		count.Observe(&p.c.count.Handshake, p.l.Now()-p.began)
+	}
 	if p.pooled {
 		_ = loop.SetOption(p.fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 0) // see shelf.put
 	}

@@ -139,6 +139,7 @@ type Client struct {
 	tls    *tls.Config      // nil: no TLS
 	names  lookup
 	pipe   pipelining
+	count  clientCounters
 
 	shelves sync.Map // *loop.Loop to *shelf
 	noPool  atomic.Bool

@@ -34,23 +34,28 @@ type PacketLink interface {
 	// may be called twice and from any goroutine.
 	Close() error
 	Stats() LinkStats // may be called from any goroutine
+	// Overflowed is how many datagrams the kernel has dropped because the socket's receive buffer was full. It is a system
+	// call. It may be called from any goroutine, and returns 0 after the end.
+	Overflowed() uint64
 }
 
 // LinkCounters is the table of what links count, in datagrams: see package count. Bytes are payload, without the header.
 type LinkCounters[T any] struct {
-	Sent          T `metric:"relay_datagrams_total" label:"direction=up" help:"Datagrams between viasocks and its upstreams; up: to them."`
-	Received      T `metric:"relay_datagrams_total" label:"direction=down"`
-	SentBytes     T `metric:"relay_datagram_bytes_total" label:"direction=up" help:"Payload of the datagrams to and from upstreams."`
-	ReceivedBytes T `metric:"relay_datagram_bytes_total" label:"direction=down"`
+	Sent          T `metric:"upstream_datagrams_total" label:"direction=up" help:"Datagrams by upstream; up: from programs."`
+	Received      T `metric:"upstream_datagrams_total" label:"direction=down"`
+	SentBytes     T `metric:"upstream_bytes_total" label:"proto=udp,direction=up"`
+	ReceivedBytes T `metric:"upstream_bytes_total" label:"proto=udp,direction=down"`
 	// Not sent: over what the encapsulation allows (DESIGN.md 6).
-	TooLarge T `metric:"datagrams_dropped_total" label:"reason=too_large" lost:"datagrams too large for SOCKS"`
+	TooLarge T `metric:"upstream_datagrams_dropped_total" label:"reason=too_large" lost:"datagrams too large for SOCKS" help:"Datagrams lost."`
 	// Not sent: the socket's buffer was full.
-	Full T `metric:"datagrams_dropped_total" label:"reason=socket_full" lost:"datagrams for which the socket to the proxy had no room"`
+	Full T `metric:"upstream_datagrams_dropped_total" label:"reason=send_buffer_full" lost:"datagrams sent faster than the host took them"`
 	// Not sent: no header, wrong family, or refused by the kernel.
-	Unsendable T `metric:"datagrams_dropped_total" label:"reason=unsendable" lost:"datagrams that could not be sent to the proxy"`
+	Unsendable T `metric:"upstream_datagrams_dropped_total" label:"reason=unsendable" lost:"datagrams that could not be sent"`
 	// Received and dropped: bad header.
-	Malformed   T `metric:"datagrams_dropped_total" label:"reason=bad_header" lost:"malformed datagrams of the proxy"`
-	Unreachable T `metric:"relay_icmp_errors_total" help:"ICMP errors about datagrams to upstreams: they are transient."`
+	Malformed T `metric:"upstream_datagrams_dropped_total" label:"reason=bad_header" lost:"malformed datagrams of a proxy"`
+	// Dropped by the kernel, because the socket's receive buffer was full: PacketLink.Overflowed, added by whoever sums up.
+	Overflowed  T `metric:"upstream_datagrams_dropped_total" label:"reason=receive_buffer_full" lost:"datagrams that came too fast"`
+	Unreachable T `metric:"upstream_icmp_errors_total" help:"ICMP errors about datagrams to upstreams: they are transient."`
 }
 
 // LinkStats is a snapshot of one link, or of several.
@@ -129,6 +134,16 @@ func (k *link) Close() error {
 func (k *link) Stats() (s LinkStats) {
 	count.Add(&s, &k.st)
 	return s
+}
+
+// Overflowed implements PacketLink.
+func (k *link) Overflowed() uint64 {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.fd < 0 {
+		return 0
+	}
+	return dropsOf(k.fd)
 }
 
 // Turn implements loop.Task.

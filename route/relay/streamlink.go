@@ -105,6 +105,9 @@ func (k *streamLink) Stats() (s LinkStats) {
 	return s
 }
 
+// Overflowed implements PacketLink: TCP loses nothing.
+func (k *streamLink) Overflowed() uint64 { return 0 }
+
 // Send implements PacketLink. A datagram counts as sent when the socket or the queue has accepted it.
 func (k *streamLink) Send(ps []flow.Packet) (sent int, err error) {
 	k.mu.Lock()

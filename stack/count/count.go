@@ -10,8 +10,8 @@
 //	var live Counters[atomic.Uint64] // live.SYNs.Add(1): one atomic operation, as without the table
 //	var seen Counters[uint64]        // Add(&seen, &live)
 //
-// Two fields may share a name if their labels differ. A field of type int, int64 or atomic.Int64 is a current value,
-// a gauge.
+// Two fields may share a name if their labels differ; "a=b,c=d" is two labels. A field of a snapshot that is of type int or int64
+// is a current value, a gauge. A Histogram counts how long something took.
 package count
 
 import (
@@ -33,14 +33,24 @@ func add(dst, src reflect.Value) {
 		panic(fmt.Sprintf("cannot add %v to %v: they are different tables", src.Type(), dst.Type()))
 	}
 	for i := range dst.NumField() {
-		switch to := dst.Field(i).Addr().Interface().(type) {
-		case *uint64:
-			*to += load(src.Field(i))
-		case *atomic.Uint64:
-			to.Add(load(src.Field(i)))
-		default:
-			add(dst.Field(i), src.Field(i))
+		if to, from := dst.Field(i), src.Field(i); to.Kind() == reflect.Array {
+			for j := range to.Len() {
+				addCell(to.Index(j), from.Index(j))
+			}
+		} else {
+			addCell(to, from)
 		}
+	}
+}
+
+func addCell(dst, src reflect.Value) {
+	switch to := dst.Addr().Interface().(type) {
+	case *uint64:
+		*to += load(src)
+	case *atomic.Uint64:
+		to.Add(load(src))
+	default:
+		add(dst, src)
 	}
 }
 
@@ -60,14 +70,15 @@ func load(v reflect.Value) uint64 {
 // Metric is a number with its description.
 type Metric struct {
 	Name  string // of the family, without the prefix of the program
-	Label string // "key=value"; empty: none
+	Label string // "key=value,key=value"; empty: none
 	Help  string
 	Lost  string // what was lost, as text; empty: nothing
 	Gauge bool   // a current value; otherwise the number only grows
 	Value float64
+	Times *Histogram[uint64] // instead of Value; nil: it is one number
 }
 
-// Key returns the name with the label. It is unique among all metrics.
+// Key returns the name with the labels. It is unique among all metrics.
 func (m Metric) Key() string {
 	if m.Label == "" {
 		return m.Name
@@ -85,6 +96,9 @@ func each(v reflect.Value, f func(Metric)) {
 		tag := t.Field(i).Tag
 		m := Metric{Name: tag.Get("metric"), Label: tag.Get("label"), Help: tag.Get("help"), Lost: tag.Get("lost")}
 		switch n := v.Field(i); {
+		case m.Name != "" && n.Type() == reflect.TypeFor[Histogram[uint64]]():
+			h := n.Interface().(Histogram[uint64])
+			m.Times = &h
 		case n.Kind() == reflect.Struct:
 			each(n, f)
 			continue

@@ -4,6 +4,7 @@ import (
 	"slices"
 	"sync/atomic"
 	"testing"
+	"time"
 )
 
 type Inner[T any] struct {
@@ -65,4 +66,27 @@ func TestEach(t *testing.T) {
 	if key := got[1].Key(); key != "lost_total{reason=why}" || got[0].Key() != "seen_total" {
 		t.Errorf("key %q", key)
 	}
+}
+
+type times[T any] struct {
+	Took Histogram[T] `metric:"took_seconds" label:"a=b,c=d" help:"How long it took."`
+}
+
+func TestHistogram(t *testing.T) {
+	var live times[atomic.Uint64]
+	for _, d := range []time.Duration{-1, 0, time.Millisecond, time.Millisecond + 1, 30 * time.Second, time.Hour} {
+		Observe(&live.Took, d)
+	}
+	var seen times[uint64]
+	Add(&seen, &live)
+	want := Histogram[uint64]{Nanoseconds: uint64(time.Hour + 30*time.Second + 2*time.Millisecond + 1)}
+	want.Buckets[0], want.Buckets[1], want.Buckets[13], want.Buckets[14] = 3, 1, 1, 1
+	if seen.Took != want || live.Took.Count() != 6 || seen.Took.Count() != 6 {
+		t.Errorf("got %+v", seen.Took)
+	}
+	Each(seen, func(m Metric) {
+		if m.Key() != "took_seconds{a=b,c=d}" || m.Times == nil || *m.Times != want {
+			t.Errorf("got %+v", m)
+		}
+	})
 }

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/viasocks/viasocks/cmd/internal/metrics"
 	"github.com/viasocks/viasocks/cmd/internal/publish"
 	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/route/dns"
@@ -156,6 +157,7 @@ type Config struct {
 
 	LogLevel slog.Level
 	LogFile  string // empty: standard error
+	Metrics  metrics.Address
 	// Decisions is the file that gets a line for each decision; empty: none.
 	Decisions string
 	Warnings  []string // logged once

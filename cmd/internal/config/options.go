@@ -476,6 +476,26 @@ otherwise.`,
 		Man:  `Append the log to` + "\n.Ar FILE\n" + `(made with mode 600) instead of writing it to standard error.`,
 	},
 	{
+		Name: "metrics", Arg: "ADDRESS", Cmds: all, set: setMetrics,
+		Help: "unix:PATH, ADDRESS:PORT or PORT where Prometheus reads metrics",
+		Man: `Serve metrics for Prometheus at
+.Li http://ADDRESS:PORT/metrics ,
+or at
+.Pa /metrics
+on a unix socket that only the own user may use.
+A port alone is on 127.0.0.1; another address than a loopback address causes a warning, because whoever reaches it can read the
+metrics.
+With
+.Cm run
+the address is one of this host, outside of the program's network.
+.Pp
+There are flows, results of dials and bytes by upstream, replies of SOCKS servers and the time that they take, UDP mappings and
+associations, everything that was dropped by its reason, DNS, memory, the delay of the event loops and the version.
+No metric has an address or a name of a destination.
+A unix socket that is left by a killed viasocks is replaced by the next one, and removed by
+.Cm down .`,
+	},
+	{
 		Name: "json", Cmds: Status | Flows | Ps | Doctor, set: boolean(func(c *Config) *bool { return &c.JSON }),
 		Help: "print it as JSON, for programs",
 		Man:  `Print it as JSON, for programs.`,

@@ -3,6 +3,7 @@ package config
 import (
 	"cmp"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/viasocks/viasocks/cmd/internal/metrics"
 	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/route/relay"
@@ -284,6 +286,19 @@ func addRuleFor(c *Config, v value) error {
 func addImport(c *Config, v value) error { c.Import = append(c.Import, v.text); return nil }
 
 func setDecisions(c *Config, v value) error { c.Decisions = v.text; return nil }
+
+func setMetrics(c *Config, v value) error {
+	at, err := metrics.ParseAddress(v.text)
+	if err != nil {
+		return v.err("%v", err)
+	}
+	c.Metrics = at
+	if !at.Local() {
+		c.Warnings = append(c.Warnings, fmt.Sprintf(
+			"--metrics %v: other hosts can read what this host does, unless a firewall keeps them away: use 127.0.0.1 or unix:PATH", at))
+	}
+	return nil
+}
 
 func setLogFile(c *Config, v value) error { c.LogFile = v.text; return nil }
 

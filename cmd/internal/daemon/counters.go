@@ -18,6 +18,13 @@ type counters struct {
 	Route route.Stats
 	Socks socks.Stats
 	Pool  dns.PoolStats
+	ups   []upstreamCounters
+}
+
+// upstreamCounters are the tables of one upstream. Its name becomes a label of each number.
+type upstreamCounters struct {
+	Route route.UpstreamStats
+	Socks socks.Counters[uint64]
 }
 
 func (p *plane) counters() counters {
@@ -25,19 +32,61 @@ func (p *plane) counters() counters {
 	if p.dial.pool != nil {
 		c.Pool = p.dial.pool.Stats()
 	}
+	clients := p.clients()
+	for _, u := range p.router.UpstreamStats() {
+		up := upstreamCounters{Route: u}
+		if client := clients[u.Name]; client != nil {
+			up.Socks = client.Counters()
+		}
+		c.ups = append(c.ups, up)
+	}
 	return c
 }
 
-// all returns every number by its name.
+// clients are the SOCKS clients by the names of their upstreams.
+func (p *plane) clients() map[string]*client {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	all := map[string]*client{}
+	for _, u := range p.ups {
+		if u.client != nil {
+			all[u.Config.Name] = u.client
+		}
+	}
+	return all
+}
+
+// each calls f for every number.
+func (c *counters) each(f func(count.Metric)) {
+	count.Each(*c, f)
+	for _, u := range c.ups {
+		count.Each(u, func(m count.Metric) {
+			label := "upstream=" + u.Route.Name
+			if m.Label != "" {
+				label += "," + m.Label
+			}
+			m.Label = label
+			f(m)
+		})
+	}
+}
+
+// all returns every number by its name. Of what was timed it has how often that was.
 func (c *counters) all() map[string]int64 {
 	all := map[string]int64{}
-	count.Each(*c, func(m count.Metric) { all[m.Key()] = int64(m.Value) })
+	c.each(func(m count.Metric) {
+		if m.Times != nil {
+			m.Name += "_count"
+			m.Value = float64(m.Times.Count())
+		}
+		all[m.Key()] = int64(m.Value)
+	})
 	return all
 }
 
 // lost returns what could not be carried, in the order of the tables. Counters with the same text become one line.
 func (c *counters) lost() (all []control.Counter) {
-	count.Each(*c, func(m count.Metric) {
+	c.each(func(m count.Metric) {
 		if m.Lost == "" || m.Value == 0 {
 			return
 		}

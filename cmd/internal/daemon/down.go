@@ -51,6 +51,11 @@ func Down(cfg *config.Config, environ []string, out io.Writer) error {
 	if err := control.RemoveStale(path); err != nil {
 		return fmt.Errorf("cannot remove %s: %w", path, err)
 	}
+	if left, err := forgetMetrics(path); err != nil {
+		return fmt.Errorf("cannot remove the metrics socket: %w", err)
+	} else if left != "" {
+		fmt.Fprintln(out, "metrics socket "+control.Plain(left))
+	}
 	if line := revertResolved(kernel.LeftTUN(kernelConfig(cfg, nil))); line != "" {
 		fmt.Fprintln(out, line)
 	}

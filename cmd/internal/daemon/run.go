@@ -114,6 +114,13 @@ func Run(cfg *config.Config, o RunOptions) (exit int, err error) {
 		return 0, err
 	}
 	defer unpublish()
+	endMetrics, err := serveMetrics(cfg, watched{
+		plane: func() *plane { return p }, ready: func() bool { return true }, dropped: child.TXDropped,
+	}, o.Version, e.log)
+	if err != nil {
+		return 0, err
+	}
+	defer endMetrics()
 	if err := child.Exec(); err != nil {
 		return 0, err
 	}

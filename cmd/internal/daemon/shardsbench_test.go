@@ -119,6 +119,7 @@ func (l *echoLink) Send(ps []flow.Packet) (int, error) {
 
 func (*echoLink) Close() error           { return nil }
 func (*echoLink) Stats() relay.LinkStats { return relay.LinkStats{} }
+func (*echoLink) Overflowed() uint64     { return 0 }
 
 const (
 	busyPorts = 256

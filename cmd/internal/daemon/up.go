@@ -104,6 +104,11 @@ func Up(cfg *config.Config, o UpOptions) error {
 		return err
 	}
 	defer srv.Close()
+	endMetrics, err := u.serveMetrics(path)
+	if err != nil {
+		return err
+	}
+	defer endMetrics()
 	return u.run(ctx)
 }
 

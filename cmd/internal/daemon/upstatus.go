@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/tun/netns"
 )
 
 // backend is the daemon for the control socket. It answers from the start on, and leaves out what does not exist yet.
@@ -102,4 +103,35 @@ func (u *up) flows() []control.Flow {
 		return nil
 	}
 	return p.flows()
+}
+
+// serveMetrics answers Prometheus until end is called. control is the path of the control socket.
+func (u *up) serveMetrics(control string) (end func(), err error) {
+	if _, err := forgetMetrics(control); err != nil {
+		return nil, fmt.Errorf("cannot remove the metrics socket of a dead viasocks: %w", err)
+	}
+	forget, err := recordMetrics(control, u.first.Metrics)
+	if err != nil {
+		return nil, err
+	}
+	endServing, err := serveMetrics(u.first, watched{
+		plane:   func() *plane { p, _ := u.running(); return p },
+		ready:   u.isReady,
+		dropped: func() (uint64, error) { return netns.TXDropped(0, u.first.TUN) },
+	}, u.Version, u.log)
+	if err != nil {
+		forget()
+		return nil, err
+	}
+	return func() { endServing(); forget() }, nil
+}
+
+// isReady reports whether traffic is carried.
+func (u *up) isReady() bool {
+	if u.tun.fault() != "" {
+		return false
+	}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.state == control.Ready || u.state == control.Unconfirmed
 }

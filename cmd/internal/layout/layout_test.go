@@ -22,6 +22,7 @@ const (
 	cryptobyte = "golang.org/x/crypto/cryptobyte"
 	goleak     = "go.uber.org/goleak"
 	pflag      = "github.com/spf13/pflag"
+	prometheus = "github.com/prometheus/client_golang"
 	godbus     = "github.com/godbus/dbus/v5"
 )
 
@@ -41,7 +42,7 @@ var table = []struct {
 		"the waits and leak checks of all tests: it knows no layer, so every layer's tests may import it"},
 	{"stack/flow", nil, nil,
 		"the nouns of the seam: an import here would reach both sides of it"},
-	{"socks", []string{self + "/stack/loop", xsys}, []string{self + "/socks/sockstest"},
+	{"socks", []string{self + "/stack/count", self + "/stack/loop", xsys}, []string{self + "/socks/sockstest"},
 		"a SOCKS client that knows nothing of flows can be tested, and used, without a TUN"},
 	{"socks/sockstest", []string{xsys, self + "/socks"}, nil,
 		"a server that misbehaves; nothing of the data plane"},
@@ -92,6 +93,8 @@ var table = []struct {
 		self + "/stack/flow", self + "/stack/loop", self + "/tun/netns", xsys},
 		[]string{self + "/cmd/internal/harness", self + "/socks/sockstest"},
 		"looks at a host and a proxy from outside the data plane: what it finds must not depend on what may be broken"},
+	{"cmd/internal/metrics", []string{self + "/stack/count", prometheus, xsys}, nil,
+		"turns tables of counters into metrics: nothing else knows how Prometheus wants them"},
 	{"cmd/...", []string{self + "/...", pflag, xsys}, nil,
 		"glue that no layer may import"},
 }

@@ -1,0 +1,31 @@
+package metrics
+
+import (
+	"runtime"
+	"runtime/debug"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// gvisor is the module whose version matters beside our own: most of a packet's way is through it.
+const gvisor = "gvisor.dev/gvisor"
+
+// buildInfo is the metric that says which program runs: its value is always 1.
+func buildInfo(version string) prometheus.Collector {
+	labels := prometheus.Labels{"version": version, "goversion": runtime.Version(), "revision": "", "gvisor": ""}
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				labels["revision"] = s.Value
+			}
+		}
+		for _, m := range info.Deps {
+			if m.Path == gvisor {
+				labels["gvisor"] = m.Version
+			}
+		}
+	}
+	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: prefix + "build_info", Help: "The program that runs; always 1.", ConstLabels: labels,
+	}, func() float64 { return 1 })
+}
