@@ -98,6 +98,16 @@ const (
 	Mute     Fate = "mute"     // the control connection stays, but nothing is carried any more
 )
 
+// Source is the sender in the header of an answer to a datagram that went to a name.
+type Source string
+
+// The values of Source.
+const (
+	SourceAddress Source = "address" // the address that the server found for the name
+	SourceName    Source = "name"    // the name that was asked for
+	SourceOther   Source = "other"   // another address, or another name
+)
+
 // UDPReport describes UDP ASSOCIATE.
 type UDPReport struct {
 	Associate   Answer `json:"associate"`
@@ -115,9 +125,10 @@ type UDPReport struct {
 	CutUp       int `json:"cut_up,omitempty"` // larger ones arrive cut to this length; 0: they do not arrive
 	CutDown     int `json:"cut_down,omitempty"`
 
-	Names       bool `json:"names"` // a name in the header works
-	IPv6        bool `json:"ipv6"`
-	EndsWithTCP bool `json:"ends_with_tcp"` // nothing is carried after the client has closed the control connection
+	Names       bool   `json:"names"`                 // a name in the header works
+	NameSource  Source `json:"name_source,omitempty"` // in the header of the answer to it
+	IPv6        bool   `json:"ipv6"`
+	EndsWithTCP bool   `json:"ends_with_tcp"` // nothing is carried after the client has closed the control connection
 
 	After map[string]Fate `json:"after,omitempty"` // by what could not be sent
 }

@@ -80,7 +80,7 @@ func (e Entry) UDPRow() []string {
 	}
 	return []string{
 		e.Name, "yes", natCell(u.Mapping), natCell(u.Filtering), sizeCell(u.LargestUp, u.CutUp), sizeCell(u.LargestDown, u.CutDown),
-		choose(u.Names, "yes", "no"), choose(u.IPv6, "yes", "no"), fateCell(u.After),
+		nameCell(u), choose(u.IPv6, "yes", "no"), fateCell(u.After),
 	}
 }
 
@@ -115,6 +115,17 @@ func natCell(n NAT) string {
 }
 
 func sizeCell(whole, cut int) string { return fmt.Sprint(whole) + choose(cut > 0, "c", "") }
+
+// nameCell returns the source of the answer to a datagram to a name, or "no" if there is none.
+func nameCell(u UDPReport) string {
+	switch {
+	case !u.Names:
+		return "no"
+	case u.NameSource == "": // an older probe
+		return "yes"
+	}
+	return string(u.NameSource)
+}
 
 // fateCell returns the worst result of a datagram that could not be sent.
 func fateCell(after map[string]Fate) string {

@@ -80,7 +80,7 @@ func (t *text) udp(u *UDPReport) {
 	t.line("UDP filtering", string(u.Filtering))
 	t.line("UDP size", fmt.Sprintf("%s up, %s down", size(u.LargestUp, u.CutUp), size(u.LargestDown, u.CutDown)))
 	t.line("UDP sources", choose(u.TrueSource, "true", "not those that sent"))
-	t.line("UDP to names", choose(u.Names, "yes", "no"))
+	t.line("UDP to names", nameCell(*u)+choose(u.NameSource != "", " as the source of the answer", ""))
 	t.line("UDP to IPv6", choose(u.IPv6, "yes", "no"))
 	t.line("UDP ends", choose(u.EndsWithTCP, "with the control connection", "later than the control connection"))
 	for _, why := range slices.Sorted(maps.Keys(u.After)) {

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/viasocks/viasocks/socks"
@@ -196,13 +197,32 @@ func (p *prober) udp(ctx context.Context) {
 	r.LargestUp, r.CutUp = p.largest(ctx, true)
 	r.LargestDown, r.CutDown = p.largest(ctx, false)
 	if p.Ends.Name != "" {
-		r.Names = p.carries(ctx, zero, socks.Addr{Name: p.Ends.Name, Port: p.Ends.UDP[0][0].Port()})
+		r.Names, r.NameSource = p.byName(ctx, zero)
 	}
 	if p.Ends.TCP6.IsValid() {
 		r.IPv6 = p.carries(ctx, zero, socks.AddrFrom(p.Ends.TCP6))
 	}
 	r.EndsWithTCP = p.endsWithTCP(ctx, zero)
 	r.After = p.fates(ctx, zero)
+}
+
+// byName reports whether an association carries an exchange with a name, and whom the answer has as its source.
+func (p *prober) byName(ctx context.Context, zero netip.Addr) (bool, Source) {
+	a, _, _ := p.associate(ctx, zero)
+	if a == nil {
+		return false, ""
+	}
+	defer a.close()
+	dst := socks.Addr{Name: p.Ends.Name, Port: p.Ends.UDP[0][0].Port()}
+	switch e := a.exchange(ctx, dst, [2]int{}, 0, 0, udpTries); {
+	case e == nil:
+		return false, ""
+	case e.source == socks.AddrFrom(p.Ends.UDP[0][0]):
+		return true, SourceAddress
+	case strings.EqualFold(e.source.Name, dst.Name) && e.source.Port == dst.Port:
+		return true, SourceName
+	}
+	return true, SourceOther
 }
 
 // carries reports whether an association carries an exchange with dst.
