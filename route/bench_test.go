@@ -69,13 +69,14 @@ func BenchmarkHandlePackets(b *testing.B) {
 func BenchmarkDeliver(b *testing.B) {
 	r := &shard{Router: &Router{}}
 	m := &mapping{s: r, src: netip.MustParseAddrPort("10.0.0.1:1")}
+	a := &assoc{m: m}
 	pkts := make([]flow.Packet, 64)
 	for i := range pkts {
 		pkts[i] = flow.Packet{Src: netip.MustParseAddrPort("203.0.113.1:1"), Payload: make([]byte, 100)}
 	}
 	b.ReportAllocs()
 	for b.Loop() {
-		r.deliver(m, nullWriter{}, pkts)
+		r.deliver(a, nullWriter{}, pkts)
 	}
 	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/64, "ns/datagram")
 }

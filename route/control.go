@@ -24,18 +24,25 @@ const (
 	evDiscard                      // a link is no longer wanted
 	evBack                         // a server of the upstream works again
 	evFar                          // the address of a name was found
+	evLater                        // a datagram to a name is looked at again
+	evTrialEnded                   // what waited for a trial is sent
+	evTrial                        // a name had its time to answer
 	evUnreachable                  // the app's kernel reports that the socket is gone
 )
 
 type event struct {
-	kind eventKind
-	a    *assoc
-	m    *mapping
-	t    *try
-	up   *upstream
-	far  *farAnswer
-	link relay.PacketLink
-	err  error
+	kind  eventKind
+	a     *assoc
+	m     *mapping
+	t     *try
+	up    *upstream
+	far   *farAnswer
+	later *laterPacket
+	dest  *namedDest
+	trial *trial
+	shard *shard
+	link  relay.PacketLink
+	err   error
 }
 
 // mailbox takes events from any goroutine without blocking. The number of mappings limits its length: there are a few
@@ -107,6 +114,12 @@ func (r *Router) handle(e event) {
 		}
 	case evFar:
 		e.far.s.found(e.far)
+	case evLater:
+		e.later.s.carryLater(&e.later.q)
+	case evTrialEnded:
+		e.shard.afterTrial(e.trial)
+	case evTrial:
+		e.m.s.trialOver(e.m, e.dest)
 	case evUnreachable:
 		e.m.s.unreachable(e.m)
 	case evBack:
@@ -166,7 +179,7 @@ func (r *shard) open(a *assoc) {
 			if !a.up.heard.Load() {
 				a.up.heardUDP(r.Router)
 			}
-			r.deliver(m, w, pkts)
+			r.deliver(a, w, pkts)
 		},
 		func(l relay.PacketLink, err error) { r.ctl.post(event{kind: evDone, t: t, link: l, err: err}) },
 		func(err error) { r.ctl.post(event{kind: evClosed, t: t, err: err}) })
@@ -208,6 +221,7 @@ func (r *shard) opened(e event) {
 		return
 	}
 	a.link, a.opened = e.link, r.now() // its failures are forgotten once it has delivered or lived long enough: see closed
+	a.m.nameAll(a)
 	a.m.event(FlowEstablished)
 	items := r.udp.take(a)
 	pkts := make([]flow.Packet, 0, len(items))
@@ -331,6 +345,7 @@ func (r *shard) closed(e event) {
 	}
 	link := a.link
 	a.link, a.try = nil, nil
+	r.endedOnName(a, t.why)
 	lived := time.Duration(r.now() - a.opened)
 	switch {
 	case link.Stats().Received > 0, lived >= r.livedLong:

@@ -47,6 +47,18 @@ type ipv6Known struct {
 // lacks reports whether the upstream is known not to reach IPv6.
 func (k *ipv6Known) lacks(now int64) bool { return now < k.lacking.Load() }
 
+// word is for status: "yes", "no", or empty if nothing is known.
+func (k *ipv6Known) word(now int64) string {
+	last := k.reached.Load()
+	switch {
+	case k.lacks(now):
+		return "no"
+	case last != 0 && now-last < int64(reachedFor):
+		return "yes"
+	}
+	return ""
+}
+
 func (k *ipv6Known) forget() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -128,10 +140,11 @@ func (p *policy) mayReachIPv6(name []byte, now int64) bool {
 	return can(p.otherwise)
 }
 
-// forgetIPv6 forgets what is known about the upstreams' IPv6.
-func (p *policy) forgetIPv6() {
+// forgetLearned forgets what flows have shown about the upstreams.
+func (p *policy) forgetLearned() {
 	for _, u := range p.order {
 		u.ipv6.forget()
+		u.names.forget()
 	}
 }
 

@@ -19,6 +19,7 @@ type upstream struct {
 	dials    dialStats // TCP
 	ipv6     ipv6Known
 	count    *upstreamCounters
+	names    takings // what its servers do with names in the headers of datagrams
 
 	// The server reported that it does not carry UDP: until then (on the Router's clock) it is not asked again, and
 	// datagrams are refused with refuseWhy.

@@ -39,8 +39,8 @@ type mapping struct {
 
 	host   string                        // the name that first stands for, if that is a fake address
 	named  map[netip.AddrPort]*namedDest // the fake destinations
-	itself map[netip.AddrPort]struct{}   // their real addresses, if the app writes to these as well
-	back   atomic.Pointer[map[netip.AddrPort]netip.AddrPort]
+	itself map[netip.AddrPort]struct{}   // real addresses of them that the app writes to as well
+	back   atomic.Pointer[backTable]     // nil: there are none
 
 	gone      atomic.Bool // ended: a loop may still deliver to it for a moment
 	lastDown  atomic.Int64
@@ -68,6 +68,9 @@ type assoc struct {
 	opened   int64
 	failures int
 	queue    queue
+	names    *nameTaking // of the server; nil: it is not open, or no server
+	namedAt  int64       // when something was last sent to a name, if nothing has come back since; 0: there is no such time
+	namedTo  string
 }
 
 // try is one call of OpenPackets. It distinguishes the results of an earlier call from those that are wanted.

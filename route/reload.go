@@ -63,7 +63,7 @@ func (r *Router) Reload(p Policy) error {
 		return errNotRunning
 	}
 	r.usePolicy(next)
-	next.forgetIPv6()
+	next.forgetLearned()
 	r.watchUpstreams(next)
 	if names != nil {
 		r.startDNS(names)
@@ -175,7 +175,7 @@ var errNetwork = errors.New("the network has changed")
 // connections to resolvers. It forgets what is known about the upstreams' IPv6. The mappings stay. It may be called
 // from any goroutine and does not wait.
 func (r *Router) Renew() {
-	r.policy.Load().forgetIPv6()
+	r.policy.Load().forgetLearned()
 	for _, s := range r.shards {
 		s.renew()
 	}

@@ -89,7 +89,7 @@ func (r *shard) run(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now int
 		r.carry(w, v, pkts, now)
 	case named:
 		for i := range pkts {
-			r.carryNamed(w, &pkts[i], now)
+			r.carryNamed(w, &pkts[i], now, now)
 		}
 	case reject:
 		r.refuse(w, pkts, flow.RefusePort)
@@ -326,6 +326,7 @@ func (r *shard) endMapping(m *mapping, state string, err error) {
 	}
 	m.assocs = nil
 	for _, d := range m.named {
+		r.endTrial(d)
 		d.lease.Release()
 	}
 	r.count.Ended.Add(1)
@@ -350,22 +351,22 @@ func (r *shard) discard(a *assoc) {
 
 // deliver passes a burst from an upstream to the app, on the loop that w belongs to, whoever sent it: filtering is
 // endpoint-independent.
-func (r *shard) deliver(m *mapping, w flow.PacketWriter, pkts []flow.Packet) {
+func (r *shard) deliver(a *assoc, w flow.PacketWriter, pkts []flow.Packet) {
+	m := a.m
 	if m.gone.Load() {
 		return
 	}
 	bytes := uint64(0)
-	back := m.back.Load()
+	now := r.now()
+	named := m.back.Load() != nil
 	for i := range pkts {
 		pkts[i].Dst = m.src
-		if back != nil {
-			if fake, ok := (*back)[pkts[i].Src]; ok {
-				pkts[i].Src = fake
-			}
+		if named {
+			pkts[i].Src = r.fakeOf(m, a, pkts[i].Src, now)
 		}
 		bytes += uint64(len(pkts[i].Payload))
 	}
-	m.lastDown.Store(r.now())
+	m.lastDown.Store(now)
 	m.downPkts.Add(uint64(len(pkts)))
 	m.downBytes.Add(bytes)
 	// it counts what it could not write; an error means that the device is gone, and Run ends soon

@@ -1,78 +1,126 @@
 package route
 
 import (
-	"context"
-	"maps"
 	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"github.com/viasocks/viasocks/route/dns"
+	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// UDP to a fake address. Hardly any server accepts names in UDP headers, so the name is looked up: by the resolvers
-// through the upstream that the rules choose, or on this host if the verdict is direct. Datagrams go to the real
-// address on the mapping of their socket, whose outer port does not change, and datagrams from that address are
-// delivered as coming from the fake one. If an app also writes to the real address itself, it gets answers from the
-// real address from then on, as it expects.
+// UDP to a fake address. If the server accepts names in the headers of datagrams, the datagrams go to the name. Otherwise
+// they go to an address of the name, which is looked up by the resolvers through the upstream that the rules choose, or on
+// this host if the verdict is direct. In all cases they use the mapping of the app's socket, whose outer port does not
+// change, and the answers appear to come from the fake address. If an app also writes to the real address itself, it gets
+// answers from the real address from then on, as it expects.
+//
+// While it is unknown whether a server accepts names, the first datagram to a name goes to the name, and the next ones
+// wait. If nothing has come back after nameTrial and the resolvers know the address, the first datagram is sent again, to
+// the address. It is the only datagram that is sent twice.
+//
+// Some servers answer from the name. Others answer from the address that they found for it, which is unknown to us. The
+// first datagram from an unknown address with the right port, within nameWindow, therefore counts as the answer, unless a
+// program has written to that address by itself. From then on datagrams go to that address, so that the server need not
+// look up the name for each of them. Only one name at a time may be unanswered on each port of a mapping: the addresses of
+// further ones are looked up by the resolvers, and if these know nothing, the datagrams wait for their turn.
+//
+// A stranger who knows the outer port of the mapping, and the port and the time of a question, can therefore answer in
+// place of the name without forging a source address. Protocols over UDP need protection against forged source addresses
+// in any case (the numbers of DNS and of trackers, the keys of QUIC), and nothing else is lost here. A stranger who answers
+// in such a way can also make it look as if a server accepted names: two names must answer before this is believed, or one
+// whose address the resolvers confirm, and it is in doubt again when names do not answer any more.
 
 const (
-	maxFar   = 4096             // names that are being looked up, or whose address is stored
-	maxBound = 1024             // fake destinations of one mapping
-	farWait  = 6 * time.Second  // route/dns has answered by then, or never
-	farMin   = 10 * time.Second // the minimum time for which an address, or the lack of one, is valid
-	farMax   = time.Hour
+	maxBound = 1024 // fake destinations of one mapping
+
+	// nameTrial is how long a name has time to answer before its address is tried.
+	nameTrial = time.Second
+	// nameWindow is how long after a datagram to a name a datagram from an unknown address may be the answer.
+	nameWindow = 3 * time.Second
+	// nameSilence is the time without an answer after which another way is tried.
+	nameSilence = 3 * time.Second
+	// trialAgain is the time between two checks whether the resolvers have answered.
+	trialAgain = 100 * time.Millisecond
 )
 
 var verdictNamed = &verdict{kind: named, rule: "dns"}
 
-// farKey identifies a look-up.
-type farKey struct {
-	name       string
-	v6, direct bool // direct: by this host's own resolver
-}
+// way is how datagrams reach a fake destination.
+type way uint8
 
-// farAddr is the result of a look-up. It is guarded by udp.mu.
-type farAddr struct {
-	addr  netip.Addr // invalid: it has none
-	until int64      // on the Router's clock; 0: never answered
-	asked int64      // when the pending look-up began; 0: none is pending
-	items []queuedFrom
-	bytes int
-}
+const (
+	wayNone    way = iota // not decided
+	wayName               // by its name
+	wayLearned            // by the address that answered
+	wayAsk                // by the address that the resolvers know
+)
 
-// queuedFrom is a datagram that waits for an address.
-type queuedFrom struct {
-	queued
-	src netip.AddrPort
-}
-
-// farTable contains the results for all names.
-type farTable struct {
-	byKey map[farKey]*farAddr
-	held  int // bytes
-}
-
-// namedDest is a fake destination of a mapping.
+// namedDest is a fake destination of a mapping. All fields but the atomic ones are guarded by udp.mu.
 type namedDest struct {
+	fake   netip.AddrPort
 	name   string
 	lease  dns.Lease
 	v      *verdict
 	policy *policy // that v belongs to
 	until  int64   // until when v is valid
+
+	way   way
+	up    *upstream        // that way belongs to
+	real  netip.AddrPort   // of wayLearned
+	since int64            // when the first datagram without an answer was sent
+	waits int64            // how long a datagram from an unknown address may be the answer; 0: it may not
+	link  relay.PacketLink // that knows the name
+	tried bool             // something was sent to the name
+	trial *trial
+	heard atomic.Int64 // when the last answer came
+	watch atomic.Bool  // the next answer tells something about the server
 }
 
-// farAnswer is the answer to a look-up.
-type farAnswer struct {
-	s    *shard
-	key  farKey
-	addr netip.Addr
-	ttl  time.Duration
+// trial is the first datagram to a name, which is sent again to its address if the name does not answer, with the datagrams
+// that wait for the result.
+type trial struct {
+	first queuedFrom
+	rest  []queuedFrom
+	bytes int // of all
 }
 
-// carryNamed sends a datagram to a fake address, refuses it, or holds it until the address is known. The caller holds
-// udp.mu.
-func (r *shard) carryNamed(w flow.PacketWriter, p *flow.Packet, now int64) {
+// namedLink is a PacketLink that can send to names.
+type namedLink interface {
+	Name(fake netip.AddrPort, name string) // datagrams for fake go to name from now on
+	Server() string                        // to which it belongs
+}
+
+// namesUpstream is an Upstream whose links may implement namedLink.
+type namesUpstream interface{ NamesUDP() bool }
+
+// namesUDP reports whether the protocol of u has room for names in the headers of datagrams.
+func (u *upstream) namesUDP() bool {
+	n, ok := u.Upstream.(namesUpstream)
+	return ok && n.NamesUDP()
+}
+
+// isTor reports whether a server of u is a Tor. No resolver may see the names that it carries.
+func (u *upstream) isTor() bool {
+	t, ok := u.Upstream.(interface{ Tor() bool })
+	return ok && t.Tor()
+}
+
+// taking returns what is known about the server of a, or if a is not open, about the server of the latest association.
+func (u *upstream) taking(a *assoc) *nameTaking {
+	if a != nil && a.names != nil {
+		return a.names
+	}
+	if t := u.names.last.Load(); t != nil {
+		return t
+	}
+	return u.names.of("")
+}
+
+// carryNamed sends a datagram to a fake address, refuses it, or keeps it until it is known how to send it. The datagram
+// arrived at at. udp.mu is held.
+func (r *shard) carryNamed(w flow.PacketWriter, p *flow.Packet, now, at int64) {
 	m := r.udp.bySrc[p.Src]
 	one := []flow.Packet{*p}
 	d := m.namedTo(p.Dst)
@@ -82,7 +130,7 @@ func (r *shard) carryNamed(w flow.PacketWriter, p *flow.Packet, now int64) {
 			r.refuse(w, one, flow.RefuseHost)
 			return
 		}
-		d = &namedDest{name: string(name)}
+		d = &namedDest{fake: p.Dst, name: string(name)}
 	}
 	if pol := r.policy.Load(); d.v == nil || d.policy != pol || now >= d.until {
 		q := query{proto: flow.UDP, src: p.Src, dst: p.Dst, names: []string{d.name}, fake: true}
@@ -104,36 +152,192 @@ func (r *shard) carryNamed(w flow.PacketWriter, p *flow.Packet, now int64) {
 		r.refuse(w, one, why)
 		return
 	}
-	far, known := r.farOf(w, d, p, now)
-	if !known {
-		return
+	switch way := r.wayOf(m, d, now); way {
+	case wayLearned:
+		r.carryTo(w, m, d, p, d.real, now)
+	case wayName:
+		r.carryByName(w, m, d, p, now, at)
+	default:
+		r.carryAsked(w, m, d, p, now, at)
 	}
+}
+
+// wayOf decides how a datagram to d goes. udp.mu is held.
+func (r *shard) wayOf(m *mapping, d *namedDest, now int64) way {
+	up := d.v.up
+	if d.up != up {
+		r.endTrial(d)
+		d.up, d.way, d.since, d.tried = up, wayNone, 0, false
+	}
+	heard := d.heard.Load()
+	silent := d.since != 0 && heard < d.since && now-d.since > int64(r.nameSilence)
+	if d.since == 0 || heard >= d.since || silent {
+		d.since = now
+	}
+	if !up.namesUDP() {
+		return wayAsk
+	}
+	known := up.taking(m.assocOf(up)).load(now)
+	switch {
+	case up.isTor():
+		return wayName
+	case known == takesEnd:
+		return wayAsk
+	case known == takesNone && (d.way == wayNone || d.way == wayName && d.trial == nil && heard == 0):
+		d.way = wayAsk
+	case d.way == wayNone:
+		d.way = wayName
+	case silent && d.way == wayLearned:
+		d.way = wayName
+	case silent && d.way == wayName && known == takesNames: // the resolvers may know it when the server does not
+		d.way = wayAsk
+	case silent && d.way == wayAsk && known == takesNames:
+		d.way = wayName
+	}
+	return d.way
+}
+
+// carryTo sends a datagram to an address of the name that d stands for. udp.mu is held.
+func (r *shard) carryTo(w flow.PacketWriter, m *mapping, d *namedDest, p *flow.Packet, real netip.AddrPort, now int64) {
+	far := real.Addr()
+	one := [1]flow.Packet{*p}
 	if !flow.OneHost(far) || flow.IsOurs(far) || r.cfg.Pool.Contains(far) || d.v.up.name != DirectName && !flow.CanBePeer(far) {
-		r.refuse(w, one, flow.RefuseHost)
+		r.refuse(w, one[:], flow.RefuseHost)
 		return
 	}
-	if m = r.bound(m, d, p, netip.AddrPortFrom(far, p.Dst.Port()), now); m == nil {
+	if m = r.bound(m, d, p, now); m == nil {
 		r.count.Dropped.Add(1)
 		return
 	}
-	one[0].Dst = netip.AddrPortFrom(far, p.Dst.Port())
-	r.carry(w, d.v, one, now)
+	m.bind(d, real)
+	one[0].Dst = real
+	r.carry(w, d.v, one[:], now)
 }
 
-// bound returns m, or a new mapping, with the fake destination of p bound to real; nil: there is no room. The caller
-// holds udp.mu.
-func (r *shard) bound(m *mapping, d *namedDest, p *flow.Packet, real netip.AddrPort, now int64) *mapping {
+// carryAsked sends a datagram to the address that the resolvers know, or by name if they know none. udp.mu is held.
+func (r *shard) carryAsked(w flow.PacketWriter, m *mapping, d *namedDest, p *flow.Packet, now, at int64) {
+	f, state := r.farOf(d, now)
+	switch {
+	case state == farKnown:
+		r.carryTo(w, m, d, p, netip.AddrPortFrom(f.addr, p.Dst.Port()), now)
+	case state == farAsked:
+		r.holdFar(f, p, at)
+	case state == farFull:
+		r.count.Dropped.Add(1)
+	case d.mayBeNamed(m, now):
+		r.carryByName(w, m, d, p, now, at)
+	default:
+		r.refuse(w, []flow.Packet{*p}, flow.RefuseHost)
+	}
+}
+
+// mayBeNamed reports whether a server may take the name that d stands for. m may be nil.
+func (d *namedDest) mayBeNamed(m *mapping, now int64) bool {
+	if !d.v.up.namesUDP() {
+		return false
+	}
+	known := d.v.up.taking(m.assocOf(d.v.up)).load(now)
+	return known == takingUnknown || known == takesNames
+}
+
+// carryByName sends a datagram to the name that d stands for, or keeps it until it is its turn. udp.mu is held.
+func (r *shard) carryByName(w flow.PacketWriter, m *mapping, d *namedDest, p *flow.Packet, now, at int64) {
+	t := d.v.up.taking(m.assocOf(d.v.up))
+	asName := t.asName.Load()
+	if !asName && m != nil {
+		if o := m.waiting(p.Dst.Port(), now); o != nil && o != d {
+			r.carryBeside(w, m, d, p, now, at)
+			return
+		}
+	}
+	if m = r.bound(m, d, p, now); m == nil {
+		r.count.Dropped.Add(1)
+		return
+	}
+	if d.trial != nil {
+		r.holdTrial(d, p, at)
+		return
+	}
+	a := m.assocOf(d.v.up)
+	if a != nil && a.link != nil && !d.nameOn(a.link) {
+		r.count.Dropped.Add(1)
+		return
+	}
+	if !d.tried {
+		d.tried = true
+		d.watch.Store(true)
+		t.sent()
+		if t.load(now) == takingUnknown && !d.v.up.isTor() {
+			r.tryName(m, d, p, now)
+		}
+	}
+	m.bind(d, d.fake)
+	if !asName {
+		m.await(d, now+int64(r.nameWindow))
+	}
+	r.carry(w, d.v, []flow.Packet{*p}, now)
+	if a = m.assocOf(d.v.up); a != nil {
+		a.namedAt, a.namedTo = now, d.name
+	}
+}
+
+// carryBeside is carryByName while another name is unanswered on the same port. udp.mu is held.
+func (r *shard) carryBeside(w flow.PacketWriter, m *mapping, d *namedDest, p *flow.Packet, now, at int64) {
+	if d.v.up.isTor() {
+		r.later(p, at)
+		return
+	}
+	switch f, state := r.farOf(d, now); state {
+	case farKnown:
+		r.carryTo(w, m, d, p, netip.AddrPortFrom(f.addr, p.Dst.Port()), now)
+	case farAsked:
+		r.holdFar(f, p, at)
+	default:
+		r.later(p, at)
+	}
+}
+
+// nameOn tells a link d's name. It returns false if the link cannot send to names.
+func (d *namedDest) nameOn(l relay.PacketLink) bool {
+	if d.link == l {
+		return true
+	}
+	n, ok := l.(namedLink)
+	if ok {
+		n.Name(d.fake, d.name)
+		d.link = l
+	}
+	return ok
+}
+
+// nameAll tells a's link, which was just opened, all names for which datagrams of m may be queued. udp.mu is held.
+func (m *mapping) nameAll(a *assoc) {
+	n, ok := a.link.(namedLink)
+	if !ok {
+		a.names = nil
+		return
+	}
+	a.names = a.up.names.of(n.Server())
+	for _, d := range m.named {
+		if d.up == a.up && d.tried {
+			d.nameOn(a.link)
+		}
+	}
+}
+
+// bound returns m, or a new mapping, with d as one of its destinations, or nil if there is no room. udp.mu is held.
+func (r *shard) bound(m *mapping, d *namedDest, p *flow.Packet, now int64) *mapping {
 	if m == nil {
 		if m = r.newMapping(d.v, p, d.name, now); m == nil {
 			return nil
 		}
 	}
-	if m.namedTo(p.Dst) == nil {
+	if m.namedTo(d.fake) == nil {
 		if len(m.named) >= maxBound {
 			return nil
 		}
-		name, lease, _ := r.cfg.Pool.Hold(p.Dst.Addr())
-		if name != d.name { // the address was given to another name just now
+		name, lease, _ := r.cfg.Pool.Hold(d.fake.Addr())
+		if name != d.name { // it went to another name just now
 			lease.Release()
 			return nil
 		}
@@ -141,9 +345,8 @@ func (r *shard) bound(m *mapping, d *namedDest, p *flow.Packet, real netip.AddrP
 		if m.named == nil {
 			m.named = make(map[netip.AddrPort]*namedDest)
 		}
-		m.named[p.Dst] = d
+		m.named[d.fake] = d
 	}
-	m.bind(p.Dst, real)
 	return m
 }
 
@@ -155,148 +358,87 @@ func (m *mapping) namedTo(fake netip.AddrPort) *namedDest {
 	return m.named[fake]
 }
 
-// bind makes datagrams from real arrive as from fake. The last fake destination of a real address wins. The loops
-// read the table without a lock, so it is replaced at each change.
-func (m *mapping) bind(fake, real netip.AddrPort) {
-	if _, itself := m.itself[real]; itself {
+// tryName begins a trial: p is sent again to its address if the name does not answer. udp.mu is held.
+func (r *shard) tryName(m *mapping, d *namedDest, p *flow.Packet, now int64) {
+	if _, state := r.farOf(d, now); state == farNone || state == farFull {
 		return
-	}
-	next := make(map[netip.AddrPort]netip.AddrPort)
-	if have := m.back.Load(); have != nil {
-		if (*have)[real] == fake {
-			return
-		}
-		maps.Copy(next, *have)
-	}
-	if len(next) >= 2*maxBound { // names whose addresses change all the time
-		clear(next)
-	}
-	next[real] = fake
-	m.back.Store(&next)
-}
-
-// addressed records that the app itself writes to these addresses: if they were bound, they no longer are. The caller
-// holds udp.mu.
-func (r *shard) addressed(pkts []flow.Packet) {
-	m := r.udp.bySrc[pkts[0].Src]
-	if m == nil || m.back.Load() == nil {
-		return
-	}
-	for i := range pkts {
-		real, have := pkts[i].Dst, *m.back.Load()
-		if _, ok := have[real]; !ok {
-			continue
-		}
-		if m.itself == nil || len(m.itself) >= maxBound {
-			m.itself = make(map[netip.AddrPort]struct{})
-		}
-		m.itself[real] = struct{}{}
-		next := maps.Clone(have)
-		delete(next, real)
-		m.back.Store(&next)
-	}
-}
-
-// farOf returns the address of the name that d stands for. known is false if the datagram waits for it, or was
-// refused because there is none. The caller holds udp.mu.
-func (r *shard) farOf(w flow.PacketWriter, d *namedDest, p *flow.Packet, now int64) (far netip.Addr, known bool) {
-	t := &r.udp.far
-	k := farKey{d.name, p.Dst.Addr().Is6(), d.v.up.name == DirectName}
-	f := t.byKey[k]
-	if f == nil {
-		if t.byKey == nil {
-			t.byKey = make(map[farKey]*farAddr)
-		}
-		if len(t.byKey) >= maxFar && !t.makeRoom(now) {
-			r.count.Dropped.Add(1)
-			return far, false
-		}
-		f = &farAddr{}
-		t.byKey[k] = f
-	}
-	if now >= f.until && (f.asked == 0 || now-f.asked > int64(farWait)) {
-		if f.asked = 0; r.lookUp(k, d.v.up) {
-			f.asked = now
-		}
-	}
-	switch {
-	case f.addr.IsValid(): // a new answer may be on its way meanwhile
-		return f.addr, true
-	case f.asked == 0:
-		r.refuse(w, []flow.Packet{*p}, flow.RefuseHost)
-		return far, false
 	}
 	n := len(p.Head) + len(p.Payload)
-	if len(f.items) >= queueLen || f.bytes+n > queueBytes || t.held+n > r.share(heldAll) {
+	if !r.udp.far.room(n, r.share(heldAll)) {
+		return
+	}
+	d.trial = &trial{first: copyOf(p, now), bytes: n}
+	r.trialIn(m, d, r.nameTrial)
+}
+
+// holdTrial keeps a datagram, which arrived at at, until d's trial is over. udp.mu is held.
+func (r *shard) holdTrial(d *namedDest, p *flow.Packet, at int64) {
+	t, n := d.trial, len(p.Head)+len(p.Payload)
+	if len(t.rest) >= queueLen || t.bytes+n > queueBytes || !r.udp.far.room(n, r.share(heldAll)) {
 		r.count.QueueFull.Add(1)
-		return far, false
+		return
 	}
-	buf := append(append(make([]byte, 0, n), p.Head...), p.Payload...)
-	f.items = append(f.items, queuedFrom{queued{p.Dst, buf, len(p.Head), now}, p.Src})
-	f.bytes += n
-	t.held += n
-	return far, false
+	t.rest = append(t.rest, copyOf(p, at))
+	t.bytes += n
 }
 
-// makeRoom drops expired results, and reports whether there were any.
-func (t *farTable) makeRoom(now int64) bool {
-	for k, f := range t.byKey {
-		if now >= f.until && (f.asked == 0 || now-f.asked > int64(farWait)) {
-			t.held -= f.bytes
-			delete(t.byKey, k)
-		}
-	}
-	return len(t.byKey) < maxFar
+func (r *shard) trialIn(m *mapping, d *namedDest, in time.Duration) {
+	time.AfterFunc(in, func() { r.ctl.post(event{kind: evTrial, m: m, dest: d}) })
 }
 
-// lookUp asks for an address. Its answer arrives as an event. It returns false if nobody can be asked.
-func (r *shard) lookUp(k farKey, up *upstream) bool {
-	answer := func(a netip.Addr, ttl time.Duration) {
-		r.ctl.post(event{kind: evFar, far: &farAnswer{r, k, a, ttl}})
-	}
-	if !k.direct {
-		d := r.dns.Load()
-		return d != nil && d.LookUp(k.name, k.v6, answer)
-	}
-	direct, ok := up.Upstream.(interface {
-		LookUp(ctx context.Context, name string, done func([]netip.Addr, error))
-	})
-	if !ok {
-		return false
-	}
-	direct.LookUp(r.ctx, k.name, func(all []netip.Addr, _ error) {
-		for _, a := range all {
-			if a.Is6() == k.v6 {
-				answer(a, time.Minute)
-				return
-			}
-		}
-		answer(netip.Addr{}, 0)
-	})
-	return true
-}
-
-// found stores an answer, and sends what waited for it.
-func (r *shard) found(a *farAnswer) {
+// trialOver is called when the name has had its time.
+func (r *shard) trialOver(m *mapping, d *namedDest) {
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()
-	t := &r.udp.far
-	f := t.byKey[a.key]
-	if f == nil {
+	if d.trial == nil || m.gone.Load() {
 		return
 	}
 	now := r.now()
-	f.asked, f.until = 0, now+int64(min(max(a.ttl, farMin), farMax))
-	f.addr = a.addr
-	items := f.items
-	t.held -= f.bytes
-	f.items, f.bytes = nil, 0
-	for i := range items {
-		if r.udp.clos || now-items[i].at > int64(queueAge) {
+	if d.v == nil || d.v.kind != carry || d.v.up != d.up || d.heard.Load() != 0 ||
+		d.up.taking(m.assocOf(d.up)).load(now) == takesNames {
+		r.endTrial(d)
+		return
+	}
+	switch f, state := r.farOf(d, now); {
+	case state == farKnown:
+		m.unwait(d) // from here on an unknown address belongs to a stranger
+		d.way, d.since = wayAsk, now
+		d.watch.Store(true)
+		p := d.trial.first.packet(m.src)
+		r.carryTo(r.ctlW, m, d, &p, netip.AddrPortFrom(f.addr, d.fake.Port()), now)
+		r.endTrial(d)
+	case state == farAsked && now-d.trial.first.at <= int64(queueAge):
+		r.trialIn(m, d, trialAgain)
+	default:
+		r.endTrial(d)
+	}
+}
+
+// endTrial ends d's trial. Run then sends what waits for it. udp.mu is held.
+func (r *shard) endTrial(d *namedDest) {
+	t := d.trial
+	if t == nil {
+		return
+	}
+	d.trial = nil
+	r.udp.far.held -= t.bytes
+	if len(t.rest) > 0 {
+		r.ctl.post(event{kind: evTrialEnded, trial: t, shard: r})
+	}
+}
+
+// afterTrial sends what waited for a trial.
+func (r *shard) afterTrial(t *trial) {
+	r.udp.mu.Lock()
+	defer r.udp.mu.Unlock()
+	now := r.now()
+	for i := range t.rest {
+		q := &t.rest[i]
+		if r.udp.clos || r.udp.bySrc[q.src] == nil || now-q.at > int64(queueAge) {
 			r.count.Dropped.Add(1)
 			continue
 		}
-		p := items[i].packet(items[i].src)
-		r.carryNamed(r.ctlW, &p, now)
+		p := q.packet(q.src)
+		r.carryNamed(r.ctlW, &p, now, q.at)
 	}
 }

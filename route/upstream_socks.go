@@ -47,8 +47,11 @@ func (u *socksUpstream) Tor() bool {
 	return ok && t.Tor()
 }
 
-// torUpstream is an Upstream whose server may be a Tor. AskTor asks for an address of name or, if that is empty, for
-// the name of ip. It returns at once and calls done once, from any goroutine, possibly before it returns.
+// NamesUDP implements namesUpstream: SOCKS5's header of datagrams has room for a name, and so has the frame of UDP over TCP.
+func (u *socksUpstream) NamesUDP() bool { return true }
+
+// torUpstream is an Upstream whose server may be a Tor. AskTor asks for an address of name or, if that is empty, for the name of
+// ip. It returns at once and calls done once, from any goroutine, perhaps before that.
 type torUpstream interface {
 	AskTor(ctx context.Context, l *relay.Loop, name string, ip netip.Addr, done func(netip.Addr, string, error))
 }
@@ -104,13 +107,14 @@ func (u *socksUpstream) OpenPackets(
 			done(nil, err)
 			return
 		}
-		link, err := l.OpenPackets(fd, codec{}, sink, closed)
+		names := &linkNames{}
+		link, err := l.OpenPackets(fd, &codec{names: names}, sink, closed)
 		if err != nil {
 			_ = a.Close()
 			done(nil, err)
 			return
 		}
-		done(&socksLink{link, a}, nil)
+		done(&socksLink{link, a, names}, nil)
 		a.OnClose(closed)
 	})
 }
@@ -124,8 +128,9 @@ func (u *socksUpstream) openStream(l *relay.Loop, a *socks.Association, sink fun
 		done(nil, socks.ErrClosed)
 		return
 	}
-	link, err := l.OpenStreamPackets(s, uotCodec{}, socks.MaxUoTPayload, sink, func(err error) {
-		_ = a.Close() // the function of OnClose is not called
+	names := &linkNames{}
+	link, err := l.OpenStreamPackets(s, &uotCodec{names: names}, socks.MaxUoTPayload, sink, func(err error) {
+		_ = a.Close() // and OnClose is not told
 		closed(&socks.ServerError{Server: a.Server(), Op: socks.OpAssociation, Err: err})
 	})
 	if err != nil {
@@ -133,7 +138,7 @@ func (u *socksUpstream) openStream(l *relay.Loop, a *socks.Association, sink fun
 		done(nil, err)
 		return
 	}
-	done(&socksLink{link, a}, nil)
+	done(&socksLink{link, a, names}, nil)
 	a.OnClose(func(err error) { // its server went out of use, or the loop ends
 		_ = link.Close()
 		closed(err)
@@ -143,34 +148,15 @@ func (u *socksUpstream) openStream(l *relay.Loop, a *socks.Association, sink fun
 // socksLink holds the association for as long as its datagrams are wanted.
 type socksLink struct {
 	relay.PacketLink
-	a *socks.Association
+	a     *socks.Association
+	names *linkNames
 }
+
+// Name implements namedLink.
+func (l *socksLink) Name(fake netip.AddrPort, name string) { l.names.add(fake, name) }
+
+// Server implements namedLink.
+func (l *socksLink) Server() string { return l.a.Server() }
 
 // Close implements relay.PacketLink.
 func (l *socksLink) Close() error { return errors.Join(l.PacketLink.Close(), l.a.Close()) }
-
-// codec handles the UDP header of SOCKS, and refuses impossible sources.
-type codec struct{ socks.UDPCodec }
-
-var errMartian = errors.New("a datagram from an impossible address")
-
-// ParseHeader implements relay.Codec.
-func (c codec) ParseHeader(b []byte) (src netip.AddrPort, n int, err error) {
-	src, n, err = c.UDPCodec.ParseHeader(b)
-	if err == nil && (src.Port() == 0 || !flow.CanBePeer(src.Addr())) {
-		err = errMartian
-	}
-	return src, n, err
-}
-
-// uotCodec handles the frames of UDP over TCP, and makes impossible sources invalid.
-type uotCodec struct{ socks.UoTCodec }
-
-// ParseHeader implements relay.StreamCodec.
-func (c uotCodec) ParseHeader(b []byte) (src netip.AddrPort, n, size int, err error) {
-	src, n, size, err = c.UoTCodec.ParseHeader(b)
-	if src.IsValid() && (src.Port() == 0 || !flow.CanBePeer(src.Addr())) {
-		src = netip.AddrPort{}
-	}
-	return src, n, size, err
-}

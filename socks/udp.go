@@ -75,6 +75,12 @@ func parseUDPHeader(b []byte) (src netip.AddrPort, name []byte, n int, err error
 	return netip.AddrPortFrom(ip, uint16(b[n])<<8|uint16(b[n+1])), name, n + 2, nil
 }
 
+// ParseUDPSource parses the header before a datagram as ParseUDPHeader does, but allocates nothing: if the source is a name,
+// name is a part of b, and src has only a port.
+func ParseUDPSource(b []byte) (src netip.AddrPort, name []byte, n int, err error) {
+	return parseUDPHeader(b)
+}
+
 // UDPCodec adds and removes the headers of datagrams for endpoints without names. It allocates nothing and may be
 // used from any goroutine.
 type UDPCodec struct{}

@@ -59,12 +59,32 @@ func (UoTCodec) AppendHeader(b []byte, dst netip.AddrPort, size int) []byte {
 	return append(b, byte(dst.Port()>>8), byte(dst.Port()), byte(size>>8), byte(size))
 }
 
+// AppendUoTName appends the header of a frame to a name, with a payload of size bytes. It leaves b as it is if there can be no
+// such frame: size is negative or over 65,535, or the name is empty or longer than 255 bytes.
+func AppendUoTName(b []byte, name string, port uint16, size int) []byte {
+	if size < 0 || size > 65535 || name == "" || len(name) > maxName {
+		return b
+	}
+	b = append(append(b, uotDomain, byte(len(name))), name...)
+	return append(b, byte(port>>8), byte(port), byte(size>>8), byte(size))
+}
+
 // ParseHeader parses the beginning of b: n is the length of the header, and size that of the payload after it. n is 0
 // if b is too short. src is invalid if the frame gives the name of its source instead of an address. The error is
 // ErrUoTFrame.
 func (UoTCodec) ParseHeader(b []byte) (src netip.AddrPort, n, size int, err error) {
+	src, name, n, size, err := ParseUoTSource(b)
+	if name != nil {
+		return netip.AddrPort{}, n, size, err
+	}
+	return src, n, size, err
+}
+
+// ParseUoTSource is UoTCodec.ParseHeader, but if the frame gives the name of its source, name is a part of b, and src has only a
+// port.
+func ParseUoTSource(b []byte) (src netip.AddrPort, name []byte, n, size int, err error) {
 	if len(b) < 2 {
-		return src, 0, 0, nil
+		return src, nil, 0, 0, nil
 	}
 	switch b[0] {
 	case uotIPv4:
@@ -74,13 +94,13 @@ func (UoTCodec) ParseHeader(b []byte) (src netip.AddrPort, n, size int, err erro
 	case uotDomain:
 		n = 2 + int(b[1])
 	default:
-		return src, 0, 0, ErrUoTFrame
+		return src, nil, 0, 0, ErrUoTFrame
 	}
 	if b[0] == uotDomain && b[1] == 0 {
-		return src, 0, 0, ErrUoTFrame
+		return src, nil, 0, 0, ErrUoTFrame
 	}
 	if len(b) < n+4 {
-		return src, 0, 0, nil
+		return src, nil, 0, 0, nil
 	}
 	port := uint16(b[n])<<8 | uint16(b[n+1])
 	size = int(b[n+2])<<8 | int(b[n+3])
@@ -89,6 +109,8 @@ func (UoTCodec) ParseHeader(b []byte) (src netip.AddrPort, n, size int, err erro
 		src = netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[1:5])), port)
 	case uotIPv6:
 		src = netip.AddrPortFrom(netip.AddrFrom16([16]byte(b[1:17])).Unmap(), port)
+	case uotDomain:
+		src, name = netip.AddrPortFrom(netip.Addr{}, port), b[2:n:n]
 	}
-	return src, n + 4, size, nil
+	return src, name, n + 4, size, nil
 }

@@ -45,12 +45,14 @@ type Fault struct {
 	// For the datagrams of an association. Association.SetFault changes these later.
 	DropUDP bool // in both directions
 	// a datagram to such a destination is not sent and ends the association, as with sing-box and trojan
-	EndUDP   func(Addr) bool
-	CloseUDP bool         // the association ends as soon as it was granted, as with simple-socks
-	DeafUDP  bool         // nothing listens on the relay's port, as with ss-local without -u
-	Frag     byte         // FRAG of datagrams to the client
-	BadUDP   bool         // headers to the client are truncated
-	MangleTo func([]byte) // any other change to datagrams for the client, on header and payload in place
+	EndUDP func(Addr) bool
+	// datagrams to names are dropped; or answers to them have the name as their source, as with sing-box
+	DropNames, AsName bool
+	CloseUDP          bool         // the association ends as soon as it was granted, as with simple-socks
+	DeafUDP           bool         // nothing listens on the relay's port, as with ss-local without -u
+	Frag              byte         // FRAG of datagrams to the client
+	BadUDP            bool         // headers to the client are truncated
+	MangleTo          func([]byte) // any other change to datagrams for the client, on header and payload in place
 }
 
 // Reply answers with code (RFC 1928, section 6) and closes.

@@ -127,8 +127,8 @@ type Server struct {
 }
 
 type counters struct {
-	open, assocsOpen                                   atomic.Int64
-	accepted, requests, assocs, udpUp, udpDown, udpBad atomic.Uint64
+	open, assocsOpen                                             atomic.Int64
+	accepted, requests, assocs, udpUp, udpDown, udpBad, udpNamed atomic.Uint64
 }
 
 // Stats is a snapshot of the counters.
@@ -139,6 +139,7 @@ type Stats struct {
 	AssociationsOpen int    // associations now open
 	Associations     uint64 // associations opened so far
 	UDPUp, UDPDown   uint64 // datagrams relayed from and to clients
+	UDPNamed         uint64 // datagrams of UDPUp that went to a name
 	UDPDropped       uint64 // datagrams with a bad header, from other senders, or without a destination
 }
 
@@ -274,7 +275,7 @@ func (s *Server) Stats() Stats {
 	return Stats{
 		Open: int(s.n.open.Load()), Accepted: s.n.accepted.Load(), Requests: s.n.requests.Load(),
 		AssociationsOpen: int(s.n.assocsOpen.Load()), Associations: s.n.assocs.Load(),
-		UDPUp: s.n.udpUp.Load(), UDPDown: s.n.udpDown.Load(), UDPDropped: s.n.udpBad.Load(),
+		UDPUp: s.n.udpUp.Load(), UDPDown: s.n.udpDown.Load(), UDPDropped: s.n.udpBad.Load(), UDPNamed: s.n.udpNamed.Load(),
 	}
 }
 

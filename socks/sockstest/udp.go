@@ -21,8 +21,9 @@ type Association struct {
 	mu      sync.Mutex
 	closed  bool
 	fault   Fault
-	client  netip.AddrPort  // source of its last datagram
-	out     [2]*net.UDPConn // to the world, for IPv4 and IPv6, created when first needed
+	client  netip.AddrPort          // source of its last datagram
+	out     [2]*net.UDPConn         // to the world, for IPv4 and IPv6, created when first needed
+	named   map[netip.AddrPort]Addr // the names that datagrams went to, by their real destination
 }
 
 func (s *Server) associate(c stream, req Request, f Fault) {
@@ -126,7 +127,7 @@ func (a *Association) fromClient() {
 			a.Cut(FIN)
 			return
 		}
-		to, err := a.s.real(a.s.ctx, dst)
+		to, err := a.target(dst)
 		if err != nil {
 			a.s.n.udpBad.Add(1)
 			continue
@@ -143,6 +144,43 @@ func (a *Association) fromClient() {
 			a.s.n.udpBad.Add(1)
 		}
 	}
+}
+
+var errNames = errors.New("a fault drops datagrams to names")
+
+// target returns the real destination of a datagram to dst.
+func (a *Association) target(dst Addr) (netip.AddrPort, error) {
+	if dst.Name != "" && a.faultNow().DropNames {
+		return netip.AddrPort{}, errNames
+	}
+	to, err := a.s.real(a.s.ctx, dst)
+	if err == nil && dst.Name != "" {
+		a.s.n.udpNamed.Add(1)
+		a.mu.Lock()
+		if a.named == nil {
+			a.named = make(map[netip.AddrPort]Addr)
+		}
+		a.named[to] = dst
+		a.mu.Unlock()
+	}
+	return to, err
+}
+
+// sourceOf returns the source for the header of a datagram from an endpoint.
+func (a *Association) sourceOf(from netip.AddrPort) Addr {
+	a.mu.Lock()
+	name, ok := a.named[from]
+	asName := a.fault.AsName
+	a.mu.Unlock()
+	if ok && asName {
+		return name
+	}
+	a.s.mu.Lock()
+	defer a.s.mu.Unlock()
+	if v, ok := a.s.unredir[from]; ok {
+		from = v
+	}
+	return AddrFrom(from)
 }
 
 // outFor returns the socket to the world for ip's family, or nil if it cannot be created.
@@ -176,13 +214,8 @@ func (a *Association) fromWorld(u *net.UDPConn) {
 			continue
 		}
 		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
-		a.s.mu.Lock()
-		if v, ok := a.s.unredir[from]; ok {
-			from = v
-		}
-		a.s.mu.Unlock()
 		a.s.n.udpDown.Add(1)
-		if a.Send(AddrFrom(from), buf[:n]) != nil {
+		if a.Send(a.sourceOf(from), buf[:n]) != nil {
 			a.s.n.udpDown.Add(^uint64(0))
 			a.s.n.udpBad.Add(1)
 		}

@@ -68,7 +68,7 @@ func (s *Server) overTCP(c stream, x exchange, f Fault) {
 		if end != nil && end(dst) {
 			return
 		}
-		to, err := s.real(s.ctx, dst)
+		to, err := a.target(dst)
 		if err != nil || drop {
 			s.n.udpBad.Add(1)
 			continue

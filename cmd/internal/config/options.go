@@ -182,10 +182,10 @@ Questions for other things than addresses (MX, TXT, SRV and the like) go to the 
 and
 .Ar 9.9.9.9
 if none are given.
-For UDP to such an address the resolvers are asked too, since hardly any proxy takes names there; the datagrams go to the real
-address, and what comes from it comes back from the address that stands for the name.
-A program that writes to the real address from the same socket as well gets its answers from the real address.
-Where no resolver answers, UDP by name is refused (host unreachable).
+UDP to such an address goes to the proxy by name as well where the proxy takes names there; see
+.Em NAMES
+in
+.Xr viasocks 7 .
 After a reload with another mode, addresses that were given out before still stand for their names.
 This is the default where there is a proxy, unless one of the upstreams has only
 .Cm socks4

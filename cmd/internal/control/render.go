@@ -49,7 +49,7 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 			if u.Via != "" {
 				where += " via " + u.Via
 			}
-			fmt.Fprintf(w, "  %s\t%s\tTCP %s\tUDP %s\n", Plain(u.Name), Plain(where), Plain(u.TCP), Plain(u.UDP))
+			fmt.Fprintf(w, "  %s\t%s\tTCP %s\tUDP %s%s\n", Plain(u.Name), Plain(where), Plain(u.TCP), Plain(u.UDP), learned(&u))
 			for _, x := range u.Servers {
 				fmt.Fprintf(w, "  \t  %s\t%s\t%s\n", Plain(x.URL), Plain(x.State), Plain(x.Why))
 			}
@@ -183,6 +183,17 @@ func WriteInstances(w io.Writer, all []Instance, now time.Time) error {
 	})
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// learned is what flows have shown of a proxy, as further cells.
+func learned(u *Upstream) (cells string) {
+	if u.IPv6 != "" {
+		cells += "\tIPv6: " + Plain(u.IPv6)
+	}
+	if u.NamesUDP != "" {
+		cells += "\tnames in UDP: " + Plain(u.NamesUDP)
+	}
+	return cells
 }
 
 func table(b *strings.Builder, rows func(io.Writer)) {

@@ -40,7 +40,8 @@ func sample() Status {
 		Version: "v0.2.0", PID: 4711, Mode: ModeUp, State: Ready, Since: *at(26*time.Hour + 11*time.Minute), ReadyAt: at(26 * time.Hour),
 		Config: "/etc/viasocks/viasocks.conf", Reloaded: at(5*time.Minute + 3*time.Second),
 		Upstreams: []Upstream{
-			{Name: "proxy", URL: "socks5://alice:***@10.0.0.1:1080", TCP: "ok", UDP: "down", Addresses: []string{"10.0.0.1:1080 tcp"}},
+			{Name: "proxy", URL: "socks5://alice:***@10.0.0.1:1080", TCP: "ok", UDP: "down", IPv6: "no", NamesUDP: "yes",
+				Addresses: []string{"10.0.0.1:1080 tcp"}},
 			{Name: "direct", TCP: "ok", UDP: "ok"},
 		},
 		Rules: []Rule{{"port 25 reject", 12}, {"dst 203.0.113.0/24 direct", 0}, {"default", 1234567}},

@@ -73,6 +73,8 @@ type Upstream struct {
 	Via       string   `json:"via,omitempty"` // the upstream through which it is reached; empty: directly
 	TCP       string   `json:"tcp"`           // "ok" or "down"
 	UDP       string   `json:"udp"`
+	IPv6      string   `json:"ipv6,omitempty"`       // "yes" or "no", as connections have shown; empty: nothing is known
+	NamesUDP  string   `json:"names_udp,omitempty"`  // the same for names in the headers of datagrams
 	Granted   uint64   `json:"granted"`              // TCP connections
 	Failed    uint64   `json:"failed"`               // TCP connections that failed through its own fault
 	LatencyMS float64  `json:"latency_ms,omitempty"` // until a connection is granted, on average of the last ones

@@ -69,7 +69,7 @@ func shortageWarning(s route.Shortage, now time.Time) string {
 func fillUpstreams(s *control.Status, cfg *config.Config, p *plane, allowed *endpoints) {
 	words := map[bool]string{false: "ok", true: "down"}
 	for _, u := range p.router.Upstreams() {
-		up := control.Upstream{Name: u.Name, TCP: words[u.TCPDown], UDP: words[u.UDPDown],
+		up := control.Upstream{Name: u.Name, TCP: words[u.TCPDown], UDP: words[u.UDPDown], IPv6: u.IPv6, NamesUDP: u.NamesUDP,
 			Granted: u.Granted, Failed: u.Failed, LatencyMS: float64(u.Latency.Microseconds()) / 1000}
 		for _, c := range cfg.Upstreams {
 			if c.Name != u.Name {

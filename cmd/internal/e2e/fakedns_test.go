@@ -16,7 +16,7 @@ import (
 const noResolver = "fake,tcp://" + other4 + ":9"
 
 // dante serves SOCKS5 with UDP at an endpoint, and resolves names by the host's resolver.
-func dante(t *testing.T, at string) {
+func dante(t *testing.T, at string, rules ...string) {
 	t.Helper()
 	dir := t.TempDir()
 	host, port, _ := strings.Cut(at, ":")
@@ -29,8 +29,9 @@ user.privileged: root
 user.unprivileged: root
 udp.connectdst: no
 client pass { from: 0/0 to: 0/0 }
+%s
 socks pass { from: 0/0 to: 0/0 }
-`, host, port, world4)
+`, host, port, world4, strings.Join(rules, "\n"))
 	file := filepath.Join(dir, "conf")
 	if err := os.WriteFile(file, []byte(conf), 0o600); err != nil {
 		t.Fatal(err)

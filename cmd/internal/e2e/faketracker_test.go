@@ -15,8 +15,15 @@ import (
 )
 
 // TestFakeTracker: aria2 announces itself by UDP to a tracker that it knows by name, and takes the answer, which must come from
-// the fake address that it asked: it then connects to the peer that the tracker knows.
+// the fake address that it asked: it then connects to the peer that the tracker knows. It also works behind a proxy that refuses
+// port 53.
 func TestFakeTracker(t *testing.T) {
+	t.Run("with-resolver", func(t *testing.T) { testFakeTracker(t) })
+	t.Run("port-53-refused", func(t *testing.T) { testFakeTracker(t, noDNS) })
+}
+
+func testFakeTracker(t *testing.T, rules ...string) {
+	t.Helper()
 	needPrograms(t, "danted", "dnsmasq", "opentracker", "aria2c")
 	const at, port = "127.0.0.1:1081", "6969"
 	hash, log := strings.Repeat("c3", 20), filepath.Join(t.TempDir(), "log")
@@ -35,7 +42,7 @@ func TestFakeTracker(t *testing.T) {
 	}
 	serve(t, world4+":"+port, "opentracker", "-f", filepath.Join(dir, "conf"))
 	dnsmasq(t, "--address=/tracker.example/"+world4)
-	dante(t, at)
+	dante(t, at, rules...)
 	// A peer that the tracker knows: Debian's opentracker takes the address that an announcement comes from.
 	peer, peerAt := listenTCP(t, world4)
 	binaryHash := strings.Repeat("\xc3", 20)
