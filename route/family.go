@@ -17,8 +17,9 @@ import (
 // A name travels to the proxy as a name, and the proxy chooses the address family. Two things can go wrong. A program
 // that gets a fake IPv6 address believes that it can reach IPv6, and asks for IPv6 addresses that the proxy cannot
 // reach. Names therefore have no fake IPv6 address while flows show that their upstream has no IPv6. Also, many
-// servers try only the IPv6 address of a name, and fail if that is dead. Such a flow is therefore tried once more,
-// with an IPv4 address of the name.
+// servers try only one address of a name, most of them the IPv6 address and some the IPv4 address, and fail if that is
+// dead. Such a flow is therefore tried again with an IPv4 address of the name, and if that is dead as well, with an
+// IPv6 address, unless the upstream is known to have no IPv6.
 
 const (
 	// lackingAfter is how many different IPv6 addresses must be unreachable, with none reached within reachedFor, for
@@ -106,8 +107,11 @@ func failedByFamily(err error) bool {
 
 // learnIPv6 records the result of the dial of s if it was to an IPv6 address.
 func (s *stream) learnIPv6(err error) {
-	a := s.dest.Addr.Addr()
-	if s.dest.Name != "" || !a.Is6() || a.Is4In6() {
+	a, named := s.dest.Addr.Addr(), s.dest.Name != ""
+	if t := s.second.Load(); t != nil {
+		a, named = t.to.Addr(), false
+	}
+	if named || !a.Is6() || a.Is4In6() {
 		return
 	}
 	if s.v.up.ipv6.learn(a, err, s.r.now()) && s.r.cfg.LearnFakeIPv6 {
@@ -148,18 +152,22 @@ func (p *policy) forgetLearned() {
 	}
 }
 
-// secondTry belongs to a flow to a name that the server could not reach. It waits for the addresses of the name, and
-// then dials once more if the name has both an IPv6 address, which may be why the server failed, and an IPv4 address.
+// secondTry belongs to a flow to a name that the server could not reach. It waits for the addresses of the name. If the
+// name has addresses of both families, the server may have failed because of one of them, and both are dialled: IPv4
+// first, because most servers prefer IPv6.
 type secondTry struct {
 	s      *stream
 	first  error       // the server's answer for the name
 	timer  *time.Timer // ends the wait, and later the dial
 	waited atomic.Bool // the wait is over
+	any    bool        // the server accepts no names: one family is enough
 
-	mu      sync.Mutex
-	six     bool // the name has an IPv6 address
-	four    netip.Addr
-	unheard int // number of outstanding answers
+	mu        sync.Mutex
+	six, four netip.Addr
+	unheard   int // number of outstanding answers
+
+	// Used by the goroutine that dials: the address that is being dialled, and the next one.
+	to, then netip.AddrPort
 }
 
 // tryAgain begins the second try of a flow whose dial ended with err, if it should have one. It returns false if err
@@ -169,19 +177,16 @@ func (s *stream) tryAgain(err error) bool {
 	if d == nil || s.second.Load() != nil || !failedByFamily(err) || !s.mayLookUp() {
 		return false
 	}
-	t := &secondTry{s: s, first: err, unheard: 2}
+	t := &secondTry{s: s, first: err, unheard: 2, any: errors.Is(err, socks.ReplyAddrTypeNotSupported)}
 	t.timer = time.AfterFunc(secondWait, t.late)
 	s.second.Store(t)
 	if s.call.Err() != nil { // the flow may have ended before t was visible
 		t.timer.Reset(0)
 	}
-	if errors.Is(err, socks.ReplyAddrTypeNotSupported) { // the server does not accept names: any address is worth a try
-		t.heard(true, netip.IPv6Unspecified())
-	} else if !d.LookUp(s.dest.Name, true, func(a netip.Addr, _ time.Duration) { t.heard(true, a) }) {
-		t.heard(true, netip.Addr{})
-	}
-	if !d.LookUp(s.dest.Name, false, func(a netip.Addr, _ time.Duration) { t.heard(false, a) }) {
-		t.heard(false, netip.Addr{})
+	for _, v6 := range []bool{true, false} {
+		if !d.LookUp(s.dest.Name, v6, func(a netip.Addr, _ time.Duration) { t.heard(v6, a) }) {
+			t.heard(v6, netip.Addr{})
+		}
 	}
 	return true
 }
@@ -203,26 +208,47 @@ func (s *stream) mayLookUp() bool {
 func (t *secondTry) heard(v6 bool, a netip.Addr) {
 	t.mu.Lock()
 	if v6 {
-		t.six = a.IsValid()
+		t.six = a
 	} else {
 		t.four = a
 	}
 	t.unheard--
-	wait, to := t.unheard > 0, netip.AddrPortFrom(t.four, t.s.flow.Dst.Port())
-	useless := !t.six || !t.four.IsValid()
+	wait, four, six := t.unheard > 0, t.four, t.six
 	t.mu.Unlock()
+	if wait {
+		return
+	}
+	to, then := t.candidates(four, six)
 	switch {
-	case wait:
-	case useless || !t.s.mayGoTo(to):
+	case !to.IsValid():
 		t.giveUp()
 	case !t.waited.Swap(true):
-		t.dial(to)
+		t.s.r.count.SecondTries.Add(1)
+		t.dial(to, then)
 	}
+}
+
+// candidates returns the addresses to dial, in their order. An invalid one means that there is none.
+func (t *secondTry) candidates(four, six netip.Addr) (first, second netip.AddrPort) {
+	if !t.any && !(four.IsValid() && six.IsValid()) { // the server has tried the only family
+		return
+	}
+	s, port := t.s, t.s.flow.Dst.Port()
+	if to := netip.AddrPortFrom(four, port); s.mayGoTo(to) {
+		first = to
+	}
+	if to := netip.AddrPortFrom(six, port); !s.v.up.ipv6.lacks(s.r.now()) && s.mayGoTo(to) {
+		second = to
+	}
+	if !first.IsValid() {
+		first, second = second, netip.AddrPort{}
+	}
+	return first, second
 }
 
 // mayGoTo reports whether the rules send a flow with this name to this address through the same upstream.
 func (s *stream) mayGoTo(to netip.AddrPort) bool {
-	if s.r.cfg.Pool.Contains(to.Addr()) {
+	if !to.IsValid() || s.r.cfg.Pool.Contains(to.Addr()) {
 		return false
 	}
 	q := query{proto: flow.TCP, src: s.flow.Src, dst: to, names: []string{plainName(s.dest.Name)}, owner: s.owner}
@@ -230,10 +256,15 @@ func (s *stream) mayGoTo(to netip.AddrPort) bool {
 	return v.kind == carry && v.up == s.v.up
 }
 
-func (t *secondTry) dial(to netip.AddrPort) {
+// dial dials to. If that cannot be reached either, another dials then.
+func (t *secondTry) dial(to, then netip.AddrPort) {
 	s := t.s
-	s.r.count.SecondTries.Add(1)
-	s.r.log.post(slog.LevelDebug, "the server cannot reach a name: trying its IPv4 address", slog.Uint64("flow", s.flow.ID),
+	t.to, t.then = to, then
+	family := "IPv4"
+	if to.Addr().Is6() {
+		family = "IPv6"
+	}
+	s.r.log.post(slog.LevelDebug, "the server cannot reach a name: trying its "+family+" address", slog.Uint64("flow", s.flow.ID),
 		slog.String("host", s.dest.Name), slog.String("address", to.String()), slog.Any("err", t.first))
 	t.timer.Reset(max(secondLimit-time.Since(s.flow.Start), 0))
 	dest := s.dest
@@ -260,13 +291,23 @@ func (t *secondTry) giveUp() {
 	t.s.req = nil
 }
 
-// over ends the second try with its result, and returns the error for the app.
+// another dials the other address if err means that the first cannot be reached. It returns false if there is no other.
+func (t *secondTry) another(err error) bool {
+	if !t.then.IsValid() || !failedByFamily(err) || time.Since(t.s.flow.Start) >= secondLimit {
+		return false
+	}
+	t.dial(t.then, netip.AddrPort{})
+	return true
+}
+
+// over ends the second try and returns the error that decides what the app is told. If no family helped, that is the
+// server's answer for the name.
 func (t *secondTry) over(err error) error {
 	t.timer.Stop()
 	switch {
 	case err == nil:
 		t.s.r.count.SecondOpened.Add(1)
-	case errors.Is(err, context.Canceled):
+	case errors.Is(err, context.Canceled), failedByFamily(err):
 		return t.first
 	}
 	return err

@@ -16,7 +16,8 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// familyRig has a proxy that answers a name with a code, and reaches 203.0.113.1:443, but not 203.0.113.2:443, which refuses.
+// familyRig has a proxy that answers a name with a code, and reaches 203.0.113.1:443 and [2001:db8::7]:443, but not 203.0.113.2:443,
+// which refuses, nor any other.
 func familyRig(
 	t *testing.T, code byte, query string, zone map[string]string, rules ...Rule,
 ) (*rig, *sockstest.Server, *dns.Pool, func() int64) {
@@ -38,7 +39,9 @@ func familyRig(
 		}
 		return sockstest.Fault{}
 	})
-	srv.Redirect(netip.MustParseAddrPort("203.0.113.1:443"), echo(t))
+	e := echo(t)
+	srv.Redirect(netip.MustParseAddrPort("203.0.113.1:443"), e)
+	srv.Redirect(netip.MustParseAddrPort("[2001:db8::7]:443"), e)
 	res, asked := zoneResolver(t, srv, zone)
 	pool := newPool(t)
 	g := newRig(t, Config{
@@ -48,12 +51,15 @@ func familyRig(
 	return g, srv, pool, asked.Load
 }
 
-// TestSecondTry: a name that the server cannot reach is tried once more by its IPv4 address, if it has one of each family.
+// TestSecondTry: a name that the server cannot reach is tried again by its IPv4 address, and then by its IPv6 address, if it has one
+// of each family.
 func TestSecondTry(t *testing.T) {
 	zone := map[string]string{
 		"both.example": "203.0.113.1", "AAAA both.example": "2001:db8::1", "four.example": "203.0.113.1",
 		"closed.example": "203.0.113.2", "AAAA closed.example": "2001:db8::2", "AAAA six.example": "2001:db8::2",
 		"ours.example": "198.18.0.1", "AAAA ours.example": "2001:db8::2",
+		"newer.example": "203.0.113.7", "AAAA newer.example": "2001:db8::7",
+		"dead.example": "203.0.113.7", "AAAA dead.example": "2001:db8::2", "AAAA sixer.example": "2001:db8::7",
 	}
 	for label, tt := range map[string]struct {
 		code    byte
@@ -64,21 +70,29 @@ func TestSecondTry(t *testing.T) {
 		why     flow.Refusal
 		second  uint64
 		asked   int64
+		dials   int  // of addresses, where there is more than one for the second try
+		lacks   bool // the upstream is known to have no IPv6
 	}{
-		"host unreachable":       {code: 4, name: "both.example", granted: true, second: 1, asked: 2},
-		"network unreachable":    {code: 3, name: "both.example", granted: true, second: 1, asked: 2},
-		"no names":               {code: 8, name: "four.example", granted: true, second: 1, asked: 1},
-		"IPv4 only":              {code: 4, name: "four.example", why: flow.RefuseHost, asked: 2},
-		"IPv6 only":              {code: 4, name: "six.example", why: flow.RefuseHost, asked: 2},
-		"refused":                {code: 5, name: "both.example", why: flow.RefuseReset},
-		"general failure":        {code: 1, name: "both.example", why: flow.RefuseReset},
-		"not allowed":            {code: 2, name: "both.example", why: flow.RefuseAdmin},
-		"refused at last":        {code: 4, name: "closed.example", why: flow.RefuseReset, second: 1, asked: 2},
-		"onion":                  {code: 4, name: "both.onion", why: flow.RefuseHost},
-		"single label":           {code: 4, name: "intranet", why: flow.RefuseHost},
-		"Tor":                    {code: 4, name: "both.example", query: "?tor", why: flow.RefuseHost},
-		"a fake address":         {code: 4, name: "ours.example", why: flow.RefuseHost, asked: 2},
-		"a rule for the address": {code: 4, name: "both.example", rule: "dst 203.0.113.0/24 reject", why: flow.RefuseHost, asked: 2},
+		"host unreachable":    {code: 4, name: "both.example", granted: true, second: 1, asked: 2},
+		"network unreachable": {code: 3, name: "both.example", granted: true, second: 1, asked: 2},
+		"no names":            {code: 8, name: "four.example", granted: true, second: 1, asked: 2},
+		"no names, IPv6 only": {code: 8, name: "sixer.example", granted: true, second: 1, asked: 2},
+		"IPv4 is dead":        {code: 4, name: "newer.example", granted: true, second: 1, asked: 2, dials: 2},
+		"both are dead":       {code: 4, name: "dead.example", why: flow.RefuseHost, second: 1, asked: 2, dials: 2},
+		"no IPv6":             {code: 4, name: "newer.example", why: flow.RefuseHost, second: 1, asked: 2, lacks: true},
+		"IPv4 only":           {code: 4, name: "four.example", why: flow.RefuseHost, asked: 2},
+		"IPv6 only":           {code: 4, name: "six.example", why: flow.RefuseHost, asked: 2},
+		"refused":             {code: 5, name: "both.example", why: flow.RefuseReset},
+		"general failure":     {code: 1, name: "both.example", why: flow.RefuseReset},
+		"not allowed":         {code: 2, name: "both.example", why: flow.RefuseAdmin},
+		"refused at last":     {code: 4, name: "closed.example", why: flow.RefuseReset, second: 1, asked: 2},
+		"onion":               {code: 4, name: "both.onion", why: flow.RefuseHost},
+		"single label":        {code: 4, name: "intranet", why: flow.RefuseHost},
+		"Tor":                 {code: 4, name: "both.example", query: "?tor", why: flow.RefuseHost},
+		"a fake address":      {code: 4, name: "ours.example", why: flow.RefuseHost, second: 1, asked: 2},
+		"a rule for IPv4":     {code: 4, name: "newer.example", rule: "dst 203.0.113.0/24 reject", granted: true, second: 1, asked: 2},
+		"a rule for IPv6":     {code: 4, name: "newer.example", rule: "dst 2001:db8::/32 reject", why: flow.RefuseHost, second: 1, asked: 2},
+		"a rule for both":     {code: 4, name: "newer.example", rule: "dst 203.0.113.0/24,2001:db8::/32 reject", why: flow.RefuseHost, asked: 2},
 	} {
 		t.Run(strings.ReplaceAll(label, " ", "-"), func(t *testing.T) {
 			checkLeaks(t)
@@ -87,6 +101,9 @@ func TestSecondTry(t *testing.T) {
 				rules = append(rules, mustRule(t, tt.rule))
 			}
 			g, srv, pool, asked := familyRig(t, tt.code, tt.query, zone, rules...)
+			if tt.lacks {
+				g.policy.Load().order[0].ipv6.lacking.Store(g.now() + int64(time.Hour))
+			}
 			fake, _, _ := pool.Give([]byte(tt.name))
 			q := newRequest(appEnd, at(fake, 443))
 			g.HandleStream(q)
@@ -110,7 +127,7 @@ func TestSecondTry(t *testing.T) {
 				t.Errorf("%d questions went to the resolver, want %d", n, tt.asked)
 			}
 			far := slices.DeleteFunc(srv.Requests(), func(r sockstest.Request) bool { return r.Dst.Port != 443 })
-			if len(far) != 1+int(tt.second) {
+			if len(far) != 1+max(int(tt.second), tt.dials) {
 				t.Errorf("the proxy was asked for %v", far)
 			}
 		})

@@ -26,9 +26,9 @@ type Counters[T any] struct {
 	// TCP flows that were held for their name before they were dialled.
 	Sniffs  T `metric:"sniffs_total" help:"TCP flows that were held for their name."`
 	Sniffed T `metric:"sniffs_named_total" help:"TCP flows that were held and had a name."`
-	// TCP flows that were dialled again by IPv4, because the server could not reach their name.
-	SecondTries  T `metric:"second_tries_total" help:"TCP flows that were dialled again by IPv4."`
-	SecondOpened T `metric:"second_tries_granted_total" help:"TCP flows that were granted when they were dialled again by IPv4."`
+	// TCP flows that were dialled again by an address, because the server could not reach their name.
+	SecondTries  T `metric:"second_tries_total" help:"TCP flows to a name that were dialled again by an address."`
+	SecondOpened T `metric:"second_tries_granted_total" help:"TCP flows that were granted when they were dialled again by an address."`
 	// TCP flows whose app had closed its socket while the far end went on.
 	Orphans T `metric:"tcp_orphans_total" help:"TCP flows that were ended because their program had closed its socket."`
 

@@ -258,6 +258,9 @@ func (s *stream) endDial() {
 func (s *stream) dialed(sock loop.Socket, err error) {
 	s.learnIPv6(err)
 	if t := s.second.Load(); t != nil {
+		if t.another(err) {
+			return
+		}
 		err = t.over(err)
 	} else if s.tryAgain(err) {
 		return

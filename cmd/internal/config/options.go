@@ -334,13 +334,17 @@ never.
 .Pp
 By which family the proxy reaches the name is the proxy's choice either way, so that programs need no IPv6 address to reach a
 host that has nothing else, and a name that has only IPv4 is reached by its fake IPv6 address, too.
-Some proxies try only the IPv6 address of a name that has both, and fail where that one is dead.
+Some proxies try only one address of a name that has both families, most of them that of IPv6, and fail where that one is dead.
 When a proxy answers that it cannot reach a name (SOCKS5 replies 3, 4 and 8), viasocks therefore asks the resolvers of
 .Fl -dns
-for the addresses of the name, and if it has both an IPv6 and an IPv4 address, connects once more, to the IPv4 address, before the
-program is refused.
-After reply 8, which also comes from proxies that take no names, an IPv4 address is enough.
+for the addresses of the name.
+If it has both an IPv6 and an IPv4 address, viasocks connects to the IPv4 address, and if the proxy cannot reach that one, either, to
+the IPv6 address, unless the proxy has shown that it has no IPv6.
+Only then is the program refused.
+After reply 8, which also comes from proxies that take no names, one address is enough.
 This takes 3 seconds at most where no resolver answers.
+.Cm status
+shows what is known of a proxy's IPv6, and how many names were tried by address.
 It is not done for refused connections (reply 5), for names without a dot, below
 .Li .onion
 and others that no public resolver knows, with a Tor

@@ -70,6 +70,10 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 		count(s.TCP.Total),
 		count(s.TCP.Refused),
 	)
+	if s.TCP.SecondTries > 0 {
+		fmt.Fprintf(&b, "         %s names that a proxy could not reach were tried by address, %s of them with success\n",
+			count(s.TCP.SecondTries), count(s.TCP.SecondOpened))
+	}
 	fmt.Fprintf(
 		&b,
 		"  UDP    %d mappings now; %s in all, %s made again, %s datagrams refused\n",

@@ -46,7 +46,7 @@ func sample() Status {
 		},
 		Rules: []Rule{{"port 25 reject", 12}, {"dst 203.0.113.0/24 direct", 0}, {"default", 1234567}},
 		DNS:   []string{"fake", "1.1.1.1:53", "9.9.9.9:53"},
-		TCP:   TCP{Now: 42, Pending: 3, Total: 10816, Refused: 17},
+		TCP:   TCP{Now: 42, Pending: 3, Total: 10816, Refused: 17, SecondTries: 1005, SecondOpened: 4},
 		UDP: UDP{Now: 5, Total: 321, Reassociated: 2, Refused: 9, GSO: "off",
 			GSOReason: "Linux 7.1.4 spoils datagrams with some network cards; Linux 7.1.5 does not"},
 		Names: Names{Asked: 2048, Answered: 2040, Failed: 8, Own: 2000, Cached: 21, Shared: 4, Cache: Cache{17, 9411},

@@ -102,6 +102,9 @@ type TCP struct {
 	Pending int    `json:"pending"` // those that are waiting
 	Total   uint64 `json:"total"`
 	Refused uint64 `json:"refused"` // by a rule, by a limit, by the proxy or by a host behind it
+
+	SecondTries  uint64 `json:"second_tries"`  // to names that the proxy could not reach, by an address of another family
+	SecondOpened uint64 `json:"second_opened"` // of those: with success
 }
 
 // UDP counts mappings.

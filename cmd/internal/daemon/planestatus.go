@@ -101,7 +101,8 @@ func fillUpstreams(s *control.Status, cfg *config.Config, p *plane, allowed *end
 
 func fillTraffic(s *control.Status, router *route.Router, c *counters) {
 	r := &c.Route
-	s.TCP = control.TCP{Now: r.StreamsNow, Pending: int(c.Stack.Pending), Total: r.Streams, Refused: r.StreamsRefused}
+	s.TCP = control.TCP{Now: r.StreamsNow, Pending: int(c.Stack.Pending), Total: r.Streams, Refused: r.StreamsRefused,
+		SecondTries: r.SecondTries, SecondOpened: r.SecondOpened}
 	s.UDP = control.UDP{Now: r.MappingsNow, Total: r.Mappings, Reassociated: r.Reassociations, Refused: r.Refused}
 	s.Names = control.Names{
 		Asked: r.DNS.Questions, Answered: r.DNS.Answered + r.DNS.Relayed + r.DNS.Own + r.DNS.Cached, Failed: r.DNS.Failed, Own: r.DNS.Own,
