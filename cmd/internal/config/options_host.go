@@ -237,7 +237,7 @@ before: this keeps a host that is reached by SSH reachable.`,
 and change nothing.`,
 	},
 	{
-		Name: "resolved", Arg: "auto|off", Default: "auto", Cmds: Up | Check, set: setResolved,
+		Name: "resolved", Arg: "auto|off", Default: "auto", Live: true, Cmds: Up | Check, set: setResolved,
 		Help: "whether systemd-resolved is told to ask viasocks for names",
 		Man: `Whether systemd-resolved is told, by D-Bus, to ask
 .Nm

@@ -78,6 +78,7 @@ func (u *up) take(cfg *config.Config) (err error) {
 		return errors.Join(err, u.change(cfg, old))
 	}
 	time.AfterFunc(lingers, func() { u.allowed.configure(u.config().Upstreams) })
+	u.teller.Want(tellsResolved(cfg))
 	u.checkNames(cfg)
 	for _, w := range cfg.Warnings {
 		u.log.Warn(w) // status takes them from cfg

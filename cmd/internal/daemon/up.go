@@ -42,7 +42,7 @@ type up struct {
 	network *settling               // the route to the proxy may have changed
 	tun     tended
 	loops   *loopGuard
-	teller  *resolved.Teller // nil: systemd-resolved is not configured
+	teller  *resolved.Teller
 	confirm chan struct{}
 	rebuilt []time.Time
 
@@ -93,9 +93,8 @@ func Up(cfg *config.Config, o UpOptions) error {
 		stop: stop, hup: make(chan struct{}, 1), network: newSettling(), tun: tended{news: make(chan struct{}, 1)},
 		loops: newLoopGuard(), confirm: make(chan struct{}, 1),
 	}
-	if tellsResolved(cfg) {
-		u.teller = resolved.New(resolved.SystemBus(), []netip.Addr{nameserver}, e.log)
-	}
+	u.teller = resolved.New(resolved.SystemBus(), []netip.Addr{nameserver}, e.log)
+	u.teller.Want(tellsResolved(cfg))
 	u.notify = newNotifier(o.Environ, e.log)
 	defer u.notify.close()
 	defer u.listenSignals()()
@@ -310,9 +309,7 @@ func (u *up) live(ctx context.Context) error {
 	guards.Go(func() { u.notify.guard(guard, u.look) })
 	guards.Go(func() { u.pulse.run(guard, u.look, u.network.changed) })
 	guards.Go(func() { u.loops.run(guard) })
-	if u.teller != nil {
-		guards.Go(func() { u.teller.Run(guard) }) // undoes the settings at its end
-	}
+	guards.Go(func() { u.teller.Run(guard) }) // undoes the settings at its end
 	defer u.watchTUN()()
 	waiter := u.newWaiter(guard, &guards)
 	defer waiter.close()

@@ -37,9 +37,7 @@ func (u *up) startPlane(cfg *config.Config) error {
 	p.start()
 	u.diag = diag
 	u.tun.use(dev, wanted)
-	if u.teller != nil {
-		u.teller.Use(wanted.Index)
-	}
+	u.teller.Use(wanted.Index)
 	u.mu.Lock()
 	u.plane = p
 	u.mu.Unlock()

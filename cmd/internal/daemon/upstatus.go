@@ -57,7 +57,7 @@ func (u *up) status() control.Status {
 			s.State = control.Impaired
 		}
 	}
-	s.Host.Resolved = u.teller != nil && u.teller.Told()
+	s.Host.Resolved = u.teller.Told()
 	s.DNS = resolverWords(cfg)
 	if p == nil {
 		return s

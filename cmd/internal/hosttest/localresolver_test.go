@@ -225,6 +225,25 @@ func TestSystemdResolved(t *testing.T) {
 		t.Errorf("down after kill -9: %v, %q\n%s", err, set, out)
 	}
 
+	// A reload changes it both ways.
+	line := "proxy socks5://" + proxy4 + ":1080\n"
+	w.configure(line)
+	d = w.up("--config", configFile)
+	told("after a start with a file")
+	for _, quiet := range []string{"resolved off", "dns relay"} {
+		w.configure(line + quiet + "\n")
+		d.reload()
+		w.eventually(30*time.Second, "what was told is taken back after "+quiet, func() bool { set, _ := r.of(tun()); return set == "" })
+		if out, err := w.command("status"); err != nil || strings.Contains(out, "next start only") {
+			t.Errorf("status after %s: %v\n%s", quiet, err, out)
+		}
+		w.configure(line)
+		d.reload()
+		told("after " + quiet + " was taken out")
+	}
+	if err := d.stop(); err != nil {
+		t.Error(err)
+	}
 	for _, quiet := range [][]string{{"--resolved", "off"}, {"--dns", "relay"}, {"--dns", "off"}} {
 		d = w.up(append(flags, quiet...)...)
 		time.Sleep(300 * time.Millisecond)

@@ -26,6 +26,7 @@ type Teller struct {
 
 	mu    sync.Mutex
 	index int    // of the device; 0: not known yet
+	off   bool   // Want(false) was called
 	done  bool   // systemd-resolved has the settings
 	fault string // what was last logged
 }
@@ -46,6 +47,23 @@ func (t *Teller) Use(index int) {
 	}
 }
 
+// Want sets whether systemd-resolved shall have the settings. A Teller wants it to until it is told otherwise.
+func (t *Teller) Want(on bool) {
+	t.mu.Lock()
+	t.off = !on
+	t.mu.Unlock()
+	select {
+	case t.news <- struct{}{}:
+	default: // the next check is already due
+	}
+}
+
+func (t *Teller) wanted() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return !t.off
+}
+
 // Told reports whether systemd-resolved has the settings.
 func (t *Teller) Told() bool {
 	t.mu.Lock()
@@ -58,6 +76,13 @@ func (t *Teller) Told() bool {
 func (t *Teller) Run(ctx context.Context) {
 	wait := retryFirst
 	for ctx.Err() == nil {
+		if !t.wanted() {
+			select {
+			case <-ctx.Done():
+			case <-t.news:
+			}
+			continue
+		}
 		b, err := dial(ctx, t.bus)
 		if err == nil {
 			wait = retryFirst
@@ -65,6 +90,9 @@ func (t *Teller) Run(ctx context.Context) {
 			b.close()
 		} else {
 			t.log.Debug("systemd-resolved is not told", "err", err)
+		}
+		if !t.wanted() {
+			continue
 		}
 		select {
 		case <-ctx.Done():
@@ -74,12 +102,16 @@ func (t *Teller) Run(ctx context.Context) {
 	}
 }
 
-// serve handles one connection to the bus.
+// serve handles one connection to the bus, until it ends or the settings are no longer wanted.
 func (t *Teller) serve(ctx context.Context, b *bus) {
 	defer t.setDone(false)
 	var told told
 	wait := retryFirst
 	for {
+		if !t.wanted() {
+			t.takeBack(b, told)
+			return
+		}
 		again := lookAgain
 		switch err := t.look(ctx, b, &told); {
 		case err == nil:

@@ -37,6 +37,26 @@ func startTeller(t *testing.T, address string, index int) (teller *Teller, log *
 	return teller, log, stop
 }
 
+// TestWant: the settings are undone when they are no longer wanted, and set again when they are.
+func TestWant(t *testing.T) {
+	address, _ := startBus(t)
+	f := startFake(t, address, 7)
+	teller := New(address, testServers, slog.New(slog.DiscardHandler))
+	teller.Want(false)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { defer close(done); teller.Run(ctx) }()
+	defer func() { cancel(); <-done }()
+	teller.Use(7)
+	teller.Want(false)
+	for range 3 {
+		teller.Want(true)
+		waitFor(t, "told", func() bool { return teller.Told() && f.link(7).right() })
+		teller.Want(false)
+		waitFor(t, "taken back", func() bool { return !teller.Told() && f.link(7).empty() })
+	}
+}
+
 // right reports whether a device has what a Teller tells.
 func (l fakeLink) right() bool {
 	return equal(l.Servers, toServers(testServers)) && len(l.Domains) == 1 && l.Domains[0] == domain{".", true} &&
