@@ -35,7 +35,7 @@ type command struct {
 
 // commands returns the subcommands in the order of the help.
 func commands() []*command {
-	return []*command{cmdRun, cmdUp, cmdDown, cmdConfirm, cmdClose, cmdPs, cmdStatus, cmdFlows, cmdDoctor, cmdCheck, cmdCompletion, cmdVersion, cmdHelp}
+	return []*command{cmdRun, cmdUp, cmdDown, cmdConfirm, cmdClose, cmdPs, cmdStatus, cmdFlows, cmdTop, cmdDoctor, cmdCheck, cmdCompletion, cmdVersion, cmdHelp}
 }
 
 func lookup(name string) *command {

@@ -261,3 +261,34 @@ func TestWatchRun(t *testing.T) {
 		t.Errorf("exit %d: %s", code, &stderr)
 	}
 }
+
+// top needs a terminal, and a viasocks to show. Root sees the programs of others too, which may run meanwhile.
+func TestTopErrors(t *testing.T) {
+	s := server(t)
+	needNamespaces(t, s)
+	xdg := t.TempDir()
+	for n, want := range []string{
+		"none of your programs is under 'viasocks run'",
+		"is not a terminal: 'viasocks flows --watch' prints lines",
+		"among 2 programs under 'viasocks run': give --pid: ",
+	} {
+		if n > 0 {
+			instance(t, xdg, s.URL())
+		}
+		got := asked(t, xdg, "top", "--state-dir", t.TempDir()+"/none")
+		oneLine(t, got)
+		cmd := viasocks("ps", "--json")
+		cmd.Env = append(cmd.Env, "XDG_RUNTIME_DIR="+xdg)
+		list, err := cmd.Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if others := strings.Count(string(list), `"pid"`) - n; others != 0 {
+			t.Logf("%d other programs are under run: %s", others, got)
+			continue
+		}
+		if !strings.HasPrefix(got, "exit 1\n") || !strings.Contains(got, want) {
+			t.Errorf("%d programs: %s", n, got)
+		}
+	}
+}

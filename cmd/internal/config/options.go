@@ -25,6 +25,7 @@ const (
 	Status
 	Flows
 	Ps
+	Top
 	Doctor // takes what Check takes, too
 )
 
@@ -39,7 +40,7 @@ const all = Run | Up | Check
 var commandNames = []struct {
 	cmd  Command
 	name string
-}{{Run, "run"}, {Up, "up"}, {Down, "down"}, {Confirm, "confirm"}, {Status, "status"}, {Flows, "flows"}, {Ps, "ps"},
+}{{Run, "run"}, {Up, "up"}, {Down, "down"}, {Confirm, "confirm"}, {Status, "status"}, {Flows, "flows"}, {Ps, "ps"}, {Top, "top"},
 	{Doctor, "doctor"}}
 
 // Option is one long option: a flag, a word of the configuration file, a line of the help and an item of the manual.
@@ -505,7 +506,7 @@ A unix socket that is left by a killed viasocks is replaced by the next one, and
 		Man:  `Print it as JSON, for programs.`,
 	},
 	{
-		Name: "pid", Arg: "PID", Cmds: Status | Flows, set: number(1, maxPID, func(c *Config) *int { return &c.PID }),
+		Name: "pid", Arg: "PID", Cmds: Status | Flows | Top, set: number(1, maxPID, func(c *Config) *int { return &c.PID }),
 		Help: "ask the viasocks with this process id, see ps",
 		Man: `Ask the viasocks with this process id instead of the one that is up.
 .Cm viasocks ps
@@ -548,7 +549,7 @@ undo what a failed viasocks has left, if the configuration has
 and leave the host closed otherwise.`,
 	},
 	{
-		Name: "state-dir", Arg: "DIR", Default: kernel.DefaultDir, Cmds: Up | Check | Down | Confirm | Status | Flows | Ps,
+		Name: "state-dir", Arg: "DIR", Default: kernel.DefaultDir, Cmds: Up | Check | Down | Confirm | Status | Flows | Ps | Top,
 		set:  setStateDir,
 		Help: "directory of journal, lock and control socket",
 		Man: `The directory for the journal, the lock and the control socket, on a host whose
@@ -557,12 +558,12 @@ cannot be written.
 It is made if its parent exists, and only root may have permission to write to it.
 It must not survive a reboot.
 The same directory must be given to
-.Cm close , down , status , flows , ps
+.Cm close , down , status , flows , ps , top
 and
 .Cm confirm .`,
 	},
 	{
-		Name: fileOption, Arg: "FILE", Cmds: all | Down | Confirm | Status | Flows | Ps | Doctor,
+		Name: fileOption, Arg: "FILE", Cmds: all | Down | Confirm | Status | Flows | Ps | Top | Doctor,
 		Help: "read options from FILE; flags win over it",
 		Man: `Read options from
 .Ar FILE ,

@@ -23,6 +23,8 @@ const (
 	goleak     = "go.uber.org/goleak"
 	pflag      = "github.com/spf13/pflag"
 	prometheus = "github.com/prometheus/client_golang"
+	bubbletea  = "charm.land/bubbletea/v2"
+	xansi      = "github.com/charmbracelet/x/ansi"
 	godbus     = "github.com/godbus/dbus/v5"
 )
 
@@ -95,6 +97,9 @@ var table = []struct {
 		"looks at a host and a proxy from outside the data plane: what it finds must not depend on what may be broken"},
 	{"cmd/internal/metrics", []string{self + "/stack/count", prometheus, xsys}, nil,
 		"turns tables of counters into metrics: nothing else knows how Prometheus wants them"},
+	{"cmd/internal/top", []string{self + "/cmd/internal/control", bubbletea, xansi, xsys}, nil,
+		"the live view: bubbletea draws it, because keys, sizes and the states of terminals are its concern; it knows only what the " +
+			"control socket says"},
 	{"cmd/...", []string{self + "/...", pflag, xsys}, nil,
 		"glue that no layer may import"},
 }

@@ -1,0 +1,67 @@
+package top
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	tea "charm.land/bubbletea/v2"
+	"golang.org/x/sys/unix"
+)
+
+// Terminal is where the view is shown.
+type Terminal struct {
+	In, Out *os.File
+	Environ []string
+}
+
+const hint = "'viasocks flows --watch' prints lines, and 'viasocks status' a summary"
+
+// check says why the view cannot be shown there.
+func (t Terminal) check() error {
+	for _, f := range []struct {
+		file *os.File
+		what string
+	}{{t.Out, "standard output"}, {t.In, "standard input"}} {
+		if _, err := unix.IoctlGetTermios(int(f.file.Fd()), unix.TCGETS); err != nil {
+			return fmt.Errorf("cannot show a live view: %s is not a terminal: %s", f.what, hint)
+		}
+	}
+	if term := t.term(); term == "" || term == "dumb" {
+		return fmt.Errorf("cannot show a live view: the terminal cannot move the cursor (TERM is %q): %s", term, hint)
+	}
+	return nil
+}
+
+// term is the kind of the terminal.
+func (t Terminal) term() (term string) {
+	const name = "TERM="
+	for _, e := range t.Environ {
+		if len(e) >= len(name) && e[:len(name)] == name {
+			term = e[len(name):]
+		}
+	}
+	return term
+}
+
+// Run shows the view of s in the terminal until the user quits. If s does not answer at the start, that is the error; later the
+// view says so and asks again.
+func Run(s Source, t Terminal) error {
+	if err := t.check(); err != nil {
+		return err
+	}
+	first, err := look(s)
+	if err != nil {
+		return err
+	}
+	m := &model{source: s}
+	m.take(answer{first, nil})
+	_, err = tea.NewProgram(m, tea.WithInput(t.In), tea.WithOutput(t.Out), tea.WithEnvironment(t.Environ)).Run()
+	if errors.Is(err, tea.ErrInterrupted) { // SIGINT, as the key is handled by the view
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("cannot show a live view: %w", err)
+	}
+	return nil
+}
