@@ -35,7 +35,23 @@ type command struct {
 
 // commands returns the subcommands in the order of the help.
 func commands() []*command {
-	return []*command{cmdRun, cmdUp, cmdDown, cmdConfirm, cmdClose, cmdPs, cmdStatus, cmdFlows, cmdTop, cmdDoctor, cmdCheck, cmdCompletion, cmdVersion, cmdHelp}
+	return []*command{
+		cmdRun,
+		cmdUp,
+		cmdDown,
+		cmdConfirm,
+		cmdClose,
+		cmdPs,
+		cmdStatus,
+		cmdFlows,
+		cmdTop,
+		cmdDoctor,
+		cmdHealth,
+		cmdCheck,
+		cmdCompletion,
+		cmdVersion,
+		cmdHelp,
+	}
 }
 
 func lookup(name string) *command {

@@ -125,3 +125,34 @@ func tryHere(c Config) error {
 	}
 	return errors.Join(h.Shut(), h.Open(), h.Close())
 }
+
+// Steered reports what is missing for packets to reach the TUN device by the routing table; nil: nothing. It needs no privilege.
+func Steered(tun string, table int) error {
+	nl, err := openRouting()
+	if err != nil {
+		return err
+	}
+	defer nl.Close()
+	k, err := nl.LinkByName(tun)
+	switch {
+	case err != nil:
+		return fmt.Errorf("the TUN device %s is missing", tun)
+	case k.Attrs().RawFlags&unix.IFF_UP == 0:
+		return fmt.Errorf("the TUN device %s is down", tun)
+	}
+	rules, err := listRules(nl, unix.AF_INET)
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(rules, func(r netlink.Rule) bool { return r.Protocol == Protocol && r.Table == table }) {
+		return errors.New("the ip rules that lead to the TUN device are missing")
+	}
+	routes, err := nl.RouteListFiltered(unix.AF_INET, &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return err
+	}
+	if !slices.ContainsFunc(routes, func(r netlink.Route) bool { return r.LinkIndex == k.Attrs().Index }) {
+		return fmt.Errorf("the route to the TUN device %s is missing", tun)
+	}
+	return nil
+}

@@ -2,6 +2,8 @@ package kernel
 
 import (
 	"errors"
+	"fmt"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -119,4 +121,40 @@ func hostState(t *testing.T) []string {
 		}
 	}
 	return s
+}
+
+// Steered names what is missing.
+func TestSteered(t *testing.T) {
+	inNamespace(t, func(t *testing.T) {
+		c := testConfig(t)
+		if err := Steered(c.TUN, c.Table); err == nil || !strings.Contains(err.Error(), "missing") {
+			t.Errorf("before: %v", err)
+		}
+		h, tun := up(t, c)
+		if err := Steered(c.TUN, c.Table); err != nil {
+			t.Error(err)
+		}
+		for _, gone := range []struct{ undo, want string }{
+			{"route flush table %d", "the route to the TUN"}, {"rule del table %d", "rules"}, {"link set %s down", "is down"},
+		} {
+			arg := any(c.Table)
+			if strings.Contains(gone.undo, "%s") {
+				arg = c.TUN
+			}
+			if strings.HasPrefix(gone.undo, "rule") { // each of them
+				for range 64 {
+					if exec.Command("ip", strings.Fields(fmt.Sprintf(gone.undo, arg))...).Run() != nil {
+						break
+					}
+				}
+			} else {
+				ip(t, fmt.Sprintf(gone.undo, arg))
+			}
+			if err := Steered(c.TUN, c.Table); err == nil || !strings.Contains(err.Error(), gone.want) {
+				t.Errorf("%s: %v", gone.undo, err)
+			}
+		}
+		down(t, h)
+		tun.Close()
+	})
 }

@@ -27,6 +27,7 @@ const (
 	Ps
 	Top
 	Doctor // takes what Check takes, too
+	Health
 )
 
 // takes reports whether the option is one of cmd.
@@ -41,7 +42,7 @@ var commandNames = []struct {
 	cmd  Command
 	name string
 }{{Run, "run"}, {Up, "up"}, {Down, "down"}, {Confirm, "confirm"}, {Status, "status"}, {Flows, "flows"}, {Ps, "ps"}, {Top, "top"},
-	{Doctor, "doctor"}}
+	{Doctor, "doctor"}, {Health, "health"}}
 
 // Option is one long option: a flag, a word of the configuration file, a line of the help and an item of the manual.
 type Option struct {
@@ -501,12 +502,12 @@ A unix socket that is left by a killed viasocks is replaced by the next one, and
 .Cm down .`,
 	},
 	{
-		Name: "json", Cmds: Status | Flows | Ps | Doctor, set: boolean(func(c *Config) *bool { return &c.JSON }),
+		Name: "json", Cmds: Status | Flows | Ps | Doctor | Health, set: boolean(func(c *Config) *bool { return &c.JSON }),
 		Help: "print it as JSON, for programs",
 		Man:  `Print it as JSON, for programs.`,
 	},
 	{
-		Name: "pid", Arg: "PID", Cmds: Status | Flows | Top, set: number(1, maxPID, func(c *Config) *int { return &c.PID }),
+		Name: "pid", Arg: "PID", Cmds: Status | Flows | Top | Health, set: number(1, maxPID, func(c *Config) *int { return &c.PID }),
 		Help: "ask the viasocks with this process id, see ps",
 		Man: `Ask the viasocks with this process id instead of the one that is up.
 .Cm viasocks ps
@@ -549,7 +550,7 @@ undo what a failed viasocks has left, if the configuration has
 and leave the host closed otherwise.`,
 	},
 	{
-		Name: "state-dir", Arg: "DIR", Default: kernel.DefaultDir, Cmds: Up | Check | Down | Confirm | Status | Flows | Ps | Top,
+		Name: "state-dir", Arg: "DIR", Default: kernel.DefaultDir, Cmds: Up | Check | Down | Confirm | Status | Flows | Ps | Top | Health,
 		set:  setStateDir,
 		Help: "directory of journal, lock and control socket",
 		Man: `The directory for the journal, the lock and the control socket, on a host whose
@@ -563,7 +564,7 @@ and
 .Cm confirm .`,
 	},
 	{
-		Name: fileOption, Arg: "FILE", Cmds: all | Down | Confirm | Status | Flows | Ps | Top | Doctor,
+		Name: fileOption, Arg: "FILE", Cmds: all | Down | Confirm | Status | Flows | Ps | Top | Doctor | Health,
 		Help: "read options from FILE; flags win over it",
 		Man: `Read options from
 .Ar FILE ,

@@ -33,8 +33,9 @@ type Backend struct {
 	Name   func([]Flow) // fills in the programs of the flows that are shown; nil: not available
 	// Watch passes events to send from now on, and returns when ctx ends, send fails, or no more events will come. nil: not available.
 	Watch   func(ctx context.Context, send func([]Event) error)
-	Confirm func() error // returns nil if the steering stays; nil: there is nothing to confirm, as under `run`
-	Down    func()       // begins to stop and returns at once; nil: it ends by itself, as `run` does
+	Health  func(ctx context.Context) Health // ends soon after ctx; nil: not available
+	Confirm func() error                     // returns nil if the steering stays; nil: there is nothing to confirm, as under `run`
+	Down    func()                           // begins to stop and returns at once; nil: it ends by itself, as `run` does
 }
 
 // Options are the options of a Server.
@@ -106,6 +107,9 @@ func serve(o Options, l *net.UnixListener) *Server {
 	mux.HandleFunc("GET /v1/flows", s.look(s.flows))
 	if o.Backend.Watch != nil {
 		mux.HandleFunc("GET /v1/watch", s.watch)
+	}
+	if o.Backend.Health != nil {
+		mux.HandleFunc("GET /v1/health", s.look(s.health))
 	}
 	if o.Backend.Confirm != nil {
 		mux.HandleFunc("POST /v1/confirm", s.touch(func() error { return o.Backend.Confirm() }))

@@ -39,6 +39,7 @@ type plane struct {
 	mu     sync.Mutex // guards changes of ups, and readers on other goroutines
 	ups    []upstream // that the router has
 	gso    atomic.Pointer[gso]
+	health healthChecks
 
 	programs *programs // of the flows, for those who list them
 

@@ -25,7 +25,11 @@ func serveRun(cfg *config.Config, p *plane, o RunOptions, log *slog.Logger) (end
 	}
 	watch := func(ctx context.Context, send func([]control.Event) error) { _ = p.watch(ctx, send) } // who watched has gone, or p is over
 	srv, err := control.ListenRun(control.RuntimeOf(o.Environ), control.Options{
-		Backend: control.Backend{Status: status, Flows: p.flows, Name: p.programs.name, Watch: watch}, Log: log,
+		Backend: control.Backend{
+			Status: status, Flows: p.flows, Name: p.programs.name, Watch: watch,
+			Health: func(ctx context.Context) control.Health { return p.healthNow(ctx, cfg, control.ModeRun, control.Ready) },
+		},
+		Log: log,
 	})
 	if err != nil {
 		log.Warn("the program runs, but 'viasocks status', 'flows' and 'ps' will not know of it", "err", err)

@@ -14,7 +14,10 @@ import (
 
 // backend is the daemon for the control socket. It answers from the start on, and leaves out what does not exist yet.
 func (u *up) backend() control.Backend {
-	return control.Backend{Status: u.status, Flows: u.flows, Name: u.name, Watch: u.watch, Confirm: u.confirmed, Down: func() { u.stop(errDown) }}
+	return control.Backend{
+		Status: u.status, Flows: u.flows, Name: u.name, Watch: u.watch, Health: u.healthNow, Confirm: u.confirmed,
+		Down: func() { u.stop(errDown) },
+	}
 }
 
 func (u *up) confirmed() error {

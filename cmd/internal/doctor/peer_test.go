@@ -2,7 +2,6 @@ package doctor
 
 import (
 	"bufio"
-	"fmt"
 	"os/exec"
 	"strings"
 	"syscall"
@@ -122,7 +121,7 @@ func TestServeArguments(t *testing.T) {
 		out, err := cmd.CombinedOutput()
 		stop.Stop()
 		if err == nil || !strings.Contains(string(out), tt.want) || strings.Count(string(out), "\n") != 1 {
-			t.Error(fmt.Sprintf("%s: %v: %s", tt.args, err, out))
+			t.Errorf("%s: %v: %s", tt.args, err, out)
 		}
 	}
 }

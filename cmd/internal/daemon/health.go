@@ -1,0 +1,132 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/route/kernel"
+)
+
+const (
+	// healthTime bounds the look at the upstreams: the whole answer may take control.HealthTime.
+	healthTime = 1200 * time.Millisecond
+	// healthFresh is how old an answer may be: however many ask, no proxy is looked at more often.
+	healthFresh = time.Second
+	// aliveTime is how long the data plane may take to answer.
+	aliveTime = 300 * time.Millisecond
+)
+
+// healthChecks has the last look at the upstreams.
+type healthChecks struct {
+	mu   sync.Mutex
+	at   time.Time
+	last []control.UpstreamHealth
+}
+
+// healthNow says whether traffic passes through `up`.
+func (u *up) healthNow(ctx context.Context) control.Health {
+	p, h := u.running()
+	s := u.status()
+	out := control.Health{Mode: control.ModeUp, PID: os.Getpid(), State: s.State}
+	switch {
+	case s.State == control.Waiting:
+		out.Reason, out.Do = "the host is closed until the proxy can be reached: "+s.Waiting, "viasocks doctor"
+		return out
+	case s.State == control.Impaired && len(s.Warnings) > 0:
+		out.Reason, out.Do = s.Warnings[0], "see 'viasocks status'"
+		return out
+	case s.State != control.Ready && s.State != control.Unconfirmed || p == nil || h == nil:
+		out.Reason, out.Do = "viasocks is "+s.State, "wait, or see 'viasocks status'"
+		return out
+	}
+	if err := kernel.Steered(s.Host.TUN, s.Host.Table); err != nil {
+		out.Reason, out.Do = err.Error(), "viasocks puts it back by itself; see its log"
+		return out
+	}
+	return p.healthNow(ctx, u.config(), control.ModeUp, s.State)
+}
+
+// healthNow says whether the data plane lives and whether an upstream works.
+func (p *plane) healthNow(ctx context.Context, cfg *config.Config, mode, state string) control.Health {
+	out := control.Health{Mode: mode, PID: os.Getpid(), State: state}
+	alive := make(chan struct{})
+	go func() { // it may hang, which is what is asked
+		p.router.Stats()
+		close(alive)
+	}()
+	select {
+	case <-alive:
+	case <-time.After(aliveTime):
+		out.Reason, out.Do = "the data plane does not answer", "restart viasocks, and report its log"
+		return out
+	}
+	out.Upstreams = p.checkUpstreams(ctx)
+	out.Healthy, out.Reason = judge(cfg.Default, out.Upstreams)
+	if !out.Healthy {
+		out.Do = "viasocks doctor"
+	}
+	return out
+}
+
+// judge says whether traffic passes by the upstreams: by the default one, or where there is none by one of them.
+func judge(byDefault string, all []control.UpstreamHealth) (healthy bool, reason string) {
+	for _, u := range all {
+		switch {
+		case u.Works && (byDefault == "" || u.Name == byDefault):
+			return true, ""
+		case !u.Works && (reason == "" || u.Name == byDefault):
+			reason = u.Why
+		}
+	}
+	return len(all) == 0, reason
+}
+
+// checkUpstreams looks whether the upstreams can be reached and let us in, all at a time.
+func (p *plane) checkUpstreams(ctx context.Context) []control.UpstreamHealth {
+	h := &p.health
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.last != nil && time.Since(h.at) < healthFresh {
+		return h.last
+	}
+	ctx, cancel := context.WithTimeout(ctx, healthTime)
+	defer cancel()
+	p.mu.Lock()
+	ups := p.ups
+	p.mu.Unlock()
+	all := []control.UpstreamHealth{}
+	var ends []chan error
+	for _, u := range ups {
+		if u.client == nil {
+			continue // direct
+		}
+		end := make(chan error, 1)
+		u.client.Check(ctx, p.loops[0].Loop, func(errs []error) {
+			if len(errs) > 0 {
+				end <- explain(u.Config.Server, errs[0])
+				return
+			}
+			end <- nil
+		})
+		ends = append(ends, end)
+		all = append(all, control.UpstreamHealth{Name: u.Config.Name, URL: u.Config.Server.String()})
+	}
+	for i, end := range ends {
+		err := errors.New("the data plane does not answer")
+		select {
+		case err = <-end:
+		case <-time.After(healthTime + aliveTime):
+		}
+		if all[i].Works = err == nil; err != nil {
+			all[i].Why = fmt.Sprint(err)
+		}
+	}
+	h.at, h.last = time.Now(), all
+	return all
+}
