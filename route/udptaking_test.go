@@ -221,6 +221,9 @@ func TestNamesEndAssociation(t *testing.T) {
 		g.wantPacket(t, fake, app1, "from "+name)
 	}
 	g.wantTakes("no")
+	if known := g.policy.Load().order[0].names.last.Load().load(g.now()); known != takesEnd {
+		t.Errorf("the server is in state %d, want %d", known, takesEnd)
+	}
 	if n := g.srv.Stats().Associations; n != 3 {
 		t.Errorf("there were %d associations, want one for each of two names, and one", n)
 	}
@@ -308,4 +311,38 @@ func TestNamesMove(t *testing.T) {
 	})
 	two.write(ext, "b3")
 	g.wantPacket(t, fake, app1, "b3")
+}
+
+// TestNamesTor: no resolver is asked for a name that goes to a Tor, which has no UDP.
+func TestNamesTor(t *testing.T) {
+	checkLeaks(t)
+	srv, d, _ := newProxy(t, socks.Options{})
+	srv.SetFault(func(q sockstest.Request) sockstest.Fault {
+		if q.Cmd == sockstest.CmdAssociate {
+			return sockstest.Reply(7)
+		}
+		return sockstest.Fault{}
+	})
+	s, err := socks.ParseServer(srv.URL() + "?tor")
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, asked := zoneResolver(t, srv, worldZone)
+	pool := newPool(t)
+	g := newRig(t, Config{
+		Upstreams: []Upstream{NewSOCKS("p", d.Client(s))}, Default: "p", Pool: pool, Fake: true, Resolvers: []dns.Resolver{dns.OverTCP(res)},
+	}, nil)
+	for _, name := range []string{"one.example", "two.example"} {
+		before := len(g.w.refusals())
+		a, _, _ := pool.Give([]byte(name))
+		g.send(app1, at(a, 1000), "x")
+		eventually(t, "the refusal of "+name, func() bool { return len(g.w.refusals()) > before })
+		if why := g.w.refusals()[before]; why != flow.RefusePort {
+			t.Errorf("%s is refused by %v", name, why)
+		}
+	}
+	time.Sleep(2 * trialAgain) // a question would come at once
+	if n := asked.Load(); n != 0 {
+		t.Errorf("the resolver was asked %d questions", n)
+	}
 }
