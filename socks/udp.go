@@ -5,9 +5,6 @@ import (
 	"net/netip"
 )
 
-// MaxUDPHeader is the length of the longest datagram header, which has a name of 255 bytes.
-const MaxUDPHeader = 3 + 2 + maxName + 2
-
 // Reasons for dropping a datagram from a relay. They are fixed values, so parsing allocates nothing.
 var (
 	ErrUDPShort    = errors.New("the datagram is shorter than its SOCKS header")

@@ -8,6 +8,9 @@ import (
 	"testing"
 )
 
+// maxUDPHeader is the length of the longest datagram header, which has a name of 255 bytes.
+const maxUDPHeader = 3 + 2 + maxName + 2
+
 func TestUDPHeader(t *testing.T) {
 	tests := []struct {
 		a Addr
@@ -35,8 +38,8 @@ func TestUDPHeader(t *testing.T) {
 				t.Errorf("%v cut to %d bytes: %v", tt.a, i, err)
 			}
 		}
-		if len(tt.b) > MaxUDPHeader {
-			t.Errorf("MaxUDPHeader is %d, and one has %d", MaxUDPHeader, len(tt.b))
+		if len(tt.b) > maxUDPHeader {
+			t.Errorf("maxUDPHeader is %d, and one has %d", maxUDPHeader, len(tt.b))
 		}
 	}
 }
@@ -112,7 +115,7 @@ func FuzzUDPHeader(f *testing.F) {
 			}
 			return
 		}
-		if n < 4+1+1+2 || n > len(b) || n > MaxUDPHeader {
+		if n < 4+1+1+2 || n > len(b) || n > maxUDPHeader {
 			t.Fatalf("header of %d in %d bytes", n, len(b))
 		}
 		if src.Name != "" {

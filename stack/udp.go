@@ -95,27 +95,10 @@ func (b *udpBatch) addUDP(p []byte, off int, h *tun.Header) {
 		return
 	}
 
-	size := n - udpHeaderLen // payload bytes of each datagram
-	switch h.GSOType {
-	case tun.GSONone:
-		if !checksumDone(h) && !verifyUDP(p, udp) {
-			c.DroppedChecksum.Add(1)
-			return
-		}
-	case tun.GSOUDPL4:
-		// The checksum field of a super-frame belongs to none of its datagrams, so without a flag nothing could be
-		// verified.
-		if h.GSOSize == 0 || !checksumDone(h) {
-			c.DroppedMalformed.Add(1)
-			return
-		}
-		c.InSuper.Add(1)
-		size = int(h.GSOSize)
-	default:
-		c.DroppedMalformed.Add(1)
+	size, ok := b.datagramSize(p, udp, h)
+	if !ok {
 		return
 	}
-
 	from, to := netip.AddrPortFrom(src, sport), netip.AddrPortFrom(dst, dport)
 	head := p[: off+udpHeaderLen : off+udpHeaderLen]
 	payload := udp[udpHeaderLen:]
@@ -130,6 +113,32 @@ func (b *udpBatch) addUDP(p []byte, off int, h *tun.Header) {
 		if len(payload) == 0 {
 			return
 		}
+	}
+}
+
+// datagramSize returns the payload bytes of each datagram in udp, which is the UDP part of the IP packet p. ok is false if the
+// frame was dropped, because its checksum or offload header is wrong.
+func (b *udpBatch) datagramSize(p, udp []byte, h *tun.Header) (size int, ok bool) {
+	c := &b.s.stats.udp
+	switch h.GSOType {
+	case tun.GSONone:
+		if !checksumDone(h) && !verifyUDP(p, udp) {
+			c.DroppedChecksum.Add(1)
+			return 0, false
+		}
+		return len(udp) - udpHeaderLen, true
+	case tun.GSOUDPL4:
+		// The checksum field of a super-frame belongs to none of its datagrams, so without a flag nothing could be
+		// verified.
+		if h.GSOSize == 0 || !checksumDone(h) {
+			c.DroppedMalformed.Add(1)
+			return 0, false
+		}
+		c.InSuper.Add(1)
+		return int(h.GSOSize), true
+	default:
+		c.DroppedMalformed.Add(1)
+		return 0, false
 	}
 }
 

@@ -239,6 +239,14 @@ func (c *Config) inetTable(st filterState) (*nfTable, error) {
 	}
 	c.refuseChains(t, st)
 	dhcpChain(t, st)
+	c.outputChain(t)
+	c.forwardChain(t)
+	c.postChain(t)
+	return t, nil
+}
+
+// outputChain adds the chain that refuses packets of this host.
+func (c *Config) outputChain(t *nfTable) {
 	out := t.chain(&nfChain{name: "output", kind: "filter", hook: unix.NF_INET_LOCAL_OUT, prio: prioLast})
 	c.failOpen(out)
 	out.add(oif("lo", true), accept())
@@ -255,7 +263,10 @@ func (c *Config) inetTable(st filterState) (*nfTable, error) {
 		out.add(dport(p, PortRange{53, 53}), count(countDNS), goTo("refuse"))
 	}
 	out.add(count(countBound), goTo("refuse"))
+}
 
+// forwardChain adds the chain that refuses forwarded packets.
+func (c *Config) forwardChain(t *nfTable) {
 	fwd := t.chain(&nfChain{name: "forward", kind: "filter", hook: unix.NF_INET_FORWARD, prio: prioLast})
 	c.failOpen(fwd)
 	fwd.add(metaMark(c.Marks, c.Marks.Bridged, true), accept())
@@ -269,8 +280,11 @@ func (c *Config) inetTable(st filterState) (*nfTable, error) {
 	fwd.add(oif(c.TUN, true), count(countDead), goTo("refuse"))
 	fwd.add(isProto(unix.IPPROTO_UDP), jump("fwd_speak"))
 	fwd.add(count(countForward), goTo("refuse"))
+}
 
-	// No error can be sent from here, and none is needed: what is rejected above does not get here.
+// postChain adds the chain that drops what was rerouted after the other two. No error can be sent from here, and none is
+// needed: what they reject does not get here.
+func (c *Config) postChain(t *nfTable) {
 	post := t.chain(&nfChain{name: "postrouting", kind: "filter", hook: unix.NF_INET_POST_ROUTING, prio: prioLast})
 	c.failOpen(post)
 	post.add(metaMark(c.Marks, c.Marks.Bridged, true), accept())
@@ -280,7 +294,6 @@ func (c *Config) inetTable(st filterState) (*nfTable, error) {
 	post.add(jump("pass"))
 	post.add(isProto(unix.IPPROTO_UDP), jump("dhcp"))
 	post.add(count(countPost), drop())
-	return t, nil
 }
 
 // failOpen adds a rule that opens a chain if nothing renews the guard.

@@ -69,24 +69,11 @@ func (h *Host) look() (l links, err error) {
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) { // the list changed meanwhile, and an event will follow
 		return l, fmt.Errorf("cannot list devices: %w", err)
 	}
-	// A device that has, or has had, a gateway leads out whatever its kind. A link that goes down loses its routes.
-	leads := h.led
-	for _, f := range h.families {
-		routes, err := h.nl.RouteListFiltered(f, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
-		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return l, fmt.Errorf("cannot list kernel routes: %w", err)
-		}
-		for _, r := range routes {
-			if ones, _ := maskOf(r.Dst); len(r.Gw) > 0 || ones == 0 {
-				leads[r.LinkIndex] = true
-			}
-			for _, hop := range r.MultiPath {
-				leads[hop.LinkIndex] = true
-			}
-		}
+	if err := h.lookGateways(); err != nil {
+		return l, err
 	}
 	names, guest := map[int]string{}, map[int]bool{} // of all devices except the TUN and lo
-	serves := served(list, leads)
+	serves := served(list, h.led)
 	for _, k := range list {
 		a := k.Attrs()
 		names[a.Index] = a.Name
@@ -103,9 +90,38 @@ func (h *Host) look() (l links, err error) {
 		}
 	}
 	slices.Sort(l.out)
+	if err := h.lookNetworks(&l, names, guest); err != nil {
+		return l, err
+	}
+	return l, nil
+}
+
+// lookGateways records in h.led which devices have a gateway. A device that has, or has had, one leads out whatever its kind;
+// a link that goes down loses its routes.
+func (h *Host) lookGateways() error {
+	for _, f := range h.families {
+		routes, err := h.nl.RouteListFiltered(f, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return fmt.Errorf("cannot list kernel routes: %w", err)
+		}
+		for _, r := range routes {
+			if ones, _ := maskOf(r.Dst); len(r.Gw) > 0 || ones == 0 {
+				h.led[r.LinkIndex] = true
+			}
+			for _, hop := range r.MultiPath {
+				h.led[hop.LinkIndex] = true
+			}
+		}
+	}
+	return nil
+}
+
+// lookNetworks reads the networks that the devices are connected to. names are the devices, and guest those of them except
+// the TUN and lo, with whether they lead only to containers and guests.
+func (h *Host) lookNetworks(l *links, names map[int]string, guest map[int]bool) error {
 	addrs, err := h.nl.AddrList(nil, netlink.FAMILY_ALL)
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-		return l, fmt.Errorf("cannot list addresses: %w", err)
+		return fmt.Errorf("cannot list addresses: %w", err)
 	}
 	seen := map[lanNet]bool{}
 	for _, a := range addrs {
@@ -139,7 +155,7 @@ func (h *Host) look() (l links, err error) {
 		)
 		l.lan = l.lan[:maxLAN]
 	}
-	return l, nil
+	return nil
 }
 
 // sortNets puts those of guests first: where networks overlap, the first one counts.

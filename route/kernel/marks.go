@@ -9,11 +9,18 @@ import (
 
 // markChains adds the chains that determine which flow a packet belongs to, and mark it.
 func (c *Config) markChains(t *nfTable, st filterState) error {
-	m := c.Marks
 	ours, err := c.ours()
 	if err != nil {
 		return err
 	}
+	c.ownChains(t, ours)
+	c.incomingMarks(t, st)
+	return c.outgoingMarks(t, ours)
+}
+
+// ownChains adds the chain that marks the flows of our own sockets. ours are the conditions that identify these.
+func (c *Config) ownChains(t *nfTable, ours []term) {
+	m := c.Marks
 	own := t.chain(&nfChain{name: "own"})
 	if len(ours) > 0 {
 		own.add(append(slices.Clone(ours), goTo("own_to"))...)
@@ -27,7 +34,11 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 		own.add(ownEndpoint("own"+v, v6), setCtMark(m, m.Own))
 		own.add(ownHost("own"+v+"any", v6), setCtMark(m, m.Own))
 	}
+}
 
+// incomingMarks adds the prerouting chain, which marks packets from devices, and the chains that it uses.
+func (c *Config) incomingMarks(t *nfTable, st filterState) {
+	m := c.Marks
 	pre := t.chain(&nfChain{name: "prerouting", kind: "filter", hook: unix.NF_INET_PRE_ROUTING, prio: prioMangle})
 	pre.add(metaMark(m, m.Bridged, true), setMetaMark(m, 0)) // of a bridge whose port leads back to this host
 	pre.add(iif(c.TUN, true), ctNew(), setCtMark(m, m.Captured))
@@ -68,28 +79,22 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 	for _, v := range c.passing() {
 		pre.add(ctMark(m, v, true), setMetaMark(m, v))
 	}
+}
 
+// outgoingMarks adds the output chain, which marks packets of this host, and the chains that it uses.
+func (c *Config) outgoingMarks(t *nfTable, ours []term) error {
+	m := c.Marks
 	out := t.chain(&nfChain{name: "mark_output", kind: "route", hook: unix.NF_INET_LOCAL_OUT, prio: prioMangle})
 	out.add(oif("lo", true), back())
 	out.add(metaMark(m, m.Own, true), ctMark(m, m.Own, false), jump("own"))
 	out.add(metaMark(m, m.Own, true), back())
 	// Re-evaluate every packet that has a socket: address, port, owner or the exclusions may have changed. The mark
 	// of the flow is for packets without a socket, as in TIME_WAIT.
-	anybody := skuid(UIDRange{0, ^uint32(0)}, true)
 	if c.needDirect() {
-		// The mark alone proves nothing: any program that may set marks can set it. Excluded traffic gets it below.
-		direct := t.chain(&nfChain{name: "direct"})
-		if c.Direct {
-			direct.add(append(slices.Clone(ours), setCtMark(m, m.Direct), back())...)
-			direct.add(anybody, setCtMark(m, 0), setMetaMark(m, 0), back())
-			direct.add(ctMark(m, m.Direct, true), back())
-		}
-		direct.add(setCtMark(m, 0), setMetaMark(m, 0))
-		out.add(metaMark(m, m.Direct, true), jump("direct"))
-		out.add(metaMark(m, m.Direct, false), ctMark(m, m.Direct, true), anybody, setCtMark(m, 0))
+		c.directChain(t, out, ours)
 	}
 	if !c.Include.empty() { // the same; an answer to what came out of the TUN stays what it is
-		out.add(ctDirection(false), ctMark(m, m.Captured, true), anybody, setCtMark(m, 0))
+		out.add(ctDirection(false), ctMark(m, m.Captured, true), anybody(), setCtMark(m, 0))
 	}
 	if c.keepsInbound() {
 		out.add(keptTuple("kept4", false, false), setCtMark(m, m.Inbound))
@@ -110,31 +115,58 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 		out.add(x, setCtMark(m, m.Direct), setMetaMark(m, m.Direct))
 	}
 	if !c.Include.empty() {
-		include, err := c.terms(c.Include, true)
-		if err != nil {
+		if err := c.includeChains(t, out); err != nil {
 			return err
 		}
-		// This is for the time when the flow no longer has a socket.
-		t.chain(&nfChain{name: "chosen"}).add(anybody, setCtMark(m, m.Captured))
-		ch := t.chain(&nfChain{name: "choose"})
-		for _, x := range include {
-			ch.add(x, goTo("chosen"))
-		}
-		ch.add(setCtMark(m, m.Direct))
-		out.add(ctMark(m, 0, true), jump("choose"))
-		// A packet that conntrack assigns to no flow has only its own mark.
-		bad := t.chain(&nfChain{name: "choose_untracked"})
-		for _, x := range include {
-			bad.add(x, back())
-		}
-		bad.add(setMetaMark(m, m.Direct))
-		out.add(ctNone(), jump("choose_untracked"))
 	}
 	// This includes our own mark: packets that the kernel sends for a closed socket have none.
 	for _, v := range c.passing() {
 		out.add(ctMark(m, v, true), setMetaMark(m, v))
 	}
 	out.add(notProto(unix.IPPROTO_TCP), oif(c.TUN, true), metaMark(m, 0, true), jump("speak"))
+	return nil
+}
+
+// anybody matches packets that have a socket, of whatever user.
+func anybody() term { return skuid(UIDRange{0, ^uint32(0)}, true) }
+
+// directChain evaluates packets with the mark Direct again. The mark alone proves nothing: any program that may set marks
+// can set it. Excluded traffic gets it later.
+func (c *Config) directChain(t *nfTable, out *nfChain, ours []term) {
+	m := c.Marks
+	direct := t.chain(&nfChain{name: "direct"})
+	if c.Direct {
+		direct.add(append(slices.Clone(ours), setCtMark(m, m.Direct), back())...)
+		direct.add(anybody(), setCtMark(m, 0), setMetaMark(m, 0), back())
+		direct.add(ctMark(m, m.Direct, true), back())
+	}
+	direct.add(setCtMark(m, 0), setMetaMark(m, 0))
+	out.add(metaMark(m, m.Direct, true), jump("direct"))
+	out.add(metaMark(m, m.Direct, false), ctMark(m, m.Direct, true), anybody(), setCtMark(m, 0))
+}
+
+// includeChains adds the chains that let everything pass directly except what Include selects.
+func (c *Config) includeChains(t *nfTable, out *nfChain) error {
+	m := c.Marks
+	include, err := c.terms(c.Include, true)
+	if err != nil {
+		return err
+	}
+	// This is for the time when the flow no longer has a socket.
+	t.chain(&nfChain{name: "chosen"}).add(anybody(), setCtMark(m, m.Captured))
+	ch := t.chain(&nfChain{name: "choose"})
+	for _, x := range include {
+		ch.add(x, goTo("chosen"))
+	}
+	ch.add(setCtMark(m, m.Direct))
+	out.add(ctMark(m, 0, true), jump("choose"))
+	// A packet that conntrack assigns to no flow has only its own mark.
+	bad := t.chain(&nfChain{name: "choose_untracked"})
+	for _, x := range include {
+		bad.add(x, back())
+	}
+	bad.add(setMetaMark(m, m.Direct))
+	out.add(ctNone(), jump("choose_untracked"))
 	return nil
 }
 

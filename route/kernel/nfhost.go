@@ -111,18 +111,9 @@ func (h *Host) applyFilter() error {
 		if err != nil {
 			return err
 		}
-		var msgs []nfMsg
-		for _, t := range old {
-			msgs = append(msgs, delTable(t.fam, t.name))
-		}
-		at := make([]int, len(tables)) // where each table begins
-		for i, t := range tables {
-			at[i] = len(msgs)
-			m, err := t.messages(h.owned)
-			if err != nil {
-				return err
-			}
-			msgs = append(msgs, m...)
+		msgs, at, err := replaceTables(old, tables, h.owned)
+		if err != nil {
+			return err
 		}
 		if err := step(); err != nil {
 			return err
@@ -132,41 +123,67 @@ func (h *Host) applyFilter() error {
 		if err == nil || !errors.As(err, &ne) {
 			return err
 		}
-		switch {
-		case slices.Contains(at, ne.index) && h.owned != 0 && (errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL)):
-			h.owned = 0 // Linux before 6.9: flushing everything removes ours too, and the watch restores it
-		case h.st.bridge && ne.index >= len(old) && ne.index < len(msgs) && msgs[ne.index].fam == unix.NFPROTO_BRIDGE:
-			h.noBridge = true
-			h.say("bridge", "the kernel cannot filter bridges: guests on a bridge have no network while "+
-				"net.bridge.bridge-nf-call-iptables is 1", "why", err)
-		case h.st.arp && ne.index >= len(old) && ne.index < len(msgs) && msgs[ne.index].fam == unix.NFPROTO_ARP:
-			h.noARP = true
-			h.say("arp", "the kernel can't filter ARP: neighbours learn that the TUN's address is here, and get no further", "why", err)
-		case errors.Is(err, unix.ENOENT) && ne.index < len(old): // it was deleted in between
-		case errors.Is(err, unix.ENOENT) && ne.index >= 0 &&
-			msgs[ne.index].fam == unix.NFPROTO_NETDEV && msgs[ne.index].op == unix.NFT_MSG_NEWCHAIN:
-			// A device disappeared after we looked.
-			l, err := h.look()
-			if err != nil {
-				return err
-			}
-			h.st.see(l)
-		case lacking(msgs, ne.index, err) == needSocket && !h.st.noSocket:
-			h.st.noSocket = true
-			h.say("socket", "the kernel cannot tell whether anybody listens at a port: a datagram from outside that nobody "+
-				"listens for may be answered by the program that opens the port next", "why", err)
-		case lacking(msgs, ne.index, err) == needCgroupv2 && h.c.OwnCgroup != "" &&
-			len(h.c.Exclude.Cgroups)+len(h.c.Include.Cgroups) == 0:
-			h.c.OwnCgroup = "" // it is used only where the kernel supports it
-			h.say("own cgroup", "the kernel can't tell our sockets from others' by their cgroup: only by mark and destination", "why", err)
-		default:
-			if n := lacking(msgs, ne.index, err); n != nil {
-				return lackError(n)
-			}
-			return filterError(err)
+		if err := h.adapt(err, ne.index, msgs, len(old), at); err != nil {
+			return err
 		}
 	}
 	return errors.New("cannot close the host: other programs keep changing nftables or devices")
+}
+
+// replaceTables returns the messages that delete the tables old and create the tables wanted. at is where each of these begins.
+func replaceTables(old []tableID, wanted []*nfTable, flags uint32) (msgs []nfMsg, at []int, err error) {
+	for _, t := range old {
+		msgs = append(msgs, delTable(t.fam, t.name))
+	}
+	for _, t := range wanted {
+		at = append(at, len(msgs))
+		m, err := t.messages(flags)
+		if err != nil {
+			return nil, nil, err
+		}
+		msgs = append(msgs, m...)
+	}
+	return msgs, at, nil
+}
+
+// adapt changes what the filter needs after the kernel has refused msgs[failed] with err, so that another attempt may
+// succeed. The first old messages delete tables, and at is where each new table begins. If nothing can be changed, adapt
+// returns the error for the user.
+func (h *Host) adapt(err error, failed int, msgs []nfMsg, old int, at []int) error {
+	switch {
+	case slices.Contains(at, failed) && h.owned != 0 && (errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL)):
+		h.owned = 0 // Linux before 6.9: flushing everything removes ours too, and the watch restores it
+	case h.st.bridge && failed >= old && failed < len(msgs) && msgs[failed].fam == unix.NFPROTO_BRIDGE:
+		h.noBridge = true
+		h.say("bridge", "the kernel cannot filter bridges: guests on a bridge have no network while "+
+			"net.bridge.bridge-nf-call-iptables is 1", "why", err)
+	case h.st.arp && failed >= old && failed < len(msgs) && msgs[failed].fam == unix.NFPROTO_ARP:
+		h.noARP = true
+		h.say("arp", "the kernel can't filter ARP: neighbours learn that the TUN's address is here, and get no further", "why", err)
+	case errors.Is(err, unix.ENOENT) && failed < old: // it was deleted in between
+	case errors.Is(err, unix.ENOENT) && failed >= 0 &&
+		msgs[failed].fam == unix.NFPROTO_NETDEV && msgs[failed].op == unix.NFT_MSG_NEWCHAIN:
+		// A device disappeared after we looked.
+		l, err := h.look()
+		if err != nil {
+			return err
+		}
+		h.st.see(l)
+	case lacking(msgs, failed, err) == needSocket && !h.st.noSocket:
+		h.st.noSocket = true
+		h.say("socket", "the kernel cannot tell whether anybody listens at a port: a datagram from outside that nobody "+
+			"listens for may be answered by the program that opens the port next", "why", err)
+	case lacking(msgs, failed, err) == needCgroupv2 && h.c.OwnCgroup != "" &&
+		len(h.c.Exclude.Cgroups)+len(h.c.Include.Cgroups) == 0:
+		h.c.OwnCgroup = "" // it is used only where the kernel supports it
+		h.say("own cgroup", "the kernel can't tell our sockets from others' by their cgroup: only by mark and destination", "why", err)
+	default:
+		if n := lacking(msgs, failed, err); n != nil {
+			return lackError(n)
+		}
+		return filterError(err)
+	}
+	return nil
 }
 
 // remember reads what the filter has recorded itself, for the filter that replaces it.

@@ -169,24 +169,31 @@ func (t *nfTable) messages(flags uint32) ([]nfMsg, error) {
 	}
 	for _, c := range t.chains {
 		for _, r := range c.rules {
-			var a []byte
-			var needs []*need
-			words := make([]string, len(r))
-			for i, x := range r {
-				needs = append(needs, x.needs()...)
-				b, err := encodeExprs(t.fam, x.exprs)
-				if err != nil {
-					return nil, fmt.Errorf("cannot encode %q: %w", x.text, err)
-				}
-				a = append(a, b...)
-				words[i] = x.text
+			a, needs, text, err := encodeRule(t.fam, r)
+			if err != nil {
+				return nil, err
 			}
 			say(unix.NFT_MSG_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_APPEND, cat(attrString(unix.NFTA_RULE_TABLE, t.name),
 				attrString(unix.NFTA_RULE_CHAIN, c.name), nested(unix.NFTA_RULE_EXPRESSIONS, a)),
-				"add rule %s %s %s", at, c.name, strings.Join(words, " ")).needs = needs
+				"add rule %s %s %s", at, c.name, text).needs = needs
 		}
 	}
 	return out, nil
+}
+
+// encodeRule returns the expressions of a rule, what the kernel needs for them, and the rule as text.
+func encodeRule(fam uint8, r []term) (exprs []byte, needs []*need, text string, err error) {
+	words := make([]string, len(r))
+	for i, x := range r {
+		needs = append(needs, x.needs()...)
+		b, err := encodeExprs(fam, x.exprs)
+		if err != nil {
+			return nil, nil, "", fmt.Errorf("cannot encode %q: %w", x.text, err)
+		}
+		exprs = append(exprs, b...)
+		words[i] = x.text
+	}
+	return exprs, needs, strings.Join(words, " "), nil
 }
 
 // elements returns messages that add or delete elements of a set. There may be several, because an attribute's length

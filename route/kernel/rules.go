@@ -88,22 +88,9 @@ func (c *Config) rules(family int, l links) (out []rule) {
 			add(atHost, rule{iif: c.TUN, to: n, jump: end})
 		}
 	}
-	x := c.Exclude
-	for _, n := range x.Networks {
-		if familyOf(n.Addr()) == family {
-			add(atExclude, rule{to: n.Masked(), jump: end})
-		}
-	}
-	for _, u := range x.UIDs {
-		add(atExclude, rule{uids: u, hasUIDs: true, jump: end})
-	}
-	for _, p := range x.Ports {
-		add(atExclude, rule{proto: unix.IPPROTO_TCP, dport: p, jump: end})
-		add(atExclude, rule{proto: unix.IPPROTO_UDP, dport: p, jump: end})
-	}
-	for _, d := range x.Devices {
-		add(atExclude, rule{iif: d, jump: end})
-		add(atExclude, rule{oif: d, jump: end})
+	for _, r := range c.excludeRules(family) {
+		r.jump = end
+		add(atExclude, r)
 	}
 	add(atDNS, rule{proto: unix.IPPROTO_TCP, dport: PortRange{53, 53}, table: c.Table})
 	add(atDNS, rule{proto: unix.IPPROTO_UDP, dport: PortRange{53, 53}, table: c.Table})
@@ -112,20 +99,8 @@ func (c *Config) rules(family int, l links) (out []rule) {
 			add(atDNS, rule{to: n, table: c.Table})
 		}
 	}
-	seen := map[netip.Prefix]bool{}
-	for _, n := range l.lan {
-		if familyOf(n.prefix.Addr()) != family || seen[n.prefix] {
-			continue
-		}
-		switch {
-		case n.guest || c.LAN == LANDirect:
-			add(atLAN, rule{to: n.prefix, jump: end})
-		case c.LAN == LANRefuse:
-			add(atLAN, c.refuse(rule{family: family, to: n.prefix}))
-		default:
-			continue
-		}
-		seen[n.prefix] = true
+	for _, r := range c.lanRules(family, l, end) {
+		add(atLAN, r)
 	}
 	if !c.Include.empty() {
 		// Sockets that are bound to a device and not included would find nothing in T. The filter refuses those that
@@ -139,6 +114,47 @@ func (c *Config) rules(family int, l links) (out []rule) {
 		add(atClosed, c.refuse(rule{family: family}))
 	}
 	add(atAll, rule{table: c.Table})
+	return out
+}
+
+// excludeRules returns the rules that match what is excluded, without their target.
+func (c *Config) excludeRules(family int) (out []rule) {
+	x := c.Exclude
+	for _, n := range x.Networks {
+		if familyOf(n.Addr()) == family {
+			out = append(out, rule{to: n.Masked()})
+		}
+	}
+	for _, u := range x.UIDs {
+		out = append(out, rule{uids: u, hasUIDs: true})
+	}
+	for _, p := range x.Ports {
+		out = append(out, rule{proto: unix.IPPROTO_TCP, dport: p}, rule{proto: unix.IPPROTO_UDP, dport: p})
+	}
+	for _, d := range x.Devices {
+		out = append(out, rule{iif: d}, rule{oif: d})
+	}
+	return out
+}
+
+// lanRules returns the rules for connected private networks, at most one for each. end is the target for those that are
+// reached directly.
+func (c *Config) lanRules(family int, l links, end int) (out []rule) {
+	seen := map[netip.Prefix]bool{}
+	for _, n := range l.lan {
+		if familyOf(n.prefix.Addr()) != family || seen[n.prefix] {
+			continue
+		}
+		switch {
+		case n.guest || c.LAN == LANDirect:
+			out = append(out, rule{to: n.prefix, jump: end})
+		case c.LAN == LANRefuse:
+			out = append(out, c.refuse(rule{family: family, to: n.prefix}))
+		default:
+			continue
+		}
+		seen[n.prefix] = true
+	}
 	return out
 }
 

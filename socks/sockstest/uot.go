@@ -53,6 +53,12 @@ func (s *Server) overTCP(c stream, x exchange, f Fault) {
 		s.end(c, FIN)
 		return
 	}
+	a.readFrames()
+}
+
+// readFrames sends the datagrams of the client to the world until the connection ends.
+func (a *Association) readFrames() {
+	s, c := a.s, a.c
 	buf := make([]byte, uotLongest)
 	for {
 		dst, payload, err := readFrame(c, buf)

@@ -320,7 +320,7 @@ func TestSpawnSignal(t *testing.T) {
 		t.Errorf("second Exec: %v", err)
 	}
 	testkit.Eventually(t, "exec", func() bool {
-		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", c.Pid()))
+		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", c.pid))
 		return string(b) == "sleep\n"
 	})
 	if err := c.Signal(syscall.SIGTERM); err != nil {
@@ -336,7 +336,7 @@ func TestSpawnAbandoned(t *testing.T) {
 	fds := testkit.CountFiles(t)
 	c := spawn(t, testSpec("touch", "/tmp/viasocks-must-not-run"))
 	c.Close()
-	if err := syscall.Kill(c.Pid(), 0); err != syscall.ESRCH {
+	if err := syscall.Kill(c.pid, 0); err != syscall.ESRCH {
 		t.Errorf("after Close: %v", err)
 	}
 	c = spawn(t, testSpec("touch", "/tmp/viasocks-must-not-run"))

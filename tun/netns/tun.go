@@ -335,8 +335,21 @@ func Configure(name string, mtu int, addrs []netip.Prefix, defaultRoutes bool) (
 	if mtu == 0 {
 		mtu = link.Attrs().MTU
 	}
-	var has4, has6 bool
-	no6 := mtu < 1280 // RFC 8200, section 5
+	has4, has6, no6, err := setAddrs(h, link, addrs, mtu < 1280) // RFC 8200, section 5
+	if err != nil || !defaultRoutes {
+		return has6 && !no6, err
+	}
+	if err := setDefaultRoutes(h, link, has4, has6); err != nil {
+		return false, err
+	}
+	return has6 && !no6, nil
+}
+
+// setAddrs gives the interface its addresses. has4 and has6 report which families it has then, and no6 whether IPv6 addresses
+// were left out, because the namespace has no IPv6.
+func setAddrs(h *netlink.Handle, link netlink.Link, addrs []netip.Prefix, without6 bool) (has4, has6, no6 bool, err error) {
+	name := link.Attrs().Name
+	no6 = without6
 	for _, p := range addrs {
 		a := &netlink.Addr{IPNet: ipNet(p)}
 		if p.Addr().Is6() {
@@ -350,7 +363,7 @@ func Configure(name string, mtu int, addrs []netip.Prefix, defaultRoutes bool) (
 				no6 = true
 				continue
 			}
-			return false, fmt.Errorf("cannot give %s the address %s: %w", name, p, err)
+			return has4, false, no6, fmt.Errorf("cannot give %s the address %s: %w", name, p, err)
 		}
 		if p.Addr().Is6() {
 			awaitLocal(h, link, p.Addr())
@@ -358,9 +371,12 @@ func Configure(name string, mtu int, addrs []netip.Prefix, defaultRoutes bool) (
 		has4 = has4 || p.Addr().Is4()
 		has6 = has6 || p.Addr().Is6()
 	}
-	if !defaultRoutes {
-		return has6 && !no6, nil
-	}
+	return has4, has6, no6, nil
+}
+
+// setDefaultRoutes makes the interface the default route of the families for which it has an address.
+func setDefaultRoutes(h *netlink.Handle, link netlink.Link, has4, has6 bool) error {
+	name := link.Attrs().Name
 	for _, d := range []struct {
 		has   bool
 		dst   netip.Prefix
@@ -374,10 +390,10 @@ func Configure(name string, mtu int, addrs []netip.Prefix, defaultRoutes bool) (
 		}
 		r := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: ipNet(d.dst), Scope: d.scope}
 		if err := h.RouteReplace(r); err != nil {
-			return false, fmt.Errorf("cannot make %s the default route %s: %w", name, d.dst, err)
+			return fmt.Errorf("cannot make %s the default route %s: %w", name, d.dst, err)
 		}
 	}
-	return has6 && !no6, nil
+	return nil
 }
 
 // linkUp brings up an interface of the calling thread's namespace.

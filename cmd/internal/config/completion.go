@@ -191,30 +191,7 @@ _viasocks() {
 	for _, c := range commands {
 		fmt.Fprintf(b, "\t%s)\n\t\t_arguments -S", c.Name)
 		for _, o := range optionsOf(c) {
-			many, spec := "", ""
-			if o.Many {
-				many = "*"
-			}
-			switch kind, words := o.values(); kind {
-			case noValue:
-			case wordValue:
-				spec = ":" + o.Name + ":(" + strings.Join(words, " ") + ")"
-			case fileValue:
-				spec = ":" + o.Name + ":_files"
-			case dirValue:
-				spec = ":" + o.Name + ":_directories"
-			case userValue:
-				spec = ":" + o.Name + ":_users"
-			case groupValue:
-				spec = ":" + o.Name + ":_groups"
-			default:
-				spec = ":" + quote.Replace(o.Arg) + ": "
-			}
-			equals := "="
-			if spec == "" {
-				equals = ""
-			}
-			fmt.Fprintf(b, " \\\n\t\t\t'%s--%s%s[%s]%s'", many, o.Name, equals, quote.Replace(o.Help), spec)
+			fmt.Fprintf(b, " \\\n\t\t\t'%s'", zshOption(&o, quote))
 		}
 		switch {
 		case c.Program:
@@ -228,6 +205,31 @@ _viasocks() {
 }
 if [[ $zsh_eval_context[-1] == loadautofunc ]]; then _viasocks "$@"; else compdef _viasocks viasocks; fi
 `)
+}
+
+// zshOption returns an argument of _arguments for an option.
+func zshOption(o *Option, quote *strings.Replacer) string {
+	many, equals, spec := "", "=", ":"+o.Name+":"
+	if o.Many {
+		many = "*"
+	}
+	switch kind, words := o.values(); kind {
+	case noValue:
+		equals, spec = "", ""
+	case wordValue:
+		spec += "(" + strings.Join(words, " ") + ")"
+	case fileValue:
+		spec += "_files"
+	case dirValue:
+		spec += "_directories"
+	case userValue:
+		spec += "_users"
+	case groupValue:
+		spec += "_groups"
+	default:
+		spec = ":" + quote.Replace(o.Arg) + ": "
+	}
+	return many + "--" + o.Name + equals + "[" + quote.Replace(o.Help) + "]" + spec
 }
 
 func fishCompletion(b *strings.Builder, commands []Subcommand) {
