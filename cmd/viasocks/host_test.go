@@ -126,7 +126,8 @@ func TestKilled(t *testing.T) {
 	if h.state() == before {
 		t.Error("the host is open after kill -9")
 	}
-	if got := h.result("status"); got != "exit 1\n--- stdout\n--- stderr\nviasocks: cannot ask viasocks: it is not up here: 'viasocks up' starts it\n" {
+	if got := h.result("status"); got != "exit 1\n--- stdout\n--- stderr\nviasocks: cannot ask viasocks: it is not up here: 'viasocks up' starts it; "+
+		"'viasocks ps' lists programs under 'viasocks run', for --pid\n" {
 		t.Error(got)
 	}
 	p = h.up("--proxy", h.proxy) // takes over
@@ -323,7 +324,8 @@ func TestStatus(t *testing.T) {
 	p.await("the configuration is unchanged")
 	p.cmd.Process.Signal(syscall.SIGTERM)
 	p.ends(0)
-	if got := h.result("flows"); got != "exit 1\n--- stdout\n--- stderr\nviasocks: cannot ask viasocks: it is not up here: 'viasocks up' starts it\n" {
+	if got := h.result("flows"); got != "exit 1\n--- stdout\n--- stderr\nviasocks: cannot ask viasocks: it is not up here: 'viasocks up' starts it; "+
+		"'viasocks ps' lists programs under 'viasocks run', for --pid\n" {
 		t.Error(got)
 	}
 }
