@@ -33,7 +33,7 @@ TESTFLAGS ?= -p 2 -count=1
 
 .PHONY: help
 help: ## Print this help
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: build
 build: ## Build bin/viasocks
@@ -145,6 +145,18 @@ uninstall: ## Remove what install put there
 .PHONY: packages
 packages: ## Packages for Debian, Fedora, Alpine and Arch in dist/
 	packaging/build.sh dist
+
+.PHONY: packages-test
+packages-test: ## Build the Debian package twice, install, use, upgrade, remove and purge it (root)
+	packaging/test.sh
+
+.PHONY: image
+image: ## A container image from scratch in dist/, made without an engine
+	packaging/image.sh
+
+.PHONY: image-test
+image-test: ## Run the image as a sidecar by crun, and kill, stop and start it (root)
+	packaging/image-test.sh
 
 .PHONY: clean
 clean: ## Remove what build and packages made

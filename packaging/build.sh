@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # build.sh: makes the packages for Debian, Fedora, Alpine and Arch in a folder.
 #
-# Usage: build.sh [FOLDER]      (dist)
+# Usage: build.sh [FOLDER]      (dist; only some kinds: PACKAGERS="deb rpm")
 #
 # The same sources give the same bytes: files have the time of the last commit (SOURCE_DATE_EPOCH, if it is set).
 set -euo pipefail
@@ -42,12 +42,13 @@ debian=$(date -u -R -d "@$SOURCE_DATE_EPOCH")
 install -d -m 755 "$doc/examples"
 [[ ! -d packaging/examples ]] || cp -r packaging/examples/. "$doc/examples/"
 install -m 644 packaging/viasocks.conf "$doc/examples/viasocks.conf"
+install -m 644 scripts/viasocks-dashboard.json scripts/viasocks-alerts.yml "$doc/examples/"
 chmod -R u=rwX,go=rX "$doc"
 install -D -m 644 packaging/sysusers.conf "$STAGE/usr/lib/sysusers.d/viasocks.conf"
 install -D -m 644 packaging/apparmor "$STAGE/usr/share/viasocks/apparmor"
 find "$folder" -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
 
-for packager in deb rpm apk archlinux; do
+for packager in ${PACKAGERS:-deb rpm apk archlinux}; do
 	# Alpine knows no other words for what comes before a version, and no revisions.
 	[[ $packager != apk ]] || VERSION=$(sed -E 's/-dev\.?([0-9]*).*/-pre\1/; s/\+.*//' <<<"$VERSION")
 	[[ $packager != archlinux ]] || VERSION=$(scripts/version.sh)

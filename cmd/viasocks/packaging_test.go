@@ -4,6 +4,8 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
 )
 
 // Every line of the configuration that the packages install is a comment, and what the comments suggest is right.
@@ -33,6 +35,32 @@ func TestPackagesInstall(t *testing.T) {
 	for _, file := range manualPages {
 		if !regexp.MustCompile(`(?m)^MANUAL := .*` + regexp.QuoteMeta(file)).MatchString(makefile) {
 			t.Errorf("make install does not install %s", file)
+		}
+	}
+}
+
+// The variables of the examples for containers stand for options, and their commands exist.
+func TestPackagedExamples(t *testing.T) {
+	known := map[string]bool{}
+	for i := range config.Options {
+		known[config.Options[i].Variable()] = true
+	}
+	for _, file := range []string{"compose.yaml", "kubernetes.yaml"} {
+		text := manualPage(t, "../../packaging/examples/"+file)
+		names := regexp.MustCompile(`VIASOCKS_[A-Z_0-9]+`).FindAllString(text, -1)
+		for _, name := range names {
+			if !known[name] {
+				t.Errorf("%s: %s stands for no option", file, name)
+			}
+		}
+		started := regexp.MustCompile(`viasocks, (\w+)\]`).FindAllStringSubmatch(text, -1)
+		for _, m := range started {
+			if lookup(m[1]) == nil {
+				t.Errorf("%s: there is no command %s", file, m[1])
+			}
+		}
+		if len(names) < 3 || len(started) == 0 {
+			t.Errorf("%s: found %q and %q", file, names, started)
 		}
 	}
 }
