@@ -34,7 +34,7 @@ declare -A groups=(
 		gcc:gcc musl-gcc:musl-tools python3:python3 java:default-jre-headless javac:default-jdk-headless
 		aria2c:aria2 curl:curl nft:nftables nsenter:util-linux"
 	# What scripts/dnsbench.sh asks with, and whom.
-	[bench]="ip:iproute2 sysctl:procps ss:iproute2 dnsperf:dnsperf unbound:unbound dnsmasq:dnsmasq-base"
+	[bench]="ip:iproute2 sysctl:procps ss:iproute2 dnsperf:dnsperf openssl:openssl unbound:unbound dnsmasq:dnsmasq-base"
 	[lint]="shellcheck:shellcheck"
 )
 # The units of the packages above.

@@ -3,10 +3,8 @@ package dns
 import (
 	"bytes"
 	"fmt"
-	"math/rand/v2"
 	"net/netip"
 	"runtime"
-	"strings"
 	"testing"
 	"time"
 
@@ -56,117 +54,6 @@ func TestPoolRanges(t *testing.T) {
 			if p.number(a) != none {
 				t.Errorf("%s and %s: %v stands for a name", tt.v4, tt.v6, a)
 			}
-		}
-	}
-}
-
-// model is what the pool must be, in plain words.
-type model struct {
-	addr  map[string]netip.Addr // of each name
-	name  map[netip.Addr]string
-	until map[string]time.Duration // given out, or used by a flow, less than the TTL ago
-	held  map[string]int
-}
-
-// TestPoolProperties: random operations on a pool that is always too small, against a model.
-func TestPoolProperties(t *testing.T) {
-	const ttl = 10 * time.Second
-	for seed := range uint64(20) {
-		p, clock := newTestPool(t, "198.18.0.0/23", ttl)
-		r := rand.New(rand.NewPCG(seed, 1))
-		m := model{map[string]netip.Addr{}, map[netip.Addr]string{}, map[string]time.Duration{}, map[string]int{}}
-		type hold struct {
-			name string
-			l    Lease
-		}
-		var holds []hold
-		refused, given := 0, 0
-		for step := range 20_000 {
-			switch op := r.IntN(10); {
-			case op < 6:
-				name := fmt.Sprintf("n%d.example", r.IntN(600))
-				if r.IntN(4) == 0 {
-					name += strings.Repeat("x", r.IntN(200))
-				}
-				v4, v6, ok := p.Give([]byte(name))
-				if !ok {
-					refused++
-					for n := range m.addr {
-						if m.held[n] == 0 && m.until[n] <= clock.t {
-							t.Fatalf("seed %d step %d: nothing for %s, and %s could go", seed, step, name, n)
-						}
-					}
-					if len(m.addr) < p.Stats().Size {
-						t.Fatalf("seed %d step %d: nothing for %s, with %d names", seed, step, name, len(m.addr))
-					}
-					break
-				}
-				given++
-				if was, known := m.addr[name]; known && was != v4 {
-					if m.held[name] > 0 || m.until[name] > clock.t {
-						t.Fatalf("seed %d step %d: %s moved from %v to %v", seed, step, name, was, v4)
-					}
-					delete(m.name, was)
-				}
-				if owner, taken := m.name[v4]; taken && owner != name {
-					if m.held[owner] > 0 || m.until[owner] > clock.t {
-						t.Fatalf(
-							"seed %d step %d: %v was taken from %s, which has it until %v and %d times now",
-							seed,
-							step,
-							v4,
-							owner,
-							m.until[owner],
-							m.held[owner],
-						)
-					}
-					delete(m.addr, owner)
-				}
-				m.addr[name], m.name[v4] = v4, name
-				m.until[name] = max(m.until[name], clock.t+ttl)
-				if !p.Contains(v4) || !p.Contains(v6) {
-					t.Fatalf("%v or %v is not in the pool", v4, v6)
-				}
-				if b, ok := p.AppendName(nil, v6); !ok || string(b) != name {
-					t.Fatalf("%v stands for %q, not for %q", v6, b, name)
-				}
-			case op < 7:
-				for a, want := range m.name {
-					name, l, ok := p.Hold(a)
-					if !ok || name != want {
-						t.Fatalf("seed %d step %d: %v stands for %q, want %q", seed, step, a, name, want)
-					}
-					m.held[name]++
-					holds = append(holds, hold{name, l})
-					break
-				}
-			case op < 9 && len(holds) > r.IntN(100):
-				i := r.IntN(len(holds))
-				h := holds[i]
-				holds[i] = holds[len(holds)-1]
-				holds = holds[:len(holds)-1]
-				h.l.Release()
-				h.l.Release() // has no effect
-				if m.held[h.name]--; m.held[h.name] == 0 {
-					m.until[h.name] = max(m.until[h.name], clock.t+ttl)
-				}
-			default:
-				clock.t += time.Duration(r.IntN(int(ttl / 60)))
-			}
-		}
-		for a, want := range m.name {
-			if b, ok := p.AppendName(nil, a); m.addr[want] == a && (!ok || string(b) != want) {
-				t.Errorf("seed %d: %v stands for %q, want %q", seed, a, b, want)
-			}
-		}
-		if refused == 0 || given == 0 || p.Stats().Evicted == 0 {
-			t.Errorf("seed %d: %d given, %d refused, %d evicted: the test tests nothing", seed, given, refused, p.Stats().Evicted)
-		}
-		for i := range holds {
-			holds[i].l.Release()
-		}
-		if held := p.Stats().Held; held != 0 {
-			t.Errorf("seed %d: %d are held in the end", seed, held)
 		}
 	}
 }

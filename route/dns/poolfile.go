@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -27,6 +28,7 @@ const (
 	fileChunk   = 512 // entries copied while the pool is locked
 	saveEvery   = 10 * time.Second
 	saveBackoff = 5 * time.Minute // after a failure
+	leftoverAge = time.Minute     // no save takes so long
 )
 
 var errDamaged = errors.New("it is damaged")
@@ -34,7 +36,7 @@ var errDamaged = errors.New("it is damaged")
 // Save writes the names and their addresses to a file of mode 600, which replaces path when it is complete and on the
 // disk. If anything fails, path does not change. Names that are added meanwhile may or may not be included.
 func (p *Pool) Save(path string) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
+	f, err := os.CreateTemp(filepath.Dir(path), unfinished(path)+"*")
 	if err != nil {
 		return err
 	}
@@ -62,6 +64,27 @@ func (p *Pool) Save(path string) (err error) {
 	}
 	defer dir.Close()
 	return dir.Sync()
+}
+
+// unfinished is how the names of files begin that Save has not yet given the name of path. Digits follow.
+func unfinished(path string) string { return "." + filepath.Base(path) + "-" }
+
+// removeLeftovers removes what saves of path left behind that were killed, unless it is younger than age: then another process
+// may be writing it.
+func removeLeftovers(path string, age time.Duration) {
+	entries, err := os.ReadDir(filepath.Dir(path))
+	if err != nil {
+		return
+	}
+	for _, e := range entries {
+		number, ok := strings.CutPrefix(e.Name(), unfinished(path))
+		if _, err := strconv.ParseUint(number, 10, 64); !ok || err != nil || !e.Type().IsRegular() {
+			continue
+		}
+		if st, err := e.Info(); err == nil && time.Since(st.ModTime()) >= age {
+			_ = os.Remove(filepath.Join(filepath.Dir(path), e.Name()))
+		}
+	}
 }
 
 func (p *Pool) write(w io.Writer) error {
@@ -123,11 +146,13 @@ func (p *Pool) Load(path string) (int, error) {
 	// Sort the newest first: if two lines have the same name or number, written while it moved, the older is no
 	// longer true.
 	slices.SortStableFunc(all, func(a, b saved) int { return cmp.Compare(b.until, a.until) })
-	last := uint32(0)
+	entries := uint32(0)
 	for _, s := range all {
-		last = max(last, s.i)
+		if s.i < p.size {
+			entries = max(entries, s.i+1)
+		}
 	}
-	p.entries = make([]entry, min(last+1, p.size))
+	p.entries = make([]entry, entries)
 	until := p.now() + p.ttl
 	kept := all[:0]
 	for _, s := range all {
@@ -202,6 +227,7 @@ func (p *Pool) KeepFile(ctx context.Context, path string, log *slog.Logger) {
 }
 
 func (p *Pool) keepFile(ctx context.Context, path string, every, backoff time.Duration, log *slog.Logger) {
+	removeLeftovers(path, leftoverAge)
 	p.mu.Lock()
 	was := p.changes
 	p.mu.Unlock()

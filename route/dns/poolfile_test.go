@@ -3,17 +3,24 @@ package dns
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"hash/crc32"
 	"log/slog"
 	"maps"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/flow"
 )
 
 const envSaver = "DNS_TEST_SAVER" // set in a process that saves a pool to this path until it is killed
@@ -175,28 +182,17 @@ func saveForever(path string) {
 	os.Exit(1)
 }
 
-// TestPoolFileSurvivesKill: a process that saves is killed at any moment, and the file is always whole.
+// TestPoolFileSurvivesKill: a process that saves is killed at many instants, and the file is always whole. What the saves left
+// behind is removed by the next process that keeps the file, and nothing else is.
 func TestPoolFileSurvivesKill(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "names")
-	for i := range 12 {
-		cmd := exec.Command("/proc/self/exe")
-		cmd.Env = append(os.Environ(), envSaver+"="+path)
-		var said bytes.Buffer
-		cmd.Stderr = &said
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		for wait := time.Now(); time.Since(wait) < patience; time.Sleep(time.Millisecond) {
-			if _, err := os.Stat(path); err == nil {
-				break
-			}
-		}
-		time.Sleep(time.Duration(i*7) * time.Millisecond)
-		_ = cmd.Process.Kill()
-		if _ = cmd.Wait(); said.Len() > 0 {
-			t.Fatalf("the process that saves says %s", &said)
-		}
+	kills := 40
+	if testing.Short() {
+		kills = 10
+	}
+	for i := range kills {
+		killSaver(t, path, time.Duration(i)*1700*time.Microsecond)
 		p, err := NewPool(
 			PoolConfig{V4: netip.MustParsePrefix("198.18.0.0/15"), V6: netip.MustParsePrefix("fd00::/64"), TTL: time.Second},
 		)
@@ -206,6 +202,66 @@ func TestPoolFileSurvivesKill(t *testing.T) {
 		if n, err := p.Load(path); err != nil || n < 2000 {
 			t.Fatalf("after kill -9: %d names, %v", n, err)
 		}
+	}
+	others := []string{"names", "names-1", ".names-", ".names-x", ".names-1x", ".names2-1"}
+	for _, name := range others[1:] {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Mkdir(filepath.Join(dir, ".names-7"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	others = append(others, ".names-7")
+	left, _ := filepath.Glob(filepath.Join(dir, ".names-[0-9]*[0-9]"))
+	t.Logf("%d kills left %d unfinished files", kills, len(left)-1)
+	removeLeftovers(path, time.Hour)
+	if still, _ := filepath.Glob(filepath.Join(dir, ".names-[0-9]*[0-9]")); len(still) != len(left) {
+		t.Errorf("%d of %d files that may be in use are gone", len(left)-len(still), len(left))
+	}
+	old := time.Now().Add(-leftoverAge)
+	for _, f := range append(left, filepath.Join(dir, ".names-123")) {
+		if err := os.WriteFile(f, nil, 0o600); err != nil && !errors.Is(err, unix.EISDIR) {
+			t.Fatal(err)
+		}
+		if err := os.Chtimes(f, old, old); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	p, _ := newTestPool(t, "198.18.0.0/15", time.Second)
+	p.KeepFile(ctx, path, slog.New(slog.DiscardHandler))
+	var have []string
+	entries, _ := os.ReadDir(dir)
+	for _, e := range entries {
+		have = append(have, e.Name())
+	}
+	slices.Sort(others)
+	if slices.Sort(have); !slices.Equal(have, others) {
+		t.Errorf("there are %q, want %q", have, others)
+	}
+}
+
+// killSaver starts a process that saves, and kills it a while after there is a file.
+func killSaver(t *testing.T, path string, after time.Duration) {
+	t.Helper()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), envSaver+"="+path)
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for wait := time.Now(); time.Since(wait) < patience; time.Sleep(time.Millisecond) {
+		if _, err := os.Stat(path); err == nil {
+			break
+		}
+	}
+	time.Sleep(after)
+	_ = cmd.Process.Kill()
+	if _ = cmd.Wait(); said.Len() > 0 {
+		t.Fatalf("the process that saves says %s", &said)
 	}
 }
 
@@ -296,4 +352,83 @@ func TestPoolKeepsItsFile(t *testing.T) {
 		t.Fatal(n, err)
 	}
 	has(t, q, all)
+}
+
+// FuzzPoolFile loads what the fuzzer wrote, as it is and with the right last line. The pool is empty then, or one that keeps its
+// promises: each name has an address of its own, and the next file has the same.
+func FuzzPoolFile(f *testing.F) {
+	head := fmt.Sprintf("%s 198.18.0.0/22 %v\n", fileMagic, flow.Pool6)
+	f.Add([]byte(head + "0 10 a.example\n767 11 b.example\n"))
+	f.Add([]byte(head + "5 10 a.example\n5 11 b.example\n6 12 a.example\n768 1 c.example\n4294967295 -1 d.example\n"))
+	f.Add([]byte(head + "5 10 a.example\n5 11 b.example\n"))
+	f.Add([]byte(head + "5 10 a.example\n6 11 a.example\n"))
+	f.Add([]byte(head))
+	f.Add([]byte(head + "1 1 " + strings.Repeat("a.", 127) + "\n"))
+	f.Add([]byte("viasocks-names 1 198.18.0.0/15 fd00::/64\n1 1 a\n"))
+	path := filepath.Join(f.TempDir(), "names")
+	f.Fuzz(func(t *testing.T, b []byte) {
+		lines := bytes.Count(b, []byte("\n"))
+		for _, tail := range []string{"", fmt.Sprintf("end %d %08x\n", max(lines-1, 0), crc32.ChecksumIEEE(b))} {
+			if err := os.WriteFile(path, append(bytes.Clone(b), tail...), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			p, _ := newTestPool(t, "198.18.0.0/22", time.Second)
+			n, err := p.Load(path)
+			if n != p.Stats().Names || n > lines || err != nil && n > 0 {
+				t.Fatalf("%d of %d names, %v; %+v", n, lines, err, p.Stats())
+			}
+			if n > 0 {
+				checkLoaded(t, p, path)
+			}
+		}
+	})
+}
+
+// checkLoaded compares a pool with itself after another restart. Then it gives out all that is left.
+func checkLoaded(t *testing.T, p *Pool, path string) {
+	t.Helper()
+	if err := p.writeTo(path); err != nil {
+		t.Fatal(err)
+	}
+	q, _ := newTestPool(t, "198.18.0.0/22", time.Second)
+	if n, err := q.Load(path); err != nil || n != p.Stats().Names {
+		t.Fatalf("then %d of %d names, %v", n, p.Stats().Names, err)
+	}
+	all := make(map[string]netip.Addr)
+	for i := range p.size {
+		a := p.addr4(i)
+		name, ok := p.AppendName(nil, a)
+		if !ok {
+			continue
+		}
+		if !isHost(name) {
+			t.Fatalf("%v stands for %q", a, name)
+		}
+		if before, twice := all[string(name)]; twice {
+			t.Fatalf("%q has %v and %v", name, before, a)
+		}
+		all[string(name)] = a
+		for _, pool := range []*Pool{p, q} {
+			if got, _, ok := pool.Give(name); !ok || got != a {
+				t.Fatalf("%q had %v and has %v", name, a, got)
+			}
+		}
+	}
+	for i := range int(p.size) - len(all) {
+		name := fmt.Appendf(nil, "fill-%d.invalid", i)
+		if a, _, ok := q.Give(name); !ok && all[string(name)] == (netip.Addr{}) {
+			t.Fatalf("no address for %s, name %d of %d, %v", name, len(all)+i, p.size, a)
+		}
+	}
+	has(t, q, all)
+}
+
+// writeTo is Save without waiting for the disk.
+func (p *Pool) writeTo(path string) error {
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return p.write(f)
 }
