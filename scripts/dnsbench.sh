@@ -9,6 +9,8 @@
 #   direct   dnsperf asks the resolver past viasocks; the proxy's namespace forwards for it
 #   fake     the same under `viasocks run --dns fake,tcp://RESOLVER`
 #   tcp      the same under `viasocks run --dns tcp://RESOLVER`: each question goes to the resolver through the proxy
+#   tls      the same under `--dns tls://RESOLVER`, and https under `--dns https://RESOLVER/dns-query`: unbound serves both
+#   relay    the same under `--dns relay`: questions and answers are datagrams of the proxy
 #
 # A mode is measured twice: with 100 questions in flight (--flight), for questions a second and for the CPU time that each process
 # takes for one; and at 1,000 a second, for the latency. All names are different. The table has medians over the rounds, and each
@@ -23,8 +25,8 @@
 #
 # It needs root, and dnsperf, and unbound or dnsmasq: scripts/deps.sh bench.
 #
-# Usage: dnsbench.sh [--rounds N] [--time SECONDS] [--modes 'direct fake tcp'] [--server unbound|dnsmasq] [--delay TIME]
-#                    [--flight N] [--names N] [--connections] [--viasocks PATH]
+# Usage: dnsbench.sh [--rounds N] [--time SECONDS] [--modes 'direct fake tcp tls https relay'] [--server unbound|dnsmasq]
+#                    [--delay TIME] [--flight N] [--names N] [--connections] [--viasocks PATH]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PATH:/usr/local/go/bin:/usr/sbin:/sbin
@@ -49,10 +51,13 @@ while [[ $# -gt 0 ]]; do
 	*) die "unknown option $1: see $0 --help" ;;
 	esac
 done
-for mode in $modes; do [[ " direct fake tcp " == *" $mode "* ]] || die "unknown mode $mode: see $0 --help"; done
+for mode in $modes; do
+	[[ " direct fake tcp tls https relay " == *" $mode "* ]] || die "unknown mode $mode: see $0 --help"
+done
 ((EUID == 0)) || die "cannot make namespaces: not root; try: sudo $0"
 [[ $resolver == unbound || $resolver == dnsmasq ]] || die "--server is unbound or dnsmasq, not $resolver"
-for p in dnsperf "$resolver"; do command -v "$p" >/dev/null || die "$p is not installed: scripts/deps.sh bench"; done
+[[ $resolver == unbound || $modes != *tls* && $modes != *https* ]] || die "only unbound serves DNS over TLS and over HTTPS"
+for p in dnsperf openssl "$resolver"; do command -v "$p" >/dev/null || die "$p is not installed: scripts/deps.sh bench"; done
 
 export LAB=vsdns
 dir=$(mktemp -d)
@@ -86,9 +91,16 @@ if [[ -n $delay ]]; then
 fi
 in_ns proxy sysctl -qw net.ipv4.ip_forward=1
 ip -n "$LAB-world" route add 10.66.0.0/24 via $back
+openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=dnsbench -addext "subjectAltName=IP:$server" \
+	-keyout "$dir/key.pem" -out "$dir/cert.pem" 2>"$dir/openssl.log" || { cat "$dir/openssl.log" >&2; die "no certificate"; }
 cat >"$dir/unbound.conf" <<-END
 	server:
 	  interface: $server
+	  interface: $server@853
+	  interface: $server@443
+	  tls-service-key: "$dir/key.pem"
+	  tls-service-pem: "$dir/cert.pem"
+	  https-port: 443
 	  access-control: 0.0.0.0/0 allow
 	  username: ""
 	  chroot: ""
@@ -151,6 +163,9 @@ through() {
 	case $1 in
 	fake) dns=(--dns "fake,tcp://$server") ;;
 	tcp) dns=(--dns "tcp://$server") ;;
+	tls) dns=(--dns "tls://$server" --dns-ca "$dir/cert.pem") ;;
+	https) dns=(--dns "https://$server/dns-query" --dns-ca "$dir/cert.pem") ;;
+	relay) dns=(--dns relay) ;;
 	direct)
 		in_ns app "${@:2}"
 		return
@@ -177,9 +192,11 @@ cost() {
 
 rates() {
 	local round mode n who
-	seq 1 100000 | sed 's/.*/host-&.bench A/' >"$dir/names"
+	seq 1 100000 | sed 's/.*/host-&.bench A/' >"$dir/names.fake"  # more do not fit into the pool
+	seq 1 1000000 | sed 's/.*/host-&.bench A/' >"$dir/names.real" # no answer may come from the cache of viasocks
 	for ((round = 1; round <= rounds; round++)); do
 		for mode in $modes; do
+			cp "$dir/names.$([[ $mode == fake ]] && echo fake || echo real)" "$dir/names"
 			perf "$mode" "$dir/fast" -c 8 -q "$flight" -l "$time"
 			awk '/Queries per second/ { print $4 }' "$dir/fast.log" >>"$dir/$mode.rate"
 			n=$(awk '/Queries completed/ { print $3 }' "$dir/fast.log")
