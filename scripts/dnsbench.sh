@@ -91,8 +91,8 @@ if [[ -n $delay ]]; then
 fi
 in_ns proxy sysctl -qw net.ipv4.ip_forward=1
 ip -n "$LAB-world" route add 10.66.0.0/24 via $back
-openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=dnsbench -addext "subjectAltName=IP:$server" \
-	-keyout "$dir/key.pem" -out "$dir/cert.pem" 2>"$dir/openssl.log" || { cat "$dir/openssl.log" >&2; die "no certificate"; }
+openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=dnsbench \
+	-addext "subjectAltName=IP:$server" -keyout "$dir/key.pem" -out "$dir/cert.pem" 2>"$dir/openssl.log" || { cat "$dir/openssl.log" >&2; die "no certificate"; }
 cat >"$dir/unbound.conf" <<-END
 	server:
 	  interface: $server

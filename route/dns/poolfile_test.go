@@ -15,10 +15,9 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/stack/flow"
 )
@@ -221,7 +220,7 @@ func TestPoolFileSurvivesKill(t *testing.T) {
 	}
 	old := time.Now().Add(-leftoverAge)
 	for _, f := range append(left, filepath.Join(dir, ".names-123")) {
-		if err := os.WriteFile(f, nil, 0o600); err != nil && !errors.Is(err, unix.EISDIR) {
+		if err := os.WriteFile(f, nil, 0o600); err != nil && !errors.Is(err, syscall.EISDIR) {
 			t.Fatal(err)
 		}
 		if err := os.Chtimes(f, old, old); err != nil {
