@@ -49,7 +49,6 @@ const farHello = "viasocks far end 1\n"
 //	session       says "TOKEN PORT PORT2 CLOSED ADDRESSES SEEN": the token of datagrams, the ports of UDP, a port that
 //	              refuses TCP, how many addresses there are, and who asks
 //	pour N        sends N bytes, for two seconds at most
-//	sink          reads to the FIN, then says how much came
 type FarEnd struct {
 	guard      *guard // nil: it is for hosts that only the tests reach
 	closed     int    // a descriptor that keeps closedPort; negative: none
@@ -227,11 +226,6 @@ func (f *FarEnd) serve(c *net.TCPConn) {
 	case "pour":
 		n, _ := strconv.Atoi(arg)
 		f.servePour(c, n)
-	case "sink":
-		n, err := io.Copy(io.Discard, c)
-		if err == nil {
-			fmt.Fprintf(c, "%d\n", n)
-		}
 	}
 }
 

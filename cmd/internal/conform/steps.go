@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/viasocks/viasocks/socks"
@@ -144,8 +143,10 @@ func (p Prober) pour(ctx context.Context) float64 {
 	return float64(total) / time.Since(begun).Seconds()
 }
 
+// sink sends, and has the far end say how much came; a server that passes no half-close can be measured, too.
 func (p Prober) sink(ctx context.Context) float64 {
-	c, err := p.p.command(ctx, "sink")
+	token := p.p.token()
+	c, err := p.p.command(ctx, "record "+token)
 	if err != nil {
 		return 0
 	}
@@ -159,14 +160,8 @@ func (p Prober) sink(ctx context.Context) float64 {
 			break
 		}
 	}
-	if closeWrite(c) != nil {
-		return 0
-	}
-	line, err := readLine(c)
-	n, perr := strconv.Atoi(strings.TrimSpace(line))
-	if err != nil || perr != nil || n < 0 {
-		return 0
-	}
+	c.Close()
+	_, n := p.p.result(ctx, token)
 	return float64(n) / time.Since(begun).Seconds()
 }
 
@@ -209,7 +204,10 @@ func (p Prober) Sizes(ctx context.Context) (up, down int) {
 	return up, p.sizes(ctx, slices.DeleteFunc(slices.Clone(datagramSizes), func(n int) bool { return n > up }), true)
 }
 
-// sizes sends all sizes at once, twice, and waits for the answers.
+// sizePause is the time between two sizes: a server that gets many large datagrams at once loses the last ones.
+const sizePause = 25 * time.Millisecond
+
+// sizes sends all sizes, the largest first, twice, and reads the answers meanwhile.
 func (p Prober) sizes(ctx context.Context, sizes []int, back bool) (most int) {
 	a, _, _ := p.p.associate(ctx, p.p.zero())
 	if a == nil {
@@ -218,34 +216,43 @@ func (p Prober) sizes(ctx context.Context, sizes []int, back bool) (most int) {
 	defer a.close()
 	of := map[uint64]int{}
 	head := socks.AppendUDPHeader(nil, socks.AddrFrom(p.p.Ends.UDP[0][0]))
-	buf := make([]byte, maxUDP)
 	for range 2 {
-		for _, n := range slices.Backward(sizes) {
+		for _, n := range sizes {
+			if n <= most {
+				continue
+			}
 			q := question{id: p.p.id.Add(1), token: p.p.Token}
 			if back {
 				q.size = n
 			}
 			of[q.id] = n
 			a.u.Write(append(slices.Clone(head), q.datagram(n)...))
+			most = max(most, a.largestAnswer(ctx, of, back, sizePause))
 		}
-		a.u.SetReadDeadline(time.Now().Add(2 * p.p.UDPWait))
-		for ctx.Err() == nil {
-			n, err := a.u.Read(buf)
-			if isTimeout(err) {
-				break
-			}
-			if err != nil {
-				time.Sleep(time.Millisecond) // an ICMP error about one datagram
-				continue
-			}
-			_, skip, err := socks.ParseUDPHeader(buf[:n])
-			if err != nil {
-				continue
-			}
-			e, id, _ := parseEcho(buf[skip:n])
-			if e != nil && e.arrived == of[id] && (!back || len(e.payload) == of[id]) && filled(e.payload) {
-				most = max(most, of[id])
-			}
+		most = max(most, a.largestAnswer(ctx, of, back, 2*p.p.UDPWait))
+	}
+	return most
+}
+
+// largestAnswer reads answers for a while: the largest size of a question in of that came whole, and for back its answer, too.
+func (a *association) largestAnswer(ctx context.Context, of map[uint64]int, back bool, wait time.Duration) (most int) {
+	a.u.SetReadDeadline(time.Now().Add(wait))
+	for ctx.Err() == nil {
+		n, err := a.u.Read(a.buf)
+		if isTimeout(err) {
+			break
+		}
+		if err != nil {
+			time.Sleep(time.Millisecond) // an ICMP error: it is of one datagram
+			continue
+		}
+		_, skip, err := socks.ParseUDPHeader(a.buf[:n])
+		if err != nil {
+			continue
+		}
+		e, id, _ := parseEcho(a.buf[skip:n])
+		if e != nil && e.arrived == of[id] && (!back || len(e.payload) == of[id]) && filled(e.payload) {
+			most = max(most, of[id])
 		}
 	}
 	return most

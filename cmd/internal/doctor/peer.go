@@ -258,6 +258,9 @@ func (x *peer) speed(ctx context.Context) Finding {
 			"(an MTU black hole)."
 		f.Means = "Web pages and downloads hang in the beginning."
 		f.Do = "ip link set dev DEVICE mtu 1280 on the proxy's host or here; sysctl -w net.ipv4.tcp_mtu_probing=1 on the proxy's host"
+	case up == 0:
+		f.Level, f.Found = Warning, fmt.Sprintf("One connection carries %s down; of what it sent up, too little arrived to "+
+			"be measured.", rate(down))
 	case down < least || up < least:
 		f.Level, f.Means = Warning, "One connection is slow; programs that use several (aria2 -x 8 -s 8) may get more."
 	}

@@ -42,7 +42,8 @@ func TestPeer(t *testing.T) {
 	r := examine(t, "--proxy", "socks5://"+proxyAt(t, nil).Addr().String(), "--peer", there4, "--peer", there6)
 	r.onlyFaults(t)
 	for _, check := range []string{
-		"the far end", "latency", "closed port", "half-close", "reset", "UDP", "UDP mapping", "UDP filtering", "UDP size", "UDP, IPv6", "speed",
+		"the far end", "latency", "closed port", "half-close", "reset", "UDP",
+		"UDP mapping", "UDP filtering", "UDP size", "UDP, IPv6", "speed",
 	} {
 		r.is(t, check, OK)
 	}

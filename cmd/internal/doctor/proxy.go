@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -81,7 +82,23 @@ func (p *proxy) examine(ctx context.Context, main bool) []Finding {
 		return append(all, together(parts...)...)
 	}
 	parts = append(parts, func() []Finding { return p.withPeer(ctx, free) })
-	return append(all, together(parts...)...)
+	return append(all, lastOfEach(together(parts...), "names", "IPv6")...)
+}
+
+// lastOfEach keeps, of several findings about one of checks, the last one: a peer tells more than what can be guessed
+// without it.
+func lastOfEach(all []Finding, checks ...string) []Finding {
+	last := map[string]int{}
+	for i, f := range all {
+		last[f.Check] = i
+	}
+	var out []Finding
+	for i, f := range all {
+		if last[f.Check] == i || !slices.Contains(checks, f.Check) {
+			out = append(out, f)
+		}
+	}
+	return out
 }
 
 // noPeer says what needs a far end.
@@ -134,7 +151,10 @@ func localAddrs(s socks.Server) []netip.Addr {
 
 // faults says why the proxy cannot be used.
 func (p *proxy) faults(err error) []Finding {
-	told := strings.TrimSuffix(daemon.Explain(p.server, err).Error(), "?")
+	told := daemon.Explain(p.server, err).Error()
+	for _, question := range []string{": is ", ": does "} { // Do says what to do
+		told, _, _ = strings.Cut(told, question)
+	}
 	f := Finding{
 		Check: "reached",
 		Level: Fault,
@@ -218,9 +238,6 @@ func (p *proxy) refusals(ctx context.Context, free conform.Prober) []Finding {
 	all := []Finding{errorsFinding(named, limit)}
 	if p.server.TakesNames() {
 		all = append(all, namesFinding(named, limit))
-	}
-	if len(p.a.h.cfg.Peers) > 0 && named.Kind != conform.Granted { // the peer tells more, if it has IPv6
-		return append(all, ipv6Finding(six, true))
 	}
 	return append(all, ipv6Finding(six, named.Kind != conform.Granted))
 }
