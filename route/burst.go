@@ -3,27 +3,28 @@ package route
 import "github.com/viasocks/viasocks/stack/flow"
 
 const (
-	// burstRoom is how many bytes of answers are collected before they are written. An answer of the fake addresses has some 100.
+	// burstRoom is how many bytes of answers are collected before they are written. An answer with fake addresses has
+	// about 100.
 	burstRoom = 8 << 10
-	// burstAnswers is how many answers are collected: as many as the frames that the stack reads at once.
+	// burstAnswers is how many answers are collected. The stack reads as many frames at once.
 	burstAnswers = 64
-	// burstSlots is how many runs are told apart: answers of one socket and one length.
+	// burstSlots is how many runs are distinguished; a run is the answers to one socket with one length.
 	burstSlots = 64
 )
 
-// burst collects the answers to the questions of one burst of datagrams, so that those of one socket that are equally long are
-// written by one system call, as one super-frame: a write costs more than all else that a question does. It belongs to a shard
-// and is used with udp.mu held.
+// burst collects the answers to the questions of one burst of datagrams, so that those to one socket with equal
+// length are written by one system call, as one super-frame: a write costs more than all other work for a question.
+// It belongs to a shard and is used with udp.mu held.
 type burst struct {
-	open bool   // the shard handles a burst, and flushes at its end
-	room []byte // the payloads, one behind the other; its array never moves
+	open bool   // the shard is handling a burst, and flushes at its end
+	room []byte // the payloads, one after the other; its array never moves
 	pkts []flow.Packet
 
 	slots  [burstAnswers]uint8 // of pkts
 	sorted []flow.Packet
 }
 
-// take copies an answer, to be written by flush. false: it must be written now.
+// take copies an answer, which flush will write. If it returns false, the answer must be written now.
 func (b *burst) take(w flow.PacketWriter, p flow.Packet) bool {
 	if !b.open || len(p.Payload) > burstRoom {
 		return false
@@ -43,12 +44,14 @@ func (b *burst) take(w flow.PacketWriter, p flow.Packet) bool {
 	return true
 }
 
-// runOf is one number for all that can stand in one super-frame. Others may have the same: then there are more, shorter runs.
+// runOf returns the same number for all answers that can be in one super-frame. Other answers may have the same
+// number; the runs are then more and shorter.
 func runOf(p *flow.Packet) uint8 {
 	return uint8((uint32(p.Dst.Port())*31 + uint32(len(p.Payload))) % burstSlots)
 }
 
-// flush writes what was collected. Answers to one socket may be reordered: whoever asks knows them by their IDs.
+// flush writes what was collected. Answers to one socket may be reordered, because the asker recognizes them by their
+// IDs.
 func (b *burst) flush(w flow.PacketWriter) {
 	n := len(b.pkts)
 	if n == 0 {
@@ -62,7 +65,7 @@ func (b *burst) flush(w flow.PacketWriter) {
 	b.room, b.pkts = b.room[:0], b.pkts[:0]
 }
 
-// sort is a counting sort by slot: it takes a time that does not depend on what was asked.
+// sort is a counting sort by slot: its time does not depend on what was asked.
 func (b *burst) sort() []flow.Packet {
 	var at [burstSlots + 1]uint16
 	n := len(b.pkts)

@@ -14,7 +14,7 @@ type dialStats struct {
 // latencyShare is the weight of a new time in the average: 1/8, as for the round-trip times of TCP (RFC 6298).
 const latencyShare = 8
 
-// grant notes that a dial was granted, and how long after the first packet of its flow.
+// grant records that a dial was granted, and how long after the first packet of its flow.
 func (d *dialStats) grant(took time.Duration) {
 	d.granted.Add(1)
 	old := d.latency.Load()
@@ -22,5 +22,5 @@ func (d *dialStats) grant(took time.Duration) {
 	if old != 0 {
 		next = old + (next-old)/latencyShare
 	}
-	d.latency.Store(max(next, 1)) // that a time is lost between two goroutines does not matter
+	d.latency.Store(max(next, 1)) // it does not matter if two goroutines lose a value
 }

@@ -12,12 +12,13 @@ import (
 // EventKind is what happened to a flow.
 type EventKind uint8
 
-// A flow has the kinds in this order; one that fails leaves some out. A flow that a rule refuses has the last only.
+// The events of a flow occur in this order; a flow that fails skips some. A flow that a rule refuses has only the
+// last.
 const (
-	FlowOpened      EventKind = iota // an upstream is asked for it; UDP: the mapping was made
+	FlowOpened      EventKind = iota // an upstream was asked for it; UDP: the mapping was made
 	FlowDialled                      // TCP: the upstream granted it
-	FlowEstablished                  // TCP: the program's handshake is over; UDP: the association was made, or made again
-	FlowClosed                       // it is over, and its State says how
+	FlowEstablished                  // TCP: the program's handshake is complete; UDP: the association was made, or made again
+	FlowClosed                       // it is over, and its State tells how
 )
 
 var eventNames = [...]string{
@@ -26,7 +27,7 @@ var eventNames = [...]string{
 
 func (k EventKind) String() string { return eventNames[k] }
 
-// Event is what happened to a flow, for those who watch.
+// Event is an event of a flow, for a Watcher.
 type Event struct {
 	Kind EventKind
 	At   time.Time
@@ -34,43 +35,43 @@ type Event struct {
 	Err  error // FlowClosed: why, if it did not end in order
 }
 
-// Watcher gets the events of all flows from Watch on. It must be closed.
+// Watcher receives the events of all flows from Watch on. The caller must close it.
 type Watcher struct {
 	r      *Router
 	events chan Event
 	lost   atomic.Uint64
 }
 
-// watchers are told of events. Where there are none, an event costs one load.
+// watchers receive events. If there are none, an event costs one atomic load.
 type watchers struct {
 	all atomic.Pointer[[]*Watcher] // nil: none
-	mu  sync.Mutex                 // over changes of all
+	mu  sync.Mutex                 // guards changes of all
 }
 
-// Watch begins to watch. Queue is how many events may wait to be received; those over it are lost, and counted.
+// Watch begins to watch. queue is how many events may wait to be received; further ones are dropped and counted.
 func (r *Router) Watch(queue int) *Watcher {
 	w := &Watcher{r: r, events: make(chan Event, queue)}
 	r.watched.change(func(all []*Watcher) []*Watcher { return append(all, w) })
 	return w
 }
 
-// Close ends it. It may be called twice.
+// Close ends the watching. It may be called twice.
 func (w *Watcher) Close() {
 	w.r.watched.change(func(all []*Watcher) []*Watcher {
 		return slices.DeleteFunc(all, func(x *Watcher) bool { return x == w })
 	})
 }
 
-// Events are received from this channel, which is never closed.
+// Events returns the channel of events, which is never closed.
 func (w *Watcher) Events() <-chan Event { return w.events }
 
-// Lost is how many events were lost since it was called last.
+// Lost returns how many events were dropped since the previous call.
 func (w *Watcher) Lost() uint64 { return w.lost.Swap(0) }
 
-// Over is closed when the Router has ended: no more events come.
+// Over returns a channel that is closed when the Router has ended; no more events follow.
 func (w *Watcher) Over() <-chan struct{} { return w.r.over }
 
-// change replaces the list, which those who send events read without a lock.
+// change replaces the list, which the senders of events read without a lock.
 func (w *watchers) change(f func([]*Watcher) []*Watcher) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -85,10 +86,10 @@ func (w *watchers) change(f func([]*Watcher) []*Watcher) {
 	w.all.Store(&all)
 }
 
-// any reports whether somebody watches.
+// any reports whether there are watchers.
 func (w *watchers) any() bool { return w.all.Load() != nil }
 
-// send tells all who watch. It does not block: locks may be held.
+// send sends an event to all watchers. It does not block, so locks may be held.
 func (w *watchers) send(kind EventKind, f FlowInfo, err error) {
 	all := w.all.Load()
 	if all == nil {
@@ -104,21 +105,22 @@ func (w *watchers) send(kind EventKind, f FlowInfo, err error) {
 	}
 }
 
-// event tells those who watch, if there are any.
+// event sends an event to the watchers, if there are any.
 func (s *stream) event(kind EventKind) {
 	if s.r.watched.any() {
 		s.r.watched.send(kind, s.info(), nil)
 	}
 }
 
-// event tells those who watch, if there are any. udp.mu is held.
+// event sends an event to the watchers, if there are any. The caller holds udp.mu.
 func (m *mapping) event(kind EventKind) {
 	if m.s.watched.any() {
 		m.s.watched.send(kind, m.info(), nil)
 	}
 }
 
-// request is what the relay answers: where somebody watches, the end of the handshake with the program is an event.
+// request returns the request for the relay to answer. If there are watchers, the end of the handshake with the
+// program is an event.
 func (s *stream) request() flow.StreamRequest {
 	if !s.r.watched.any() {
 		return s.req

@@ -126,7 +126,7 @@ func copyOf(p *flow.Packet, at int64) queuedFrom {
 	return queuedFrom{queued{p.Dst, buf, len(p.Head), at}, p.Src}
 }
 
-// makeRoom forgets what is not true any more, and reports whether there was any.
+// makeRoom drops expired results, and reports whether there were any.
 func (t *farTable) makeRoom(now int64) bool {
 	for k, f := range t.byKey {
 		if now >= f.until && (f.asked == 0 || now-f.asked > int64(farWait)) {
@@ -137,7 +137,7 @@ func (t *farTable) makeRoom(now int64) bool {
 	return len(t.byKey) < maxFar
 }
 
-// lookUp asks for an address; its answer comes as an event. false: nobody can be asked.
+// lookUp asks for an address. Its answer arrives as an event. It returns false if nobody can be asked.
 func (r *shard) lookUp(k farKey, up *upstream) bool {
 	answer := func(a netip.Addr, ttl time.Duration) {
 		r.ctl.post(event{kind: evFar, far: &farAnswer{r, k, a, ttl}})
@@ -164,7 +164,7 @@ func (r *shard) lookUp(k farKey, up *upstream) bool {
 	return true
 }
 
-// found takes an answer, and sends what waited for it.
+// found stores an answer, and sends what waited for it.
 func (r *shard) found(a *farAnswer) {
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()

@@ -10,12 +10,12 @@ import (
 	"github.com/viasocks/viasocks/stack/count"
 )
 
-// UpstreamCounters is the table of what is counted of each upstream: see package count.
+// UpstreamCounters is the table of an upstream's counters; see package count.
 type UpstreamCounters[T any] struct {
 	Granted T `metric:"dials_total" label:"proto=tcp,outcome=granted" help:"Dials of upstreams; udp: of associations."`
 	// The target, or the proxy, refused it.
 	Refused T `metric:"dials_total" label:"proto=tcp,outcome=refused"`
-	// No answer came, and the target is taken to be silent.
+	// No answer came, so the target is taken to be silent.
 	Silent T `metric:"dials_total" label:"proto=tcp,outcome=silent"`
 	// The proxy was not reached or did not work.
 	Fault T `metric:"dials_total" label:"proto=tcp,outcome=server_fault"`
@@ -35,7 +35,7 @@ type UpstreamCounters[T any] struct {
 	Down T `metric:"upstream_bytes_total" label:"proto=tcp,direction=down"`
 }
 
-// upstreamCounters are those of one upstream: of ended TCP flows and closed links.
+// upstreamCounters are the counters of one upstream, for ended TCP flows and closed links.
 type upstreamCounters struct {
 	UpstreamCounters[atomic.Uint64]
 	links relay.LinkCounters[atomic.Uint64]
@@ -73,7 +73,7 @@ func (c *upstreamCounters) associated(err error) {
 	}
 }
 
-// UpstreamStats is what one upstream has carried since the start. What is under way is included.
+// UpstreamStats is what one upstream has carried since the start, including open flows.
 type UpstreamStats struct {
 	Name string
 	UpstreamCounters[uint64]
@@ -83,8 +83,8 @@ type UpstreamStats struct {
 	UDPDown int `metric:"upstream_down" label:"proto=udp"`
 }
 
-// UpstreamStats gives the figures of each upstream, in the order of the configuration. It looks at every flow. What ends meanwhile
-// may be missing: a later call has it.
+// UpstreamStats returns the numbers of each upstream, in the order of the configuration. It examines every flow. A
+// flow that ends meanwhile may be missing; a later call includes it.
 func (r *Router) UpstreamStats() []UpstreamStats {
 	var all []UpstreamStats
 	at := map[string]int{}
@@ -120,7 +120,7 @@ func (r *Router) UpstreamStats() []UpstreamStats {
 	return all
 }
 
-// openLink is a link and the upstream that it is of.
+// openLink is a link with its upstream.
 type openLink struct {
 	up   *upstream
 	link relay.PacketLink

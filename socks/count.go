@@ -7,7 +7,7 @@ import (
 	"github.com/viasocks/viasocks/stack/count"
 )
 
-// Counters is the table of what a server answered: see package count.
+// Counters is the table of the servers' answers; see package count.
 type Counters[T any] struct {
 	Succeeded            T `metric:"socks_replies_total" label:"reply=succeeded" help:"Replies of SOCKS servers to requests."`
 	GeneralFailure       T `metric:"socks_replies_total" label:"reply=general_failure"`
@@ -19,7 +19,7 @@ type Counters[T any] struct {
 	CommandNotSupported  T `metric:"socks_replies_total" label:"reply=command_not_supported"`
 	AddrTypeNotSupported T `metric:"socks_replies_total" label:"reply=address_type_not_supported"`
 	Unassigned           T `metric:"socks_replies_total" label:"reply=other"`
-	// The server closed the connection, or was silent until the handshake timeout, after it had the request.
+	// The server closed the connection, or was silent until the handshake timeout, after it had received the request.
 	Ended  T `metric:"socks_replies_total" label:"reply=connection_closed"`
 	Silent T `metric:"socks_replies_total" label:"reply=none_in_time"`
 
@@ -27,7 +27,7 @@ type Counters[T any] struct {
 	Handshake count.Histogram[T] `metric:"handshake_seconds" help:"Time until a SOCKS server granted a request, with its connection."`
 }
 
-// clientCounters are those of one server.
+// clientCounters are the counters of one server.
 type clientCounters struct{ Counters[atomic.Uint64] }
 
 // refused counts a result that is not a success. Results without a reply, and faults of the server, are none of these.

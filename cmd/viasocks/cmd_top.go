@@ -40,7 +40,8 @@ destination, state, rate and age. The viasocks that is up in this network namesp
 	},
 }
 
-// onlyInstance is a client of the one program under `run`; with none or several it is an error.
+// onlyInstance returns a client of the only program under `run`. If there is none, or more than one, it returns an
+// error.
 func onlyInstance(cfg *config.Config, env []string) (*control.Client, error) {
 	runtime := control.RuntimeOf(env)
 	path, err := control.Path(cfg.StateDir)

@@ -9,8 +9,9 @@ import (
 // skMeminfoDrops is the index of the drops among the numbers of SO_MEMINFO: SK_MEMINFO_DROPS of linux/sock_diag.h.
 const skMeminfoDrops = 8
 
-// dropsOf is how many packets the kernel has dropped for want of room in the receive buffer of a socket. SO_RXQ_OVFL gives the same
-// number with each datagram, at a cost for each; SO_MEMINFO (Linux 4.12) gives it when somebody asks.
+// dropsOf returns how many packets the kernel has dropped because the receive buffer of a socket was full.
+// SO_RXQ_OVFL reports the same number with each datagram, at a cost for each; SO_MEMINFO (Linux 4.12) reports it on
+// request.
 func dropsOf(fd int) uint64 {
 	var info [skMeminfoDrops + 1]uint32
 	size := uint32(unsafe.Sizeof(info))

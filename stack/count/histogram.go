@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// Bounds are the upper ends of the buckets of a Histogram. What took longer than the last one is in a bucket of its own.
+// Bounds are the upper ends of the buckets of a Histogram. A separate bucket counts longer durations.
 var Bounds = [...]time.Duration{
 	time.Millisecond, 2 * time.Millisecond, 5 * time.Millisecond, 10 * time.Millisecond, 20 * time.Millisecond,
 	50 * time.Millisecond, 100 * time.Millisecond, 200 * time.Millisecond, 500 * time.Millisecond,
@@ -15,7 +15,7 @@ var Bounds = [...]time.Duration{
 // Histogram counts durations by their length. It can be a field of a table.
 type Histogram[T any] struct {
 	Buckets     [len(Bounds) + 1]T
-	Nanoseconds T // of all together
+	Nanoseconds T // sum of all durations
 }
 
 // Observe counts one duration. It costs two atomic additions.
@@ -28,7 +28,7 @@ func Observe(h *Histogram[atomic.Uint64], d time.Duration) {
 	h.Nanoseconds.Add(uint64(max(d, 0)))
 }
 
-// Count is how many durations were counted.
+// Count returns how many durations were counted.
 func (h *Histogram[T]) Count() (n uint64) {
 	for i := range h.Buckets {
 		switch b := any(&h.Buckets[i]).(type) {

@@ -17,7 +17,7 @@ import (
 // makerName is argv[0] of the process that makes sockets for Sockets; argv[1] is the number of its own socket.
 const makerName = "viasocks-sockets"
 
-// makerTimeout bounds one request: the maker needs some microseconds for it.
+// makerTimeout limits one request, which takes the maker some microseconds.
 const makerTimeout = 5 * time.Second
 
 // Sockets makes sockets in the network namespace of a program. A socket belongs for its whole life to the namespace in which it
@@ -111,9 +111,9 @@ func socketsFromFile(f *os.File, pid int) (*Sockets, error) {
 	return &Sockets{conn: c.(*net.UnixConn), pid: pid}, nil
 }
 
-// startMaker is the helper's part. The maker becomes a child of the helper's parent (CLONE_PARENT), because the helper is about to
-// become the program, which would be surprised by a child that it did not start. It gets a session of its own, so that no signal
-// of the terminal reaches it. The caller closes sock.
+// startMaker is called by the helper. The maker becomes a child of the helper's parent (CLONE_PARENT), because the
+// helper is about to become the program, which would be surprised by a child that it did not start. It gets its own
+// session, so that no signal of the terminal reaches it. The caller closes sock.
 func startMaker() (sock, pid int, err error) {
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -187,7 +187,7 @@ func answerMaker(sock int, request []byte) error {
 	}
 }
 
-// childSocket is the number of the socket that a process of ours named name was started with.
+// childSocket returns the number of the socket with which a process of ours with this name was started.
 func childSocket(name string) (sock int, ok bool) {
 	if len(os.Args) != 2 || os.Args[0] != name {
 		return -1, false
