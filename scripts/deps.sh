@@ -20,7 +20,7 @@ declare -A groups=(
 		musl-gcc:musl-tools nsupdate:bind9-dnsutils dig:bind9-dnsutils kdig:knot-dnsutils unbound:unbound tor:tor
 		=/lib/systemd/systemd-networkd:systemd dhclient:isc-dhcp-client dhcpcd:dhcpcd-base NetworkManager:network-manager
 		dbus-daemon:dbus conntrack:conntrack nft:nftables
-		promtool:prometheus
+		promtool:prometheus tshark:tshark
 		socat:socat setpriv:util-linux nsenter:util-linux ss:iproute2"
 	[demo]="make:make git:git =/etc/ssl/certs/ca-certificates.crt:ca-certificates
 		ip:iproute2 sysctl:procps unshare:util-linux curl:curl nft:nftables tcpdump:tcpdump

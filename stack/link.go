@@ -125,7 +125,7 @@ func (l *link) write(pkt *gstack.PacketBuffer) error {
 		f.add(v)
 	}
 	size := pkt.Size()
-	err := l.s.dev.Write(&f.h, f.parts)
+	err := l.s.write(&f.h, f.parts)
 	clear(f.parts) // keep no reference to the packet
 	f.parts = f.parts[:0]
 	l.frame.Put(f)

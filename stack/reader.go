@@ -65,6 +65,7 @@ func (r *frameReader) run() error {
 		case err == nil:
 			r.s.stats.FramesIn.Add(1)
 			r.s.stats.BytesIn.Add(uint64(n))
+			r.s.tap.saw(&h, b[:n])
 			at := inArena
 			if inView {
 				at = inTheView

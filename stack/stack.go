@@ -61,6 +61,7 @@ type Stack struct {
 	log       *slog.Logger
 	keepalive atomic.Int64 // ns
 	shards    []*shard
+	tap       tap
 
 	mu      sync.Mutex
 	running bool

@@ -71,7 +71,7 @@ func (s *shard) answer(syn []byte, why flow.Refusal) {
 	if !ok {
 		return
 	}
-	if err := s.dev.Write(&tun.Header{}, [][]byte{b}); err != nil {
+	if err := s.write(&tun.Header{}, [][]byte{b}); err != nil {
 		s.stats.DroppedOut.Add(1) // the SYN is retransmitted and answered again
 		return
 	}

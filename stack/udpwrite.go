@@ -184,7 +184,7 @@ func (w *packetWriter) write(ps []flow.Packet, size int) error {
 			parts = append(parts, ps[i].Payload)
 		}
 	}
-	err := w.s.dev.Write(&w.hdr, parts)
+	err := w.s.write(&w.hdr, parts)
 	clear(parts) // keep no reference to the payload
 	return err
 }
@@ -196,7 +196,7 @@ func (w *packetWriter) Refuse(p flow.Packet, why flow.Refusal) {
 	if ok {
 		w.hdr = tun.Header{}
 		parts := append(w.parts[:0], frame)
-		ok = w.s.dev.Write(&w.hdr, parts) == nil
+		ok = w.s.write(&w.hdr, parts) == nil
 		clear(parts)
 	}
 	if ok {

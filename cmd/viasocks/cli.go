@@ -45,6 +45,7 @@ func commands() []*command {
 		cmdStatus,
 		cmdFlows,
 		cmdTop,
+		cmdCapture,
 		cmdDoctor,
 		cmdHealth,
 		cmdCheck,

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/cmd/internal/metrics"
 	"github.com/viasocks/viasocks/cmd/internal/publish"
 	"github.com/viasocks/viasocks/route"
@@ -165,6 +166,12 @@ type Config struct {
 	// NeedRestart names the options whose values differ from those that the daemon was started with, and that it does
 	// not change: see Again.
 	NeedRestart []string
+
+	// Capture is what `capture` asks for; it goes to CaptureFile, "-" for standard output.
+	Capture     control.Capture
+	CaptureFile string
+
+	captureFlow, captureBytes int // parts of Capture, until all options are read
 
 	allow         []string
 	proxyAt       value            // kept until finish

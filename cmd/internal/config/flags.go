@@ -92,7 +92,7 @@ func parse(cmd Command, args, env []string, running *Config) (*Config, error) {
 		return nil, usagef("cannot run: no program was given")
 	}
 	var behind []string
-	if cmd == Doctor {
+	if cmd == Doctor || cmd == Capture {
 		behind, c.Program = c.Program, nil
 	}
 	if cmd != Run && len(c.Program) > 0 {
@@ -116,6 +116,11 @@ func parse(cmd Command, args, env []string, running *Config) (*Config, error) {
 	}
 	if cmd == Doctor {
 		if err := c.setServeAt(behind); err != nil {
+			return nil, err
+		}
+	}
+	if cmd == Capture {
+		if err := c.setCaptureFile(behind); err != nil {
 			return nil, err
 		}
 	}

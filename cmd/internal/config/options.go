@@ -28,6 +28,7 @@ const (
 	Top
 	Doctor // takes what Check takes, too
 	Health
+	Capture
 )
 
 // takes reports whether the option is one of cmd.
@@ -42,7 +43,7 @@ var commandNames = []struct {
 	cmd  Command
 	name string
 }{{Run, "run"}, {Up, "up"}, {Down, "down"}, {Confirm, "confirm"}, {Status, "status"}, {Flows, "flows"}, {Ps, "ps"}, {Top, "top"},
-	{Doctor, "doctor"}, {Health, "health"}}
+	{Doctor, "doctor"}, {Health, "health"}, {Capture, "capture"}}
 
 // Option is one long option: a flag, a word of the configuration file, a line of the help and an item of the manual.
 type Option struct {
@@ -71,6 +72,7 @@ var optionGroups = []struct {
 	{"Rules", ruleOptions},
 	{"The whole host", hostOptions},
 	{"Finding faults", doctorOptions},
+	{"Capturing packets", captureOptions},
 	{"Log, output and files", logOptions},
 }
 
@@ -507,7 +509,7 @@ A unix socket that is left by a killed viasocks is replaced by the next one, and
 		Man:  `Print it as JSON, for programs.`,
 	},
 	{
-		Name: "pid", Arg: "PID", Cmds: Status | Flows | Top | Health, set: number(1, maxPID, func(c *Config) *int { return &c.PID }),
+		Name: "pid", Arg: "PID", Cmds: Status | Flows | Top | Health | Capture, set: number(1, maxPID, func(c *Config) *int { return &c.PID }),
 		Help: "ask the viasocks with this process id, see ps",
 		Man: `Ask the viasocks with this process id instead of the one that is up.
 .Cm viasocks ps
@@ -550,7 +552,7 @@ undo what a failed viasocks has left, if the configuration has
 and leave the host closed otherwise.`,
 	},
 	{
-		Name: "state-dir", Arg: "DIR", Default: kernel.DefaultDir, Cmds: Up | Check | Down | Confirm | Status | Flows | Ps | Top | Health,
+		Name: "state-dir", Arg: "DIR", Default: kernel.DefaultDir, Cmds: Up | Check | Down | Confirm | Status | Flows | Ps | Top | Health | Capture,
 		set:  setStateDir,
 		Help: "directory of journal, lock and control socket",
 		Man: `The directory for the journal, the lock and the control socket, on a host whose
@@ -564,7 +566,7 @@ and
 .Cm confirm .`,
 	},
 	{
-		Name: fileOption, Arg: "FILE", Cmds: all | Down | Confirm | Status | Flows | Ps | Top | Doctor | Health,
+		Name: fileOption, Arg: "FILE", Cmds: all | Down | Confirm | Status | Flows | Ps | Top | Doctor | Health | Capture,
 		Help: "read options from FILE; flags win over it",
 		Man: `Read options from
 .Ar FILE ,

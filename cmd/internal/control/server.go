@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -32,7 +33,9 @@ type Backend struct {
 	Flows  func() []Flow
 	Name   func([]Flow) // fills in the programs of the flows that are shown; nil: not available
 	// Watch passes events to send from now on, and returns when ctx ends, send fails, or no more events will come. nil: not available.
-	Watch   func(ctx context.Context, send func([]Event) error)
+	Watch func(ctx context.Context, send func([]Event) error)
+	// Capture writes what crosses the TUN as pcapng, until a limit is reached, ctx ends or w fails. nil: not available.
+	Capture func(ctx context.Context, what Capture, w io.Writer) error
 	Health  func(ctx context.Context) Health // ends soon after ctx; nil: not available
 	Confirm func() error                     // returns nil if the steering stays; nil: there is nothing to confirm, as under `run`
 	Down    func()                           // begins to stop and returns at once; nil: it ends by itself, as `run` does
@@ -110,6 +113,9 @@ func serve(o Options, l *net.UnixListener) *Server {
 	}
 	if o.Backend.Health != nil {
 		mux.HandleFunc("GET /v1/health", s.look(s.health))
+	}
+	if o.Backend.Capture != nil {
+		mux.HandleFunc("GET /v1/capture", s.capture)
 	}
 	if o.Backend.Confirm != nil {
 		mux.HandleFunc("POST /v1/confirm", s.touch(func() error { return o.Backend.Confirm() }))

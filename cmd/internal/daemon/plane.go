@@ -40,6 +40,7 @@ type plane struct {
 	ups    []upstream // that the router has
 	gso    atomic.Pointer[gso]
 	health healthChecks
+	capturing
 
 	programs *programs // of the flows, for those who list them
 

@@ -108,7 +108,7 @@ func Run(cfg *config.Config, o RunOptions) (exit int, err error) {
 	forwarded := make(chan os.Signal, 16)
 	signal.Notify(forwarded, forward...)
 	defer signal.Stop(forwarded)
-	defer serveRun(cfg, p, o, e.log)()
+	defer serveRun(cfg, p, child.TUNName, o, e.log)()
 	unpublish, err := startPublishing(cfg, child, e.log)
 	if err != nil {
 		return 0, err

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -13,7 +14,7 @@ import (
 
 // serveRun answers `status` and `flows` for a program under `run` until end is called. If that is not possible, the
 // program runs anyway.
-func serveRun(cfg *config.Config, p *plane, o RunOptions, log *slog.Logger) (end func()) {
+func serveRun(cfg *config.Config, p *plane, tun string, o RunOptions, log *slog.Logger) (end func()) {
 	since := time.Now()
 	status := func() control.Status {
 		s := control.Status{
@@ -24,9 +25,12 @@ func serveRun(cfg *config.Config, p *plane, o RunOptions, log *slog.Logger) (end
 		return s
 	}
 	watch := func(ctx context.Context, send func([]control.Event) error) { _ = p.watch(ctx, send) } // who watched has gone, or p is over
+	record := func(ctx context.Context, what control.Capture, w io.Writer) error {
+		return p.capture(ctx, what, w, o.Version, tun)
+	}
 	srv, err := control.ListenRun(control.RuntimeOf(o.Environ), control.Options{
 		Backend: control.Backend{
-			Status: status, Flows: p.flows, Name: p.programs.name, Watch: watch,
+			Status: status, Flows: p.flows, Name: p.programs.name, Watch: watch, Capture: record,
 			Health: func(ctx context.Context) control.Health { return p.healthNow(ctx, cfg, control.ModeRun, control.Ready) },
 		},
 		Log: log,

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 	"time"
@@ -15,9 +16,18 @@ import (
 // backend is the daemon for the control socket. It answers from the start on, and leaves out what does not exist yet.
 func (u *up) backend() control.Backend {
 	return control.Backend{
-		Status: u.status, Flows: u.flows, Name: u.name, Watch: u.watch, Health: u.healthNow, Confirm: u.confirmed,
+		Status: u.status, Flows: u.flows, Name: u.name, Watch: u.watch, Capture: u.capture, Health: u.healthNow, Confirm: u.confirmed,
 		Down: func() { u.stop(errDown) },
 	}
+}
+
+// capture writes what crosses the TUN to w. It ends when the data plane does.
+func (u *up) capture(ctx context.Context, what control.Capture, w io.Writer) error {
+	p, _ := u.running()
+	if p == nil {
+		return errors.New("nothing is carried yet")
+	}
+	return p.capture(ctx, what, w, u.Version, u.first.TUN)
 }
 
 func (u *up) confirmed() error {
