@@ -155,7 +155,7 @@ type Router struct {
 
 	// Constants, except in tests.
 	retryFirst, retryMax, livedLong, quickEnd, noUDP, sweepEvery, lookEvery, goneAfter, streamsEvery time.Duration
-	nameTrial, nameWindow, nameSilence                                                               time.Duration
+	nameTrial, nameDoubt, nameWindow, nameSilence                                                    time.Duration
 }
 
 // New checks the configuration. It runs and opens nothing; Run does.
@@ -178,7 +178,7 @@ func New(cfg Config) (*Router, error) {
 		over:       make(chan struct{}),
 		retryFirst: retryFirst, retryMax: retryMax, livedLong: livedLong, quickEnd: quickEnd, noUDP: noUDP, sweepEvery: sweepEvery,
 		lookEvery: lookEvery, goneAfter: goneAfter, streamsEvery: streamsEvery,
-		nameTrial: nameTrial, nameWindow: nameWindow, nameSilence: nameSilence,
+		nameTrial: nameTrial, nameDoubt: nameDoubt, nameWindow: nameWindow, nameSilence: nameSilence,
 	}
 	if err := r.makeShards(); err != nil {
 		return nil, err

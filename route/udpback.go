@@ -153,17 +153,43 @@ func (r *shard) recognise(m *mapping, a *assoc, src netip.AddrPort, now int64) n
 	if _, itself := m.itself[src]; d == nil || itself || m.gone.Load() || r.udp.writtenTo(m.src, src) {
 		return src
 	}
-	m.unwait(d)
+	// If the resolvers know the same address, it is certain.
+	f := r.udp.far.byKey[d.farKey()]
+	certain := f != nil && f.addr == src.Addr()
+	if d.way == wayLearned {
+		m.disown(d, src)
+		if !certain {
+			return src
+		}
+		d.disputed = false
+		delete(m.itself, src)
+	}
+	m.await(d, now+int64(r.nameDoubt))
+	if certain {
+		m.unwait(d)
+	}
 	m.bind(d, src)
 	d.way, d.real = wayLearned, src
 	d.heard.Store(now)
 	d.watch.Store(false)
 	r.endTrial(d)
-	// If the resolvers know the same address, it is certain.
-	f := r.udp.far.byKey[d.farKey()]
 	a.namedAt = 0
-	r.learnNames(a.up, a.names, func(t *nameTaking) { t.answered(d.name, f != nil && f.addr == src.Addr()) })
+	r.learnNames(a.up, a.names, func(t *nameTaking) { t.answered(d.name, certain) })
 	return d.fake
+}
+
+// disown undoes that d's name has the address that it was learned to have: src answered as well, and one of them is a stranger.
+// Both are strangers from now on, and d's address is no longer learned from answers. udp.mu is held.
+func (m *mapping) disown(d *namedDest, src netip.AddrPort) {
+	if m.itself == nil || len(m.itself) >= maxBound {
+		m.itself = make(map[netip.AddrPort]struct{})
+	}
+	m.itself[d.real], m.itself[src] = struct{}{}, struct{}{}
+	next := m.backNow()
+	delete(next.by, d.real)
+	m.back.Store(next)
+	m.unwait(d)
+	d.way, d.disputed = wayAsk, true
 }
 
 // answered records the first answer that d got after a change of its way.

@@ -27,10 +27,12 @@ import (
 // further ones are looked up by the resolvers, and if these know nothing, the datagrams wait for their turn.
 //
 // A stranger who knows the outer port of the mapping, and the port and the time of a question, can therefore answer in
-// place of the name without forging a source address. Protocols over UDP need protection against forged source addresses
-// in any case (the numbers of DNS and of trackers, the keys of QUIC), and nothing else is lost here. A stranger who answers
-// in such a way can also make it look as if a server accepted names: two names must answer before this is believed, or one
-// whose address the resolvers confirm, and it is in doubt again when names do not answer any more.
+// place of the name without forging a source address, and gets what the app sends next. If the name answers as well, within
+// nameDoubt, both addresses count as strangers, unless the resolvers confirm one, and the address is not learned from
+// answers any more. A stranger thus gets hold of a flow only while the name itself is silent. Programs that need to know
+// who answers need a protocol that proves it, over UDP in any case. Such answers could also make it look as if a server
+// accepted names: two names must answer before this is believed, or one whose address the resolvers confirm, and it is in
+// doubt again when names do not answer any more.
 
 const (
 	maxBound = 1024 // fake destinations of one mapping
@@ -41,6 +43,8 @@ const (
 	nameWindow = 3 * time.Second
 	// nameSilence is the time without an answer after which another way is tried.
 	nameSilence = 3 * time.Second
+	// nameDoubt is how long after an answer from an unknown address another such address makes both doubtful.
+	nameDoubt = time.Second
 	// trialAgain is the time between two checks whether the resolvers have answered.
 	trialAgain = 100 * time.Millisecond
 )
@@ -74,8 +78,10 @@ type namedDest struct {
 	link  relay.PacketLink // that knows the name
 	tried bool             // something was sent to the name
 	trial *trial
-	heard atomic.Int64 // when the last answer came
-	watch atomic.Bool  // the next answer tells something about the server
+	// disputed: two unknown addresses have answered
+	disputed bool
+	heard    atomic.Int64 // when the last answer came
+	watch    atomic.Bool  // the next answer tells something about the server
 }
 
 // trial is the first datagram to a name, which is sent again to its address if the name does not answer, with the datagrams
@@ -181,7 +187,7 @@ func (r *shard) wayOf(m *mapping, d *namedDest, now int64) way {
 	switch {
 	case up.isTor():
 		return wayName
-	case known == takesEnd:
+	case known == takesEnd, d.disputed:
 		return wayAsk
 	case known == takesNone && (d.way == wayNone || d.way == wayName && d.trial == nil && heard == 0):
 		d.way = wayAsk
@@ -272,7 +278,7 @@ func (r *shard) carryByName(w flow.PacketWriter, m *mapping, d *namedDest, p *fl
 		}
 	}
 	m.bind(d, d.fake)
-	if !asName {
+	if !asName && !d.disputed {
 		m.await(d, now+int64(r.nameWindow))
 	}
 	r.carry(w, d.v, []flow.Packet{*p}, now)

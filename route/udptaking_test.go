@@ -128,6 +128,12 @@ func TestNamesTaken(t *testing.T) {
 	g.wantPacket(t, fake1, app1, "b1")
 	one.want("a2") // waited for what is found out, and was not sent before
 	one.none()
+	eventually(t, "the end of doubt", func() bool {
+		g.shards[0].udp.mu.Lock()
+		defer g.shards[0].udp.mu.Unlock()
+		m := g.shards[0].udp.bySrc[netip.MustParseAddrPort(app1)]
+		return m == nil || m.waiting(1000, g.now()) == nil
+	})
 	stranger.write(ext, "from a stranger")
 	g.wantPacket(t, "203.0.113.9:1000", app1, "from a stranger")
 	g.send(app1, fake1, "a3")
@@ -232,7 +238,9 @@ func TestNamesEndAssociation(t *testing.T) {
 // TestNamesTakeTurns: behind a proxy that refuses port 53 and answers from addresses a second name of the same port waits until
 // the first has answered, or had its time.
 func TestNamesTakeTurns(t *testing.T) {
-	g := newNamesRig(t, sockstest.Fault{}, worldZone, nil, func(r *Router) { r.nameWindow = 400 * time.Millisecond })
+	g := newNamesRig(t, sockstest.Fault{}, worldZone, nil, func(r *Router) {
+		r.nameWindow, r.nameDoubt = 400*time.Millisecond, time.Nanosecond
+	})
 	one, two := newFar(t, g.srv, "203.0.113.1:1000"), newFar(t, g.srv, "203.0.113.2:1000")
 	dead, three := newFar(t, g.srv, "203.0.113.8:1000"), newFar(t, g.srv, "203.0.113.3:1000")
 	fake1, fake2 := g.give("one.example", 1000), g.give("two.example", 1000)
@@ -344,5 +352,34 @@ func TestNamesTor(t *testing.T) {
 	time.Sleep(2 * trialAgain) // a question would come at once
 	if n := asked.Load(); n != 0 {
 		t.Errorf("the resolver was asked %d questions", n)
+	}
+}
+
+// TestNamesDisputed: when two unknown addresses answer for a name, neither is taken for it from then on, unless the resolvers know
+// which one it is.
+func TestNamesDisputed(t *testing.T) {
+	for label, resolvers := range map[string]map[string]string{"no-resolver": nil, "resolver": worldZone} {
+		t.Run(label, func(t *testing.T) {
+			g := newNamesRig(t, sockstest.Fault{}, worldZone, resolvers, func(r *Router) { r.nameDoubt = patience })
+			one, forger := newFar(t, g.srv, "203.0.113.1:1000"), newFar(t, g.srv, "203.0.113.9:1000")
+			fake := g.give("one.example", 1000)
+			g.send(app1, fake, "a1")
+			ext := one.want("a1")
+			forger.write(ext, "forged")
+			g.wantPacket(t, fake, app1, "forged")
+			one.write(ext, "b1")
+			from := "203.0.113.1:1000"
+			if resolvers != nil {
+				from = fake
+			}
+			g.wantPacket(t, from, app1, "b1")
+			g.send(app1, fake, "a2")
+			one.want("a2")
+			forger.none()
+			forger.write(ext, "forged again")
+			g.wantPacket(t, "203.0.113.9:1000", app1, "forged again")
+			one.write(ext, "b2")
+			g.wantPacket(t, from, app1, "b2")
+		})
 	}
 }
