@@ -27,11 +27,13 @@ type namesRig struct {
 	moved *atomic.Bool // names are where zone has them with "moved"
 }
 
-func newNamesRig(t *testing.T, f sockstest.Fault, zone, resolvers map[string]string, change func(*Router), rules ...string) *namesRig {
+func newNamesRig(
+	t *testing.T, f sockstest.Fault, zone, resolvers map[string]string, change func(*Router), rules ...string,
+) *namesRig {
 	t.Helper()
 	checkLeaks(t)
 	moved := new(atomic.Bool)
-	srv, d, client := newProxy(t, socks.Options{}, sockstest.WithUDPOverTCP(), sockstest.WithResolve(func(name string) (netip.Addr, error) {
+	resolve := func(name string) (netip.Addr, error) {
 		if moved.Load() {
 			name += " moved"
 		}
@@ -39,7 +41,8 @@ func newNamesRig(t *testing.T, f sockstest.Fault, zone, resolvers map[string]str
 			return netip.ParseAddr(a)
 		}
 		return netip.Addr{}, errors.New("no such name")
-	}))
+	}
+	srv, d, client := newProxy(t, socks.Options{}, sockstest.WithUDPOverTCP(), sockstest.WithResolve(resolve))
 	srv.SetFault(func(q sockstest.Request) sockstest.Fault {
 		if q.Dst.Port == 53 && resolvers == nil {
 			return sockstest.Reply(2)
@@ -57,7 +60,8 @@ func newNamesRig(t *testing.T, f sockstest.Fault, zone, resolvers map[string]str
 	res, _ := zoneResolver(t, srv, resolvers)
 	pool := newPool(t)
 	cfg := Config{
-		Upstreams: []Upstream{NewSOCKS("p", client)}, Default: "p", Pool: pool, Fake: true, Resolvers: []dns.Resolver{dns.OverTCP(res)},
+		Upstreams: []Upstream{NewSOCKS("p", client)}, Default: "p", Pool: pool, Fake: true,
+		Resolvers: []dns.Resolver{dns.OverTCP(res)},
 	}
 	for _, rule := range rules {
 		cfg.Rules = append(cfg.Rules, mustRule(t, rule))
@@ -117,7 +121,9 @@ var worldZone = map[string]string{
 // by that address from then on; strangers are strangers.
 func TestNamesTaken(t *testing.T) {
 	g := newNamesRig(t, sockstest.Fault{}, worldZone, nil, nil)
-	one, two, stranger := newFar(t, g.srv, "203.0.113.1:1000"), newFar(t, g.srv, "203.0.113.2:1001"), newFar(t, g.srv, "203.0.113.9:1000")
+	one := newFar(t, g.srv, "203.0.113.1:1000")
+	two := newFar(t, g.srv, "203.0.113.2:1001")
+	stranger := newFar(t, g.srv, "203.0.113.9:1000")
 	other := newFar(t, g.srv, "203.0.113.7:2000")
 	fake1, fake2 := g.give("one.example", 1000), g.give("two.example", 1001)
 	g.send(app1, fake1, "a1", "a2")
@@ -166,7 +172,9 @@ func TestNamesAnswerByName(t *testing.T) {
 	} {
 		t.Run(strings.ReplaceAll(label, " ", "-"), func(t *testing.T) {
 			g := newNamesRig(t, f, worldZone, nil, nil)
-			one, two, three := newFar(t, g.srv, "203.0.113.1:1000"), newFar(t, g.srv, "203.0.113.2:1000"), newFar(t, g.srv, "203.0.113.3:1000")
+			one := newFar(t, g.srv, "203.0.113.1:1000")
+			two := newFar(t, g.srv, "203.0.113.2:1000")
+			three := newFar(t, g.srv, "203.0.113.3:1000")
 			fake1, fake2, fake3 := g.give("one.example", 1000), g.give("two.example", 1000), g.give("three.example", 1000)
 			g.send(app1, fake1, "a1")
 			ext := one.want("a1")
@@ -190,7 +198,9 @@ func TestNamesAnswerByName(t *testing.T) {
 // sent to names any more.
 func TestNamesNotTaken(t *testing.T) {
 	g := newNamesRig(t, sockstest.Fault{DropNames: true}, worldZone, worldZone, nil)
-	one, two, three := newFar(t, g.srv, "203.0.113.1:1000"), newFar(t, g.srv, "203.0.113.2:1001"), newFar(t, g.srv, "203.0.113.3:1000")
+	one := newFar(t, g.srv, "203.0.113.1:1000")
+	two := newFar(t, g.srv, "203.0.113.2:1001")
+	three := newFar(t, g.srv, "203.0.113.3:1000")
 	fake1, fake2, fake3 := g.give("one.example", 1000), g.give("two.example", 1001), g.give("three.example", 1000)
 	g.send(app1, fake1, "a1", "a2")
 	g.send(app1, fake2, "a3")
@@ -218,7 +228,9 @@ func TestNamesNotTaken(t *testing.T) {
 // TestNamesEndAssociation: so is one that ends the association.
 func TestNamesEndAssociation(t *testing.T) {
 	g := newNamesRig(t, sockstest.Fault{EndUDP: func(a sockstest.Addr) bool { return a.Name != "" }}, worldZone, worldZone, nil)
-	one, two, three := newFar(t, g.srv, "203.0.113.1:1000"), newFar(t, g.srv, "203.0.113.2:1000"), newFar(t, g.srv, "203.0.113.3:1000")
+	one := newFar(t, g.srv, "203.0.113.1:1000")
+	two := newFar(t, g.srv, "203.0.113.2:1000")
+	three := newFar(t, g.srv, "203.0.113.3:1000")
 	for i, f := range []*far{one, two, three} {
 		name := []string{"one.example", "two.example", "three.example"}[i]
 		fake := g.give(name, 1000)
@@ -338,7 +350,8 @@ func TestNamesTor(t *testing.T) {
 	res, asked := zoneResolver(t, srv, worldZone)
 	pool := newPool(t)
 	g := newRig(t, Config{
-		Upstreams: []Upstream{NewSOCKS("p", d.Client(s))}, Default: "p", Pool: pool, Fake: true, Resolvers: []dns.Resolver{dns.OverTCP(res)},
+		Upstreams: []Upstream{NewSOCKS("p", d.Client(s))}, Default: "p", Pool: pool, Fake: true,
+		Resolvers: []dns.Resolver{dns.OverTCP(res)},
 	}, nil)
 	for _, name := range []string{"one.example", "two.example"} {
 		before := len(g.w.refusals())

@@ -32,8 +32,9 @@ func TestNamesInUDP(t *testing.T) {
 	needPrograms(t, "dnsmasq", "dig")
 	dnsmasq(t, "--address=/far.example/"+world4, "--address=/near.example/"+world4)
 	for _, port := range []string{"5300", "5301"} {
-		serve(t, world4+":"+port, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--user=root", "--no-resolv", "--no-hosts",
-			"--bind-interfaces", "--listen-address="+world4, "--port="+port, "--pid-file=", "--address=/question.example/203.0.113.77")
+		serve(t, world4+":"+port, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--user=root", "--no-resolv",
+			"--no-hosts", "--bind-interfaces", "--listen-address="+world4, "--port="+port, "--pid-file=",
+			"--address=/question.example/203.0.113.77")
 	}
 	for _, name := range []string{"dante", "ss-local", "v2ray", "trojan", "sing-box", "xray", "tailscale"} {
 		t.Run(name, func(t *testing.T) {
@@ -66,7 +67,8 @@ func startReal(t *testing.T, name, at string) {
 		}
 		return path
 	}
-	ray := `{"log": {"loglevel": "warning"}, "outbounds": [{"protocol": "freedom"}], "inbounds": [{"listen": "127.0.0.1", "port": 1081,
+	ray := `{"log": {"loglevel": "warning"}, "outbounds": [{"protocol": "freedom"}],
+		"inbounds": [{"listen": "127.0.0.1", "port": 1081,
 		"protocol": "socks", "settings": {"auth": "noauth", "udp": true, "ip": "127.0.0.1"}}]}`
 	switch name {
 	case "dante":
@@ -75,7 +77,8 @@ func startReal(t *testing.T, name, at string) {
 	case "ss-local":
 		needPrograms(t, "ss-local", "ss-server")
 		serve(t, "127.0.0.1:8388", "ss-server", "-u", "-s", "127.0.0.1", "-p", "8388", "-k", "e2e", "-m", "aes-256-gcm")
-		serve(t, at, "ss-local", "-u", "-s", "127.0.0.1", "-p", "8388", "-k", "e2e", "-m", "aes-256-gcm", "-b", "127.0.0.1", "-l", "1081")
+		serve(t, at, "ss-local", "-u", "-s", "127.0.0.1", "-p", "8388", "-k", "e2e", "-m", "aes-256-gcm",
+			"-b", "127.0.0.1", "-l", "1081")
 	case "v2ray":
 		needPrograms(t, "v2ray")
 		serve(t, at, "v2ray", "-config", file("ray.json", ray))
@@ -93,7 +96,8 @@ func startReal(t *testing.T, name, at string) {
 		case "tailscale":
 			serve(t, at, bin, at)
 		case "sing-box":
-			serve(t, at, bin, "run", "-c", file("sing-box.json", `{"log": {"level": "warn"}, "outbounds": [{"type": "direct", "tag": "direct"}],
+			serve(t, at, bin, "run", "-c", file("sing-box.json", `{"log": {"level": "warn"},
+				"outbounds": [{"type": "direct", "tag": "direct"}],
 				"dns": {"servers": [{"type": "local", "tag": "local"}]}, "route": {"default_domain_resolver": "local"},
 				"inbounds": [{"type": "socks", "listen": "127.0.0.1", "listen_port": 1081}]}`))
 		}
@@ -113,7 +117,8 @@ func startTrojan(t *testing.T, at string, file func(name, text string) string) {
 	serve(t, "127.0.0.1:8443", "trojan", "-c", file("server.json", fmt.Sprintf(`{"run_type": "server", "local_addr": "127.0.0.1",
 		"local_port": 8443, "remote_addr": "127.0.0.1", "remote_port": 80, "password": ["e2e"], "log_level": 2,
 		"ssl": {"cert": %q, "key": %q}}`, cert, key)))
-	serve(t, at, "trojan", "-c", file("client.json", fmt.Sprintf(`{"run_type": "client", "local_addr": "127.0.0.1", "local_port": %s,
+	serve(t, at, "trojan", "-c", file("client.json", fmt.Sprintf(`{"run_type": "client", "local_addr": "127.0.0.1",
+		"local_port": %s,
 		"remote_addr": "127.0.0.1", "remote_port": 8443, "password": ["e2e"], "log_level": 2,
 		"ssl": {"verify": false, "verify_hostname": false, "cert": "", "sni": "proxy.example"}}`, port)))
 }
