@@ -129,7 +129,11 @@ up() {
 	eventually in_host viasocks status
 	eventually reaches
 }
-packages() { in_host env PATH="$PATH" DEBIAN_FRONTEND=noninteractive dpkg "$@" >>"$work/dpkg.log" 2>&1 || { tail -20 "$work/dpkg.log"; die "dpkg $* failed"; }; }
+packages() {
+	in_host env PATH="$PATH" DEBIAN_FRONTEND=noninteractive dpkg "$@" >>"$work/dpkg.log" 2>&1 && return
+	tail -20 "$work/dpkg.log"
+	die "dpkg $* failed"
+}
 untouched() {
 	! in_host sh -c 'ip rule; ip -6 rule' | grep -q 'proto 118' && [[ -z $(in_host nft list ruleset) ]]
 }
@@ -143,7 +147,8 @@ done
 in_host getent group viasocks >/dev/null || die "there is no group viasocks"
 [[ $(in_host stat -c %a /etc/viasocks/viasocks.conf) == 600 ]] || die "others can read the configuration"
 untouched || die "the installation touched the network"
-(in_host viasocks check --config /etc/viasocks/viasocks.conf || true) 2>&1 | grep -q 'no proxy was given' || die "the empty configuration is taken"
+(in_host viasocks check --config /etc/viasocks/viasocks.conf || true) 2>&1 | grep -q 'no proxy was given' ||
+	die "the empty configuration is taken"
 echo 'proxy socks5://198.51.100.1:1080' >>"$work/root/etc/viasocks/viasocks.conf"
 
 step "it is used"
@@ -218,6 +223,7 @@ in_host grep -q -- '-r .*/etc/apparmor.d/viasocks' /tmp/parser.log || die "the p
 packages -P viasocks
 in_host grep -q -- '-R /etc/apparmor.d/viasocks' /tmp/parser.log || die "the profile was not unloaded"
 rm "$work/root/usr/local/sbin/"{apparmor_parser,systemctl}
-left=$(cd "$work/root" && find etc usr var -xdev -path '*viasocks*' -newer "$work/upper" 2>/dev/null; ls -d etc/viasocks usr/bin/viasocks etc/apparmor.d/viasocks 2>/dev/null || true)
+left=$(cd "$work/root" && ls -d etc/viasocks usr/bin/viasocks etc/apparmor.d/viasocks usr/share/doc/viasocks usr/share/viasocks \
+	usr/share/man/man?/viasocks* usr/lib/systemd/system/viasocks* var/log/viasocks 2>/dev/null || true)
 [[ -z $left ]] || die "this is left after the purge: $left"
 step "passed"

@@ -20,8 +20,10 @@ var sampleValues = map[string]string{
 	"inbound": "carry", "inbound-port": "51820", "exclude": "192.0.2.0/24", "exclude-uid": "7", "exclude-port": "22",
 	"exclude-device": "wg0", "exclude-cgroup": "system.slice", "include": "192.0.2.0/24", "include-uid": "7", "include-port": "22",
 	"include-device": "wg0", "include-cgroup": "system.slice", "resolved": "off", "control-group": "0", "tun": "vs1",
-	"mark": "0x100/0xff00", "nft-table": "vs", "table": "77", "dns-for": "lan.example=tcp://192.0.2.53", "max-pending": "777", "dns-exclude": "*.ads.example",
-	"dns-search": "lan.example", "dns-single-labels": "off", "pool": "3", "pipeline": "on", "log-level": "error", "state-dir": "/run/vs", "peer": "vps.example:7000",
+	"mark": "0x100/0xff00", "nft-table": "vs", "table": "77", "dns-for": "lan.example=tcp://192.0.2.53", "max-pending": "777",
+	"dns-exclude": "*.ads.example",
+	"dns-search":  "lan.example", "dns-single-labels": "off", "pool": "3", "pipeline": "on", "log-level": "error", "state-dir": "/run/vs",
+	"peer": "vps.example:7000",
 }
 
 func sampleOf(t *testing.T, o *Option, dir string) string {
@@ -188,7 +190,10 @@ func TestEnvironmentSecrets(t *testing.T) {
 		{[]string{"VIASOCKS_PROXY_FILE=" + file("empty", "\nx", 0o600)}, "its first line is empty"},
 		{[]string{"VIASOCKS_PROXY_FILE=" + file("long", strings.Repeat("x", maxLine+1), 0o600)}, "longer than 4096 bytes"},
 		{[]string{"VIASOCKS_PROXY_FILE=" + filepath.Join(dir, "none")}, "cannot read the VIASOCKS_PROXY_FILE file"},
-		{[]string{"VIASOCKS_PROXY_FILE=" + proxy, "VIASOCKS_PROXY=socks5://al:geheim@h"}, "cannot use both VIASOCKS_PROXY and VIASOCKS_PROXY_FILE"},
+		{
+			[]string{"VIASOCKS_PROXY_FILE=" + proxy, "VIASOCKS_PROXY=socks5://al:geheim@h"},
+			"cannot use both VIASOCKS_PROXY and VIASOCKS_PROXY_FILE",
+		},
 		{[]string{"VIASOCKS_PROXY=socks5://h", "VIASOCKS_MTU=9"}, "cannot use VIASOCKS_MTU=9"},
 		{[]string{"VIASOCKS_PROXY=socks5://h", "VIASOCKS_STRICT=yes"}, "cannot use VIASOCKS_STRICT=yes: must be true or false"},
 		{[]string{"VIASOCKS_PROXY=socks5://h", "VIASOCKS_RULE_3=port x reject"}, "cannot use VIASOCKS_RULE_3="},
