@@ -105,18 +105,20 @@ func (p *proxy) large(ctx context.Context, segment int) (r largeResult) {
 	payload := make([]byte, min(max(2*r.mss, 3000), mtuMost))
 	copy(payload, []byte{5, 1, 0}) // a greeting of SOCKS5 that offers no login
 	t.SetDeadline(time.Now().Add(mtuTime))
-	answered := make(chan struct{})
+	answered, answer := make(chan struct{}), false
 	go func() {
 		defer close(answered)
 		if _, err := t.Read(make([]byte, 64)); !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, net.ErrClosed) {
-			r.arrived = true // an answer, a FIN or a RST: it has seen the first packet, which was a large one
+			answer = true // an answer, a FIN or a RST: it has seen the first packet, which was a large one
 		}
 	}()
+	acked := false
 	if _, err := t.Write(payload); err == nil {
-		r.arrived = p.acknowledged(ctx, t, len(payload), answered)
+		acked = p.acknowledged(ctx, t, len(payload), answered)
 	}
 	t.SetDeadline(time.Unix(1, 0))
 	<-answered
+	r.arrived = acked || answer
 	return r
 }
 

@@ -144,7 +144,7 @@ func run(t *testing.T, cmd *exec.Cmd) result {
 		t.Fatalf("%v\n%s", err, r.text)
 	}
 	if want := min(r.Faults, 1); r.exit != want {
-		t.Errorf("exit status %d for %d faults", r.exit, r.Faults)
+		t.Errorf("exit status %d for %d faults\n%s", r.exit, r.Faults, errOut.String())
 	}
 	return r
 }
