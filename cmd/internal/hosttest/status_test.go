@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -141,6 +142,10 @@ connect-timeout 5s
 	if f.Total != 3 || len(f.Flows) != 3 {
 		t.Fatalf("flows: %+v", f)
 	}
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
 	for i, want := range []control.Flow{
 		{Proto: "tcp", Src: big.LocalAddr().String(), Dst: "203.0.113.7:77", Upstream: "proxy", State: "open", Up: 70_000, Down: 70_000},
 		{Proto: "udp", Dst: "203.0.113.9:79", Upstream: "proxy", State: "open", Up: 500, Down: 500},
@@ -158,6 +163,7 @@ connect-timeout 5s
 			t.Errorf("flow %d: %+v", i, got)
 		}
 		want.ID, want.Start, want.Rule = got.ID, got.Start, got.Rule
+		want.PID, want.Exe = os.Getpid(), exe
 		if got != want {
 			t.Errorf("flow %d: %+v, want %+v", i, got, want)
 		}
