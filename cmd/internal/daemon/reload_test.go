@@ -14,6 +14,7 @@ import (
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/cmd/internal/resolved"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
 )
@@ -45,6 +46,7 @@ func startUp(t *testing.T, file string, environ []string) (u *up, write func(str
 	e := &env{}
 	e.log = slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: &e.level}))
 	u = &up{
+		teller:    resolved.New("", nil, slog.New(slog.DiscardHandler)),
 		loops:     newLoopGuard(),
 		UpOptions: UpOptions{Again: func() (*config.Config, error) { return cfg.Again(args, environ) }, Version: "test"},
 		env:       e,
