@@ -101,6 +101,12 @@ func (p *dial) socket(at netip.AddrPort, fast bool) (fd int, err error, ours boo
 		_ = loop.SetOption(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(soonAck.Milliseconds()))
 	}
 	_ = loop.SetOption(fd, unix.IPPROTO_IP, unix.IP_LOCAL_PORT_RANGE, allPorts) // unknown to Linux before 6.3
+	if p.c != nil && !fast {
+		// With every protocol we speak first, so the ACK of the server's SYN-ACK can travel with our greeting, and the ACK of
+		// its first answer with our request (TCP_QUICKACK, tcp(7)). If we have nothing to send, the kernel sends the ACK by
+		// itself, after 200 ms at most.
+		_ = loop.SetOption(fd, unix.IPPROTO_TCP, unix.TCP_QUICKACK, 0)
+	}
 	p.fast = fast && loop.SetOption(fd, unix.IPPROTO_TCP, unix.TCP_FASTOPEN_CONNECT, 1) == nil
 	switch err := p.sa.connect(fd); err {
 	case 0, unix.EINPROGRESS, unix.EINTR:

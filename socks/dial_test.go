@@ -458,3 +458,26 @@ func TestLocalPorts(t *testing.T) {
 		t.Errorf("all of %d local ports toward %v are even", tries, to)
 	}
 }
+
+// TestFewSegments: the ACK of the server's SYN-ACK travels with the greeting, so a handshake of two round trips takes three
+// segments: SYN, greeting, request. When this machine stalls, the kernel sends an ACK by itself.
+func TestFewSegments(t *testing.T) {
+	_, c, _ := setup(t, Options{})
+	at := echo(t)
+	fewest := uint32(1000)
+	for range 20 {
+		fd, err := connect(t, c, context.Background(), AddrFrom(at))
+		if err != nil {
+			t.Fatal(err)
+		}
+		info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+		unix.Close(fd)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fewest = min(fewest, info.Segs_out)
+	}
+	if fewest > 3 {
+		t.Errorf("a handshake took %d segments or more", fewest)
+	}
+}
