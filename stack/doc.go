@@ -18,7 +18,8 @@
 // # The way out
 //
 // The packets of gVisor go through link to tun.Part.Write with their offload header, up to 64 KiB in one frame. UDP
-// replies and ICMP errors are built in this package and written without gVisor.
+// replies and ICMP errors are built in this package and written without gVisor. The ACK of a short segment or of a FIN
+// waits for a segment that carries the same acknowledgement (ackHold).
 //
 // # Goroutines
 //
@@ -29,7 +30,8 @@
 //
 // Within a shard: feeding (held while a frame is in gVisor), then gVisor's own locks, then pendingTable.mu, then
 // either a stripe of the budget or the mutex of another shard's inbox. Locks of two shards are never held together,
-// except that of an inbox, under which no other lock is taken.
+// except that of an inbox, under which no other lock is taken. The mutex of an ackSlot comes after gVisor's locks; a frame
+// may be written under it, and no other lock is taken.
 //
 // # What the shards share
 //

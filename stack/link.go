@@ -107,17 +107,10 @@ func (l *link) WritePacket(pkt *gstack.PacketBuffer) tcpip.Error {
 
 func (l *link) write(pkt *gstack.PacketBuffer) error {
 	f := l.frame.Get().(*outFrame)
-	f.h = tun.Header{}
-	if gso := &pkt.GSOOptions; gso.Type != gstack.GSONone && gso.NeedsCsum {
-		f.h.Flags = tun.NeedsCsum
-		f.h.CsumStart, f.h.CsumOffset = gso.L3HdrLen, gso.CsumOffset
-		if pkt.Data().Size() > int(gso.MSS) {
-			f.h.GSOType = tun.GSOTCPv4
-			if gso.Type == gstack.GSOTCPv6 {
-				f.h.GSOType = tun.GSOTCPv6
-			}
-			f.h.GSOSize, f.h.HdrLen = gso.MSS, uint16(pkt.HeaderSize())
-		}
+	f.setHeader(pkt)
+	if l.s.acks.hold(pkt, &f.h) {
+		l.frame.Put(f)
+		return nil
 	}
 	views, skip := pkt.AsViewList()
 	f.skip = skip
@@ -135,6 +128,22 @@ func (l *link) write(pkt *gstack.PacketBuffer) error {
 	l.s.stats.FramesOut.Add(1)
 	l.s.stats.BytesOut.Add(uint64(size))
 	return nil
+}
+
+// setHeader sets the offload header of pkt.
+func (f *outFrame) setHeader(pkt *gstack.PacketBuffer) {
+	f.h = tun.Header{}
+	if gso := &pkt.GSOOptions; gso.Type != gstack.GSONone && gso.NeedsCsum {
+		f.h.Flags = tun.NeedsCsum
+		f.h.CsumStart, f.h.CsumOffset = gso.L3HdrLen, gso.CsumOffset
+		if pkt.Data().Size() > int(gso.MSS) {
+			f.h.GSOType = tun.GSOTCPv4
+			if gso.Type == gstack.GSOTCPv6 {
+				f.h.GSOType = tun.GSOTCPv6
+			}
+			f.h.GSOSize, f.h.HdrLen = gso.MSS, uint16(pkt.HeaderSize())
+		}
+	}
 }
 
 func (f *outFrame) add(v *buffer.View) {

@@ -191,6 +191,9 @@ func (r *frameReader) takeUDP(h *tun.Header, b []byte, p *packet, at place) bool
 
 // deliver passes a frame to gVisor as one packet of any length. hdr is the result of inspect.
 func (r *frameReader) deliver(h *tun.Header, b []byte, p *packet, hdr int, at place) {
+	if hdr != 0 {
+		r.s.acks.saw(b[:p.end], p.off, hdr)
+	}
 	big := len(b) > handOn
 	if big {
 		r.calm = 0

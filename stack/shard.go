@@ -27,10 +27,12 @@ type shard struct {
 	engine  atomic.Pointer[engine]
 	feeding sync.Mutex // held while gVisor takes a frame, and while the engine is replaced
 	pending *pendingTable
+	acks    *ackHold
 }
 
 func newShard(s *Stack, dev tun.Part, b *budget, cfg Config) (*shard, error) {
 	p := &shard{Stack: s, index: len(s.shards), dev: dev}
+	p.acks = newACKHold(dev, &p.stats)
 	p.pending = newPendingTable(cfg.Limits, b, cfg.Sockets, &p.stats)
 	p.pending.open, p.pending.abort, p.pending.shake, p.pending.answer = p.open, p.abortHandshake, p.handshake, p.answer
 	e, err := p.newEngine()

@@ -215,5 +215,6 @@ func (s *Stack) teardown() {
 		p.pending.failAll()
 		p.engine.Load().destroy()
 		p.pending.shaking.Wait()
+		p.acks.close()
 	}
 }
