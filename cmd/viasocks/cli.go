@@ -13,11 +13,13 @@ import (
 
 // Exit codes. After the start of its program, `run` returns the program's own.
 const (
-	exitOK       = 0
-	exitNoStart  = 1
-	exitUsage    = 2
-	exitDied     = 3
-	manualNotice = "Manual: viasocks(1) for every option, viasocks.conf(5) for the file and rules, viasocks(7) for recipes.\n"
+	exitOK      = 0
+	exitNoStart = 1
+	exitUsage   = 2
+	exitDied    = 3
+	// exec returns this, as shells do, if it cannot run the program.
+	exitCannotRun = 126
+	manualNotice  = "Manual: viasocks(1) for every option, viasocks.conf(5) for the file and rules, viasocks(7) for recipes.\n"
 )
 
 // streams are files and not interfaces, because run passes them to the program.
@@ -37,6 +39,7 @@ type command struct {
 func commands() []*command {
 	return []*command{
 		cmdRun,
+		cmdExec,
 		cmdUp,
 		cmdDown,
 		cmdConfirm,

@@ -330,6 +330,9 @@ func (c *Child) Signal(sig os.Signal) error {
 	return nil
 }
 
+// Pid returns the process id, first of the helper and then of the program.
+func (c *Child) Pid() int { return c.pid }
+
 // Close closes TUN and Diag. A program that was never started is ended. A running program is left alone, with a
 // network that reaches nothing. Close may be called twice, but not during Wait.
 func (c *Child) Close() error {

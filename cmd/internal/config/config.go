@@ -133,6 +133,10 @@ type Config struct {
 	UDPGSO       relay.GSO
 	KeepProxyEnv bool
 	Publish      []publish.Spec // run
+	Name         string         // run: for ps and exec
+	Instance     string         // exec: the name or process id of a viasocks
+	ReadyFD      int            // run: gets a line when the program has its network; -1: none
+	PIDFile      string         // run; empty: none
 	TUN          string
 	Mark, Mask   uint32
 	Table        int

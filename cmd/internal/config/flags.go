@@ -70,7 +70,7 @@ func parse(cmd Command, args, env []string, running *Config) (*Config, error) {
 	set.SetOutput(io.Discard)
 	set.Usage = func() {}
 	// The program's own flags begin after the first word that is not ours.
-	set.SetInterspersed(cmd != Run)
+	set.SetInterspersed(!cmd.runsProgram())
 	for i := range Options {
 		o := &Options[i]
 		if !o.takes(cmd) {
@@ -88,14 +88,19 @@ func parse(cmd Command, args, env []string, running *Config) (*Config, error) {
 	}
 	c := blank()
 	c.Command, c.Program = cmd, set.Args()
-	if cmd == Run && (len(c.Program) == 0 || c.Program[0] == "") {
-		return nil, usagef("cannot run: no program was given")
+	if cmd == Exec {
+		if err := c.takeInstance(); err != nil {
+			return nil, err
+		}
+	}
+	if cmd.runsProgram() && (len(c.Program) == 0 || c.Program[0] == "") {
+		return nil, usagef("cannot %s: no program was given", commandName(cmd))
 	}
 	var behind []string
 	if cmd == Doctor || cmd == Capture {
 		behind, c.Program = c.Program, nil
 	}
-	if cmd != Run && len(c.Program) > 0 {
+	if !cmd.runsProgram() && len(c.Program) > 0 {
 		return nil, usagef("cannot use %q: unexpected argument", c.Program[0])
 	}
 

@@ -29,7 +29,11 @@ const (
 	Doctor // takes what Check takes, too
 	Health
 	Capture
+	Exec
 )
+
+// runsProgram reports whether a program and its arguments follow the options.
+func (c Command) runsProgram() bool { return c == Run || c == Exec }
 
 // takes reports whether the option is one of cmd.
 func (o *Option) takes(cmd Command) bool {
@@ -43,7 +47,17 @@ var commandNames = []struct {
 	cmd  Command
 	name string
 }{{Run, "run"}, {Up, "up"}, {Down, "down"}, {Confirm, "confirm"}, {Status, "status"}, {Flows, "flows"}, {Ps, "ps"}, {Top, "top"},
-	{Doctor, "doctor"}, {Health, "health"}, {Capture, "capture"}}
+	{Doctor, "doctor"}, {Health, "health"}, {Capture, "capture"}, {Exec, "exec"}}
+
+// commandName returns the name of one subcommand.
+func commandName(cmd Command) string {
+	for _, n := range commandNames {
+		if n.cmd == cmd {
+			return n.name
+		}
+	}
+	return ""
+}
 
 // Option is one long option: a flag, a word of the configuration file, a line of the help and an item of the manual.
 type Option struct {
@@ -68,6 +82,7 @@ var optionGroups = []struct {
 	{"Proxies, names and limits", flowOptions},
 	{"Other resolvers for some names", splitOptions},
 	{"Reaching a program of run", publishOptions},
+	{"Telling programs of run apart", instanceOptions},
 	{"Faster connections to the proxy", tuningOptions},
 	{"Rules", ruleOptions},
 	{"The whole host", hostOptions},

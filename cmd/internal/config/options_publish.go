@@ -2,6 +2,8 @@ package config
 
 import (
 	"path/filepath"
+	"strconv"
+	"strings"
 
 	"github.com/viasocks/viasocks/cmd/internal/publish"
 )
@@ -43,6 +45,96 @@ may use.
 The socket is removed at the end.
 A socket that is there already is replaced if nobody listens at it; any other file is left alone, and nothing is started.`,
 	},
+}
+
+// instanceOptions tell a program under run from others.
+var instanceOptions = []Option{
+	{
+		Name: "name", Arg: "NAME", Cmds: Run | Check, set: setName,
+		Help: "a name for this program, for ps and exec",
+		Man: `A name for this program, which
+.Cm ps
+shows and
+.Cm exec
+takes in place of the process id.
+It consists of up to 64 letters, digits, dots, hyphens and underscores and does not begin with a digit.`,
+	},
+	{
+		Name: "pid-file", Arg: "FILE", Cmds: Run | Check, set: setPIDFile,
+		Help: "write the process id of viasocks to FILE",
+		Man: `Write the process id of
+.Nm
+to
+.Ar FILE
+once the program has its network.
+A signal that is sent to
+.Nm
+reaches the program.
+The file is removed at the end.`,
+	},
+	{
+		Name: "ready-fd", Arg: "N", Default: "-1", Cmds: Run | Check, set: number(-1, maxFD, func(c *Config) *int { return &c.ReadyFD }),
+		Help: "write a line to this file descriptor once the program has its network",
+		Man: `Write
+.Li READY
+and a line feed to the file descriptor
+.Ar N ,
+which the caller has opened, and close it.
+This happens once the program has its network and its published ports listen.
+The program does not get the descriptor.`,
+	},
+}
+
+// maxFD is the largest number that a file descriptor can have.
+const maxFD = 1<<31 - 1
+
+// maxName is the length of a name in bytes.
+const maxName = 64
+
+func setName(c *Config, v value) error {
+	if !isName(v.text) {
+		return v.err("must be up to %d letters, digits, dots, hyphens and underscores, and must not begin with a digit", maxName)
+	}
+	c.Name = v.text
+	return nil
+}
+
+// isName reports whether s can be the name of an instance. A name is never a process id.
+func isName(s string) bool {
+	if s == "" || len(s) > maxName || s[0] >= '0' && s[0] <= '9' || s[0] == '-' {
+		return false
+	}
+	for _, r := range s {
+		if r > 'z' || !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("._-", r)) {
+			return false
+		}
+	}
+	return true
+}
+
+func setPIDFile(c *Config, v value) (err error) {
+	if v.text == "" {
+		return v.err("must be the name of a file")
+	}
+	if c.PIDFile, err = filepath.Abs(v.text); err != nil {
+		return v.err("%v", err)
+	}
+	return nil
+}
+
+// takeInstance takes the first word of exec from the program.
+func (c *Config) takeInstance() error {
+	if len(c.Program) == 0 {
+		return usagef("cannot exec: no name or process id of a viasocks was given")
+	}
+	c.Instance, c.Program = c.Program[0], c.Program[1:]
+	if n, err := strconv.Atoi(c.Instance); !isName(c.Instance) && (err != nil || n < 1 || n > maxPID) {
+		return usagef("cannot exec in %q: must be a name or a process id that 'viasocks ps' shows", c.Instance)
+	}
+	if len(c.Program) > 0 && c.Program[0] == "--" {
+		c.Program = c.Program[1:]
+	}
+	return nil
 }
 
 // maxPublished is more ports than anybody publishes.

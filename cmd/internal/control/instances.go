@@ -32,6 +32,8 @@ type Instance struct {
 	User    string    `json:"user"` // name of UID, or its number
 	Mode    string    `json:"mode"` // run or up
 	Program string    `json:"program,omitempty"`
+	Name    string    `json:"name,omitempty"` // of --name
+	Inside  int       `json:"program_pid,omitempty"`
 	Proxy   string    `json:"proxy"` // without user and password
 	State   string    `json:"state"`
 	Since   time.Time `json:"since"`
@@ -107,6 +109,7 @@ func (c *Client) instance() (i Instance, ok bool) {
 		return i, true
 	}
 	i.Mode, i.Program, i.State, i.Since = cmp.Or(s.Mode, ModeUp), s.Program, s.State, s.Since
+	i.Name, i.Inside = s.Name, s.Inside
 	i.Flows, i.Up, i.Down = s.TCP.Now+s.UDP.Now, s.Up, s.Down
 	for _, u := range s.Upstreams {
 		if u.URL != "" {

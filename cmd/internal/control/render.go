@@ -23,7 +23,13 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 		s.PID,
 	)
 	if s.Mode == ModeRun {
-		fmt.Fprintf(&b, "  program %s\n", Plain(s.Program))
+		fmt.Fprintf(&b, "  program %s, process %d\n", Plain(s.Program), s.Inside)
+	}
+	if s.Name != "" {
+		fmt.Fprintf(&b, "  name %s\n", Plain(s.Name))
+	}
+	for _, port := range s.Published {
+		fmt.Fprintf(&b, "  published %s\n", Plain(port))
 	}
 	if s.State == Waiting {
 		fmt.Fprintf(&b, "  waiting for the proxy; the host is closed until it can be reached: %s\n", Plain(s.Waiting))
@@ -178,8 +184,11 @@ func WriteInstances(w io.Writer, all []Instance, now time.Time) error {
 				continue
 			}
 			program := x.Program
-			if x.Mode == ModeUp {
+			switch {
+			case x.Mode == ModeUp:
 				program = "(the host)"
+			case x.Name != "":
+				program = x.Name + " (" + program + ")"
 			}
 			fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n", x.PID, Plain(x.User), Plain(program), Plain(x.Proxy), Plain(x.State),
 				x.Flows, byteCount(x.Up), byteCount(x.Down), span(now.Sub(x.Since)))

@@ -16,8 +16,11 @@ const (
 type Status struct {
 	Version   string     `json:"version"`
 	PID       int        `json:"pid"`
-	Mode      string     `json:"mode"`              // "up" or "run"
-	Program   string     `json:"program,omitempty"` // run: the name of the program
+	Mode      string     `json:"mode"`                  // "up" or "run"
+	Program   string     `json:"program,omitempty"`     // run: the name of the program
+	Name      string     `json:"name,omitempty"`        // run: of --name
+	Inside    int        `json:"program_pid,omitempty"` // run: the process id of the program
+	Published []string   `json:"published,omitempty"`   // run: the ports of --publish
 	State     string     `json:"state"`
 	Since     time.Time  `json:"since"`                // when it was started
 	ReadyAt   *time.Time `json:"ready_at,omitempty"`   // when it became ready

@@ -26,17 +26,19 @@ var targets = []publish.Target{
 	{To: flow.TUN6, From: flow.Outside6},
 }
 
-// startPublishing makes the program's ports reachable, if any is to be. stop ends that.
-func startPublishing(cfg *config.Config, child *netns.Child, log *slog.Logger) (stop func(), err error) {
+// startPublishing makes the program's ports reachable, if any is to be. at names the ports
+// as --publish does; stop ends it.
+func startPublishing(cfg *config.Config, child *netns.Child, log *slog.Logger) (at []string, stop func(), err error) {
 	if len(cfg.Publish) == 0 {
-		return func() {}, nil
+		return nil, func() {}, nil
 	}
 	p, err := publish.Start(publish.Config{Specs: cfg.Publish, Sockets: child.Sockets, Targets: targets, Log: log})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	for _, s := range p.Listening() {
 		log.Info("published a port of the program", "port", s.String())
+		at = append(at, s.String())
 	}
-	return p.Close, nil
+	return at, p.Close, nil
 }

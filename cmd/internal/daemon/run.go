@@ -61,6 +61,9 @@ func Run(cfg *config.Config, o RunOptions) (exit int, err error) {
 	if err := probe(ctx, cfg, dial); err != nil {
 		return 0, err
 	}
+	if err := keepReadyFD(cfg); err != nil {
+		return 0, err
+	}
 	child, err := netns.Spawn(ctx, netns.Spec{
 		Argv: cfg.Program, Env: programEnv(o.Environ, cfg.KeepProxyEnv),
 		Stdin: o.Stdin, Stdout: o.Stdout, Stderr: o.Stderr,
@@ -108,12 +111,12 @@ func Run(cfg *config.Config, o RunOptions) (exit int, err error) {
 	forwarded := make(chan os.Signal, 16)
 	signal.Notify(forwarded, forward...)
 	defer signal.Stop(forwarded)
-	defer serveRun(cfg, p, child.TUNName, o, e.log)()
-	unpublish, err := startPublishing(cfg, child, e.log)
+	published, unpublish, err := startPublishing(cfg, child, e.log)
 	if err != nil {
 		return 0, err
 	}
 	defer unpublish()
+	defer serveRun(cfg, p, instance{child.Pid(), child.TUNName, published}, o, e.log)()
 	endMetrics, err := serveMetrics(cfg, watched{
 		plane: func() *plane { return p }, ready: func() bool { return true }, dropped: child.TXDropped,
 	}, o.Version, e.log)
@@ -121,6 +124,11 @@ func Run(cfg *config.Config, o RunOptions) (exit int, err error) {
 		return 0, err
 	}
 	defer endMetrics()
+	unannounce, err := announce(cfg)
+	if err != nil {
+		return 0, err
+	}
+	defer unannounce()
 	if err := child.Exec(); err != nil {
 		return 0, err
 	}

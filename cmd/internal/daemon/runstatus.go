@@ -12,13 +12,21 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/control"
 )
 
+// instance is what status tells of a program under run.
+type instance struct {
+	pid       int // of the program
+	tun       string
+	published []string
+}
+
 // serveRun answers `status` and `flows` for a program under `run` until end is called. If that is not possible, the
 // program runs anyway.
-func serveRun(cfg *config.Config, p *plane, tun string, o RunOptions, log *slog.Logger) (end func()) {
+func serveRun(cfg *config.Config, p *plane, at instance, o RunOptions, log *slog.Logger) (end func()) {
 	since := time.Now()
 	status := func() control.Status {
 		s := control.Status{
 			Version: o.Version, PID: os.Getpid(), Mode: control.ModeRun, Program: filepath.Base(cfg.Program[0]),
+			Name: cfg.Name, Inside: at.pid, Published: at.published,
 			State: control.Ready, Since: since, ReadyAt: &since, Config: cfg.File, Warnings: cfg.Warnings, DNS: resolverWords(cfg),
 		}
 		p.fill(&s, cfg, nil)
@@ -26,7 +34,7 @@ func serveRun(cfg *config.Config, p *plane, tun string, o RunOptions, log *slog.
 	}
 	watch := func(ctx context.Context, send func([]control.Event) error) { _ = p.watch(ctx, send) } // who watched has gone, or p is over
 	record := func(ctx context.Context, what control.Capture, w io.Writer) error {
-		return p.capture(ctx, what, w, o.Version, tun)
+		return p.capture(ctx, what, w, o.Version, at.tun)
 	}
 	srv, err := control.ListenRun(control.RuntimeOf(o.Environ), control.Options{
 		Backend: control.Backend{

@@ -1,0 +1,92 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"github.com/viasocks/viasocks/cmd/internal/control"
+)
+
+// Exec replaces this process with a program in the namespaces of the one that is under run in the instance named want, which is one
+// of all. It returns only an error.
+//
+// A process with several threads cannot enter a user namespace (setns(2)), and a Go program always has several: nsenter(1) does it.
+func Exec(want string, program []string, all []control.Instance, environ []string) error {
+	at, err := instanceNamed(want, all)
+	if err != nil {
+		return fmt.Errorf("cannot exec in %q: %w", want, err)
+	}
+	nsenter, err := exec.LookPath("nsenter")
+	if err != nil {
+		return fmt.Errorf("cannot exec in %q: nsenter is not installed: install util-linux", want)
+	}
+	args := []string{"nsenter", "--target", strconv.Itoa(at.Inside), "--net", "--mount"}
+	if other, err := otherUserNamespace(at.Inside); err != nil {
+		return fmt.Errorf("cannot exec in %q: %w", want, err)
+	} else if other {
+		if at.UID != os.Geteuid() {
+			return fmt.Errorf("cannot exec in %q: it has a user namespace of its own: do it as %s", want, at.User)
+		}
+		args = append(args, "--user", "--preserve-credentials")
+	}
+	if dir, err := os.Getwd(); err == nil { // else nsenter leaves us in the root directory
+		args = append(args, "--wd="+dir)
+	}
+	args = append(append(args, "--"), program...)
+	return fmt.Errorf("cannot exec in %q: %w", want, syscall.Exec(nsenter, args, programEnv(environ, false)))
+}
+
+// instanceNamed finds the instance with a name or a process id among those of run.
+func instanceNamed(want string, all []control.Instance) (at control.Instance, err error) {
+	pid, _ := strconv.Atoi(want)
+	n := 0
+	for _, i := range all {
+		if i.Mode == control.ModeRun && i.Inside > 0 && (i.PID == pid || i.Name != "" && i.Name == want) {
+			at = i
+			n++
+		}
+	}
+	switch {
+	case n == 0:
+		return at, errors.New("there is none among those that you may ask: see 'viasocks ps'")
+	case n > 1:
+		return at, errors.New("several have this name: give the process id that 'viasocks ps' shows")
+	}
+	// The process id is the program's for as long as viasocks, which is its parent, has not waited for it.
+	if parent, err := parentOf(at.Inside); err != nil || parent != at.PID {
+		return at, errors.New("its program has ended")
+	}
+	return at, nil
+}
+
+// parentOf reads the parent of a process (proc_pid_stat(5)).
+func parentOf(pid int) (int, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, err
+	}
+	s := string(b)
+	fields := strings.Fields(s[strings.LastIndexByte(s, ')')+1:])
+	if len(fields) < 2 {
+		return 0, errors.New("malformed /proc/PID/stat")
+	}
+	return strconv.Atoi(fields[1])
+}
+
+// otherUserNamespace reports whether a process is in another user namespace than this one.
+func otherUserNamespace(pid int) (bool, error) {
+	theirs, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/user", pid))
+	if err != nil {
+		return false, fmt.Errorf("cannot look at its program: %w", plainPathError(err))
+	}
+	ours, err := os.Readlink("/proc/self/ns/user")
+	if err != nil {
+		return false, fmt.Errorf("cannot look at the own namespaces: %w", plainPathError(err))
+	}
+	return theirs != ours, nil
+}
