@@ -92,8 +92,11 @@ func TestEveryOptionFromTheEnvironment(t *testing.T) {
 		if o.Name == "proxy" {
 			base = []string{"--rule", "direct"}
 		}
-		if cmd == Run {
+		switch cmd {
+		case Run:
 			program = []string{"true"}
+		case Capture:
+			program = []string{"-"}
 		}
 		sample := sampleOf(t, o, dir)
 		parsed := func(args, env []string) Config {
