@@ -63,7 +63,7 @@ func newCarried(t *testing.T) (c *carried, write func(string)) {
 	for _, a := range []string{"1.1.1.1:53", "9.9.9.9:53", "192.0.2.53:53"} {
 		s.Redirect(netip.MustParseAddrPort(a), dns)
 	}
-	u, write, theirs, _ := startUp(t, "", []string{"VIASOCKS_PROXY=socks5://al@" + s.Addr().String()})
+	u, write, theirs, _ := startUp(t, "", []string{"ALL_PROXY=socks5://al@" + s.Addr().String()})
 	app, err := stacktest.New(theirs, netip.MustParseAddr("198.18.0.1"))
 	if err != nil {
 		t.Fatal(err)

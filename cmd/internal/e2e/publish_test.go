@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -63,7 +64,9 @@ func TestPublishARIA2(t *testing.T) {
 			byUnix := &http.Client{
 				Transport: &http.Transport{
 					DisableKeepAlives: true,
-					Dial:              func(string, string) (net.Conn, error) { return net.Dial("unix", path) },
+					DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+						return new(net.Dialer).DialContext(ctx, "unix", path)
+					},
 				},
 				Timeout: testkit.Patience,
 			}
