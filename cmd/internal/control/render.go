@@ -28,8 +28,9 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	if s.Name != "" {
 		fmt.Fprintf(&b, "  name %s\n", Plain(s.Name))
 	}
-	for _, port := range s.Published {
-		fmt.Fprintf(&b, "  published %s\n", Plain(port))
+	if p := s.Published; p != nil {
+		fmt.Fprintf(&b, "  published %s: %d connections, %d refused; %d datagrams, %d dropped; %d open now\n",
+			Plain(strings.Join(p.Ports, ", ")), p.Connections, p.Refused, p.Datagrams, p.Dropped, p.Open)
 	}
 	if s.State == Waiting {
 		fmt.Fprintf(&b, "  waiting for the proxy; the host is closed until it can be reached: %s\n", Plain(s.Waiting))

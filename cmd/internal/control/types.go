@@ -1,6 +1,10 @@
 package control
 
-import "time"
+import (
+	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/publish"
+)
 
 // The states of a daemon.
 const (
@@ -12,6 +16,12 @@ const (
 	Stopping    = "stopping"
 )
 
+// Published are the ports of a program that are reached from outside.
+type Published struct {
+	Ports []string `json:"ports"` // as --publish and --publish-unix name them
+	publish.Stats
+}
+
 // Status is the state of a daemon. Numbers that do not describe the present count since the start; bytes are payload.
 type Status struct {
 	Version   string     `json:"version"`
@@ -20,7 +30,7 @@ type Status struct {
 	Program   string     `json:"program,omitempty"`     // run: the name of the program
 	Name      string     `json:"name,omitempty"`        // run: of --name
 	Inside    int        `json:"program_pid,omitempty"` // run: the process id of the program
-	Published []string   `json:"published,omitempty"`   // run: the ports of --publish
+	Published *Published `json:"published,omitempty"`   // run: nil if no port is
 	State     string     `json:"state"`
 	Since     time.Time  `json:"since"`                // when it was started
 	ReadyAt   *time.Time `json:"ready_at,omitempty"`   // when it became ready

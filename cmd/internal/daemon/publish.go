@@ -5,6 +5,7 @@ import (
 	"net/netip"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/cmd/internal/publish"
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/tun/netns"
@@ -26,19 +27,28 @@ var targets = []publish.Target{
 	{To: flow.TUN6, From: flow.Outside6},
 }
 
-// startPublishing makes the program's ports reachable, if any is to be. at names the ports
-// as --publish does; stop ends it.
-func startPublishing(cfg *config.Config, child *netns.Child, log *slog.Logger) (at []string, stop func(), err error) {
+// startPublishing makes the program's ports reachable. It returns nil if there are none; otherwise the caller closes the Publisher.
+func startPublishing(cfg *config.Config, child *netns.Child, log *slog.Logger) (*publish.Publisher, error) {
 	if len(cfg.Publish) == 0 {
-		return nil, func() {}, nil
+		return nil, nil
 	}
 	p, err := publish.Start(publish.Config{Specs: cfg.Publish, Sockets: child.Sockets, Targets: targets, Log: log})
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	for _, s := range p.Listening() {
 		log.Info("published a port of the program", "port", s.String())
-		at = append(at, s.String())
 	}
-	return at, p.Close, nil
+	return p, nil
+}
+
+// fillPublished tells status of p, which may be nil.
+func fillPublished(s *control.Status, p *publish.Publisher) {
+	if p == nil {
+		return
+	}
+	s.Published = &control.Published{Stats: p.Stats()}
+	for _, at := range p.Listening() {
+		s.Published.Ports = append(s.Published.Ports, at.String())
+	}
 }

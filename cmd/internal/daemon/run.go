@@ -111,11 +111,13 @@ func Run(cfg *config.Config, o RunOptions) (exit int, err error) {
 	forwarded := make(chan os.Signal, 16)
 	signal.Notify(forwarded, forward...)
 	defer signal.Stop(forwarded)
-	published, unpublish, err := startPublishing(cfg, child, e.log)
+	published, err := startPublishing(cfg, child, e.log)
 	if err != nil {
 		return 0, err
 	}
-	defer unpublish()
+	if published != nil {
+		defer published.Close()
+	}
 	defer serveRun(cfg, p, instance{child.Pid(), child.TUNName, published}, o, e.log)()
 	endMetrics, err := serveMetrics(cfg, watched{
 		plane: func() *plane { return p }, ready: func() bool { return true }, dropped: child.TXDropped,

@@ -10,13 +10,14 @@ import (
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/cmd/internal/publish"
 )
 
 // instance is what status tells of a program under run.
 type instance struct {
 	pid       int // of the program
 	tun       string
-	published []string
+	published *publish.Publisher // nil: none
 }
 
 // serveRun answers `status` and `flows` for a program under `run` until end is called. If that is not possible, the
@@ -26,9 +27,10 @@ func serveRun(cfg *config.Config, p *plane, at instance, o RunOptions, log *slog
 	status := func() control.Status {
 		s := control.Status{
 			Version: o.Version, PID: os.Getpid(), Mode: control.ModeRun, Program: filepath.Base(cfg.Program[0]),
-			Name: cfg.Name, Inside: at.pid, Published: at.published,
+			Name: cfg.Name, Inside: at.pid,
 			State: control.Ready, Since: since, ReadyAt: &since, Config: cfg.File, Warnings: cfg.Warnings, DNS: resolverWords(cfg),
 		}
+		fillPublished(&s, at.published)
 		p.fill(&s, cfg, nil)
 		return s
 	}

@@ -73,6 +73,12 @@ func TestPublishARIA2(t *testing.T) {
 			if got := ask(byUnix, "http://aria2/jsonrpc"); !strings.Contains(got, "enabledFeatures") {
 				t.Errorf("by the unix socket: %s", got)
 			}
+			st := exec.Command(viasocks, "status", "--pid", fmt.Sprint(cmd.Process.Pid))
+			st.Env, st.Dir = cmd.Env, dir
+			st.SysProcAttr = cmd.SysProcAttr
+			if got, err := st.CombinedOutput(); err != nil || !strings.Contains(string(got), ", "+path+":6800: 2 connections, ") {
+				t.Errorf("status: %v\n%s", err, got)
+			}
 			maker := makers(cmd.Process.Pid)
 			if len(maker) != 1 {
 				t.Errorf("the processes that make sockets are %v", maker)

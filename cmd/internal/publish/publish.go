@@ -40,11 +40,11 @@ type Target struct{ To, From netip.Addr }
 
 // Stats are counters since the start, but for Open.
 type Stats struct {
-	Connections int64 // TCP connections that reached the program
-	Refused     int64 // TCP connections that did not
-	Open        int64 // connections and senders of datagrams now
-	Datagrams   int64 // carried, in both directions
-	Dropped     int64 // datagrams that were not: the program does not listen, or there are too many senders
+	Connections int64 `json:"connections"` // TCP connections that reached the program
+	Refused     int64 `json:"refused"`     // TCP connections that did not
+	Open        int64 `json:"open"`        // connections and senders of datagrams now
+	Datagrams   int64 `json:"datagrams"`   // carried, in both directions
+	Dropped     int64 `json:"dropped"`     // datagrams that were not: the program does not listen, or there are too many senders
 }
 
 // Publisher listens for a program. Close ends it.
