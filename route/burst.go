@@ -8,7 +8,7 @@ const (
 	burstRoom = 8 << 10
 	// burstAnswers is how many answers are collected. The stack reads as many frames at once.
 	burstAnswers = 64
-	// burstSlots is how many runs are distinguished; a run is the answers to one socket with one length.
+	// burstSlots is how many sockets are distinguished.
 	burstSlots = 64
 )
 
@@ -26,7 +26,11 @@ type burst struct {
 
 // take copies an answer, which flush will write. If it returns false, the answer must be written now.
 func (b *burst) take(w flow.PacketWriter, p flow.Packet) bool {
-	if !b.open || len(p.Payload) > burstRoom {
+	if !b.open {
+		return false
+	}
+	if len(p.Payload) > burstRoom {
+		b.flush(w) // the answers before it come first
 		return false
 	}
 	if b.room == nil {
@@ -39,19 +43,16 @@ func (b *burst) take(w flow.PacketWriter, p flow.Packet) bool {
 	at := len(b.room)
 	b.room = append(b.room, p.Payload...)
 	p.Payload = b.room[at:]
-	b.slots[len(b.pkts)] = runOf(&p)
+	b.slots[len(b.pkts)] = askerSlot(&p)
 	b.pkts = append(b.pkts, p)
 	return true
 }
 
-// runOf returns the same number for all answers that can be in one super-frame. Other answers may have the same
-// number; the runs are then more and shorter.
-func runOf(p *flow.Packet) uint8 {
-	return uint8((uint32(p.Dst.Port())*31 + uint32(len(p.Payload))) % burstSlots)
-}
+// askerSlot returns the same number for all answers to one socket. Answers to other sockets may have the same number; the
+// runs are then more and shorter. The length has no part in it: answers to one socket keep their order.
+func askerSlot(p *flow.Packet) uint8 { return uint8(p.Dst.Port() % burstSlots) }
 
-// flush writes what was collected. Answers to one socket may be reordered, because the asker recognizes them by their
-// IDs.
+// flush writes what was collected: the answers to one socket side by side, in the order in which they were taken.
 func (b *burst) flush(w flow.PacketWriter) {
 	n := len(b.pkts)
 	if n == 0 {
@@ -65,7 +66,7 @@ func (b *burst) flush(w flow.PacketWriter) {
 	b.room, b.pkts = b.room[:0], b.pkts[:0]
 }
 
-// sort is a counting sort by slot: its time does not depend on what was asked.
+// sort is a stable counting sort by slot: its time does not depend on what was asked.
 func (b *burst) sort() []flow.Packet {
 	var at [burstSlots + 1]uint16
 	n := len(b.pkts)

@@ -153,6 +153,31 @@ func TestLongBurst(t *testing.T) {
 	}
 }
 
+// TestAnswersKeepTheirOrder: the answers to one socket are written in the order of its questions, also where their lengths differ
+// and the answers to other sockets come between them.
+func TestAnswersKeepTheirOrder(t *testing.T) {
+	checkLeaks(t)
+	w := &callWriter{}
+	s := newBurstShard(t, w)
+	var pkts []flow.Packet
+	for i := range uint16(burstAnswers) {
+		pkts = append(pkts, questionOf(i, 2000+i%3*burstSlots, strings.Repeat("a", 1+int(i*7%20))))
+	}
+	s.handlePackets(pkts)
+	last, n := map[netip.AddrPort]int{}, 0
+	for _, p := range slices.Concat(w.calls...) {
+		id := int(binary.BigEndian.Uint16(p.Payload))
+		if before, ok := last[p.Dst]; ok && id < before {
+			t.Errorf("%v: the answer to question %d comes after that to %d", p.Dst, id, before)
+		}
+		last[p.Dst] = id
+		n++
+	}
+	if n != burstAnswers || len(last) != 3 {
+		t.Errorf("%d answers to %d sockets", n, len(last))
+	}
+}
+
 // TestQuestionsAllocateNothing: a question for a name that has a fake address costs no memory, from the frame to the answer.
 func TestQuestionsAllocateNothing(t *testing.T) {
 	s := newBurstShard(t, nullWriter{})
