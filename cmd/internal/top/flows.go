@@ -26,7 +26,7 @@ func flowColumns(m *model) []flowColumn {
 		{column: column{"PROGRAM", 10, false}, sort: byProgram, show: text(program), wide: wider(16)},
 		{column: column{"PID", 7, true}, from: wideWidth, sort: orders, show: text(pidOf)},
 		{column: column{"PROTO", 5, false}, from: wideWidth, sort: orders, show: text(func(f control.Flow) string { return plain(f.Proto) })},
-		{column: column{"DESTINATION", 0, false}, sort: byDestination, show: text(destination)},
+		{column: column{"DESTINATION", 0, false}, sort: byDestination, show: m.destinationCell},
 		{column: column{"ADDRESS", 22, false}, from: widerWidth, sort: orders, show: addressCell},
 		{column: column{"VIA", 7, false}, sort: byUpstream, show: text(func(f control.Flow) string { return plain(f.Upstream) }), wide: wider(12)},
 		{column: column{"STATE", 7, false}, sort: byState, show: m.stateCell, wide: wider(9)},
@@ -40,6 +40,15 @@ func flowColumns(m *model) []flowColumn {
 }
 
 func wider(width int) func(*column, int) { return func(c *column, _ int) { c.width = width } }
+
+// destinationCell has the protocol before a destination that is not TCP, where there is no column for it.
+func (m *model) destinationCell(r *row) cell {
+	text := destination(r.Flow)
+	if m.width < wideWidth && r.Proto != "tcp" {
+		text = plain(r.Proto) + " " + text
+	}
+	return cell{text, none}
+}
 
 func (m *model) stateCell(r *row) cell {
 	switch {
