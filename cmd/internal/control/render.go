@@ -201,6 +201,12 @@ func WriteInstances(w io.Writer, all []Instance, now time.Time) error {
 
 // learned is what flows have shown of a proxy, as further cells.
 func learned(u *Upstream) (cells string) {
+	if u.Granted > 0 || u.Failed > 0 {
+		cells += fmt.Sprintf("\t%s granted, %s failed", count(u.Granted), count(u.Failed))
+	}
+	if u.LatencyMS > 0 {
+		cells += "\tlatency " + milliseconds(u.LatencyMS)
+	}
 	if u.IPv6 != "" {
 		cells += "\tIPv6: " + Plain(u.IPv6)
 	}
@@ -254,6 +260,14 @@ func span(d time.Duration) string {
 		return fmt.Sprintf("%dm%ds", d/time.Minute, d%time.Minute/time.Second)
 	}
 	return fmt.Sprintf("%ds", d/time.Second)
+}
+
+// milliseconds formats a time that may be a fraction of a millisecond.
+func milliseconds(ms float64) string {
+	if ms < 9.95 {
+		return fmt.Sprintf("%.1f ms", ms)
+	}
+	return fmt.Sprintf("%.0f ms", ms)
 }
 
 // count formats a number with separated thousands.
