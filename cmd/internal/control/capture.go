@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
-	"strings"
 	"time"
 )
 
@@ -133,8 +132,7 @@ func (c *Client) Capture(ctx context.Context, what Capture, w io.Writer) (packet
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		b, _ := io.ReadAll(io.LimitReader(resp.Body, 1024))
-		return 0, fmt.Errorf("cannot capture: %s", strings.TrimSpace(string(b)))
+		return 0, refusal("capture", resp)
 	}
 	out := bufio.NewWriter(w)
 	in := bufio.NewReaderSize(resp.Body, 64<<10)

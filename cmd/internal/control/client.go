@@ -21,6 +21,9 @@ var ErrNoDaemon = errors.New(
 	"cannot ask viasocks: it is not up here: 'viasocks up' starts it; 'viasocks ps' lists programs under 'viasocks run', for --pid",
 )
 
+// ErrOlder means that the viasocks that answers does not know the request.
+var ErrOlder = errors.New("the running viasocks does not know this request, probably because it is of an older version: restart it")
+
 const (
 	maxAnswer     = 32 << 20
 	clientTimeout = 15 * time.Second
@@ -99,8 +102,7 @@ func (c *Client) ask(method, what string, into any) error {
 	defer resp.Body.Close()
 	body := io.LimitReader(resp.Body, maxAnswer)
 	if resp.StatusCode/100 != 2 {
-		b, _ := io.ReadAll(io.LimitReader(body, 1024))
-		return fmt.Errorf("cannot %s: %s", strings.TrimPrefix(req.URL.Path, "/v1/"), strings.TrimSpace(string(b)))
+		return refusal(strings.TrimPrefix(req.URL.Path, "/v1/"), resp)
 	}
 	if into == nil {
 		return nil
@@ -109,6 +111,15 @@ func (c *Client) ask(method, what string, into any) error {
 		return fmt.Errorf("cannot understand the answer of viasocks: %w", err)
 	}
 	return nil
+}
+
+// refusal is the error of an answer that is none to what was asked.
+func refusal(what string, resp *http.Response) error {
+	if resp.StatusCode == http.StatusNotFound {
+		return fmt.Errorf("cannot ask for %s: %w", what, ErrOlder)
+	}
+	b, _ := io.ReadAll(io.LimitReader(resp.Body, 1024))
+	return fmt.Errorf("cannot %s: %s", what, strings.TrimSpace(string(b)))
 }
 
 func (c *Client) explain(err error) error {

@@ -3,6 +3,7 @@ package control
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -55,6 +56,24 @@ func TestCheckHealth(t *testing.T) {
 	}
 	if h := CheckHealth(r, path, 1); h.Healthy || !strings.Contains(h.Reason, "process id 1") {
 		t.Errorf("%+v", h)
+	}
+}
+
+// A daemon of an older version does not know the question: what is printed says so, and what to do.
+func TestCheckHealthOfOlderVersion(t *testing.T) {
+	path := upWith(t, Backend{Status: sample})
+	var b bytes.Buffer
+	if err := WriteHealth(&b, CheckHealth(runtimeOf(t), path, 0)); err != nil || b.String() != "not healthy: the running viasocks is of an "+
+		"older version, which does not say whether traffic passes: restart it\n" {
+		t.Errorf("%v %q", err, b.String())
+	}
+	c := NewClient(path)
+	defer c.Close()
+	if _, err := c.Capture(t.Context(), Capture{}, &b); !errors.Is(err, ErrOlder) {
+		t.Error(err)
+	}
+	if err := c.Watch(t.Context(), func(Event) error { return nil }); !errors.Is(err, ErrOlder) {
+		t.Error(err)
 	}
 }
 
