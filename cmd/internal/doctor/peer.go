@@ -239,8 +239,9 @@ func (x *peer) endings(ctx context.Context) []Finding {
 		reset.Level, reset.Found = Warning, "A connection that is broken off stays open on the other side."
 		reset.Means = "Servers keep dead connections, and programs wait until their own timeout."
 	case rup != conform.Passed || rdown != conform.Passed:
-		reset.Found = "A connection that is broken off is seen as one that ended in order, as most proxies do."
+		reset.Found = "A connection that is broken off is seen as one that ended in order; most proxies do that."
 		reset.Means = "A download without a length, or one by FTP, that broke off may look complete."
+		reset.Do = "with dante: add 'log: error' to the 'socks pass' rule of its configuration, for dante then passes resets on"
 	}
 	return []Finding{half, reset}
 }

@@ -2,13 +2,17 @@ package doctor
 
 import (
 	"bufio"
+	"net"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // serveThere runs `doctor --serve` in the namespace of the proxies, until the test ends.
@@ -70,6 +74,46 @@ func TestPeerOfTwoAddresses(t *testing.T) {
 	r := examine(t, "--proxy", "socks5://"+proxyAt(t, nil).Addr().String(), "--peer", there4+":7000", "--peer", there4b+":7000")
 	r.is(t, "UDP mapping", OK, "whatever it sends to", "endpoint-independent")
 	r.is(t, "UDP filtering", OK, "strangers", "endpoint-independent")
+}
+
+// dante passes a reset on only where its rule logs errors: what is said of it is true in both cases, and names the line.
+func TestPeerOfDante(t *testing.T) {
+	needWorld(t)
+	danted, err := exec.LookPath("danted")
+	if err != nil {
+		t.Skip(err)
+	}
+	serveThere(t)
+	for port, tt := range map[string]struct{ log, found, do string }{
+		"1081": {"", "seen as one that ended in order", "'log: error'"},
+		"1082": {"log: error", "seen as broken off", ""},
+	} {
+		dir := t.TempDir()
+		conf := filepath.Join(dir, "danted.conf")
+		text := "logoutput: " + filepath.Join(dir, "log") + "\ninternal: " + there4 + " port = " + port + "\nexternal: eth0\n" +
+			"clientmethod: none\nsocksmethod: none\nclient pass { from: 0/0 to: 0/0 }\nsocks pass { from: 0/0 to: 0/0 " + tt.log + " }\n"
+		if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.Command("nsenter", "--net="+proxyNetns, danted, "-f", conf, "-p", filepath.Join(dir, "pid"))
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { cmd.Process.Signal(syscall.SIGTERM); cmd.Wait() })
+		testkit.Eventually(t, "dante", func() bool {
+			c, err := net.DialTimeout("tcp", net.JoinHostPort(there4, port), time.Second)
+			if err == nil {
+				c.Close()
+			}
+			return err == nil
+		})
+		r := examine(t, "--proxy", "socks5://"+net.JoinHostPort(there4, port), "--peer", there4)
+		r.is(t, "half-close", OK)
+		r.is(t, "reset", OK, tt.found)
+		if f := r.find(t, "reset"); tt.do == "" && f.Do != "" || !strings.Contains(f.Do, tt.do) {
+			t.Errorf("%q: %+v", tt.log, f)
+		}
+	}
 }
 
 // Faults of a proxy that only a far end shows.
