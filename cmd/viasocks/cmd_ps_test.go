@@ -98,7 +98,7 @@ func TestPs(t *testing.T) {
 
 	pid := strconv.Itoa(a.Process.Pid)
 	got := asked(t, xdg, "status", "--pid", pid)
-	if !strings.HasPrefix(got, "exit 0\n") || !strings.Contains(got, "process "+pid+"\n  program sh\n") || strings.Contains(got, "\nhost:") ||
+	if !strings.HasPrefix(got, "exit 0\n") || !strings.Contains(got, "process "+pid+"\n  program sh, process ") || strings.Contains(got, "\nhost:") ||
 		strings.Contains(got, "geheim") {
 		t.Error(got)
 	}
