@@ -80,63 +80,15 @@ func newPolicy(cfg Config, old *policy) (*policy, error) {
 		rules: cfg.Rules, guard: cfg.Guard, fake: cfg.Fake && cfg.Pool != nil, split: cfg.Split,
 		upstreams: make(map[string]*upstream),
 	}
+	have, err := p.addUpstreams(cfg.Upstreams, old)
+	if err != nil {
+		return nil, err
+	}
 	shards := max(cfg.Shards, 1)
-	var names []string
-	for _, u := range cfg.Upstreams {
-		name := u.Name()
-		if err := CheckName(name); err != nil {
-			return nil, fmt.Errorf("cannot use an upstream: %w", err)
-		}
-		if p.upstreams[name] != nil {
-			return nil, fmt.Errorf("cannot use two upstreams of one name: %s", name)
-		}
-		up := &upstream{Upstream: u, name: name}
-		if p, ok := u.(interface{ ByProgram() bool }); ok {
-			up.apart = p.ByProgram()
-		}
-		if t, ok := u.(interface{ Tor() bool }); ok && t.Tor() {
-			p.tor = true
-		}
-		up.count = new(upstreamCounters)
-		if old != nil && old.upstreams[name] != nil {
-			up.count = old.upstreams[name].count // also where the servers are others now
-			if old.upstreams[name].Upstream == u {
-				up = old.upstreams[name]
-			}
-		}
-		p.upstreams[name] = up
-		p.order = append(p.order, up)
-		names = append(names, name)
-	}
-	have := "there are no upstreams"
-	if len(names) > 0 {
-		have = "the upstreams are " + strings.Join(names, ", ")
-	}
 	for i := range p.rules {
-		rule := &p.rules[i]
-		v := &verdict{rule: rule.String(), hits: make(hits, shards)}
-		switch {
-		case rule.text == "":
-			return nil, errors.New("cannot use an empty rule")
-		case rule.action == ActionReject:
-			v.kind = reject
-		case rule.action == ActionDrop:
-			v.kind = drop
-		default:
-			if v.up = p.upstreams[rule.via]; v.up == nil {
-				return nil, fmt.Errorf("cannot use rule %q: no upstream is named %q, %s", rule, rule.via, have)
-			}
+		if err := p.addRule(i, shards, have); err != nil {
+			return nil, err
 		}
-		if rule.rest != nil {
-			p.needs |= rule.rest.kinds
-		}
-		if one := rule.withoutNames(); one != nil {
-			if p.nameless == nil {
-				p.nameless = make([]*Rule, len(p.rules))
-			}
-			p.nameless[i] = one
-		}
-		p.verdicts = append(p.verdicts, v)
 	}
 	p.otherwise = &verdict{kind: reject, rule: noRule, hits: make(hits, shards)}
 	if cfg.Default != "" {
@@ -155,6 +107,70 @@ func newPolicy(cfg Config, old *policy) (*policy, error) {
 		p.resolvers = &verdict{up: up, rule: "dns"}
 	}
 	return p, nil
+}
+
+// addUpstreams adds the upstreams. have names them all for error messages.
+func (p *policy) addUpstreams(all []Upstream, old *policy) (have string, err error) {
+	var names []string
+	for _, u := range all {
+		name := u.Name()
+		if err := CheckName(name); err != nil {
+			return "", fmt.Errorf("cannot use an upstream: %w", err)
+		}
+		if p.upstreams[name] != nil {
+			return "", fmt.Errorf("cannot use two upstreams of one name: %s", name)
+		}
+		up := &upstream{Upstream: u, name: name}
+		if b, ok := u.(interface{ ByProgram() bool }); ok {
+			up.apart = b.ByProgram()
+		}
+		if t, ok := u.(interface{ Tor() bool }); ok && t.Tor() {
+			p.tor = true
+		}
+		up.count = new(upstreamCounters)
+		if old != nil && old.upstreams[name] != nil {
+			up.count = old.upstreams[name].count // also where the servers are others now
+			if old.upstreams[name].Upstream == u {
+				up = old.upstreams[name]
+			}
+		}
+		p.upstreams[name] = up
+		p.order = append(p.order, up)
+		names = append(names, name)
+	}
+	if len(names) == 0 {
+		return "there are no upstreams", nil
+	}
+	return "the upstreams are " + strings.Join(names, ", "), nil
+}
+
+// addRule adds the verdict of the rule with index i.
+func (p *policy) addRule(i, shards int, have string) error {
+	rule := &p.rules[i]
+	v := &verdict{rule: rule.String(), hits: make(hits, shards)}
+	switch {
+	case rule.text == "":
+		return errors.New("cannot use an empty rule")
+	case rule.action == ActionReject:
+		v.kind = reject
+	case rule.action == ActionDrop:
+		v.kind = drop
+	default:
+		if v.up = p.upstreams[rule.via]; v.up == nil {
+			return fmt.Errorf("cannot use rule %q: no upstream is named %q, %s", rule, rule.via, have)
+		}
+	}
+	if rule.rest != nil {
+		p.needs |= rule.rest.kinds
+	}
+	if one := rule.withoutNames(); one != nil {
+		if p.nameless == nil {
+			p.nameless = make([]*Rule, len(p.rules))
+		}
+		p.nameless[i] = one
+	}
+	p.verdicts = append(p.verdicts, v)
+	return nil
 }
 
 // decideResolver returns the verdict on a connection to a resolver. The connection is ours, so it has no owner that a

@@ -126,36 +126,11 @@ func (w *packetWriter) run(ps []flow.Packet, limit int) (n, size int) {
 
 // write writes ps as one frame: a datagram, or a super-frame of several. size is the sum of their payloads.
 func (w *packetWriter) write(ps []flow.Packet, size int) error {
-	src, dst := ps[0].Src, ps[0].Dst
 	n := udpHeaderLen + size
-	var h, addrs []byte // the IP header, and the addresses in it
-	if dst.Addr().Is4() {
-		h = w.head[:ip4HeaderLen]
-		h[0], h[1] = 0x45, 0
-		binary.BigEndian.PutUint16(h[2:], uint16(ip4HeaderLen+n))
-		// DF is not set, so a forwarder (for guests behind the host) may fragment the packet. The ID therefore counts
-		// every segment.
-		binary.BigEndian.PutUint16(h[4:], w.id)
-		w.id += uint16(len(ps))
-		h[6], h[7], h[8], h[9], h[10], h[11] = 0, 0, udpTTL, protoUDP, 0, 0
-		addrs = h[12:20]
-		s, d := src.Addr().As4(), dst.Addr().As4()
-		copy(addrs, s[:])
-		copy(addrs[4:], d[:])
-		binary.BigEndian.PutUint16(h[10:], ^checksum.Checksum(h, 0))
-	} else {
-		h = w.head[:ip6HeaderLen]
-		h[0], h[1], h[2], h[3] = 0x60, 0, 0, 0
-		binary.BigEndian.PutUint16(h[4:], uint16(n))
-		h[6], h[7] = protoUDP, udpTTL
-		addrs = h[8:40]
-		s, d := src.Addr().As16(), dst.Addr().As16()
-		copy(addrs, s[:])
-		copy(addrs[16:], d[:])
-	}
+	h, addrs := w.ipHeader(ps, n)
 	udp := w.head[len(h) : len(h)+udpHeaderLen]
-	binary.BigEndian.PutUint16(udp, src.Port())
-	binary.BigEndian.PutUint16(udp[2:], dst.Port())
+	binary.BigEndian.PutUint16(udp, ps[0].Src.Port())
+	binary.BigEndian.PutUint16(udp[2:], ps[0].Dst.Port())
 	binary.BigEndian.PutUint16(udp[4:], uint16(n))
 	udp[6], udp[7] = 0, 0
 	sum := pseudoSum(addrs, protoUDP, n)
@@ -187,6 +162,37 @@ func (w *packetWriter) write(ps []flow.Packet, size int) error {
 	err := w.s.write(&w.hdr, parts)
 	clear(parts) // keep no reference to the payload
 	return err
+}
+
+// ipHeader writes the IP header of a frame into w.head. n is the length of what follows it. It returns the header, and the
+// addresses in it.
+func (w *packetWriter) ipHeader(ps []flow.Packet, n int) (h, addrs []byte) {
+	src, dst := ps[0].Src, ps[0].Dst
+	if dst.Addr().Is4() {
+		h = w.head[:ip4HeaderLen]
+		h[0], h[1] = 0x45, 0
+		binary.BigEndian.PutUint16(h[2:], uint16(ip4HeaderLen+n))
+		// DF is not set, so a forwarder (for guests behind the host) may fragment the packet. The ID therefore counts
+		// every segment.
+		binary.BigEndian.PutUint16(h[4:], w.id)
+		w.id += uint16(len(ps))
+		h[6], h[7], h[8], h[9], h[10], h[11] = 0, 0, udpTTL, protoUDP, 0, 0
+		addrs = h[12:20]
+		s, d := src.Addr().As4(), dst.Addr().As4()
+		copy(addrs, s[:])
+		copy(addrs[4:], d[:])
+		binary.BigEndian.PutUint16(h[10:], ^checksum.Checksum(h, 0))
+	} else {
+		h = w.head[:ip6HeaderLen]
+		h[0], h[1], h[2], h[3] = 0x60, 0, 0, 0
+		binary.BigEndian.PutUint16(h[4:], uint16(n))
+		h[6], h[7] = protoUDP, udpTTL
+		addrs = h[8:40]
+		s, d := src.Addr().As16(), dst.Addr().As16()
+		copy(addrs, s[:])
+		copy(addrs[16:], d[:])
+	}
+	return h, addrs
 }
 
 // Refuse implements flow.PacketWriter.

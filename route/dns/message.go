@@ -82,7 +82,7 @@ func parseQuestion(msg []byte) (q question, v verdict, rcode uint16) {
 		}
 		most = len(msg) / minRecord // an UPDATE may be long
 	}
-	off, ok := headerLen, true
+	off := headerLen
 	if questions == 1 {
 		end, ok := skipName(msg, headerLen, false)
 		if !ok || len(msg)-end < 4 {
@@ -95,31 +95,40 @@ func parseQuestion(msg []byte) (q question, v verdict, rcode uint16) {
 	if q.isQuery() && (q.qtype == typeAXFR || q.qtype == typeIXFR) {
 		return q, answer, rcodeNotImp // many messages for one question: only TCP, which is carried unchanged, allows this
 	}
+	if !q.parseRecords(msg, off, most) {
+		return q, answer, rcodeFormat
+	}
+	return q, accept, 0
+}
+
+// parseRecords checks the records of a message, which begin at off, and takes what its OPT record says. It returns false if they
+// are malformed or more than most.
+func (q *question) parseRecords(msg []byte, off, most int) bool {
 	records := 0
 	for off := 6; off < headerLen; off += 2 {
 		records += int(binary.BigEndian.Uint16(msg[off:]))
 	}
 	if records > most {
-		return q, answer, rcodeFormat
+		return false
 	}
-	for ; records > 0; records-- {
+	for ok := true; records > 0; records-- {
 		name := off
 		if off, ok = skipName(msg, off, true); !ok || len(msg)-off < 10 {
-			return q, answer, rcodeFormat
+			return false
 		}
 		data := int(binary.BigEndian.Uint16(msg[off+8:]))
 		if binary.BigEndian.Uint16(msg[off:]) == typeOPT {
 			if q.edns || msg[name] != 0 { // RFC 6891, section 6.1.1: only one, and of the root
-				return q, answer, rcodeFormat
+				return false
 			}
 			q.edns, q.ednsVersion, q.do = true, msg[off+5], msg[off+6]&flagDO
 			q.size = min(max(int(binary.BigEndian.Uint16(msg[off+2:])), minUDPSize), maxUDPSize)
 		}
 		if off += 10 + data; off > len(msg) {
-			return q, answer, rcodeFormat
+			return false
 		}
 	}
-	return q, accept, 0
+	return true
 }
 
 // skipName returns the offset after the name at off. A compression pointer ends a name and is not followed.

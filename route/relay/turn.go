@@ -31,22 +31,11 @@ func (r *Relay) canDown() bool {
 
 // moveUp moves up to turnBytes from the app to the socket.
 func (r *Relay) moveUp() {
-	fd := int(r.fd)
-	if len(r.spill) > 0 {
-		n, e := send(fd, r.spill)
-		if e == unix.EAGAIN || e == 0 && n < len(r.spill) {
-			r.Got &^= sockOut
-		} else if e != 0 {
-			r.upstreamReset(e)
-			return
-		}
-		if r.spill = r.spill[n:]; len(r.spill) > 0 {
-			return
-		}
-		r.spill = nil
+	if len(r.spill) > 0 && !r.sendSpill() {
+		return
 	}
 	w := &r.l.w
-	w.start(fd)
+	w.start(int(r.fd))
 	var err error
 	total := 0
 	for err == nil && !r.upFIN && !w.stopped() {
@@ -92,6 +81,22 @@ func (r *Relay) moveUp() {
 	if r.upFIN && len(r.spill) == 0 {
 		r.passUpFIN()
 	}
+}
+
+// sendSpill sends what the socket did not take last time. It returns false if some of it is left or the socket failed.
+func (r *Relay) sendSpill() bool {
+	n, e := send(int(r.fd), r.spill)
+	if e == unix.EAGAIN || e == 0 && n < len(r.spill) {
+		r.Got &^= sockOut
+	} else if e != 0 {
+		r.upstreamReset(e)
+		return false
+	}
+	if r.spill = r.spill[n:]; len(r.spill) > 0 {
+		return false
+	}
+	r.spill = nil
+	return true
 }
 
 // passUpFIN half-closes the socket.

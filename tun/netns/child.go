@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/netip"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -87,16 +89,7 @@ func prepare(sock int, o order) error {
 	if err := linkUp("lo"); err != nil {
 		return err
 	}
-	for _, p := range o.Addrs {
-		if p.Addr().Is6() {
-			// Some hosts switch IPv6 off by default. For the app, IPv6 ends in the TUN as IPv4 does.
-			sysctl("net/ipv6/conf/all/disable_ipv6", "0")
-			sysctl("net/ipv6/conf/default/disable_ipv6", "0")
-			break
-		}
-	}
-	gid := strconv.Itoa(os.Getgid())
-	sysctl("net/ipv4/ping_group_range", gid+" "+gid)
+	setSysctls(o)
 	queues, name, err := OpenTUN(o.TUN)
 	if err != nil {
 		return err
@@ -141,6 +134,17 @@ func prepare(sock int, o order) error {
 		return fmt.Errorf("cannot hand %s over: %w", name, err)
 	}
 	return nil
+}
+
+// setSysctls sets what the namespace needs besides its devices, as far as that is possible.
+func setSysctls(o order) {
+	if slices.ContainsFunc(o.Addrs, func(p netip.Prefix) bool { return p.Addr().Is6() }) {
+		// Some hosts switch IPv6 off by default. For the app, IPv6 ends in the TUN as IPv4 does.
+		sysctl("net/ipv6/conf/all/disable_ipv6", "0")
+		sysctl("net/ipv6/conf/default/disable_ipv6", "0")
+	}
+	gid := strconv.Itoa(os.Getgid())
+	sysctl("net/ipv4/ping_group_range", gid+" "+gid)
 }
 
 // become executes the program. It returns only if that fails, with the exit status that a shell would use.

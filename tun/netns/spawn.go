@@ -149,24 +149,7 @@ func (c *Child) handover(ctx context.Context, s Spec) error {
 	c.conn.SetDeadline(time.Now().Add(setupTimeout))
 	stop := context.AfterFunc(ctx, func() { c.conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	env := s.Env
-	if env == nil {
-		env = os.Environ()
-	}
-	o := order{
-		Argv:       toBytes(s.Argv),
-		Env:        toBytes(env),
-		Dir:        []byte(s.Dir),
-		TUN:        s.TUN,
-		Addrs:      s.Addrs,
-		Nameserver: s.Nameserver,
-		Search:     s.Search,
-		DotsAsIs:   s.DotsAsIs,
-		Local:      s.Local,
-		Sockets:    s.Sockets,
-		Rootless:   c.Rootless,
-	}
-	msg, err := json.Marshal(o)
+	msg, err := json.Marshal(c.order(s))
 	if err != nil {
 		return fmt.Errorf("cannot run a program: %w", err)
 	}
@@ -194,14 +177,7 @@ func (c *Child) handover(ctx context.Context, s Spec) error {
 		return fmt.Errorf("cannot run a program: %w", context.Cause(ctx))
 	}
 	c.conn.SetDeadline(time.Time{})
-	if r.DiagErr == "" {
-		c.Diag, c.DiagErr = DiagFromFile(files[r.Queues])
-		if c.Diag != nil {
-			c.Diag.SetInterface(r.TUNIndex)
-		}
-	} else {
-		c.DiagErr = errors.New(r.DiagErr)
-	}
+	c.takeDiag(r, files)
 	if r.Maker != 0 {
 		if c.Sockets, err = socketsFromFile(files[len(files)-1], r.Maker); err != nil {
 			return err
@@ -210,6 +186,39 @@ func (c *Child) handover(ctx context.Context, s Spec) error {
 	c.TUN, c.TUNName, c.TUNIndex, c.IPv6 = files[:r.Queues:r.Queues], r.TUNName, r.TUNIndex, r.IPv6
 	files = nil
 	return nil
+}
+
+// order returns what the helper is told to do.
+func (c *Child) order(s Spec) order {
+	env := s.Env
+	if env == nil {
+		env = os.Environ()
+	}
+	return order{
+		Argv:       toBytes(s.Argv),
+		Env:        toBytes(env),
+		Dir:        []byte(s.Dir),
+		TUN:        s.TUN,
+		Addrs:      s.Addrs,
+		Nameserver: s.Nameserver,
+		Search:     s.Search,
+		DotsAsIs:   s.DotsAsIs,
+		Local:      s.Local,
+		Sockets:    s.Sockets,
+		Rootless:   c.Rootless,
+	}
+}
+
+// takeDiag takes the socket that looks up the program's sockets, or the error that says why there is none.
+func (c *Child) takeDiag(r report, files []*os.File) {
+	if r.DiagErr != "" {
+		c.DiagErr = errors.New(r.DiagErr)
+		return
+	}
+	c.Diag, c.DiagErr = DiagFromFile(files[r.Queues])
+	if c.Diag != nil {
+		c.Diag.SetInterface(r.TUNIndex)
+	}
 }
 
 // Exec makes the helper become the program; the caller's data plane must be ready. Without root, the program then has

@@ -13,8 +13,21 @@ import (
 // WriteStatus writes s as text. now is the reader's time.
 func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	var b strings.Builder
+	statusHead(&b, &s, now)
+	statusRoutes(&b, &s)
+	statusTraffic(&b, &s)
+	if s.Mode != ModeRun {
+		statusHost(&b, &s)
+	}
+	counters(&b, "what could not be carried", s.Dropped)
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// statusHead writes what is running, since when, and its warnings.
+func statusHead(b *strings.Builder, s *Status, now time.Time) {
 	fmt.Fprintf(
-		&b,
+		b,
 		"viasocks %s: %s, up since %s (%s), process %d\n",
 		Plain(s.Version),
 		Plain(s.State),
@@ -23,34 +36,37 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 		s.PID,
 	)
 	if s.Mode == ModeRun {
-		fmt.Fprintf(&b, "  program %s, process %d\n", Plain(s.Program), s.Inside)
+		fmt.Fprintf(b, "  program %s, process %d\n", Plain(s.Program), s.Inside)
 	}
 	if s.Name != "" {
-		fmt.Fprintf(&b, "  name %s\n", Plain(s.Name))
+		fmt.Fprintf(b, "  name %s\n", Plain(s.Name))
 	}
 	if p := s.Published; p != nil {
-		fmt.Fprintf(&b, "  published %s: %d connections, %d refused; %d datagrams, %d dropped; %d open now\n",
+		fmt.Fprintf(b, "  published %s: %d connections, %d refused; %d datagrams, %d dropped; %d open now\n",
 			Plain(strings.Join(p.Ports, ", ")), p.Connections, p.Refused, p.Datagrams, p.Dropped, p.Open)
 	}
 	if s.State == Waiting {
-		fmt.Fprintf(&b, "  waiting for the proxy; the host is closed until it can be reached: %s\n", Plain(s.Waiting))
+		fmt.Fprintf(b, "  waiting for the proxy; the host is closed until it can be reached: %s\n", Plain(s.Waiting))
 	}
 	if s.ConfirmBy != nil && s.State != Stopping {
-		fmt.Fprintf(&b, "  all is undone in %s unless you say 'viasocks confirm'\n", span(s.ConfirmBy.Sub(now)))
+		fmt.Fprintf(b, "  all is undone in %s unless you say 'viasocks confirm'\n", span(s.ConfirmBy.Sub(now)))
 	}
 	if s.Config != "" {
-		fmt.Fprintf(&b, "  configuration %s", Plain(s.Config))
+		fmt.Fprintf(b, "  configuration %s", Plain(s.Config))
 		if s.Reloaded != nil {
-			fmt.Fprintf(&b, ", read again %s ago", span(now.Sub(*s.Reloaded)))
+			fmt.Fprintf(b, ", read again %s ago", span(now.Sub(*s.Reloaded)))
 		}
 		b.WriteString("\n")
 	}
 	for _, t := range s.Warnings {
-		fmt.Fprintf(&b, "  warning: %s\n", Plain(t))
+		fmt.Fprintf(b, "  warning: %s\n", Plain(t))
 	}
+}
 
+// statusRoutes writes the proxies and the rules.
+func statusRoutes(b *strings.Builder, s *Status) {
 	b.WriteString("\nproxies\n")
-	table(&b, func(w io.Writer) {
+	table(b, func(w io.Writer) {
 		for _, u := range s.Upstreams {
 			where := u.URL
 			if u.Via != "" {
@@ -63,14 +79,18 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 		}
 	})
 	b.WriteString("\nrules, and how often they decided\n")
-	table(&b, func(w io.Writer) {
+	table(b, func(w io.Writer) {
 		for _, r := range s.Rules {
 			fmt.Fprintf(w, "  %s\t%s\n", count(r.Hits), Plain(r.Rule))
 		}
 	})
+}
+
+// statusTraffic writes the counters of connections, datagrams, names and bytes.
+func statusTraffic(b *strings.Builder, s *Status) {
 	b.WriteString("\ntraffic\n")
 	fmt.Fprintf(
-		&b,
+		b,
 		"  TCP    %d now, %d of them waiting for the proxy; %s in all, %s refused\n",
 		s.TCP.Now,
 		s.TCP.Pending,
@@ -78,11 +98,11 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 		count(s.TCP.Refused),
 	)
 	if s.TCP.SecondTries > 0 {
-		fmt.Fprintf(&b, "         %s names that a proxy could not reach were tried by address, %s of them with success\n",
+		fmt.Fprintf(b, "         %s names that a proxy could not reach were tried by address, %s of them with success\n",
 			count(s.TCP.SecondTries), count(s.TCP.SecondOpened))
 	}
 	fmt.Fprintf(
-		&b,
+		b,
 		"  UDP    %d mappings now; %s in all, %s made again, %s datagrams refused\n",
 		s.UDP.Now,
 		count(s.UDP.Total),
@@ -90,50 +110,50 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 		count(s.UDP.Refused),
 	)
 	if s.UDP.GSO != "" {
-		fmt.Fprintf(&b, "         segmentation toward the proxy (GSO) is %s: %s\n", Plain(s.UDP.GSO), Plain(s.UDP.GSOReason))
+		fmt.Fprintf(b, "         segmentation toward the proxy (GSO) is %s: %s\n", Plain(s.UDP.GSO), Plain(s.UDP.GSOReason))
 	}
-	fmt.Fprintf(
-		&b,
-		"  names  %s asked, %s answered (%s of them by viasocks itself), %s failed; mode and resolvers: %s\n",
-		count(s.Names.Asked),
-		count(s.Names.Answered),
-		count(s.Names.Own),
-		count(s.Names.Failed),
-		Plain(strings.Join(s.DNS, ", ")),
-	)
-	if n := s.Names; n.Cache.Entries > 0 || n.Cached > 0 || n.Shared > 0 {
-		fmt.Fprintf(&b, "         cache: %s answers in %s; %s questions answered from it, %s that others asked at the same time\n",
-			count(uint64(n.Cache.Entries)), byteCount(uint64(n.Cache.Bytes)), count(n.Cached), count(n.Shared))
-	}
-	if p := s.Names.Pool; p != nil {
-		fmt.Fprintf(&b, "         %s of %s fake addresses given out, %s in use; %s taken back for other names, %s names got none\n",
-			count(p.Names), count(p.Size), count(p.Held), count(p.Evicted), count(p.Refused))
-	}
+	statusNames(b, &s.Names, s.DNS)
 	if n := s.Sniff; n != nil {
-		fmt.Fprintf(&b, "  sniff  %s connections were held for their first bytes, %s of them had a name; %s were put off\n",
+		fmt.Fprintf(b, "  sniff  %s connections were held for their first bytes, %s of them had a name; %s were put off\n",
 			count(n.Asked), count(n.Named), count(n.Full))
 	}
-	fmt.Fprintf(&b, "  bytes  %s up, %s down\n", byteCount(s.Up), byteCount(s.Down))
+	fmt.Fprintf(b, "  bytes  %s up, %s down\n", byteCount(s.Up), byteCount(s.Down))
 	if s.Shards.Now > 1 {
-		fmt.Fprintf(&b, "  shards %d; %s packets came by another one's queue\n", s.Shards.Now, count(s.Shards.HandedOver))
+		fmt.Fprintf(b, "  shards %d; %s packets came by another one's queue\n", s.Shards.Now, count(s.Shards.HandedOver))
 	}
+}
 
-	if s.Mode == ModeRun {
-		counters(&b, "what could not be carried", s.Dropped)
-		_, err := io.WriteString(w, b.String())
-		return err
+// statusNames writes the counters of names, and what answers them.
+func statusNames(b *strings.Builder, n *Names, dns []string) {
+	fmt.Fprintf(
+		b,
+		"  names  %s asked, %s answered (%s of them by viasocks itself), %s failed; mode and resolvers: %s\n",
+		count(n.Asked),
+		count(n.Answered),
+		count(n.Own),
+		count(n.Failed),
+		Plain(strings.Join(dns, ", ")),
+	)
+	if n.Cache.Entries > 0 || n.Cached > 0 || n.Shared > 0 {
+		fmt.Fprintf(b, "         cache: %s answers in %s; %s questions answered from it, %s that others asked at the same time\n",
+			count(uint64(n.Cache.Entries)), byteCount(uint64(n.Cache.Bytes)), count(n.Cached), count(n.Shared))
 	}
-	fmt.Fprintf(&b, "\nhost: device %s, table %d, mark %s\n", Plain(s.Host.TUN), s.Host.Table, Plain(s.Host.Mark))
+	if p := n.Pool; p != nil {
+		fmt.Fprintf(b, "         %s of %s fake addresses given out, %s in use; %s taken back for other names, %s names got none\n",
+			count(p.Names), count(p.Size), count(p.Held), count(p.Evicted), count(p.Refused))
+	}
+}
+
+// statusHost writes what 'up' has changed on the host, and the packets that its filter refused.
+func statusHost(b *strings.Builder, s *Status) {
+	fmt.Fprintf(b, "\nhost: device %s, table %d, mark %s\n", Plain(s.Host.TUN), s.Host.Table, Plain(s.Host.Mark))
 	if s.Host.Resolved {
 		b.WriteString("  systemd-resolved asks viasocks for names\n")
 	}
-	list(&b, "through the proxy", s.Host.Steered)
-	list(&b, "back the way they came", s.Host.Kept)
-	list(&b, "past the proxy", s.Host.Excluded)
-	counters(&b, "packets that the filter refused", s.Host.Refused)
-	counters(&b, "what could not be carried", s.Dropped)
-	_, err := io.WriteString(w, b.String())
-	return err
+	list(b, "through the proxy", s.Host.Steered)
+	list(b, "back the way they came", s.Host.Kept)
+	list(b, "past the proxy", s.Host.Excluded)
+	counters(b, "packets that the filter refused", s.Host.Refused)
 }
 
 // WriteFlows writes f as text.

@@ -89,17 +89,29 @@ func explain(s socks.Server, err error) error {
 	return &proxyFault{inWords(s, err), lasting}
 }
 
+// isTimeout reports whether err says that time was up.
+func isTimeout(err error) bool {
+	var netErr net.Error
+	return errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded) ||
+		errors.As(err, &netErr) && netErr.Timeout()
+}
+
+// inWords returns err as a sentence that names the server and, where that is known, what to do.
 func inWords(s socks.Server, err error) error {
-	where := s.Where()
 	var fault *socks.ServerError
 	if !errors.As(err, &fault) {
 		return err
 	}
-	timeout := errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded)
-	var netErr net.Error
-	if errors.As(err, &netErr) && netErr.Timeout() {
-		timeout = true
+	switch fault.Op {
+	case socks.OpResolve, socks.OpConnect, socks.OpSecure:
+		return unreached(s.Where(), fault, err)
 	}
+	return refused(s, fault, err)
+}
+
+// unreached returns the sentence for an error before the SOCKS protocol has begun.
+func unreached(where string, fault *socks.ServerError, err error) error {
+	timeout := isTimeout(err)
 	var errno syscall.Errno
 	isErrno := errors.As(err, &errno)
 	var lookup *net.DNSError
@@ -123,8 +135,17 @@ func inWords(s socks.Server, err error) error {
 		return fmt.Errorf("cannot use the proxy %s: it does not answer: does it speak TLS?", where)
 	case fault.Op == socks.OpSecure && errors.As(err, new(x509.UnknownAuthorityError)):
 		return fmt.Errorf("cannot use the proxy %s: %w: give the authority's certificate with --proxy-ca FILE", where, fault.Err)
-	case fault.Op == socks.OpSecure:
-		return fmt.Errorf("cannot use the proxy %s by TLS: %w", where, fault.Err)
+	}
+	return fmt.Errorf("cannot use the proxy %s by TLS: %w", where, fault.Err)
+}
+
+// refused returns the sentence for an error of the SOCKS protocol.
+func refused(s socks.Server, fault *socks.ServerError, err error) error {
+	where := s.Where()
+	var ours *ourAddress
+	switch {
+	case errors.As(err, &ours):
+		return fmt.Errorf("cannot use the proxy %s: %w", where, ours)
 	case errors.Is(err, socks.ErrNoPassword):
 		return fmt.Errorf(
 			"cannot log in to the proxy %s: it does not answer a user without a password: give one with --password-file FILE",
@@ -148,7 +169,7 @@ func inWords(s socks.Server, err error) error {
 		return fmt.Errorf("cannot use the proxy %s: what answers there does not speak %s", where, s.Protocol())
 	case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET):
 		return fmt.Errorf("cannot use the proxy %s: it closed the connection: does it speak %s, and to us?", where, s.Protocol())
-	case timeout:
+	case isTimeout(err):
 		return fmt.Errorf("cannot use the proxy %s: it does not answer: does it speak %s?", where, s.Protocol())
 	}
 	return fmt.Errorf("cannot use the proxy %s: %w", where, fault.Err)

@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/signal"
 	"slices"
@@ -50,51 +51,16 @@ func Run(cfg *config.Config, o RunOptions) (exit int, err error) {
 	ctx, cancel := startContext(early)
 	defer cancel()
 
-	if err := e.openDecisions(cfg); err != nil {
-		return 0, err
-	}
-	pool, err := newPool(cfg, e.log)
+	dial, err := e.beforeRun(ctx, cfg)
 	if err != nil {
 		return 0, err
 	}
-	dial := dialing{decisions: e.decisionsTo(), pool: pool}
-	if err := probe(ctx, cfg, dial); err != nil {
-		return 0, err
-	}
-	if err := keepReadyFD(cfg); err != nil {
-		return 0, err
-	}
-	child, err := netns.Spawn(ctx, netns.Spec{
-		Argv: cfg.Program, Env: programEnv(o.Environ, cfg.KeepProxyEnv),
-		Stdin: o.Stdin, Stdout: o.Stdout, Stderr: o.Stderr,
-		TUN:        netns.TUNOptions{MTU: cfg.MTU, VnetHdr: true, Queues: tun.Queues},
-		Addrs:      tunAddrs,
-		Nameserver: nameservers(cfg),
-		Search:     cfg.Search,
-		DotsAsIs:   cfg.Fake.On,
-		Local:      outsideAddrs(cfg),
-		Sockets:    len(cfg.Publish) > 0,
-		// The shell that started us must notice when the program stops.
-		FollowStops: true,
-	})
+	child, err := spawn(ctx, cfg, o)
 	if err != nil {
 		return 0, err
 	}
 	defer child.Close()
-	dev, err := tun.FromFiles(child.TUN, tun.Options{MTU: cfg.MTU, Offload: cfg.Offload, Log: e.log})
-	if err != nil {
-		return 0, err
-	}
-	var sockets flow.Sockets
-	if child.Diag != nil {
-		sockets = diagSockets{child.Diag, nil}
-	} else if slices.ContainsFunc(cfg.Rules, func(r route.Rule) bool { return r.AsksOwner() }) {
-		return 0, fmt.Errorf("cannot use rules with user, cgroup or exe: the program's sockets can't be looked at: %w", child.DiagErr)
-	} else {
-		e.log.Warn("cannot look up the program's sockets: mappings end by timeout only", "err", child.DiagErr)
-	}
-	dial.noIPv6 = !child.IPv6
-	p, err := newPlane(cfg, dev, sockets, dial, e.log)
+	p, err := runPlane(cfg, child, dial, e.log)
 	if err != nil {
 		return 0, err
 	}
@@ -111,26 +77,11 @@ func Run(cfg *config.Config, o RunOptions) (exit int, err error) {
 	forwarded := make(chan os.Signal, 16)
 	signal.Notify(forwarded, forward...)
 	defer signal.Stop(forwarded)
-	published, err := startPublishing(cfg, child, e.log)
+	unserve, err := serveProgram(cfg, p, child, o, e.log)
 	if err != nil {
 		return 0, err
 	}
-	if published != nil {
-		defer published.Close()
-	}
-	defer serveRun(cfg, p, instance{child.Pid(), child.TUNName, published}, o, e.log)()
-	endMetrics, err := serveMetrics(cfg, watched{
-		plane: func() *plane { return p }, ready: func() bool { return true }, dropped: child.TXDropped,
-	}, o.Version, e.log)
-	if err != nil {
-		return 0, err
-	}
-	defer endMetrics()
-	unannounce, err := announce(cfg)
-	if err != nil {
-		return 0, err
-	}
-	defer unannounce()
+	defer unserve()
 	if err := child.Exec(); err != nil {
 		return 0, err
 	}
@@ -138,6 +89,102 @@ func Run(cfg *config.Config, o RunOptions) (exit int, err error) {
 	defer followNetwork(network, e.log)()
 	e.log.Info("ready", "tun", child.TUNName, "proxy", proxyName(cfg), "program", cfg.Program[0])
 	return watch(child, p, network, forwarded)
+}
+
+// beforeRun tests the proxy, and opens what must not fail once the program runs.
+func (e *env) beforeRun(ctx context.Context, cfg *config.Config) (d dialing, err error) {
+	if err := e.openDecisions(cfg); err != nil {
+		return d, err
+	}
+	pool, err := newPool(cfg, e.log)
+	if err != nil {
+		return d, err
+	}
+	d = dialing{decisions: e.decisionsTo(), pool: pool}
+	if err := probe(ctx, cfg, d); err != nil {
+		return d, err
+	}
+	return d, keepReadyFD(cfg)
+}
+
+// spawn makes the program's namespace and the helper that becomes the program.
+func spawn(ctx context.Context, cfg *config.Config, o RunOptions) (*netns.Child, error) {
+	return netns.Spawn(ctx, netns.Spec{
+		Argv: cfg.Program, Env: programEnv(o.Environ, cfg.KeepProxyEnv),
+		Stdin: o.Stdin, Stdout: o.Stdout, Stderr: o.Stderr,
+		TUN:        netns.TUNOptions{MTU: cfg.MTU, VnetHdr: true, Queues: tun.Queues},
+		Addrs:      tunAddrs,
+		Nameserver: nameservers(cfg),
+		Search:     cfg.Search,
+		DotsAsIs:   cfg.Fake.On,
+		Local:      outsideAddrs(cfg),
+		Sockets:    len(cfg.Publish) > 0,
+		// The shell that started us must notice when the program stops.
+		FollowStops: true,
+	})
+}
+
+// runPlane makes the data plane of the program.
+func runPlane(cfg *config.Config, child *netns.Child, dial dialing, log *slog.Logger) (*plane, error) {
+	dev, err := tun.FromFiles(child.TUN, tun.Options{MTU: cfg.MTU, Offload: cfg.Offload, Log: log})
+	if err != nil {
+		return nil, err
+	}
+	sockets, err := lookups(cfg, child, log)
+	if err != nil {
+		return nil, err
+	}
+	dial.noIPv6 = !child.IPv6
+	return newPlane(cfg, dev, sockets, dial, log)
+}
+
+// lookups returns what looks up the program's sockets, or nil if that is not possible and no rule needs it.
+func lookups(cfg *config.Config, child *netns.Child, log *slog.Logger) (flow.Sockets, error) {
+	if child.Diag != nil {
+		return diagSockets{child.Diag, nil}, nil
+	}
+	if slices.ContainsFunc(cfg.Rules, func(r route.Rule) bool { return r.AsksOwner() }) {
+		return nil, fmt.Errorf("cannot use rules with user, cgroup or exe: the program's sockets can't be looked at: %w", child.DiagErr)
+	}
+	log.Warn("cannot look up the program's sockets: mappings end by timeout only", "err", child.DiagErr)
+	return nil, nil
+}
+
+// serveProgram serves everything besides the data plane: published ports, the control socket, metrics, and the
+// announcement that the program has its network. end stops all of it.
+func serveProgram(cfg *config.Config, p *plane, child *netns.Child, o RunOptions, log *slog.Logger) (end func(), err error) {
+	var ends []func()
+	endAll := func() {
+		for _, f := range slices.Backward(ends) {
+			f()
+		}
+	}
+	defer func() {
+		if err != nil {
+			endAll()
+		}
+	}()
+	published, err := startPublishing(cfg, child, log)
+	if err != nil {
+		return nil, err
+	}
+	if published != nil {
+		ends = append(ends, published.Close)
+	}
+	ends = append(ends, serveRun(cfg, p, instance{child.Pid(), child.TUNName, published}, o, log))
+	endMetrics, err := serveMetrics(cfg, watched{
+		plane: func() *plane { return p }, ready: func() bool { return true }, dropped: child.TXDropped,
+	}, o.Version, log)
+	if err != nil {
+		return nil, err
+	}
+	ends = append(ends, endMetrics)
+	unannounce, err := announce(cfg)
+	if err != nil {
+		return nil, err
+	}
+	ends = append(ends, unannounce)
+	return endAll, nil
 }
 
 // heeded returns the signals except those that our caller has ignored: nohup's HUP, or the INT of a shell's
