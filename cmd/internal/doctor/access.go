@@ -23,22 +23,22 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// The bounds of what is asked of a proxy.
+// Limits of the requests to a proxy.
 const (
-	reachTime  = 5 * time.Second // until it is reached
-	answerTime = 6 * time.Second // until it answers a request
-	maxServers = 4               // servers that are looked at
+	reachTime  = 5 * time.Second // to reach it
+	answerTime = 6 * time.Second // for its answer to a request
+	maxServers = 4               // servers that are examined
 )
 
-// access is how the proxies are reached.
+// access knows how to reach the proxies.
 type access struct {
 	h       *host
 	d       *socks.Dialer
 	l       *loop.Loop
 	ran     sync.WaitGroup
-	control func(fd int) error // nil: sockets need nothing
+	control func(fd int) error // nil: sockets need no mark
 	groups  []*socks.Group
-	chains  map[string]*socks.Group // by upstream: what others are reached through
+	chains  map[string]*socks.Group // by upstream: the groups through which others are reached
 }
 
 func (h *host) newAccess() (*access, error) {
@@ -66,7 +66,8 @@ func (a *access) close() {
 	a.d.Close()
 }
 
-// marker marks sockets as those of the viasocks that is up, whose rules would lead them to itself otherwise.
+// marker returns a function that gives sockets the mark of the viasocks that is up. Without the mark, its rules would
+// lead them back to viasocks. It is nil if no mark is needed.
 func (h *host) marker() func(fd int) error {
 	if h.up == nil || !h.root {
 		return nil
@@ -79,9 +80,8 @@ func (h *host) marker() func(fd int) error {
 	return func(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(mark)) }
 }
 
-// resolve looks up a proxy. The names of those that a viasocks that is up uses are asked of that one, which knows them: a
-// resolver
-// would give an address that stands for the name.
+// resolve looks up a proxy. If a viasocks that is up uses this proxy, that viasocks is asked for the addresses, because
+// a resolver would return a fake address.
 func (a *access) resolve(ctx context.Context, name string) ([]netip.Addr, error) {
 	if a.h.up != nil {
 		var out []netip.Addr
@@ -103,7 +103,7 @@ func (a *access) resolve(ctx context.Context, name string) ([]netip.Addr, error)
 	return socks.LookupAddrs(ctx, net.DefaultResolver, name)
 }
 
-// proxy is one server that is looked at.
+// proxy is one server that is examined.
 type proxy struct {
 	a      *access
 	server socks.Server
@@ -112,7 +112,7 @@ type proxy struct {
 	label  string
 }
 
-// proxies are the servers of all upstreams, as far as they are looked at. more is how many are not.
+// proxies returns the servers of all upstreams that are examined. more is the number of those that are not.
 func (a *access) proxies() (list []*proxy, more int, err error) {
 	for _, u := range a.h.cfg.Upstreams {
 		for _, s := range u.Servers() {
@@ -151,7 +151,7 @@ func (a *access) group(servers []socks.Server, name string, via *socks.Group) (*
 	return g, err
 }
 
-// chain is the group of an upstream that others are reached through. The configuration has no cycles.
+// chain returns the group of an upstream through which others are reached. The configuration has no cycles.
 func (a *access) chain(name string) (g *socks.Group, err error) {
 	if g = a.chains[name]; g != nil {
 		return g, nil
@@ -174,7 +174,7 @@ func (a *access) chain(name string) (g *socks.Group, err error) {
 	return nil, fmt.Errorf("there is no upstream %s", name)
 }
 
-// check logs in and asks for nothing.
+// check logs in without making a request.
 func (p *proxy) check(ctx context.Context) error {
 	done := make(chan error, 1)
 	p.group.Check(ctx, p.a.l, func(errs []error) {
@@ -187,7 +187,7 @@ func (p *proxy) check(ctx context.Context) error {
 	return <-done
 }
 
-// dial connects to the server, inside TLS if it wants that.
+// dial connects to the server, with TLS if the server uses it.
 func (p *proxy) dial(ctx context.Context) (net.Conn, error) {
 	c, err := p.carrier(ctx, nil)
 	if err != nil {
@@ -205,10 +205,10 @@ func (p *proxy) dial(ctx context.Context) (net.Conn, error) {
 	return t, nil
 }
 
-// direct reports whether the server is reached by TCP, and not through another one.
+// direct reports whether the server is reached by TCP and not through another proxy.
 func (p *proxy) direct() bool { return p.via == nil && p.server.Unix() == "" }
 
-// carrier is the connection without TLS. options, if any, see the socket before it is connected.
+// carrier opens the connection below TLS. options, if given, are called with the socket before it is connected.
 func (p *proxy) carrier(ctx context.Context, options func(fd int) error) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, reachTime)
 	defer cancel()
@@ -273,7 +273,7 @@ func (p *proxy) chained(ctx context.Context) (net.Conn, error) {
 	return net.FileConn(f)
 }
 
-// associate opens an association as viasocks does, with the relay's address mended where it is of no use.
+// associate opens an association as viasocks does, and repairs the address of the relay if it is unusable.
 func (p *proxy) associate(ctx context.Context) (*net.UDPConn, func(), conform.Answer) {
 	type end struct {
 		a   *socks.Association
@@ -311,7 +311,7 @@ func (p *proxy) associate(ctx context.Context) (*net.UDPConn, func(), conform.An
 	return u, func() { e.a.Close() }, conform.Answer{Kind: conform.Granted, Bound: e.a.Relay().String()}
 }
 
-// answerOf names what a request ended with.
+// answerOf returns the result of a request as an Answer.
 func answerOf(err error) conform.Answer {
 	a := conform.Answer{Kind: conform.Failed, Error: err.Error()}
 	var code socks.Reply
@@ -326,7 +326,7 @@ func answerOf(err error) conform.Answer {
 	return a
 }
 
-// prober is a Prober of the server.
+// prober returns a Prober for the server.
 func (p *proxy) prober(ends conform.Ends, token string) conform.Prober {
 	return conform.NewProber(conform.Config{
 		Server: p.server, Ends: ends, Token: token, Wait: 4 * time.Second, Dial: p.dial, Associate: p.associate,

@@ -18,10 +18,10 @@ import (
 	"github.com/viasocks/viasocks/socks"
 )
 
-// dnsTime is how long a resolver may take, as long as viasocks waits for one.
+// dnsTime limits the wait for a resolver. It is the time for which viasocks itself waits.
 const dnsTime = 5 * time.Second
 
-// resolvers asks those that the user has named, through the proxy.
+// resolvers tests the resolvers that the user has named, through the proxy.
 func (p *proxy) resolvers(ctx context.Context, free conform.Prober) []Finding {
 	cfg := p.a.h.cfg
 	if cfg.DNSOff {
@@ -101,7 +101,7 @@ func isTimeout(err error) bool {
 
 var errAnswer = errors.New("what came is no answer of DNS")
 
-// maxAnswer is the longest message of DNS.
+// maxAnswer is the largest size of a DNS message.
 const maxAnswer = 65535
 
 // rootQuestion asks for the name servers of the root, which every resolver knows.
@@ -112,7 +112,7 @@ func rootQuestion() []byte {
 	return append(q, 0, 0, 2, 0, 1) // ".", NS, IN
 }
 
-// readAnswer gives the RCODE of an answer to q.
+// readAnswer returns the RCODE of an answer to q.
 func readAnswer(q, b []byte) (rcode int, err error) {
 	if len(b) < 12 || !bytes.Equal(b[:2], q[:2]) || b[2]&0x80 == 0 {
 		return 0, errAnswer
@@ -120,7 +120,7 @@ func readAnswer(q, b []byte) (rcode int, err error) {
 	return int(b[3] & 15), nil
 }
 
-// askResolver asks by c, a connection to the resolver.
+// askResolver sends the question over c, a connection to the resolver.
 func (p *proxy) askResolver(ctx context.Context, c net.Conn, r dns.Resolver) (rcode int, err error) {
 	q := rootQuestion()
 	name := r.Name

@@ -9,7 +9,7 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/config"
 )
 
-// Level is how bad a Finding is.
+// Level is the severity of a Finding.
 type Level string
 
 // The levels.
@@ -20,17 +20,17 @@ const (
 	NotTested Level = "not tested" // Do says what would test it
 )
 
-// Finding is what a check found, in sentences for people.
+// Finding is the result of a check, in sentences for people.
 type Finding struct {
-	Part  string `json:"part"`  // what was looked at: "this host", or the URL of a proxy
+	Part  string `json:"part"`  // what was examined: "this host", or the URL of a proxy
 	Check string `json:"check"` // a short name
 	Level Level  `json:"level"`
 	Found string `json:"found"`           // what was seen
-	Means string `json:"means,omitempty"` // for which program, and what
-	Do    string `json:"do,omitempty"`    // the command or option that mends it
+	Means string `json:"means,omitempty"` // the consequences, and for which program
+	Do    string `json:"do,omitempty"`    // the command or option that helps
 }
 
-// Report is all that was found.
+// Report contains all findings.
 type Report struct {
 	Findings  []Finding `json:"findings"`
 	Faults    int       `json:"faults"`
@@ -45,22 +45,22 @@ type Options struct {
 	Environ []string
 }
 
-// Limit bounds an examination.
+// Limit is the maximum duration of an examination.
 const Limit = 20 * time.Second
 
 const thisHost = "this host"
 
-// check is one look. It gives its findings in order, and returns when ctx ends.
+// check is one test. It returns its findings in order, and returns when ctx ends.
 type check struct {
 	part, name string
 	limit      time.Duration
 	run        func(ctx context.Context) []Finding
 }
 
-// late is how long a check whose time is up may take to say what it has.
+// late is the time that a check has, after its deadline, to return what it has found.
 const late = 300 * time.Millisecond
 
-// Examine looks at the host and at the proxies of the configuration, for Limit at most.
+// Examine tests the host and the proxies of the configuration. It takes Limit at most.
 func Examine(ctx context.Context, o Options) *Report {
 	begun := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, Limit-2*late)
@@ -84,7 +84,8 @@ func Examine(ctx context.Context, o Options) *Report {
 	return r
 }
 
-// runAll runs the checks side by side and gives what they found in their order. One that does not return in time is left behind.
+// runAll runs the checks concurrently and returns their findings in the order of the checks. A check that does not
+// return in time is abandoned.
 func runAll(ctx context.Context, checks []check) (all []Finding) {
 	found := make([]chan []Finding, len(checks))
 	for i, c := range checks {
@@ -123,7 +124,7 @@ func (c check) named(fs []Finding) []Finding {
 	return fs
 }
 
-// together runs the parts of a check side by side and gives what they found, in their order.
+// together runs the parts of a check concurrently and returns their findings in the order of the parts.
 func together(parts ...func() []Finding) (all []Finding) {
 	found := make([][]Finding, len(parts))
 	var ran sync.WaitGroup

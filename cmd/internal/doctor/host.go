@@ -23,13 +23,13 @@ import (
 
 const tunNode = "/dev/net/tun"
 
-// host is the host that is looked at.
+// host is the host that is examined.
 type host struct {
 	cfg     *config.Config
 	environ []string
-	root    bool            // with the capabilities that up needs
-	up      *control.Status // of a viasocks that is up here; nil: none, or it cannot be asked
-	upErr   error           // why there is no up
+	root    bool            // this process has the capabilities that up needs
+	up      *control.Status // of the viasocks that is up; nil: there is none, or it cannot be asked
+	upErr   error           // why up is nil
 }
 
 func newHost(o Options) *host {
@@ -50,7 +50,7 @@ func newHost(o Options) *host {
 	return h
 }
 
-// isRoot reports whether this process may steer the host.
+// isRoot reports whether this process may change the routes of the host.
 func isRoot() bool {
 	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
@@ -61,7 +61,7 @@ func isRoot() bool {
 	return os.Geteuid() == 0 && data[0].Effective&need == need
 }
 
-// The bounds of the checks of the host.
+// Limits of the checks of the host.
 const (
 	quick = 3 * time.Second
 	trial = 10 * time.Second
@@ -95,7 +95,7 @@ func (h *host) kernel(context.Context) []Finding {
 	return []Finding{f}
 }
 
-// tunFinding looks at the device node.
+// tunFinding tests the device node.
 func tunFinding(node string) Finding {
 	const none = "Neither 'viasocks run' nor 'viasocks up' can start."
 	info, err := os.Stat(node)
@@ -138,7 +138,7 @@ func tunFinding(node string) Finding {
 
 const appArmorKey = "kernel.apparmor_restrict_unprivileged_userns"
 
-// closedUserns names the setting that forbids user namespaces to ordinary users; empty: none does.
+// closedUserns returns the name of the setting that forbids user namespaces to ordinary users, or an empty string.
 func closedUserns(value func(string) string) (key, off, on string) {
 	for _, s := range [][3]string{
 		{"user.max_user_namespaces", "0", "10000"}, {"kernel.unprivileged_userns_clone", "0", "1"},
@@ -170,7 +170,7 @@ func (h *host) userns(value func(string) string) Finding {
 	return Finding{Level: OK, Found: "Ordinary users may make them."}
 }
 
-// tryRun makes the namespaces and the TUN device that a program would get, and no program.
+// tryRun creates the namespaces and the TUN device that a program would get, without a program.
 func (h *host) tryRun(ctx context.Context) []Finding {
 	if key, _, _ := closedUserns(sysctl); tunFinding(tunNode).Level == Fault || key != "" && !h.root {
 		return []Finding{{Level: Fault, Found: "It cannot start, see above."}}
@@ -201,7 +201,8 @@ func (h *host) tryRun(ctx context.Context) []Finding {
 	return []Finding{f}
 }
 
-// minFiles is what a BitTorrent client with some hundred peers needs: each connection takes two descriptors.
+// minFiles is the number of descriptors that a BitTorrent client with some hundred peers needs: two for each
+// connection.
 const minFiles = 4096
 
 func openFiles(context.Context) []Finding {
@@ -217,7 +218,7 @@ func openFiles(context.Context) []Finding {
 	return []Finding{{Level: OK, Found: fmt.Sprintf("Up to %d may be open at a time.", l.Max)}}
 }
 
-// sysctl reads a setting; empty: there is none.
+// sysctl reads a kernel setting. It returns an empty string if the setting does not exist.
 func sysctl(key string) string {
 	b, err := os.ReadFile("/proc/sys/" + strings.ReplaceAll(key, ".", "/"))
 	if err != nil {
@@ -226,7 +227,7 @@ func sysctl(key string) string {
 	return string(bytes.TrimSpace(b))
 }
 
-// sentence is an error as a sentence.
+// sentence returns an error as a sentence.
 func sentence(err error) string {
 	s := strings.TrimSpace(err.Error())
 	if s == "" {

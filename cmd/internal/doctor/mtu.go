@@ -15,21 +15,20 @@ import (
 )
 
 const (
-	// mtuTime is how long a large packet may take to be acknowledged: some retransmissions of Linux.
+	// mtuTime limits the wait until a large packet is acknowledged. Linux retransmits it several times in this time.
 	mtuTime = 2500 * time.Millisecond
-	// mtuMost bounds what is sent; a device with a larger MTU leads to this host itself.
+	// mtuMost limits what is sent. A device with a larger MTU leads to this host itself.
 	mtuMost = 20_000
 )
 
-// tcpiTimestamps is TCPI_OPT_TIMESTAMPS of linux/tcp.h: each segment then has an option of so many bytes.
+// tcpiTimestamps is TCPI_OPT_TIMESTAMPS of linux/tcp.h: each segment then has an option of timestampBytes bytes.
 const tcpiTimestamps, timestampBytes = 1, 12
 
-// segmentSizes are those that are tried where full ones are lost.
+// segmentSizes are the sizes that are tried if full segments are lost.
 var segmentSizes = []int{1400, 1360, 1300, 1220, 1000, 536}
 
-// mtu sends a greeting that fills some packets to the proxy. That the kernel there acknowledges them says that they arrive;
-// what the
-// proxy makes of them does not matter.
+// mtu sends the proxy a greeting that fills several packets. They have arrived if the kernel of the proxy's host
+// acknowledges them; the answer of the proxy does not matter.
 func (p *proxy) mtu(ctx context.Context) []Finding {
 	full := p.large(ctx, 0)
 	switch {
@@ -68,16 +67,16 @@ func (p *proxy) mtu(ctx context.Context) []Finding {
 	return []Finding{f}
 }
 
-// largeResult is what became of large packets.
+// largeResult tells what happened to large packets.
 type largeResult struct {
 	arrived      bool
-	mss, headers int // bytes of data, and of the headers without options, which the kernel's limit for segments leaves room for
+	mss, headers int // bytes of data, and of the headers without options; the kernel's segment size leaves room for these headers
 	packet       int // with headers and options
 	device       string
 	err          error
 }
 
-// large sends packets of segment bytes of data, or as large as the kernel makes them for 0.
+// large sends packets with segment bytes of data; 0: as large as the kernel makes them.
 func (p *proxy) large(ctx context.Context, segment int) (r largeResult) {
 	c, err := p.carrier(ctx, func(fd int) error {
 		if segment == 0 {
@@ -109,7 +108,7 @@ func (p *proxy) large(ctx context.Context, segment int) (r largeResult) {
 	go func() {
 		defer close(answered)
 		if _, err := t.Read(make([]byte, 64)); !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, net.ErrClosed) {
-			answer = true // an answer, a FIN or a RST: it has seen the first packet, which was a large one
+			answer = true // an answer, a FIN or a RST: the proxy has received the first packet, which was a large one
 		}
 	}()
 	acked := false
@@ -122,7 +121,7 @@ func (p *proxy) large(ctx context.Context, segment int) (r largeResult) {
 	return r
 }
 
-// acknowledged waits until n bytes are acknowledged.
+// acknowledged waits until the other side has acknowledged n bytes.
 func (p *proxy) acknowledged(ctx context.Context, t *net.TCPConn, n int, answered <-chan struct{}) bool {
 	ctx, cancel := context.WithTimeout(ctx, mtuTime)
 	defer cancel()
@@ -134,7 +133,7 @@ func (p *proxy) acknowledged(ctx context.Context, t *net.TCPConn, n int, answere
 		}
 		select {
 		case <-answered:
-			return false // the other goroutine has said
+			return false // the other goroutine has the result
 		case <-ctx.Done():
 			return false
 		case <-tick.C:
@@ -156,7 +155,7 @@ func tcpInfo(t *net.TCPConn) (*unix.TCPInfo, error) {
 	return info, ierr
 }
 
-// headersOf is how many bytes of a packet are not data: IP and TCP, without options.
+// headersOf returns the length of the IP and TCP headers of a packet, without options.
 func headersOf(t *net.TCPConn) int {
 	if a := t.RemoteAddr().(*net.TCPAddr).AddrPort().Addr(); a.Is4() || a.Is4In6() {
 		return 40
@@ -164,7 +163,8 @@ func headersOf(t *net.TCPConn) int {
 	return 60
 }
 
-// deviceOf is the device that has the connection's own address; empty: it is not known.
+// deviceOf returns the name of the device that has the local address of the connection, or an empty string if it is
+// unknown.
 func deviceOf(t *net.TCPConn) string {
 	own := t.LocalAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
 	devices, err := net.Interfaces()

@@ -14,23 +14,23 @@ import (
 
 // peer is the far end that the user has named.
 type peer struct {
-	dst   socks.Addr // as the proxy is asked for it
+	dst   socks.Addr // as it is named to the proxy
 	ends  conform.Ends
 	six   netip.AddrPort // its IPv6 address, if it has one
 	name  string         // as the user gave it; empty: an address was given
-	free  conform.Prober // without a session
-	probe conform.Prober // with one
+	free  conform.Prober // tests that need no session
+	probe conform.Prober // tests with a session
 	s     *conform.Session
 }
 
-// withPeer makes the tests that need a far end.
+// withPeer runs the tests that need a far end.
 func (p *proxy) withPeer(ctx context.Context, free conform.Prober) []Finding {
 	x, f := p.openPeer(ctx, free)
 	if x == nil {
 		return []Finding{f}
 	}
 	defer x.s.Close()
-	all := []Finding{f, x.trip(ctx)} // before the line is busy
+	all := []Finding{f, x.trip(ctx)} // before the other tests load the line
 	all = append(all, together(
 		func() []Finding { return x.refused(ctx) },
 		func() []Finding { return x.otherAddresses(ctx) },
@@ -40,7 +40,7 @@ func (p *proxy) withPeer(ctx context.Context, free conform.Prober) []Finding {
 	return append(all, x.speed(ctx))
 }
 
-// openPeer opens a session with the peer; nil: the Finding says why there is none.
+// openPeer opens a session with the peer. If it returns nil, the Finding tells why.
 func (p *proxy) openPeer(ctx context.Context, free conform.Prober) (*peer, Finding) {
 	named := p.a.h.cfg.Peers
 	x := &peer{free: free}
@@ -65,7 +65,7 @@ func (p *proxy) openPeer(ctx context.Context, free conform.Prober) (*peer, Findi
 	}
 	x.dst = socks.AddrFrom(x.ends.TCP)
 	if !x.ends.TCP.IsValid() {
-		x.dst = socks.Addr{Name: main.Host, Port: main.Port} // the proxy may know it
+		x.dst = socks.Addr{Name: main.Host, Port: main.Port} // the proxy may know the name
 	}
 	bad := Finding{Check: "the far end", Level: Fault, Means: "The tests that need it were left out.",
 		Do: fmt.Sprintf(
@@ -94,7 +94,7 @@ func (p *proxy) openPeer(ctx context.Context, free conform.Prober) (*peer, Findi
 		Found: fmt.Sprintf("Bytes travel both ways through the proxy to %s (connected after %s).%s", main, millis(a.After), from)}
 }
 
-// udpEnds are the sockets of the peer: two ports, and perhaps a second address.
+// udpEnds returns the addresses of the peer's UDP sockets: two ports, and possibly a second address.
 func (x *peer) udpEnds(port uint16, second []netip.Addr) {
 	if !x.ends.TCP.IsValid() {
 		return
@@ -146,7 +146,7 @@ func (x *peer) trip(ctx context.Context) Finding {
 	return f
 }
 
-// refused asks for a port of the peer where nobody listens.
+// refused requests a port of the peer on which nothing listens.
 func (x *peer) refused(ctx context.Context) []Finding {
 	if !x.ends.TCP.IsValid() {
 		return nil
@@ -168,7 +168,7 @@ func (x *peer) refused(ctx context.Context) []Finding {
 	return []Finding{f}
 }
 
-// otherAddresses reaches the peer by its name and by IPv6.
+// otherAddresses connects to the peer by its name and by IPv6.
 func (x *peer) otherAddresses(ctx context.Context) []Finding {
 	return together(
 		func() []Finding {
@@ -214,7 +214,7 @@ func (x *peer) byIPv6(ctx context.Context) Finding {
 	}
 }
 
-// endings says what becomes of the ends of connections.
+// endings tests whether FIN and RST pass through the proxy.
 func (x *peer) endings(ctx context.Context) []Finding {
 	var up, down, rup, rdown conform.Passage
 	together(
@@ -246,7 +246,7 @@ func (x *peer) endings(ctx context.Context) []Finding {
 	return []Finding{half, reset}
 }
 
-// least is what is called slow, in bytes per second.
+// least is the speed, in bytes per second, below which a proxy is called slow.
 const least = 64 << 10
 
 func (x *peer) speed(ctx context.Context) Finding {

@@ -14,15 +14,15 @@ import (
 	"github.com/viasocks/viasocks/socks"
 )
 
-// What a proxy is asked for that it is to refuse. Nobody has the name (RFC 6761, section 6.4) or the addresses (RFC 5737,
-// RFC 3849).
+// The requests that a proxy is expected to refuse. Nobody has the name (RFC 6761, section 6.4) or the addresses (RFC
+// 5737, RFC 3849).
 var (
 	noName = socks.Addr{Name: "no-such-host.invalid", Port: 9}
 	noHost = socks.AddrFrom(netip.MustParseAddrPort("192.0.2.1:9"))
 	noIPv6 = socks.AddrFrom(netip.MustParseAddrPort("[2001:db8::1]:9"))
 )
 
-// proxyChecks are those of the proxies. end frees what they use.
+// proxyChecks returns the checks of the proxies. end frees what they use.
 func (h *host) proxyChecks() (list []check, end func()) {
 	one := func(f Finding) ([]check, func()) {
 		return []check{
@@ -57,7 +57,7 @@ func (h *host) proxyChecks() (list []check, end func()) {
 	return list, a.close
 }
 
-// examine looks at one proxy. main: it is the first, by which resolvers are asked.
+// examine tests one proxy. main: it is the first one, through which resolvers are asked.
 func (p *proxy) examine(ctx context.Context, main bool) []Finding {
 	all := p.local()
 	begun := time.Now()
@@ -85,8 +85,8 @@ func (p *proxy) examine(ctx context.Context, main bool) []Finding {
 	return append(all, lastOfEach(together(parts...), "names", "IPv6")...)
 }
 
-// lastOfEach keeps, of several findings about one of checks, the last one: a peer tells more than what can be guessed
-// without it.
+// lastOfEach keeps only the last of several findings with the same name out of checks, because a test with a peer is
+// more certain than a guess without one.
 func lastOfEach(all []Finding, checks ...string) []Finding {
 	last := map[string]int{}
 	for i, f := range all {
@@ -101,14 +101,14 @@ func lastOfEach(all []Finding, checks ...string) []Finding {
 	return out
 }
 
-// noPeer says what needs a far end.
+// noPeer tells which tests need a far end.
 func noPeer() []Finding {
 	return []Finding{{Check: "the far end", Level: NotTested,
 		Found: "Bytes both ways, latency, speed, the kind of NAT and the size of datagrams, and how connections end.",
 		Do:    "'viasocks doctor --serve' on a host of yours behind the proxy, and here --peer HOST"}}
 }
 
-// local says whether the proxy runs on this host.
+// local tells whether the proxy runs on this host.
 func (p *proxy) local() []Finding {
 	if !p.direct() {
 		return nil
@@ -137,7 +137,7 @@ func (p *proxy) local() []Finding {
 	return []Finding{f}
 }
 
-// localAddrs are the addresses of a server whose name is an address, or that of this host.
+// localAddrs returns the addresses of a server that is given by address or by the name of this host.
 func localAddrs(s socks.Server) []netip.Addr {
 	host := strings.TrimSuffix(s.Host(), ".")
 	if a, err := netip.ParseAddr(host); err == nil {
@@ -149,10 +149,10 @@ func localAddrs(s socks.Server) []netip.Addr {
 	return nil
 }
 
-// faults says why the proxy cannot be used.
+// faults tells why the proxy cannot be used.
 func (p *proxy) faults(err error) []Finding {
 	told := daemon.Explain(p.server, err).Error()
-	for _, question := range []string{": is ", ": does "} { // Do says what to do
+	for _, question := range []string{": is ", ": does "} { // Do tells what to do
 		told, _, _ = strings.Cut(told, question)
 	}
 	f := Finding{
@@ -192,7 +192,7 @@ func (p *proxy) faults(err error) []Finding {
 	return []Finding{f}
 }
 
-// withUser is an example of a URL for a login.
+// withUser returns an example of a URL with a user.
 func withUser(s socks.Server) string {
 	user := s.User()
 	if user == "" {
@@ -202,7 +202,7 @@ func withUser(s socks.Server) string {
 	return fmt.Sprintf("%s://%s@%s", scheme, user, s.Where())
 }
 
-// reached says how far away the proxy is, and that it lets us in.
+// reached tells how long a connection to the proxy takes, and that the login succeeds.
 func (p *proxy) reached(ctx context.Context, took time.Duration) []Finding {
 	begun := time.Now()
 	if c, err := p.carrier(ctx, nil); err == nil {
@@ -220,7 +220,7 @@ func (p *proxy) reached(ctx context.Context, took time.Duration) []Finding {
 	return all
 }
 
-// refusals asks for what nobody has: a truthful proxy says no, in time and for each kind of address.
+// refusals requests destinations that do not exist. A truthful proxy refuses each kind of address in time.
 func (p *proxy) refusals(ctx context.Context, free conform.Prober) []Finding {
 	limit := answerTime
 	if p.server.Tor() {
@@ -302,7 +302,7 @@ const (
 	noIPv6Do    = "--ipv6 off, so that programs use IPv4 at once"
 )
 
-// soon is how fast an answer is that the proxy gives by itself.
+// soon is the time within which a proxy answers if it does not have to wait for others.
 const soon = 1500 // ms
 
 func ipv6Finding(a conform.Answer, truthful bool) Finding {
@@ -330,7 +330,7 @@ func ipv6Finding(a conform.Answer, truthful bool) Finding {
 	return f
 }
 
-// udpAlone asks for an association, and cannot send anything to anybody.
+// udpAlone opens an association. Without a peer, it has nobody to send datagrams to.
 func (p *proxy) udpAlone(ctx context.Context, free conform.Prober) []Finding {
 	a := free.Association(ctx)
 	if f, ok := p.noUDP(a); !ok {
@@ -350,7 +350,7 @@ func (p *proxy) udpAlone(ctx context.Context, free conform.Prober) []Finding {
 const withoutUDP = "aria2's DHT and UDP trackers, QUIC (HTTP/3), WebRTC and games do not work through it; names, " +
 	"HTTP, SSH and BitTorrent over TCP do."
 
-// noUDP is the finding about a proxy that has none; ok: it has.
+// noUDP returns the finding about a proxy without UDP. ok means that the proxy has UDP.
 func (p *proxy) noUDP(a conform.Answer) (f Finding, ok bool) {
 	f = Finding{Check: "UDP", Level: Warning, Means: withoutUDP,
 		Do: "use a proxy with UDP (dante, sing-box, gost); with this one: aria2c --enable-dht=false, and trackers with " +
@@ -374,7 +374,7 @@ func (p *proxy) noUDP(a conform.Answer) (f Finding, ok bool) {
 	return f, false
 }
 
-// replyWords is a reply for people.
+// replyWords returns a reply code as text for people.
 func replyWords(code int) string {
 	_, words, ok := strings.Cut(strings.TrimSuffix(socks.Reply(code).Error(), ")"), "(")
 	if !ok {
@@ -383,7 +383,7 @@ func replyWords(code int) string {
 	return fmt.Sprintf("reply %d, %s", code, words)
 }
 
-// span is a time as people read it.
+// span returns a duration as text for people.
 func span(d time.Duration) string {
 	if d < time.Millisecond {
 		return "less than 1 ms"

@@ -11,7 +11,7 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/conform"
 )
 
-// Serve is the far end for --peer, until ctx ends.
+// Serve runs the far end for --peer until ctx ends.
 func Serve(ctx context.Context, cfg *config.Config, out io.Writer) error {
 	f, at, err := listen(cfg.ServeAt)
 	if err != nil {
@@ -29,7 +29,7 @@ on the host that is to be examined: viasocks doctor --proxy URL --peer THIS-HOST
 	return nil
 }
 
-// listen is at all addresses if none is given; then a host without IPv6 is one of IPv4.
+// listen listens on all addresses if none is given; on a host without IPv6, these are those of IPv4.
 func listen(at []netip.AddrPort) (f *conform.FarEnd, words []string, err error) {
 	if len(at) > 0 {
 		f, err = conform.Serve(at...)

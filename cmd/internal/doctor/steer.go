@@ -15,14 +15,14 @@ import (
 	"github.com/viasocks/viasocks/route/kernel"
 )
 
-// asRoot is the finding of a check that ordinary users cannot make.
+// asRoot returns the finding for a check that only root can run.
 func asRoot() []Finding {
 	return []Finding{
 		{Level: NotTested, Found: "Only root can use 'viasocks up' and test it.", Do: "sudo viasocks doctor, with the same options"},
 	}
 }
 
-// tryUp closes a network namespace of its own with the filter of up.
+// tryUp installs the filter of up in a network namespace that it creates for the test.
 func (h *host) tryUp(context.Context) []Finding {
 	if !h.root {
 		return asRoot()
@@ -56,7 +56,7 @@ func writable(path string) error {
 	return f.Close()
 }
 
-// state says what viasocks has done to this host by now.
+// state tells what viasocks has changed on this host.
 func (h *host) state(context.Context) []Finding {
 	if s := h.up; s != nil {
 		return h.upFindings(s)
@@ -99,10 +99,10 @@ func (h *host) upFindings(s *control.Status) []Finding {
 	return all
 }
 
-// maxRules is how many rules of others are listed: a script may have made a thousand.
+// maxRules limits how many rules of other programs are listed. A script may have made a thousand.
 const maxRules = 8
 
-// rules looks for ip rules of others, as those of VPNs, that stand in up's way.
+// rules looks for ip rules of other programs, such as VPNs, that conflict with those of up.
 func (h *host) rules(context.Context) []Finding {
 	look, err := kernel.Look(daemon.KernelConfig(h.cfg))
 	if err != nil {
@@ -146,11 +146,11 @@ func (h *host) rules(context.Context) []Finding {
 	return all
 }
 
-// besides are programs that change a host's network, and how viasocks lives with them.
+// besides lists programs that change a host's network, and how viasocks works beside them.
 var besides = []struct {
 	name    string
-	devices []string // by which it is known, or:
-	comms   []string // names of processes
+	devices []string // the program is recognized by these devices, or
+	comms   []string // by these names of processes
 	found   string
 	do      string
 }{
@@ -183,7 +183,7 @@ var besides = []struct {
 	},
 }
 
-// beside names the programs beside which viasocks runs.
+// beside reports which of these programs run on the host.
 func (h *host) beside(ctx context.Context) (all []Finding) {
 	comms := processNames(ctx)
 	for _, p := range besides {
@@ -201,7 +201,7 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// processNames are those of all processes that can be seen.
+// processNames returns the names of all visible processes.
 func processNames(ctx context.Context) map[string]bool {
 	names := map[string]bool{}
 	paths, _ := filepath.Glob("/proc/[0-9]*/comm")

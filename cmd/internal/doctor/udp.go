@@ -8,10 +8,11 @@ import (
 	"github.com/viasocks/viasocks/socks"
 )
 
-// quicSize is the least that QUIC sends to a server first (RFC 9000, section 14), dnsSize what resolvers answer at most by UDP.
+// quicSize is the minimum size of the first datagrams of QUIC (RFC 9000, section 14). dnsSize is the maximum size of a
+// resolver's answer by UDP.
 const quicSize, dnsSize = 1200, 1400
 
-// udp sends datagrams to the peer and has some sent back, from where they were sent to and from elsewhere.
+// udp sends datagrams to the peer and asks for answers, both from the same socket of the peer and from others.
 func (p *proxy) udp(ctx context.Context, x *peer) []Finding {
 	if !x.ends.TCP.IsValid() {
 		return []Finding{

@@ -15,7 +15,7 @@ const (
 	lastColumn  = 100
 )
 
-// WriteText writes r for people: a line for each finding, and below it what it means and what to do.
+// WriteText writes r as text: a line for each finding and, below it, what it means and what to do.
 func WriteText(w io.Writer, r *Report) error {
 	b := new(strings.Builder)
 	part := ""
@@ -49,7 +49,7 @@ func count(n int, what string) string {
 	return fmt.Sprintf("%d %ss", n, what)
 }
 
-// wrap writes text behind head, in lines that begin at foundColumn.
+// wrap writes head and, after it, text in lines that begin at foundColumn.
 func wrap(b *strings.Builder, head, text string) {
 	line := fmt.Sprintf("%-*s", foundColumn, control.Plain(head))
 	if len(line) > foundColumn && !strings.HasSuffix(line, " ") {
