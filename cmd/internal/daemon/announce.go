@@ -12,7 +12,7 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/config"
 )
 
-// keepReadyFD checks the descriptor of --ready-fd, and keeps it from the program, which would hold it open.
+// keepReadyFD checks the descriptor of --ready-fd, and closes it in the program, which would otherwise keep it open.
 func keepReadyFD(cfg *config.Config) error {
 	if cfg.ReadyFD < 0 {
 		return nil
@@ -24,8 +24,8 @@ func keepReadyFD(cfg *config.Config) error {
 	return nil
 }
 
-// announce tells who waits that the program has its network: it writes the file of --pid-file and the line of --ready-fd. end
-// removes the file.
+// announce tells waiting processes that the program has its network: it writes the file of --pid-file and the line of
+// --ready-fd. end removes the file.
 func announce(cfg *config.Config) (end func(), err error) {
 	end = func() {}
 	if cfg.PIDFile != "" {
@@ -34,7 +34,7 @@ func announce(cfg *config.Config) (end func(), err error) {
 			return nil, fmt.Errorf("cannot write the process id to %s: %w", cfg.PIDFile, err)
 		}
 		end = func() {
-			if b, err := os.ReadFile(cfg.PIDFile); err == nil && string(b) == pid { // another one may have taken the name
+			if b, err := os.ReadFile(cfg.PIDFile); err == nil && string(b) == pid { // another process may have replaced the file
 				_ = os.Remove(cfg.PIDFile)
 			}
 		}
@@ -50,7 +50,7 @@ func announce(cfg *config.Config) (end func(), err error) {
 	return end, nil
 }
 
-// replaceFile writes a file as a whole: whoever reads it sees the old content or the new one.
+// replaceFile replaces a file atomically: a reader sees either the old content or the new one.
 func replaceFile(path, content string) error {
 	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
 	if err != nil {

@@ -11,10 +11,11 @@ import (
 	"github.com/viasocks/viasocks/tun"
 )
 
-// errCapturing: there is one capture at a time, so that its queue is the only memory that captures take.
+// errCapturing means that another capture is running. There is one at a time, so that captures need the memory of only
+// one queue.
 var errCapturing = errors.New("another capture is under way")
 
-// capturing is set while there is a capture.
+// capturing is true while a capture is running.
 type capturing struct{ atomic.Bool }
 
 // capture writes what crosses the TUN to w, until a limit of f is reached, ctx ends or w fails. The data plane does not wait for w.
@@ -31,7 +32,7 @@ func (p *plane) capture(ctx context.Context, f control.Capture, w io.Writer, ver
 	watched := make(chan struct{})
 	go func() {
 		defer close(watched)
-		// The data plane may end first: then nothing more comes.
+		// The data plane may end first: then no more packets come.
 		defer cancel()
 		_ = p.watch(ctx, func(events []control.Event) error { s.Know(events); return nil })
 	}()

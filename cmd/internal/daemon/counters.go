@@ -43,7 +43,7 @@ func (p *plane) counters() counters {
 	return c
 }
 
-// clients are the SOCKS clients by the names of their upstreams.
+// clients returns the SOCKS clients by the names of their upstreams.
 func (p *plane) clients() map[string]*client {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -71,7 +71,7 @@ func (c *counters) each(f func(count.Metric)) {
 	}
 }
 
-// all returns every number by its name. Of what was timed it has how often that was.
+// all returns every number by its name. For a histogram, it is the number of durations.
 func (c *counters) all() map[string]int64 {
 	all := map[string]int64{}
 	c.each(func(m count.Metric) {

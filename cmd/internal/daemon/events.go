@@ -9,13 +9,13 @@ import (
 )
 
 const (
-	// watchQueue is how many events may wait for a watcher.
+	// watchQueue limits the events that wait for a watcher.
 	watchQueue = 1024
-	// watchBatch is how many are handed on at a time, so that programs are looked up together.
+	// watchBatch limits the events that are passed on together. Their programs are looked up in one pass.
 	watchBatch = 256
 )
 
-// watch hands the events of the flows to send until ctx ends, send fails, or the data plane is over.
+// watch passes the events of the flows to send until ctx ends, send fails, or the data plane is over.
 func (p *plane) watch(ctx context.Context, send func([]control.Event) error) error {
 	w := p.router.Watch(watchQueue)
 	defer w.Close()
@@ -42,7 +42,7 @@ func (p *plane) watch(ctx context.Context, send func([]control.Event) error) err
 			}
 		}
 		names.fill(batch)
-		if n := w.Lost(); n > 0 { // some of those that were lost would come before the batch, some behind it
+		if n := w.Lost(); n > 0 { // the lost events may belong before the batch or after it
 			batch = append(batch, control.Event{Event: control.EventLost, Time: time.Now(), Lost: n})
 		}
 		if len(batch) > 0 {
@@ -65,8 +65,8 @@ func eventOf(e route.Event) control.Event {
 	return out
 }
 
-// eventNames gives events the programs of their flows. A flow that has ended has no socket any more: its program is that which it
-// had before.
+// eventNames adds the programs of flows to their events. The socket of an ended flow is gone, so the program that was
+// found earlier is used.
 type eventNames struct {
 	programs *programs
 	live     map[uint64]program
@@ -97,7 +97,7 @@ func (n *eventNames) fill(batch []control.Event) {
 			}
 			delete(n.live, f.ID)
 		case f.PID != 0:
-			if len(n.live) >= maxPrograms { // the ends of some were lost
+			if len(n.live) >= maxPrograms { // the closing events of some flows were lost
 				clear(n.live)
 			}
 			n.live[f.ID] = program{pid: f.PID, exe: f.Exe}

@@ -12,8 +12,8 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/control"
 )
 
-// Exec replaces this process with a program in the namespaces of the one that is under run in the instance named want, which is one
-// of all. It returns only an error.
+// Exec replaces this process with a program in the namespaces of an instance of run. want is the name or process id of
+// this instance, and all contains the instances of the caller. Exec returns only if it fails.
 //
 // A process with several threads cannot enter a user namespace (setns(2)), and a Go program always has several: nsenter(1) does it.
 func Exec(want string, program []string, all []control.Instance, environ []string) error {
@@ -34,14 +34,14 @@ func Exec(want string, program []string, all []control.Instance, environ []strin
 		}
 		args = append(args, "--user", "--preserve-credentials")
 	}
-	if dir, err := os.Getwd(); err == nil { // else nsenter leaves us in the root directory
+	if dir, err := os.Getwd(); err == nil { // otherwise nsenter would change to the root directory
 		args = append(args, "--wd="+dir)
 	}
 	args = append(append(args, "--"), program...)
 	return fmt.Errorf("cannot exec in %q: %w", want, syscall.Exec(nsenter, args, programEnv(environ, false)))
 }
 
-// instanceNamed finds the instance with a name or a process id among those of run.
+// instanceNamed finds the instance of run with this name or process id.
 func instanceNamed(want string, all []control.Instance) (at control.Instance, err error) {
 	pid, _ := strconv.Atoi(want)
 	n := 0
@@ -57,14 +57,14 @@ func instanceNamed(want string, all []control.Instance) (at control.Instance, er
 	case n > 1:
 		return at, errors.New("several have this name: give the process id that 'viasocks ps' shows")
 	}
-	// The process id is the program's for as long as viasocks, which is its parent, has not waited for it.
+	// The process id belongs to the program as long as its parent, viasocks, has not waited for it.
 	if parent, err := parentOf(at.Inside); err != nil || parent != at.PID {
 		return at, errors.New("its program has ended")
 	}
 	return at, nil
 }
 
-// parentOf reads the parent of a process (proc_pid_stat(5)).
+// parentOf returns the parent of a process (proc_pid_stat(5)).
 func parentOf(pid int) (int, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {

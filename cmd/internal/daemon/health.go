@@ -14,22 +14,22 @@ import (
 )
 
 const (
-	// healthTime bounds the look at the upstreams: the whole answer may take control.HealthTime.
+	// healthTime limits the check of the upstreams. The whole answer may take control.HealthTime.
 	healthTime = 1200 * time.Millisecond
-	// healthFresh is how old an answer may be: however many ask, no proxy is looked at more often.
+	// healthFresh is the maximum age of an answer. No proxy is checked more often, even if many clients ask.
 	healthFresh = time.Second
-	// aliveTime is how long the data plane may take to answer.
+	// aliveTime limits the wait for an answer of the data plane.
 	aliveTime = 300 * time.Millisecond
 )
 
-// healthChecks has the last look at the upstreams.
+// healthChecks stores the result of the last check of the upstreams.
 type healthChecks struct {
 	mu   sync.Mutex
 	at   time.Time
 	last []control.UpstreamHealth
 }
 
-// healthNow says whether traffic passes through `up`.
+// healthNow tells whether traffic passes through `up`.
 func (u *up) healthNow(ctx context.Context) control.Health {
 	p, h := u.running()
 	s := u.status()
@@ -52,11 +52,11 @@ func (u *up) healthNow(ctx context.Context) control.Health {
 	return p.healthNow(ctx, u.config(), control.ModeUp, s.State)
 }
 
-// healthNow says whether the data plane lives and whether an upstream works.
+// healthNow tells whether the data plane responds and whether an upstream works.
 func (p *plane) healthNow(ctx context.Context, cfg *config.Config, mode, state string) control.Health {
 	out := control.Health{Mode: mode, PID: os.Getpid(), State: state}
 	alive := make(chan struct{})
-	go func() { // it may hang, which is what is asked
+	go func() { // it may hang; this is what the check finds out
 		p.router.Stats()
 		close(alive)
 	}()
@@ -74,7 +74,7 @@ func (p *plane) healthNow(ctx context.Context, cfg *config.Config, mode, state s
 	return out
 }
 
-// judge says whether traffic passes by the upstreams: by the default one, or where there is none by one of them.
+// judge tells whether traffic can pass: through the default upstream or, if there is none, through any upstream.
 func judge(byDefault string, all []control.UpstreamHealth) (healthy bool, reason string) {
 	for _, u := range all {
 		switch {
@@ -87,7 +87,7 @@ func judge(byDefault string, all []control.UpstreamHealth) (healthy bool, reason
 	return len(all) == 0, reason
 }
 
-// checkUpstreams looks whether the upstreams can be reached and let us in, all at a time.
+// checkUpstreams connects to all upstreams concurrently and logs in.
 func (p *plane) checkUpstreams(ctx context.Context) []control.UpstreamHealth {
 	h := &p.health
 	h.mu.Lock()

@@ -16,21 +16,22 @@ import (
 	"github.com/viasocks/viasocks/stack/count"
 )
 
-// measured is what the metrics have besides the tables of the data plane.
+// measured contains the metrics that are not in the tables of the data plane.
 type measured struct {
 	Ready      int                     `metric:"ready" help:"1 while traffic is carried."`
 	TUNDropped uint64                  `metric:"tun_dropped_total" help:"Packets of programs that the TUN had no room for."`
 	Lag        count.Histogram[uint64] `metric:"loop_lag_seconds" help:"Time until an event loop does what it is told, once a second."`
 }
 
-// watched is what the metrics are taken from.
+// watched is the source of the metrics.
 type watched struct {
-	plane   func() *plane // nil: there is none now
+	plane   func() *plane // returns nil if there is none now
 	ready   func() bool
 	dropped func() (uint64, error) // by the TUN
 }
 
-// serveMetrics answers Prometheus, if cfg says so, until end is called. Nothing is measured, and no goroutine runs, otherwise.
+// serveMetrics serves the metrics, if cfg has an address for them, until end is called. Without an address, nothing is
+// measured and no goroutine runs.
 func serveMetrics(cfg *config.Config, w watched, version string, log *slog.Logger) (end func(), err error) {
 	if cfg.Metrics.IsZero() {
 		return func() {}, nil
@@ -59,7 +60,7 @@ func (w *watched) source(lag *count.Histogram[atomic.Uint64]) metrics.Source {
 	if w.ready() {
 		m.Ready = 1
 	}
-	m.TUNDropped, _ = w.dropped() // where it cannot be read it is 0
+	m.TUNDropped, _ = w.dropped() // 0 if it cannot be read
 	p := w.plane()
 	return metrics.Source{Of: p, Each: func(f func(count.Metric)) {
 		count.Each(m, f)
@@ -70,10 +71,10 @@ func (w *watched) source(lag *count.Histogram[atomic.Uint64]) metrics.Source {
 	}}
 }
 
-// lagEvery is how often the loops are asked. A loop that has not yet answered is not asked again.
+// lagEvery is the interval between two measurements of the loops. A loop that has not yet answered is not asked again.
 const lagEvery = time.Second
 
-// watchLag measures how long the loops take to do what they are told.
+// watchLag measures how long each loop takes to run a function.
 func (w *watched) watchLag(lag *count.Histogram[atomic.Uint64], over <-chan struct{}) {
 	tick := time.NewTicker(lagEvery)
 	defer tick.Stop()
@@ -108,11 +109,11 @@ func (w *watched) watchLag(lag *count.Histogram[atomic.Uint64], over <-chan stru
 	}
 }
 
-// metricsRecord is the file beside the control socket that names the unix socket of the metrics, for whoever cleans up after a
-// viasocks that was killed.
+// metricsRecord is a file beside the control socket. It contains the path of the metrics socket, so that the socket can
+// be removed after viasocks was killed.
 func metricsRecord(control string) string { return strings.TrimSuffix(control, ".sock") + ".metrics" }
 
-// recordMetrics writes it, until end is called.
+// recordMetrics writes this file; end removes it.
 func recordMetrics(control string, at metrics.Address) (end func(), err error) {
 	if at.Path == "" {
 		return func() {}, nil
@@ -124,7 +125,8 @@ func recordMetrics(control string, at metrics.Address) (end func(), err error) {
 	return func() { os.Remove(record) }, nil
 }
 
-// forgetMetrics removes the metrics socket of a viasocks that was killed, and reports which. The caller holds the lock.
+// forgetMetrics removes the metrics socket of a viasocks that was killed, and returns its path. The caller holds the
+// lock.
 func forgetMetrics(control string) (path string, err error) {
 	record := metricsRecord(control)
 	text, err := os.ReadFile(record)
@@ -138,7 +140,7 @@ func forgetMetrics(control string) (path string, err error) {
 		if _, err = os.Lstat(path); err != nil {
 			path = ""
 		} else if err := metrics.RemoveStale(path); err != nil {
-			path = "" // somebody else has it now
+			path = "" // another process uses it now
 		}
 	}
 	return path, os.Remove(record)

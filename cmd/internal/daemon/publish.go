@@ -11,7 +11,8 @@ import (
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
-// outsideAddrs are the addresses of the program's lo from which published ports are reached; none if nothing is published.
+// outsideAddrs returns the addresses of the program's lo that connections to published ports have as their source.
+// There are none if nothing is published.
 func outsideAddrs(cfg *config.Config) []netip.Prefix {
 	if len(cfg.Publish) == 0 {
 		return nil
@@ -19,7 +20,8 @@ func outsideAddrs(cfg *config.Config) []netip.Prefix {
 	return []netip.Prefix{netip.PrefixFrom(flow.Outside4, 32), netip.PrefixFrom(flow.Outside6, 128)}
 }
 
-// targets are where the program may listen. Its loopback comes first: a program that listens at all addresses is reached there, too.
+// targets are the addresses at which the program may listen. Loopback comes first, because it also reaches programs
+// that listen at all addresses.
 var targets = []publish.Target{
 	{To: netip.AddrFrom4([4]byte{127, 0, 0, 1}), From: flow.Outside4},
 	{To: netip.IPv6Loopback(), From: flow.Outside6},
@@ -42,7 +44,7 @@ func startPublishing(cfg *config.Config, child *netns.Child, log *slog.Logger) (
 	return p, nil
 }
 
-// fillPublished tells status of p, which may be nil.
+// fillPublished adds the counters of p, which may be nil, to status.
 func fillPublished(s *control.Status, p *publish.Publisher) {
 	if p == nil {
 		return

@@ -13,7 +13,7 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/publish"
 )
 
-// instance is what status tells of a program under run.
+// instance is what status needs to know about a program under run.
 type instance struct {
 	pid       int // of the program
 	tun       string
@@ -34,7 +34,7 @@ func serveRun(cfg *config.Config, p *plane, at instance, o RunOptions, log *slog
 		p.fill(&s, cfg, nil)
 		return s
 	}
-	watch := func(ctx context.Context, send func([]control.Event) error) { _ = p.watch(ctx, send) } // who watched has gone, or p is over
+	watch := func(ctx context.Context, send func([]control.Event) error) { _ = p.watch(ctx, send) } // the watcher has gone, or p has ended
 	record := func(ctx context.Context, what control.Capture, w io.Writer) error {
 		return p.capture(ctx, what, w, o.Version, at.tun)
 	}

@@ -3,19 +3,20 @@ package top
 import "github.com/viasocks/viasocks/cmd/internal/control"
 
 const (
-	// wideWidth is from where on there is room for process ids and both totals, and widerWidth also for addresses beside names.
+	// wideWidth is the width from which on there is room for process ids and both totals, and widerWidth for addresses
+	// beside names as well.
 	wideWidth  = 110
 	widerWidth = 140
 )
 
-// flowColumn is a column of the table of flows.
+// flowColumn is one column of the table of flows.
 type flowColumn struct {
 	column
-	from int                // the width of the terminal from which on it is shown
-	to   int                // and up to which; 0: any
-	sort order              // what sorts by it; orders: nothing
-	show func(*row) cell    // what stands in it
-	wide func(*column, int) // sets the width in a wide terminal; nil: it stays
+	from int                // the minimum width of the terminal at which it is shown
+	to   int                // the maximum width; 0: none
+	sort order              // the order that sorts by it; orders: none
+	show func(*row) cell    // the content of a cell
+	wide func(*column, int) // sets the width in a wide terminal; nil: it stays the same
 }
 
 func flowColumns(m *model) []flowColumn {
@@ -60,7 +61,8 @@ func (m *model) stateCell(r *row) cell {
 	return cell{plain(r.State), warn}
 }
 
-// addressCell is the address that a name stands for; where there is no name it is the destination already.
+// addressCell is the address of a destination that has a name. Without a name, the destination column already shows the
+// address.
 func addressCell(r *row) cell {
 	if r.Host == "" {
 		return cell{"", none}
@@ -68,10 +70,11 @@ func addressCell(r *row) cell {
 	return cell{plain(r.Dst), dim}
 }
 
-// chosen are the flows that the filter lets through, sorted.
+// chosen returns the flows that match the filter, sorted.
 func (m *model) chosen() []row { return choose(m.rows, m.filter, m.sort, m.reverse) }
 
-// flowTable is the list of flows in so many lines, from the row on that the user has moved to.
+// flowTable returns the list of flows with the given number of lines, beginning at the row to which the user has
+// scrolled.
 func (m *model) flowTable(height int) []string {
 	var cols columns
 	var show []func(*row) cell
@@ -110,5 +113,5 @@ func (m *model) flowTable(height int) []string {
 	return lines
 }
 
-// page is how far page up and page down move.
+// page is the number of rows by which page up and page down move.
 func (m *model) page() int { return max(1, m.height/2) }

@@ -13,7 +13,8 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/control"
 )
 
-// plain is text of others as the view may draw it: without what a terminal obeys, and without marks that pile up on one cell.
+// plain makes text from outside safe to draw: it removes control sequences, and combining marks that pile up on one
+// cell.
 func plain(s string) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.In(r, unicode.Mn, unicode.Me) {
@@ -23,7 +24,7 @@ func plain(s string) string {
 	}, control.Plain(s))
 }
 
-// fit makes s exactly so many cells wide. What is too long loses its end.
+// fit makes s exactly this many cells wide. Text that is too long loses its end.
 func fit(s string, width int) string {
 	if width <= 0 {
 		return ""
@@ -34,13 +35,13 @@ func fit(s string, width int) string {
 	return s + strings.Repeat(" ", max(0, width-ansi.StringWidth(s)))
 }
 
-// fitRight is fit with the text at the right end.
+// fitRight is fit with the text aligned to the right.
 func fitRight(s string, width int) string {
 	s = strings.TrimRight(fit(s, width), " ")
 	return strings.Repeat(" ", max(0, width-ansi.StringWidth(s))) + s
 }
 
-// fitName is fit for names, of which both ends matter: what is too long loses its middle.
+// fitName is fit for names. Both ends of a name matter, so one that is too long loses its middle.
 func fitName(s string, width int) string {
 	if n := ansi.StringWidth(s); n > width && width > 2 {
 		head := (width - 1) / 2
@@ -49,7 +50,8 @@ func fitName(s string, width int) string {
 	return fit(s, width)
 }
 
-// size is a number of bytes in at most six cells: 0, 512 B, 9.9 kB, 100 kB, 1.2 MB. The units are those of networks: 1000 bytes.
+// size formats a number of bytes in at most six cells: 0, 512 B, 9.9 kB, 100 kB, 1.2 MB. The units are those of
+// networks: 1000 bytes.
 func size(n float64) string {
 	if n < 1 {
 		return "0"
@@ -69,7 +71,7 @@ func size(n float64) string {
 	return ""
 }
 
-// speed is a rate; nothing that moves is a dash.
+// speed formats a rate; zero is a dash.
 func speed(perSecond float64) string {
 	if perSecond < 1 {
 		return nothing
@@ -77,7 +79,7 @@ func speed(perSecond float64) string {
 	return size(perSecond)
 }
 
-// age is a duration in at most five cells, in one unit or two: 41s, 5m03, 2h07, 12d.
+// age formats a duration in at most five cells, in one unit or two: 41s, 5m03, 2h07, 12d.
 func age(d time.Duration) string {
 	d = max(d, 0)
 	switch {
@@ -91,7 +93,7 @@ func age(d time.Duration) string {
 	return fmt.Sprintf("%dd", d/(24*time.Hour))
 }
 
-// latency is a time until a connection is granted.
+// latency formats the time until a connection is granted.
 func latency(ms float64) string {
 	switch {
 	case ms <= 0:
@@ -104,7 +106,7 @@ func latency(ms float64) string {
 	return fmt.Sprintf("%.0f s", ms/1000)
 }
 
-// count is a number in at most five cells.
+// count formats a number in at most five cells.
 func count(n uint64) string {
 	if n < 100_000 {
 		return strconv.FormatUint(n, 10)
@@ -112,7 +114,7 @@ func count(n uint64) string {
 	return strings.ReplaceAll(strings.TrimSuffix(size(float64(n)), "B"), " ", "")
 }
 
-// bars are the eight heights of a graph's column.
+// bars are the eight heights of a column in a graph.
 var bars = []rune("▁▂▃▄▅▆▇█")
 
 // graph draws the last width values, scaled to the highest of them.
@@ -137,7 +139,7 @@ func graph(values []float64, width int) string {
 	return b.String()
 }
 
-// program is the name of a flow's program; a dash: it is not known.
+// program returns the name of a flow's program, or a dash if it is unknown.
 func program(f control.Flow) string {
 	switch {
 	case f.Exe != "":
@@ -155,7 +157,7 @@ func pidOf(f control.Flow) string {
 	return strconv.Itoa(f.PID)
 }
 
-// destination is the name and port of a flow's destination, or its address.
+// destination returns the name and port of a flow's destination, or its address if it has no name.
 func destination(f control.Flow) string {
 	if f.Host == "" {
 		return plain(f.Dst)

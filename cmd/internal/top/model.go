@@ -9,21 +9,21 @@ import (
 )
 
 const (
-	// every is how often viasocks is asked.
+	// every is the interval between two questions to viasocks.
 	every = time.Second
-	// maxFlows is how many flows are asked for, the busiest first.
+	// maxFlows limits the number of flows that are asked for, the busiest first.
 	maxFlows = 5000
-	// maxFilter bounds what can be typed.
+	// maxFilter limits the length of the filter.
 	maxFilter = 200
 )
 
-// Source is what the view shows: a control.Client.
+// Source provides what the view shows. A control.Client is one.
 type Source interface {
 	Status() (control.Status, error)
 	Flows(limit int) (control.Flows, error)
 }
 
-// look asks once.
+// look asks once for status and flows.
 func look(s Source) (snapshot, error) {
 	status, err := s.Status()
 	if err != nil {
@@ -33,7 +33,7 @@ func look(s Source) (snapshot, error) {
 	return snapshot{time.Now(), status, flows}, err
 }
 
-// The messages of the model besides those of keys and sizes.
+// The messages of the model besides keys and sizes.
 type (
 	answer struct {
 		snapshot
@@ -47,13 +47,13 @@ type model struct {
 	source Source
 	traffic
 	now           time.Time
-	gone          error // why the last question had no answer; nil: it had one
+	gone          error // why the last question failed; nil: it was answered
 	width, height int
 
 	sort    order
 	reverse bool
 	filter  string
-	typing  bool // the filter
+	typing  bool // the filter is being typed
 	paused  bool
 	help    bool
 	offset  int // the first row of the list of flows that is shown
@@ -61,7 +61,7 @@ type model struct {
 
 func (m *model) Init() tea.Cmd { return m.after() }
 
-// after has the next question asked when its time has come.
+// after schedules the next question.
 func (m *model) after() tea.Cmd { return tea.Tick(every, func(time.Time) tea.Msg { return tick{} }) }
 
 func (m *model) ask() tea.Msg {
@@ -91,7 +91,8 @@ func (m *model) Update(msg tea.Msg) (tea.Model, tea.Cmd) {
 	return m, nil
 }
 
-// take takes an answer of viasocks, unless the view is paused: what is missing then is in the next rates, on average.
+// take processes an answer of viasocks unless the view is paused. The next rates after a pause are averages over the
+// whole pause.
 func (m *model) take(a answer) {
 	m.gone = a.err
 	if a.err != nil || m.paused {
@@ -101,7 +102,7 @@ func (m *model) take(a answer) {
 	m.now = a.at
 }
 
-// pressed is a key outside of the filter.
+// pressed handles a key outside the filter.
 func (m *model) pressed(key string) tea.Cmd {
 	if m.help && key != "q" && key != "ctrl+c" {
 		m.help = false
@@ -143,7 +144,7 @@ func (m *model) pressed(key string) tea.Cmd {
 	return nil
 }
 
-// typed is a key inside the filter.
+// typed handles a key inside the filter.
 func (m *model) typed(key tea.KeyPressMsg) tea.Cmd {
 	switch key.String() {
 	case "ctrl+c":

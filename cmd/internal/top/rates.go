@@ -9,7 +9,7 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/control"
 )
 
-// snapshot is what viasocks said at a time.
+// snapshot is an answer of viasocks with its time.
 type snapshot struct {
 	at     time.Time
 	status control.Status
@@ -22,25 +22,25 @@ type row struct {
 	upRate, downRate float64
 }
 
-// upstream is an upstream with the flows that it carries.
+// upstream is an upstream with its flows and rates.
 type upstream struct {
 	control.Upstream
 	flows            int
 	upRate, downRate float64
 }
 
-// history is how many seconds of the totals are kept: more than the widest graph shows.
+// history is the number of seconds for which totals are kept: more than the widest graph shows.
 const history = 300
 
-// traffic is what the snapshots say when they are put together.
+// traffic combines the snapshots into rates.
 type traffic struct {
 	last      snapshot
 	rows      []row
 	upstreams []upstream
-	up, down  []float64 // rates of all flows, the last one now
+	up, down  []float64 // rates of all flows, the last one is the current one
 }
 
-// add takes a snapshot that is younger than the last.
+// add adds a snapshot that is newer than the last one.
 func (t *traffic) add(s snapshot) {
 	seconds := s.at.Sub(t.last.at).Seconds()
 	first := t.last.at.IsZero()
@@ -80,7 +80,7 @@ func (t *traffic) add(s snapshot) {
 	t.last = s
 }
 
-// rate is bytes per second; a counter that went back counts as one that stands still.
+// rate returns bytes per second. A counter that went back gives zero.
 func rate(before, now uint64, seconds float64) float64 {
 	if now <= before || seconds <= 0 {
 		return 0
@@ -95,7 +95,7 @@ func appendRate(all []float64, r float64) []float64 {
 	return all
 }
 
-// current is the last rate; 0: none is known.
+// current returns the last rate, or 0 if none is known.
 func current(all []float64) float64 {
 	if len(all) == 0 {
 		return 0
@@ -103,7 +103,7 @@ func current(all []float64) float64 {
 	return all[len(all)-1]
 }
 
-// order is what the flows are sorted by.
+// order is the criterion by which flows are sorted.
 type order int
 
 const (
@@ -114,14 +114,14 @@ const (
 	byDestination
 	byUpstream
 	byState
-	orders // how many there are
+	orders // their number
 )
 
 var orderNames = [orders]string{"rate", "total", "age", "program", "destination", "upstream", "state"}
 
 func (o order) String() string { return orderNames[o] }
 
-// compare puts the flow first that is more interesting: the busiest, the youngest, the first in the alphabet.
+// compare sorts the more interesting flow first: the busiest, the youngest, or the first in the alphabet.
 func (o order) compare(a, b row) int {
 	c := 0
 	switch o {
@@ -144,7 +144,7 @@ func (o order) compare(a, b row) int {
 	return cmp.Or(c, cmp.Compare(a.ID, b.ID))
 }
 
-// choose gives the rows that match the filter, sorted.
+// choose returns the rows that match the filter, sorted.
 func choose(rows []row, filter string, by order, reverse bool) []row {
 	words := strings.Fields(strings.ToLower(filter))
 	var all []row
@@ -162,7 +162,7 @@ func choose(rows []row, filter string, by order, reverse bool) []row {
 	return all
 }
 
-// matches reports whether each of words, in lower case, stands in one of the columns.
+// matches reports whether each of words (in lower case) occurs in one of the columns.
 func (r *row) matches(words []string) bool {
 	if len(words) == 0 {
 		return true

@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Terminal is where the view is shown.
+// Terminal is the terminal in which the view is shown.
 type Terminal struct {
 	In, Out *os.File
 	Environ []string
@@ -17,7 +17,7 @@ type Terminal struct {
 
 const hint = "'viasocks flows --watch' prints lines, and 'viasocks status' a summary"
 
-// check says why the view cannot be shown there.
+// check returns an error if the view cannot be shown there.
 func (t Terminal) check() error {
 	for _, f := range []struct {
 		file *os.File
@@ -33,7 +33,7 @@ func (t Terminal) check() error {
 	return nil
 }
 
-// term is the kind of the terminal.
+// term returns the type of the terminal.
 func (t Terminal) term() (term string) {
 	const name = "TERM="
 	for _, e := range t.Environ {
@@ -44,8 +44,8 @@ func (t Terminal) term() (term string) {
 	return term
 }
 
-// Run shows the view of s in the terminal until the user quits. If s does not answer at the start, that is the error; later the
-// view says so and asks again.
+// Run shows the view of s in the terminal until the user quits. If s does not answer the first question, Run returns
+// the error. Later errors appear in the view, which asks again.
 func Run(s Source, t Terminal) error {
 	if err := t.check(); err != nil {
 		return err
@@ -57,7 +57,7 @@ func Run(s Source, t Terminal) error {
 	m := &model{source: s}
 	m.take(answer{first, nil})
 	_, err = tea.NewProgram(m, tea.WithInput(t.In), tea.WithOutput(t.Out), tea.WithEnvironment(t.Environ)).Run()
-	if errors.Is(err, tea.ErrInterrupted) { // SIGINT, as the key is handled by the view
+	if errors.Is(err, tea.ErrInterrupted) { // SIGINT; the view itself handles Ctrl-C
 		return nil
 	}
 	if err != nil {

@@ -6,7 +6,7 @@ import (
 	"github.com/charmbracelet/x/ansi"
 )
 
-// column is one of a table. The column with width 0 takes what the others leave.
+// column is a column of a table. The column with width 0 takes the rest of the line.
 type column struct {
 	title string
 	width int
@@ -15,7 +15,7 @@ type column struct {
 
 type columns []column
 
-// nothing stands in a cell for what is not known, or does not move.
+// nothing is shown in a cell for a value that is unknown or zero.
 const nothing = "-"
 
 type cell struct {
@@ -23,7 +23,8 @@ type cell struct {
 	style ansi.Style
 }
 
-// widths gives each column its width in a table so wide. There is one cell before the first and between two.
+// widths gives each column its width in a table of this width. There is one empty cell before the first column and
+// between two columns.
 func (c columns) widths(width int) []int {
 	all := make([]int, len(c))
 	rest := width - len(c) - 1
@@ -39,7 +40,8 @@ func (c columns) widths(width int) []int {
 	return all
 }
 
-// head is the line of titles, in a bar that is as wide as the view. sorted is the column that the table is sorted by; below 0: none.
+// head returns the line of titles, as a bar over the whole width. sorted is the column by which the table is sorted;
+// negative: none.
 func (c columns) head(width, bar, sorted int, reverse bool) string {
 	var b strings.Builder
 	for i, w := range c.widths(width) {
@@ -61,7 +63,7 @@ func (c columns) head(width, bar, sorted int, reverse bool) string {
 	return styled(titles, fit(b.String(), bar))
 }
 
-// line is a row. Names that are too long for the column that takes the rest lose their middle.
+// line returns a row. In the column that takes the rest, names that are too long lose their middle.
 func (c columns) line(width int, cells []cell) string {
 	var b strings.Builder
 	for i, w := range c.widths(width) {

@@ -9,10 +9,10 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/control"
 )
 
-// The smallest terminal that the view fits into.
+// The size of the smallest terminal into which the view fits.
 const minWidth, minHeight = 50, 10
 
-// The styles. They use the sixteen colours that the user has chosen for the terminal; bubbletea takes them out where there are none.
+// The styles. They use the sixteen colours of the terminal; bubbletea removes them where the terminal has none.
 var (
 	bold   = ansi.Style{}.Bold()
 	dim    = ansi.Style{}.Faint()
@@ -25,13 +25,14 @@ var (
 	none   = ansi.Style{}
 )
 
-// maxUpstreams is how wide the table of upstreams is at most: what belongs together stays together for the eye.
+// maxUpstreams is the maximum width of the table of upstreams. In a wider table, the columns would be too far apart to
+// read.
 const maxUpstreams = 120
 
-// maxShownFilter is how much of the filter stands beside the keys.
+// maxShownFilter limits how much of the filter is shown beside the keys.
 const maxShownFilter = 16
 
-// styled is text in a style; without one it is the text alone.
+// styled renders text in a style, or returns the text alone if there is none.
 func styled(s ansi.Style, text string) string {
 	if len(s) == 0 || text == "" {
 		return text
@@ -39,7 +40,7 @@ func styled(s ansi.Style, text string) string {
 	return s.Styled(text)
 }
 
-// draw is the whole view: as many lines as the terminal has, each as wide.
+// draw returns the whole view, with the height and width of the terminal.
 func (m *model) draw() string {
 	if m.width == 0 || m.height == 0 {
 		return "" // the size is not known yet
@@ -66,7 +67,7 @@ func (m *model) draw() string {
 	return strings.Join(lines, "\n")
 }
 
-// spread puts left and right at the two ends of a line.
+// spread places left and right at the two ends of a line.
 func spread(left, right string, width int) string {
 	gap := width - ansi.StringWidth(left) - ansi.StringWidth(right)
 	if gap < 1 {
@@ -75,7 +76,7 @@ func spread(left, right string, width int) string {
 	return left + strings.Repeat(" ", gap) + right
 }
 
-// head is what is said of viasocks as a whole.
+// head returns the lines about viasocks as a whole.
 func (m *model) head() []string {
 	s := m.last.status
 	what := "up"
@@ -112,7 +113,7 @@ func (m *model) head() []string {
 	return append(lines, "")
 }
 
-// rateLine is the rate of one direction now, its graph, and the total.
+// rateLine returns the current rate of one direction, its graph, and the total.
 func (m *model) rateLine(name string, s ansi.Style, rates []float64, total uint64) string {
 	left := fmt.Sprintf(" %-5s%s/s ", name, fitRight(size(current(rates)), 7))
 	right := fmt.Sprintf(" %s total ", fitRight(size(float64(total)), 7))
@@ -120,7 +121,7 @@ func (m *model) rateLine(name string, s ansi.Style, rates []float64, total uint6
 	return left + styled(s, graph(rates, width)) + right
 }
 
-// counts is a line of numbers.
+// counts returns the line with the numbers of flows and names.
 func (m *model) counts() string {
 	s := m.last.status
 	parts := []string{fmt.Sprintf("TCP %d", s.TCP.Now)}
@@ -136,7 +137,7 @@ func (m *model) counts() string {
 	return " " + strings.Join(append(parts, names), styled(dim, " · "))
 }
 
-// upstreamTable has the upstreams, and the servers of groups as far as there is room.
+// upstreamTable returns the upstreams and, as far as there is room, the servers of groups.
 func (m *model) upstreamTable() []string {
 	width := min(m.width, maxUpstreams)
 	cols := columns{{"UPSTREAM", 10, false}, {"PROXY", 0, false}, {"TCP", 5, false}, {"UDP", 5, false}, {"FLOWS", 5, true},
@@ -174,7 +175,7 @@ func (m *model) upstreamTable() []string {
 	return append([]string{cols.head(width, m.width, -1, false)}, rows...)
 }
 
-// server is the URL of a proxy, in a narrow terminal without what is the same for nearly all of them.
+// server returns the URL of a proxy. In a narrow terminal, it omits the usual scheme.
 func (m *model) server(url string) string {
 	if m.width < wideWidth {
 		url = strings.TrimPrefix(url, "socks5://")
@@ -196,7 +197,7 @@ func styleIf(yes bool, s ansi.Style) ansi.Style {
 	return none
 }
 
-// foot has the keys, or the filter while it is typed.
+// foot returns the line of keys, or the filter while it is being typed.
 func (m *model) foot() string {
 	if m.typing {
 		return " filter: " + m.filter + styled(ansi.Style{}.Reverse(true), " ") + styled(dim, "  enter keeps it, esc clears it")
@@ -216,14 +217,14 @@ func (m *model) foot() string {
 	line := ""
 	for _, k := range keys {
 		next := " " + styled(bold, k.key) + styled(dim, " "+k.what) + " "
-		if ansi.StringWidth(line)+ansi.StringWidth(next)+ansi.StringWidth(right) <= m.width { // the help has all of them
+		if ansi.StringWidth(line)+ansi.StringWidth(next)+ansi.StringWidth(right) <= m.width { // the help shows all of them
 			line += next
 		}
 	}
 	return spread(line, right, m.width)
 }
 
-// position says which flows are shown, and how many there are.
+// position tells which flows are shown, and how many there are.
 func (m *model) position() string {
 	shown := len(m.chosen())
 	all := m.last.flows.Total
