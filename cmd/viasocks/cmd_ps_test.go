@@ -214,6 +214,8 @@ func TestWatchRun(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer watcher.Process.Kill()
+	limit := time.AfterFunc(testkit.Patience, func() { watcher.Process.Kill() })
+	defer limit.Stop()
 	lines := bufio.NewScanner(out)
 	seen, told := make(chan struct{}), make(chan struct{})
 	go func() { // the watch begins at some moment: connections are made, each ends before the next, until one was seen to the end
@@ -234,7 +236,8 @@ func TestWatchRun(t *testing.T) {
 		if err := json.Unmarshal(lines.Bytes(), &e); err != nil || e.Flow == nil {
 			t.Fatalf("%s: %v", lines.Text(), err)
 		}
-		if first == 0 && e.Event == control.EventOpened {
+		// On a busy machine a flow may end before its program was looked up; a later one shows it.
+		if first == 0 && e.Event == control.EventOpened && e.PID != 0 {
 			first = e.ID
 		}
 		if e.ID != first {
