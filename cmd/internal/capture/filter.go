@@ -11,16 +11,16 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/control"
 )
 
-// Limits of a capture, and what they are when the user names none.
+// Limits of a capture, and their defaults.
 const (
 	DefaultCount, MaxCount = 100_000, 1 << 30
 	DefaultBytes, MaxBytes = 100 << 20, 1 << 40
 	DefaultTime, MaxTime   = time.Minute, 24 * time.Hour
-	// MaxText bounds the names of a program or destination, in bytes.
+	// MaxText limits the name of a program or destination, in bytes.
 	MaxText = 255
 )
 
-// Filter is what to capture, and how much.
+// Filter tells what to capture, and how much.
 type Filter struct {
 	Flow        uint64 // its ID; 0: all
 	Program     string // the process id, or the executable's path or last part; empty: all
@@ -31,7 +31,7 @@ type Filter struct {
 	Time  time.Duration
 }
 
-// Check fills in what is not set, and reports what cannot be.
+// Check sets the defaults, and returns an error if a value is invalid.
 func (f *Filter) Check() error {
 	if f.Count == 0 {
 		f.Count = DefaultCount
@@ -52,14 +52,14 @@ func (f *Filter) Check() error {
 	return err
 }
 
-// destination is a Filter.Destination that was read.
+// destination is a parsed Filter.Destination.
 type destination struct {
 	net  netip.Prefix // if it is valid
 	port uint16       // 0: any
 	name string       // instead of net; empty: none
 }
 
-// parseDestination reads an address, a network, ADDRESS:PORT, :PORT, or a name.
+// parseDestination parses an address, a network, ADDRESS:PORT, :PORT, or a name.
 func parseDestination(text string) (d destination, err error) {
 	if text == "" {
 		return d, nil
@@ -88,7 +88,8 @@ func parseDestination(text string) (d destination, err error) {
 	return d, nil
 }
 
-// matches reports whether a packet is of the destination. host is the name that the flow was asked for by, if it is known.
+// matches reports whether a packet belongs to the destination. host is the name by which the program asked for the
+// flow, if it is known.
 func (d *destination) matches(to netip.AddrPort, host string) bool {
 	switch {
 	case d.port != 0 && to.Port() != d.port:
@@ -102,7 +103,7 @@ func (d *destination) matches(to netip.AddrPort, host string) bool {
 	return true
 }
 
-// isProgram reports whether a flow is of the program that text names.
+// isProgram reports whether a flow belongs to the program that text names.
 func isProgram(f *control.Flow, text string) bool {
 	if n, err := strconv.Atoi(text); err == nil {
 		return f.PID == n

@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// Numbers of pcapng.
+// Constants of pcapng.
 const (
 	blockSection   = 0x0A0D0D0A
 	blockInterface = 1
@@ -35,7 +35,7 @@ const (
 	flagInbound, flagOutbound = 1, 2
 )
 
-// MaxComment bounds a comment in bytes.
+// MaxComment limits a comment, in bytes.
 const MaxComment = 1024
 
 // Writer writes the blocks of one section with one interface. Each block is one Write.
@@ -44,7 +44,7 @@ type Writer struct {
 	buf []byte
 }
 
-// NewWriter writes the beginning.
+// NewWriter writes the headers of the section and the interface.
 func NewWriter(w io.Writer, application, device, comment string) (*Writer, error) {
 	p := &Writer{w: w}
 	p.begin(blockSection)
@@ -67,12 +67,12 @@ func NewWriter(w io.Writer, application, device, comment string) (*Writer, error
 	return p, p.flush()
 }
 
-// Packet is what crossed the TUN.
+// Packet is a packet that crossed the TUN.
 type Packet struct {
 	At     time.Time
 	Data   []byte
 	ToApp  bool
-	Before uint64 // packets that were lost before it
+	Before uint64 // number of packets that were lost before it
 }
 
 // Packet writes a packet, with a comment if there is one.
@@ -98,7 +98,7 @@ func (p *Writer) Packet(k *Packet, comment string) error {
 	return p.flush()
 }
 
-// Stats writes the end: how many packets there were and were lost, and comments.
+// Stats writes the last block: the numbers of received and lost packets, and comments.
 func (p *Writer) Stats(at time.Time, received, dropped uint64, comments []string) error {
 	p.begin(blockStats)
 	p.u32(0)
@@ -134,7 +134,7 @@ func (p *Writer) text(code uint16, s string) {
 	}
 }
 
-// begin begins a block; its length is filled in by end.
+// begin starts a block; end fills in its length.
 func (p *Writer) begin(kind uint32) {
 	p.buf = p.buf[:0]
 	p.u32(kind)

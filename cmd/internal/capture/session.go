@@ -17,17 +17,18 @@ import (
 )
 
 const (
-	// queueBytes and queueLen bound what waits to be written. What exceeds them is dropped and counted.
+	// queueBytes and queueLen limit the queue. Further packets are dropped and counted.
 	queueBytes = 16 << 20
 	queueLen   = 16_384
-	// settle is how long a packet waits until it is written: the verdict on its flow, its program, or its end come meanwhile.
+	// settle is the time for which a packet waits before it is written. Meanwhile, the verdict on its flow, its program
+	// or its end becomes known.
 	settle = 100 * time.Millisecond
-	// maxFlows bounds the flows that are remembered. Those that exceed it have no comments.
+	// maxFlows limits the flows that are remembered. Further flows get no comments.
 	maxFlows  = 16_384
 	tidyEvery = time.Second
-	// writeSize is how much is written at a time at least, unless there is less.
+	// writeSize is the minimum size of a write, unless less is available.
 	writeSize = 64 << 10
-	// maxRest bounds the comments at the end, on flows that ended without a packet.
+	// maxRest limits the comments at the end on flows that ended without a further packet.
 	maxRest = 256
 )
 
@@ -37,32 +38,32 @@ type Session struct {
 	dst    destination
 	now    func() time.Time
 
-	mu     sync.Mutex // the data plane takes it: nobody holds it for longer than a few instructions
+	mu     sync.Mutex // the data plane takes it, so it is only held for a few instructions
 	queue  []Packet
 	spare  []Packet
-	length int    // packets that are not written yet
-	bytes  int    // of them
+	length int    // number of packets that are not written yet
+	bytes  int    // their size
 	lost   uint64 // since the last packet in the queue
 	closed bool
 
 	flowsMu sync.Mutex
 	flows   map[tuple]*known
-	tidied  time.Time // when flows that have ended were last forgotten
+	tidied  time.Time // when ended flows were last forgotten
 
-	// Of the goroutine of Run.
-	waiting          []Packet // that were taken from the queue, and settle
+	// Used only by the goroutine of Run.
+	waiting          []Packet // taken from the queue, waiting for settle
 	dropped, written uint64
 }
 
-// known is what is known of a flow.
+// known is what is known about a flow.
 type known struct {
 	flow    control.Flow
 	err     string
-	seen    bool   // a packet of it was written
-	comment string // that was written last
+	seen    bool   // one of its packets was written
+	comment string // the last one that was written
 }
 
-// New checks the filter.
+// New checks the filter and returns a Session.
 func New(f Filter) (*Session, error) {
 	if err := f.Check(); err != nil {
 		return nil, err
@@ -74,7 +75,7 @@ func New(f Filter) (*Session, error) {
 	return &Session{filter: f, dst: d, now: time.Now, flows: map[tuple]*known{}}, nil
 }
 
-// Saw takes a packet, whose parts are lent for the call. Any goroutine. It does not wait for whoever reads.
+// Saw queues a packet. It copies the parts, never waits for the reader, and may be called from any goroutine.
 func (s *Session) Saw(parts [][]byte, toApp bool) {
 	size := 0
 	for _, p := range parts {
@@ -93,7 +94,7 @@ func (s *Session) Saw(parts [][]byte, toApp bool) {
 	s.mu.Unlock()
 }
 
-// reserve reports whether there is room for a packet, and takes it.
+// reserve reserves room for a packet. It returns false if there is none.
 func (s *Session) reserve(size int) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -109,7 +110,7 @@ func (s *Session) reserve(size int) bool {
 	return true
 }
 
-// Know takes what has happened to flows, or what there are.
+// Know takes events of flows, or a list of the current flows.
 func (s *Session) Know(events []control.Event) {
 	s.flowsMu.Lock()
 	defer s.flowsMu.Unlock()
@@ -134,7 +135,7 @@ func (s *Session) Know(events []control.Event) {
 	}
 }
 
-// forget forgets flows that have ended, to make room. It looks at all of them, so it does that only now and then.
+// forget makes room by forgetting ended flows. It walks over all flows and therefore does so only from time to time.
 func (s *Session) forget() (room bool) {
 	if now := s.now(); now.Sub(s.tidied) >= tidyEvery {
 		s.tidied = now
@@ -143,7 +144,7 @@ func (s *Session) forget() (room bool) {
 	return len(s.flows) < maxFlows
 }
 
-// ended reports whether a state is that of a flow that is over.
+// ended reports whether a state is that of an ended flow.
 func ended(state string) bool { return state != "dialing" && state != "open" && state != "retrying" }
 
 func tupleOfFlow(f *control.Flow) (t tuple, ok bool) {
@@ -167,7 +168,7 @@ func tupleOfFlow(f *control.Flow) (t tuple, ok bool) {
 	return t.flow(), true
 }
 
-// Run writes what is captured to w, until a limit is reached, ctx ends or w fails.
+// Run writes the captured packets to w until a limit is reached, ctx ends or w fails.
 func (s *Session) Run(ctx context.Context, w io.Writer, application, device string) error {
 	defer s.close()
 	buffered := bufio.NewWriterSize(w, writeSize)
@@ -215,7 +216,7 @@ func (s *Session) Run(ctx context.Context, w io.Writer, application, device stri
 	return buffered.Flush()
 }
 
-// describe is the comment of the file.
+// describe returns the comment of the file.
 func (s *Session) describe() string {
 	words := []string{"what crossed the TUN of viasocks"}
 	if s.filter.Flow != 0 {
@@ -230,7 +231,7 @@ func (s *Session) describe() string {
 	return strings.Join(words, ", ")
 }
 
-// take takes the packets that have waited long enough, or all. They are valid until the next call.
+// take returns the packets that have waited long enough, or all. They are valid until the next call.
 func (s *Session) take(all bool) (ready []Packet) {
 	s.mu.Lock()
 	came := s.queue
@@ -264,7 +265,8 @@ func (s *Session) take(all bool) (ready []Packet) {
 	return ready
 }
 
-// judge reports whether a packet is wanted, and gives the comment that belongs to it: whenever something is new about its flow.
+// judge reports whether a packet matches the filter, and returns a comment if there is something new to say about its
+// flow.
 func (s *Session) judge(p *Packet) (comment string, wanted bool) {
 	t, ok := tupleOf(p.Data, p.ToApp)
 	s.flowsMu.Lock()
@@ -288,7 +290,7 @@ func (s *Session) judge(p *Packet) (comment string, wanted bool) {
 	return "", true
 }
 
-// rest are comments on flows that have ended since their last packet was written.
+// rest returns comments on the flows that have ended since their last packet was written.
 func (s *Session) rest() (comments []string) {
 	s.flowsMu.Lock()
 	defer s.flowsMu.Unlock()
@@ -301,7 +303,7 @@ func (s *Session) rest() (comments []string) {
 	return comments
 }
 
-// text is the comment on a flow; empty: nothing is known of it.
+// text returns the comment on a flow. It is empty if nothing is known about the flow.
 func (k *known) text() string {
 	f := &k.flow
 	if f.ID == 0 {
@@ -328,7 +330,7 @@ func (k *known) text() string {
 	return text[:min(len(text), MaxComment)]
 }
 
-// close refuses packets from now on.
+// close makes Saw refuse further packets.
 func (s *Session) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

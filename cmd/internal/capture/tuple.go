@@ -7,14 +7,14 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// tuple is what tells the flow of a packet: the endpoints as the program sees them. The flow of a datagram is a mapping, which its
-// source alone tells.
+// tuple identifies the flow of a packet by the endpoints as the program sees them. The flow of a datagram is a mapping,
+// which is identified by its source alone.
 type tuple struct {
 	proto    flow.Proto
 	src, dst netip.AddrPort
 }
 
-// flow is the tuple that stands for the flow.
+// flow returns the tuple that identifies the flow.
 func (t tuple) flow() tuple {
 	if t.proto == flow.UDP {
 		t.dst = netip.AddrPort{}
@@ -28,8 +28,8 @@ const (
 	ip4Len, ip6Len, icmpLen                   = 20, 40, 8
 )
 
-// tupleOf reads the endpoints of a packet. An ICMP error has those of the packet that it quotes. ok is false for everything else, for
-// later fragments, and behind IPv6 extension headers.
+// tupleOf returns the endpoints of a packet. For an ICMP error, they are those of the quoted packet. ok is false for
+// other protocols, for fragments other than the first, and for packets with IPv6 extension headers.
 func tupleOf(b []byte, toApp bool) (t tuple, ok bool) {
 	proto, src, dst, rest, ok := parseIP(b)
 	if !ok {

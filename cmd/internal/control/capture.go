@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// Capture is what is to be captured, and how much. Zero values: all flows; the default limits.
+// Capture tells what to capture, and how much. Zero values: all flows; the default limits.
 type Capture struct {
 	Flow        uint64
 	Program     string
@@ -55,7 +55,7 @@ func captureOf(q url.Values) (c Capture, err error) {
 	return c, err
 }
 
-// capture answers with pcapng, as it comes.
+// capture answers with pcapng, block by block as packets arrive.
 func (s *Server) capture(w http.ResponseWriter, r *http.Request) {
 	p, _ := r.Context().Value(peerKey{}).(peer)
 	if !p.owner() && !p.in(s.o.Group) {
@@ -71,16 +71,16 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request) {
 	defer cancel()
 	defer context.AfterFunc(s.closing, cancel)()
 	out := &streamWriter{w: w, rc: http.NewResponseController(w), begin: func() {
-		// It shows what other users send and receive: whoever asked for it is known.
+		// A capture shows what other users send and receive, so the log names who asked for it.
 		s.o.Log.Info("control: capture", "uid", p.uid, "pid", p.pid)
 	}}
-	_ = out.rc.SetReadDeadline(time.Time{}) // that of the request must not end what is a stream now
+	_ = out.rc.SetReadDeadline(time.Time{}) // the deadline of the request must not end the stream
 	if err := s.o.Backend.Capture(ctx, c, out); err != nil && !out.began {
 		http.Error(w, err.Error(), http.StatusConflict)
 	}
 }
 
-// streamWriter sends each Write at once. One who does not read for answerTimeout is given up.
+// streamWriter sends each Write at once. It fails if the client does not read for answerTimeout.
 type streamWriter struct {
 	w     http.ResponseWriter
 	rc    *http.ResponseController
@@ -106,7 +106,7 @@ func (s *streamWriter) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// Blocks of pcapng, as far as Capture must know them: type and length, and the length again.
+// The parts of a pcapng block that Capture must know: the type, the length, and the length again.
 const (
 	blockHead   = 8
 	blockPacket = 6
@@ -114,8 +114,8 @@ const (
 	maxBlock    = 1 << 20
 )
 
-// Capture writes pcapng to w until the capture is over or ctx ends, and returns the number of packets. Only whole blocks are written,
-// so that the file can be read however it ends.
+// Capture writes pcapng to w until the capture is over or ctx ends, and returns the number of packets. Only whole
+// blocks are written, so that the file is valid however the capture ends.
 func (c *Client) Capture(ctx context.Context, what Capture, w io.Writer) (packets int, err error) {
 	req, err := http.NewRequestWithContext(ctx, "GET", "http://viasocks/v1/capture?"+what.query(), nil)
 	if err != nil {
@@ -147,7 +147,7 @@ func (c *Client) Capture(ctx context.Context, what Capture, w io.Writer) (packet
 		if binary.LittleEndian.Uint32(block) == blockPacket {
 			packets++
 		}
-		if in.Buffered() == 0 { // who reads along sees it at once
+		if in.Buffered() == 0 { // a reader of the file sees the block at once
 			if err = out.Flush(); err != nil {
 				return packets, fmt.Errorf("cannot write the capture: %w", err)
 			}
@@ -162,7 +162,7 @@ func (c *Client) Capture(ctx context.Context, what Capture, w io.Writer) (packet
 	return packets, fmt.Errorf("cannot capture any longer: %w", err)
 }
 
-// readBlock reads one block into b. io.EOF is the end between two blocks.
+// readBlock reads one block into b. It returns io.EOF if the stream ends between two blocks.
 func readBlock(r io.Reader, b []byte) ([]byte, error) {
 	b = b[:blockHead]
 	if _, err := io.ReadFull(r, b); err != nil {

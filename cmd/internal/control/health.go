@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// Health says whether traffic passes.
+// Health tells whether traffic passes.
 type Health struct {
 	Healthy   bool             `json:"healthy"`
 	Reason    string           `json:"reason,omitempty"` // why it does not pass
@@ -20,7 +20,7 @@ type Health struct {
 	Upstreams []UpstreamHealth `json:"upstreams"`
 }
 
-// UpstreamHealth says whether an upstream works: one of its servers was reached just now, and let us in.
+// UpstreamHealth tells whether an upstream works: one of its servers was just reached and accepted the login.
 type UpstreamHealth struct {
 	Name  string `json:"name"`
 	URL   string `json:"url"` // without the password
@@ -28,10 +28,10 @@ type UpstreamHealth struct {
 	Why   string `json:"why,omitempty"` // why it does not work
 }
 
-// HealthTime bounds the question whether traffic passes.
+// HealthTime limits the whole check.
 const HealthTime = 2 * time.Second
 
-// healthPart is how long one instance of several may take, and how much is kept for saying what was found.
+// healthPart limits the wait for one of several instances, and is the time that is reserved for the report.
 const healthPart, healthRest = time.Second, 100 * time.Millisecond
 
 // Health asks whether traffic passes.
@@ -45,8 +45,8 @@ func (s *Server) health(r *http.Request) (any, error) {
 	return h, nil
 }
 
-// CheckHealth asks the instance with the process id pid whether traffic passes; for 0 the one that is up, or else the only one of
-// run. It takes HealthTime at most.
+// CheckHealth asks the instance with the process id pid whether traffic passes; or, for 0, the one that is up or the
+// only one of run. It takes at most HealthTime.
 func CheckHealth(r Runtime, upPath string, pid int) Health {
 	done := make(chan Health, 1)
 	go func() { done <- checkHealth(r, upPath, pid) }()
@@ -81,7 +81,7 @@ func checkHealth(r Runtime, upPath string, pid int) Health {
 	return h
 }
 
-// chooseHealth gives a client of the instance that is meant.
+// chooseHealth returns a client for the chosen instance.
 func chooseHealth(r Runtime, upPath string, pid int) (*Client, error) {
 	if pid != 0 {
 		return Find(r, upPath, pid)
@@ -97,7 +97,7 @@ func chooseHealth(r Runtime, upPath string, pid int) (*Client, error) {
 	runs := Instances(r, "")
 	switch len(runs) {
 	case 0:
-		return up, nil // whose error says most
+		return up, nil // its error is the most useful one
 	case 1:
 		up.Close()
 		return Find(r, upPath, runs[0].PID)
@@ -106,7 +106,7 @@ func chooseHealth(r Runtime, upPath string, pid int) (*Client, error) {
 	return nil, fmt.Errorf("%d programs run under 'viasocks run': choose one with --pid", len(runs))
 }
 
-// WriteHealth writes h for people, as one line.
+// WriteHealth writes h as one line of text.
 func WriteHealth(w io.Writer, h Health) error {
 	line := "healthy"
 	switch {

@@ -43,9 +43,9 @@ type Instance struct {
 }
 
 const (
-	// lookTimeout is how long one instance may take to answer.
+	// lookTimeout limits the wait for the answer of one instance.
 	lookTimeout = 2 * time.Second
-	// lookers is how many instances are asked at a time.
+	// lookers is the number of instances that are asked concurrently.
 	lookers = 16
 )
 

@@ -10,7 +10,7 @@ import (
 	"unicode/utf16"
 )
 
-// WriteEvent writes e as one line for people.
+// WriteEvent writes e as one line of text.
 func WriteEvent(w io.Writer, e Event) error {
 	var b strings.Builder
 	b.WriteString(e.Time.Local().Format("15:04:05.000 "))
@@ -38,7 +38,7 @@ func WriteEvent(w io.Writer, e Event) error {
 	return err
 }
 
-// destination is where a flow goes: the name, if there is one, and the address.
+// destination returns the destination of a flow: its name, if it has one, and its address.
 func destination(f Flow) string {
 	if f.Host != "" {
 		return f.Host + " " + f.Dst
@@ -46,7 +46,7 @@ func destination(f Flow) string {
 	return f.Dst
 }
 
-// WriteJSONLine writes v for programs, as one line. What Plain would replace is escaped.
+// WriteJSONLine writes v as one line of JSON. Characters that Plain would replace are escaped.
 func WriteJSONLine(w io.Writer, v any) error {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
@@ -58,10 +58,10 @@ func WriteJSONLine(w io.Writer, v any) error {
 	return err
 }
 
-// printableJSON is JSON with what Plain would replace escaped: it may be a terminal that reads it.
+// printableJSON escapes the characters in JSON that Plain would replace, because the output may go to a terminal.
 func printableJSON(text string) string {
 	var out strings.Builder
-	for _, r := range text { // outside of strings JSON is ASCII
+	for _, r := range text { // outside strings, JSON is ASCII
 		switch {
 		case r == '\n' || strconv.IsPrint(r):
 			out.WriteRune(r)

@@ -17,7 +17,7 @@ const (
 	EventOpened      = "opened"      // an upstream is asked for the flow; UDP: the mapping was made
 	EventDialled     = "dialled"     // TCP: the upstream granted it
 	EventEstablished = "established" // TCP: the program is connected; UDP: the association was made
-	EventClosed      = "closed"      // it is over, and its state says how
+	EventClosed      = "closed"      // the flow has ended; its state tells how
 	EventLost        = "lost"        // this watcher was too slow: Lost events are missing here
 )
 
@@ -31,9 +31,10 @@ type Event struct {
 }
 
 const (
-	// maxWatchers is how many may watch at a time: less than the connections that are served, so that others can still ask.
+	// maxWatchers limits the concurrent watchers. It is lower than the limit of connections, so that other requests are
+	// still served.
 	maxWatchers = 8
-	// maxEvent bounds a line of the stream.
+	// maxEvent limits a line of the stream.
 	maxEvent = 64 << 10
 )
 
@@ -56,13 +57,13 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) {
 	defer cancel()
 	defer context.AfterFunc(s.closing, cancel)()
 	rc := http.NewResponseController(w)
-	_ = rc.SetReadDeadline(time.Time{}) // that of the request must not end what is a stream now
+	_ = rc.SetReadDeadline(time.Time{}) // the deadline of the request must not end the stream
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	w.WriteHeader(http.StatusOK)
 	e := json.NewEncoder(w)
 	e.SetEscapeHTML(false)
 	flush := func() error {
-		// One who does not read for so long is not waited for.
+		// A watcher that does not read for this time is disconnected.
 		if err := rc.SetWriteDeadline(time.Now().Add(answerTimeout)); err != nil {
 			return err
 		}
@@ -84,7 +85,7 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
-// watchers counts those of p's kind, as slots does connections.
+// watchers returns the counter of watchers for p's kind, as slots does for connections.
 func (s *Server) watchers(p peer) *atomic.Int32 {
 	if p.owner() {
 		return &s.ownersWatch
@@ -92,17 +93,18 @@ func (s *Server) watchers(p peer) *atomic.Int32 {
 	return &s.othersWatch
 }
 
-// ErrEnded: the viasocks that was asked or watched has ended.
+// ErrEnded means that the viasocks that was asked or watched has ended.
 var ErrEnded = errors.New("viasocks has ended")
 
-// Watch hands each event to f, until ctx ends or f returns an error, which is then the error. It is ErrEnded when viasocks ends.
+// Watch passes each event to f until ctx ends or f returns an error, which Watch then returns. If viasocks ends, Watch
+// returns ErrEnded.
 func (c *Client) Watch(ctx context.Context, f func(Event) error) error {
 	req, err := http.NewRequestWithContext(ctx, "GET", "http://viasocks/v1/watch", nil)
 	if err != nil {
 		return err
 	}
 	stream := c.http
-	stream.Timeout = 0 // nothing may happen for hours
+	stream.Timeout = 0 // there may be no event for hours
 	resp, err := stream.Do(req)
 	if err != nil {
 		return c.explain(err)

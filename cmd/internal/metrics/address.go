@@ -16,10 +16,10 @@ type Address struct {
 	TCP  netip.AddrPort
 }
 
-// maxPath is what the address of a unix socket has room for.
+// maxPath is the maximum length of the path of a unix socket.
 const maxPath = 107
 
-// ParseAddress reads unix:PATH, ADDRESS:PORT, or PORT on 127.0.0.1.
+// ParseAddress parses unix:PATH, ADDRESS:PORT, or PORT on 127.0.0.1.
 func ParseAddress(text string) (Address, error) {
 	if path, ok := strings.CutPrefix(text, "unix:"); ok {
 		if !filepath.IsAbs(path) || len(path) > maxPath || strings.ContainsRune(path, 0) {
@@ -40,10 +40,10 @@ func ParseAddress(text string) (Address, error) {
 // IsZero reports whether there is no address.
 func (a Address) IsZero() bool { return a == Address{} }
 
-// Local reports whether only processes of this host can connect.
+// Local reports whether only processes on this host can connect.
 func (a Address) Local() bool { return a.Path != "" || a.TCP.Addr().IsLoopback() }
 
-// String is the text that ParseAddress reads.
+// String returns the address in the form that ParseAddress takes.
 func (a Address) String() string {
 	if a.Path != "" {
 		return "unix:" + a.Path
@@ -51,7 +51,7 @@ func (a Address) String() string {
 	return a.TCP.String()
 }
 
-// listen listens there. A unix socket that a dead process has left is replaced; anything else is left alone.
+// listen listens at the address. It replaces a unix socket that a dead process has left behind, but no other file.
 func (a Address) listen() (net.Listener, error) {
 	if a.Path == "" {
 		return net.ListenTCP("tcp", net.TCPAddrFromAddrPort(a.TCP))

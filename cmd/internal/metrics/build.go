@@ -7,10 +7,10 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// gvisor is the module whose version matters beside our own: most of a packet's way is through it.
+// gvisor is the module whose version is shown beside our own, because it handles most of the work on a packet.
 const gvisor = "gvisor.dev/gvisor"
 
-// buildInfo is the metric that says which program runs: its value is always 1.
+// buildInfo is the metric that names the running version. Its value is always 1.
 func buildInfo(version string) prometheus.Collector {
 	labels := prometheus.Labels{"version": version, "goversion": runtime.Version(), "revision": "", "gvisor": ""}
 	if info, ok := debug.ReadBuildInfo(); ok {

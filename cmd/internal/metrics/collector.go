@@ -9,17 +9,17 @@ import (
 	"github.com/viasocks/viasocks/stack/count"
 )
 
-// prefix begins the name of each metric.
+// prefix is the beginning of the name of each metric.
 const prefix = "viasocks_"
 
-// Source is what a Collector reads at a scrape.
+// Source provides the numbers for one scrape.
 type Source struct {
 	Each func(func(count.Metric)) // calls its argument with every number
-	// Of tells one data plane from another: where it changes, the counters have begun anew.
+	// Of identifies the data plane. If it changes, the counters have started again from zero.
 	Of any
 }
 
-// Collector gives the numbers of tables. It implements prometheus.Collector.
+// Collector converts tables of package count to metrics. It implements prometheus.Collector.
 type Collector struct {
 	source func() Source
 
@@ -28,14 +28,15 @@ type Collector struct {
 	seen map[string]float64
 }
 
-// NewCollector is a Collector of what source returns at each scrape.
+// NewCollector returns a Collector that calls source at each scrape.
 func NewCollector(source func() Source) *Collector { return &Collector{source: source} }
 
-// Describe implements prometheus.Collector. It tells nothing: which upstreams there are may change.
+// Describe implements prometheus.Collector. It describes nothing, because the upstreams may change.
 func (c *Collector) Describe(chan<- *prometheus.Desc) {}
 
-// Collect implements prometheus.Collector. A counter never goes back: the bytes of a flow that ends while the flows are looked at may
-// be missing, and Prometheus would take that for a restart and see a huge rate. The next scrape has them.
+// Collect implements prometheus.Collector. A counter never decreases: the bytes of a flow that ends during the scrape
+// may be missing, and Prometheus would take a lower value for a restart and show a huge rate. The next scrape includes
+// them.
 func (c *Collector) Collect(out chan<- prometheus.Metric) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -65,7 +66,7 @@ func (c *Collector) Collect(out chan<- prometheus.Metric) {
 	c.seen = seen
 }
 
-// split cuts "a=b,c=d" into the names and the values of labels.
+// split splits "a=b,c=d" into the names and the values of labels.
 func split(label string) (names, values []string) {
 	for pair := range strings.SplitSeq(label, ",") {
 		if name, value, ok := strings.Cut(pair, "="); ok {

@@ -1,4 +1,5 @@
-// Package metrics gives the counters of the data plane to Prometheus: as text, over HTTP, on a unix socket or a TCP port.
+// Package metrics serves the counters of the data plane to Prometheus as text over HTTP, on a unix socket or a TCP
+// port.
 //
 //	Address    where, as --metrics has it
 //	Collector  turns the tables of package count into metrics; it reads them when somebody asks

@@ -15,10 +15,10 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
-// Bounds of a scrape. Prometheus needs one connection; anything that can reach the port may try more.
+// Limits of the server. Prometheus needs one connection, but anything that can reach the port may open more.
 const (
 	maxConns      = 8
-	maxScrapes    = 2 // at a time: each of them looks at every flow
+	maxScrapes    = 2 // at a time, because each one reads all flows
 	maxHeader     = 8 << 10
 	readTimeout   = 5 * time.Second
 	answerTimeout = 10 * time.Second
@@ -41,7 +41,7 @@ type Options struct {
 	Log     *slog.Logger
 }
 
-// Listen starts to answer. The caller closes the Server.
+// Listen starts a Server, which the caller must close.
 func Listen(o Options) (*Server, error) {
 	l, err := o.Address.listen()
 	if err != nil {
@@ -62,7 +62,7 @@ func Listen(o Options) (*Server, error) {
 	}}
 	go func() {
 		defer close(s.served)
-		_ = s.http.Serve(&limited{Listener: l}) // the error says that it was closed
+		_ = s.http.Serve(&limited{Listener: l}) // it always returns an error once it is closed
 	}()
 	return s, nil
 }
@@ -80,7 +80,7 @@ func (s *Server) Close() error {
 	return nil
 }
 
-// limited closes connections that are too many.
+// limited is a listener that closes connections over the limit.
 type limited struct {
 	net.Listener
 	conns atomic.Int32

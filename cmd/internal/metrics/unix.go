@@ -12,8 +12,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// listenUnix makes a unix socket of mode 0600. It gets its name only when it has its mode and listens: at no time can another user
-// connect, and a socket with a name but nobody behind it is always one that a dead process has left.
+// listenUnix creates a unix socket with mode 0600. The socket gets its final name only after it has its mode and
+// listens. Therefore another user can never connect, and a socket on which nobody listens is always one that a dead
+// process has left behind.
 func listenUnix(path string) (net.Listener, error) {
 	if err := RemoveStale(path); err != nil {
 		return nil, err
@@ -26,7 +27,7 @@ func listenUnix(path string) (net.Listener, error) {
 	l.SetUnlinkOnClose(false)
 	if err = os.Chmod(fresh, 0o600); err == nil {
 		err = unix.Renameat2(unix.AT_FDCWD, fresh, unix.AT_FDCWD, path, unix.RENAME_NOREPLACE)
-		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) { // this file system has no such rename
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) { // the file system does not support this kind of rename
 			err = os.Rename(fresh, path)
 		}
 	}
@@ -38,7 +39,7 @@ func listenUnix(path string) (net.Listener, error) {
 	return &unixListener{l, path}, nil
 }
 
-// unixListener removes the name of its socket at the end, unless another socket has it by now.
+// unixListener removes its socket when it is closed, unless another socket has taken the name.
 type unixListener struct {
 	*net.UnixListener
 	path string
@@ -53,11 +54,11 @@ func (l *unixListener) Close() error {
 	return err
 }
 
-// staleWait bounds the connection that finds out whether somebody listens.
+// staleWait limits the connection attempt that finds out whether somebody listens.
 const staleWait = time.Second
 
-// RemoveStale removes a unix socket on which nobody listens any more. It is an error if somebody listens, or if path is another
-// kind of file; nothing is done if there is none.
+// RemoveStale removes a unix socket on which nobody listens any more. It returns an error if somebody listens or if
+// path is another kind of file. It does nothing if path does not exist.
 func RemoveStale(path string) error {
 	info, err := os.Lstat(path)
 	if errors.Is(err, os.ErrNotExist) {

@@ -17,17 +17,17 @@ import (
 
 // Maker makes sockets in the program's namespace; netns.Sockets is one. Socket may be called concurrently.
 type Maker interface {
-	// Socket returns a socket that does not block; the caller owns it.
+	// Socket returns a non-blocking socket; the caller owns it.
 	Socket(domain, typ int) (fd int, err error)
 }
 
 const (
 	maxFlows    = 1024                   // connections of one published port, and senders of datagrams
-	connectWait = 10 * time.Second       // for the program to take a connection; more only if its backlog is full
-	shortage    = 100 * time.Millisecond // between two tries if the host has no descriptor left
+	connectWait = 10 * time.Second       // limit for the program to accept a connection; it takes that long only if its backlog is full
+	shortage    = 100 * time.Millisecond // between two attempts if the host has no descriptors left
 )
 
-// Config is what Start needs.
+// Config is the configuration of Start.
 type Config struct {
 	Specs   []Spec
 	Sockets Maker
@@ -38,16 +38,16 @@ type Config struct {
 // Target is an address of the program's namespace, and the address that the program sees as the source.
 type Target struct{ To, From netip.Addr }
 
-// Stats are counters since the start, but for Open.
+// Stats are counters since the start, except for Open.
 type Stats struct {
 	Connections int64 `json:"connections"` // TCP connections that reached the program
 	Refused     int64 `json:"refused"`     // TCP connections that did not
 	Open        int64 `json:"open"`        // connections and senders of datagrams now
 	Datagrams   int64 `json:"datagrams"`   // carried, in both directions
-	Dropped     int64 `json:"dropped"`     // datagrams that were not: the program does not listen, or there are too many senders
+	Dropped     int64 `json:"dropped"`     // datagrams that were not carried: the program does not listen, or there are too many senders
 }
 
-// Publisher listens for a program. Close ends it.
+// Publisher listens on behalf of a program. Close ends it.
 type Publisher struct {
 	cfg    Config
 	ctx    context.Context
@@ -80,7 +80,8 @@ func (p *Publisher) Stats() Stats {
 	return Stats{p.connections.Load(), p.refused.Load(), p.open.Load(), p.datagrams.Load(), p.dropped.Load()}
 }
 
-// Close stops listening, resets what is open, removes the unix sockets and waits until all of it has ended. It may be called twice.
+// Close stops listening, resets open connections, removes the unix sockets and waits until everything has ended. It may
+// be called twice.
 func (p *Publisher) Close() {
 	p.cancel()
 	for _, f := range p.close {
@@ -119,7 +120,7 @@ func (p *Publisher) listen(s Spec) (err error) {
 	return nil
 }
 
-// listenUnix leaves alone whatever is at the path, unless it is a socket at which nobody listens any more.
+// listenUnix replaces a socket on which nobody listens any more, but no other file.
 func (p *Publisher) listenUnix(s Spec) error {
 	if st, err := os.Lstat(s.Path); err == nil && st.Mode().Type() == fs.ModeSocket {
 		if c, err := net.Dial("unix", s.Path); err == nil {
@@ -148,7 +149,7 @@ func network(name string, at netip.AddrPort) string {
 	return name + "6"
 }
 
-// plain is the reason alone, without the address, which the message has already.
+// plain returns the reason without the address, which is already in the message.
 func plain(err error) error {
 	var op *net.OpError
 	if errors.As(err, &op) {
@@ -161,7 +162,7 @@ func plain(err error) error {
 	return err
 }
 
-// hint says what to do.
+// hint tells what to do about an error.
 func hint(err error) string {
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):

@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// Spec says which port of the program is reached, and where.
+// Spec is a port of the program and the place where it is published.
 type Spec struct {
 	UDP    bool
 	Listen netip.AddrPort // on the host; port 0: any that is free
@@ -16,10 +16,10 @@ type Spec struct {
 	Port   uint16         // of the program
 }
 
-// loopback is where a port is published if no address is given: only the host itself reaches it there.
+// loopback is the address at which a port is published if none is given. Only the host itself can reach it.
 var loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1})
 
-// String is the Spec as Parse or ParseUnix take it.
+// String returns the Spec in the form that Parse and ParseUnix take.
 func (s Spec) String() string {
 	if s.Path != "" {
 		return s.Path + ":" + strconv.Itoa(int(s.Port))
@@ -31,8 +31,8 @@ func (s Spec) String() string {
 	return text
 }
 
-// Parse reads [ADDR:]PORT[:PORT][/tcp|/udp]: the address and port of the host, and the port of the program if it is another one. An
-// IPv6 address stands in brackets.
+// Parse parses [ADDR:]PORT[:PORT][/tcp|/udp]: the address and port on the host, and the port of the program if it is
+// different. An IPv6 address is in brackets.
 func Parse(text string) (Spec, error) {
 	var s Spec
 	rest, proto, has := strings.Cut(text, "/")
@@ -73,7 +73,7 @@ func Parse(text string) (Spec, error) {
 	return s, err
 }
 
-// ParseUnix reads PATH:PORT: a unix socket of the host, and the program's TCP port.
+// ParseUnix parses PATH:PORT: a unix socket of the host, and the program's TCP port.
 func ParseUnix(text string) (Spec, error) {
 	i := strings.LastIndexByte(text, ':')
 	if i <= 0 {

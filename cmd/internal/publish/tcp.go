@@ -14,22 +14,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// listenPrivately makes a unix socket that only its owner may use. It is made under a restrictive umask, not changed afterwards, so
-// that nobody else can connect in between.
+// listenPrivately creates a unix socket that only its owner may use. It does so under a restrictive umask instead of
+// changing the mode afterwards, so that nobody else can connect in between.
 func listenPrivately(path string) (net.Listener, error) {
 	old := unix.Umask(0o177)
 	defer unix.Umask(old)
 	return net.Listen("unix", path) // closing it removes the file
 }
 
-// accept carries what l accepts until Close.
+// accept carries the connections that l accepts, until Close.
 func (p *Publisher) accept(l net.Listener, s Spec) {
 	p.close = append(p.close, func() { _ = l.Close() })
 	p.wg.Go(func() {
 		slots := make(chan struct{}, maxFlows)
 		for {
 			select {
-			case slots <- struct{}{}: // else they wait in the kernel's backlog
+			case slots <- struct{}{}: // otherwise connections wait in the kernel's backlog
 			case <-p.ctx.Done():
 				return
 			}
@@ -60,7 +60,7 @@ type stream interface {
 	CloseWrite() error
 }
 
-// carry connects a connection from outside to the program.
+// carry carries a connection from outside to the program.
 func (p *Publisher) carry(out stream, s Spec) {
 	defer out.Close()
 	in, err := p.connect(s.Port)
@@ -83,8 +83,8 @@ func (p *Publisher) carry(out stream, s Spec) {
 	<-done
 }
 
-// copyOneWay copies until the end of from, which it passes on. If anything goes wrong both are reset, so that neither side takes a
-// part for the whole.
+// copyOneWay copies until the end of from and passes the end on. If anything fails, both connections are reset, so that
+// neither side takes a part of the data for all of it.
 func copyOneWay(to, from stream) {
 	_, err := io.Copy(to, from)
 	if err == nil {
@@ -96,7 +96,8 @@ func copyOneWay(to, from stream) {
 	}
 }
 
-// reset ends a connection with RST. The other end of a unix socket sees ECONNRESET only if something of it was unread.
+// reset ends a connection with RST. The other end of a unix socket sees ECONNRESET only if some of its data was not
+// read.
 func reset(c stream) {
 	if t, ok := c.(*net.TCPConn); ok {
 		_ = t.SetLinger(0)
@@ -104,7 +105,7 @@ func reset(c stream) {
 	_ = c.Close()
 }
 
-// connect tries the program's addresses in turn. An address at which nobody listens says so at once.
+// connect tries the program's addresses in turn. An address on which nothing listens refuses at once.
 func (p *Publisher) connect(port uint16) (stream, error) {
 	var first error
 	for _, t := range p.cfg.Targets {
@@ -141,7 +142,7 @@ func (p *Publisher) connectTo(t Target, port uint16) (stream, error) {
 	return c.(*net.TCPConn), nil
 }
 
-// socket makes a socket in the program's namespace, bound to the source of t.
+// socket creates a socket in the program's namespace and binds it to the source of t.
 func (p *Publisher) socket(t Target, typ int) (*os.File, error) {
 	domain := unix.AF_INET
 	if t.To.Is6() {
@@ -151,7 +152,7 @@ func (p *Publisher) socket(t Target, typ int) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The port is chosen when the destination is known, so that the ports of one source do not run out.
+	// The kernel chooses the port when the destination is known, so that one source does not run out of ports.
 	err = unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
 	if err == nil {
 		err = unix.Bind(fd, sockaddr(netip.AddrPortFrom(t.From, 0)))
@@ -199,7 +200,7 @@ func sockaddr(a netip.AddrPort) unix.Sockaddr {
 	return &unix.SockaddrInet6{Addr: a.Addr().As16(), Port: int(a.Port())}
 }
 
-// peer is who connects, for the log.
+// peer returns the address of the client, for the log.
 func peer(c net.Conn) string {
 	if a := c.RemoteAddr(); a != nil && a.String() != "" {
 		return a.String()

@@ -14,13 +14,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// udpIdle is how long a sender of datagrams keeps its socket inside without traffic: RFC 4787 (REQ-5) asks for two minutes at least.
+// udpIdle is the time without traffic after which a sender loses its socket inside. RFC 4787 (REQ-5) requires at least
+// two minutes.
 const udpIdle = 2 * time.Minute
 
-// maxFirst is the largest datagram that is kept until the program's address is known. More than the usual MTU is rare.
+// maxFirst is the largest datagram that is kept until the program's address is known. Datagrams over the usual MTU are
+// rare.
 const maxFirst = 1500
 
-// senders are all who send to one published port.
+// senders contains all senders to one published port.
 type senders struct {
 	p   *Publisher
 	out *net.UDPConn
@@ -30,13 +32,13 @@ type senders struct {
 	all map[senderKey]*sender
 }
 
-// senderKey is who sends, and to which of our addresses: answers come from that one.
+// senderKey is the address of a sender, and the address to which it sends. Answers come from the latter.
 type senderKey struct {
 	from netip.AddrPort
 	to   string // the control message that names it; empty if the port is published at one address
 }
 
-// sender has a socket of its own inside, so that the program can tell senders apart.
+// sender has its own socket inside, so that the program can distinguish senders.
 type sender struct {
 	key senderKey
 
@@ -57,7 +59,7 @@ func (p *Publisher) serveUDP(out *net.UDPConn, s Spec) {
 		switch {
 		case errors.Is(err, net.ErrClosed):
 			return
-		case err != nil: // of an answer that somebody did not want; the next call reads a datagram
+		case err != nil: // an ICMP error about an answer; the next call reads a datagram
 			continue
 		}
 		if err := all.take(b[:n], senderKey{from, destination(oob[:oobn])}); err != nil {
@@ -71,7 +73,7 @@ func (p *Publisher) serveUDP(out *net.UDPConn, s Spec) {
 
 var errTooMany = fmt.Errorf("more than %d senders", maxFlows)
 
-// take carries one datagram to the program.
+// take passes one datagram to the program.
 func (a *senders) take(b []byte, key senderKey) error {
 	a.mu.Lock()
 	s := a.all[key]
@@ -94,7 +96,7 @@ func (a *senders) take(b []byte, key senderKey) error {
 	return s.send(b)
 }
 
-// mayAdd reports why there can be no further sender. a.mu is held.
+// mayAdd returns an error if no further sender can be added. a.mu is held.
 func (a *senders) mayAdd() error {
 	if len(a.all) >= maxFlows {
 		return errTooMany
@@ -111,13 +113,13 @@ func (s *sender) send(b []byte) error {
 	}
 	_ = s.in.SetReadDeadline(time.Now().Add(udpIdle))
 	_, err := s.in.Write(b)
-	if errors.Is(err, syscall.ECONNREFUSED) { // of the one before; it does not tell of this one
+	if errors.Is(err, syscall.ECONNREFUSED) { // an error about the previous datagram, not this one
 		_, err = s.in.Write(b)
 	}
 	return err
 }
 
-// answers carries the program's answers to a sender until it is idle.
+// answers passes the program's answers to a sender until the sender is idle.
 func (a *senders) answers(s *sender) {
 	defer func() {
 		a.mu.Lock()
@@ -155,8 +157,8 @@ func (a *senders) answers(s *sender) {
 	}
 }
 
-// elsewhere turns s to the next target if nobody listens at this one and the program has not answered before. The last datagram is
-// sent again there. After the last target it is the first one's turn, with the next datagram.
+// elsewhere makes s try the next target if nothing listens at this one and the program has not answered before. The
+// last datagram is sent again there. After the last target, the next datagram goes to the first one.
 func (a *senders) elsewhere(s *sender) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -182,7 +184,7 @@ func (a *senders) elsewhere(s *sender) {
 	}
 }
 
-// end closes the sockets inside, after the Publisher's context has ended.
+// end closes the senders' sockets, after the Publisher's context has ended.
 func (a *senders) end() {
 	a.mu.Lock()
 	all := make([]*sender, 0, len(a.all))
@@ -197,8 +199,8 @@ func (a *senders) end() {
 	}
 }
 
-// dialUDP makes a socket that is connected to the program's port at the target with this index, or at the next one that the
-// namespace has. Whether the program listens there is seen only later.
+// dialUDP creates a socket that is connected to the program's port at the target with this index, or at the next one
+// that exists in the namespace. Only an answer or an error shows later whether the program listens there.
 func (p *Publisher) dialUDP(port uint16, from int) (in *net.UDPConn, target int, err error) {
 	for i := range p.cfg.Targets {
 		target = (from + i) % len(p.cfg.Targets)
@@ -225,8 +227,8 @@ func (p *Publisher) dialUDPTo(t Target, port uint16) (*net.UDPConn, error) {
 	return c.(*net.UDPConn), nil
 }
 
-// askDestination, before the socket is bound, has each datagram come with a control message that says which of our addresses it was
-// sent to (ip(7), IP_PKTINFO).
+// askDestination makes the kernel add a control message to each datagram that tells to which of our addresses it was
+// sent (ip(7), IP_PKTINFO). It is called before the socket is bound.
 func askDestination(network, _ string, raw syscall.RawConn) error {
 	var failed error
 	err := raw.Control(func(fd uintptr) {
@@ -242,8 +244,8 @@ func askDestination(network, _ string, raw syscall.RawConn) error {
 	return err
 }
 
-// destination makes the control message for the answers of what came with that of a datagram. It leaves the interface to the
-// routing table, unless the address is of that interface alone.
+// destination turns the control message of a datagram into that of its answers. It leaves the interface to the routing
+// table unless the address is valid only on one interface.
 func destination(oob []byte) string {
 	msgs, err := unix.ParseSocketControlMessage(oob)
 	if err != nil || len(msgs) != 1 {
