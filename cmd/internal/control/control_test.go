@@ -70,7 +70,7 @@ func TestServer(t *testing.T) {
 	c := NewClient(path)
 	defer c.Close()
 	got, err := c.Status()
-	if err != nil || got.PID != 4711 || len(got.Upstreams) != 2 {
+	if err != nil || got.PID != 4711 || len(got.Upstreams) != 3 {
 		t.Errorf("%+v, %v", got, err)
 	}
 	flows, err := c.Flows(2)
