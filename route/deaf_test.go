@@ -88,6 +88,9 @@ func TestStreamEndedByServer(t *testing.T) {
 // that is on its way to or from a relay that ends is lost, as it would be without us. VIASOCKS_SLOW takes the minute that this
 // is about; else it is a twentieth of that.
 func TestUDPPoison(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it echoes for some seconds in each phase")
+	}
 	for _, tt := range []struct {
 		phase         string
 		before, after bool // poison right before the echo, or right after it; neither: halfway between two

@@ -316,6 +316,9 @@ func TestFaults(t *testing.T) {
 
 // A general failure that comes late means a silent target, and an early one does not.
 func TestLateFailure(t *testing.T) {
+	if testing.Short() {
+		t.Skip("the proxy takes three seconds to refuse")
+	}
 	_, c, srv := setup(t, Options{})
 	srv.SetFault(func(sockstest.Request) sockstest.Fault {
 		return sockstest.Fault{Reply: 1, Delay: 3200 * time.Millisecond}

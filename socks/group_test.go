@@ -166,6 +166,9 @@ func TestGroupEvents(t *testing.T) {
 
 // A server that is down gets one trial after RetryAfter, whatever the load, and is used again when it passes.
 func TestGroupOneTrial(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a server is tried again after two seconds")
+	}
 	f := newFleet(t, 2, GroupOptions{RetryAfter: 2 * time.Second}, Options{})
 	var greeted atomic.Int32
 	broken := sockstest.EarlyClose()

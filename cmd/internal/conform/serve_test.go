@@ -52,6 +52,9 @@ func publicProber(t *testing.T, f *FarEnd) (Prober, *Session) {
 
 // A public far end serves a probe, with one address, two, and all of the host.
 func TestServe(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a whole probe of each far end takes seconds")
+	}
 	for name, tt := range map[string]struct {
 		at        []string
 		addresses int
