@@ -47,8 +47,8 @@ func files(t *testing.T, dir string) (names string) {
 	return names
 }
 
-// The metrics of up can be scraped. Their socket is removed at the end, and after kill -9 by down and by the next up, whether that has
-// metrics or not.
+// The metrics of up can be scraped. Their socket is removed at the end, and after kill -9 by down and by the next up, whether
+// that has metrics or not.
 func TestMetricsOfUp(t *testing.T) {
 	testkit.CheckLeaks(t)
 	h := newHost(t)

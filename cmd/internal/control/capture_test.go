@@ -40,8 +40,8 @@ func captureAt(t *testing.T, group int, asked *atomic.Int32) (path string) {
 	return path
 }
 
-// TestHostileCaptures: numbers that are none, huge ones, texts that exceed the header and wrong methods are refused with one line, and
-// whoever asks properly then is answered.
+// TestHostileCaptures: malformed and huge numbers, texts that exceed the header and wrong methods are refused with one line,
+// and a proper request is answered then.
 func TestHostileCaptures(t *testing.T) {
 	testkit.CheckLeaks(t)
 	var asked atomic.Int32
@@ -64,14 +64,16 @@ func TestHostileCaptures(t *testing.T) {
 		{"PUT", "count=1", "405 Method Not Allowed"},
 	} {
 		status, body := request(t, path, tt.method, "/v1/capture?"+tt.query)
-		if got := status[:4] + strings.TrimSpace(body); !strings.HasPrefix(got, tt.want) || strings.Count(got, "\n") != 0 || len(got) > 200 {
+		if got := status[:4] + strings.TrimSpace(body); !strings.HasPrefix(got, tt.want) ||
+			strings.Count(got, "\n") != 0 || len(got) > 200 {
 			t.Errorf("%s %.40s: got %.200q, want %s", tt.method, tt.query, got, tt.want)
 		}
 	}
 	if n := asked.Load(); n != 1 {
 		t.Errorf("%d of the requests reached the backend, 1 should", n)
 	}
-	if status, body := request(t, path, "GET", "/v1/capture?ms=9223372036854775807"); !strings.HasPrefix(status, "200 ") || len(body) != 4 {
+	status, body := request(t, path, "GET", "/v1/capture?ms=9223372036854775807")
+	if !strings.HasPrefix(status, "200 ") || len(body) != 4 {
 		t.Errorf("then: %s %q", status, body)
 	}
 }
@@ -99,8 +101,8 @@ func request(t *testing.T, path, method, what string) (status, body string) {
 	return resp.Status, string(b)
 }
 
-// TestCapturePermissions: root and members of the group may capture. Somebody else is refused by the socket's mode and, where that was
-// opened, by the credentials; the backend is not asked.
+// TestCapturePermissions: root and members of the group may capture. Somebody else is refused by the socket's mode and, where
+// that was opened, by the credentials; the backend is not asked.
 func TestCapturePermissions(t *testing.T) {
 	testkit.CheckLeaks(t)
 	if os.Getuid() != 0 {

@@ -22,7 +22,9 @@ var ErrNoDaemon = errors.New(
 )
 
 // ErrOlder means that the viasocks that answers does not know the request.
-var ErrOlder = errors.New("the running viasocks does not know this request, probably because it is of an older version: restart it")
+var ErrOlder = errors.New(
+	"the running viasocks does not know this request, probably because it is of an older version: restart it",
+)
 
 const (
 	maxAnswer     = 32 << 20

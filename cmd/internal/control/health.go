@@ -74,7 +74,8 @@ func checkHealth(r Runtime, upPath string, pid int) Health {
 	case errors.Is(err, ErrNoDaemon):
 		return unhealthy(errors.New("viasocks is not running here"), "start it: viasocks up, or viasocks run")
 	case errors.Is(err, ErrOlder):
-		return unhealthy(errors.New("the running viasocks is of an older version, which does not say whether traffic passes"), "restart it")
+		older := errors.New("the running viasocks is of an older version, which does not say whether traffic passes")
+		return unhealthy(older, "restart it")
 	case err != nil:
 		return unhealthy(err, "see 'viasocks status'")
 	}

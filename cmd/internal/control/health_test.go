@@ -63,8 +63,9 @@ func TestCheckHealth(t *testing.T) {
 func TestCheckHealthOfOlderVersion(t *testing.T) {
 	path := upWith(t, Backend{Status: sample})
 	var b bytes.Buffer
-	if err := WriteHealth(&b, CheckHealth(runtimeOf(t), path, 0)); err != nil || b.String() != "not healthy: the running viasocks is of an "+
-		"older version, which does not say whether traffic passes: restart it\n" {
+	err := WriteHealth(&b, CheckHealth(runtimeOf(t), path, 0))
+	if err != nil || b.String() != "not healthy: the running viasocks is of an older version, which does not say whether traffic "+
+		"passes: restart it\n" {
 		t.Errorf("%v %q", err, b.String())
 	}
 	c := NewClient(path)
