@@ -149,7 +149,10 @@ func (x *Question) step(r *Rule) Step {
 	case len(holds) == 0:
 		return Step{Decides: true, Why: "it has no condition"}
 	}
-	return Step{Decides: true, Why: strings.Join(holds, " and ") + map[bool]string{true: " holds", false: " hold"}[len(holds) == 1]}
+	return Step{
+		Decides: true,
+		Why:     strings.Join(holds, " and ") + map[bool]string{true: " holds", false: " hold"}[len(holds) == 1],
+	}
 }
 
 // only returns r with one of its conditions, and with the verdict drop.

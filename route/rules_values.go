@@ -55,7 +55,10 @@ func parsePrefix(s string) (netip.Prefix, error) {
 	if !strings.Contains(s, "/") {
 		a, err := netip.ParseAddr(s)
 		if err != nil || a.Zone() != "" {
-			return netip.Prefix{}, fmt.Errorf("network %q: write an address or a network, such as 192.0.2.0/24 or 2001:db8::/32", clip(s))
+			return netip.Prefix{}, fmt.Errorf(
+				"network %q: write an address or a network, such as 192.0.2.0/24 or 2001:db8::/32",
+				clip(s),
+			)
 		}
 		a = a.Unmap()
 		return netip.PrefixFrom(a, a.BitLen()), nil
@@ -120,7 +123,10 @@ func parseUser(s string) (userRange, error) {
 	}
 	u, err := user.Lookup(s)
 	if err != nil || s == "" {
-		return userRange{}, fmt.Errorf("user %q: there is no such user; write a name, a number, or a range such as 1000-1999", clip(s))
+		return userRange{}, fmt.Errorf(
+			"user %q: there is no such user; write a name, a number, or a range such as 1000-1999",
+			clip(s),
+		)
 	}
 	id, err := strconv.ParseUint(u.Uid, 10, 32)
 	if err != nil {

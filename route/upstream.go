@@ -52,5 +52,11 @@ type Upstream interface {
 	// datagrams that come back, on l's goroutine, in bursts that are valid only during the call, with Src set and Dst
 	// not. The receiver of the link closes it. closed is called at most once, and only if an open link has failed for
 	// good: the control connection ended, or the socket failed. It may be called before done.
-	OpenPackets(ctx context.Context, l *relay.Loop, sink func([]flow.Packet), done func(relay.PacketLink, error), closed func(error))
+	OpenPackets(
+		ctx context.Context,
+		l *relay.Loop,
+		sink func([]flow.Packet),
+		done func(relay.PacketLink, error),
+		closed func(error),
+	)
 }

@@ -99,7 +99,12 @@ func (d *Dialer) Group(l *loop.Loop, servers []Server, o GroupOptions) (*Group, 
 		return nil, fmt.Errorf("cannot use the group %s: %w", o.Name, err)
 	}
 	if len(servers) == 0 || len(servers) > MaxServers {
-		return nil, fmt.Errorf("cannot use the group %s: it has %d servers, 1 to %d are allowed", o.Name, len(servers), MaxServers)
+		return nil, fmt.Errorf(
+			"cannot use the group %s: it has %d servers, 1 to %d are allowed",
+			o.Name,
+			len(servers),
+			MaxServers,
+		)
 	}
 	g := &Group{
 		d:     d,

@@ -22,7 +22,9 @@ const (
 )
 
 var (
-	errOption  = errors.New("behind the question mark stand tor, isolate=program|destination|none or udp=over-tcp, with & between")
+	errOption = errors.New(
+		"behind the question mark stand tor, isolate=program|destination|none or udp=over-tcp, with & between",
+	)
 	errTor     = errors.New("tor and isolate need socks5")
 	errIsolate = errors.New("isolate needs tor, and uses the user and the password itself")
 )

@@ -23,7 +23,11 @@ func (s *sockaddrRoom) set(ap netip.AddrPort) error {
 	binary.BigEndian.PutUint16(b[:], ap.Port())
 	port := binary.NativeEndian.Uint16(b[:])
 	if ip.Is4() {
-		*(*unix.RawSockaddrInet4)(unsafe.Pointer(&s.raw)) = unix.RawSockaddrInet4{Family: unix.AF_INET, Port: port, Addr: ip.As4()}
+		*(*unix.RawSockaddrInet4)(unsafe.Pointer(&s.raw)) = unix.RawSockaddrInet4{
+			Family: unix.AF_INET,
+			Port:   port,
+			Addr:   ip.As4(),
+		}
 		s.size = unix.SizeofSockaddrInet4
 		return nil
 	}

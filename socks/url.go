@@ -21,9 +21,13 @@ const maxPath = 107
 
 // The errors of ParseServer. They contain no part of the URL.
 var (
-	errURL      = errors.New("it must read SCHEME://[user[:password]@]host[:port], with special characters of the password as %XX")
-	errScheme   = errors.New("it must begin with socks5://, socks5h://, socks4://, socks4a://, http:// or https://")
-	errUnix     = errors.New("the path of a unix socket is needed, as in socks5+unix:///run/proxy.sock or socks5+unix://@abstract")
+	errURL = errors.New(
+		"it must read SCHEME://[user[:password]@]host[:port], with special characters of the password as %XX",
+	)
+	errScheme = errors.New("it must begin with socks5://, socks5h://, socks4://, socks4a://, http:// or https://")
+	errUnix   = errors.New(
+		"the path of a unix socket is needed, as in socks5+unix:///run/proxy.sock or socks5+unix://@abstract",
+	)
 	errZone     = errors.New("a link-local address needs its device: socks5://[fe80::1%25eth0]:1080")
 	errHost     = errors.New("an IPv6 address stands in brackets: socks5://[2001:db8::1]:1080")
 	errLogin    = errors.New("user (1 to 255 bytes) or password (at most 255 bytes) has the wrong length")

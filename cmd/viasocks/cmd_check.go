@@ -83,7 +83,9 @@ func summary(cfg *config.Config) string {
 		line("dns: off: port 53 is a port like others")
 	}
 	if cfg.Relay {
-		line("dns: relay: questions go to the server that the program asks; the resolvers are for those to an address that is nobody's")
+		line(
+			"dns: relay: questions go to the server that the program asks; the resolvers are for those to an address that is nobody's",
+		)
 	}
 	for _, r := range cfg.DNS {
 		how := ""

@@ -28,7 +28,12 @@ func runCompletion(c *command, args, _ []string, std streams) (int, error) {
 	}
 	var known []config.Subcommand
 	for _, about := range commands() {
-		k := config.Subcommand{Name: about.name, Short: about.short, Takes: about.takes, Program: about == cmdRun || about == cmdExec}
+		k := config.Subcommand{
+			Name:    about.name,
+			Short:   about.short,
+			Takes:   about.takes,
+			Program: about == cmdRun || about == cmdExec,
+		}
 		switch about {
 		case cmdCompletion:
 			k.Words = config.Shells

@@ -59,7 +59,10 @@ func writeHelp(out io.Writer, c *command) error {
 	if c.takes != 0 {
 		fmt.Fprint(&w, "\noptions:\n")
 		config.WriteHelp(&w, c.takes)
-		fmt.Fprint(&w, "\nEach option is also a variable (VIASOCKS_PROXY for --proxy) and a line of the file of --config.\n"+manualNotice)
+		fmt.Fprint(
+			&w,
+			"\nEach option is also a variable (VIASOCKS_PROXY for --proxy) and a line of the file of --config.\n"+manualNotice,
+		)
 	}
 	_, err := io.WriteString(out, w.String())
 	return err

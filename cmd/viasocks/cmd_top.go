@@ -59,6 +59,9 @@ func onlyInstance(cfg *config.Config, env []string) (*control.Client, error) {
 	for _, i := range all[:min(len(all), 5)] {
 		pids = append(pids, fmt.Sprintf("%d (%s)", i.PID, i.Program))
 	}
-	return nil, fmt.Errorf("cannot choose among %d programs under 'viasocks run': give --pid: %s; 'viasocks ps' lists them", len(all),
-		strings.Join(pids, ", "))
+	return nil, fmt.Errorf(
+		"cannot choose among %d programs under 'viasocks run': give --pid: %s; 'viasocks ps' lists them",
+		len(all),
+		strings.Join(pids, ", "),
+	)
 }

@@ -47,7 +47,12 @@ func dhcpLearn(pre *nfChain) {
 
 func dhcpLearned() term {
 	v6 := false
-	return lookup(dhcpSet, "ip daddr", &v6, &expr.Payload{DestRegister: 8, Base: expr.PayloadBaseNetworkHeader, Offset: 16, Len: 4})
+	return lookup(
+		dhcpSet,
+		"ip daddr",
+		&v6,
+		&expr.Payload{DestRegister: 8, Base: expr.PayloadBaseNetworkHeader, Offset: 16, Len: 4},
+	)
 }
 
 // udpPorts matches both ports of a datagram.

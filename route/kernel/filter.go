@@ -116,7 +116,10 @@ func tupleSets(kept []Tuple, out bool) (set4, set6 []nfElem) {
 		key = append(append(key, be16(k.Local.Port())...), 0, 0)
 		key = append(key, r.AsSlice()...)
 		key = append(append(key, be16(k.Remote.Port())...), 0, 0)
-		e := nfElem{key: key, text: fmt.Sprintf("%s . %s . %d . %s . %d", protoName(k.Proto), l, k.Local.Port(), r, k.Remote.Port())}
+		e := nfElem{
+			key:  key,
+			text: fmt.Sprintf("%s . %s . %d . %s . %d", protoName(k.Proto), l, k.Local.Port(), r, k.Remote.Port()),
+		}
 		if l.Is4() {
 			set4 = append(set4, e)
 		} else {
@@ -401,7 +404,8 @@ func (c *Config) netdevTable(st filterState) *nfTable {
 	}
 	pass.add(count(countFrame), drop())
 	for i, d := range st.devices {
-		t.chain(&nfChain{name: fmt.Sprintf("egress%d", i), kind: "filter", hook: unix.NF_NETDEV_EGRESS, device: d}).add(goTo("pass"))
+		t.chain(&nfChain{name: fmt.Sprintf("egress%d", i), kind: "filter", hook: unix.NF_NETDEV_EGRESS, device: d}).
+			add(goTo("pass"))
 	}
 	return t
 }

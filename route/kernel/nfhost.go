@@ -159,7 +159,12 @@ func (h *Host) adapt(err error, failed int, msgs []nfMsg, old int, at []int) err
 			"net.bridge.bridge-nf-call-iptables is 1", "why", err)
 	case h.st.arp && failed >= old && failed < len(msgs) && msgs[failed].fam == unix.NFPROTO_ARP:
 		h.noARP = true
-		h.say("arp", "the kernel can't filter ARP: neighbours learn that the TUN's address is here, and get no further", "why", err)
+		h.say(
+			"arp",
+			"the kernel can't filter ARP: neighbours learn that the TUN's address is here, and get no further",
+			"why",
+			err,
+		)
 	case errors.Is(err, unix.ENOENT) && failed < old: // it was deleted in between
 	case errors.Is(err, unix.ENOENT) && failed >= 0 &&
 		msgs[failed].fam == unix.NFPROTO_NETDEV && msgs[failed].op == unix.NFT_MSG_NEWCHAIN:
@@ -176,7 +181,12 @@ func (h *Host) adapt(err error, failed int, msgs []nfMsg, old int, at []int) err
 	case lacking(msgs, failed, err) == needCgroupv2 && h.c.OwnCgroup != "" &&
 		len(h.c.Exclude.Cgroups)+len(h.c.Include.Cgroups) == 0:
 		h.c.OwnCgroup = "" // it is used only where the kernel supports it
-		h.say("own cgroup", "the kernel can't tell our sockets from others' by their cgroup: only by mark and destination", "why", err)
+		h.say(
+			"own cgroup",
+			"the kernel can't tell our sockets from others' by their cgroup: only by mark and destination",
+			"why",
+			err,
+		)
 	default:
 		if n := lacking(msgs, failed, err); n != nil {
 			return lackError(n)

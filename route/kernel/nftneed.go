@@ -17,9 +17,12 @@ type need struct {
 const orRun = "or use 'viasocks run' for one program"
 
 var (
-	needTables   = &need{"nf_tables", "load the module nf_tables, " + orRun}
-	needInet     = &need{"nf_tables for both families", "it must be built with CONFIG_NF_TABLES_INET; " + orRun}
-	needRoute    = &need{"nftables chains of type route", "load the modules nft_chain_route_ipv4 and nft_chain_route_ipv6, " + orRun}
+	needTables = &need{"nf_tables", "load the module nf_tables, " + orRun}
+	needInet   = &need{"nf_tables for both families", "it must be built with CONFIG_NF_TABLES_INET; " + orRun}
+	needRoute  = &need{
+		"nftables chains of type route",
+		"load the modules nft_chain_route_ipv4 and nft_chain_route_ipv6, " + orRun,
+	}
 	needEgress   = &need{"netdev egress hook", "it came with Linux 5.16, CONFIG_NETFILTER_EGRESS; leave out --strict"}
 	needCounter  = &need{"nftables counter", "load the module nft_counter, " + orRun}
 	needObjref   = &need{"nftables objref", "load the module nft_objref, " + orRun}

@@ -164,7 +164,8 @@ func drain(c *net.TCPConn) {
 	}
 	for end := time.Now().Add(drainLimit); time.Now().Before(end); time.Sleep(time.Millisecond) {
 		queued := 0
-		if rc.Control(func(fd uintptr) { queued, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) }) != nil || err != nil || queued == 0 {
+		if rc.Control(func(fd uintptr) { queued, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) }) != nil || err != nil ||
+			queued == 0 {
 			return
 		}
 	}

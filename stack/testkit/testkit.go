@@ -72,7 +72,14 @@ func CheckLeaks(t testing.TB) {
 				return
 			}
 			if time.Now().After(end) {
-				t.Errorf("%d files were open before: %q\nand %d after: %q\ngoroutines: %v", len(before), before, len(after), after, err)
+				t.Errorf(
+					"%d files were open before: %q\nand %d after: %q\ngoroutines: %v",
+					len(before),
+					before,
+					len(after),
+					after,
+					err,
+				)
 				return
 			}
 		}

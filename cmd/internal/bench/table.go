@@ -101,7 +101,10 @@ func compared(order []string, byCase map[string]map[string][]line, out io.Writer
 			continue
 		}
 		if !some {
-			fmt.Fprintln(w, "\ncase\tagainst\tthis\tunit\tratio\tp50 µs ag\tthis\tratio\tCPU ag\tthis\tper\tratio\tRSS MiB ag\tthis\t")
+			fmt.Fprintln(
+				w,
+				"\ncase\tagainst\tthis\tunit\tratio\tp50 µs ag\tthis\tratio\tCPU ag\tthis\tper\tratio\tRSS MiB ag\tthis\t",
+			)
 			some = true
 		}
 		cpuBefore, _ := cpuPer(before)

@@ -55,7 +55,11 @@ func (c *Config) checkChains() error {
 				return usagef("cannot use the upstream %s: there is no upstream %s for its word via", path[len(path)-1], next)
 			}
 			if slices.Contains(path, next) {
-				return usagef("cannot use the upstream %s: its chain of via comes back to %s and never reaches a server", u.Name, next)
+				return usagef(
+					"cannot use the upstream %s: its chain of via comes back to %s and never reaches a server",
+					u.Name,
+					next,
+				)
 			}
 			path = append(path, next)
 			next = c.Upstreams[i].Via

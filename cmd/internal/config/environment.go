@@ -52,7 +52,10 @@ func (c *Config) readEnv(env []string) (map[string][]value, error) {
 			vars = append(vars, v)
 		}
 	}
-	slices.SortFunc(vars, func(a, b envVar) int { return cmp.Or(cmp.Compare(a.number, b.number), strings.Compare(a.name, b.name)) })
+	slices.SortFunc(
+		vars,
+		func(a, b envVar) int { return cmp.Or(cmp.Compare(a.number, b.number), strings.Compare(a.name, b.name)) },
+	)
 	type place struct {
 		option string
 		number int

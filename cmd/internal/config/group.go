@@ -53,8 +53,11 @@ func parseGroup(v value, u Upstream, text string) (Upstream, error) {
 		set := groupWords[word]
 		switch {
 		case !ok || set == nil && word != "via":
-			return u, v.err("there is no word %q; the words are via, select, attempts, server-attempts, fail-threshold, fail-window, "+
-				"retry-after, connect-timeout, handshake-timeout and check", Redact(f))
+			return u, v.err(
+				"there is no word %q; the words are via, select, attempts, server-attempts, fail-threshold, fail-window, "+
+					"retry-after, connect-timeout, handshake-timeout and check",
+				Redact(f),
+			)
 		case said[word]:
 			return u, v.err("%s is given twice", word)
 		}

@@ -106,8 +106,12 @@ func (c *Config) checkPools() error {
 	for _, pool := range c.Fake.Pools() {
 		for _, p := range c.Host.Exclude.Nets {
 			if p.Overlaps(pool) {
-				return usagef("cannot use --exclude %s with --dns fake: the addresses of %s, which stand for names, must come to viasocks: "+
-					"take other addresses with --dns-pool or --dns-pool6, or real ones with --dns tcp://ADDRESS", p, pool)
+				return usagef(
+					"cannot use --exclude %s with --dns fake: the addresses of %s, which stand for names, must come to viasocks: "+
+						"take other addresses with --dns-pool or --dns-pool6, or real ones with --dns tcp://ADDRESS",
+					p,
+					pool,
+				)
 			}
 		}
 		for _, r := range c.DNS {
@@ -146,8 +150,11 @@ func hostResolvers(up bool) ([]dns.Resolver, error) {
 			all = notLoopback(real)
 		}
 		if len(all) == 0 {
-			return nil, fmt.Errorf("cannot use the host's resolvers: those in %s run on this host, and their own questions would "+
-				"come back to viasocks: name others with --dns tcp://ADDRESS", resolvConf)
+			return nil, fmt.Errorf(
+				"cannot use the host's resolvers: those in %s run on this host, and their own questions would "+
+					"come back to viasocks: name others with --dns tcp://ADDRESS",
+				resolvConf,
+			)
 		}
 	}
 	var out []dns.Resolver

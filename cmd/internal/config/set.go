@@ -295,7 +295,9 @@ func setMetrics(c *Config, v value) error {
 	c.Metrics = at
 	if !at.Local() {
 		c.Warnings = append(c.Warnings, fmt.Sprintf(
-			"--metrics %v: other hosts can read what this host does, unless a firewall keeps them away: use 127.0.0.1 or unix:PATH", at))
+			"--metrics %v: other hosts can read what this host does, unless a firewall keeps them away: use 127.0.0.1 or unix:PATH",
+			at,
+		))
 	}
 	return nil
 }
@@ -311,7 +313,11 @@ func (c *Config) finish(env []string) error {
 		c.LogLevel = slog.LevelWarn
 	}
 	if c.MaxPendingPerDest > c.MaxPending {
-		return usagef("cannot use --max-pending-per-destination %d: more than --max-pending %d", c.MaxPendingPerDest, c.MaxPending)
+		return usagef(
+			"cannot use --max-pending-per-destination %d: more than --max-pending %d",
+			c.MaxPendingPerDest,
+			c.MaxPending,
+		)
 	}
 	if err := c.finishProxy(env); err != nil {
 		return err

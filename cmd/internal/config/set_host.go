@@ -122,7 +122,8 @@ func addDevices(sel func(*Config) *Selection) func(*Config, value) error {
 func addCgroups(sel func(*Config) *Selection) func(*Config, value) error {
 	return listOf(func(c *Config) *[]string { return &sel(c).Cgroups }, func(s string) (string, string) {
 		path := strings.Trim(strings.TrimPrefix(s, "/sys/fs/cgroup"), "/")
-		if path == "" || strings.Contains(path, "\"") || slices.ContainsFunc(strings.Split(path, "/"), func(e string) bool { return e == "" || e == "." || e == ".." }) {
+		if path == "" || strings.Contains(path, "\"") ||
+			slices.ContainsFunc(strings.Split(path, "/"), func(e string) bool { return e == "" || e == "." || e == ".." }) {
 			return s, strconv.Quote(s) + " is not the path of a control group, like system.slice/chrony.service"
 		}
 		return path, ""
@@ -183,7 +184,9 @@ func (c *Config) finishHost() error {
 		return usagef("cannot use --lan direct with --strict: which refuses the LAN, or carries it with --lan carry")
 	}
 	if len(h.InboundPorts) > 0 && h.Inbound == "carry" && len(h.Exclude.Devices) == 0 {
-		return usagef("cannot use --inbound-port with --inbound carry: which answers nobody directly, unless --exclude-device names a device")
+		return usagef(
+			"cannot use --inbound-port with --inbound carry: which answers nobody directly, unless --exclude-device names a device",
+		)
 	}
 	for _, p := range h.Exclude.Nets {
 		if slices.Contains(h.Include.Nets, p) {

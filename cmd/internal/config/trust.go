@@ -41,7 +41,10 @@ func (c *Config) warnOfWriters(kind, path string, info os.FileInfo) {
 	dir := filepath.Dir(real)
 	if info, err := os.Stat(dir); err == nil && info.Mode()&os.ModeSticky == 0 {
 		if who := writers(info); who != "" {
-			c.Warnings = append(c.Warnings, fmt.Sprintf("%s can replace the %s %s: chown root and chmod go-w %s", who, kind, path, dir))
+			c.Warnings = append(
+				c.Warnings,
+				fmt.Sprintf("%s can replace the %s %s: chown root and chmod go-w %s", who, kind, path, dir),
+			)
 		}
 	}
 }

@@ -28,7 +28,11 @@ type Survey struct {
 
 // Put adds e, or replaces the entry with the same name.
 func (s *Survey) Put(e Entry) {
-	i, found := slices.BinarySearchFunc(s.Servers, e.Name, func(a Entry, name string) int { return strings.Compare(a.Name, name) })
+	i, found := slices.BinarySearchFunc(
+		s.Servers,
+		e.Name,
+		func(a Entry, name string) int { return strings.Compare(a.Name, name) },
+	)
 	if found {
 		s.Servers[i] = e
 		return

@@ -142,7 +142,9 @@ func (c *Client) explain(err error) error {
 		}
 		return ErrNoDaemon
 	case errors.Is(err, syscall.EACCES):
-		return errors.New("cannot ask viasocks: permission denied: use sudo, or be in the group that it was given by --control-group")
+		return errors.New(
+			"cannot ask viasocks: permission denied: use sudo, or be in the group that it was given by --control-group",
+		)
 	case errors.Is(err, context.DeadlineExceeded):
 		return fmt.Errorf("cannot ask viasocks: no answer within %v", c.http.Timeout)
 	case dial != nil:

@@ -139,8 +139,15 @@ func statusNames(b *strings.Builder, n *Names, dns []string) {
 			count(uint64(n.Cache.Entries)), byteCount(uint64(n.Cache.Bytes)), count(n.Cached), count(n.Shared))
 	}
 	if p := n.Pool; p != nil {
-		fmt.Fprintf(b, "         %s of %s fake addresses given out, %s in use; %s taken back for other names, %s names got none\n",
-			count(p.Names), count(p.Size), count(p.Held), count(p.Evicted), count(p.Refused))
+		fmt.Fprintf(
+			b,
+			"         %s of %s fake addresses given out, %s in use; %s taken back for other names, %s names got none\n",
+			count(p.Names),
+			count(p.Size),
+			count(p.Held),
+			count(p.Evicted),
+			count(p.Refused),
+		)
 	}
 }
 
@@ -167,8 +174,20 @@ func WriteFlows(w io.Writer, f Flows, now time.Time) error {
 			if i == 0 {
 				fmt.Fprintln(w, "ID\tPROGRAM\tPROTO\tFROM\tTO\tVIA\tSTATE\tAGE\tUP\tDOWN")
 			}
-			fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", x.ID, Plain(programOf(x)), Plain(x.Proto), Plain(x.Src), Plain(destination(x)), Plain(x.Upstream),
-				Plain(x.State), span(now.Sub(x.Start)), byteCount(x.Up), byteCount(x.Down))
+			fmt.Fprintf(
+				w,
+				"%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n",
+				x.ID,
+				Plain(programOf(x)),
+				Plain(x.Proto),
+				Plain(x.Src),
+				Plain(destination(x)),
+				Plain(x.Upstream),
+				Plain(x.State),
+				span(now.Sub(x.Start)),
+				byteCount(x.Up),
+				byteCount(x.Down),
+			)
 		}
 	})
 	if more := f.Total - len(f.Flows); more > 0 {
@@ -211,8 +230,19 @@ func WriteInstances(w io.Writer, all []Instance, now time.Time) error {
 			case x.Name != "":
 				program = x.Name + " (" + program + ")"
 			}
-			fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n", x.PID, Plain(x.User), Plain(program), Plain(x.Proxy), Plain(x.State),
-				x.Flows, byteCount(x.Up), byteCount(x.Down), span(now.Sub(x.Since)))
+			fmt.Fprintf(
+				w,
+				"%d\t%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n",
+				x.PID,
+				Plain(x.User),
+				Plain(program),
+				Plain(x.Proxy),
+				Plain(x.State),
+				x.Flows,
+				byteCount(x.Up),
+				byteCount(x.Down),
+				span(now.Sub(x.Since)),
+			)
 		}
 	})
 	_, err := io.WriteString(w, b.String())

@@ -21,7 +21,16 @@ func WriteEvent(w io.Writer, e Event) error {
 		b.WriteString(Plain(e.Event))
 	default:
 		f := e.Flow
-		fmt.Fprintf(&b, "%-11s %d %s %s %s -> %s", Plain(e.Event), f.ID, Plain(f.Proto), Plain(programOf(*f)), Plain(f.Src), Plain(destination(*f)))
+		fmt.Fprintf(
+			&b,
+			"%-11s %d %s %s %s -> %s",
+			Plain(e.Event),
+			f.ID,
+			Plain(f.Proto),
+			Plain(programOf(*f)),
+			Plain(f.Src),
+			Plain(destination(*f)),
+		)
 		if f.Upstream != "" {
 			fmt.Fprintf(&b, " via %s", Plain(f.Upstream))
 		}

@@ -83,7 +83,9 @@ func revertResolved(device string) string {
 	defer cancel()
 	switch done, err := resolved.Revert(ctx, resolved.SystemBus(), link.Index, []netip.Addr{nameserver}); {
 	case err != nil:
-		return "cannot take back what systemd-resolved was told: " + control.Plain(err.Error()) + ": restart it if names are not found"
+		return "cannot take back what systemd-resolved was told: " + control.Plain(
+			err.Error(),
+		) + ": restart it if names are not found"
 	case done:
 		return "name servers of " + control.Plain(device) + " in systemd-resolved"
 	}
@@ -180,7 +182,11 @@ func DryRun(cfg *config.Config, out io.Writer, stderr *os.File) error {
 	ctx, cancel := context.WithTimeout(context.Background(), revertTimeout)
 	defer cancel()
 	if tellsResolved(cfg) && resolved.Running(ctx, resolved.SystemBus()) {
-		plan = append(plan, fmt.Sprintf("resolvectl dns %s %s", cfg.TUN, nameserver), fmt.Sprintf("resolvectl domain %s '~.'", cfg.TUN))
+		plan = append(
+			plan,
+			fmt.Sprintf("resolvectl dns %s %s", cfg.TUN, nameserver),
+			fmt.Sprintf("resolvectl domain %s '~.'", cfg.TUN),
+		)
 	}
 	for _, l := range plan {
 		if _, err := fmt.Fprintln(out, control.Plain(l)); err != nil {

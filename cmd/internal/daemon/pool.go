@@ -48,7 +48,12 @@ func poolIsFree(cfg *config.Config, addrs func() ([]net.Addr, error)) error {
 		for _, s := range u.Reached() {
 			a, err := netip.ParseAddr(s.Host())
 			if p, in := inside(cfg.Fake.Pools(), a); err == nil && in {
-				return fmt.Errorf("cannot use the proxy %s: its address is inside %s, whose addresses stand for names: %s", s, p, elsewhere)
+				return fmt.Errorf(
+					"cannot use the proxy %s: its address is inside %s, whose addresses stand for names: %s",
+					s,
+					p,
+					elsewhere,
+				)
 			}
 		}
 	}
@@ -69,8 +74,13 @@ func poolIsFree(cfg *config.Config, addrs func() ([]net.Addr, error)) error {
 		bits, _ := n.Mask.Size()
 		for _, p := range cfg.Fake.Pools() {
 			if p.Overlaps(netip.PrefixFrom(ip, bits)) {
-				return fmt.Errorf("cannot use --dns fake: this host has the address %s/%d, and the addresses of %s stand for names: %s",
-					ip, bits, p, elsewhere)
+				return fmt.Errorf(
+					"cannot use --dns fake: this host has the address %s/%d, and the addresses of %s stand for names: %s",
+					ip,
+					bits,
+					p,
+					elsewhere,
+				)
 			}
 		}
 	}

@@ -144,7 +144,10 @@ func lookups(cfg *config.Config, child *netns.Child, log *slog.Logger) (flow.Soc
 		return diagSockets{child.Diag, nil}, nil
 	}
 	if slices.ContainsFunc(cfg.Rules, func(r route.Rule) bool { return r.AsksOwner() }) {
-		return nil, fmt.Errorf("cannot use rules with user, cgroup or exe: the program's sockets can't be looked at: %w", child.DiagErr)
+		return nil, fmt.Errorf(
+			"cannot use rules with user, cgroup or exe: the program's sockets can't be looked at: %w",
+			child.DiagErr,
+		)
 	}
 	log.Warn("cannot look up the program's sockets: mappings end by timeout only", "err", child.DiagErr)
 	return nil, nil

@@ -66,7 +66,15 @@ func (p *Publisher) carry(out stream, s Spec) {
 	in, err := p.connect(s.Port)
 	if err != nil {
 		p.refused.Add(1)
-		p.cfg.Log.Info("a connection to a published port did not reach the program", "port", s.String(), "from", peer(out), "err", err)
+		p.cfg.Log.Info(
+			"a connection to a published port did not reach the program",
+			"port",
+			s.String(),
+			"from",
+			peer(out),
+			"err",
+			err,
+		)
 		reset(out)
 		return
 	}
@@ -116,7 +124,8 @@ func (p *Publisher) connect(port uint16) (stream, error) {
 		if first == nil {
 			first = err
 		}
-		if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.EADDRNOTAVAIL) && !errors.Is(err, syscall.EAFNOSUPPORT) {
+		if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.EADDRNOTAVAIL) &&
+			!errors.Is(err, syscall.EAFNOSUPPORT) {
 			break
 		}
 	}
