@@ -31,7 +31,11 @@ func BenchmarkHandlePackets(b *testing.B) {
 		for _, rules := range []int{0, 20} {
 			b.Run(fmt.Sprintf("%s/rules=%d", shape.name, rules), func(b *testing.B) {
 				var u manualUpstream
-				cfg := Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p", Limits: Limits{Mappings: 8192, Associations: 8192}}
+				cfg := Config{
+					Upstreams: []Upstream{u.upstream("p")},
+					Default:   "p",
+					Limits:    Limits{Mappings: 8192, Associations: 8192},
+				}
 				for i := range rules {
 					cfg.Rules = append(cfg.Rules, mustRule(b, fmt.Sprintf("dst 10.%d.0.0/16 drop", i)))
 				}

@@ -176,7 +176,11 @@ func TestDatagramsWaitForTheirOwner(t *testing.T) {
 func TestHeldDatagramsAreBounded(t *testing.T) {
 	var u manualUpstream
 	owners := &fakeOwners{hold: make(chan struct{})}
-	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Owners: owners, Rules: []Rule{mustRule(t, "user 1 via p")}}, nil)
+	g := newRig(
+		t,
+		Config{Upstreams: []Upstream{u.upstream("p")}, Owners: owners, Rules: []Rule{mustRule(t, "user 1 via p")}},
+		nil,
+	)
 	defer close(owners.hold)
 	big := strings.Repeat("x", 1000)
 	for range 3 * queueLen {

@@ -40,7 +40,8 @@ func TestStreamEvents(t *testing.T) {
 	if opened.Kind != FlowOpened || dialled.Kind != FlowDialled || established.Kind != FlowEstablished {
 		t.Errorf("%v, %v, %v", opened.Kind, dialled.Kind, established.Kind)
 	}
-	if f := opened.Flow; f.Proto != flow.TCP || f.Dst.String() != farEnd || f.Src.String() != appEnd || f.Upstream != "p" || f.ID == 0 {
+	if f := opened.Flow; f.Proto != flow.TCP || f.Dst.String() != farEnd || f.Src.String() != appEnd || f.Upstream != "p" ||
+		f.ID == 0 {
 		t.Errorf("%+v", f)
 	}
 	var s *fakeStream

@@ -208,7 +208,10 @@ func testLearnIPv6(t *testing.T, learn bool) {
 	cfg := Config{
 		Upstreams: []Upstream{NewSOCKS("p", client), NewSOCKS("o", other)}, Default: "p", Pool: newPool(t), Fake: true,
 		Rules: []Rule{
-			mustRule(t, "name o.example via o"), mustRule(t, "name some.example port 80 via o"), mustRule(t, "name p.example via p"),
+			mustRule(
+				t,
+				"name o.example via o",
+			), mustRule(t, "name some.example port 80 via o"), mustRule(t, "name p.example via p"),
 		},
 		Resolvers: []dns.Resolver{dns.OverTCP(netip.MustParseAddrPort("192.0.2.53:53"))}, LearnFakeIPv6: learn,
 	}

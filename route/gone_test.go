@@ -87,7 +87,11 @@ func TestMappingOfGuest(t *testing.T) {
 			g.send(src, "203.0.113.1:1000", "a")
 			u.ask(t, i).done(&fakeLink{}, nil)
 		}
-		eventually(t, "a look at the sockets", func() bool { sockets.mu.Lock(); defer sockets.mu.Unlock(); return sockets.lists >= 2 })
+		eventually(
+			t,
+			"a look at the sockets",
+			func() bool { sockets.mu.Lock(); defer sockets.mu.Unlock(); return sockets.lists >= 2 },
+		)
 		sockets.set()
 		sockets.mu.Lock()
 		sockets.tired = refused == errTired
@@ -215,7 +219,8 @@ func TestStreamOrphaned(t *testing.T) {
 	if s := g.Stats(); s.StreamsNow != 2 || s.Orphans != 1 {
 		t.Errorf("%+v", s)
 	}
-	if line := g.log.lines("state=orphaned")[0]; !strings.Contains(line, dies) || !strings.Contains(line, relay.ErrOrphan.Error()) {
+	if line := g.log.lines("state=orphaned")[0]; !strings.Contains(line, dies) ||
+		!strings.Contains(line, relay.ErrOrphan.Error()) {
 		t.Errorf("%s", line)
 	}
 }

@@ -107,7 +107,12 @@ func TestRelayedQuestions(t *testing.T) {
 				srv.Redirect(asked, s.tcp)
 			}
 			srv.Redirect(res, far.tcp)
-			cfg := Config{Upstreams: []Upstream{NewSOCKS("p", client)}, Default: "p", Resolvers: []dns.Resolver{dns.OverTCP(res)}, RelayDNS: true}
+			cfg := Config{
+				Upstreams: []Upstream{NewSOCKS("p", client)},
+				Default:   "p",
+				Resolvers: []dns.Resolver{dns.OverTCP(res)},
+				RelayDNS:  true,
+			}
 			for _, r := range tt.rules {
 				cfg.Rules = append(cfg.Rules, mustRule(t, r))
 			}
@@ -123,8 +128,15 @@ func TestRelayedQuestions(t *testing.T) {
 				g.send(src, asked.String(), id+dnsQuestion[2:])
 				g.wantPacket(t, asked.String(), src, id+want[2:])
 			}
-			if got := g.Stats().DNS.Relayed; got != relayed || (s.byUDP.Load() > 0) != tt.byUDP || far.byTCP.Load()+far.byUDP.Load() > 0 {
-				t.Errorf("%d were relayed; %d by UDP, %d by TCP, %d to the resolver", got, s.byUDP.Load(), s.byTCP.Load(), far.byTCP.Load())
+			if got := g.Stats().DNS.Relayed; got != relayed || (s.byUDP.Load() > 0) != tt.byUDP ||
+				far.byTCP.Load()+far.byUDP.Load() > 0 {
+				t.Errorf(
+					"%d were relayed; %d by UDP, %d by TCP, %d to the resolver",
+					got,
+					s.byUDP.Load(),
+					s.byTCP.Load(),
+					far.byTCP.Load(),
+				)
 			}
 			if len(tt.rules) > 1 { // which also keeps TCP from the resolver
 				return

@@ -237,7 +237,11 @@ func TestRenew(t *testing.T) {
 		}}
 	g := newRig(
 		t,
-		Config{Upstreams: []Upstream{a}, Default: "a", Resolvers: []dns.Resolver{dns.OverTCP(netip.MustParseAddrPort("192.0.2.1:53"))}},
+		Config{
+			Upstreams: []Upstream{a},
+			Default:   "a",
+			Resolvers: []dns.Resolver{dns.OverTCP(netip.MustParseAddrPort("192.0.2.1:53"))},
+		},
 		nil,
 	)
 	g.send(appEnd, farEnd, "one")

@@ -25,8 +25,11 @@ func mustList(t testing.TB, text string) *list {
 }
 
 func TestList(t *testing.T) {
-	l := mustList(t, "\ufeff# networks\r\n10.0.0.0/8\n  192.0.2.1  # one\n10.2.0.0/16\n11.0.0.0/8\n2001:db8::/33\n2001:db8::5/128\n"+
-		"2001:db9::/64\n\nExample.COM.\n.suffix.example\n*.wild.example\nxn--bcher-kva.example\n255.255.255.255\n0.0.0.0/32\n::/128")
+	l := mustList(
+		t,
+		"\ufeff# networks\r\n10.0.0.0/8\n  192.0.2.1  # one\n10.2.0.0/16\n11.0.0.0/8\n2001:db8::/33\n2001:db8::5/128\n"+
+			"2001:db9::/64\n\nExample.COM.\n.suffix.example\n*.wild.example\nxn--bcher-kva.example\n255.255.255.255\n0.0.0.0/32\n::/128",
+	)
 	if l.lines != 14 || len(l.v4) != 4 || len(l.v6) != 3 {
 		t.Errorf("%d lines, %v, %v", l.lines, l.v4, l.v6)
 	}
@@ -95,7 +98,8 @@ func TestListIsWhatItsLinesSay(t *testing.T) {
 		for range 40 {
 			var p netip.Prefix
 			if rnd.IntN(2) == 0 {
-				p = netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, byte(rnd.IntN(4)), byte(rnd.IntN(256))}), 20+rnd.IntN(13)).Masked()
+				p = netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, byte(rnd.IntN(4)), byte(rnd.IntN(256))}), 20+rnd.IntN(13)).
+					Masked()
 			} else {
 				p = netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, 7: byte(rnd.IntN(3)), 15: byte(rnd.IntN(256))}), 56+rnd.IntN(73)).Masked()
 			}

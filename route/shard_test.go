@@ -84,7 +84,12 @@ func TestShardsAreApart(t *testing.T) {
 	for _, loops := range []int{1, 3, 5} {
 		t.Run(fmt.Sprint(loops, " loops"), func(t *testing.T) {
 			var u manualUpstream
-			g := newShardRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p", Limits: Limits{Mappings: 4}}, 3, loops)
+			g := newShardRig(
+				t,
+				Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p", Limits: Limits{Mappings: 4}},
+				3,
+				loops,
+			)
 			if len(g.shards) != 3 {
 				t.Fatalf("%d shards", len(g.shards))
 			}

@@ -239,7 +239,10 @@ func TestStreamGoroutines(t *testing.T) {
 	const many = 300
 	far := echo(t)
 	var pending []func(int, error)
-	up := &fakeUpstream{name: "p", dial: func(_ context.Context, d Dest, done func(int, error)) { pending = append(pending, done) }}
+	up := &fakeUpstream{
+		name: "p",
+		dial: func(_ context.Context, d Dest, done func(int, error)) { pending = append(pending, done) },
+	}
 	g := newRig(t, Config{Upstreams: []Upstream{up}, Default: "p"}, nil)
 	time.Sleep(20 * time.Millisecond)
 	before := runtime.NumGoroutine()

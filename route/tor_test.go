@@ -13,14 +13,23 @@ import (
 // TestAskTor: questions for addresses are answered by the RESOLVE of a Tor.
 func TestAskTor(t *testing.T) {
 	checkLeaks(t)
-	srv, _, _ := newProxy(t, socks.Options{}, sockstest.WithTor(nil), sockstest.WithResolve(func(name string) (netip.Addr, error) {
-		if name != "example.com" {
-			return netip.Addr{}, net.ErrClosed
-		}
-		return netip.MustParseAddr("192.0.2.9"), nil
-	}))
+	srv, _, _ := newProxy(
+		t,
+		socks.Options{},
+		sockstest.WithTor(nil),
+		sockstest.WithResolve(func(name string) (netip.Addr, error) {
+			if name != "example.com" {
+				return netip.Addr{}, net.ErrClosed
+			}
+			return netip.MustParseAddr("192.0.2.9"), nil
+		}),
+	)
 	_, tor := newClient(t, srv.URL()+"?tor", socks.Options{})
-	g := newRig(t, Config{Upstreams: []Upstream{NewSOCKS("p", tor)}, Default: "p", Resolvers: []dns.Resolver{{Kind: dns.Tor}}}, nil)
+	g := newRig(
+		t,
+		Config{Upstreams: []Upstream{NewSOCKS("p", tor)}, Default: "p", Resolvers: []dns.Resolver{{Kind: dns.Tor}}},
+		nil,
+	)
 	record := "\xc0\x0c\x00\x01\x00\x01\x00\x00\x00\x3c\x00\x04\xc0\x00\x02\x09"
 	g.send("10.0.0.1:5000", "10.255.255.1:53", dnsQuestion)
 	g.wantPacket(t, "10.255.255.1:53", "10.0.0.1:5000", dnsQuestion[:2]+"\x81\x80\x00\x01\x00\x01"+dnsQuestion[8:]+record)

@@ -283,7 +283,11 @@ func TestUDPVerdictForEachDestination(t *testing.T) {
 	began := time.Now()
 	g := newRig(t, Config{
 		Upstreams: []Upstream{p.upstream("p"), q.upstream("q")}, Default: "p",
-		Rules: []Rule{mustRule(t, "dst 203.0.113.2 reject"), mustRule(t, "dst 203.0.113.3 drop"), mustRule(t, "dst 203.0.113.4 via q")},
+		Rules: []Rule{
+			mustRule(t, "dst 203.0.113.2 reject"),
+			mustRule(t, "dst 203.0.113.3 drop"),
+			mustRule(t, "dst 203.0.113.4 via q"),
+		},
 	}, nil)
 	var burst []flow.Packet
 	for i, dst := range []string{"203.0.113.1:1", "203.0.113.2:1", "203.0.113.3:1", "203.0.113.4:1", "224.0.0.1:1", "203.0.113.1:1", "203.0.113.1:2", "[ff02::1]:5", "203.0.113.4:0"} {
@@ -385,7 +389,11 @@ func TestUDPPendingLimit(t *testing.T) {
 func TestUDPOddEnds(t *testing.T) {
 	checkLeaks(t)
 	var u manualUpstream
-	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p"}, func(r *Router) { r.retryFirst = time.Millisecond })
+	g := newRig(
+		t,
+		Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p"},
+		func(r *Router) { r.retryFirst = time.Millisecond },
+	)
 	g.send("10.0.0.1:5000", "203.0.113.1:1000", "a")
 	first := u.ask(t, 0)
 	first.closed(nil)

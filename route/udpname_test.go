@@ -80,7 +80,9 @@ func TestUDPByName(t *testing.T) {
 	})
 	pool := newPool(t)
 	g := newRig(t, Config{
-		Upstreams: []Upstream{NewSOCKS("p", client)}, Default: "p", Pool: pool, Fake: true, Resolvers: []dns.Resolver{dns.OverTCP(res)},
+		Upstreams: []Upstream{
+			NewSOCKS("p", client),
+		}, Default: "p", Pool: pool, Fake: true, Resolvers: []dns.Resolver{dns.OverTCP(res)},
 		Rules: []Rule{mustRule(t, "name bad.example reject")},
 	}, nil)
 	give := func(name string) string {
@@ -161,7 +163,10 @@ func TestUDPByNameDirect(t *testing.T) {
 	looked := make(chan string, 4)
 	direct := &lookingUpstream{fakeUpstream{name: DirectName}, looked}
 	g := newRig(t, Config{
-		Upstreams: []Upstream{NewSOCKS("p", client), direct}, Default: "p", Pool: pool, Fake: true, Resolvers: []dns.Resolver{dns.OverTCP(res)},
+		Upstreams: []Upstream{
+			NewSOCKS("p", client),
+			direct,
+		}, Default: "p", Pool: pool, Fake: true, Resolvers: []dns.Resolver{dns.OverTCP(res)},
 		Rules: []Rule{mustRule(t, "name lan.example direct")},
 	}, nil)
 	a, _, _ := pool.Give([]byte("lan.example"))

@@ -76,7 +76,10 @@ func TestResolverDefault(t *testing.T) {
 		}
 	}
 	// A resolver has the name in its URL, whether or not its address is known.
-	p, err := newPolicy(Config{Upstreams: []Upstream{a, b}, Default: "a", Rules: []Rule{mustRule(t, "name dns.example reject")}}, nil)
+	p, err := newPolicy(
+		Config{Upstreams: []Upstream{a, b}, Default: "a", Rules: []Rule{mustRule(t, "name dns.example reject")}},
+		nil,
+	)
 	if err != nil {
 		t.Fatal(err)
 	}

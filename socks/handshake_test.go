@@ -100,7 +100,13 @@ func TestHandshake(t *testing.T) {
 		},
 		{name: "GSSAPI", dst: testDst, server: "\x05\x01", said: "\x05\x01\x00", err: ErrMalformed},
 		{name: "HTTP", dst: testDst, server: "H", said: "\x05\x01\x00", err: ErrMalformed},
-		{name: "version of the reply", dst: testDst, server: "\x05\x00" + "\x04", said: "\x05\x01\x00" + request, err: ErrMalformed},
+		{
+			name:   "version of the reply",
+			dst:    testDst,
+			server: "\x05\x00" + "\x04",
+			said:   "\x05\x01\x00" + request,
+			err:    ErrMalformed,
+		},
 		{
 			name:   "address type",
 			dst:    testDst,
@@ -115,7 +121,13 @@ func TestHandshake(t *testing.T) {
 			said:   "\x05\x01\x00" + request,
 			err:    ErrMalformed,
 		},
-		{name: "refused", dst: testDst, server: "\x05\x00" + "\x05\x05\x00\x01\x00", said: "\x05\x01\x00" + request, err: ReplyRefused},
+		{
+			name:   "refused",
+			dst:    testDst,
+			server: "\x05\x00" + "\x05\x05\x00\x01\x00",
+			said:   "\x05\x01\x00" + request,
+			err:    ReplyRefused,
+		},
 		{
 			name:   "refused with a careless rest",
 			dst:    testDst,
@@ -236,7 +248,8 @@ func FuzzHandshake(f *testing.F) {
 			results = append(results, r)
 		}
 		for _, r := range results[1:] {
-			if !bytes.Equal(r.said, results[0].said) || r.left != results[0].left || r.done != results[0].done || r.err != results[0].err {
+			if !bytes.Equal(r.said, results[0].said) || r.left != results[0].left || r.done != results[0].done ||
+				r.err != results[0].err {
 				t.Fatalf("cut otherwise: %+v and %+v", results[0], r)
 			}
 		}

@@ -188,10 +188,11 @@ func TestFastOpen(t *testing.T) {
 	ask := func(url string) (got error) {
 		t.Helper()
 		over := false
-		d.Client(mustServer(t, url)).Connect(context.Background(), l, Addr{Name: "x.y", Port: 80}, func(s loop.Socket, err error) {
-			got, over = err, true
-			s.Close()
-		})
+		d.Client(mustServer(t, url)).
+			Connect(context.Background(), l, Addr{Name: "x.y", Port: 80}, func(s loop.Socket, err error) {
+				got, over = err, true
+				s.Close()
+			})
 		for end := time.Now().Add(patience); !over; {
 			if _, err := l.Step(true); err != nil || time.Now().After(end) {
 				t.Fatal(err, "done is not called")
@@ -208,7 +209,8 @@ func TestFastOpen(t *testing.T) {
 		t.Error("no SYN had data")
 	}
 	var fault *ServerError
-	if err := ask("socks5://127.0.0.1:1"); !errors.As(err, &fault) || fault.Op != OpConnect || !errors.Is(err, unix.ECONNREFUSED) {
+	if err := ask("socks5://127.0.0.1:1"); !errors.As(err, &fault) || fault.Op != OpConnect ||
+		!errors.Is(err, unix.ECONNREFUSED) {
 		t.Error(err)
 	}
 }

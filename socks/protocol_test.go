@@ -76,7 +76,8 @@ func TestProtocols(t *testing.T) {
 				c.Close()
 			}
 			var fault *ServerError
-			if _, err := connect(t, user("bob"), context.Background(), dst); !errors.As(err, &fault) || !errors.Is(err, ErrCredentials) ||
+			if _, err := connect(t, user("bob"), context.Background(), dst); !errors.As(err, &fault) ||
+				!errors.Is(err, ErrCredentials) ||
 				fault.Op != OpAuthenticate {
 				t.Errorf("another user: %v", err)
 			}

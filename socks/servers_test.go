@@ -166,7 +166,10 @@ socks pass { from: 0/0 to: 0/0 command: connect bind bindreply udpassociate udpr
 		if _, err := connect(t, c, context.Background(), refused); !errors.Is(err, ReplyGeneralFailure) {
 			t.Errorf("refused: %v", err)
 		}
-		if _, err := connect(t, d.Client(mustServer(t, "http://"+at)), context.Background(), refused); !errors.Is(err, ErrMethod) {
+		if _, err := connect(t, d.Client(mustServer(t, "http://"+at)), context.Background(), refused); !errors.Is(
+			err,
+			ErrMethod,
+		) {
 			t.Errorf("without a login: %v", err)
 		}
 		if _, err := connect(t, d.Client(mustServer(t, "http://alice:x@"+at)), context.Background(), refused); !errors.Is(

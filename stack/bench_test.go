@@ -119,7 +119,10 @@ func BenchmarkCrowd(b *testing.B) {
 				start := cpuTime(b)
 				for b.Loop() {
 					src, dst, ack, up := open()
-					r.send(tun.Header{Flags: tun.DataValid}, segment(src, dst, 1001, ack, header.TCPFlagRst|header.TCPFlagAck, nil, nil))
+					r.send(
+						tun.Header{Flags: tun.DataValid},
+						segment(src, dst, 1001, ack, header.TCPFlagRst|header.TCPFlagAck, nil, nil),
+					)
 					if err := up.await(flow.Hup); err != nil {
 						b.Fatal(err)
 					}

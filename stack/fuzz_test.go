@@ -24,7 +24,15 @@ func FuzzReader(f *testing.F) {
 		h.Put(b)
 		return b
 	}
-	syn4 := segment(s4, srv4, 1, 0, header.TCPFlagSyn, []byte{2, 4, 5, 0xb4, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7}, nil)
+	syn4 := segment(
+		s4,
+		srv4,
+		1,
+		0,
+		header.TCPFlagSyn,
+		[]byte{2, 4, 5, 0xb4, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7},
+		nil,
+	)
 	syn6 := segment(s6, srv6, 1, 0, header.TCPFlagSyn, nil, nil)
 	f.Add(hdr(tun.Header{}), syn4, false)
 	f.Add(hdr(tun.Header{Flags: tun.NeedsCsum, CsumStart: 20, CsumOffset: 16}), syn4, true)
@@ -87,7 +95,8 @@ func FuzzReader(f *testing.F) {
 		bytes := 0
 		for _, p := range ps {
 			bytes += len(p.Payload)
-			if len(p.Head) < ip4HeaderLen+udpHeaderLen || !p.Src.IsValid() || !p.Dst.IsValid() || p.Src.Port() == 0 || p.Dst.Port() == 0 ||
+			if len(p.Head) < ip4HeaderLen+udpHeaderLen || !p.Src.IsValid() || !p.Dst.IsValid() || p.Src.Port() == 0 ||
+				p.Dst.Port() == 0 ||
 				cap(p.Payload) != len(p.Payload) {
 				panic(fmt.Sprintf("%+v of % x", p, now))
 			}

@@ -178,7 +178,8 @@ func TestKeepalive(t *testing.T) {
 		}
 		ep := up.st.(*stream).ep
 		var idle tcpip.KeepaliveIdleOption
-		if err := ep.GetSockOpt(&idle); err != nil || time.Duration(idle) != 90*time.Second || !ep.SocketOptions().GetKeepAlive() {
+		if err := ep.GetSockOpt(&idle); err != nil || time.Duration(idle) != 90*time.Second ||
+			!ep.SocketOptions().GetKeepAlive() {
 			t.Errorf("keepalive %v after %v, %v", ep.SocketOptions().GetKeepAlive(), time.Duration(idle), err)
 		}
 	}

@@ -102,8 +102,12 @@ func TestPeersCostNothing(t *testing.T) {
 				}
 			}
 			if packets, lookups := w.packets.Load(), w.lookups.Load(); packets != 0 || lookups != 0 {
-				t.Errorf("%d packets and %d lookups of addresses went to gVisor's endpoint, for %d connections and as many writes",
-					packets, lookups, peers)
+				t.Errorf(
+					"%d packets and %d lookups of addresses went to gVisor's endpoint, for %d connections and as many writes",
+					packets,
+					lookups,
+					peers,
+				)
 			}
 		})
 	}
@@ -332,10 +336,24 @@ func TestWritePacket(t *testing.T) {
 						ReserveHeaderBytes: 60, Payload: buffer.MakeWithData(make([]byte, c.size)),
 					})
 					tcpH := header.TCP(pkt.TransportHeader().Push(tcpHeaderLen))
-					tcpH.Encode(&header.TCPFields{SrcPort: 80, DstPort: 1234, SeqNum: 7, DataOffset: tcpHeaderLen, Flags: header.TCPFlagAck})
+					tcpH.Encode(
+						&header.TCPFields{
+							SrcPort:    80,
+							DstPort:    1234,
+							SeqNum:     7,
+							DataOffset: tcpHeaderLen,
+							Flags:      header.TCPFlagAck,
+						},
+					)
 					pkt.TransportProtocolNumber = header.TCPProtocolNumber
 					if c.gso {
-						pkt.GSOOptions = gstack.GSO{Type: gstack.GSOTCPv4, NeedsCsum: true, CsumOffset: 16, MSS: 1448, L3HdrLen: 20}
+						pkt.GSOOptions = gstack.GSO{
+							Type:       gstack.GSOTCPv4,
+							NeedsCsum:  true,
+							CsumOffset: 16,
+							MSS:        1448,
+							L3HdrLen:   20,
+						}
 						if v6 {
 							pkt.GSOOptions.Type, pkt.GSOOptions.L3HdrLen = gstack.GSOTCPv6, 40
 						}

@@ -191,7 +191,11 @@ func TestIdle(t *testing.T) {
 	for i := range n {
 		p.mustDial(netip.AddrPortFrom(srv4.Addr(), uint16(i+1)))
 	}
-	testkit.Eventually(t, "the handshakes to end", func() bool { return p.st.Stats().Streams == n+1 && runtime.NumGoroutine() <= before })
+	testkit.Eventually(
+		t,
+		"the handshakes to end",
+		func() bool { return p.st.Stats().Streams == n+1 && runtime.NumGoroutine() <= before },
+	)
 	t.Logf("%d streams: %d bytes of heap each, app's side and test included", n, (heapBytes()-m)/n)
 }
 
@@ -414,7 +418,13 @@ func TestSuperFrames(t *testing.T) {
 				t.Fatal(err)
 			}
 			f1, b1 := tt.in()
-			t.Logf("%s: %d frames of %d bytes on average for %d MiB, acknowledgements included", tt.name, f1-f0, (b1-b0)/(f1-f0), n>>20)
+			t.Logf(
+				"%s: %d frames of %d bytes on average for %d MiB, acknowledgements included",
+				tt.name,
+				f1-f0,
+				(b1-b0)/(f1-f0),
+				n>>20,
+			)
 			if f1-f0 <= n/20_000 {
 				break
 			}

@@ -190,7 +190,8 @@ func TestRefusal(t *testing.T) {
 					}
 					if v6 {
 						ip := header.IPv6(b)
-						if !ip.IsValid(len(b)) || ip.SourceAddress() != addrTo(dst.Addr()) || ip.DestinationAddress() != addrTo(src.Addr()) {
+						if !ip.IsValid(len(b)) || ip.SourceAddress() != addrTo(dst.Addr()) ||
+							ip.DestinationAddress() != addrTo(src.Addr()) {
 							return fmt.Errorf("IPv6 header % x", b[:40])
 						}
 					} else {

@@ -112,7 +112,8 @@ func TestShardsTCP(t *testing.T) {
 				}
 			}
 			st := p.st.Stats()
-			if len(used) < min(n, 8) || st.HandedOver == 0 || st.Accepted != conns || st.Streams != conns || st.DroppedHandover != 0 {
+			if len(used) < min(n, 8) || st.HandedOver == 0 || st.Accepted != conns || st.Streams != conns ||
+				st.DroppedHandover != 0 {
 				t.Errorf("%d shards used; %+v", len(used), st)
 			}
 			t.Logf("%d of %d frames were handed over", st.HandedOver, st.FramesIn)
@@ -163,7 +164,11 @@ func TestShardsUDP(t *testing.T) {
 					send(d)
 				}
 				total++
-				testkit.Eventually(t, "a datagram", func() bool { h.mu.Lock(); defer h.mu.Unlock(); return len(h.got[src]) == i+1 })
+				testkit.Eventually(
+					t,
+					"a datagram",
+					func() bool { h.mu.Lock(); defer h.mu.Unlock(); return len(h.got[src]) == i+1 },
+				)
 				h.mu.Lock()
 				if b := h.got[src][i]; b[0] != byte(i) || len(b) != 1+2999*(i%4/3) {
 					t.Fatalf("%v: datagram %d is %d of %d bytes", src, i, b[0], len(b))
@@ -331,7 +336,10 @@ func BenchmarkShards(b *testing.B) {
 				}
 				for port := uint16(1024); port < 1024+512; port++ {
 					p := d.parts[s.home(port)]
-					p.frames = append(p.frames, segment(netip.AddrPortFrom(appIP4, port), srv4, 1, 1, header.TCPFlagRst, nil, nil))
+					p.frames = append(
+						p.frames,
+						segment(netip.AddrPortFrom(appIP4, port), srv4, 1, 1, header.TCPFlagRst, nil, nil),
+					)
 				}
 				before := mutexWait()
 				start := time.Now()

@@ -287,7 +287,13 @@ func TestUDPSuperFrameIn(t *testing.T) {
 			}
 			ok := b.addFrame(
 				rawUDP(src, to, pay),
-				&tun.Header{Flags: tun.NeedsCsum, CsumStart: uint16(off), CsumOffset: 6, GSOType: tun.GSOUDPL4, GSOSize: uint16(c.size)},
+				&tun.Header{
+					Flags:      tun.NeedsCsum,
+					CsumStart:  uint16(off),
+					CsumOffset: 6,
+					GSOType:    tun.GSOUDPL4,
+					GSOSize:    uint16(c.size),
+				},
 			)
 			b.flush()
 			if !ok || len(h.pkts) != c.want {

@@ -306,7 +306,11 @@ func TestUDPFragments(t *testing.T) {
 			}
 			inject(t, app, frags(from, to, 3000, 107)...)
 			receive(t, c, to, fill(3000))
-			testkit.Eventually(t, "the counters", func() bool { return s.Stats().UDP.InReassembled >= 15 }) // they are behind the frame
+			testkit.Eventually(
+				t,
+				"the counters",
+				func() bool { return s.Stats().UDP.InReassembled >= 15 },
+			) // they are behind the frame
 			if got := s.Stats().UDP; got.DroppedMalformed != 0 || got.InReassembled != 15 {
 				t.Errorf("%+v", got)
 			}

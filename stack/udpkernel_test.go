@@ -265,7 +265,11 @@ func TestKernelUDPRefused(t *testing.T) {
 		for _, to := range []netip.AddrPort{far4, far6} {
 			for _, n := range []int{10, 5000} { // whole, and in fragments
 				t.Run(fmt.Sprintf("%v/%v/%d", c.why, to.Addr(), n), func(t *testing.T) {
-					s, _ := kernelStack(t, tun.OffloadFull, func(w flow.PacketWriter, ps []flow.Packet) { w.Refuse(ps[0], c.why) })
+					s, _ := kernelStack(
+						t,
+						tun.OffloadFull,
+						func(w flow.PacketWriter, ps []flow.Packet) { w.Refuse(ps[0], c.why) },
+					)
 					conn := dialUDP(t, to)
 					level, opt, want := unix.IPPROTO_IP, unix.IP_RECVERR, c.v4
 					if to == far6 {

@@ -138,7 +138,8 @@ func TestMSS(t *testing.T) {
 						case len(data) <= limit && h.GSOType == tun.GSONone:
 						case h.GSOType != tun.GSONone && off&tun.TSO != 0:
 							big++
-							if h.GSOType != r.super(0).GSOType || int(h.GSOSize) > limit || h.GSOSize == 0 || int(h.HdrLen) != hdr ||
+							if h.GSOType != r.super(0).GSOType || int(h.GSOSize) > limit || h.GSOSize == 0 ||
+								int(h.HdrLen) != hdr ||
 								h.Flags&tun.NeedsCsum == 0 {
 								t.Fatalf("header %+v of %d bytes, at most %d each", h, len(data), limit)
 							}
@@ -146,7 +147,12 @@ func TestMSS(t *testing.T) {
 							t.Fatalf("%d bytes in one segment, header %+v, at most %d", len(data), h, limit)
 						}
 						if off&tun.VnetHdr == 0 {
-							sum := header.PseudoHeaderChecksum(protoTCP, addrTo(r.dst.Addr()), addrTo(r.src.Addr()), uint16(len(seg)))
+							sum := header.PseudoHeaderChecksum(
+								protoTCP,
+								addrTo(r.dst.Addr()),
+								addrTo(r.src.Addr()),
+								uint16(len(seg)),
+							)
 							if checksum.Checksum(seg, sum) != 0xffff {
 								t.Fatal("wrong checksum")
 							}
@@ -216,7 +222,11 @@ func TestEndInSuperSegment(t *testing.T) {
 					if late {
 						c.do(r)
 						close(said)
-						testkit.Eventually(t, "the end to be seen", func() bool { s := r.up.state(); return s != tcp.StateEstablished })
+						testkit.Eventually(
+							t,
+							"the end to be seen",
+							func() bool { s := r.up.state(); return s != tcp.StateEstablished },
+						)
 					} else {
 						go func() { defer close(said); c.do(r) }()
 					}

@@ -74,7 +74,14 @@ func TestDivide(t *testing.T) {
 				g := next()
 				used[g.part] = true
 				to := (g.part + 1) % len(parts) // another than the kernel's hash chose
-				f, _, _ := packet{src: netip.AddrPortFrom(far4, 9), dst: g.src, proto: protoUDP, payload: []byte("y")}.marshal(false)
+				f, _, _ := packet{
+					src:     netip.AddrPortFrom(far4, 9),
+					dst:     g.src,
+					proto:   protoUDP,
+					payload: []byte("y"),
+				}.marshal(
+					false,
+				)
 				if err := parts[to].Write(&Header{}, [][]byte{f}); err != nil {
 					t.Fatal(err)
 				}

@@ -220,7 +220,15 @@ func TestTCPSuperSegments(t *testing.T) {
 				conn <- c
 			}()
 			_, syn, _ := readPacket(t, d, func(p packet) bool { return p.dst == dst && p.flags == flagSYN })
-			peer := packet{src: dst, dst: syn.src, proto: protoTCP, seq: 1000, ack: syn.seq + 1, flags: flagSYN | flagACK, mss: 1400}
+			peer := packet{
+				src:   dst,
+				dst:   syn.src,
+				proto: protoTCP,
+				seq:   1000,
+				ack:   syn.seq + 1,
+				flags: flagSYN | flagACK,
+				mss:   1400,
+			}
 			frame, _, _ := peer.marshal(false)
 			if err := d.Write(&Header{}, [][]byte{frame}); err != nil {
 				t.Fatal(err)
@@ -285,7 +293,15 @@ func TestTCPSuperSegments(t *testing.T) {
 			if !bytes.Equal(got, payload) {
 				t.Error("the app got other bytes")
 			}
-			rst, _, _ := packet{src: dst, dst: syn.src, proto: protoTCP, seq: 1001 + uint32(len(payload)), flags: flagRST}.marshal(false)
+			rst, _, _ := packet{
+				src:   dst,
+				dst:   syn.src,
+				proto: protoTCP,
+				seq:   1001 + uint32(len(payload)),
+				flags: flagRST,
+			}.marshal(
+				false,
+			)
 			d.Write(&Header{}, [][]byte{rst})
 		}
 	})

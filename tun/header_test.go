@@ -39,7 +39,16 @@ func FuzzHeader(f *testing.F) {
 func FuzzWrite(f *testing.F) {
 	udp, l3, l4 := packet{src: ap(far4, 1), dst: ap(app4, 2), proto: protoUDP, payload: make([]byte, 50)}.marshal(true)
 	hdr := make([]byte, HeaderLen)
-	Header{Flags: NeedsCsum, GSOType: GSOUDPL4, GSOSize: 20, HdrLen: uint16(l3 + l4), CsumStart: uint16(l3), CsumOffset: 6}.Put(hdr)
+	Header{
+		Flags:      NeedsCsum,
+		GSOType:    GSOUDPL4,
+		GSOSize:    20,
+		HdrLen:     uint16(l3 + l4),
+		CsumStart:  uint16(l3),
+		CsumOffset: 6,
+	}.Put(
+		hdr,
+	)
 	f.Add(hdr, udp, 20)
 	f.Add(make([]byte, HeaderLen), udp[:21], 1)
 	f.Add(bytes.Repeat([]byte{0xff}, HeaderLen), []byte{0x60}, 0)

@@ -221,7 +221,14 @@ func TestRunSignals(t *testing.T) {
 		if signal.Ignored(sig) {
 			continue // whoever runs the test has ignored it, and so will they
 		}
-		cmd := viasocks("run", "--proxy", s.URL(), "sh", "-c", "trap 'exit 9' TERM HUP USR1; echo up; while :; do sleep 0.05; done")
+		cmd := viasocks(
+			"run",
+			"--proxy",
+			s.URL(),
+			"sh",
+			"-c",
+			"trap 'exit 9' TERM HUP USR1; echo up; while :; do sleep 0.05; done",
+		)
 		out, _ := cmd.StdoutPipe()
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)

@@ -35,7 +35,8 @@ func TestVersion(t *testing.T) {
 	}
 	defer func() { release, revision = "", "" }()
 	release, revision = "1.3.0", "fedcba9876543210"
-	if v := version(info); !strings.HasPrefix(v, "viasocks 1.3.0 (fedcba987654, 2026-") || strings.Contains(shortVersion(), "gVisor") {
+	if v := version(info); !strings.HasPrefix(v, "viasocks 1.3.0 (fedcba987654, 2026-") ||
+		strings.Contains(shortVersion(), "gVisor") {
 		t.Error(v)
 	}
 }

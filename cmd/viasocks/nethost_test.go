@@ -105,7 +105,8 @@ func (h *netHost) settle() {
 	for end := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
 		s := h.run(in+"-4 route show table all") + h.run(in+"addr")
 		six := h.run(in + "-6 route show table all")
-		ready := strings.Count(s, "state UP") == 2 && strings.Count(six, "multicast ff00::/8") >= 2 || !strings.Contains(s, "inet6")
+		ready := strings.Count(s, "state UP") == 2 && strings.Count(six, "multicast ff00::/8") >= 2 ||
+			!strings.Contains(s, "inet6")
 		for _, word := range []string{"linkdown", "tentative", "NO-CARRIER", "state DOWN", "state LOWERLAYERDOWN"} {
 			ready = ready && !strings.Contains(s+six, word)
 		}

@@ -23,7 +23,10 @@ func answerTo(t testing.TB, name string, change func(*dnsmessage.Message)) []byt
 		Answers: []dnsmessage.Resource{
 			{Header: head(n, dnsmessage.TypeCNAME, 5), Body: &dnsmessage.CNAMEResource{CNAME: alias}},
 			{Header: head(alias, dnsmessage.TypeA, 60), Body: &dnsmessage.AResource{A: [4]byte{192, 0, 2, 7}}},
-			{Header: head(alias, dnsmessage.TypeAAAA, 90), Body: &dnsmessage.AAAAResource{AAAA: [16]byte{0x20, 1, 0xd, 0xb8, 15: 7}}},
+			{
+				Header: head(alias, dnsmessage.TypeAAAA, 90),
+				Body:   &dnsmessage.AAAAResource{AAAA: [16]byte{0x20, 1, 0xd, 0xb8, 15: 7}},
+			},
 		},
 	}
 	if change != nil {

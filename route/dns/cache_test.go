@@ -183,7 +183,12 @@ func TestCacheAnswers(t *testing.T) {
 		for i := range 40 {
 			m.Answers = append(m.Answers, record("www.example.com.", 100+uint32(i), addr4(byte(i))))
 		}
-		m.Additionals = append(m.Additionals, record("x.example.com.", 400, addr4(9)), opt(), record("y.example.com.", 50, addr4(9)))
+		m.Additionals = append(
+			m.Additionals,
+			record("x.example.com.", 400, addr4(9)),
+			opt(),
+			record("y.example.com.", 50, addr4(9)),
+		)
 	})
 	c := newCache(10, 1<<20)
 	c.put(key, plainAnswer(resp, q.qtype), q.qtype, cacheEpoch)
@@ -217,12 +222,20 @@ func TestCacheAnswers(t *testing.T) {
 				t.Errorf("%s: the TTL of a name server is %d", tt.what, r.Header.TTL)
 			}
 		}
-		if m.ID != 0xBEEF || m.Questions[0].Name.String() != "wWw.eXample.com." || m.Answers[0].Header.Name.String() != "wWw.eXample.com." {
+		if m.ID != 0xBEEF || m.Questions[0].Name.String() != "wWw.eXample.com." ||
+			m.Answers[0].Header.Name.String() != "wWw.eXample.com." {
 			t.Errorf("%s: %v", tt.what, m.GoString())
 		}
 		if trunc != tt.trunc || m.Truncated != trunc || len(m.Answers) != tt.answers || m.Authoritative || len(b) > aq.size ||
 			[2]int{len(m.Additionals) - opts, opts} != tt.sections || m.Answers[5].Header.TTL != 75 {
-			t.Errorf("%s: %d answers, truncated %v, %d additional, %d bytes", tt.what, len(m.Answers), m.Truncated, len(m.Additionals), len(b))
+			t.Errorf(
+				"%s: %d answers, truncated %v, %d additional, %d bytes",
+				tt.what,
+				len(m.Answers),
+				m.Truncated,
+				len(m.Additionals),
+				len(b),
+			)
 		}
 	}
 }

@@ -310,7 +310,9 @@ var makeQ = append(binary.BigEndian.AppendUint16(nil, 1), "\x01\x00\x00\x01\x00\
 
 func FuzzFake(f *testing.F) {
 	f.Add(makeQuestion(f, "www.example.com.", 1232, nil))
-	f.Add(makeQuestion(f, "0.1.18.198.in-addr.arpa.", 0, func(m *dnsmessage.Message) { m.Questions[0].Type = dnsmessage.TypePTR }))
+	f.Add(
+		makeQuestion(f, "0.1.18.198.in-addr.arpa.", 0, func(m *dnsmessage.Message) { m.Questions[0].Type = dnsmessage.TypePTR }),
+	)
 	f.Add(makeQuestion(f, "0.0.1.0.0.0.0.0.0.0.0.0.0.0.0.0.b.6.3.6.f.6.3.7.1.6.9.6.6.7.d.f.ip6.arpa.", 0, nil))
 	f.Add(makeQuestion(f, strings.Repeat(strings.Repeat("a", 63)+".", 3)+strings.Repeat("b", 61)+".", 0, nil))
 	fk := newFake(f, nil)

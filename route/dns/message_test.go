@@ -12,8 +12,10 @@ import (
 func makeQuestion(t testing.TB, name string, edns int, change func(*dnsmessage.Message)) []byte {
 	t.Helper()
 	m := dnsmessage.Message{
-		Header:    dnsmessage.Header{ID: 0x1234, RecursionDesired: true},
-		Questions: []dnsmessage.Question{{Name: dnsmessage.MustNewName(name), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET}},
+		Header: dnsmessage.Header{ID: 0x1234, RecursionDesired: true},
+		Questions: []dnsmessage.Question{
+			{Name: dnsmessage.MustNewName(name), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET},
+		},
 	}
 	if edns > 0 {
 		var h dnsmessage.ResourceHeader

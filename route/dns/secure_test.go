@@ -38,8 +38,14 @@ func newAuthority(t *testing.T) *testCA {
 	if err != nil {
 		t.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
+	template := &x509.Certificate{
+		SerialNumber:          big.NewInt(1),
+		IsCA:                  true,
+		BasicConstraintsValid: true,
+		KeyUsage:              x509.KeyUsageCertSign,
+		NotBefore:             time.Now().Add(-time.Hour),
+		NotAfter:              time.Now().Add(time.Hour),
+	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
 	if err != nil {
 		t.Fatal(err)
@@ -176,7 +182,9 @@ func TestHTTPS(t *testing.T) {
 	r, _ := ca.overHTTPS(t, func(w http.ResponseWriter, req *http.Request) {
 		q, err := io.ReadAll(req.Body)
 		if err != nil || req.Method != "POST" || req.ProtoMajor != 2 || req.URL.RequestURI() != "/dns-query?a=b" ||
-			req.Header.Get("Content-Type") != "application/dns-message" || req.Header.Get("Accept") != "application/dns-message" ||
+			req.Header.Get(
+				"Content-Type",
+			) != "application/dns-message" || req.Header.Get("Accept") != "application/dns-message" ||
 			req.UserAgent() != "" || len(q) < headerLen || q[0] != 0 || q[1] != 0 {
 			t.Errorf("asked %s %s %s %v, %x, %v", req.Method, req.Proto, req.URL.RequestURI(), req.Header, q, err)
 		}
@@ -422,7 +430,8 @@ func TestSlowDial(t *testing.T) {
 	servfail := func(limit time.Duration) {
 		t.Helper()
 		begin := time.Now()
-		if rc := rcodeOf(t, ask(t, s, makeQuestion(t, "a.", 0, nil))); rc != dnsmessage.RCodeServerFailure || time.Since(begin) > limit {
+		if rc := rcodeOf(t, ask(t, s, makeQuestion(t, "a.", 0, nil))); rc != dnsmessage.RCodeServerFailure ||
+			time.Since(begin) > limit {
 			t.Errorf("%v after %v", rc, time.Since(begin))
 		}
 	}

@@ -54,12 +54,18 @@ func TestReservedNames(t *testing.T) {
 	} {
 		for i, k := range kinds {
 			// It does not run: what a resolver would have been asked is dropped, or stays with it.
-			s, err := New(Config{Dial: dialTCP, Resolvers: k.resolvers, Relay: k.relay, Fake: FakeConfig{Pool: k.pool}, Tor: fakeTor})
+			s, err := New(
+				Config{Dial: dialTCP, Resolvers: k.resolvers, Relay: k.relay, Fake: FakeConfig{Pool: k.pool}, Tor: fakeTor},
+			)
 			if err != nil {
 				t.Fatal(err)
 			}
 			got := asked
-			s.HandleRelayed(makeQuestion(t, tt.name, 0, func(m *dnsmessage.Message) { m.Questions[0].Type = tt.typ }), k.asked, nil, nil,
+			s.HandleRelayed(
+				makeQuestion(t, tt.name, 0, func(m *dnsmessage.Message) { m.Questions[0].Type = tt.typ }),
+				k.asked,
+				nil,
+				nil,
 				func(b []byte) {
 					switch {
 					case rcodeOf(t, b) == dnsmessage.RCodeNameError:
@@ -69,7 +75,9 @@ func TestReservedNames(t *testing.T) {
 					default:
 						got = own
 					}
-				}, func() func([]byte) { return func([]byte) { t.Error("answered later") } })
+				},
+				func() func([]byte) { return func([]byte) { t.Error("answered later") } },
+			)
 			if got != tt.want[i] {
 				t.Errorf("%s: %s %v: %s, want %s", k.what, tt.name, tt.typ, got, tt.want[i])
 			}

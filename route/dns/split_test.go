@@ -220,7 +220,9 @@ func TestDirectBound(t *testing.T) {
 	checkLeaks(t)
 	silent := udpServer(t, func([]byte) []byte { return nil })
 	s := start(t, Config{
-		Resolvers: []Resolver{OverTCP(silent)}, DialDirect: dialDirect, Zones: []Zone{{Suffix: "a", Direct: []DirectServer{{Addr: silent}}}},
+		Resolvers: []Resolver{
+			OverTCP(silent),
+		}, DialDirect: dialDirect, Zones: []Zone{{Suffix: "a", Direct: []DirectServer{{Addr: silent}}}},
 	})
 	for i := range maxDirect + 10 {
 		s.Handle(makeQuestionFast("x"+string(rune('a'+i%26))+string(rune('a'+i/26))+".a"), netip.AddrPort{}, func([]byte) {})

@@ -25,8 +25,10 @@ func tcpServer(t *testing.T) (connect func() net.Conn, stop func()) {
 		t.Fatal(err)
 	}
 	s, err := New(Config{
-		Dial:      func(_ context.Context, _ Resolver, done func(int, error)) { done(-1, syscall.ECONNREFUSED) },
-		Resolvers: []Resolver{OverTCP(netip.MustParseAddrPort("192.0.2.1:53"))}, Fake: FakeConfig{Pool: pool}, IdleClose: time.Minute,
+		Dial: func(_ context.Context, _ Resolver, done func(int, error)) { done(-1, syscall.ECONNREFUSED) },
+		Resolvers: []Resolver{
+			OverTCP(netip.MustParseAddrPort("192.0.2.1:53")),
+		}, Fake: FakeConfig{Pool: pool}, IdleClose: time.Minute,
 	})
 	if err != nil {
 		t.Fatal(err)

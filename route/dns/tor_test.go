@@ -20,7 +20,8 @@ func fakeTor(ctx context.Context, name string, ip netip.Addr, done func(netip.Ad
 		done(netip.MustParseAddr("::ffff:192.0.2.1"), "", nil)
 	case name == "six.example":
 		done(netip.MustParseAddr("2001:db8::1"), "", nil)
-	case ip == netip.MustParseAddr("192.0.3.1"), ip == netip.MustParseAddr("2001:db9::1"): // the reverse zones of examples are local
+	case ip == netip.MustParseAddr("192.0.3.1"),
+		ip == netip.MustParseAddr("2001:db9::1"): // the reverse zones of examples are local
 		done(netip.Addr{}, "Host.Example.", nil)
 	case ip == netip.MustParseAddr("192.0.3.2"):
 		done(netip.Addr{}, "not a host", nil)

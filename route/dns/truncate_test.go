@@ -25,7 +25,10 @@ func addresses(name string, n int) (all []dnsmessage.Resource) {
 func TestTruncation(t *testing.T) {
 	chain := []dnsmessage.Resource{
 		rr("www.example.com.", &dnsmessage.CNAMEResource{CNAME: dnsmessage.MustNewName("www.example.com.cdn.example.net.")}),
-		rr("www.example.com.cdn.example.net.", &dnsmessage.CNAMEResource{CNAME: dnsmessage.MustNewName("e1234.a.cdn.example.org.")}),
+		rr(
+			"www.example.com.cdn.example.net.",
+			&dnsmessage.CNAMEResource{CNAME: dnsmessage.MustNewName("e1234.a.cdn.example.org.")},
+		),
 	}
 	soa := rr(
 		"example.com.",

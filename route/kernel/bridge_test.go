@@ -23,13 +23,30 @@ func TestBridgedGuests(t *testing.T) {
 					c := testConfig(t)
 					c.Strict = strict
 					h, tun := up(t, c) // eth0 has a gateway now, and so stays a device that leads out
-					ip(t, "addr flush dev eth0", "link add brv type bridge", "link set brv addrgenmode none up", "link set eth0 master brv",
-						"addr add 198.51.100.2/24 dev brv", "addr add 2001:db8:1::2/64 dev brv nodad",
-						"route add default via 198.51.100.1", "-6 route replace default via 2001:db8:1::1 dev brv",
-						"link add vg type veth peer name geth", "link set vg addrgenmode none master brv up", "link set geth netns "+guest.pid())
+					ip(
+						t,
+						"addr flush dev eth0",
+						"link add brv type bridge",
+						"link set brv addrgenmode none up",
+						"link set eth0 master brv",
+						"addr add 198.51.100.2/24 dev brv",
+						"addr add 2001:db8:1::2/64 dev brv nodad",
+						"route add default via 198.51.100.1",
+						"-6 route replace default via 2001:db8:1::1 dev brv",
+						"link add vg type veth peer name geth",
+						"link set vg addrgenmode none master brv up",
+						"link set geth netns "+guest.pid(),
+					)
 					guest.in(func() {
-						ip(t, "link set lo up", "link set geth addrgenmode none up", "addr add 198.51.100.50/24 dev geth",
-							"addr add 2001:db8:1::50/64 dev geth nodad", "route add default via 198.51.100.1", "route add default via 2001:db8:1::1")
+						ip(
+							t,
+							"link set lo up",
+							"link set geth addrgenmode none up",
+							"addr add 198.51.100.50/24 dev geth",
+							"addr add 2001:db8:1::50/64 dev geth nodad",
+							"route add default via 198.51.100.1",
+							"route add default via 2001:db8:1::1",
+						)
 					})
 					if _, err := os.Stat("/proc/sys/" + callIPTables); err == nil {
 						for _, k := range []string{callIPTables, "net/bridge/bridge-nf-call-ip6tables"} {
@@ -75,7 +92,9 @@ func TestBridgedGuests(t *testing.T) {
 					pass("up")
 					held := func(when string) {
 						t.Helper()
-						guest.in(func() { ip(t, "route add "+far4+"/32 via 198.51.100.2", "route add "+far6+"/128 via 2001:db8:1::2") })
+						guest.in(
+							func() { ip(t, "route add "+far4+"/32 via 198.51.100.2", "route add "+far6+"/128 via 2001:db8:1::2") },
+						)
 						w.take()
 						for _, dst := range []string{far4, far6} {
 							guest.in(func() { _ = probe{typ: unix.SOCK_DGRAM, dst: dst, port: 7777}.send() })

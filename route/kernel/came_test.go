@@ -23,7 +23,11 @@ func TestConntrackFlushed(t *testing.T) {
 			inNamespace(t, func(t *testing.T) {
 				w := newWorld(t)
 				w.in(func() {
-					ip(t, "route replace 198.51.100.2/32 dev eth0p src "+far4, "-6 route replace 2001:db8:1::2/128 dev eth0p src "+far6)
+					ip(
+						t,
+						"route replace 198.51.100.2/32 dev eth0p src "+far4,
+						"-6 route replace 2001:db8:1::2/128 dev eth0p src "+far6,
+					)
 				})
 				accepted := make(chan net.Conn, 16)
 				l, err := net.Listen("tcp", ":2222")
@@ -129,7 +133,11 @@ func TestConntrackFlushed(t *testing.T) {
 					}
 				}
 				// On a loaded machine one of them may have missed its chance before the first flush.
-				eventually(t, fmt.Sprintf("%d connections to be noted", want), func() bool { n := came(); return n == want || n == want-1 })
+				eventually(
+					t,
+					fmt.Sprintf("%d connections to be noted", want),
+					func() bool { n := came(); return n == want || n == want-1 },
+				)
 				for _, p := range pairs { // a FIN without an entry is invalid to conntrack, and forgets nothing
 					if err := say(p.out, p.here); err != nil {
 						t.Errorf("%s: %v", p.name, err)

@@ -19,7 +19,10 @@ func TestGatewayAccepted(t *testing.T) {
 		{"private network", "addr add 10.66.0.2/24 dev eth0\nroute add default via 10.66.0.1 dev eth0"},
 		{"gateway outside of a /32", "addr add 198.51.100.9/32 dev eth0\nroute add 172.31.1.1 dev eth0\n" +
 			"route add default via 172.31.1.1 dev eth0"},
-		{"nexthop object", "addr add 198.51.100.2/24 dev eth0\nnexthop add id 7 via 198.51.100.1 dev eth0\nroute add default nhid 7"},
+		{
+			"nexthop object",
+			"addr add 198.51.100.2/24 dev eth0\nnexthop add id 7 via 198.51.100.1 dev eth0\nroute add default nhid 7",
+		},
 		{"another routing table", "addr add 198.51.100.2/24 dev eth0\nroute add default via 198.51.100.1 dev eth0 table 77"},
 		{
 			"two halves",

@@ -259,7 +259,11 @@ func TestPutBack(t *testing.T) {
 			case <-time.After(patience):
 				t.Error("nobody said that the default route has changed")
 			}
-			ip(t, "addr add 2001:db8:1::3/64 dev eth0 nodad", "-6 route replace default via 2001:db8:1::1 dev eth0 src 2001:db8:1::3")
+			ip(
+				t,
+				"addr add 2001:db8:1::3/64 dev eth0 nodad",
+				"-6 route replace default via 2001:db8:1::1 dev eth0 src 2001:db8:1::3",
+			)
 			eventually(t, "IPv6 source followed", func() bool {
 				return strings.Contains(ip(t, "-6 route show table 30323"), "src 2001:db8:1::3")
 			})

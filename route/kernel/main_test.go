@@ -154,7 +154,8 @@ func settled(t *testing.T) {
 		}
 		f := strings.Fields(addrs)
 		for i, word := range f {
-			if a, _, ok := strings.Cut(f[min(i+1, len(f)-1)], "/"); word == "inet6" && ok && !strings.Contains(routes, "local "+a+" dev") {
+			if a, _, ok := strings.Cut(f[min(i+1, len(f)-1)], "/"); word == "inet6" && ok &&
+				!strings.Contains(routes, "local "+a+" dev") {
 				return false
 			}
 		}

@@ -35,7 +35,8 @@ func testCgroup(t *testing.T, name string) (path string, send func(dst string) e
 		}
 	})
 	return filepath.Base(dir), func(dst string) error {
-		return exec.Command("bash", "-c", fmt.Sprintf("echo $$ > %s/cgroup.procs && echo canary > /dev/udp/%s/7777", dir, dst)).Run()
+		return exec.Command("bash", "-c", fmt.Sprintf("echo $$ > %s/cgroup.procs && echo canary > /dev/udp/%s/7777", dir, dst)).
+			Run()
 	}
 }
 

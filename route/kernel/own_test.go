@@ -90,7 +90,10 @@ func TestOwnCgroup(t *testing.T) {
 		w := newWorld(t)
 		c := testConfig(t)
 		c.OwnCgroup = ours
-		c.Upstreams = []Endpoint{{0, netip.MustParseAddrPort(far4 + ":7777")}, {0, netip.MustParseAddrPort("[" + far6 + "]:7777")}}
+		c.Upstreams = []Endpoint{
+			{0, netip.MustParseAddrPort(far4 + ":7777")},
+			{0, netip.MustParseAddrPort("[" + far6 + "]:7777")},
+		}
 		h, tun := up(t, c)
 		defer tun.Close()
 		check := func(direct bool) {

@@ -53,7 +53,11 @@ func TestInbound(t *testing.T) {
 			}
 			// The far end's addresses are on lo of the world: what comes from there is from outside, not on-link.
 			w.in(func() {
-				ip(t, "route replace 198.51.100.2/32 dev eth0p src "+far4, "-6 route replace 2001:db8:1::2/128 dev eth0p src "+far6)
+				ip(
+					t,
+					"route replace 198.51.100.2/32 dev eth0p src "+far4,
+					"-6 route replace 2001:db8:1::2/128 dev eth0p src "+far6,
+				)
 			})
 			l := listenHere(t, ":2222")
 			defer l.Close()
@@ -157,7 +161,11 @@ func TestServerFirst(t *testing.T) {
 				inNamespace(t, func(t *testing.T) {
 					w := newWorld(t)
 					w.in(func() {
-						ip(t, "route replace 198.51.100.2/32 dev eth0p src "+far4, "-6 route replace 2001:db8:1::2/128 dev eth0p src "+far6)
+						ip(
+							t,
+							"route replace 198.51.100.2/32 dev eth0p src "+far4,
+							"-6 route replace 2001:db8:1::2/128 dev eth0p src "+far6,
+						)
 					})
 					l, err := net.Listen("tcp", ":2222")
 					if err != nil {
@@ -214,8 +222,15 @@ func TestContainer(t *testing.T) {
 	inNamespace(t, func(t *testing.T) {
 		w := newWorld(t)
 		k := newWorldless(t)
-		ip(t, "link add docker0 type bridge", "link set docker0 addrgenmode none up", "link add vc type veth peer name ceth",
-			"link set vc addrgenmode none master docker0 up", "link set ceth netns "+k.pid(), "addr add 172.17.0.1/16 dev docker0")
+		ip(
+			t,
+			"link add docker0 type bridge",
+			"link set docker0 addrgenmode none up",
+			"link add vc type veth peer name ceth",
+			"link set vc addrgenmode none master docker0 up",
+			"link set ceth netns "+k.pid(),
+			"addr add 172.17.0.1/16 dev docker0",
+		)
 		k.in(func() {
 			ip(
 				t,
@@ -373,7 +388,36 @@ func TestStrict(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			p := []byte{0x45, 0, 0, 28, 0, 0, 0, 0, 64, 253, 0, 0, 198, 51, 100, 2, 203, 0, 113, 9, 'c', 'a', 'n', 'a', 'r', 'y', '!', '!'}
+			p := []byte{
+				0x45,
+				0,
+				0,
+				28,
+				0,
+				0,
+				0,
+				0,
+				64,
+				253,
+				0,
+				0,
+				198,
+				51,
+				100,
+				2,
+				203,
+				0,
+				113,
+				9,
+				'c',
+				'a',
+				'n',
+				'a',
+				'r',
+				'y',
+				'!',
+				'!',
+			}
 			return unix.Sendto(
 				s,
 				p,

@@ -84,7 +84,10 @@ func TestRouterOfTheLAN(t *testing.T) {
 				for _, to := range []string{n.beyond, n.far} { // by a router of the network, and by the default route
 					out := func() error {
 						_, err := tun.Write(
-							datagram(netip.AddrPortFrom(netip.MustParseAddr(n.far), 7777), netip.AddrPortFrom(netip.MustParseAddr(to), 5555)),
+							datagram(
+								netip.AddrPortFrom(netip.MustParseAddr(n.far), 7777),
+								netip.AddrPortFrom(netip.MustParseAddr(to), 5555),
+							),
 						)
 						return err
 					}

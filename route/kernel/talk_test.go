@@ -234,8 +234,15 @@ func TestForgedToContainer(t *testing.T) {
 	inNamespace(t, func(t *testing.T) {
 		w := newWorld(t)
 		k := newWorldless(t)
-		ip(t, "link add docker0 type bridge", "link set docker0 addrgenmode none up", "link add vc type veth peer name ceth",
-			"link set vc addrgenmode none master docker0 up", "link set ceth netns "+k.pid(), "addr add 172.17.0.1/16 dev docker0")
+		ip(
+			t,
+			"link add docker0 type bridge",
+			"link set docker0 addrgenmode none up",
+			"link add vc type veth peer name ceth",
+			"link set vc addrgenmode none master docker0 up",
+			"link set ceth netns "+k.pid(),
+			"addr add 172.17.0.1/16 dev docker0",
+		)
 		k.in(func() {
 			ip(
 				t,

@@ -229,7 +229,16 @@ func probes() (out []probe) {
 		for _, dst := range []string{far4, far6} {
 			for typ, name := range map[int]string{unix.SOCK_STREAM: "tcp", unix.SOCK_DGRAM: "udp"} {
 				for _, port := range []uint16{7777, 53} {
-					out = append(out, probe{name: fmt.Sprintf("%s %s %d %q", name, dst, port, bind), typ: typ, dst: dst, port: port, bind: bind})
+					out = append(
+						out,
+						probe{
+							name: fmt.Sprintf("%s %s %d %q", name, dst, port, bind),
+							typ:  typ,
+							dst:  dst,
+							port: port,
+							bind: bind,
+						},
+					)
 				}
 			}
 		}

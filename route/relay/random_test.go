@@ -137,7 +137,16 @@ func randomLife(t *testing.T, l *Loop, seed uint64) {
 	switch {
 	case !upReset && !appReset:
 		if res.Err != nil || werr != nil || rerr != nil || len(gotUp) != len(up) || len(gotDown) != len(down) || aborted || !fin {
-			t.Errorf("%+v, write %v, read %v, up %d/%d, down %d/%d", res, werr, rerr, len(gotUp), len(up), len(gotDown), len(down))
+			t.Errorf(
+				"%+v, write %v, read %v, up %d/%d, down %d/%d",
+				res,
+				werr,
+				rerr,
+				len(gotUp),
+				len(up),
+				len(gotDown),
+				len(down),
+			)
 		}
 	case upReset && !appReset:
 		// Our own FIN may have gone up before, but the app's end is a RST, with all that came before it.

@@ -91,7 +91,8 @@ func TestEarlyData(t *testing.T) {
 		t.Fatalf("got %q", got)
 	}
 	got, err := io.ReadAll(peer)
-	if err != nil || len(got) != 6+gatherBelow || !bytes.HasPrefix(got, []byte("GETxx")) || !bytes.HasSuffix(got, []byte("xxend")) {
+	if err != nil || len(got) != 6+gatherBelow || !bytes.HasPrefix(got, []byte("GETxx")) ||
+		!bytes.HasSuffix(got, []byte("xxend")) {
 		t.Fatalf("got %d bytes, %v", len(got), err)
 	}
 	if r := f.result(t); r.Err != nil {

@@ -444,7 +444,11 @@ func TestAllocations(t *testing.T) {
 	a, b := socketPair(t)
 	defer unix.Close(a)
 	defer unix.Close(b)
-	first, second := newFake(func(f *fake) bool { f.Got = 0; return false }), newFake(func(f *fake) bool { f.Got = 0; return false })
+	first, second := newFake(
+		func(f *fake) bool { f.Got = 0; return false },
+	), newFake(
+		func(f *fake) bool { f.Got = 0; return false },
+	)
 	if err := l.Watch(&first.Node, a, Stream); err != nil {
 		t.Fatal(err)
 	}

@@ -392,7 +392,13 @@ func FuzzFrame(f *testing.F) {
 		uint16(0),
 	)
 	f.Add(
-		Datagram{Src: netip.AddrPortFrom(far6, 9), Dst: netip.AddrPortFrom(app6, 4), Payload: make([]byte, 90)}.SuperFrame(9).Data,
+		Datagram{
+			Src:     netip.AddrPortFrom(far6, 9),
+			Dst:     netip.AddrPortFrom(app6, 4),
+			Payload: make([]byte, 90),
+		}.SuperFrame(
+			9,
+		).Data,
 		uint8(1),
 		uint8(5),
 		uint16(48),
@@ -406,7 +412,10 @@ func FuzzFrame(f *testing.F) {
 		uint16(0),
 	)
 	f.Fuzz(func(t *testing.T, b []byte, flags, gso uint8, hdrLen, size uint16) {
-		fr := Frame{tun.Header{Flags: flags, GSOType: gso, HdrLen: hdrLen, GSOSize: size, CsumStart: hdrLen - 8, CsumOffset: 6}, b}
+		fr := Frame{
+			tun.Header{Flags: flags, GSOType: gso, HdrLen: hdrLen, GSOSize: size, CsumStart: hdrLen - 8, CsumOffset: 6},
+			b,
+		}
 		fr.TCP()
 		fr.UDP()
 		if m, ok := fr.ICMP(); ok {

@@ -37,7 +37,8 @@ func TestDiagOwner(t *testing.T) {
 		defer c.Close()
 		far := c.RemoteAddr().(*net.TCPAddr).AddrPort()
 		o, found, err := d.Listener(far)
-		if err != nil || !found || o.UID != uint32(os.Getuid()) || o.Inode != inode(t, l.(*net.TCPListener)) || o.Cgroup != group {
+		if err != nil || !found || o.UID != uint32(os.Getuid()) || o.Inode != inode(t, l.(*net.TCPListener)) ||
+			o.Cgroup != group {
 			t.Errorf("%s: listener at %v: %+v, %v, %v; want control group %d", network, far, o, found, err, group)
 		}
 		near := c.LocalAddr().(*net.TCPAddr).AddrPort()

@@ -326,7 +326,8 @@ func TestFileErrors(t *testing.T) {
 		if proxyIsTheTest := strings.HasPrefix(tt.file, "proxy"); proxyIsTheTest {
 			_, err = Parse(Up, []string{"--config", write(t, tt.file, 0o600)}, nil)
 		}
-		if !errors.As(err, new(*UsageError)) || !strings.Contains(err.Error(), tt.want) || strings.Contains(err.Error(), "s3cr3t") {
+		if !errors.As(err, new(*UsageError)) || !strings.Contains(err.Error(), tt.want) ||
+			strings.Contains(err.Error(), "s3cr3t") {
 			t.Errorf("%.40q: got %v, want %q", tt.file, err, tt.want)
 		}
 	}

@@ -15,8 +15,17 @@ func TestGroup(t *testing.T) {
 		t.Fatal(err)
 	}
 	u := c.Upstreams[0]
-	want := socks.GroupOptions{Select: socks.Latched, Attempts: 3, ServerAttempts: 2, FailThreshold: 5, FailWindow: 10 * time.Second,
-		RetryAfter: 7 * time.Second, ConnectTimeout: 2 * time.Second, HandshakeTimeout: 9 * time.Second, Check: 4 * time.Second}
+	want := socks.GroupOptions{
+		Select:           socks.Latched,
+		Attempts:         3,
+		ServerAttempts:   2,
+		FailThreshold:    5,
+		FailWindow:       10 * time.Second,
+		RetryAfter:       7 * time.Second,
+		ConnectTimeout:   2 * time.Second,
+		HandshakeTimeout: 9 * time.Second,
+		Check:            4 * time.Second,
+	}
 	if u.Group != want {
 		t.Errorf("%+v", u.Group)
 	}

@@ -113,7 +113,16 @@ func TestDNSModes(t *testing.T) {
 
 // Each resolver has the scheme of the one before it, unless it has its own.
 func TestResolverSchemes(t *testing.T) {
-	c, err := Parse(Check, []string{"--proxy", "socks5://h", "--dns", "tls://192.0.2.1,192.0.2.2#DNS.example, tcp://a.example ,b.example:5353,https://192.0.2.3/q"}, nil)
+	c, err := Parse(
+		Check,
+		[]string{
+			"--proxy",
+			"socks5://h",
+			"--dns",
+			"tls://192.0.2.1,192.0.2.2#DNS.example, tcp://a.example ,b.example:5353,https://192.0.2.3/q",
+		},
+		nil,
+	)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -52,7 +52,8 @@ func TestSplitOptions(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if s := c.Split; len(s.Zones) != 2 || s.Zones[1].String() != "lan=direct" || len(s.Exclude) != 2 || !s.NoSingleLabels || !c.AsksDirect() {
+	if s := c.Split; len(s.Zones) != 2 || s.Zones[1].String() != "lan=direct" || len(s.Exclude) != 2 || !s.NoSingleLabels ||
+		!c.AsksDirect() {
 		t.Errorf("%+v", s)
 	}
 	for _, args := range [][]string{
@@ -63,7 +64,8 @@ func TestSplitOptions(t *testing.T) {
 		{"--dns-exclude", "list=/nowhere/at/all"},
 		{"--dns-single-labels", "maybe"},
 	} {
-		if _, err := Parse(Run, append(append(proxy, args...), "--", "true"), nil); err == nil || !strings.Contains(err.Error(), args[0]) {
+		if _, err := Parse(Run, append(append(proxy, args...), "--", "true"), nil); err == nil ||
+			!strings.Contains(err.Error(), args[0]) {
 			t.Errorf("%q: %v", args, err)
 		}
 	}

@@ -190,7 +190,8 @@ func TestAnswers(t *testing.T) {
 			s := startSockstest(t, e, func(sockstest.Request) sockstest.Fault { return tt.fault })
 			p := newProber(config(server(t, s.Addr().String()), e))
 			a := p.try(t.Context(), socks.AddrFrom(e.TCP), 700*time.Millisecond)
-			if a.Kind != tt.want.Kind || a.Code != tt.want.Code || a.Short != tt.want.Short || !strings.Contains(a.Error, tt.error) {
+			if a.Kind != tt.want.Kind || a.Code != tt.want.Code || a.Short != tt.want.Short ||
+				!strings.Contains(a.Error, tt.error) {
 				t.Errorf("%+v, want %+v", a, tt.want)
 			}
 			if name == "silence" && a.After < 600 {

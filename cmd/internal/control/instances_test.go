@@ -363,9 +363,28 @@ func TestRuntimeOf(t *testing.T) {
 func TestWriteInstances(t *testing.T) {
 	var b strings.Builder
 	all := []Instance{
-		{PID: 12, UID: 0, User: "root", Mode: ModeUp, Proxy: "socks5://10.0.0.1:1080", State: Ready, Since: *at(3 * time.Hour), Flows: 17, Up: 5 << 20,
-			Down: 9 << 30},
-		{PID: 4711, UID: 1000, User: "alice", Mode: ModeRun, Program: "ev\x1b[31mil", Proxy: "3 servers", State: Ready, Since: *at(time.Minute)},
+		{
+			PID:   12,
+			UID:   0,
+			User:  "root",
+			Mode:  ModeUp,
+			Proxy: "socks5://10.0.0.1:1080",
+			State: Ready,
+			Since: *at(3 * time.Hour),
+			Flows: 17,
+			Up:    5 << 20,
+			Down:  9 << 30,
+		},
+		{
+			PID:     4711,
+			UID:     1000,
+			User:    "alice",
+			Mode:    ModeRun,
+			Program: "ev\x1b[31mil",
+			Proxy:   "3 servers",
+			State:   Ready,
+			Since:   *at(time.Minute),
+		},
 		{PID: 4712, UID: 1000, User: "alice", Mode: ModeRun, State: NoAnswer},
 	}
 	if err := WriteInstances(&b, all, now); err != nil {

@@ -47,7 +47,9 @@ func watchServer(t *testing.T) (*source, *Server, string) {
 	t.Helper()
 	src := &source{feed: make(chan []Event)}
 	path := filepath.Join(t.TempDir(), "control-1.sock")
-	s, err := Listen(Options{Path: path, Group: -1, Backend: Backend{Status: sample, Flows: func() []Flow { return nil }, Watch: src.watch}})
+	s, err := Listen(
+		Options{Path: path, Group: -1, Backend: Backend{Status: sample, Flows: func() []Flow { return nil }, Watch: src.watch}},
+	)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -56,7 +58,11 @@ func watchServer(t *testing.T) (*source, *Server, string) {
 }
 
 func opened(id uint64) Event {
-	return Event{Event: EventOpened, Time: now, Flow: &Flow{ID: id, Proto: "tcp", Src: "192.0.2.7:41022", Dst: "203.0.113.9:443", Start: now}}
+	return Event{
+		Event: EventOpened,
+		Time:  now,
+		Flow:  &Flow{ID: id, Proto: "tcp", Src: "192.0.2.7:41022", Dst: "203.0.113.9:443", Start: now},
+	}
 }
 
 func TestWatch(t *testing.T) {

@@ -147,7 +147,11 @@ func TestDashboard(t *testing.T) {
 	for _, p := range board.Panels {
 		for _, x := range p.Targets {
 			check("panel "+p.Title, x.Expr, 1)
-			fmt.Fprintf(&exprs, "      - record: a:b\n        expr: %q\n", strings.NewReplacer("$__rate_interval", "1m", "$instance", ".*").Replace(x.Expr))
+			fmt.Fprintf(
+				&exprs,
+				"      - record: a:b\n        expr: %q\n",
+				strings.NewReplacer("$__rate_interval", "1m", "$instance", ".*").Replace(x.Expr),
+			)
 		}
 	}
 	rules, err := os.ReadFile(scripts + "viasocks-alerts.yml")

@@ -118,7 +118,13 @@ func TestPlaneShards(t *testing.T) {
 			all.Wait()
 			k, r := p.stack.Stats(), p.router.Stats()
 			if k.HandedOver == 0 || k.DroppedHandover != 0 || r.Streams != 40 || r.Mappings != 40 {
-				t.Errorf("%d frames handed over, %d lost; %d streams, %d mappings", k.HandedOver, k.DroppedHandover, r.Streams, r.Mappings)
+				t.Errorf(
+					"%d frames handed over, %d lost; %d streams, %d mappings",
+					k.HandedOver,
+					k.DroppedHandover,
+					r.Streams,
+					r.Mappings,
+				)
 			}
 			t.Logf("%d of %d frames were handed over", k.HandedOver, k.FramesIn)
 			stop(p, nil)

@@ -96,8 +96,12 @@ uwsgi_temp_path %[1]s/u; scgi_temp_path %[1]s/s; server { %s root %[1]s; } }`, d
 // dnsmasq answers for names as the options say, on port 53 of the world, and stands in the host's resolv.conf.
 func dnsmasq(t *testing.T, options ...string) {
 	t.Helper()
-	serve(t, world4+":53", "dnsmasq", append([]string{"--keep-in-foreground", "--conf-file=/dev/null", "--user=root", "--no-resolv",
-		"--no-hosts", "--bind-interfaces", "--listen-address=" + world4, "--pid-file=", "--local-ttl=60"}, options...)...)
+	serve(
+		t,
+		world4+":53",
+		"dnsmasq",
+		append([]string{"--keep-in-foreground", "--conf-file=/dev/null", "--user=root", "--no-resolv",
+			"--no-hosts", "--bind-interfaces", "--listen-address=" + world4, "--pid-file=", "--local-ttl=60"}, options...)...)
 	target, err := filepath.EvalSymlinks("/etc/resolv.conf")
 	if err != nil {
 		t.Skipf("cannot put another resolv.conf in place: %v", err)

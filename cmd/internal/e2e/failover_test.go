@@ -311,8 +311,16 @@ func testFailover(t *testing.T, udp bool, one, two *realServer) {
 		first := c.again(at)
 		back := time.Now()
 		f.again(one)
-		t.Logf("%s %s: %d of %d connections failed; the first was made after %v, the slowest took %v, quick again after %v",
-			one.name, f.name, failed, n, first.Round(time.Millisecond), slowest.Round(time.Millisecond), usual.Round(time.Millisecond))
+		t.Logf(
+			"%s %s: %d of %d connections failed; the first was made after %v, the slowest took %v, quick again after %v",
+			one.name,
+			f.name,
+			failed,
+			n,
+			first.Round(time.Millisecond),
+			slowest.Round(time.Millisecond),
+			usual.Round(time.Millisecond),
+		)
 		if failed > 0 || first == 0 || first > 2500*time.Millisecond {
 			t.Errorf("%s %s: a connection failed, or waited too long, although %s works", one.name, f.name, two.name)
 		}

@@ -149,7 +149,8 @@ func TestFakeAnswers(t *testing.T) {
 		t.Errorf(".onion without a Tor: %s", r.out)
 	}
 	tor := append([]string{"--proxy", proxy.URL() + "?tor"}, flags[2:]...)
-	if a, err := netip.ParseAddr(strings.TrimSpace(run(t, tor, "dig", "+short", "www.onion").out)); err != nil || !fake.Contains(a) {
+	if a, err := netip.ParseAddr(strings.TrimSpace(run(t, tor, "dig", "+short", "www.onion").out)); err != nil ||
+		!fake.Contains(a) {
 		t.Errorf(".onion by a Tor: %v, %v", a, err)
 	}
 	start := time.Now()

@@ -121,7 +121,8 @@ func TestGuard(t *testing.T) {
 				if got := (want{d.Dst, strings.Join(d.Names, " "), d.Verdict}); got != w {
 					t.Errorf("decision %d is %+v, want %+v", i, d, w)
 				}
-				if !strings.HasSuffix(d.Exe, "/curl") || d.PID == 0 || d.UID == nil || *d.UID != os.Getuid() || d.Proto != "tcp" ||
+				if !strings.HasSuffix(d.Exe, "/curl") || d.PID == 0 || d.UID == nil || *d.UID != os.Getuid() ||
+					d.Proto != "tcp" ||
 					time.Since(d.Time) > time.Minute {
 					t.Errorf("decision %d: %+v", i, d)
 				}
@@ -231,7 +232,9 @@ func TestRulesByOwner(t *testing.T) {
 	if r := run(t, flags, "sh", "-c", aria2c); strings.TrimSpace(r.out) == "0" {
 		t.Errorf("aria2c may do what only curl may: %+v", r)
 	}
-	if r := run(t, []string{"--dns", dns, "--rule", "not exe */curl direct"}, "sh", "-c", aria2c); strings.TrimSpace(r.out) != "0" {
+	if r := run(t, []string{"--dns", dns, "--rule", "not exe */curl direct"}, "sh", "-c", aria2c); strings.TrimSpace(
+		r.out,
+	) != "0" {
 		t.Errorf("aria2c may not: %+v", r)
 	}
 	if os.Getuid() != 0 {

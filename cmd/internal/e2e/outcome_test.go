@@ -155,7 +155,13 @@ func testOutcomes(t *testing.T, offload string) {
 				if n, want := asked(dst)-before, map[bool]int{true: 0, false: 1}[row.port == rejected || row.port == dropped]; n != want {
 					return fmt.Errorf("the proxy was asked %d times, want %d", n, want)
 				}
-				t.Logf("%s, %s: connect() = %s in %v", row.what, ipv, unix.ErrnoName(err.(syscall.Errno)), took.Round(100*time.Microsecond))
+				t.Logf(
+					"%s, %s: connect() = %s in %v",
+					row.what,
+					ipv,
+					unix.ErrnoName(err.(syscall.Errno)),
+					took.Round(100*time.Microsecond),
+				)
 				return nil
 			}
 			check := func(t *testing.T) {

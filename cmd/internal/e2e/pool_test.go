@@ -33,11 +33,20 @@ func TestPoolOfRestartedServer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	stunnel := writeFile(t, "stunnel.conf", "foreground = yes\npid =\n[socks]\naccept = 127.0.0.1:1092\nconnect = 127.0.0.1:1091\n"+
-		"cert = "+writeFile(t, "cert", string(key)+string(ca))+"\n")
+	stunnel := writeFile(
+		t,
+		"stunnel.conf",
+		"foreground = yes\npid =\n[socks]\naccept = 127.0.0.1:1092\nconnect = 127.0.0.1:1091\n"+
+			"cert = "+writeFile(t, "cert", string(key)+string(ca))+"\n",
+	)
 	danted := writeFile(t, "danted.conf", "logoutput: stderr\ninternal: 127.0.0.1 port = 1093\nexternal: "+other4+
 		"\nclientmethod: none\nsocksmethod: none\nclient pass { from: 0/0 to: 0/0 }\nsocks pass { from: 0/0 to: 0/0 log: error }\n")
-	microsocks := &realServer{t: t, name: "microsocks", port: 1091, start: []string{"microsocks", "-i", "127.0.0.1", "-p", "1091"}}
+	microsocks := &realServer{
+		t:     t,
+		name:  "microsocks",
+		port:  1091,
+		start: []string{"microsocks", "-i", "127.0.0.1", "-p", "1091"},
+	}
 	microsocks.up()
 	for _, tt := range []struct {
 		server *realServer

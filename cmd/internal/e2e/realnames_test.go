@@ -103,7 +103,20 @@ say file cat "$dir/index.html"
 // TestNamesOfRealPrograms: programs of others ask for names through servers of others, with and without UDP, in fake mode and by
 // TCP: dig, kdig by UDP, TCP and TLS, glibc, a static program of musl, and c-ares in aria2.
 func TestNamesOfRealPrograms(t *testing.T) {
-	needPrograms(t, "nginx", "unbound", "danted", "microsocks", "ssh", "/usr/sbin/sshd", "dig", "kdig", "getent", "musl-gcc", "aria2c")
+	needPrograms(
+		t,
+		"nginx",
+		"unbound",
+		"danted",
+		"microsocks",
+		"ssh",
+		"/usr/sbin/sshd",
+		"dig",
+		"kdig",
+		"getent",
+		"musl-gcc",
+		"aria2c",
+	)
 	nginx(t, world4+":8080")
 	certificate := unbound(t, "web.example. 60 A "+world4, "web.example. 60 MX 10 mail.example.",
 		`many.example. 60 TXT "`+strings.Repeat("a", 250)+`"`, `many.example. 60 TXT "`+strings.Repeat("b", 250)+`"`,

@@ -151,7 +151,8 @@ say aaaa dig +short +tries=1 +time=9 mapped.example AAAA
 say mx dig +tries=1 +time=9 +noall +comments mapped.example MX
 `
 	r := run(t, flags, "bash", "-c", script)
-	if !strings.Contains(r.out, "a: 192.0.2.7 \n") || !strings.Contains(r.out, "aaaa: \n") || !strings.Contains(r.out, "status: SERVFAIL") {
+	if !strings.Contains(r.out, "a: 192.0.2.7 \n") || !strings.Contains(r.out, "aaaa: \n") ||
+		!strings.Contains(r.out, "status: SERVFAIL") {
 		t.Errorf("%s%s", r.out, r.stderr)
 	}
 }

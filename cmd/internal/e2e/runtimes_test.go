@@ -210,7 +210,8 @@ func TestRuntimes(t *testing.T) {
 			for mode, dns := range modes {
 				start := time.Now()
 				r := run(t, []string{"--proxy", "socks5://127.0.0.1:1089", "--dns", dns}, argv...)
-				if !strings.Contains(r.out, "served") || r.exit != 0 || f.name == "Node" && !strings.Contains(r.out, "c-ares found 1") {
+				if !strings.Contains(r.out, "served") || r.exit != 0 ||
+					f.name == "Node" && !strings.Contains(r.out, "c-ares found 1") {
 					t.Errorf("%s: exit status %d, %q\n%s", mode, r.exit, r.out, r.stderr)
 				}
 				t.Logf("%s: %v", mode, time.Since(start).Round(time.Millisecond))

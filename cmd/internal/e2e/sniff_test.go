@@ -56,8 +56,12 @@ func fetch(t *testing.T, flags []string, urls ...string) []string {
 	script := ""
 	for _, u := range urls {
 		host := strings.Split(u, "/")[2]
-		script += fmt.Sprintf("b=$(curl -sk -m 10 --noproxy '*' --resolve %s:80:%s --resolve %[1]s:443:%[2]s %[3]s); echo $? $b\n",
-			host, world4, u)
+		script += fmt.Sprintf(
+			"b=$(curl -sk -m 10 --noproxy '*' --resolve %s:80:%s --resolve %[1]s:443:%[2]s %[3]s); echo $? $b\n",
+			host,
+			world4,
+			u,
+		)
 	}
 	r := run(t, flags, "sh", "-c", script)
 	if r.stderr != "" {
@@ -97,7 +101,9 @@ func TestSniff(t *testing.T) {
 	} {
 		t.Run(row.mode, func(t *testing.T) {
 			file := filepath.Join(t.TempDir(), "decisions")
-			got := fetch(t, []string{"--proxy", proxy.URL(), "--sniff", row.mode, "--rule", "name .bad.example reject", "--decisions", file},
+			got := fetch(
+				t,
+				[]string{"--proxy", proxy.URL(), "--sniff", row.mode, "--rule", "name .bad.example reject", "--decisions", file},
 				urls...)
 			if strings.Join(got, "|") != row.want {
 				t.Errorf("curl: %q, want %s", got, row.want)
@@ -173,7 +179,17 @@ func TestSniffStreams(t *testing.T) {
 	const wait = 500 * time.Millisecond
 	l, dst := at443(t)
 	proxy := listenSOCKS(t)
-	a := startApp(t, "--proxy", proxy.URL(), "--sniff", "rules", "--sniff-wait", wait.String(), "--rule", "name .bad.example reject")
+	a := startApp(
+		t,
+		"--proxy",
+		proxy.URL(),
+		"--sniff",
+		"rules",
+		"--sniff-wait",
+		wait.String(),
+		"--rule",
+		"name .bad.example reject",
+	)
 
 	other, otherDst := listenTCP(t, world4)
 	for _, row := range []struct {

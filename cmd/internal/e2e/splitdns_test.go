@@ -38,8 +38,18 @@ func TestSplitDNS(t *testing.T) {
 	asked := filepath.Join(t.TempDir(), "asked")
 	dnsmasq(t, "--address=/corp.example/192.0.2.1", "--address=/real.example/192.0.2.3", "--address=/direct.example/"+world4,
 		"--address=/tcp.example/192.0.2.4", "--log-queries", "--log-facility="+asked)
-	zone := []string{"--keep-in-foreground", "--conf-file=/dev/null", "--user=root", "--no-resolv", "--no-hosts", "--bind-interfaces",
-		"--listen-address=" + other4, "--pid-file=", "--local-ttl=60", "--address=/www.corp.example/192.0.2.9"}
+	zone := []string{
+		"--keep-in-foreground",
+		"--conf-file=/dev/null",
+		"--user=root",
+		"--no-resolv",
+		"--no-hosts",
+		"--bind-interfaces",
+		"--listen-address=" + other4,
+		"--pid-file=",
+		"--local-ttl=60",
+		"--address=/www.corp.example/192.0.2.9",
+	}
 	for i := range 12 {
 		zone = append(zone, fmt.Sprintf("--txt-record=big.corp.example,%d-%s", i, strings.Repeat("x", 150)))
 	}
@@ -58,8 +68,14 @@ dig +short +bufsize=512 big.corp.example TXT | wc -l; curl -s -m 10 http://www.d
 		t.Run(strings.NewReplacer("://", "", ".", "").Replace(tt.dns+" "+tt.server), func(t *testing.T) {
 			proxy := listenSOCKS(t)
 			fake := strings.HasPrefix(tt.dns, "fake")
-			r := run(t, []string{"--proxy", proxy.URL(), "--dns", tt.dns, "--dns-for", "corp.example=" + tt.server, "--dns-exclude",
-				".real.example", "--rule", "name .direct.example direct"}, "sh", "-c", script)
+			r := run(
+				t,
+				[]string{"--proxy", proxy.URL(), "--dns", tt.dns, "--dns-for", "corp.example=" + tt.server, "--dns-exclude",
+					".real.example", "--rule", "name .direct.example direct"},
+				"sh",
+				"-c",
+				script,
+			)
 			got := strings.Split(strings.TrimSpace(r.out), "\n")
 			if len(got) != 6 {
 				t.Fatalf("%q, %s", r.out, r.stderr)

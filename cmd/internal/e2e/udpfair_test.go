@@ -139,7 +139,10 @@ func TestUDPFair(t *testing.T) {
 					break
 				}
 			}
-			try("after a flood", func() ([]time.Duration, int) { return pingers(t, apps, dst, 5*time.Second, 500*time.Millisecond) })
+			try(
+				"after a flood",
+				func() ([]time.Duration, int) { return pingers(t, apps, dst, 5*time.Second, 500*time.Millisecond) },
+			)
 		})
 	}
 }

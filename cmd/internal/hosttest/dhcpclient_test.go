@@ -31,7 +31,15 @@ var clients = []client{
 		return w.start("host", house(map[string]string{"/var/lib/dhcp/": ""}), nil, "dhclient", "-4", "-d", "-v", "eth0")
 	}},
 	{"dhcpcd", "dhcpcd", func(w *world) *program {
-		return w.start("host", house(map[string]string{"/var/lib/dhcpcd/": "", "/run/dhcpcd/": ""}), nil, "dhcpcd", "-B", "-d", "eth0")
+		return w.start(
+			"host",
+			house(map[string]string{"/var/lib/dhcpcd/": "", "/run/dhcpcd/": ""}),
+			nil,
+			"dhcpcd",
+			"-B",
+			"-d",
+			"eth0",
+		)
 	}},
 	{"NetworkManager", "NetworkManager", func(w *world) *program {
 		return w.start("host", house(map[string]string{

@@ -83,11 +83,29 @@ const renewAfter, rebindAfter = 6 * time.Second, 12 * time.Second
 func (w *world) dhcpServer(s subnet) *program {
 	w.t.Helper()
 	seconds := func(d time.Duration) string { return fmt.Sprint(int(d.Seconds())) }
-	return w.start("router", nil, nil, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--port=0", "--interface=host0",
-		"--user=root", "--pid-file=", "--dhcp-leasefile=/run/dnsmasq.leases", "--log-facility=-", "--no-ping",
-		"--dhcp-authoritative", "--dhcp-range="+s.from+","+s.to+",2m", "--dhcp-option=option:router,"+s.router4,
-		"--dhcp-option=option:T1,"+seconds(renewAfter), "--dhcp-option=option:T2,"+seconds(rebindAfter),
-		"--enable-ra", "--dhcp-range="+s.prefix6+",ra-only,64,10m", "--ra-param=host0,4,600")
+	return w.start(
+		"router",
+		nil,
+		nil,
+		"dnsmasq",
+		"--keep-in-foreground",
+		"--conf-file=/dev/null",
+		"--port=0",
+		"--interface=host0",
+		"--user=root",
+		"--pid-file=",
+		"--dhcp-leasefile=/run/dnsmasq.leases",
+		"--log-facility=-",
+		"--no-ping",
+		"--dhcp-authoritative",
+		"--dhcp-range="+s.from+","+s.to+",2m",
+		"--dhcp-option=option:router,"+s.router4,
+		"--dhcp-option=option:T1,"+seconds(renewAfter),
+		"--dhcp-option=option:T2,"+seconds(rebindAfter),
+		"--enable-ra",
+		"--dhcp-range="+s.prefix6+",ra-only,64,10m",
+		"--ra-param=host0,4,600",
+	)
 }
 
 // acknowledged is how many leases the server has given or renewed.

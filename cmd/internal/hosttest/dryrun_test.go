@@ -74,7 +74,9 @@ func (w *world) installed() map[string]string {
 	for line := range strings.Lines(w.run("host", nil, "nft", "list", "tables")) {
 		if f := strings.Fields(line); len(f) == 3 && f[2] == "viasocks" {
 			out := w.run("host", nil, "nft", "-s", "list", "table", f[1], f[2])
-			s[line] = nftTyped(nftLapses.ReplaceAllString(nftOwner.ReplaceAllString(nftNoted.ReplaceAllString(out, "$1"), ""), ""))
+			s[line] = nftTyped(
+				nftLapses.ReplaceAllString(nftOwner.ReplaceAllString(nftNoted.ReplaceAllString(out, "$1"), ""), ""),
+			)
 		}
 	}
 	return s

@@ -47,7 +47,11 @@ func TestUpErrors(t *testing.T) {
 			t.Fatal(err)
 		}
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-		fails("no root", "cannot steer the host: CAP_NET_ADMIN is missing: run it as root, or use 'viasocks run' for one program", cmd)
+		fails(
+			"no root",
+			"cannot steer the host: CAP_NET_ADMIN is missing: run it as root, or use 'viasocks run' for one program",
+			cmd,
+		)
 		os.Remove(cmd.Path)
 	}
 	noTUN := up(good...)

@@ -22,10 +22,13 @@ var asExcluded = []string{"setpriv", "--reuid", "12345", "--regid", "12345", "--
 func (w *world) webServer() {
 	w.t.Helper()
 	l := w.listen("world", ":80")
-	s := &http.Server{ReadHeaderTimeout: 10 * time.Second, Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
-		at := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
-		_, _ = io.WriteString(rw, strings.TrimSuffix(at.String(), ":80"))
-	})}
+	s := &http.Server{
+		ReadHeaderTimeout: 10 * time.Second,
+		Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+			at := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
+			_, _ = io.WriteString(rw, strings.TrimSuffix(at.String(), ":80"))
+		}),
+	}
 	go func() { _ = s.Serve(l) }()
 	w.t.Cleanup(func() { _ = s.Close() })
 }

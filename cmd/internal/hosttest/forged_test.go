@@ -76,9 +76,25 @@ func TestForged(t *testing.T) {
 			for _, ns := range []string{"router", "ctr", "world"} {
 				t.Run(fmt.Sprintf("rp_filter %s, IPv6 %v, from %s", rp, v6, ns), func(t *testing.T) {
 					next++
-					a, b, host := netipAddrPort(fmt.Sprintf("203.0.113.%d", next), 4000), netipAddrPort("203.0.113.99", 4000), addr(host4)
+					a, b, host := netipAddrPort(
+						fmt.Sprintf("203.0.113.%d", next),
+						4000,
+					), netipAddrPort(
+						"203.0.113.99",
+						4000,
+					), addr(
+						host4,
+					)
 					if v6 {
-						a, b, host = netipAddrPort(fmt.Sprintf("2001:db8:f::%x", next), 4000), netipAddrPort("2001:db8:f::99", 4000), addr(host6)
+						a, b, host = netipAddrPort(
+							fmt.Sprintf("2001:db8:f::%x", next),
+							4000,
+						), netipAddrPort(
+							"2001:db8:f::99",
+							4000,
+						), addr(
+							host6,
+						)
 					}
 					port := uint16(6000 + next)
 					forge := func() { w.forge(ns, a, netip.AddrPortFrom(host, port)); time.Sleep(2 * time.Millisecond) }
@@ -120,7 +136,9 @@ func TestForged(t *testing.T) {
 					send("forged after conntrack forgot", a)
 					c.Close()
 
-					port = uint16(9000 + next) // the port of a server, by option: a datagram turns the flow to its sender, and no other
+					port = uint16(
+						9000 + next,
+					) // the port of a server, by option: a datagram turns the flow to its sender, and no other
 					c = w.packets("host", fmt.Sprintf(":%d", port))
 					send("a server's port, of its own accord", a)
 					send("a server's port, to another", b)

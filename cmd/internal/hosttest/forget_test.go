@@ -53,8 +53,20 @@ func TestConntrackForgets(t *testing.T) {
 			quiet := map[string]func(*world) error{}
 			stayQuiet := func(when string, port uint16) {
 				for _, o := range outside {
-					quiet["quiet, opened "+when+", "+o.name+", the server speaks first"] = w.silentOn(port, o.client, o.host, 1, false)
-					quiet["quiet, opened "+when+", "+o.name+", the client speaks first"] = w.silentOn(port+1, o.client, o.host, 1, true)
+					quiet["quiet, opened "+when+", "+o.name+", the server speaks first"] = w.silentOn(
+						port,
+						o.client,
+						o.host,
+						1,
+						false,
+					)
+					quiet["quiet, opened "+when+", "+o.name+", the client speaks first"] = w.silentOn(
+						port+1,
+						o.client,
+						o.host,
+						1,
+						true,
+					)
 				}
 			}
 			open("before up")

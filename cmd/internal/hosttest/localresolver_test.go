@@ -35,8 +35,22 @@ func TestLocalStub(t *testing.T) {
 			}
 		}
 	}()
-	w.start("host", nil, nil, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--user=root", "--no-resolv", "--no-hosts",
-		"--bind-interfaces", "--listen-address=127.0.0.1", "--pid-file=", "--cache-size=0", "--server="+lanRouter4)
+	w.start(
+		"host",
+		nil,
+		nil,
+		"dnsmasq",
+		"--keep-in-foreground",
+		"--conf-file=/dev/null",
+		"--user=root",
+		"--no-resolv",
+		"--no-hosts",
+		"--bind-interfaces",
+		"--listen-address=127.0.0.1",
+		"--pid-file=",
+		"--cache-size=0",
+		"--server="+lanRouter4,
+	)
 	n := 0
 	ask := func(when string) {
 		t.Helper()
@@ -221,7 +235,8 @@ func TestSystemdResolved(t *testing.T) {
 	index = told("after another start")
 	d.kill()
 	out, err := w.command("down")
-	if set, _ := r.of(index); err != nil || set != "" || !strings.Contains(out, "name servers of "+tunName+" in systemd-resolved") {
+	if set, _ := r.of(index); err != nil || set != "" ||
+		!strings.Contains(out, "name servers of "+tunName+" in systemd-resolved") {
 		t.Errorf("down after kill -9: %v, %q\n%s", err, set, out)
 	}
 
@@ -233,7 +248,11 @@ func TestSystemdResolved(t *testing.T) {
 	for _, quiet := range []string{"resolved off", "dns relay"} {
 		w.configure(line + quiet + "\n")
 		d.reload()
-		w.eventually(30*time.Second, "what was told is taken back after "+quiet, func() bool { set, _ := r.of(tun()); return set == "" })
+		w.eventually(
+			30*time.Second,
+			"what was told is taken back after "+quiet,
+			func() bool { set, _ := r.of(tun()); return set == "" },
+		)
 		if out, err := w.command("status"); err != nil || strings.Contains(out, "next start only") {
 			t.Errorf("status after %s: %v\n%s", quiet, err, out)
 		}

@@ -144,7 +144,12 @@ func (o *observer) control(name string) {
 			continue
 		}
 		if byProbe[p.id] == 0 && p.class != carried && !(p.old && o.used) {
-			o.w.t.Errorf("phase %q: %v was not seen: its test would prove nothing (the program saw: %v)", name, p, o.g.lastError(p))
+			o.w.t.Errorf(
+				"phase %q: %v was not seen: its test would prove nothing (the program saw: %v)",
+				name,
+				p,
+				o.g.lastError(p),
+			)
 		}
 	}
 	for _, s := range seen {

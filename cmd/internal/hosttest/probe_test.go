@@ -186,7 +186,13 @@ func allProbes(est *established) []*probe {
 	both("dns, another uid", "", 53, true, as(65534, udp()))
 	// Who has the ports first may be somebody else than who has them next.
 	group("udp, a flow of two users", never, "203.0.113.150:4000", "[2001:db8:f::96]:4000", udp(fromPort(5002)))
-	group("udp, another uid in a flow of two", never, "203.0.113.150:4000", "[2001:db8:f::96]:4000", as(65534, udp(fromPort(5002))))
+	group(
+		"udp, another uid in a flow of two",
+		never,
+		"203.0.113.150:4000",
+		"[2001:db8:f::96]:4000",
+		as(65534, udp(fromPort(5002))),
+	)
 	both("tcp, another cgroup", "", 80, false, inCgroup(est.agent, unix.SOCK_STREAM))
 	both("udp, another cgroup", "", 4000, true, inCgroup(est.agent, unix.SOCK_DGRAM))
 

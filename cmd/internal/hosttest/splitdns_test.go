@@ -71,8 +71,18 @@ func TestUpSplitDNS(t *testing.T) {
 	w.proxy(proxy4 + ":1080")
 	w.answerNames("world", "203.0.113.9:53", addr("10.1.1.1"))
 	w.answerNames("router", lanRouter4+":53", addr("10.2.2.2")) // it stands in resolv.conf
-	d := w.up("--proxy", proxyURL, "--dns", "fake", "--dns-for", "corp.example=direct:udp://203.0.113.9", "--dns-for", "lan=direct",
-		"--rule", "name .direct.example direct")
+	d := w.up(
+		"--proxy",
+		proxyURL,
+		"--dns",
+		"fake",
+		"--dns-for",
+		"corp.example=direct:udp://203.0.113.9",
+		"--dns-for",
+		"lan=direct",
+		"--rule",
+		"name .direct.example direct",
+	)
 	for name, want := range map[string]string{
 		"www.corp.example": "10.1.1.1/32", "printer.lan": "10.2.2.2/32", "www.direct.example": "10.2.2.2/32", "a.example": "198.18.0.0/15",
 	} {

@@ -116,7 +116,13 @@ func TestTUNChangedAgainAndAgain(t *testing.T) {
 		t.Error("status never said so")
 	}
 	// At 0, 0.25, 0.75, 1.75 and 3.75 s.
-	tries := strings.Count(d.log.String(), "device: it is restored") + strings.Count(d.log.String(), "cannot restore the TUN device")
+	tries := strings.Count(
+		d.log.String(),
+		"device: it is restored",
+	) + strings.Count(
+		d.log.String(),
+		"cannot restore the TUN device",
+	)
 	if tries < 2 || tries > 6 {
 		t.Errorf("tried %d times", tries)
 	}

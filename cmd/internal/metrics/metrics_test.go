@@ -115,10 +115,19 @@ func TestServe(t *testing.T) {
 			}
 		}
 	}
-	wants("# HELP viasocks_seen_total What was seen.", "# TYPE viasocks_seen_total counter",
-		`viasocks_seen_total{upstream="a.b-c_1",way="up"} 7`, "# TYPE viasocks_now gauge", "viasocks_now -3",
-		"# TYPE viasocks_took_seconds histogram", `viasocks_took_seconds_bucket{le="0.002"} 0`, `viasocks_took_seconds_bucket{le="0.005"} 1`,
-		`viasocks_took_seconds_bucket{le="+Inf"} 1`, "viasocks_took_seconds_sum 0.003", "viasocks_took_seconds_count 1")
+	wants(
+		"# HELP viasocks_seen_total What was seen.",
+		"# TYPE viasocks_seen_total counter",
+		`viasocks_seen_total{upstream="a.b-c_1",way="up"} 7`,
+		"# TYPE viasocks_now gauge",
+		"viasocks_now -3",
+		"# TYPE viasocks_took_seconds histogram",
+		`viasocks_took_seconds_bucket{le="0.002"} 0`,
+		`viasocks_took_seconds_bucket{le="0.005"} 1`,
+		`viasocks_took_seconds_bucket{le="+Inf"} 1`,
+		"viasocks_took_seconds_sum 0.003",
+		"viasocks_took_seconds_count 1",
+	)
 	text, _ := get()
 	for _, name := range []string{"go_goroutines ", "process_resident_memory_bytes ", `viasocks_build_info{`} {
 		if !strings.Contains(text, "\n"+name) {

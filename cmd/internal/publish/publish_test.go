@@ -270,7 +270,10 @@ func TestStartFails(t *testing.T) {
 	defer l.Close()
 	taken := l.Addr().(*net.TCPAddr).AddrPort()
 	_, err = Start(Config{
-		Specs: []Spec{anyPort(80), {Listen: taken, Port: 80}}, Sockets: here{}, Targets: targets, Log: slog.New(slog.DiscardHandler),
+		Specs: []Spec{
+			anyPort(80),
+			{Listen: taken, Port: 80},
+		}, Sockets: here{}, Targets: targets, Log: slog.New(slog.DiscardHandler),
 	})
 	want := fmt.Sprintf("cannot publish %v:80: address already in use: choose another port, as in --publish 8081:8080", taken)
 	if err == nil || err.Error() != want {

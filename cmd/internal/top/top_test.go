@@ -35,13 +35,45 @@ func sample(seconds int) snapshot {
 		return f
 	}
 	flows := []control.Flow{
-		flow(1, "tcp", "/usr/bin/aria2c", "debian.mirror.example.org", "198.18.1.2:443", "proxy", "open", 2*time.Hour, 9000, 6_400_000),
-		flow(2, "tcp", "/usr/lib/firefox/firefox", "video-edge-14.streaming.some-very-long-name.example.co.uk", "198.18.1.3:443", "proxy",
-			"open", 5*time.Minute, 4000, 1_300_000),
+		flow(
+			1,
+			"tcp",
+			"/usr/bin/aria2c",
+			"debian.mirror.example.org",
+			"198.18.1.2:443",
+			"proxy",
+			"open",
+			2*time.Hour,
+			9000,
+			6_400_000,
+		),
+		flow(
+			2,
+			"tcp",
+			"/usr/lib/firefox/firefox",
+			"video-edge-14.streaming.some-very-long-name.example.co.uk",
+			"198.18.1.3:443",
+			"proxy",
+			"open",
+			5*time.Minute,
+			4000,
+			1_300_000,
+		),
 		flow(3, "udp", "/usr/bin/aria2c", "", "198.51.100.40:6881", "seedbox", "retrying", 3*24*time.Hour, 9000, 0),
 		flow(4, "tcp", "/usr/bin/ssh", "bastion.example.org", "198.18.1.1:22", "direct", "open", 26*time.Hour, 300, 900),
 		flow(5, "tcp", "", "", "[2001:db8:17::42]:6881", "seedbox", "dialing", 0, 0, 0),
-		flow(6, "tcp", "/opt/ev\x1b[31mil\x1b]0;title\a", "na\x1b[2Jme\u202e.exa\u0301\u0301\u0301mple", "203.0.113.9:80", "proxy", "open", time.Second, 7, 7),
+		flow(
+			6,
+			"tcp",
+			"/opt/ev\x1b[31mil\x1b]0;title\a",
+			"na\x1b[2Jme\u202e.exa\u0301\u0301\u0301mple",
+			"203.0.113.9:80",
+			"proxy",
+			"open",
+			time.Second,
+			7,
+			7,
+		),
 	}
 	s := snapshot{at: now, flows: control.Flows{Total: len(flows), Flows: flows}}
 	s.status = control.Status{
@@ -86,7 +118,9 @@ func screen(t *testing.T, m *model) string {
 		}
 	}
 	for i, r := range text {
-		if r == '\x1b' && !strings.HasPrefix(text[i:], "\x1b[") || r < ' ' && r != '\n' && r != '\x1b' || r == 0x7f || r >= 0x80 && r < 0xa0 || r == 0x202e {
+		if r == '\x1b' && !strings.HasPrefix(text[i:], "\x1b[") || r < ' ' && r != '\n' && r != '\x1b' || r == 0x7f ||
+			r >= 0x80 && r < 0xa0 ||
+			r == 0x202e {
 			t.Errorf("a terminal would obey %q", text[i:min(len(text), i+10)])
 		}
 		if strings.HasPrefix(text[i:], "\x1b[") {
@@ -351,7 +385,8 @@ func TestNoTerminal(t *testing.T) {
 	}
 	defer null.Close()
 	err = Run(nil, Terminal{In: null, Out: null, Environ: []string{"TERM=xterm"}})
-	if err == nil || !strings.HasPrefix(err.Error(), "cannot show a live view: standard output is not a terminal: 'viasocks flows --watch'") {
+	if err == nil ||
+		!strings.HasPrefix(err.Error(), "cannot show a live view: standard output is not a terminal: 'viasocks flows --watch'") {
 		t.Error(err)
 	}
 	if term := (Terminal{Environ: []string{"TERM=a", "X=y", "TERM=dumb"}}).term(); term != "dumb" {
