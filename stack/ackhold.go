@@ -22,9 +22,10 @@ import (
 // second segment, which arrives as soon as a held ACK was written. For eagerTime after that, only the ACKs of FINs are held.
 
 const (
-	// ackDelay is how long an ACK waits at most: as long as Linux waits at least (TCP_DELACK_MIN). RFC 9293 allows 500 ms. It must
-	// be well below the app's shortest retransmission timeout, 200 ms (TCP_RTO_MIN).
-	ackDelay = 40 * time.Millisecond
+	// ackDelay is how long an ACK waits at most. An app that writes twice before it reads, without TCP_NODELAY, loses this time once
+	// in eagerTime, so it must be short. Answers from nearby come within it, and where they come later, exchanges are few and an
+	// ACK costs little.
+	ackDelay = 4 * time.Millisecond
 	// eagerTime bounds what an app that waits for ACKs loses: one ackDelay in this time.
 	eagerTime = 10 * time.Second
 	// nagleTime is how soon after its ACK the second segment of such an app comes.
