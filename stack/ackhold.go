@@ -12,11 +12,11 @@ import (
 	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
-// gVisor acknowledges each segment at once. In most cases an answer of the far end follows, or our FIN follows the app's, and
-// that segment carries the same acknowledgement. The frame with the ACK alone is then useless, and it costs the whole receive
-// path of the app's kernel. The ACK of a short segment or of a FIN is therefore held until another segment of its connection
-// is written, which replaces it, or until ackDelay is over (RFC 9293 3.8.6.3). If a second short segment arrives meanwhile,
-// its ACK is written at once.
+// gVisor acknowledges each segment at once. In most cases the far end answers soon, or our FIN follows that of the app,
+// and this segment carries the same acknowledgement. A frame with the ACK alone is then useless, but it costs a pass
+// through the whole receive path of the app's kernel. The ACK of a short segment or of a FIN is therefore held until
+// another segment of its connection replaces it, or until ackDelay has passed (RFC 9293, section 3.8.6.3). If a second
+// short segment arrives meanwhile, its ACK is written at once.
 //
 // An app that has not set TCP_NODELAY and writes twice before it reads waits for the first ACK (Nagle). It is recognized by its
 // second segment, which arrives as soon as a held ACK was written. For eagerTime after that, only the ACKs of FINs are held.
@@ -26,37 +26,37 @@ const (
 	// in eagerTime, so it must be short. Answers from nearby come within it, and where they come later, exchanges are few and an
 	// ACK costs little.
 	ackDelay = 4 * time.Millisecond
-	// eagerTime bounds what an app that waits for ACKs loses: one ackDelay in this time.
+	// eagerTime limits what an app that waits for ACKs loses: one ackDelay in this time.
 	eagerTime = 10 * time.Second
-	// nagleTime is how soon after its ACK the second segment of such an app comes.
+	// nagleTime is the time after its ACK within which the second segment of such an app arrives.
 	nagleTime = 5 * time.Millisecond
-	// shortSegment is the most data that a segment has whose ACK is held. Longer ones are part of a bulk transfer, whose sender
-	// may wait for the ACK.
+	// shortSegment is the largest amount of data in a segment whose ACK is held. Longer segments are part of a bulk
+	// transfer, whose sender may wait for the ACK.
 	shortSegment = 1200
-	// ackSlots is for how many connections an ACK can be held at once. The slot depends on the connection: an ACK that needs a
-	// slot that is taken has the other one written.
+	// ackSlots is the number of connections for which an ACK can be held at once. The slot depends on the connection.
+	// If the slot is taken, its ACK is written to make room.
 	ackSlots = 512
 )
 
-// ackHold is the ACKs of a shard that are held. The frame reader says whose ACKs may wait, and gVisor's goroutines bring them. A
-// nil one holds none.
+// ackHold contains the held ACKs of a shard. The frame reader decides whose ACKs may wait, and gVisor's goroutines
+// deliver them. A nil ackHold holds none.
 type ackHold struct {
 	dev   tun.Part
 	stats *counters
 	base  time.Time
 	timer *time.Timer
 	armed atomic.Bool  // the timer is set
-	eager atomic.Int64 // until when the ACKs of data do not wait, in ns since base
+	eager atomic.Int64 // the time until which ACKs of data are not held, in ns since base
 	slots [ackSlots]ackSlot
 }
 
-// ackSlot has room for one ACK. A connection is known by a hash that is never 0.
+// ackSlot has room for one ACK. A connection is identified by a hash that is never 0.
 type ackSlot struct {
 	want atomic.Uint32 // the connection whose next ACK may wait
-	held atomic.Uint32 // the connection whose ACK waits: written under mu
+	held atomic.Uint32 // the connection whose ACK is held; written under mu
 	late atomic.Uint32 // the connection whose ACK of data waited for ackDelay and was written at wrote
 	fin  atomic.Bool   // want is for the ACK of a FIN
-	end  atomic.Uint32 // the connection that we sent our FIN on last: nothing follows the ACK of the app's
+	end  atomic.Uint32 // the connection on which we sent our last FIN: no segment follows our ACK of the app's FIN
 
 	mu    sync.Mutex // also held while the ACK is written, so that no later segment overtakes it
 	due   int64      // in ns since base
@@ -67,7 +67,8 @@ type ackSlot struct {
 	b     [ip6HeaderLen + longACK]byte
 }
 
-// longACK is the longest TCP header of an ACK that is held: with timestamps. One with SACK blocks tells of a loss.
+// longACK is the longest TCP header of an ACK that is held: the one with timestamps. An ACK with SACK blocks reports a
+// loss and is not held.
 const longACK = tcpHeaderLen + 12
 
 func newACKHold(dev tun.Part, stats *counters) *ackHold {
@@ -79,10 +80,10 @@ func newACKHold(dev tun.Part, stats *counters) *ackHold {
 
 func (a *ackHold) now() int64 { return int64(time.Since(a.base)) }
 
-// slot is where the ACK of a connection waits.
+// slot returns the slot for the ACK of a connection.
 func (a *ackHold) slot(hash uint32) *ackSlot { return &a.slots[hash>>23] }
 
-// connHash is the hash of a connection. far is the address of its far end.
+// connHash returns the hash of a connection. far is the address of its far end.
 func connHash(far []byte, appPort, farPort uint16) uint32 {
 	x := uint64(binary.BigEndian.Uint32(far[len(far)-4:])) << 32
 	if len(far) == 16 {
@@ -94,8 +95,8 @@ func connHash(far []byte, appPort, farPort uint16) uint32 {
 	return uint32(x>>32) | 1
 }
 
-// saw takes note of a TCP segment of the app's, before gVisor has it. b is the packet, tcp where its TCP header begins, and data
-// where the data does.
+// saw notes a TCP segment of the app before gVisor receives it. b is the packet, tcp the offset of its TCP header, and
+// data that of its data.
 func (a *ackHold) saw(b []byte, tcp, data int) {
 	if a == nil {
 		return
@@ -115,7 +116,7 @@ func (a *ackHold) saw(b []byte, tcp, data int) {
 	hash := connHash(far, binary.BigEndian.Uint16(b[tcp:]), binary.BigEndian.Uint16(b[tcp+2:]))
 	s := a.slot(hash)
 	switch {
-	case ends: // an ACK of the connection before would confuse the next one
+	case ends: // an ACK of the previous connection would confuse the next one
 		s.want.CompareAndSwap(hash, 0)
 		s.end.CompareAndSwap(hash, 0)
 		if s.held.Load() != 0 {
@@ -133,7 +134,7 @@ func (a *ackHold) saw(b []byte, tcp, data int) {
 	}
 }
 
-// waits reports whether the ACK of data may wait now, and notices an app that waited for one.
+// waits reports whether an ACK of data may be held now. It also recognizes an app that has waited for an ACK.
 func (a *ackHold) waits(s *ackSlot, hash uint32) bool {
 	until := a.eager.Load()
 	if s.late.Load() != hash && until == 0 {
@@ -151,8 +152,8 @@ func (a *ackHold) waits(s *ackSlot, hash uint32) bool {
 	return false
 }
 
-// hold takes a segment to the app that is about to be written. It reports whether that waits; if not, an ACK of the same
-// connection that waits is forgotten. Locks of gVisor are held.
+// hold is called with each segment to the app before it is written. It reports whether the segment is held; if not, it
+// discards a held ACK of the same connection. Locks of gVisor are held.
 func (a *ackHold) hold(pkt *gstack.PacketBuffer, h *tun.Header) bool {
 	if a == nil {
 		return false
@@ -202,7 +203,7 @@ func (a *ackHold) hold(pkt *gstack.PacketBuffer, h *tun.Header) bool {
 	return true
 }
 
-// of reports whether the ACK that waits is of the connection of these headers.
+// of reports whether the held ACK belongs to the connection of these headers.
 func (s *ackSlot) of(ip, t []byte) bool {
 	from, to := 12, 20
 	if len(ip) == ip6HeaderLen {
@@ -211,7 +212,7 @@ func (s *ackSlot) of(ip, t []byte) bool {
 	return s.ip == len(ip) && bytes.Equal(s.b[from:to], ip[from:to]) && bytes.Equal(s.b[s.ip:s.ip+4], t[:4])
 }
 
-// write writes the ACK that waits. s.mu is held.
+// write writes the held ACK. s.mu is held.
 func (a *ackHold) write(s *ackSlot) {
 	err := a.dev.Write(&s.h, [][]byte{s.b[:s.n]})
 	s.held.Store(0)
@@ -223,7 +224,7 @@ func (a *ackHold) write(s *ackSlot) {
 	a.stats.BytesOut.Add(uint64(s.n))
 }
 
-// expire writes what has waited long enough. It runs on a goroutine of the runtime's timers.
+// expire writes the ACKs that have been held for ackDelay. It runs on a goroutine of the runtime's timers.
 func (a *ackHold) expire() {
 	a.armed.Store(false)
 	now := a.now()
@@ -252,5 +253,5 @@ func (a *ackHold) expire() {
 	}
 }
 
-// close forgets what waits.
+// close discards all held ACKs.
 func (a *ackHold) close() { a.timer.Stop() }

@@ -20,9 +20,10 @@ const makerName = "viasocks-sockets"
 // makerTimeout limits one request, which takes the maker some microseconds.
 const makerTimeout = 5 * time.Second
 
-// Sockets makes sockets in the network namespace of a program. A socket belongs for its whole life to the namespace in which it
-// was made, and a process with several threads cannot enter the user namespace of the program. A process of our own therefore
-// stays in there, the maker: it has no capabilities, and it ends when its socket to us is closed or this process dies.
+// Sockets creates sockets in the network namespace of a program. A socket belongs for its whole life to the namespace
+// in which it was made, and a process with several threads cannot enter the user namespace of the program. Therefore a
+// process of ours, the maker, stays inside: it has no capabilities, and it ends when its socket to us is closed or this
+// process dies.
 //
 // All methods may be called concurrently.
 type Sockets struct {
@@ -31,8 +32,8 @@ type Sockets struct {
 	pid  int
 }
 
-// Socket makes a socket that does not block and is closed on exec; the caller owns it. domain is AF_INET or AF_INET6, typ is
-// SOCK_STREAM or SOCK_DGRAM.
+// Socket creates a non-blocking socket that is closed on exec; the caller owns it. domain is AF_INET or AF_INET6, typ
+// is SOCK_STREAM or SOCK_DGRAM.
 func (s *Sockets) Socket(domain, typ int) (fd int, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -90,7 +91,7 @@ func (s *Sockets) Close() error {
 	return nil
 }
 
-// reap ends a child that has not been waited for yet, so that its pid is still its own.
+// reap ends a child. Nobody has waited for the child yet, so its pid cannot belong to another process.
 func reap(pid int) {
 	_ = syscall.Kill(pid, syscall.SIGKILL)
 	for {
@@ -100,7 +101,7 @@ func reap(pid int) {
 	}
 }
 
-// socketsFromFile makes Sockets of what the helper handed over. It closes f.
+// socketsFromFile returns Sockets that use the socket from the helper. It closes f.
 func socketsFromFile(f *os.File, pid int) (*Sockets, error) {
 	defer f.Close()
 	c, err := net.FileConn(f)
@@ -112,8 +113,8 @@ func socketsFromFile(f *os.File, pid int) (*Sockets, error) {
 }
 
 // startMaker is called by the helper. The maker becomes a child of the helper's parent (CLONE_PARENT), because the
-// helper is about to become the program, which would be surprised by a child that it did not start. It gets its own
-// session, so that no signal of the terminal reaches it. The caller closes sock.
+// helper is about to become the program, which does not expect a child that it did not start. It gets its own session,
+// so that no signal of the terminal reaches it. The caller closes sock.
 func startMaker() (sock, pid int, err error) {
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

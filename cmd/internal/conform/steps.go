@@ -143,7 +143,7 @@ func (p Prober) pour(ctx context.Context) float64 {
 	return float64(total) / time.Since(begun).Seconds()
 }
 
-// sink sends, and has the far end say how much came; a server that passes no half-close can be measured, too.
+// sink sends, and the far end reports how much arrived. This also works with a server that does not pass a half-close.
 func (p Prober) sink(ctx context.Context) float64 {
 	token := p.p.token()
 	c, err := p.p.command(ctx, "record "+token)
@@ -234,7 +234,8 @@ func (p Prober) sizes(ctx context.Context, sizes []int, back bool) (most int) {
 	return most
 }
 
-// largestAnswer reads answers for a while: the largest size of a question in of that came whole, and for back its answer, too.
+// largestAnswer reads answers for a while. It returns the largest size of a question in of that arrived whole and, for
+// back, whose answer arrived whole as well.
 func (a *association) largestAnswer(ctx context.Context, of map[uint64]int, back bool, wait time.Duration) (most int) {
 	a.u.SetReadDeadline(time.Now().Add(wait))
 	for ctx.Err() == nil {
@@ -243,7 +244,7 @@ func (a *association) largestAnswer(ctx context.Context, of map[uint64]int, back
 			break
 		}
 		if err != nil {
-			time.Sleep(time.Millisecond) // an ICMP error: it is of one datagram
+			time.Sleep(time.Millisecond) // an ICMP error, which concerns only one datagram
 			continue
 		}
 		_, skip, err := socks.ParseUDPHeader(a.buf[:n])

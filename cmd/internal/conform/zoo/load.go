@@ -24,9 +24,10 @@ func serve(ctx context.Context, at, dir string) error {
 // answerWait is how long echo waits for answers after its last question.
 const answerWait = 2 * time.Second
 
-// echo asks the far end n times from one socket, one question each interval, and prints a line for each answer: when it was
-// asked and when it was answered, in milliseconds since 1970. Every poison.every it sends a datagram to poison.to besides. It
-// tells how many answers came at the end. An error of the socket (a refusal, as ICMP) is that of one question.
+// echo asks the far end n times from one socket, one question each interval, and prints a line for each answer: the
+// times of question and answer in milliseconds since 1970. In addition, it sends a datagram to poison.to every
+// poison.every. At the end it prints the number of answers. An error of the socket (an ICMP error) concerns one
+// question.
 func echo(ctx context.Context, to netip.AddrPort, n int, interval time.Duration, poison poison) error {
 	u, err := net.ListenUDP("udp", nil)
 	if err != nil {
