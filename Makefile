@@ -44,7 +44,7 @@ test: deps lint unit race aria ## Everything CI runs: installs what it needs (ro
 	@echo "make test: passed"
 
 .PHONY: check
-check: vet ## Quick check: gofmt, go vet and the short tests, no root, under two minutes
+check: vet ## Quick check: gofmt, go vet and the short tests, no root: two to three minutes on two cores
 	$(GO) test -short ./...
 
 .PHONY: deps
