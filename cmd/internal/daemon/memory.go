@@ -36,7 +36,8 @@ func giveBack(ctx context.Context, ended func() uint64, renew func() bool, log *
 	tick := time.NewTicker(quietEvery)
 	defer tick.Stop()
 	var g gauge
-	dropCode() // the setup is complete by now
+	dropCode()
+	setUp := false
 	before := g.read()
 	done, doneAt, flows := before.allocated, time.Now(), ended()
 	for {
@@ -44,6 +45,10 @@ func giveBack(ctx context.Context, ended func() uint64, renew func() bool, log *
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+		}
+		if !setUp { // what started beside and after this function has ended by now, too
+			dropCode()
+			setUp = true
 		}
 		now := g.read()
 		garbage := now.allocated - done + flowBytes*(ended()-flows)
