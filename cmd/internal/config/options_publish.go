@@ -73,7 +73,8 @@ reaches the program.
 The file is removed at the end.`,
 	},
 	{
-		Name: "ready-fd", Arg: "N", Default: "-1", Cmds: Run | Check, set: number(-1, maxFD, func(c *Config) *int { return &c.ReadyFD }),
+		Name: "ready-fd", Arg: "N", Default: "-1", Cmds: Run | Check,
+		set:  number(-1, maxFD, func(c *Config) *int { return &c.ReadyFD }),
 		Help: "write a line to this file descriptor once the program has its network",
 		Man: `Write
 .Li READY

@@ -15,7 +15,8 @@ import (
 // Exec replaces this process with a program in the namespaces of an instance of run. want is the name or process id of
 // this instance, and all contains the instances of the caller. Exec returns only if it fails.
 //
-// A process with several threads cannot enter a user namespace (setns(2)), and a Go program always has several: nsenter(1) does it.
+// A process with several threads cannot enter a user namespace (setns(2)), and a Go program always has several.
+// nsenter(1) does it.
 func Exec(want string, program []string, all []control.Instance, environ []string) error {
 	at, err := instanceNamed(want, all)
 	if err != nil {

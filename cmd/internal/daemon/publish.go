@@ -29,7 +29,8 @@ var targets = []publish.Target{
 	{To: flow.TUN6, From: flow.Outside6},
 }
 
-// startPublishing makes the program's ports reachable. It returns nil if there are none; otherwise the caller closes the Publisher.
+// startPublishing makes the program's ports reachable. It returns nil if there are none; otherwise the caller closes the
+// Publisher.
 func startPublishing(cfg *config.Config, child *netns.Child, log *slog.Logger) (*publish.Publisher, error) {
 	if len(cfg.Publish) == 0 {
 		return nil, nil

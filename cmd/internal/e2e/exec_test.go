@@ -19,89 +19,73 @@ import (
 func TestExec(t *testing.T) {
 	needWorld(t)
 	proxy := listenSOCKS(t)
-	if os.Getuid() == 0 {
-		openTUNForAll(t)
-	}
-	for _, uid := range []int{os.Getuid(), nobody} {
-		t.Run(fmt.Sprint("uid ", uid), func(t *testing.T) {
-			if os.Getuid() != 0 && uid != os.Getuid() {
-				t.Skip("needs root, to become another user")
-			}
-			testkit.CheckLeaks(t)
-			dir := t.TempDir()
-			if err := os.Chmod(filepath.Dir(dir), 0o755); err != nil {
-				t.Fatal(err)
-			}
-			if err := os.Chown(dir, uid, uid); err != nil {
-				t.Fatal(err)
-			}
-			as := func(args ...string) *exec.Cmd {
-				cmd := exec.Command(viasocks, args...)
-				cmd.Dir = dir
-				cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir, "XDG_RUNTIME_DIR=" + dir, "http_proxy=x"}
-				cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
-				return cmd
-			}
-			pidFile := filepath.Join(dir, "pid")
-			ready, readyW, err := os.Pipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer ready.Close()
-			first := as("run", "--proxy", proxy.URL(), "--name", "first", "--pid-file", pidFile, "--ready-fd", "3", "--",
-				"sh", "-c", "test -e /proc/$$/fd/3 && echo open || echo closed; cat")
-			first.ExtraFiles = []*os.File{readyW}
-			in, err := first.StdinPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			var out strings.Builder
-			first.Stdout, first.Stderr = &out, &out
-			if err := first.Start(); err != nil {
-				t.Fatal(err)
-			}
-			readyW.Close()
-			defer func() { in.Close(); first.Wait() }()
-			if err := ready.SetReadDeadline(time.Now().Add(patience)); err != nil { // the end comes only if the program has no copy
-				t.Fatal(err)
-			}
-			if b, err := io.ReadAll(ready); string(b) != "READY\n" || err != nil {
-				t.Fatalf("the descriptor got %q, %v", b, err)
-			}
-			if b, err := os.ReadFile(pidFile); string(b) != fmt.Sprintln(first.Process.Pid) || err != nil {
-				t.Errorf("the file holds %q, %v", b, err)
-			}
-			// It is known to ps a moment after its start.
-			var got []byte
-			testkit.Eventually(t, "the program to be known", func() bool {
-				got, _ = as("ps").CombinedOutput()
-				return strings.Contains(string(got), "first (sh)")
-			})
-			script := `id -u; ls /sys/class/net; pwd; env | grep -c _proxy; readlink /proc/self/ns/net; exit 7`
-			for _, name := range []string{"first", fmt.Sprint(first.Process.Pid)} {
-				got, err := as("exec", name, "--", "sh", "-c", script).CombinedOutput()
-				want := fmt.Sprintf("%d\nlo\ntun0\n%s\n0\nnet:", uid, dir)
-				if exit, ok := err.(*exec.ExitError); !strings.HasPrefix(string(got), want) || !ok || exit.ExitCode() != 7 {
-					t.Errorf("exec %s: %v\n%swant\n%s", name, err, got, want)
-				}
-				inside, err := os.Readlink("/proc/self/ns/net")
-				if err != nil || strings.Contains(string(got), inside) {
-					t.Errorf("it is in our own namespace: %s, %v", got, err)
-				}
-			}
-			for _, bad := range []string{"second", "1"} {
-				got, err := as("exec", bad, "true").CombinedOutput()
-				if err == nil || !strings.Contains(string(got), fmt.Sprintf("cannot exec in %q: there is none", bad)) {
-					t.Errorf("%v, %s", err, got)
-				}
-			}
-			in.Close()
-			if err := first.Wait(); err != nil || out.String() != "closed\n" {
-				t.Errorf("the first program: %v\n%s", err, &out)
-			}
-			if _, err := os.Stat(pidFile); err == nil {
-				t.Error("the file with the process id is still there")
-			}
+	asUsers(t, func(t *testing.T, uid int, dir string) {
+		as := func(args ...string) *exec.Cmd {
+			cmd := exec.Command(viasocks, args...)
+			cmd.Dir = dir
+			cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir, "XDG_RUNTIME_DIR=" + dir, "http_proxy=x"}
+			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
+			return cmd
+		}
+		pidFile := filepath.Join(dir, "pid")
+		ready, readyW, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ready.Close()
+		first := as("run", "--proxy", proxy.URL(), "--name", "first", "--pid-file", pidFile, "--ready-fd", "3", "--",
+			"sh", "-c", "test -e /proc/$$/fd/3 && echo open || echo closed; cat")
+		first.ExtraFiles = []*os.File{readyW}
+		in, err := first.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var out strings.Builder
+		first.Stdout, first.Stderr = &out, &out
+		if err := first.Start(); err != nil {
+			t.Fatal(err)
+		}
+		readyW.Close()
+		defer func() { in.Close(); first.Wait() }()
+		if err := ready.SetReadDeadline(time.Now().Add(patience)); err != nil { // the end comes only if the program has no copy
+			t.Fatal(err)
+		}
+		if b, err := io.ReadAll(ready); string(b) != "READY\n" || err != nil {
+			t.Fatalf("the descriptor got %q, %v", b, err)
+		}
+		if b, err := os.ReadFile(pidFile); string(b) != fmt.Sprintln(first.Process.Pid) || err != nil {
+			t.Errorf("the file holds %q, %v", b, err)
+		}
+		// It is known to ps a moment after its start.
+		var got []byte
+		testkit.Eventually(t, "the program to be known", func() bool {
+			got, _ = as("ps").CombinedOutput()
+			return strings.Contains(string(got), "first (sh)")
 		})
-	}
+		script := `id -u; ls /sys/class/net; pwd; env | grep -c _proxy; readlink /proc/self/ns/net; exit 7`
+		for _, name := range []string{"first", fmt.Sprint(first.Process.Pid)} {
+			got, err := as("exec", name, "--", "sh", "-c", script).CombinedOutput()
+			want := fmt.Sprintf("%d\nlo\ntun0\n%s\n0\nnet:", uid, dir)
+			if exit, ok := err.(*exec.ExitError); !strings.HasPrefix(string(got), want) || !ok || exit.ExitCode() != 7 {
+				t.Errorf("exec %s: %v\n%swant\n%s", name, err, got, want)
+			}
+			inside, err := os.Readlink("/proc/self/ns/net")
+			if err != nil || strings.Contains(string(got), inside) {
+				t.Errorf("it is in our own namespace: %s, %v", got, err)
+			}
+		}
+		for _, bad := range []string{"second", "1"} {
+			got, err := as("exec", bad, "true").CombinedOutput()
+			if err == nil || !strings.Contains(string(got), fmt.Sprintf("cannot exec in %q: there is none", bad)) {
+				t.Errorf("%v, %s", err, got)
+			}
+		}
+		in.Close()
+		if err := first.Wait(); err != nil || out.String() != "closed\n" {
+			t.Errorf("the first program: %v\n%s", err, &out)
+		}
+		if _, err := os.Stat(pidFile); err == nil {
+			t.Error("the file with the process id is still there")
+		}
+	})
 }

@@ -26,75 +26,59 @@ func TestPublishARIA2(t *testing.T) {
 		t.Skip(err)
 	}
 	proxy := listenSOCKS(t)
-	if os.Getuid() == 0 {
-		openTUNForAll(t)
-	}
-	for _, uid := range []int{os.Getuid(), nobody} {
-		t.Run(fmt.Sprint("uid ", uid), func(t *testing.T) {
-			if os.Getuid() != 0 && uid != os.Getuid() {
-				t.Skip("needs root, to become another user")
+	asUsers(t, func(t *testing.T, uid int, dir string) {
+		path := filepath.Join(dir, "rpc")
+		cmd := exec.Command(viasocks, "run", "--proxy", proxy.URL(), "--log-level", "info", "--publish", "0:6800", "--publish-unix", path+":6800", "--",
+			"aria2c", "--no-conf", "--enable-rpc", "--quiet")
+		cmd.Env, cmd.Dir = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir}, dir
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
+		port := startPublished(t, cmd)
+		ask := func(c *http.Client, url string) string {
+			r, err := c.Post(url, "application/json", strings.NewReader(`{"jsonrpc":"2.0","id":"q","method":"aria2.getVersion"}`))
+			if err != nil {
+				return err.Error()
 			}
-			testkit.CheckLeaks(t)
-			dir := t.TempDir()
-			if err := os.Chmod(filepath.Dir(dir), 0o755); err != nil {
-				t.Fatal(err)
-			}
-			if err := os.Chown(dir, uid, uid); err != nil {
-				t.Fatal(err)
-			}
-			path := filepath.Join(dir, "rpc")
-			cmd := exec.Command(viasocks, "run", "--proxy", proxy.URL(), "--log-level", "info", "--publish", "0:6800", "--publish-unix", path+":6800", "--",
-				"aria2c", "--no-conf", "--enable-rpc", "--quiet")
-			cmd.Env, cmd.Dir = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir}, dir
-			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
-			port := startPublished(t, cmd)
-			ask := func(c *http.Client, url string) string {
-				r, err := c.Post(url, "application/json", strings.NewReader(`{"jsonrpc":"2.0","id":"q","method":"aria2.getVersion"}`))
-				if err != nil {
-					return err.Error()
-				}
-				defer r.Body.Close()
-				b, _ := io.ReadAll(r.Body)
-				return string(b)
-			}
-			byTCP := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: testkit.Patience}
-			testkit.Eventually(t, "an answer of aria2", func() bool {
-				return strings.Contains(ask(byTCP, "http://127.0.0.1:"+port+"/jsonrpc"), "enabledFeatures")
-			})
-			byUnix := &http.Client{
-				Transport: &http.Transport{
-					DisableKeepAlives: true,
-					DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-						return new(net.Dialer).DialContext(ctx, "unix", path)
-					},
-				},
-				Timeout: testkit.Patience,
-			}
-			if got := ask(byUnix, "http://aria2/jsonrpc"); !strings.Contains(got, "enabledFeatures") {
-				t.Errorf("by the unix socket: %s", got)
-			}
-			st := exec.Command(viasocks, "status", "--pid", fmt.Sprint(cmd.Process.Pid))
-			st.Env, st.Dir = cmd.Env, dir
-			st.SysProcAttr = cmd.SysProcAttr
-			if got, err := st.CombinedOutput(); err != nil || !strings.Contains(string(got), ", "+path+":6800: 2 connections, ") {
-				t.Errorf("status: %v\n%s", err, got)
-			}
-			maker := makers(cmd.Process.Pid)
-			if len(maker) != 1 {
-				t.Errorf("the processes that make sockets are %v", maker)
-			}
-			_ = cmd.Process.Signal(syscall.SIGTERM)
-			_ = cmd.Wait()
-			if _, err := os.Lstat(path); err == nil {
-				t.Error("the unix socket is still there")
-			}
-			for _, pid := range maker {
-				if _, err := os.Stat("/proc/" + pid); err == nil {
-					t.Error("the maker of sockets is still there")
-				}
-			}
+			defer r.Body.Close()
+			b, _ := io.ReadAll(r.Body)
+			return string(b)
+		}
+		byTCP := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: testkit.Patience}
+		testkit.Eventually(t, "an answer of aria2", func() bool {
+			return strings.Contains(ask(byTCP, "http://127.0.0.1:"+port+"/jsonrpc"), "enabledFeatures")
 		})
-	}
+		byUnix := &http.Client{
+			Transport: &http.Transport{
+				DisableKeepAlives: true,
+				DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+					return new(net.Dialer).DialContext(ctx, "unix", path)
+				},
+			},
+			Timeout: testkit.Patience,
+		}
+		if got := ask(byUnix, "http://aria2/jsonrpc"); !strings.Contains(got, "enabledFeatures") {
+			t.Errorf("by the unix socket: %s", got)
+		}
+		st := exec.Command(viasocks, "status", "--pid", fmt.Sprint(cmd.Process.Pid))
+		st.Env, st.Dir = cmd.Env, dir
+		st.SysProcAttr = cmd.SysProcAttr
+		if got, err := st.CombinedOutput(); err != nil || !strings.Contains(string(got), ", "+path+":6800: 2 connections, ") {
+			t.Errorf("status: %v\n%s", err, got)
+		}
+		maker := makers(cmd.Process.Pid)
+		if len(maker) != 1 {
+			t.Errorf("the processes that make sockets are %v", maker)
+		}
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+		_ = cmd.Wait()
+		if _, err := os.Lstat(path); err == nil {
+			t.Error("the unix socket is still there")
+		}
+		for _, pid := range maker {
+			if _, err := os.Stat("/proc/" + pid); err == nil {
+				t.Error("the maker of sockets is still there")
+			}
+		}
+	})
 }
 
 // After kill -9 of viasocks, the process that makes sockets ends, and the next run takes the place of the unix socket.

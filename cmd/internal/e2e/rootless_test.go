@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -13,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 const nobody = 65534
@@ -32,6 +35,29 @@ func openTUNForAll(t *testing.T) {
 		t.Skipf("cannot bind it: %v", err)
 	}
 	t.Cleanup(func() { unix.Unmount("/dev/net/tun", unix.MNT_DETACH) })
+}
+
+// asUsers runs f as a test for the user of this process and, if that is root, for an ordinary user, who may open the TUN. dir belongs
+// to the user.
+func asUsers(t *testing.T, f func(t *testing.T, uid int, dir string)) {
+	users := []int{os.Getuid()}
+	if os.Getuid() == 0 {
+		openTUNForAll(t)
+		users = append(users, nobody)
+	}
+	for _, uid := range users {
+		t.Run(fmt.Sprint("uid ", uid), func(t *testing.T) {
+			testkit.CheckLeaks(t)
+			dir := t.TempDir()
+			if err := os.Chmod(filepath.Dir(dir), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Chown(dir, uid, uid); err != nil {
+				t.Fatal(err)
+			}
+			f(t, uid, dir)
+		})
+	}
 }
 
 // TestOrdinaryUser: a user without any privilege runs a program, which is carried, is still that user, and has no

@@ -23,7 +23,7 @@ type Maker interface {
 
 const (
 	maxFlows    = 1024                   // connections of one published port, and senders of datagrams
-	connectWait = 10 * time.Second       // limit for the program to accept a connection; it takes that long only if its backlog is full
+	connectWait = 10 * time.Second       // for the program to accept; only a full backlog takes long
 	shortage    = 100 * time.Millisecond // between two attempts if the host has no descriptors left
 )
 
@@ -44,7 +44,7 @@ type Stats struct {
 	Refused     int64 `json:"refused"`     // TCP connections that did not
 	Open        int64 `json:"open"`        // connections and senders of datagrams now
 	Datagrams   int64 `json:"datagrams"`   // carried, in both directions
-	Dropped     int64 `json:"dropped"`     // datagrams that were not carried: the program does not listen, or there are too many senders
+	Dropped     int64 `json:"dropped"`     // datagrams that were not carried
 }
 
 // Publisher listens on behalf of a program. Close ends it.

@@ -117,9 +117,9 @@ func reset(c stream) {
 func (p *Publisher) connect(port uint16) (stream, error) {
 	var first error
 	for _, t := range p.cfg.Targets {
-		c, err := p.connectTo(t, port)
+		c, err := p.connectTo(t, port, unix.SOCK_STREAM)
 		if err == nil {
-			return c, nil
+			return c.(*net.TCPConn), nil
 		}
 		if first == nil {
 			first = err
@@ -135,8 +135,10 @@ func (p *Publisher) connect(port uint16) (stream, error) {
 	return nil, first
 }
 
-func (p *Publisher) connectTo(t Target, port uint16) (stream, error) {
-	f, err := p.socket(t, unix.SOCK_STREAM)
+// connectTo connects a socket of this type to the program's port at t. With SOCK_DGRAM, that alone does not show whether the
+// program listens there.
+func (p *Publisher) connectTo(t Target, port uint16, typ int) (net.Conn, error) {
+	f, err := p.socket(t, typ)
 	if err != nil {
 		return nil, err
 	}
@@ -144,11 +146,7 @@ func (p *Publisher) connectTo(t Target, port uint16) (stream, error) {
 	if err := startConnect(f, netip.AddrPortFrom(t.To, port)); err != nil {
 		return nil, err
 	}
-	c, err := net.FileConn(f)
-	if err != nil {
-		return nil, err
-	}
-	return c.(*net.TCPConn), nil
+	return net.FileConn(f)
 }
 
 // socket creates a socket in the program's namespace and binds it to the source of t.

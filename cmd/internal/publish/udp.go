@@ -204,27 +204,12 @@ func (a *senders) end() {
 func (p *Publisher) dialUDP(port uint16, from int) (in *net.UDPConn, target int, err error) {
 	for i := range p.cfg.Targets {
 		target = (from + i) % len(p.cfg.Targets)
-		if in, err = p.dialUDPTo(p.cfg.Targets[target], port); err == nil {
-			return in, target, nil
+		var c net.Conn
+		if c, err = p.connectTo(p.cfg.Targets[target], port, unix.SOCK_DGRAM); err == nil {
+			return c.(*net.UDPConn), target, nil
 		}
 	}
 	return nil, 0, err
-}
-
-func (p *Publisher) dialUDPTo(t Target, port uint16) (*net.UDPConn, error) {
-	f, err := p.socket(t, unix.SOCK_DGRAM)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	if err := startConnect(f, netip.AddrPortFrom(t.To, port)); err != nil {
-		return nil, err
-	}
-	c, err := net.FileConn(f)
-	if err != nil {
-		return nil, err
-	}
-	return c.(*net.UDPConn), nil
 }
 
 // askDestination makes the kernel add a control message to each datagram that tells to which of our addresses it was
