@@ -21,17 +21,42 @@ type fakeOwners struct {
 	mu    sync.Mutex
 	by    map[netip.AddrPort]flow.Owner
 	hold  chan struct{} // nil: answers at once
+	stuck int           // calls that wait for hold
 	asked int
+}
+
+// block makes all later calls wait until the function that it returns is called, or the test ends.
+func (o *fakeOwners) block(t testing.TB) (release func()) {
+	hold := make(chan struct{})
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.hold = hold
+	release = sync.OnceFunc(func() {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		o.hold = nil
+		close(hold)
+	})
+	t.Cleanup(release) // a test that fails must not leave the Router waiting
+	return release
+}
+
+// waiting returns how many calls wait to be released.
+func (o *fakeOwners) waiting() int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.stuck
 }
 
 func (o *fakeOwners) OwnersOf(flows []flow.Flow, owners []flow.Owner) {
 	o.mu.Lock()
-	hold := o.hold
-	o.mu.Unlock()
-	if hold != nil {
+	if hold := o.hold; hold != nil {
+		o.stuck++
+		o.mu.Unlock()
 		<-hold
+		o.mu.Lock()
+		o.stuck--
 	}
-	o.mu.Lock()
 	defer o.mu.Unlock()
 	for i, f := range flows {
 		o.asked++
@@ -132,7 +157,7 @@ func TestVerdictsOnDatagramsBySource(t *testing.T) {
 func TestDatagramsWaitForTheirOwner(t *testing.T) {
 	checkLeaks(t)
 	var u manualUpstream
-	owners := &fakeOwners{hold: make(chan struct{})}
+	owners := &fakeOwners{}
 	const one, two, dst = "10.0.0.1:1", "10.0.0.1:2", "203.0.113.1:1000"
 	owners.set(one, flow.Owner{Known: true, UID: 1000})
 	owners.set(two, flow.Owner{Known: true, UID: 1001})
@@ -140,6 +165,7 @@ func TestDatagramsWaitForTheirOwner(t *testing.T) {
 		Upstreams: []Upstream{u.upstream("p")}, Owners: owners,
 		Rules: []Rule{mustRule(t, "port 53 drop"), mustRule(t, "user 1000 via p"), mustRule(t, "not user 1000 reject")},
 	}, nil)
+	release := owners.block(t)
 	g.HandlePackets([]flow.Packet{packet(one, "203.0.113.1:53", "x")})
 	if owners.times() != 0 || g.Stats().Dropped != 1 {
 		t.Error("an owner was asked for that no rule needed")
@@ -150,7 +176,7 @@ func TestDatagramsWaitForTheirOwner(t *testing.T) {
 	if s := g.Stats(); s.MappingsNow != 0 || s.Refused != 0 {
 		t.Errorf("decided without the owner: %+v", s)
 	}
-	close(owners.hold)
+	release()
 	l := u.link(t, 0)
 	eventually(t, "what waited", func() bool { return l.count() == 5 && g.Stats().Refused == 5 })
 	for i, p := range l.sent {
@@ -205,7 +231,7 @@ func TestHeldDatagramsAreBounded(t *testing.T) {
 // left without an answer.
 func TestStreamsWaitForTheirOwner(t *testing.T) {
 	checkLeaks(t)
-	owners := &fakeOwners{hold: make(chan struct{})}
+	owners := &fakeOwners{}
 	owners.set("10.0.0.1:1", flow.Owner{Known: true, UID: 7, Exe: "/usr/bin/curl"})
 	dialed := make(chan Dest, 4)
 	up := &fakeUpstream{name: "p", dial: func(_ context.Context, d Dest, done func(int, error)) {
@@ -213,38 +239,41 @@ func TestStreamsWaitForTheirOwner(t *testing.T) {
 		go done(-1, context.Canceled)
 	}}
 	g := newRig(t, Config{Upstreams: []Upstream{up}, Owners: owners, Rules: []Rule{mustRule(t, "exe */curl via p")}}, nil)
+	release := owners.block(t)
 	yes, no := newRequest("10.0.0.1:1", "203.0.113.1:80"), newRequest("10.0.0.1:2", "203.0.113.1:80")
 	g.HandleStream(yes)
 	g.HandleStream(no)
 	if decided, _, _ := yes.outcome(); decided {
 		t.Error("decided without the owner")
 	}
-	close(owners.hold)
+	release()
 	if why := refusal(t, no); why != flow.RefuseReset {
 		t.Errorf("refused with %v", why)
 	}
 	if d := <-dialed; d.Addr.Port() != 80 {
 		t.Error(d)
 	}
-	// A queue without room.
-	owners.mu.Lock()
-	owners.hold = make(chan struct{})
-	hold := owners.hold
-	owners.mu.Unlock()
+	// A queue without room: nothing is taken from it while the look-up of the first batch waits.
+	release = owners.block(t)
 	var all []*fakeRequest
-	for i := range askQueue + askBatch + 10 {
-		q := newRequest(fmt.Sprintf("10.0.0.3:%d", i+1), "203.0.113.1:80")
+	ask := func() {
+		q := newRequest(fmt.Sprintf("10.0.0.3:%d", len(all)+1), "203.0.113.1:80")
 		all = append(all, q)
 		g.HandleStream(q)
+	}
+	ask()
+	eventually(t, "the look-up", func() bool { return owners.waiting() == 1 })
+	for range askQueue + 10 {
+		ask()
 	}
 	if why := refusal(t, all[len(all)-1]); why != flow.RefuseLater {
 		t.Errorf("over the limit: %v", why)
 	}
-	if n := g.Stats().AsksFull; n < 10 {
+	if n := g.Stats().AsksFull; n != 10 {
 		t.Errorf("%d are counted", n)
 	}
 	g.cancel()
-	close(hold)
+	release()
 	for _, q := range all {
 		refusal(t, q)
 	}

@@ -373,6 +373,8 @@ func TestUDPClosedSocket(t *testing.T) {
 			<-hold
 			echoUDP(w, ps)
 		})
+		release := sync.OnceFunc(func() { close(hold) })
+		t.Cleanup(release) // a test that fails must not leave the stack waiting
 		conn, err := app.ListenUDP(c.from)
 		if err != nil {
 			t.Fatal(err)
@@ -380,7 +382,7 @@ func TestUDPClosedSocket(t *testing.T) {
 		_, _ = conn.WriteToAddrPort([]byte("x"), c.to)
 		time.Sleep(20 * time.Millisecond)
 		conn.Close()
-		close(hold)
+		release()
 		testkit.Eventually(t, "the ICMP error", func() bool {
 			h.mu.Lock()
 			defer h.mu.Unlock()
