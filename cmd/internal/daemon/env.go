@@ -6,12 +6,11 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"runtime/debug"
-	"strconv"
 	"strings"
 	"syscall"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/process"
 )
 
 // env is the daemon's process: its log, and what was changed about the process.
@@ -40,7 +39,7 @@ func newEnv(cfg *config.Config, stderr *os.File) (*env, error) {
 	// A log whose reader is gone must not end the network. The signal is caught instead of ignored, because the
 	// program would inherit that.
 	signal.Notify(e.quiet, syscall.SIGPIPE)
-	tuneMemory()
+	process.Tune()
 	return e, nil
 }
 
@@ -50,9 +49,9 @@ func (e *env) logTo(w io.Writer) {
 
 // queueLog makes log lines wait in a queue until end is called: a log that nobody reads must not block a whole host.
 func (e *env) queueLog() (end func()) {
-	q := newLogQueue(e.out)
+	q := process.NewLogQueue(e.out)
 	e.logTo(q)
-	return q.close
+	return q.Close
 }
 
 func (e *env) close() {
@@ -84,41 +83,6 @@ func (e *env) decisionsTo() io.Writer {
 		return nil
 	}
 	return e.decisions
-}
-
-// tuneMemory trades memory for time: most of our memory is buffers that live as long as a connection, and a
-// collection scans all of them. Measured: 10 to 20 % of the CPU time. The limit makes the collector work more again
-// when this would need too much memory. The user's own GOGC and GOMEMLIMIT take precedence.
-func tuneMemory() {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(400)
-	}
-	if total := memory(); total > 0 && os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(total / 4)
-	}
-}
-
-// memory returns the available memory in bytes: that of the machine, or of the control group if that is less; 0:
-// unknown.
-func memory() int64 {
-	var total int64
-	if b, err := os.ReadFile("/proc/meminfo"); err == nil {
-		var kb int64
-		if _, err := fmt.Sscanf(string(b), "MemTotal: %d kB", &kb); err == nil {
-			total = kb << 10
-		}
-	}
-	if b, err := os.ReadFile("/proc/self/cgroup"); err == nil {
-		if _, path, ok := strings.Cut(strings.TrimSpace(string(b)), "0::"); ok {
-			path, _, _ = strings.Cut(path, "\n")
-			if b, err := os.ReadFile("/sys/fs/cgroup" + path + "/memory.max"); err == nil {
-				if n, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64); err == nil && (total == 0 || n < total) {
-					total = n
-				}
-			}
-		}
-	}
-	return total
 }
 
 // programEnv returns the program's environment. It leaves out variables that name a proxy, which would be wrong

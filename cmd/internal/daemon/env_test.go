@@ -90,12 +90,6 @@ func TestStartContext(t *testing.T) {
 	cancel()
 }
 
-func TestMemory(t *testing.T) {
-	if n := memory(); n < 1<<20 {
-		t.Errorf("this machine has %d bytes of memory", n)
-	}
-}
-
 // The log may be a terminal: what others named is quoted in it.
 func TestLogIsPlain(t *testing.T) {
 	e := &env{}

@@ -6,10 +6,11 @@ import (
 	"os"
 	"os/exec"
 	"strconv"
-	"strings"
 	"syscall"
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/cmd/internal/owner"
+	"github.com/viasocks/viasocks/cmd/internal/process"
 )
 
 // Exec replaces this process with a program in the namespaces of an instance of run. want is the name or process id of
@@ -59,35 +60,21 @@ func instanceNamed(want string, all []control.Instance) (at control.Instance, er
 		return at, errors.New("several have this name: give the process id that 'viasocks ps' shows")
 	}
 	// The process id belongs to the program as long as its parent, viasocks, has not waited for it.
-	if parent, err := parentOf(at.Inside); err != nil || parent != at.PID {
+	if owner.Parent(strconv.Itoa(at.Inside)) != strconv.Itoa(at.PID) {
 		return at, errors.New("its program has ended")
 	}
 	return at, nil
-}
-
-// parentOf returns the parent of a process (proc_pid_stat(5)).
-func parentOf(pid int) (int, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, err
-	}
-	s := string(b)
-	fields := strings.Fields(s[strings.LastIndexByte(s, ')')+1:])
-	if len(fields) < 2 {
-		return 0, errors.New("malformed /proc/PID/stat")
-	}
-	return strconv.Atoi(fields[1])
 }
 
 // otherUserNamespace reports whether a process is in another user namespace than this one.
 func otherUserNamespace(pid int) (bool, error) {
 	theirs, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/user", pid))
 	if err != nil {
-		return false, fmt.Errorf("cannot look at its program: %w", plainPathError(err))
+		return false, fmt.Errorf("cannot look at its program: %w", process.PlainPathError(err))
 	}
 	ours, err := os.Readlink("/proc/self/ns/user")
 	if err != nil {
-		return false, fmt.Errorf("cannot look at the own namespaces: %w", plainPathError(err))
+		return false, fmt.Errorf("cannot look at the own namespaces: %w", process.PlainPathError(err))
 	}
 	return theirs != ours, nil
 }

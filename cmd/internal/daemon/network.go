@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/viasocks/viasocks/cmd/internal/process"
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
@@ -56,7 +57,7 @@ func (p *plane) networkChanged(s *settling) {
 func followNetwork(s *settling, log *slog.Logger) (end func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var ran sync.WaitGroup
-	ran.Go(func() { (&pulse{every: sleepCheck}).run(ctx, func() {}, s.changed) })
+	ran.Go(func() { (&process.Pulse{Every: sleepCheck}).Run(ctx, func() {}, s.changed) })
 	w, err := netns.NewWatch(log)
 	if err != nil {
 		log.Warn("cannot watch the network: after a change UDP may stop for a while", "err", err)

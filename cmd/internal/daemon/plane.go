@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/process"
 	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/route/relay"
@@ -280,8 +281,8 @@ func (p *plane) start() {
 	run(&p.ran, p.stack.Run, "stack")
 	ctx, stop := context.WithCancel(context.Background())
 	p.stop = stop
-	p.ran.Go(func() { giveBack(ctx, p.router.Ended, p.stack.Renew, p.log) })
-	p.ran.Go(func() { followLoad(ctx) })
+	p.ran.Go(func() { process.GiveBack(ctx, p.router.Ended, p.stack.Renew, p.log) })
+	p.ran.Go(func() { process.FollowLoad(ctx) })
 	if p.dial.pool != nil && p.poolFile != "" {
 		p.ran.Go(func() { p.dial.pool.KeepFile(ctx, p.poolFile, p.log) })
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/process"
 	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/tun"
@@ -104,7 +105,7 @@ func (e *env) beforeRun(ctx context.Context, cfg *config.Config) (d dialing, err
 	if err := probe(ctx, cfg, d); err != nil {
 		return d, err
 	}
-	return d, keepReadyFD(cfg)
+	return d, process.KeepReadyFD(cfg.ReadyFD)
 }
 
 // spawn makes the program's namespace and the helper that becomes the program.
@@ -182,7 +183,7 @@ func serveProgram(cfg *config.Config, p *plane, child *netns.Child, o RunOptions
 		return nil, err
 	}
 	ends = append(ends, endMetrics)
-	unannounce, err := announce(cfg)
+	unannounce, err := process.Announce(cfg.PIDFile, cfg.ReadyFD)
 	if err != nil {
 		return nil, err
 	}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/cmd/internal/process"
 	"github.com/viasocks/viasocks/cmd/internal/resolved"
 	"github.com/viasocks/viasocks/route/kernel"
 	"github.com/viasocks/viasocks/tun/netns"
@@ -32,11 +33,11 @@ type up struct {
 	UpOptions
 	*env
 	first   *config.Config // the initial configuration: the device, the marks and the like do not change
-	notify  *notifier
+	notify  *process.Notifier
 	allowed *endpoints
 	dial    dialing
 	diag    *netns.Diag
-	pulse   pulse
+	pulse   process.Pulse
 	stop    context.CancelCauseFunc // with the reason as its cause
 	hup     chan struct{}           // requests to read the configuration again
 	network *settling               // the route to the proxy may have changed
@@ -84,7 +85,7 @@ func Up(cfg *config.Config, o UpOptions) error {
 	if err := e.openDecisions(cfg); err != nil {
 		return err
 	}
-	moreFiles()
+	process.MoreFiles()
 
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
@@ -95,8 +96,8 @@ func Up(cfg *config.Config, o UpOptions) error {
 	}
 	u.teller = resolved.New(resolved.SystemBus(), []netip.Addr{nameserver}, e.log)
 	u.teller.Want(tellsResolved(cfg))
-	u.notify = newNotifier(o.Environ, e.log)
-	defer u.notify.close()
+	u.notify = process.NewNotifier(o.Environ, e.log)
+	defer u.notify.Close()
 	defer u.listenSignals()()
 	srv, err := control.Listen(control.Options{Path: path, Group: cfg.Host.ControlGroup, Backend: u.backend(), Log: e.log})
 	if err != nil {
@@ -162,7 +163,7 @@ func (u *up) run(ctx context.Context) (err error) {
 	u.mu.Lock()
 	u.first, u.cfg = cfg, cfg
 	u.mu.Unlock()
-	h, err := newHost(cfg, u.pulse.fresh, u.network.changed, u.log)
+	h, err := newHost(cfg, u.pulse.Fresh, u.network.changed, u.log)
 	if err != nil {
 		return err
 	}
@@ -216,7 +217,7 @@ func (u *up) start(ctx context.Context, h *host) error {
 	if err := h.Steer(); err != nil {
 		return err
 	}
-	u.pulse.beat(u.look)
+	u.pulse.Beat(u.look)
 	h.watch()
 	// Check again with the rules in place. If they cut off the proxy, the host is better restored at once.
 	err := probe(ctx, cfg, u.dial)
@@ -265,7 +266,7 @@ func (u *up) giveUp(h *host, err error) error {
 func (u *up) end(ctx context.Context, failed error) error {
 	cfg, cause := u.first, context.Cause(ctx)
 	u.setState(control.Stopping)
-	u.notify.stopping()
+	u.notify.Stopping()
 	open := cfg.Host.FailOpen
 	if failed == nil {
 		open = !u.config().Host.StayClosed || errors.Is(cause, errDown) || errors.Is(cause, errUnconfirmed)
@@ -306,8 +307,8 @@ func (u *up) live(ctx context.Context) error {
 	var guards sync.WaitGroup
 	defer guards.Wait()
 	defer unguard()
-	guards.Go(func() { u.notify.guard(guard, u.look) })
-	guards.Go(func() { u.pulse.run(guard, u.look, u.network.changed) })
+	guards.Go(func() { u.notify.Guard(guard, u.look) })
+	guards.Go(func() { u.pulse.Run(guard, u.look, u.network.changed) })
 	guards.Go(func() { u.loops.run(guard) })
 	guards.Go(func() { u.teller.Run(guard) }) // undoes the settings at its end
 	defer u.watchTUN()()

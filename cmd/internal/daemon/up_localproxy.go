@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/owner"
 	"github.com/viasocks/viasocks/route/kernel"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/tun/netns"
@@ -134,8 +135,8 @@ func (p *localProxy) find(diag *netns.Diag) {
 		return
 	}
 	p.owner, p.exe, p.cgroup = o, "", ""
-	if pids := holders(o.Inode); len(pids) > 0 {
-		p.exe = exeOf(pids[0])
+	if pids := owner.Holders(o.Inode); len(pids) > 0 {
+		p.exe = owner.ExeOf(pids[0])
 	}
 	if o.Cgroup != 0 {
 		p.cgroup, _ = kernel.CgroupPath(o.Cgroup)

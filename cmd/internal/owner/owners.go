@@ -1,4 +1,4 @@
-package daemon
+package owner
 
 import (
 	"net/netip"
@@ -14,10 +14,10 @@ import (
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
-// procOwners finds the owners of sockets: sock_diag returns the user, the control group and the inode of a socket,
-// and /proc the process that has this inode open. It first checks the processes that had the last sockets, and reads
+// Finder finds the owners of sockets: sock_diag returns the user, the control group and the inode of a socket, and
+// /proc the process that has this inode open. It first checks the processes that had the last sockets, and reads
 // all of /proc only for the rest. It must be used by one goroutine at a time.
-type procOwners struct {
+type Finder struct {
 	diag ownerSource
 
 	sockets map[uint32]holder // by inode
@@ -44,20 +44,13 @@ const (
 	maxHolders, maxCgroupPaths, maxRecent = 4096, 1024, 16
 )
 
-// ownersOf returns the source of owners for sockets, or nil if there is none.
-func ownersOf(sockets flow.Sockets) flow.Owners {
-	if d, ok := sockets.(diagSockets); ok {
-		return newOwners(d.Diag)
-	}
-	return nil
-}
-
-func newOwners(diag *netns.Diag) *procOwners {
-	return &procOwners{diag: diag, sockets: map[uint32]holder{}, cgroups: map[uint64]string{}}
+// NewFinder returns a Finder that asks diag, which the caller closes.
+func NewFinder(diag *netns.Diag) *Finder {
+	return &Finder{diag: diag, sockets: map[uint32]holder{}, cgroups: map[uint64]string{}}
 }
 
 // OwnersOf implements flow.Owners.
-func (p *procOwners) OwnersOf(flows []flow.Flow, owners []flow.Owner) {
+func (p *Finder) OwnersOf(flows []flow.Flow, owners []flow.Owner) {
 	now := time.Now()
 	want := map[uint32][]int{}
 	for i, f := range flows {
@@ -73,7 +66,7 @@ func (p *procOwners) OwnersOf(flows []flow.Flow, owners []flow.Owner) {
 		want[o.Inode] = append(want[o.Inode], i)
 	}
 	p.find(want, func(inode uint32, pid string) {
-		h := holder{exe: exeOf(pid), at: now}
+		h := holder{exe: ExeOf(pid), at: now}
 		h.pid, _ = strconv.Atoi(pid)
 		if len(p.sockets) >= maxHolders {
 			clear(p.sockets)
@@ -89,7 +82,7 @@ func (p *procOwners) OwnersOf(flows []flow.Flow, owners []flow.Owner) {
 }
 
 // find calls found once for each socket of want that a process has open.
-func (p *procOwners) find(want map[uint32][]int, found func(inode uint32, pid string)) {
+func (p *Finder) find(want map[uint32][]int, found func(inode uint32, pid string)) {
 	left := len(want)
 	if left == 0 {
 		return
@@ -125,7 +118,7 @@ func (p *procOwners) find(want map[uint32][]int, found func(inode uint32, pid st
 }
 
 // saw moves a process to the front of those that recently had sockets.
-func (p *procOwners) saw(pid string) {
+func (p *Finder) saw(pid string) {
 	if len(p.recent) > 0 && p.recent[0] == pid {
 		return
 	}
@@ -135,7 +128,7 @@ func (p *procOwners) saw(pid string) {
 }
 
 // cgroup returns the path of a control group; "": unknown.
-func (p *procOwners) cgroup(inode uint64) string {
+func (p *Finder) cgroup(inode uint64) string {
 	if inode == 0 {
 		return ""
 	}

@@ -1,4 +1,4 @@
-package daemon
+package process
 
 import (
 	"bytes"
@@ -16,26 +16,26 @@ const (
 	logFlush = time.Second
 )
 
-// logQueue is a Writer that does not block for long, in front of one that may: a stopped terminal, or a pipe that
+// LogQueue is a Writer that does not block for long, in front of one that may: a stopped terminal, or a pipe that
 // nobody reads. When the queue is full, a line waits briefly, so that a slow reader loses nothing. From then on until
 // the next line is read, lines for which there is no room are dropped and counted.
-type logQueue struct {
+type LogQueue struct {
 	lines      chan []byte
 	stuck      atomic.Bool
 	lost       atomic.Uint64
 	stop, done chan struct{}
 }
 
-// newLogQueue returns a queue that the caller must close. It writes to out until then, and afterwards only if a write
+// NewLogQueue returns a queue that the caller must close. It writes to out until then, and afterwards only if a write
 // was stuck.
-func newLogQueue(out io.Writer) *logQueue {
-	q := &logQueue{lines: make(chan []byte, logLines), stop: make(chan struct{}), done: make(chan struct{})}
+func NewLogQueue(out io.Writer) *LogQueue {
+	q := &LogQueue{lines: make(chan []byte, logLines), stop: make(chan struct{}), done: make(chan struct{})}
 	go q.run(out)
 	return q
 }
 
 // Write accepts one line.
-func (q *logQueue) Write(p []byte) (int, error) {
+func (q *LogQueue) Write(p []byte) (int, error) {
 	line := bytes.Clone(p)
 	select {
 	case q.lines <- line:
@@ -56,7 +56,7 @@ func (q *logQueue) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func (q *logQueue) run(out io.Writer) {
+func (q *LogQueue) run(out io.Writer) {
 	defer close(q.done)
 	write := func(line []byte) {
 		_, _ = out.Write(line) // a failed write cannot be reported
@@ -83,8 +83,8 @@ func (q *logQueue) run(out io.Writer) {
 	}
 }
 
-// close waits briefly until everything is written. Later writes to the queue are lost.
-func (q *logQueue) close() {
+// Close waits briefly until everything is written. Later writes to the queue are lost.
+func (q *LogQueue) Close() {
 	close(q.stop)
 	t := time.NewTimer(logFlush)
 	defer t.Stop()

@@ -1,4 +1,4 @@
-package daemon
+package process
 
 import (
 	"context"
@@ -16,9 +16,9 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/control"
 )
 
-// notifier tells systemd our state by sd_notify(3): datagrams on the unix socket that NOTIFY_SOCKET names. Without a
+// Notifier tells systemd our state by sd_notify(3): datagrams on the unix socket that NOTIFY_SOCKET names. Without a
 // socket it does nothing. Its methods may be called from any goroutine.
-type notifier struct {
+type Notifier struct {
 	conn     *net.UnixConn
 	watchdog time.Duration // how often systemd must hear from us; 0: never
 	log      *slog.Logger
@@ -27,10 +27,10 @@ type notifier struct {
 // sendTimeout limits one message, so that a systemd that does not read cannot block us.
 const sendTimeout = time.Second
 
-// newNotifier reads NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID from environ, which has the form of os.Environ. An
+// NewNotifier reads NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID from environ, which has the form of os.Environ. An
 // address that cannot be used is logged and is not an error, because the network matters more.
-func newNotifier(environ []string, log *slog.Logger) *notifier {
-	n := &notifier{log: log}
+func NewNotifier(environ []string, log *slog.Logger) *Notifier {
+	n := &Notifier{log: log}
 	var addr, usec, pid string
 	for _, e := range environ {
 		name, value, _ := strings.Cut(e, "=")
@@ -67,7 +67,7 @@ func dialNotify(addr string) (*net.UnixConn, error) {
 }
 
 // send sends assignments, one on each line.
-func (n *notifier) send(lines ...string) {
+func (n *Notifier) send(lines ...string) {
 	if n.conn == nil {
 		return
 	}
@@ -79,11 +79,11 @@ func (n *notifier) send(lines ...string) {
 
 func status(text string) string { return "STATUS=" + control.Plain(text) }
 
-// ready reports that the host is steered, or is so again after a reload.
-func (n *notifier) ready(text string) { n.send("READY=1", status(text)) }
+// Ready reports that the host is steered, or is so again after a reload.
+func (n *Notifier) Ready(text string) { n.send("READY=1", status(text)) }
 
-// reloading reports that the configuration is being read again. ready must follow.
-func (n *notifier) reloading() {
+// Reloading reports that the configuration is being read again. Ready must follow.
+func (n *Notifier) Reloading() {
 	var now unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
 		return
@@ -91,16 +91,16 @@ func (n *notifier) reloading() {
 	n.send("RELOADING=1", "MONOTONIC_USEC="+strconv.FormatInt(now.Nano()/1000, 10))
 }
 
-// waiting reports that the start takes longer, and that the next message will come within the given time.
-func (n *notifier) waiting(text string, within time.Duration) {
+// Waiting reports that the start takes longer, and that the next message will come within the given time.
+func (n *Notifier) Waiting(text string, within time.Duration) {
 	n.send(status(text), "EXTEND_TIMEOUT_USEC="+strconv.FormatInt((2*within).Microseconds(), 10))
 }
 
-func (n *notifier) stopping() { n.send("STOPPING=1", status("stopping")) }
+func (n *Notifier) Stopping() { n.send("STOPPING=1", status("stopping")) }
 
-// guard tells the watchdog that we are alive, three times as often as required, until ctx ends. It calls alive before
+// Guard tells the watchdog that we are alive, three times as often as required, until ctx ends. It calls alive before
 // each message. If that hangs, the messages stop and systemd ends us.
-func (n *notifier) guard(ctx context.Context, alive func()) {
+func (n *Notifier) Guard(ctx context.Context, alive func()) {
 	if n.conn == nil || n.watchdog == 0 {
 		return
 	}
@@ -117,8 +117,8 @@ func (n *notifier) guard(ctx context.Context, alive func()) {
 	}
 }
 
-// close closes the socket.
-func (n *notifier) close() {
+// Close closes the socket.
+func (n *Notifier) Close() {
 	if n.conn != nil {
 		n.conn.Close()
 	}

@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/viasocks/viasocks/cmd/internal/owner"
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/tun/netns"
 )
@@ -79,7 +80,7 @@ func (g *loopGuard) ownerOf(diag *netns.Diag, f flow.Flow) (localProxy, bool) {
 		if p.owner == (netns.Owner{}) || o.Cgroup != p.owner.Cgroup {
 			continue
 		}
-		if slices.ContainsFunc(g.processesOf(p.owner.Inode), func(pid string) bool { return hasSocket(pid, o.Inode) }) {
+		if slices.ContainsFunc(g.processesOf(p.owner.Inode), func(pid string) bool { return owner.HasSocket(pid, o.Inode) }) {
 			return p, true
 		}
 	}
@@ -92,7 +93,7 @@ func (g *loopGuard) processesOf(listener uint32) []string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.listener != listener || time.Since(g.listed) > time.Second {
-		g.pids, g.listener, g.listed = descendants(holders(listener)), listener, time.Now()
+		g.pids, g.listener, g.listed = owner.Descendants(owner.Holders(listener)), listener, time.Now()
 	}
 	return g.pids
 }

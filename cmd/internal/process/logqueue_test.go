@@ -1,4 +1,4 @@
-package daemon
+package process
 
 import (
 	"bufio"
@@ -19,7 +19,7 @@ func TestLogQueue(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	q := newLogQueue(w)
+	q := NewLogQueue(w)
 	const n = 20_000
 	for i := range n {
 		fmt.Fprintf(q, "line %d %s\n", i, strings.Repeat("x", 100))
@@ -52,7 +52,7 @@ func TestLogQueue(t *testing.T) {
 		t.Errorf("%d read, %d lost", read, lost)
 	}
 	fmt.Fprintf(q, "line %d\n", n)
-	q.close()
+	q.Close()
 	w.Close()
 	if next(); last != n {
 		t.Errorf("the last line is %d", last)
@@ -65,11 +65,11 @@ func TestLogQueueStuck(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	q := newLogQueue(w)
+	q := NewLogQueue(w)
 	for range logLines {
 		fmt.Fprintln(q, strings.Repeat("x", 1000))
 	}
-	q.close()
+	q.Close()
 	r.Close() // it is stuck no longer
 	<-q.done
 	w.Close()
@@ -93,7 +93,7 @@ func TestLogQueueBurst(t *testing.T) {
 			}
 			read <- n
 		}()
-		q := newLogQueue(w)
+		q := NewLogQueue(w)
 		const n = 50_000
 		for i := range n {
 			fmt.Fprintf(q, "line %d %s\n", i, strings.Repeat("x", 100))
@@ -101,7 +101,7 @@ func TestLogQueueBurst(t *testing.T) {
 		for len(q.lines) > 0 {
 			runtime.Gosched()
 		}
-		q.close()
+		q.Close()
 		w.Close()
 		got := <-read
 		r.Close()

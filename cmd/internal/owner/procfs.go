@@ -1,4 +1,4 @@
-package daemon
+package owner
 
 import (
 	"bytes"
@@ -11,21 +11,21 @@ import (
 // The open files of other users' processes are visible only with CAP_SYS_PTRACE. Without it, these processes are
 // skipped.
 
-// holders lists the processes that have the socket with this inode open.
-func holders(inode uint32) (pids []string) {
+// Holders lists the processes that have the socket with this inode open.
+func Holders(inode uint32) (pids []string) {
 	for _, pid := range processes() {
-		if hasSocket(pid, inode) {
+		if HasSocket(pid, inode) {
 			pids = append(pids, pid)
 		}
 	}
 	return pids
 }
 
-// descendants adds to pids their children, and the children of these.
-func descendants(pids []string) []string {
+// Descendants adds to pids their children, and the children of these.
+func Descendants(pids []string) []string {
 	children := map[string][]string{}
 	for _, pid := range processes() {
-		if p := parent(pid); p != "" {
+		if p := Parent(pid); p != "" {
 			children[p] = append(children[p], pid)
 		}
 	}
@@ -54,8 +54,8 @@ func processes() []string {
 	})
 }
 
-// parent returns the id of a process's parent; "": the process has ended.
-func parent(pid string) string {
+// Parent returns the id of a process's parent; "": the process has ended.
+func Parent(pid string) string {
 	b, err := os.ReadFile(filepath.Join("/proc", pid, "stat"))
 	if err != nil {
 		return ""
@@ -68,14 +68,14 @@ func parent(pid string) string {
 	return string(f[1])
 }
 
-// exeOf returns the executable of a process; "": we may not see it.
-func exeOf(pid string) string {
+// ExeOf returns the executable of a process; "": we may not see it.
+func ExeOf(pid string) string {
 	exe, _ := os.Readlink(filepath.Join("/proc", pid, "exe"))
 	return exe
 }
 
-// hasSocket reports whether a process has the socket with this inode open.
-func hasSocket(pid string, inode uint32) (has bool) {
+// HasSocket reports whether a process has the socket with this inode open.
+func HasSocket(pid string, inode uint32) (has bool) {
 	sockets(pid, func(other uint32) bool {
 		has = other == inode
 		return !has

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/viasocks/viasocks/cmd/internal/owner"
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/tun/netns"
 )
@@ -29,6 +30,14 @@ func (d diagSockets) Exists(proto flow.Proto, src, dst netip.AddrPort) (bool, er
 
 // Forwards implements flow.Sockets.
 func (d diagSockets) Forwards() bool { return d.guests.on() }
+
+// ownersOf returns the source of owners for sockets, or nil if there is none.
+func ownersOf(sockets flow.Sockets) flow.Owners {
+	if d, ok := sockets.(diagSockets); ok {
+		return owner.NewFinder(d.Diag)
+	}
+	return nil
+}
 
 // forwarding tells whether the host forwards packets. It reads the kernel's settings at intervals.
 type forwarding struct {

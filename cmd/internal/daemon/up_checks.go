@@ -152,13 +152,3 @@ func needNetAdmin(to, or string) error {
 	}
 	return errors.New("cannot " + to + ": CAP_NET_ADMIN is missing: run it as root" + or)
 }
-
-// moreFiles raises the limit of open files as far as permitted: a flow holds one, a UDP mapping two. (The runtime
-// raises it only to the hard limit.)
-func moreFiles() {
-	const enough = 1 << 20
-	var l unix.Rlimit
-	if unix.Getrlimit(unix.RLIMIT_NOFILE, &l) == nil && l.Max < enough {
-		_ = unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: enough, Max: enough})
-	}
-}

@@ -18,8 +18,8 @@ const lingers = 2 * time.Second
 // changes.
 func (u *up) reload() {
 	if u.waitsFor() == nil { // otherwise it has not been ready yet
-		u.notify.reloading()
-		defer func() { u.notify.ready("carries the host through " + proxyName(u.config())) }()
+		u.notify.Reloading()
+		defer func() { u.notify.Ready("carries the host through " + proxyName(u.config())) }()
 	}
 	cfg, err := u.Again()
 	if err == nil {

@@ -82,7 +82,7 @@ func (u *up) waitFor(err error) {
 	if !said {
 		u.log.Warn("waiting for the proxy; the host is closed until it can be reached", "err", err)
 	}
-	u.notify.waiting("waits for the proxy, the host is closed: "+err.Error(), waitMost+probeTimeout)
+	u.notify.Waiting("waits for the proxy, the host is closed: "+err.Error(), waitMost+probeTimeout)
 }
 
 // waitsFor returns why we wait for the proxy, or nil.

@@ -1,19 +1,18 @@
 package daemon
 
 import (
-	"context"
 	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/cmd/internal/process"
 	"github.com/viasocks/viasocks/cmd/internal/resolved"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
@@ -55,7 +54,7 @@ func startUp(t *testing.T, file string, environ []string) (u *up, write func(str
 		state:     control.Ready,
 		confirm:   make(chan struct{}, 1),
 	}
-	u.notify = newNotifier(nil, e.log)
+	u.notify = process.NewNotifier(nil, e.log)
 	u.allowed = newEndpoints(e.log)
 	u.allowed.configure(cfg.Upstreams)
 	pool, err := newPool(cfg, e.log)
@@ -166,56 +165,6 @@ func TestOwnership(t *testing.T) {
 	}
 	if cgroup, uid := ownership("/does/not/exist"); cgroup != "" || (uid == nil) != (os.Geteuid() == 0) {
 		t.Errorf("%q, %v", cgroup, uid)
-	}
-}
-
-func TestPulse(t *testing.T) {
-	var p pulse
-	if p.fresh() {
-		t.Error("fresh before the first look")
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	var looks atomic.Int32
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		p.run(ctx, func() { looks.Add(1) }, func() { t.Error("it was not asleep") })
-	}()
-	for looks.Load() == 0 || !p.fresh() {
-		time.Sleep(time.Millisecond)
-	}
-	cancel()
-	<-done
-	p.last.Store(p.last.Load() - int64(pulseFresh))
-	if p.fresh() {
-		t.Error("fresh after nobody looked")
-	}
-}
-
-// A host that was suspended is told once for each time, and one that was not never.
-func TestWoke(t *testing.T) {
-	var clock, woke atomic.Int64
-	p := pulse{every: time.Millisecond, asleep: func() time.Duration { return time.Duration(clock.Load()) }}
-	ctx, cancel := context.WithCancel(context.Background())
-	var looks atomic.Int64
-	done := make(chan struct{})
-	go func() { defer close(done); p.run(ctx, func() { looks.Add(1) }, func() { woke.Add(1) }) }()
-	defer func() { cancel(); <-done }()
-	passes := func() { // two looks: all that came before was seen
-		for n := looks.Load(); looks.Load() < n+3; {
-			time.Sleep(time.Millisecond)
-		}
-	}
-	for i, tt := range []struct {
-		asleep time.Duration
-		want   int64
-	}{{0, 0}, {4 * time.Second, 0}, {10 * time.Second, 1}, {11 * time.Second, 1}, {9 * time.Hour, 2}, {9 * time.Hour, 2}} {
-		passes()
-		clock.Store(int64(tt.asleep))
-		passes()
-		if woke.Load() != tt.want {
-			t.Errorf("%d: asleep for %v in all: woke %d times, want %d", i, tt.asleep, woke.Load(), tt.want)
-		}
 	}
 }
 

@@ -1,4 +1,4 @@
-package daemon
+package process
 
 import (
 	"context"
@@ -30,9 +30,9 @@ const (
 	busyHeap  = 64 << 20
 )
 
-// giveBack returns memory to the kernel after bursts, until ctx ends. ended returns how many flows have ended so far.
+// GiveBack returns memory to the kernel after bursts, until ctx ends. ended returns how many flows have ended so far.
 // renew releases what a burst has left that is not garbage, and reports whether there was any.
-func giveBack(ctx context.Context, ended func() uint64, renew func() bool, log *slog.Logger) {
+func GiveBack(ctx context.Context, ended func() uint64, renew func() bool, log *slog.Logger) {
 	tick := time.NewTicker(quietEvery)
 	defer tick.Stop()
 	var g gauge

@@ -1,4 +1,4 @@
-package daemon
+package process
 
 import (
 	"cmp"
@@ -17,16 +17,16 @@ const (
 	sleptFor = 5 * time.Second
 )
 
-// pulse checks regularly whether the data plane answers, and whether the host was asleep.
-type pulse struct {
+// Pulse checks regularly whether the data plane answers, and whether the host was asleep.
+type Pulse struct {
 	last   atomic.Int64         // on the clock that stops in sleep, ns; 0: never
 	asleep func() time.Duration // since boot; nil: as the kernel reports
-	every  time.Duration        // 0: pulseEvery
+	Every  time.Duration        // 0: pulseEvery
 }
 
-// run checks until ctx ends. look may hang; fresh then becomes false.
-func (p *pulse) run(ctx context.Context, look, woke func()) {
-	tick := time.NewTicker(cmp.Or(p.every, pulseEvery))
+// Run checks until ctx ends. look may hang; Fresh then becomes false.
+func (p *Pulse) Run(ctx context.Context, look, woke func()) {
+	tick := time.NewTicker(cmp.Or(p.Every, pulseEvery))
 	defer tick.Stop()
 	slept := p.asleep
 	if slept == nil {
@@ -34,7 +34,7 @@ func (p *pulse) run(ctx context.Context, look, woke func()) {
 	}
 	before := slept()
 	for {
-		p.beat(look)
+		p.Beat(look)
 		select {
 		case <-ctx.Done():
 			return
@@ -47,13 +47,13 @@ func (p *pulse) run(ctx context.Context, look, woke func()) {
 	}
 }
 
-func (p *pulse) beat(look func()) {
+func (p *Pulse) Beat(look func()) {
 	look()
 	p.last.Store(int64(clock(unix.CLOCK_MONOTONIC)))
 }
 
-// fresh reports whether the data plane has answered recently.
-func (p *pulse) fresh() bool {
+// Fresh reports whether the data plane has answered recently.
+func (p *Pulse) Fresh() bool {
 	last := p.last.Load()
 	return last != 0 && clock(unix.CLOCK_MONOTONIC)-time.Duration(last) < pulseFresh
 }

@@ -41,7 +41,7 @@ func (u *up) ready() {
 	u.readyAt, u.state = &now, u.stateNow()
 	u.mu.Unlock()
 	u.log.Info("ready", "tun", cfg.TUN, "proxy", proxyName(cfg))
-	u.notify.ready("carries the host through " + proxyName(cfg))
+	u.notify.Ready("carries the host through " + proxyName(cfg))
 }
 
 // stateNow returns one of control's states while it is up. The caller holds u.mu.

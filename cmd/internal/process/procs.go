@@ -1,4 +1,4 @@
-package daemon
+package process
 
 import (
 	"context"
@@ -21,9 +21,9 @@ const (
 	procsFewer = 0.60
 )
 
-// followLoad sets GOMAXPROCS between 1 and its current value until ctx ends, and then restores it. It does not
+// FollowLoad sets GOMAXPROCS between 1 and its current value until ctx ends, and then restores it. It does not
 // override GOMAXPROCS in the environment.
-func followLoad(ctx context.Context) {
+func FollowLoad(ctx context.Context) {
 	most := runtime.GOMAXPROCS(0)
 	if most == 1 || os.Getenv("GOMAXPROCS") != "" {
 		return

@@ -1,4 +1,4 @@
-package daemon
+package process
 
 import (
 	"context"
@@ -11,8 +11,11 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
+
+// patience is for what must happen, on a machine that may stall for seconds.
+const patience = 20 * time.Second
 
 // notifySocket is systemd's end.
 func notifySocket(t *testing.T, name string) *net.UnixConn {
@@ -37,26 +40,26 @@ func heard(t *testing.T, c *net.UnixConn) string {
 }
 
 func TestNotify(t *testing.T) {
-	defer verifyNone(t, goleak.IgnoreCurrent())
+	testkit.CheckLeaks(t)
 	for _, name := range []string{filepath.Join(t.TempDir(), "notify"), fmt.Sprintf("@viasocks-test-%d", os.Getpid())} {
 		c := notifySocket(t, name)
-		n := newNotifier(
+		n := NewNotifier(
 			[]string{"NOTIFY_SOCKET=" + name, "WATCHDOG_USEC=30000", fmt.Sprintf("WATCHDOG_PID=%d", os.Getpid())},
 			slog.New(slog.DiscardHandler),
 		)
-		n.ready("carries\nall")
+		n.Ready("carries\nall")
 		if got := heard(t, c); got != "READY=1\nSTATUS=carries all" {
 			t.Errorf("%q", got)
 		}
-		n.reloading()
+		n.Reloading()
 		if got := heard(t, c); !strings.HasPrefix(got, "RELOADING=1\nMONOTONIC_USEC=") {
 			t.Errorf("%q", got)
 		}
-		n.waiting("waits\x1b", 40*time.Second)
+		n.Waiting("waits\x1b", 40*time.Second)
 		if got := heard(t, c); got != "STATUS=waits?\nEXTEND_TIMEOUT_USEC=80000000" {
 			t.Errorf("%q", got)
 		}
-		n.stopping()
+		n.Stopping()
 		if got := heard(t, c); got != "STOPPING=1\nSTATUS=stopping" {
 			t.Errorf("%q", got)
 		}
@@ -67,7 +70,7 @@ func TestNotify(t *testing.T) {
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			n.guard(ctx, func() {
+			n.Guard(ctx, func() {
 				if looks++; looks == 3 {
 					<-hang
 				}
@@ -89,18 +92,18 @@ func TestNotify(t *testing.T) {
 		}
 		cancel()
 		<-done
-		n.close()
-		n.ready("after the end") // no panic, no noise
+		n.Close()
+		n.Ready("after the end") // no panic, no noise
 	}
 }
 
 func TestNobodyToNotify(t *testing.T) {
 	for _, env := range [][]string{nil, {"NOTIFY_SOCKET="}, {"NOTIFY_SOCKET=relative"}, {"NOTIFY_SOCKET=/does/not/exist", "WATCHDOG_USEC=1000"}} {
 		var log strings.Builder
-		n := newNotifier(env, slog.New(slog.NewTextHandler(&log, nil)))
-		n.ready("x")
-		n.guard(context.Background(), func() { t.Error("looked") }) // returns
-		n.close()
+		n := NewNotifier(env, slog.New(slog.NewTextHandler(&log, nil)))
+		n.Ready("x")
+		n.Guard(context.Background(), func() { t.Error("looked") }) // returns
+		n.Close()
 		if told := strings.Count(log.String(), "\n"); told > 1 || len(env) > 0 && env[0] != "NOTIFY_SOCKET=" && told != 1 {
 			t.Errorf("%q: %s", env, &log)
 		}
@@ -108,10 +111,10 @@ func TestNobodyToNotify(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "notify")
 	notifySocket(t, path)
 	for _, env := range []string{"WATCHDOG_PID=1", "WATCHDOG_USEC=-1", "WATCHDOG_USEC=x", "WATCHDOG_USEC=99999999999999999"} {
-		n := newNotifier([]string{"NOTIFY_SOCKET=" + path, "WATCHDOG_USEC=1000", env}, slog.New(slog.DiscardHandler))
+		n := NewNotifier([]string{"NOTIFY_SOCKET=" + path, "WATCHDOG_USEC=1000", env}, slog.New(slog.DiscardHandler))
 		if n.watchdog != 0 {
 			t.Errorf("%s: watchdog %v", env, n.watchdog)
 		}
-		n.close()
+		n.Close()
 	}
 }

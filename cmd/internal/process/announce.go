@@ -1,0 +1,78 @@
+package process
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+)
+
+// KeepReadyFD checks the descriptor of --ready-fd, and closes it in the program, which would otherwise keep it open. A
+// negative one means that there is none.
+func KeepReadyFD(fd int) error {
+	if fd < 0 {
+		return nil
+	}
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != nil {
+		return fmt.Errorf("cannot use --ready-fd %d: %w: it must be open, as in %[1]d>FILE", fd, err)
+	}
+	unix.CloseOnExec(fd)
+	return nil
+}
+
+// Announce tells waiting processes that the program has its network: it writes the file of --pid-file and the line of
+// --ready-fd. end removes the file.
+func Announce(pidFile string, readyFD int) (end func(), err error) {
+	end = func() {}
+	if pidFile != "" {
+		pid := strconv.Itoa(os.Getpid()) + "\n"
+		if err := replaceFile(pidFile, pid); err != nil {
+			return nil, fmt.Errorf("cannot write the process id to %s: %w", pidFile, err)
+		}
+		end = func() {
+			if b, err := os.ReadFile(pidFile); err == nil && string(b) == pid { // another process may have replaced the file
+				_ = os.Remove(pidFile)
+			}
+		}
+	}
+	if readyFD >= 0 {
+		f := os.NewFile(uintptr(readyFD), "ready-fd")
+		_, err := f.WriteString("READY\n")
+		if err = errors.Join(err, f.Close()); err != nil {
+			end()
+			return nil, fmt.Errorf("cannot write to --ready-fd %d: %w", readyFD, err)
+		}
+	}
+	return end, nil
+}
+
+// replaceFile replaces a file atomically: a reader sees either the old content or the new one.
+func replaceFile(path, content string) error {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
+	if err != nil {
+		return PlainPathError(err)
+	}
+	defer os.Remove(f.Name())
+	_, err = f.WriteString(content)
+	err = errors.Join(err, f.Chmod(0o644), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	return PlainPathError(err)
+}
+
+// PlainPathError returns the reason without the name of a temporary file.
+func PlainPathError(err error) error {
+	var path *os.PathError
+	var link *os.LinkError
+	switch {
+	case errors.As(err, &path):
+		return path.Err
+	case errors.As(err, &link):
+		return link.Err
+	}
+	return err
+}
