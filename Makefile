@@ -66,11 +66,11 @@ lint: vet
 unit: build
 	$(GO) test $(TESTFLAGS) -timeout 40m ./...
 
-# hosttest watches a host from outside while viasocks is killed and restarted; what the daemon does inside is e2e's part,
-# and that is built with the race detector here. route/kernel has one goroutine beside its caller's: the watch over the host.
+# hosttest and servicetest watch a host from outside while viasocks is killed and restarted; what the daemon does inside is
+# e2e's part, and that is built with the race detector here. route/kernel has one goroutine beside its caller's: the watch over the host.
 .PHONY: race
 race: ## Run the tests under the race detector
-	$(GO) test $(TESTFLAGS) -race -timeout 40m $$($(GO) list ./... | grep -v -e /cmd/internal/hosttest -e /route/kernel)
+	$(GO) test $(TESTFLAGS) -race -timeout 40m $$($(GO) list ./... | grep -v -e /cmd/internal/hosttest -e /cmd/internal/servicetest -e /route/kernel)
 	$(GO) test $(TESTFLAGS) -race -run 'Watch|PutBack|Source|Guard|MadeAnew' ./route/kernel
 
 # The demo as a test, on smaller files.
