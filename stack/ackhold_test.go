@@ -6,10 +6,11 @@ import (
 	"testing"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
-	"gvisor.dev/gvisor/pkg/tcpip/header"
 )
 
 // bareConn is an open connection of an app that is made of segments.
@@ -58,7 +59,7 @@ func (c *bareConn) say(flags header.TCPFlags, data string) {
 func (c *bareConn) hear(flags header.TCPFlags) {
 	t := c.rawStack.t
 	t.Helper()
-	_, b := c.recv(patience)
+	_, b := c.recv(testkit.Patience)
 	if b == nil {
 		t.Fatal("no segment")
 	}

@@ -11,16 +11,17 @@ import (
 	"testing"
 	"time"
 
-	"github.com/viasocks/viasocks/stack/flow"
-	"github.com/viasocks/viasocks/stack/testkit"
-	"github.com/viasocks/viasocks/tun"
-	"github.com/viasocks/viasocks/tun/tuntest"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
+	"github.com/viasocks/viasocks/tun"
+	"github.com/viasocks/viasocks/tun/tuntest"
 )
 
 var (
@@ -29,9 +30,6 @@ var (
 	srv4   = netip.MustParseAddrPort("203.0.113.7:80")
 	srv6   = netip.MustParseAddrPort("[2001:db8::7]:80")
 )
-
-// patience is for what must happen, on a machine that may stall for seconds.
-const patience = 30 * time.Second
 
 const offAll = tun.VnetHdr | tun.TSO | tun.USO
 
@@ -101,7 +99,7 @@ func (a *testApp) dialFrom(ctx context.Context, src, dst netip.AddrPort) (*gonet
 
 func (a *testApp) mustDial(dst netip.AddrPort) *gonet.TCPConn {
 	a.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience)
 	defer cancel()
 	c, err := a.dial(ctx, dst)
 	if err != nil {
@@ -181,12 +179,12 @@ func (c *testConn) opened() error {
 	return c.err
 }
 
-var errTime = errors.New("nothing happened for " + patience.String())
+var errTime = errors.New("nothing happened for " + testkit.Patience.String())
 
 // await waits for one of the events.
 func (c *testConn) await(ev flow.Events) error {
 	late := false
-	tm := time.AfterFunc(patience, func() {
+	tm := time.AfterFunc(testkit.Patience, func() {
 		c.mu.Lock()
 		late = true
 		c.mu.Unlock()
@@ -281,7 +279,7 @@ func (p *testPair) request() flow.StreamRequest {
 	select {
 	case r := <-p.reqs:
 		return r
-	case <-time.After(patience):
+	case <-time.After(testkit.Patience):
 		p.t.Fatal("no request came")
 		return nil
 	}
@@ -296,7 +294,7 @@ func (p *testPair) connect(dst netip.AddrPort) (*gonet.TCPConn, *testConn) {
 	}
 	ch := make(chan res, 1)
 	go func() {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience)
 		defer cancel()
 		c, err := p.dial(ctx, dst)
 		ch <- res{c, err}

@@ -7,10 +7,11 @@ import (
 	"testing"
 	"time"
 
-	"github.com/viasocks/viasocks/stack/flow"
-	"github.com/viasocks/viasocks/tun"
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+
+	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/tun"
 )
 
 // chunk is a payload of n bytes that costs nothing.

@@ -10,9 +10,10 @@ import (
 	"testing"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+
 	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun/tuntest"
-	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 )
 
 // exchange says something on c, and ends it in order.
@@ -91,10 +92,10 @@ func TestRenewAmidst(t *testing.T) {
 	})
 	for d := range 2 {
 		work.Go(func() {
-			end := time.Now().Add(patience)
+			end := time.Now().Add(testkit.Patience)
 			for i := 0; (i < 100 || renewals.Load() < 20) && i < 30000 && time.Now().Before(end); i++ {
-				time.Sleep(time.Duration(i%4) * 250 * time.Microsecond) // so that there is none now and then
-				ctx, cancel := context.WithTimeout(context.Background(), patience)
+				testkit.Pace(time.Duration(i%4) * 250 * time.Microsecond) // so that there is none now and then
+				ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience)
 				c, err := p.dial(ctx, netip.AddrPortFrom(srv4.Addr(), uint16(d<<15+i+1)))
 				cancel()
 				if err == nil {

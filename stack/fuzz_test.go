@@ -7,12 +7,13 @@ import (
 	"runtime"
 	"testing"
 
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/stacktest"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
-	"gvisor.dev/gvisor/pkg/buffer"
-	"gvisor.dev/gvisor/pkg/tcpip/header"
 )
 
 // FuzzReader throws arbitrary headers and frames at the frame reader: nothing may panic, and every frame is either

@@ -9,10 +9,12 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/viasocks/viasocks/stack/flow"
-	"github.com/viasocks/viasocks/tun"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+
+	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
+	"github.com/viasocks/viasocks/tun"
 )
 
 // synAck accepts the next request and returns the SYN-ACK that follows.
@@ -20,7 +22,7 @@ func (r *rawStack) synAck(c *testConn, hdr int) header.TCP {
 	r.t.Helper()
 	r.request().Accept(c)
 	for {
-		_, b := r.recv(patience)
+		_, b := r.recv(testkit.Patience)
 		if b == nil {
 			r.t.Fatal("no SYN-ACK")
 		}
@@ -70,7 +72,7 @@ func TestHandshakeReset(t *testing.T) {
 				c := newTestConn()
 				ack := r.synAck(c, hdr).SequenceNumber() + 1
 				r.send(tun.Header{}, segment(src, dst, 1000, 0, header.TCPFlagSyn, nil, nil))
-				r.recv(patience) // an ACK: the SYN is before the window
+				r.recv(testkit.Patience) // an ACK: the SYN is before the window
 				r.send(tun.Header{}, segment(src, dst, seq, 0, header.TCPFlagRst, nil, nil))
 				if seq == 1001 || seq == 1101 {
 					sent := time.Now()
@@ -85,7 +87,9 @@ func TestHandshakeReset(t *testing.T) {
 					}
 					return
 				}
-				time.Sleep(2 * lookAfter << lookTimes) // it is looked at, and goes on
+				testkit.Never(t, 2*lookAfter<<lookTimes, "the look ended the handshake", func() bool {
+					return r.s.Stats().AcceptFailed != 0
+				})
 				r.send(tun.Header{}, segment(src, dst, 1001, ack, header.TCPFlagAck, nil, nil))
 				must(t, c.opened())
 				c.st.Close()
@@ -154,7 +158,7 @@ func TestHandshakeLook(t *testing.T) {
 				x.syn(key1, 1).Accept(newTestConn())
 				x.tab.disturbed(key1, 1<<20, c.made) // not of this connection
 				x.tab.disturbed(key1, 2, c.made)
-				time.Sleep(2 * openTime)
+				testkit.Advance(2 * openTime)
 				x.expect("ended", 0, 0, 0)
 				if ended < c.ends || ended > c.ends+lookAfter {
 					t.Errorf("ended after %v, not %v", ended, c.ends)

@@ -6,8 +6,9 @@ import (
 	"net/netip"
 	"testing"
 
-	"github.com/viasocks/viasocks/stack/flow"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
+
+	"github.com/viasocks/viasocks/stack/flow"
 )
 
 var (

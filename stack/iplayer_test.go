@@ -9,8 +9,6 @@ import (
 	"sync/atomic"
 	"testing"
 
-	"github.com/viasocks/viasocks/tun"
-	"github.com/viasocks/viasocks/tun/tuntest"
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
@@ -21,6 +19,10 @@ import (
 	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
+
+	"github.com/viasocks/viasocks/stack/testkit"
+	"github.com/viasocks/viasocks/tun"
+	"github.com/viasocks/viasocks/tun/tuntest"
 )
 
 // ipWork counts what an ipEndpoint leaves to gVisor's endpoint.
@@ -133,7 +135,7 @@ func TestRareSegments(t *testing.T) {
 			}
 			up := newTestConn()
 			req.Accept(up)
-			_, b := r.recv(patience)
+			_, b := r.recv(testkit.Patience)
 			if b == nil {
 				t.Fatal("no SYN-ACK")
 			}

@@ -9,16 +9,18 @@ import (
 	"io"
 	"net/netip"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/buffer"
+
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
-	"gvisor.dev/gvisor/pkg/buffer"
 )
 
 // echo accepts every request and writes back what it reads, without a goroutine of its own for each: all work is done
@@ -228,23 +230,25 @@ func TestStuckApp(t *testing.T) {
 		t.Errorf("too much")
 	}
 	// Still open: a zero window is no error.
-	time.Sleep(300 * time.Millisecond)
+	testkit.Never(t, 300*time.Millisecond, "a stream ended", func() bool {
+		return slices.ContainsFunc(ups, func(up *testConn) bool {
+			_, err := up.st.ReadTo(io.Discard)
+			return !errors.Is(err, flow.ErrAgain)
+		})
+	})
 	for _, up := range ups {
-		if _, err := up.st.ReadTo(io.Discard); !errors.Is(err, flow.ErrAgain) {
-			t.Fatal(err)
-		}
 		up.st.Close()
 	}
 	for _, app := range apps {
 		app.Close()
 	}
 	after := 0
-	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-		if after = heapBytes() - before; after < max(got/2, n*64<<10) { // the pipe keeps its buffers
-			return
-		}
+	if !testkit.Until(testkit.Patience, func() bool {
+		after = heapBytes() - before
+		return after < max(got/2, n*64<<10) // the pipe keeps its buffers
+	}) {
+		t.Errorf("%d KiB of heap for each stream remain", after/n>>10)
 	}
-	t.Errorf("%d KiB of heap for each stream remain", after/n>>10)
 }
 
 // TestStuckUpstream: an app that writes and is not read from is held back, and goes on when it is.
@@ -263,12 +267,7 @@ func TestStuckUpstream(t *testing.T) {
 		}
 		wrote <- app.CloseWrite()
 	}()
-	time.Sleep(300 * time.Millisecond)
-	select {
-	case <-wrote:
-		t.Fatal("20 MiB went nowhere")
-	default:
-	}
+	testkit.Never(t, 300*time.Millisecond, "20 MiB went nowhere", func() bool { return len(wrote) > 0 })
 	// A writer that takes nothing, or a little: the turn ends, nothing is lost.
 	must(t, up.await(flow.Readable))
 	if n, err := up.st.ReadTo(&sliceWriter{}); n != 0 || err != nil {
@@ -322,7 +321,7 @@ func TestBadPayload(t *testing.T) {
 
 func TestResetAllRefuses(t *testing.T) {
 	p := newPair(t, offAll, Config{})
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience)
 	defer cancel()
 	errs := make(chan error, 1)
 	go func() {
@@ -356,7 +355,8 @@ func TestLifecycle(t *testing.T) {
 	})
 	t.Run("bad config", func(t *testing.T) {
 		testkit.CheckLeaks(t)
-		for _, c := range []Config{{}, {Handler: new(testHandler), KeepaliveIdle: -1}, {Handler: new(testHandler), Limits: Limits{Pending: -1}}} {
+		for _, c := range []Config{{}, {Handler: new(testHandler), KeepaliveIdle: -1},
+			{Handler: new(testHandler), Limits: Limits{Pending: -1}}} {
 			a, _ := tuntest.Pipe(1500, offAll)
 			c.Device = a
 			if _, err := New(c); err == nil {
@@ -455,7 +455,7 @@ func TestTinyWrites(t *testing.T) {
 	}
 	must(t, up.st.CloseWrite())
 	<-read
-	app.SetReadDeadline(time.Now().Add(patience))
+	app.SetReadDeadline(time.Now().Add(testkit.Patience))
 	got, err := io.ReadAll(app)
 	must(t, err)
 	if len(got) < want.Len() || !bytes.Equal(got[len(got)-want.Len():], want.Bytes()) {

@@ -9,11 +9,12 @@ import (
 	"testing/synctest"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/buffer"
+	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
+
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun/tuntest"
-	"gvisor.dev/gvisor/pkg/buffer"
-	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
 // fakeSockets answers for the app's kernel.
@@ -108,18 +109,39 @@ func (x *tableTest) expect(what string, entries, waiting, cancels int, answers .
 	}
 }
 
-func TestPending(t *testing.T) {
-	tests := map[string]struct {
-		limits  Limits
-		sockets *fakeSockets
-		run     func(x *tableTest, s *fakeSockets)
-	}{
+// pendingCase is something that happens to a table, and what must follow.
+type pendingCase struct {
+	limits  Limits
+	sockets *fakeSockets
+	run     func(x *tableTest, s *fakeSockets)
+}
+
+func runPending(t *testing.T, tests map[string]pendingCase) {
+	t.Helper()
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var s flow.Sockets
+				if tt.sockets != nil {
+					s = tt.sockets
+				}
+				x := newTableTest(t, tt.limits, s)
+				tt.run(x, tt.sockets)
+				x.tab.close()
+			})
+		})
+	}
+}
+
+// TestPendingRepeats: a SYN that comes again, or no more, and a RST.
+func TestPendingRepeats(t *testing.T) {
+	runPending(t, map[string]pendingCase{
 		"a SYN that comes again starts no second dial": {run: func(x *tableTest, _ *fakeSockets) {
 			if x.syn(key1, 1) == nil {
 				x.t.Fatal("no request")
 			}
 			for _, gap := range []int{1, 1, 1, 1, 2, 4, 8} {
-				time.Sleep(time.Duration(gap) * time.Second)
+				testkit.Advance(time.Duration(gap) * time.Second)
 				if x.syn(key1, 1) != nil {
 					x.t.Fatal("a second request")
 				}
@@ -138,61 +160,18 @@ func TestPending(t *testing.T) {
 		}},
 		"without sockets the silence tells": {run: func(x *tableTest, _ *fakeSockets) {
 			x.syn(key1, 1)
-			time.Sleep(2900 * time.Millisecond)
+			testkit.Advance(2900 * time.Millisecond)
 			x.expect("twice the first gap and a second are not over", 1, 1, 0)
-			time.Sleep(200 * time.Millisecond)
+			testkit.Advance(200 * time.Millisecond)
 			x.expect("over", 0, 0, 1)
 		}},
 		"without sockets and a SYN that came late": {run: func(x *tableTest, _ *fakeSockets) {
 			x.syn(key1, 1)
-			time.Sleep(2 * time.Second)
+			testkit.Advance(2 * time.Second)
 			x.syn(key1, 1)
-			time.Sleep(4900 * time.Millisecond)
+			testkit.Advance(4900 * time.Millisecond)
 			x.expect("2*2+1 s are not over", 1, 1, 0)
-			time.Sleep(200 * time.Millisecond)
-			x.expect("over", 0, 0, 1)
-		}},
-		"the socket is asked for at the first missed retransmission": {
-			sockets: new(fakeSockets),
-			run: func(x *tableTest, s *fakeSockets) {
-				x.syn(key1, 1)
-				time.Sleep(1200 * time.Millisecond)
-				if s.asked.Load() != 0 {
-					x.t.Fatal("asked too early")
-				}
-				s.gone.Store(true)
-				time.Sleep(100 * time.Millisecond)
-				x.expect("gone", 0, 0, 1)
-			},
-		},
-		"not asked while SYNs come": {sockets: new(fakeSockets), run: func(x *tableTest, s *fakeSockets) {
-			x.syn(key1, 1)
-			for range 4 {
-				time.Sleep(time.Second)
-				x.syn(key1, 1)
-			}
-			time.Sleep(2 * time.Second)
-			x.syn(key1, 1)
-			if n := s.asked.Load(); n != 0 {
-				x.t.Fatalf("asked %d times", n)
-			}
-		}},
-		"asked every few seconds": {sockets: new(fakeSockets), run: func(x *tableTest, s *fakeSockets) {
-			x.syn(key1, 1)
-			time.Sleep(time.Minute)
-			x.expect("it is there", 1, 1, 0)
-			if n := s.asked.Load(); n < 10 || n > 20 {
-				x.t.Fatalf("asked %d times in a minute", n)
-			}
-			s.gone.Store(true)
-			time.Sleep(askEvery)
-			x.expect("gone", 0, 0, 1)
-		}},
-		"sockets that can't be asked": {sockets: &fakeSockets{err: errors.New("no")}, run: func(x *tableTest, s *fakeSockets) {
-			x.syn(key1, 1)
-			time.Sleep(2900 * time.Millisecond)
-			x.expect("silence does not tell yet", 1, 1, 0)
-			time.Sleep(200 * time.Millisecond)
+			testkit.Advance(200 * time.Millisecond)
 			x.expect("over", 0, 0, 1)
 		}},
 		"RST cancels": {run: func(x *tableTest, _ *fakeSockets) {
@@ -206,34 +185,61 @@ func TestPending(t *testing.T) {
 			}
 			x.expect("right", 0, 0, 1)
 		}},
-		"the answer is given again": {run: func(x *tableTest, _ *fakeSockets) {
-			x.syn(key1, 1).Reject(flow.RefuseHost)
-			x.expect("refused", 1, 0, 0, flow.RefuseHost)
-			time.Sleep(time.Second)
-			x.syn(key1, 1)
-			x.expect("again", 1, 0, 0, flow.RefuseHost, flow.RefuseHost)
-			if x.syn(key1, 2) == nil {
-				x.t.Fatal("another ISN is another connection")
-			}
-			x.expect("new", 1, 1, 0, flow.RefuseHost, flow.RefuseHost)
-		}},
-		"a refused entry ends": {run: func(x *tableTest, _ *fakeSockets) {
-			x.syn(key1, 1).Reject(flow.RefuseReset)
-			time.Sleep(3100 * time.Millisecond)
-			x.expect("over", 0, 0, 0, flow.RefuseReset)
-		}},
-		"a tombstone swallows until the SYNs end": {run: func(x *tableTest, _ *fakeSockets) {
-			x.syn(key1, 1).Reject(flow.RefuseSilent)
-			for gap := time.Second; gap <= 64*time.Second; gap *= 2 {
-				time.Sleep(gap)
-				if x.syn(key1, 1) != nil {
-					x.t.Fatal("dialled again")
+	})
+}
+
+// TestPendingSockets: the app's kernel is asked whether the socket is there.
+func TestPendingSockets(t *testing.T) {
+	runPending(t, map[string]pendingCase{
+		"the socket is asked for at the first missed retransmission": {
+			sockets: new(fakeSockets),
+			run: func(x *tableTest, s *fakeSockets) {
+				x.syn(key1, 1)
+				testkit.Advance(1200 * time.Millisecond)
+				if s.asked.Load() != 0 {
+					x.t.Fatal("asked too early")
 				}
+				s.gone.Store(true)
+				testkit.Advance(100 * time.Millisecond)
+				x.expect("gone", 0, 0, 1)
+			},
+		},
+		"not asked while SYNs come": {sockets: new(fakeSockets), run: func(x *tableTest, s *fakeSockets) {
+			x.syn(key1, 1)
+			for range 4 {
+				testkit.Advance(time.Second)
+				x.syn(key1, 1)
 			}
-			x.expect("after 127 s", 1, 0, 0)
-			time.Sleep(130 * time.Second)
-			x.expect("over", 0, 0, 0)
+			testkit.Advance(2 * time.Second)
+			x.syn(key1, 1)
+			if n := s.asked.Load(); n != 0 {
+				x.t.Fatalf("asked %d times", n)
+			}
 		}},
+		"asked every few seconds": {sockets: new(fakeSockets), run: func(x *tableTest, s *fakeSockets) {
+			x.syn(key1, 1)
+			testkit.Advance(time.Minute)
+			x.expect("it is there", 1, 1, 0)
+			if n := s.asked.Load(); n < 10 || n > 20 {
+				x.t.Fatalf("asked %d times in a minute", n)
+			}
+			s.gone.Store(true)
+			testkit.Advance(askEvery)
+			x.expect("gone", 0, 0, 1)
+		}},
+		"sockets that can't be asked": {sockets: &fakeSockets{err: errors.New("no")}, run: func(x *tableTest, s *fakeSockets) {
+			x.syn(key1, 1)
+			testkit.Advance(2900 * time.Millisecond)
+			x.expect("silence does not tell yet", 1, 1, 0)
+			testkit.Advance(200 * time.Millisecond)
+			x.expect("over", 0, 0, 1)
+		}},
+	})
+}
+
+// TestPendingBudget: what is over a limit is forgotten.
+func TestPendingBudget(t *testing.T) {
+	runPending(t, map[string]pendingCase{
 		"budget in all": {limits: Limits{Pending: 2}, run: func(x *tableTest, _ *fakeSockets) {
 			a := x.syn(key("10.0.0.2:1", "203.0.113.1:80"), 1)
 			x.syn(key("10.0.0.2:2", "203.0.113.2:80"), 1)
@@ -268,6 +274,12 @@ func TestPending(t *testing.T) {
 			}
 			x.expect("many", 8, 0, 0)
 		}},
+	})
+}
+
+// TestPendingAccept: a request that is accepted.
+func TestPendingAccept(t *testing.T) {
+	runPending(t, map[string]pendingCase{
 		"accept": {run: func(x *tableTest, _ *fakeSockets) {
 			r := x.syn(key1, 1)
 			r.Accept(newTestConn())
@@ -288,8 +300,7 @@ func TestPending(t *testing.T) {
 		"a handshake that hangs is ended": {run: func(x *tableTest, _ *fakeSockets) {
 			r := x.syn(key1, 1)
 			r.Accept(newTestConn())
-			time.Sleep(openTime + time.Second)
-			synctest.Wait()
+			testkit.Advance(openTime + time.Second)
 			if x.aborts != 1 {
 				x.t.Fatalf("aborted %d times", x.aborts)
 			}
@@ -316,6 +327,40 @@ func TestPending(t *testing.T) {
 			r.Reject(flow.RefuseHost)
 			x.expect("nothing follows", 0, 0, 1)
 		}},
+	})
+}
+
+// TestPendingRefused: a request that is refused, and the end of the table.
+func TestPendingRefused(t *testing.T) {
+	runPending(t, map[string]pendingCase{
+		"the answer is given again": {run: func(x *tableTest, _ *fakeSockets) {
+			x.syn(key1, 1).Reject(flow.RefuseHost)
+			x.expect("refused", 1, 0, 0, flow.RefuseHost)
+			testkit.Advance(time.Second)
+			x.syn(key1, 1)
+			x.expect("again", 1, 0, 0, flow.RefuseHost, flow.RefuseHost)
+			if x.syn(key1, 2) == nil {
+				x.t.Fatal("another ISN is another connection")
+			}
+			x.expect("new", 1, 1, 0, flow.RefuseHost, flow.RefuseHost)
+		}},
+		"a refused entry ends": {run: func(x *tableTest, _ *fakeSockets) {
+			x.syn(key1, 1).Reject(flow.RefuseReset)
+			testkit.Advance(3100 * time.Millisecond)
+			x.expect("over", 0, 0, 0, flow.RefuseReset)
+		}},
+		"a tombstone swallows until the SYNs end": {run: func(x *tableTest, _ *fakeSockets) {
+			x.syn(key1, 1).Reject(flow.RefuseSilent)
+			for gap := time.Second; gap <= 64*time.Second; gap *= 2 {
+				testkit.Advance(gap)
+				if x.syn(key1, 1) != nil {
+					x.t.Fatal("dialled again")
+				}
+			}
+			x.expect("after 127 s", 1, 0, 0)
+			testkit.Advance(130 * time.Second)
+			x.expect("over", 0, 0, 0)
+		}},
 		"OnCancel is not called after Reject": {run: func(x *tableTest, _ *fakeSockets) {
 			r := x.syn(key1, 1)
 			r.Reject(flow.RefuseNet)
@@ -341,20 +386,7 @@ func TestPending(t *testing.T) {
 				x.t.Fatal("a request after close")
 			}
 		}},
-	}
-	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				var s flow.Sockets
-				if tt.sockets != nil {
-					s = tt.sockets
-				}
-				x := newTableTest(t, tt.limits, s)
-				tt.run(x, tt.sockets)
-				x.tab.close()
-			})
-		})
-	}
+	})
 }
 
 // TestPendingNoGoroutines: thousands of dials pending cost no goroutine.
@@ -374,10 +406,10 @@ func TestPendingNoGoroutines(t *testing.T) {
 				t.Fatal("no request")
 			}
 		}
-		time.Sleep(10 * time.Second)
+		testkit.Advance(10 * time.Second)
 		x.expect("pending", 5000, 5000, 0)
 		s.gone.Store(true)
-		time.Sleep(10 * time.Second)
+		testkit.Advance(10 * time.Second)
 		x.expect("gone", 0, 0, 5000)
 		if x.tab.peak > remake || cap(x.tab.heap) > remake {
 			t.Error("what the burst made is kept")

@@ -10,13 +10,14 @@ import (
 	"testing"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
-	"gvisor.dev/gvisor/pkg/tcpip"
-	"gvisor.dev/gvisor/pkg/tcpip/checksum"
-	"gvisor.dev/gvisor/pkg/tcpip/header"
 )
 
 // segment builds a TCP segment with its checksums.
@@ -40,7 +41,8 @@ func segment(src, dst netip.AddrPort, seq, ack uint32, flags header.TCPFlags, op
 		t = header.TCP(b[ip4HeaderLen:])
 	} else {
 		b = make([]byte, ip6HeaderLen+n)
-		header.IPv6(b).Encode(&header.IPv6Fields{PayloadLength: uint16(n), TransportProtocol: protoTCP, HopLimit: 64, SrcAddr: addrTo(src.Addr()), DstAddr: addrTo(dst.Addr())})
+		header.IPv6(b).Encode(&header.IPv6Fields{PayloadLength: uint16(n), TransportProtocol: protoTCP, HopLimit: 64,
+			SrcAddr: addrTo(src.Addr()), DstAddr: addrTo(dst.Addr())})
 		t = header.TCP(b[ip6HeaderLen:])
 	}
 	t.Encode(
@@ -111,16 +113,17 @@ func (r *rawStack) send(h tun.Header, b []byte) {
 func (r *rawStack) recv(d time.Duration) (tun.Header, []byte) {
 	b := make([]byte, tun.MaxFrame)
 	var h tun.Header
-	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(time.Millisecond) {
+	var got []byte
+	testkit.Until(d, func() bool {
 		n, err := r.dev.Read(&h, b, false)
 		if err == nil {
-			return h, b[:n]
-		}
-		if !errors.Is(err, tun.ErrAgain) {
+			got = b[:n]
+		} else if !errors.Is(err, tun.ErrAgain) {
 			r.t.Fatal(err)
 		}
-	}
-	return h, nil
+		return err == nil
+	})
+	return h, got
 }
 
 func (r *rawStack) request() flow.StreamRequest {
@@ -128,7 +131,7 @@ func (r *rawStack) request() flow.StreamRequest {
 	select {
 	case q := <-r.reqs:
 		return q
-	case <-time.After(patience):
+	case <-time.After(testkit.Patience):
 		r.t.Fatal("no request")
 		return nil
 	}
@@ -196,7 +199,8 @@ func TestRefusal(t *testing.T) {
 						}
 					} else {
 						ip := header.IPv4(b)
-						if !ip.IsValid(len(b)) || !ip.IsChecksumValid() || ip.SourceAddress() != addrTo(dst.Addr()) || ip.DestinationAddress() != addrTo(src.Addr()) {
+						if !ip.IsValid(len(b)) || !ip.IsChecksumValid() || ip.SourceAddress() != addrTo(dst.Addr()) ||
+							ip.DestinationAddress() != addrTo(src.Addr()) {
 							return fmt.Errorf("IPv4 header % x", b[:20])
 						}
 					}
@@ -273,7 +277,7 @@ func TestRefusalOfImpossible(t *testing.T) {
 			if dst.Addr().Is4() {
 				r.request().Reject(flow.RefuseNet)
 			}
-			_, b := r.recv(patience)
+			_, b := r.recv(testkit.Patience)
 			if len(b) == 0 {
 				t.Fatal("no answer")
 			}
@@ -324,7 +328,8 @@ func TestSYN(t *testing.T) {
 	r.quiet()
 	// A stray segment is answered with RST, a stray RST and SYN+FIN are not.
 	r.send(tun.Header{}, segment(src, srv4, 1, 777, header.TCPFlagAck, nil, []byte("x")))
-	if _, b := r.recv(patience); b == nil || b[33]&byte(header.TCPFlagRst) == 0 || binary.BigEndian.Uint32(b[24:]) != 777 {
+	if _, b := r.recv(testkit.Patience); b == nil || b[33]&byte(header.TCPFlagRst) == 0 ||
+		binary.BigEndian.Uint32(b[24:]) != 777 {
 		t.Fatalf("answer to a stray segment: % x", b)
 	}
 	r.send(tun.Header{}, segment(src, srv4, 1, 0, header.TCPFlagRst, nil, nil))
@@ -349,7 +354,7 @@ func TestHandshakeGone(t *testing.T) {
 	r.send(tun.Header{}, segment(src, srv4, 1000, 0, header.TCPFlagSyn, nil, nil))
 	c := newTestConn()
 	r.request().Accept(c)
-	_, b := r.recv(patience)
+	_, b := r.recv(testkit.Patience)
 	if b == nil || header.TCP(b[20:]).Flags() != header.TCPFlagSyn|header.TCPFlagAck {
 		t.Fatalf("SYN-ACK: % x", b)
 	}
@@ -428,10 +433,12 @@ func TestDropped(t *testing.T) {
 		"SYN to broadcast":    {b: syn("255.255.255.255"), count: multi},
 		"SYN to nobody":       {b: syn("0.0.0.0"), count: multi},
 		"SYN to ff02::1":      {b: syn("ff02::1"), count: multi},
-		"SYN to port 0":       {b: segment(netip.AddrPortFrom(appIP4, 1), netip.AddrPortFrom(srv4.Addr(), 0), 1, 0, header.TCPFlagSyn, nil, nil), count: mal},
-		"short":               {b: syn("203.0.113.7")[:30], count: mal},
-		"GSO of nothing":      {h: tun.Header{GSOType: 3, GSOSize: 1, Flags: tun.NeedsCsum}, b: syn("203.0.113.7"), count: mal},
-		"UDP GSO of TCP":      {h: tun.Header{GSOType: tun.GSOUDPL4, GSOSize: 1, Flags: tun.NeedsCsum}, b: syn("203.0.113.7"), count: mal},
+		"SYN to port 0": {b: segment(netip.AddrPortFrom(appIP4, 1), netip.AddrPortFrom(srv4.Addr(), 0), 1, 0,
+			header.TCPFlagSyn, nil, nil), count: mal},
+		"short":          {b: syn("203.0.113.7")[:30], count: mal},
+		"GSO of nothing": {h: tun.Header{GSOType: 3, GSOSize: 1, Flags: tun.NeedsCsum}, b: syn("203.0.113.7"), count: mal},
+		"UDP GSO of TCP": {h: tun.Header{GSOType: tun.GSOUDPL4, GSOSize: 1, Flags: tun.NeedsCsum}, b: syn("203.0.113.7"),
+			count: mal},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newRaw(t, Config{})
@@ -461,7 +468,7 @@ func TestDataChecksum(t *testing.T) {
 			) // for this frame only
 			c := newTestConn()
 			r.request().Accept(c)
-			_, b := r.recv(patience)
+			_, b := r.recv(testkit.Patience)
 			if b == nil {
 				t.Fatal("no SYN-ACK")
 			}

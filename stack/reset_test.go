@@ -8,10 +8,11 @@ import (
 	"testing"
 	"time"
 
-	"github.com/viasocks/viasocks/stack/flow"
-	"github.com/viasocks/viasocks/stack/testkit"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // states brings a connection into a state of our endpoint, from ESTABLISHED.
@@ -25,7 +26,7 @@ var states = map[string]struct {
 			t.Fatal(err)
 		}
 		must(t, up.await(flow.Readable))
-		time.Sleep(20 * time.Millisecond)
+		testkit.Settle(20*time.Millisecond, "the ACK is at the app")
 	}},
 	"CLOSE_WAIT": {tcp.StateCloseWait, func(t *testing.T, app *gonet.TCPConn, up *testConn) {
 		must(t, app.CloseWrite())
@@ -42,7 +43,6 @@ var states = map[string]struct {
 		if _, err := app.Read(make([]byte, 1)); err != io.EOF {
 			t.Fatalf("FIN was read as %v", err)
 		}
-		time.Sleep(20 * time.Millisecond)
 	}},
 	"LAST_ACK": {tcp.StateLastAck, func(t *testing.T, app *gonet.TCPConn, up *testConn) {
 		must(t, app.CloseWrite())
@@ -62,10 +62,8 @@ func inState(t *testing.T, name string) (*testPair, *gonet.TCPConn, *testConn) {
 		p := newPair(t, offAll, Config{})
 		app, up := p.connect(srv4)
 		states[name].get(t, app, up)
-		for end := time.Now().Add(2 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
-			if up.state() == states[name].state {
-				return p, app, up
-			}
+		if testkit.Until(2*time.Second, func() bool { return up.state() == states[name].state }) {
+			return p, app, up
 		}
 		if try == 10 {
 			t.Fatalf("state %v", up.state())
@@ -83,11 +81,11 @@ func must(t testing.TB, err error) {
 // fillUp writes until the app's window is shut and our buffer full.
 func fillUp(t testing.TB, up *testConn) (n int) {
 	b := make([]byte, 64<<10)
-	for deadline := time.Now().Add(patience); time.Now().Before(deadline); {
+	for deadline := time.Now().Add(testkit.Patience); time.Now().Before(deadline); {
 		m, err := up.st.WriteFrom(strings.NewReader(string(b)))
 		n += m
 		if errors.Is(err, flow.ErrAgain) {
-			time.Sleep(50 * time.Millisecond)
+			testkit.Settle(50*time.Millisecond, "what is on its way to the app makes room here")
 			if m, err = up.st.WriteFrom(strings.NewReader(string(b))); errors.Is(err, flow.ErrAgain) {
 				return n
 			}
@@ -186,7 +184,7 @@ func TestAbort(t *testing.T) {
 				case "ResetAll":
 					p.st.ResetAll()
 				}
-				app.SetReadDeadline(time.Now().Add(patience))
+				app.SetReadDeadline(time.Now().Add(testkit.Patience))
 				var err error
 				for err == nil {
 					_, err = app.Read(make([]byte, 64<<10))
@@ -194,10 +192,7 @@ func TestAbort(t *testing.T) {
 				// gVisor, as the app, reads EOF first where it had one, and a RST in CLOSE_WAIT as EOF: there its
 				// write tells.
 				if name == "FIN_WAIT_2" && err == io.EOF {
-					err = nil
-					for end := time.Now().Add(patience); err == nil && time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-						_, err = app.Write([]byte("x"))
-					}
+					testkit.Until(testkit.Patience, func() bool { _, err = app.Write([]byte("x")); return err != nil })
 				}
 				var op *net.OpError
 				if !errors.As(err, &op) || op.Timeout() {
@@ -223,11 +218,12 @@ func TestOrderlyClose(t *testing.T) {
 		t.Run(first, func(t *testing.T) {
 			p := newPair(t, offAll, Config{})
 			app, up := p.connect(srv4)
+			ended := func() bool { return up.state() == tcp.StateClose || up.state() == tcp.StateTimeWait }
 			switch first {
 			case "app":
 				must(t, app.CloseWrite())
 				readEOF(t, up)
-				time.Sleep(50 * time.Millisecond) // half-closed
+				testkit.Never(t, 50*time.Millisecond, "the half-closed stream ended", ended)
 				_, err := up.Write([]byte("late"))
 				must(t, err)
 				must(t, up.st.CloseWrite())
@@ -237,7 +233,7 @@ func TestOrderlyClose(t *testing.T) {
 				if _, err := up.st.WriteFrom(strings.NewReader("x")); err == nil || errors.Is(err, flow.ErrReset) {
 					t.Fatalf("write after FIN: %v", err)
 				}
-				time.Sleep(50 * time.Millisecond)
+				testkit.Never(t, 50*time.Millisecond, "the half-closed stream ended", ended)
 				_, err := app.Write([]byte("late"))
 				must(t, err)
 				b := make([]byte, 10)
@@ -256,7 +252,7 @@ func TestOrderlyClose(t *testing.T) {
 			if err != nil || first == "app" && string(b) != "late" {
 				t.Fatalf("the app read %q, %v", b, err)
 			}
-			time.Sleep(50 * time.Millisecond) // into TIME_WAIT, with its HUP
+			testkit.Eventually(t, "TIME_WAIT, or the end", ended) // TIME_WAIT comes with a HUP
 			readEOF(t, up)
 			must(t, up.st.Close())
 			testkit.Eventually(t, "the endpoint to go", func() bool { return registered(p.st) == 0 })

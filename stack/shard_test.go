@@ -14,12 +14,13 @@ import (
 	"testing"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/stacktest"
 	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
-	"gvisor.dev/gvisor/pkg/tcpip/header"
 )
 
 // shardHandler notes which shard each app port came to, and echoes datagrams.

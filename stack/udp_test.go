@@ -8,9 +8,10 @@ import (
 	"strings"
 	"testing"
 
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
+
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/tun"
-	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 )
 
 // recDevice keeps what is written to it.
@@ -166,7 +167,8 @@ func TestUDPAdd(t *testing.T) {
 		{"IPv6 wrong checksum", mod(q6, 46, 1, 2), plain, dropped, "checksum"},
 		{"IPv6 checksum to be filled in", mod(q6, 46, 0, 0), needs(40), taken, ""},
 		{"IPv6 hop-by-hop", withExt(q6, 0, 17, 0, 1, 4, 0, 0, 0, 0), plain, taken, ""},
-		{"IPv6 two extensions", withExt(withExt(q6, 60, 17, 0, 1, 4, 0, 0, 0, 0), 0, 60, 1, 1, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), plain, taken, ""},
+		{"IPv6 two extensions", withExt(withExt(q6, 60, 17, 0, 1, 4, 0, 0, 0, 0), 0, 60, 1, 1, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+			0, 0), plain, taken, ""},
 		{"IPv6 hop-by-hop, to be filled in", mod(withExt(q6, 0, 17, 0, 1, 4, 0, 0, 0, 0), 54, 0, 0), needs(48), taken, ""},
 		{"IPv6 used route", withExt(q6, 43, 17, 0, 4, 0, 0, 0, 0, 0), plain, taken, ""},
 		{"IPv6 route", withExt(q6, 43, 17, 0, 4, 1, 0, 0, 0, 0), plain, other, ""},
@@ -175,7 +177,8 @@ func TestUDPAdd(t *testing.T) {
 		{"IPv4 first fragment", sum4(mod(q4, 6, 0x20)), plain, other, ""},
 		{"IPv4 last fragment", sum4(mod(q4, 6, 0, 9)), plain, other, ""},
 		{"IPv4 DF", sum4(mod(q4, 6, 0x40)), plain, taken, ""},
-		{"IPv4 options", sum4(append(append(mod(q4[:20], 0, 0x46, 0, 0, byte(len(q4)+4)), 1, 1, 1, 1), q4[20:]...)), plain, taken, ""},
+		{"IPv4 options", sum4(append(append(mod(q4[:20], 0, 0x46, 0, 0, byte(len(q4)+4)), 1, 1, 1, 1), q4[20:]...)), plain, taken,
+			""},
 		{"IPv4 TCP", sum4(mod(q4, 9, 6)), plain, other, ""},
 		{"IPv6 TCP", mod(q6, 6, 6), plain, other, ""},
 		{"IPv4 echo", sum4(mod(q4, 9, 1)), plain, other, ""},
@@ -192,8 +195,10 @@ func TestUDPAdd(t *testing.T) {
 		{"IPv6 UDP length zero", mod(q6, 44, 0, 0), plain, dropped, "malformed"},
 		{"to port 0", rawUDP(app4, addr("203.0.113.7:0"), pay), plain, dropped, "malformed"},
 		{"from port 0", rawUDP(addr("10.0.0.2:0"), far4, pay), plain, dropped, "malformed"},
-		{"TCP super-frame", q4, tun.Header{Flags: tun.NeedsCsum, CsumStart: 20, CsumOffset: 6, GSOType: tun.GSOTCPv4, GSOSize: 9}, dropped, "malformed"},
-		{"super-frame of nothing", q4, tun.Header{Flags: tun.NeedsCsum, CsumStart: 20, CsumOffset: 6, GSOType: tun.GSOUDPL4}, dropped, "malformed"},
+		{"TCP super-frame", q4, tun.Header{Flags: tun.NeedsCsum, CsumStart: 20, CsumOffset: 6, GSOType: tun.GSOTCPv4, GSOSize: 9},
+			dropped, "malformed"},
+		{"super-frame of nothing", q4, tun.Header{Flags: tun.NeedsCsum, CsumStart: 20, CsumOffset: 6, GSOType: tun.GSOUDPL4},
+			dropped, "malformed"},
 		{"super-frame without flags", q4, tun.Header{GSOType: tun.GSOUDPL4, GSOSize: 9}, dropped, "malformed"},
 		{"LPD", rawUDP(app4, addr("239.192.152.143:6771"), pay), plain, dropped, "multicast"},
 		{"LPD IPv6", rawUDP(app6, addr("[ff15::efc0:988f]:6771"), pay), plain, dropped, "multicast"},
@@ -406,7 +411,8 @@ func BenchmarkUDPAdd(b *testing.B) {
 	}{
 		{"200B", 200, tun.Header{Flags: tun.NeedsCsum, CsumStart: 20, CsumOffset: 6}, 64},
 		{"200B verify", 200, tun.Header{}, 64},
-		{"super 45x1400", 45 * 1400, tun.Header{Flags: tun.NeedsCsum, CsumStart: 20, CsumOffset: 6, GSOType: tun.GSOUDPL4, GSOSize: 1400}, 1},
+		{"super 45x1400", 45 * 1400, tun.Header{Flags: tun.NeedsCsum, CsumStart: 20, CsumOffset: 6, GSOType: tun.GSOUDPL4,
+			GSOSize: 1400}, 1},
 	} {
 		b.Run(strings.ReplaceAll(c.name, " ", "-"), func(b *testing.B) {
 			s, _, h := udpStack(0)

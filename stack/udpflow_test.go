@@ -12,12 +12,13 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/stacktest"
 	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
-	"golang.org/x/sys/unix"
 )
 
 // udpHandler hands each burst to a function, on the frame reader.
@@ -85,7 +86,7 @@ func udpPair(t *testing.T, off tun.Offload, f func(flow.PacketWriter, []flow.Pac
 // receive reads one datagram and compares it.
 func receive(t *testing.T, c *stacktest.PacketConn, from netip.AddrPort, want []byte) {
 	t.Helper()
-	_ = c.SetReadDeadline(time.Now().Add(patience))
+	_ = c.SetReadDeadline(time.Now().Add(testkit.Patience))
 	b := make([]byte, 1<<16)
 	n, src, err := c.ReadFromAddrPort(b)
 	if err != nil {
@@ -193,16 +194,10 @@ func frags(from, to netip.AddrPort, n int, id uint32) []stacktest.Frame {
 func inject(t *testing.T, app *stacktest.App, fs ...stacktest.Frame) {
 	t.Helper()
 	for _, f := range fs {
-		for {
-			err := app.Inject(f)
-			if errors.Is(err, tun.ErrAgain) {
-				time.Sleep(time.Millisecond)
-				continue
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			break
+		var err error
+		if !testkit.Until(testkit.Patience, func() bool { err = app.Inject(f); return !errors.Is(err, tun.ErrAgain) }) ||
+			err != nil {
+			t.Fatal(err)
 		}
 	}
 }
@@ -322,7 +317,8 @@ func TestUDPFragments(t *testing.T) {
 func TestUDPFragmentsDropped(t *testing.T) {
 	app, s, _ := udpPair(t, 0, func(_ flow.PacketWriter, ps []flow.Packet) { t.Errorf("handed on: %v", ps[0].Dst) })
 	var id uint32
-	for _, to := range []string{"239.192.152.143:6771", "[ff15::efc0:988f]:6771", "255.255.255.255:67", "127.0.0.1:53", "[::1]:53"} {
+	for _, to := range []string{"239.192.152.143:6771", "[ff15::efc0:988f]:6771", "255.255.255.255:67", "127.0.0.1:53",
+		"[::1]:53"} {
 		from := app4
 		if addr(to).Addr().Is6() {
 			from = app6
@@ -356,7 +352,7 @@ func TestUDPRefused(t *testing.T) {
 			if _, err := conn.Write(fill(n)); err != nil {
 				t.Fatal(err)
 			}
-			_ = conn.SetReadDeadline(time.Now().Add(patience))
+			_ = conn.SetReadDeadline(time.Now().Add(testkit.Patience))
 			if _, err := conn.Read(make([]byte, 10)); !errors.Is(err, unix.ECONNREFUSED) {
 				t.Errorf("%d bytes to %v: %v", n, c.to, err)
 			}
@@ -368,8 +364,9 @@ func TestUDPRefused(t *testing.T) {
 // The app's socket is gone: its kernel says so, and the handler is told.
 func TestUDPClosedSocket(t *testing.T) {
 	for _, c := range []struct{ from, to netip.AddrPort }{{app4, far4}, {app6, far6}} {
-		hold := make(chan struct{})
+		hold, held := make(chan struct{}), make(chan struct{}, 100)
 		app, _, h := udpPair(t, 0, func(w flow.PacketWriter, ps []flow.Packet) {
+			held <- struct{}{}
 			<-hold
 			echoUDP(w, ps)
 		})
@@ -380,7 +377,7 @@ func TestUDPClosedSocket(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, _ = conn.WriteToAddrPort([]byte("x"), c.to)
-		time.Sleep(20 * time.Millisecond)
+		testkit.Eventually(t, "the datagram at the handler", func() bool { return len(held) > 0 })
 		conn.Close()
 		release()
 		testkit.Eventually(t, "the ICMP error", func() bool {

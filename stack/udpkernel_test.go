@@ -15,10 +15,11 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
-	"golang.org/x/sys/unix"
 )
 
 // What is assumed of the kernel, tried on it: a real TUN in a network namespace that the test makes, real sockets, and
@@ -84,7 +85,8 @@ func openTUN(t *testing.T, mode tun.Mode) tun.Device {
 	}
 	for _, args := range []string{
 		"link set lo up", "link set " + name + " up mtu 1500",
-		"addr add " + app4.Addr().String() + "/32 dev " + name, "addr add " + app6.Addr().String() + "/128 dev " + name + " nodad",
+		"addr add " + app4.Addr().String() + "/32 dev " + name, "addr add " + app6.Addr().String() + "/128 dev " + name +
+			" nodad",
 		"route add default dev " + name, "-6 route add default dev " + name,
 	} {
 		if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
@@ -133,7 +135,7 @@ func dialUDP(t *testing.T, to netip.AddrPort) *net.UDPConn {
 	}
 	t.Cleanup(func() { c.Close() })
 	_ = c.SetReadBuffer(4 << 20)
-	_ = c.SetDeadline(time.Now().Add(2 * patience))
+	_ = c.SetDeadline(time.Now().Add(2 * testkit.Patience))
 	return c
 }
 
@@ -322,7 +324,7 @@ func TestKernelUDPRules(t *testing.T) {
 		t.Fatal(err)
 	}
 	hold <- struct{}{}
-	_ = c.SetDeadline(time.Now().Add(2 * patience))
+	_ = c.SetDeadline(time.Now().Add(2 * testkit.Patience))
 	b := make([]byte, 100)
 	n, from, err := c.ReadFromUDPAddrPort(b)
 	if err != nil || string(b[:n]) != "hello" || from != stranger {

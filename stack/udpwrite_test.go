@@ -8,10 +8,11 @@ import (
 	"os"
 	"testing"
 
-	"github.com/viasocks/viasocks/stack/flow"
-	"github.com/viasocks/viasocks/tun"
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
+
+	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/tun"
 )
 
 // cutFrame takes a written frame apart as the kernel would: the checksum that is to be filled in is filled in, and a
@@ -107,8 +108,10 @@ func TestUDPWrite(t *testing.T) {
 		{"run without headers", 0, repeat(10, 1201, far4, app4), 10, 0},
 		{"run without headers IPv6", 0, repeat(10, 1201, far6, app6), 10, 0},
 		{"shorter last", all, cat(repeat(3, 1200, far4, app4), repeat(1, 7, far4, app4)), 1, 0},
-		{"shorter in the middle", all, cat(repeat(3, 1200, far4, app4), repeat(1, 7, far4, app4), repeat(2, 1200, far4, app4)), 2, 0},
-		{"empty in the middle", all, cat(repeat(3, 1200, far4, app4), repeat(1, 0, far4, app4), repeat(2, 1200, far4, app4)), 3, 0},
+		{"shorter in the middle", all, cat(repeat(3, 1200, far4, app4), repeat(1, 7, far4, app4), repeat(2, 1200, far4, app4)), 2,
+			0},
+		{"empty in the middle", all, cat(repeat(3, 1200, far4, app4), repeat(1, 0, far4, app4), repeat(2, 1200, far4, app4)), 3,
+			0},
 		{"growing", all, cat(repeat(1, 10, far4, app4), repeat(1, 20, far4, app4), repeat(1, 30, far4, app4)), 3, 0},
 		{"another source", all, cat(repeat(2, 10, far4, app4), repeat(2, 10, other, app4)), 2, 0},
 		{"another port", all, cat(repeat(2, 10, far4, app4), repeat(2, 10, far4, netip.AddrPortFrom(app4.Addr(), 9))), 2, 0},

@@ -12,14 +12,15 @@ import (
 	"testing"
 	"time"
 
-	"github.com/viasocks/viasocks/stack/flow"
-	"github.com/viasocks/viasocks/stack/testkit"
-	"github.com/viasocks/viasocks/tun"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
+	"github.com/viasocks/viasocks/tun"
 )
 
 // rawConn is an open stream whose app the test is: it sees every segment.
@@ -46,7 +47,7 @@ func openRaw(t *testing.T, off tun.Offload, v6 bool, opts []byte) *rawConn {
 	r.send(tun.Header{}, segment(r.src, r.dst, 1000, 0, header.TCPFlagSyn, opts, nil))
 	r.up = newTestConn()
 	r.request().Accept(r.up)
-	_, b := r.recv(patience)
+	_, b := r.recv(testkit.Patience)
 	if b == nil {
 		t.Fatal("no SYN-ACK")
 	}
@@ -124,7 +125,7 @@ func TestMSS(t *testing.T) {
 					var got []byte
 					big := 0
 					for len(got) < len(want) {
-						h, b := r.recv(patience)
+						h, b := r.recv(testkit.Patience)
 						if b == nil {
 							t.Fatalf("%d of %d bytes came", len(got), len(want))
 						}
@@ -185,7 +186,10 @@ func TestEndInSuperSegment(t *testing.T) {
 		want error
 	}{
 		{"FIN in it", func(r *rawConn) { r.say(r.super(1460), ack|fin, data) }, io.EOF},
-		{"FIN in it, twice", func(r *rawConn) { r.say(r.super(1460), ack|fin, data); r.say(r.super(1460), ack|fin, data) }, io.EOF},
+		{"FIN in it, twice", func(r *rawConn) {
+			r.say(r.super(1460), ack|fin, data)
+			r.say(r.super(1460), ack|fin, data)
+		}, io.EOF},
 		{"FIN first, data behind it", func(r *rawConn) {
 			r.seq += 20_000
 			r.say(r.super(1460), ack|fin, data[20_000:])
@@ -240,9 +244,12 @@ func TestEndInSuperSegment(t *testing.T) {
 						t.Errorf("%d of %d bytes were read before the end", len(got), len(data))
 					}
 					// Behind a FIN the RST may come later than the reader.
-					for end := time.Now().Add(patience); errors.Is(err, io.EOF) && c.want != io.EOF && time.Now().Before(end); time.Sleep(time.Millisecond) {
-						_, err = r.up.Read(make([]byte, 1))
-					}
+					testkit.Until(testkit.Patience, func() bool {
+						if errors.Is(err, io.EOF) && c.want != io.EOF {
+							_, err = r.up.Read(make([]byte, 1))
+						}
+						return errors.Is(err, c.want) || !errors.Is(err, io.EOF)
+					})
 					if !errors.Is(err, c.want) {
 						t.Errorf("the end is %v, want %v", err, c.want)
 					}

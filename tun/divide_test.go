@@ -60,7 +60,7 @@ func TestDivide(t *testing.T) {
 				select {
 				case g := <-frames:
 					return g
-				case <-time.After(patience):
+				case <-time.After(testkit.Patience):
 					t.Fatal("the frame did not come")
 					panic("unreachable")
 				}
@@ -113,21 +113,9 @@ func TestDivide(t *testing.T) {
 			if err := d.Close(); err != nil {
 				t.Error("the second Close:", err)
 			}
-			waitFDs(t, fds+40) // the UDP sockets are still open
+			testkit.AwaitFiles(t, fds+40) // the UDP sockets are still open
 		})
 	}
-}
-
-// waitFDs fails the test if there are soon not as few open files as n.
-func waitFDs(t *testing.T, n int) {
-	t.Helper()
-	got := 0
-	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(time.Millisecond) {
-		if got = testkit.CountFiles(t); got <= n {
-			return
-		}
-	}
-	t.Errorf("%d open files, want %d at the most", got, n)
 }
 
 // TestDivideFails: less than one part is refused, and the device closed.
@@ -168,7 +156,7 @@ func TestWake(t *testing.T) {
 	})
 	for i := range 2000 {
 		if i%3 == 0 {
-			time.Sleep(50 * time.Microsecond) // it waits by now
+			testkit.Settle(50*time.Microsecond, "the read waits")
 		}
 		parts[0].Wake()
 		if i%2 == 0 {
@@ -179,7 +167,7 @@ func TestWake(t *testing.T) {
 			if !errors.Is(err, ErrAgain) {
 				t.Fatal(err)
 			}
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			t.Fatalf("%d: the read was not woken", i)
 		}
 	}
@@ -193,10 +181,7 @@ func TestWake(t *testing.T) {
 			}
 		}
 	}()
-	time.Sleep(10 * time.Millisecond)
-	if len(other) != 0 {
-		t.Error("the other part was woken:", <-other)
-	}
+	testkit.Never(t, 10*time.Millisecond, "the other part was woken", func() bool { return len(other) != 0 })
 	d.Close()
 	for err := range reads {
 		if errors.Is(err, os.ErrClosed) {

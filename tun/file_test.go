@@ -40,7 +40,8 @@ func openKernelTUN(t testing.TB, vnet bool, n int, o Options) Device {
 	} else if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := netns.Configure(name, 0, []netip.Prefix{netip.PrefixFrom(app4, 32), netip.PrefixFrom(app6, 128)}, true); err != nil {
+	if _, err := netns.Configure(name, 0, []netip.Prefix{netip.PrefixFrom(app4, 32), netip.PrefixFrom(app6, 128)},
+		true); err != nil {
 		netns.CloseTUN(queues)
 		t.Fatal(err)
 	}
@@ -59,23 +60,27 @@ func openKernelTUN(t testing.TB, vnet bool, n int, o Options) Device {
 func readPacket(t testing.TB, d Device, want func(packet) bool) (Header, packet, int) {
 	t.Helper()
 	b := make([]byte, MaxFrame)
-	for deadline := time.Now().Add(patience); time.Now().Before(deadline); {
-		var h Header
-		n, err := d.Read(&h, b, false)
-		if err == ErrAgain {
-			time.Sleep(time.Millisecond)
-			continue
+	var h Header
+	var p packet
+	var n int
+	testkit.Eventually(t, "the packet", func() bool {
+		for range 1000 {
+			var err error
+			h = Header{}
+			if n, err = d.Read(&h, b, false); err == ErrAgain {
+				return false
+			} else if err != nil {
+				t.Fatal(err)
+			}
+			if got, ok := parse(b[:n]); ok && want(got) {
+				p = got
+				return true
+			}
 		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		if p, ok := parse(b[:n]); ok && want(p) {
-			p.payload = bytes.Clone(p.payload)
-			return h, p, n
-		}
-	}
-	t.Fatal("the packet did not come")
-	panic("unreachable")
+		return false
+	})
+	p.payload = bytes.Clone(p.payload)
+	return h, p, n
 }
 
 var devices = []struct {
@@ -136,7 +141,7 @@ func TestUDPBothWays(t *testing.T) {
 					t.Fatal(err)
 				}
 				got := make([]byte, 2000)
-				c.SetReadDeadline(time.Now().Add(patience))
+				c.SetReadDeadline(time.Now().Add(testkit.Patience))
 				if n, err := c.Read(got); err != nil || !bytes.Equal(got[:n], msg) {
 					t.Fatalf("the app got %d bytes, %v", n, err)
 				}
@@ -188,7 +193,7 @@ func TestUDPSuperFrames(t *testing.T) {
 				t.Fatal(err)
 			}
 			got := make([]byte, MaxFrame)
-			c.SetReadDeadline(time.Now().Add(patience))
+			c.SetReadDeadline(time.Now().Add(testkit.Patience))
 			for i := range segs {
 				n, err := c.Read(got)
 				if err != nil {
@@ -213,7 +218,7 @@ func TestTCPSuperSegments(t *testing.T) {
 			dst := netip.AddrPortFrom(far, 80)
 			conn := make(chan net.Conn, 1)
 			go func() {
-				c, err := net.DialTimeout("tcp", dst.String(), 3*patience)
+				c, err := net.DialTimeout("tcp", dst.String(), 3*testkit.Patience)
 				if err != nil {
 					t.Error(err)
 				}
@@ -282,7 +287,7 @@ func TestTCPSuperSegments(t *testing.T) {
 				t.Fatal(err)
 			}
 			got := make([]byte, len(payload))
-			c.SetReadDeadline(time.Now().Add(patience))
+			c.SetReadDeadline(time.Now().Add(testkit.Patience))
 			for n := 0; n < len(got); {
 				k, err := c.Read(got[n:])
 				if err != nil {
@@ -333,8 +338,10 @@ func TestWriteErrors(t *testing.T) {
 			{"the longest", &Header{}, [][]byte{good, make([]byte, MaxFrame-len(good))}, nil, false},
 			{"too many parts", &Header{}, bytes.SplitAfter(bytes.Repeat([]byte{0x45}, 1100), []byte{0x45}), ErrTooLong, false},
 			{"checksum outside", &Header{Flags: NeedsCsum, CsumStart: 60000, CsumOffset: 6}, [][]byte{good}, ErrBadFrame, true},
-			{"no size", &Header{Flags: NeedsCsum, GSOType: GSOUDPL4, HdrLen: uint16(l3 + l4), CsumStart: uint16(l3), CsumOffset: 6}, [][]byte{good}, ErrBadFrame, true},
-			{"unknown type", &Header{Flags: NeedsCsum, GSOType: 77, GSOSize: 10, HdrLen: uint16(l3 + l4), CsumStart: uint16(l3), CsumOffset: 6}, [][]byte{good}, ErrBadFrame, true},
+			{"no size", &Header{Flags: NeedsCsum, GSOType: GSOUDPL4, HdrLen: uint16(l3 + l4), CsumStart: uint16(l3),
+				CsumOffset: 6}, [][]byte{good}, ErrBadFrame, true},
+			{"unknown type", &Header{Flags: NeedsCsum, GSOType: 77, GSOSize: 10, HdrLen: uint16(l3 + l4), CsumStart: uint16(l3),
+				CsumOffset: 6}, [][]byte{good}, ErrBadFrame, true},
 		} {
 			if c.vnet && !vnet {
 				c.want = ErrBadFrame // needs what this device has not
@@ -380,7 +387,7 @@ func TestCloseWakesRead(t *testing.T) {
 				}
 			}
 		}()
-		time.Sleep(20 * time.Millisecond)
+		testkit.Settle(20*time.Millisecond, "Read waits")
 		if err := d.Close(); err != nil {
 			t.Error(err)
 		}
@@ -389,7 +396,7 @@ func TestCloseWakesRead(t *testing.T) {
 			if !errors.Is(err, os.ErrClosed) {
 				t.Errorf("Read: %v", err)
 			}
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			t.Fatal("Read still waits")
 		}
 		if err := d.Close(); err != nil {
@@ -423,7 +430,7 @@ func interfaceGone(t *testing.T, d Device) {
 			}
 		}
 	}()
-	time.Sleep(20 * time.Millisecond)
+	testkit.Settle(20*time.Millisecond, "Read waits")
 	if out, err := exec.Command("ip", "link", "del", d.Name()).CombinedOutput(); err != nil {
 		t.Fatalf("%v %s", err, out)
 	}
@@ -433,7 +440,7 @@ func interfaceGone(t *testing.T, d Device) {
 			t.Error("a deleted interface reads as closed by us")
 		}
 		t.Log(err)
-	case <-time.After(patience):
+	case <-time.After(testkit.Patience):
 		t.Fatal("Read still waits")
 	}
 	if err := d.Write(&Header{}, [][]byte{frame}); err == nil || err == ErrAgain {
@@ -467,7 +474,7 @@ func TestConcurrentWritersAndClose(t *testing.T) {
 			}
 		})
 	}
-	time.Sleep(50 * time.Millisecond)
+	testkit.Settle(50*time.Millisecond, "all eight write")
 	d.Close()
 	wg.Wait()
 	if n := testkit.CountFiles(t); n != fds {

@@ -66,7 +66,7 @@ func TestLinkEvents(t *testing.T) {
 			ipLink(t, append([]string{"set", "dev", name}, change...)...)
 			select {
 			case <-told:
-			case <-time.After(patience):
+			case <-time.After(testkit.Patience):
 				t.Errorf("vnet %v: %v was not told", vnet, change)
 			}
 		}
@@ -76,10 +76,8 @@ func TestLinkEvents(t *testing.T) {
 		if n := testkit.CountFiles(t); n != fds {
 			t.Errorf("vnet %v: %d open files, %d before", vnet, n, fds)
 		}
-		for end := time.Now().Add(patience); strings.Contains(stacks(), "routineNetlinkListener"); time.Sleep(time.Millisecond) {
-			if time.Now().After(end) {
-				t.Fatal("the link is watched although the device is closed")
-			}
+		if !testkit.Until(testkit.Patience, func() bool { return !strings.Contains(stacks(), "routineNetlinkListener") }) {
+			t.Fatal("the link is watched although the device is closed")
 		}
 	}
 }

@@ -8,7 +8,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/viasocks/viasocks/stack/testkit"
 )
@@ -17,9 +16,6 @@ import (
 const inNamespace = "VIASOCKS_TEST_NAMESPACE"
 
 var noNamespace string
-
-// patience is for what must happen, on a machine that may stall for seconds.
-const patience = 20 * time.Second
 
 // TestMain runs the tests once more in a network namespace of their own, without root in a user namespace as well.
 func TestMain(m *testing.M) {

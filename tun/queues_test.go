@@ -104,7 +104,7 @@ func TestFloodLeavesOthers(t *testing.T) {
 							break
 						}
 					}
-					time.Sleep(time.Millisecond)
+					testkit.Pace(time.Millisecond)
 				}
 				lost.Add(mine)
 				mu.Lock()
@@ -188,7 +188,7 @@ func TestReaderStepsBack(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(10 * time.Millisecond) // the other waits
+	testkit.Settle(10*time.Millisecond, "the other goroutine waits in its read")
 	raw.Control(func(fd uintptr) { unix.Write(int(fd), []byte("x")) })
 	b, h := make([]byte, MaxFrame), new(Header)
 	frames := 0
@@ -258,7 +258,8 @@ func TestAppPort(t *testing.T) {
 			}.marshal(
 				false,
 			)
-			for name, parts := range map[string][][]byte{"one": {b}, "headers apart": {b[:l3], b[l3 : l3+l4], b[l3+l4:]}, "payload apart": {b[:l3+l4], b[l3+l4:]}} {
+			for name, parts := range map[string][][]byte{"one": {b}, "headers apart": {b[:l3], b[l3 : l3+l4], b[l3+l4:]},
+				"payload apart": {b[:l3+l4], b[l3+l4:]}} {
 				if got := appPort(parts); got != 51413 {
 					t.Errorf("%d %s %s: %d", proto, a, name, got)
 				}

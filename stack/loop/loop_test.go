@@ -3,7 +3,6 @@ package loop
 import (
 	"context"
 	"errors"
-	"os"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -11,10 +10,9 @@ import (
 
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
-)
 
-// patience is for what must happen, on a machine that may stall for seconds.
-const patience = 20 * time.Second
+	"github.com/viasocks/viasocks/stack/testkit"
+)
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
@@ -26,7 +24,7 @@ func running(t testing.TB) *Loop {
 		t.Fatal(err)
 	}
 	warm.Close()
-	before := countFDs(t)
+	before := testkit.CountFiles(t)
 	l, err := New()
 	if err != nil {
 		t.Fatal(err)
@@ -39,20 +37,11 @@ func running(t testing.TB) *Loop {
 		if err := <-over; err != nil {
 			t.Error(err)
 		}
-		if n := countFDs(t); n > before {
+		if n := testkit.CountFiles(t); n > before {
 			t.Errorf("%d descriptors before, %d after", before, n)
 		}
 	})
 	return l
-}
-
-func countFDs(t testing.TB) int {
-	t.Helper()
-	e, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(e)
 }
 
 func socketPair(t testing.TB) (a, b int) {
@@ -94,7 +83,7 @@ func do(t testing.TB, l *Loop, f func()) {
 	}
 	select {
 	case <-done:
-	case <-time.After(patience):
+	case <-time.After(testkit.Patience):
 		t.Fatal("what was posted is not called")
 	}
 }
@@ -104,7 +93,7 @@ func receive[T any](t testing.TB, ch <-chan T) T {
 	select {
 	case v := <-ch:
 		return v
-	case <-time.After(patience):
+	case <-time.After(testkit.Patience):
 		t.Fatal("nothing came")
 		panic("unreachable")
 	}

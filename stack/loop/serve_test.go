@@ -6,6 +6,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // echo is a task that sends back what its socket receives.
@@ -56,7 +58,7 @@ func TestMoreEventsThanOneQuestion(t *testing.T) {
 		defer unix.Close(a)
 		defer unix.Close(b)
 		unix.SetNonblock(b, false)
-		unix.SetsockoptTimeval(b, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(patience.Seconds())})
+		unix.SetsockoptTimeval(b, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(testkit.Patience.Seconds())})
 		f := echo(t, l, a)
 		defer do(t, l, func() { l.Forget(&f.Node) })
 		peers[i] = b
@@ -84,7 +86,7 @@ func TestNoEventIsLost(t *testing.T) {
 		defer unix.Close(a)
 		defer unix.Close(b)
 		unix.SetNonblock(b, false)
-		unix.SetsockoptTimeval(b, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(patience.Seconds())})
+		unix.SetsockoptTimeval(b, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(testkit.Patience.Seconds())})
 		f := echo(t, l, a)
 		defer do(t, l, func() { l.Forget(&f.Node) })
 		wg.Go(func() {

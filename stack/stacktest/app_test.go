@@ -12,14 +12,12 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
-	"golang.org/x/sys/unix"
 )
-
-// patience is for what must happen, on a machine that may stall for seconds.
-const patience = 20 * time.Second
 
 func TestMain(m *testing.M) { testkit.Main(m) }
 
@@ -88,7 +86,7 @@ func TestTCP(t *testing.T) {
 			}
 		}()
 		super := app.Capture(func(f Frame) bool { return f.Header.GSOType != 0 })
-		c, err := app.DialTCP(within(t, patience), netip.AddrPortFrom(to, 80))
+		c, err := app.DialTCP(within(t, testkit.Patience), netip.AddrPortFrom(to, 80))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -98,7 +96,7 @@ func TestTCP(t *testing.T) {
 			_, _ = c.Write(want)
 			_ = c.CloseWrite()
 		}()
-		_ = c.SetDeadline(time.Now().Add(3 * patience))
+		_ = c.SetDeadline(time.Now().Add(3 * testkit.Patience))
 		got, err := io.ReadAll(c)
 		if err != nil || !bytes.Equal(got, want) {
 			t.Fatalf("%d bytes back: %v", len(got), err)
@@ -112,7 +110,7 @@ func TestTCP(t *testing.T) {
 func TestTCPRefused(t *testing.T) {
 	each(t, func(t *testing.T, off tun.Offload, _, to netip.Addr) {
 		app, _ := pair(t, off)
-		_, err := app.DialTCP(within(t, patience), netip.AddrPortFrom(to, 81))
+		_, err := app.DialTCP(within(t, testkit.Patience), netip.AddrPortFrom(to, 81))
 		if !errors.Is(err, unix.ECONNREFUSED) {
 			t.Fatal(err)
 		}
@@ -127,7 +125,7 @@ func TestTCPReset(t *testing.T) {
 	}
 	defer l.Close()
 	src := netip.AddrPortFrom(app4, 5555)
-	c, err := app.DialTCPFrom(within(t, patience), src, netip.AddrPortFrom(far4, 80))
+	c, err := app.DialTCPFrom(within(t, testkit.Patience), src, netip.AddrPortFrom(far4, 80))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -141,7 +139,7 @@ func TestTCPReset(t *testing.T) {
 	defer s.Close()
 	cap := far.Capture(func(f Frame) bool { s, ok := f.TCP(); return ok && s.Flags&(RST|FIN) != 0 })
 	c.Abort()
-	f, err := cap.Next(within(t, patience))
+	f, err := cap.Next(within(t, testkit.Patience))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -187,7 +185,7 @@ func TestTCPUnreachable(t *testing.T) {
 				f := ICMP{Src: to, Dst: s.Src.Addr(), Type: typ, Code: code, Quote: b[:n]}.Frame()
 				_ = y.Write(&f.Header, [][]byte{f.Data})
 			}()
-			if _, err := app.DialTCP(within(t, patience), netip.AddrPortFrom(to, 80)); !errors.Is(err, want) {
+			if _, err := app.DialTCP(within(t, testkit.Patience), netip.AddrPortFrom(to, 80)); !errors.Is(err, want) {
 				t.Errorf("%d/%d: %v, want %v", typ, code, err, want)
 			}
 			if err := app.Close(); err != nil {
@@ -250,7 +248,7 @@ func TestUDP(t *testing.T) {
 			if _, err := a.WriteToAddrPort(bytes.Repeat([]byte{byte(n)}, n), netip.AddrPortFrom(to, 53)); err != nil {
 				t.Fatalf("%d: %v", n, err)
 			}
-			_ = b.SetReadDeadline(time.Now().Add(patience))
+			_ = b.SetReadDeadline(time.Now().Add(testkit.Patience))
 			m, peer, err := b.ReadFromAddrPort(buf)
 			if err != nil || m != n || peer != a.LocalAddrPort() {
 				t.Fatalf("%d: %d bytes from %v: %v", n, m, peer, err)
@@ -263,7 +261,7 @@ func TestUDP(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, n := range []int{1000, 1000, 500} {
-				_ = a.SetReadDeadline(time.Now().Add(patience))
+				_ = a.SetReadDeadline(time.Now().Add(testkit.Patience))
 				m, peer, err := a.ReadFromAddrPort(buf)
 				if err != nil || m != n || peer != d.Src {
 					t.Fatalf("%d bytes from %v: %v", m, peer, err)
@@ -279,7 +277,7 @@ func TestUDP(t *testing.T) {
 		if _, err := c.Write([]byte("x")); err != nil {
 			t.Fatal(err)
 		}
-		_ = c.SetReadDeadline(time.Now().Add(patience))
+		_ = c.SetReadDeadline(time.Now().Add(testkit.Patience))
 		if _, err := c.Read(buf); !errors.Is(err, unix.ECONNREFUSED) {
 			t.Fatal(err)
 		}
@@ -308,7 +306,7 @@ func TestFragments(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			_ = b.SetReadDeadline(time.Now().Add(patience))
+			_ = b.SetReadDeadline(time.Now().Add(testkit.Patience))
 			if m, peer, err := b.ReadFromAddrPort(make([]byte, 1<<16)); m != n || peer != d.Src || err != nil {
 				t.Fatalf("%d: %d bytes from %v: %v", n, m, peer, err)
 			}
@@ -345,7 +343,7 @@ func TestFaults(t *testing.T) {
 		if err := y.Write(&f.Header, [][]byte{f.Data}); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := c.Next(within(t, patience)); err != nil {
+		if _, err := c.Next(within(t, testkit.Patience)); err != nil {
 			t.Fatal(err)
 		}
 		y.Close()
@@ -363,7 +361,7 @@ func TestCloseGivesBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 10 { // left open by the program
-		if _, err := app.DialTCP(within(t, patience), netip.AddrPortFrom(far4, 80)); err != nil {
+		if _, err := app.DialTCP(within(t, testkit.Patience), netip.AddrPortFrom(far4, 80)); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := app.ListenUDP(netip.AddrPort{}); err != nil {

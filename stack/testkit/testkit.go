@@ -7,16 +7,17 @@ import (
 	"os"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.uber.org/goleak"
 )
 
 // Patience is how long a test waits for what must happen, on a machine that may stall for seconds.
-const Patience = 20 * time.Second
+const Patience = 30 * time.Second
 
-// poll is the time between two checks of a condition.
-const poll = 2 * time.Millisecond
+// poll is the least time between two checks of a condition.
+const poll = time.Millisecond
 
 // leakPatience equals Patience, except in the test of CheckLeaks.
 var leakPatience = Patience
@@ -25,11 +26,54 @@ var leakPatience = Patience
 // called on the goroutine of the test.
 func Eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(Patience); !ok(); time.Sleep(poll) {
-		if time.Now().After(end) {
-			t.Fatalf("waited %v for %s", Patience, what)
-		}
+	EventuallyIn(t, Patience, what, ok)
+}
+
+// EventuallyIn is Eventually for what may take longer than Patience, and for what must not take as long.
+func EventuallyIn(t testing.TB, d time.Duration, what string, ok func() bool) {
+	t.Helper()
+	if !Until(d, ok) {
+		t.Fatalf("waited %v for %s", d, what)
 	}
+}
+
+// Until waits until ok returns true, and returns false if that does not happen within d. It is for goroutines other
+// than that of the test, and for tests that say more about a failure than Eventually does.
+func Until(d time.Duration, ok func() bool) bool {
+	for end := time.Now().Add(d); ; {
+		start := time.Now()
+		if ok() {
+			return true
+		} else if start.After(end) {
+			return false
+		}
+		time.Sleep(max(poll, time.Since(start))) // a check that costs much is made less often
+	}
+}
+
+// Never ends the test as soon as happened returns true within d. It must be called on the goroutine of the test.
+func Never(t testing.TB, d time.Duration, what string, happened func() bool) {
+	t.Helper()
+	if start := time.Now(); Until(d, happened) {
+		t.Fatalf("after %v: %s", time.Since(start).Round(time.Millisecond), what)
+	}
+}
+
+// Pace lets d pass because the time is an input of the test: the speed of a load, a slow peer, an age that something
+// must reach. Say in a comment what it is where the code does not show it.
+func Pace(d time.Duration) { time.Sleep(d) }
+
+// Settle lets d pass for what no test can see, such as that another goroutine has begun to wait in a system call. A
+// test that goes on too early tests less, but still passes. What it waits for belongs in why.
+func Settle(d time.Duration, why string) {
+	time.Sleep(d)
+}
+
+// Advance moves the clock of a synctest bubble on by d, which takes no real time, and waits until all goroutines of
+// the bubble have done what was due. Outside of a bubble it panics.
+func Advance(d time.Duration) {
+	time.Sleep(d)
+	synctest.Wait()
 }
 
 // runtimeFiles opens the files that the runtime keeps once it has a poller, so that no test is blamed for them.
@@ -56,6 +100,15 @@ func Files(t testing.TB) (files []string) {
 	return files
 }
 
+// AwaitFiles waits until at most n files are open, and fails the test if that does not happen.
+func AwaitFiles(t testing.TB, n int) {
+	t.Helper()
+	if !Until(leakPatience, func() bool { return CountFiles(t) <= n }) {
+		files := Files(t)
+		t.Errorf("%d files are open, want at most %d: %q", len(files), n, files)
+	}
+}
+
 // CountFiles returns the number of open file descriptors. From the first call on it includes those of the runtime's
 // poller.
 func CountFiles(t testing.TB) int { t.Helper(); return len(Files(t)) }
@@ -66,22 +119,14 @@ func CheckLeaks(t testing.TB) {
 	t.Helper()
 	before, others := Files(t), goleak.IgnoreCurrent()
 	t.Cleanup(func() {
-		for end := time.Now().Add(leakPatience); ; time.Sleep(poll) {
-			err, after := goleak.Find(others), Files(t)
-			if err == nil && len(after) <= len(before) {
-				return
-			}
-			if time.Now().After(end) {
-				t.Errorf(
-					"%d files were open before: %q\nand %d after: %q\ngoroutines: %v",
-					len(before),
-					before,
-					len(after),
-					after,
-					err,
-				)
-				return
-			}
+		var err error
+		var after []string
+		if !Until(leakPatience, func() bool {
+			err, after = goleak.Find(others), Files(t)
+			return err == nil && len(after) <= len(before)
+		}) {
+			t.Errorf("%d files were open before: %q\nand %d after: %q\ngoroutines: %v",
+				len(before), before, len(after), after, err)
 		}
 	})
 }
@@ -97,8 +142,6 @@ type settled struct{ m *testing.M }
 // Run implements goleak.TestingM.
 func (s settled) Run() int {
 	code := s.m.Run()
-	for end := time.Now().Add(Patience); goleak.Find() != nil && time.Now().Before(end); {
-		time.Sleep(poll)
-	}
+	Until(Patience, func() bool { return goleak.Find() == nil })
 	return code
 }

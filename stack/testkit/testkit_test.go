@@ -3,8 +3,11 @@ package testkit
 import (
 	"fmt"
 	"os"
+	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -18,6 +21,15 @@ type recorder struct {
 func (r *recorder) Helper()                   {}
 func (r *recorder) Cleanup(f func())          { r.cleanups = append(r.cleanups, f) }
 func (r *recorder) Errorf(f string, a ...any) { r.said += fmt.Sprintf(f, a...) }
+func (r *recorder) Fatalf(f string, a ...any) { r.said += fmt.Sprintf(f, a...); runtime.Goexit() }
+
+// run calls f as a test would, and returns what it said.
+func (r *recorder) run(f func()) string {
+	over := make(chan struct{})
+	go func() { defer close(over); f() }()
+	<-over
+	return r.said
+}
 
 func TestMain(m *testing.M) { Main(m) }
 
@@ -32,7 +44,7 @@ func TestCheckLeaks(t *testing.T) {
 	stop := make(chan struct{})
 	go func() {
 		<-stop
-		time.Sleep(50 * time.Millisecond)
+		Pace(50 * time.Millisecond)
 		r.Close()
 		w.Close()
 	}()
@@ -66,4 +78,70 @@ func TestEventually(t *testing.T) {
 	if n != 3 {
 		t.Errorf("%d looks", n)
 	}
+}
+
+// TestEventuallyEnds: what does not happen ends the test after its time, and is named.
+func TestEventuallyEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, begin := &recorder{TB: t}, time.Now()
+		said := r.run(func() { Eventually(r, "the rain", func() bool { return false }); t.Error("it went on") })
+		if d := time.Since(begin); said != "waited 30s for the rain" || d < Patience || d > Patience+time.Second {
+			t.Errorf("%q after %v", said, d)
+		}
+	})
+}
+
+// TestNever: what must not happen ends the test at once; where it does not happen the test goes on after the time.
+func TestNever(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, begin := &recorder{TB: t}, time.Now()
+		Never(r, time.Minute, "it rained", func() bool { return false })
+		if d := time.Since(begin); d < time.Minute || r.said != "" {
+			t.Errorf("%q after %v", r.said, d)
+		}
+		rain := time.Now().Add(time.Second)
+		said := r.run(func() {
+			Never(r, time.Minute, "it rained", func() bool { return time.Now().After(rain) })
+			t.Error("it went on")
+		})
+		if d := time.Since(rain); !strings.HasSuffix(said, ": it rained") || d > time.Second {
+			t.Errorf("%q %v later", said, d)
+		}
+	})
+}
+
+// TestAdvance: what is due at the end of the time is done when Advance returns.
+func TestAdvance(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var done atomic.Bool
+		time.AfterFunc(time.Hour, func() { done.Store(true) })
+		Advance(time.Hour - 1)
+		if done.Load() {
+			t.Error("too early")
+		}
+		Advance(1)
+		if !done.Load() {
+			t.Error("not yet done")
+		}
+	})
+}
+
+func TestAwaitFiles(t *testing.T) {
+	before := CountFiles(t)
+	f, err := os.Create(t.TempDir() + "/late")
+	if err != nil {
+		t.Fatal(err)
+	}
+	leakPatience = 100 * time.Millisecond
+	r := &recorder{TB: t}
+	AwaitFiles(r, before)
+	leakPatience = Patience
+	if !strings.Contains(r.said, f.Name()) {
+		t.Errorf("an open file is not named: %q", r.said)
+	}
+	go func() {
+		Pace(20 * time.Millisecond)
+		f.Close()
+	}()
+	AwaitFiles(t, before)
 }

@@ -10,7 +10,6 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -73,15 +72,14 @@ func newTestDiag(t testing.TB) *Diag {
 
 func expect(t *testing.T, d *Diag, what string, proto uint8, src, dst netip.AddrPort, want bool) {
 	t.Helper()
-	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) { // a FIN or RST may be on its way still
-		got, err := d.Exists(proto, src, dst)
-		if err == nil && got == want {
-			return
-		}
-		if err != nil || time.Now().After(end) {
-			t.Errorf("%s: %v, %v; want %v", what, got, err, want)
-			return
-		}
+	var got bool
+	var err error
+	testkit.Until(testkit.Patience, func() bool { // a FIN or RST may be on its way still
+		got, err = d.Exists(proto, src, dst)
+		return err != nil || got == want
+	})
+	if err != nil || got != want {
+		t.Errorf("%s: %v, %v; want %v", what, got, err, want)
 	}
 }
 
@@ -398,7 +396,8 @@ func BenchmarkDiag(b *testing.B) {
 		name     string
 		proto    uint8
 		src, dst netip.AddrPort
-	}{{"udp", 17, src, dst}, {"udp gone", 17, gone, dst}, {"udp gone, any destination", 17, gone, netip.AddrPort{}}, {"tcp gone", 6, src, dst}} {
+	}{{"udp", 17, src, dst}, {"udp gone", 17, gone, dst}, {"udp gone, any destination", 17, gone, netip.AddrPort{}},
+		{"tcp gone", 6, src, dst}} {
 		b.Run(c.name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {

@@ -8,7 +8,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -19,9 +18,6 @@ import (
 const inNamespace = "VIASOCKS_TEST_NAMESPACE"
 
 var noNamespace string
-
-// patience is for what must happen, on a machine that may stall for seconds.
-const patience = 20 * time.Second
 
 // TestMain runs the tests once more in a network namespace of their own, without root in a user namespace as well. The
 // binary is also the helper that Spawn starts.

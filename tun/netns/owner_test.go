@@ -250,7 +250,8 @@ func TestProgramThatDropsRoot(t *testing.T) {
 		want string
 	}{
 		{[]string{exe}, "attached"}, // the control: root
-		{[]string{setpriv, "--reuid", fmt.Sprint(asUser), "--regid", fmt.Sprint(asUser), "--clear-groups", exe}, "operation not permitted"},
+		{[]string{setpriv, "--reuid", fmt.Sprint(asUser), "--regid", fmt.Sprint(asUser), "--clear-groups", exe},
+			"operation not permitted"},
 	} {
 		s := testSpec(c.argv...)
 		s.TUN.Queues = 3

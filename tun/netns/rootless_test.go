@@ -55,7 +55,8 @@ func TestSpawnHostResolvers(t *testing.T) {
 			testSpec(
 				"/bin/sh",
 				"-c",
-				"cat /etc/resolv.conf; ls -l /etc/resolv.conf | cut -c1; stat -Lc %a /etc/resolv.conf; ls /run/nscd; ls /run/systemd/resolve | grep -v stub; ls /tmp | grep '^resolv.conf'",
+				"cat /etc/resolv.conf; ls -l /etc/resolv.conf | cut -c1; stat -Lc %a /etc/resolv.conf; ls /run/nscd; "+
+					"ls /run/systemd/resolve | grep -v stub; ls /tmp | grep '^resolv.conf'",
 			),
 		)
 		if out != c.want+"l\n644\n" || err != nil || exit != 1 {

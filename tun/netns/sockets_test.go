@@ -66,7 +66,8 @@ func TestSpawnSockets(t *testing.T) {
 		// The namespace is the program's: the TUN's address is there.
 		listenInside(t, c.Sockets, a.domain, a.in).Close()
 	}
-	for _, bad := range [][2]int{{unix.AF_UNIX, unix.SOCK_STREAM}, {unix.AF_INET, unix.SOCK_RAW}, {unix.AF_PACKET, unix.SOCK_DGRAM}} {
+	for _, bad := range [][2]int{{unix.AF_UNIX, unix.SOCK_STREAM}, {unix.AF_INET, unix.SOCK_RAW},
+		{unix.AF_PACKET, unix.SOCK_DGRAM}} {
 		if _, err := c.Sockets.Socket(bad[0], bad[1]); !errors.Is(err, unix.EINVAL) {
 			t.Errorf("%v: %v", bad, err)
 		}
@@ -161,13 +162,13 @@ func reach(t *testing.T, s *Sockets, domain int, from netip.Addr, to netip.AddrP
 		t.Fatal(err)
 	}
 	defer in.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience)
 	defer cancel()
 	end, _ := ctx.Deadline()
 	if err := in.SetDeadline(end); err != nil {
 		t.Fatal(err)
 	}
-	if err := f.SetDeadline(time.Now().Add(patience)); err != nil {
+	if err := f.SetDeadline(time.Now().Add(testkit.Patience)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := f.Write([]byte("hello")); err != nil {

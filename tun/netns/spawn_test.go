@@ -207,7 +207,8 @@ func TestSpawnWorld(t *testing.T) {
 		) || !strings.Contains(out, "\ndefault dev tun0 scope link") || !strings.Contains(out, "\ndefault dev tun0 metric") {
 		t.Errorf("network %q", out)
 	}
-	if gid, out := os.Getgid(), there("cat /proc/sys/net/ipv4/ping_group_range /proc/sys/net/ipv6/conf/tun0/accept_ra"); out != fmt.Sprintf(
+	if gid, out := os.Getgid(), there("cat /proc/sys/net/ipv4/ping_group_range "+
+		"/proc/sys/net/ipv6/conf/tun0/accept_ra"); out != fmt.Sprintf(
 		"%d\t%d\n0\n",
 		gid,
 		gid,
@@ -232,7 +233,8 @@ func TestSpawnWorld(t *testing.T) {
 		if want := here("grep -E 'Cap(Inh|Prm|Eff|Amb)|NoNewPrivs' /proc/self/status | tr -d '\\t'"); caps != want {
 			t.Errorf("capabilities %q, outside %q", caps, want)
 		}
-	} else if none := strings.Repeat("0", 16); caps != "CapInh:"+none+"\nCapPrm:"+none+"\nCapEff:"+none+"\nCapAmb:"+none+"\nNoNewPrivs:1\n" {
+	} else if none := strings.Repeat("0", 16); caps != "CapInh:"+none+"\nCapPrm:"+none+"\nCapEff:"+none+"\nCapAmb:"+none+
+		"\nNoNewPrivs:1\n" {
 		t.Errorf("capabilities %q", caps)
 	}
 }
@@ -279,7 +281,7 @@ func TestSpawnTraffic(t *testing.T) {
 		t.Fatal(err)
 	}
 	b := make([]byte, 2000)
-	c.TUN[0].SetReadDeadline(time.Now().Add(patience))
+	c.TUN[0].SetReadDeadline(time.Now().Add(testkit.Patience))
 	for {
 		n, err := c.TUN[0].Read(b)
 		if err != nil {
@@ -412,14 +414,15 @@ func TestSpawnCallerKilled(t *testing.T) {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(
 		os.Environ(),
-		"VIASOCKS_TEST_SUPERVISE=echo up; while grep -q tun0 /proc/net/dev; do sleep 0.02; done; ip route; cut -d: -f1 /proc/net/dev | sed 1,2d; echo end",
+		"VIASOCKS_TEST_SUPERVISE=echo up; while grep -q tun0 /proc/net/dev; do sleep 0.02; done; ip route; "+
+			"cut -d: -f1 /proc/net/dev | sed 1,2d; echo end",
 	)
 	cmd.Stdout, cmd.Stderr = w, w
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	w.Close()
-	r.SetReadDeadline(time.Now().Add(3 * patience))
+	r.SetReadDeadline(time.Now().Add(3 * testkit.Patience))
 	up := make([]byte, 3)
 	if _, err := io.ReadFull(r, up); err != nil || string(up) != "up\n" {
 		t.Fatalf("%q, %v", up, err)

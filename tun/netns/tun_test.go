@@ -52,7 +52,9 @@ func TestNoTUNNode(t *testing.T) {
 		want string
 	}{
 		{func() error { return nil }, "cannot open /dev/net/tun: no such file or directory: run 'modprobe tun'"},
-		{func() error { return unix.Mknod(tunNode, unix.S_IFCHR|0o666, int(unix.Mkdev(239, 77))) }, "cannot open /dev/net/tun: no such device or address: the kernel has no TUN driver"},
+		{func() error {
+			return unix.Mknod(tunNode, unix.S_IFCHR|0o666, int(unix.Mkdev(239, 77)))
+		}, "cannot open /dev/net/tun: no such device or address: the kernel has no TUN driver"},
 	} {
 		if err := c.make(); err != nil {
 			t.Skip(err)

@@ -18,10 +18,14 @@ func TestUsernsHint(t *testing.T) {
 		sysctls map[string]string
 		want    string
 	}{
-		{map[string]string{"user.max_user_namespaces": "0"}, ": run 'sysctl -w user.max_user_namespaces=10000' as root, or run this as root"},
-		{map[string]string{"kernel.unprivileged_userns_clone": "0"}, ": run 'sysctl -w kernel.unprivileged_userns_clone=1' as root, or run this as root"},
-		{map[string]string{"kernel.apparmor_restrict_unprivileged_userns": "1"}, ": run 'sysctl -w kernel.apparmor_restrict_unprivileged_userns=0' as root, or run this as root"},
-		{map[string]string{"user.max_user_namespaces": "9", "kernel.unprivileged_userns_clone": "1"}, ": run this as root, or in a container allow it user namespaces (seccomp)"},
+		{map[string]string{"user.max_user_namespaces": "0"},
+			": run 'sysctl -w user.max_user_namespaces=10000' as root, or run this as root"},
+		{map[string]string{"kernel.unprivileged_userns_clone": "0"},
+			": run 'sysctl -w kernel.unprivileged_userns_clone=1' as root, or run this as root"},
+		{map[string]string{"kernel.apparmor_restrict_unprivileged_userns": "1"},
+			": run 'sysctl -w kernel.apparmor_restrict_unprivileged_userns=0' as root, or run this as root"},
+		{map[string]string{"user.max_user_namespaces": "9", "kernel.unprivileged_userns_clone": "1"},
+			": run this as root, or in a container allow it user namespaces (seccomp)"},
 	} {
 		if got := usernsHint(func(k string) string { return c.sysctls[k] }); got != c.want {
 			t.Errorf("%v: %q, want %q", c.sysctls, got, c.want)
@@ -110,12 +114,14 @@ func TestResolveLink(t *testing.T) {
 	p := func(s string) string { return filepath.Join(dir, s) }
 	os.MkdirAll(p("run/real"), 0o755)
 	os.WriteFile(p("run/real/file"), nil, 0o644)
-	for link, to := range map[string]string{"alias": "run", "a": "b", "b": p("alias/real/file"), "dangling": "alias/real/none", "loop": "loop", "nodir": "no/such"} {
+	for link, to := range map[string]string{"alias": "run", "a": "b", "b": p("alias/real/file"), "dangling": "alias/real/none",
+		"loop": "loop", "nodir": "no/such"} {
 		if err := os.Symlink(to, p(link)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	for in, want := range map[string]string{"a": "run/real/file", "dangling": "run/real/none", "run/real/file": "run/real/file", "none": "none", "nodir": "no/such"} {
+	for in, want := range map[string]string{"a": "run/real/file", "dangling": "run/real/none", "run/real/file": "run/real/file",
+		"none": "none", "nodir": "no/such"} {
 		if got, err := resolveLink(p(in)); got != p(want) || err != nil {
 			t.Errorf("%s: %s, %v", in, got, err)
 		}
@@ -192,7 +198,8 @@ func FuzzNsswitchContent(f *testing.F) {
 
 func TestMainIfChildIgnoresOthers(t *testing.T) {
 	defer func(old []string) { os.Args = old }(os.Args)
-	for _, args := range [][]string{{helperName}, {helperName, "x"}, {helperName, "0"}, {helperName, "99999"}, {"viasocks", "3"}} {
+	for _, args := range [][]string{{helperName}, {helperName, "x"}, {helperName, "0"}, {helperName, "99999"},
+		{"viasocks", "3"}} {
 		os.Args = args
 		MainIfChild() // must return
 	}

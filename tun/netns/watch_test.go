@@ -39,7 +39,7 @@ func watching(t *testing.T) (w *Watch, changes <-chan Change) {
 		w.Close()
 		select {
 		case <-done:
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			t.Error("Run goes on after Close")
 		}
 	})
@@ -48,7 +48,7 @@ func watching(t *testing.T) (w *Watch, changes <-chan Change) {
 
 func await(t *testing.T, changes <-chan Change, what string, want func(Change) bool) {
 	t.Helper()
-	late := time.After(patience)
+	late := time.After(testkit.Patience)
 	for {
 		select {
 		case c := <-changes:
@@ -102,8 +102,10 @@ func TestWatch(t *testing.T) {
 		await(t, changes, c.ip, c.want)
 	}
 	// A lifetime that is renewed, other tables and other routes are no news: the next is what comes after them.
-	for _, args := range []string{"link set " + name + " up", "addr change 10.98.5.1 peer 10.98.5.2/32 dev " + name + " valid_lft 1000 preferred_lft 1000",
-		"route add default dev " + name + " table 77", "route add 10.98.6.0/24 dev " + name, "addr add 10.98.7.1/32 dev " + name} {
+	for _, args := range []string{"link set " + name + " up", "addr change 10.98.5.1 peer 10.98.5.2/32 dev " + name +
+		" valid_lft 1000 preferred_lft 1000",
+		"route add default dev " + name + " table 77", "route add 10.98.6.0/24 dev " + name, "addr add 10.98.7.1/32 dev " +
+			name} {
 		ip(t, args)
 	}
 	await(t, changes, "the last address", func(c Change) bool {
@@ -120,6 +122,22 @@ func TestWatch(t *testing.T) {
 	await(t, changes, "the loss", func(c Change) bool { return c.Lost })
 	ip(t, "addr add 10.98.8.1/32 dev "+name)
 	await(t, changes, "an address after the loss", isAddr("10.98.8.1/32"))
+}
+
+// mendCases are the cases of TestMend.
+var mendCases = []struct {
+	ip   []string
+	want []string
+}{
+	{nil, nil},
+	{[]string{"link set vsx0 down"}, []string{"is down", "lacks the address fd00:98:9::1"}},
+	{[]string{"link set vsx0 down", "link set vsx0 name vsx-other"},
+		[]string{"has the name vsx-other", "is down", "lacks the address fd00:98:9::1"}},
+	{[]string{"link set vsx0 down", "link set vsx0 name vsx-other", "link set vsx-other up"},
+		[]string{"has the name vsx-other", "lacks the address fd00:98:9::1"}},
+	{[]string{"addr del 10.98.9.1/32 dev vsx0"}, []string{"lacks the address 10.98.9.1"}},
+	{[]string{"addr flush dev vsx0"}, []string{"lacks the address 10.98.9.1", "lacks the address fd00:98:9::1"}},
+	{[]string{"link set vsx0 mtu 1300"}, []string{"has an MTU of 1300"}},
 }
 
 // TestMend: what others do to an interface is seen and undone.
@@ -139,18 +157,7 @@ func TestMend(t *testing.T) {
 		t.Fatal(err)
 	}
 	w := Wanted{Index: link.Index, Name: name, MTU: 1400, Addrs: addrs}
-	for _, c := range []struct {
-		ip   []string
-		want []string
-	}{
-		{nil, nil},
-		{[]string{"link set vsx0 down"}, []string{"is down", "lacks the address fd00:98:9::1"}},
-		{[]string{"link set vsx0 down", "link set vsx0 name vsx-other"}, []string{"has the name vsx-other", "is down", "lacks the address fd00:98:9::1"}},
-		{[]string{"link set vsx0 down", "link set vsx0 name vsx-other", "link set vsx-other up"}, []string{"has the name vsx-other", "lacks the address fd00:98:9::1"}},
-		{[]string{"addr del 10.98.9.1/32 dev vsx0"}, []string{"lacks the address 10.98.9.1"}},
-		{[]string{"addr flush dev vsx0"}, []string{"lacks the address 10.98.9.1", "lacks the address fd00:98:9::1"}},
-		{[]string{"link set vsx0 mtu 1300"}, []string{"has an MTU of 1300"}},
-	} {
+	for _, c := range mendCases {
 		for _, args := range c.ip {
 			ip(t, args)
 		}

@@ -10,6 +10,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
 )
 
@@ -93,7 +94,7 @@ func TestCloseWakesRead(t *testing.T) {
 				_, err := a.Read(new(tun.Header), make([]byte, 10), true)
 				got <- err
 			}()
-			time.Sleep(time.Second)
+			testkit.Advance(time.Second)
 			if byPeer {
 				b.Close()
 			} else {
