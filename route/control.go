@@ -234,7 +234,7 @@ func (r *shard) opened(e event) {
 	}
 	if len(pkts) > 0 {
 		if _, err := a.link.Send(pkts); err != nil {
-			r.ctl.post(event{kind: evClosed, t: t, err: err})
+			r.unsent(r.ctlW, t, err)
 		}
 	}
 	r.udp.mu.Unlock()

@@ -58,7 +58,7 @@ func (u *upstream) heardUDP(r *Router) {
 // received from their upstream. The caller holds udp.mu.
 func appendDeaf(all []*assoc, m *mapping) []*assoc {
 	for _, a := range m.assocs {
-		if a.link == nil || a.up.heard.Load() || a.up.name == DirectName {
+		if a.link == nil || a.up.heard.Load() || a.up.name == DirectName || a.up.own {
 			continue
 		}
 		if s := a.link.Stats(); s.Received == 0 && s.Unreachable >= deafAfter {

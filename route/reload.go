@@ -122,7 +122,8 @@ func (p *policy) has(u *upstream) bool { return u.own || slices.Contains(p.order
 
 func (r *Router) newDNS(p *policy, resolvers []dns.Resolver, roots *x509.CertPool, relay bool,
 	split *Split) (*dns.Server, error) {
-	cfg := dns.Config{Dial: r.dialResolver, Resolvers: resolvers, RootCAs: roots, Relay: relay, Tor: r.askTor, Log: logTo(r.log)}
+	cfg := dns.Config{Dial: r.dialResolver, Resolvers: resolvers, RootCAs: roots, Relay: relay, Tor: r.askTor, Log: logTo(r.log),
+		Own: r.host.ownName()}
 	if p.fake {
 		cfg.Fake = dns.FakeConfig{
 			Pool:  r.cfg.Pool,

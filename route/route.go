@@ -67,6 +67,8 @@ type Config struct {
 	// LearnFakeIPv6 means that names have no fake IPv6 address while flows show that the upstream that carries them
 	// cannot reach IPv6.
 	LearnFakeIPv6 bool
+	// Host tells which services of the host may be reached; nil: none.
+	Host *HostServices
 	// UDPTimeout is how long a mapping lives after its last datagram if its socket is gone. 0: DefaultUDPTimeout.
 	UDPTimeout time.Duration
 	Limits     Limits
@@ -120,6 +122,7 @@ type Router struct {
 	policy atomic.Pointer[policy]
 	dns    atomic.Pointer[dns.Server] // nil: port 53 is a port like others
 	answer *verdict                   // for TCP to port 53, if Pool is set
+	host   *hostSide                  // nil: the host's services cannot be reached
 	log    *flowLog
 	epoch  time.Time
 	ids    atomic.Uint64
@@ -185,7 +188,7 @@ func New(cfg Config) (*Router, error) {
 	}
 	r.policy.Store(p)
 	r.watchUpstreams(p)
-	r.answer = newAnswers(r)
+	r.answer, r.host = newAnswers(r), newHostSide(cfg.Host)
 	r.asker, r.decisions = newAsker(cfg.Owners), newDecisions(cfg.Decisions, r.log)
 	for _, s := range r.shards {
 		s.udp.deep = r.deepFor(p)

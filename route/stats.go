@@ -142,7 +142,7 @@ type UpstreamInfo struct {
 func (r *Router) Upstreams() []UpstreamInfo {
 	var all []UpstreamInfo
 	now := r.now()
-	for _, up := range r.policy.Load().order {
+	for _, up := range slices.Concat(r.policy.Load().order, r.host.own()) {
 		all = append(all, UpstreamInfo{
 			Name: up.name, NamesUDP: up.names.word(now), IPv6: up.ipv6.word(now), TCPDown: up.tcp.isDown(), UDPDown: up.udp.isDown(),
 			Granted: up.dials.granted.Load(), Failed: up.dials.failed.Load(), Latency: time.Duration(up.dials.latency.Load()),

@@ -82,7 +82,7 @@ func (r *shard) handleStream(req flow.StreamRequest) {
 		to, carried := d.Carries()
 		relayed := d.Relays() && flow.CanBePeer(f.Dst.Addr())
 		// A connection whose questions need not be examined is carried unchanged, including zone transfers.
-		carried = (carried || relayed) && !p.fake && !p.guard && len(p.split.Zones) == 0
+		carried = (carried || relayed) && !p.fake && !p.guard && len(p.split.Zones) == 0 && r.host == nil
 		if !carried {
 			r.takeStream(req, f, dest, r.answer, nil)
 			return
@@ -96,7 +96,9 @@ func (r *shard) handleStream(req flow.StreamRequest) {
 			return
 		}
 	}
-	if p := r.cfg.Pool; p != nil && p.Contains(f.Dst.Addr()) {
+	if r.host.isHost(f.Dst.Addr()) {
+		dest.Sniffed = HostServiceName
+	} else if p := r.cfg.Pool; p != nil && p.Contains(f.Dst.Addr()) {
 		name, ok := p.AppendName(nil, f.Dst.Addr())
 		if !ok {
 			r.turnAway(req, f, dest, verdictImpossible, flow.RefuseHost, "refused", errNoName)
@@ -138,11 +140,7 @@ func (r *shard) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *ve
 	v.hit(r.index, 1)
 	switch v.kind {
 	case reject:
-		var err error
-		if v.kind == reject && v.rule == noRule {
-			err = errNoRule
-		}
-		r.turnAway(req, f, dest, v, flow.RefuseReset, "rejected", err)
+		r.turnAway(req, f, dest, v, flow.RefuseReset, "rejected", r.whyRejected(v))
 		return
 	case drop:
 		r.turnAway(req, f, dest, v, flow.RefuseSilent, "dropped", nil)

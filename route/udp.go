@@ -61,7 +61,7 @@ func (r *shard) classify(p *flow.Packet, now int64) *verdict {
 	if r.dns.Load() != nil && p.Dst.Port() == 53 && flow.OneHost(p.Dst.Addr()) {
 		return verdictResolve
 	}
-	if r.cfg.Pool != nil && r.cfg.Pool.Contains(p.Dst.Addr()) {
+	if r.cfg.Pool != nil && r.cfg.Pool.Contains(p.Dst.Addr()) && !r.host.isHost(p.Dst.Addr()) {
 		return verdictNamed
 	}
 	if r.udp.deep != nil {
@@ -117,13 +117,9 @@ func (r *shard) logRejected(v *verdict, p *flow.Packet, now int64) {
 		return
 	}
 	r.rejectLogged = now
-	var err error
-	if v.rule == noRule {
-		err = errNoRule
-	}
 	i := info(r.ids.Add(1), flow.UDP, p.Src, p.Dst, time.Now())
 	i.Rule, i.State = v.rule, "rejected"
-	r.log.end(i, 0, err)
+	r.log.end(i, 0, r.whyRejected(v))
 }
 
 // question passes a datagram to port 53 to route/dns. The answer comes from the address that was asked. The caller
@@ -234,7 +230,7 @@ func (r *shard) carry(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now i
 	switch {
 	case a.link != nil:
 		if _, err := a.link.Send(pkts); err != nil { // it has counted what it could not send
-			r.ctl.post(event{kind: evClosed, t: a.try, err: err})
+			r.unsent(w, a.try, err)
 		}
 	case a.failures >= refuseAfter:
 		r.refuse(w, pkts, flow.RefuseNet)

@@ -3,6 +3,7 @@ package route
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync/atomic"
 
 	"github.com/viasocks/viasocks/route/relay"
@@ -88,7 +89,7 @@ type UpstreamStats struct {
 func (r *Router) UpstreamStats() []UpstreamStats {
 	var all []UpstreamStats
 	at := map[string]int{}
-	for i, up := range r.policy.Load().order {
+	for i, up := range slices.Concat(r.policy.Load().order, r.host.own()) {
 		s := UpstreamStats{Name: up.name}
 		count.Add(&s.UpstreamCounters, &up.count.UpstreamCounters)
 		count.Add(&s.LinkStats, &up.count.links)

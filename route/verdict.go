@@ -218,6 +218,9 @@ func (p *policy) decide(q *query) *verdict {
 // the rules say; but a rule may send cloud metadata direct.
 func (r *Router) verdictOn(q *query) *verdict {
 	a := q.dst.Addr()
+	if r.host.isHost(a) && q.dst.Port() != 0 {
+		return r.host.verdictOn(r.policy.Load(), q)
+	}
 	if q.dst.Port() == 0 || !q.fake && (!flow.OneHost(a) || flow.IsOurs(a)) {
 		return verdictImpossible
 	}

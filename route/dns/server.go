@@ -34,7 +34,9 @@ type Config struct {
 	Tor       TorFunc        // required if a resolver is of kind Tor
 	// Relay means that a question goes to the server that the app asked, if that can exist, instead of Resolvers.
 	Relay bool
-	Fake  FakeConfig // with a Pool, it answers questions for addresses; the rest goes to the resolvers
+	// Own is answered whatever the other fields say, even before a Judge.
+	Own  OwnName
+	Fake FakeConfig // with a Pool, it answers questions for addresses; the rest goes to the resolvers
 	// Zones have their own servers, even if there are fake addresses. The longest matching suffix of a name decides.
 	Zones []Zone
 	// HostServers returns the current servers of the host, for zones without others and for HostNames. It is called
@@ -250,6 +252,9 @@ func (s *Server) handle(
 	case answer:
 		s.count.Malformed.Add(1)
 		s.refuse(msg, &q, howMalformed, rcode, reply.now)
+		return true
+	}
+	if s.cfg.Own.Name != "" && how != ours && s.answerOwn(msg, &q, reply.now) {
 		return true
 	}
 	if !judge.allows(msg, &q) {

@@ -136,6 +136,9 @@ func (k *link) Stats() (s LinkStats) {
 	return s
 }
 
+// Unreachable returns how many ICMP errors came. It costs less than Stats.
+func (k *link) Unreachable() uint64 { return k.st.Unreachable.Load() }
+
 // Overflowed implements PacketLink.
 func (k *link) Overflowed() uint64 {
 	k.mu.Lock()

@@ -104,6 +104,9 @@ func prepare(sock int, o order) error {
 			return err
 		}
 	}
+	if err := addHost(o.Host, r.IPv6); err != nil {
+		return err
+	}
 	link, err := net.InterfaceByName(name)
 	if err != nil {
 		return fmt.Errorf("cannot find %s: %w", name, err)

@@ -41,6 +41,7 @@ type order struct {
 	Search     []string
 	DotsAsIs   bool
 	Local      []netip.Prefix
+	Host       HostEntry
 	Sockets    bool
 	Rootless   bool
 }

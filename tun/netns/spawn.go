@@ -34,6 +34,7 @@ type Spec struct {
 	Nameserver  []netip.Addr   // for the program's /etc/resolv.conf; none: the file stays as it is
 	Search      []string       // domains for the same file, instead of those in it; nil: those stay
 	DotsAsIs    bool           // a name with a dot is first looked up as it is, whatever "ndots" the same file has
+	Host        HostEntry      // a name for the program's /etc/hosts
 	Local       []netip.Prefix // addresses for lo, as sources of connections from outside
 	Sockets     bool           // Child.Sockets is wanted
 	FollowStops bool           // Wait stops the calling process when the program stops itself
@@ -204,6 +205,7 @@ func (c *Child) order(s Spec) order {
 		Search:     s.Search,
 		DotsAsIs:   s.DotsAsIs,
 		Local:      s.Local,
+		Host:       s.Host,
 		Sockets:    s.Sockets,
 		Rootless:   c.Rootless,
 	}

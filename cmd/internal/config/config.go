@@ -133,6 +133,7 @@ type Config struct {
 	UDPGSO       relay.GSO
 	KeepProxyEnv bool
 	Publish      []publish.Spec // run
+	ReachHost    ReachHost      // run
 	Name         string         // run: for ps and exec
 	Instance     string         // exec: the name or process id of a viasocks
 	ReadyFD      int            // run: gets a line when the program has its network; -1: none

@@ -22,6 +22,7 @@ var sampleValues = map[string]string{
 	"include-device": "wg0", "include-cgroup": "system.slice", "resolved": "off", "control-group": "0", "tun": "vs1",
 	"mark": "0x100/0xff00", "nft-table": "vs", "table": "77", "dns-for": "lan.example=tcp://192.0.2.53", "max-pending": "777",
 	"dns-exclude": "*.ads.example",
+	"reach-host":  "8080,9000-9010",
 	"dns-search":  "lan.example", "dns-single-labels": "off", "pool": "3", "pipeline": "on", "log-level": "error", "state-dir": "/run/vs",
 	"peer": "vps.example:7000",
 }

@@ -80,6 +80,7 @@ var optionGroups = []struct {
 	{"Proxies, names and limits", flowOptions},
 	{"Other resolvers for some names", splitOptions},
 	{"Reaching a program of run", publishOptions},
+	{"Reaching this host from run", reachOptions},
 	{"Telling programs of run apart", instanceOptions},
 	{"Faster connections to the proxy", tuningOptions},
 	{"Rules", ruleOptions},

@@ -325,6 +325,9 @@ func (c *Config) finish(env []string) error {
 	if err := c.checkChains(); err != nil {
 		return err
 	}
+	if err := c.checkReachHost(); err != nil {
+		return err
+	}
 	if err := c.finishAllow(); err != nil {
 		return err
 	}

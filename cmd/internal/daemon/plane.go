@@ -131,6 +131,7 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 		Sockets: sockets, Owners: ownersOf(sockets), ComesBack: dial.comesBack,
 		Decisions: dial.decisions,
 		Pool:      dial.pool, NoFakeIPv6: cfg.Fake.IPv6 == "off" || cfg.Fake.IPv6 == "auto" && dial.noIPv6,
+		Host:          hostServices(cfg, p.dialer, dial.noIPv6),
 		LearnFakeIPv6: cfg.Fake.IPv6 == "auto",
 		Log:           log,
 	}); err != nil {

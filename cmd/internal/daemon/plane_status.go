@@ -71,6 +71,9 @@ func fillUpstreams(s *control.Status, cfg *config.Config, p *plane, allowed *end
 	for _, u := range p.router.Upstreams() {
 		up := control.Upstream{Name: u.Name, TCP: words[u.TCPDown], UDP: words[u.UDPDown], IPv6: u.IPv6, NamesUDP: u.NamesUDP,
 			Granted: u.Granted, Failed: u.Failed, LatencyMS: float64(u.Latency.Microseconds()) / 1000}
+		if cfg.ReachHost.On() && u.Name == route.HostUpstream {
+			up.URL = "loopback of this host, port " + cfg.ReachHost.String()
+		}
 		for _, c := range cfg.Upstreams {
 			if c.Name != u.Name {
 				continue

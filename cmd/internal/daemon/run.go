@@ -119,6 +119,7 @@ func spawn(ctx context.Context, cfg *config.Config, o RunOptions) (*netns.Child,
 		Search:     cfg.Search,
 		DotsAsIs:   cfg.Fake.On,
 		Local:      outsideAddrs(cfg),
+		Host:       hostEntry(cfg),
 		Sockets:    len(cfg.Publish) > 0,
 		// The shell that started us must notice when the program stops.
 		FollowStops: true,
