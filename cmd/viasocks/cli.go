@@ -41,6 +41,8 @@ func commands() []*command {
 		cmdRun,
 		cmdExec,
 		cmdUp,
+		cmdExclude,
+		cmdInclude,
 		cmdDown,
 		cmdConfirm,
 		cmdClose,

@@ -32,7 +32,7 @@ func runCompletion(c *command, args, _ []string, std streams) (int, error) {
 			Name:    about.name,
 			Short:   about.short,
 			Takes:   about.takes,
-			Program: about == cmdRun || about == cmdExec,
+			Program: about.takes.RunsProgram(),
 		}
 		switch about {
 		case cmdCompletion:

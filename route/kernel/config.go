@@ -103,6 +103,7 @@ type Config struct {
 	Kept      []Tuple    // connections from before, see Established
 
 	groups map[string]cgroup // control groups by path, as the filter knows them; see cgroup
+	live   []liveGroup       // control groups that come and go while the host is steered
 
 	Dir   string        // of the journal; "": /run/viasocks
 	Guard time.Duration // how long after the last renewal the TUN still swallows packets, before programs get errors; 0: 10 s

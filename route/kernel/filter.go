@@ -237,6 +237,7 @@ func (c *Config) inetTable(st filterState) (*nfTable, error) {
 		s.elems = st.memory[s.name]
 		t.sets = append(t.sets, s)
 	}
+	t.sets = append(t.sets, c.liveSets()...)
 	if err := c.markChains(t, st); err != nil {
 		return nil, err
 	}
@@ -255,7 +256,10 @@ func (c *Config) outputChain(t *nfTable) {
 	out.add(oif("lo", true), accept())
 	out.add(oifSet(guardSet), accept())
 	// What was marked at priority -150 has been rerouted, but this hook still sees the former device. Therefore pass
-	// comes first.
+	// comes first. What was rerouted into the TUN is checked again in postrouting.
+	if c.outranks() {
+		out.add(metaMark(c.Marks, c.Marks.Captured, true), holds(guardSet, c.TUN), accept())
+	}
 	out.add(jump("pass"))
 	out.add(isProto(unix.IPPROTO_UDP), jump("dhcp"))
 	out.add(oif(c.TUN, true), count(countDead), goTo("refuse"))
@@ -329,10 +333,7 @@ func (c *Config) refuseChains(t *nfTable, st filterState) {
 		c.passCame(pass)
 	}
 	hostTerms(pass, st)
-	exclude, _ := c.terms(c.Exclude, false)
-	for _, x := range exclude {
-		pass.add(x, accept())
-	}
+	c.passExcluded(t, pass)
 	for _, p := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
 		pass.add(dport(p, PortRange{53, 53}), back())
 	}

@@ -26,6 +26,7 @@ type Host struct {
 	path      string // of the journal
 	events    *source
 	nfEvents  *source
+	inotify   *os.File // of control groups; nil: not available
 	recovered bool
 
 	mu        sync.Mutex // guards the fields below and all changes
@@ -39,6 +40,7 @@ type Host struct {
 	tunNoIPv6 bool
 	owned     uint32 // flags of our tables
 	lastEnds  []Endpoint
+	applied   []liveGroup        // as the filter knows h.c.live
 	base      map[string]Counter // counts of tables that were replaced
 	led       map[int]bool       // devices that lead or have led out, see look
 	said      map[string]string
@@ -64,6 +66,9 @@ func New(c Config) (_ *Host, err error) {
 			h.Close()
 		}
 	}()
+	if h.inotify, err = openInotify(); err != nil {
+		h.say("inotify", "cannot watch control groups: they are looked at every few seconds", "why", err)
+	}
 	old, err := readJournal(h.path)
 	if err != nil {
 		h.c.Log.Warn("cannot read the journal of a dead daemon: its changes are found by their marks", "err", err)
@@ -83,6 +88,7 @@ func New(c Config) (_ *Host, err error) {
 	}
 	if old != nil {
 		h.j.Sysctls = old.Sysctls
+		h.adoptPrograms(old)
 		if err := h.inheritedFrom(old); err != nil {
 			return nil, err
 		}
@@ -321,6 +327,9 @@ func (h *Host) Close() error {
 		if s != nil {
 			s.close()
 		}
+	}
+	if h.inotify != nil {
+		h.inotify.Close()
 	}
 	if h.nl != nil {
 		h.nl.Close()

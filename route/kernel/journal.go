@@ -22,6 +22,7 @@ type journal struct {
 	Marks    Marks           `json:"marks"`
 	Sysctls  []sysctlChange  `json:"sysctls,omitempty"`
 	Done     map[string]bool `json:"done,omitempty"` // what may have been done: filter, routes, rules, tun
+	Groups   []Group         `json:"groups,omitempty"`
 }
 
 type sysctlChange struct{ Key, Old, New string }
@@ -101,6 +102,14 @@ func readJournal(path string) (*journal, error) {
 	for _, s := range j.Sysctls {
 		if !knownSysctl(s.Key) {
 			return nil, fmt.Errorf("cannot read the journal %s: it speaks of %q", path, s.Key)
+		}
+	}
+	for _, g := range j.Groups {
+		if g.Home != "" && !filepath.IsLocal(g.Home) {
+			return nil, fmt.Errorf("cannot read the journal %s: it speaks of control group %q", path, g.Home)
+		}
+		if g.Path != filepath.Clean(g.Path) || strings.HasPrefix(g.Path, ".") || filepath.IsAbs(g.Path) || !isProgramGroup("/"+g.Path) {
+			return nil, fmt.Errorf("cannot read the journal %s: it speaks of control group %q", path, g.Path)
 		}
 	}
 	return &j, nil

@@ -111,9 +111,7 @@ func (c *Config) outgoingMarks(t *nfTable, ours []term) error {
 	if err != nil {
 		return err
 	}
-	for _, x := range exclude {
-		out.add(x, setCtMark(m, m.Direct), setMetaMark(m, m.Direct))
-	}
+	c.excludeMarks(t, out, exclude)
 	if !c.Include.empty() {
 		if err := c.includeChains(t, out); err != nil {
 			return err
@@ -152,6 +150,7 @@ func (c *Config) includeChains(t *nfTable, out *nfChain) error {
 	if err != nil {
 		return err
 	}
+	include = append(include, c.liveTerms(IncludeProgram)...)
 	// This is for the time when the flow no longer has a socket.
 	t.chain(&nfChain{name: "chosen"}).add(anybody(), setCtMark(m, m.Captured))
 	ch := t.chain(&nfChain{name: "choose"})
@@ -188,7 +187,9 @@ func (c *Config) ours() (out []term, err error) {
 }
 
 // needDirect reports whether some traffic goes past the proxy by the mark Direct.
-func (c *Config) needDirect() bool { return c.Direct || !c.Exclude.empty() || !c.Include.empty() }
+func (c *Config) needDirect() bool {
+	return c.Direct || !c.Exclude.empty() || !c.Include.empty() || c.hasLive(ExcludeProgram)
+}
 
 // keepsInbound reports whether answers to connections from outside go back the way they came: all of them or, with
 // CarryInbound, those of connections that come in on an excluded device.

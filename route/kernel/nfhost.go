@@ -118,7 +118,9 @@ func (h *Host) applyFilter() error {
 		if err := step(); err != nil {
 			return err
 		}
-		err = h.nf.batch(msgs)
+		if err = h.nf.batch(msgs); err == nil {
+			h.applied = slices.Clone(h.c.live)
+		}
 		var ne *nfError
 		if err == nil || !errors.As(err, &ne) {
 			return err

@@ -332,10 +332,13 @@ func ownHost(set string, v6 bool) term {
 		&expr.Payload{DestRegister: 9, Base: expr.PayloadBaseNetworkHeader, Offset: off, Len: n})
 }
 
-// lapsed matches every packet when key is no longer in the set.
-func lapsed(set, key string) term {
-	return term{fmt.Sprintf("%q != @%s", key, set), []expr.Any{
-		&expr.Immediate{Register: 8, Data: ifname(key)}, &expr.Lookup{SourceRegister: 8, SetName: set, Invert: true}}}
+// lapsed matches every packet when key is no longer in the set, and holds every packet as long as it is.
+func lapsed(set, key string) term { return holdsOrNot(set, key, "!=", true) }
+func holds(set, key string) term  { return holdsOrNot(set, key, "==", false) }
+
+func holdsOrNot(set, key, op string, invert bool) term {
+	return term{fmt.Sprintf("%q %s @%s", key, op, set), []expr.Any{
+		&expr.Immediate{Register: 8, Data: ifname(key)}, &expr.Lookup{SourceRegister: 8, SetName: set, Invert: invert}}}
 }
 
 // ctRelated matches errors about other packets, and connections that a helper expects.

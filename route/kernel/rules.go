@@ -44,6 +44,7 @@ type rule struct {
 //
 //	P    fwmark OWN, DIRECT, INBOUND  goto END, those in use
 //	P+1  DHCP; the TUN's answers      goto END
+//	P+1  fwmark CAPTURED              goto P+3, if a program is included although others are excluded
 //	P+2  what is excluded             goto END
 //	P+3  port 53                      lookup T
 //	P+3  private networks included    lookup T
@@ -87,6 +88,9 @@ func (c *Config) rules(family int, l links) (out []rule) {
 		if familyOf(n.Addr()) == family {
 			add(atHost, rule{iif: c.TUN, to: n, jump: end})
 		}
+	}
+	if c.outranks() {
+		add(atHost, rule{mark: c.Marks.Captured, mask: c.Marks.Mask, jump: c.Priority + atDNS})
 	}
 	for _, r := range c.excludeRules(family) {
 		r.jump = end

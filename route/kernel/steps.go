@@ -211,6 +211,8 @@ func (h *Host) restore(tun bool) (removed []string, err error) {
 		errs = append(errs, writeSysctl(s.Key, s.Old))
 		removed = append(removed, "setting of "+s.Key)
 	}
+	groups, err := h.releasePrograms()
+	removed, errs = append(removed, groups...), append(errs, err)
 	h.clearMarks(0)
 	if h.nf != nil {
 		t, err := h.removeFilter()

@@ -113,6 +113,7 @@ func (h *Host) watchEvents() error {
 type happened struct {
 	any, defaultRoute, filter bool
 	lost                      bool // events were lost: the filter may have been changed
+	groups                    bool // of control groups, and nothing else
 }
 
 // Run restores what others remove, follows changes of addresses and devices, and renews the guard, until ctx ends. If
@@ -123,6 +124,9 @@ func (h *Host) Run(ctx context.Context) {
 	defer func() { // ctx has ended: a goroutine that is subscribing sees this before it reads
 		h.events.interrupt()
 		h.nfEvents.interrupt()
+		if h.inotify != nil {
+			_ = h.inotify.SetReadDeadline(time.Unix(1, 0))
+		}
 		wg.Wait()
 	}()
 	var mu sync.Mutex
@@ -140,6 +144,7 @@ func (h *Host) Run(ctx context.Context) {
 	tell(func(n *happened) { n.any = true }) // what happened before
 	wg.Go(func() { h.follow(ctx, h.events, func(b []byte) { tell(func(n *happened) { h.routeEvents(b, n) }) }) })
 	wg.Go(func() { h.follow(ctx, h.nfEvents, func(b []byte) { tell(func(n *happened) { h.filterEvents(b, n) }) }) })
+	wg.Go(func() { h.followGroups(ctx, func() { tell(func(n *happened) { n.groups = true }) }) })
 	guard := time.NewTicker(h.c.Guard / 5)
 	defer guard.Stop()
 	for {
@@ -151,12 +156,19 @@ func (h *Host) Run(ctx context.Context) {
 			continue
 		case <-wake:
 		}
+		mu.Lock()
+		groups := news.groups
+		news.groups = false
+		mu.Unlock()
+		if groups {
+			h.lookAtGroups()
+		}
 		time.Sleep(settle)
 		mu.Lock()
 		n := news
-		news = happened{}
+		news = happened{groups: news.groups}
 		mu.Unlock()
-		if n == (happened{}) {
+		if n.groups = false; n == (happened{}) {
 			continue
 		}
 		if n.defaultRoute && h.c.OnDefaultRoute != nil {
@@ -299,6 +311,7 @@ func (h *Host) renew() {
 	if !h.shut || h.closed || h.c.Alive != nil && !h.c.Alive() {
 		return
 	}
+	h.sweepPrograms()
 	if h.c.madeAnew() {
 		h.c.Log.Info("a service has a new control group: the filter was updated")
 		if err := h.applyFilter(); err != nil {

@@ -49,6 +49,7 @@ type Host struct {
 	Confirm          time.Duration // 0: no confirmation is needed
 	Priority         int           // of the first ip rule
 	ControlGroup     int           // negative: none
+	MembersExclude   bool          // its members may exclude programs
 }
 
 // Selection selects traffic that matches any part of it.

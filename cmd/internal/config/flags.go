@@ -70,7 +70,7 @@ func parse(cmd Command, args, env []string, running *Config) (*Config, error) {
 	set.SetOutput(io.Discard)
 	set.Usage = func() {}
 	// The program's own flags begin after the first word that is not ours.
-	set.SetInterspersed(!cmd.runsProgram())
+	set.SetInterspersed(!cmd.RunsProgram())
 	for i := range Options {
 		o := &Options[i]
 		if !o.takes(cmd) {
@@ -93,14 +93,14 @@ func parse(cmd Command, args, env []string, running *Config) (*Config, error) {
 			return nil, err
 		}
 	}
-	if cmd.runsProgram() && (len(c.Program) == 0 || c.Program[0] == "") {
+	if cmd.RunsProgram() && (len(c.Program) == 0 || c.Program[0] == "") {
 		return nil, usagef("cannot %s: no program was given", commandName(cmd))
 	}
 	var behind []string
 	if cmd == Doctor || cmd == Capture {
 		behind, c.Program = c.Program, nil
 	}
-	if !cmd.runsProgram() && len(c.Program) > 0 {
+	if !cmd.RunsProgram() && len(c.Program) > 0 {
 		return nil, usagef("cannot use %q: unexpected argument", c.Program[0])
 	}
 

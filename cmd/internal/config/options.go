@@ -28,10 +28,12 @@ const (
 	Health
 	Capture
 	Exec
+	ExcludeProgram
+	IncludeProgram
 )
 
-// runsProgram reports whether a program and its arguments follow the options.
-func (c Command) runsProgram() bool { return c == Run || c == Exec }
+// RunsProgram reports whether a program and its arguments follow the options.
+func (c Command) RunsProgram() bool { return c&(Run|Exec|ExcludeProgram|IncludeProgram) != 0 }
 
 // takes reports whether the option is one of cmd.
 func (o *Option) takes(cmd Command) bool {
@@ -45,7 +47,8 @@ var commandNames = []struct {
 	cmd  Command
 	name string
 }{{Run, "run"}, {Up, "up"}, {Down, "down"}, {Confirm, "confirm"}, {Status, "status"}, {Flows, "flows"}, {Ps, "ps"}, {Top, "top"},
-	{Doctor, "doctor"}, {Health, "health"}, {Capture, "capture"}, {Exec, "exec"}}
+	{Doctor, "doctor"}, {Health, "health"}, {Capture, "capture"}, {Exec, "exec"}, {ExcludeProgram, "exclude"},
+	{IncludeProgram, "include"}}
 
 // commandName returns the name of one subcommand.
 func commandName(cmd Command) string {

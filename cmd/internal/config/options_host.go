@@ -257,12 +257,24 @@ in
 	},
 	{
 		Name: "control-group", Arg: "GROUP", Cmds: Up | Check, set: setControlGroup,
-		Help: "group whose members may ask for status and flows",
+		Help: "group whose members may ask for status and flows, and include programs",
 		Man: `Group, by name or number, whose members may ask for
 .Cm status
 and
-.Cm flows .
+.Cm flows ,
+and use
+.Ql viasocks include .
 Without it only root may.`,
+	},
+	{
+		Name: "members-exclude", Cmds: Up | Check, set: boolean(func(c *Config) *bool { return &c.Host.MembersExclude }),
+		Help: "let members of --control-group exclude their programs",
+		Man: `Let the members of
+.Fl -control-group
+use
+.Ql viasocks exclude ,
+too, with which a program leaves the host without the proxy.
+Without this option only root may: whoever may exclude a program decides what passes by the proxy.`,
 	},
 	{
 		Name: "tun", Arg: "NAME", Default: kernel.DefaultTUN, Cmds: Up | Check | Down, set: setTUN,

@@ -100,7 +100,8 @@ undo what a failed viasocks has left, if the configuration has
 and leave the host closed otherwise.`,
 	},
 	{
-		Name: "state-dir", Arg: "DIR", Default: kernel.DefaultDir, Cmds: Up | Check | Down | Confirm | Status | Flows | Ps | Top | Health | Capture,
+		Name: "state-dir", Arg: "DIR", Default: kernel.DefaultDir,
+		Cmds: Up | Check | Down | Confirm | Status | Flows | Ps | Top | Health | Capture | ExcludeProgram | IncludeProgram,
 		set:  setStateDir,
 		Help: "directory of journal, lock and control socket",
 		Man: `The directory for the journal, the lock and the control socket, on a host whose

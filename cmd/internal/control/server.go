@@ -36,6 +36,9 @@ type Backend struct {
 	Watch func(ctx context.Context, send func([]Event) error)
 	// Capture writes what crosses the TUN as pcapng, until a limit is reached, ctx ends or w fails. nil: not available.
 	Capture func(ctx context.Context, what Capture, w io.Writer) error
+	// Exclude and Include let the traffic of a process go past the proxy, or through it. nil: not available.
+	Exclude, Include func(Process) error
+
 	Health  func(ctx context.Context) Health // ends soon after ctx; nil: not available
 	Confirm func() error                     // returns nil if the steering stays; nil: there is nothing to confirm, as under `run`
 	Down    func()                           // begins to stop and returns at once; nil: it ends by itself, as `run` does
@@ -44,7 +47,8 @@ type Backend struct {
 // Options are the options of a Server.
 type Options struct {
 	Path    string
-	Group   int // members of this group may read; negative: only root and the daemon's own user
+	Group   int  // members of this group may read; negative: only root and the daemon's own user
+	Members bool // members may also exclude programs from the proxy
 	Backend Backend
 	Log     *slog.Logger
 }
@@ -120,6 +124,10 @@ func serve(o Options, l *net.UnixListener) *Server {
 	if o.Backend.Confirm != nil {
 		mux.HandleFunc("POST /v1/confirm", s.touch(func() error { return o.Backend.Confirm() }))
 	}
+	if o.Backend.Exclude != nil {
+		mux.HandleFunc("POST /v1/exclude", s.choose(o.Members, o.Backend.Exclude))
+		mux.HandleFunc("POST /v1/include", s.choose(true, o.Backend.Include))
+	}
 	if o.Backend.Down != nil {
 		mux.HandleFunc("POST /v1/down", s.touch(func() error { o.Backend.Down(); return nil }))
 	}
@@ -128,7 +136,7 @@ func serve(o Options, l *net.UnixListener) *Server {
 		ReadHeaderTimeout: readTimeout, ReadTimeout: readTimeout, WriteTimeout: answerTimeout, IdleTimeout: idleTimeout,
 		MaxHeaderBytes: maxHeader, DisableGeneralOptionsHandler: true,
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			return context.WithValue(ctx, peerKey{}, c.(*conn).peer)
+			return context.WithValue(context.WithValue(ctx, peerKey{}, c.(*conn).peer), connKey{}, c)
 		},
 	}
 	go func() {
@@ -211,11 +219,15 @@ func (s *Server) touch(f func() error) http.HandlerFunc {
 const refuseEvery = time.Second
 
 func (s *Server) refuse(w http.ResponseWriter, p peer) {
+	s.logRefusal(p)
+	http.Error(w, "permission denied: only root and members of --control-group", http.StatusForbidden)
+}
+
+func (s *Server) logRefusal(p peer) {
 	now := time.Now().UnixNano()
 	if last := s.refused.Load(); now-last >= int64(refuseEvery) && s.refused.CompareAndSwap(last, now) {
 		s.o.Log.Warn("control: refused", "uid", p.uid, "pid", p.pid, "err", p.err)
 	}
-	http.Error(w, "permission denied: only root and members of --control-group", http.StatusForbidden)
 }
 
 func (s *Server) flows(r *http.Request) (any, error) {

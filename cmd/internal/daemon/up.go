@@ -99,7 +99,9 @@ func Up(cfg *config.Config, o UpOptions) error {
 	u.notify = process.NewNotifier(o.Environ, e.log)
 	defer u.notify.Close()
 	defer u.listenSignals()()
-	srv, err := control.Listen(control.Options{Path: path, Group: cfg.Host.ControlGroup, Backend: u.backend(), Log: e.log})
+	srv, err := control.Listen(control.Options{
+		Path: path, Group: cfg.Host.ControlGroup, Members: cfg.Host.MembersExclude,
+		Backend: u.backend(), Log: e.log})
 	if err != nil {
 		return err
 	}

@@ -196,6 +196,9 @@ func (h *host) fill(s *control.Status, cfg *config.Config) {
 	for _, n := range h.PrivateDirect() {
 		s.Host.Excluded = append(s.Host.Excluded, "private network "+n)
 	}
+	programs := h.Programs()
+	s.Host.Steered = append(s.Host.Steered, programLines(programs, kernel.IncludeProgram)...)
+	s.Host.Excluded = append(s.Host.Excluded, programLines(programs, kernel.ExcludeProgram)...)
 	s.Warnings = append(s.Warnings, h.Warnings()...)
 	refused, err := h.Counters()
 	if err != nil {

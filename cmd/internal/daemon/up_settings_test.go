@@ -30,7 +30,7 @@ var samples = map[string]string{
 	"max-pending-per-destination": "32", "max-mappings": "64", "pool": "4", "pool-idle": "9s", "pool-age": "8s", "pipeline": "auto", "fast-open": "", "mtu": "1400", "offload": "off", "udp-gso": "off",
 	"lan": "refuse", "inbound": "carry", "inbound-port": "51820,27015-27020", "exclude": "192.0.2.128/25", "exclude-uid": "1000", "exclude-port": "123", "exclude-device": "eth9",
 	"exclude-cgroup": "a.slice", "include": "203.0.113.0/24", "include-uid": "1000-1999", "include-port": "80", "include-device": "eth8",
-	"include-cgroup": "b.slice", "strict": "", "fail-open": "", "stay-closed": "", "confirm": "1m", "wait": "", "dry-run": "", "control-group": "0", "resolved": "off",
+	"include-cgroup": "b.slice", "strict": "", "fail-open": "", "stay-closed": "", "confirm": "1m", "wait": "", "dry-run": "", "control-group": "0", "members-exclude": "", "resolved": "off",
 	"tun": "other0", "mark": "0x100/0xff00", "nft-table": "other", "priority": "8000", "table": "77", "log-level": "warn", "log-file": "FILE", "state-dir": "/run/other", "metrics": "unix:/run/other/metrics.sock",
 }
 

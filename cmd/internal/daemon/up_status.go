@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/route/kernel"
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
@@ -17,6 +18,7 @@ import (
 func (u *up) backend() control.Backend {
 	return control.Backend{
 		Status: u.status, Flows: u.flows, Name: u.name, Watch: u.watch, Capture: u.capture, Health: u.healthNow, Confirm: u.confirmed,
+		Exclude: u.choose(kernel.ExcludeProgram), Include: u.choose(kernel.IncludeProgram),
 		Down: func() { u.stop(errDown) },
 	}
 }

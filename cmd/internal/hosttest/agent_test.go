@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -20,7 +21,9 @@ import (
 type agent struct {
 	fd     int
 	cgroup string // its path below the mount
+	pid    int    // of one that chosenAgent has started
 	why    error  // why there is none
+	quit   func() // ends it, and waits for it
 }
 
 // agentMain opens sockets in the process's namespace and cgroup until its standard input ends.
@@ -99,10 +102,12 @@ func (a *agent) launch(w *world, cmd *exec.Cmd) error {
 		return err
 	}
 	a.fd = pair[0]
-	w.t.Cleanup(func() {
-		unix.Close(a.fd)
+	fd := a.fd
+	a.quit = sync.OnceFunc(func() {
+		unix.Close(fd)
 		_ = cmd.Wait()
 	})
+	w.t.Cleanup(a.quit)
 	return nil
 }
 

@@ -181,11 +181,7 @@ func newChoosing(t *testing.T) (*observer, *established) {
 	w := newWorld(t)
 	w.foreign()
 	w.hostServers()
-	// Who am I? says where a connection came from.
-	serve(w.listen("world", fmt.Sprintf(":%d", whoPort)), func(c net.Conn) {
-		fmt.Fprintln(c, c.RemoteAddr())
-		drain(c) // who asks ends it: the last packets are then of nobody's socket
-	})
+	serveWho(w)
 	est := newEstablished(w)
 	var probes []*probe
 	for _, p := range allProbes(est) {
@@ -205,6 +201,15 @@ func newChoosing(t *testing.T) (*observer, *established) {
 		t.FailNow()
 	}
 	return o, est
+}
+
+// serveWho says where a connection came from.
+func serveWho(w *world) {
+	w.t.Helper()
+	serve(w.listen("world", fmt.Sprintf(":%d", whoPort)), func(c net.Conn) {
+		fmt.Fprintln(c, c.RemoteAddr())
+		drain(c) // who asks ends it: the last packets are then of nobody's socket
+	})
 }
 
 // TestChoices: what is excluded, or not included, leaves the host as if there were no viasocks, in each of the ways in
@@ -239,8 +244,14 @@ func TestChoices(t *testing.T) {
 // mixed is a phase in which what f lets loose must be seen, and of the rest nothing.
 func (o *observer) mixed(name string, f func(*probe) way) {
 	o.w.t.Helper()
+	o.mixedDuring(name, f, nil)
+}
+
+// mixedDuring has event happen in the phase.
+func (o *observer) mixedDuring(name string, f func(*probe) way, event func()) {
+	o.w.t.Helper()
 	o.rec.take()
-	c, seen := o.fire(name, 2, 0, nil)
+	c, seen := o.fire(name, 2, 0, event)
 	frames := map[int]int{}
 	var leaks []sighting
 	for _, s := range seen {

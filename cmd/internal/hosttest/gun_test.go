@@ -143,6 +143,16 @@ func (g *gun) keep(fd int) {
 	g.at = (g.at + 1) % len(g.ring)
 }
 
+// forget closes all sockets, so that none of them sends a SYN again.
+func (g *gun) forget() {
+	for i, fd := range g.ring {
+		if fd >= 0 {
+			unix.Close(fd)
+		}
+		g.ring[i] = -1
+	}
+}
+
 func (g *gun) socket(v6 bool, typ, proto int) (int, error) {
 	family := unix.AF_INET
 	if v6 {
