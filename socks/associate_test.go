@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 func TestRepairRelay(t *testing.T) {
@@ -82,7 +83,8 @@ func TestRepairRelay(t *testing.T) {
 }
 
 func TestOnHost(t *testing.T) {
-	for a, want := range map[string]bool{"127.0.0.1": true, "127.9.9.9": true, "::1": true, "203.0.113.77": false, "2001:db8::77": false} {
+	for a, want := range map[string]bool{"127.0.0.1": true, "127.9.9.9": true, "::1": true, "203.0.113.77": false,
+		"2001:db8::77": false} {
 		if got := OnHost(netip.MustParseAddr(a)); got != want {
 			t.Errorf("%s: %v", a, got)
 		}
@@ -209,10 +211,10 @@ func TestAssociate(t *testing.T) {
 	}
 	a.Close()
 	a.Close()
-	if _, ok := srv.WaitAssociations(0, patience); !ok {
+	if _, ok := srv.WaitAssociations(0, testkit.Patience); !ok {
 		t.Error("the server still has the association")
 	}
-	waitFor(t, func() bool { return d.Stats() == Stats{} })
+	testkit.Eventually(t, "all to be given back", func() bool { return d.Stats() == Stats{} })
 }
 
 // weakly finds the association again if the loop keeps it.
@@ -244,7 +246,7 @@ func TestAssociationEnds(t *testing.T) {
 			}
 			tt.end(srv.Associations()[0])
 			if late {
-				waitFor(t, func() bool { a.mu.Lock(); defer a.mu.Unlock(); return a.err != nil })
+				testkit.Eventually(t, "the error", func() bool { a.mu.Lock(); defer a.mu.Unlock(); return a.err != nil })
 				a.OnClose(func(err error) { ended <- err })
 				a.OnClose(func(err error) { ended <- errors.New("told twice") })
 			}
@@ -253,7 +255,7 @@ func TestAssociationEnds(t *testing.T) {
 				t.Errorf("%s, late %v: %v", tt.name, late, err)
 			}
 			a.Close()
-			srv.WaitAssociations(0, patience)
+			srv.WaitAssociations(0, testkit.Patience)
 			if len(ended) > 0 {
 				t.Errorf("%s, late %v: then %v", tt.name, late, <-ended)
 			}
@@ -270,7 +272,7 @@ func TestAssociationClosed(t *testing.T) {
 	}
 	a.OnClose(func(err error) { t.Errorf("told %v", err) })
 	a.Close()
-	waitFor(t, func() bool { return d.Stats() == Stats{} })
+	testkit.Eventually(t, "all to be given back", func() bool { return d.Stats() == Stats{} })
 	a.OnClose(func(err error) { t.Errorf("told %v", err) })
 }
 
@@ -285,7 +287,7 @@ func TestAssociationCloseRaces(t *testing.T) {
 	on(d).Post(func() { a.Close(); a.end(io.EOF); close(ran) })
 	<-ran
 	a.OnClose(func(err error) { t.Errorf("told %v", err) })
-	waitFor(t, func() bool { return d.Stats() == Stats{} })
+	testkit.Eventually(t, "all to be given back", func() bool { return d.Stats() == Stats{} })
 }
 
 func TestAssociationJunk(t *testing.T) {
@@ -303,7 +305,7 @@ func TestAssociationJunk(t *testing.T) {
 		a.OnClose(func(err error) { ended <- err })
 		limit := 100 * time.Millisecond
 		if tt.ends {
-			limit = patience
+			limit = testkit.Patience
 		}
 		select {
 		case err := <-ended:

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 type bindResult struct {
@@ -36,7 +37,7 @@ func bind(t *testing.T, c *Client, ctx context.Context, dst Addr) (netip.AddrPor
 	case r := <-done:
 		done <- r
 		return netip.AddrPort{}, done
-	case <-time.After(patience):
+	case <-time.After(testkit.Patience):
 		t.Fatal("neither bound nor done")
 		return netip.AddrPort{}, nil
 	}
@@ -49,7 +50,7 @@ func wait(t *testing.T, done chan bindResult) bindResult {
 	select {
 	case r := <-done:
 		return r
-	case <-time.After(patience):
+	case <-time.After(testkit.Patience):
 		t.Fatal("done is not called")
 		return bindResult{}
 	}
@@ -80,7 +81,7 @@ func TestBind(t *testing.T) {
 				t.Fatalf("%s: %+v", scheme, r)
 			}
 			k := conn(t, r.fd)
-			k.SetDeadline(time.Now().Add(patience))
+			k.SetDeadline(time.Now().Add(testkit.Patience))
 			buf := make([]byte, 16)
 			if n, err := k.Read(buf); string(buf[:n]) != "hello" {
 				t.Errorf("%s: %q, %v", scheme, buf[:n], err)
@@ -102,16 +103,13 @@ func TestBindEnds(t *testing.T) {
 	if r := wait(t, done); !r.is(context.Canceled) {
 		t.Errorf("cancelled: %+v", r)
 	}
-	for end := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) { // the server sees it
-		if k, err := net.Dial("tcp", at.String()); errors.Is(err, unix.ECONNREFUSED) {
-			break
-		} else if err == nil {
+	testkit.Eventually(t, "the server to see it, and listen no more", func() bool {
+		k, err := net.Dial("tcp", at.String())
+		if err == nil {
 			k.Close()
 		}
-		if time.Now().After(end) {
-			t.Fatal("the server still listens")
-		}
-	}
+		return errors.Is(err, unix.ECONNREFUSED)
+	})
 	at, done = bind(t, c, context.Background(), Addr{IP: netip.MustParseAddr("192.0.2.1")})
 	if k, err := net.Dial("tcp", at.String()); err == nil {
 		k.Close()

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/stack/loop"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // calmGroup is a group of servers that are never asked.
@@ -94,7 +95,7 @@ func TestCalmAnswersCount(t *testing.T) {
 		for i := range fromSilentOn + 1 {
 			quiet = append(quiet, g.attempt(i))
 		}
-		time.Sleep(2 * time.Millisecond)
+		testkit.Pace(2 * time.Millisecond) // the answer is later than the requests
 		if answers {
 			g.took(g.attempt(99), nil)
 		}

@@ -23,9 +23,6 @@ import (
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
-// patience is for what must happen, on a machine that may stall for seconds.
-const patience = 20 * time.Second
-
 func TestMain(m *testing.M) {
 	if ln, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
 		ln.Close() // the runtime's poller has descriptors of its own from here on
@@ -68,7 +65,7 @@ func connect(t testing.TB, c *Client, ctx context.Context, dst Addr) (int, error
 	select {
 	case r := <-ch:
 		return r.fd, r.err
-	case <-time.After(patience):
+	case <-time.After(testkit.Patience):
 		t.Fatal("done is not called")
 		return -1, nil
 	}
@@ -85,7 +82,7 @@ func associate(t testing.TB, c *Client, ctx context.Context) (*Association, erro
 	select {
 	case r := <-ch:
 		return r.a, r.err
-	case <-time.After(patience):
+	case <-time.After(testkit.Patience):
 		t.Fatal("done is not called")
 		return nil, nil
 	}
@@ -101,7 +98,7 @@ func conn(t testing.TB, fd int) net.Conn {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	c.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(testkit.Patience))
 	return c
 }
 
@@ -204,31 +201,40 @@ func TestBytesBehindTheReply(t *testing.T) {
 	}
 }
 
-func TestFaults(t *testing.T) {
-	const handshake = 400 * time.Millisecond
-	serverError := func(op string, cause error) func(error) bool {
-		return func(err error) bool {
-			var se *ServerError
-			return errors.As(err, &se) && se.Op == op && errors.Is(err, cause)
-		}
+// hastyHandshake is the timeout of clients that are to run into it.
+const hastyHandshake = 400 * time.Millisecond
+
+func serverError(op string, cause error) func(error) bool {
+	return func(err error) bool {
+		var se *ServerError
+		return errors.As(err, &se) && se.Op == op && errors.Is(err, cause)
 	}
-	is := func(want error) func(error) bool { return func(err error) bool { return errors.Is(err, want) } }
-	replyIs := func(want Reply) func(error) bool {
-		return func(err error) bool {
-			var r Reply
-			return errors.As(err, &r) && r == want
-		}
+}
+
+func isError(want error) func(error) bool {
+	return func(err error) bool { return errors.Is(err, want) }
+}
+
+func replyIs(want Reply) func(error) bool {
+	return func(err error) bool {
+		var r Reply
+		return errors.As(err, &r) && r == want
 	}
+}
+
+type faultCase struct {
+	name  string
+	stage sockstest.Stage
+	fault sockstest.Fault
+	late  bool // only the handshake's timeout ends it: this one's client has a short one
+	want  func(error) bool
+}
+
+func faultCases() []faultCase {
 	request, greeting := sockstest.AtRequest, sockstest.AtGreeting
 	drip := sockstest.LongName() // it would take a quarter of a minute
-	drip.Drip = handshake / 6
-	tests := []struct {
-		name  string
-		stage sockstest.Stage
-		fault sockstest.Fault
-		late  bool // only the handshake's timeout ends it: this one's client has a short one
-		want  func(error) bool
-	}{
+	drip.Drip = hastyHandshake / 6
+	return []faultCase{
 		{"general failure", request, sockstest.Reply(1), false, replyIs(ReplyGeneralFailure)},
 		{"not allowed", request, sockstest.Reply(2), false, replyIs(ReplyNotAllowed)},
 		{"net unreachable", request, sockstest.Reply(3), false, replyIs(ReplyNetUnreachable)},
@@ -238,15 +244,16 @@ func TestFaults(t *testing.T) {
 		{"no such command", request, sockstest.Reply(7), false, replyIs(ReplyCommandNotSupported)},
 		{"no such address type", request, sockstest.Reply(8), false, replyIs(ReplyAddrTypeNotSupported)},
 		{"unassigned", request, sockstest.Reply(200), false, replyIs(200)},
-		{"silence", request, sockstest.Silence(), true, is(ErrSilent)},
-		{"close", request, sockstest.EarlyClose(), false, is(ErrEnded)},
+		{"silence", request, sockstest.Silence(), true, isError(ErrSilent)},
+		{"close", request, sockstest.EarlyClose(), false, isError(ErrEnded)},
 		{"reset", request, sockstest.EarlyReset(), false, serverError(OpHandshake, syscall.ECONNRESET)},
 		{"garbage", request, sockstest.Garbage(), false, serverError(OpHandshake, ErrMalformed)},
 		{"version", request, sockstest.BadVersion(), false, serverError(OpHandshake, ErrMalformed)},
 		{"address type", request, sockstest.BadAddrType(), false, serverError(OpHandshake, ErrMalformed)},
 		{"half, then close", request, sockstest.Half(7, sockstest.FIN), false, serverError(OpHandshake, io.ErrUnexpectedEOF)},
 		{"half, then reset", request, sockstest.Half(3, sockstest.RST), false, serverError(OpHandshake, syscall.ECONNRESET)},
-		{"half, then silence", request, sockstest.Half(9, sockstest.Hold), true, serverError(OpHandshake, os.ErrDeadlineExceeded)},
+		{"half, then silence", request, sockstest.Half(9, sockstest.Hold), true,
+			serverError(OpHandshake, os.ErrDeadlineExceeded)},
 		{"drip", request, drip, true, serverError(OpHandshake, os.ErrDeadlineExceeded)},
 		{"greeting: silence", greeting, sockstest.Silence(), true, serverError(OpHandshake, os.ErrDeadlineExceeded)},
 		{"greeting: close", greeting, sockstest.EarlyClose(), false, serverError(OpHandshake, io.ErrUnexpectedEOF)},
@@ -262,11 +269,14 @@ func TestFaults(t *testing.T) {
 			replyIs(ReplyRefused),
 		},
 	}
+}
+
+func TestFaults(t *testing.T) {
 	_, c, srv := setup(t, Options{}, sockstest.WithRedirectsOnly())
-	hasty := newDialer(t, Options{HandshakeTimeout: handshake}).Client(c.Server())
+	hasty := newDialer(t, Options{HandshakeTimeout: hastyHandshake}).Client(c.Server())
 	dst := netip.MustParseAddrPort("203.0.113.1:80")
 	srv.Redirect(dst, echo(t))
-	for _, tt := range tests {
+	for _, tt := range faultCases() {
 		t.Run(tt.name, func(t *testing.T) {
 			srv.SetFaultAt(tt.stage, func(sockstest.Request) sockstest.Fault { return tt.fault })
 			defer srv.SetFaultAt(tt.stage, nil)
@@ -285,33 +295,40 @@ func TestFaults(t *testing.T) {
 			if fd != -1 || !tt.want(err) {
 				t.Errorf("fd %d, %v", fd, err)
 			}
-			if tt.late && took < handshake || took > DefaultHandshakeTimeout/2 {
+			if tt.late && took < hastyHandshake || took > DefaultHandshakeTimeout/2 {
 				t.Errorf("took %v", took)
 			}
 		})
 	}
-	// One deadline for both answers: time that the greeting took is not given again. A machine that stalls just then can
-	// spoil a try, but not all of them.
-	srv.SetFaultAt(greeting, func(sockstest.Request) sockstest.Fault { return sockstest.Fault{Delay: handshake * 3 / 4} })
-	srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Silence() })
-	for try := 1; ; try++ {
-		began := time.Now()
-		_, err := connect(t, hasty, context.Background(), AddrFrom(dst))
-		took := time.Since(began)
-		if errors.Is(err, ErrSilent) && took < handshake*3/2 {
-			break
-		}
-		if try == 20 {
-			t.Fatalf("late greeting, then silence: %v after %v", err, took)
-		}
-	}
-	srv.SetFaultAt(greeting, nil)
+	lateGreeting(t, srv, hasty, dst)
+	srv.SetFaultAt(sockstest.AtGreeting, nil)
 	srv.SetFault(nil)
 	fd, err := connect(t, c, context.Background(), AddrFrom(dst))
 	if err != nil {
 		t.Fatalf("after the faults: %v", err)
 	}
 	unix.Close(fd)
+}
+
+func lateGreeting(t *testing.T, srv *sockstest.Server, hasty *Client, dst netip.AddrPort) {
+	t.Helper()
+	// One deadline for both answers: time that the greeting took is not given again. A machine that stalls just then can
+	// spoil a try, but not all of them.
+	srv.SetFaultAt(sockstest.AtGreeting, func(sockstest.Request) sockstest.Fault {
+		return sockstest.Fault{Delay: hastyHandshake * 3 / 4}
+	})
+	srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Silence() })
+	for try := 1; ; try++ {
+		began := time.Now()
+		_, err := connect(t, hasty, context.Background(), AddrFrom(dst))
+		took := time.Since(began)
+		if errors.Is(err, ErrSilent) && took < hastyHandshake*3/2 {
+			break
+		}
+		if try == 20 {
+			t.Fatalf("late greeting, then silence: %v after %v", err, took)
+		}
+	}
 }
 
 // A general failure that comes late means a silent target, and an early one does not.

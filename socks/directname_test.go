@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/stack/loop"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // A name without a server: each address is tried, what cannot be asked or found is EHOSTUNREACH, and a cancelled dial ends.
@@ -42,7 +43,7 @@ func TestDialDirectName(t *testing.T) {
 		select {
 		case err := <-result:
 			return err
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			t.Fatalf("%s: no end", name)
 			return nil
 		}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/loop"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // fleet is a group over servers of sockstest.
@@ -72,7 +73,7 @@ func connectGroup(t testing.TB, g Connector, ctx context.Context, dst Addr) erro
 			unix.Close(r.fd)
 		}
 		return r.err
-	case <-time.After(patience):
+	case <-time.After(testkit.Patience):
 		t.Fatal("done is not called")
 		return nil
 	}
@@ -96,18 +97,6 @@ func (f *fleet) restart(i int) {
 	f.t.Cleanup(func() { s.Close() })
 	s.Redirect(f.dst, echo(f.t))
 	f.srvs[i] = s
-}
-
-func waitUntil(t testing.TB, what string, ok func() bool) time.Duration {
-	t.Helper()
-	begin := time.Now()
-	for !ok() {
-		if time.Since(begin) > patience {
-			t.Fatalf("waited %v for %s", patience, what)
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
-	return time.Since(begin)
 }
 
 // The event table with real connections: how often the first server and the second are asked for three flows, and how these end.
@@ -198,7 +187,7 @@ func TestGroupOneTrial(t *testing.T) {
 		t.Errorf("%d connections after the trial, want 3", n)
 	}
 	f.srvs[0].SetFaultAt(sockstest.AtGreeting, nil)
-	waitUntil(t, "the first server to be used again", func() bool { return !f.Servers()[0].Down })
+	testkit.Eventually(t, "the first server to be used again", func() bool { return !f.Servers()[0].Down })
 	before := f.requests()[0]
 	if f.connect(); f.requests()[0] != before+1 {
 		t.Error("it is up and not used")
@@ -227,7 +216,9 @@ func TestGroupAllDown(t *testing.T) {
 		t.Errorf("a hundred refusals took %v", d)
 	}
 	f.restart(1)
-	took := waitUntil(t, "the group", func() bool { return f.connect() == nil })
+	begin = time.Now()
+	testkit.Eventually(t, "the group", func() bool { return f.connect() == nil })
+	took := time.Since(begin)
 	t.Logf("works %v after the return", took)
 	if took > 3*time.Second {
 		t.Errorf("works %v after the return", took)
@@ -272,7 +263,7 @@ func TestGroupAssociationsMove(t *testing.T) {
 		t.Helper()
 		select {
 		case <-ended:
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			f.t.Fatal("the association stays at a dead server")
 		}
 	}
@@ -292,7 +283,7 @@ func TestGroupAssociationsMove(t *testing.T) {
 		b, _ := open(f)
 		on(f, 1)
 		b.Close()
-		waitUntil(t, "it to be forgotten", func() bool { return f.Servers()[1].Associations == 0 })
+		testkit.Eventually(t, "it to be forgotten", func() bool { return f.Servers()[1].Associations == 0 })
 	})
 	for _, tcp := range []bool{true, false} {
 		t.Run(fmt.Sprintf("silent, TCP sees it %v", tcp), func(t *testing.T) {
@@ -350,7 +341,7 @@ func TestCheck(t *testing.T) {
 		select {
 		case err := <-ch:
 			return err
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			t.Fatal("done is not called")
 			return nil
 		}
@@ -437,7 +428,8 @@ func TestChain(t *testing.T) {
 
 // Many flows at once while servers come and go: each is answered once, and nothing is left.
 func TestGroupRace(t *testing.T) {
-	f := newFleet(t, 3, GroupOptions{Select: RoundRobin, RetryAfter: 50 * time.Millisecond, Check: 20 * time.Millisecond}, Options{})
+	f := newFleet(t, 3, GroupOptions{Select: RoundRobin, RetryAfter: 50 * time.Millisecond, Check: 20 * time.Millisecond},
+		Options{})
 	var flip atomic.Int32
 	for i, s := range f.srvs {
 		s.SetFaultAt(sockstest.AtGreeting, func(sockstest.Request) sockstest.Fault {
@@ -453,12 +445,14 @@ func TestGroupRace(t *testing.T) {
 		wg.Go(func() {
 			for range 60 {
 				ch := make(chan dialed, 2)
-				f.Connect(context.Background(), f.l, AddrFrom(f.dst), func(s loop.Socket, err error) { ch <- dialed{s.Release(), err} })
+				f.Connect(context.Background(), f.l, AddrFrom(f.dst), func(s loop.Socket, err error) {
+					ch <- dialed{s.Release(), err}
+				})
 				if r := <-ch; r.err == nil {
 					ok.Add(1)
 					unix.Close(r.fd)
 				} else {
-					time.Sleep(5 * time.Millisecond) // all of them may be down for a moment
+					testkit.Pace(5 * time.Millisecond) // all of them may be down for a moment
 				}
 				f.Servers()
 				f.Renew()

@@ -43,113 +43,120 @@ func play(t testing.TB, h Handshake, server []byte, step int) (said []byte, left
 	return said, len(server), nil
 }
 
+// name255 is as long as a name, a user and a password may be.
+var name255 = strings.Repeat("n", 255)
+
+// testRequest asks for a CONNECT to testDst.
+const testRequest = "\x05\x01\x00\x01\xcb\x00\x71\x07\x01\xbb"
+
+// handshakeCases are the cases of TestHandshake.
+var handshakeCases = []struct {
+	name   string
+	login  *login
+	dst    Addr
+	server string
+	said   string
+	bound  Addr
+	left   int // bytes behind the reply
+	err    error
+}{
+	{name: "granted", dst: testDst, server: "\x05\x00" + "\x05\x00\x00\x01\x0a\x00\x00\x01\x04\x38" + "SSH-2.0",
+		said: "\x05\x01\x00" + testRequest, bound: Addr{IP: netip.MustParseAddr("10.0.0.1"), Port: 1080}, left: 7},
+	{name: "name and IPv6", dst: Addr{Name: "example.org", Port: 80},
+		server: "\x05\x00" + "\x05\x00\x00\x04\x20\x01\x0d\xb8\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x09\x00\x50" + "x",
+		said:   "\x05\x01\x00" + "\x05\x01\x00\x03\x0bexample.org\x00\x50",
+		bound:  Addr{IP: netip.MustParseAddr("2001:db8::9"), Port: 80}, left: 1},
+	{name: "mapped IPv4 goes as IPv4", dst: Addr{IP: netip.MustParseAddr("::ffff:203.0.113.7"), Port: 443},
+		server: "\x05\x00", said: "\x05\x01\x00" + testRequest, err: errEOF},
+	{name: "bound to a name", dst: testDst, server: "\x05\x00" + "\x05\x00\x00\x03\xff" + name255 + "\x00\x01" + "x",
+		said: "\x05\x01\x00" + testRequest, bound: Addr{Name: name255, Port: 1}, left: 1},
+	{name: "bound to a name of one byte", dst: testDst, server: "\x05\x00" + "\x05\x00\x00\x03\x01a\x00\x01" + "xyz",
+		said: "\x05\x01\x00" + testRequest, bound: Addr{Name: "a", Port: 1}, left: 3},
+	{name: "longest name", dst: Addr{Name: name255, Port: 1}, server: "\x05\x00" + "\x05\x00\x00\x01\x00\x00\x00\x00\x00\x00",
+		said: "\x05\x01\x00" + "\x05\x01\x00\x03\xff" + name255 + "\x00\x01", bound: Addr{IP: netip.IPv4Unspecified()}},
+	{name: "login", login: newLogin("alice", "secret"), dst: testDst,
+		server: "\x05\x02" + "\x01\x00" + "\x05\x00\x00\x01\x00\x00\x00\x00\x00\x00" + "x",
+		said:   "\x05\x02\x00\x02" + "\x01\x05alice\x06secret" + testRequest, bound: Addr{IP: netip.IPv4Unspecified()}, left: 1},
+	{name: "login not wanted", login: newLogin("alice", "secret"), dst: testDst, server: "\x05\x00",
+		said: "\x05\x02\x00\x02" + testRequest, err: errEOF},
+	{name: "longest login", login: newLogin(name255, name255), dst: testDst, server: "\x05\x02" + "\x01\x00",
+		said: "\x05\x02\x00\x02" + "\x01\xff" + name255 + "\xff" + name255 + testRequest, err: errEOF},
+	{name: "login refused", login: newLogin("alice", ""), dst: testDst, server: "\x05\x02" + "\x01\x01",
+		said: "\x05\x02\x00\x02" + "\x01\x05alice\x00", err: ErrCredentials},
+	{name: "login version", login: newLogin("alice", "s"), dst: testDst, server: "\x05\x02" + "\x05\x00",
+		said: "\x05\x02\x00\x02" + "\x01\x05alice\x01s", err: ErrMalformed},
+	{name: "no method", dst: testDst, server: "\x05\xff", said: "\x05\x01\x00", err: ErrMethod},
+	{
+		name:   "no method for a login",
+		login:  newLogin("a", "b"),
+		dst:    testDst,
+		server: "\x05\xff",
+		said:   "\x05\x02\x00\x02",
+		err:    ErrMethod,
+	},
+	{name: "login wanted, none offered", dst: testDst, server: "\x05\x02", said: "\x05\x01\x00", err: ErrMethod},
+	{
+		name:   "refused in two bytes",
+		dst:    testDst,
+		server: "\x05\x00" + "\x05\x05",
+		said:   "\x05\x01\x00" + testRequest,
+		err:    ReplyRefused,
+	},
+	{name: "GSSAPI", dst: testDst, server: "\x05\x01", said: "\x05\x01\x00", err: ErrMalformed},
+	{name: "HTTP", dst: testDst, server: "H", said: "\x05\x01\x00", err: ErrMalformed},
+	{
+		name:   "version of the reply",
+		dst:    testDst,
+		server: "\x05\x00" + "\x04",
+		said:   "\x05\x01\x00" + testRequest,
+		err:    ErrMalformed,
+	},
+	{
+		name:   "address type",
+		dst:    testDst,
+		server: "\x05\x00" + "\x05\x00\x00\x02",
+		said:   "\x05\x01\x00" + testRequest,
+		err:    ErrMalformed,
+	},
+	{
+		name:   "empty name",
+		dst:    testDst,
+		server: "\x05\x00" + "\x05\x00\x00\x03\x00",
+		said:   "\x05\x01\x00" + testRequest,
+		err:    ErrMalformed,
+	},
+	{
+		name:   "refused",
+		dst:    testDst,
+		server: "\x05\x00" + "\x05\x05\x00\x01\x00",
+		said:   "\x05\x01\x00" + testRequest,
+		err:    ReplyRefused,
+	},
+	{
+		name:   "refused with a careless rest",
+		dst:    testDst,
+		server: "\x05\x00" + "\x05\x04\x00\x00\x00",
+		said:   "\x05\x01\x00" + testRequest,
+		err:    ReplyHostUnreachable,
+	},
+	{
+		name:   "unassigned reply",
+		dst:    testDst,
+		server: "\x05\x00" + "\x05\xfe\x00\x01\x00",
+		said:   "\x05\x01\x00" + testRequest,
+		err:    Reply(254),
+	},
+	{
+		name:   "half a reply",
+		dst:    testDst,
+		server: "\x05\x00" + "\x05\x00\x00\x01\x01\x02",
+		said:   "\x05\x01\x00" + testRequest,
+		err:    errEOF,
+	},
+}
+
 func TestHandshake(t *testing.T) {
-	name255 := strings.Repeat("n", 255)
-	request := "\x05\x01\x00\x01\xcb\x00\x71\x07\x01\xbb"
-	tests := []struct {
-		name   string
-		login  *login
-		dst    Addr
-		server string
-		said   string
-		bound  Addr
-		left   int // bytes behind the reply
-		err    error
-	}{
-		{name: "granted", dst: testDst, server: "\x05\x00" + "\x05\x00\x00\x01\x0a\x00\x00\x01\x04\x38" + "SSH-2.0",
-			said: "\x05\x01\x00" + request, bound: Addr{IP: netip.MustParseAddr("10.0.0.1"), Port: 1080}, left: 7},
-		{name: "name and IPv6", dst: Addr{Name: "example.org", Port: 80},
-			server: "\x05\x00" + "\x05\x00\x00\x04\x20\x01\x0d\xb8\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x09\x00\x50" + "x",
-			said:   "\x05\x01\x00" + "\x05\x01\x00\x03\x0bexample.org\x00\x50",
-			bound:  Addr{IP: netip.MustParseAddr("2001:db8::9"), Port: 80}, left: 1},
-		{name: "mapped IPv4 goes as IPv4", dst: Addr{IP: netip.MustParseAddr("::ffff:203.0.113.7"), Port: 443},
-			server: "\x05\x00", said: "\x05\x01\x00" + request, err: errEOF},
-		{name: "bound to a name", dst: testDst, server: "\x05\x00" + "\x05\x00\x00\x03\xff" + name255 + "\x00\x01" + "x",
-			said: "\x05\x01\x00" + request, bound: Addr{Name: name255, Port: 1}, left: 1},
-		{name: "bound to a name of one byte", dst: testDst, server: "\x05\x00" + "\x05\x00\x00\x03\x01a\x00\x01" + "xyz",
-			said: "\x05\x01\x00" + request, bound: Addr{Name: "a", Port: 1}, left: 3},
-		{name: "longest name", dst: Addr{Name: name255, Port: 1}, server: "\x05\x00" + "\x05\x00\x00\x01\x00\x00\x00\x00\x00\x00",
-			said: "\x05\x01\x00" + "\x05\x01\x00\x03\xff" + name255 + "\x00\x01", bound: Addr{IP: netip.IPv4Unspecified()}},
-		{name: "login", login: newLogin("alice", "secret"), dst: testDst,
-			server: "\x05\x02" + "\x01\x00" + "\x05\x00\x00\x01\x00\x00\x00\x00\x00\x00" + "x",
-			said:   "\x05\x02\x00\x02" + "\x01\x05alice\x06secret" + request, bound: Addr{IP: netip.IPv4Unspecified()}, left: 1},
-		{name: "login not wanted", login: newLogin("alice", "secret"), dst: testDst, server: "\x05\x00",
-			said: "\x05\x02\x00\x02" + request, err: errEOF},
-		{name: "longest login", login: newLogin(name255, name255), dst: testDst, server: "\x05\x02" + "\x01\x00",
-			said: "\x05\x02\x00\x02" + "\x01\xff" + name255 + "\xff" + name255 + request, err: errEOF},
-		{name: "login refused", login: newLogin("alice", ""), dst: testDst, server: "\x05\x02" + "\x01\x01",
-			said: "\x05\x02\x00\x02" + "\x01\x05alice\x00", err: ErrCredentials},
-		{name: "login version", login: newLogin("alice", "s"), dst: testDst, server: "\x05\x02" + "\x05\x00",
-			said: "\x05\x02\x00\x02" + "\x01\x05alice\x01s", err: ErrMalformed},
-		{name: "no method", dst: testDst, server: "\x05\xff", said: "\x05\x01\x00", err: ErrMethod},
-		{
-			name:   "no method for a login",
-			login:  newLogin("a", "b"),
-			dst:    testDst,
-			server: "\x05\xff",
-			said:   "\x05\x02\x00\x02",
-			err:    ErrMethod,
-		},
-		{name: "login wanted, none offered", dst: testDst, server: "\x05\x02", said: "\x05\x01\x00", err: ErrMethod},
-		{
-			name:   "refused in two bytes",
-			dst:    testDst,
-			server: "\x05\x00" + "\x05\x05",
-			said:   "\x05\x01\x00" + request,
-			err:    ReplyRefused,
-		},
-		{name: "GSSAPI", dst: testDst, server: "\x05\x01", said: "\x05\x01\x00", err: ErrMalformed},
-		{name: "HTTP", dst: testDst, server: "H", said: "\x05\x01\x00", err: ErrMalformed},
-		{
-			name:   "version of the reply",
-			dst:    testDst,
-			server: "\x05\x00" + "\x04",
-			said:   "\x05\x01\x00" + request,
-			err:    ErrMalformed,
-		},
-		{
-			name:   "address type",
-			dst:    testDst,
-			server: "\x05\x00" + "\x05\x00\x00\x02",
-			said:   "\x05\x01\x00" + request,
-			err:    ErrMalformed,
-		},
-		{
-			name:   "empty name",
-			dst:    testDst,
-			server: "\x05\x00" + "\x05\x00\x00\x03\x00",
-			said:   "\x05\x01\x00" + request,
-			err:    ErrMalformed,
-		},
-		{
-			name:   "refused",
-			dst:    testDst,
-			server: "\x05\x00" + "\x05\x05\x00\x01\x00",
-			said:   "\x05\x01\x00" + request,
-			err:    ReplyRefused,
-		},
-		{
-			name:   "refused with a careless rest",
-			dst:    testDst,
-			server: "\x05\x00" + "\x05\x04\x00\x00\x00",
-			said:   "\x05\x01\x00" + request,
-			err:    ReplyHostUnreachable,
-		},
-		{
-			name:   "unassigned reply",
-			dst:    testDst,
-			server: "\x05\x00" + "\x05\xfe\x00\x01\x00",
-			said:   "\x05\x01\x00" + request,
-			err:    Reply(254),
-		},
-		{
-			name:   "half a reply",
-			dst:    testDst,
-			server: "\x05\x00" + "\x05\x00\x00\x01\x01\x02",
-			said:   "\x05\x01\x00" + request,
-			err:    errEOF,
-		},
-	}
+	tests := handshakeCases
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			for _, step := range []int{1, 2, 3, 1000} {

@@ -125,7 +125,8 @@ func TestGroupFailure(t *testing.T) {
 	}{
 		{"all down", CmdConnect, []error{nil, nil}, ErrAllDown},
 		{"the last fault", CmdConnect, []error{notReachedErr, eofErr}, eofErr},
-		{"no IPv6 anywhere", CmdConnect, []error{ReplyAddrTypeNotSupported, ReplyAddrTypeNotSupported}, ReplyAddrTypeNotSupported},
+		{"no IPv6 anywhere", CmdConnect, []error{ReplyAddrTypeNotSupported, ReplyAddrTypeNotSupported},
+			ReplyAddrTypeNotSupported},
 		{"no IPv6 at what works", CmdConnect, []error{nil, ReplyAddrTypeNotSupported}, ReplyAddrTypeNotSupported},
 		{"no UDP anywhere", CmdAssociate, []error{ReplyCommandNotSupported, ReplyCommandNotSupported}, ReplyCommandNotSupported},
 		{"no UDP at what works", CmdAssociate, []error{nil, ReplyCommandNotSupported}, ErrAllDown},
@@ -317,24 +318,6 @@ func (m *model) fault(o *GroupOptions, now time.Duration) {
 // Under random events no server is used while it is down, but for its one trial after RetryAfter, and no flow makes more attempts
 // than it may.
 func TestAccountingProperty(t *testing.T) {
-	type flow struct {
-		a      attempt
-		server int
-		asked  map[int]int
-		all    int
-	}
-	outcomes := []error{
-		nil,
-		nil,
-		notReachedErr,
-		notReachedErr,
-		eofErr,
-		loginErr,
-		ReplyRefused,
-		ReplyCommandNotSupported,
-		ErrEnded,
-		context.Canceled,
-	}
 	for seed := range uint64(300) {
 		rnd := rand.New(rand.NewPCG(seed, 1))
 		n := 2 + rnd.IntN(4)
@@ -342,90 +325,129 @@ func TestAccountingProperty(t *testing.T) {
 			Select: Select(rnd.IntN(4)), ServerAttempts: 1 + rnd.IntN(3), Attempts: 1 + rnd.IntN(6),
 			FailThreshold: 1 + rnd.IntN(4), FailWindow: 10 * time.Second, RetryAfter: time.Duration(1+rnd.IntN(20)) * time.Second,
 		}
-		c := newChooser(t, n, o)
-		want := make([]model, n)
-		var flows []*flow
-		now := time.Duration(0)
-		step := func(f *flow) {
-			i, ok := c.next(&f.a, now)
-			if !ok {
-				flows = slices.DeleteFunc(flows, func(x *flow) bool { return x == f })
-				if err := f.a.failure("g"); err == nil {
-					t.Fatal("a flow ends without a reason")
-				}
-				return
-			}
-			f.server, f.all = i, f.all+1
-			f.asked[i]++
-			if want[i].down {
-				t.Fatalf("seed %d: server %d is used while it is down", seed, i)
-			}
-			if f.all > o.Attempts || f.asked[i] > o.ServerAttempts {
-				t.Fatalf("seed %d: attempt %d, and %d at server %d: %+v", seed, f.all, f.asked[i], i, o)
-			}
-		}
+		x := accounting{t: t, seed: seed, rnd: rnd, o: o, c: newChooser(t, n, o), want: make([]model, n)}
 		for range 400 {
-			now += time.Duration(rnd.IntN(1500)) * time.Millisecond
+			x.now += time.Duration(rnd.IntN(1500)) * time.Millisecond
 			switch p := rnd.IntN(10); {
 			case p < 3:
-				f := &flow{asked: map[int]int{}}
-				c.begin(&f.a, CmdConnect, netip.Addr{}, Addr{Name: fmt.Sprint(rnd.IntN(50)), Port: 1})
-				flows = append(flows, f)
-				step(f)
-			case p < 8 && len(flows) > 0:
-				f := flows[rnd.IntN(len(flows))]
-				err := outcomes[rnd.IntN(len(outcomes))]
-				got := c.done(&f.a, f.server, err, now)
-				var fault *ServerError
-				switch {
-				case err == nil:
-					want[f.server] = model{trying: want[f.server].trying}
-				case errors.As(err, &fault):
-					want[f.server].fault(&o, now)
-				case err == ErrEnded && got.again: // the eighth in a row
-					want[f.server].fault(&o, now)
-				}
-				if got.again {
-					step(f)
-				} else {
-					flows = slices.DeleteFunc(flows, func(x *flow) bool { return x == f })
-				}
+				f := &accounted{asked: map[int]int{}}
+				x.c.begin(&f.a, CmdConnect, netip.Addr{}, Addr{Name: fmt.Sprint(rnd.IntN(50)), Port: 1})
+				x.flows = append(x.flows, f)
+				x.step(f)
+			case p < 8 && len(x.flows) > 0:
+				x.outcome(x.flows[rnd.IntN(len(x.flows))])
 			default:
-				all := true
-				for i := range want {
-					all = all && want[i].down
-				}
-				if all != c.allDown() {
-					t.Fatalf("seed %d: all down is %v", seed, c.allDown())
-				}
-				i := rnd.IntN(n)
-				m := &want[i]
-				due := c.servers[i].due(now, all)
-				if right := m.down && !m.trying && (all || now-m.since >= o.RetryAfter); due != right {
-					t.Fatalf("seed %d: a trial of server %d is due: %v, want %v", seed, i, due, right)
-				}
-				if due {
-					c.servers[i].trying, m.trying = true, true
-				} else if m.trying {
-					var err error
-					if rnd.IntN(2) == 0 {
-						err = notReachedErr
-					}
-					c.servers[i].tried(&c.opts, now, err)
-					m.trying = false
-					if m.down && err == nil {
-						*m = model{probation: true}
-					} else if m.down {
-						m.since = now
-					}
-				}
+				x.trial(rnd.IntN(n))
 			}
-			for i := range want {
-				if c.servers[i].isDown != want[i].down {
-					t.Fatalf("seed %d at %v: server %d is down: %v, want %v", seed, now, i, c.servers[i].isDown, want[i].down)
+			for i := range x.want {
+				if x.c.servers[i].isDown != x.want[i].down {
+					t.Fatalf("seed %d at %v: server %d is down: %v, want %v", seed, x.now, i, x.c.servers[i].isDown,
+						x.want[i].down)
 				}
 			}
 		}
+	}
+}
+
+// accounting is a chooser under random events, and what it should think of its servers.
+type accounting struct {
+	t     *testing.T
+	seed  uint64
+	rnd   *rand.Rand
+	o     GroupOptions
+	c     *chooser
+	want  []model
+	flows []*accounted
+	now   time.Duration
+}
+
+// accounted is a flow and its attempts.
+type accounted struct {
+	a      attempt
+	server int
+	asked  map[int]int
+	all    int
+}
+
+func (x *accounting) over(f *accounted) {
+	x.flows = slices.DeleteFunc(x.flows, func(y *accounted) bool { return y == f })
+}
+
+// step is the next attempt of a flow.
+func (x *accounting) step(f *accounted) {
+	x.t.Helper()
+	i, ok := x.c.next(&f.a, x.now)
+	if !ok {
+		x.over(f)
+		if err := f.a.failure("g"); err == nil {
+			x.t.Fatal("a flow ends without a reason")
+		}
+		return
+	}
+	f.server, f.all = i, f.all+1
+	f.asked[i]++
+	if x.want[i].down {
+		x.t.Fatalf("seed %d: server %d is used while it is down", x.seed, i)
+	}
+	if f.all > x.o.Attempts || f.asked[i] > x.o.ServerAttempts {
+		x.t.Fatalf("seed %d: attempt %d, and %d at server %d: %+v", x.seed, f.all, f.asked[i], i, x.o)
+	}
+}
+
+// outcome ends the attempt of a flow in one of many ways.
+func (x *accounting) outcome(f *accounted) {
+	x.t.Helper()
+	outcomes := []error{nil, nil, notReachedErr, notReachedErr, eofErr, loginErr, ReplyRefused, ReplyCommandNotSupported,
+		ErrEnded, context.Canceled}
+	err := outcomes[x.rnd.IntN(len(outcomes))]
+	got := x.c.done(&f.a, f.server, err, x.now)
+	var fault *ServerError
+	switch {
+	case err == nil:
+		x.want[f.server] = model{trying: x.want[f.server].trying}
+	case errors.As(err, &fault):
+		x.want[f.server].fault(&x.o, x.now)
+	case err == ErrEnded && got.again: // the eighth in a row
+		x.want[f.server].fault(&x.o, x.now)
+	}
+	if got.again {
+		x.step(f)
+	} else {
+		x.over(f)
+	}
+}
+
+// trial begins the trial of a server if it is due, and ends one that is under way.
+func (x *accounting) trial(i int) {
+	x.t.Helper()
+	all := true
+	for i := range x.want {
+		all = all && x.want[i].down
+	}
+	if all != x.c.allDown() {
+		x.t.Fatalf("seed %d: all down is %v", x.seed, x.c.allDown())
+	}
+	m := &x.want[i]
+	due := x.c.servers[i].due(x.now, all)
+	if right := m.down && !m.trying && (all || x.now-m.since >= x.o.RetryAfter); due != right {
+		x.t.Fatalf("seed %d: a trial of server %d is due: %v, want %v", x.seed, i, due, right)
+	}
+	if due {
+		x.c.servers[i].trying, m.trying = true, true
+		return
+	} else if !m.trying {
+		return
+	}
+	var err error
+	if x.rnd.IntN(2) == 0 {
+		err = notReachedErr
+	}
+	x.c.servers[i].tried(&x.c.opts, x.now, err)
+	m.trying = false
+	if m.down && err == nil {
+		*m = model{probation: true}
+	} else if m.down {
+		m.since = x.now
 	}
 }
 

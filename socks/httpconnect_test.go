@@ -9,7 +9,8 @@ import (
 
 func TestHTTPConnect(t *testing.T) {
 	request := "CONNECT 203.0.113.7:443 HTTP/1.1\r\nHost: 203.0.113.7:443\r\n\r\n"
-	withLogin := "CONNECT 203.0.113.7:443 HTTP/1.1\r\nHost: 203.0.113.7:443\r\nProxy-Authorization: Basic YWxpY2U6czpjcmV0\r\n\r\n"
+	withLogin := "CONNECT 203.0.113.7:443 HTTP/1.1\r\nHost: 203.0.113.7:443\r\n" +
+		"Proxy-Authorization: Basic YWxpY2U6czpjcmV0\r\n\r\n"
 	alice := newLogin("alice", "s:cret")
 	for _, tt := range []struct {
 		name   string
@@ -26,16 +27,20 @@ func TestHTTPConnect(t *testing.T) {
 		{name: "no reason", server: "HTTP/1.1 200\r\n\r\nx", left: 1},
 		{name: "bare line feeds", server: "HTTP/1.1 200 OK\nA: b\n\n\n", left: 1},
 		{name: "the target begins with an empty line", server: "HTTP/1.1 200 OK\r\n\r\n\r\n\r\n", left: 4},
-		{name: "interim", server: "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 102 Processing\r\nA: b\r\n\r\nHTTP/1.1 204 No Content\r\n\r\nx", left: 1},
+		{name: "interim", server: "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 102 Processing\r\nA: b\r\n\r\n" +
+			"HTTP/1.1 204 No Content\r\n\r\nx", left: 1},
 		{name: "IPv6", dst: Addr{IP: netip.MustParseAddr("2001:db8::1"), Port: 80}, server: "HTTP/1.1 200 OK\r\n\r\n",
 			said: "CONNECT [2001:db8::1]:80 HTTP/1.1\r\nHost: [2001:db8::1]:80\r\n\r\n"},
-		{name: "mapped IPv4", dst: Addr{IP: netip.MustParseAddr("::ffff:203.0.113.7"), Port: 443}, server: "HTTP/1.1 200 OK\r\n\r\n"},
+		{name: "mapped IPv4", dst: Addr{IP: netip.MustParseAddr("::ffff:203.0.113.7"), Port: 443},
+			server: "HTTP/1.1 200 OK\r\n\r\n"},
 		{name: "name", dst: Addr{Name: "example.org", Port: 80}, server: "HTTP/1.1 200 OK\r\n\r\n",
 			said: "CONNECT example.org:80 HTTP/1.1\r\nHost: example.org:80\r\n\r\n"},
 		{name: "login", login: alice, server: "HTTP/1.1 200 OK\r\n\r\n", said: withLogin},
-		{name: "login wanted", server: "HTTP/1.1 407 Proxy Authentication Required\r\nProxy-Authenticate: Basic realm=x\r\n\r\n", err: ErrMethod},
+		{name: "login wanted", server: "HTTP/1.1 407 Proxy Authentication Required\r\nProxy-Authenticate: Basic realm=x\r\n\r\n",
+			err: ErrMethod},
 		{name: "login wanted by 401", server: "HTTP/1.1 401 Unauthorized\r\n\r\n", err: ErrMethod},
-		{name: "login refused", login: alice, server: "HTTP/1.1 407 No\r\nProxy-Authenticate: Digest\r\nproxy-authenticate: basic realm=x\r\n\r\n",
+		{name: "login refused", login: alice, server: "HTTP/1.1 407 No\r\nProxy-Authenticate: Digest\r\n" +
+			"proxy-authenticate: basic realm=x\r\n\r\n",
 			said: withLogin, err: ErrCredentials},
 		{name: "no Basic", login: alice, server: "HTTP/1.1 407 No\r\nProxy-Authenticate: Negotiate\r\n\r\n", said: withLogin,
 			err: ErrMethod, errHas: "no Basic"},
@@ -47,8 +52,10 @@ func TestHTTPConnect(t *testing.T) {
 		{name: "502", server: "HTTP/1.1 502 Bad Gateway\r\n\r\n", err: ReplyGeneralFailure},
 		{name: "503", server: "HTTP/1.1 503 Service Unavailable\r\n\r\n", err: ReplyGeneralFailure},
 		{name: "504", server: "HTTP/1.1 504 Gateway Timeout\r\n\r\n", err: ReplyHostUnreachable},
-		{name: "Proxy-Status", server: "HTTP/1.1 502 No\r\nProxy-Status: p.example; error=connection_refused; next-hop=x\r\n\r\n", err: ReplyRefused},
-		{name: "Proxy-Status unknown", server: "HTTP/1.1 502 No\r\nProxy-Status: p; error=whatever\r\n\r\n", err: ReplyGeneralFailure},
+		{name: "Proxy-Status", server: "HTTP/1.1 502 No\r\nProxy-Status: p.example; error=connection_refused; next-hop=x\r\n\r\n",
+			err: ReplyRefused},
+		{name: "Proxy-Status unknown", server: "HTTP/1.1 502 No\r\nProxy-Status: p; error=whatever\r\n\r\n",
+			err: ReplyGeneralFailure},
 		{name: "redirect", server: "HTTP/1.1 302 Found\r\nLocation: http://x\r\n\r\n", err: ErrMalformed},
 		{name: "600", server: "HTTP/1.1 600 x\r\n\r\n", err: ErrMalformed},
 		{name: "no status", server: "HTTP/1.1 2x0 OK\r\n\r\n", err: ErrMalformed},

@@ -15,6 +15,7 @@ import (
 
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/loop"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // TestGoroutines: two hundred dials and two hundred associations have no goroutine of ours.
@@ -42,12 +43,11 @@ func TestGoroutines(t *testing.T) {
 			assocs <- a
 		})
 	}
-	waitFor(t, func() bool { return c.d.Stats() == Stats{Pending: n, Associations: n} && srv.Stats().Requests == 2*n })
+	testkit.Eventually(t, "all dials to be pending", func() bool {
+		return c.d.Stats() == Stats{Pending: n, Associations: n} && srv.Stats().Requests == 2*n
+	})
 	// Goroutines of the test server that have not run yet can't be told from ours.
-	for end := time.Now().Add(patience); ours() > before && time.Now().Before(end); {
-		time.Sleep(10 * time.Millisecond)
-	}
-	if now := ours(); now > before {
+	if now := 0; !testkit.Until(testkit.Patience, func() bool { now = ours(); return now <= before }) {
 		t.Errorf("%d goroutines before, %d with %d dials pending and %d associations", before, now, n, n)
 	}
 	cancel()
@@ -57,7 +57,7 @@ func TestGoroutines(t *testing.T) {
 		}
 		(<-assocs).Close()
 	}
-	waitFor(t, func() bool { return c.d.Stats() == Stats{} && srv.Stats().Open == 0 })
+	testkit.Eventually(t, "all to be given back", func() bool { return c.d.Stats() == Stats{} && srv.Stats().Open == 0 })
 }
 
 // ours counts the goroutines that are not the test server's.
@@ -69,15 +69,6 @@ func ours() (n int) {
 		}
 	}
 	return n
-}
-
-func waitFor(t testing.TB, cond func() bool) {
-	t.Helper()
-	for end := time.Now().Add(patience); !cond(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("it does not come true")
-		}
-	}
 }
 
 func TestCancel(t *testing.T) {
@@ -94,7 +85,7 @@ func TestCancel(t *testing.T) {
 	if _, err := associate(t, c, ctx); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("association: %v", err)
 	}
-	waitFor(t, func() bool { return srv.Stats().Open == 0 && d.Stats() == Stats{} })
+	testkit.Eventually(t, "all to be given back", func() bool { return srv.Stats().Open == 0 && d.Stats() == Stats{} })
 }
 
 // TestOnce: whatever ends a dial, done is called once. Grants, cancels and Close race.
@@ -129,7 +120,7 @@ func TestOnce(t *testing.T) {
 		})
 		switch i {
 		case n / 2:
-			time.Sleep(3 * time.Millisecond)
+			testkit.Pace(3 * time.Millisecond)
 			cancel()
 			ctx = context.Background()
 		case n - n/8:
@@ -180,7 +171,7 @@ func TestCall(t *testing.T) {
 	ch := make(chan error, 1)
 	done := func(s loop.Socket, err error) { s.Close(); ch <- err }
 	c.Connect(call, on(d), testDst, done)
-	waitFor(t, func() bool { return srv.Stats().Requests == 1 })
+	testkit.Eventually(t, "the requests", func() bool { return srv.Stats().Requests == 1 })
 	if len(ch) > 0 {
 		t.Fatal("it ended by itself")
 	}
@@ -223,7 +214,7 @@ func TestCloseFailsAll(t *testing.T) {
 		c.Connect(context.Background(), on(c.d), testDst, func(_ loop.Socket, err error) { errs <- err })
 	})
 	c.Associate(context.Background(), on(c.d), func(_ *Association, err error) { errs <- err })
-	waitFor(t, func() bool { return srv.Stats().Requests == 3 })
+	testkit.Eventually(t, "the requests", func() bool { return srv.Stats().Requests == 3 })
 	end(d)
 	for range 4 {
 		if err := <-errs; err != ErrClosed {

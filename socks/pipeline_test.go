@@ -193,7 +193,7 @@ func TestFastOpen(t *testing.T) {
 				got, over = err, true
 				s.Close()
 			})
-		for end := time.Now().Add(patience); !over; {
+		for end := time.Now().Add(testkit.Patience); !over; {
 			if _, err := l.Step(true); err != nil || time.Now().After(end) {
 				t.Fatal(err, "done is not called")
 			}

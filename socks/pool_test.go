@@ -155,10 +155,7 @@ func TestPoolClosedByServer(t *testing.T) {
 	warm(t, c, far, 3)
 	testkit.Eventually(t, "the server has closed them", pooledIs(d, 0))
 	had := srv.Stats().Accepted
-	time.Sleep(250 * time.Millisecond)
-	if n := srv.Stats().Accepted; n != had {
-		t.Errorf("%d connections without a use", n-had)
-	}
+	testkit.Never(t, 250*time.Millisecond, "a connection without a use", func() bool { return srv.Stats().Accepted != had })
 	fetch(t, c, far)
 	testkit.Eventually(t, "the pool is filled again", func() bool { return srv.Stats().Accepted >= had+4 })
 }
@@ -227,10 +224,7 @@ func TestPoolOfGroup(t *testing.T) {
 	testkit.Eventually(t, "the pool is empty", pooledIs(d, 0))
 	ask()
 	testkit.Eventually(t, "it is quiet", pooledIs(d, 0))
-	time.Sleep(20 * time.Millisecond)
-	if n := d.Stats().Pooled; n != 0 {
-		t.Errorf("a group that is closed has %d connections", n)
-	}
+	testkit.Never(t, 20*time.Millisecond, "a group that is closed has a connection", func() bool { return d.Stats().Pooled != 0 })
 }
 
 // TestPoolGone: the server is away. A flow fails as without a pool, and the pool does not knock all the time.
@@ -288,7 +282,7 @@ func checkOf(t testing.TB, c *Client) error {
 	select {
 	case err := <-ch:
 		return err
-	case <-time.After(patience):
+	case <-time.After(testkit.Patience):
 		t.Fatal("done is not called")
 		return nil
 	}

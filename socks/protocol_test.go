@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // greeter listens and says hello, then ends.
@@ -69,7 +70,7 @@ func TestProtocols(t *testing.T) {
 					t.Fatal(err)
 				}
 				c := conn(t, fd)
-				c.SetDeadline(time.Now().Add(patience))
+				c.SetDeadline(time.Now().Add(testkit.Patience))
 				if b, err := io.ReadAll(c); string(b) != "early hello" || err != nil {
 					t.Errorf("%q, %v", b, err)
 				}

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // tlsServer is a sockstest server inside TLS, and its URL's Server that trusts it.
@@ -42,13 +43,13 @@ func accepter(t *testing.T) (Addr, func() *net.TCPConn) {
 	}
 	t.Cleanup(func() { ln.Close() })
 	return AddrFrom(ln.Addr().(*net.TCPAddr).AddrPort()), func() *net.TCPConn {
-		ln.(*net.TCPListener).SetDeadline(time.Now().Add(patience))
+		ln.(*net.TCPListener).SetDeadline(time.Now().Add(testkit.Patience))
 		c, err := ln.Accept()
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { c.Close() })
-		c.SetDeadline(time.Now().Add(patience))
+		c.SetDeadline(time.Now().Add(testkit.Patience))
 		return c.(*net.TCPConn)
 	}
 }
@@ -62,7 +63,7 @@ func tlsPair(t *testing.T, c *Client) (near *net.UnixConn, far *net.TCPConn) {
 		t.Fatal(err)
 	}
 	k := conn(t, fd)
-	k.SetDeadline(time.Now().Add(patience))
+	k.SetDeadline(time.Now().Add(testkit.Patience))
 	return k.(*net.UnixConn), accept()
 }
 
@@ -183,7 +184,7 @@ func TestTLSResetByUs(t *testing.T) {
 		k := conn(t, fd).(*net.UnixConn)
 		if fin {
 			k.CloseWrite()
-			time.Sleep(50 * time.Millisecond) // close_notify is on its way before the close
+			testkit.Settle(50*time.Millisecond, "close_notify leaves before the close")
 		}
 		k.Close()
 		select {
@@ -191,7 +192,7 @@ func TestTLSResetByUs(t *testing.T) {
 			if !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
 				t.Errorf("fin %v: %v, want a reset", fin, err)
 			}
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			t.Errorf("fin %v: the server sees no end", fin)
 		}
 		ln.Close()

@@ -14,6 +14,7 @@ import (
 
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/loop"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // What real servers were seen to do with the bytes of the handshake.
@@ -169,23 +170,21 @@ func TestUnixSocketBusy(t *testing.T) {
 	if err := unix.Listen(l, 0); err != nil { // room for one
 		t.Fatal(err)
 	}
-	d := newDialer(t, Options{ConnectTimeout: 300 * time.Millisecond, HandshakeTimeout: patience})
+	d := newDialer(t, Options{ConnectTimeout: 300 * time.Millisecond, HandshakeTimeout: testkit.Patience})
 	c := d.Client(mustServer(t, "socks5+unix://"+path))
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	results := make(chan error, 2)
 	c.Connect(ctx, on(d), testDst, func(_ loop.Socket, err error) { results <- err })
-	for end := time.Now().Add(patience); d.Stats().Pending != 1 && time.Now().Before(end); {
-		time.Sleep(time.Millisecond)
-	}
+	testkit.Eventually(t, "the first dial to be pending", func() bool { return d.Stats().Pending == 1 })
 	var fault *ServerError
 	if _, err := connect(t, c, context.Background(), testDst); !errors.As(err, &fault) || fault.Op != OpConnect ||
 		!errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Fatalf("%v, want a timeout", err)
 	}
-	d.SetTimeouts(patience, patience)
+	d.SetTimeouts(testkit.Patience, testkit.Patience)
 	c.Connect(ctx, on(d), testDst, func(_ loop.Socket, err error) { results <- err })
-	time.Sleep(3 * busyWait)
+	testkit.Pace(3 * busyWait)
 	for range 2 { // the second is there once the first is taken
 		fd, _, err := unix.Accept(l)
 		if err != nil {
@@ -199,7 +198,7 @@ func TestUnixSocketBusy(t *testing.T) {
 			if !errors.As(err, &fault) || fault.Op != OpHandshake {
 				t.Errorf("%v, want an end in the handshake", err)
 			}
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			t.Fatal("the dial does not go on")
 		}
 	}

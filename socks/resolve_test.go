@@ -16,6 +16,7 @@ import (
 
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/loop"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // names is a resolver whose answer can be changed.
@@ -119,7 +120,7 @@ func TestLastGoodAnswerIsKept(t *testing.T) {
 	mustConnect(t, c)
 	// The old answer was good after all: no dial asks again.
 	asked := n.asked.Load()
-	time.Sleep(lookAgain)
+	testkit.Pace(lookAgain)
 	mustConnect(t, c)
 	if now := n.asked.Load(); now != asked {
 		t.Errorf("asked %d times, then %d", asked, now)
@@ -135,7 +136,7 @@ func TestNoSuchServer(t *testing.T) {
 		if !errors.As(err, &se) || se.Op != OpResolve {
 			t.Errorf("%v", err)
 		}
-		time.Sleep(10 * time.Millisecond)
+		testkit.Pace(10 * time.Millisecond) // the second dial is later than the first answer
 	}
 }
 

@@ -41,11 +41,14 @@ func TestParseServer(t *testing.T) {
 
 func TestParseServerRefuses(t *testing.T) {
 	for _, url := range []string{
-		"", "10.0.0.1:1080", "hunter2", "socks5:", "socks5://", "socks5://:1080", "socks5://h:0", "socks5://h:65536", "socks5://h:x",
-		"socks5://h:1/path", "socks5://h:1?q=hunter2", "socks5://h:1#hunter2", "socks5://alice:hunter2/x@h:1", "socks5://alice:hunter2#@h:1",
+		"", "10.0.0.1:1080", "hunter2", "socks5:", "socks5://", "socks5://:1080", "socks5://h:0", "socks5://h:65536",
+		"socks5://h:x",
+		"socks5://h:1/path", "socks5://h:1?q=hunter2", "socks5://h:1#hunter2", "socks5://alice:hunter2/x@h:1",
+		"socks5://alice:hunter2#@h:1",
 		"socks5://alice:hunter2%zz@h:1", "socks5://:hunter2@h:1", "socks5://a:" + strings.Repeat("hunter2", 40) + "@h:1",
 		"socks5://" + strings.Repeat("h", 256), "hunter2://h:1", "socks5:hunter2",
-		"socks5://2001:db8::1", "socks5://[fe80::1]:1080", "socks5://a:hunter2%zz@[fe80::1%eth0]", "socks5://a:[hunter2%41]@h", "socks5://::1:1080", "socks5://h:1:2",
+		"socks5://2001:db8::1", "socks5://[fe80::1]:1080", "socks5://a:hunter2%zz@[fe80::1%eth0]", "socks5://a:[hunter2%41]@h",
+		"socks5://::1:1080", "socks5://h:1:2",
 	} {
 		s, err := ParseServer(url)
 		if err == nil {
@@ -66,7 +69,8 @@ func TestCredentialsAreNotPrinted(t *testing.T) {
 	}
 	var out bytes.Buffer
 	c := &Client{server: s}
-	for _, v := range []any{s, &s, c, []Server{s}, struct{ hidden Server }{s}, &ServerError{s.String(), OpConnect, ErrCredentials}} {
+	for _, v := range []any{s, &s, c, []Server{s}, struct{ hidden Server }{s},
+		&ServerError{s.String(), OpConnect, ErrCredentials}} {
 		fmt.Fprintf(&out, "%v %+v %#v %s\n", v, v, v, v)
 		json.NewEncoder(&out).Encode(v)
 		slog.New(slog.NewTextHandler(&out, nil)).Info("x", "v", v)
@@ -87,7 +91,8 @@ func TestZone(t *testing.T) {
 	for _, tt := range []struct {
 		at   string
 		want uint32
-	}{{"[fe80::1%lo]:1", 1}, {"[fe80::1%1]:1", 1}, {"[fe80::1%77]:1", 77}, {"[2001:db8::1]:1", 0}, {"[fe80::1%none]:1", 0}, {"[fe80::1%0]:1", 0}} {
+	}{{"[fe80::1%lo]:1", 1}, {"[fe80::1%1]:1", 1}, {"[fe80::1%77]:1", 77}, {"[2001:db8::1]:1", 0}, {"[fe80::1%none]:1", 0},
+		{"[fe80::1%0]:1", 0}} {
 		var sa sockaddrRoom
 		err := sa.set(netip.MustParseAddrPort(tt.at))
 		if (err != nil) != (tt.want == 0 && strings.Contains(tt.at, "%")) {

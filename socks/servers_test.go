@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // inNamespace runs the calling test anew in a network namespace that has only lo. It returns true there.
@@ -71,14 +72,13 @@ func server(t *testing.T, at string, name string, args ...string) {
 			t.Logf("%s says:\n%s", name, out.String())
 		}
 	})
-	for end := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
-		if c, err := net.Dial("tcp", at); err == nil {
+	testkit.Eventually(t, name+" to listen at "+at, func() bool {
+		c, err := net.Dial("tcp", at)
+		if err == nil {
 			c.Close()
-			return
-		} else if time.Now().After(end) {
-			t.Fatalf("%s does not listen at %s", name, at)
 		}
-	}
+		return err == nil
+	})
 }
 
 func textFile(t *testing.T, content string) string {
@@ -100,7 +100,7 @@ func hears(t *testing.T, c *Client, dst Addr) {
 	}
 	k := conn(t, fd)
 	defer k.Close()
-	k.SetDeadline(time.Now().Add(patience))
+	k.SetDeadline(time.Now().Add(testkit.Patience))
 	if b, err := io.ReadAll(k); err != nil || string(b) != "hello" {
 		t.Errorf("%v to %v: %q, %v", c.Server(), dst, b, err)
 	}
@@ -145,7 +145,7 @@ socks pass { from: 0/0 to: 0/0 command: connect bind bindreply udpassociate udpr
 				continue
 			}
 			k := conn(t, r.fd)
-			k.SetDeadline(time.Now().Add(patience))
+			k.SetDeadline(time.Now().Add(testkit.Patience))
 			if b, err := io.ReadAll(k); string(b) != "hello" {
 				t.Errorf("%s: %q, %v", scheme, b, err)
 			}

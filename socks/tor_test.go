@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 func TestTorResolve(t *testing.T) {
@@ -36,7 +37,7 @@ func TestTorResolve(t *testing.T) {
 		select {
 		case a := <-ch:
 			return a
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			t.Fatal("done is not called")
 			return answer{}
 		}
@@ -100,8 +101,10 @@ func TestIsolate(t *testing.T) {
 		t.Error("isolate=program")
 	}
 	for _, bad := range []string{
-		"socks5://h?hunter2", "socks5://h?tor=1", "socks5://h?isolate=hunter2&tor", "socks5://h?isolate=destination", "socks5://h?tor&tor",
-		"socks5://al:x@h?tor&isolate=program", "socks4a://h?tor", "http://h?tor", "socks5://h?%zz", "socks5://h?tor;hunter2", "socks5+unix:///s?hunter2",
+		"socks5://h?hunter2", "socks5://h?tor=1", "socks5://h?isolate=hunter2&tor", "socks5://h?isolate=destination",
+		"socks5://h?tor&tor",
+		"socks5://al:x@h?tor&isolate=program", "socks4a://h?tor", "http://h?tor", "socks5://h?%zz", "socks5://h?tor;hunter2",
+		"socks5+unix:///s?hunter2",
 	} {
 		if s, err := ParseServer(bad); err == nil {
 			t.Errorf("%s is taken as %v", bad, s)
@@ -146,7 +149,7 @@ func TestTorResolveByGroup(t *testing.T) {
 		select {
 		case a := <-ch:
 			return a
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			t.Fatal("done is not called")
 			return answer{}
 		}

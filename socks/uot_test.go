@@ -11,6 +11,7 @@ import (
 
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/loop"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // uotAssociate asks c for UDP over TCP. The stream that it gives is not watched any more.
@@ -65,7 +66,7 @@ func TestUDPOverTCP(t *testing.T) {
 			t.Fatalf("%s: %+v, descriptor %d", scheme, a, fd)
 		}
 		k := conn(t, fd)
-		all, ok := srv.WaitAssociations(1, patience) // it has taken the request
+		all, ok := srv.WaitAssociations(1, testkit.Patience) // it has taken the request
 		if !ok {
 			t.Fatalf("%s: the request was not taken: %+v", scheme, srv.Stats())
 		}
@@ -89,7 +90,9 @@ func TestUDPOverTCP(t *testing.T) {
 		}
 		a.Close()
 		k.Close()
-		waitFor(t, func() bool { return d.Stats() == Stats{} && srv.Stats().AssociationsOpen == 0 })
+		testkit.Eventually(t, "all to be given back", func() bool {
+			return d.Stats() == Stats{} && srv.Stats().AssociationsOpen == 0
+		})
 	}
 }
 
@@ -100,9 +103,11 @@ func TestUDPOverTCPUntaken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv.WaitAssociations(1, patience)
+	srv.WaitAssociations(1, testkit.Patience)
 	a.Close()
-	waitFor(t, func() bool { return srv.Stats().AssociationsOpen == 0 && d.Stats() == Stats{} })
+	testkit.Eventually(t, "all to be given back", func() bool {
+		return srv.Stats().AssociationsOpen == 0 && d.Stats() == Stats{}
+	})
 }
 
 // TestUDPOverTCPRefused: whatever a server answers about the name is its word on UDP, and what is its fault stays one.

@@ -37,8 +37,10 @@ func TestParseServerSchemes(t *testing.T) {
 
 func TestParseServerRefusesSchemes(t *testing.T) {
 	for _, url := range []string{
-		"socks4://al:hunter2@h", "socks4a://al%00hunter2@h", "http://al%3Ahunter2:x@h", "https+tls://h", "http+tls://h", "https+unix:///s",
-		"socks5+://h", "socks5+ssh://h", "socks6://h", "unix:///hunter2", "socks5+unix://hunter2", "socks5+unix://", "socks5+unix:///",
+		"socks4://al:hunter2@h", "socks4a://al%00hunter2@h", "http://al%3Ahunter2:x@h", "https+tls://h", "http+tls://h",
+		"https+unix:///s",
+		"socks5+://h", "socks5+ssh://h", "socks6://h", "unix:///hunter2", "socks5+unix://hunter2", "socks5+unix://",
+		"socks5+unix:///",
 		"socks5+unix://@", "socks5+unix://al:hunter2@", "socks5+unix://al:hunter2@name", "socks5+unix://al:hunter2%zz@/s",
 		"socks5+unix:///" + strings.Repeat("hunter2", 16), "socks5+unix:///a%00b", "socks5+unix:///a%zz", "ftp://hunter2",
 	} {

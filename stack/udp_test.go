@@ -137,141 +137,164 @@ func TestUDPToImpossible(t *testing.T) {
 	}
 }
 
+var udpPay = []byte("d1:ad2:id20:abcdefghij0123456789e1:q4:ping")
+
+// What becomes of a frame.
+const (
+	udpTaken   = 1
+	udpDropped = 2
+	udpOther   = 3 // not for us
+)
+
+type udpAdd struct {
+	name  string
+	frame []byte
+	h     tun.Header
+	want  int
+	count string // the counter that a dropped one is in
+}
+
+// TestUDPAdd: which frames are taken as datagrams, and what their headers may say.
 func TestUDPAdd(t *testing.T) {
-	pay := []byte("d1:ad2:id20:abcdefghij0123456789e1:q4:ping")
-	q4, q6 := rawUDP(app4, far4, pay), rawUDP(app6, far6, pay)
+	q4, q6 := rawUDP(app4, far4, udpPay), rawUDP(app6, far6, udpPay)
 	var plain tun.Header
 	needs := func(off int) tun.Header {
 		return tun.Header{Flags: tun.NeedsCsum, CsumStart: uint16(off), CsumOffset: 6}
 	}
 	valid := tun.Header{Flags: tun.DataValid}
-	const taken, dropped, other = 1, 2, 3
-	for _, c := range []struct {
-		name  string
-		frame []byte
-		h     tun.Header
-		want  int
-		count string // the counter that a dropped one is in
-	}{
-		{"IPv4", q4, plain, taken, ""},
-		{"IPv6", q6, plain, taken, ""},
-		{"padded", append(bytes.Clone(q4), 1, 2, 3), plain, taken, ""},
-		{"IPv4 without a checksum", mod(q4, 26, 0, 0), plain, taken, ""},
-		{"IPv4 wrong checksum", mod(q4, 26, 1, 2), plain, dropped, "checksum"},
-		{"IPv4 wrong header checksum", mod(q4, 10, 1, 2), plain, dropped, "checksum"},
-		{"IPv4 wrong payload", mod(q4, 40, '#'), plain, dropped, "checksum"},
-		{"IPv4 checksum to be filled in", mod(q4, 26, 1, 2), needs(20), taken, ""},
-		{"IPv4 checksum verified", mod(q4, 26, 1, 2), valid, taken, ""},
-		{"IPv4 checksum to be filled in elsewhere", mod(q4, 26, 1, 2), needs(28), dropped, "malformed"},
-		{"IPv6 without a checksum", mod(q6, 46, 0, 0), plain, dropped, "checksum"},
-		{"IPv6 wrong checksum", mod(q6, 46, 1, 2), plain, dropped, "checksum"},
-		{"IPv6 checksum to be filled in", mod(q6, 46, 0, 0), needs(40), taken, ""},
-		{"IPv6 hop-by-hop", withExt(q6, 0, 17, 0, 1, 4, 0, 0, 0, 0), plain, taken, ""},
+	for _, c := range []udpAdd{
+		{"IPv4", q4, plain, udpTaken, ""},
+		{"IPv6", q6, plain, udpTaken, ""},
+		{"padded", append(bytes.Clone(q4), 1, 2, 3), plain, udpTaken, ""},
+		{"IPv4 without a checksum", mod(q4, 26, 0, 0), plain, udpTaken, ""},
+		{"IPv4 wrong checksum", mod(q4, 26, 1, 2), plain, udpDropped, "checksum"},
+		{"IPv4 wrong header checksum", mod(q4, 10, 1, 2), plain, udpDropped, "checksum"},
+		{"IPv4 wrong payload", mod(q4, 40, '#'), plain, udpDropped, "checksum"},
+		{"IPv4 checksum to be filled in", mod(q4, 26, 1, 2), needs(20), udpTaken, ""},
+		{"IPv4 checksum verified", mod(q4, 26, 1, 2), valid, udpTaken, ""},
+		{"IPv4 checksum to be filled in elsewhere", mod(q4, 26, 1, 2), needs(28), udpDropped, "malformed"},
+		{"IPv6 without a checksum", mod(q6, 46, 0, 0), plain, udpDropped, "checksum"},
+		{"IPv6 wrong checksum", mod(q6, 46, 1, 2), plain, udpDropped, "checksum"},
+		{"IPv6 checksum to be filled in", mod(q6, 46, 0, 0), needs(40), udpTaken, ""},
+		{"IPv6 hop-by-hop", withExt(q6, 0, 17, 0, 1, 4, 0, 0, 0, 0), plain, udpTaken, ""},
 		{"IPv6 two extensions", withExt(withExt(q6, 60, 17, 0, 1, 4, 0, 0, 0, 0), 0, 60, 1, 1, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-			0, 0), plain, taken, ""},
-		{"IPv6 hop-by-hop, to be filled in", mod(withExt(q6, 0, 17, 0, 1, 4, 0, 0, 0, 0), 54, 0, 0), needs(48), taken, ""},
-		{"IPv6 used route", withExt(q6, 43, 17, 0, 4, 0, 0, 0, 0, 0), plain, taken, ""},
-		{"IPv6 route", withExt(q6, 43, 17, 0, 4, 1, 0, 0, 0, 0), plain, other, ""},
-		{"IPv6 extension cut", withExt(q6, 0, 17, 99, 1, 4, 0, 0, 0, 0), plain, other, ""},
-		{"IPv6 fragment", withExt(q6, 44, 17, 0, 0, 1, 0, 0, 0, 1), plain, other, ""},
-		{"IPv4 first fragment", sum4(mod(q4, 6, 0x20)), plain, other, ""},
-		{"IPv4 last fragment", sum4(mod(q4, 6, 0, 9)), plain, other, ""},
-		{"IPv4 DF", sum4(mod(q4, 6, 0x40)), plain, taken, ""},
-		{"IPv4 options", sum4(append(append(mod(q4[:20], 0, 0x46, 0, 0, byte(len(q4)+4)), 1, 1, 1, 1), q4[20:]...)), plain, taken,
+			0, 0), plain, udpTaken, ""},
+		{"IPv6 hop-by-hop, to be filled in", mod(withExt(q6, 0, 17, 0, 1, 4, 0, 0, 0, 0), 54, 0, 0), needs(48), udpTaken, ""},
+		{"IPv6 used route", withExt(q6, 43, 17, 0, 4, 0, 0, 0, 0, 0), plain, udpTaken, ""},
+		{"IPv6 route", withExt(q6, 43, 17, 0, 4, 1, 0, 0, 0, 0), plain, udpOther, ""},
+		{"IPv6 extension cut", withExt(q6, 0, 17, 99, 1, 4, 0, 0, 0, 0), plain, udpOther, ""},
+		{"IPv6 fragment", withExt(q6, 44, 17, 0, 0, 1, 0, 0, 0, 1), plain, udpOther, ""},
+		{"IPv4 first fragment", sum4(mod(q4, 6, 0x20)), plain, udpOther, ""},
+		{"IPv4 last fragment", sum4(mod(q4, 6, 0, 9)), plain, udpOther, ""},
+		{"IPv4 DF", sum4(mod(q4, 6, 0x40)), plain, udpTaken, ""},
+		{"IPv4 options", sum4(append(append(mod(q4[:20], 0, 0x46, 0, 0, byte(len(q4)+4)), 1, 1, 1, 1), q4[20:]...)), plain,
+			udpTaken,
 			""},
-		{"IPv4 TCP", sum4(mod(q4, 9, 6)), plain, other, ""},
-		{"IPv6 TCP", mod(q6, 6, 6), plain, other, ""},
-		{"IPv4 echo", sum4(mod(q4, 9, 1)), plain, other, ""},
-		{"IPv4 length beyond", mod(q4, 2, 0xff), plain, other, ""},
-		{"IPv4 length below", mod(q4, 2, 0, 19), plain, other, ""},
-		{"IPv4 ihl 4", mod(q4, 0, 0x44), plain, other, ""},
-		{"IPv6 length beyond", mod(q6, 4, 0xff), plain, other, ""},
-		{"version 5", mod(q4, 0, 0x55), plain, other, ""},
-		{"empty", nil, plain, other, ""},
-		{"short", q4[:19], plain, other, ""},
-		{"IPv4 no UDP header", sum4(mod(q4, 2, 0, 27)), plain, dropped, "malformed"},
-		{"UDP length below", mod(q4, 24, 0, 7), plain, dropped, "malformed"},
-		{"UDP length beyond", mod(q4, 24, 0, 200), plain, dropped, "malformed"},
-		{"IPv6 UDP length zero", mod(q6, 44, 0, 0), plain, dropped, "malformed"},
-		{"to port 0", rawUDP(app4, addr("203.0.113.7:0"), pay), plain, dropped, "malformed"},
-		{"from port 0", rawUDP(addr("10.0.0.2:0"), far4, pay), plain, dropped, "malformed"},
-		{"TCP super-frame", q4, tun.Header{Flags: tun.NeedsCsum, CsumStart: 20, CsumOffset: 6, GSOType: tun.GSOTCPv4, GSOSize: 9},
-			dropped, "malformed"},
-		{"super-frame of nothing", q4, tun.Header{Flags: tun.NeedsCsum, CsumStart: 20, CsumOffset: 6, GSOType: tun.GSOUDPL4},
-			dropped, "malformed"},
-		{"super-frame without flags", q4, tun.Header{GSOType: tun.GSOUDPL4, GSOSize: 9}, dropped, "malformed"},
-		{"LPD", rawUDP(app4, addr("239.192.152.143:6771"), pay), plain, dropped, "multicast"},
-		{"LPD IPv6", rawUDP(app6, addr("[ff15::efc0:988f]:6771"), pay), plain, dropped, "multicast"},
-		{"SSDP", rawUDP(app4, addr("239.255.255.250:1900"), pay), plain, dropped, "multicast"},
-		{"mDNS", rawUDP(app4, addr("224.0.0.251:5353"), pay), plain, dropped, "multicast"},
-		{"mDNS IPv6", rawUDP(app6, addr("[ff02::fb]:5353"), pay), plain, dropped, "multicast"},
-		{"DHCP", rawUDP(addr("0.0.0.0:68"), addr("255.255.255.255:67"), pay), plain, dropped, "multicast"},
-		{"to unspecified", rawUDP(app4, addr("0.0.0.0:53"), pay), plain, dropped, "address"},
-		{"to unspecified IPv6", rawUDP(app6, addr("[::]:53"), pay), plain, dropped, "address"},
-		{"to loopback", rawUDP(app4, addr("127.0.0.53:53"), pay), plain, dropped, "address"},
-		{"to loopback IPv6", rawUDP(app6, addr("[::1]:53"), pay), plain, dropped, "address"},
-		{"to link-local IPv6", rawUDP(app6, addr("[fe80::1]:53"), pay), plain, dropped, "address"},
-		{"from unspecified", rawUDP(addr("0.0.0.0:99"), far4, pay), plain, dropped, "address"},
-		{"from multicast", rawUDP(addr("[ff02::1]:99"), far6, pay), plain, dropped, "address"},
+		{"IPv4 TCP", sum4(mod(q4, 9, 6)), plain, udpOther, ""},
+		{"IPv6 TCP", mod(q6, 6, 6), plain, udpOther, ""},
+		{"IPv4 echo", sum4(mod(q4, 9, 1)), plain, udpOther, ""},
 	} {
-		t.Run(c.name, func(t *testing.T) {
-			s, _, h := udpStack(0)
-			b := s.shards[0].newUDPBatch()
-			keep := bytes.Clone(c.frame)
-			ok := b.addFrame(c.frame, &c.h)
-			if len(h.pkts) != 0 {
-				t.Fatal("handed over before flush")
-			}
-			b.flush()
-			if !bytes.Equal(keep, c.frame) {
-				t.Error("the frame was changed")
-			}
-			got := other
-			if ok && len(h.pkts) == 0 {
-				got = dropped
-			} else if ok {
-				got = taken
-			}
-			if got != c.want {
-				t.Fatalf("got %d, want %d", got, c.want)
-			}
-			st := s.Stats().UDP
-			counts := map[string]uint64{
-				"checksum":  st.DroppedChecksum,
-				"malformed": st.DroppedMalformed,
-				"multicast": st.DroppedMulticast,
-				"address":   st.DroppedAddress,
-			}
-			for name, n := range counts {
-				want := uint64(0)
-				if name == c.count {
-					want = 1
-				}
-				if n != want {
-					t.Errorf("%s counted %d, want %d", name, n, want)
-				}
-			}
-			if got != taken {
-				return
-			}
-			p := h.pkts[0]
-			src, dst := app4, far4
-			if c.frame[0]>>4 == 6 {
-				src, dst = app6, far6
-			}
-			if p.Src != src || p.Dst != dst || !bytes.Equal(p.Payload, pay) {
-				t.Errorf("%v to %v: %q", p.Src, p.Dst, p.Payload)
-			}
-			if !bytes.HasPrefix(c.frame, p.Head) {
-				t.Error("Head is not the frame's headers")
-			}
-			if _, ok := appendUnreachable(nil, p.Head, flow.RefusePort); !ok {
-				t.Error("Head can't be quoted")
-			}
-			if st.In != 1 || st.InBytes != uint64(len(pay)) {
-				t.Errorf("counted %d datagrams of %d bytes", st.In, st.InBytes)
-			}
-		})
+		t.Run(c.name, c.test)
+	}
+}
+
+// TestUDPAddWrong: lengths, ports, super-frames and addresses that cannot be.
+func TestUDPAddWrong(t *testing.T) {
+	q4, q6 := rawUDP(app4, far4, udpPay), rawUDP(app6, far6, udpPay)
+	var plain tun.Header
+	for _, c := range []udpAdd{
+		{"IPv4 length beyond", mod(q4, 2, 0xff), plain, udpOther, ""},
+		{"IPv4 length below", mod(q4, 2, 0, 19), plain, udpOther, ""},
+		{"IPv4 ihl 4", mod(q4, 0, 0x44), plain, udpOther, ""},
+		{"IPv6 length beyond", mod(q6, 4, 0xff), plain, udpOther, ""},
+		{"version 5", mod(q4, 0, 0x55), plain, udpOther, ""},
+		{"empty", nil, plain, udpOther, ""},
+		{"short", q4[:19], plain, udpOther, ""},
+		{"IPv4 no UDP header", sum4(mod(q4, 2, 0, 27)), plain, udpDropped, "malformed"},
+		{"UDP length below", mod(q4, 24, 0, 7), plain, udpDropped, "malformed"},
+		{"UDP length beyond", mod(q4, 24, 0, 200), plain, udpDropped, "malformed"},
+		{"IPv6 UDP length zero", mod(q6, 44, 0, 0), plain, udpDropped, "malformed"},
+		{"to port 0", rawUDP(app4, addr("203.0.113.7:0"), udpPay), plain, udpDropped, "malformed"},
+		{"from port 0", rawUDP(addr("10.0.0.2:0"), far4, udpPay), plain, udpDropped, "malformed"},
+		{"TCP super-frame", q4, tun.Header{Flags: tun.NeedsCsum, CsumStart: 20, CsumOffset: 6, GSOType: tun.GSOTCPv4, GSOSize: 9},
+			udpDropped, "malformed"},
+		{"super-frame of nothing", q4, tun.Header{Flags: tun.NeedsCsum, CsumStart: 20, CsumOffset: 6, GSOType: tun.GSOUDPL4},
+			udpDropped, "malformed"},
+		{"super-frame without flags", q4, tun.Header{GSOType: tun.GSOUDPL4, GSOSize: 9}, udpDropped, "malformed"},
+		{"LPD", rawUDP(app4, addr("239.192.152.143:6771"), udpPay), plain, udpDropped, "multicast"},
+		{"LPD IPv6", rawUDP(app6, addr("[ff15::efc0:988f]:6771"), udpPay), plain, udpDropped, "multicast"},
+		{"SSDP", rawUDP(app4, addr("239.255.255.250:1900"), udpPay), plain, udpDropped, "multicast"},
+		{"mDNS", rawUDP(app4, addr("224.0.0.251:5353"), udpPay), plain, udpDropped, "multicast"},
+		{"mDNS IPv6", rawUDP(app6, addr("[ff02::fb]:5353"), udpPay), plain, udpDropped, "multicast"},
+		{"DHCP", rawUDP(addr("0.0.0.0:68"), addr("255.255.255.255:67"), udpPay), plain, udpDropped, "multicast"},
+		{"to unspecified", rawUDP(app4, addr("0.0.0.0:53"), udpPay), plain, udpDropped, "address"},
+		{"to unspecified IPv6", rawUDP(app6, addr("[::]:53"), udpPay), plain, udpDropped, "address"},
+		{"to loopback", rawUDP(app4, addr("127.0.0.53:53"), udpPay), plain, udpDropped, "address"},
+		{"to loopback IPv6", rawUDP(app6, addr("[::1]:53"), udpPay), plain, udpDropped, "address"},
+		{"to link-local IPv6", rawUDP(app6, addr("[fe80::1]:53"), udpPay), plain, udpDropped, "address"},
+		{"from unspecified", rawUDP(addr("0.0.0.0:99"), far4, udpPay), plain, udpDropped, "address"},
+		{"from multicast", rawUDP(addr("[ff02::1]:99"), far6, udpPay), plain, udpDropped, "address"},
+	} {
+		t.Run(c.name, c.test)
+	}
+}
+
+func (c udpAdd) test(t *testing.T) {
+	s, _, h := udpStack(0)
+	b := s.shards[0].newUDPBatch()
+	keep := bytes.Clone(c.frame)
+	ok := b.addFrame(c.frame, &c.h)
+	if len(h.pkts) != 0 {
+		t.Fatal("handed over before flush")
+	}
+	b.flush()
+	if !bytes.Equal(keep, c.frame) {
+		t.Error("the frame was changed")
+	}
+	got := udpOther
+	if ok && len(h.pkts) == 0 {
+		got = udpDropped
+	} else if ok {
+		got = udpTaken
+	}
+	if got != c.want {
+		t.Fatalf("got %d, want %d", got, c.want)
+	}
+	st := s.Stats().UDP
+	counts := map[string]uint64{
+		"checksum":  st.DroppedChecksum,
+		"malformed": st.DroppedMalformed,
+		"multicast": st.DroppedMulticast,
+		"address":   st.DroppedAddress,
+	}
+	for name, n := range counts {
+		want := uint64(0)
+		if name == c.count {
+			want = 1
+		}
+		if n != want {
+			t.Errorf("%s counted %d, want %d", name, n, want)
+		}
+	}
+	if got != udpTaken {
+		return
+	}
+	p := h.pkts[0]
+	src, dst := app4, far4
+	if c.frame[0]>>4 == 6 {
+		src, dst = app6, far6
+	}
+	if p.Src != src || p.Dst != dst || !bytes.Equal(p.Payload, udpPay) {
+		t.Errorf("%v to %v: %q", p.Src, p.Dst, p.Payload)
+	}
+	if !bytes.HasPrefix(c.frame, p.Head) {
+		t.Error("Head is not the frame's headers")
+	}
+	if _, ok := appendUnreachable(nil, p.Head, flow.RefusePort); !ok {
+		t.Error("Head can't be quoted")
+	}
+	if st.In != 1 || st.InBytes != uint64(len(udpPay)) {
+		t.Errorf("counted %d datagrams of %d bytes", st.In, st.InBytes)
 	}
 }
 

@@ -209,108 +209,139 @@ func TestUDPFragments(t *testing.T) {
 			to, most = far6, 65527
 		}
 		t.Run(to.Addr().String(), func(t *testing.T) {
-			var heads [][]byte
-			app, s, h := udpPair(t, 0, nil)
-			h.f = func(w flow.PacketWriter, ps []flow.Packet) {
-				heads = append(heads, bytes.Clone(ps[0].Head))
-				echoUDP(w, ps)
-			}
-			c, err := app.ListenUDP(from)
+			x := fragmentTest{from: from, to: to, most: most}
+			x.app, x.s, x.h = udpPair(t, 0, nil)
+			c, err := x.app.ListenUDP(from)
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer c.Close()
-			id := uint32(0)
-			for _, n := range []int{1473, 1474, 2953, most} {
-				for _, order := range []string{"in order", "reversed", "twice"} {
-					id++
-					fs := frags(from, to, n, id)
-					switch order {
-					case "reversed":
-						slices.Reverse(fs)
-					case "twice":
-						fs = slices.Insert(fs, 1, fs[0])
-					}
-					inject(t, app, fs...)
-					receive(t, c, to, fill(n))
-				}
-			}
-			for _, head := range heads {
-				out, ok := appendUnreachable(nil, head, flow.RefusePort)
-				if !ok {
-					t.Fatalf("Head can't be quoted: %x", head)
-				}
-				checkICMP(t, out, to.Addr(), from.Addr())
-			}
-
-			// Two streams of fragments interleaved.
-			a, b := frags(from, to, 5000, 101), frags(from, to, 5001, 102)
-			for i := range a {
-				inject(t, app, a[i], b[i])
-			}
-			receive(t, c, to, fill(5000))
-			receive(t, c, to, fill(5001))
-
-			// Overlapping: nothing of it may be handed on (RFC 8200 4.5, and Linux over IPv4 too).
-			a = frags(from, to, 4000, 103)
-			over := frags(from, to, 4000, 103)[1]
-			if from == app4 {
-				binary.BigEndian.PutUint16(over.Data[6:], binary.BigEndian.Uint16(over.Data[6:])-1)
-				sum4(over.Data)
-			} else {
-				binary.BigEndian.PutUint16(over.Data[42:], binary.BigEndian.Uint16(over.Data[42:])-8)
-			}
-			inject(t, app, a[0], over, a[1])
-			silent(t, c)
-			// gVisor forgot the first attempt, so that the last fragment alone waits.
-			inject(t, app, a[2])
-			silent(t, c)
-
-			// A wrong checksum, only seen when it is whole.
-			a = frags(from, to, 4000, 104)
-			a[2].Data[len(a[2].Data)-1] ^= 1
-			inject(t, app, a...)
-			silent(t, c)
-			testkit.Eventually(t, "the wrong checksum to be counted", func() bool { return s.Stats().UDP.DroppedChecksum == 1 })
-
-			// Beyond 64 KiB when put together, of no length, and without a first one.
-			last := frags(from, to, most, 105)
-			end := last[len(last)-1]
-			if from == app4 {
-				binary.BigEndian.PutUint16(end.Data[6:], 0x1fff)
-				sum4(end.Data)
-			} else {
-				binary.BigEndian.PutUint16(end.Data[42:], 0xfff8)
-			}
-			inject(t, app, last[0], end)
-			empty := frags(from, to, 3000, 106)[1]
-			if from == app4 {
-				empty.Data = empty.Data[:20]
-				binary.BigEndian.PutUint16(empty.Data[2:], 20)
-				sum4(empty.Data)
-			} else {
-				empty.Data = empty.Data[:48]
-				binary.BigEndian.PutUint16(empty.Data[4:], 8)
-			}
-			inject(t, app, empty)
-			silent(t, c)
-
-			// A flood of first fragments: what gVisor holds is bounded, and the next whole one gets through.
-			for i := range 6000 {
-				inject(t, app, frags(from, to, 1600, uint32(1000+i))[0])
-			}
-			inject(t, app, frags(from, to, 3000, 107)...)
-			receive(t, c, to, fill(3000))
-			testkit.Eventually(
-				t,
-				"the counters",
-				func() bool { return s.Stats().UDP.InReassembled >= 15 },
-			) // they are behind the frame
-			if got := s.Stats().UDP; got.DroppedMalformed != 0 || got.InReassembled != 15 {
+			x.c = c
+			x.orders(t)
+			x.interleaved(t)
+			x.overlapping(t)
+			x.wrongChecksum(t)
+			x.impossible(t)
+			x.flood(t)
+			testkit.Eventually(t, "the counters, which are behind the frame", func() bool {
+				return x.s.Stats().UDP.InReassembled >= 15
+			})
+			if got := x.s.Stats().UDP; got.DroppedMalformed != 0 || got.InReassembled != 15 {
 				t.Errorf("%+v", got)
 			}
 		})
 	}
+}
+
+// fragmentTest is an app that sends fragments from one endpoint to another, which echoes what it gets.
+type fragmentTest struct {
+	app      *stacktest.App
+	s        *Stack
+	h        *udpHandler
+	c        *stacktest.PacketConn
+	from, to netip.AddrPort
+	most     int // bytes of a datagram
+}
+
+func (x *fragmentTest) frags(n int, id uint32) []stacktest.Frame { return frags(x.from, x.to, n, id) }
+
+func (x *fragmentTest) orders(t *testing.T) {
+	var heads [][]byte
+	x.h.f = func(w flow.PacketWriter, ps []flow.Packet) {
+		heads = append(heads, bytes.Clone(ps[0].Head))
+		echoUDP(w, ps)
+	}
+	id := uint32(0)
+	for _, n := range []int{1473, 1474, 2953, x.most} {
+		for _, order := range []string{"in order", "reversed", "twice"} {
+			id++
+			fs := x.frags(n, id)
+			switch order {
+			case "reversed":
+				slices.Reverse(fs)
+			case "twice":
+				fs = slices.Insert(fs, 1, fs[0])
+			}
+			inject(t, x.app, fs...)
+			receive(t, x.c, x.to, fill(n))
+		}
+	}
+	for _, head := range heads {
+		out, ok := appendUnreachable(nil, head, flow.RefusePort)
+		if !ok {
+			t.Fatalf("Head can't be quoted: %x", head)
+		}
+		checkICMP(t, out, x.to.Addr(), x.from.Addr())
+	}
+}
+
+// interleaved sends two streams of fragments at a time.
+func (x *fragmentTest) interleaved(t *testing.T) {
+	a, b := x.frags(5000, 101), x.frags(5001, 102)
+	for i := range a {
+		inject(t, x.app, a[i], b[i])
+	}
+	receive(t, x.c, x.to, fill(5000))
+	receive(t, x.c, x.to, fill(5001))
+}
+
+// overlapping: nothing of it may be handed on (RFC 8200 4.5, and Linux over IPv4 too).
+func (x *fragmentTest) overlapping(t *testing.T) {
+	a := x.frags(4000, 103)
+	over := x.frags(4000, 103)[1]
+	if x.from == app4 {
+		binary.BigEndian.PutUint16(over.Data[6:], binary.BigEndian.Uint16(over.Data[6:])-1)
+		sum4(over.Data)
+	} else {
+		binary.BigEndian.PutUint16(over.Data[42:], binary.BigEndian.Uint16(over.Data[42:])-8)
+	}
+	inject(t, x.app, a[0], over, a[1])
+	silent(t, x.c)
+	// gVisor forgot the first attempt, so that the last fragment alone waits.
+	inject(t, x.app, a[2])
+	silent(t, x.c)
+}
+
+// wrongChecksum is only seen when the datagram is whole.
+func (x *fragmentTest) wrongChecksum(t *testing.T) {
+	a := x.frags(4000, 104)
+	a[2].Data[len(a[2].Data)-1] ^= 1
+	inject(t, x.app, a...)
+	silent(t, x.c)
+	testkit.Eventually(t, "the wrong checksum to be counted", func() bool { return x.s.Stats().UDP.DroppedChecksum == 1 })
+}
+
+// impossible sends what is beyond 64 KiB when put together, and a fragment of no length, without a first one.
+func (x *fragmentTest) impossible(t *testing.T) {
+	last := x.frags(x.most, 105)
+	end := last[len(last)-1]
+	if x.from == app4 {
+		binary.BigEndian.PutUint16(end.Data[6:], 0x1fff)
+		sum4(end.Data)
+	} else {
+		binary.BigEndian.PutUint16(end.Data[42:], 0xfff8)
+	}
+	inject(t, x.app, last[0], end)
+	empty := x.frags(3000, 106)[1]
+	if x.from == app4 {
+		empty.Data = empty.Data[:20]
+		binary.BigEndian.PutUint16(empty.Data[2:], 20)
+		sum4(empty.Data)
+	} else {
+		empty.Data = empty.Data[:48]
+		binary.BigEndian.PutUint16(empty.Data[4:], 8)
+	}
+	inject(t, x.app, empty)
+	silent(t, x.c)
+}
+
+// flood sends first fragments: what gVisor holds of them is bounded, and the next whole datagram gets through.
+func (x *fragmentTest) flood(t *testing.T) {
+	for i := range 6000 {
+		inject(t, x.app, x.frags(1600, uint32(1000+i))[0])
+	}
+	inject(t, x.app, x.frags(3000, 107)...)
+	receive(t, x.c, x.to, fill(3000))
 }
 
 // Fragments to where nothing is relayed are no way around the rule.

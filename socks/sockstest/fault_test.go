@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 func TestFaults(t *testing.T) {
@@ -58,7 +60,7 @@ func TestFaults(t *testing.T) {
 				expectErr(t, c, os.ErrDeadlineExceeded)
 				return
 			}
-			c.SetReadDeadline(time.Now().Add(patience))
+			c.SetReadDeadline(time.Now().Add(testkit.Patience))
 			expectErr(t, c, tt.err)
 		})
 	}
@@ -124,10 +126,8 @@ func TestUDPFaults(t *testing.T) {
 	}
 	before := s.Stats()
 	send(at, "dropped")
-	for end := time.Now().Add(patience); s.Stats().UDPDropped == before.UDPDropped; time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("not dropped")
-		}
+	if !testkit.Until(testkit.Patience, func() bool { return s.Stats().UDPDropped != before.UDPDropped }) {
+		t.Fatal("not dropped")
 	}
 	if s.Stats().UDPUp != before.UDPUp || before.UDPUp != 1 {
 		t.Errorf("before %+v, now %+v", before, s.Stats())
@@ -195,7 +195,8 @@ func TestWithNetns(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	if _, err := net.DialTimeout("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(int(s.Addr().Port()))), time.Second); err == nil {
+	if _, err := net.DialTimeout("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(int(s.Addr().Port()))),
+		time.Second); err == nil {
 		t.Error("the server can be reached from here")
 	}
 	_, err = s.dialTCP(context.Background(), netip.MustParseAddrPort("192.0.2.1:9"))

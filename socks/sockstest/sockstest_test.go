@@ -16,9 +16,6 @@ import (
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
-// patience is for what must happen, on a machine that may stall for seconds.
-const patience = 20 * time.Second
-
 func TestMain(m *testing.M) {
 	if ln, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
 		ln.Close() // the runtime's poller has descriptors of its own from here on
@@ -51,7 +48,7 @@ func request(t *testing.T, s *Server, cmd byte, dst Addr) (c *net.TCPConn, code 
 	}
 	t.Cleanup(func() { nc.Close() })
 	c = nc.(*net.TCPConn)
-	c.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(testkit.Patience))
 	c.Write([]byte{5, 1, 0})
 	var b [4]byte
 	if _, err := io.ReadFull(c, b[:2]); err != nil || b[1] != 0 {
@@ -85,7 +82,7 @@ func far(t *testing.T, s *Server) (near, farEnd *net.TCPConn) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { f.Close() })
-	f.SetDeadline(time.Now().Add(patience))
+	f.SetDeadline(time.Now().Add(testkit.Patience))
 	return c, f.(*net.TCPConn)
 }
 
@@ -116,7 +113,7 @@ func TestHalfCloseBothWays(t *testing.T) {
 		a.CloseWrite()
 		expect(t, b, "question")
 		expectErr(t, b, io.EOF)
-		time.Sleep(20 * time.Millisecond)
+		testkit.Pace(20 * time.Millisecond) // half-closed for a while
 		b.Write([]byte("answer"))
 		expect(t, a, "answer")
 		b.CloseWrite()
@@ -135,7 +132,7 @@ func TestReset(t *testing.T) {
 		"itself has sent FIN": func(a, b *net.TCPConn) {
 			a.CloseWrite()
 			expectErr(t, b, io.EOF)
-			time.Sleep(10 * time.Millisecond)
+			testkit.Settle(10*time.Millisecond, "the server is past the FIN")
 		},
 		"it sent data before": func(a, b *net.TCPConn) {
 			a.Write(make([]byte, 100_000))
@@ -180,10 +177,8 @@ func waitReset(t *testing.T, name string, c *net.TCPConn) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for end := time.Now().Add(patience); tcpState(rc) != tcpClose; time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%s: no reset", name)
-		}
+	if !testkit.Until(testkit.Patience, func() bool { return tcpState(rc) == tcpClose }) {
+		t.Fatalf("%s: no reset", name)
 	}
 }
 
@@ -241,18 +236,11 @@ func TestGoneWhileDialling(t *testing.T) {
 	}
 	c.Write([]byte{5, 1, 0})
 	c.Write(appendAddr([]byte{5, 1, 0}, AddrFrom(unmap(ln.Addr()))))
-	for len(s.Requests()) == 0 {
-		time.Sleep(time.Millisecond)
-	}
-	time.Sleep(50 * time.Millisecond)
-	if n := s.Stats().Open; n != 1 {
-		t.Fatalf("%d open while dialling", n)
-	}
+	testkit.Eventually(t, "the request", func() bool { return len(s.Requests()) > 0 })
+	testkit.Never(t, 50*time.Millisecond, "the dial ended", func() bool { return s.Stats().Open != 1 })
 	c.Close()
-	for end := time.Now().Add(patience); s.Stats().Open != 0; time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("the server still dials")
-		}
+	if !testkit.Until(testkit.Patience, func() bool { return s.Stats().Open == 0 }) {
+		t.Fatal("the server still dials")
 	}
 }
 
@@ -263,7 +251,7 @@ func udpClient(t *testing.T, bound Addr) *net.UDPConn {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { u.Close() })
-	u.SetDeadline(time.Now().Add(patience))
+	u.SetDeadline(time.Now().Add(testkit.Patience))
 	return u
 }
 
@@ -274,7 +262,7 @@ func listenUDP(t *testing.T) *net.UDPConn {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { u.Close() })
-	u.SetDeadline(time.Now().Add(patience))
+	u.SetDeadline(time.Now().Add(testkit.Patience))
 	return u
 }
 
@@ -325,7 +313,7 @@ func TestAssociate(t *testing.T) {
 	if src, p := recv(t, u); src != AddrFrom(unmap(w3.LocalAddr())) || p != "hello" {
 		t.Fatalf("%q from %v", p, src)
 	}
-	all, ok := s.WaitAssociations(1, patience)
+	all, ok := s.WaitAssociations(1, testkit.Patience)
 	if !ok {
 		t.Fatal("no association")
 	}
@@ -334,7 +322,7 @@ func TestAssociate(t *testing.T) {
 		t.Fatalf("%q from %v", p, src)
 	}
 	all[0].Cut(FIN)
-	if _, ok := s.WaitAssociations(0, patience); !ok {
+	if _, ok := s.WaitAssociations(0, testkit.Patience); !ok {
 		t.Fatal("still associated")
 	}
 }
