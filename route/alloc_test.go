@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // A datagram of an open association allocates nothing, up or down; neither does the verdict on a destination.
@@ -27,8 +28,9 @@ func TestDatagramsAllocateNothing(t *testing.T) {
 	for i := range 8 {
 		u.ask(t, i).done(link, nil)
 	}
-	eventually(t, "all links", func() bool { return g.Stats().Pending == 0 })
-	if n := testing.AllocsPerRun(100, func() { g.shards[0].handlePackets(pkts) }); n >= 1 { // others of the process may allocate meanwhile
+	testkit.Eventually(t, "all links", func() bool { return g.Stats().Pending == 0 })
+	// others of the process may allocate meanwhile
+	if n := testing.AllocsPerRun(100, func() { g.shards[0].handlePackets(pkts) }); n >= 1 {
 		t.Errorf("%v allocations for a burst up", n)
 	}
 	s := g.shards[0]

@@ -7,6 +7,7 @@ import (
 
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 type nullLink struct{ n int }
@@ -52,7 +53,7 @@ func BenchmarkHandlePackets(b *testing.B) {
 				for i := range shape.srcs {
 					u.ask(b, i).done(link, nil)
 				}
-				eventually(b, "all links", func() bool { return g.Stats().Pending == 0 })
+				testkit.Eventually(b, "all links", func() bool { return g.Stats().Pending == 0 })
 				b.ReportAllocs()
 				at := 0
 				for b.Loop() {

@@ -12,6 +12,7 @@ import (
 	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // callWriter remembers each call of WritePackets.
@@ -84,7 +85,7 @@ func questionOf(id, port uint16, name string) flow.Packet {
 // TestAnswersOfABurst: the answers to a burst of questions from several sockets are written by one call, those of one socket and
 // one length side by side, each to the socket that asked. A datagram that is no question is not in their way.
 func TestAnswersOfABurst(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	w := &callWriter{}
 	s := newBurstShard(t, w)
 	var pkts []flow.Packet
@@ -125,7 +126,7 @@ func TestAnswersOfABurst(t *testing.T) {
 
 // TestLongBurst: more questions than a burst holds, and longer ones, are all answered once.
 func TestLongBurst(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	for _, tt := range []struct{ questions, labels int }{{1000, 0}, {300, 4}, {burstAnswers, 0}, {burstAnswers + 1, 0}} {
 		w := &callWriter{}
 		s := newBurstShard(t, w)
@@ -156,7 +157,7 @@ func TestLongBurst(t *testing.T) {
 // TestAnswersKeepTheirOrder: the answers to one socket are written in the order of its questions, also where their lengths differ
 // and the answers to other sockets come between them.
 func TestAnswersKeepTheirOrder(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	w := &callWriter{}
 	s := newBurstShard(t, w)
 	var pkts []flow.Packet

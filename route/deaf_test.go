@@ -14,6 +14,7 @@ import (
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // Servers that grant UDP and have none, or end the connection instead of an answer: one warning, then port unreachable.
@@ -27,16 +28,16 @@ func TestUDPDeafServers(t *testing.T) {
 		{"OpenSSH -D", "ends the connection when it is asked for UDP", sockstest.EarlyClose()},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			checkLeaks(t)
+			testkit.CheckLeaks(t)
 			srv, _, client := newProxy(t, socks.Options{})
 			srv.SetFault(func(sockstest.Request) sockstest.Fault { return tt.fault })
 			g := newRig(t, Config{Upstreams: []Upstream{NewSOCKS("p", client)}, Default: "p"}, func(r *Router) {
 				r.noUDP, r.retryFirst, r.sweepEvery, r.quickEnd = time.Hour, 10*time.Millisecond, 50*time.Millisecond, time.Minute
 			})
 			port := 5000
-			eventually(t, "refusals", func() bool {
+			testkit.Eventually(t, "refusals", func() bool {
 				g.send(fmt.Sprintf("10.0.0.1:%d", port), "203.0.113.1:1000", "a")
-				time.Sleep(20 * time.Millisecond)
+				testkit.Pace(20 * time.Millisecond)
 				return len(g.w.refusals()) > 0
 			})
 			before := srv.Stats().Requests
@@ -54,7 +55,7 @@ func TestUDPDeafServers(t *testing.T) {
 			if n := srv.Stats().Requests; n != before || n > 2*deafAfter {
 				t.Errorf("the server was asked %d times, then %d", before, n)
 			}
-			eventually(t, "the warning", func() bool { return len(g.log.lines("does not work for UDP")) == 1 })
+			testkit.Eventually(t, "the warning", func() bool { return len(g.log.lines("does not work for UDP")) == 1 })
 			if w := g.log.lines(tt.says); len(w) == 0 || len(g.log.lines("works again")) != 0 {
 				t.Errorf("the log says %q", g.log.lines("upstream"))
 			}
@@ -67,7 +68,7 @@ func TestUDPDeafServers(t *testing.T) {
 
 // OpenSSH -D closes the connection for each target that refuses: that is the target's refusal, and nothing is wrong with TCP.
 func TestStreamEndedByServer(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	srv, _, client := newProxy(t, socks.Options{})
 	srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.EarlyClose() })
 	g := newRig(t, Config{Upstreams: []Upstream{NewSOCKS("p", client)}, Default: "p"}, nil)
@@ -100,7 +101,7 @@ func TestUDPPoison(t *testing.T) {
 }
 
 func testUDPPoison(t *testing.T, before, after bool) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	const echoes, poisonEvery = 300, 15
 	every, want := 10*time.Millisecond, 180 // a busy machine may lose several echoes for each; a pause of a second loses 100
 	if os.Getenv("VIASOCKS_SLOW") != "" {
@@ -140,15 +141,13 @@ func testUDPPoison(t *testing.T, before, after bool) {
 		if after {
 			poison()
 		}
-		time.Sleep(every / 2)
+		testkit.Pace(every / 2)
 		if !before && !after {
 			poison()
 		}
 		<-tick.C
 	}
-	for end := time.Now().Add(2 * time.Second); len(g.w.packets()) < echoes && time.Now().Before(end); {
-		time.Sleep(every)
-	}
+	testkit.Until(2*time.Second, func() bool { return len(g.w.packets()) >= echoes }) // some may be lost
 	n := len(g.w.packets())
 	t.Logf("%d of %d echoes came beside %d datagrams that ended their association", n, echoes, poisoned.Load())
 	if n < want {
@@ -173,9 +172,10 @@ func (u *returningUpstream) OnUp(f func()) { u.up = f }
 // A server that works again is asked for associations at once, however long the next try is away, and also when it had said that
 // it has no UDP.
 func TestServerIsBack(t *testing.T) {
-	for _, err := range []error{&socks.ServerError{Server: "p", Op: socks.OpConnect, Err: syscall.ECONNREFUSED}, socks.ReplyCommandNotSupported} {
+	for _, err := range []error{&socks.ServerError{Server: "p", Op: socks.OpConnect, Err: syscall.ECONNREFUSED},
+		socks.ReplyCommandNotSupported} {
 		t.Run(err.Error(), func(t *testing.T) {
-			checkLeaks(t)
+			testkit.CheckLeaks(t)
 			var asked atomic.Int32
 			u := &returningUpstream{
 				fakeUpstream: &fakeUpstream{
@@ -192,10 +192,10 @@ func TestServerIsBack(t *testing.T) {
 				func(r *Router) { r.retryFirst, r.retryMax = time.Hour, time.Hour },
 			)
 			g.send("10.0.0.1:5000", "203.0.113.1:1000", "a")
-			eventually(t, "the first try", func() bool { return asked.Load() == 1 })
-			eventually(t, "the end of the first try", func() bool { return g.Stats().Pending == 0 })
+			testkit.Eventually(t, "the first try", func() bool { return asked.Load() == 1 })
+			testkit.Eventually(t, "the end of the first try", func() bool { return g.Stats().Pending == 0 })
 			u.up()
-			eventually(t, "the try of the server that is back", func() bool {
+			testkit.Eventually(t, "the try of the server that is back", func() bool {
 				g.send("10.0.0.1:5000", "203.0.113.1:1000", "b")
 				return asked.Load() == 2
 			})

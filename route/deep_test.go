@@ -14,6 +14,7 @@ import (
 
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // fakeOwners answers by source, once it may.
@@ -99,7 +100,7 @@ func packet(src, dst, payload string) flow.Packet {
 // Two sources talk to one destination, in one burst and in turns, and a rule tells them apart: what was decided for one is never
 // the other's.
 func TestVerdictsOnDatagramsBySource(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var u manualUpstream
 	g := newRig(
 		t,
@@ -115,14 +116,14 @@ func TestVerdictsOnDatagramsBySource(t *testing.T) {
 	}
 	g.HandlePackets(burst)
 	l := u.link(t, 0)
-	eventually(t, "the link", func() bool { return g.Stats().Pending == 0 })
+	testkit.Eventually(t, "the link", func() bool { return g.Stats().Pending == 0 })
 	for range 3 {
 		g.HandlePackets(burst)
 		for i := range burst {
 			g.HandlePackets(burst[i : i+1])
 		}
 	}
-	eventually(t, "all of one source", func() bool { return l.count() == 2+3*4 })
+	testkit.Eventually(t, "all of one source", func() bool { return l.count() == 2+3*4 })
 	if s := g.Stats(); s.Refused != 2+3*4 || s.MappingsNow != 1 {
 		t.Errorf("%d refused, %d mappings", s.Refused, s.MappingsNow)
 	}
@@ -138,7 +139,8 @@ func TestVerdictsOnDatagramsBySource(t *testing.T) {
 		}
 	})
 	for _, rule := range []string{"dst 10.0.0.0/8 reject", "not src 10.0.0.1 reject"} {
-		if err := g.Reload(Policy{Upstreams: []Upstream{g.policy.Load().order[0].Upstream}, Default: "p", Rules: []Rule{mustRule(t, rule)}}); err != nil {
+		if err := g.Reload(Policy{Upstreams: []Upstream{g.policy.Load().order[0].Upstream}, Default: "p",
+			Rules: []Rule{mustRule(t, rule)}}); err != nil {
 			t.Fatal(err)
 		}
 		g.each(func(table *mappings) {
@@ -155,7 +157,7 @@ func TestVerdictsOnDatagramsBySource(t *testing.T) {
 
 // Datagrams wait for their owner, in order, and then go or do not go; a port that becomes another program's is judged anew.
 func TestDatagramsWaitForTheirOwner(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var u manualUpstream
 	owners := &fakeOwners{}
 	const one, two, dst = "10.0.0.1:1", "10.0.0.1:2", "203.0.113.1:1000"
@@ -178,7 +180,7 @@ func TestDatagramsWaitForTheirOwner(t *testing.T) {
 	}
 	release()
 	l := u.link(t, 0)
-	eventually(t, "what waited", func() bool { return l.count() == 5 && g.Stats().Refused == 5 })
+	testkit.Eventually(t, "what waited", func() bool { return l.count() == 5 && g.Stats().Refused == 5 })
 	for i, p := range l.sent {
 		if string(p.Payload) != fmt.Sprint("one ", i) || p.Src.String() != one {
 			t.Errorf("%d: %s from %v", i, p.Payload, p.Src)
@@ -191,7 +193,7 @@ func TestDatagramsWaitForTheirOwner(t *testing.T) {
 	})
 	// The port is another user's now: that is noticed within two seconds.
 	owners.set(one, flow.Owner{Known: true, UID: 1001})
-	eventually(t, "the new owner", func() bool {
+	testkit.Eventually(t, "the new owner", func() bool {
 		before := g.Stats().Refused
 		g.HandlePackets([]flow.Packet{packet(one, dst, "again")})
 		return g.Stats().Refused > before
@@ -230,7 +232,7 @@ func TestHeldDatagramsAreBounded(t *testing.T) {
 // A stream waits for its owner without an answer; one that finds no room is forgotten and comes again; at the end none is
 // left without an answer.
 func TestStreamsWaitForTheirOwner(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	owners := &fakeOwners{}
 	owners.set("10.0.0.1:1", flow.Owner{Known: true, UID: 7, Exe: "/usr/bin/curl"})
 	dialed := make(chan Dest, 4)
@@ -262,7 +264,7 @@ func TestStreamsWaitForTheirOwner(t *testing.T) {
 		g.HandleStream(q)
 	}
 	ask()
-	eventually(t, "the look-up", func() bool { return owners.waiting() == 1 })
+	testkit.Eventually(t, "the look-up", func() bool { return owners.waiting() == 1 })
 	for range askQueue + 10 {
 		ask()
 	}
@@ -410,7 +412,7 @@ func (l *lockedBuffer) lines(t *testing.T) (all []decisionLine) {
 
 // Each flow is decided on once in the file, whatever it sends.
 func TestDecisions(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var u manualUpstream
 	out := &lockedBuffer{}
 	owners := &fakeOwners{}
@@ -428,9 +430,9 @@ func TestDecisions(t *testing.T) {
 				packet("10.0.0.2:1", "203.0.113.1:80", "x"),
 			},
 		)
-		time.Sleep(20 * time.Millisecond)
+		testkit.Pace(20 * time.Millisecond)
 	}
-	eventually(t, "the lines", func() bool { return len(out.lines(t)) >= 4 })
+	testkit.Eventually(t, "the lines", func() bool { return len(out.lines(t)) >= 4 })
 	u.link(t, 0)
 	u.link(t, 1)
 	got := map[string]int{}
@@ -442,7 +444,8 @@ func TestDecisions(t *testing.T) {
 		got[strings.Join([]string{l.Proto, l.Src, l.Dst, l.Verdict, l.Rule, uid}, " ")]++
 	}
 	for _, want := range []string{
-		"tcp 10.0.0.1:1 203.0.113.1:81 reject port 81 reject 0 9 /bin/x g", "udp 10.0.0.1:1 203.0.113.1:80 via p default 0 9 /bin/x g",
+		"tcp 10.0.0.1:1 203.0.113.1:81 reject port 81 reject 0 9 /bin/x g",
+		"udp 10.0.0.1:1 203.0.113.1:80 via p default 0 9 /bin/x g",
 		"udp 10.0.0.1:1 203.0.113.1:82 drop port 82 drop 0 9 /bin/x g", "udp 10.0.0.2:1 203.0.113.1:80 via p default ?",
 	} {
 		if got[want] != 1 {
@@ -468,9 +471,9 @@ func TestDecisionsAreLostAndNotWaitedFor(t *testing.T) {
 		t.Errorf("%d of %d are lost", lost, n)
 	}
 	close(out.wait)
-	eventually(t, "all that is left", func() bool { return uint64(len(out.lines(t))) >= n-lost })
+	testkit.Eventually(t, "all that is left", func() bool { return uint64(len(out.lines(t))) >= n-lost })
 	g.HandleStream(newRequest("10.0.0.1:1", "203.0.113.9:81"))
-	eventually(t, "the count", func() bool {
+	testkit.Eventually(t, "the count", func() bool {
 		sum, others := uint64(0), uint64(0)
 		for _, l := range out.lines(t) {
 			if sum += l.Lost; l.Lost == 0 {
@@ -483,7 +486,7 @@ func TestDecisionsAreLostAndNotWaitedFor(t *testing.T) {
 	out.fail = fmt.Errorf("no space left on device")
 	out.mu.Unlock()
 	g.HandleStream(newRequest("10.0.0.1:1", "203.0.113.9:81"))
-	eventually(t, "a fault is said and counted", func() bool {
+	testkit.Eventually(t, "a fault is said and counted", func() bool {
 		return g.Stats().DecisionsLost == lost+1 && len(g.log.lines("decisions cannot be written")) == 1
 	})
 }
@@ -521,7 +524,7 @@ func (apartUpstream) ByProgram() bool { return true }
 
 // An upstream that keeps programs apart is told the program of each flow, although no rule asks for it.
 func TestProgramsAreKeptApart(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	owners := &fakeOwners{}
 	owners.set("10.0.0.1:1", flow.Owner{Known: true, UID: 7, Exe: "/usr/bin/curl"})
 	owners.set("10.0.0.1:2", flow.Owner{Known: true, UID: 7, Exe: "/usr/bin/wget"})
@@ -545,7 +548,7 @@ func TestProgramsAreKeptApart(t *testing.T) {
 
 // A Tor with isolate=program is given a password of its own by each program.
 func TestProgramsHaveTheirPassword(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -558,7 +561,7 @@ func TestProgramsHaveTheirPassword(t *testing.T) {
 				close(logins)
 				return
 			}
-			_ = c.SetDeadline(time.Now().Add(patience))
+			_ = c.SetDeadline(time.Now().Add(testkit.Patience))
 			b := make([]byte, 512)
 			_, _ = c.Read(b) // the methods
 			_, _ = c.Write([]byte{5, 2})

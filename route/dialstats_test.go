@@ -7,6 +7,7 @@ import (
 
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 func TestDialStats(t *testing.T) {
@@ -26,15 +27,15 @@ func TestDialStats(t *testing.T) {
 
 // The list of upstreams has what was granted, what failed, and how long it took.
 func TestUpstreamInfo(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	far := echo(t)
 	srv, _, client := newProxy(t, socks.Options{})
 	srv.Redirect(netip.MustParseAddrPort(farEnd), far)
 	g := newRig(t, Config{Upstreams: []Upstream{NewSOCKS("p", client)}, Default: "p"}, nil)
 	q := newRequest(appEnd, farEnd)
 	g.HandleStream(q)
-	eventually(t, "the grant", func() bool { ok, _, _ := q.outcome(); return ok })
-	if u := g.Upstreams()[0]; u.Granted != 1 || u.Failed != 0 || u.Latency <= 0 || u.Latency > patience {
+	testkit.Eventually(t, "the grant", func() bool { ok, _, _ := q.outcome(); return ok })
+	if u := g.Upstreams()[0]; u.Granted != 1 || u.Failed != 0 || u.Latency <= 0 || u.Latency > testkit.Patience {
 		t.Errorf("%+v", u)
 	}
 	srv.SetFaultAt(sockstest.AtGreeting, func(sockstest.Request) sockstest.Fault { return sockstest.Garbage() })

@@ -8,6 +8,7 @@ import (
 
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // next is the next event of w.
@@ -16,14 +17,14 @@ func next(t *testing.T, w *Watcher) Event {
 	select {
 	case e := <-w.Events():
 		return e
-	case <-time.After(patience):
+	case <-time.After(testkit.Patience):
 		t.Fatal("no event came")
 		panic("not reached")
 	}
 }
 
 func TestStreamEvents(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	far := echo(t)
 	srv, _, client := newProxy(t, socks.Options{})
 	srv.Redirect(netip.MustParseAddrPort(farEnd), far)
@@ -45,7 +46,7 @@ func TestStreamEvents(t *testing.T) {
 		t.Errorf("%+v", f)
 	}
 	var s *fakeStream
-	eventually(t, "the grant", func() bool { _, _, s = q.outcome(); return s != nil })
+	testkit.Eventually(t, "the grant", func() bool { _, _, s = q.outcome(); return s != nil })
 	s.send("hello", true)
 	if e := next(t, w); e.Kind != FlowClosed || e.Flow.ID != opened.Flow.ID || e.Flow.Up != 5 || e.Flow.Down != 5 ||
 		e.Flow.State != "closed" || e.Err != nil {
@@ -59,7 +60,7 @@ func TestStreamEvents(t *testing.T) {
 
 // A mapping is opened, its association established, and both end.
 func TestMappingEvents(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	srv, _, client := newProxy(t, socks.Options{})
 	_ = srv
 	g := newRig(t, Config{Upstreams: []Upstream{NewSOCKS("p", client)}, Default: "p"}, nil)
@@ -80,14 +81,14 @@ func TestMappingEvents(t *testing.T) {
 	}
 	select {
 	case <-w.Over():
-	case <-time.After(patience):
+	case <-time.After(testkit.Patience):
 		t.Error("the watcher is not told of the end")
 	}
 }
 
 // A watcher that does not read loses events and is told how many; others lose none, and no flow waits.
 func TestSlowWatcher(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	reject, err := ParseRule("dst 0.0.0.0/0 reject")
 	if err != nil {
 		t.Fatal(err)

@@ -8,6 +8,20 @@ import (
 	"testing"
 )
 
+// explainCases are the cases of TestExplain.
+var explainCases = []struct{ flow, want string }{
+	{"tcp:1.2.3.4:25", `0: "port 25" holds`},
+	{"tcp:x.bad.example:80", `1: "list=FILE" holds`},
+	{"tcp:198.51.100.7:80", `1: "list=FILE" holds`},
+	{"tcp:10.1.1.1:443", `2: "dst 10.0.0.0/8" and "port 443" hold`},
+	{"tcp:[2001:db8::1]:443 user=1000 exe=/usr/bin/curl", `3: "user 1000" and "exe */curl" hold`},
+	{"tcp:[2001:db8::1]:443 user=1001 exe=/usr/bin/curl", `4: "not name .example.com" holds`},
+	{"tcp:WWW.example.com.:80 user=0 addr=10.0.0.1", `5: it has no condition`},
+	{"tcp:www.example.com:80 user=1000 exe=/bin/x", `5: it has no condition`},
+	{"udp:1.1.1.1:53", "early: port 53 is answered by viasocks itself"},
+	{"tcp:127.0.0.1:80", "early: nothing can be carried to this address: it is refused"},
+}
+
 func TestExplain(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "list")
 	if err := os.WriteFile(file, []byte("198.51.100.0/24\nbad.example\n"), 0o600); err != nil {
@@ -15,22 +29,12 @@ func TestExplain(t *testing.T) {
 	}
 	var rules []Rule
 	for _, s := range []string{
-		"port 25 reject", "list=" + file + " reject", "dst 10.0.0.0/8 port 443 direct", "user 1000 exe */curl via a", "not name .example.com drop", "via b",
+		"port 25 reject", "list=" + file + " reject", "dst 10.0.0.0/8 port 443 direct", "user 1000 exe */curl via a",
+		"not name .example.com drop", "via b",
 	} {
 		rules = append(rules, mustRule(t, s))
 	}
-	for _, tt := range []struct{ flow, want string }{
-		{"tcp:1.2.3.4:25", `0: "port 25" holds`},
-		{"tcp:x.bad.example:80", `1: "list=FILE" holds`},
-		{"tcp:198.51.100.7:80", `1: "list=FILE" holds`},
-		{"tcp:10.1.1.1:443", `2: "dst 10.0.0.0/8" and "port 443" hold`},
-		{"tcp:[2001:db8::1]:443 user=1000 exe=/usr/bin/curl", `3: "user 1000" and "exe */curl" hold`},
-		{"tcp:[2001:db8::1]:443 user=1001 exe=/usr/bin/curl", `4: "not name .example.com" holds`},
-		{"tcp:WWW.example.com.:80 user=0 addr=10.0.0.1", `5: it has no condition`},
-		{"tcp:www.example.com:80 user=1000 exe=/bin/x", `5: it has no condition`},
-		{"udp:1.1.1.1:53", "early: port 53 is answered by viasocks itself"},
-		{"tcp:127.0.0.1:80", "early: nothing can be carried to this address: it is refused"},
-	} {
+	for _, tt := range explainCases {
 		x, err := ParseQuestion(tt.flow)
 		if err != nil {
 			t.Errorf("%s: %v", tt.flow, err)
@@ -77,9 +81,12 @@ func TestExplain(t *testing.T) {
 
 func TestParseQuestionErrors(t *testing.T) {
 	for s, want := range map[string]string{
-		"": "write a flow such as", "tcp": "write it as", "tcp:443": "write it as", "icmp:a:1": `protocol "icmp"`, "tcp:a:0": "write it as",
-		"tcp:a:b": "write it as", "tcp:2001:db8::1:80": "write it as", "tcp:[1.2.3.4]:80": "write it as", "tcp:1.2.3:80": "write it as",
-		"tcp:a!b:80": "write it as", "tcp::80": "write it as", "tcp:a:80 x=1": `unknown word "x"`, "tcp:a:80 addr=b": `"b" is not an address`,
+		"": "write a flow such as", "tcp": "write it as", "tcp:443": "write it as", "icmp:a:1": `protocol "icmp"`,
+		"tcp:a:0": "write it as",
+		"tcp:a:b": "write it as", "tcp:2001:db8::1:80": "write it as", "tcp:[1.2.3.4]:80": "write it as",
+		"tcp:1.2.3:80": "write it as",
+		"tcp:a!b:80":   "write it as", "tcp::80": "write it as", "tcp:a:80 x=1": `unknown word "x"`,
+		"tcp:a:80 addr=b":   `"b" is not an address`,
 		"tcp:a:80 user=1-2": "write one user", "tcp:a:80 user": "write addr=ADDRESS", "tcp:a:80 cgroup=/": "control group",
 	} {
 		if _, err := ParseQuestion(s); err == nil || !strings.Contains(err.Error(), want) {

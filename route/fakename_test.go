@@ -12,6 +12,7 @@ import (
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/loop"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // newPool is a pool that holds 256 names, whose addresses may be given to others a moment later.
@@ -41,7 +42,7 @@ func (u namedUpstream) DialStream(ctx context.Context, l *relay.Loop, d Dest, do
 // TestStreamByName: a flow to a fake address of either family reaches the proxy as a name, rules see the name, and the address
 // stays with its name for as long as the flow lives.
 func TestStreamByName(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	far := echo(t)
 	srv, _, client := newProxy(t, socks.Options{})
 	pool := newPool(t)
@@ -59,7 +60,7 @@ func TestStreamByName(t *testing.T) {
 			t.Errorf("the upstream was asked for %+v", d)
 		}
 		var s *fakeStream
-		eventually(t, "the grant", func() bool { _, _, s = q.outcome(); return s != nil })
+		testkit.Eventually(t, "the grant", func() bool { _, _, s = q.outcome(); return s != nil })
 		if all := g.Flows(); len(all) != 1 || all[0].Host != "www.example.com" || all[0].Dst != netip.AddrPortFrom(dst, 443) {
 			t.Errorf("the flows are %+v", all)
 		}
@@ -73,11 +74,11 @@ func TestStreamByName(t *testing.T) {
 			t.Errorf("the address stands for %q while a flow uses it", name)
 		}
 		s.send("hello", true)
-		eventually(t, "the echo and FIN", func() bool { b, fin := s.received(); return b == "hello" && fin })
-		eventually(t, "the end", func() bool { return g.Stats().StreamsNow == 0 })
-		eventually(t, "the release", func() bool { return pool.Stats().Held == 0 })
+		testkit.Eventually(t, "the echo and FIN", func() bool { b, fin := s.received(); return b == "hello" && fin })
+		testkit.Eventually(t, "the end", func() bool { return g.Stats().StreamsNow == 0 })
+		testkit.Eventually(t, "the release", func() bool { return pool.Stats().Held == 0 })
 	}
-	eventually(t, "lines with the name", func() bool { return len(g.log.lines(`host=www.example.com`)) == 2 })
+	testkit.Eventually(t, "lines with the name", func() bool { return len(g.log.lines(`host=www.example.com`)) == 2 })
 
 	bad, _, _ := pool.Give([]byte("a.bad.example"))
 	refused(t, g, at(bad, 443), flow.RefuseReset)    // by the rule
@@ -96,7 +97,7 @@ func refused(t *testing.T, g *rig, dst string, want flow.Refusal) {
 	q := newRequest(appEnd, dst)
 	g.HandleStream(q)
 	var why []flow.Refusal
-	eventually(t, "the refusal", func() bool { _, why, _ = q.outcome(); return len(why) > 0 })
+	testkit.Eventually(t, "the refusal", func() bool { _, why, _ = q.outcome(); return len(why) > 0 })
 	if why[0] != want {
 		t.Errorf("%s is refused by %v, want %v", dst, why[0], want)
 	}
@@ -104,7 +105,7 @@ func refused(t *testing.T, g *rig, dst string, want flow.Refusal) {
 
 // TestStreamByNameInTheRequest: the proxy is asked with the name, by ATYP 3.
 func TestStreamByNameInTheRequest(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	srv, _, client := newProxy(t, socks.Options{})
 	srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Reply(5) })
 	pool := newPool(t)
@@ -115,5 +116,5 @@ func TestStreamByNameInTheRequest(t *testing.T) {
 	if len(r) != 1 || r[0].Dst.Name != "www.example.com" || r[0].Dst.Port != 443 {
 		t.Errorf("the proxy was asked for %+v", r)
 	}
-	eventually(t, "the release", func() bool { return pool.Stats().Held == 0 })
+	testkit.Eventually(t, "the release", func() bool { return pool.Stats().Held == 0 })
 }

@@ -14,10 +14,11 @@ import (
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
-// familyRig has a proxy that answers a name with a code, and reaches 203.0.113.1:443 and [2001:db8::7]:443, but not 203.0.113.2:443,
-// which refuses, nor any other.
+// familyRig has a proxy that answers a name with a code, and reaches 203.0.113.1:443 and [2001:db8::7]:443, but not
+// 203.0.113.2:443, which refuses, nor any other.
 func familyRig(
 	t *testing.T, code byte, query string, zone map[string]string, rules ...Rule,
 ) (*rig, *sockstest.Server, *dns.Pool, func() int64) {
@@ -51,8 +52,46 @@ func familyRig(
 	return g, srv, pool, asked.Load
 }
 
-// TestSecondTry: a name that the server cannot reach is tried again by its IPv4 address, and then by its IPv6 address, if it has one
-// of each family.
+// secondTryCases are the cases of TestSecondTry.
+var secondTryCases = map[string]struct {
+	code    byte
+	name    string
+	query   string // of the proxy's URL
+	rule    string
+	granted bool
+	why     flow.Refusal
+	second  uint64
+	asked   int64
+	dials   int  // of addresses, where there is more than one for the second try
+	lacks   bool // the upstream is known to have no IPv6
+}{
+	"host unreachable":    {code: 4, name: "both.example", granted: true, second: 1, asked: 2},
+	"network unreachable": {code: 3, name: "both.example", granted: true, second: 1, asked: 2},
+	"no names":            {code: 8, name: "four.example", granted: true, second: 1, asked: 2},
+	"no names, IPv6 only": {code: 8, name: "sixer.example", granted: true, second: 1, asked: 2},
+	"IPv4 is dead":        {code: 4, name: "newer.example", granted: true, second: 1, asked: 2, dials: 2},
+	"both are dead":       {code: 4, name: "dead.example", why: flow.RefuseHost, second: 1, asked: 2, dials: 2},
+	"no IPv6":             {code: 4, name: "newer.example", why: flow.RefuseHost, second: 1, asked: 2, lacks: true},
+	"IPv4 only":           {code: 4, name: "four.example", why: flow.RefuseHost, asked: 2},
+	"IPv6 only":           {code: 4, name: "six.example", why: flow.RefuseHost, asked: 2},
+	"refused":             {code: 5, name: "both.example", why: flow.RefuseReset},
+	"general failure":     {code: 1, name: "both.example", why: flow.RefuseReset},
+	"not allowed":         {code: 2, name: "both.example", why: flow.RefuseAdmin},
+	"refused at last":     {code: 4, name: "closed.example", why: flow.RefuseReset, second: 1, asked: 2},
+	"onion":               {code: 4, name: "both.onion", why: flow.RefuseHost},
+	"single label":        {code: 4, name: "intranet", why: flow.RefuseHost},
+	"Tor":                 {code: 4, name: "both.example", query: "?tor", why: flow.RefuseHost},
+	"a fake address":      {code: 4, name: "ours.example", why: flow.RefuseHost, second: 1, asked: 2},
+	"a rule for IPv4": {code: 4, name: "newer.example", rule: "dst 203.0.113.0/24 reject", granted: true, second: 1,
+		asked: 2},
+	"a rule for IPv6": {code: 4, name: "newer.example", rule: "dst 2001:db8::/32 reject", why: flow.RefuseHost, second: 1,
+		asked: 2},
+	"a rule for both": {code: 4, name: "newer.example", rule: "dst 203.0.113.0/24,2001:db8::/32 reject", why: flow.RefuseHost,
+		asked: 2},
+}
+
+// TestSecondTry: a name that the server cannot reach is tried again by its IPv4 address, and then by its IPv6 address, if it
+// has one of each family.
 func TestSecondTry(t *testing.T) {
 	zone := map[string]string{
 		"both.example": "203.0.113.1", "AAAA both.example": "2001:db8::1", "four.example": "203.0.113.1",
@@ -61,41 +100,9 @@ func TestSecondTry(t *testing.T) {
 		"newer.example": "203.0.113.7", "AAAA newer.example": "2001:db8::7",
 		"dead.example": "203.0.113.7", "AAAA dead.example": "2001:db8::2", "AAAA sixer.example": "2001:db8::7",
 	}
-	for label, tt := range map[string]struct {
-		code    byte
-		name    string
-		query   string // of the proxy's URL
-		rule    string
-		granted bool
-		why     flow.Refusal
-		second  uint64
-		asked   int64
-		dials   int  // of addresses, where there is more than one for the second try
-		lacks   bool // the upstream is known to have no IPv6
-	}{
-		"host unreachable":    {code: 4, name: "both.example", granted: true, second: 1, asked: 2},
-		"network unreachable": {code: 3, name: "both.example", granted: true, second: 1, asked: 2},
-		"no names":            {code: 8, name: "four.example", granted: true, second: 1, asked: 2},
-		"no names, IPv6 only": {code: 8, name: "sixer.example", granted: true, second: 1, asked: 2},
-		"IPv4 is dead":        {code: 4, name: "newer.example", granted: true, second: 1, asked: 2, dials: 2},
-		"both are dead":       {code: 4, name: "dead.example", why: flow.RefuseHost, second: 1, asked: 2, dials: 2},
-		"no IPv6":             {code: 4, name: "newer.example", why: flow.RefuseHost, second: 1, asked: 2, lacks: true},
-		"IPv4 only":           {code: 4, name: "four.example", why: flow.RefuseHost, asked: 2},
-		"IPv6 only":           {code: 4, name: "six.example", why: flow.RefuseHost, asked: 2},
-		"refused":             {code: 5, name: "both.example", why: flow.RefuseReset},
-		"general failure":     {code: 1, name: "both.example", why: flow.RefuseReset},
-		"not allowed":         {code: 2, name: "both.example", why: flow.RefuseAdmin},
-		"refused at last":     {code: 4, name: "closed.example", why: flow.RefuseReset, second: 1, asked: 2},
-		"onion":               {code: 4, name: "both.onion", why: flow.RefuseHost},
-		"single label":        {code: 4, name: "intranet", why: flow.RefuseHost},
-		"Tor":                 {code: 4, name: "both.example", query: "?tor", why: flow.RefuseHost},
-		"a fake address":      {code: 4, name: "ours.example", why: flow.RefuseHost, second: 1, asked: 2},
-		"a rule for IPv4":     {code: 4, name: "newer.example", rule: "dst 203.0.113.0/24 reject", granted: true, second: 1, asked: 2},
-		"a rule for IPv6":     {code: 4, name: "newer.example", rule: "dst 2001:db8::/32 reject", why: flow.RefuseHost, second: 1, asked: 2},
-		"a rule for both":     {code: 4, name: "newer.example", rule: "dst 203.0.113.0/24,2001:db8::/32 reject", why: flow.RefuseHost, asked: 2},
-	} {
+	for label, tt := range secondTryCases {
 		t.Run(strings.ReplaceAll(label, " ", "-"), func(t *testing.T) {
-			checkLeaks(t)
+			testkit.CheckLeaks(t)
 			var rules []Rule
 			if tt.rule != "" {
 				rules = append(rules, mustRule(t, tt.rule))
@@ -109,13 +116,13 @@ func TestSecondTry(t *testing.T) {
 			g.HandleStream(q)
 			if tt.granted {
 				var s *fakeStream
-				eventually(t, "the grant", func() bool { _, _, s = q.outcome(); return s != nil })
+				testkit.Eventually(t, "the grant", func() bool { _, _, s = q.outcome(); return s != nil })
 				s.send("hello", true)
-				eventually(t, "the echo", func() bool { b, fin := s.received(); return b == "hello" && fin })
+				testkit.Eventually(t, "the echo", func() bool { b, fin := s.received(); return b == "hello" && fin })
 			} else if why := refusal(t, q); why != tt.why {
 				t.Errorf("refused by %v, want %v", why, tt.why)
 			}
-			eventually(t, "the end", func() bool { return g.Stats().StreamsNow == 0 && pool.Stats().Held == 0 })
+			testkit.Eventually(t, "the end", func() bool { return g.Stats().StreamsNow == 0 && pool.Stats().Held == 0 })
 			opened := uint64(0)
 			if tt.granted {
 				opened = 1
@@ -139,7 +146,7 @@ func TestSecondTry(t *testing.T) {
 func TestSecondTryWaits(t *testing.T) {
 	for _, end := range []string{"gives up", "closes", "waits"} {
 		t.Run(strings.ReplaceAll(end, " ", "-"), func(t *testing.T) {
-			checkLeaks(t)
+			testkit.CheckLeaks(t)
 			srv, _, client := newProxy(t, socks.Options{})
 			srv.SetFault(func(q sockstest.Request) sockstest.Fault {
 				if q.Dst.Name != "" {
@@ -156,14 +163,14 @@ func TestSecondTryWaits(t *testing.T) {
 			q := newRequest(appEnd, at(fake, 443))
 			start := time.Now()
 			g.HandleStream(q)
-			eventually(t, "the question", func() bool {
+			testkit.Eventually(t, "the question", func() bool {
 				return slices.ContainsFunc(srv.Requests(), func(r sockstest.Request) bool { return r.Dst.Port == 53 })
 			})
 			switch end {
 			case "gives up":
 				q.giveUp()
-				eventually(t, "the end", func() bool { return g.Stats().StreamsNow == 0 })
-				eventually(t, "its line", func() bool { return len(g.log.lines("state=cancelled")) == 1 })
+				testkit.Eventually(t, "the end", func() bool { return g.Stats().StreamsNow == 0 })
+				testkit.Eventually(t, "its line", func() bool { return len(g.log.lines("state=cancelled")) == 1 })
 			case "closes":
 				g.Close()
 			case "waits":
@@ -199,7 +206,7 @@ func TestLearnIPv6(t *testing.T) {
 }
 
 func testLearnIPv6(t *testing.T, learn bool) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	srv, _, client := newProxy(t, socks.Options{})
 	_, _, other := newProxy(t, socks.Options{})
 	var code atomic.Uint32

@@ -7,6 +7,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // slowHandler counts lines, and blocks until it is let go.
@@ -32,7 +34,7 @@ func (h *slowHandler) Handle(_ context.Context, r slog.Record) error {
 // A log that nobody reads costs lines and a bounded queue, and is told when it is read again; what was queued is written
 // before the end, and the queue of a burst is given back.
 func TestFlowLogSlow(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	h := &slowHandler{held: make(chan struct{}), begun: make(chan struct{})}
 	l := newFlowLog(slog.New(h))
 	l.start()
@@ -43,7 +45,7 @@ func TestFlowLogSlow(t *testing.T) {
 		l.post(slog.LevelInfo, "line")
 	}
 	close(h.held)
-	eventually(t, "the queue to be empty", func() bool {
+	testkit.Eventually(t, "the queue to be empty", func() bool {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		return len(l.queue) == 0

@@ -13,6 +13,7 @@ import (
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 const (
@@ -27,7 +28,7 @@ func fast(r *Router) {
 // A mapping ends soon after its socket, not with it; one that is opened again keeps the mapping; one that is there, or cannot
 // be asked about, keeps it for as long as before.
 func TestMappingEndsAfterSocket(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var u manualUpstream
 	const stays, any4, any6, goes, back = "10.0.0.1:5000", "10.0.0.1:5001", "[fd00::1]:5002", "10.0.0.1:5003", "10.0.0.1:5004"
 	sockets := &fakeSockets{}
@@ -48,7 +49,7 @@ func TestMappingEndsAfterSocket(t *testing.T) {
 		sockets.mu.Lock()
 		from := sockets.lists
 		sockets.mu.Unlock()
-		eventually(t, "looks at the sockets", func() bool {
+		testkit.Eventually(t, "looks at the sockets", func() bool {
 			sockets.mu.Lock()
 			defer sockets.mu.Unlock()
 			return sockets.lists >= from+n
@@ -59,11 +60,11 @@ func TestMappingEndsAfterSocket(t *testing.T) {
 	sockets.set(stays, "0.0.0.0:5001", "[::]:5002")
 	looked(2)
 	sockets.set(stays, "0.0.0.0:5001", "[::]:5002", back)
-	eventually(t, "the mapping of the closed socket to end", func() bool { return g.Stats().MappingsNow == 4 })
+	testkit.Eventually(t, "the mapping of the closed socket to end", func() bool { return g.Stats().MappingsNow == 4 })
 	if after := time.Since(began); after < fastGone {
 		t.Errorf("it ended after %v: a socket opened again at once would have lost it", after)
 	}
-	eventually(t, "its link to be closed", links[3].isClosed)
+	testkit.Eventually(t, "its link to be closed", links[3].isClosed)
 	looked(int(2 * fastGone / fastLook))
 	if s := g.Stats(); s.MappingsNow != 4 || s.MappingsGone != 1 || s.MappingsExpired != 0 {
 		t.Errorf("%+v", s)
@@ -77,7 +78,7 @@ func TestMappingEndsAfterSocket(t *testing.T) {
 
 // On a host that forwards, a socket that was never found may be a guest's: its mapping lives on. One that was found is gone.
 func TestMappingOfGuest(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	for _, refused := range []error{flow.ErrForwarded, errTired} {
 		var u manualUpstream
 		sockets := &fakeSockets{err: refused}
@@ -87,7 +88,7 @@ func TestMappingOfGuest(t *testing.T) {
 			g.send(src, "203.0.113.1:1000", "a")
 			u.ask(t, i).done(&fakeLink{}, nil)
 		}
-		eventually(
+		testkit.Eventually(
 			t,
 			"a look at the sockets",
 			func() bool { sockets.mu.Lock(); defer sockets.mu.Unlock(); return sockets.lists >= 2 },
@@ -100,11 +101,11 @@ func TestMappingOfGuest(t *testing.T) {
 		if refused == flow.ErrForwarded {
 			want = 1
 		}
-		eventually(t, "the host's own mapping to end", func() bool { return g.Stats().MappingsNow == want })
+		testkit.Eventually(t, "the host's own mapping to end", func() bool { return g.Stats().MappingsNow == want })
 		sockets.mu.Lock()
 		from := sockets.lists
 		sockets.mu.Unlock()
-		eventually(t, "more looks", func() bool {
+		testkit.Eventually(t, "more looks", func() bool {
 			sockets.mu.Lock()
 			defer sockets.mu.Unlock()
 			return sockets.lists >= from+int(2*fastGone/fastLook)
@@ -117,7 +118,7 @@ func TestMappingOfGuest(t *testing.T) {
 
 // Thousands of mappings cost one question in each interval, and none for each of them.
 func TestMappingsAskedTogether(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	u := &fakeUpstream{
 		name: "p",
 		open: func(_ context.Context, _ func([]flow.Packet), done func(relay.PacketLink, error), _ func(error)) {
@@ -135,7 +136,7 @@ func TestMappingsAskedTogether(t *testing.T) {
 	for _, src := range all {
 		g.send(src, "203.0.113.1:1000", "a")
 	}
-	eventually(t, "some looks", func() bool { sockets.mu.Lock(); defer sockets.mu.Unlock(); return sockets.lists >= 4 })
+	testkit.Eventually(t, "some looks", func() bool { sockets.mu.Lock(); defer sockets.mu.Unlock(); return sockets.lists >= 4 })
 	sockets.mu.Lock()
 	defer sockets.mu.Unlock()
 	if sockets.asks > n {
@@ -145,7 +146,7 @@ func TestMappingsAskedTogether(t *testing.T) {
 
 // The mappings of thousands of closed sockets end without a question for each of them, however many there are at a time.
 func TestGoneAskedTogether(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	u := &fakeUpstream{
 		name: "p",
 		open: func(_ context.Context, _ func([]flow.Packet), done func(relay.PacketLink, error), _ func(error)) {
@@ -158,7 +159,7 @@ func TestGoneAskedTogether(t *testing.T) {
 	for i := range n {
 		g.send(fmt.Sprintf("10.0.0.1:%d", 5000+i), "203.0.113.1:1000", "a")
 	}
-	eventually(t, "the mappings to end", func() bool { return g.Stats().MappingsNow == 0 })
+	testkit.Eventually(t, "the mappings to end", func() bool { return g.Stats().MappingsNow == 0 })
 	sockets.mu.Lock()
 	defer sockets.mu.Unlock()
 	if sockets.asks > n {
@@ -193,7 +194,7 @@ func silent(t testing.TB) netip.AddrPort {
 
 // A TCP flow whose app has closed its socket ends, a half-closed one of an app that lives does not.
 func TestStreamOrphaned(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	far := silent(t)
 	srv, _, client := newProxy(t, socks.Options{})
 	srv.Redirect(netip.MustParseAddrPort(farEnd), far)
@@ -206,16 +207,20 @@ func TestStreamOrphaned(t *testing.T) {
 		q := newRequest(src, farEnd)
 		g.HandleStream(q)
 		var s *fakeStream
-		eventually(t, "the grant", func() bool { _, _, s = q.outcome(); return s != nil })
+		testkit.Eventually(t, "the grant", func() bool { _, _, s = q.outcome(); return s != nil })
 		s.send("hello", true) // and FIN: the far end neither answers nor closes
 	}
 	sockets.set(lives)
-	eventually(t, "the orphan to end", func() bool { return g.Stats().StreamsNow == 2 })
-	eventually(t, "its line", func() bool { return len(g.log.lines("state=orphaned")) == 1 })
+	testkit.Eventually(t, "the orphan to end", func() bool { return g.Stats().StreamsNow == 2 })
+	testkit.Eventually(t, "its line", func() bool { return len(g.log.lines("state=orphaned")) == 1 })
 	sockets.mu.Lock()
 	from := sockets.asks
 	sockets.mu.Unlock()
-	eventually(t, "many more looks", func() bool { sockets.mu.Lock(); defer sockets.mu.Unlock(); return sockets.asks > from+50 })
+	testkit.Eventually(t, "many more looks", func() bool {
+		sockets.mu.Lock()
+		defer sockets.mu.Unlock()
+		return sockets.asks > from+50
+	})
 	if s := g.Stats(); s.StreamsNow != 2 || s.Orphans != 1 {
 		t.Errorf("%+v", s)
 	}

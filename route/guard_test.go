@@ -15,6 +15,7 @@ import (
 
 	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/stack/loop"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // TestNeedsName: which names a policy needs. The first rule that is sure to match decides.
@@ -79,7 +80,7 @@ func wireQuestion(name string, opcode byte) string {
 // TestGuardQuestions: a name that no rule needs is answered REFUSED without asking anybody, and so is an UPDATE, by UDP
 // and by TCP. What is decided is written down with the name.
 func TestGuardQuestions(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var dials atomic.Int32
 	up := &fakeUpstream{name: "p", dial: func(_ context.Context, _ Dest, done func(int, error)) {
 		dials.Add(1)
@@ -98,7 +99,8 @@ func TestGuardQuestions(t *testing.T) {
 		return string(b)
 	}
 	for _, q := range []string{
-		wireQuestion("secret.attacker.test", 0), wireQuestion("db.example.com.attacker.test", 0), wireQuestion("db.example.com", 5),
+		wireQuestion("secret.attacker.test", 0), wireQuestion("db.example.com.attacker.test", 0),
+		wireQuestion("db.example.com", 5),
 		strings.Replace(wireQuestion("db-example.com", 0), "db-example", "db.example", 1), // one label
 	} {
 		g.send("10.0.0.1:5000", "203.0.113.53:53", q)
@@ -108,7 +110,7 @@ func TestGuardQuestions(t *testing.T) {
 		t.Errorf("%d connections were made for questions that are refused", n)
 	}
 	g.send("10.0.0.1:5000", "203.0.113.53:53", wireQuestion("DB.example.COM", 0))
-	eventually(t, "the dial to the resolver", func() bool { return dials.Load() == 1 })
+	testkit.Eventually(t, "the dial to the resolver", func() bool { return dials.Load() == 1 })
 	if got := g.askByTCP(t, wireQuestion("secret.attacker.test", 0)); got != refused(wireQuestion("secret.attacker.test", 0)) {
 		t.Errorf("a question over TCP is answered %x", got)
 	}
@@ -120,9 +122,10 @@ func TestGuardQuestions(t *testing.T) {
 	}
 	want := []string{
 		"udp reject none secret.attacker.test", "udp reject none db.example.com.attacker.test", "udp reject none db.example.com",
-		"udp reject none db!example.com", "udp resolve dns db.example.com", "tcp reject none secret.attacker.test", "tcp reject none db.example.com",
+		"udp reject none db!example.com", "udp resolve dns db.example.com", "tcp reject none secret.attacker.test",
+		"tcp reject none db.example.com",
 	}
-	eventually(t, "the lines", func() bool { return len(file.lines(t)) >= len(want) })
+	testkit.Eventually(t, "the lines", func() bool { return len(file.lines(t)) >= len(want) })
 	var got []string
 	for _, d := range file.lines(t) {
 		got = append(got, strings.Join([]string{d.Proto, d.Verdict, d.Rule, strings.Join(d.Names, " ")}, " "))
@@ -148,7 +151,7 @@ func (g *rig) askByTCP(t *testing.T, q string) string {
 	})
 	f := os.NewFile(uintptr(<-got), "app")
 	defer f.Close()
-	_ = f.SetDeadline(time.Now().Add(patience))
+	_ = f.SetDeadline(time.Now().Add(testkit.Patience))
 	if _, err := f.Write(append([]byte{0, byte(len(q))}, q...)); err != nil {
 		t.Fatal(err)
 	}

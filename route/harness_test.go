@@ -6,64 +6,19 @@ import (
 	"errors"
 	"io"
 	"log/slog"
-	"net"
 	"net/netip"
-	"os"
 	"strings"
 	"sync"
 	"testing"
 	"time"
-
-	"go.uber.org/goleak"
 
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/loop"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
-
-// patience is for what must happen, on a machine that may stall for seconds.
-const patience = 20 * time.Second
-
-// checkLeaks comes first in a test: its check is then the last thing that the test does.
-func checkLeaks(t *testing.T) {
-	t.Helper()
-	if l, err := net.Listen("tcp", "127.0.0.1:0"); err == nil { // the runtime's own epoll descriptors come with the first
-		l.Close()
-	}
-	fds := countFDs(t)
-	t.Cleanup(func() {
-		var err error
-		for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
-			if err = goleak.Find(); err == nil {
-				break
-			}
-		}
-		if err != nil {
-			t.Error(err)
-		}
-		eventually(t, "all fds to be closed", func() bool { return countFDs(t) <= fds })
-	})
-}
-
-func countFDs(t testing.TB) int {
-	t.Helper()
-	e, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(e)
-}
-
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	for end := time.Now().Add(patience); !ok(); time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("waited %v for %s", patience, what)
-		}
-	}
-}
 
 // logBuffer collects log lines.
 type logBuffer struct {
@@ -335,7 +290,7 @@ func (g *rig) run(t testing.TB, cfg Config, shards, loops int, change func(*Rout
 		}
 		g.checkPending(t)
 	})
-	eventually(t, "Run to begin", g.ran.Load)
+	testkit.Eventually(t, "Run to begin", g.ran.Load)
 }
 
 // checkPending compares the count of associations that are being opened with those that there are.

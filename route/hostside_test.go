@@ -13,6 +13,7 @@ import (
 	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // hostRig runs a Router whose programs may reach the ports of the host that allows says. Fake addresses surround that of the host.
@@ -68,14 +69,14 @@ func every(uint16) bool { return true }
 
 // Both addresses of the host reach a service wherever it listens, first at the address of the same family.
 func TestHostStreams(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	g, _ := hostRig(t, every)
 	ports := map[string]uint16{"127.0.0.1": greeter(t, "127.0.0.1"), "::1": greeter(t, "::1")}
 	for at, port := range ports {
 		for i, to := range []netip.Addr{flow.Gateway4, flow.Gateway6} {
 			q := newRequest(fmt.Sprintf("10.0.0.1:%d", 100+i), netip.AddrPortFrom(to, port).String())
 			g.HandleStream(q)
-			eventually(t, "a greeting", func() bool {
+			testkit.Eventually(t, "a greeting", func() bool {
 				_, _, s := q.outcome()
 				if s == nil {
 					return false
@@ -87,7 +88,7 @@ func TestHostStreams(t *testing.T) {
 			s.send("", true)
 		}
 	}
-	eventually(t, "the log of four flows", func() bool { return len(g.log.lines("host=host.viasocks.internal")) == 4 })
+	testkit.Eventually(t, "the log of four flows", func() bool { return len(g.log.lines("host=host.viasocks.internal")) == 4 })
 	for _, line := range g.log.lines("host=host.viasocks.internal") {
 		if !strings.Contains(line, "upstream=host") || !strings.Contains(line, "rule=reach-host") {
 			t.Error(line)
@@ -101,7 +102,7 @@ func TestHostStreams(t *testing.T) {
 
 // What is not allowed, what a rule refuses, and what nobody serves is refused, and no upstream is asked.
 func TestHostRefusals(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	port := greeter(t, "127.0.0.1")
 	closed := freePort(t)
 	to := func(p uint16) string { return netip.AddrPortFrom(flow.Gateway4, p).String() }
@@ -124,28 +125,28 @@ func TestHostRefusals(t *testing.T) {
 			g, _ := hostRig(t, c.allows, c.rules...)
 			q := newRequest("10.0.0.1:100", c.dst)
 			g.HandleStream(q)
-			eventually(t, "a refusal", func() bool {
+			testkit.Eventually(t, "a refusal", func() bool {
 				ok, why, _ := q.outcome()
 				return !ok && len(why) == 1 && why[0] == c.want
 			})
-			eventually(t, "the reason in the log", func() bool { return len(g.log.lines(c.log)) > 0 })
+			testkit.Eventually(t, "the reason in the log", func() bool { return len(g.log.lines(c.log)) > 0 })
 		})
 	}
 	g, _ := hostRig(t, every, "name .example.com via proxy", "dst 198.18.0.2 via proxy") // other rules do not matter
 	q := newRequest("10.0.0.1:100", to(port))
 	g.HandleStream(q)
-	eventually(t, "a connection", func() bool { ok, _, _ := q.outcome(); return ok })
+	testkit.Eventually(t, "a connection", func() bool { ok, _, _ := q.outcome(); return ok })
 }
 
 // Without the option the address of the host is as unreachable as before.
 func TestHostOff(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	g := newRig(t, Config{Upstreams: []Upstream{&fakeUpstream{name: "proxy"}}, Default: "proxy"}, nil)
 	q := newRequest("10.0.0.1:100", netip.AddrPortFrom(flow.Gateway4, greeter(t, "127.0.0.1")).String())
 	g.HandleStream(q)
-	eventually(t, "a refusal", func() bool { _, why, _ := q.outcome(); return len(why) == 1 && why[0] == flow.RefuseNet })
+	testkit.Eventually(t, "a refusal", func() bool { _, why, _ := q.outcome(); return len(why) == 1 && why[0] == flow.RefuseNet })
 	g.send("10.0.0.1:100", netip.AddrPortFrom(flow.Gateway4, 9).String(), "x")
-	eventually(t, "a refusal of UDP", func() bool { return slices.Equal(g.w.refusals(), []flow.Refusal{flow.RefuseNet}) })
+	testkit.Eventually(t, "a refusal of UDP", func() bool { return slices.Equal(g.w.refusals(), []flow.Refusal{flow.RefuseNet}) })
 }
 
 func freePort(t *testing.T) uint16 {
@@ -179,7 +180,7 @@ func repeater(t *testing.T, at string, port uint16) (c net.PacketConn) {
 // hears waits for an answer from src. What a loaded kernel reports late costs a datagram, as on any network.
 func (g *rig) hears(t *testing.T, app, src, payload, want string) {
 	t.Helper()
-	eventually(t, want+" from "+src, func() bool {
+	testkit.Eventually(t, want+" from "+src, func() bool {
 		for _, p := range g.w.packets() {
 			if p.Src.String() == src && string(p.Payload) == want {
 				return true
@@ -193,7 +194,7 @@ func (g *rig) hears(t *testing.T, app, src, payload, want string) {
 // Datagrams reach a service of either family by both addresses, answers come from the address that was asked, and a
 // service that ends is noticed and found again elsewhere.
 func TestHostDatagrams(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	g, _ := hostRig(t, every)
 	four := repeater(t, "127.0.0.1", 0)
 	port := four.LocalAddr().(*net.UDPAddr).AddrPort().Port()
@@ -201,7 +202,7 @@ func TestHostDatagrams(t *testing.T) {
 	g.hears(t, "10.0.0.1:100", by4, "one", "one at 127.0.0.1")
 	g.hears(t, "[fd00::1]:100", by6, "one", "one at 127.0.0.1")
 	four.Close()
-	eventually(t, "a refusal", func() bool {
+	testkit.Eventually(t, "a refusal", func() bool {
 		g.send("10.0.0.1:100", by4, "two")
 		return slices.Contains(g.w.refusals(), flow.RefusePort)
 	})
@@ -220,7 +221,7 @@ func TestHostDatagrams(t *testing.T) {
 
 // A port that is not in the list is refused, and so is one on which nobody listens. Many ports share a few sockets.
 func TestHostManyPorts(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var open []uint16
 	for range maxHostPorts + 10 {
 		open = append(open, repeater(t, "127.0.0.1", 0).LocalAddr().(*net.UDPAddr).AddrPort().Port())
@@ -242,5 +243,5 @@ func TestHostManyPorts(t *testing.T) {
 		}
 	})
 	g.send("10.0.0.1:200", netip.AddrPortFrom(flow.Gateway4, 9).String(), "x")
-	eventually(t, "a refusal", func() bool { return slices.Contains(g.w.refusals(), flow.RefusePort) })
+	testkit.Eventually(t, "a refusal", func() bool { return slices.Contains(g.w.refusals(), flow.RefusePort) })
 }

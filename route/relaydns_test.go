@@ -13,6 +13,7 @@ import (
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // dnsQuestion asks for the address of example.com.
@@ -74,24 +75,27 @@ func newNameServers(t *testing.T) *nameServers {
 	return s
 }
 
+// relayedQuestionsCases are the cases of TestRelayedQuestions.
+var relayedQuestionsCases = map[string]struct {
+	udp   bool
+	rules []string
+	byUDP bool
+}{
+	"UDP":         {udp: true, byUDP: true},
+	"no UDP":      {},
+	"names":       {udp: true, rules: []string{"name example.org reject"}},
+	"a rule":      {udp: true, rules: []string{"proto udp reject"}}, // which leaves TCP
+	"a rule, via": {udp: true, rules: []string{"proto udp via p", "reject"}, byUDP: true},
+}
+
 // TestRelayedQuestions: with RelayDNS a question goes to the very server that the program asked, by UDP where the upstream has it
 // and by TCP where not, and to the resolver where nobody can have the address.
 func TestRelayedQuestions(t *testing.T) {
 	asked, res := netip.MustParseAddrPort("192.0.2.7:53"), netip.MustParseAddrPort("192.0.2.53:53")
 	nobody := netip.AddrPortFrom(flow.Gateway4, 53)
-	for name, tt := range map[string]struct {
-		udp   bool
-		rules []string
-		byUDP bool
-	}{
-		"UDP":         {udp: true, byUDP: true},
-		"no UDP":      {},
-		"names":       {udp: true, rules: []string{"name example.org reject"}},
-		"a rule":      {udp: true, rules: []string{"proto udp reject"}}, // which leaves TCP
-		"a rule, via": {udp: true, rules: []string{"proto udp via p", "reject"}, byUDP: true},
-	} {
+	for name, tt := range relayedQuestionsCases {
 		t.Run(name, func(t *testing.T) {
-			checkLeaks(t)
+			testkit.CheckLeaks(t)
 			s, far := newNameServers(t), newNameServers(t)
 			srv, _, client := newProxy(t, socks.Options{})
 			srv.Redirect(asked, s.udp)
@@ -152,14 +156,14 @@ func TestRelayedQuestions(t *testing.T) {
 
 // TestRelayedStreams: TCP to port 53 goes to the server that was asked, by the rules, and to the resolver if that is nobody.
 func TestRelayedStreams(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	srv, _, client := newProxy(t, socks.Options{})
 	g := newRig(t, Config{Upstreams: []Upstream{NewSOCKS("p", client)}, Default: "p", RelayDNS: true,
 		Resolvers: []dns.Resolver{dns.OverTCP(netip.MustParseAddrPort("192.0.2.53:53"))}}, nil)
 	for _, dst := range []string{"192.0.2.7:53", netip.AddrPortFrom(flow.Gateway4, 53).String()} {
 		g.HandleStream(newRequest(appEnd, dst))
 	}
-	eventually(t, "two requests", func() bool { return srv.Stats().Requests == 2 })
+	testkit.Eventually(t, "two requests", func() bool { return srv.Stats().Requests == 2 })
 	got := map[string]bool{}
 	for _, r := range srv.Requests() {
 		got[netip.AddrPortFrom(r.Dst.IP, r.Dst.Port).String()] = true

@@ -16,12 +16,13 @@ import (
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // A connection through a proxy that stays lives, one through a proxy that is gone is reset, one that waits for its answer
 // is refused; new ones go by the new rules.
 func TestReloadStreams(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	far := echo(t)
 	var ups []Upstream
 	var srvs []*sockstest.Server
@@ -43,7 +44,7 @@ func TestReloadStreams(t *testing.T) {
 		q := newRequest(appEnd, dst)
 		g.HandleStream(q)
 		var s *fakeStream
-		eventually(t, "the connection", func() bool { var ok bool; ok, _, s = q.outcome(); return ok && s != nil })
+		testkit.Eventually(t, "the connection", func() bool { var ok bool; ok, _, s = q.outcome(); return ok && s != nil })
 		return q, s
 	}
 	_, viaB := dial(farEnd)
@@ -55,7 +56,7 @@ func TestReloadStreams(t *testing.T) {
 	if err := g.Reload(Policy{Upstreams: []Upstream{ups[2], ups[0]}, Default: "c"}); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the reset", func() bool { viaB.mu.Lock(); defer viaB.mu.Unlock(); return viaB.aborted })
+	testkit.Eventually(t, "the reset", func() bool { viaB.mu.Lock(); defer viaB.mu.Unlock(); return viaB.aborted })
 	if why := refusal(t, waits); why != flow.RefuseReset {
 		t.Errorf("refused with %v", why)
 	}
@@ -64,17 +65,21 @@ func TestReloadStreams(t *testing.T) {
 		t.Errorf("the new proxy has %d requests", n)
 	}
 	// What is wrong changes nothing.
-	for _, bad := range []Policy{{Upstreams: ups[:1], Default: "nobody"}, {Upstreams: ups[:1], Rules: []Rule{mustRule(t, "via b")}}, {Upstreams: ups, Default: "a", Resolvers: []dns.Resolver{dns.OverTCP(far)}}} {
+	for _, bad := range []Policy{{Upstreams: ups[:1], Default: "nobody"},
+		{Upstreams: ups[:1], Rules: []Rule{mustRule(t, "via b")}},
+		{Upstreams: ups, Default: "a", Resolvers: []dns.Resolver{dns.OverTCP(far)}}} {
 		if err := g.Reload(bad); err == nil {
 			t.Error("taken")
 		}
 	}
 	viaC.send("still here", true)
-	eventually(t, "the echo", func() bool { got, fin := viaC.received(); return got == "still here" && fin })
+	testkit.Eventually(t, "the echo", func() bool { got, fin := viaC.received(); return got == "still here" && fin })
 	if got := g.Upstreams(); len(got) != 2 || got[0].Name != "c" {
 		t.Errorf("%+v", got)
 	}
-	eventually(t, "both lines", func() bool { return len(g.log.lines("no longer configured")) >= 1 && g.Stats().StreamsNow == 0 })
+	testkit.Eventually(t, "both lines", func() bool {
+		return len(g.log.lines("no longer configured")) >= 1 && g.Stats().StreamsNow == 0
+	})
 	g.Close()
 	if err := g.Reload(Policy{Upstreams: ups, Default: "a"}); !errors.Is(err, errNotRunning) {
 		t.Error(err)
@@ -83,7 +88,7 @@ func TestReloadStreams(t *testing.T) {
 
 // A mapping outlives its upstream: the next datagram goes by another one, from the same mapping.
 func TestReloadMappings(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	links := map[string]*fakeLink{}
 	up := func(name string) Upstream {
 		links[name] = &fakeLink{}
@@ -97,21 +102,21 @@ func TestReloadMappings(t *testing.T) {
 	a, b := up("a"), up("b")
 	g := newRig(t, Config{Upstreams: []Upstream{a, b}, Default: "a"}, nil)
 	g.send(appEnd, farEnd, "one")
-	eventually(t, "a's datagram", func() bool { return links["a"].count() == 1 })
+	testkit.Eventually(t, "a's datagram", func() bool { return links["a"].count() == 1 })
 	if err := g.Reload(Policy{Upstreams: []Upstream{a, b}, Default: "b"}); err != nil { // a stays, unused
 		t.Fatal(err)
 	}
 	g.send(appEnd, farEnd, "two")
-	eventually(t, "b's datagram", func() bool { return links["b"].count() == 1 })
+	testkit.Eventually(t, "b's datagram", func() bool { return links["b"].count() == 1 })
 	if links["a"].isClosed() {
 		t.Error("a is configured, and its association ended")
 	}
 	if err := g.Reload(Policy{Upstreams: []Upstream{b}, Default: "b"}); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the end of a's association", links["a"].isClosed)
+	testkit.Eventually(t, "the end of a's association", links["a"].isClosed)
 	g.send(appEnd, farEnd, "three")
-	eventually(t, "b's second datagram", func() bool { return links["b"].count() == 2 })
+	testkit.Eventually(t, "b's second datagram", func() bool { return links["b"].count() == 2 })
 	if s := g.Stats(); s.Mappings != 1 || s.MappingsNow != 1 {
 		t.Errorf("%+v", s)
 	}
@@ -123,7 +128,7 @@ func TestReloadMappings(t *testing.T) {
 // A Reload or Renew that comes just as Run begins has its resolvers asked: Run neither puts the old ones back nor starts the new
 // ones twice.
 func TestReloadAsRunBegins(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	loop, err := relay.NewLoop(relay.Config{})
 	if err != nil {
 		t.Fatal(err)
@@ -147,10 +152,10 @@ func TestReloadAsRunBegins(t *testing.T) {
 	r.reload.Lock()
 	ended := make(chan error, 1)
 	go func() { ended <- r.Run(context.Background()) }()
-	eventually(t, "Run to begin", r.ran.Load)
+	testkit.Eventually(t, "Run to begin", r.ran.Load)
 	r.startDNS(next) // as Reload and Renew do
 	r.reload.Unlock()
-	eventually(t, "Run to end", func() bool { r.cancel(); return len(ended) == 1 })
+	testkit.Eventually(t, "Run to end", func() bool { r.cancel(); return len(ended) == 1 })
 	if r.dns.Load() != next {
 		t.Error("Run has put the old resolvers back")
 	}
@@ -158,7 +163,7 @@ func TestReloadAsRunBegins(t *testing.T) {
 
 // The resolvers' connections end with the upstream that they go by.
 func TestReloadDNS(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	dials := make(chan string, 16)
 	up := func(name string) Upstream {
 		return &fakeUpstream{name: name, dial: func(_ context.Context, d Dest, done func(int, error)) {
@@ -172,7 +177,7 @@ func TestReloadDNS(t *testing.T) {
 	question := strings.Join([]string{"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00", "\x01x\x00", "\x00\x01\x00\x01"}, "")
 	ask := func(want string) {
 		t.Helper()
-		eventually(t, "a dial of "+want, func() bool {
+		testkit.Eventually(t, "a dial of "+want, func() bool {
 			g.send(appEnd, "198.51.100.53:53", question)
 			select {
 			case got := <-dials:
@@ -192,7 +197,8 @@ func TestReloadDNS(t *testing.T) {
 	}
 	ask("b 192.0.2.2:53")
 	old := g.dns.Load()
-	if err := g.Reload(Policy{Upstreams: []Upstream{b}, Default: "b", Rules: []Rule{mustRule(t, "port 25 reject")}, Resolvers: []dns.Resolver{dns.OverTCP(two)}}); err != nil {
+	if err := g.Reload(Policy{Upstreams: []Upstream{b}, Default: "b", Rules: []Rule{mustRule(t, "port 25 reject")},
+		Resolvers: []dns.Resolver{dns.OverTCP(two)}}); err != nil {
 		t.Fatal(err)
 	}
 	if g.dns.Load() != old {
@@ -222,7 +228,7 @@ func TestReloadDNS(t *testing.T) {
 
 // Another network: associations and resolvers' connections are made anew, mappings stay, and nobody has to send first.
 func TestRenew(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	opened := make(chan *fakeLink, 4)
 	dials := make(chan string, 16)
 	a := &fakeUpstream{name: "a",
@@ -246,11 +252,11 @@ func TestRenew(t *testing.T) {
 	)
 	g.send(appEnd, farEnd, "one")
 	first := <-opened
-	eventually(t, "the datagram", func() bool { return first.count() == 1 })
+	testkit.Eventually(t, "the datagram", func() bool { return first.count() == 1 })
 	old := g.dns.Load()
 	g.Renew()
 	<-opened
-	eventually(t, "the end of the first association", first.isClosed)
+	testkit.Eventually(t, "the end of the first association", first.isClosed)
 	if s := g.Stats(); s.Mappings != 1 || s.MappingsNow != 1 || s.Reassociations != 1 {
 		t.Errorf("%+v", s)
 	}
@@ -263,7 +269,7 @@ func TestRenew(t *testing.T) {
 
 // A zero means the same to SetUDP as to New: the default.
 func TestSetUDPDefaults(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	l, err := relay.NewLoop(relay.Config{})
 	if err != nil {
 		t.Fatal(err)

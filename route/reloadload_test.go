@@ -11,13 +11,14 @@ import (
 
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // A thousand reloads, beside streams that are opened and carry bytes and datagrams of several sources: no stream is cut,
 // none that a rule lets pass is refused, no datagram is lost, and none goes where its rule does not send it. The rules
 // change between those that look at the destination alone and those that need more, so that the caches change, too.
 func TestThousandReloads(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	far := echo(t)
 	srv, _, c := newProxy(t, socks.Options{})
 	srv.Redirect(netip.MustParseAddrPort(farEnd), far)
@@ -48,7 +49,7 @@ func TestThousandReloads(t *testing.T) {
 		q := newRequest(fmt.Sprintf("10.0.0.9:%d", i+1), farEnd)
 		g.HandleStream(q)
 		var s *fakeStream
-		eventually(t, "a connection", func() bool { _, _, s = q.outcome(); return s != nil })
+		testkit.Eventually(t, "a connection", func() bool { _, _, s = q.outcome(); return s != nil })
 		open = append(open, s)
 	}
 	burst := []flow.Packet{
@@ -57,7 +58,7 @@ func TestThousandReloads(t *testing.T) {
 	}
 	g.HandlePackets(burst)
 	links := []*fakeLink{u.link(t, 0), u.link(t, 1), u.link(t, 2)}
-	eventually(t, "the links", func() bool { return g.Stats().Pending == 0 })
+	testkit.Eventually(t, "the links", func() bool { return g.Stats().Pending == 0 })
 
 	// The frame reader.
 	ctx, stop := context.WithCancel(context.Background())
@@ -75,7 +76,7 @@ func TestThousandReloads(t *testing.T) {
 				requests = append(requests, q)
 				g.HandleStream(q)
 			}
-			time.Sleep(50 * time.Microsecond)
+			testkit.Pace(50 * time.Microsecond)
 		}
 	})
 	want := ""
@@ -83,7 +84,7 @@ func TestThousandReloads(t *testing.T) {
 		if err := g.Reload(Policy{Upstreams: ups, Default: "tcp", Rules: sets[i%len(sets)]}); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(time.Millisecond)
+		testkit.Pace(time.Millisecond)
 		if i%100 == 0 {
 			want += fmt.Sprintf("%d;", i)
 			for _, s := range open {
@@ -95,7 +96,7 @@ func TestThousandReloads(t *testing.T) {
 	reader.Wait()
 
 	for i, s := range open {
-		eventually(t, "the echo of all bytes", func() bool { got, _ := s.received(); return got == want })
+		testkit.Eventually(t, "the echo of all bytes", func() bool { got, _ := s.received(); return got == want })
 		s.mu.Lock()
 		if s.aborted {
 			t.Errorf("stream %d was cut", i)
@@ -103,7 +104,7 @@ func TestThousandReloads(t *testing.T) {
 		s.mu.Unlock()
 	}
 	for _, q := range requests {
-		eventually(t, "a connection that was asked for meanwhile", func() bool {
+		testkit.Eventually(t, "a connection that was asked for meanwhile", func() bool {
 			_, why, s := q.outcome()
 			if len(why) > 0 {
 				t.Fatalf("refused with %v", why)
@@ -111,7 +112,7 @@ func TestThousandReloads(t *testing.T) {
 			return s != nil
 		})
 	}
-	eventually(t, "every datagram", func() bool {
+	testkit.Eventually(t, "every datagram", func() bool {
 		return links[0].count() == bursts && links[1].count() == bursts && links[2].count() == bursts
 	})
 	s := g.Stats()

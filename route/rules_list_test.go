@@ -28,17 +28,21 @@ func TestList(t *testing.T) {
 	l := mustList(
 		t,
 		"\ufeff# networks\r\n10.0.0.0/8\n  192.0.2.1  # one\n10.2.0.0/16\n11.0.0.0/8\n2001:db8::/33\n2001:db8::5/128\n"+
-			"2001:db9::/64\n\nExample.COM.\n.suffix.example\n*.wild.example\nxn--bcher-kva.example\n255.255.255.255\n0.0.0.0/32\n::/128",
+			"2001:db9::/64\n\nExample.COM.\n.suffix.example\n*.wild.example\nxn--bcher-kva.example\n255.255.255.255\n"+
+			"0.0.0.0/32\n::/128",
 	)
 	if l.lines != 14 || len(l.v4) != 4 || len(l.v6) != 3 {
 		t.Errorf("%d lines, %v, %v", l.lines, l.v4, l.v6)
 	}
 	for at, want := range map[string]bool{
-		"10.0.0.0": true, "10.255.255.255": true, "11.0.0.0": true, "11.255.255.255": true, "9.255.255.255": false, "12.0.0.0": false,
+		"10.0.0.0": true, "10.255.255.255": true, "11.0.0.0": true, "11.255.255.255": true, "9.255.255.255": false,
+		"12.0.0.0":  false,
 		"192.0.2.1": true, "192.0.2.0": false, "192.0.2.2": false, "255.255.255.255": true, "0.0.0.0": true, "0.0.0.1": false,
-		"2001:db8::": true, "2001:db8:7fff:ffff:ffff:ffff:ffff:ffff": true, "2001:db8:8000::": false, "2001:db9::ffff:0:0:1": true,
-		"2001:db9:0:1::": false, "::": true, "::1": false,
-		"example.com": true, "a.example.com": true, "a.b.c.d.e.example.com": true, "xample.com": false, "com": false, "anexample.com": false,
+		"2001:db8::": true, "2001:db8:7fff:ffff:ffff:ffff:ffff:ffff": true, "2001:db8:8000::": false,
+		"2001:db9::ffff:0:0:1": true,
+		"2001:db9:0:1::":       false, "::": true, "::1": false,
+		"example.com": true, "a.example.com": true, "a.b.c.d.e.example.com": true, "xample.com": false, "com": false,
+		"anexample.com":  false,
 		"suffix.example": true, "x.suffix.example": true, "wild.example": true, "x.wild.example": true, "example": false,
 		"xn--bcher-kva.example": true,
 	} {
@@ -101,7 +105,8 @@ func TestListIsWhatItsLinesSay(t *testing.T) {
 				p = netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, byte(rnd.IntN(4)), byte(rnd.IntN(256))}), 20+rnd.IntN(13)).
 					Masked()
 			} else {
-				p = netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, 7: byte(rnd.IntN(3)), 15: byte(rnd.IntN(256))}), 56+rnd.IntN(73)).Masked()
+				p = netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, 7: byte(rnd.IntN(3)), 15: byte(rnd.IntN(256))}),
+					56+rnd.IntN(73)).Masked()
 			}
 			all = append(all, p)
 			fmt.Fprintln(&text, p)

@@ -20,7 +20,8 @@ func TestParseRule(t *testing.T) {
 		{"dst 10.0.0.0/8,fd00::/8 direct", "dst 10.0.0.0/8,fd00::/8 direct"},
 		{"dst 192.0.2.1 reject", "dst 192.0.2.1/32 reject"},
 		{"dst ::ffff:192.0.2.1 reject", "dst 192.0.2.1/32 reject"},
-		{"port 80,6881-6889 proto tcp dst 2001:db8::/32 via a.b-c_d", "proto tcp dst 2001:db8::/32 port 80,6881-6889 via a.b-c_d"},
+		{"port 80,6881-6889 proto tcp dst 2001:db8::/32 via a.b-c_d",
+			"proto tcp dst 2001:db8::/32 port 80,6881-6889 via a.b-c_d"},
 		{"port 7-7 drop", "port 7 drop"},
 		{"name EXAMPLE.com.,.Example.net,*.a?.b reject", "name example.com,.example.net,*.a?.b reject"},
 		{"not dst 10.0.0.0/8 not port 80 src fd00::/8 drop", "src fd00::/8 not dst 10.0.0.0/8 not port 80 drop"},
@@ -125,7 +126,8 @@ func TestRuleMatches(t *testing.T) {
 }
 
 func FuzzParseRule(f *testing.F) {
-	for _, s := range []string{"drop", "proto tcp dst 10.0.0.0/8,fd00::/8 port 1-2,65535 via x", "via direct", "dst ::ffff:1.2.3.4 reject", "port 1"} {
+	for _, s := range []string{"drop", "proto tcp dst 10.0.0.0/8,fd00::/8 port 1-2,65535 via x", "via direct",
+		"dst ::ffff:1.2.3.4 reject", "port 1"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
@@ -174,7 +176,8 @@ func TestConditions(t *testing.T) {
 		{"list=" + file, true, false},
 		{"user 1000", true, false}, {"user 0-999", false, false}, {"user 0", false, false}, {"user 5,900-1100", true, false},
 		{"cgroup a", true, false}, {"cgroup a/b", true, false}, {"cgroup a/b/c", false, false}, {"cgroup a/bc,b", false, false},
-		{"exe /usr/bin/curl", true, false}, {"exe */curl", true, false}, {"exe /usr/bin/cur", false, false}, {"exe *", true, false},
+		{"exe /usr/bin/curl", true, false}, {"exe */curl", true, false}, {"exe /usr/bin/cur", false, false},
+		{"exe *", true, false},
 	} {
 		for _, not := range []bool{false, true} {
 			text := tt.condition + " drop"

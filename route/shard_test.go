@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // testShards is how many shards, and loops, the rigs have.
@@ -80,7 +81,7 @@ func (g *rig) mapping(port uint16, f func(m *mapping)) {
 // TestShardsAreApart: each port has its own shard's writers and loops, from the SYN or the first datagram on, and the limits are
 // those of all shards together.
 func TestShardsAreApart(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	for _, loops := range []int{1, 3, 5} {
 		t.Run(fmt.Sprint(loops, " loops"), func(t *testing.T) {
 			var u manualUpstream
@@ -141,7 +142,7 @@ func TestShardsAreApart(t *testing.T) {
 
 // TestHits: what the shards decided is counted together.
 func TestHits(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	g := newShardRig(t, Config{Rules: []Rule{mustRule(t, "port 9 drop"), mustRule(t, "port 10 drop")}}, 3, 3)
 	for i := range 30 {
 		g.HandlePackets([]flow.Packet{packet(fmt.Sprintf("10.0.0.1:%d", 5000+i), "203.0.113.1:10", "x")})
@@ -154,7 +155,7 @@ func TestHits(t *testing.T) {
 
 // TestShardsFlowsLimit: the limit of flows is that of all shards together.
 func TestShardsFlowsLimit(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var n atomic.Int64
 	u := &fakeUpstream{name: "p", dial: func(ctx context.Context, _ Dest, done func(int, error)) {
 		n.Add(1)

@@ -9,12 +9,13 @@ import (
 
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // When this host has run out of descriptors, programs get no error that speaks of the far end: TCP tries again, datagrams
 // wait. It is said once, and the proxy is not blamed.
 func TestShortage(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	short := fmt.Errorf("cannot make a socket: %w", syscall.EMFILE)
 	tries := 0 // of Run alone
 	link := &fakeLink{}
@@ -45,11 +46,11 @@ func TestShortage(t *testing.T) {
 		}
 	}
 	g.send("10.0.0.1:5000", "203.0.113.1:1000", "a")
-	eventually(t, "the datagram", func() bool { return link.count() == 1 })
+	testkit.Eventually(t, "the datagram", func() bool { return link.count() == 1 })
 	if n := len(g.w.refusals()); n != 0 {
 		t.Errorf("%d datagrams were refused", n)
 	}
-	eventually(t, "a line", func() bool { return len(g.log.lines("run out")) > 0 })
+	testkit.Eventually(t, "a line", func() bool { return len(g.log.lines("run out")) > 0 })
 	if n := len(g.log.lines("run out")); n != 1 {
 		t.Errorf("%d lines", n)
 	}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // clientHello is what a program says first that wants name by TLS.
@@ -65,7 +66,7 @@ func (s *sniffRig) dial(t *testing.T) string {
 	select {
 	case d := <-s.dialed:
 		return d
-	case <-time.After(patience):
+	case <-time.After(testkit.Patience):
 		t.Fatal("nothing was dialled")
 		return ""
 	}
@@ -74,19 +75,19 @@ func (s *sniffRig) dial(t *testing.T) string {
 // opened waits for the SYN to be answered.
 func opened(t *testing.T, q *fakeRequest) (s *fakeStream) {
 	t.Helper()
-	eventually(t, "the handshake", func() bool { _, _, s = q.outcome(); return s != nil })
+	testkit.Eventually(t, "the handshake", func() bool { _, _, s = q.outcome(); return s != nil })
 	return s
 }
 
 // reset waits for RST.
 func (s *fakeStream) reset(t *testing.T) {
 	t.Helper()
-	eventually(t, "RST", func() bool { s.mu.Lock(); defer s.mu.Unlock(); return s.aborted && s.closed })
+	testkit.Eventually(t, "RST", func() bool { s.mu.Lock(); defer s.mu.Unlock(); return s.aborted && s.closed })
 }
 
 // Rules see the name that a flow says, which travels by its address; a flow that is refused then ends by RST.
 func TestSniffRules(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var decisions logBuffer
 	g := newSniffRig(t, Config{Decisions: &decisions}, &Sniff{Ports: []uint16{80, 443}, Wait: time.Hour},
 		"name .bad.example reject", "name .silent.example drop", "name .b.example via b", "name .here.example direct",
@@ -100,7 +101,8 @@ func TestSniffRules(t *testing.T) {
 		{"443", clientHello(t, ""), "a 203.0.113.1:443", `host="" rule=default`},
 		{"80", httpGet("192.0.2.1"), "a 203.0.113.1:80", `host="" rule=default`},
 		{"80", httpGet("b!.b.example"), "a 203.0.113.1:80", `host="" rule=default`},
-		{"443", clientHello(t, "x.bad.example"), "", `host=x.bad.example rule="name .bad.example reject" upstream="" state=rejected`},
+		{"443", clientHello(t, "x.bad.example"), "",
+			`host=x.bad.example rule="name .bad.example reject" upstream="" state=rejected`},
 		{"80", httpGet("silent.example"), "", `host=silent.example rule="name .silent.example drop" upstream="" state=dropped`},
 	} {
 		before := len(g.log.lines(row.line))
@@ -117,12 +119,12 @@ func TestSniffRules(t *testing.T) {
 			}
 		}
 		s.reset(t)
-		eventually(t, row.line, func() bool { return len(g.log.lines(row.line)) == before+1 })
+		testkit.Eventually(t, row.line, func() bool { return len(g.log.lines(row.line)) == before+1 })
 	}
 	if s := g.Stats(); s.Sniffs != 10 || s.Sniffed != 6 || s.StreamsNow != 0 || g.sniffs.bytes.Load() != 0 || len(g.dialed) != 0 {
 		t.Errorf("%+v, %d bytes held", s, g.sniffs.bytes.Load())
 	}
-	eventually(t, "the decisions", func() bool { return len(decisions.lines("")) == 10 })
+	testkit.Eventually(t, "the decisions", func() bool { return len(decisions.lines("")) == 10 })
 	var d decisionLine
 	err := json.Unmarshal([]byte(decisions.lines("")[0]), &d)
 	if err != nil || fmt.Sprint(d.Names) != "[www.b.example]" || d.Verdict != "via b" {
@@ -132,7 +134,7 @@ func TestSniffRules(t *testing.T) {
 
 // What is not asked for its name is dialled before its SYN is answered.
 func TestSniffNeedless(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	const byName = "name x.example via b"
 	for _, row := range []struct {
 		what, dst string
@@ -173,7 +175,7 @@ func TestSniffNeedless(t *testing.T) {
 
 // With Names the proxy is told the name, unless it would mean something else there.
 func TestSniffNames(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	g := newSniffRig(t, Config{Pool: newPool(t)}, &Sniff{Ports: []uint16{443}, Names: true, Wait: time.Hour},
 		"name .here.example direct")
 	for name, dial := range map[string]string{
@@ -201,7 +203,7 @@ func TestSniffNames(t *testing.T) {
 
 // All that the program sends arrives in order, whether it spoke first or its server did, with FIN behind it.
 func TestSniffCarries(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	far := echo(t)
 	srv, _, client := newProxy(t, socks.Options{})
 	srv.Redirect(netip.MustParseAddrPort("203.0.113.1:443"), far)
@@ -226,16 +228,16 @@ func TestSniffCarries(t *testing.T) {
 		}
 		want := strings.Join(parts, "")
 		if parts == nil {
-			eventually(t, "the dial of a silent flow", func() bool {
+			testkit.Eventually(t, "the dial of a silent flow", func() bool {
 				f := g.Flows()
 				return len(f) == 1 && f[0].State == "open"
 			})
 			s.send("late", false)
 			want = "late"
 		}
-		eventually(t, what+": the echo", func() bool { b, fin := s.received(); return b == want && !fin })
+		testkit.Eventually(t, what+": the echo", func() bool { b, fin := s.received(); return b == want && !fin })
 		s.send("", true)
-		eventually(t, what+": FIN", func() bool { b, fin := s.received(); return b == want && fin })
+		testkit.Eventually(t, what+": FIN", func() bool { b, fin := s.received(); return b == want && fin })
 	}
 	// A program that half-closes at once, and one that closes without a word.
 	for _, first := range []string{httpGet("y.example"), "half", ""} {
@@ -243,9 +245,9 @@ func TestSniffCarries(t *testing.T) {
 		g.HandleStream(q)
 		s := opened(t, q)
 		s.send(first, true)
-		eventually(t, "the echo and FIN", func() bool { b, fin := s.received(); return b == first && fin })
+		testkit.Eventually(t, "the echo and FIN", func() bool { b, fin := s.received(); return b == first && fin })
 	}
-	eventually(t, "the end", func() bool { return g.Stats().StreamsNow == 0 })
+	testkit.Eventually(t, "the end", func() bool { return g.Stats().StreamsNow == 0 })
 	if n := g.sniffs.bytes.Load(); n != 0 {
 		t.Errorf("%d bytes are held", n)
 	}
@@ -253,7 +255,7 @@ func TestSniffCarries(t *testing.T) {
 
 // A program that goes away is not dialled for, or its dial is ended.
 func TestSniffGone(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	ended := make(chan struct{}, 1)
 	up := &fakeUpstream{name: "a", dial: func(ctx context.Context, _ Dest, done func(int, error)) {
 		context.AfterFunc(ctx, func() { ended <- struct{}{}; done(-1, ctx.Err()) })
@@ -263,32 +265,34 @@ func TestSniffGone(t *testing.T) {
 	q := newRequest(appEnd, "203.0.113.1:443")
 	q.gone = true
 	g.HandleStream(q)
-	eventually(t, "its line", func() bool { return len(g.log.lines("state=cancelled")) == 1 })
+	testkit.Eventually(t, "its line", func() bool { return len(g.log.lines("state=cancelled")) == 1 })
 
 	rst := func(s *fakeStream) { s.Abort(); s.l.Ready(flow.Hup) }
 	q = newRequest(appEnd, "203.0.113.1:443")
 	g.HandleStream(q)
 	rst(opened(t, q))
-	eventually(t, "the line of a RST before any byte", func() bool { return len(g.log.lines("state=cancelled")) == 2 })
+	testkit.Eventually(t, "the line of a RST before any byte", func() bool { return len(g.log.lines("state=cancelled")) == 2 })
 
 	q = newRequest(appEnd, "203.0.113.1:443")
 	g.HandleStream(q)
 	s := opened(t, q)
 	s.send(httpGet("y.example"), false)
-	eventually(t, "the dial", func() bool {
+	testkit.Eventually(t, "the dial", func() bool {
 		f := g.Flows()
 		return len(f) == 1 && f[0].Host == "y.example" && f[0].State == "dialing"
 	})
 	rst(s)
 	<-ended
-	eventually(t, "the line of a RST while it is dialled", func() bool { return len(g.log.lines("state=cancelled")) == 3 })
+	testkit.Eventually(t, "the line of a RST while it is dialled", func() bool {
+		return len(g.log.lines("state=cancelled")) == 3
+	})
 
 	// The end of the Router ends what waits, and what is dialled.
 	waits, dials := newRequest(appEnd, "203.0.113.1:443"), newRequest(appEnd, "203.0.113.1:443")
 	g.HandleStream(waits)
 	g.HandleStream(dials)
 	opened(t, dials).send(httpGet("y.example"), false)
-	eventually(t, "the dial", func() bool { return len(g.Flows()) == 1 })
+	testkit.Eventually(t, "the dial", func() bool { return len(g.Flows()) == 1 })
 	g.Close()
 	opened(t, waits).reset(t)
 	opened(t, dials).reset(t)
@@ -304,7 +308,7 @@ func TestSniffGone(t *testing.T) {
 
 // The name and the owner of a flow are both found, in either order.
 func TestSniffAndOwner(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	owners := &fakeOwners{}
 	owners.set("10.0.0.1:1", flow.Owner{Known: true, UID: 1000})
 	owners.set("10.0.0.1:2", flow.Owner{Known: true, UID: 1001})
@@ -335,7 +339,7 @@ func TestSniffAndOwner(t *testing.T) {
 
 // There is a bound on the flows that are asked, and on the bytes that are held of them.
 func TestSniffLimit(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	g := newSniffRig(t, Config{}, &Sniff{Ports: []uint16{443}, Wait: time.Hour}, "name x.example via b")
 	for range maxSniffs {
 		g.HandleStream(newRequest(appEnd, "203.0.113.1:443"))
@@ -352,7 +356,10 @@ func TestSniffLimit(t *testing.T) {
 	g = newSniffRig(t, Config{}, &Sniff{Ports: []uint16{443}, Wait: time.Hour}, "name x.example via b")
 	g.sniffs.bytes.Store(maxSniffed)
 	g.HandleStream(over)
-	eventually(t, "a refusal", func() bool { _, why, _ := over.outcome(); return len(why) == 2 && why[1] == flow.RefuseLater })
+	testkit.Eventually(t, "a refusal", func() bool {
+		_, why, _ := over.outcome()
+		return len(why) == 2 && why[1] == flow.RefuseLater
+	})
 }
 
 // nameMatters agrees with what names do: where it says no, no name changes what is done.

@@ -69,8 +69,9 @@ func TestParseZone(t *testing.T) {
 			Resolvers: []dns.Resolver{dns.OverTCP(at("10.0.0.53:54")), dns.OverTCP(at("[2001:db8::1]:53"))}},
 		".lan=direct:udp://10.0.0.53,direct:tcp://10.0.0.54": {Suffix: "lan",
 			Direct: []dns.DirectServer{{Addr: at("10.0.0.53:53")}, {Addr: at("10.0.0.54:53"), TCP: true}}},
-		"lan=direct":                             {Suffix: "lan"},
-		"10.in-addr.arpa=direct:udp://127.0.0.1": {Suffix: "10.in-addr.arpa", Direct: []dns.DirectServer{{Addr: at("127.0.0.1:53")}}},
+		"lan=direct": {Suffix: "lan"},
+		"10.in-addr.arpa=direct:udp://127.0.0.1": {Suffix: "10.in-addr.arpa",
+			Direct: []dns.DirectServer{{Addr: at("127.0.0.1:53")}}},
 	} {
 		z, err := ParseZone(text)
 		if err != nil || !reflect.DeepEqual(z, want) {
@@ -81,9 +82,11 @@ func TestParseZone(t *testing.T) {
 		}
 	}
 	for _, text := range []string{
-		"", "corp.example", "corp.example=", "=tcp://10.0.0.53", "a b=direct", "x..y=direct", "localhost=direct", "a.localhost=direct",
+		"", "corp.example", "corp.example=", "=tcp://10.0.0.53", "a b=direct", "x..y=direct", "localhost=direct",
+		"a.localhost=direct",
 		"a=10.0.0.53", "a=udp://10.0.0.53", "a=direct:10.0.0.53", "a=direct,direct:udp://10.0.0.53", "a=tcp://10.0.0.53:0",
-		"a=tcp://0.0.0.0", "a=tcp://224.0.0.1", "a=direct:udp://198.18.0.1", "a=tcp://10.0.0.53,direct:udp://10.0.0.53", "*=direct",
+		"a=tcp://0.0.0.0", "a=tcp://224.0.0.1", "a=direct:udp://198.18.0.1", "a=tcp://10.0.0.53,direct:udp://10.0.0.53",
+		"*=direct",
 		"a=tcp://[fe80::1%25eth0]",
 	} {
 		if z, err := ParseZone(text); err == nil || !strings.HasPrefix(err.Error(), "must ") {

@@ -19,6 +19,7 @@ import (
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 const (
@@ -52,7 +53,7 @@ func echo(t testing.TB) netip.AddrPort {
 func refusal(t *testing.T, q *fakeRequest) flow.Refusal {
 	t.Helper()
 	var why []flow.Refusal
-	eventually(t, "a refusal", func() bool { _, why, _ = q.outcome(); return len(why) > 0 })
+	testkit.Eventually(t, "a refusal", func() bool { _, why, _ = q.outcome(); return len(why) > 0 })
 	if len(why) > 1 {
 		t.Errorf("rejected %d times: %v", len(why), why)
 	}
@@ -60,7 +61,7 @@ func refusal(t *testing.T, q *fakeRequest) flow.Refusal {
 }
 
 func TestStreamCarried(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	far := echo(t)
 	srv, _, client := newProxy(t, socks.Options{})
 	srv.Redirect(netip.MustParseAddrPort(farEnd), far)
@@ -70,15 +71,15 @@ func TestStreamCarried(t *testing.T) {
 		q := newRequest(appEnd, dst)
 		g.HandleStream(q)
 		var s *fakeStream
-		eventually(t, "the grant", func() bool { _, _, s = q.outcome(); return s != nil })
+		testkit.Eventually(t, "the grant", func() bool { _, _, s = q.outcome(); return s != nil })
 		s.send("hello", true)
-		eventually(t, "the echo and FIN", func() bool { b, fin := s.received(); return b == "hello" && fin })
+		testkit.Eventually(t, "the echo and FIN", func() bool { b, fin := s.received(); return b == "hello" && fin })
 	}
-	eventually(t, "the end", func() bool { return g.Stats().StreamsNow == 0 })
+	testkit.Eventually(t, "the end", func() bool { return g.Stats().StreamsNow == 0 })
 	format := regexp.MustCompile(
 		`level=INFO msg=flow flow=\d+ proto=tcp src=10\.0\.0\.1:4000 dst=\S+ host="" rule=default upstream=p state=closed up=5 down=5 dur=\S+ err=""\n`,
 	)
-	eventually(t, "a line for each flow", func() bool { return len(g.log.lines("msg=flow")) == 3 })
+	testkit.Eventually(t, "a line for each flow", func() bool { return len(g.log.lines("msg=flow")) == 3 })
 	for _, line := range g.log.lines("msg=flow") {
 		if !format.MatchString(line) {
 			t.Errorf("log line %q", line)
@@ -90,7 +91,7 @@ func TestStreamCarried(t *testing.T) {
 }
 
 func TestStreamReplies(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	srv, _, client := newProxy(t, socks.Options{})
 	_, hasty := newClient(t, srv.URL(), socks.Options{HandshakeTimeout: 300 * time.Millisecond})
 	g := newRig(t, Config{
@@ -134,15 +135,15 @@ func TestStreamReplies(t *testing.T) {
 		if got := refusal(t, q); got != tt.want {
 			t.Errorf("%s: %v, want %v", tt.name, got, tt.want)
 		}
-		eventually(t, tt.name+": its line", func() bool { return len(g.log.lines(state)) == before+1 })
-		eventually(t, "all lines", func() bool {
+		testkit.Eventually(t, tt.name+": its line", func() bool { return len(g.log.lines(state)) == before+1 })
+		testkit.Eventually(t, "all lines", func() bool {
 			return g.Stats().StreamsNow == 0 && len(g.log.lines("msg=flow")) == int(g.Stats().Streams)
 		})
 	}
 }
 
 func TestStreamVerdicts(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	dials := make(chan Dest, 10)
 	up := &fakeUpstream{name: "p", dial: func(_ context.Context, d Dest, done func(int, error)) {
 		dials <- d
@@ -167,7 +168,8 @@ func TestStreamVerdicts(t *testing.T) {
 		{"203.0.113.1:25", flow.RefuseReset, "", `rule="port 25 reject" upstream="" state=rejected`},
 		{"203.0.113.1:26", flow.RefuseSilent, "", `rule="port 26 drop" upstream="" state=dropped`},
 		{"203.0.113.1:80", flow.RefuseReset, "203.0.113.1:80", `rule="dst 203.0.113.0/24 via p" upstream=p state=refused`},
-		{"198.51.100.1:80", flow.RefuseReset, "", `rule=none upstream="" state=rejected up=0 down=0 dur=0s err="no rule matches and there is no default"`},
+		{"198.51.100.1:80", flow.RefuseReset, "",
+			`rule=none upstream="" state=rejected up=0 down=0 dur=0s err="no rule matches and there is no default"`},
 		{"224.0.0.1:80", flow.RefuseNet, "", `state=refused`},
 		{"10.9.9.9:53", flow.RefuseReset, "192.0.2.53:5353", `dst=10.9.9.9:53 host="" rule="dst 192.0.2.53/32 via p"`},
 	} {
@@ -185,34 +187,34 @@ func TestStreamVerdicts(t *testing.T) {
 		if dial != tt.dial {
 			t.Errorf("%s: dialled %q, want %q", tt.dst, dial, tt.dial)
 		}
-		eventually(t, tt.line, func() bool { return len(g.log.lines(tt.line)) > 0 })
+		testkit.Eventually(t, tt.line, func() bool { return len(g.log.lines(tt.line)) > 0 })
 	}
 }
 
 func TestStreamCancelled(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	srv, _, client := newProxy(t, socks.Options{})
 	srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Silence() })
 	g := newRig(t, Config{Upstreams: []Upstream{NewSOCKS("p", client)}, Default: "p"}, nil)
 	q := newRequest(appEnd, farEnd)
 	g.HandleStream(q)
-	eventually(t, "the request", func() bool { return srv.Stats().Requests == 1 })
+	testkit.Eventually(t, "the request", func() bool { return srv.Stats().Requests == 1 })
 	if f := g.Flows(); len(f) != 1 || f[0].State != "dialing" || f[0].Upstream != "p" || f[0].ID == 0 {
 		t.Errorf("flows: %+v", f)
 	}
 	q.giveUp()
-	eventually(t, "the proxy to be left", func() bool { return srv.Stats().Open == 0 })
-	eventually(t, "the line", func() bool { return len(g.log.lines("state=cancelled")) == 1 })
+	testkit.Eventually(t, "the proxy to be left", func() bool { return srv.Stats().Open == 0 })
+	testkit.Eventually(t, "the line", func() bool { return len(g.log.lines("state=cancelled")) == 1 })
 	gone := newRequest(appEnd, farEnd) // gave up before we looked
 	gone.gone = true
 	g.HandleStream(gone)
-	eventually(t, "the second line", func() bool { return len(g.log.lines("state=cancelled")) == 2 })
-	eventually(t, "no flow to be left", func() bool { return g.Stats().StreamsNow == 0 })
+	testkit.Eventually(t, "the second line", func() bool { return len(g.log.lines("state=cancelled")) == 2 })
+	testkit.Eventually(t, "no flow to be left", func() bool { return g.Stats().StreamsNow == 0 })
 }
 
 // A grant that comes for an app that has gone is given back.
 func TestStreamGrantedTooLate(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var done func(int, error)
 	up := &fakeUpstream{name: "p", dial: func(_ context.Context, _ Dest, d func(int, error)) { done = d }}
 	g := newRig(t, Config{Upstreams: []Upstream{up}, Default: "p"}, nil)
@@ -235,7 +237,7 @@ func TestStreamGrantedTooLate(t *testing.T) {
 
 // Neither a pending dial nor an idle flow holds a goroutine.
 func TestStreamGoroutines(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	const many = 300
 	far := echo(t)
 	var pending []func(int, error)
@@ -244,7 +246,7 @@ func TestStreamGoroutines(t *testing.T) {
 		dial: func(_ context.Context, d Dest, done func(int, error)) { pending = append(pending, done) },
 	}
 	g := newRig(t, Config{Upstreams: []Upstream{up}, Default: "p"}, nil)
-	time.Sleep(20 * time.Millisecond)
+	testkit.Settle(20*time.Millisecond, "all goroutines of the rig have begun")
 	before := runtime.NumGoroutine()
 	var reqs []*fakeRequest
 	for range many {
@@ -252,7 +254,7 @@ func TestStreamGoroutines(t *testing.T) {
 		reqs = append(reqs, q)
 		g.HandleStream(q)
 	}
-	eventually(t, "no goroutine for a pending dial", func() bool { return runtime.NumGoroutine() <= before+2 })
+	testkit.Eventually(t, "no goroutine for a pending dial", func() bool { return runtime.NumGoroutine() <= before+2 })
 	for _, done := range pending {
 		fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
 		if err != nil {
@@ -265,10 +267,10 @@ func TestStreamGoroutines(t *testing.T) {
 		done(fd, nil)
 	}
 	for _, q := range reqs {
-		eventually(t, "the grant", func() bool { _, _, s := q.outcome(); return s != nil })
+		testkit.Eventually(t, "the grant", func() bool { _, _, s := q.outcome(); return s != nil })
 	}
 	// The echo server has one goroutine for each connection.
-	eventually(t, "no goroutine for an idle flow", func() bool { return runtime.NumGoroutine() <= before+many+2 })
+	testkit.Eventually(t, "no goroutine for an idle flow", func() bool { return runtime.NumGoroutine() <= before+many+2 })
 	if f := g.Flows(); len(f) != many || f[0].State != "open" ||
 		!slices.IsSortedFunc(f, func(a, b FlowInfo) int { return int(a.ID) - int(b.ID) }) {
 		t.Errorf("%d flows, the first %+v", len(f), f[0])
@@ -280,7 +282,7 @@ func TestStreamGoroutines(t *testing.T) {
 }
 
 func TestStreamLimit(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	up := &fakeUpstream{name: "p", dial: func(ctx context.Context, _ Dest, done func(int, error)) {
 		context.AfterFunc(ctx, func() { done(-1, ctx.Err()) })
 	}}
@@ -308,7 +310,7 @@ func TestStreamLimit(t *testing.T) {
 
 // A proxy that is down is logged once and not for each flow, and once when it is back.
 func TestStreamProxyDown(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	err := error(&socks.ServerError{Server: "socks5://192.0.2.1:1080", Op: socks.OpConnect, Err: syscall.ECONNREFUSED})
 	up := &fakeUpstream{name: "p", dial: func(_ context.Context, _ Dest, done func(int, error)) { done(-1, err) }}
 	g := newRig(t, Config{Upstreams: []Upstream{up}, Default: "p"}, nil)
@@ -326,7 +328,7 @@ func TestStreamProxyDown(t *testing.T) {
 	for range 20 {
 		g.HandleStream(newRequest(appEnd, farEnd))
 	}
-	eventually(t, "the flows' lines", func() bool { return len(g.log.lines("msg=flow")) == 40 })
+	testkit.Eventually(t, "the flows' lines", func() bool { return len(g.log.lines("msg=flow")) == 40 })
 	if down, up := g.log.lines("does not work for TCP"), g.log.lines("works again for TCP"); len(down) != 1 || len(up) != 1 ||
 		!strings.Contains(down[0], "connection refused") {
 		t.Errorf("down: %q, up: %q", down, up)

@@ -8,11 +8,12 @@ import (
 	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // TestAskTor: questions for addresses are answered by the RESOLVE of a Tor.
 func TestAskTor(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	srv, _, _ := newProxy(
 		t,
 		socks.Options{},

@@ -15,6 +15,7 @@ import (
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 func datagram(src, dst, payload string) flow.Packet {
@@ -56,7 +57,7 @@ func newFar(t testing.TB, srv *sockstest.Server, as string) *far {
 func (f *far) read() (string, net.Addr) {
 	f.t.Helper()
 	b := make([]byte, 65536)
-	_ = f.SetReadDeadline(time.Now().Add(patience))
+	_ = f.SetReadDeadline(time.Now().Add(testkit.Patience))
 	n, from, err := f.ReadFrom(b)
 	if err != nil {
 		f.t.Fatal(err)
@@ -73,7 +74,7 @@ func (f *far) write(to net.Addr, s string) {
 
 func (g *rig) wantPacket(t *testing.T, src, dst, payload string) {
 	t.Helper()
-	eventually(t, payload+" from "+src, func() bool {
+	testkit.Eventually(t, payload+" from "+src, func() bool {
 		for _, p := range g.w.packets() {
 			if string(p.Payload) == payload {
 				if p.Src.String() != src || p.Dst.String() != dst {
@@ -88,7 +89,7 @@ func (g *rig) wantPacket(t *testing.T, src, dst, payload string) {
 
 // One mapping for an app endpoint, whatever it talks to; and whoever answers is heard, under its own address.
 func TestUDPEndpointIndependent(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	srv, _, client := newProxy(t, socks.Options{})
 	one := newFar(t, srv, "203.0.113.1:1000")
 	two := newFar(t, srv, "[2001:db8::2]:2000")
@@ -140,12 +141,12 @@ func TestUDPEndpointIndependent(t *testing.T) {
 
 // A server without UDP: each datagram is refused at once, one log line, and it is not asked again for a while.
 func TestUDPRefusedByServer(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	srv, _, client := newProxy(t, socks.Options{})
 	srv.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Reply(7) })
 	g := newRig(t, Config{Upstreams: []Upstream{NewSOCKS("p", client)}, Default: "p"}, func(r *Router) { r.noUDP = time.Hour })
 	g.send("10.0.0.1:5000", "203.0.113.1:1000", "a", "b")
-	eventually(t, "refusals of what waited", func() bool { return len(g.w.refusals()) == 2 })
+	testkit.Eventually(t, "refusals of what waited", func() bool { return len(g.w.refusals()) == 2 })
 	for i := range 50 {
 		g.send(fmt.Sprintf("10.0.0.1:%d", 6000+i), "203.0.113.1:1000", "c")
 	}
@@ -160,7 +161,7 @@ func TestUDPRefusedByServer(t *testing.T) {
 	if s := g.Stats(); s.MappingsNow != 0 || srv.Stats().Requests != 1 {
 		t.Errorf("%d mappings are left, the server was asked %d times", s.MappingsNow, srv.Stats().Requests)
 	}
-	eventually(t, "the flow's line", func() bool { return len(g.log.lines("state=refused")) == 1 })
+	testkit.Eventually(t, "the flow's line", func() bool { return len(g.log.lines("state=refused")) == 1 })
 	if n := len(g.log.lines("does not work for UDP")); n != 1 {
 		t.Errorf("%d lines", n)
 	}
@@ -175,7 +176,7 @@ func TestUDPRefusedByServer(t *testing.T) {
 
 // The control connection ends: the mapping stays, what is sent meanwhile waits, and the app notices nothing.
 func TestUDPReassociation(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	srv, _, client := newProxy(t, socks.Options{})
 	one := newFar(t, srv, "203.0.113.1:1000")
 	g := newRig(t, Config{Upstreams: []Upstream{NewSOCKS("p", client)}, Default: "p"}, nil)
@@ -186,7 +187,7 @@ func TestUDPReassociation(t *testing.T) {
 		gate.Add(1)
 		srv.SetFault(func(sockstest.Request) sockstest.Fault { gate.Wait(); return sockstest.Fault{} })
 		srv.CutAll(end)
-		eventually(t, "the loss to be noticed", func() bool { return g.Stats().Reassociations == uint64(i+1) })
+		testkit.Eventually(t, "the loss to be noticed", func() bool { return g.Stats().Reassociations == uint64(i+1) })
 		g.send("10.0.0.1:5000", "203.0.113.1:1000", "meanwhile")
 		gate.Done()
 		got, ext := one.read()
@@ -228,7 +229,7 @@ func (u *manualUpstream) upstream(name string) Upstream {
 
 func (u *manualUpstream) ask(t testing.TB, i int) manualAsk {
 	t.Helper()
-	eventually(t, fmt.Sprintf("association %d to be asked for", i), func() bool { return u.count() > i })
+	testkit.Eventually(t, fmt.Sprintf("association %d to be asked for", i), func() bool { return u.count() > i })
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	return u.asks[i]
@@ -249,7 +250,7 @@ func (u *manualUpstream) endAll() {
 }
 
 func TestUDPQueueBounds(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var u manualUpstream
 	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p"}, nil)
 	for i := range 200 {
@@ -262,7 +263,7 @@ func TestUDPQueueBounds(t *testing.T) {
 	a, b := &fakeLink{}, &fakeLink{}
 	u.ask(t, 0).done(a, nil)
 	u.ask(t, 1).done(b, nil)
-	eventually(t, "what waited to be sent", func() bool { return a.count() == queueLen && b.count() == 2 })
+	testkit.Eventually(t, "what waited to be sent", func() bool { return a.count() == queueLen && b.count() == 2 })
 	if first, last := string(a.sent[0].Payload), string(a.sent[queueLen-1].Payload); first != "136" || last != "199" {
 		t.Errorf("sent %s to %s: the newest should have stayed", first, last)
 	}
@@ -278,7 +279,7 @@ func TestUDPQueueBounds(t *testing.T) {
 
 // The verdict is taken for each destination inside a mapping.
 func TestUDPVerdictForEachDestination(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var p, q manualUpstream
 	began := time.Now()
 	g := newRig(t, Config{
@@ -290,14 +291,15 @@ func TestUDPVerdictForEachDestination(t *testing.T) {
 		},
 	}, nil)
 	var burst []flow.Packet
-	for i, dst := range []string{"203.0.113.1:1", "203.0.113.2:1", "203.0.113.3:1", "203.0.113.4:1", "224.0.0.1:1", "203.0.113.1:1", "203.0.113.1:2", "[ff02::1]:5", "203.0.113.4:0"} {
+	for i, dst := range []string{"203.0.113.1:1", "203.0.113.2:1", "203.0.113.3:1", "203.0.113.4:1", "224.0.0.1:1",
+		"203.0.113.1:1", "203.0.113.1:2", "[ff02::1]:5", "203.0.113.4:0"} {
 		burst = append(burst, datagram("10.0.0.1:5000", dst, fmt.Sprint(i)))
 	}
 	g.HandlePackets(burst)
 	lp, lq := &fakeLink{}, &fakeLink{}
 	p.ask(t, 0).done(lp, nil)
 	q.ask(t, 0).done(lq, nil)
-	eventually(t, "the datagrams", func() bool { return lp.count() == 3 && lq.count() == 1 })
+	testkit.Eventually(t, "the datagrams", func() bool { return lp.count() == 3 && lq.count() == 1 })
 	g.HandlePackets(burst) // and now on open links: one Send for the run of two
 	if lp.count() != 6 || lq.count() != 2 || lp.calls != 3 || lq.calls != 2 {
 		t.Errorf("p: %d datagrams in %d calls, q: %d in %d", lp.count(), lp.calls, lq.count(), lq.calls)
@@ -305,7 +307,7 @@ func TestUDPVerdictForEachDestination(t *testing.T) {
 	if s := g.Stats(); s.Mappings != 1 || s.Refused != 8 || s.Dropped != 2 {
 		t.Errorf("%+v", s)
 	}
-	eventually(t, "one line for what is rejected", func() bool { return len(g.log.lines("state=rejected")) > 0 })
+	testkit.Eventually(t, "one line for what is rejected", func() bool { return len(g.log.lines("state=rejected")) > 0 })
 	if n, most := len(g.log.lines("state=rejected")), 1+int(time.Since(began).Seconds()); n > most {
 		t.Errorf("%d lines for what is rejected", n)
 	}
@@ -318,7 +320,7 @@ func TestUDPVerdictForEachDestination(t *testing.T) {
 
 // The proxy is down: retries with back-off, datagrams first wait and then are refused, and one log line.
 func TestUDPProxyDown(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	srv, err := sockstest.Listen("tcp", "127.0.0.1:0", sockstest.WithRedirectsOnly())
 	if err != nil {
 		t.Fatal(err)
@@ -330,7 +332,7 @@ func TestUDPProxyDown(t *testing.T) {
 		r.retryFirst, r.retryMax = 10*time.Millisecond, 40*time.Millisecond
 	})
 	g.send("10.0.0.1:5000", "203.0.113.1:1000", "a")
-	eventually(t, "the refusal of what waited", func() bool { return len(g.w.refusals()) == 1 })
+	testkit.Eventually(t, "the refusal of what waited", func() bool { return len(g.w.refusals()) == 1 })
 	g.send("10.0.0.1:5000", "203.0.113.1:1000", "b")
 	if why := g.w.refusals(); len(why) != 2 || why[1] != flow.RefuseNet {
 		t.Errorf("%v", why)
@@ -343,7 +345,7 @@ func TestUDPProxyDown(t *testing.T) {
 	}
 	defer srv.Close()
 	one := newFar(t, srv, "203.0.113.1:1000")
-	eventually(t, "the association", func() bool { return g.Flows()[0].State == "open" })
+	testkit.Eventually(t, "the association", func() bool { return g.Flows()[0].State == "open" })
 	g.send("10.0.0.1:5000", "203.0.113.1:1000", "c")
 	got, back := one.read()
 	if got != "c" {
@@ -353,7 +355,7 @@ func TestUDPProxyDown(t *testing.T) {
 		t.Errorf("it is said to work before an answer came: %d lines", n)
 	}
 	one.write(back, "answer")
-	eventually(t, "both lines", func() bool {
+	testkit.Eventually(t, "both lines", func() bool {
 		return len(g.log.lines("does not work for UDP")) == 1 && len(g.log.lines("works again for UDP")) == 1
 	})
 	if s := g.Stats(); s.Mappings != 1 {
@@ -364,30 +366,27 @@ func TestUDPProxyDown(t *testing.T) {
 
 // Associations are opened so many at a time; those whose mapping has ended are not opened at all.
 func TestUDPPendingLimit(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var u manualUpstream
 	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p", Limits: Limits{Associations: 2}}, nil)
 	for i := range 5 {
 		g.send(fmt.Sprintf("10.0.0.1:%d", 5000+i), "203.0.113.1:1000", "a")
 	}
 	u.ask(t, 1)
-	time.Sleep(50 * time.Millisecond)
-	if n := u.count(); n != 2 {
-		t.Fatalf("%d at a time", n)
-	}
+	testkit.Never(t, 50*time.Millisecond, "more than two were asked for at a time", func() bool { return u.count() != 2 })
 	g.HandleUnreachable(netip.MustParseAddrPort("10.0.0.1:5002"))
 	u.ask(t, 0).done(&fakeLink{}, nil)
 	link := &fakeLink{}
 	u.ask(t, 2).done(link, nil)
-	eventually(t, "the fourth to be served", func() bool { return link.count() == 1 })
+	testkit.Eventually(t, "the fourth to be served", func() bool { return link.count() == 1 })
 	g.HandleUnreachable(netip.MustParseAddrPort("10.0.0.1:5003"))
-	eventually(t, "its link to be closed", link.isClosed)
+	testkit.Eventually(t, "its link to be closed", link.isClosed)
 	u.endAll()
 }
 
 // A link that fails before it was handed over, or is handed over too late, is closed.
 func TestUDPOddEnds(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var u manualUpstream
 	g := newRig(
 		t,
@@ -399,12 +398,12 @@ func TestUDPOddEnds(t *testing.T) {
 	first.closed(nil)
 	link := &fakeLink{}
 	first.done(link, nil)
-	eventually(t, "the dead link to be closed", link.isClosed)
+	testkit.Eventually(t, "the dead link to be closed", link.isClosed)
 	second := u.ask(t, 1)
 	g.HandleUnreachable(netip.MustParseAddrPort("10.0.0.1:5000"))
 	late := &fakeLink{}
 	second.done(late, nil)
-	eventually(t, "the late link to be closed", late.isClosed)
+	testkit.Eventually(t, "the late link to be closed", late.isClosed)
 	first.closed(nil) // says it twice
 	g.send("10.0.0.1:5001", "203.0.113.1:1000", "a")
 	third := u.ask(t, 2)
@@ -416,7 +415,7 @@ func TestUDPOddEnds(t *testing.T) {
 }
 
 func TestUDPDirect(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	_, d, _ := newProxy(t, socks.Options{})
 	marked := 0
 	u := NewDirect(d, func(fd int) error { marked++; return nil })
@@ -456,7 +455,7 @@ func TestUDPDirect(t *testing.T) {
 			if want := c.LocalAddr().String() + " hello you"; s != want {
 				t.Errorf("got %q, want %q", s, want)
 			}
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			t.Fatal("nothing came back")
 		}
 	}
@@ -464,7 +463,7 @@ func TestUDPDirect(t *testing.T) {
 
 // Port 53 is answered over TCP through the proxy, from the address that was asked.
 func TestUDPResolver(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

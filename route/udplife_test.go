@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 type fakeSockets struct {
@@ -75,7 +76,7 @@ func (g *rig) age(by time.Duration) {
 }
 
 func TestUDPLife(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	const pinnedFor = 50 * time.Millisecond
 	var u manualUpstream
 	pinned := netip.MustParseAddrPort("10.0.0.1:5001")
@@ -94,7 +95,7 @@ func TestUDPLife(t *testing.T) {
 	for i := range links {
 		u.ask(t, i).done(links[i], nil)
 	}
-	eventually(t, "the DNS mapping to end", func() bool { return g.Stats().MappingsNow == 2 })
+	testkit.Eventually(t, "the DNS mapping to end", func() bool { return g.Stats().MappingsNow == 2 })
 	for _, f := range g.Flows() {
 		if f.Dst.Port() == 53 {
 			t.Errorf("not the DNS mapping: %+v", f)
@@ -102,20 +103,20 @@ func TestUDPLife(t *testing.T) {
 	}
 	begin := time.Now()
 	g.age(time.Hour)
-	eventually(t, "the mapping without a socket to end", func() bool { return g.Stats().MappingsNow == 1 })
-	time.Sleep(300 * time.Millisecond)
-	if f := g.Flows(); len(f) != 1 || f[0].Src != pinned {
-		t.Fatalf("%+v", f)
-	}
+	testkit.Eventually(t, "the mapping without a socket to end", func() bool { return g.Stats().MappingsNow == 1 })
+	testkit.Never(t, 300*time.Millisecond, "the mapping that has a socket ended", func() bool {
+		f := g.Flows()
+		return len(f) != 1 || f[0].Src != pinned
+	})
 	sockets.mu.Lock()
 	if most := 6 + int(time.Since(begin)/pinnedFor); sockets.asks > most { // three of them at the new mappings
 		t.Errorf("the sockets were asked about %d times, more than %d", sockets.asks, most)
 	}
 	delete(sockets.has, pinned)
 	sockets.mu.Unlock()
-	eventually(t, "the last one to end", func() bool { return g.Stats().MappingsNow == 0 })
+	testkit.Eventually(t, "the last one to end", func() bool { return g.Stats().MappingsNow == 0 })
 	for i, l := range links {
-		eventually(t, fmt.Sprint("link ", i, " to be closed"), l.isClosed)
+		testkit.Eventually(t, fmt.Sprint("link ", i, " to be closed"), l.isClosed)
 	}
 	if s := g.Stats(); s.MappingsExpired != 3 {
 		t.Errorf("%+v", s)
@@ -124,7 +125,7 @@ func TestUDPLife(t *testing.T) {
 
 // A datagram that comes while the socket is asked about keeps the mapping.
 func TestUDPLifeRace(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var u manualUpstream
 	sockets := &fakeSockets{}
 	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p", Sockets: sockets}, func(r *Router) {
@@ -138,7 +139,11 @@ func TestUDPLifeRace(t *testing.T) {
 	sockets.mu.Unlock()
 	g.send("10.0.0.1:5000", "203.0.113.1:1000", "a")
 	u.ask(t, 0).done(&fakeLink{}, nil)
-	eventually(t, "three questions", func() bool { sockets.mu.Lock(); defer sockets.mu.Unlock(); return sockets.asks >= 3 })
+	testkit.Eventually(t, "three questions", func() bool {
+		sockets.mu.Lock()
+		defer sockets.mu.Unlock()
+		return sockets.asks >= 3
+	})
 	if s := g.Stats(); s.Mappings != 1 || s.MappingsExpired != 0 {
 		t.Errorf("%+v", s)
 	}
@@ -146,7 +151,7 @@ func TestUDPLifeRace(t *testing.T) {
 
 // A connected socket refuses strangers by ICMP: that must not end its mapping.
 func TestUDPUnreachableByConnected(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var u manualUpstream
 	app := netip.MustParseAddrPort("10.0.0.1:5000")
 	sockets := &fakeSockets{has: map[netip.AddrPort]bool{app: true}}
@@ -158,8 +163,8 @@ func TestUDPUnreachableByConnected(t *testing.T) {
 		g.HandleUnreachable(app)
 	}
 	asked := func() int { sockets.mu.Lock(); defer sockets.mu.Unlock(); return sockets.asks }
-	eventually(t, "a look at the socket", func() bool { return asked() > 1 }) // the first was at the new mapping
-	time.Sleep(20 * time.Millisecond)
+	testkit.Eventually(t, "a look at the socket", func() bool { return asked() > 1 }) // the first was at the new mapping
+	testkit.Pace(20 * time.Millisecond)                                               // more looks would come by now
 	if s := g.Stats(); s.MappingsNow != 1 || asked() > 2+int(time.Since(begin)/time.Duration(askGone)) {
 		t.Errorf("%d mappings, %d looks at the socket", s.MappingsNow, asked())
 	}
@@ -168,12 +173,12 @@ func TestUDPUnreachableByConnected(t *testing.T) {
 	sockets.mu.Unlock()
 	g.mapping(5000, func(m *mapping) { m.askedGone = 0 })
 	g.HandleUnreachable(app)
-	eventually(t, "the mapping to end", func() bool { return g.Stats().MappingsNow == 0 })
+	testkit.Eventually(t, "the mapping to end", func() bool { return g.Stats().MappingsNow == 0 })
 }
 
 // A burst mixes app endpoints: each gets its own mapping and association.
 func TestUDPMixedBurst(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var u manualUpstream
 	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p"}, nil)
 	var burst []flow.Packet
@@ -184,7 +189,7 @@ func TestUDPMixedBurst(t *testing.T) {
 	a, b := &fakeLink{}, &fakeLink{}
 	u.ask(t, 0).done(a, nil)
 	u.ask(t, 1).done(b, nil)
-	eventually(t, "the datagrams", func() bool { return a.count() == 4 && b.count() == 2 })
+	testkit.Eventually(t, "the datagrams", func() bool { return a.count() == 4 && b.count() == 2 })
 	for _, l := range []*fakeLink{a, b} {
 		for _, p := range l.sent {
 			if p.Src != l.sent[0].Src {
@@ -195,7 +200,7 @@ func TestUDPMixedBurst(t *testing.T) {
 }
 
 func TestUDPUnreachableAndEviction(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var u manualUpstream
 	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p", Limits: Limits{Mappings: 3}}, nil)
 	links := []*fakeLink{{}, {}, {}, {}}
@@ -211,25 +216,25 @@ func TestUDPUnreachableAndEviction(t *testing.T) {
 	g.mapping(5000, func(m *mapping) { m.lastDown.Store(g.now()) })
 	g.send("10.0.0.1:5009", "203.0.113.1:1000", "a")
 	u.ask(t, 3).done(links[3], nil)
-	eventually(t, "the second link to be closed", links[1].isClosed)
+	testkit.Eventually(t, "the second link to be closed", links[1].isClosed)
 	if s := g.Stats(); s.MappingsEvicted != 1 || links[0].isClosed() {
 		t.Errorf("%+v", s)
 	}
 	g.HandleUnreachable(netip.MustParseAddrPort("10.0.0.1:5000"))
 	g.HandleUnreachable(netip.MustParseAddrPort("10.0.0.1:5001")) // gone already
-	eventually(t, "the first link to be closed", links[0].isClosed)
+	testkit.Eventually(t, "the first link to be closed", links[0].isClosed)
 	u.ask(t, 0).sink([]flow.Packet{datagram("203.0.113.1:1000", "10.0.0.1:5000", "late")})
 	if len(g.w.packets()) != 0 {
 		t.Error("delivered to a mapping that is gone")
 	}
-	eventually(t, "the lines", func() bool {
+	testkit.Eventually(t, "the lines", func() bool {
 		return len(g.log.lines("state=evicted")) == 1 && len(g.log.lines("state=unreachable")) == 1
 	})
 }
 
 // What only comes down keeps a mapping too.
 func TestUDPLifeByAnswers(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var u manualUpstream
 	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p"}, func(r *Router) {
 		r.sweepEvery = 10 * time.Millisecond
@@ -243,18 +248,15 @@ func TestUDPLifeByAnswers(t *testing.T) {
 	ask.done(&fakeLink{}, nil)
 	ask.sink([]flow.Packet{datagram("203.0.113.1:1000", "10.0.0.1:5000", "x")})
 	g.age(time.Hour)
-	time.Sleep(200 * time.Millisecond)
-	if s := g.Stats(); s.MappingsNow != 1 {
-		t.Errorf("%+v", s)
-	}
+	testkit.Never(t, 200*time.Millisecond, "the mapping ended", func() bool { return g.Stats().MappingsNow != 1 })
 	g.mapping(5000, func(m *mapping) { m.lastDown.Add(-int64(time.Hour)) })
-	eventually(t, "the end", func() bool { return g.Stats().MappingsNow == 0 })
+	testkit.Eventually(t, "the end", func() bool { return g.Stats().MappingsNow == 0 })
 }
 
 // A server that grants associations and ends them at once is asked less and less often; one that had lived is made
 // again without delay.
 func TestUDPFlapping(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var u manualUpstream
 	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p"}, func(r *Router) {
 		r.retryFirst, r.retryMax, r.livedLong, r.quickEnd = 20*time.Millisecond, time.Hour, time.Hour, 0
@@ -271,7 +273,7 @@ func TestUDPFlapping(t *testing.T) {
 		t.Errorf("asked again 5 times within %v", d)
 	}
 	a.done(&fakeLink{}, nil)
-	eventually(t, "the link", func() bool { return g.Flows()[0].State == "open" })
+	testkit.Eventually(t, "the link", func() bool { return g.Flows()[0].State == "open" })
 	g.mapping(5000, func(m *mapping) {
 		m.assocs[0].opened -= int64(time.Hour)
 		m.assocs[0].failures = 12 // were they not forgotten, it would take more than a minute

@@ -14,6 +14,7 @@ import (
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // zoneResolver answers A over TCP from a table, where AAAA stand as "AAAA NAME", and counts the questions.
@@ -71,7 +72,7 @@ func zoneResolver(t *testing.T, srv *sockstest.Server, zone map[string]string) (
 // TestUDPByName: datagrams to a fake address reach the real one, asked for once, and the answers come from the fake one. A
 // second name of the same socket has the same outer port. Who writes to the real address too hears from the real address.
 func TestUDPByName(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	srv, _, client := newProxy(t, socks.Options{})
 	one, two := newFar(t, srv, "203.0.113.1:1000"), newFar(t, srv, "203.0.113.2:1000")
 	stranger := newFar(t, srv, "203.0.113.9:1000")
@@ -145,18 +146,18 @@ func TestUDPByName(t *testing.T) {
 	} {
 		before := len(g.w.refusals())
 		g.send("10.0.0.1:5002", give(name), "x")
-		eventually(t, "the refusal of "+name, func() bool { return len(g.w.refusals()) > before })
+		testkit.Eventually(t, "the refusal of "+name, func() bool { return len(g.w.refusals()) > before })
 		if why := g.w.refusals()[before]; why != want {
 			t.Errorf("%s is refused by %v, want %v", name, why, want)
 		}
 	}
 	g.HandleUnreachable(netip.MustParseAddrPort(app))
-	eventually(t, "the release", func() bool { return pool.Stats().Held == 0 })
+	testkit.Eventually(t, "the release", func() bool { return pool.Stats().Held == 0 })
 }
 
 // TestUDPByNameDirect: a name that a rule sends direct is looked up on this host, and no resolver is asked.
 func TestUDPByNameDirect(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	srv, _, client := newProxy(t, socks.Options{})
 	res, asked := zoneResolver(t, srv, nil)
 	pool := newPool(t)
@@ -174,7 +175,7 @@ func TestUDPByNameDirect(t *testing.T) {
 	if name := <-looked; name != "lan.example" || asked.Load() != 0 {
 		t.Errorf("looked up %q, and %d questions went to the resolver", name, asked.Load())
 	}
-	eventually(t, "the refusal", func() bool { return len(g.w.refusals()) == 1 })
+	testkit.Eventually(t, "the refusal", func() bool { return len(g.w.refusals()) == 1 })
 }
 
 // lookingUpstream finds no name.

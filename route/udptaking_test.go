@@ -14,6 +14,7 @@ import (
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // namesRig has a proxy that finds names in zone, and whose associations have a fault. The resolvers know what resolvers has; nil:
@@ -31,7 +32,7 @@ func newNamesRig(
 	t *testing.T, f sockstest.Fault, zone, resolvers map[string]string, change func(*Router), rules ...string,
 ) *namesRig {
 	t.Helper()
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	moved := new(atomic.Bool)
 	resolve := func(name string) (netip.Addr, error) {
 		if moved.Load() {
@@ -88,7 +89,7 @@ func (g *namesRig) wantNamed(n uint64) {
 
 func (g *namesRig) wantTakes(word string) {
 	g.t.Helper()
-	eventually(g.t, "what is known of names: "+word, func() bool { return g.Upstreams()[0].NamesUDP == word })
+	testkit.Eventually(g.t, "what is known of names: "+word, func() bool { return g.Upstreams()[0].NamesUDP == word })
 }
 
 // want reads a datagram and gives where it came from.
@@ -134,7 +135,7 @@ func TestNamesTaken(t *testing.T) {
 	g.wantPacket(t, fake1, app1, "b1")
 	one.want("a2") // waited for what is found out, and was not sent before
 	one.none()
-	eventually(t, "the end of doubt", func() bool {
+	testkit.Eventually(t, "the end of doubt", func() bool {
 		g.shards[0].udp.mu.Lock()
 		defer g.shards[0].udp.mu.Unlock()
 		m := g.shards[0].udp.bySrc[netip.MustParseAddrPort(app1)]
@@ -164,7 +165,8 @@ func TestNamesTaken(t *testing.T) {
 	three.want("e2")
 }
 
-// TestNamesAnswerByName: a server that answers from the name, by UDP and over TCP. Names of one port need not wait for each other.
+// TestNamesAnswerByName: a server that answers from the name, by UDP and over TCP. Names of one port need not wait for each
+// other.
 func TestNamesAnswerByName(t *testing.T) {
 	for label, f := range map[string]sockstest.Fault{
 		"UDP":      {AsName: true},
@@ -194,8 +196,8 @@ func TestNamesAnswerByName(t *testing.T) {
 	}
 }
 
-// TestNamesNotTaken: a server that drops datagrams to names is written to by address after two names have shown it, and nothing is
-// sent to names any more.
+// TestNamesNotTaken: a server that drops datagrams to names is written to by address after two names have shown it, and nothing
+// is sent to names any more.
 func TestNamesNotTaken(t *testing.T) {
 	g := newNamesRig(t, sockstest.Fault{DropNames: true}, worldZone, worldZone, nil)
 	one := newFar(t, g.srv, "203.0.113.1:1000")
@@ -221,7 +223,7 @@ func TestNamesNotTaken(t *testing.T) {
 		t.Errorf("the server dropped %d datagrams, and then %d", dropped, n)
 	}
 	g.send(app1, g.give("nowhere.example", 1000), "x")
-	eventually(t, "the refusal", func() bool { return slices.Contains(g.w.refusals(), flow.RefuseHost) })
+	testkit.Eventually(t, "the refusal", func() bool { return slices.Contains(g.w.refusals(), flow.RefuseHost) })
 	one.none()
 }
 
@@ -316,12 +318,12 @@ func TestNamesMove(t *testing.T) {
 	moved := make(chan string, 1)
 	go func() {
 		b := make([]byte, 100)
-		_ = two.SetReadDeadline(time.Now().Add(patience))
+		_ = two.SetReadDeadline(time.Now().Add(testkit.Patience))
 		n, _, _ := two.ReadFrom(b)
 		moved <- string(b[:n])
 	}()
 	var got string
-	eventually(t, "the name's new address", func() bool {
+	testkit.Eventually(t, "the name's new address", func() bool {
 		g.send(app1, fake, "a3")
 		select {
 		case got = <-moved:
@@ -335,7 +337,7 @@ func TestNamesMove(t *testing.T) {
 
 // TestNamesTor: no resolver is asked for a name that goes to a Tor, which has no UDP.
 func TestNamesTor(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	srv, d, _ := newProxy(t, socks.Options{})
 	srv.SetFault(func(q sockstest.Request) sockstest.Fault {
 		if q.Cmd == sockstest.CmdAssociate {
@@ -357,23 +359,20 @@ func TestNamesTor(t *testing.T) {
 		before := len(g.w.refusals())
 		a, _, _ := pool.Give([]byte(name))
 		g.send(app1, at(a, 1000), "x")
-		eventually(t, "the refusal of "+name, func() bool { return len(g.w.refusals()) > before })
+		testkit.Eventually(t, "the refusal of "+name, func() bool { return len(g.w.refusals()) > before })
 		if why := g.w.refusals()[before]; why != flow.RefusePort {
 			t.Errorf("%s is refused by %v", name, why)
 		}
 	}
-	time.Sleep(2 * trialAgain) // a question would come at once
-	if n := asked.Load(); n != 0 {
-		t.Errorf("the resolver was asked %d questions", n)
-	}
+	testkit.Never(t, 2*trialAgain, "the resolver was asked", func() bool { return asked.Load() != 0 }) // it would be at once
 }
 
-// TestNamesDisputed: when two unknown addresses answer for a name, neither is taken for it from then on, unless the resolvers know
-// which one it is.
+// TestNamesDisputed: when two unknown addresses answer for a name, neither is taken for it from then on, unless the resolvers
+// know which one it is.
 func TestNamesDisputed(t *testing.T) {
 	for label, resolvers := range map[string]map[string]string{"no-resolver": nil, "resolver": worldZone} {
 		t.Run(label, func(t *testing.T) {
-			g := newNamesRig(t, sockstest.Fault{}, worldZone, resolvers, func(r *Router) { r.nameDoubt = patience })
+			g := newNamesRig(t, sockstest.Fault{}, worldZone, resolvers, func(r *Router) { r.nameDoubt = testkit.Patience })
 			one, forger := newFar(t, g.srv, "203.0.113.1:1000"), newFar(t, g.srv, "203.0.113.9:1000")
 			fake := g.give("one.example", 1000)
 			g.send(app1, fake, "a1")

@@ -8,6 +8,7 @@ import (
 
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // has reports whether a datagram came that reads want. It waits as long as wait for one that does not.
@@ -28,7 +29,7 @@ func (f *far) has(want string, wait time.Duration) bool {
 // TestUDPOverTCP: mapping, filtering and sources are the same as by UDP ASSOCIATE, which is never asked for. A connection that
 // the server ends, or that speaks nonsense, is made again, and the app does not notice.
 func TestUDPOverTCP(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	srv, d, _ := newProxy(t, socks.Options{}, sockstest.WithUDPOverTCP())
 	s, err := socks.ParseServer(srv.URL() + "?udp=over-tcp")
 	if err != nil {
@@ -57,10 +58,10 @@ func TestUDPOverTCP(t *testing.T) {
 		func(a *sockstest.Association) { a.Cut(sockstest.FIN) },
 		func(a *sockstest.Association) { a.Cut(sockstest.RST) },
 		func(a *sockstest.Association) { _ = a.SendRaw([]byte("\xffnonsense")) },
-		// Sources that cannot be are dropped and counted; the link goes on. The connection of the round before may still be there:
-		// so all connections send, again and again.
+		// Sources that cannot be are dropped and counted; the link goes on. The connection of the round before may still be
+		// there: so all connections send, again and again.
 		func(*sockstest.Association) {
-			eventually(t, "good", func() bool {
+			testkit.Eventually(t, "good", func() bool {
 				for _, a := range srv.Associations() {
 					_ = a.Send(sockstest.Addr{Name: "a.example", Port: 1}, []byte("bad"))
 					_ = a.Send(sockstest.Addr{IP: netip.MustParseAddr("203.0.113.1")}, []byte("bad"))
@@ -81,7 +82,7 @@ func TestUDPOverTCP(t *testing.T) {
 		}
 		meddle(all[0])
 		want := "again" + strings.Repeat("!", round)
-		eventually(t, want, func() bool { // what is on its way meanwhile may be lost
+		testkit.Eventually(t, want, func() bool { // what is on its way meanwhile may be lost
 			g.send("10.0.0.1:5000", "203.0.113.1:1000", want)
 			return one.has(want, 20*time.Millisecond)
 		})
@@ -103,7 +104,7 @@ func TestUDPOverTCP(t *testing.T) {
 
 // TestUDPOverTCPRefused: a server that does not know the name has no UDP, and is not asked for an association instead.
 func TestUDPOverTCPRefused(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	srv, d, _ := newProxy(t, socks.Options{})
 	s, err := socks.ParseServer(srv.URL() + "?udp=over-tcp")
 	if err != nil {
@@ -112,7 +113,7 @@ func TestUDPOverTCPRefused(t *testing.T) {
 	g := newRig(t, Config{Upstreams: []Upstream{NewSOCKS("p", d.Client(s))}, Default: "p"},
 		func(r *Router) { r.noUDP = time.Hour })
 	g.send("10.0.0.1:5000", "203.0.113.1:1000", "a")
-	eventually(t, "a refusal", func() bool { return len(g.w.refusals()) == 1 })
+	testkit.Eventually(t, "a refusal", func() bool { return len(g.w.refusals()) == 1 })
 	if all := srv.Requests(); len(all) != 1 || all[0].Cmd != sockstest.CmdConnect {
 		t.Errorf("asked %+v", all)
 	}

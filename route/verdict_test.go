@@ -109,7 +109,8 @@ func TestPolicyErrors(t *testing.T) {
 		{Config{Default: "a"}, "there are no upstreams"},
 		{Config{Upstreams: []Upstream{a}, Default: "b"}, "the upstreams are a"},
 		{Config{Upstreams: []Upstream{a, a}}, "two upstreams of one name"},
-		{Config{Upstreams: []Upstream{a}, Rules: []Rule{mustRule(t, "direct")}}, `no upstream is named "direct", the upstreams are a`},
+		{Config{Upstreams: []Upstream{a}, Rules: []Rule{mustRule(t, "direct")}},
+			`no upstream is named "direct", the upstreams are a`},
 		{Config{Upstreams: []Upstream{a}, Rules: []Rule{{}}}, "empty rule"},
 		{Config{Upstreams: []Upstream{&fakeUpstream{name: "drop"}}}, "is a word of the rules"},
 	} {

@@ -54,17 +54,23 @@ func TestAddresses(t *testing.T) {
 		msg  []byte
 		want string
 	}{
-		"an answer":         {whole, both},
-		"cut short":         {whole[:len(whole)-1], "www.example.com 192.0.2.7 1m0s"},
-		"a question":        {answerTo(t, "a.", func(m *dnsmessage.Message) { m.Response = false }), ""},
-		"no such name":      {answerTo(t, "a.", func(m *dnsmessage.Message) { m.RCode = dnsmessage.RCodeNameError }), ""},
-		"of the root":       {answerTo(t, ".", nil), ""},
-		"another class":     {answerTo(t, "a.", func(m *dnsmessage.Message) { m.Questions[0].Class = dnsmessage.ClassCHAOS }), ""},
-		"no question":       {answerTo(t, "a.", func(m *dnsmessage.Message) { m.Questions = nil }), ""},
-		"a negative time":   {answerTo(t, "a.", func(m *dnsmessage.Message) { m.Answers = m.Answers[1:2]; m.Answers[0].Header.TTL = 1 << 31 }), "a 192.0.2.7 0s"},
-		"nothing":           {nil, ""},
-		"garbage":           {[]byte(strings.Repeat("\xc0\x0c", 40)), ""},
-		"a record of chaos": {answerTo(t, "a.", func(m *dnsmessage.Message) { m.Answers[1].Header.Class = dnsmessage.ClassCHAOS }), "a 2001:db8::7 1m30s"},
+		"an answer":    {whole, both},
+		"cut short":    {whole[:len(whole)-1], "www.example.com 192.0.2.7 1m0s"},
+		"a question":   {answerTo(t, "a.", func(m *dnsmessage.Message) { m.Response = false }), ""},
+		"no such name": {answerTo(t, "a.", func(m *dnsmessage.Message) { m.RCode = dnsmessage.RCodeNameError }), ""},
+		"of the root":  {answerTo(t, ".", nil), ""},
+		"another class": {answerTo(t, "a.", func(m *dnsmessage.Message) { m.Questions[0].Class = dnsmessage.ClassCHAOS }),
+			""},
+		"no question": {answerTo(t, "a.", func(m *dnsmessage.Message) { m.Questions = nil }), ""},
+		"a negative time": {answerTo(t, "a.", func(m *dnsmessage.Message) {
+			m.Answers = m.Answers[1:2]
+			m.Answers[0].Header.TTL = 1 << 31
+		}), "a 192.0.2.7 0s"},
+		"nothing": {nil, ""},
+		"garbage": {[]byte(strings.Repeat("\xc0\x0c", 40)), ""},
+		"a record of chaos": {answerTo(t, "a.", func(m *dnsmessage.Message) {
+			m.Answers[1].Header.Class = dnsmessage.ClassCHAOS
+		}), "a 2001:db8::7 1m30s"},
 	} {
 		if got := addressesIn(tt.msg); got != tt.want {
 			t.Errorf("%s: got %q, want %q", what, got, tt.want)

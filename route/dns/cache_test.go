@@ -69,7 +69,9 @@ func TestCacheLife(t *testing.T) {
 		change func(*dnsmessage.Message)
 		life   time.Duration // 0: it is not kept
 	}{
-		{"one record", func(m *dnsmessage.Message) { m.Answers = append(m.Answers, record(name, 300, addr4(1))) }, 300 * time.Second},
+		{"one record", func(m *dnsmessage.Message) {
+			m.Answers = append(m.Answers, record(name, 300, addr4(1)))
+		}, 300 * time.Second},
 		{"the smallest TTL of all sections", func(m *dnsmessage.Message) {
 			m.Answers = append(m.Answers, record(name, 300, addr4(1)), record(name, 200, addr4(2)))
 			m.Additionals = append(m.Additionals, record("x.example.com.", 100, addr4(3)))
@@ -86,7 +88,8 @@ func TestCacheLife(t *testing.T) {
 		{"no such name, no SOA", func(m *dnsmessage.Message) { m.RCode = dnsmessage.RCodeNameError }, 0},
 		{"no such record", func(m *dnsmessage.Message) { m.Authorities = append(m.Authorities, soa(3600, 60)) }, time.Minute},
 		{"no such record behind an alias, no SOA", func(m *dnsmessage.Message) {
-			m.Answers = append(m.Answers, record(name, 300, &dnsmessage.CNAMEResource{CNAME: dnsmessage.MustNewName("x.example.com.")}))
+			m.Answers = append(m.Answers,
+				record(name, 300, &dnsmessage.CNAMEResource{CNAME: dnsmessage.MustNewName("x.example.com.")}))
 		}, 0},
 		{"nothing at all", func(m *dnsmessage.Message) {}, 0},
 		{"SERVFAIL", func(m *dnsmessage.Message) { m.RCode = dnsmessage.RCodeServerFailure }, failureLife},
@@ -174,6 +177,18 @@ func TestCacheKeys(t *testing.T) {
 	}
 }
 
+// cacheAnswersCases are the cases of TestCacheAnswers.
+var cacheAnswersCases = []struct {
+	what     string
+	edns     int
+	answers  int
+	trunc    bool
+	sections [2]int // additional records that are no OPT, and OPT
+}{
+	{"plain", 0, 29, true, [2]int{0, 0}},
+	{"EDNS", 1232, 40, false, [2]int{1, 1}},
+}
+
 // TestCacheAnswers: every asker gets the answer in its own form.
 func TestCacheAnswers(t *testing.T) {
 	query := makeQuestion(t, "www.example.com.", 0, nil)
@@ -192,16 +207,7 @@ func TestCacheAnswers(t *testing.T) {
 	})
 	c := newCache(10, 1<<20)
 	c.put(key, plainAnswer(resp, q.qtype), q.qtype, cacheEpoch)
-	for _, tt := range []struct {
-		what     string
-		edns     int
-		answers  int
-		trunc    bool
-		sections [2]int // additional records that are no OPT, and OPT
-	}{
-		{"plain", 0, 29, true, [2]int{0, 0}},
-		{"EDNS", 1232, 40, false, [2]int{1, 1}},
-	} {
+	for _, tt := range cacheAnswersCases {
 		asker := makeQuestion(t, "wWw.eXample.com.", tt.edns, func(m *dnsmessage.Message) {
 			m.ID = 0xBEEF
 			for i := range m.Additionals {

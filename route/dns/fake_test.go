@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 func newFake(t testing.TB, change func(*FakeConfig)) *fake {
@@ -104,7 +106,8 @@ func TestFakeAnswers(t *testing.T) {
 		{"_sip._udp.example.com.", dnsmessage.TypeSRV, "resolver"},
 		{"0.1.18.198.in-addr.arpa.", dnsmessage.TypePTR, "Success www.example.com./10"},
 		{"0.1.18.198.IN-ADDR.arpa.", dnsmessage.TypeTXT, none},
-		{"0.0.1.0.0.0.0.0.0.0.0.0.0.0.0.0.b.6.3.6.f.6.3.7.1.6.9.6.6.7.d.f.ip6.arpa.", dnsmessage.TypePTR, "Success www.example.com./10"},
+		{"0.0.1.0.0.0.0.0.0.0.0.0.0.0.0.0.b.6.3.6.f.6.3.7.1.6.9.6.6.7.d.f.ip6.arpa.", dnsmessage.TypePTR,
+			"Success www.example.com./10"},
 		{"1.1.18.198.in-addr.arpa.", dnsmessage.TypePTR, no},
 		{"18.198.in-addr.arpa.", dnsmessage.TypeSOA, no},
 		{"198.in-addr.arpa.", dnsmessage.TypeSOA, "resolver"},
@@ -244,7 +247,7 @@ func TestFakeAllocatesNothing(t *testing.T) {
 
 // TestFakeServer: what the pool answers makes no connection and needs no running server; what it does not goes to the resolver.
 func TestFakeServer(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	resolver := newFakeResolver(t, func(q []byte) []byte { return makeAnswer(t, q, 1) })
 	p, _ := newTestPool(t, "198.18.0.0/15", time.Minute)
 	cfg := Config{Resolvers: []Resolver{OverTCP(resolver.addr())}, Dial: dialTCP, Fake: FakeConfig{Pool: p}}
@@ -258,7 +261,8 @@ func TestFakeServer(t *testing.T) {
 	}
 	got := 0
 	reply := func(b []byte) { got += len(b) }
-	if n := testing.AllocsPerRun(100, func() { still.Handle(msg, netip.AddrPort{}, reply) }); n >= 1 { // the race detector drops what is pooled
+	// the race detector drops what is pooled
+	if n := testing.AllocsPerRun(100, func() { still.Handle(msg, netip.AddrPort{}, reply) }); n >= 1 {
 		t.Errorf("%v allocations for a question", n)
 	}
 	s := start(t, cfg)

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // gatedResolver answers with n records of this TTL, each question once more may pass, and counts the questions.
@@ -36,7 +38,7 @@ func gatedResolver(t *testing.T, n int, ttl uint32) (f *fakeResolver, gate chan 
 // TestSharedQuestions: what many ask at once is asked once, and each asker gets its own ID, case, EDNS and truncation; one over
 // TCP that went away does not matter.
 func TestSharedQuestions(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	f, gate, asked := gatedResolver(t, 40, 0)
 	s := start(t, Config{Resolvers: []Resolver{OverTCP(f.addr())}})
 	type got struct {
@@ -67,10 +69,8 @@ func TestSharedQuestions(t *testing.T) {
 	if _, err := goner.Write(append([]byte{0, byte(len(q))}, q...)); err != nil {
 		t.Fatal(err)
 	}
-	for end := time.Now().Add(patience); s.Stats().Questions != 51; time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("the question over TCP did not come")
-		}
+	if !testkit.Until(testkit.Patience, func() bool { return s.Stats().Questions == 51 }) {
+		t.Fatal("the question over TCP did not come")
 	}
 	goner.Close()
 	gate <- struct{}{}
@@ -104,7 +104,7 @@ func TestSharedQuestions(t *testing.T) {
 
 // TestSharedFailure: when no resolver answers everybody who waits is told.
 func TestSharedFailure(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	s := start(t, Config{Resolvers: []Resolver{OverTCP(netip.MustParseAddrPort("127.0.0.1:9"))}, Timeout: 500 * time.Millisecond})
 	var all sync.WaitGroup
 	for range 20 {
@@ -121,7 +121,7 @@ func TestSharedFailure(t *testing.T) {
 
 // TestSharedBound: no more askers wait than InFlight.
 func TestSharedBound(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	f, gate, _ := gatedResolver(t, 1, 0)
 	s := start(t, Config{Resolvers: []Resolver{OverTCP(f.addr())}, InFlight: 8})
 	var replies atomic.Int32
@@ -129,10 +129,8 @@ func TestSharedBound(t *testing.T) {
 		s.Handle(makeQuestion(t, "a.", 0, nil), netip.AddrPort{}, func(b []byte) { replies.Add(1) })
 	}
 	gate <- struct{}{}
-	for end := time.Now().Add(patience); replies.Load() != 9; time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%d replies, %+v", replies.Load(), s.Stats())
-		}
+	if !testkit.Until(testkit.Patience, func() bool { return replies.Load() == 9 }) {
+		t.Fatalf("%d replies, %+v", replies.Load(), s.Stats())
 	}
 	if st := s.Stats(); st.Dropped != 91 {
 		t.Errorf("%+v", st)
@@ -159,7 +157,7 @@ func TestFlightWithoutEnd(t *testing.T) {
 
 // TestCached: an answer is given again without the resolver, also by TCP, and not after Forget.
 func TestCached(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	f, gate, asked := gatedResolver(t, 40, 300)
 	for range 10 {
 		gate <- struct{}{}

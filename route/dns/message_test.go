@@ -72,7 +72,9 @@ func TestParseQuestion(t *testing.T) {
 		{"records that are not there", set(10, 1), answer, rcodeFormat, 0},
 		{"65535 records", set(8, 65535), answer, rcodeFormat, 0},
 		{"axfr", set(len(plain)-4, typeAXFR), answer, rcodeNotImp, 0},
-		{"two opt", makeQuestion(t, "a.", 1232, func(m *dnsmessage.Message) { m.Additionals = append(m.Additionals, m.Additionals[0]) }), answer, rcodeFormat, 0},
+		{"two opt", makeQuestion(t, "a.", 1232, func(m *dnsmessage.Message) {
+			m.Additionals = append(m.Additionals, m.Additionals[0])
+		}), answer, rcodeFormat, 0},
 	} {
 		q, v, rcode := parseQuestion(tt.msg)
 		if v != tt.v || rcode != tt.rcode || tt.size != 0 && q.size != tt.size {

@@ -33,7 +33,8 @@ func TestHostNames(t *testing.T) {
 	if got, _, ok := appendHost(nil, msg, headerLen); ok {
 		t.Errorf("a label with dots became %q", got)
 	}
-	for _, bad := range []string{"", ".", "a.", ".a", "a..b", "A", "a b", "a\n", strings.Repeat("a", 64), strings.Repeat("a.", 127) + "a"} {
+	for _, bad := range []string{"", ".", "a.", ".a", "a..b", "A", "a b", "a\n", strings.Repeat("a", 64),
+		strings.Repeat("a.", 127) + "a"} {
 		if isHost([]byte(bad)) {
 			t.Errorf("%q is a host", bad)
 		}
@@ -42,8 +43,10 @@ func TestHostNames(t *testing.T) {
 
 func TestNumbers(t *testing.T) {
 	for name, want := range map[string]bool{
-		"127.0.0.1": true, "127.1": true, "2130706433": true, "0x7f000001": true, "a.0x7f": true, "0177.0.0.1": true, "example.1": true, "0x": true,
-		"1.example": false, "1and1.com": false, "0x7g": false, "a.x1": false, "abc": false, "10.in-addr.arpa": false, "f00": false,
+		"127.0.0.1": true, "127.1": true, "2130706433": true, "0x7f000001": true, "a.0x7f": true, "0177.0.0.1": true,
+		"example.1": true, "0x": true,
+		"1.example": false, "1and1.com": false, "0x7g": false, "a.x1": false, "abc": false, "10.in-addr.arpa": false,
+		"f00": false,
 	} {
 		if got := isNumber([]byte(name)); got != want {
 			t.Errorf("isNumber(%q) is %v", name, got)
@@ -55,7 +58,8 @@ func TestSuffix(t *testing.T) {
 	for _, tt := range []struct {
 		name, zone string
 		want       bool
-	}{{"a.local", "local", true}, {"local", "local", true}, {"alocal", "local", false}, {"local.a", "local", false}, {"", "local", false}} {
+	}{{"a.local", "local", true}, {"local", "local", true}, {"alocal", "local", false}, {"local.a", "local", false},
+		{"", "local", false}} {
 		if got := hasSuffix([]byte(tt.name), tt.zone); got != tt.want {
 			t.Errorf("%q in %q: %v", tt.name, tt.zone, got)
 		}

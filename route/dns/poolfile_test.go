@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 const envSaver = "DNS_TEST_SAVER" // set in a process that saves a pool to this path until it is killed
@@ -252,12 +253,10 @@ func killSaver(t *testing.T, path string, after time.Duration) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	for wait := time.Now(); time.Since(wait) < patience; time.Sleep(time.Millisecond) {
-		if _, err := os.Stat(path); err == nil {
-			break
-		}
+	if !testkit.Until(testkit.Patience, func() bool { _, err := os.Stat(path); return err == nil }) {
+		t.Error("the process that saves made no file")
 	}
-	time.Sleep(after)
+	testkit.Pace(after)
 	_ = cmd.Process.Kill()
 	if _ = cmd.Wait(); said.Len() > 0 {
 		t.Fatalf("the process that saves says %s", &said)
@@ -311,10 +310,10 @@ func TestPoolFileFullDisk(t *testing.T) {
 			warned.Add(1)
 		}), nil)))
 	}()
-	time.Sleep(30 * time.Millisecond)
-	for range 20 {
+	testkit.Settle(30*time.Millisecond, "keepFile waits")
+	for range 20 { // each is a reason to save again
 		p.Give([]byte("one.more"))
-		time.Sleep(10 * time.Millisecond)
+		testkit.Pace(10 * time.Millisecond)
 	}
 	cancel()
 	<-over
@@ -336,13 +335,13 @@ type writerFunc func([]byte)
 func (f writerFunc) Write(b []byte) (int, error) { f(b); return len(b), nil }
 
 func TestPoolKeepsItsFile(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	path := filepath.Join(t.TempDir(), "names")
 	p, _ := newTestPool(t, "198.18.0.0/15", time.Second)
 	ctx, cancel := context.WithCancel(t.Context())
 	over := make(chan struct{})
 	go func() { defer close(over); p.keepFile(ctx, path, time.Hour, time.Hour, slog.New(slog.DiscardHandler)) }()
-	time.Sleep(10 * time.Millisecond)
+	testkit.Settle(10*time.Millisecond, "keepFile waits")
 	all := fill(t, p, 0, 10)
 	cancel()
 	<-over

@@ -68,7 +68,8 @@ func TestParseResolver(t *testing.T) {
 
 // What is accepted can be asked, and is written in a form that means the same.
 func FuzzParseResolver(f *testing.F) {
-	for _, s := range []string{"tcp://1.1.1.1", "tls://[::1]:853#a.b", "https://a.b/q?x#y", "https://1.1.1.1:1/#c", "tcp://a:1", "tor"} {
+	for _, s := range []string{"tcp://1.1.1.1", "tls://[::1]:853#a.b", "https://a.b/q?x#y", "https://1.1.1.1:1/#c", "tcp://a:1",
+		"tor"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {

@@ -23,6 +23,8 @@ import (
 	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // testCA signs certificates, and is the only one that the tests trust.
@@ -119,7 +121,7 @@ func askMany(t *testing.T, s *Server, n int) {
 }
 
 func TestPipelineInsideTLS(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	ca := newAuthority(t)
 	r := ca.overTLS(t, ca.valid(t), func(q []byte) []byte { return makeAnswer(t, q, 1) })
 	s := start(t, Config{Resolvers: []Resolver{r}, RootCAs: ca.roots})
@@ -131,7 +133,7 @@ func TestPipelineInsideTLS(t *testing.T) {
 
 // TestOutOfOrder: a resolver answers what it knows first, and the last question first of all.
 func TestOutOfOrder(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	ca := newAuthority(t)
 	for _, c := range []*tls.Config{nil, ca.valid(t)} {
 		l, r := listen(t), Resolver{}
@@ -176,7 +178,7 @@ func TestOutOfOrder(t *testing.T) {
 }
 
 func TestHTTPS(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	ca := newAuthority(t)
 	var conns sync.Map
 	r, _ := ca.overHTTPS(t, func(w http.ResponseWriter, req *http.Request) {
@@ -189,7 +191,7 @@ func TestHTTPS(t *testing.T) {
 			t.Errorf("asked %s %s %s %v, %x, %v", req.Method, req.Proto, req.URL.RequestURI(), req.Header, q, err)
 		}
 		conns.Store(req.RemoteAddr, true)
-		time.Sleep(20 * time.Millisecond) // so that there are many at a time
+		testkit.Pace(20 * time.Millisecond) // so that there are many at a time
 		answerHTTP(w, makeAnswer(t, q, 1))
 	})
 	r.Path += "?a=b"
@@ -204,7 +206,7 @@ func TestHTTPS(t *testing.T) {
 
 // TestCertificates: only a certificate that is valid for the resolver is taken, and the question goes to the next one else.
 func TestCertificates(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	ca, other := newAuthority(t), newAuthority(t)
 	hour := time.Now().Add(time.Hour)
 	good := newFakeResolver(t, func(q []byte) []byte { return makeAnswer(t, q, 2) })
@@ -237,7 +239,7 @@ func TestCertificates(t *testing.T) {
 
 // TestBadServers: whatever a resolver does inside TLS, the next one is asked, and nothing is left over.
 func TestBadServers(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	ca := newAuthority(t)
 	good := newFakeResolver(t, func(q []byte) []byte { return makeAnswer(t, q, 2) })
 	gate := make(chan struct{})
@@ -325,7 +327,7 @@ func TestBadServers(t *testing.T) {
 
 // TestServerClosesHTTPS: a connection that the server ends while nobody asks is given up, and the next question gets another.
 func TestServerClosesHTTPS(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	ca := newAuthority(t)
 	r, server := ca.overHTTPS(t, func(w http.ResponseWriter, req *http.Request) {
 		q, _ := io.ReadAll(req.Body)
@@ -343,7 +345,7 @@ func TestServerClosesHTTPS(t *testing.T) {
 
 // TestIdleCloseInsideTLS: a connection that nobody uses is closed.
 func TestIdleCloseInsideTLS(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	ca := newAuthority(t)
 	var closed atomic.Int32
 	web := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
@@ -366,10 +368,8 @@ func TestIdleCloseInsideTLS(t *testing.T) {
 		s := start(t, Config{Resolvers: []Resolver{r}, RootCAs: ca.roots, IdleClose: 200 * time.Millisecond})
 		for i := range int32(2) {
 			askMany(t, s, 1)
-			for end := time.Now().Add(patience); ended.Load() != i+1; time.Sleep(5 * time.Millisecond) {
-				if time.Now().After(end) {
-					t.Fatalf("%s: %d connections ended", r, ended.Load())
-				}
+			if !testkit.Until(testkit.Patience, func() bool { return ended.Load() == i+1 }) {
+				t.Fatalf("%s: %d connections ended", r, ended.Load())
 			}
 		}
 	}
@@ -377,7 +377,7 @@ func TestIdleCloseInsideTLS(t *testing.T) {
 
 // TestAllDown: while no resolver answers, one question at a time waits, and the others are told at once.
 func TestAllDown(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var works atomic.Bool
 	f := newFakeResolver(t, func(q []byte) []byte {
 		if !works.Load() {
@@ -389,7 +389,7 @@ func TestAllDown(t *testing.T) {
 	if rc := rcodeOf(t, ask(t, s, makeQuestion(t, "a.", 0, nil))); rc != dnsmessage.RCodeServerFailure {
 		t.Fatal(rc)
 	}
-	time.Sleep(2 * tryAgain)
+	testkit.Pace(2 * tryAgain) // the time of the next trial has come
 	begin := time.Now()
 	trial := make(chan time.Time, 1)
 	s.Handle(makeQuestion(t, "b.", 0, nil), netip.AddrPort{}, func([]byte) { trial <- time.Now() })
@@ -403,20 +403,13 @@ func TestAllDown(t *testing.T) {
 		t.Errorf("20 questions were told after %v, and the one that tries after %v", all.Sub(begin), tried.Sub(begin))
 	}
 	works.Store(true)
-	for end := time.Now().Add(patience); ; time.Sleep(tryAgain) {
-		if rcodeOf(t, ask(t, s, makeQuestion(t, "d.", 0, nil))) == 0 {
-			break
-		}
-		if time.Now().After(end) {
-			t.Fatal("it is not tried again")
-		}
-	}
+	testkit.Eventually(t, "another trial", func() bool { return rcodeOf(t, ask(t, s, makeQuestion(t, "d.", 0, nil))) == 0 })
 	askMany(t, s, 20)
 }
 
 // TestSlowDial: a dial that takes longer than a question has goes on, and what comes meanwhile is told at once.
 func TestSlowDial(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	f := newFakeResolver(t, func(q []byte) []byte { return makeAnswer(t, q, 1) })
 	gate, dials := make(chan struct{}), atomic.Int32{}
 	open := sync.OnceFunc(func() { close(gate) })
@@ -437,15 +430,13 @@ func TestSlowDial(t *testing.T) {
 			t.Errorf("%v after %v", rc, time.Since(begin))
 		}
 	}
-	servfail(patience)
+	servfail(testkit.Patience)
 	for range 20 { // together less than one question's time
 		servfail(100 * time.Millisecond)
 	}
 	open()
-	for end := time.Now().Add(patience); rcodeOf(t, ask(t, s, makeQuestion(t, "b.", 0, nil))) != 0; time.Sleep(tick) {
-		if time.Now().After(end) {
-			t.Fatal("the connection is not used")
-		}
+	if !testkit.Until(testkit.Patience, func() bool { return rcodeOf(t, ask(t, s, makeQuestion(t, "b.", 0, nil))) == 0 }) {
+		t.Fatal("the connection is not used")
 	}
 	if n := dials.Load(); n != 1 {
 		t.Errorf("%d dials", n)

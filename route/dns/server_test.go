@@ -7,19 +7,16 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"os"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	"golang.org/x/net/dns/dnsmessage"
-)
 
-// patience is for what must happen, on a machine that may stall for seconds.
-const patience = 20 * time.Second
+	"github.com/viasocks/viasocks/stack/testkit"
+)
 
 // fakeResolver answers on loopback by what its function says: nil is no answer, an empty slice closes the connection.
 type fakeResolver struct {
@@ -105,36 +102,6 @@ func dialTCP(ctx context.Context, r Resolver, done func(int, error)) {
 	}()
 }
 
-func countFDs(t *testing.T) int {
-	t.Helper()
-	e, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(e)
-}
-
-// checkLeaks comes first in a test: its check is then the last thing that the test does.
-func checkLeaks(t *testing.T) {
-	t.Helper()
-	if l, err := net.Listen("tcp", "127.0.0.1:0"); err == nil { // the runtime's own epoll descriptors come with the first
-		l.Close()
-	}
-	fds := countFDs(t)
-	t.Cleanup(func() {
-		for end := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
-			err, n := goleak.Find(), countFDs(t)
-			if err == nil && n <= fds {
-				return
-			}
-			if time.Now().After(end) {
-				t.Errorf("%d fds are open, %d were; %v", n, fds, err)
-				return
-			}
-		}
-	})
-}
-
 // start runs a Server until the end of the test.
 func start(t *testing.T, cfg Config) *Server {
 	t.Helper()
@@ -142,7 +109,7 @@ func start(t *testing.T, cfg Config) *Server {
 		cfg.Dial = dialTCP
 	}
 	if cfg.Timeout == 0 {
-		cfg.Timeout = patience
+		cfg.Timeout = testkit.Patience
 	}
 	s, err := New(cfg)
 	if err != nil {
@@ -172,7 +139,7 @@ func askAt(t *testing.T, s *Server, query []byte, asked netip.AddrPort) []byte {
 	select {
 	case b := <-got:
 		return b
-	case <-time.After(2 * patience):
+	case <-time.After(2 * testkit.Patience):
 		t.Fatal("no reply")
 		return nil
 	}
@@ -191,7 +158,7 @@ func rcodeOf(t *testing.T, b []byte) dnsmessage.RCode {
 }
 
 func TestPipelineOnOneConnection(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var mu sync.Mutex
 	ids := map[uint16]bool{}
 	f := newFakeResolver(t, func(q []byte) []byte {
@@ -226,7 +193,7 @@ func TestPipelineOnOneConnection(t *testing.T) {
 }
 
 func TestGarbageFromTheApp(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	s := start(
 		t,
 		Config{
@@ -239,7 +206,9 @@ func TestGarbageFromTheApp(t *testing.T) {
 	s.Handle([]byte("x"), netip.AddrPort{}, func([]byte) { t.Error("garbage was answered") })
 	answerBit := makeQuestion(t, "a.", 0, func(m *dnsmessage.Message) { m.Response = true })
 	s.Handle(answerBit, netip.AddrPort{}, func([]byte) { t.Error("an answer was answered") })
-	if rc := rcodeOf(t, ask(t, s, makeQuestion(t, "a.", 0, func(m *dnsmessage.Message) { m.OpCode = 6 }))); rc != dnsmessage.RCodeNotImplemented {
+	if rc := rcodeOf(t, ask(t, s, makeQuestion(t, "a.", 0, func(m *dnsmessage.Message) {
+		m.OpCode = 6
+	}))); rc != dnsmessage.RCodeNotImplemented {
 		t.Error(rc)
 	}
 	two := makeQuestion(t, "a.", 0, func(m *dnsmessage.Message) { m.Questions = append(m.Questions, m.Questions[0]) })
@@ -249,7 +218,7 @@ func TestGarbageFromTheApp(t *testing.T) {
 }
 
 func TestFailover(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	down := newFakeResolver(t, nil)
 	down.l.Close()
 	good := newFakeResolver(t, func(q []byte) []byte { return makeAnswer(t, q, 2) })
@@ -329,15 +298,13 @@ func failover(t *testing.T, resolvers []*fakeResolver, want dnsmessage.RCode, li
 }
 
 func TestIdleClose(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	f := newFakeResolver(t, func(q []byte) []byte { return makeAnswer(t, q, 1) })
 	s := start(t, Config{Resolvers: []Resolver{OverTCP(f.addr())}, IdleClose: 200 * time.Millisecond})
 	for i := range 2 {
 		rcodeOf(t, ask(t, s, makeQuestion(t, "a.", 0, nil)))
-		for end := time.Now().Add(patience); f.ended.Load() != int32(i+1); time.Sleep(5 * time.Millisecond) {
-			if time.Now().After(end) {
-				t.Fatalf("%d of %d connections ended", f.ended.Load(), f.conns.Load())
-			}
+		if !testkit.Until(testkit.Patience, func() bool { return f.ended.Load() == int32(i+1) }) {
+			t.Fatalf("%d of %d connections ended", f.ended.Load(), f.conns.Load())
 		}
 	}
 	if n := f.conns.Load(); n != 2 {
@@ -347,7 +314,7 @@ func TestIdleClose(t *testing.T) {
 
 // A resolver that closes idle connections loses no question.
 func TestResolverCloses(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	var n atomic.Int32
 	f := newFakeResolver(t, func(q []byte) []byte {
 		if n.Add(1)%2 == 0 {
@@ -364,7 +331,7 @@ func TestResolverCloses(t *testing.T) {
 }
 
 func TestBounds(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	// When the questions take longer than a question's time, the first are over before the last come: then once more.
 	for try := 1; !bounds(t); try++ {
 		if try == 20 {
@@ -390,14 +357,12 @@ func bounds(t *testing.T) (inTime bool) {
 	if time.Since(begin) >= timeout {
 		return false
 	}
-	for end := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
-		st := s.Stats()
-		if st.Failed+st.Dropped == 1000 && uint64(failed.Load()) == st.Failed {
-			break
-		}
-		if time.Now().After(end) {
-			t.Fatalf("%+v, %d answers", st, failed.Load())
-		}
+	var st Stats
+	if !testkit.Until(testkit.Patience, func() bool {
+		st = s.Stats()
+		return st.Failed+st.Dropped == 1000 && uint64(failed.Load()) == st.Failed
+	}) {
+		t.Fatalf("%+v, %d answers", st, failed.Load())
 	}
 	if n := failed.Load(); n != 8 || len(dials) != 1 {
 		t.Errorf("%d answers and %d dials, want SERVFAIL for the 8 that were taken, and one dial", n, len(dials))
@@ -422,7 +387,7 @@ func TestNewErrors(t *testing.T) {
 
 // TestOtherOpcodes: an UPDATE goes to the server that the app asked, a QUERY to the resolver.
 func TestOtherOpcodes(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	resolver := newFakeResolver(t, func(q []byte) []byte { return makeAnswer(t, q, 1) })
 	var updates atomic.Int32
 	master := newFakeResolver(t, func(q []byte) []byte {
@@ -455,7 +420,7 @@ func TestOtherOpcodes(t *testing.T) {
 
 // TestAskedServersAreBounded: a program can name any number of servers; beyond maxAsked they fail at once.
 func TestAskedServersAreBounded(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	s := start(t, Config{
 		Resolvers: []Resolver{OverTCP(netip.MustParseAddrPort("192.0.2.1:53"))},
 		Dial: func(ctx context.Context, r Resolver, done func(int, error)) {

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // udpServer answers datagrams on loopback by what its function says; nil is no answer.
@@ -67,7 +69,7 @@ func answerOf(t *testing.T, b []byte) byte {
 // TestZones: the longest suffix decides who is asked, also where names have fake addresses; what a rule sends direct is asked of
 // the host's servers, and what neither is about has a fake address.
 func TestZones(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	def := newFakeResolver(t, one(t, 1))
 	corp := newFakeResolver(t, one(t, 2))
 	lab := udpServer(t, one(t, 3))
@@ -121,7 +123,7 @@ func TestZones(t *testing.T) {
 
 // TestDirect: a server past the upstream that is silent, refuses, is not there, answers something else or cuts its answer.
 func TestDirect(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	silent := udpServer(t, func([]byte) []byte { return nil })
 	refuses := udpServer(t, func(q []byte) []byte {
 		return respond(t, q, func(m *dnsmessage.Message) { m.RCode = dnsmessage.RCodeRefused })
@@ -175,7 +177,7 @@ func TestDirect(t *testing.T) {
 
 // TestDirectWhole: what does not fit a datagram comes by TCP, of the same server.
 func TestDirectWhole(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	tcp := newFakeResolver(t, func(q []byte) []byte {
 		return respond(t, q, func(m *dnsmessage.Message) {
 			for range 100 {
@@ -217,7 +219,7 @@ func TestDirectWhole(t *testing.T) {
 
 // TestDirectBound: no more than maxDirect questions have a goroutine, and the end of Run ends them.
 func TestDirectBound(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	silent := udpServer(t, func([]byte) []byte { return nil })
 	s := start(t, Config{
 		Resolvers: []Resolver{

@@ -15,6 +15,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // tcpServer is a Server with a pool and no resolver that answers, and a way to open connections to it.
@@ -162,7 +163,7 @@ func TestTCPClaims(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	time.Sleep(100 * time.Millisecond) // they read, and nothing tells when
+	testkit.Settle(100*time.Millisecond, "they read, and nothing tells when")
 	if after := heap(); after > before+4<<20 {
 		t.Errorf("%d connections that claim 64 KiB hold %d KiB", len(all), (after-before)>>10)
 	}

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // fakeTor knows some names.
@@ -37,7 +39,7 @@ func fakeTor(ctx context.Context, name string, ip netip.Addr, done func(netip.Ad
 }
 
 func TestTor(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	next := newFakeResolver(t, func(q []byte) []byte { return makeAnswer(t, q, 3) })
 	const reverse6 = "1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.9.b.d.0.1.0.0.2.ip6.arpa."
 	for _, tt := range []struct {
@@ -95,7 +97,7 @@ func TestTor(t *testing.T) {
 
 // TestTorFails: a Tor that does not work leaves the questions to the next resolver, and is left alone.
 func TestTorFails(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	next := newFakeResolver(t, func(q []byte) []byte { return makeAnswer(t, q, 1) })
 	var asked atomic.Int32
 	s := start(t, Config{Resolvers: []Resolver{{Kind: Tor}, OverTCP(next.addr())},

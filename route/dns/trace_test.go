@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // lines is a log at debug level.
@@ -51,7 +53,7 @@ func closedPort(t *testing.T) netip.AddrPort {
 
 // TestQuestionLines: each question has one line, which says how it was answered.
 func TestQuestionLines(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	log := &lines{}
 	f, gate, _ := gatedResolver(t, 1, 300)
 	at := f.addr().String()
@@ -109,7 +111,7 @@ func TestQuestionLines(t *testing.T) {
 
 // TestQuestionLinesOfAnswers: an answer that was kept, one that did not come, and one that is not seen.
 func TestQuestionLinesOfAnswers(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	log := &lines{}
 	f := newFakeResolver(t, one(t, 1))
 	s := start(t, Config{Resolvers: []Resolver{OverTCP(f.addr())}, Relay: true, Log: log.logger(slog.LevelDebug)})

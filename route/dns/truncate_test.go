@@ -58,13 +58,18 @@ func TestTruncation(t *testing.T) {
 		// The header and the question have 33 bytes, an A record 16.
 		{"31 addresses", 0, addresses("www.example.com.", 31), nil, nil, 29, 0, 0, true},
 		{"29 addresses fit", 0, addresses("www.example.com.", 29), nil, nil, 29, 0, 0, false},
-		{"a chain and 30 addresses", 0, append(chain[:2:2], addresses("e1234.a.cdn.example.org.", 30)...), nil, nil, 2 + 24, 0, 0, true},
+		{"a chain and 30 addresses", 0, append(chain[:2:2], addresses("e1234.a.cdn.example.org.", 30)...), nil, nil, 2 + 24, 0, 0,
+			true},
 		{"EDNS, and it fits", 4096, addresses("www.example.com.", 200), nil, []dnsmessage.Resource{options(8)}, 200, 0, 1, false},
-		{"EDNS, and the options stay", 600, addresses("www.example.com.", 200), nil, []dnsmessage.Resource{options(8)}, 34, 0, 1, true},
-		{"options that fill it go", 600, addresses("www.example.com.", 200), nil, []dnsmessage.Resource{options(500)}, 34, 0, 1, true},
+		{"EDNS, and the options stay", 600, addresses("www.example.com.", 200), nil, []dnsmessage.Resource{options(8)}, 34, 0, 1,
+			true},
+		{"options that fill it go", 600, addresses("www.example.com.", 200), nil, []dnsmessage.Resource{options(500)}, 34, 0, 1,
+			true},
 		{"authority is missing", 0, addresses("www.example.com.", 28), []dnsmessage.Resource{soa, soa}, nil, 28, 0, 0, true},
-		{"only additional is missing", 0, addresses("www.example.com.", 20), nil, addresses("ns.example.com.", 20), 20, 0, 9, false},
-		{"glue before OPT", 600, addresses("www.example.com.", 28), nil, append(addresses("ns.example.com.", 20), options(8)), 28, 0, 5 + 1, false},
+		{"only additional is missing", 0, addresses("www.example.com.", 20), nil, addresses("ns.example.com.", 20), 20, 0, 9,
+			false},
+		{"glue before OPT", 600, addresses("www.example.com.", 28), nil, append(addresses("ns.example.com.", 20), options(8)), 28,
+			0, 5 + 1, false},
 		{"a record that is too long", 0, []dnsmessage.Resource{text, text}, nil, nil, 1, 0, 0, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

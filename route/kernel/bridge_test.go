@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // A hypervisor: the uplink and a guest are ports of one bridge, which has the host's address. The guest's frames only
@@ -76,7 +78,7 @@ func TestBridgedGuests(t *testing.T) {
 						t.Helper()
 						for _, dst := range []string{far4, far6} {
 							guest.in(func() {
-								c, err := net.DialTimeout("tcp", net.JoinHostPort(dst, "80"), patience)
+								c, err := net.DialTimeout("tcp", net.JoinHostPort(dst, "80"), testkit.Patience)
 								if err == nil {
 									if err = hello(c); err == nil {
 										err = talk(c)
@@ -93,7 +95,9 @@ func TestBridgedGuests(t *testing.T) {
 					held := func(when string) {
 						t.Helper()
 						guest.in(
-							func() { ip(t, "route add "+far4+"/32 via 198.51.100.2", "route add "+far6+"/128 via 2001:db8:1::2") },
+							func() {
+								ip(t, "route add "+far4+"/32 via 198.51.100.2", "route add "+far6+"/128 via 2001:db8:1::2")
+							},
 						)
 						w.take()
 						for _, dst := range []string{far4, far6} {

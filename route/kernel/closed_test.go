@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 func TestClosed(t *testing.T) {
@@ -94,13 +96,13 @@ func TestGuard(t *testing.T) {
 		ctx, cancel := context.WithCancel(context.Background())
 		done := make(chan struct{})
 		go func() { h.Run(ctx); close(done) }()
-		time.Sleep(1500 * time.Millisecond)
+		testkit.Pace(1500 * time.Millisecond) // longer than the guard lasts without a renewal
 		p := probe{typ: unix.SOCK_DGRAM, dst: far4, port: 7777}
-		eventually(t, "a guard that is renewed", func() bool { return p.send() == nil })
+		testkit.Eventually(t, "a guard that is renewed", func() bool { return p.send() == nil })
 		cancel()
 		<-done
-		h.Close() // as a kill does
-		time.Sleep(1100 * time.Millisecond)
+		h.Close()                             // as a kill does
+		testkit.Pace(1100 * time.Millisecond) // the guard ends
 		if err := p.send(); err != unix.EPERM {
 			t.Errorf("the daemon is dead: %v, want EPERM", err)
 		}

@@ -10,7 +10,8 @@ func TestForeignRule(t *testing.T) {
 	inNamespace(t, func(t *testing.T) {
 		for _, l := range []string{
 			"rule add fwmark 0x51/0xff iif br0 lookup 700 pref 4000", "-6 rule add not fwmark 0x52 lookup 701 pref 4001",
-			"rule add from 192.168.7.0/24 to 203.0.113.0/24 ipproto udp dport 1000-2000 lookup main suppress_prefixlength 0 pref 4002",
+			"rule add from 192.168.7.0/24 to 203.0.113.0/24 ipproto udp dport 1000-2000 lookup main " +
+				"suppress_prefixlength 0 pref 4002",
 			"rule add uidrange 7-9 prohibit pref 9",
 		} {
 			ip(t, l)

@@ -10,28 +10,31 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// gatewayAcceptedCases are the cases of TestGatewayAccepted.
+var gatewayAcceptedCases = []struct{ name, lines string }{
+	{"the same lease again", "addr add 198.51.100.2/24 dev eth0\nroute add default via 198.51.100.1 dev eth0"},
+	{"without a device", "addr add 198.51.100.2/24 dev eth0\nroute add default via 198.51.100.1"},
+	{"private network", "addr add 10.66.0.2/24 dev eth0\nroute add default via 10.66.0.1 dev eth0"},
+	{"gateway outside of a /32", "addr add 198.51.100.9/32 dev eth0\nroute add 172.31.1.1 dev eth0\n" +
+		"route add default via 172.31.1.1 dev eth0"},
+	{
+		"nexthop object",
+		"addr add 198.51.100.2/24 dev eth0\nnexthop add id 7 via 198.51.100.1 dev eth0\nroute add default nhid 7",
+	},
+	{"another routing table", "addr add 198.51.100.2/24 dev eth0\nroute add default via 198.51.100.1 dev eth0 table 77"},
+	{
+		"two halves",
+		"addr add 198.51.100.2/24 dev eth0\nroute add 0.0.0.0/1 via 198.51.100.1\nroute add 128.0.0.0/1 via 198.51.100.1",
+	},
+	{"IPv6", "addr add 2001:db8:5::2/64 dev eth0 nodad\nroute add default via 2001:db8:5::1 dev eth0"},
+	{"IPv6 without a device", "addr add 2001:db8:5::2/64 dev eth0 nodad\nroute add default via 2001:db8:5::1"},
+	{"IPv6 link-local gateway", "addr add fe80::2/64 dev eth0 nodad\nroute add default via fe80::1 dev eth0"},
+}
+
 // The kernel looks the gateway of a new route up by the ip rules. A default route must be accepted while the host is
 // steered or closed, and with nobody there who reacts to the address that came before it: Run is not called here.
 func TestGatewayAccepted(t *testing.T) {
-	batches := []struct{ name, lines string }{
-		{"the same lease again", "addr add 198.51.100.2/24 dev eth0\nroute add default via 198.51.100.1 dev eth0"},
-		{"without a device", "addr add 198.51.100.2/24 dev eth0\nroute add default via 198.51.100.1"},
-		{"private network", "addr add 10.66.0.2/24 dev eth0\nroute add default via 10.66.0.1 dev eth0"},
-		{"gateway outside of a /32", "addr add 198.51.100.9/32 dev eth0\nroute add 172.31.1.1 dev eth0\n" +
-			"route add default via 172.31.1.1 dev eth0"},
-		{
-			"nexthop object",
-			"addr add 198.51.100.2/24 dev eth0\nnexthop add id 7 via 198.51.100.1 dev eth0\nroute add default nhid 7",
-		},
-		{"another routing table", "addr add 198.51.100.2/24 dev eth0\nroute add default via 198.51.100.1 dev eth0 table 77"},
-		{
-			"two halves",
-			"addr add 198.51.100.2/24 dev eth0\nroute add 0.0.0.0/1 via 198.51.100.1\nroute add 128.0.0.0/1 via 198.51.100.1",
-		},
-		{"IPv6", "addr add 2001:db8:5::2/64 dev eth0 nodad\nroute add default via 2001:db8:5::1 dev eth0"},
-		{"IPv6 without a device", "addr add 2001:db8:5::2/64 dev eth0 nodad\nroute add default via 2001:db8:5::1"},
-		{"IPv6 link-local gateway", "addr add fe80::2/64 dev eth0 nodad\nroute add default via fe80::1 dev eth0"},
-	}
+	batches := gatewayAcceptedCases
 	options := []struct {
 		name string
 		set  func(*Config)
@@ -94,7 +97,8 @@ func TestRefusedByRoute(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if err := unix.Connect(fd, sockaddr(netip.MustParseAddrPort(fmt.Sprintf("%s:80", dst)))); err != unix.EHOSTUNREACH {
+				if err := unix.Connect(fd,
+					sockaddr(netip.MustParseAddrPort(fmt.Sprintf("%s:80", dst)))); err != unix.EHOSTUNREACH {
 					t.Errorf("connect to %s, type %d: %v, want %v", dst, typ, err, unix.EHOSTUNREACH)
 				}
 				unix.Close(fd)

@@ -14,6 +14,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // device is one for tests; peer: a veth's is in another network namespace.
@@ -47,26 +49,35 @@ func TestServed(t *testing.T) {
 		want  []int // of index 2
 	}{
 		{"a bridge of containers", []netlink.Link{eth, device(2, "bridge", 0, false), veth(3, 2)}, []int{1}, []int{2, 3}},
-		{"a bridge of a guest", []netlink.Link{eth, device(2, "bridge", 0, false), device(3, "tap", 2, false)}, []int{1}, []int{2, 3}},
+		{"a bridge of a guest", []netlink.Link{eth, device(2, "bridge", 0, false), device(3, "tap", 2, false)}, []int{1},
+			[]int{2, 3}},
 		{"a bridge of nobody", []netlink.Link{eth, device(2, "bridge", 0, false)}, []int{1}, []int{2}},
-		{"a bridge with the uplink", []netlink.Link{device(1, "device", 2, false), device(2, "bridge", 0, false), veth(3, 2)}, []int{2}, []int{3}},
-		{"a bridge with a port that leads out", []netlink.Link{eth, device(2, "bridge", 0, false), device(3, "device", 2, false), veth(4, 2)}, []int{1}, []int{4}},
+		{"a bridge with the uplink", []netlink.Link{device(1, "device", 2, false), device(2, "bridge", 0, false), veth(3, 2)},
+			[]int{2}, []int{3}},
+		{"a bridge with a port that leads out", []netlink.Link{eth, device(2, "bridge", 0, false), device(3, "device", 2, false),
+			veth(4, 2)}, []int{1}, []int{4}},
 		{"a bridge with a vlan", []netlink.Link{eth, device(2, "bridge", 0, false), device(3, "vlan", 2, false)}, []int{1}, nil},
-		{"a bridge with a tunnel", []netlink.Link{eth, device(2, "bridge", 0, false), device(3, "vxlan", 2, false)}, []int{1}, nil},
-		{"a bridge with a veth of this namespace", []netlink.Link{eth, device(2, "bridge", 0, false), device(3, "veth", 2, false)}, []int{1}, nil},
-		{"a bridge with a gateway behind it", []netlink.Link{eth, device(2, "bridge", 0, false), veth(3, 2)}, []int{1, 2}, []int{3}},
+		{"a bridge with a tunnel", []netlink.Link{eth, device(2, "bridge", 0, false), device(3, "vxlan", 2, false)}, []int{1},
+			nil},
+		{"a bridge with a veth of this namespace", []netlink.Link{eth, device(2, "bridge", 0, false),
+			device(3, "veth", 2, false)}, []int{1}, nil},
+		{"a bridge with a gateway behind it", []netlink.Link{eth, device(2, "bridge", 0, false), veth(3, 2)}, []int{1, 2},
+			[]int{3}},
 		{"a veth to a container", []netlink.Link{eth, veth(2, 0)}, []int{1}, []int{2}},
 		{"a veth with a gateway", []netlink.Link{eth, veth(2, 0)}, []int{1, 2}, nil},
 		{"a veth of this namespace", []netlink.Link{eth, device(2, "veth", 0, false)}, []int{1}, nil},
 		{"a container's second network", []netlink.Link{veth(1, 0), veth(2, 0)}, []int{1}, nil},
 		{"a container's only network", []netlink.Link{veth(1, 0)}, nil, nil},
-		{"a container with containers of its own", []netlink.Link{veth(1, 0), device(2, "bridge", 0, false), veth(3, 2)}, []int{1}, []int{2, 3}},
+		{"a container with containers of its own", []netlink.Link{veth(1, 0), device(2, "bridge", 0, false), veth(3, 2)},
+			[]int{1}, []int{2, 3}},
 		{"a VPN that has no gateway", []netlink.Link{eth, device(2, "tun", 0, false)}, []int{1}, nil},
 		{"a tap of its own", []netlink.Link{eth, device(2, "tap", 0, false)}, []int{1}, nil},
 		{"a dummy", []netlink.Link{eth, device(2, "dummy", 0, false)}, []int{1}, nil},
 		{"wireguard", []netlink.Link{eth, device(2, "wireguard", 0, false)}, []int{1}, nil},
-		{"a macvlan on a dummy", []netlink.Link{eth, device(2, "dummy", 0, false), device(3, "macvlan", 0, false)}, []int{1}, nil},
-		{"a macvlan on a bridge's port", []netlink.Link{eth, device(2, "bridge", 0, false), device(3, "macvlan", 2, false)}, []int{1}, nil},
+		{"a macvlan on a dummy", []netlink.Link{eth, device(2, "dummy", 0, false), device(3, "macvlan", 0, false)}, []int{1},
+			nil},
+		{"a macvlan on a bridge's port", []netlink.Link{eth, device(2, "bridge", 0, false), device(3, "macvlan", 2, false)},
+			[]int{1}, nil},
 	} {
 		leads := map[int]bool{}
 		for _, i := range tt.leads {
@@ -148,8 +159,12 @@ func TestVirtualNetworks(t *testing.T) {
 						{"strict", func(c *Config) { c.Strict = true }, false},
 						{"lan refuse, strict", func(c *Config) { c.LAN, c.Strict = LANRefuse, true }, false},
 						{"lan carry, strict", func(c *Config) { c.LAN, c.Strict = LANCarry, true }, false},
-						{"include", func(c *Config) { c.Include.Networks = []netip.Prefix{netip.MustParsePrefix(d.net + ".0/24")} }, false},
-						{"include a part", func(c *Config) { c.Include.Networks = []netip.Prefix{netip.MustParsePrefix(d.net + ".9/32")} }, false},
+						{"include", func(c *Config) {
+							c.Include.Networks = []netip.Prefix{netip.MustParsePrefix(d.net + ".0/24")}
+						}, false},
+						{"include a part", func(c *Config) {
+							c.Include.Networks = []netip.Prefix{netip.MustParsePrefix(d.net + ".9/32")}
+						}, false},
 					} {
 						c := testConfig(t)
 						o.set(&c)
@@ -160,7 +175,7 @@ func TestVirtualNetworks(t *testing.T) {
 							for range 5 { // the kernel's own reports of multicast groups leave by the device now and then
 								before := sent(t, d.dev)
 								err = (probe{typ: unix.SOCK_DGRAM, dst: d.net + ".9", port: 7777, bind: bind}).send()
-								time.Sleep(20 * time.Millisecond)
+								testkit.Settle(20*time.Millisecond, "the device counts it")
 								if got = sent(t, d.dev) != before; got == o.want {
 									break
 								}
@@ -189,6 +204,24 @@ func sent(t *testing.T, dev string) uint64 {
 	return s.TxPackets + s.TxDropped + s.TxErrors
 }
 
+// strictContainerCases are the cases of TestStrictContainer.
+var strictContainerCases = []struct {
+	name   string
+	set    func(*Config)
+	direct bool
+}{
+	{"lan refuse", func(c *Config) { c.LAN = LANRefuse }, true},
+	{"lan carry", func(c *Config) { c.LAN = LANCarry }, true},
+	{"lan refuse, strict", func(c *Config) { c.LAN, c.Strict = LANRefuse, true }, false},
+	{"lan refuse, its network included", func(c *Config) {
+		c.LAN, c.Include.Networks = LANRefuse, []netip.Prefix{netip.MustParsePrefix("172.17.0.0/16"),
+			netip.MustParsePrefix("203.0.113.0/24")}
+	}, false},
+	{"lan refuse, its device included", func(c *Config) {
+		c.LAN, c.Include.Devices = LANRefuse, []string{"docker0"}
+	}, false},
+}
+
 // With strict a network of this host's own containers has no direct way either, but what is carried for a container comes
 // to it.
 func TestStrictContainer(t *testing.T) {
@@ -215,19 +248,7 @@ func TestStrictContainer(t *testing.T) {
 		})
 		_ = writeSysctl("net/ipv4/ip_forward", "1")
 		settled(t)
-		for _, o := range []struct {
-			name   string
-			set    func(*Config)
-			direct bool
-		}{
-			{"lan refuse", func(c *Config) { c.LAN = LANRefuse }, true},
-			{"lan carry", func(c *Config) { c.LAN = LANCarry }, true},
-			{"lan refuse, strict", func(c *Config) { c.LAN, c.Strict = LANRefuse, true }, false},
-			{"lan refuse, its network included", func(c *Config) {
-				c.LAN, c.Include.Networks = LANRefuse, []netip.Prefix{netip.MustParsePrefix("172.17.0.0/16"), netip.MustParsePrefix("203.0.113.0/24")}
-			}, false},
-			{"lan refuse, its device included", func(c *Config) { c.LAN, c.Include.Devices = LANRefuse, []string{"docker0"} }, false},
-		} {
+		for _, o := range strictContainerCases {
 			c := testConfig(t)
 			o.set(&c)
 			h, tun := up(t, c)
@@ -267,11 +288,11 @@ func answerFromTUN(t *testing.T, tun int, dst string) bool {
 	t.Helper()
 	want := netip.MustParseAddr(dst)
 	b := make([]byte, 2000)
-	for end := time.Now().Add(patience); time.Now().Before(end); {
-		n, err := unix.Read(tun, b)
-		if err != nil {
-			time.Sleep(5 * time.Millisecond)
-			continue
+	for end := time.Now().Add(testkit.Patience); time.Now().Before(end); {
+		var n int
+		var err error
+		if !testkit.Until(time.Until(end), func() bool { n, err = unix.Read(tun, b); return err == nil }) {
+			break
 		}
 		head, proto, at, size := 20, 9, 12, 4
 		if b[0]>>4 == 6 {

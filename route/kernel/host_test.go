@@ -35,7 +35,8 @@ func testTUN(t *testing.T) *os.File {
 
 func testConfig(t *testing.T) Config {
 	return Config{
-		TUN: "viasocks0", TUNAddrs: []netip.Addr{netip.MustParseAddr("198.18.0.1"), netip.MustParseAddr("fd76:6961:736f:636b::1")},
+		TUN: "viasocks0", TUNAddrs: []netip.Addr{netip.MustParseAddr("198.18.0.1"),
+			netip.MustParseAddr("fd76:6961:736f:636b::1")},
 		Table: 30323, Marks: MarksFrom(0x76000000, 0xff000000), Dir: t.TempDir(),
 		Upstreams: []Endpoint{
 			{unix.IPPROTO_TCP, netip.MustParseAddrPort("198.51.100.7:1080")},

@@ -106,7 +106,8 @@ func TestLacking(t *testing.T) {
 			return 0
 		}, []string{"no nf_tables:"}, nil},
 		{"no inet", func(op uint16, fam uint8, data []byte) unix.Errno {
-			if op == unix.NFT_MSG_NEWCHAIN && fam == unix.NFPROTO_INET && bytes.Contains(data, attrString(unix.NFTA_CHAIN_TYPE, "filter")) {
+			if op == unix.NFT_MSG_NEWCHAIN && fam == unix.NFPROTO_INET &&
+				bytes.Contains(data, attrString(unix.NFTA_CHAIN_TYPE, "filter")) {
 				return unix.ENOENT
 			}
 			return 0
@@ -136,7 +137,8 @@ func TestLacking(t *testing.T) {
 		{"no socket", withExpr("socket", unix.ENOENT), []string{"socket cgroupv2", "nft_socket"}, group},
 		{"no cgroupv2", withExpr("socket", unix.EOPNOTSUPP), []string{"socket cgroupv2", "nft_socket"}, group},
 		{"no egress", func(op uint16, fam uint8, data []byte) unix.Errno {
-			if op == unix.NFT_MSG_NEWCHAIN && fam == unix.NFPROTO_NETDEV && bytes.Contains(data, attrString(unix.NFTA_CHAIN_TYPE, "filter")) {
+			if op == unix.NFT_MSG_NEWCHAIN && fam == unix.NFPROTO_NETDEV &&
+				bytes.Contains(data, attrString(unix.NFTA_CHAIN_TYPE, "filter")) {
 				return unix.EOPNOTSUPP
 			}
 			return 0
@@ -210,7 +212,9 @@ func TestLackingOfLess(t *testing.T) {
 			}
 			return 0
 		}, func(h *Host) bool { return h.owned == 0 }},
-		{"no cgroups for our own sockets", withExpr("socket", unix.EOPNOTSUPP), func(h *Host) bool { return h.c.OwnCgroup == "" }},
+		{"no cgroups for our own sockets", withExpr("socket", unix.EOPNOTSUPP), func(h *Host) bool {
+			return h.c.OwnCgroup == ""
+		}},
 	} {
 		inNamespace(t, func(t *testing.T) {
 			w := newWorld(t)

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // A change fails, and the daemon is gone at that instant: whatever step it was, what is left is closed or untouched,
@@ -36,7 +38,8 @@ func TestKilledAtEachStep(t *testing.T) {
 					t.Fatalf("step %d: %v", n, err)
 				}
 				var tun *os.File
-				for _, f := range []func() error{h.Shut, func() error { tun = testTUN(t); return nil }, h.Steer, h.Unsteer, h.Open} {
+				for _, f := range []func() error{
+					h.Shut, func() error { tun = testTUN(t); return nil }, h.Steer, h.Unsteer, h.Open} {
 					if err = f(); err != nil {
 						break
 					}
@@ -222,8 +225,10 @@ func TestPutBack(t *testing.T) {
 			ctx, cancel := context.WithCancel(context.Background())
 			done := make(chan struct{})
 			go func() { h.Run(ctx); close(done) }()
-			for _, cmd := range []string{"ip -4 rule flush protocol 118", "ip -6 rule flush protocol 118", "ip rule del priority 9006", "ip route flush table 30323",
-				"ip -6 route flush table 30323", "nft flush ruleset", "nft delete table inet viasocks", "nft flush chain inet viasocks output", "nft flush table arp viasocks",
+			for _, cmd := range []string{"ip -4 rule flush protocol 118", "ip -6 rule flush protocol 118",
+				"ip rule del priority 9006", "ip route flush table 30323",
+				"ip -6 route flush table 30323", "nft flush ruleset", "nft delete table inet viasocks",
+				"nft flush chain inet viasocks output", "nft flush table arp viasocks",
 				"nft insert rule inet viasocks output accept"} {
 				f := strings.Fields(cmd)
 				start := time.Now()
@@ -235,7 +240,7 @@ func TestPutBack(t *testing.T) {
 					nft(t, f[1:]...)
 				}
 				for state(t) != during {
-					if time.Since(start) > patience {
+					if time.Since(start) > testkit.Patience {
 						t.Fatalf("%s: not put back: %s", cmd, state(t))
 					}
 				}
@@ -250,13 +255,13 @@ func TestPutBack(t *testing.T) {
 				"addr add 198.51.100.3/24 dev eth0",
 				"route replace default via 198.51.100.1 dev eth0 src 198.51.100.3",
 			)
-			eventually(t, "addresses and routes followed", func() bool {
+			testkit.Eventually(t, "addresses and routes followed", func() bool {
 				return strings.Contains(ip(t, "rule"), "to 10.5.5.0/24 goto 9019") &&
 					strings.Contains(ip(t, "route show table 30323"), "src 198.51.100.3")
 			})
 			select {
 			case <-changed:
-			case <-time.After(patience):
+			case <-time.After(testkit.Patience):
 				t.Error("nobody said that the default route has changed")
 			}
 			ip(
@@ -264,13 +269,13 @@ func TestPutBack(t *testing.T) {
 				"addr add 2001:db8:1::3/64 dev eth0 nodad",
 				"-6 route replace default via 2001:db8:1::1 dev eth0 src 2001:db8:1::3",
 			)
-			eventually(t, "IPv6 source followed", func() bool {
+			testkit.Eventually(t, "IPv6 source followed", func() bool {
 				return strings.Contains(ip(t, "-6 route show table 30323"), "src 2001:db8:1::3")
 			})
 			ip(t, "addr del 10.5.5.5/24 dev br0")
 			// A TUN that comes back gets its routes.
 			ip(t, "rule add priority 100 to 203.0.113.0/24 table main")
-			eventually(t, "a warning of the foreign rule", func() bool { return len(h.Warnings()) > 0 })
+			testkit.Eventually(t, "a warning of the foreign rule", func() bool { return len(h.Warnings()) > 0 })
 			w.mustBeClosed(t, "steered")
 
 			// Somebody who never tires.
@@ -356,7 +361,8 @@ func TestPlan(t *testing.T) {
 		}
 		_, planned, _ := strings.Cut(text, "# nft\n")
 		_, done, _ := strings.Cut(real, "# nft\n")
-		if a, b := strings.Count(planned, "\n"), strings.Count(done, "\n")-2*strings.Count(done, "flags owner"); a != b { // and an empty line
+		// and an empty line
+		if a, b := strings.Count(planned, "\n"), strings.Count(done, "\n")-2*strings.Count(done, "flags owner"); a != b {
 			t.Errorf("planned %d lines\n%s--- done %d\n%s", a, planned, b, done)
 		}
 		down(t, h)
@@ -375,10 +381,16 @@ func section(state, name string) string {
 
 func TestConfigErrors(t *testing.T) {
 	for _, f := range []func(*Config){
-		func(c *Config) { c.TUN = "" }, func(c *Config) { c.TUN = strings.Repeat("x", 16) }, func(c *Config) { c.Table = 254 }, func(c *Config) { c.Table = 0 },
-		func(c *Config) { c.Priority = 32760 }, func(c *Config) { c.Priority = -1 }, func(c *Config) { c.NFTable = "a b" }, func(c *Config) { c.Marks = MarksFrom(1, 1) },
-		func(c *Config) { c.Marks.Inbound = c.Marks.Own }, func(c *Config) { c.Marks.Own = 1 }, func(c *Config) { c.Guard = time.Millisecond },
-		func(c *Config) { c.Exclude.Ports = make([]PortRange, maxList+1) }, func(c *Config) { c.Upstreams = make([]Endpoint, maxEndpoints+1) },
+		func(c *Config) { c.TUN = "" }, func(c *Config) { c.TUN = strings.Repeat("x", 16) }, func(c *Config) { c.Table = 254 },
+		func(c *Config) { c.Table = 0 },
+		func(c *Config) { c.Priority = 32760 }, func(c *Config) { c.Priority = -1 }, func(c *Config) { c.NFTable = "a b" },
+		func(c *Config) { c.Marks = MarksFrom(1, 1) },
+		func(c *Config) {
+			c.Marks.Inbound = c.Marks.Own
+		}, func(c *Config) { c.Marks.Own = 1 }, func(c *Config) { c.Guard = time.Millisecond },
+		func(c *Config) {
+			c.Exclude.Ports = make([]PortRange, maxList+1)
+		}, func(c *Config) { c.Upstreams = make([]Endpoint, maxEndpoints+1) },
 	} {
 		c := testConfig(t)
 		f(&c)
@@ -392,7 +404,8 @@ func TestConfigErrors(t *testing.T) {
 }
 
 func TestMarksFrom(t *testing.T) {
-	for _, tt := range []Marks{{Mask: 0xff000000, Own: 0x76000000}, {Mask: 0x7, Own: 0x1}, {Mask: 0xffffffff, Own: 0xffffffff}, {Mask: 0x15, Own: 0x10}, {Mask: 0x80000003, Own: 0x80000003}} {
+	for _, tt := range []Marks{{Mask: 0xff000000, Own: 0x76000000}, {Mask: 0x7, Own: 0x1}, {Mask: 0xffffffff, Own: 0xffffffff},
+		{Mask: 0x15, Own: 0x10}, {Mask: 0x80000003, Own: 0x80000003}} {
 		m := MarksFrom(tt.Own, tt.Mask)
 		seen := map[uint32]bool{}
 		for _, v := range []uint32{m.Own, m.Direct, m.Captured, m.Inbound, m.Declined, m.Bridged} {

@@ -7,7 +7,23 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
+
+// answersToLostAddressCases are the cases of TestAnswersToLostAddress.
+var answersToLostAddressCases = []struct {
+	network, proxy, host string
+	lose                 []string // on the host
+	lead                 string   // in the world: the lost address is still behind the host
+}{
+	{"udp4", "198.51.100.8:1080", "198.51.100.2",
+		[]string{"addr del 198.51.100.2/24 dev eth0", "route replace default via 10.1.1.1"},
+		"route add 198.51.100.2/32 via 10.1.1.2"},
+	{"udp6", "[2001:db8:1::7]:1080", "2001:db8:1::2",
+		[]string{"addr del 2001:db8:1::2/64 dev eth0", "-6 route replace default via fe80::1 dev eth0"},
+		"-6 route add 2001:db8:1::2/128 via fe80::2 dev eth0p"},
+}
 
 // A host that forwards has lost its address. It does not send the proxy's answers, which still come, back to the router.
 func TestAnswersToLostAddress(t *testing.T) {
@@ -32,16 +48,7 @@ func TestAnswersToLostAddress(t *testing.T) {
 			}
 			return 0
 		}
-		for _, o := range []struct {
-			network, proxy, host string
-			lose                 []string // on the host
-			lead                 string   // in the world: the lost address is still behind the host
-		}{
-			{"udp4", "198.51.100.8:1080", "198.51.100.2",
-				[]string{"addr del 198.51.100.2/24 dev eth0", "route replace default via 10.1.1.1"}, "route add 198.51.100.2/32 via 10.1.1.2"},
-			{"udp6", "[2001:db8:1::7]:1080", "2001:db8:1::2",
-				[]string{"addr del 2001:db8:1::2/64 dev eth0", "-6 route replace default via fe80::1 dev eth0"}, "-6 route add 2001:db8:1::2/128 via fe80::2 dev eth0p"},
-		} {
+		for _, o := range answersToLostAddressCases {
 			var proxy *net.UDPConn
 			w.in(func() {
 				var err error
@@ -68,9 +75,10 @@ func TestAnswersToLostAddress(t *testing.T) {
 			w.in(func() { ip(t, o.lead) })
 			settled(t)
 			before := forwarded()
-			eventually(t, fmt.Sprintf("%s: an answer that is refused", o.network), func() bool {
+			testkit.Eventually(t, fmt.Sprintf("%s: an answer that is refused", o.network), func() bool {
 				w.take()
-				if _, err := proxy.WriteTo([]byte("answer"), net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(o.host), 5555))); err != nil {
+				if _, err := proxy.WriteTo([]byte("answer"),
+					net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(o.host), 5555))); err != nil {
 					t.Fatal(err)
 				}
 				if n := w.take()["17 "+o.host]; n > 0 {

@@ -11,10 +11,11 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // noNamespace says why there are none; empty when there are.
@@ -84,31 +85,21 @@ func inNamespace(t *testing.T, f func(t *testing.T)) {
 		if t.Failed() {
 			return
 		}
-		fds := openFDs(t)
+		fds := testkit.CountFiles(t)
 		defer delete(ends, t)
 		f(t)
 		for _, end := range slices.Backward(ends[t]) {
 			end()
 		}
 		goleak.VerifyNone(t, goleak.IgnoreCurrent())
-		now := openFDs(t)
-		for end := time.Now().Add(patience); now != fds && time.Now().Before(end); now = openFDs(t) {
-			time.Sleep(5 * time.Millisecond) // whoever reads a connection closes it
-		}
-		if now != fds {
+		if now := 0; !testkit.Until(testkit.Patience, func() bool { // whoever reads a connection closes it
+			now = testkit.CountFiles(t)
+			return now == fds
+		}) {
 			t.Errorf("%d open files before, %d after", fds, now)
 		}
 	}()
 	<-done
-}
-
-func openFDs(t *testing.T) int {
-	t.Helper()
-	d, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Error(err)
-	}
-	return len(d)
 }
 
 // ip runs ip(8) for each line and gives what they printed.
@@ -125,25 +116,12 @@ func ip(t *testing.T, lines ...string) string {
 	return out.String()
 }
 
-// patience is how long a test waits for what must come: a machine may stall for seconds.
-const patience = 10 * time.Second
-
-// eventually waits for what must come.
-func eventually(t *testing.T, what string, is func() bool) {
-	t.Helper()
-	for end := time.Now().Add(patience); !is(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("not within %v: %s", patience, what)
-		}
-	}
-}
-
 // settled waits until links that are up carry packets, and the kernel's tables say so: it does that up to a second after
 // the other end came up, and until then a link has no IPv6. The routes to the host's own IPv6 addresses come later still.
 func settled(t *testing.T) {
 	t.Helper()
 	last := ""
-	eventually(t, "links that are up", func() bool {
+	testkit.Eventually(t, "links that are up", func() bool {
 		routes, addrs := ip(t, "-4 route show table all", "-6 route show table all"), ip(t, "addr")
 		same := last == routes+addrs
 		last = routes + addrs

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // testCgroup makes a control group and gives its path below the mount, and a way to send a datagram from inside.
@@ -27,12 +29,7 @@ func testCgroup(t *testing.T, name string) (path string, send func(dst string) e
 		t.Skip("cannot make a cgroup: ", err)
 	}
 	t.Cleanup(func() {
-		for range 1000 { // until its processes are gone
-			if os.Remove(dir) == nil {
-				return
-			}
-			time.Sleep(10 * time.Millisecond)
-		}
+		testkit.Until(testkit.Patience, func() bool { return os.Remove(dir) == nil }) // its processes are gone then
 	})
 	return filepath.Base(dir), func(dst string) error {
 		return exec.Command("bash", "-c", fmt.Sprintf("echo $$ > %s/cgroup.procs && echo canary > /dev/udp/%s/7777", dir, dst)).
@@ -111,8 +108,8 @@ func TestFailOpen(t *testing.T) {
 		}
 		h.Close()
 		tun.Close()
-		ip(t, "link del viasocks0") // as one that is not persistent goes
-		time.Sleep(1100 * time.Millisecond)
+		ip(t, "link del viasocks0")           // as one that is not persistent goes
+		testkit.Pace(1100 * time.Millisecond) // the guard ends
 		for _, dst := range []string{far4, far6} {
 			if !w.passes(true, probe{typ: unix.SOCK_DGRAM, dst: dst, port: 7777}.send) {
 				t.Errorf("the daemon is dead and the host closed to %s", dst)
@@ -142,12 +139,10 @@ func TestDNSAnswer(t *testing.T) {
 		_, _ = c.Write([]byte("query"))
 		b := make([]byte, 2000)
 		var n int
-		for range 1000 {
-			if n, err = unix.Read(int(fd(tun)), b); err == nil && b[0]>>4 == 4 && b[9] == unix.IPPROTO_UDP {
-				break
-			}
-			time.Sleep(10 * time.Millisecond)
-		}
+		testkit.Until(testkit.Patience, func() bool {
+			n, err = unix.Read(int(fd(tun)), b)
+			return err == nil && b[0]>>4 == 4 && b[9] == unix.IPPROTO_UDP
+		})
 		if err != nil || n != 20+8+5 {
 			t.Fatalf("the question did not come to the TUN: %d, %v", n, err)
 		}
@@ -160,7 +155,7 @@ func TestDNSAnswer(t *testing.T) {
 		if _, err := unix.Write(int(fd(tun)), p); err != nil {
 			t.Fatal(err)
 		}
-		_ = c.SetDeadline(time.Now().Add(patience))
+		_ = c.SetDeadline(time.Now().Add(testkit.Patience))
 		if n, err := c.Read(b); err != nil || string(b[:n]) != "query" {
 			t.Errorf("the answer did not come: %q, %v", b[:n], err)
 		}
@@ -226,7 +221,7 @@ func TestCgroupMadeAnew(t *testing.T) {
 			ctx, cancel := context.WithCancel(context.Background())
 			ran := make(chan struct{})
 			go func() { defer close(ran); h.Run(ctx) }()
-			eventually(t, "the group is empty", func() bool { return os.Remove(dir) == nil })
+			testkit.Eventually(t, "the group is empty", func() bool { return os.Remove(dir) == nil })
 			h.mu.Lock()
 			err := h.applyFilter()
 			h.mu.Unlock()
@@ -236,7 +231,7 @@ func TestCgroupMadeAnew(t *testing.T) {
 			if err := os.Mkdir(dir, 0o755); err != nil {
 				t.Fatal(err)
 			}
-			eventually(t, "the new group is known", func() bool {
+			testkit.Eventually(t, "the new group is known", func() bool {
 				_ = w.take()
 				_ = from(far4)
 				return (len(w.take()) > 0) == !include

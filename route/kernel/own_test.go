@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // openSocket as the first argument has the test's program open a socket: it is of the cgroup in which it was opened,
@@ -248,11 +250,11 @@ func TestLastWords(t *testing.T) {
 			for _, p := range pairs[:2] { // they close second: TIME_WAIT is here
 				unix.Close(p.fd)
 			}
-			time.Sleep(100 * time.Millisecond)
+			testkit.Settle(100*time.Millisecond, "they are in TIME_WAIT")
 			for _, p := range pairs[2:] { // a reset for each thing said to a socket that is closed with something unread
 				_, _ = p.peer.Write([]byte("unread"))
 			}
-			time.Sleep(100 * time.Millisecond)
+			testkit.Settle(100*time.Millisecond, "the resets have left")
 			if !own {
 				start()
 			}
@@ -267,11 +269,11 @@ func TestLastWords(t *testing.T) {
 				_, _ = p.peer.Write([]byte("anyone")) // and one for what comes later
 			}
 			if own {
-				eventually(t, "ACKs of TIME_WAIT and resets at the proxy", func() bool {
+				testkit.Eventually(t, "ACKs of TIME_WAIT and resets at the proxy", func() bool {
 					return count("acks") >= acks+6 && count("resets") >= resets+6
 				})
 			} else {
-				time.Sleep(2 * time.Second)
+				testkit.Pace(2 * time.Second) // the peers repeat themselves
 				if a, r := count("acks")-acks, count("resets")-resets; a+r != 0 {
 					t.Errorf("of a program %d ACKs and %d resets left", a, r)
 				}

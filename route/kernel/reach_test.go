@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // dialIn connects from the world and takes the greeting.
@@ -17,7 +19,7 @@ func (w *world) dialIn(t *testing.T, network, addr string) (c net.Conn) {
 	t.Helper()
 	w.in(func() {
 		var err error
-		d := net.Dialer{Timeout: patience}
+		d := net.Dialer{Timeout: testkit.Patience}
 		if c, err = d.Dial(network, addr); err != nil {
 			t.Errorf("from outside to %s: %v", addr, err)
 			return
@@ -124,7 +126,7 @@ func TestInbound(t *testing.T) {
 			check(fmt.Sprintf("up, %+v", tt))
 			h.Close() // as a kill does
 			tun.Close()
-			time.Sleep(1100 * time.Millisecond)
+			testkit.Pace(1100 * time.Millisecond) // the guard ends
 			check(fmt.Sprintf("dead, %+v", tt))
 			if !tt.exclude { // sockets that are bound to an excluded device go past the proxy
 				w.mustBeClosed(t, "dead")
@@ -142,20 +144,23 @@ func TestInbound(t *testing.T) {
 	}
 }
 
+// serverFirstCases are the cases of TestServerFirst.
+var serverFirstCases = []struct {
+	name    string
+	carry   bool
+	exclude string
+	want    bool
+}{
+	{"keep", false, "", true},
+	{"carry", true, "", false},
+	{"carry, the device is excluded", true, "eth0", true},
+	{"carry, another device is excluded", true, "br0", false},
+}
+
 // A server speaks first over connections that nobody had tracked before `up`. With CarryInbound only those that have an
 // address of an excluded device are answered directly, also after the choice was changed.
 func TestServerFirst(t *testing.T) {
-	for _, tt := range []struct {
-		name    string
-		carry   bool
-		exclude string
-		want    bool
-	}{
-		{"keep", false, "", true},
-		{"carry", true, "", false},
-		{"carry, the device is excluded", true, "eth0", true},
-		{"carry, another device is excluded", true, "br0", false},
-	} {
+	for _, tt := range serverFirstCases {
 		for _, changed := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, changed %v", tt.name, changed), func(t *testing.T) {
 				inNamespace(t, func(t *testing.T) {
@@ -259,7 +264,7 @@ func TestContainer(t *testing.T) {
 			}
 			c.Close()
 		}
-		c, err := net.DialTimeout("tcp", "172.17.0.2:80", patience)
+		c, err := net.DialTimeout("tcp", "172.17.0.2:80", testkit.Patience)
 		if err != nil {
 			t.Errorf("from the host to the container: %v", err)
 		} else {
@@ -271,7 +276,7 @@ func TestContainer(t *testing.T) {
 			t.Errorf("the container got out: %v", s)
 		}
 		b := make([]byte, 2000)
-		eventually(t, "something of the container in the TUN", func() bool {
+		testkit.Eventually(t, "something of the container in the TUN", func() bool {
 			_, err := unix.Read(int(fd(tun)), b)
 			return err == nil
 		})
@@ -329,7 +334,8 @@ func TestExclude(t *testing.T) {
 			dst  string
 			port uint16
 			want bool
-		}{{far4, 7777, true}, {far6, 7777, true}, {"198.51.100.1", 123, true}, {"2001:db8:1::1", 5005, true}, {"198.51.100.1", 124, false}, {"2001:db8:1::1", 4999, false}} {
+		}{{far4, 7777, true}, {far6, 7777, true}, {"198.51.100.1", 123, true}, {"2001:db8:1::1", 5005, true},
+			{"198.51.100.1", 124, false}, {"2001:db8:1::1", 4999, false}} {
 			if got := w.passes(tt.want, probe{typ: unix.SOCK_DGRAM, dst: tt.dst, port: tt.port}.send); got != tt.want {
 				t.Errorf("%s port %d: passed %v, want %v", tt.dst, tt.port, got, tt.want)
 			}
@@ -372,6 +378,38 @@ func TestLANModes(t *testing.T) {
 	}
 }
 
+// strictCases are the cases of TestStrict.
+var strictCases = []byte{
+	0x45,
+	0,
+	0,
+	28,
+	0,
+	0,
+	0,
+	0,
+	64,
+	253,
+	0,
+	0,
+	198,
+	51,
+	100,
+	2,
+	203,
+	0,
+	113,
+	9,
+	'c',
+	'a',
+	'n',
+	'a',
+	'r',
+	'y',
+	'!',
+	'!',
+}
+
 // Raw frames, with Strict.
 func TestStrict(t *testing.T) {
 	inNamespace(t, func(t *testing.T) {
@@ -388,36 +426,7 @@ func TestStrict(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			p := []byte{
-				0x45,
-				0,
-				0,
-				28,
-				0,
-				0,
-				0,
-				0,
-				64,
-				253,
-				0,
-				0,
-				198,
-				51,
-				100,
-				2,
-				203,
-				0,
-				113,
-				9,
-				'c',
-				'a',
-				'n',
-				'a',
-				'r',
-				'y',
-				'!',
-				'!',
-			}
+			p := strictCases
 			return unix.Sendto(
 				s,
 				p,
@@ -505,7 +514,7 @@ func TestOldTalk(t *testing.T) {
 			for i := 0; i < len(peers); i += 2 {
 				_, _ = peers[i].Write([]byte("talk"))
 			}
-			time.Sleep(20 * time.Millisecond)
+			testkit.Pace(20 * time.Millisecond)
 			for i := 1; i < len(peers); i += 2 {
 				_, _ = peers[i].Write([]byte("answer"))
 			}

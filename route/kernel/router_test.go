@@ -49,13 +49,15 @@ func TestRouterOfTheLAN(t *testing.T) {
 			{"lan refuse", func(c *Config) { c.LAN = LANRefuse }, false},
 			{"strict", func(c *Config) { c.Strict = true }, false},
 			{"the network is included", func(c *Config) {
-				c.Include.Networks = append(lan, netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("2001:db8:9::/64"))
+				c.Include.Networks = append(lan, netip.MustParsePrefix("203.0.113.0/24"),
+					netip.MustParsePrefix("2001:db8:9::/64"))
 			}, false},
 		} {
 			c := testConfig(t)
 			o.set(&c)
 			h, tun := up(t, c)
-			for _, n := range []struct{ client, far, beyond string }{{"10.1.1.1", outside4, "10.200.0.9"}, {"fd00:1::1", outside6, "fd00:200::9"}} {
+			for _, n := range []struct{ client, far, beyond string }{{"10.1.1.1", outside4, "10.200.0.9"},
+				{"fd00:1::1", outside6, "fd00:200::9"}} {
 				client := netip.AddrPortFrom(netip.MustParseAddr(n.client), 5555)
 				var conn *net.UDPConn
 				w.in(func() {
@@ -67,7 +69,8 @@ func TestRouterOfTheLAN(t *testing.T) {
 				if conn == nil {
 					return
 				}
-				if _, err := conn.WriteTo([]byte("ask"), net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(n.far), 7777))); err != nil {
+				if _, err := conn.WriteTo([]byte("ask"),
+					net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(n.far), 7777))); err != nil {
 					t.Error(err)
 				}
 				if !answerFromTUN(t, int(fd(tun)), n.far) {

@@ -29,7 +29,8 @@ func TestLook(t *testing.T) {
 		for _, l := range []string{
 			"rule add to 100.64.0.0/10 lookup 700 pref 5000", "rule add not fwmark 0x52 lookup 701 pref 5001",
 			"rule add not fwmark 0x52 lookup 702 pref 5002", "rule add lookup main suppress_prefixlength 0 pref 5003",
-			"rule add prohibit pref 5004", "rule add fwmark 0x52000000/0xff000000 lookup 701 pref 5005", "rule add lookup 701 pref 30000",
+			"rule add prohibit pref 5004", "rule add fwmark 0x52000000/0xff000000 lookup 701 pref 5005",
+			"rule add lookup 701 pref 30000",
 			"route add 0.0.0.0/1 dev eth0 table 701", "route add 198.18.0.0/16 dev eth0 table 702",
 		} {
 			ip(t, l)

@@ -11,6 +11,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // talker is a program with a UDP port of its own on the host, and forger somebody outside with any address and port.
@@ -60,7 +62,7 @@ func (k *talker) forge(n int) {
 			k.t.Error(err)
 		}
 	})
-	time.Sleep(5 * time.Millisecond)
+	testkit.Settle(5*time.Millisecond, "conntrack has it")
 }
 
 // left is whether a datagram to a peer leaves the host. What is wanted to leave is sent more than once.
@@ -94,126 +96,146 @@ func TestForgedDatagram(t *testing.T) {
 			if v6 && rp != "0" {
 				continue // it is for IPv4
 			}
-			name := fmt.Sprintf("IPv6 %v, rp_filter %s", v6, rp)
-			t.Run(name, func(t *testing.T) {
-				inNamespace(t, func(t *testing.T) {
-					w := newWorld(t)
-					for _, dev := range []string{"all", "eth0"} {
-						if err := writeSysctl("net/ipv4/conf/"+dev+"/rp_filter", rp); err != nil {
-							t.Fatal(err)
-						}
-					}
-					w.in(func() {
-						ip(
-							t,
-							"route replace local 203.0.113.0/24 dev lo",
-							"-6 route replace local 2001:db8:9::/64 dev lo",
-							"route add default via 198.51.100.2",
-							"-6 route add default via 2001:db8:1::2",
-						)
-					})
-					c := testConfig(t)
-					c.Guard = 30 * time.Second
-					h, err := New(c)
-					if err != nil {
-						t.Fatal(err)
-					}
-					if err := h.Shut(); err != nil {
-						t.Fatal(err)
-					}
-					k := &talker{t: t, w: w, v6: v6}
-					program := func() { k.port = 0; k.open() }
-					end := func() { k.conn.Close() }
-					none := func(what string, n int) {
-						t.Helper()
-						if k.left(false, n) {
-							t.Errorf("%s: it left the host", what)
-						}
-					}
-					program() // the host is closed, and has no TUN yet
-					none("closed", 1)
-					k.forge(2)
-					none("closed, forged after the first that was refused", 2)
-					end()
-
-					tun := testTUN(t)
-					if err := h.Steer(); err != nil {
-						t.Fatal(err)
-					}
-
-					program() // the port is free when the forged one comes
-					end()
-					k.forge(1)
-					k.open()
-					none("forged before the port was open", 1)
-					for range 5 {
-						k.forge(1)
-						none("forged again", 1)
-					}
-					end()
-
-					program()
-					k.forge(1)
-					none("another address", 2)
-					none("forged before the first of all", 1)
-					k.forge(3)
-					none("forged before the first to that address", 3)
-					none("known", 2)
-					forget(t)
-					k.forge(2)
-					_ = k.conn.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
-					heard := 0
-					for b := make([]byte, 100); ; heard++ {
-						if _, _, err := k.conn.ReadFrom(b); err != nil {
-							break
-						}
-					}
-					if want := map[bool]int{true: 1, false: 3}[rp == "1" && !v6]; heard != want { // of three
-						t.Errorf("the program heard %d forged datagrams, want %d", heard, want)
-					}
-					none("forged after conntrack forgot", 2)
-					k.forge(4)
-					if err := h.Change(Config{LAN: LANRefuse}); err != nil {
-						t.Fatal(err)
-					}
-					none("forged before the filter was replaced", 4)
-					k.forge(5)
-					none("forged after the filter was replaced", 5)
-					end()
-
-					program() // a server
-					k.forge(1)
-					if !k.left(true, 1) {
-						t.Errorf("a server does not answer")
-					}
-					forget(t)
-					if !k.left(true, 1) {
-						t.Errorf("a server that speaks first to its client does not reach it")
-					}
-					k.forge(1)
-					if !k.left(true, 1) {
-						t.Errorf("a server does not answer who answers it")
-					}
-					none("a server that speaks to a stranger", 2)
-					none("the same to its client, then", 1)
-					end()
-
-					// A server that was not there yet when its client asked first.
-					program()
-					end()
-					k.forge(1)
-					k.open()
-					k.forge(1)
-					if !k.left(true, 1) {
-						t.Errorf("a server that began late does not answer")
-					}
-					end()
-					down(t, h)
-					tun.Close()
-				})
+			t.Run(fmt.Sprintf("IPv6 %v, rp_filter %s", v6, rp), func(t *testing.T) {
+				inNamespace(t, func(t *testing.T) { forgedDatagram(t, v6, rp) })
 			})
 		}
 	}
+}
+
+func forgedDatagram(t *testing.T, v6 bool, rp string) {
+	w := newWorld(t)
+	for _, dev := range []string{"all", "eth0"} {
+		if err := writeSysctl("net/ipv4/conf/"+dev+"/rp_filter", rp); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.in(func() {
+		ip(
+			t,
+			"route replace local 203.0.113.0/24 dev lo",
+			"-6 route replace local 2001:db8:9::/64 dev lo",
+			"route add default via 198.51.100.2",
+			"-6 route add default via 2001:db8:1::2",
+		)
+	})
+	c := testConfig(t)
+	c.Guard = 30 * time.Second
+	h, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := h.Shut(); err != nil {
+		t.Fatal(err)
+	}
+	k := &talker{t: t, w: w, v6: v6}
+	k.program() // the host is closed, and has no TUN yet
+	k.none("closed", 1)
+	k.forge(2)
+	k.none("closed, forged after the first that was refused", 2)
+	k.end()
+
+	tun := testTUN(t)
+	if err := h.Steer(); err != nil {
+		t.Fatal(err)
+	}
+	k.forgedBefore()
+	k.forgedBetween(h, map[bool]int{true: 1, false: 3}[rp == "1" && !v6])
+	k.servers()
+	down(t, h)
+	tun.Close()
+}
+
+// program opens a socket with a port of its own.
+func (k *talker) program() { k.port = 0; k.open() }
+
+func (k *talker) end() { k.conn.Close() }
+
+func (k *talker) none(what string, n int) {
+	k.t.Helper()
+	if k.left(false, n) {
+		k.t.Errorf("%s: it left the host", what)
+	}
+}
+
+// forgedBefore forges before the program has its port.
+func (k *talker) forgedBefore() {
+	k.t.Helper()
+	k.program() // the port is free when the forged one comes
+	k.end()
+	k.forge(1)
+	k.open()
+	k.none("forged before the port was open", 1)
+	for range 5 {
+		k.forge(1)
+		k.none("forged again", 1)
+	}
+	k.end()
+}
+
+// forgedBetween forges while the program speaks, which hears want of three.
+func (k *talker) forgedBetween(h *Host, want int) {
+	k.t.Helper()
+	k.program()
+	k.forge(1)
+	k.none("another address", 2)
+	k.none("forged before the first of all", 1)
+	k.forge(3)
+	k.none("forged before the first to that address", 3)
+	k.none("known", 2)
+	forget(k.t)
+	k.forge(2)
+	_ = k.conn.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+	heard := 0
+	for b := make([]byte, 100); ; heard++ {
+		if _, _, err := k.conn.ReadFrom(b); err != nil {
+			break
+		}
+	}
+	if heard != want {
+		k.t.Errorf("the program heard %d forged datagrams, want %d", heard, want)
+	}
+	k.none("forged after conntrack forgot", 2)
+	k.forge(4)
+	if err := h.Change(Config{LAN: LANRefuse}); err != nil {
+		k.t.Fatal(err)
+	}
+	k.none("forged before the filter was replaced", 4)
+	k.forge(5)
+	k.none("forged after the filter was replaced", 5)
+	k.end()
+}
+
+// servers are left alone.
+func (k *talker) servers() {
+	k.t.Helper()
+	k.program() // a server
+	k.forge(1)
+	if !k.left(true, 1) {
+		k.t.Errorf("a server does not answer")
+	}
+	forget(k.t)
+	if !k.left(true, 1) {
+		k.t.Errorf("a server that speaks first to its client does not reach it")
+	}
+	k.forge(1)
+	if !k.left(true, 1) {
+		k.t.Errorf("a server does not answer who answers it")
+	}
+	k.none("a server that speaks to a stranger", 2)
+	k.none("the same to its client, then", 1)
+	k.end()
+
+	// A server that was not there yet when its client asked first.
+	k.program()
+	k.end()
+	k.forge(1)
+	k.open()
+	k.forge(1)
+	if !k.left(true, 1) {
+		k.t.Errorf("a server that began late does not answer")
+	}
+	k.end()
 }
 
 // transparent lets a socket have any address.

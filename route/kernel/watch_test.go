@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // A watch whose reads fail is said once and begun again; until then what others change is put back a little later, and
@@ -77,9 +79,9 @@ func TestWatchFails(t *testing.T) {
 		ctx, cancel := context.WithCancel(context.Background())
 		ended := make(chan struct{})
 		go func() { h.Run(ctx); close(ended) }()
-		eventually(t, "a warning that one watch ended", func() bool { return len(h.Warnings()) == 1 })
+		testkit.Eventually(t, "a warning that one watch ended", func() bool { return len(h.Warnings()) == 1 })
 		writes.Close()
-		eventually(t, "a warning that both ended", func() bool { return len(h.Warnings()) == 2 })
+		testkit.Eventually(t, "a warning that both ended", func() bool { return len(h.Warnings()) == 2 })
 		for _, f := range h.Warnings() {
 			if !strings.Contains(f, "lost the netlink subscription for ") {
 				t.Error(f)
@@ -87,7 +89,7 @@ func TestWatchFails(t *testing.T) {
 		}
 		select {
 		case <-moved:
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			t.Error("nobody said that the default route may have changed")
 		}
 		harm := func(when string) {
@@ -98,15 +100,15 @@ func TestWatchFails(t *testing.T) {
 				func() { nft(t, "flush", "chain", "inet", "viasocks", "output") },
 			} {
 				f()
-				eventually(t, when+": put back", func() bool { return state(t) == during })
+				testkit.Eventually(t, when+": put back", func() bool { return state(t) == during })
 			}
 			w.mustBeClosed(t, "steered")
 		}
 		harm("unwatched")
 		n := tries.Load()
-		eventually(t, "tries that go on", func() bool { return tries.Load() > n+4 })
+		testkit.Eventually(t, "tries that go on", func() bool { return tries.Load() > n+4 })
 		may.Store(true)
-		eventually(t, "a watch again", func() bool { return len(h.Warnings()) == 0 })
+		testkit.Eventually(t, "a watch again", func() bool { return len(h.Warnings()) == 0 })
 		n = tries.Load()
 		harm("watched again")
 		if tries.Load() != n {

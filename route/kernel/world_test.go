@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // world is the namespace at the other end of eth0, with a recorder on its end of the link.
@@ -142,7 +144,7 @@ func (w *world) passes(want bool, send func() error) bool {
 
 // take gives what was seen, and forgets it.
 func (w *world) take() map[string]int {
-	time.Sleep(30 * time.Millisecond)
+	testkit.Settle(30*time.Millisecond, "the readers have recorded what left")
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	s := w.seen
@@ -243,7 +245,8 @@ func probes() (out []probe) {
 			}
 		}
 	}
-	for _, dst := range []string{"198.51.100.1", "198.51.100.255", "255.255.255.255", "239.192.152.143", "2001:db8:1::1", "ff15::efc0:988f"} {
+	for _, dst := range []string{"198.51.100.1", "198.51.100.255", "255.255.255.255", "239.192.152.143", "2001:db8:1::1",
+		"ff15::efc0:988f"} {
 		out = append(out, probe{name: "udp " + dst, typ: unix.SOCK_DGRAM, dst: dst, port: 6771, bind: "eth0"})
 	}
 	out = append(
@@ -311,7 +314,7 @@ func tcpServer(t *testing.T, network, addr string) net.Listener {
 
 // talk says something and wants it back.
 func talk(c net.Conn) error {
-	_ = c.SetDeadline(time.Now().Add(patience))
+	_ = c.SetDeadline(time.Now().Add(testkit.Patience))
 	if _, err := c.Write([]byte("ping")); err != nil {
 		return err
 	}
@@ -324,7 +327,7 @@ func talk(c net.Conn) error {
 }
 
 func hello(c net.Conn) error {
-	_ = c.SetDeadline(time.Now().Add(patience))
+	_ = c.SetDeadline(time.Now().Add(testkit.Patience))
 	b := make([]byte, 100)
 	n, err := c.Read(b)
 	if err == nil && string(b[:n]) != "hello" {

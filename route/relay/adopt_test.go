@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/stack/loop"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // dialer stands for what had the socket first: a dial on the same loop.
@@ -26,7 +27,7 @@ func TestAdopted(t *testing.T) {
 		l.Post(func() { f(); close(done) })
 		select {
 		case <-done:
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			t.Fatal("the loop does not run")
 		}
 	}
@@ -41,7 +42,7 @@ func TestAdopted(t *testing.T) {
 	up.CloseWrite()
 	for range 20 { // the dial gets all events
 		do(func() {})
-		time.Sleep(time.Millisecond)
+		testkit.Pace(time.Millisecond)
 	}
 	s := newStream()
 	f := &flowOf{app: s, up: up, done: make(chan Result, 1)}

@@ -12,15 +12,12 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/loop"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
-
-// patience is for what must happen, on a machine that may stall for seconds.
-const patience = 20 * time.Second
 
 // fakeStream is the app's end with both of its buffers in sight. The app is the test.
 type fakeStream struct {
@@ -202,14 +199,14 @@ func (s *fakeStream) take(t testing.TB, n int) []byte {
 // wait waits until ok, which is called with the lock held.
 func (s *fakeStream) wait(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	stop := time.AfterFunc(patience, func() { s.mu.Lock(); s.cond.Broadcast(); s.mu.Unlock() })
+	stop := time.AfterFunc(testkit.Patience, func() { s.mu.Lock(); s.cond.Broadcast(); s.mu.Unlock() })
 	defer stop.Stop()
 	begin := time.Now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for !ok() {
-		if time.Since(begin) >= patience {
-			t.Fatalf("no %s after %v", what, patience)
+		if time.Since(begin) >= testkit.Patience {
+			t.Fatalf("no %s after %v", what, testkit.Patience)
 		}
 		s.cond.Wait()
 	}
@@ -266,7 +263,7 @@ func (q *fakeRequest) open() {
 // newLoop runs a loop, which is closed at the end of the test: then no goroutine and no fd may be left.
 func newLoop(t testing.TB) *Loop {
 	t.Helper()
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	l, err := NewLoop(Config{Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
@@ -281,36 +278,11 @@ func newLoop(t testing.TB) *Loop {
 			if err != nil {
 				t.Errorf("Run: %v", err)
 			}
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			t.Error("Run did not return")
 		}
 	})
 	return l
-}
-
-func checkLeaks(t testing.TB) {
-	fds := countFDs(t)
-	old := goleak.IgnoreCurrent()
-	t.Cleanup(func() {
-		for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
-			err, n := goleak.Find(old), countFDs(t)
-			if err == nil && n <= fds {
-				return
-			}
-			if time.Now().After(end) {
-				t.Errorf("%d fds before, %d after; %v", fds, n, err)
-				return
-			}
-		}
-	})
-}
-
-func countFDs(t testing.TB) int {
-	e, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(e)
 }
 
 // TestMain opens what the runtime keeps for ever, so that no test is blamed for it.
@@ -385,7 +357,7 @@ func (f *flowOf) result(t testing.TB) Result {
 			t.Errorf("the stream was closed %d times", closed)
 		}
 		return r
-	case <-time.After(patience):
+	case <-time.After(testkit.Patience):
 		t.Fatal("the relay did not end")
 	}
 	panic("unreachable")

@@ -11,50 +11,53 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
+// gsoDecideCases are the cases of TestGSODecide.
+var gsoDecideCases = []struct {
+	release string
+	auto    bool
+}{
+	{"6.18.44", true},
+	{"6.18.2+deb", true},
+	{"6.19.99-generic", true},
+	{"7.0.0-rc3", false},
+	{"7.0", false},
+	{"7.0-rc1", false},
+	{"7.0.14-2-pve", false},
+	{"7.0.250", false},
+	{"7.1", false},
+	{"7.1.0-rc5", false},
+	{"7.1.4", false},
+	{"7.1.4-arch1-1", false},
+	{"7.1.4.1", false},
+	{"7.1.5", true},
+	{"7.1.5-arch1-1", true},
+	{"7.1.14", true},
+	{"7.1.40", true},
+	{"7.2.0-rc1", true},
+	{"7.10.0", true},
+	{"8.0.1", true},
+	{"70.1.4", true},
+	{"4.4.0", true},
+	{"5.10.0-9-amd64", true},
+	// Not understood: it may be one of them.
+	{"", false},
+	{"7", false},
+	{"linux", false},
+	{"v6.18.2", false},
+	{"-6.18.2", false},
+	{".6.18", false},
+	{"6.x", false},
+	{"6..18", false},
+	{"6 .18", false},
+	{"99999999999999999999.1.1", false},
+	{"6.99999999999999999999", false},
+	{"6.18.99999999999999999999", false},
+	{"\u0667.\u0661.\u0664", false}, // digits, but not ASCII ones
+}
+
 // TestGSODecide: auto is off on the kernels that spoil runs, whatever a distributor appends to their release.
 func TestGSODecide(t *testing.T) {
-	for _, c := range []struct {
-		release string
-		auto    bool
-	}{
-		{"6.18.44", true},
-		{"6.18.2+deb", true},
-		{"6.19.99-generic", true},
-		{"7.0.0-rc3", false},
-		{"7.0", false},
-		{"7.0-rc1", false},
-		{"7.0.14-2-pve", false},
-		{"7.0.250", false},
-		{"7.1", false},
-		{"7.1.0-rc5", false},
-		{"7.1.4", false},
-		{"7.1.4-arch1-1", false},
-		{"7.1.4.1", false},
-		{"7.1.5", true},
-		{"7.1.5-arch1-1", true},
-		{"7.1.14", true},
-		{"7.1.40", true},
-		{"7.2.0-rc1", true},
-		{"7.10.0", true},
-		{"8.0.1", true},
-		{"70.1.4", true},
-		{"4.4.0", true},
-		{"5.10.0-9-amd64", true},
-		// Not understood: it may be one of them.
-		{"", false},
-		{"7", false},
-		{"linux", false},
-		{"v6.18.2", false},
-		{"-6.18.2", false},
-		{".6.18", false},
-		{"6.x", false},
-		{"6..18", false},
-		{"6 .18", false},
-		{"99999999999999999999.1.1", false},
-		{"6.99999999999999999999", false},
-		{"6.18.99999999999999999999", false},
-		{"\u0667.\u0661.\u0664", false}, // digits, but not ASCII ones
-	} {
+	for _, c := range gsoDecideCases {
 		on, why := GSOAuto.Decide(c.release)
 		if on != c.auto {
 			t.Errorf("%q: on %v: %s", c.release, on, why)

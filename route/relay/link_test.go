@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // testCodec is SOCKS's header for addresses: RFC 1928 section 7.
@@ -117,7 +118,7 @@ func (c *collector) sink(ps []flow.Packet) {
 
 func (c *collector) wait(t testing.TB, n int) []flow.Packet {
 	t.Helper()
-	late := time.After(patience)
+	late := time.After(testkit.Patience)
 	for {
 		c.mu.Lock()
 		got := c.got
@@ -364,10 +365,8 @@ func TestLinkHostile(t *testing.T) {
 	sa, _ = unix.Getsockname(fd)
 	k = openLink(t, l, fd, lyingCodec{}, c.sink)
 	srv.WriteToUDPAddrPort(good, netip.AddrPortFrom(me.Addr(), uint16(sa.(*unix.SockaddrInet4).Port)))
-	for end := time.Now().Add(patience); k.Stats().Malformed != 1; time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%+v", k.Stats())
-		}
+	if !testkit.Until(testkit.Patience, func() bool { return k.Stats().Malformed == 1 }) {
+		t.Fatalf("%+v", k.Stats())
 	}
 }
 
@@ -383,12 +382,10 @@ func TestLinkICMP(t *testing.T) {
 	for range 20 {
 		k.Send(p)
 	}
-	for end := time.Now().Add(patience); k.Stats().Unreachable == 0; time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%+v", k.Stats())
-		}
+	if !testkit.Until(testkit.Patience, func() bool { return k.Stats().Unreachable != 0 }) {
+		t.Fatalf("%+v", k.Stats())
 	}
-	time.Sleep(10 * time.Millisecond) // for those of the others
+	testkit.Settle(10*time.Millisecond, "the ICMP errors of the others have come")
 	srv = udpServer(t, "udp4", at.String())
 	if n, err := k.Send(p); n != 1 || err != nil {
 		t.Errorf("sent %d, %v", n, err)
@@ -443,7 +440,7 @@ func TestLinkClose(t *testing.T) {
 				}
 			}
 		}()
-		time.Sleep(100 * time.Microsecond)
+		testkit.Settle(100*time.Microsecond, "the other goroutine sends")
 		k.Close()
 		k.Close()
 		if err := <-ended; !errors.Is(err, ErrClosed) {
@@ -454,7 +451,7 @@ func TestLinkClose(t *testing.T) {
 
 // TestLinkOfClosedLoop: the loop's end closes links and tells, once; a later OpenPackets fails and closes its socket.
 func TestLinkOfClosedLoop(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	l, err := NewLoop(Config{})
 	if err != nil {
 		t.Fatal(err)

@@ -5,12 +5,12 @@ import (
 	"net/netip"
 	"runtime"
 	"testing"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // inNamespace calls f on a thread in a network namespace of its own, whose lo has the given MTU. The thread ends with it.
@@ -57,8 +57,8 @@ func loUp(mtu int) error {
 	return nil
 }
 
-// TestSegmentsOverMTU: the kernel refuses UDP_SEGMENT for datagrams that do not fit the path's MTU. They go one by one, in fragments, and
-// it is not tried again for that size; smaller ones still go in runs.
+// TestSegmentsOverMTU: the kernel refuses UDP_SEGMENT for datagrams that do not fit the path's MTU. They go one by one, in
+// fragments, and it is not tried again for that size; smaller ones still go in runs.
 func TestSegmentsOverMTU(t *testing.T) {
 	l := newLoop(t)
 	var srv, fd int
@@ -95,12 +95,7 @@ func TestSegmentsOverMTU(t *testing.T) {
 		for i, p := range ps {
 			var n int
 			var e unix.Errno
-			for range 20_000 {
-				if n, e = recv(srv, buf, 0); e != unix.EAGAIN {
-					break
-				}
-				time.Sleep(time.Millisecond)
-			}
+			testkit.Until(testkit.Patience, func() bool { n, e = recv(srv, buf, 0); return e != unix.EAGAIN })
 			if e != 0 || !bytes.Equal(buf[10:n], p.Payload) {
 				t.Fatalf("datagram %d: %d bytes, %v", i, n, e)
 			}

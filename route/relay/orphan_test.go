@@ -8,6 +8,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // When the app's FIN was passed on, the upstream's socket is left to the kernel: the far end gets all that was sent, then FIN.
@@ -64,7 +66,7 @@ func TestOrphanWithDataLeft(t *testing.T) {
 				if err != nil {
 					t.Fatalf("the far end reads slowly and is cut off after %d bytes: %v", got.Len(), err)
 				}
-				time.Sleep(20 * time.Millisecond)
+				testkit.Pace(20 * time.Millisecond)
 			}
 			if !bytes.Equal(got.Bytes(), data) {
 				t.Errorf("the far end got %d bytes", got.Len())

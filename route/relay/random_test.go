@@ -3,6 +3,7 @@ package relay
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"sync/atomic"
@@ -12,13 +13,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // TestRandomLives gives flows random lives: both sides send, stall, close and reset at random. Whatever happens: what
 // arrives is a prefix of what was sent, all of it if that side's FIN arrived; a RST is never a FIN; and the flow ends.
 func TestRandomLives(t *testing.T) {
 	defer func(d time.Duration) { lingerLimit = d }(lingerLimit)
-	lingerLimit = patience // a side that stalls must not lose what a RST left it
+	lingerLimit = testkit.Patience // a side that stalls must not lose what a RST left it
 	l := newLoop(t)
 	n := 100
 	if testing.Short() {
@@ -51,27 +53,7 @@ func randomLife(t *testing.T, l *Loop, seed uint64) {
 	if upReset && cut > 0 {
 		cut = r.IntN(cut)
 	}
-	wr := rand.New(rand.NewPCG(seed, 2))
-	go func() {
-		for i := 0; i < cut; {
-			k := min(1+wr.IntN(100000), cut-i)
-			if _, err := f.up.Write(down[i : i+k]); err != nil {
-				wrote <- err
-				return
-			}
-			i += k
-		}
-		if upReset { // when everything has arrived: SO_LINGER 0 would drop the rest
-			raw, _ := f.up.SyscallConn()
-			for left := 1; left > 0 && !gone.Load(); time.Sleep(100 * time.Microsecond) {
-				raw.Control(func(fd uintptr) { left = unacked(int(fd)) })
-			}
-			sendReset(f.up)
-			wrote <- nil
-			return
-		}
-		wrote <- f.up.CloseWrite()
-	}()
+	go func() { wrote <- writeDown(f, rand.New(rand.NewPCG(seed, 2)), down[:cut], upReset, &gone) }()
 	var gotUp []byte
 	read := make(chan error, 1)
 	go func() {
@@ -85,23 +67,9 @@ func randomLife(t *testing.T, l *Loop, seed uint64) {
 	if appReset && acut > 0 {
 		acut = r.IntN(acut)
 	}
-	go func() {
-		for i := 0; i < acut; {
-			k := min(1+r.IntN(1<<r.IntN(17)), acut-i)
-			s.send(up[i : i+k])
-			i += k
-			if r.IntN(50) == 0 {
-				time.Sleep(time.Duration(r.IntN(300)) * time.Microsecond)
-			}
-		}
-		if appReset {
-			s.sendRST()
-		} else {
-			s.sendFIN()
-		}
-	}()
+	go appLife(s, r, up[:acut], appReset)
 	var gotDown []byte
-	deadline := time.Now().Add(2 * patience)
+	deadline := time.Now().Add(2 * testkit.Patience)
 	var res Result
 	for over := false; !over; {
 		select {
@@ -123,45 +91,92 @@ func randomLife(t *testing.T, l *Loop, seed uint64) {
 			t.Fatalf("did not end: %d up, %d down", len(gotUp), len(gotDown))
 		}
 	}
-	werr, rerr := <-wrote, <-read
+	x := life{up: up[:acut], down: down[:cut], gotDown: gotDown, upReset: upReset, appReset: appReset}
+	x.werr, x.rerr = <-wrote, <-read
+	x.gotUp = gotUp
+	x.check(t, s, res)
+}
+
+// life is what was sent and what came, and how it ended.
+type life struct {
+	up, down, gotUp, gotDown []byte
+	upReset, appReset        bool
+	werr, rerr               error // of the upstream
+}
+
+func (x *life) check(t *testing.T, s *fakeStream, res Result) {
+	t.Helper()
 	fin, aborted, closed := s.state()
 	if closed != 1 {
 		t.Errorf("closed %d times", closed)
 	}
-	if !bytes.HasPrefix(down, gotDown) || !bytes.HasPrefix(up, gotUp) {
+	if !bytes.HasPrefix(x.down, x.gotDown) || !bytes.HasPrefix(x.up, x.gotUp) {
 		t.Error("data differs")
 	}
-	if int(res.Down) != len(gotDown) {
-		t.Errorf("counted %d down, %d came", res.Down, len(gotDown))
+	if int(res.Down) != len(x.gotDown) {
+		t.Errorf("counted %d down, %d came", res.Down, len(x.gotDown))
 	}
+	figures := fmt.Sprintf("%+v, aborted %v, fin %v, write %v, read %v, up %d/%d, down %d/%d", res, aborted, fin,
+		x.werr, x.rerr, len(x.gotUp), len(x.up), len(x.gotDown), len(x.down))
 	switch {
-	case !upReset && !appReset:
-		if res.Err != nil || werr != nil || rerr != nil || len(gotUp) != len(up) || len(gotDown) != len(down) || aborted || !fin {
-			t.Errorf(
-				"%+v, write %v, read %v, up %d/%d, down %d/%d",
-				res,
-				werr,
-				rerr,
-				len(gotUp),
-				len(up),
-				len(gotDown),
-				len(down),
-			)
+	case !x.upReset && !x.appReset:
+		if res.Err != nil || x.werr != nil || x.rerr != nil || len(x.gotUp) != len(x.up) || len(x.gotDown) != len(x.down) ||
+			aborted || !fin {
+			t.Error(figures)
 		}
-	case upReset && !appReset:
+	case x.upReset && !x.appReset:
 		// Our own FIN may have gone up before, but the app's end is a RST, with all that came before it.
-		if !errors.Is(res.Err, ErrUpstreamReset) || !aborted || fin || len(gotDown) != cut {
-			t.Errorf("%+v, aborted %v, fin %v, down %d/%d", res, aborted, fin, len(gotDown), cut)
+		if !errors.Is(res.Err, ErrUpstreamReset) || !aborted || fin || len(x.gotDown) != len(x.down) {
+			t.Error(figures)
 		}
-	case appReset && !upReset:
+	case x.appReset && !x.upReset:
 		// The kernel tells of a RST once: whoever asks first, the writer or the reader.
-		told := errors.Is(rerr, unix.ECONNRESET) || errors.Is(werr, unix.ECONNRESET)
-		if !errors.Is(res.Err, ErrAppReset) || !told || len(gotUp) != acut {
-			t.Errorf("%+v, read %v, write %v, up %d/%d", res, rerr, werr, len(gotUp), acut)
+		told := errors.Is(x.rerr, unix.ECONNRESET) || errors.Is(x.werr, unix.ECONNRESET)
+		if !errors.Is(res.Err, ErrAppReset) || !told || len(x.gotUp) != len(x.up) {
+			t.Error(figures)
 		}
 	default:
 		if res.Err == nil || !aborted {
-			t.Errorf("%+v, aborted %v", res, aborted)
+			t.Error(figures)
 		}
 	}
+}
+
+// appLife is the app, which writes and then ends its stream.
+func appLife(s *fakeStream, r *rand.Rand, up []byte, reset bool) {
+	for i := 0; i < len(up); {
+		k := min(1+r.IntN(1<<r.IntN(17)), len(up)-i)
+		s.send(up[i : i+k])
+		i += k
+		if r.IntN(50) == 0 {
+			testkit.Pace(time.Duration(r.IntN(300)) * time.Microsecond)
+		}
+	}
+	if reset {
+		s.sendRST()
+	} else {
+		s.sendFIN()
+	}
+}
+
+// writeDown is the upstream, which writes and then ends its stream.
+func writeDown(f *flowOf, r *rand.Rand, down []byte, reset bool, gone *atomic.Bool) error {
+	for i := 0; i < len(down); {
+		k := min(1+r.IntN(100000), len(down)-i)
+		if _, err := f.up.Write(down[i : i+k]); err != nil {
+			return err
+		}
+		i += k
+	}
+	if reset { // when everything has arrived: SO_LINGER 0 would drop the rest
+		raw, _ := f.up.SyscallConn()
+		testkit.Until(testkit.Patience, func() bool {
+			left := 0
+			raw.Control(func(fd uintptr) { left = unacked(int(fd)) })
+			return left == 0 || gone.Load()
+		})
+		sendReset(f.up)
+		return nil
+	}
+	return f.up.CloseWrite()
 }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/loop"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 func pattern(n int) []byte {
@@ -152,7 +153,7 @@ func TestLost(t *testing.T) {
 }
 
 func TestLoopClosed(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	l, err := NewLoop(Config{Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
@@ -205,7 +206,7 @@ func TestLoopClosed(t *testing.T) {
 
 // TestCloseWithoutRun gives everything back too.
 func TestCloseWithoutRun(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	l, err := NewLoop(Config{})
 	if err != nil {
 		t.Fatal(err)
@@ -360,24 +361,18 @@ func TestIdleCosts(t *testing.T) {
 	if each > 600 {
 		t.Errorf("%d bytes of heap for an idle relay", each)
 	}
-	for end := time.Now().Add(patience); runtime.NumGoroutine() > goroutines; time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%d goroutines, were %d", runtime.NumGoroutine(), goroutines)
-		}
+	if !testkit.Until(testkit.Patience, func() bool { return runtime.NumGoroutine() <= goroutines }) {
+		t.Fatalf("%d goroutines, were %d", runtime.NumGoroutine(), goroutines)
 	}
 	runtime.KeepAlive(keep)
 	for _, f := range keep {
 		f.Abort()
 	}
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
-		slots := make(chan int)
+	slots := make(chan int)
+	testkit.Eventually(t, "no socket to be watched when all have gone", func() bool {
 		l.do(func() { slots <- l.Watched() })
-		if n := <-slots; n == 0 {
-			break
-		} else if time.Now().After(end) {
-			t.Fatalf("%d sockets are watched when all have gone", n)
-		}
-	}
+		return <-slots == 0
+	})
 	// And a new one is heard, with a slot that others had before.
 	f := startFlow(t, l)
 	f.up.Write([]byte("x"))

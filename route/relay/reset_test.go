@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // TestReset: RST stays RST, whatever went before. Names: who resets, what was before.
@@ -53,14 +54,10 @@ func TestReset(t *testing.T) {
 				f.wantEnd(t, true)
 			}
 			if c.name == "app, after its FIN" { // read said EOF before; writing tells
-				for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
-					if _, err := f.up.Write([]byte("x")); err != nil {
-						break
-					}
-					if time.Now().After(end) {
-						t.Fatal("the upstream's write did not fail")
-					}
-				}
+				testkit.Eventually(t, "the upstream's write to fail", func() bool {
+					_, err := f.up.Write([]byte("x"))
+					return err != nil
+				})
 			}
 		})
 	}
@@ -73,7 +70,7 @@ func TestKernelDataBeforeRST(t *testing.T) {
 	peer.Write(pattern(10000))
 	sendReset(peer)
 	var pfd = []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
-	for end := time.Now().Add(patience); time.Now().Before(end); { // a signal of the runtime's ends it early
+	for end := time.Now().Add(testkit.Patience); time.Now().Before(end); { // a signal of the runtime's ends it early
 		if n, _ := unix.Poll(pfd, 5000); n > 0 {
 			break
 		}

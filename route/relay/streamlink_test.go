@@ -14,6 +14,7 @@ import (
 
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/loop"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // frameCodec is a frame with a name's length in front, as UDP over TCP has: 0 IPv4 or 1 IPv6, address, port, length.
@@ -62,7 +63,7 @@ func openStreamLink(t testing.TB, l *Loop, sink func([]flow.Packet), closed func
 	if err != nil {
 		t.Fatal(err)
 	}
-	peer.SetDeadline(time.Now().Add(patience))
+	peer.SetDeadline(time.Now().Add(testkit.Patience))
 	return k.(*streamLink), peer
 }
 
@@ -152,7 +153,7 @@ func TestStreamLinkDrip(t *testing.T) {
 			}
 			at = at[n:]
 			if i%16 == 0 {
-				time.Sleep(time.Millisecond)
+				testkit.Pace(time.Millisecond)
 			}
 		}
 		got := c.wait(t, len(want))
@@ -161,10 +162,8 @@ func TestStreamLinkDrip(t *testing.T) {
 				t.Errorf("pieces of %d: datagram %d has %d bytes from %v", piece, i, len(got[i].Payload), got[i].Src)
 			}
 		}
-		for end := time.Now().Add(patience); k.Stats().Malformed != 7; time.Sleep(time.Millisecond) {
-			if time.Now().After(end) {
-				t.Fatalf("%+v", k.Stats())
-			}
+		if !testkit.Until(testkit.Patience, func() bool { return k.Stats().Malformed == 7 }) {
+			t.Fatalf("%+v", k.Stats())
 		}
 		done := make(chan int)
 		l.Post(func() { done <- cap(k.in) })
@@ -188,7 +187,7 @@ func TestStreamLinkEnds(t *testing.T) {
 		"endless":        {append([]byte{3}, make([]byte, 2000)...), nil, errFrame},
 		"FIN":            {nil, func(c *net.TCPConn) { c.CloseWrite() }, io.EOF},
 		"FIN in a frame": {frame("192.0.2.1:1", make([]byte, 50))[:30], func(c *net.TCPConn) { c.CloseWrite() }, io.EOF},
-		"RST":            {nil, func(c *net.TCPConn) { time.Sleep(20 * time.Millisecond); sendReset(c) }, unix.ECONNRESET},
+		"RST":            {nil, func(c *net.TCPConn) { testkit.Pace(20 * time.Millisecond); sendReset(c) }, unix.ECONNRESET},
 	} {
 		c := newCollector()
 		told := make(chan error, 2)
@@ -205,7 +204,7 @@ func TestStreamLinkEnds(t *testing.T) {
 			if !errors.Is(err, tt.want) {
 				t.Errorf("%s: %v", name, err)
 			}
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			t.Fatalf("%s: not told", name)
 		}
 		if _, err := k.Send([]flow.Packet{{}}); !errors.Is(err, ErrClosed) {

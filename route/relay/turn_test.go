@@ -5,12 +5,14 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
-// TestTurn looks at single turns of a loop that does not run: each keeps to its budget and asks for another while there is more; a
-// relay that waits for one side asks for none, or the loop would spin.
+// TestTurn looks at single turns of a loop that does not run: each keeps to its budget and asks for another while there is
+// more; a relay that waits for one side asks for none, or the loop would spin.
 func TestTurn(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	l, err := NewLoop(Config{})
 	if err != nil {
 		t.Fatal(err)
@@ -39,7 +41,7 @@ func TestTurn(t *testing.T) {
 	f.up.SetWriteDeadline(time.Now().Add(5 * time.Second))
 	for range 4 {
 		f.up.Write(make([]byte, chunk))
-		time.Sleep(time.Millisecond)
+		testkit.Settle(time.Millisecond, "the kernel has moved it to the other end")
 	}
 	if n := unread(fd); n <= turnBytes {
 		t.Skipf("the kernel holds only %d bytes", n)
@@ -109,10 +111,10 @@ func TestGather(t *testing.T) {
 	}
 }
 
-// TestResetMetWhileWriting: the app's RST comes behind its FIN, and the first to meet it is a turn that writes to the app. The FIN was
-// read, so nobody would ask the stream again: the turn itself must know that there is nothing more to hand over.
+// TestResetMetWhileWriting: the app's RST comes behind its FIN, and the first to meet it is a turn that writes to the app. The
+// FIN was read, so nobody would ask the stream again: the turn itself must know that there is nothing more to hand over.
 func TestResetMetWhileWriting(t *testing.T) {
-	checkLeaks(t)
+	testkit.CheckLeaks(t)
 	l, err := NewLoop(Config{})
 	if err != nil {
 		t.Fatal(err)
@@ -121,15 +123,16 @@ func TestResetMetWhileWriting(t *testing.T) {
 	f := startFlow(t, l)
 	turns := func(what string, ok func() bool) {
 		t.Helper()
-		for end := time.Now().Add(patience); !ok(); time.Sleep(time.Millisecond) {
-			if time.Now().After(end) {
-				t.Fatalf("not within %v: %s", patience, what)
+		testkit.Eventually(t, what, func() bool {
+			if ok() {
+				return true
 			}
 			l.Enqueue(&f.Node)
 			if _, err := l.Step(false); err != nil {
 				t.Fatal(err)
 			}
-		}
+			return ok()
+		})
 	}
 	f.app.sendFIN()
 	turns("the FIN is passed on", func() bool { return f.upDone })

@@ -14,19 +14,8 @@ import (
 
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/loop"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
-
-// patience is for what must happen, on a machine that may stall for seconds.
-const patience = 20 * time.Second
-
-func eventually(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for end := time.Now().Add(patience); !ok(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("waited %v for %s", patience, what)
-		}
-	}
-}
 
 // app is the program's side: the request, and the stream once it is accepted.
 type app struct {
@@ -161,7 +150,7 @@ func (g *rig) answer() answer {
 	select {
 	case x := <-g.done:
 		return x
-	case <-time.After(patience):
+	case <-time.After(testkit.Patience):
 		g.t.Fatal("done was not called")
 		return answer{}
 	}
@@ -200,12 +189,12 @@ func TestEarlyNamed(t *testing.T) {
 		t.Errorf("%q, %v", got, err)
 	}
 	a.close()
-	eventually(t, "the hint", func() bool { return k.events.Load()&uint32(flow.Readable) != 0 })
+	testkit.Eventually(t, "the hint", func() bool { return k.events.Load()&uint32(flow.Readable) != 0 })
 	if got, err := readAll(s); got != "" || err != io.EOF {
 		t.Errorf("at the end: %q, %v", got, err)
 	}
 	a.rst()
-	eventually(t, "the hint of RST", func() bool { return k.events.Load()&uint32(flow.Hup) != 0 })
+	testkit.Eventually(t, "the hint of RST", func() bool { return k.events.Load()&uint32(flow.Hup) != 0 })
 	s.Close()
 	e.Accept(newTaker()) // only the first counts
 	e.Reject(flow.RefuseReset)
@@ -266,7 +255,7 @@ func TestEarlyGone(t *testing.T) {
 	a := &app{}
 	g.start(a, time.Hour)
 	a.say(get[:5])
-	eventually(t, "the first bytes to be read", func() bool { return g.bytes.Load() == 5 })
+	testkit.Eventually(t, "the first bytes to be read", func() bool { return g.bytes.Load() == 5 })
 	a.rst()
 	if x := g.answer(); !errors.Is(x.err, ErrAppGone) {
 		t.Errorf("RST while it is read: %+v", x)
@@ -281,11 +270,11 @@ func TestEarlyGone(t *testing.T) {
 			e.OnCancel(func() { told.Add(1) })
 		}
 		a.rst()
-		eventually(t, "the end of the stream", func() bool { aborted, closed := a.ended(); return aborted && closed })
+		testkit.Eventually(t, "the end of the stream", func() bool { aborted, closed := a.ended(); return aborted && closed })
 		if late {
 			e.OnCancel(func() { told.Add(1) })
 		}
-		eventually(t, "the cancellation", func() bool { return told.Load() > 0 })
+		testkit.Eventually(t, "the cancellation", func() bool { return told.Load() > 0 })
 		k := newTaker()
 		e.Accept(k)
 		if s := <-k.opened; s != nil || k.err.Load() == nil || told.Load() != 1 {
@@ -302,10 +291,10 @@ func TestEarlyRejected(t *testing.T) {
 	a.say(get)
 	g.answer()
 	e.Reject(flow.RefuseSilent)
-	eventually(t, "RST", func() bool { aborted, closed := a.ended(); return aborted && closed })
+	testkit.Eventually(t, "RST", func() bool { aborted, closed := a.ended(); return aborted && closed })
 	b := &app{}
 	e = g.start(b, time.Hour)
-	eventually(t, "the handshake", func() bool { b.mu.Lock(); defer b.mu.Unlock(); return b.l != nil })
+	testkit.Eventually(t, "the handshake", func() bool { b.mu.Lock(); defer b.mu.Unlock(); return b.l != nil })
 	e.Abort()
 	if x := g.answer(); !errors.Is(x.err, loop.ErrClosed) {
 		t.Errorf("aborted: %+v", x)
@@ -318,7 +307,7 @@ func TestEarlyLoopCloses(t *testing.T) {
 	reads, holds, has := &app{}, &app{}, &app{}
 	g.start(reads, time.Hour)
 	reads.say(get[:5])
-	eventually(t, "the first bytes to be read", func() bool { return g.bytes.Load() == 5 })
+	testkit.Eventually(t, "the first bytes to be read", func() bool { return g.bytes.Load() == 5 })
 	e := g.start(holds, time.Hour)
 	holds.say(get)
 	g.answer()
@@ -334,8 +323,8 @@ func TestEarlyLoopCloses(t *testing.T) {
 	if x := g.answer(); !errors.Is(x.err, loop.ErrClosed) {
 		t.Errorf("while it is read: %+v", x)
 	}
-	eventually(t, "the loop's end", g.l.Gone)
-	eventually(t, "the cancellation", func() bool { return told.Load() == 1 })
+	testkit.Eventually(t, "the loop's end", g.l.Gone)
+	testkit.Eventually(t, "the cancellation", func() bool { return told.Load() == 1 })
 	late := newTaker()
 	e.Accept(late)
 	if s := <-late.opened; s != nil {

@@ -97,7 +97,8 @@ func FuzzTuple(f *testing.F) {
 func TestDestination(t *testing.T) {
 	at := netip.MustParseAddrPort("203.0.113.9:443")
 	for text, want := range map[string]bool{
-		"": true, "203.0.113.9": true, "203.0.113.8": false, "203.0.113.0/24": true, "203.0.113.9/24": true, "198.51.100.0/24": false,
+		"": true, "203.0.113.9": true, "203.0.113.8": false, "203.0.113.0/24": true, "203.0.113.9/24": true,
+		"198.51.100.0/24": false,
 		"203.0.113.9:443": true, "203.0.113.9:80": false, ":443": true, ":80": false, "2001:db8::/32": false,
 		"Example.com": true, "www.example.com.": true, "example.com:443": true, "example.com:80": false, "xample.com": false,
 		"mail.www.example.com": false,
@@ -132,7 +133,8 @@ func newSession(t *testing.T, f Filter) (*Session, *clock) {
 
 func event(id uint64, proto, src, dst, state string) control.Event {
 	return control.Event{Flow: &control.Flow{
-		ID: id, Proto: proto, Src: src, Dst: dst, State: state, Upstream: "proxy", Rule: "default", Host: "www.example.com", PID: 77, Exe: "/bin/curl",
+		ID: id, Proto: proto, Src: src, Dst: dst, State: state, Upstream: "proxy", Rule: "default", Host: "www.example.com",
+		PID: 77, Exe: "/bin/curl",
 	}}
 }
 
@@ -194,9 +196,11 @@ func TestSession(t *testing.T) {
 	s.Saw([][]byte{packet(protoUDP, "198.51.100.8:1", app, 31)}, true) // of the same mapping
 	s.Saw([][]byte{packet(protoUDP, "10.0.0.1:9", "192.0.2.1:53", 5)}, false)
 	file := captured(t, s)
-	got := tshark(t, file, "frame.time_epoch", "frame.len", "ip.src", "ip.dst", "frame.interface_name", "frame.packet_flags_direction", "frame.comment")
+	got := tshark(t, file, "frame.time_epoch", "frame.len", "ip.src", "ip.dst", "frame.interface_name",
+		"frame.packet_flags_direction", "frame.comment")
 	about := "flow 7: tcp to www.example.com (203.0.113.9:80), program /bin/curl (process 77), upstream proxy, rule default, open"
-	mapping := "flow 8: udp to www.example.com (198.51.100.7:6881), program /bin/curl (process 77), upstream proxy, rule default, open"
+	mapping := "flow 8: udp to www.example.com (198.51.100.7:6881), program /bin/curl (process 77), upstream proxy, " +
+		"rule default, open"
 	want := []string{
 		"1700000000.123456789 128 10.0.0.1 203.0.113.9 viasocks0 0x00000002 " + about,
 		"1700000001.123456789 1028 203.0.113.9 10.0.0.1 viasocks0 0x00000001 ",
@@ -281,7 +285,8 @@ func TestFilters(t *testing.T) {
 			t.Errorf("%s: %d packets, want %d", name, s.written, tt.want)
 		}
 	}
-	for _, f := range []Filter{{Count: -1}, {Bytes: -1}, {Time: -1}, {Time: 25 * time.Hour}, {Destination: "a b"}, {Program: strings.Repeat("a", 300)}} {
+	for _, f := range []Filter{{Count: -1}, {Bytes: -1}, {Time: -1}, {Time: 25 * time.Hour}, {Destination: "a b"},
+		{Program: strings.Repeat("a", 300)}} {
 		if _, err := New(f); err == nil {
 			t.Errorf("%+v is taken", f)
 		}
@@ -345,7 +350,8 @@ func TestSmallFrames(t *testing.T) {
 	}
 	many := make([]control.Event, 0, 2*maxFlows)
 	for i := range uint64(2 * maxFlows) {
-		many = append(many, event(i+1, "tcp", fmt.Sprintf("10.0.%d.%d:5", i>>8&0xff, i&0xff), fmt.Sprintf("203.0.113.%d:80", i>>16), "open"))
+		many = append(many, event(i+1, "tcp", fmt.Sprintf("10.0.%d.%d:5", i>>8&0xff, i&0xff),
+			fmt.Sprintf("203.0.113.%d:80", i>>16), "open"))
 	}
 	s.Know(many)
 	if len(s.flows) > maxFlows {

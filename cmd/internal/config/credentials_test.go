@@ -32,11 +32,14 @@ func TestCredentials(t *testing.T) {
 		err  string
 	}{
 		{args: "--proxy socks5://al@h --password-file " + one, want: []string{"of-one"}},
-		{args: "--proxy socks5://al@h --upstream lab-1=http://al@k --password-file lab-1=" + two + " --password-file " + one, want: []string{"of-one", "of-two"}},
+		{args: "--proxy socks5://al@h --upstream lab-1=http://al@k --password-file lab-1=" + two + " --password-file " + one,
+			want: []string{"of-one", "of-two"}},
 		{args: "--proxy socks5://al@h --password-file proxy=" + one, want: []string{"of-one"}},
 		{args: "--proxy socks5://al@h", env: []string{"VIASOCKS_PASSWORD=of-env", credentials}, want: []string{"of-env"}},
-		{args: "--upstream lab-1=socks5://al@h", env: []string{"VIASOCKS_PASSWORD=no", "VIASOCKS_PASSWORD_LAB_1=of-env"}, want: []string{"of-env"}},
-		{args: "--proxy socks5://al@h --upstream lab-1=socks5://al@k", env: []string{credentials}, want: []string{"credential", "credential of lab"}},
+		{args: "--upstream lab-1=socks5://al@h", env: []string{"VIASOCKS_PASSWORD=no", "VIASOCKS_PASSWORD_LAB_1=of-env"},
+			want: []string{"of-env"}},
+		{args: "--proxy socks5://al@h --upstream lab-1=socks5://al@k", env: []string{credentials},
+			want: []string{"credential", "credential of lab"}},
 		{args: "--proxy socks5://al:x@h --upstream lab-1=socks5://k", env: []string{credentials}, want: []string{"x", ""}},
 		{args: "--proxy socks4://al@h", env: []string{credentials}, want: []string{""}},
 		{args: "--proxy socks5://al@h", env: []string{"CREDENTIALS_DIRECTORY=" + dir}, want: []string{""}},
@@ -46,7 +49,8 @@ func TestCredentials(t *testing.T) {
 		{args: "--proxy socks5://h --password-file " + one, err: "names no user"},
 		{args: "--proxy socks5://al:s3cret@h --password-file " + one, err: "has a password already"},
 		{args: "--proxy socks4://al@h --password-file " + one, err: "SOCKS4 has a user and no password"},
-		{args: "--proxy socks5://al@h", env: []string{"VIASOCKS_PASSWORD=" + strings.Repeat("s3cret", 50)}, err: "cannot use VIASOCKS_PASSWORD"},
+		{args: "--proxy socks5://al@h", env: []string{"VIASOCKS_PASSWORD=" + strings.Repeat("s3cret", 50)},
+			err: "cannot use VIASOCKS_PASSWORD"},
 	} {
 		c, err := Parse(Up, strings.Fields(tt.args), tt.env)
 		if tt.err != "" {

@@ -16,15 +16,18 @@ import (
 var sampleValues = map[string]string{
 	"proxy": "socks5://other", "upstream": "lab=socks5://l", "dns": "tcp://192.0.2.53", "dns-pool": "198.19.0.0/16",
 	"dns-pool6": "fd00:1::/48", "ipv6": "off", "offload": "off", "udp-gso": "on", "mtu": "9000", "rule": "port 25 reject",
-	"allow": "tcp:443", "sniff": "rules", "sniff-port": "8080", "sniff-wait": "1s", "rule-for": "tcp:h.example:443", "lan": "refuse",
+	"allow": "tcp:443", "sniff": "rules", "sniff-port": "8080", "sniff-wait": "1s", "rule-for": "tcp:h.example:443",
+	"lan":     "refuse",
 	"inbound": "carry", "inbound-port": "51820", "exclude": "192.0.2.0/24", "exclude-uid": "7", "exclude-port": "22",
-	"exclude-device": "wg0", "exclude-cgroup": "system.slice", "include": "192.0.2.0/24", "include-uid": "7", "include-port": "22",
+	"exclude-device": "wg0", "exclude-cgroup": "system.slice", "include": "192.0.2.0/24", "include-uid": "7",
+	"include-port":   "22",
 	"include-device": "wg0", "include-cgroup": "system.slice", "resolved": "off", "control-group": "0", "tun": "vs1",
 	"mark": "0x100/0xff00", "nft-table": "vs", "table": "77", "dns-for": "lan.example=tcp://192.0.2.53", "max-pending": "777",
 	"dns-exclude": "*.ads.example",
 	"reach-host":  "8080,9000-9010",
-	"dns-search":  "lan.example", "dns-single-labels": "off", "pool": "3", "pipeline": "on", "log-level": "error", "state-dir": "/run/vs",
-	"peer": "vps.example:7000",
+	"dns-search":  "lan.example", "dns-single-labels": "off", "pool": "3", "pipeline": "on", "log-level": "error",
+	"state-dir": "/run/vs",
+	"peer":      "vps.example:7000",
 }
 
 func sampleOf(t *testing.T, o *Option, dir string) string {
@@ -76,8 +79,8 @@ func comparable(c *Config) Config {
 	return d
 }
 
-// Each option does the same as a variable of the environment as it does as a flag. It does something: the configuration is another
-// one than without it.
+// Each option does the same as a variable of the environment as it does as a flag. It does something: the configuration is
+// another one than without it.
 func TestEveryOptionFromTheEnvironment(t *testing.T) {
 	dir := t.TempDir()
 	for i := range Options {
@@ -121,8 +124,8 @@ func TestEveryOptionFromTheEnvironment(t *testing.T) {
 	}
 }
 
-// A flag wins over the environment, and the environment over the file. Lists are replaced as a whole, and stand in the order of the
-// numbers.
+// A flag wins over the environment, and the environment over the file. Lists are replaced as a whole, and stand in the order of
+// the numbers.
 func TestEnvironmentPrecedence(t *testing.T) {
 	conf := filepath.Join(t.TempDir(), "conf")
 	if err := os.WriteFile(conf, []byte("proxy socks5://file\nmtu 2000\ntable 1000\nrule port 1 reject\n"), 0o600); err != nil {
@@ -217,7 +220,8 @@ func TestEnvironmentSecrets(t *testing.T) {
 // Variables that stand for nothing are warned of, without their values.
 func TestUnknownVariables(t *testing.T) {
 	known := []string{
-		"VIASOCKS_PROXY=socks5://al@h", "VIASOCKS_PASSWORD=x", "VIASOCKS_UPSTREAM=lab-2=socks5://al@l", "VIASOCKS_PASSWORD_LAB_2=x",
+		"VIASOCKS_PROXY=socks5://al@h", "VIASOCKS_PASSWORD=x", "VIASOCKS_UPSTREAM=lab-2=socks5://al@l",
+		"VIASOCKS_PASSWORD_LAB_2=x",
 		"VIASOCKS_LIMIT=3", "PATH=/bin", "VIASOCKSX=1",
 	}
 	unknown := []string{

@@ -10,7 +10,8 @@ import (
 
 func TestGroup(t *testing.T) {
 	c, err := Parse(Check, []string{"--upstream", "g=socks5://a:p,w@10.0.0.1,socks5://10.0.0.2:1081 select=latched attempts=3 " +
-		"server-attempts=2 fail-threshold=5 fail-window=10s retry-after=7s connect-timeout=2s handshake-timeout=9s check=4s"}, nil)
+		"server-attempts=2 fail-threshold=5 fail-window=10s retry-after=7s connect-timeout=2s handshake-timeout=9s check=4s"},
+		nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -53,7 +54,8 @@ func TestGroup(t *testing.T) {
 	if _, err := Parse(Check, []string{"--upstream", "g=socks5://10.0.0.1,socks5://10.0.0.1"}, nil); err == nil {
 		t.Error("one server twice is taken")
 	}
-	if _, err := Parse(Check, []string{"--upstream", "g=" + strings.Repeat("socks5://h,", 3) + "socks5://x:secret@h,socks5://"}, nil); err == nil ||
+	if _, err := Parse(Check, []string{"--upstream", "g=" + strings.Repeat("socks5://h,", 3) + "socks5://x:secret@h,socks5://"},
+		nil); err == nil ||
 		strings.Contains(err.Error(), "secret") {
 		t.Errorf("%v", err)
 	}

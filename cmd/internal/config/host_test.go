@@ -15,7 +15,8 @@ func TestHostDefaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := (Host{LAN: "direct", Resolved: true, Inbound: "keep", NFTable: "viasocks", Priority: 9000, ControlGroup: -1}); !reflect.DeepEqual(
+	if want := (Host{LAN: "direct", Resolved: true, Inbound: "keep", NFTable: "viasocks", Priority: 9000,
+		ControlGroup: -1}); !reflect.DeepEqual(
 		c.Host,
 		want,
 	) {
@@ -143,7 +144,8 @@ func TestAsking(t *testing.T) {
 	for _, tt := range []struct {
 		cmd  Command
 		args []string
-	}{{Status, []string{"--limit", "7"}}, {Confirm, []string{"--json"}}, {Status, []string{"word"}}, {Flows, []string{"--limit", "0"}}} {
+	}{{Status, []string{"--limit", "7"}}, {Confirm, []string{"--json"}}, {Status, []string{"word"}},
+		{Flows, []string{"--limit", "0"}}} {
 		if _, err := Parse(tt.cmd, tt.args, nil); !errors.As(err, new(*UsageError)) {
 			t.Errorf("%v: %v", tt.args, err)
 		}

@@ -28,7 +28,8 @@ func accepted(lines []string) error {
 	return c.build(func(option string) []value { return file[option] }, nil, nil)
 }
 
-const group = " select=ordered connect-timeout=10s handshake-timeout=100s server-attempts=1 attempts=4 retry-after=300s fail-threshold=2"
+const group = " select=ordered connect-timeout=10s handshake-timeout=100s server-attempts=1 attempts=4 retry-after=300s " +
+	"fail-threshold=2"
 
 func TestImportSocks(t *testing.T) {
 	five := "CONFIG proxy.config.socks.socks_version INT 5\n"
@@ -40,25 +41,31 @@ func TestImportSocks(t *testing.T) {
 	}{
 		{"each line", []string{"records.config", five + "CONFIG proxy.config.http.x INT 1\n" +
 			"CONFIG proxy.config.socks.server_connect_timeout INT 7\nCONFIG proxy.config.socks.socks_timeout INT 50\n" +
-			"CONFIG proxy.config.socks.per_server_connection_attempts INT 2\nCONFIG proxy.config.socks.connection_attempts INT 6\n" +
+			"CONFIG proxy.config.socks.per_server_connection_attempts INT 2\n" +
+			"CONFIG proxy.config.socks.connection_attempts INT 6\n" +
 			"CONFIG proxy.config.socks.server_retry_time INT 60\nCONFIG proxy.config.socks.server_fail_threshold INT 3\n" +
 			"CONFIG proxy.config.socks.default_servers STRING socks1.example:1080;10.0.0.2:4080\n"}, []string{
-			"upstream ats=socks5://socks1.example:1080,socks5://10.0.0.2:4080 select=ordered connect-timeout=7s handshake-timeout=50s " +
+			"upstream ats=socks5://socks1.example:1080,socks5://10.0.0.2:4080 select=ordered connect-timeout=7s " +
+				"handshake-timeout=50s " +
 				"server-attempts=2 attempts=6 retry-after=60s fail-threshold=3",
 			"rule via ats"}},
-		{"socks.config", []string{"records.config", five, "socks.config", "# comment\nno_socks 10.1.0.0-10.1.255.255, 10.2.3.4 192.0.2.0/24\n" +
-			"auth u al:ice geheim\ndest_ip=203.0.113.0-203.0.113.5 parent=\"s1:1080; s2:1081\" round_robin=strict\n" +
-			"dest_ip=198.51.100.7 parent=s3:1080 round_robin=latched\ndest_ip=198.51.100.8 parent=s3:1080 round_robin=true\n" +
-			"dest_ip=198.51.100.9 parent=s3:1080,s3:1080 round_robin=false\ndest_ip=2001:db8::1 parent=[2001:db8::2]:1080\n"}, []string{
-			"upstream ats1=socks5://al%3Aice@s1:1080,socks5://al%3Aice@s2:1081" + words("round-robin"), "password-file ats1",
-			"upstream ats2=socks5://al%3Aice@s3:1080" + words("latched"), "password-file ats2",
-			"upstream ats3=socks5://al%3Aice@s3:1080" + words("hash"), "password-file ats3",
-			"upstream ats4=socks5://al%3Aice@s3:1080" + words("ordered"), "password-file ats4",
-			"upstream ats5=socks5://al%3Aice@[2001:db8::2]:1080" + words("ordered"), "password-file ats5",
-			"rule dst 10.1.0.0/16,10.2.3.4/32,192.0.2.0/24 direct", "rule dst 203.0.113.0/30,203.0.113.4/31 via ats1",
-			"rule dst 198.51.100.7/32 via ats2", "rule dst 198.51.100.8/32 via ats3", "rule dst 198.51.100.9/32 via ats4",
-			"rule dst 2001:db8::1/128 via ats5", "leave this line out", "rule direct"}},
-		{"yaml", []string{"records.yaml", "records:\n  http:\n    socks: 1\n  socks: # of ours\n    socks_version: 5\n    default_servers: \"h:1\" # one\n" +
+		{"socks.config", []string{"records.config", five, "socks.config",
+			"# comment\nno_socks 10.1.0.0-10.1.255.255, 10.2.3.4 192.0.2.0/24\n" +
+				"auth u al:ice geheim\ndest_ip=203.0.113.0-203.0.113.5 parent=\"s1:1080; s2:1081\" round_robin=strict\n" +
+				"dest_ip=198.51.100.7 parent=s3:1080 round_robin=latched\n" +
+				"dest_ip=198.51.100.8 parent=s3:1080 round_robin=true\n" +
+				"dest_ip=198.51.100.9 parent=s3:1080,s3:1080 round_robin=false\ndest_ip=2001:db8::1 parent=[2001:db8::2]:1080\n"},
+			[]string{
+				"upstream ats1=socks5://al%3Aice@s1:1080,socks5://al%3Aice@s2:1081" + words("round-robin"), "password-file ats1",
+				"upstream ats2=socks5://al%3Aice@s3:1080" + words("latched"), "password-file ats2",
+				"upstream ats3=socks5://al%3Aice@s3:1080" + words("hash"), "password-file ats3",
+				"upstream ats4=socks5://al%3Aice@s3:1080" + words("ordered"), "password-file ats4",
+				"upstream ats5=socks5://al%3Aice@[2001:db8::2]:1080" + words("ordered"), "password-file ats5",
+				"rule dst 10.1.0.0/16,10.2.3.4/32,192.0.2.0/24 direct", "rule dst 203.0.113.0/30,203.0.113.4/31 via ats1",
+				"rule dst 198.51.100.7/32 via ats2", "rule dst 198.51.100.8/32 via ats3", "rule dst 198.51.100.9/32 via ats4",
+				"rule dst 2001:db8::1/128 via ats5", "leave this line out", "rule direct"}},
+		{"yaml", []string{"records.yaml", "records:\n  http:\n    socks: 1\n  socks: # of ours\n    socks_version: 5\n" +
+			"    default_servers: \"h:1\" # one\n" +
 			"    socks_timeout: 9\n  other:\n    socks_timeout: x\nsocks:\n  socks_timeout: y\n"}, []string{
 			"upstream ats=socks5://h:1" + strings.Replace(group, "100s", "9s", 1), "rule via ats"}},
 		{"defaults", []string{"r", "CONFIG proxy.config.socks.socks_needed INT 0\nCONFIG proxy.config.socks.colour INT 0\n" +
@@ -108,10 +115,12 @@ func TestImportSocksErrors(t *testing.T) {
 		{"s", strings.Repeat("a", maxLine+1), "longer than"},
 		{"s", "a\x01", "control character"},
 		{"s", "a\xff", "not UTF-8"},
-		{"r", "CONFIG proxy.config.socks.connection_attempts INT 0", "r:1: proxy.config.socks.connection_attempts is attempts here, and must be a number from 1 to 100"},
+		{"r", "CONFIG proxy.config.socks.connection_attempts INT 0",
+			"r:1: proxy.config.socks.connection_attempts is attempts here, and must be a number from 1 to 100"},
 		{"r", "CONFIG proxy.config.socks.socks_timeout INT x", "must be a number"},
 		{"r", "CONFIG proxy.config.socks.socks_version INT 6", "must be 4 or 5"},
-		{"r", "CONFIG proxy.config.socks.default_servers STRING h", "r:1: proxy.config.socks.default_servers: \"h\" must be HOST:PORT"},
+		{"r", "CONFIG proxy.config.socks.default_servers STRING h",
+			"r:1: proxy.config.socks.default_servers: \"h\" must be HOST:PORT"},
 		{"r", "CONFIG proxy.config.socks.socks_timeout INT 1\nCONFIG proxy.config.socks.socks_timeout INT 2", "given before"},
 		{"r.yaml", "records:\n  socks:\n    - a", "r.yaml:3: must be NAME: VALUE"},
 	} {
@@ -147,7 +156,8 @@ func TestRangeNetworks(t *testing.T) {
 func FuzzImportSocks(f *testing.F) {
 	f.Add(
 		"socks.config",
-		"no_socks 10.1.0.0-10.1.255.255\nauth u al hunter2hunter2\ndest_ip=203.0.113.0-203.0.113.5 parent=\"s1:1080;s2:1081\" round_robin=strict\n"+
+		"no_socks 10.1.0.0-10.1.255.255\nauth u al hunter2hunter2\n"+
+			"dest_ip=203.0.113.0-203.0.113.5 parent=\"s1:1080;s2:1081\" round_robin=strict\n"+
 			"CONFIG proxy.config.socks.socks_version INT 5\n",
 	)
 	f.Add("records.yaml", "records:\n  socks:\n    socks_version: 5\n    default_servers: \"h:1\" # one\n    socks_timeout: 9\n")

@@ -34,11 +34,13 @@ func TestDirectOnly(t *testing.T) {
 		args         []string
 		want         string // the resolvers and how they are asked, or an error
 	}{
-		{Check, "# x\nnameserver 192.0.2.1\nnameserver\nnameserver 2001:db8::1 # y\nnameserver fe80::1%eth0\nnameserver x\nnameserver 0.0.0.0\n", "",
+		{Check, "# x\nnameserver 192.0.2.1\nnameserver\nnameserver 2001:db8::1 # y\nnameserver fe80::1%eth0\nnameserver x\n" +
+			"nameserver 0.0.0.0\n", "",
 			[]string{"--rule", "port 443 direct"}, "[tcp://192.0.2.1:53 tcp://[2001:db8::1]:53] direct"},
 		{Check, stub, "nameserver 192.0.2.9\n", []string{"--rule", "direct"}, "[tcp://127.0.0.53:53] direct"},
 		{Up, stub, "nameserver 127.0.0.1\nnameserver 192.0.2.9\n", []string{"--rule", "direct"}, "[tcp://192.0.2.9:53] direct"},
-		{Up, "nameserver ::1\nnameserver 192.0.2.1\n", "nameserver 192.0.2.9\n", []string{"--rule", "direct"}, "[tcp://192.0.2.1:53] direct"},
+		{Up, "nameserver ::1\nnameserver 192.0.2.1\n", "nameserver 192.0.2.9\n", []string{"--rule", "direct"},
+			"[tcp://192.0.2.1:53] direct"},
 		{Up, stub, "", []string{"--rule", "direct"}, "own questions would come back to viasocks"},
 		{Up, stub, "", []string{"--rule", "direct", "--dns", "tcp://192.0.2.3"}, "[tcp://192.0.2.3:53] direct"},
 		{Check, "search a\n", "", []string{"--rule", "direct"}, "[tcp://127.0.0.1:53] direct"},
@@ -126,7 +128,8 @@ func TestResolverSchemes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := "[tls://192.0.2.1:853 tls://192.0.2.2:853#dns.example tcp://a.example:53 tcp://b.example:5353 https://192.0.2.3:443/q]"
+	want := "[tls://192.0.2.1:853 tls://192.0.2.2:853#dns.example tcp://a.example:53 tcp://b.example:5353 " +
+		"https://192.0.2.3:443/q]"
 	if got := fmt.Sprint(c.DNS); got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}

@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"os"
 	"strings"
 	"testing"
 	"time"
@@ -16,6 +15,7 @@ import (
 
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -104,10 +104,9 @@ func TestWellBehaved(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for end := time.Now().Add(10 * time.Second); sockets(t) > fds; time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) { // the server and the far end, which are here too, close theirs a little later
-			t.Fatalf("%d sockets before the probe, %d after it", fds, sockets(t))
-		}
+	// The server and the far end, which are here too, close theirs a little later.
+	if n := 0; !testkit.Until(testkit.Patience, func() bool { n = sockets(t); return n <= fds }) {
+		t.Fatalf("%d sockets before the probe, %d after it", fds, n)
 	}
 	var text bytes.Buffer
 	if err := r.WriteText(&text); err != nil {
@@ -147,12 +146,8 @@ func TestWellBehaved(t *testing.T) {
 // sockets counts those of this process. Other descriptors come and go: io.Copy keeps pipes for splice.
 func sockets(t *testing.T) (n int) {
 	t.Helper()
-	d, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, e := range d {
-		if to, _ := os.Readlink("/proc/self/fd/" + e.Name()); strings.HasPrefix(to, "socket:") {
+	for _, to := range testkit.Files(t) {
+		if strings.HasPrefix(to, "socket:") {
 			n++
 		}
 	}

@@ -89,7 +89,8 @@ func request(t *testing.T, path, method, what string) (status, body string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	resp, err := (&http.Client{Transport: tr, Timeout: patience}).Do(&http.Request{Method: method, URL: u, Header: http.Header{}})
+	resp, err := (&http.Client{Transport: tr, Timeout: testkit.Patience}).Do(&http.Request{Method: method, URL: u,
+		Header: http.Header{}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -136,7 +137,7 @@ func TestCapturePermissions(t *testing.T) {
 				return
 			}
 			defer c.Close()
-			c.SetDeadline(time.Now().Add(patience))
+			c.SetDeadline(time.Now().Add(testkit.Patience))
 			_, _ = io.WriteString(c, "GET /v1/capture HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
 			b, _ := io.ReadAll(io.LimitReader(c, 1<<16))
 			done <- string(b)

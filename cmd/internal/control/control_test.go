@@ -24,9 +24,6 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files")
 
-// patience is for what must happen, on a machine that may stall for seconds.
-const patience = 20 * time.Second
-
 type fake struct {
 	confirmed, down atomic.Int32
 	refuse          error
@@ -99,7 +96,7 @@ func TestServer(t *testing.T) {
 	if _, err := c.Status(); !errors.Is(err, ErrNoDaemon) {
 		t.Error(err)
 	}
-	if err := c.Wait(patience); err != nil {
+	if err := c.Wait(testkit.Patience); err != nil {
 		t.Error(err)
 	}
 }
@@ -124,7 +121,7 @@ func TestHostileRequests(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		c.SetDeadline(time.Now().Add(patience))
+		c.SetDeadline(time.Now().Add(testkit.Patience))
 		io.WriteString(c, tt.send)
 		b := make([]byte, 12)
 		n, _ := io.ReadFull(c, b)
@@ -151,14 +148,12 @@ func TestBounds(t *testing.T) {
 		}
 		silent = append(silent, c)
 	}
-	for s.l.owners.Load() < maxConns {
-		time.Sleep(time.Millisecond)
-	}
+	testkit.Eventually(t, "all to be connected", func() bool { return s.l.owners.Load() >= maxConns })
 	one, err := net.Dial("unix", path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	one.SetDeadline(time.Now().Add(patience))
+	one.SetDeadline(time.Now().Add(testkit.Patience))
 	if _, err := one.Read(make([]byte, 1)); err != io.EOF {
 		t.Errorf("one too many: %v", err)
 	}
@@ -166,16 +161,13 @@ func TestBounds(t *testing.T) {
 	for _, c := range silent {
 		c.Close()
 	}
-	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+	if !testkit.Until(testkit.Patience, func() bool {
 		c := NewClient(path)
-		_, err := c.Status()
-		c.Close()
-		if err == nil {
-			break
-		}
-		if time.Now().After(end) {
-			t.Fatal(err)
-		}
+		defer c.Close()
+		_, err = c.Status()
+		return err == nil
+	}) {
+		t.Fatal(err)
 	}
 }
 
@@ -211,9 +203,7 @@ func TestLookersKeepNobodyOut(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for end := time.Now().Add(patience); s.l.owners.Load()+s.l.others.Load() < maxConns && time.Now().Before(end); {
-		time.Sleep(time.Millisecond)
-	}
+	testkit.Eventually(t, "all to be connected", func() bool { return s.l.owners.Load()+s.l.others.Load() >= maxConns })
 	c := NewClient(path)
 	defer c.Close()
 	for range maxConns {
@@ -307,7 +297,7 @@ func askAs(path string, gid int, groups []int) (*http.Response, error) {
 		DialContext:       func(context.Context, string, string) (net.Conn, error) { return conn, nil },
 		DisableKeepAlives: true,
 	}
-	resp, err := (&http.Client{Transport: t, Timeout: patience}).Get("http://x/v1/status")
+	resp, err := (&http.Client{Transport: t, Timeout: testkit.Patience}).Get("http://x/v1/status")
 	if err == nil {
 		_, err = io.Copy(io.Discard, resp.Body)
 		resp.Body.Close()
@@ -356,7 +346,8 @@ func TestLock(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = TakeLock(path)
-	if want := fmt.Sprintf("cannot start: another viasocks is up here (process %d): see 'viasocks status'", os.Getpid()); err == nil ||
+	if want := fmt.Sprintf("cannot start: another viasocks is up here (process %d): see 'viasocks status'",
+		os.Getpid()); err == nil ||
 		err.Error() != want ||
 		!errors.Is(err, ErrLocked) {
 		t.Error(err)
@@ -429,7 +420,8 @@ func TestClientBounds(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	for _, answer := range []string{"", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n[1,2]", "nonsense\r\n\r\n", "HTTP/1.1 500 x\r\nContent-Length: 2\r\n\r\nno"} {
+	for _, answer := range []string{"", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n[1,2]", "nonsense\r\n\r\n",
+		"HTTP/1.1 500 x\r\nContent-Length: 2\r\n\r\nno"} {
 		go func() {
 			c, err := l.Accept()
 			if err != nil {

@@ -64,7 +64,8 @@ func TestCheckHealthOfOlderVersion(t *testing.T) {
 	path := upWith(t, Backend{Status: sample})
 	var b bytes.Buffer
 	err := WriteHealth(&b, CheckHealth(runtimeOf(t), path, 0))
-	if err != nil || b.String() != "not healthy: the running viasocks is of an older version, which does not say whether traffic "+
+	if err != nil || b.String() != "not healthy: the running viasocks is of an older version, "+
+		"which does not say whether traffic "+
 		"passes: restart it\n" {
 		t.Errorf("%v %q", err, b.String())
 	}

@@ -95,7 +95,8 @@ func TestInstances(t *testing.T) {
 		t.Error(programs)
 	}
 	want := Instance{
-		PID: os.Getpid(), UID: r.UID, User: userName(r.UID), Mode: ModeRun, Program: got[0].Program, Proxy: "socks5://10.0.0.1:1080", State: Ready,
+		PID: os.Getpid(), UID: r.UID, User: userName(r.UID), Mode: ModeRun, Program: got[0].Program,
+		Proxy: "socks5://10.0.0.1:1080", State: Ready,
 		Since: now, Flows: 5, Up: 7, Down: 8,
 	}
 	if got[0] != want {
@@ -181,7 +182,7 @@ func TestNoAnswer(t *testing.T) {
 	if len(got) != 2 || got[0].State != NoAnswer && got[1].State != NoAnswer {
 		t.Errorf("%+v", got)
 	}
-	if took := time.Since(start); took > lookTimeout+patience {
+	if took := time.Since(start); took > lookTimeout+testkit.Patience {
 		t.Errorf("it took %v", took)
 	}
 }

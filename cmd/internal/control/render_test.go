@@ -37,8 +37,9 @@ func at(ago time.Duration) *time.Time { t := now.Add(-ago); return &t }
 
 func sample() Status {
 	return Status{
-		Version: "v0.2.0", PID: 4711, Mode: ModeUp, State: Ready, Since: *at(26*time.Hour + 11*time.Minute), ReadyAt: at(26 * time.Hour),
-		Config: "/etc/viasocks/viasocks.conf", Reloaded: at(5*time.Minute + 3*time.Second),
+		Version: "v0.2.0", PID: 4711, Mode: ModeUp, State: Ready, Since: *at(26*time.Hour + 11*time.Minute),
+		ReadyAt: at(26 * time.Hour),
+		Config:  "/etc/viasocks/viasocks.conf", Reloaded: at(5*time.Minute + 3*time.Second),
 		Upstreams: []Upstream{
 			{Name: "proxy", URL: "socks5://alice:***@10.0.0.1:1080", TCP: "ok", UDP: "down", IPv6: "no", NamesUDP: "yes",
 				Granted: 10799, Failed: 17, LatencyMS: 34.2, Addresses: []string{"10.0.0.1:1080 tcp"}},
@@ -140,14 +141,16 @@ func TestWriteFlows(t *testing.T) {
 
 func TestUnits(t *testing.T) {
 	for d, want := range map[time.Duration]string{
-		-time.Hour: "0s", 499 * time.Millisecond: "0s", 59 * time.Second: "59s", time.Minute: "1m0s", 3*time.Hour + 4*time.Minute: "3h4m",
+		-time.Hour: "0s", 499 * time.Millisecond: "0s", 59 * time.Second: "59s", time.Minute: "1m0s",
+		3*time.Hour + 4*time.Minute:  "3h4m",
 		100*24*time.Hour + time.Hour: "100d1h",
 	} {
 		if got := span(d); got != want {
 			t.Errorf("%v: %s, want %s", d, got, want)
 		}
 	}
-	for n, want := range map[uint64]string{0: "0 B", 9999: "9,999 B", 10240: "10.0 KiB", 5 << 30: "5.0 GiB", 3 << 50: "3072.0 TiB"} {
+	for n, want := range map[uint64]string{0: "0 B", 9999: "9,999 B", 10240: "10.0 KiB", 5 << 30: "5.0 GiB",
+		3 << 50: "3072.0 TiB"} {
 		if got := byteCount(n); got != want {
 			t.Errorf("%d: %s, want %s", n, got, want)
 		}
@@ -181,7 +184,8 @@ func TestWriteStatusWaiting(t *testing.T) {
 	if err := WriteStatus(&b, s, now); err != nil {
 		t.Fatal(err)
 	}
-	const want = "  waiting for the proxy; the host is closed until it can be reached: cannot reach the proxy?[2J\n  all is undone in 1m0s unless you say"
+	const want = "  waiting for the proxy; the host is closed until it can be reached: cannot reach the proxy?[2J\n" +
+		"  all is undone in 1m0s unless you say"
 	if !strings.Contains(b.String(), ": waiting, up since") || !strings.Contains(b.String(), want) {
 		t.Error(b.String())
 	}

@@ -83,7 +83,7 @@ func TestWatch(t *testing.T) {
 		t.Errorf("%+v", e)
 	}
 	// It goes on for longer than a request may take.
-	for end := time.Now().Add(readTimeout + time.Second); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+	for end := time.Now().Add(readTimeout + time.Second); time.Now().Before(end); testkit.Pace(100 * time.Millisecond) {
 		select {
 		case src.feed <- []Event{opened(8)}:
 			<-got
@@ -184,7 +184,8 @@ func (w *refusedWriter) WriteHeader(status int)      { w.status = status }
 
 func TestWriteEvent(t *testing.T) {
 	f := Flow{
-		ID: 7, Proto: "tcp", PID: 4711, Exe: "/usr/bin/aria2c", Src: "192.0.2.7:41022", Dst: "203.0.113.9:443", Host: "exa\x1b[31mmple.org",
+		ID: 7, Proto: "tcp", PID: 4711, Exe: "/usr/bin/aria2c", Src: "192.0.2.7:41022", Dst: "203.0.113.9:443",
+		Host: "exa\x1b[31mmple.org",
 		Rule: "default", Upstream: "proxy", State: "open", Start: *at(2 * time.Hour), Up: 4711, Down: 123456789,
 	}
 	over := f
@@ -195,7 +196,8 @@ func TestWriteEvent(t *testing.T) {
 		{Event: EventDialled, Time: now, Flow: &f},
 		{Event: EventEstablished, Time: now, Flow: &f},
 		{Event: EventClosed, Time: now, Flow: &over, Error: "reset by the \x1b]0;app"},
-		{Event: EventClosed, Time: now, Flow: &Flow{ID: 8, Proto: "udp", Src: "192.0.2.7:5", Dst: "203.0.113.9:25", State: "rejected", Start: now}},
+		{Event: EventClosed, Time: now, Flow: &Flow{ID: 8, Proto: "udp", Src: "192.0.2.7:5", Dst: "203.0.113.9:25",
+			State: "rejected", Start: now}},
 		{Event: EventLost, Time: now, Lost: 1203},
 		{Event: "some\x1bthing", Time: now},
 	} {

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 func TestProgramEnv(t *testing.T) {
@@ -20,7 +21,8 @@ func TestProgramEnv(t *testing.T) {
 	if got, want := programEnv(in, false), []string{"PATH=/bin", "PROXY=kept", "odd"}; !reflect.DeepEqual(got, want) {
 		t.Errorf("%q", got)
 	}
-	if got, want := programEnv(in, true), []string{"PATH=/bin", "http_proxy=x", "ALL_PROXY=x", "No_Proxy=x", "PROXY=kept", "odd"}; !reflect.DeepEqual(
+	if got, want := programEnv(in, true), []string{"PATH=/bin", "http_proxy=x", "ALL_PROXY=x", "No_Proxy=x", "PROXY=kept",
+		"odd"}; !reflect.DeepEqual(
 		got,
 		want,
 	) {
@@ -82,7 +84,7 @@ func TestStartContext(t *testing.T) {
 	signals <- syscall.SIGTERM
 	select {
 	case <-ctx.Done():
-	case <-time.After(patience):
+	case <-time.After(testkit.Patience):
 		t.Error("the signal does not end it")
 	}
 	cancel()

@@ -13,9 +13,11 @@ import (
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
-// A chain carries TCP through both proxies, refuses UDP, connects to none but the first, follows a reload of either, and is shown.
+// A chain carries TCP through both proxies, refuses UDP, connects to none but the first, follows a reload of either, and is
+// shown.
 func TestChainCarries(t *testing.T) {
 	noLeaks(t)
 	c, write := newCarried(t)
@@ -32,7 +34,7 @@ func TestChainCarries(t *testing.T) {
 	write(near)
 	c.reload("a chain")
 	dial := func() error {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience)
 		defer cancel()
 		conn, err := c.app.DialTCP(ctx, farTCP)
 		if err == nil {
@@ -63,7 +65,7 @@ func TestChainCarries(t *testing.T) {
 	}
 	defer u.Close()
 	b := make([]byte, 9)
-	for end := time.Now().Add(patience); ; {
+	for end := time.Now().Add(testkit.Patience); ; {
 		_, _ = u.Write([]byte("udp"))
 		u.SetReadDeadline(time.Now().Add(time.Second))
 		if _, err = u.Read(b); errors.Is(err, syscall.ECONNREFUSED) || time.Now().After(end) {
@@ -92,7 +94,8 @@ func TestChainCarries(t *testing.T) {
 		t.Errorf("the new near proxy had %d requests, the old one %d more", len(other.Requests()), len(c.proxy.Requests())-asked)
 	}
 	other.Redirect(at, netip.MustParseAddrPort("127.0.0.1:1"))
-	if err := probe(context.Background(), parse(t, append([]string{"--proxy", other.URL()}, args[2:]...)...), dialing{}); err == nil ||
+	if err := probe(context.Background(), parse(t, append([]string{"--proxy", other.URL()}, args[2:]...)...),
+		dialing{}); err == nil ||
 		!strings.Contains(err.Error(), "cannot reach the proxy 198.51.100.7:1080") {
 		t.Errorf("the far proxy is not there: %v", err)
 	}

@@ -72,7 +72,8 @@ func TestLost(t *testing.T) {
 	c.ups[0].Route.TooLarge, c.ups[1].Route.TooLarge = 2, 4
 	c.Route.DNS.Refused = 7
 	want := map[string]uint64{
-		"ICMP (ping)": 3, "multicast and broadcast": 9, "datagrams too large for SOCKS": 6, "questions of DNS that --allow refuses": 7,
+		"ICMP (ping)": 3, "multicast and broadcast": 9, "datagrams too large for SOCKS": 6,
+		"questions of DNS that --allow refuses": 7,
 	}
 	got := map[string]uint64{}
 	for _, l := range c.lost() {

@@ -14,6 +14,7 @@ import (
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/stacktest"
+	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
 )
@@ -102,14 +103,14 @@ func TestPlaneGoroutines(t *testing.T) {
 	for range each {
 		dials.Go(func() { _, _ = app.DialTCP(pending, netip.AddrPortFrom(dst.Addr(), silent)) })
 	}
-	for end := time.Now().Add(time.Minute); p.stack.Stats().Pending < each && time.Now().Before(end); {
-		time.Sleep(10 * time.Millisecond)
-	}
+	testkit.Until(time.Minute, func() bool { return p.stack.Stats().Pending >= each })
 	st := p.stack.Stats()
-	n, stacks := ours()
-	for end := time.Now().Add(10 * time.Second); n > 40 && time.Now().Before(end); n, stacks = ours() {
-		time.Sleep(50 * time.Millisecond) // timers that fire just now have one for a moment
-	}
+	var n int
+	var stacks string
+	testkit.Until(testkit.Patience, func() bool { // timers that fire just now have one for a moment
+		n, stacks = ours()
+		return n <= 40
+	})
 	t.Logf(
 		"%d connections idle, %d dials pending: %d goroutines of the data plane, %d before the dials",
 		st.Streams,

@@ -10,6 +10,7 @@ import (
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // A group starts when one of its servers works, carries TCP, UDP and names, and status shows each server.
@@ -66,7 +67,7 @@ func TestRefusedTargetsAreNoFault(t *testing.T) {
 		return sockstest.EarlyClose()
 	})
 	for i := range 7 { // eight in a row, and no success between them, would be the server's fault
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience)
 		conn, err := c.app.DialTCP(ctx, netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(100 + i)}), 80))
 		cancel()
 		if err == nil {

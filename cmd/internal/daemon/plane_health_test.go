@@ -17,9 +17,10 @@ func TestJudge(t *testing.T) {
 		healthy   bool
 		reason    string
 	}{
-		"no proxy at all":                {"", nil, true, ""},
-		"the default works":              {"proxy", []control.UpstreamHealth{fails("lab"), works("proxy")}, true, ""},
-		"the default is down":            {"proxy", []control.UpstreamHealth{fails("lab"), fails("proxy"), works("x")}, false, "proxy is down"},
+		"no proxy at all":   {"", nil, true, ""},
+		"the default works": {"proxy", []control.UpstreamHealth{fails("lab"), works("proxy")}, true, ""},
+		"the default is down": {"proxy", []control.UpstreamHealth{fails("lab"), fails("proxy"), works("x")}, false,
+			"proxy is down"},
 		"no default, one works":          {"", []control.UpstreamHealth{fails("lab"), works("x")}, true, ""},
 		"no default, all are down":       {"", []control.UpstreamHealth{fails("lab"), fails("x")}, false, "lab is down"},
 		"the default is not a proxy yet": {"proxy", []control.UpstreamHealth{works("x")}, false, ""},

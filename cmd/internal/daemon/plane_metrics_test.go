@@ -27,7 +27,9 @@ func scraped(t *testing.T) (text string, values map[string]float64) {
 	c.works("measured")
 	path := filepath.Join(t.TempDir(), "m.sock")
 	end, err := serveMetrics(&config.Config{Metrics: metrics.Address{Path: path}}, watched{
-		plane: func() *plane { return c.u.plane }, ready: func() bool { return true }, dropped: func() (uint64, error) { return 5, nil },
+		plane: func() *plane {
+			return c.u.plane
+		}, ready: func() bool { return true }, dropped: func() (uint64, error) { return 5, nil },
 	}, "test", c.u.log)
 	if err != nil {
 		t.Fatal(err)
@@ -41,7 +43,7 @@ func scraped(t *testing.T) (text string, values map[string]float64) {
 }
 
 func scrape(t *testing.T, path string) (text string, values map[string]float64) {
-	client := http.Client{Timeout: patience, Transport: &http.Transport{
+	client := http.Client{Timeout: testkit.Patience, Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			var d net.Dialer
@@ -99,7 +101,8 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// TestDashboard: the dashboard and the alert rules use only metrics and values of labels that exist, and promtool takes the rules.
+// TestDashboard: the dashboard and the alert rules use only metrics and values of labels that exist, and promtool takes the
+// rules.
 func TestDashboard(t *testing.T) {
 	_, values := scraped(t)
 	names := map[string]bool{}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/stacktest"
+	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
 )
@@ -133,7 +134,7 @@ func TestPlaneShards(t *testing.T) {
 }
 
 func shardTCP(t *testing.T, app *stacktest.App, dst netip.AddrPort, fill byte, dev *tuntest.Device) {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience)
 	defer cancel()
 	c, err := app.DialTCP(ctx, dst)
 	if err != nil {
@@ -141,7 +142,7 @@ func shardTCP(t *testing.T, app *stacktest.App, dst netip.AddrPort, fill byte, d
 		return
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(testkit.Patience))
 	data, got := bytes.Repeat([]byte{fill}, 50_000), make([]byte, 50_000)
 	for range 3 {
 		dev.Forget()
@@ -167,7 +168,7 @@ func shardUDP(t *testing.T, app *stacktest.App, dst netip.AddrPort, fill byte, d
 	for range 20 {
 		dev.Forget()
 		for try := 0; ; try++ { // a datagram may be lost
-			c.SetDeadline(time.Now().Add(patience / 10))
+			c.SetDeadline(time.Now().Add(testkit.Patience / 10))
 			if _, err := c.Write(data); err != nil {
 				t.Error(err)
 				return

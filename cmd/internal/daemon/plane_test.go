@@ -20,19 +20,13 @@ import (
 	"github.com/viasocks/viasocks/tun/tuntest"
 )
 
-// patience is for what must happen, on a machine that may stall for seconds.
-const patience = 20 * time.Second
-
 // verifyNone waits for goroutines to end, but for those of before.
 func verifyNone(t *testing.T, before goleak.Option) {
 	t.Helper()
 	var err error
-	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
-		if err = goleak.Find(before); err == nil {
-			return
-		}
+	if !testkit.Until(testkit.Patience, func() bool { err = goleak.Find(before); return err == nil }) {
+		t.Error(err)
 	}
-	t.Error(err)
 }
 
 // noLeaks checks at the end that there are no more goroutines and files than now.
@@ -85,7 +79,7 @@ func TestPlane(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.start()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience)
 	defer cancel()
 	c, err := app.DialTCP(ctx, dst)
 	if err != nil {
@@ -103,7 +97,7 @@ func TestPlane(t *testing.T) {
 	between := false
 	stop(p, func() {
 		between = true
-		c.SetReadDeadline(time.Now().Add(patience))
+		c.SetReadDeadline(time.Now().Add(testkit.Patience))
 		var late net.Error
 		if _, err := c.Read(b); err == nil || err == io.EOF || errors.As(err, &late) && late.Timeout() {
 			t.Errorf("the open connection was not reset: %v", err)
@@ -130,7 +124,7 @@ func TestPlaneFails(t *testing.T) {
 		if err == nil {
 			t.Error("no reason given")
 		}
-	case <-time.After(patience):
+	case <-time.After(testkit.Patience):
 		t.Error("nobody said that the device is gone")
 	}
 	stop(p, nil)

@@ -17,6 +17,7 @@ import (
 
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 func listen(t *testing.T, opts ...sockstest.Option) *sockstest.Server {
@@ -65,7 +66,7 @@ func TestProbe(t *testing.T) {
 				}
 			}
 		} else {
-			err = ask(patience)
+			err = ask(testkit.Patience)
 		}
 		if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
 			t.Errorf("%s: got %v, want %q", tt.url, err, tt.want)
@@ -104,7 +105,8 @@ func TestProbeUsesDialing(t *testing.T) {
 			return []netip.Addr{netip.MustParseAddr("127.0.0.1")}, nil
 		},
 	}
-	if err := probe(context.Background(), parse(t, "--proxy", fmt.Sprintf("socks5://proxy.test:%d", s.Addr().Port())), d); err != nil {
+	if err := probe(context.Background(), parse(t, "--proxy", fmt.Sprintf("socks5://proxy.test:%d", s.Addr().Port())),
+		d); err != nil {
 		t.Error(err)
 	}
 	if marked != 1 || asked != "proxy.test" {
@@ -127,14 +129,19 @@ func TestExplain(t *testing.T) {
 		err  error
 		want string
 	}{
-		{fault(socks.OpResolve, &net.DNSError{Err: "no such host", Name: "proxy.test"}), "cannot find the proxy proxy.test:1: no such host: is the name right?"},
+		{fault(socks.OpResolve, &net.DNSError{Err: "no such host", Name: "proxy.test"}),
+			"cannot find the proxy proxy.test:1: no such host: is the name right?"},
 		{fault(socks.OpResolve, errors.New("no address")), "cannot find the proxy proxy.test:1: no address"},
-		{fault(socks.OpConnect, &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}), "cannot reach the proxy proxy.test:1: connection refused: is it running, and is this its port?"},
+		{fault(socks.OpConnect, &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}),
+			"cannot reach the proxy proxy.test:1: connection refused: is it running, and is this its port?"},
 		{fault(socks.OpConnect, syscall.EHOSTUNREACH), "cannot reach the proxy proxy.test:1: no route to host"},
-		{fault(socks.OpConnect, context.DeadlineExceeded), "cannot reach the proxy proxy.test:1: no answer: is the address right?"},
+		{fault(socks.OpConnect, context.DeadlineExceeded),
+			"cannot reach the proxy proxy.test:1: no answer: is the address right?"},
 		{fault(socks.OpConnect, syscall.ETIMEDOUT), "cannot reach the proxy proxy.test:1: no answer: is the address right?"},
-		{fault(socks.OpAuthenticate, socks.ErrMethod), "cannot log in to the proxy proxy.test:1: it takes no user and password, and wants something else"},
-		{fault(socks.OpHandshake, io.ErrUnexpectedEOF), "cannot use the proxy proxy.test:1: it closed the connection: does it speak SOCKS5, and to us?"},
+		{fault(socks.OpAuthenticate, socks.ErrMethod),
+			"cannot log in to the proxy proxy.test:1: it takes no user and password, and wants something else"},
+		{fault(socks.OpHandshake, io.ErrUnexpectedEOF),
+			"cannot use the proxy proxy.test:1: it closed the connection: does it speak SOCKS5, and to us?"},
 		{fault(socks.OpHandshake, errors.New("odd")), "cannot use the proxy proxy.test:1: odd"},
 		{errors.New("other"), "other"},
 	} {

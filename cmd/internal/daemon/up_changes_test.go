@@ -39,11 +39,13 @@ func TestChanges(t *testing.T) {
 		{base, "a.example\n10.0.0.0/8\n", []string{"list changed: FILE has 2 entries"}},
 		{append(slices.Clone(base), "--rule", "port 25 reject"), "a.example\n", []string{"rule added: port 25 reject"}},
 		{base[:6], "a.example\n", []string{"rule removed: list=FILE drop"}},
-		{append(slices.Clone(base[:2]), append(slices.Clone(base[4:]), base[2:4]...)...), "a.example\n", []string{"the rules have another order"}},
+		{append(slices.Clone(base[:2]), append(slices.Clone(base[4:]), base[2:4]...)...), "a.example\n",
+			[]string{"the rules have another order"}},
 		{append([]string{"--proxy", "socks5://i:9"}, base[2:]...), "a.example\n",
 			[]string{"upstream removed: proxy socks5://h:1080", "upstream added: proxy socks5://i:9"}},
 		{append([]string{"--upstream", "b=socks5://h"}, base[2:]...), "a.example\n",
-			[]string{"upstream removed: proxy socks5://h:1080", "upstream added: b socks5://h:1080", "what no rule matches: via proxy, now refused"}},
+			[]string{"upstream removed: proxy socks5://h:1080", "upstream added: b socks5://h:1080",
+				"what no rule matches: via proxy, now refused"}},
 	} {
 		list(tt.list)
 		var got []string

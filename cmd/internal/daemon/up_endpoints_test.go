@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"go.uber.org/goleak"
 
@@ -20,6 +19,7 @@ import (
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/loop"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // filter is what the kernel would hold.
@@ -267,7 +267,7 @@ func TestEndpointsOfAssociation(t *testing.T) {
 	e.configure(parse(t, "--proxy", s.URL()).Upstreams)
 	e.attach(f.apply)
 	got := make(chan error, 1)
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience)
 	defer cancel()
 	l, err := loop.New()
 	if err != nil {
@@ -295,10 +295,8 @@ func TestEndpointsOfAssociation(t *testing.T) {
 	}
 	// And the relay is known to be unused when the association is over.
 	idle := func() bool { e.mu.Lock(); defer e.mu.Unlock(); return len(e.idle) == 1 && e.idle[0].uses == 0 }
-	for end := time.Now().Add(patience); !idle(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("the relay is still in use")
-		}
+	if !testkit.Until(testkit.Patience, idle) {
+		t.Fatal("the relay is still in use")
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/cmd/internal/process"
 	"github.com/viasocks/viasocks/cmd/internal/resolved"
+	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
 )
@@ -62,15 +63,14 @@ func startUp(t *testing.T, file string, environ []string) (u *up, write func(str
 		t.Fatal(err)
 	}
 	ours, theirs := tuntest.Pipe(1500, 0)
-	if u.plane, err = newPlane(cfg, ours, nil, dialing{allowed: u.allowed, pool: pool}, slog.New(slog.DiscardHandler)); err != nil {
+	if u.plane, err = newPlane(cfg, ours, nil, dialing{allowed: u.allowed, pool: pool},
+		slog.New(slog.DiscardHandler)); err != nil {
 		t.Fatal(err)
 	}
 	u.plane.start()
 	t.Cleanup(u.plane.Close)
 	// The router takes a new policy when it runs.
-	for end := time.Now().Add(patience); u.plane.reload(cfg) != nil && time.Now().Before(end); {
-		time.Sleep(2 * time.Millisecond)
-	}
+	testkit.Eventually(t, "the router to run", func() bool { return u.plane.reload(cfg) == nil })
 	return u, write, theirs, log
 }
 
@@ -78,8 +78,10 @@ func TestReload(t *testing.T) {
 	noLeaks(t)
 	u, write, log := newUp(t, "proxy socks5://192.0.2.1\nmtu 1400\nconfirm 1m\n")
 	write(
-		"proxy socks5://al:geheim@192.0.2.2\nupstream b=socks5://192.0.2.3\nrule port 25 reject\nmtu 1500\nlog-level debug\nexclude 192.0.2.0/24\nconfirm 1m\n" +
-			"connect-timeout 3s\nhandshake-timeout 4s\nidle-timeout 1h\nudp-timeout 1m\nmax-pending 7\nmax-pending-per-destination 3\nmax-mappings 9\nstay-closed\n",
+		"proxy socks5://al:geheim@192.0.2.2\nupstream b=socks5://192.0.2.3\nrule port 25 reject\nmtu 1500\nlog-level debug\n" +
+			"exclude 192.0.2.0/24\nconfirm 1m\n" +
+			"connect-timeout 3s\nhandshake-timeout 4s\nidle-timeout 1h\nudp-timeout 1m\nmax-pending 7\n" +
+			"max-pending-per-destination 3\nmax-mappings 9\nstay-closed\n",
 	)
 	began := time.Now()
 	u.reload()
@@ -103,7 +105,8 @@ func TestReload(t *testing.T) {
 		t.Errorf("%v", all)
 	}
 
-	for _, bad := range []string{"proxy socks5://al:geheim@192.0.2.9:x", "proxy ftp://192.0.2.9", "nonsense", "proxy socks5://198.18.0.1"} {
+	for _, bad := range []string{"proxy socks5://al:geheim@192.0.2.9:x", "proxy ftp://192.0.2.9", "nonsense",
+		"proxy socks5://198.18.0.1"} {
 		log.Reset()
 		write(bad)
 		u.reload()
@@ -115,10 +118,8 @@ func TestReload(t *testing.T) {
 			t.Errorf("shows the password: %s", log)
 		}
 	}
-	for end := time.Now().Add(patience); len(u.allowed.list()) != 2; time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%v", u.allowed.list())
-		}
+	if !testkit.Until(testkit.Patience, func() bool { return len(u.allowed.list()) == 2 }) {
+		t.Fatalf("%v", u.allowed.list())
 	}
 }
 
@@ -140,7 +141,8 @@ func TestOpensAfter(t *testing.T) {
 		result string
 		open   bool
 		want   bool
-	}{{"SERVICE_RESULT=success", true, false}, {"SERVICE_RESULT=watchdog", true, true}, {"SERVICE_RESULT=core-dump", false, false}, {"X=1", true, false}} {
+	}{{"SERVICE_RESULT=success", true, false}, {"SERVICE_RESULT=watchdog", true, true},
+		{"SERVICE_RESULT=core-dump", false, false}, {"X=1", true, false}} {
 		cfg := &config.Config{Host: config.Host{FailOpen: tt.open}}
 		if got := opensAfter(cfg, []string{tt.result}); got != tt.want {
 			t.Errorf("%+v: %v", tt, got)
@@ -195,7 +197,8 @@ func TestNotOurs(t *testing.T) {
 func TestCheckProxies(t *testing.T) {
 	u := &up{loops: newLoopGuard(), env: &env{log: slog.New(slog.DiscardHandler)}}
 	for url, want := range map[string]string{
-		"socks5://198.18.0.1":                      "cannot use the proxy socks5://198.18.0.1:1080: its address is inside 198.18.0.0/15, which viasocks uses itself",
+		"socks5://198.18.0.1": "cannot use the proxy socks5://198.18.0.1:1080: " +
+			"its address is inside 198.18.0.0/15, which viasocks uses itself",
 		"socks5://[fd76:6961:736f:636b::2]:9":      "inside fd76:6961:736f:636b::/64",
 		"socks5://[fd76:6961:736f:636b::2%25eth0]": "inside fd76:6961:736f:636b::/64",
 		"socks5://198.17.0.1":                      "",

@@ -17,21 +17,29 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/stacktest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // samples has a value for each option of `up`, other than its default. An option that needs none has "".
 var samples = map[string]string{
-	"proxy": "PROXY", "password-file": "FILE", "upstream": "b=socks5://192.0.2.3", "rule": "port 25 reject", "dns": "tcp://192.0.2.53",
+	"proxy": "PROXY", "password-file": "FILE", "upstream": "b=socks5://192.0.2.3", "rule": "port 25 reject",
+	"dns":     "tcp://192.0.2.53",
 	"dns-for": "corp.example=tcp://192.0.2.54", "dns-exclude": ".real.example", "dns-single-labels": "off",
 	"dns-pool": "198.19.0.0/16", "dns-pool6": "fd77::/48", "dns-pool-file": "FILE", "ipv6": "off",
-	"proxy-ca": "CA", "dns-ca": "CA", "allow": "tcp:203.0.113.9:80\nallow udp:203.0.113.9:6881\nallow tcp:a.example:443", "decisions": "FILE",
+	"proxy-ca": "CA", "dns-ca": "CA", "allow": "tcp:203.0.113.9:80\nallow udp:203.0.113.9:6881\nallow tcp:a.example:443",
+	"decisions":       "FILE",
 	"connect-timeout": "3s", "handshake-timeout": "20s", "idle-timeout": "1h", "udp-timeout": "1m", "max-pending": "512",
 	"sniff": "name", "sniff-port": "80,8443", "sniff-wait": "50ms",
-	"max-pending-per-destination": "32", "max-mappings": "64", "pool": "4", "pool-idle": "9s", "pool-age": "8s", "pipeline": "auto", "fast-open": "", "mtu": "1400", "offload": "off", "udp-gso": "off",
-	"lan": "refuse", "inbound": "carry", "inbound-port": "51820,27015-27020", "exclude": "192.0.2.128/25", "exclude-uid": "1000", "exclude-port": "123", "exclude-device": "eth9",
-	"exclude-cgroup": "a.slice", "include": "203.0.113.0/24", "include-uid": "1000-1999", "include-port": "80", "include-device": "eth8",
-	"include-cgroup": "b.slice", "strict": "", "fail-open": "", "stay-closed": "", "confirm": "1m", "wait": "", "dry-run": "", "control-group": "0", "members-exclude": "", "resolved": "off",
-	"tun": "other0", "mark": "0x100/0xff00", "nft-table": "other", "priority": "8000", "table": "77", "log-level": "warn", "log-file": "FILE", "state-dir": "/run/other", "metrics": "unix:/run/other/metrics.sock",
+	"max-pending-per-destination": "32", "max-mappings": "64", "pool": "4", "pool-idle": "9s", "pool-age": "8s",
+	"pipeline": "auto", "fast-open": "", "mtu": "1400", "offload": "off", "udp-gso": "off",
+	"lan": "refuse", "inbound": "carry", "inbound-port": "51820,27015-27020", "exclude": "192.0.2.128/25", "exclude-uid": "1000",
+	"exclude-port": "123", "exclude-device": "eth9",
+	"exclude-cgroup": "a.slice", "include": "203.0.113.0/24", "include-uid": "1000-1999", "include-port": "80",
+	"include-device": "eth8",
+	"include-cgroup": "b.slice", "strict": "", "fail-open": "", "stay-closed": "", "confirm": "1m", "wait": "", "dry-run": "",
+	"control-group": "0", "members-exclude": "", "resolved": "off",
+	"tun": "other0", "mark": "0x100/0xff00", "nft-table": "other", "priority": "8000", "table": "77", "log-level": "warn",
+	"log-file": "FILE", "state-dir": "/run/other", "metrics": "unix:/run/other/metrics.sock",
 }
 
 // carried is a plane with an app on one side and a proxy on the other, and what the app must be able to do through it.
@@ -115,14 +123,14 @@ func echoUDP(t *testing.T) netip.AddrPort {
 // works fails the test unless TCP, UDP from a new socket, and names are carried.
 func (c *carried) works(when string) {
 	c.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience)
 	defer cancel()
 	conn, err := c.app.DialTCP(ctx, farTCP)
 	if err != nil {
 		c.t.Fatalf("%s: TCP: %v", when, err)
 	}
 	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(patience))
+	conn.SetDeadline(time.Now().Add(testkit.Patience))
 	b := make([]byte, 512)
 	if _, err := conn.Write([]byte("tcp")); err != nil {
 		c.t.Fatalf("%s: TCP: %v", when, err)
@@ -151,7 +159,7 @@ func (c *carried) exchange(what string, to netip.AddrPort, b []byte, right func(
 	}
 	defer u.Close()
 	got := make([]byte, 512)
-	for end := time.Now().Add(patience / 4); time.Now().Before(end); {
+	for end := time.Now().Add(testkit.Patience / 4); time.Now().Before(end); {
 		if _, err := u.Write(b); err != nil {
 			c.t.Fatalf("%s: %v", what, err)
 		}
@@ -171,7 +179,7 @@ func (c *carried) exchange(what string, to netip.AddrPort, b []byte, right func(
 // refuses fails the test if a connection that --allow does not name reaches the proxy.
 func (c *carried) refuses() {
 	c.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience)
 	defer cancel()
 	other := netip.AddrPortFrom(farTCP.Addr(), 81)
 	if conn, err := c.app.DialTCP(ctx, other); err == nil {
@@ -272,7 +280,7 @@ func TestReloadOfTheAuthority(t *testing.T) {
 		}
 		write("proxy socks5+tls://" + s.Addr().String() + "\nproxy-ca " + ca + "\n")
 		c.reload("proxy-ca")
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience)
 		conn, err := c.app.DialTCP(ctx, farTCP)
 		cancel()
 		if trusted := i == 1; (err == nil) != trusted {

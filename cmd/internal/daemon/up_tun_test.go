@@ -9,7 +9,8 @@ import (
 func TestMendDelay(t *testing.T) {
 	var td tended
 	now := time.Now()
-	for i, want := range []time.Duration{0, 250 * time.Millisecond, 500 * time.Millisecond, time.Second, 2 * time.Second, 4 * time.Second, 8 * time.Second,
+	for i, want := range []time.Duration{0, 250 * time.Millisecond, 500 * time.Millisecond, time.Second, 2 * time.Second,
+		4 * time.Second, 8 * time.Second,
 		16 * time.Second, 30 * time.Second, 30 * time.Second} {
 		got := td.delay(now)
 		if got != want {

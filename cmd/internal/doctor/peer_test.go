@@ -91,7 +91,8 @@ func TestPeerOfDante(t *testing.T) {
 		dir := t.TempDir()
 		conf := filepath.Join(dir, "danted.conf")
 		text := "logoutput: " + filepath.Join(dir, "log") + "\ninternal: " + there4 + " port = " + port + "\nexternal: eth0\n" +
-			"clientmethod: none\nsocksmethod: none\nclient pass { from: 0/0 to: 0/0 }\nsocks pass { from: 0/0 to: 0/0 " + tt.log + " }\n"
+			"clientmethod: none\nsocksmethod: none\nclient pass { from: 0/0 to: 0/0 }\nsocks pass { from: 0/0 to: 0/0 " + tt.log +
+			" }\n"
 		if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}

@@ -186,7 +186,8 @@ func (r *result) is(t *testing.T, check string, l Level, words ...string) {
 func (r *result) onlyFaults(t *testing.T, checks ...string) {
 	t.Helper()
 	for _, f := range r.Findings {
-		if f.Level == Fault && !strings.Contains(" "+strings.Join(checks, " ")+" ", " "+strings.ReplaceAll(f.Check, " ", "_")+" ") {
+		if f.Level == Fault && !strings.Contains(" "+strings.Join(checks, " ")+" ", " "+strings.ReplaceAll(f.Check, " ", "_")+
+			" ") {
 			t.Errorf("a fault too many: %+v", f)
 		}
 	}

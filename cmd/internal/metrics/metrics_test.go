@@ -39,7 +39,8 @@ func TestParseAddress(t *testing.T) {
 			t.Errorf("%s: local is %v", text, got.Local())
 		}
 	}
-	for _, bad := range []string{"", "0", "65536", "-1", "unix:", "unix:v.sock", "unix:/" + strings.Repeat("v", 107), "localhost:1", "1.2.3.4:0", ":9309"} {
+	for _, bad := range []string{"", "0", "65536", "-1", "unix:", "unix:v.sock", "unix:/" + strings.Repeat("v", 107),
+		"localhost:1", "1.2.3.4:0", ":9309"} {
 		if got, err := ParseAddress(bad); err == nil {
 			t.Errorf("%q is %v", bad, got)
 		}

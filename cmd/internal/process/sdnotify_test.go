@@ -14,9 +14,6 @@ import (
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
-// patience is for what must happen, on a machine that may stall for seconds.
-const patience = 20 * time.Second
-
 // notifySocket is systemd's end.
 func notifySocket(t *testing.T, name string) *net.UnixConn {
 	t.Helper()
@@ -31,7 +28,7 @@ func notifySocket(t *testing.T, name string) *net.UnixConn {
 func heard(t *testing.T, c *net.UnixConn) string {
 	t.Helper()
 	b := make([]byte, 4096)
-	c.SetReadDeadline(time.Now().Add(patience))
+	c.SetReadDeadline(time.Now().Add(testkit.Patience))
 	n, err := c.Read(b)
 	if err != nil {
 		t.Fatal(err)
@@ -98,7 +95,8 @@ func TestNotify(t *testing.T) {
 }
 
 func TestNobodyToNotify(t *testing.T) {
-	for _, env := range [][]string{nil, {"NOTIFY_SOCKET="}, {"NOTIFY_SOCKET=relative"}, {"NOTIFY_SOCKET=/does/not/exist", "WATCHDOG_USEC=1000"}} {
+	for _, env := range [][]string{nil, {"NOTIFY_SOCKET="}, {"NOTIFY_SOCKET=relative"},
+		{"NOTIFY_SOCKET=/does/not/exist", "WATCHDOG_USEC=1000"}} {
 		var log strings.Builder
 		n := NewNotifier(env, slog.New(slog.NewTextHandler(&log, nil)))
 		n.Ready("x")

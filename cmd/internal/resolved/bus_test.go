@@ -13,13 +13,12 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/godbus/dbus/v5"
 	"go.uber.org/goleak"
-)
 
-const patience = 20 * time.Second
+	"github.com/viasocks/viasocks/stack/testkit"
+)
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
@@ -41,7 +40,7 @@ func startBus(t *testing.T) (address string, stop func()) {
 	}
 	cmd := exec.Command("dbus-daemon", "--config-file="+conf, "--nofork")
 	stop = startWithTest(t, cmd)
-	waitFor(t, "the bus", func() bool {
+	testkit.Eventually(t, "the bus", func() bool {
 		c, err := net.Dial("unix", socket)
 		if err == nil {
 			c.Close()
@@ -88,7 +87,7 @@ func TestBusEndsWithTest(t *testing.T) {
 		if err := os.WriteFile(file, fmt.Append(nil, cmd.Process.Pid), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(patience)
+		testkit.Pace(testkit.Patience) // until it is killed
 		return
 	}
 	file := filepath.Join(t.TempDir(), "pid")
@@ -96,25 +95,16 @@ func TestBusEndsWithTest(t *testing.T) {
 	test.Env = append(os.Environ(), envBus+"="+file)
 	kill := startWithTest(t, test)
 	pid := 0
-	waitFor(t, "PID", func() bool {
+	testkit.Eventually(t, "PID", func() bool {
 		b, _ := os.ReadFile(file)
 		_, err := fmt.Sscan(string(b), &pid)
 		return err == nil && pid > 1
 	})
 	kill()
-	waitFor(t, "end of what the killed test started", func() bool {
+	testkit.Eventually(t, "end of what the killed test started", func() bool {
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 		return err != nil || strings.Contains(string(b), ") Z ") // nobody may be there to reap it
 	})
-}
-
-func waitFor(t *testing.T, what string, cond func() bool) {
-	t.Helper()
-	for end := time.Now().Add(patience); !cond(); time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("no %s", what)
-		}
-	}
 }
 
 // fake is a systemd-resolved.

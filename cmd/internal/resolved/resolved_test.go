@@ -2,7 +2,6 @@ package resolved
 
 import (
 	"context"
-	"github.com/viasocks/viasocks/cmd/internal/harness"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -10,6 +9,9 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/harness"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 var testServers = []netip.Addr{netip.MustParseAddr("198.18.0.2"), netip.MustParseAddr("2001:db8::53")}
@@ -29,7 +31,7 @@ func startTeller(t *testing.T, address string, index int) (teller *Teller, log *
 		cancel()
 		select {
 		case <-done:
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			t.Fatal("it does not end")
 		}
 	}
@@ -51,9 +53,9 @@ func TestWant(t *testing.T) {
 	teller.Want(false)
 	for range 3 {
 		teller.Want(true)
-		waitFor(t, "told", func() bool { return teller.Told() && f.link(7).right() })
+		testkit.Eventually(t, "told", func() bool { return teller.Told() && f.link(7).right() })
 		teller.Want(false)
-		waitFor(t, "taken back", func() bool { return !teller.Told() && f.link(7).empty() })
+		testkit.Eventually(t, "taken back", func() bool { return !teller.Told() && f.link(7).empty() })
 	}
 }
 
@@ -72,7 +74,7 @@ func TestTellAndTakeBack(t *testing.T) {
 	address, _ := startBus(t)
 	f := startFake(t, address, 7, 8)
 	teller, log, stop := startTeller(t, address, 7)
-	waitFor(t, "told", teller.Told)
+	testkit.Eventually(t, "told", teller.Told)
 	if l := f.link(7); !l.right() {
 		t.Errorf("device 7: %+v", l)
 	}
@@ -83,7 +85,7 @@ func TestTellAndTakeBack(t *testing.T) {
 	})
 	// The TUN was made anew.
 	teller.Use(8)
-	waitFor(t, "told of device 8", func() bool { return f.link(8).right() })
+	testkit.Eventually(t, "told of device 8", func() bool { return f.link(8).right() })
 	before := 0
 	f.with(func() { before = f.flushes })
 	stop()
@@ -134,13 +136,13 @@ func TestTellRestarted(t *testing.T) {
 	address, stopBus := startBus(t)
 	teller, log, _ := startTeller(t, address, 7)
 	f := startFake(t, address, 7)
-	waitFor(t, "told when it came", teller.Told)
+	testkit.Eventually(t, "told when it came", teller.Told)
 	f.stop()
-	waitFor(t, "not told when it went", func() bool { return !teller.Told() })
+	testkit.Eventually(t, "not told when it went", func() bool { return !teller.Told() })
 	f = startFake(t, address, 7)
-	waitFor(t, "told after a restart", func() bool { return teller.Told() && f.link(7).right() })
+	testkit.Eventually(t, "told after a restart", func() bool { return teller.Told() && f.link(7).right() })
 	stopBus()
-	waitFor(t, "not told without a bus", func() bool { return !teller.Told() })
+	testkit.Eventually(t, "not told without a bus", func() bool { return !teller.Told() })
 	if strings.Contains(log.String(), "level=WARN") {
 		t.Error(log)
 	}
@@ -151,10 +153,10 @@ func TestTellChanged(t *testing.T) {
 	address, _ := startBus(t)
 	f := startFake(t, address, 7)
 	teller, log, _ := startTeller(t, address, 7)
-	waitFor(t, "told", teller.Told)
+	testkit.Eventually(t, "told", teller.Told)
 	f.with(func() { f.links[7].Servers = nil })
 	teller.Use(7) // or half a minute later
-	waitFor(t, "told again", func() bool { return f.link(7).right() })
+	testkit.Eventually(t, "told again", func() bool { return f.link(7).right() })
 	if !strings.Contains(log.String(), "somebody changed") {
 		t.Error(log)
 	}
@@ -166,9 +168,9 @@ func TestTellLate(t *testing.T) {
 	f := startFake(t, address, 7)
 	f.with(func() { f.links = map[int32]*fakeLink{} })
 	teller, log, _ := startTeller(t, address, 7)
-	waitFor(t, "a try", func() bool { f.mu.Lock(); defer f.mu.Unlock(); return len(f.calls) > 0 })
+	testkit.Eventually(t, "a try", func() bool { f.mu.Lock(); defer f.mu.Unlock(); return len(f.calls) > 0 })
 	f.with(func() { f.links[7] = &fakeLink{Words: map[string]string{}} })
-	waitFor(t, "told", teller.Told)
+	testkit.Eventually(t, "told", teller.Told)
 	if strings.Contains(log.String(), "level=WARN") {
 		t.Error(log)
 	}
@@ -185,7 +187,7 @@ func TestTellRefused(t *testing.T) {
 		f.with(func() { f.refuse[c.method] = c.err })
 		teller, log, stop := startTeller(t, address, 7)
 		if c.want == "" {
-			waitFor(t, "told", teller.Told)
+			testkit.Eventually(t, "told", teller.Told)
 		} else {
 			tries := func() (n int) {
 				f.mu.Lock()
@@ -197,7 +199,7 @@ func TestTellRefused(t *testing.T) {
 				}
 				return n
 			}
-			waitFor(t, "a second try", func() bool { return tries() > 1 })
+			testkit.Eventually(t, "a second try", func() bool { return tries() > 1 })
 			if s := log.String(); strings.Count(s, "level=WARN") != 1 || !strings.Contains(s, c.want) {
 				t.Errorf("%s: %s", c.err, s)
 			}
@@ -221,7 +223,7 @@ func TestTellHangs(t *testing.T) {
 	defer close(release)
 	f.with(func() { f.hang["RevertLink"] = release })
 	teller, log, stop := startTeller(t, address, 7)
-	waitFor(t, "told", teller.Told)
+	testkit.Eventually(t, "told", teller.Told)
 	start := time.Now()
 	stop()
 	if took := time.Since(start); took < callTimeout/2 || took > callTimeout+2*time.Second {
@@ -245,7 +247,7 @@ func TestTellHangs(t *testing.T) {
 		t.Errorf("a mute bus took %v", took)
 	}
 	_, log, stop = startTeller(t, "unix:path="+socket, 7)
-	time.Sleep(50 * time.Millisecond)
+	testkit.Settle(50*time.Millisecond, "it waits for the bus")
 	start = time.Now()
 	stop()
 	if took := time.Since(start); took > time.Second {
@@ -297,7 +299,8 @@ func TestRevert(t *testing.T) {
 
 func TestSystemBus(t *testing.T) {
 	for env, want := range map[string]string{
-		"": defaultBus, "unix:path=/x": "unix:path=/x", "tcp:host=192.0.2.1,port=1": defaultBus, "unixexec:path=/bin/sh": defaultBus,
+		"": defaultBus, "unix:path=/x": "unix:path=/x", "tcp:host=192.0.2.1,port=1": defaultBus,
+		"unixexec:path=/bin/sh": defaultBus,
 	} {
 		t.Setenv("DBUS_SYSTEM_BUS_ADDRESS", env)
 		if got := SystemBus(); got != want {

@@ -345,20 +345,23 @@ func TestRates(t *testing.T) {
 
 func TestFormats(t *testing.T) {
 	for n, want := range map[float64]string{
-		0: "0", 0.4: "0", 999: "999 B", 1000: "1.0 kB", 9949: "9.9 kB", 9960: "10 kB", 999_499: "999 kB", 999_600: "1.0 MB", 5e9: "5.0 GB", 7e15: "7000 TB",
+		0: "0", 0.4: "0", 999: "999 B", 1000: "1.0 kB", 9949: "9.9 kB", 9960: "10 kB", 999_499: "999 kB", 999_600: "1.0 MB",
+		5e9: "5.0 GB", 7e15: "7000 TB",
 	} {
 		if got := size(n); got != want {
 			t.Errorf("%v: %s, want %s", n, got, want)
 		}
 	}
 	for d, want := range map[time.Duration]string{
-		-time.Second: "0s", 59 * time.Second: "59s", 5*time.Minute + 3*time.Second: "5m03", 26 * time.Hour: "1d", 2*time.Hour + 7*time.Minute: "2h07",
+		-time.Second: "0s", 59 * time.Second: "59s", 5*time.Minute + 3*time.Second: "5m03", 26 * time.Hour: "1d",
+		2*time.Hour + 7*time.Minute: "2h07",
 	} {
 		if got := age(d); got != want {
 			t.Errorf("%v: %s, want %s", d, got, want)
 		}
 	}
-	for s, want := range map[string]string{"short": "short     ", "a-long-name.example": "a-lo…ample", "": "          ", "日本語日本語日本語": "日本…本語 "} {
+	for s, want := range map[string]string{"short": "short     ", "a-long-name.example": "a-lo…ample", "": "          ",
+		"日本語日本語日本語": "日本…本語 "} {
 		if got := fitName(s, 10); got != want && ansi.StringWidth(got) != 10 {
 			t.Errorf("%q: %q, want %q", s, got, want)
 		}
