@@ -111,7 +111,9 @@ type pendingTable struct {
 	refuse  bool      // every new SYN is answered with RST
 	closed  bool
 
-	shaking sync.WaitGroup // handshakes: Done when the listener was told the result
+	shaking sync.WaitGroup // handshakes and openings: Done when the listener was told the result
+
+	knocks map[*opening]struct{} // connections to the app that are being opened
 }
 
 // Set changes Limits and KeepaliveIdle for what begins from now on. As in Config, zero means the default.

@@ -81,8 +81,9 @@ func (t *pendingTable) lookHandshake(e *pendingSYN, now time.Time) {
 	t.mu.Lock()
 }
 
-// failAll ends every handshake.
+// failAll ends every handshake, whoever began it.
 func (t *pendingTable) failAll() {
+	t.failKnocks()
 	t.mu.Lock()
 	var keys []tuple
 	for _, e := range t.byKey {
