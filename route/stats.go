@@ -14,6 +14,8 @@ type Counters[T any] struct {
 	Streams T `metric:"flows_total" label:"proto=tcp" help:"Flows: TCP connections that were asked for, and UDP mappings."`
 	// Mappings that were made.
 	Mappings T `metric:"flows_total" label:"proto=udp"`
+	// Connections that peers made to programs by way of an upstream (BIND).
+	Incoming T `metric:"flows_total" label:"proto=tcp_incoming"`
 	Ended    T `metric:"flows_ended_total" help:"Flows that have ended."`
 	// Refused by a rule, by a limit, or by the upstream.
 	StreamsRefused T `metric:"tcp_flows_refused_total" help:"TCP flows that were refused, for whatever reason."`

@@ -32,6 +32,18 @@ func (c *Client) Bind(
 	bound func(netip.AddrPort),
 	done func(fd int, peer netip.AddrPort, err error),
 ) {
+	c.bind(ctx, l, dst, c.d.bindTimeout, bound, done)
+}
+
+// bind is Bind with a limit of its own for the wait.
+func (c *Client) bind(
+	ctx context.Context,
+	l *loop.Loop,
+	dst Addr,
+	wait time.Duration,
+	bound func(netip.AddrPort),
+	done func(fd int, peer netip.AddrPort, err error),
+) {
 	granted := func(p *dial) {
 		if p.state == waiting { // the second reply
 			peer := p.hs.Bound().AddrPort()
@@ -48,7 +60,10 @@ func (c *Client) Bind(
 		at, _ := repairRelay(p.hs.Bound(), p.serverAddr(), p.d.opts.CanBePeer, OnHost)
 		p.state = waiting
 		p.hs.Again()
-		p.l.SetTimer(&p.Node, p.l.Now()+p.d.bindTimeout)
+		p.l.SetTimer(&p.Node, p.l.Now()+wait)
+		if c.server.path == "" {
+			_ = setKeepalive(p.fd) // a server that is gone says nothing, and neither do we; inside TLS it is a unix socket
+		}
 		bound(at)
 		if p.state == waiting { // bound may have cancelled the dial
 			p.shake()

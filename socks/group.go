@@ -180,6 +180,7 @@ type run struct {
 	server    int // the one that is asked
 	done      func(loop.Socket, error)
 	assocDone func(*Association, error)
+	bind      *groupBind // BIND; nil: another command
 }
 
 // Connect is Client.Connect at the first server that can carry the request. done may be called before Connect
@@ -219,6 +220,9 @@ func (r *run) next() {
 	switch {
 	case !ok:
 		r.fail(r.a.failure(g.c.opts.Name))
+	case r.bind != nil:
+		r.server = server
+		r.bind.ask(r)
 	case r.assocDone != nil:
 		r.server = server
 		g.clients[server].Associate(r.ctx, r.l, r.associated)
@@ -229,6 +233,10 @@ func (r *run) next() {
 }
 
 func (r *run) fail(err error) {
+	if r.bind != nil {
+		r.bind.done(-1, netip.AddrPort{}, err)
+		return
+	}
 	if r.assocDone != nil {
 		r.assocDone(nil, err)
 		return

@@ -34,6 +34,7 @@ const (
 	connect6
 	connectName
 	associates
+	binds
 	numKinds
 )
 
@@ -41,6 +42,8 @@ func kindOf(cmd Command, dst Addr) kind {
 	switch {
 	case cmd == CmdAssociate:
 		return associates
+	case cmd == CmdBind:
+		return binds
 	case dst.Name != "":
 		return connectName
 	case dst.IP.Is4() || dst.IP.Is4In6():
@@ -138,7 +141,7 @@ func (h *health) canDo(k kind, now time.Duration) bool { return now >= h.unable[
 // cannot notes that the server does not carry the command or address type of k.
 func (h *health) cannot(k kind, r Reply, now time.Duration) {
 	h.unable[k] = now + unableFor
-	if r == ReplyCommandNotSupported && k != associates {
+	if r == ReplyCommandNotSupported && k != associates && k != binds {
 		h.unable[connect4], h.unable[connect6], h.unable[connectName] = h.unable[k], h.unable[k], h.unable[k]
 	}
 }

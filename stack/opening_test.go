@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -21,7 +22,8 @@ func (a *testApp) listen(addr netip.AddrPort) *gonet.TCPListener {
 	if addr.Addr().Is6() {
 		proto = header.IPv6ProtocolNumber
 	}
-	l, err := gonet.ListenTCP(a.s.engine.Load().ns, tcpip.FullAddress{NIC: nicID, Addr: addrTo(addr.Addr()), Port: addr.Port()}, proto)
+	at := tcpip.FullAddress{NIC: nicID, Addr: addrTo(addr.Addr()), Port: addr.Port()}
+	l, err := gonet.ListenTCP(a.s.engine.Load().ns, at, proto)
 	if err != nil {
 		a.t.Fatal(err)
 	}
@@ -41,7 +43,7 @@ func acceptOne(t *testing.T, l *gonet.TCPListener) net.Conn {
 	case c := <-got:
 		t.Cleanup(func() { c.Close() })
 		return c
-	case <-time.After(patience):
+	case <-time.After(testkit.Patience):
 		t.Fatal("the app accepts nothing")
 		return nil
 	}
@@ -79,7 +81,7 @@ func TestOpen(t *testing.T) {
 func bothWays(t *testing.T, up *testConn, c net.Conn) {
 	t.Helper()
 	const size = 1 << 20
-	c.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(testkit.Patience))
 	sent := make(chan error, 1)
 	go func() {
 		_, err := c.Write(make([]byte, size))
@@ -164,7 +166,7 @@ func TestOpenAtTheEnd(t *testing.T) {
 	p := newPair(t, offAll, Config{})
 	refused := newTestConn()
 	p.st.Open(srv4, netip.AddrPortFrom(appIP4, 6881)).Accept(refused)
-	_ = refused.opened() // the stack runs
+	_ = refused.opened()                            // the stack runs
 	app := netip.MustParseAddrPort("10.0.0.9:6881") // where nobody answers
 	conns := make([]*testConn, 20)
 	for i := range conns {

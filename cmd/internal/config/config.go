@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/cmd/internal/incoming"
 	"github.com/viasocks/viasocks/cmd/internal/metrics"
 	"github.com/viasocks/viasocks/cmd/internal/publish"
 	"github.com/viasocks/viasocks/route"
@@ -133,12 +134,14 @@ type Config struct {
 	Offload      tun.Mode
 	UDPGSO       relay.GSO
 	KeepProxyEnv bool
-	Publish      []publish.Spec // run
-	ReachHost    ReachHost      // run
-	Name         string         // run: for ps and exec
-	Instance     string         // exec: the name or process id of a viasocks
-	ReadyFD      int            // run: gets a line when the program has its network; -1: none
-	PIDFile      string         // run; empty: none
+	Publish      []publish.Spec  // run
+	ReachHost    ReachHost       // run
+	Name         string          // run: for ps and exec
+	Instance     string          // exec: the name or process id of a viasocks
+	ReadyFD      int             // run: gets a line when the program has its network; -1: none
+	PIDFile      string          // run; empty: none
+	Listen       []incoming.Spec // run
+	OnPort       string          // run: a program; empty: none
 	TUN          string
 	Mark, Mask   uint32
 	Table        int

@@ -28,6 +28,7 @@ var sampleValues = map[string]string{
 	"dns-search":  "lan.example", "dns-single-labels": "off", "pool": "3", "pipeline": "on", "log-level": "error",
 	"state-dir": "/run/vs",
 	"peer":      "vps.example:7000",
+	"on-port":   "/bin/sh",
 }
 
 func sampleOf(t *testing.T, o *Option, dir string) string {

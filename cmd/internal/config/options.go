@@ -84,6 +84,7 @@ var optionGroups = []struct {
 	{"Other resolvers for some names", splitOptions},
 	{"Reaching a program of run", publishOptions},
 	{"Reaching this host from run", reachOptions},
+	{"Peers that connect to a program of run", incomingOptions},
 	{"Telling programs of run apart", instanceOptions},
 	{"Faster connections to the proxy", tuningOptions},
 	{"Rules", ruleOptions},

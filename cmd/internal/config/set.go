@@ -343,6 +343,9 @@ func (c *Config) finish(env []string) error {
 	if err := c.finishDNS(); err != nil {
 		return err
 	}
+	if err := c.finishListen(); err != nil {
+		return err
+	}
 	c.finishSplit()
 	return nil
 }

@@ -45,6 +45,7 @@ func statusHead(b *strings.Builder, s *Status, now time.Time) {
 		fmt.Fprintf(b, "  published %s: %d connections, %d refused; %d datagrams, %d dropped; %d open now\n",
 			Plain(strings.Join(p.Ports, ", ")), p.Connections, p.Refused, p.Datagrams, p.Dropped, p.Open)
 	}
+	renderListening(b, s.Listening)
 	if s.State == Waiting {
 		fmt.Fprintf(b, "  waiting for the proxy; the host is closed until it can be reached: %s\n", Plain(s.Waiting))
 	}
@@ -341,4 +342,22 @@ func byteCount(n uint64) string {
 		}
 	}
 	return ""
+}
+
+func renderListening(b *strings.Builder, l *Listening) {
+	if l == nil {
+		return
+	}
+	for _, p := range l.Ports {
+		outer := "nowhere now"
+		if p.Outer != "" {
+			outer = Plain(p.Outer)
+		}
+		fmt.Fprintf(b, "  peers reach port %d at %s by %s: %d open now", p.Port, outer, Plain(p.Upstream), p.Open)
+		if p.Why != "" {
+			fmt.Fprintf(b, "; %s", Plain(p.Why))
+		}
+		b.WriteString("\n")
+	}
+	fmt.Fprintf(b, "  peers %d accepted, %d refused by the program, %d with an impossible address\n", l.Accepted, l.Refused, l.Bogus)
 }

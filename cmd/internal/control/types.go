@@ -22,6 +22,23 @@ type Published struct {
 	publish.Stats
 }
 
+// Listening are the ports of a program to which peers behind the proxy can connect.
+type Listening struct {
+	Ports    []ListeningPort `json:"ports"`
+	Accepted uint64          `json:"accepted"`
+	Refused  uint64          `json:"refused"` // by the program
+	Bogus    uint64          `json:"bogus"`   // with an impossible address of the peer
+}
+
+// ListeningPort is one port of the program.
+type ListeningPort struct {
+	Port     uint16 `json:"port"`
+	Upstream string `json:"upstream"`
+	Outer    string `json:"outer,omitempty"` // where peers connect; empty: nowhere
+	Open     int    `json:"open"`            // connections of peers
+	Why      string `json:"why,omitempty"`   // why the upstream does not listen
+}
+
 // Status is the state of a daemon. Numbers that do not describe the present count since the start; bytes are payload.
 type Status struct {
 	Version   string     `json:"version"`
@@ -31,6 +48,7 @@ type Status struct {
 	Name      string     `json:"name,omitempty"`        // run: of --name
 	Inside    int        `json:"program_pid,omitempty"` // run: the process id of the program
 	Published *Published `json:"published,omitempty"`   // run: nil if no port is
+	Listening *Listening `json:"listening,omitempty"`   // run: nil if peers cannot connect to any
 	State     string     `json:"state"`
 	Since     time.Time  `json:"since"`                // when it was started
 	ReadyAt   *time.Time `json:"ready_at,omitempty"`   // when it became ready

@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/incoming"
 	"github.com/viasocks/viasocks/cmd/internal/process"
 	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/route/dns"
@@ -42,6 +43,7 @@ type plane struct {
 	gso    atomic.Pointer[gso]
 	health healthChecks
 	capturing
+	incoming atomic.Pointer[incoming.Manager] // nil: no peer can connect to a program
 
 	programs *programs // of the flows, for those who list them
 

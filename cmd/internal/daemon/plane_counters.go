@@ -4,6 +4,7 @@ import (
 	"slices"
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/cmd/internal/incoming"
 	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/socks"
@@ -18,7 +19,10 @@ type counters struct {
 	Route route.Stats
 	Socks socks.Stats
 	Pool  dns.PoolStats
-	ups   []upstreamCounters
+
+	Incoming incoming.Counters[uint64]
+
+	ups []upstreamCounters
 }
 
 // upstreamCounters are the tables of one upstream. Its name becomes a label of each number.
@@ -28,7 +32,7 @@ type upstreamCounters struct {
 }
 
 func (p *plane) counters() counters {
-	c := counters{Stack: p.stack.Stats(), Route: p.router.Stats(), Socks: p.dialer.Stats()}
+	c := counters{Stack: p.stack.Stats(), Route: p.router.Stats(), Socks: p.dialer.Stats(), Incoming: p.incoming.Load().Stats()}
 	if p.dial.pool != nil {
 		c.Pool = p.dial.pool.Stats()
 	}

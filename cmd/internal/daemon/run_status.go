@@ -32,6 +32,7 @@ func serveRun(cfg *config.Config, p *plane, at instance, o RunOptions, log *slog
 		}
 		fillPublished(&s, at.published)
 		p.fill(&s, cfg, nil)
+		p.fillListening(&s)
 		return s
 	}
 	watch := func(ctx context.Context, send func([]control.Event) error) { _ = p.watch(ctx, send) } // the watcher has gone, or p has ended

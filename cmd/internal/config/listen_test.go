@@ -1,0 +1,40 @@
+package config
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/viasocks/viasocks/cmd/internal/incoming"
+)
+
+func TestListen(t *testing.T) {
+	for _, tt := range []struct {
+		args, err string
+		want      []incoming.Spec
+	}{
+		{args: "--proxy socks5://h --listen 6881 --listen 6882/tcp=proxy", want: []incoming.Spec{{Port: 6881}, {Port: 6882, Upstream: "proxy"}}},
+		{args: "--proxy socks5://h --listen 6881 --listen 6881", err: "given twice"},
+		{args: "--proxy socks5://h --listen 6881=far", err: "there is no upstream far"},
+		{args: "--upstream a=socks5://h --listen 6881", err: "without --proxy"},
+		{args: "--proxy socks5://h --listen 6881/udp", err: "UDP needs no --listen"},
+		{args: "--proxy socks5://h --listen 6881 --on-port /", err: "is no program"},
+		{args: "--proxy socks5://h --listen 6881 --on-port /nonexistent", err: "no such file"},
+	} {
+		c, err := Parse(Run, append(strings.Fields(tt.args), "--", "true"), nil)
+		if tt.err != "" {
+			if err == nil || !strings.Contains(err.Error(), tt.err) {
+				t.Errorf("%s: %v, want %q", tt.args, err, tt.err)
+			}
+			continue
+		}
+		if err != nil || len(c.Listen) != len(tt.want) {
+			t.Errorf("%s: %v", tt.args, err)
+			continue
+		}
+		for i, s := range tt.want {
+			if c.Listen[i] != s {
+				t.Errorf("%s: %v", tt.args, c.Listen)
+			}
+		}
+	}
+}

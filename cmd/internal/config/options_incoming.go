@@ -1,0 +1,115 @@
+package config
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/viasocks/viasocks/cmd/internal/incoming"
+)
+
+// incomingOptions say at which ports peers behind the proxy can connect to a program.
+var incomingOptions = []Option{
+	{
+		Name: "listen", Arg: "PORT[/tcp][=UPSTREAM]", Many: true, Cmds: Run | Check, set: addListen,
+		Help: "let peers behind the proxy connect to this port of the program (BIND)",
+		Man: `Let peers behind the proxy connect to the TCP port
+.Ar PORT
+on which the program listens.
+The proxy, or
+.Ar UPSTREAM ,
+is asked to listen for it by the command BIND, for the same port if it can.
+The log,
+.Cm status
+and
+.Fl -on-port
+say where peers reach the program then.
+The program sees each connection come from the peer's own address.
+If it does not listen, the peer's connection is reset.
+.Pp
+A BIND carries one peer, and the next one is made as soon as a peer has come.
+Which port it gets is the proxy's choice.
+dante gives the port that was asked for if it is free, which it is not while a connection that came to it is open, nor for
+a minute after dante has closed one first.
+Meanwhile it gives any other port.
+At one and the same port dante therefore has one peer at a time, and
+.Nm
+asks for the port again as soon as its connection has ended.
+Up to 256 peers may be connected to each port of the program.
+.Pp
+Most other servers do not know BIND.
+This is logged once and shown by
+.Cm status ,
+and they are asked again every ten minutes.
+UDP needs no such option: datagrams from unknown senders are delivered if the proxy passes them on.`,
+	},
+	{
+		Name: "on-port", Arg: "COMMAND", Cmds: Run | Check, set: setOnPort,
+		Help: "run this program whenever a port of --listen is reached at another place",
+		Man: `Run the program
+.Ar COMMAND
+whenever a port of
+.Fl -listen
+is reached at another place than before.
+It is the path of a program without arguments; no shell reads it.
+It runs as the user of
+.Nm ,
+outside of the program's network, with nothing to read, and its output is discarded.
+VIASOCKS_LISTEN_PORT is the port of the program, VIASOCKS_LISTEN_PROTO is
+.Li tcp ,
+VIASOCKS_LISTEN_UPSTREAM names the upstream, and VIASOCKS_OUTER_ADDRESS and VIASOCKS_OUTER_PORT say where peers connect.
+The last two are absent if the port can no longer be reached.
+After ten seconds the command is killed.`,
+	},
+}
+
+// maxListen is more ports than anybody listens at.
+const maxListen = 64
+
+func addListen(c *Config, v value) error {
+	s, err := incoming.Parse(v.text)
+	if err != nil {
+		return v.err("must be PORT[/tcp][=UPSTREAM]: %v", err)
+	}
+	if slices.ContainsFunc(c.Listen, func(have incoming.Spec) bool { return have.Port == s.Port }) {
+		return v.err("port %d is given twice", s.Port)
+	}
+	if len(c.Listen) == maxListen {
+		return v.err("more than %d ports", maxListen)
+	}
+	c.Listen = append(c.Listen, s)
+	return nil
+}
+
+func setOnPort(c *Config, v value) (err error) {
+	if c.OnPort, err = filepath.Abs(v.text); err != nil || v.text == "" {
+		return v.err("must be the path of a program")
+	}
+	if info, err := os.Stat(c.OnPort); err != nil {
+		return v.err("%v", err)
+	} else if !info.Mode().IsRegular() || info.Mode()&0o111 == 0 {
+		return v.err("%s is no program", c.OnPort)
+	}
+	return nil
+}
+
+// finishListen checks the upstreams that listen.
+func (c *Config) finishListen() error {
+	for _, s := range c.Listen {
+		name := s.Upstream
+		if name == "" {
+			name = c.Default
+		}
+		i := slices.IndexFunc(c.Upstreams, func(u Upstream) bool { return u.Name == name })
+		switch {
+		case name == "":
+			return usagef("cannot use --listen %d without --proxy: name the upstream, --listen %[1]d=NAME", s.Port)
+		case i < 0:
+			return usagef("cannot use --listen %v: there is no upstream %s", s, name)
+		}
+	}
+	if c.OnPort != "" && len(c.Listen) == 0 {
+		c.Warnings = append(c.Warnings, "--on-port has no effect without --listen")
+	}
+	return nil
+}

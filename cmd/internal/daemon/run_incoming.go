@@ -1,0 +1,70 @@
+package daemon
+
+import (
+	"log/slog"
+	"net/netip"
+	"strconv"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/cmd/internal/incoming"
+	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/loop"
+)
+
+// startListening lets peers behind the proxies connect to the program's ports (--listen) until end is called.
+func startListening(cfg *config.Config, p *plane, environ []string, log *slog.Logger) (end func()) {
+	if len(cfg.Listen) == 0 {
+		return func() {}
+	}
+	c := incoming.Config{
+		Loop: p.loops[0].Loop, Binder: p.binder, Default: cfg.Default, Deliver: p.deliver, CanBePeer: flow.CanBePeer, Log: log,
+	}
+	endHook := func() {}
+	if cfg.OnPort != "" {
+		h := incoming.NewHook(cfg.OnPort, programEnv(environ, true), log)
+		c.Announce, endHook = h.Announce, h.Close
+	}
+	m := incoming.Start(c, cfg.Listen)
+	p.incoming.Store(m)
+	return func() {
+		m.Close()
+		endHook()
+	}
+}
+
+// binder returns the SOCKS servers of an upstream, or nil.
+func (p *plane) binder(upstream string) incoming.Binder {
+	if c := p.clients()[upstream]; c != nil {
+		return c
+	}
+	return nil
+}
+
+// deliver opens the connection of a peer to the program, from the peer's own endpoint.
+func (p *plane) deliver(s incoming.Spec, peer netip.AddrPort, sock loop.Socket, ended func(relay.Result)) error {
+	app := flow.TUN4
+	if peer.Addr().Is6() {
+		app = flow.TUN6
+	}
+	req := p.stack.Open(peer, netip.AddrPortFrom(app, s.Port))
+	return p.router.Incoming(req, s.Upstream, "listen "+strconv.Itoa(int(s.Port)), sock, ended)
+}
+
+// fillListening adds the ports at which peers reach programs to status.
+func (p *plane) fillListening(s *control.Status) {
+	m := p.incoming.Load()
+	if m == nil {
+		return
+	}
+	c := m.Stats()
+	s.Listening = &control.Listening{Accepted: c.Accepted, Refused: c.Refused, Bogus: c.Bogus}
+	for _, port := range m.Ports() {
+		l := control.ListeningPort{Port: port.Port, Upstream: port.Upstream, Open: port.Open, Why: port.Why}
+		if port.Outer.IsValid() {
+			l.Outer = port.Outer.String()
+		}
+		s.Listening.Ports = append(s.Listening.Ports, l)
+	}
+}

@@ -1,0 +1,231 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
+)
+
+// binding starts dante, which lets peers in by BIND at world4, and returns the URL.
+func binding(t *testing.T) (url string) {
+	needPrograms(t, "danted")
+	serve(t, "127.0.0.1:1086", "danted", "-p", filepath.Join(t.TempDir(), "pid"), "-f", writeFile(t, "conf", `logoutput: stderr
+internal: 127.0.0.1 port = 1086
+external: `+world4+`
+clientmethod: none
+socksmethod: none
+client pass { from: 0/0 to: 0/0 }
+socks pass { from: 0/0 to: 0/0 command: connect bind udpassociate }
+socks pass { from: 0/0 to: 0/0 command: bindreply udpreply }
+`))
+	return "socks5://127.0.0.1:1086"
+}
+
+// listen lets the program listen at all its addresses.
+func (a *app) listen(port uint16) *net.TCPListener {
+	a.t.Helper()
+	fd := a.socket(unix.AF_INET, unix.SOCK_STREAM)
+	if err := unix.Bind(fd, &unix.SockaddrInet4{Port: int(port)}); err != nil {
+		a.t.Fatal(err)
+	}
+	if err := unix.Listen(fd, 128); err != nil {
+		a.t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fd), "listener")
+	defer f.Close()
+	l, err := net.FileListener(f)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	a.t.Cleanup(func() { l.Close() })
+	return l.(*net.TCPListener)
+}
+
+// status asks viasocks for its status.
+func (a *app) status() (s control.Status) {
+	a.t.Helper()
+	b, err := exec.Command(viasocks, "status", "--json", "--pid", fmt.Sprint(a.cmd.Process.Pid)).Output()
+	if err != nil {
+		a.t.Fatalf("status: %v", err)
+	}
+	if err := json.Unmarshal(b, &s); err != nil {
+		a.t.Fatal(err)
+	}
+	return s
+}
+
+// outer waits until peers can reach the program, not at the endpoint that was used last, and returns where.
+func (a *app) outer(not string) (at string) {
+	a.t.Helper()
+	testkit.Eventually(a.t, "a BIND that waits", func() bool {
+		l := a.status().Listening
+		at = l.Ports[0].Outer
+		return at != "" && at != not
+	})
+	return at
+}
+
+// peer connects from other4 to at, again while the proxy is between two BINDs.
+func peer(t *testing.T, at string) net.Conn {
+	t.Helper()
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(other4)}, Timeout: testkit.Patience}
+	var c net.Conn
+	testkit.Eventually(t, "a connection to "+at, func() (ok bool) {
+		var err error
+		c, err = d.DialContext(context.Background(), "tcp", at)
+		return err == nil
+	})
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+func acceptFrom(t *testing.T, l *net.TCPListener, from net.Conn) net.Conn {
+	t.Helper()
+	l.SetDeadline(time.Now().Add(testkit.Patience))
+	c, err := l.Accept()
+	if err != nil {
+		t.Fatalf("the program accepts nothing: %v", err)
+	}
+	t.Cleanup(func() { c.Close() })
+	if got, want := c.RemoteAddr().String(), from.LocalAddr().String(); got != want {
+		t.Fatalf("the program sees a connection from %s, want %s", got, want)
+	}
+	return c
+}
+
+// sendBoth sends 4 MB each way and ends each direction in order.
+func sendBoth(t *testing.T, a, b net.Conn) {
+	t.Helper()
+	for _, way := range [][2]net.Conn{{a, b}, {b, a}} {
+		sent := make(chan error, 1)
+		go func() {
+			_, err := way[0].Write(make([]byte, 4<<20))
+			way[0].(*net.TCPConn).CloseWrite()
+			sent <- err
+		}()
+		way[1].SetDeadline(time.Now().Add(testkit.Patience))
+		if n, err := io.Copy(io.Discard, way[1]); err != nil || n != 4<<20 {
+			t.Fatalf("%d bytes arrived: %v", n, err)
+		}
+		if err := <-sent; err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestListenDante: peers reach a program that listens by BIND of a real dante, one after the other at the port that
+// was asked for and many at once at others. A peer is reset while the program does not listen, and --on-port is told.
+func TestListenDante(t *testing.T) {
+	url := binding(t)
+	told := filepath.Join(t.TempDir(), "told")
+	hook := writeFile(t, "hook", "#!/bin/sh\n"+
+		"echo \"$# $VIASOCKS_LISTEN_PORT $VIASOCKS_OUTER_ADDRESS $VIASOCKS_OUTER_PORT\" >>"+told+"\n")
+	if err := os.Chmod(hook, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	a := startApp(t, "--proxy", url, "--listen", "6881", "--on-port", hook)
+	want := world4 + ":6881"
+	if at := a.outer(""); at != want {
+		t.Fatalf("peers reach the program at %s, want %s", at, want)
+	}
+	refused := peer(t, want) // nobody listens yet
+	refused.SetDeadline(time.Now().Add(testkit.Patience))
+	if n, err := refused.Read(make([]byte, 1)); err == nil {
+		t.Errorf("the peer reads %d bytes from a program that does not listen", n)
+	}
+	testkit.Eventually(t, "the count of refused peers", func() bool { return a.status().Listening.Refused == 1 })
+	l := a.listen(6881)
+	first := peer(t, a.outer(""))
+	got := acceptFrom(t, l, first)
+	sendBoth(t, first, got)
+	first.Close()
+	got.Close()
+	const many = 20
+	var last string
+	for i := range many {
+		last = a.outer(last)
+		c := peer(t, last)
+		p := acceptFrom(t, l, c)
+		if _, err := fmt.Fprintln(c, i); err != nil {
+			t.Fatal(err)
+		}
+		p.SetDeadline(time.Now().Add(testkit.Patience))
+		var n int
+		if _, err := fmt.Fscanln(p, &n); err != nil || n != i {
+			t.Fatalf("the program reads %d, want %d: %v", n, i, err)
+		}
+	}
+	s := a.status()
+	if p := s.Listening.Ports[0]; p.Open != many {
+		t.Errorf("%d connections are open, want %d", p.Open, many)
+	}
+	flows, err := exec.Command(viasocks, "flows", "--pid", fmt.Sprint(a.cmd.Process.Pid)).CombinedOutput()
+	if err != nil || strings.Count(string(flows), "198.18.0.1:6881  "+other4) != many {
+		t.Errorf("flows: %v\n%s", err, flows)
+	}
+	testkit.Eventually(t, "the command of --on-port", func() bool {
+		b, _ := os.ReadFile(told)
+		return strings.Contains(string(b), "0 6881 "+world4+" 6881\n") && strings.Count(string(b), "\n") > 1
+	})
+}
+
+// The port that was asked for is asked for again when its peer has gone.
+func TestListenSamePort(t *testing.T) {
+	a := startApp(t, "--proxy", binding(t), "--listen", "6882")
+	l := a.listen(6882)
+	want := world4 + ":6882"
+	for range 5 {
+		testkit.Eventually(t, "the port that was asked for", func() bool { return a.outer("") == want })
+		c := peer(t, want)
+		p := acceptFrom(t, l, c)
+		a.outer(want) // another port, meanwhile
+		c.Close()     // the peer ends it, so that dante's port is free at once
+		p.Close()
+	}
+}
+
+// TestListenRefused: a proxy that does not know BIND is named once and in status, and one that gives impossible
+// addresses of peers passes nothing to the program.
+func TestListenRefused(t *testing.T) {
+	srv := listenSOCKS(t)
+	srv.SetFault(func(r sockstest.Request) sockstest.Fault {
+		if r.Cmd == sockstest.CmdBind {
+			return sockstest.Reply(7)
+		}
+		return sockstest.Fault{}
+	})
+	a := startApp(t, "--proxy", srv.URL(), "--listen", "6883")
+	testkit.Eventually(t, "the reason in status", func() bool {
+		p := a.status().Listening.Ports[0]
+		return p.Outer == "" && strings.Contains(p.Why, "not supported")
+	})
+	if n := strings.Count(a.log.String(), "peers can't connect to the program"); n != 1 {
+		t.Errorf("it was logged %d times", n)
+	}
+	srv.SetFault(nil)
+	b := startApp(t, "--proxy", srv.URL(), "--listen", "6884")
+	l := b.listen(6884)
+	if c, err := net.Dial("tcp", b.outer("")); err == nil { // from 127.0.0.1, which no peer can have; it may be reset at once
+		defer c.Close()
+	}
+	testkit.Eventually(t, "the count of impossible peers", func() bool { return b.status().Listening.Bogus == 1 })
+	l.SetDeadline(time.Now().Add(100 * time.Millisecond))
+	if c, err := l.Accept(); err == nil {
+		t.Errorf("the program got a connection from %v", c.RemoteAddr())
+	}
+	b.outer("") // the next BIND
+}

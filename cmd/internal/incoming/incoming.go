@@ -1,0 +1,179 @@
+package incoming
+
+import (
+	"context"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/socks"
+	"github.com/viasocks/viasocks/stack/loop"
+)
+
+// Limits and times. The times are variables for tests.
+const (
+	// MaxOpen limits the connections of peers that one port has at a time. Over it, no BIND is made.
+	MaxOpen = 256
+	// bindWait is how long one BIND waits for its peer. A server that gives every BIND another port changes what is
+	// announced after this time.
+	bindWait = 6 * time.Hour
+)
+
+var (
+	// bindPause is the least time between two BINDs of one port, whatever the server does.
+	bindPause = 20 * time.Millisecond
+	// retryFirst to retryMost is the pause after a BIND that failed; retryUnable after one that the server cannot do.
+	retryFirst, retryMost, retryUnable = time.Second, 5 * time.Minute, 10 * time.Minute
+)
+
+// Binder asks a server to listen: see socks.Group.Bind.
+type Binder interface {
+	Bind(ctx context.Context, l *loop.Loop, dst socks.Addr, wait time.Duration, bound func(netip.AddrPort),
+		done func(fd int, peer netip.AddrPort, err error))
+}
+
+// Config is the configuration of a Manager.
+type Config struct {
+	Loop   *loop.Loop                   // BINDs wait on it
+	Binder func(upstream string) Binder // nil: there is no such upstream, or it is direct
+	// Default is the upstream of a Spec that names none.
+	Default string
+	// Deliver opens the connection of peer to the program's port and takes ownership of s. ended is called once, unless
+	// Deliver returns an error.
+	Deliver func(s Spec, peer netip.AddrPort, sock loop.Socket, ended func(relay.Result)) error
+	// CanBePeer reports whether a peer may have the address.
+	CanBePeer func(netip.Addr) bool
+	// Announce is told where a port can be reached now, or an invalid endpoint if it can't. It must not block. nil: nobody
+	// is told.
+	Announce func(Spec, netip.AddrPort)
+	Log      *slog.Logger
+}
+
+// Counters count what came to all ports; see package count.
+type Counters[T any] struct {
+	Accepted T `metric:"incoming_total" label:"result=accepted" help:"Connections of peers by way of BIND."`
+	Refused  T `metric:"incoming_total" label:"result=refused_by_program"`
+	Bogus    T `metric:"incoming_total" label:"result=impossible_peer" lost:"peers with an impossible address"`
+	Failed   T `metric:"binds_failed_total" help:"BIND requests that failed."`
+}
+
+// Manager keeps the BINDs of all ports. Its methods may be called from any goroutine.
+type Manager struct {
+	cfg    Config
+	ctx    context.Context
+	cancel context.CancelFunc
+	count  Counters[atomic.Uint64]
+	busy   sync.WaitGroup // BINDs whose done has not been called
+
+	mu    sync.Mutex
+	over  bool
+	ports []*port
+}
+
+// Start makes a BIND for each of specs. The caller closes the Manager, before the loop ends.
+func Start(cfg Config, specs []Spec) *Manager {
+	m := &Manager{cfg: cfg}
+	if m.cfg.Log == nil {
+		m.cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	m.ctx, m.cancel = context.WithCancel(context.Background())
+	for _, s := range specs {
+		m.Add(s, s.Port)
+	}
+	return m
+}
+
+// Add makes BINDs for one more port of the program, unless it has them already. ask is the port that the server is asked
+// for.
+func (m *Manager) Add(s Spec, ask uint16) {
+	if s.Upstream == "" {
+		s.Upstream = m.cfg.Default
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.over || m.find(s.Port) != nil {
+		return
+	}
+	p := &port{m: m, spec: s, ask: ask, waiting: map[*wait]struct{}{}}
+	m.ports = append(m.ports, p)
+	p.after(0)
+}
+
+// find returns the port with that number, or nil. The caller holds mu.
+func (m *Manager) find(n uint16) *port {
+	for _, p := range m.ports {
+		if p.spec.Port == n {
+			return p
+		}
+	}
+	return nil
+}
+
+// Remove ends the BINDs of a port. Its open connections go on.
+func (m *Manager) Remove(n uint16) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for i, p := range m.ports {
+		if p.spec.Port == n {
+			m.ports = append(m.ports[:i:i], m.ports[i+1:]...)
+			p.end()
+			return
+		}
+	}
+}
+
+// Close ends all BINDs and waits for that. Open connections belong to the router.
+func (m *Manager) Close() {
+	m.cancel()
+	m.mu.Lock()
+	m.over = true
+	for _, p := range m.ports {
+		p.end()
+	}
+	m.mu.Unlock()
+	m.busy.Wait()
+}
+
+// Status is the state of one port.
+type Status struct {
+	Spec
+	Outer   netip.AddrPort // where peers reach it; invalid: nowhere
+	Waiting int            // BINDs that wait for a peer
+	Open    int            // connections of peers
+	Why     string         // why the last BIND failed; empty after one that did not
+}
+
+// Ports returns the state of each port.
+func (m *Manager) Ports() (all []Status) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, p := range m.ports {
+		s := Status{Spec: p.spec, Outer: p.outer, Waiting: len(p.waiting), Open: p.open}
+		if p.why != nil {
+			s.Why = p.why.Error()
+		}
+		all = append(all, s)
+	}
+	return all
+}
+
+// Outer returns where the port can be reached, or an invalid endpoint.
+func (m *Manager) Outer(n uint16) netip.AddrPort {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if p := m.find(n); p != nil {
+		return p.outer
+	}
+	return netip.AddrPort{}
+}
+
+// Stats returns the counters.
+func (m *Manager) Stats() (c Counters[uint64]) {
+	if m != nil {
+		c = Counters[uint64]{m.count.Accepted.Load(), m.count.Refused.Load(), m.count.Bogus.Load(), m.count.Failed.Load()}
+	}
+	return c
+}

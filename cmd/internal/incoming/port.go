@@ -1,0 +1,255 @@
+package incoming
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"time"
+
+	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/socks"
+	"github.com/viasocks/viasocks/stack/loop"
+)
+
+// port is a port of the program and the BINDs that are made for it. Everything is guarded by the manager's mu.
+type port struct {
+	m       *Manager
+	spec    Spec
+	ask     uint16
+	waiting map[*wait]struct{}
+	asking  int // BINDs without their first answer
+	outer   netip.AddrPort
+	open    int
+	why     error
+	backoff time.Duration
+	last    time.Time // when the last BIND began
+	timer   *time.Timer
+	ended   bool
+
+	// The port that was asked for was lost to a connection that has ended: it is asked for again.
+	lost      *time.Timer
+	lostPause time.Duration
+}
+
+// wait is a BIND to which the server listens.
+type wait struct {
+	at     netip.AddrPort
+	cancel context.CancelFunc
+}
+
+// after makes the next BIND after a pause.
+func (p *port) after(pause time.Duration) {
+	if p.ended || p.timer != nil {
+		return
+	}
+	pause = max(pause, time.Until(p.last.Add(bindPause)))
+	p.timer = time.AfterFunc(max(pause, 0), func() {
+		p.m.mu.Lock()
+		p.timer = nil
+		start := !p.ended && p.open+len(p.waiting)+p.asking < MaxOpen && len(p.waiting)+p.asking == 0
+		p.m.mu.Unlock()
+		if start {
+			p.bind(false)
+		}
+	})
+}
+
+// bind makes a BIND. again means that only the port that was lost is of use. It must be called without the lock: the
+// answer may come at once.
+func (p *port) bind(again bool) {
+	m := p.m
+	m.mu.Lock()
+	if p.ended || m.over {
+		m.mu.Unlock()
+		return
+	}
+	p.asking++
+	p.last = time.Now()
+	m.busy.Add(1)
+	m.mu.Unlock()
+	ctx, cancel := context.WithCancel(m.ctx)
+	w := &wait{cancel: cancel}
+	b := m.cfg.Binder(p.spec.Upstream)
+	if b == nil {
+		p.done(w, -1, netip.AddrPort{}, errNoServer)
+		return
+	}
+	// Only with this address does dante give the port that is asked for, and any peer may come.
+	b.Bind(ctx, m.cfg.Loop, socks.Addr{IP: netip.IPv4Unspecified(), Port: p.ask}, bindWait,
+		func(at netip.AddrPort) { p.bound(w, at, again) },
+		func(fd int, peer netip.AddrPort, err error) { p.done(w, fd, peer, err) })
+}
+
+var errNoServer = errors.New("the upstream is no SOCKS server")
+
+// bound handles the first answer: the server listens at at.
+func (p *port) bound(w *wait, at netip.AddrPort, again bool) {
+	p.m.mu.Lock()
+	defer p.m.mu.Unlock()
+	w.at = at
+	if p.ended || again && at.Port() != p.ask {
+		w.cancel()
+		return
+	}
+	p.asking--
+	p.waiting[w] = struct{}{}
+	p.why, p.backoff = nil, 0
+	if at.Port() == p.ask {
+		p.lostPause = 0
+	}
+	p.announce()
+}
+
+// announce tells where the port can be reached: by the port that was asked for if the server has it.
+func (p *port) announce() {
+	var best netip.AddrPort
+	for w := range p.waiting {
+		if !best.IsValid() || w.at.Port() == p.ask {
+			best = w.at
+		}
+	}
+	if best == p.outer {
+		return
+	}
+	p.outer = best
+	if best.IsValid() {
+		p.m.cfg.Log.Info("peers can connect to the program", "port", p.spec.Port, "at", best, "upstream", p.spec.Upstream)
+	}
+	if p.m.cfg.Announce != nil {
+		p.m.cfg.Announce(p.spec, best)
+	}
+}
+
+// done handles the second answer, or the end of a BIND.
+func (p *port) done(w *wait, fd int, peer netip.AddrPort, err error) {
+	m := p.m
+	defer m.busy.Done()
+	defer w.cancel()
+	m.mu.Lock()
+	if _, ok := p.waiting[w]; ok {
+		delete(p.waiting, w)
+	} else {
+		p.asking--
+	}
+	if err != nil {
+		p.failed(w, err)
+		m.mu.Unlock()
+		return
+	}
+	possible := peer.Port() != 0 && m.cfg.CanBePeer(peer.Addr().Unmap())
+	if p.ended || !possible {
+		if !possible {
+			m.count.Bogus.Add(1)
+			m.cfg.Log.Warn("the proxy accepted a connection from an impossible peer", "port", p.spec.Port, "peer", peer)
+		}
+		loop.CloseReset(fd)
+		p.after(0)
+		m.mu.Unlock()
+		return
+	}
+	p.open++
+	m.count.Accepted.Add(1)
+	if len(p.waiting) > 0 {
+		p.announce() // by the other one; without one, what was announced stays until the next BIND
+	}
+	p.after(0)
+	m.mu.Unlock()
+	peer = netip.AddrPortFrom(peer.Addr().Unmap(), peer.Port())
+	if err := m.cfg.Deliver(p.spec, peer, loop.Unwatched(fd), func(r relay.Result) { p.over(w, r) }); err != nil {
+		m.cfg.Log.Warn("cannot carry the connection of a peer", "port", p.spec.Port, "peer", peer, "err", err)
+		p.over(w, relay.Result{})
+	}
+}
+
+// failed handles a BIND that ended without a peer.
+func (p *port) failed(w *wait, err error) {
+	m := p.m
+	if p.ended || m.over {
+		return
+	}
+	if w.at.IsValid() && errors.Is(err, context.Canceled) { // it was made for the lost port, and got another one
+		p.lostLater()
+		return
+	}
+	p.announceGone()
+	if errors.Is(err, socks.ErrNoPeer) {
+		p.after(0)
+		return
+	}
+	m.count.Failed.Add(1)
+	p.backoff = min(max(2*p.backoff, retryFirst), retryMost)
+	var reply socks.Reply
+	if errors.As(err, &reply) && reply == socks.ReplyCommandNotSupported || err == errNoServer {
+		p.backoff = retryUnable
+	}
+	if p.why == nil || p.why.Error() != err.Error() {
+		m.cfg.Log.Warn("peers can't connect to the program: the proxy does not listen for it", "port", p.spec.Port,
+			"upstream", p.spec.Upstream, "err", err, "again", p.backoff)
+	}
+	p.why = err
+	p.after(p.backoff)
+}
+
+// announceGone announces that nothing listens any more, if that is so. After a peer has come, what was announced stays
+// until the next BIND says where it listens.
+func (p *port) announceGone() {
+	if len(p.waiting) == 0 && p.outer.IsValid() {
+		p.announce()
+	}
+}
+
+// over handles the end of a peer's connection.
+func (p *port) over(w *wait, r relay.Result) {
+	p.m.mu.Lock()
+	defer p.m.mu.Unlock()
+	p.open--
+	if errors.Is(r.Err, relay.ErrAppGone) {
+		p.m.count.Refused.Add(1)
+	}
+	if len(p.waiting)+p.asking == 0 {
+		p.after(0)
+	}
+	if w.at.Port() == p.ask {
+		p.lostLater()
+	}
+}
+
+// lostLater asks for the lost port after a pause, until the server listens there. If the server closed the connection
+// first, its kernel keeps the port for a minute (TIME_WAIT).
+func (p *port) lostLater() {
+	if p.ended || p.lost != nil || p.holdsAsked() {
+		return
+	}
+	p.lostPause = min(max(2*p.lostPause, retryFirst), time.Minute)
+	p.lost = time.AfterFunc(p.lostPause, func() {
+		p.m.mu.Lock()
+		p.lost = nil
+		again := !p.ended && !p.holdsAsked() && p.open+len(p.waiting)+p.asking < MaxOpen
+		p.m.mu.Unlock()
+		if again {
+			p.bind(true)
+		}
+	})
+}
+
+func (p *port) holdsAsked() bool {
+	for w := range p.waiting {
+		if w.at.Port() == p.ask {
+			return true
+		}
+	}
+	return false
+}
+
+// end ends the BINDs of the port.
+func (p *port) end() {
+	p.ended = true
+	for _, t := range []*time.Timer{p.timer, p.lost} {
+		if t != nil {
+			t.Stop()
+		}
+	}
+	for w := range p.waiting {
+		w.cancel()
+	}
+}
