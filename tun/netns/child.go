@@ -20,11 +20,14 @@ import (
 // helperName is argv[0] of the helper that Spawn starts. argv[1] is the number of its socket.
 const helperName = "viasocks-netns"
 
-// MainIfChild must be the first call in main. In the helper of Spawn and in the maker of Sockets it does their work and never
+// MainIfChild must be the first call in main. In the helper of Spawn, in the maker of Sockets and in the keeper of a named namespace it does their work and never
 // returns; in any other process it returns at once.
 func MainIfChild() {
 	if sock, ok := childSocket(makerName); ok {
 		os.Exit(makerMain(sock))
+	}
+	if sock, ok := childSocket(keeperName); ok {
+		os.Exit(keeperMain(sock))
 	}
 	sock, ok := childSocket(helperName)
 	if !ok {
@@ -63,6 +66,9 @@ func helper(sock int) (exit int) {
 	}
 	if err != nil {
 		return 1 // the parent is gone, so there is nowhere to report to
+	}
+	if o.Kept {
+		unix.CloseOnExec(sock + 1) // while it is open, the namespace is not restored
 	}
 	if err := prepare(sock, o); err != nil {
 		sendReport(sock, report{Err: err.Error(), Denied: errors.Is(err, fs.ErrPermission), Exit: 1})
@@ -147,12 +153,18 @@ func setSysctls(o order) {
 		sysctl("net/ipv6/conf/default/disable_ipv6", "0")
 	}
 	gid := strconv.Itoa(os.Getgid())
+	if o.User != nil {
+		gid = strconv.Itoa(o.User.GID)
+	}
 	sysctl("net/ipv4/ping_group_range", gid+" "+gid)
 }
 
 // become executes the program. It returns only if that fails, with the exit status that a shell would use.
 func become(o order) (exit int, err error) {
 	argv, env := toStrings(o.Argv), toStrings(o.Env)
+	if err := o.User.become(); err != nil {
+		return 126, fmt.Errorf("cannot run %s: %w", argv[0], err)
+	}
 	if dir := string(o.Dir); dir != "" {
 		if err := os.Chdir(dir); err != nil {
 			return 126, fmt.Errorf("cannot run %s: %w", argv[0], err)

@@ -43,6 +43,8 @@ type order struct {
 	Local      []netip.Prefix
 	Host       HostEntry
 	Sockets    bool
+	User       *User
+	Kept       bool // there is a keeper, whose socket comes after the helper's own
 	Rootless   bool
 }
 

@@ -37,6 +37,8 @@ type Spec struct {
 	Host        HostEntry      // a name for the program's /etc/hosts
 	Local       []netip.Prefix // addresses for lo, as sources of connections from outside
 	Sockets     bool           // Child.Sockets is wanted
+	User        *User          // nil: the caller; otherwise the caller must be root
+	Named       string         // a named network namespace, which is left as it was; "": a new one
 	FollowStops bool           // Wait stops the calling process when the program stops itself
 }
 
@@ -53,6 +55,7 @@ type Child struct {
 	Rootless bool     // the program is in a user namespace, without capabilities
 
 	follow bool
+	keeper *keeper       // of a named namespace; nil: there is none
 	conn   *net.UnixConn // to the helper; EOF when it has become the program or has died
 	pid    int
 
@@ -91,10 +94,13 @@ func Spawn(ctx context.Context, s Spec) (*Child, error) {
 		return nil, fmt.Errorf("cannot run a program: %w", err)
 	}
 	c := &Child{conn: fc.(*net.UnixConn), pidfd: -1, follow: s.FollowStops, Rootless: !isRoot()}
-	err = c.start(s, pair[1])
+	if err = c.enter(s); err == nil {
+		err = c.start(s, pair[1])
+	}
 	unix.Close(pair[1])
 	if err != nil {
 		c.conn.Close()
+		c.keeper.Close()
 		return nil, err
 	}
 	if err := c.handover(ctx, s); err != nil {
@@ -102,6 +108,24 @@ func Spawn(ctx context.Context, s Spec) (*Child, error) {
 		return nil, err
 	}
 	return c, nil
+}
+
+// enter prepares what only root may do.
+func (c *Child) enter(s Spec) error {
+	switch {
+	case c.Rootless && s.Named != "":
+		return fmt.Errorf("cannot use the network namespace %q: only root can enter it", s.Named)
+	case c.Rootless && s.User != nil:
+		return fmt.Errorf("cannot run a program as user %d: only root can", s.User.UID)
+	case s.Named == "":
+		return nil
+	}
+	ns, err := openNamed(s.Named)
+	if err != nil {
+		return err
+	}
+	c.keeper, err = startKeeper(ns, s.Named, s.Local)
+	return err
 }
 
 // start starts the helper with its end of the socket pair.
@@ -124,6 +148,10 @@ func (c *Child) start(s Spec, sock int) error {
 	}
 	argv := []string{helperName, strconv.Itoa(len(files))}
 	files = append(files, uintptr(sock))
+	var ns *os.File
+	if c.keeper != nil {
+		files, ns = append(files, c.keeper.sock.Fd()), c.keeper.ns
+	}
 	sys := &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS, PidFD: &c.pidfd}
 	if c.Rootless {
 		sys.Cloneflags |= unix.CLONE_NEWUSER
@@ -136,12 +164,17 @@ func (c *Child) start(s Spec, sock int) error {
 	if dir, ok := os.LookupEnv("GOCOVERDIR"); ok { // an executable built with coverage writes a warning without it
 		env = append(env, "GOCOVERDIR="+dir)
 	}
-	pid, _, err := syscall.StartProcess("/proc/self/exe", argv, &syscall.ProcAttr{Env: env, Files: files, Sys: sys})
+	if ns != nil {
+		sys.Cloneflags &^= unix.CLONE_NEWNET
+	}
+	err := within(ns, func() (err error) {
+		c.pid, _, err = syscall.StartProcess("/proc/self/exe", argv, &syscall.ProcAttr{Env: env, Files: files, Sys: sys})
+		return err
+	})
 	runtime.KeepAlive(s)
 	if err != nil {
 		return startError(c.Rootless, err)
 	}
-	c.pid = pid
 	return nil
 }
 
@@ -207,6 +240,8 @@ func (c *Child) order(s Spec) order {
 		Local:      s.Local,
 		Host:       s.Host,
 		Sockets:    s.Sockets,
+		User:       s.User,
+		Kept:       c.keeper != nil,
 		Rootless:   c.Rootless,
 	}
 }
@@ -363,6 +398,7 @@ func (c *Child) Close() error {
 		c.follow = false
 		c.wait()
 	}
+	c.keeper.Close()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.pidfd >= 0 {

@@ -142,6 +142,8 @@ type Config struct {
 	PIDFile      string          // run; empty: none
 	Listen       []incoming.Spec // run
 	OnPort       string          // run: a program; empty: none
+	RunAs        *RunAs          // run; nil: the caller
+	NetNS        string          // run: a network namespace of ip-netns(8); empty: a new one
 	TUN          string
 	Mark, Mask   uint32
 	Table        int

@@ -29,6 +29,7 @@ var sampleValues = map[string]string{
 	"state-dir": "/run/vs",
 	"peer":      "vps.example:7000",
 	"on-port":   "/bin/sh",
+	"user":      "1:1", "netns": "blue",
 }
 
 func sampleOf(t *testing.T, o *Option, dir string) string {

@@ -85,6 +85,7 @@ var optionGroups = []struct {
 	{"Reaching a program of run", publishOptions},
 	{"Reaching this host from run", reachOptions},
 	{"Peers that connect to a program of run", incomingOptions},
+	{"User and network namespace of run", runAsOptions},
 	{"Telling programs of run apart", instanceOptions},
 	{"Faster connections to the proxy", tuningOptions},
 	{"Rules", ruleOptions},

@@ -111,7 +111,7 @@ func (e *env) beforeRun(ctx context.Context, cfg *config.Config) (d dialing, err
 // spawn makes the program's namespace and the helper that becomes the program.
 func spawn(ctx context.Context, cfg *config.Config, o RunOptions) (*netns.Child, error) {
 	return netns.Spawn(ctx, netns.Spec{
-		Argv: cfg.Program, Env: programEnv(o.Environ, cfg.KeepProxyEnv),
+		Argv: cfg.Program, Env: userEnv(programEnv(o.Environ, cfg.KeepProxyEnv), cfg.RunAs),
 		Stdin: o.Stdin, Stdout: o.Stdout, Stderr: o.Stderr,
 		TUN:        netns.TUNOptions{MTU: cfg.MTU, VnetHdr: true, Queues: tun.Queues},
 		Addrs:      tunAddrs,
@@ -120,6 +120,8 @@ func spawn(ctx context.Context, cfg *config.Config, o RunOptions) (*netns.Child,
 		DotsAsIs:   cfg.Fake.On,
 		Local:      outsideAddrs(cfg),
 		Host:       hostEntry(cfg),
+		User:       userOf(cfg),
+		Named:      cfg.NetNS,
 		Sockets:    len(cfg.Publish) > 0,
 		// The shell that started us must notice when the program stops.
 		FollowStops: true,
