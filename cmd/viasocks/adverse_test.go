@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // With no room for a journal the host is not touched, and nothing is left; what a killed one left is undone all the same.
@@ -56,10 +58,8 @@ func TestLogNotRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer cmd.Process.Kill()
-	for end := time.Now().Add(patience); !strings.Contains(h.result("status"), ": ready"); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("it is not ready")
-		}
+	if !testkit.Until(testkit.Patience, func() bool { return strings.Contains(h.result("status"), ": ready") }) {
+		t.Fatal("it is not ready")
 	}
 	if got := h.result("down"); !strings.HasPrefix(got, "exit 0\n") {
 		t.Error(got)

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/daemon"
+	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
@@ -26,9 +27,6 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// patience is for what must happen, on a machine that may stall for seconds.
-const patience = 20 * time.Second
-
 // viasocks makes a command that runs this binary as viasocks, without the proxy of whoever runs the test.
 func viasocks(args ...string) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe", args...)
@@ -42,11 +40,11 @@ func result(t *testing.T, cmd *exec.Cmd) string {
 	t.Helper()
 	var out, err bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &err
-	cmd.WaitDelay = patience
+	cmd.WaitDelay = testkit.Patience
 	if e := cmd.Start(); e != nil {
 		t.Fatal(e)
 	}
-	hung := time.AfterFunc(6*patience, func() { cmd.Process.Kill() })
+	hung := time.AfterFunc(6*testkit.Patience, func() { cmd.Process.Kill() })
 	defer hung.Stop()
 	_ = cmd.Wait() // the status tells
 	return fmt.Sprintf("exit %d\n--- stdout\n%s--- stderr\n%s", cmd.ProcessState.ExitCode(), &out, &err)

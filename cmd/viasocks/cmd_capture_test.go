@@ -18,7 +18,8 @@ import (
 // dissected are the packets of a capture as tshark sees them: direction, length of the payload, flags, comment.
 func dissected(t *testing.T, file string) (lines []string) {
 	t.Helper()
-	cmd := exec.Command(lookPath(t, "tshark"), "-r", file, "-T", "fields", "-e", "tcp.dstport", "-e", "tcp.len", "-e", "tcp.flags.str", "-e", "frame.comment")
+	cmd := exec.Command(lookPath(t, "tshark"), "-r", file, "-T", "fields", "-e", "tcp.dstport", "-e", "tcp.len", "-e",
+		"tcp.flags.str", "-e", "frame.comment")
 	cmd.Env = append(os.Environ(), "HOME="+t.TempDir())
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -29,7 +30,8 @@ func dissected(t *testing.T, file string) (lines []string) {
 	return strings.Split(strings.TrimSuffix(string(out), "\n"), "\n")
 }
 
-// capture writes what a program under run and viasocks say to each other: SYN and FIN of both, the bytes, the program and the end.
+// capture writes what a program under run and viasocks say to each other: SYN and FIN of both, the bytes, the program and the
+// end.
 func TestCaptureRun(t *testing.T) {
 	bash := lookPath(t, "bash")
 	s := carrying(t)
@@ -56,12 +58,13 @@ func TestCaptureRun(t *testing.T) {
 	if info, _ := os.Stat(file); info.Mode().Perm() != 0o600 {
 		t.Errorf("its mode is %v", info.Mode())
 	}
-	if got := asked(t, xdg, "capture", "--pid", pid, "-"); got != "exit 1\n--- stdout\n--- stderr\nviasocks: cannot capture: another capture is under way\n" {
+	if got := asked(t, xdg, "capture", "--pid", pid,
+		"-"); got != "exit 1\n--- stdout\n--- stderr\nviasocks: cannot capture: another capture is under way\n" {
 		t.Error(got)
 	}
 	testkit.Eventually(t, "the comment on the end of a connection", func() bool {
 		_, _ = io.WriteString(in, "go\n")
-		time.Sleep(150 * time.Millisecond) // packets wait for 100 ms until they are written
+		testkit.Pace(150 * time.Millisecond) // packets wait for 100 ms until they are written
 		b, err := os.ReadFile(file)
 		return err == nil && bytes.Contains(b, []byte("closed, 6 bytes up, 6 down")) && bytes.Contains(b, []byte("hello\n"))
 	})
@@ -71,7 +74,8 @@ func TestCaptureRun(t *testing.T) {
 	}
 	packets := dissected(t, file)
 	if first := packets[0]; !strings.HasPrefix(first, "80\t0\t") || !strings.Contains(first, "S") ||
-		!strings.Contains(first, ": tcp to 203.0.113.9:80, program "+bash) || !strings.Contains(first, "upstream proxy, rule default, ") {
+		!strings.Contains(first, ": tcp to 203.0.113.9:80, program "+bash) ||
+		!strings.Contains(first, "upstream proxy, rule default, ") {
 		t.Errorf("the first packet is %q", first)
 	}
 	up := 0
@@ -105,7 +109,8 @@ func TestCaptureRun(t *testing.T) {
 	}
 	end()
 	gone := filepath.Join(t.TempDir(), "none")
-	if got := asked(t, xdg, "capture", "--pid", pid, gone); !strings.HasPrefix(got, "exit 1\n--- stdout\n--- stderr\nviasocks: cannot ") {
+	if got := asked(t, xdg, "capture", "--pid", pid, gone); !strings.HasPrefix(got,
+		"exit 1\n--- stdout\n--- stderr\nviasocks: cannot ") {
 		t.Error(got)
 	}
 	if _, err := os.Stat(gone); err == nil {

@@ -8,7 +8,8 @@ import (
 
 func TestCheck(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "conf")
-	conf := "proxy socks5://al:geheim@10.0.0.1\nupstream b=socks5://h:9\nrule port 25 reject\nrule dst 10.0.0.0/8,fd00::/8 via b\ntable 7\n"
+	conf := "proxy socks5://al:geheim@10.0.0.1\nupstream b=socks5://h:9\nrule port 25 reject\n" +
+		"rule dst 10.0.0.0/8,fd00::/8 via b\ntable 7\n"
 	if err := os.WriteFile(path, []byte(conf), 0o600); err != nil {
 		t.Fatal(err)
 	}

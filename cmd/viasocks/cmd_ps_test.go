@@ -87,7 +87,8 @@ func TestPs(t *testing.T) {
 	found := byPID(list())
 	for _, cmd := range []*exec.Cmd{a, b} {
 		i := found[cmd.Process.Pid]
-		if i.Mode != control.ModeRun || i.Program != "sh" || i.Proxy != s.URL() || i.State != control.Ready || i.UID != os.Getuid() {
+		if i.Mode != control.ModeRun || i.Program != "sh" || i.Proxy != s.URL() || i.State != control.Ready ||
+			i.UID != os.Getuid() {
 			t.Errorf("process %d: %+v", cmd.Process.Pid, found)
 		}
 	}
@@ -98,7 +99,8 @@ func TestPs(t *testing.T) {
 
 	pid := strconv.Itoa(a.Process.Pid)
 	got := asked(t, xdg, "status", "--pid", pid)
-	if !strings.HasPrefix(got, "exit 0\n") || !strings.Contains(got, "process "+pid+"\n  program sh, process ") || strings.Contains(got, "\nhost:") ||
+	if !strings.HasPrefix(got, "exit 0\n") || !strings.Contains(got, "process "+pid+"\n  program sh, process ") ||
+		strings.Contains(got, "\nhost:") ||
 		strings.Contains(got, "geheim") {
 		t.Error(got)
 	}
@@ -134,7 +136,10 @@ func TestPs(t *testing.T) {
 	}
 	_, endC := instance(t, xdg, s.URL())
 	endC()
-	testkit.Eventually(t, "the directory is gone", func() bool { _, err := os.Stat(filepath.Join(xdg, "viasocks")); return os.IsNotExist(err) })
+	testkit.Eventually(t, "the directory is gone", func() bool {
+		_, err := os.Stat(filepath.Join(xdg, "viasocks"))
+		return os.IsNotExist(err)
+	})
 }
 
 func byPID(all []control.Instance) map[int]control.Instance {
@@ -163,7 +168,8 @@ func TestFlowsOfRun(t *testing.T) {
 	}
 	f := flows.Flows[0]
 	exe, err := os.Readlink("/proc/" + strconv.Itoa(f.PID) + "/exe")
-	if f.State != "open" || f.Dst != "203.0.113.9:80" || f.PID == 0 || err != nil || f.Exe != exe || filepath.Base(exe) != "bash" {
+	if f.State != "open" || f.Dst != "203.0.113.9:80" || f.PID == 0 || err != nil || f.Exe != exe ||
+		filepath.Base(exe) != "bash" {
 		t.Errorf("%+v, %s, %v", f, exe, err)
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 func server(t *testing.T, opts ...sockstest.Option) *sockstest.Server {
@@ -237,7 +238,7 @@ func TestRunSignals(t *testing.T) {
 			t.Fatal(err)
 		}
 		cmd.Process.Signal(syscall.SIGINT)
-		time.Sleep(50 * time.Millisecond)
+		testkit.Pace(50 * time.Millisecond) // two signals that come at once may be taken in either order
 		cmd.Process.Signal(sig)
 		cmd.Wait()
 		if code := cmd.ProcessState.ExitCode(); code != 9 {
@@ -291,9 +292,7 @@ func TestStoppedEarly(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	for end := time.Now().Add(patience); s.Stats().Accepted == 0 && time.Now().Before(end); {
-		time.Sleep(10 * time.Millisecond)
-	}
+	testkit.Until(testkit.Patience, func() bool { return s.Stats().Accepted != 0 })
 	sig := syscall.SIGINT
 	if signal.Ignored(sig) {
 		sig = syscall.SIGTERM

@@ -19,6 +19,7 @@ import (
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // up and down again, by each way there is: the host is as it was.
@@ -62,14 +63,12 @@ func TestTUNDeleted(t *testing.T) {
 	p := h.up("--proxy", h.proxy)
 	for i := range 3 {
 		h.run("ip -n " + h.name + " link del viasocks0")
-		for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
-			out, _ := exec.Command("ip", "-n", h.name, "route", "get", "203.0.113.1").CombinedOutput()
-			if strings.Contains(string(out), "dev viasocks0") && strings.Count(p.text(), "works again") == i+1 {
-				break
-			}
-			if time.Now().After(end) {
-				t.Fatalf("not steered: %s\n%s", out, p.text())
-			}
+		var out []byte
+		if !testkit.Until(testkit.Patience, func() bool {
+			out, _ = exec.Command("ip", "-n", h.name, "route", "get", "203.0.113.1").CombinedOutput()
+			return strings.Contains(string(out), "dev viasocks0") && strings.Count(p.text(), "works again") == i+1
+		}) {
+			t.Fatalf("not steered: %s\n%s", out, p.text())
 		}
 	}
 	if got := h.result("status"); !strings.HasPrefix(got, "exit 0\n") {
@@ -91,10 +90,8 @@ func TestNetworkChanges(t *testing.T) {
 			h.run(fmt.Sprintf("ip -n %s route replace default via 192.0.2.%d dev eth0", h.name, 10*try+i))
 		}
 		count := func() int { return strings.Count(p.text(), "the network changed") - before }
-		for end := time.Now().Add(patience); count() == 0 && time.Now().Before(end); {
-			time.Sleep(5 * time.Millisecond)
-		}
-		time.Sleep(700 * time.Millisecond)
+		testkit.Until(testkit.Patience, func() bool { return count() != 0 })
+		testkit.Pace(700 * time.Millisecond) // a second report would come by now
 		if n := count(); n == 1 {
 			break
 		} else if n == 0 || try == 10 {
@@ -126,7 +123,8 @@ func TestKilled(t *testing.T) {
 	if h.state() == before {
 		t.Error("the host is open after kill -9")
 	}
-	if got := h.result("status"); got != "exit 1\n--- stdout\n--- stderr\nviasocks: cannot ask viasocks: it is not up here: 'viasocks up' starts it; "+
+	if got := h.result("status"); got != "exit 1\n--- stdout\n--- stderr\n"+
+		"viasocks: cannot ask viasocks: it is not up here: 'viasocks up' starts it; "+
 		"'viasocks ps' lists programs under 'viasocks run', for --pid\n" {
 		t.Error(got)
 	}
@@ -159,17 +157,14 @@ func TestStaleConnections(t *testing.T) {
 	}
 	proxy := "socks5://" + strings.TrimSpace(addr)
 	p := h.up("--proxy", proxy)
-	// The first retransmission after the restart may meet the new daemon before it looks: it then resets the connection itself and
-	// has none to tell of. That is rare, so that one of three connections shows what this test is about.
+	// The first retransmission after the restart may meet the new daemon before it looks: it then resets the connection itself
+	// and has none to tell of. That is rare, so that one of three connections shows what this test is about.
 	const told = "reset the connections that the dead viasocks had carried"
 	for try := 1; ; try++ {
 		wait := h.talk(p)
 		p = h.up("--proxy", proxy)
 		wait()
-		for end := time.Now().Add(2 * time.Second); !strings.Contains(p.text(), told) && time.Now().Before(end); {
-			time.Sleep(5 * time.Millisecond)
-		}
-		if strings.Contains(p.text(), told) {
+		if testkit.Until(2*time.Second, func() bool { return strings.Contains(p.text(), told) }) {
 			break
 		}
 		if try == 3 {
@@ -207,7 +202,7 @@ func (h *netHost) talk(p *upProc) (wait func()) {
 	said("talking")
 	p.cmd.Process.Kill()
 	p.wait()
-	time.Sleep(700 * time.Millisecond)
+	testkit.Pace(700 * time.Millisecond) // the program goes on talking to nobody
 	return func() {
 		t.Helper()
 		said("ended by")
@@ -246,7 +241,7 @@ func TestTalker(t *testing.T) {
 		if first {
 			fmt.Println("talking")
 		}
-		time.Sleep(5 * time.Millisecond)
+		testkit.Pace(5 * time.Millisecond)
 	}
 }
 
@@ -300,7 +295,8 @@ func TestStatus(t *testing.T) {
 		t.Error(got)
 	}
 	p.await("confirmed")
-	if got := h.result("confirm"); got != "exit 1\n--- stdout\n--- stderr\nviasocks: cannot confirm: there is nothing to confirm: it is ready\n" {
+	if got := h.result("confirm"); got != "exit 1\n--- stdout\n--- stderr\n"+
+		"viasocks: cannot confirm: there is nothing to confirm: it is ready\n" {
 		t.Error(got)
 	}
 	past := func(dst string) bool {
@@ -324,7 +320,8 @@ func TestStatus(t *testing.T) {
 	p.await("the configuration is unchanged")
 	p.cmd.Process.Signal(syscall.SIGTERM)
 	p.ends(0)
-	if got := h.result("flows"); got != "exit 1\n--- stdout\n--- stderr\nviasocks: cannot ask viasocks: it is not up here: 'viasocks up' starts it; "+
+	if got := h.result("flows"); got != "exit 1\n--- stdout\n--- stderr\n"+
+		"viasocks: cannot ask viasocks: it is not up here: 'viasocks up' starts it; "+
 		"'viasocks ps' lists programs under 'viasocks run', for --pid\n" {
 		t.Error(got)
 	}
@@ -377,10 +374,9 @@ func TestFailOpen(t *testing.T) {
 	p := h.up("--proxy", h.proxy, "--fail-open", "--stay-closed")
 	p.cmd.Process.Signal(syscall.SIGTERM)
 	p.ends(0)
-	time.Sleep(100 * time.Millisecond)
-	if h.state() == before {
-		t.Error("the guardian opened what was to stay closed")
-	}
+	testkit.Never(t, 100*time.Millisecond, "the guardian opened what was to stay closed", func() bool {
+		return h.state() == before
+	})
 	h.result("down")
 	h.same("down", before)
 }
@@ -467,7 +463,7 @@ func TestUpNotifies(t *testing.T) {
 	hear := func(want string) {
 		t.Helper()
 		b := make([]byte, 4096)
-		l.SetReadDeadline(time.Now().Add(3 * patience))
+		l.SetReadDeadline(time.Now().Add(3 * testkit.Patience))
 		for {
 			n, err := l.Read(b)
 			if err != nil {

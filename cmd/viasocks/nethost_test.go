@@ -10,6 +10,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // netHost is a network namespace that has a route but leads nowhere, and a proxy on loopback.
@@ -102,20 +104,18 @@ func (h *netHost) state() string {
 func (h *netHost) settle() {
 	h.t.Helper()
 	in := "ip -n " + h.name + " "
-	for end := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
-		s := h.run(in+"-4 route show table all") + h.run(in+"addr")
-		six := h.run(in + "-6 route show table all")
+	var s, six string
+	if !testkit.Until(testkit.Patience, func() bool {
+		s = h.run(in+"-4 route show table all") + h.run(in+"addr")
+		six = h.run(in + "-6 route show table all")
 		ready := strings.Count(s, "state UP") == 2 && strings.Count(six, "multicast ff00::/8") >= 2 ||
 			!strings.Contains(s, "inet6")
 		for _, word := range []string{"linkdown", "tentative", "NO-CARRIER", "state DOWN", "state LOWERLAYERDOWN"} {
 			ready = ready && !strings.Contains(s+six, word)
 		}
-		if ready {
-			return
-		}
-		if time.Now().After(end) {
-			h.t.Fatalf("links that do not come up:\n%s%s", s, six)
-		}
+		return ready
+	}) {
+		h.t.Fatalf("links that do not come up:\n%s%s", s, six)
 	}
 }
 
@@ -183,18 +183,18 @@ func (p *upProc) text() string {
 // await waits for a line of the log.
 func (p *upProc) await(what string) {
 	p.t.Helper()
-	for end := time.Now().Add(3 * patience); !strings.Contains(p.text(), what); time.Sleep(5 * time.Millisecond) {
+	ended := false
+	if !testkit.Until(2*testkit.Patience, func() bool {
 		select {
 		case <-p.eof:
-			if !strings.Contains(p.text(), what) {
-				p.t.Fatalf("it ended without %q:\n%s", what, p.text())
-			}
-			return
+			ended = true
 		default:
 		}
-		if time.Now().After(end) {
-			p.t.Fatalf("no %q:\n%s", what, p.text())
-		}
+		return ended || strings.Contains(p.text(), what)
+	}) {
+		p.t.Fatalf("no %q:\n%s", what, p.text())
+	} else if ended && !strings.Contains(p.text(), what) {
+		p.t.Fatalf("it ended without %q:\n%s", what, p.text())
 	}
 }
 
@@ -216,10 +216,7 @@ func (p *upProc) ends(want int) {
 func (h *netHost) same(what, before string) {
 	h.t.Helper()
 	after := h.state()
-	for end := time.Now().Add(patience); after != before && time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-		after = h.state()
-	}
-	if before != after {
+	if !testkit.Until(testkit.Patience, func() bool { after = h.state(); return after == before }) {
 		h.t.Errorf("%s: before:\n%s\nafter:\n%s", what, before, after)
 	}
 }

@@ -43,7 +43,8 @@ func TestStateDir(t *testing.T) {
 	const another = "another viasocks is up here with another state directory (process "
 	for _, args := range [][]string{
 		{"up", "--proxy", h.proxy}, {"close", "--proxy", h.proxy}, {"down"},
-		{"up", "--proxy", h.proxy, "--tun", "other0", "--table", "99", "--nft-table", "other", "--priority", "8000", "--mark", "0x100/0xff00"},
+		{"up", "--proxy", h.proxy, "--tun", "other0", "--table", "99", "--nft-table", "other", "--priority", "8000", "--mark",
+			"0x100/0xff00"},
 	} {
 		got := h.result(args...)
 		if !strings.HasPrefix(got, "exit 1\n") || !strings.Contains(got, another) || strings.Contains(got, "CAP_NET_ADMIN") {

@@ -55,7 +55,8 @@ func TestUnits(t *testing.T) {
 		}
 		// systemd looks whether the program is there.
 		name := filepath.Join(dir, strings.Replace(filepath.Base(unit), "@", "@x", 1))
-		if err := os.WriteFile(name, []byte(strings.ReplaceAll(string(b), "/usr/local/bin/viasocks", "/bin/true")), 0o644); err != nil {
+		if err := os.WriteFile(name, []byte(strings.ReplaceAll(string(b), "/usr/local/bin/viasocks", "/bin/true")),
+			0o644); err != nil {
 			t.Fatal(err)
 		}
 		verify = append(verify, name)

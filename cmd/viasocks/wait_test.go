@@ -5,9 +5,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // While it waits for the proxy every way to end it gives the host back; what waiting can't mend is an error at once.
@@ -37,16 +37,11 @@ func TestWaitEnds(t *testing.T) {
 	h.same("down while it waits", before)
 	// A proxy that says nothing: the first look has not ended yet.
 	p = h.launch("--proxy", "socks5://192.0.2.77", "--wait")
-	for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
-		if out, _ := exec.Command("ip", "-n", h.name, "route", "get", "203.0.113.1").CombinedOutput(); strings.Contains(
-			string(out),
-			"dev viasocks0",
-		) {
-			break
-		}
-		if time.Now().After(end) {
-			t.Fatalf("the host is not closed:\n%s", p.text())
-		}
+	if !testkit.Until(testkit.Patience, func() bool {
+		out, _ := exec.Command("ip", "-n", h.name, "route", "get", "203.0.113.1").CombinedOutput()
+		return strings.Contains(string(out), "dev viasocks0")
+	}) {
+		t.Fatalf("the host is not closed:\n%s", p.text())
 	}
 	p.cmd.Process.Signal(syscall.SIGTERM)
 	p.ends(0)

@@ -25,7 +25,7 @@ func scrape(path string) (string, error) {
 		},
 		DisableKeepAlives: true,
 	}
-	resp, err := (&http.Client{Transport: t, Timeout: patience}).Get("http://viasocks/metrics")
+	resp, err := (&http.Client{Transport: t, Timeout: testkit.Patience}).Get("http://viasocks/metrics")
 	if err != nil {
 		return "", err
 	}
@@ -135,7 +135,7 @@ func TestCaptureOfUp(t *testing.T) {
 			d.Env = append(os.Environ(), "TEST_DIAL="+to)
 			_ = d.Run()
 		}
-		time.Sleep(150 * time.Millisecond) // packets wait for 100 ms until they are written
+		testkit.Pace(150 * time.Millisecond) // packets wait for 100 ms until they are written
 		b, err := os.ReadFile(file)
 		return err == nil && bytes.Contains(b, []byte("refused"))
 	})
