@@ -5,6 +5,7 @@
 //	bench socks --listen 10.0.0.1:1080                the SOCKS5 server: CONNECT by splice, UDP ASSOCIATE by mmsg
 //	bench link  --a … --b … --delay 25ms              a slow or lossy link between two namespaces
 //	bench table                                       results of load on standard input, as a table
+//	bench modes --to off                              the same with an interval for each mode, for scripts/seecost.sh
 //	bench load  --case D1 --target … [--proxy …]      one case: one line of JSON on standard output
 //
 // With socks --names ADDRESS and load --under DOMAIN, scripts/dnsbench.sh has connections made by name.
@@ -36,7 +37,7 @@ import (
 
 func main() {
 	if len(os.Args) < 2 {
-		fmt.Fprintln(os.Stderr, "usage: bench world|socks|load|link|table [flags]")
+		fmt.Fprintln(os.Stderr, "usage: bench world|socks|load|link|table|modes [flags]")
 		os.Exit(2)
 	}
 	var err error
@@ -49,10 +50,12 @@ func main() {
 		err = linkMain(os.Args[2:])
 	case "table":
 		err = table(os.Stdin, os.Stdout)
+	case "modes":
+		err = modesMain(os.Args[2:], os.Stdin, os.Stdout)
 	case "load":
 		err = loadMain(os.Args[2:])
 	default:
-		err = fmt.Errorf("no command %q: world, socks, load, link or table", os.Args[1])
+		err = fmt.Errorf("no command %q: world, socks, load, link, table or modes", os.Args[1])
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)

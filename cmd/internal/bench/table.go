@@ -1,8 +1,6 @@
 package main
 
 import (
-	"bufio"
-	"encoding/json"
 	"fmt"
 	"io"
 	"slices"
@@ -11,29 +9,22 @@ import (
 
 // line is a result together with what scripts/bench.sh adds to it.
 type line struct {
-	Mode  string `json:"mode"` // native, through, against
+	Mode  string `json:"mode"` // native, through, against; of scripts/seecost.sh: off, watch...
 	Round int    `json:"round"`
 	result
 }
 
 // table reads lines of JSON and prints a row for each case: medians over the rounds.
 func table(in io.Reader, out io.Writer) error {
+	lines, err := readLines(in)
+	if err != nil {
+		return err
+	}
 	var order []string
 	byCase := map[string]map[string][]line{}
-	sc := bufio.NewScanner(in)
-	for sc.Scan() {
-		var l line
-		if err := json.Unmarshal(sc.Bytes(), &l); err != nil {
-			return fmt.Errorf("cannot read a result: %w: %s", err, sc.Text())
-		}
-		if byCase[l.Case] == nil {
-			byCase[l.Case] = map[string][]line{}
-			order = append(order, l.Case)
-		}
-		byCase[l.Case][l.Mode] = append(byCase[l.Case][l.Mode], l)
-	}
-	if err := sc.Err(); err != nil {
-		return err
+	for _, g := range groups(lines) {
+		order = append(order, g.name)
+		byCase[g.name] = g.modes
 	}
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(w, "case\tnative\tthrough\tunit\tratio\tp50 µs nat\tthr\tp99 µs nat\tthr\tCPU\tper\tRSS MiB\t")
@@ -132,16 +123,18 @@ func cpuEach(l line) float64 {
 
 // ratio returns the median of the ratios of the rounds: the two results of one round were measured one after the
 // other.
-func ratio(a, b []line, of func(line) float64) float64 {
-	var ratios []float64
+func ratio(a, b []line, of func(line) float64) float64 { return medianOf(ratios(a, b, of)) }
+
+// ratios returns the ratio of a to b in each round that both have.
+func ratios(a, b []line, of func(line) float64) (all []float64) {
 	for _, x := range a {
 		for _, y := range b {
 			if x.Round == y.Round && of(y) > 0 {
-				ratios = append(ratios, of(x)/of(y))
+				all = append(all, of(x)/of(y))
 			}
 		}
 	}
-	return medianOf(ratios)
+	return all
 }
 
 func unit(ls ...[]line) string {

@@ -38,6 +38,9 @@ const (
 	maxEvent = 64 << 10
 )
 
+// watchPatience is how long a watcher may read nothing before it is disconnected. Only tests change it.
+var watchPatience = answerTimeout
+
 var errManyWatchers = fmt.Errorf("there are %d watchers already", maxWatchers)
 
 // watch answers with a JSON object on a line for each event, until the watcher goes away or the Server is closed.
@@ -63,8 +66,7 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) {
 	e := json.NewEncoder(w)
 	e.SetEscapeHTML(false)
 	flush := func() error {
-		// A watcher that does not read for this time is disconnected.
-		if err := rc.SetWriteDeadline(time.Now().Add(answerTimeout)); err != nil {
+		if err := rc.SetWriteDeadline(time.Now().Add(watchPatience)); err != nil {
 			return err
 		}
 		return rc.Flush()
@@ -73,7 +75,7 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	s.o.Backend.Watch(ctx, func(events []Event) error {
-		if err := rc.SetWriteDeadline(time.Now().Add(answerTimeout)); err != nil {
+		if err := rc.SetWriteDeadline(time.Now().Add(watchPatience)); err != nil {
 			return err
 		}
 		for i := range events {
@@ -96,8 +98,11 @@ func (s *Server) watchers(p peer) *atomic.Int32 {
 // ErrEnded means that the viasocks that was asked or watched has ended.
 var ErrEnded = errors.New("viasocks has ended")
 
+// ErrSlow means that viasocks has disconnected a watcher that did not read.
+var ErrSlow = fmt.Errorf("cannot watch any longer: what viasocks sent was not read for %v: start the watcher again", watchPatience)
+
 // Watch passes each event to f until ctx ends or f returns an error, which Watch then returns. If viasocks ends, Watch
-// returns ErrEnded.
+// returns ErrEnded; if f was so slow that viasocks has given up, ErrSlow.
 func (c *Client) Watch(ctx context.Context, f func(Event) error) error {
 	req, err := http.NewRequestWithContext(ctx, "GET", "http://viasocks/v1/watch", nil)
 	if err != nil {
@@ -121,14 +126,25 @@ func (c *Client) Watch(ctx context.Context, f func(Event) error) error {
 		}
 		var e Event
 		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
+			if !lines.Scan() && lines.Err() != nil {
+				break // the stream broke off in the middle of this line
+			}
 			return fmt.Errorf("cannot understand the answer of viasocks: %w", err)
 		}
 		if err := f(e); err != nil {
 			return err
 		}
 	}
-	if ctx.Err() != nil {
+	switch err := lines.Err(); {
+	case ctx.Err() != nil:
 		return ctx.Err()
+	case errors.Is(err, bufio.ErrTooLong):
+		return fmt.Errorf("cannot understand the answer of viasocks: %w", err)
+	case err != nil:
+		// The stream was broken off, and not ended: viasocks was killed, or it lives and has disconnected this watcher.
+		if _, err := c.Status(); err == nil {
+			return ErrSlow
+		}
 	}
 	return ErrEnded
 }

@@ -134,6 +134,40 @@ func TestWatchEnds(t *testing.T) {
 	testkit.Eventually(t, "no watcher", func() bool { return src.watching.Load() == 0 })
 }
 
+// A watcher that does not read is disconnected, and told so when it reads again.
+func TestWatchSlow(t *testing.T) {
+	testkit.CheckLeaks(t)
+	old := watchPatience
+	watchPatience = 50 * time.Millisecond
+	defer func() { watchPatience = old }()
+	src, s, path := watchServer(t)
+	defer s.Close() // before the time is set back
+	c := NewClient(path)
+	defer c.Close()
+	read := make(chan struct{})
+	ended := make(chan error, 1)
+	go func() {
+		ended <- c.Watch(context.Background(), func(Event) error { <-read; return nil })
+	}()
+	release := sync.OnceFunc(func() { close(read) })
+	defer release()
+	events := make([]Event, 256)
+	for i := range events {
+		events[i] = opened(uint64(i))
+	}
+	testkit.Eventually(t, "the watcher to be disconnected", func() bool {
+		select {
+		case src.feed <- events:
+		default: // it waits for the watcher, or is gone
+		}
+		return src.failed.Load() == 1 && src.watching.Load() == 0
+	})
+	release()
+	if err := <-ended; !errors.Is(err, ErrSlow) || !strings.Contains(err.Error(), "was not read for") {
+		t.Error(err)
+	}
+}
+
 // There is a limit of watchers, and with all of them there the status is answered.
 func TestManyWatchers(t *testing.T) {
 	testkit.CheckLeaks(t)

@@ -45,6 +45,7 @@ type (
 // model is the state of the view.
 type model struct {
 	source Source
+	alone  func() bool // the terminal was hung up, so nobody looks any more; nil: never
 	traffic
 	now           time.Time
 	gone          error // why the last question failed; nil: it was answered
@@ -74,6 +75,10 @@ func (m *model) Update(msg tea.Msg) (tea.Model, tea.Cmd) {
 	case tea.WindowSizeMsg:
 		m.width, m.height = msg.Width, msg.Height
 	case tick:
+		// A terminal that is closed sends SIGHUP only to those whose controlling terminal it is.
+		if m.alone != nil && m.alone() {
+			return m, tea.Quit
+		}
 		return m, m.ask
 	case answer:
 		m.take(msg)

@@ -23,7 +23,7 @@ func (t Terminal) check() error {
 		file *os.File
 		what string
 	}{{t.Out, "standard output"}, {t.In, "standard input"}} {
-		if _, err := unix.IoctlGetTermios(int(f.file.Fd()), unix.TCGETS); err != nil {
+		if !isTerminal(f.file) {
 			return fmt.Errorf("cannot show a live view: %s is not a terminal: %s", f.what, hint)
 		}
 	}
@@ -31,6 +31,12 @@ func (t Terminal) check() error {
 		return fmt.Errorf("cannot show a live view: the terminal cannot move the cursor (TERM is %q): %s", term, hint)
 	}
 	return nil
+}
+
+// isTerminal reports whether f is a terminal, and not one that was hung up.
+func isTerminal(f *os.File) bool {
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
 }
 
 // term returns the type of the terminal.
@@ -54,7 +60,7 @@ func Run(s Source, t Terminal) error {
 	if err != nil {
 		return err
 	}
-	m := &model{source: s}
+	m := &model{source: s, alone: func() bool { return !isTerminal(t.Out) }}
 	m.take(answer{first, nil})
 	_, err = tea.NewProgram(m, tea.WithInput(t.In), tea.WithOutput(t.Out), tea.WithEnvironment(t.Environ)).Run()
 	if errors.Is(err, tea.ErrInterrupted) { // SIGINT; the view itself handles Ctrl-C
