@@ -13,13 +13,13 @@ import (
 
 // answers is the upstream of TCP connections to port 53 whose questions are examined: route/dns itself answers them,
 // at the other end of a socket pair.
-type answers struct{ r *Router }
+type answers struct{ r *port53 }
 
 // answersName appears in the log and the list of flows.
 const answersName = "dns"
 
 // newAnswers returns the verdict on such connections. Its upstream belongs to no policy, and none replaces it.
-func newAnswers(r *Router) *verdict {
+func newAnswers(r *port53) *verdict {
 	return &verdict{rule: "dns", up: &upstream{Upstream: answers{r}, name: answersName, own: true, count: new(upstreamCounters)}}
 }
 
@@ -38,7 +38,7 @@ func (a answers) DialStream(_ context.Context, _ *relay.Loop, d Dest, done func(
 		asked = noAddr
 	}
 	src := netip.AddrPortFrom(d.Src, d.SrcPort)
-	a.r.dns.Load().ServeTCP(fds[1], asked, a.r.judgeOf(flow.Flow{Proto: flow.TCP, Src: src, Dst: d.Addr}), func(b []byte) {
+	a.r.server.Load().ServeTCP(fds[1], asked, a.r.judgeOf(flow.Flow{Proto: flow.TCP, Src: src, Dst: d.Addr}), func(b []byte) {
 		if a.r.wantsNames() {
 			a.r.names.learn(b, a.r.now())
 		}

@@ -30,31 +30,11 @@ func (c *deepCache) slot(src, dst netip.AddrPort) *deepSlot {
 }
 
 // deepFor returns the cache that a policy needs, or nil if the plain cache is right for it.
-func (r *Router) deepFor(p *policy) *deepCache {
+func (r *decider) deepFor(p *policy) *deepCache {
 	if p.plain() && r.decisions == nil {
 		return nil
 	}
 	return &deepCache{}
-}
-
-// wantsNames reports whether answers of DNS must be remembered.
-func (r *Router) wantsNames() bool {
-	return r.decisions != nil || r.policy.Load().needs&(ofName|ofList) != 0
-}
-
-// queryOf returns what a verdict on a flow is based on, as far as it is known. Names are looked up only if they are
-// needed.
-func (r *Router) queryOf(f flow.Flow, dest Dest) query {
-	q := query{proto: f.Proto, src: f.Src, dst: dest.Addr}
-	switch {
-	case dest.Name != "":
-		q.names, q.fake = []string{plainName(dest.Name)}, true
-	case dest.Sniffed != "":
-		q.names = []string{dest.Sniffed}
-	case r.wantsNames():
-		q.names = r.names.of(dest.Addr.Addr(), r.now(), nil)
-	}
-	return q
 }
 
 // decideUDP returns the verdict on a datagram, and adds to q the owner on which it is based; verdictAsk means that

@@ -7,11 +7,21 @@
 //	Upstream     what carries a flow: SOCKS servers, or direct
 //	Router       takes flows from the stack (stack.Handler) and gives them to an upstream and a relay loop
 //
-// TCP (streams.go): HandleStream makes the verdict, tells the upstream to dial and returns. The upstream's answer
+// The Router itself only hands on what comes in. Its parts have a file each:
+//
+//	base           configuration, clock, log and end, which all parts use (base.go)
+//	decider        the policy in force, and the verdicts by it (decider.go, policy.go, verdict.go)
+//	port53         the server of route/dns and its ways to the resolvers (port53.go, questions.go)
+//	streams        the flow table of TCP of one shard; allStreams has what they share (streams.go, sniffing.go)
+//	mappings       the mappings of one shard (udp.go, mapping.go, mapping_life.go)
+//	associations   the associations of all mappings (associations.go, queue.go)
+//	goneSearch     the search for flows whose program is gone (gone.go)
+//
+// TCP: HandleStream makes the verdict, tells the upstream to dial and returns. The upstream's answer
 // becomes Accept (by the relay loop) or the refusal that the app would have met directly (outcome.go). Neither a
 // pending dial nor an idle flow holds a goroutine.
 //
-// UDP (udp.go, mapping.go): each app endpoint has one mapping, whatever the destination, and the mapping has one
+// UDP: each app endpoint has one mapping, whatever the destination, and the mapping has one
 // association for each upstream that the verdicts on its destinations require (RFC 4787: endpoint-independent mapping
 // and filtering).
 //
@@ -29,7 +39,7 @@
 //
 // # Lock order
 //
-// Router.reload comes first, then mappings.mu of the shards in the order of their index, then all other locks: a
+// decider.reload comes first, then mappings.mu of the shards in the order of their index, then all other locks: a
 // goroutine that holds one of the others takes neither of the first two. Only a new policy takes the locks of all
 // shards. A goroutine that needs room for a mapping holds the lock of one shard, and only tries those of the others.
 //

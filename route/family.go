@@ -121,7 +121,7 @@ func (s *stream) learnIPv6(err error) {
 }
 
 // givesIPv6 reports whether a plain name has a fake IPv6 address.
-func (r *Router) givesIPv6(name []byte) bool {
+func (r *decider) givesIPv6(name []byte) bool {
 	return !r.cfg.NoFakeIPv6 && (!r.cfg.LearnFakeIPv6 || r.policy.Load().mayReachIPv6(name, r.now()))
 }
 
@@ -173,7 +173,7 @@ type secondTry struct {
 // tryAgain begins the second try of a flow whose dial ended with err, if it should have one. It returns false if err
 // is final.
 func (s *stream) tryAgain(err error) bool {
-	d := s.r.dns.Load()
+	d := s.r.port53.server.Load()
 	if d == nil || s.second.Load() != nil || !failedByFamily(err) || !s.mayLookUp() {
 		return false
 	}

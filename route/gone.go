@@ -24,6 +24,17 @@ const (
 	streamsEvery = 30 * time.Second
 )
 
+// goneSearch looks for flows whose program is gone. It belongs to Run.
+type goneSearch struct {
+	*base
+	nextLook int64    // when the UDP sockets are listed again
+	listed   boundSet // the sockets of the last list
+
+	// Memory for each search.
+	looked  []*mapping
+	streams []*stream
+}
+
 // asking is what Run remembers about a mapping's socket. No other goroutine uses it.
 type asking struct {
 	done   bool  // the socket was looked up when the mapping was new
@@ -46,12 +57,12 @@ func found(ok bool, err error, known *bool) (gone bool) {
 }
 
 // firstLook looks up the socket of a new mapping while it probably still exists.
-func (r *Router) firstLook(m *mapping) {
-	if m.ask.done || r.cfg.Sockets == nil {
+func (g *goneSearch) firstLook(m *mapping) {
+	if m.ask.done || g.cfg.Sockets == nil {
 		return
 	}
 	m.ask.done = true
-	ok, err := r.cfg.Sockets.Exists(flow.UDP, m.src, m.first)
+	ok, err := g.cfg.Sockets.Exists(flow.UDP, m.src, m.first)
 	found(ok, err, &m.ask.known)
 }
 
@@ -88,47 +99,47 @@ func (b *boundSet) has(src netip.AddrPort) bool {
 // sweepSockets lists the existing UDP sockets and ends the mappings whose socket has been gone long enough. It does
 // not query single mappings, because the kernel has no index for that and searches its whole table of UDP sockets
 // each time.
-func (r *Router) sweepSockets() {
-	now := r.now()
-	if r.cfg.Sockets == nil || now < r.control.nextLook {
+func (g *goneSearch) sweepSockets(shards []*shard) {
+	now := g.now()
+	if g.cfg.Sockets == nil || now < g.nextLook {
 		return
 	}
-	r.control.nextLook = now + int64(r.lookEvery)
-	all := r.control.looked[:0]
-	for _, s := range r.shards {
+	g.nextLook = now + int64(g.lookEvery)
+	all := g.looked[:0]
+	for _, s := range shards {
 		s.udp.mu.Lock()
 		all = append(all, s.udp.all...)
 		s.udp.mu.Unlock()
 	}
 	defer func() {
 		clear(all)
-		r.control.looked = all[:0]
+		g.looked = all[:0]
 	}()
 	if len(all) == 0 {
 		return
 	}
 	began := time.Now()
-	due, err := r.missed(all, now)
+	due, err := g.missed(all, now)
 	if err == nil && len(due) > 0 {
-		err = r.endGone(due)
+		err = g.endGone(due)
 	}
 	if err != nil {
 		return
 	}
-	r.control.nextLook = now + max(int64(r.lookEvery), lookShare*int64(time.Since(began)))
+	g.nextLook = now + max(int64(g.lookEvery), lookShare*int64(time.Since(began)))
 }
 
 // missed records which sockets exist, and returns the mappings whose socket has been gone long enough. It reuses the
 // memory of all.
-func (r *Router) missed(all []*mapping, now int64) (due []*mapping, err error) {
-	if err := r.bound(); err != nil {
+func (g *goneSearch) missed(all []*mapping, now int64) (due []*mapping, err error) {
+	if err := g.list(); err != nil {
 		return nil, err
 	}
 	due = all[:0]
 	for _, m := range all {
 		switch {
 		case m.gone.Load():
-		case r.control.bound.has(m.src):
+		case g.listed.has(m.src):
 			m.ask.known, m.ask.goneAt = true, 0
 		case !m.ask.known:
 		case m.ask.goneAt == 0:
@@ -140,10 +151,10 @@ func (r *Router) missed(all []*mapping, now int64) (due []*mapping, err error) {
 	return due, nil
 }
 
-// bound lists the existing UDP sockets.
-func (r *Router) bound() error {
-	r.control.bound.reset()
-	return r.cfg.Sockets.BoundUDP(r.control.bound.add)
+// list lists the existing UDP sockets.
+func (g *goneSearch) list() error {
+	g.listed.reset()
+	return g.cfg.Sockets.BoundUDP(g.listed.add)
 }
 
 // isDue reports whether the socket of a mapping has been gone long enough.
@@ -156,12 +167,12 @@ func (r *shard) isDue(m *mapping, now int64) bool {
 
 // endGone ends mappings whose socket was missing long enough and is missing in one more list: a socket can be left
 // out of a list if others come and go meanwhile.
-func (r *Router) endGone(due []*mapping) error {
-	if err := r.bound(); err != nil {
+func (g *goneSearch) endGone(due []*mapping) error {
+	if err := g.list(); err != nil {
 		return err
 	}
 	for _, m := range due {
-		if r.control.bound.has(m.src) {
+		if g.listed.has(m.src) {
 			m.ask.goneAt = 0
 			continue
 		}
@@ -210,13 +221,13 @@ func (t *streams) appendSome(some []*stream, parts int) []*stream {
 // sweepStreams checks a part of the open TCP flows. If a flow makes no progress, it asks whether the app's socket
 // still exists, and tells the relay if it does not. A program that only half-closed its connection still has its
 // socket.
-func (r *Router) sweepStreams() {
-	if r.cfg.Sockets == nil {
+func (g *goneSearch) sweepStreams(shards []*shard) {
+	if g.cfg.Sockets == nil {
 		return
 	}
-	some := r.control.streams[:0]
-	parts := max(1, int(r.streamsEvery/r.sweepEvery))
-	for _, s := range r.shards {
+	some := g.streams[:0]
+	parts := max(1, int(g.streamsEvery/g.sweepEvery))
+	for _, s := range shards {
 		some = s.streams.appendSome(some, parts)
 	}
 	for _, s := range some {
@@ -238,5 +249,5 @@ func (r *Router) sweepStreams() {
 		}
 	}
 	clear(some)
-	r.control.streams = some[:0]
+	g.streams = some[:0]
 }

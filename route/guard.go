@@ -61,7 +61,7 @@ func (r *Rule) asksNameAlone() bool {
 
 // judgeOf returns the function that decides on the questions of one flow and writes the decisions, or nil if that is
 // not needed. It may be called from any goroutine.
-func (r *Router) judgeOf(f flow.Flow) dns.Judge {
+func (r *port53) judgeOf(f flow.Flow) dns.Judge {
 	if !r.policy.Load().guard && r.decisions == nil {
 		return nil
 	}

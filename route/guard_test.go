@@ -143,7 +143,7 @@ func (g *rig) askByTCP(t *testing.T, q string) string {
 	t.Helper()
 	to := Dest{Addr: netip.MustParseAddrPort("203.0.113.53:53"), Src: netip.MustParseAddr("10.0.0.1"), SrcPort: 5001}
 	got := make(chan int, 1)
-	answers{g.Router}.DialStream(t.Context(), nil, to, func(s loop.Socket, err error) {
+	answers{&g.Router.port53}.DialStream(t.Context(), nil, to, func(s loop.Socket, err error) {
 		if err != nil {
 			t.Error(err)
 		}

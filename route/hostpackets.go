@@ -219,5 +219,5 @@ func (r *shard) unsent(w flow.PacketWriter, t *try, err error) {
 		r.refuse(w, nobody.pkts, flow.RefusePort)
 		return
 	}
-	r.ctl.post(event{kind: evClosed, t: t, err: err})
+	r.inbox.post(event{kind: evClosed, t: t, err: err})
 }

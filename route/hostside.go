@@ -152,7 +152,7 @@ func (u hostUpstream) OpenPackets(
 }
 
 // whyRejected returns the reason for the verdict reject, for the log; nil: the rule says it all.
-func (r *Router) whyRejected(v *verdict) error {
+func (r *decider) whyRejected(v *verdict) error {
 	switch {
 	case v.rule == noRule:
 		return errNoRule

@@ -27,7 +27,7 @@ func (r *Router) Incoming(req flow.StreamRequest, upstream, rule string, s loop.
 		err = fmt.Errorf("there is no upstream %s", upstream)
 	} else {
 		st.v = &verdict{kind: carry, up: up, rule: rule}
-		err = shard.streams.add(st, &r.flows, r.cfg.Limits.Flows)
+		err = shard.streams.add(st, &r.tcp.live, r.cfg.Limits.Flows)
 	}
 	if err != nil {
 		s.CloseReset()

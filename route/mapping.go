@@ -1,7 +1,6 @@
 package route
 
 import (
-	"context"
 	"maps"
 	"math"
 	"net/netip"
@@ -10,7 +9,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
@@ -50,65 +48,6 @@ type mapping struct {
 
 // lastSeen returns when the last datagram passed in either direction.
 func (m *mapping) lastSeen() int64 { return max(m.lastUp, m.lastDown.Load()) }
-
-// The life of an association:
-//
-//	opening  -> open      the upstream returned a link; what was queued is sent
-//	opening  -> retrying  the upstream returned an error; after a delay: opening
-//	opening  -> (removed) the server does not carry UDP
-//	open     -> opening   the control connection ended; at once if it had lived long enough, otherwise through retrying
-//
-// In opening and retrying datagrams are queued; from the third consecutive failure on they are refused.
-type assoc struct {
-	m        *mapping
-	up       *upstream
-	loop     int
-	link     relay.PacketLink // not nil: open
-	try      *try             // the pending one, or the one that returned link
-	opened   int64
-	failures int
-	queue    queue
-	names    *nameTaking // of the server; nil: it is not open, or no server
-	namedAt  int64       // when something was last sent to a name, if nothing has come back since; 0: there is no such time
-	namedTo  string
-}
-
-// try is one call of OpenPackets. It distinguishes the results of an earlier call from those that are wanted.
-type try struct {
-	a      *assoc
-	cancel context.CancelFunc
-	closed bool // closed was called, and why; the upstream may call it before done
-	why    error
-}
-
-// refuseAfter is the number of consecutive failures from which on datagrams are refused instead of queued.
-const refuseAfter = 3
-
-// Limits of the queue of one association while it is being opened. A program rarely sends 64 datagrams in its first
-// burst; the bytes allow two of the largest size.
-const (
-	queueLen   = 64
-	queueBytes = 128 << 10
-	queueAge   = 5 * time.Second // the app has asked again since
-	queuedAll  = 16 << 20        // bytes of all queues together; each shard has its share
-)
-
-// queued is a copy of a datagram: headers, then payload.
-type queued struct {
-	dst  netip.AddrPort
-	buf  []byte
-	head int
-	at   int64
-}
-
-func (q *queued) packet(src netip.AddrPort) flow.Packet {
-	return flow.Packet{Src: src, Dst: q.dst, Head: q.buf[:q.head:q.head], Payload: q.buf[q.head:]}
-}
-
-type queue struct {
-	items []queued
-	bytes int
-}
 
 // mappings is the table of mappings. Its lock is taken once for each burst of datagrams and held while they are sent,
 // so that only one goroutine uses a link at a time. Others hold it only briefly.
@@ -210,42 +149,6 @@ func (t *mappings) remove(m *mapping) {
 	}
 	t.unlink(m)
 	m.gone.Store(true)
-}
-
-// push copies a datagram to a's queue. If there is no room, it drops the oldest ones: their senders ask again, and
-// wait for the newest. It returns how many were lost.
-func (t *mappings) push(a *assoc, p *flow.Packet, now int64) (lost int) {
-	q := &a.queue
-	n := len(p.Head) + len(p.Payload)
-	for len(q.items) > 0 && (len(q.items) >= queueLen || q.bytes+n > queueBytes) {
-		t.pop(q)
-		lost++
-	}
-	if q.bytes+n > queueBytes || t.queued+n > t.room {
-		return lost + 1
-	}
-	buf := make([]byte, 0, n)
-	buf = append(append(buf, p.Head...), p.Payload...)
-	q.items = append(q.items, queued{p.Dst, buf, len(p.Head), now})
-	q.bytes += n
-	t.queued += n
-	return lost
-}
-
-func (t *mappings) pop(q *queue) {
-	n := len(q.items[0].buf)
-	q.bytes -= n
-	t.queued -= n
-	q.items[0] = queued{}
-	q.items = q.items[1:]
-}
-
-// take empties a's queue and returns its content.
-func (t *mappings) take(a *assoc) []queued {
-	items := a.queue.items
-	t.queued -= a.queue.bytes
-	a.queue = queue{}
-	return items
 }
 
 // assocOf returns m's association with up, or nil; m may be nil.

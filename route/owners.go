@@ -62,7 +62,7 @@ func (a *asker) post(w waiting) bool {
 
 // runAsker looks up owners until ctx ends, and then refuses the waiting streams. Later posts stay in the queue: their
 // requests belong to a stack that is ending, too.
-func (r *Router) runAsker(ctx context.Context) {
+func (r *decider) runAsker(ctx context.Context) {
 	batch := make([]waiting, 0, askBatch)
 	for {
 		batch = batch[:0]
@@ -86,7 +86,7 @@ func (r *Router) runAsker(ctx context.Context) {
 	}
 }
 
-func (r *Router) refuseWaiting() {
+func (r *decider) refuseWaiting() {
 	for {
 		select {
 		case w := <-r.asker.in:
@@ -99,7 +99,7 @@ func (r *Router) refuseWaiting() {
 	}
 }
 
-func (r *Router) answerAll(batch []waiting) {
+func (r *decider) answerAll(batch []waiting) {
 	flows, owners := make([]flow.Flow, len(batch)), make([]flow.Owner, len(batch))
 	for i := range batch {
 		flows[i] = batch[i].flow

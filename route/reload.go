@@ -1,14 +1,11 @@
 package route
 
 import (
-	"context"
 	"crypto/x509"
 	"errors"
 	"slices"
-	"time"
 
 	"github.com/viasocks/viasocks/route/dns"
-	"github.com/viasocks/viasocks/stack/count"
 )
 
 // Policy is the part of a Config that can change while the Router runs.
@@ -48,16 +45,10 @@ func (r *Router) Reload(p Policy) error {
 	if err != nil {
 		return err
 	}
-	same := slices.Equal(next.order, old.order)
-	var names *dns.Server
-	if d := r.dns.Load(); (d != nil) != (len(p.Resolvers) > 0) {
-		return errors.New("cannot change whether port 53 is answered while running")
-	} else if d != nil && !(same && slices.Equal(p.Resolvers, r.resolvers) && p.ResolverCAs.Equal(r.resolverCAs) &&
-		p.RelayDNS == r.relayDNS && next.fake == old.fake && p.Split.sameServers(&old.split)) {
-		// Its connections belong to the old upstreams, and it cannot be given others.
-		if names, err = r.newDNS(next, p.Resolvers, p.ResolverCAs, p.RelayDNS, &p.Split); err != nil {
-			return err
-		}
+	asks := resolverSet{p.Resolvers, p.ResolverCAs, p.RelayDNS}
+	server, err := r.port53.next(next, old, &asks)
+	if err != nil {
+		return err
 	}
 	if r.ctx.Err() != nil || !r.ran.Load() {
 		return errNotRunning
@@ -65,13 +56,8 @@ func (r *Router) Reload(p Policy) error {
 	r.usePolicy(next)
 	next.forgetLearned()
 	r.watchUpstreams(next)
-	if names != nil {
-		r.startDNS(names)
-		r.resolvers, r.resolverCAs, r.relayDNS = p.Resolvers, p.ResolverCAs, p.RelayDNS
-	} else if d := r.dns.Load(); d != nil {
-		d.Forget() // the rules may lead to the resolvers by another way
-	}
-	if !same {
+	r.port53.use(server, &asks)
+	if !slices.Equal(next.order, old.order) {
 		r.endReplaced(next)
 	}
 	return nil
@@ -118,58 +104,6 @@ func (r *Router) endReplaced(p *policy) {
 	}
 }
 
-func (p *policy) has(u *upstream) bool { return u.own || slices.Contains(p.order, u) }
-
-func (r *Router) newDNS(p *policy, resolvers []dns.Resolver, roots *x509.CertPool, relay bool,
-	split *Split) (*dns.Server, error) {
-	cfg := dns.Config{Dial: r.dialResolver, Resolvers: resolvers, RootCAs: roots, Relay: relay, Tor: r.askTor, Log: logTo(r.log),
-		Own: r.host.ownName()}
-	if p.fake {
-		cfg.Fake = dns.FakeConfig{
-			Pool:  r.cfg.Pool,
-			IPv6:  r.givesIPv6,
-			Onion: func() bool { return r.policy.Load().tor },
-		}
-	}
-	r.split(&cfg, split)
-	return dns.New(cfg)
-}
-
-// startDNS runs s instead of the previous server. The caller holds r.reload.
-func (r *Router) startDNS(s *dns.Server) {
-	ctx, cancel := context.WithCancel(r.ctx)
-	r.dnsRuns.Go(func() { _ = s.Run(ctx) })
-	if old := r.dns.Swap(s); old != nil && old != s {
-		past := old.Stats()
-		count.Add(&r.dnsPast, &past.Counters)
-	}
-	if r.dnsStop != nil {
-		r.dnsStop()
-	}
-	r.dnsStop = cancel
-}
-
-// startFirstDNS runs the dns.Server that New made, unless a Reload or Renew just after the start of Run has already
-// started another one.
-func (r *Router) startFirstDNS() {
-	r.reload.Lock()
-	defer r.reload.Unlock()
-	if r.dnsStop == nil {
-		r.startDNS(r.dns.Load())
-	}
-}
-
-// dnsStats returns the counters of the running server and of those before it.
-func (r *Router) dnsStats() (st dns.Stats) {
-	r.reload.Lock()
-	defer r.reload.Unlock()
-	if d := r.dns.Load(); d != nil {
-		st = d.Stats() // earlier servers no longer hold cached answers
-	}
-	count.Add(&st.Counters, &r.dnsPast)
-	return st
-}
-
 var errNetwork = errors.New("the network has changed")
 
 // Renew makes again what would wait long for an answer over a network that no longer exists: associations, and the
@@ -180,15 +114,7 @@ func (r *Router) Renew() {
 	for _, s := range r.shards {
 		s.renew()
 	}
-	r.reload.Lock()
-	defer r.reload.Unlock()
-	if r.ctx.Err() != nil || !r.ran.Load() || r.dns.Load() == nil {
-		return
-	}
-	p := r.policy.Load()
-	if d, err := r.newDNS(p, r.resolvers, r.resolverCAs, r.relayDNS, &p.split); err == nil { // they were valid before
-		r.startDNS(d)
-	}
+	r.port53.renew()
 }
 
 // renew makes the open associations again.
@@ -198,22 +124,8 @@ func (r *shard) renew() {
 	for _, m := range r.udp.all {
 		for _, a := range m.assocs {
 			if a.link != nil {
-				r.ctl.post(event{kind: evClosed, t: a.try, err: errNetwork})
+				r.inbox.post(event{kind: evClosed, t: a.try, err: errNetwork})
 			}
 		}
-	}
-}
-
-// SetUDP changes UDPTimeout and Limits.Mappings. As in Config, zero means the default. Mappings over a lower limit
-// end when new ones come. New also uses it.
-func (r *Router) SetUDP(timeout time.Duration, mappings int) {
-	if mappings == 0 {
-		mappings = defaultMappings(openFiles())
-	}
-	for _, s := range r.shards {
-		s.udp.mu.Lock()
-		s.udp.live(timeout)
-		s.udp.most = mappings
-		s.udp.mu.Unlock()
 	}
 }

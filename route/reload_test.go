@@ -145,7 +145,7 @@ func TestReloadAsRunBegins(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.Attach(func(int) flow.PacketWriter { return &fakeWriter{} })
-	next, err := r.newDNS(r.policy.Load(), one, nil, false, &Split{})
+	next, err := r.port53.newServer(r.policy.Load(), &resolverSet{resolvers: one}, &Split{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -153,10 +153,10 @@ func TestReloadAsRunBegins(t *testing.T) {
 	ended := make(chan error, 1)
 	go func() { ended <- r.Run(context.Background()) }()
 	testkit.Eventually(t, "Run to begin", r.ran.Load)
-	r.startDNS(next) // as Reload and Renew do
+	r.port53.start(next) // as Reload does
 	r.reload.Unlock()
 	testkit.Eventually(t, "Run to end", func() bool { r.cancel(); return len(ended) == 1 })
-	if r.dns.Load() != next {
+	if r.port53.server.Load() != next {
 		t.Error("Run has put the old resolvers back")
 	}
 }
@@ -196,12 +196,12 @@ func TestReloadDNS(t *testing.T) {
 		t.Errorf("%d questions, and before %d", got, asked)
 	}
 	ask("b 192.0.2.2:53")
-	old := g.dns.Load()
+	old := g.port53.server.Load()
 	if err := g.Reload(Policy{Upstreams: []Upstream{b}, Default: "b", Rules: []Rule{mustRule(t, "port 25 reject")},
 		Resolvers: []dns.Resolver{dns.OverTCP(two)}}); err != nil {
 		t.Fatal(err)
 	}
-	if g.dns.Load() != old {
+	if g.port53.server.Load() != old {
 		t.Error("another resolver, and nothing that concerns it changed")
 	}
 	// What else a resolver is asked by is taken too.
@@ -210,14 +210,14 @@ func TestReloadDNS(t *testing.T) {
 		func(p *Policy) { p.ResolverCAs = x509.NewCertPool() },
 		func(p *Policy) { p.Resolvers[0].Kind = dns.TLS },
 	} {
-		old = g.dns.Load()
+		old = g.port53.server.Load()
 		p := Policy{Upstreams: []Upstream{b}, Default: "b", Resolvers: []dns.Resolver{dns.OverTCP(two)},
 			Rules: []Rule{mustRule(t, "port 25 reject")}}
 		change(&p)
 		if err := g.Reload(p); err != nil {
 			t.Fatal(err)
 		}
-		if d := g.dns.Load(); d == old || d.Relays() != p.RelayDNS {
+		if d := g.port53.server.Load(); d == old || d.Relays() != p.RelayDNS {
 			t.Errorf("%+v is not taken", p)
 		}
 	}
@@ -253,14 +253,14 @@ func TestRenew(t *testing.T) {
 	g.send(appEnd, farEnd, "one")
 	first := <-opened
 	testkit.Eventually(t, "the datagram", func() bool { return first.count() == 1 })
-	old := g.dns.Load()
+	old := g.port53.server.Load()
 	g.Renew()
 	<-opened
 	testkit.Eventually(t, "the end of the first association", first.isClosed)
 	if s := g.Stats(); s.Mappings != 1 || s.MappingsNow != 1 || s.Reassociations != 1 {
 		t.Errorf("%+v", s)
 	}
-	if g.dns.Load() == old {
+	if g.port53.server.Load() == old {
 		t.Error("the same connections to resolvers")
 	}
 	g.Close()

@@ -39,8 +39,8 @@ func isShortage(err error) bool {
 }
 
 // short records a shortage. It may be called from any goroutine, with locks held.
-func (r *Router) short(err error) {
-	s := &r.shortage
+func (b *base) short(err error) {
+	s := &b.shortage
 	now := time.Now()
 	s.mu.Lock()
 	s.n++
@@ -52,7 +52,7 @@ func (r *Router) short(err error) {
 	n := s.n
 	s.mu.Unlock()
 	if say {
-		r.log.post(slog.LevelWarn, "this host has run out of what new flows need: programs have to wait and try again",
+		b.log.post(slog.LevelWarn, "this host has run out of what new flows need: programs have to wait and try again",
 			slog.Any("err", err), slog.Uint64("times", n))
 	}
 }
@@ -65,8 +65,8 @@ type Shortage struct {
 }
 
 // Shortage returns what is known about shortages.
-func (r *Router) Shortage() Shortage {
-	s := &r.shortage
+func (b *base) Shortage() Shortage {
+	s := &b.shortage
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.n == 0 {

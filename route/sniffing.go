@@ -59,13 +59,13 @@ func (r *Router) SetSniff(s *Sniff) {
 		}
 		s = &c
 	}
-	r.sniffs.cfg.Store(s)
+	r.tcp.sniffs.cfg.Store(s)
 }
 
 // sniffOrTake holds a flow for its name if that is wanted, and otherwise executes the verdict. q is what the verdict
 // is based on. It may be called from any goroutine.
 func (r *shard) sniffOrTake(req flow.StreamRequest, f flow.Flow, dest Dest, v *verdict, q *query) {
-	if c := r.sniffs.cfg.Load(); c != nil {
+	if c := r.tcp.sniffs.cfg.Load(); c != nil {
 		if _, asked := req.(*sniff.Early); asked {
 			if c.Names && v.carriesNames() && travels(dest.Sniffed) {
 				dest.Name = dest.Sniffed
@@ -79,7 +79,7 @@ func (r *shard) sniffOrTake(req flow.StreamRequest, f flow.Flow, dest Dest, v *v
 }
 
 // asksName reports whether a flow must be held for its name before its verdict v is final.
-func (r *Router) asksName(c *Sniff, v *verdict, q *query) bool {
+func (r *decider) asksName(c *Sniff, v *verdict, q *query) bool {
 	if len(q.names) > 0 || v.kind == impossible || !slices.Contains(c.Ports, q.dst.Port()) {
 		return false
 	}
@@ -91,7 +91,7 @@ func (v *verdict) carriesNames() bool { return v.kind == carry && v.up.name != D
 
 // askName answers the SYN and waits for the app's first bytes.
 func (r *shard) askName(c *Sniff, req flow.StreamRequest, f flow.Flow, dest Dest) {
-	t := &r.sniffs
+	t := &r.tcp.sniffs
 	l := r.loops[f.ID%uint64(len(r.loops))]
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -151,9 +151,8 @@ func travels(name string) bool {
 	return true
 }
 
-// closeSniffs resets the held flows and refuses new ones.
-func (r *Router) closeSniffs() {
-	t := &r.sniffs
+// close resets the held flows and refuses new ones.
+func (t *sniffs) close() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.closing = true

@@ -121,8 +121,8 @@ func TestSniffRules(t *testing.T) {
 		s.reset(t)
 		testkit.Eventually(t, row.line, func() bool { return len(g.log.lines(row.line)) == before+1 })
 	}
-	if s := g.Stats(); s.Sniffs != 10 || s.Sniffed != 6 || s.StreamsNow != 0 || g.sniffs.bytes.Load() != 0 || len(g.dialed) != 0 {
-		t.Errorf("%+v, %d bytes held", s, g.sniffs.bytes.Load())
+	if s := g.Stats(); s.Sniffs != 10 || s.Sniffed != 6 || s.StreamsNow != 0 || g.tcp.sniffs.bytes.Load() != 0 || len(g.dialed) != 0 {
+		t.Errorf("%+v, %d bytes held", s, g.tcp.sniffs.bytes.Load())
 	}
 	testkit.Eventually(t, "the decisions", func() bool { return len(decisions.lines("")) == 10 })
 	var d decisionLine
@@ -248,7 +248,7 @@ func TestSniffCarries(t *testing.T) {
 		testkit.Eventually(t, "the echo and FIN", func() bool { b, fin := s.received(); return b == first && fin })
 	}
 	testkit.Eventually(t, "the end", func() bool { return g.Stats().StreamsNow == 0 })
-	if n := g.sniffs.bytes.Load(); n != 0 {
+	if n := g.tcp.sniffs.bytes.Load(); n != 0 {
 		t.Errorf("%d bytes are held", n)
 	}
 }
@@ -350,11 +350,11 @@ func TestSniffLimit(t *testing.T) {
 		t.Errorf("over the limit: %v, %+v", why, g.Stats())
 	}
 	g.Close()
-	if n := len(g.sniffs.now); n != 0 {
+	if n := len(g.tcp.sniffs.now); n != 0 {
 		t.Errorf("%d flows are left", n)
 	}
 	g = newSniffRig(t, Config{}, &Sniff{Ports: []uint16{443}, Wait: time.Hour}, "name x.example via b")
-	g.sniffs.bytes.Store(maxSniffed)
+	g.tcp.sniffs.bytes.Store(maxSniffed)
 	g.HandleStream(over)
 	testkit.Eventually(t, "a refusal", func() bool {
 		_, why, _ := over.outcome()

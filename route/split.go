@@ -110,22 +110,6 @@ func (p *policy) sendsDirect(name string) bool {
 
 func (v *verdict) isDirect() bool { return v.kind == carry && v.up.name == DirectName }
 
-// split adds the names for other servers to the configuration of route/dns.
-func (r *Router) split(cfg *dns.Config, s *Split) {
-	cfg.Zones, cfg.HostServers, cfg.DialDirect = s.Zones, r.cfg.HostDNS.Servers, r.cfg.HostDNS.Dial
-	if cfg.Fake.Pool == nil {
-		return
-	}
-	cfg.Fake.NoSingleLabels = s.NoSingleLabels
-	cfg.Fake.Real = func(name []byte) bool { return r.policy.Load().split.excludes(string(name)) }
-	if cfg.HostServers != nil {
-		cfg.HostNames = func(name []byte) bool {
-			p := r.policy.Load()
-			return p.mayBeDirect() && !p.split.excludes(string(name)) && p.sendsDirect(string(name))
-		}
-	}
-}
-
 // ParseZone parses SUFFIX=SERVER[,SERVER...]. A SERVER in the form of dns.ParseResolver is asked through the
 // upstream, and direct:udp://ADDRESS or direct:tcp://ADDRESS past it; direct alone means the host's own servers.
 // Errors have the form "must be ...".

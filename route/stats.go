@@ -77,7 +77,7 @@ func (r *Router) Stats() Stats {
 	if r.decisions != nil {
 		s.DecisionsLost = r.decisions.lost.Load()
 	}
-	s.DNS = r.dnsStats()
+	s.DNS = r.port53.stats()
 	for _, shard := range r.shards {
 		shard.addTo(&s)
 	}

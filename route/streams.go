@@ -22,6 +22,12 @@ type streams struct {
 	wg      sync.WaitGroup // one for each entry
 }
 
+// allStreams is what the TCP flows of all shards have in common.
+type allStreams struct {
+	live   atomic.Int64 // number of flows
+	sniffs sniffs
+}
+
 // remake is the size from which on a table is replaced when an eighth is left.
 const remake = 1000
 
@@ -77,14 +83,14 @@ func (r *shard) handleStream(req flow.StreamRequest) {
 		r.turnAway(req, f, dest, verdictImpossible, flow.RefuseReset, "refused", errComesBack)
 		return
 	}
-	if d := r.dns.Load(); d != nil && f.Dst.Port() == 53 && flow.OneHost(f.Dst.Addr()) {
+	if d := r.port53.server.Load(); d != nil && f.Dst.Port() == 53 && flow.OneHost(f.Dst.Addr()) {
 		p := r.policy.Load()
 		to, carried := d.Carries()
 		relayed := d.Relays() && flow.CanBePeer(f.Dst.Addr())
 		// A connection whose questions need not be examined is carried unchanged, including zone transfers.
 		carried = (carried || relayed) && !p.fake && !p.guard && len(p.split.Zones) == 0 && r.host == nil
 		if !carried {
-			r.takeStream(req, f, dest, r.answer, nil)
+			r.takeStream(req, f, dest, r.port53.answer, nil)
 			return
 		}
 		if !relayed {
@@ -165,7 +171,7 @@ func (r *shard) takeStream(req flow.StreamRequest, f flow.Flow, dest Dest, v *ve
 		}
 		s.lease = lease
 	}
-	if err := r.streams.add(s, &r.flows, r.cfg.Limits.Flows); err != nil {
+	if err := r.streams.add(s, &r.tcp.live, r.cfg.Limits.Flows); err != nil {
 		s.lease.Release()
 		why := flow.RefuseReset
 		if err == errFull {
@@ -367,7 +373,7 @@ func (s *stream) finish(state string, up, down uint64, err error) {
 	s.v.up.count.Up.Add(up)
 	s.v.up.count.Down.Add(down)
 	r.streams.remove(s)
-	r.flows.Add(-1)
+	r.tcp.live.Add(-1)
 	s.lease.Release()
 	if s.loop >= 0 {
 		r.load[s.loop].Add(-1)

@@ -164,14 +164,14 @@ func (t *takings) word(now int64) string {
 }
 
 // learnNames calls f, which records something about a server of up, and logs it if the state has become known.
-func (r *Router) learnNames(up *upstream, t *nameTaking, f func(*nameTaking)) {
+func (b *base) learnNames(up *upstream, t *nameTaking, f func(*nameTaking)) {
 	if t == nil {
 		return
 	}
-	before := t.load(r.now())
+	before := t.load(b.now())
 	f(t)
-	if now := t.load(r.now()); now != before && now != takingUnknown {
-		r.log.post(slog.LevelDebug, "whether the server takes names in datagrams is known", slog.String("upstream", up.name),
+	if now := t.load(b.now()); now != before && now != takingUnknown {
+		b.log.post(slog.LevelDebug, "whether the server takes names in datagrams is known", slog.String("upstream", up.name),
 			slog.String("takes", takingWords[now]), slog.Bool("ends", now == takesEnd))
 	}
 }

@@ -140,10 +140,10 @@ func (t *farTable) makeRoom(now int64) bool {
 // lookUp asks for an address. Its answer arrives as an event. It returns false if nobody can be asked.
 func (r *shard) lookUp(k farKey, up *upstream) bool {
 	answer := func(a netip.Addr, ttl time.Duration) {
-		r.ctl.post(event{kind: evFar, far: &farAnswer{r, k, a, ttl}})
+		r.inbox.post(event{kind: evFar, far: &farAnswer{r, k, a, ttl}})
 	}
 	if !k.direct {
-		d := r.dns.Load()
+		d := r.port53.server.Load()
 		return d != nil && d.LookUp(k.name, k.v6, answer)
 	}
 	direct, ok := up.Upstream.(interface {
@@ -185,7 +185,7 @@ func (r *shard) found(a *farAnswer) {
 			continue
 		}
 		p := items[i].packet(items[i].src)
-		r.carryNamed(r.ctlW, &p, now, items[i].at)
+		r.carryNamed(r.runW, &p, now, items[i].at)
 	}
 }
 
@@ -201,7 +201,7 @@ func (r *shard) later(p *flow.Packet, at int64) {
 	}
 	t.later++
 	q := copyOf(p, at)
-	time.AfterFunc(turnAgain, func() { r.ctl.post(event{kind: evLater, later: &laterPacket{r, q}}) })
+	time.AfterFunc(turnAgain, func() { r.inbox.post(event{kind: evLater, later: &laterPacket{r, q}}) })
 }
 
 // laterPacket is a datagram that is handled once more.
@@ -223,5 +223,5 @@ func (r *shard) carryLater(q *queuedFrom) {
 		return
 	}
 	p := q.packet(q.src)
-	r.carryNamed(r.ctlW, &p, now, q.at)
+	r.carryNamed(r.runW, &p, now, q.at)
 }

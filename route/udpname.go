@@ -389,7 +389,7 @@ func (r *shard) holdTrial(d *namedDest, p *flow.Packet, at int64) {
 }
 
 func (r *shard) trialIn(m *mapping, d *namedDest, in time.Duration) {
-	time.AfterFunc(in, func() { r.ctl.post(event{kind: evTrial, m: m, dest: d}) })
+	time.AfterFunc(in, func() { r.inbox.post(event{kind: evTrial, m: m, dest: d}) })
 }
 
 // trialOver is called when the name has had its time.
@@ -411,7 +411,7 @@ func (r *shard) trialOver(m *mapping, d *namedDest) {
 		d.way, d.since = wayAsk, now
 		d.watch.Store(true)
 		p := d.trial.first.packet(m.src)
-		r.carryTo(r.ctlW, m, d, &p, netip.AddrPortFrom(f.addr, d.fake.Port()), now)
+		r.carryTo(r.runW, m, d, &p, netip.AddrPortFrom(f.addr, d.fake.Port()), now)
 		r.endTrial(d)
 	case state == farAsked && now-d.trial.first.at <= int64(queueAge):
 		r.trialIn(m, d, trialAgain)
@@ -429,7 +429,7 @@ func (r *shard) endTrial(d *namedDest) {
 	d.trial = nil
 	r.udp.far.held -= t.bytes
 	if len(t.rest) > 0 {
-		r.ctl.post(event{kind: evTrialEnded, trial: t, shard: r})
+		r.inbox.post(event{kind: evTrialEnded, trial: t, shard: r})
 	}
 }
 
@@ -445,6 +445,6 @@ func (r *shard) afterTrial(t *trial) {
 			continue
 		}
 		p := q.packet(q.src)
-		r.carryNamed(r.ctlW, &p, now, q.at)
+		r.carryNamed(r.runW, &p, now, q.at)
 	}
 }

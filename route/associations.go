@@ -6,7 +6,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"slices"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/viasocks/viasocks/route/relay"
@@ -15,82 +15,40 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-type eventKind uint8
+// The life of an association:
+//
+//	opening  -> open      the upstream returned a link; what was queued is sent
+//	opening  -> retrying  the upstream returned an error; after a delay: opening
+//	opening  -> (removed) the server does not carry UDP
+//	open     -> opening   the control connection ended; at once if it had lived long enough, otherwise through retrying
+//
+// In opening and retrying datagrams are queued; from the third consecutive failure on they are refused.
+type assoc struct {
+	m        *mapping
+	up       *upstream
+	loop     int
+	link     relay.PacketLink // not nil: open
+	try      *try             // the pending one, or the one that returned link
+	opened   int64
+	failures int
+	queue    queue
+	names    *nameTaking // of the server; nil: it is not open, or no server
+	namedAt  int64       // when something was last sent to a name, if nothing has come back since; 0: there is no such time
+	namedTo  string
+}
+
+// try is one call of OpenPackets. It distinguishes the results of an earlier call from those that are wanted.
+type try struct {
+	a      *assoc
+	cancel context.CancelFunc
+	closed bool // closed was called, and why; the upstream may call it before done
+	why    error
+}
+
+// refuseAfter is the number of consecutive failures from which on datagrams are refused instead of queued.
+const refuseAfter = 3
 
 const (
-	evOpen        eventKind = iota // an association is wanted
-	evDone                         // OpenPackets called done
-	evClosed                       // an open link failed
-	evDiscard                      // a link is no longer wanted
-	evBack                         // a server of the upstream works again
-	evFar                          // the address of a name was found
-	evLater                        // a datagram to a name is looked at again
-	evTrialEnded                   // what waited for a trial is sent
-	evTrial                        // a name had its time to answer
-	evUnreachable                  // the app's kernel reports that the socket is gone
-)
-
-type event struct {
-	kind  eventKind
-	a     *assoc
-	m     *mapping
-	t     *try
-	up    *upstream
-	far   *farAnswer
-	later *laterPacket
-	dest  *namedDest
-	trial *trial
-	shard *shard
-	link  relay.PacketLink
-	err   error
-}
-
-// mailbox takes events from any goroutine without blocking. The number of mappings limits its length: there are a few
-// events for each.
-type mailbox struct {
-	mu     sync.Mutex
-	events []event
-	wake   chan struct{}
-}
-
-func (b *mailbox) post(e event) {
-	b.mu.Lock()
-	b.events = append(b.events, e)
-	b.mu.Unlock()
-	select {
-	case b.wake <- struct{}{}:
-	default:
-	}
-}
-
-// take returns the waiting events. spare is the previous result of take, whose memory is reused.
-func (b *mailbox) take(spare []event) []event {
-	clear(spare)
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	events := b.events
-	b.events = spare[:0]
-	return events
-}
-
-// control is the state of Run. No other goroutine uses it.
-type control struct {
-	opening int      // tries whose done was not called yet
-	waiting []*assoc // until opening falls below the limit
-	tooLong bool     // a warning about datagrams that are too large was logged
-
-	// For the checks of sockets: the time of the next one, and memory for each.
-	nextLook int64
-	bound    boundSet
-	looked   []*mapping
-	streams  []*stream
-}
-
-const (
-	sweepEvery = time.Second
-	sweepPart  = 8 // a sweep checks one of this many parts, but at least sweepMin
-	sweepMin   = 64
-
 	retryFirst = 250 * time.Millisecond
 	retryMax   = 30 * time.Second
 	livedLong  = 10 * time.Second // an association that lived this long is made again at once
@@ -100,51 +58,25 @@ const (
 // delivered an answer is made again at once, but not more often than this.
 const reopenFloor = 100 * time.Millisecond
 
-// handle does what would take the frame reader too long.
-func (r *Router) handle(e event) {
-	switch e.kind {
-	case evOpen:
-		r.firstLook(e.a.m)
-		e.a.m.s.open(e.a)
-	case evDone:
-		e.t.a.m.s.opened(e)
-	case evClosed:
-		if e.t != nil {
-			e.t.a.m.s.closed(e)
-		}
-	case evFar:
-		e.far.s.found(e.far)
-	case evLater:
-		e.later.s.carryLater(&e.later.q)
-	case evTrialEnded:
-		e.shard.afterTrial(e.trial)
-	case evTrial:
-		e.m.s.trialOver(e.m, e.dest)
-	case evUnreachable:
-		e.m.s.unreachable(e.m)
-	case evBack:
-		for _, s := range r.shards {
-			s.back(e.up)
-		}
-	case evDiscard:
-		if e.t != nil {
-			e.t.cancel()
-		}
-		if e.link != nil {
-			r.closeLink(e.up, e.link)
-		}
-	}
+// associations opens and closes the associations of all shards. It belongs to Run, except the number of mappings.
+type associations struct {
+	*base
+	mappings atomic.Int64 // number of mappings of all shards; any goroutine may change it
+
+	opening int      // tries whose done was not called yet
+	waiting []*assoc // until opening falls below the limit
+	tooLong bool     // a warning about datagrams that are too large was logged
 }
 
-func (r *Router) closeLink(up *upstream, l relay.PacketLink) {
+func (t *associations) closeLink(up *upstream, l relay.PacketLink) {
 	overflowed := l.Overflowed()
 	_ = l.Close() // nothing can be done about an error of a link that is given up
 	s := l.Stats()
 	s.Overflowed = overflowed
 	count.Add(&up.count.links, &s)
-	if s.TooLarge > 0 && !r.control.tooLong {
-		r.control.tooLong = true
-		r.log.post(
+	if s.TooLarge > 0 && !t.tooLong {
+		t.tooLong = true
+		t.log.post(
 			slog.LevelWarn,
 			"datagrams were too large for the proxy's encapsulation and were dropped",
 			slog.Uint64("datagrams", s.TooLarge),
@@ -159,11 +91,11 @@ func (r *shard) open(a *assoc) {
 		r.udp.mu.Unlock()
 		return
 	}
-	if r.control.opening >= r.cfg.Limits.Associations {
+	if r.assocs.opening >= r.cfg.Limits.Associations {
 		most := r.udp.most
 		r.udp.mu.Unlock()
-		if r.control.waiting = append(r.control.waiting, a); len(r.control.waiting) > 2*most {
-			r.control.waiting = slices.DeleteFunc(r.control.waiting, func(a *assoc) bool { return a.m.gone.Load() })
+		if r.assocs.waiting = append(r.assocs.waiting, a); len(r.assocs.waiting) > 2*most {
+			r.assocs.waiting = slices.DeleteFunc(r.assocs.waiting, func(a *assoc) bool { return a.m.gone.Load() })
 		}
 		return
 	}
@@ -172,7 +104,7 @@ func (r *shard) open(a *assoc) {
 	a.try = t
 	r.udp.dialing++
 	r.udp.mu.Unlock()
-	r.control.opening++
+	r.assocs.opening++
 	m, w := a.m, r.loopW[a.loop]
 	a.up.OpenPackets(socks.WithSource(ctx, m.src.Addr()), r.loops[a.loop],
 		func(pkts []flow.Packet) {
@@ -181,25 +113,25 @@ func (r *shard) open(a *assoc) {
 			}
 			r.deliver(a, w, pkts)
 		},
-		func(l relay.PacketLink, err error) { r.ctl.post(event{kind: evDone, t: t, link: l, err: err}) },
-		func(err error) { r.ctl.post(event{kind: evClosed, t: t, err: err}) })
+		func(l relay.PacketLink, err error) { r.inbox.post(event{kind: evDone, t: t, link: l, err: err}) },
+		func(err error) { r.inbox.post(event{kind: evClosed, t: t, err: err}) })
 }
 
 // next starts waiting tries while the limit allows.
-func (r *Router) next() {
-	for len(r.control.waiting) > 0 && r.control.opening < r.cfg.Limits.Associations {
-		a := r.control.waiting[0]
-		r.control.waiting = r.control.waiting[1:]
+func (t *associations) next() {
+	for len(t.waiting) > 0 && t.opening < t.cfg.Limits.Associations {
+		a := t.waiting[0]
+		t.waiting = t.waiting[1:]
 		a.m.s.open(a)
 	}
 }
 
 func (r *shard) opened(e event) {
 	t, a := e.t, e.t.a
-	r.control.opening--
-	defer r.next()
+	r.assocs.opening--
+	defer r.assocs.next()
 	if e.err == nil && t.closed {
-		r.closeLink(a.up, e.link)
+		r.assocs.closeLink(a.up, e.link)
 		e.link, e.err = nil, t.why
 	}
 	r.udp.mu.Lock()
@@ -207,7 +139,7 @@ func (r *shard) opened(e event) {
 		r.udp.mu.Unlock()
 		t.cancel()
 		if e.link != nil {
-			r.closeLink(a.up, e.link)
+			r.assocs.closeLink(a.up, e.link)
 		}
 		return
 	}
@@ -234,7 +166,7 @@ func (r *shard) opened(e event) {
 	}
 	if len(pkts) > 0 {
 		if _, err := a.link.Send(pkts); err != nil {
-			r.unsent(r.ctlW, t, err)
+			r.unsent(r.runW, t, err)
 		}
 	}
 	r.udp.mu.Unlock()
@@ -273,14 +205,14 @@ func (r *shard) failed(a *assoc, err error) {
 
 // refuseQueue refuses each waiting datagram to the app. DNS questions that were to be relayed are sent another way.
 func (r *shard) refuseQueue(a *assoc, why flow.Refusal) {
-	relays := r.relaysQuestions() && a.failures < refuseAfter
+	relays := r.port53.relays() && a.failures < refuseAfter
 	for _, q := range r.udp.take(a) {
 		if p := q.packet(a.m.src); relays && p.Dst.Port() == 53 {
-			r.question(r.ctlW, &p, r.now())
+			r.question(r.runW, &p, r.now())
 			continue
 		}
 		r.count.Refused.Add(1)
-		r.ctlW.Refuse(q.packet(a.m.src), why)
+		r.runW.Refuse(q.packet(a.m.src), why)
 	}
 }
 
@@ -296,17 +228,17 @@ func (r *shard) again(a *assoc) {
 		d += time.Duration(rand.Int64N(int64(d)/4 + 1)) // so that not all mappings try at the same moment
 	}
 	if d == 0 {
-		r.ctl.post(event{kind: evOpen, a: a})
+		r.inbox.post(event{kind: evOpen, a: a})
 		return
 	}
-	time.AfterFunc(d, func() { r.ctl.post(event{kind: evOpen, a: a}) })
+	time.AfterFunc(d, func() { r.inbox.post(event{kind: evOpen, a: a}) })
 }
 
 // watchUpstreams makes the associations of p's upstreams open at once when a server works again.
 func (r *Router) watchUpstreams(p *policy) {
 	for _, up := range p.order {
 		if u, ok := up.Upstream.(interface{ OnUp(func()) }); ok {
-			u.OnUp(func() { r.ctl.post(event{kind: evBack, up: up}) })
+			u.OnUp(func() { r.inbox.post(event{kind: evBack, up: up}) })
 		}
 	}
 }
@@ -365,7 +297,7 @@ func (r *shard) closed(e event) {
 	}
 	r.udp.mu.Unlock()
 	t.cancel()
-	r.closeLink(a.up, link)
+	r.assocs.closeLink(a.up, link)
 	r.log.post(
 		slog.LevelDebug,
 		"association is made again",
@@ -375,70 +307,15 @@ func (r *shard) closed(e event) {
 	)
 }
 
-// sweep checks a part of the mappings and ends those whose time is over.
-func (r *shard) sweep() {
-	t := &r.udp
-	now := r.now()
-	var old []*mapping
-	var deaf []*assoc
-	t.mu.Lock()
-	for range min(max(sweepMin, len(t.all)/sweepPart), len(t.all)) {
-		if t.walk >= len(t.all) {
-			t.walk = 0
-		}
-		m := t.all[t.walk]
-		t.walk++
-		if now >= m.notYet && r.idle(m, now) {
-			old = append(old, m)
-		}
-		deaf = appendDeaf(deaf, m)
+// discard ends an association whose mapping is gone or no longer needs it. The caller holds udp.mu.
+func (r *shard) discard(a *assoc) {
+	r.load[a.loop].Add(-1)
+	if lost := r.udp.take(a); len(lost) > 0 {
+		r.count.Dropped.Add(uint64(len(lost)))
 	}
-	for _, a := range deaf {
-		r.refuseUDP(a, flow.RefusePort, errNobodyListens)
+	if a.try != nil && a.link == nil {
+		r.udp.dialing--
 	}
-	t.mu.Unlock()
-	for _, m := range old {
-		exists := r.exists(m)
-		t.mu.Lock()
-		switch {
-		case m.gone.Load() || !r.idle(m, r.now()): // ended, or a datagram came during the query
-		case exists:
-			m.notYet = r.now() + int64(t.pinned)
-		default:
-			r.count.MappingsExpired.Add(1)
-			r.endMapping(m, "closed", nil)
-		}
-		t.mu.Unlock()
-	}
-}
-
-// exists asks whether the app has a socket with m's endpoint. It returns false if that cannot be queried.
-func (r *Router) exists(m *mapping) bool {
-	if r.cfg.Sockets == nil {
-		return false
-	}
-	ok, err := r.cfg.Sockets.Exists(flow.UDP, m.src, noAddr)
-	return ok && err == nil
-}
-
-// unreachable ends m if its socket is gone, as the app's kernel reported.
-func (r *shard) unreachable(m *mapping) {
-	if r.exists(m) {
-		return // it is connected, and another sender wrote to it
-	}
-	r.udp.mu.Lock()
-	defer r.udp.mu.Unlock()
-	if !m.gone.Load() {
-		r.endMapping(m, "unreachable", errUnreachable)
-	}
-}
-
-// idle reports whether m has been silent for its lifetime. The caller holds udp.mu.
-func (r *shard) idle(m *mapping, now int64) bool {
-	life := r.udp.life
-	// An exchange of one datagram in each direction is also over, because no more is expected.
-	if m.oneShot || m.upPkts == 1 && m.downPkts.Load() >= 1 {
-		life = r.udp.shortLife
-	}
-	return now-m.lastSeen() >= int64(life)
+	r.inbox.post(event{kind: evDiscard, up: a.up, link: a.link, t: a.try})
+	a.link, a.try = nil, nil
 }
