@@ -17,6 +17,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/atomicfile"
 )
 
 // A pool's file is text: a line with the version and the ranges; a line for each name, with its number and the time
@@ -35,39 +37,7 @@ var errDamaged = errors.New("it is damaged")
 
 // Save writes the names and their addresses to a file of mode 600, which replaces path when it is complete and on the
 // disk. If anything fails, path does not change. Names that are added meanwhile may or may not be included.
-func (p *Pool) Save(path string) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), unfinished(path)+"*")
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			_ = os.Remove(f.Name()) // it may be gone already
-		}
-	}()
-	err = p.write(f)
-	if err == nil {
-		err = f.Sync()
-	}
-	if e := f.Close(); err == nil {
-		err = e
-	}
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
-}
-
-// unfinished is how the names of files begin that Save has not yet given the name of path. Digits follow.
-func unfinished(path string) string { return "." + filepath.Base(path) + "-" }
+func (p *Pool) Save(path string) error { return atomicfile.ReplaceOnDisk(path, 0o600, p.write) }
 
 // removeLeftovers removes what saves of path left behind that were killed, unless it is younger than age: then another process
 // may be writing it.
@@ -77,7 +47,7 @@ func removeLeftovers(path string, age time.Duration) {
 		return
 	}
 	for _, e := range entries {
-		number, ok := strings.CutPrefix(e.Name(), unfinished(path))
+		number, ok := strings.CutPrefix(e.Name(), atomicfile.Unfinished(path))
 		if _, err := strconv.ParseUint(number, 10, 64); !ok || err != nil || !e.Type().IsRegular() {
 			continue
 		}

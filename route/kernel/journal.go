@@ -126,7 +126,8 @@ func (j *journal) write(path string) error {
 	return nil
 }
 
-// replaceFile writes all of b or nothing. When it returns, the file is on the disk.
+// replaceFile writes all of b or nothing. When it returns, the file is on the disk. It is a copy of what stack/atomicfile
+// does, because this package imports none of ours.
 func replaceFile(path string, b []byte) error {
 	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".")
 	if err != nil {

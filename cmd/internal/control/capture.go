@@ -11,6 +11,8 @@ import (
 	"net/url"
 	"strconv"
 	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/privsock"
 )
 
 // Capture tells what to capture, and how much. Zero values: all flows; the default limits.
@@ -57,8 +59,8 @@ func captureOf(q url.Values) (c Capture, err error) {
 
 // capture answers with pcapng, block by block as packets arrive.
 func (s *Server) capture(w http.ResponseWriter, r *http.Request) {
-	p, _ := r.Context().Value(peerKey{}).(peer)
-	if !p.owner() && !p.in(s.o.Group) {
+	p, _ := r.Context().Value(peerKey{}).(privsock.Peer)
+	if !p.Owner() && !p.In(s.o.Group) {
 		s.refuse(w, p)
 		return
 	}
@@ -72,7 +74,7 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request) {
 	defer context.AfterFunc(s.closing, cancel)()
 	out := &streamWriter{w: w, rc: http.NewResponseController(w), begin: func() {
 		// A capture shows what other users send and receive, so the log names who asked for it.
-		s.o.Log.Info("control: capture", "uid", p.uid, "pid", p.pid)
+		s.o.Log.Info("control: capture", "uid", p.UID, "pid", p.PID)
 	}}
 	_ = out.rc.SetReadDeadline(time.Time{}) // the deadline of the request must not end the stream
 	if err := s.o.Backend.Capture(ctx, c, out); err != nil && !out.began {

@@ -7,6 +7,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/cmd/internal/privsock"
 )
 
 // Process is the client of a request, as the kernel knows it.
@@ -25,10 +27,10 @@ func (p Process) Alive() bool {
 type connKey struct{}
 
 // process returns the client of a request. The caller closes its handle.
-func process(ctx context.Context, p peer) (Process, error) {
-	out := Process{PID: int(p.pid), UID: int(p.uid)}
+func process(ctx context.Context, p privsock.Peer) (Process, error) {
+	out := Process{PID: int(p.PID), UID: int(p.UID)}
 	c, ok := ctx.Value(connKey{}).(*conn)
-	if !ok || p.err != nil || p.pid <= 0 {
+	if !ok || p.Err != nil || p.PID <= 0 {
 		return out, fmt.Errorf("the process that asks is not visible to viasocks: it is in another process namespace")
 	}
 	raw, err := c.SyscallConn()
@@ -52,8 +54,8 @@ func process(ctx context.Context, p peer) (Process, error) {
 // and, if members is true, of members of the control group may.
 func (s *Server) choose(members bool, f func(Process) error) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		p, _ := r.Context().Value(peerKey{}).(peer)
-		if !p.owner() && !(members && p.in(s.o.Group)) {
+		p, _ := r.Context().Value(peerKey{}).(privsock.Peer)
+		if !p.Owner() && !(members && p.In(s.o.Group)) {
 			s.refuseChoice(w, p)
 			return
 		}
@@ -66,12 +68,12 @@ func (s *Server) choose(members bool, f func(Process) error) http.HandlerFunc {
 			http.Error(w, err.Error(), http.StatusConflict)
 			return
 		}
-		s.o.Log.Info("control", "request", r.Method+" "+r.URL.Path, "uid", p.uid, "pid", p.pid)
+		s.o.Log.Info("control", "request", r.Method+" "+r.URL.Path, "uid", p.UID, "pid", p.PID)
 		w.WriteHeader(http.StatusNoContent)
 	}
 }
 
-func (s *Server) refuseChoice(w http.ResponseWriter, p peer) {
+func (s *Server) refuseChoice(w http.ResponseWriter, p privsock.Peer) {
 	s.logRefusal(p)
 	why := "permission denied: only root may, and members of --control-group if viasocks was started with --members-exclude"
 	http.Error(w, why, http.StatusForbidden)

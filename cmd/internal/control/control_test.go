@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/viasocks/viasocks/cmd/internal/privsock"
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
@@ -224,23 +225,23 @@ func TestPeers(t *testing.T) {
 	const group = 4321
 	for _, tt := range []struct {
 		name        string
-		p           peer
+		p           privsock.Peer
 		look, touch bool
 	}{
-		{"root", peer{uid: 0, gid: 5}, true, true},
-		{"own user", peer{uid: uint32(os.Geteuid())}, true, true},
-		{"somebody", peer{uid: 65000, gid: 65000}, false, false},
-		{"primary group", peer{uid: 65000, gid: group}, true, false},
-		{"supplementary group", peer{uid: 65000, gid: 1, groups: []uint32{7, group}}, true, false},
-		{"unknown", peer{uid: 0, err: errors.New("x")}, false, false},
+		{"root", privsock.Peer{UID: 0, GID: 5}, true, true},
+		{"own user", privsock.Peer{UID: uint32(os.Geteuid())}, true, true},
+		{"somebody", privsock.Peer{UID: 65000, GID: 65000}, false, false},
+		{"primary group", privsock.Peer{UID: 65000, GID: group}, true, false},
+		{"supplementary group", privsock.Peer{UID: 65000, GID: 1, Groups: []uint32{7, group}}, true, false},
+		{"unknown", privsock.Peer{UID: 0, Err: errors.New("x")}, false, false},
 	} {
-		if got := tt.p.owner() || tt.p.in(group); got != tt.look {
+		if got := tt.p.Owner() || tt.p.In(group); got != tt.look {
 			t.Errorf("%s: looks: %v", tt.name, got)
 		}
-		if got := tt.p.owner(); got != tt.touch {
+		if got := tt.p.Owner(); got != tt.touch {
 			t.Errorf("%s: touches: %v", tt.name, got)
 		}
-		if tt.p.in(-1) {
+		if tt.p.In(-1) {
 			t.Errorf("%s is in no group's group", tt.name)
 		}
 	}

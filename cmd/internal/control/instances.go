@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/cmd/internal/privsock"
 )
 
 // Kinds of instances, which are the values of Status.Mode.
@@ -174,12 +176,12 @@ func (c *Client) dial(ctx context.Context) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := peerOf(conn.(*net.UnixConn))
-	if p.err != nil || c.owner >= 0 && int(p.uid) != c.owner && p.uid != 0 {
+	p := privsock.PeerOf(conn.(*net.UnixConn))
+	if p.Err != nil || c.owner >= 0 && int(p.UID) != c.owner && p.UID != 0 {
 		conn.Close()
-		return nil, &net.OpError{Op: "dial", Net: "unix", Err: errors.Join(errNotOwner, p.err)}
+		return nil, &net.OpError{Op: "dial", Net: "unix", Err: errors.Join(errNotOwner, p.Err)}
 	}
-	c.peer.Store(&unix.Ucred{Pid: p.pid, Uid: p.uid, Gid: p.gid})
+	c.peer.Store(&unix.Ucred{Pid: p.PID, Uid: p.UID, Gid: p.GID})
 	return conn, nil
 }
 

@@ -5,10 +5,13 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/cmd/internal/privsock"
 )
 
 // ErrLocked means that another daemon is alive in this namespace.
@@ -25,7 +28,7 @@ type Lock struct {
 // the error is ErrLocked with that daemon's process id.
 func TakeLock(path string) (*Lock, error) {
 	fail := func(err error) error { return fmt.Errorf("cannot lock %s: %w", path, err) }
-	if err := makeDir(path); err != nil {
+	if err := privsock.MakeDir(filepath.Dir(path)); err != nil {
 		return nil, fail(err)
 	}
 	for {

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/cmd/internal/privsock"
 )
 
 // Runtime tells where the control sockets of `viasocks run` are: in one directory for each user, where each instance
@@ -41,9 +43,7 @@ func (r Runtime) inTmp(uid int) string { return filepath.Join(r.Tmp, runDirName+
 // exist or could be changed by other users.
 func (r Runtime) candidates() (paths []string) {
 	for _, parent := range []string{r.XDG, filepath.Join(r.Run, strconv.Itoa(r.UID))} {
-		var st unix.Stat_t
-		if filepath.IsAbs(parent) && unix.Stat(parent, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFDIR &&
-			int(st.Uid) == r.UID && st.Mode&0o022 == 0 {
+		if filepath.IsAbs(parent) && privsock.IsOwnDir(parent, r.UID) {
 			paths = append(paths, filepath.Join(parent, runDirName))
 		}
 	}
@@ -135,25 +135,17 @@ type runDir struct {
 	id   [2]uint64 // device and inode
 }
 
-// openRunDir opens the directory. It refuses a symbolic link, and a directory that belongs to another user than uid
-// or is accessible to others.
+// openRunDir opens the directory of the user uid. It refuses one that others can access.
 func openRunDir(path string, uid int) (*runDir, error) {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-	if errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENOTDIR) {
-		return nil, fmt.Errorf("cannot use %s: it is not a directory: remove it", path)
-	}
+	f, err := privsock.OpenDir(path, uid)
 	if err != nil {
-		return nil, fmt.Errorf("cannot open %s: %w", path, err)
+		return nil, err
 	}
-	d := &runDir{f: os.NewFile(uintptr(fd), path), path: path, uid: uid}
+	d := &runDir{f: f, path: path, uid: uid}
 	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
+	if err := unix.Fstat(d.fd(), &st); err != nil {
 		d.close()
 		return nil, fmt.Errorf("cannot use %s: %w", path, err)
-	}
-	if int(st.Uid) != uid || st.Mode&0o077 != 0 {
-		d.close()
-		return nil, fmt.Errorf("cannot use %s: it belongs to another user, or others may use it: remove it", path)
 	}
 	d.id = [2]uint64{st.Dev, st.Ino}
 	return d, nil

@@ -4,10 +4,9 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"fmt"
-	"net"
 	"os"
 
-	"golang.org/x/sys/unix"
+	"github.com/viasocks/viasocks/cmd/internal/privsock"
 )
 
 // runPrefix begins the names of sockets. The process id and some random digits follow, because two containers that
@@ -31,14 +30,8 @@ func ListenRun(r Runtime, o Options) (*Server, error) {
 	_, _ = rand.Read(random[:]) // never fails
 	name := fmt.Sprintf("%s%d-%s.sock", runPrefix, os.Getpid(), hex.EncodeToString(random[:]))
 	o.Path, o.Group = d.at(name), -1
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: o.Path, Net: "unix"})
+	l, err := privsock.Listen(o.Path, -1)
 	if err != nil {
-		return fail(err)
-	}
-	l.SetUnlinkOnClose(false)
-	if err := unix.Fchmodat(d.fd(), name, 0o600, 0); err != nil {
-		l.Close()
-		_ = unix.Unlinkat(d.fd(), name, 0)
 		return fail(err)
 	}
 	s := serve(o, l)

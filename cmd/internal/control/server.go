@@ -4,18 +4,19 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
-	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/privsock"
 )
 
 // Limits of a request.
@@ -60,7 +61,7 @@ type Server struct {
 	http   *http.Server
 	served chan struct{}
 	once   sync.Once
-	remove func() // removes the socket at the end; nil: the listener does
+	remove func() // removes the socket's directory; nil: it stays
 
 	closing                  context.Context // ends with Close
 	endWatch                 context.CancelFunc
@@ -73,37 +74,25 @@ type Server struct {
 // Lock, so no other process listens there.
 func Listen(o Options) (*Server, error) {
 	fail := func(err error) error { return fmt.Errorf("cannot make the control socket %s: %w", o.Path, err) }
-	if err := makeDir(o.Path); err != nil {
+	if err := privsock.MakeDir(filepath.Dir(o.Path)); err != nil {
 		return nil, fail(err)
 	}
-	if err := RemoveStale(o.Path); err != nil {
+	if err := privsock.RemoveUnused(o.Path); err != nil {
 		return nil, fail(err)
 	}
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: o.Path, Net: "unix"})
+	l, err := privsock.Listen(o.Path, o.Group)
 	if err != nil {
-		return nil, fail(errors.Unwrap(err))
-	}
-	mode := os.FileMode(0o600)
-	if o.Group >= 0 {
-		mode = 0o660
-		err = os.Chown(o.Path, -1, o.Group)
-	}
-	if err == nil {
-		err = os.Chmod(o.Path, mode)
-	}
-	if err != nil {
-		l.Close()
 		return nil, fail(err)
 	}
 	return serve(o, l), nil
 }
 
 // serve answers on l.
-func serve(o Options, l *net.UnixListener) *Server {
+func serve(o Options, l acceptor) *Server {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{o: o, l: &listener{UnixListener: l}, served: make(chan struct{})}
+	s := &Server{o: o, l: &listener{acceptor: l}, served: make(chan struct{})}
 	s.closing, s.endWatch = context.WithCancel(context.Background())
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", s.look(func(*http.Request) (any, error) {
@@ -146,18 +135,6 @@ func serve(o Options, l *net.UnixListener) *Server {
 	return s
 }
 
-// RemoveStale removes the socket of a killed daemon, if there is one. The caller holds the Lock.
-func RemoveStale(path string) error {
-	info, err := os.Lstat(path)
-	if err != nil {
-		return nil
-	}
-	if info.Mode()&os.ModeSocket == 0 {
-		return errors.New("another file is there")
-	}
-	return os.Remove(path)
-}
-
 // Close removes the socket and ends requests in progress after a short time. It may be called twice.
 func (s *Server) Close() error {
 	s.once.Do(func() {
@@ -180,8 +157,8 @@ type peerKey struct{}
 // look handles requests that every client may make.
 func (s *Server) look(f func(*http.Request) (any, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		p, _ := r.Context().Value(peerKey{}).(peer)
-		if !p.owner() && !p.in(s.o.Group) {
+		p, _ := r.Context().Value(peerKey{}).(privsock.Peer)
+		if !p.Owner() && !p.In(s.o.Group) {
 			s.refuse(w, p)
 			return
 		}
@@ -200,8 +177,8 @@ func (s *Server) look(f func(*http.Request) (any, error)) http.HandlerFunc {
 // touch handles requests of clients that may change something.
 func (s *Server) touch(f func() error) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		p, _ := r.Context().Value(peerKey{}).(peer)
-		if !p.owner() {
+		p, _ := r.Context().Value(peerKey{}).(privsock.Peer)
+		if !p.Owner() {
 			s.refuse(w, p)
 			return
 		}
@@ -209,7 +186,7 @@ func (s *Server) touch(f func() error) http.HandlerFunc {
 			http.Error(w, err.Error(), http.StatusConflict)
 			return
 		}
-		s.o.Log.Info("control", "request", r.Method+" "+r.URL.Path, "uid", p.uid, "pid", p.pid)
+		s.o.Log.Info("control", "request", r.Method+" "+r.URL.Path, "uid", p.UID, "pid", p.PID)
 		w.WriteHeader(http.StatusAccepted)
 	}
 }
@@ -218,15 +195,15 @@ func (s *Server) touch(f func() error) http.HandlerFunc {
 // rate.
 const refuseEvery = time.Second
 
-func (s *Server) refuse(w http.ResponseWriter, p peer) {
+func (s *Server) refuse(w http.ResponseWriter, p privsock.Peer) {
 	s.logRefusal(p)
 	http.Error(w, "permission denied: only root and members of --control-group", http.StatusForbidden)
 }
 
-func (s *Server) logRefusal(p peer) {
+func (s *Server) logRefusal(p privsock.Peer) {
 	now := time.Now().UnixNano()
 	if last := s.refused.Load(); now-last >= int64(refuseEvery) && s.refused.CompareAndSwap(last, now) {
-		s.o.Log.Warn("control: refused", "uid", p.uid, "pid", p.pid, "err", p.err)
+		s.o.Log.Warn("control: refused", "uid", p.UID, "pid", p.PID, "err", p.Err)
 	}
 }
 
@@ -258,16 +235,22 @@ func SortFlows(all []Flow) {
 	})
 }
 
+// acceptor is a listening unix socket.
+type acceptor interface {
+	net.Listener
+	AcceptUnix() (*net.UnixConn, error)
+}
+
 // listener counts the connections and closes those over the limit. Clients that may do everything are counted
 // separately from those that may only read, so that others cannot keep root from 'down'.
 type listener struct {
-	*net.UnixListener
+	acceptor
 	owners, others atomic.Int32
 }
 
 // slots returns the counter for p's connections.
-func (l *listener) slots(p peer) *atomic.Int32 {
-	if p.owner() {
+func (l *listener) slots(p privsock.Peer) *atomic.Int32 {
+	if p.Owner() {
 		return &l.owners
 	}
 	return &l.others
@@ -279,7 +262,7 @@ func (l *listener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		p := peerOf(c)
+		p := privsock.PeerOf(c)
 		slots := l.slots(p)
 		if slots.Add(1) > maxConns {
 			slots.Add(-1)
@@ -293,7 +276,7 @@ func (l *listener) Accept() (net.Conn, error) {
 type conn struct {
 	*net.UnixConn
 	slots *atomic.Int32
-	peer  peer
+	peer  privsock.Peer
 	once  sync.Once
 }
 

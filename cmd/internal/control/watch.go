@@ -10,6 +10,8 @@ import (
 	"net/http"
 	"sync/atomic"
 	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/privsock"
 )
 
 // The kinds of an Event.
@@ -45,8 +47,8 @@ var errManyWatchers = fmt.Errorf("there are %d watchers already", maxWatchers)
 
 // watch answers with a JSON object on a line for each event, until the watcher goes away or the Server is closed.
 func (s *Server) watch(w http.ResponseWriter, r *http.Request) {
-	p, _ := r.Context().Value(peerKey{}).(peer)
-	if !p.owner() && !p.in(s.o.Group) {
+	p, _ := r.Context().Value(peerKey{}).(privsock.Peer)
+	if !p.Owner() && !p.In(s.o.Group) {
 		s.refuse(w, p)
 		return
 	}
@@ -88,8 +90,8 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) {
 }
 
 // watchers returns the counter of watchers for p's kind, as slots does for connections.
-func (s *Server) watchers(p peer) *atomic.Int32 {
-	if p.owner() {
+func (s *Server) watchers(p privsock.Peer) *atomic.Int32 {
+	if p.Owner() {
 		return &s.ownersWatch
 	}
 	return &s.othersWatch

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/viasocks/viasocks/cmd/internal/privsock"
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
@@ -197,7 +198,7 @@ func TestManyWatchers(t *testing.T) {
 // Other users may not watch.
 func TestWatchPeers(t *testing.T) {
 	_, s, _ := watchServer(t)
-	for _, p := range []peer{{uid: 65000, gid: 65000}, {err: errors.New("unknown")}} {
+	for _, p := range []privsock.Peer{{UID: 65000, GID: 65000}, {Err: errors.New("unknown")}} {
 		req, err := http.NewRequestWithContext(context.WithValue(context.Background(), peerKey{}, p), "GET", "/v1/watch", nil)
 		if err != nil {
 			t.Fatal(err)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/cmd/internal/privsock"
 	"github.com/viasocks/viasocks/cmd/internal/resolved"
 	"github.com/viasocks/viasocks/route/kernel"
 	"github.com/viasocks/viasocks/tun"
@@ -48,7 +49,7 @@ func Down(cfg *config.Config, environ []string, out io.Writer) error {
 		return err
 	}
 	defer lock.Close()
-	if err := control.RemoveStale(path); err != nil {
+	if err := privsock.RemoveUnused(path); err != nil {
 		return fmt.Errorf("cannot remove %s: %w", path, err)
 	}
 	if left, err := forgetMetrics(path); err != nil {

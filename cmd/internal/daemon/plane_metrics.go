@@ -13,6 +13,7 @@ import (
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/metrics"
+	"github.com/viasocks/viasocks/cmd/internal/privsock"
 	"github.com/viasocks/viasocks/stack/count"
 )
 
@@ -139,7 +140,7 @@ func forgetMetrics(control string) (path string, err error) {
 	if path = string(text); filepath.IsAbs(path) {
 		if _, err = os.Lstat(path); err != nil {
 			path = ""
-		} else if err := metrics.RemoveStale(path); err != nil {
+		} else if err := privsock.RemoveStale(path); err != nil {
 			path = "" // another process uses it now
 		}
 	}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/cmd/internal/privsock"
 	"github.com/viasocks/viasocks/route/kernel"
 )
 
@@ -119,7 +120,7 @@ func guard(in io.Reader, log *slog.Logger) error {
 		return err
 	}
 	defer lock.Close()
-	_ = control.RemoveStale(path) // the next daemon tries again
+	_ = privsock.RemoveUnused(path) // the next daemon tries again
 	lines, err := kernel.Undo(kernel.Config{
 		TUN: w.TUN, Table: w.Table, Priority: w.Priority, NFTable: w.NFTable, Dir: w.StateDir, Marks: kernel.MarksFrom(w.Mark, w.Mask), FailOpen: true, Log: log,
 	})

@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"github.com/viasocks/viasocks/cmd/internal/privsock"
 )
 
 // Address is where the metrics are served. The zero value means nowhere.
@@ -56,5 +58,12 @@ func (a Address) listen() (net.Listener, error) {
 	if a.Path == "" {
 		return net.ListenTCP("tcp", net.TCPAddrFromAddrPort(a.TCP))
 	}
-	return listenUnix(a.Path)
+	if err := privsock.RemoveStale(a.Path); err != nil {
+		return nil, err
+	}
+	l, err := privsock.Listen(a.Path, -1)
+	if err != nil {
+		return nil, fmt.Errorf("cannot make the socket: %w", err)
+	}
+	return l, nil
 }

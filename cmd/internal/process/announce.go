@@ -3,11 +3,13 @@ package process
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
-	"path/filepath"
 	"strconv"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/atomicfile"
 )
 
 // KeepReadyFD checks the descriptor of --ready-fd, and closes it in the program, which would otherwise keep it open. A
@@ -29,8 +31,9 @@ func Announce(pidFile string, readyFD int) (end func(), err error) {
 	end = func() {}
 	if pidFile != "" {
 		pid := strconv.Itoa(os.Getpid()) + "\n"
-		if err := replaceFile(pidFile, pid); err != nil {
-			return nil, fmt.Errorf("cannot write the process id to %s: %w", pidFile, err)
+		write := func(w io.Writer) error { _, err := io.WriteString(w, pid); return err }
+		if err := atomicfile.Replace(pidFile, 0o644, write); err != nil {
+			return nil, fmt.Errorf("cannot write the process id to %s: %w", pidFile, PlainPathError(err))
 		}
 		end = func() {
 			if b, err := os.ReadFile(pidFile); err == nil && string(b) == pid { // another process may have replaced the file
@@ -47,21 +50,6 @@ func Announce(pidFile string, readyFD int) (end func(), err error) {
 		}
 	}
 	return end, nil
-}
-
-// replaceFile replaces a file atomically: a reader sees either the old content or the new one.
-func replaceFile(path, content string) error {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
-	if err != nil {
-		return PlainPathError(err)
-	}
-	defer os.Remove(f.Name())
-	_, err = f.WriteString(content)
-	err = errors.Join(err, f.Chmod(0o644), f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	return PlainPathError(err)
 }
 
 // PlainPathError returns the reason without the name of a temporary file.

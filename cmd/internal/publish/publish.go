@@ -4,15 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
-	"os"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/privsock"
 )
 
 // Maker makes sockets in the program's namespace; netns.Sockets is one. Socket may be called concurrently.
@@ -122,18 +122,10 @@ func (p *Publisher) listen(s Spec) (err error) {
 
 // listenUnix replaces a socket on which nobody listens any more, but no other file.
 func (p *Publisher) listenUnix(s Spec) error {
-	if st, err := os.Lstat(s.Path); err == nil && st.Mode().Type() == fs.ModeSocket {
-		if c, err := net.Dial("unix", s.Path); err == nil {
-			_ = c.Close()
-			return syscall.EADDRINUSE
-		} else if !errors.Is(err, syscall.ECONNREFUSED) {
-			return err
-		}
-		if err := os.Remove(s.Path); err != nil {
-			return err
-		}
+	if err := privsock.RemoveStale(s.Path); err != nil {
+		return err
 	}
-	l, err := listenPrivately(s.Path)
+	l, err := privsock.Listen(s.Path, -1)
 	if err != nil {
 		return err
 	}

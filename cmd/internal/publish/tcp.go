@@ -14,14 +14,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// listenPrivately creates a unix socket that only its owner may use. It does so under a restrictive umask instead of
-// changing the mode afterwards, so that nobody else can connect in between.
-func listenPrivately(path string) (net.Listener, error) {
-	old := unix.Umask(0o177)
-	defer unix.Umask(old)
-	return net.Listen("unix", path) // closing it removes the file
-}
-
 // accept carries the connections that l accepts, until Close.
 func (p *Publisher) accept(l net.Listener, s Spec) {
 	p.close = append(p.close, func() { _ = l.Close() })

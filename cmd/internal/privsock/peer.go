@@ -1,4 +1,4 @@
-package control
+package privsock
 
 import (
 	"encoding/binary"
@@ -10,30 +10,31 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// peer is the process that connected, according to the kernel.
-type peer struct {
-	uid, gid uint32
-	pid      int32
-	groups   []uint32
-	err      error
+// Peer is the process that connected, according to the kernel.
+type Peer struct {
+	UID, GID uint32
+	PID      int32
+	Groups   []uint32
+	Err      error // nothing is known of it
 }
 
 // maxGroups is NGROUPS_MAX of Linux.
 const maxGroups = 65536
 
-func peerOf(c *net.UnixConn) (p peer) {
-	p.uid, p.gid, p.err = ^uint32(0), ^uint32(0), errors.New("nothing is known of the peer")
+// PeerOf returns the process at the other end of c.
+func PeerOf(c *net.UnixConn) (p Peer) {
+	p.UID, p.GID, p.Err = ^uint32(0), ^uint32(0), errors.New("nothing is known of the peer")
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return p
 	}
 	_ = raw.Control(func(fd uintptr) {
 		var cred *unix.Ucred
-		if cred, p.err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); p.err != nil {
+		if cred, p.Err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); p.Err != nil {
 			return
 		}
-		p.uid, p.gid, p.pid = cred.Uid, cred.Gid, cred.Pid
-		p.groups = peerGroups(int(fd))
+		p.UID, p.GID, p.PID = cred.Uid, cred.Gid, cred.Pid
+		p.Groups = peerGroups(int(fd))
 	})
 	return p
 }
@@ -60,17 +61,17 @@ func peerGroups(fd int) []uint32 {
 	}
 }
 
-// owner reports whether the peer is root or the user that the daemon runs as.
-func (p peer) owner() bool {
-	return p.err == nil && (p.uid == 0 || int(p.uid) == os.Geteuid())
+// Owner reports whether the peer is root or the user that the daemon runs as.
+func (p Peer) Owner() bool {
+	return p.Err == nil && (p.UID == 0 || int(p.UID) == os.Geteuid())
 }
 
-// in reports whether gid is one of the peer's groups. A negative gid is in no group.
-func (p peer) in(gid int) bool {
-	if p.err != nil || gid < 0 {
+// In reports whether gid is one of the peer's groups. A negative gid is in no group.
+func (p Peer) In(gid int) bool {
+	if p.Err != nil || gid < 0 {
 		return false
 	}
-	for _, g := range append([]uint32{p.gid}, p.groups...) {
+	for _, g := range append([]uint32{p.GID}, p.Groups...) {
 		if int64(g) == int64(gid) {
 			return true
 		}

@@ -1,0 +1,58 @@
+// Package atomicfile replaces files atomically. route/kernel has a copy of this for its journal, because it imports no
+// package of ours.
+package atomicfile
+
+import (
+	"io"
+	"os"
+	"path/filepath"
+)
+
+// Replace writes a file of the given mode, which replaces path when it is complete. A reader sees either the old content
+// or the new one. If anything fails, path does not change, and nothing else is left behind.
+func Replace(path string, mode os.FileMode, write func(io.Writer) error) error {
+	return replace(path, mode, false, write)
+}
+
+// ReplaceOnDisk is Replace for a file that must survive a crash of the host: when it returns, the file is on the disk.
+func ReplaceOnDisk(path string, mode os.FileMode, write func(io.Writer) error) error {
+	if err := replace(path, mode, true, write); err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.Sync()
+}
+
+// Unfinished returns how the names of files begin that do not yet have the name path. Digits follow. A process that is
+// killed while it writes leaves such a file behind.
+func Unfinished(path string) string { return "." + filepath.Base(path) + "-" }
+
+func replace(path string, mode os.FileMode, sync bool, write func(io.Writer) error) (err error) {
+	f, err := os.CreateTemp(filepath.Dir(path), Unfinished(path)+"*")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_ = os.Remove(f.Name()) // it may be gone already
+		}
+	}()
+	err = write(f)
+	if err == nil {
+		err = f.Chmod(mode)
+	}
+	if err == nil && sync {
+		err = f.Sync()
+	}
+	if e := f.Close(); err == nil {
+		err = e
+	}
+	if err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), path)
+}
