@@ -40,7 +40,7 @@ build: ## Build bin/viasocks
 	CGO_ENABLED=0 $(GO) build $(BUILDFLAGS) -ldflags '$(LDFLAGS)' -o bin/viasocks ./cmd/viasocks
 
 .PHONY: test
-test: deps lint unit race aria ## Everything CI runs: installs what it needs (root), lint, unit, race, namespace and aria2 tests
+test: deps lint unit race aria formats ## Everything CI runs: installs what it needs (root), lint, unit, race, namespace, aria2 and package tests
 	@echo "make test: passed"
 
 .PHONY: check
@@ -49,7 +49,7 @@ check: vet ## Quick check: gofmt, go vet and the short tests, no root: two to th
 
 .PHONY: deps
 deps:
-	scripts/deps.sh test demo
+	scripts/deps.sh test demo formats
 
 .PHONY: vet
 vet:
@@ -77,6 +77,12 @@ race: ## Run the tests under the race detector
 .PHONY: aria
 aria: build
 	@if [[ $$EUID -eq 0 ]]; then DEMO_SCALE=10 DEMO_PATIENCE=4 scripts/demo.sh; else echo "aria: skipped: the demo's namespaces need root"; fi
+
+# The packages that are not Debian's, and two builds: half a minute. The life of the Debian package and of the image take two
+# minutes more, and what they show of crashes and upgrades servicetest shows of the units: they are packages-test and image-test.
+.PHONY: formats
+formats:
+	@if [[ $$EUID -eq 0 ]]; then packaging/formats-test.sh; else echo "formats: skipped: installing packages needs root"; fi
 
 # Left to itself, minimizing eats most of the time: what a frame covers depends on those before it.
 .PHONY: fuzz
@@ -147,8 +153,10 @@ packages: ## Packages for Debian, Fedora, Alpine and Arch in dist/
 	packaging/build.sh dist
 
 .PHONY: packages-test
-packages-test: ## Build the Debian package twice, install, use, upgrade, remove and purge it (root)
+packages-test: ## Install, use, upgrade and remove the packages; two builds are identical (root)
+	scripts/deps.sh test formats packages
 	packaging/test.sh
+	packaging/formats-test.sh
 
 .PHONY: image
 image: ## A container image from scratch in dist/, made without an engine
@@ -156,6 +164,7 @@ image: ## A container image from scratch in dist/, made without an engine
 
 .PHONY: image-test
 image-test: ## Run the image as a sidecar by crun, and kill, stop and start it (root)
+	scripts/deps.sh test packages
 	packaging/image-test.sh
 
 .PHONY: clean

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # deps.sh: installs the Debian packages that `make test` and `make demo` need, on a machine with nothing but Go.
 #
-# Usage: deps.sh [test] [demo] [zoo] [bench] [lint]      (no group: test)
+# Usage: deps.sh [test] [demo] [zoo] [bench] [formats] [packages] [lint]      (no group: test)
 #
 # When every program is there already, apt is not called and root is not needed. The services that Debian would
 # start with some packages do not start: a policy-rc.d refuses them while apt runs, and units that came with
@@ -35,6 +35,10 @@ declare -A groups=(
 		aria2c:aria2 curl:curl nft:nftables nsenter:util-linux"
 	# What scripts/dnsbench.sh asks with, and whom.
 	[bench]="ip:iproute2 sysctl:procps ss:iproute2 dnsperf:dnsperf openssl:openssl unbound:unbound dnsmasq:dnsmasq-base"
+	# What packaging/formats-test.sh installs packages with, and what packaging/test.sh and image-test.sh need besides.
+	[formats]="rpm:rpm pacman:pacman-package-manager bsdtar:libarchive-tools busybox:busybox python3:python3
+		apparmor_parser:apparmor"
+	[packages]="lintian:lintian rpmlint:rpmlint crun:crun"
 	[lint]="shellcheck:shellcheck"
 )
 # The units of the packages above.
@@ -43,7 +47,8 @@ declare -A units=([dante-server]=danted.service [nginx]=nginx.service [vsftpd]=v
 	[unbound]=unbound.service [tor]="tor.service tor@default.service" [nftables]=nftables.service [shadowsocks-libev]=shadowsocks-libev.service [v2ray]=v2ray.service [trojan]=trojan.service [stunnel4]=stunnel4.service
 	[network-manager]="NetworkManager.service NetworkManager-dispatcher.service NetworkManager-wait-online.service"
 	[systemd]="systemd-networkd.service systemd-networkd.socket systemd-networkd-wait-online.service"
-	[dbus]="dbus.service dbus.socket" [stunnel4]="stunnel4.service stunnel.target" [prometheus]=prometheus.service)
+	[dbus]="dbus.service dbus.socket" [stunnel4]="stunnel4.service stunnel.target" [prometheus]=prometheus.service
+	[apparmor]=apparmor.service)
 
 die() { echo "deps: $*" >&2; exit 1; }
 
