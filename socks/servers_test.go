@@ -111,10 +111,17 @@ func TestRealServers(t *testing.T) {
 	if !inNamespace(t) {
 		return
 	}
-	refused := Addr{IP: netip.MustParseAddr("127.0.0.1"), Port: 9}
-	t.Run("dante", func(t *testing.T) {
-		const at = "127.0.0.1:1080"
-		server(t, at, "danted", "-f", textFile(t, `logoutput: stderr
+	t.Run("dante", realDante)
+	t.Run("tinyproxy", realTinyproxy)
+	t.Run("stunnel", realStunnel)
+}
+
+// refusedAddr is where nobody listens.
+var refusedAddr = Addr{IP: netip.MustParseAddr("127.0.0.1"), Port: 9}
+
+func realDante(t *testing.T) {
+	const at = "127.0.0.1:1080"
+	server(t, at, "danted", "-f", textFile(t, `logoutput: stderr
 internal: 127.0.0.1 port = 1080
 external: 127.0.0.1
 socksmethod: none
@@ -122,89 +129,86 @@ clientmethod: none
 client pass { from: 0/0 to: 0/0 }
 socks pass { from: 0/0 to: 0/0 command: connect bind bindreply udpassociate udpreply }
 `))
-		d := newDialer(t, Options{})
-		far := greeter(t)
-		for _, scheme := range []string{"socks5", "socks4"} {
-			c := d.Client(mustServer(t, scheme+"://"+at))
-			hears(t, c, AddrFrom(far))
-			want := map[string]Reply{"socks5": ReplyRefused, "socks4": ReplyGeneralFailure}[scheme]
-			if _, err := connect(t, c, context.Background(), refused); !errors.Is(err, want) {
-				t.Errorf("%s, refused: %v", scheme, err)
-			}
-			bound, done := bind(t, c, context.Background(), Addr{IP: netip.MustParseAddr("127.0.0.1"), Port: 20})
-			peer, err := net.Dial("tcp", bound.String())
-			if err != nil {
-				t.Errorf("%s: %v; %+v", scheme, err, wait(t, done))
-				continue
-			}
-			io.WriteString(peer, "hello")
-			peer.Close()
-			r := wait(t, done)
-			if r.err != nil || r.peer != peer.LocalAddr().(*net.TCPAddr).AddrPort() {
-				t.Errorf("%s: %+v, want %v", scheme, r, peer.LocalAddr())
-				continue
-			}
-			k := conn(t, r.fd)
-			k.SetDeadline(time.Now().Add(testkit.Patience))
-			if b, err := io.ReadAll(k); string(b) != "hello" {
-				t.Errorf("%s: %q, %v", scheme, b, err)
-			}
-			k.Close()
+	d := newDialer(t, Options{})
+	far := greeter(t)
+	for _, scheme := range []string{"socks5", "socks4"} {
+		c := d.Client(mustServer(t, scheme+"://"+at))
+		hears(t, c, AddrFrom(far))
+		want := map[string]Reply{"socks5": ReplyRefused, "socks4": ReplyGeneralFailure}[scheme]
+		if _, err := connect(t, c, context.Background(), refusedAddr); !errors.Is(err, want) {
+			t.Errorf("%s, refused: %v", scheme, err)
 		}
-		a, err := associate(t, d.Client(mustServer(t, "socks5://"+at)), context.Background())
+		bound, done := bind(t, c, context.Background(), Addr{IP: netip.MustParseAddr("127.0.0.1"), Port: 20})
+		peer, err := net.Dial("tcp", bound.String())
 		if err != nil {
-			t.Fatal(err)
+			t.Errorf("%s: %v; %+v", scheme, err, wait(t, done))
+			continue
 		}
-		a.Close()
-	})
-	t.Run("tinyproxy", func(t *testing.T) {
-		const at = "127.0.0.1:8888"
-		server(t, at, "tinyproxy", "-d", "-c", textFile(t, "Port 8888\nListen 127.0.0.1\nTimeout 60\nBasicAuth alice secret\n"))
-		d := newDialer(t, Options{})
-		c := d.Client(mustServer(t, "http://alice:secret@"+at))
-		hears(t, c, AddrFrom(greeter(t)))
-		if _, err := connect(t, c, context.Background(), refused); !errors.Is(err, ReplyGeneralFailure) {
-			t.Errorf("refused: %v", err)
+		io.WriteString(peer, "hello")
+		peer.Close()
+		r := wait(t, done)
+		if r.err != nil || r.peer != peer.LocalAddr().(*net.TCPAddr).AddrPort() {
+			t.Errorf("%s: %+v, want %v", scheme, r, peer.LocalAddr())
+			continue
 		}
-		if _, err := connect(t, d.Client(mustServer(t, "http://"+at)), context.Background(), refused); !errors.Is(
-			err,
-			ErrMethod,
-		) {
-			t.Errorf("without a login: %v", err)
+		k := conn(t, r.fd)
+		k.SetDeadline(time.Now().Add(testkit.Patience))
+		if b, err := io.ReadAll(k); string(b) != "hello" {
+			t.Errorf("%s: %q, %v", scheme, b, err)
 		}
-		if _, err := connect(t, d.Client(mustServer(t, "http://alice:x@"+at)), context.Background(), refused); !errors.Is(
-			err,
-			ErrCredentials,
-		) {
-			t.Errorf("another password: %v", err)
-		}
-	})
-	t.Run("stunnel", func(t *testing.T) {
-		cert, pem, err := sockstest.Certificate("127.0.0.1")
-		if err != nil {
-			t.Fatal(err)
-		}
-		key, err := sockstest.KeyPEM(cert)
-		if err != nil {
-			t.Fatal(err)
-		}
-		server(t, "127.0.0.1:1081", "microsocks", "-i", "127.0.0.1", "-p", "1081")
-		server(
-			t,
-			"127.0.0.1:1443",
-			"stunnel4",
-			textFile(t, "foreground = yes\npid =\n[socks]\naccept = 127.0.0.1:1443\nconnect = 127.0.0.1:1081\ncert = "+
-				textFile(t, string(key)+string(pem))+"\n"),
-		)
-		d := newDialer(t, Options{})
-		s, err := mustServer(t, "socks5+tls://127.0.0.1:1443").WithCA(pem)
-		if err != nil {
-			t.Fatal(err)
-		}
-		c := d.Client(s)
-		hears(t, c, AddrFrom(greeter(t)))
-		if _, err := connect(t, c, context.Background(), refused); !errors.Is(err, ReplyRefused) {
-			t.Errorf("refused: %v", err)
-		}
-	})
+		k.Close()
+	}
+	a, err := associate(t, d.Client(mustServer(t, "socks5://"+at)), context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.Close()
+}
+
+func realTinyproxy(t *testing.T) {
+	const at = "127.0.0.1:8888"
+	server(t, at, "tinyproxy", "-d", "-c", textFile(t, "Port 8888\nListen 127.0.0.1\nTimeout 60\nBasicAuth alice secret\n"))
+	d := newDialer(t, Options{})
+	c := d.Client(mustServer(t, "http://alice:secret@"+at))
+	hears(t, c, AddrFrom(greeter(t)))
+	if _, err := connect(t, c, context.Background(), refusedAddr); !errors.Is(err, ReplyGeneralFailure) {
+		t.Errorf("refused: %v", err)
+	}
+	if _, err := connect(t, d.Client(mustServer(t, "http://"+at)), context.Background(), refusedAddr); !errors.Is(err,
+		ErrMethod) {
+		t.Errorf("without a login: %v", err)
+	}
+	if _, err := connect(t, d.Client(mustServer(t, "http://alice:x@"+at)), context.Background(), refusedAddr); !errors.Is(err,
+		ErrCredentials) {
+		t.Errorf("another password: %v", err)
+	}
+}
+
+func realStunnel(t *testing.T) {
+	cert, pem, err := sockstest.Certificate("127.0.0.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := sockstest.KeyPEM(cert)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server(t, "127.0.0.1:1081", "microsocks", "-i", "127.0.0.1", "-p", "1081")
+	server(
+		t,
+		"127.0.0.1:1443",
+		"stunnel4",
+		textFile(t, "foreground = yes\npid =\n[socks]\naccept = 127.0.0.1:1443\nconnect = 127.0.0.1:1081\ncert = "+
+			textFile(t, string(key)+string(pem))+"\n"),
+	)
+	d := newDialer(t, Options{})
+	s, err := mustServer(t, "socks5+tls://127.0.0.1:1443").WithCA(pem)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := d.Client(s)
+	hears(t, c, AddrFrom(greeter(t)))
+	if _, err := connect(t, c, context.Background(), refusedAddr); !errors.Is(err, ReplyRefused) {
+		t.Errorf("refused: %v", err)
+	}
 }

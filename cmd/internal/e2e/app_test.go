@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -20,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/cmd/internal/harness"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // app is a program under `viasocks run`, and the viasocks that carries it.
@@ -65,7 +65,7 @@ func startAppWith(t testing.TB, env string, flags ...string) *app {
 	}
 	go func() { a.done <- a.cmd.Wait() }()
 	t.Cleanup(a.stop)
-	l.SetDeadline(time.Now().Add(2 * patience))
+	l.SetDeadline(time.Now().Add(2 * testkit.Patience))
 	if a.conn, err = l.AcceptUnix(); err != nil {
 		t.Fatalf("the program did not start: %v\n%s", err, a.log)
 	}
@@ -82,7 +82,7 @@ func (a *app) stop() {
 		if err != nil && !a.t.Failed() {
 			a.t.Errorf("viasocks run ended with %v\n%s", err, a.log)
 		}
-	case <-time.After(2 * patience):
+	case <-time.After(2 * testkit.Patience):
 		a.t.Errorf("viasocks run did not end after its program\n%s", a.log)
 		a.cmd.Process.Kill()
 		<-a.done
@@ -108,7 +108,7 @@ func (a *app) socket(family, typ int) int {
 func (a *app) trySocket(family, typ int) (int, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.conn.SetDeadline(time.Now().Add(patience))
+	a.conn.SetDeadline(time.Now().Add(testkit.Patience))
 	if _, err := a.conn.Write([]byte{byte(family), byte(typ), 0}); err != nil {
 		return -1, fmt.Errorf("cannot ask the agent: %w", err)
 	}
@@ -247,20 +247,6 @@ func (a *app) goroutines() (n []int) {
 		}
 	}
 	return n
-}
-
-// eventually waits for a condition, polled; it fails the test with what after d.
-func eventually(t testing.TB, d time.Duration, what string, ok func() bool) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), d)
-	defer cancel()
-	for !ok() {
-		select {
-		case <-ctx.Done():
-			t.Fatalf("not within %v: %s", d, what)
-		case <-time.After(10 * time.Millisecond):
-		}
-	}
 }
 
 // cpu is the CPU time that viasocks has used.

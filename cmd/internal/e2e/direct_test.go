@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/harness"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // needPrograms skips a test where a program is not installed.
@@ -47,7 +48,7 @@ func serve(t *testing.T, at string, name string, args ...string) {
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 		select {
 		case <-ended:
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			_ = cmd.Process.Kill()
 			<-ended
 		}
@@ -55,7 +56,7 @@ func serve(t *testing.T, at string, name string, args ...string) {
 			t.Logf("%s said:\n%s", name, harness.Tail(log.String(), 20))
 		}
 	})
-	eventually(t, patience, name+" serves", func() bool {
+	testkit.EventuallyIn(t, testkit.Patience, name+" serves", func() bool {
 		c, err := net.DialTimeout(network, at, time.Second)
 		if err == nil {
 			c.Close()
@@ -126,7 +127,7 @@ type ran struct {
 // run runs argv under `viasocks run` with flags.
 func run(t *testing.T, flags []string, argv ...string) ran {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*testkit.Patience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, viasocks, append(append(append([]string{"run"}, flags...), "--"), argv...)...)
 	for _, e := range os.Environ() {
@@ -189,9 +190,9 @@ func TestDirectOnly(t *testing.T) {
 	far, addr := farUDP(t, world4)
 	a := startApp(t, "--rule", "direct")
 	app := a.udp(false)
-	eventually(
+	testkit.EventuallyIn(
 		t,
-		patience,
+		testkit.Patience,
 		"a datagram goes direct, and its answer comes",
 		func() bool { return exchange(t, app, far, addr, "direct") },
 	)
@@ -204,7 +205,7 @@ func TestDirectOnly(t *testing.T) {
 		t.Fatal(err)
 	}
 	send(t, u, addr, "must not arrive")
-	eventually(t, patience, "port unreachable", func() bool {
+	testkit.EventuallyIn(t, testkit.Patience, "port unreachable", func() bool {
 		_, err := syscall.Write(fd, []byte("must not arrive"))
 		return err == syscall.ECONNREFUSED
 	})

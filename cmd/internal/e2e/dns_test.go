@@ -8,6 +8,8 @@ import (
 	"net/netip"
 	"testing"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // question asks for the A record of a.example; answer answers it with 192.0.2.7.
@@ -59,7 +61,7 @@ func testDNS(t *testing.T, offload string) {
 		}
 
 		c := a.tcp(dst)
-		c.SetDeadline(time.Now().Add(patience))
+		c.SetDeadline(time.Now().Add(testkit.Patience))
 		q := question(id)
 		if _, err := c.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(q))), q...)); err != nil {
 			t.Fatal(err)

@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // gateway53 is the name server that the program finds in its resolv.conf.
@@ -110,7 +112,7 @@ func TestHostileDNS(t *testing.T) {
 	got := make([]byte, 65536)
 	read := func() []byte {
 		t.Helper()
-		u.SetReadDeadline(time.Now().Add(patience))
+		u.SetReadDeadline(time.Now().Add(testkit.Patience))
 		n, err := u.Read(got)
 		if err != nil {
 			t.Fatal(err)
@@ -147,7 +149,7 @@ func testHostileTCP(t *testing.T, a *app, what string, msg []byte, rcode int) {
 	t.Helper()
 	c := a.tcp(gateway53)
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(testkit.Patience))
 	c.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(msg))), msg...))
 	var size [2]byte
 	_, err := io.ReadFull(c, size[:])
@@ -189,7 +191,7 @@ func askMany(u *net.UDPConn, rate int, stop chan struct{}) (asked, answered *ato
 		for start := time.Now(); ; {
 			select {
 			case <-stop:
-				time.Sleep(100 * time.Millisecond) // for the last answers
+				testkit.Settle(100*time.Millisecond, "the last answers have come")
 				u.SetReadDeadline(time.Now())
 				return
 			case <-tick.C:
@@ -231,7 +233,7 @@ func TestDNSFlood(t *testing.T) {
 		wg.Go(func() {
 			b := make([]byte, piece)
 			for i := range want / piece {
-				time.Sleep(time.Until(start.Add(time.Duration(i) * step)))
+				testkit.Pace(time.Until(start.Add(time.Duration(i) * step)))
 				if _, err := far.Write(b); err != nil {
 					t.Error(err)
 					return
@@ -239,7 +241,7 @@ func TestDNSFlood(t *testing.T) {
 			}
 		})
 		b := make([]byte, 256<<10)
-		app.SetReadDeadline(start.Add(d + patience))
+		app.SetReadDeadline(start.Add(d + testkit.Patience))
 		for got := int64(0); got < want; {
 			n, err := app.Read(b)
 			if got += int64(n); err != nil {
@@ -262,13 +264,13 @@ func TestDNSFlood(t *testing.T) {
 		}
 		return took, trips[len(trips)*99/100], lost
 	}
-	pingers(t, apps, dst, patience, 200*time.Millisecond) // the associations are there
+	pingers(t, apps, dst, testkit.Patience, 200*time.Millisecond) // the associations are there
 	const span = 3 * time.Second
 	alone, p99Alone, _ := measure(span)
 	before := a.rss()
 	stop := make(chan struct{})
 	asked, answered, wait := askMany(a.udp(false), rate, stop)
-	time.Sleep(100 * time.Millisecond)
+	testkit.Eventually(t, "the first answers", func() bool { return answered.Load() > 0 })
 	took, p99, lost := measure(span)
 	close(stop)
 	wait()

@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // nameServer answers DNS over TCP by what answer says, one question after the other.
@@ -44,7 +46,7 @@ func nameServer(t *testing.T, host string, answer func(q []byte) []byte) netip.A
 // runProgram is what a program prints under viasocks run, and how it ends.
 func runProgram(t *testing.T, stdin string, args ...string) (string, error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*testkit.Patience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, viasocks, append([]string{"run"}, args...)...)
 	cmd.Stdin = strings.NewReader(stdin)

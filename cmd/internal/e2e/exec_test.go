@@ -14,8 +14,8 @@ import (
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
-// TestExec runs a second program in the network of the first one, which has a name, as root and as an ordinary user: it sees the same
-// interfaces and its exit status is given on. --pid-file and --ready-fd tell when that is possible.
+// TestExec runs a second program in the network of the first one, which has a name, as root and as an ordinary user: it sees
+// the same interfaces and its exit status is given on. --pid-file and --ready-fd tell when that is possible.
 func TestExec(t *testing.T) {
 	needWorld(t)
 	proxy := listenSOCKS(t)
@@ -47,7 +47,8 @@ func TestExec(t *testing.T) {
 		}
 		readyW.Close()
 		defer func() { in.Close(); first.Wait() }()
-		if err := ready.SetReadDeadline(time.Now().Add(patience)); err != nil { // the end comes only if the program has no copy
+		// the end comes only if the program has no copy
+		if err := ready.SetReadDeadline(time.Now().Add(testkit.Patience)); err != nil {
 			t.Fatal(err)
 		}
 		if b, err := io.ReadAll(ready); string(b) != "READY\n" || err != nil {

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/cmd/internal/harness"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // realServer is a SOCKS server in a process group of its own, or several programs that make one.
@@ -71,7 +72,7 @@ func program(t *testing.T, args ...string) *exec.Cmd {
 func listens(t *testing.T, name string, port int) {
 	t.Helper()
 	want := fmt.Sprintf(":%04X 00000000:0000 0A", port)
-	eventually(t, patience, name+" listens", func() bool {
+	testkit.EventuallyIn(t, testkit.Patience, name+" listens", func() bool {
 		b, err := os.ReadFile("/proc/self/net/tcp")
 		return err == nil && strings.Contains(string(b), want)
 	})
@@ -187,7 +188,8 @@ func cut(t *testing.T, verb string, port int) {
 	script := verb + " table " + table + "\n"
 	if verb == "add" {
 		script += fmt.Sprintf(
-			"add chain %s c { type filter hook input priority 0; }\nadd rule %[1]s c tcp dport %d drop\nadd rule %[1]s c tcp sport %[2]d drop\n",
+			"add chain %s c { type filter hook input priority 0; }\nadd rule %[1]s c tcp dport %d drop\n"+
+				"add rule %[1]s c tcp sport %[2]d drop\n",
 			table,
 			port,
 		)
@@ -212,7 +214,8 @@ func TestFailover(t *testing.T) {
 	dir := t.TempDir()
 	t.Run("dante and microsocks", func(t *testing.T) {
 		conf := filepath.Join(dir, "danted.conf")
-		text := "logoutput: stderr\ninternal: 127.0.0.1 port = 1081\nexternal: " + other4 + "\nclientmethod: none\nsocksmethod: none\n" +
+		text := "logoutput: stderr\ninternal: 127.0.0.1 port = 1081\nexternal: " + other4 +
+			"\nclientmethod: none\nsocksmethod: none\n" +
 			"client pass { from: 0/0 to: 0/0 }\nsocks pass { from: 0/0 to: 0/0 log: error }\n"
 		if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
@@ -299,14 +302,14 @@ func testFailover(t *testing.T, udp bool, one, two *realServer) {
 		e = startEchoes(t, a)
 		defer e.end()
 	}
-	time.Sleep(time.Second)
+	testkit.Pace(time.Second)
 	if !udp {
 		refusedTargets(t, a)
 	}
 	for _, f := range faults {
 		at := time.Now()
 		f.away(one)
-		time.Sleep(3 * time.Second)
+		testkit.Pace(3 * time.Second)
 		n, failed, slowest, usual := c.figures(at)
 		first := c.again(at)
 		back := time.Now()
@@ -324,7 +327,7 @@ func testFailover(t *testing.T, udp bool, one, two *realServer) {
 		if failed > 0 || first == 0 || first > 2500*time.Millisecond {
 			t.Errorf("%s %s: a connection failed, or waited too long, although %s works", one.name, f.name, two.name)
 		}
-		eventually(t, patience, one.name+" is used again", func() bool {
+		testkit.EventuallyIn(t, testkit.Patience, one.name+" is used again", func() bool {
 			return strings.Count(a.log.String(), "is used again") == strings.Count(a.log.String(), "is out of use")
 		})
 		t.Logf("%s is back and used again after %v", one.name, time.Since(back).Round(10*time.Millisecond))
@@ -336,11 +339,11 @@ func testFailover(t *testing.T, udp bool, one, two *realServer) {
 		at := time.Now()
 		f.away(one)
 		f.away(two)
-		time.Sleep(3 * time.Second)
+		testkit.Pace(3 * time.Second)
 		n, failed, _, _ := c.figures(at)
 		f.again(one)
 		back := time.Now()
-		eventually(t, patience, "a connection is made again", func() bool { return c.again(back) > 0 })
+		testkit.EventuallyIn(t, testkit.Patience, "a connection is made again", func() bool { return c.again(back) > 0 })
 		recovery := c.again(back)
 		t.Logf(
 			"both %s: %d of %d connections failed; %s came back, and the first was made %v later",
@@ -354,7 +357,7 @@ func testFailover(t *testing.T, udp bool, one, two *realServer) {
 			t.Errorf("the group worked again %v after %s came back, more than 3s", recovery, one.name)
 		}
 		f.again(two)
-		eventually(t, patience, "both are used again", func() bool {
+		testkit.EventuallyIn(t, testkit.Patience, "both are used again", func() bool {
 			return strings.Count(a.log.String(), "is used again") == strings.Count(a.log.String(), "is out of use")
 		})
 	}
@@ -433,7 +436,7 @@ func (e *echoes) end() {
 func (e *echoes) recovers(what string, at time.Time, within time.Duration) {
 	e.t.Helper()
 	var after time.Duration
-	eventually(e.t, patience, what+": an echo", func() bool {
+	testkit.EventuallyIn(e.t, testkit.Patience, what+": an echo", func() bool {
 		e.mu.Lock()
 		defer e.mu.Unlock()
 		for _, x := range e.came {

@@ -45,7 +45,8 @@ func sshD(t *testing.T, at string) {
 	dir := t.TempDir()
 	_ = os.MkdirAll("/run/sshd", 0o755) // sshd's own, which may be there
 	for _, name := range []string{"host", "key"} {
-		if out, err := exec.Command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", filepath.Join(dir, name)).CombinedOutput(); err != nil {
+		if out, err := exec.Command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f",
+			filepath.Join(dir, name)).CombinedOutput(); err != nil {
 			t.Fatalf("ssh-keygen: %v\n%s", err, out)
 		}
 	}
@@ -124,7 +125,8 @@ func TestFakeAnswers(t *testing.T) {
 		flags,
 		"sh",
 		"-c",
-		"getent ahostsv4 www.example.com | head -1 | cut -d' ' -f1; dig +short +notcp www.example.com; dig +tcp +short www.example.com; getent hosts $(dig +short www.example.com); dig +short www.example.com AAAA",
+		"getent ahostsv4 www.example.com | head -1 | cut -d' ' -f1; dig +short +notcp www.example.com; "+
+			"dig +tcp +short www.example.com; getent hosts $(dig +short www.example.com); dig +short www.example.com AAAA",
 	)
 	lines := strings.Split(strings.TrimSpace(r.out), "\n")
 	if len(lines) != 5 {

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/harness"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // TestFakeTracker: aria2 announces itself by UDP to a tracker that it knows by name, and takes the answer, which must come from
@@ -47,7 +48,7 @@ func testFakeTracker(t *testing.T, rules ...string) {
 	peer, peerAt := listenTCP(t, world4)
 	binaryHash := strings.Repeat("\xc3", 20)
 	get := func(path string) string {
-		resp, err := (&http.Client{Timeout: patience}).Get("http://" + world4 + ":" + port + path)
+		resp, err := (&http.Client{Timeout: testkit.Patience}).Get("http://" + world4 + ":" + port + path)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -70,13 +71,15 @@ func testFakeTracker(t *testing.T, rules ...string) {
 	// aria2 asks UDP trackers from the socket of its DHT, and not at all without it.
 	ended := make(chan ran, 1)
 	go func() {
-		ended <- run(t, []string{"--proxy", "socks5://" + at, "--dns", "fake,tcp://" + world4}, "aria2c", "--no-conf", "--dir="+dir,
-			"--enable-dht=true", "--dht-file-path="+filepath.Join(dir, "dht"), "--bt-stop-timeout=5", "--log="+log, "--log-level=info",
+		ended <- run(t, []string{"--proxy", "socks5://" + at, "--dns", "fake,tcp://" + world4}, "aria2c", "--no-conf", "--dir="+
+			dir,
+			"--enable-dht=true", "--dht-file-path="+filepath.Join(dir, "dht"), "--bt-stop-timeout=5", "--log="+log,
+			"--log-level=info",
 			"magnet:?xt=urn:btih:"+hash+"&tr="+url.QueryEscape("udp://tracker.example:"+port+"/announce"))
 	}()
 	select {
 	case <-reached:
-	case <-time.After(patience):
+	case <-time.After(testkit.Patience):
 		t.Errorf("the peer was not reached; the tracker knows %q", get("/scrape?info_hash="+url.QueryEscape(binaryHash)))
 	}
 	r := <-ended

@@ -57,8 +57,8 @@ func TestSecondFamily(t *testing.T) {
 	}
 }
 
-// TestSecondFamilyIPv6: go-socks5 tries the IPv4 address of a name that has both. Where that is dead, curl gets to the IPv6 address,
-// whatever its own family.
+// TestSecondFamilyIPv6: go-socks5 tries the IPv4 address of a name that has both. Where that is dead, curl gets to the IPv6
+// address, whatever its own family.
 func TestSecondFamilyIPv6(t *testing.T) {
 	needPrograms(t, "nginx", "unbound", "curl", "nft")
 	server := zooServer("go-socks5")

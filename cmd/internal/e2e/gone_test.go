@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"testing"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // A program closes its connections, and their far ends never do: they are given back as the kernel gives its own back, after
@@ -25,7 +27,7 @@ func TestClosedConnectionsAreGivenBack(t *testing.T) {
 		open := func(n int) (all []*net.TCPConn) {
 			for range n {
 				c := a.tcp(dst)
-				l.SetDeadline(time.Now().Add(patience))
+				l.SetDeadline(time.Now().Add(testkit.Patience))
 				f, err := l.Accept()
 				if err != nil {
 					t.Fatal(err)
@@ -46,9 +48,9 @@ func TestClosedConnectionsAreGivenBack(t *testing.T) {
 		for _, c := range open(closed) {
 			c.Close()
 		}
-		eventually(
+		testkit.EventuallyIn(
 			t,
-			2*patience,
+			2*testkit.Patience,
 			"the descriptors of the closed connections are given back",
 			func() bool { return a.fds() <= before+half },
 		)
@@ -58,7 +60,7 @@ func TestClosedConnectionsAreGivenBack(t *testing.T) {
 			if _, err := far[i].Write([]byte("answer")); err != nil {
 				t.Fatal(err)
 			}
-			c.SetReadDeadline(time.Now().Add(patience))
+			c.SetReadDeadline(time.Now().Add(testkit.Patience))
 			if n, err := c.Read(b); string(b[:n]) != "answer" {
 				t.Errorf("%s: a half-closed connection got %q, %v", host, b[:n], err)
 			}
@@ -67,7 +69,7 @@ func TestClosedConnectionsAreGivenBack(t *testing.T) {
 		for _, c := range far {
 			c.Close()
 		}
-		eventually(t, patience, "all descriptors are given back", func() bool { return a.fds() <= before })
+		testkit.EventuallyIn(t, testkit.Patience, "all descriptors are given back", func() bool { return a.fds() <= before })
 	}
 }
 
@@ -93,7 +95,9 @@ func TestClosedUDPSocketsAreGivenBack(t *testing.T) {
 		t.Errorf("%d descriptors with 20 sockets more, %d before: were they given back at once?", n, before)
 	}
 	began := time.Now()
-	eventually(t, 2*patience, "the descriptors of closed sockets are given back", func() bool { return a.fds() <= before })
+	testkit.EventuallyIn(t, 2*testkit.Patience, "the descriptors of closed sockets are given back", func() bool {
+		return a.fds() <= before
+	})
 	t.Logf("after %v", time.Since(began).Round(time.Second))
 	if now := outer(stays); now != was {
 		t.Errorf("the open socket was at %v and is now at %v", was, now)

@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // decided is a line of --decisions.
@@ -86,7 +88,8 @@ func TestGuard(t *testing.T) {
 				"http://["+world6+"]:8081",    // of either family
 				"http://no-such.example:8081", // names are resolved
 			)
-			if want := strings.Join([]string{noConnect, served, noConnect, noConnect, served, served, noName}, "\n"); got != want {
+			if want := strings.Join([]string{noConnect, served, noConnect, noConnect, served, served, noName},
+				"\n"); got != want {
 				t.Errorf("got\n%s\nwant\n%s", got, want)
 			}
 			if took := time.Since(start); took > 9*time.Second {
@@ -156,7 +159,8 @@ func TestGuardOfNames(t *testing.T) {
 		flags,
 		"sh",
 		"-c",
-		"dig +tries=1 +time=5 secret.example.com TXT; dig +tcp +tries=1 +time=5 secret.example.com; dig +short db.example.com; dig +tcp +short db.example.com",
+		"dig +tries=1 +time=5 secret.example.com TXT; dig +tcp +tries=1 +time=5 secret.example.com; "+
+			"dig +short db.example.com; dig +tcp +short db.example.com",
 	)
 	if strings.Count(r.out, "status: REFUSED") != 2 || !strings.HasSuffix(strings.TrimSpace(r.out), world4) {
 		t.Errorf("dig says %s", r.out)
@@ -190,13 +194,15 @@ func TestGuardDatagrams(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "decisions")
 	a := startApp(t, "--allow", "udp:"+world4+":"+port(yesAddr), "--dns", "tcp://"+world4, "--decisions", file)
 	u := a.udp(false)
-	eventually(t, patience, "what is allowed goes and comes", func() bool { return exchange(t, u, yes, yesAddr, "allowed") })
+	testkit.EventuallyIn(t, testkit.Patience, "what is allowed goes and comes", func() bool {
+		return exchange(t, u, yes, yesAddr, "allowed")
+	})
 	fd := a.socket(syscall.AF_INET, syscall.SOCK_DGRAM)
 	defer syscall.Close(fd)
 	if err := syscall.Connect(fd, &syscall.SockaddrInet4{Port: int(noAddr.Port()), Addr: noAddr.Addr().As4()}); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, patience, "port unreachable", func() bool {
+	testkit.EventuallyIn(t, testkit.Patience, "port unreachable", func() bool {
 		_, err := syscall.Write(fd, []byte("must not arrive"))
 		return err == syscall.ECONNREFUSED
 	})
@@ -206,7 +212,7 @@ func TestGuardDatagrams(t *testing.T) {
 	}
 	a.conn.Close()
 	a.conn = nil
-	eventually(t, patience, "both decisions", func() bool {
+	testkit.EventuallyIn(t, testkit.Patience, "both decisions", func() bool {
 		verdicts := map[string]string{}
 		for _, d := range decisionsIn(t, file) {
 			verdicts[d.Dst] = d.Verdict

@@ -7,7 +7,6 @@ import (
 	"runtime"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/harness"
 )
@@ -28,9 +27,6 @@ const (
 	other4 = "203.0.113.2"
 	other6 = "2001:db8::2"
 )
-
-// patience is for what must happen, on a machine that may stall for seconds.
-const patience = 30 * time.Second
 
 var viasocks string // the viasocks under test
 

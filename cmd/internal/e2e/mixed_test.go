@@ -17,6 +17,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // mixedTime is how long each of TestMixed's modes lasts: a minute and more is for when the data plane was changed.
@@ -136,7 +138,7 @@ func mixEnd(c *net.TCPConn, p mixPlan, app bool) error {
 	case mixBothWays:
 		return both(func() {})
 	case mixStall:
-		return both(func() { time.Sleep(time.Duration(100+p.Seed%1500) * time.Millisecond) })
+		return both(func() { testkit.Pace(time.Duration(100+p.Seed%1500) * time.Millisecond) })
 	case mixUp, mixDown:
 		if app == (p.Kind == mixUp) { // the bulk, and then the other's own
 			if !app {
@@ -170,7 +172,7 @@ func mixEnd(c *net.TCPConn, p mixPlan, app bool) error {
 		if app == (p.Kind == mixAppRST) {
 			err := mixSend(c, p, mine, most)
 			if p.Seed%2 == 0 {
-				time.Sleep(time.Duration(p.Seed%20) * time.Millisecond)
+				testkit.Pace(time.Duration(p.Seed%20) * time.Millisecond)
 			}
 			reset(c)
 			return err
@@ -350,7 +352,7 @@ func testMixed(t *testing.T, offload string) {
 	if answered.Load() == 0 {
 		t.Error("no datagram was answered")
 	}
-	eventually(t, 30*time.Second, "every upstream connection ends", func() bool {
+	testkit.EventuallyIn(t, 30*time.Second, "every upstream connection ends", func() bool {
 		s := proxy.Stats()
 		return s.Open-s.AssociationsOpen <= 0
 	})

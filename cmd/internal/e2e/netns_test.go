@@ -198,7 +198,7 @@ func TestNamedNamespaceKilled(t *testing.T) {
 
 // waitFor is testkit.Eventually for a caller that has more to say.
 func waitFor(ok func() bool) bool {
-	for end := time.Now().Add(patience); time.Now().Before(end); <-time.After(10 * time.Millisecond) {
+	for end := time.Now().Add(testkit.Patience); time.Now().Before(end); <-time.After(10 * time.Millisecond) {
 		if ok() {
 			return true
 		}

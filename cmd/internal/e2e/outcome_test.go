@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // listenSOCKS starts a proxy on loopback.
@@ -41,23 +42,23 @@ func listenTCP(t testing.TB, host string) (*net.TCPListener, netip.AddrPort) {
 	return l.(*net.TCPListener), l.Addr().(*net.TCPAddr).AddrPort()
 }
 
-// TestOutcomes is the outcome table: what the proxy says, and the errno that a blocking connect() gives the program.
-func TestOutcomes(t *testing.T) { eachOffload(t, testOutcomes) }
+const (
+	firstPort    = 6000
+	rejectedPort = 7001
+	droppedPort  = 7002
+	silentPort   = 7003
+)
 
-func testOutcomes(t *testing.T, offload string) {
-	const (
-		firstPort = 6000
-		rejected  = 7001
-		dropped   = 7002
-		silent    = 7003
-	)
-	rows := []struct {
-		what   string
-		port   uint16
-		fault  sockstest.Fault
-		v4, v6 error
-		slow   bool // the app's own timer: tcp_syn_retries=1, 3 s
-	}{
+type outcome struct {
+	what   string
+	port   uint16
+	fault  sockstest.Fault
+	v4, v6 error
+	slow   bool // the app's own timer: tcp_syn_retries=1, 3 s
+}
+
+func outcomes() []outcome {
+	rows := []outcome{
 		{what: "reply 1 general failure", fault: sockstest.Reply(1), v4: unix.ECONNREFUSED, v6: unix.ECONNREFUSED},
 		{what: "reply 2 not allowed", fault: sockstest.Reply(2), v4: unix.EHOSTUNREACH, v6: unix.EACCES},
 		{what: "reply 3 network unreachable", fault: sockstest.Reply(3), v4: unix.ENETUNREACH, v6: unix.ENETUNREACH},
@@ -68,15 +69,23 @@ func testOutcomes(t *testing.T, offload string) {
 		{what: "reply 8 address type not supported", fault: sockstest.Reply(8), v4: unix.ENETUNREACH, v6: unix.ENETUNREACH},
 		{what: "reply 9 unassigned", fault: sockstest.Reply(9), v4: unix.ECONNREFUSED, v6: unix.ECONNREFUSED},
 		{what: "reply 255 unassigned", fault: sockstest.Reply(255), v4: unix.ECONNREFUSED, v6: unix.ECONNREFUSED},
-		{what: "verdict reject", port: rejected, v4: unix.ECONNREFUSED, v6: unix.ECONNREFUSED},
-		{what: "verdict drop", port: dropped, v4: unix.ETIMEDOUT, v6: unix.ETIMEDOUT, slow: true},
-		{what: "no reply", port: silent, fault: sockstest.Silence(), v4: unix.ETIMEDOUT, v6: unix.ETIMEDOUT, slow: true},
+		{what: "verdict reject", port: rejectedPort, v4: unix.ECONNREFUSED, v6: unix.ECONNREFUSED},
+		{what: "verdict drop", port: droppedPort, v4: unix.ETIMEDOUT, v6: unix.ETIMEDOUT, slow: true},
+		{what: "no reply", port: silentPort, fault: sockstest.Silence(), v4: unix.ETIMEDOUT, v6: unix.ETIMEDOUT, slow: true},
 	}
 	for i := range rows {
 		if rows[i].port == 0 {
 			rows[i].port = firstPort + uint16(i)
 		}
 	}
+	return rows
+}
+
+// TestOutcomes is the outcome table: what the proxy says, and the errno that a blocking connect() gives the program.
+func TestOutcomes(t *testing.T) { eachOffload(t, testOutcomes) }
+
+func testOutcomes(t *testing.T, offload string) {
+	rows := outcomes()
 	proxy := listenSOCKS(t)
 	proxy.SetFault(func(r sockstest.Request) sockstest.Fault {
 		for _, row := range rows {
@@ -89,38 +98,15 @@ func testOutcomes(t *testing.T, offload string) {
 	// The rows in which the app's own timer decides are shortened: 3 s instead of 130.
 	retries := envRetries + "=1"
 	a := startAppWith(t, retries, "--proxy", proxy.URL(), "--offload", offload,
-		"--rule", fmt.Sprintf("port %d reject", rejected), "--rule", fmt.Sprintf("port %d drop", dropped), "--rule", "via proxy")
-
+		"--rule", fmt.Sprintf("port %d reject", rejectedPort), "--rule", fmt.Sprintf("port %d drop", droppedPort), "--rule", "via proxy")
 	hasty := startAppWith(t, retries, "--proxy", proxy.URL(), "--offload", offload, "--handshake-timeout", "1s")
-	asked := func(dst netip.AddrPort) (n int) {
-		for _, r := range proxy.Requests() {
-			if r.Dst.Port == dst.Port() && r.Dst.IP == dst.Addr() {
-				n++
-			}
-		}
-		return n
-	}
 
 	var slow sync.WaitGroup
 	defer slow.Wait()
 	for _, host := range []string{world4, world6} {
 		addr := netip.MustParseAddr(host)
 		ipv := map[bool]string{true: "IPv4", false: "IPv6"}[addr.Is4()]
-		t.Run("granted/"+ipv, func(t *testing.T) {
-			l, dst := listenTCP(t, host)
-			fd, took, err := a.connect(dst)
-			unix.Close(fd)
-			if err != nil {
-				t.Fatalf("connect: %v", err)
-			}
-			l.SetDeadline(time.Now().Add(patience))
-			c, err := l.Accept()
-			if err != nil {
-				t.Fatal("granted, but nobody came to the far end")
-			}
-			c.Close()
-			t.Logf("granted: connect() = 0 in %v", took.Round(100*time.Microsecond))
-		})
+		t.Run("granted/"+ipv, func(t *testing.T) { testGranted(t, a, host) })
 		t.Run("nobody listens/"+ipv, func(t *testing.T) { // a true refusal, no fault of the proxy's making
 			fd, took, err := a.connect(netip.AddrPortFrom(addr, 9))
 			unix.Close(fd)
@@ -130,54 +116,11 @@ func testOutcomes(t *testing.T, offload string) {
 			t.Logf("closed port: ECONNREFUSED in %v", took.Round(100*time.Microsecond))
 		})
 		for _, row := range rows {
-			want := row.v4
-			if addr.Is6() {
-				want = row.v6
-			}
-			dst := netip.AddrPortFrom(addr, row.port)
 			by := a
-			if row.port == silent {
+			if row.port == silentPort {
 				by = hasty
 			}
-			try := func(t *testing.T) error {
-				before := asked(dst)
-				fd, took, err := by.tryConnect(dst)
-				unix.Close(fd)
-				if !errors.Is(err, want) {
-					return fmt.Errorf("connect(): %v after %v, want %v", err, took, want)
-				}
-				if !row.slow && took > 900*time.Millisecond {
-					return fmt.Errorf("the error came after %v: not before the first retransmission", took)
-				}
-				if row.slow && took < 2*time.Second {
-					return fmt.Errorf("the error came after %v: not by the app's own timer", took)
-				}
-				if n, want := asked(dst)-before, map[bool]int{true: 0, false: 1}[row.port == rejected || row.port == dropped]; n != want {
-					return fmt.Errorf("the proxy was asked %d times, want %d", n, want)
-				}
-				t.Logf(
-					"%s, %s: connect() = %s in %v",
-					row.what,
-					ipv,
-					unix.ErrnoName(err.(syscall.Errno)),
-					took.Round(100*time.Microsecond),
-				)
-				return nil
-			}
-			check := func(t *testing.T) {
-				// A machine that stalls just then can spoil a try, but not all of them.
-				for i := 1; ; i++ {
-					err := try(t)
-					if err == nil {
-						break
-					}
-					t.Logf("%s, %s: %v", row.what, ipv, err)
-					if i == 5 {
-						t.Errorf("%s, %s: no try went well", row.what, ipv)
-						break
-					}
-				}
-			}
+			check := func(t *testing.T) { row.check(t, by, proxy, addr, ipv) }
 			if row.slow { // all of them at once
 				slow.Go(func() { check(t) })
 				continue
@@ -185,6 +128,74 @@ func testOutcomes(t *testing.T, offload string) {
 			t.Run(row.what+"/"+ipv, check)
 		}
 	}
+}
+
+func testGranted(t *testing.T, a *app, host string) {
+	l, dst := listenTCP(t, host)
+	fd, took, err := a.connect(dst)
+	unix.Close(fd)
+	if err != nil {
+		t.Fatalf("connect: %v", err)
+	}
+	l.SetDeadline(time.Now().Add(testkit.Patience))
+	c, err := l.Accept()
+	if err != nil {
+		t.Fatal("granted, but nobody came to the far end")
+	}
+	c.Close()
+	t.Logf("granted: connect() = 0 in %v", took.Round(100*time.Microsecond))
+}
+
+// check tries the row until a try goes well: a machine that stalls just then can spoil one, but not all of them.
+func (row outcome) check(t *testing.T, by *app, proxy *sockstest.Server, addr netip.Addr, ipv string) {
+	for i := 1; ; i++ {
+		err := row.try(t, by, proxy, addr, ipv)
+		if err == nil {
+			break
+		}
+		t.Logf("%s, %s: %v", row.what, ipv, err)
+		if i == 5 {
+			t.Errorf("%s, %s: no try went well", row.what, ipv)
+			break
+		}
+	}
+}
+
+func (row outcome) try(t *testing.T, by *app, proxy *sockstest.Server, addr netip.Addr, ipv string) error {
+	want := row.v4
+	if addr.Is6() {
+		want = row.v6
+	}
+	dst := netip.AddrPortFrom(addr, row.port)
+	asked := func() (n int) {
+		for _, r := range proxy.Requests() {
+			if r.Dst.Port == dst.Port() && r.Dst.IP == dst.Addr() {
+				n++
+			}
+		}
+		return n
+	}
+	before := asked()
+	fd, took, err := by.tryConnect(dst)
+	unix.Close(fd)
+	if !errors.Is(err, want) {
+		return fmt.Errorf("connect(): %v after %v, want %v", err, took, want)
+	}
+	if !row.slow && took > 900*time.Millisecond {
+		return fmt.Errorf("the error came after %v: not before the first retransmission", took)
+	}
+	if row.slow && took < 2*time.Second {
+		return fmt.Errorf("the error came after %v: not by the app's own timer", took)
+	}
+	questions := 1
+	if row.port == rejectedPort || row.port == droppedPort {
+		questions = 0
+	}
+	if n := asked() - before; n != questions {
+		return fmt.Errorf("the proxy was asked %d times, want %d", n, questions)
+	}
+	t.Logf("%s, %s: connect() = %s in %v", row.what, ipv, unix.ErrnoName(err.(syscall.Errno)), took.Round(100*time.Microsecond))
+	return nil
 }
 
 // TestImpossible: what no proxy can carry is refused at once, by TCP and by UDP, and the proxy is not asked: addresses that
@@ -226,7 +237,7 @@ func testImpossible(t *testing.T, offload string) {
 		}
 		p := []unix.PollFd{{Fd: int32(u), Events: unix.POLLIN}}
 		for n := 0; n == 0; {
-			if n, err = unix.Poll(p, int(patience/time.Millisecond)); n == 0 || err != nil && err != unix.EINTR {
+			if n, err = unix.Poll(p, int(testkit.Patience/time.Millisecond)); n == 0 || err != nil && err != unix.EINTR {
 				t.Fatalf("UDP to %v: no error came (%v)", dst, err)
 			}
 		}
@@ -265,7 +276,7 @@ func TestNoDescriptors(t *testing.T) {
 		unix.Close(fd)
 		ended <- err
 	}()
-	eventually(t, patience, "it is said", func() bool { return strings.Contains(a.log.String(), "run out") })
+	testkit.EventuallyIn(t, testkit.Patience, "it is said", func() bool { return strings.Contains(a.log.String(), "run out") })
 	select {
 	case err := <-ended:
 		t.Fatalf("connect() ended with %v while there was no descriptor", err)
@@ -335,7 +346,7 @@ func TestDialPendingProgramGone(t *testing.T) {
 	proxy := listenSOCKS(t)
 	proxy.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Silence() })
 	a := startApp(t, "--proxy", proxy.URL(), "--handshake-timeout", "60s")
-	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*testkit.Patience)
 	defer cancel()
 	for _, host := range []string{world4, world6} {
 		dst := netip.AddrPortFrom(netip.MustParseAddr(host), 7)
@@ -347,7 +358,7 @@ func TestDialPendingProgramGone(t *testing.T) {
 		if err := unix.Connect(fd, sockaddr(dst)); err != unix.EINPROGRESS {
 			t.Fatalf("connect: %v", err)
 		}
-		eventually(t, patience, "the proxy is asked", func() bool { return proxy.Stats().Open > before })
+		testkit.EventuallyIn(t, testkit.Patience, "the proxy is asked", func() bool { return proxy.Stats().Open > before })
 		start := time.Now()
 		unix.Close(fd) // Linux sends nothing in SYN_SENT
 		for proxy.Stats().Open > before {

@@ -40,7 +40,8 @@ func TestPoolOfRestartedServer(t *testing.T) {
 			"cert = "+writeFile(t, "cert", string(key)+string(ca))+"\n",
 	)
 	danted := writeFile(t, "danted.conf", "logoutput: stderr\ninternal: 127.0.0.1 port = 1093\nexternal: "+other4+
-		"\nclientmethod: none\nsocksmethod: none\nclient pass { from: 0/0 to: 0/0 }\nsocks pass { from: 0/0 to: 0/0 log: error }\n")
+		"\nclientmethod: none\nsocksmethod: none\nclient pass { from: 0/0 to: 0/0 }\n"+
+		"socks pass { from: 0/0 to: 0/0 log: error }\n")
 	microsocks := &realServer{
 		t:     t,
 		name:  "microsocks",

@@ -18,8 +18,8 @@ import (
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
-// TestPublishARIA2 reaches the RPC interface of a real aria2, which listens on its loopback only, by a TCP port and by a unix socket of
-// the host, as root and as an ordinary user. Afterwards nothing is left.
+// TestPublishARIA2 reaches the RPC interface of a real aria2, which listens on its loopback only, by a TCP port and by a unix
+// socket of the host, as root and as an ordinary user. Afterwards nothing is left.
 func TestPublishARIA2(t *testing.T) {
 	needWorld(t)
 	if _, err := exec.LookPath("aria2c"); err != nil {
@@ -28,7 +28,8 @@ func TestPublishARIA2(t *testing.T) {
 	proxy := listenSOCKS(t)
 	asUsers(t, func(t *testing.T, uid int, dir string) {
 		path := filepath.Join(dir, "rpc")
-		cmd := exec.Command(viasocks, "run", "--proxy", proxy.URL(), "--log-level", "info", "--publish", "0:6800", "--publish-unix", path+":6800", "--",
+		cmd := exec.Command(viasocks, "run", "--proxy", proxy.URL(), "--log-level", "info", "--publish", "0:6800",
+			"--publish-unix", path+":6800", "--",
 			"aria2c", "--no-conf", "--enable-rpc", "--quiet")
 		cmd.Env, cmd.Dir = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir}, dir
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
@@ -88,10 +89,14 @@ func TestPublishKilled(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	var makersSeen []string
 	for range 2 {
-		cmd := exec.Command(viasocks, "run", "--proxy", proxy.URL(), "--log-level", "info", "--publish", "0:80", "--publish-unix", path+":80", "--", "sleep", "60")
+		cmd := exec.Command(viasocks, "run", "--proxy", proxy.URL(), "--log-level", "info", "--publish", "0:80", "--publish-unix",
+			path+":80", "--", "sleep", "60")
 		startPublished(t, cmd)
 		var maker []string
-		testkit.Eventually(t, "the process that makes sockets", func() bool { maker = makers(cmd.Process.Pid); return len(maker) == 1 })
+		testkit.Eventually(t, "the process that makes sockets", func() bool {
+			maker = makers(cmd.Process.Pid)
+			return len(maker) == 1
+		})
 		program := children(cmd.Process.Pid)
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()

@@ -70,11 +70,11 @@ func TestReachHostByName(t *testing.T) {
 func output(cmd *exec.Cmd) (string, error) {
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
-	cmd.WaitDelay = patience
+	cmd.WaitDelay = testkit.Patience
 	if err := cmd.Start(); err != nil {
 		return "", err
 	}
-	late := time.AfterFunc(2*patience, func() { _ = cmd.Process.Kill() })
+	late := time.AfterFunc(2*testkit.Patience, func() { _ = cmd.Process.Kill() })
 	defer late.Stop()
 	err := cmd.Wait()
 	return out.String(), err
@@ -97,7 +97,7 @@ func TestReachHost(t *testing.T) {
 		for _, port := range []uint16{closed, hidden.Addr().(*net.TCPAddr).AddrPort().Port()} {
 			fd, took, err := a.connect(netip.AddrPortFrom(to, port))
 			unix.Close(fd)
-			if !errors.Is(err, unix.ECONNREFUSED) || took > patience/2 {
+			if !errors.Is(err, unix.ECONNREFUSED) || took > testkit.Patience/2 {
 				t.Errorf("port %d: %v after %v", port, err, took)
 			}
 		}
@@ -123,7 +123,7 @@ func talkToService(t *testing.T, l net.Listener, c *net.TCPConn) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	deadline := time.Now().Add(patience)
+	deadline := time.Now().Add(testkit.Patience)
 	_, _ = s.SetDeadline(deadline), c.SetDeadline(deadline)
 	const size = 4 << 20
 	var sides sync.WaitGroup

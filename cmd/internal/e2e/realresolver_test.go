@@ -38,7 +38,8 @@ func TestResolversInsideTLS(t *testing.T) {
 			for _, mode := range []string{
 				"tls://" + world4 + "#dns.example", "tls://dns.example", "https://" + world4 + "/dns-query#dns.example",
 				"https://dns.example/dns-query", "fake,https://dns.example/dns-query",
-				"tls://" + world4 + "#other.example,https://" + world4 + "/wrong#dns.example,tls://dns.example", // two that are of no use
+				"tls://" + world4 + "#other.example,https://" + world4 +
+					"/wrong#dns.example,tls://dns.example", // two that are of no use
 			} {
 				flags := []string{"--proxy", "socks5://" + at, "--dns", mode, "--dns-ca", certificate, "--log-level", "error"}
 				r := run(t, flags, "bash", "-c", askingSecurely, "asking")

@@ -37,8 +37,8 @@ func openTUNForAll(t *testing.T) {
 	t.Cleanup(func() { unix.Unmount("/dev/net/tun", unix.MNT_DETACH) })
 }
 
-// asUsers runs f as a test for the user of this process and, if that is root, for an ordinary user, who may open the TUN. dir belongs
-// to the user.
+// asUsers runs f as a test for the user of this process and, if that is root, for an ordinary user, who may open the TUN. dir
+// belongs to the user.
 func asUsers(t *testing.T, f func(t *testing.T, uid int, dir string)) {
 	users := []int{os.Getuid()}
 	if os.Getuid() == 0 {
@@ -94,7 +94,7 @@ func TestOrdinaryUser(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	timer := time.AfterFunc(2*patience, func() { cmd.Process.Kill() })
+	timer := time.AfterFunc(2*testkit.Patience, func() { cmd.Process.Kill() })
 	defer timer.Stop()
 	if err := cmd.Wait(); err != nil {
 		t.Fatalf("viasocks run as an ordinary user: %v\n%s", err, &out)

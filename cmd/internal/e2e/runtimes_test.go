@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // cFetch resolves a name as the C library does and prints what a web server there says.
@@ -190,9 +192,10 @@ func TestRuntimes(t *testing.T) {
 	dnsmasq(t, "--host-record=web.example,"+world4, "--local=/example/")
 	serve(t, "127.0.0.1:1089", "microsocks", "-i", "127.0.0.1", "-p", "1089")
 	l, at := listenTCP(t, world4)
-	s := &http.Server{ReadHeaderTimeout: patience, Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		_, _ = w.Write([]byte("served"))
-	})}
+	s := &http.Server{ReadHeaderTimeout: testkit.Patience,
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			_, _ = w.Write([]byte("served"))
+		})}
 	go func() { _ = s.Serve(l) }()
 	t.Cleanup(func() { _ = s.Close() })
 	here, asked := nscd(t)

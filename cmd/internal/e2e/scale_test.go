@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // silentConn is a far end without a descriptor: it neither sends nor reads, until it is closed.
@@ -47,21 +48,7 @@ func TestManyIdle(t *testing.T) {
 		t.Skip("-short")
 	}
 	needWorld(t)
-	n := 9500
-	var lim unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
-		t.Fatal(err)
-	}
-	lim.Cur = lim.Max
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
-		t.Fatal(err)
-	}
-	if most := int(lim.Max)/2 - 500; most < n {
-		n = most // two descriptors for a connection: the app's socket and the proxy's
-	}
-	if raceEnabled {
-		n = min(n, 1500)
-	}
+	n := manyFiles(t)
 	proxy := listenSOCKS(t, sockstest.WithDial(func(context.Context, sockstest.Addr) (net.Conn, error) {
 		return newSilentConn(), nil
 	}))
@@ -69,73 +56,27 @@ func TestManyIdle(t *testing.T) {
 	dst := netip.AddrPortFrom(netip.MustParseAddr(world4), 80)
 	// Before is a program that has worked: after a hundred connections the code that carries them is in memory, and so is
 	// what the collector needs, 0.8 MB in all; and their memory has come back.
-	var warm []int
-	for range 100 {
-		fd, _, err := a.connect(dst)
-		if err != nil {
-			t.Fatal(err)
-		}
-		warm = append(warm, fd)
-	}
-	for _, fd := range warm {
-		unix.Close(fd)
-	}
-	eventually(t, 4*patience, "the first connections end", func() bool { return proxy.Stats().Open == 0 })
-	eventually(t, 4*patience, "their memory comes back", func() bool { return len(a.goroutines()) > 0 })
-	time.Sleep(500 * time.Millisecond)
+	warmUp(t, a, proxy, dst)
 	rss0, fds0 := a.rss(), a.fds()
 
-	fds := make([]int, n)
-	var failed atomic.Int64
-	var wg sync.WaitGroup
 	start := time.Now()
-	const dialers = 32
-	for d := range dialers {
-		wg.Go(func() {
-			for i := d; i < n; i += dialers {
-				var err error
-				if fds[i], _, err = a.connect(dst); err != nil {
-					failed.Add(1)
-					t.Log(err)
-				}
-			}
-		})
-	}
-	wg.Wait()
-	if failed.Load() > 0 {
-		t.Fatalf("%d of %d connections failed", failed.Load(), n)
-	}
+	fds := connectMany(t, a, dst, n)
 	took := time.Since(start)
-	time.Sleep(8 * time.Second) // the daemon looks every 5 s
+	testkit.Pace(8 * time.Second) // the daemon looks every 5 s
 	rss1, fds1 := a.rss(), a.fds()
-	// The collector may be at work just then: the calmest of a few looks counts.
-	idleCPU := time.Hour
-	for range 5 {
-		cpu0 := a.cpu()
-		time.Sleep(2 * time.Second)
-		if idleCPU = min(idleCPU, a.cpu()-cpu0); idleCPU <= 100*time.Millisecond {
-			break
-		}
-	}
-	// FINs beyond the TUN's queue of 500 are lost, and sent again after twice the time each time: on a busy machine that took
-	// most of a minute, and the kernel gives up after eight.
-	for i, fd := range fds {
-		unix.Close(fd)
-		if i%100 == 99 {
-			eventually(t, 4*patience, "upstream connections end", func() bool { return proxy.Stats().Open <= n-i+300 })
-		}
-	}
-	eventually(t, 4*patience, "every upstream connection ends", func() bool { return proxy.Stats().Open == 0 })
-	eventually(t, 4*patience, "every descriptor is given back", func() bool { return a.fds() <= fds0+2 })
+	idleCPU := calmestCPU(a)
+	closeMany(t, proxy, fds)
+	testkit.EventuallyIn(t, 4*testkit.Patience, "every descriptor is given back", func() bool { return a.fds() <= fds0+2 })
 	// Memory comes back as the collector and the scavenger get to it.
-	deadline := time.Now().Add(30 * time.Second)
 	rss2 := a.rss()
-	for rss2 > rss0+remains*3/4 && time.Now().Before(deadline) {
-		time.Sleep(time.Second)
+	testkit.Until(30*time.Second, func() bool {
+		testkit.Pace(200 * time.Millisecond)
 		rss2 = a.rss()
-	}
+		return rss2 <= rss0+remains*3/4
+	})
 	t.Logf(
-		"%d idle connections in %v: RSS %d KiB before, %d KiB with them (%.1f KiB each), %d KiB after (%.2f times); descriptors %d, %d, %d; CPU while idle %v in 2 s; goroutines, whenever memory was given back: %v",
+		"%d idle connections in %v: RSS %d KiB before, %d KiB with them (%.1f KiB each), %d KiB after (%.2f times); "+
+			"descriptors %d, %d, %d; CPU while idle %v in 2 s; goroutines, whenever memory was given back: %v",
 		n,
 		took.Round(time.Millisecond),
 		rss0>>10,
@@ -166,6 +107,99 @@ func TestManyIdle(t *testing.T) {
 	if idleCPU > 100*time.Millisecond {
 		t.Errorf("%d idle connections cost %v of CPU in 2 s", n, idleCPU)
 	}
+}
+
+// manyFiles gives this process all descriptors that it may have, and is how many connections that allows.
+func manyFiles(t *testing.T) int {
+	t.Helper()
+	n := 9500
+	var lim unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
+		t.Fatal(err)
+	}
+	lim.Cur = lim.Max
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
+		t.Fatal(err)
+	}
+	if most := int(lim.Max)/2 - 500; most < n {
+		n = most // two descriptors for a connection: the app's socket and the proxy's
+	}
+	if raceEnabled {
+		n = min(n, 1500)
+	}
+	return n
+}
+
+// warmUp makes a hundred connections, and waits until their memory has come back.
+func warmUp(t *testing.T, a *app, proxy *sockstest.Server, dst netip.AddrPort) {
+	t.Helper()
+	var warm []int
+	for range 100 {
+		fd, _, err := a.connect(dst)
+		if err != nil {
+			t.Fatal(err)
+		}
+		warm = append(warm, fd)
+	}
+	for _, fd := range warm {
+		unix.Close(fd)
+	}
+	testkit.EventuallyIn(t, 4*testkit.Patience, "the first connections end", func() bool { return proxy.Stats().Open == 0 })
+	testkit.EventuallyIn(t, 4*testkit.Patience, "their memory comes back", func() bool { return len(a.goroutines()) > 0 })
+	testkit.Settle(500*time.Millisecond, "the first memory has come back")
+}
+
+func connectMany(t *testing.T, a *app, dst netip.AddrPort, n int) []int {
+	t.Helper()
+	fds := make([]int, n)
+	var failed atomic.Int64
+	var wg sync.WaitGroup
+	const dialers = 32
+	for d := range dialers {
+		wg.Go(func() {
+			for i := d; i < n; i += dialers {
+				var err error
+				if fds[i], _, err = a.connect(dst); err != nil {
+					failed.Add(1)
+					t.Log(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if failed.Load() > 0 {
+		t.Fatalf("%d of %d connections failed", failed.Load(), n)
+	}
+	return fds
+}
+
+// calmestCPU is what two seconds cost while nothing is to do. The collector may be at work just then: the calmest of a few
+// looks counts.
+func calmestCPU(a *app) time.Duration {
+	idleCPU := time.Hour
+	for range 5 {
+		cpu0 := a.cpu()
+		testkit.Pace(2 * time.Second)
+		if idleCPU = min(idleCPU, a.cpu()-cpu0); idleCPU <= 100*time.Millisecond {
+			break
+		}
+	}
+	return idleCPU
+}
+
+// closeMany closes connections by and by. FINs beyond the TUN's queue of 500 are lost, and sent again after twice the time each
+// time: on a busy machine that took most of a minute, and the kernel gives up after eight.
+func closeMany(t *testing.T, proxy *sockstest.Server, fds []int) {
+	t.Helper()
+	for i, fd := range fds {
+		unix.Close(fd)
+		if i%100 == 99 {
+			testkit.EventuallyIn(t, 4*testkit.Patience, "upstream connections end", func() bool {
+				return proxy.Stats().Open <= len(fds)-i+300
+			})
+		}
+	}
+	testkit.EventuallyIn(t, 4*testkit.Patience, "every upstream connection ends", func() bool { return proxy.Stats().Open == 0 })
 }
 
 // TestUnread: 200 connections whose program never reads while the far end floods: bounded memory, given back.
@@ -199,7 +233,7 @@ func TestUnread(t *testing.T) {
 		t.Fatal(err)
 	}
 	unix.Close(fd)
-	time.Sleep(500 * time.Millisecond)
+	testkit.Settle(500*time.Millisecond, "the first memory has come back")
 	rss0, fds0 := a.rss(), a.fds()
 	fds := make([]int, n)
 	for i := range fds {
@@ -207,13 +241,13 @@ func TestUnread(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	time.Sleep(3 * time.Second)
+	testkit.Pace(3 * time.Second) // so long they are not read
 	rss1, fds1 := a.rss(), a.fds()
 	// The others are not starved by them.
 	start := time.Now()
 	app, far := pair(t, a, world4)
 	app.Write([]byte("x"))
-	far.SetReadDeadline(time.Now().Add(patience))
+	far.SetReadDeadline(time.Now().Add(testkit.Patience))
 	if _, err := far.Read(make([]byte, 1)); err != nil {
 		t.Error("a new connection beside them:", err)
 	}
@@ -223,15 +257,12 @@ func TestUnread(t *testing.T) {
 	for _, fd := range fds {
 		unix.Close(fd)
 	}
-	eventually(t, 4*patience, "every descriptor is given back", func() bool { return a.fds() <= fds0+2 })
-	deadline := time.Now().Add(30 * time.Second)
+	testkit.EventuallyIn(t, 4*testkit.Patience, "every descriptor is given back", func() bool { return a.fds() <= fds0+2 })
 	rss2 := a.rss()
-	for rss2 > rss0*13/10 && time.Now().Before(deadline) {
-		time.Sleep(time.Second)
-		rss2 = a.rss()
-	}
+	testkit.Until(30*time.Second, func() bool { testkit.Pace(200 * time.Millisecond); rss2 = a.rss(); return rss2 <= rss0*13/10 })
 	t.Logf(
-		"%d unread connections: RSS %d KiB before, %d KiB during (%d KiB each), %d KiB after; descriptors %d, %d, %d; a new connection and a byte beside them in %v; goroutines after: %v",
+		"%d unread connections: RSS %d KiB before, %d KiB during (%d KiB each), %d KiB after; descriptors %d, %d, %d; "+
+			"a new connection and a byte beside them in %v; goroutines after: %v",
 		n,
 		rss0>>10,
 		rss1>>10,
@@ -262,7 +293,7 @@ func TestTransferMemory(t *testing.T) {
 	app, far := pair(t, a, world4) // warm
 	app.Close()
 	far.Close()
-	time.Sleep(500 * time.Millisecond)
+	testkit.Settle(500*time.Millisecond, "the first memory has come back")
 	rss0 := a.rss()
 	var peak atomic.Int64
 	ctx, cancel := context.WithCancel(context.Background())
@@ -270,7 +301,7 @@ func TestTransferMemory(t *testing.T) {
 	watch.Go(func() {
 		for ctx.Err() == nil {
 			peak.Store(max(peak.Load(), int64(a.rss())))
-			time.Sleep(20 * time.Millisecond)
+			testkit.Pace(20 * time.Millisecond)
 		}
 	})
 	move := func(from, to *net.TCPConn) {
@@ -298,12 +329,8 @@ func TestTransferMemory(t *testing.T) {
 	wg.Wait()
 	cancel()
 	watch.Wait()
-	deadline := time.Now().Add(30 * time.Second)
 	rss1 := a.rss()
-	for rss1 > rss0*13/10 && time.Now().Before(deadline) {
-		time.Sleep(time.Second)
-		rss1 = a.rss()
-	}
+	testkit.Until(30*time.Second, func() bool { testkit.Pace(200 * time.Millisecond); rss1 = a.rss(); return rss1 <= rss0*13/10 })
 	t.Logf(
 		"RSS %d KiB before, %d KiB at most, %d KiB after (%.2f times)",
 		rss0>>10,

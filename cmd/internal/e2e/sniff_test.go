@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // webServer is nginx at ports 80 and 443 of the world, with a certificate of its own.
@@ -163,12 +164,12 @@ func at443(t *testing.T) (*net.TCPListener, netip.AddrPort) {
 // far is the connection that the proxy makes for the app's.
 func far(t *testing.T, l *net.TCPListener) *net.TCPConn {
 	t.Helper()
-	l.SetDeadline(time.Now().Add(patience))
+	l.SetDeadline(time.Now().Add(testkit.Patience))
 	c, err := l.AcceptTCP()
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(testkit.Patience))
 	t.Cleanup(func() { c.Close() })
 	return c
 }
@@ -201,7 +202,7 @@ func TestSniffStreams(t *testing.T) {
 		c := a.tcp(row.dst)
 		f := far(t, row.l)
 		f.Write([]byte("hello"))
-		c.SetDeadline(time.Now().Add(patience))
+		c.SetDeadline(time.Now().Add(testkit.Patience))
 		b := make([]byte, 5)
 		if _, err := io.ReadFull(c, b); err != nil || string(b) != "hello" {
 			t.Fatalf("%v: %q, %v", row.dst, b, err)
@@ -216,7 +217,7 @@ func TestSniffStreams(t *testing.T) {
 	// Half-close, in the middle of what could be a name, behind it, and at once.
 	for _, first := range []string{"GET / HT", "GET / HTTP/1.1\r\nHost: a.example\r\n\r\n", "\x16\x03\x01", ""} {
 		c := a.tcp(dst)
-		c.SetDeadline(time.Now().Add(patience))
+		c.SetDeadline(time.Now().Add(testkit.Patience))
 		c.Write([]byte(first))
 		c.CloseWrite()
 		f := far(t, l)
@@ -246,7 +247,7 @@ func TestSniffStreams(t *testing.T) {
 	// A dial that fails is a RST.
 	proxy.SetFault(func(sockstest.Request) sockstest.Fault { return sockstest.Reply(5) })
 	c = a.tcp(dst)
-	c.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(testkit.Patience))
 	c.Write([]byte("GET / HTTP/1.1\r\nHost: a.example\r\n\r\n"))
 	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("refused: %v", err)

@@ -30,6 +30,20 @@ func TestShortNames(t *testing.T) {
 	}
 }
 
+// splitDNSCases are the cases of TestSplitDNS.
+var splitDNSCases = []string{
+	"--keep-in-foreground",
+	"--conf-file=/dev/null",
+	"--user=root",
+	"--no-resolv",
+	"--no-hosts",
+	"--bind-interfaces",
+	"--listen-address=" + other4,
+	"--pid-file=",
+	"--local-ttl=60",
+	"--address=/www.corp.example/192.0.2.9",
+}
+
 // TestSplitDNS: dnsmasq serves a zone of its own beside the public server. Each name is asked of the server that the options
 // name, by the way that they name, in fake mode and without; what no option is about stays with the proxy.
 func TestSplitDNS(t *testing.T) {
@@ -38,18 +52,7 @@ func TestSplitDNS(t *testing.T) {
 	asked := filepath.Join(t.TempDir(), "asked")
 	dnsmasq(t, "--address=/corp.example/192.0.2.1", "--address=/real.example/192.0.2.3", "--address=/direct.example/"+world4,
 		"--address=/tcp.example/192.0.2.4", "--log-queries", "--log-facility="+asked)
-	zone := []string{
-		"--keep-in-foreground",
-		"--conf-file=/dev/null",
-		"--user=root",
-		"--no-resolv",
-		"--no-hosts",
-		"--bind-interfaces",
-		"--listen-address=" + other4,
-		"--pid-file=",
-		"--local-ttl=60",
-		"--address=/www.corp.example/192.0.2.9",
-	}
+	zone := splitDNSCases
 	for i := range 12 {
 		zone = append(zone, fmt.Sprintf("--txt-record=big.corp.example,%d-%s", i, strings.Repeat("x", 150)))
 	}

@@ -15,6 +15,8 @@ import (
 
 	"golang.org/x/net/nettest"
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // pair is a connection of the app and its far end.
@@ -23,7 +25,7 @@ func pair(t testing.TB, a *app, host string) (app, far *net.TCPConn) {
 	l, dst := listenTCP(t, host)
 	defer l.Close()
 	app = a.tcp(dst)
-	l.SetDeadline(time.Now().Add(patience))
+	l.SetDeadline(time.Now().Add(testkit.Patience))
 	c, err := l.AcceptTCP()
 	if err != nil {
 		t.Fatal(err)
@@ -90,7 +92,7 @@ func bulk(t *testing.T, app, far *net.TCPConn) {
 		})
 		wg.Go(func() {
 			h := sha256.New()
-			way.to.SetReadDeadline(time.Now().Add(4 * patience))
+			way.to.SetReadDeadline(time.Now().Add(4 * testkit.Patience))
 			n, err := io.Copy(h, way.to)
 			if err != nil || n != size {
 				t.Errorf("%d of %d bytes arrived: %v", n, size, err)
@@ -112,7 +114,7 @@ func testServerFirst(t *testing.T, a *app, host string) {
 		}
 	}()
 	c := a.tcp(dst)
-	c.SetReadDeadline(time.Now().Add(patience))
+	c.SetReadDeadline(time.Now().Add(testkit.Patience))
 	b, err := io.ReadAll(c)
 	if err != nil || string(b) != "220 hello\r\n" {
 		t.Errorf("read %q, %v", b, err)
@@ -130,8 +132,8 @@ func testHalfClose(t *testing.T, a *app, host string) {
 		if way.name == "by the far end" {
 			way.to, way.from = pair(t, a, host)
 		}
-		way.to.SetDeadline(time.Now().Add(2 * patience))
-		way.from.SetDeadline(time.Now().Add(2 * patience))
+		way.to.SetDeadline(time.Now().Add(2 * testkit.Patience))
+		way.from.SetDeadline(time.Now().Add(2 * testkit.Patience))
 		way.from.Write([]byte("question"))
 		if err := way.from.CloseWrite(); err != nil {
 			t.Fatal(way.name, err)
@@ -139,9 +141,9 @@ func testHalfClose(t *testing.T, a *app, host string) {
 		if b, err := io.ReadAll(way.to); err != nil || string(b) != "question" {
 			t.Fatalf("%s: read %q, %v", way.name, b, err)
 		}
-		time.Sleep(1500 * time.Millisecond)
+		testkit.Pace(1500 * time.Millisecond) // half-closed for a while
 		for range 3 {
-			time.Sleep(100 * time.Millisecond)
+			testkit.Pace(100 * time.Millisecond)
 			if _, err := way.to.Write([]byte("answer")); err != nil {
 				t.Fatalf("%s: write after the other's FIN: %v", way.name, err)
 			}
@@ -160,111 +162,116 @@ func reset(c *net.TCPConn) {
 	c.Close()
 }
 
+// ends are the two ends of a connection through viasocks: who resets, and who must see it.
+type ends struct{ mine, other *net.TCPConn }
+
+func settleEnds() { testkit.Settle(50*time.Millisecond, "the other side has it") }
+
+func wantReset(t *testing.T, c *net.TCPConn, before string) {
+	t.Helper()
+	c.SetReadDeadline(time.Now().Add(testkit.Patience))
+	b, err := io.ReadAll(c)
+	if !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the other side sees %v after %q, want ECONNRESET", err, b)
+	}
+	if string(b) != before {
+		t.Errorf("read %q before the reset, want %q", b, before)
+	}
+}
+
+// resetStates are the states in which a connection is reset. In calm nothing is taken when every buffer is full.
+var resetStates = []struct {
+	name string
+	do   func(t *testing.T, e ends, calm time.Duration) error
+}{
+	{"ESTABLISHED", func(t *testing.T, e ends, _ time.Duration) error {
+		reset(e.mine)
+		wantReset(t, e.other, "")
+		return nil
+	}},
+	{"ESTABLISHED, data on the way", func(t *testing.T, e ends, _ time.Duration) error {
+		e.mine.Write([]byte("before"))
+		settleEnds()
+		reset(e.mine)
+		e.other.SetReadDeadline(time.Now().Add(testkit.Patience))
+		// A kernel that got the RST before the read throws the data away, as it would directly; the error must be
+		// there, and nothing but a prefix before it.
+		b, err := io.ReadAll(e.other)
+		if !errors.Is(err, syscall.ECONNRESET) || (len(b) > 0 && string(b) != "before") {
+			t.Errorf("read %q, %v", b, err)
+		}
+		return nil
+	}},
+	{"ESTABLISHED, with unread data", func(t *testing.T, e ends, _ time.Duration) error {
+		e.other.Write([]byte("never read"))
+		settleEnds()
+		reset(e.mine)
+		wantReset(t, e.other, "")
+		return nil
+	}},
+	{"CLOSE_WAIT: the other side sent FIN", func(t *testing.T, e ends, _ time.Duration) error {
+		e.other.CloseWrite()
+		settleEnds()
+		reset(e.mine)
+		wantReset(t, e.other, "")
+		return nil
+	}},
+	{"after its own FIN (FIN_WAIT_2)", func(t *testing.T, e ends, _ time.Duration) error {
+		e.mine.CloseWrite()
+		settleEnds()
+		if _, err := io.ReadAll(e.other); err != nil {
+			t.Errorf("FIN was seen as %v", err)
+		}
+		reset(e.mine)
+		// The other side learns of it when it writes, or by the error on its socket.
+		e.other.SetWriteDeadline(time.Now().Add(testkit.Patience))
+		var err error
+		testkit.Eventually(t, "the other side's writes to fail", func() bool {
+			_, err = e.other.Write(make([]byte, 1000))
+			return err != nil
+		})
+		if !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+			t.Errorf("the other side's writes end in %v", err)
+		}
+		return nil
+	}},
+	{"FIN_WAIT_1: its FIN waits behind data", func(t *testing.T, e ends, calm time.Duration) error {
+		// Until nothing at all is taken for a while: the other side does not read, and every buffer is full. Else the FIN
+		// would get through.
+		fill := make([]byte, 64<<10)
+		for {
+			e.mine.SetWriteDeadline(time.Now().Add(calm))
+			if n, err := e.mine.Write(fill); n == 0 && err != nil {
+				break
+			}
+		}
+		e.mine.CloseWrite()
+		settleEnds()
+		reset(e.mine)
+		e.other.SetReadDeadline(time.Now().Add(2 * testkit.Patience))
+		_, err := io.Copy(io.Discard, e.other)
+		if err == nil {
+			return errGotThrough
+		}
+		if !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("the other side sees %v, want ECONNRESET", err)
+		}
+		return nil
+	}},
+}
+
 // testResets: RST of one side is RST at the other in every state, never FIN, and what came before it is read first.
 func testResets(t *testing.T, a *app, host string) {
-	type ends struct{ mine, other *net.TCPConn } // who resets, who must see it
-	calm := 500 * time.Millisecond               // in which nothing is taken when every buffer is full
-	wantReset := func(t *testing.T, c *net.TCPConn, before string) {
-		t.Helper()
-		c.SetReadDeadline(time.Now().Add(patience))
-		b, err := io.ReadAll(c)
-		if !errors.Is(err, syscall.ECONNRESET) {
-			t.Errorf("the other side sees %v after %q, want ECONNRESET", err, b)
-		}
-		if string(b) != before {
-			t.Errorf("read %q before the reset, want %q", b, before)
-		}
-	}
-	settle := func() { time.Sleep(50 * time.Millisecond) }
-	states := []struct {
-		name string
-		do   func(t *testing.T, e ends) error
-	}{
-		{"ESTABLISHED", func(t *testing.T, e ends) error {
-			reset(e.mine)
-			wantReset(t, e.other, "")
-			return nil
-		}},
-		{"ESTABLISHED, data on the way", func(t *testing.T, e ends) error {
-			e.mine.Write([]byte("before"))
-			settle()
-			reset(e.mine)
-			e.other.SetReadDeadline(time.Now().Add(patience))
-			// A kernel that got the RST before the read throws the data away, as it would directly; the error must be
-			// there, and nothing but a prefix before it.
-			b, err := io.ReadAll(e.other)
-			if !errors.Is(err, syscall.ECONNRESET) || (len(b) > 0 && string(b) != "before") {
-				t.Errorf("read %q, %v", b, err)
-			}
-			return nil
-		}},
-		{"ESTABLISHED, with unread data", func(t *testing.T, e ends) error {
-			e.other.Write([]byte("never read"))
-			settle()
-			reset(e.mine)
-			wantReset(t, e.other, "")
-			return nil
-		}},
-		{"CLOSE_WAIT: the other side sent FIN", func(t *testing.T, e ends) error {
-			e.other.CloseWrite()
-			settle()
-			reset(e.mine)
-			wantReset(t, e.other, "")
-			return nil
-		}},
-		{"after its own FIN (FIN_WAIT_2)", func(t *testing.T, e ends) error {
-			e.mine.CloseWrite()
-			settle()
-			if _, err := io.ReadAll(e.other); err != nil {
-				t.Errorf("FIN was seen as %v", err)
-			}
-			reset(e.mine)
-			// The other side learns of it when it writes, or by the error on its socket.
-			e.other.SetWriteDeadline(time.Now().Add(patience))
-			var err error
-			for err == nil {
-				_, err = e.other.Write(make([]byte, 1000))
-				time.Sleep(10 * time.Millisecond)
-			}
-			if !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
-				t.Errorf("the other side's writes end in %v", err)
-			}
-			return nil
-		}},
-		{"FIN_WAIT_1: its FIN waits behind data", func(t *testing.T, e ends) error {
-			// Until nothing at all is taken for a while: the other side does not read, and every buffer is full. Else the FIN
-			// would get through.
-			fill := make([]byte, 64<<10)
-			for {
-				e.mine.SetWriteDeadline(time.Now().Add(calm))
-				if n, err := e.mine.Write(fill); n == 0 && err != nil {
-					break
-				}
-			}
-			e.mine.CloseWrite()
-			settle()
-			reset(e.mine)
-			e.other.SetReadDeadline(time.Now().Add(2 * patience))
-			_, err := io.Copy(io.Discard, e.other)
-			if err == nil {
-				return errGotThrough
-			}
-			if !errors.Is(err, syscall.ECONNRESET) {
-				t.Errorf("the other side sees %v, want ECONNRESET", err)
-			}
-			return nil
-		}},
-	}
-	for _, s := range states {
+	for _, s := range resetStates {
 		for _, by := range []string{"the app", "the far end"} {
 			t.Run(s.name+"/by "+by, func(t *testing.T) {
 				// A machine that stalls looks like full buffers.
-				for calm = 500 * time.Millisecond; ; calm *= 2 {
+				for calm := 500 * time.Millisecond; ; calm *= 2 {
 					mine, other := pair(t, a, host)
 					if by == "the far end" {
 						mine, other = other, mine
 					}
-					err := s.do(t, ends{mine, other})
+					err := s.do(t, ends{mine, other}, calm)
 					if err == nil {
 						break
 					}
@@ -311,7 +318,7 @@ func testOneSourcePort(t *testing.T, a *app, host string) {
 		}
 		defer far.Close()
 		c.Write([]byte("x"))
-		far.SetReadDeadline(time.Now().Add(patience))
+		far.SetReadDeadline(time.Now().Add(testkit.Patience))
 		if _, err := io.ReadFull(far, make([]byte, 1)); err != nil {
 			t.Fatal(err)
 		}
@@ -325,17 +332,16 @@ func testPortUsedAgain(t *testing.T, a *app, host string) {
 	const port = 40321
 	for i := range 6 {
 		fd := bindPort(t, a, dst, port)
-		err := unix.Connect(fd, sockaddr(dst))
-		// The last acknowledgement may still be on its way: LAST_ACK.
-		for end := time.Now().Add(patience); errors.Is(err, unix.EADDRNOTAVAIL) && time.Now().Before(end); {
-			time.Sleep(20 * time.Millisecond)
+		var err error
+		testkit.Until(testkit.Patience, func() bool { // the last acknowledgement may still be on its way: LAST_ACK
 			err = unix.Connect(fd, sockaddr(dst))
-		}
+			return !errors.Is(err, unix.EADDRNOTAVAIL)
+		})
 		if err != nil {
 			t.Fatalf("connection %d from port %d: %v", i, port, err)
 		}
 		c := fileConn(t, fd).(*net.TCPConn)
-		c.SetDeadline(time.Now().Add(patience))
+		c.SetDeadline(time.Now().Add(testkit.Patience))
 		far, err := l.AcceptTCP()
 		if err != nil {
 			t.Fatal(err)
@@ -346,7 +352,7 @@ func testPortUsedAgain(t *testing.T, a *app, host string) {
 				t.Fatalf("connection %d: %v", i, err)
 			}
 			c.Close()
-			time.Sleep(20 * time.Millisecond)
+			testkit.Settle(20*time.Millisecond, "the last ACK has come")
 		} else {
 			reset(c)
 			io.ReadAll(far)

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // farUDP is a UDP socket in the world.
@@ -32,7 +33,7 @@ func farUDP(t testing.TB, host string) (*net.UDPConn, netip.AddrPort) {
 func recv(t testing.TB, c *net.UDPConn) (string, netip.AddrPort) {
 	t.Helper()
 	b := make([]byte, 65536)
-	c.SetReadDeadline(time.Now().Add(patience))
+	c.SetReadDeadline(time.Now().Add(testkit.Patience))
 	n, from, err := c.ReadFromUDPAddrPort(b)
 	if err != nil {
 		t.Fatalf("no datagram: %v", err)
@@ -136,8 +137,8 @@ func testBurst(t *testing.T, a *app, host string) {
 	send(t, app, addr, "first")
 	_, mapped := recv(t, far)
 	mapped = netip.AddrPortFrom(addr.Addr(), mapped.Port())
-	// The longest that is not fragmented. Fragments may come by another queue of the TUN, and so later: the kernel knows no ports of
-	// theirs, as a network card does not.
+	// The longest that is not fragmented. Fragments may come by another queue of the TUN, and so later: the kernel knows no
+	// ports of theirs, as a network card does not.
 	longest := 1500 - 20 - 8
 	if host == world6 {
 		longest = 1500 - 40 - 8
@@ -205,7 +206,7 @@ func testAssociationLost(t *testing.T, offload string) {
 	recv(t, far)
 	for i := range 2 {
 		proxy.CutAll(sockstest.FIN)
-		deadline := time.Now().Add(2 * patience)
+		deadline := time.Now().Add(2 * testkit.Patience)
 		for n := 0; !exchange(t, app, far, addr, fmt.Sprintf("again %d %d", i, n)); n++ {
 			if time.Now().After(deadline) {
 				t.Fatal("the association was not made again")
@@ -237,7 +238,8 @@ func testNoUDP(t *testing.T, offload string) {
 			if err := unix.Connect(fd, sockaddr(dst)); err != nil {
 				t.Fatal(err)
 			}
-			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(patience / time.Second)})
+			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO,
+				&unix.Timeval{Sec: int64(testkit.Patience / time.Second)})
 			start := time.Now()
 			if _, err := unix.Write(fd, []byte("x")); err != nil {
 				t.Fatal(err)
@@ -269,13 +271,13 @@ func TestMappingLife(t *testing.T) {
 	app := a.udp(false)
 	send(t, app, addr, "one")
 	_, before := recv(t, far)
-	time.Sleep(13 * time.Second)
+	testkit.Pace(13 * time.Second) // longer than --udp-timeout
 	send(t, app, addr, "two")
 	if _, after := recv(t, far); after != before {
 		t.Errorf("the mapping of an open socket changed from %v to %v", before, after)
 	}
 	app.Close()
-	eventually(t, 2*patience, "the association of a closed socket ends", func() bool {
+	testkit.EventuallyIn(t, 2*testkit.Patience, "the association of a closed socket ends", func() bool {
 		return proxy.Stats().AssociationsOpen == 0
 	})
 }

@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // pingers sends n sockets' datagrams to an echo, one at a time each, 100 a second, for d. It returns the round trips and
@@ -41,7 +43,7 @@ func pingers(t *testing.T, apps []*net.UDPConn, dst netip.AddrPort, wait, d time
 						break
 					}
 				}
-				time.Sleep(10*time.Millisecond - time.Since(start))
+				testkit.Pace(10*time.Millisecond - time.Since(start))
 			}
 			mu.Lock()
 			defer mu.Unlock()
@@ -54,8 +56,8 @@ func pingers(t *testing.T, apps []*net.UDPConn, dst netip.AddrPort, wait, d time
 	return trips, lost
 }
 
-// TestUDPFair: one socket sends 12 MB/s without a pause; twenty others lose nothing and hardly wait. Then one sends all that it can,
-// more than is read from the TUN: it loses its own datagrams, and the others have their answers.
+// TestUDPFair: one socket sends 12 MB/s without a pause; twenty others lose nothing and hardly wait. Then one sends all that it
+// can, more than is read from the TUN: it loses its own datagrams, and the others have their answers.
 func TestUDPFair(t *testing.T) {
 	for _, offload := range []string{"full", "nouso", "off"} {
 		t.Run("offload="+offload, func(t *testing.T) {
@@ -77,7 +79,7 @@ func TestUDPFair(t *testing.T) {
 			for range 20 {
 				apps = append(apps, a.udp(false))
 			}
-			pingers(t, apps, dst, patience, 300*time.Millisecond) // the associations are there
+			pingers(t, apps, dst, testkit.Patience, 300*time.Millisecond) // the associations are there
 			flooder := a.udp(false)
 			steady := func() (trips []time.Duration, lost int) {
 				var stop atomic.Bool
@@ -88,7 +90,7 @@ func TestUDPFair(t *testing.T) {
 						for range 10 {
 							flooder.WriteToUDPAddrPort(b, sink)
 						}
-						time.Sleep(time.Millisecond)
+						testkit.Pace(time.Millisecond)
 					}
 				})
 				defer wg.Wait()

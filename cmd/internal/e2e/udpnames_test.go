@@ -26,8 +26,8 @@ func zooServer(name string) string {
 }
 
 // TestNamesInUDP: dig asks servers of DNS that it knows by name, at another port than 53, and takes answers only from the address
-// that it asked. No resolver can be reached: the names travel in the headers of datagrams. Real servers answer from the name or from
-// its address; viasocks comes to know that they take names, and keeps the association.
+// that it asked. No resolver can be reached: the names travel in the headers of datagrams. Real servers answer from the name or
+// from its address; viasocks comes to know that they take names, and keeps the association.
 func TestNamesInUDP(t *testing.T) {
 	needPrograms(t, "dnsmasq", "dig")
 	dnsmasq(t, "--address=/far.example/"+world4, "--address=/near.example/"+world4)
