@@ -176,114 +176,132 @@ func TestLastWords(t *testing.T) {
 		t.Skip(err)
 	}
 	for _, own := range []bool{true, false} {
-		inNamespace(t, func(t *testing.T) {
-			w := newWorld(t)
-			c := testConfig(t)
-			c.OwnCgroup = ours
-			var h *Host
-			var tun *os.File
-			start := func() { h, tun = up(t, c) }
-			for _, a := range []string{far4, far6} {
-				c.Upstreams = append(c.Upstreams, Endpoint{unix.IPPROTO_TCP, netip.AddrPortFrom(netip.MustParseAddr(a), 1080)})
-			}
-			w.in(func() {
-				nft(t, "add table inet rec")
-				nft(t, "add chain inet rec in { type filter hook prerouting priority -400; }")
-				nft(t, "add chain inet rec late { type filter hook input priority 0; }")
-				for _, n := range []string{"acks", "resets"} {
-					nft(t, "add counter inet rec "+n)
-				}
-				nft(t, "add rule inet rec in tcp dport 1080 tcp flags == rst counter name resets")
-				nft(t, "add rule inet rec in tcp dport 1080 tcp flags == rst | ack counter name resets")
-				nft(t, "add rule inet rec in tcp dport 1080 tcp flags == ack counter name acks")
-			})
-			count := func(name string) (n int) {
-				w.in(func() {
-					f := strings.Fields(nft(t, "list", "counter", "inet", "rec", name))
-					for i, word := range f {
-						if word == "packets" {
-							n, _ = strconv.Atoi(f[i+1])
-						}
-					}
-				})
-				return n
-			}
-			if own {
-				start()
-			}
-			type pair struct {
-				fd   int
-				peer *net.TCPConn
-			}
-			var pairs []pair
-			for _, a := range []string{far4, far6, far4, far6} {
-				var l net.Listener
-				w.in(func() { l, err = net.Listen("tcp", netip.AddrPortFrom(netip.MustParseAddr(a), 1080).String()) })
-				if err != nil {
-					t.Fatal(err)
-				}
-				dst := netip.MustParseAddr(a)
-				family := unix.AF_INET
-				if dst.Is6() {
-					family = unix.AF_INET6
-				}
-				fd, err := socketIn(filepath.Join(mount, ours), family, unix.SOCK_STREAM)
-				if err != nil {
-					t.Fatal(err)
-				}
-				if own {
-					_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(c.Marks.Own))
-				}
-				if err := unix.Connect(fd, sockaddr(netip.AddrPortFrom(dst, 1080))); err != nil {
-					t.Fatal(err)
-				}
-				peer, err := l.Accept()
-				if err != nil {
-					t.Fatal(err)
-				}
-				l.Close()
-				defer peer.Close()
-				pairs = append(pairs, pair{fd, peer.(*net.TCPConn)})
-			}
-			// The peers hear nothing any more, and so say again and again what nobody acknowledges.
-			deaf := func() { w.in(func() { nft(t, "add rule inet rec late tcp dport 1080 drop") }) }
-			for _, p := range pairs[:2] { // they close second: TIME_WAIT is here
-				unix.Close(p.fd)
-			}
-			testkit.Settle(100*time.Millisecond, "they are in TIME_WAIT")
-			for _, p := range pairs[2:] { // a reset for each thing said to a socket that is closed with something unread
-				_, _ = p.peer.Write([]byte("unread"))
-			}
-			testkit.Settle(100*time.Millisecond, "the resets have left")
-			if !own {
-				start()
-			}
-			deaf()
-			w.take()
-			acks, resets := count("acks"), count("resets")
-			for _, p := range pairs[:2] {
-				p.peer.Close() // its FIN comes again and again
-			}
-			for _, p := range pairs[2:] {
-				unix.Close(p.fd)                      // a reset by the socket itself
-				_, _ = p.peer.Write([]byte("anyone")) // and one for what comes later
-			}
-			if own {
-				testkit.Eventually(t, "ACKs of TIME_WAIT and resets at the proxy", func() bool {
-					return count("acks") >= acks+6 && count("resets") >= resets+6
-				})
-			} else {
-				testkit.Pace(2 * time.Second) // the peers repeat themselves
-				if a, r := count("acks")-acks, count("resets")-resets; a+r != 0 {
-					t.Errorf("of a program %d ACKs and %d resets left", a, r)
-				}
-				if s := w.take(); len(s) != 0 {
-					t.Errorf("of a program there left %v", s)
-				}
-			}
-			t.Logf("own %v: %d ACKs, %d resets", own, count("acks")-acks, count("resets")-resets)
-			down(t, h)
-			tun.Close()
-		})
+		inNamespace(t, func(t *testing.T) { lastWords(t, own, ours, filepath.Join(mount, ours)) })
 	}
+}
+
+func lastWords(t *testing.T, own bool, ours, dir string) {
+	w := newWorld(t)
+	c := testConfig(t)
+	c.OwnCgroup = ours
+	for _, a := range []string{far4, far6} {
+		c.Upstreams = append(c.Upstreams, Endpoint{unix.IPPROTO_TCP, netip.AddrPortFrom(netip.MustParseAddr(a), 1080)})
+	}
+	countWords(t, w)
+	var h *Host
+	var tun *os.File
+	if own {
+		h, tun = up(t, c)
+	}
+	var pairs []wordPair
+	for _, a := range []string{far4, far6, far4, far6} {
+		p := openWords(t, w, netip.MustParseAddr(a), dir, map[bool]int{true: int(c.Marks.Own)}[own])
+		defer p.peer.Close()
+		pairs = append(pairs, p)
+	}
+	for _, p := range pairs[:2] { // they close second: TIME_WAIT is here
+		unix.Close(p.fd)
+	}
+	testkit.Settle(100*time.Millisecond, "they are in TIME_WAIT")
+	for _, p := range pairs[2:] { // a reset for each thing said to a socket that is closed with something unread
+		_, _ = p.peer.Write([]byte("unread"))
+	}
+	testkit.Settle(100*time.Millisecond, "the resets have left")
+	if !own {
+		h, tun = up(t, c)
+	}
+	// The peers hear nothing any more, and so say again and again what nobody acknowledges.
+	w.in(func() { nft(t, "add rule inet rec late tcp dport 1080 drop") })
+	w.take()
+	acks, resets := words(t, w, "acks"), words(t, w, "resets")
+	for _, p := range pairs[:2] {
+		p.peer.Close() // its FIN comes again and again
+	}
+	for _, p := range pairs[2:] {
+		unix.Close(p.fd)                      // a reset by the socket itself
+		_, _ = p.peer.Write([]byte("anyone")) // and one for what comes later
+	}
+	if own {
+		testkit.Eventually(t, "ACKs of TIME_WAIT and resets at the proxy", func() bool {
+			return words(t, w, "acks") >= acks+6 && words(t, w, "resets") >= resets+6
+		})
+	} else {
+		testkit.Pace(2 * time.Second) // the peers repeat themselves
+		if a, r := words(t, w, "acks")-acks, words(t, w, "resets")-resets; a+r != 0 {
+			t.Errorf("of a program %d ACKs and %d resets left", a, r)
+		}
+		if s := w.take(); len(s) != 0 {
+			t.Errorf("of a program there left %v", s)
+		}
+	}
+	t.Logf("own %v: %d ACKs, %d resets", own, words(t, w, "acks")-acks, words(t, w, "resets")-resets)
+	down(t, h)
+	tun.Close()
+}
+
+// wordPair is a connection of a program, and its end at the proxy.
+type wordPair struct {
+	fd   int
+	peer *net.TCPConn
+}
+
+// openWords connects a socket in a control group to the proxy.
+func openWords(t *testing.T, w *world, dst netip.Addr, dir string, mark int) wordPair {
+	t.Helper()
+	var l net.Listener
+	var err error
+	w.in(func() { l, err = net.Listen("tcp", netip.AddrPortFrom(dst, 1080).String()) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	family := unix.AF_INET
+	if dst.Is6() {
+		family = unix.AF_INET6
+	}
+	fd, err := socketIn(dir, family, unix.SOCK_STREAM)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if mark != 0 {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, mark)
+	}
+	if err := unix.Connect(fd, sockaddr(netip.AddrPortFrom(dst, 1080))); err != nil {
+		t.Fatal(err)
+	}
+	peer, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return wordPair{fd, peer.(*net.TCPConn)}
+}
+
+// countWords counts the ACKs and resets that come to the proxy.
+func countWords(t *testing.T, w *world) {
+	t.Helper()
+	w.in(func() {
+		nft(t, "add table inet rec")
+		nft(t, "add chain inet rec in { type filter hook prerouting priority -400; }")
+		nft(t, "add chain inet rec late { type filter hook input priority 0; }")
+		for _, n := range []string{"acks", "resets"} {
+			nft(t, "add counter inet rec "+n)
+		}
+		nft(t, "add rule inet rec in tcp dport 1080 tcp flags == rst counter name resets")
+		nft(t, "add rule inet rec in tcp dport 1080 tcp flags == rst | ack counter name resets")
+		nft(t, "add rule inet rec in tcp dport 1080 tcp flags == ack counter name acks")
+	})
+}
+
+// words is how many ACKs or resets came to the proxy.
+func words(t *testing.T, w *world, name string) (n int) {
+	t.Helper()
+	w.in(func() {
+		f := strings.Fields(nft(t, "list", "counter", "inet", "rec", name))
+		for i, word := range f {
+			if word == "packets" {
+				n, _ = strconv.Atoi(f[i+1])
+			}
+		}
+	})
+	return n
 }
