@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/cmd/internal/harness"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // agent is a process in another cgroup that opens sockets for the test. A socket belongs to the cgroup in which it was
@@ -114,13 +115,12 @@ func (a *agent) launch(w *world, cmd *exec.Cmd) error {
 // removeSoon removes a cgroup when its last process is gone.
 func removeSoon(t testing.TB, dir string) {
 	var err error
-	for range 1000 {
-		if err = os.Remove(dir); err == nil || errors.Is(err, os.ErrNotExist) {
-			return
-		}
-		time.Sleep(20 * time.Millisecond)
+	if !testkit.Until(testkit.Patience, func() bool {
+		err = os.Remove(dir)
+		return err == nil || errors.Is(err, os.ErrNotExist)
+	}) {
+		t.Errorf("cannot remove the cgroup: %v", err)
 	}
-	t.Errorf("cannot remove the cgroup: %v", err)
 }
 
 func (a *agent) socket(family, typ int) (int, error) {

@@ -13,6 +13,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // batcher sends several rtnetlink messages to the host's kernel with a single system call, so that nobody else can act
@@ -198,7 +200,7 @@ func (w *world) unplug(d time.Duration, meanwhile func()) {
 	if meanwhile != nil {
 		meanwhile()
 	}
-	time.Sleep(time.Until(start.Add(d)))
+	testkit.Pace(time.Until(start.Add(d)))
 	w.ip("router", "link set host0 up")
 	w.carrier(true)
 }
@@ -232,10 +234,8 @@ func linkFlags(name string) (int, error) {
 // quietly is eventually for what happens too often to be logged.
 func (w *world) quietly(limit time.Duration, what string, ok func() bool) {
 	w.t.Helper()
-	for end := time.Now().Add(limit); !ok(); time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(end) {
-			w.t.Fatalf("not within %v: %s", limit, what)
-		}
+	if !testkit.Until(limit, ok) {
+		w.t.Fatalf("not within %v: %s", limit, what)
 	}
 }
 

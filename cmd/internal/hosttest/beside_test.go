@@ -14,7 +14,8 @@ func TestChildOfTheUplink(t *testing.T) {
 
 func childOfTheUplink(t *testing.T, strict bool, flags ...string) {
 	w, _ := closedUp(t, flags...)
-	if out, err := try("", nil, "ip", "-n", "host", "link", "add", "link", "eth0", "name", "child0", "type", "macvlan", "mode", "bridge"); err != nil {
+	if out, err := try("", nil, "ip", "-n", "host", "link", "add", "link", "eth0", "name", "child0", "type", "macvlan", "mode",
+		"bridge"); err != nil {
 		t.Skip("no macvlan: ", err, out)
 	}
 	w.ip(

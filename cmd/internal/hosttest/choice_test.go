@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // way is what becomes of a probe.
@@ -287,7 +289,7 @@ func (o *observer) carries(when string, addrs []string, uid int) {
 		if err != nil || got != proxy4 && got != proxy6 {
 			o.w.t.Errorf("%s: %s was reached from %q (%v), want the proxy", when, a, got, err)
 		}
-		time.Sleep(20 * time.Millisecond)
+		testkit.Settle(20*time.Millisecond, "what leaves has left")
 		for _, s := range o.rec.take() {
 			if s.what.dst == addr(a) {
 				o.w.t.Errorf("%s: of a connection that is carried there left the host: %v", when, s.what)

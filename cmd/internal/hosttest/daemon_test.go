@@ -10,6 +10,7 @@ import (
 
 	"github.com/viasocks/viasocks/cmd/internal/harness"
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // daemon is a `viasocks up` in the host namespace.
@@ -50,10 +51,9 @@ func (w *world) up(flags ...string) *daemon {
 
 func (d *daemon) ready() {
 	d.t.Helper()
-	for limit := time.Now().Add(readyWithin); ; time.Sleep(2 * time.Millisecond) {
+	if !testkit.Until(readyWithin, func() bool {
 		if strings.Contains(d.log.String(), "msg=ready") {
-			d.startedIn = time.Since(d.started)
-			return
+			return true
 		}
 		select {
 		case err := <-d.done:
@@ -61,20 +61,21 @@ func (d *daemon) ready() {
 			d.t.Fatalf("viasocks up did not start: %v\n%s", err, d.log)
 		default:
 		}
-		if time.Now().After(limit) {
-			d.t.Fatalf("viasocks up is not ready after %v\n%s", readyWithin, d.log)
-		}
+		return false
+	}) {
+		d.t.Fatalf("viasocks up is not ready after %v\n%s", readyWithin, d.log)
 	}
+	d.startedIn = time.Since(d.started)
 }
 
 // becomesReady waits for it to be ready or over.
 func (d *daemon) becomesReady() bool {
-	for limit := time.Now().Add(readyWithin); time.Now().Before(limit) && d.alive(); time.Sleep(5 * time.Millisecond) {
-		if strings.Contains(d.log.String(), "msg=ready") {
-			return true
-		}
-	}
-	return false
+	ready := false
+	testkit.Until(readyWithin, func() bool {
+		ready = strings.Contains(d.log.String(), "msg=ready")
+		return ready || !d.alive()
+	})
+	return ready
 }
 
 // alive is whether it runs.
@@ -103,11 +104,10 @@ func (d *daemon) reload() {
 	d.t.Helper()
 	before := strings.Count(d.log.String(), "reload")
 	d.signal(syscall.SIGHUP)
-	for limit := time.Now().Add(30 * time.Second); strings.Count(d.log.String(), "reload") == before; time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(limit) || !d.alive() {
-			d.t.Errorf("the log does not tell of the reload:\n%s", harness.Tail(quiet(d.log.String()), 20))
-			return
-		}
+	told := func() bool { return strings.Count(d.log.String(), "reload") != before }
+	testkit.Until(testkit.Patience, func() bool { return told() || !d.alive() })
+	if !told() {
+		d.t.Errorf("the log does not tell of the reload:\n%s", harness.Tail(quiet(d.log.String()), 20))
 	}
 }
 

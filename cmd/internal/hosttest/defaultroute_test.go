@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // The host of these tests has another subnet at times, and a gateway outside of its own network, as clouds have it.
@@ -60,7 +62,7 @@ func (w *world) pester(uplink string) {
 								c.Close()
 							}
 						}
-						time.Sleep(10 * time.Millisecond)
+						testkit.Pace(10 * time.Millisecond)
 					}
 					return nil
 				})
@@ -270,7 +272,7 @@ func (w *world) accepted(when string, b *batcher) []string {
 		for i := range c.tries {
 			w.bare(b)
 			if i%8 == 7 { // by then a running viasocks has taken notice
-				time.Sleep(300 * time.Millisecond)
+				testkit.Pace(300 * time.Millisecond)
 			}
 			if err := c.try(w, b, i); err != nil {
 				why = err
@@ -286,21 +288,24 @@ func (w *world) accepted(when string, b *batcher) []string {
 	return row
 }
 
+// defaultRoutesCases are the cases of TestDefaultRoutes.
+var defaultRoutesCases = []struct {
+	name  string
+	flags []string
+}{
+	{"default options", nil},
+	{"lan carry", []string{"--lan", "carry"}},
+	{"lan refuse", []string{"--lan", "refuse"}},
+	{"include-uid", []string{"--include-uid", "0"}},
+	{"exclude-uid", []string{"--exclude-uid", "12345"}},
+	{"strict", []string{"--strict"}},
+}
+
 // TestDefaultRoutes: whatever viasocks does, the kernel accepts a default route at the same moment as the address that it
 // goes by, as without viasocks, and the host then has its network. DHCP clients try once.
 func TestDefaultRoutes(t *testing.T) {
 	t.Parallel()
-	for _, o := range []struct {
-		name  string
-		flags []string
-	}{
-		{"default options", nil},
-		{"lan carry", []string{"--lan", "carry"}},
-		{"lan refuse", []string{"--lan", "refuse"}},
-		{"include-uid", []string{"--include-uid", "0"}},
-		{"exclude-uid", []string{"--exclude-uid", "12345"}},
-		{"strict", []string{"--strict"}},
-	} {
+	for _, o := range defaultRoutesCases {
 		t.Run(o.name, func(t *testing.T) {
 			if !apart(t) {
 				return

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // client is a program that configures a host's network.
@@ -115,12 +117,10 @@ func (w *world) configured(when string, s subnet, limit time.Duration) (v4, v6 s
 		}
 		return missing == ""
 	}
-	for end := time.Now().Add(limit); !done(); time.Sleep(50 * time.Millisecond) {
-		if time.Now().After(end) {
-			w.t.Errorf("%s: not configured within %v: there is not%s\n%s", when, limit, missing,
-				w.ip("host", "addr show dev eth0\n-4 route\n-6 route\n-4 rule\n-6 rule"))
-			return v4, v6, false
-		}
+	if !testkit.Until(limit, done) {
+		w.t.Errorf("%s: not configured within %v: there is not%s\n%s", when, limit, missing,
+			w.ip("host", "addr show dev eth0\n-4 route\n-6 route\n-4 rule\n-6 rule"))
+		return v4, v6, false
 	}
 	return v4, v6, true
 }
@@ -167,9 +167,6 @@ func (b *clientBench) well(when string, limit time.Duration) {
 	b.t.Logf("%5.1f s: %s: configured after %v, %s and %s",
 		time.Since(b.start).Seconds(), when, took.Round(10*time.Millisecond), v4, v6)
 }
-
-// patience is how long a client may take for a lease.
-const patience = 30 * time.Second
 
 // TestClients: with the programs that configure the networks of hosts, a host that is up or closed gets its network, keeps
 // it and gets it again.
@@ -218,50 +215,50 @@ func testClient(t *testing.T, c client) {
 
 	b.server = w.dhcpServer(b.net)
 	b.client = c.start(w)
-	b.well("the first lease, closed", patience)
+	b.well("the first lease, closed", testkit.Patience)
 	d := w.up(flags...)
 	b.up = true
-	b.well("up after the first lease", patience)
+	b.well("up after the first lease", testkit.Patience)
 
-	b.acknowledged("renewal", renewAfter+patience)
+	b.acknowledged("renewal", renewAfter+testkit.Patience)
 	start := time.Now()
-	b.acknowledged("another renewal", renewAfter+patience)
+	b.acknowledged("another renewal", renewAfter+testkit.Patience)
 	if took := time.Since(start); took > rebindAfter-time.Second {
 		t.Errorf("the lease was renewed after %v, as if the server had not answered at first", took)
 	}
-	b.well("renewed", patience)
+	b.well("renewed", testkit.Patience)
 
 	// Renewals are sent to the server alone, and those do not reach it any more.
 	w.nft("router", deafRules)
-	b.acknowledged("rebinding", rebindAfter+patience)
-	b.well("rebound", patience)
+	b.acknowledged("rebinding", rebindAfter+testkit.Patience)
+	b.well("rebound", testkit.Patience)
 	w.nft("router", "delete table ip deaf\n")
 
 	w.unplug(time.Second, nil)
-	b.well("carrier lost for 1 s", patience)
+	b.well("carrier lost for 1 s", testkit.Patience)
 	w.unplug(6*time.Second, nil)
-	b.well("carrier lost for 6 s", patience)
+	b.well("carrier lost for 6 s", testkit.Patience)
 	w.unplug(2*time.Second, func() { b.move(secondSubnet) })
-	b.well("another subnet", patience+rebindAfter)
+	b.well("another subnet", testkit.Patience+rebindAfter)
 
 	d.kill()
 	b.up = false
 	b.closed = b.steering()
 	b.client.stop()
 	b.client = c.start(w)
-	b.well("killed, the client started again", patience)
+	b.well("killed, the client started again", testkit.Patience)
 	w.unplug(time.Second, nil)
-	b.well("killed, carrier lost for 1 s", patience)
+	b.well("killed, carrier lost for 1 s", testkit.Patience)
 	w.unplug(2*time.Second, func() { b.move(firstSubnet) })
-	b.well("killed, the first subnet again", patience+rebindAfter)
+	b.well("killed, the first subnet again", testkit.Patience+rebindAfter)
 	d = w.up(flags...)
 	b.up = true
-	b.well("up again", patience)
+	b.well("up again", testkit.Patience)
 	b.rec.noLeak(w, "at the end")
 	if err := d.stop(); err != nil {
 		t.Errorf("stop: %v", err)
 	}
-	v4, v6, _ := w.configured("stopped", b.net, patience)
+	v4, v6, _ := w.configured("stopped", b.net, testkit.Patience)
 	w.works("stopped", v4, v6, true) // though not by the proxy
 }
 
@@ -269,11 +266,9 @@ func testClient(t *testing.T, c client) {
 func (b *clientBench) acknowledged(what string, limit time.Duration) {
 	b.t.Helper()
 	before := b.server.acknowledged()
-	for end := time.Now().Add(limit); b.server.acknowledged() == before; time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(end) {
-			b.t.Errorf("%s: the server gave no lease within %v", what, limit)
-			return
-		}
+	if !testkit.Until(limit, func() bool { return b.server.acknowledged() != before }) {
+		b.t.Errorf("%s: the server gave no lease within %v", what, limit)
+		return
 	}
 }
 

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // dnsServer4 and dnsServer6 are the name server of the world.
@@ -350,7 +351,7 @@ func eachDNSMode(t *testing.T, start func(w *world, flags ...string) (a *dnsAske
 	w.nameServer()
 	host := &dnsAsker{t: t, uplink: "eth0", open: openInHost}
 	host.fire("control", dnsPhase/2)
-	time.Sleep(100 * time.Millisecond)
+	testkit.Settle(100*time.Millisecond, "what leaves has left")
 	control := map[endpoint]bool{}
 	for _, s := range rec.take() {
 		control[endpoint{s.what.proto, s.what.dst, s.what.dport}] = true

@@ -91,8 +91,10 @@ func TestDryRun(t *testing.T) {
 		nil,
 		{"--strict", "--inbound", "carry", "--lan", "carry"},
 		{"--inbound", "carry", "--exclude-device", "br0,wg9", "--inbound-port", "53"},
-		{"--inbound-port", "51820,27015-27020", "--lan", "refuse", "--exclude", chosenNets, "--exclude-uid", "7,60000-65534", "--exclude-port", "123,853-860", "--exclude-device", "br0,wg9"},
-		{"--include", chosenNets, "--include-uid", "7,60000-65534", "--include-port", "123,853-860", "--include-device", "br0,wg9", "--exclude", "203.0.113.9"},
+		{"--inbound-port", "51820,27015-27020", "--lan", "refuse", "--exclude", chosenNets, "--exclude-uid", "7,60000-65534",
+			"--exclude-port", "123,853-860", "--exclude-device", "br0,wg9"},
+		{"--include", chosenNets, "--include-uid", "7,60000-65534", "--include-port", "123,853-860", "--include-device",
+			"br0,wg9", "--exclude", "203.0.113.9"},
 	} {
 		flags = append([]string{"--proxy", "socks5://" + proxy4 + ":1080"}, flags...)
 		lines, err := w.command(append([]string{"up", "--log-level", "error", "--dry-run"}, flags...)...)

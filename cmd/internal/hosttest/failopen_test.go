@@ -8,6 +8,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // TestFailOpen: --fail-open opens the host when viasocks is killed, and for nothing less.
@@ -53,7 +55,7 @@ func TestFailOpen(t *testing.T) {
 	if err := d.stop(); err != nil {
 		t.Errorf("stop: %v", err)
 	}
-	time.Sleep(guard)
+	testkit.Pace(guard)
 	o.mixed("fail-open, stay-closed: stopped", usual)
 	if out, err := w.command("down"); err != nil {
 		t.Errorf("down: %v\n%s", err, out)

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // forge sends a datagram from a namespace with whatever source address.
@@ -97,7 +99,10 @@ func TestForged(t *testing.T) {
 						)
 					}
 					port := uint16(6000 + next)
-					forge := func() { w.forge(ns, a, netip.AddrPortFrom(host, port)); time.Sleep(2 * time.Millisecond) }
+					forge := func() {
+						w.forge(ns, a, netip.AddrPortFrom(host, port))
+						testkit.Settle(2*time.Millisecond, "conntrack has it")
+					}
 					var c *net.UDPConn
 					left := func(when string, to netip.AddrPort) bool {
 						t.Helper()
@@ -105,7 +110,7 @@ func TestForged(t *testing.T) {
 						if _, err := c.WriteToUDPAddrPort([]byte("own"), to); err != nil {
 							t.Errorf("%s: %v", when, err)
 						}
-						time.Sleep(20 * time.Millisecond)
+						testkit.Settle(20*time.Millisecond, "what leaves has left")
 						return slices.ContainsFunc(
 							rec.take(),
 							func(s sighting) bool { return s.what.dst == to.Addr() && s.what.proto == unix.IPPROTO_UDP },
@@ -131,7 +136,7 @@ func TestForged(t *testing.T) {
 						forge()
 						send("forged between", a)
 					}
-					time.Sleep(2500 * time.Millisecond)
+					testkit.Pace(2500 * time.Millisecond) // conntrack forgets the flow
 					forge()
 					send("forged after conntrack forgot", a)
 					c.Close()
@@ -143,7 +148,7 @@ func TestForged(t *testing.T) {
 					send("a server's port, of its own accord", a)
 					send("a server's port, to another", b)
 					w.eventually(
-						patience,
+						testkit.Patience,
 						"a server's port answers who seems to have asked",
 						func() bool { forge(); return left("a server's port", a) },
 					)

@@ -84,7 +84,8 @@ func parse(f []byte) (p packet) {
 		p.proto, p.hops = b[6], b[7]
 		p.src, p.dst = netip.AddrFrom16([16]byte(b[8:])), netip.AddrFrom16([16]byte(b[24:]))
 		b = b[40:]
-		for p.proto == unix.IPPROTO_HOPOPTS || p.proto == unix.IPPROTO_ROUTING || p.proto == unix.IPPROTO_DSTOPTS || p.proto == unix.IPPROTO_FRAGMENT {
+		for p.proto == unix.IPPROTO_HOPOPTS || p.proto == unix.IPPROTO_ROUTING || p.proto == unix.IPPROTO_DSTOPTS ||
+			p.proto == unix.IPPROTO_FRAGMENT {
 			n := 8
 			if len(b) >= 2 && p.proto != unix.IPPROTO_FRAGMENT {
 				n += int(b[1]) * 8
@@ -113,7 +114,8 @@ func parse(f []byte) (p packet) {
 		p.sport, p.dport = binary.BigEndian.Uint16(b), binary.BigEndian.Uint16(b[2:])
 	case (p.proto == unix.IPPROTO_ICMP || p.proto == unix.IPPROTO_ICMPV6) && len(b) >= 4:
 		p.icmp = b[0]
-	case p.proto == unix.IPPROTO_TCP || p.proto == unix.IPPROTO_UDP || p.proto == unix.IPPROTO_ICMP || p.proto == unix.IPPROTO_ICMPV6:
+	case p.proto == unix.IPPROTO_TCP || p.proto == unix.IPPROTO_UDP || p.proto == unix.IPPROTO_ICMP ||
+		p.proto == unix.IPPROTO_ICMPV6:
 		p.bad = true
 	}
 	return p

@@ -6,6 +6,8 @@ import (
 	"os"
 	"testing"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // bridgedGuests are two guests of a hypervisor: their ports are in a bridge with the host's uplink, and the bridge has the
@@ -133,6 +135,6 @@ func testBridgedGuests(t *testing.T, calls string, flags []string) {
 	check("up", true)
 	d.kill()
 	check("killed", false)
-	time.Sleep(guard)
+	testkit.Pace(guard)
 	check("long after kill -9", false)
 }

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // gun fires probes, one each millisecond, each in its turn. Sockets are made on its thread, in the namespace and as the
@@ -100,10 +102,8 @@ func (g *gun) halt() error {
 func (g *gun) rounds(n int64) error {
 	last := len(g.probes) - 1
 	until := g.fired[last].Load() + n + 1
-	for limit := time.Now().Add(2 * time.Minute); g.fired[last].Load() < until; time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(limit) {
-			return fmt.Errorf("the probes hang: %w", g.err)
-		}
+	if !testkit.Until(2*time.Minute, func() bool { return g.fired[last].Load() >= until }) {
+		return fmt.Errorf("the probes hang: %w", g.err)
 	}
 	return nil
 }

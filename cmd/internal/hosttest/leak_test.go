@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // halves are the routes of a DHCP server (option 121) or a VPN that wants everything without touching the default.
@@ -95,7 +96,7 @@ func TestLeak(t *testing.T) {
 		o.closed("reload of a file with a mistake", func() {
 			w.configure("proxy nonsense")
 			d.signal(syscall.SIGHUP)
-			time.Sleep(100 * time.Millisecond)
+			testkit.Settle(100*time.Millisecond, "it has read the file")
 			w.configure("proxy " + proxyURL)
 		})
 		est.carry(w)
@@ -152,7 +153,7 @@ func TestLeak(t *testing.T) {
 
 	d.kill()
 	o.closedFor("killed", 2, 1200*time.Millisecond, nil)
-	time.Sleep(guard)
+	testkit.Pace(guard)
 	o.closed("killed, guard lapsed", nil)
 	o.closed("restart", up)
 	if now := w.ipRules(); now != rules {
@@ -165,7 +166,7 @@ func TestLeak(t *testing.T) {
 		d.kill()
 		o.closed("kill -9 at 20 instants", func() {
 			d = w.launch("--config", configFile)
-			time.Sleep(time.Duration(rand.Int64N(int64(took * 3 / 2))))
+			testkit.Pace(time.Duration(rand.Int64N(int64(took * 3 / 2))))
 			d.kill()
 		})
 		o.merge()
@@ -322,12 +323,9 @@ func (w *world) corruptJournal(f func([]byte) []byte) {
 func (w *world) eventually(limit time.Duration, what string, ok func() bool) time.Duration {
 	w.t.Helper()
 	start := time.Now()
-	for !ok() {
-		if time.Since(start) > limit {
-			w.t.Errorf("not within %v: %s", limit, what)
-			return limit
-		}
-		time.Sleep(2 * time.Millisecond)
+	if !testkit.Until(limit, ok) {
+		w.t.Errorf("not within %v: %s", limit, what)
+		return limit
 	}
 	if d := time.Since(start); d > time.Millisecond {
 		w.t.Logf("%s: after %v", what, d.Round(time.Millisecond))

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // closedUp is a world with a viasocks that is up; it skips the test where up is not closed yet.
@@ -42,7 +44,8 @@ func TestTUNAddressIsHidden(t *testing.T) {
 			w.ip("router", "-6 route replace fd76:6961:736f:636b::1/128 "+by+" dev host0")
 			w.refuses("router", "fd76:6961:736f:636b::1")
 		}
-		if out := w.ip("router", "neigh show to 198.18.0.1") + w.ip("router", "-6 neigh show to fd76:6961:736f:636b::1"); strings.Contains(
+		if out := w.ip("router", "neigh show to 198.18.0.1") + w.ip("router",
+			"-6 neigh show to fd76:6961:736f:636b::1"); strings.Contains(
 			out,
 			"lladdr",
 		) {
@@ -103,9 +106,11 @@ func TestRoutesOfOthers(t *testing.T) {
 		// The link flaps.
 		w.ip(
 			"host",
-			"link set eth0 down\nlink set eth0 up\naddr replace "+host6+"/64 dev eth0 nodad\naddr replace "+hostLAN6+"/64 dev eth0 nodad",
+			"link set eth0 down\nlink set eth0 up\naddr replace "+host6+"/64 dev eth0 nodad\naddr replace "+hostLAN6+
+				"/64 dev eth0 nodad",
 		)
-		for _, r := range []string{"route replace default via " + router4 + " dev eth0", "-6 route replace default via " + router6 + " dev eth0"} {
+		for _, r := range []string{"route replace default via " + router4 + " dev eth0", "-6 route replace default via " +
+			router6 + " dev eth0"} {
 			if _, err := try("", nil, strings.Fields("ip -n host "+r)...); err != nil {
 				t.Errorf("killed %v, after the link was down: %v", killed, err)
 			}
@@ -202,10 +207,7 @@ func TestConfirm(t *testing.T) {
 	if out, err := w.command("confirm"); err != nil {
 		t.Errorf("confirm: %v\n%s", err, out)
 	}
-	time.Sleep(6 * time.Second)
-	if !d.alive() {
-		t.Error("it was undone all the same")
-	}
+	testkit.Never(t, 6*time.Second, "it was undone all the same", func() bool { return !d.alive() })
 	if err := d.stop(); err != nil {
 		t.Errorf("stop: %v", err)
 	}

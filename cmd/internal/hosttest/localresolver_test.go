@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/godbus/dbus/v5"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // TestLocalStub: dnsmasq runs on the host as its resolver, and asks the router of the LAN. Programs still reach it, and while
@@ -265,10 +267,10 @@ func TestSystemdResolved(t *testing.T) {
 	}
 	for _, quiet := range [][]string{{"--resolved", "off"}, {"--dns", "relay"}, {"--dns", "off"}} {
 		d = w.up(append(flags, quiet...)...)
-		time.Sleep(300 * time.Millisecond)
-		if set, _ := r.of(tun()); set != "" {
-			t.Errorf("%v: %q", quiet, set)
-		}
+		testkit.Never(t, 300*time.Millisecond, fmt.Sprintf("systemd-resolved was told with %q", quiet), func() bool {
+			set, _ := r.of(tun())
+			return set != ""
+		})
 		if err := d.stop(); err != nil {
 			t.Error(err)
 		}

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"strings"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // column is one phase of the table.
@@ -50,18 +52,18 @@ func (o *observer) fire(name string, rounds int64, d time.Duration, event func()
 	}
 	o.g.start()
 	if event != nil {
-		time.Sleep(20 * time.Millisecond)
+		testkit.Pace(20 * time.Millisecond)
 		event()
 	}
 	end := time.Now().Add(d)
 	if err := o.g.rounds(rounds); err != nil {
 		o.w.t.Error(err)
 	}
-	time.Sleep(time.Until(end))
+	testkit.Pace(time.Until(end))
 	if err := o.g.halt(); err != nil {
 		o.w.t.Error(err)
 	}
-	time.Sleep(100 * time.Millisecond)
+	testkit.Settle(100*time.Millisecond, "what leaves has left")
 	for _, p := range o.g.probes {
 		c.fired[p.name] += int(o.g.fired[p.id].Load() - before[p.id])
 	}

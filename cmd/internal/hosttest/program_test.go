@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // worldNets are where the probes go that need no network of the host's own.
@@ -249,7 +251,7 @@ func TestChoosingIsKilled(t *testing.T) {
 				t.Cleanup(func() { _ = cmd.Process.Kill() })
 				programs = append(programs, cmd)
 			}
-			time.Sleep(time.Duration(i) * 2 * time.Millisecond) // to the instant
+			testkit.Pace(time.Duration(i) * 2 * time.Millisecond) // to the instant
 			kill := func(i int) {
 				_ = programs[i].Process.Kill()
 				_ = programs[i].Wait()

@@ -10,6 +10,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // Ports of the host's servers.
@@ -29,7 +31,7 @@ func (w *world) hostServers() {
 			if _, err := fmt.Fprintf(c, "line %d\n", i); err != nil {
 				return
 			}
-			time.Sleep(5 * time.Millisecond)
+			testkit.Pace(5 * time.Millisecond)
 		}
 	})
 	c := w.packets("host", fmt.Sprintf(":%d", udpPort))
@@ -237,7 +239,7 @@ func TestReachable(t *testing.T) {
 			check("after kill -9")
 			open("after kill -9")
 			if tracked {
-				time.Sleep(guard)
+				testkit.Pace(guard)
 				check("long after kill -9")
 				w.errorsAtOnce("long after kill -9")
 			}
@@ -245,7 +247,7 @@ func TestReachable(t *testing.T) {
 			check("after the restart")
 			w.ip("host", "link del "+tunName)
 			if d.alive() {
-				time.Sleep(300 * time.Millisecond)
+				testkit.Settle(300*time.Millisecond, "it has another TUN")
 			}
 			check("after the TUN was deleted")
 			if err := d.stop(); err != nil {
@@ -409,15 +411,15 @@ func (w *world) silentOn(port uint16, client, host string, n int, clientFirst bo
 			pairs = append(pairs, [2]net.Conn{in, out})
 		}
 	}
-	patience := 10 * time.Second
+	limit := 10 * time.Second
 	return func(*world) error {
 		from, to := pairs[0][0], pairs[0][1]
 		pairs = pairs[1:]
-		defer func() { patience = 2 * time.Second }() // the second time nothing is to come
+		defer func() { limit = 2 * time.Second }() // the second time nothing is to come
 		if _, err := from.Write([]byte("word")); err != nil {
 			return err
 		}
-		_ = to.SetReadDeadline(time.Now().Add(patience))
+		_ = to.SetReadDeadline(time.Now().Add(limit))
 		_, err := to.Read(make([]byte, 10))
 		return err
 	}
@@ -476,7 +478,8 @@ func (w *world) deleteNftRules(in string, rules *regexp.Regexp) (n int) {
 			table = m[1] + " " + m[2]
 		} else if m := nftChain.FindStringSubmatch(line); m != nil {
 			chain = m[1]
-		} else if m := nftLine.FindStringSubmatch(line); m != nil && strings.HasPrefix(table, "inet viasocks") && (in == "" || in == chain) && rules.MatchString(line) {
+		} else if m := nftLine.FindStringSubmatch(line); m != nil && strings.HasPrefix(table, "inet viasocks") &&
+			(in == "" || in == chain) && rules.MatchString(line) {
 			w.nft("host", fmt.Sprintf("delete rule %s %s handle %s\n", table, chain, m[1]))
 			n++
 		}

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // canary stands before a probe's number and the number of the shot, in every payload.
@@ -217,7 +219,7 @@ func (r *recorder) see(f []byte, at time.Time) {
 // take gives what was seen since the last time. It waits until the recorder has read all that the kernel has for it.
 func (r *recorder) take() []sighting {
 	end := time.Now().Add(time.Minute) // a reader that ended is told by what it did not see
-	for last := int64(-1); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+	for last := int64(-1); time.Now().Before(end); testkit.Settle(5*time.Millisecond, "more may come") {
 		r.count()
 		given := r.given.Load()
 		if given == last && r.handled.Load()+r.dropped.Load() >= given {

@@ -9,7 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // firewalldRules are shaped as firewalld's are: a table with an owner-like layout, zones, sets, and an output chain.
@@ -130,8 +131,8 @@ func sysctls() string {
 // same compares two states and tells the lines that differ. The kernel takes away a little after an address what came with it.
 func (w *world) same(when string, before, after map[string]string) {
 	w.t.Helper()
-	for end := time.Now().Add(20 * time.Second); !maps.Equal(before, after) && time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
-		after = w.state()
+	if !maps.Equal(before, after) {
+		testkit.Until(testkit.Patience, func() bool { after = w.state(); return maps.Equal(before, after) })
 	}
 	w.equal(when, before, after)
 }

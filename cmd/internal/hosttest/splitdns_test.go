@@ -84,7 +84,8 @@ func TestUpSplitDNS(t *testing.T) {
 		"name .direct.example direct",
 	)
 	for name, want := range map[string]string{
-		"www.corp.example": "10.1.1.1/32", "printer.lan": "10.2.2.2/32", "www.direct.example": "10.2.2.2/32", "a.example": "198.18.0.0/15",
+		"www.corp.example": "10.1.1.1/32", "printer.lan": "10.2.2.2/32", "www.direct.example": "10.2.2.2/32",
+		"a.example": "198.18.0.0/15",
 	} {
 		if a, err := w.lookUp(name); err != nil || !netip.MustParsePrefix(want).Contains(a) {
 			t.Errorf("%s has the address %v, %v", name, a, err)

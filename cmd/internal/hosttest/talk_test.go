@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"testing"
 	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // TestLeakOfOldTalk: what the host opened before viasocks is no connection from outside, even when the far end is the
@@ -58,7 +60,7 @@ func TestLeakOfOldTalk(t *testing.T) {
 
 			count := func() map[netip.Addr]int {
 				rec.take()
-				time.Sleep(400 * time.Millisecond)
+				testkit.Pace(400 * time.Millisecond)
 				n := map[netip.Addr]int{}
 				for _, s := range rec.take() {
 					n[s.what.dst]++
@@ -109,7 +111,7 @@ func (w *world) talkers() {
 			if _, err := c.Write([]byte("talk")); err != nil {
 				return
 			}
-			time.Sleep(7 * time.Millisecond)
+			testkit.Pace(7 * time.Millisecond)
 		}
 	})
 	for _, to := range []string{oldTalk[2].to, oldTalk[3].to} {
@@ -131,7 +133,7 @@ func (w *world) talkers() {
 				if _, err := c.WriteTo([]byte("talk"), from); err != nil {
 					return
 				}
-				time.Sleep(7 * time.Millisecond)
+				testkit.Pace(7 * time.Millisecond)
 			}
 		}()
 	}

@@ -98,7 +98,8 @@ func (o *observer) merge() {
 		return
 	}
 	into, from := o.columns[n-2], o.columns[n-1]
-	for _, m := range []struct{ into, from map[string]int }{{into.fired, from.fired}, {into.seen, from.seen}, {into.allowed, from.allowed}} {
+	for _, m := range []struct{ into, from map[string]int }{{into.fired, from.fired}, {into.seen, from.seen},
+		{into.allowed, from.allowed}} {
 		for k, v := range m.from {
 			m.into[k] += v
 		}

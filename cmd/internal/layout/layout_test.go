@@ -86,7 +86,8 @@ var table = []struct {
 	{"route/kernel", []string{netlink, nftables, xsys}, nil,
 		"changes the host and undoes it: must work without a data plane"},
 	{"cmd/internal/hosttest", []string{self + "/...", xsys}, []string{netlink, dnsmessage, godbus},
-		"its tests configure a host as DHCP clients do, with nothing between one message to the kernel and the next, ask for names, " +
+		"its tests configure a host as DHCP clients do, with nothing between one message to the kernel and the next, " +
+			"ask for names, " +
 			"and stand in for systemd-resolved"},
 	{"cmd/internal/privsock", []string{xsys}, nil,
 		"makes unix sockets that only their owner can use: control, metrics and published ports share it, and it knows none of them"},
@@ -109,7 +110,8 @@ var table = []struct {
 	{"cmd/internal/metrics", []string{self + "/cmd/internal/privsock", self + "/stack/count", prometheus, xsys}, nil,
 		"turns tables of counters into metrics: nothing else knows how Prometheus wants them"},
 	{"cmd/internal/top", []string{self + "/cmd/internal/control", bubbletea, xansi, xsys}, nil,
-		"the live view: bubbletea draws it, because keys, sizes and the states of terminals are its concern; it knows only what the " +
+		"the live view: bubbletea draws it, because keys, sizes and the states of terminals are its concern; " +
+			"it knows only what the " +
 			"control socket says"},
 	{"cmd/...", []string{self + "/...", pflag, xsys}, nil,
 		"glue that no layer may import"},
