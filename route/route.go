@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/viasocks/viasocks/route/portmap"
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
@@ -18,8 +19,9 @@ type Router struct {
 	tcp     allStreams
 	assocs  associations
 	gone    goneSearch
-	shards  []*shard // each with its streams and mappings
-	inbox   mailbox  // of Run
+	shards  []*shard                       // each with its streams and mappings
+	inbox   mailbox                        // of Run
+	portmap atomic.Pointer[portmap.Server] // answers programs that ask for ports; nil: nobody does
 
 	ran  atomic.Bool
 	over chan struct{} // closed when Run has returned

@@ -109,6 +109,7 @@ func (r *Router) Run(ctx context.Context) error {
 			}
 			r.gone.sweepSockets(r.shards)
 			r.gone.sweepStreams(r.shards)
+			r.sweepPorts()
 		case <-r.inbox.wake:
 			events = r.inbox.take(events)
 			for _, e := range events {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"time"
 
+	"github.com/viasocks/viasocks/route/portmap"
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
@@ -54,6 +55,9 @@ func (r *shard) classify(p *flow.Packet, now int64) *verdict {
 	if r.port53.server.Load() != nil && p.Dst.Port() == 53 && flow.OneHost(p.Dst.Addr()) {
 		return verdictResolve
 	}
+	if p.Dst.Port() == portmap.Port && p.Dst.Addr() == flow.Gateway4 && r.portmap.Load() != nil {
+		return verdictPortMap
+	}
 	if r.cfg.Pool != nil && r.cfg.Pool.Contains(p.Dst.Addr()) && !r.host.isHost(p.Dst.Addr()) {
 		return verdictNamed
 	}
@@ -83,6 +87,10 @@ func (r *shard) run(w flow.PacketWriter, v *verdict, pkts []flow.Packet, now int
 	case named:
 		for i := range pkts {
 			r.carryNamed(w, &pkts[i], now, now)
+		}
+	case mapPort:
+		for i := range pkts {
+			r.answerPortMap(w, &pkts[i])
 		}
 	case reject:
 		r.refuse(w, pkts, flow.RefusePort)

@@ -43,6 +43,7 @@ const (
 	drop
 	resolve    // a question for route/dns
 	impossible // to an address that nothing can be carried to: dropped
+	mapPort    // a request for route/portmap
 	await      // the owner of the socket must be looked up
 	named      // a datagram to a fake address
 )

@@ -105,6 +105,11 @@ func prepare(sock int, o order) error {
 	if r.IPv6, err = Configure(name, o.TUN.MTU, o.Addrs, true); err != nil {
 		return err
 	}
+	if o.Gateway.IsValid() {
+		if err := setGateway(name, o.Gateway); err != nil {
+			return err
+		}
+	}
 	if len(o.Local) > 0 {
 		if _, err := Configure("lo", 0, o.Local, false); err != nil {
 			return err

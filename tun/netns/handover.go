@@ -37,6 +37,7 @@ type order struct {
 	Dir        []byte
 	TUN        TUNOptions
 	Addrs      []netip.Prefix
+	Gateway    netip.Addr
 	Nameserver []netip.Addr
 	Search     []string
 	DotsAsIs   bool

@@ -31,6 +31,7 @@ type Spec struct {
 	Stderr      *os.File       //
 	TUN         TUNOptions     // Persist has no use here
 	Addrs       []netip.Prefix // of the TUN, which is the default route of their families
+	Gateway     netip.Addr     // a gateway for programs that ask the default route for one; invalid: none
 	Nameserver  []netip.Addr   // for the program's /etc/resolv.conf; none: the file stays as it is
 	Search      []string       // domains for the same file, instead of those in it; nil: those stay
 	DotsAsIs    bool           // a name with a dot is first looked up as it is, whatever "ndots" the same file has
@@ -234,6 +235,7 @@ func (c *Child) order(s Spec) order {
 		Dir:        []byte(s.Dir),
 		TUN:        s.TUN,
 		Addrs:      s.Addrs,
+		Gateway:    s.Gateway,
 		Nameserver: s.Nameserver,
 		Search:     s.Search,
 		DotsAsIs:   s.DotsAsIs,

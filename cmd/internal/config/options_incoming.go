@@ -11,8 +11,8 @@ import (
 // incomingOptions say at which ports peers behind the proxy can connect to a program.
 var incomingOptions = []Option{
 	{
-		Name: "listen", Arg: "PORT[/tcp][=UPSTREAM]", Many: true, Cmds: Run | Check, set: addListen,
-		Help: "let peers behind the proxy connect to this port of the program (BIND)",
+		Name: "listen", Arg: "PORT|auto[=UPSTREAM]", Many: true, Cmds: Run | Check, set: addListen,
+		Help: "let peers behind the proxy connect to a port of the program (BIND)",
 		Man: `Let peers behind the proxy connect to the TCP port
 .Ar PORT
 on which the program listens.
@@ -41,6 +41,14 @@ Most other servers do not know BIND.
 This is logged once and shown by
 .Cm status ,
 and they are asked again every ten minutes.
+With this option the program has a gateway, 198.18.0.2, which answers NAT-PMP and PCP (RFC 6886, RFC 6887).
+It says at which port and address of the proxy a port of this option is reached, and refuses others.
+.Cm auto
+allows the program to ask for any TCP port, up to 32 of them, and BINDs are made for those that it asks for.
+A port is given for two minutes at most, so that the program soon learns of another port at the proxy by asking again, and
+ends if it does not ask.
+Requests for a UDP port are refused.
+.Pp
 UDP needs no such option: datagrams from unknown senders are delivered if the proxy passes them on.`,
 	},
 	{
@@ -69,10 +77,10 @@ const maxListen = 64
 func addListen(c *Config, v value) error {
 	s, err := incoming.Parse(v.text)
 	if err != nil {
-		return v.err("must be PORT[/tcp][=UPSTREAM]: %v", err)
+		return v.err("must be PORT[/tcp][=UPSTREAM] or auto[=UPSTREAM]: %v", err)
 	}
 	if slices.ContainsFunc(c.Listen, func(have incoming.Spec) bool { return have.Port == s.Port }) {
-		return v.err("port %d is given twice", s.Port)
+		return v.err("it is given twice")
 	}
 	if len(c.Listen) == maxListen {
 		return v.err("more than %d ports", maxListen)
@@ -103,7 +111,7 @@ func (c *Config) finishListen() error {
 		i := slices.IndexFunc(c.Upstreams, func(u Upstream) bool { return u.Name == name })
 		switch {
 		case name == "":
-			return usagef("cannot use --listen %d without --proxy: name the upstream, --listen %[1]d=NAME", s.Port)
+			return usagef("cannot use --listen %v without --proxy: name the upstream, --listen %[1]v=NAME", s)
 		case i < 0:
 			return usagef("cannot use --listen %v: there is no upstream %s", s, name)
 		}

@@ -7,6 +7,7 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/incoming"
 	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/route/dns"
+	"github.com/viasocks/viasocks/route/portmap"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack"
 	"github.com/viasocks/viasocks/stack/count"
@@ -21,6 +22,7 @@ type counters struct {
 	Pool  dns.PoolStats
 
 	Incoming incoming.Counters[uint64]
+	PortMap  portmap.Counters[uint64]
 
 	ups []upstreamCounters
 }
@@ -32,7 +34,8 @@ type upstreamCounters struct {
 }
 
 func (p *plane) counters() counters {
-	c := counters{Stack: p.stack.Stats(), Route: p.router.Stats(), Socks: p.dialer.Stats(), Incoming: p.incoming.Load().Stats()}
+	c := counters{Stack: p.stack.Stats(), Route: p.router.Stats(), Socks: p.dialer.Stats(), Incoming: p.incoming.Load().Stats(),
+		PortMap: p.router.Ports().Stats()}
 	if p.dial.pool != nil {
 		c.Pool = p.dial.pool.Stats()
 	}

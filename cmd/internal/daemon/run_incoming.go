@@ -3,11 +3,14 @@ package daemon
 import (
 	"log/slog"
 	"net/netip"
+	"slices"
 	"strconv"
+	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/cmd/internal/incoming"
+	"github.com/viasocks/viasocks/route/portmap"
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/loop"
@@ -28,10 +31,23 @@ func startListening(cfg *config.Config, p *plane, environ []string, log *slog.Lo
 	}
 	m := incoming.Start(c, cfg.Listen)
 	p.incoming.Store(m)
+	var auto *incoming.Spec
+	if i := slices.IndexFunc(cfg.Listen, incoming.Spec.Auto); i >= 0 {
+		auto = &cfg.Listen[i]
+	}
+	p.router.ServePorts(portmap.New(incoming.NewMapper(m, auto), time.Now()))
 	return func() {
 		m.Close()
 		endHook()
 	}
+}
+
+// gatewayOf returns the gateway that programs can ask for ports, if there are any. Without that, programs find no gateway.
+func gatewayOf(cfg *config.Config) (a netip.Addr) {
+	if len(cfg.Listen) > 0 {
+		a = flow.Gateway4
+	}
+	return a
 }
 
 // binder returns the SOCKS servers of an upstream, or nil.

@@ -35,6 +35,14 @@ socks pass { from: 0/0 to: 0/0 command: bindreply udpreply }
 	return "socks5://127.0.0.1:1086"
 }
 
+// freePort returns a port that the proxy can listen at: after a test the kernel keeps some of them for a minute.
+func freePort(t *testing.T) uint16 {
+	t.Helper()
+	l, at := listenTCP(t, world4)
+	l.Close()
+	return at.Port()
+}
+
 // listen lets the program listen at all its addresses.
 func (a *app) listen(port uint16) *net.TCPListener {
 	a.t.Helper()
@@ -137,8 +145,9 @@ func TestListenDante(t *testing.T) {
 	if err := os.Chmod(hook, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	a := startApp(t, "--proxy", url, "--listen", "6881", "--on-port", hook)
-	want := world4 + ":6881"
+	port := freePort(t)
+	a := startApp(t, "--proxy", url, "--listen", fmt.Sprint(port), "--on-port", hook)
+	want := fmt.Sprintf("%s:%d", world4, port)
 	if at := a.outer(""); at != want {
 		t.Fatalf("peers reach the program at %s, want %s", at, want)
 	}
@@ -148,7 +157,7 @@ func TestListenDante(t *testing.T) {
 		t.Errorf("the peer reads %d bytes from a program that does not listen", n)
 	}
 	testkit.Eventually(t, "the count of refused peers", func() bool { return a.status().Listening.Refused == 1 })
-	l := a.listen(6881)
+	l := a.listen(port)
 	first := peer(t, a.outer(""))
 	got := acceptFrom(t, l, first)
 	sendBoth(t, first, got)
@@ -174,20 +183,21 @@ func TestListenDante(t *testing.T) {
 		t.Errorf("%d connections are open, want %d", p.Open, many)
 	}
 	flows, err := exec.Command(viasocks, "flows", "--pid", fmt.Sprint(a.cmd.Process.Pid)).CombinedOutput()
-	if err != nil || strings.Count(string(flows), "198.18.0.1:6881  "+other4) != many {
+	if err != nil || strings.Count(string(flows), fmt.Sprintf("198.18.0.1:%d ", port)) != many {
 		t.Errorf("flows: %v\n%s", err, flows)
 	}
 	testkit.Eventually(t, "the command of --on-port", func() bool {
 		b, _ := os.ReadFile(told)
-		return strings.Contains(string(b), "0 6881 "+world4+" 6881\n") && strings.Count(string(b), "\n") > 1
+		return strings.Contains(string(b), fmt.Sprintf("0 %d %s %[1]d\n", port, world4)) && strings.Count(string(b), "\n") > 1
 	})
 }
 
 // The port that was asked for is asked for again when its peer has gone.
 func TestListenSamePort(t *testing.T) {
-	a := startApp(t, "--proxy", binding(t), "--listen", "6882")
-	l := a.listen(6882)
-	want := world4 + ":6882"
+	url, port := binding(t), freePort(t)
+	a := startApp(t, "--proxy", url, "--listen", fmt.Sprint(port))
+	l := a.listen(port)
+	want := fmt.Sprintf("%s:%d", world4, port)
 	for range 5 {
 		testkit.Eventually(t, "the port that was asked for", func() bool { return a.outer("") == want })
 		c := peer(t, want)

@@ -17,6 +17,8 @@ import (
 const (
 	// MaxOpen limits the connections of peers that one port has at a time. Over it, no BIND is made.
 	MaxOpen = 256
+	// maxPorts limits the ports that programs can ask for.
+	maxPorts = 64
 	// bindWait is how long one BIND waits for its peer. A server that gives every BIND another port changes what is
 	// announced after this time.
 	bindWait = 6 * time.Hour
@@ -81,7 +83,9 @@ func Start(cfg Config, specs []Spec) *Manager {
 	}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	for _, s := range specs {
-		m.Add(s, s.Port)
+		if !s.Auto() {
+			m.Add(s, s.Port)
+		}
 	}
 	return m
 }
@@ -89,11 +93,16 @@ func Start(cfg Config, specs []Spec) *Manager {
 // Add makes BINDs for one more port of the program, unless it has them already. ask is the port that the server is asked
 // for.
 func (m *Manager) Add(s Spec, ask uint16) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.add(s, ask)
+}
+
+// add is Add. The caller holds mu.
+func (m *Manager) add(s Spec, ask uint16) {
 	if s.Upstream == "" {
 		s.Upstream = m.cfg.Default
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	if m.over || m.find(s.Port) != nil {
 		return
 	}
@@ -116,6 +125,11 @@ func (m *Manager) find(n uint16) *port {
 func (m *Manager) Remove(n uint16) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.remove(n)
+}
+
+// remove is Remove. The caller holds mu.
+func (m *Manager) remove(n uint16) {
 	for i, p := range m.ports {
 		if p.spec.Port == n {
 			m.ports = append(m.ports[:i:i], m.ports[i+1:]...)

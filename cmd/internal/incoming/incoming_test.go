@@ -23,7 +23,8 @@ import (
 
 func TestParse(t *testing.T) {
 	for text, want := range map[string]Spec{
-		"6881": {6881, ""}, "1/tcp": {1, ""}, "65535=far": {65535, "far"}, "6881/tcp=far": {6881, "far"},
+		"6881": {6881, ""}, "1/tcp": {1, ""}, "auto": {0, ""}, "auto=far": {0, "far"},
+		"65535=far": {65535, "far"}, "6881/tcp=far": {6881, "far"},
 	} {
 		if got, err := Parse(text); err != nil || got != want {
 			t.Errorf("Parse(%q) = %v, %v", text, got, err)

@@ -80,6 +80,9 @@ func (p *port) bind(again bool) {
 		func(fd int, peer netip.AddrPort, err error) { p.done(w, fd, peer, err) })
 }
 
+// closeReset closes the connection of a peer so that it sees RST.
+func closeReset(fd int) { loop.CloseReset(fd) }
+
 var errNoServer = errors.New("the upstream is no SOCKS server")
 
 // bound handles the first answer: the server listens at at.
@@ -142,7 +145,7 @@ func (p *port) done(w *wait, fd int, peer netip.AddrPort, err error) {
 			m.count.Bogus.Add(1)
 			m.cfg.Log.Warn("the proxy accepted a connection from an impossible peer", "port", p.spec.Port, "peer", peer)
 		}
-		loop.CloseReset(fd)
+		closeReset(fd)
 		p.after(0)
 		m.mu.Unlock()
 		return

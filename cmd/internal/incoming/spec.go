@@ -9,24 +9,36 @@ import (
 
 // Spec is a port of the program at which peers shall reach it.
 type Spec struct {
-	Port     uint16
+	Port     uint16 // 0: those that the program asks for, see Auto
 	Upstream string // empty: the default
 }
 
 // String returns the Spec in the form that Parse takes.
 func (s Spec) String() string {
 	text := strconv.Itoa(int(s.Port))
+	if s.Auto() {
+		text = auto
+	}
 	if s.Upstream != "" {
 		text += "=" + s.Upstream
 	}
 	return text
 }
 
-// Parse parses PORT[/tcp][=UPSTREAM].
+// auto stands for the ports that programs ask for.
+const auto = "auto"
+
+// Auto reports whether s stands for the ports that the program asks its gateway for.
+func (s Spec) Auto() bool { return s.Port == 0 }
+
+// Parse parses PORT[/tcp][=UPSTREAM] and auto[=UPSTREAM].
 func Parse(text string) (Spec, error) {
 	port, up, named := strings.Cut(text, "=")
 	if named && up == "" {
 		return Spec{}, errors.New("the name of the upstream is missing")
+	}
+	if port == auto {
+		return Spec{Upstream: up}, nil
 	}
 	number, proto, has := strings.Cut(port, "/")
 	switch {

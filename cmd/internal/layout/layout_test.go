@@ -72,13 +72,15 @@ var table = []struct {
 		"moves bytes between two ends that it knows only by interface"},
 	{"route/dns", []string{self + "/stack/atomicfile", self + "/stack/count", self + "/stack/flow", dnsmessage}, nil,
 		"answers questions; how they reach the resolver is handed in"},
+	{"route/portmap", nil, nil,
+		"answers requests for ports; who makes the ports is handed in"},
 	{"route/sniff", []string{self + "/stack/flow", self + "/stack/loop", cryptobyte}, nil,
 		"reads the first bytes of a connection: what their name is good for is route's concern"},
 	{
 		"route",
 		[]string{
 			self + "/stack/count", self + "/stack/flow", self + "/stack/loop",
-			self + "/route/relay", self + "/route/dns", self + "/route/sniff", self + "/socks", xsys,
+			self + "/route/relay", self + "/route/dns", self + "/route/portmap", self + "/route/sniff", self + "/socks", xsys,
 		},
 		[]string{self + "/socks/sockstest"},
 		"decides who carries a flow; the packets are stack's, the kernel is route/kernel's",

@@ -1,0 +1,70 @@
+package incoming
+
+import (
+	"errors"
+	"testing"
+
+	"github.com/viasocks/viasocks/route/portmap"
+	"github.com/viasocks/viasocks/socks"
+	"github.com/viasocks/viasocks/stack/testkit"
+)
+
+// A program that asks for a port gets a BIND for it, which ends with the mapping; ports of the user stay.
+func TestMapper(t *testing.T) {
+	s := &fakeServer{}
+	m, _ := start(t, s)
+	b := NewMapper(m, &Spec{})
+	if _, state := b.Map(portmap.UDP, 7000, 7000); state != portmap.Unsupported {
+		t.Errorf("UDP: %v", state)
+	}
+	if _, state := b.Map(portmap.TCP, 7000, 7001); state != portmap.Wait {
+		t.Errorf("a new port: %v", state)
+	}
+	testkit.Eventually(t, "the port", func() bool {
+		outer, state := b.Map(portmap.TCP, 7000, 9)
+		return state == portmap.Works && outer == at(7001)
+	})
+	b.Unmap(portmap.TCP, 7000)
+	b.Unmap(portmap.TCP, 6881)
+	testkit.Eventually(t, "the user's port", func() bool { return m.Outer(6881) == at(6881) })
+	if n := len(m.Ports()); n != 1 {
+		t.Errorf("%d ports are left", n)
+	}
+	for i := range maxPorts {
+		b.Map(portmap.TCP, uint16(8000+i), 0)
+	}
+	if _, state := b.Map(portmap.TCP, 9000, 0); state != portmap.Full {
+		t.Errorf("over the limit: %v", state)
+	}
+	closed := NewMapper(m, nil)
+	if _, state := closed.Map(portmap.TCP, 9000, 0); state != portmap.Forbidden {
+		t.Errorf("a port that the user does not allow: %v", state)
+	}
+	if outer, state := closed.Map(portmap.TCP, 6881, 0); state != portmap.Works || outer != at(6881) {
+		t.Errorf("a port that the user allows: %v, %v", outer, state)
+	}
+}
+
+// The address is known before any port is, and a proxy that cannot listen is reported as such.
+func TestMapperAddress(t *testing.T) {
+	s := &fakeServer{}
+	m, _ := start(t, s)
+	m.Remove(6881)
+	b := NewMapper(m, &Spec{})
+	testkit.Eventually(t, "the address", func() bool {
+		a, state := b.External()
+		return state == portmap.Works && a == at(0).Addr()
+	})
+	for err, want := range map[error]portmap.State{
+		socks.ReplyCommandNotSupported: portmap.Unsupported, errors.New("broken"): portmap.Failed,
+	} {
+		s.mu.Lock()
+		s.err = err
+		s.mu.Unlock()
+		b := NewMapper(m, &Spec{})
+		testkit.Eventually(t, "the error", func() bool { _, state := b.External(); return state == want })
+		b.Map(portmap.TCP, 7000, 0)
+		testkit.Eventually(t, "the error of a port", func() bool { _, state := b.Map(portmap.TCP, 7000, 0); return state == want })
+		m.Remove(7000)
+	}
+}

@@ -1,0 +1,193 @@
+package portmap
+
+import (
+	"net/netip"
+	"sync"
+	"time"
+)
+
+// Port is the UDP port at which a gateway is asked.
+const Port = 5351
+
+const (
+	// MaxLifetime is the longest time for which a port is given. It is short, because the port at the proxy may change,
+	// and a program learns that when it asks again.
+	MaxLifetime = 2 * time.Minute
+	// maxMappings limits the ports of one program.
+	maxMappings = 32
+	// maxClients limits the addresses from which ports are asked for.
+	maxClients = 16
+)
+
+// Proto is an IP protocol number.
+type Proto uint8
+
+// The protocols whose ports can be asked for.
+const (
+	TCP Proto = 6
+	UDP Proto = 17
+)
+
+// State is what a Backend knows about a port.
+type State uint8
+
+// The values of State.
+const (
+	Wait        State = iota // not known yet: no answer is sent, and the program asks again
+	Works                    // peers reach the program
+	Failed                   // the proxy cannot be asked now
+	Unsupported              // the proxy cannot do it
+	Forbidden                // the user does not allow it
+	Full                     // there are too many ports
+)
+
+// Backend makes ports. Its methods may be called with locks held, and must not block.
+type Backend interface {
+	// Map asks for the program's port to be reachable from outside, at the outer port suggested if that is possible (0:
+	// any). It is called for each request, and repeats have no effect.
+	Map(p Proto, port, suggested uint16) (outer netip.AddrPort, s State)
+	// Unmap ends what Map began.
+	Unmap(p Proto, port uint16)
+	// External returns the address of the proxy toward peers.
+	External() (netip.Addr, State)
+}
+
+// Server answers requests. Its methods may be called from any goroutine.
+type Server struct {
+	back  Backend
+	start time.Time
+
+	mu    sync.Mutex
+	count Counters[uint64]
+	ports map[key]*mapping
+}
+
+// Counters count requests; see package count.
+type Counters[T any] struct {
+	Mapped    T `metric:"portmap_requests_total" label:"result=mapped" help:"Requests of programs for a port (NAT-PMP, PCP)."`
+	Refused   T `metric:"portmap_requests_total" label:"result=refused"`
+	Malformed T `metric:"portmap_requests_total" label:"result=malformed"`
+	Waiting   T `metric:"portmap_requests_total" label:"result=not_known_yet"`
+}
+
+type key struct {
+	proto  Proto
+	client netip.Addr
+	port   uint16
+}
+
+// mapping is a port that a program has.
+type mapping struct {
+	nonce  [12]byte // of PCP
+	pcp    bool
+	until  time.Time
+	outer  netip.AddrPort
+	filled bool
+}
+
+// New returns a Server. now is when its epoch begins.
+func New(b Backend, now time.Time) *Server {
+	return &Server{back: b, start: now, ports: map[key]*mapping{}}
+}
+
+// Stats returns the counters. s may be nil.
+func (s *Server) Stats() (c Counters[uint64]) {
+	if s != nil {
+		s.mu.Lock()
+		c = s.count
+		s.mu.Unlock()
+	}
+	return c
+}
+
+// Handle answers the request msg of a program at from. It returns nil if there is no answer.
+func (s *Server) Handle(msg []byte, from netip.AddrPort, now time.Time) (reply []byte) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.expire(now)
+	switch {
+	case len(msg) < 2 || msg[1]&0x80 != 0: // not a request; answering could go on for ever
+		s.count.Malformed++
+		return nil
+	case msg[0] == 0:
+		return s.natpmp(msg, from.Addr(), now)
+	}
+	return s.pcp(msg, from.Addr(), now)
+}
+
+// epoch returns the seconds since the start.
+func (s *Server) epoch(now time.Time) uint32 { return uint32(now.Sub(s.start) / time.Second) }
+
+// expire ends the ports for which nobody has asked again.
+func (s *Server) expire(now time.Time) {
+	for k, m := range s.ports {
+		if now.After(m.until) {
+			s.drop(k)
+		}
+	}
+}
+
+// Expire is to be called from time to time when no request comes.
+func (s *Server) Expire(now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.expire(now)
+}
+
+// drop ends a port, unless another client has it too.
+func (s *Server) drop(k key) {
+	delete(s.ports, k)
+	for other := range s.ports {
+		if other.proto == k.proto && other.port == k.port {
+			return
+		}
+	}
+	s.back.Unmap(k.proto, k.port)
+}
+
+// lifetime returns for how many seconds a port is given.
+func lifetime(asked uint32) uint32 { return min(asked, uint32(MaxLifetime/time.Second)) }
+
+// request gets a port for k, or gives it up if life is 0.
+func (s *Server) request(k key, suggested uint16, life uint32, now time.Time) (*mapping, State) {
+	m := s.ports[k]
+	if m == nil {
+		of, clients := 0, map[netip.Addr]bool{k.client: true}
+		for other := range s.ports {
+			clients[other.client] = true
+			if other.client == k.client {
+				of++
+			}
+		}
+		if of >= maxMappings || len(clients) > maxClients {
+			return nil, Full
+		}
+	}
+	outer, state := s.back.Map(k.proto, k.port, suggested)
+	if state != Works && state != Wait {
+		if m != nil {
+			delete(s.ports, k)
+		}
+		return nil, state
+	}
+	if m == nil {
+		m = &mapping{}
+		s.ports[k] = m
+	}
+	// A port that is not known yet is kept for as long as the program may go on asking.
+	m.until = now.Add(time.Duration(max(lifetime(life), 10)) * time.Second)
+	m.outer, m.filled = outer, state == Works
+	return m, state
+}
+
+// answered counts the result of a request for a port.
+func (s *Server) answered(state State) {
+	switch state {
+	case Works:
+		s.count.Mapped++
+	case Wait:
+		s.count.Waiting++
+	default:
+		s.count.Refused++
+	}
+}
