@@ -17,6 +17,7 @@ const (
 	exitNoStart = 1
 	exitUsage   = 2
 	exitDied    = 3
+	exitEnded   = 4 // attach: the namespace is not used any more
 	// exec returns this, as shells do, if it cannot run the program.
 	exitCannotRun = 126
 	manualNotice  = "Manual: viasocks(1) for every option, viasocks.conf(5) for the file and rules, viasocks(7) for recipes.\n"
@@ -43,6 +44,7 @@ func commands() []*command {
 		cmdUp,
 		cmdExclude,
 		cmdInclude,
+		cmdAttach,
 		cmdDown,
 		cmdConfirm,
 		cmdClose,
@@ -106,6 +108,8 @@ func dispatch(argv, env []string, std streams) int {
 		return exitUsage
 	case errors.Is(err, daemon.ErrDied):
 		exit = exitDied
+	case errors.Is(err, daemon.ErrNamespaceEnded):
+		exit = exitEnded
 	case err != nil && exit == exitOK:
 		exit = exitNoStart
 	}

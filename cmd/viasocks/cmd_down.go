@@ -10,11 +10,15 @@ var cmdDown = &command{
 	short: "restore the host, whether viasocks is up or was killed; needs root",
 	about: `Give the host back. A viasocks that is up is told to stop, and waited for. What one left behind that was killed is
 undone by its journal, or where there is none by the marks of what is ours; nothing else is touched. Prints what it
-removed. The options need to be given only if 'up' had others and the journal is lost.`,
+removed. The options need to be given only if 'up' had others and the journal is lost. With --pid or --netns, a network
+namespace that 'viasocks attach' steers is given back.`,
 	run: func(c *command, args, env []string, std streams) (int, error) {
 		cfg, err := c.parse(args, env)
 		if err != nil {
 			return 0, err
+		}
+		if cfg.HasTarget() {
+			return exitOK, daemon.Detach(cfg, env, std.out, std.err)
 		}
 		return exitOK, daemon.Down(cfg, env, std.out)
 	},

@@ -6,11 +6,13 @@ import (
 	"os"
 
 	"github.com/viasocks/viasocks/cmd/internal/daemon"
+	"github.com/viasocks/viasocks/cmd/internal/keeper"
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
 func main() {
 	netns.MainIfChild()
 	daemon.MainIfGuardian()
+	keeper.MainIfKeeper()
 	os.Exit(dispatch(os.Args, os.Environ(), streams{os.Stdin, os.Stdout, os.Stderr}))
 }

@@ -108,9 +108,10 @@ type Config struct {
 	Dir   string        // of the journal; "": /run/viasocks
 	Guard time.Duration // how long after the last renewal the TUN still swallows packets, before programs get errors; 0: 10 s
 
-	Log            *slog.Logger // nil: none
-	Alive          func() bool  // called before the guard is renewed; nil: always true. Must not block
-	OnDefaultRoute func()       // called when a default route of main has changed. Must not block
+	// A Config in another process is sent as JSON, without these.
+	Log            *slog.Logger `json:"-"` // nil: none
+	Alive          func() bool  `json:"-"` // called before the guard is renewed; nil: always true. Must not block
+	OnDefaultRoute func()       `json:"-"` // called when a default route of main has changed. Must not block
 }
 
 // Endpoint is a destination that our sockets may reach.

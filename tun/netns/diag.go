@@ -256,3 +256,13 @@ func (m *diagMsg) endpoint(port, addr int) netip.AddrPort {
 	}
 	return netip.AddrPortFrom(a, binary.BigEndian.Uint16(m[port:]))
 }
+
+// OpenDiagFile opens a sock_diag socket in the network namespace of the calling thread for another process, which passes
+// it to DiagFromFile.
+func OpenDiagFile() (*os.File, error) {
+	fd, err := openDiagSocket()
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), "sock_diag"), nil
+}

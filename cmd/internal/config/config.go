@@ -143,7 +143,7 @@ type Config struct {
 	Listen       []incoming.Spec // run
 	OnPort       string          // run: a program; empty: none
 	RunAs        *RunAs          // run; nil: the caller
-	NetNS        string          // run: a network namespace of ip-netns(8); empty: a new one
+	NetNS        string          // run, attach, down: a network namespace of ip-netns(8); empty: run makes one
 	TUN          string
 	Mark, Mask   uint32
 	Table        int
@@ -152,7 +152,7 @@ type Config struct {
 
 	StateDir string // of the journal, the lock and the control socket
 	JSON     bool   // status, flows, ps
-	PID      int    // status, flows: process id of the viasocks to ask; 0: the one that is up
+	PID      int    // status, flows: the viasocks to ask, 0: the one that is up; attach, down: a process in the namespace
 	Limit    int    // flows
 	Watch    bool   // flows: print events instead of a list
 

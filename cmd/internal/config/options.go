@@ -11,7 +11,7 @@ import (
 )
 
 // Command is a set of subcommands.
-type Command uint16
+type Command uint32
 
 // The subcommands that take options.
 const (
@@ -30,6 +30,7 @@ const (
 	Exec
 	ExcludeProgram
 	IncludeProgram
+	Attach
 )
 
 // RunsProgram reports whether a program and its arguments follow the options.
@@ -41,14 +42,14 @@ func (o *Option) takes(cmd Command) bool {
 }
 
 // all are the commands that carry traffic, or explain how they would.
-const all = Run | Up | Check
+const all = Run | Up | Attach | Check
 
 var commandNames = []struct {
 	cmd  Command
 	name string
 }{{Run, "run"}, {Up, "up"}, {Down, "down"}, {Confirm, "confirm"}, {Status, "status"}, {Flows, "flows"}, {Ps, "ps"}, {Top, "top"},
 	{Doctor, "doctor"}, {Health, "health"}, {Capture, "capture"}, {Exec, "exec"}, {ExcludeProgram, "exclude"},
-	{IncludeProgram, "include"}}
+	{IncludeProgram, "include"}, {Attach, "attach"}}
 
 // commandName returns the name of one subcommand.
 func commandName(cmd Command) string {

@@ -9,7 +9,7 @@ import (
 // hostOptions tell what `up` does to the host.
 var hostOptions = []Option{
 	{
-		Name: "lan", Arg: "direct|carry|refuse", Default: "direct", Soft: true, Live: true, Cmds: Up | Check, set: setLAN,
+		Name: "lan", Arg: "direct|carry|refuse", Default: "direct", Soft: true, Live: true, Cmds: Up | Attach | Check, set: setLAN,
 		Help: "what becomes of private networks that the host is connected to",
 		Man: `How private networks that the host is connected to are reached: those parts of 10/8, 172.16/12, 192.168/16, 169.254/16,
 fc00::/7 and fe80::/10 that are on one of its devices.
@@ -49,7 +49,7 @@ To reach a network directly in any case, use
 .Fl -exclude .`,
 	},
 	{
-		Name: "inbound", Arg: "keep|carry", Default: "keep", Live: true, Cmds: Up | Check,
+		Name: "inbound", Arg: "keep|carry", Default: "keep", Live: true, Cmds: Up | Attach | Check,
 		set:  oneOf(func(c *Config) *string { return &c.Host.Inbound }, "keep", "carry"),
 		Help: "what becomes of answers to connections from outside",
 		Man: `How answers to connections from outside, such as SSH to this host, leave.
@@ -67,7 +67,7 @@ in
 they go through the proxy like other traffic, so servers on this host can no longer be reached from outside.`,
 	},
 	{
-		Name: "inbound-port", Arg: "N[-M][,...]", Many: true, Live: true, Cmds: Up | Check, set: addInboundPorts,
+		Name: "inbound-port", Arg: "N[-M][,...]", Many: true, Live: true, Cmds: Up | Attach | Check, set: addInboundPorts,
 		Help: "UDP ports of servers: answered directly, whatever the port has sent",
 		Man: `UDP ports of servers on this host that also speak to others of their own accord, such as WireGuard with the addresses of
 its peers, a game server that announces itself, or a resolver that asks from a fixed port.
@@ -86,7 +86,7 @@ it applies to datagrams that arrive on a device of
 .Fl -exclude-device .`,
 	},
 	{
-		Name: "exclude", Arg: "NETWORK[,...]", Many: true, Live: true, Cmds: Up | Check,
+		Name: "exclude", Arg: "NETWORK[,...]", Many: true, Live: true, Cmds: Up | Attach | Check,
 		set:  addNetworks(func(c *Config) *Selection { return &c.Host.Exclude }),
 		Help: "destinations that are reached without the proxy",
 		Man: `Destinations that are reached without the proxy: addresses, or networks such as 203.0.113.0/24.
@@ -95,7 +95,7 @@ Excluded traffic leaves the host as if there were no
 including DNS questions to such a destination.`,
 	},
 	{
-		Name: "exclude-uid", Arg: "USER|N[-M][,...]", Many: true, Live: true, Cmds: Up | Check,
+		Name: "exclude-uid", Arg: "USER|N[-M][,...]", Many: true, Live: true, Cmds: Up | Attach | Check,
 		set:  addUIDs(func(c *Config) *Selection { return &c.Host.Exclude }),
 		Help: "users whose programs go without the proxy",
 		Man: `Users whose programs do not use the proxy, by name or by number.
@@ -105,14 +105,14 @@ A resolver that runs on this host is not one of their programs: with
 it gives them addresses that stand for names, which they cannot reach.`,
 	},
 	{
-		Name: "exclude-port", Arg: "N[-M][,...]", Many: true, Live: true, Cmds: Up | Check,
+		Name: "exclude-port", Arg: "N[-M][,...]", Many: true, Live: true, Cmds: Up | Attach | Check,
 		set:  addPorts(func(c *Config) *Selection { return &c.Host.Exclude }),
 		Help: "destination ports (TCP and UDP) that are reached without the proxy",
 		Man: `Destination ports, of TCP and UDP, that are reached without the proxy.
 Port 53 is not allowed here: names are asked through the proxy.`,
 	},
 	{
-		Name: "exclude-device", Arg: "NAME[,...]", Many: true, Live: true, Cmds: Up | Check,
+		Name: "exclude-device", Arg: "NAME[,...]", Many: true, Live: true, Cmds: Up | Attach | Check,
 		set:  addDevices(func(c *Config) *Selection { return &c.Host.Exclude }),
 		Help: "devices: what comes in by them, or is bound to them, goes without the proxy",
 		Man: `Network devices.
@@ -127,7 +127,7 @@ other programs route there.
 The device does not have to exist yet.`,
 	},
 	{
-		Name: "exclude-cgroup", Arg: "PATH[,...]", Many: true, Live: true, Cmds: Up | Check,
+		Name: "exclude-cgroup", Arg: "PATH[,...]", Many: true, Live: true, Cmds: Up | Attach | Check,
 		set:  addCgroups(func(c *Config) *Selection { return &c.Host.Exclude }),
 		Help: "control groups whose programs go without the proxy",
 		Man: `Control groups (version 2) whose programs do not use the proxy, as in
@@ -136,7 +136,7 @@ The device does not have to exist yet.`,
 They must exist at the start.`,
 	},
 	{
-		Name: "include", Arg: "NETWORK[,...]", Many: true, Live: true, Cmds: Up | Check,
+		Name: "include", Arg: "NETWORK[,...]", Many: true, Live: true, Cmds: Up | Attach | Check,
 		set:  addNetworks(func(c *Config) *Selection { return &c.Host.Include }),
 		Help: "only these destinations go through the proxy",
 		Man: `Only these destinations, and whatever the other options that begin with
@@ -146,31 +146,31 @@ name, go through the proxy; everything else leaves the host as if there were no
 If something is both included and excluded, it is excluded.`,
 	},
 	{
-		Name: "include-uid", Arg: "USER|N[-M][,...]", Many: true, Live: true, Cmds: Up | Check,
+		Name: "include-uid", Arg: "USER|N[-M][,...]", Many: true, Live: true, Cmds: Up | Attach | Check,
 		set:  addUIDs(func(c *Config) *Selection { return &c.Host.Include }),
 		Help: "only these users' programs go through the proxy",
 		Man:  `The same for users.`,
 	},
 	{
-		Name: "include-port", Arg: "N[-M][,...]", Many: true, Live: true, Cmds: Up | Check,
+		Name: "include-port", Arg: "N[-M][,...]", Many: true, Live: true, Cmds: Up | Attach | Check,
 		set:  addPorts(func(c *Config) *Selection { return &c.Host.Include }),
 		Help: "only these destination ports go through the proxy",
 		Man:  `The same for destination ports.`,
 	},
 	{
-		Name: "include-device", Arg: "NAME[,...]", Many: true, Live: true, Cmds: Up | Check,
+		Name: "include-device", Arg: "NAME[,...]", Many: true, Live: true, Cmds: Up | Attach | Check,
 		set:  addDevices(func(c *Config) *Selection { return &c.Host.Include }),
 		Help: "only what comes in by these devices goes through the proxy",
 		Man:  `The same for devices.`,
 	},
 	{
-		Name: "include-cgroup", Arg: "PATH[,...]", Many: true, Live: true, Cmds: Up | Check,
+		Name: "include-cgroup", Arg: "PATH[,...]", Many: true, Live: true, Cmds: Up | Attach | Check,
 		set:  addCgroups(func(c *Config) *Selection { return &c.Host.Include }),
 		Help: "only these control groups' programs go through the proxy",
 		Man:  `The same for control groups.`,
 	},
 	{
-		Name: "strict", Live: true, Cmds: Up | Check, set: boolean(func(c *Config) *bool { return &c.Host.Strict }),
+		Name: "strict", Live: true, Cmds: Up | Attach | Check, set: boolean(func(c *Config) *bool { return &c.Host.Strict }),
 		Help: "stop raw frames of AF_PACKET (not of AF_XDP) too, and refuse the LAN",
 		Man: `Also stop raw frames of programs with CAP_NET_RAW
 .Pq Xr packet 7 ,
@@ -277,30 +277,30 @@ too, with which a program leaves the host without the proxy.
 Without this option only root may: whoever may exclude a program decides what passes by the proxy.`,
 	},
 	{
-		Name: "tun", Arg: "NAME", Default: kernel.DefaultTUN, Cmds: Up | Check | Down, set: setTUN,
+		Name: "tun", Arg: "NAME", Default: kernel.DefaultTUN, Cmds: Up | Attach | Check | Down, set: setTUN,
 		Help: "name of the TUN device",
 		Man:  `Name of the TUN device, 15 bytes at most.`,
 	},
 	{
-		Name: "mark", Arg: "N[/MASK]", Default: "0x76000000/0xff000000", Cmds: Up | Check | Down, set: setMark,
+		Name: "mark", Arg: "N[/MASK]", Default: "0x76000000/0xff000000", Cmds: Up | Attach | Check | Down, set: setMark,
 		Help: "firewall mark of our own packets",
 		Man: `The firewall mark that keeps our own packets off the TUN device, and the mask of its bits.
 No other program may use it.`,
 	},
 	{
-		Name: "nft-table", Arg: "NAME", Default: kernel.DefaultNFTable, Cmds: Up | Check | Down, set: setNFTable,
+		Name: "nft-table", Arg: "NAME", Default: kernel.DefaultNFTable, Cmds: Up | Attach | Check | Down, set: setNFTable,
 		Help: "name of the nftables tables to use",
 		Man:  `Name of the nftables tables that hold the filter.`,
 	},
 	{
-		Name: "priority", Arg: "N", Default: strconv.Itoa(kernel.DefaultPriority), Cmds: Up | Check | Down,
+		Name: "priority", Arg: "N", Default: strconv.Itoa(kernel.DefaultPriority), Cmds: Up | Attach | Check | Down,
 		set:  number(1, 32000, func(c *Config) *int { return &c.Host.Priority }),
 		Help: "number of the first of our ip rules",
 		Man: `Number of the first of our ip rules, from 1 to 32000; 19 more are used.
 It must be lower than that of the rule for table main (32766), and should be higher than those of VPNs.`,
 	},
 	{
-		Name: "table", Arg: "N", Default: "30323", Cmds: Up | Check | Down, set: setTable,
+		Name: "table", Arg: "N", Default: "30323", Cmds: Up | Attach | Check | Down, set: setTable,
 		Help: "number of the kernel routing table to use; the next one is used too",
 		Man: `Number of the kernel routing table that leads to the TUN device.
 The table with the next number is used, too: it refuses traffic that must not leave the host.

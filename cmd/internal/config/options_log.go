@@ -57,13 +57,20 @@ A unix socket that is left by a killed viasocks is replaced by the next one, and
 		Man:  `Print it as JSON, for programs.`,
 	},
 	{
-		Name: "pid", Arg: "PID", Cmds: Status | Flows | Top | Health | Capture, set: number(1, maxPID, func(c *Config) *int { return &c.PID }),
+		Name: "pid", Arg: "PID", Cmds: Status | Flows | Top | Health | Capture | Attach | Down,
+		set:  number(1, maxPID, func(c *Config) *int { return &c.PID }),
 		Help: "ask the viasocks with this process id, see ps",
 		Man: `Ask the viasocks with this process id instead of the one that is up.
 .Cm viasocks ps
 lists the process ids: those of your own programs under
-.Cm run ,
-and for root those of all users.`,
+.Cm run
+and of what you have attached to, and for root those of all users.
+.Pp
+For
+.Cm attach
+and
+.Cm down ,
+the id of a process in the network namespace that is meant.`,
 	},
 	{
 		Name: "limit", Arg: "N", Default: "100", Cmds: Flows, set: number(1, control.MaxFlows, func(c *Config) *int { return &c.Limit }),
@@ -101,7 +108,7 @@ and leave the host closed otherwise.`,
 	},
 	{
 		Name: "state-dir", Arg: "DIR", Default: kernel.DefaultDir,
-		Cmds: Up | Check | Down | Confirm | Status | Flows | Ps | Top | Health | Capture | ExcludeProgram | IncludeProgram,
+		Cmds: Up | Attach | Check | Down | Confirm | Status | Flows | Ps | Top | Health | Capture | ExcludeProgram | IncludeProgram,
 		set:  setStateDir,
 		Help: "directory of journal, lock and control socket",
 		Man: `The directory for the journal, the lock and the control socket, on a host whose
@@ -109,6 +116,12 @@ and leave the host closed otherwise.`,
 cannot be written.
 It is made if its parent exists, and only root may have permission to write to it.
 It must not survive a reboot.
+For
+.Cm attach
+without root, the default is a directory for this user below
+.Ev XDG_RUNTIME_DIR
+or
+.Pa /run/user .
 The same directory must be given to
 .Cm close , down , status , flows , ps , top
 and

@@ -50,9 +50,9 @@ A socket that is there already is replaced if nobody listens at it; any other fi
 // instanceOptions tell a program under run from others.
 var instanceOptions = []Option{
 	{
-		Name: "name", Arg: "NAME", Cmds: Run | Check, set: setName,
-		Help: "a name for this program, for ps and exec",
-		Man: `A name for this program, which
+		Name: "name", Arg: "NAME", Cmds: Run | Attach | Check, set: setName,
+		Help: "a name for this instance, for ps and exec",
+		Man: `A name for this instance, which
 .Cm ps
 shows and
 .Cm exec
@@ -60,7 +60,7 @@ takes in place of the process id.
 It consists of up to 64 letters, digits, dots, hyphens and underscores and does not begin with a digit.`,
 	},
 	{
-		Name: "pid-file", Arg: "FILE", Cmds: Run | Check, set: setPIDFile,
+		Name: "pid-file", Arg: "FILE", Cmds: Run | Attach | Check, set: setPIDFile,
 		Help: "write the process id of viasocks to FILE",
 		Man: `Write the process id of
 .Nm
@@ -73,7 +73,7 @@ reaches the program.
 The file is removed at the end.`,
 	},
 	{
-		Name: "ready-fd", Arg: "N", Default: "-1", Cmds: Run | Check,
+		Name: "ready-fd", Arg: "N", Default: "-1", Cmds: Run | Attach | Check,
 		set:  number(-1, maxFD, func(c *Config) *int { return &c.ReadyFD }),
 		Help: "write a line to this file descriptor once the program has its network",
 		Man: `Write

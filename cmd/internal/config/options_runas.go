@@ -41,8 +41,8 @@ is
 .Pa / .`,
 	},
 	{
-		Name: "netns", Arg: "NAME", Cmds: Run | Check, set: setNetNS,
-		Help: "use a network namespace made by 'ip netns add NAME'; only root can",
+		Name: "netns", Arg: "NAME", Cmds: Run | Attach | Down | Check, set: setNetNS,
+		Help: "use a network namespace made by 'ip netns add NAME'; run: only root can",
 		Man: `Run the program in the network namespace
 .Ar NAME
 of
@@ -67,7 +67,13 @@ A process called
 .Ql viasocks-restore
 does this even if
 .Nm
-is killed.`,
+is killed.
+.Pp
+For
+.Cm attach
+and
+.Cm down ,
+the network namespace that is meant, whatever devices it has.`,
 	},
 }
 

@@ -306,6 +306,9 @@ func setLogFile(c *Config, v value) error { c.LogFile = v.text; return nil }
 
 // finish checks what depends on more than one option, and reads the environment and the password files.
 func (c *Config) finish(env []string) error {
+	if err := c.checkTarget(); err != nil {
+		return err
+	}
 	if c.Command&(all|Doctor) == 0 || len(c.Import) > 0 || c.Serve {
 		return nil // carries nothing
 	}

@@ -14,7 +14,7 @@ type Health struct {
 	Healthy   bool             `json:"healthy"`
 	Reason    string           `json:"reason,omitempty"` // why it does not pass
 	Do        string           `json:"do,omitempty"`     // what to do about it
-	Mode      string           `json:"mode,omitempty"`   // run or up
+	Mode      string           `json:"mode,omitempty"`   // run, up or attach
 	PID       int              `json:"pid,omitempty"`
 	State     string           `json:"state,omitempty"`
 	Upstreams []UpstreamHealth `json:"upstreams"`
@@ -118,6 +118,8 @@ func WriteHealth(w io.Writer, h Health) error {
 		}
 	case h.Mode == ModeRun:
 		line += fmt.Sprintf(": process %d carries its program", h.PID)
+	case h.Mode == ModeAttach:
+		line += fmt.Sprintf(": process %d carries its namespace", h.PID)
 	default:
 		line += fmt.Sprintf(": process %d carries this host", h.PID)
 	}

@@ -20,8 +20,9 @@ import (
 
 // Kinds of instances, which are the values of Status.Mode.
 const (
-	ModeUp  = "up"
-	ModeRun = "run"
+	ModeUp     = "up"
+	ModeRun    = "run"
+	ModeAttach = "attach"
 )
 
 // NoAnswer is the State of an instance that has a socket and does not answer.
@@ -31,10 +32,10 @@ const NoAnswer = "no answer"
 type Instance struct {
 	PID     int       `json:"pid"`
 	UID     int       `json:"uid"`
-	User    string    `json:"user"` // name of UID, or its number
-	Mode    string    `json:"mode"` // run or up
-	Program string    `json:"program,omitempty"`
-	Name    string    `json:"name,omitempty"` // of --name
+	User    string    `json:"user"`              // name of UID, or its number
+	Mode    string    `json:"mode"`              // run, up or attach
+	Program string    `json:"program,omitempty"` // attach: what names the namespace
+	Name    string    `json:"name,omitempty"`    // of --name
 	Inside  int       `json:"program_pid,omitempty"`
 	Proxy   string    `json:"proxy"` // without user and password
 	State   string    `json:"state"`

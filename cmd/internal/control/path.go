@@ -13,5 +13,10 @@ func Path(dir string) (string, error) {
 	if err := syscall.Stat("/proc/thread-self/ns/net", &st); err != nil {
 		return "", fmt.Errorf("cannot identify the network namespace: %w", err)
 	}
-	return filepath.Join(dir, fmt.Sprintf("control-%d.sock", st.Ino)), nil
+	return PathIn(dir, st.Ino), nil
+}
+
+// PathIn is Path for the network namespace with this inode.
+func PathIn(dir string, ino uint64) string {
+	return filepath.Join(dir, fmt.Sprintf("control-%d.sock", ino))
 }

@@ -38,6 +38,9 @@ func statusHead(b *strings.Builder, s *Status, now time.Time) {
 	if s.Mode == ModeRun {
 		fmt.Fprintf(b, "  program %s, process %d\n", Plain(s.Program), s.Inside)
 	}
+	if s.Mode == ModeAttach {
+		fmt.Fprintf(b, "  attached to %s\n", Plain(s.Program))
+	}
 	if s.Name != "" {
 		fmt.Fprintf(b, "  name %s\n", Plain(s.Name))
 	}
@@ -154,7 +157,11 @@ func statusNames(b *strings.Builder, n *Names, dns []string) {
 
 // statusHost writes what 'up' has changed on the host, and the packets that its filter refused.
 func statusHost(b *strings.Builder, s *Status) {
-	fmt.Fprintf(b, "\nhost: device %s, table %d, mark %s\n", Plain(s.Host.TUN), s.Host.Table, Plain(s.Host.Mark))
+	place := "host"
+	if s.Mode == ModeAttach {
+		place = "namespace"
+	}
+	fmt.Fprintf(b, "\n%s: device %s, table %d, mark %s\n", place, Plain(s.Host.TUN), s.Host.Table, Plain(s.Host.Mark))
 	if s.Host.Resolved {
 		b.WriteString("  systemd-resolved asks viasocks for names\n")
 	}
@@ -228,6 +235,8 @@ func WriteInstances(w io.Writer, all []Instance, now time.Time) error {
 			switch {
 			case x.Mode == ModeUp:
 				program = "(the host)"
+			case x.Mode == ModeAttach && x.Name == "":
+				program = "(" + program + ")"
 			case x.Name != "":
 				program = x.Name + " (" + program + ")"
 			}

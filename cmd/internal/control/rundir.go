@@ -50,6 +50,14 @@ func (r Runtime) candidates() (paths []string) {
 	return append(paths, r.inTmp(r.UID))
 }
 
+// Dir returns the user's runtime directory, or "" if there is none that only the user can change.
+func (r Runtime) Dir() string {
+	if dir := filepath.Dir(r.candidates()[0]); dir != r.Tmp {
+		return dir
+	}
+	return ""
+}
+
 // create opens the first directory that can be used, creates it if it does not exist, and locks it.
 func (r Runtime) create() (*runDir, error) {
 	var errs []error

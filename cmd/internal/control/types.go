@@ -43,10 +43,10 @@ type ListeningPort struct {
 type Status struct {
 	Version   string     `json:"version"`
 	PID       int        `json:"pid"`
-	Mode      string     `json:"mode"`                  // "up" or "run"
-	Program   string     `json:"program,omitempty"`     // run: the name of the program
-	Name      string     `json:"name,omitempty"`        // run: of --name
-	Inside    int        `json:"program_pid,omitempty"` // run: the process id of the program
+	Mode      string     `json:"mode"`                  // "up", "run" or "attach"
+	Program   string     `json:"program,omitempty"`     // run: the name of the program; attach: what names the namespace
+	Name      string     `json:"name,omitempty"`        // of --name
+	Inside    int        `json:"program_pid,omitempty"` // run: the process id of the program; attach: of our process inside
 	Published *Published `json:"published,omitempty"`   // run: nil if no port is
 	Listening *Listening `json:"listening,omitempty"`   // run: nil if peers cannot connect to any
 	State     string     `json:"state"`

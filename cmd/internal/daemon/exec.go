@@ -13,8 +13,9 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/process"
 )
 
-// Exec replaces this process with a program in the namespaces of an instance of run. want is the name or process id of
-// this instance, and all contains the instances of the caller. Exec returns only if it fails.
+// Exec replaces this process with a program in the namespaces of an instance of run, or in the network of one of attach.
+// want is the name or process id of this instance, and all contains the instances of the caller. Exec returns only if it
+// fails.
 //
 // A process with several threads cannot enter a user namespace (setns(2)), and a Go program always has several.
 // nsenter(1) does it.
@@ -27,7 +28,10 @@ func Exec(want string, program []string, all []control.Instance, environ []strin
 	if err != nil {
 		return fmt.Errorf("cannot exec in %q: nsenter is not installed: install util-linux", want)
 	}
-	args := []string{"nsenter", "--target", strconv.Itoa(at.Inside), "--net", "--mount"}
+	args := []string{"nsenter", "--target", strconv.Itoa(at.Inside), "--net"}
+	if at.Mode == control.ModeRun { // of what was attached to, only the network is another one
+		args = append(args, "--mount")
+	}
 	if other, err := otherUserNamespace(at.Inside); err != nil {
 		return fmt.Errorf("cannot exec in %q: %w", want, err)
 	} else if other {
@@ -43,12 +47,12 @@ func Exec(want string, program []string, all []control.Instance, environ []strin
 	return fmt.Errorf("cannot exec in %q: %w", want, syscall.Exec(nsenter, args, programEnv(environ, false)))
 }
 
-// instanceNamed finds the instance of run with this name or process id.
+// instanceNamed finds the instance of run or attach with this name or process id.
 func instanceNamed(want string, all []control.Instance) (at control.Instance, err error) {
 	pid, _ := strconv.Atoi(want)
 	n := 0
 	for _, i := range all {
-		if i.Mode == control.ModeRun && i.Inside > 0 && (i.PID == pid || i.Name != "" && i.Name == want) {
+		if i.Mode != control.ModeUp && i.Inside > 0 && (i.PID == pid || i.Name != "" && i.Name == want) {
 			at = i
 			n++
 		}
@@ -59,7 +63,8 @@ func instanceNamed(want string, all []control.Instance) (at control.Instance, er
 	case n > 1:
 		return at, errors.New("several have this name: give the process id that 'viasocks ps' shows")
 	}
-	// The process id belongs to the program as long as its parent, viasocks, has not waited for it.
+	// The process id belongs to the program, or to the process that attach has in the namespace, as long as its parent,
+	// viasocks, has not waited for it.
 	if owner.Parent(strconv.Itoa(at.Inside)) != strconv.Itoa(at.PID) {
 		return at, errors.New("its program has ended")
 	}

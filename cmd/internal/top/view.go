@@ -83,6 +83,9 @@ func (m *model) head() []string {
 	if s.Mode == control.ModeRun {
 		what = "run " + plain(s.Program)
 	}
+	if s.Mode == control.ModeAttach {
+		what = "attach " + plain(s.Program)
+	}
 	state, style := plain(s.State), good
 	switch {
 	case m.gone != nil:

@@ -1,0 +1,190 @@
+package hosttest
+
+import (
+	"bytes"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/viasocks/viasocks/stack/testkit"
+)
+
+// keeperOf finds the process that attach has in the namespace; 0: there is none yet.
+func keeperOf(pid int) int {
+	lists, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	for _, list := range lists {
+		b, _ := os.ReadFile(list)
+		for _, child := range strings.Fields(string(b)) {
+			cmd, _ := os.ReadFile("/proc/" + child + "/cmdline")
+			if n, err := strconv.Atoi(child); err == nil && bytes.Contains(cmd, []byte("viasocks-keeper")) {
+				return n
+			}
+		}
+	}
+	return 0
+}
+
+// shoot connects from the container to the world until the test ends or stop is called.
+func (w *world) shoot() (stop func()) {
+	end, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = in("ctr", func() error {
+			for i := 0; ; i++ {
+				select {
+				case <-end:
+					return nil
+				case <-time.After(2 * time.Millisecond):
+				}
+				to := "203.0.113.7:77"
+				if i%2 == 0 {
+					to = "[2001:db8:f::7]:77"
+				}
+				if c, err := net.DialTimeout("tcp", to, 50*time.Millisecond); err == nil {
+					c.Close()
+				}
+				if c, err := net.Dial("udp", "203.0.113.9:53"); err == nil {
+					_, _ = c.Write([]byte("leak"))
+					c.Close()
+				}
+			}
+		})
+	}()
+	var over bool
+	stop = func() {
+		if !over {
+			over = true
+			close(end)
+			<-done
+		}
+	}
+	w.t.Cleanup(stop)
+	return stop
+}
+
+// closedInside reports whether the filter is in the container's namespace.
+func (w *world) closedInside() bool {
+	w.t.Helper()
+	return strings.Contains(w.run("ctr", nil, "nft", "list", "tables"), "viasocks")
+}
+
+// killInstants is how many instants of a life each process is killed at.
+const killInstants = 20
+
+// TestAttachKilled: whichever process is killed, and whenever, nothing leaves a namespace that was steered, and it can be
+// given back or taken over.
+func TestAttachKilled(t *testing.T) {
+	for _, victim := range []string{"attach", "keeper"} {
+		t.Run(victim, func(t *testing.T) { testAttachKilled(t, victim) })
+	}
+}
+
+func testAttachKilled(t *testing.T, victim string) {
+	w, rec, _ := container(t)
+	before := w.stateOf("ctr")
+	d := w.attach("--netns", "ctr")
+	d.ready()
+	life := d.startedIn * 2
+	if err := d.stop(); err != nil {
+		t.Fatal(err)
+	}
+	var closed, ready int
+	for i := range killInstants {
+		after := life * time.Duration(i) / killInstants
+		t.Run(fmt.Sprintf("%d of %d", i+1, killInstants), func(t *testing.T) {
+			d := w.attach("--netns", "ctr")
+			stop := w.shoot()
+			w.waitUntil(d.started.Add(after), func() {
+				if strings.Contains(d.log.String(), "msg=ready") && ready <= i {
+					rec.take() // from here on nothing may leave
+					ready = i + 1
+				}
+			})
+			wasReady := ready == i+1
+			pid := d.cmd.Process.Pid
+			if k := keeperOf(pid); victim == "keeper" && k != 0 {
+				pid = k
+			}
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+			_ = d.wait() // it ends by itself when the keeper was killed
+			w.keeperGone()
+			if !wasReady {
+				rec.take()
+			}
+			shut := w.closedInside()
+			if wasReady && !shut {
+				t.Errorf("after %v: it was ready and the namespace is open", after)
+			}
+			if shut {
+				closed++
+				if err := w.outgoing("203.0.113.7"); err == nil {
+					t.Errorf("after %v: the container reaches the world", after)
+				}
+				for _, s := range rec.take() {
+					t.Errorf("after %v: this left the host: %+v", after, s)
+				}
+			}
+			stop()
+			if err := w.attachedPort(host4); err != nil {
+				t.Errorf("after %v: the published port: %v", after, err)
+			}
+			w.giveBack(i%2 == 0)
+			w.restored(fmt.Sprintf("killed after %v", after), "ctr", before)
+			if err := w.outgoing("203.0.113.7"); err != nil {
+				t.Errorf("after %v and given back: %v", after, err)
+			}
+			rec.take()
+		})
+	}
+	if closed < killInstants/3 {
+		t.Errorf("the namespace was closed at %d of %d instants only: the test proves little", closed, killInstants)
+	}
+	t.Logf("closed at %d of %d instants", closed, killInstants)
+}
+
+// waitUntil waits until a time, and calls look meanwhile.
+func (w *world) waitUntil(end time.Time, look func()) {
+	for time.Now().Before(end) {
+		look()
+		testkit.Pace(min(2*time.Millisecond, time.Until(end)))
+	}
+}
+
+// keeperGone waits until no keeper is left: it ends when attach is gone.
+func (w *world) keeperGone() {
+	w.t.Helper()
+	w.eventually(30*time.Second, "the keeper ends", func() bool {
+		all, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+		for _, name := range all {
+			if b, _ := os.ReadFile(name); bytes.Contains(b, []byte("viasocks-keeper")) {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// giveBack undoes what was left, by `down` or by another attach that takes over and stops.
+func (w *world) giveBack(byDown bool) {
+	w.t.Helper()
+	if byDown {
+		if out, err := w.command("down", "--netns", "ctr"); err != nil {
+			w.t.Errorf("down: %v\n%s", err, out)
+		}
+		return
+	}
+	d := w.attach("--netns", "ctr")
+	d.ready()
+	if err := w.outgoing("203.0.113.7"); err != nil {
+		w.t.Error("after another one took over: ", err)
+	}
+	if err := d.stop(); err != nil {
+		w.t.Errorf("the one that took over ended with %v\n%s", err, d.log)
+	}
+}
