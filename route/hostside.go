@@ -131,7 +131,8 @@ func (u hostUpstream) DialStream(ctx context.Context, l *relay.Loop, d Dest, don
 		u.d.DialDirect(ctx, l.Loop, netip.AddrPortFrom(at[1], d.Addr.Port()), func(s loop.Socket, err error) {
 			if err != nil && nobodyListens(err) {
 				err = first
-				if errors.Is(first, unix.EADDRNOTAVAIL) || errors.Is(first, unix.ENETUNREACH) || errors.Is(first, unix.EAFNOSUPPORT) {
+				if errors.Is(first, unix.EADDRNOTAVAIL) || errors.Is(first, unix.ENETUNREACH) ||
+					errors.Is(first, unix.EAFNOSUPPORT) {
 					err = unix.ECONNREFUSED // this host has no IPv6, which the program need not know
 				}
 			}

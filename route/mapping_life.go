@@ -13,8 +13,8 @@ import (
 // are in use, and a new one must wait.
 const evictIdle = int64(5 * time.Second)
 
-// newMapping makes a mapping, and makes room for it if necessary; nil: there is no room. host is the name of its first destination,
-// if that is known.
+// newMapping makes a mapping, and makes room for it if necessary; nil: there is no room. host is the name of its first
+// destination, if that is known.
 func (r *shard) newMapping(v *verdict, p *flow.Packet, host string, now int64) *mapping {
 	t := &r.udp
 	if p.Src.Port() == 0 || !flow.OneHost(p.Src.Addr()) {

@@ -183,7 +183,8 @@ func (r *port53) next(p, old *policy, asks *resolverSet) (*dns.Server, error) {
 	switch {
 	case (d != nil) != (len(asks.resolvers) > 0):
 		return nil, errors.New("cannot change whether port 53 is answered while running")
-	case d == nil, slices.Equal(p.order, old.order) && asks.equal(&r.asks) && p.fake == old.fake && p.split.sameServers(&old.split):
+	case d == nil, slices.Equal(p.order, old.order) && asks.equal(&r.asks) && p.fake == old.fake &&
+		p.split.sameServers(&old.split):
 		return nil, nil
 	}
 	// The running server's connections belong to the old upstreams, and it cannot be given others.

@@ -133,8 +133,8 @@ type UpstreamInfo struct {
 	TCPDown, UDPDown bool
 	Granted, Failed  uint64        // TCP flows that it granted, and that failed through its own fault
 	Latency          time.Duration // from the first packet of a TCP flow to the grant, on average of the last ones; 0: not known
-	// NamesUDP says whether its servers take names in the headers of datagrams: "yes", "no", or empty as long as nothing is known or
-	// it is not the same for all of them.
+	// NamesUDP says whether its servers take names in the headers of datagrams: "yes", "no", or empty as long as nothing is
+	// known or it is not the same for all of them.
 	NamesUDP string
 	// IPv6 says whether flows have shown that it reaches IPv6: "yes", "no", or empty if nothing is known.
 	IPv6 string
@@ -146,7 +146,8 @@ func (r *Router) Upstreams() []UpstreamInfo {
 	now := r.now()
 	for _, up := range slices.Concat(r.policy.Load().order, r.host.own()) {
 		all = append(all, UpstreamInfo{
-			Name: up.name, NamesUDP: up.names.word(now), IPv6: up.ipv6.word(now), TCPDown: up.tcp.isDown(), UDPDown: up.udp.isDown(),
+			Name: up.name, NamesUDP: up.names.word(now), IPv6: up.ipv6.word(now), TCPDown: up.tcp.isDown(),
+			UDPDown: up.udp.isDown(),
 			Granted: up.dials.granted.Load(), Failed: up.dials.failed.Load(), Latency: time.Duration(up.dials.latency.Load()),
 		})
 	}

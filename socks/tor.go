@@ -34,7 +34,8 @@ const (
 
 var torReplies = [...]string{
 	"onion service descriptor not found", "onion service descriptor invalid", "onion service introduction failed",
-	"onion service rendezvous failed", "onion service wants client authorization", "onion service refuses the client authorization",
+	"onion service rendezvous failed", "onion service wants client authorization",
+	"onion service refuses the client authorization",
 	"invalid onion address", "onion service introduction timed out",
 }
 

@@ -22,9 +22,9 @@ import (
 // second segment, which arrives as soon as a held ACK was written. For eagerTime after that, only the ACKs of FINs are held.
 
 const (
-	// ackDelay is how long an ACK waits at most. An app that writes twice before it reads, without TCP_NODELAY, loses this time once
-	// in eagerTime, so it must be short. Answers from nearby come within it, and where they come later, exchanges are few and an
-	// ACK costs little.
+	// ackDelay is how long an ACK waits at most. An app that writes twice before it reads, without TCP_NODELAY, loses this
+	// time once in eagerTime, so it must be short. Answers from nearby come within it, and where they come later, exchanges
+	// are few and an ACK costs little.
 	ackDelay = 4 * time.Millisecond
 	// eagerTime limits what an app that waits for ACKs loses: one ackDelay in this time.
 	eagerTime = 10 * time.Second

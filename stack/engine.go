@@ -111,7 +111,8 @@ func (s *shard) replace(old, next *engine) bool {
 	defer s.feeding.Unlock()
 	s.pending.mu.Lock() // no handshake begins
 	defer s.pending.mu.Unlock()
-	if s.closed || s.engine.Load() != old || s.pending.shakes != 0 || len(s.pending.knocks) != 0 || s.stats.streams.Load() != 0 || !old.empty() {
+	if s.closed || s.engine.Load() != old || s.pending.shakes != 0 || len(s.pending.knocks) != 0 || s.stats.streams.Load() != 0 ||
+		!old.empty() {
 		return false
 	}
 	next.past = old.verdicts()

@@ -6,15 +6,15 @@ import (
 	"github.com/viasocks/viasocks/tun"
 )
 
-// Tap sees the frames that cross the device. toApp tells the direction. The parts of a frame are one after the other and are lent for
-// the call. It is called by many goroutines on the path of the packets: it must neither block nor be slow.
+// Tap sees the frames that cross the device. toApp tells the direction. The parts of a frame are one after the other
+// and are lent for the call. It is called by many goroutines on the path of the packets: it must neither block nor be slow.
 type Tap func(h *tun.Header, parts [][]byte, toApp bool)
 
 // tap is where the Tap is; no Tap costs one load for each frame.
 type tap struct{ f atomic.Pointer[Tap] }
 
-// SetTap has f called with each frame from now on, instead of the function before it; nil: none. A call of the function before may
-// still be under way when SetTap returns. Any goroutine.
+// SetTap has f called with each frame from now on, instead of the function before it; nil: none. A call of the function
+// before may still be under way when SetTap returns. Any goroutine.
 func (s *Stack) SetTap(f Tap) {
 	if f == nil {
 		s.tap.f.Store(nil)

@@ -19,11 +19,11 @@ import (
 var cmdCapture = &command{
 	name: "capture", args: "[OPTION...] FILE|-", takes: config.Capture,
 	short: "write the packets between programs and viasocks to a file, for Wireshark",
-	about: `Write what crosses the TUN to FILE, or to standard output, as pcapng, which Wireshark and tshark read. A comment stands at
-the first packet of each flow, and at the first after something has happened to it: its program, upstream, rule, state,
-and in the end its bytes or why it failed. It ends after 100,000 packets, 100 MiB or one minute, unless options say
-otherwise, or when it is interrupted. Packets that cannot be written fast enough are left out and counted; the traffic
-does not wait for them.
+	about: `Write what crosses the TUN to FILE, or to standard output, as pcapng, which Wireshark and tshark read. A comment
+stands at the first packet of each flow, and at the first after something has happened to it: its program, upstream,
+rule, state, and in the end its bytes or why it failed. It ends after 100,000 packets, 100 MiB or one minute, unless
+options say otherwise, or when it is interrupted. Packets that cannot be written fast enough are left out and counted;
+the traffic does not wait for them.
 
   sudo viasocks capture --time 10s all.pcapng
   viasocks capture --pid 4711 --destination example.com - | tshark -r -

@@ -9,9 +9,9 @@ import (
 var cmdExclude = &command{
 	name: "exclude", args: "[OPTION...] [--] PROGRAM [ARGUMENT...]", takes: config.ExcludeProgram,
 	short: "run a program without the proxy while 'up' carries the host",
-	about: `Run PROGRAM so that its traffic, and that of its children, leaves the host without the proxy, while 'viasocks up' carries
-everything else. It runs as the calling user, in this terminal, and its exit status is given on. Only root may do this
-unless 'up' has --members-exclude. To have it the other way round, see 'viasocks include'.`,
+	about: `Run PROGRAM so that its traffic, and that of its children, leaves the host without the proxy, while 'viasocks up'
+carries everything else. It runs as the calling user, in this terminal, and its exit status is given on. Only root may
+do this unless 'up' has --members-exclude. To have it the other way round, see 'viasocks include'.`,
 	run: func(c *command, args, env []string, _ streams) (int, error) {
 		return choose(c, args, env, (*control.Client).Exclude)
 	},
@@ -20,9 +20,10 @@ unless 'up' has --members-exclude. To have it the other way round, see 'viasocks
 var cmdInclude = &command{
 	name: "include", args: "[OPTION...] [--] PROGRAM [ARGUMENT...]", takes: config.IncludeProgram,
 	short: "run a program through the proxy although 'up' would not carry it",
-	about: `Run PROGRAM so that 'viasocks up' carries its traffic, and that of its children, through the proxy although the options
-of 'up' exclude it, such as its user, or do not include it. Connected private networks are reached as --lan says. It runs
-as the calling user, in this terminal, and its exit status is given on. Root and members of --control-group may do this.`,
+	about: `Run PROGRAM so that 'viasocks up' carries its traffic, and that of its children, through the proxy although the
+options of 'up' exclude it, such as its user, or do not include it. Connected private networks are reached as --lan
+says. It runs as the calling user, in this terminal, and its exit status is given on. Root and members of
+--control-group may do this.`,
 	run: func(c *command, args, env []string, _ streams) (int, error) {
 		return choose(c, args, env, (*control.Client).Include)
 	},

@@ -28,15 +28,15 @@ func buildInfo() *debug.BuildInfo {
 	return &debug.BuildInfo{}
 }
 
-// release and revision are set by the linker, see BUILDFLAGS in the Makefile. Without them the program was made by a plain go build,
-// which notes a version of its own.
+// release and revision are set by the linker, see BUILDFLAGS in the Makefile. Without them the program was made by a
+// plain go build, which notes a version of its own.
 var release, revision string
 
 // shortVersion is version without the name of the program and of its parts, as status shows it.
 func shortVersion() string { return versionOf(buildInfo()) }
 
-// version is one line: the version, the revision with its time if the build knew it, the platform, and the version of gVisor, which
-// has the largest part in what the program does.
+// version is one line: the version, the revision with its time if the build knew it, the platform, and the version of
+// gVisor, which has the largest part in what the program does.
 func version(info *debug.BuildInfo) string {
 	v := "viasocks " + versionOf(info)
 	for _, d := range info.Deps {

@@ -15,7 +15,8 @@ const (
 	maxDirect     = 128                     // concurrent questions, each with a goroutine
 	directAttempt = 1500 * time.Millisecond // for one server, if there is time for another attempt
 	directRounds  = 2                       // a datagram may be lost
-	directBuffer  = 4096                    // bytes of a datagram; servers send at most 1232 or 4096 unless they are told otherwise
+	// bytes of a datagram; servers send at most 1232 or 4096 unless they are told otherwise
+	directBuffer = 4096
 )
 
 // DirectServer is a server that is asked without the upstream: by UDP, and by TCP if the answer does not fit.

@@ -49,7 +49,8 @@ func newHTTPClient(ctx context.Context, r Resolver, c *tls.Conn) (*http.ClientCo
 		Protocols:              new(http.Protocols),
 		DisableCompression:     true,
 		MaxResponseHeaderBytes: maxHTTPHeader,
-		HTTP2:                  &http.HTTP2Config{MaxReceiveBufferPerStream: streamBuffer, MaxReceiveBufferPerConnection: clientBuffer},
+		HTTP2: &http.HTTP2Config{MaxReceiveBufferPerStream: streamBuffer,
+			MaxReceiveBufferPerConnection: clientBuffer},
 	}
 	t.Protocols.SetHTTP2(true)
 	client, err := t.NewClientConn(ctx, "https", r.host())

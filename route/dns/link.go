@@ -119,5 +119,6 @@ func (x *exchange) secure(ctx context.Context, d *dialed) error {
 // newTLSConfig returns the TLS configuration for all resolvers. Verification is always on; without roots, the
 // system's authorities are used.
 func newTLSConfig(roots *x509.CertPool) *tls.Config {
-	return &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12, ClientSessionCache: tls.NewLRUClientSessionCache(maxResolvers)}
+	return &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12,
+		ClientSessionCache: tls.NewLRUClientSessionCache(maxResolvers)}
 }

@@ -127,7 +127,8 @@ func (p *Pool) Load(path string) (int, error) {
 	kept := all[:0]
 	for _, s := range all {
 		h := p.hash([]byte(s.name))
-		if s.i >= p.size || p.entries[s.i].len > 0 || p.find([]byte(s.name), h) != none || len(p.names)+len(s.name) > maxNameBytes {
+		if s.i >= p.size || p.entries[s.i].len > 0 || p.find([]byte(s.name), h) != none ||
+			len(p.names)+len(s.name) > maxNameBytes {
 			continue
 		}
 		p.put(s.i, []byte(s.name), h)
@@ -223,7 +224,8 @@ func (p *Pool) keepFile(ctx context.Context, path string, every, backoff time.Du
 				was, failed = changes, false
 			default:
 				if !failed {
-					log.Warn("cannot save the names of fake addresses; after a restart programs may have to ask again", "file", path, "err", err)
+					log.Warn("cannot save the names of fake addresses; after a restart programs may have to ask again", "file",
+						path, "err", err)
 				}
 				failed, wait = true, backoff
 			}

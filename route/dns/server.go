@@ -270,7 +270,8 @@ func (s *Server) handle(
 	if q.isQuery() {
 		if zone := s.split.zone(msg, &q); zone != nil {
 			to = zone
-		} else if (!toAsked || s.fake.pool != nil) && how != ours && s.answerItself(msg, &q, s.isSite(toAsked, asked), reply.now) {
+		} else if (!toAsked || s.fake.pool != nil) && how != ours &&
+			s.answerItself(msg, &q, s.isSite(toAsked, asked), reply.now) {
 			return true
 		} else if s.split.ofHost(msg, &q) {
 			to = s.split.host

@@ -239,14 +239,16 @@ func (h *Host) takenRouting() error {
 					"choose another with --table", r.Table)
 			case r.Priority >= c.Priority && r.Priority <= c.Priority+lastRule:
 				return fmt.Errorf(
-					"cannot use rule priorities %d to %d: another program has %d: see 'ip rule', and choose others with --priority",
+					"cannot use rule priorities %d to %d: another program has %d: see 'ip rule', and choose others with "+
+						"--priority",
 					c.Priority,
 					c.Priority+lastRule,
 					r.Priority,
 				)
 			case r.Mark != 0 && (r.Mask == nil || *r.Mask&c.Marks.Mask != 0) && overlaps(r.Mark, r.Mask, c.Marks):
 				return fmt.Errorf(
-					"cannot use mark %#x/%#x: an ip rule of another program uses mark %#x: see 'ip rule', and choose another with --mark",
+					"cannot use mark %#x/%#x: an ip rule of another program uses mark %#x: see 'ip rule', and choose another "+
+						"with --mark",
 					c.Marks.Own,
 					c.Marks.Mask,
 					r.Mark,

@@ -108,7 +108,8 @@ func readJournal(path string) (*journal, error) {
 		if g.Home != "" && !filepath.IsLocal(g.Home) {
 			return nil, fmt.Errorf("cannot read the journal %s: it speaks of control group %q", path, g.Home)
 		}
-		if g.Path != filepath.Clean(g.Path) || strings.HasPrefix(g.Path, ".") || filepath.IsAbs(g.Path) || !isProgramGroup("/"+g.Path) {
+		if g.Path != filepath.Clean(g.Path) || strings.HasPrefix(g.Path, ".") || filepath.IsAbs(g.Path) ||
+			!isProgramGroup("/"+g.Path) {
 			return nil, fmt.Errorf("cannot read the journal %s: it speaks of control group %q", path, g.Path)
 		}
 	}

@@ -137,14 +137,16 @@ func (t *nfTable) messages(flags uint32) ([]nfMsg, error) {
 	head := attrString(unix.NFTA_TABLE_NAME, t.name)
 	say(unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE, cat(head, attrU32(unix.NFTA_TABLE_FLAGS, flags)), "add table %s", at)
 	for _, c := range t.counters {
-		say(unix.NFT_MSG_NEWOBJ, unix.NLM_F_CREATE, cat(attrString(unix.NFTA_OBJ_TABLE, t.name), attrString(unix.NFTA_OBJ_NAME, c),
-			attrU32(unix.NFTA_OBJ_TYPE, unix.NFT_OBJECT_COUNTER),
-			nested(unix.NFTA_OBJ_DATA, attrU64(unix.NFTA_COUNTER_BYTES, 0), attrU64(unix.NFTA_COUNTER_PACKETS, 0))),
+		say(unix.NFT_MSG_NEWOBJ, unix.NLM_F_CREATE,
+			cat(attrString(unix.NFTA_OBJ_TABLE, t.name), attrString(unix.NFTA_OBJ_NAME, c),
+				attrU32(unix.NFTA_OBJ_TYPE, unix.NFT_OBJECT_COUNTER),
+				nested(unix.NFTA_OBJ_DATA, attrU64(unix.NFTA_COUNTER_BYTES, 0), attrU64(unix.NFTA_COUNTER_PACKETS, 0))),
 			"add counter %s %s", at, c).needs = []*need{needCounter}
 	}
 	for i, s := range t.sets {
 		a := cat(attrString(unix.NFTA_SET_TABLE, t.name), attrString(unix.NFTA_SET_NAME, s.name),
-			attrU32(unix.NFTA_SET_KEY_TYPE, s.keyType), attrU32(unix.NFTA_SET_KEY_LEN, s.keyLen), attrU32(unix.NFTA_SET_ID, uint32(i+1)))
+			attrU32(unix.NFTA_SET_KEY_TYPE, s.keyType), attrU32(unix.NFTA_SET_KEY_LEN, s.keyLen),
+			attrU32(unix.NFTA_SET_ID, uint32(i+1)))
 		switch {
 		case s.dynamic:
 			a = cat(a, attrU32(unix.NFTA_SET_FLAGS, unix.NFT_SET_TIMEOUT|unix.NFT_SET_EVAL),
@@ -163,7 +165,8 @@ func (t *nfTable) messages(flags uint32) ([]nfMsg, error) {
 			if c.device != "" {
 				hook = append(hook, attrString(unix.NFTA_HOOK_DEV, c.device)...)
 			}
-			a = cat(a, nested(unix.NFTA_CHAIN_HOOK, hook), attrU32(unix.NFTA_CHAIN_POLICY, 1), attrString(unix.NFTA_CHAIN_TYPE, c.kind))
+			a = cat(a, nested(unix.NFTA_CHAIN_HOOK, hook), attrU32(unix.NFTA_CHAIN_POLICY, 1),
+				attrString(unix.NFTA_CHAIN_TYPE, c.kind))
 		}
 		say(unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE, a, "add chain %s %s", at, c.name).needs = c.needs(t.fam)
 	}

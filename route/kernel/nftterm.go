@@ -94,7 +94,8 @@ func daddr(p netip.Prefix) term {
 	if p.Addr().Is6() {
 		word, off, n = "ip6", 24, 16
 	}
-	e := append(isFamily(p.Addr().Is6()), &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: off, Len: n})
+	e := append(isFamily(p.Addr().Is6()), &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: off,
+		Len: n})
 	text := p.Addr().String()
 	if p.Bits() < p.Addr().BitLen() {
 		text = p.String()
@@ -176,7 +177,8 @@ func aboutAnswer(port uint16, v6 bool) term {
 func skuid(r UIDRange, eq bool) term {
 	s, op := opOf(eq)
 	if r.First == r.Last {
-		return term{fmt.Sprintf("meta skuid %s %d", s, r.First), []expr.Any{loadMeta(expr.MetaKeySKUID), cmp(op, native32(r.First))}}
+		return term{fmt.Sprintf("meta skuid %s %d", s, r.First),
+			[]expr.Any{loadMeta(expr.MetaKeySKUID), cmp(op, native32(r.First))}}
 	}
 	return term{fmt.Sprintf("meta skuid %d-%d", r.First, r.Last), []expr.Any{loadMeta(expr.MetaKeySKUID),
 		&expr.Byteorder{SourceRegister: 1, DestRegister: 1, Op: expr.ByteorderHton, Len: 4, Size: 4},
@@ -193,7 +195,8 @@ type cgroup struct {
 func socketCgroup(c cgroup, eq bool) term {
 	s, op := opOf(eq)
 	return term{fmt.Sprintf("socket cgroupv2 level %d %s %q", c.level, s, c.path), []expr.Any{
-		&expr.Socket{Key: expr.SocketKeyCgroupv2, Level: c.level, Register: 1}, cmp(op, binary.NativeEndian.AppendUint64(nil, c.id))}}
+		&expr.Socket{Key: expr.SocketKeyCgroupv2, Level: c.level, Register: 1},
+		cmp(op, binary.NativeEndian.AppendUint64(nil, c.id))}}
 }
 
 func ctDirection(reply bool) term {
@@ -204,7 +207,8 @@ func ctDirection(reply bool) term {
 }
 
 func ctNew() term {
-	return term{"ct state new", []expr.Any{loadCt(expr.CtKeySTATE), mask32(expr.CtStateBitNEW, 0), cmp(expr.CmpOpNeq, native32(0))}}
+	return term{"ct state new", []expr.Any{loadCt(expr.CtKeySTATE), mask32(expr.CtStateBitNEW, 0),
+		cmp(expr.CmpOpNeq, native32(0))}}
 }
 
 // ctNone matches packets that belong to no flow: conntrack ignores them or cannot interpret them.
@@ -278,7 +282,8 @@ func tupleOf(v6, in bool) (string, []expr.Any) {
 func tcpSYN() term {
 	return term{"tcp flags & (fin | syn | rst | ack) == syn", append(l4proto(unix.IPPROTO_TCP),
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{0x17}, Xor: []byte{0}}, cmp(expr.CmpOpEq, []byte{0x02}))}
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{0x17}, Xor: []byte{0}},
+		cmp(expr.CmpOpEq, []byte{0x02}))}
 }
 
 // ctDNAT matches connections whose destination is translated, such as published ports.

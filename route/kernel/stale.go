@@ -41,7 +41,8 @@ func (h *Host) ResetStale() (n int, err error) {
 		for _, s := range all {
 			local, ok1 := netip.AddrFromSlice(s.ID.Source)
 			remote, ok2 := netip.AddrFromSlice(s.ID.Destination)
-			if !ok1 || !ok2 || s.Timer != timerRetransmit || s.Retrans == 0 || s.State == netlink.TCP_SYN_SENT || s.ID.Interface != 0 ||
+			if !ok1 || !ok2 || s.Timer != timerRetransmit || s.Retrans == 0 || s.State == netlink.TCP_SYN_SENT ||
+				s.ID.Interface != 0 ||
 				remote.IsLoopback() || h.c.Exclude.hasPort(s.ID.DestinationPort) ||
 				slices.ContainsFunc(inbound, func(t Tuple) bool {
 					return t.Local == netip.AddrPortFrom(local.Unmap(), s.ID.SourcePort) &&

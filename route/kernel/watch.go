@@ -122,11 +122,7 @@ type happened struct {
 func (h *Host) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	defer func() { // ctx has ended: a goroutine that is subscribing sees this before it reads
-		h.events.interrupt()
-		h.nfEvents.interrupt()
-		if h.inotify != nil {
-			_ = h.inotify.SetReadDeadline(time.Unix(1, 0))
-		}
+		h.interruptEvents()
 		wg.Wait()
 	}()
 	var mu sync.Mutex
@@ -175,13 +171,27 @@ func (h *Host) Run(ctx context.Context) {
 			h.c.OnDefaultRoute()
 		}
 		if h.putBack(n) {
-			pause := time.NewTimer(putBackEvery)
-			select {
-			case <-pause.C:
-			case <-ctx.Done():
-				pause.Stop()
-			}
+			pause(ctx, putBackEvery)
 		}
+	}
+}
+
+// interruptEvents ends the reads of events.
+func (h *Host) interruptEvents() {
+	h.events.interrupt()
+	h.nfEvents.interrupt()
+	if h.inotify != nil {
+		_ = h.inotify.SetReadDeadline(time.Unix(1, 0))
+	}
+}
+
+// pause waits, but not beyond the end of ctx.
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
 	}
 }
 

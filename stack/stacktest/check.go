@@ -25,15 +25,8 @@ func receive(f Frame) ([]Frame, error) {
 	if v4 && binary.BigEndian.Uint16(f.Data[6:])&0x3fff != 0 || !v4 && proto == 44 {
 		return []Frame{f}, nil // verified when it is whole
 	}
-	least, at := 0, 0 // length of the shortest header, and offset of the checksum in it
-	switch proto {
-	case protoTCP:
-		least, at = 20, 16
-	case protoUDP:
-		least, at = 8, 6
-	case protoICMP, protoICMPv6:
-		least, at = 8, 2
-	default:
+	least, at := shape(proto)
+	if least == 0 {
 		return nil, fmt.Errorf("protocol %d", proto)
 	}
 	if len(body) < least {
@@ -69,19 +62,40 @@ func receive(f Frame) ([]Frame, error) {
 	if checksum.Checksum(body, sum) != 0xffff {
 		return nil, fmt.Errorf("wrong checksum, protocol %d", proto)
 	}
+	if err := checkTCPOffload(h, proto, body, off, v4); err != nil {
+		return nil, err
+	}
+	return []Frame{f}, nil
+}
+
+// shape returns the length of a protocol's shortest header and the offset of the checksum in it; 0: it is not known.
+func shape(proto uint8) (least, at int) {
+	switch proto {
+	case protoTCP:
+		return 20, 16
+	case protoUDP:
+		return 8, 6
+	case protoICMP, protoICMPv6:
+		return 8, 2
+	}
+	return 0, 0
+}
+
+// checkTCPOffload checks what the header says of a TCP super-segment.
+func checkTCPOffload(h *tun.Header, proto uint8, body []byte, off int, v4 bool) error {
 	switch h.GSOType &^ tun.GSOECN {
 	case tun.GSONone:
 	case tun.GSOTCPv4, tun.GSOTCPv6:
 		if proto != protoTCP || v4 != (h.GSOType&^tun.GSOECN == tun.GSOTCPv4) || h.GSOSize == 0 {
-			return nil, fmt.Errorf("offload header %+v for protocol %d", *h, proto)
+			return fmt.Errorf("offload header %+v for protocol %d", *h, proto)
 		}
 		if n := off + int(body[12]>>4)*4; int(h.HdrLen) != n {
-			return nil, fmt.Errorf("header length %d, want %d", h.HdrLen, n)
+			return fmt.Errorf("header length %d, want %d", h.HdrLen, n)
 		}
 	default:
-		return nil, fmt.Errorf("offload header %+v", *h)
+		return fmt.Errorf("offload header %+v", *h)
 	}
-	return []Frame{f}, nil
+	return nil
 }
 
 // cutUDP returns the datagrams of a super-frame.

@@ -142,7 +142,8 @@ func (d Datagram) SuperFrame(size int) Frame {
 	f := d.Frame()
 	off := len(f.Data) - 8 - len(d.Payload)
 	f.Header = tun.Header{
-		Flags: tun.NeedsCsum, GSOType: tun.GSOUDPL4, GSOSize: uint16(size), HdrLen: uint16(off + 8), CsumStart: uint16(off), CsumOffset: 6,
+		Flags: tun.NeedsCsum, GSOType: tun.GSOUDPL4, GSOSize: uint16(size), HdrLen: uint16(off + 8), CsumStart: uint16(off),
+		CsumOffset: 6,
 	}
 	binary.BigEndian.PutUint16(f.Data[off+6:], pseudo(d.Src.Addr(), d.Dst.Addr(), protoUDP, 8+len(d.Payload)))
 	return f

@@ -42,24 +42,11 @@ func (a *App) DialTCPFrom(ctx context.Context, src, dst netip.AddrPort) (*Conn, 
 		}
 		src = netip.AddrPortFrom(addr, src.Port())
 	}
-	wq := new(waiter.Queue)
-	ep, terr := a.ns.NewEndpoint(tcp.ProtocolNumber, network(dst.Addr()), wq)
-	if terr != nil {
-		return fail(sysError("socket", terr))
+	ep, wq, port, err := a.bindTCP(src)
+	if err != nil {
+		return fail(err)
 	}
-	ep.SocketOptions().SetReuseAddress(true)
-	// The socket is bound before connect, so that the port is known before the SYN is sent: an ICMP error is matched
-	// by it.
-	if terr = ep.Bind(full(src)); terr != nil {
-		ep.Close()
-		return fail(sysError("bind", terr))
-	}
-	local, terr := ep.GetLocalAddress()
-	if terr != nil {
-		ep.Close()
-		return fail(sysError("getsockname", terr))
-	}
-	key := dialKey{netip.AddrPortFrom(src.Addr(), local.Port), dst}
+	key := dialKey{netip.AddrPortFrom(src.Addr(), port), dst}
 	icmp := make(chan unix.Errno, 1)
 	a.mu.Lock()
 	a.dials[key] = icmp
@@ -73,7 +60,7 @@ func (a *App) DialTCPFrom(ctx context.Context, src, dst netip.AddrPort) (*Conn, 
 	entry, ready := waiter.NewChannelEntry(waiter.WritableEvents | waiter.EventErr | waiter.EventHUp)
 	wq.EventRegister(&entry)
 	defer wq.EventUnregister(&entry)
-	terr = ep.Connect(full(dst))
+	terr := ep.Connect(full(dst))
 	if _, started := terr.(*tcpip.ErrConnectStarted); started {
 		select {
 		case <-ctx.Done():
@@ -96,6 +83,27 @@ func (a *App) DialTCPFrom(ctx context.Context, src, dst netip.AddrPort) (*Conn, 
 		return fail(sysError("connect", terr))
 	}
 	return &Conn{gonet.NewTCPConn(wq, ep), ep}, nil
+}
+
+// bindTCP returns a socket that is bound before connect, so that its port is known before the SYN is sent: an ICMP error
+// is matched by it.
+func (a *App) bindTCP(src netip.AddrPort) (ep tcpip.Endpoint, wq *waiter.Queue, port uint16, err error) {
+	wq = new(waiter.Queue)
+	ep, terr := a.ns.NewEndpoint(tcp.ProtocolNumber, network(src.Addr()), wq)
+	if terr != nil {
+		return nil, nil, 0, sysError("socket", terr)
+	}
+	ep.SocketOptions().SetReuseAddress(true)
+	if terr = ep.Bind(full(src)); terr != nil {
+		ep.Close()
+		return nil, nil, 0, sysError("bind", terr)
+	}
+	local, terr := ep.GetLocalAddress()
+	if terr != nil {
+		ep.Close()
+		return nil, nil, 0, sysError("getsockname", terr)
+	}
+	return ep, wq, local.Port, nil
 }
 
 func full(a netip.AddrPort) tcpip.FullAddress {

@@ -20,8 +20,8 @@ import (
 // helperName is argv[0] of the helper that Spawn starts. argv[1] is the number of its socket.
 const helperName = "viasocks-netns"
 
-// MainIfChild must be the first call in main. In the helper of Spawn, in the maker of Sockets and in the keeper of a named namespace it does their work and never
-// returns; in any other process it returns at once.
+// MainIfChild must be the first call in main. In the helper of Spawn, in the maker of Sockets and in the keeper of a
+// named namespace it does their work and never returns; in any other process it returns at once.
 func MainIfChild() {
 	if sock, ok := childSocket(makerName); ok {
 		os.Exit(makerMain(sock))
@@ -102,20 +102,7 @@ func prepare(sock int, o order) error {
 	}
 	defer CloseTUN(queues)
 	r := report{TUNName: name}
-	if r.IPv6, err = Configure(name, o.TUN.MTU, o.Addrs, true); err != nil {
-		return err
-	}
-	if o.Gateway.IsValid() {
-		if err := setGateway(name, o.Gateway); err != nil {
-			return err
-		}
-	}
-	if len(o.Local) > 0 {
-		if _, err := Configure("lo", 0, o.Local, false); err != nil {
-			return err
-		}
-	}
-	if err := addHost(o.Host, r.IPv6); err != nil {
+	if r.IPv6, err = configureAll(name, o); err != nil {
 		return err
 	}
 	link, err := net.InterfaceByName(name)
@@ -148,6 +135,24 @@ func prepare(sock int, o order) error {
 		return fmt.Errorf("cannot hand %s over: %w", name, err)
 	}
 	return nil
+}
+
+// configureAll gives the namespace its addresses and routes, and the name of the host. ipv6 tells whether it has IPv6.
+func configureAll(name string, o order) (ipv6 bool, err error) {
+	if ipv6, err = Configure(name, o.TUN.MTU, o.Addrs, true); err != nil {
+		return false, err
+	}
+	if o.Gateway.IsValid() {
+		if err := setGateway(name, o.Gateway); err != nil {
+			return false, err
+		}
+	}
+	if len(o.Local) > 0 {
+		if _, err := Configure("lo", 0, o.Local, false); err != nil {
+			return false, err
+		}
+	}
+	return ipv6, addHost(o.Host, ipv6)
 }
 
 // setSysctls sets what the namespace needs besides its devices, as far as that is possible.

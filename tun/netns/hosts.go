@@ -28,7 +28,8 @@ func addHost(e HostEntry, ipv6 bool) error {
 	}
 	switch {
 	case errors.Is(err, unix.ENOENT):
-		return fmt.Errorf("cannot give the program the name %s: %s does not exist: make it, an empty file will do", e.Name, target)
+		return fmt.Errorf("cannot give the program the name %s: %s does not exist: make it, an empty file will do", e.Name,
+			target)
 	case err != nil:
 		return fmt.Errorf("cannot give the program the name %s (%s): %w", e.Name, hostsFile, err)
 	}

@@ -7,9 +7,9 @@ import (
 	"strconv"
 )
 
-// TXDropped returns how many packets the kernel could not put into the queue of a device, because it was full: for a TUN, packets of
-// programs that viasocks did not read in time. The device is looked for in the network namespace of process pid; 0: of the calling
-// thread.
+// TXDropped returns how many packets the kernel could not put into the queue of a device, because it was full: for a
+// TUN, packets of programs that viasocks did not read in time. The device is looked for in the network namespace of
+// process pid; 0: of the calling thread.
 func TXDropped(pid int, device string) (uint64, error) {
 	dir := "/proc/thread-self"
 	if pid != 0 {

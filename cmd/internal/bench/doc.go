@@ -8,7 +8,8 @@ package main
 //
 // D1, one download, 0.95 s/GB (before reno, below; 0.73 since, in the same shares):
 //
-//	44 %  recv from the proxy's socket: half is the copy, 19 % of all is the ACK that recv sends, with what it sets free at the sender
+//	44 %  recv from the proxy's socket: half is the copy, 19 % of all is the ACK that recv sends, with what it
+//	      sets free at the sender
 //	26 %  write to the TUN, with the program's whole receive path behind it
 //	19 %  gVisor's handling of the program's ACKs (it sends what they set free: counted in the write above too)
 //	 4 %  clearing of new 64 KiB chunks in gVisor
@@ -78,17 +79,17 @@ package main
 //     0.62 to 0.75 s/GB.
 //   - One chunk in place of two for each flow and turn while others wait: D8 1.17 to 1.06 s/GB; with two, or eight, for a
 //     flow alone no difference, with one a fifth less.
-//   - As many processors (GOMAXPROCS) as there is work for, in place of all: D1 1.38 to 1.03 s/GB and 26 % more of it, a connection
-//     153 to 133 µs. The scheduler otherwise wakes a thread for each goroutine that becomes ready.
+//   - As many processors (GOMAXPROCS) as there is work for, in place of all: D1 1.38 to 1.03 s/GB and 26 % more of it,
+//     a connection 153 to 133 µs. The scheduler otherwise wakes a thread for each goroutine that becomes ready.
 //   - No entersyscall around the TUN's read and write: D1 1.08 to 0.95, U1 0.72 to 0.63, UDP 13.2 to 10.2 µs. The runtime's
 //     monitor took the processor away after 20 µs and stayed awake for it: a fifth of the time of UDP round trips.
 //   - One relay loop in place of one for each core: no gain for one flow, a third less for eight downloads.
 //   - More processors than cores (GOMAXPROCS=4 on two): nothing gained, 10 % more CPU.
-//   - Sixteen queues for the TUN in place of one, read in turn: twenty sockets that ask beside a flood had 250 answers a second of
-//     2,000, now 1,800 (native: 1,860). A connection costs the same, a round trip 4 to 6 % more: the kernel hashes each frame, to
-//     choose its queue. Part of it: the frame reader steps back after 128 frames, until the runtime has looked for others who
-//     could run; answers had waited for that up to 50 ms. Reading on and throwing the flood away, with one queue of 4,096 frames,
-//     gave 1,000 to 1,150.
+//   - Sixteen queues for the TUN in place of one, read in turn: twenty sockets that ask beside a flood had 250 answers
+//     a second of 2,000, now 1,800 (native: 1,860). A connection costs the same, a round trip 4 to 6 % more: the kernel
+//     hashes each frame, to choose its queue. Part of it: the frame reader steps back after 128 frames, until the
+//     runtime has looked for others who could run; answers had waited for that up to 50 ms. Reading on and throwing the
+//     flood away, with one queue of 4,096 frames, gave 1,000 to 1,150.
 //   - An epoll set inside the Go runtime's poller in place of an eventfd and a thread in epoll_wait: 8.5 µs against 17.9
 //     for a round trip through a relay (route/relay).
 //

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -135,24 +136,30 @@ func loadMain(args []string) error {
 		}
 		defer release()
 	}
-	before := cpuSeconds(*watch)
-	start := time.Now()
-	r, err := run(l)
+	r, err := l.measure(run)
 	if err != nil {
 		return fmt.Errorf("%s: %w", *name, err)
 	}
-	r.Case = *name
-	if *label != "" {
-		r.Case = *label
+	r.Case = cmp.Or(*label, *name)
+	return json.NewEncoder(os.Stdout).Encode(r)
+}
+
+// measure runs a case, and notes the time, the CPU time and the memory that it took, as far as the case does not.
+func (l *loader) measure(run func(*loader) (result, error)) (result, error) {
+	before := cpuSeconds(l.watch)
+	start := time.Now()
+	r, err := run(l)
+	if err != nil {
+		return r, err
 	}
 	if r.Seconds == 0 {
 		r.Seconds = time.Since(start).Seconds()
 	}
 	if !r.ownCPU {
-		r.CPU = cpuSeconds(*watch) - before
+		r.CPU = cpuSeconds(l.watch) - before
 	}
-	r.RSS, r.PeakRSS = memory(*watch)
-	return json.NewEncoder(os.Stdout).Encode(r)
+	r.RSS, r.PeakRSS = memory(l.watch)
+	return r, nil
 }
 
 // together runs n workers and joins their errors.

@@ -111,62 +111,76 @@ func (l *loader) swarm(n int) (result, error) {
 		return result{}, err
 	}
 	defer d.Close()
+	w := swarm{l: l, d: d, n: n, out: append(append([]byte{}, d.head...), make([]byte, 100)...)}
+	if err := w.askMany(); err != nil {
+		return result{}, err
+	}
 	in := make([]byte, 65536)
-	out := append([]byte{}, d.head...)
-	out = append(out, make([]byte, 100)...)
-	port := l.target.Port()
-	end := time.Now().Add(l.seconds)
-	answers, asked, lost, wrong := 0, 0, 0, 0
-	ask := func() error {
-		to := netip.AddrPortFrom(l.target.Addr(), port+1+uint16(asked%n))
-		asked++
-		if d.control != nil {
-			binary.BigEndian.PutUint16(out[len(d.head)-2:], to.Port())
-			to = d.relay
-		}
-		_, err := d.WriteToUDPAddrPort(out, to)
-		return err
-	}
-	for range 64 {
-		if err := ask(); err != nil {
-			return result{}, err
-		}
-	}
-	for time.Now().Before(end) {
+	for end := time.Now().Add(l.seconds); time.Now().Before(end); {
 		_ = d.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
 		m, from, err := d.ReadFromUDPAddrPort(in)
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			lost++ // a window of questions, or part of it
-			for range 64 {
-				if err := ask(); err != nil {
-					return result{}, err
-				}
-			}
-			continue
-		case err != nil:
-			return result{}, err
+			w.lost++ // a window of questions, or part of it
+			err = w.askMany()
+		case err == nil:
+			w.answered(in[:m], from)
+			err = w.ask()
 		}
-		if d.control != nil && m >= len(d.head) {
-			from = netip.AddrPortFrom(l.target.Addr(), binary.BigEndian.Uint16(in[len(d.head)-2:]))
-		}
-		if p := from.Port(); p <= port || p > port+uint16(n) {
-			wrong++
-		}
-		answers++
-		if err := ask(); err != nil {
+		if err != nil {
 			return result{}, err
 		}
 	}
-	if wrong > 0 || lost > 20 {
-		return result{}, fmt.Errorf("%d answers from elsewhere, %d stalls", wrong, lost)
+	if w.wrong > 0 || w.lost > 20 {
+		return result{}, fmt.Errorf("%d answers from elsewhere, %d stalls", w.wrong, w.lost)
 	}
 	return result{
-		Value:   float64(answers) / l.seconds.Seconds(),
+		Value:   float64(w.answers) / l.seconds.Seconds(),
 		Unit:    "rt/s",
-		Work:    float64(answers),
+		Work:    float64(w.answers),
 		Seconds: l.seconds.Seconds(),
 	}, nil
+}
+
+// swarm asks n ports of the target in turn, from one socket.
+type swarm struct {
+	l   *loader
+	d   *dgram
+	n   int
+	out []byte // the question, behind a header if there is one
+
+	asked, answers, lost, wrong int
+}
+
+func (w *swarm) ask() error {
+	to := netip.AddrPortFrom(w.l.target.Addr(), w.l.target.Port()+1+uint16(w.asked%w.n))
+	w.asked++
+	if w.d.control != nil {
+		binary.BigEndian.PutUint16(w.out[len(w.d.head)-2:], to.Port())
+		to = w.d.relay
+	}
+	_, err := w.d.WriteToUDPAddrPort(w.out, to)
+	return err
+}
+
+// askMany asks a window of questions.
+func (w *swarm) askMany() error {
+	for range 64 {
+		if err := w.ask(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (w *swarm) answered(b []byte, from netip.AddrPort) {
+	if w.d.control != nil && len(b) >= len(w.d.head) {
+		from = netip.AddrPortFrom(w.l.target.Addr(), binary.BigEndian.Uint16(b[len(w.d.head)-2:]))
+	}
+	if p, port := from.Port(), w.l.target.Port(); p <= port || p > port+uint16(w.n) {
+		w.wrong++
+	}
+	w.answers++
 }
 
 // openSwarm is openUDP with an unconnected socket.

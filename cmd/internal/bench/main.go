@@ -22,8 +22,9 @@
 //	floodup flooddown      as many datagrams as go, one way
 //	pingflood              twenty sockets that ask beside a flood
 //	idle2000 idle9500      memory of connections that do nothing
-//	scan                   20,000 addresses tried once each, 256 at a time: an eighth is open, an eighth silent, the others refuse.
-//	                       The CPU time is for each attempt. Meanwhile: new connections and round trips, 100 of each in a second
+//	scan                   20,000 addresses tried once each, 256 at a time: an eighth is open, an eighth silent, the others
+//	                       refuse. The CPU time is for each attempt. Meanwhile: new connections and round trips, 100 of
+//	                       each in a second
 //	churn                  500 connections of 1 KB in a second beside a download. The CPU time is for each connection: what the
 //	                       bytes would not have cost without them. Meanwhile: the download's rate, with and without them
 //

@@ -40,7 +40,8 @@ func tupleOf(b []byte, toApp bool) (t tuple, ok bool) {
 		t.proto = flow.TCP
 	case proto == protoUDP && len(rest) >= 4:
 		t.proto = flow.UDP
-	case (proto == protoICMP && len(rest) > icmpLen && rest[0] == 3 || proto == protoICMP6 && len(rest) > icmpLen && rest[0] < 128):
+	case (proto == protoICMP && len(rest) > icmpLen && rest[0] == 3 || proto == protoICMP6 && len(rest) > icmpLen &&
+		rest[0] < 128):
 		quoted := rest[icmpLen:]
 		if p, _, _, _, ok := parseIP(quoted); !ok || p == protoICMP || p == protoICMP6 {
 			return t, false

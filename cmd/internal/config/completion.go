@@ -104,7 +104,8 @@ _viasocks() {
 				takes = append(takes, "--"+o.Name)
 			}
 		}
-		fmt.Fprintf(b, "\t%s) options='%s' takes=' %s '", c.Name, strings.Join(append(all, c.Words...), " "), strings.Join(takes, " "))
+		fmt.Fprintf(b, "\t%s) options='%s' takes=' %s '", c.Name, strings.Join(append(all, c.Words...), " "),
+			strings.Join(takes, " "))
 		if c.Program {
 			fmt.Fprint(b, "; _viasocks_program && return")
 		}
@@ -163,7 +164,8 @@ func bashValues(b *strings.Builder) {
 		byValue[reply] = append(byValue[reply], "--"+o.Name)
 	}
 	for _, reply := range order {
-		fmt.Fprintf(b, "\t%s) COMPREPLY=($(%s -- \"$cur\")); return ;;\n", strings.Join(slices.Compact(byValue[reply]), "|"), reply)
+		fmt.Fprintf(b, "\t%s) COMPREPLY=($(%s -- \"$cur\")); return ;;\n", strings.Join(slices.Compact(byValue[reply]), "|"),
+			reply)
 	}
 }
 

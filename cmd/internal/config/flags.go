@@ -65,29 +65,12 @@ func Parse(cmd Command, args, env []string) (*Config, error) { return parse(cmd,
 
 // parse is Parse. running is the configuration with which a daemon was started, or nil.
 func parse(cmd Command, args, env []string, running *Config) (*Config, error) {
-	flags := map[string][]value{}
-	set := pflag.NewFlagSet("", pflag.ContinueOnError)
-	set.SetOutput(io.Discard)
-	set.Usage = func() {}
-	// The program's own flags begin after the first word that is not ours.
-	set.SetInterspersed(!cmd.RunsProgram())
-	for i := range Options {
-		o := &Options[i]
-		if !o.takes(cmd) {
-			continue
-		}
-		f := set.VarPF(given{o, flags}, o.Name, "", "")
-		if o.Arg == "" {
-			f.NoOptDefVal = "true"
-		}
-	}
-	if err := set.Parse(args); errors.Is(err, pflag.ErrHelp) {
-		return nil, ErrHelp
-	} else if err != nil {
-		return nil, &UsageError{Redact(err.Error())}
+	flags, words, err := parseFlags(cmd, args)
+	if err != nil {
+		return nil, err
 	}
 	c := blank()
-	c.Command, c.Program = cmd, set.Args()
+	c.Command, c.Program = cmd, words
 	if cmd == Exec {
 		if err := c.takeInstance(); err != nil {
 			return nil, err
@@ -131,6 +114,32 @@ func parse(cmd Command, args, env []string, running *Config) (*Config, error) {
 	}
 	c.warnOfVariables()
 	return c, nil
+}
+
+// parseFlags returns the options of the command line and the words behind them.
+func parseFlags(cmd Command, args []string) (flags map[string][]value, words []string, err error) {
+	flags = map[string][]value{}
+	set := pflag.NewFlagSet("", pflag.ContinueOnError)
+	set.SetOutput(io.Discard)
+	set.Usage = func() {}
+	// The program's own flags begin after the first word that is not ours.
+	set.SetInterspersed(!cmd.RunsProgram())
+	for i := range Options {
+		o := &Options[i]
+		if !o.takes(cmd) {
+			continue
+		}
+		f := set.VarPF(given{o, flags}, o.Name, "", "")
+		if o.Arg == "" {
+			f.NoOptDefVal = "true"
+		}
+	}
+	if err := set.Parse(args); errors.Is(err, pflag.ErrHelp) {
+		return nil, nil, ErrHelp
+	} else if err != nil {
+		return nil, nil, &UsageError{Redact(err.Error())}
+	}
+	return flags, set.Args(), nil
 }
 
 // firstGiven returns the first of the places that has values.

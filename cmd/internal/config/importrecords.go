@@ -23,7 +23,8 @@ var groupSettings = []struct{ theirs, ours, unit, preset string }{
 
 // otherSettings need no line in our configuration.
 var otherSettings = []string{
-	"socks_needed", "socks_version", "default_servers", "socks_config_file", "server_retry_timeout", "accept_enabled", "accept_port", "http_port",
+	"socks_needed", "socks_version", "default_servers", "socks_config_file", "server_retry_timeout", "accept_enabled",
+	"accept_port", "http_port",
 }
 
 // recordsYAML reads the part records: socks: of records.yaml. It understands block mappings of scalars, which is all
@@ -166,7 +167,8 @@ func (im *socksImport) lines() (out []string, err error) {
 		}
 		rules = append(rules, "rule via ats")
 	} else if len(im.parents) > 0 || len(im.direct) > 0 {
-		rules = append(rules, "# without default_servers Traffic Server goes direct; leave this line out to refuse the rest", "rule direct")
+		rules = append(rules, "# without default_servers Traffic Server goes direct; leave this line out to refuse the rest",
+			"rule direct")
 	}
 	if len(rules) == 0 {
 		return nil, usagef("cannot import: there is no line with dest_ip, no_socks or default_servers")

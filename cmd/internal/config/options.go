@@ -362,8 +362,8 @@ Some proxies try only one address of a name that has both families, most of them
 When a proxy answers that it cannot reach a name (SOCKS5 replies 3, 4 and 8), viasocks therefore asks the resolvers of
 .Fl -dns
 for the addresses of the name.
-If it has both an IPv6 and an IPv4 address, viasocks connects to the IPv4 address, and if the proxy cannot reach that one, either, to
-the IPv6 address, unless the proxy has shown that it has no IPv6.
+If it has both an IPv6 and an IPv4 address, viasocks connects to the IPv4 address, and if the proxy cannot reach that one, either,
+to the IPv6 address, unless the proxy has shown that it has no IPv6.
 Only then is the program refused.
 After reply 8, which also comes from proxies that take no names, one address is enough.
 This takes 3 seconds at most where no resolver answers.
@@ -385,7 +385,8 @@ or where the rules decide otherwise on that address.`,
 		Name: "handshake-timeout", Arg: "TIME", Default: span(socks.DefaultHandshakeTimeout), Live: true, Cmds: all,
 		set:  duration("100ms", "10m", func(c *Config) *timeDuration { return &c.HandshakeTimeout }),
 		Help: "how long the proxy may take to answer",
-		Man: `How long the whole SOCKS exchange may take, including the proxy's own connection to the destination, from 100ms to 10m.
+		Man: `How long the whole SOCKS exchange may take, including the proxy's own connection to the destination, from 100ms to
+10m.
 If no answer comes in this time, the program's connection attempt stays unanswered, as with a silent destination.`,
 	},
 	{
@@ -402,8 +403,8 @@ program's FIN, or when the remaining data has not moved for a minute.`,
 		Name: "udp-timeout", Arg: "TIME", Default: span(route.DefaultUDPTimeout), Live: true, Cmds: all,
 		set:  duration("10s", "24h", func(c *Config) *timeDuration { return &c.UDPTimeout }),
 		Help: "how long a UDP mapping lives without traffic and without a socket",
-		Man: `How long the UDP mapping of a socket lives after the last datagram, from 10s to 24h (RFC 4787 asks for two minutes at
-least),
+		Man: `How long the UDP mapping of a socket lives after the last datagram, from 10s to 24h (RFC 4787 asks for two minutes
+at least),
 where viasocks cannot find out whether the socket is open: for containers and virtual machines behind this host.
 Elsewhere a mapping lives as long as its socket, and ends some 10 seconds after the socket was closed.`,
 	},
@@ -447,7 +448,8 @@ none, for kernels that lack them: slow.`,
 	{
 		Name: "udp-gso", Arg: "auto|on|off", Default: "auto", Live: true, Cmds: all, set: setUDPGSO,
 		Help: "datagrams go to the proxy in runs that the kernel cuts",
-		Man: `Whether datagrams of one size are handed to the kernel in runs, which it or the network card cuts into datagrams again
+		Man: `Whether datagrams of one size are handed to the kernel in runs, which it or the network card cuts into datagrams
+again
 .Pq Dv UDP_SEGMENT :
 to send a burst then takes a quarter of the CPU time.
 .Cm auto

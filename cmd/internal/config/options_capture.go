@@ -18,13 +18,15 @@ var captureOptions = []Option{
 shows.`,
 	},
 	{
-		Name: "program", Arg: "NAME|PATH|PID", Cmds: Capture, set: captureText(func(c *control.Capture) *string { return &c.Program }),
+		Name: "program", Arg: "NAME|PATH|PID", Cmds: Capture,
+		set:  captureText(func(c *control.Capture) *string { return &c.Program }),
 		Help: "only the packets of this program",
 		Man: `Capture only the packets of one program: the name or the path of its executable, or a process id.
 A packet whose program is not known is left out.`,
 	},
 	{
-		Name: "destination", Arg: "DEST", Cmds: Capture, set: captureText(func(c *control.Capture) *string { return &c.Destination }),
+		Name: "destination", Arg: "DEST", Cmds: Capture,
+		set:  captureText(func(c *control.Capture) *string { return &c.Destination }),
 		Help: "only this address, network or name, with or without :PORT, or :PORT",
 		Man: `Capture only packets to and from one destination:
 .Li 203.0.113.5 ,

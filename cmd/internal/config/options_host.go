@@ -9,10 +9,11 @@ import (
 // hostOptions tell what `up` does to the host.
 var hostOptions = []Option{
 	{
-		Name: "lan", Arg: "direct|carry|refuse", Default: "direct", Soft: true, Live: true, Cmds: Up | Attach | Check, set: setLAN,
+		Name: "lan", Arg: "direct|carry|refuse", Default: "direct", Soft: true, Live: true, Cmds: Up | Attach | Check,
+		set:  setLAN,
 		Help: "what becomes of private networks that the host is connected to",
-		Man: `How private networks that the host is connected to are reached: those parts of 10/8, 172.16/12, 192.168/16, 169.254/16,
-fc00::/7 and fe80::/10 that are on one of its devices.
+		Man: `How private networks that the host is connected to are reached: those parts of 10/8, 172.16/12, 192.168/16,
+169.254/16, fc00::/7 and fe80::/10 that are on one of its devices.
 .Cm direct :
 without the proxy, except DNS (port 53), which always goes through it;
 .Cm carry :
@@ -69,8 +70,8 @@ they go through the proxy like other traffic, so servers on this host can no lon
 	{
 		Name: "inbound-port", Arg: "N[-M][,...]", Many: true, Live: true, Cmds: Up | Attach | Check, set: addInboundPorts,
 		Help: "UDP ports of servers: answered directly, whatever the port has sent",
-		Man: `UDP ports of servers on this host that also speak to others of their own accord, such as WireGuard with the addresses of
-its peers, a game server that announces itself, or a resolver that asks from a fixed port.
+		Man: `UDP ports of servers on this host that also speak to others of their own accord, such as WireGuard with the
+addresses of its peers, a game server that announces itself, or a resolver that asks from a fixed port.
 Datagrams from outside to such a port are answered directly, whatever the port itself has sent before.
 Datagrams that the port sends of its own accord still go through the proxy.
 .Pp
@@ -209,8 +210,8 @@ or
 	{
 		Name: "wait", Cmds: Up | Check, set: boolean(func(c *Config) *bool { return &c.Host.Wait }),
 		Help: "close the host and wait for a proxy that is not there yet",
-		Man: `Close the host and wait for a proxy that cannot be resolved or reached yet, or that does not answer, as at boot, when the
-network often comes later.
+		Man: `Close the host and wait for a proxy that cannot be resolved or reached yet, or that does not answer, as at boot,
+when the network often comes later.
 .Nm
 tries again after one second, then after two, and so on up to every 30 seconds, and at once when the network
 changes; until the proxy works, all traffic to it is refused.
@@ -222,7 +223,8 @@ ends with an error and leaves the host as it was.
 A proxy that refuses the login at the first attempt, or that does not speak SOCKS5, is an error even with this option.`,
 	},
 	{
-		Name: "confirm", Arg: "TIME", Cmds: Up | Check, set: duration("5s", "24h", func(c *Config) *timeDuration { return &c.Host.Confirm }),
+		Name: "confirm", Arg: "TIME", Cmds: Up | Check,
+		set:  duration("5s", "24h", func(c *Config) *timeDuration { return &c.Host.Confirm }),
 		Help: "undo everything after this time unless 'viasocks confirm' comes",
 		Man: `Undo all changes after this time, from 5s to 24h, unless you run
 .Ql viasocks confirm

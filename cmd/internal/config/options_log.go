@@ -73,7 +73,8 @@ and
 the id of a process in the network namespace that is meant.`,
 	},
 	{
-		Name: "limit", Arg: "N", Default: "100", Cmds: Flows, set: number(1, control.MaxFlows, func(c *Config) *int { return &c.Limit }),
+		Name: "limit", Arg: "N", Default: "100", Cmds: Flows,
+		set:  number(1, control.MaxFlows, func(c *Config) *int { return &c.Limit }),
 		Help: "the most flows to list",
 		Man:  `How many flows to list at most, ordered by the bytes that they have moved.`,
 	},
@@ -108,7 +109,8 @@ and leave the host closed otherwise.`,
 	},
 	{
 		Name: "state-dir", Arg: "DIR", Default: kernel.DefaultDir,
-		Cmds: Up | Attach | Check | Down | Confirm | Status | Flows | Ps | Top | Health | Capture | ExcludeProgram | IncludeProgram,
+		Cmds: Up | Attach | Check | Down | Confirm | Status | Flows | Ps | Top | Health |
+			Capture | ExcludeProgram | IncludeProgram,
 		set:  setStateDir,
 		Help: "directory of journal, lock and control socket",
 		Man: `The directory for the journal, the lock and the control socket, on a host whose

@@ -13,8 +13,8 @@ var reachOptions = []Option{
 	{
 		Name: "reach-host", Arg: "PORT[-PORT][,...]|all", Many: true, Cmds: Run | Check, set: addReachHost,
 		Help: "services on the loopback of this host that the program may reach",
-		Man: `Let the program reach services that listen on the loopback of this host, for example a database or a web server under
-development.
+		Man: `Let the program reach services that listen on the loopback of this host, for example a database or a web server
+under development.
 Without this option it cannot.
 The program finds them at the name
 .Li host.viasocks.internal

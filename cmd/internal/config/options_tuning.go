@@ -12,12 +12,13 @@ var tuningOptions = []Option{
 		Name: "pool", Arg: "SIZE", Default: strconv.Itoa(0), Live: true, Cmds: all,
 		set:  number(0, socks.MaxPool, func(c *Config) *int { return &c.Tuning.Pool }),
 		Help: "connections to each proxy that are kept ready; 0: none",
-		Man: `How many connections to each proxy are kept ready, with greeting and login done, from 0 (none) to ` + strconv.Itoa(socks.MaxPool) + `.
+		Man: `How many connections to each proxy are kept ready, with greeting and login done, from 0 (none) to ` +
+			strconv.Itoa(socks.MaxPool) + `.
 The number is divided among the threads that carry connections, and rounded up for each.
 A new TCP connection of the program then waits for one round trip to the proxy, and not for three or four.
 The pool is filled while the program makes connections, two for each, and emptied when it makes none.
-A connection that has died is replaced, and the program does not notice: if the proxy ends it in place of an answer, the request is
-sent once more, on a new connection.
+A connection that has died is replaced, and the program does not notice: if the proxy ends it in place of an answer, the request
+is sent once more, on a new connection.
 UDP takes none, nor does Tor with
 .Cm isolate .
 Each counts as a client of the proxy, which may limit them.`,
@@ -26,7 +27,8 @@ Each counts as a client of the proxy, which may limit them.`,
 		Name: "pool-idle", Arg: "TIME", Default: span(socks.DefaultPoolIdle), Live: true, Cmds: all,
 		set:  duration("1s", "1h", func(c *Config) *timeDuration { return &c.Tuning.PoolIdle }),
 		Help: "the pool is emptied after this without a new connection",
-		Man:  `The pool of a proxy is emptied when the program has made no new connection through it for this long, from 1s to 1h.`,
+		Man: `The pool of a proxy is emptied when the program has made no new connection through it for this long, from 1s
+to 1h.`,
 	},
 	{
 		Name: "pool-age", Arg: "TIME", Default: span(socks.DefaultPoolAge), Live: true, Cmds: all,
@@ -38,10 +40,12 @@ Proxies end connections that send no request; dante does so after 30 seconds.`,
 	{
 		Name: "pipeline", Arg: "auto|on|off", Default: socks.PipelineOff.String(), Live: true, Cmds: all, set: setPipeline,
 		Help: "send greeting, login and request to the proxy at once",
-		Man: `Whether greeting, login and request are sent to a SOCKS5 proxy in one write, which saves a round trip for each of the first two.
+		Man: `Whether greeting, login and request are sent to a SOCKS5 proxy in one write, which saves a round trip for each of
+the first two.
 Some proxies, such as microsocks, lose what follows their first read, and then do not answer.
 .Cm auto
-finds out: with the first connection through a proxy, and after another network was found, the proxy is also asked for port 1 of its own
+finds out: with the first connection through a proxy, and after another network was found, the proxy is also asked for port 1 of
+its own
 .Li 127.0.0.1 ,
 all in one write.
 Only a proxy that answers this is sent everything at once from then on.

@@ -138,7 +138,8 @@ func setDNS(c *Config, v value) error {
 		} else if s == "tor" {
 			scheme = ""
 		} else if scheme == "" {
-			return v.err("must be off, or one or several of fake, relay and resolvers (tcp://HOST, tls://HOST, https://HOST/PATH, tor) " +
+			return v.err("must be off, or one or several of fake, relay and resolvers (tcp://HOST, tls://HOST, " +
+				"https://HOST/PATH, tor) " +
 				"in this order, with commas between them")
 		} else {
 			s = scheme + "://" + s
@@ -295,7 +296,8 @@ func setMetrics(c *Config, v value) error {
 	c.Metrics = at
 	if !at.Local() {
 		c.Warnings = append(c.Warnings, fmt.Sprintf(
-			"--metrics %v: other hosts can read what this host does, unless a firewall keeps them away: use 127.0.0.1 or unix:PATH",
+			"--metrics %v: other hosts can read what this host does, unless a firewall keeps them away: use 127.0.0.1 or "+
+				"unix:PATH",
 			at,
 		))
 	}

@@ -83,7 +83,8 @@ func (e Entry) UDPRow() []string {
 		return []string{e.Name, choose(u.Associate.Kind == Granted, "mute", "no"), "-", "-", "-", "-", "-", "-", "-"}
 	}
 	return []string{
-		e.Name, "yes", natCell(u.Mapping), natCell(u.Filtering), sizeCell(u.LargestUp, u.CutUp), sizeCell(u.LargestDown, u.CutDown),
+		e.Name, "yes", natCell(u.Mapping), natCell(u.Filtering), sizeCell(u.LargestUp, u.CutUp),
+		sizeCell(u.LargestDown, u.CutDown),
 		nameCell(u), choose(u.IPv6, "yes", "no"), fateCell(u.After),
 	}
 }

@@ -368,5 +368,6 @@ func renderListening(b *strings.Builder, l *Listening) {
 		}
 		b.WriteString("\n")
 	}
-	fmt.Fprintf(b, "  peers %d accepted, %d refused by the program, %d with an impossible address\n", l.Accepted, l.Refused, l.Bogus)
+	fmt.Fprintf(b, "  peers %d accepted, %d refused by the program, %d with an impossible address\n", l.Accepted, l.Refused,
+		l.Bogus)
 }

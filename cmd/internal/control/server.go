@@ -33,16 +33,18 @@ type Backend struct {
 	Status func() Status
 	Flows  func() []Flow
 	Name   func([]Flow) // fills in the programs of the flows that are shown; nil: not available
-	// Watch passes events to send from now on, and returns when ctx ends, send fails, or no more events will come. nil: not available.
+	// Watch passes events to send from now on, and returns when ctx ends, send fails, or no more events will come. nil: not
+	// available.
 	Watch func(ctx context.Context, send func([]Event) error)
 	// Capture writes what crosses the TUN as pcapng, until a limit is reached, ctx ends or w fails. nil: not available.
 	Capture func(ctx context.Context, what Capture, w io.Writer) error
 	// Exclude and Include let the traffic of a process go past the proxy, or through it. nil: not available.
 	Exclude, Include func(Process) error
 
-	Health  func(ctx context.Context) Health // ends soon after ctx; nil: not available
-	Confirm func() error                     // returns nil if the steering stays; nil: there is nothing to confirm, as under `run`
-	Down    func()                           // begins to stop and returns at once; nil: it ends by itself, as `run` does
+	Health func(ctx context.Context) Health // ends soon after ctx; nil: not available
+	// returns nil if the steering stays; nil: there is nothing to confirm, as under `run`
+	Confirm func() error
+	Down    func() // begins to stop and returns at once; nil: it ends by itself, as `run` does
 }
 
 // Options are the options of a Server.

@@ -101,7 +101,8 @@ func (s *Server) watchers(p privsock.Peer) *atomic.Int32 {
 var ErrEnded = errors.New("viasocks has ended")
 
 // ErrSlow means that viasocks has disconnected a watcher that did not read.
-var ErrSlow = fmt.Errorf("cannot watch any longer: what viasocks sent was not read for %v: start the watcher again", watchPatience)
+var ErrSlow = fmt.Errorf("cannot watch any longer: what viasocks sent was not read for %v: start the watcher again",
+	watchPatience)
 
 // Watch passes each event to f until ctx ends or f returns an error, which Watch then returns. If viasocks ends, Watch
 // returns ErrEnded; if f was so slow that viasocks has given up, ErrSlow.

@@ -125,7 +125,8 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 		return nil, err
 	}
 	if p.router, err = route.New(route.Config{
-		Upstreams: policy.Upstreams, Rules: policy.Rules, Default: policy.Default, Resolvers: policy.Resolvers, ResolverCAs: policy.ResolverCAs,
+		Upstreams: policy.Upstreams, Rules: policy.Rules, Default: policy.Default, Resolvers: policy.Resolvers,
+		ResolverCAs:     policy.ResolverCAs,
 		RelayDNS:        policy.RelayDNS,
 		ResolverDefault: policy.ResolverDefault, Guard: policy.Guard, Fake: policy.Fake,
 		Split: policy.Split, HostDNS: hostDNS(cfg.Command == config.Up, dial.directly()),
@@ -156,7 +157,8 @@ func (p *plane) policy(cfg *config.Config) (_ route.Policy, ups []upstream, err 
 		if i >= 0 {
 			ups = append(ups, p.ups[i])
 		} else {
-			ups = append(ups, upstream{config.Upstream{Name: route.DirectName}, route.NewDirect(p.dialer, p.dial.directly()), nil})
+			ups = append(ups, upstream{config.Upstream{Name: route.DirectName}, route.NewDirect(p.dialer, p.dial.directly()),
+				nil})
 		}
 	}
 	pol := route.Policy{

@@ -18,7 +18,8 @@ var errCapturing = errors.New("another capture is under way")
 // capturing is true while a capture is running.
 type capturing struct{ atomic.Bool }
 
-// capture writes what crosses the TUN to w, until a limit of f is reached, ctx ends or w fails. The data plane does not wait for w.
+// capture writes what crosses the TUN to w, until a limit of f is reached, ctx ends or w fails. The data plane does not
+// wait for w.
 func (p *plane) capture(ctx context.Context, f control.Capture, w io.Writer, version, device string) error {
 	if !p.capturing.CompareAndSwap(false, true) {
 		return errCapturing

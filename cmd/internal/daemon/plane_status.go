@@ -108,7 +108,8 @@ func fillTraffic(s *control.Status, router *route.Router, c *counters) {
 		SecondTries: r.SecondTries, SecondOpened: r.SecondOpened}
 	s.UDP = control.UDP{Now: r.MappingsNow, Total: r.Mappings, Reassociated: r.Reassociations, Refused: r.Refused}
 	s.Names = control.Names{
-		Asked: r.DNS.Questions, Answered: r.DNS.Answered + r.DNS.Relayed + r.DNS.Own + r.DNS.Cached, Failed: r.DNS.Failed, Own: r.DNS.Own,
+		Asked: r.DNS.Questions, Answered: r.DNS.Answered + r.DNS.Relayed + r.DNS.Own + r.DNS.Cached, Failed: r.DNS.Failed,
+		Own:    r.DNS.Own,
 		Cached: r.DNS.Cached, Shared: r.DNS.Shared, Cache: control.Cache{Entries: r.DNS.CacheEntries, Bytes: r.DNS.CacheBytes},
 	}
 	if r.Sniffs > 0 || r.SniffsFull > 0 {

@@ -28,14 +28,16 @@ func serveRun(cfg *config.Config, p *plane, at instance, o RunOptions, log *slog
 		s := control.Status{
 			Version: o.Version, PID: os.Getpid(), Mode: control.ModeRun, Program: filepath.Base(cfg.Program[0]),
 			Name: cfg.Name, Inside: at.pid,
-			State: control.Ready, Since: since, ReadyAt: &since, Config: cfg.File, Warnings: cfg.Warnings, DNS: resolverWords(cfg),
+			State: control.Ready, Since: since, ReadyAt: &since, Config: cfg.File, Warnings: cfg.Warnings,
+			DNS: resolverWords(cfg),
 		}
 		fillPublished(&s, at.published)
 		p.fill(&s, cfg, nil)
 		p.fillListening(&s)
 		return s
 	}
-	watch := func(ctx context.Context, send func([]control.Event) error) { _ = p.watch(ctx, send) } // the watcher has gone, or p has ended
+	// the watcher has gone, or p has ended
+	watch := func(ctx context.Context, send func([]control.Event) error) { _ = p.watch(ctx, send) }
 	record := func(ctx context.Context, what control.Capture, w io.Writer) error {
 		return p.capture(ctx, what, w, o.Version, at.tun)
 	}

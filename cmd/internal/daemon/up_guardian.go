@@ -59,7 +59,8 @@ func startGuardian(cfg *config.Config, stderr *os.File) (*guardian, error) {
 		return nil, fmt.Errorf("cannot start the guardian of fail-open: %w", err)
 	}
 	g := &guardian{cmd, pipe}
-	if err := json.NewEncoder(pipe).Encode(will{cfg.TUN, cfg.Host.NFTable, cfg.StateDir, cfg.Table, cfg.Host.Priority, cfg.Mark, cfg.Mask}); err != nil {
+	if err := json.NewEncoder(pipe).Encode(will{cfg.TUN, cfg.Host.NFTable, cfg.StateDir, cfg.Table, cfg.Host.Priority, cfg.Mark,
+		cfg.Mask}); err != nil {
 		g.dismiss()
 		return nil, fmt.Errorf("cannot start the guardian of fail-open: %w", err)
 	}
@@ -122,7 +123,8 @@ func guard(in io.Reader, log *slog.Logger) error {
 	defer lock.Close()
 	_ = privsock.RemoveUnused(path) // the next daemon tries again
 	lines, err := kernel.Undo(kernel.Config{
-		TUN: w.TUN, Table: w.Table, Priority: w.Priority, NFTable: w.NFTable, Dir: w.StateDir, Marks: kernel.MarksFrom(w.Mark, w.Mask), FailOpen: true, Log: log,
+		TUN: w.TUN, Table: w.Table, Priority: w.Priority, NFTable: w.NFTable, Dir: w.StateDir,
+		Marks: kernel.MarksFrom(w.Mark, w.Mask), FailOpen: true, Log: log,
 	})
 	if len(lines) > 0 {
 		log.Warn("viasocks died: the host was restored (--fail-open)", "removed", len(lines))

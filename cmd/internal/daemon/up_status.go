@@ -17,7 +17,8 @@ import (
 // backend is the daemon for the control socket. It answers from the start on, and leaves out what does not exist yet.
 func (u *up) backend() control.Backend {
 	return control.Backend{
-		Status: u.status, Flows: u.flows, Name: u.name, Watch: u.watch, Capture: u.capture, Health: u.healthNow, Confirm: u.confirmed,
+		Status: u.status, Flows: u.flows, Name: u.name, Watch: u.watch, Capture: u.capture, Health: u.healthNow,
+		Confirm: u.confirmed,
 		Exclude: u.choose(kernel.ExcludeProgram), Include: u.choose(kernel.IncludeProgram),
 		Down: func() { u.stop(errDown) },
 	}
@@ -57,8 +58,9 @@ func (u *up) status() control.Status {
 	u.mu.Lock()
 	cfg := u.cfg
 	s := control.Status{
-		Version: u.Version, PID: os.Getpid(), Mode: control.ModeUp, State: u.state, Since: u.since, ReadyAt: u.readyAt, ConfirmBy: u.confirmBy,
-		Config: cfg.File, Reloaded: u.reloaded,
+		Version: u.Version, PID: os.Getpid(), Mode: control.ModeUp, State: u.state, Since: u.since, ReadyAt: u.readyAt,
+		ConfirmBy: u.confirmBy,
+		Config:    cfg.File, Reloaded: u.reloaded,
 		Warnings: slices.Concat(cfg.Warnings, u.warnings),
 		Host:     control.Host{TUN: u.first.TUN, Table: u.first.Table, Mark: fmt.Sprintf("%#x/%#x", u.first.Mark, u.first.Mask)},
 	}

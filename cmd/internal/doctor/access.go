@@ -45,7 +45,8 @@ func (h *host) newAccess() (*access, error) {
 	a := &access{h: h, chains: map[string]*socks.Group{}, control: h.marker()}
 	var err error
 	if a.d, err = socks.NewDialer(socks.Options{
-		Control: a.control, Resolve: a.resolve, CanBePeer: flow.CanBePeer, ConnectTimeout: reachTime, HandshakeTimeout: answerTime,
+		Control: a.control, Resolve: a.resolve, CanBePeer: flow.CanBePeer, ConnectTimeout: reachTime,
+		HandshakeTimeout: answerTime,
 	}); err != nil {
 		return nil, err
 	}

@@ -106,7 +106,8 @@ func runAll(ctx context.Context, checks []check) (all []Finding) {
 			case fs := <-found[i]:
 				all = append(all, c.named(fs)...)
 			case <-time.After(late):
-				all = append(all, c.named([]Finding{{Level: NotTested, Found: fmt.Sprintf("It took longer than %v.", c.limit)}})...)
+				all = append(all, c.named([]Finding{{Level: NotTested,
+					Found: fmt.Sprintf("It took longer than %v.", c.limit)}})...)
 			}
 		}
 		cancel()

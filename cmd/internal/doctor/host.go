@@ -109,15 +109,17 @@ func tunFinding(node string) Finding {
 	mode := info.Mode()
 	st, _ := info.Sys().(*syscall.Stat_t)
 	if mode&fs.ModeCharDevice == 0 || st != nil && (unix.Major(st.Rdev) != 10 || unix.Minor(st.Rdev) != 200) {
-		return Finding{Level: Fault, Found: node + " is something else than the TUN device (character device 10, 200).", Means: none,
-			Do: fmt.Sprintf("rm %s && mknod -m 666 %[1]s c 10 200 (as root)", node)}
+		return Finding{Level: Fault, Found: node + " is something else than the TUN device (character device 10, 200).",
+			Means: none,
+			Do:    fmt.Sprintf("rm %s && mknod -m 666 %[1]s c 10 200 (as root)", node)}
 	}
 	fd, err := unix.Open(node, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	switch {
 	case err == nil:
 		unix.Close(fd)
 		if mode.Perm()&0o006 != 0o006 {
-			return Finding{Level: OK, Found: fmt.Sprintf("It can be opened (mode %04o: by this user, not by everybody).", mode.Perm())}
+			return Finding{Level: OK, Found: fmt.Sprintf("It can be opened (mode %04o: by this user, not by everybody).",
+				mode.Perm())}
 		}
 		return Finding{Level: OK, Found: "It can be opened."}
 	case errors.Is(err, fs.ErrPermission):
@@ -155,7 +157,8 @@ func (h *host) userns(value func(string) string) Finding {
 	switch {
 	case key != "":
 		f := Finding{Level: Fault, Found: fmt.Sprintf("User namespaces are closed (%s=%s).", key, off),
-			Means: "'viasocks run' needs root here.", Do: fmt.Sprintf("sysctl -w %s=%s (as root), or run viasocks as root", key, on)}
+			Means: "'viasocks run' needs root here.",
+			Do:    fmt.Sprintf("sysctl -w %s=%s (as root), or run viasocks as root", key, on)}
 		if h.root {
 			f.Level, f.Means = Warning, "Only root can use 'viasocks run' here."
 		}
@@ -183,7 +186,8 @@ func (h *host) tryRun(ctx context.Context) []Finding {
 		f := Finding{Level: Fault, Found: sentence(err), Means: "No program can be run through the proxy."}
 		if sysctl(appArmorKey) == "1" && !h.root {
 			f.Means = "AppArmor restricts user namespaces on this host (Ubuntu 24.04 and later do so)."
-			f.Do = "install the viasocks package, whose AppArmor profile allows them; or sysctl -w " + appArmorKey + "=0 (as root)"
+			f.Do = "install the viasocks package, whose AppArmor profile allows them; or sysctl -w " + appArmorKey +
+				"=0 (as root)"
 		}
 		return []Finding{f}
 	}

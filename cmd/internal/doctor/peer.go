@@ -156,12 +156,14 @@ func (x *peer) refused(ctx context.Context) []Finding {
 	switch {
 	case a.Kind == conform.Granted:
 		f.Level, f.Found, f.Means = Warning, "The proxy says yes to a port of the peer where nobody listens.", early
-	case a.Kind == conform.Refused && socks.Reply(a.Code) == socks.ReplyRefused, a.Kind == conform.Closed, a.Kind == conform.Reset:
+	case a.Kind == conform.Refused && socks.Reply(a.Code) == socks.ReplyRefused, a.Kind == conform.Closed,
+		a.Kind == conform.Reset:
 		f.Found = fmt.Sprintf("A closed port is told as \"connection refused\" after %s.", millis(a.After))
 	case a.Kind == conform.Refused:
 		f.Found = fmt.Sprintf("A closed port is told by another error than \"connection refused\" (%s).", replyWords(a.Code))
 	case a.Kind == conform.Silence:
-		f.Level, f.Found = NotTested, "The proxy is silent about a closed port; a firewall before the peer may swallow the attempt."
+		f.Level, f.Found = NotTested, "The proxy is silent about a closed port; a firewall before the peer may swallow the "+
+			"attempt."
 	default:
 		f.Level, f.Found = NotTested, a.Error
 	}
@@ -228,7 +230,8 @@ func (x *peer) endings(ctx context.Context) []Finding {
 	case up != conform.Passed || down != conform.Passed:
 		half.Level, half.Found = Warning, "When one side has said all, the proxy ends the other direction too, and what is "+
 			"still to come is lost."
-		half.Means = "rsync, git over SSH, netcat and printers may lose the end of what they get. HTTP and BitTorrent do not mind."
+		half.Means = "rsync, git over SSH, netcat and printers may lose the end of what they get. HTTP and BitTorrent do not " +
+			"mind."
 		half.Do = "use another proxy for these programs, or --rule 'port 22 direct' where they may go past it"
 	}
 	reset := Finding{Check: "reset", Level: OK, Found: "A connection that is broken off is seen as broken off."}
@@ -258,7 +261,8 @@ func (x *peer) speed(ctx context.Context) Finding {
 		f.Found = "Small answers arrive, but of a download from the peer nothing does: large packets may be lost on the way " +
 			"(an MTU black hole)."
 		f.Means = "Web pages and downloads hang in the beginning."
-		f.Do = "ip link set dev DEVICE mtu 1280 on the proxy's host or here; sysctl -w net.ipv4.tcp_mtu_probing=1 on the proxy's host"
+		f.Do = "ip link set dev DEVICE mtu 1280 on the proxy's host or here; sysctl -w net.ipv4.tcp_mtu_probing=1 on the " +
+			"proxy's host"
 	case up == 0:
 		f.Level, f.Found = Warning, fmt.Sprintf("One connection carries %s down; of what it sent up, too little arrived to "+
 			"be measured.", rate(down))

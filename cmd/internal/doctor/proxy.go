@@ -30,7 +30,8 @@ func (h *host) proxyChecks() (list []check, end func()) {
 		}, func() {}
 	}
 	if len(h.cfg.Upstreams) == 0 {
-		return one(Finding{Level: NotTested, Found: "No proxy was given.", Do: "--proxy socks5://HOST:PORT, or set VIASOCKS_PROXY"})
+		return one(Finding{Level: NotTested, Found: "No proxy was given.",
+			Do: "--proxy socks5://HOST:PORT, or set VIASOCKS_PROXY"})
 	}
 	a, err := h.newAccess()
 	if err != nil {
@@ -50,7 +51,8 @@ func (h *host) proxyChecks() (list []check, end func()) {
 	if more > 0 {
 		list = append(list, check{part: "more proxies", name: "proxy", limit: quick, run: func(context.Context) []Finding {
 			return []Finding{
-				{Level: NotTested, Found: fmt.Sprintf("%d more servers were left out.", more), Do: "name them alone: --proxy URL"},
+				{Level: NotTested, Found: fmt.Sprintf("%d more servers were left out.", more),
+					Do: "name them alone: --proxy URL"},
 			}
 		}})
 	}
@@ -256,7 +258,8 @@ func errorsFinding(a conform.Answer, limit time.Duration) Finding {
 		f.Do = "use a proxy that dials first (dante, microsocks, Tor), if you can; no option of viasocks can tell what the " +
 			"proxy does not"
 	case conform.Refused:
-		f.Found = fmt.Sprintf("The proxy says so when a host cannot be reached (%s, after %s).", replyWords(a.Code), millis(a.After))
+		f.Found = fmt.Sprintf("The proxy says so when a host cannot be reached (%s, after %s).", replyWords(a.Code),
+			millis(a.After))
 	case conform.Closed, conform.Reset:
 		f.Found = "The proxy closes the connection when a host cannot be reached (as OpenSSH does): programs see " +
 			"\"connection refused\"."
@@ -317,8 +320,10 @@ func ipv6Finding(a conform.Answer, truthful bool) Finding {
 	case !truthful:
 		return Finding{Check: "IPv6", Level: NotTested, Found: "It cannot be told, since the proxy says yes to every address.",
 			Do: "--peer with an IPv6 address tests it"}
-	case a.Kind == conform.Refused && a.After < soon && (reply == socks.ReplyNetUnreachable || reply == socks.ReplyGeneralFailure):
-		f.Found = fmt.Sprintf("The proxy's host seems to have no IPv6: it has no way to an IPv6 address (%s).", replyWords(a.Code))
+	case a.Kind == conform.Refused && a.After < soon &&
+		(reply == socks.ReplyNetUnreachable || reply == socks.ReplyGeneralFailure):
+		f.Found = fmt.Sprintf("The proxy's host seems to have no IPv6: it has no way to an IPv6 address (%s).",
+			replyWords(a.Code))
 	default:
 		return Finding{
 			Check: "IPv6",

@@ -18,7 +18,8 @@ import (
 // asRoot returns the finding for a check that only root can run.
 func asRoot() []Finding {
 	return []Finding{
-		{Level: NotTested, Found: "Only root can use 'viasocks up' and test it.", Do: "sudo viasocks doctor, with the same options"},
+		{Level: NotTested, Found: "Only root can use 'viasocks up' and test it.",
+			Do: "sudo viasocks doctor, with the same options"},
 	}
 }
 
@@ -29,7 +30,8 @@ func (h *host) tryUp(context.Context) []Finding {
 	}
 	if err := kernel.Try(daemon.KernelConfig(h.cfg)); err != nil {
 		return []Finding{
-			{Level: Fault, Found: sentence(err), Means: "'viasocks up' cannot carry this host; 'viasocks run' can carry a program."},
+			{Level: Fault, Found: sentence(err),
+				Means: "'viasocks up' cannot carry this host; 'viasocks run' can carry a program."},
 		}
 	}
 	f := Finding{Level: OK, Found: "The kernel takes the rules of nftables that 'up' needs (tried in a namespace of its own)."}
@@ -161,7 +163,8 @@ var besides = []struct {
 	},
 	{
 		name: "firewalld", comms: []string{"firewalld"},
-		found: "It may reload its rules at any time: viasocks keeps its own in tables of their own, and puts back what is flushed.",
+		found: "It may reload its rules at any time: viasocks keeps its own in tables of their own, and puts back what is " +
+			"flushed.",
 	},
 	{
 		name: "NetworkManager", comms: []string{"NetworkManager"},

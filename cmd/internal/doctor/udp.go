@@ -36,7 +36,8 @@ func (p *proxy) udp(ctx context.Context, x *peer) []Finding {
 			Level: Fault,
 			Found: fmt.Sprintf("The proxy offers UDP (at %s), but no datagram comes back from the peer.", a.Bound),
 			Means: "aria2's DHT and UDP trackers, and QUIC, wait in vain.",
-			Do:    "open the UDP ports of the proxy's relay in the firewalls between, and UDP " + fmt.Sprint(main.Port) + " of the peer",
+			Do: "open the UDP ports of the proxy's relay in the firewalls between, and UDP " + fmt.Sprint(main.Port) +
+				" of the peer",
 		}
 		if p.a.h.up != nil {
 			f.Level, f.Found = NotTested, "'viasocks up' is running, and its filter lets out only datagrams of its own."
@@ -64,11 +65,13 @@ func mappingFinding(n conform.NAT, both bool) Finding {
 	case conform.EndpointIndependent:
 		f.Found = "A program keeps one address at the proxy, whatever it sends to (endpoint-independent mapping)."
 		if !both {
-			f.Found = "A program keeps one address at the proxy for two ports of the peer; a second --peer address would tell more."
+			f.Found = "A program keeps one address at the proxy for two ports of the peer; a second --peer address would tell " +
+				"more."
 		}
 		f.Means = "Good for DHT, uTP and calls."
 	case conform.AddressDependent, conform.PortDependent:
-		f.Level, f.Found = Warning, fmt.Sprintf("A program has another address at the proxy for each destination (%s mapping).", n)
+		f.Level, f.Found = Warning, fmt.Sprintf("A program has another address at the proxy for each destination (%s "+
+			"mapping).", n)
 		f.Means = "Other BitTorrent clients cannot send to the address that a DHT or a tracker has of aria2; calls need a " +
 			"TURN server. QUIC and DNS work."
 		f.Do = "use a proxy with endpoint-independent mapping (dante, sing-box, hev-socks5-server) for BitTorrent"

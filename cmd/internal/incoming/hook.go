@@ -89,10 +89,12 @@ func (h *Hook) tell(ctx context.Context, s Spec, at netip.AddrPort) {
 	ctx, cancel := context.WithTimeout(ctx, hookTime)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, h.path)
-	cmd.Env = append(h.env[:len(h.env):len(h.env)], "VIASOCKS_LISTEN_PORT="+strconv.Itoa(int(s.Port)), "VIASOCKS_LISTEN_PROTO=tcp",
+	cmd.Env = append(h.env[:len(h.env):len(h.env)], "VIASOCKS_LISTEN_PORT="+strconv.Itoa(int(s.Port)),
+		"VIASOCKS_LISTEN_PROTO=tcp",
 		"VIASOCKS_LISTEN_UPSTREAM="+s.Upstream)
 	if at.IsValid() {
-		cmd.Env = append(cmd.Env, "VIASOCKS_OUTER_ADDRESS="+at.Addr().String(), "VIASOCKS_OUTER_PORT="+strconv.Itoa(int(at.Port())))
+		cmd.Env = append(cmd.Env, "VIASOCKS_OUTER_ADDRESS="+at.Addr().String(),
+			"VIASOCKS_OUTER_PORT="+strconv.Itoa(int(at.Port())))
 	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }

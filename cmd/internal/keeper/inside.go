@@ -89,7 +89,8 @@ func (in *inside) live() {
 		case r, ok := <-in.requests:
 			if !ok {
 				if in.host != nil {
-					in.log.Warn("viasocks has died: the namespace stays closed: 'viasocks attach' takes over, 'viasocks down' opens it")
+					in.log.Warn("viasocks has died: the namespace stays closed: 'viasocks attach' takes over, 'viasocks down' " +
+						"opens it")
 				}
 				return
 			}
@@ -222,7 +223,8 @@ func areFree(networks []netip.Prefix) error {
 			for _, n := range networks {
 				if n.Overlaps(p) {
 					return fmt.Errorf(
-						"cannot steer the namespace: its device %s has the address %s, inside %s, which viasocks uses itself", i.Name, p, n)
+						"cannot steer the namespace: its device %s has the address %s, inside %s, which viasocks uses itself",
+						i.Name, p, n)
 				}
 			}
 		}

@@ -58,7 +58,8 @@ func Listen(o Options) (*Server, error) {
 	}))
 	s := &Server{served: make(chan struct{}), http: &http.Server{
 		Handler: mux, ErrorLog: errors, MaxHeaderBytes: maxHeader, DisableGeneralOptionsHandler: true,
-		ReadHeaderTimeout: readTimeout, ReadTimeout: readTimeout, WriteTimeout: answerTimeout + time.Second, IdleTimeout: idleTimeout,
+		ReadHeaderTimeout: readTimeout, ReadTimeout: readTimeout, WriteTimeout: answerTimeout + time.Second,
+		IdleTimeout: idleTimeout,
 	}}
 	go func() {
 		defer close(s.served)

@@ -26,16 +26,21 @@ func flowColumns(m *model) []flowColumn {
 	return []flowColumn{
 		{column: column{"PROGRAM", 10, false}, sort: byProgram, show: text(program), wide: wider(16)},
 		{column: column{"PID", 7, true}, from: wideWidth, sort: orders, show: text(pidOf)},
-		{column: column{"PROTO", 5, false}, from: wideWidth, sort: orders, show: text(func(f control.Flow) string { return plain(f.Proto) })},
+		{column: column{"PROTO", 5, false}, from: wideWidth, sort: orders,
+			show: text(func(f control.Flow) string { return plain(f.Proto) })},
 		{column: column{"DESTINATION", 0, false}, sort: byDestination, show: m.destinationCell},
 		{column: column{"ADDRESS", 22, false}, from: widerWidth, sort: orders, show: addressCell},
-		{column: column{"VIA", 7, false}, sort: byUpstream, show: text(func(f control.Flow) string { return plain(f.Upstream) }), wide: wider(12)},
+		{column: column{"VIA", 7, false}, sort: byUpstream, show: text(func(f control.Flow) string { return plain(f.Upstream) }),
+			wide: wider(12)},
 		{column: column{"STATE", 7, false}, sort: byState, show: m.stateCell, wide: wider(9)},
 		{column: column{"DOWN/s", 7, true}, sort: byRate, show: func(r *row) cell { return cell{speed(r.downRate), down} }},
 		{column: column{"UP/s", 7, true}, sort: orders, show: func(r *row) cell { return cell{speed(r.upRate), up} }},
-		{column: column{"TOTAL", 7, true}, to: wideWidth, sort: byTotal, show: text(func(f control.Flow) string { return size(float64(f.Up + f.Down)) })},
-		{column: column{"DOWN", 7, true}, from: wideWidth, sort: byTotal, show: text(func(f control.Flow) string { return size(float64(f.Down)) })},
-		{column: column{"UP", 7, true}, from: wideWidth, sort: orders, show: text(func(f control.Flow) string { return size(float64(f.Up)) })},
+		{column: column{"TOTAL", 7, true}, to: wideWidth, sort: byTotal,
+			show: text(func(f control.Flow) string { return size(float64(f.Up + f.Down)) })},
+		{column: column{"DOWN", 7, true}, from: wideWidth, sort: byTotal,
+			show: text(func(f control.Flow) string { return size(float64(f.Down)) })},
+		{column: column{"UP", 7, true}, from: wideWidth, sort: orders,
+			show: text(func(f control.Flow) string { return size(float64(f.Up)) })},
 		{column: column{"AGE", 5, true}, sort: byAge, show: func(r *row) cell { return cell{age(m.now.Sub(r.Start)), dim} }},
 	}
 }
@@ -80,7 +85,8 @@ func (m *model) flowTable(height int) []string {
 	var show []func(*row) cell
 	sorted := -1
 	for _, c := range flowColumns(m) {
-		if m.width < c.from || c.to != 0 && m.width >= c.to || c.sort == byUpstream && len(m.upstreams) == 1 && m.width < wideWidth {
+		if m.width < c.from || c.to != 0 && m.width >= c.to || c.sort == byUpstream && len(m.upstreams) == 1 &&
+			m.width < wideWidth {
 			continue // there is no room, or all go the same way
 		}
 		if c.wide != nil && m.width >= wideWidth {

@@ -167,7 +167,8 @@ func (r *row) matches(words []string) bool {
 	if len(words) == 0 {
 		return true
 	}
-	text := strings.ToLower(strings.Join([]string{r.Proto, r.Src, r.Dst, r.Host, r.Exe, pidOf(r.Flow), r.Upstream, r.State, r.Rule}, " "))
+	text := strings.ToLower(strings.Join([]string{r.Proto, r.Src, r.Dst, r.Host, r.Exe, pidOf(r.Flow), r.Upstream, r.State,
+		r.Rule}, " "))
 	for _, w := range words {
 		if !strings.Contains(text, w) {
 			return false

@@ -159,7 +159,8 @@ func (m *model) upstreamTable() []string {
 			where += " via " + plain(u.Via)
 		}
 		rows = append(rows, cols.line(width, []cell{
-			{plain(u.Name), none}, {where, dim}, healthCell(u.TCP), healthCell(u.UDP), {fmt.Sprint(u.flows), none}, {latency(u.LatencyMS), none},
+			{plain(u.Name), none}, {where, dim}, healthCell(u.TCP), healthCell(u.UDP), {fmt.Sprint(u.flows), none},
+			{latency(u.LatencyMS), none},
 			{count(u.Failed), styleIf(u.Failed > 0, warn)}, {speed(u.downRate), down}, {speed(u.upRate), up},
 		}))
 		for _, x := range u.Servers {
@@ -214,7 +215,8 @@ func (m *model) foot() string {
 		filter += ": " + ansi.Truncate(m.filter, maxShownFilter, "…")
 	}
 	keys := []struct{ key, what string }{
-		{"q", "quit"}, {"?", "help"}, {"s", "sort: " + m.sort.String() + direction}, {"/", filter}, {"p", "pause"}, {"r", "reverse"},
+		{"q", "quit"}, {"?", "help"}, {"s", "sort: " + m.sort.String() + direction}, {"/", filter}, {"p", "pause"},
+		{"r", "reverse"},
 	}
 	right := styled(dim, m.position()) + " "
 	line := ""
