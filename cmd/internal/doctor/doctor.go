@@ -22,7 +22,7 @@ const (
 
 // Finding is the result of a check, in sentences for people.
 type Finding struct {
-	Part  string `json:"part"`  // what was examined: "this host", or the URL of a proxy
+	Part  string `json:"part"`  // what was examined: "this host", or "proxy" and its URL
 	Check string `json:"check"` // a short name
 	Level Level  `json:"level"`
 	Found string `json:"found"`           // what was seen

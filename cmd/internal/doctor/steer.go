@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
-	"slices"
 	"strings"
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
@@ -146,75 +144,4 @@ func (h *host) rules(context.Context) []Finding {
 			": 'viasocks up' sets src_valid_mark=1, so that the answers of the proxy pass."})
 	}
 	return all
-}
-
-// besides lists programs that change a host's network, and how viasocks works beside them.
-var besides = []struct {
-	name    string
-	devices []string // the program is recognized by these devices, or
-	comms   []string // by these names of processes
-	found   string
-	do      string
-}{
-	{
-		name: "docker", devices: []string{"docker0", "podman0", "cni0"}, comms: []string{"dockerd"},
-		found: "Containers go through the proxy under 'viasocks up', as the host does.",
-		do:    "--exclude-device docker0 lets them go their own way",
-	},
-	{
-		name: "firewalld", comms: []string{"firewalld"},
-		found: "It may reload its rules at any time: viasocks keeps its own in tables of their own, and puts back what is " +
-			"flushed.",
-	},
-	{
-		name: "NetworkManager", comms: []string{"NetworkManager"},
-		found: "It leaves the TUN device alone, and its default routes are no longer used for what 'viasocks up' carries.",
-	},
-	{
-		name: "systemd-resolved", comms: []string{"systemd-resolve"},
-		found: "'viasocks up' tells it to ask viasocks for names; 'viasocks run' hides it from the program.",
-	},
-	{
-		name: "tailscale", devices: []string{"tailscale0"}, comms: []string{"tailscaled"},
-		found: "Under 'viasocks up' it must be left out, or it cannot reach its peers.",
-		do:    "--exclude 100.64.0.0/10 --exclude fd7a:115c:a1e0::/48 --exclude-cgroup system.slice/tailscaled.service",
-	},
-	{
-		name: "WireGuard", devices: []string{"wg0", "wg1"},
-		found: "Under 'viasocks up' its endpoint must be left out, or the tunnel would go through the proxy.",
-		do:    "--exclude with the address of the endpoint",
-	},
-}
-
-// beside reports which of these programs run on the host.
-func (h *host) beside(ctx context.Context) (all []Finding) {
-	comms := processNames(ctx)
-	for _, p := range besides {
-		there := slices.ContainsFunc(p.devices, func(dev string) bool { return exists("/sys/class/net/" + dev) }) ||
-			slices.ContainsFunc(p.comms, func(c string) bool { return comms[c] })
-		if there {
-			all = append(all, Finding{Check: p.name, Level: OK, Found: "It runs here. " + p.found, Do: p.do})
-		}
-	}
-	return all
-}
-
-func exists(path string) bool {
-	_, err := os.Lstat(path)
-	return err == nil
-}
-
-// processNames returns the names of all visible processes.
-func processNames(ctx context.Context) map[string]bool {
-	names := map[string]bool{}
-	paths, _ := filepath.Glob("/proc/[0-9]*/comm")
-	for _, p := range paths {
-		if ctx.Err() != nil {
-			break
-		}
-		if b, err := os.ReadFile(p); err == nil {
-			names[strings.TrimSpace(string(b))] = true
-		}
-	}
-	return names
 }
