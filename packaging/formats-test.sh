@@ -207,6 +207,45 @@ quietly busybox sh /tmp/99.0.0/.pre-deinstall 99.0.0-r1
 rm -r "$work/root/usr/share/"{viasocks,doc/viasocks,licenses/viasocks}
 quietly busybox sh /tmp/99.0.0/.post-deinstall 99.0.0-r1
 removed
+step "the examples of sidecars: viasocks takes each variable and each command"
+cat >"$work/examples.py" <<'PY'
+# Checks the containers with viasocks in the YAML files that are its arguments, after the program.
+import subprocess, sys, tempfile, yaml
+def of_compose(document):
+    for c in document['services'].values():
+        assert all(s in document['secrets'] for s in c.get('secrets', [])), c
+        if c['image'] == 'viasocks':
+            yield (c['environment'], [c['healthcheck']['test'][1:]], c['cap_drop'], c['cap_add'],
+                ['/run/secrets/' + s for s in c['secrets']])
+def of_pod(document):
+    volumes = {v['name'] for v in document['spec']['volumes']}
+    for c in document['spec']['initContainers']:
+        assert all(m['name'] in volumes for m in c['volumeMounts']), c
+        may = c['securityContext']['capabilities']
+        yield ({e['name']: e['value'] for e in c['env']},
+            [c[p]['exec']['command'] for p in ('startupProbe', 'readinessProbe', 'livenessProbe')], may['drop'], may['add'],
+            [m['mountPath'] + '/password' for m in c['volumeMounts'] if m['name'] == 'password'])
+program, containers = sys.argv[1], 0
+with tempfile.NamedTemporaryFile('w') as password:
+    password.write('secret\n')
+    password.flush()
+    for path in sys.argv[2:]:
+        for document in yaml.safe_load_all(open(path)):
+            for env, commands, drop, add, files in (of_compose if 'services' in document else of_pod)(document):
+                containers += 1
+                assert drop == ['ALL'] and sorted(add) == ['NET_ADMIN', 'NET_RAW'], (path, drop, add)
+                assert env['VIASOCKS_PASSWORD_FILE'] in files, (path, files)
+                env = dict(env, VIASOCKS_PASSWORD_FILE=password.name)
+                # What stands for no option is said, and not refused.
+                done = subprocess.run([program, 'check'], env=env, capture_output=True, text=True)
+                assert done.returncode == 0 and not done.stderr, (path, done)
+                for command in commands:
+                    assert command[0] == 'viasocks', command
+                    subprocess.run([program, *command[1:], '--help'], check=True, capture_output=True)
+assert containers == 2, containers
+PY
+python3 "$work/examples.py" "$work/one/bin/viasocks" packaging/examples/{compose,kubernetes}.yaml || die "an example is wrong"
+
 step "AppArmor takes the profile"
 # Version 3 knows neither what version 4 restricts nor how to allow it; the rest is the same.
 profile=packaging/apparmor

@@ -83,7 +83,8 @@ done
 in_world() { nsenter --net="/proc/$world/ns/net" "$@"; }
 in_pod() { nsenter --net="/proc/$pod/ns/net" "$@"; }
 in_pod ip link add eth0 type veth peer name eth0 netns "$world"
-in_world sh -ec 'ip link set lo up; ip addr add 203.0.113.80/32 dev lo; ip addr add 198.51.100.1/24 dev eth0; ip link set eth0 up
+in_world sh -ec 'ip link set lo up; ip addr add 203.0.113.80/32 dev lo; ip addr add 203.0.113.81/32 dev lo
+	ip addr add 198.51.100.1/24 dev eth0; ip link set eth0 up
 	nft add table inet t
 	nft add counter inet t leaks
 	nft add chain inet t c "{ type filter hook prerouting priority -300; }"
@@ -95,7 +96,7 @@ while read -r line && [[ $line != $'\r' ]]; do :; done
 printf 'HTTP/1.0 200 OK\r\n\r\nhello\n'
 HTTP
 chmod 755 "$work/http"
-in_world microsocks -i 198.51.100.1 -p 1080 >/dev/null 2>&1 &
+in_world microsocks -i 198.51.100.1 -p 1080 -u alice -P geheim >/dev/null 2>&1 &
 in_world socat TCP-LISTEN:80,fork,reuseaddr EXEC:"$work/http" 2>/dev/null &
 leaks() { in_world nft list counter inet t leaks | sed -n 's/.*packets \([0-9]*\).*/\1/p'; }
 no_leak() { [[ $(leaks) -eq 0 ]] || die "$1: $(leaks) packets left the pod without the proxy"; }
@@ -111,13 +112,16 @@ start() {
 	cat >"$work/bundle/config.json" <<-JSON
 	{"ociVersion": "1.0.2", "root": {"path": "rootfs", "readonly": false},
 	 "process": {"terminal": false, "cwd": "/", "args": ["/usr/bin/viasocks", "up", "--wait"], "user": {"uid": 0, "gid": 0},
-	  "env": ["PATH=/usr/bin", "VIASOCKS_PROXY=socks5://198.51.100.1:1080", "VIASOCKS_STAY_CLOSED=true", "VIASOCKS_LOG_LEVEL=warn"],
+	  "env": ["PATH=/usr/bin", "VIASOCKS_PROXY=socks5://alice@198.51.100.1:1080", "VIASOCKS_PASSWORD_FILE=/secrets/password",
+	   "VIASOCKS_RULE_1=dst 203.0.113.81 port 80 reject", "VIASOCKS_RULE_2=dst 203.0.113.0/24 via proxy",
+	   "VIASOCKS_STAY_CLOSED=true", "VIASOCKS_LOG_LEVEL=warn"],
 	  "noNewPrivileges": true,
 	  "capabilities": {"bounding": ["CAP_NET_ADMIN", "CAP_NET_RAW"], "effective": ["CAP_NET_ADMIN", "CAP_NET_RAW"],
 	   "permitted": ["CAP_NET_ADMIN", "CAP_NET_RAW"]}},
 	 "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"},
 	  {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
-	  {"destination": "/run", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]}],
+	  {"destination": "/run", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
+	  {"destination": "/secrets/password", "type": "bind", "source": "$work/bundle/password", "options": ["bind", "ro"]}],
 	 "linux": {"namespaces": [{"type": "mount"}, {"type": "pid"}, {"type": "network", "path": "/proc/$pod/ns/net"}],
 	  "devices": [{"path": "/dev/net/tun", "type": "c", "major": 10, "minor": 200, "fileMode": 384, "uid": 0, "gid": 0}]}}
 	JSON
@@ -131,6 +135,9 @@ start
 eventually reaches
 eventually crun --root "$work/state" --cgroup-manager=disabled exec "$name" /usr/bin/viasocks health
 no_leak "at the start"
+refused=0
+in_pod curl -s -m 5 http://203.0.113.81/ || refused=$?
+[[ $refused -eq 7 ]] || die "VIASOCKS_RULE_1 refuses nothing: curl ended with $refused"
 device=$(in_pod cat /sys/class/net/viasocks0/ifindex 2>/dev/null || in_pod ip -o link show viasocks0 | cut -d: -f1)
 (while sleep 0.05; do in_pod curl -s -m 1 http://203.0.113.80/ >/dev/null || true; done) &
 

@@ -38,7 +38,7 @@ declare -A groups=(
 	[bench]="ip:iproute2 sysctl:procps ss:iproute2 dnsperf:dnsperf openssl:openssl unbound:unbound dnsmasq:dnsmasq-base"
 	# What packaging/formats-test.sh installs packages with, and what packaging/test.sh and image-test.sh need besides.
 	[formats]="rpm:rpm pacman:pacman-package-manager bsdtar:libarchive-tools busybox:busybox python3:python3
-		apparmor_parser:apparmor"
+		=/usr/lib/python3/dist-packages/yaml:python3-yaml apparmor_parser:apparmor"
 	[packages]="lintian:lintian rpmlint:rpmlint crun:crun"
 	[lint]="shellcheck:shellcheck"
 )
