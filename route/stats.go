@@ -131,6 +131,7 @@ func (r *Router) Flows() []FlowInfo {
 type UpstreamInfo struct {
 	Name             string
 	TCPDown, UDPDown bool
+	UDPTried         bool          // an association was wanted, and the server granted or refused it
 	Granted, Failed  uint64        // TCP flows that it granted, and that failed through its own fault
 	Latency          time.Duration // from the first packet of a TCP flow to the grant, on average of the last ones; 0: not known
 	// NamesUDP says whether its servers take names in the headers of datagrams: "yes", "no", or empty as long as nothing is
@@ -147,7 +148,7 @@ func (r *Router) Upstreams() []UpstreamInfo {
 	for _, up := range slices.Concat(r.policy.Load().order, r.host.own()) {
 		all = append(all, UpstreamInfo{
 			Name: up.name, NamesUDP: up.names.word(now), IPv6: up.ipv6.word(now), TCPDown: up.tcp.isDown(),
-			UDPDown: up.udp.isDown(),
+			UDPDown: up.udp.isDown(), UDPTried: up.count.triedUDP(),
 			Granted: up.dials.granted.Load(), Failed: up.dials.failed.Load(), Latency: time.Duration(up.dials.latency.Load()),
 		})
 	}

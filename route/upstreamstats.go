@@ -60,6 +60,11 @@ func (c *upstreamCounters) dialed(err error) {
 	}
 }
 
+// triedUDP reports whether the upstream was ever asked for an association, and answered or was at fault.
+func (c *upstreamCounters) triedUDP() bool {
+	return c.Associated.Load()+c.AssociationFault.Load()+c.AssociationRefused.Load() > 0
+}
+
 // associated counts the result of a dial for an association.
 func (c *upstreamCounters) associated(err error) {
 	switch {

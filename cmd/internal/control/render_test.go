@@ -43,7 +43,7 @@ func sample() Status {
 		Upstreams: []Upstream{
 			{Name: "proxy", URL: "socks5://alice:***@10.0.0.1:1080", TCP: "ok", UDP: "down", IPv6: "no", NamesUDP: "yes",
 				Granted: 10799, Failed: 17, LatencyMS: 34.2, Addresses: []string{"10.0.0.1:1080 tcp"}},
-			{Name: "far", URL: "socks5://[2001:db8::1]:1080", TCP: "down", UDP: "ok", Failed: 4},
+			{Name: "far", URL: "socks5://[2001:db8::1]:1080", TCP: "down", UDP: "not tried", Failed: 4},
 			{Name: "direct", TCP: "ok", UDP: "ok", Granted: 3, LatencyMS: 1.5},
 		},
 		Rules: []Rule{{"port 25 reject", 12}, {"dst 203.0.113.0/24 direct", 0}, {"default", 1234567}},

@@ -97,13 +97,21 @@ func (s *Status) noNulls() {
 	}
 }
 
-// Upstream is a proxy and its state, which is "ok" unless a fault is known.
+// States of an upstream for TCP and for UDP. Nothing is known of an upstream's UDP before a program has sent a datagram
+// through it: many servers have none.
+const (
+	UpstreamOK       = "ok"
+	UpstreamDown     = "down"
+	UpstreamNotTried = "not tried"
+)
+
+// Upstream is a proxy and its state.
 type Upstream struct {
 	Name      string   `json:"name"`
 	URL       string   `json:"url"`           // without its password; empty: direct
 	Via       string   `json:"via,omitempty"` // the upstream through which it is reached; empty: directly
 	TCP       string   `json:"tcp"`           // "ok" or "down"
-	UDP       string   `json:"udp"`
+	UDP       string   `json:"udp"`           // "ok", "down" or "not tried"
 	IPv6      string   `json:"ipv6,omitempty"`       // "yes" or "no", as connections have shown; empty: nothing is known
 	NamesUDP  string   `json:"names_udp,omitempty"`  // the same for names in the headers of datagrams
 	Granted   uint64   `json:"granted"`              // TCP connections

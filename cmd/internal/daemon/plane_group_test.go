@@ -29,6 +29,11 @@ func TestGroupCarries(t *testing.T) {
 	}
 	write(file)
 	c.reload("a group")
+	for _, u := range c.u.status().Upstreams {
+		if u.Name == "g" && u.UDP != control.UpstreamNotTried {
+			t.Errorf("UDP of a group that nobody has used: %q", u.UDP)
+		}
+	}
 	for i := range 3 {
 		c.works(fmt.Sprintf("by a group, %d", i))
 	}
@@ -37,7 +42,7 @@ func TestGroupCarries(t *testing.T) {
 			continue
 		}
 		if len(u.Servers) != 2 || u.Servers[0].State != "down" || u.Servers[0].Why == "" || u.Servers[1].State != "ok" ||
-			u.TCP != "ok" {
+			u.TCP != "ok" || u.UDP != "ok" {
 			t.Errorf("%+v", u)
 		}
 		var b strings.Builder

@@ -67,10 +67,13 @@ func shortageWarning(s route.Shortage, now time.Time) string {
 }
 
 func fillUpstreams(s *control.Status, cfg *config.Config, p *plane, allowed *endpoints) {
-	words := map[bool]string{false: "ok", true: "down"}
+	words := map[bool]string{false: control.UpstreamOK, true: control.UpstreamDown}
 	for _, u := range p.router.Upstreams() {
 		up := control.Upstream{Name: u.Name, TCP: words[u.TCPDown], UDP: words[u.UDPDown], IPv6: u.IPv6, NamesUDP: u.NamesUDP,
 			Granted: u.Granted, Failed: u.Failed, LatencyMS: float64(u.Latency.Microseconds()) / 1000}
+		if !u.UDPTried && !u.UDPDown {
+			up.UDP = control.UpstreamNotTried
+		}
 		if cfg.ReachHost.On() && u.Name == route.HostUpstream {
 			up.URL = "loopback of this host, port " + cfg.ReachHost.String()
 		}

@@ -188,8 +188,11 @@ func (m *model) server(url string) string {
 }
 
 func healthCell(state string) cell {
-	if state == "ok" {
+	switch state {
+	case control.UpstreamOK:
 		return cell{state, good}
+	case control.UpstreamNotTried:
+		return cell{"-", dim} // nothing is known of it
 	}
 	return cell{plain(state), bad}
 }
