@@ -63,6 +63,9 @@ func (r *frameReader) run() error {
 		n, err := r.s.dev.Read(&h, b, r.held == 0)
 		switch {
 		case err == nil:
+			if e := r.s.elsewhere.Load(); e != nil && e.take(&h, b[:n]) {
+				continue
+			}
 			r.s.stats.FramesIn.Add(1)
 			r.s.stats.BytesIn.Add(uint64(n))
 			r.s.tap.saw(&h, b[:n])

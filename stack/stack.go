@@ -62,6 +62,7 @@ type Stack struct {
 	keepalive atomic.Int64 // ns
 	shards    []*shard
 	tap       tap
+	elsewhere atomic.Pointer[Elsewhere]
 
 	mu      sync.Mutex
 	running bool

@@ -41,6 +41,11 @@ type fileDevice struct {
 // The TUN must have been made with IFF_NO_PI; FromFiles finds out whether it has IFF_VNET_HDR. Without that header,
 // and on kernels that lack an offload, Device.Offload returns less than Options.Offload requested.
 func FromFiles(files []*os.File, o Options) (Device, error) {
+	return fromFiles(files, o, len(files) == 1)
+}
+
+// fromFiles is FromFiles. With share, all files are queues for frames, and the handle shares one of them.
+func fromFiles(files []*os.File, o Options, share bool) (Device, error) {
 	fds, err := takeFiles(files)
 	if err != nil {
 		return nil, fmt.Errorf("cannot use the TUN device: %w", err)
@@ -52,7 +57,7 @@ func FromFiles(files []*os.File, o Options) (Device, error) {
 	}
 	var d Device
 	if vnet {
-		d, err = newFileDevice(fds, name, o)
+		d, err = newFileDevice(fds, name, o, share)
 	} else {
 		closeAll(fds[1:])
 		d, err = newPlain(fds[0], name, o)
@@ -81,25 +86,22 @@ func FromFiles(files []*os.File, o Options) (Device, error) {
 	return d, nil
 }
 
-// newFileDevice takes ownership of fds, even if it fails. The first descriptor is for the handle if there is at least
-// one more for the frames.
-func newFileDevice(fds []int, name string, o Options) (_ *fileDevice, err error) {
-	own, fds := fds[0], fds[1:]
-	detach := len(fds) > 0
-	if !detach {
-		// The interface was made for a single queue. The handle shares it but leaves the frames alone.
-		fds = []int{own}
-		if own, err = unix.FcntlInt(uintptr(fds[0]), unix.F_DUPFD_CLOEXEC, 3); err != nil {
-			closeAll(fds)
-			return nil, err
-		}
+// newFileDevice takes ownership of fds, even if it fails. Without share, the first descriptor is for the handle alone.
+// With share, the handle has a copy of it and leaves its frames alone.
+func newFileDevice(fds []int, name string, o Options, share bool) (_ *fileDevice, err error) {
+	own := fds[0]
+	if !share {
+		fds = fds[1:]
+	} else if own, err = unix.FcntlInt(uintptr(own), unix.F_DUPFD_CLOEXEC, 3); err != nil {
+		closeAll(fds)
+		return nil, err
 	}
 	d := &fileDevice{name: name, mtu: o.MTU}
 	if d.h, err = newHandle(own, o); err != nil {
 		closeAll(fds)
 		return nil, err
 	}
-	if detach {
+	if !share {
 		err = d.h.detach()
 	}
 	if err == nil {
@@ -260,6 +262,9 @@ func (d *fileDevice) Read(h *Header, b []byte, wait bool) (int, error) {
 	}
 	n := r.n - HeaderLen
 	if n < 0 {
+		if r.source != nil {
+			return 0, ErrLeft
+		}
 		return 0, fmt.Errorf("cannot read from the TUN device %s: a frame without its header", d.name)
 	}
 	*h = ParseHeader(r.hdr[:])

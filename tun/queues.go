@@ -34,6 +34,7 @@ type queues struct {
 	// until is the time up to which each queue counts as flooded, in ns since base; 0: it does not.
 	until []atomic.Int64
 	woke  atomic.Bool // a waiting read must return without a frame
+	sources
 }
 
 // openQueues takes ownership of fds, even if it fails.
@@ -59,6 +60,7 @@ func openQueues(fds []int) (q *queues, err error) {
 		until: make([]atomic.Int64, len(fds)),
 		set:   set,
 	}
+	q.over = make(chan struct{})
 	err = set.Add(bell, unix.EPOLLIN|unix.EPOLLET, noQueue, 0)
 	for i, fd := range fds {
 		if err == nil {
@@ -78,6 +80,10 @@ func (q *queues) close() error {
 	err := q.set.Close()
 	closeAll(q.fds)
 	unix.Close(q.bell)
+	close(q.over)
+	if s := q.source.Load(); s != nil {
+		unix.Close(s.fd)
+	}
 	return err
 }
 

@@ -30,6 +30,8 @@ const (
 // system calls, so that a read allocates nothing; only one goroutine reads at a time. Its closures are made once.
 type reader struct {
 	q      *queues
+	from   []int             // what is read: the queues or a source
+	source *source           // nil: the queues are read
 	events []unix.EpollEvent // the queues that had frames at the last poll
 	at     int               // index of the next of them
 	cur    int               // the queue whose turn it is
@@ -52,7 +54,7 @@ type reader struct {
 }
 
 func (r *reader) init(q *queues) {
-	r.q, r.turns = q, make([]turns, len(q.fds))
+	r.q, r.from, r.turns = q, q.fds, make([]turns, len(q.fds))
 	r.iov[0].Base = &r.hdr[0]
 	r.iov[0].SetLen(HeaderLen)
 	r.iov[2].Base = &r.over[0]
@@ -121,6 +123,9 @@ func (r *reader) used() {
 		t.next = min(2*t.next, turn)
 		return
 	}
+	if r.source != nil {
+		return
+	}
 	b := unsafe.Slice(r.iov[1].Base, r.iov[1].Len)
 	if b = b[:min(len(b), max(r.n-HeaderLen, 0))]; len(b) < 20 || b[0]>>4 == 4 && b[9] != unix.IPPROTO_UDP ||
 		b[0]>>4 == 6 && b[6] != unix.IPPROTO_UDP {
@@ -150,6 +155,7 @@ func (r *reader) woken() {
 // the queues in turn.
 func (r *reader) pick() bool {
 	if r.at == len(r.events) {
+		r.redirect()
 		n, errno := r.ask()
 		r.round++
 		if n == 0 {
@@ -194,7 +200,7 @@ func (r *reader) read() {
 	for {
 		n, _, errno := syscall.RawSyscall(
 			unix.SYS_READV,
-			uintptr(r.q.fds[r.cur]),
+			uintptr(r.from[r.cur]),
 			uintptr(unsafe.Pointer(&r.iov[0])),
 			uintptr(len(r.iov)),
 		)

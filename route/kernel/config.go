@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
 	"regexp"
 	"time"
 )
@@ -101,6 +102,8 @@ type Config struct {
 	OwnUID    *uint32    // our sockets have this uid; nil: not checked
 	OwnCgroup string     // our sockets belong to this cgroup; "": not checked
 	Kept      []Tuple    // connections from before, see Established
+	Live      bool       // another viasocks carries the host until now and hands it over, see Host.HandOver
+	Lock      *os.File   // of that viasocks; nil: New takes it
 
 	groups map[string]cgroup // control groups by path, as the filter knows them; see cgroup
 	live   []liveGroup       // control groups that come and go while the host is steered

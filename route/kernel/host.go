@@ -147,7 +147,7 @@ func open(c Config) (_ *Host, err error) {
 	if h.path, lock, err = paths(c.Dir); err != nil {
 		return nil, err
 	}
-	if h.lock, err = takeLock(lock); err != nil {
+	if h.lock, err = lockOf(c.Lock, lock); err != nil {
 		return nil, err
 	}
 	if h.nl, err = openRouting(); err != nil {
@@ -318,7 +318,18 @@ func overlaps(mark uint32, mask *uint32, m Marks) bool {
 func (h *Host) Recovered() bool { return h.recovered }
 
 // Close releases the lock and leaves the host as it is. It may be called twice.
-func (h *Host) Close() error {
+func (h *Host) Close() error { return h.leave(giveLock) }
+
+// LockFile returns the lock for another viasocks, which passes it to New in Config.Lock. The Host still owns it.
+func (h *Host) LockFile() *os.File { return h.lock }
+
+// HandOver leaves the host to another viasocks, which has the lock as well and whose Config is Live. It is called
+// instead of Close, after Run has ended. Until the other one has called Shut, the filter stays as it is, and nothing
+// restores it.
+func (h *Host) HandOver() error { return h.leave((*os.File).Close) }
+
+// leave closes everything and leaves the host as it is. end ends our use of the lock.
+func (h *Host) leave(end func(*os.File) error) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.closed {
@@ -341,7 +352,7 @@ func (h *Host) Close() error {
 		err = h.nf.Close()
 	}
 	if h.lock != nil {
-		err = errors.Join(err, giveLock(h.lock))
+		err = errors.Join(err, end(h.lock))
 	}
 	return err
 }

@@ -71,6 +71,26 @@ func takeLock(path string) (*os.File, error) {
 	return nil, fmt.Errorf("cannot lock %s: it comes and goes", path)
 }
 
+// lockOf takes the lock at path, or a copy of the one that another viasocks has handed over. A lock of flock(2)
+// belongs to the open file, so both hold it.
+func lockOf(given *os.File, path string) (*os.File, error) {
+	if given == nil {
+		return takeLock(path)
+	}
+	mine, err := given.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("cannot take over the lock: %w", err)
+	}
+	if there, err := os.Stat(path); err != nil || !os.SameFile(mine, there) {
+		return nil, fmt.Errorf("cannot take over the lock: the other viasocks does not hold %s", path)
+	}
+	fd, err := unix.FcntlInt(given.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, fmt.Errorf("cannot take over the lock: %w", err)
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
 // giveLock removes the file while the lock is still held, so that no two processes can hold it.
 func giveLock(f *os.File) error {
 	return errors.Join(os.Remove(f.Name()), f.Close())

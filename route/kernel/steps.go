@@ -12,8 +12,8 @@ import (
 const alias = "viasocks"
 
 // Shut closes the host: until Steer, the filter refuses everything except its exceptions, including what the TUN will
-// take. It takes over what a dead daemon left. After an error the caller chooses between Open and Close, which leaves
-// the host as it is.
+// take. It takes over what a dead daemon left. With Config.Live, the TUN takes what it took before. After an error the
+// caller chooses between Open and Close, which leaves the host as it is.
 func (h *Host) Shut() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -23,7 +23,14 @@ func (h *Host) Shut() error {
 	}
 	h.st.see(l)
 	h.tellServed()
-	h.st.guard = false
+	h.st.guard = h.c.Live
+	if h.c.Live { // what the other viasocks changed until now is no change by others
+		h.events.close()
+		h.nfEvents.close()
+		if err := h.watchEvents(); err != nil {
+			return err
+		}
+	}
 	h.st.wasZero = len(h.j.Sysctls) > 0 || readSysctl(srcValidMark) == "0"
 	h.j.Done["filter"] = true
 	if err := h.record(); err != nil {
@@ -33,7 +40,7 @@ func (h *Host) Shut() error {
 		return err
 	}
 	h.shut = true
-	if h.recovered { // the dead daemon may have let more past the proxy than we do
+	if h.recovered && !h.c.Live { // the dead daemon may have let more past the proxy than we do
 		h.clearMarks(h.c.Marks.Direct)
 	}
 	if err := h.setSysctls(); err != nil {

@@ -48,6 +48,8 @@ type Host struct {
 	NFTable          string
 	DryRun           bool
 	Confirm          time.Duration // 0: no confirmation is needed
+	Takeover         bool          // from the viasocks that is up
+	TakeoverLimit    time.Duration // how long that one may keep its flows
 	Priority         int           // of the first ip rule
 	ControlGroup     int           // negative: none
 	MembersExclude   bool          // its members may exclude programs

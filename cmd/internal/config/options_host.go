@@ -231,6 +231,39 @@ A proxy that refuses the login at the first attempt, or that does not speak SOCK
 before: this keeps a host that is reached by SSH reachable.`,
 	},
 	{
+		Name: "takeover", Cmds: Up, set: boolean(func(c *Config) *bool { return &c.Host.Takeover }),
+		Help: "take the host over from the viasocks that is up, without a cut connection",
+		Man: `Take the host over from the
+.Nm
+that is up, for instance to start a new version, without cutting a connection and without opening the host for a moment.
+New flows belong to the new process.
+The old one carries the flows that it has until they end or
+.Fl -takeover-limit
+is over, and ends then.
+The options that name what is on the host
+.Pq Fl -tun , Fl -mtu , Fl -offload , Fl -mark , Fl -table , Fl -priority , Fl -nft-table , Fl -fail-open
+must be the same, and the same
+.Fl -state-dir
+is used.
+All other options, and the configuration file, may differ.
+If the new process cannot start, the old one carries on.
+If no
+.Nm
+is up, this is an ordinary start.`,
+	},
+	{
+		Name: "takeover-limit", Arg: "TIME", Default: "1h", Cmds: Up,
+		set:  duration("1s", "720h", func(c *Config) *timeDuration { return &c.Host.TakeoverLimit }),
+		Help: "how long the viasocks before may keep its flows, with --takeover",
+		Man: `How long the
+.Nm
+from which
+.Fl -takeover
+takes the host over may keep its flows, from 1s to 720h.
+Those that are left then are reset.
+A UDP socket counts as a flow for as long as its program has it open.`,
+	},
+	{
 		Name: "dry-run", Cmds: Up, set: boolean(func(c *Config) *bool { return &c.Host.DryRun }),
 		Help: "print every rule, route and nftables line, and touch nothing",
 		Man: `Print every ip rule, kernel route and nftables line that would be added, in the form in which they could be typed

@@ -50,13 +50,80 @@ func TakeLock(path string) (*Lock, error) {
 			f.Close()
 			return nil, fail(err)
 		}
-		// The number is only for messages of other processes. A full disk must not keep 'down' from restoring the
-		// host.
-		if f.Truncate(0) == nil {
-			_, _ = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
-		}
-		return &Lock{f: f, path: f.Name()}, nil
+		l := &Lock{f: f, path: f.Name()}
+		l.Sign()
+		return l, nil
 	}
+}
+
+// Files returns copies of what the lock consists of, for another viasocks, which passes them to AdoptHost. The caller
+// closes them.
+func (l *Lock) Files() (files []*os.File, err error) {
+	fd, err := unix.FcntlInt(l.f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, err
+	}
+	files = append(files, os.NewFile(uintptr(fd), l.path))
+	if l.claim == nil {
+		return files, nil
+	}
+	c, err := l.claim.File()
+	if err != nil {
+		files[0].Close()
+		return nil, err
+	}
+	return append(files, c), nil
+}
+
+// AdoptHost makes a Lock next to the socket path of what another viasocks got from Files. Both hold it from now on.
+// The files stay the caller's.
+func AdoptHost(path string, files []*os.File) (*Lock, error) {
+	fail := func(err error) (*Lock, error) {
+		return nil, fmt.Errorf("cannot take over the lock of %s: %w", path, err)
+	}
+	if len(files) == 0 || len(files) > 2 {
+		return fail(errors.New("the other viasocks did not send it"))
+	}
+	fd, err := unix.FcntlInt(files[0].Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return fail(err)
+	}
+	l := &Lock{f: os.NewFile(uintptr(fd), lockPath(path)), path: lockPath(path)}
+	if !inPlace(l.f) {
+		l.f.Close()
+		return fail(errors.New("the other viasocks holds another file"))
+	}
+	if len(files) == 2 {
+		c, err := net.FileListener(files[1])
+		if err != nil {
+			l.f.Close()
+			return fail(err)
+		}
+		u, ok := c.(*net.UnixListener)
+		if !ok {
+			c.Close()
+			l.f.Close()
+			return fail(errors.New("the other viasocks sent something else"))
+		}
+		l.claim = u
+	}
+	return l, nil
+}
+
+// Sign writes the caller's process id into the lock. After AdoptHost it is called once the other viasocks has let go.
+func (l *Lock) Sign() {
+	// The number is only for messages of other processes. A full disk must not keep 'down' from restoring the host.
+	if l.f.Truncate(0) == nil {
+		_, _ = l.f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
+	}
+}
+
+// Leave ends our use of a lock that another viasocks holds, too.
+func (l *Lock) Leave() error {
+	if l.claim != nil {
+		l.claim.Close()
+	}
+	return l.f.Close()
 }
 
 // inPlace reports whether f is still the file that its name refers to.
@@ -88,8 +155,10 @@ func Locked(path string) bool {
 }
 
 func openLock(path string, flags int) (*os.File, error) {
-	return os.OpenFile(strings.TrimSuffix(path, ".sock")+".lock", flags|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	return os.OpenFile(lockPath(path), flags|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 }
+
+func lockPath(socket string) string { return strings.TrimSuffix(socket, ".sock") + ".lock" }
 
 // holder returns " (process 123)", for a message.
 func holder(f *os.File) string {

@@ -49,6 +49,9 @@ func statusHead(b *strings.Builder, s *Status, now time.Time) {
 			Plain(strings.Join(p.Ports, ", ")), p.Connections, p.Refused, p.Datagrams, p.Dropped, p.Open)
 	}
 	renderListening(b, s.Listening)
+	if s.Before > 0 {
+		fmt.Fprintf(b, "  %d flows are still carried by the viasocks from which this one has taken over\n", s.Before)
+	}
 	if s.State == Waiting {
 		fmt.Fprintf(b, "  waiting for the proxy; the host is closed until it can be reached: %s\n", Plain(s.Waiting))
 	}

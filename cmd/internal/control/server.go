@@ -44,7 +44,9 @@ type Backend struct {
 	Health func(ctx context.Context) Health // ends soon after ctx; nil: not available
 	// returns nil if the steering stays; nil: there is nothing to confirm, as under `run`
 	Confirm func() error
-	Down    func() // begins to stop and returns at once; nil: it ends by itself, as `run` does
+	// TakeOver hands the host over to the process pid at the other end of c, which it owns. nil: not available.
+	TakeOver func(c *net.UnixConn, pid int)
+	Down     func() // begins to stop and returns at once; nil: it ends by itself, as `run` does
 }
 
 // Options are the options of a Server.
@@ -118,6 +120,9 @@ func serve(o Options, l acceptor) *Server {
 	if o.Backend.Exclude != nil {
 		mux.HandleFunc("POST /v1/exclude", s.choose(o.Members, o.Backend.Exclude))
 		mux.HandleFunc("POST /v1/include", s.choose(true, o.Backend.Include))
+	}
+	if o.Backend.TakeOver != nil {
+		mux.HandleFunc("POST /v1/takeover", s.takeover)
 	}
 	if o.Backend.Down != nil {
 		mux.HandleFunc("POST /v1/down", s.touch(func() error { o.Backend.Down(); return nil }))

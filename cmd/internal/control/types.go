@@ -12,6 +12,7 @@ const (
 	Waiting     = "waiting"     // the host is closed, and the proxy is not reachable yet
 	Unconfirmed = "unconfirmed" // up, and will be undone unless it is confirmed
 	Ready       = "ready"
+	Leaving     = "leaving"  // another viasocks has taken over; it carries the flows that it had
 	Impaired    = "impaired" // it was ready; the first warning tells what is wrong now
 	Stopping    = "stopping"
 )
@@ -52,6 +53,7 @@ type Status struct {
 	State     string     `json:"state"`
 	Since     time.Time  `json:"since"`                // when it was started
 	ReadyAt   *time.Time `json:"ready_at,omitempty"`   // when it became ready
+	Before    int        `json:"before,omitempty"`     // flows of the viasocks from which the host was taken over
 	Waiting   string     `json:"waiting,omitempty"`    // Waiting: why the proxy cannot be used yet
 	ConfirmBy *time.Time `json:"confirm_by,omitempty"` // Unconfirmed: when everything will be undone
 	Config    string     `json:"config,omitempty"`     // the configuration file

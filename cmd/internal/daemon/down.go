@@ -133,14 +133,14 @@ func Shut(cfg *config.Config, stderr *os.File) error {
 	}
 	defer e.close()
 	e.warn(cfg)
-	_, lock, err := alone(cfg)
+	_, lock, _, err := alone(cfg)
 	if err != nil {
 		return err
 	}
 	defer lock.Close()
 	closed := *cfg
 	closed.Host.FailOpen = false // nothing has failed: the host is closed until Up or Down
-	h, err := newHost(&closed, nil, nil, e.log)
+	h, err := newHost(&closed, nil, nil, nil, e.log)
 	if err != nil {
 		return err
 	}

@@ -50,10 +50,13 @@ type plane struct {
 	poolFile string // file that keeps dial.pool; empty: none
 
 	ran    sync.WaitGroup // stack, router, giveBack and followLoad
+	pooled sync.WaitGroup // the writer of poolFile
 	looped sync.WaitGroup
 	failed chan error // the error of the first part that ended by itself
 	once   sync.Once
 	stop   context.CancelFunc // ends giveBack and followLoad; nil: not started
+
+	stopPool context.CancelFunc // ends the writer of poolFile; nil: not started
 }
 
 // dialing tells how our own sockets are made, how the proxy's name is looked up, and where decisions are reported.
@@ -288,9 +291,16 @@ func (p *plane) start() {
 	p.stop = stop
 	p.ran.Go(func() { process.GiveBack(ctx, p.router.Ended, p.stack.Renew, p.log) })
 	p.ran.Go(func() { process.FollowLoad(ctx) })
+	ctx, p.stopPool = context.WithCancel(context.Background())
 	if p.dial.pool != nil && p.poolFile != "" {
-		p.ran.Go(func() { p.dial.pool.KeepFile(ctx, p.poolFile, p.log) })
+		p.pooled.Go(func() { p.dial.pool.KeepFile(ctx, p.poolFile, p.log) })
 	}
+}
+
+// savePool saves the pool a last time, and leaves its file to another process.
+func (p *plane) savePool() {
+	p.stopPool()
+	p.pooled.Wait()
 }
 
 // refuse resets the app's flows, and new ones from now on.
@@ -308,8 +318,10 @@ func (p *plane) Close() {
 		}
 		if p.stop != nil {
 			p.stop()
+			p.stopPool()
 		}
 		p.ran.Wait()
+		p.pooled.Wait()
 		for _, l := range p.loops {
 			l.Close()
 		}

@@ -25,16 +25,23 @@ func newPool(cfg *config.Config, log *slog.Logger) (*dns.Pool, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot use --dns fake: %w", err)
 	}
+	if !cfg.Host.Takeover { // otherwise another viasocks still writes the file
+		loadPool(p, cfg, log)
+	}
+	return p, nil
+}
+
+// loadPool reads the file of the pool, if it has one.
+func loadPool(p *dns.Pool, cfg *config.Config, log *slog.Logger) {
 	if cfg.Fake.File == "" {
-		return p, nil
+		return
 	}
 	n, err := p.Load(cfg.Fake.File)
 	if err != nil {
 		log.Warn("names get other addresses than before: the file of --dns-pool-file is not used", "err", err)
-	} else {
-		log.Debug("names of fake addresses loaded", "file", cfg.Fake.File, "names", n)
+		return
 	}
-	return p, nil
+	log.Debug("names of fake addresses loaded", "file", cfg.Fake.File, "names", n)
 }
 
 // poolIsFree returns an error if a network of the host overlaps the ranges of fake addresses, or a proxy is in them:

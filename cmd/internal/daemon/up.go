@@ -46,6 +46,12 @@ type up struct {
 	teller  *resolved.Teller
 	confirm chan struct{}
 	rebuilt []time.Time
+	path    string        // of the control socket
+	lock    *control.Lock // of the host
+	serving serving
+	takers  chan *taker  // those who take the host over, once they are sure
+	taker   *taker       // who has taken it over; nil: nobody
+	before  *predecessor // from whom we take it over; nil: nobody
 
 	mu        sync.Mutex // guards the fields below, which status reads
 	plane     *plane
@@ -58,6 +64,7 @@ type up struct {
 	confirmBy *time.Time
 	reloaded  *time.Time
 	warnings  []string
+	theirs    int // flows of the viasocks from which the host was taken over
 }
 
 var (
@@ -77,12 +84,13 @@ func Up(cfg *config.Config, o UpOptions) error {
 	defer e.close()
 	defer e.queueLog()()
 	e.warn(cfg)
-	path, lock, err := alone(cfg)
+	path, lock, before, err := alone(cfg)
 	if err != nil {
 		return err
 	}
-	defer lock.Close()
+	defer before.end()
 	if err := e.openDecisions(cfg); err != nil {
+		lock.Close()
 		return err
 	}
 	process.MoreFiles()
@@ -93,25 +101,68 @@ func Up(cfg *config.Config, o UpOptions) error {
 		UpOptions: o, env: e, first: cfg, cfg: cfg, state: control.Starting, since: time.Now(),
 		stop: stop, hup: make(chan struct{}, 1), network: newSettling(), tun: tended{news: make(chan struct{}, 1)},
 		loops: newLoopGuard(), confirm: make(chan struct{}, 1),
+		path: path, lock: lock, before: before, takers: make(chan *taker),
 	}
+	defer u.giveLock()
 	u.teller = resolved.New(resolved.SystemBus(), []netip.Addr{nameserver}, e.log)
 	u.teller.Want(tellsResolved(cfg))
 	u.notify = process.NewNotifier(o.Environ, e.log)
 	defer u.notify.Close()
 	defer u.listenSignals()()
-	srv, err := control.Listen(control.Options{
-		Path: path, Group: cfg.Host.ControlGroup, Members: cfg.Host.MembersExclude,
-		Backend: u.backend(), Log: e.log})
-	if err != nil {
-		return err
+	defer u.serving.end()
+	if before == nil { // otherwise the other viasocks still answers there
+		if err := u.serve(); err != nil {
+			return err
+		}
 	}
-	defer srv.Close()
-	endMetrics, err := u.serveMetrics(path)
-	if err != nil {
-		return err
-	}
-	defer endMetrics()
 	return u.run(ctx)
+}
+
+// giveLock ends our use of the lock.
+func (u *up) giveLock() {
+	if u.taker != nil || u.before.holds() {
+		u.lock.Leave() // another viasocks holds it
+		return
+	}
+	u.lock.Close()
+}
+
+// leaveHost releases what h holds, unless another viasocks holds it, too.
+func (u *up) leaveHost(h *host) {
+	if u.taker != nil || u.before.holds() {
+		h.HandOver()
+		return
+	}
+	h.Close()
+}
+
+// serving is what others can ask, until end is called.
+type serving struct{ ends []func() }
+
+// serve begins to answer at the control socket, and to serve metrics.
+func (u *up) serve() error {
+	srv, err := control.Listen(control.Options{
+		Path: u.path, Group: u.first.Host.ControlGroup, Members: u.first.Host.MembersExclude, Backend: u.backend(), Log: u.log,
+	})
+	if err != nil {
+		return err
+	}
+	u.serving.ends = append(u.serving.ends, func() { srv.Close() })
+	endMetrics, err := u.serveMetrics(u.path)
+	if err != nil {
+		return err
+	}
+	u.serving.ends = append(u.serving.ends, endMetrics)
+	return nil
+}
+
+// end stops in the opposite order. It may be called twice.
+func (s *serving) end() {
+	for len(s.ends) > 0 {
+		last := len(s.ends) - 1
+		s.ends[last]()
+		s.ends = s.ends[:last]
+	}
 }
 
 // listenSignals handles signals until the function that it returns is called.
@@ -165,14 +216,14 @@ func (u *up) run(ctx context.Context) (err error) {
 	u.mu.Lock()
 	u.first, u.cfg = cfg, cfg
 	u.mu.Unlock()
-	h, err := newHost(cfg, u.pulse.Fresh, u.network.changed, u.log)
+	h, err := newHost(cfg, u.pulse.Fresh, u.network.changed, u.before, u.log)
 	if err != nil {
 		return err
 	}
-	defer h.Close()
+	defer u.leaveHost(h)
 	// If the filter of a dead daemon is still there, it may not know this proxy. A proxy that we wait for must be
 	// checked with our filter in place.
-	if !h.Recovered() && !cfg.Host.Wait {
+	if !h.Recovered() && !cfg.Host.Wait && u.before == nil {
 		if err := probe(ctx, cfg, u.dial); err != nil {
 			return err
 		}
@@ -185,10 +236,17 @@ func (u *up) run(ctx context.Context) (err error) {
 		defer g.dismiss()
 	}
 	// From here on the host is changed: on failure it is restored, or left closed if it was closed before.
-	if err := u.start(ctx, h); err != nil {
+	start := u.start
+	if u.before != nil {
+		start = u.takeOver
+	}
+	if err := start(ctx, h); err != nil {
 		return u.giveUp(h, err)
 	}
 	failed := u.live(ctx)
+	if u.taker != nil {
+		return u.handOver(ctx)
+	}
 	return u.end(ctx, failed)
 }
 
@@ -250,6 +308,9 @@ func (u *up) giveUp(h *host, err error) error {
 	h.unwatch()
 	back := "the host is as it was"
 	var undo error
+	if u.before.holds() {
+		return fmt.Errorf("%w (the viasocks that is up carries on)", err)
+	}
 	if h.Recovered() {
 		back = "the host stays closed, as it was: 'viasocks down' opens it"
 	}
@@ -328,6 +389,9 @@ func (u *up) live(ctx context.Context) error {
 			if err := u.rebuild(err); err != nil {
 				return err
 			}
+		case u.taker = <-u.takers:
+			u.teller.Leave()
+			return nil
 		case <-unconfirmed:
 			u.stop(errUnconfirmed)
 		case <-u.confirm:

@@ -105,22 +105,29 @@ func openTUN(cfg *config.Config, e *env, persist bool, onLink func()) (dev tun.D
 	if err != nil {
 		return nil, w, err
 	}
-	w = netns.Wanted{Name: name, MTU: cfg.MTU, Addrs: tunAddrs}
-	ipv6, err := netns.Configure(name, cfg.MTU, tunAddrs, false)
-	if err != nil {
+	if w, err = wantedTUN(cfg, name); err != nil {
 		dev.Close()
 		return nil, w, err
+	}
+	return dev, w, nil
+}
+
+// wantedTUN brings the TUN into its intended state, and returns that state.
+func wantedTUN(cfg *config.Config, name string) (netns.Wanted, error) {
+	w := netns.Wanted{Name: name, MTU: cfg.MTU, Addrs: tunAddrs}
+	ipv6, err := netns.Configure(name, cfg.MTU, tunAddrs, false)
+	if err != nil {
+		return w, err
 	}
 	if !ipv6 {
 		w.Addrs = only4(w.Addrs)
 	}
 	link, err := net.InterfaceByName(name)
 	if err != nil {
-		dev.Close()
-		return nil, w, fmt.Errorf("cannot find the TUN device again: %w", err)
+		return w, fmt.Errorf("cannot find the TUN device again: %w", err)
 	}
 	w.Index = link.Index
-	return dev, w, nil
+	return w, nil
 }
 
 // only4 removes the IPv6 addresses, for a host without IPv6.
@@ -129,19 +136,33 @@ func only4(addrs []netip.Prefix) []netip.Prefix {
 }
 
 // alone runs before anything is changed. It checks that the needed privileges and devices are there, and that no
-// other daemon steers this host until lock is closed. path is that of the control socket.
-func alone(cfg *config.Config) (path string, lock *control.Lock, err error) {
+// other daemon steers this host until lock is closed. path is that of the control socket. With --takeover, before is
+// the daemon that is up, if one is, and lock is shared with it.
+func alone(cfg *config.Config) (path string, lock *control.Lock, before *predecessor, err error) {
 	if err := needNetAdmin("steer the host", ", or use 'viasocks run' for one program"); err != nil {
-		return "", nil, err
+		return "", nil, nil, err
 	}
 	if err := netns.CheckTUN(); err != nil {
-		return "", nil, err
+		return "", nil, nil, err
 	}
 	if path, err = control.Path(cfg.StateDir); err != nil {
-		return "", nil, err
+		return "", nil, nil, err
+	}
+	if cfg.Host.Takeover {
+		before, err = callPredecessor(cfg, path)
+		if err != nil {
+			return "", nil, nil, err
+		}
+	}
+	if before != nil {
+		if lock, err = control.AdoptHost(path, before.talk.Control); err != nil {
+			before.end()
+			return "", nil, nil, err
+		}
+		return path, lock, before, nil
 	}
 	lock, err = control.TakeHost(path)
-	return path, lock, err
+	return path, lock, nil, err
 }
 
 // needNetAdmin reports beforehand, and once, what would otherwise fail at each step.

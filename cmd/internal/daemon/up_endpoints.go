@@ -32,6 +32,7 @@ type endpoints struct {
 	ports   map[netip.Addr]int // number of relays at this address
 	idle    []*known           // relays without an association, and others that are in use again
 	full    said               // the warning that there is no room for a relay
+	others  []endpoint         // those of another viasocks, which this one has taken over from
 	gen     uint64             // counts changes
 
 	applying sync.Mutex
@@ -185,7 +186,7 @@ func (e *endpoints) push() {
 	}
 	e.mu.Lock()
 	gen = e.gen
-	all := slices.Collect(maps.Keys(e.known))
+	all := append(slices.Collect(maps.Keys(e.known)), e.others...)
 	e.mu.Unlock()
 	if err := e.apply(all); err != nil {
 		e.log.Error("cannot tell the filter the proxy's address: the proxy may be cut off", "err", err)
@@ -194,7 +195,24 @@ func (e *endpoints) push() {
 	e.applied = gen
 }
 
-// list returns the set, sorted.
+// also sets which endpoints another viasocks uses.
+func (e *endpoints) also(others []endpoint) {
+	e.mu.Lock()
+	e.others = others
+	e.gen++
+	e.mu.Unlock()
+	e.push()
+}
+
+// everything returns the set with the endpoints of another viasocks.
+func (e *endpoints) everything() []endpoint {
+	all := e.list()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return append(all, e.others...)
+}
+
+// list returns the set, sorted, without those of another viasocks.
 func (e *endpoints) list() []endpoint {
 	e.mu.Lock()
 	defer e.mu.Unlock()

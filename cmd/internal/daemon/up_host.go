@@ -89,12 +89,16 @@ func kernelEndpoints(all []endpoint) []kernel.Endpoint {
 	return out
 }
 
-// newHost examines the host and changes nothing. alive and network must not block.
-func newHost(cfg *config.Config, alive func() bool, network func(), log *slog.Logger) (*host, error) {
+// newHost examines the host and changes nothing. alive and network must not block. before is the viasocks that steers
+// the host until now; nil: none.
+func newHost(
+	cfg *config.Config, alive func() bool, network func(), before *predecessor, log *slog.Logger,
+) (*host, error) {
 	k := kernelConfig(cfg, log)
 	k.Alive, k.OnDefaultRoute = alive, network
 	if alive != nil { // the daemon has its own sockets
 		k.OwnCgroup, k.OwnUID = ownership("/proc/self/cgroup")
+		before.prepare(&k, log)
 	} else {
 		k.Direct = false
 	}

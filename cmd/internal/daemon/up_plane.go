@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
@@ -35,13 +36,18 @@ func (u *up) startPlane(cfg *config.Config) error {
 		return err
 	}
 	p.start()
+	u.use(p, diag, dev, wanted)
+	return nil
+}
+
+// use makes p the data plane.
+func (u *up) use(p *plane, diag *netns.Diag, dev tun.Device, wanted netns.Wanted) {
 	u.diag = diag
 	u.tun.use(dev, wanted)
 	u.teller.Use(wanted.Index)
 	u.mu.Lock()
 	u.plane = p
 	u.mu.Unlock()
-	return nil
 }
 
 // stopPlane ends the data plane, if there is one. It calls between after the app's flows were reset.

@@ -20,7 +20,7 @@ func (u *up) backend() control.Backend {
 		Status: u.status, Flows: u.flows, Name: u.name, Watch: u.watch, Capture: u.capture, Health: u.healthNow,
 		Confirm: u.confirmed,
 		Exclude: u.choose(kernel.ExcludeProgram), Include: u.choose(kernel.IncludeProgram),
-		Down: func() { u.stop(errDown) },
+		Down: func() { u.stop(errDown) }, TakeOver: u.offerHost,
 	}
 }
 
@@ -64,6 +64,7 @@ func (u *up) status() control.Status {
 		Warnings: slices.Concat(cfg.Warnings, u.warnings),
 		Host:     control.Host{TUN: u.first.TUN, Table: u.first.Table, Mark: fmt.Sprintf("%#x/%#x", u.first.Mark, u.first.Mask)},
 	}
+	s.Before = u.theirs
 	if u.waiting != nil {
 		s.Waiting = u.waiting.Error()
 	}

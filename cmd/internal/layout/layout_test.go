@@ -109,6 +109,8 @@ var table = []struct {
 		"keeps our own process in order, and knows nothing of flows and of the host; control makes texts fit for one line"},
 	{"cmd/internal/owner", []string{self + "/route/kernel", self + "/stack/flow", self + "/tun/netns"}, nil,
 		"finds the processes behind sockets in /proc; the kernel's side of that is in tun/netns and route/kernel"},
+	{"cmd/internal/handover", []string{self + "/stack", self + "/stack/flow", xsys}, []string{self + "/stack/testkit"},
+		"what two processes say to each other when one takes the host over; what they do then is daemon's"},
 	{"cmd/internal/metrics", []string{self + "/cmd/internal/privsock", self + "/stack/count", prometheus, xsys}, nil,
 		"turns tables of counters into metrics: nothing else knows how Prometheus wants them"},
 	{"cmd/internal/top", []string{self + "/cmd/internal/control", bubbletea, xansi, xsys}, nil,

@@ -96,6 +96,9 @@ func (n *Notifier) Waiting(text string, within time.Duration) {
 	n.send(status(text), "EXTEND_TIMEOUT_USEC="+strconv.FormatInt((2*within).Microseconds(), 10))
 }
 
+// Hand tells systemd that the process pid is the service's main process from now on.
+func (n *Notifier) Hand(pid int) { n.send("MAINPID=" + strconv.Itoa(pid)) }
+
 func (n *Notifier) Stopping() { n.send("STOPPING=1", status("stopping")) }
 
 // Guard tells the watchdog that we are alive, three times as often as required, until ctx ends. It calls alive before

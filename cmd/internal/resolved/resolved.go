@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -23,6 +24,7 @@ type Teller struct {
 	servers []server
 	log     *slog.Logger
 	news    chan struct{}
+	leaves  atomic.Bool // another viasocks keeps the settings when Run ends
 
 	mu    sync.Mutex
 	index int    // of the device; 0: not known yet
@@ -35,6 +37,9 @@ type Teller struct {
 func New(bus string, servers []netip.Addr, log *slog.Logger) *Teller {
 	return &Teller{bus: bus, servers: toServers(servers), log: log, news: make(chan struct{}, 1)}
 }
+
+// Leave makes Run leave the settings in place at its end, because another viasocks keeps them from then on.
+func (t *Teller) Leave() { t.leaves.Store(true) }
 
 // Use sets the device by its index. systemd-resolved forgets the settings for an earlier device when that is deleted.
 func (t *Teller) Use(index int) {
@@ -122,7 +127,9 @@ func (t *Teller) serve(ctx context.Context, b *bus) {
 		}
 		select {
 		case <-ctx.Done():
-			t.takeBack(b, told)
+			if !t.leaves.Load() {
+				t.takeBack(b, told)
+			}
 			return
 		case <-b.conn.Context().Done():
 			return

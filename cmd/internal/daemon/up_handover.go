@@ -1,0 +1,178 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync/atomic"
+	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/cmd/internal/handover"
+	"github.com/viasocks/viasocks/stack"
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+// This is the part of the old process in `viasocks up --takeover`; package handover describes the conversation.
+
+// reportEvery is how often the old process tells which of its flows have ended.
+const reportEvery = 250 * time.Millisecond
+
+// taker is another viasocks that is about to take the host over.
+type taker struct {
+	talk    *handover.Old
+	pid     int
+	sockets []*os.File // from which our frames come
+	limit   time.Duration
+}
+
+// offerHost offers the host to the viasocks with process id pid at the other end of c, and passes it to live once it
+// is sure. It runs on a goroutine of the control socket.
+func (u *up) offerHost(c *net.UnixConn, pid int) {
+	t := &taker{pid: pid}
+	err := u.makeOffer(c, t)
+	if err == nil {
+		timeout := time.NewTimer(stopTimeout)
+		defer timeout.Stop()
+		select {
+		case u.takers <- t:
+			return
+		case <-timeout.C:
+			err = errors.New("it is busy or about to end")
+		}
+		closeFiles(t.sockets)
+	}
+	if t.talk != nil {
+		t.talk.Close()
+	}
+	u.log.Warn("the host was not taken over", "by", pid, "err", config.Redact(err.Error()))
+}
+
+// makeOffer offers the host and waits until the other process commits itself.
+func (u *up) makeOffer(c *net.UnixConn, t *taker) error {
+	p, h := u.running()
+	u.mu.Lock()
+	state := u.state
+	u.mu.Unlock()
+	if p == nil || h == nil || state != control.Ready {
+		c.Close()
+		return fmt.Errorf("it is %s: only a viasocks that is ready hands over", state)
+	}
+	files := handover.Files{Kernel: h.LockFile()}
+	defer func() { files.Kernel = nil; files.Close() }() // the Host owns that lock
+	var err error
+	if files.Control, err = u.lock.Files(); err == nil {
+		files.Queues, err = p.stack.Files()
+	}
+	if err != nil {
+		c.Close()
+		return err
+	}
+	k := kernelConfig(u.config(), u.log)
+	k.OwnCgroup, k.OwnUID = ownership("/proc/self/cgroup")
+	t.talk, err = handover.Give(c, handover.Offer{
+		PID: os.Getpid(), Version: u.Version, Settings: takeoverSettings(u.first), Own: ownName(&k), Sources: p.stack.Sources(),
+	}, files)
+	if err != nil {
+		return err
+	}
+	sockets, terms, err := t.talk.Commit(p.stack.Sources())
+	if err != nil {
+		return err
+	}
+	t.sockets, t.limit = sockets, terms.Limit
+	return nil
+}
+
+// handOver lets go of the host, and carries the flows that exist until they end. It takes the place of end.
+func (u *up) handOver(ctx context.Context) error {
+	t := u.taker
+	defer t.talk.Close()
+	u.setState(control.Leaving)
+	u.serving.end()
+	u.host.unwatch()
+	u.allowed.attach(func([]endpoint) error { return nil }) // see below
+	if err := u.host.HandOver(); err != nil {
+		u.log.Warn("cannot let go of the host in order", "err", err)
+	}
+	u.plane.savePool()
+	err := u.plane.stack.Redirect(t.sockets)
+	keys := u.keys()
+	flows := handover.FlowsOf(keys)
+	if err == nil {
+		err = t.talk.Taken(handover.Taken{Flows: flows, Proxies: endpointsTo(u.allowed.everything())})
+	}
+	if err != nil {
+		u.stopPlane(nil)
+		return died(fmt.Errorf("%w; the host stays closed: 'viasocks up' takes over, 'viasocks down' opens it", err))
+	}
+	u.notify.Hand(t.pid)
+	u.log.Info("handed the host over", "to", t.pid, "flows", flows.Len(), "limit", t.limit)
+	left := u.drain(ctx, t, keys)
+	u.stopPlane(nil)
+	_ = t.talk.Left(handover.Left{Ended: handover.FlowsOf(left)}) // the new process may be gone
+	return nil
+}
+
+// keys returns all flows of the data plane, and those of the viasocks from which it has taken over.
+func (u *up) keys() []stack.Key {
+	keys := u.plane.stack.TCPKeys()
+	for _, src := range u.plane.router.UDPSources() {
+		keys = append(keys, stack.Key{Proto: flow.UDP, Src: src})
+	}
+	return append(keys, u.before.keys()...)
+}
+
+// drain waits until no flow is left, and tells the new process which have ended. The end of ctx or of the new process,
+// and the limit, end it earlier. It returns the flows that are left.
+func (u *up) drain(ctx context.Context, t *taker, had []stack.Key) []stack.Key {
+	tick := time.NewTicker(reportEvery)
+	defer tick.Stop()
+	limit := time.NewTimer(t.limit)
+	defer limit.Stop()
+	var left atomic.Int64
+	left.Store(int64(len(had)))
+	u.allowed.attach(func(all []endpoint) error { // the new process's filter must let our sockets out
+		return t.talk.Left(handover.Left{Now: int(left.Load()), Proxies: endpointsTo(all)})
+	})
+	for len(had) > 0 {
+		select {
+		case <-ctx.Done():
+			u.log.Info("stopping", "why", context.Cause(ctx), "flows", len(had))
+			return had
+		case <-limit.C:
+			u.log.Info("the flows that are left are reset: the limit is over", "flows", len(had), "limit", t.limit)
+			return had
+		case err := <-u.plane.failed:
+			u.log.Warn("the flows that are left are lost", "flows", len(had), "err", err)
+			return had
+		case <-tick.C:
+		}
+		now := u.keys()
+		ended := without(had, now)
+		had = now
+		left.Store(int64(len(now)))
+		if err := t.talk.Left(handover.Left{Ended: handover.FlowsOf(ended), Now: len(now)}); err != nil {
+			u.log.Warn("the viasocks that took over has ended", "err", err)
+			return had
+		}
+	}
+	return nil
+}
+
+// without returns what is in a and not in b.
+func without(a, b []stack.Key) (out []stack.Key) {
+	in := make(map[stack.Key]bool, len(b))
+	for _, k := range b {
+		in[k] = true
+	}
+	for _, k := range a {
+		if !in[k] {
+			out = append(out, k)
+		}
+	}
+	return out
+}
