@@ -117,9 +117,9 @@ func FuzzDeliver(f *testing.F) {
 	f.Add(bytes.Repeat([]byte{0, 0, 0, 1, 192, 0, 2, 1, 0, 53, 'x'}, 3), int32(11))
 	f.Add(bytes.Repeat([]byte{0, 0, 0, 4}, 30), int32(-1))
 	f.Add(make([]byte, 300), int32(1))
-	b := newRxBuffers()
+	b := newRecvBuffers()
 	f.Fuzz(func(t *testing.T, d []byte, seg int32) {
-		if len(d) > rxBuf {
+		if len(d) > recvBuf {
 			return
 		}
 		copy(b.data, d)

@@ -11,31 +11,31 @@ import (
 )
 
 const (
-	rxVec     = 32      // maximum number of messages for one recvmmsg; with UDP_GRO each may contain 64 datagrams
-	rxBuf     = 1 << 16 // length of the longest datagram and the longest GRO run
-	rxTurn    = 256     // approximate number of datagrams for one turn, which turnBytes also limits
-	rxPackets = 256     // datagrams for one sink call
-	ctlLen    = 24      // CMSG_SPACE of an int
+	recvVec     = 32      // maximum number of messages for one recvmmsg; with UDP_GRO each may contain 64 datagrams
+	recvBuf     = 1 << 16 // length of the longest datagram and the longest GRO run
+	recvTurn    = 256     // approximate number of datagrams for one turn, which turnBytes also limits
+	recvPackets = 256     // datagrams for one sink call
+	ctlLen      = 24      // CMSG_SPACE of an int
 )
 
-// rxBuffers is shared by all links of a loop, so a waiting link owns none. It is 2 MiB of address space; the kernel
+// recvBuffers is shared by all links of a loop, so a waiting link owns none. It is 2 MiB of address space; the kernel
 // touches only as many pages as the datagrams need.
-type rxBuffers struct {
+type recvBuffers struct {
 	data  []byte
-	msgs  [rxVec]unix.Mmsghdr
-	iov   [rxVec]unix.Iovec
-	names [rxVec]unix.RawSockaddrInet6 // large enough for both families
-	ctl   [rxVec][ctlLen]byte
+	msgs  [recvVec]unix.Mmsghdr
+	iov   [recvVec]unix.Iovec
+	names [recvVec]unix.RawSockaddrInet6 // large enough for both families
+	ctl   [recvVec][ctlLen]byte
 	used  int // headers that the last call may have changed
 	vec   int // messages for the next call: fewer if they are large, so that a turn keeps to its budget
 	pkts  []flow.Packet
 }
 
-func newRxBuffers() *rxBuffers {
-	b := &rxBuffers{data: make([]byte, rxVec*rxBuf), used: rxVec, vec: rxVec, pkts: make([]flow.Packet, 0, rxPackets)}
+func newRecvBuffers() *recvBuffers {
+	b := &recvBuffers{data: make([]byte, recvVec*recvBuf), used: recvVec, vec: recvVec, pkts: make([]flow.Packet, 0, recvPackets)}
 	for i := range b.msgs {
-		b.iov[i].Base = &b.data[i*rxBuf]
-		b.iov[i].SetLen(rxBuf)
+		b.iov[i].Base = &b.data[i*recvBuf]
+		b.iov[i].SetLen(recvBuf)
 		h := &b.msgs[i].Hdr
 		h.Iov = &b.iov[i]
 		h.SetIovlen(1)
@@ -46,7 +46,7 @@ func newRxBuffers() *rxBuffers {
 }
 
 // recv receives up to b.vec messages.
-func (b *rxBuffers) recv(fd int) (int, unix.Errno) {
+func (b *recvBuffers) recv(fd int) (int, unix.Errno) {
 	for i := range b.used {
 		h := &b.msgs[i].Hdr
 		h.Namelen = unix.SizeofSockaddrInet6
@@ -62,13 +62,13 @@ func (b *rxBuffers) recv(fd int) (int, unix.Errno) {
 			b.used = 1 // the kernel may have changed the first
 			return 0, e
 		}
-		b.used = min(int(n)+1, rxVec)
+		b.used = min(int(n)+1, recvVec)
 		return int(n), 0
 	}
 }
 
 // segment returns the size of the datagrams that GRO joined in message i, or 0.
-func (b *rxBuffers) segment(i int) int {
+func (b *recvBuffers) segment(i int) int {
 	h := &b.msgs[i].Hdr
 	if int(h.Controllen) < unix.SizeofCmsghdr+4 {
 		return 0
@@ -81,7 +81,7 @@ func (b *rxBuffers) segment(i int) int {
 }
 
 // source returns the sender of message i. IPv4-mapped addresses are unmapped.
-func (b *rxBuffers) source(i int) netip.AddrPort {
+func (b *recvBuffers) source(i int) netip.AddrPort {
 	sa := &b.names[i]
 	switch sa.Family {
 	case unix.AF_INET:
@@ -102,11 +102,11 @@ func swap16(p uint16) uint16 {
 
 // receive passes received datagrams to sink, for one turn.
 func (k *link) receive() (again bool) {
-	if k.l.rx == nil {
-		k.l.rx = newRxBuffers()
+	if k.l.recv == nil {
+		k.l.recv = newRecvBuffers()
 	}
-	b := k.l.rx
-	for datagrams, bytes := 0, 0; datagrams < rxTurn && bytes < turnBytes; {
+	b := k.l.recv
+	for datagrams, bytes := 0, 0; datagrams < recvTurn && bytes < turnBytes; {
 		asked := b.vec
 		n, e := b.recv(k.fd)
 		if e == unix.EAGAIN {
@@ -128,7 +128,7 @@ func (k *link) receive() (again bool) {
 		if size > turnBytes {
 			b.vec = max(b.vec/2, 2)
 		} else if size < turnBytes/4 {
-			b.vec = min(b.vec*2, rxVec)
+			b.vec = min(b.vec*2, recvVec)
 		}
 		// A short count means that the socket was empty, and that the next datagram causes a new edge. But an ICMP
 		// error may have caused the short count; then only EAGAIN is proof.
@@ -141,11 +141,11 @@ func (k *link) receive() (again bool) {
 }
 
 // deliver splits n messages into datagrams and passes them to sink. It returns their number and total size.
-func (k *link) deliver(b *rxBuffers, n int) (datagrams, size int) {
+func (k *link) deliver(b *recvBuffers, n int) (datagrams, size int) {
 	var bad, bytes, count uint64
 	b.pkts = b.pkts[:0]
 	for i := range n {
-		m := b.data[i*rxBuf : i*rxBuf+int(b.msgs[i].Len)]
+		m := b.data[i*recvBuf : i*recvBuf+int(b.msgs[i].Len)]
 		size += len(m)
 		seg := b.segment(i)
 		if seg <= 0 || seg > len(m) {
@@ -174,7 +174,7 @@ func (k *link) deliver(b *rxBuffers, n int) (datagrams, size int) {
 			count++
 			bytes += uint64(len(d))
 			b.pkts = append(b.pkts, flow.Packet{Src: src, Payload: d})
-			if len(b.pkts) == rxPackets {
+			if len(b.pkts) == recvPackets {
 				k.hand(b, bytes)
 				bytes = 0
 			}
@@ -191,7 +191,7 @@ func (k *link) deliver(b *rxBuffers, n int) (datagrams, size int) {
 
 // hand passes the collected datagrams to the sink. bytes is their size. They are counted first, so that a sink that
 // sees a datagram also sees it counted.
-func (k *link) hand(b *rxBuffers, bytes uint64) {
+func (k *link) hand(b *recvBuffers, bytes uint64) {
 	k.st.Received.Add(uint64(len(b.pkts)))
 	k.st.ReceivedBytes.Add(bytes)
 	k.sink(b.pkts)

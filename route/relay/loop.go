@@ -35,9 +35,9 @@ type Loop struct {
 	noGSO atomic.Bool // links send without UDP_SEGMENT: see GSO
 
 	// The fields below belong to the loop's goroutine.
-	w  upWriter
-	p  downPayload
-	rx *rxBuffers
+	w    upWriter
+	p    downPayload
+	recv *recvBuffers
 }
 
 // Bits of Node.Got. Those of the loop are about the socket. The first two, and appIn and appOut, stay set until an

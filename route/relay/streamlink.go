@@ -31,7 +31,7 @@ type StreamCodec interface {
 const (
 	maxFrameHead = 1 << 10 // a longer header is malformed
 	maxFrame     = maxFrameHead + 1<<16
-	streamRead   = 4 * rxBuf // for one recv: more than a frame
+	streamRead   = 4 * recvBuf // for one recv: more than a frame
 	// streamQueue is how many bytes wait for room in the socket; as many wait unsent in the kernel. Older datagrams
 	// are of no use to a program that uses UDP.
 	streamQueue = 128 << 10
@@ -248,10 +248,10 @@ func (k *streamLink) finish(err error) {
 
 // receive passes received frames to sink, for one turn.
 func (k *streamLink) receive() (again bool) {
-	if k.l.rx == nil {
-		k.l.rx = newRxBuffers()
+	if k.l.recv == nil {
+		k.l.recv = newRecvBuffers()
 	}
-	b := k.l.rx
+	b := k.l.recv
 	for bytes := 0; bytes < turnBytes; {
 		buf := b.data[:streamRead]
 		had := copy(buf, k.in)
@@ -286,7 +286,7 @@ func (k *streamLink) receive() (again bool) {
 }
 
 // frames passes the whole frames of data to sink, and returns what follows them.
-func (k *streamLink) frames(b *rxBuffers, data []byte) (rest []byte, err error) {
+func (k *streamLink) frames(b *recvBuffers, data []byte) (rest []byte, err error) {
 	var bad, bytes uint64
 	b.pkts = b.pkts[:0]
 	for len(data) > 0 {
@@ -306,7 +306,7 @@ func (k *streamLink) frames(b *rxBuffers, data []byte) (rest []byte, err error) 
 		}
 		bytes += uint64(size)
 		b.pkts = append(b.pkts, flow.Packet{Src: src, Payload: d})
-		if len(b.pkts) == rxPackets {
+		if len(b.pkts) == recvPackets {
 			k.hand(b, bytes)
 			bytes = 0
 		}
@@ -322,7 +322,7 @@ func (k *streamLink) frames(b *rxBuffers, data []byte) (rest []byte, err error) 
 
 // hand passes the collected datagrams to the sink. bytes is their size. They are counted first, so that a sink that
 // sees a datagram also sees it counted.
-func (k *streamLink) hand(b *rxBuffers, bytes uint64) {
+func (k *streamLink) hand(b *recvBuffers, bytes uint64) {
 	k.st.Received.Add(uint64(len(b.pkts)))
 	k.st.ReceivedBytes.Add(bytes)
 	k.sink(b.pkts)

@@ -120,7 +120,7 @@ type clock struct{ at time.Time }
 
 func (c *clock) now() time.Time { return c.at }
 
-func newSession(t *testing.T, f Filter) (*Session, *clock) {
+func newSession(t *testing.T, f Filter) (*Recording, *clock) {
 	t.Helper()
 	s, err := New(f)
 	if err != nil {
@@ -144,7 +144,7 @@ const (
 )
 
 // captured runs a session whose packets and events have all come, and returns what it wrote.
-func captured(t *testing.T, s *Session) []byte {
+func captured(t *testing.T, s *Recording) []byte {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()

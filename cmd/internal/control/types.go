@@ -110,10 +110,10 @@ const (
 // Upstream is a proxy and its state.
 type Upstream struct {
 	Name      string   `json:"name"`
-	URL       string   `json:"url"`           // without its password; empty: direct
-	Via       string   `json:"via,omitempty"` // the upstream through which it is reached; empty: directly
-	TCP       string   `json:"tcp"`           // "ok" or "down"
-	UDP       string   `json:"udp"`           // "ok", "down" or "not tried"
+	URL       string   `json:"url"`                  // without its password; empty: direct
+	Via       string   `json:"via,omitempty"`        // the upstream through which it is reached; empty: directly
+	TCP       string   `json:"tcp"`                  // "ok" or "down"
+	UDP       string   `json:"udp"`                  // "ok", "down" or "not tried"
 	IPv6      string   `json:"ipv6,omitempty"`       // "yes" or "no", as connections have shown; empty: nothing is known
 	NamesUDP  string   `json:"names_udp,omitempty"`  // the same for names in the headers of datagrams
 	Granted   uint64   `json:"granted"`              // TCP connections

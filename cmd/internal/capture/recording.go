@@ -32,8 +32,8 @@ const (
 	maxRest = 256
 )
 
-// Session is one capture.
-type Session struct {
+// Recording is one capture.
+type Recording struct {
 	filter Filter
 	dst    destination
 	now    func() time.Time
@@ -63,8 +63,8 @@ type known struct {
 	comment string // the last one that was written
 }
 
-// New checks the filter and returns a Session.
-func New(f Filter) (*Session, error) {
+// New checks the filter and returns a Recording.
+func New(f Filter) (*Recording, error) {
 	if err := f.Check(); err != nil {
 		return nil, err
 	}
@@ -72,11 +72,11 @@ func New(f Filter) (*Session, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Session{filter: f, dst: d, now: time.Now, flows: map[tuple]*known{}}, nil
+	return &Recording{filter: f, dst: d, now: time.Now, flows: map[tuple]*known{}}, nil
 }
 
 // Saw queues a packet. It copies the parts, never waits for the reader, and may be called from any goroutine.
-func (s *Session) Saw(parts [][]byte, toApp bool) {
+func (s *Recording) Saw(parts [][]byte, toApp bool) {
 	size := 0
 	for _, p := range parts {
 		size += len(p)
@@ -95,7 +95,7 @@ func (s *Session) Saw(parts [][]byte, toApp bool) {
 }
 
 // reserve reserves room for a packet. It returns false if there is none.
-func (s *Session) reserve(size int) bool {
+func (s *Recording) reserve(size int) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
@@ -111,7 +111,7 @@ func (s *Session) reserve(size int) bool {
 }
 
 // Know takes events of flows, or a list of the current flows.
-func (s *Session) Know(events []control.Event) {
+func (s *Recording) Know(events []control.Event) {
 	s.flowsMu.Lock()
 	defer s.flowsMu.Unlock()
 	for i := range events {
@@ -136,7 +136,7 @@ func (s *Session) Know(events []control.Event) {
 }
 
 // forget makes room by forgetting ended flows. It walks over all flows and therefore does so only from time to time.
-func (s *Session) forget() (room bool) {
+func (s *Recording) forget() (room bool) {
 	if now := s.now(); now.Sub(s.tidied) >= tidyEvery {
 		s.tidied = now
 		maps.DeleteFunc(s.flows, func(_ tuple, k *known) bool { return ended(k.flow.State) })
@@ -169,7 +169,7 @@ func tupleOfFlow(f *control.Flow) (t tuple, ok bool) {
 }
 
 // Run writes the captured packets to w until a limit is reached, ctx ends or w fails.
-func (s *Session) Run(ctx context.Context, w io.Writer, application, device string) error {
+func (s *Recording) Run(ctx context.Context, w io.Writer, application, device string) error {
 	defer s.close()
 	buffered := bufio.NewWriterSize(w, writeSize)
 	out, err := NewWriter(buffered, application, device, s.describe())
@@ -217,7 +217,7 @@ func (s *Session) Run(ctx context.Context, w io.Writer, application, device stri
 }
 
 // describe returns the comment of the file.
-func (s *Session) describe() string {
+func (s *Recording) describe() string {
 	words := []string{"what crossed the TUN of viasocks"}
 	if s.filter.Flow != 0 {
 		words = append(words, fmt.Sprintf("flow %d", s.filter.Flow))
@@ -232,7 +232,7 @@ func (s *Session) describe() string {
 }
 
 // take returns the packets that have waited long enough, or all. They are valid until the next call.
-func (s *Session) take(all bool) (ready []Packet) {
+func (s *Recording) take(all bool) (ready []Packet) {
 	s.mu.Lock()
 	came := s.queue
 	s.queue, s.spare = s.spare[:0], nil
@@ -267,7 +267,7 @@ func (s *Session) take(all bool) (ready []Packet) {
 
 // judge reports whether a packet matches the filter, and returns a comment if there is something new to say about its
 // flow.
-func (s *Session) judge(p *Packet) (comment string, wanted bool) {
+func (s *Recording) judge(p *Packet) (comment string, wanted bool) {
 	t, ok := tupleOf(p.Data, p.ToApp)
 	s.flowsMu.Lock()
 	defer s.flowsMu.Unlock()
@@ -291,7 +291,7 @@ func (s *Session) judge(p *Packet) (comment string, wanted bool) {
 }
 
 // rest returns comments on the flows that have ended since their last packet was written.
-func (s *Session) rest() (comments []string) {
+func (s *Recording) rest() (comments []string) {
 	s.flowsMu.Lock()
 	defer s.flowsMu.Unlock()
 	for _, k := range s.flows {
@@ -331,7 +331,7 @@ func (k *known) text() string {
 }
 
 // close makes Saw refuse further packets.
-func (s *Session) close() {
+func (s *Recording) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.closed, s.queue, s.spare = true, nil, nil
