@@ -367,6 +367,19 @@ func TestNamesTor(t *testing.T) {
 	testkit.Never(t, 2*trialAgain, "the resolver was asked", func() bool { return asked.Load() != 0 }) // it would be at once
 }
 
+// resolved is whether the resolvers have told this address for a name.
+func (g *namesRig) resolved(addr string) bool {
+	u := &g.shards[0].udp
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	for _, f := range u.far.byKey {
+		if f.addr == netip.MustParseAddr(addr) {
+			return true
+		}
+	}
+	return false
+}
+
 // TestNamesDisputed: when two unknown addresses answer for a name, neither is taken for it from then on, unless the resolvers
 // know which one it is.
 func TestNamesDisputed(t *testing.T) {
@@ -379,11 +392,12 @@ func TestNamesDisputed(t *testing.T) {
 			ext := one.want("a1")
 			forger.write(ext, "forged")
 			g.wantPacket(t, fake, app1, "forged")
-			one.write(ext, "b1")
 			from := "203.0.113.1:1000"
 			if resolvers != nil {
 				from = fake
+				testkit.Eventually(t, "the resolver's answer", func() bool { return g.resolved("203.0.113.1") })
 			}
+			one.write(ext, "b1")
 			g.wantPacket(t, from, app1, "b1")
 			g.send(app1, fake, "a2")
 			one.want("a2")
