@@ -193,7 +193,9 @@ func (g *rig) hasAAAA(t *testing.T, name string) bool {
 		msg = append(append(msg, byte(len(l))), l...)
 	}
 	got := make(chan uint16, 1)
-	g.port53.server.Load().Handle(append(msg, 0, 0, 28, 0, 1), netip.AddrPort{}, func(b []byte) { got <- binary.BigEndian.Uint16(b[6:]) })
+	g.port53.server.Load().Handle(append(msg, 0, 0, 28, 0, 1), netip.AddrPort{}, func(b []byte) {
+		got <- binary.BigEndian.Uint16(b[6:])
+	})
 	return <-got == 1
 }
 

@@ -114,7 +114,9 @@ func TestHostRefusals(t *testing.T) {
 		want   flow.Refusal
 		log    string
 	}{
-		{"a port that is not in the list", func(p uint16) bool { return p != port }, nil, to(port), flow.RefuseReset, "does not name this port"},
+		{"a port that is not in the list", func(p uint16) bool {
+			return p != port
+		}, nil, to(port), flow.RefuseReset, "does not name this port"},
 		{"a port on which nobody listens", every, nil, to(closed), flow.RefuseReset, "refused"},
 		{"port 53", every, nil, to(53), flow.RefuseReset, "does not name this port"},
 		{"a rule about the name", every, []string{"name host.viasocks.internal reject"}, to(port), flow.RefuseReset, "name host"},

@@ -121,7 +121,8 @@ func TestSniffRules(t *testing.T) {
 		s.reset(t)
 		testkit.Eventually(t, row.line, func() bool { return len(g.log.lines(row.line)) == before+1 })
 	}
-	if s := g.Stats(); s.Sniffs != 10 || s.Sniffed != 6 || s.StreamsNow != 0 || g.tcp.sniffs.bytes.Load() != 0 || len(g.dialed) != 0 {
+	if s := g.Stats(); s.Sniffs != 10 || s.Sniffed != 6 || s.StreamsNow != 0 || g.tcp.sniffs.bytes.Load() != 0 ||
+		len(g.dialed) != 0 {
 		t.Errorf("%+v, %d bytes held", s, g.tcp.sniffs.bytes.Load())
 	}
 	testkit.Eventually(t, "the decisions", func() bool { return len(decisions.lines("")) == 10 })

@@ -15,7 +15,6 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/socks/sockstest"
@@ -23,12 +22,7 @@ import (
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
-func TestMain(m *testing.M) {
-	if ln, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
-		ln.Close() // the runtime's poller has descriptors of its own from here on
-	}
-	goleak.VerifyTestMain(m)
-}
+func TestMain(m *testing.M) { testkit.Main(m) }
 
 // setup gives a Dialer and a server; when the test ends both are closed and nothing may be left.
 func setup(t testing.TB, o Options, opts ...sockstest.Option) (*Dialer, *Client, *sockstest.Server) {

@@ -24,7 +24,9 @@ func FuzzReader(f *testing.F) {
 	dev, far := tuntest.Pipe(1500, offAll)
 	n, frames := 0, 0
 	var now []byte // the frame under test
-	s, err := New(Config{Device: dev, Limits: Limits{Pending: 100}, Handler: &fuzzHandler{packets: func(ps []flow.Packet) { checkPackets(ps, now) }, testHandler: testHandler{f: func(r flow.StreamRequest) {
+	s, err := New(Config{Device: dev, Limits: Limits{Pending: 100}, Handler: &fuzzHandler{packets: func(ps []flow.Packet) {
+		checkPackets(ps, now)
+	}, testHandler: testHandler{f: func(r flow.StreamRequest) {
 		_ = r.Flow()
 		n++
 		switch why := n % 8; why {

@@ -30,91 +30,107 @@ func TestDivide(t *testing.T) {
 			if len(parts) != want {
 				t.Fatalf("%d parts, want %d", len(parts), want)
 			}
-			type got struct {
-				part int
-				src  netip.AddrPort
-			}
-			frames := make(chan got, 1000)
-			ends := make(chan error, len(parts))
-			var wg sync.WaitGroup
+			x := divided{parts: parts, frames: make(chan divideFrame, 1000), ends: make(chan error, len(parts))}
 			for i, p := range parts {
 				if p.Name() != name || p.MTU() != 1500 || p.Offload() != off {
 					t.Errorf("part %d: %s, %d, %b", i, p.Name(), p.MTU(), p.Offload())
 				}
-				wg.Go(func() {
-					b, h := make([]byte, MaxFrame), new(Header)
-					for {
-						n, err := p.Read(h, b, true)
-						if err != nil {
-							ends <- err
-							return
-						}
-						if f, ok := parse(b[:n]); ok && f.proto == protoUDP && f.dst.Port() == 9 {
-							frames <- got{i, f.src}
-						}
-					}
-				})
+				x.readers.Go(func() { x.read(i) })
 			}
-			next := func() got {
-				t.Helper()
-				select {
-				case g := <-frames:
-					return g
-				case <-time.After(testkit.Patience):
-					t.Fatal("the frame did not come")
-					panic("unreachable")
-				}
-			}
-			used := map[int]bool{}
-			for range 40 {
-				u := dialUDP(t, 9)
-				if _, err := u.Write([]byte("x")); err != nil {
-					t.Fatal(err)
-				}
-				g := next()
-				used[g.part] = true
-				to := (g.part + 1) % len(parts) // another than the kernel's hash chose
-				f, _, _ := packet{
-					src:     netip.AddrPortFrom(far4, 9),
-					dst:     g.src,
-					proto:   protoUDP,
-					payload: []byte("y"),
-				}.marshal(
-					false,
-				)
-				if err := parts[to].Write(&Header{}, [][]byte{f}); err != nil {
-					t.Fatal(err)
-				}
-				if _, err := u.Write([]byte("z")); err != nil {
-					t.Fatal(err)
-				}
-				if h := next(); h.part != to || h.src != g.src {
-					t.Errorf("after a write to part %d: %v, before it %v", to, h, g)
-				}
-			}
-			if len(used) != len(parts) {
-				t.Errorf("of %d parts only %v had frames", len(parts), used)
-			}
+			x.follow(t)
 			if err := d.Close(); err != nil {
 				t.Error(err)
 			}
-			wg.Wait()
-			for range parts {
-				if err := <-ends; !errors.Is(err, os.ErrClosed) {
-					t.Error(err)
-				}
-			}
-			for _, p := range parts {
-				p.Wake()
-				if err := p.Write(&Header{}, [][]byte{{0x45}}); !errors.Is(err, os.ErrClosed) && !errors.Is(err, ErrBadFrame) {
-					t.Errorf("write to a part of a closed device: %v", err)
-				}
-			}
+			x.closed(t)
 			if err := d.Close(); err != nil {
 				t.Error("the second Close:", err)
 			}
 			testkit.AwaitFiles(t, fds+40) // the UDP sockets are still open
 		})
+	}
+}
+
+// divideFrame is a datagram to port 9, and the part that it was read from.
+type divideFrame struct {
+	part int
+	src  netip.AddrPort
+}
+
+// divided is a device whose parts are all read.
+type divided struct {
+	parts   []Part
+	frames  chan divideFrame
+	ends    chan error
+	readers sync.WaitGroup
+}
+
+func (x *divided) read(i int) {
+	b, h := make([]byte, MaxFrame), new(Header)
+	for {
+		n, err := x.parts[i].Read(h, b, true)
+		if err != nil {
+			x.ends <- err
+			return
+		}
+		if f, ok := parse(b[:n]); ok && f.proto == protoUDP && f.dst.Port() == 9 {
+			x.frames <- divideFrame{i, f.src}
+		}
+	}
+}
+
+func (x *divided) next(t *testing.T) divideFrame {
+	t.Helper()
+	select {
+	case g := <-x.frames:
+		return g
+	case <-time.After(testkit.Patience):
+		t.Fatal("the frame did not come")
+		panic("unreachable")
+	}
+}
+
+// follow writes to another part than the kernel's hash chose for a flow, whose frames then come from there.
+func (x *divided) follow(t *testing.T) {
+	t.Helper()
+	used := map[int]bool{}
+	for range 40 {
+		u := dialUDP(t, 9)
+		if _, err := u.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		g := x.next(t)
+		used[g.part] = true
+		to := (g.part + 1) % len(x.parts)
+		f, _, _ := packet{src: netip.AddrPortFrom(far4, 9), dst: g.src, proto: protoUDP, payload: []byte("y")}.marshal(false)
+		if err := x.parts[to].Write(&Header{}, [][]byte{f}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := u.Write([]byte("z")); err != nil {
+			t.Fatal(err)
+		}
+		if h := x.next(t); h.part != to || h.src != g.src {
+			t.Errorf("after a write to part %d: %v, before it %v", to, h, g)
+		}
+	}
+	if len(used) != len(x.parts) {
+		t.Errorf("of %d parts only %v had frames", len(x.parts), used)
+	}
+}
+
+// closed: all reads end, and writes fail, when the device is closed.
+func (x *divided) closed(t *testing.T) {
+	t.Helper()
+	x.readers.Wait()
+	for range x.parts {
+		if err := <-x.ends; !errors.Is(err, os.ErrClosed) {
+			t.Error(err)
+		}
+	}
+	for _, p := range x.parts {
+		p.Wake()
+		if err := p.Write(&Header{}, [][]byte{{0x45}}); !errors.Is(err, os.ErrClosed) && !errors.Is(err, ErrBadFrame) {
+			t.Errorf("write to a part of a closed device: %v", err)
+		}
 	}
 }
 

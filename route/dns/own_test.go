@@ -8,7 +8,8 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 )
 
-// TestOwnName: in every mode, the name of the host is answered at once and nobody else is asked, even if a judge refuses all names.
+// TestOwnName: in every mode, the name of the host is answered at once and nobody else is asked, even if a judge refuses all
+// names.
 func TestOwnName(t *testing.T) {
 	four, six := netip.MustParseAddr("198.18.0.2"), netip.MustParseAddr("fd00::2")
 	asked := netip.MustParseAddrPort("192.0.2.53:53")

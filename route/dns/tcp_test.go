@@ -12,8 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
-
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/testkit"
 )
@@ -78,7 +76,7 @@ func tcpAnswer(t *testing.T, c net.Conn) []byte {
 // TestTCP: more questions than may wait are sent before an answer is read, and the app ends its side: each has its answer,
 // and then the connection ends.
 func TestTCP(t *testing.T) {
-	defer goleak.VerifyNone(t)
+	testkit.CheckLeaks(t)
 	connect, stop := tcpServer(t)
 	defer stop()
 	c := connect()
@@ -109,7 +107,7 @@ func TestTCP(t *testing.T) {
 
 // TestTCPGarbage: what is no question ends the connection, and Run's end ends one that waits.
 func TestTCPGarbage(t *testing.T) {
-	defer goleak.VerifyNone(t)
+	testkit.CheckLeaks(t)
 	connect, stop := tcpServer(t)
 	defer stop()
 	for _, junk := range []string{"\x00\x00", "\x00\x05hello", "\x00\x0c\x00\x00\x80\x00\x00\x00\x00\x00\x00\x00\x00\x00"} {
@@ -144,7 +142,7 @@ func TestTCPGarbage(t *testing.T) {
 
 // TestTCPClaims: a length costs nothing until the bytes come, and a message of 64 KiB that does come is answered.
 func TestTCPClaims(t *testing.T) {
-	defer goleak.VerifyNone(t)
+	testkit.CheckLeaks(t)
 	connect, stop := tcpServer(t)
 	defer stop()
 	var all []net.Conn

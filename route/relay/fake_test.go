@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"os"
 	"sync"
 	"testing"
 	"time"
@@ -285,13 +284,7 @@ func newLoop(t testing.TB) *Loop {
 	return l
 }
 
-// TestMain opens what the runtime keeps for ever, so that no test is blamed for it.
-func TestMain(m *testing.M) {
-	if l, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
-		l.Close()
-	}
-	os.Exit(m.Run())
-}
+func TestMain(m *testing.M) { testkit.Main(m) }
 
 // tcpPair is a connected socket for a relay and its far end.
 func tcpPair(t testing.TB) (fd int, peer *net.TCPConn) {

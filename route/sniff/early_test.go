@@ -10,8 +10,6 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
-
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/loop"
 	"github.com/viasocks/viasocks/stack/testkit"
@@ -119,11 +117,7 @@ type rig struct {
 // newRig runs a loop until the end of the test, and then looks for what was left.
 func newRig(t *testing.T) *rig {
 	t.Helper()
-	t.Cleanup(func() {
-		if err := goleak.Find(); err != nil {
-			t.Error(err)
-		}
-	})
+	testkit.CheckLeaks(t)
 	l, err := loop.New()
 	if err != nil {
 		t.Fatal(err)

@@ -11,17 +11,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"go.uber.org/goleak"
-
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
-func TestMain(m *testing.M) {
-	if ln, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
-		ln.Close() // the runtime's poller has descriptors of its own from here on
-	}
-	goleak.VerifyTestMain(m)
-}
+func TestMain(m *testing.M) { testkit.Main(m) }
 
 // start gives a server that is checked for leaks when the test ends.
 func start(t *testing.T, opts ...Option) *Server {

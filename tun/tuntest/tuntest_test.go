@@ -8,15 +8,13 @@ import (
 	"testing/synctest"
 	"time"
 
-	"go.uber.org/goleak"
-
 	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
 )
 
 const all = tun.VnetHdr | tun.TSO | tun.USO
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { testkit.Main(m) }
 
 func TestPipeBothWays(t *testing.T) {
 	a, b := Pipe(1400, all)

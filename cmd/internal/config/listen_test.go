@@ -12,7 +12,8 @@ func TestListen(t *testing.T) {
 		args, err string
 		want      []incoming.Spec
 	}{
-		{args: "--proxy socks5://h --listen 6881 --listen 6882/tcp=proxy", want: []incoming.Spec{{Port: 6881}, {Port: 6882, Upstream: "proxy"}}},
+		{args: "--proxy socks5://h --listen 6881 --listen 6882/tcp=proxy",
+			want: []incoming.Spec{{Port: 6881}, {Port: 6882, Upstream: "proxy"}}},
 		{args: "--proxy socks5://h --listen 6881 --listen 6881", err: "given twice"},
 		{args: "--proxy socks5://h --listen 6881=far", err: "there is no upstream far"},
 		{args: "--upstream a=socks5://h --listen 6881", err: "without --proxy"},

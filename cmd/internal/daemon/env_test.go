@@ -78,7 +78,7 @@ func TestLog(t *testing.T) {
 }
 
 func TestStartContext(t *testing.T) {
-	noLeaks(t)
+	testkit.CheckLeaks(t)
 	signals := make(chan os.Signal, 1)
 	ctx, cancel := startContext(signals)
 	signals <- syscall.SIGTERM

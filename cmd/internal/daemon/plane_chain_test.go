@@ -19,7 +19,7 @@ import (
 // A chain carries TCP through both proxies, refuses UDP, connects to none but the first, follows a reload of either, and is
 // shown.
 func TestChainCarries(t *testing.T) {
-	noLeaks(t)
+	testkit.CheckLeaks(t)
 	c, write := newCarried(t)
 	far := listen(t, sockstest.WithRedirectsOnly())
 	far.Redirect(farTCP, serveTCP(t, func(b []byte) []byte { return b }))

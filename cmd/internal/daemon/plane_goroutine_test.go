@@ -43,7 +43,7 @@ func (present) BoundUDP(func(netip.AddrPort)) error                             
 
 // A thousand dials that wait for the proxy and a thousand connections that wait for nothing have no goroutine.
 func TestPlaneGoroutines(t *testing.T) {
-	noLeaks(t)
+	testkit.CheckLeaks(t)
 	const each, silent = 1000, 6881
 	far, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {

@@ -15,7 +15,7 @@ import (
 
 // A group starts when one of its servers works, carries TCP, UDP and names, and status shows each server.
 func TestGroupCarries(t *testing.T) {
-	noLeaks(t)
+	testkit.CheckLeaks(t)
 	c, write := newCarried(t)
 	dead, err := sockstest.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -59,7 +59,7 @@ func TestGroupCarries(t *testing.T) {
 
 // OpenSSH -D ends each request for a target that refuses. Status shows the server up: it is the target that refuses.
 func TestRefusedTargetsAreNoFault(t *testing.T) {
-	noLeaks(t)
+	testkit.CheckLeaks(t)
 	c, write := newCarried(t)
 	other := listen(t, sockstest.WithRedirectsOnly())
 	write(fmt.Sprintf("upstream g=%s,%s\nrule via g\n", c.proxy.URL(), other.URL()))

@@ -86,7 +86,7 @@ func echoes(t *testing.T) netip.AddrPort {
 func TestPlaneShards(t *testing.T) {
 	for _, n := range []int{2, 4} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
-			noLeaks(t)
+			testkit.CheckLeaks(t)
 			withShards(t, n)
 			far := echoes(t)
 			s, err := sockstest.Listen("tcp4", "127.0.0.1:0", sockstest.WithRedirectsOnly())

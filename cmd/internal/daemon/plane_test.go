@@ -10,8 +10,6 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
-
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/stacktest"
@@ -19,18 +17,6 @@ import (
 	"github.com/viasocks/viasocks/tun"
 	"github.com/viasocks/viasocks/tun/tuntest"
 )
-
-// verifyNone waits for goroutines to end, but for those of before.
-func verifyNone(t *testing.T, before goleak.Option) {
-	t.Helper()
-	var err error
-	if !testkit.Until(testkit.Patience, func() bool { err = goleak.Find(before); return err == nil }) {
-		t.Error(err)
-	}
-}
-
-// noLeaks checks at the end that there are no more goroutines and files than now.
-func noLeaks(t *testing.T) { t.Helper(); testkit.CheckLeaks(t) }
 
 func parse(t *testing.T, args ...string) *config.Config {
 	t.Helper()
@@ -43,7 +29,7 @@ func parse(t *testing.T, args ...string) *config.Config {
 
 // The data plane over a TUN in memory: an app connects through it, and after the stop nothing is left.
 func TestPlane(t *testing.T) {
-	noLeaks(t)
+	testkit.CheckLeaks(t)
 	far, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -111,7 +97,7 @@ func TestPlane(t *testing.T) {
 
 // A device that fails is told, once, and all can still be closed.
 func TestPlaneFails(t *testing.T) {
-	noLeaks(t)
+	testkit.CheckLeaks(t)
 	ours, theirs := tuntest.Pipe(1500, tun.VnetHdr)
 	p, err := newPlane(parse(t, "--proxy", "socks5://127.0.0.1:1"), ours, nil, dialing{}, slog.New(slog.DiscardHandler))
 	if err != nil {
@@ -132,7 +118,7 @@ func TestPlaneFails(t *testing.T) {
 
 // Never started, or not even whole: everything is given back, the device too.
 func TestPlaneNotStarted(t *testing.T) {
-	noLeaks(t)
+	testkit.CheckLeaks(t)
 	ours, theirs := tuntest.Pipe(1500, tun.VnetHdr)
 	defer theirs.Close()
 	p, err := newPlane(

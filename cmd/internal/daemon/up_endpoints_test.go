@@ -11,8 +11,6 @@ import (
 	"sync"
 	"testing"
 
-	"go.uber.org/goleak"
-
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/socks"
@@ -48,7 +46,7 @@ func (f *filter) passes(proto flow.Proto, at string) bool {
 }
 
 func TestEndpoints(t *testing.T) {
-	defer verifyNone(t, goleak.IgnoreCurrent())
+	testkit.CheckLeaks(t)
 	var f filter
 	e := newEndpoints(slog.New(slog.DiscardHandler))
 	e.configure(
@@ -157,7 +155,7 @@ func TestEndpointBounds(t *testing.T) {
 
 // Relays that no association uses any more are forgotten, those in use are not, and a warning is not repeated.
 func TestEndpointsForget(t *testing.T) {
-	defer verifyNone(t, goleak.IgnoreCurrent())
+	testkit.CheckLeaks(t)
 	var log strings.Builder
 	var f filter
 	e := newEndpoints(slog.New(slog.NewTextHandler(&log, nil)))
@@ -218,7 +216,7 @@ func TestEndpointsForget(t *testing.T) {
 
 // Ports that are taken together keep the count of their associations.
 func TestEndpointsForgetPorts(t *testing.T) {
-	defer verifyNone(t, goleak.IgnoreCurrent())
+	testkit.CheckLeaks(t)
 	e := newEndpoints(slog.New(slog.DiscardHandler))
 	e.configure(parse(t, "--proxy", "socks5://192.0.2.1").Upstreams)
 	a := netip.MustParseAddr("192.0.2.1")
@@ -247,7 +245,7 @@ func TestEndpointsForgetPorts(t *testing.T) {
 
 // The real client: the association comes when the filter knows its relay.
 func TestEndpointsOfAssociation(t *testing.T) {
-	noLeaks(t)
+	testkit.CheckLeaks(t)
 	s, err := sockstest.Listen("tcp4", "127.0.0.1:0", sockstest.WithRedirectsOnly())
 	if err != nil {
 		t.Fatal(err)
@@ -302,7 +300,7 @@ func TestEndpointsOfAssociation(t *testing.T) {
 
 // Upstreams that stay are the same ones, others are not.
 func TestReloadPolicy(t *testing.T) {
-	noLeaks(t)
+	testkit.CheckLeaks(t)
 	d, err := socks.NewDialer(socks.Options{})
 	if err != nil {
 		t.Fatal(err)

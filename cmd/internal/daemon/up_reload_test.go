@@ -75,7 +75,7 @@ func startUp(t *testing.T, file string, environ []string) (u *up, write func(str
 }
 
 func TestReload(t *testing.T) {
-	noLeaks(t)
+	testkit.CheckLeaks(t)
 	u, write, log := newUp(t, "proxy socks5://192.0.2.1\nmtu 1400\nconfirm 1m\n")
 	write(
 		"proxy socks5://al:geheim@192.0.2.2\nupstream b=socks5://192.0.2.3\nrule port 25 reject\nmtu 1500\nlog-level debug\n" +

@@ -209,7 +209,7 @@ func (c *carried) reload(when string) {
 // A reload of a file that did not change changes nothing; of one with any single option, and of that without it again, no
 // more than it says. What the file does not name has the same default whether it was so from the start or from a reload on.
 func TestReloadOfEachOption(t *testing.T) {
-	noLeaks(t)
+	testkit.CheckLeaks(t)
 	c, write := newCarried(t)
 	c.works("at the start")
 	c.reload("the empty file")
@@ -262,7 +262,7 @@ func TestReloadOfEachOption(t *testing.T) {
 
 // A proxy inside TLS is trusted by --proxy-ca from a reload on, and not by the certificates of another file.
 func TestReloadOfTheAuthority(t *testing.T) {
-	noLeaks(t)
+	testkit.CheckLeaks(t)
 	cert, right, err := sockstest.Certificate("127.0.0.1")
 	if err != nil {
 		t.Fatal(err)
@@ -295,7 +295,7 @@ func TestReloadOfTheAuthority(t *testing.T) {
 
 // The configuration that the manual shows is read, reloaded and carries.
 func TestReloadOfTheManualsExample(t *testing.T) {
-	noLeaks(t)
+	testkit.CheckLeaks(t)
 	manual, err := os.ReadFile("../../viasocks/viasocks.conf.5")
 	if err != nil {
 		t.Fatal(err)

@@ -8,6 +8,7 @@ import (
 
 	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 func TestShortageWarning(t *testing.T) {
@@ -34,7 +35,7 @@ func onKernel(t *testing.T, release string) {
 
 // TestStatusOfGSO: status says what is in force and why, at the start and after each reload.
 func TestStatusOfGSO(t *testing.T) {
-	noLeaks(t)
+	testkit.CheckLeaks(t)
 	onKernel(t, "7.1.4-arch1-1")
 	u, write, _ := newUp(t, "proxy socks5://192.0.2.1\n")
 	check := func(when, gso, why string) {

@@ -14,6 +14,7 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 func TestMayCome(t *testing.T) {
@@ -45,7 +46,7 @@ func TestMayCome(t *testing.T) {
 
 // A proxy that is not there is looked for after 1, 2, 4 s and so on, at once when something changed, and by one probe at a time.
 func TestWaiter(t *testing.T) {
-	noLeaks(t)
+	testkit.CheckLeaks(t)
 	s, err := sockstest.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

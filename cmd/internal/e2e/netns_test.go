@@ -102,7 +102,8 @@ func TestNamedNamespace(t *testing.T) {
 			prepare(t, "blue")
 			before := stateOf(t, "blue")
 			for _, killed := range []bool{false, true} {
-				cmd := exec.Command(viasocks, "run", "--proxy", proxy.URL(), "--log-level", "info", "--publish", "0:80", "--netns", "blue",
+				cmd := exec.Command(viasocks, "run", "--proxy", proxy.URL(), "--log-level", "info", "--publish", "0:80",
+					"--netns", "blue",
 					"--", "sh", "-c", "ip -br link; exec sleep 60")
 				var out strings.Builder
 				cmd.Stdout = &out
@@ -164,7 +165,8 @@ func TestNamedNamespaceKilled(t *testing.T) {
 			prepare(t, "blue")
 			before := stateOf(t, "blue")
 			for i := range instants {
-				cmd := exec.Command(viasocks, "run", "--proxy", proxy.URL(), "--publish", "0:80", "--netns", "blue", "--", "sleep", "60")
+				cmd := exec.Command(viasocks, "run", "--proxy", proxy.URL(), "--publish", "0:80", "--netns", "blue", "--",
+					"sleep", "60")
 				if err := cmd.Start(); err != nil {
 					t.Fatal(err)
 				}

@@ -98,7 +98,8 @@ func testOutcomes(t *testing.T, offload string) {
 	// The rows in which the app's own timer decides are shortened: 3 s instead of 130.
 	retries := envRetries + "=1"
 	a := startAppWith(t, retries, "--proxy", proxy.URL(), "--offload", offload,
-		"--rule", fmt.Sprintf("port %d reject", rejectedPort), "--rule", fmt.Sprintf("port %d drop", droppedPort), "--rule", "via proxy")
+		"--rule", fmt.Sprintf("port %d reject", rejectedPort), "--rule", fmt.Sprintf("port %d drop", droppedPort), "--rule",
+		"via proxy")
 	hasty := startAppWith(t, retries, "--proxy", proxy.URL(), "--offload", offload, "--handshake-timeout", "1s")
 
 	var slow sync.WaitGroup

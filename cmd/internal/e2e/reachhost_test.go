@@ -50,9 +50,11 @@ func TestReachHostByName(t *testing.T) {
 	port := hostService(t, "127.0.0.1")
 	asUsers(t, func(t *testing.T, uid int, dir string) {
 		for _, mode := range []string{"fake", "relay", "tcp://203.0.113.1", "off"} {
-			script := fmt.Sprintf("curl -sS -4 http://host.viasocks.internal:%d/ && curl -sS -6 http://host.viasocks.internal:%[1]d/", port)
+			script := fmt.Sprintf("curl -sS -4 http://host.viasocks.internal:%d/ && curl -sS -6 "+
+				"http://host.viasocks.internal:%[1]d/", port)
 			script += "; grep -q localhost /etc/hosts || echo no localhost"
-			cmd := exec.Command(viasocks, "run", "--proxy", proxy.URL(), "--dns", mode, "--reach-host", fmt.Sprint(port), "--", "sh", "-c", script)
+			cmd := exec.Command(viasocks, "run", "--proxy", proxy.URL(), "--dns", mode, "--reach-host", fmt.Sprint(port), "--",
+				"sh", "-c", script)
 			cmd.Env, cmd.Dir = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir, "XDG_RUNTIME_DIR=" + dir}, dir
 			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
 			out, err := output(cmd)
@@ -208,7 +210,8 @@ func echoUDP(t *testing.T, u *net.UDPConn, to netip.AddrPort, text string) {
 		}
 		_ = u.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
 		n, from, err := u.ReadFromUDPAddrPort(b)
-		if err == nil && (netip.AddrPortFrom(from.Addr().Unmap(), from.Port()) != to || n == len("strange") && string(b[:n]) == "strange") {
+		if err == nil && (netip.AddrPortFrom(from.Addr().Unmap(), from.Port()) != to || n == len("strange") &&
+			string(b[:n]) == "strange") {
 			t.Fatalf("%q from %v", b[:n], from)
 		}
 		return err == nil && string(b[:n]) == text

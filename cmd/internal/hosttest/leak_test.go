@@ -73,109 +73,135 @@ const proxyURL = "socks5://" + proxyName + ":1080"
 
 func TestLeak(t *testing.T) {
 	o, est, p := newLeak(t)
+	x := &leakRun{w: o.w, o: o, est: est, p: p}
 	w := o.w
 	w.halves("add")
 	o.control("control: 0/1 and 128/1 in main")
 	w.halves("del")
 
-	var d *daemon
 	w.configure("proxy " + proxyURL)
-	up := func() { d = w.up("--config", configFile) }
-	o.starting("starting, from open", up)
+	o.starting("starting, from open", x.up)
 	if why := w.notClosed(); why != "" {
 		o.skip("everything else", why)
 		t.Skip(why)
 	}
-	rules := w.ipRules()
+	x.rules = w.ipRules()
 	est.carry(w)
 	o.closedFor("running", 2, 1200*time.Millisecond, nil)
 	o.closed("0/1 and 128/1 in main", func() { w.halves("add") })
+	for _, step := range []func(){x.reloads, x.proxyMoves, x.undone, x.killed, x.corrupted, x.stopped} {
+		step()
+	}
+}
 
-	if has("reload") || strings.Contains(d.log.String(), "reload") || has("close") {
-		o.closed("reload", func() { d.reload() })
-		o.closed("reload of a file with a mistake", func() {
-			w.configure("proxy nonsense")
-			d.signal(syscall.SIGHUP)
+// leakRun is a viasocks whose host is looked at while things happen to it.
+type leakRun struct {
+	w     *world
+	o     *observer
+	est   *established
+	p     *sockstest.Server
+	d     *daemon
+	rules string
+}
+
+func (x *leakRun) up() { x.d = x.w.up("--config", configFile) }
+
+func (x *leakRun) reloads() {
+	if has("reload") || strings.Contains(x.d.log.String(), "reload") || has("close") {
+		x.o.closed("reload", func() { x.d.reload() })
+		x.o.closed("reload of a file with a mistake", func() {
+			x.w.configure("proxy nonsense")
+			x.d.signal(syscall.SIGHUP)
 			testkit.Settle(100*time.Millisecond, "it has read the file")
-			w.configure("proxy " + proxyURL)
+			x.w.configure("proxy " + proxyURL)
 		})
-		est.carry(w)
+		x.est.carry(x.w)
 	} else {
-		o.skip("reload", "viasocks up can't reload yet")
+		x.o.skip("reload", "viasocks up can't reload yet")
 	}
+}
 
-	// The proxy goes, and comes back elsewhere.
-	o.closedFor("proxy down", 2, 1200*time.Millisecond, func() { p.Close() })
-	p2 := w.proxy(proxyB4 + ":1080")
-	o.rec.known(p2)
-	o.closed("proxy has another address", func() {
+// proxyMoves: the proxy goes, and comes back elsewhere.
+func (x *leakRun) proxyMoves() {
+	x.o.closedFor("proxy down", 2, 1200*time.Millisecond, func() { x.p.Close() })
+	p2 := x.w.proxy(proxyB4 + ":1080")
+	x.o.rec.known(p2)
+	x.o.closed("proxy has another address", func() {
 		if err := setProxyName(proxyB4); err != nil {
-			t.Error(err)
+			x.w.t.Error(err)
 		}
-		w.eventually(time.Minute, "the proxy at its new address is asked", func() bool { return p2.Stats().Requests > 0 })
+		x.w.eventually(time.Minute, "the proxy at its new address is asked", func() bool { return p2.Stats().Requests > 0 })
 	})
-	est.carry(w)
+	x.est.carry(x.w)
 	if has("close") {
-		p3 := w.proxy(proxy4 + ":1081")
-		o.rec.known(p3)
-		o.closed("proxy changed by reload", func() {
-			w.configure("proxy socks5://" + proxy4 + ":1081")
-			d.reload()
+		p3 := x.w.proxy(proxy4 + ":1081")
+		x.o.rec.known(p3)
+		x.o.closed("proxy changed by reload", func() {
+			x.w.configure("proxy socks5://" + proxy4 + ":1081")
+			x.d.reload()
 		})
-		est.carry(w)
+		x.est.carry(x.w)
 		if p3.Stats().Requests == 0 {
-			t.Error("the new proxy is not asked")
+			x.w.t.Error("the new proxy is not asked")
 		}
 	}
+}
 
-	o.closed("our ip rules deleted", func() { w.deleteRules() })
-	w.eventually(20*time.Second, "the ip rules are put back", func() bool { return w.ipRules() == rules })
-	o.closed("table T flushed", func() { w.flushTable() })
-	w.eventually(20*time.Second, "table T is put back", func() bool { return strings.Contains(w.tableT(), "default") })
-	o.closed("nft flushed", func() { w.run("host", nil, "nft", "flush", "ruleset") })
-	w.nft("host", dockerRules+foreignRules)
-	o.closed("our nft tables deleted", func() { w.deleteTables() })
-	w.eventually(20*time.Second, "the filter is put back", func() bool { return w.notClosed() == "" })
-	est.carry(w)
+// undone: others delete what is ours, and change the TUN.
+func (x *leakRun) undone() {
+	x.o.closed("our ip rules deleted", func() { x.w.deleteRules() })
+	x.w.eventually(20*time.Second, "the ip rules are put back", func() bool { return x.w.ipRules() == x.rules })
+	x.o.closed("table T flushed", func() { x.w.flushTable() })
+	x.w.eventually(20*time.Second, "table T is put back", func() bool { return strings.Contains(x.w.tableT(), "default") })
+	x.o.closed("nft flushed", func() { x.w.run("host", nil, "nft", "flush", "ruleset") })
+	x.w.nft("host", dockerRules+foreignRules)
+	x.o.closed("our nft tables deleted", func() { x.w.deleteTables() })
+	x.w.eventually(20*time.Second, "the filter is put back", func() bool { return x.w.notClosed() == "" })
+	x.est.carry(x.w)
 	for _, c := range tunChanges {
-		o.closedFor("TUN "+c.name, 2, 1200*time.Millisecond, func() { d.meanwhile(w, c.ip) })
-		if !d.alive() {
+		x.o.closedFor("TUN "+c.name, 2, 1200*time.Millisecond, func() { x.d.meanwhile(x.w, c.ip) })
+		if !x.d.alive() {
 			break
 		}
-		w.eventually(20*time.Second, "the TUN is as it was", func() bool {
-			c, err := w.dial("host", est.carried4)
+		x.w.eventually(20*time.Second, "the TUN is as it was", func() bool {
+			c, err := x.w.dial("host", x.est.carried4)
 			if err == nil {
 				c.Close() // an idle one would outlive its viasocks, and its keepalive come to the world after the stop
 			}
 			return err == nil
 		})
 	}
+}
 
-	d.kill()
-	o.closedFor("killed", 2, 1200*time.Millisecond, nil)
+func (x *leakRun) killed() {
+	x.d.kill()
+	x.o.closedFor("killed", 2, 1200*time.Millisecond, nil)
 	testkit.Pace(guard)
-	o.closed("killed, guard lapsed", nil)
-	o.closed("restart", up)
-	if now := w.ipRules(); now != rules {
-		t.Errorf("ip rules after the restart:\n%s\nbefore:\n%s", now, rules)
+	x.o.closed("killed, guard lapsed", nil)
+	x.o.closed("restart", x.up)
+	if now := x.w.ipRules(); now != x.rules {
+		x.w.t.Errorf("ip rules after the restart:\n%s\nbefore:\n%s", now, x.rules)
 	}
-	est.carry(w)
+	x.est.carry(x.w)
 
-	took := d.startedIn
+	took := x.d.startedIn
 	for range 20 {
-		d.kill()
-		o.closed("kill -9 at 20 instants", func() {
-			d = w.launch("--config", configFile)
+		x.d.kill()
+		x.o.closed("kill -9 at 20 instants", func() {
+			x.d = x.w.launch("--config", configFile)
 			testkit.Pace(time.Duration(rand.Int64N(int64(took * 3 / 2))))
-			d.kill()
+			x.d.kill()
 		})
-		o.merge()
+		x.o.merge()
 	}
-	o.closed("restart after 20 kills", up)
-	if now := w.ipRules(); now != rules {
-		t.Errorf("ip rules after 20 kills:\n%s\nbefore:\n%s", now, rules)
+	x.o.closed("restart after 20 kills", x.up)
+	if now := x.w.ipRules(); now != x.rules {
+		x.w.t.Errorf("ip rules after 20 kills:\n%s\nbefore:\n%s", now, x.rules)
 	}
+}
 
+// corrupted: the journal of one that was killed is not what it was.
+func (x *leakRun) corrupted() {
 	for _, c := range []struct {
 		name    string
 		corrupt func([]byte) []byte
@@ -184,30 +210,33 @@ func TestLeak(t *testing.T) {
 		{"journal garbage", func(b []byte) []byte { return []byte("\x00garbage\n{") }},
 		{"journal gone", func([]byte) []byte { return nil }},
 	} {
-		d.kill()
-		w.corruptJournal(c.corrupt)
-		o.closed(c.name+", up", up)
+		x.d.kill()
+		x.w.corruptJournal(c.corrupt)
+		x.o.closed(c.name+", up", x.up)
 	}
-	est.carry(w)
-	o.stopping("stop", func() {
-		if err := d.stop(); err != nil {
-			t.Errorf("stop: %v", err)
+	x.est.carry(x.w)
+}
+
+func (x *leakRun) stopped() {
+	x.o.stopping("stop", func() {
+		if err := x.d.stop(); err != nil {
+			x.w.t.Errorf("stop: %v", err)
 		}
 	})
-	o.used = true
-	o.control("control: after the stop")
+	x.o.used = true
+	x.o.control("control: after the stop")
 	if !has("close") {
-		o.skip("closed before start", "viasocks has no close yet")
+		x.o.skip("closed before start", "viasocks has no close yet")
 		return
 	}
-	if out, err := w.command("close", "--config", configFile); err != nil {
-		t.Errorf("close: %v\n%s", err, out)
+	if out, err := x.w.command("close", "--config", configFile); err != nil {
+		x.w.t.Errorf("close: %v\n%s", err, out)
 	}
-	o.rec.take()
-	o.closedFor("closed before start", 2, 1200*time.Millisecond, nil)
-	o.closed("starting, from closed", up)
-	est.carry(w)
-	o.closed("running again", nil)
+	x.o.rec.take()
+	x.o.closedFor("closed before start", 2, 1200*time.Millisecond, nil)
+	x.o.closed("starting, from closed", x.up)
+	x.est.carry(x.w)
+	x.o.closed("running again", nil)
 }
 
 // configFile is what viasocks reads, and reads again.

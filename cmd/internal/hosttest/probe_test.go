@@ -244,7 +244,8 @@ func (l *probeList) container() {
 	l.both("container: dns", "ctr", 53, true, udp())
 	l.groupIn("ctr", "container: dns, on-link", never, lanRouter4+":53", "["+lanRouter6+"]:53", udp())
 	l.add(probe{name: "container: tcp, established before", ns: "ctr", to: l.est.ctr4, old: true, fire: l.est.write(l.est.ctrs4)})
-	l.add(probe{name: "container: tcp, established before", ns: "ctr", v6: true, to: l.est.ctr6, old: true, fire: l.est.write(l.est.ctrs6)})
+	l.add(probe{name: "container: tcp, established before", ns: "ctr", v6: true, to: l.est.ctr6, old: true,
+		fire: l.est.write(l.est.ctrs6)})
 	l.both("container: echo", "ctr", 0, true, icmpEcho(unix.SOCK_RAW))
 	l.both("container: raw, protocol 253", "ctr", 0, true, raw(253, nil))
 	l.both("container: fragments", "ctr", 4000, false, udpSize(4000, mayFragment))

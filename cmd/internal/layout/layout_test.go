@@ -92,7 +92,8 @@ var table = []struct {
 			"ask for names, " +
 			"and stand in for systemd-resolved"},
 	{"cmd/internal/privsock", []string{xsys}, nil,
-		"makes unix sockets that only their owner can use: control, metrics and published ports share it, and it knows none of them"},
+		"makes unix sockets that only their owner can use: control, metrics and published ports share it, " +
+			"and it knows none of them"},
 	{"cmd/internal/publish", []string{self + "/cmd/internal/privsock", xsys}, []string{self + "/stack/testkit"},
 		"carries connections from outside to a program, and knows no other flows"},
 	{"cmd/internal/resolved", []string{godbus, xsys}, []string{self + "/cmd/internal/harness"},

@@ -8,12 +8,12 @@ import (
 	"strings"
 	"testing"
 
-	"go.uber.org/goleak"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // What nobody reads does not block, and is counted; what is read comes in order, the last lines before close returns.
 func TestLogQueue(t *testing.T) {
-	defer goleak.VerifyNone(t)
+	testkit.CheckLeaks(t)
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)

@@ -15,12 +15,11 @@ import (
 	"testing"
 
 	"github.com/godbus/dbus/v5"
-	"go.uber.org/goleak"
 
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { testkit.Main(m) }
 
 const busConfig = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">

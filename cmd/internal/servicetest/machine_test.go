@@ -92,7 +92,8 @@ func newMachine(t *testing.T, options ...string) *machine {
 	m := &machine{t: t}
 	m.world()
 	m.boot()
-	m.must("/bin/sh", "-ec", "ip link set lo up; ip addr add "+host4+"/24 dev eth0; ip link set eth0 up; ip route add default via "+world4)
+	m.must("/bin/sh", "-ec", "ip link set lo up; ip addr add "+host4+
+		"/24 dev eth0; ip link set eth0 up; ip route add default via "+world4)
 	m.must("/usr/bin/systemd-sysusers", "viasocks.conf")
 	m.configure("viasocks", options...)
 	m.dropIn("viasocks", "StandardOutput=append:/run/viasocks.log", "StandardError=append:/run/viasocks.log")

@@ -49,12 +49,14 @@ func TestSandbox(t *testing.T) {
 	if s := m.must("/usr/local/bin/viasocks", "status"); !strings.Contains(s, ": ready") {
 		t.Errorf("the status is\n%s", s)
 	}
-	if s := m.must("/usr/bin/stat", "-c", "%G %a", "/run/viasocks/metrics", "/var/log/viasocks/log"); !strings.HasPrefix(s, "root 6") {
+	if s := m.must("/usr/bin/stat", "-c", "%G %a", "/run/viasocks/metrics", "/var/log/viasocks/log"); !strings.HasPrefix(s,
+		"root 6") {
 		t.Errorf("the metrics and the log are %s", s)
 	}
 	// For members of the group, who are not root.
 	m.must("/usr/bin/setpriv", "--reuid=65534", "--regid=viasocks", "--clear-groups", "/usr/local/bin/viasocks", "flows")
-	if s := m.must("/usr/bin/curl", "-s", "--unix-socket", "/run/viasocks/metrics", "http://x/metrics"); !strings.Contains(s, "viasocks_") {
+	if s := m.must("/usr/bin/curl", "-s", "--unix-socket", "/run/viasocks/metrics", "http://x/metrics"); !strings.Contains(s,
+		"viasocks_") {
 		t.Errorf("the metrics are\n%.300s", s)
 	}
 	m.noLeak()
