@@ -14,7 +14,7 @@ declare -A groups=(
 	# make and a C compiler: the race detector links with one. The rest: real peers and programs of the tests.
 	[test]="make:make gcc:gcc =/usr/include/stdio.h:libc6-dev git:git =/etc/ssl/certs/ca-certificates.crt:ca-certificates
 		ip:iproute2 sysctl:procps unshare:util-linux curl:curl
-		aria2c:aria2 danted:dante-server microsocks:microsocks tinyproxy:tinyproxy-bin stunnel4:stunnel4 nginx:nginx vsftpd:vsftpd sshd:openssh-server
+		aria2c:aria2 transmission-daemon:transmission-daemon danted:dante-server microsocks:microsocks tinyproxy:tinyproxy-bin stunnel4:stunnel4 nginx:nginx vsftpd:vsftpd sshd:openssh-server
 		ssh:openssh-client ss-local:shadowsocks-libev
 		natpmpc:natpmpc transmission-daemon:transmission-daemon transmission-create:transmission-cli
 		opentracker:opentracker mktorrent:mktorrent dnsmasq:dnsmasq-base
@@ -49,7 +49,7 @@ declare -A units=([dante-server]=danted.service [nginx]=nginx.service [vsftpd]=v
 	[network-manager]="NetworkManager.service NetworkManager-dispatcher.service NetworkManager-wait-online.service"
 	[systemd]="systemd-networkd.service systemd-networkd.socket systemd-networkd-wait-online.service"
 	[dbus]="dbus.service dbus.socket" [stunnel4]="stunnel4.service stunnel.target" [prometheus]=prometheus.service
-	[apparmor]=apparmor.service)
+	[apparmor]=apparmor.service [transmission-daemon]=transmission-daemon.service)
 
 die() { echo "deps: $*" >&2; exit 1; }
 

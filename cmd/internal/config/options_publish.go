@@ -1,6 +1,7 @@
 package config
 
 import (
+	"errors"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -37,7 +38,7 @@ two minutes after the last one.`,
 	},
 	{
 		Name: "publish-unix", Arg: "PATH:PORT", Many: true, Cmds: Run | Check,
-		set:  addPublish("must be PATH:PORT", parsePublishUnix),
+		set:  addPublish("must be PATH:PORT, such as /run/web:8080", parsePublishUnix),
 		Help: "make a TCP port of the program reachable by a unix socket",
 		Man: `Make a TCP port of the program reachable by a unix socket that only the user of
 .Nm
@@ -144,6 +145,9 @@ const maxPublished = 256
 func addPublish(form string, parse func(string) (publish.Spec, error)) func(*Config, value) error {
 	return func(c *Config, v value) error {
 		s, err := parse(v.text)
+		if errors.Is(err, publish.ErrForm) {
+			return v.err("%s", form)
+		}
 		if err != nil {
 			return v.err("%s: %v", form, err)
 		}

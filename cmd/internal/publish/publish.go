@@ -114,7 +114,7 @@ func (p *Publisher) listen(s Spec) (err error) {
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("cannot publish %s: %w%s", s, plain(err), hint(err))
+		return fmt.Errorf("cannot publish %s: %w%s", s, plain(err), s.hint(err))
 	}
 	p.at = append(p.at, s)
 	return nil
@@ -154,13 +154,23 @@ func plain(err error) error {
 	return err
 }
 
+// privileged is the first port that does not need root, unless the host's settings say otherwise.
+const privileged = 1024
+
 // hint tells what to do about an error.
-func hint(err error) string {
+func (s Spec) hint(err error) string {
 	switch {
+	case errors.Is(err, syscall.EADDRINUSE) && s.Path != "":
+		return ": choose another path, or end the program that listens there"
 	case errors.Is(err, syscall.EADDRINUSE):
 		return ": choose another port, as in --publish 8081:8080"
-	case errors.Is(err, syscall.EACCES):
-		return ": choose a port from 1024 on and a directory that you may write to"
+	case errors.Is(err, syscall.ENOENT):
+		return ": make its directory"
+	case errors.Is(err, syscall.EACCES) && s.Path != "":
+		return ": choose a directory that you may write to"
+	case errors.Is(err, syscall.EACCES) && s.Listen.Port() < privileged:
+		return fmt.Sprintf(": publish it at a port from 1024 on, as in --publish %d:%d, or run "+
+			"'sysctl -w net.ipv4.ip_unprivileged_port_start=%d' as root", 8000+s.Listen.Port(), s.Port, s.Listen.Port())
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
 		return ": the host does not have this address"
 	}

@@ -281,6 +281,28 @@ func TestStartFails(t *testing.T) {
 	}
 }
 
+// An error says what to do about it.
+func TestHints(t *testing.T) {
+	low, high := Spec{Listen: netip.MustParseAddrPort("127.0.0.1:80"), Port: 8080}, Spec{Listen: netip.MustParseAddrPort("127.0.0.1:8080"), Port: 80}
+	path := Spec{Path: "/s", Port: 80}
+	for _, c := range []struct {
+		at   Spec
+		err  error
+		want string
+	}{
+		{low, syscall.EACCES, "--publish 8080:8080, or run 'sysctl -w net.ipv4.ip_unprivileged_port_start=80' as root"},
+		{high, syscall.EADDRINUSE, "choose another port"},
+		{high, syscall.EADDRNOTAVAIL, "the host does not have this address"},
+		{path, syscall.EACCES, "choose a directory that you may write to"},
+		{path, syscall.EADDRINUSE, "choose another path"},
+		{path, syscall.ENOENT, "make its directory"},
+	} {
+		if got := c.at.hint(c.err); !strings.Contains(got, c.want) {
+			t.Errorf("%v: %q, want %q", c.err, got, c.want)
+		}
+	}
+}
+
 // packets is a program that answers datagrams with the address that they came from.
 func packets(t *testing.T, at string) (port uint16) {
 	t.Helper()
@@ -366,7 +388,7 @@ func TestParse(t *testing.T) {
 		"a:80:80":             `"a" is no IPv4 address`,
 		"localhost.:80":       `"localhost." is no IPv4 address`,
 		"1:2:3:4":             `"1:2:3:4" is no port number`,
-		"[::1]80":             errForm.Error(),
+		"[::1]80":             ErrForm.Error(),
 		"[127.0.0.1]:80":      `"127.0.0.1" is no IPv6 address`,
 		"65536":               `"65536" is no port number`,
 		"10.0.0.1":            `"" is no port number`,

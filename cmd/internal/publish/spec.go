@@ -45,7 +45,7 @@ func Parse(text string) (Spec, error) {
 	addr, ports := loopback, rest
 	if end := strings.LastIndexByte(rest, ']'); end >= 0 {
 		if !strings.HasPrefix(rest, "[") || !strings.HasPrefix(rest[end+1:], ":") {
-			return Spec{}, errForm
+			return Spec{}, ErrForm
 		}
 		a, err := netip.ParseAddr(rest[1:end])
 		if err != nil || !a.Is6() {
@@ -77,13 +77,14 @@ func Parse(text string) (Spec, error) {
 func ParseUnix(text string) (Spec, error) {
 	i := strings.LastIndexByte(text, ':')
 	if i <= 0 {
-		return Spec{}, errors.New("must be PATH:PORT")
+		return Spec{}, ErrForm
 	}
 	port, err := parsePort(text[i+1:], false)
 	return Spec{Path: text[:i], Port: port}, err
 }
 
-var errForm = errors.New("must be [ADDR:]PORT[:PORT][/udp]")
+// ErrForm means that a text has another form than Parse or ParseUnix expects.
+var ErrForm = errors.New("must be [ADDR:]PORT[:PORT][/udp] or PATH:PORT")
 
 func parsePort(s string, zero bool) (uint16, error) {
 	n, err := strconv.ParseUint(s, 10, 16)
