@@ -63,6 +63,7 @@ type Child struct {
 	mu      sync.Mutex
 	pidfd   int // -1: none
 	started bool
+	failed  *report // why the program could not be run
 	reaped  bool
 }
 
@@ -260,8 +261,14 @@ func (c *Child) takeDiag(r report, files []*os.File) {
 	}
 }
 
+// execWait limits how long Exec waits for the program to begin.
+const execWait = 10 * time.Second
+
 // Exec makes the helper become the program; the caller's data plane must be ready. Without root, the program then has
 // no capabilities and can gain none (no_new_privs). If the program cannot be run, Wait reports it.
+//
+// Exec returns when the program has begun. A signal that reaches the helper while it becomes the program may be lost: the
+// thread that has taken the signal ends by the exec.
 func (c *Child) Exec() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -272,7 +279,18 @@ func (c *Child) Exec() error {
 		return fmt.Errorf("cannot start the program: the helper in its namespace died: %w", err)
 	}
 	c.started = true
+	c.conn.SetReadDeadline(time.Now().Add(execWait)) // longer if the program's file is on a slow server, for example
+	if r, files, err := readReport(c.conn); err == nil {
+		closeAll(files)
+		c.failed = &r
+	}
 	return nil
+}
+
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		f.Close()
+	}
 }
 
 // Wait waits for the end of the program and returns its exit status, or 128+n if signal n ended it. An error means
@@ -288,12 +306,16 @@ func (c *Child) Wait() (exit int, err error) {
 	if err != nil {
 		return 1, fmt.Errorf("cannot wait for the program: %w", err)
 	}
-	// Anything that the helper had to report is in the socket. After a successful exec there is nothing.
+	c.mu.Lock()
+	failed := c.failed
+	c.mu.Unlock()
+	if failed != nil {
+		return failed.Exit, errors.New(failed.Err)
+	}
+	// Anything that the helper had to report later is in the socket. After a successful exec there is nothing.
 	c.conn.SetReadDeadline(time.Now().Add(10 * time.Second)) // it is already there; the limit is for what cannot happen
 	if r, files, err := readReport(c.conn); err == nil {
-		for _, f := range files {
-			f.Close()
-		}
+		closeAll(files)
 		return r.Exit, errors.New(r.Err)
 	}
 	if ws.Signaled() {

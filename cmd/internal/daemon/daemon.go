@@ -74,17 +74,32 @@ func (e *env) warn(cfg *config.Config) {
 // died returns the error for a data plane that ended by itself.
 func died(err error) error { return fmt.Errorf("%w: %w", ErrDied, err) }
 
-// startContext returns a context that ends when one of signals arrives. Its cause names the signal.
-func startContext(signals <-chan os.Signal) (context.Context, context.CancelFunc) {
-	ctx, cancel := context.WithCancelCause(context.Background())
+// startContext returns a context that ends when one of signals arrives. Its cause names the signal. cancel ends it, too, and
+// returns an error if a signal has arrived: then the caller must end, because nobody else hears of this signal.
+func startContext(signals <-chan os.Signal) (_ context.Context, cancel func() error) {
+	ctx, end := context.WithCancelCause(context.Background())
+	over := make(chan struct{})
+	var stopped error
+	take := func(s os.Signal) { stopped = fmt.Errorf("stopped by a signal: %s", s) }
 	go func() {
+		defer close(over)
 		select {
 		case s := <-signals:
-			cancel(fmt.Errorf("stopped by a signal: %s", s))
+			take(s)
+			end(stopped)
 		case <-ctx.Done():
 		}
 	}()
-	return ctx, func() { cancel(nil) }
+	return ctx, func() error {
+		end(nil)
+		<-over
+		select {
+		case s := <-signals: // it came at the same moment
+			take(s)
+		default:
+		}
+		return stopped
+	}
 }
 
 // proxyName returns the proxy of --proxy, for the log.

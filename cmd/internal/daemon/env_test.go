@@ -87,9 +87,20 @@ func TestStartContext(t *testing.T) {
 	case <-time.After(testkit.Patience):
 		t.Error("the signal does not end it")
 	}
-	cancel()
+	if err := cancel(); err == nil {
+		t.Error("the signal is forgotten")
+	}
 	_, cancel = startContext(signals)
-	cancel()
+	if err := cancel(); err != nil {
+		t.Error(err)
+	}
+	for range 1000 { // the signal comes at the same moment as cancel, before or after it was taken
+		_, cancel = startContext(signals)
+		signals <- syscall.SIGTERM
+		if err := cancel(); err == nil {
+			t.Fatal("a signal is lost")
+		}
+	}
 }
 
 // The log may be a terminal: what others named is quoted in it.

@@ -70,14 +70,13 @@ func Run(cfg *config.Config, o RunOptions) (exit int, err error) {
 	if !child.IPv6 {
 		e.log.Info("the namespace has no IPv6: the program has IPv4 only")
 	}
-	if err := context.Cause(ctx); err != nil {
-		return 0, err
-	}
-	signal.Stop(early)
-	cancel()
 	forwarded := make(chan os.Signal, 16)
 	signal.Notify(forwarded, forward...)
 	defer signal.Stop(forwarded)
+	signal.Stop(early) // no signal is lost in between: one that came until now ends us, a later one goes to the program
+	if err := cancel(); err != nil {
+		return 0, err
+	}
 	unserve, err := serveProgram(cfg, p, child, o, e.log)
 	if err != nil {
 		return 0, err
