@@ -27,7 +27,7 @@ cd "$(dirname "$0")/.."
 export PATH=$PATH:/usr/local/go/bin
 
 rounds=3 time=2s against='' instead='' json='' flags=''
-cases='D1 D8 U1 U8 both conn ping1 ping16 pingbulk udp64 udp1200 udp500 peers2000 floodup flooddown pingflood idle2000 idle9500
+cases='D1 D8 U1 U8 P1 P8 both conn ping1 ping16 pingbulk udp64 udp1200 udp500 peers2000 floodup flooddown pingflood idle2000 idle9500
 slow:D1 slow:U1 slow:conn lossy:D1 lossy:U1 lossy:conn'
 for n in 0 1000 4000 9000; do
 	for v in '' v6; do cases+=" crowd$n$v:conn1 crowd$n$v:ping1 crowd$n$v:udpnew crowd$n$v:udp64"; done
@@ -109,7 +109,20 @@ fi
 
 results=$dir/results
 run_case() { # mode case round
-	local out kind=plain case=$2 proxy crowd=()
+	local status=0 push=
+	# The programs of P1 and P8 are published. What sends to them starts first, and tries until they listen.
+	if [[ $2 =~ ^P([0-9]+)$ ]]; then
+		[[ -z $instead ]] || return 0
+		ip netns exec "$LAB-app" "$dir/bench" push --connections "${BASH_REMATCH[1]}" & push=$!
+		pids+=("$push")
+	fi
+	measure "$@" || status=$?
+	[[ -z $push ]] || { kill "$push"; wait "$push" || true; }
+	return "$status"
+}
+measure() { # mode case round
+	local out kind=plain case=$2 proxy crowd=() publish=()
+	if [[ $case == P* ]]; then publish=(--publish 9100); fi
 	if [[ $case == *:* ]]; then kind=${case%%:*} case=${case#*:}; fi
 	if [[ $kind =~ ^crowd([0-9]+)(v6)?$ ]]; then
 		crowd=(--crowd "${BASH_REMATCH[1]}")
@@ -119,18 +132,22 @@ run_case() { # mode case round
 	proxy=${proxy_of[$kind]}
 	local load=("$dir/bench" load --case "$case" --name "$2" --time "$time" --target "$target" "${crowd[@]}")
 	case $1 in
-	native) out=$(in_ns app "${load[@]}" --proxy "$proxy") || return 1 ;;
+	native)
+		# P1 and P8 need no proxy
+		[[ $case == P* ]] || load+=(--proxy "$proxy")
+		out=$(in_ns app "${load[@]}") || return 1
+		;;
 	through)
 		if [[ -n $instead ]]; then
 			out=$(in_ns app "${load[@]}" --watch "$watch") || return 1
 		else
 			# shellcheck disable=SC2086 # flags are words
-			out=$(in_ns app "$dir/viasocks" run --proxy "socks5://$proxy" $flags -- "${load[@]}" --watch -1) || return 1
+			out=$(in_ns app "$dir/viasocks" run --proxy "socks5://$proxy" "${publish[@]}" $flags -- "${load[@]}" --watch -1) || return 1
 		fi
 		;;
 	against)
 		# shellcheck disable=SC2086 # the command and the flags are words
-		out=$(in_ns app $against run --proxy "socks5://$proxy" $flags -- "${load[@]}" --watch -1) || return 1
+		out=$(in_ns app $against run --proxy "socks5://$proxy" "${publish[@]}" $flags -- "${load[@]}" --watch -1) || return 1
 		;;
 	esac
 	echo "{\"mode\":\"$1\",\"round\":$3,${out#\{}" >>"$results"

@@ -66,6 +66,8 @@ var cases = map[string]func(*loader) (result, error){
 	"D8":        func(l *loader) (result, error) { return l.bulk(8, 0) },
 	"U1":        func(l *loader) (result, error) { return l.bulk(0, 1) },
 	"U8":        func(l *loader) (result, error) { return l.bulk(0, 8) },
+	"P1":        func(l *loader) (result, error) { return l.taken(1) },
+	"P8":        func(l *loader) (result, error) { return l.taken(8) },
 	"both":      func(l *loader) (result, error) { return l.bulk(1, 1) },
 	"conn":      func(l *loader) (result, error) { return l.conns(64) },
 	"conn1":     func(l *loader) (result, error) { return l.conns(1) },

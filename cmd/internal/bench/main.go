@@ -4,6 +4,7 @@
 //	bench world --listen 203.0.113.10:9000            the far end, TCP and UDP on one port
 //	bench socks --listen 10.0.0.1:1080                the SOCKS5 server: CONNECT by splice, UDP ASSOCIATE by mmsg
 //	bench link  --a … --b … --delay 25ms              a slow or lossy link between two namespaces
+//	bench push  --connections 8                       sends to the published port of P1 and P8
 //	bench table                                       results of load on standard input, as a table
 //	bench modes --to off                              the same with an interval for each mode, for scripts/seecost.sh
 //	bench load  --case D1 --target … [--proxy …]      one case: one line of JSON on standard output
@@ -14,6 +15,8 @@
 // says what may stand before a case's name. The cases:
 //
 //	D1 D8 U1 U8 both       bulk: downloads, uploads, one of each
+//	P1 P8                  bytes into the program by its published port, on one connection and on eight; natively, by
+//	                       loopback
 //	conn conn1             new connections of 64 clients, of one
 //	ping1 ping16 pingbulk  round trips on one connection, on 16, on one beside eight downloads
 //	udp64 udp1200 udp500   round trips of 8 sockets, of 500
@@ -38,7 +41,7 @@ import (
 
 func main() {
 	if len(os.Args) < 2 {
-		fmt.Fprintln(os.Stderr, "usage: bench world|socks|load|link|table|modes [flags]")
+		fmt.Fprintln(os.Stderr, "usage: bench world|socks|load|link|push|table|modes [flags]")
 		os.Exit(2)
 	}
 	var err error
@@ -49,6 +52,8 @@ func main() {
 		err = socksMain(os.Args[2:])
 	case "link":
 		err = linkMain(os.Args[2:])
+	case "push":
+		err = pushMain(os.Args[2:])
 	case "table":
 		err = table(os.Stdin, os.Stdout)
 	case "modes":
@@ -56,7 +61,7 @@ func main() {
 	case "load":
 		err = loadMain(os.Args[2:])
 	default:
-		err = fmt.Errorf("no command %q: world, socks, load, link, table or modes", os.Args[1])
+		err = fmt.Errorf("no command %q: world, socks, load, link, push, table or modes", os.Args[1])
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
