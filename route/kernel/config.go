@@ -97,6 +97,9 @@ type Config struct {
 	Strict       bool        // block AF_PACKET too
 	FailOpen     bool        // the filter lets everything pass when nothing has renewed the guard for Guard
 
+	LocalDNS  netip.Addr // a loopback address whose port 53 leads out of the namespace, see localdns.go; invalid: none
+	DNSServer netip.Addr // whom its questions go to instead, by the TUN; invalid: nobody
+
 	Upstreams []Endpoint // what sockets with the mark Own may reach: proxies, their relays, resolvers for their names
 	Direct    bool       // rules use the verdict direct: our sockets with that mark may go anywhere
 	OwnUID    *uint32    // our sockets have this uid; nil: not checked

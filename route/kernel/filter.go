@@ -246,6 +246,7 @@ func (c *Config) inetTable(st filterState) (*nfTable, error) {
 	c.outputChain(t)
 	c.forwardChain(t)
 	c.postChain(t)
+	c.localDNSChains(t)
 	return t, nil
 }
 
@@ -253,6 +254,7 @@ func (c *Config) inetTable(st filterState) (*nfTable, error) {
 func (c *Config) outputChain(t *nfTable) {
 	out := t.chain(&nfChain{name: "output", kind: "filter", hook: unix.NF_INET_LOCAL_OUT, prio: prioLast})
 	c.failOpen(out)
+	c.refuseLocalDNS(out)
 	out.add(oif("lo", true), accept())
 	out.add(oifSet(guardSet), accept())
 	// What was marked at priority -150 has been rerouted, but this hook still sees the former device. Therefore pass

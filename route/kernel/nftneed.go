@@ -28,6 +28,7 @@ var (
 	needObjref   = &need{"nftables objref", "load the module nft_objref, " + orRun}
 	needConcat   = &need{"nftables sets of several fields", "load the module nft_set_hash, " + orRun}
 	needTimeout  = &need{"nftables sets with timeouts", "load the module nft_set_hash, " + orRun}
+	needNAT      = &need{"nftables nat in inet tables", "load the modules nft_chain_nat and nft_nat, of Linux 5.2 or later"}
 	needCt       = &need{"nftables ct", "load the module nft_ct, " + orRun}
 	needFib      = &need{"nftables fib", "load the module nft_fib_inet, " + orRun}
 	needReject   = &need{"nftables reject", "load the module nft_reject_inet, " + orRun}
@@ -53,6 +54,8 @@ func (c *nfChain) needs(fam uint8) []*need {
 		return []*need{needEgress}
 	case c.kind == "route":
 		return []*need{needRoute}
+	case c.kind == "nat":
+		return []*need{needNAT}
 	}
 	return []*need{needInet}
 }
@@ -64,6 +67,8 @@ func (t term) needs() (out []*need) {
 			out = append(out, needCt)
 		case *expr.Fib:
 			out = append(out, needFib)
+		case *expr.NAT:
+			out = append(out, needNAT)
 		case *expr.Reject:
 			out = append(out, needReject)
 		case *expr.Socket:

@@ -39,7 +39,7 @@ type nfElem struct {
 
 type nfChain struct {
 	name   string
-	kind   string // filter, route; "": not a base chain
+	kind   string // filter, route, nat; "": not a base chain
 	hook   uint32
 	prio   int32
 	device string // netdev

@@ -119,6 +119,7 @@ func (h *Host) Steer() error {
 	if err := h.nl.LinkSetAlias(k, alias); err != nil {
 		h.c.Log.Debug("cannot set the alias of the TUN device", "err", err)
 	}
+	h.routeLocalnet()
 	h.steered = true
 	h.st.guard = true
 	if _, err := h.reconcile(); err != nil {

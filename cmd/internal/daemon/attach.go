@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -171,11 +172,18 @@ func (a *attached) order() *keeper.Order {
 	return o
 }
 
+// dockerDNS is the name server that Docker gives to containers. The daemon asks the world for them from the host.
+var dockerDNS = netip.AddrFrom4([4]byte{127, 0, 0, 11})
+
 // attachedKernel is kernelConfig for a namespace that none of our own sockets is in: nothing may leave it with the marks of
 // such sockets.
 func attachedKernel(cfg *config.Config) kernel.Config {
 	k := kernelConfig(cfg, nil)
 	k.Direct, k.FailOpen = false, false
+	k.LocalDNS = dockerDNS
+	if !cfg.DNSOff { // where port 53 is like other ports, nobody answers in place of Docker
+		k.DNSServer = nameserver
+	}
 	return k
 }
 

@@ -90,10 +90,8 @@ func (w *world) outgoing(to string) error {
 	})
 }
 
-// nameInside asks a name server from the container for the address of a name.
-func (w *world) nameInside(server, name string) (addrs []string, err error) {
-	c := w.packets("ctr", ":0")
-	defer c.Close()
+// question asks for the address of a name.
+func question(name string) []byte {
 	q := dnsmessage.Message{
 		Header: dnsmessage.Header{ID: 77, RecursionDesired: true},
 		Questions: []dnsmessage.Question{
@@ -102,13 +100,20 @@ func (w *world) nameInside(server, name string) (addrs []string, err error) {
 	}
 	b, err := q.Pack()
 	if err != nil {
-		return nil, err
+		panic(err)
 	}
-	if _, err := c.WriteToUDPAddrPort(b, netip.MustParseAddrPort(server)); err != nil {
+	return b
+}
+
+// nameInside asks a name server from the container for the address of a name.
+func (w *world) nameInside(server, name string) (addrs []string, err error) {
+	c := w.packets("ctr", ":0")
+	defer c.Close()
+	if _, err := c.WriteToUDPAddrPort(question(name), netip.MustParseAddrPort(server)); err != nil {
 		return nil, err
 	}
 	_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
-	b = make([]byte, 1500)
+	b := make([]byte, 1500)
 	n, from, err := c.ReadFromUDPAddrPort(b)
 	if err != nil {
 		return nil, err
