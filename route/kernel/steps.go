@@ -3,6 +3,7 @@ package kernel
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -24,10 +25,8 @@ func (h *Host) Shut() error {
 	h.st.see(l)
 	h.tellServed()
 	h.st.guard = h.c.Live
-	if h.c.Live { // what the other viasocks changed until now is no change by others
-		h.events.close()
-		h.nfEvents.close()
-		if err := h.watchEvents(); err != nil {
+	if h.c.Live {
+		if err := h.catchUp(); err != nil {
 			return err
 		}
 	}
@@ -45,6 +44,21 @@ func (h *Host) Shut() error {
 	}
 	if err := h.setSysctls(); err != nil {
 		return err
+	}
+	return nil
+}
+
+// catchUp takes note of what the viasocks that carried the host until now has done since New. It is no change by others.
+func (h *Host) catchUp() error {
+	h.events.close()
+	h.nfEvents.close()
+	if err := h.watchEvents(); err != nil {
+		return err
+	}
+	if old, err := readJournal(h.path); err == nil && old != nil {
+		h.j.Groups = nil
+		h.c.live = slices.DeleteFunc(h.c.live, func(g liveGroup) bool { return g.unit == "" })
+		h.adoptPrograms(old)
 	}
 	return nil
 }

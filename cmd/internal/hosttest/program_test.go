@@ -88,6 +88,9 @@ func TestExcludedProgram(t *testing.T) {
 	d = w.up("--proxy", proxyURL)
 	o.mixed("taken over", chosen)
 	w.statusHas("past the proxy", fmt.Sprintf("process %d", a.pid))
+	d = w.takeOver(d, "--proxy", proxyURL)
+	o.mixed("taken over alive", chosen)
+	w.statusHas("past the proxy", fmt.Sprintf("process %d", a.pid))
 	est.agent.fd = plain
 	a.quit()
 	w.groupsGo("the program has ended")
