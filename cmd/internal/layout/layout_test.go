@@ -108,7 +108,7 @@ var table = []struct {
 	},
 	{"cmd/internal/process", []string{self + "/cmd/internal/control", self + "/stack/atomicfile", xsys}, nil,
 		"keeps our own process in order, and knows nothing of flows and of the host; control makes texts fit for one line"},
-	{"cmd/internal/owner", []string{self + "/route/kernel", self + "/stack/flow", self + "/tun/netns"}, nil,
+	{"cmd/internal/owner", []string{self + "/route/kernel", self + "/stack/flow", self + "/tun/netns"}, []string{xsys},
 		"finds the processes behind sockets in /proc; the kernel's side of that is in tun/netns and route/kernel"},
 	{"cmd/internal/handover", []string{self + "/stack", self + "/stack/flow", xsys}, []string{self + "/stack/testkit"},
 		"what two processes say to each other when one takes the host over; what they do then is daemon's"},
