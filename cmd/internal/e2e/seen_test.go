@@ -19,7 +19,7 @@ func TestSeen(t *testing.T) {
 	}
 	l, dst := listenTCP(t, world4)
 	go harness.AnswerByte(l)
-	a := startApp(t, "--proxy", listenSOCKS(t).URL(), "--log-level", "warn")
+	a := startApp(t, append(harness.SeenFlags, "--proxy", listenSOCKS(t).URL(), "--log-level", "warn")...)
 	fd := a.socket(unix.AF_INET, unix.SOCK_STREAM)
 	defer unix.Close(fd)
 	ns, err := unix.IoctlRetInt(fd, unix.SIOCGSKNS)

@@ -25,6 +25,9 @@ import (
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
+// SeenFlags are options for the viasocks that is looked at: its proxy may take as long as the machine stalls.
+var SeenFlags = []string{"--connect-timeout", "1m", "--handshake-timeout", "1m"}
+
 // Seen looks at a viasocks under load: 64 clients open connections as fast as they can, while `flows --watch`, a watcher
 // that does not read, `top`, `status` and `flows` look on.
 type Seen struct {
@@ -37,8 +40,9 @@ type Seen struct {
 
 const (
 	seenClients = 64
-	// seenLimit is how long a watcher may live.
-	seenLimit = time.Minute
+	// seenLimit is how long a watcher may live, and seenPatience how long a connection may take, on a machine that stalls.
+	seenLimit    = 3 * time.Minute
+	seenPatience = time.Minute
 	// seenMemory is how much memory viasocks and a watcher may have at most. What is unread is bounded at 1,024 events for each
 	// watcher; without a bound, it would be some 100 MB after ten seconds.
 	seenMemory = 64 << 20
@@ -114,7 +118,7 @@ func (s *Seen) hold(t testing.TB, f func()) {
 		runtime.LockOSThread()
 		err := s.Enter()
 		if err == nil {
-			c, err = net.DialTimeout("tcp", s.To.String(), testkit.Patience)
+			c, err = net.DialTimeout("tcp", s.To.String(), seenPatience)
 		}
 		made <- err
 	}()
@@ -157,7 +161,7 @@ func (s *Seen) load(t testing.TB) int {
 		if err != nil || !json.Valid(out) {
 			t.Errorf("%s: %v\n%s", what, err, out)
 		}
-		if took := time.Since(started); took > 5*time.Second {
+		if took := time.Since(started); took > seenPatience {
 			t.Errorf("%s took %v", what, took)
 		}
 	}
@@ -170,12 +174,12 @@ func (s *Seen) load(t testing.TB) int {
 
 // askByte makes a connection for one byte and its answer. The other side closes first.
 func askByte(to netip.AddrPort) error {
-	c, err := net.DialTimeout("tcp", to.String(), testkit.Patience)
+	c, err := net.DialTimeout("tcp", to.String(), seenPatience)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	if err := c.SetDeadline(time.Now().Add(testkit.Patience)); err != nil {
+	if err := c.SetDeadline(time.Now().Add(seenPatience)); err != nil {
 		return err
 	}
 	if _, err := c.Write([]byte{'x'}); err != nil {
@@ -196,7 +200,7 @@ func AnswerByte(l net.Listener) {
 		}
 		go func() {
 			defer c.Close()
-			_ = c.SetDeadline(time.Now().Add(testkit.Patience))
+			_ = c.SetDeadline(time.Now().Add(seenPatience))
 			var b [1]byte
 			if _, err := io.ReadFull(c, b[:]); err == nil {
 				_, _ = c.Write(b[:])
@@ -379,7 +383,7 @@ func terminal(rows, cols uint16) (pty, tty *os.File, err error) {
 	return pty, tty, nil
 }
 
-// start starts cmd, and ends it with the test. It is killed after a minute, so that nothing waits for it in vain.
+// start starts cmd, and ends it with the test. It is killed after seenLimit, so that nothing waits for it in vain.
 func start(t testing.TB, cmd *exec.Cmd) {
 	t.Helper()
 	if err := cmd.Start(); err != nil {

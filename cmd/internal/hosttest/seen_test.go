@@ -16,7 +16,7 @@ func TestSeen(t *testing.T) {
 	const far = "203.0.113.80"
 	l := w.listen("world", far+":80")
 	go harness.AnswerByte(l)
-	d := w.up("--proxy", w.proxy(proxy4+":1080").URL())
+	d := w.up(append(harness.SeenFlags, "--proxy", w.proxy(proxy4+":1080").URL())...)
 	(&harness.Seen{
 		Command: func(args ...string) *exec.Cmd {
 			// nsenter, because the command is started from a thread outside the host's namespace.

@@ -7,6 +7,8 @@ const (
 	// beside names as well.
 	wideWidth  = 110
 	widerWidth = 140
+	// addressWidth is that of the column of addresses. It has room for IPv4 and a port; an IPv6 address loses its middle.
+	addressWidth = 22
 )
 
 // flowColumn is one column of the table of flows.
@@ -29,9 +31,9 @@ func flowColumns(m *model) []flowColumn {
 		{column: column{"PROTO", 5, false}, from: wideWidth, sort: orders,
 			show: text(func(f control.Flow) string { return plain(f.Proto) })},
 		{column: column{"DESTINATION", 0, false}, sort: byDestination, show: m.destinationCell},
-		{column: column{"ADDRESS", 22, false}, from: widerWidth, sort: orders, show: addressCell},
-		{column: column{"VIA", 7, false}, sort: byUpstream, show: text(func(f control.Flow) string { return plain(f.Upstream) }),
-			wide: wider(12)},
+		{column: column{"ADDRESS", addressWidth, false}, from: widerWidth, sort: orders, show: addressCell},
+		{column: column{"VIA", m.upstreamWidth(5, 8, 16), false}, sort: byUpstream,
+			show: text(func(f control.Flow) string { return plain(f.Upstream) })},
 		{column: column{"STATE", 7, false}, sort: byState, show: m.stateCell, wide: wider(9)},
 		{column: column{"DOWN/s", 7, true}, sort: byRate, show: func(r *row) cell { return cell{speed(r.downRate), down} }},
 		{column: column{"UP/s", 7, true}, sort: orders, show: func(r *row) cell { return cell{speed(r.upRate), up} }},
@@ -72,7 +74,7 @@ func addressCell(r *row) cell {
 	if r.Host == "" {
 		return cell{"", none}
 	}
-	return cell{plain(r.Dst), dim}
+	return cell{fitName(plain(r.Dst), addressWidth), dim}
 }
 
 // chosen returns the flows that match the filter, sorted.

@@ -127,17 +127,16 @@ func (m *model) rateLine(name string, s ansi.Style, rates []float64, total uint6
 // counts returns the line with the numbers of flows and names.
 func (m *model) counts() string {
 	s := m.last.status
-	parts := []string{fmt.Sprintf("TCP %d", s.TCP.Now)}
+	now := fmt.Sprintf("TCP %d", s.TCP.Now)
 	if s.TCP.Pending > 0 {
-		parts[0] += fmt.Sprintf(" (%d dialing)", s.TCP.Pending)
+		now += fmt.Sprintf(" (%d dialing)", s.TCP.Pending)
 	}
-	parts = append(parts, fmt.Sprintf("UDP %d", s.UDP.Now))
-	parts = append(parts, fmt.Sprintf("in all %s TCP, %s refused", count(s.TCP.Total), count(s.TCP.Refused)))
-	names := count(s.Names.Asked) + " names"
+	now += fmt.Sprintf(", UDP %d", s.UDP.Now)
+	total := fmt.Sprintf("total TCP %s (%s refused), names %s", count(s.TCP.Total), count(s.TCP.Refused), count(s.Names.Asked))
 	if s.Names.Failed > 0 {
-		names += ", " + count(s.Names.Failed) + " failed"
+		total += fmt.Sprintf(" (%s failed)", count(s.Names.Failed))
 	}
-	return " " + strings.Join(append(parts, names), styled(dim, " · "))
+	return " " + now + styled(dim, " · ") + total
 }
 
 // upstreamTable returns the upstreams and, as far as there is room, the servers of groups.
@@ -145,9 +144,7 @@ func (m *model) upstreamTable() []string {
 	width := min(m.width, maxUpstreams)
 	cols := columns{{"UPSTREAM", 10, false}, {"PROXY", 0, false}, {"TCP", 5, false}, {"UDP", 5, false}, {"FLOWS", 5, true},
 		{"LATENCY", 8, true}, {"FAILED", 6, true}, {"DOWN/s", 7, true}, {"UP/s", 7, true}}
-	if m.width >= wideWidth {
-		cols[0].width = 16
-	}
+	cols[0].width = m.upstreamWidth(10, 12, 28)
 	most := max(2, m.height/4)
 	rows := []string{}
 	for _, u := range m.upstreams {
@@ -167,7 +164,7 @@ func (m *model) upstreamTable() []string {
 			state := healthCell(x.State)
 			line := strings.Repeat(" ", cols[0].width+4) + styled(dim, m.server(x.URL)) + " " + styled(state.style, state.text)
 			if x.Why != "" {
-				line += styled(dim, ": "+plain(x.Why))
+				line += styled(dim, ": "+plain(reason(x)))
 			}
 			rows = append(rows, line)
 		}
@@ -177,6 +174,27 @@ func (m *model) upstreamTable() []string {
 		rows = append(rows[:most-1], styled(dim, fmt.Sprintf(" … and %d more lines, see 'viasocks status'", hidden)))
 	}
 	return append([]string{cols.head(width, m.width, -1, false)}, rows...)
+}
+
+// upstreamWidth returns the width of a column for the names of upstreams: that of the longest, between least and most;
+// wide is the most in a wide terminal.
+func (m *model) upstreamWidth(least, most, wide int) int {
+	if m.width >= wideWidth {
+		most = wide
+	}
+	longest := 0
+	for _, u := range m.upstreams {
+		longest = max(longest, ansi.StringWidth(plain(u.Name)))
+	}
+	return min(max(longest, least), most)
+}
+
+// reason returns why a server is down. Its URL, which the error names as well, is beside it already.
+func reason(x control.Member) string {
+	if _, why, ok := strings.Cut(x.Why, x.URL+": "); ok {
+		return why
+	}
+	return x.Why
 }
 
 // server returns the URL of a proxy. In a narrow terminal, it omits the usual scheme.
@@ -259,6 +277,7 @@ var helpText = []string{
 	"",
 	"  Rates are averages of the last second, in units of 1000 bytes. LATENCY is",
 	"  the time until a connection is granted; FAILED counts connections that",
-	"  failed through the fault of the proxy itself.",
+	"  failed through the fault of the proxy itself. What stands behind 'total'",
+	"  counts from the start of viasocks; names are questions to DNS.",
 	"  " + styled(dim, "Any key closes this help."),
 }
