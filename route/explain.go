@@ -136,7 +136,7 @@ func (x *Question) step(r *Rule) Step {
 		one := r.only(k)
 		text := strings.TrimSuffix(one.format(), " drop")
 		if missing := x.missing(k, &one); missing != "" {
-			open = append(open, fmt.Sprintf("%q cannot be told: add %s", text, missing))
+			open = append(open, fmt.Sprintf("%q cannot be decided: add %s", text, missing))
 		} else if one.matches(&x.q) != yes {
 			return Step{Why: fmt.Sprintf("%q does not hold", clip(text))}
 		} else {

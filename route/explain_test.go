@@ -72,8 +72,8 @@ func TestExplain(t *testing.T) {
 	for _, s := range steps {
 		why = append(why, strings.ReplaceAll(s.Why, file, "FILE"))
 	}
-	want := `"port 25" does not hold|"list=FILE" cannot be told: add addr=ADDRESS|"dst 10.0.0.0/8" cannot be told: add addr=ADDRESS|` +
-		`"user 1000" cannot be told: add user=USER; "exe */curl" cannot be told: add exe=PATH`
+	want := `"port 25" does not hold|"list=FILE" cannot be decided: add addr=ADDRESS|"dst 10.0.0.0/8" cannot be decided: add addr=ADDRESS|` +
+		`"user 1000" cannot be decided: add user=USER; "exe */curl" cannot be decided: add exe=PATH`
 	if got := strings.Join(why, "|"); got != want {
 		t.Errorf("got %s\nwant %s", got, want)
 	}

@@ -44,7 +44,7 @@ func TestParseRuleErrors(t *testing.T) {
 		{"proto", `it ends after "proto": write tcp or udp`},
 		{"proto icmp drop", `protocol "icmp": write tcp or udp`},
 		{"proto tcp proto udp drop", `"proto" is there twice`},
-		{"dst 10.0.0.1/8 drop", `has bits set behind its length: write 10.0.0.0/8, or 10.0.0.1 for the one address`},
+		{"dst 10.0.0.1/8 drop", `has bits set beyond its length: write 10.0.0.0/8, or 10.0.0.1 for the one address`},
 		{"dst 10.0.0.0/33 drop", "write it in CIDR form"},
 		{"dst example.com drop", "write an address or a network"},
 		{"dst fe80::1%eth0 drop", "write an address or a network"},

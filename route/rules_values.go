@@ -71,7 +71,7 @@ func parsePrefix(s string) (netip.Prefix, error) {
 		return netip.Prefix{}, fmt.Errorf("network %q: write an IPv4 network in its own form, such as 192.0.2.0/24", clip(s))
 	}
 	if p != p.Masked() {
-		return netip.Prefix{}, fmt.Errorf("network %q has bits set behind its length: write %s, or %s for the one address",
+		return netip.Prefix{}, fmt.Errorf("network %q has bits set beyond its length: write %s, or %s for the one address",
 			clip(s), p.Masked(), p.Addr())
 	}
 	return p, nil

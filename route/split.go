@@ -150,7 +150,7 @@ func ParseZone(s string) (z dns.Zone, err error) {
 		z.Direct = append(z.Direct, d)
 	}
 	if len(z.Resolvers) > 0 && len(z.Direct) > 0 {
-		return z, errors.New("must have servers that are all direct, or none that is")
+		return z, errors.New("must not mix direct servers with others")
 	}
 	return z, nil
 }

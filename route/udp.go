@@ -13,7 +13,7 @@ var (
 
 	errEvicted      = errors.New("too many mappings: this one was idle longest")
 	errMappingsFull = errors.New("too many mappings, and all of them are in use (--max-mappings)")
-	errUnreachable  = errors.New("the app's host says port unreachable")
+	errUnreachable  = errors.New("the app's host reports port unreachable")
 )
 
 // handlePackets implements HandlePackets for one shard.

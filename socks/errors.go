@@ -27,10 +27,10 @@ var (
 	ErrCredentials = errors.New("user or password refused")
 	// ErrNoPassword means that the server hung, or closed the connection, when it was given a user without a password
 	// (socksv5 and @pondwader/socks5-server do so). It comes inside a *ServerError, with the event.
-	ErrNoPassword = errors.New("it takes no user without a password")
+	ErrNoPassword = errors.New("it does not accept a user without a password")
 	// ErrMethod means that the server accepts none of the offered authentication methods. It comes inside a
 	// *ServerError.
-	ErrMethod = errors.New("no offered authentication method is accepted")
+	ErrMethod = errors.New("it accepts none of the offered authentication methods")
 	// ErrMalformed means that the server's answer does not follow the protocol that its URL names. It comes inside a
 	// *ServerError.
 	ErrMalformed = errors.New("malformed answer")

@@ -34,7 +34,7 @@ type userPass struct{ user, pass string }
 func newLogin(user, pass string) *login { return &login{&userPass{user, pass}} }
 
 // WithCredentials returns s with the given user and password instead of its own. RFC 1929 limits both to 255 bytes;
-// the user must not be empty. SOCKS4 has a user and no password, and HTTP allows no colon in the user's name.
+// the user must not be empty. SOCKS4 knows no passwords: remove it, and HTTP allows no colon in the user's name.
 func (s Server) WithCredentials(user, pass string) (Server, error) {
 	switch {
 	case user == "" || len(user) > maxName || len(pass) > maxName:
@@ -109,7 +109,7 @@ func (s Server) TLSConfig() *tls.Config {
 // WithCA returns s with the certificates in pem, which TLS trusts instead of the system's.
 func (s Server) WithCA(pem []byte) (Server, error) {
 	if !x509.NewCertPool().AppendCertsFromPEM(pem) {
-		return Server{}, errors.New("there is no certificate in PEM in it")
+		return Server{}, errors.New("it contains no certificate in PEM format")
 	}
 	s.ca = string(pem)
 	return s, nil

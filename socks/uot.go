@@ -25,7 +25,7 @@ const MaxUoTPayload = 16 << 10
 var ErrUoTFrame = fmt.Errorf("%w: a frame of UDP over TCP", ErrMalformed)
 
 var (
-	errUoT      = errors.New("udp=over-tcp needs socks5, socks4a, http or https, and does not go with tor")
+	errUoT      = errors.New("udp=over-tcp needs socks5, socks4a, http or https, and cannot be combined with tor")
 	errUoTShort = errors.New("the connection did not take the request for UDP over TCP")
 )
 

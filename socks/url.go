@@ -31,9 +31,9 @@ var (
 	errZone     = errors.New("a link-local address needs its device: socks5://[fe80::1%25eth0]:1080")
 	errHost     = errors.New("an IPv6 address stands in brackets: socks5://[2001:db8::1]:1080")
 	errLogin    = errors.New("user (1 to 255 bytes) or password (at most 255 bytes) has the wrong length")
-	errLogin4   = errors.New("SOCKS4 has a user and no password")
-	errUser4    = errors.New("a user of SOCKS4 has no zero byte")
-	errUserHTTP = errors.New("a user of HTTP has no colon")
+	errLogin4   = errors.New("SOCKS4 knows no passwords: remove it")
+	errUser4    = errors.New("a SOCKS4 user cannot contain a zero byte")
+	errUserHTTP = errors.New("an HTTP user cannot contain a colon")
 	errCarrier  = errors.New("only socks5, socks4 and socks4a have +tls, and they and http have +unix")
 )
 

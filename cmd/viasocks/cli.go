@@ -139,5 +139,5 @@ func noArgs(c *command, args []string) error {
 	if args[0] == "-h" || args[0] == "--help" {
 		return config.ErrHelp
 	}
-	return &config.UsageError{Msg: fmt.Sprintf("cannot use %q: %s takes nothing", args[0], c.name)}
+	return &config.UsageError{Msg: fmt.Sprintf("cannot use %q: %s takes no arguments", args[0], c.name)}
 }

@@ -114,7 +114,7 @@ func explain(cfg *config.Config) string {
 		told := "verdict"
 		for i, s := range steps {
 			if s.Unknown {
-				told = "verdict, as far as it can be told"
+				told = "verdict, as far as it is known"
 			}
 			line("  rule %d: %s: %s", i+1, &cfg.Rules[i], s.Why)
 		}

@@ -42,7 +42,7 @@ type httpsLink struct {
 // newHTTPClient speaks HTTP/2 over c. It takes ownership of c unless it returns an error.
 func newHTTPClient(ctx context.Context, r Resolver, c *tls.Conn) (*http.ClientConn, error) {
 	if p := c.ConnectionState().NegotiatedProtocol; p != "h2" {
-		return nil, errors.New("it speaks no HTTP/2 (RFC 8484, section 5.2)")
+		return nil, errors.New("it does not speak HTTP/2 (RFC 8484, section 5.2)")
 	}
 	t := &http.Transport{
 		DialTLSContext:         func(context.Context, string, string) (net.Conn, error) { return c, nil },
@@ -55,7 +55,7 @@ func newHTTPClient(ctx context.Context, r Resolver, c *tls.Conn) (*http.ClientCo
 	t.Protocols.SetHTTP2(true)
 	client, err := t.NewClientConn(ctx, "https", r.host())
 	if err != nil {
-		return nil, fmt.Errorf("no HTTP/2: %w", err)
+		return nil, fmt.Errorf("the HTTP/2 connection failed: %w", err)
 	}
 	return client, nil
 }

@@ -108,7 +108,7 @@ func (x *exchange) secure(ctx context.Context, d *dialed) error {
 	}
 	d.tls = tls.Client(raw, c)
 	if err := d.tls.HandshakeContext(ctx); err != nil {
-		return fmt.Errorf("no TLS: %w", err)
+		return fmt.Errorf("the TLS handshake failed: %w", err)
 	}
 	if d.r.Kind == HTTPS {
 		d.http, err = newHTTPClient(ctx, d.r.Resolver, d.tls)

@@ -36,11 +36,11 @@ type Resolver struct {
 func OverTCP(a netip.AddrPort) Resolver { return Resolver{Addr: a} }
 
 var (
-	errResolver = errors.New("is no resolver: tcp://HOST[:PORT], tls://HOST[:PORT][#NAME], https://HOST[:PORT]/PATH[#NAME] " +
-		"and tor are")
-	errHost = errors.New("has no address or name of a host")
-	errPort = errors.New("has no port from 1 to 65535")
-	errPath = errors.New("has a path that no URL can have")
+	errResolver = errors.New("is not a resolver: write tcp://HOST[:PORT], tls://HOST[:PORT][#NAME], https://HOST[:PORT]/PATH[#NAME] " +
+		"or tor")
+	errHost = errors.New("has no usable address or host name")
+	errPort = errors.New("needs a port from 1 to 65535")
+	errPath = errors.New("has a path that is not valid in a URL")
 )
 
 // ParseResolver parses SCHEME://HOST[:PORT][/PATH][#NAME]. HOST is an address, with brackets around an IPv6 address

@@ -33,7 +33,7 @@ func TestAllow(t *testing.T) {
 		{proxy + " --allow tcp:[]:443", "no address between the brackets"},
 		{proxy + " --allow tcp:0", `port "0": write a number`},
 		{proxy + " --allow tcp:a_b!:80", `'!' cannot stand in a name`},
-		{proxy + " --allow tcp:10.0.0.1/8:80", "has bits set behind its length"},
+		{proxy + " --allow tcp:10.0.0.1/8:80", "has bits set beyond its length"},
 		{proxy + " --allow tcp:bücher.example:80", "in letters of ASCII"},
 	} {
 		c, err := Parse(Check, strings.Fields(tt.args), nil)

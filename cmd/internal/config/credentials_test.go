@@ -48,7 +48,7 @@ func TestCredentials(t *testing.T) {
 		{args: "--upstream lab=socks5://al@h --password-file " + one, err: "there is no --proxy"},
 		{args: "--proxy socks5://h --password-file " + one, err: "names no user"},
 		{args: "--proxy socks5://al:s3cret@h --password-file " + one, err: "has a password already"},
-		{args: "--proxy socks4://al@h --password-file " + one, err: "SOCKS4 has a user and no password"},
+		{args: "--proxy socks4://al@h --password-file " + one, err: "SOCKS4 knows no passwords: remove it"},
 		{args: "--proxy socks5://al@h", env: []string{"VIASOCKS_PASSWORD=" + strings.Repeat("s3cret", 50)},
 			err: "cannot use VIASOCKS_PASSWORD"},
 	} {

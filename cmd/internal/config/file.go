@@ -91,11 +91,11 @@ func parseLine(line []byte) (value, error) {
 	o := find(name)
 	switch {
 	case o == nil && strings.HasPrefix(name, "-"):
-		return value{}, fmt.Errorf("%q: options stand here without the dashes", Redact(name))
+		return value{}, fmt.Errorf("%q: write the option without the dashes", Redact(name))
 	case o == nil:
 		return value{}, fmt.Errorf("unknown option %q", Redact(name))
 	case name == fileOption:
-		return value{}, fmt.Errorf("a file cannot name another one")
+		return value{}, fmt.Errorf("a configuration file cannot include another one")
 	case o.Arg != "" && text == "":
 		return value{}, fmt.Errorf("%s needs a value: %s", name, o.Arg)
 	}

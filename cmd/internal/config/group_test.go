@@ -89,7 +89,7 @@ func TestChains(t *testing.T) {
 		{[]string{"a=socks5://h via=via"}, "must be the name of another upstream"},
 		{[]string{"a=socks5://h via="}, "must be the name of another upstream"},
 		{[]string{"a=socks5://h via=b via=b"}, "given twice"},
-		{[]string{"a=socks5://h via=b"}, "there is no upstream b"},
+		{[]string{"a=socks5://h via=b"}, "which does not exist"},
 		{[]string{"a=socks5://h via=b", "b=socks5://i via=c", "c=socks5://j via=a"}, "comes back to a"},
 		{[]string{"x=socks5://h via=a", "a=socks5://h via=b", "b=socks5://i via=a"}, "comes back to a"},
 		{[]string{"a=socks5+unix:///run/s via=proxy"}, "the socket /run/s cannot be reached via proxy"},

@@ -109,7 +109,7 @@ func (im *socksImport) socksLine(where, text string) error {
 			return errors.New("must be auth u USER PASSWORD")
 		}
 		if im.hasUser {
-			return errors.New("auth was given before")
+			return errors.New("auth is given twice")
 		}
 		im.user, im.hasUser = f[2], true
 		return nil
@@ -134,7 +134,7 @@ func (im *socksImport) record(where string, f []string) error {
 
 func (im *socksImport) set(where, name, text string) error {
 	if _, twice := im.settings[name]; twice {
-		return fmt.Errorf("proxy.config.socks.%s was given before", name)
+		return fmt.Errorf("proxy.config.socks.%s is given twice", name)
 	}
 	if len(im.settings) >= maxImportRules {
 		return errors.New("there are too many settings")

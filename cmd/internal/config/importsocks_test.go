@@ -102,7 +102,7 @@ func TestImportSocksErrors(t *testing.T) {
 		{"s", "no_socks 10.0.0.9-10.0.0.1", "s:1: \"10.0.0.9-10.0.0.1\" is not an address"},
 		{"s", "no_socks 10.0.0.1-2001:db8::1", "is not an address"},
 		{"s", "auth p a b", "must be auth u"},
-		{"s", "auth u a geheim\nauth u c geheim", "s:2: auth was given before"},
+		{"s", "auth u a geheim\nauth u c geheim", "s:2: auth is given twice"},
 		{"s", "dest_ip=10.0.0.1", "parent is missing"},
 		{"s", "parent=h:1", "dest_ip is missing"},
 		{"s", "dest_ip=10.0.0.1 parent=h", "must be HOST:PORT"},
@@ -121,7 +121,7 @@ func TestImportSocksErrors(t *testing.T) {
 		{"r", "CONFIG proxy.config.socks.socks_version INT 6", "must be 4 or 5"},
 		{"r", "CONFIG proxy.config.socks.default_servers STRING h",
 			"r:1: proxy.config.socks.default_servers: \"h\" must be HOST:PORT"},
-		{"r", "CONFIG proxy.config.socks.socks_timeout INT 1\nCONFIG proxy.config.socks.socks_timeout INT 2", "given before"},
+		{"r", "CONFIG proxy.config.socks.socks_timeout INT 1\nCONFIG proxy.config.socks.socks_timeout INT 2", "given twice"},
 		{"r.yaml", "records:\n  socks:\n    - a", "r.yaml:3: must be NAME: VALUE"},
 	} {
 		_, err := imported(tt.file, tt.text)

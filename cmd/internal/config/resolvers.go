@@ -95,7 +95,7 @@ func (c *Config) finishDNSCA() error {
 	}
 	c.DNSRoots = x509.NewCertPool()
 	if !c.DNSRoots.AppendCertsFromPEM(pem) {
-		return fmt.Errorf("cannot use the certificates %s: there is no certificate in PEM in it", c.dnsCA.text)
+		return fmt.Errorf("cannot use the certificates %s: it contains no certificate in PEM format", c.dnsCA.text)
 	}
 	return nil
 }

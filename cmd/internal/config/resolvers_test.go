@@ -69,7 +69,7 @@ func TestDirectOnly(t *testing.T) {
 func TestDNSCA(t *testing.T) {
 	for file, want := range map[string]string{
 		"/nonexistent": "cannot read the certificates /nonexistent: ",
-		"/dev/null":    "cannot use the certificates /dev/null: there is no certificate in PEM in it",
+		"/dev/null":    "cannot use the certificates /dev/null: it contains no certificate in PEM format",
 	} {
 		_, err := Parse(Check, []string{"--proxy", "socks5://h", "--dns-ca", file}, nil)
 		if err == nil || !strings.HasPrefix(err.Error(), want) {

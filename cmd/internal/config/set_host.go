@@ -181,12 +181,12 @@ func (c *Config) finishHost() error {
 	case h.LAN == "":
 		h.LAN = "direct"
 	case h.LAN == "direct" && h.Strict:
-		return usagef("cannot use --lan direct with --strict: which refuses the LAN, or carries it with --lan carry")
+		return usagef("cannot use --lan direct with --strict: --strict refuses the LAN, and --lan carry sends it through the proxy")
 	}
 	if len(h.InboundPorts) > 0 && h.Inbound == "carry" && len(h.Exclude.Devices) == 0 {
 		return usagef(
-			"cannot use --inbound-port with --inbound carry: which answers nobody directly, unless --exclude-device names a " +
-				"device",
+			"cannot use --inbound-port with --inbound carry: nothing is answered directly then, unless --exclude-device " +
+				"names a device",
 		)
 	}
 	for _, p := range h.Exclude.Nets {

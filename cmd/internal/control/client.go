@@ -86,7 +86,7 @@ func (c *Client) Down() error { return c.ask("POST", "/v1/down", nil) }
 func (c *Client) Wait(limit time.Duration) error {
 	for end := time.Now().Add(limit); Locked(c.path); {
 		if time.Now().After(end) {
-			return fmt.Errorf("cannot wait any longer: viasocks did not stop within %v", limit)
+			return fmt.Errorf("cannot stop viasocks: it did not end within %v", limit)
 		}
 		time.Sleep(20 * time.Millisecond)
 	}

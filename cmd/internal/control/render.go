@@ -56,12 +56,12 @@ func statusHead(b *strings.Builder, s *Status, now time.Time) {
 		fmt.Fprintf(b, "  waiting for the proxy; the host is closed until it can be reached: %s\n", Plain(s.Waiting))
 	}
 	if s.ConfirmBy != nil && s.State != Stopping {
-		fmt.Fprintf(b, "  all is undone in %s unless you say 'viasocks confirm'\n", span(s.ConfirmBy.Sub(now)))
+		fmt.Fprintf(b, "  all changes are undone in %s: 'viasocks confirm' keeps them\n", span(s.ConfirmBy.Sub(now)))
 	}
 	if s.Config != "" {
 		fmt.Fprintf(b, "  configuration %s", Plain(s.Config))
 		if s.Reloaded != nil {
-			fmt.Fprintf(b, ", read again %s ago", span(now.Sub(*s.Reloaded)))
+			fmt.Fprintf(b, ", reloaded %s ago", span(now.Sub(*s.Reloaded)))
 		}
 		b.WriteString("\n")
 	}
@@ -98,7 +98,7 @@ func statusTraffic(b *strings.Builder, s *Status) {
 	b.WriteString("\ntraffic\n")
 	fmt.Fprintf(
 		b,
-		"  TCP    %d now, %d of them waiting for the proxy; %s in all, %s refused\n",
+		"  TCP    %d now, %d of them waiting for the proxy; %s in total, %s refused\n",
 		s.TCP.Now,
 		s.TCP.Pending,
 		count(s.TCP.Total),
@@ -110,7 +110,7 @@ func statusTraffic(b *strings.Builder, s *Status) {
 	}
 	fmt.Fprintf(
 		b,
-		"  UDP    %d mappings now; %s in all, %s made again, %s datagrams refused\n",
+		"  UDP    %d mappings now; %s in total, %s associations made again, %s datagrams refused\n",
 		s.UDP.Now,
 		count(s.UDP.Total),
 		count(s.UDP.Reassociated),
@@ -126,7 +126,7 @@ func statusTraffic(b *strings.Builder, s *Status) {
 	}
 	fmt.Fprintf(b, "  bytes  %s up, %s down\n", byteCount(s.Up), byteCount(s.Down))
 	if s.Shards.Now > 1 {
-		fmt.Fprintf(b, "  shards %d; %s packets came by another one's queue\n", s.Shards.Now, count(s.Shards.HandedOver))
+		fmt.Fprintf(b, "  shards %d; %s packets arrived in the queue of another shard\n", s.Shards.Now, count(s.Shards.HandedOver))
 	}
 }
 
@@ -148,7 +148,7 @@ func statusNames(b *strings.Builder, n *Names, dns []string) {
 	if p := n.Pool; p != nil {
 		fmt.Fprintf(
 			b,
-			"         %s of %s fake addresses given out, %s in use; %s taken back for other names, %s names got none\n",
+			"         %s of %s fake addresses given out, %s in use; %s reused for other names, %s names got none\n",
 			count(p.Names),
 			count(p.Size),
 			count(p.Held),

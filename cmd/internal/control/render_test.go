@@ -185,7 +185,7 @@ func TestWriteStatusWaiting(t *testing.T) {
 		t.Fatal(err)
 	}
 	const want = "  waiting for the proxy; the host is closed until it can be reached: cannot reach the proxy?[2J\n" +
-		"  all is undone in 1m0s unless you say"
+		"  all changes are undone in 1m0s"
 	if !strings.Contains(b.String(), ": waiting, up since") || !strings.Contains(b.String(), want) {
 		t.Error(b.String())
 	}

@@ -84,7 +84,7 @@ func revertResolved(device string) string {
 	defer cancel()
 	switch done, err := resolved.Revert(ctx, resolved.SystemBus(), link.Index, []netip.Addr{nameserver}); {
 	case err != nil:
-		return "cannot take back what systemd-resolved was told: " + control.Plain(
+		return "cannot undo the settings in systemd-resolved: " + control.Plain(
 			err.Error(),
 		) + ": restart it if names are not found"
 	case done:

@@ -59,7 +59,7 @@ func instanceNamed(want string, all []control.Instance) (at control.Instance, er
 	}
 	switch {
 	case n == 0:
-		return at, errors.New("there is none among those that you may ask: see 'viasocks ps'")
+		return at, errors.New("no program that you may ask has this name or process id: see 'viasocks ps'")
 	case n > 1:
 		return at, errors.New("several have this name: give the process id that 'viasocks ps' shows")
 	}
@@ -79,7 +79,7 @@ func otherUserNamespace(pid int) (bool, error) {
 	}
 	ours, err := os.Readlink("/proc/self/ns/user")
 	if err != nil {
-		return false, fmt.Errorf("cannot look at the own namespaces: %w", process.PlainPathError(err))
+		return false, fmt.Errorf("cannot look at our own namespaces: %w", process.PlainPathError(err))
 	}
 	return theirs != ours, nil
 }

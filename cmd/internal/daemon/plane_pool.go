@@ -38,7 +38,7 @@ func loadPool(p *dns.Pool, cfg *config.Config, log *slog.Logger) {
 	}
 	n, err := p.Load(cfg.Fake.File)
 	if err != nil {
-		log.Warn("names get other addresses than before: the file of --dns-pool-file is not used", "err", err)
+		log.Warn("cannot use the file of --dns-pool-file: names get other addresses than before", "err", err)
 		return
 	}
 	log.Debug("names of fake addresses loaded", "file", cfg.Fake.File, "names", n)

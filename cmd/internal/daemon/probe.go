@@ -136,7 +136,7 @@ func unreached(where string, fault *socks.ServerError, err error) error {
 	case fault.Op == socks.OpSecure && errors.As(err, new(x509.UnknownAuthorityError)):
 		return fmt.Errorf("cannot use the proxy %s: %w: give the authority's certificate with --proxy-ca FILE", where, fault.Err)
 	}
-	return fmt.Errorf("cannot use the proxy %s by TLS: %w", where, fault.Err)
+	return fmt.Errorf("cannot use TLS with the proxy %s: %w", where, fault.Err)
 }
 
 // refused returns the sentence for an error of the SOCKS protocol.
@@ -164,11 +164,15 @@ func refused(s socks.Server, fault *socks.ServerError, err error) error {
 			where,
 		)
 	case errors.Is(err, socks.ErrMethod):
-		return fmt.Errorf("cannot log in to the proxy %s: it takes no user and password, and wants something else", where)
+		return fmt.Errorf("cannot log in to the proxy %s: it accepts neither a user with a password nor an anonymous login", where)
 	case errors.Is(err, socks.ErrMalformed):
 		return fmt.Errorf("cannot use the proxy %s: what answers there does not speak %s", where, s.Protocol())
 	case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET):
-		return fmt.Errorf("cannot use the proxy %s: it closed the connection: does it speak %s, and to us?", where, s.Protocol())
+		return fmt.Errorf(
+			"cannot use the proxy %s: it closed the connection: does it speak %s, and does it accept this host?",
+			where,
+			s.Protocol(),
+		)
 	case isTimeout(err):
 		return fmt.Errorf("cannot use the proxy %s: it does not answer: does it speak %s?", where, s.Protocol())
 	}

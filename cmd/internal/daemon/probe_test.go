@@ -139,9 +139,9 @@ func TestExplain(t *testing.T) {
 			"cannot reach the proxy proxy.test:1: no answer: is the address right?"},
 		{fault(socks.OpConnect, syscall.ETIMEDOUT), "cannot reach the proxy proxy.test:1: no answer: is the address right?"},
 		{fault(socks.OpAuthenticate, socks.ErrMethod),
-			"cannot log in to the proxy proxy.test:1: it takes no user and password, and wants something else"},
+			"cannot log in to the proxy proxy.test:1: it accepts neither a user with a password nor an anonymous login"},
 		{fault(socks.OpHandshake, io.ErrUnexpectedEOF),
-			"cannot use the proxy proxy.test:1: it closed the connection: does it speak SOCKS5, and to us?"},
+			"cannot use the proxy proxy.test:1: it closed the connection: does it speak SOCKS5, and does it accept this host?"},
 		{fault(socks.OpHandshake, errors.New("odd")), "cannot use the proxy proxy.test:1: odd"},
 		{errors.New("other"), "other"},
 	} {
@@ -171,7 +171,7 @@ func TestProbeTLS(t *testing.T) {
 		{[]string{"--proxy", "https://" + open.Addr().String(), "--proxy-ca", ca}, ""},
 		{[]string{"--proxy", "socks5+tls://" + open.Addr().String()}, "give the authority's certificate with --proxy-ca FILE"},
 		{[]string{"--proxy", "socks5+tls://" + login.Addr().String(), "--proxy-ca", ca}, "with --password-file FILE"},
-		{[]string{"--proxy", "socks5+tls://" + plain.Addr().String(), "--proxy-ca", ca}, "by TLS: "},
+		{[]string{"--proxy", "socks5+tls://" + plain.Addr().String(), "--proxy-ca", ca}, "cannot use TLS with"},
 	} {
 		err := probe(context.Background(), parse(t, tt.args...), dialing{})
 		if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {

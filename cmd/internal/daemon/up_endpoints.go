@@ -189,7 +189,7 @@ func (e *endpoints) push() {
 	all := append(slices.Collect(maps.Keys(e.known)), e.others...)
 	e.mu.Unlock()
 	if err := e.apply(all); err != nil {
-		e.log.Error("cannot tell the filter the proxy's address: the proxy may be cut off", "err", err)
+		e.log.Error("cannot add the proxy's address to the filter: the proxy may be cut off", "err", err)
 		return
 	}
 	e.applied = gen

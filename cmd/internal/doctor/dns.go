@@ -99,7 +99,7 @@ func isTimeout(err error) bool {
 	return errors.As(err, &t) && t.Timeout() || errors.Is(err, context.DeadlineExceeded)
 }
 
-var errAnswer = errors.New("what came is no answer of DNS")
+var errAnswer = errors.New("the answer is not a DNS message")
 
 // maxAnswer is the largest size of a DNS message.
 const maxAnswer = 65535

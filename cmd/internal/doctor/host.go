@@ -123,7 +123,7 @@ func tunFinding(node string) Finding {
 		}
 		return Finding{Level: OK, Found: "It can be opened."}
 	case errors.Is(err, fs.ErrPermission):
-		f := Finding{Level: Fault, Found: fmt.Sprintf("This user may not open %s (mode %04o).", node, mode.Perm()), Means: none,
+		f := Finding{Level: Fault, Found: fmt.Sprintf("This user cannot open %s (mode %04o).", node, mode.Perm()), Means: none,
 			Do: "chmod 0666 " + node + " (as root; most systems have this mode), or run viasocks as root"}
 		if mode.Perm()&0o006 == 0o006 || os.Geteuid() == 0 {
 			f.Do = "allow the device to this container: docker run --device /dev/net/tun"

@@ -158,9 +158,9 @@ func (x *peer) refused(ctx context.Context) []Finding {
 		f.Level, f.Found, f.Means = Warning, "The proxy says yes to a port of the peer where nobody listens.", early
 	case a.Kind == conform.Refused && socks.Reply(a.Code) == socks.ReplyRefused, a.Kind == conform.Closed,
 		a.Kind == conform.Reset:
-		f.Found = fmt.Sprintf("A closed port is told as \"connection refused\" after %s.", millis(a.After))
+		f.Found = fmt.Sprintf("A closed port is reported as \"connection refused\" after %s.", millis(a.After))
 	case a.Kind == conform.Refused:
-		f.Found = fmt.Sprintf("A closed port is told by another error than \"connection refused\" (%s).", replyWords(a.Code))
+		f.Found = fmt.Sprintf("A closed port is reported as another error than \"connection refused\" (%s).", replyWords(a.Code))
 	case a.Kind == conform.Silence:
 		f.Level, f.Found = NotTested, "The proxy is silent about a closed port; a firewall before the peer may swallow the "+
 			"attempt."

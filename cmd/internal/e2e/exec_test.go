@@ -77,7 +77,7 @@ func TestExec(t *testing.T) {
 		}
 		for _, bad := range []string{"second", "1"} {
 			got, err := as("exec", bad, "true").CombinedOutput()
-			if err == nil || !strings.Contains(string(got), fmt.Sprintf("cannot exec in %q: there is none", bad)) {
+			if err == nil || !strings.Contains(string(got), fmt.Sprintf("cannot exec in %q: no program that you may ask", bad)) {
 				t.Errorf("%v, %s", err, got)
 			}
 		}

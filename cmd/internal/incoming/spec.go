@@ -49,7 +49,7 @@ func Parse(text string) (Spec, error) {
 	}
 	n, err := strconv.ParseUint(number, 10, 16)
 	if err != nil || n == 0 {
-		return Spec{}, fmt.Errorf("%q is no port: 1 to 65535", number)
+		return Spec{}, fmt.Errorf("%q is not a port: write a number from 1 to 65535", number)
 	}
 	return Spec{uint16(n), up}, nil
 }

@@ -23,7 +23,7 @@ const maxGroups = 65536
 
 // PeerOf returns the process at the other end of c.
 func PeerOf(c *net.UnixConn) (p Peer) {
-	p.UID, p.GID, p.Err = ^uint32(0), ^uint32(0), errors.New("nothing is known of the peer")
+	p.UID, p.GID, p.Err = ^uint32(0), ^uint32(0), errors.New("the peer is unknown")
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return p

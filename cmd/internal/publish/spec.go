@@ -49,14 +49,14 @@ func Parse(text string) (Spec, error) {
 		}
 		a, err := netip.ParseAddr(rest[1:end])
 		if err != nil || !a.Is6() {
-			return Spec{}, fmt.Errorf("%q is no IPv6 address", rest[1:end])
+			return Spec{}, fmt.Errorf("%q is not an IPv6 address", rest[1:end])
 		}
 		addr, ports = a, rest[end+2:]
 	} else if dots := strings.Count(rest, ":"); dots == 2 || strings.Contains(rest, ".") {
 		a, after, _ := strings.Cut(rest, ":")
 		ip, err := netip.ParseAddr(a)
 		if err != nil || !ip.Is4() {
-			return Spec{}, fmt.Errorf("%q is no IPv4 address", a)
+			return Spec{}, fmt.Errorf("%q is not an IPv4 address", a)
 		}
 		addr, ports = ip, after
 	}
@@ -89,7 +89,7 @@ var ErrForm = errors.New("must be [ADDR:]PORT[:PORT][/udp] or PATH:PORT")
 func parsePort(s string, zero bool) (uint16, error) {
 	n, err := strconv.ParseUint(s, 10, 16)
 	if err != nil || n == 0 && !zero {
-		return 0, fmt.Errorf("%q is no port number", s)
+		return 0, fmt.Errorf("%q is not a port number", s)
 	}
 	return uint16(n), nil
 }

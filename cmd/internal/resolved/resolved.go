@@ -94,7 +94,7 @@ func (t *Teller) Run(ctx context.Context) {
 			t.serve(ctx, b)
 			b.close()
 		} else {
-			t.log.Debug("systemd-resolved is not told", "err", err)
+			t.log.Debug("systemd-resolved is left as it is", "err", err)
 		}
 		if !t.wanted() {
 			continue
@@ -159,7 +159,7 @@ func (t *Teller) look(ctx context.Context, b *bus, before *told) error {
 		t.setDone(false)
 		if errors.Is(err, errAbsent) {
 			*before = told{} // the settings ended with it; after any other error it still has them
-			t.log.Debug("systemd-resolved is not told", "err", err)
+			t.log.Debug("systemd-resolved is left as it is", "err", err)
 			return nil // NameOwnerChanged will report its return
 		}
 		return err
@@ -189,7 +189,7 @@ func (t *Teller) takeBack(b *bus, was told) {
 	ctx, cancel := context.WithTimeout(context.Background(), revertTimeout)
 	defer cancel()
 	if err := b.revert(ctx, was.index); err != nil {
-		t.log.Warn("cannot take back what systemd-resolved was told: it forgets it when the TUN device is deleted", "err", err)
+		t.log.Warn("cannot undo the settings in systemd-resolved: it drops them when the TUN device is deleted", "err", err)
 	}
 }
 
@@ -216,10 +216,10 @@ func (t *Teller) failed(err error) {
 		// It learns of the device through netlink, a moment later than we do.
 		t.log.Debug("systemd-resolved does not know the TUN device yet", "err", err)
 	case isError(err, service+".LinkBusy"):
-		t.log.Warn("systemd-resolved cannot be told to ask viasocks: systemd-networkd manages the TUN device: "+
+		t.log.Warn("cannot make systemd-resolved ask viasocks: systemd-networkd manages the TUN device: "+
 			"give it a .network file with Unmanaged=yes", "err", err)
 	default:
-		t.log.Warn("systemd-resolved cannot be told to ask viasocks: names that it looks up may fail", "err", err)
+		t.log.Warn("cannot make systemd-resolved ask viasocks: names that it looks up may fail", "err", err)
 	}
 }
 

@@ -229,7 +229,7 @@ func TestTellHangs(t *testing.T) {
 	if took := time.Since(start); took < callTimeout/2 || took > callTimeout+2*time.Second {
 		t.Errorf("the stop took %v", took)
 	}
-	if !strings.Contains(log.String(), "cannot take back") {
+	if !strings.Contains(log.String(), "cannot undo") {
 		t.Error(log)
 	}
 
