@@ -36,8 +36,8 @@ type Resolver struct {
 func OverTCP(a netip.AddrPort) Resolver { return Resolver{Addr: a} }
 
 var (
-	errResolver = errors.New("is not a resolver: write tcp://HOST[:PORT], tls://HOST[:PORT][#NAME], https://HOST[:PORT]/PATH[#NAME] " +
-		"or tor")
+	errResolver = errors.New("is not a resolver: write tcp://HOST[:PORT], tls://HOST[:PORT][#NAME], " +
+		"https://HOST[:PORT]/PATH[#NAME] or tor")
 	errHost = errors.New("has no usable address or host name")
 	errPort = errors.New("needs a port from 1 to 65535")
 	errPath = errors.New("has a path that is not valid in a URL")

@@ -52,7 +52,8 @@ func (c *Config) checkChains() error {
 		for next := u.Via; next != ""; {
 			i := slices.IndexFunc(c.Upstreams, func(v Upstream) bool { return v.Name == next })
 			if i < 0 {
-				return usagef("cannot use the upstream %s: its via names the upstream %s, which does not exist", path[len(path)-1], next)
+				return usagef("cannot use the upstream %s: its via names the upstream %s, which does not exist",
+					path[len(path)-1], next)
 			}
 			if slices.Contains(path, next) {
 				return usagef(

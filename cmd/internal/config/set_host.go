@@ -181,7 +181,7 @@ func (c *Config) finishHost() error {
 	case h.LAN == "":
 		h.LAN = "direct"
 	case h.LAN == "direct" && h.Strict:
-		return usagef("cannot use --lan direct with --strict: --strict refuses the LAN, and --lan carry sends it through the proxy")
+		return usagef("cannot use --lan direct with --strict: --strict refuses the LAN; --lan carry sends it to the proxy")
 	}
 	if len(h.InboundPorts) > 0 && h.Inbound == "carry" && len(h.Exclude.Devices) == 0 {
 		return usagef(

@@ -126,7 +126,8 @@ func statusTraffic(b *strings.Builder, s *Status) {
 	}
 	fmt.Fprintf(b, "  bytes  %s up, %s down\n", byteCount(s.Up), byteCount(s.Down))
 	if s.Shards.Now > 1 {
-		fmt.Fprintf(b, "  shards %d; %s packets arrived in the queue of another shard\n", s.Shards.Now, count(s.Shards.HandedOver))
+		fmt.Fprintf(b,
+			"  shards %d; %s packets arrived in the queue of another shard\n", s.Shards.Now, count(s.Shards.HandedOver))
 	}
 }
 

@@ -164,7 +164,7 @@ func refused(s socks.Server, fault *socks.ServerError, err error) error {
 			where,
 		)
 	case errors.Is(err, socks.ErrMethod):
-		return fmt.Errorf("cannot log in to the proxy %s: it accepts neither a user with a password nor an anonymous login", where)
+		return fmt.Errorf("cannot log in to the proxy %s: it accepts neither a password nor an anonymous login", where)
 	case errors.Is(err, socks.ErrMalformed):
 		return fmt.Errorf("cannot use the proxy %s: what answers there does not speak %s", where, s.Protocol())
 	case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET):

@@ -139,7 +139,7 @@ func TestExplain(t *testing.T) {
 			"cannot reach the proxy proxy.test:1: no answer: is the address right?"},
 		{fault(socks.OpConnect, syscall.ETIMEDOUT), "cannot reach the proxy proxy.test:1: no answer: is the address right?"},
 		{fault(socks.OpAuthenticate, socks.ErrMethod),
-			"cannot log in to the proxy proxy.test:1: it accepts neither a user with a password nor an anonymous login"},
+			"cannot log in to the proxy proxy.test:1: it accepts neither a password nor an anonymous login"},
 		{fault(socks.OpHandshake, io.ErrUnexpectedEOF),
 			"cannot use the proxy proxy.test:1: it closed the connection: does it speak SOCKS5, and does it accept this host?"},
 		{fault(socks.OpHandshake, errors.New("odd")), "cannot use the proxy proxy.test:1: odd"},
