@@ -32,7 +32,7 @@ func TestBashCompletion(t *testing.T) {
 		{"viasocks|run|--config|vs-", "vs-settings.conf"},
 		{"viasocks|up|--config|=|vs-", "vs-settings.conf"},
 		{"viasocks|up|--log-level|w", "warn"},
-		{"viasocks|up|--exclude-u", "--exclude-uid"},
+		{"viasocks|up|--exclude-ui", "--exclude-uid"},
 		{"viasocks|run|--exclude-u", ""}, // an option of up
 		{"viasocks|run|--proxy|socks5://192.0.2.1|uptim", "uptime"},
 		{"viasocks|run|--proxy|=|socks5://192.0.2.1|uptim", "uptime"},

@@ -34,11 +34,13 @@ func (h *Host) Change(c Config) error {
 func (c *Config) changeable(to Config) {
 	c.LAN, c.CarryInbound, c.InboundPorts = to.LAN, to.CarryInbound, to.InboundPorts
 	c.Exclude, c.Include, c.Direct, c.Strict = to.Exclude, to.Include, to.Direct, to.Strict
+	c.Straight, c.Reserved, c.Units = to.Straight, to.Reserved, to.Units
 }
 
 // become sets what Change may set. It leaves other fields alone, because Run reads them without the lock.
 func (h *Host) become(c Config) error {
 	h.c.changeable(c)
+	h.findUnits()
 	l, err := h.look()
 	if err != nil {
 		return err

@@ -102,11 +102,16 @@ type Config struct {
 
 	Upstreams []Endpoint // what sockets with the mark Own may reach: proxies, their relays, resolvers for their names
 	Direct    bool       // rules use the verdict direct: our sockets with that mark may go anywhere
-	OwnUID    *uint32    // our sockets have this uid; nil: not checked
-	OwnCgroup string     // our sockets belong to this cgroup; "": not checked
-	Kept      []Tuple    // connections from before, see Established
-	Live      bool       // another viasocks carries the host until now and hands it over, see Host.HandOver
-	Lock      *os.File   // of that viasocks; nil: New takes it
+	// Straight goes past the proxy by rules that need Direct. It does not concern Reserved: addresses that stand for names.
+	Straight []Straight
+	Units    []Unit // their processes go past the proxy
+	Reserved []netip.Prefix
+
+	OwnUID    *uint32  // our sockets have this uid; nil: not checked
+	OwnCgroup string   // our sockets belong to this cgroup; "": not checked
+	Kept      []Tuple  // connections from before, see Established
+	Live      bool     // another viasocks carries the host until now and hands it over, see Host.HandOver
+	Lock      *os.File // of that viasocks; nil: New takes it
 
 	groups map[string]cgroup // control groups by path, as the filter knows them; see cgroup
 	live   []liveGroup       // control groups that come and go while the host is steered
@@ -215,6 +220,13 @@ func (c *Config) validate() error {
 				return fmt.Errorf("cannot include or exclude by %d things of a kind: at most %d", n, maxList)
 			}
 		}
+	}
+	if len(c.Units) > maxList {
+		return fmt.Errorf("cannot exclude %d units: at most %d", len(c.Units), maxList)
+	}
+	if len(c.Straight) > MaxStraight || len(c.Straight) > 0 && !c.Direct {
+		return fmt.Errorf("cannot let %d kinds of traffic out by rules: at most %d, and rules must be direct",
+			len(c.Straight), MaxStraight)
 	}
 	if len(c.InboundPorts) > maxList {
 		return fmt.Errorf("cannot use %d ranges of inbound ports: at most %d", len(c.InboundPorts), maxList)

@@ -259,7 +259,7 @@ func (c *Config) outputChain(t *nfTable) {
 	out.add(oifSet(guardSet), accept())
 	// What was marked at priority -150 has been rerouted, but this hook still sees the former device. Therefore pass
 	// comes first. What was rerouted into the TUN is checked again in postrouting.
-	if c.outranks() {
+	if c.outranks() || len(c.Straight) > 0 {
 		out.add(metaMark(c.Marks, c.Marks.Captured, true), holds(guardSet, c.TUN), accept())
 	}
 	out.add(jump("pass"))

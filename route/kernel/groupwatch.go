@@ -60,4 +60,5 @@ func (h *Host) lookAtGroups() {
 		return
 	}
 	h.sweepPrograms()
+	h.followUnits()
 }

@@ -226,7 +226,7 @@ func TestPutBack(t *testing.T) {
 			done := make(chan struct{})
 			go func() { h.Run(ctx); close(done) }()
 			for _, cmd := range []string{"ip -4 rule flush protocol 118", "ip -6 rule flush protocol 118",
-				"ip rule del priority 9006", "ip route flush table 30323",
+				"ip rule del priority 9007", "ip route flush table 30323",
 				"ip -6 route flush table 30323", "nft flush ruleset", "nft delete table inet viasocks",
 				"nft flush chain inet viasocks output", "nft flush table arp viasocks",
 				"nft insert rule inet viasocks output accept"} {

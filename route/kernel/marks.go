@@ -15,7 +15,7 @@ func (c *Config) markChains(t *nfTable, st filterState) error {
 	}
 	c.ownChains(t, ours)
 	c.incomingMarks(t, st)
-	return c.outgoingMarks(t, ours)
+	return c.outgoingMarks(t, st, ours)
 }
 
 // ownChains adds the chain that marks the flows of our own sockets. ours are the conditions that identify these.
@@ -82,7 +82,7 @@ func (c *Config) incomingMarks(t *nfTable, st filterState) {
 }
 
 // outgoingMarks adds the output chain, which marks packets of this host, and the chains that it uses.
-func (c *Config) outgoingMarks(t *nfTable, ours []term) error {
+func (c *Config) outgoingMarks(t *nfTable, st filterState, ours []term) error {
 	m := c.Marks
 	out := t.chain(&nfChain{name: "mark_output", kind: "route", hook: unix.NF_INET_LOCAL_OUT, prio: prioMangle})
 	out.add(oif("lo", true), back())
@@ -112,6 +112,7 @@ func (c *Config) outgoingMarks(t *nfTable, ours []term) error {
 		return err
 	}
 	c.excludeMarks(t, out, exclude)
+	c.straightChain(t, st, out)
 	if !c.Include.empty() {
 		if err := c.includeChains(t, out); err != nil {
 			return err
@@ -188,7 +189,7 @@ func (c *Config) ours() (out []term, err error) {
 
 // needDirect reports whether some traffic goes past the proxy by the mark Direct.
 func (c *Config) needDirect() bool {
-	return c.Direct || !c.Exclude.empty() || !c.Include.empty() || c.hasLive(ExcludeProgram)
+	return c.Direct || !c.Exclude.empty() || !c.Include.empty() || c.hasLive(ExcludeProgram) || len(c.Units) > 0
 }
 
 // keepsInbound reports whether answers to connections from outside go back the way they came: all of them or, with

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -19,6 +20,7 @@ const (
 	atExclude
 	atDNS
 	atLAN
+	atStraight
 	atAll
 	atClosed
 	lastRule = 19 // the end, after which the host continues as without us
@@ -50,8 +52,9 @@ type rule struct {
 //	P+3  private networks included    lookup T
 //	P+4  to connected networks        goto END, or refuse
 //	P+4  by a device that leads out   goto END, with Include
-//	P+5                               lookup T
-//	P+6                               refuse
+//	P+5  what rules let out           goto END
+//	P+6                               lookup T
+//	P+7                               refuse
 //	P+19                              nop
 //
 // A look-up of main would be wrong for the exceptions: rules after ours, such as those of wg-quick, must apply to
@@ -98,7 +101,7 @@ func (c *Config) rules(family int, l links) (out []rule) {
 	}
 	add(atDNS, rule{proto: unix.IPPROTO_TCP, dport: PortRange{53, 53}, table: c.Table})
 	add(atDNS, rule{proto: unix.IPPROTO_UDP, dport: PortRange{53, 53}, table: c.Table})
-	for _, n := range c.included(l.lan) {
+	for _, n := range slices.Concat(c.included(l.lan), c.reserved()) {
 		if familyOf(n.Addr()) == family {
 			add(atDNS, rule{to: n, table: c.Table})
 		}
@@ -112,6 +115,9 @@ func (c *Config) rules(family int, l links) (out []rule) {
 		for _, d := range l.out {
 			add(atLAN, rule{oif: d, jump: end})
 		}
+	}
+	for _, r := range c.straightRules(family, end) {
+		add(atStraight, r)
 	}
 	// The rule that closes precedes those that steer, so that there is no gap in between.
 	if !c.FailOpen {

@@ -22,7 +22,7 @@ const timerRetransmit = 1
 func (h *Host) ResetStale() (n int, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if !h.c.Include.empty() || len(h.c.Exclude.Cgroups) > 0 {
+	if !h.c.Include.empty() || len(h.c.Exclude.Cgroups)+len(h.c.live)+len(h.c.Units) > 0 {
 		return 0, nil
 	}
 	inbound, err := Established()

@@ -23,6 +23,7 @@ func (h *Host) Shut() error {
 		return err
 	}
 	h.st.see(l)
+	h.findUnits()
 	h.tellServed()
 	h.st.guard = h.c.Live
 	if h.c.Live {

@@ -322,6 +322,7 @@ func (h *Host) renew() {
 		return
 	}
 	h.sweepPrograms()
+	h.followUnits()
 	if h.c.madeAnew() {
 		h.c.Log.Info("a service has a new control group: the filter was updated")
 		if err := h.applyFilter(); err != nil {

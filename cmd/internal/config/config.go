@@ -53,6 +53,8 @@ type Host struct {
 	Priority         int           // of the first ip rule
 	ControlGroup     int           // negative: none
 	MembersExclude   bool          // its members may exclude programs
+	ExcludeUnits     []Unit        // of systemd
+	DirectCarry      bool          // rules that say direct are applied by the data plane, and never by the kernel
 }
 
 // Selection selects traffic that matches any part of it.
@@ -62,6 +64,12 @@ type Selection struct {
 	Ports   []Range[uint16]
 	Devices []string
 	Cgroups []string // below the root of version 2, without a slash at either end
+}
+
+// Unit is a unit of systemd.
+type Unit struct {
+	Name string
+	User *uint32 // the user whose service manager runs it; nil: the system's
 }
 
 // Fake tells whether and how names get addresses that stand for them.
@@ -187,6 +195,7 @@ type Config struct {
 	captureFlow, captureBytes int // parts of Capture, until all options are read
 
 	allow         []string
+	excludeExes   []route.Rule     // come before Rules
 	proxyAt       value            // kept until finish
 	passwordFiles map[string]value // by upstream
 	proxyCA       value

@@ -137,6 +137,46 @@ The device does not have to exist yet.`,
 They must exist at the start.`,
 	},
 	{
+		Name: "exclude-unit", Arg: "[USER/]NAME[,...]", Many: true, Live: true, Cmds: Up | Check, set: addUnits,
+		Help: "systemd units that go without the proxy, running or not",
+		Man: `Units of
+.Xr systemd 1
+whose processes do not use the proxy: services, scopes, and slices with everything in them.
+.Ql .service
+may be left out.
+.Ql foo@.service
+means all instances.
+.Ar USER/ ,
+by name or number, means a unit of this user's service manager: the user decides what runs there.
+The unit does not have to run or to exist: its control group is recognised when it is made, and again after a restart.
+A unit of the system counts only in slices, where root alone can make it; a container cannot take its name.
+.Pp
+What the unit sends before the filter knows it, some milliseconds after its control group was made, goes through the proxy, and
+such a connection breaks when the filter knows the unit.
+Sockets that systemd has opened for the unit
+.Pq Xr systemd.socket 5
+belong to systemd and go through the proxy.
+Names are asked as with
+.Fl -exclude-uid .`,
+	},
+	{
+		Name: "exclude-exe", Arg: "PATH[,...]", Many: true, Live: true, Cmds: Up | Check, set: addExes,
+		Help: "programs, by path, that go without the proxy",
+		Man: `Programs, by the absolute path of the executable, whose connections and datagrams do not use the proxy.
+It is short for
+.Ql rule exe PATH direct
+before all other rules, and has the limits that
+.Xr viasocks.conf 5
+names: the program's traffic still passes through
+.Nm ,
+which opens the connections in its place; only TCP and UDP are carried; a new connection waits until its owner is found; a script
+is known by its interpreter; and a program can give itself another path.
+For a service use
+.Fl -exclude-unit ,
+for one run of a program
+.Ql viasocks exclude .`,
+	},
+	{
 		Name: "include", Arg: "NETWORK[,...]", Many: true, Live: true, Cmds: Up | Attach | Check,
 		set:  addNetworks(func(c *Config) *Selection { return &c.Host.Include }),
 		Help: "only these destinations go through the proxy",
@@ -300,6 +340,40 @@ and
 and use
 .Ql viasocks include .
 Without it only root may.`,
+	},
+	{
+		Name: "direct", Arg: "kernel|carry", Default: "kernel", Live: true, Cmds: Up | Check, set: setDirect,
+		Help: "who applies rules that let networks and ports out directly",
+		Man: `Who lets out what rules with
+.Cm direct
+match.
+.Cm kernel :
+the kernel, for rules that name only networks, ports and protocol, if no rule before may decide otherwise about the same
+traffic.
+Such traffic of programs of this host never reaches
+.Nm ,
+costs it nothing, and is missing in
+.Cm flows
+and in all counters;
+.Cm status
+writes
+.Ql kernel
+before such rules.
+It goes on if
+.Nm
+is killed, until
+.Cm down .
+Names that stand for addresses, port 53, multicast, containers, and more than 64 combinations of network, port and protocol
+remain with
+.Nm ,
+and so does everything with
+.Fl -decisions
+and
+.Fl -sniff Cm name .
+Connections that are open when a reload adds or removes such a rule end if they would go another way.
+.Cm carry :
+always
+.Nm .`,
 	},
 	{
 		Name: "members-exclude", Cmds: Up | Check, set: boolean(func(c *Config) *bool { return &c.Host.MembersExclude }),

@@ -342,6 +342,7 @@ func (c *Config) finish(env []string) error {
 	if err := c.finishHost(); err != nil {
 		return err
 	}
+	c.Rules = append(c.excludeExes, c.Rules...)
 	if err := c.checkRules(); err != nil {
 		return err
 	}

@@ -23,6 +23,13 @@ func oneOf(field func(*Config) *string, words ...string) func(*Config, value) er
 	}
 }
 
+func setDirect(c *Config, v value) error {
+	var word string
+	err := oneOf(func(*Config) *string { return &word }, "kernel", "carry")(c, v)
+	c.Host.DirectCarry = word == "carry"
+	return err
+}
+
 func setResolved(c *Config, v value) error {
 	var word string
 	err := oneOf(func(*Config) *string { return &word }, "auto", "off")(c, v)
@@ -69,20 +76,23 @@ func addNetworks(sel func(*Config) *Selection) func(*Config, value) error {
 }
 
 func addUIDs(sel func(*Config) *Selection) func(*Config, value) error {
-	return listOf(func(c *Config) *[]Range[uint32] { return &sel(c).UIDs }, func(s string) (Range[uint32], string) {
-		if r, ok := parseRange[uint32](s, 32); ok && r.Last < 1<<32-1 {
-			return r, ""
-		}
-		if s != "" && (s[0] < '0' || s[0] > '9') {
-			if u, err := user.Lookup(s); err == nil {
-				if r, ok := parseRange[uint32](u.Uid, 32); ok {
-					return r, ""
-				}
+	return listOf(func(c *Config) *[]Range[uint32] { return &sel(c).UIDs }, parseUIDs)
+}
+
+// parseUIDs parses a user or a range of numbers, or says why it cannot.
+func parseUIDs(s string) (Range[uint32], string) {
+	if r, ok := parseRange[uint32](s, 32); ok && r.Last < 1<<32-1 {
+		return r, ""
+	}
+	if s != "" && (s[0] < '0' || s[0] > '9') {
+		if u, err := user.Lookup(s); err == nil {
+			if r, ok := parseRange[uint32](u.Uid, 32); ok {
+				return r, ""
 			}
-			return Range[uint32]{}, "there is no user " + strconv.Quote(s)
 		}
-		return Range[uint32]{}, strconv.Quote(s) + " is neither a user nor a range of numbers like 1000-1999"
-	})
+		return Range[uint32]{}, "there is no user " + strconv.Quote(s)
+	}
+	return Range[uint32]{}, strconv.Quote(s) + " is neither a user nor a range of numbers like 1000-1999"
 }
 
 func addPorts(sel func(*Config) *Selection) func(*Config, value) error {

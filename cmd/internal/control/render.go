@@ -88,7 +88,11 @@ func statusRoutes(b *strings.Builder, s *Status) {
 	b.WriteString("\nrules, and how often they decided\n")
 	table(b, func(w io.Writer) {
 		for _, r := range s.Rules {
-			fmt.Fprintf(w, "  %s\t%s\n", count(r.Hits), Plain(r.Rule))
+			hits := count(r.Hits)
+			if r.Kernel {
+				hits = "kernel"
+			}
+			fmt.Fprintf(w, "  %s\t%s\n", hits, Plain(r.Rule))
 		}
 	})
 }

@@ -46,7 +46,7 @@ func sample() Status {
 			{Name: "far", URL: "socks5://[2001:db8::1]:1080", TCP: "down", UDP: "not tried", Failed: 4},
 			{Name: "direct", TCP: "ok", UDP: "ok", Granted: 3, LatencyMS: 1.5},
 		},
-		Rules: []Rule{{"port 25 reject", 12}, {"dst 203.0.113.0/24 direct", 0}, {"default", 1234567}},
+		Rules: []Rule{{"port 25 reject", 12, false}, {"dst 203.0.113.0/24 direct", 0, true}, {"default", 1234567, false}},
 		DNS:   []string{"fake", "1.1.1.1:53", "9.9.9.9:53"},
 		TCP:   TCP{Now: 42, Pending: 3, Total: 10816, Refused: 17, SecondTries: 1005, SecondOpened: 4},
 		UDP: UDP{Now: 5, Total: 321, Reassociated: 2, Refused: 9, GSO: "off",

@@ -133,8 +133,9 @@ type Member struct {
 
 // Rule is a rule and how often it decided, in TCP connections and datagrams.
 type Rule struct {
-	Rule string `json:"rule"`
-	Hits uint64 `json:"hits"`
+	Rule   string `json:"rule"`
+	Hits   uint64 `json:"hits"`
+	Kernel bool   `json:"kernel,omitempty"` // the kernel applies it: what it lets out is not counted
 }
 
 // TCP counts connections.

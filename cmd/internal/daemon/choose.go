@@ -49,7 +49,7 @@ func programLines(all []kernel.Program, c kernel.Choice) (lines []string) {
 		if p.Choice != c {
 			continue
 		}
-		line := "of unit " + p.Unit
+		line := "of unit " + p.Unit + ", which runs in control group " + p.Group
 		if p.Unit == "" {
 			line = "of a program in control group " + p.Group
 			if len(p.PIDs) > 0 {

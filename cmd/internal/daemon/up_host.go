@@ -41,6 +41,11 @@ func kernelConfig(cfg *config.Config, log *slog.Logger) kernel.Config {
 		Log: log,
 	}
 	k.Direct = hasDirect(cfg) || cfg.AsksDirect()
+	k.Reserved = slices.Concat(flow.Ours[:], cfg.Fake.Pools())
+	_, k.Straight = straight(cfg)
+	for _, x := range h.ExcludeUnits {
+		k.Units = append(k.Units, kernel.Unit(x))
+	}
 	for _, p := range tunAddrs {
 		k.TUNAddrs = append(k.TUNAddrs, p.Addr())
 	}
@@ -183,6 +188,9 @@ func fillChoices(s *control.Status, cfg *config.Config) {
 		s.Host.Kept = append(s.Host.Kept, "answers of UDP port "+r.String()+", whatever it has sent")
 	}
 	s.Host.Excluded = selectionLines(c.Exclude)
+	for _, x := range c.ExcludeUnits {
+		s.Host.Excluded = append(s.Host.Excluded, "of unit "+kernel.Unit(x).String())
+	}
 	switch {
 	case c.LAN == "direct" && !c.Strict:
 		s.Host.Excluded = append(s.Host.Excluded, "private networks that the host is connected to")
@@ -203,6 +211,12 @@ func (h *host) fill(s *control.Status, cfg *config.Config) {
 	programs := h.Programs()
 	s.Host.Steered = append(s.Host.Steered, programLines(programs, kernel.IncludeProgram)...)
 	s.Host.Excluded = append(s.Host.Excluded, programLines(programs, kernel.ExcludeProgram)...)
+	at, _ := straight(cfg)
+	for _, i := range at {
+		if i < len(s.Rules) {
+			s.Rules[i].Kernel = true
+		}
+	}
 	s.Warnings = append(s.Warnings, h.Warnings()...)
 	refused, err := h.Counters()
 	if err != nil {

@@ -38,7 +38,8 @@ var samples = map[string]string{
 	"include-device": "eth8",
 	"include-cgroup": "b.slice", "strict": "", "fail-open": "", "stay-closed": "", "confirm": "1m", "wait": "",
 	"takeover": "", "takeover-limit": "5m", "dry-run": "",
-	"control-group": "0", "members-exclude": "", "resolved": "off",
+	"control-group": "0", "members-exclude": "", "direct": "carry",
+	"exclude-unit": "chrony.service", "exclude-exe": "/usr/bin/true", "resolved": "off",
 	"tun": "other0", "mark": "0x100/0xff00", "nft-table": "other", "priority": "8000", "table": "77", "log-level": "warn",
 	"log-file": "FILE", "state-dir": "/run/other", "metrics": "unix:/run/other/metrics.sock",
 }

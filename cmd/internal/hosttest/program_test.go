@@ -356,3 +356,12 @@ func (w *world) groupOf(pid int) string {
 	w.t.Fatalf("process %d has no group: %s", pid, b)
 	return ""
 }
+
+func containsAll(s string, words ...string) bool {
+	for _, x := range words {
+		if !strings.Contains(s, x) {
+			return false
+		}
+	}
+	return true
+}
