@@ -153,6 +153,7 @@ type Config struct {
 	Listen       []incoming.Spec // run
 	OnPort       string          // run: a program; empty: none
 	RunAs        *RunAs          // run; nil: the caller
+	Container    string          // attach, down: the beginning of its id
 	NetNS        string          // run, attach, down: a network namespace of ip-netns(8); empty: run makes one
 	TUN          string
 	Mark, Mask   uint32

@@ -91,6 +91,7 @@ var optionGroups = []struct {
 	{"Faster connections to the proxy", tuningOptions},
 	{"Rules", ruleOptions},
 	{"The whole host", hostOptions},
+	{"A container", attachOptions},
 	{"Finding faults", doctorOptions},
 	{"Capturing packets", captureOptions},
 	{"Log, output and files", logOptions},

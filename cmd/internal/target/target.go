@@ -1,4 +1,5 @@
-// Package target finds the network namespace that the user means: that of a process or a named one.
+// Package target finds the network namespace that the user means: that of a process or
+// a container, or a named one.
 package target
 
 import (
@@ -28,6 +29,9 @@ const namespaces = "/run/netns"
 func Find(cfg *config.Config) (Target, error) {
 	if cfg.PID != 0 {
 		return ofProcess(cfg.PID)
+	}
+	if cfg.Container != "" {
+		return ofContainer(cfg.Container)
 	}
 	return open(filepath.Join(namespaces, cfg.NetNS), "network namespace "+cfg.NetNS)
 }
