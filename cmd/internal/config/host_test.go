@@ -15,11 +15,11 @@ func TestHostDefaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := (Host{LAN: "direct", Resolved: true, Inbound: "keep", NFTable: "viasocks", Priority: 9000,
-		ControlGroup: -1}); !reflect.DeepEqual(
-		c.Host,
-		want,
-	) {
+	want := Host{
+		LAN: "direct", Resolved: true, Inbound: "keep", NFTable: "viasocks", Priority: 9000, ControlGroup: -1,
+		TakeoverLimit: time.Hour,
+	}
+	if !reflect.DeepEqual(c.Host, want) {
 		t.Errorf("%+v", c.Host)
 	}
 	if !c.Host.Exclude.Empty() || !c.Host.Include.Empty() {
