@@ -19,11 +19,11 @@ type engine struct {
 	listen6 *listener
 	strays  sync.WaitGroup // goroutines that end connections which have no owner
 	peak    atomic.Int64   // the most streams at any time
-	past    verdicts       // totals of the engines before it
+	past    tally          // totals of the engines before it
 }
 
-// verdicts counts the frames that gVisor itself found to be wrong, and the segments that it sent again.
-type verdicts struct{ malformed, checksum, retransmits uint64 }
+// tally counts the frames that gVisor itself found to be wrong, and the segments that it sent again.
+type tally struct{ malformed, checksum, retransmits uint64 }
 
 func (s *shard) newEngine() (*engine, error) {
 	e := &engine{link: newLink(s)}
@@ -54,9 +54,9 @@ func (e *engine) destroy() {
 	e.strays.Wait()
 }
 
-func (e *engine) verdicts() verdicts {
+func (e *engine) tally() tally {
 	gv := e.ns.Stats()
-	return verdicts{
+	return tally{
 		e.past.malformed + gv.IP.MalformedPacketsReceived.Value() + gv.TCP.InvalidSegmentsReceived.Value(),
 		e.past.checksum + gv.TCP.ChecksumErrors.Value(),
 		e.past.retransmits + gv.TCP.Retransmits.Value(),
@@ -115,7 +115,7 @@ func (s *shard) replace(old, next *engine) bool {
 		!old.empty() {
 		return false
 	}
-	next.past = old.verdicts()
+	next.past = old.tally()
 	s.engine.Store(next)
 	return true
 }

@@ -8,11 +8,11 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 )
 
-// verdict tells what to do with a frame.
-type verdict uint8
+// disposition tells what to do with a frame.
+type disposition uint8
 
 const (
-	toGVisor verdict = iota
+	toGVisor disposition = iota
 	dropMalformed
 	dropICMP
 	dropMulticast
@@ -34,7 +34,7 @@ const (
 //
 // inspect checks only what gVisor would get wrong: gVisor answers echo requests for the whole Internet, treats
 // super-frames of UDP as one datagram, and does not check the offload header.
-func inspect(h *tun.Header, b []byte, p *packet) (v verdict, hdr int) {
+func inspect(h *tun.Header, b []byte, p *packet) (d disposition, hdr int) {
 	if !headerOK(h, len(b)) {
 		return dropMalformed, 0
 	}
@@ -72,7 +72,7 @@ func headerOK(h *tun.Header, n int) bool {
 }
 
 // inspectTransport checks the transport header, which begins at off.
-func inspectTransport(h *tun.Header, b []byte, off int, proto byte, frag bool) (verdict, int) {
+func inspectTransport(h *tun.Header, b []byte, off int, proto byte, frag bool) (disposition, int) {
 	gso := h.GSOType &^ tun.GSOECN
 	switch proto {
 	case protoTCP:

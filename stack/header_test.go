@@ -3,7 +3,7 @@ package stack
 import "github.com/viasocks/viasocks/tun"
 
 // inspectFrame is inspect of a frame.
-func inspectFrame(h *tun.Header, b []byte) (verdict, int) {
+func inspectFrame(h *tun.Header, b []byte) (disposition, int) {
 	p, ok := parseIP(b)
 	if !ok {
 		return dropMalformed, 0

@@ -80,7 +80,7 @@ func (s *shard) addTo(st *Stats) {
 	st.Pending += c.pending.Load()
 	st.Streams += c.streams.Load()
 	if e := s.engine.Load(); e != nil {
-		v := e.verdicts()
+		v := e.tally()
 		st.DroppedMalformed += v.malformed
 		st.DroppedChecksum += v.checksum
 		st.TCPRetransmits += v.retransmits

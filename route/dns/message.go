@@ -48,17 +48,17 @@ type question struct {
 // isQuery reports whether q is a QUERY, as opposed to UPDATE, NOTIFY or another operation.
 func (q *question) isQuery() bool { return q.flags&maskOpcode == 0 }
 
-// verdict is the result of checking a message that may be a question.
-type verdict uint8
+// disposition is the result of checking a message that may be a question.
+type disposition uint8
 
 const (
-	accept  verdict = iota
-	silence         // not a question at all: no answer, so that we cannot be used as a reflector
-	answer          // answer with the rcode
+	accept  disposition = iota
+	silence             // not a question at all: no answer, so that we cannot be used as a reflector
+	answer              // answer with the rcode
 )
 
 // parseQuestion checks a message of the app. It never reads beyond the message and follows no pointers.
-func parseQuestion(msg []byte) (q question, v verdict, rcode uint16) {
+func parseQuestion(msg []byte) (q question, v disposition, rcode uint16) {
 	if len(msg) < headerLen || len(msg) > maxMessage {
 		return q, silence, 0
 	}

@@ -45,7 +45,7 @@ func TestParseQuestion(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
 		msg   []byte
-		v     verdict
+		v     disposition
 		rcode uint16
 		size  int
 	}{
@@ -78,7 +78,7 @@ func TestParseQuestion(t *testing.T) {
 	} {
 		q, v, rcode := parseQuestion(tt.msg)
 		if v != tt.v || rcode != tt.rcode || tt.size != 0 && q.size != tt.size {
-			t.Errorf("%s: verdict %d rcode %d size %d, want %d %d %d", tt.name, v, rcode, q.size, tt.v, tt.rcode, tt.size)
+			t.Errorf("%s: disposition %d rcode %d size %d, want %d %d %d", tt.name, v, rcode, q.size, tt.v, tt.rcode, tt.size)
 		}
 	}
 }
@@ -100,7 +100,7 @@ func TestTooLongName(t *testing.T) {
 	}
 	b = append(b, 0, 0, 1, 0, 1)
 	if _, v, rcode := parseQuestion(b); v != answer || rcode != rcodeFormat {
-		t.Errorf("a name of 321 bytes: verdict %d rcode %d", v, rcode)
+		t.Errorf("a name of 321 bytes: disposition %d rcode %d", v, rcode)
 	}
 }
 
