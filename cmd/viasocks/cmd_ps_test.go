@@ -284,7 +284,15 @@ func TestTopErrors(t *testing.T) {
 		if n > 0 {
 			instance(t, xdg, s.URL())
 		}
-		got := asked(t, xdg, "top", "--state-dir", t.TempDir()+"/none")
+		none := t.TempDir() + "/none"
+		for _, command := range []string{"top", "status", "flows"} {
+			got := asked(t, xdg, command, "--state-dir", none)
+			oneLine(t, got)
+			if !strings.HasPrefix(got, "exit 1\n") || !strings.Contains(got, "none is up in this network namespace with --state-dir "+none) {
+				t.Errorf("%d programs, %s: %s", n, command, got)
+			}
+		}
+		got := asked(t, xdg, "top")
 		oneLine(t, got)
 		cmd := viasocks("ps", "--json")
 		cmd.Env = append(cmd.Env, "XDG_RUNTIME_DIR="+xdg)

@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"os"
 	"time"
 
@@ -83,7 +85,19 @@ func ask(c *command, args, env []string, f func(*config.Config, *control.Client)
 		return 0, err
 	}
 	defer client.Close()
-	return exitOK, f(cfg, client)
+	return exitOK, noneThere(cfg, f(cfg, client))
+}
+
+// noneThere replaces the error that no viasocks is up here, if the user has said in which state directory to look.
+func noneThere(cfg *config.Config, err error) error {
+	if cfg.PID != 0 || !cfg.Given("state-dir") || !errors.Is(err, control.ErrNoDaemon) {
+		return err
+	}
+	return fmt.Errorf(
+		"cannot ask viasocks: none is up in this network namespace with --state-dir %s: give the directory that it was started with; "+
+			"'viasocks ps' lists programs under 'viasocks run', for --pid",
+		cfg.StateDir,
+	)
 }
 
 // clientOf returns a client of the viasocks that --pid selects, or of the daemon in this namespace.

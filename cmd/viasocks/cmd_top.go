@@ -15,7 +15,8 @@ var cmdTop = &command{
 	short: "watch upstreams, flows and their rates in the terminal",
 	about: `Show what viasocks carries as it happens: its upstreams with their health and latency, and its flows with program,
 destination, state, rate and age. The viasocks that is up in this network namespace is shown, or that of a program under
-'viasocks run' if it is the only one; --pid chooses one of several. Keys: s sorts, / filters, p pauses, ? helps, q quits.`,
+'viasocks run' if it is the only one and no --state-dir is given; --pid chooses one of several. Keys: s sorts, / filters,
+p pauses, ? helps, q quits.`,
 	run: func(c *command, args, env []string, std streams) (int, error) {
 		cfg, err := c.parse(args, env)
 		if err != nil {
@@ -28,6 +29,9 @@ destination, state, rate and age. The viasocks that is up in this network namesp
 		defer func() { client.Close() }()
 		if cfg.PID == 0 {
 			if _, err := client.Status(); errors.Is(err, control.ErrNoDaemon) {
+				if cfg.Given("state-dir") {
+					return 0, noneThere(cfg, err)
+				}
 				only, err := onlyInstance(cfg, env)
 				if err != nil {
 					return 0, err

@@ -203,5 +203,6 @@ type Config struct {
 	dnsCA         value
 	logLevelSet   bool
 	kept          map[string][]value // of the options that a reload does not change
+	given         map[string]bool    // options that have a value of the user
 	unknownVars   []string           // variables of the environment that look like ours, until finish
 }

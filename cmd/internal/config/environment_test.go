@@ -73,7 +73,7 @@ func sampleOf(t *testing.T, o *Option, dir string) string {
 // comparable leaves out where the values came from. Pools of certificates hold functions, so only whether there is one counts.
 func comparable(c *Config) Config {
 	d := *c
-	d.kept, d.proxyAt, d.passwordFiles = nil, value{}, nil
+	d.kept, d.given, d.proxyAt, d.passwordFiles = nil, nil, value{}, nil
 	d.proxyCA.where, d.dnsCA.where = "", ""
 	if d.DNSRoots != nil {
 		d.DNSRoots = x509.NewCertPool()

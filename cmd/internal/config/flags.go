@@ -155,13 +155,14 @@ func firstGiven(places ...[]value) []value {
 // build sets each option to the given value, or to its default. With running, options that a reload does not change
 // are taken from there.
 func (c *Config) build(given func(option string) []value, env []string, running *Config) error {
-	c.kept = map[string][]value{}
+	c.kept, c.given = map[string][]value{}, map[string]bool{}
 	for i := range Options {
 		o := &Options[i]
 		if !o.takes(c.Command) {
 			continue
 		}
 		vs := given(o.Name)
+		c.given[o.Name] = vs != nil
 		if vs == nil && o.Default != "" && !o.Soft {
 			vs = []value{{o.Name, o.Default, "--" + o.Name + " " + o.Default}}
 		}
@@ -185,6 +186,9 @@ func (c *Config) build(given func(option string) []value, env []string, running 
 	}
 	return c.finish(env)
 }
+
+// Given reports whether the user gave a value to an option, by a flag, in the environment or in the file.
+func (c *Config) Given(option string) bool { return c.given[option] }
 
 // apply sets an option of c to the given values.
 func (o *Option) apply(c *Config, vs []value) error {
