@@ -291,9 +291,10 @@ func (p *plane) start() {
 	p.stop = stop
 	p.ran.Go(func() { process.GiveBack(ctx, p.router.Ended, p.stack.Renew, p.log) })
 	p.ran.Go(func() { process.FollowLoad(ctx) })
-	ctx, p.stopPool = context.WithCancel(context.Background())
+	saving, stopPool := context.WithCancel(context.Background()) // not ctx, which the goroutines above read
+	p.stopPool = stopPool
 	if p.dial.pool != nil && p.poolFile != "" {
-		p.pooled.Go(func() { p.dial.pool.KeepFile(ctx, p.poolFile, p.log) })
+		p.pooled.Go(func() { p.dial.pool.KeepFile(saving, p.poolFile, p.log) })
 	}
 }
 
