@@ -94,8 +94,8 @@ func noneThere(cfg *config.Config, err error) error {
 		return err
 	}
 	return fmt.Errorf(
-		"cannot ask viasocks: none is up in this network namespace with --state-dir %s: give the directory that it was started with; "+
-			"'viasocks ps' lists programs under 'viasocks run', for --pid",
+		"cannot ask viasocks: none is up in this network namespace with --state-dir %s: give the directory that it was "+
+			"started with; 'viasocks ps' lists programs under 'viasocks run', for --pid",
 		cfg.StateDir,
 	)
 }
