@@ -24,8 +24,9 @@ var (
 	errURL = errors.New(
 		"it must read SCHEME://[user[:password]@]host[:port], with special characters of the password as %XX",
 	)
-	errScheme = errors.New("it must begin with socks5://, socks5h://, socks4://, socks4a://, http:// or https://")
-	errUnix   = errors.New(
+	errScheme = errors.New("it must begin with socks5:// (as in socks5://127.0.0.1:1080), socks5h://, socks4://, socks4a://, " +
+		"http:// or https://")
+	errUnix = errors.New(
 		"the path of a unix socket is needed, as in socks5+unix:///run/proxy.sock or socks5+unix://@abstract",
 	)
 	errZone     = errors.New("a link-local address needs its device: socks5://[fe80::1%25eth0]:1080")
@@ -53,7 +54,7 @@ func ParseServer(rawurl string) (Server, error) {
 func parseServer(rawurl string) (Server, error) {
 	scheme, rest, ok := strings.Cut(rawurl, "://")
 	if !ok {
-		return Server{}, errURL
+		return Server{}, errScheme
 	}
 	s, err := parseScheme(strings.ToLower(scheme))
 	if err != nil {

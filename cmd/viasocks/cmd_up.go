@@ -12,9 +12,9 @@ var cmdUp = &command{
 	name: "up", args: "[OPTION...]", takes: config.Up,
 	short: "send the whole host through the proxy until stopped; needs root",
 	about: `Send what the whole host sends through the proxy, until SIGTERM, SIGINT or 'viasocks down', and then undo it. Private
-networks that the host is connected to are reached directly, and answers to connections from outside (SSH) go back the
-way they came. If viasocks is killed the host stays closed until 'viasocks up' or 'viasocks down'. SIGHUP reads the
-configuration file again. Over SSH, try it with --confirm 60s first.`,
+networks that the host is connected to are reached directly, and connections from outside (SSH) are answered directly.
+If viasocks is killed the host stays closed until 'viasocks up' or 'viasocks down'. SIGHUP reads the configuration file
+again. Over SSH, try it with --confirm 60s first.`,
 	run: func(c *command, args, env []string, std streams) (int, error) {
 		// The arguments are needed again at a reload, but the originals are about to lose their passwords.
 		again := slices.Clone(args)

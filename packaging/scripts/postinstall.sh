@@ -29,7 +29,7 @@ fi
 systemctl daemon-reload || true
 
 # An upgrade while the host is carried. A stop would open the host for a moment; after SIGKILL it stays closed, and systemd
-# starts the new version a second later, which takes over. Connections from outside and past the proxy go on.
+# starts the new version a second later, which takes over. Connections from outside and those without the proxy go on.
 systemctl list-units --plain --no-legend --state=active 'viasocks.service' 'viasocks@*.service' 2>/dev/null |
 	while read -r unit _; do
 		echo "viasocks: $unit is restarted; the host stays closed meanwhile"

@@ -19,7 +19,7 @@ func (h *Host) Plan() ([]string, error) {
 	}
 	var out []string
 	for _, n := range h.c.direct(l.lan) {
-		out = append(out, "# past the proxy: private network "+n)
+		out = append(out, "# directly, without the proxy: private network "+n)
 	}
 	for _, t := range tables {
 		out = append(out, t.lines()...)

@@ -61,7 +61,7 @@ func look() (s found, err error) {
 				s.Addrs = append(s.Addrs, prefixOf(one.IPNet))
 			}
 		case a.Flags&net.FlagUp != 0:
-			return s, fmt.Errorf("it has the network device %s, by which the program could get past the proxy: "+
+			return s, fmt.Errorf("it has the network device %s, which the program could use to avoid the proxy: "+
 				"take one that has only lo, made by 'ip netns add'", a.Name)
 		}
 	}

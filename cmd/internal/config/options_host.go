@@ -55,7 +55,7 @@ To reach a network directly in any case, use
 		Help: "what becomes of answers to connections from outside",
 		Man: `How answers to connections from outside, such as SSH to this host, leave.
 .Cm keep :
-they go back the way the connections came, also for connections that were opened before
+they leave directly, by the device through which the connection came, also for connections that were opened before
 .Cm up .
 A datagram does not prove who sent it.
 Therefore a UDP port that has sent a datagram through the proxy of its own accord has no direct answers for an hour, unless

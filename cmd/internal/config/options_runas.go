@@ -56,7 +56,7 @@ must name a server that the proxy can reach, or 198.18.0.2.
 .Pp
 The namespace must have no network device besides
 .Li lo
-that is up, because the program could get past the proxy by it; otherwise nothing is started.
+that is up, because the program could use it to avoid the proxy; otherwise nothing is started.
 One
 .Nm
 at a time can use it.

@@ -174,8 +174,8 @@ func statusHost(b *strings.Builder, s *Status) {
 		b.WriteString("  systemd-resolved asks viasocks for names\n")
 	}
 	list(b, "through the proxy", s.Host.Steered)
-	list(b, "back the way they came", s.Host.Kept)
-	list(b, "past the proxy", s.Host.Excluded)
+	list(b, "answered directly", s.Host.Kept)
+	list(b, "directly, without the proxy", s.Host.Excluded)
 	counters(b, "packets that the filter refused", s.Host.Refused)
 }
 

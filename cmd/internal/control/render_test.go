@@ -58,7 +58,7 @@ func sample() Status {
 		Shards: Shards{Now: 4, HandedOver: 1203},
 		Host: Host{
 			TUN: "viasocks0", Table: 30323, Mark: "0x76000000/0xff000000", Resolved: true,
-			Steered: []string{"everything"}, Kept: []string{"answers to connections from outside"},
+			Steered: []string{"everything"}, Kept: []string{"connections from outside"},
 			Excluded: []string{"192.168.7.0/24 (connected private network)", "uid 998"},
 			Refused: []Counter{
 				{"refused_output", "bound to a device", 12, 800},

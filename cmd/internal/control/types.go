@@ -205,8 +205,8 @@ type Host struct {
 	Table    int       `json:"table"`
 	Mark     string    `json:"mark"`
 	Steered  []string  `json:"steered"`
-	Kept     []string  `json:"kept"`     // answered the way they came
-	Excluded []string  `json:"excluded"` // past the proxy
+	Kept     []string  `json:"kept"`     // answered directly
+	Excluded []string  `json:"excluded"` // directly, without the proxy
 	Refused  []Counter `json:"refused"`  // packets that the filter blocked
 	Resolved bool      `json:"resolved"` // systemd-resolved was told to ask viasocks for names
 }

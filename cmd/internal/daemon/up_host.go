@@ -163,7 +163,11 @@ func HostLines(cfg *config.Config) (lines []string) {
 	for _, l := range []struct {
 		what  string
 		lines []string
-	}{{"through the proxy", s.Host.Steered}, {"back the way they came", s.Host.Kept}, {"past the proxy", s.Host.Excluded}} {
+	}{
+		{"through the proxy", s.Host.Steered},
+		{"answered directly", s.Host.Kept},
+		{"directly, without the proxy", s.Host.Excluded},
+	} {
 		for _, line := range l.lines {
 			lines = append(lines, l.what+": "+line)
 		}
@@ -177,15 +181,15 @@ func fillChoices(s *control.Status, cfg *config.Config) {
 	if !c.Include.Empty() {
 		s.Host.Steered = selectionLines(c.Include)
 	}
-	s.Host.Kept = []string{"answers to connections from outside"}
+	s.Host.Kept = []string{"connections from outside"}
 	if c.Inbound == "carry" {
 		s.Host.Kept = nil
 		for _, d := range c.Exclude.Devices {
-			s.Host.Kept = append(s.Host.Kept, "answers to connections from outside by device "+d)
+			s.Host.Kept = append(s.Host.Kept, "connections from outside by device "+d)
 		}
 	}
 	for _, r := range c.InboundPorts {
-		s.Host.Kept = append(s.Host.Kept, "answers of UDP port "+r.String()+", whatever it has sent")
+		s.Host.Kept = append(s.Host.Kept, "UDP port "+r.String()+", whatever it has sent")
 	}
 	s.Host.Excluded = selectionLines(c.Exclude)
 	for _, x := range c.ExcludeUnits {

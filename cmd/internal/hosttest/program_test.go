@@ -82,15 +82,15 @@ func TestExcludedProgram(t *testing.T) {
 	plain := est.agent.fd
 	est.agent.fd = a.fd
 	o.mixed("up", chosen)
-	w.statusHas("past the proxy", fmt.Sprintf("process %d", a.pid))
+	w.statusHas("directly, without the proxy", fmt.Sprintf("process %d", a.pid))
 	d.kill()
 	o.mixed("killed", chosen)
 	d = w.up("--proxy", proxyURL)
 	o.mixed("taken over", chosen)
-	w.statusHas("past the proxy", fmt.Sprintf("process %d", a.pid))
+	w.statusHas("directly, without the proxy", fmt.Sprintf("process %d", a.pid))
 	d = w.takeOver(d, "--proxy", proxyURL)
 	o.mixed("taken over alive", chosen)
-	w.statusHas("past the proxy", fmt.Sprintf("process %d", a.pid))
+	w.statusHas("directly, without the proxy", fmt.Sprintf("process %d", a.pid))
 	est.agent.fd = plain
 	a.quit()
 	w.groupsGo("the program has ended")

@@ -96,7 +96,7 @@ func (x *statusTest) status() control.Status { return ask[control.Status](x.w, "
 var statusHost = control.Host{
 	TUN: tunName, Table: 30323, Mark: "0x76000000/0xff000000",
 	Steered: []string{"everything that is not named below"},
-	Kept:    []string{"answers to connections from outside"},
+	Kept:    []string{"connections from outside"},
 	Excluded: []string{
 		"to 198.51.100.77",
 		"to 203.0.113.16/28",
