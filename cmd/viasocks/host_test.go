@@ -366,9 +366,8 @@ func TestFailOpen(t *testing.T) {
 	for _, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGABRT} {
 		p := h.up("--proxy", h.proxy, "--fail-open")
 		p.cmd.Process.Signal(sig)
-		p.cmd.Wait()
+		p.wait() // for the guardian, too: it has the same standard error, and it holds the lock until it has undone all
 		h.same(sig.String(), before)
-		<-p.eof // the guardian has it too
 	}
 	// A stop that shall stay closed does.
 	p := h.up("--proxy", h.proxy, "--fail-open", "--stay-closed")
