@@ -287,6 +287,9 @@ must be the same, and the same
 is used.
 All other options, and the configuration file, may differ.
 If the new process cannot start, the old one carries on.
+A service of
+.Xr systemd 1
+ends when its process has handed over; a restart of the service does not use this option.
 If no
 .Nm
 is up, this is an ordinary start.`,

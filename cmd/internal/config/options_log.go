@@ -105,7 +105,10 @@ of
 .Xr systemd.service 5 :
 undo what a failed viasocks has left, if the configuration has
 .Fl -fail-open ,
-and leave the host closed otherwise.`,
+and leave the host closed otherwise.
+If another
+.Nm
+has taken over, nothing is undone.`,
 	},
 	{
 		Name: "state-dir", Arg: "DIR", Default: kernel.DefaultDir,

@@ -38,6 +38,10 @@ func Down(cfg *config.Config, environ []string, out io.Writer) error {
 	if err != nil {
 		return err
 	}
+	if cfg.AfterService && control.Locked(path) {
+		fmt.Fprintln(out, "another viasocks has taken over: nothing is undone")
+		return nil
+	}
 	if control.Locked(path) {
 		if err := stopDaemon(path); err != nil {
 			return err

@@ -291,6 +291,11 @@ func TestTakeoverEnds(t *testing.T) {
 	if err := second.wait(); err != nil { // some ten seconds after the sockets
 		t.Errorf("the second ended with %v", err)
 	}
+	// To systemd, a service whose process has handed over has ended.
+	out, err := try("host", nil, "env", "SERVICE_RESULT=signal", viasocks, "down", "--after-service", "--fail-open")
+	if err != nil || !strings.Contains(out, "nothing is undone") || !third.alive() {
+		t.Errorf("the end of the service has undone it: %v\n%s", err, out)
+	}
 	if err := third.stop(); err != nil {
 		t.Error(err)
 	}
