@@ -183,7 +183,11 @@ in
 .Xr viasocks.conf 5 .
 The word
 .Cm via
-makes a chain: the proxy is reached through another upstream.`,
+makes a chain: the proxy is reached through another upstream.
+.Pp
+At the start the proxy of
+.Fl -proxy
+must answer (if there is none, one of these); others that do not answer are a warning, and a refused login is always an error.`,
 	},
 	{
 		Name: "dns", Arg: "MODE[,MODE...]", Default: defaultDNS, Soft: true, Live: true, Cmds: all, set: setDNS,

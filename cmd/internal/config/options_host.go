@@ -255,6 +255,9 @@ when the network often comes later.
 .Nm
 tries again after one second, then after two, and so on up to every 30 seconds, and at once when the network
 changes; until the proxy works, all traffic to it is refused.
+It waits for the proxy of
+.Fl -proxy
+or, if there is none, for the first one that answers, and not for the others.
 .Cm status
 says what it waits for.
 Without this option,

@@ -72,6 +72,8 @@ type dialing struct {
 	// pool contains the addresses that stand for names; nil: there are none, whatever --dns says. It outlives the
 	// plane.
 	pool *dns.Pool
+	// absent remembers the upstreams that do not answer; nil: nobody asks for them.
+	absent *absent
 	// noIPv6 means that the programs have no IPv6.
 	noIPv6 bool
 }

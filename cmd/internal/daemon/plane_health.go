@@ -125,6 +125,8 @@ func (p *plane) checkUpstreams(ctx context.Context) []control.UpstreamHealth {
 		}
 		if all[i].Works = err == nil; err != nil {
 			all[i].Why = fmt.Sprint(err)
+		} else {
+			p.dial.absent.works(all[i].Name)
 		}
 	}
 	h.at, h.last = time.Now(), all

@@ -29,6 +29,7 @@ func resolverWords(cfg *config.Config) (words []string) {
 // fill adds what the data plane knows, for `up` and `run`.
 func (p *plane) fill(s *control.Status, cfg *config.Config, allowed *endpoints) {
 	fillUpstreams(s, cfg, p, allowed)
+	p.dial.absent.fill(s, cfg)
 	for _, r := range p.router.Rules() {
 		s.Rules = append(s.Rules, control.Rule{Rule: r.Rule, Hits: r.Hits})
 	}

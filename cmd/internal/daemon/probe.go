@@ -22,8 +22,15 @@ import (
 // probeTimeout limits the check of one proxy at the start. A user who waits longer would think that viasocks hangs.
 const probeTimeout = 10 * time.Second
 
+// othersTimeout is how long the upstreams that are not required have after the required one has answered.
+const othersTimeout = 3 * time.Second
+
 // probe checks all proxies once, at the same time: whether each can be reached, speaks its protocol and accepts the
 // credentials. It sends no request. The error is text for the user.
+//
+// The upstream of --proxy must work or, if there is none, at least one. Another one that does not answer is left to
+// dial.absent, because it may come back and not every flow needs it. A fault that will not pass by itself, such as a
+// wrong password, is an error whichever upstream has it.
 func probe(ctx context.Context, cfg *config.Config, dial dialing) error {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
@@ -51,23 +58,60 @@ func probe(ctx context.Context, cfg *config.Config, dial dialing) error {
 		return err
 	}
 	defer closeGroups(ups, nil)
-	ends := make([]chan []error, len(ups))
+	results := make(chan checked, len(ups)) // with a place for each, so that a late one blocks nobody
 	for i, u := range ups {
-		ends[i] = make(chan []error, 1)
-		u.client.Check(ctx, l, func(errs []error) { ends[i] <- errs })
+		u.client.Check(ctx, l, func(errs []error) { results <- checked{i, errs} })
 	}
-	var first error
-	for i, end := range ends {
-		if errs := <-end; errs != nil && first == nil { // the first server stands for all
-			first = explain(ups[i].Config.Server, errs[0])
-			cancel()
-		}
-	}
-	if cause := context.Cause(ctx); first != nil && cause != nil && !errors.Is(cause, context.Canceled) &&
+	why, err := collect(ups, results)
+	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) &&
 		!errors.Is(cause, context.DeadlineExceeded) {
 		return cause // a signal
 	}
-	return first
+	if err == nil {
+		for i, u := range ups {
+			dial.absent.note(u.Config, why[i])
+		}
+	}
+	return err
+}
+
+// checked is the result of the check of an upstream.
+type checked struct {
+	i    int     // the upstream
+	errs []error // of each of its servers; nil: it works
+}
+
+// collect waits for the results of the checks. It returns why each upstream does not work, nil for those that do, and
+// what makes it impossible to start; nil: nothing does.
+func collect(ups []upstream, results <-chan checked) (why []error, err error) {
+	required := slices.IndexFunc(ups, func(u upstream) bool { return u.Config.Name == config.DefaultUpstream })
+	for _, u := range ups {
+		silent := fmt.Errorf("cannot use the proxy %s: it has not answered within %v", u.Config.Server.Where(), othersTimeout)
+		why = append(why, &proxyFault{error: silent})
+	}
+	var enough <-chan time.Time // fires when the others have had their time
+	for left := len(ups); left > 0; left-- {
+		select {
+		case r := <-results:
+			if why[r.i] = nil; r.errs != nil {
+				why[r.i] = explain(ups[r.i].Config.Server, r.errs[0]) // the first server stands for all
+			}
+			if required == r.i && r.errs != nil {
+				return why, why[r.i]
+			}
+			if r.errs == nil && (required < 0 || required == r.i) && enough == nil {
+				enough = time.After(othersTimeout)
+			}
+		case <-enough:
+			left = 1
+		}
+	}
+	for _, err := range why {
+		if err != nil && (enough == nil || !mayCome(err)) {
+			return why, err
+		}
+	}
+	return why, nil
 }
 
 // proxyFault is why a proxy cannot be used, in words for the user.

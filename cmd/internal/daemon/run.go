@@ -100,7 +100,7 @@ func (e *env) beforeRun(ctx context.Context, cfg *config.Config) (d dialing, err
 	if err != nil {
 		return d, err
 	}
-	d = dialing{decisions: e.decisionsTo(), pool: pool}
+	d = dialing{decisions: e.decisionsTo(), pool: pool, absent: newAbsent(e.log)}
 	if err := probe(ctx, cfg, d); err != nil {
 		return d, err
 	}

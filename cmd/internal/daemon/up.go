@@ -201,7 +201,7 @@ func (u *up) run(ctx context.Context) (err error) {
 	u.allowed = newEndpoints(u.log)
 	u.allowed.configure(cfg.Upstreams)
 	u.dial = markedDialing(cfg.Mark, kernel.MarksFrom(cfg.Mark, cfg.Mask).Direct, u.allowed)
-	u.dial.comesBack, u.dial.decisions = u.loops.comesBack, u.decisionsTo()
+	u.dial.comesBack, u.dial.decisions, u.dial.absent = u.loops.comesBack, u.decisionsTo(), newAbsent(u.log)
 	if u.dial.pool, err = newPool(cfg, u.log); err != nil {
 		return err
 	}
