@@ -1,6 +1,7 @@
 package route
 
 import (
+	"net/netip"
 	"time"
 
 	"github.com/viasocks/viasocks/route/portmap"
@@ -9,16 +10,42 @@ import (
 
 var verdictPortMap = &verdict{kind: mapPort, rule: "portmap"}
 
-// ServePorts answers programs that ask flow.Gateway4 for a port by s. It may be called from any goroutine, once.
-func (r *Router) ServePorts(s *portmap.Server) { r.portmap.Store(s) }
+// ServePorts answers programs that ask flow.Gateway4 for a port by s, until end is called. It may be called from any
+// goroutine, once. Searches by SSDP arrive only if the stack hands them over: see stack.Config.
+func (r *Router) ServePorts(s *portmap.Server) (end func()) {
+	u := newUPnP(s)
+	r.portmap.Store(s)
+	r.upnp.Store(u)
+	return u.close
+}
 
 // Ports returns what ServePorts set, or nil.
 func (r *Router) Ports() *portmap.Server { return r.portmap.Load() }
 
+// isPortMap reports whether a datagram is for answerPortMap. Multicast gets no further, because no proxy may carry it.
+func (r *shard) isPortMap(dst netip.AddrPort) bool {
+	switch dst.Port() {
+	case portmap.Port:
+		return dst.Addr() == flow.Gateway4 && r.portmap.Load() != nil
+	case portmap.SSDPPort:
+		return dst == gatewayWeb && r.portmap.Load() != nil || dst == flow.SSDP
+	}
+	return false
+}
+
 // answerPortMap answers a request for a port. The caller holds udp.mu.
 func (r *shard) answerPortMap(w flow.PacketWriter, p *flow.Packet) {
-	if b := r.portmap.Load().Handle(p.Payload, p.Src, time.Now()); b != nil {
-		one := [1]flow.Packet{{Src: p.Dst, Dst: p.Src, Payload: b}}
+	s, src := r.portmap.Load(), p.Dst
+	var b []byte
+	switch {
+	case s == nil:
+	case src.Port() == portmap.Port:
+		b = s.Handle(p.Payload, p.Src, time.Now())
+	case p.Src.Addr().Is4():
+		b, src = s.Search(p.Payload, gatewayWeb), gatewayWeb
+	}
+	if b != nil {
+		one := [1]flow.Packet{{Src: src, Dst: p.Src, Payload: b}}
 		_, _ = w.WritePackets(one[:])
 	}
 }

@@ -22,6 +22,7 @@ type Router struct {
 	shards  []*shard                       // each with its streams and mappings
 	inbox   mailbox                        // of Run
 	portmap atomic.Pointer[portmap.Server] // answers programs that ask for ports; nil: nobody does
+	upnp    atomic.Pointer[upnp]           // the gateway's web server, with portmap
 
 	ran  atomic.Bool
 	over chan struct{} // closed when Run has returned

@@ -83,6 +83,10 @@ func (r *shard) handleStream(req flow.StreamRequest) {
 		r.turnAway(req, f, dest, verdictImpossible, flow.RefuseReset, "refused", errComesBack)
 		return
 	}
+	if u := r.upnp.Load(); u != nil && f.Dst == gatewayWeb {
+		r.takeStream(req, f, dest, u.verdict, nil)
+		return
+	}
 	if d := r.port53.server.Load(); d != nil && f.Dst.Port() == 53 && flow.OneHost(f.Dst.Addr()) {
 		p := r.policy.Load()
 		to, carried := d.Carries()

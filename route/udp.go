@@ -4,7 +4,6 @@ import (
 	"errors"
 	"time"
 
-	"github.com/viasocks/viasocks/route/portmap"
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
@@ -55,7 +54,7 @@ func (r *shard) classify(p *flow.Packet, now int64) *verdict {
 	if r.port53.server.Load() != nil && p.Dst.Port() == 53 && flow.OneHost(p.Dst.Addr()) {
 		return verdictResolve
 	}
-	if p.Dst.Port() == portmap.Port && p.Dst.Addr() == flow.Gateway4 && r.portmap.Load() != nil {
+	if r.isPortMap(p.Dst) {
 		return verdictPortMap
 	}
 	if r.cfg.Pool != nil && r.cfg.Pool.Contains(p.Dst.Addr()) && !r.host.isHost(p.Dst.Addr()) {

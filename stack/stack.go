@@ -38,6 +38,9 @@ type Config struct {
 	// Shards is the maximum number of parts into which the flows are divided; a device that cannot be divided has
 	// one. 0: the number of processors that the program uses. There are never more than 16.
 	Shards int
+	// SSDP hands the handler the datagrams to flow.SSDP, which must answer or drop them. Else they are dropped, as all
+	// multicast is.
+	SSDP bool
 }
 
 // Limits are the budgets for SYNs that wait for an answer. Zero means the default.
@@ -58,6 +61,7 @@ func (l Limits) withDefaults() Limits {
 type Stack struct {
 	dev       tun.Device // the whole device, to be closed
 	handler   Handler
+	ssdp      bool
 	log       *slog.Logger
 	keepalive atomic.Int64 // ns
 	shards    []*shard
@@ -94,7 +98,7 @@ func newStack(cfg Config) (*Stack, error) {
 	case cfg.Shards < 0:
 		return nil, errors.New("cannot make a stack: the number of shards is negative")
 	}
-	s := &Stack{dev: cfg.Device, handler: cfg.Handler, log: cfg.Log}
+	s := &Stack{dev: cfg.Device, handler: cfg.Handler, ssdp: cfg.SSDP, log: cfg.Log}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}

@@ -91,7 +91,7 @@ func (b *udpBatch) addUDP(p []byte, off int, h *tun.Header) {
 	} else {
 		src, dst = netip.AddrFrom16([16]byte(p[8:24])), netip.AddrFrom16([16]byte(p[24:40]))
 	}
-	if !b.s.carried(src, dst) {
+	if !b.s.carried(src, dst, dport) {
 		return
 	}
 
@@ -142,11 +142,14 @@ func (b *udpBatch) datagramSize(p, udp []byte, h *tun.Header) (size int, ok bool
 	}
 }
 
-// carried reports whether datagrams from src to dst are relayed at all, and counts them if they are not.
-func (s *shard) carried(src, dst netip.Addr) bool {
+// carried reports whether datagrams from src to dst go to the handler at all, and counts them if they do not.
+func (s *shard) carried(src, dst netip.Addr, port uint16) bool {
 	// Multicast and broadcast (local peer discovery, SSDP, mDNS, DHCP) are meant for the app's own link. A proxy
 	// would carry them to another link.
 	if dst.IsMulticast() || dst == broadcast {
+		if s.ssdp && dst == flow.SSDP.Addr() && port == flow.SSDP.Port() && flow.OneHost(src) {
+			return true
+		}
 		s.stats.udp.DroppedMulticast.Add(1)
 		return false
 	}

@@ -239,6 +239,24 @@ func TestUDPAddWrong(t *testing.T) {
 	}
 }
 
+// A search for devices reaches a handler that asked for it, and other multicast does not.
+func TestSSDP(t *testing.T) {
+	s, _, h := udpStack(0)
+	s.ssdp = true
+	b := s.shards[0].newUDPBatch()
+	for _, frame := range [][]byte{
+		rawUDP(app4, flow.SSDP, udpPay), rawUDP(app4, addr("239.255.255.250:1901"), udpPay),
+		rawUDP(app4, addr("239.192.152.143:1900"), udpPay),
+		rawUDP(addr("0.0.0.0:68"), flow.SSDP, udpPay),
+	} {
+		b.addFrame(frame, &tun.Header{})
+	}
+	b.flush()
+	if len(h.pkts) != 1 || h.pkts[0].Dst != flow.SSDP || s.Stats().UDP.DroppedMulticast != 3 {
+		t.Errorf("%v, %+v", h.pkts, s.Stats().UDP)
+	}
+}
+
 func (c udpAdd) test(t *testing.T) {
 	s, _, h := udpStack(0)
 	b := s.shards[0].newUDPBatch()

@@ -40,7 +40,7 @@ func (s *shard) handleSlowUDP(id gstack.TransportEndpointID, pkt *gstack.PacketB
 		return true
 	}
 	src, dst := addrFrom(id.RemoteAddress), addrFrom(id.LocalAddress)
-	if !s.carried(src, dst) {
+	if !s.carried(src, dst, id.LocalPort) {
 		return true
 	}
 

@@ -59,7 +59,7 @@ func (s *Server) natpmp(msg []byte, client netip.Addr, now time.Time) []byte {
 }
 
 func (s *Server) natpmpMap(msg []byte, client netip.Addr, now time.Time, head func(uint16) []byte) []byte {
-	k := key{UDP, client, binary.BigEndian.Uint16(msg[4:])}
+	k := key{UDP, client, binary.BigEndian.Uint16(msg[4:]), false}
 	if msg[1] == pmpTCP {
 		k.proto = TCP
 	}
@@ -72,7 +72,7 @@ func (s *Server) natpmpMap(msg []byte, client netip.Addr, now time.Time, head fu
 	switch {
 	case life == 0: // port 0: all of the protocol (section 3.4)
 		for have := range s.ports {
-			if have.proto == k.proto && have.client == client && (k.port == 0 || have.port == k.port) {
+			if !have.igd && have.proto == k.proto && have.client == client && (k.port == 0 || have.port == k.port) {
 				s.drop(have)
 			}
 		}

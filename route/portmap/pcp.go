@@ -110,7 +110,7 @@ func pcpOptions(b []byte) (strict bool, result byte) {
 func (s *Server) pcpMap(msg []byte, client netip.Addr, strict bool, now time.Time, fail func(byte) []byte) []byte {
 	body := msg[pcpHeadLen:]
 	nonce := [12]byte(body[:12])
-	k := key{Proto(body[12]), client, binary.BigEndian.Uint16(body[16:])}
+	k := key{Proto(body[12]), client, binary.BigEndian.Uint16(body[16:]), false}
 	suggested, life := binary.BigEndian.Uint16(body[18:]), binary.BigEndian.Uint32(msg[4:])
 	if have := s.ports[k]; have != nil && have.pcp && have.nonce != nonce {
 		return fail(pcpNotAuthorized)

@@ -1,6 +1,8 @@
 package portmap
 
 import (
+	"crypto/rand"
+	"fmt"
 	"net/netip"
 	"sync"
 	"time"
@@ -54,8 +56,9 @@ type Backend interface {
 
 // Server answers requests. Its methods may be called from any goroutine.
 type Server struct {
-	back  Backend
-	start time.Time
+	back              Backend
+	start             time.Time
+	uuid, description string // of UPnP
 
 	mu    sync.Mutex
 	count Counters[uint64]
@@ -64,7 +67,7 @@ type Server struct {
 
 // Counters count requests; see package count.
 type Counters[T any] struct {
-	Mapped    T `metric:"portmap_requests_total" label:"result=mapped" help:"Requests of programs for a port (NAT-PMP, PCP)."`
+	Mapped    T `metric:"portmap_requests_total" label:"result=mapped" help:"Requests of programs for a port (NAT-PMP, PCP, UPnP)."`
 	Refused   T `metric:"portmap_requests_total" label:"result=refused"`
 	Malformed T `metric:"portmap_requests_total" label:"result=malformed"`
 	Waiting   T `metric:"portmap_requests_total" label:"result=not_known_yet"`
@@ -74,6 +77,7 @@ type key struct {
 	proto  Proto
 	client netip.Addr
 	port   uint16
+	igd    bool // asked for by UPnP
 }
 
 // mapping is a port that a program has.
@@ -83,11 +87,15 @@ type mapping struct {
 	until  time.Time
 	outer  netip.AddrPort
 	filled bool
+	text   string // of UPnP
 }
 
 // New returns a Server. now is when its epoch begins.
 func New(b Backend, now time.Time) *Server {
-	return &Server{back: b, start: now, ports: map[key]*mapping{}}
+	var id [16]byte
+	_, _ = rand.Read(id[:])
+	uuid := fmt.Sprintf("uuid:%x-%x-%x-%x-%x", id[:4], id[4:6], id[6:8], id[8:10], id[10:])
+	return &Server{back: b, start: now, uuid: uuid, description: describe(uuid), ports: map[key]*mapping{}}
 }
 
 // Stats returns the counters. s may be nil.

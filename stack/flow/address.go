@@ -31,6 +31,9 @@ var (
 	Outside6 = netip.MustParseAddr("fd76:6961:736f:636b::3")
 )
 
+// SSDP is where programs search for devices of UPnP, such as gateways.
+var SSDP = netip.MustParseAddrPort("239.255.255.250:1900")
+
 // metadata is the address at which clouds tell a machine about itself, including credentials. Behind a proxy it would
 // be the proxy's machine.
 var metadata = netip.MustParseAddr("169.254.169.254")

@@ -41,12 +41,18 @@ Most other servers do not know BIND.
 This is logged once and shown by
 .Cm status ,
 and they are asked again every ten minutes.
-With this option the program has a gateway, 198.18.0.2, which answers NAT-PMP and PCP (RFC 6886, RFC 6887).
+With this option the program has a gateway, 198.18.0.2, which answers NAT-PMP and PCP (RFC 6886, RFC 6887), and UPnP
+(InternetGatewayDevice:1) at its TCP port 1900.
+Searches for it by multicast are answered there and go no further.
 It says at which port and address of the proxy a port of this option is reached, and refuses others.
 .Cm auto
 allows the program to ask for any TCP port, up to 32 of them, and BINDs are made for those that it asks for.
-A port is given for two minutes at most, so that the program soon learns of another port at the proxy by asking again, and
-ends if it does not ask.
+By NAT-PMP and PCP a port is given for two minutes at most, so that the program soon learns of another port at the proxy by
+asking again, and ends if it does not ask.
+By UPnP a program chooses the port at the proxy and the time.
+If the proxy gives another port, the request fails with the error 718, unless the program accepts any port
+(AddAnyPortMapping).
+UPnP cannot tell the program that the port at the proxy has become another one; the list of ports shows the present one.
 Requests for a UDP port are refused.
 .Pp
 UDP needs no such option: datagrams from unknown senders are delivered if the proxy passes them on.`,

@@ -126,6 +126,7 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 	h := &handler{}
 	if p.stack, err = stack.New(stack.Config{
 		Device: dev, Handler: h, Sockets: sockets, Log: log, Shards: shardsFor(len(p.loops)),
+		SSDP: len(cfg.Listen) > 0,
 	}); err != nil {
 		return nil, err
 	}

@@ -35,8 +35,9 @@ func startListening(cfg *config.Config, p *plane, environ []string, log *slog.Lo
 	if i := slices.IndexFunc(cfg.Listen, incoming.Spec.Auto); i >= 0 {
 		auto = &cfg.Listen[i]
 	}
-	p.router.ServePorts(portmap.New(incoming.NewMapper(m, auto), time.Now()))
+	endPorts := p.router.ServePorts(portmap.New(incoming.NewMapper(m, auto), time.Now()))
 	return func() {
+		endPorts()
 		m.Close()
 		endHook()
 	}

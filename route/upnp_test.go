@@ -1,0 +1,93 @@
+package route
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/viasocks/viasocks/route/portmap"
+	"github.com/viasocks/viasocks/stack/flow"
+	"github.com/viasocks/viasocks/stack/testkit"
+)
+
+// wholeProxy says that its address is known.
+type wholeProxy struct{ portmap.Backend }
+
+func (wholeProxy) External() (netip.Addr, portmap.State) {
+	return netip.MustParseAddr("203.0.113.1"), portmap.Works
+}
+
+const search = "M-SEARCH * HTTP/1.1\r\nST: ssdp:all\r\nMAN: \"ssdp:discover\"\r\n\r\n"
+
+// A search by multicast, and one to the gateway itself, is answered from the gateway, and goes to no upstream.
+func TestSearch(t *testing.T) {
+	testkit.CheckLeaks(t)
+	var u manualUpstream
+	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p"}, nil)
+	const app = "198.18.0.1:5000"
+	g.send(app, flow.SSDP.String(), search) // nobody answers yet
+	t.Cleanup(g.ServePorts(portmap.New(wholeProxy{}, time.Now())))
+	g.send(app, flow.SSDP.String(), search, "NOTIFY * HTTP/1.1\r\n\r\n")
+	g.send(app, gatewayWeb.String(), search)
+	got := g.w.packets()
+	if len(got) != 2 {
+		t.Fatalf("%d answers", len(got))
+	}
+	for _, p := range got {
+		if p.Src != gatewayWeb || p.Dst.String() != app || !strings.Contains(string(p.Payload), "http://198.18.0.2:1900/") {
+			t.Errorf("%v to %v: %s", p.Src, p.Dst, p.Payload)
+		}
+	}
+	if len(g.w.refusals()) != 0 || u.count() != 0 {
+		t.Errorf("%v, %d associations", g.w.refusals(), u.count())
+	}
+}
+
+// The gateway answers HTTP to a few connections, and its end closes them.
+func TestGatewayWeb(t *testing.T) {
+	testkit.CheckLeaks(t)
+	var u manualUpstream
+	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p"}, nil)
+	end := g.ServePorts(portmap.New(wholeProxy{}, time.Now()))
+	var all []*fakeRequest
+	for i := range maxUPnP + 1 {
+		q := newRequest(netip.AddrPortFrom(flow.TUN4, uint16(40000+i)).String(), gatewayWeb.String())
+		g.HandleStream(q)
+		all = append(all, q)
+	}
+	for i, q := range all {
+		testkit.Eventually(t, "the outcome", func() bool {
+			accepted, rejected, s := q.outcome()
+			return accepted && s != nil && i < maxUPnP || len(rejected) == 1 && rejected[0] == flow.RefuseReset && i == maxUPnP
+		})
+	}
+	_, _, s := all[0].outcome()
+	s.send("GET /rootDesc.xml HTTP/1.1\r\nHost: 198.18.0.2:1900\r\n\r\n", false)
+	testkit.Eventually(t, "the description", func() bool {
+		got, _ := s.received()
+		return strings.HasPrefix(got, "HTTP/1.1 200 OK\r\n") && strings.HasSuffix(got, "</root>")
+	})
+	end()
+	end()
+	for _, q := range all[:maxUPnP] {
+		_, _, s := q.outcome()
+		testkit.Eventually(t, "the end", func() bool { _, fin := s.received(); return fin || s.isAborted() })
+	}
+	late := newRequest("198.18.0.1:50000", gatewayWeb.String())
+	g.HandleStream(late)
+	testkit.Eventually(t, "the end of a late one", func() bool {
+		_, rejected, s := late.outcome()
+		if s == nil {
+			return len(rejected) > 0
+		}
+		_, fin := s.received()
+		return fin || s.isAborted()
+	})
+}
+
+func (s *fakeStream) isAborted() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.aborted
+}
