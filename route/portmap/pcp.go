@@ -140,6 +140,10 @@ func (s *Server) pcpMap(msg []byte, client netip.Addr, strict bool, now time.Tim
 		s.drop(k)
 		return fail(pcpCannotProvide)
 	}
+	if state == Works && !m.outer.IsValid() { // the port is known, and the address cannot be
+		s.drop(k)
+		return fail(pcpNetworkFailure)
+	}
 	if state != Works && state != Wait {
 		return fail(pcpResults[state])
 	}

@@ -144,17 +144,18 @@ type Config struct {
 	Offload      tun.Mode
 	UDPGSO       relay.GSO
 	KeepProxyEnv bool
-	Publish      []publish.Spec  // run
-	ReachHost    ReachHost       // run
-	Name         string          // run: for ps and exec
-	Instance     string          // exec: the name or process id of a viasocks
-	ReadyFD      int             // run: gets a line when the program has its network; -1: none
-	PIDFile      string          // run; empty: none
-	Listen       []incoming.Spec // run
-	OnPort       string          // run: a program; empty: none
-	RunAs        *RunAs          // run; nil: the caller
-	Container    string          // attach, down: the beginning of its id
-	NetNS        string          // run, attach, down: a network namespace of ip-netns(8); empty: run makes one
+	Publish      []publish.Spec       // run
+	ReachHost    ReachHost            // run
+	Name         string               // run: for ps and exec
+	Instance     string               // exec: the name or process id of a viasocks
+	ReadyFD      int                  // run: gets a line when the program has its network; -1: none
+	PIDFile      string               // run; empty: none
+	Listen       []incoming.Spec      // run
+	OnPort       string               // run: a program; empty: none
+	Forwarded    []incoming.Forwarded // run
+	RunAs        *RunAs               // run; nil: the caller
+	Container    string               // attach, down: the beginning of its id
+	NetNS        string               // run, attach, down: a network namespace of ip-netns(8); empty: run makes one
 	TUN          string
 	Mark, Mask   uint32
 	Table        int
@@ -206,3 +207,6 @@ type Config struct {
 	given         map[string]bool    // options that have a value of the user
 	unknownVars   []string           // variables of the environment that look like ours, until finish
 }
+
+// Gateway reports whether the program has a gateway that it can ask for ports.
+func (c *Config) Gateway() bool { return len(c.Listen)+len(c.Forwarded) > 0 }

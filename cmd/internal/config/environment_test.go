@@ -28,8 +28,8 @@ var sampleValues = map[string]string{
 	"dns-search": "lan.example", "dns-single-labels": "off", "pool": "3", "pipeline": "on", "log-level": "error",
 	"state-dir": "/run/vs",
 	"peer":      "vps.example:7000",
-	"on-port":   "/bin/sh",
-	"user":      "1:1", "netns": "blue",
+	"on-port":   "/bin/sh", "forwarded-port": "50000/udp",
+	"user": "1:1", "netns": "blue",
 }
 
 func sampleOf(t *testing.T, o *Option, dir string) string {

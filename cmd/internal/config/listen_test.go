@@ -39,3 +39,22 @@ func TestListen(t *testing.T) {
 		}
 	}
 }
+
+func TestForwardedPort(t *testing.T) {
+	for _, tt := range []struct{ args, err string }{
+		{"--forwarded-port 50000", ""},
+		{"--forwarded-port 203.0.113.9:50000/tcp --forwarded-port 50000/udp", ""},
+		{"--forwarded-port 50000 --forwarded-port 50000/udp", "given twice"},
+		{"--forwarded-port 0", "1 to 65535"},
+		{"--forwarded-port 50000/sctp", "not tcp or udp"},
+		{"--forwarded-port [2001:db8::1]:50000", "no IPv4 address"},
+	} {
+		c, err := Parse(Run, append(strings.Fields("--proxy socks5://h "+tt.args), "--", "true"), nil)
+		switch {
+		case tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)):
+			t.Errorf("%s: %v, want %q", tt.args, err, tt.err)
+		case tt.err == "" && (err != nil || !c.Gateway()):
+			t.Errorf("%s: %v", tt.args, err)
+		}
+	}
+}

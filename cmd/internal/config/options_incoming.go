@@ -53,9 +53,42 @@ By UPnP a program chooses the port at the proxy and the time.
 If the proxy gives another port, the request fails with the error 718, unless the program accepts any port
 (AddAnyPortMapping).
 UPnP cannot tell the program that the port at the proxy has become another one; the list of ports shows the present one.
-Requests for a UDP port are refused.
+Requests for a UDP port are refused, except for one of
+.Fl -forwarded-port .
 .Pp
 UDP needs no such option: datagrams from unknown senders are delivered if the proxy passes them on.`,
+	},
+	{
+		Name: "forwarded-port", Arg: "[ADDRESS:]PORT[/tcp|/udp]", Many: true, Cmds: Run | Check, set: addForwarded,
+		Help: "tell the program, when it asks its gateway, of a port that your provider forwards",
+		Man: `Tell the program of
+.Ar PORT ,
+which the provider of the proxy forwards to you by means of its own.
+The first port of the program for which it asks its gateway by NAT-PMP, PCP or UPnP gets it, as the port at which peers
+reach it; see
+.Fl -listen .
+.Cm status
+shows which one has it.
+Without
+.Li /tcp
+or
+.Li /udp
+it is told for both.
+.Ar ADDRESS
+is the IPv4 address that is told; without it, the proxy is asked by BIND, and if it does not know BIND, no address is told
+and PCP is refused.
+By UPnP the program must want just this port, so set it in the program if you can.
+A port with a
+.Fl -listen
+of its own is not concerned.
+.Pp
+This option only tells.
+No connection comes through SOCKS by itself: the provider's connections arrive where the provider sends them, and if that
+is this host,
+.Fl -publish
+.Ar ADDR : Ns Ar PORT : Ns Ar PORT
+takes them to the program, which then sees them come from a local address.
+Datagrams arrive by themselves only if the provider forwards the port to the association of the program at the proxy.`,
 	},
 	{
 		Name: "on-port", Arg: "COMMAND", Cmds: Run | Check, set: setOnPort,
@@ -92,6 +125,21 @@ func addListen(c *Config, v value) error {
 		return v.err("more than %d ports", maxListen)
 	}
 	c.Listen = append(c.Listen, s)
+	return nil
+}
+
+func addForwarded(c *Config, v value) error {
+	f, err := incoming.ParseForwarded(v.text)
+	if err != nil {
+		return v.err("must be [ADDRESS:]PORT[/tcp|/udp]: %v", err)
+	}
+	if slices.ContainsFunc(c.Forwarded, f.Overlaps) {
+		return v.err("it is given twice")
+	}
+	if len(c.Forwarded) == maxListen {
+		return v.err("more than %d ports", maxListen)
+	}
+	c.Forwarded = append(c.Forwarded, f)
 	return nil
 }
 

@@ -376,6 +376,17 @@ func renderListening(b *strings.Builder, l *Listening) {
 		}
 		b.WriteString("\n")
 	}
+	for _, f := range l.Forwarded {
+		fmt.Fprintf(b, "  forwarded by the provider: port %d/%s", f.Port, Plain(f.Proto))
+		if f.Addr != "" {
+			fmt.Fprintf(b, " of %s", Plain(f.Addr))
+		}
+		if f.Inner != 0 {
+			fmt.Fprintf(b, ", told to port %d of the program\n", f.Inner)
+		} else {
+			b.WriteString(", no program has asked\n")
+		}
+	}
 	fmt.Fprintf(b, "  peers %d accepted, %d refused by the program, %d with an impossible address\n", l.Accepted, l.Refused,
 		l.Bogus)
 }

@@ -29,6 +29,16 @@ type Listening struct {
 	Accepted uint64          `json:"accepted"`
 	Refused  uint64          `json:"refused"` // by the program
 	Bogus    uint64          `json:"bogus"`   // with an impossible address of the peer
+
+	Forwarded []ForwardedPort `json:"forwarded,omitempty"`
+}
+
+// ForwardedPort is a port of --forwarded-port.
+type ForwardedPort struct {
+	Addr  string `json:"address,omitempty"` // empty: the proxy's
+	Port  uint16 `json:"port"`
+	Proto string `json:"proto"`
+	Inner uint16 `json:"inner,omitempty"` // the program's port that was told about it; 0: none
 }
 
 // ListeningPort is one port of the program.

@@ -44,6 +44,7 @@ type plane struct {
 	health healthChecks
 	capturing
 	incoming atomic.Pointer[incoming.Manager] // nil: no peer can connect to a program
+	mapper   atomic.Pointer[incoming.Mapper]  // of incoming
 
 	programs *programs // of the flows, for those who list them
 
@@ -126,7 +127,7 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 	h := &handler{}
 	if p.stack, err = stack.New(stack.Config{
 		Device: dev, Handler: h, Sockets: sockets, Log: log, Shards: shardsFor(len(p.loops)),
-		SSDP: len(cfg.Listen) > 0,
+		SSDP: cfg.Gateway(),
 	}); err != nil {
 		return nil, err
 	}

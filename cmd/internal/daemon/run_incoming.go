@@ -16,9 +16,10 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// startListening lets peers behind the proxies connect to the program's ports (--listen) until end is called.
+// startListening lets peers behind the proxies connect to the program's ports (--listen), and tells programs of those that
+// are forwarded (--forwarded-port), until end is called.
 func startListening(cfg *config.Config, p *plane, environ []string, log *slog.Logger) (end func()) {
-	if len(cfg.Listen) == 0 {
+	if !cfg.Gateway() {
 		return func() {}
 	}
 	c := incoming.Config{
@@ -35,7 +36,9 @@ func startListening(cfg *config.Config, p *plane, environ []string, log *slog.Lo
 	if i := slices.IndexFunc(cfg.Listen, incoming.Spec.Auto); i >= 0 {
 		auto = &cfg.Listen[i]
 	}
-	endPorts := p.router.ServePorts(portmap.New(incoming.NewMapper(m, auto), time.Now()))
+	mapper := incoming.NewMapper(m, auto, cfg.Forwarded...)
+	p.mapper.Store(mapper)
+	endPorts := p.router.ServePorts(portmap.New(mapper, time.Now()))
 	return func() {
 		endPorts()
 		m.Close()
@@ -45,7 +48,7 @@ func startListening(cfg *config.Config, p *plane, environ []string, log *slog.Lo
 
 // gatewayOf returns the gateway that programs can ask for ports, if there are any. Without that, programs find no gateway.
 func gatewayOf(cfg *config.Config) (a netip.Addr) {
-	if len(cfg.Listen) > 0 {
+	if cfg.Gateway() {
 		a = flow.Gateway4
 	}
 	return a
@@ -83,5 +86,15 @@ func (p *plane) fillListening(s *control.Status) {
 			l.Outer = port.Outer.String()
 		}
 		s.Listening.Ports = append(s.Listening.Ports, l)
+	}
+	for _, f := range p.mapper.Load().Told() {
+		t := control.ForwardedPort{Port: f.Port, Proto: "tcp", Inner: f.Inner}
+		if f.Proto == portmap.UDP {
+			t.Proto = "udp"
+		}
+		if f.Addr.IsValid() {
+			t.Addr = f.Addr.String()
+		}
+		s.Listening.Forwarded = append(s.Listening.Forwarded, t)
 	}
 }

@@ -51,6 +51,25 @@ func TestNATPMP(t *testing.T) {
 	}
 }
 
+// TestForwardedPort: a program learns of the port that the user names, and status says which one has it. The proxy need not
+// know BIND.
+func TestForwardedPort(t *testing.T) {
+	needPrograms(t, "natpmpc", "upnpc")
+	a := startApp(t, "--proxy", listenSOCKS(t).URL(), "--forwarded-port", other4+":50000")
+	if got, _ := a.run("natpmpc", "-a", "6885", "6885", "udp", "600"); !strings.Contains(got, "Public IP address : "+other4) ||
+		!strings.Contains(got, "Mapped public port 50000 protocol UDP to local port 6885 liftime 120") {
+		t.Errorf("natpmpc: %s", got)
+	}
+	if got, _ := a.run("upnpc", "-i", "-a", "198.18.0.1", "6885", "50000", "TCP"); !strings.Contains(got,
+		other4+":50000 TCP is redirected to internal 198.18.0.1:6885") {
+		t.Errorf("upnpc: %s", got)
+	}
+	out, err := exec.Command(viasocks, "status", "--pid", strconv.Itoa(a.cmd.Process.Pid)).CombinedOutput()
+	if want := "port 50000/udp of " + other4 + ", told to port 6885 of the program"; err != nil || !strings.Contains(string(out), want) {
+		t.Errorf("status: %v: %s", err, out)
+	}
+}
+
 // run runs a program in the app's namespaces.
 func (a *app) run(name string, args ...string) (string, error) {
 	a.t.Helper()

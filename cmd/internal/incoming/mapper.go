@@ -24,13 +24,15 @@ type Mapper struct {
 	asking  bool
 	failed  portmap.State // Failed or Unsupported, if the last question for address failed
 	since   time.Time     // when it failed
+
+	forwarded []Told
 }
 
 var _ portmap.Backend = (*Mapper)(nil)
 
 // NewMapper returns the Mapper for the ports of m. auto is the Spec of --listen auto, or nil.
-func NewMapper(m *Manager, auto *Spec) *Mapper {
-	b := &Mapper{m: m, added: map[uint16]bool{}}
+func NewMapper(m *Manager, auto *Spec, forwarded ...Forwarded) *Mapper {
+	b := &Mapper{m: m, added: map[uint16]bool{}, forwarded: toldOf(forwarded)}
 	if auto != nil {
 		s := *auto
 		if s.Upstream == "" {
@@ -43,12 +45,17 @@ func NewMapper(m *Manager, auto *Spec) *Mapper {
 
 // Map implements portmap.Backend.
 func (b *Mapper) Map(proto portmap.Proto, port, suggested uint16) (netip.AddrPort, portmap.State) {
-	if proto != portmap.TCP {
-		return netip.AddrPort{}, portmap.Unsupported
-	}
 	b.m.mu.Lock()
 	defer b.m.mu.Unlock()
 	p := b.m.find(port)
+	if proto != portmap.TCP || p == nil { // for a port that has BINDs they are the better way
+		if at, state, ok := b.forward(proto, port); ok {
+			return at, state
+		}
+	}
+	if proto != portmap.TCP {
+		return netip.AddrPort{}, portmap.Unsupported
+	}
 	switch {
 	case p == nil && b.auto == nil:
 		return netip.AddrPort{}, portmap.Forbidden
@@ -79,10 +86,11 @@ func stateOf(err error) portmap.State {
 }
 
 // Unmap implements portmap.Backend. The ports of --listen stay.
-func (b *Mapper) Unmap(_ portmap.Proto, port uint16) {
+func (b *Mapper) Unmap(proto portmap.Proto, port uint16) {
 	b.m.mu.Lock()
 	defer b.m.mu.Unlock()
-	if b.added[port] {
+	b.unforward(proto, port)
+	if proto == portmap.TCP && b.added[port] {
 		delete(b.added, port)
 		b.m.remove(port)
 	}
@@ -92,6 +100,15 @@ func (b *Mapper) Unmap(_ portmap.Proto, port uint16) {
 func (b *Mapper) External() (netip.Addr, portmap.State) {
 	b.m.mu.Lock()
 	defer b.m.mu.Unlock()
+	return b.external()
+}
+
+func (b *Mapper) external() (netip.Addr, portmap.State) {
+	for _, f := range b.forwarded {
+		if f.Addr.IsValid() {
+			return f.Addr, portmap.Works
+		}
+	}
 	for _, p := range b.m.ports {
 		if p.outer.IsValid() {
 			b.address = p.outer.Addr()

@@ -2,6 +2,7 @@ package incoming
 
 import (
 	"errors"
+	"net/netip"
 	"testing"
 
 	"github.com/viasocks/viasocks/route/portmap"
@@ -67,4 +68,41 @@ func TestMapperAddress(t *testing.T) {
 		testkit.Eventually(t, "the error of a port", func() bool { _, state := b.Map(portmap.TCP, 7000, 0); return state == want })
 		m.Remove(7000)
 	}
+}
+
+// A forwarded port is told to one port of the program at a time, for each protocol, and needs no BIND.
+func TestForwarded(t *testing.T) {
+	s := &fakeServer{}
+	m, _ := start(t, s)
+	told := netip.MustParseAddrPort("203.0.113.9:50000")
+	b := NewMapper(m, nil, Forwarded{Addr: told.Addr(), Port: told.Port()})
+	for _, proto := range []portmap.Proto{portmap.TCP, portmap.UDP} {
+		for range 2 {
+			if outer, state := b.Map(proto, 7000, 1); outer != told || state != portmap.Works {
+				t.Errorf("%v: %v, %v", proto, outer, state)
+			}
+		}
+	}
+	if _, state := b.Map(portmap.TCP, 7001, 0); state != portmap.Forbidden {
+		t.Errorf("a second port: %v", state)
+	}
+	if _, state := b.Map(portmap.UDP, 7001, 0); state != portmap.Unsupported {
+		t.Errorf("a second port of UDP: %v", state)
+	}
+	b.Unmap(portmap.UDP, 7000)
+	if outer, _ := b.Map(portmap.UDP, 7001, 0); outer != told {
+		t.Errorf("a port that is free again: %v", outer)
+	}
+	if got := b.Told(); len(got) != 2 || got[0].Inner != 7000 || got[1].Inner != 7001 {
+		t.Errorf("%+v", got)
+	}
+	if a, state := b.External(); a != told.Addr() || state != portmap.Works {
+		t.Errorf("the address: %v, %v", a, state)
+	}
+	testkit.Eventually(t, "the port of --listen", func() bool { outer, _ := b.Map(portmap.TCP, 6881, 0); return outer == at(6881) })
+	asked := NewMapper(m, nil, Forwarded{Port: 50000}) // the proxy is asked for the address
+	testkit.Eventually(t, "the port", func() bool {
+		outer, state := asked.Map(portmap.UDP, 7000, 0)
+		return state == portmap.Works && outer == netip.AddrPortFrom(at(0).Addr(), 50000)
+	})
 }
