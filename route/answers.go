@@ -33,12 +33,9 @@ func (a answers) DialStream(_ context.Context, _ *relay.Loop, d Dest, done func(
 		done(loop.NoSocket, err)
 		return
 	}
-	asked := d.Addr
-	if !flow.CanBePeer(asked.Addr()) {
-		asked = noAddr
-	}
 	src := netip.AddrPortFrom(d.Src, d.SrcPort)
-	a.r.server.Load().ServeTCP(fds[1], asked, a.r.judgeOf(flow.Flow{Proto: flow.TCP, Src: src, Dst: d.Addr}), func(b []byte) {
+	s := a.r.server.Load()
+	s.ServeTCP(fds[1], serverAsked(s, d.Addr), a.r.judgeOf(flow.Flow{Proto: flow.TCP, Src: src, Dst: d.Addr}), func(b []byte) {
 		if a.r.wantsNames() {
 			a.r.names.learn(b, a.r.now())
 		}

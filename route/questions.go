@@ -1,6 +1,9 @@
 package route
 
 import (
+	"net/netip"
+
+	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
@@ -8,12 +11,9 @@ import (
 // holds udp.mu.
 func (r *shard) question(w flow.PacketWriter, p *flow.Packet, at int64) {
 	src, dst := p.Src, p.Dst
-	asked := dst
-	if !flow.CanBePeer(dst.Addr()) {
-		asked = noAddr
-	}
 	judge := r.port53.judgeOf(flow.Flow{Proto: flow.UDP, Src: src, Dst: dst})
 	d := r.port53.server.Load()
+	asked := serverAsked(d, dst)
 	var relay func() bool
 	if d.Relays() {
 		relay = func() bool { return r.relayQuestion(w, p, at) }
@@ -22,6 +22,14 @@ func (r *shard) question(w flow.PacketWriter, p *flow.Packet, at int64) {
 	d.HandleRelayed(p.Payload, asked, judge, relay, now, func() func([]byte) {
 		return func(b []byte) { r.replyLater(flow.Packet{Src: dst, Dst: src, Payload: b}) }
 	})
+}
+
+// serverAsked returns the server that a question to dst is for: dst, or noAddr if no server can be there.
+func serverAsked(d *dns.Server, dst netip.AddrPort) netip.AddrPort {
+	if flow.CanBePeer(dst.Addr()) || d.StandsForName(dst.Addr()) {
+		return dst
+	}
+	return noAddr
 }
 
 // replyNow writes an answer that was known at once, on the goroutine that handed in the question. The frame reader writes it at

@@ -2,7 +2,6 @@ package dns
 
 import (
 	"encoding/binary"
-	"net/netip"
 	"sync"
 	"time"
 )
@@ -15,7 +14,7 @@ const (
 	maxLife      = time.Hour // the longest time that an answer is cached, whatever its records say
 	// of SERVFAIL: RFC 9520, section 3.2, requires at least 1 s, RFC 2308, section 7.1, at most 5 minutes
 	failureLife  = 2 * time.Second
-	keyLen       = 1 + maxName + 4 + 18
+	keyLen       = 1 + maxName + 4 + 19 // without the name of a server
 	flagAD       = 0x0020
 	flagAA       = 0x0400
 	flagDO       = 0x80 // in the third byte of the TTL of an OPT record (RFC 3225)
@@ -64,7 +63,7 @@ func (c *cache) clear() {
 // appendKey appends what distinguishes questions: the server if it must be a certain one, the flags that affect the
 // answer, the name in lower case, type and class. ok is false for a question whose answer is for this asker alone: an
 // operation other than QUERY, a signed question, a transfer, or unknown EDNS options.
-func appendKey(b, msg []byte, q *question, to netip.AddrPort) (_ []byte, ok bool) {
+func appendKey(b, msg []byte, q *question, to Resolver) (_ []byte, ok bool) {
 	if !q.isQuery() || q.end == 0 || q.ednsVersion != 0 || q.qtype == typeOPT || q.qtype >= typeTKEY && q.qtype <= typeMAILA {
 		return b, false
 	}
@@ -81,11 +80,19 @@ func appendKey(b, msg []byte, q *question, to netip.AddrPort) (_ []byte, ok bool
 		b = append(b, lower(c))
 	}
 	b = append(b, msg[q.end-4:q.end]...)
-	if to.IsValid() {
-		a := to.Addr().As16()
-		b = binary.BigEndian.AppendUint16(append(b, a[:]...), to.Port())
+	return appendServer(b, to), true
+}
+
+// appendServer appends the server of a question, nothing for the zero Resolver. The last byte tells an address from a name.
+func appendServer(b []byte, to Resolver) []byte {
+	switch {
+	case to.Addr.Addr().IsValid():
+		a := to.Addr.Addr().As16()
+		return append(binary.BigEndian.AppendUint16(append(b, a[:]...), to.Addr.Port()), 'a')
+	case to.Name != "":
+		return append(binary.BigEndian.AppendUint16(append(b, to.Name...), to.Addr.Port()), 'n')
 	}
-	return b, true
+	return b
 }
 
 // sharedOptions reports whether the answer is the same for all askers in spite of these options. That is so for

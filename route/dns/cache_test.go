@@ -21,7 +21,7 @@ func keyOf(t testing.TB, msg []byte) (key string, q question, ok bool) {
 	if v != accept {
 		t.Fatalf("the question is bad: %x", msg)
 	}
-	b, ok := appendKey(nil, msg, &q, netip.AddrPort{})
+	b, ok := appendKey(nil, msg, &q, Resolver{})
 	return string(b), q, ok
 }
 
@@ -171,7 +171,7 @@ func TestCacheKeys(t *testing.T) {
 		}
 	}
 	q, _, _ := parseQuestion(plain)
-	at, _ := appendKey(nil, plain, &q, netip.MustParseAddrPort("192.0.2.1:53"))
+	at, _ := appendKey(nil, plain, &q, OverTCP(netip.MustParseAddrPort("192.0.2.1:53")))
 	if string(at) == base || len(at) > keyLen {
 		t.Errorf("a question for one server has the key %x", at)
 	}
@@ -364,7 +364,7 @@ func TestCacheAllocations(t *testing.T) {
 	s.cache.put(key, plainAnswer(answerFast(query, 1, 3600, 3), q.qtype), q.qtype, time.Now())
 	reply := func([]byte) {}
 	if n := testing.AllocsPerRun(1000, func() {
-		if !s.ask(nil, query, &q, netip.AddrPort{}, always(reply)) {
+		if !s.ask(nil, query, &q, Resolver{}, always(reply)) {
 			t.Fatal("it is not in the cache")
 		}
 	}); n != 0 {
@@ -387,7 +387,7 @@ func FuzzCache(f *testing.F) {
 	}))
 	f.Fuzz(func(t *testing.T, query, records []byte, hi, lo byte, age uint16) {
 		q, v, _ := parseQuestion(query)
-		key, ok := appendKey(nil, query, &q, netip.AddrPort{})
+		key, ok := appendKey(nil, query, &q, Resolver{})
 		if v != accept || !ok || len(key) > keyLen || len(records) > 2048 {
 			return
 		}

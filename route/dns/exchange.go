@@ -8,7 +8,6 @@ import (
 	"iter"
 	"log/slog"
 	"math/rand/v2"
-	"net/netip"
 	"sync/atomic"
 	"time"
 )
@@ -44,7 +43,7 @@ type exchange struct {
 
 	// The fields below belong to run.
 	resolvers []*resolver
-	asked     map[netip.AddrPort]*resolver // additional servers that the app named, at most maxAsked
+	asked     map[Resolver]*resolver // additional servers that the app asked, at most maxAsked
 	live      map[*query]struct{}
 }
 
@@ -64,7 +63,7 @@ type query struct {
 	reply    func([]byte) // for finish
 	key      string       // result of appendKey; empty: the answer is for this asker alone
 	deadline time.Time
-	to       netip.AddrPort // the server that the app asked, if the question must go there
+	to       Resolver // the server that the app asked, if the question must go there
 
 	// The fields below belong to run.
 	attempt time.Time // until when the current resolver may answer
@@ -120,7 +119,7 @@ func newExchange(cfg *Config, count *counters, finish func(q *query, resp []byte
 		dials:     make(chan dialed, len(cfg.Resolvers)+maxAsked),
 		msgs:      make(chan message, 16),
 		over:      make(chan struct{}),
-		asked:     make(map[netip.AddrPort]*resolver),
+		asked:     make(map[Resolver]*resolver),
 		live:      make(map[*query]struct{}),
 	}
 	for _, r := range cfg.Resolvers {
@@ -214,14 +213,14 @@ func (x *exchange) all() iter.Seq[*resolver] {
 	}
 }
 
-// ways returns who may be asked: the resolvers, or the server to if it is valid. It returns none if too many servers
-// are being asked already.
-func (x *exchange) ways(to netip.AddrPort) []*resolver {
-	if !to.IsValid() {
+// ways returns who may be asked: the server to or, if it is the zero Resolver, the resolvers. It returns none if too
+// many servers are being asked already.
+func (x *exchange) ways(to Resolver) []*resolver {
+	if to == (Resolver{}) {
 		return x.resolvers
 	}
 	for _, r := range x.resolvers {
-		if r.Kind == TCP && r.Addr == to {
+		if r.Resolver == to {
 			return []*resolver{r}
 		}
 	}
@@ -230,7 +229,7 @@ func (x *exchange) ways(to netip.AddrPort) []*resolver {
 		if !x.makeRoom() {
 			return nil
 		}
-		r = newResolver(OverTCP(to))
+		r = newResolver(to)
 		x.asked[to] = r
 	}
 	return []*resolver{r}

@@ -165,10 +165,6 @@ func checkResolvers(all []Resolver, tor TorFunc) error {
 	return nil
 }
 
-func canBeAsked(a netip.AddrPort) bool {
-	return a.IsValid() && a.Port() != 0 && !a.Addr().IsUnspecified() && !a.Addr().IsMulticast()
-}
-
 // Carries returns the first resolver, and whether TCP to port 53 can be carried to it unchanged.
 func (s *Server) Carries() (Resolver, bool) {
 	r := s.cfg.Resolvers[0]
@@ -186,9 +182,9 @@ func (s *Server) Stats() (st Stats) {
 // once, from Handle or from Run's goroutine, with bytes that are valid only during the call. Garbage, and questions
 // over InFlight, get no reply.
 //
-// asked is the server to which the app sent the question, or the zero AddrPort if no such server can exist. A QUERY
-// goes to the resolvers whatever it is. Every other operation (such as UPDATE and NOTIFY) concerns that server, and
-// goes there.
+// asked is the server to which the app sent the question, or the zero AddrPort if no such server can exist. It may be a
+// fake address: the server is then the one with that name. A QUERY goes to the resolvers whatever it is, except with
+// Config.Relay. Every other operation (such as UPDATE and NOTIFY) concerns that server, and goes there.
 func (s *Server) Handle(msg []byte, asked netip.AddrPort, reply func([]byte)) {
 	s.HandleJudged(msg, asked, nil, reply)
 }
@@ -278,17 +274,18 @@ func (s *Server) handle(
 		}
 	}
 	relayed := toAsked && to == s.exchange
-	if relayed && relay != nil && relay() {
+	var server Resolver
+	if relayed || !q.isQuery() {
+		server = s.serverAt(asked)
+	}
+	if relayed && server.Addr.Addr().IsValid() && relay != nil && relay() { // a name is asked over TCP
 		s.count.Relayed.Add(1)
 		if q.trace != nil {
 			s.tell(&q, howRelayed, "udp://"+asked.String(), nil)
 		}
 		return true
 	}
-	if q.isQuery() && !relayed || !canBeAsked(asked) {
-		asked = netip.AddrPort{}
-	}
-	return s.ask(to, msg, &q, asked, reply)
+	return s.ask(to, msg, &q, server, reply)
 }
 
 // refuse replies with an error without asking a resolver.
@@ -300,7 +297,7 @@ func (s *Server) refuse(msg []byte, q *question, how string, rcode uint16, reply
 
 // ask asks a server by way, unless the answer is in the cache or the same question is in progress. Its result is that
 // of handle.
-func (s *Server) ask(way asking, msg []byte, q *question, to netip.AddrPort, how replies) bool {
+func (s *Server) ask(way asking, msg []byte, q *question, to Resolver, how replies) bool {
 	var room [keyLen]byte
 	key, shared := appendKey(room[:0], msg, q, to)
 	now := time.Now()

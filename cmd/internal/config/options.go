@@ -287,7 +287,7 @@ that
 gives to the program.
 Behind
 .Ar fake,
-this is for other questions than those for addresses.
+this is for other questions than those for addresses; a server at an address that stands for a name is asked by it, over TCP.
 .Pp
 .Ar off :
 port 53 is a port like others, which the rules and the proxy decide on.
