@@ -15,14 +15,14 @@ import (
 
 type directUpstream struct {
 	d       *socks.Dialer
-	control func(fd int) error
+	prepare func(fd int) error
 }
 
 // NewDirect returns the upstream named "direct": flows leave from sockets of this host, which must be steered past
-// the TUN. For TCP sockets d's DirectControl is called, for UDP sockets control (nil: none) before they are used. The
+// the TUN. For TCP sockets d's PrepareDirect is called, for UDP sockets prepare (nil: none) before they are used. The
 // caller keeps d, and closes it after the Router.
-func NewDirect(d *socks.Dialer, control func(fd int) error) Upstream {
-	return &directUpstream{d, control}
+func NewDirect(d *socks.Dialer, prepare func(fd int) error) Upstream {
+	return &directUpstream{d, prepare}
 }
 
 // Name implements Upstream.
@@ -69,8 +69,8 @@ func (u *directUpstream) socket(family int) (int, error) {
 	if family == unix.AF_INET6 {
 		err = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 0)
 	}
-	if err == nil && u.control != nil {
-		err = u.control(fd)
+	if err == nil && u.prepare != nil {
+		err = u.prepare(fd)
 	}
 	if err != nil {
 		_ = unix.Close(fd)

@@ -135,7 +135,7 @@ func (a *Association) Relay() netip.AddrPort { return a.relay }
 func (a *Association) Server() string { return a.server }
 
 // Dial opens a new UDP socket and connects it to the relay, so that the kernel drops datagrams from other senders.
-// The socket is non-blocking and close-on-exec, and Options.Control was called for it. The caller owns it. It stays
+// The socket is non-blocking and close-on-exec, and Options.PrepareSocket was called for it. The caller owns it. It stays
 // open when the association ends.
 func (a *Association) Dial() (fd int, err error) {
 	var sa sockaddrRoom
@@ -146,8 +146,8 @@ func (a *Association) Dial() (fd int, err error) {
 	if err != nil {
 		return -1, fmt.Errorf("cannot make a socket: %w", err)
 	}
-	if control := a.d.opts.Control; control != nil {
-		if err := control(fd); err != nil {
+	if prepare := a.d.opts.PrepareSocket; prepare != nil {
+		if err := prepare(fd); err != nil {
 			unix.Close(fd)
 			return -1, fmt.Errorf("cannot make a socket: %w", err)
 		}

@@ -149,7 +149,7 @@ func echoUDP(t testing.TB) netip.AddrPort {
 
 func TestAssociate(t *testing.T) {
 	var marked atomic.Int32
-	d, c, srv := setup(t, Options{Control: func(int) error { marked.Add(1); return nil }}, sockstest.WithRedirectsOnly())
+	d, c, srv := setup(t, Options{PrepareSocket: func(int) error { marked.Add(1); return nil }}, sockstest.WithRedirectsOnly())
 	dst := netip.MustParseAddrPort("203.0.113.5:6881")
 	srv.Redirect(dst, echoUDP(t))
 	a, err := associate(t, c, context.Background())
@@ -173,7 +173,7 @@ func TestAssociate(t *testing.T) {
 		t.Fatal(err)
 	}
 	if marked.Load() != 2 {
-		t.Errorf("Control saw %d sockets, want 2", marked.Load())
+		t.Errorf("PrepareSocket saw %d sockets, want 2", marked.Load())
 	}
 	if fl, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0); fl&unix.O_NONBLOCK == 0 || err != nil {
 		t.Errorf("the socket blocks: %x, %v", fl, err)

@@ -85,12 +85,12 @@ func (p *dial) socket(at netip.AddrPort, fast bool) (fd int, err error, ours boo
 	if err != nil {
 		return -1, err, err != unix.EAFNOSUPPORT
 	}
-	control := p.d.opts.Control
+	prepare := p.d.opts.PrepareSocket
 	if p.c == nil {
-		control = p.d.opts.DirectControl
+		prepare = p.d.opts.PrepareDirect
 	}
-	if control != nil {
-		if err := control(fd); err != nil {
+	if prepare != nil {
+		if err := prepare(fd); err != nil {
 			return fd, err, true
 		}
 	}

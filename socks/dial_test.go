@@ -132,7 +132,7 @@ func testConnect(t *testing.T, login bool) {
 		opts = append(opts, sockstest.WithAuth("alice", "secret"))
 	}
 	var marked atomic.Int32
-	_, c, srv := setup(t, Options{Control: func(fd int) error { marked.Add(1); return nil }}, opts...)
+	_, c, srv := setup(t, Options{PrepareSocket: func(fd int) error { marked.Add(1); return nil }}, opts...)
 	if login {
 		s, err := c.Server().WithCredentials("alice", "secret")
 		if err != nil {
@@ -161,7 +161,7 @@ func testConnect(t *testing.T, login bool) {
 	}
 	nc.Close()
 	if marked.Load() != 1 {
-		t.Errorf("Control saw %d sockets", marked.Load())
+		t.Errorf("PrepareSocket saw %d sockets", marked.Load())
 	}
 	if r := srv.Requests(); len(r) != 1 || r[0].Cmd != sockstest.CmdConnect || (r[0].User == "alice") != login {
 		t.Errorf("requests: %+v", r)
@@ -385,7 +385,7 @@ func TestNoServer(t *testing.T) {
 }
 
 func TestControlFails(t *testing.T) {
-	_, c, srv := setup(t, Options{Control: func(int) error { return syscall.EPERM }})
+	_, c, srv := setup(t, Options{PrepareSocket: func(int) error { return syscall.EPERM }})
 	_, err := connect(t, c, context.Background(), testDst)
 	var se *ServerError
 	if !errors.Is(err, syscall.EPERM) || errors.As(err, &se) {
@@ -402,8 +402,8 @@ func TestControlFails(t *testing.T) {
 func TestDialDirect(t *testing.T) {
 	var direct atomic.Int32
 	d := newDialer(t, Options{
-		Control:       func(int) error { return errors.New("the mark of the proxy") },
-		DirectControl: func(int) error { direct.Add(1); return nil },
+		PrepareSocket: func(int) error { return errors.New("the mark of the proxy") },
+		PrepareDirect: func(int) error { direct.Add(1); return nil },
 	})
 	at := echo(t)
 	ch := make(chan dialed, 1)

@@ -23,12 +23,12 @@ const (
 
 // Options are the options of a Dialer. The zero value can be used.
 type Options struct {
-	// Control is called with each TCP and UDP socket to a server before it is connected, for example to set a mark.
+	// PrepareSocket is called with each TCP and UDP socket to a server before it is connected, for example to set a mark.
 	// It is called on the event loop, or on the goroutine that called Association.Dial, and must not block. An error
 	// ends the dial.
-	Control func(fd int) error
-	// DirectControl is Control for DialDirect. If it is nil, Control is used.
-	DirectControl func(fd int) error
+	PrepareSocket func(fd int) error
+	// PrepareDirect is PrepareSocket for DialDirect. If it is nil, PrepareSocket is used.
+	PrepareDirect func(fd int) error
 
 	// ConnectTimeout is the time for reaching the server. It includes looking up the server's name and trying all of
 	// its addresses. Zero means 10 s.
@@ -86,8 +86,8 @@ func NewDialer(o Options) (*Dialer, error) {
 	if o.CanBePeer == nil {
 		o.CanBePeer = func(a netip.Addr) bool { return scope(a) > scopeNone }
 	}
-	if o.DirectControl == nil {
-		o.DirectControl = o.Control
+	if o.PrepareDirect == nil {
+		o.PrepareDirect = o.PrepareSocket
 	}
 	d := &Dialer{opts: o, log: o.Log, base: time.Now(), bindTimeout: DefaultBindTimeout}
 	d.SetTimeouts(o.ConnectTimeout, o.HandshakeTimeout)

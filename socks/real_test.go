@@ -102,7 +102,7 @@ func TestAssociateAsksByFamily(t *testing.T) {
 	}
 }
 
-// A server on a unix socket is a server like others; the control function sees none of its sockets.
+// A server on a unix socket is a server like others; PrepareSocket sees none of its sockets.
 func TestUnixSocket(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	for _, at := range []string{path, "@viasocks-test-" + filepath.Base(t.TempDir())} {
@@ -120,7 +120,7 @@ func TestUnixSocket(t *testing.T) {
 				c.Close()
 			}
 		}()
-		d := newDialer(t, Options{Control: func(fd int) error {
+		d := newDialer(t, Options{PrepareSocket: func(fd int) error {
 			if f, _ := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN); f == unix.AF_UNIX {
 				return os.ErrInvalid
 			}

@@ -15,7 +15,7 @@ const busyWait = 20 * time.Millisecond
 
 var errBusy = errors.New("the queue of the server's socket is full")
 
-// openUnix connects to the server's unix socket. Options.Control is not called for it, because its traffic does not
+// openUnix connects to the server's unix socket. Options.PrepareSocket is not called for it, because its traffic does not
 // leave the host.
 func (p *dial) openUnix() (err error, ours bool) {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)

@@ -62,8 +62,8 @@ type plane struct {
 
 // dialing tells how our own sockets are made, how the proxy's name is looked up, and where decisions are reported.
 type dialing struct {
-	control func(fd int) error // nil: sockets need nothing
-	direct  func(fd int) error // the same for sockets that go past the proxy; nil: control
+	prepare func(fd int) error // nil: sockets need nothing
+	direct  func(fd int) error // the same for sockets that go past the proxy; nil: prepare
 	resolve func(ctx context.Context, host string) ([]netip.Addr, error)
 	allowed *endpoints // nil: sockets may go anywhere
 	// comesBack is for route.Config.ComesBack.
@@ -82,7 +82,7 @@ type dialing struct {
 // directly returns the function for sockets that go past the proxy; nil: none is needed.
 func (d *dialing) directly() func(fd int) error {
 	if d.direct == nil {
-		return d.control
+		return d.prepare
 	}
 	return d.direct
 }
@@ -103,7 +103,7 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 		}
 	}()
 	if p.dialer, err = socks.NewDialer(socks.Options{
-		Control: dial.control, DirectControl: dial.direct, Resolve: dial.resolve, Log: log,
+		PrepareSocket: dial.prepare, PrepareDirect: dial.direct, Resolve: dial.resolve, Log: log,
 		CanBePeer: flow.CanBePeer,
 	}); err != nil {
 		dev.Close()

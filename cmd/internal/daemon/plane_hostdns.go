@@ -9,10 +9,10 @@ import (
 )
 
 // hostDNS returns how DNS servers are asked past every proxy. The host's own servers are looked up for each question,
-// because the network may change; up: the whole host is carried. control marks the sockets so that they are not
+// because the network may change; up: the whole host is carried. prepare marks the sockets so that they are not
 // carried; nil: not needed.
-func hostDNS(up bool, control func(fd int) error) route.HostDNS {
-	d := net.Dialer{Control: rawControl(control)}
+func hostDNS(up bool, prepare func(fd int) error) route.HostDNS {
+	d := net.Dialer{Control: rawControl(prepare)}
 	return route.HostDNS{
 		Dial: d.DialContext,
 		Servers: func() (all []dns.DirectServer) {

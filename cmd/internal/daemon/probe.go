@@ -35,7 +35,7 @@ func probe(ctx context.Context, cfg *config.Config, dial dialing) error {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	d, err := socks.NewDialer(socks.Options{
-		Control: dial.control, Resolve: dial.resolve, ConnectTimeout: cfg.ConnectTimeout, CanBePeer: flow.CanBePeer,
+		PrepareSocket: dial.prepare, Resolve: dial.resolve, ConnectTimeout: cfg.ConnectTimeout, CanBePeer: flow.CanBePeer,
 	})
 	if err != nil {
 		return err

@@ -99,7 +99,7 @@ func TestProbeUsesDialing(t *testing.T) {
 	s := listen(t)
 	marked, asked := 0, ""
 	d := dialing{
-		control: func(int) error { marked++; return nil },
+		prepare: func(int) error { marked++; return nil },
 		resolve: func(_ context.Context, host string) ([]netip.Addr, error) {
 			asked = host
 			return []netip.Addr{netip.MustParseAddr("127.0.0.1")}, nil
@@ -112,8 +112,8 @@ func TestProbeUsesDialing(t *testing.T) {
 	if marked != 1 || asked != "proxy.test" {
 		t.Errorf("%d sockets marked, %q asked", marked, asked)
 	}
-	d.control = func(int) error { return syscall.EPERM }
-	if err := probe(context.Background(), parse(t, "--proxy", s.URL()), dialing{control: d.control}); err == nil ||
+	d.prepare = func(int) error { return syscall.EPERM }
+	if err := probe(context.Background(), parse(t, "--proxy", s.URL()), dialing{prepare: d.prepare}); err == nil ||
 		!strings.Contains(err.Error(), "operation not permitted") {
 		t.Error(err)
 	}

@@ -27,15 +27,15 @@ func marker(mark uint32) func(fd int) error {
 // markedDialing makes sockets that the steering leaves alone: with mark, those to allowed endpoints, which are added
 // before the sockets use them; with direct, those that may go anywhere.
 func markedDialing(mark, direct uint32, allowed *endpoints) dialing {
-	control := marker(mark)
-	d := net.Dialer{Control: rawControl(control)}
+	prepare := marker(mark)
+	d := net.Dialer{Control: rawControl(prepare)}
 	r := &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
 		address = beyondStub(address, "/run/systemd/resolve/resolv.conf")
 		allowed.resolver(address)
 		return d.DialContext(ctx, network, address)
 	}}
 	return dialing{
-		control: control,
+		prepare: prepare,
 		direct:  marker(direct),
 		allowed: allowed,
 		resolve: func(ctx context.Context, host string) ([]netip.Addr, error) {
@@ -71,14 +71,14 @@ func beyondStub(address, list string) string {
 	return address
 }
 
-// rawControl converts control for package net.
-func rawControl(control func(fd int) error) func(network, address string, c syscall.RawConn) error {
-	if control == nil {
+// rawControl converts prepare for package net.
+func rawControl(prepare func(fd int) error) func(network, address string, c syscall.RawConn) error {
+	if prepare == nil {
 		return nil
 	}
 	return func(_, _ string, c syscall.RawConn) error {
 		var err error
-		if cerr := c.Control(func(fd uintptr) { err = control(int(fd)) }); cerr != nil {
+		if cerr := c.Control(func(fd uintptr) { err = prepare(int(fd)) }); cerr != nil {
 			return cerr
 		}
 		return err

@@ -36,16 +36,16 @@ type access struct {
 	d       *socks.Dialer
 	l       *loop.Loop
 	ran     sync.WaitGroup
-	control func(fd int) error // nil: sockets need no mark
+	prepare func(fd int) error // nil: sockets need no mark
 	groups  []*socks.Group
 	chains  map[string]*socks.Group // by upstream: the groups through which others are reached
 }
 
 func (h *host) newAccess() (*access, error) {
-	a := &access{h: h, chains: map[string]*socks.Group{}, control: h.marker()}
+	a := &access{h: h, chains: map[string]*socks.Group{}, prepare: h.marker()}
 	var err error
 	if a.d, err = socks.NewDialer(socks.Options{
-		Control: a.control, Resolve: a.resolve, CanBePeer: flow.CanBePeer, ConnectTimeout: reachTime,
+		PrepareSocket: a.prepare, Resolve: a.resolve, CanBePeer: flow.CanBePeer, ConnectTimeout: reachTime,
 		HandshakeTimeout: answerTime,
 	}); err != nil {
 		return nil, err
@@ -226,7 +226,7 @@ func (p *proxy) carrier(ctx context.Context, options func(fd int) error) (net.Co
 	d := net.Dialer{Control: func(_, _ string, c syscall.RawConn) error {
 		var err error
 		cerr := c.Control(func(fd uintptr) {
-			for _, f := range []func(int) error{p.a.control, options} {
+			for _, f := range []func(int) error{p.a.prepare, options} {
 				if f != nil && err == nil {
 					err = f(int(fd))
 				}
