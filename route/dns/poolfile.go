@@ -12,10 +12,8 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/viasocks/viasocks/stack/atomicfile"
@@ -38,24 +36,6 @@ var errDamaged = errors.New("it is damaged")
 // Save writes the names and their addresses to a file of mode 600, which replaces path when it is complete and on the
 // disk. If anything fails, path does not change. Names that are added meanwhile may or may not be included.
 func (p *Pool) Save(path string) error { return atomicfile.ReplaceOnDisk(path, 0o600, p.write) }
-
-// removeLeftovers removes what saves of path left behind that were killed, unless it is younger than age: then another process
-// may be writing it.
-func removeLeftovers(path string, age time.Duration) {
-	entries, err := os.ReadDir(filepath.Dir(path))
-	if err != nil {
-		return
-	}
-	for _, e := range entries {
-		number, ok := strings.CutPrefix(e.Name(), atomicfile.Unfinished(path))
-		if _, err := strconv.ParseUint(number, 10, 64); !ok || err != nil || !e.Type().IsRegular() {
-			continue
-		}
-		if st, err := e.Info(); err == nil && time.Since(st.ModTime()) >= age {
-			_ = os.Remove(filepath.Join(filepath.Dir(path), e.Name()))
-		}
-	}
-}
 
 func (p *Pool) write(w io.Writer) error {
 	sum := crc32.NewIEEE()
@@ -198,7 +178,7 @@ func (p *Pool) KeepFile(ctx context.Context, path string, log *slog.Logger) {
 }
 
 func (p *Pool) keepFile(ctx context.Context, path string, every, backoff time.Duration, log *slog.Logger) {
-	removeLeftovers(path, leftoverAge)
+	atomicfile.RemoveUnfinished(path, leftoverAge)
 	p.mu.Lock()
 	was := p.changes
 	p.mu.Unlock()

@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/viasocks/viasocks/stack/atomicfile"
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/testkit"
 )
@@ -215,7 +216,7 @@ func TestPoolFileSurvivesKill(t *testing.T) {
 	others = append(others, ".names-7")
 	left, _ := filepath.Glob(filepath.Join(dir, ".names-[0-9]*[0-9]"))
 	t.Logf("%d kills left %d unfinished files", kills, len(left)-1)
-	removeLeftovers(path, time.Hour)
+	atomicfile.RemoveUnfinished(path, time.Hour)
 	if still, _ := filepath.Glob(filepath.Join(dir, ".names-[0-9]*[0-9]")); len(still) != len(left) {
 		t.Errorf("%d of %d files that may be in use are gone", len(left)-len(still), len(left))
 	}

@@ -6,6 +6,9 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
 )
 
 // Replace writes a file of the given mode, which replaces path when it is complete. A reader sees either the old content
@@ -30,6 +33,24 @@ func ReplaceOnDisk(path string, mode os.FileMode, write func(io.Writer) error) e
 // Unfinished returns how the names of files begin that do not yet have the name path. Digits follow. A process that is
 // killed while it writes leaves such a file behind.
 func Unfinished(path string) string { return "." + filepath.Base(path) + "-" }
+
+// RemoveUnfinished removes the files that killed writers of path left behind, unless they are younger than age: then another
+// process may be writing them.
+func RemoveUnfinished(path string, age time.Duration) {
+	entries, err := os.ReadDir(filepath.Dir(path))
+	if err != nil {
+		return
+	}
+	for _, e := range entries {
+		number, ok := strings.CutPrefix(e.Name(), Unfinished(path))
+		if _, err := strconv.ParseUint(number, 10, 64); !ok || err != nil || !e.Type().IsRegular() {
+			continue
+		}
+		if st, err := e.Info(); err == nil && time.Since(st.ModTime()) >= age {
+			_ = os.Remove(filepath.Join(filepath.Dir(path), e.Name()))
+		}
+	}
+}
 
 func replace(path string, mode os.FileMode, sync bool, write func(io.Writer) error) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(path), Unfinished(path)+"*")

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"strconv"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -25,12 +26,16 @@ func KeepReadyFD(fd int) error {
 	return nil
 }
 
+// leftoverAge is the age at which an unfinished file of --pid-file is one of a killed viasocks.
+const leftoverAge = time.Minute
+
 // Announce tells waiting processes that the program has its network: it writes the file of --pid-file and the line of
 // --ready-fd. end removes the file.
 func Announce(pidFile string, readyFD int) (end func(), err error) {
 	end = func() {}
 	if pidFile != "" {
 		pid := strconv.Itoa(os.Getpid()) + "\n"
+		atomicfile.RemoveUnfinished(pidFile, leftoverAge)
 		write := func(w io.Writer) error { _, err := io.WriteString(w, pid); return err }
 		if err := atomicfile.Replace(pidFile, 0o644, write); err != nil {
 			return nil, fmt.Errorf("cannot write the process id to %s: %w", pidFile, PlainPathError(err))
