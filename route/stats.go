@@ -31,6 +31,13 @@ type Counters[T any] struct {
 	// TCP flows that were dialled again by an address, because the server could not reach their name.
 	SecondTries  T `metric:"second_tries_total" help:"TCP flows to a name that were dialled again by an address."`
 	SecondOpened T `metric:"second_tries_granted_total" help:"TCP flows that were granted when they were dialled again by an address."`
+	// PORT and EPRT commands of FTP for which a server listens, and the connections that came to them.
+	FTPBound     T `metric:"ftp_active_total" label:"result=bound" help:"PORT and EPRT commands of FTP, and the connections for them."`
+	FTPConnected T `metric:"ftp_active_total" label:"result=connected"`
+	// Commands for which no server listens, so that they were refused.
+	FTPRefused T `metric:"ftp_active_total" label:"result=refused"`
+	// Connections that were not the FTP server's.
+	FTPBogus T `metric:"ftp_active_total" label:"result=impossible_peer" lost:"FTP data connections from another address than the server's"`
 	// TCP flows whose app had closed its socket while the far end went on.
 	Orphans T `metric:"tcp_orphans_total" help:"TCP flows that were ended because their program had closed its socket."`
 

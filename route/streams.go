@@ -26,6 +26,7 @@ type streams struct {
 type allStreams struct {
 	live   atomic.Int64 // number of flows
 	sniffs sniffs
+	ftp    activeFTP
 }
 
 // remake is the size from which on a table is replaced when an eighth is left.
@@ -306,7 +307,7 @@ func (s *stream) dialed(sock loop.Socket, err error) {
 	}
 	s.event(FlowDialled)
 	s.state.Store(open)
-	rel := r.loops[s.loop].Start(s.request(), sock, s.relayed)
+	rel := r.loops[s.loop].Start(s.controlOrNot(s.request()), sock, s.relayed)
 	s.relay.Store(rel)
 	if r.streams.closing.Load() || s.replaced.Load() { // the Router's own Abort may have come before the relay was visible
 		rel.Abort()

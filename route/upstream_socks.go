@@ -75,13 +75,18 @@ func (u *socksUpstream) AskTor(ctx context.Context, l *relay.Loop, name string, 
 
 // DialStream implements Upstream by CONNECT.
 func (u *socksUpstream) DialStream(ctx context.Context, l *relay.Loop, d Dest, done func(s loop.Socket, err error)) {
+	u.c.Connect(u.about(ctx, d), l.Loop, socks.Addr{Name: d.Name, IP: d.Addr.Addr(), Port: d.Addr.Port()}, done)
+}
+
+// about adds to ctx what the servers are chosen and the programs kept apart by.
+func (u *socksUpstream) about(ctx context.Context, d Dest) context.Context {
 	if h, ok := u.c.(interface{ BySource() bool }); ok && h.BySource() {
 		ctx = socks.WithSource(ctx, d.Src)
 	}
 	if d.Program != "" {
 		ctx = socks.WithIsolation(ctx, d.Program)
 	}
-	u.c.Connect(ctx, l.Loop, socks.Addr{Name: d.Name, IP: d.Addr.Addr(), Port: d.Addr.Port()}, done)
+	return ctx
 }
 
 // OpenPackets implements Upstream by UDP ASSOCIATE.

@@ -151,6 +151,7 @@ type Config struct {
 	ReadyFD      int                  // run: gets a line when the program has its network; -1: none
 	PIDFile      string               // run; empty: none
 	Listen       []incoming.Spec      // run
+	FTPActive    []uint16             // run: ports of FTP servers; empty: PORT and EPRT pass unchanged
 	OnPort       string               // run: a program; empty: none
 	Forwarded    []incoming.Forwarded // run
 	RunAs        *RunAs               // run; nil: the caller

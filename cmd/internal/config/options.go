@@ -85,7 +85,7 @@ var optionGroups = []struct {
 	{"Other resolvers for some names", splitOptions},
 	{"Reaching a program of run", publishOptions},
 	{"Reaching this host from run", reachOptions},
-	{"Peers that connect to a program of run", incomingOptions},
+	{"Peers that connect to a program of run", append(incomingOptions, ftpOptions...)},
 	{"User and network namespace of run", runAsOptions},
 	{"Telling programs of run apart", instanceOptions},
 	{"Faster connections to the proxy", tuningOptions},

@@ -209,6 +209,7 @@ func (p *plane) set(cfg *config.Config) {
 	}
 	p.router.SetUDP(cfg.UDPTimeout, cfg.MaxMappings)
 	p.router.SetSniff(cfg.Sniff())
+	p.router.SetActiveFTP(p.activeFTP(cfg))
 	p.setGSO(cfg.UDPGSO)
 	p.stack.Set(stack.Limits{Pending: cfg.MaxPending, PendingPerDest: cfg.MaxPendingPerDest}, cfg.IdleTimeout)
 }

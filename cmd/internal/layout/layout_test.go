@@ -74,13 +74,16 @@ var table = []struct {
 		"answers questions; how they reach the resolver is handed in"},
 	{"route/portmap", nil, nil,
 		"answers requests for ports; who makes the ports is handed in"},
+	{"route/ftp", []string{self + "/stack/flow"}, nil,
+		"rewrites what a program says to an FTP server; who listens for the server is handed in"},
 	{"route/sniff", []string{self + "/stack/flow", self + "/stack/loop", cryptobyte}, nil,
 		"reads the first bytes of a connection: what their name is good for is route's concern"},
 	{
 		"route",
 		[]string{
 			self + "/stack/count", self + "/stack/flow", self + "/stack/loop",
-			self + "/route/relay", self + "/route/dns", self + "/route/portmap", self + "/route/sniff", self + "/socks", xsys,
+			self + "/route/relay", self + "/route/dns", self + "/route/ftp", self + "/route/portmap", self + "/route/sniff",
+			self + "/socks", xsys,
 		},
 		[]string{self + "/socks/sockstest"},
 		"decides who carries a flow; the packets are stack's, the kernel is route/kernel's",
