@@ -66,25 +66,26 @@ lint: vet
 unit: build
 	$(GO) test $(TESTFLAGS) -timeout 40m ./...
 
-# hosttest and servicetest watch a host from outside while viasocks is killed and restarted; what the daemon does inside is
-# e2e's part, and that is built with the race detector here. route/kernel has one goroutine beside its caller's: the watch over the host.
+# hosttest and servicetest watch a host from outside while viasocks is killed and restarted. e2e tests what the daemon does
+# inside, and is built with the race detector here. route/kernel has one goroutine of its own, the watch over the host.
 .PHONY: race
 race: ## Run the tests under the race detector
 	$(GO) test $(TESTFLAGS) -race -timeout 40m $$($(GO) list ./... | grep -v -e /cmd/internal/hosttest -e /cmd/internal/servicetest -e /route/kernel)
 	$(GO) test $(TESTFLAGS) -race -run 'Watch|PutBack|Source|Guard|MadeAnew' ./route/kernel
 
-# The demo as a test, on smaller files.
+# aria runs the demo as a test, with smaller files.
 .PHONY: aria
 aria: build
 	@if [[ $$EUID -eq 0 ]]; then DEMO_SCALE=10 DEMO_PATIENCE=4 scripts/demo.sh; else echo "aria: skipped: the demo's namespaces need root"; fi
 
-# The packages that are not Debian's, and two builds: half a minute. The life of the Debian package and of the image take two
-# minutes more, and what they show of crashes and upgrades servicetest shows of the units: they are packages-test and image-test.
+# formats tests the packages that are not Debian's, and that two builds are identical, in half a minute. The tests of the
+# Debian package and of the image (packages-test, image-test) take two minutes more. servicetest, which is part of unit, already
+# tests crashes and upgrades under systemd's units.
 .PHONY: formats
 formats:
 	@if [[ $$EUID -eq 0 ]]; then packaging/formats-test.sh; else echo "formats: skipped: installing packages needs root"; fi
 
-# Left to itself, minimizing eats most of the time: what a frame covers depends on those before it.
+# Without a limit, minimizing takes most of the time, because the code that a frame covers depends on the frames before it.
 .PHONY: fuzz
 fuzz: ## Run each fuzz target for FUZZTIME (20s)
 	@grep -rlE '^func Fuzz[A-Z]' --include='*_test.go' . | sort | while read -r file; do \

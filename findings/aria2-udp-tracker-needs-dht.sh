@@ -2,11 +2,11 @@
 #
 # Question: does aria2 announce itself to a UDP tracker when DHT is off?
 #
-# Why it matters: --enable-dht=false is a common setting for private torrents. Somebody who tests a proxy or a tunnel with such a
-# torrent sees no UDP at all, and looks for the fault in the tunnel.
+# Why it matters: --enable-dht=false is a common setting for private torrents. Somebody who tests a proxy or a tunnel with
+# such a torrent sees no UDP at all, and looks for the fault in the tunnel.
 #
-# Seen with: aria2 1.36.0. Explained by: DefaultBtAnnounce and DHTSetup share one UDP connection, which only the set-up of DHT makes;
-# without it each udp:// address of a tracker counts as one that has failed.
+# Seen with: aria2 1.36.0. Explained by: DefaultBtAnnounce and DHTSetup share one UDP connection, which only the set-up of DHT
+# makes; without it each udp:// address of a tracker counts as one that has failed.
 
 . "$(dirname "$0")/lib.bash"
 

@@ -3,11 +3,12 @@
 # Question: does the cost of a received packet depend on how many destinations are in use, when gVisor's IPv4 takes packets for
 # every address (promiscuous mode), as programs that end the connections of others set it?
 #
-# Why it matters: each destination in use has a temporary address at the NIC. A miss in the table of addresses, as for the source of
-# every packet, walks all of them, so that each packet of each connection gets dearer with the number of peers.
+# Why it matters: each destination in use has a temporary address at the NIC. A miss in the table of addresses, as for the source
+# of every packet, walks all of them, so that each packet of each connection costs more as the number of peers grows.
 #
 # Seen with: gvisor.dev/gvisor of 5 September 2026. Explained by: the IPv4 endpoint looks addresses up with a matching function
-# (AcquireAssignedAddressOrMatching in pkg/tcpip/stack/addressable_endpoint_state.go), which is asked for each address. IPv6 has none.
+# (AcquireAssignedAddressOrMatching in pkg/tcpip/stack/addressable_endpoint_state.go), which is asked for each address. IPv6
+# has none.
 
 . "$(dirname "$0")/lib.bash"
 

@@ -3,9 +3,9 @@
 # Question: what is the source of a UDP answer if the question was sent to a name through v2ray's SOCKS server?
 #
 # Why it matters: a datagram may be sent to a name (RFC 1928, section 7), which the server resolves. The header of an answer tells
-# where it came from. A client needs that address: DHT and trackers compare it, and one socket may ask several hosts. v2ray puts the
-# name there again, so that the client never learns the address, and a client that reads only addresses drops each answer. dante
-# puts the address there, as most people expect of something that came from the network.
+# where it came from. A client needs that address: DHT and trackers compare it, and one socket may ask several hosts. v2ray
+# puts the name there again, so that the client never learns the address, and a client that reads only addresses drops each
+# answer. dante puts the address there, as most people expect of something that came from the network.
 #
 # Seen with: v2ray 4.34.0 and dante 1.4.2. Explained by: v2ray's SOCKS inbound writes each answer with the destination of the
 # request (proxy/socks/server.go, handleUDPPayload); xray, sing-box and Tailscale do the same.

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# zoo-browser.sh: a headless Chromium under `viasocks run --dns fake` loads a page with scripts from twenty hosts, over HTTP and over
-# HTTPS, through microsocks. Only microsocks can resolve the names. It fails when a script did not run.
+# zoo-browser.sh: a headless Chromium under `viasocks run --dns fake` loads a page with scripts from twenty hosts,
+# over HTTP and over HTTPS, through microsocks. Only microsocks can resolve the names. The test fails when a script did not run.
 #
-# It needs root: all is in a network namespace of its own, where nothing leads out. scripts/zoo.sh runs it.
+# It needs root. Everything is in a network namespace of its own, from which nothing leads out. scripts/zoo.sh runs it.
 #
 # Usage: zoo-browser.sh VIASOCKS
 set -euo pipefail

@@ -1,11 +1,12 @@
 # shellcheck shell=bash
-# zoo-tor.sh: viasocks in front of a real Tor, in a Tor network of its own. Sourced by zoo.sh, whose variables and helpers it uses.
+# zoo-tor.sh: tests viasocks in front of a real Tor, in a Tor network of its own. zoo.sh sources it, and it uses the variables
+# and helpers of zoo.sh.
 # shellcheck disable=SC2154,SC2086 # the variables are those of zoo.sh, and have no spaces
 #
 # The network is one of tests (TestingTorNetwork): three directory authorities that are relays too, an exit, an onion service, and
 # the client whose SocksPort viasocks uses. They all run in the proxy's namespace, and talk on 127.0.0.1. The exit asks the
-# resolver of the far end, where far.example has an address that the client's namespace cannot look up. The service leads to the web
-# server of the far end.
+# resolver of the far end, where far.example has an address that the client's namespace cannot look up. The service leads to the
+# web server of the far end.
 
 tor_dir=
 tor_wait=240 # s for the consensus, the first circuit, and the service's descriptor

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# zoo.sh: what real SOCKS servers do, found out by the probe of cmd/internal/conform, which writes the manual's tables of
-# servers; then what programs see through viasocks when such a server is killed, stopped, cut off, and comes back; then names through
-# a Tor, in a Tor network of its own (zoo-tor.sh), and those of a browser (zoo-browser.sh).
+# zoo.sh: tests real SOCKS servers in three parts. The probe of cmd/internal/conform asks them what they do, and writes the
+# manual's tables of servers. Then programs use each server through viasocks while it is killed, stopped, cut off, and comes
+# back. At the end names go through a Tor, in a Tor network of its own (zoo-tor.sh), and those of a browser (zoo-browser.sh).
 #
 # Usage: zoo.sh [probe|front|tor|browser] [NAME...]  (no part: all; no name: all servers)
 #

@@ -84,8 +84,8 @@ func summary(cfg *config.Config) string {
 	}
 	if cfg.Relay {
 		line(
-			"dns: relay: questions go to the server that the program asks; the resolvers are for those to an address that is " +
-				"nobody's",
+			"dns: relay: questions go to the server that the program asks; " +
+				"the resolvers are for those to an address that is nobody's",
 		)
 	}
 	for _, r := range cfg.DNS {

@@ -235,20 +235,20 @@ func (h *Host) takenRouting() error {
 			case r.Protocol == Protocol:
 				h.recovered = true
 			case r.Table == c.Table || r.Table == c.closedTable():
-				return fmt.Errorf("cannot use table %d: an ip rule of another program leads to it: see 'ip rule', and "+
-					"choose another with --table", r.Table)
+				return fmt.Errorf("cannot use table %d: an ip rule of another program leads to it: see 'ip rule', "+
+					"and choose another with --table", r.Table)
 			case r.Priority >= c.Priority && r.Priority <= c.Priority+lastRule:
 				return fmt.Errorf(
-					"cannot use rule priorities %d to %d: another program has %d: see 'ip rule', and choose others with "+
-						"--priority",
+					"cannot use rule priorities %d to %d: another program has %d: see 'ip rule', "+
+						"and choose others with --priority",
 					c.Priority,
 					c.Priority+lastRule,
 					r.Priority,
 				)
 			case r.Mark != 0 && (r.Mask == nil || *r.Mask&c.Marks.Mask != 0) && overlaps(r.Mark, r.Mask, c.Marks):
 				return fmt.Errorf(
-					"cannot use mark %#x/%#x: an ip rule of another program uses mark %#x: see 'ip rule', and choose another "+
-						"with --mark",
+					"cannot use mark %#x/%#x: an ip rule of another program uses mark %#x: see 'ip rule', "+
+						"and choose another with --mark",
 					c.Marks.Own,
 					c.Marks.Mask,
 					r.Mark,
@@ -261,8 +261,8 @@ func (h *Host) takenRouting() error {
 		}
 		for _, r := range routes {
 			if (r.Table == c.Table || r.Table == c.closedTable()) && r.Protocol != Protocol {
-				return fmt.Errorf("cannot use table %d: it has routes of another program: see 'ip route show table %[1]d', and "+
-					"choose another with --table", r.Table)
+				return fmt.Errorf("cannot use table %d: it has routes of another program: see 'ip route show table %[1]d', "+
+					"and choose another with --table", r.Table)
 			}
 			h.recovered = h.recovered || r.Protocol == Protocol
 		}

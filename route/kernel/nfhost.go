@@ -157,8 +157,8 @@ func (h *Host) adapt(err error, failed int, msgs []nfMsg, old int, at []int) err
 		h.owned = 0 // Linux before 6.9: flushing everything removes ours too, and the watch restores it
 	case h.st.bridge && failed >= old && failed < len(msgs) && msgs[failed].fam == unix.NFPROTO_BRIDGE:
 		h.noBridge = true
-		h.say("bridge", "the kernel cannot filter bridges: guests on a bridge have no network while "+
-			"net.bridge.bridge-nf-call-iptables is 1", "why", err)
+		h.say("bridge", "the kernel cannot filter bridges: "+
+			"guests on a bridge have no network while net.bridge.bridge-nf-call-iptables is 1", "why", err)
 	case h.st.arp && failed >= old && failed < len(msgs) && msgs[failed].fam == unix.NFPROTO_ARP:
 		h.noARP = true
 		h.say(

@@ -42,8 +42,8 @@ func (c *Config) finishProxy(env []string) error {
 			return c.finishServers(env)
 		}
 		return usagef(
-			"no proxy was given: use --proxy socks5://HOST:PORT, or set VIASOCKS_PROXY, or say with --allow or --rule what " +
-				"may go direct",
+			"no proxy was given: use --proxy socks5://HOST:PORT, or set VIASOCKS_PROXY, " +
+				"or say with --allow or --rule what may go direct",
 		)
 	}
 	c.proxyAt = v

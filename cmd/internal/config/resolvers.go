@@ -107,8 +107,8 @@ func (c *Config) checkPools() error {
 		for _, p := range c.Host.Exclude.Nets {
 			if p.Overlaps(pool) {
 				return usagef(
-					"cannot use --exclude %s with --dns fake: the addresses of %s, which stand for names, must come to "+
-						"viasocks: "+
+					"cannot use --exclude %s with --dns fake: the addresses of %s, which stand for names, "+
+						"must come to viasocks: "+
 						"take other addresses with --dns-pool or --dns-pool6, or real ones with --dns tcp://ADDRESS",
 					p,
 					pool,

@@ -139,8 +139,7 @@ func setDNS(c *Config, v value) error {
 			scheme = ""
 		} else if scheme == "" {
 			return v.err("must be off, or one or several of fake, relay and resolvers (tcp://HOST, tls://HOST, " +
-				"https://HOST/PATH, tor) " +
-				"in this order, with commas between them")
+				"https://HOST/PATH, tor) in this order, with commas between them")
 		} else {
 			s = scheme + "://" + s
 		}
@@ -296,8 +295,8 @@ func setMetrics(c *Config, v value) error {
 	c.Metrics = at
 	if !at.Local() {
 		c.Warnings = append(c.Warnings, fmt.Sprintf(
-			"--metrics %v: other hosts can read what this host does, unless a firewall keeps them away: use 127.0.0.1 or "+
-				"unix:PATH",
+			"--metrics %v: other hosts can read what this host does, unless a firewall keeps them away: "+
+				"use 127.0.0.1 or unix:PATH",
 			at,
 		))
 	}

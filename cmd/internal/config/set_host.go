@@ -195,8 +195,8 @@ func (c *Config) finishHost() error {
 	}
 	if len(h.InboundPorts) > 0 && h.Inbound == "carry" && len(h.Exclude.Devices) == 0 {
 		return usagef(
-			"cannot use --inbound-port with --inbound carry: nothing is answered directly then, unless --exclude-device " +
-				"names a device",
+			"cannot use --inbound-port with --inbound carry: nothing is answered directly then, " +
+				"unless --exclude-device names a device",
 		)
 	}
 	for _, p := range h.Exclude.Nets {

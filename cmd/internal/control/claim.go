@@ -47,8 +47,8 @@ func claim() (*net.UnixListener, error) {
 		}
 		if pid, ok := claimant(); ok {
 			return nil, fmt.Errorf(
-				"cannot steer the host: %w with another state directory (process %d): give the same --state-dir, or end that "+
-					"one first",
+				"cannot steer the host: %w with another state directory (process %d): give the same --state-dir, "+
+					"or end that one first",
 				ErrLocked,
 				pid,
 			)

@@ -54,8 +54,8 @@ func (u *up) warnExcluded(cfg *config.Config, s socks.Server, a netip.Addr) {
 		if p.Contains(a.Unmap().WithZone("")) { // a network never contains an address with a zone
 			u.warning(
 				fmt.Sprintf(
-					"the proxy %s is inside the excluded %s: programs reach it, and what it does not ask a password for, past "+
-						"viasocks",
+					"the proxy %s is inside the excluded %s: programs reach it, and what it does not ask a password for, "+
+						"past viasocks",
 					s,
 					p,
 				),

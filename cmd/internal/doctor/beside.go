@@ -24,8 +24,8 @@ var besides = []struct {
 	},
 	{
 		name: "firewalld", comms: []string{"firewalld"},
-		found: "It may reload its rules at any time: viasocks keeps its own in tables of their own, and puts back what is " +
-			"flushed.",
+		found: "It may reload its rules at any time: viasocks keeps its own in tables of their own, " +
+			"and puts back what is flushed.",
 	},
 	{
 		name: "NetworkManager", comms: []string{"NetworkManager"},
@@ -38,7 +38,7 @@ var besides = []struct {
 	{
 		name: "tailscale", devices: []string{"tailscale0"}, comms: []string{"tailscaled"},
 		found: "Under 'viasocks up' it must be left out, or it cannot reach its peers.",
-		do:    "--exclude 100.64.0.0/10 --exclude fd7a:115c:a1e0::/48 --exclude-cgroup system.slice/tailscaled.service",
+		do:    "--exclude 100.64.0.0/10 --exclude fd7a:115c:a1e0::/48 --exclude-unit tailscaled.service",
 	},
 	{
 		name: "WireGuard", kind: "wireguard",

@@ -151,7 +151,7 @@ func TestBesideByDevice(t *testing.T) {
 	}
 	want := []string{
 		"docker: --exclude-device podman0 lets them go their own way",
-		"tailscale: --exclude 100.64.0.0/10 --exclude fd7a:115c:a1e0::/48 --exclude-cgroup system.slice/tailscaled.service",
+		"tailscale: --exclude 100.64.0.0/10 --exclude fd7a:115c:a1e0::/48 --exclude-unit tailscaled.service",
 		"WireGuard: --exclude with the address of the endpoint",
 	}
 	if !slices.Equal(got, want) {

@@ -29,8 +29,8 @@ func (p *proxy) resolvers(ctx context.Context, free conform.Prober) []Finding {
 	}
 	if !cfg.NamesDNS {
 		return []Finding{{Check: "DNS", Level: NotTested,
-			Found: "No resolver was named. Names travel to the proxy (--dns fake); resolvers are asked only for mail servers " +
-				"and the like.",
+			Found: "No resolver was named. Names travel to the proxy (--dns fake); " +
+				"resolvers are asked only for mail servers and the like.",
 			Do: "--dns fake,tcp://ADDRESS tests the resolver at ADDRESS through the proxy"}}
 	}
 	var parts []func() []Finding

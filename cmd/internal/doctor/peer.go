@@ -162,8 +162,8 @@ func (x *peer) refused(ctx context.Context) []Finding {
 	case a.Kind == conform.Refused:
 		f.Found = fmt.Sprintf("A closed port is reported as another error than \"connection refused\" (%s).", replyWords(a.Code))
 	case a.Kind == conform.Silence:
-		f.Level, f.Found = NotTested, "The proxy is silent about a closed port; a firewall before the peer may swallow the "+
-			"attempt."
+		f.Level, f.Found = NotTested, "The proxy is silent about a closed port; "+
+			"a firewall before the peer may swallow the attempt."
 	default:
 		f.Level, f.Found = NotTested, a.Error
 	}
@@ -230,8 +230,8 @@ func (x *peer) endings(ctx context.Context) []Finding {
 	case up != conform.Passed || down != conform.Passed:
 		half.Level, half.Found = Warning, "When one side has said all, the proxy ends the other direction too, and what is "+
 			"still to come is lost."
-		half.Means = "rsync, git over SSH, netcat and printers may lose the end of what they get. HTTP and BitTorrent do not " +
-			"mind."
+		half.Means = "rsync, git over SSH, netcat and printers may lose the end of what they get. " +
+			"HTTP and BitTorrent do not mind."
 		half.Do = "use another proxy for these programs, or --rule 'port 22 direct' where they may go past it"
 	}
 	reset := Finding{Check: "reset", Level: OK, Found: "A connection that is broken off is seen as broken off."}
@@ -261,11 +261,11 @@ func (x *peer) speed(ctx context.Context) Finding {
 		f.Found = "Small answers arrive, but of a download from the peer nothing does: large packets may be lost on the way " +
 			"(an MTU black hole)."
 		f.Means = "Web pages and downloads hang in the beginning."
-		f.Do = "ip link set dev DEVICE mtu 1280 on the proxy's host or here; sysctl -w net.ipv4.tcp_mtu_probing=1 on the " +
-			"proxy's host"
+		f.Do = "ip link set dev DEVICE mtu 1280 on the proxy's host or here; " +
+			"sysctl -w net.ipv4.tcp_mtu_probing=1 on the proxy's host"
 	case up == 0:
-		f.Level, f.Found = Warning, fmt.Sprintf("One connection carries %s down; of what it sent up, too little arrived to "+
-			"be measured.", rate(down))
+		f.Level, f.Found = Warning, fmt.Sprintf("One connection carries %s down; of what it sent up, "+
+			"too little arrived to be measured.", rate(down))
 	case down < least || up < least:
 		f.Level, f.Means = Warning, "One connection is slow; programs that use several (aria2 -x 8 -s 8) may get more."
 	}

@@ -133,8 +133,7 @@ func (p *proxy) local() []Finding {
 	}
 	f.Level = Warning
 	f.Means = "'viasocks run' works. 'viasocks up' would lead the proxy's own connections back to the proxy, and refuses " +
-		"them: nothing " +
-		"would be reached."
+		"them: nothing would be reached."
 	f.Do = l.Hint
 	return []Finding{f}
 }
@@ -245,8 +244,7 @@ func (p *proxy) refusals(ctx context.Context, free conform.Prober) []Finding {
 }
 
 const early = "Programs see every connection succeed at first, and then end or hang: aria2 and BitTorrent clients " +
-	"keep dead peers and " +
-	"mirrors for a long time, browsers show an empty answer in place of an error."
+	"keep dead peers and mirrors for a long time, browsers show an empty answer in place of an error."
 
 func errorsFinding(a conform.Answer, limit time.Duration) Finding {
 	f := Finding{Check: "errors", Level: OK}
@@ -255,14 +253,14 @@ func errorsFinding(a conform.Answer, limit time.Duration) Finding {
 		f.Level = Warning
 		f.Found = "The proxy grants a connection before it dials: it said yes to a host that does not exist."
 		f.Means = early
-		f.Do = "use a proxy that dials first (dante, microsocks, Tor), if you can; no option of viasocks can tell what the " +
-			"proxy does not"
+		f.Do = "use a proxy that dials first (dante, microsocks, Tor), if you can; " +
+			"no option of viasocks can tell what the proxy does not"
 	case conform.Refused:
 		f.Found = fmt.Sprintf("The proxy says so when a host cannot be reached (%s, after %s).", replyWords(a.Code),
 			millis(a.After))
 	case conform.Closed, conform.Reset:
-		f.Found = "The proxy closes the connection when a host cannot be reached (as OpenSSH does): programs see " +
-			"\"connection refused\"."
+		f.Found = "The proxy closes the connection when a host cannot be reached (as OpenSSH does): " +
+			"programs see \"connection refused\"."
 	case conform.Silence:
 		f.Level, f.Found = NotTested, fmt.Sprintf("The proxy gave no answer about a host that does not exist within %v.", limit)
 	default:
@@ -280,8 +278,8 @@ func namesFinding(a conform.Answer, limit time.Duration) Finding {
 		f.Do = "--peer NAME tests it"
 	case a.Kind == conform.Refused && socks.Reply(a.Code) == socks.ReplyAddrTypeNotSupported:
 		f.Level, f.Found = Warning, "The proxy takes no names, only addresses."
-		f.Means = "With --dns fake, the default, viasocks looks a name up again by its resolvers each time: slow, and not " +
-			"with local names."
+		f.Means = "With --dns fake, the default, viasocks looks a name up again by its resolvers each time: slow, " +
+			"and not with local names."
 		f.Do = "--dns tcp://1.1.1.1, or another resolver that the proxy can reach"
 	case a.Kind == conform.Silence:
 		f.Level, f.Found = Fault, fmt.Sprintf(
@@ -289,8 +287,8 @@ func namesFinding(a conform.Answer, limit time.Duration) Finding {
 			limit,
 		)
 		f.Means = "Every name that is not in the proxy's cache hangs: downloads do not start, browsers wait."
-		f.Do = "mend the resolver on the proxy's host (its /etc/resolv.conf); until then --dns tcp://1.1.1.1 sends " +
-			"addresses to the proxy"
+		f.Do = "mend the resolver on the proxy's host (its /etc/resolv.conf); " +
+			"until then --dns tcp://1.1.1.1 sends addresses to the proxy"
 	case a.Kind == conform.Refused && socks.Reply(a.Code) == socks.ReplyNotAllowed:
 		f.Level, f.Found = NotTested, "The proxy's rules refuse the name that was tried."
 		f.Do = "--peer NAME tests it"
@@ -358,8 +356,8 @@ const withoutUDP = "aria2's DHT and UDP trackers, QUIC (HTTP/3), WebRTC and game
 // noUDP returns the finding about a proxy without UDP. ok means that the proxy has UDP.
 func (p *proxy) noUDP(a conform.Answer) (f Finding, ok bool) {
 	f = Finding{Check: "UDP", Level: Warning, Means: withoutUDP,
-		Do: "use a proxy with UDP (dante, sing-box, gost); with this one: aria2c --enable-dht=false, and trackers with " +
-			"http:// or https://"}
+		Do: "use a proxy with UDP (dante, sing-box, gost); with this one: aria2c --enable-dht=false, " +
+			"and trackers with http:// or https://"}
 	switch {
 	case a.Kind == conform.Granted:
 		return Finding{}, true

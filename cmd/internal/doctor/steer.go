@@ -123,8 +123,7 @@ func (h *host) rules(context.Context) []Finding {
 		if r.All {
 			f.Level = Fault
 			f.Means = "It takes all traffic, as a VPN does: nothing would come to viasocks under 'viasocks up', and everything " +
-				"would be refused. " +
-				"'viasocks run' is not concerned."
+				"would be refused. 'viasocks run' is not concerned."
 		}
 		if r.Option != "" {
 			f.Do = r.Option + " puts the rules of 'viasocks up' first; or stop the other program"

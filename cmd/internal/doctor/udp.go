@@ -65,13 +65,13 @@ func mappingFinding(n conform.NAT, both bool) Finding {
 	case conform.EndpointIndependent:
 		f.Found = "A program keeps one address at the proxy, whatever it sends to (endpoint-independent mapping)."
 		if !both {
-			f.Found = "A program keeps one address at the proxy for two ports of the peer; a second --peer address would tell " +
-				"more."
+			f.Found = "A program keeps one address at the proxy for two ports of the peer; " +
+				"a second --peer address would tell more."
 		}
 		f.Means = "Good for DHT, uTP and calls."
 	case conform.AddressDependent, conform.PortDependent:
-		f.Level, f.Found = Warning, fmt.Sprintf("A program has another address at the proxy for each destination (%s "+
-			"mapping).", n)
+		f.Level, f.Found = Warning, fmt.Sprintf("A program has another address at the proxy for each destination "+
+			"(%s mapping).", n)
 		f.Means = "Other BitTorrent clients cannot send to the address that a DHT or a tracker has of aria2; calls need a " +
 			"TURN server. QUIC and DNS work."
 		f.Do = "use a proxy with endpoint-independent mapping (dante, sing-box, hev-socks5-server) for BitTorrent"
@@ -88,8 +88,8 @@ func filterFinding(n conform.NAT, both bool) Finding {
 		f.Found, f.Means = "Datagrams from strangers reach the program (endpoint-independent filtering).", "DHT nodes and "+
 			"BitTorrent peers can begin."
 	case n == conform.AddressDependent && !both:
-		f.Found = "Datagrams from another port of a host that was written to reach the program; a second --peer address " +
-			"would tell about strangers."
+		f.Found = "Datagrams from another port of a host that was written to reach the program; " +
+			"a second --peer address would tell about strangers."
 	case n == conform.AddressDependent, n == conform.PortDependent:
 		f.Level, f.Found = Warning, fmt.Sprintf("Only answers reach the program, no datagrams from strangers (%s filtering).", n)
 		f.Means = "aria2's DHT works, but is asked by nobody; BitTorrent peers cannot begin by uTP. QUIC and DNS work."

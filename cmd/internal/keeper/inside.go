@@ -89,8 +89,8 @@ func (in *inside) live() {
 		case r, ok := <-in.requests:
 			if !ok {
 				if in.host != nil {
-					in.log.Warn("viasocks has died: the namespace stays closed: 'viasocks attach' takes over, 'viasocks down' " +
-						"opens it")
+					in.log.Warn("viasocks has died: the namespace stays closed: 'viasocks attach' takes over, " +
+						"'viasocks down' opens it")
 				}
 				return
 			}
