@@ -286,7 +286,7 @@ func TestCloseDelivers(t *testing.T) {
 	testkit.Eventually(t, "the endpoint to go", func() bool { return registered(p.st) == 0 })
 }
 
-// TestQueued: what the app has not taken is known, so that a RST from upstream can wait for it.
+// TestQueued: what the app has not taken is known, so that a RST from the upstream can wait for it.
 func TestQueued(t *testing.T) {
 	p := newPair(t, offAll, Config{})
 	app, up := p.connect(srv4)

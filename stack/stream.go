@@ -195,7 +195,7 @@ func (st *stream) Close() error {
 	return nil
 }
 
-// Queued returns how many written bytes the app's kernel has not acknowledged yet, so that a RST from upstream need
+// Queued returns how many written bytes the app's kernel has not acknowledged yet, so that a RST from the upstream need
 // not overtake them: Abort discards what is queued. It may be called only when nothing more will be written, by the
 // goroutine that wrote. After CloseWrite it distinguishes only 0 from more than 0.
 //

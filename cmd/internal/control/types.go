@@ -117,24 +117,24 @@ const (
 	UpstreamNotTried = "not tried"
 )
 
-// Upstream is a proxy and its state.
+// Upstream is a group of servers, often of one, or direct, and its state.
 type Upstream struct {
-	Name      string   `json:"name"`
-	URL       string   `json:"url"`                  // without its password; empty: direct
-	Via       string   `json:"via,omitempty"`        // the upstream through which it is reached; empty: directly
-	TCP       string   `json:"tcp"`                  // "ok" or "down"
-	UDP       string   `json:"udp"`                  // "ok", "down" or "not tried"
-	IPv6      string   `json:"ipv6,omitempty"`       // "yes" or "no", as connections have shown; empty: nothing is known
-	NamesUDP  string   `json:"names_udp,omitempty"`  // the same for names in the headers of datagrams
-	Granted   uint64   `json:"granted"`              // TCP connections
-	Failed    uint64   `json:"failed"`               // TCP connections that failed through its own fault
-	LatencyMS float64  `json:"latency_ms,omitempty"` // until a connection is granted, on average of the last ones
-	Addresses []string `json:"addresses,omitempty"`  // where our sockets may go for it
-	Servers   []Member `json:"servers,omitempty"`    // of a group; its URL tells how many
+	Name      string           `json:"name"`
+	URL       string           `json:"url"`                  // without its password; empty: direct
+	Via       string           `json:"via,omitempty"`        // the upstream through which it is reached; empty: directly
+	TCP       string           `json:"tcp"`                  // "ok" or "down"
+	UDP       string           `json:"udp"`                  // "ok", "down" or "not tried"
+	IPv6      string           `json:"ipv6,omitempty"`       // "yes" or "no", as connections have shown; empty: nothing is known
+	NamesUDP  string           `json:"names_udp,omitempty"`  // the same for names in the headers of datagrams
+	Granted   uint64           `json:"granted"`              // TCP connections
+	Failed    uint64           `json:"failed"`               // TCP connections that failed through its own fault
+	LatencyMS float64          `json:"latency_ms,omitempty"` // until a connection is granted, on average of the last ones
+	Addresses []string         `json:"addresses,omitempty"`  // where our sockets may go for it
+	Servers   []UpstreamServer `json:"servers,omitempty"`    // of a group; its URL tells how many
 }
 
-// Member is a server of a group.
-type Member struct {
+// UpstreamServer is one server of an upstream.
+type UpstreamServer struct {
 	URL          string `json:"url"`           // without its password
 	State        string `json:"state"`         // "ok" or "down"
 	Why          string `json:"why,omitempty"` // its last fault, if nothing has succeeded since

@@ -94,7 +94,7 @@ func fillUpstreams(s *control.Status, cfg *config.Config, p *plane, allowed *end
 		}
 		if all := p.servers(u.Name); len(all) > 1 {
 			for _, server := range all {
-				x := control.Member{URL: server.Server, State: words[server.Down], Associations: server.Associations}
+				x := control.UpstreamServer{URL: server.Server, State: words[server.Down], Associations: server.Associations}
 				if server.Why != nil {
 					x.Why = server.Why.Error()
 				}

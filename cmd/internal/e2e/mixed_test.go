@@ -352,7 +352,7 @@ func testMixed(t *testing.T, offload string) {
 	if answered.Load() == 0 {
 		t.Error("no datagram was answered")
 	}
-	testkit.EventuallyIn(t, 30*time.Second, "every upstream connection ends", func() bool {
+	testkit.EventuallyIn(t, 30*time.Second, "every connection to the server ends", func() bool {
 		s := proxy.Stats()
 		return s.Open-s.AssociationsOpen <= 0
 	})

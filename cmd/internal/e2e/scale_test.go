@@ -194,12 +194,12 @@ func closeMany(t *testing.T, proxy *sockstest.Server, fds []int) {
 	for i, fd := range fds {
 		unix.Close(fd)
 		if i%100 == 99 {
-			testkit.EventuallyIn(t, 4*testkit.Patience, "upstream connections end", func() bool {
+			testkit.EventuallyIn(t, 4*testkit.Patience, "the connections to the server end", func() bool {
 				return proxy.Stats().Open <= len(fds)-i+300
 			})
 		}
 	}
-	testkit.EventuallyIn(t, 4*testkit.Patience, "every upstream connection ends", func() bool { return proxy.Stats().Open == 0 })
+	testkit.EventuallyIn(t, 4*testkit.Patience, "every server connection ends", func() bool { return proxy.Stats().Open == 0 })
 }
 
 // TestUnread: 200 connections whose program never reads while the far end floods: bounded memory, given back.

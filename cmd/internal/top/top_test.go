@@ -80,10 +80,11 @@ func sample(seconds int) snapshot {
 		PID: 4711, Mode: control.ModeUp, State: control.Ready, Since: start.Add(-50 * time.Hour),
 		Upstreams: []control.Upstream{
 			{Name: "proxy", URL: "socks5://10.0.0.1:1080", TCP: "ok", UDP: "ok", LatencyMS: 34.2, Granted: 900},
-			{Name: "seedbox", URL: "2 servers", TCP: "ok", UDP: "down", LatencyMS: 4.21, Failed: 17, Servers: []control.Member{
-				{URL: "socks5://seed1.example.net:1080", State: "ok"},
-				{URL: "socks5://seed2.example.net:1080", State: "down", Why: "connection \x1b[5mrefused"},
-			}},
+			{Name: "seedbox", URL: "2 servers", TCP: "ok", UDP: "down", LatencyMS: 4.21, Failed: 17,
+				Servers: []control.UpstreamServer{
+					{URL: "socks5://seed1.example.net:1080", State: "ok"},
+					{URL: "socks5://seed2.example.net:1080", State: "down", Why: "connection \x1b[5mrefused"},
+				}},
 			{Name: "direct", TCP: "ok", UDP: "ok", LatencyMS: 1.5},
 		},
 		TCP: control.TCP{Now: 5, Pending: 1, Total: 10816, Refused: 17}, UDP: control.UDP{Now: 1},

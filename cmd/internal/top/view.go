@@ -190,7 +190,7 @@ func (m *model) upstreamWidth(least, most, wide int) int {
 }
 
 // reason returns why a server is down. Its URL, which the error names as well, is beside it already.
-func reason(x control.Member) string {
+func reason(x control.UpstreamServer) string {
 	if _, why, ok := strings.Cut(x.Why, x.URL+": "); ok {
 		return why
 	}
