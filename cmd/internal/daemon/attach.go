@@ -52,7 +52,6 @@ type attached struct {
 	tun     keeper.Opened
 	state   string
 	readyAt *time.Time
-	lost    bool // the TUN is not in the namespace any more
 }
 
 // Attach steers the network namespace that cfg names through the proxy, until SIGTERM, SIGINT, SIGHUP or `viasocks
@@ -153,7 +152,7 @@ func (a *attached) startPlane() error {
 	p.start()
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.plane, a.diag, a.tun, a.lost = p, diag, made, false
+	a.plane, a.diag, a.tun = p, diag, made
 	return nil
 }
 
@@ -348,6 +347,13 @@ func (a *attached) running() *plane {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.plane
+}
+
+// tunName is for other goroutines than that of live, which replaces the TUN.
+func (a *attached) tunName() string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.tun.Name
 }
 
 // withStateDir gives a caller without root, who cannot write to the usual directory, one of his own.

@@ -43,7 +43,7 @@ func (a *attached) serve(path string) (end func(), err error) {
 	}
 	endMetrics, err := serveMetrics(a.cfg, watched{
 		plane: a.running, ready: func() bool { return a.status().State == control.Ready },
-		dropped: func() (uint64, error) { return netns.TXDropped(a.keeper.PID(), a.tun.Name) },
+		dropped: func() (uint64, error) { return netns.TXDropped(a.keeper.PID(), a.tunName()) },
 	}, a.Version, a.log)
 	if err != nil {
 		return nil, err
@@ -67,7 +67,7 @@ func (a *attached) backend() control.Backend {
 			_ = a.running().watch(ctx, send) // the watcher has gone, or the data plane has ended
 		},
 		Capture: func(ctx context.Context, what control.Capture, w io.Writer) error {
-			return a.running().capture(ctx, what, w, a.Version, a.tun.Name)
+			return a.running().capture(ctx, what, w, a.Version, a.tunName())
 		},
 		Health: a.healthNow,
 		Down:   func() { a.stop(errDown) },

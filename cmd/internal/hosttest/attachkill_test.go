@@ -40,8 +40,9 @@ func (w *world) shoot() (stop func()) {
 				select {
 				case <-end:
 					return nil
-				case <-time.After(2 * time.Millisecond):
+				default:
 				}
+				testkit.Pace(2 * time.Millisecond)
 				to := "203.0.113.7:77"
 				if i%2 == 0 {
 					to = "[2001:db8:f::7]:77"
@@ -86,6 +87,7 @@ func TestAttachKilled(t *testing.T) {
 }
 
 func testAttachKilled(t *testing.T, victim string) {
+	testkit.CheckLeaks(t)
 	w, rec, _ := container(t)
 	before := w.stateOf("ctr")
 	d := w.attach("--netns", "ctr")
