@@ -22,7 +22,7 @@ declare -A groups=(
 		=/lib/systemd/systemd-networkd:systemd dhclient:isc-dhcp-client dhcpcd:dhcpcd-base NetworkManager:network-manager
 		dbus-daemon:dbus conntrack:conntrack nft:nftables
 		promtool:prometheus tshark:tshark
-		socat:socat setpriv:util-linux nsenter:util-linux ss:iproute2"
+		socat:socat setpriv:util-linux nsenter:util-linux ss:iproute2 crun:crun =/usr/share/doc/busybox-static:busybox-static"
 	[demo]="make:make git:git =/etc/ssl/certs/ca-certificates.crt:ca-certificates
 		ip:iproute2 sysctl:procps unshare:util-linux curl:curl nft:nftables tcpdump:tcpdump
 		aria2c:aria2 danted:dante-server nginx:nginx vsftpd:vsftpd sshd:openssh-server
@@ -37,7 +37,7 @@ declare -A groups=(
 	# What scripts/dnsbench.sh asks with, and whom.
 	[bench]="ip:iproute2 sysctl:procps ss:iproute2 dnsperf:dnsperf openssl:openssl unbound:unbound dnsmasq:dnsmasq-base"
 	# What packaging/formats-test.sh installs packages with, and what packaging/test.sh and image-test.sh need besides.
-	[formats]="rpm:rpm pacman:pacman-package-manager bsdtar:libarchive-tools busybox:busybox python3:python3
+	[formats]="rpm:rpm pacman:pacman-package-manager bsdtar:libarchive-tools =/usr/share/doc/busybox-static:busybox-static python3:python3
 		=/usr/lib/python3/dist-packages/yaml:python3-yaml apparmor_parser:apparmor"
 	[packages]="lintian:lintian rpmlint:rpmlint crun:crun"
 	[lint]="shellcheck:shellcheck"

@@ -107,7 +107,14 @@ func question(name string) []byte {
 
 // nameInside asks a name server from the container for the address of a name.
 func (w *world) nameInside(server, name string) (addrs []string, err error) {
-	c := w.packets("ctr", ":0")
+	w.t.Helper()
+	return w.nameFrom("ctr", server, name)
+}
+
+// nameFrom asks a name server from a namespace for the address of a name.
+func (w *world) nameFrom(ns, server, name string) (addrs []string, err error) {
+	w.t.Helper()
+	c := w.packets(ns, ":0")
 	defer c.Close()
 	if _, err := c.WriteToUDPAddrPort(question(name), netip.MustParseAddrPort(server)); err != nil {
 		return nil, err
@@ -136,6 +143,7 @@ func (w *world) nameInside(server, name string) (addrs []string, err error) {
 // TestAttach: while a container is attached to, its published port answers, old connections from outside go on, what it
 // sends goes through the proxy and nothing else leaves the host; in the end everything is as it was.
 func TestAttach(t *testing.T) {
+	testkit.CheckLeaks(t)
 	w, rec, proxy := container(t)
 	before := w.stateOf("ctr")
 	hostBefore := w.state()
@@ -204,6 +212,7 @@ func TestAttach(t *testing.T) {
 
 // TestAttachEnds: viasocks ends with its own exit status when the container's namespace does, and nothing is left.
 func TestAttachEnds(t *testing.T) {
+	testkit.CheckLeaks(t)
 	w, _, _ := container(t)
 	w.run("", nil, "ip", "netns", "add", "short")
 	t.Cleanup(func() { _, _ = try("", nil, "ip", "netns", "del", "short") })
@@ -240,6 +249,7 @@ func TestAttachEnds(t *testing.T) {
 
 // TestAttachOwn: the own network is not what attach is for, and a namespace is attached to once.
 func TestAttachOwn(t *testing.T) {
+	testkit.CheckLeaks(t)
 	w, _, _ := container(t)
 	for _, tt := range []struct {
 		flags []string
@@ -262,5 +272,8 @@ func TestAttachOwn(t *testing.T) {
 	}
 	if err := w.outgoing("203.0.113.7"); err != nil {
 		t.Error("after the second one was refused: ", err)
+	}
+	if err := d.stop(); err != nil {
+		t.Errorf("it ended with %v\n%s", err, d.log)
 	}
 }
