@@ -139,6 +139,12 @@ func TestPCP(t *testing.T) {
 			t.Errorf("%s: epoch %d", tt.name, binary.BigEndian.Uint32(got[8:]))
 		}
 	}
+}
+
+// An answer of PCP names the outer endpoint, and another nonce cannot end the port.
+func TestPCPAnswer(t *testing.T) {
+	ok := pcpMapRequest(6, 6881, 6881, 3600, client.Addr(), 7)
+	far := fakeBackend{state: Works, outer: netip.MustParseAddrPort("203.0.113.1:60000")}
 	s := New(&far, epoch)
 	got := s.Handle(ok, client, epoch)
 	if len(got) != 60 || !bytes.Equal(got[24:42], ok[24:42]) {
@@ -150,7 +156,7 @@ func TestPCP(t *testing.T) {
 	if ip := netip.AddrFrom16([16]byte(got[44:60])); ip.Unmap() != far.outer.Addr() {
 		t.Errorf("outer address %v", ip)
 	}
-	if got := s.Handle(pcpMapRequest(6, 6881, 6881, 0, from, 8), client, epoch); got[3] != pcpNotAuthorized {
+	if got := s.Handle(pcpMapRequest(6, 6881, 6881, 0, client.Addr(), 8), client, epoch); got[3] != pcpNotAuthorized {
 		t.Errorf("another nonce ends the mapping: result %d", got[3])
 	}
 }

@@ -26,11 +26,7 @@ func TestPublishKilledAtAnyInstant(t *testing.T) {
 	const instants, step = 20, 8 * time.Millisecond
 	proxy := listenSOCKS(t)
 	testkit.CheckLeaks(t)
-	// What loses its parent becomes our child, so that nothing can hide.
-	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) })
+	adoptAll(t)
 	dir := t.TempDir()
 	before := traces(t)
 	for _, victim := range []string{"viasocks", "sleep", "viasocks-sockets"} {
@@ -92,11 +88,26 @@ func leaveUnfinished(t *testing.T, dir string) {
 	}
 }
 
+// adoptAll makes what loses its parent our child, so that nothing can hide.
+func adoptAll(t *testing.T) {
+	t.Helper()
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) })
+}
+
 // startVictim starts a viasocks that publishes two ports and writes what it can write.
 func startVictim(t *testing.T, dir, proxy string) *exec.Cmd {
 	t.Helper()
-	cmd := exec.Command(viasocks, "run", "--proxy", proxy, "--publish", "0:80", "--publish-unix", filepath.Join(dir, "socket")+":80",
-		"--pid-file", filepath.Join(dir, "pid"), "--name", "victim", "--", "sleep", "60")
+	return startSleeper(t, dir, "--proxy", proxy, "--publish", "0:80", "--publish-unix", filepath.Join(dir, "socket")+":80",
+		"--pid-file", filepath.Join(dir, "pid"), "--name", "victim")
+}
+
+// startSleeper starts a viasocks whose program only sleeps, and which keeps its files in dir.
+func startSleeper(t *testing.T, dir string, flags ...string) *exec.Cmd {
+	t.Helper()
+	cmd := exec.Command(viasocks, slices.Concat([]string{"run"}, flags, []string{"--", "sleep", "60"})...)
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir, "XDG_RUNTIME_DIR=" + dir}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -123,13 +134,16 @@ func awaitChild(t *testing.T, parent int, name string, gone <-chan struct{}) (pi
 }
 
 // reapAll waits for the end of every process that has lost its parent. The program alone is ended by hand: it goes on, as the
-// manual says.
-func reapAll(t *testing.T, after string) {
+// manual says. Servers of the test, which are in keep, stay.
+func reapAll(t *testing.T, after string, keep ...string) {
 	t.Helper()
 	var left []string
 	if !waitFor(func() bool {
 		left = nil
 		for _, pid := range children(os.Getpid()) {
+			if slices.Contains(keep, pid) {
+				continue
+			}
 			n, err := strconv.Atoi(pid)
 			if err != nil {
 				t.Fatal(err)

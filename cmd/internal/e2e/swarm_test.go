@@ -109,20 +109,7 @@ func TestSwarm(t *testing.T) {
 	if outer.Port() == own.Port() {
 		t.Errorf("the seeder announces %v, and its own port is %d", outer, own.Port())
 	}
-	leech := exec.Command("aria2c", "--no-conf", "--dir="+filepath.Join(dir, "got"), "--interface="+other4, "--enable-dht=false",
-		"--bt-enable-lpd=false", "--enable-peer-exchange=false", "--seed-time=0", "--allow-overwrite=true", "--quiet",
-		"--listen-port="+fmt.Sprint(freePort(t)), torrent)
-	timer := time.AfterFunc(4*testkit.Patience, func() { _ = leech.Process.Kill() })
-	defer timer.Stop()
-	began := time.Now()
-	if out, err := leech.CombinedOutput(); err != nil {
-		t.Fatalf("the leecher: %v: %s", err, out)
-	}
-	took := time.Since(began)
-	got, err := os.ReadFile(filepath.Join(dir, "got", "file"))
-	if err != nil || sha256.Sum256(got) != sha256.Sum256(content) || !bytes.Equal(got, content) {
-		t.Errorf("the file is another one: %d bytes, %v", len(got), err)
-	}
+	took := leech(t, dir, torrent, content)
 	s, err := statusOf(seeder.Process.Pid)
 	if err != nil {
 		t.Fatal(err)
@@ -131,6 +118,26 @@ func TestSwarm(t *testing.T) {
 		t.Errorf("%d peers were accepted and %d bytes went to them", s.Listening.Accepted, s.Up)
 	}
 	t.Logf("%d bytes went through %d connections of peers to %v, in %v", s.Up, s.Listening.Accepted, outer, took)
+}
+
+// leech downloads the torrent with a program that nobody knows, and checks the file.
+func leech(t *testing.T, dir, torrent string, content []byte) (took time.Duration) {
+	t.Helper()
+	cmd := exec.Command("aria2c", "--no-conf", "--dir="+filepath.Join(dir, "got"), "--interface="+other4, "--enable-dht=false",
+		"--bt-enable-lpd=false", "--enable-peer-exchange=false", "--seed-time=0", "--allow-overwrite=true", "--quiet",
+		"--listen-port="+fmt.Sprint(freePort(t)), torrent)
+	timer := time.AfterFunc(4*testkit.Patience, func() { _ = cmd.Process.Kill() })
+	defer timer.Stop()
+	began := time.Now()
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("the leecher: %v: %s", err, out)
+	}
+	took = time.Since(began)
+	got, err := os.ReadFile(filepath.Join(dir, "got", "file"))
+	if err != nil || sha256.Sum256(got) != sha256.Sum256(content) || !bytes.Equal(got, content) {
+		t.Errorf("the file is another one: %d bytes, %v", len(got), err)
+	}
+	return took
 }
 
 // startSeeder runs transmission-daemon, which seeds torrent and asks for its port by NAT-PMP.
