@@ -17,6 +17,7 @@ type Router struct {
 	decider // the policy, and the verdicts by it
 	port53  port53
 	tcp     allStreams
+	echo    echoes
 	assocs  associations
 	gone    goneSearch
 	shards  []*shard                       // each with its streams and mappings
@@ -45,6 +46,7 @@ func New(cfg Config) (*Router, error) {
 	}
 	r := &Router{over: make(chan struct{})}
 	r.cfg, r.log, r.epoch, r.times = cfg, newFlowLog(cfg.Log), time.Now(), defaultTimes()
+	r.echo.wait = echoWait
 	r.port53.decider, r.assocs.base, r.gone.base = &r.decider, &r.base, &r.base
 	if err := r.makeShards(); err != nil {
 		return nil, err

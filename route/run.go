@@ -124,6 +124,7 @@ func (r *Router) teardown() error {
 	r.endFlows()
 	relays := make(chan struct{})
 	go func() {
+		r.echo.wg.Wait()
 		r.tcp.sniffs.wg.Wait() // each may begin a stream
 		for _, s := range r.shards {
 			s.streams.wg.Wait()
@@ -160,6 +161,7 @@ func (r *Router) drain() {
 // endFlows ends all flows and refuses new ones. Those of TCP take a moment.
 func (r *Router) endFlows() {
 	r.tcp.sniffs.close()
+	r.echo.close()
 	for _, s := range r.shards {
 		s.streams.close()
 	}

@@ -59,6 +59,16 @@ type Counters[T any] struct {
 	// Answered with an ICMP error.
 	Refused T `metric:"datagrams_refused_total" help:"Datagrams that were answered with an ICMP error."`
 
+	// ICMP echo requests, and the TCP dials by which they are answered (SetPing).
+	Echoes    T `metric:"echo_requests_total" help:"ICMP echo requests that --ping takes."`
+	EchoDials T `metric:"echo_dials_total" help:"TCP connections that were asked for to answer echo requests."`
+	// The destination granted or refused the connection.
+	EchoReplies   T `metric:"echo_answers_total" label:"answer=reply" help:"Echo requests by the answer that they got."`
+	EchoesRefused T `metric:"echo_answers_total" label:"answer=unreachable"`
+	EchoesSilent  T `metric:"echo_answers_total" label:"answer=none"`
+	// Over a limit.
+	EchoesLimited T `metric:"echo_answers_total" label:"answer=over_limit" lost:"echo requests over a limit of --ping"`
+
 	// Payload bytes of flows that ended.
 	Up, Down T
 }

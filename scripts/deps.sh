@@ -22,7 +22,7 @@ declare -A groups=(
 		=/lib/systemd/systemd-networkd:systemd dhclient:isc-dhcp-client dhcpcd:dhcpcd-base NetworkManager:network-manager
 		dbus-daemon:dbus conntrack:conntrack nft:nftables
 		promtool:prometheus tshark:tshark
-		socat:socat setpriv:util-linux nsenter:util-linux ss:iproute2 crun:crun =/usr/share/doc/busybox-static:busybox-static"
+		ping:iputils-ping socat:socat setpriv:util-linux nsenter:util-linux ss:iproute2 crun:crun =/usr/share/doc/busybox-static:busybox-static"
 	[demo]="make:make git:git =/etc/ssl/certs/ca-certificates.crt:ca-certificates
 		ip:iproute2 sysctl:procps unshare:util-linux curl:curl nft:nftables tcpdump:tcpdump
 		aria2c:aria2 danted:dante-server nginx:nginx vsftpd:vsftpd sshd:openssh-server

@@ -137,13 +137,15 @@ func (e *Elsewhere) Close() {
 func (s *Stack) SetElsewhere(e *Elsewhere) { s.elsewhere.Store(e) }
 
 // take reports whether the frame belongs to the other process alone, which has then got it. Frames that do not tell
-// their flow, fragments and ICMP, are for both.
+// their flow, fragments and ICMP other than echo requests, are for both.
 func (e *Elsewhere) take(h *tun.Header, b []byte) bool {
 	p, ok := parseIP(b)
 	if !ok {
 		return false
 	}
 	switch {
+	case isEcho(b, &p): // one answer is enough
+		return false
 	case p.later, p.proto == protoICMP, p.proto == protoICMPv6:
 		port, _ := appPort(b, &p)
 		e.send(h, b, port)

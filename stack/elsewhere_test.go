@@ -36,6 +36,7 @@ func TestElsewhere(t *testing.T) {
 	}
 	defer e.Close()
 	// next returns the next frame that was left to the other process.
+	var last []byte
 	next := func() packet {
 		t.Helper()
 		b := make([]byte, tun.HeaderLen+tun.MaxFrame)
@@ -44,7 +45,8 @@ func TestElsewhere(t *testing.T) {
 		if err != nil || n < tun.HeaderLen {
 			t.Fatalf("%d bytes of a frame: %v", n, err)
 		}
-		q, ok := parseIP(b[tun.HeaderLen:n])
+		last = b[tun.HeaderLen:n]
+		q, ok := parseIP(last)
 		if !ok {
 			t.Fatalf("no frame: %x", b[:n])
 		}
@@ -60,10 +62,14 @@ func TestElsewhere(t *testing.T) {
 	p.inject(bareFrame(protoUDP, 9))
 	for q := next(); q.proto != protoUDP; q = next() { // the segment may come again
 	}
-	p.inject(bareFrame(protoICMP, 8))
+	p.inject(echoFrame(app4.Addr(), far4.Addr(), nil)) // one process answers it: it is ours alone
+	p.inject(bareFrame(protoICMP, 9))
 	for q := next(); q.proto != protoICMP; q = next() {
 	}
-	testkit.Eventually(t, "the echo to be seen here, too", func() bool { return p.st.Stats().DroppedICMP == 1 })
+	if last[ip4HeaderLen] != 13 {
+		t.Errorf("ICMP of type %d went to the other process", last[ip4HeaderLen])
+	}
+	testkit.Eventually(t, "both to be seen here, too", func() bool { return p.st.Stats().DroppedICMP == 2 })
 	other, their := p.connect(srv6) // a flow of our own
 	if _, err := other.Write([]byte("y")); err != nil {
 		t.Fatal(err)
@@ -120,7 +126,7 @@ func bareFrame(proto byte, n int) []byte {
 	binary.BigEndian.PutUint16(b[10:], ^checksum.Checksum(b[:ip4HeaderLen], 0))
 	u := b[ip4HeaderLen:]
 	if proto == protoICMP {
-		u[0] = 8
+		u[0] = 13 // timestamp
 		binary.BigEndian.PutUint16(u[2:], ^checksum.Checksum(u, 0))
 		return b
 	}

@@ -102,8 +102,8 @@ func inspectTransport(h *tun.Header, b []byte, off int, proto byte, frag bool) (
 		}
 		return toGVisor, 0
 	case protoICMP, protoICMPv6:
-		// An ICMP error about a flow may lower its segment size. Everything else is dropped: SOCKS cannot carry echo,
-		// and gVisor would answer it for addresses that may not exist.
+		// An ICMP error about a flow may lower its segment size. Everything else is dropped unless takeEcho takes it:
+		// SOCKS cannot carry echo, and gVisor would answer it for addresses that may not exist.
 		if frag || gso != tun.GSONone || len(b) < off+8 {
 			return dropICMP, 0
 		}

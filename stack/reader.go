@@ -163,7 +163,9 @@ func (r *frameReader) judge(h *tun.Header, b []byte, p *packet, at place) {
 	case dropMalformed:
 		r.s.stats.DroppedMalformed.Add(1)
 	case dropICMP:
-		r.s.stats.DroppedICMP.Add(1)
+		if !r.s.takeEcho(h, b, p) {
+			r.s.stats.DroppedICMP.Add(1)
+		}
 	case dropMulticast:
 		r.s.stats.DroppedMulticast.Add(1)
 	case dropProto:

@@ -62,6 +62,7 @@ type Stack struct {
 	dev       tun.Device // the whole device, to be closed
 	handler   Handler
 	ssdp      bool
+	echo      EchoHandler // nil: the Handler does not implement it
 	log       *slog.Logger
 	keepalive atomic.Int64 // ns
 	shards    []*shard
@@ -99,6 +100,7 @@ func newStack(cfg Config) (*Stack, error) {
 		return nil, errors.New("cannot make a stack: the number of shards is negative")
 	}
 	s := &Stack{dev: cfg.Device, handler: cfg.Handler, ssdp: cfg.SSDP, log: cfg.Log}
+	s.echo, _ = cfg.Handler.(EchoHandler)
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}

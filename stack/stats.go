@@ -13,7 +13,7 @@ type Counters[T any] struct {
 	BytesIn   T `metric:"tun_bytes_total" label:"direction=in" help:"Bytes of the frames that crossed the TUN, with IP headers."`
 	BytesOut  T `metric:"tun_bytes_total" label:"direction=out"`
 
-	// ICMP other than an error about a flow; echo above all.
+	// ICMP other than an error about a flow; above all echo requests that no EchoHandler takes.
 	DroppedICMP T `metric:"packets_dropped_total" label:"reason=icmp" help:"Packets that were dropped." lost:"ICMP (ping)"`
 	// TCP to or from a multicast, broadcast, loopback or unspecified address.
 	DroppedMulticast T `metric:"packets_dropped_total" label:"reason=multicast" lost:"multicast and broadcast"`

@@ -5,7 +5,6 @@ import (
 	"net/netip"
 
 	"github.com/viasocks/viasocks/stack/flow"
-	"github.com/viasocks/viasocks/tun"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -68,15 +67,9 @@ func (s *shard) answer(syn []byte, why flow.Refusal) {
 	} else {
 		b, ok = appendUnreachable(nil, syn, why)
 	}
-	if !ok {
-		return
+	if ok {
+		s.send(b) // if it is lost, the SYN is retransmitted and answered again
 	}
-	if err := s.write(&tun.Header{}, [][]byte{b}); err != nil {
-		s.stats.DroppedOut.Add(1) // the SYN is retransmitted and answered again
-		return
-	}
-	s.stats.FramesOut.Add(1)
-	s.stats.BytesOut.Add(uint64(len(b)))
 }
 
 // synHeaders returns a copy of the IP and TCP headers of pkt.

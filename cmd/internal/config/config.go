@@ -136,6 +136,7 @@ type Config struct {
 	SniffMode                        string // off, rules, name: see Sniff
 	SniffPorts                       []uint16
 	SniffWait                        time.Duration
+	PingPorts                        []uint16 // empty: echo requests are not answered
 	MaxPending, MaxPendingPerDest    int
 	MaxMappings                      int
 	Tuning                           socks.Tuning // Pool is the total for each proxy

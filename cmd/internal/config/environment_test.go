@@ -16,7 +16,7 @@ import (
 var sampleValues = map[string]string{
 	"proxy": "socks5://other", "upstream": "lab=socks5://l", "dns": "tcp://192.0.2.53", "dns-pool": "198.19.0.0/16",
 	"dns-pool6": "fd00:1::/48", "ipv6": "off", "offload": "off", "udp-gso": "on", "mtu": "9000", "rule": "port 25 reject",
-	"allow": "tcp:443", "sniff": "rules", "sniff-port": "8080", "sniff-wait": "1s", "rule-for": "tcp:h.example:443",
+	"allow": "tcp:443", "sniff": "rules", "sniff-port": "8080", "sniff-wait": "1s", "ping": "22", "rule-for": "tcp:h.example:443",
 	"lan":     "refuse",
 	"inbound": "carry", "inbound-port": "51820", "exclude": "192.0.2.0/24", "exclude-uid": "7", "exclude-port": "22",
 	"exclude-device": "wg0", "exclude-cgroup": "system.slice", "include": "192.0.2.0/24", "include-uid": "7",

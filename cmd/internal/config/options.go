@@ -89,7 +89,7 @@ var optionGroups = []struct {
 	{"User and network namespace of run", runAsOptions},
 	{"Telling programs of run apart", instanceOptions},
 	{"Faster connections to the proxy", tuningOptions},
-	{"Rules", ruleOptions},
+	{"Rules", ruleOptions}, {"Ping", pingOptions},
 	{"The whole host", hostOptions},
 	{"A container", attachOptions},
 	{"Finding faults", doctorOptions},

@@ -210,6 +210,7 @@ func (p *plane) set(cfg *config.Config) {
 	p.router.SetUDP(cfg.UDPTimeout, cfg.MaxMappings)
 	p.router.SetSniff(cfg.Sniff())
 	p.router.SetActiveFTP(p.activeFTP(cfg))
+	p.router.SetPing(cfg.PingPorts)
 	p.setGSO(cfg.UDPGSO)
 	p.stack.Set(stack.Limits{Pending: cfg.MaxPending, PendingPerDest: cfg.MaxPendingPerDest}, cfg.IdleTimeout)
 }
@@ -274,6 +275,7 @@ type handler struct{ *route.Router }
 var (
 	_ stack.Handler            = (*handler)(nil)
 	_ stack.UnreachableHandler = (*handler)(nil)
+	_ stack.EchoHandler        = (*handler)(nil)
 )
 
 // start runs all parts. A part that ends before Close was called is reported on failed.

@@ -29,7 +29,7 @@ var samples = map[string]string{
 	"proxy-ca": "CA", "dns-ca": "CA", "allow": "tcp:203.0.113.9:80\nallow udp:203.0.113.9:6881\nallow tcp:a.example:443",
 	"decisions":       "FILE",
 	"connect-timeout": "3s", "handshake-timeout": "20s", "idle-timeout": "1h", "udp-timeout": "1m", "max-pending": "512",
-	"sniff": "name", "sniff-port": "80,8443", "sniff-wait": "50ms",
+	"sniff": "name", "sniff-port": "80,8443", "sniff-wait": "50ms", "ping": "443",
 	"max-pending-per-destination": "32", "max-mappings": "64", "pool": "4", "pool-idle": "9s", "pool-age": "8s",
 	"pipeline": "auto", "fast-open": "", "mtu": "1400", "offload": "off", "udp-gso": "off",
 	"lan": "refuse", "inbound": "carry", "inbound-port": "51820,27015-27020", "exclude": "192.0.2.128/25", "exclude-uid": "1000",
