@@ -271,14 +271,9 @@ func (u *up) start(ctx context.Context, h *host) error {
 	if err := u.startPlane(cfg); err != nil {
 		return err
 	}
-	u.mu.Lock()
-	u.host = h
-	u.mu.Unlock()
-	if err := h.Steer(); err != nil {
+	if err := u.steer(h); err != nil {
 		return err
 	}
-	u.pulse.Beat(u.look)
-	h.watch()
 	// Check again with the rules in place. If they cut off the proxy, the host is better restored at once.
 	err := probe(ctx, cfg, u.dial)
 	switch {
@@ -294,6 +289,19 @@ func (u *up) start(ctx context.Context, h *host) error {
 	default:
 		return err
 	}
+	return nil
+}
+
+// steer steers the host, whose filter is in place, and watches it from then on.
+func (u *up) steer(h *host) error {
+	u.mu.Lock()
+	u.host = h
+	u.mu.Unlock()
+	if err := h.Steer(); err != nil {
+		return err
+	}
+	u.pulse.Beat(u.look)
+	h.watch()
 	return nil
 }
 

@@ -153,14 +153,9 @@ func (u *up) takeOver(ctx context.Context, h *host) error {
 	if err := h.Shut(); err != nil {
 		return err
 	}
-	u.mu.Lock()
-	u.host = h
-	u.mu.Unlock()
-	if err := h.Steer(); err != nil {
+	if err := u.steer(h); err != nil {
 		return err
 	}
-	u.pulse.Beat(u.look)
-	h.watch()
 	if err := u.serve(); err != nil {
 		return err
 	}

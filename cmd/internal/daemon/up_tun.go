@@ -12,14 +12,6 @@ import (
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
-// The TUN is repaired at once when others change it. If they repeat this within mendCalm, each repair is delayed
-// longer.
-const (
-	mendAgain = 250 * time.Millisecond
-	mendMost  = 30 * time.Second
-	mendCalm  = time.Minute
-)
-
 // tended is the TUN of an up, which others may set down, rename, or take addresses from. It belongs to the goroutine
 // of live, except changed, linkChanged and fault.
 type tended struct {
@@ -29,9 +21,7 @@ type tended struct {
 
 	news  chan struct{}
 	again <-chan time.Time // nil: the TUN is checked only after events
-	mends int              // repairs within mendCalm of each other
-	last  time.Time        // time of the last repair
-	next  time.Time        // earliest time of the next one
+	pace  netns.MendPace
 
 	mu    sync.Mutex
 	broke string // what is wrong with the TUN; "": nothing
@@ -70,21 +60,6 @@ func (t *tended) setFault(s string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.broke = s
-}
-
-// delay returns how long to wait before the next repair. It is 0 if the TUN has been in order for a while.
-func (t *tended) delay(now time.Time) time.Duration {
-	if now.Sub(t.last) > mendCalm {
-		t.mends, t.next = 0, time.Time{}
-	}
-	return max(t.next.Sub(now), 0)
-}
-
-// mended records that the TUN was repaired, or that this was tried.
-func (t *tended) mended(now time.Time) {
-	t.last = now
-	t.next = now.Add(min(mendAgain<<min(t.mends, 10), mendMost))
-	t.mends++
 }
 
 // watchTUN reports changes to u.tun until end is called.
@@ -127,7 +102,7 @@ func (u *up) tend() {
 		what,
 	)
 	t.setFault(wrong)
-	if wait := t.delay(time.Now()); wait > 0 {
+	if wait := t.pace.Delay(time.Now()); wait > 0 {
 		t.again = time.After(wait)
 		return
 	}
@@ -138,11 +113,11 @@ func (u *up) tend() {
 	if err == nil {
 		err = u.host.Steer()
 	}
-	t.mended(time.Now())
+	t.pace.Mended(time.Now())
 	if err != nil {
 		t.setFault(wrong + "; " + err.Error())
 		u.log.Warn("cannot restore the TUN device: trying again", "what", what, "err", err)
-		t.again = time.After(t.delay(time.Now()))
+		t.again = time.After(t.pace.Delay(time.Now()))
 		return
 	}
 	u.log.Warn("another program changed the TUN device: it is restored", "tun", t.wanted.Name, "what", what)

@@ -14,25 +14,15 @@ import (
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
-// The TUN is repaired at once when others change it. If they repeat this within mendCalm, each repair is delayed
-// longer.
-const (
-	mendAgain = 250 * time.Millisecond
-	mendMost  = 30 * time.Second
-	mendCalm  = time.Minute
-)
-
 // mender remembers what the TUN should be like. It belongs to one goroutine, except changed.
 type mender struct {
 	wanted netns.Wanted
 	index  atomic.Int64  // wanted.Index for other goroutines
 	news   chan struct{} // the TUN may have changed
 	again  <-chan time.Time
-	mends  int       // repairs within mendCalm of each other
-	last   time.Time // time of the last repair
-	next   time.Time // earliest time of the next one
-	fault  string    // what is wrong; "": nothing
-	lost   bool      // the TUN is gone
+	pace   netns.MendPace
+	fault  string // what is wrong; "": nothing
+	lost   bool   // the TUN is gone
 }
 
 func newMender() *mender { return &mender{news: make(chan struct{}, 1)} }
@@ -104,10 +94,7 @@ func (in *inside) tend() {
 	what, at := strings.Join(faults, ", "), time.Now()
 	m.fault = fmt.Sprintf(
 		"another program changed the TUN device %s, and its traffic may fail until it is restored: it %s", m.wanted.Name, what)
-	if at.Sub(m.last) > mendCalm {
-		m.mends, m.next = 0, time.Time{}
-	}
-	if wait := m.next.Sub(at); wait > 0 {
+	if wait := m.pace.Delay(at); wait > 0 {
 		m.again = time.After(wait)
 		return
 	}
@@ -118,11 +105,10 @@ func (in *inside) tend() {
 	if err == nil {
 		err = in.host.Steer()
 	}
-	m.last, m.next = at, at.Add(min(mendAgain<<min(m.mends, 10), mendMost))
-	m.mends++
+	m.pace.Mended(at)
 	if err != nil {
 		in.log.Warn("cannot restore the TUN device: trying again", "what", what, "err", err)
-		m.again = time.After(time.Until(m.next))
+		m.again = time.After(m.pace.Delay(time.Now()))
 		return
 	}
 	in.log.Warn("another program changed the TUN device: it is restored", "tun", m.wanted.Name, "what", what)
