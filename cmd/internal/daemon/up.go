@@ -343,6 +343,7 @@ func (u *up) end(ctx context.Context, failed error) error {
 		open = !u.config().Host.StayClosed || errors.Is(cause, errDown) || errors.Is(cause, errUnconfirmed)
 	}
 	u.host.unwatch()
+	u.before.finish(u.log)
 	var err error
 	u.stopPlane(func() {
 		if open {

@@ -112,8 +112,9 @@ func (u *up) handOver(ctx context.Context) error {
 	u.notify.Hand(t.pid)
 	u.log.Info("handed the host over", "to", t.pid, "flows", flows.Len(), "limit", t.limit)
 	left := u.drain(ctx, t, keys)
+	u.before.finish(u.log)
 	u.stopPlane(nil)
-	_ = t.talk.Left(handover.Left{Ended: handover.FlowsOf(left)}) // the new process may be gone
+	_, _ = t.talk.Left(handover.Left{Ended: handover.FlowsOf(left)}) // the new process may be gone
 	return nil
 }
 
@@ -136,7 +137,8 @@ func (u *up) drain(ctx context.Context, t *taker, had []stack.Key) []stack.Key {
 	var left atomic.Int64
 	left.Store(int64(len(had)))
 	u.allowed.attach(func(all []endpoint) error { // the new process's filter must let our sockets out
-		return t.talk.Left(handover.Left{Now: int(left.Load()), Proxies: endpointsTo(all)})
+		_, err := t.talk.Left(handover.Left{Now: int(left.Load()), Proxies: endpointsTo(all)})
+		return err
 	})
 	for len(had) > 0 {
 		select {
@@ -155,8 +157,12 @@ func (u *up) drain(ctx context.Context, t *taker, had []stack.Key) []stack.Key {
 		ended := without(had, now)
 		had = now
 		left.Store(int64(len(now)))
-		if err := t.talk.Left(handover.Left{Ended: handover.FlowsOf(ended), Now: len(now)}); err != nil {
+		switch stop, err := t.talk.Left(handover.Left{Ended: handover.FlowsOf(ended), Now: len(now)}); {
+		case err != nil:
 			u.log.Warn("the viasocks that took over has ended", "err", err)
+			return had
+		case stop:
+			u.log.Info("the flows that are left are reset: the viasocks that took over stops", "flows", len(had))
 			return had
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -39,6 +40,8 @@ type predecessor struct {
 
 	frames    *stack.Elsewhere // nil: not taken yet
 	following sync.WaitGroup   // followPredecessor, until end
+	over      chan struct{}    // closed when it has ended; nil: not taken yet
+	stop      atomic.Bool      // it shall reset its flows and end
 }
 
 // callPredecessor asks the viasocks at the control socket to hand over. It returns nil without an error if none is up.
@@ -83,6 +86,20 @@ func (p *predecessor) end() {
 	p.talk.End()
 	p.following.Wait()
 	p.talk.Files.Close()
+}
+
+// finish makes the predecessor reset its flows and end, and waits for that. The host can be opened only afterwards:
+// until then, the programs' retransmissions would go to the real peers.
+func (p *predecessor) finish(log *slog.Logger) {
+	if p == nil || p.over == nil {
+		return
+	}
+	p.stop.Store(true) // it learns this with its next report
+	select {
+	case <-p.over:
+	case <-time.After(stopTimeout):
+		log.Error("the viasocks before does not end: its connections were not reset", "limit", stopTimeout)
+	}
 }
 
 // keys returns the flows that the predecessor still has. They are ours, too, when we are taken over from.
@@ -162,7 +179,8 @@ func (u *up) takeOver(ctx context.Context, h *host) error {
 	if err := b.talk.InPlace(); err != nil {
 		u.log.Warn("the viasocks before has ended, and its connections with it", "err", err)
 	}
-	b.following.Go(func() { u.followPredecessor(ctx) })
+	b.over = make(chan struct{})
+	b.following.Go(func() { defer close(b.over); u.followPredecessor(ctx) })
 	u.log.Info("took the host over", "from", b.talk.Offer.PID, "version", b.talk.Offer.Version, "its_flows", taken.Len())
 	if err := probe(ctx, u.first, u.dial); err != nil && ctx.Err() == nil {
 		if u.first.Host.Wait && mayCome(err) {
@@ -228,7 +246,7 @@ func (u *up) followPredecessor(ctx context.Context) {
 	b := u.before
 	var err error
 	for err == nil {
-		err = b.talk.Left(newsWithin, func(l handover.Left) {
+		err = b.talk.Left(newsWithin, func(l handover.Left) (stop bool) {
 			b.frames.Ended(l.Ended.Keys())
 			u.mu.Lock()
 			u.theirs = l.Now
@@ -236,6 +254,7 @@ func (u *up) followPredecessor(ctx context.Context) {
 			if l.Proxies != nil {
 				u.allowed.also(endpointsOf(l.Proxies))
 			}
+			return b.stop.Load()
 		})
 	}
 	if p, _ := u.running(); p != nil {

@@ -95,7 +95,9 @@ type commit struct {
 	Terms
 }
 type inPlace struct{}
-type noted struct{}
+type noted struct {
+	Stop bool // the old process shall reset its flows and end
+}
 
 // Old is the old process's part.
 type Old struct {
@@ -159,16 +161,16 @@ func (o *Old) Taken(t Taken) error {
 	return nil
 }
 
-// Left tells which flows have ended, and returns when the new process has taken note. It may be called from any
-// goroutine.
-func (o *Old) Left(l Left) error {
+// Left tells which flows have ended, and returns when the new process has taken note. If it returns stop, the caller must
+// reset its flows and end. It may be called from any goroutine.
+func (o *Old) Left(l Left) (stop bool, err error) {
 	o.news.Lock()
 	defer o.news.Unlock()
-	err := send(o.c, l)
-	if err == nil {
-		_, err = receive(o.c, &noted{}, stepTime)
+	var n noted
+	if err = send(o.c, l); err == nil {
+		_, err = receive(o.c, &n, stepTime)
 	}
-	return err
+	return n.Stop, err
 }
 
 // Close ends the conversation. It may be called twice.
@@ -232,16 +234,16 @@ func (n *New) Commit(sockets []*os.File, terms Terms) (t Taken, err error) {
 // InPlace tells the old process that everything is taken.
 func (n *New) InPlace() error { return send(n.c, inPlace{}) }
 
-// Left waits for news of the old process's flows and has note take them. io.EOF: the old process has ended.
-func (n *New) Left(within time.Duration, note func(Left)) error {
+// Left waits for news of the old process's flows and has note take them, which tells whether the old process shall
+// reset its flows and end. io.EOF: it has ended.
+func (n *New) Left(within time.Duration, note func(Left) (stop bool)) error {
 	var l Left
 	files, err := receive(n.c, &l, within)
 	if err != nil {
 		return err
 	}
 	closeAll(files)
-	note(l)
-	return send(n.c, noted{})
+	return send(n.c, noted{note(l)})
 }
 
 // End ends the conversation. It may be called twice, and ends a waiting call.

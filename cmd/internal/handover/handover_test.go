@@ -105,7 +105,12 @@ func TestConversation(t *testing.T) {
 			if err := o.Taken(Taken{Flows: FlowsOf(append(keys, keys[0])), Proxies: proxies}); err != nil {
 				return err
 			}
-			return errors.Join(o.Left(left[0]), o.Left(left[1]))
+			stop, err := o.Left(left[0])
+			stop2, err2 := o.Left(left[1])
+			if stop || !stop2 {
+				return errors.New("the wish to stop did not arrive")
+			}
+			return errors.Join(err, err2)
 		}()
 	}()
 	n, err := Take(newEnd)
@@ -137,10 +142,11 @@ func TestConversation(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range left {
-		err := n.Left(time.Minute, func(l Left) {
+		err := n.Left(time.Minute, func(l Left) (stop bool) {
 			if !reflect.DeepEqual(l, want) {
 				t.Errorf("%+v is left", l)
 			}
+			return l.Now == 0
 		})
 		if err != nil {
 			t.Error(err)

@@ -305,3 +305,36 @@ func TestTakeoverEnds(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestTakeoverStops: when the new viasocks stops and opens the host, the connections that the old one carries are reset
+// first: their retransmissions would go to the real peers.
+func TestTakeoverStops(t *testing.T) {
+	w := newWorld(t)
+	w.farEnds()
+	rec := newRecorder(w)
+	rec.known(w.proxy(proxy4 + ":1080"))
+	flags := []string{"--proxy", "socks5://" + proxy4}
+	rules := w.ipRules()
+	first := w.up(flags...)
+	held := w.hold(50)
+	second := w.takeOver(first, flags...)
+	held.use()
+	rec.take()
+	if err := second.stop(); err != nil {
+		t.Error(err)
+	}
+	if err := first.wait(); err != nil {
+		t.Errorf("the first ended with %v", err)
+	}
+	close(held.stop)
+	held.ran.Wait()
+	for i, c := range held.conns {
+		if err := ping(c); err == nil {
+			t.Errorf("connection %d is still open", i)
+		}
+	}
+	for _, s := range rec.take() {
+		t.Errorf("this left the host: %+v", s)
+	}
+	w.cleared(rules)
+}
