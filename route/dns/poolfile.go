@@ -35,9 +35,10 @@ var errDamaged = errors.New("it is damaged")
 
 // Save writes the names and their addresses to a file of mode 600, which replaces path when it is complete and on the
 // disk. If anything fails, path does not change. Names that are added meanwhile may or may not be included.
-func (p *Pool) Save(path string) error { return atomicfile.ReplaceOnDisk(path, 0o600, p.write) }
+func (p *Pool) Save(path string) error { return atomicfile.ReplaceOnDisk(path, 0o600, p.SaveTo) }
 
-func (p *Pool) write(w io.Writer) error {
+// SaveTo writes what Save would write. The pool is locked for a few names at a time.
+func (p *Pool) SaveTo(w io.Writer) error {
 	sum := crc32.NewIEEE()
 	out := io.MultiWriter(w, sum)
 	b := fmt.Appendf(nil, "%s %v %v\n", fileMagic, p.v4, p.v6)
@@ -84,9 +85,18 @@ func (p *Pool) Load(path string) (int, error) {
 		return 0, err
 	}
 	defer f.Close()
-	all, err := p.read(io.LimitReader(f, fileMax))
+	n, err := p.LoadFrom(f)
 	if err != nil {
 		return 0, fmt.Errorf("cannot use %s: %w", path, err)
+	}
+	return n, nil
+}
+
+// LoadFrom reads what SaveTo wrote, as Load does.
+func (p *Pool) LoadFrom(r io.Reader) (int, error) {
+	all, err := p.read(io.LimitReader(r, fileMax))
+	if err != nil {
+		return 0, err
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()

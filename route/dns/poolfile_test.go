@@ -429,5 +429,5 @@ func (p *Pool) writeTo(path string) error {
 		return err
 	}
 	defer f.Close()
-	return p.write(f)
+	return p.SaveTo(f)
 }

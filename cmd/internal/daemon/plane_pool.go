@@ -1,13 +1,17 @@
 package daemon
 
 import (
+	"bufio"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
 	"os"
 	"slices"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/route/dns"
@@ -42,6 +46,47 @@ func loadPool(p *dns.Pool, cfg *config.Config, log *slog.Logger) {
 		return
 	}
 	log.Debug("names of fake addresses loaded", "file", cfg.Fake.File, "names", n)
+}
+
+// givePool writes the names and their addresses to a file in memory for another process. It returns nil if there are none.
+func givePool(p *dns.Pool) (*os.File, error) {
+	if p == nil {
+		return nil, nil
+	}
+	fd, err := unix.MemfdCreate("viasocks-names", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("cannot make a file in memory: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "names")
+	w := bufio.NewWriterSize(f, 64<<10)
+	err = p.SaveTo(w)
+	if err == nil {
+		err = w.Flush()
+	}
+	if err == nil {
+		_, err = f.Seek(0, io.SeekStart)
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// takePool loads what givePool wrote, so that an address still stands for the name for which a program has it. It closes
+// names. If there is no such file, the one of the configuration is loaded.
+func takePool(p *dns.Pool, cfg *config.Config, names *os.File, log *slog.Logger) {
+	if names == nil {
+		loadPool(p, cfg, log)
+		return
+	}
+	defer names.Close()
+	n, err := p.LoadFrom(names)
+	if err != nil {
+		log.Warn("names get other addresses than before", "err", err)
+		return
+	}
+	log.Debug("names of fake addresses taken over", "names", n)
 }
 
 // poolIsFree returns an error if a network of the host overlaps the ranges of fake addresses, or a proxy is in them:

@@ -99,11 +99,17 @@ func (u *up) handOver(ctx context.Context) error {
 		u.log.Warn("cannot let go of the host in order", "err", err)
 	}
 	u.plane.savePool()
-	err := u.plane.stack.Redirect(t.sockets)
+	names, err := givePool(u.dial.pool)
+	if err != nil {
+		u.log.Warn("cannot hand over the names of fake addresses: programs may have to ask again", "err", err)
+	} else if names != nil {
+		defer names.Close()
+	}
+	err = u.plane.stack.Redirect(t.sockets)
 	keys := u.keys()
 	flows := handover.FlowsOf(keys)
 	if err == nil {
-		err = t.talk.Taken(handover.Taken{Flows: flows, Proxies: endpointsTo(u.allowed.everything())})
+		err = t.talk.Taken(handover.Taken{Flows: flows, Proxies: endpointsTo(u.allowed.everything())}, names)
 	}
 	if err != nil {
 		u.stopPlane(nil)

@@ -147,7 +147,7 @@ func (u *up) takeOver(ctx context.Context, h *host) error {
 		p.Close()
 		return err
 	}
-	taken, err := b.talk.Commit(far, handover.Terms{Limit: u.first.Host.TakeoverLimit})
+	taken, names, err := b.talk.Commit(far, handover.Terms{Limit: u.first.Host.TakeoverLimit})
 	closeFiles(far)
 	if err != nil {
 		closeFiles(near)
@@ -162,7 +162,7 @@ func (u *up) takeOver(ctx context.Context, h *host) error {
 		return err
 	}
 	p.stack.SetElsewhere(b.frames)
-	loadPool(u.dial.pool, u.first, u.log)
+	takePool(u.dial.pool, u.first, names, u.log)
 	p.start()
 	u.lock.Sign()
 	u.allowed.also(endpointsOf(taken.Proxies))

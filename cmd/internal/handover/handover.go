@@ -149,9 +149,14 @@ func (o *Old) Commit(want int) (sockets []*os.File, terms Terms, err error) {
 	return sockets, m.Terms, nil
 }
 
-// Taken tells the new process which flows stay, and waits until it is in place.
-func (o *Old) Taken(t Taken) error {
-	err := send(o.c, t)
+// Taken tells the new process which flows stay, and waits until it is in place. names are the names of fake addresses; it
+// stays the caller's, and may be nil.
+func (o *Old) Taken(t Taken, names *os.File) error {
+	var files []*os.File
+	if names != nil {
+		files = append(files, names)
+	}
+	err := send(o.c, t, files...)
 	if err == nil {
 		_, err = receive(o.c, &inPlace{}, stepTime)
 	}
@@ -220,15 +225,24 @@ func (n *New) Differ(ours map[string]string) error {
 	return fmt.Errorf("cannot take over: these settings must be the same: %s", strings.Join(names, ", "))
 }
 
-// Commit takes the host: the old process reads its frames from sockets from now on. The sockets stay the caller's.
-func (n *New) Commit(sockets []*os.File, terms Terms) (t Taken, err error) {
+// Commit takes the host: the old process reads its frames from sockets from now on. The sockets stay the caller's. The
+// caller closes names, which is nil if the old process has none.
+func (n *New) Commit(sockets []*os.File, terms Terms) (t Taken, names *os.File, err error) {
+	var files []*os.File
 	if err = send(n.c, commit{protocol, terms}, sockets...); err == nil {
-		_, err = receive(n.c, &t, stepTime)
+		files, err = receive(n.c, &t, stepTime)
+	}
+	if err == nil && len(files) > 1 {
+		err = errors.New("it sent too many files")
 	}
 	if err != nil {
-		return t, fmt.Errorf("cannot take over: the old viasocks does not let go: %w", err)
+		closeAll(files)
+		return t, nil, fmt.Errorf("cannot take over: the old viasocks does not let go: %w", err)
 	}
-	return t, nil
+	if len(files) == 1 {
+		names = files[0]
+	}
+	return t, names, nil
 }
 
 // InPlace tells the old process that everything is taken.

@@ -102,7 +102,9 @@ func TestConversation(t *testing.T) {
 				return fmt.Errorf("%v: %w", terms, err)
 			}
 			checkPipes(t, sockets)
-			if err := o.Taken(Taken{Flows: FlowsOf(append(keys, keys[0])), Proxies: proxies}); err != nil {
+			names := pipes(t, 1)
+			defer closeAll(names)
+			if err := o.Taken(Taken{Flows: FlowsOf(append(keys, keys[0])), Proxies: proxies}, names[0]); err != nil {
 				return err
 			}
 			stop, err := o.Left(left[0])
@@ -130,11 +132,12 @@ func TestConversation(t *testing.T) {
 		t.Error(err)
 	}
 	sockets := pipes(t, 3)
-	taken, err := n.Commit(sockets, Terms{time.Hour})
+	taken, names, err := n.Commit(sockets, Terms{time.Hour})
 	closeAll(sockets)
 	if err != nil {
 		t.Fatal(err)
 	}
+	checkPipes(t, []*os.File{names})
 	if got := taken.Keys(); len(got) != len(keys) || !reflect.DeepEqual(FlowsOf(got), FlowsOf(keys)) || !reflect.DeepEqual(taken.Proxies, proxies) {
 		t.Errorf("%d of %d flows, proxies %v", len(got), len(keys), taken.Proxies)
 	}
@@ -205,7 +208,7 @@ func TestBadConversation(t *testing.T) {
 		t.Errorf("it is %v", err)
 	}
 	b.Close()
-	if err := o.Taken(Taken{}); err == nil {
+	if err := o.Taken(Taken{}, nil); err == nil {
 		t.Error("the new process is gone, and nothing was said")
 	}
 	o.Close()

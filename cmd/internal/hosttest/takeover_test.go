@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/socks/sockstest"
 )
 
 // heldConns is how many connections are open while the host changes hands.
@@ -337,4 +338,47 @@ func TestTakeoverStops(t *testing.T) {
 		t.Errorf("this left the host: %+v", s)
 	}
 	w.cleared(rules)
+}
+
+// TestTakeoverKeepsNames: an address that stands for a name does so after a takeover, too, and no other name gets it.
+func TestTakeoverKeepsNames(t *testing.T) {
+	w := newWorld(t)
+	w.webServer()
+	w.answerNames("router", lanRouter4+":53", addr("203.0.113.8"))
+	meanings := map[string]netip.Addr{"one.example": addr("203.0.113.11"), "two.example": addr("203.0.113.12")}
+	proxy, err := sockstest.Listen("tcp", proxy4+":1080", sockstest.WithNetns("/run/netns/proxy"),
+		sockstest.WithResolve(func(name string) (netip.Addr, error) {
+			a, ok := meanings[name]
+			if !ok {
+				return a, fmt.Errorf("the proxy is asked for %s", name)
+			}
+			return a, nil
+		}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { proxy.Close() })
+	fakeOf := func(name string) string {
+		t.Helper()
+		out, err := try("host", nil, "getent", "ahostsv4", name)
+		word, _, _ := strings.Cut(out, " ")
+		if err != nil || !strings.HasPrefix(word, "198.1") {
+			t.Fatalf("%s is %q: %v", name, out, err)
+		}
+		return word
+	}
+	flags := []string{"--proxy", "socks5://" + proxy4, "--dns", "fake"}
+	first := w.up(flags...)
+	one := fakeOf("one.example")
+	second := w.takeOver(first, flags...)
+	if two := fakeOf("two.example"); two == one {
+		t.Errorf("%s stands for two names", one)
+	}
+	out, err := try("host", nil, "curl", "-4", "-sS", "--max-time", "20", "http://"+one+"/")
+	if err != nil || strings.TrimSpace(out) != "203.0.113.11" {
+		t.Errorf("the address of one.example leads to %q: %v", out, err)
+	}
+	if err := second.stop(); err != nil {
+		t.Error(err)
+	}
 }
