@@ -3,6 +3,7 @@ package handover
 import (
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net"
 	"net/netip"
@@ -194,6 +195,8 @@ func Take(c *net.UnixConn) (*New, error) {
 	n := &New{c: c}
 	files, err := receive(c, &n.Offer, stepTime)
 	switch {
+	case errors.Is(err, io.EOF):
+		err = errors.New("the viasocks that is up does not offer the host; it must be ready, and its log tells why")
 	case err != nil:
 	case n.Offer.Protocol != protocol:
 		err = fmt.Errorf("viasocks %s hands over by another protocol; restart it with 'viasocks down' and 'viasocks up'",

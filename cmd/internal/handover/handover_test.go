@@ -171,9 +171,9 @@ func TestBadConversation(t *testing.T) {
 		say  func(c *net.UnixConn) error
 		want string
 	}{
-		"nothing":     {func(*net.UnixConn) error { return nil }, "EOF"},
+		"nothing":     {func(*net.UnixConn) error { return nil }, "must be ready"},
 		"half":        {func(c *net.UnixConn) error { _, err := c.Write([]byte{0, 0, 0, 9, '{'}); return err }, "unexpected EOF"},
-		"half a head": {func(c *net.UnixConn) error { _, err := c.Write([]byte{0}); return err }, "EOF"},
+		"half a head": {func(c *net.UnixConn) error { _, err := c.Write([]byte{0}); return err }, "must be ready"},
 		"too long":    {func(c *net.UnixConn) error { _, err := c.Write([]byte{255, 0, 0, 0, 1}); return err }, "too long"},
 		"no JSON":     {func(c *net.UnixConn) error { _, err := c.Write([]byte{0, 0, 0, 1, 'x'}); return err }, "invalid"},
 		"no files":    {func(c *net.UnixConn) error { return send(c, offer) }, "incomplete"},
