@@ -11,6 +11,7 @@ import (
 	"regexp"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -293,17 +294,30 @@ func (w *world) listen(ns, addr string) net.Listener {
 	return l
 }
 
-// serve answers each connection of l with f, which need not close it.
+// serve answers each connection of l with f, which need not close it. The connections that are open when l is closed end
+// with it: the other end may have vanished without a word.
 func serve(l net.Listener, f func(net.Conn)) {
 	go func() {
+		var mu sync.Mutex
+		open := map[net.Conn]bool{}
 		for {
 			c, err := l.Accept()
+			mu.Lock()
 			if err != nil {
+				for c := range open {
+					c.Close()
+				}
+				mu.Unlock()
 				return
 			}
+			open[c] = true
+			mu.Unlock()
 			go func() {
-				defer c.Close()
 				f(c)
+				c.Close()
+				mu.Lock()
+				delete(open, c)
+				mu.Unlock()
 			}()
 		}
 	}()
