@@ -20,8 +20,18 @@ if [[ -z ${IN_OWN_MOUNTS:-} ]]; then
 	IN_OWN_MOUNTS=1 exec unshare --mount --pid --fork --kill-child --mount-proc --propagation private "$0" "$@"
 fi
 
+skip() { echo "formats-test: skipped: $*"; exit 0; }
+git ls-files >/dev/null 2>&1 || skip "the sources are not in a work tree of git"
+
 work=$(mktemp -d)
-mount -t tmpfs viasocks-test "$work"
+mount -t tmpfs viasocks-test "$work" || skip "cannot mount a tmpfs"
+mkdir -p "$work/can/upper" "$work/can/work" "$work/can/root"
+if ! mount -t overlay overlay -o "lowerdir=/,upperdir=$work/can/upper,workdir=$work/can/work" "$work/can/root"; then
+	umount "$work"
+	rmdir "$work"
+	skip "cannot mount an overlay over the root of this machine"
+fi
+umount "$work/can/root"
 cleanup() {
 	local status=$?
 	[[ $status -eq 0 || ! -s $work/log ]] || tail -30 "$work/log" >&2
