@@ -16,7 +16,8 @@ import (
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
-// hostRig runs a Router whose programs may reach the ports of the host that allows says. Fake addresses surround that of the host.
+// hostRig runs a Router whose programs may reach the ports of the host that allows says. Fake addresses surround that of
+// the host.
 func hostRig(t *testing.T, allows func(uint16) bool, rules ...string) (*rig, *fakeUpstream) {
 	t.Helper()
 	d, err := socks.NewDialer(socks.Options{})

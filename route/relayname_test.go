@@ -60,7 +60,11 @@ func TestRelayedToName(t *testing.T) {
 			var app *fakeStream
 			testkit.Eventually(t, "the grant", func() bool { _, _, app = q.outcome(); return app != nil })
 			app.send(framed(other), true)
-			testkit.Eventually(t, "the answer over TCP", func() bool { b, _ := app.received(); return b == framed(answer(other)) })
+			testkit.Eventually(
+				t,
+				"the answer over TCP",
+				func() bool { b, _ := app.received(); return b == framed(answer(other)) },
+			)
 
 			if n := s.byUDP.Load(); n > 0 {
 				t.Errorf("%d questions went by UDP", n)

@@ -61,7 +61,8 @@ func TestStraightRules(t *testing.T) {
 			t.Errorf("%s: %v, want %v", c.rules, at, c.want)
 		}
 	}
-	if at, all := StraightRules(parsed(t, "dst 192.0.2.1,192.0.2.2 port 1,2 direct", "proto tcp dst 192.0.2.3 direct"), 2); len(all) != 1 || at[0] != 1 {
+	overMany := parsed(t, "dst 192.0.2.1,192.0.2.2 port 1,2 direct", "proto tcp dst 192.0.2.3 direct")
+	if at, all := StraightRules(overMany, 2); len(all) != 1 || at[0] != 1 {
 		t.Errorf("with room for 2: %v %v", at, all)
 	}
 }

@@ -30,8 +30,9 @@
 //
 // Within a shard: feeding (held while a frame is in gVisor), then gVisor's own locks, then pendingTable.mu, then
 // either a stripe of the budget or the mutex of another shard's inbox. Locks of two shards are never held together,
-// except that of an inbox, under which no other lock is taken. The mutex of an ackSlot comes after gVisor's locks; a frame
-// may be written under it, and no other lock is taken.
+// except that of an inbox, under which no other lock is taken. The mutex of an ackSlot comes after gVisor's locks; a
+// frame may be written under it, and no other lock is taken. The frame reader takes Elsewhere.mu while it holds no
+// other lock.
 //
 // # What the shards share
 //

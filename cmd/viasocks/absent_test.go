@@ -34,7 +34,8 @@ func TestUpWithoutAnUpstream(t *testing.T) {
 	testkit.Eventually(t, "the end of the warning", func() bool {
 		h.result("health") // checks all, once a second
 		got := h.result("status")
-		return strings.HasPrefix(got, "exit 0\n") && !strings.Contains(got, "did not answer") && !strings.Contains(got, "TCP down")
+		return strings.HasPrefix(got, "exit 0\n") && !strings.Contains(got, "did not answer") &&
+			!strings.Contains(got, "TCP down")
 	})
 	p.cmd.Process.Signal(syscall.SIGTERM)
 	p.ends(0)

@@ -288,7 +288,8 @@ func TestTopErrors(t *testing.T) {
 		for _, command := range []string{"top", "status", "flows"} {
 			got := asked(t, xdg, command, "--state-dir", none)
 			oneLine(t, got)
-			if !strings.HasPrefix(got, "exit 1\n") || !strings.Contains(got, "none is up in this network namespace with --state-dir "+none) {
+			if !strings.HasPrefix(got, "exit 1\n") ||
+				!strings.Contains(got, "none is up in this network namespace with --state-dir "+none) {
 				t.Errorf("%d programs, %s: %s", n, command, got)
 			}
 		}

@@ -180,8 +180,8 @@ func tryCommand(t *testing.T, file, name string, args []string) {
 
 var inEtc = regexp.MustCompile(`/etc/viasocks[./][a-z.]+|^FILE$`)
 
-// placed gives a placeholder a value, and puts files that do not exist on this machine in a directory of the test: those under /etc hold a password, or
-// name a proxy.
+// placed gives a placeholder a value, and puts files that do not exist on this machine in a directory of the test: those
+// under /etc hold a password, or name a proxy.
 func placed(t *testing.T, word string) string {
 	t.Helper()
 	if word == "PID" {

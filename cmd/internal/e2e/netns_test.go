@@ -92,8 +92,8 @@ var namedStates = map[string]func(t *testing.T, name string){
 	},
 }
 
-// TestNamedNamespace: a program runs in a named namespace, which is as before when it has ended, also if the process that restores
-// it was killed. It is refused to a second viasocks at the same time.
+// TestNamedNamespace: a program runs in a named namespace, which is as before when it has ended, also if the process
+// that restores it was killed. It is refused to a second viasocks at the same time.
 func TestNamedNamespace(t *testing.T) {
 	for what, prepare := range namedStates {
 		t.Run(what, func(t *testing.T) {

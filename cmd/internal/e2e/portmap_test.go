@@ -23,7 +23,8 @@ func TestNATPMP(t *testing.T) {
 		out, _ := a.run("natpmpc", args...)
 		return out
 	}
-	if got := ask(); !strings.Contains(got, "using gateway : 198.18.0.2") || !strings.Contains(got, "Public IP address : "+world4) {
+	if got := ask(); !strings.Contains(got, "using gateway : 198.18.0.2") ||
+		!strings.Contains(got, "Public IP address : "+world4) {
 		t.Fatalf("the address: %s", got)
 	}
 	mapped := "Mapped public port " + outer + " protocol TCP to local port 6885 liftime 120"
@@ -65,7 +66,8 @@ func TestForwardedPort(t *testing.T) {
 		t.Errorf("upnpc: %s", got)
 	}
 	out, err := exec.Command(viasocks, "status", "--pid", strconv.Itoa(a.cmd.Process.Pid)).CombinedOutput()
-	if want := "port 50000/udp of " + other4 + ", told to port 6885 of the program"; err != nil || !strings.Contains(string(out), want) {
+	if want := "port 50000/udp of " + other4 + ", told to port 6885 of the program"; err != nil ||
+		!strings.Contains(string(out), want) {
 		t.Errorf("status: %v: %s", err, out)
 	}
 }

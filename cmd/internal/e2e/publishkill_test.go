@@ -19,8 +19,9 @@ import (
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
-// TestPublishKilledAtAnyInstant kills each process of `run` at twenty instants after its start. Afterwards there are no processes,
-// mounts and listening sockets of it, and the next start replaces the files that a killed viasocks could not remove.
+// TestPublishKilledAtAnyInstant kills each process of `run` at twenty instants after its start. Afterwards there are no
+// processes, mounts and listening sockets of it, and the next start replaces the files that a killed viasocks could not
+// remove.
 func TestPublishKilledAtAnyInstant(t *testing.T) {
 	needWorld(t)
 	const instants, step = 20, 8 * time.Millisecond

@@ -44,8 +44,8 @@ func get(c *http.Client, url, header string) (status int, body, value string, er
 	return r.StatusCode, string(b), r.Header.Get(header), err
 }
 
-// TestPublishTransmission opens the web interface of a real transmission-daemon and calls its RPC interface by a published TCP port
-// and by a unix socket, as root and as an ordinary user.
+// TestPublishTransmission opens the web interface of a real transmission-daemon and calls its RPC interface by a
+// published TCP port and by a unix socket, as root and as an ordinary user.
 func TestPublishTransmission(t *testing.T) {
 	needWorld(t)
 	if _, err := exec.LookPath("transmission-daemon"); err != nil {
@@ -55,8 +55,8 @@ func TestPublishTransmission(t *testing.T) {
 	asUsers(t, func(t *testing.T, uid int, dir string) {
 		path := filepath.Join(dir, "web")
 		cmd := exec.Command(viasocks, "run", "--proxy", proxy.URL(), "--log-level", "info", "--publish", "0:9091",
-			"--publish-unix", path+":9091", "--", "transmission-daemon", "-f", "-g", filepath.Join(dir, "config"), "-w", dir, "-T",
-			"-a", "127.0.0.1,198.18.0.3", "-p", "9091")
+			"--publish-unix", path+":9091", "--", "transmission-daemon", "-f", "-g", filepath.Join(dir, "config"),
+			"-w", dir, "-T", "-a", "127.0.0.1,198.18.0.3", "-p", "9091")
 		cmd.Env, cmd.Dir = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir}, dir
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
 		base := "http://127.0.0.1:" + startPublished(t, cmd)
@@ -71,7 +71,8 @@ func TestPublishTransmission(t *testing.T) {
 			if script == nil {
 				t.Fatalf("the page has no scripts:\n%s", page)
 			}
-			if status, body, _, err := get(c, base+"/transmission/web/"+script[1], ""); status != http.StatusOK || len(body) < 1000 {
+			status, body, _, err := get(c, base+"/transmission/web/"+script[1], "")
+			if status != http.StatusOK || len(body) < 1000 {
 				t.Errorf("%s: %d, %d bytes, %v", script[1], status, len(body), err)
 			}
 			const header = "X-Transmission-Session-Id"
@@ -142,8 +143,8 @@ func (a *app) listenInside(t *testing.T, at string) net.Listener {
 	return l
 }
 
-// TestPublishedTruth: FIN, RST, and a side that does not read are the same on both sides of a published port, wherever the program
-// listens and wherever its port is published.
+// TestPublishedTruth: FIN, RST, and a side that does not read are the same on both sides of a published port, wherever
+// the program listens and wherever its port is published.
 func TestPublishedTruth(t *testing.T) {
 	proxy := listenSOCKS(t)
 	a := startApp(t, "--proxy", proxy.URL(), "--publish", "0:7001", "--publish", "[::1]:0:7002", "--publish", "[::]:0:7003")

@@ -159,8 +159,8 @@ func closedPort(t *testing.T) uint16 {
 	return l.Addr().(*net.TCPAddr).AddrPort().Port()
 }
 
-// TestReachHostUDP: datagrams go to a service of the host and come back from the address that was asked, and a port on which nobody
-// listens is an error at once. Nobody else on the host can write to the program.
+// TestReachHostUDP: datagrams go to a service of the host and come back from the address that was asked, and a port on
+// which nobody listens is an error at once. Nobody else on the host can write to the program.
 func TestReachHostUDP(t *testing.T) {
 	proxy := listenSOCKS(t)
 	for _, at := range []string{"127.0.0.1", "::1"} {
@@ -232,8 +232,8 @@ func refusedUDP(t *testing.T, a *app, to netip.AddrPort) {
 	})
 }
 
-// TestReachHostProxy: with `all`, the proxy that viasocks itself uses stays out of reach unless its port is named. status and flows
-// show the upstream.
+// TestReachHostProxy: with `all`, the proxy that viasocks itself uses stays out of reach unless its port is named.
+// status and flows show the upstream.
 func TestReachHostProxy(t *testing.T) {
 	proxy := listenSOCKS(t)
 	at := netip.MustParseAddrPort(proxy.Addr().String())

@@ -11,8 +11,9 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/harness"
 )
 
-// TestSeen: a program under run opens connections as fast as it can, while flows --watch, a watcher that does not read, top, status
-// and flows look on. No event is lost without being counted, memory is bounded, and what the watchers used is given back.
+// TestSeen: a program under run opens connections as fast as it can, while flows --watch, a watcher that does not read,
+// top, status and flows look on. No event is lost without being counted, memory is bounded, and what the watchers used
+// is given back.
 func TestSeen(t *testing.T) {
 	if testing.Short() {
 		t.Skip("-short")

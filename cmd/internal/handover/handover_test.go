@@ -127,7 +127,8 @@ func TestConversation(t *testing.T) {
 	if err := n.Differ(map[string]string{"tun": "via0"}); err != nil {
 		t.Error(err)
 	}
-	if err := n.Differ(map[string]string{"tun": "via1", "mark": "1"}); err == nil || !strings.Contains(err.Error(), `--tun (it is "via0" there, "via1" here)`) ||
+	if err := n.Differ(map[string]string{"tun": "via1", "mark": "1"}); err == nil ||
+		!strings.Contains(err.Error(), `--tun (it is "via0" there, "via1" here)`) ||
 		!strings.Contains(err.Error(), "--mark") {
 		t.Error(err)
 	}
@@ -138,7 +139,8 @@ func TestConversation(t *testing.T) {
 		t.Fatal(err)
 	}
 	checkPipes(t, []*os.File{names})
-	if got := taken.Keys(); len(got) != len(keys) || !reflect.DeepEqual(FlowsOf(got), FlowsOf(keys)) || !reflect.DeepEqual(taken.Proxies, proxies) {
+	if got := taken.Keys(); len(got) != len(keys) || !reflect.DeepEqual(FlowsOf(got), FlowsOf(keys)) ||
+		!reflect.DeepEqual(taken.Proxies, proxies) {
 		t.Errorf("%d of %d flows, proxies %v", len(got), len(keys), taken.Proxies)
 	}
 	if err := n.InPlace(); err != nil {

@@ -37,7 +37,10 @@ func commandOf(cmd *exec.Cmd, uid uint32) *exec.Cmd {
 // alone starts a program that has nothing but a loopback device, and gives its network namespace a name for the test.
 func (w *world) alone(uid uint32, unshare ...string) (pid int, end func()) {
 	w.t.Helper()
-	program := commandOf(exec.Command("unshare", append(unshare, "sh", "-c", "ip link set lo up; echo up; exec sleep 1000")...), uid)
+	program := commandOf(
+		exec.Command("unshare", append(unshare, "sh", "-c", "ip link set lo up; echo up; exec sleep 1000")...),
+		uid,
+	)
 	out, err := program.StdoutPipe()
 	if err != nil {
 		w.t.Fatal(err)

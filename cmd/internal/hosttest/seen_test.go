@@ -8,9 +8,9 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/harness"
 )
 
-// TestSeen: the programs of a host under up open connections as fast as they can, while flows --watch, a watcher that does not read,
-// top, status and flows look on. No event is lost without being counted, memory is bounded, and what the watchers used is given
-// back.
+// TestSeen: the programs of a host under up open connections as fast as they can, while flows --watch, a watcher that
+// does not read, top, status and flows look on. No event is lost without being counted, memory is bounded, and what the
+// watchers used is given back.
 func TestSeen(t *testing.T) {
 	w := newWorld(t)
 	const far = "203.0.113.80"

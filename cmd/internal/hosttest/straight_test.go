@@ -17,7 +17,10 @@ func straightWay(p *probe) way {
 	switch {
 	case p.class == strict:
 		return usual(p)
-	case strings.Contains(p.name, "with our mark"), strings.Contains(p.name, "re-marked"), p.name == "raw, own header", p.ns == "ctr":
+	case strings.Contains(p.name, "with our mark"),
+		strings.Contains(p.name, "re-marked"),
+		p.name == "raw, own header",
+		p.ns == "ctr":
 		return whatever // the mark of viasocks' own sockets; other programs' rules; by its own sockets, for containers
 	case !to(chosenNets)(p), p.to.Port() == 53:
 		return usual(p)

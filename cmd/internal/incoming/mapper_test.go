@@ -65,7 +65,11 @@ func TestMapperAddress(t *testing.T) {
 		b := NewMapper(m, &Spec{})
 		testkit.Eventually(t, "the error", func() bool { _, state := b.External(); return state == want })
 		b.Map(portmap.TCP, 7000, 0)
-		testkit.Eventually(t, "the error of a port", func() bool { _, state := b.Map(portmap.TCP, 7000, 0); return state == want })
+		testkit.Eventually(
+			t,
+			"the error of a port",
+			func() bool { _, state := b.Map(portmap.TCP, 7000, 0); return state == want },
+		)
 		m.Remove(7000)
 	}
 }
@@ -99,7 +103,11 @@ func TestForwarded(t *testing.T) {
 	if a, state := b.External(); a != told.Addr() || state != portmap.Works {
 		t.Errorf("the address: %v, %v", a, state)
 	}
-	testkit.Eventually(t, "the port of --listen", func() bool { outer, _ := b.Map(portmap.TCP, 6881, 0); return outer == at(6881) })
+	testkit.Eventually(
+		t,
+		"the port of --listen",
+		func() bool { outer, _ := b.Map(portmap.TCP, 6881, 0); return outer == at(6881) },
+	)
 	asked := NewMapper(m, nil, Forwarded{Port: 50000}) // the proxy is asked for the address
 	testkit.Eventually(t, "the port", func() bool {
 		outer, state := asked.Map(portmap.UDP, 7000, 0)

@@ -53,7 +53,10 @@ func TestMessages(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	want := answer{Opened: Opened{Name: "viasocks0", Queues: 1}, State: State{Refused: []kernel.Counter{{Reason: "a", Packets: 1}}}}
+	want := answer{
+		Opened: Opened{Name: "viasocks0", Queues: 1},
+		State:  State{Refused: []kernel.Counter{{Reason: "a", Packets: 1}}},
+	}
 	if err := send(in.conn, want, f, f); err != nil {
 		t.Fatal(err)
 	}

@@ -283,7 +283,8 @@ func TestStartFails(t *testing.T) {
 
 // An error says what to do about it.
 func TestHints(t *testing.T) {
-	low, high := Spec{Listen: netip.MustParseAddrPort("127.0.0.1:80"), Port: 8080}, Spec{Listen: netip.MustParseAddrPort("127.0.0.1:8080"), Port: 80}
+	low := Spec{Listen: netip.MustParseAddrPort("127.0.0.1:80"), Port: 8080}
+	high := Spec{Listen: netip.MustParseAddrPort("127.0.0.1:8080"), Port: 80}
 	path := Spec{Path: "/s", Port: 80}
 	for _, c := range []struct {
 		at   Spec
