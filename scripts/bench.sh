@@ -9,10 +9,14 @@
 #
 # A case with slow: before it has 25 ms each way between app and proxy, one with lossy: a packet in a hundred lost. One with
 # crowdN: or crowdNv6: before it is measured beside N addresses in use, and each of its connections goes to a new address.
+# A case with direct: or carried: before it goes past the proxy. Natively no viasocks is there; through is `up` with a rule that
+# lets the far end out directly, which the kernel does, or with carried: `--direct carry`. The CPU time of these is that of all:
+# both ends, viasocks and the kernel's threads. Their ratios, with an interval, are a table of their own. Not part of all cases.
+#
 # The head of cmd/internal/bench/main.go lists the cases. What scan and churn measure of others meanwhile (a new connection,
 # the download beside them) is a table of its own.
 #
-# A round of all cases takes 8 minutes on two cores with the default --time of 2s; the default is 3 rounds.
+# A round of all cases takes 8 to 9 minutes on two cores with the default --time of 2s; the default is 3 rounds.
 #
 # Usage: bench.sh [--rounds N] [--time D] [--cases 'D1 U1 …'] [--against 'COMMAND'] [--instead 'COMMAND'] [--json FILE]
 #                 [--flags 'VIASOCKS FLAGS']
@@ -27,7 +31,7 @@ cd "$(dirname "$0")/.."
 export PATH=$PATH:/usr/local/go/bin
 
 rounds=3 time=2s against='' instead='' json='' flags=''
-cases='D1 D8 U1 U8 P1 P8 both conn ping1 ping16 pingbulk udp64 udp1200 udp500 peers2000 floodup flooddown pingflood idle2000 idle9500
+cases='D1 D8 U1 U8 P1 P8 BD1 BD8 BU1 BU8 both conn ping1 ping16 pingbulk udp64 udp1200 udp500 peers2000 floodup flooddown pingflood idle2000 idle9500
 slow:D1 slow:U1 slow:conn lossy:D1 lossy:U1 lossy:conn'
 for n in 0 1000 4000 9000; do
 	for v in '' v6; do cases+=" crowd$n$v:conn1 crowd$n$v:ping1 crowd$n$v:udpnew crowd$n$v:udp64"; done
@@ -78,10 +82,17 @@ ip -n "$LAB-world" route add blackhole 2001:db8:a::/112
 for net in 10.9.0.0/16 10.10.0.0/16; do ip -n "$LAB-proxy" route add "$net" via 203.0.113.2; done
 for net in 2001:db8:9::/112 2001:db8:a::/112; do ip -n "$LAB-proxy" route add "$net" via 2001:db8:113::2; done
 
+if [[ $cases =~ (direct|carried): ]]; then
+	# The lab's proxy forwards nothing; here it is a router, too.
+	ip netns exec "$LAB-proxy" sysctl -qw net.ipv4.ip_forward=1
+	ip -n "$LAB-world" route add 10.66.0.0/24 via 203.0.113.1
+fi
+
 in_ns() { local ns=$1; shift; ip netns exec "$LAB-$ns" "$@"; }
 target=203.0.113.2:9000 proxy=10.66.0.1:1080
 # ip netns exec replaces itself, so these are the pids of the servers.
 ip netns exec "$LAB-world" "$dir/bench" world --listen "$target" --peers 2000 & pids+=($!)
+world=$!
 ip netns exec "$LAB-proxy" "$dir/bench" socks --listen "$proxy" & pids+=($!)
 declare -A proxy_of=([plain]=$proxy [slow]=10.67.0.1:1080 [lossy]=10.68.0.1:1080)
 link() { # kind network flags…
@@ -110,24 +121,32 @@ fi
 results=$dir/results
 run_case() { # mode case round
 	local status=0 push=
-	# The programs of P1 and P8 are published. What sends to them starts first, and tries until they listen.
+	# What connects to the program starts first, and tries until the program listens: P1 and P8 are published, the peers of
+	# BD1 and its like are beyond the proxy.
 	if [[ $2 =~ ^P([0-9]+)$ ]]; then
 		[[ -z $instead ]] || return 0
 		ip netns exec "$LAB-app" "$dir/bench" push --connections "${BASH_REMATCH[1]}" & push=$!
-		pids+=("$push")
+	elif [[ $2 =~ ^B[DU]([0-9]+)$ ]]; then
+		[[ -z $instead ]] || return 0
+		ip netns exec "$LAB-world" "$dir/bench" push --to 203.0.113.1:9100 --serve --connections "${BASH_REMATCH[1]}" & push=$!
 	fi
+	pids+=(${push:+"$push"})
 	measure "$@" || status=$?
 	[[ -z $push ]] || { kill "$push"; wait "$push" || true; }
 	return "$status"
 }
 measure() { # mode case round
 	local out kind=plain case=$2 proxy crowd=() publish=()
-	if [[ $case == P* ]]; then publish=(--publish 9100); fi
+	case $case in P*) publish=(--publish 9100) ;; B[DU]*) publish=(--listen 9100) ;; esac
 	if [[ $case == *:* ]]; then kind=${case%%:*} case=${case#*:}; fi
 	if [[ $kind =~ ^crowd([0-9]+)(v6)?$ ]]; then
 		crowd=(--crowd "${BASH_REMATCH[1]}")
 		[[ -z ${BASH_REMATCH[2]} ]] || crowd+=(--v6)
 		kind=plain
+	fi
+	if [[ $kind == direct || $kind == carried ]]; then
+		past_proxy "$1" "$kind" "$case" "$3"
+		return
 	fi
 	proxy=${proxy_of[$kind]}
 	local load=("$dir/bench" load --case "$case" --name "$2" --time "$time" --target "$target" "${crowd[@]}")
@@ -152,6 +171,34 @@ measure() { # mode case round
 	esac
 	echo "{\"mode\":\"$1\",\"round\":$3,${out#\{}" >>"$results"
 }
+# past_proxy is measure for what goes to the far end directly.
+past_proxy() { # mode kind case round
+	local out up=0 status=0 load
+	[[ -z $instead ]] || return 0
+	if [[ $1 != native ]]; then
+		local carry=()
+		[[ $2 != carried ]] || carry=(--direct carry)
+		: >"$dir/up.log"
+		# shellcheck disable=SC2086 # the command and the flags are words
+		ip netns exec "$LAB-app" ${up_of[$1]} up --state-dir "$dir/state" --proxy "socks5://${proxy_of[plain]}" --rule "dst ${target%:*} direct" \
+			"${carry[@]}" --log-level info $flags >"$dir/up.log" 2>&1 & up=$!
+		pids+=("$up")
+		until grep -q msg=ready "$dir/up.log"; do
+			kill -0 "$up" 2>/dev/null || { cat "$dir/up.log" >&2; return 1; }
+			sleep 0.05
+		done
+	fi
+	load=("$dir/bench" load --case "$3" --name "$2:$3" --time "$time" --target "$target" --watch "$up" --also "0,$world,$softirq")
+	out=$(in_ns app "${load[@]}") || status=$?
+	if ((up)); then
+		kill "$up"
+		wait "$up" || true
+	fi
+	((status)) || echo "{\"mode\":\"$1\",\"round\":$4,${out#\{}" | tee -a "$dir/past" >>"$results"
+	return "$status"
+}
+declare -A up_of=([through]=$dir/viasocks [against]=$against)
+softirq=$(pgrep -d, '^ksoftirqd/')
 failed=0
 for ((round = 1; round <= rounds; round++)); do
 	# What comes first in a round may find the machine in another state than what comes last: they take turns.
@@ -168,4 +215,5 @@ done
 [[ -s $results ]] || die "no case gave a result"
 [[ -z $json ]] || cp "$results" "$json"
 "$dir/bench" table <"$results"
+[[ ! -s $dir/past ]] || "$dir/bench" modes --to native <"$dir/past"
 exit "$failed"

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
+	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -51,8 +53,10 @@ type loader struct {
 	proxy   netip.AddrPort // invalid: without a proxy
 	target  netip.AddrPort
 	seconds time.Duration
-	watch   int    // process whose CPU time is recorded; 0: none
-	crowd   *crowd // not nil: target is not used, and each connection and socket has its own address
+	watch   int               // process whose CPU time is recorded; 0: none
+	also    []int             // processes whose CPU time is recorded, too
+	crowd   *crowd            // not nil: target is not used, and each connection and socket has its own address
+	peers   chan *net.TCPConn // not nil: connections that peers made, in place of new ones
 
 	under string // not empty: each connection goes to its own name in this domain, and to target's port
 }
@@ -68,6 +72,10 @@ var cases = map[string]func(*loader) (result, error){
 	"U8":        func(l *loader) (result, error) { return l.bulk(0, 8) },
 	"P1":        func(l *loader) (result, error) { return l.taken(1) },
 	"P8":        func(l *loader) (result, error) { return l.taken(8) },
+	"BD1":       func(l *loader) (result, error) { return l.fromPeers(1, 0) },
+	"BD8":       func(l *loader) (result, error) { return l.fromPeers(8, 0) },
+	"BU1":       func(l *loader) (result, error) { return l.fromPeers(0, 1) },
+	"BU8":       func(l *loader) (result, error) { return l.fromPeers(0, 8) },
 	"both":      func(l *loader) (result, error) { return l.bulk(1, 1) },
 	"conn":      func(l *loader) (result, error) { return l.conns(64) },
 	"conn1":     func(l *loader) (result, error) { return l.conns(1) },
@@ -103,15 +111,11 @@ func loadMain(args []string) error {
 	v6 := fs.Bool("v6", false, "the crowd's addresses are those of IPv6")
 	under := fs.String("under", "", "a domain: each connection goes to a name of its own under it")
 	watch := fs.Int("watch", 0, "process whose CPU time and memory are noted; -1: the parent")
+	also := fs.String("also", "", "processes whose CPU time is added, with commas; 0: this one")
 	fs.Parse(args)
 	run, ok := cases[*name]
 	if !ok {
-		var names []string
-		for n := range cases {
-			names = append(names, n)
-		}
-		slices.Sort(names)
-		return fmt.Errorf("no case %q: %v", *name, names)
+		return fmt.Errorf("no case %q: %v", *name, slices.Sorted(maps.Keys(cases)))
 	}
 	l := &loader{seconds: *seconds, under: *under}
 	var err error
@@ -127,6 +131,9 @@ func loadMain(args []string) error {
 		*watch = os.Getppid()
 	}
 	l.watch = *watch
+	if l.also, err = processes(*also); err != nil {
+		return err
+	}
 	if *held > crowdMost {
 		return fmt.Errorf("cannot hold %d addresses: %d at most", *held, crowdMost)
 	}
@@ -148,7 +155,7 @@ func loadMain(args []string) error {
 
 // measure runs a case, and notes the time, the CPU time and the memory that it took, as far as the case does not.
 func (l *loader) measure(run func(*loader) (result, error)) (result, error) {
-	before := cpuSeconds(l.watch)
+	before := l.cpu()
 	start := time.Now()
 	r, err := run(l)
 	if err != nil {
@@ -158,7 +165,7 @@ func (l *loader) measure(run func(*loader) (result, error)) (result, error) {
 		r.Seconds = time.Since(start).Seconds()
 	}
 	if !r.ownCPU {
-		r.CPU = cpuSeconds(l.watch) - before
+		r.CPU = l.cpu() - before
 	}
 	r.RSS, r.PeakRSS = memory(l.watch)
 	return r, nil

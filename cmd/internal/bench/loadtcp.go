@@ -11,8 +11,11 @@ import (
 	"time"
 )
 
-// dial connects to the target, directly or by the generator's own SOCKS5 handshake.
+// dial connects to the target, directly or by the generator's own SOCKS5 handshake, or takes the connection of a peer.
 func (l *loader) dial() (*net.TCPConn, error) {
+	if l.peers != nil {
+		return <-l.peers, nil
+	}
 	if !l.proxy.IsValid() {
 		to := l.to().String()
 		if l.under != "" {
@@ -24,7 +27,7 @@ func (l *loader) dial() (*net.TCPConn, error) {
 		}
 		return c.(*net.TCPConn), nil
 	}
-	c, _, err := l.request(1, l.to())
+	c, _, err := l.request(cmdConnect, l.to())
 	return c, err
 }
 
@@ -47,31 +50,22 @@ func (l *loader) requestFor(cmd byte, to netip.AddrPort, patience time.Duration)
 	}
 	c := d.(*net.TCPConn)
 	_ = c.SetDeadline(end)
-	var b [22]byte
+	var b [2]byte
 	if _, err = c.Write([]byte{5, 1, 0}); err == nil {
-		_, err = io.ReadFull(c, b[:2])
+		_, err = io.ReadFull(c, b[:])
 	}
+	var bound []byte
 	if err == nil {
 		if _, err = c.Write(appendAddr([]byte{5, cmd, 0}, to)); err == nil {
-			_, err = io.ReadFull(c, b[:4])
+			bound, err = readReply(c)
 		}
-	}
-	n := 10
-	if b[3] == 4 {
-		n = 22
-	}
-	if err == nil {
-		_, err = io.ReadFull(c, b[4:n])
-	}
-	if err == nil && b[1] != 0 {
-		err = socksReply(b[1])
 	}
 	if err != nil {
 		c.Close()
 		return nil, nil, err
 	}
 	_ = c.SetDeadline(time.Time{})
-	return c, b[4:n], nil
+	return c, bound, nil
 }
 
 // appendAddr appends an address in the form of SOCKS5.

@@ -24,7 +24,7 @@ func (l *loader) openUDP() (*dgram, error) {
 	d := &dgram{}
 	to := l.to()
 	if l.proxy.IsValid() {
-		c, bnd, err := l.request(3, to)
+		c, bnd, err := l.request(cmdUDP, to)
 		if err != nil {
 			return nil, err
 		}

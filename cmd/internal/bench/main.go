@@ -2,9 +2,9 @@
 // does the same work natively (it speaks SOCKS5 itself) and plainly (through a TUN, or directly).
 //
 //	bench world --listen 203.0.113.10:9000            the far end, TCP and UDP on one port
-//	bench socks --listen 10.0.0.1:1080                the SOCKS5 server: CONNECT by splice, UDP ASSOCIATE by mmsg
+//	bench socks --listen 10.0.0.1:1080                the SOCKS5 server: CONNECT and BIND by splice, UDP ASSOCIATE
 //	bench link  --a … --b … --delay 25ms              a slow or lossy link between two namespaces
-//	bench push  --connections 8                       sends to the published port of P1 and P8
+//	bench push  --connections 8                       sends to the published port of P1 and P8, or is the peers of BD8
 //	bench table                                       results of load on standard input, as a table
 //	bench modes --to off                              the same with an interval for each mode, for scripts/seecost.sh
 //	bench load  --case D1 --target … [--proxy …]      one case: one line of JSON on standard output
@@ -17,6 +17,7 @@
 //	D1 D8 U1 U8 both       bulk: downloads, uploads, one of each
 //	P1 P8                  bytes into the program by its published port, on one connection and on eight; natively, by
 //	                       loopback
+//	BD1 BD8 BU1 BU8        as D1 to U8, on connections that peers beyond the proxy opened by BIND
 //	conn conn1             new connections of 64 clients, of one
 //	ping1 ping16 pingbulk  round trips on one connection, on 16, on one beside eight downloads
 //	udp64 udp1200 udp500   round trips of 8 sockets, of 500

@@ -22,6 +22,33 @@ func cpuSeconds(pid int) float64 {
 	return float64(t.Nano()) / 1e9
 }
 
+// cpu returns the CPU time of all processes that are watched.
+func (l *loader) cpu() float64 {
+	s := cpuSeconds(l.watch)
+	for _, pid := range l.also {
+		s += cpuSeconds(pid)
+	}
+	return s
+}
+
+// processes reads a list of process ids with commas between them. 0 is this process.
+func processes(list string) (all []int, err error) {
+	if list == "" {
+		return nil, nil
+	}
+	for id := range strings.SplitSeq(list, ",") {
+		pid, err := strconv.Atoi(id)
+		if err != nil || pid < 0 {
+			return nil, fmt.Errorf("%q is not a process", id)
+		}
+		if pid == 0 {
+			pid = os.Getpid()
+		}
+		all = append(all, pid)
+	}
+	return all, nil
+}
+
 // memory returns VmRSS and VmHWM of a process in bytes.
 func memory(pid int) (rss, peak int64) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))

@@ -110,7 +110,7 @@ func (l *loader) attempt(to netip.AddrPort, patience time.Duration) (outcome, er
 	var c *net.TCPConn
 	var err error
 	if l.proxy.IsValid() {
-		c, _, err = l.requestFor(1, to, patience)
+		c, _, err = l.requestFor(cmdConnect, to, patience)
 	} else {
 		var d net.Conn
 		if d, err = net.DialTimeout("tcp", to.String(), patience); err == nil {

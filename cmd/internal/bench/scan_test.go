@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -148,5 +149,22 @@ func TestCPUSeconds(t *testing.T) {
 	}
 	if got := cpuSeconds(0); got != 0 {
 		t.Errorf("no process: %v", got)
+	}
+}
+
+// The CPU time of several processes is added.
+func TestCPUOfProcesses(t *testing.T) {
+	also, err := processes(fmt.Sprintf("0,%d", os.Getpid()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	one, three := &loader{watch: os.Getpid()}, &loader{watch: os.Getpid(), also: also}
+	if low, got, high := 3*one.cpu(), three.cpu(), 3*one.cpu(); got < low || got > high || low <= 0 {
+		t.Errorf("%v s of three processes, where one has %v to %v", got, low/3, high/3)
+	}
+	for _, list := range []string{"x", "1,", "-1"} {
+		if all, err := processes(list); err == nil {
+			t.Errorf("%q gives %v", list, all)
+		}
 	}
 }

@@ -8,7 +8,15 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"time"
+)
+
+// The commands of SOCKS5.
+const (
+	cmdConnect = 1
+	cmdBind    = 2
+	cmdUDP     = 3
 )
 
 // socksMain is a SOCKS5 server without authentication. Bulk data moves by splice(2).
@@ -62,9 +70,11 @@ func serveSOCKS(c *net.TCPConn, named netip.Addr) error {
 	}
 	_ = c.SetDeadline(time.Time{})
 	switch b[1] {
-	case 1:
+	case cmdConnect:
 		return serveConnect(c, dst)
-	case 3:
+	case cmdBind:
+		return serveBind(c, dst.Port())
+	case cmdUDP:
 		return serveAssociate(c)
 	}
 	return fmt.Errorf("command %d", b[1])
@@ -112,17 +122,56 @@ func serveConnect(c *net.TCPConn, dst netip.AddrPort) error {
 		return err
 	}
 	defer d.Close()
-	far := d.(*net.TCPConn)
 	if _, err := c.Write(reply(0, netip.AddrPort{})); err != nil {
 		return err
 	}
+	return spliceBoth(c, d.(*net.TCPConn))
+}
+
+// serveBind lets one peer in. The next BIND gets the same port, also while the connection is open.
+func serveBind(c *net.TCPConn, port uint16) error {
+	l, err := net.ListenTCP("tcp4", &net.TCPAddr{Port: int(port)})
+	if err != nil {
+		_, err = c.Write(reply(1, netip.AddrPort{}))
+		return err
+	}
+	defer l.Close()
+	if _, err := c.Write(reply(0, l.Addr().(*net.TCPAddr).AddrPort())); err != nil {
+		return err
+	}
+	// The client says nothing until a peer has come; what ends this read before that is the end of the client.
+	waited := make(chan struct{})
+	go func() {
+		defer close(waited)
+		_, err := c.Read(make([]byte, 1))
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			l.Close()
+		}
+	}()
+	far, err := l.AcceptTCP()
+	_ = c.SetReadDeadline(time.Now())
+	<-waited
+	if err != nil {
+		return err
+	}
+	defer far.Close()
+	l.Close()
+	_ = c.SetDeadline(time.Time{})
+	if _, err := c.Write(reply(0, far.RemoteAddr().(*net.TCPAddr).AddrPort())); err != nil {
+		return err
+	}
+	return spliceBoth(c, far)
+}
+
+// spliceBoth relays in both directions until both have ended.
+func spliceBoth(c, far *net.TCPConn) error {
 	up := make(chan error, 1)
 	go func() {
 		err := spliceAll(far, c)
 		_ = far.CloseWrite()
 		up <- err
 	}()
-	err = spliceAll(c, far)
+	err := spliceAll(c, far)
 	_ = c.CloseWrite()
 	return errors.Join(err, <-up)
 }
