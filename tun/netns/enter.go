@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"strconv"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -74,6 +75,22 @@ func (n *Namespace) ID() ID { return n.id }
 func (n *Namespace) OfCaller() bool {
 	var st unix.Stat_t
 	return unix.Stat("/proc/thread-self/ns/net", &st) == nil && n.id == ID{st.Dev, st.Ino}
+}
+
+// Owner returns the user id of who made the namespace, more exactly the user namespace that owns it; -1: the caller may not
+// know. Root's containers belong to 0 whatever users run in them, and those of a user without root to that user.
+func (n *Namespace) Owner() int {
+	user, err := unix.IoctlRetInt(int(n.net.Fd()), unix.NS_GET_USERNS)
+	if err != nil {
+		return -1
+	}
+	defer unix.Close(user)
+	var uid uint32
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(user), unix.NS_GET_OWNER_UID, uintptr(unsafe.Pointer(&uid)))
+	if errno != 0 {
+		return -1
+	}
+	return int(uid)
 }
 
 // Close lets the namespace end if nobody else uses it. It may be called twice.

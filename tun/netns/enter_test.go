@@ -1,9 +1,13 @@
 package netns
 
 import (
+	"fmt"
+	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -88,4 +92,43 @@ func TestOpenNamespace(t *testing.T) {
 		t.Error("the own namespace is not the caller's")
 	}
 	n.Close() // it may be closed twice
+}
+
+// A namespace belongs to the user who made it, whoever asks.
+func TestOwner(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root, to be two users")
+	}
+	for _, uid := range []uint32{0, 65534} {
+		cmd := exec.Command("unshare", "--user", "--map-root-user", "--net", "sh", "-c", "echo; exec cat")
+		cmd.Dir = "/"
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+		in, err := cmd.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Skipf("cannot start a program as uid %d: %v", uid, err)
+		}
+		if _, err := io.ReadFull(out, make([]byte, 1)); err != nil {
+			_ = cmd.Wait()
+			t.Skipf("no user namespace for uid %d: %v", uid, err)
+		}
+		n, err := OpenNamespace(fmt.Sprintf("/proc/%d/ns/net", cmd.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := n.Owner(); got != int(uid) || n.OfCaller() {
+			t.Errorf("the namespace of uid %d belongs to %d", uid, got)
+		}
+		n.Close()
+		in.Close()
+		if err := cmd.Wait(); err != nil {
+			t.Error(err)
+		}
+	}
 }

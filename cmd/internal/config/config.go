@@ -156,7 +156,7 @@ type Config struct {
 	OnPort       string               // run: a program; empty: none
 	Forwarded    []incoming.Forwarded // run
 	RunAs        *RunAs               // run; nil: the caller
-	Container    string               // attach, down: the beginning of its id
+	Container    string               // attach, down: its name, or the beginning of its id
 	NetNS        string               // run, attach, down: a network namespace of ip-netns(8); empty: run makes one
 	TUN          string
 	Mark, Mask   uint32

@@ -8,28 +8,43 @@ import (
 // attachOptions say which network namespace is meant, besides --pid and --netns.
 var attachOptions = []Option{
 	{
-		Name: "container", Arg: "ID", Cmds: Attach | Down, set: setContainer,
-		Help: "the network of this running container, by the beginning of its id",
-		Man: `The network of a running container of Docker, Podman, containerd or CRI-O, by its id or the beginning of it
-that no other container has, or of an LXC container by its name.
-The ids are taken from the control groups of the processes
+		Name: "container", Arg: "NAME|ID", Cmds: Attach | Down, set: setContainer,
+		Help: "the network of this running container, by its name, or by the beginning of its id",
+		Man: `The network of a running container, by its name or id, or by the beginning of its id that no other container has.
+No engine is asked:
+ids are taken from the control groups of the processes
 .Pq Pa /proc/PID/cgroup ,
-so that no engine is asked.
-The names of the other engines are not found there;
-.Ql docker ps
-and
-.Ql podman ps
-show the ids.
-A container without a control group of its own must be named by
+and names from what the engines leave on the host while a container runs.
+Those of Podman and CRI-O are in the arguments of
+.Xr conmon 8 ;
+after
+.Ql podman rename
+the earlier name counts until the container starts again.
+Those of Docker are in its
+.Pa config.v2.json ,
+and those of Kubernetes and nerdctl in containerd's
+.Pa config.json ;
+root alone may read both, and those of Docker without root are not found.
+A container of LXC has its name in the control group, and a machine of
+.Xr systemd-nspawn 1
+in
+.Pa /run/systemd/machines .
+In Kubernetes, the names of a container, of its pod, and
+.Ar NAMESPACE/POD
+are understood.
+If containers with different networks have one name, viasocks lists them and takes none.
+A container of the caller or of root is preferred to one of another user with the same name, because that user can choose it.
+Any other container can be named by
 .Fl -pid .`,
 	},
 }
 
-var containerRE = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,254}$`)
+// containerRE is a name or id; that of a pod may have its namespace before it.
+var containerRE = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,254}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,254})?$`)
 
 func setContainer(c *Config, v value) error {
 	if !containerRE.MatchString(v.text) {
-		return v.err("must be the id of a container, or the name of one of LXC")
+		return v.err("must be the name or the id of a container")
 	}
 	c.Container = v.text
 	return nil

@@ -1,14 +1,13 @@
 package target
 
 import (
-	"errors"
-	"fmt"
+	"bytes"
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 )
 
 // idRE is the id of a container: 64 hexadecimal digits in docker, podman, containerd and cri-o.
@@ -44,66 +43,85 @@ func containerOf(path string) (id string) {
 	return id
 }
 
-// containers returns the lowest process id of each container on this host, by its id. proc is /proc.
-func containers(proc string) map[string]int {
-	found := map[string]int{}
-	files, _ := filepath.Glob(filepath.Join(proc, "[0-9]*/cgroup"))
-	for _, file := range files {
-		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(file)))
-		if err != nil {
+// Limits of what is read of a process, whose owner may be anybody.
+const (
+	maxStat    = 4 << 10
+	maxCgroup  = 64 << 10
+	maxCmdline = 64 << 10
+)
+
+// A running is a process, as /proc shows it.
+type running struct {
+	pid, parent int
+	comm        string
+	start       uint64 // time of its start, in clock ticks since the boot
+	uid         int    // its owner, as of the directory in /proc
+	id          string // of its container; "": it is in none
+	lxc         bool   // id is a name, and of LXC
+}
+
+// processes returns all processes whose state can be read.
+func (s *system) processes() map[int]*running {
+	all := map[int]*running{}
+	files, _ := filepath.Glob(filepath.Join(s.proc, "[0-9]*"))
+	for _, dir := range files {
+		if p := readProcess(dir); p != nil {
+			all[p.pid] = p
+		}
+	}
+	return all
+}
+
+// readProcess returns nil if the process has ended.
+func readProcess(dir string) *running {
+	pid, err := strconv.Atoi(filepath.Base(dir))
+	if err != nil {
+		return nil
+	}
+	p := &running{pid: pid, uid: -1}
+	if i, err := os.Stat(dir); err != nil {
+		return nil
+	} else if st, ok := i.Sys().(*syscall.Stat_t); ok {
+		p.uid = int(st.Uid)
+	}
+	b, err := readSome(filepath.Join(dir, "stat"), maxStat)
+	if err != nil || !p.parseStat(b) {
+		return nil
+	}
+	if b, err = readSome(filepath.Join(dir, "cgroup"), maxCgroup); err != nil {
+		return nil
+	}
+	for line := range strings.Lines(string(b)) {
+		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if len(fields) < 3 {
 			continue
 		}
-		b, err := os.ReadFile(file)
-		if err != nil {
-			continue // it has ended
-		}
-		for line := range strings.Lines(string(b)) {
-			fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
-			if len(fields) < 3 {
-				continue
-			}
-			if id := containerOf(fields[2]); id != "" && (found[id] == 0 || pid < found[id]) {
-				found[id] = pid
-			}
+		if id := containerOf(fields[2]); id != "" {
+			p.id, p.lxc = id, !idRE.MatchString(id)
 		}
 	}
-	return found
+	return p
 }
 
-// maxCandidates is how many containers an error names.
-const maxCandidates = 8
-
-// processOf returns a process of the container whose id begins with want, or whose name is want.
-func processOf(want string, all map[string]int) (pid int, err error) {
-	if pid = all[want]; pid != 0 {
-		return pid, nil
+// parseStat reads /proc/PID/stat. The name in it may contain anything, also brackets.
+func (p *running) parseStat(b []byte) bool {
+	from, to := bytes.IndexByte(b, '('), bytes.LastIndexByte(b, ')')
+	if from < 0 || to < from {
+		return false
 	}
-	var ids []string
-	for id := range all {
-		if strings.HasPrefix(id, want) {
-			ids = append(ids, id)
-		}
+	p.comm = string(b[from+1 : to])
+	f := strings.Fields(string(b[to+1:]))
+	const parent, start = 4 - 3, 22 - 3 // proc(5) counts from 1, and the state is its third field
+	if len(f) <= start {
+		return false
 	}
-	slices.Sort(ids)
-	switch {
-	case len(ids) == 1:
-		return all[ids[0]], nil
-	case len(ids) > 1:
-		more := ""
-		if len(ids) > maxCandidates {
-			ids, more = ids[:maxCandidates], " and others"
-		}
-		return 0, fmt.Errorf("several have an id that begins so: %s%s", strings.Join(ids, ", "), more)
-	}
-	return 0, errors.New("no running container has an id that begins so: names of docker and podman can't be looked up: " +
-		"'docker ps --no-trunc' or 'podman ps --no-trunc' shows the ids")
+	var err1, err2 error
+	p.parent, err1 = strconv.Atoi(f[parent])
+	p.start, err2 = strconv.ParseUint(f[start], 10, 64)
+	return err1 == nil && err2 == nil
 }
 
-// ofContainer opens the network namespace of a container.
-func ofContainer(want string) (Target, error) {
-	pid, err := processOf(want, containers("/proc"))
-	if err != nil {
-		return Target{}, fmt.Errorf("cannot use the container %s: %w", want, err)
-	}
-	return open(fmt.Sprintf("/proc/%d/ns/net", pid), "container "+want)
+// before reports whether p was started before other. The first process of a container is the one that its engine started.
+func (p *running) before(other *running) bool {
+	return p.start < other.start || p.start == other.start && p.pid < other.pid
 }

@@ -1,9 +1,6 @@
 package target
 
 import (
-	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -19,13 +16,15 @@ var (
 func TestContainerOf(t *testing.T) {
 	pod := "kubepods-burstable-pod7d1a1b4e_0d5c_4f3e_9f5e_0a1b2c3d4e5f.slice"
 	for path, want := range map[string]string{
-		"/system.slice/docker-" + one + ".scope":            one,
-		"/docker/" + one:                                    one,
-		"/docker/" + one + "/init":                          one,
-		"/docker/" + one + "/docker/" + two:                 two, // inside another one
-		"/machine.slice/libpod-" + one + ".scope/container": one,
-		"/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-" + one + ".scope": one,
-		"/libpod_parent/libpod-" + one: one,
+		"/system.slice/docker-" + one + ".scope":                                                      one,
+		"/docker/" + one:                                                                              one,
+		"/docker/" + one + "/init":                                                                    one,
+		"/system.slice/web.service/libpod-payload-" + one:                                             one, // podman run --cgroups=split, as Quadlet has it
+		"/system.slice/web.service/runtime":                                                           "",
+		"/docker/" + one + "/docker/" + two:                                                           two, // inside another one
+		"/machine.slice/libpod-" + one + ".scope/container":                                           one,
+		"/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-" + one + ".scope":           one,
+		"/libpod_parent/libpod-" + one:                                                                one,
 		"/kubepods.slice/kubepods-burstable.slice/" + pod + "/cri-containerd-" + one + ".scope":       one,
 		"/kubepods.slice/kubepods-burstable.slice/" + pod + "/crio-" + one + ".scope":                 one,
 		"/kubepods/burstable/pod7d1a1b4e-0d5c-4f3e-9f5e-0a1b2c3d4e5f/" + one:                          one,
@@ -43,34 +42,6 @@ func TestContainerOf(t *testing.T) {
 	} {
 		if got := containerOf(path); got != want {
 			t.Errorf("%s: %q, not %q", path, got, want)
-		}
-	}
-}
-
-// A container is found by a prefix of its id that no other has, and by its whole name.
-func TestContainers(t *testing.T) {
-	proc := t.TempDir()
-	for pid, text := range map[int]string{
-		30: "0::/system.slice/docker-" + one + ".scope\n", 7: "0::/system.slice/docker-" + one + ".scope\n",
-		8: "12:pids:/docker/" + two + "\n0::/\n", 9: "0::/lxc.payload.a1\n", 10: "malformed\n\n", 11: "0::/docker/" + three + "\n",
-	} {
-		dir := filepath.Join(proc, fmt.Sprint(pid))
-		if err := os.Mkdir(dir, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(filepath.Join(dir, "cgroup"), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	all := containers(proc)
-	for want, pid := range map[string]int{one: 7, two: 8, two[:63]: 8, "a1": 9, "0": 11} {
-		if got, err := processOf(want, all); got != pid || err != nil {
-			t.Errorf("%s: process %d, %v, not %d", want, got, err, pid)
-		}
-	}
-	for want, says := range map[string]string{"a1a": one + ", " + two, "web": "'docker ps --no-trunc'", "lxc": "no running container"} {
-		if pid, err := processOf(want, all); err == nil || !strings.Contains(err.Error(), says) {
-			t.Errorf("%s: process %d, %v", want, pid, err)
 		}
 	}
 }

@@ -1,0 +1,269 @@
+package target
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/tun/netns"
+)
+
+// fake is a host with the files that engines write.
+type fake struct {
+	*system
+	t    *testing.T
+	dir  string
+	nets map[int]network
+}
+
+func newFake(t *testing.T) *fake {
+	t.Helper()
+	f := &fake{t: t, dir: t.TempDir(), nets: map[int]network{}}
+	f.system = &system{
+		proc: filepath.Join(f.dir, "proc"), machines: filepath.Join(f.dir, "machines"), euid: os.Getuid(),
+		network: func(pid int) network {
+			if n, ok := f.nets[pid]; ok {
+				return n
+			}
+			return network{id: netns.ID{Ino: uint64(pid)}, owner: os.Getuid()} // each its own
+		},
+	}
+	return f
+}
+
+func (f *fake) file(name, text string) {
+	f.t.Helper()
+	path := filepath.Join(f.dir, name)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		f.t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		f.t.Fatal(err)
+	}
+}
+
+// process adds one that was started at its number.
+func (f *fake) process(pid, parent int, comm, cgroup string, args ...string) {
+	f.t.Helper()
+	p := fmt.Sprintf("proc/%d/", pid)
+	f.file(p+"stat", fmt.Sprintf("%d (%s) S %d 1 1 0 -1 4194560 1 0 0 0 1 2 0 0 20 0 1 0 %d 1 1\n", pid, comm, parent, pid))
+	f.file(p+"cgroup", cgroup)
+	f.file(p+"cmdline", strings.Join(args, "\x00")+"\x00")
+}
+
+// conmon adds a monitor as podman 4.3.1 starts it, and the container's first process.
+func (f *fake) conmon(pid int, id, name, cgroup string) {
+	f.t.Helper()
+	f.process(pid, 1, "conmon", "0::/libpod_parent/conmon\n", "/usr/bin/conmon", "--api-version", "1", "-c", id, "-u", id,
+		"-r", "/usr/bin/crun", "-b", "/var/lib/containers/storage/vfs-containers/"+id+"/userdata", "-p", "/run/pidfile",
+		"-n", name, "--exit-dir", "/run/libpod/exits", "--full-attach", "-l", "k8s-file:/ctr.log", "--log-level", "warning",
+		"--runtime-arg", "--log-format=json", "--exit-command", "/usr/bin/podman", "--exit-command-arg", "-n",
+		"--exit-command-arg", "cleanup", "--exit-command-arg", id)
+	f.process(pid+1, pid, "sleep", cgroup, "/bin/sleep", "1000")
+}
+
+// shim adds a containerd-shim as containerd 1.6.20 starts it, whose bundle is that of id.
+func (f *fake) shim(pid int, namespace, id string) (bundles string) {
+	f.t.Helper()
+	f.process(pid, 1, "containerd-shim", "0::/\n", "/usr/bin/containerd-shim-runc-v2", "-namespace", namespace, "-id", id)
+	bundles = "run/containerd/io.containerd.runtime.v2.task/" + namespace
+	if err := os.MkdirAll(filepath.Join(f.dir, bundles, id), 0o755); err != nil {
+		f.t.Fatal(err)
+	}
+	if err := os.Symlink(filepath.Join(f.dir, bundles, id), filepath.Join(f.proc, strconv.Itoa(pid), "cwd")); err != nil {
+		f.t.Fatal(err)
+	}
+	return bundles
+}
+
+// docker adds a container as docker 20.10.24 has it. Its directory of state is elsewhere than usual.
+func (f *fake) docker(pid int, id, name string) {
+	f.t.Helper()
+	bundles := f.shim(pid, "moby", id)
+	f.process(pid+1, pid, "sleep", "8:pids:/docker/"+id+"\n0::/\n", "/bin/sleep", "1000")
+	data := filepath.Join(f.dir, "data/containers", id)
+	f.file(bundles+"/"+id+"/config.json", fmt.Sprintf(`{"ociVersion":"1.0.2-dev","hostname":"h","mounts":[
+		{"destination":"/proc","type":"proc","source":"proc"},
+		{"destination":"/etc/resolv.conf","type":"bind","source":"%s/resolv.conf"}]}`, data))
+	f.file("data/containers/"+id+"/config.v2.json", fmt.Sprintf(
+		`{"StreamConfig":{},"State":{"Running":true,"Pid":%d},"ID":"%s","Name":"/%s"}`, pid+1, id, name))
+}
+
+// is checks which process stands for the container.
+func (f *fake) is(want string, pid int) {
+	f.t.Helper()
+	if c, err := f.find(want); err != nil || c.first.pid != pid {
+		f.t.Errorf("%s: %v, %v, not process %d", want, c, err, pid)
+	}
+}
+
+// fails checks what the error says.
+func (f *fake) fails(want string, says ...string) {
+	f.t.Helper()
+	c, err := f.find(want)
+	for _, s := range says {
+		if err == nil || !strings.Contains(err.Error(), s) {
+			f.t.Errorf("%s: %v, %v; it should say %q", want, c, err, s)
+		}
+	}
+}
+
+// A container is found by a prefix of its id that no other has, and by its whole id or name.
+func TestByID(t *testing.T) {
+	f := newFake(t)
+	f.process(30, 1, "a", "0::/system.slice/docker-"+one+".scope\n")
+	f.process(7, 1, ") b (", "0::/system.slice/docker-"+one+".scope\n")
+	f.process(8, 1, "c", "12:pids:/docker/"+two+"\n0::/\n")
+	f.process(9, 1, "d", "0::/lxc.payload.a1\n")
+	f.process(10, 1, "e", "malformed\n\n")
+	f.process(11, 1, "f", "0::/docker/"+three+"\n")
+	f.file("proc/12/stat", "12 malformed")
+	for want, pid := range map[string]int{one: 7, two: 8, two[:63]: 8, "a1": 9, "0": 11} {
+		f.is(want, pid)
+	}
+	f.fails("a1a", one+", "+two, "an id that begins so")
+	f.fails("lxc", "no running container", "control groups of 6 processes", f.machines)
+}
+
+// The first process of a container is the one that was started first, whatever its number.
+func TestFirstProcess(t *testing.T) {
+	f := newFake(t)
+	f.process(30, 1, "init", "0::/docker/"+one+"\n")
+	f.process(7, 30, "later", "0::/docker/"+one+"\n")
+	f.file("proc/7/stat", "7 (later) S 30 1 1 0 -1 4194560 1 0 0 0 1 2 0 0 20 0 1 0 99 1 1\n")
+	f.is(one, 30)
+}
+
+// podman's names are those of conmon, also where the container has no control group.
+func TestPodman(t *testing.T) {
+	f := newFake(t)
+	f.conmon(20, one, "web", "0::/libpod_parent/libpod-"+one+"\n")
+	f.conmon(30, two, "no-group", "0::/libpod_parent/conmon\n")
+	f.process(31, 30, "sleep", "0::/\n") // as in --cgroups=disabled, where conmon has none either
+	f.process(30, 1, "conmon", "0::/\n", "conmon", "--cid="+two, "--name=no-group")
+	f.conmon(40, three, "k8s_nginx_web-7d9f_shop_0a1b2c3d_0", "0::/kubepods.slice/crio-"+three+".scope\n")
+	for want, pid := range map[string]int{"web": 21, one[:63]: 21, "no-group": 31, two: 31, "nginx": 41, "web-7d9f": 41, "shop/web-7d9f": 41} {
+		f.is(want, pid)
+	}
+	f.fails("we", "no running container", "web, no-group")
+}
+
+// docker's names are in its own directory, wherever that is.
+func TestDocker(t *testing.T) {
+	f := newFake(t)
+	f.docker(20, one, "web")
+	f.docker(30, two, "my-app-1")
+	for want, pid := range map[string]int{"web": 21, "my-app-1": 31, two: 31} {
+		f.is(want, pid)
+	}
+	f.docker(40, three, "web")
+	f.fails("web", "several have that name", "docker "+one+" (web)", "docker "+three+" (web)")
+	f.is(three[:4], 41)
+}
+
+// State files that aren't what docker writes are not believed, and nothing waits for them.
+func TestStateOfOthers(t *testing.T) {
+	f := newFake(t)
+	f.docker(20, one, "web")
+	path := filepath.Join(f.dir, "data/containers", one, "config.v2.json")
+	for name, spoil := range map[string]func() error{
+		"another id":   func() error { return os.WriteFile(path, []byte(`{"ID":"`+two+`","Name":"/web"}`), 0o600) },
+		"malformed":    func() error { return os.WriteFile(path, []byte(`{`), 0o600) },
+		"too long":     func() error { return os.Truncate(path, maxState+1) },
+		"a link":       func() error { return os.Symlink(filepath.Join(f.dir, "real"), path) },
+		"a pipe":       func() error { return unix.Mkfifo(path, 0o600) },
+		"a directory":  func() error { return os.Mkdir(path, 0o700) },
+		"another user": func() error { return os.WriteFile(path, []byte(`{"ID":"`+one+`","Name":"/web"}`), 0o600) },
+	} {
+		f.file("real", `{"ID":"`+one+`","Name":"/web"}`)
+		if name != "too long" {
+			_ = os.Remove(path)
+		}
+		if err := spoil(); err != nil {
+			t.Fatal(err)
+		}
+		f.missed = nil
+		if name == "another user" {
+			if os.Chown(path, 4711, 4711) != nil {
+				continue // not root
+			}
+		}
+		if c, err := f.find("web"); err == nil {
+			t.Errorf("%s: %v", name, c)
+		}
+		f.is(one, 21)
+		_ = os.Remove(path)
+		f.file("data/containers/"+one+"/config.v2.json", `{"ID":"`+one+`","Name":"/web"}`)
+		f.is("web", 21)
+	}
+}
+
+// The containers of a pod have one network, so that its name is that of each.
+func TestKubernetes(t *testing.T) {
+	f := newFake(t)
+	bundles := f.shim(20, "k8s.io", one) // one for the pod
+	f.process(21, 20, "pause", "0::/kubepods.slice/cri-containerd-"+one+".scope\n")
+	f.process(22, 20, "nginx", "0::/kubepods.slice/cri-containerd-"+two+".scope\n")
+	f.nets[22] = f.network(21)
+	pod := map[string]string{"io.kubernetes.cri.sandbox-name": "web-7d9f", "io.kubernetes.cri.sandbox-namespace": "shop"}
+	for id, name := range map[string]string{one: "", two: "nginx"} {
+		pod["io.kubernetes.cri.container-name"] = name
+		b, err := json.Marshal(map[string]any{"annotations": pod})
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.file(bundles+"/"+id+"/config.json", string(b))
+	}
+	for want, pid := range map[string]int{"nginx": 22, "web-7d9f": 21, "shop/web-7d9f": 21, two: 22} {
+		f.is(want, pid)
+	}
+	bundles = f.shim(30, "default", three)
+	f.process(31, 30, "sleep", "0::/default/"+three+"\n")
+	f.file(bundles+"/"+three+"/config.json", `{"annotations":{"nerdctl/name":"bb"}}`)
+	f.is("bb", 31)
+}
+
+// A machine of systemd-nspawn 252 is found by its name if its leader is in the unit of the machine.
+func TestMachine(t *testing.T) {
+	f := newFake(t)
+	f.process(20, 1, "systemd", "0::/machine.slice/systemd-nspawn@web.service/payload/init.scope\n")
+	text := "# This is private data. Do not parse.\nNAME=web\nSCOPE=systemd-nspawn@web.service\n" +
+		"UNIT=systemd-nspawn@web.service\nSERVICE=systemd-nspawn\nLEADER=20\nCLASS=container\n"
+	f.file("machines/web", text)
+	f.is("web", 20)
+	f.file("machines/web", strings.Replace(text, "LEADER=20", "LEADER=21", 1))
+	f.fails("web", "no running container")
+	f.file("machines/web", text)
+	f.process(20, 1, "another", "0::/user.slice/systemd-nspawn@other.service\n") // the number was given to another process
+	f.fails("web", "no running container")
+}
+
+// What another user makes up does not hide a container of the caller or of root, but is found if there is no other.
+func TestOfOthers(t *testing.T) {
+	f := newFake(t)
+	other := network{id: netns.ID{Ino: 4}, owner: os.Getuid() + 1000}
+	f.conmon(10, one, "web", "0::/libpod_parent/libpod-"+one+"\n")
+	f.nets[11] = other
+	f.is("web", 11)
+	f.docker(20, one, "web")
+	f.is("web", 21)
+	f.is(one, 21)
+	f.process(5, 1, "fake", "0::/user.slice/docker-"+one+".scope\n") // in viasocks' own network
+	own := network{id: netns.ID{Ino: 9}, owner: os.Getuid(), own: true}
+	f.nets[5] = own
+	f.is(one, 21)
+	f.nets[21] = own // --network host: the caller is told
+	f.nets[11] = own
+	if c, err := f.find("web"); err != nil || !c.own {
+		t.Errorf("%v, %v", c, err)
+	}
+	// conmon's child must be where conmon says.
+	f.conmon(30, two, "cheat", "0::/docker/"+three+"\n")
+	f.fails("cheat", "no running container")
+}
