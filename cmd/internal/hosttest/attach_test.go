@@ -79,9 +79,11 @@ func (w *world) attachedPort(to string) error {
 }
 
 // outgoing has the container connect to the world.
-func (w *world) outgoing(to string) error {
+func (w *world) outgoing(to string) error { return w.outgoingWithin(to, 5*time.Second) }
+
+func (w *world) outgoingWithin(to string, patience time.Duration) error {
 	return in("ctr", func() error {
-		c, err := (&net.Dialer{Timeout: 5 * time.Second, KeepAlive: -1}).Dial("tcp", netipAddrPort(to, 77).String())
+		c, err := (&net.Dialer{Timeout: patience, KeepAlive: -1}).Dial("tcp", netipAddrPort(to, 77).String())
 		if err != nil {
 			return err
 		}
