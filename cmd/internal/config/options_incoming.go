@@ -1,6 +1,7 @@
 package config
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -147,8 +148,10 @@ func setOnPort(c *Config, v value) (err error) {
 	if c.OnPort, err = filepath.Abs(v.text); err != nil || v.text == "" {
 		return v.err("must be the path of a program")
 	}
-	if info, err := os.Stat(c.OnPort); err != nil {
-		return v.err("%v", err)
+	info, err := os.Stat(c.OnPort)
+	var path *os.PathError
+	if errors.As(err, &path) {
+		return v.err("%v: must be the path of a program, without arguments", path.Err)
 	} else if !info.Mode().IsRegular() || info.Mode()&0o111 == 0 {
 		return v.err("%s is no program", c.OnPort)
 	}

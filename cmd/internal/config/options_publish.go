@@ -33,8 +33,9 @@ It sees connections from 198.18.0.3 or fd76:6961:736f:636b::3, whoever makes the
 only 127.0.0.1 in must be told to let this address in, too.
 What the program answers takes the same way back and does not pass the proxy.
 A connection that comes before the program listens is reset.
-1,024 connections, and as many senders of datagrams, are carried at a time for each port; a sender of datagrams is forgotten
-two minutes after the last one.`,
+1,024 connections, and as many senders of datagrams, are carried at a time for each port.
+A sender of datagrams is forgotten two minutes after the last one, or before, to make room for another, if the program
+has not answered it.`,
 	},
 	{
 		Name: "publish-unix", Arg: "PATH:PORT", Many: true, Cmds: Run | Check,
@@ -71,7 +72,9 @@ once the program has its network.
 A signal that is sent to
 .Nm
 reaches the program.
-The file is removed at the end.`,
+The file is removed at the end.
+A file of this name that is there already is replaced; a link, a device or anything else is left alone, and nothing is
+started.`,
 	},
 	{
 		Name: "ready-fd", Arg: "N", Default: "-1", Cmds: Run | Attach | Check,

@@ -29,13 +29,23 @@ var targets = []publish.Target{
 	{To: flow.TUN6, From: flow.Outside6},
 }
 
+// datagramTargets are the addresses at which a program may receive datagrams. To 198.18.0.3 the kernel answers from
+// 198.18.0.3 if the program has not chosen an address, and likewise in IPv6; so a program that listens at all of its
+// addresses is reached there.
+var datagramTargets = append([]publish.Target{
+	{To: flow.Outside4, From: flow.Outside4},
+	{To: flow.Outside6, From: flow.Outside6},
+}, targets...)
+
 // startPublishing makes the program's ports reachable. It returns nil if there are none; otherwise the caller closes the
 // Publisher.
 func startPublishing(cfg *config.Config, child *netns.Child, log *slog.Logger) (*publish.Publisher, error) {
 	if len(cfg.Publish) == 0 {
 		return nil, nil
 	}
-	p, err := publish.Start(publish.Config{Specs: cfg.Publish, Sockets: child.Sockets, Targets: targets, Log: log})
+	p, err := publish.Start(publish.Config{
+		Specs: cfg.Publish, Sockets: child.Sockets, Targets: targets, Datagrams: datagramTargets, Log: log,
+	})
 	if err != nil {
 		return nil, err
 	}

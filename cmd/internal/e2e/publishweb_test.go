@@ -199,11 +199,15 @@ func TestPublishedTruth(t *testing.T) {
 // TestPublishedUDP: datagrams of both families reach a program of either, and the answers come from where they were sent to.
 func TestPublishedUDP(t *testing.T) {
 	proxy := listenSOCKS(t)
-	a := startApp(t, "--proxy", proxy.URL(), "--publish", "0:7011/udp", "--publish", "[::1]:0:7012/udp")
+	a := startApp(t, "--proxy", proxy.URL(), "--publish", "0:7011/udp", "--publish", "[::1]:0:7012/udp",
+		"--publish", "0:7013/udp", "--publish", "0:7014/udp", "--publish", "[::1]:0:7015/udp")
 	for _, c := range []struct {
 		listen string
 		port   int
-	}{{"127.0.0.1:7011", 7011}, {"[::1]:7012", 7012}} {
+	}{
+		{"127.0.0.1:7011", 7011}, {"[::1]:7012", 7012},
+		{"0.0.0.0:7013", 7013}, {"[::]:7014", 7014}, {"198.18.0.1:7015", 7015}, // these do not say where answers come from
+	} {
 		at := netip.MustParseAddrPort(c.listen)
 		fd := a.socket(family(at), unix.SOCK_DGRAM)
 		if err := unix.Bind(fd, sockaddr(at)); err != nil {

@@ -28,11 +28,12 @@ func ParseForwarded(text string) (f Forwarded, err error) {
 	case has:
 		return f, fmt.Errorf("%q is not tcp or udp", proto)
 	}
-	if host, port, has := strings.Cut(number, ":"); has {
+	if colon := strings.LastIndexByte(number, ':'); colon >= 0 {
+		host := number[:colon]
 		if f.Addr, err = netip.ParseAddr(host); err != nil || !f.Addr.Is4() {
 			return f, fmt.Errorf("%q is no IPv4 address", host)
 		}
-		number = port
+		number = number[colon+1:]
 	}
 	n, err := strconv.ParseUint(number, 10, 16)
 	if err != nil || n == 0 {

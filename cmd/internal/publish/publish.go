@@ -32,7 +32,10 @@ type Config struct {
 	Specs   []Spec
 	Sockets Maker
 	Targets []Target // where the program may listen, in the order in which they are tried
-	Log     *slog.Logger
+	// Datagrams are the same for UDP. A program that listens at all addresses answers from the one that its kernel prefers
+	// for the sender, unless it takes care, and the answer counts only if it comes from the target.
+	Datagrams []Target
+	Log       *slog.Logger
 }
 
 // Target is an address of the program's namespace, and the address that the program sees as the source.

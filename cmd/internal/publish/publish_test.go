@@ -37,7 +37,7 @@ var (
 
 func start(t *testing.T, specs ...Spec) *Publisher {
 	t.Helper()
-	p, err := Start(Config{Specs: specs, Sockets: here{}, Targets: targets, Log: slog.New(slog.DiscardHandler)})
+	p, err := Start(Config{Specs: specs, Sockets: here{}, Targets: targets, Datagrams: targets, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -235,7 +235,7 @@ func TestUnixSocket(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg := Config{Specs: []Spec{{Path: path, Port: 80}}, Sockets: here{}, Targets: targets, Log: slog.New(slog.DiscardHandler)}
+	cfg := Config{Specs: []Spec{{Path: path, Port: 80}}, Sockets: here{}, Targets: targets, Datagrams: targets, Log: slog.New(slog.DiscardHandler)}
 	if _, err := Start(cfg); err == nil || !strings.Contains(err.Error(), "another process listens there") {
 		t.Errorf("somebody listens: %v", err)
 	}
@@ -273,7 +273,7 @@ func TestStartFails(t *testing.T) {
 		Specs: []Spec{
 			anyPort(80),
 			{Listen: taken, Port: 80},
-		}, Sockets: here{}, Targets: targets, Log: slog.New(slog.DiscardHandler),
+		}, Sockets: here{}, Targets: targets, Datagrams: targets, Log: slog.New(slog.DiscardHandler),
 	})
 	want := fmt.Sprintf("cannot publish %v:80: address already in use: choose another port, as in --publish 8081:8080", taken)
 	if err == nil || err.Error() != want {
@@ -358,17 +358,65 @@ func TestDatagrams(t *testing.T) {
 	}
 }
 
-// There are so many senders at most, and no socket for any other.
+// There are so many senders at most. A further one takes the place of the one that was silent longest and has no answer, and
+// gets none while the program answers all the others.
 func TestManySenders(t *testing.T) {
 	testkit.CheckLeaks(t)
-	p := &Publisher{cfg: Config{Sockets: here{}, Targets: targets[:1]}}
-	p.ctx, p.cancel = t.Context(), func() {}
-	a := &senders{p: p, s: Spec{Port: 9}, all: make(map[senderKey]*sender)}
+	p := start(t)
+	a := newSenders(p, nil, Spec{Port: 9})
+	stop := afterFunc(p.ctx, a.end)
+	defer stop()
+	key := func(i int) senderKey { return senderKey{from: netip.AddrPortFrom(lo4, uint16(i))} }
 	for i := range maxFlows {
-		a.all[senderKey{from: netip.AddrPortFrom(lo4, uint16(i))}] = nil
+		a.all[key(i)] = nil // has an answer, and no socket
 	}
-	if err := a.take([]byte("x"), senderKey{from: netip.AddrPortFrom(lo6, 1)}); !errors.Is(err, errTooMany) {
+	if err := a.take([]byte("x"), key(maxFlows)); !errors.Is(err, errTooMany) {
 		t.Error(err)
+	}
+	delete(a.all, key(0))
+	delete(a.all, key(1))
+	for _, i := range []int{0, 1, 0, maxFlows} { // 0 came first, but has sent since
+		_ = a.take([]byte("x"), key(i)) // nobody listens, which may be seen at once
+	}
+	a.mu.Lock()
+	if a.all[key(0)] == nil || a.all[key(1)] != nil || a.all[key(maxFlows)] == nil || len(a.all) != maxFlows {
+		t.Errorf("there are %d senders: %v, %v, %v", len(a.all), a.all[key(0)], a.all[key(1)], a.all[key(maxFlows)])
+	}
+	a.mu.Unlock()
+	p.Close()
+}
+
+// narrow makes sockets that get one of two ports.
+type narrow struct {
+	here
+	low uint32
+}
+
+func (n narrow) Socket(domain, typ int) (int, error) {
+	fd, err := n.here.Socket(domain, typ)
+	if err == nil {
+		err = unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_LOCAL_PORT_RANGE, int((n.low+1)<<16|n.low))
+	}
+	return fd, err
+}
+
+// No socket of ours takes the port of the program, which may not be there yet.
+func TestProgramsPortIsLeftToIt(t *testing.T) {
+	testkit.CheckLeaks(t)
+	const port = 40090 // IP_LOCAL_PORT_RANGE counts within that of the system
+	p := &Publisher{cfg: Config{Sockets: narrow{low: port}, Datagrams: targets}}
+	for range 16 {
+		c, err := p.dialAside(targets[0], port)
+		if errors.Is(err, unix.ENOPROTOOPT) {
+			t.Skip("IP_LOCAL_PORT_RANGE needs Linux 6.3: ", err)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := c.LocalAddr().(*net.UDPAddr).Port; got != port+1 {
+			t.Errorf("the socket has port %d", got)
+		}
+		c.Close()
 	}
 }
 
@@ -388,7 +436,13 @@ func TestParse(t *testing.T) {
 		"80/sctp":             `"sctp" is neither tcp nor udp`,
 		"a:80:80":             `"a" is not an IPv4 address`,
 		"localhost.:80":       `"localhost." is not an IPv4 address`,
-		"1:2:3:4":             `"1:2:3:4" is not a port number`,
+		"1:2:3:4":             "an IPv6 address is written in brackets, as in [::1]:8080:80",
+		"::1:80:80":           "an IPv6 address is written in brackets, as in [::1]:8080:80",
+		"224.0.0.1:80":        "224.0.0.1 is not the address of a host",
+		"255.255.255.255:80":  "255.255.255.255 is not the address of a host",
+		"[ff02::1]:80/udp":    "ff02::1 is not the address of a host",
+		"[fe80::1]:80":        "fe80::1 needs its device, as in [fe80::1%eth0]:8080:80",
+		"[fe80::1%eth0]:80":   "[fe80::1%eth0]:80:80",
 		"[::1]80":             ErrForm.Error(),
 		"[127.0.0.1]:80":      `"127.0.0.1" is not an IPv6 address`,
 		"65536":               `"65536" is not a port number`,

@@ -59,6 +59,8 @@ func Parse(text string) (Spec, error) {
 			return Spec{}, fmt.Errorf("%q is not an IPv4 address", a)
 		}
 		addr, ports = ip, after
+	} else if dots > 2 {
+		return Spec{}, errors.New("an IPv6 address is written in brackets, as in [::1]:8080:80")
 	}
 	at, inside, two := strings.Cut(ports, ":")
 	if !two {
@@ -69,8 +71,21 @@ func Parse(text string) (Spec, error) {
 		return Spec{}, err
 	}
 	s.Listen = netip.AddrPortFrom(addr, port)
-	s.Port, err = parsePort(inside, false)
-	return s, err
+	if s.Port, err = parsePort(inside, false); err != nil {
+		return Spec{}, err
+	}
+	return s, mayListen(addr)
+}
+
+// mayListen returns an error if nobody can connect to addr. The kernel would let us listen there.
+func mayListen(addr netip.Addr) error {
+	switch {
+	case addr.IsMulticast(), addr == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+		return fmt.Errorf("%s is not the address of a host", addr)
+	case addr.Is6() && addr.IsLinkLocalUnicast() && addr.Zone() == "":
+		return fmt.Errorf("%s needs its device, as in [%[1]s%%eth0]:8080:80", addr)
+	}
+	return nil
 }
 
 // ParseUnix parses PATH:PORT: a unix socket of the host, and the program's TCP port.

@@ -1,6 +1,7 @@
 package publish
 
 import (
+	"container/list"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -28,8 +29,10 @@ type senders struct {
 	out *net.UDPConn
 	s   Spec
 
-	mu  sync.Mutex
-	all map[senderKey]*sender
+	mu         sync.Mutex
+	all        map[senderKey]*sender
+	unanswered *list.List // of *sender: those that the program has not answered, in the order of their last datagrams
+	last       int        // the target at which the program answered last
 }
 
 // senderKey is the address of a sender, and the address to which it sends. Answers come from the latter.
@@ -41,16 +44,22 @@ type senderKey struct {
 // sender has its own socket inside, so that the program can distinguish senders.
 type sender struct {
 	key senderKey
+	at  *list.Element // in unanswered, guarded by the mutex of senders; nil: not there
 
 	mu     sync.Mutex
 	in     *net.UDPConn
 	target int    // the index of in's target
+	tried  int    // at how many targets nobody listened, since the last datagram
 	first  []byte // not nil: the program has not answered yet, and this is sent again if nobody listens at in's target
+}
+
+func newSenders(p *Publisher, out *net.UDPConn, s Spec) *senders {
+	return &senders{p: p, out: out, s: s, all: make(map[senderKey]*sender), unanswered: list.New()}
 }
 
 // serveUDP carries datagrams until Close.
 func (p *Publisher) serveUDP(out *net.UDPConn, s Spec) {
-	all := &senders{p: p, out: out, s: s, all: make(map[senderKey]*sender)}
+	all := newSenders(p, out, s)
 	stop := afterFunc(p.ctx, all.end)
 	defer stop()
 	b, oob := make([]byte, 64<<10), make([]byte, 128)
@@ -77,37 +86,78 @@ var errTooMany = fmt.Errorf("more than %d senders", maxFlows)
 func (a *senders) take(b []byte, key senderKey) error {
 	a.mu.Lock()
 	s := a.all[key]
+	var gone *sender
 	if s == nil {
-		if err := a.mayAdd(); err != nil {
+		var err error
+		if s, gone, err = a.add(key); err != nil {
 			a.mu.Unlock()
 			return err
 		}
-		in, target, err := a.p.dialUDP(a.s.Port, 0)
-		if err != nil {
-			a.mu.Unlock()
-			return err
-		}
-		s = &sender{key: key, in: in, target: target, first: make([]byte, 0, 1)}
-		a.all[key] = s
-		a.p.open.Add(1)
-		a.p.wg.Go(func() { a.answers(s) })
+	} else if s.at != nil {
+		a.unanswered.MoveToBack(s.at)
 	}
 	a.mu.Unlock()
+	gone.close()
 	return s.send(b)
 }
 
-// mayAdd returns an error if no further sender can be added. a.mu is held.
-func (a *senders) mayAdd() error {
-	if len(a.all) >= maxFlows {
-		return errTooMany
+// add returns a new sender, and the one that has made room for it, which the caller closes without a.mu. a.mu is held.
+func (a *senders) add(key senderKey) (s, gone *sender, err error) {
+	if err := a.p.ctx.Err(); err != nil { // end does not see it any more
+		return nil, nil, err
 	}
-	return a.p.ctx.Err() // end does not see it any more
+	if len(a.all) >= maxFlows {
+		// Anybody can send from many addresses. Only those to whom the program has answered keep their place.
+		oldest := a.unanswered.Front()
+		if oldest == nil {
+			return nil, nil, errTooMany
+		}
+		gone = oldest.Value.(*sender)
+		a.remove(gone)
+	}
+	in, target, err := a.p.dialUDP(a.s.Port, a.last)
+	if err != nil {
+		return nil, gone, err
+	}
+	s = &sender{key: key, in: in, target: target, first: make([]byte, 0, 1)}
+	s.at = a.unanswered.PushBack(s)
+	a.all[key] = s
+	a.p.open.Add(1)
+	a.p.wg.Go(func() { a.answers(s) })
+	return s, gone, nil
+}
+
+// remove forgets s, if it is not forgotten already. a.mu is held.
+func (a *senders) remove(s *sender) {
+	if a.all[s.key] == s {
+		delete(a.all, s.key)
+	}
+	a.answered(s)
+}
+
+// answered takes s from the list of those that the program has not answered. a.mu is held.
+func (a *senders) answered(s *sender) {
+	if s.at != nil {
+		a.unanswered.Remove(s.at)
+		s.at = nil
+	}
+}
+
+// close closes the socket of s, which may be nil; its answers end then.
+func (s *sender) close() {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_ = s.in.Close()
 }
 
 // send passes b to the program.
 func (s *sender) send(b []byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.tried = 0
 	if s.first != nil && len(b) <= maxFirst {
 		s.first = append(s.first[:0], b...)
 	}
@@ -123,63 +173,104 @@ func (s *sender) send(b []byte) error {
 func (a *senders) answers(s *sender) {
 	defer func() {
 		a.mu.Lock()
-		delete(a.all, s.key)
+		a.remove(s)
 		a.mu.Unlock()
 		a.p.open.Add(-1)
-		s.mu.Lock()
-		_ = s.in.Close()
-		s.mu.Unlock()
+		s.close()
 	}()
-	b := make([]byte, 64<<10)
 	for {
 		s.mu.Lock()
 		in := s.in
 		s.mu.Unlock()
-		n, err := in.Read(b)
+		err := a.answer(s, in)
 		switch {
 		case errors.Is(err, net.ErrClosed), errors.Is(err, os.ErrDeadlineExceeded):
 			return
 		case errors.Is(err, syscall.ECONNREFUSED):
 			a.elsewhere(s)
-			continue
-		case err != nil:
-			continue
 		}
-		s.mu.Lock()
-		s.first = nil
-		_ = in.SetReadDeadline(time.Now().Add(udpIdle))
-		s.mu.Unlock()
-		if _, _, err := a.out.WriteMsgUDPAddrPort(b[:n], []byte(s.key.to), s.key.from); err != nil {
-			a.p.dropped.Add(1)
-			continue
-		}
-		a.p.datagrams.Add(1)
 	}
 }
 
+// answerBuffers has buffers for the largest datagrams. A sender that waits holds none.
+var answerBuffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
+
+// answer waits for one answer of the program and passes it to the sender. An error is one of in.
+func (a *senders) answer(s *sender, in *net.UDPConn) error {
+	raw, err := in.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var b *[64 << 10]byte
+	var n int
+	var failed error
+	err = raw.Read(func(fd uintptr) (done bool) {
+		b = answerBuffers.Get().(*[64 << 10]byte)
+		for {
+			if n, failed = unix.Read(int(fd), b[:]); failed != unix.EINTR {
+				break
+			}
+		}
+		if failed == nil {
+			return true
+		}
+		answerBuffers.Put(b)
+		return failed != unix.EAGAIN
+	})
+	if err = errors.Join(err, failed); err != nil {
+		return err
+	}
+	defer answerBuffers.Put(b)
+	a.heard(s, in)
+	if _, _, err := a.out.WriteMsgUDPAddrPort(b[:n], []byte(s.key.to), s.key.from); err != nil {
+		a.p.dropped.Add(1)
+		return nil
+	}
+	a.p.datagrams.Add(1)
+	return nil
+}
+
+// heard notes that the program answers s, at the target of in.
+func (a *senders) heard(s *sender, in *net.UDPConn) {
+	s.mu.Lock()
+	isNew := s.first != nil
+	s.first = nil
+	_ = in.SetReadDeadline(time.Now().Add(udpIdle))
+	target := s.target
+	s.mu.Unlock()
+	if !isNew {
+		return
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.last = target
+	a.answered(s)
+}
+
 // elsewhere makes s try the next target if nothing listens at this one and the program has not answered before. The
-// last datagram is sent again there. After the last target, the next datagram goes to the first one.
+// last datagram is sent again there. When all targets were tried, the next datagram begins another round.
 func (a *senders) elsewhere(s *sender) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.first == nil || len(a.p.cfg.Targets) < 2 {
+	count := len(a.p.cfg.Datagrams)
+	if s.first == nil || count < 2 {
 		return
 	}
-	in, target, err := a.p.dialUDP(a.s.Port, (s.target+1)%len(a.p.cfg.Targets))
+	in, target, err := a.p.dialUDP(a.s.Port, (s.target+1)%count)
 	if err != nil {
 		return
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.p.ctx.Err() != nil { // end has closed the sockets
+	if a.p.ctx.Err() != nil || a.all[s.key] != s { // whoever removed s closes the socket that it has
 		_ = in.Close()
 		return
 	}
 	_ = in.SetReadDeadline(time.Now().Add(udpIdle))
 	_ = s.in.Close()
-	again := target > s.target
+	s.tried++
 	s.in, s.target = in, target
-	if again && len(s.first) > 0 {
+	if s.tried < count && len(s.first) > 0 {
 		_, _ = in.Write(s.first)
 	}
 }
@@ -193,23 +284,35 @@ func (a *senders) end() {
 	}
 	a.mu.Unlock()
 	for _, s := range all {
-		s.mu.Lock()
-		_ = s.in.Close()
-		s.mu.Unlock()
+		s.close()
 	}
 }
 
 // dialUDP creates a socket that is connected to the program's port at the target with this index, or at the next one
 // that exists in the namespace. Only an answer or an error shows later whether the program listens there.
 func (p *Publisher) dialUDP(port uint16, from int) (in *net.UDPConn, target int, err error) {
-	for i := range p.cfg.Targets {
-		target = (from + i) % len(p.cfg.Targets)
-		var c net.Conn
-		if c, err = p.connectTo(p.cfg.Targets[target], port, unix.SOCK_DGRAM); err == nil {
-			return c.(*net.UDPConn), target, nil
+	for i := range p.cfg.Datagrams {
+		target = (from + i) % len(p.cfg.Datagrams)
+		if in, err = p.dialAside(p.cfg.Datagrams[target], port); err == nil {
+			return in, target, nil
 		}
 	}
 	return nil, 0, err
+}
+
+// dialAside connects to the program's port from any other port. From the same one it would take the port before the
+// program does, and could be connected to itself.
+func (p *Publisher) dialAside(t Target, port uint16) (*net.UDPConn, error) {
+	for {
+		c, err := p.connectTo(t, port, unix.SOCK_DGRAM)
+		if err != nil {
+			return nil, err
+		}
+		if c.LocalAddr().(*net.UDPAddr).AddrPort().Port() != port {
+			return c.(*net.UDPConn), nil
+		}
+		defer c.Close() // until there is another, so that this port is not chosen again
+	}
 }
 
 // askDestination makes the kernel add a control message to each datagram that tells to which of our addresses it was
