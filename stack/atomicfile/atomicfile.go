@@ -3,7 +3,9 @@
 package atomicfile
 
 import (
+	"errors"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -52,7 +54,34 @@ func RemoveUnfinished(path string, age time.Duration) {
 	}
 }
 
+// mayReplace returns an error if path is anything but a regular file or nothing. A rename would put a file in the place of
+// a device such as /dev/null, and in the place of a link instead of where it leads.
+func mayReplace(path string) error {
+	info, err := os.Lstat(path)
+	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		return err
+	}
+	why := ""
+	switch mode := info.Mode(); {
+	case mode.IsRegular():
+		return nil
+	case mode.IsDir():
+		why = "it is a directory"
+	case mode.Type() == fs.ModeSymlink:
+		why = "it is a symbolic link"
+	default:
+		why = "it is not a regular file"
+	}
+	return &os.PathError{Op: "replace", Path: path, Err: errors.New(why)}
+}
+
 func replace(path string, mode os.FileMode, sync bool, write func(io.Writer) error) (err error) {
+	if err := mayReplace(path); err != nil {
+		return err
+	}
 	f, err := os.CreateTemp(filepath.Dir(path), Unfinished(path)+"*")
 	if err != nil {
 		return err

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -61,5 +62,27 @@ func TestReplace(t *testing.T) {
 	}
 	if left, _ := filepath.Glob(filepath.Join(filepath.Dir(dir), Unfinished(dir)+"*")); len(left) > 0 {
 		t.Errorf("left behind: %q", left)
+	}
+}
+
+// What is not a file stays what it is: a device would be lost, and so would a link.
+func TestReplaceOnlyFiles(t *testing.T) {
+	dir := t.TempDir()
+	fifo, link, broken := filepath.Join(dir, "fifo"), filepath.Join(dir, "link"), filepath.Join(dir, "broken")
+	err := errors.Join(syscall.Mkfifo(fifo, 0o600), os.Symlink(fifo, link), os.Symlink(filepath.Join(dir, "nothing"), broken))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path, why := range map[string]string{
+		dir: "it is a directory", fifo: "it is not a regular file", link: "it is a symbolic link", broken: "it is a symbolic link",
+	} {
+		before, _ := os.Lstat(path)
+		err := Replace(path, 0o644, func(io.Writer) error { return nil })
+		if err == nil || !strings.HasSuffix(err.Error(), why) {
+			t.Errorf("%s: %v, want %q", path, err, why)
+		}
+		if after, err := os.Lstat(path); err != nil || after.Mode() != before.Mode() {
+			t.Errorf("%s was %v and is %v, %v", path, before.Mode(), after, err)
+		}
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"strconv"
 	"time"
@@ -19,8 +20,12 @@ func KeepReadyFD(fd int) error {
 	if fd < 0 {
 		return nil
 	}
-	if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != nil {
+	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
+	if err != nil {
 		return fmt.Errorf("cannot use --ready-fd %d: %w: it must be open, as in %[1]d>FILE", fd, err)
+	}
+	if flags&unix.O_ACCMODE == unix.O_RDONLY {
+		return fmt.Errorf("cannot use --ready-fd %d: it is open only for reading: open it for writing, as in 3>FILE", fd)
 	}
 	unix.CloseOnExec(fd)
 	return nil
@@ -38,10 +43,10 @@ func Announce(pidFile string, readyFD int) (end func(), err error) {
 		atomicfile.RemoveUnfinished(pidFile, leftoverAge)
 		write := func(w io.Writer) error { _, err := io.WriteString(w, pid); return err }
 		if err := atomicfile.Replace(pidFile, 0o644, write); err != nil {
-			return nil, fmt.Errorf("cannot write the process id to %s: %w", pidFile, PlainPathError(err))
+			return nil, fmt.Errorf("cannot write the process id to %s: %w%s", pidFile, PlainPathError(err), hint(err))
 		}
 		end = func() {
-			if b, err := os.ReadFile(pidFile); err == nil && string(b) == pid { // another process may have replaced the file
+			if holds(pidFile, pid) { // another process may have replaced the file
 				_ = os.Remove(pidFile)
 			}
 		}
@@ -51,10 +56,32 @@ func Announce(pidFile string, readyFD int) (end func(), err error) {
 		_, err := f.WriteString("READY\n")
 		if err = errors.Join(err, f.Close()); err != nil {
 			end()
-			return nil, fmt.Errorf("cannot write to --ready-fd %d: %w", readyFD, err)
+			return nil, fmt.Errorf("cannot write to --ready-fd %d: %w", readyFD, PlainPathError(err))
 		}
 	}
 	return end, nil
+}
+
+// hint says what to do about a file of --pid-file that cannot be written.
+func hint(err error) string {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return ": make its directory"
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, unix.EROFS):
+		return ": choose a directory that you may write to"
+	}
+	return ": choose another name"
+}
+
+// holds reports whether path is a file that contains only text. Whatever else is there is not opened: it could block.
+func holds(path, text string) bool {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, int64(len(text))+1))
+	return err == nil && string(b) == text
 }
 
 // PlainPathError returns the reason without the name of a temporary file.
