@@ -204,6 +204,9 @@ func (c *Config) tables(st filterState) ([]*nfTable, error) {
 				in.add(iif(c.TUN, false), arpTarget(addr), count(countARP), drop())
 			}
 		}
+		// Before the kernel answers a request, it checks the path of the neighbour's address like that of a packet. If
+		// it checks strictly (rp_filter=1), the mark leads it past the TUN, as it leads answers.
+		in.add(setMetaMark(c.Marks, c.Marks.Own))
 		out = append(out, a)
 	}
 	if st.bridge {
