@@ -13,6 +13,10 @@ import (
 // that the host is connected to, and at an address from which DHCP has answered, where the host has no network, as in
 // some clouds. Its port is privileged, so no other program has it. A server behind a relay is reached by broadcast
 // when the client rebinds. Packets of containers and guests are forwarded, and have no such exception.
+//
+// An ip rule leads what an ordinary socket sends past the TUN (rules, atHost). It does not see what a raw socket sends,
+// because the kernel looks up a route for that without its ports: dhcpcd renews a lease in this way. Its request finds
+// the TUN, and is rerouted from there (dhcpReroute).
 
 // How many servers the filter remembers, and for how long after their last answer: longer than half of a lease.
 const (
@@ -67,6 +71,26 @@ func udpPorts(src, dst uint16) term {
 		},
 		cmp(expr.CmpOpEq, append(be16(src), be16(dst)...)),
 	)}
+}
+
+// dhcpReroute adds the rules that lead a client's packets past the TUN although the ip rules led them there. The mark is
+// for the ip rules alone: the chain dhcp decides what leaves. Only postrouting knows the device that the rules chose then.
+func (c *Config) dhcpReroute(t *nfTable, out *nfChain, st filterState) {
+	ch := t.chain(&nfChain{name: "dhcp_reroute"})
+	m := c.Marks
+	for _, n := range st.near {
+		ch.add(daddr(n.prefix), setMetaMark(m, m.Own), accept())
+	}
+	for _, p := range dhcpTo4 {
+		ch.add(daddr(p), setMetaMark(m, m.Own), accept())
+	}
+	ch.add(dhcpLearned(), setMetaMark(m, m.Own), accept())
+	out.add(oif(c.TUN, true), udpPorts(68, 67), jump(ch.name))
+}
+
+// dhcpRerouted matches what dhcpReroute has led past the TUN: the output hook still sees the former device.
+func (c *Config) dhcpRerouted() []term {
+	return []term{oif(c.TUN, true), metaMark(c.Marks, c.Marks.Own, true), udpPorts(68, 67)}
 }
 
 // dhcpChain adds the chain for packets that this host itself sends.

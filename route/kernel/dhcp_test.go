@@ -2,9 +2,13 @@ package kernel
 
 import (
 	"net"
+	"net/netip"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // What a DHCP client sends leaves the host, and nothing else by its ports: nobody may send to any address just because he
@@ -16,7 +20,11 @@ func TestDHCP(t *testing.T) {
 		w.in(func() { ip(t, "route replace local 203.0.113.0/24 dev lo") })
 		h, tun := up(t, testConfig(t))
 		client := func(dst, bind string) probe {
-			return probe{typ: unix.SOCK_DGRAM, dst: dst, port: 67, sport: 68, bind: bind}
+			p := probe{typ: unix.SOCK_DGRAM, dst: dst, port: 67, sport: 68, bind: bind}
+			if netip.MustParseAddr(dst).Is6() {
+				p.port, p.sport = 547, 546
+			}
+			return p
 		}
 		for _, tt := range []struct {
 			dst, bind string
@@ -29,6 +37,11 @@ func TestDHCP(t *testing.T) {
 			{far4, "", false},
 			{far4, "eth0", false},
 			{relayed, "", false},
+			{"ff02::1:2", "eth0", true}, // over IPv6, renewals go there as well
+			{"fe80::1", "eth0", true},
+			{"2001:db8:1::1", "", false},
+			{far6, "", false},
+			{far6, "eth0", false},
 		} {
 			if got := w.passes(tt.want, client(tt.dst, tt.bind).send); got != tt.want {
 				t.Errorf("to %s, bound to %q: passed %v", tt.dst, tt.bind, got)
@@ -110,5 +123,60 @@ func TestDHCPForwarded(t *testing.T) {
 		}
 		down(t, h)
 		tun.Close()
+	})
+}
+
+// rawDHCP sends a datagram from a client's port by a raw socket, as dhcpcd does when it renews a lease.
+func rawDHCP(dst string, port uint16) func() error {
+	return func() error {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_UDP)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		b := append(append(be16(68), be16(port)...), 0, 14, 0, 0)
+		return unix.Sendto(fd, append(b, "canary"...), 0, sockaddr(netip.AddrPortFrom(netip.MustParseAddr(dst), 0)))
+	}
+}
+
+// TestDHCPRaw: a renewal by a raw socket leaves whatever the state of the host, and nothing else that such a socket sends.
+func TestDHCPRaw(t *testing.T) {
+	inNamespace(t, func(t *testing.T) {
+		w := newWorld(t)
+		check := func(when string) {
+			t.Helper()
+			for _, dst := range []string{"198.51.100.1", lan4} {
+				if !w.passes(true, rawDHCP(dst, 67)) {
+					t.Errorf("%s: a renewal did not reach %s", when, dst)
+				}
+			}
+			if w.passes(false, rawDHCP(far4, 67)) || w.passes(false, rawDHCP("198.51.100.1", 66)) {
+				t.Errorf("%s: something else left the host", when)
+			}
+		}
+		for name, lan := range map[string]LANMode{"direct": LANDirect, "carry": LANCarry} {
+			c := testConfig(t)
+			c.LAN, c.Guard = lan, time.Second
+			h, tun := up(t, c)
+			if err := h.refreshGuard(); err != nil {
+				t.Fatal(err)
+			}
+			check(name + ": up")
+			testkit.Pace(1100 * time.Millisecond)
+			check(name + ": the guard has lapsed")
+			if err := h.Steer(); err != nil {
+				t.Fatal(err)
+			}
+			check(name + ": steered again")
+			if err := h.Unguard(); err != nil {
+				t.Fatal(err)
+			}
+			check(name + ": without the guard")
+			if err := rawDHCP(far4, 67)(); err != unix.EPERM {
+				t.Errorf("%s: to another: %v, want EPERM", name, err)
+			}
+			down(t, h)
+			tun.Close()
+		}
 	})
 }

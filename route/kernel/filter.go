@@ -267,6 +267,7 @@ func (c *Config) outputChain(t *nfTable) {
 	}
 	out.add(jump("pass"))
 	out.add(isProto(unix.IPPROTO_UDP), jump("dhcp"))
+	out.add(append(c.dhcpRerouted(), accept())...)
 	out.add(oif(c.TUN, true), count(countDead), goTo("refuse"))
 	out.add(daddrType("multicast", unix.RTN_MULTICAST), count(countMulticast), goTo("refuse"))
 	out.add(daddrType("broadcast", unix.RTN_BROADCAST), count(countMulticast), goTo("refuse"))

@@ -86,6 +86,7 @@ func (c *Config) outgoingMarks(t *nfTable, st filterState, ours []term) error {
 	m := c.Marks
 	out := t.chain(&nfChain{name: "mark_output", kind: "route", hook: unix.NF_INET_LOCAL_OUT, prio: prioMangle})
 	out.add(oif("lo", true), back())
+	c.dhcpReroute(t, out, st)
 	out.add(metaMark(m, m.Own, true), ctMark(m, m.Own, false), jump("own"))
 	out.add(metaMark(m, m.Own, true), back())
 	// Re-evaluate every packet that has a socket: address, port, owner or the exclusions may have changed. The mark

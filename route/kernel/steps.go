@@ -146,6 +146,18 @@ func (h *Host) Steer() error {
 	return nil
 }
 
+// Unguard tells the filter that nobody reads the TUN from now on, so that programs get an error at once. Without it,
+// their packets vanish in the TUN until the guard has lapsed (Config.Guard).
+func (h *Host) Unguard() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !h.shut || h.closed {
+		return nil
+	}
+	h.st.guard = false
+	return h.refreshGuard()
+}
+
 // reconcile brings rules, routes and, where it depends on devices, the filter into the intended state.
 func (h *Host) reconcile() (changed []string, err error) {
 	l, err := h.look()

@@ -154,7 +154,7 @@ func Shut(cfg *config.Config, stderr *os.File) error {
 		var dev tun.Device
 		if dev, _, err = openTUN(cfg, e, true, nil); err == nil {
 			defer dev.Close()
-			err = h.Steer()
+			err = errors.Join(h.Steer(), h.Unguard())
 		}
 	}
 	if err != nil && !h.Recovered() {

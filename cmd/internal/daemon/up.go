@@ -357,6 +357,9 @@ func (u *up) end(ctx context.Context, failed error) error {
 			err = errors.Join(err, fmt.Errorf("--fail-open may open the host: %w", kerr))
 		}
 		u.leaveTUN(failed)
+		if uerr := u.host.Unguard(); uerr != nil {
+			u.log.Warn("programs may have to wait before they get an error", "err", uerr)
+		}
 		u.log.Warn("the host stays closed: 'viasocks up' takes over, 'viasocks down' opens it")
 	}
 	switch {

@@ -213,3 +213,22 @@ func TestConfirm(t *testing.T) {
 	}
 	w.same("after the stop", before, w.state())
 }
+
+// TestClosedAtOnce: after `close`, and after a stop that leaves the host closed, programs get an error at once.
+func TestClosedAtOnce(t *testing.T) {
+	w, d := closedUp(t, "--stay-closed")
+	if err := d.stop(); err != nil {
+		t.Error(err)
+	}
+	w.errorsAtOnce("stopped with --stay-closed")
+	if out, err := w.command("down"); err != nil {
+		t.Errorf("down: %v\n%s", err, out)
+	}
+	if out, err := w.command("close", "--proxy", proxyURL); err != nil {
+		t.Errorf("close: %v\n%s", err, out)
+	}
+	w.errorsAtOnce("closed")
+	if out, err := w.command("down"); err != nil {
+		t.Errorf("down: %v\n%s", err, out)
+	}
+}
