@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os/exec"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -31,11 +32,14 @@ func (w *world) attach(flags ...string) *daemon {
 	return d
 }
 
+// lifetime of an address from a router, which runs down.
+var lifetime = regexp.MustCompile(`"(valid|preferred)_life_time":\d+,?`)
+
 // stateOf is what must come back in a container's namespace.
 func (w *world) stateOf(ns string) map[string]string {
 	w.t.Helper()
 	s := map[string]string{
-		"ip -j addr":                 w.run("", nil, "ip", "-n", ns, "-j", "addr"),
+		"ip -j addr":                 lifetime.ReplaceAllString(w.run("", nil, "ip", "-n", ns, "-j", "addr"), ""),
 		"ip rule":                    w.ip(ns, "rule"),
 		"ip -6 rule":                 w.ip(ns, "-6 rule"),
 		"ip route show table all":    sorted(w.ip(ns, "-4 route show table all")),

@@ -266,11 +266,21 @@ func (b *box) resolve(name string) (netip.Addr, error) {
 	if err != nil {
 		return netip.Addr{}, err
 	}
+	a, ok := lookedUp(out)
+	if !ok {
+		return a, fmt.Errorf("nslookup says %q", out)
+	}
+	return a, nil
+}
+
+// lookedUp is the address that nslookup of busybox prints.
+func lookedUp(out string) (netip.Addr, bool) {
 	at := strings.LastIndex(out, "Address: ") // the first one is that of the server
 	if at < 0 {
-		return netip.Addr{}, fmt.Errorf("nslookup says %q", out)
+		return netip.Addr{}, false
 	}
-	return netip.ParseAddr(strings.TrimSpace(strings.TrimPrefix(out[at:], "Address: ")))
+	a, err := netip.ParseAddr(strings.TrimSpace(strings.TrimPrefix(out[at:], "Address: ")))
+	return a, err == nil
 }
 
 // reach asks the published port from the world.
