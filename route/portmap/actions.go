@@ -193,7 +193,7 @@ func (s *Server) entries() (all []entry) {
 		if !k.igd {
 			continue
 		}
-		if at, state := s.back.Map(k.proto, k.port, 0); state == Works {
+		if at, state := s.back.Map(k.want(0)); state == Works {
 			all = append(all, entry{k, m, at})
 		}
 	}
@@ -251,7 +251,7 @@ func (s *Server) deletePort(q *request, _ time.Time) ([]string, error) {
 		if !k.igd || k.proto != proto || k.client != q.client {
 			continue
 		}
-		at, _ := s.back.Map(k.proto, k.port, 0)
+		at, _ := s.back.Map(k.want(0))
 		if m.outer.Port() == outer || at.Port() == outer {
 			s.drop(k)
 			return nil, nil

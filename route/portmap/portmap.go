@@ -43,13 +43,21 @@ const (
 	Full                     // there are too many ports
 )
 
+// Want is what a program asks for.
+type Want struct {
+	Proto Proto
+	App   netip.AddrPort // the program's own endpoint
+	Outer uint16         // the port at which it would like to be reached; 0: any
+	Fixed bool           // it does not learn if the outer port becomes another one (UPnP)
+}
+
 // Backend makes ports. Its methods may be called with locks held, and must not block.
 type Backend interface {
-	// Map asks for the program's port to be reachable from outside, at the outer port suggested if that is possible (0:
-	// any). It is called for each request, and repeats have no effect.
-	Map(p Proto, port, suggested uint16) (outer netip.AddrPort, s State)
+	// Map asks for the program's port to be reachable from outside. It is called for each request, and repeats have no
+	// effect.
+	Map(w Want) (outer netip.AddrPort, s State)
 	// Unmap ends what Map began.
-	Unmap(p Proto, port uint16)
+	Unmap(p Proto, app netip.AddrPort)
 	// External returns the address of the proxy toward peers.
 	External() (netip.Addr, State)
 }
@@ -78,6 +86,12 @@ type key struct {
 	client netip.Addr
 	port   uint16
 	igd    bool // asked for by UPnP
+}
+
+func (k key) app() netip.AddrPort { return netip.AddrPortFrom(k.client, k.port) }
+
+func (k key) want(outer uint16) Want {
+	return Want{Proto: k.proto, App: k.app(), Outer: outer, Fixed: k.igd}
 }
 
 // mapping is a port that a program has.
@@ -142,15 +156,15 @@ func (s *Server) Expire(now time.Time) {
 	s.expire(now)
 }
 
-// drop ends a port, unless another client has it too.
+// drop ends a port, unless somebody else has it too: by UPnP, or another client. Ports of TCP are the same for all clients.
 func (s *Server) drop(k key) {
 	delete(s.ports, k)
 	for other := range s.ports {
-		if other.proto == k.proto && other.port == k.port {
+		if other.proto == k.proto && other.port == k.port && (k.proto == TCP || other.client == k.client) {
 			return
 		}
 	}
-	s.back.Unmap(k.proto, k.port)
+	s.back.Unmap(k.proto, k.app())
 }
 
 // lifetime returns for how many seconds a port is given.
@@ -171,7 +185,7 @@ func (s *Server) request(k key, suggested uint16, life uint32, now time.Time) (*
 			return nil, Full
 		}
 	}
-	outer, state := s.back.Map(k.proto, k.port, suggested)
+	outer, state := s.back.Map(k.want(suggested))
 	if state != Works && state != Wait {
 		if m != nil {
 			delete(s.ports, k)

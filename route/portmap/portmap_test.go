@@ -18,14 +18,14 @@ type fakeBackend struct {
 	address State
 }
 
-func (f *fakeBackend) Map(p Proto, port, suggested uint16) (netip.AddrPort, State) {
+func (f *fakeBackend) Map(w Want) (netip.AddrPort, State) {
 	f.maps = append(f.maps, "")
 	if f.outer.IsValid() {
 		return f.outer, f.state
 	}
-	return netip.AddrPortFrom(netip.MustParseAddr("203.0.113.1"), suggested), f.state
+	return netip.AddrPortFrom(netip.MustParseAddr("203.0.113.1"), w.Outer), f.state
 }
-func (f *fakeBackend) Unmap(_ Proto, port uint16) { f.unmaps = append(f.unmaps, port) }
+func (f *fakeBackend) Unmap(_ Proto, app netip.AddrPort) { f.unmaps = append(f.unmaps, app.Port()) }
 func (f *fakeBackend) External() (netip.Addr, State) {
 	return netip.MustParseAddr("203.0.113.1"), f.address
 }

@@ -44,7 +44,8 @@ func NewMapper(m *Manager, auto *Spec, forwarded ...Forwarded) *Mapper {
 }
 
 // Map implements portmap.Backend.
-func (b *Mapper) Map(proto portmap.Proto, port, suggested uint16) (netip.AddrPort, portmap.State) {
+func (b *Mapper) Map(w portmap.Want) (netip.AddrPort, portmap.State) {
+	proto, port, suggested := w.Proto, w.App.Port(), w.Outer
 	b.m.mu.Lock()
 	defer b.m.mu.Unlock()
 	p := b.m.find(port)
@@ -86,7 +87,8 @@ func stateOf(err error) portmap.State {
 }
 
 // Unmap implements portmap.Backend. The ports of --listen stay.
-func (b *Mapper) Unmap(proto portmap.Proto, port uint16) {
+func (b *Mapper) Unmap(proto portmap.Proto, app netip.AddrPort) {
+	port := app.Port()
 	b.m.mu.Lock()
 	defer b.m.mu.Unlock()
 	b.unforward(proto, port)
