@@ -35,6 +35,7 @@ type assoc struct {
 	names    *nameTaking // of the server; nil: it is not open, or no server
 	namedAt  int64       // when something was last sent to a name, if nothing has come back since; 0: there is no such time
 	namedTo  string
+	probe    atomic.Pointer[probe] // its answers are not the app's; nil: there is none
 }
 
 // try is one call of OpenPackets. It distinguishes the results of an earlier call from those that are wanted.
@@ -155,6 +156,7 @@ func (r *shard) opened(e event) {
 	a.link, a.opened = e.link, r.now() // its failures are forgotten once it has delivered or lived long enough: see closed
 	a.m.nameAll(a)
 	a.m.event(FlowEstablished)
+	r.lookKept(a.m)
 	items := r.udp.take(a)
 	pkts := make([]flow.Packet, 0, len(items))
 	for i := range items {
@@ -278,6 +280,7 @@ func (r *shard) closed(e event) {
 	link := a.link
 	a.link, a.try = nil, nil
 	r.endedOnName(a, t.why)
+	r.lookKept(a.m)
 	lived := time.Duration(r.now() - a.opened)
 	switch {
 	case link.Stats().Received > 0, lived >= r.livedLong:

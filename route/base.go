@@ -17,6 +17,7 @@ type base struct {
 	cancel   context.CancelFunc
 	watched  watchers // they get events
 	shortage shortage
+	stranger func(netip.Addr) bool // whether one can be told from us if it sends to this address
 	times
 }
 
@@ -24,6 +25,7 @@ type base struct {
 type times struct {
 	retryFirst, retryMax, livedLong, quickEnd, noUDP time.Duration // of associations
 	sweepEvery, lookEvery, goneAfter, streamsEvery   time.Duration // of the search for what is over
+	probeFirst, probeEvery, probeAgain, probeLinger  time.Duration // of kept mappings
 	nameTrial, nameDoubt, nameWindow, nameSilence    time.Duration // of names in datagrams
 }
 
@@ -31,6 +33,7 @@ func defaultTimes() times {
 	return times{
 		retryFirst: retryFirst, retryMax: retryMax, livedLong: livedLong, quickEnd: quickEnd, noUDP: noUDP,
 		sweepEvery: sweepEvery, lookEvery: lookEvery, goneAfter: goneAfter, streamsEvery: streamsEvery,
+		probeFirst: probeFirst, probeEvery: probeEvery, probeAgain: probeAgain, probeLinger: probeLinger,
 		nameTrial: nameTrial, nameDoubt: nameDoubt, nameWindow: nameWindow, nameSilence: nameSilence,
 	}
 }

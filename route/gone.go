@@ -162,7 +162,7 @@ func (r *shard) isDue(m *mapping, now int64) bool {
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()
 	m.ask.goneAt = max(m.ask.goneAt, m.lastUp) // a sender has a socket
-	return now-m.ask.goneAt >= int64(r.goneAfter)
+	return m.kept == nil && now-m.ask.goneAt >= int64(r.goneAfter)
 }
 
 // endGone ends mappings whose socket was missing long enough and is missing in one more list: a socket can be left
@@ -185,7 +185,7 @@ func (g *goneSearch) endGone(due []*mapping) error {
 func (r *shard) endIfSilent(m *mapping) {
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()
-	if !m.gone.Load() && m.lastUp <= m.ask.goneAt {
+	if !m.gone.Load() && m.lastUp <= m.ask.goneAt && m.kept == nil {
 		r.count.MappingsGone.Add(1)
 		r.endMapping(m, "closed", nil)
 	}

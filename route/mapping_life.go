@@ -52,6 +52,11 @@ func (r *shard) makeRoom(now int64) bool {
 		if m == nil || now-m.lastUp < evictIdle {
 			return false
 		}
+		if m.kept != nil {
+			m.lastUp = now
+			s.udp.touch(m)
+			continue
+		}
 		if now-m.lastDown.Load() >= evictIdle || m.lastDown.Load() == 0 {
 			s.count.MappingsEvicted.Add(1)
 			s.endMapping(m, "evicted", errEvicted)
@@ -72,7 +77,7 @@ func (r *shard) handleUnreachable(endpoint netip.AddrPort) {
 	defer r.udp.mu.Unlock()
 	m := r.udp.bySrc[endpoint]
 	switch now := r.now(); {
-	case m == nil:
+	case m == nil, m.kept != nil:
 	case r.cfg.Sockets == nil:
 		r.endMapping(m, "unreachable", errUnreachable)
 	case now >= m.askedGone+askGone || m.askedGone == 0:
@@ -161,13 +166,16 @@ func (r *shard) unreachable(m *mapping) {
 	}
 	r.udp.mu.Lock()
 	defer r.udp.mu.Unlock()
-	if !m.gone.Load() {
+	if !m.gone.Load() && m.kept == nil {
 		r.endMapping(m, "unreachable", errUnreachable)
 	}
 }
 
 // idle reports whether m has been silent for its lifetime. The caller holds udp.mu.
 func (r *shard) idle(m *mapping, now int64) bool {
+	if m.kept != nil {
+		return false
+	}
 	life := r.udp.life
 	// An exchange of one datagram in each direction is also over, because no more is expected.
 	if m.oneShot || m.upPkts == 1 && m.downPkts.Load() >= 1 {

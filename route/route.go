@@ -20,6 +20,7 @@ type Router struct {
 	echo    echoes
 	assocs  associations
 	gone    goneSearch
+	keeping keeping
 	shards  []*shard                       // each with its streams and mappings
 	inbox   mailbox                        // of Run
 	portmap atomic.Pointer[portmap.Server] // answers programs that ask for ports; nil: nobody does
@@ -46,7 +47,7 @@ func New(cfg Config) (*Router, error) {
 	}
 	r := &Router{over: make(chan struct{})}
 	r.cfg, r.log, r.epoch, r.times = cfg, newFlowLog(cfg.Log), time.Now(), defaultTimes()
-	r.echo.wait = echoWait
+	r.echo.wait, r.stranger = echoWait, flow.OneHost
 	r.port53.decider, r.assocs.base, r.gone.base = &r.decider, &r.base, &r.base
 	if err := r.makeShards(); err != nil {
 		return nil, err

@@ -22,6 +22,9 @@ const (
 	evLater                        // a datagram to a name is looked at again
 	evTrialEnded                   // what waited for a trial is sent
 	evTrial                        // a name had its time to answer
+	evKeep                         // a mapping is to be kept
+	evUnkeep                       // and no longer
+	evProbed                       // a probe has found something
 	evUnreachable                  // the app's kernel reports that the socket is gone
 )
 
@@ -36,6 +39,8 @@ type event struct {
 	dest  *namedDest
 	trial *trial
 	shard *shard
+	kept  *kept
+	found *probed
 	link  relay.PacketLink
 	err   error
 }
@@ -110,6 +115,7 @@ func (r *Router) Run(ctx context.Context) error {
 			r.gone.sweepSockets(r.shards)
 			r.gone.sweepStreams(r.shards)
 			r.sweepPorts()
+			r.keeping.look()
 		case <-r.inbox.wake:
 			events = r.inbox.take(events)
 			for _, e := range events {
@@ -122,6 +128,7 @@ func (r *Router) Run(ctx context.Context) error {
 
 func (r *Router) teardown() error {
 	r.endFlows()
+	r.keeping.end()
 	relays := make(chan struct{})
 	go func() {
 		r.echo.wg.Wait()
@@ -190,6 +197,12 @@ func (r *Router) handle(e event) {
 		e.shard.afterTrial(e.trial)
 	case evTrial:
 		e.m.s.trialOver(e.m, e.dest)
+	case evKeep:
+		r.keeping.add(e.kept)
+	case evUnkeep:
+		r.keeping.remove(e.kept)
+	case evProbed:
+		e.kept.probed(e.found)
 	case evUnreachable:
 		e.m.s.unreachable(e.m)
 	case evBack:

@@ -176,6 +176,11 @@ func (r *shard) deliver(a *assoc, w flow.PacketWriter, pkts []flow.Packet) {
 	if m.gone.Load() {
 		return
 	}
+	if p := a.probe.Load(); p != nil {
+		if pkts = p.take(pkts); len(pkts) == 0 {
+			return
+		}
+	}
 	bytes := uint64(0)
 	now := r.now()
 	named := m.back.Load() != nil

@@ -3,6 +3,7 @@ package route
 import (
 	"context"
 	"errors"
+	"net"
 	"net/netip"
 
 	"github.com/viasocks/viasocks/route/relay"
@@ -162,6 +163,15 @@ func (l *socksLink) Name(fake netip.AddrPort, name string) { l.names.add(fake, n
 
 // Server implements namedLink.
 func (l *socksLink) Server() string { return l.a.Server() }
+
+// Beside implements besideLink.
+func (l *socksLink) Beside(n int) ([]*net.UDPConn, bool, error) { return l.a.Beside(n) }
+
+// Listen implements besideLink.
+func (l *socksLink) Listen() (*net.UDPConn, error) { return l.a.Listen() }
+
+// Relay implements besideLink.
+func (l *socksLink) Relay() netip.AddrPort { return l.a.Relay() }
 
 // Close implements relay.PacketLink.
 func (l *socksLink) Close() error { return errors.Join(l.PacketLink.Close(), l.a.Close()) }

@@ -21,9 +21,10 @@ type Association struct {
 	mu      sync.Mutex
 	closed  bool
 	fault   Fault
-	client  netip.AddrPort          // source of its last datagram
-	out     [2]*net.UDPConn         // to the world, for IPv4 and IPv6, created when first needed
-	named   map[netip.AddrPort]Addr // the names that datagrams went to, by their real destination
+	client  netip.AddrPort                  // source of its last datagram
+	out     [2]*net.UDPConn                 // to the world, for IPv4 and IPv6, created when first needed
+	varied  map[netip.AddrPort]*net.UDPConn // in place of out, by destination
+	named   map[netip.AddrPort]Addr         // the names that datagrams went to, by their real destination
 }
 
 func (s *Server) associate(c stream, req Request, f Fault) {
@@ -99,6 +100,9 @@ func (a *Association) close() {
 			u.Close()
 		}
 	}
+	for _, u := range a.varied {
+		u.Close()
+	}
 }
 
 // fromClient carries datagrams to the world.
@@ -132,7 +136,7 @@ func (a *Association) fromClient() {
 			a.s.n.udpBad.Add(1)
 			continue
 		}
-		u := a.outFor(to.Addr())
+		u := a.outTo(to)
 		if u == nil {
 			a.s.n.udpBad.Add(1)
 			continue
@@ -181,6 +185,39 @@ func (a *Association) sourceOf(from netip.AddrPort) Addr {
 		from = v
 	}
 	return AddrFrom(from)
+}
+
+// outTo returns the socket for a destination, or nil if it cannot be created.
+func (a *Association) outTo(to netip.AddrPort) *net.UDPConn {
+	a.mu.Lock()
+	if a.varied == nil {
+		a.varied = make(map[netip.AddrPort]*net.UDPConn)
+	}
+	u, vary := a.varied[to], a.fault.VaryUDP
+	a.mu.Unlock()
+	switch {
+	case !vary:
+		return a.outFor(to.Addr())
+	case u != nil:
+		return u
+	}
+	at := netip.IPv4Unspecified()
+	if to.Addr().Is6() {
+		at = netip.IPv6Unspecified()
+	}
+	u, err := a.s.listenUDP(netip.AddrPortFrom(at, 0))
+	if err != nil {
+		return nil
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.closed {
+		u.Close()
+		return nil
+	}
+	a.varied[to] = u
+	a.s.wg.Go(func() { a.fromWorld(u) })
+	return u
 }
 
 // outFor returns the socket to the world for ip's family, or nil if it cannot be created.

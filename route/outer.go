@@ -1,0 +1,318 @@
+package route
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/stack/flow"
+)
+
+const (
+	// A question is repeated after probeFirst, and then after twice the last pause, probeTries times in all.
+	probeFirst = 250 * time.Millisecond
+	probeTries = 4
+	// probeLinger is how long after a probe late answers are still kept from the app.
+	probeLinger = 10 * time.Second
+	// besideAsks is how many sockets of this host the proxy is asked to send to.
+	besideAsks = 2
+)
+
+var (
+	errVaries     = errors.New("the proxy sends from another port to each destination, so that no port can be given to others")
+	errNAT        = errors.New("a NAT is between this host and the proxy: name STUN servers with --stun")
+	errSilent     = errors.New("what the proxy was asked to send to this host has not arrived: name STUN servers with --stun")
+	errNoSTUN     = errors.New("no server of --stun has answered through the proxy")
+	errNoSTUNName = errors.New("the name of a server of --stun cannot be looked up")
+	errNotUs      = errors.New("the upstream is no SOCKS server: name STUN servers with --stun")
+)
+
+// besideLink is a PacketLink whose server can be asked to send to this host, see socks.Association.
+type besideLink interface {
+	Beside(n int) (all []*net.UDPConn, reachable bool, err error)
+	Listen() (*net.UDPConn, error)
+	Relay() netip.AddrPort
+}
+
+// probe finds out where an association is reached from outside. It sends over the association itself: to servers of STUN, or
+// to sockets of our own. Only its goroutine and the loop of the association use it.
+type probe struct {
+	k        *kept
+	of       *assoc
+	link     relay.PacketLink
+	ctx      context.Context
+	cancel   context.CancelFunc
+	stranger stunID   // what a stranger sends, and what is sent to our own sockets
+	ids      []stunID // of the questions
+
+	mu   sync.Mutex
+	seen []netip.AddrPort // by question: the endpoint that its receiver saw
+	let  bool             // the stranger's datagram has arrived
+	wake chan struct{}
+}
+
+// newProbe returns a probe of k's association. The caller holds udp.mu.
+func newProbe(k *kept) *probe {
+	p := &probe{k: k, of: k.of, link: k.link, wake: make(chan struct{}, 1)}
+	p.ctx, p.cancel = context.WithCancel(k.ctx)
+	_, _ = rand.Read(p.stranger[:])
+	for range max(len(k.cfg.STUN), besideAsks) {
+		p.ids = append(p.ids, newStunID())
+	}
+	p.seen = make([]netip.AddrPort, len(p.ids))
+	return p
+}
+
+// take returns pkts without the datagrams that are for the probe. It is called by the loop, in place of which nothing else
+// uses pkts.
+func (p *probe) take(pkts []flow.Packet) []flow.Packet {
+	n := 0
+	for i := range pkts {
+		if p.mine(pkts[i].Payload) {
+			continue
+		}
+		pkts[n], pkts[i] = pkts[i], pkts[n]
+		n++
+	}
+	return pkts[:n]
+}
+
+func (p *probe) mine(b []byte) bool {
+	if len(b) == len(p.stranger) && stunID(b) == p.stranger {
+		p.note(func() { p.let = true })
+		return true
+	}
+	for i := range p.k.cfg.STUN {
+		if p.ids[i].answers(b) {
+			if at := parseStun(b); flow.OneHost(at.Addr()) {
+				p.note(func() { p.seen[i] = at })
+			}
+			return true
+		}
+	}
+	return false
+}
+
+func (p *probe) note(f func()) {
+	p.mu.Lock()
+	f()
+	p.mu.Unlock()
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+}
+
+// run makes the probe. It calls tell once or twice, the second time with what is known about the filter, and at the end over
+// is true.
+func (p *probe) run(tell func(o Outer, over bool)) {
+	b, _ := p.link.(besideLink)
+	var err error
+	switch {
+	case len(p.k.cfg.STUN) > 0:
+		err = p.askSTUN()
+	case b == nil:
+		err = errNotUs
+	default:
+		err = p.askBeside(b)
+	}
+	o := p.outer(err)
+	// Only the proxy's own address may learn of this host: with STUN the outer one may belong to somebody else.
+	if !o.At.IsValid() || b == nil || !p.k.stranger(o.At.Addr()) ||
+		len(p.k.cfg.STUN) > 0 && b.Relay().Addr() != o.At.Addr() {
+		tell(o, true)
+		return
+	}
+	tell(o, false)
+	o.Filter = p.filter(b, o.At)
+	tell(o, true)
+}
+
+// outer returns what the answers tell.
+func (p *probe) outer(err error) (o Outer) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, at := range p.seen {
+		switch {
+		case !at.IsValid():
+		case o.At.IsValid() && o.At != at:
+			return Outer{Err: errVaries, Cannot: true}
+		default:
+			o.At = at
+		}
+	}
+	if !o.At.IsValid() {
+		o.Err = err
+		o.Cannot = err == errNAT || err == errNotUs
+	}
+	return o
+}
+
+// ask sends n questions, again until each is answered, and returns silent if none is.
+func (p *probe) ask(n int, silent error, send func(i int)) error {
+	pause := p.k.probeFirst
+	for range probeTries {
+		for i := range n {
+			if !p.answered(i) {
+				send(i)
+			}
+		}
+		if p.wait(pause, func() bool { return p.answeredAll(n) }) {
+			return nil
+		}
+		pause *= 2
+	}
+	return silent
+}
+
+func (p *probe) answered(i int) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.seen[i].IsValid()
+}
+
+func (p *probe) answeredAll(n int) bool {
+	for i := range n {
+		if !p.answered(i) {
+			return false
+		}
+	}
+	return true
+}
+
+// wait waits until done returns true, but no longer than d.
+func (p *probe) wait(d time.Duration, done func() bool) bool {
+	late := time.NewTimer(d)
+	defer late.Stop()
+	for !done() {
+		select {
+		case <-p.wake:
+		case <-late.C:
+			return done()
+		case <-p.ctx.Done():
+			return false
+		}
+	}
+	return true
+}
+
+// send sends a datagram over the association, if that is still the one to be probed.
+func (p *probe) send(to netip.AddrPort, payload []byte) {
+	p.k.udp.mu.Lock()
+	defer p.k.udp.mu.Unlock()
+	if p.of.link == p.link && p.ctx.Err() == nil {
+		one := [1]flow.Packet{{Src: p.k.app, Dst: to, Payload: payload}}
+		_, _ = p.link.Send(one[:]) // a lost question is repeated
+	}
+}
+
+// askSTUN asks the servers of STUN.
+func (p *probe) askSTUN() error {
+	servers := p.k.cfg.STUN
+	at := make([]netip.AddrPort, len(servers))
+	for i, s := range servers {
+		if at[i] = s.AddrPort(); s.Name != "" {
+			at[i] = netip.AddrPortFrom(p.lookUp(s.Name), s.Port)
+		}
+	}
+	silent := errNoSTUNName
+	for _, to := range at {
+		if to.Addr().IsValid() {
+			silent = errNoSTUN
+		}
+	}
+	return p.ask(len(servers), silent, func(i int) {
+		if at[i].Addr().IsValid() {
+			p.send(at[i], p.ids[i].request())
+		}
+	})
+}
+
+// lookUp returns the IPv4 address of a name.
+func (p *probe) lookUp(name string) (at netip.Addr) {
+	d := p.k.port53.server.Load()
+	found := make(chan netip.Addr, 1)
+	if d == nil || !d.LookUp(name, false, func(a netip.Addr, _ time.Duration) { found <- a }) {
+		return at
+	}
+	late := time.NewTimer(farWait)
+	defer late.Stop()
+	select {
+	case at = <-found:
+	case <-late.C:
+	case <-p.ctx.Done():
+	}
+	return at
+}
+
+// askBeside asks the proxy to send to our own sockets.
+func (p *probe) askBeside(b besideLink) error {
+	conns, reachable, err := b.Beside(besideAsks)
+	for _, c := range conns {
+		defer c.Close()
+	}
+	if err == nil && !reachable {
+		err = errNAT
+	}
+	if err != nil {
+		return err
+	}
+	var readers sync.WaitGroup
+	to := make([]netip.AddrPort, len(conns))
+	for i, c := range conns {
+		to[i] = c.LocalAddr().(*net.UDPAddr).AddrPort()
+		readers.Go(func() { p.read(i, c) })
+	}
+	err = p.ask(len(conns), errSilent, func(i int) { p.send(to[i], p.ids[i][:]) })
+	for _, c := range conns {
+		_ = c.SetReadDeadline(time.Now())
+	}
+	readers.Wait()
+	return err
+}
+
+// read waits for the datagram that only the proxy can send.
+func (p *probe) read(i int, c *net.UDPConn) {
+	var b [len(p.ids[0]) + 1]byte
+	for {
+		n, from, err := c.ReadFromUDPAddrPort(b[:])
+		switch {
+		case errors.Is(err, net.ErrClosed) || isTimeout(err):
+			return
+		case err != nil: // of ICMP
+		case n == len(p.ids[i]) && stunID(b[:n]) == p.ids[i]:
+			p.note(func() { p.seen[i] = netip.AddrPortFrom(from.Addr().Unmap(), from.Port()) })
+			return
+		}
+	}
+}
+
+func isTimeout(err error) bool {
+	var t net.Error
+	return errors.As(err, &t) && t.Timeout()
+}
+
+// filter sends to the outer endpoint from a socket that the association has never sent to.
+func (p *probe) filter(b besideLink, at netip.AddrPort) Filter {
+	c, err := b.Listen()
+	if err != nil {
+		return FilterUnknown
+	}
+	defer c.Close()
+	pause := p.k.probeFirst
+	for range probeTries - 1 {
+		_, _ = c.WriteToUDPAddrPort(p.stranger[:], at) // a lost one is repeated
+		if p.wait(pause, func() bool { p.mu.Lock(); defer p.mu.Unlock(); return p.let }) {
+			return FilterOpen
+		}
+	}
+	if p.ctx.Err() != nil {
+		return FilterUnknown
+	}
+	return FilterClosed
+}
