@@ -267,3 +267,17 @@ func TestOfOthers(t *testing.T) {
 	f.conmon(30, two, "cheat", "0::/docker/"+three+"\n")
 	f.fails("cheat", "no running container")
 }
+
+// A shim that another user started, or that runs in a container, is not believed.
+func TestShimOfOthers(t *testing.T) {
+	f := newFake(t)
+	f.docker(20, one, "web")
+	f.is("web", 21)
+	f.file("proc/20/cgroup", "0::/docker/"+three+"\n")
+	f.fails("web", "no running container")
+	f.file("proc/20/cgroup", "0::/\n")
+	f.is("web", 21)
+	if os.Chown(filepath.Join(f.proc, "20"), 4711, 4711) == nil { // root's tests only
+		f.fails("web", "no running container")
+	}
+}
