@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"net/netip"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -32,6 +33,10 @@ type Config struct {
 	// the flow is then refused. It is called for each new stream and each new mapping, on the frame reader. nil: this
 	// cannot happen.
 	ComesBack func(flow.Flow) bool
+	// OwnPort reports whether peers reach the program itself at an endpoint beyond the proxy. A program that connects to
+	// such an endpoint is refused, because the proxy would pass one peer on and then listen no more. It is called for
+	// each new stream, on the frame reader. nil: there are none.
+	OwnPort func(netip.AddrPort) bool
 	// Resolvers answer port 53. They are asked through the upstream that the rules choose. Empty: port 53 is a port
 	// like others.
 	Resolvers []dns.Resolver

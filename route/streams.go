@@ -84,6 +84,10 @@ func (r *shard) handleStream(req flow.StreamRequest) {
 		r.turnAway(req, f, dest, verdictImpossible, flow.RefuseReset, "refused", errComesBack)
 		return
 	}
+	if r.cfg.OwnPort != nil && r.cfg.OwnPort(f.Dst) {
+		r.turnAway(req, f, dest, verdictImpossible, flow.RefuseReset, "refused", errOwnPort)
+		return
+	}
 	if u := r.upnp.Load(); u != nil && f.Dst == gatewayWeb {
 		r.takeStream(req, f, dest, u.verdict, nil)
 		return
@@ -214,7 +218,9 @@ var (
 	errClosing = errors.New("viasocks is ending")
 	// errComesBack means that the flow belongs to a proxy on this host.
 	errComesBack = errors.New("a connection of the proxy itself came back to it")
-	errAppGone   = errors.New("the app gave up")
+	// errOwnPort means that a program wants to be its own peer, mostly because a tracker has told it of itself.
+	errOwnPort = errors.New("the program itself is reached there")
+	errAppGone = errors.New("the app gave up")
 	// errNoName means that the app kept the address longer than the TTL, or invented it.
 	errNoName = errors.New("the fake address no longer stands for a name")
 )

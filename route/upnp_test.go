@@ -1,12 +1,14 @@
 package route
 
 import (
+	"context"
 	"net/netip"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/viasocks/viasocks/route/portmap"
+	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/testkit"
 )
@@ -90,4 +92,24 @@ func (s *fakeStream) isAborted() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.aborted
+}
+
+// A program that connects to where it is itself reached is refused, and no upstream is asked.
+func TestOwnPort(t *testing.T) {
+	testkit.CheckLeaks(t)
+	up := &fakeUpstream{name: "p", dial: func(_ context.Context, _ Dest, done func(int, error)) {
+		done(-1, socks.ReplyHostUnreachable)
+	}}
+	own := netip.MustParseAddrPort("203.0.113.1:6881")
+	g := newRig(t, Config{Upstreams: []Upstream{up}, Default: "p",
+		OwnPort: func(at netip.AddrPort) bool { return at == own }}, nil)
+	q, other := newRequest("198.18.0.1:40000", own.String()), newRequest("198.18.0.1:40000", "203.0.113.1:6882")
+	g.HandleStream(q)
+	if _, rejected, _ := q.outcome(); len(rejected) != 1 || rejected[0] != flow.RefuseReset {
+		t.Errorf("it is answered by %v", rejected)
+	}
+	g.HandleStream(other)
+	if _, rejected, _ := other.outcome(); len(rejected) != 1 || rejected[0] == flow.RefuseReset {
+		t.Errorf("another port is answered by %v", rejected)
+	}
 }

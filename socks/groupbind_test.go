@@ -58,7 +58,7 @@ func TestGroupBind(t *testing.T) {
 	}
 	conn(t, r.fd).Close()
 	g.mu.Lock()
-	if h := &g.c.servers[0]; !h.canDo(connect4, d.now()) || h.canDo(binds, d.now()) {
+	if h := &g.c.servers[0]; !h.canDo(connect4, d.now()) || h.canDo(binds4, d.now()) || h.canDo(binds6, d.now()) {
 		t.Error("reply 7 to BIND was remembered for the wrong command")
 	}
 	g.mu.Unlock()
@@ -67,5 +67,27 @@ func TestGroupBind(t *testing.T) {
 	}
 	if _, done := ask(); !errors.Is(wait(t, done).err, ReplyCommandNotSupported) {
 		t.Error("no server knows BIND, and the error is another one")
+	}
+}
+
+// A server that knows BIND for IPv4 only is still asked for it after it has refused one for IPv6.
+func TestBindKinds(t *testing.T) {
+	v4, v6 := Addr{IP: netip.IPv4Unspecified()}, Addr{IP: netip.IPv6Unspecified()}
+	for _, c := range []struct {
+		asked      Addr
+		reply      Reply
+		has4, has6 bool
+	}{
+		{v6, ReplyAddrTypeNotSupported, true, false}, {v4, ReplyAddrTypeNotSupported, false, true},
+		{v6, ReplyCommandNotSupported, false, false}, {v4, ReplyCommandNotSupported, false, false},
+	} {
+		var h health
+		h.cannot(kindOf(CmdBind, c.asked), c.reply, 1)
+		if has4, has6 := h.canDo(kindOf(CmdBind, v4), 2), h.canDo(kindOf(CmdBind, v6), 2); has4 != c.has4 || has6 != c.has6 {
+			t.Errorf("after %v to %v: %v, %v", c.reply, c.asked, has4, has6)
+		}
+		if !h.canDo(connect6, 2) {
+			t.Error("CONNECT is not asked")
+		}
 	}
 }

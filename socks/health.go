@@ -26,7 +26,7 @@ type health struct {
 	noAnswers int                     // consecutive ASSOCIATEs that ended with FIN
 }
 
-// kind is something that a server may be unable to do: a command and, for CONNECT, an address type.
+// kind is something that a server may be unable to do: a command and, for CONNECT and BIND, an address type.
 type kind uint8
 
 const (
@@ -34,7 +34,8 @@ const (
 	connect6
 	connectName
 	associates
-	binds
+	binds4
+	binds6
 	numKinds
 )
 
@@ -42,8 +43,10 @@ func kindOf(cmd Command, dst Addr) kind {
 	switch {
 	case cmd == CmdAssociate:
 		return associates
+	case cmd == CmdBind && dst.IP.Is6() && !dst.IP.Is4In6():
+		return binds6
 	case cmd == CmdBind:
-		return binds
+		return binds4
 	case dst.Name != "":
 		return connectName
 	case dst.IP.Is4() || dst.IP.Is4In6():
@@ -51,6 +54,9 @@ func kindOf(cmd Command, dst Addr) kind {
 	}
 	return connect6
 }
+
+// binds reports whether k is BIND.
+func (k kind) binds() bool { return k == binds4 || k == binds6 }
 
 const (
 	// unableFor is how long a reply 7 or 8 is remembered. A server that has been given UDP or IPv6 is used for it
@@ -141,7 +147,11 @@ func (h *health) canDo(k kind, now time.Duration) bool { return now >= h.unable[
 // cannot notes that the server does not carry the command or address type of k.
 func (h *health) cannot(k kind, r Reply, now time.Duration) {
 	h.unable[k] = now + unableFor
-	if r == ReplyCommandNotSupported && k != associates && k != binds {
+	switch {
+	case r != ReplyCommandNotSupported || k == associates:
+	case k.binds():
+		h.unable[binds4], h.unable[binds6] = h.unable[k], h.unable[k]
+	default:
 		h.unable[connect4], h.unable[connect6], h.unable[connectName] = h.unable[k], h.unable[k], h.unable[k]
 	}
 }

@@ -166,7 +166,7 @@ func cmpError(a, b error) error {
 }
 
 func unableReply(k kind) Reply {
-	if k == associates || k == binds {
+	if k == associates || k == binds4 {
 		return ReplyCommandNotSupported
 	}
 	return ReplyAddrTypeNotSupported
@@ -227,7 +227,7 @@ func (c *chooser) done(a *attempt, server int, err error, now time.Duration) (o 
 			h.cannot(a.kind, reply, now)
 			a.unable = err
 			o.again = true
-		case a.kind == associates || a.kind == binds: // no target could have answered; another server may have room
+		case a.kind == associates || a.kind.binds(): // no target could have answered; another server may have room
 			a.err = err
 			o.again = true
 		}
@@ -245,7 +245,7 @@ func (c *chooser) done(a *attempt, server int, err error, now time.Duration) (o 
 // request ends so.
 func (c *chooser) ended(a *attempt, h *health, err error, now time.Duration) (o outcome) {
 	a.at, a.here = a.at+1, 0
-	if a.kind == binds {
+	if a.kind.binds() {
 		a.err = err
 		return outcome{again: true, err: err}
 	}

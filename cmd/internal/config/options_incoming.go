@@ -27,6 +27,14 @@ and
 say where peers reach the program then.
 The program sees each connection come from the peer's own address.
 If it does not listen, the peer's connection is reset.
+A program that connects to the endpoint itself, because a tracker has told it of itself, is refused.
+.Pp
+Once the proxy has shown that it knows BIND, it is asked to listen for IPv6 as well, always for
+.Ar PORT
+itself, because no gateway could tell a program of another one.
+If it cannot,
+.Cm status
+says so, and it is asked again every ten minutes.
 .Pp
 A BIND carries one peer, and the next one is made as soon as a peer has come.
 Which port it gets is the proxy's choice.
@@ -36,7 +44,7 @@ Meanwhile it gives any other port.
 At one and the same port dante therefore has one peer at a time, and
 .Nm
 asks for the port again as soon as its connection has ended.
-Up to 256 peers may be connected to each port of the program.
+Up to 256 peers may be connected to each port of the program by IPv4, and as many by IPv6.
 .Pp
 Most other servers do not know BIND.
 This is logged once and shown by
@@ -107,6 +115,7 @@ VIASOCKS_LISTEN_PORT is the port of the program, VIASOCKS_LISTEN_PROTO is
 .Li tcp ,
 VIASOCKS_LISTEN_UPSTREAM names the upstream, and VIASOCKS_OUTER_ADDRESS and VIASOCKS_OUTER_PORT say where peers connect.
 The last two are absent if the port can no longer be reached.
+VIASOCKS_OUTER_ADDRESS6 and VIASOCKS_OUTER_PORT6 say the same of IPv6.
 After ten seconds the command is killed.`,
 	},
 }

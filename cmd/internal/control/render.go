@@ -370,9 +370,15 @@ func renderListening(b *strings.Builder, l *Listening) {
 		if p.Outer != "" {
 			outer = Plain(p.Outer)
 		}
+		if p.Outer6 != "" {
+			outer += " and " + Plain(p.Outer6)
+		}
 		fmt.Fprintf(b, "  peers reach port %d at %s by %s: %d open now", p.Port, outer, Plain(p.Upstream), p.Open)
 		if p.Why != "" {
 			fmt.Fprintf(b, "; %s", Plain(p.Why))
+		}
+		if p.Why6 != "" {
+			fmt.Fprintf(b, "; by IPv6: %s", Plain(p.Why6))
 		}
 		b.WriteString("\n")
 	}

@@ -45,9 +45,11 @@ type ForwardedPort struct {
 type ListeningPort struct {
 	Port     uint16 `json:"port"`
 	Upstream string `json:"upstream"`
-	Outer    string `json:"outer,omitempty"` // where peers connect; empty: nowhere
-	Open     int    `json:"open"`            // connections of peers
-	Why      string `json:"why,omitempty"`   // why the upstream does not listen
+	Outer    string `json:"outer,omitempty"`  // where peers connect; empty: nowhere
+	Open     int    `json:"open"`             // connections of peers
+	Why      string `json:"why,omitempty"`    // why the upstream does not listen
+	Outer6   string `json:"outer6,omitempty"` // where peers connect by IPv6
+	Why6     string `json:"why6,omitempty"`   // why the upstream does not listen for IPv6
 }
 
 // Status is the state of a daemon. Numbers that do not describe the present count since the start; bytes are payload.

@@ -24,6 +24,7 @@ func startListening(cfg *config.Config, p *plane, environ []string, log *slog.Lo
 	}
 	c := incoming.Config{
 		Loop: p.loops[0].Loop, Binder: p.binder, Default: cfg.Default, Deliver: p.deliver, CanBePeer: flow.CanBePeer, Log: log,
+		NoIPv6: p.dial.noIPv6,
 	}
 	endHook := func() {}
 	if cfg.OnPort != "" {
@@ -72,6 +73,9 @@ func (p *plane) deliver(s incoming.Spec, peer netip.AddrPort, sock loop.Socket, 
 	return p.router.Incoming(req, s.Upstream, "listen "+strconv.Itoa(int(s.Port)), sock, ended)
 }
 
+// ownPort reports whether peers reach a program at an endpoint.
+func (p *plane) ownPort(at netip.AddrPort) bool { return p.incoming.Load().Holds(at) }
+
 // fillListening adds the ports at which peers reach programs to status.
 func (p *plane) fillListening(s *control.Status) {
 	m := p.incoming.Load()
@@ -84,6 +88,9 @@ func (p *plane) fillListening(s *control.Status) {
 		l := control.ListeningPort{Port: port.Port, Upstream: port.Upstream, Open: port.Open, Why: port.Why}
 		if port.Outer.IsValid() {
 			l.Outer = port.Outer.String()
+		}
+		if l.Why6 = port.Why6; port.Outer6.IsValid() {
+			l.Outer6 = port.Outer6.String()
 		}
 		s.Listening.Ports = append(s.Listening.Ports, l)
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,12 +21,15 @@ import (
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
-// binding starts dante, which lets peers in by BIND at world4, and returns the URL.
-func binding(t *testing.T) (url string) {
+// binding starts dante, which lets peers in by BIND at world4, or at other addresses, and returns the URL.
+func binding(t *testing.T, externals ...string) (url string) {
 	needPrograms(t, "danted")
+	if externals == nil {
+		externals = []string{world4}
+	}
 	serve(t, "127.0.0.1:1086", "danted", "-p", filepath.Join(t.TempDir(), "pid"), "-f", writeFile(t, "conf", `logoutput: stderr
 internal: 127.0.0.1 port = 1086
-external: `+world4+`
+external: `+strings.Join(externals, "\nexternal: ")+`
 clientmethod: none
 socksmethod: none
 client pass { from: 0/0 to: 0/0 }
@@ -43,11 +47,16 @@ func freePort(t *testing.T) uint16 {
 	return at.Port()
 }
 
-// listen lets the program listen at all its addresses.
+// listen lets the program listen at all its IPv4 addresses.
 func (a *app) listen(port uint16) *net.TCPListener {
 	a.t.Helper()
-	fd := a.socket(unix.AF_INET, unix.SOCK_STREAM)
-	if err := unix.Bind(fd, &unix.SockaddrInet4{Port: int(port)}); err != nil {
+	return a.listenAt(netip.AddrPortFrom(netip.IPv4Unspecified(), port))
+}
+
+func (a *app) listenAt(at netip.AddrPort) *net.TCPListener {
+	a.t.Helper()
+	fd := a.socket(family(at), unix.SOCK_STREAM)
+	if err := unix.Bind(fd, sockaddr(at)); err != nil {
 		a.t.Fatal(err)
 	}
 	if err := unix.Listen(fd, 128); err != nil {
@@ -87,10 +96,14 @@ func (a *app) outer(not string) (at string) {
 	return at
 }
 
-// peer connects from other4 to at, again while the proxy is between two BINDs.
+// peer connects from other4 or other6 to at, again while the proxy is between two BINDs.
 func peer(t *testing.T, at string) net.Conn {
 	t.Helper()
-	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(other4)}, Timeout: testkit.Patience}
+	from := other4
+	if strings.HasPrefix(at, "[") {
+		from = other6
+	}
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: testkit.Patience}
 	var c net.Conn
 	testkit.Eventually(t, "a connection to "+at, func() (ok bool) {
 		var err error
@@ -238,4 +251,54 @@ func TestListenRefused(t *testing.T) {
 		t.Errorf("the program got a connection from %v", c.RemoteAddr())
 	}
 	b.outer("") // the next BIND
+}
+
+// TestListenIPv6: where dante has addresses of both IP versions, peers reach a program at the same port of both, and it sees
+// them come from their own addresses. A dante with an IPv6 address alone is used by IPv6.
+func TestListenIPv6(t *testing.T) {
+	for name, externals := range map[string][]string{"both": {world4, world6}, "alone": {world6}} {
+		t.Run(name, func(t *testing.T) {
+			url, port := binding(t, externals...), freePort(t)
+			a := startApp(t, "--proxy", url, "--listen", fmt.Sprint(port))
+			l := a.listenAt(netip.AddrPortFrom(netip.IPv6Unspecified(), port)) // which takes IPv4, too
+			var p control.ListeningPort
+			testkit.Eventually(t, "the port of each version", func() bool {
+				p = a.status().Listening.Ports[0]
+				return p.Outer6 != "" && (p.Outer != "" || p.Why != "")
+			})
+			if want := fmt.Sprintf("[%s]:%d", world6, port); p.Outer6 != want {
+				t.Errorf("by IPv6 peers reach it at %s, want %s", p.Outer6, want)
+			}
+			c := peer(t, p.Outer6)
+			sendBoth(t, c, acceptFrom(t, l, c))
+			if name == "alone" {
+				if p.Outer != "" || !strings.Contains(p.Why, "address type not supported") {
+					t.Errorf("by IPv4: %+v", p)
+				}
+				return
+			}
+			if want := fmt.Sprintf("%s:%d", world4, port); p.Outer != want {
+				t.Errorf("by IPv4 peers reach it at %s, want %s", p.Outer, want)
+			}
+			c = peer(t, p.Outer)
+			sendBoth(t, c, acceptFrom(t, l, c))
+		})
+	}
+}
+
+// TestListenSelf: a program that connects to its own port at the proxy, of which a tracker has told it, is refused: else the port
+// would be taken from the peers.
+func TestListenSelf(t *testing.T) {
+	port := freePort(t)
+	a := startApp(t, "--proxy", binding(t), "--listen", fmt.Sprint(port))
+	a.listen(port)
+	at := a.outer("")
+	fd, _, err := a.connect(netip.MustParseAddrPort(at))
+	defer unix.Close(fd)
+	if err != unix.ECONNREFUSED {
+		t.Errorf("it connects to itself: %v", err)
+	}
+	if s := a.status().Listening; s.Accepted != 0 || s.Ports[0].Outer != at {
+		t.Errorf("%+v", s)
+	}
 }

@@ -24,17 +24,20 @@ type Hook struct {
 	log  *slog.Logger
 
 	mu    sync.Mutex
-	news  map[Spec]netip.AddrPort
+	news  map[Spec]outers
 	order []Spec
 	wake  chan struct{}
 	ran   sync.WaitGroup
 	stop  context.CancelFunc
 }
 
+// outers is where a port can be reached, by each IP version.
+type outers struct{ four, six netip.AddrPort }
+
 // NewHook returns a Hook for the program path, which no shell sees: it gets no arguments, and env besides the variables
 // about the port. The caller closes it.
 func NewHook(path string, env []string, log *slog.Logger) *Hook {
-	h := &Hook{path: path, env: env, log: log, news: map[Spec]netip.AddrPort{}, wake: make(chan struct{}, 1)}
+	h := &Hook{path: path, env: env, log: log, news: map[Spec]outers{}, wake: make(chan struct{}, 1)}
 	ctx, cancel := context.WithCancel(context.Background())
 	h.stop = cancel
 	h.ran.Go(func() { h.run(ctx) })
@@ -42,12 +45,12 @@ func NewHook(path string, env []string, log *slog.Logger) *Hook {
 }
 
 // Announce is for Config.Announce. It does not block.
-func (h *Hook) Announce(s Spec, at netip.AddrPort) {
+func (h *Hook) Announce(s Spec, at, at6 netip.AddrPort) {
 	h.mu.Lock()
 	if _, ok := h.news[s]; !ok {
 		h.order = append(h.order, s)
 	}
-	h.news[s] = at
+	h.news[s] = outers{at, at6}
 	h.mu.Unlock()
 	select {
 	case h.wake <- struct{}{}:
@@ -85,16 +88,18 @@ func (h *Hook) run(ctx context.Context) {
 }
 
 // tell runs the command for one change, in a process group of its own that ends with it.
-func (h *Hook) tell(ctx context.Context, s Spec, at netip.AddrPort) {
+func (h *Hook) tell(ctx context.Context, s Spec, at outers) {
 	ctx, cancel := context.WithTimeout(ctx, hookTime)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, h.path)
 	cmd.Env = append(h.env[:len(h.env):len(h.env)], "VIASOCKS_LISTEN_PORT="+strconv.Itoa(int(s.Port)),
 		"VIASOCKS_LISTEN_PROTO=tcp",
 		"VIASOCKS_LISTEN_UPSTREAM="+s.Upstream)
-	if at.IsValid() {
-		cmd.Env = append(cmd.Env, "VIASOCKS_OUTER_ADDRESS="+at.Addr().String(),
-			"VIASOCKS_OUTER_PORT="+strconv.Itoa(int(at.Port())))
+	for suffix, a := range map[string]netip.AddrPort{"": at.four, "6": at.six} {
+		if a.IsValid() {
+			cmd.Env = append(cmd.Env, "VIASOCKS_OUTER_ADDRESS"+suffix+"="+a.Addr().String(),
+				"VIASOCKS_OUTER_PORT"+suffix+"="+strconv.Itoa(int(a.Port())))
+		}
 	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }

@@ -48,9 +48,10 @@ type Config struct {
 	Deliver func(s Spec, peer netip.AddrPort, sock loop.Socket, ended func(relay.Result)) error
 	// CanBePeer reports whether a peer may have the address.
 	CanBePeer func(netip.Addr) bool
-	// Announce is told where a port can be reached now, or an invalid endpoint if it can't. It must not block. nil: nobody
-	// is told.
-	Announce func(Spec, netip.AddrPort)
+	// Announce is told where a port can be reached now by each IP version, an invalid endpoint if it can't. It must not
+	// block. nil: nobody is told.
+	Announce func(s Spec, at, at6 netip.AddrPort)
+	NoIPv6   bool // the program has no IPv6
 	Log      *slog.Logger
 }
 
@@ -107,6 +108,10 @@ func (m *Manager) add(s Spec, ask uint16) {
 		return
 	}
 	p := &port{m: m, spec: s, ask: ask, waiting: map[*wait]struct{}{}}
+	if !m.cfg.NoIPv6 {
+		// No gateway tells the program of another port of IPv6: peers look for it at its own.
+		p.six = &port{m: m, spec: s, ask: s.Port, waiting: map[*wait]struct{}{}, four: p}
+	}
 	m.ports = append(m.ports, p)
 	p.after(0)
 }
@@ -158,6 +163,8 @@ type Status struct {
 	Waiting int            // BINDs that wait for a peer
 	Open    int            // connections of peers
 	Why     string         // why the last BIND failed; empty after one that did not
+	Outer6  netip.AddrPort // where peers reach it by IPv6
+	Why6    string         // why it has no BIND for IPv6
 }
 
 // Ports returns the state of each port.
@@ -168,6 +175,12 @@ func (m *Manager) Ports() (all []Status) {
 		s := Status{Spec: p.spec, Outer: p.outer, Waiting: len(p.waiting), Open: p.open}
 		if p.why != nil {
 			s.Why = p.why.Error()
+		}
+		if six := p.six; six != nil {
+			s.Waiting, s.Open, s.Outer6 = s.Waiting+len(six.waiting), s.Open+six.open, six.outer
+			if six.why != nil {
+				s.Why6 = six.why.Error()
+			}
 		}
 		all = append(all, s)
 	}
@@ -182,6 +195,21 @@ func (m *Manager) Outer(n uint16) netip.AddrPort {
 		return p.outer
 	}
 	return netip.AddrPort{}
+}
+
+// Holds reports whether a BIND waits for its peer at an endpoint. m may be nil.
+func (m *Manager) Holds(at netip.AddrPort) bool {
+	if m == nil {
+		return false
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, p := range m.ports {
+		if p.holds(at) || p.six != nil && p.six.holds(at) {
+			return true
+		}
+	}
+	return false
 }
 
 // Stats returns the counters.

@@ -41,6 +41,8 @@ func TestParse(t *testing.T) {
 type fakeServer struct {
 	mu    sync.Mutex
 	asks  int
+	asks6 int
+	at6   netip.Addr // invalid: it has no IPv6
 	taken map[uint16]bool
 	next  uint16
 	err   error
@@ -56,6 +58,13 @@ type fakeBind struct {
 func (s *fakeServer) Bind(ctx context.Context, _ *loop.Loop, dst socks.Addr, _ time.Duration, bound func(netip.AddrPort),
 	done func(fd int, peer netip.AddrPort, err error)) {
 	s.mu.Lock()
+	if dst.IP.Is6() {
+		s.asks6++
+		at := s.at6
+		s.mu.Unlock()
+		s.bind6(ctx, at, dst.Port, bound, done)
+		return
+	}
 	s.asks++
 	if s.err != nil {
 		err := s.err
@@ -81,6 +90,21 @@ func (s *fakeServer) Bind(ctx context.Context, _ *loop.Loop, dst socks.Addr, _ t
 			done(-1, netip.AddrPort{}, context.Canceled)
 		})
 	})
+}
+
+// bind6 listens at the asked port of at, for every BIND.
+func (s *fakeServer) bind6(ctx context.Context, at netip.Addr, port uint16, bound func(netip.AddrPort),
+	done func(fd int, peer netip.AddrPort, err error)) {
+	if !at.IsValid() {
+		done(-1, netip.AddrPort{}, socks.ReplyAddrTypeNotSupported)
+		return
+	}
+	b := &fakeBind{at: netip.AddrPortFrom(at, port), done: done}
+	s.mu.Lock()
+	s.binds = append(s.binds, b)
+	s.mu.Unlock()
+	bound(b.at)
+	context.AfterFunc(ctx, func() { b.once.Do(func() { done(-1, netip.AddrPort{}, context.Canceled) }) })
 }
 
 // connect lets a peer come to the last BIND that got at.
@@ -282,7 +306,7 @@ func TestHook(t *testing.T) {
 	t.Cleanup(func() { hookTime = was })
 	dir := t.TempDir()
 	out, path, log := filepath.Join(dir, "out"), filepath.Join(dir, "hook"), &countLog{}
-	script := fmt.Sprintf("#!/bin/sh\necho \"$#,$A,$VIASOCKS_LISTEN_PORT,$VIASOCKS_OUTER_ADDRESS,$VIASOCKS_OUTER_PORT\" >>%s\n"+
+	script := fmt.Sprintf("#!/bin/sh\necho \"$#,$A,$VIASOCKS_LISTEN_PORT,$VIASOCKS_OUTER_ADDRESS,$VIASOCKS_OUTER_PORT$VIASOCKS_OUTER_ADDRESS6$VIASOCKS_OUTER_PORT6\" >>%s\n"+
 		"test -n \"$VIASOCKS_OUTER_PORT\" || sleep 600\n", out)
 	if err := os.WriteFile(path, []byte(script), 0o700); err != nil {
 		t.Fatal(err)
@@ -295,13 +319,66 @@ func TestHook(t *testing.T) {
 			return strings.HasSuffix(string(b), want)
 		})
 	}
-	h.Announce(Spec{Port: 6881}, at(6881))
+	h.Announce(Spec{Port: 6881}, at(6881), netip.AddrPort{})
 	said("0,; x,6881,203.0.113.1,6881\n")
-	h.Announce(Spec{Port: 6881}, netip.AddrPort{})
+	h.Announce(Spec{Port: 6881}, netip.AddrPort{}, netip.AddrPort{})
 	said("0,; x,6881,,\n")
-	h.Announce(Spec{Port: 6881}, at(5)) // waits for the end of the one that sleeps
-	said("0,; x,6881,203.0.113.1,5\n")
+	h.Announce(Spec{Port: 6881}, at(5), at6(7)) // waits for the end of the one that sleeps
+	said("0,; x,6881,203.0.113.1,52001:db8::17\n")
 	if log.count("took longer") != 1 {
 		t.Errorf("the log says %s", log.b.String())
+	}
+}
+
+func at6(port uint16) netip.AddrPort {
+	return netip.AddrPortFrom(netip.MustParseAddr("2001:db8::1"), port)
+}
+
+// TestIPv6: a server with IPv6 gets a second BIND, for the program's own port, and its peers reach the program. One that has none,
+// or listens at an IPv4 address instead, is not asked again soon, and IPv4 works nevertheless.
+func TestIPv6(t *testing.T) {
+	for name, c := range map[string]struct {
+		server     *fakeServer
+		want, why6 string
+		why4       bool
+	}{
+		"both":    {&fakeServer{at6: at6(0).Addr()}, "203.0.113.1:7001 [2001:db8::1]:6881", "", false},
+		"none":    {&fakeServer{}, "203.0.113.1:7001 invalid AddrPort", "address type not supported", false},
+		"foreign": {&fakeServer{at6: at(0).Addr()}, "203.0.113.1:7001 invalid AddrPort", "listens at an IPv4 address", false},
+		"alone": {&fakeServer{at6: at6(0).Addr(), err: socks.ReplyAddrTypeNotSupported}, "invalid AddrPort [2001:db8::1]:6881", "",
+			true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var mu sync.Mutex
+			var told string
+			m, got := start(t, c.server, func(cfg *Config) {
+				cfg.Announce = func(_ Spec, at, at6 netip.AddrPort) {
+					mu.Lock()
+					told = fmt.Sprint(at, at6)
+					mu.Unlock()
+				}
+			})
+			m.Remove(6881)
+			m.Add(Spec{Port: 6881}, 7001)
+			var s Status
+			testkit.Eventually(t, c.want, func() bool {
+				s = m.Ports()[0]
+				return fmt.Sprint(s.Outer, s.Outer6) == c.want && strings.Contains(s.Why6, c.why6) && (s.Why != "") == c.why4
+			})
+			mu.Lock()
+			if told != c.want {
+				t.Errorf("told: %s", told)
+			}
+			mu.Unlock()
+			if s.Outer6.IsValid() {
+				if !m.Holds(at6(6881)) || m.Holds(at6(7001)) {
+					t.Error("Holds is wrong")
+				}
+				c.server.connect(t, at6(6881), at6(5))
+				if d := <-got; d.peer != at6(5) {
+					t.Errorf("the peer is %v", d.peer)
+				}
+			}
+		})
 	}
 }

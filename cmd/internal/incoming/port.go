@@ -3,6 +3,7 @@ package incoming
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"net/netip"
 	"time"
 
@@ -11,7 +12,8 @@ import (
 	"github.com/viasocks/viasocks/stack/loop"
 )
 
-// port is a port of the program and the BINDs that are made for it. Everything is guarded by the manager's mu.
+// port is a port of the program and the BINDs that are made for it by one IP version. Everything is guarded by the
+// manager's mu.
 type port struct {
 	m       *Manager
 	spec    Spec
@@ -29,12 +31,18 @@ type port struct {
 	// The port that was asked for was lost to a connection that has ended: it is asked for again.
 	lost      *time.Timer
 	lostPause time.Duration
+
+	// A BIND is for one IP version. six makes those for IPv6, once the server has shown that it knows BIND.
+	six   *port // nil for IPv6 itself, and if the program has none
+	four  *port // the port whose six this is; nil: this is for IPv4
+	begun bool  // of six
 }
 
 // wait is a BIND to which the server listens.
 type wait struct {
-	at     netip.AddrPort
-	cancel context.CancelFunc
+	at      netip.AddrPort
+	cancel  context.CancelFunc
+	foreign bool // at is of another IP version
 }
 
 // after makes the next BIND after a pause.
@@ -74,22 +82,47 @@ func (p *port) bind(again bool) {
 		p.done(w, -1, netip.AddrPort{}, errNoServer)
 		return
 	}
-	// Only with this address does dante give the port that is asked for, and any peer may come.
-	b.Bind(ctx, m.cfg.Loop, socks.Addr{IP: netip.IPv4Unspecified(), Port: p.ask}, bindWait,
+	// Only with a zero address does dante give the port that is asked for, and any peer may come.
+	b.Bind(ctx, m.cfg.Loop, socks.Addr{IP: p.family(), Port: p.ask}, bindWait,
 		func(at netip.AddrPort) { p.bound(w, at, again) },
 		func(fd int, peer netip.AddrPort, err error) { p.done(w, fd, peer, err) })
+}
+
+// family returns the zero address of the IP version.
+func (p *port) family() netip.Addr {
+	if p.four != nil {
+		return netip.IPv6Unspecified()
+	}
+	return netip.IPv4Unspecified()
+}
+
+// beginSix makes the first BIND for IPv6.
+func (p *port) beginSix() {
+	if p.six != nil && !p.six.begun {
+		p.six.begun = true
+		p.six.after(0)
+	}
 }
 
 // closeReset closes the connection of a peer so that it sees RST.
 func closeReset(fd int) { loop.CloseReset(fd) }
 
-var errNoServer = errors.New("the upstream is no SOCKS server")
+var (
+	errNoServer = errors.New("the upstream is no SOCKS server")
+	errFamily   = errors.New("the proxy listens at an IPv4 address when it is asked for an IPv6 one")
+)
 
 // bound handles the first answer: the server listens at at.
 func (p *port) bound(w *wait, at netip.AddrPort, again bool) {
 	p.m.mu.Lock()
 	defer p.m.mu.Unlock()
 	w.at = at
+	if p.four != nil && !at.Addr().Unmap().Is6() {
+		w.foreign = true
+		w.cancel()
+		return
+	}
+	p.beginSix()
 	if p.ended || again && at.Port() != p.ask {
 		w.cancel()
 		return
@@ -115,11 +148,19 @@ func (p *port) announce() {
 		return
 	}
 	p.outer = best
+	four := p
+	if p.four != nil {
+		four = p.four
+	}
+	var best6 netip.AddrPort
+	if four.six != nil {
+		best6 = four.six.outer
+	}
 	if best.IsValid() {
 		p.m.cfg.Log.Info("peers can connect to the program", "port", p.spec.Port, "at", best, "upstream", p.spec.Upstream)
 	}
 	if p.m.cfg.Announce != nil {
-		p.m.cfg.Announce(p.spec, best)
+		p.m.cfg.Announce(p.spec, four.outer, best6)
 	}
 }
 
@@ -170,7 +211,9 @@ func (p *port) failed(w *wait, err error) {
 	if p.ended || m.over {
 		return
 	}
-	if w.at.IsValid() && errors.Is(err, context.Canceled) { // it was made for the lost port, and got another one
+	if w.foreign {
+		err = errFamily
+	} else if w.at.IsValid() && errors.Is(err, context.Canceled) { // it was made for the lost port, and got another one
 		p.lostLater()
 		return
 	}
@@ -181,12 +224,20 @@ func (p *port) failed(w *wait, err error) {
 	}
 	m.count.Failed.Add(1)
 	p.backoff = min(max(2*p.backoff, retryFirst), retryMost)
+	level := slog.LevelWarn
 	var reply socks.Reply
-	if errors.As(err, &reply) && reply == socks.ReplyCommandNotSupported || err == errNoServer {
+	answered := errors.As(err, &reply)
+	switch {
+	case answered && reply == socks.ReplyCommandNotSupported || err == errNoServer:
 		p.backoff = retryUnable
+	case p.four != nil && (answered || err == errFamily): // many proxies have no IPv6
+		p.backoff, level = retryUnable, slog.LevelDebug
+	case reply == socks.ReplyAddrTypeNotSupported: // it may have IPv6 alone
+		p.backoff = retryUnable
+		p.beginSix()
 	}
 	if p.why == nil || p.why.Error() != err.Error() {
-		m.cfg.Log.Warn("peers can't connect to the program: the proxy does not listen for it", "port", p.spec.Port,
+		m.cfg.Log.Log(m.ctx, level, "peers can't connect to the program: the proxy does not listen for it", "port", p.spec.Port,
 			"upstream", p.spec.Upstream, "err", err, "again", p.backoff)
 	}
 	p.why = err
@@ -244,9 +295,22 @@ func (p *port) holdsAsked() bool {
 	return false
 }
 
+// holds reports whether a BIND waits at an endpoint.
+func (p *port) holds(at netip.AddrPort) bool {
+	for w := range p.waiting {
+		if w.at == at {
+			return true
+		}
+	}
+	return false
+}
+
 // end ends the BINDs of the port.
 func (p *port) end() {
 	p.ended = true
+	if p.six != nil {
+		p.six.end()
+	}
 	for _, t := range []*time.Timer{p.timer, p.lost} {
 		if t != nil {
 			t.Stop()
