@@ -29,19 +29,7 @@ func testFakeTracker(t *testing.T, rules ...string) {
 	const at, port = "127.0.0.1:1081", "6969"
 	hash, log := strings.Repeat("c3", 20), filepath.Join(t.TempDir(), "log")
 	dir := t.TempDir()
-	if err := os.Chmod(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	for name, text := range map[string]string{
-		"whitelist": hash + "\n",
-		"conf": fmt.Sprintf("listen.tcp_udp %s:%s\naccess.whitelist /whitelist\ntracker.rootdir %s\ntracker.user nobody\n",
-			world4, port, dir),
-	} {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	serve(t, world4+":"+port, "opentracker", "-f", filepath.Join(dir, "conf"))
+	startTracker(t, world4+":"+port, hash)
 	dnsmasq(t, "--address=/tracker.example/"+world4)
 	dante(t, at, rules...)
 	// A peer that the tracker knows: Debian's opentracker takes the address that an announcement comes from.

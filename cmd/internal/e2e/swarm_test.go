@@ -1,190 +1,168 @@
 package e2e
 
 import (
-	"bytes"
-	"crypto/rand"
-	"crypto/sha256"
-	"encoding/binary"
 	"encoding/json"
 	"fmt"
-	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
-	"sync"
-	"syscall"
+	"strings"
 	"testing"
-	"time"
-
-	"github.com/viasocks/viasocks/cmd/internal/control"
-	"github.com/viasocks/viasocks/cmd/internal/harness"
-	"github.com/viasocks/viasocks/stack/testkit"
 )
 
-// seedTracker is a tracker that names the seeders to the leechers, and nobody to the seeders: these are only reached.
-type seedTracker struct {
-	mu    sync.Mutex
-	seeds map[string]netip.AddrPort // by peer_id
+// swarmProxy starts dante, which lets peers in at world4 and lets nobody connect to other4, the address of the leechers.
+func swarmProxy(t *testing.T) (url string) {
+	needPrograms(t, "danted")
+	dante(t, "127.0.0.1:1086", "socks block { from: 0/0 to: "+other4+"/32 command: connect }")
+	return "socks5://127.0.0.1:1086"
 }
 
-func (s *seedTracker) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	q := r.URL.Query()
-	from, err := netip.ParseAddrPort(r.RemoteAddr)
-	port, portErr := strconv.ParseUint(q.Get("port"), 10, 16)
-	if err != nil || portErr != nil {
-		http.Error(w, "no peer", http.StatusBadRequest)
-		return
-	}
-	var peers []byte
-	at := netip.AddrPortFrom(from.Addr().Unmap(), uint16(port))
-	if q.Get("left") == "0" {
-		if s.seeds[q.Get("peer_id")] = at; q.Get("event") == "stopped" {
-			delete(s.seeds, q.Get("peer_id"))
-		}
-	} else {
-		for _, seed := range s.seeds {
-			peers = binary.BigEndian.AppendUint16(append(peers, seed.Addr().AsSlice()...), seed.Port())
-		}
-	}
-	fmt.Fprintf(w, "d8:intervali2e12:min intervali2e5:peers%d:%se", len(peers), peers)
-}
+// systemPython is Debian's, for which Debian's modules are.
+const systemPython = "/usr/bin/python3"
 
-// lists reports whether the tracker knows the seeder at.
-func (s *seedTracker) lists(at netip.AddrPort) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, seed := range s.seeds {
-		if seed == at {
-			return true
-		}
-	}
-	return false
-}
+// settings are those of libtorrent.
+type settings = map[string]any
 
-// TestSwarm: Transmission behind viasocks maps its port by NAT-PMP and announces the port that dante has given, which is
-// another one than its own. A leecher that nobody knows downloads the whole file from it.
-func TestSwarm(t *testing.T) {
-	url := binding(t)
-	needPrograms(t, "transmission-daemon", "transmission-create", "aria2c")
-	const size = 8 << 20
-	dir := t.TempDir()
-	for _, sub := range []string{"data", "watch", "config", "got"} {
-		if err := os.Mkdir(filepath.Join(dir, sub), 0o755); err != nil {
-			t.Fatal(err)
-		}
+// libtorrent returns the command of a program on libtorrent-rasterbar; see testdata/torrent.py.
+func (s *swarm) libtorrent(config map[string]any) (program []string) {
+	s.t.Helper()
+	if err := exec.Command(systemPython, "-c", "import libtorrent").Run(); err != nil {
+		s.t.Skip("python3-libtorrent is not installed (scripts/deps.sh)")
 	}
-	content := make([]byte, size)
-	_, _ = rand.Read(content)
-	if err := os.WriteFile(filepath.Join(dir, "data", "file"), content, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	tracker := &seedTracker{seeds: map[string]netip.AddrPort{}}
-	l, at := listenTCP(t, world4)
-	srv := &http.Server{Handler: tracker, ReadHeaderTimeout: testkit.Patience}
-	go func() { _ = srv.Serve(l) }()
-	t.Cleanup(func() { srv.Close() })
-	torrent := filepath.Join(dir, "torrent")
-	if out, err := exec.Command("transmission-create", "-o", torrent, "-t", fmt.Sprintf("http://%v/announce", at),
-		filepath.Join(dir, "data", "file")).CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	taken, own := listenTCP(t, world4) // so that dante gives another port
-	defer taken.Close()
-	seeder := startSeeder(t, url, dir, torrent, own.Port())
-	var outer netip.AddrPort
-	// Transmission first waits 8 s for answers of UPnP.
-	testkit.Eventually(t, "a port for the seeder", func() bool {
-		s, err := statusOf(seeder.Process.Pid)
-		if err != nil || s.Listening == nil || len(s.Listening.Ports) == 0 || s.Listening.Ports[0].Outer == "" {
-			return false
-		}
-		outer = netip.MustParseAddrPort(s.Listening.Ports[0].Outer)
-		return true
-	})
-	testkit.Eventually(t, "its announcement", func() bool { return tracker.lists(outer) })
-	if outer.Port() == own.Port() {
-		t.Errorf("the seeder announces %v, and its own port is %d", outer, own.Port())
-	}
-	took := leech(t, dir, torrent, content)
-	s, err := statusOf(seeder.Process.Pid)
+	b, err := json.Marshal(config)
 	if err != nil {
-		t.Fatal(err)
+		s.t.Fatal(err)
 	}
-	if s.Listening.Accepted == 0 || s.Up < size {
-		t.Errorf("%d peers were accepted and %d bytes went to them", s.Listening.Accepted, s.Up)
-	}
-	t.Logf("%d bytes went through %d connections of peers to %v, in %v", s.Up, s.Listening.Accepted, outer, took)
+	return []string{systemPython, filepath.Join("testdata", "torrent.py"), string(b)}
 }
 
-// leech downloads the torrent with a program that nobody knows, and checks the file.
-func leech(t *testing.T, dir, torrent string, content []byte) (took time.Duration) {
-	t.Helper()
-	cmd := exec.Command("aria2c", "--no-conf", "--dir="+filepath.Join(dir, "got"), "--interface="+other4, "--enable-dht=false",
-		"--bt-enable-lpd=false", "--enable-peer-exchange=false", "--seed-time=0", "--allow-overwrite=true", "--quiet",
-		"--listen-port="+fmt.Sprint(freePort(t)), torrent)
-	timer := time.AfterFunc(4*testkit.Patience, func() { _ = cmd.Process.Kill() })
-	defer timer.Stop()
-	began := time.Now()
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("the leecher: %v: %s", err, out)
-	}
-	took = time.Since(began)
-	got, err := os.ReadFile(filepath.Join(dir, "got", "file"))
-	if err != nil || sha256.Sum256(got) != sha256.Sum256(content) || !bytes.Equal(got, content) {
-		t.Errorf("the file is another one: %d bytes, %v", len(got), err)
-	}
-	return took
+// seeding returns the command of a libtorrent that seeds.
+func (s *swarm) seeding(with settings) (program []string) {
+	s.t.Helper()
+	return s.libtorrent(map[string]any{"settings": with, "torrent": s.torrent, "data": s.data})
 }
 
-// startSeeder runs transmission-daemon, which seeds torrent and asks for its port by NAT-PMP.
-func startSeeder(t *testing.T, url, dir, torrent string, port uint16) *exec.Cmd {
-	t.Helper()
+// transmission returns the command of a Transmission that asks for its port by NAT-PMP, and seeds from addTorrent on.
+func (s *swarm) transmission(port uint16) (program []string) {
+	s.t.Helper()
+	needPrograms(s.t, "transmission-daemon")
+	config, watch := s.sub("config"), s.sub("watch")
 	settings, err := json.Marshal(map[string]any{
 		"port-forwarding-enabled": true, "peer-port": port, "dht-enabled": false, "utp-enabled": false, "lpd-enabled": false,
-		"pex-enabled": false, "rpc-enabled": false, "watch-dir": filepath.Join(dir, "watch"), "watch-dir-enabled": true,
-		"download-dir": filepath.Join(dir, "data"), "incomplete-dir-enabled": false, "message-level": 3,
+		"pex-enabled": false, "rpc-enabled": false, "watch-dir": watch, "watch-dir-enabled": true,
+		"download-dir": s.data, "incomplete-dir-enabled": false, "message-level": 3,
 	})
 	if err != nil {
-		t.Fatal(err)
+		s.t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, "config", "settings.json"), settings, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	b, err := os.ReadFile(torrent)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "watch", "it.torrent"), b, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	log := &harness.Log{}
-	cmd := exec.Command(viasocks, "run", "--proxy", url, "--log-level", "info", "--listen", "auto", "--",
-		"transmission-daemon", "--foreground", "--config-dir", filepath.Join(dir, "config"))
-	cmd.Stdout, cmd.Stderr = log, log
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = cmd.Process.Signal(syscall.SIGTERM)
-		late := time.AfterFunc(testkit.Patience, func() { _ = cmd.Process.Kill() })
-		_ = cmd.Wait()
-		late.Stop()
-		if t.Failed() {
-			t.Logf("the seeder said:\n%s", harness.Tail(log.String(), 60))
-		}
-	})
-	return cmd
+	s.write(filepath.Join(config, "settings.json"), string(settings))
+	return []string{"transmission-daemon", "--foreground", "--config-dir", config}
 }
 
-// statusOf asks the viasocks with that process id.
-func statusOf(pid int) (s control.Status, err error) {
-	b, err := exec.Command(viasocks, "status", "--json", "--pid", strconv.Itoa(pid)).Output()
-	if err == nil {
-		err = json.Unmarshal(b, &s)
+// addTorrent gives Transmission the torrent once it knows its port: it announces its own port until then, and tells trackers of
+// another one only when it announces next, in half an hour.
+func (s *swarm) addTorrent(p *swarmer) {
+	s.t.Helper()
+	b, err := os.ReadFile(s.torrent)
+	if err != nil {
+		s.t.Fatal(err)
 	}
-	return s, err
+	p.says("forwarded successfully")
+	s.write(filepath.Join(s.sub("watch"), "it.torrent"), string(b))
+}
+
+// TestSwarm: seeders behind viasocks map their port by NAT-PMP or UPnP and announce to opentracker, by HTTP and UDP, the port
+// that dante has given, which is another one than their own. A leecher to which nobody can connect downloads the whole file.
+func TestSwarm(t *testing.T) {
+	for _, c := range []struct {
+		name, tracker string
+		program       func(s *swarm, port uint16) []string
+		then          func(*swarm, *swarmer)
+	}{
+		{"transmission", "http", (*swarm).transmission, (*swarm).addTorrent},
+		{"libtorrent-natpmp", "udp", func(s *swarm, port uint16) []string {
+			return s.seeding(settings{"enable_natpmp": true, "listen_interfaces": fmt.Sprint("0.0.0.0:", port)})
+		}, nil},
+		{"libtorrent-upnp", "http", func(s *swarm, port uint16) []string {
+			return s.seeding(settings{"enable_upnp": true, "listen_interfaces": fmt.Sprint("0.0.0.0:", port)})
+		}, nil},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s, url := newSwarm(t, c.tracker), swarmProxy(t)
+			_, own := listenTCP(t, world4) // so that dante gives another port
+			p := s.behind([]string{"--proxy", url, "--listen", "auto"}, c.program(s, own.Port())...)
+			if c.then != nil {
+				c.then(s, p)
+			}
+			if outer := s.await(p); outer.Port() == own.Port() {
+				t.Errorf("dante has given %v, which is taken", outer)
+			}
+			p.servedAll()
+		})
+	}
+}
+
+// TestSwarmSamePort: aria2 asks no gateway and announces its own port, to a tracker and in the DHT. With the same number for
+// --listen, dante listens at that port, too.
+func TestSwarmSamePort(t *testing.T) {
+	s, url := newSwarm(t, "http"), swarmProxy(t)
+	port := fmt.Sprint(freePort(t))
+	node, entry := s.dhtNode()
+	p := s.behind([]string{"--proxy", url, "--listen", port}, "aria2c", "--no-conf", "--dir="+s.data, "--listen-port="+port,
+		"--check-integrity=true", "--seed-ratio=0", "--enable-dht=true", "--dht-listen-port="+port, "--dht-entry-point="+entry,
+		"--dht-file-path="+filepath.Join(s.dir, "dht"), "--bt-enable-lpd=false", "--enable-peer-exchange=false", s.torrent)
+	if outer, want := s.await(p), world4+":"+port; outer.String() != want {
+		t.Errorf("peers reach the seeder at %v, want %s", outer, want)
+	}
+	if got, want := node.says("announced "), fmt.Sprintf("%s %s %x", world4, port, s.hash); got != want {
+		t.Errorf("in the DHT it announces %s, want %s", got, want)
+	}
+	p.servedAll()
+}
+
+// dhtNode starts a DHT node that says who announces itself to it.
+func (s *swarm) dhtNode() (node *swarmer, at string) {
+	s.t.Helper()
+	node = s.start(s.libtorrent(map[string]any{"settings": settings{"enable_dht": true, "listen_interfaces": other4 + ":0"}})...)
+	return node, strings.TrimSpace(node.says("successfully listening on [uTP] "))
+}
+
+// TestSwarmDHT: what libtorrent announces in the DHT. Without uTP it is its own port (or one for UDP that its gateway has named),
+// which is right if dante has given the same. With uTP it is the port from which its datagrams come (implied_port, BEP 5), where it
+// is reached by uTP.
+func TestSwarmDHT(t *testing.T) {
+	for name, utp := range map[string]bool{"tcp": false, "utp": true} {
+		t.Run(name, func(t *testing.T) {
+			s, url := newSwarm(t, "http"), swarmProxy(t)
+			node, entry := s.dhtNode()
+			port := freePort(t)
+			with := settings{"listen_interfaces": fmt.Sprint("0.0.0.0:", port), "enable_dht": true,
+				"dht_bootstrap_nodes": entry, "enable_incoming_utp": utp}
+			p := s.behind([]string{"--proxy", url, "--listen", fmt.Sprint(port)}, s.seeding(with)...)
+			outer := p.outer()
+			got := strings.Fields(node.says("announced "))
+			if len(got) != 3 || got[0] != world4 || got[2] != fmt.Sprintf("%x", s.hash) {
+				t.Fatalf("it announces %q", got)
+			}
+			if !utp {
+				if got[1] != strconv.Itoa(int(outer.Port())) {
+					t.Errorf("it announces port %s, want that of %v", got[1], outer)
+				}
+				return
+			}
+			s.leechByUTP(netip.MustParseAddrPort(got[0] + ":" + got[1]))
+		})
+	}
+}
+
+// leechByUTP downloads the file from the peer at an endpoint by uTP.
+func (s *swarm) leechByUTP(from netip.AddrPort) {
+	s.t.Helper()
+	dir := s.sub("utp")
+	p := s.start(s.libtorrent(map[string]any{"torrent": s.torrent, "data": dir, "peer": []any{from.Addr(), from.Port()},
+		"settings": settings{"enable_outgoing_tcp": false, "listen_interfaces": other4 + ":0"}})...)
+	p.says("torrent_finished")
+	s.checkFile(dir)
 }
