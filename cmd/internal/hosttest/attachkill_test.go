@@ -2,9 +2,11 @@ package hosttest
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -201,5 +203,53 @@ func (w *world) giveBack(byDown bool) {
 	}
 	if err := d.stop(); err != nil {
 		w.t.Errorf("the one that took over ended with %v\n%s", err, d.log)
+	}
+}
+
+// TestAttachedIsKilled: whenever the only program of a network is killed, attach ends and says why, and neither a keeper nor a
+// file is left.
+func TestAttachedIsKilled(t *testing.T) {
+	testkit.CheckLeaks(t)
+	w, rec, _ := container(t)
+	before := w.state()
+	var life time.Duration
+	ready := 0
+	for i := range killInstants {
+		pid, end := w.alone(0, "--net")
+		w.run("", nil, "ip", "netns", "del", "alone") // the name would keep the network
+		d := w.attach("--pid", strconv.Itoa(pid))
+		if i == 0 {
+			d.ready()
+			life = 2 * d.startedIn
+		}
+		if i < killInstants/2 {
+			testkit.Pace(life * time.Duration(i) / killInstants)
+		} else { // a start may take longer than the measured one
+			d.ready()
+			testkit.Pace(life * time.Duration(i-killInstants/2) / killInstants)
+		}
+		end()
+		var exit *exec.ExitError
+		if err := d.wait(); !errors.As(err, &exit) {
+			t.Errorf("instant %d: it ended with %v", i, err)
+		} else if code := exit.ExitCode(); strings.Contains(d.log.String(), "msg=ready") {
+			ready++
+			if code != 4 {
+				t.Errorf("instant %d: it was ready and ended with %d, not 4\n%s", i, code, d.log)
+			}
+		} else if code != 1 && code != 4 {
+			t.Errorf("instant %d: it ended with %d\n%s", i, code, d.log)
+		}
+		w.keeperGone()
+		if left, _ := try("", nil, "ls", "/run/viasocks"); left != "" && !strings.Contains(left, "No such file") {
+			t.Errorf("instant %d: these files are left: %s", i, left)
+		}
+	}
+	if ready < killInstants/2 {
+		t.Errorf("it was ready at %d of %d instants only", ready, killInstants)
+	}
+	w.same("after all", before, w.state())
+	for _, s := range rec.take() {
+		t.Errorf("this left the host: %+v", s)
 	}
 }
