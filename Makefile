@@ -61,16 +61,17 @@ lint: vet
 	for f in scripts/*.sh packaging/*.sh packaging/scripts/*.sh .ci/run; do bash -n "$$f"; done
 	$(GO) run $(STATICCHECK) ./...
 
-# With root, and where user namespaces are allowed, the namespace and end-to-end tests run as part of these.
+# With root, and where user namespaces are allowed, the namespace and end-to-end tests run as part of these. The package that
+# takes longest comes first, so that it does not run alone at the end.
 .PHONY: unit
 unit: build
-	$(GO) test $(TESTFLAGS) -timeout 40m ./...
+	$(GO) test $(TESTFLAGS) -timeout 40m ./cmd/internal/hosttest ./...
 
 # hosttest and servicetest watch a host from outside while viasocks is killed and restarted. e2e tests what the daemon does
 # inside, and is built with the race detector here. route/kernel has one goroutine of its own, the watch over the host.
 .PHONY: race
 race: ## Run the tests under the race detector
-	$(GO) test $(TESTFLAGS) -race -timeout 40m $$($(GO) list ./... | grep -v -e /cmd/internal/hosttest -e /cmd/internal/servicetest -e /route/kernel)
+	$(GO) test $(TESTFLAGS) -race -timeout 40m ./cmd/internal/e2e $$($(GO) list ./... | grep -v -e /cmd/internal/hosttest -e /cmd/internal/servicetest -e /route/kernel)
 	$(GO) test $(TESTFLAGS) -race -run 'Watch|PutBack|Source|Guard|MadeAnew' ./route/kernel
 
 # aria runs the demo as a test, with smaller files.

@@ -170,6 +170,9 @@ const (
 // TestDirectOnly: a program runs with rules alone, without a proxy. What no rule matches is refused at once and never goes
 // direct; names are resolved by the host's resolver.
 func TestDirectOnly(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	needPrograms(t, "nginx", "dnsmasq", "curl")
 	nginx(t, world4+":8080", other4+":8080", "["+world6+"]:8080", world4+":8081")
 	dnsmasq(t, "--address=/web.example/"+world4)

@@ -37,7 +37,7 @@ func resolver(t *testing.T, host string) netip.AddrPort {
 }
 
 // TestDNS: port 53 to any address, UDP and TCP, is answered by the resolver of --dns through the proxy.
-func TestDNS(t *testing.T) { eachOffload(t, testDNS) }
+func TestDNS(t *testing.T) { eachApart(t, testDNS) }
 
 func testDNS(t *testing.T, offload string) {
 	proxy := listenSOCKS(t)

@@ -17,6 +17,9 @@ import (
 // TestExec runs a second program in the network of the first one, which has a name, as root and as an ordinary user: it sees
 // the same interfaces and its exit status is given on. --pid-file and --ready-fd tell when that is possible.
 func TestExec(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	needWorld(t)
 	proxy := listenSOCKS(t)
 	asUsers(t, func(t *testing.T, uid int, dir string) {

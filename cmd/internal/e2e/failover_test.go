@@ -211,8 +211,12 @@ func TestFailover(t *testing.T) {
 	if _, err := exec.LookPath("nft"); err != nil {
 		t.Skip("nft is not installed: scripts/deps.sh test")
 	}
+	t.Parallel()
 	dir := t.TempDir()
 	t.Run("dante and microsocks", func(t *testing.T) {
+		if !apart(t) {
+			return
+		}
 		conf := filepath.Join(dir, "danted.conf")
 		text := "logoutput: stderr\ninternal: 127.0.0.1 port = 1081\nexternal: " + other4 +
 			"\nclientmethod: none\nsocksmethod: none\n" +
@@ -225,6 +229,9 @@ func TestFailover(t *testing.T) {
 			&realServer{name: "microsocks", port: 1082, start: []string{"microsocks", "-i", "127.0.0.1", "-p", "1082"}})
 	})
 	t.Run("ssh -D and ss-local", func(t *testing.T) {
+		if !apart(t) {
+			return
+		}
 		ssh := sshServer(t, dir, 1083)
 		program(t, "ss-server", "-s", "127.0.0.1", "-p", "8388", "-k", "test", "-m", "aes-256-gcm")
 		listens(t, "ss-server", 8388)

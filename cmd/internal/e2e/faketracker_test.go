@@ -19,8 +19,14 @@ import (
 // the fake address that it asked: it then connects to the peer that the tracker knows. It also works behind a proxy that refuses
 // port 53.
 func TestFakeTracker(t *testing.T) {
-	t.Run("with-resolver", func(t *testing.T) { testFakeTracker(t) })
-	t.Run("port-53-refused", func(t *testing.T) { testFakeTracker(t, noDNS) })
+	t.Parallel()
+	for name, rules := range map[string][]string{"with-resolver": nil, "port-53-refused": {noDNS}} {
+		t.Run(name, func(t *testing.T) {
+			if apart(t) {
+				testFakeTracker(t, rules...)
+			}
+		})
+	}
 }
 
 func testFakeTracker(t *testing.T, rules ...string) {

@@ -12,6 +12,9 @@ import (
 // A program closes its connections, and their far ends never do: they are given back as the kernel gives its own back, after
 // tcp_fin_timeout. A program that half-closed its connection, and lives, keeps it.
 func TestClosedConnectionsAreGivenBack(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	proxy := listenSOCKS(t)
 	a := startAppWith(t, envFinTimeout+"=2", "--proxy", proxy.URL())
 	for _, host := range []string{world4, world6} {
@@ -75,6 +78,9 @@ func TestClosedConnectionsAreGivenBack(t *testing.T) {
 
 // A UDP socket that is closed is given back some ten seconds later, one that is open stays.
 func TestClosedUDPSocketsAreGivenBack(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	proxy := listenSOCKS(t)
 	far, dst := farUDP(t, world4)
 	a := startApp(t, "--proxy", proxy.URL(), "--udp-timeout", "1h")

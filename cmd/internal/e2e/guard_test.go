@@ -52,6 +52,9 @@ func decisionsIn(t *testing.T, file string) (all []decided) {
 // TestGuard is the egress guard with real programs: what is allowed works, by name and by port, and everything else is
 // refused at once; without a proxy and with one. Each decision is in the file, with the program that asked.
 func TestGuard(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	needPrograms(t, "nginx", "dnsmasq", "curl")
 	nginx(t, world4+":8080", other4+":8080", other4+":8081", "["+world6+"]:8081", world4+":8082")
 	dnsmasq(t, "--address=/db.example.com/"+world4, "--address=/other.example/"+other4)
@@ -140,6 +143,9 @@ func TestGuard(t *testing.T) {
 // TestGuardOfNames: where all that is allowed has a name or an address, no other name is asked for: not by the resolver's
 // own log. Questions over TCP are judged like the others.
 func TestGuardOfNames(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	needPrograms(t, "nginx", "dnsmasq", "curl", "dig")
 	nginx(t, world4+":8080")
 	asked := filepath.Join(t.TempDir(), "asked")
@@ -188,6 +194,9 @@ func TestGuardOfNames(t *testing.T) {
 
 // TestGuardDatagrams: datagrams are judged by both endpoints, and refused at once as well.
 func TestGuardDatagrams(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	needWorld(t)
 	yes, yesAddr := farUDP(t, world4)
 	no, noAddr := farUDP(t, world4)
@@ -225,6 +234,9 @@ func port(a netip.AddrPort) string { return a.String()[strings.LastIndexByte(a.S
 
 // TestRulesByOwner: the same connection is let out for one program and refused for another; so is one for one user.
 func TestRulesByOwner(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	needPrograms(t, "nginx", "curl", "aria2c", "setpriv")
 	nginx(t, world4+":8080")
 	url := "http://" + world4 + ":8080/index.html"

@@ -151,6 +151,9 @@ func sendBoth(t *testing.T, a, b net.Conn) {
 // TestListenDante: peers reach a program that listens by BIND of a real dante, one after the other at the port that
 // was asked for and many at once at others. A peer is reset while the program does not listen, and --on-port is told.
 func TestListenDante(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	url := binding(t)
 	told := filepath.Join(t.TempDir(), "told")
 	hook := writeFile(t, "hook", "#!/bin/sh\n"+
@@ -207,6 +210,9 @@ func TestListenDante(t *testing.T) {
 
 // The port that was asked for is asked for again when its peer has gone.
 func TestListenSamePort(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	url, port := binding(t), freePort(t)
 	a := startApp(t, "--proxy", url, "--listen", fmt.Sprint(port))
 	l := a.listen(port)
@@ -224,6 +230,9 @@ func TestListenSamePort(t *testing.T) {
 // TestListenRefused: a proxy that does not know BIND is named once and in status, and one that gives impossible
 // addresses of peers passes nothing to the program.
 func TestListenRefused(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	srv := listenSOCKS(t)
 	srv.SetFault(func(r sockstest.Request) sockstest.Fault {
 		if r.Cmd == sockstest.CmdBind {

@@ -1,10 +1,12 @@
 package e2e
 
 import (
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
 	"syscall"
 	"testing"
 
@@ -42,6 +44,10 @@ func TestMain(m *testing.M) {
 			if err := makeWorld(); err != nil {
 				os.Setenv(envWhy, err.Error())
 			}
+		}
+		flag.Parse()
+		if err := flag.Set("test.parallel", strconv.Itoa(apartAtOnce)); err != nil {
+			fmt.Fprintln(os.Stderr, "e2e:", err)
 		}
 		os.Exit(m.Run())
 	}

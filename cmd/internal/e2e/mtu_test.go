@@ -35,7 +35,7 @@ func (a *app) setMTU(mtu uint32) {
 // TestMTUChanges: somebody sets the device's MTU while streams are open. The program's segments follow it at once; what
 // goes to the program is no longer than it announced when it connected, whatever the MTU is by now.
 func TestMTUChanges(t *testing.T) {
-	eachOffload(t, func(t *testing.T, offload string) {
+	eachApart(t, func(t *testing.T, offload string) {
 		proxy := listenSOCKS(t)
 		a := startApp(t, "--proxy", proxy.URL(), "--offload", offload)
 		eachFamily(t, func(t *testing.T, host string) {

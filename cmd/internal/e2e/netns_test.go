@@ -95,6 +95,9 @@ var namedStates = map[string]func(t *testing.T, name string){
 // TestNamedNamespace: a program runs in a named namespace, which is as before when it has ended, also if the process
 // that restores it was killed. It is refused to a second viasocks at the same time.
 func TestNamedNamespace(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	for what, prepare := range namedStates {
 		t.Run(what, func(t *testing.T) {
 			needNamed(t, "blue")
@@ -157,6 +160,9 @@ func signalPID(t *testing.T, pid string, sig syscall.Signal) {
 
 // TestNamedNamespaceKilled: after kill -9 of viasocks at any instant the namespace becomes what it was.
 func TestNamedNamespaceKilled(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	const instants, step = 10, 12 * time.Millisecond
 	for what, prepare := range namedStates {
 		t.Run(what, func(t *testing.T) {
@@ -236,6 +242,9 @@ func TestNamedNamespaceRefused(t *testing.T) {
 
 // TestRunAsUser: the program is the user, with its groups and variables and without capabilities. Only root can do this.
 func TestRunAsUser(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	needWorld(t)
 	proxy := listenSOCKS(t)
 	asUsers(t, func(t *testing.T, uid int, dir string) {

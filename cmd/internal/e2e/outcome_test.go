@@ -82,7 +82,7 @@ func outcomes() []outcome {
 }
 
 // TestOutcomes is the outcome table: what the proxy says, and the errno that a blocking connect() gives the program.
-func TestOutcomes(t *testing.T) { eachOffload(t, testOutcomes) }
+func TestOutcomes(t *testing.T) { eachApart(t, testOutcomes) }
 
 func testOutcomes(t *testing.T, offload string) {
 	rows := outcomes()
@@ -201,7 +201,7 @@ func (row outcome) try(t *testing.T, by *app, proxy *sockstest.Server, addr neti
 
 // TestImpossible: what no proxy can carry is refused at once, by TCP and by UDP, and the proxy is not asked: addresses that
 // nobody can have, and fake ones that stand for no name.
-func TestImpossible(t *testing.T) { eachOffload(t, testImpossible) }
+func TestImpossible(t *testing.T) { eachApart(t, testImpossible) }
 
 func testImpossible(t *testing.T, offload string) {
 	proxy := listenSOCKS(t)
@@ -254,6 +254,9 @@ func testImpossible(t *testing.T, offload string) {
 // TestNoDescriptors: viasocks has run out of descriptors. A program waits, and is connected when there are some again; it is
 // not told that the network is unreachable.
 func TestNoDescriptors(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	proxy := listenSOCKS(t)
 	a := startApp(t, "--proxy", proxy.URL())
 	l, dst := listenTCP(t, world4)
@@ -299,7 +302,7 @@ func TestNoDescriptors(t *testing.T) {
 }
 
 // TestProxyGone: the proxy dies while viasocks runs; programs get an error at once, and it works again when it is back.
-func TestProxyGone(t *testing.T) { eachOffload(t, testProxyGone) }
+func TestProxyGone(t *testing.T) { eachApart(t, testProxyGone) }
 
 func testProxyGone(t *testing.T, offload string) {
 	proxy := listenSOCKS(t)
@@ -327,6 +330,9 @@ func testProxyGone(t *testing.T, offload string) {
 
 // TestNoRule: a flow that no rule matches is refused, never sent direct.
 func TestNoRule(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	proxy := listenSOCKS(t)
 	l, dst := listenTCP(t, world4)
 	a := startApp(t, "--upstream", "p="+proxy.URL(), "--rule", "port 1 via p")

@@ -62,6 +62,9 @@ func needPing(t *testing.T) {
 // TestPing: the ping of iputils sees a host that grants or refuses TCP, an unreachable one as such, and nothing of a silent
 // one, as root and as an ordinary user. Without --ping it sees nothing at all.
 func TestPing(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	needPing(t)
 	asUsers(t, func(t *testing.T, uid int, dir string) {
 		for i := range there {

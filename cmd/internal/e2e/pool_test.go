@@ -13,6 +13,9 @@ import (
 // TestPoolOfRestartedServer: connections that --pool keeps to a real server die when the server is restarted. No connection of
 // the program notices: each one is made.
 func TestPoolOfRestartedServer(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	needWorld(t)
 	for _, name := range []string{"microsocks", "danted", "stunnel4"} {
 		if _, err := exec.LookPath(name); err != nil {

@@ -14,6 +14,9 @@ import (
 
 // TestNATPMP: a real client of NAT-PMP finds its gateway, the proxy's address and a port, which works, and gives it up.
 func TestNATPMP(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	url := binding(t)
 	needPrograms(t, "natpmpc")
 	a := startApp(t, "--proxy", url, "--listen", "auto")
@@ -55,6 +58,9 @@ func TestNATPMP(t *testing.T) {
 // TestForwardedPort: a program learns of the port that the user names, and status says which one has it. The proxy need not
 // know BIND.
 func TestForwardedPort(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	needPrograms(t, "natpmpc", "upnpc")
 	a := startApp(t, "--proxy", listenSOCKS(t).URL(), "--forwarded-port", other4+":50000")
 	if got, _ := a.run("natpmpc", "-a", "6885", "6885", "udp", "600"); !strings.Contains(got, "Public IP address : "+other4) ||

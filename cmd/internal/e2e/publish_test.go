@@ -21,6 +21,9 @@ import (
 // TestPublishARIA2 reaches the RPC interface of a real aria2, which listens on its loopback only, by a TCP port and by a unix
 // socket of the host, as root and as an ordinary user. Afterwards nothing is left.
 func TestPublishARIA2(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	needWorld(t)
 	if _, err := exec.LookPath("aria2c"); err != nil {
 		t.Skip(err)

@@ -103,6 +103,9 @@ say file cat "$dir/index.html"
 // TestNamesOfRealPrograms: programs of others ask for names through servers of others, with and without UDP, in fake mode and by
 // TCP: dig, kdig by UDP, TCP and TLS, glibc, a static program of musl, and c-ares in aria2.
 func TestNamesOfRealPrograms(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	needPrograms(
 		t,
 		"nginx",

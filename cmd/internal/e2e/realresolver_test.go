@@ -22,6 +22,9 @@ say flags dig +tries=1 +time=9 +noall +comments +bufsize=4096 +dnssec many.examp
 // TestResolversInsideTLS: unbound is asked by DNS over TLS and over HTTPS through dante and microsocks, by its address and by its
 // name, which the proxy resolves, and answers dig and kdig.
 func TestResolversInsideTLS(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	needPrograms(t, "unbound", "danted", "microsocks", "dig", "kdig")
 	data := []string{"web.example. 60 A " + world4, "dns.example. 60 A " + world4, "web.example. 60 MX 10 mail.example."}
 	for _, c := range []string{"a", "b", "c"} {
@@ -100,6 +103,9 @@ say conf dig +notcp +short +tries=1 +time=9 web.example
 // TestRelayAndOff: the server that a program asks is the one that answers, through a proxy with UDP and through one without; and
 // port 53 as a port like others.
 func TestRelayAndOff(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	needPrograms(t, "unbound", "danted", "microsocks", "dig", "kdig")
 	certificate := unbound(t, "web.example. 60 A "+world4)
 	const at = "127.0.0.1:1081"

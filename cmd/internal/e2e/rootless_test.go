@@ -63,6 +63,9 @@ func asUsers(t *testing.T, f func(t *testing.T, uid int, dir string)) {
 // TestOrdinaryUser: a user without any privilege runs a program, which is carried, is still that user, and has no
 // capability.
 func TestOrdinaryUser(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	needWorld(t)
 	if os.Getuid() != 0 {
 		t.Skip("needs root, to become another user")

@@ -195,7 +195,7 @@ func exchange(t *testing.T, app, far *net.UDPConn, addr netip.AddrPort, what str
 }
 
 // TestAssociationLost: the control connection ends; the app's socket goes on without noticing.
-func TestAssociationLost(t *testing.T) { eachOffload(t, testAssociationLost) }
+func TestAssociationLost(t *testing.T) { eachApart(t, testAssociationLost) }
 
 func testAssociationLost(t *testing.T, offload string) {
 	proxy := listenSOCKS(t)
@@ -219,7 +219,7 @@ func testAssociationLost(t *testing.T, offload string) {
 }
 
 // TestNoUDP: the proxy has no UDP: the program's socket gets ECONNREFUSED at once, and DNS and TCP go on.
-func TestNoUDP(t *testing.T) { eachOffload(t, testNoUDP) }
+func TestNoUDP(t *testing.T) { eachApart(t, testNoUDP) }
 
 func testNoUDP(t *testing.T, offload string) {
 	proxy := listenSOCKS(t)
@@ -283,7 +283,7 @@ func TestMappingLife(t *testing.T) {
 }
 
 // TestNotCarried: multicast and broadcast are dropped: none becomes an association.
-func TestNotCarried(t *testing.T) { eachOffload(t, testNotCarried) }
+func TestNotCarried(t *testing.T) { eachApart(t, testNotCarried) }
 
 func testNotCarried(t *testing.T, offload string) {
 	proxy := listenSOCKS(t)

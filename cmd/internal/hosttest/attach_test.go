@@ -149,6 +149,9 @@ func (w *world) nameFrom(ns, server, name string) (addrs []string, err error) {
 // TestAttach: while a container is attached to, its published port answers, old connections from outside go on, what it
 // sends goes through the proxy and nothing else leaves the host; in the end everything is as it was.
 func TestAttach(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	testkit.CheckLeaks(t)
 	w, rec, proxy := container(t)
 	before := w.stateOf("ctr")
@@ -218,6 +221,9 @@ func TestAttach(t *testing.T) {
 
 // TestAttachEnds: viasocks ends with its own exit status when the container's namespace does, and nothing is left.
 func TestAttachEnds(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	testkit.CheckLeaks(t)
 	w, _, _ := container(t)
 	w.run("", nil, "ip", "netns", "add", "short")
@@ -255,6 +261,9 @@ func TestAttachEnds(t *testing.T) {
 
 // TestAttachOwn: the own network is not what attach is for, and a namespace is attached to once.
 func TestAttachOwn(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	testkit.CheckLeaks(t)
 	w, _, _ := container(t)
 	for _, tt := range []struct {

@@ -113,6 +113,9 @@ func (w *world) unreachable(when string) {
 // TestAttachPrivateNetwork: a process with nothing but a loopback device, as a service with PrivateNetwork=yes has it, reaches
 // the world through the proxy while it is attached to, and nothing afterwards.
 func TestAttachPrivateNetwork(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	testkit.CheckLeaks(t)
 	w, rec, _ := boxWorld(t)
 	pid, _ := w.alone(0, "--net")

@@ -19,6 +19,9 @@ import (
 // TestAttachTUNDeleted: a TUN that another program deletes in the container is made again while status, metrics and a capture
 // are asked for all the time. With the race detector, viasocks has it, too.
 func TestAttachTUNDeleted(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	testkit.CheckLeaks(t)
 	w, rec, proxy := container(t)
 	before := w.stateOf("ctr")

@@ -217,6 +217,9 @@ func serveWho(w *world) {
 // TestChoices: what is excluded, or not included, leaves the host as if there were no viasocks, in each of the ways in
 // which a host sends; of all the rest nothing does, also after kill -9.
 func TestChoices(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	o, est := newChoosing(t)
 	w := o.w
 	o.rec.known(w.proxy(proxy4 + ":1080"))

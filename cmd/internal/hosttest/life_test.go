@@ -31,6 +31,9 @@ func closedUp(t *testing.T, flags ...string) (*world, *daemon) {
 
 // TestTUNAddressIsHidden: the LAN can't use the TUN's addresses, and nobody answers for them.
 func TestTUNAddressIsHidden(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w, d := closedUp(t)
 	for _, killed := range []bool{false, true} {
 		if killed {
@@ -73,6 +76,9 @@ func (w *world) refuses(ns, to string) {
 // TestRoutesOfOthers: others can still set routes by a gateway that is connected, as a DHCP client does after a link flap,
 // and the routes lead where they did.
 func TestRoutesOfOthers(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w, d := closedUp(t)
 	for _, killed := range []bool{false, true} {
 		if killed {
@@ -189,6 +195,9 @@ func (w *world) connect(to netip.AddrPort, dev string) (took time.Duration, err 
 
 // TestConfirm: without a confirmation everything is undone; with one it stays.
 func TestConfirm(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	if !has("confirm") {
 		t.Skip("viasocks has no confirm yet")
 	}

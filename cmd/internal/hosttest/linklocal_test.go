@@ -12,6 +12,9 @@ import (
 // TestLinkLocalProxy: a proxy at a link-local address is reached by the device that its zone names, whether the address stands in
 // the URL or is what a name stands for: TCP and UDP are carried, also where the LAN is refused, and the status shows the zone.
 func TestLinkLocalProxy(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t)
 	serve(w.listen("world", ":77"), echo)
 	answers := w.packets("world", "203.0.113.9:79")

@@ -71,6 +71,9 @@ func (w *world) groupsGo(when string) {
 // TestExcludedProgram: what a program sends that runs under `viasocks exclude` leaves the host, and nothing else does,
 // while viasocks runs, when it was killed, and when another one has taken over.
 func TestExcludedProgram(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	rootOfTheMachine(t)
 	o, est := newChoosing(t)
 	w := o.w
@@ -117,6 +120,9 @@ func TestExcludedProgram(t *testing.T) {
 // TestIncludedProgram: nothing of a program under `viasocks include` leaves the host, although the options exclude where
 // it goes, or do not include it.
 func TestIncludedProgram(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	rootOfTheMachine(t)
 	o, est := newChoosing(t)
 	w := o.w
@@ -162,6 +168,9 @@ func TestIncludedProgram(t *testing.T) {
 // TestChosenProgramIsItself: exit status and signals are those of the program, its children follow it, and what runs
 // inside another chosen program counts for itself.
 func TestChosenProgramIsItself(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	rootOfTheMachine(t)
 	w := newWorld(t)
 	who(w)
@@ -196,6 +205,9 @@ func TestChosenProgramIsItself(t *testing.T) {
 
 // TestWhoMayChoose: root may; members of the control group may include and, only if `up` says so, exclude.
 func TestWhoMayChoose(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	rootOfTheMachine(t)
 	w := newWorld(t)
 	who(w)
@@ -237,6 +249,9 @@ func TestWhoMayChoose(t *testing.T) {
 // TestChoosingIsKilled: whenever viasocks or the program is killed, no group is left after `down`, and nothing leaves
 // the host that is not the program's.
 func TestChoosingIsKilled(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	rootOfTheMachine(t)
 	o, _ := newChoosing(t)
 	w := o.w

@@ -181,6 +181,9 @@ func (w *world) trackNothing() {
 }
 
 func TestReachable(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	for _, tracked := range []bool{true, false} {
 		t.Run(fmt.Sprintf("tracked=%v", tracked), func(t *testing.T) {
 			w := newWorld(t)
@@ -261,6 +264,9 @@ func TestReachable(t *testing.T) {
 
 // TestReachableStrictReversePath is the same where rp_filter is 1.
 func TestReachableStrictReversePath(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t)
 	w.hostServers()
 	w.sysctl("host", map[string]string{"net/ipv4/conf/all/rp_filter": "1", "net/ipv4/conf/eth0/rp_filter": "1"})
@@ -308,6 +314,9 @@ func TestReachableStrictReversePath(t *testing.T) {
 // TestRulesOfReach takes rules away, one kind at a time, from a host whose daemon was killed, and expects what each is
 // there for to fail: else the tests above would prove nothing.
 func TestRulesOfReach(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	ssh := func(w *world) error { _, err := w.login(client4, host4); return err }
 	published := func(w *world) error { _, err := w.published(client4, host4); return err }
 	udp := func(w *world) error { return w.askUDP(client4, host4) }
@@ -427,6 +436,9 @@ func (w *world) silentOn(port uint16, client, host string, n int, clientFirst bo
 
 // TestInboundCarry: with --inbound carry nothing is kept, so that the tests above are about --inbound keep.
 func TestInboundCarry(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t)
 	w.hostServers()
 	if err := setProxyName(proxy4); err != nil {

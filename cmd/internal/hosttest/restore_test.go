@@ -178,6 +178,9 @@ var neighbours = []struct {
 }
 
 func TestRestored(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	for _, n := range neighbours {
 		t.Run(n.name, func(t *testing.T) {
 			w := newWorld(t)

@@ -55,6 +55,9 @@ func (a *agent) udp(w *world) *net.UDPConn {
 // TestRunNetworkChanges: the host gets another address on another device, and what the program of `run` sends by UDP is carried
 // again soon.
 func TestRunNetworkChanges(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t)
 	w.proxy(proxy4 + ":1080")
 	far := w.packets("world", "203.0.113.9:79")

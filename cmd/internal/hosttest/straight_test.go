@@ -34,6 +34,9 @@ func straightWay(p *probe) way {
 // TestDirectInKernel: what rules let out by network and port goes past the TUN, with nothing to count, also when viasocks
 // was killed; nothing else leaves.
 func TestDirectInKernel(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	o, _ := newChoosing(t)
 	w := o.w
 	o.rec.known(w.proxy(proxy4 + ":1080"))
@@ -73,6 +76,9 @@ func TestDirectInKernel(t *testing.T) {
 
 // TestDirectInKernelHasOrder: an earlier rule that decides otherwise about part of a network keeps that part.
 func TestDirectInKernelHasOrder(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t)
 	who(w)
 	w.proxy(proxy4 + ":1080")
@@ -116,6 +122,9 @@ func TestDirectInKernelHasOrder(t *testing.T) {
 // TestDirectInKernelReloads: a reload adds and removes such rules, and whenever viasocks is killed meanwhile, nothing
 // leaves that neither the old nor the new rules let out.
 func TestDirectInKernelReloads(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	o, _ := newChoosing(t)
 	w := o.w
 	o.rec.known(w.proxy(proxy4 + ":1080"))

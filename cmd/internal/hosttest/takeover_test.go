@@ -144,6 +144,9 @@ func (w *world) takeOver(d *daemon, flags ...string) *daemon {
 // TestTakeover: a second viasocks takes the host over under load. No connection is lost, no frame leaks, UDP sockets keep
 // their address, new flows belong to the new process, and nothing is left in the end.
 func TestTakeover(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	o, est, _ := newLeak(t)
 	w := o.w
 	w.farUDP()
@@ -218,6 +221,9 @@ func lineOf(log, what string) string {
 // TestTakeoverFails: a new viasocks that cannot take over changes nothing, and the old one carries on. If the new one is
 // killed afterwards, the old one ends, and the host is closed.
 func TestTakeoverFails(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t)
 	w.farEnds()
 	w.proxy(proxy4 + ":1080")
@@ -261,6 +267,9 @@ func TestTakeoverFails(t *testing.T) {
 // TestTakeoverEnds: the old process ends with its last flow, or when --takeover-limit is over; what is left then is
 // reset.
 func TestTakeoverEnds(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t)
 	w.farEnds()
 	w.proxy(proxy4 + ":1080")
@@ -310,6 +319,9 @@ func TestTakeoverEnds(t *testing.T) {
 // TestTakeoverStops: when the new viasocks stops and opens the host, the connections that the old one carries are reset
 // first: their retransmissions would go to the real peers.
 func TestTakeoverStops(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t)
 	w.farEnds()
 	rec := newRecorder(w)
@@ -342,6 +354,9 @@ func TestTakeoverStops(t *testing.T) {
 
 // TestTakeoverKeepsNames: an address that stands for a name does so after a takeover, too, and no other name gets it.
 func TestTakeoverKeepsNames(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t)
 	w.webServer()
 	w.answerNames("router", lanRouter4+":53", addr("203.0.113.8"))

@@ -46,6 +46,9 @@ func (w *world) carries(when string) {
 
 // TestTUNChanged: up puts the TUN right when others change it, with what it carries, and leaves nothing of it anywhere.
 func TestTUNChanged(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w, d := closedUp(t)
 	w.carries("at first")
 	before := w.ip("host", "-d addr show dev "+tunName)
@@ -84,6 +87,9 @@ func TestTUNChanged(t *testing.T) {
 
 // TestTUNNameTaken: what can't be put right is told by status for as long as it lasts, and tried again.
 func TestTUNNameTaken(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w, d := closedUp(t)
 	d.meanwhile(w, "link set "+tunName+" down\nlink set "+tunName+" name other0\nlink add "+tunName+" type bridge")
 	var s control.Status
@@ -106,6 +112,9 @@ func TestTUNNameTaken(t *testing.T) {
 
 // TestTUNChangedAgainAndAgain: who sets the TUN down all the time is not fought in a tight loop.
 func TestTUNChangedAgainAndAgain(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w, d := closedUp(t)
 	impaired := false
 	for end := time.Now().Add(4 * time.Second); time.Now().Before(end); {
