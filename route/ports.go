@@ -11,12 +11,16 @@ import (
 var verdictPortMap = &verdict{kind: mapPort, rule: "portmap"}
 
 // ServePorts answers programs that ask flow.Gateway4 for a port by s, until end is called. It may be called from any
-// goroutine, once. Searches by SSDP arrive only if the stack hands them over: see stack.Config.
+// goroutine, and again after that. Searches by SSDP arrive only if the stack hands them over: see stack.SetSSDP.
 func (r *Router) ServePorts(s *portmap.Server) (end func()) {
 	u := newUPnP(s)
 	r.portmap.Store(s)
 	r.upnp.Store(u)
-	return u.close
+	return func() {
+		r.portmap.CompareAndSwap(s, nil)
+		r.upnp.CompareAndSwap(u, nil)
+		u.close()
+	}
 }
 
 // Ports returns what ServePorts set, or nil.

@@ -38,9 +38,6 @@ type Config struct {
 	// Shards is the maximum number of parts into which the flows are divided; a device that cannot be divided has
 	// one. 0: the number of processors that the program uses. There are never more than 16.
 	Shards int
-	// SSDP hands the handler the datagrams to flow.SSDP, which must answer or drop them. Else they are dropped, as all
-	// multicast is.
-	SSDP bool
 }
 
 // Limits are the budgets for SYNs that wait for an answer. Zero means the default.
@@ -61,7 +58,7 @@ func (l Limits) withDefaults() Limits {
 type Stack struct {
 	dev       tun.Device // the whole device, to be closed
 	handler   Handler
-	ssdp      bool
+	ssdp      atomic.Bool // see SetSSDP
 	echo      EchoHandler // nil: the Handler does not implement it
 	log       *slog.Logger
 	keepalive atomic.Int64 // ns
@@ -74,6 +71,10 @@ type Stack struct {
 	closed  bool
 	down    bool // torn down
 }
+
+// SetSSDP sets whether the handler gets the datagrams to flow.SSDP, which it must answer or drop. Otherwise they are
+// dropped, as all multicast is. It may be called from any goroutine.
+func (s *Stack) SetSSDP(on bool) { s.ssdp.Store(on) }
 
 // New makes a stack and takes ownership of cfg.Device, even if it fails. Nothing is read before Run. The caller must
 // call Close, whether or not it calls Run.
@@ -99,7 +100,7 @@ func newStack(cfg Config) (*Stack, error) {
 	case cfg.Shards < 0:
 		return nil, errors.New("cannot make a stack: the number of shards is negative")
 	}
-	s := &Stack{dev: cfg.Device, handler: cfg.Handler, ssdp: cfg.SSDP, log: cfg.Log}
+	s := &Stack{dev: cfg.Device, handler: cfg.Handler, log: cfg.Log}
 	s.echo, _ = cfg.Handler.(EchoHandler)
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)

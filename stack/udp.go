@@ -147,7 +147,7 @@ func (s *shard) carried(src, dst netip.Addr, port uint16) bool {
 	// Multicast and broadcast (local peer discovery, SSDP, mDNS, DHCP) are meant for the app's own link. A proxy
 	// would carry them to another link.
 	if dst.IsMulticast() || dst == broadcast {
-		if s.ssdp && dst == flow.SSDP.Addr() && port == flow.SSDP.Port() && flow.OneHost(src) {
+		if s.ssdp.Load() && dst == flow.SSDP.Addr() && port == flow.SSDP.Port() && flow.OneHost(src) {
 			return true
 		}
 		s.stats.udp.DroppedMulticast.Add(1)

@@ -242,7 +242,7 @@ func TestUDPAddWrong(t *testing.T) {
 // A search for devices reaches a handler that asked for it, and other multicast does not.
 func TestSSDP(t *testing.T) {
 	s, _, h := udpStack(0)
-	s.ssdp = true
+	s.SetSSDP(true)
 	b := s.shards[0].newUDPBatch()
 	for _, frame := range [][]byte{
 		rawUDP(app4, flow.SSDP, udpPay), rawUDP(app4, addr("239.255.255.250:1901"), udpPay),

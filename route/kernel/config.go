@@ -31,9 +31,10 @@ type Marks struct {
 	Inbound  uint32 // answers to connections from outside
 	Declined uint32 // conntrack only: flows from outside that do not get direct answers yet, see talk.go
 	Bridged  uint32 // packet mark only: frames that cross a bridge from port to port
+	Returned uint32 // packet mark only: connections that the TUN opened, and answers to them, see opened.go
 }
 
-// MarksFrom derives the other marks from that of our own sockets: own+1 to own+5 in units of the mask's lowest bit,
+// MarksFrom derives the other marks from that of our own sockets: own+1 to own+6 in units of the mask's lowest bit,
 // wrapping around inside the mask and never 0. The mask needs at least three bits.
 func MarksFrom(own, mask uint32) Marks {
 	m := Marks{Mask: mask, Own: own}
@@ -57,6 +58,7 @@ func MarksFrom(own, mask uint32) Marks {
 	m.Inbound = next(m.Captured)
 	m.Declined = next(m.Inbound)
 	m.Bridged = next(m.Declined)
+	m.Returned = next(m.Bridged)
 	return m
 }
 
@@ -95,6 +97,7 @@ type Config struct {
 	Exclude      Selection   // goes past the proxy
 	Include      Selection   // if not empty, only this goes through the proxy
 	Strict       bool        // block AF_PACKET too
+	Opens        bool        // the TUN opens connections to programs of this host, see opened.go; stays once it was set
 	FailOpen     bool        // the filter lets everything pass when nothing has renewed the guard for Guard
 
 	LocalDNS  netip.Addr // a loopback address whose port 53 leads out of the namespace, see localdns.go; invalid: none
@@ -186,18 +189,18 @@ func (c Config) withDefaults() (Config, error) {
 
 func (c *Config) validate() error {
 	m := c.Marks
-	values := []uint32{m.Own, m.Direct, m.Captured, m.Inbound, m.Declined, m.Bridged}
+	values := []uint32{m.Own, m.Direct, m.Captured, m.Inbound, m.Declined, m.Bridged, m.Returned}
 	for i, v := range values {
 		if v == 0 || v&^m.Mask != 0 {
 			return fmt.Errorf(
-				"cannot use mark %#x/%#x: six values other than 0 must fit into the mask: it needs three bits or more",
+				"cannot use mark %#x/%#x: seven values other than 0 must fit into the mask: it needs three bits or more",
 				m.Own,
 				m.Mask,
 			)
 		}
 		for _, w := range values[:i] {
 			if v == w {
-				return fmt.Errorf("cannot use mark %#x twice: the six marks must differ", v)
+				return fmt.Errorf("cannot use mark %#x twice: the seven marks must differ", v)
 			}
 		}
 	}

@@ -265,6 +265,9 @@ func (c *Config) outputChain(t *nfTable) {
 	if c.outranks() || len(c.Straight) > 0 {
 		out.add(metaMark(c.Marks, c.Marks.Captured, true), holds(guardSet, c.TUN), accept())
 	}
+	if c.Opens {
+		out.add(metaMark(c.Marks, c.Marks.Returned, true), holds(guardSet, c.TUN), accept())
+	}
 	out.add(jump("pass"))
 	out.add(isProto(unix.IPPROTO_UDP), jump("dhcp"))
 	out.add(append(c.dhcpRerouted(), accept())...)

@@ -306,7 +306,7 @@ func overlaps(mark uint32, mask *uint32, m Marks) bool {
 	if mask != nil {
 		k = *mask
 	}
-	for _, v := range []uint32{m.Own, m.Direct, m.Inbound} {
+	for _, v := range []uint32{m.Own, m.Direct, m.Inbound, m.Returned} {
 		if v&k == mark&m.Mask&k && mark&^m.Mask == 0 {
 			return true
 		}

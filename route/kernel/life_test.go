@@ -408,7 +408,7 @@ func TestMarksFrom(t *testing.T) {
 		{Mask: 0x15, Own: 0x10}, {Mask: 0x80000003, Own: 0x80000003}} {
 		m := MarksFrom(tt.Own, tt.Mask)
 		seen := map[uint32]bool{}
-		for _, v := range []uint32{m.Own, m.Direct, m.Captured, m.Inbound, m.Declined, m.Bridged} {
+		for _, v := range []uint32{m.Own, m.Direct, m.Captured, m.Inbound, m.Declined, m.Bridged, m.Returned} {
 			if v == 0 || v&^m.Mask != 0 || seen[v] {
 				t.Errorf("%+v", m)
 			}

@@ -45,6 +45,7 @@ func (c *Config) incomingMarks(t *nfTable, st filterState) {
 	if c.Strict { // distinguishes what is carried for others from a raw frame
 		pre.add(iif(c.TUN, true), setMetaMark(m, m.Captured))
 	}
+	c.openedIn(t, pre)
 	pre.add(iif(c.TUN, true), back())
 	pre.add(iif("lo", true), back())
 	for _, a := range c.TUNAddrs {
@@ -86,6 +87,7 @@ func (c *Config) outgoingMarks(t *nfTable, st filterState, ours []term) error {
 	m := c.Marks
 	out := t.chain(&nfChain{name: "mark_output", kind: "route", hook: unix.NF_INET_LOCAL_OUT, prio: prioMangle})
 	out.add(oif("lo", true), back())
+	c.openedOut(out)
 	c.dhcpReroute(t, out, st)
 	out.add(metaMark(m, m.Own, true), ctMark(m, m.Own, false), jump("own"))
 	out.add(metaMark(m, m.Own, true), back())

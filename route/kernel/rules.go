@@ -46,6 +46,7 @@ type rule struct {
 //
 //	P    fwmark OWN, DIRECT, INBOUND  goto END, those in use
 //	P+1  DHCP; the TUN's answers      goto END
+//	P+1  fwmark RETURNED              goto P+6, with Opens
 //	P+1  fwmark CAPTURED              goto P+3, if a program is included although others are excluded
 //	P+2  what is excluded             goto END
 //	P+3  port 53                      lookup T
@@ -91,6 +92,9 @@ func (c *Config) rules(family int, l links) (out []rule) {
 		if familyOf(n.Addr()) == family {
 			add(atHost, rule{iif: c.TUN, to: n, jump: end})
 		}
+	}
+	if c.Opens {
+		add(atHost, c.openedRule())
 	}
 	if c.outranks() {
 		add(atHost, rule{mark: c.Marks.Captured, mask: c.Marks.Mask, jump: c.Priority + atDNS})

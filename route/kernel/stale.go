@@ -26,6 +26,9 @@ func (h *Host) ResetStale() (n int, err error) {
 		return 0, nil
 	}
 	inbound, err := Established()
+	if err == nil {
+		inbound, err = h.withoutOpened(inbound)
+	}
 	if err != nil {
 		return 0, err
 	}

@@ -31,6 +31,12 @@ func (h *Host) Shut() error {
 			return err
 		}
 	}
+	if h.c.Kept, err = h.withoutOpened(h.c.Kept); err != nil {
+		return err
+	}
+	if err := h.keep(); err != nil {
+		return err
+	}
 	h.st.wasZero = len(h.j.Sysctls) > 0 || readSysctl(srcValidMark) == "0"
 	h.j.Done["filter"] = true
 	if err := h.record(); err != nil {

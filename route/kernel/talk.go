@@ -42,7 +42,7 @@ func (c *Config) memorySets() []*nfSet {
 	set := func(name, keyText string, keyType, keyLen uint32, size uint32, keep time.Duration) *nfSet {
 		return &nfSet{name: name, keyText: keyText, keyType: keyType, keyLen: keyLen, dynamic: true, size: size, keep: keep}
 	}
-	return append(cameSets(),
+	return append(append(cameSets(), openedSets()...),
 		set("spoke", "inet_service", typePort, 2, spokeSize, spokeFor),
 		set("spoke_proto", "inet_proto", typeProto, 1, protoSize, spokeFor),
 		set("served4", "inet_service . ipv4_addr . inet_service", concat(typePort, typeIP4, typePort), 12, servedSize, servedFor),

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
@@ -212,3 +213,11 @@ type Config struct {
 
 // Gateway reports whether the program has a gateway that it can ask for ports.
 func (c *Config) Gateway() bool { return len(c.Listen)+len(c.Forwarded) > 0 }
+
+// AutoListen returns what --listen auto says, if it is given.
+func (c *Config) AutoListen() (incoming.Spec, bool) {
+	if i := slices.IndexFunc(c.Listen, incoming.Spec.Auto); i >= 0 {
+		return c.Listen[i], true
+	}
+	return incoming.Spec{}, false
+}

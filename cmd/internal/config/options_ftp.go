@@ -9,7 +9,7 @@ import (
 // ftpOptions are about FTP servers that connect to their client.
 var ftpOptions = []Option{
 	{
-		Name: "ftp-active", Arg: "PORT[,...]", Cmds: Run | Check, set: setFTPActive,
+		Name: "ftp-active", Arg: "PORT[,...]", Live: true, Cmds: Run | Up | Check, set: setFTPActive,
 		Help: "make active FTP (PORT, EPRT) work with servers at these ports, by BIND",
 		Man: `Make active FTP work with servers whose control connections are at these ports, usually 21.
 In active FTP the server connects to the program for each file and list, and the program says by the commands PORT or EPRT

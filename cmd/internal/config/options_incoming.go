@@ -12,7 +12,7 @@ import (
 // incomingOptions say at which ports peers behind the proxy can connect to a program.
 var incomingOptions = []Option{
 	{
-		Name: "listen", Arg: "PORT|auto[=UPSTREAM]", Many: true, Cmds: Run | Check, set: addListen,
+		Name: "listen", Arg: "PORT|auto[=UPSTREAM]", Many: true, Live: true, Cmds: Run | Up | Check, set: addListen,
 		Help: "let peers behind the proxy connect to a port of the program (BIND)",
 		Man: `Let peers behind the proxy connect to the TCP port
 .Ar PORT
@@ -35,6 +35,17 @@ itself, because no gateway could tell a program of another one.
 If it cannot,
 .Cm status
 says so, and it is asked again every ten minutes.
+.Pp
+With
+.Cm up ,
+it is a program of this host, which must listen at all addresses of the host, or at the one from which the host's connections
+leave; one that is bound to 127.0.0.1 is not reached.
+What it answers goes back to the proxy, even if its program, its user or the peer's network is excluded.
+A firewall of this host must let the port in on the device of
+.Fl -tun ;
+if it drops the connection, the peer's connection is reset after 15 seconds.
+The setting rp_filter, whatever its value, needs no attention.
+A port that docker publishes reaches its container.
 .Pp
 A BIND carries one peer, and the next one is made as soon as a peer has come.
 Which port it gets is the proxy's choice.
@@ -68,7 +79,8 @@ Requests for a UDP port are refused, except for one of
 UDP needs no such option: datagrams from unknown senders are delivered if the proxy passes them on.`,
 	},
 	{
-		Name: "forwarded-port", Arg: "[ADDRESS:]PORT[/tcp|/udp]", Many: true, Cmds: Run | Check, set: addForwarded,
+		Name: "forwarded-port", Arg: "[ADDRESS:]PORT[/tcp|/udp]", Many: true, Live: true, Cmds: Run | Up | Check,
+		set:  addForwarded,
 		Help: "tell the program, when it asks its gateway, of a port that your provider forwards",
 		Man: `Tell the program of
 .Ar PORT ,
@@ -100,7 +112,7 @@ takes them to the program, which then sees them come from a local address.
 Datagrams arrive by themselves only if the provider forwards the port to the association of the program at the proxy.`,
 	},
 	{
-		Name: "on-port", Arg: "COMMAND", Cmds: Run | Check, set: setOnPort,
+		Name: "on-port", Arg: "COMMAND", Live: true, Cmds: Run | Up | Check, set: setOnPort,
 		Help: "run this program whenever a port of --listen is reached at another place",
 		Man: `Run the program
 .Ar COMMAND

@@ -43,6 +43,7 @@ type plane struct {
 	gso    atomic.Pointer[gso]
 	health healthChecks
 	capturing
+	listening
 	incoming atomic.Pointer[incoming.Manager] // nil: no peer can connect to a program
 	mapper   atomic.Pointer[incoming.Mapper]  // of incoming
 
@@ -127,7 +128,6 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 	h := &handler{}
 	if p.stack, err = stack.New(stack.Config{
 		Device: dev, Handler: h, Sockets: sockets, Log: log, Shards: shardsFor(len(p.loops)),
-		SSDP: cfg.Gateway(),
 	}); err != nil {
 		return nil, err
 	}
@@ -190,10 +190,12 @@ func (p *plane) reload(cfg *config.Config) error {
 		return err
 	}
 	closeGroups(p.ups, ups)
+	old := p.ups
 	p.mu.Lock()
 	p.ups = ups
 	p.mu.Unlock()
 	p.set(cfg)
+	p.relisten(cfg, func(name string) bool { return clientOf(old, name) != clientOf(ups, name) })
 	return nil
 }
 
@@ -212,6 +214,7 @@ func (p *plane) set(cfg *config.Config) {
 	p.router.SetActiveFTP(p.activeFTP(cfg))
 	p.router.SetPing(cfg.PingPorts)
 	p.setGSO(cfg.UDPGSO)
+	p.stack.SetSSDP(cfg.Gateway())
 	p.stack.Set(stack.Limits{Pending: cfg.MaxPending, PendingPerDest: cfg.MaxPendingPerDest}, cfg.IdleTimeout)
 }
 
@@ -258,6 +261,9 @@ func (p *plane) renew() {
 		}
 	}
 	p.router.Renew()
+	if m := p.incoming.Load(); m != nil {
+		m.Renew(func(string) bool { return true })
+	}
 }
 
 // fail ends the daemon with err, unless it is already ending.
@@ -318,6 +324,7 @@ func (p *plane) refuse() { p.stack.ResetAll() }
 // newPlane.
 func (p *plane) Close() {
 	p.once.Do(func() {
+		p.unlisten()
 		if p.router != nil {
 			p.router.Close() // while the stack still sends its resets
 		}

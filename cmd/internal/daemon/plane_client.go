@@ -115,6 +115,14 @@ func (b *builder) make(u config.Upstream) (upstream, error) {
 	return up, nil
 }
 
+// clientOf returns the client of the upstream of that name, or nil.
+func clientOf(ups []upstream, name string) *client {
+	if i := slices.IndexFunc(ups, func(u upstream) bool { return u.Config.Name == name }); i >= 0 {
+		return ups[i].client
+	}
+	return nil
+}
+
 // closeGroups closes the groups of ups, except those that are also in keep.
 func closeGroups(ups, keep []upstream) {
 	for _, u := range ups {

@@ -178,7 +178,8 @@ func serveProgram(cfg *config.Config, p *plane, child *netns.Child, o RunOptions
 	if published != nil {
 		ends = append(ends, published.Close)
 	}
-	ends = append(ends, startListening(cfg, p, o.Environ, log))
+	p.listen(cfg, o.Environ, tunAddress)
+	ends = append(ends, p.unlisten)
 	ends = append(ends, serveRun(cfg, p, instance{child.Pid(), child.TUNName, published}, o, log))
 	endMetrics, err := serveMetrics(cfg, watched{
 		plane: func() *plane { return p }, ready: func() bool { return true }, dropped: child.TXDropped,

@@ -274,6 +274,7 @@ func (u *up) start(ctx context.Context, h *host) error {
 	if err := u.steer(h); err != nil {
 		return err
 	}
+	u.listen()
 	// Check again with the rules in place. If they cut off the proxy, the host is better restored at once.
 	err := probe(ctx, cfg, u.dial)
 	switch {

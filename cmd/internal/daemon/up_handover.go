@@ -93,6 +93,7 @@ func (u *up) handOver(ctx context.Context) error {
 	defer t.talk.Close()
 	u.setState(control.Leaving)
 	u.serving.end()
+	u.plane.unlisten() // so that the other one can have the ports
 	u.host.unwatch()
 	u.allowed.attach(func([]endpoint) error { return nil }) // see below
 	if err := u.host.HandOver(); err != nil {

@@ -1,7 +1,9 @@
 package daemon
 
 import (
+	"errors"
 	"fmt"
+	"net/netip"
 	"time"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
@@ -50,6 +52,18 @@ func (u *up) use(p *plane, diag *netns.Diag, dev tun.Device, wanted netns.Wanted
 	u.mu.Unlock()
 }
 
+// listen lets peers behind the proxies connect to programs of this host, if the configuration says so.
+func (u *up) listen() { u.plane.listen(u.config(), u.Environ, u.inner) }
+
+// inner returns the host's address for the connection of a peer.
+func (u *up) inner(peer netip.Addr) (netip.Addr, error) {
+	_, h := u.running()
+	if h == nil {
+		return netip.Addr{}, errors.New("the host is not steered")
+	}
+	return h.Inner(peer)
+}
+
 // stopPlane ends the data plane, if there is one. It calls between after the app's flows were reset.
 func (u *up) stopPlane(between func()) {
 	if u.plane == nil {
@@ -83,6 +97,7 @@ func (u *up) rebuild(why error) error {
 	if err := u.host.Steer(); err != nil {
 		return fmt.Errorf("%w; and then: %w", why, err)
 	}
+	u.listen()
 	u.log.Info("the data plane works again", "took", time.Since(now).Round(time.Millisecond))
 	return nil
 }

@@ -69,6 +69,7 @@ func startUp(t *testing.T, file string, environ []string) (u *up, write func(str
 	}
 	u.plane.start()
 	t.Cleanup(u.plane.Close)
+	u.listen()
 	// The router takes a new policy when it runs.
 	testkit.Eventually(t, "the router to run", func() bool { return u.plane.reload(cfg) == nil })
 	return u, write, theirs, log

@@ -81,6 +81,7 @@ func (u *up) status() control.Status {
 		return s
 	}
 	p.fill(&s, cfg, u.allowed)
+	p.fillListening(&s)
 	if h != nil {
 		h.fill(&s, cfg)
 	}

@@ -179,6 +179,7 @@ func (u *up) takeOver(ctx context.Context, h *host) error {
 	if err := b.talk.InPlace(); err != nil {
 		u.log.Warn("the viasocks before has ended, and its connections with it", "err", err)
 	}
+	u.listen() // the viasocks before has given its ports back
 	b.over = make(chan struct{})
 	b.following.Go(func() { defer close(b.over); u.followPredecessor(ctx) })
 	u.log.Info("took the host over", "from", b.talk.Offer.PID, "version", b.talk.Offer.Version, "its_flows", taken.Len())

@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -44,7 +45,7 @@ type Config struct {
 	// Default is the upstream of a Spec that names none.
 	Default string
 	// Deliver opens the connection of peer to the program's port and takes ownership of s. ended is called once, unless
-	// Deliver returns an error.
+	// Deliver returns an error. It has a goroutine of its own and may ask the kernel.
 	Deliver func(s Spec, peer netip.AddrPort, sock loop.Socket, ended func(relay.Result)) error
 	// CanBePeer reports whether a peer may have the address.
 	CanBePeer func(netip.Addr) bool
@@ -101,9 +102,7 @@ func (m *Manager) Add(s Spec, ask uint16) {
 
 // add is Add. The caller holds mu.
 func (m *Manager) add(s Spec, ask uint16) {
-	if s.Upstream == "" {
-		s.Upstream = m.cfg.Default
-	}
+	s = m.named(s)
 	if m.over || m.find(s.Port) != nil {
 		return
 	}
@@ -124,6 +123,55 @@ func (m *Manager) find(n uint16) *port {
 		}
 	}
 	return nil
+}
+
+// Set makes the BINDs for specs, and ends those for ports that are not among them, except for ports that a program asked
+// for. def is the upstream of a Spec that names none. What does not change is not disturbed.
+func (m *Manager) Set(specs []Spec, def string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.cfg.Default = def
+	wanted := map[Spec]bool{}
+	for _, s := range specs {
+		wanted[m.named(s)] = true
+	}
+	for _, p := range slices.Clone(m.ports) {
+		if !p.asked && !wanted[p.spec] {
+			m.remove(p.spec.Port)
+		}
+	}
+	for _, s := range specs {
+		if s.Auto() {
+			continue
+		}
+		if p := m.find(s.Port); p != nil && p.spec != m.named(s) {
+			m.remove(s.Port)
+		}
+		m.add(s, s.Port)
+		if p := m.find(s.Port); p != nil {
+			p.asked = false
+		}
+	}
+}
+
+// named returns s with the name of its upstream. The caller holds mu.
+func (m *Manager) named(s Spec) Spec {
+	if s.Upstream == "" {
+		s.Upstream = m.cfg.Default
+	}
+	return s
+}
+
+// Renew makes the BINDs of those upstreams again for which concerns returns true: the connections on which they wait may
+// be dead. Connections of peers go on.
+func (m *Manager) Renew(concerns func(upstream string) bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, p := range m.ports {
+		if concerns(p.spec.Upstream) {
+			p.renew()
+		}
+	}
 }
 
 // Remove ends the BINDs of a port. Its open connections go on.

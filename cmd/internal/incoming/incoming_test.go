@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/viasocks/viasocks/route/portmap"
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack/loop"
@@ -204,6 +205,67 @@ func TestPorts(t *testing.T) {
 	if c := m.Stats(); c.Accepted != 3 || c.Refused != 1 || c.Bogus != 0 {
 		t.Errorf("%+v", c)
 	}
+}
+
+// A reload ends and begins BINDs only for ports that changed, and leaves those that programs asked for.
+func TestSet(t *testing.T) {
+	s := &fakeServer{}
+	m, _ := start(t, s)
+	b := NewMapper(m, &Spec{})
+	b.Map(ask(portmap.TCP, 7000, 0))
+	ports := func(want ...uint16) {
+		t.Helper()
+		testkit.Eventually(t, fmt.Sprint("the ports ", want), func() bool {
+			all := m.Ports()
+			for i, p := range all {
+				if i >= len(want) || p.Port != want[i] || p.Outer.Port() != p.Port {
+					return false
+				}
+			}
+			return len(all) == len(want)
+		})
+	}
+	ports(6881, 7000)
+	m.Set([]Spec{{Port: 6881, Upstream: "proxy"}, {Port: 6882}, {}}, "proxy")
+	ports(6881, 7000, 6882)
+	if n := s.asked(); n != 3 {
+		t.Errorf("%d BINDs were made, want 3", n)
+	}
+	m.Set([]Spec{{Port: 7000}}, "proxy")
+	ports(7000)
+	b.Unmap(portmap.TCP, appAt(7000)) // it is a port of the user now
+	ports(7000)
+	m.Set([]Spec{{Port: 7000}}, "other")
+	testkit.Eventually(t, "the other upstream", func() bool { return m.Ports()[0].Upstream == "other" })
+	m.Set(nil, "other")
+	ports()
+}
+
+// After a change of the network the BINDs that wait are made again, and those that failed are tried at once.
+func TestRenew(t *testing.T) {
+	s := &fakeServer{}
+	m, got := start(t, s)
+	testkit.Eventually(t, "the first BIND", func() bool { return m.Outer(6881) == at(6881) })
+	m.Renew(func(up string) bool { return up != "proxy" })
+	if n := s.asked(); n != 1 {
+		t.Errorf("%d BINDs", n)
+	}
+	all := func(string) bool { return true }
+	m.Renew(all)
+	testkit.Eventually(t, "the second BIND", func() bool { return s.asked() >= 2 && m.Ports()[0].Waiting == 1 })
+	testkit.Eventually(t, "its end", func() bool { return m.Outer(6881).IsValid() })
+	s.connect(t, m.Outer(6881), somePeer)
+	<-got
+	s.mu.Lock()
+	s.err = socks.ReplyCommandNotSupported
+	s.mu.Unlock()
+	m.Renew(all)
+	testkit.Eventually(t, "the reason", func() bool { return m.Ports()[0].Why != "" })
+	s.mu.Lock()
+	s.err = nil
+	s.mu.Unlock()
+	m.Renew(all)
+	testkit.Eventually(t, "another BIND", func() bool { return m.Outer(6881).IsValid() })
 }
 
 // A server that accepts connections from nowhere gets no program, and no flood of BINDs.

@@ -19,8 +19,7 @@ type Mapper struct {
 	auto *Spec // any port may be asked for, by its upstream; nil: only those of --listen
 
 	// The fields below are guarded by m.mu.
-	added   map[uint16]bool // ports that exist only because a program asked
-	address netip.Addr      // of the proxy toward peers
+	address netip.Addr // of the proxy toward peers
 	asking  bool
 	failed  portmap.State // Failed or Unsupported, if the last question for address failed
 	since   time.Time     // when it failed
@@ -32,7 +31,7 @@ var _ portmap.Backend = (*Mapper)(nil)
 
 // NewMapper returns the Mapper for the ports of m. auto is the Spec of --listen auto, or nil.
 func NewMapper(m *Manager, auto *Spec, forwarded ...Forwarded) *Mapper {
-	b := &Mapper{m: m, added: map[uint16]bool{}, forwarded: toldOf(forwarded)}
+	b := &Mapper{m: m, forwarded: toldOf(forwarded)}
 	if auto != nil {
 		s := *auto
 		if s.Upstream == "" {
@@ -67,7 +66,7 @@ func (b *Mapper) Map(w portmap.Want) (netip.AddrPort, portmap.State) {
 			suggested = port
 		}
 		b.m.add(Spec{Port: port, Upstream: b.auto.Upstream}, suggested)
-		b.added[port] = true
+		b.m.find(port).asked = true
 		return netip.AddrPort{}, portmap.Wait
 	case p.outer.IsValid():
 		return p.outer, portmap.Works
@@ -92,8 +91,7 @@ func (b *Mapper) Unmap(proto portmap.Proto, app netip.AddrPort) {
 	b.m.mu.Lock()
 	defer b.m.mu.Unlock()
 	b.unforward(proto, port)
-	if proto == portmap.TCP && b.added[port] {
-		delete(b.added, port)
+	if p := b.m.find(port); proto == portmap.TCP && p != nil && p.asked {
 		b.m.remove(port)
 	}
 }
@@ -132,7 +130,9 @@ func (b *Mapper) external() (netip.Addr, portmap.State) {
 
 // probe asks for a port that nobody is told, and gives it up.
 func (b *Mapper) probe() {
+	b.m.mu.Lock()
 	up := b.m.cfg.Default
+	b.m.mu.Unlock()
 	if b.auto != nil {
 		up = b.auto.Upstream
 	}

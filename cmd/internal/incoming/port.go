@@ -27,6 +27,7 @@ type port struct {
 	last    time.Time // when the last BIND began
 	timer   *time.Timer
 	ended   bool
+	asked   bool // exists only because a program asked for it
 
 	// The port that was asked for was lost to a connection that has ended: it is asked for again.
 	lost      *time.Timer
@@ -43,6 +44,7 @@ type wait struct {
 	at      netip.AddrPort
 	cancel  context.CancelFunc
 	foreign bool // at is of another IP version
+	stale   bool // it is made again
 }
 
 // after makes the next BIND after a pause.
@@ -199,10 +201,12 @@ func (p *port) done(w *wait, fd int, peer netip.AddrPort, err error) {
 	p.after(0)
 	m.mu.Unlock()
 	peer = netip.AddrPortFrom(peer.Addr().Unmap(), peer.Port())
-	if err := m.cfg.Deliver(p.spec, peer, loop.Unwatched(fd), func(r relay.Result) { p.over(w, r) }); err != nil {
-		m.cfg.Log.Warn("cannot carry the connection of a peer", "port", p.spec.Port, "peer", peer, "err", err)
-		p.over(w, relay.Result{})
-	}
+	m.busy.Go(func() {
+		if err := m.cfg.Deliver(p.spec, peer, loop.Unwatched(fd), func(r relay.Result) { p.over(w, r) }); err != nil {
+			m.cfg.Log.Warn("cannot carry the connection of a peer", "port", p.spec.Port, "peer", peer, "err", err)
+			p.over(w, relay.Result{})
+		}
+	})
 }
 
 // failed handles a BIND that ended without a peer.
@@ -211,9 +215,13 @@ func (p *port) failed(w *wait, err error) {
 	if p.ended || m.over {
 		return
 	}
-	if w.foreign {
+	switch {
+	case w.stale: // what was announced stays until the next BIND
+		p.after(0)
+		return
+	case w.foreign:
 		err = errFamily
-	} else if w.at.IsValid() && errors.Is(err, context.Canceled) { // it was made for the lost port, and got another one
+	case w.at.IsValid() && errors.Is(err, context.Canceled): // it was made for the lost port, and got another one
 		p.lostLater()
 		return
 	}
@@ -303,6 +311,22 @@ func (p *port) holds(at netip.AddrPort) bool {
 		}
 	}
 	return false
+}
+
+// renew makes the BINDs of the port again, at once even if the last one failed. The caller holds mu.
+func (p *port) renew() {
+	if p.six != nil && p.six.begun {
+		p.six.renew()
+	}
+	for w := range p.waiting {
+		w.stale = true
+		w.cancel()
+	}
+	p.backoff = 0
+	if p.timer != nil && p.timer.Stop() {
+		p.timer = nil
+		p.after(0)
+	}
 }
 
 // end ends the BINDs of the port.
