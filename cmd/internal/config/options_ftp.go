@@ -14,7 +14,7 @@ var ftpOptions = []Option{
 		Man: `Make active FTP work with servers whose control connections are at these ports, usually 21.
 In active FTP the server connects to the program for each file and list, and the program says by the commands PORT or EPRT
 where it listens.
-It names an address that exists only in its own network.
+It names an address that the server cannot reach, or must not know.
 With this option the proxy that carries the control connection is asked to listen for the server by the command BIND,
 the program's command is rewritten to say where the proxy listens, and
 the server's connection is passed on to the program.

@@ -3,7 +3,6 @@ package e2e
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
 	"crypto/sha256"
 	"fmt"
 	"os"
@@ -12,60 +11,20 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/viasocks/viasocks/cmd/internal/harness"
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
-const ftpSize = 8 << 20
-
-// startFTP starts vsftpd at other4 and returns its directory, with a file of ftpSize in it and a directory "up" that takes
-// files. The user of vsftpd needs a home that exists. vsftpd connects only to the address that the control connection comes from.
-func startFTP(t *testing.T) (dir string, content []byte) {
+// startFTP starts vsftpd at other4 and returns its directory, see harness.FTPServer.
+func startFTP(t *testing.T) (files string, content []byte) {
 	t.Helper()
 	needWorld(t)
 	needPrograms(t, "vsftpd", "curl")
 	if os.Getuid() != 0 {
 		t.Skip("vsftpd needs root")
 	}
-	dir = t.TempDir()
-	for p := dir; p != os.TempDir() && p != "/"; p = filepath.Dir(p) { // vsftpd becomes another user
-		if err := os.Chmod(p, 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	files, empty := filepath.Join(dir, "files"), filepath.Join(dir, "empty")
-	for _, d := range []string{files, empty, filepath.Join(files, "up")} {
-		if err := os.Mkdir(d, 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := os.Chmod(filepath.Join(files, "up"), 0o777); err != nil {
-		t.Fatal(err)
-	}
-	content = make([]byte, ftpSize)
-	_, _ = rand.Read(content)
-	if err := os.WriteFile(filepath.Join(files, "file"), content, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	conf := writeFile(t, "vsftpd.conf", `listen=YES
-listen_ipv6=NO
-listen_address=`+other4+`
-background=NO
-anonymous_enable=YES
-local_enable=NO
-write_enable=YES
-anon_upload_enable=YES
-anon_umask=022
-chown_uploads=NO
-ftp_username=daemon
-nopriv_user=nobody
-anon_root=`+files+`
-no_anon_password=YES
-pasv_enable=NO
-port_promiscuous=NO
-secure_chroot_dir=`+empty+`
-seccomp_sandbox=NO
-`)
+	conf, files, content := harness.FTPServer(t, other4)
 	serve(t, other4+":21", "vsftpd", conf)
 	return files, content
 }
