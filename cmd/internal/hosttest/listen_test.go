@@ -72,11 +72,12 @@ func (w *world) outer(not string) (at string) {
 	return at
 }
 
-// peer connects from an address of the world to where peers reach the host.
-func (w *world) peer(from, at string) (c *net.TCPConn) {
+// peer connects from an address of the world to where peers reach the host. A port that has just been used is shown until
+// the next BIND.
+func (w *world) peer(from string) (c *net.TCPConn) {
 	w.t.Helper()
-	to := netip.MustParseAddrPort(at)
-	w.eventually(20*time.Second, "a peer to connect to "+at, func() bool {
+	w.eventually(20*time.Second, "a peer to connect", func() bool {
+		to := netip.MustParseAddrPort(w.outer(""))
 		got, err := w.from(from, to.Addr().String(), to.Port())
 		if err == nil {
 			c = got.(*net.TCPConn)
@@ -180,7 +181,7 @@ func TestListen(t *testing.T) {
 			if at != want {
 				t.Errorf("peers reach the host at %s, want %s", at, want)
 			}
-			refused := w.peer("203.0.113.201", at) // nobody listens yet
+			refused := w.peer("203.0.113.201") // nobody listens yet
 			_ = refused.SetDeadline(time.Now().Add(20 * time.Second))
 			if n, err := refused.Read(make([]byte, 1)); err == nil {
 				t.Errorf("the peer reads %d bytes from a program that does not listen", n)
@@ -190,7 +191,7 @@ func TestListen(t *testing.T) {
 			})
 			l := w.listen("host", fmt.Sprintf(":%d", peerPort))
 			for i := range 3 {
-				far := w.peer(fmt.Sprintf("203.0.113.%d", 202+i), w.outer(""))
+				far := w.peer(fmt.Sprintf("203.0.113.%d", 202+i))
 				w.sendBoth(w.acceptFrom(l, far), far)
 			}
 			if err := d.stop(); err != nil {
@@ -211,7 +212,7 @@ func TestListenIPv6(t *testing.T) {
 	rec.known(s)
 	d := w.up("--proxy", s.URL(), "--listen", fmt.Sprint(peerPort))
 	l := w.listen("host", fmt.Sprintf(":%d", peerPort))
-	far := w.peer(client6, w.outer(""))
+	far := w.peer(client6)
 	near := w.acceptFrom(l, far)
 	if got := netip.MustParseAddrPort(near.LocalAddr().String()).Addr().String(); got != host6 {
 		t.Errorf("the program is reached at %s, want %s", got, host6)
@@ -254,7 +255,7 @@ func TestListenReload(t *testing.T) {
 	d.reload()
 	ports("6881 at 192.0.2.2:6881;")
 	l := w.listen("host", ":6881")
-	far := w.peer("203.0.113.201", "192.0.2.2:6881")
+	far := w.peer("203.0.113.201")
 	w.acceptFrom(l, far)
 	w.configure(conf + "listen 6882\nlisten 6883\n")
 	d.reload()
@@ -271,7 +272,8 @@ func TestListenReload(t *testing.T) {
 		return strings.Contains(d.log.String(), "the network changed")
 	})
 	// dante did not hear of the end of the BIND by the old address, and holds its port.
-	far2 := w.peer("203.0.113.202", w.outer("192.0.2.2:6883"))
+	w.outer("192.0.2.2:6883")
+	far2 := w.peer("203.0.113.202")
 	near2 := w.acceptFrom(l2, far2)
 	if got := near2.LocalAddr().String(); got != "198.51.100.3:6883" {
 		t.Errorf("the peer came to %s", got)
@@ -298,7 +300,7 @@ func TestListenKilled(t *testing.T) {
 	l := w.listen("host", fmt.Sprintf(":%d", peerPort))
 	var open []*net.TCPConn
 	for i := range 4 {
-		far := w.peer(fmt.Sprintf("203.0.113.%d", 210+i), w.outer(""))
+		far := w.peer(fmt.Sprintf("203.0.113.%d", 210+i))
 		near := w.acceptFrom(l, far)
 		go func() { _, _ = io.Copy(far, far) }()
 		if err := ping(near); err != nil {
@@ -338,8 +340,7 @@ func TestListenTakeover(t *testing.T) {
 	flags := []string{"--proxy", "socks5://" + proxy4, "--listen", fmt.Sprint(peerPort)}
 	first := w.up(flags...)
 	l := w.listen("host", fmt.Sprintf(":%d", peerPort))
-	at := w.outer("")
-	far := w.peer("203.0.113.201", at)
+	far := w.peer("203.0.113.201")
 	near := w.acceptFrom(l, far)
 	go func() { _, _ = io.Copy(near, near) }()
 	if err := ping(far); err != nil {
@@ -349,7 +350,7 @@ func TestListenTakeover(t *testing.T) {
 	if err := ping(far); err != nil {
 		t.Errorf("the connection of before: %v", err)
 	}
-	far2 := w.peer("203.0.113.202", w.outer(""))
+	far2 := w.peer("203.0.113.202")
 	near2 := w.acceptFrom(l, far2)
 	w.sendBoth(far2, near2)
 	if err := ping(far); err != nil {
@@ -374,7 +375,7 @@ func TestListenPublished(t *testing.T) {
 	rec.to(netipAddrPort(proxy4, 1080))
 	l := w.listen("ctr", ":80")
 	d := w.up("--proxy", "socks5://"+proxy4, "--listen", fmt.Sprint(publishedPort))
-	far := w.peer("203.0.113.201", w.outer(""))
+	far := w.peer("203.0.113.201")
 	w.sendBoth(far, w.acceptFrom(l, far))
 	if err := d.stop(); err != nil {
 		t.Error(err)
@@ -388,12 +389,10 @@ func TestListenUnreachable(t *testing.T) {
 	s := w.proxy(proxy4 + ":1080")
 	d := w.up("--proxy", s.URL(), "--listen", fmt.Sprint(peerPort))
 	w.listen("host", fmt.Sprintf("127.0.0.1:%d", peerPort))
-	at := ""
 	reset := func(what string) {
 		t.Helper()
 		began := time.Now()
-		at = w.outer(at)
-		far := w.peer("203.0.113.201", at)
+		far := w.peer("203.0.113.201")
 		_ = far.SetDeadline(time.Now().Add(30 * time.Second))
 		if n, err := far.Read(make([]byte, 1)); err == nil || strings.Contains(err.Error(), "timeout") {
 			t.Errorf("%s: the peer reads %d bytes: %v", what, n, err)
