@@ -131,6 +131,11 @@ func serveConnect(c *net.TCPConn, dst netip.AddrPort) error {
 // serveBind lets one peer in. The next BIND gets the same port, also while the connection is open.
 func serveBind(c *net.TCPConn, port uint16) error {
 	l, err := net.ListenTCP("tcp4", &net.TCPAddr{Port: int(port)})
+	// The BIND of a client that has just ended may still have the port.
+	for end := time.Now().Add(time.Second); err != nil && time.Now().Before(end); {
+		time.Sleep(10 * time.Millisecond)
+		l, err = net.ListenTCP("tcp4", &net.TCPAddr{Port: int(port)})
+	}
 	if err != nil {
 		_, err = c.Write(reply(1, netip.AddrPort{}))
 		return err
