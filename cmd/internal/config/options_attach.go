@@ -19,7 +19,7 @@ Those of Podman and CRI-O are in the arguments of
 .Xr conmon 8 ;
 after
 .Ql podman rename
-the earlier name counts until the container starts again.
+the earlier name counts until the container starts again, and the names of CRI-O with conmon-rs are not found.
 Those of Docker are in its
 .Pa config.v2.json ,
 and those of Kubernetes and nerdctl in containerd's
