@@ -47,6 +47,7 @@ func commands() []*command {
 		cmdAttach,
 		cmdDown,
 		cmdConfirm,
+		cmdUpgrade,
 		cmdClose,
 		cmdPs,
 		cmdStatus,

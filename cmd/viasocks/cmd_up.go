@@ -29,8 +29,8 @@ again. Over SSH, try it with --confirm 60s first.`,
 			return exitOK, daemon.DryRun(cfg, std.out, std.err)
 		}
 		return exitOK, daemon.Up(cfg, daemon.UpOptions{
-			Again:   func() (*config.Config, error) { return cfg.Again(again, env) },
-			Environ: env, Stderr: std.err, Version: shortVersion(),
+			Again: func() (*config.Config, error) { return cfg.Again(again, env) },
+			Args:  again, Environ: env, Stderr: std.err, Version: shortVersion(),
 		})
 	},
 }

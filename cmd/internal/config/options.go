@@ -31,6 +31,7 @@ const (
 	ExcludeProgram
 	IncludeProgram
 	Attach
+	Upgrade
 )
 
 // RunsProgram reports whether a program and its arguments follow the options.
@@ -49,7 +50,7 @@ var commandNames = []struct {
 	name string
 }{{Run, "run"}, {Up, "up"}, {Down, "down"}, {Confirm, "confirm"}, {Status, "status"}, {Flows, "flows"}, {Ps, "ps"}, {Top, "top"},
 	{Doctor, "doctor"}, {Health, "health"}, {Capture, "capture"}, {Exec, "exec"}, {ExcludeProgram, "exclude"},
-	{IncludeProgram, "include"}, {Attach, "attach"}}
+	{IncludeProgram, "include"}, {Attach, "attach"}, {Upgrade, "upgrade"}}
 
 // commandName returns the name of one subcommand.
 func commandName(cmd Command) string {
@@ -483,9 +484,6 @@ Without this option they are removed, because the program would otherwise use th
 is always removed.`,
 	},
 }
-
-// maxPID is the largest process id of Linux (PID_MAX_LIMIT).
-const maxPID = 1 << 22
 
 // fileOption is the only option that is not allowed in the file.
 const fileOption = "config"

@@ -290,9 +290,11 @@ must be the same, and the same
 is used.
 All other options, and the configuration file, may differ.
 If the new process cannot start, the old one carries on.
-A service of
+For a service of
 .Xr systemd 1
-ends when its process has handed over; a restart of the service does not use this option.
+use
+.Ql viasocks upgrade ,
+with which the new process belongs to the service.
 If no
 .Nm
 is up, this is an ordinary start.`,

@@ -113,7 +113,7 @@ has taken over, nothing is undone.`,
 	{
 		Name: "state-dir", Arg: "DIR", Default: kernel.DefaultDir,
 		Cmds: Up | Attach | Check | Down | Confirm | Status | Flows | Ps | Top | Health |
-			Capture | ExcludeProgram | IncludeProgram,
+			Capture | ExcludeProgram | IncludeProgram | Upgrade,
 		set:  setStateDir,
 		Help: "directory of journal, lock and control socket",
 		Man: `The directory for the journal, the lock and the control socket, on a host whose
@@ -128,12 +128,13 @@ without root, the default is a directory for this user below
 or
 .Pa /run/user .
 The same directory must be given to
-.Cm close , down , status , flows , ps , top
+.Cm close , down , upgrade , status , flows , ps , top
 and
 .Cm confirm .`,
 	},
 	{
-		Name: fileOption, Arg: "FILE", Cmds: all | Down | Confirm | Status | Flows | Ps | Top | Doctor | Health | Capture,
+		Name: fileOption, Arg: "FILE",
+		Cmds: all | Down | Confirm | Upgrade | Status | Flows | Ps | Top | Doctor | Health | Capture,
 		Help: "read options from FILE; flags win over it",
 		Man: `Read options from
 .Ar FILE ,
@@ -143,3 +144,6 @@ An option given as a flag or in the environment wins over the file; of options t
 replace all of the file's.`,
 	},
 }
+
+// maxPID is the largest process id of Linux (PID_MAX_LIMIT).
+const maxPID = 1 << 22

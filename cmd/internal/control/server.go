@@ -46,7 +46,10 @@ type Backend struct {
 	Confirm func() error
 	// TakeOver hands the host over to the process pid at the other end of c, which it owns. nil: not available.
 	TakeOver func(c *net.UnixConn, pid int)
-	Down     func() // begins to stop and returns at once; nil: it ends by itself, as `run` does
+	// Upgrade starts the program that is on disk now, which takes the host over, and returns its process id. It may take a
+	// minute. nil: not available.
+	Upgrade func() (pid int, err error)
+	Down    func() // begins to stop and returns at once; nil: it ends by itself, as `run` does
 }
 
 // Options are the options of a Server.
@@ -123,6 +126,9 @@ func serve(o Options, l acceptor) *Server {
 	}
 	if o.Backend.TakeOver != nil {
 		mux.HandleFunc("POST /v1/takeover", s.takeover)
+	}
+	if o.Backend.Upgrade != nil {
+		mux.HandleFunc("POST /v1/upgrade", s.upgrade)
 	}
 	if o.Backend.Down != nil {
 		mux.HandleFunc("POST /v1/down", s.touch(func() error { o.Backend.Down(); return nil }))

@@ -3,6 +3,7 @@ package control
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"net"
@@ -13,42 +14,78 @@ import (
 )
 
 // The connection of a takeover begins as a request and then changes its protocol (RFC 9110, section 7.8), because it
-// carries descriptors.
+// carries descriptors. That of an upgrade does so because the server ends before the answer.
 
-const takeoverProtocol = "viasocks-takeover"
+const (
+	takeoverProtocol = "viasocks-takeover"
+	upgradeProtocol  = "viasocks-upgrade"
+)
+
+// upgradeTimeout is how long a client waits for the end of an upgrade, which takes less.
+const upgradeTimeout = 2 * time.Minute
+
+// upgraded is the answer to the request for an upgrade.
+type upgraded struct {
+	PID   int    `json:"pid,omitempty"`
+	Error string `json:"error,omitempty"`
+}
 
 // takeover gives the connection of a client that may do everything to the Backend.
 func (s *Server) takeover(w http.ResponseWriter, r *http.Request) {
+	if c, p := s.hijack(w, r, takeoverProtocol); c != nil {
+		s.o.Backend.TakeOver(c, int(p.PID))
+	}
+}
+
+// upgrade answers with the outcome of an upgrade.
+func (s *Server) upgrade(w http.ResponseWriter, r *http.Request) {
+	c, _ := s.hijack(w, r, upgradeProtocol)
+	if c == nil {
+		return
+	}
+	defer c.Close()
+	var u upgraded
+	var err error
+	if u.PID, err = s.o.Backend.Upgrade(); err != nil {
+		u = upgraded{Error: err.Error()}
+	}
+	_ = c.SetDeadline(time.Now().Add(answerTimeout))
+	_ = json.NewEncoder(c).Encode(u) // the client may be gone
+}
+
+// hijack lets the connection of a client that may do everything change to protocol. The caller closes it. It returns nil if
+// it has refused.
+func (s *Server) hijack(w http.ResponseWriter, r *http.Request, protocol string) (*net.UnixConn, privsock.Peer) {
 	p, _ := r.Context().Value(peerKey{}).(privsock.Peer)
 	if !p.Owner() {
 		s.refuse(w, p)
-		return
+		return nil, p
 	}
-	if r.Header.Get("Upgrade") != takeoverProtocol {
-		http.Error(w, "this request needs the header Upgrade: "+takeoverProtocol, http.StatusUpgradeRequired)
-		return
+	if r.Header.Get("Upgrade") != protocol {
+		http.Error(w, "this request needs the header Upgrade: "+protocol, http.StatusUpgradeRequired)
+		return nil, p
 	}
 	raw, _, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusInternalServerError)
-		return
+		return nil, p
 	}
 	c, ok := raw.(*conn)
 	if !ok {
 		raw.Close()
-		return
+		return nil, p
 	}
 	s.o.Log.Info("control", "request", r.Method+" "+r.URL.Path, "uid", p.UID, "pid", p.PID)
 	c.slots.Add(-1) // it is no connection of the server any more
 	c.once.Do(func() {})
 	_ = c.SetDeadline(time.Now().Add(answerTimeout))
 	_, err = io.WriteString(c.UnixConn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n"+
-		"Upgrade: "+takeoverProtocol+"\r\n\r\n")
+		"Upgrade: "+protocol+"\r\n\r\n")
 	if err != nil {
 		c.UnixConn.Close()
-		return
+		return nil, p
 	}
-	s.o.Backend.TakeOver(c.UnixConn, int(p.PID))
+	return c.UnixConn, p
 }
 
 // TakeOver asks the viasocks at path to hand the host over. The caller closes the connection, over which the two
@@ -56,6 +93,30 @@ func (s *Server) takeover(w http.ResponseWriter, r *http.Request) {
 func TakeOver(path string) (*net.UnixConn, error) {
 	cl := NewClient(path)
 	defer cl.Close()
+	return cl.change("takeover", takeoverProtocol)
+}
+
+// Upgrade tells the daemon to start the program that is on disk now, which takes the host over, and waits until it has. It
+// returns the process id of the new daemon.
+func (c *Client) Upgrade() (pid int, err error) {
+	conn, err := c.change("upgrade", upgradeProtocol)
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(upgradeTimeout))
+	var u upgraded
+	switch err := json.NewDecoder(io.LimitReader(conn, maxAnswer)).Decode(&u); {
+	case err != nil:
+		return 0, errors.New("cannot upgrade: viasocks has ended before it answered: see its log, and 'viasocks status'")
+	case u.Error != "":
+		return 0, errors.New("cannot upgrade: " + u.Error)
+	}
+	return u.PID, nil
+}
+
+// change makes a request after which the connection has another protocol. The caller closes it.
+func (cl *Client) change(request, protocol string) (*net.UnixConn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), clientTimeout)
 	defer cancel()
 	raw, err := cl.dial(ctx)
@@ -65,30 +126,30 @@ func TakeOver(path string) (*net.UnixConn, error) {
 	c, ok := raw.(*net.UnixConn)
 	if !ok {
 		raw.Close()
-		return nil, errors.New("cannot take over: the control socket is no unix socket")
+		return nil, errors.New("cannot ask for " + request + ": the control socket is no unix socket")
 	}
 	fail := func(err error) (*net.UnixConn, error) {
 		c.Close()
 		return nil, err
 	}
 	_ = c.SetDeadline(time.Now().Add(clientTimeout))
-	req, err := http.NewRequest("POST", "http://viasocks/v1/takeover", nil)
+	req, err := http.NewRequest("POST", "http://viasocks/v1/"+request, nil)
 	if err != nil {
 		return fail(err)
 	}
 	req.Header.Set("Connection", "Upgrade")
-	req.Header.Set("Upgrade", takeoverProtocol)
+	req.Header.Set("Upgrade", protocol)
 	if err := req.Write(c); err != nil {
 		return fail(cl.explain(err))
 	}
-	// The other side sends its descriptors only after this answer, so they must not be read by the buffered reader.
+	// The other side may send descriptors only after this answer, so they must not be read by the buffered reader.
 	resp, err := http.ReadResponse(bufio.NewReader(&oneByte{c}), req)
 	if err != nil {
 		return fail(cl.explain(err))
 	}
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		defer resp.Body.Close()
-		return fail(refusal("takeover", resp))
+		return fail(refusal(request, resp))
 	}
 	return c, nil
 }

@@ -23,6 +23,7 @@ import (
 // UpOptions are the arguments of Up besides the configuration.
 type UpOptions struct {
 	Again   func() (*config.Config, error) // reads the configuration again
+	Args    []string                       // the arguments after `up`, for `viasocks upgrade`
 	Environ []string
 	Stderr  *os.File
 	Version string
@@ -53,6 +54,8 @@ type up struct {
 	taker   *taker       // who has taken it over; nil: nobody
 	before  *predecessor // from whom we take it over; nil: nobody
 
+	upgrades *upgrades
+
 	mu        sync.Mutex // guards the fields below, which status reads
 	plane     *plane
 	host      *host
@@ -65,6 +68,7 @@ type up struct {
 	reloaded  *time.Time
 	warnings  []string
 	theirs    int // flows of the viasocks from which the host was taken over
+	offered   int // the process to which the host is offered; 0: none
 }
 
 var (
@@ -101,8 +105,9 @@ func Up(cfg *config.Config, o UpOptions) error {
 		UpOptions: o, env: e, first: cfg, cfg: cfg, state: control.Starting, since: time.Now(),
 		stop: stop, hup: make(chan struct{}, 1), network: newSettling(), tun: tended{news: make(chan struct{}, 1)},
 		loops: newLoopGuard(), confirm: make(chan struct{}, 1),
-		path: path, lock: lock, before: before, takers: make(chan *taker),
+		path: path, lock: lock, before: before, takers: make(chan *taker), upgrades: newUpgrades(),
 	}
+	defer u.upgrades.close()
 	defer u.giveLock()
 	u.teller = resolved.New(resolved.SystemBus(), []netip.Addr{nameserver}, e.log)
 	u.teller.Want(tellsResolved(cfg))
@@ -168,15 +173,19 @@ func (s *serving) end() {
 // listenSignals handles signals until the function that it returns is called.
 func (u *up) listenSignals() (end func()) {
 	signals := make(chan os.Signal, 4)
-	heed := []os.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP}
+	heed := []os.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGUSR2, syscall.SIGHUP}
 	if u.first.File == "" && signal.Ignored(syscall.SIGHUP) { // nohup: the terminal may close
-		heed = heed[:2]
+		heed = heed[:3]
 	}
 	signal.Notify(signals, heed...)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		for s := range signals {
+			if s == syscall.SIGUSR2 {
+				go u.upgrade() // the log tells how it went
+				continue
+			}
 			// without a file there is nothing to read again, so the terminal was closed
 			if s != syscall.SIGHUP || u.first.File == "" {
 				u.stop(fmt.Errorf("stopped by a signal: %s", s))
@@ -402,9 +411,10 @@ func (u *up) live(ctx context.Context) error {
 			if err := u.rebuild(err); err != nil {
 				return err
 			}
-		case u.taker = <-u.takers:
-			u.teller.Leave()
-			return nil
+		case t := <-u.takers:
+			if u.letGo(t) {
+				return nil
+			}
 		case <-unconfirmed:
 			u.stop(errUnconfirmed)
 		case <-u.confirm:

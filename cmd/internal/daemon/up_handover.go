@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -29,9 +30,48 @@ type taker struct {
 	limit   time.Duration
 }
 
+// offerable returns why the host is not offered, or nil. The caller holds u.mu.
+func (u *up) offerable() error {
+	switch {
+	case u.plane == nil || u.host == nil || u.state != control.Ready:
+		return fmt.Errorf("the viasocks that is up is %s, and only one that is ready hands over", u.state)
+	case u.offered != 0:
+		return fmt.Errorf("another takeover is under way: process %d takes the host over", u.offered)
+	}
+	return nil
+}
+
+// offerTo records that the host is offered to the process pid, or returns why it is not.
+func (u *up) offerTo(pid int) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	err := u.offerable()
+	if err == nil {
+		u.offered = pid
+	}
+	return err
+}
+
+// withdraw ends an offer: the host stays ours because of err.
+func (u *up) withdraw(t *taker, err error) {
+	closeFiles(t.sockets)
+	if t.talk != nil {
+		t.talk.Close()
+	}
+	u.mu.Lock()
+	u.offered = 0
+	u.mu.Unlock()
+	u.log.Warn("the host was not taken over", "by", t.pid, "err", config.Redact(err.Error()))
+}
+
 // offerHost offers the host to the viasocks with process id pid at the other end of c, and passes it to live once it
 // is sure. It runs on a goroutine of the control socket.
 func (u *up) offerHost(c *net.UnixConn, pid int) {
+	if err := u.offerTo(pid); err != nil {
+		u.log.Warn("the host was not taken over", "by", pid, "err", err)
+		_ = handover.Refuse(c, u.Version, err.Error()) // it may be gone
+		return
+	}
 	t := &taker{pid: pid}
 	err := u.makeOffer(c, t)
 	if err == nil {
@@ -43,24 +83,24 @@ func (u *up) offerHost(c *net.UnixConn, pid int) {
 		case <-timeout.C:
 			err = errors.New("it is busy or about to end")
 		}
-		closeFiles(t.sockets)
 	}
-	if t.talk != nil {
-		t.talk.Close()
+	u.withdraw(t, err)
+}
+
+// letGo asks the new process whether the host shall change hands now, and reports whether it does.
+func (u *up) letGo(t *taker) bool {
+	if err := t.talk.Go(); err != nil {
+		u.withdraw(t, err)
+		return false
 	}
-	u.log.Warn("the host was not taken over", "by", pid, "err", config.Redact(err.Error()))
+	u.taker = t
+	u.teller.Leave()
+	return true
 }
 
 // makeOffer offers the host and waits until the other process commits itself.
 func (u *up) makeOffer(c *net.UnixConn, t *taker) error {
 	p, h := u.running()
-	u.mu.Lock()
-	state := u.state
-	u.mu.Unlock()
-	if p == nil || h == nil || state != control.Ready {
-		c.Close()
-		return fmt.Errorf("it is %s: only a viasocks that is ready hands over", state)
-	}
 	files := handover.Files{Kernel: h.LockFile()}
 	defer func() { files.Kernel = nil; files.Close() }() // the Host owns that lock
 	var err error
@@ -75,6 +115,7 @@ func (u *up) makeOffer(c *net.UnixConn, t *taker) error {
 	k.OwnCgroup, k.OwnUID = ownership("/proc/self/cgroup")
 	t.talk, err = handover.Give(c, handover.Offer{
 		PID: os.Getpid(), Version: u.Version, Settings: takeoverSettings(u.first), Own: ownName(&k), Sources: p.stack.Sources(),
+		Heir: u.upgrades.started(),
 	}, files)
 	if err != nil {
 		return err
@@ -91,6 +132,7 @@ func (u *up) makeOffer(c *net.UnixConn, t *taker) error {
 func (u *up) handOver(ctx context.Context) error {
 	t := u.taker
 	defer t.talk.Close()
+	endAlive := u.stillAlive()
 	u.setState(control.Leaving)
 	u.serving.end()
 	u.plane.unlisten() // so that the other one can have the ports
@@ -112,17 +154,28 @@ func (u *up) handOver(ctx context.Context) error {
 	if err == nil {
 		err = t.talk.Taken(handover.Taken{Flows: flows, Proxies: endpointsTo(u.allowed.everything())}, names)
 	}
+	endAlive()
 	if err != nil {
 		u.stopPlane(nil)
 		return died(fmt.Errorf("%w; the host stays closed: 'viasocks up' takes over, 'viasocks down' opens it", err))
 	}
 	u.notify.Hand(t.pid)
+	close(u.upgrades.handed)
 	u.log.Info("handed the host over", "to", t.pid, "flows", flows.Len(), "limit", t.limit)
 	left := u.drain(ctx, t, keys)
 	u.before.finish(u.log)
 	u.stopPlane(nil)
 	_, _ = t.talk.Left(handover.Left{Ended: handover.FlowsOf(left)}) // the new process may be gone
 	return nil
+}
+
+// stillAlive tells the watchdog of systemd that we are alive until the function that it returns is called. Once the service
+// has another main process, systemd does not listen to us any more.
+func (u *up) stillAlive() (end func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var ran sync.WaitGroup
+	ran.Go(func() { u.notify.Guard(ctx, u.look) })
+	return func() { cancel(); ran.Wait() }
 }
 
 // keys returns all flows of the data plane, and those of the viasocks from which it has taken over.

@@ -20,7 +20,7 @@ func (u *up) backend() control.Backend {
 		Status: u.status, Flows: u.flows, Name: u.name, Watch: u.watch, Capture: u.capture, Health: u.healthNow,
 		Confirm: u.confirmed,
 		Exclude: u.choose(kernel.ExcludeProgram), Include: u.choose(kernel.IncludeProgram),
-		Down: func() { u.stop(errDown) }, TakeOver: u.offerHost,
+		Down: func() { u.stop(errDown) }, TakeOver: u.offerHost, Upgrade: u.upgrade,
 	}
 }
 

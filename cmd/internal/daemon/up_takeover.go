@@ -36,7 +36,7 @@ const (
 // predecessor is the viasocks from which this one takes the host over.
 type predecessor struct {
 	talk  *handover.New
-	owned bool // Commit was sent, so the host is ours
+	owned bool // the host is ours
 
 	frames    *stack.Elsewhere // nil: not taken yet
 	following sync.WaitGroup   // followPredecessor, until end
@@ -74,6 +74,9 @@ func takeoverSettings(cfg *config.Config) map[string]string {
 		"fail-open": strconv.FormatBool(cfg.Host.FailOpen),
 	}
 }
+
+// startedUs reports whether the predecessor has started this process itself, for an upgrade.
+func (p *predecessor) startedUs() bool { return p != nil && p.talk.Offer.Heir == os.Getpid() }
 
 // holds reports whether the predecessor still has the host.
 func (p *predecessor) holds() bool { return p != nil && !p.owned }
@@ -147,7 +150,7 @@ func (u *up) takeOver(ctx context.Context, h *host) error {
 		p.Close()
 		return err
 	}
-	taken, names, err := b.talk.Commit(far, handover.Terms{Limit: u.first.Host.TakeoverLimit})
+	err = b.talk.Commit(far, handover.Terms{Limit: u.first.Host.TakeoverLimit})
 	closeFiles(far)
 	if err != nil {
 		closeFiles(near)
@@ -158,6 +161,11 @@ func (u *up) takeOver(ctx context.Context, h *host) error {
 	// From here on nobody reads the device but us.
 	b.owned = true
 	u.use(p, diag, dev, wanted)
+	taken, names, err := b.talk.Taken()
+	if err != nil {
+		closeFiles(near)
+		return err
+	}
 	if b.frames, err = stack.NewElsewhere(taken.Keys(), near); err != nil {
 		return err
 	}
@@ -183,14 +191,20 @@ func (u *up) takeOver(ctx context.Context, h *host) error {
 	b.over = make(chan struct{})
 	b.following.Go(func() { defer close(b.over); u.followPredecessor(ctx) })
 	u.log.Info("took the host over", "from", b.talk.Offer.PID, "version", b.talk.Offer.Version, "its_flows", taken.Len())
-	if err := probe(ctx, u.first, u.dial); err != nil && ctx.Err() == nil {
-		if u.first.Host.Wait && mayCome(err) {
-			u.waitFor(err)
-		} else {
-			u.log.Warn("the proxy does not answer", "err", err)
-		}
-	}
+	u.probeTaken(ctx)
 	return nil
+}
+
+// probeTaken checks the proxy once the host is ours: what is not there yet is waited for.
+func (u *up) probeTaken(ctx context.Context) {
+	err := probe(ctx, u.first, u.dial)
+	switch {
+	case err == nil || ctx.Err() != nil:
+	case u.first.Host.Wait && mayCome(err):
+		u.waitFor(err)
+	default:
+		u.log.Warn("the proxy does not answer", "err", err)
+	}
 }
 
 // adoptPlane builds a data plane over the queues of the other process, and starts nothing.
@@ -246,8 +260,10 @@ func closeFiles(files []*os.File) {
 func (u *up) followPredecessor(ctx context.Context) {
 	b := u.before
 	var err error
+	var first sync.Once
 	for err == nil {
 		err = b.talk.Left(newsWithin, func(l handover.Left) (stop bool) {
+			first.Do(u.notify.Repeat) // systemd listens to us by now
 			b.frames.Ended(l.Ended.Keys())
 			u.mu.Lock()
 			u.theirs = l.Now

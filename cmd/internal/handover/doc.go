@@ -5,11 +5,13 @@
 //
 //	old -> new   Offer       what the two must agree on, the lock of the host, the queues of the TUN device
 //	new -> old   Commit      one socket for each reader of the old process
+//	old -> new   Ready       the old process is about to let go
+//	new -> old   Go          from here on the host is the new process's
 //	old -> new   Taken       the flows that the old process keeps; it changes nothing on the host any more
 //	new -> old   InPlace     the new process reads the device and watches the host
 //	old -> new   Left        again and again: which flows have ended, until none is left; each is acknowledged
 //
-// Up to Commit, either side can give up, and nothing has changed. After Commit, the device has no reader until the new
-// process starts to read; the kernel keeps 500 frames for each queue meanwhile. If the new process dies after Commit,
-// the old one ends, too, and the host stays closed, as after any crash.
+// An Offer may say instead why there is none. Up to Go, either side can give up, and nothing has changed. After Go, the
+// device has no reader until the new process starts to read; the kernel keeps 500 frames for each queue meanwhile. If either
+// process fails after Go, so does the other one, and the host stays closed, as after any crash.
 package handover

@@ -29,6 +29,8 @@ type Offer struct {
 	Own      string            // what the filter knows the old process's sockets by, see Settings of the daemon
 	Sources  int               // how many sockets Commit must have
 	Locks    int               // how many of the files are the lock of the control socket
+	Heir     int               // the process that the old one has started to take over; 0: none
+	Refused  string            // why the host is not offered; the rest is empty then
 }
 
 // Flows are the flows that the old process keeps.
@@ -96,6 +98,8 @@ type commit struct {
 	Terms
 }
 type inPlace struct{}
+type ready struct{}
+type letGo struct{}
 type noted struct {
 	Stop bool // the old process shall reset its flows and end
 }
@@ -132,6 +136,12 @@ func Give(c *net.UnixConn, o Offer, f Files) (*Old, error) {
 	return &Old{c: c}, nil
 }
 
+// Refuse says why the host is not offered. It owns c.
+func Refuse(c *net.UnixConn, version, why string) error {
+	defer c.Close()
+	return send(c, Offer{Protocol: protocol, Version: version, Refused: why})
+}
+
 // Commit waits until the new process takes the host and returns the sockets from which frames come. The caller closes
 // them. An error means that the new process has given up.
 func (o *Old) Commit(want int) (sockets []*os.File, terms Terms, err error) {
@@ -148,6 +158,19 @@ func (o *Old) Commit(want int) (sockets []*os.File, terms Terms, err error) {
 		return nil, terms, fmt.Errorf("the new viasocks did not take the host: %w", err)
 	}
 	return sockets, m.Terms, nil
+}
+
+// Go tells the new process that the host is about to change hands. Without an error it has, and the caller must let go. An
+// error means that the new process has given up.
+func (o *Old) Go() error {
+	err := send(o.c, ready{})
+	if err == nil {
+		_, err = receive(o.c, &letGo{}, goTime)
+	}
+	if err != nil {
+		return fmt.Errorf("the new viasocks did not take the host: %w", err)
+	}
+	return nil
 }
 
 // Taken tells the new process which flows stay, and waits until it is in place. names are the names of fake addresses; it
@@ -196,8 +219,10 @@ func Take(c *net.UnixConn) (*New, error) {
 	files, err := receive(c, &n.Offer, stepTime)
 	switch {
 	case errors.Is(err, io.EOF):
-		err = errors.New("the viasocks that is up does not offer the host; it must be ready, and its log tells why")
+		err = errors.New("the viasocks that is up does not offer the host: its log tells why")
 	case err != nil:
+	case n.Offer.Refused != "":
+		err = errors.New(n.Offer.Refused)
 	case n.Offer.Protocol != protocol:
 		err = fmt.Errorf("viasocks %s hands over by another protocol; restart it with 'viasocks down' and 'viasocks up'",
 			n.Offer.Version)
@@ -228,19 +253,34 @@ func (n *New) Differ(ours map[string]string) error {
 	return fmt.Errorf("cannot take over: these settings must be the same: %s", strings.Join(names, ", "))
 }
 
-// Commit takes the host: the old process reads its frames from sockets from now on. The sockets stay the caller's. The
-// caller closes names, which is nil if the old process has none.
-func (n *New) Commit(sockets []*os.File, terms Terms) (t Taken, names *os.File, err error) {
-	var files []*os.File
-	if err = send(n.c, commit{protocol, terms}, sockets...); err == nil {
-		files, err = receive(n.c, &t, stepTime)
+// Commit takes the host: the old process reads its frames from sockets from now on. The sockets stay the caller's. An error
+// means that the old process keeps the host; without one it is ours, whatever happens.
+func (n *New) Commit(sockets []*os.File, terms Terms) error {
+	err := send(n.c, commit{protocol, terms}, sockets...)
+	if err == nil {
+		_, err = receive(n.c, &ready{}, stepTime)
 	}
+	if err == nil {
+		err = send(n.c, letGo{})
+	}
+	if errors.Is(err, io.EOF) {
+		err = errors.New("it stops, or it is busy: its log tells why")
+	}
+	if err != nil {
+		return fmt.Errorf("cannot take over: the old viasocks does not let go: %w", err)
+	}
+	return nil
+}
+
+// Taken waits for the flows that the old process keeps. The caller closes names, which is nil if the old process has none.
+func (n *New) Taken() (t Taken, names *os.File, err error) {
+	files, err := receive(n.c, &t, takenTime)
 	if err == nil && len(files) > 1 {
 		err = errors.New("it sent too many files")
 	}
 	if err != nil {
 		closeAll(files)
-		return t, nil, fmt.Errorf("cannot take over: the old viasocks does not let go: %w", err)
+		return t, nil, fmt.Errorf("cannot take over: the old viasocks has failed while it let go: %w", err)
 	}
 	if len(files) == 1 {
 		names = files[0]

@@ -102,6 +102,9 @@ func TestConversation(t *testing.T) {
 				return fmt.Errorf("%v: %w", terms, err)
 			}
 			checkPipes(t, sockets)
+			if err := o.Go(); err != nil {
+				return err
+			}
 			names := pipes(t, 1)
 			defer closeAll(names)
 			if err := o.Taken(Taken{Flows: FlowsOf(append(keys, keys[0])), Proxies: proxies}, names[0]); err != nil {
@@ -133,8 +136,12 @@ func TestConversation(t *testing.T) {
 		t.Error(err)
 	}
 	sockets := pipes(t, 3)
-	taken, names, err := n.Commit(sockets, Terms{time.Hour})
+	err = n.Commit(sockets, Terms{time.Hour})
 	closeAll(sockets)
+	if err != nil {
+		t.Fatal(err)
+	}
+	taken, names, err := n.Taken()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -173,9 +180,9 @@ func TestBadConversation(t *testing.T) {
 		say  func(c *net.UnixConn) error
 		want string
 	}{
-		"nothing":     {func(*net.UnixConn) error { return nil }, "must be ready"},
+		"nothing":     {func(*net.UnixConn) error { return nil }, "its log tells why"},
 		"half":        {func(c *net.UnixConn) error { _, err := c.Write([]byte{0, 0, 0, 9, '{'}); return err }, "unexpected EOF"},
-		"half a head": {func(c *net.UnixConn) error { _, err := c.Write([]byte{0}); return err }, "must be ready"},
+		"half a head": {func(c *net.UnixConn) error { _, err := c.Write([]byte{0}); return err }, "its log tells why"},
 		"too long":    {func(c *net.UnixConn) error { _, err := c.Write([]byte{255, 0, 0, 0, 1}); return err }, "too long"},
 		"no JSON":     {func(c *net.UnixConn) error { _, err := c.Write([]byte{0, 0, 0, 1, 'x'}); return err }, "invalid"},
 		"no files":    {func(c *net.UnixConn) error { return send(c, offer) }, "incomplete"},
@@ -210,10 +217,75 @@ func TestBadConversation(t *testing.T) {
 		t.Errorf("it is %v", err)
 	}
 	b.Close()
+	if err := o.Go(); err == nil {
+		t.Error("the new process is gone, and the host would be let go")
+	}
 	if err := o.Taken(Taken{}, nil); err == nil {
 		t.Error("the new process is gone, and nothing was said")
 	}
 	o.Close()
+}
+
+// Who keeps the host is decided by Go: before it, the old process does, and afterwards the new one has it, even if nothing
+// more comes.
+func TestWhoKeepsTheHost(t *testing.T) {
+	testkit.CheckLeaks(t)
+	for _, c := range []struct {
+		name        string
+		old         func(o *Old) error
+		commit, end string // what the errors of the new process contain; commit empty: it has the host
+	}{
+		{"it refuses", func(*Old) error { return nil }, "it stops, or it is busy", ""},
+		{"it dies while it lets go", func(o *Old) error { return o.Go() }, "", "has failed while it let go"},
+		{"it says nonsense", func(o *Old) error { return errors.Join(o.Go(), send(o.c, 7)) }, "", "has failed while it let go"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			oldEnd, newEnd := pair(t)
+			files := pipes(t, 3)
+			defer closeAll(files)
+			oldSide := make(chan error, 1)
+			go func() {
+				o, err := Give(oldEnd, Offer{Sources: 1}, Files{files[:1], files[1], files[2:]})
+				var sockets []*os.File
+				if err == nil {
+					sockets, _, err = o.Commit(1)
+					closeAll(sockets)
+				}
+				if err == nil {
+					err = c.old(o)
+				}
+				oldSide <- errors.Join(err, o.Close())
+			}()
+			n, err := Take(newEnd)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer n.End()
+			defer n.Files.Close()
+			err = n.Commit(files[:1], Terms{time.Second})
+			if c.commit == "" && err == nil {
+				_, _, err = n.Taken()
+			}
+			if err == nil || !strings.Contains(err.Error(), c.commit+c.end) {
+				t.Errorf("it is %v", err)
+			}
+			if err := <-oldSide; err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// A refusal arrives with its reason.
+func TestRefuse(t *testing.T) {
+	testkit.CheckLeaks(t)
+	a, b := pair(t)
+	if err := Refuse(a, "v1", "another one does"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Take(b); err == nil || err.Error() != "cannot take over: another one does" {
+		t.Errorf("it is %v", err)
+	}
 }
 
 func sendPipes(t *testing.T, c *net.UnixConn, o Offer, n int) error {

@@ -20,6 +20,11 @@ const (
 	maxFiles = 64
 	// stepTime limits each message of the other process.
 	stepTime = 15 * time.Second
+	// goTime limits the answer to the question whether the host shall change hands now, for which the new process waits.
+	goTime = 3 * time.Second
+	// takenTime limits how long the old process takes to list its flows. The host is ours by then, so that nothing is won by
+	// giving up early.
+	takenTime = time.Minute
 )
 
 // A message is its length, 4 bytes in network byte order, and JSON. Descriptors travel with its first byte

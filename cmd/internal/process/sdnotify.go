@@ -9,6 +9,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -22,6 +23,7 @@ type Notifier struct {
 	conn     *net.UnixConn
 	watchdog time.Duration // how often systemd must hear from us; 0: never
 	log      *slog.Logger
+	last     atomic.Pointer[[]string] // the lines of Ready or Waiting, whichever came last
 }
 
 // sendTimeout limits one message, so that a systemd that does not read cannot block us.
@@ -80,7 +82,20 @@ func (n *Notifier) send(lines ...string) {
 func status(text string) string { return "STATUS=" + control.Plain(text) }
 
 // Ready reports that the host is steered, or is so again after a reload.
-func (n *Notifier) Ready(text string) { n.send("READY=1", status(text)) }
+func (n *Notifier) Ready(text string) { n.tell("READY=1", status(text)) }
+
+// tell sends what Repeat repeats.
+func (n *Notifier) tell(lines ...string) {
+	n.last.Store(&lines)
+	n.send(lines...)
+}
+
+// Repeat tells the state again, to a systemd that has not listened to this process before.
+func (n *Notifier) Repeat() {
+	if last := n.last.Load(); last != nil {
+		n.send(*last...)
+	}
+}
 
 // Reloading reports that the configuration is being read again. Ready must follow.
 func (n *Notifier) Reloading() {
@@ -93,11 +108,12 @@ func (n *Notifier) Reloading() {
 
 // Waiting reports that the start takes longer, and that the next message will come within the given time.
 func (n *Notifier) Waiting(text string, within time.Duration) {
-	n.send(status(text), "EXTEND_TIMEOUT_USEC="+strconv.FormatInt((2*within).Microseconds(), 10))
+	n.tell(status(text), "EXTEND_TIMEOUT_USEC="+strconv.FormatInt((2*within).Microseconds(), 10))
 }
 
-// Hand tells systemd that the process pid is the service's main process from now on.
-func (n *Notifier) Hand(pid int) { n.send("MAINPID=" + strconv.Itoa(pid)) }
+// Hand tells systemd that the process pid is the service's main process from now on, and gives it the whole time of the
+// watchdog: what it has said before was not heard.
+func (n *Notifier) Hand(pid int) { n.send("MAINPID="+strconv.Itoa(pid), "WATCHDOG=1") }
 
 func (n *Notifier) Stopping() { n.send("STOPPING=1", status("stopping")) }
 

@@ -56,6 +56,14 @@ func TestNotify(t *testing.T) {
 		if got := heard(t, c); got != "STATUS=waits?\nEXTEND_TIMEOUT_USEC=80000000" {
 			t.Errorf("%q", got)
 		}
+		n.Repeat()
+		if got := heard(t, c); got != "STATUS=waits?\nEXTEND_TIMEOUT_USEC=80000000" {
+			t.Errorf("repeated: %q", got)
+		}
+		n.Hand(77)
+		if got := heard(t, c); got != "MAINPID=77\nWATCHDOG=1" {
+			t.Errorf("%q", got)
+		}
 		n.Stopping()
 		if got := heard(t, c); got != "STOPPING=1\nSTATUS=stopping" {
 			t.Errorf("%q", got)

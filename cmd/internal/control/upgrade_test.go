@@ -1,0 +1,51 @@
+package control
+
+import (
+	"errors"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/viasocks/viasocks/stack/testkit"
+)
+
+// The outcome of an upgrade arrives although the server has ended before it.
+func TestUpgrade(t *testing.T) {
+	testkit.CheckLeaks(t)
+	path := filepath.Join(t.TempDir(), "control-1.sock")
+	b := (&fake{}).backend()
+	var s *Server
+	refuse := errors.New("it is waiting")
+	b.Upgrade = func() (int, error) {
+		if refuse == nil {
+			s.Close()
+		}
+		return 7, refuse
+	}
+	s, err := Listen(Options{Path: path, Group: -1, Backend: b})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	c := NewClient(path)
+	defer c.Close()
+	if pid, err := c.Upgrade(); pid != 0 || err == nil || err.Error() != "cannot upgrade: it is waiting" {
+		t.Errorf("%d, %v", pid, err)
+	}
+	refuse = nil
+	if pid, err := c.Upgrade(); pid != 7 || err != nil {
+		t.Errorf("%d, %v", pid, err)
+	}
+	if _, err := c.Upgrade(); !errors.Is(err, ErrNoDaemon) {
+		t.Errorf("without a viasocks: %v", err)
+	}
+
+	// One that does not know the request.
+	older, path := listen(t, &fake{}, -1)
+	defer older.Close()
+	c2 := NewClient(path)
+	defer c2.Close()
+	if _, err := c2.Upgrade(); !errors.Is(err, ErrOlder) || !strings.Contains(err.Error(), "upgrade") {
+		t.Errorf("an older one: %v", err)
+	}
+}

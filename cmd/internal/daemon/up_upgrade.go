@@ -1,0 +1,201 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/cmd/internal/config"
+)
+
+// This is `viasocks upgrade`, and SIGUSR2: we start the program that is on disk now, and it takes the host over from us as
+// `viasocks up --takeover` does.
+
+// heirTimeout is how long the new process may take to have the host. It needs some seconds.
+const heirTimeout = time.Minute
+
+// upgrades is the state of an upgrade.
+type upgrades struct {
+	program string // the path from which we were started
+
+	mu   sync.Mutex // guards heir, and is held while the new process is started
+	heir int        // the new process; 0: none
+
+	handed chan struct{} // closed when the host is handed over
+	over   context.Context
+	end    context.CancelFunc
+	ran    sync.WaitGroup
+}
+
+func newUpgrades() *upgrades {
+	g := &upgrades{program: programPath(), handed: make(chan struct{})}
+	g.over, g.end = context.WithCancel(context.Background())
+	return g
+}
+
+// programPath returns the name by which this program was started, as a path. It is not the file itself, because an upgrade
+// may have replaced a link to it.
+func programPath() string {
+	path, err := exec.LookPath(os.Args[0])
+	if err == nil {
+		path, err = filepath.Abs(path)
+	}
+	if err != nil {
+		path, _ = os.Executable()
+	}
+	return path
+}
+
+// started returns the process that was started to take over; 0: none.
+func (g *upgrades) started() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.heir
+}
+
+// close ends an upgrade that waits, and returns when whoever asked for it has been answered.
+func (g *upgrades) close() {
+	g.mu.Lock()
+	g.end()
+	g.mu.Unlock()
+	g.ran.Wait()
+}
+
+// upgrade starts the program that is on disk now and waits until it has the host. If it fails, nothing has changed.
+func (u *up) upgrade() (pid int, err error) {
+	pid, pidfd, err := u.beginUpgrade()
+	if err == nil {
+		defer u.upgrades.ran.Done()
+		u.log.Info("started a new viasocks, which takes the host over", "program", u.upgrades.program, "pid", pid)
+		err = u.awaitHeir(pid, pidfd, heirTimeout)
+		unix.Close(pidfd)
+	}
+	if err != nil {
+		err = errors.New(config.Redact(err.Error()))
+		u.log.Warn("the upgrade has failed", "err", err)
+		return 0, err
+	}
+	return pid, nil
+}
+
+// beginUpgrade starts the new process. If it returns no error, the caller closes pidfd and calls ran.Done.
+func (u *up) beginUpgrade() (pid, pidfd int, err error) {
+	g := u.upgrades
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.heir != 0 {
+		return 0, 0, fmt.Errorf("another upgrade is under way: process %d is starting", g.heir)
+	}
+	u.mu.Lock()
+	err = u.offerable()
+	u.mu.Unlock()
+	if err != nil {
+		return 0, 0, err
+	}
+	if g.over.Err() != nil {
+		return 0, 0, errors.New("the viasocks that is up ends")
+	}
+	if pid, pidfd, err = startHeir(g.program, u.Args, u.Environ, u.first.Host.Takeover); err != nil {
+		return 0, 0, fmt.Errorf("cannot start %s: %w: process %d goes on", g.program, err, os.Getpid())
+	}
+	g.heir = pid
+	g.ran.Add(1)
+	return pid, pidfd, nil
+}
+
+// startHeir starts program with the arguments of `up`. The new process is our sibling and not our child: the service manager
+// must hear of its end while we are still there (systemd calls it a process that is not its child otherwise, and does not
+// notice). pidfd is the caller's.
+func startHeir(program string, args, environ []string, takes bool) (pid, pidfd int, err error) {
+	if os.Getpid() == 1 {
+		return 0, 0, errors.New("the first process of a container cannot be replaced: start the container again")
+	}
+	argv := []string{os.Args[0], "up"}
+	if !takes {
+		argv = append(argv, "--takeover")
+	}
+	argv = append(argv, args...)
+	env := slices.DeleteFunc(slices.Clone(environ), func(e string) bool { return strings.HasPrefix(e, "WATCHDOG_PID=") })
+	pid, _, err = syscall.StartProcess(program, argv, &syscall.ProcAttr{
+		Env: env, Files: []uintptr{0, 1, 2}, Sys: &syscall.SysProcAttr{Cloneflags: unix.CLONE_PARENT, PidFD: &pidfd},
+	})
+	return pid, pidfd, err
+}
+
+// awaitHeir waits until the process has the host. It ends one that takes longer than within.
+func (u *up) awaitHeir(pid, pidfd int, within time.Duration) (err error) {
+	g := u.upgrades
+	defer func() {
+		if err != nil {
+			g.mu.Lock()
+			g.heir = 0
+			g.mu.Unlock()
+		}
+	}()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		awaitEnd(pidfd, g.over, g.handed)
+	}()
+	defer func() { <-ended }()
+	limit := time.NewTimer(within)
+	defer limit.Stop()
+	select {
+	case <-g.handed:
+		return nil
+	case <-ended:
+	case <-limit.C:
+		_ = unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0)
+		<-ended
+		return fmt.Errorf("process %d did not take over within %v and was killed: process %d goes on", pid, within,
+			os.Getpid())
+	}
+	select {
+	case <-g.handed:
+		return nil
+	default:
+	}
+	if g.over.Err() != nil {
+		return errors.New("viasocks has ended meanwhile: its log tells why")
+	}
+	u.awaitWithdrawal(pid)
+	return fmt.Errorf("process %d has ended without taking over, and the log of viasocks tells why: process %d goes on", pid,
+		os.Getpid())
+}
+
+// awaitWithdrawal waits until the offer to a process that has ended is withdrawn, which takes some milliseconds.
+func (u *up) awaitWithdrawal(pid int) {
+	for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		u.mu.Lock()
+		offered := u.offered
+		u.mu.Unlock()
+		if offered != pid {
+			return
+		}
+	}
+}
+
+// awaitEnd returns when the process of pidfd has ended, over is over or handed is closed.
+func awaitEnd(pidfd int, over context.Context, handed <-chan struct{}) {
+	for over.Err() == nil {
+		select {
+		case <-handed:
+			return
+		default:
+		}
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 50)
+		if n > 0 || err != nil && !errors.Is(err, unix.EINTR) {
+			return
+		}
+	}
+}
