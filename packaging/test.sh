@@ -13,7 +13,7 @@ export PATH=$PATH:/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
 
 die() { echo "packages-test: $*" >&2; exit 1; }
 [[ $EUID -eq 0 ]] || die "cannot install a package: not root; try: sudo make packages-test"
-for program in dpkg microsocks socat curl nft unshare nsenter; do
+for program in dpkg microsocks socat curl nft unshare nsenter python3; do
 	command -v "$program" >/dev/null || die "cannot test: $program is not installed; scripts/deps.sh test installs it"
 done
 if [[ -z ${IN_OWN_MOUNTS:-} ]]; then
@@ -123,7 +123,7 @@ survives() {
 	before=$(stat -c %s "$work/$1")
 	eventually eval "[[ \$(stat -c %s '$work/$1') -gt $((before + 4)) ]]"
 }
-up_pid() { pgrep --ns "$host" --nslist net -f '^/usr/bin/viasocks up' | head -1; }
+up_pid() { pgrep --newest --ns "$host" --nslist net -f '^/usr/bin/viasocks up'; }
 up() {
 	in_host /usr/bin/viasocks up --wait --config /etc/viasocks/viasocks.conf --log-level warn >>"$work/up.log" 2>&1 &
 	eventually in_host viasocks status
@@ -169,29 +169,63 @@ survives carried
 survives inbound
 no_leak "upgraded"
 
-step "the service is upgraded: the host stays closed until the new version has taken over"
+step "the service is upgraded: no connection is cut, and nothing leaves without the proxy"
+packages -i "$old" # the version that is up
 mkdir -p "$work/root/run/systemd/system"
 cat >"$work/root/usr/local/sbin/systemctl" <<'FAKE'
 #!/bin/bash
 # Does what systemd does with viasocks.service, which has Restart=on-failure and RestartSec=1s.
 echo "$*" >>/tmp/systemctl.log
-pid=$(pgrep --ns $$ --nslist net -f '^/usr/bin/viasocks up' | head -1)
+all=$(pgrep --ns $$ --nslist net -f '^/usr/bin/viasocks up')
+main=$(pgrep --newest --ns $$ --nslist net -f '^/usr/bin/viasocks up')
 case "$*" in
-*list-units*) [[ -z $pid ]] || echo "viasocks.service loaded active running" ;;
+*list-units*) [[ -z $main ]] || echo "viasocks.service loaded active running" ;;
 *kill*SIGKILL*viasocks.service)
-	kill -9 "$pid"
+	kill -9 "$main"
+	kill $all 2>/dev/null
 	(sleep 1; /usr/bin/viasocks down --after-service --config /etc/viasocks/viasocks.conf
 	exec /usr/bin/viasocks up --wait --config /etc/viasocks/viasocks.conf) </dev/null >>/tmp/up.log 2>&1 & ;;
-*disable*--now*viasocks.service) [[ -z $pid ]] || { kill "$pid"; while kill -0 "$pid" 2>/dev/null; do sleep 0.1; done; } ;;
+*disable*--now*viasocks.service)
+	[[ -z $all ]] || kill $all
+	for pid in $all; do while kill -0 "$pid" 2>/dev/null; do sleep 0.1; done; done ;;
 esac
 FAKE
 chmod 755 "$work/root/usr/local/sbin/systemctl"
+cp packaging/hold.py "$work/root/tmp"
+in_host python3 /tmp/hold.py 203.0.113.80 7 50 /tmp/held 2>"$work/held.log" &
+# held checks what has become of the connections.
+held() { [[ $(cut -d' ' -f1,2 "$work/root/tmp/held") == "$1 $2" ]]; }
+turns() { cut -d' ' -f3 "$work/root/tmp/held"; }
+eventually held 50 0
+packages -i "$new"
+in_host viasocks status | grep -q '99\.0\.0' || die "the new version has not taken over"
+! grep -q SIGKILL "$work/root/tmp/systemctl.log" || die "the service was restarted"
+before=$(turns)
+eventually eval "[[ \$(turns) -gt $((before + 200)) ]]"
+held 50 0 || die "connections were cut: $(cat "$work/root/tmp/held")"
+survives carried
+survives inbound
+reaches || die "the far end cannot be reached"
+no_leak "the service upgraded"
+
+step "a version that does not take the configuration stays out"
+conf=$work/root/etc/viasocks/viasocks.conf
+cp "$conf" "$work/conf"
+echo 'no-such-option' >>"$conf"
+packages -i "$old"
+grep -q "goes on with the version before" "$work/dpkg.log" || die "nothing was said"
+in_host viasocks status | grep -q '99\.0\.0' || die "the version that was up is not up any more"
+held 50 0 || die "connections were cut: $(cat "$work/root/tmp/held")"
+cp "$work/conf" "$conf"
+
+step "where the new version cannot take over, the host stays closed until it is up"
+echo 'mtu 1400' >>"$conf"
 packages -i "$old"
 grep -q SIGKILL "$work/root/tmp/systemctl.log" || die "the service was not restarted"
 eventually eval "in_host viasocks status | grep -q '98\.0\.0'"
 eventually reaches
 survives inbound
-no_leak "the service upgraded"
+no_leak "the service restarted"
 
 step "it is removed while up: the host is restored"
 packages -r viasocks

@@ -28,10 +28,21 @@ fi
 [ -d /run/systemd/system ] || exit 0
 systemctl daemon-reload || true
 
-# An upgrade while the host is carried. A stop would open the host for a moment; after SIGKILL it stays closed, and systemd
-# starts the new version a second later, which takes over. Connections from outside and those without the proxy go on.
+# An upgrade while the host is carried: the viasocks that is up starts the new version, which takes the host over without
+# cutting a connection. One that does not know this, or whose configuration has other marks or another device now, is killed:
+# a stop would open the host for a moment, but after SIGKILL it stays closed, and systemd starts the new version a second
+# later. Connections from outside and those without the proxy go on. If the new version does not take the configuration, the
+# old one stays, because the host would be closed for good.
 systemctl list-units --plain --no-legend --state=active 'viasocks.service' 'viasocks@*.service' 2>/dev/null |
 	while read -r unit _; do
-		echo "viasocks: $unit is restarted; the host stays closed meanwhile"
-		systemctl kill --kill-who=main --signal=SIGKILL "$unit" || true
+		name=${unit%.service}
+		file=/etc/viasocks/${name#viasocks@}.conf
+		if /usr/bin/viasocks upgrade --config "$file" </dev/null >/dev/null; then
+			echo "viasocks: $unit goes on with the new version, and no connection was cut"
+		elif /usr/bin/viasocks check --config "$file" </dev/null >/dev/null; then
+			echo "viasocks: $unit is restarted; the host stays closed meanwhile"
+			systemctl kill --kill-who=main --signal=SIGKILL "$unit" || true
+		else
+			echo "viasocks: $unit goes on with the version before: correct $file, then run 'viasocks upgrade'" >&2
+		fi
 	done

@@ -14,6 +14,9 @@ import (
 // and the kernel frees them when their process ends.
 const claimName = "@viasocks/up"
 
+// ErrElsewhere is the ErrLocked of a daemon that has another lock file.
+var ErrElsewhere = fmt.Errorf("%w with another state directory", ErrLocked)
+
 // claimWait is how long a held claim may take to become free: a killed process loses its lock file first.
 const claimWait = 200 * time.Millisecond
 
@@ -47,9 +50,8 @@ func claim() (*net.UnixListener, error) {
 		}
 		if pid, ok := claimant(); ok {
 			return nil, fmt.Errorf(
-				"cannot steer the host: %w with another state directory (process %d): give the same --state-dir, "+
-					"or end that one first",
-				ErrLocked,
+				"cannot steer the host: %w (process %d): give the same --state-dir, or end that one first",
+				ErrElsewhere,
 				pid,
 			)
 		}

@@ -25,6 +25,9 @@ const revertTimeout = 5 * time.Second
 // downTimeout is how long `down` waits for a daemon to stop.
 const downTimeout = 30 * time.Second
 
+// askAgain is how long `down` waits before it asks again.
+const askAgain = 500 * time.Millisecond
+
 // Down restores the host. It stops the daemon in order if one is alive, and then undoes what is left, by the journal
 // or by the marks of our changes. It writes what it did to out.
 func Down(cfg *config.Config, environ []string, out io.Writer) error {
@@ -48,7 +51,7 @@ func Down(cfg *config.Config, environ []string, out io.Writer) error {
 		}
 		fmt.Fprintln(out, "viasocks has stopped")
 	}
-	lock, err := control.TakeHost(path) // so that no daemon starts while we undo
+	lock, err := takeHost(path) // so that no daemon starts while we undo
 	if err != nil {
 		return err
 	}
@@ -101,20 +104,22 @@ func revertResolved(device string) string {
 func stopDaemon(path string) error {
 	c := control.NewClient(path)
 	defer c.Close()
-	// A starting daemon has no socket yet, and a stopping one no longer has one.
-	for end := time.Now().Add(downTimeout); ; time.Sleep(50 * time.Millisecond) {
-		err := c.Down()
-		if err == nil {
-			break
-		}
-		if !control.Locked(path) {
+	// A starting daemon has no socket yet, and a stopping one no longer has one. One that was told to stop while it handed the
+	// host over ends, but the one that has taken over must be told, too.
+	var told error
+	for end := time.Now().Add(downTimeout); ; {
+		told = c.Down()
+		if err := c.Wait(askAgain); err == nil {
 			return nil
 		}
 		if time.Now().After(end) {
-			return fmt.Errorf("%w: end its process, then 'viasocks down' again", err)
+			break
 		}
 	}
-	return c.Wait(downTimeout)
+	if told != nil {
+		return fmt.Errorf("%w: end its process, then 'viasocks down' again", told)
+	}
+	return fmt.Errorf("cannot stop viasocks: it did not end within %v", downTimeout)
 }
 
 // opensAfter decides for ExecStopPost of systemd.service(5): a failed service is undone if it may fail open. A

@@ -327,7 +327,7 @@ func (u *up) giveUp(h *host, err error) error {
 	back := "the host is as it was"
 	var undo error
 	if u.before.holds() {
-		return fmt.Errorf("%w (the viasocks that is up carries on: see 'viasocks status')", err)
+		return fmt.Errorf("%w (nothing was changed: 'viasocks status' tells of the one that is up)", err)
 	}
 	if h.Recovered() {
 		back = "the host stays closed, as it was: 'viasocks down' opens it"

@@ -161,7 +161,7 @@ func alone(cfg *config.Config) (path string, lock *control.Lock, before *predece
 		}
 		return path, lock, before, nil
 	}
-	lock, err = control.TakeHost(path)
+	lock, err = takeHost(path)
 	return path, lock, nil, err
 }
 

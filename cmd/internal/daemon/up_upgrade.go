@@ -114,8 +114,8 @@ func (u *up) beginUpgrade() (pid, pidfd int, err error) {
 }
 
 // startHeir starts program with the arguments of `up`. The new process is our sibling and not our child: the service manager
-// must hear of its end while we are still there (systemd calls it a process that is not its child otherwise, and does not
-// notice). pidfd is the caller's.
+// must hear of its end at once, while we are still there. (As our child it would be a zombie until we end, and systemd warns
+// that its main process is not its child.) pidfd is the caller's.
 func startHeir(program string, args, environ []string, takes bool) (pid, pidfd int, err error) {
 	if os.Getpid() == 1 {
 		return 0, 0, errors.New("the first process of a container cannot be replaced: start the container again")

@@ -138,6 +138,17 @@ func (m *machine) world() {
 	})}
 	go web.Serve(ln)
 	m.t.Cleanup(func() { web.Close() })
+	m.echo(m.listenInWorld(far4 + ":7"))
+}
+
+// echo sends back what it gets.
+func (m *machine) echo(ln net.Listener) {
+	m.t.Cleanup(func() { ln.Close() })
+	go func() {
+		for c, err := ln.Accept(); err == nil; c, err = ln.Accept() {
+			go func() { io.Copy(c, c); c.Close() }() // ends with the proxy
+		}
+	}()
 }
 
 func (m *machine) listenInWorld(addr string) net.Listener {

@@ -1,0 +1,180 @@
+package hosttest
+
+import (
+	"fmt"
+	"net"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/cmd/internal/handover"
+	"github.com/viasocks/viasocks/stack/testkit"
+)
+
+// instants are how long after the start of a takeover it is disturbed. It takes some 100 to 300 ms.
+var instants = []time.Duration{20, 60, 90, 120, 150, 180, 220, 300}
+
+// TestTakeoverKilled: whichever of the two processes is killed at whatever instant, nothing leaves the host unproxied, the
+// other one says truly whether the host is closed, and `down` restores it.
+func TestTakeoverKilled(t *testing.T) {
+	w := newWorld(t)
+	w.farEnds()
+	rec := newRecorder(w)
+	rec.known(w.proxy(proxy4 + ":1080"))
+	rules := w.ipRules()
+	flags := []string{"--proxy", "socks5://" + proxy4}
+	outcomes := map[string]int{}
+	for _, victim := range []string{"old", "new"} {
+		for _, after := range instants {
+			first := w.up(flags...)
+			held := w.hold(5)
+			rec.take()
+			second := w.launch(append(flags, "--takeover")...)
+			testkit.Pace(after * time.Millisecond)
+			killed, other := first, second
+			if victim == "new" {
+				killed, other = second, first
+			}
+			killed.kill()
+			outcomes[victim+" killed: "+w.afterKill(other)]++
+			for _, c := range held.conns {
+				_, _ = c.Write([]byte("this wants to leave"))
+				c.Close()
+			}
+			for _, s := range rec.take() {
+				t.Errorf("%s killed after %v ms: this left the host: %+v", victim, int64(after), s)
+			}
+			if out, err := w.command("down"); err != nil {
+				t.Errorf("down: %v\n%s", err, out)
+			}
+			first.kill()
+			second.kill()
+			w.cleared(rules)
+		}
+	}
+	t.Logf("%v", outcomes)
+}
+
+// afterKill waits until d is up or has ended, and checks that what it says of the host is true.
+func (w *world) afterKill(d *daemon) (outcome string) {
+	w.t.Helper()
+	testkit.Until(10*time.Second, func() bool { // the old one needs a moment to notice
+		return !d.alive() || !strings.Contains(d.log.String(), "handed the host over") && w.carried()
+	})
+	if d.alive() {
+		w.eventually(10*time.Second, "the one that is left to carry", w.carried)
+		return "the other one is up"
+	}
+	if w.carried() {
+		w.t.Errorf("it has ended, and the host is carried:\n%s", d.log)
+	}
+	if log := d.log.String(); !strings.Contains(log, "stays closed") && !strings.Contains(log, "nothing was changed") &&
+		!strings.Contains(log, "cannot take over") && !strings.Contains(log, "cannot ask viasocks") {
+		w.t.Errorf("it does not say how the host is:\n%s", log)
+	}
+	return "the host is closed"
+}
+
+// carried reports whether a new connection comes through.
+func (w *world) carried() bool {
+	var c net.Conn
+	err := in("host", func() (err error) {
+		c, err = net.DialTimeout("tcp", "203.0.113.5:77", 2*time.Second) // a closed host may be silent
+		return err
+	})
+	if err != nil {
+		return false
+	}
+	defer c.Close()
+	return ping(c) == nil
+}
+
+// TestTakeoverDown: `viasocks down` at any instant of a takeover ends both processes and restores the host.
+func TestTakeoverDown(t *testing.T) {
+	w := newWorld(t)
+	w.farEnds()
+	w.proxy(proxy4 + ":1080")
+	rules := w.ipRules()
+	flags := []string{"--proxy", "socks5://" + proxy4}
+	for _, after := range instants {
+		first := w.up(flags...)
+		held := w.hold(5)
+		second := w.launch(append(flags, "--takeover")...)
+		testkit.Pace(after * time.Millisecond)
+		if out, err := w.command("down"); err != nil {
+			t.Errorf("after %d ms: down: %v\n%s", int64(after), err, out)
+		}
+		w.eventually(10*time.Second, "both to end", func() bool { return !first.alive() && !second.alive() })
+		for _, c := range held.conns {
+			c.Close()
+		}
+		w.cleared(rules)
+	}
+}
+
+// TestTakeoverTwice: while one viasocks takes the host over, another one is refused at once, and disturbs nothing.
+func TestTakeoverTwice(t *testing.T) {
+	w := newWorld(t)
+	w.farEnds()
+	w.proxy(proxy4 + ":1080")
+	flags := []string{"--proxy", "socks5://" + proxy4}
+	first := w.up(flags...)
+	held := w.hold(20)
+	held.use()
+	sockets, err := filepath.Glob("/run/viasocks/*.sock")
+	if err != nil || len(sockets) != 1 {
+		t.Fatalf("%s, %v", sockets, err)
+	}
+	var c *net.UnixConn
+	w.in("host", func() (err error) { c, err = control.TakeOver(sockets[0]); return err })
+	slow, err := handover.Take(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	for _, command := range [][]string{append([]string{"up", "--takeover"}, flags...), {"upgrade"}} {
+		out, err := w.command(command...)
+		if want := fmt.Sprintf("another takeover is under way: process %d takes the host over", syscall.Getpid()); err == nil ||
+			!strings.Contains(out, want) {
+			t.Errorf("%s: %v: %s", command, err, out)
+		}
+	}
+	if took := time.Since(start); took > 10*time.Second {
+		t.Errorf("they were refused after %v", took)
+	}
+	slow.Files.Close()
+	slow.End()
+	w.eventually(10*time.Second, "the offer to be withdrawn", func() bool {
+		return strings.Contains(first.log.String(), "the new viasocks did not take the host")
+	})
+	second := w.takeOver(first, flags...)
+	held.unuse()
+	if err := second.stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestUpAfterKill: `up` right after kill -9 of a viasocks with --fail-open waits for the guardian, which undoes what was left.
+func TestUpAfterKill(t *testing.T) {
+	w := newWorld(t)
+	w.farEnds()
+	w.proxy(proxy4 + ":1080")
+	rules := w.ipRules()
+	flags := []string{"--proxy", "socks5://" + proxy4, "--fail-open"}
+	d := w.up(flags...)
+	for _, after := range []time.Duration{0, 0, 5, 10, 20, 30, 50, 80} {
+		d.kill()
+		testkit.Pace(after * time.Millisecond)
+		d = w.up(flags...)
+		if !w.carried() {
+			t.Error("it is up, and does not carry")
+		}
+	}
+	if err := d.stop(); err != nil {
+		t.Error(err)
+	}
+	w.cleared(rules)
+}
