@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -28,9 +29,9 @@ func newEnv(cfg *config.Config, stderr *os.File) (*env, error) {
 	e := &env{quiet: make(chan os.Signal, 1)}
 	e.out = stderr
 	if cfg.LogFile != "" {
-		f, err := os.OpenFile(cfg.LogFile, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+		f, err := openToAppend(cfg.LogFile)
 		if err != nil {
-			return nil, fmt.Errorf("cannot log to %s: %w", cfg.LogFile, err.(*os.PathError).Err)
+			return nil, fmt.Errorf("cannot log to %s: %w", cfg.LogFile, err)
 		}
 		e.file, e.out = f, f
 	}
@@ -70,11 +71,22 @@ func (e *env) openDecisions(cfg *config.Config) (err error) {
 	if cfg.Decisions == "" {
 		return nil
 	}
-	flags := os.O_WRONLY | os.O_CREATE | os.O_APPEND | syscall.O_NONBLOCK
-	if e.decisions, err = os.OpenFile(cfg.Decisions, flags, 0o600); err != nil {
-		return fmt.Errorf("cannot write decisions to %s: %w", cfg.Decisions, err.(*os.PathError).Err)
+	if e.decisions, err = openToAppend(cfg.Decisions); err != nil {
+		return fmt.Errorf("cannot write decisions to %s: %w", cfg.Decisions, err)
 	}
 	return nil
+}
+
+// openToAppend opens a file of mode 600, or a pipe that somebody reads. Its errors do not name it.
+func openToAppend(name string) (*os.File, error) {
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_APPEND|syscall.O_NONBLOCK, 0o600)
+	if errors.Is(err, syscall.ENXIO) {
+		return nil, errors.New("nobody reads from this pipe: start its reader first")
+	}
+	if err != nil {
+		return nil, process.PlainPathError(err)
+	}
+	return f, nil
 }
 
 // decisionsTo returns the writer for the data plane's decisions, or nil.

@@ -77,6 +77,33 @@ func TestLog(t *testing.T) {
 	}
 }
 
+// A pipe that nobody reads is an error, and not waited for.
+func TestLogToPipe(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "pipe")
+	if err := syscall.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	want := "cannot log to " + path + ": nobody reads from this pipe: start its reader first"
+	if _, err := newEnv(&config.Config{LogFile: path}, os.Stderr); err == nil || err.Error() != want {
+		t.Error(err)
+	}
+	r, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	e, err := newEnv(&config.Config{LogFile: path}, os.Stderr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.log.Info("said")
+	e.close()
+	b := make([]byte, 100)
+	if n, err := r.Read(b); err != nil || !bytes.Contains(b[:n], []byte("msg=said")) {
+		t.Errorf("%q, %v", b[:n], err)
+	}
+}
+
 func TestStartContext(t *testing.T) {
 	testkit.CheckLeaks(t)
 	signals := make(chan os.Signal, 1)

@@ -70,7 +70,7 @@ func hint(err error) string {
 	case errors.Is(err, fs.ErrPermission), errors.Is(err, unix.EROFS):
 		return ": choose a directory that you may write to"
 	}
-	return ": choose another name"
+	return ": choose another file"
 }
 
 // holds reports whether path is a file that contains only text. Whatever else is there is not opened: it could block.

@@ -47,8 +47,8 @@ func TestPIDFileErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	for path, want := range map[string]string{
-		dir:                          "it is a directory: choose another name",
-		link:                         "it is a symbolic link: choose another name",
+		dir:                          "it is a directory: choose another file",
+		link:                         "it is a symbolic link: choose another file",
 		filepath.Join(dir, "no/pid"): "no such file or directory: make its directory",
 	} {
 		if _, err := Announce(path, -1); err == nil || err.Error() != "cannot write the process id to "+path+": "+want {

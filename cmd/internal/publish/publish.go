@@ -169,7 +169,7 @@ func (s Spec) hint(err error) string {
 		return ": choose another port, as in --publish 8081:8080"
 	case errors.Is(err, syscall.ENOENT):
 		return ": make its directory"
-	case errors.Is(err, syscall.EACCES) && s.Path != "":
+	case s.Path != "" && (errors.Is(err, syscall.EACCES) || errors.Is(err, syscall.EROFS)):
 		return ": choose a directory that you may write to"
 	case errors.Is(err, syscall.EACCES) && s.Listen.Port() < privileged:
 		return fmt.Sprintf(": publish it at a port from 1024 on, as in --publish %d:%d, or run "+

@@ -295,6 +295,7 @@ func TestHints(t *testing.T) {
 		{high, syscall.EADDRINUSE, "choose another port"},
 		{high, syscall.EADDRNOTAVAIL, "the host does not have this address"},
 		{path, syscall.EACCES, "choose a directory that you may write to"},
+		{path, syscall.EROFS, "choose a directory that you may write to"},
 		{path, syscall.EADDRINUSE, "choose another path"},
 		{path, syscall.ENOENT, "make its directory"},
 	} {
