@@ -41,5 +41,5 @@ func choose(c *command, args, env []string, way func(*control.Client) error) (in
 	}
 	client := control.NewClient(path)
 	defer client.Close()
-	return exitCannotRun, daemon.Choose(func() error { return way(client) }, cfg.Program, env)
+	return daemon.Choose(func() error { return way(client) }, cfg.Program, env)
 }

@@ -41,37 +41,36 @@ var errEnded = errors.New("the process has ended")
 //
 // The group is made inside the one in which the process is, or inside the nearest one above that belongs to root: the
 // limits of its service or session still hold for it, or those of its user, and it ends with them. A program that was
-// already chosen leaves its former group for the new one.
+// already chosen leaves its former group for the new one. An error is the bare reason: whoever asked knows for what.
 func (h *Host) Choose(pid int, c Choice, alive func() bool) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	fail := func(err error) error { return fmt.Errorf("cannot %s the program: %w", c, err) }
 	if !h.shut || !h.steered || h.closed {
-		return fail(errors.New("the host is not steered yet"))
+		return errors.New("the host is not steered yet")
 	}
 	h.sweepPrograms()
 	if len(h.j.Groups) >= maxPrograms {
-		return fail(fmt.Errorf("there are %d others: wait until one ends", maxPrograms))
+		return fmt.Errorf("there are %d others: wait until one ends", maxPrograms)
 	}
 	mount, err := cgroupMount()
 	if err != nil {
-		return fail(err)
+		return err
 	}
 	home, err := homeOf(pid)
 	if err != nil {
-		return fail(err)
+		return err
 	}
 	name := filepath.Join(ofRoot(mount, home), h.groupPrefix()+string(c)+"-"+strconv.Itoa(pid))
 	g := Group{Path: freeName(mount, name), Home: home, Choice: c}
 	if err := h.makeGroup(mount, &g); err != nil {
-		return fail(errors.Join(err, h.dropGroup(mount, g)))
+		return errors.Join(err, h.dropGroup(mount, g))
 	}
 	err = moveInto(mount, g.Path, pid)
 	if err == nil && !alive() { // another process may have got its number
 		err = errors.Join(errEnded, emptyGroup(mount, g))
 	}
 	if err != nil {
-		return fail(errors.Join(err, h.dropGroup(mount, g)))
+		return errors.Join(err, h.dropGroup(mount, g))
 	}
 	h.watchGroup(mount, g)
 	return nil

@@ -216,7 +216,11 @@ func (s *Server) refuse(w http.ResponseWriter, p privsock.Peer) {
 func (s *Server) logRefusal(p privsock.Peer) {
 	now := time.Now().UnixNano()
 	if last := s.refused.Load(); now-last >= int64(refuseEvery) && s.refused.CompareAndSwap(last, now) {
-		s.o.Log.Warn("control: refused", "uid", p.UID, "pid", p.PID, "err", p.Err)
+		log := s.o.Log
+		if p.Err != nil {
+			log = log.With("err", p.Err)
+		}
+		log.Warn("control: refused", "uid", p.UID, "pid", p.PID)
 	}
 }
 

@@ -3,6 +3,7 @@ package daemon
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,6 +12,7 @@ import (
 	"syscall"
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/cmd/internal/process"
 	"github.com/viasocks/viasocks/route/kernel"
 )
 
@@ -26,9 +28,15 @@ func (u *up) choose(c kernel.Choice) func(control.Process) error {
 }
 
 // Choose replaces this process with a program whose traffic goes the way for which ask asks the daemon. It returns
-// only if it fails.
-func Choose(ask func() error, program, environ []string) error {
-	fail := func(err error) error { return fmt.Errorf("cannot run %s: %w", program[0], err) }
+// only if it fails, with the exit status that a shell would use.
+func Choose(ask func() error, program, environ []string) (exit int, err error) {
+	fail := func(err error) (int, error) {
+		exit := 126
+		if errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist) {
+			exit = 127
+		}
+		return exit, fmt.Errorf("cannot run %s: %w", program[0], process.PlainPathError(err))
+	}
 	file, err := exec.LookPath(program[0])
 	if err != nil {
 		var e *exec.Error
@@ -38,7 +46,7 @@ func Choose(ask func() error, program, environ []string) error {
 		return fail(err)
 	}
 	if err := ask(); err != nil {
-		return err
+		return 126, err
 	}
 	return fail(syscall.Exec(file, program, programEnv(environ, true)))
 }
