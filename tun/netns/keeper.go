@@ -32,6 +32,7 @@ const (
 var keptSysctls = []string{
 	"net/ipv6/conf/all/disable_ipv6", "net/ipv6/conf/default/disable_ipv6", "net/ipv6/conf/lo/disable_ipv6",
 	"net/ipv6/conf/lo/addr_gen_mode", "net/ipv6/conf/lo/accept_ra", "net/ipv6/conf/lo/autoconf", "net/ipv4/ping_group_range",
+	"net/ipv4/ip_unprivileged_port_start",
 }
 
 // found is the state of a namespace before we changed it.

@@ -208,8 +208,8 @@ func TestSpawnWorld(t *testing.T) {
 		t.Errorf("network %q", out)
 	}
 	if gid, out := os.Getgid(), there("cat /proc/sys/net/ipv4/ping_group_range "+
-		"/proc/sys/net/ipv6/conf/tun0/accept_ra"); out != fmt.Sprintf(
-		"%d\t%d\n0\n",
+		"/proc/sys/net/ipv6/conf/tun0/accept_ra /proc/sys/net/ipv4/ip_unprivileged_port_start"); out != fmt.Sprintf(
+		"%d\t%d\n0\n0\n",
 		gid,
 		gid,
 	) {

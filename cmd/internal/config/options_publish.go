@@ -26,7 +26,8 @@ The second one is the port of the program, if it has another number.
 is the address of this host at which the port is reached, an IPv6 address in brackets.
 The default is 127.0.0.1, so that only programs of this host reach it;
 0.0.0.0 makes it reachable from everywhere.
-A port below 1024 needs the right to use it, as for any other program.
+A port of this host below 1024 needs the right to use it, as for any other program; in its own network the program may
+listen on every port.
 .Pp
 The program may listen at all of its addresses or only at its 127.0.0.1 or ::1.
 It sees connections from 198.18.0.3 or fd76:6961:736f:636b::3, whoever makes them, so that a program which lets

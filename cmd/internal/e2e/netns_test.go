@@ -55,7 +55,8 @@ func stateOf(t *testing.T, name string) string {
 		state += ip(t, family, "-n", name, "-j", "route", "show", "table", "all") + ip(t, family, "-n", name, "-j", "rule")
 	}
 	return state + ip(t, "netns", "exec", name, "sh", "-c",
-		"grep -r . /proc/sys/net/ipv4/conf /proc/sys/net/ipv6/conf /proc/sys/net/ipv4/ping_group_range 2>/dev/null || true")
+		"grep -r . /proc/sys/net/ipv4/conf /proc/sys/net/ipv6/conf /proc/sys/net/ipv4/ping_group_range "+
+			"/proc/sys/net/ipv4/ip_unprivileged_port_start 2>/dev/null || true")
 }
 
 // changes tells how two states differ.
