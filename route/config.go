@@ -37,6 +37,9 @@ type Config struct {
 	// such an endpoint is refused, because the proxy would pass one peer on and then listen no more. It is called for
 	// each new stream, on the frame reader. nil: there are none.
 	OwnPort func(netip.AddrPort) bool
+	// Asks reports whether the program at an address may ask for ports, at any address and not only at flow.Gateway4. It is
+	// called for each request. nil: programs ask flow.Gateway4, and all may.
+	Asks func(netip.Addr) bool
 	// Resolvers answer port 53. They are asked through the upstream that the rules choose. Empty: port 53 is a port
 	// like others.
 	Resolvers []dns.Resolver

@@ -30,7 +30,7 @@ func (r *Router) Ports() *portmap.Server { return r.portmap.Load() }
 func (r *shard) isPortMap(dst netip.AddrPort) bool {
 	switch dst.Port() {
 	case portmap.Port:
-		return dst.Addr() == flow.Gateway4 && r.portmap.Load() != nil
+		return (dst.Addr() == flow.Gateway4 || r.cfg.Asks != nil && flow.OneHost(dst.Addr())) && r.portmap.Load() != nil
 	case portmap.SSDPPort:
 		return dst == gatewayWeb && r.portmap.Load() != nil || dst == flow.SSDP
 	}
@@ -42,7 +42,7 @@ func (r *shard) answerPortMap(w flow.PacketWriter, p *flow.Packet) {
 	s, src := r.portmap.Load(), p.Dst
 	var b []byte
 	switch {
-	case s == nil:
+	case s == nil, r.cfg.Asks != nil && !r.cfg.Asks(p.Src.Addr()):
 	case src.Port() == portmap.Port:
 		b = s.Handle(p.Payload, p.Src, time.Now())
 	case p.Src.Addr().Is4():

@@ -35,6 +35,7 @@ func (c *Config) changeable(to Config) {
 	c.LAN, c.CarryInbound, c.InboundPorts = to.LAN, to.CarryInbound, to.InboundPorts
 	c.Exclude, c.Include, c.Direct, c.Strict = to.Exclude, to.Include, to.Direct, to.Strict
 	c.Straight, c.Reserved, c.Units = to.Straight, to.Reserved, to.Units
+	c.PortMap = to.PortMap
 	c.Opens = c.Opens || to.Opens // connections may still be open
 }
 

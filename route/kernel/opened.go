@@ -25,6 +25,10 @@ const (
 	openedSize = 1 << 16
 )
 
+// portMap is the port at which programs ask their gateway to map a port. The host's router must not be asked: it would
+// open a port of the host's own address.
+var portMap = PortRange{5351, 5351}
+
 // openedSets returns the sets of connections that came out of the TUN.
 func openedSets() (sets []*nfSet) {
 	for _, v6 := range []bool{false, true} {

@@ -103,8 +103,9 @@ func (c *Config) rules(family int, l links) (out []rule) {
 		r.jump = end
 		add(atExclude, r)
 	}
-	add(atDNS, rule{proto: unix.IPPROTO_TCP, dport: PortRange{53, 53}, table: c.Table})
-	add(atDNS, rule{proto: unix.IPPROTO_UDP, dport: PortRange{53, 53}, table: c.Table})
+	for _, r := range c.askedRules() {
+		add(atDNS, r)
+	}
 	for _, n := range slices.Concat(c.included(l.lan), c.reserved()) {
 		if familyOf(n.Addr()) == family {
 			add(atDNS, rule{to: n, table: c.Table})
@@ -128,6 +129,17 @@ func (c *Config) rules(family int, l links) (out []rule) {
 		add(atClosed, c.refuse(rule{family: family}))
 	}
 	add(atAll, rule{table: c.Table})
+	return out
+}
+
+// askedRules returns the rules for what the TUN answers whomever it is for: names and, with PortMap, requests for ports.
+func (c *Config) askedRules() (out []rule) {
+	for _, p := range []int{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
+		out = append(out, rule{proto: p, dport: PortRange{53, 53}, table: c.Table})
+	}
+	if c.PortMap {
+		out = append(out, rule{iif: "lo", proto: unix.IPPROTO_UDP, dport: portMap, table: c.Table})
+	}
 	return out
 }
 

@@ -46,6 +46,13 @@ A firewall of this host must let the port in on the device of
 if it drops the connection, the peer's connection is reset after 15 seconds.
 The setting rp_filter, whatever its value, needs no attention.
 A port that docker publishes reaches its container.
+Requests by NAT-PMP and PCP to any address, such as that of the router of the host's network, are then answered by
+.Nm
+and reach nobody else; those of containers are refused.
+Searches for UPnP are answered unless a program chooses a device for them (IP_MULTICAST_IF), which is refused.
+Any program of the host may ask for any port of the host if
+.Cm auto
+is given.
 .Pp
 A BIND carries one peer, and the next one is made as soon as a peer has come.
 Which port it gets is the proxy's choice.

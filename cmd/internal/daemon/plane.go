@@ -138,7 +138,7 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 		ResolverDefault: policy.ResolverDefault, Guard: policy.Guard, Fake: policy.Fake,
 		Split: policy.Split, HostDNS: hostDNS(cfg.Command == config.Up, dial.directly()),
 		Loops: p.loops, Shards: p.stack.Shards(),
-		Sockets: sockets, Owners: ownersOf(sockets), ComesBack: dial.comesBack, OwnPort: p.ownPort,
+		Sockets: sockets, Owners: ownersOf(sockets), ComesBack: dial.comesBack, OwnPort: p.ownPort, Asks: asksOf(cfg),
 		Decisions: dial.decisions,
 		Pool:      dial.pool, NoFakeIPv6: cfg.Fake.IPv6 == "off" || cfg.Fake.IPv6 == "auto" && dial.noIPv6,
 		Host:          hostServices(cfg, p.dialer, dial.noIPv6),

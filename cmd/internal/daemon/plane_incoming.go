@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"net"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -149,6 +150,21 @@ func tunAddress(peer netip.Addr) (netip.Addr, error) {
 		return flow.TUN6, nil
 	}
 	return flow.TUN4, nil
+}
+
+// asksOf returns route.Config.Asks. Under up, only programs of the host may ask for ports, and not containers: behind its
+// address translation, they have that of the TUN.
+func asksOf(cfg *config.Config) func(netip.Addr) bool {
+	if cfg.Command != config.Up {
+		return nil
+	}
+	return func(a netip.Addr) bool {
+		all, err := net.InterfaceAddrs()
+		return err == nil && !flow.IsOurs(a) && slices.ContainsFunc(all, func(n net.Addr) bool {
+			p, err := netip.ParsePrefix(n.String())
+			return err == nil && p.Addr() == a
+		})
+	}
 }
 
 // ownPort reports whether peers reach a program at an endpoint.

@@ -37,9 +37,9 @@ func kernelConfig(cfg *config.Config, log *slog.Logger) kernel.Config {
 		CarryInbound: h.Inbound == "carry", InboundPorts: kernelPorts(h.InboundPorts),
 		Exclude: kernelSelection(h.Exclude), Include: kernelSelection(h.Include),
 		Strict: h.Strict, FailOpen: h.FailOpen,
-		Opens: len(cfg.Listen)+len(cfg.FTPActive) > 0,
-		Dir:   cfg.StateDir,
-		Log:   log,
+		PortMap: cfg.Gateway(), Opens: len(cfg.Listen)+len(cfg.FTPActive) > 0,
+		Dir: cfg.StateDir,
+		Log: log,
 	}
 	k.Direct = hasDirect(cfg) || cfg.AsksDirect()
 	k.Reserved = slices.Concat(flow.Ours[:], cfg.Fake.Pools())

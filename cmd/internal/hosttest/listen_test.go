@@ -367,6 +367,38 @@ func TestListenTakeover(t *testing.T) {
 	rec.nothingLeft(t, "takeover")
 }
 
+// TestListenAuto: a program of the host that asks the router of its network for a port by NAT-PMP is answered by viasocks,
+// and the router hears nothing. A container is not answered.
+func TestListenAuto(t *testing.T) {
+	if _, err := exec.LookPath("natpmpc"); err != nil {
+		t.Skip("natpmpc is not installed (scripts/deps.sh)")
+	}
+	w := newWorld(t)
+	w.binding()
+	w.sysctl("host", map[string]string{"net/ipv4/conf/all/rp_filter": "1", "net/ipv4/conf/default/rp_filter": "1"})
+	rec := newRecorder(w)
+	rec.to(netipAddrPort(proxy4, 1080))
+	d := w.up("--proxy", "socks5://"+proxy4, "--listen", "auto")
+	l := w.listen("host", ":6885")
+	out, _ := try("host", nil, "natpmpc", "-g", lanRouter4, "-a", "6885", "6885", "tcp", "600")
+	if !strings.Contains(out, "Mapped public port 6885 protocol TCP to local port 6885 liftime 120") ||
+		!strings.Contains(out, "Public IP address : "+proxy4) {
+		t.Errorf("the router's answer: %s", out)
+	}
+	far := w.peer("203.0.113.201")
+	w.sendBoth(far, w.acceptFrom(l, far))
+	for _, gateway := range []string{lanRouter4, "198.18.0.2"} {
+		out, err := try("ctr", nil, "timeout", "2", "natpmpc", "-g", gateway, "-a", "22", "22", "tcp", "600")
+		if err == nil || strings.Contains(out, "Mapped") {
+			t.Errorf("the container is answered by %s: %s", gateway, out)
+		}
+	}
+	if err := d.stop(); err != nil {
+		t.Error(err)
+	}
+	rec.nothingLeft(t, "auto")
+}
+
 // A port that docker publishes reaches its container, which sees the peer's address, too.
 func TestListenPublished(t *testing.T) {
 	w := newWorld(t)
