@@ -289,7 +289,13 @@ func (c *Config) forwardChain(t *nfTable) {
 	// A flow of our own sockets that is forwarded is an answer to an address that this host has lost. Without this
 	// rule, the host and its router would send it to each other until its TTL is used up.
 	fwd.add(ctMark(c.Marks, c.Marks.Own, true), count(countForward), drop())
-	fwd.add(iif(c.TUN, true), accept())
+	// The same holds for what comes out of the TUN: only those get it who have sent something into it by this host.
+	for _, v6 := range []bool{false, true} {
+		fwd.add(iif(c.TUN, true), forwardedFrom(v6, false), accept())
+	}
+	fwd.add(iif(c.TUN, true), inProto("fwd_from_full"), accept())
+	fwd.add(iif(c.TUN, true), count(countForward), drop())
+	fwd.add(oif(c.TUN, true), jump("fwd_note"))
 	fwd.add(isProto(unix.IPPROTO_UDP), oif(c.TUN, true), jump("fwd_speak"))
 	fwd.add(oifSet(guardSet), accept())
 	fwd.add(jump("pass"))

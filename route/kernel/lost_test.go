@@ -92,3 +92,34 @@ func TestAnswersToLostAddress(t *testing.T) {
 		tun.Close()
 	})
 }
+
+// What comes out of the TUN for an address that this host has just lost is not sent to the router either: it is data of this
+// host's programs. The ip rule of the private network is still there, until the watch notices.
+func TestCarriedToLostAddress(t *testing.T) {
+	inNamespace(t, func(t *testing.T) {
+		w := newWorld(t)
+		if err := writeSysctl("net/ipv4/ip_forward", "1"); err != nil {
+			t.Fatal(err)
+		}
+		h, tun := up(t, testConfig(t))
+		lost, far := netip.MustParseAddrPort("10.1.1.2:5555"), netip.AddrPortFrom(netip.MustParseAddr(far4), 7777)
+		conn, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(lost))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if _, err := conn.WriteTo([]byte("ask"), net.UDPAddrFromAddrPort(far)); err != nil {
+			t.Fatal(err)
+		}
+		if !answerFromTUN(t, int(fd(tun)), far4) {
+			t.Fatal("what the host sends does not come to the TUN")
+		}
+		ip(t, "addr del 10.1.1.2/24 dev eth0")
+		answer := func() error { _, err := tun.Write(datagram(far, lost)); return err }
+		if w.passes(false, answer) {
+			t.Error("the answer left the host")
+		}
+		down(t, h)
+		tun.Close()
+	})
+}

@@ -19,6 +19,8 @@ import (
 //	             a server that speaks first to such a peer still answers it
 //	fwd_spoke4,6 addresses and ports of containers and guests that sent something for the TUN
 //	fwd_full     UDP, if fwd_spoke4 or fwd_spoke6 was full
+//	fwd_from4,6  addresses from which something was forwarded into the TUN, which alone get answers from there
+//	fwd_from_full  the protocols of what was forwarded while fwd_from4 or fwd_from6 was full: all addresses get answers
 //
 // Ports in a spoke set get no direct answers. A datagram is checked when it arrives and when the answer leaves. With
 // CarryInbound no port gets direct answers, but the sets are still filled, because the option may change while the
@@ -49,6 +51,9 @@ func (c *Config) memorySets() []*nfSet {
 		set("served6", "inet_service . ipv6_addr . inet_service", concat(typePort, typeIP6, typePort), 24, servedSize, servedFor),
 		set("fwd_spoke4", "ipv4_addr . inet_service", concat(typeIP4, typePort), 8, spokeSize, spokeFor),
 		set("fwd_spoke6", "ipv6_addr . inet_service", concat(typeIP6, typePort), 20, spokeSize, spokeFor),
+		set("fwd_from4", "ipv4_addr", typeIP4, 4, spokeSize, spokeFor),
+		set("fwd_from6", "ipv6_addr", typeIP6, 16, spokeSize, spokeFor),
+		set("fwd_from_full", "inet_proto", typeProto, 1, protoSize, spokeFor),
 		set("fwd_full", "inet_proto", typeProto, 1, protoSize, spokeFor),
 		set(dhcpSet, "ipv4_addr", typeIP4, 4, dhcpServers, dhcpKeep),
 	)
@@ -173,6 +178,10 @@ func (c *Config) speakChains(t *nfTable) {
 	fwd.add(hostPort("fwd_spoke6", true, true), back())
 	fwd.add(noteProto("fwd_full"), back())
 	fwd.add(count(countForgot), drop())
+	note := t.chain(&nfChain{name: "fwd_note"})
+	note.add(forwardedFrom(false, true), back())
+	note.add(forwardedFrom(true, true), back())
+	note.add(noteProto("fwd_from_full"))
 }
 
 // forwardedAnswers adds the rules that withdraw the mark of what seems to be the answer of a container or guest whose
@@ -227,6 +236,22 @@ func hostPort(set string, v6, note bool) term {
 		return update(set, word+" saddr . udp sport", loads...)
 	}
 	return lookup(set, word+" saddr . udp sport", nil, loads...)
+}
+
+// forwardedFrom looks up the destination of what came out of the TUN, or records the source of what goes into it.
+func forwardedFrom(v6, note bool) term {
+	set, word, off, n := "fwd_from4", "ip", uint32(12), uint32(4)
+	if v6 {
+		set, word, off, n = "fwd_from6", "ip6", 8, 16
+	}
+	if !note {
+		off += n
+	}
+	loads := append(isFamily(v6), &expr.Payload{DestRegister: 8, Base: expr.PayloadBaseNetworkHeader, Offset: off, Len: n})
+	if note {
+		return update(set, word+" saddr", loads...)
+	}
+	return lookup(set, word+" daddr", nil, loads...)
 }
 
 // servedPeer looks up the port and the peer of an outgoing datagram, or records them.
