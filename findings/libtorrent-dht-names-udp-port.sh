@@ -42,7 +42,7 @@ while True:
 '
 
 node='
-import sys
+import sys, time
 import libtorrent as lt
 common = {"enable_lsd": False, "enable_upnp": False, "enable_natpmp": False, "dht_bootstrap_nodes": "",
     "dht_restrict_routing_ips": False, "dht_restrict_search_ips": False, "dht_ignore_dark_internet": False,
@@ -72,9 +72,13 @@ lt.set_piece_hashes(t, sys.argv[1])
 p = lt.add_torrent_params()
 p.ti = lt.torrent_info(lt.bencode(t.generate()))
 p.save_path = sys.argv[1]
-s.add_torrent(p)
+t = s.add_torrent(p)
+again = time.time() + 5
 while True:
     s.wait_for_alert(1000)
+    if time.time() > again:  # the first announcement may come before the other node is known
+        t.force_dht_announce()
+        again += 5
     for a in s.pop_alerts():
         print(a.what(), a.message(), flush=True)
 ' "$work"
