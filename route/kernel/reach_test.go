@@ -325,7 +325,7 @@ func TestExclude(t *testing.T) {
 		c := testConfig(t)
 		c.Exclude = Selection{
 			Networks: []netip.Prefix{netip.MustParsePrefix(far4 + "/32"), netip.MustParsePrefix(far6 + "/64")},
-			Ports:    []PortRange{{123, 123}, {5000, 5010}},
+			Ports:    []PortRange{{123, 123}, {5000, 5010}, {65000, 65535}, {65535, 65535}},
 			UIDs:     []UIDRange{{4000, 4010}},
 			Devices:  []string{"wg9"},
 		}
@@ -335,6 +335,7 @@ func TestExclude(t *testing.T) {
 			port uint16
 			want bool
 		}{{far4, 7777, true}, {far6, 7777, true}, {"198.51.100.1", 123, true}, {"2001:db8:1::1", 5005, true},
+			{"198.51.100.1", 65534, true}, {"198.51.100.1", 65535, true}, {"2001:db8:1::1", 65535, true}, {"198.51.100.1", 64999, false},
 			{"198.51.100.1", 124, false}, {"2001:db8:1::1", 4999, false}} {
 			if got := w.passes(tt.want, probe{typ: unix.SOCK_DGRAM, dst: tt.dst, port: tt.port}.send); got != tt.want {
 				t.Errorf("%s port %d: passed %v, want %v", tt.dst, tt.port, got, tt.want)
@@ -352,6 +353,32 @@ func TestExclude(t *testing.T) {
 		}{{far4, false}, {far6, true}, {"198.51.100.1", true}} {
 			if got := w.passes(tt.want, probe{typ: unix.SOCK_DGRAM, dst: tt.dst, port: 7777}.send); got != tt.want {
 				t.Errorf("include: %s: passed %v, want %v", tt.dst, got, tt.want)
+			}
+		}
+		down(t, h)
+		tun.Close()
+	})
+}
+
+// An ip rule takes no port 65535: what a rule lets out there goes past the TUN by its mark.
+func TestStraightLastPort(t *testing.T) {
+	inNamespace(t, func(t *testing.T) {
+		w := newWorld(t)
+		c := testConfig(t)
+		c.Direct = true
+		far := netip.MustParsePrefix(far4 + "/32")
+		c.Straight = []Straight{
+			{Proto: unix.IPPROTO_UDP, Net: far, Ports: PortRange{65535, 65535}},
+			{Proto: unix.IPPROTO_UDP, Ports: PortRange{0, 99}}, {Proto: unix.IPPROTO_UDP, Ports: PortRange{65001, 65535}},
+		}
+		h, tun := up(t, c)
+		for _, tt := range []struct {
+			dst  string
+			port uint16
+			want bool
+		}{{far4, 65535, true}, {far4, 65534, true}, {far6, 65535, true}, {far6, 99, true}, {far4, 65000, false}, {far6, 100, false}} {
+			if got := w.passes(tt.want, probe{typ: unix.SOCK_DGRAM, dst: tt.dst, port: tt.port}.send); got != tt.want {
+				t.Errorf("%s port %d: passed %v, want %v", tt.dst, tt.port, got, tt.want)
 			}
 		}
 		down(t, h)

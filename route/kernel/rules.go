@@ -155,12 +155,25 @@ func (c *Config) excludeRules(family int) (out []rule) {
 		out = append(out, rule{uids: u, hasUIDs: true})
 	}
 	for _, p := range x.Ports {
-		out = append(out, rule{proto: unix.IPPROTO_TCP, dport: p}, rule{proto: unix.IPPROTO_UDP, dport: p})
+		if p, ok := p.forRule(); ok {
+			out = append(out, rule{proto: unix.IPPROTO_TCP, dport: p}, rule{proto: unix.IPPROTO_UDP, dport: p})
+		}
 	}
 	for _, d := range x.Devices {
 		out = append(out, rule{iif: d}, rule{oif: d})
 	}
 	return out
+}
+
+// maxRulePort is the last port that the kernel takes in an ip rule: with 65535 it refuses the whole rule as invalid
+// (fib_rule_port_range_valid in include/net/fib_rules.h).
+const maxRulePort = 65534
+
+// forRule returns the part of r that an ip rule can match; ok is false if there is none. Port 65535 is left to the chain
+// mark_output, whose mark leads past the TUN after the first look-up, as it does for control groups.
+func (r PortRange) forRule() (part PortRange, ok bool) {
+	part = PortRange{max(r.First, 1), min(r.Last, maxRulePort)}
+	return part, part.First <= part.Last
 }
 
 // lanRules returns the rules for connected private networks, at most one for each. end is the target for those that are

@@ -31,16 +31,16 @@ func (s Straight) terms() (out []term) {
 	return append(out, dport(s.Proto, s.Ports))
 }
 
-// rule returns the condition of an ip rule, for packets of this host.
-func (s Straight) rule() rule {
-	r := rule{iif: "lo", proto: int(s.Proto)}
+// rule returns the condition of an ip rule, for packets of this host. ok is false if no ip rule can match the port.
+func (s Straight) rule() (r rule, ok bool) {
+	r, ok = rule{iif: "lo", proto: int(s.Proto)}, true
 	if s.Net.IsValid() {
 		r.to = s.Net.Masked()
 	}
 	if !s.anyPort() {
-		r.dport = PortRange{max(s.Ports.First, 1), s.Ports.Last}
+		r.dport, ok = s.Ports.forRule()
 	}
-	return r
+	return r, ok
 }
 
 // reserved returns the networks that lead into the TUN although a rule may let out their ports.
@@ -62,9 +62,10 @@ func (c *Config) straightRules(family, end int) (out []rule) {
 	}
 	for _, s := range c.Straight {
 		if !s.Net.IsValid() || familyOf(s.Net.Addr()) == family {
-			r := s.rule()
-			r.jump = end
-			out = append(out, r)
+			if r, ok := s.rule(); ok {
+				r.jump = end
+				out = append(out, r)
+			}
 		}
 	}
 	return out
