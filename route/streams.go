@@ -89,6 +89,10 @@ func (r *shard) handleStream(req flow.StreamRequest) {
 		return
 	}
 	if u := r.upnp.Load(); u != nil && f.Dst == gatewayWeb {
+		if r.cfg.Asks != nil && !r.cfg.Asks(f.Src.Addr()) {
+			r.turnAway(req, f, dest, u.verdict, flow.RefuseReset, "refused", errMayNotAsk)
+			return
+		}
 		r.takeStream(req, f, dest, u.verdict, nil)
 		return
 	}
@@ -220,7 +224,9 @@ var (
 	errComesBack = errors.New("a connection of the proxy itself came back to it")
 	// errOwnPort means that a program wants to be its own peer, mostly because a tracker has told it of itself.
 	errOwnPort = errors.New("the program itself is reached there")
-	errAppGone = errors.New("the app gave up")
+	// errMayNotAsk means that the gateway answers only programs of this host.
+	errMayNotAsk = errors.New("only programs of this host may ask for ports")
+	errAppGone   = errors.New("the app gave up")
 	// errNoName means that the app kept the address longer than the TTL, or invented it.
 	errNoName = errors.New("the fake address no longer stands for a name")
 )

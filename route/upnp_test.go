@@ -88,6 +88,27 @@ func TestGatewayWeb(t *testing.T) {
 	})
 }
 
+// Who may not ask for ports does not reach the gateway by TCP either: a container has the address of the TUN device, and would
+// open a port of the host.
+func TestGatewayWebAsks(t *testing.T) {
+	testkit.CheckLeaks(t)
+	var u manualUpstream
+	host := netip.MustParseAddr("192.0.2.1")
+	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p",
+		Asks: func(a netip.Addr) bool { return a == host }}, nil)
+	t.Cleanup(g.ServePorts(portmap.New(wholeProxy{}, time.Now())))
+	other := newRequest("198.18.0.1:40000", gatewayWeb.String())
+	g.HandleStream(other)
+	if accepted, rejected, _ := other.outcome(); accepted || len(rejected) != 1 || rejected[0] != flow.RefuseReset {
+		t.Errorf("a container is accepted: %v, and refused by %v", accepted, rejected)
+	}
+	q := newRequest("192.0.2.1:40000", gatewayWeb.String())
+	g.HandleStream(q)
+	testkit.Eventually(t, "the gateway", func() bool { accepted, _, s := q.outcome(); return accepted && s != nil })
+	_, _, s := q.outcome()
+	s.Abort()
+}
+
 func (s *fakeStream) isAborted() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -147,7 +147,7 @@ var listenCases = []struct {
 		})
 	}},
 	// The answers to a peer must not go past the proxy, whatever is excluded.
-	{"excluded", []string{"--exclude", "203.0.113.0/24", "--exclude-uid", "0", "--exclude-port", "30000-65534"}, func(*world) {}},
+	{"excluded", []string{"--exclude", "203.0.113.0/24", "--exclude-uid", "0", "--exclude-port", "30000-65535"}, func(*world) {}},
 	{"excluded, rp_filter=1", []string{"--exclude", "203.0.113.0/24"}, func(w *world) {
 		w.sysctl("host", map[string]string{"net/ipv4/conf/all/rp_filter": "1", "net/ipv4/conf/default/rp_filter": "1"})
 	}},

@@ -1,0 +1,149 @@
+package hosttest
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// This file is about programs of the host that ask for ports under `up`: see TestListenAuto for NAT-PMP.
+
+// needClients skips the test unless the clients of port mapping are installed.
+func needClients(t *testing.T, programs ...string) {
+	t.Helper()
+	for _, p := range programs {
+		if _, err := exec.LookPath(p); err != nil {
+			t.Skipf("%s is not installed (scripts/deps.sh)", p)
+		}
+	}
+}
+
+// upnpc asks from a namespace. -i: upnpc takes a gateway whose outer address is one for documentation for a disconnected one.
+func (w *world) upnpc(ns string, want string, args ...string) {
+	w.t.Helper()
+	out, _ := try(ns, nil, append([]string{"timeout", "20", "upnpc", "-i"}, args...)...)
+	if !strings.Contains(out, want) {
+		w.t.Errorf("in %s, upnpc %v says no %q: %s", ns, args, want, out)
+	}
+}
+
+// TestListenAutoUPnP: a program of the host finds the gateway by multicast, though the host has a network with a router, and
+// gets a port, which works. No search leaves the host, also if the program chooses a device for it. A container finds
+// nothing, and gets no port of the host if it knows where the gateway is.
+func TestListenAutoUPnP(t *testing.T) {
+	needClients(t, "upnpc")
+	w := newWorld(t)
+	w.binding()
+	rec := newRecorder(w)
+	rec.to(netipAddrPort(proxy4, 1080))
+	d := w.up("--proxy", "socks5://"+proxy4, "--listen", "auto")
+	l := w.listen("host", ":6885")
+	w.upnpc("host", proxy4+":6885 TCP is redirected to internal "+host4+":6885", "-a", host4, "6885", "6885", "TCP", "600")
+	far := w.peer("203.0.113.201")
+	w.sendBoth(far, w.acceptFrom(l, far))
+	const none = "No IGD UPnP Device found"
+	for _, at := range []string{"eth0", hostLAN4, host4} { // IP_MULTICAST_IF
+		w.upnpc("host", none, "-m", at, "-s")
+	}
+	w.upnpc("host", none, "-6", "-s")
+	w.upnpc("host", none, "-6", "-m", "eth0", "-s")
+	w.upnpc("ctr", none, "-s")
+	gateway := "http://198.18.0.2:1900/rootDesc.xml"
+	for _, inner := range []string{"198.18.0.1", ctr4} {
+		out, _ := try("ctr", nil, "timeout", "5", "upnpc", "-i", "-u", gateway, "-a", inner, "22", "2222", "TCP", "600")
+		if strings.Contains(out, "valid IGD") || strings.Contains(out, "is redirected") {
+			t.Errorf("the container opens port 22 of the host: %s", out)
+		}
+	}
+	w.upnpc("host", "UPNP_DeletePortMapping() returned : 0", "-d", "6885", "TCP")
+	if err := d.stop(); err != nil {
+		t.Error(err)
+	}
+	rec.nothingLeft(t, "auto")
+}
+
+// TestListenAutoUser: with --include-uid the search of a user who is included is answered, too.
+func TestListenAutoUser(t *testing.T) {
+	needClients(t, "upnpc", "setpriv")
+	w := newWorld(t)
+	w.binding()
+	rec := newRecorder(w)
+	rec.to(netipAddrPort(proxy4, 1080))
+	d := w.up("--proxy", "socks5://"+proxy4, "--listen", "auto", "--include-uid", "1000")
+	out, err := try("host", nil, "setpriv", "--reuid", "1000", "--clear-groups", "timeout", "20", "upnpc", "-i", "-s")
+	if !strings.Contains(out, "ExternalIPAddress = "+proxy4) {
+		t.Errorf("the user that is included finds no gateway: %v", err)
+	}
+	if err := d.stop(); err != nil {
+		t.Error(err)
+	}
+	rec.nothingLeft(t, "included")
+}
+
+// TestListenTold: the command of --on-port is told where peers reach the host's port, and natpmpc, upnpc and a client of PCP
+// learn the port of --forwarded-port.
+func TestListenTold(t *testing.T) {
+	needClients(t, "natpmpc", "upnpc")
+	w := newWorld(t)
+	w.binding()
+	rec := newRecorder(w)
+	rec.to(netipAddrPort(proxy4, 1080))
+	dir := t.TempDir()
+	told, hook := filepath.Join(dir, "told"), filepath.Join(dir, "hook")
+	script := "#!/bin/sh\necho \"$# $VIASOCKS_LISTEN_PORT/$VIASOCKS_LISTEN_PROTO $VIASOCKS_OUTER_ADDRESS $VIASOCKS_OUTER_PORT\" >>" + told
+	if err := os.WriteFile(hook, []byte(script+"\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	d := w.up("--proxy", "socks5://"+proxy4, "--listen", "6881", "--on-port", hook, "--forwarded-port", "203.0.113.77:50000")
+	w.eventually(20*time.Second, "the command of --on-port", func() bool {
+		b, _ := os.ReadFile(told)
+		return string(b) == "0 6881/tcp "+proxy4+" 6881\n"
+	})
+	out, _ := try("host", nil, "natpmpc", "-g", lanRouter4, "-a", "6885", "6885", "udp", "600")
+	if !strings.Contains(out, "Mapped public port 50000 protocol UDP to local port 6885 liftime 120") ||
+		!strings.Contains(out, "Public IP address : 203.0.113.77") {
+		t.Errorf("natpmpc: %s", out)
+	}
+	w.upnpc("host", "203.0.113.77:50000 TCP is redirected to internal "+host4+":6886", "-a", host4, "6886", "50000", "TCP")
+	if got, want := w.pcpMap(6886), "result 0, port 50000 of 203.0.113.77"; got != want {
+		t.Errorf("PCP: %s, want %s", got, want)
+	}
+	if out, err := w.command("status"); err != nil || !strings.Contains(out,
+		"port 50000/udp of 203.0.113.77, told to port 6885 of the program") {
+		t.Errorf("status: %v: %s", err, out)
+	}
+	if err := d.stop(); err != nil {
+		t.Error(err)
+	}
+	rec.nothingLeft(t, "told")
+}
+
+// pcpMap asks the router of the host's network for a TCP port by PCP (RFC 6887, section 11.1) and says what is answered. The
+// host's address for it is that of its answers.
+func (w *world) pcpMap(port uint16) string {
+	w.t.Helper()
+	c := w.packets("host", host4+":0")
+	from := addr(host4).As16()
+	ask := append([]byte{2, 1, 0, 0, 0, 0, 0, 120}, from[:]...)
+	ask = append(ask, make([]byte, 12)...) // the nonce
+	ask = append(ask, unix.IPPROTO_TCP, 0, 0, 0, byte(port>>8), byte(port), 0, 0)
+	ask = append(ask, make([]byte, 16)...)
+	if _, err := c.WriteToUDPAddrPort(ask, netipAddrPort(lanRouter4, 5351)); err != nil {
+		w.t.Fatal(err)
+	}
+	_ = c.SetReadDeadline(time.Now().Add(20 * time.Second))
+	b := make([]byte, 2048)
+	n, _, err := c.ReadFromUDPAddrPort(b)
+	if err != nil || n < 60 || b[1] != 0x81 {
+		w.t.Fatalf("PCP: %x: %v", b[:n], err)
+	}
+	return fmt.Sprintf("result %d, port %d of %v", b[3], binary.BigEndian.Uint16(b[42:]), netip.AddrFrom16([16]byte(b[44:60])).Unmap())
+}
