@@ -49,6 +49,9 @@ func (s *Stack) home(port uint16) int {
 	return int(uint64(uint32(port)*0x9E3779B1) * uint64(len(s.shards)) >> 32)
 }
 
+// Home returns the number of the shard that the flows of an app's port belong to.
+func (s *Stack) Home(port uint16) int { return s.home(port) }
+
 // homeOf returns the shard that a packet belongs to. A packet without a port stays where it is, except for fragments:
 // those of one datagram meet in one shard, whose engine reassembles them (see rehome).
 func (s *shard) homeOf(b []byte, p *packet) *shard {

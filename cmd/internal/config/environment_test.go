@@ -28,7 +28,7 @@ var sampleValues = map[string]string{
 	"dns-search": "lan.example", "dns-single-labels": "off", "pool": "3", "pipeline": "on", "log-level": "error",
 	"state-dir": "/run/vs",
 	"peer":      "vps.example:7000",
-	"on-port":   "/bin/sh", "ftp-active": "21,2121", "forwarded-port": "50000/udp",
+	"on-port":   "/bin/sh", "ftp-active": "21,2121", "forwarded-port": "50000/udp", "stun": "203.0.113.9:3478",
 	"user": "1:1", "netns": "blue",
 }
 

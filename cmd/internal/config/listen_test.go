@@ -1,10 +1,14 @@
 package config
 
 import (
+	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/viasocks/viasocks/cmd/internal/incoming"
+	"github.com/viasocks/viasocks/route/portmap"
+	"github.com/viasocks/viasocks/socks"
 )
 
 func TestListen(t *testing.T) {
@@ -13,11 +17,12 @@ func TestListen(t *testing.T) {
 		want      []incoming.Spec
 	}{
 		{args: "--proxy socks5://h --listen 6881 --listen 6882/tcp=proxy",
-			want: []incoming.Spec{{Port: 6881}, {Port: 6882, Upstream: "proxy"}}},
+			want: []incoming.Spec{{Port: 6881}, {Port: 6882, Upstream: "proxy", Proto: portmap.TCP}}},
 		{args: "--proxy socks5://h --listen 6881 --listen 6881", err: "given twice"},
 		{args: "--proxy socks5://h --listen 6881=far", err: "there is no upstream far"},
 		{args: "--upstream a=socks5://h --listen 6881", err: "without --proxy"},
-		{args: "--proxy socks5://h --listen 6881/udp", err: "UDP needs no --listen"},
+		{args: "--proxy socks5://h --listen 6881/udp --listen 6881", want: []incoming.Spec{{Port: 6881, Proto: portmap.UDP}, {Port: 6881}}},
+		{args: "--proxy socks5://h --listen 6881/tcp --listen 6881", err: "given twice"},
 		{args: "--proxy socks5://h --listen 6881 --on-port /", err: "is no program"},
 		{args: "--proxy socks5://h --listen 6881 --on-port /nonexistent", err: "no such file"},
 	} {
@@ -36,6 +41,30 @@ func TestListen(t *testing.T) {
 			if c.Listen[i] != s {
 				t.Errorf("%s: %v", tt.args, c.Listen)
 			}
+		}
+	}
+}
+
+func TestSTUN(t *testing.T) {
+	for _, tt := range []struct {
+		value, err string
+		want       []socks.Addr
+	}{
+		{value: "203.0.113.9:3478,Stun.Example.:3479",
+			want: []socks.Addr{{IP: netip.MustParseAddr("203.0.113.9"), Port: 3478}, {Name: "stun.example", Port: 3479}}},
+		{value: "203.0.113.9", err: "HOST:PORT"},
+		{value: "203.0.113.9:0", err: "HOST:PORT"},
+		{value: ":3478", err: "HOST:PORT"},
+		{value: "[2001:db8::1]:3478", err: "IPv4"},
+		{value: "a:1,a:1", err: "given twice"},
+		{value: "a:1,b:1,c:1", err: "more than 2"},
+	} {
+		c, err := Parse(Run, []string{"--proxy", "socks5://h", "--listen", "auto", "--stun", tt.value, "--", "true"}, nil)
+		switch {
+		case tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)):
+			t.Errorf("%s: %v, want %q", tt.value, err, tt.err)
+		case tt.err == "" && (err != nil || !slices.Equal(c.STUN, tt.want)):
+			t.Errorf("%s: %v, %v", tt.value, c, err)
 		}
 	}
 }

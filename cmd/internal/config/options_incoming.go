@@ -12,8 +12,8 @@ import (
 // incomingOptions say at which ports peers behind the proxy can connect to a program.
 var incomingOptions = []Option{
 	{
-		Name: "listen", Arg: "PORT|auto[=UPSTREAM]", Many: true, Live: true, Cmds: Run | Up | Check, set: addListen,
-		Help: "let peers behind the proxy connect to a port of the program (BIND)",
+		Name: "listen", Arg: "PORT[/tcp|/udp]|auto[=UPSTREAM]", Many: true, Live: true, Cmds: Run | Up | Check, set: addListen,
+		Help: "let peers behind the proxy reach a port of the program",
 		Man: `Let peers behind the proxy connect to the TCP port
 .Ar PORT
 on which the program listens.
@@ -73,17 +73,39 @@ With this option the program has a gateway, 198.18.0.2, which answers NAT-PMP an
 Searches for it by multicast are answered there and go no further.
 It says at which port and address of the proxy a port of this option is reached, and refuses others.
 .Cm auto
-allows the program to ask for any TCP port, up to 32 of them, and BINDs are made for those that it asks for.
+allows the program to ask for any port, up to 32 of them; a
+.Ar PORT
+without
+.Li /tcp
+or
+.Li /udp ,
+for this port of TCP and UDP.
+BINDs are made for those of TCP that it asks for.
 By NAT-PMP and PCP a port is given for two minutes at most, so that the program soon learns of another port at the proxy by
 asking again, and ends if it does not ask.
 By UPnP a program chooses the port at the proxy and the time.
 If the proxy gives another port, the request fails with the error 718, unless the program accepts any port
 (AddAnyPortMapping).
 UPnP cannot tell the program that the port at the proxy has become another one; the list of ports shows the present one.
-Requests for a UDP port are refused, except for one of
-.Fl -forwarded-port .
 .Pp
-UDP needs no such option: datagrams from unknown senders are delivered if the proxy passes them on.`,
+Datagrams from unknown senders are delivered by themselves once the program has sent something, if the proxy passes them on.
+If the program asks for a UDP port, or with
+.Ar PORT Ns Li /udp ,
+its association with the proxy is made before that, and kept.
+A probe finds the address and port from which the proxy sends, which the program is told; see
+.Fl -stun .
+It is made again every minute, and whenever the association is made again: the port is then another one.
+.Cm status
+says
+.Dq filtered
+if the proxy lets only those send to whom the program has sent; for DHT such a port is still of use.
+A proxy that uses another port for each destination is refused.
+.Pp
+BitTorrent expects one number for TCP and UDP.
+No proxy lets the UDP port be chosen, so that the BIND asks for the number that UDP has got, if the program has asked for
+both by NAT-PMP or PCP.
+By UPnP a request for a UDP port succeeds only by AddAnyPortMapping: Transmission then has TCP only, and libtorrent
+(qBittorrent) uses what it gets by NAT-PMP.`,
 	},
 	{
 		Name: "forwarded-port", Arg: "[ADDRESS:]PORT[/tcp|/udp]", Many: true, Live: true, Cmds: Run | Up | Check,
@@ -119,6 +141,22 @@ takes them to the program, which then sees them come from a local address.
 Datagrams arrive by themselves only if the provider forwards the port to the association of the program at the proxy.`,
 	},
 	{
+		Name: "stun", Arg: "HOST:PORT[,HOST:PORT]", Cmds: Run | Check, set: setSTUN,
+		Help: "ask these STUN servers at which UDP port peers reach the program",
+		Man: `Ask one or two servers of STUN (RFC 8489), through the proxy, where it sends the datagrams of a program from:
+at this address and port peers reach the program by UDP.
+Without this option the proxy is asked to send a datagram to this host, which works only if there is no NAT between them and
+no firewall here refuses it, and which shows the address that the proxy has toward this host.
+.Pp
+The answers of two servers are compared.
+If the proxy uses another port for each destination, no port can be given to others, and requests for a UDP port are refused.
+With one server this is not found out.
+The servers see the address of the proxy, and are asked again every minute.
+A
+.Ar HOST
+that is a name is looked up as names of programs are.`,
+	},
+	{
 		Name: "on-port", Arg: "COMMAND", Live: true, Cmds: Run | Up | Check, set: setOnPort,
 		Help: "run this program whenever a port of --listen is reached at another place",
 		Man: `Run the program
@@ -131,7 +169,9 @@ It runs as the user of
 .Nm ,
 outside of the program's network, with nothing to read, and its output is discarded.
 VIASOCKS_LISTEN_PORT is the port of the program, VIASOCKS_LISTEN_PROTO is
-.Li tcp ,
+.Li tcp
+or
+.Li udp ,
 VIASOCKS_LISTEN_UPSTREAM names the upstream, and VIASOCKS_OUTER_ADDRESS and VIASOCKS_OUTER_PORT say where peers connect.
 The last two are absent if the port can no longer be reached.
 VIASOCKS_OUTER_ADDRESS6 and VIASOCKS_OUTER_PORT6 say the same of IPv6.
@@ -145,9 +185,9 @@ const maxListen = 64
 func addListen(c *Config, v value) error {
 	s, err := incoming.Parse(v.text)
 	if err != nil {
-		return v.err("must be PORT[/tcp][=UPSTREAM] or auto[=UPSTREAM]: %v", err)
+		return v.err("must be PORT[/tcp|/udp][=UPSTREAM] or auto[=UPSTREAM]: %v", err)
 	}
-	if slices.ContainsFunc(c.Listen, func(have incoming.Spec) bool { return have.Port == s.Port }) {
+	if slices.ContainsFunc(c.Listen, s.Overlaps) {
 		return v.err("it is given twice")
 	}
 	if len(c.Listen) == maxListen {
@@ -203,6 +243,9 @@ func (c *Config) finishListen() error {
 	}
 	if c.OnPort != "" && len(c.Listen) == 0 {
 		c.Warnings = append(c.Warnings, "--on-port has no effect without --listen")
+	}
+	if len(c.STUN) > 0 && len(c.Listen) == 0 {
+		c.Warnings = append(c.Warnings, "--stun has no effect without --listen")
 	}
 	return nil
 }

@@ -373,7 +373,14 @@ func renderListening(b *strings.Builder, l *Listening) {
 		if p.Outer6 != "" {
 			outer += " and " + Plain(p.Outer6)
 		}
-		fmt.Fprintf(b, "  peers reach port %d at %s by %s: %d open now", p.Port, outer, Plain(p.Upstream), p.Open)
+		if p.Proto == "udp" {
+			fmt.Fprintf(b, "  peers reach port %d/udp at %s by %s", p.Port, outer, Plain(p.Upstream))
+		} else {
+			fmt.Fprintf(b, "  peers reach port %d at %s by %s: %d open now", p.Port, outer, Plain(p.Upstream), p.Open)
+		}
+		if p.Filtered {
+			b.WriteString("; filtered: only those to whom the program has sent")
+		}
 		if p.Why != "" {
 			fmt.Fprintf(b, "; %s", Plain(p.Why))
 		}

@@ -44,12 +44,14 @@ type ForwardedPort struct {
 // ListeningPort is one port of the program.
 type ListeningPort struct {
 	Port     uint16 `json:"port"`
+	Proto    string `json:"proto"`
 	Upstream string `json:"upstream"`
-	Outer    string `json:"outer,omitempty"`  // where peers connect; empty: nowhere
-	Open     int    `json:"open"`             // connections of peers
-	Why      string `json:"why,omitempty"`    // why the upstream does not listen
-	Outer6   string `json:"outer6,omitempty"` // where peers connect by IPv6
-	Why6     string `json:"why6,omitempty"`   // why the upstream does not listen for IPv6
+	Outer    string `json:"outer,omitempty"`    // where peers connect; empty: nowhere
+	Open     int    `json:"open"`               // connections of peers
+	Why      string `json:"why,omitempty"`      // why the upstream does not listen
+	Outer6   string `json:"outer6,omitempty"`   // where peers connect by IPv6
+	Why6     string `json:"why6,omitempty"`     // why the upstream does not listen for IPv6
+	Filtered bool   `json:"filtered,omitempty"` // UDP: only those reach it to whom the program has sent
 }
 
 // Status is the state of a daemon. Numbers that do not describe the present count since the start; bytes are payload.

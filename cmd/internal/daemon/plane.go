@@ -136,7 +136,7 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 		ResolverCAs:     policy.ResolverCAs,
 		RelayDNS:        policy.RelayDNS,
 		ResolverDefault: policy.ResolverDefault, Guard: policy.Guard, Fake: policy.Fake,
-		Split: policy.Split, HostDNS: hostDNS(cfg.Command == config.Up, dial.directly()),
+		STUN: cfg.STUN, Split: policy.Split, HostDNS: hostDNS(cfg.Command == config.Up, dial.directly()),
 		Loops: p.loops, Shards: p.stack.Shards(),
 		Sockets: sockets, Owners: ownersOf(sockets), ComesBack: dial.comesBack, OwnPort: p.ownPort, Asks: asksOf(cfg),
 		Decisions: dial.decisions,

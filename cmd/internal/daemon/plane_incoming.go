@@ -11,6 +11,7 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/cmd/internal/incoming"
+	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/route/portmap"
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/stack/flow"
@@ -92,7 +93,8 @@ func (p *plane) unlisten() {
 func (p *plane) startListening(cfg *config.Config) (end func()) {
 	c := incoming.Config{
 		Loop: p.loops[0].Loop, Binder: p.binder, Default: cfg.Default, Deliver: p.deliver, CanBePeer: flow.CanBePeer, Log: p.log,
-		NoIPv6: p.dial.noIPv6,
+		NoIPv6:  p.dial.noIPv6,
+		KeepUDP: p.keepUDP, App: appAt,
 	}
 	endHook := func() {}
 	if cfg.OnPort != "" {
@@ -170,6 +172,14 @@ func asksOf(cfg *config.Config) func(netip.Addr) bool {
 // ownPort reports whether peers reach a program at an endpoint.
 func (p *plane) ownPort(at netip.AddrPort) bool { return p.incoming.Load().Holds(at) }
 
+// appAt returns where the program has a port.
+func appAt(port uint16) netip.AddrPort { return netip.AddrPortFrom(flow.TUN4, port) }
+
+// keepUDP keeps the mapping of a UDP port of the program.
+func (p *plane) keepUDP(app netip.AddrPort, upstream string, tell func(route.Outer)) (end func()) {
+	return p.router.KeepUDP(p.stack.Home(app.Port()), app, upstream, tell)
+}
+
 // fillListening adds the ports at which peers reach programs to status.
 func (p *plane) fillListening(s *control.Status) {
 	m := p.incoming.Load()
@@ -179,7 +189,13 @@ func (p *plane) fillListening(s *control.Status) {
 	c := m.Stats()
 	s.Listening = &control.Listening{Accepted: c.Accepted, Refused: c.Refused, Bogus: c.Bogus}
 	for _, port := range m.Ports() {
-		l := control.ListeningPort{Port: port.Port, Upstream: port.Upstream, Open: port.Open, Why: port.Why}
+		l := control.ListeningPort{
+			Port: port.Port, Proto: "tcp", Upstream: port.Upstream, Open: port.Open, Why: port.Why,
+			Filtered: port.Filter == route.FilterClosed,
+		}
+		if port.Proto == portmap.UDP {
+			l.Proto = "udp"
+		}
 		if port.Outer.IsValid() {
 			l.Outer = port.Outer.String()
 		}

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -28,9 +29,9 @@ func needPrograms(t *testing.T, names ...string) {
 	}
 }
 
-// serve starts a program that serves until the test is over, and waits until it answers at its TCP endpoint, or at the path of
+// serve starts a program that serves until stop is called or the test is over, and waits until it answers at its TCP endpoint, or at the path of
 // its unix socket.
-func serve(t *testing.T, at string, name string, args ...string) {
+func serve(t *testing.T, at string, name string, args ...string) (stop func()) {
 	t.Helper()
 	network := "tcp"
 	if filepath.IsAbs(at) {
@@ -39,23 +40,25 @@ func serve(t *testing.T, at string, name string, args ...string) {
 	log := &harness.Log{}
 	cmd := exec.Command(name, args...)
 	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	ended := make(chan struct{})
 	go func() { _ = cmd.Wait(); close(ended) }()
-	t.Cleanup(func() {
-		_ = cmd.Process.Signal(syscall.SIGTERM)
+	stop = sync.OnceFunc(func() { // dante's children outlive it while they have clients
+		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM)
 		select {
 		case <-ended:
-		case <-time.After(testkit.Patience):
-			_ = cmd.Process.Kill()
+		case <-time.After(2 * time.Second):
+			_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
 			<-ended
 		}
 		if t.Failed() {
 			t.Logf("%s said:\n%s", name, harness.Tail(log.String(), 20))
 		}
 	})
+	t.Cleanup(stop)
 	testkit.EventuallyIn(t, testkit.Patience, name+" serves", func() bool {
 		c, err := net.DialTimeout(network, at, time.Second)
 		if err == nil {
@@ -68,6 +71,7 @@ func serve(t *testing.T, at string, name string, args ...string) {
 		}
 		return err == nil
 	})
+	return stop
 }
 
 // nginx serves one file with the word "served" at each of the endpoints.

@@ -24,18 +24,7 @@ import (
 // binding starts dante, which lets peers in by BIND at world4, or at other addresses, and returns the URL.
 func binding(t *testing.T, externals ...string) (url string) {
 	needPrograms(t, "danted")
-	if externals == nil {
-		externals = []string{world4}
-	}
-	serve(t, "127.0.0.1:1086", "danted", "-p", filepath.Join(t.TempDir(), "pid"), "-f", writeFile(t, "conf", `logoutput: stderr
-internal: 127.0.0.1 port = 1086
-external: `+strings.Join(externals, "\nexternal: ")+`
-clientmethod: none
-socksmethod: none
-client pass { from: 0/0 to: 0/0 }
-socks pass { from: 0/0 to: 0/0 command: connect bind udpassociate }
-socks pass { from: 0/0 to: 0/0 command: bindreply udpreply }
-`))
+	danteServer(t, "1086", externals...)
 	return "socks5://127.0.0.1:1086"
 }
 

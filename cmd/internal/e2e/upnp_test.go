@@ -35,7 +35,6 @@ func TestUPnP(t *testing.T) {
 	c := peer(t, world4+":"+outer)
 	sendBoth(t, c, acceptFrom(t, l, c))
 	c.Close()
-	ask([]string{"-a", "198.18.0.1", "6885", outer, "UDP"}, "failed with code 501 (Action Failed)")
 	ask([]string{"-a", "198.18.0.9", "6885", outer, "TCP"}, "failed with code 606")
 	taken, at := listenTCP(t, world4) // dante gives another port instead of this one
 	defer taken.Close()

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/viasocks/viasocks/route/portmap"
 )
 
 // hookTime is how long the command of --on-port may run. It is a variable for tests.
@@ -92,8 +94,12 @@ func (h *Hook) tell(ctx context.Context, s Spec, at outers) {
 	ctx, cancel := context.WithTimeout(ctx, hookTime)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, h.path)
+	proto := "tcp"
+	if s.Proto == portmap.UDP {
+		proto = "udp"
+	}
 	cmd.Env = append(h.env[:len(h.env):len(h.env)], "VIASOCKS_LISTEN_PORT="+strconv.Itoa(int(s.Port)),
-		"VIASOCKS_LISTEN_PROTO=tcp",
+		"VIASOCKS_LISTEN_PROTO="+proto,
 		"VIASOCKS_LISTEN_UPSTREAM="+s.Upstream)
 	for suffix, a := range map[string]netip.AddrPort{"": at.four, "6": at.six} {
 		if a.IsValid() {

@@ -3,12 +3,15 @@ package incoming
 import (
 	"context"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/viasocks/viasocks/route"
+	"github.com/viasocks/viasocks/route/portmap"
 	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack/loop"
@@ -47,6 +50,10 @@ type Config struct {
 	// Deliver opens the connection of peer to the program's port and takes ownership of s. ended is called once, unless
 	// Deliver returns an error. It has a goroutine of its own and may ask the kernel.
 	Deliver func(s Spec, peer netip.AddrPort, sock loop.Socket, ended func(relay.Result)) error
+	// KeepUDP keeps the mapping of a UDP port of the program, see route.Router. nil: there is no UDP.
+	KeepUDP func(app netip.AddrPort, upstream string, tell func(route.Outer)) (end func())
+	// App is where the program has a port.
+	App func(port uint16) netip.AddrPort
 	// CanBePeer reports whether a peer may have the address.
 	CanBePeer func(netip.Addr) bool
 	// Announce is told where a port can be reached now by each IP version, an invalid endpoint if it can't. It must not
@@ -75,6 +82,7 @@ type Manager struct {
 	mu    sync.Mutex
 	over  bool
 	ports []*port
+	udp   map[netip.AddrPort]*udpPort
 }
 
 // Start makes a BIND for each of specs. The caller closes the Manager, before the loop ends.
@@ -85,7 +93,13 @@ func Start(cfg Config, specs []Spec) *Manager {
 	}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	for _, s := range specs {
-		if !s.Auto() {
+		switch {
+		case s.Auto():
+		case s.Proto == portmap.UDP:
+			m.mu.Lock()
+			m.keep(s, cfg.App(s.Port), true)
+			m.mu.Unlock()
+		default:
 			m.Add(s, s.Port)
 		}
 	}
@@ -141,7 +155,7 @@ func (m *Manager) Set(specs []Spec, def string) {
 		}
 	}
 	for _, s := range specs {
-		if s.Auto() {
+		if s.Auto() || s.Proto == portmap.UDP { // those are kept from the start, and no reload changes them
 			continue
 		}
 		if p := m.find(s.Port); p != nil && p.spec != m.named(s) {
@@ -200,6 +214,9 @@ func (m *Manager) Close() {
 	for _, p := range m.ports {
 		p.end()
 	}
+	for _, u := range m.udp {
+		u.end()
+	}
 	m.mu.Unlock()
 	m.busy.Wait()
 }
@@ -210,9 +227,10 @@ type Status struct {
 	Outer   netip.AddrPort // where peers reach it; invalid: nowhere
 	Waiting int            // BINDs that wait for a peer
 	Open    int            // connections of peers
-	Why     string         // why the last BIND failed; empty after one that did not
+	Why     string         // why the last BIND or probe failed; empty after one that did not
 	Outer6  netip.AddrPort // where peers reach it by IPv6
 	Why6    string         // why it has no BIND for IPv6
+	Filter  route.Filter   // of UDP
 }
 
 // Ports returns the state of each port.
@@ -229,6 +247,14 @@ func (m *Manager) Ports() (all []Status) {
 			if six.why != nil {
 				s.Why6 = six.why.Error()
 			}
+		}
+		all = append(all, s)
+	}
+	udp := slices.SortedFunc(maps.Values(m.udp), func(a, b *udpPort) int { return a.app.Compare(b.app) })
+	for _, u := range udp {
+		s := Status{Spec: u.spec, Outer: u.now.At, Filter: u.now.Filter}
+		if u.now.Err != nil {
+			s.Why = u.now.Err.Error()
 		}
 		all = append(all, s)
 	}

@@ -24,14 +24,16 @@ import (
 
 func TestParse(t *testing.T) {
 	for text, want := range map[string]Spec{
-		"6881": {6881, ""}, "1/tcp": {1, ""}, "auto": {0, ""}, "auto=far": {0, "far"},
-		"65535=far": {65535, "far"}, "6881/tcp=far": {6881, "far"},
+		"6881": {6881, "", 0}, "1/tcp": {1, "", portmap.TCP}, "auto": {0, "", 0}, "auto=far": {0, "far", 0},
+		"65535=far": {65535, "far", 0}, "6881/udp=far": {6881, "far", portmap.UDP},
 	} {
 		if got, err := Parse(text); err != nil || got != want {
 			t.Errorf("Parse(%q) = %v, %v", text, got, err)
+		} else if got.String() != text {
+			t.Errorf("Parse(%q).String() = %q", text, got)
 		}
 	}
-	for _, text := range []string{"", "0", "65536", "-1", "6881/udp", "6881/sctp", "6881=", "x", "6881/", "1.2.3.4:6881"} {
+	for _, text := range []string{"", "0", "65536", "-1", "6881/sctp", "6881=", "x", "6881/", "1.2.3.4:6881"} {
 		if got, err := Parse(text); err == nil {
 			t.Errorf("Parse(%q) = %v", text, got)
 		}

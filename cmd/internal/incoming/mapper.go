@@ -6,12 +6,20 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/route/portmap"
 	"github.com/viasocks/viasocks/socks"
 )
 
 // probeAgain is how long a failed question for the proxy's address is not repeated.
 const probeAgain = 10 * time.Second
+
+const (
+	// probePort is the program's port whose outer address is asked for by UDP: discard.
+	probePort = 9
+	// probeUDPWait is how long the answer may take.
+	probeUDPWait = 6 * time.Second
+)
 
 // Mapper makes the ports that programs ask their gateway for. It implements portmap.Backend.
 type Mapper struct {
@@ -54,7 +62,13 @@ func (b *Mapper) Map(w portmap.Want) (netip.AddrPort, portmap.State) {
 		}
 	}
 	if proto != portmap.TCP {
-		return netip.AddrPort{}, portmap.Unsupported
+		return b.mapUDP(w.App)
+	}
+	if p != nil && p.asked {
+		p.moves = p.moves && !w.Fixed
+		if p.moves && p.follows && p.outer.IsValid() && p.outer.Port() != p.ask {
+			p.lostLater()
+		}
 	}
 	switch {
 	case p == nil && b.auto == nil:
@@ -65,8 +79,13 @@ func (b *Mapper) Map(w portmap.Want) (netip.AddrPort, portmap.State) {
 		if suggested == 0 {
 			suggested = port
 		}
+		same := b.m.sameAsUDP(w.App, b.auto.Upstream)
+		if same != 0 && !w.Fixed {
+			suggested = same
+		}
 		b.m.add(Spec{Port: port, Upstream: b.auto.Upstream}, suggested)
-		b.m.find(port).asked = true
+		p = b.m.find(port)
+		p.asked, p.moves, p.follows = true, !w.Fixed, suggested == same
 		return netip.AddrPort{}, portmap.Wait
 	case p.outer.IsValid():
 		return p.outer, portmap.Works
@@ -91,6 +110,9 @@ func (b *Mapper) Unmap(proto portmap.Proto, app netip.AddrPort) {
 	b.m.mu.Lock()
 	defer b.m.mu.Unlock()
 	b.unforward(proto, port)
+	if proto == portmap.UDP {
+		b.unmapUDP(app)
+	}
 	if p := b.m.find(port); proto == portmap.TCP && p != nil && p.asked {
 		b.m.remove(port)
 	}
@@ -115,9 +137,15 @@ func (b *Mapper) external() (netip.Addr, portmap.State) {
 			return b.address, portmap.Works
 		}
 	}
-	switch {
-	case b.address.IsValid():
+	if b.address.IsValid() {
 		return b.address, portmap.Works
+	}
+	for _, u := range b.m.udp {
+		if at := u.now.At.Addr(); b.m.cfg.CanBePeer(at) {
+			return at, portmap.Works
+		}
+	}
+	switch {
 	case b.asking, b.m.over:
 		return netip.Addr{}, portmap.Wait
 	case b.failed != portmap.Wait && time.Since(b.since) < probeAgain:
@@ -144,10 +172,46 @@ func (b *Mapper) probe() {
 			b.failed, b.since = stateOf(err), time.Now()
 		}
 	}
+	at, err := b.probeTCP(up)
+	if err != nil && b.auto != nil && b.m.cfg.KeepUDP != nil {
+		if other := b.probeUDP(up); other.IsValid() {
+			at, err = other, nil
+		}
+	}
+	end(at, err)
+}
+
+// probeUDP asks by UDP, for a port at which no program listens. It returns an invalid address if that fails.
+func (b *Mapper) probeUDP(up string) (at netip.Addr) {
+	found := make(chan netip.Addr, 1)
+	end := b.m.cfg.KeepUDP(b.m.cfg.App(probePort), up, func(o route.Outer) {
+		if o.Err == nil && !o.At.IsValid() {
+			return
+		}
+		select {
+		case found <- o.At.Addr():
+		default:
+		}
+	})
+	defer end()
+	late := time.NewTimer(probeUDPWait)
+	defer late.Stop()
+	select {
+	case at = <-found:
+	case <-late.C:
+	case <-b.m.ctx.Done():
+	}
+	if !b.m.cfg.CanBePeer(at) {
+		return netip.Addr{}
+	}
+	return at
+}
+
+// probeTCP asks by a BIND, for any port.
+func (b *Mapper) probeTCP(up string) (netip.Addr, error) {
 	binder := b.m.cfg.Binder(up)
 	if binder == nil {
-		end(netip.Addr{}, errNoServer)
-		return
+		return netip.Addr{}, errNoServer
 	}
 	ctx, cancel := context.WithCancel(b.m.ctx)
 	var at netip.Addr
@@ -165,5 +229,5 @@ func (b *Mapper) probe() {
 	if at.IsValid() {
 		err = nil
 	}
-	end(at, err)
+	return at, err
 }

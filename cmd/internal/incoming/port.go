@@ -18,6 +18,8 @@ type port struct {
 	m       *Manager
 	spec    Spec
 	ask     uint16
+	moves   bool // ask may become another port, because the program learns of it
+	follows bool // ask is the outer port of UDP
 	waiting map[*wait]struct{}
 	asking  int // BINDs without their first answer
 	outer   netip.AddrPort

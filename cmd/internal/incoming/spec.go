@@ -5,19 +5,27 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+
+	"github.com/viasocks/viasocks/route/portmap"
 )
 
 // Spec is a port of the program at which peers shall reach it.
 type Spec struct {
-	Port     uint16 // 0: those that the program asks for, see Auto
-	Upstream string // empty: the default
+	Port     uint16        // 0: those that the program asks for, see Auto
+	Upstream string        // empty: the default
+	Proto    portmap.Proto // 0: TCP, and UDP if the program asks for it
 }
 
 // String returns the Spec in the form that Parse takes.
 func (s Spec) String() string {
 	text := strconv.Itoa(int(s.Port))
-	if s.Auto() {
+	switch {
+	case s.Auto():
 		text = auto
+	case s.Proto == portmap.TCP:
+		text += "/tcp"
+	case s.Proto == portmap.UDP:
+		text += "/udp"
 	}
 	if s.Upstream != "" {
 		text += "=" + s.Upstream
@@ -31,7 +39,12 @@ const auto = "auto"
 // Auto reports whether s stands for the ports that the program asks its gateway for.
 func (s Spec) Auto() bool { return s.Port == 0 }
 
-// Parse parses PORT[/tcp][=UPSTREAM] and auto[=UPSTREAM].
+// Overlaps reports whether both are about one port of one protocol.
+func (s Spec) Overlaps(o Spec) bool {
+	return s.Port == o.Port && (s.Proto == o.Proto || s.Proto+o.Proto == portmap.TCP)
+}
+
+// Parse parses PORT[/tcp|/udp][=UPSTREAM] and auto[=UPSTREAM].
 func Parse(text string) (Spec, error) {
 	port, up, named := strings.Cut(text, "=")
 	if named && up == "" {
@@ -40,16 +53,20 @@ func Parse(text string) (Spec, error) {
 	if port == auto {
 		return Spec{Upstream: up}, nil
 	}
+	s := Spec{Upstream: up}
 	number, proto, has := strings.Cut(port, "/")
 	switch {
 	case has && proto == "udp":
-		return Spec{}, errors.New("UDP needs no --listen: datagrams of unknown senders are delivered anyway")
-	case has && proto != "tcp":
-		return Spec{}, fmt.Errorf("%q is not tcp", proto)
+		s.Proto = portmap.UDP
+	case has && proto == "tcp":
+		s.Proto = portmap.TCP
+	case has:
+		return Spec{}, fmt.Errorf("%q is not tcp or udp", proto)
 	}
 	n, err := strconv.ParseUint(number, 10, 16)
 	if err != nil || n == 0 {
 		return Spec{}, fmt.Errorf("%q is not a port: write a number from 1 to 65535", number)
 	}
-	return Spec{uint16(n), up}, nil
+	s.Port = uint16(n)
+	return s, nil
 }

@@ -1,0 +1,152 @@
+package incoming
+
+import (
+	"net/netip"
+
+	"github.com/viasocks/viasocks/route"
+	"github.com/viasocks/viasocks/route/portmap"
+)
+
+// maxUDP limits the UDP ports that are kept. Each holds an association of the proxy.
+const maxUDP = 32
+
+// udpPort is a UDP port of a program whose mapping is kept. It is guarded by the manager's mu.
+type udpPort struct {
+	spec  Spec
+	app   netip.AddrPort
+	now   route.Outer
+	end   func()
+	ended bool
+	stays bool // it is one of --listen
+}
+
+// keep keeps the mapping of app. The caller holds mu.
+func (m *Manager) keep(s Spec, app netip.AddrPort, stays bool) *udpPort {
+	u := &udpPort{spec: Spec{s.Port, s.Upstream, portmap.UDP}, app: app, stays: stays}
+	if u.spec.Upstream == "" {
+		u.spec.Upstream = m.cfg.Default
+	}
+	if m.udp == nil {
+		m.udp = map[netip.AddrPort]*udpPort{}
+	}
+	m.udp[app] = u
+	u.end = m.cfg.KeepUDP(app, u.spec.Upstream, func(o route.Outer) {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if !u.ended && !m.over {
+			m.reached(u, o)
+		}
+	})
+	return u
+}
+
+// unkeep ends what keep began. The caller holds mu.
+func (m *Manager) unkeep(u *udpPort) {
+	u.ended = true
+	delete(m.udp, u.app)
+	u.end()
+	m.announce(u.spec, u.now.At, netip.AddrPort{})
+}
+
+// reached handles news about where u is reached. The caller holds mu.
+func (m *Manager) reached(u *udpPort, o route.Outer) {
+	was := u.now
+	u.now = o
+	switch {
+	case o.At.IsValid() && o.At != was.At:
+		m.cfg.Log.Info("peers can send datagrams to the program", "port", u.spec.Port, "at", o.At, "upstream", u.spec.Upstream)
+		m.follow(u)
+	case o.Err != nil:
+		m.cfg.Log.Warn("it is not known where peers can send datagrams to the program", "port", u.spec.Port,
+			"upstream", u.spec.Upstream, "err", o.Err)
+	}
+	if o.Filter == route.FilterClosed && was.Filter != o.Filter {
+		m.cfg.Log.Info("the proxy lets only those send datagrams to the program to whom it has sent", "port", u.spec.Port,
+			"upstream", u.spec.Upstream)
+	}
+	m.announce(u.spec, was.At, o.At)
+}
+
+// announce tells that a UDP port is reached at another place than before.
+func (m *Manager) announce(s Spec, was, now netip.AddrPort) {
+	if was != now && m.cfg.Announce != nil {
+		m.cfg.Announce(s, now, netip.AddrPort{})
+	}
+}
+
+// follow lets the BINDs for the same port of TCP ask for the outer port of UDP, which cannot be chosen: peers expect one number
+// for both.
+func (m *Manager) follow(u *udpPort) {
+	p := m.find(u.app.Port())
+	if p == nil || !p.moves || p.spec.Upstream != u.spec.Upstream {
+		return
+	}
+	p.ask, p.follows = u.now.At.Port(), true
+	p.lostLater()
+	if six := p.six; six != nil {
+		if six.ask = p.ask; six.begun {
+			six.lostLater()
+		}
+	}
+}
+
+// sameAsUDP returns the outer port of UDP for a port of TCP that is asked for, or 0. The caller holds mu.
+func (m *Manager) sameAsUDP(app netip.AddrPort, upstream string) uint16 {
+	if u := m.udp[app]; u != nil && u.now.At.IsValid() && u.spec.Upstream == upstream {
+		return u.now.At.Port()
+	}
+	return 0
+}
+
+// mapUDP is Map for UDP. The caller holds mu.
+func (b *Mapper) mapUDP(app netip.AddrPort) (netip.AddrPort, portmap.State) {
+	m := b.m
+	u := m.udp[app]
+	if u == nil {
+		s, ok := b.allowsUDP(app.Port())
+		switch {
+		case m.cfg.KeepUDP == nil:
+			return netip.AddrPort{}, portmap.Unsupported
+		case !ok:
+			return netip.AddrPort{}, portmap.Forbidden
+		case m.over || len(m.udp) >= maxUDP:
+			return netip.AddrPort{}, portmap.Full
+		}
+		m.keep(s, app, false)
+		return netip.AddrPort{}, portmap.Wait
+	}
+	o := u.now
+	switch {
+	case o.At.IsValid() && m.cfg.CanBePeer(o.At.Addr()):
+		return o.At, portmap.Works
+	case o.At.IsValid(): // by loopback; peers use another address of the proxy
+		at, state := b.external()
+		if state == portmap.Wait {
+			return netip.AddrPort{}, portmap.Wait
+		}
+		return netip.AddrPortFrom(at, o.At.Port()), portmap.Works
+	case o.Err != nil && o.Cannot:
+		return netip.AddrPort{}, portmap.Unsupported
+	case o.Err != nil:
+		return netip.AddrPort{}, portmap.Failed
+	}
+	return netip.AddrPort{}, portmap.Wait
+}
+
+// allowsUDP reports whether the user allows programs to ask for a UDP port, and by which upstream.
+func (b *Mapper) allowsUDP(port uint16) (Spec, bool) {
+	if p := b.m.find(port); p != nil && !p.asked {
+		return p.spec, p.spec.Proto == 0
+	}
+	if b.auto == nil {
+		return Spec{}, false
+	}
+	return Spec{Port: port, Upstream: b.auto.Upstream}, true
+}
+
+// unmapUDP is Unmap for UDP. The caller holds mu.
+func (b *Mapper) unmapUDP(app netip.AddrPort) {
+	if u := b.m.udp[app]; u != nil && !u.stays {
+		b.m.unkeep(u)
+	}
+}
