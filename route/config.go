@@ -12,7 +12,6 @@ import (
 
 	"github.com/viasocks/viasocks/route/dns"
 	"github.com/viasocks/viasocks/route/relay"
-	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
@@ -71,9 +70,6 @@ type Config struct {
 	LearnFakeIPv6 bool
 	// Host tells which services of the host may be reached; nil: none.
 	Host *HostServices
-	// STUN are servers that are asked where kept mappings are reached from outside, see KeepUDP. Their answers are compared.
-	// Empty: the proxy is asked to send to this host.
-	STUN []socks.Addr
 	// UDPTimeout is how long a mapping lives after its last datagram if its socket is gone. 0: DefaultUDPTimeout.
 	UDPTimeout time.Duration
 	Limits     Limits

@@ -6,9 +6,11 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
@@ -51,9 +53,14 @@ var (
 
 // keeping is all kept mappings. It belongs to Run.
 type keeping struct {
-	all []*kept
-	wg  sync.WaitGroup // probes
+	all  []*kept
+	wg   sync.WaitGroup               // probes
+	stun atomic.Pointer[[]socks.Addr] // see SetSTUN; any goroutine
 }
+
+// SetSTUN sets the servers that the next probes of kept mappings ask; see KeepUDP. The answers of two are compared. None: the
+// proxy is asked to send to this host. It may be called from any goroutine.
+func (r *Router) SetSTUN(servers []socks.Addr) { r.keeping.stun.Store(&servers) }
 
 // kept is a mapping that exists, with its association, until it is no longer wanted. The fields below are guarded by
 // udp.mu.

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -198,12 +199,14 @@ func TestKeepSTUN(t *testing.T) {
 			testkit.CheckLeaks(t)
 			srv, up := openProxy(t, tt.fault)
 			cfg := Config{Upstreams: []Upstream{up}, Default: "p"}
+			var servers []socks.Addr
 			for i, at := range []string{"198.51.100.1:3478", "198.51.100.2:3478"} {
 				f := newFar(t, srv, at)
 				go f.stunServer(uint16(i) * tt.shift)
-				cfg.STUN = append(cfg.STUN, socks.AddrFrom(netip.MustParseAddrPort(at)))
+				servers = append(servers, socks.AddrFrom(netip.MustParseAddrPort(at)))
 			}
 			g := newRig(t, cfg, fastProbes)
+			g.SetSTUN(servers)
 			o := g.keep("p").wait(t, "the outcome", tt.ok)
 			if o.At.IsValid() && o.At != netip.AddrPortFrom(netip.MustParseAddr("203.0.113.1"), worldOf(t, srv)) {
 				t.Errorf("%v, want port %d", o.At, worldOf(t, srv))
@@ -234,11 +237,12 @@ func TestKeepLostAndForged(t *testing.T) {
 	testkit.CheckLeaks(t)
 	var u manualUpstream
 	server := netip.MustParseAddrPort("198.51.100.1:3478")
-	cfg := Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p", STUN: []socks.Addr{socks.AddrFrom(server)}}
+	cfg := Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p"}
 	g := newRig(t, cfg, func(r *Router) {
 		fastProbes(r)
 		r.probeEvery, r.probeAgain = time.Millisecond, time.Millisecond
 	})
+	g.SetSTUN([]socks.Addr{socks.AddrFrom(server)})
 	k := g.keep("p")
 	link := &askedLink{asked: make(chan flow.Packet, 1000)}
 	ask := u.ask(t, 0)
@@ -284,12 +288,15 @@ func TestKeepLives(t *testing.T) {
 // natLink is a link to a NAT of its own, whose only outer endpoint is out.
 type natLink struct {
 	fakeLink
-	out *net.UDPConn
+	out     *net.UDPConn
+	refused bool         // a firewall refuses what strangers send
+	probes  atomic.Int32 // that have begun
 }
 
 func (l *natLink) Beside(n int) (all []*net.UDPConn, reachable bool, err error) {
+	l.probes.Add(1)
 	for range n {
-		c, err := l.Listen()
+		c, err := l.local()
 		if err != nil {
 			return nil, false, err
 		}
@@ -299,6 +306,14 @@ func (l *natLink) Beside(n int) (all []*net.UDPConn, reachable bool, err error) 
 }
 
 func (l *natLink) Listen() (*net.UDPConn, error) {
+	c, err := l.local()
+	if l.refused {
+		c.Close()
+	}
+	return c, err
+}
+
+func (l *natLink) local() (*net.UDPConn, error) {
 	return net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 }
 
@@ -322,7 +337,7 @@ func TestKeepFilter(t *testing.T) {
 				r.stranger = func(netip.Addr) bool { return true }
 			})
 			link := &natLink{}
-			link.out, _ = link.Listen()
+			link.out, _ = link.local()
 			defer link.out.Close()
 			k := g.keep("p")
 			ask := u.ask(t, 0)
@@ -347,5 +362,26 @@ func TestKeepFilter(t *testing.T) {
 				t.Errorf("the app got %d datagrams", n)
 			}
 		})
+	}
+}
+
+// Where nothing could be sent to the outer endpoint, silence tells nothing about it.
+func TestKeepFilterRefused(t *testing.T) {
+	testkit.CheckLeaks(t)
+	var u manualUpstream
+	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p"}, func(r *Router) {
+		fastProbes(r)
+		r.probeFirst, r.probeEvery = time.Millisecond, time.Millisecond
+		r.stranger = func(netip.Addr) bool { return true }
+	})
+	link := &natLink{refused: true}
+	link.out, _ = link.local()
+	defer link.out.Close()
+	k := g.keep("p")
+	u.ask(t, 0).done(link, nil)
+	k.wait(t, "the outer endpoint", isKnown)
+	testkit.Eventually(t, "the second probe", func() bool { return link.probes.Load() > 1 })
+	if o := k.wait(t, "the outer endpoint", isKnown); o.Filter != FilterUnknown {
+		t.Errorf("%+v", o)
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/viasocks/viasocks/route/relay"
+	"github.com/viasocks/viasocks/socks"
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
@@ -47,8 +48,9 @@ type probe struct {
 	link     relay.PacketLink
 	ctx      context.Context
 	cancel   context.CancelFunc
-	stranger stunID   // what a stranger sends, and what is sent to our own sockets
-	ids      []stunID // of the questions
+	stun     []socks.Addr // the servers that are asked; none: our own sockets are
+	stranger stunID       // what a stranger sends, and what is sent to our own sockets
+	ids      []stunID     // of the questions
 
 	mu   sync.Mutex
 	seen []netip.AddrPort // by question: the endpoint that its receiver saw
@@ -59,9 +61,12 @@ type probe struct {
 // newProbe returns a probe of k's association. The caller holds udp.mu.
 func newProbe(k *kept) *probe {
 	p := &probe{k: k, of: k.of, link: k.link, wake: make(chan struct{}, 1)}
+	if servers := k.keeping.stun.Load(); servers != nil {
+		p.stun = *servers
+	}
 	p.ctx, p.cancel = context.WithCancel(k.ctx)
 	_, _ = rand.Read(p.stranger[:])
-	for range max(len(k.cfg.STUN), besideAsks) {
+	for range max(len(p.stun), besideAsks) {
 		p.ids = append(p.ids, newStunID())
 	}
 	p.seen = make([]netip.AddrPort, len(p.ids))
@@ -87,7 +92,7 @@ func (p *probe) mine(b []byte) bool {
 		p.note(func() { p.let = true })
 		return true
 	}
-	for i := range p.k.cfg.STUN {
+	for i := range p.stun {
 		if p.ids[i].answers(b) {
 			if at := parseStun(b); flow.OneHost(at.Addr()) {
 				p.note(func() { p.seen[i] = at })
@@ -114,7 +119,7 @@ func (p *probe) run(tell func(o Outer, over bool)) {
 	b, _ := p.link.(besideLink)
 	var err error
 	switch {
-	case len(p.k.cfg.STUN) > 0:
+	case len(p.stun) > 0:
 		err = p.askSTUN()
 	case b == nil:
 		err = errNotUs
@@ -124,7 +129,7 @@ func (p *probe) run(tell func(o Outer, over bool)) {
 	o := p.outer(err)
 	// Only the proxy's own address may learn of this host: with STUN the outer one may belong to somebody else.
 	if !o.At.IsValid() || b == nil || !p.k.stranger(o.At.Addr()) ||
-		len(p.k.cfg.STUN) > 0 && b.Relay().Addr() != o.At.Addr() {
+		len(p.stun) > 0 && b.Relay().Addr() != o.At.Addr() {
 		tell(o, true)
 		return
 	}
@@ -213,7 +218,7 @@ func (p *probe) send(to netip.AddrPort, payload []byte) {
 
 // askSTUN asks the servers of STUN.
 func (p *probe) askSTUN() error {
-	servers := p.k.cfg.STUN
+	servers := p.stun
 	at := make([]netip.AddrPort, len(servers))
 	for i, s := range servers {
 		if at[i] = s.AddrPort(); s.Name != "" {
@@ -304,14 +309,15 @@ func (p *probe) filter(b besideLink, at netip.AddrPort) Filter {
 		return FilterUnknown
 	}
 	defer c.Close()
-	pause := p.k.probeFirst
-	for range probeTries - 1 {
-		_, _ = c.WriteToUDPAddrPort(p.stranger[:], at) // a lost one is repeated
+	pause, sent := p.k.probeFirst, false
+	for range probeTries - 1 { // a lost one is repeated
+		_, err := c.WriteToUDPAddrPort(p.stranger[:], at)
+		sent = sent || err == nil
 		if p.wait(pause, func() bool { p.mu.Lock(); defer p.mu.Unlock(); return p.let }) {
 			return FilterOpen
 		}
 	}
-	if p.ctx.Err() != nil {
+	if p.ctx.Err() != nil || !sent { // a firewall of this host may refuse what goes to another port than the relay's
 		return FilterUnknown
 	}
 	return FilterClosed

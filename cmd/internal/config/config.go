@@ -156,7 +156,7 @@ type Config struct {
 	FTPActive    []uint16             // run: ports of FTP servers; empty: PORT and EPRT pass unchanged
 	OnPort       string               // run: a program; empty: none
 	Forwarded    []incoming.Forwarded // run
-	STUN         []socks.Addr         // run
+	STUN         []socks.Addr         // run, up
 	RunAs        *RunAs               // run; nil: the caller
 	Container    string               // attach, down: its name, or the beginning of its id
 	NetNS        string               // run, attach, down: a network namespace of ip-netns(8); empty: run makes one

@@ -45,6 +45,18 @@ func TestListen(t *testing.T) {
 	}
 }
 
+// With up, a program must ask for its UDP port: it is not known before from which address it sends.
+func TestListenUDPUp(t *testing.T) {
+	if _, err := Parse(Up, strings.Fields("--proxy socks5://192.0.2.1 --listen 6881/udp"), nil); err == nil ||
+		!strings.Contains(err.Error(), "--listen 6881 allows that") {
+		t.Errorf("%v", err)
+	}
+	c, err := Parse(Up, strings.Fields("--proxy socks5://192.0.2.1 --listen 6881 --stun 203.0.113.9:3478"), nil)
+	if err != nil || len(c.STUN) != 1 || len(c.Warnings) != 0 {
+		t.Errorf("%+v, %v", c, err)
+	}
+}
+
 func TestSTUN(t *testing.T) {
 	for _, tt := range []struct {
 		value, err string

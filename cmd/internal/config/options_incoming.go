@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/viasocks/viasocks/cmd/internal/incoming"
+	"github.com/viasocks/viasocks/route/portmap"
 )
 
 // incomingOptions say at which ports peers behind the proxy can connect to a program.
@@ -92,6 +93,10 @@ Datagrams from unknown senders are delivered by themselves once the program has 
 If the program asks for a UDP port, or with
 .Ar PORT Ns Li /udp ,
 its association with the proxy is made before that, and kept.
+.Ar PORT Ns Li /udp
+is refused with
+.Cm up ,
+where the address of the program is not known before it asks.
 A probe finds the address and port from which the proxy sends, which the program is told; see
 .Fl -stun .
 It is made again every minute, and whenever the association is made again: the port is then another one.
@@ -141,7 +146,7 @@ takes them to the program, which then sees them come from a local address.
 Datagrams arrive by themselves only if the provider forwards the port to the association of the program at the proxy.`,
 	},
 	{
-		Name: "stun", Arg: "HOST:PORT[,HOST:PORT]", Cmds: Run | Check, set: setSTUN,
+		Name: "stun", Arg: "HOST:PORT[,HOST:PORT]", Live: true, Cmds: Run | Up | Check, set: setSTUN,
 		Help: "ask these STUN servers at which UDP port peers reach the program",
 		Man: `Ask one or two servers of STUN (RFC 8489), through the proxy, where it sends the datagrams of a program from:
 at this address and port peers reach the program by UDP.
@@ -151,6 +156,9 @@ no firewall here refuses it, and which shows the address that the proxy has towa
 The answers of two servers are compared.
 If the proxy uses another port for each destination, no port can be given to others, and requests for a UDP port are refused.
 With one server this is not found out.
+Nor do two ports of one address show that the proxy uses another port for each address only; name two servers with different
+addresses.
+The same holds without this option: both questions are then about this host.
 The servers see the address of the proxy, and are asked again every minute.
 A
 .Ar HOST
@@ -229,6 +237,10 @@ func setOnPort(c *Config, v value) (err error) {
 // finishListen checks the upstreams that listen.
 func (c *Config) finishListen() error {
 	for _, s := range c.Listen {
+		if c.Command == Up && s.Proto == portmap.UDP {
+			return usagef("cannot use --listen %v with up: the program must ask for its UDP port itself, by NAT-PMP or UPnP; "+
+				"--listen %d allows that", s, s.Port)
+		}
 		name := s.Upstream
 		if name == "" {
 			name = c.Default

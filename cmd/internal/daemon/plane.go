@@ -136,7 +136,7 @@ func newPlane(cfg *config.Config, dev tun.Device, sockets flow.Sockets, dial dia
 		ResolverCAs:     policy.ResolverCAs,
 		RelayDNS:        policy.RelayDNS,
 		ResolverDefault: policy.ResolverDefault, Guard: policy.Guard, Fake: policy.Fake,
-		STUN: cfg.STUN, Split: policy.Split, HostDNS: hostDNS(cfg.Command == config.Up, dial.directly()),
+		Split: policy.Split, HostDNS: hostDNS(cfg.Command == config.Up, dial.directly()),
 		Loops: p.loops, Shards: p.stack.Shards(),
 		Sockets: sockets, Owners: ownersOf(sockets), ComesBack: dial.comesBack, OwnPort: p.ownPort, Asks: asksOf(cfg),
 		Decisions: dial.decisions,
@@ -213,6 +213,7 @@ func (p *plane) set(cfg *config.Config) {
 	p.router.SetSniff(cfg.Sniff())
 	p.router.SetActiveFTP(p.activeFTP(cfg))
 	p.router.SetPing(cfg.PingPorts)
+	p.router.SetSTUN(cfg.STUN)
 	p.setGSO(cfg.UDPGSO)
 	p.stack.SetSSDP(cfg.Gateway())
 	p.stack.Set(stack.Limits{Pending: cfg.MaxPending, PendingPerDest: cfg.MaxPendingPerDest}, cfg.IdleTimeout)

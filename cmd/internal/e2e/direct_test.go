@@ -29,8 +29,8 @@ func needPrograms(t *testing.T, names ...string) {
 	}
 }
 
-// serve starts a program that serves until stop is called or the test is over, and waits until it answers at its TCP endpoint, or at the path of
-// its unix socket.
+// serve starts a program that serves until stop is called or the test is over. It waits until the program answers at its TCP
+// endpoint, or at the path of its unix socket.
 func serve(t *testing.T, at string, name string, args ...string) (stop func()) {
 	t.Helper()
 	network := "tcp"

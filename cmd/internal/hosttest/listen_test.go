@@ -399,6 +399,64 @@ func TestListenAuto(t *testing.T) {
 	rec.nothingLeft(t, "auto")
 }
 
+// TestListenAutoUDP: a program of the host that has sent nothing asks for a UDP port, and a peer reaches it there from its own
+// address; the answer goes back the same way. A container is not answered.
+func TestListenAutoUDP(t *testing.T) {
+	if _, err := exec.LookPath("natpmpc"); err != nil {
+		t.Skip("natpmpc is not installed (scripts/deps.sh)")
+	}
+	w := newWorld(t)
+	w.binding()
+	rec := newRecorder(w)
+	rec.to(netipAddrPort(proxy4, 1080))
+	rec.mu.Lock()
+	rec.proxyUDP[addr(proxy4)] = true
+	rec.mu.Unlock()
+	d := w.up("--proxy", "socks5://"+proxy4, "--listen", "auto")
+	c := w.packets("host", "0.0.0.0:6885")
+	outer := w.udpPort(6885)
+	peer := w.packets("world", "203.0.113.201:0")
+	pass := func(what string, from, to net.PacketConn, where, want net.Addr) {
+		t.Helper()
+		if _, err := from.WriteTo([]byte(what), where); err != nil {
+			t.Fatal(err)
+		}
+		b := make([]byte, 100)
+		_ = to.SetReadDeadline(time.Now().Add(20 * time.Second))
+		n, sender, err := to.ReadFrom(b)
+		if err != nil || string(b[:n]) != what || sender.String() != want.String() {
+			t.Fatalf("%q from %v, %v; want %q from %v", b[:n], sender, err, what, want)
+		}
+	}
+	pass("from a peer", peer, c, outer, peer.LocalAddr())
+	pass("an answer", c, peer, peer.LocalAddr(), outer)
+	if out, err := try("ctr", nil, "timeout", "2", "natpmpc", "-g", lanRouter4, "-a", "22", "22", "udp", "600"); err == nil ||
+		strings.Contains(out, "Mapped") {
+		t.Errorf("the container is answered: %s", out)
+	}
+	if err := d.stop(); err != nil {
+		t.Error(err)
+	}
+	rec.nothingLeft(t, "auto, UDP")
+}
+
+// udpPort asks for a UDP port as a program of the host, and returns where peers reach it.
+func (w *world) udpPort(port uint16) *net.UDPAddr {
+	w.t.Helper()
+	var outer int
+	w.eventually(20*time.Second, "a UDP port", func() bool {
+		out, _ := try("host", nil, "natpmpc", "-g", lanRouter4, "-a", fmt.Sprint(port), fmt.Sprint(port), "udp", "600")
+		_, rest, _ := strings.Cut(out, "Mapped public port ")
+		n, _ := fmt.Sscanf(rest, "%d protocol UDP", &outer)
+		return n == 1
+	})
+	ports := ask[control.Status](w, "status").Listening.Ports
+	if len(ports) != 1 || ports[0].Proto != "udp" || ports[0].Outer != netipAddrPort(proxy4, uint16(outer)).String() || ports[0].Filtered {
+		w.t.Fatalf("natpmpc got %d, status has %+v", outer, ports)
+	}
+	return net.UDPAddrFromAddrPort(netipAddrPort(proxy4, uint16(outer)))
+}
+
 // A port that docker publishes reaches its container, which sees the peer's address, too.
 func TestListenPublished(t *testing.T) {
 	w := newWorld(t)

@@ -97,7 +97,7 @@ func Start(cfg Config, specs []Spec) *Manager {
 		case s.Auto():
 		case s.Proto == portmap.UDP:
 			m.mu.Lock()
-			m.keep(s, cfg.App(s.Port), true)
+			m.keepListed(m.named(s))
 			m.mu.Unlock()
 		default:
 			m.Add(s, s.Port)
@@ -155,7 +155,7 @@ func (m *Manager) Set(specs []Spec, def string) {
 		}
 	}
 	for _, s := range specs {
-		if s.Auto() || s.Proto == portmap.UDP { // those are kept from the start, and no reload changes them
+		if s.Auto() || s.Proto == portmap.UDP {
 			continue
 		}
 		if p := m.find(s.Port); p != nil && p.spec != m.named(s) {
@@ -166,6 +166,7 @@ func (m *Manager) Set(specs []Spec, def string) {
 			p.asked = false
 		}
 	}
+	m.setUDP(specs, wanted)
 }
 
 // named returns s with the name of its upstream. The caller holds mu.

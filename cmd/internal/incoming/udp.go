@@ -13,19 +13,20 @@ const maxUDP = 32
 // udpPort is a UDP port of a program whose mapping is kept. It is guarded by the manager's mu.
 type udpPort struct {
 	spec  Spec
+	of    Spec // of --listen, which makes it or allows the program to ask for it
 	app   netip.AddrPort
 	now   route.Outer
 	end   func()
 	ended bool
-	stays bool // it is one of --listen
 }
 
+// stays reports whether the program cannot end it.
+func (u *udpPort) stays() bool { return u.of.Proto == portmap.UDP }
+
 // keep keeps the mapping of app. The caller holds mu.
-func (m *Manager) keep(s Spec, app netip.AddrPort, stays bool) *udpPort {
-	u := &udpPort{spec: Spec{s.Port, s.Upstream, portmap.UDP}, app: app, stays: stays}
-	if u.spec.Upstream == "" {
-		u.spec.Upstream = m.cfg.Default
-	}
+func (m *Manager) keep(of Spec, app netip.AddrPort) {
+	of = m.named(of)
+	u := &udpPort{spec: Spec{app.Port(), of.Upstream, portmap.UDP}, of: of, app: app}
 	if m.udp == nil {
 		m.udp = map[netip.AddrPort]*udpPort{}
 	}
@@ -37,7 +38,37 @@ func (m *Manager) keep(s Spec, app netip.AddrPort, stays bool) *udpPort {
 			m.reached(u, o)
 		}
 	})
-	return u
+}
+
+// setUDP is Set for UDP: it ends what specs neither make nor allow. wanted is specs, with the names of their upstreams. The
+// caller holds mu.
+func (m *Manager) setUDP(specs []Spec, wanted map[Spec]bool) {
+	if m.over {
+		return
+	}
+	for _, u := range m.udp {
+		if !u.of.Auto() && !wanted[u.of] {
+			m.unkeep(u)
+		}
+	}
+	for _, s := range specs {
+		if s.Proto == portmap.UDP {
+			m.keepListed(m.named(s))
+		}
+	}
+}
+
+// keepListed keeps the mapping of a port of --listen, which a program may have asked for already. The caller holds mu.
+func (m *Manager) keepListed(s Spec) {
+	app := m.cfg.App(s.Port)
+	if u := m.udp[app]; u != nil {
+		if u.spec.Upstream == s.Upstream {
+			u.of = s
+			return
+		}
+		m.unkeep(u)
+	}
+	m.keep(s, app)
 }
 
 // unkeep ends what keep began. The caller holds mu.
@@ -112,7 +143,7 @@ func (b *Mapper) mapUDP(app netip.AddrPort) (netip.AddrPort, portmap.State) {
 		case m.over || len(m.udp) >= maxUDP:
 			return netip.AddrPort{}, portmap.Full
 		}
-		m.keep(s, app, false)
+		m.keep(s, app)
 		return netip.AddrPort{}, portmap.Wait
 	}
 	o := u.now
@@ -141,12 +172,12 @@ func (b *Mapper) allowsUDP(port uint16) (Spec, bool) {
 	if b.auto == nil {
 		return Spec{}, false
 	}
-	return Spec{Port: port, Upstream: b.auto.Upstream}, true
+	return *b.auto, true
 }
 
 // unmapUDP is Unmap for UDP. The caller holds mu.
 func (b *Mapper) unmapUDP(app netip.AddrPort) {
-	if u := b.m.udp[app]; u != nil && !u.stays {
+	if u := b.m.udp[app]; u != nil && !u.stays() {
 		b.m.unkeep(u)
 	}
 }

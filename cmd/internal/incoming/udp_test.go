@@ -114,7 +114,7 @@ func TestMapperUDPAllowed(t *testing.T) {
 	m, _ := start(t, &fakeServer{}, f.config)
 	m.Add(Spec{Port: 6882, Proto: portmap.TCP}, 6882)
 	m.mu.Lock()
-	m.keep(Spec{Port: 6883}, appAt(6883), true)
+	m.keepListed(Spec{Port: 6883, Upstream: "proxy", Proto: portmap.UDP})
 	m.mu.Unlock()
 	b := NewMapper(m, nil)
 	for port, want := range map[uint16]portmap.State{
@@ -194,4 +194,46 @@ func TestMapperAddressByUDP(t *testing.T) {
 	m.Remove(6881)
 	b.Unmap(portmap.UDP, appAt(7000))
 	testkit.Eventually(t, "the refusal", func() bool { _, state := other.External(); return state == portmap.Unsupported })
+}
+
+// A reload keeps and ends ports of --listen PORT/udp, and ends those that programs are no longer allowed to ask for.
+func TestSetUDP(t *testing.T) {
+	f := &fakeKeeper{}
+	m, _ := start(t, &fakeServer{}, f.config)
+	b := NewMapper(m, &Spec{})
+	b.Map(ask(portmap.UDP, 6881, 0)) // allowed by --listen 6881
+	b.Map(ask(portmap.UDP, 7000, 0)) // allowed by --listen auto
+	want := func(what string, want ...string) {
+		t.Helper()
+		var got []string
+		for _, p := range m.Ports() {
+			if p.Proto == portmap.UDP {
+				got = append(got, p.String())
+			}
+		}
+		if !slices.Equal(got, want) || f.kept() != len(want) {
+			t.Errorf("%s: %q, want %q; %d mappings are kept", what, got, want, f.kept())
+		}
+	}
+	want("before", "6881/udp=proxy", "7000/udp=proxy")
+	udp := func(port uint16, upstream string) Spec {
+		return Spec{Port: port, Upstream: upstream, Proto: portmap.UDP}
+	}
+	m.Set([]Spec{{Port: 6881}, udp(6882, ""), {}}, "proxy")
+	want("added", "6881/udp=proxy", "6882/udp=proxy", "7000/udp=proxy")
+	f.tell(appAt(6882), route.Outer{At: at(7777)})
+	m.Set([]Spec{udp(6882, "proxy"), udp(7000, ""), {}}, "proxy")
+	want("6881 is no longer allowed", "6882/udp=proxy", "7000/udp=proxy")
+	if ports := m.Ports(); ports[0].Outer != at(7777) {
+		t.Errorf("the port that stays was disturbed: %+v", ports)
+	}
+	b.Unmap(portmap.UDP, appAt(7000)) // it is a port of the user now
+	m.Set([]Spec{udp(6882, ""), udp(7000, "proxy"), {}}, "other")
+	want("another upstream", "6882/udp=other", "7000/udp=proxy")
+	m.Set(nil, "other")
+	want("none")
+	told := []string{"6882/udp=proxy 203.0.113.1:7777", "6882/udp=proxy invalid AddrPort"}
+	if !slices.Equal(f.told, told) {
+		t.Errorf("announced: %q", f.told)
+	}
 }
