@@ -18,6 +18,6 @@ left alone when the first program ends, and has no network then. nsenter (util-l
 			return 0, err
 		}
 		all := control.Instances(control.RuntimeOf(env), "")
-		return exitCannotRun, daemon.Exec(cfg.Instance, cfg.Program, all, env)
+		return daemon.Exec(cfg.Instance, cfg.Program, all, env)
 	},
 }

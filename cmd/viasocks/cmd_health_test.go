@@ -43,7 +43,7 @@ func TestHealthOfRun(t *testing.T) {
 	testkit.Eventually(t, "the proxy that has gone is noticed", func() bool {
 		got := health(pid)
 		return strings.HasPrefix(got, "exit 1\n") && strings.Contains(got, "connection refused") &&
-			strings.Contains(got, "viasocks doctor")
+			strings.Contains(got, ": 'viasocks doctor' says more\n")
 	})
 	end()
 }

@@ -2,6 +2,7 @@ package kernel
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -18,14 +19,20 @@ func cgroupMount() (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("cannot find the cgroup2 mount: %w", err)
 	}
-	for line := range bytes.Lines(b) { // 36 35 98:0 /root /where options ... - cgroup2 source options
+	return cgroupMountIn(b)
+}
+
+// cgroupMountIn finds it in the content of mountinfo.
+func cgroupMountIn(mountinfo []byte) (string, error) {
+	for line := range bytes.Lines(mountinfo) { // 36 35 98:0 /root /where options ... - cgroup2 source options
 		before, after, ok := strings.Cut(string(line), " - ")
 		f := strings.Fields(before)
 		if ok && len(f) >= 5 && strings.HasPrefix(after, "cgroup2 ") {
 			return strings.ReplaceAll(f[4], `\040`, " "), nil
 		}
 	}
-	return "", fmt.Errorf("cannot choose by cgroup: no cgroup2 is mounted")
+	return "", errors.New("cannot choose by cgroup: no cgroup2 is mounted: run 'mount -t cgroup2 none /sys/fs/cgroup' first; " +
+		"'ip netns exec' gives a program a /sys without it, and 'nsenter --net=/run/netns/NAME' does not")
 }
 
 // cgroup looks up a path below the mount. A group that existed before may be missing now: its service may be stopped,

@@ -365,7 +365,23 @@ func (h *Host) say(key, msg string, args ...any) {
 	}
 	h.said[key] = text
 	h.c.Log.Warn(msg, args...)
-	h.warnings[key] = fmt.Sprint(msg, " ", fmt.Sprintln(args...))
+	h.warnings[key] = warning(msg, args)
+}
+
+// warning returns what is logged as a sentence: the reason after a colon, and the rest in parentheses.
+func warning(msg string, args []any) string {
+	why, rest := "", ""
+	for i := 0; i+1 < len(args); i += 2 {
+		if name := fmt.Sprint(args[i]); name == "err" || name == "why" {
+			why = fmt.Sprint(": ", args[i+1])
+		} else {
+			rest += fmt.Sprintf(", %s %v", name, args[i+1])
+		}
+	}
+	if rest != "" {
+		rest = " (" + rest[2:] + ")"
+	}
+	return msg + rest + why
 }
 
 // Warnings returns what the administrator should know, such as foreign rules ahead of ours.
@@ -373,15 +389,8 @@ func (h *Host) Warnings() (out []string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, w := range h.warnings {
-		out = append(out, trimLine(w))
+		out = append(out, w)
 	}
 	slices.Sort(out)
 	return out
-}
-
-func trimLine(s string) string {
-	for len(s) > 0 && s[len(s)-1] == '\n' {
-		s = s[:len(s)-1]
-	}
-	return s
 }

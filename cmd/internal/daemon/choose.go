@@ -30,25 +30,39 @@ func (u *up) choose(c kernel.Choice) func(control.Process) error {
 // Choose replaces this process with a program whose traffic goes the way for which ask asks the daemon. It returns
 // only if it fails, with the exit status that a shell would use.
 func Choose(ask func() error, program, environ []string) (exit int, err error) {
-	fail := func(err error) (int, error) {
-		exit := 126
-		if errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist) {
-			exit = 127
-		}
-		return exit, fmt.Errorf("cannot run %s: %w", program[0], process.PlainPathError(err))
+	file, exit, err := findProgram(program[0])
+	if err != nil {
+		return exit, err
 	}
-	file, err := exec.LookPath(program[0])
+	if err := ask(); err != nil {
+		return exitCannotRun, err
+	}
+	return cannotRun(program[0], syscall.Exec(file, program, programEnv(environ, true)))
+}
+
+// The exit statuses of a shell for a program that cannot be run, and for one that does not exist.
+const exitCannotRun, exitNoProgram = 126, 127
+
+// findProgram looks a program up in $PATH.
+func findProgram(name string) (file string, exit int, err error) {
+	file, err = exec.LookPath(name)
 	if err != nil {
 		var e *exec.Error
 		if errors.As(err, &e) {
 			err = e.Err
 		}
-		return fail(err)
+		exit, err = cannotRun(name, err)
 	}
-	if err := ask(); err != nil {
-		return 126, err
+	return file, exit, err
+}
+
+// cannotRun says why a program cannot be run, with the exit status for it.
+func cannotRun(name string, why error) (exit int, err error) {
+	exit = exitCannotRun
+	if errors.Is(why, exec.ErrNotFound) || errors.Is(why, fs.ErrNotExist) {
+		exit = exitNoProgram
 	}
-	return fail(syscall.Exec(file, program, programEnv(environ, true)))
+	return exit, fmt.Errorf("cannot run %s: %w", name, process.PlainPathError(why))
 }
 
 // programLines describes the programs and units whose traffic goes a chosen way.

@@ -15,28 +15,33 @@ import (
 
 // Exec replaces this process with a program in the namespaces of an instance of run, or in the network of one of attach.
 // want is the name or process id of this instance, and all contains the instances of the caller. Exec returns only if it
-// fails.
+// fails, with the exit status that a shell would use.
 //
 // A process with several threads cannot enter a user namespace (setns(2)), and a Go program always has several.
 // nsenter(1) does it.
-func Exec(want string, program []string, all []control.Instance, environ []string) error {
+func Exec(want string, program []string, all []control.Instance, environ []string) (exit int, err error) {
+	fail := func(err error) (int, error) { return exitCannotRun, fmt.Errorf("cannot exec in %q: %w", want, err) }
 	at, err := instanceNamed(want, all)
 	if err != nil {
-		return fmt.Errorf("cannot exec in %q: %w", want, err)
+		return fail(err)
 	}
 	nsenter, err := exec.LookPath("nsenter")
 	if err != nil {
-		return fmt.Errorf("cannot exec in %q: nsenter is not installed: install util-linux", want)
+		return fail(errors.New("nsenter is not installed: install util-linux"))
+	}
+	// The instance sees the same files; nsenter would find out later, and say so as if it had been asked.
+	if _, exit, err := findProgram(program[0]); err != nil {
+		return exit, err
 	}
 	args := []string{"nsenter", "--target", strconv.Itoa(at.Inside), "--net"}
 	if at.Mode == control.ModeRun { // of what was attached to, only the network is another one
 		args = append(args, "--mount")
 	}
 	if other, err := otherUserNamespace(at.Inside); err != nil {
-		return fmt.Errorf("cannot exec in %q: %w", want, err)
+		return fail(err)
 	} else if other {
 		if at.UID != os.Geteuid() {
-			return fmt.Errorf("cannot exec in %q: it has a user namespace of its own: do it as %s", want, at.User)
+			return fail(fmt.Errorf("it has a user namespace of its own: do it as %s", at.User))
 		}
 		args = append(args, "--user", "--preserve-credentials")
 	}
@@ -44,7 +49,7 @@ func Exec(want string, program []string, all []control.Instance, environ []strin
 		args = append(args, "--wd="+dir)
 	}
 	args = append(append(args, "--"), program...)
-	return fmt.Errorf("cannot exec in %q: %w", want, syscall.Exec(nsenter, args, programEnv(environ, false)))
+	return fail(syscall.Exec(nsenter, args, programEnv(environ, false)))
 }
 
 // instanceNamed finds the instance of run or attach with this name or process id.

@@ -20,6 +20,7 @@ const (
 	healthFresh = time.Second
 	// aliveTime limits the wait for an answer of the data plane.
 	aliveTime = 300 * time.Millisecond
+	askDoctor = "'viasocks doctor' says more"
 )
 
 // healthChecks stores the result of the last check of the upstreams.
@@ -36,7 +37,7 @@ func (u *up) healthNow(ctx context.Context) control.Health {
 	out := control.Health{Mode: control.ModeUp, PID: os.Getpid(), State: s.State}
 	switch {
 	case s.State == control.Waiting:
-		out.Reason, out.Do = "the host is closed until the proxy can be reached: "+s.Waiting, "viasocks doctor"
+		out.Reason, out.Do = "the host is closed until the proxy can be reached: "+s.Waiting, askDoctor
 		return out
 	case s.State == control.Impaired && len(s.Warnings) > 0:
 		out.Reason, out.Do = s.Warnings[0], "see 'viasocks status'"
@@ -69,7 +70,7 @@ func (p *plane) healthNow(ctx context.Context, cfg *config.Config, mode, state s
 	out.Upstreams = p.checkUpstreams(ctx)
 	out.Healthy, out.Reason = judge(cfg.Default, out.Upstreams)
 	if !out.Healthy {
-		out.Do = "viasocks doctor"
+		out.Do = askDoctor
 	}
 	return out
 }

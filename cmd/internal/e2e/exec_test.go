@@ -84,6 +84,15 @@ func TestExec(t *testing.T) {
 				t.Errorf("%v, %s", err, got)
 			}
 		}
+		for program, want := range map[string]string{
+			"/no/program": "exit status 127, viasocks: cannot run /no/program: no such file or directory\n",
+			dir:           "exit status 126, viasocks: cannot run " + dir + ": is a directory\n",
+		} {
+			got, err := as("exec", "first", "--", program).CombinedOutput()
+			if said := fmt.Sprintf("%v, %s", err, got); said != want {
+				t.Errorf("exec of %s: %q, want %q", program, said, want)
+			}
+		}
 		in.Close()
 		if err := first.Wait(); err != nil || out.String() != "closed\n" {
 			t.Errorf("the first program: %v\n%s", err, &out)

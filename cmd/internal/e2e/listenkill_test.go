@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -38,7 +37,7 @@ func TestListenKilledAtAnyInstant(t *testing.T) {
 			t.Fatalf("viasocks did not end after %s", after)
 		}
 		reapAll(t, after, dante...)
-		testkit.Eventually(t, "no trace after "+after, func() bool { return slices.Equal(traces(t), before) })
+		noTrace(t, before, after)
 	}
 	for _, victim := range []string{"viasocks", "sleep"} {
 		for i := range instants {

@@ -51,7 +51,7 @@ func TestPublishKilledAtAnyInstant(t *testing.T) {
 				t.Fatalf("viasocks did not end after the death of %s at %v", victim, time.Duration(i)*step)
 			}
 			reapAll(t, fmt.Sprintf("the death of %s at %v", victim, time.Duration(i)*step))
-			testkit.Eventually(t, "no trace", func() bool { return slices.Equal(traces(t), before) })
+			noTrace(t, before, "a kill")
 		}
 	}
 	leaveUnfinished(t, dir)
@@ -183,6 +183,26 @@ func traces(t *testing.T) (all []string) {
 		}
 	}
 	return all
+}
+
+// noTrace waits until the mounts and sockets are those of before, and says which are not.
+func noTrace(t *testing.T, before []string, after string) {
+	t.Helper()
+	if testkit.Until(testkit.Patience, func() bool { return slices.Equal(traces(t), before) }) {
+		return
+	}
+	now := traces(t)
+	for _, l := range now {
+		if !slices.Contains(before, l) {
+			t.Errorf("after %s this is left: %s", after, l)
+		}
+	}
+	for _, l := range before {
+		if !slices.Contains(now, l) {
+			t.Errorf("after %s this is missing: %s", after, l)
+		}
+	}
+	t.Fatalf("after %s there are %d mounts and sockets, before %d", after, len(now), len(before))
 }
 
 // filesIn lists everything in dir that is no directory.
