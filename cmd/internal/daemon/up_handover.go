@@ -165,8 +165,21 @@ func (u *up) handOver(ctx context.Context) error {
 	left := u.drain(ctx, t, keys)
 	u.before.finish(u.log)
 	u.stopPlane(nil)
-	_, _ = t.talk.Left(handover.Left{Ended: handover.FlowsOf(left)}) // the new process may be gone
+	u.sayGoodbye(t, left)
 	return nil
+}
+
+// sayGoodbye tells the new process of our end, and the log if the new process has ended before: nobody has the host then.
+func (u *up) sayGoodbye(t *taker, left []stack.Key) {
+	_, err := t.talk.Left(handover.Left{Ended: handover.FlowsOf(left)})
+	if err == nil {
+		return
+	}
+	host := "the host stays closed: 'viasocks up' takes over, 'viasocks down' opens it"
+	if u.first.Host.FailOpen {
+		host = "the host is opened, as --fail-open says"
+	}
+	u.log.Warn("the viasocks that took over has ended: "+host, "flows", len(left), "err", err)
 }
 
 // stillAlive tells the watchdog of systemd that we are alive until the function that it returns is called. Once the service
@@ -219,8 +232,7 @@ func (u *up) drain(ctx context.Context, t *taker, had []stack.Key) []stack.Key {
 		left.Store(int64(len(now)))
 		switch stop, err := t.talk.Left(handover.Left{Ended: handover.FlowsOf(ended), Now: len(now)}); {
 		case err != nil:
-			u.log.Warn("the viasocks that took over has ended", "err", err)
-			return had
+			return had // sayGoodbye tells why
 		case stop:
 			u.log.Info("the flows that are left are reset: the viasocks that took over stops", "flows", len(had))
 			return had

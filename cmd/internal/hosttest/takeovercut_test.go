@@ -14,8 +14,14 @@ import (
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
-// instants are how long after the start of a takeover it is disturbed. It takes some 100 to 300 ms.
-var instants = []time.Duration{20, 60, 90, 120, 150, 180, 220, 300}
+// instants are how many takeovers are disturbed.
+const instants = 20
+
+// instant returns how long after its start the takeover with number i is disturbed: 5 to 280 ms, of which the first are the
+// closest. A takeover needs 40 ms on an idle machine and 300 ms on a busy one.
+func instant(i int) time.Duration {
+	return 5*time.Millisecond + time.Duration(i*(i+10))*500*time.Microsecond
+}
 
 // TestTakeoverKilled: whichever of the two processes is killed at whatever instant, nothing leaves the host unproxied, the
 // other one says truly whether the host is closed, and `down` restores it.
@@ -28,12 +34,12 @@ func TestTakeoverKilled(t *testing.T) {
 	flags := []string{"--proxy", "socks5://" + proxy4}
 	outcomes := map[string]int{}
 	for _, victim := range []string{"old", "new"} {
-		for _, after := range instants {
+		for i := range instants {
 			first := w.up(flags...)
 			held := w.hold(5)
 			rec.take()
 			second := w.launch(append(flags, "--takeover")...)
-			testkit.Pace(after * time.Millisecond)
+			testkit.Pace(instant(i))
 			killed, other := first, second
 			if victim == "new" {
 				killed, other = second, first
@@ -45,7 +51,7 @@ func TestTakeoverKilled(t *testing.T) {
 				c.Close()
 			}
 			for _, s := range rec.take() {
-				t.Errorf("%s killed after %v ms: this left the host: %+v", victim, int64(after), s)
+				t.Errorf("%s killed after %v: this left the host: %+v", victim, instant(i), s)
 			}
 			if out, err := w.command("down"); err != nil {
 				t.Errorf("down: %v\n%s", err, out)
@@ -61,20 +67,22 @@ func TestTakeoverKilled(t *testing.T) {
 // afterKill waits until d is up or has ended, and checks that what it says of the host is true.
 func (w *world) afterKill(d *daemon) (outcome string) {
 	w.t.Helper()
-	testkit.Until(10*time.Second, func() bool { // the old one needs a moment to notice
-		return !d.alive() || !strings.Contains(d.log.String(), "handed the host over") && w.carried()
+	says := func(what string) bool { return strings.Contains(d.log.String(), what) }
+	ended := false
+	w.eventually(10*time.Second, "the one that is left to carry or to end", func() bool {
+		ended = !d.alive()
+		// An old one that was asked for the host needs a moment to notice that nobody takes it.
+		keeps := !says("/v1/takeover") || says("the host was not taken over")
+		return ended || keeps && w.carried()
 	})
-	if d.alive() {
-		w.eventually(10*time.Second, "the one that is left to carry", w.carried)
+	if !ended {
 		return "the other one is up"
 	}
 	if w.carried() {
 		w.t.Errorf("it has ended, and the host is carried:\n%s", d.log)
 	}
-	if log := d.log.String(); !strings.Contains(log, "stays closed") && !strings.Contains(log, "nothing was changed") &&
-		!strings.Contains(log, "cannot take over") && !strings.Contains(log, "cannot ask viasocks") &&
-		!strings.Contains(log, "the viasocks that took over has ended") {
-		w.t.Errorf("it does not say how the host is:\n%s", log)
+	if !says("stays closed") && !says("nothing was changed") && !says("cannot take over") && !says("cannot ask viasocks") {
+		w.t.Errorf("it does not say how the host is:\n%s", d.log)
 	}
 	return "the host is closed"
 }
@@ -83,7 +91,7 @@ func (w *world) afterKill(d *daemon) (outcome string) {
 func (w *world) carried() bool {
 	var c net.Conn
 	err := in("host", func() (err error) {
-		c, err = net.DialTimeout("tcp", "203.0.113.5:77", 2*time.Second) // a closed host may be silent
+		c, err = net.DialTimeout("tcp", "203.0.113.5:77", time.Second) // a closed host may be silent
 		return err
 	})
 	if err != nil {
@@ -100,13 +108,13 @@ func TestTakeoverDown(t *testing.T) {
 	w.proxy(proxy4 + ":1080")
 	rules := w.ipRules()
 	flags := []string{"--proxy", "socks5://" + proxy4}
-	for _, after := range instants {
+	for i := range instants {
 		first := w.up(flags...)
 		held := w.hold(5)
 		second := w.launch(append(flags, "--takeover")...)
-		testkit.Pace(after * time.Millisecond)
+		testkit.Pace(instant(i))
 		if out, err := w.command("down"); err != nil {
-			t.Errorf("after %d ms: down: %v\n%s", int64(after), err, out)
+			t.Errorf("after %v: down: %v\n%s", instant(i), err, out)
 		}
 		w.eventually(10*time.Second, "both to end", func() bool { return !first.alive() && !second.alive() })
 		for _, c := range held.conns {
