@@ -61,7 +61,7 @@ func captureOf(q url.Values) (c Capture, err error) {
 func (s *Server) capture(w http.ResponseWriter, r *http.Request) {
 	p, _ := r.Context().Value(peerKey{}).(privsock.Peer)
 	if !p.Owner() && !p.In(s.o.Group) {
-		s.refuse(w, p)
+		s.refuse(w, p, mayLook)
 		return
 	}
 	c, err := captureOf(r.URL.Query())

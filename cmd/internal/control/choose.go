@@ -56,7 +56,7 @@ func (s *Server) choose(members bool, f func(Process) error) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		p, _ := r.Context().Value(peerKey{}).(privsock.Peer)
 		if !p.Owner() && !(members && p.In(s.o.Group)) {
-			s.refuseChoice(w, p)
+			s.refuse(w, p, mayChoose)
 			return
 		}
 		client, err := process(r.Context(), p)
@@ -71,12 +71,6 @@ func (s *Server) choose(members bool, f func(Process) error) http.HandlerFunc {
 		s.o.Log.Info("control", "request", r.Method+" "+r.URL.Path, "uid", p.UID, "pid", p.PID)
 		w.WriteHeader(http.StatusNoContent)
 	}
-}
-
-func (s *Server) refuseChoice(w http.ResponseWriter, p privsock.Peer) {
-	s.logRefusal(p)
-	why := "permission denied: only root may, and members of --control-group if viasocks was started with --members-exclude"
-	http.Error(w, why, http.StatusForbidden)
 }
 
 // Exclude lets the traffic of the calling process, and of its future children, go past the proxy.

@@ -172,7 +172,7 @@ func (s *Server) look(f func(*http.Request) (any, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		p, _ := r.Context().Value(peerKey{}).(privsock.Peer)
 		if !p.Owner() && !p.In(s.o.Group) {
-			s.refuse(w, p)
+			s.refuse(w, p, mayLook)
 			return
 		}
 		v, err := f(r)
@@ -192,7 +192,7 @@ func (s *Server) touch(f func() error) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		p, _ := r.Context().Value(peerKey{}).(privsock.Peer)
 		if !p.Owner() {
-			s.refuse(w, p)
+			s.refuse(w, p, mayTouch)
 			return
 		}
 		if err := f(); err != nil {
@@ -208,9 +208,17 @@ func (s *Server) touch(f func() error) http.HandlerFunc {
 // rate.
 const refuseEvery = time.Second
 
-func (s *Server) refuse(w http.ResponseWriter, p privsock.Peer) {
+// Who may make a request, as a refused client is told.
+const (
+	mayLook   = "only root may, and members of --control-group"
+	mayTouch  = "only root may"
+	mayChoose = "only root may, and members of --control-group if viasocks was started with --members-exclude"
+)
+
+// refuse tells a client who may make its request.
+func (s *Server) refuse(w http.ResponseWriter, p privsock.Peer, who string) {
 	s.logRefusal(p)
-	http.Error(w, "permission denied: only root and members of --control-group", http.StatusForbidden)
+	http.Error(w, "permission denied: "+who, http.StatusForbidden)
 }
 
 func (s *Server) logRefusal(p privsock.Peer) {

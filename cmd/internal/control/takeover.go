@@ -58,7 +58,7 @@ func (s *Server) upgrade(w http.ResponseWriter, r *http.Request) {
 func (s *Server) hijack(w http.ResponseWriter, r *http.Request, protocol string) (*net.UnixConn, privsock.Peer) {
 	p, _ := r.Context().Value(peerKey{}).(privsock.Peer)
 	if !p.Owner() {
-		s.refuse(w, p)
+		s.refuse(w, p, mayTouch)
 		return nil, p
 	}
 	if r.Header.Get("Upgrade") != protocol {

@@ -1,11 +1,15 @@
 package control
 
 import (
+	"context"
 	"errors"
+	"net/http"
+	"net/http/httptest"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/viasocks/viasocks/cmd/internal/privsock"
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
@@ -47,5 +51,21 @@ func TestUpgrade(t *testing.T) {
 	defer c2.Close()
 	if _, err := c2.Upgrade(); !errors.Is(err, ErrOlder) || !strings.Contains(err.Error(), "upgrade") {
 		t.Errorf("an older one: %v", err)
+	}
+}
+
+// A member of the control group can neither upgrade nor take over, and is told who may.
+func TestUpgradeOfMembers(t *testing.T) {
+	testkit.CheckLeaks(t)
+	const group = 4321
+	s, _ := listen(t, &fake{}, group)
+	defer s.Close()
+	member := context.WithValue(context.Background(), peerKey{}, privsock.Peer{UID: 65000, GID: group})
+	for request, handle := range map[string]http.HandlerFunc{"upgrade": s.upgrade, "takeover": s.takeover} {
+		w := httptest.NewRecorder()
+		handle(w, httptest.NewRequestWithContext(member, "POST", "/v1/"+request, nil))
+		if got := w.Body.String(); w.Code != http.StatusForbidden || got != "permission denied: only root may\n" {
+			t.Errorf("%s: %d %q", request, w.Code, got)
+		}
 	}
 }

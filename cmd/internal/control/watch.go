@@ -49,7 +49,7 @@ var errManyWatchers = fmt.Errorf("there are %d watchers already", maxWatchers)
 func (s *Server) watch(w http.ResponseWriter, r *http.Request) {
 	p, _ := r.Context().Value(peerKey{}).(privsock.Peer)
 	if !p.Owner() && !p.In(s.o.Group) {
-		s.refuse(w, p)
+		s.refuse(w, p, mayLook)
 		return
 	}
 	n := s.watchers(p)
