@@ -12,6 +12,7 @@
 //	old -> new   Left        again and again: which flows have ended, until none is left; each is acknowledged
 //
 // An Offer may say instead why there is none. Up to Go, either side can give up, and nothing has changed. After Go, the
-// device has no reader until the new process starts to read; the kernel keeps 500 frames for each queue meanwhile. If either
-// process fails after Go, so does the other one, and the host stays closed, as after any crash.
+// device has no reader until the new process starts to read; the kernel keeps 500 frames for each queue meanwhile. If the old
+// process fails between Go and Taken, or the new one at any time after Go, so does the other one, and the host stays closed, as
+// after any crash. If the old one fails later, only its flows are lost.
 package handover
