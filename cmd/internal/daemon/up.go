@@ -107,8 +107,8 @@ func Up(cfg *config.Config, o UpOptions) error {
 		loops: newLoopGuard(), confirm: make(chan struct{}, 1),
 		path: path, lock: lock, before: before, takers: make(chan *taker), upgrades: newUpgrades(),
 	}
-	defer u.upgrades.close()
 	defer u.giveLock()
+	defer u.upgrades.close()
 	u.teller = resolved.New(resolved.SystemBus(), []netip.Addr{nameserver}, e.log)
 	u.teller.Want(tellsResolved(cfg))
 	u.notify = process.NewNotifier(o.Environ, e.log)

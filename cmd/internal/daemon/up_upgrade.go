@@ -63,7 +63,8 @@ func (g *upgrades) started() int {
 	return g.heir
 }
 
-// close ends an upgrade that waits, and returns when whoever asked for it has been answered.
+// close ends an upgrade that waits, and its new process, and returns when that is done. The lock of the host must still be ours:
+// without it, the new process would start as if no viasocks had been up.
 func (g *upgrades) close() {
 	g.mu.Lock()
 	g.end()
@@ -166,6 +167,9 @@ func (u *up) awaitHeir(pid, pidfd int, within time.Duration) (err error) {
 	default:
 	}
 	if g.over.Err() != nil {
+		if u.taker == nil { // it has nothing to take over any more, and would carry a host that was told not to be carried
+			_ = unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0)
+		}
 		return errors.New("viasocks has ended meanwhile: its log tells why")
 	}
 	u.awaitWithdrawal(pid)

@@ -24,19 +24,20 @@ func startSleeper(t *testing.T) (cmd *exec.Cmd, pidfd int) {
 	return cmd, pidfd
 }
 
-// A new process that does not take over in time is killed, one that takes over is left alone, and the end of viasocks ends
-// the wait.
+// A new process that does not take over in time is killed, one that takes over is left alone. The end of viasocks ends the
+// wait, and the new process unless that may have the host.
 func TestAwaitHeir(t *testing.T) {
 	for _, c := range []struct {
 		what   string
-		change func(*upgrades)
+		change func(*up)
 		within time.Duration
 		want   string // in the error; empty: none
 		killed bool
 	}{
-		{"it hangs", func(*upgrades) {}, 50 * time.Millisecond, "did not take over within 50ms and was killed", true},
-		{"it takes over", func(g *upgrades) { close(g.handed) }, time.Minute, "", false},
-		{"viasocks ends", func(g *upgrades) { g.end() }, time.Minute, "has ended meanwhile", false},
+		{"it hangs", func(*up) {}, 50 * time.Millisecond, "did not take over within 50ms and was killed", true},
+		{"it takes over", func(u *up) { close(u.upgrades.handed) }, time.Minute, "", false},
+		{"viasocks ends", func(u *up) { u.upgrades.end() }, time.Minute, "has ended meanwhile", true},
+		{"viasocks fails while it lets go", func(u *up) { u.taker = &taker{}; u.upgrades.end() }, time.Minute, "has ended meanwhile", false},
 	} {
 		t.Run(c.what, func(t *testing.T) {
 			testkit.CheckLeaks(t)
@@ -45,7 +46,7 @@ func TestAwaitHeir(t *testing.T) {
 			u := &up{upgrades: newUpgrades()}
 			defer u.upgrades.close()
 			u.upgrades.heir = cmd.Process.Pid
-			c.change(u.upgrades)
+			c.change(u)
 			err := u.awaitHeir(cmd.Process.Pid, pidfd, c.within)
 			if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
 				t.Errorf("it is %v", err)

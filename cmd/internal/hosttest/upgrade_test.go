@@ -186,6 +186,42 @@ func TestUpgradeFails(t *testing.T) {
 	w.cleared(rules)
 }
 
+// TestUpgradeDown: `viasocks down` ends a new process that has not taken over yet, which would otherwise start in its own right.
+func TestUpgradeDown(t *testing.T) {
+	w := newWorld(t)
+	w.farEnds()
+	w.proxy(proxy4 + ":1080")
+	rules := w.ipRules()
+	first, program := w.upgradable("--proxy", "socks5://"+proxy4)
+	pidFile := program + ".pid"
+	slow := "#!/bin/sh\necho $$ >" + pidFile + ".new; mv " + pidFile + ".new " + pidFile + "; sleep 1; exec " + viasocks + ` "$@"`
+	if err := os.WriteFile(program+".new", []byte(slow+"\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(program+".new", program); err != nil {
+		t.Fatal(err)
+	}
+	upgraded := make(chan string, 1)
+	go func() { out, _ := w.command("upgrade"); upgraded <- out }()
+	var pid int
+	w.eventually(10*time.Second, "the new process to start", func() bool {
+		b, err := os.ReadFile(pidFile)
+		pid, _ = strconv.Atoi(strings.TrimSpace(string(b)))
+		return err == nil
+	})
+	second := w.heir(first, pid)
+	if out, err := w.command("down"); err != nil {
+		t.Errorf("down: %v\n%s", err, out)
+	}
+	if err := second.wait(); err == nil || !strings.Contains(err.Error(), "killed") {
+		t.Errorf("the new process has ended with %v", err)
+	}
+	if out := <-upgraded; !strings.Contains(out, "has ended meanwhile") {
+		t.Errorf("upgrade: %s", out)
+	}
+	w.cleared(rules)
+}
+
 // twoAtOnce checks that a second upgrade fails at once while a first one is under way.
 func (w *world) twoAtOnce(d *daemon, program string, script func(string, os.FileMode) func()) {
 	w.t.Helper()
