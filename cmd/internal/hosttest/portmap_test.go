@@ -2,6 +2,7 @@ package hosttest
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -146,4 +147,32 @@ func (w *world) pcpMap(port uint16) string {
 		w.t.Fatalf("PCP: %x: %v", b[:n], err)
 	}
 	return fmt.Sprintf("result %d, port %d of %v", b[3], binary.BigEndian.Uint16(b[42:]), netip.AddrFrom16([16]byte(b[44:60])).Unmap())
+}
+
+// TestListenAutoTransmission: a real BitTorrent client of the host, which knows nothing of viasocks, gets its port from what it
+// takes for the router, and a peer connects to it. Nothing of it leaves the host past the proxy. It does so by NAT-PMP: its UPnP
+// does not take a gateway whose outer address is one for documentation.
+func TestListenAutoTransmission(t *testing.T) {
+	needClients(t, "transmission-daemon")
+	w := newWorld(t)
+	w.binding()
+	rec := newRecorder(w)
+	rec.to(netipAddrPort(proxy4, 1080))
+	d := w.up("--proxy", "socks5://"+proxy4, "--listen", "auto")
+	dir := t.TempDir()
+	w.start("host", nil, []string{"HOME=" + dir}, "transmission-daemon", "-f", "-g", dir, "-w", dir, "-m", "-O", "-Y",
+		"-P", fmt.Sprint(peerPort), "-p", "9091", "-T")
+	far := w.peer("203.0.113.201")
+	_ = far.SetDeadline(time.Now().Add(20 * time.Second))
+	// A handshake for a torrent that it does not have: it closes the connection.
+	if _, err := far.Write(append([]byte("\x13BitTorrent protocol"), make([]byte, 48)...)); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := far.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the program answers nothing: %d bytes, %v", n, err)
+	}
+	if err := d.stop(); err != nil {
+		t.Error(err)
+	}
+	rec.nothingLeft(t, "transmission")
 }
