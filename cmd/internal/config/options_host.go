@@ -110,7 +110,8 @@ it gives them addresses that stand for names, which they cannot reach.`,
 		set:  addPorts(func(c *Config) *Selection { return &c.Host.Exclude }),
 		Help: "destination ports (TCP and UDP) that are reached without the proxy",
 		Man: `Destination ports, of TCP and UDP, that are reached without the proxy.
-Port 53 is not allowed here: names are asked through the proxy.`,
+Port 53 is not allowed here: names are asked through the proxy.
+Traffic to port 65535, for which the kernel takes no ip rule, is refused while the host is closed.`,
 	},
 	{
 		Name: "exclude-device", Arg: "NAME[,...]", Many: true, Live: true, Cmds: Up | Attach | Check,

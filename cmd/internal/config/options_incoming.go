@@ -42,6 +42,7 @@ With
 it is a program of this host, which must listen at all addresses of the host, or at the one from which the host's connections
 leave; one that is bound to 127.0.0.1 is not reached.
 What it answers goes back to the proxy, even if its program, its user or the peer's network is excluded.
+This holds for TCP: the datagrams of what is excluded go without the proxy, also those that answer a peer.
 A firewall of this host must let the port in on the device of
 .Fl -tun ;
 if it drops the connection, the peer's connection is reset after 15 seconds.
