@@ -166,7 +166,10 @@ func (f *far) stunServer(shift uint16) {
 		}
 		if n == stunHeader && binary.BigEndian.Uint16(b) == stunRequest {
 			port := from.(*net.UDPAddr).AddrPort().Port() + shift
-			_, _ = f.WriteTo(stunReply(stunID(b[4:stunHeader]), netip.AddrPortFrom(netip.MustParseAddr("203.0.113.1"), port)), from)
+			_, _ = f.WriteTo(
+				stunReply(stunID(b[4:stunHeader]), netip.AddrPortFrom(netip.MustParseAddr("203.0.113.1"), port)),
+				from,
+			)
 		}
 	}
 }

@@ -9,7 +9,8 @@ import (
 // A host without cgroup2, such as a shell of `ip netns exec`, is told what to do.
 func TestNoCgroupMount(t *testing.T) {
 	const other = "24 1 0:22 / /sys rw - sysfs none rw\n"
-	if _, err := cgroupMountIn([]byte(other)); err == nil || !strings.Contains(err.Error(), "run 'mount -t cgroup2 none /sys/fs/cgroup'") {
+	if _, err := cgroupMountIn([]byte(other)); err == nil ||
+		!strings.Contains(err.Error(), "run 'mount -t cgroup2 none /sys/fs/cgroup'") {
 		t.Errorf("%v", err)
 	}
 	const line = "36 24 0:29 / /sys/fs/a\\040b rw,nosuid - cgroup2 none rw\n"

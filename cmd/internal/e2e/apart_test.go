@@ -7,8 +7,8 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/harness"
 )
 
-// apartAtOnce is how many tests may run apart at the same time. All of e2e used less than a quarter of one processor when its tests
-// ran one after the other, with the race detector.
+// apartAtOnce is how many tests may run apart at the same time. All of e2e used less than a quarter of one processor when its
+// tests ran one after the other, with the race detector.
 const apartAtOnce = 4
 
 // apart runs the calling test beside others of its kind, in a world of its own: see harness.Apart.

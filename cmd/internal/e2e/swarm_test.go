@@ -130,8 +130,8 @@ func (s *swarm) dhtNode() (node *swarmer, at string) {
 }
 
 // TestSwarmDHT: what libtorrent announces in the DHT. Without uTP it is its own port (or one for UDP that its gateway has named),
-// which is right if dante has given the same. With uTP it is the port from which its datagrams come (implied_port, BEP 5), where it
-// is reached by uTP.
+// which is right if dante has given the same. With uTP it is the port from which its datagrams come (implied_port, BEP 5), where
+// it is reached by uTP.
 func TestSwarmDHT(t *testing.T) {
 	for name, utp := range map[string]bool{"tcp": false, "utp": true} {
 		t.Run(name, func(t *testing.T) {

@@ -127,7 +127,10 @@ func (s *swarm) announced() (peers []netip.AddrPort) {
 func (s *swarm) ask(path string) string {
 	s.t.Helper()
 	from := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(other4)}}
-	c := http.Client{Timeout: testkit.Patience, Transport: &http.Transport{DialContext: from.DialContext, DisableKeepAlives: true}}
+	c := http.Client{
+		Timeout:   testkit.Patience,
+		Transport: &http.Transport{DialContext: from.DialContext, DisableKeepAlives: true},
+	}
 	resp, err := c.Get("http://" + s.tracker + path)
 	if err != nil {
 		s.t.Fatal(err)

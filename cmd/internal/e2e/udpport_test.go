@@ -68,7 +68,8 @@ func TestUDPPortUPnP(t *testing.T) {
 		got, _ := a.run("upnpc", append([]string{"-i"}, args...)...)
 		return got
 	}
-	if got := upnp("-n", "198.18.0.1", "6885", "6885", "UDP"); !strings.Contains(got, "is redirected to internal 198.18.0.1:6885") {
+	got := upnp("-n", "198.18.0.1", "6885", "6885", "UDP")
+	if !strings.Contains(got, "is redirected to internal 198.18.0.1:6885") {
 		t.Errorf("any port: %s", got)
 	}
 	p := a.udpStatus(6885)
@@ -76,7 +77,8 @@ func TestUDPPortUPnP(t *testing.T) {
 		t.Fatalf("%+v", p)
 	}
 	reach(t, a.boundUDP(6885), netip.MustParseAddrPort(p.Outer))
-	if got := upnp("-l"); !strings.Contains(got, fmt.Sprintf(" UDP %5d->198.18.0.1:6885 ", netip.MustParseAddrPort(p.Outer).Port())) {
+	entry := fmt.Sprintf(" UDP %5d->198.18.0.1:6885 ", netip.MustParseAddrPort(p.Outer).Port())
+	if got := upnp("-l"); !strings.Contains(got, entry) {
 		t.Errorf("the list: %s", got)
 	}
 	if got := upnp("-a", "198.18.0.1", "6887", "7", "UDP"); !strings.Contains(got, "failed with code 718") {

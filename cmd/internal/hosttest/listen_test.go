@@ -267,7 +267,11 @@ func TestListenReload(t *testing.T) {
 	w.ip("host", "addr add 198.51.100.3/24 dev eth0\nroute replace default via "+router4+" dev eth0 src 198.51.100.3\n"+
 		"addr del "+host4+"/24 dev eth0\naddr replace 198.51.100.3/24 dev eth0\n"+
 		"route replace default via "+router4+" dev eth0 src 198.51.100.3")
-	w.eventually(20*time.Second, "the TUN's route to follow", func() bool { return strings.Contains(w.tableT(), "src 198.51.100.3") })
+	w.eventually(
+		20*time.Second,
+		"the TUN's route to follow",
+		func() bool { return strings.Contains(w.tableT(), "src 198.51.100.3") },
+	)
 	w.eventually(20*time.Second, "the network change is taken", func() bool {
 		return strings.Contains(d.log.String(), "the network changed")
 	})
@@ -451,7 +455,8 @@ func (w *world) udpPort(port uint16) *net.UDPAddr {
 		return n == 1
 	})
 	ports := ask[control.Status](w, "status").Listening.Ports
-	if len(ports) != 1 || ports[0].Proto != "udp" || ports[0].Outer != netipAddrPort(proxy4, uint16(outer)).String() || ports[0].Filtered {
+	if len(ports) != 1 || ports[0].Proto != "udp" || ports[0].Outer != netipAddrPort(proxy4, uint16(outer)).String() ||
+		ports[0].Filtered {
 		w.t.Fatalf("natpmpc got %d, status has %+v", outer, ports)
 	}
 	return net.UDPAddrFromAddrPort(netipAddrPort(proxy4, uint16(outer)))

@@ -151,7 +151,8 @@ func (w *world) pingsLAN(rec *recorder, when string) {
 			w.t.Errorf("%s: ping %s: %d frames left the host, not 2", when, p.lan, len(seen))
 		}
 		for _, s := range seen {
-			echo := s.what.proto == unix.IPPROTO_ICMP && s.what.icmp == 8 || s.what.proto == unix.IPPROTO_ICMPV6 && s.what.icmp == 128
+			echo := s.what.proto == unix.IPPROTO_ICMP && s.what.icmp == 8 ||
+				s.what.proto == unix.IPPROTO_ICMPV6 && s.what.icmp == 128
 			if !echo || s.what.dst.String() != p.lan {
 				w.t.Errorf("%s: ping %s: this left the host: %v", when, p.lan, s.what)
 			}

@@ -146,7 +146,12 @@ func (w *world) pcpMap(port uint16) string {
 	if err != nil || n < 60 || b[1] != 0x81 {
 		w.t.Fatalf("PCP: %x: %v", b[:n], err)
 	}
-	return fmt.Sprintf("result %d, port %d of %v", b[3], binary.BigEndian.Uint16(b[42:]), netip.AddrFrom16([16]byte(b[44:60])).Unmap())
+	return fmt.Sprintf(
+		"result %d, port %d of %v",
+		b[3],
+		binary.BigEndian.Uint16(b[42:]),
+		netip.AddrFrom16([16]byte(b[44:60])).Unmap(),
+	)
 }
 
 // TestListenAutoTransmission: a real BitTorrent client of the host, which knows nothing of viasocks, gets its port from what it

@@ -170,7 +170,11 @@ func TestUpgradeFails(t *testing.T) {
 		if err == nil || !strings.Contains(out, c.want) {
 			t.Errorf("%s: %v\n%s", c.what, err, out)
 		}
-		w.eventually(10*time.Second, "the log to tell of "+c.what, func() bool { return strings.Contains(first.log.String(), c.log) })
+		w.eventually(
+			10*time.Second,
+			"the log to tell of "+c.what,
+			func() bool { return strings.Contains(first.log.String(), c.log) },
+		)
 		if s := ask[control.Status](w, "status"); s.PID != first.cmd.Process.Pid || s.State != control.Ready {
 			t.Errorf("%s: the status is %+v", c.what, s)
 		}

@@ -370,7 +370,8 @@ func TestHook(t *testing.T) {
 	t.Cleanup(func() { hookTime = was })
 	dir := t.TempDir()
 	out, path, log := filepath.Join(dir, "out"), filepath.Join(dir, "hook"), &countLog{}
-	script := fmt.Sprintf("#!/bin/sh\necho \"$#,$A,$VIASOCKS_LISTEN_PORT,$VIASOCKS_OUTER_ADDRESS,$VIASOCKS_OUTER_PORT$VIASOCKS_OUTER_ADDRESS6$VIASOCKS_OUTER_PORT6\" >>%s\n"+
+	script := fmt.Sprintf("#!/bin/sh\necho \"$#,$A,$VIASOCKS_LISTEN_PORT,$VIASOCKS_OUTER_ADDRESS,"+
+		"$VIASOCKS_OUTER_PORT$VIASOCKS_OUTER_ADDRESS6$VIASOCKS_OUTER_PORT6\" >>%s\n"+
 		"test -n \"$VIASOCKS_OUTER_PORT\" || sleep 600\n", out)
 	if err := os.WriteFile(path, []byte(script), 0o700); err != nil {
 		t.Fatal(err)
@@ -398,8 +399,8 @@ func at6(port uint16) netip.AddrPort {
 	return netip.AddrPortFrom(netip.MustParseAddr("2001:db8::1"), port)
 }
 
-// TestIPv6: a server with IPv6 gets a second BIND, for the program's own port, and its peers reach the program. One that has none,
-// or listens at an IPv4 address instead, is not asked again soon, and IPv4 works nevertheless.
+// TestIPv6: a server with IPv6 gets a second BIND, for the program's own port, and its peers reach the program. One that has
+// none, or listens at an IPv4 address instead, is not asked again soon, and IPv4 works nevertheless.
 func TestIPv6(t *testing.T) {
 	for name, c := range map[string]struct {
 		server     *fakeServer

@@ -37,7 +37,9 @@ var (
 
 func start(t *testing.T, specs ...Spec) *Publisher {
 	t.Helper()
-	p, err := Start(Config{Specs: specs, Sockets: here{}, Targets: targets, Datagrams: targets, Log: slog.New(slog.DiscardHandler)})
+	p, err := Start(Config{
+		Specs: specs, Sockets: here{}, Targets: targets, Datagrams: targets, Log: slog.New(slog.DiscardHandler),
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -235,7 +237,10 @@ func TestUnixSocket(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg := Config{Specs: []Spec{{Path: path, Port: 80}}, Sockets: here{}, Targets: targets, Datagrams: targets, Log: slog.New(slog.DiscardHandler)}
+	cfg := Config{
+		Specs: []Spec{{Path: path, Port: 80}}, Sockets: here{}, Targets: targets, Datagrams: targets,
+		Log: slog.New(slog.DiscardHandler),
+	}
 	if _, err := Start(cfg); err == nil || !strings.Contains(err.Error(), "another process listens there") {
 		t.Errorf("somebody listens: %v", err)
 	}
