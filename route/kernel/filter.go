@@ -294,6 +294,9 @@ func (c *Config) forwardChain(t *nfTable) {
 		fwd.add(iif(c.TUN, true), forwardedFrom(v6, false), accept())
 	}
 	fwd.add(iif(c.TUN, true), inProto("fwd_from_full"), accept())
+	if c.Opens { // a published port of this host, see openedIn
+		fwd.add(iif(c.TUN, true), metaMark(c.Marks, c.Marks.Returned, true), accept())
+	}
 	fwd.add(iif(c.TUN, true), count(countForward), drop())
 	fwd.add(oif(c.TUN, true), jump("fwd_note"))
 	fwd.add(isProto(unix.IPPROTO_UDP), oif(c.TUN, true), jump("fwd_speak"))

@@ -196,7 +196,7 @@ func TestChosenProgramIsItself(t *testing.T) {
 		exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGTERM {
 		t.Errorf("SIGTERM gave %v", err)
 	}
-	if _, err := w.command("exclude", "no-such-program"); !errors.As(err, &exit) || exit.ExitCode() != 126 ||
+	if _, err := w.command("exclude", "no-such-program"); !errors.As(err, &exit) || exit.ExitCode() != 127 ||
 		!strings.Contains(err.Error(), "not found") {
 		t.Errorf("no program gave %v", err)
 	}
