@@ -54,7 +54,7 @@ func testFakeTracker(t *testing.T, rules ...string) {
 		return string(b)
 	}
 	_ = get(fmt.Sprintf("/announce?info_hash=%s&peer_id=%s&port=%d&uploaded=0&downloaded=0&left=1",
-		url.QueryEscape(binaryHash), strings.Repeat("p", 20), peerAt.Port()))
+		withoutPlus(url.QueryEscape(binaryHash)), strings.Repeat("p", 20), peerAt.Port()))
 	reached := make(chan struct{})
 	go func() {
 		if c, err := peer.Accept(); err == nil {
@@ -74,7 +74,8 @@ func testFakeTracker(t *testing.T, rules ...string) {
 	select {
 	case <-reached:
 	case <-time.After(testkit.Patience):
-		t.Errorf("the peer was not reached; the tracker knows %q", get("/scrape?info_hash="+url.QueryEscape(binaryHash)))
+		t.Errorf("the peer was not reached; the tracker knows %q",
+			get("/scrape?info_hash="+withoutPlus(url.QueryEscape(binaryHash))))
 	}
 	r := <-ended
 	said, err := os.ReadFile(log)

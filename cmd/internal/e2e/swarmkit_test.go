@@ -99,6 +99,9 @@ func startTracker(t *testing.T, at, hash string) {
 	serve(t, at, "opentracker", "-f", filepath.Join(dir, "conf"))
 }
 
+// withoutPlus is a query for opentracker, to which a plus does not mean a space.
+func withoutPlus(query string) string { return strings.ReplaceAll(query, "+", "%20") }
+
 // announced asks the tracker for its peers, as a peer at other4.
 func (s *swarm) announced() (peers []netip.AddrPort) {
 	s.t.Helper()
@@ -106,7 +109,7 @@ func (s *swarm) announced() (peers []netip.AddrPort) {
 	for _, event := range []string{"stopped", "started"} { // opentracker forgets who has stopped, and names nobody to it
 		q := url.Values{"info_hash": {string(s.hash[:])}, "peer_id": {strings.Repeat("q", 20)}, "port": {"9"}, "left": {"1"},
 			"uploaded": {"0"}, "downloaded": {"0"}, "compact": {"1"}, "event": {event}}
-		answer = s.ask("/announce?" + q.Encode())
+		answer = s.ask("/announce?" + withoutPlus(q.Encode()))
 	}
 	_, list, _ := strings.Cut(answer, "5:peers")
 	length, list, _ := strings.Cut(list, ":")
