@@ -104,7 +104,7 @@ type Config struct {
 	DNSServer netip.Addr // whom its questions go to instead, by the TUN; invalid: nobody
 
 	Upstreams []Endpoint // what sockets with the mark Own may reach: proxies, their relays, resolvers for their names
-	PortMap   bool       // UDP to port 5351 leads into the TUN, as port 53 does: NAT-PMP and PCP
+	PortMap   uint16     // the UDP port of NAT-PMP and PCP, which leads into the TUN as port 53 does; 0: it does not
 	Direct    bool       // rules use the verdict direct: our sockets with that mark may go anywhere
 	// Straight goes past the proxy by rules that need Direct. It does not concern Reserved: addresses that stand for names.
 	Straight []Straight

@@ -355,8 +355,8 @@ func (c *Config) refuseChains(t *nfTable, st filterState) {
 	for _, p := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
 		pass.add(dport(p, PortRange{53, 53}), back())
 	}
-	if c.PortMap {
-		pass.add(dport(unix.IPPROTO_UDP, portMap), back())
+	if c.PortMap != 0 {
+		pass.add(dport(unix.IPPROTO_UDP, c.portMap()), back())
 	}
 	// If an answer arrives after the program has closed its socket, the kernel sends the name server an error that
 	// quotes the answer with the question in it. A server in a private network would receive that on its device.

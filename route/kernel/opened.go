@@ -27,7 +27,7 @@ const (
 
 // portMap is the port at which programs ask their gateway to map a port. The host's router must not be asked: it would
 // open a port of the host's own address.
-var portMap = PortRange{5351, 5351}
+func (c *Config) portMap() PortRange { return PortRange{c.PortMap, c.PortMap} }
 
 // openedSets returns the sets of connections that came out of the TUN.
 func openedSets() (sets []*nfSet) {

@@ -137,8 +137,8 @@ func (c *Config) askedRules() (out []rule) {
 	for _, p := range []int{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
 		out = append(out, rule{proto: p, dport: PortRange{53, 53}, table: c.Table})
 	}
-	if c.PortMap {
-		out = append(out, rule{iif: "lo", proto: unix.IPPROTO_UDP, dport: portMap, table: c.Table})
+	if c.PortMap != 0 {
+		out = append(out, rule{iif: "lo", proto: unix.IPPROTO_UDP, dport: c.portMap(), table: c.Table})
 	}
 	return out
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/route/kernel"
+	"github.com/viasocks/viasocks/route/portmap"
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
@@ -37,9 +38,12 @@ func kernelConfig(cfg *config.Config, log *slog.Logger) kernel.Config {
 		CarryInbound: h.Inbound == "carry", InboundPorts: kernelPorts(h.InboundPorts),
 		Exclude: kernelSelection(h.Exclude), Include: kernelSelection(h.Include),
 		Strict: h.Strict, FailOpen: h.FailOpen,
-		PortMap: cfg.Gateway(), Opens: len(cfg.Listen)+len(cfg.FTPActive) > 0,
-		Dir: cfg.StateDir,
-		Log: log,
+		Opens: len(cfg.Listen)+len(cfg.FTPActive) > 0,
+		Dir:   cfg.StateDir,
+		Log:   log,
+	}
+	if cfg.Gateway() {
+		k.PortMap = portmap.Port
 	}
 	k.Direct = hasDirect(cfg) || cfg.AsksDirect()
 	k.Reserved = slices.Concat(flow.Ours[:], cfg.Fake.Pools())
