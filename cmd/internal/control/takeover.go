@@ -108,7 +108,7 @@ func (c *Client) Upgrade() (pid int, err error) {
 	var u upgraded
 	switch err := json.NewDecoder(io.LimitReader(conn, maxAnswer)).Decode(&u); {
 	case err != nil:
-		return 0, errors.New("cannot upgrade: viasocks has ended before it answered: see its log, and 'viasocks status'")
+		return 0, errors.New("cannot upgrade: viasocks has not answered: see its log, and 'viasocks status'")
 	case u.Error != "":
 		return 0, errors.New("cannot upgrade: " + u.Error)
 	}

@@ -12,7 +12,6 @@ import (
 	"sync/atomic"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
-	"github.com/viasocks/viasocks/cmd/internal/incoming"
 	"github.com/viasocks/viasocks/cmd/internal/process"
 	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/route/dns"
@@ -44,8 +43,6 @@ type plane struct {
 	health healthChecks
 	capturing
 	listening
-	incoming atomic.Pointer[incoming.Manager] // nil: no peer can connect to a program
-	mapper   atomic.Pointer[incoming.Mapper]  // of incoming
 
 	programs *programs // of the flows, for those who list them
 
@@ -262,7 +259,7 @@ func (p *plane) renew() {
 		}
 	}
 	p.router.Renew()
-	if m := p.incoming.Load(); m != nil {
+	if m := p.manager(); m != nil {
 		m.Renew(func(string) bool { return true })
 	}
 }

@@ -34,7 +34,7 @@ type upstreamCounters struct {
 }
 
 func (p *plane) counters() counters {
-	c := counters{Stack: p.stack.Stats(), Route: p.router.Stats(), Socks: p.dialer.Stats(), Incoming: p.incoming.Load().Stats(),
+	c := counters{Stack: p.stack.Stats(), Route: p.router.Stats(), Socks: p.dialer.Stats(), Incoming: p.manager().Stats(),
 		PortMap: p.router.Ports().Stats()}
 	if p.dial.pool != nil {
 		c.Pool = p.dial.pool.Stats()

@@ -153,7 +153,7 @@ func (u *up) awaitHeir(pid, pidfd int, within time.Duration) (err error) {
 	defer limit.Stop()
 	select {
 	case <-g.handed:
-		return nil
+		return u.handedTo(pid, pidfd)
 	case <-ended:
 	case <-limit.C:
 		_ = unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0)
@@ -163,7 +163,7 @@ func (u *up) awaitHeir(pid, pidfd int, within time.Duration) (err error) {
 	}
 	select {
 	case <-g.handed:
-		return nil
+		return u.handedTo(pid, pidfd)
 	default:
 	}
 	if g.over.Err() != nil {
@@ -175,6 +175,16 @@ func (u *up) awaitHeir(pid, pidfd int, within time.Duration) (err error) {
 	u.awaitWithdrawal(pid)
 	return fmt.Errorf("process %d has ended without taking over, and the log of viasocks tells why: process %d goes on", pid,
 		os.Getpid())
+}
+
+// handedTo returns nil if it is the process that has the host now. If it is another one, which was started by hand meanwhile,
+// handedTo ends the process, which would take the host over from that one.
+func (u *up) handedTo(pid, pidfd int) error {
+	if u.taker.pid == pid {
+		return nil
+	}
+	_ = unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0)
+	return fmt.Errorf("process %d has taken the host over meanwhile", u.taker.pid)
 }
 
 // awaitWithdrawal waits until the offer to a process that has ended is withdrawn, which takes some milliseconds.

@@ -13,6 +13,12 @@ import (
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
+// handTo hands the host over to the process pid.
+func (u *up) handTo(pid int) {
+	u.taker = &taker{pid: pid}
+	close(u.upgrades.handed)
+}
+
 // startSleeper starts a process that does nothing. The pidfd is the caller's.
 func startSleeper(t *testing.T) (cmd *exec.Cmd, pidfd int) {
 	t.Helper()
@@ -35,9 +41,13 @@ func TestAwaitHeir(t *testing.T) {
 		killed bool
 	}{
 		{"it hangs", func(*up) {}, 50 * time.Millisecond, "did not take over within 50ms and was killed", true},
-		{"it takes over", func(u *up) { close(u.upgrades.handed) }, time.Minute, "", false},
+		{"it takes over", func(u *up) { u.handTo(u.upgrades.heir) }, time.Minute, "", false},
+		{"another one takes over", func(u *up) { u.handTo(1) }, time.Minute, "process 1 has taken the host over", true},
 		{"viasocks ends", func(u *up) { u.upgrades.end() }, time.Minute, "has ended meanwhile", true},
-		{"viasocks fails while it lets go", func(u *up) { u.taker = &taker{}; u.upgrades.end() }, time.Minute, "has ended meanwhile", false},
+		{
+			"viasocks fails while it lets go", func(u *up) { u.taker = &taker{}; u.upgrades.end() }, time.Minute,
+			"has ended meanwhile", false,
+		},
 	} {
 		t.Run(c.what, func(t *testing.T) {
 			testkit.CheckLeaks(t)

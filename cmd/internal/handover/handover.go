@@ -17,8 +17,9 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-// protocol changes when an old and a new process can no longer understand each other.
-const protocol = 1
+// protocol changes when an old and a new process can no longer understand each other. Since 2, Ready and Go come before
+// Taken.
+const protocol = 2
 
 // Offer is what the old process offers.
 type Offer struct {

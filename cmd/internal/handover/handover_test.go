@@ -187,7 +187,11 @@ func TestBadConversation(t *testing.T) {
 		"no JSON":     {func(c *net.UnixConn) error { _, err := c.Write([]byte{0, 0, 0, 1, 'x'}); return err }, "invalid"},
 		"no files":    {func(c *net.UnixConn) error { return send(c, offer) }, "incomplete"},
 		"other":       {func(c *net.UnixConn) error { return send(c, Offer{Protocol: 99, Version: "v9"}) }, "v9"},
-		"no sources":  {func(c *net.UnixConn) error { return sendPipes(t, c, Offer{Protocol: protocol, Locks: 1}, 3) }, "incomplete"},
+		// It sends Taken where Ready comes now, so that each would wait for the other after the host has changed hands.
+		"the first one": {func(c *net.UnixConn) error {
+			return sendPipes(t, c, Offer{Protocol: 1, Version: "v1", Sources: 1, Locks: 1}, 3)
+		}, "v1 hands over by another protocol"},
+		"no sources": {func(c *net.UnixConn) error { return sendPipes(t, c, Offer{Protocol: protocol, Locks: 1}, 3) }, "incomplete"},
 		"many sources": {func(c *net.UnixConn) error {
 			return sendPipes(t, c, Offer{Protocol: protocol, Sources: 1 << 30, Locks: 1}, 3)
 		}, "incomplete"},

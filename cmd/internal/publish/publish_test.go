@@ -392,6 +392,35 @@ func TestManySenders(t *testing.T) {
 	p.Close()
 }
 
+// broken makes no socket, as if the process had too many open files.
+type broken struct{}
+
+func (broken) Socket(int, int) (int, error) { return -1, unix.EMFILE }
+
+// A sender for which there is no socket takes nobody's place.
+func TestSenderWithoutSocket(t *testing.T) {
+	testkit.CheckLeaks(t)
+	p := start(t)
+	a := newSenders(p, nil, Spec{Port: 9})
+	stop := afterFunc(p.ctx, a.end)
+	defer stop()
+	key := func(i int) senderKey { return senderKey{from: netip.AddrPortFrom(lo4, uint16(i))} }
+	for i := range maxFlows - 1 {
+		a.all[key(i)] = nil // has an answer, and no socket
+	}
+	_ = a.take([]byte("x"), key(maxFlows)) // nobody listens, which may be seen at once
+	p.cfg.Sockets = broken{}
+	if err := a.take([]byte("x"), key(maxFlows+1)); !errors.Is(err, unix.EMFILE) {
+		t.Error(err)
+	}
+	a.mu.Lock()
+	if a.all[key(maxFlows)] == nil || a.unanswered.Len() != 1 {
+		t.Error("the sender that was there before has lost its place")
+	}
+	a.mu.Unlock()
+	p.Close()
+}
+
 // narrow makes sockets that get one of two ports.
 type narrow struct {
 	here

@@ -106,18 +106,17 @@ func (a *senders) add(key senderKey) (s, gone *sender, err error) {
 	if err := a.p.ctx.Err(); err != nil { // end does not see it any more
 		return nil, nil, err
 	}
-	if len(a.all) >= maxFlows {
-		// Anybody can send from many addresses. Only those to whom the program has answered keep their place.
-		oldest := a.unanswered.Front()
-		if oldest == nil {
-			return nil, nil, errTooMany
-		}
-		gone = oldest.Value.(*sender)
-		a.remove(gone)
+	full, oldest := len(a.all) >= maxFlows, a.unanswered.Front()
+	if full && oldest == nil {
+		return nil, nil, errTooMany
 	}
 	in, target, err := a.p.dialUDP(a.s.Port, a.last)
 	if err != nil {
-		return nil, gone, err
+		return nil, nil, err
+	}
+	if full { // anybody can send from many addresses, so only those whom the program has answered keep their place
+		gone = oldest.Value.(*sender)
+		a.remove(gone)
 	}
 	s = &sender{key: key, in: in, target: target, first: make([]byte, 0, 1)}
 	s.at = a.unanswered.PushBack(s)
