@@ -146,7 +146,7 @@ func (s *Server) addIGD(q *request, any bool, now time.Time) (outer uint16, err 
 	if !fresh {
 		until = s.ports[k].until
 	}
-	m, state := s.request(k, want, uint32(maxLease), now)
+	m, state := s.request(k, want, lifetime(maxLease), now)
 	switch {
 	case m == nil:
 	case fresh:

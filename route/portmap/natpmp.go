@@ -81,7 +81,7 @@ func (s *Server) natpmpMap(msg []byte, client netip.Addr, now time.Time, head fu
 		s.count.Malformed++
 		return end(pmpNotAuthorized, 0, 0)
 	}
-	m, state := s.request(k, suggested, life, now)
+	m, state := s.request(k, suggested, min(life, uint32(keepMost/time.Second)), now)
 	s.answered(state)
 	switch state {
 	case Wait:

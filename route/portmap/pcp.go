@@ -135,7 +135,7 @@ func (s *Server) pcpMap(msg []byte, client netip.Addr, strict bool, now time.Tim
 	case k.proto != TCP && k.proto != UDP:
 		return fail(pcpUnsuppProtocol)
 	}
-	m, state := s.request(k, suggested, life, now)
+	m, state := s.request(k, suggested, lifetime(life), now) // not longer: a program that starts again has another nonce
 	if state == Works && strict && m.outer.Port() != suggested {
 		s.drop(k)
 		return fail(pcpCannotProvide)

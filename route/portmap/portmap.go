@@ -15,6 +15,9 @@ const (
 	// MaxLifetime is the longest time for which a port is given. It is short, because the port at the proxy may change,
 	// and a program learns that when it asks again.
 	MaxLifetime = 2 * time.Minute
+	// keepMost is the longest time for which a port of NAT-PMP is kept if the program does not ask again. Transmission 3.00
+	// asks for an hour, and again after 20 minutes, whatever lifetime it is told.
+	keepMost = 30 * time.Minute
 	// maxMappings limits the ports of one program.
 	maxMappings = 32
 	// maxClients limits the addresses from which ports are asked for.
@@ -170,8 +173,8 @@ func (s *Server) drop(k key) {
 // lifetime returns for how many seconds a port is given.
 func lifetime(asked uint32) uint32 { return min(asked, uint32(MaxLifetime/time.Second)) }
 
-// request gets a port for k, or gives it up if life is 0.
-func (s *Server) request(k key, suggested uint16, life uint32, now time.Time) (*mapping, State) {
+// request gets a port for k, and keeps it for that many seconds.
+func (s *Server) request(k key, suggested uint16, keep uint32, now time.Time) (*mapping, State) {
 	m := s.ports[k]
 	if m == nil {
 		of, clients := 0, map[netip.Addr]bool{k.client: true}
@@ -197,7 +200,7 @@ func (s *Server) request(k key, suggested uint16, life uint32, now time.Time) (*
 		s.ports[k] = m
 	}
 	// A port that is not known yet is kept for as long as the program may go on asking.
-	m.until = now.Add(time.Duration(max(lifetime(life), 10)) * time.Second)
+	m.until = now.Add(time.Duration(max(keep, 10)) * time.Second)
 	m.outer, m.filled = outer, state == Works
 	return m, state
 }

@@ -161,6 +161,31 @@ func TestPCPAnswer(t *testing.T) {
 	}
 }
 
+// A program that asks for a port for an hour has it longer than it is told, because Transmission asks again only after 20
+// minutes. With PCP it ends as told: a program that starts again could not get it back, having another nonce.
+func TestKeptLonger(t *testing.T) {
+	for name, tt := range map[string]struct {
+		ask  []byte
+		keep time.Duration
+	}{
+		"NAT-PMP":            {unhex(t, "000200001ae11ae100000e10"), keepMost},
+		"NAT-PMP, 5 minutes": {unhex(t, "000200001ae11ae10000012c"), 5 * time.Minute},
+		"PCP":                {pcpMapRequest(6, 6881, 6881, 3600, client.Addr(), 7), MaxLifetime},
+	} {
+		back := &fakeBackend{state: Works}
+		s := New(back, epoch)
+		s.Handle(tt.ask, client, epoch)
+		s.Expire(epoch.Add(tt.keep - time.Second))
+		if len(back.unmaps) != 0 {
+			t.Errorf("%s: it has ended before %v", name, tt.keep)
+		}
+		s.Expire(epoch.Add(tt.keep + time.Second))
+		if len(back.unmaps) != 1 {
+			t.Errorf("%s: it has not ended after %v", name, tt.keep)
+		}
+	}
+}
+
 // A port ends when it is deleted, when nobody asks again, and with all of its protocol; there is a limit for each program.
 func TestLifetimes(t *testing.T) {
 	back := &fakeBackend{state: Works}

@@ -83,8 +83,10 @@ or
 .Li /udp ,
 for this port of TCP and UDP.
 BINDs are made for those of TCP that it asks for.
-By NAT-PMP and PCP a port is given for two minutes at most, so that the program soon learns of another port at the proxy by
-asking again, and ends if it does not ask.
+By NAT-PMP and PCP a program is told that it has a port for two minutes at most, so that it soon learns of another port at the
+proxy by asking again.
+If it does not ask, the port ends: with PCP after this time, with NAT-PMP after the time that the program has asked for, at most
+half an hour.
 By UPnP a program chooses the port at the proxy and the time.
 If the proxy gives another port, the request fails with the error 718, unless the program accepts any port
 (AddAnyPortMapping).
