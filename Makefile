@@ -116,10 +116,11 @@ demo: ## Six downloads of aria2 through a SOCKS proxy, on real programs (root)
 	scripts/demo.sh
 
 .PHONY: zoo
-zoo: ## Ask real SOCKS servers what they do, for the manual; then failing servers, Tor, Chromium, podman and docker behind viasocks (root)
+zoo: ## Ask real SOCKS servers what they do, for the manual; then failing servers, Tor, Chromium and container engines behind viasocks (root)
 	scripts/deps.sh zoo
 	$(GO) test $(TESTFLAGS) -v -run TestRuntimes ./cmd/internal/e2e
 	$(GO) test $(TESTFLAGS) -v -run TestEngines ./cmd/internal/hosttest
+	$(GO) test $(TESTFLAGS) -v -run TestMachined ./cmd/internal/servicetest
 	scripts/zoo.sh
 
 .PHONY: slow

@@ -28,7 +28,7 @@ declare -A groups=(
 		aria2c:aria2 danted:dante-server nginx:nginx vsftpd:vsftpd sshd:openssh-server
 		opentracker:opentracker mktorrent:mktorrent dnsmasq:dnsmasq-base"
 	# The SOCKS servers of scripts/zoo.sh that Debian has, and what runs the others; gcc and the rest of its line are for
-	# TestRuntimes, podman and what follows it for TestEngines.
+	# TestRuntimes, podman and what follows it for TestEngines and TestMachined.
 	[zoo]="git:git =/etc/ssl/certs/ca-certificates.crt:ca-certificates ip:iproute2 sysctl:procps ss:iproute2
 		danted:dante-server microsocks:microsocks ssh:openssh-client sshd:openssh-server ss-local:shadowsocks-libev
 		tor:tor tor-gencert:tor chromium:chromium nginx:nginx plink:putty-tools v2ray:v2ray trojan:trojan stunnel4:stunnel4 openssl:openssl dnsmasq:dnsmasq-base
@@ -36,7 +36,7 @@ declare -A groups=(
 		gcc:gcc musl-gcc:musl-tools python3:python3 java:default-jre-headless javac:default-jdk-headless
 		aria2c:aria2 curl:curl nft:nftables nsenter:util-linux
 		podman:podman conmon:conmon crun:crun =/usr/lib/podman/netavark:netavark slirp4netns:slirp4netns newuidmap:uidmap dockerd:docker.io containerd-shim-runc-v2:containerd
-		runc:runc =/usr/share/doc/busybox-static:busybox-static"
+		runc:runc ctr:containerd lxc-start:lxc systemd-nspawn:systemd-container pgrep:procps dbus-daemon:dbus =/lib/systemd/systemd:systemd =/usr/share/doc/busybox-static:busybox-static"
 	# What scripts/dnsbench.sh asks with, and whom.
 	[bench]="ip:iproute2 sysctl:procps ss:iproute2 dnsperf:dnsperf openssl:openssl unbound:unbound dnsmasq:dnsmasq-base"
 	# What packaging/formats-test.sh installs packages with, and what packaging/test.sh and image-test.sh need besides.
@@ -52,7 +52,7 @@ declare -A units=([dante-server]=danted.service [nginx]=nginx.service [vsftpd]=v
 	[network-manager]="NetworkManager.service NetworkManager-dispatcher.service NetworkManager-wait-online.service"
 	[systemd]="systemd-networkd.service systemd-networkd.socket systemd-networkd-wait-online.service"
 	[dbus]="dbus.service dbus.socket" [stunnel4]="stunnel4.service stunnel.target" [prometheus]=prometheus.service
-	[docker.io]="docker.service docker.socket" [containerd]=containerd.service [podman]="podman.service podman.socket podman-auto-update.timer podman-restart.service"
+	[docker.io]="docker.service docker.socket" [containerd]=containerd.service [lxc]="lxc.service lxc-net.service lxc-monitord.service" [systemd-container]=machines.target [podman]="podman.service podman.socket podman-auto-update.timer podman-restart.service"
 	[apparmor]=apparmor.service [transmission-daemon]=transmission-daemon.service)
 
 die() { echo "deps: $*" >&2; exit 1; }

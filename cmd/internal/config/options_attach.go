@@ -23,16 +23,23 @@ the earlier name counts until the container starts again, and the names of CRI-O
 Those of Docker are in its
 .Pa config.v2.json ,
 and those of Kubernetes and nerdctl in containerd's
-.Pa config.json ;
-root alone may read both, and those of Docker without root are not found.
-A container of LXC has its name in the control group, and a machine of
+.Pa config.json .
+A container of
+.Ql ctr
+has its id for a name, also with the namespace of containerd before it:
+.Ar NAMESPACE/ID .
+Root alone may read all these files.
+A container of LXC has its name in the title of its monitor and in its control group.
+A machine of
 .Xr systemd-nspawn 1
-in
-.Pa /run/systemd/machines .
+has it in
+.Pa /run/systemd/machines ,
+or, if systemd-machined does not know it, in its mounts, which root alone may read.
 In Kubernetes, the names of a container, of its pod, and
 .Ar NAMESPACE/POD
 are understood.
-If containers with different networks have one name, viasocks lists them and takes none.
+If containers with different networks have one name, viasocks lists them with their ids, and takes none.
+For LXC, the id is the control group.
 A container of the caller or of root is preferred to one of another user with the same name, because that user can choose it.
 Any other container can be named by
 .Fl -pid .`,

@@ -23,6 +23,7 @@ import (
 
 // engine is a container engine with an image and a store of its own, which both go with the test.
 type engine struct {
+	containers
 	w       *world
 	t       *testing.T
 	name    string
@@ -34,6 +35,15 @@ type engine struct {
 	network []string
 }
 
+// containers is how an engine's containers are handled.
+type containers interface {
+	start(name string)
+	inside(name string, args ...string) (string, error) // runs a program of busybox
+	pid(name string) string                             // of the first process
+	id(name string) string                              // another word for it, or its name
+	stop(name string)
+}
+
 // engines are the ways to make one. `make zoo` installs them.
 var engines = map[string]struct {
 	needs []string
@@ -42,6 +52,9 @@ var engines = map[string]struct {
 	"podman":          {[]string{"podman", "conmon", "crun"}, (*engine).podman},
 	"podman rootless": {[]string{"podman", "conmon", "crun", "slirp4netns", "newuidmap"}, (*engine).rootlessPodman},
 	"docker":          {[]string{"dockerd", "containerd", "containerd-shim-runc-v2", "runc", "iptables"}, (*engine).docker},
+	"LXC":             {[]string{"lxc-start", "lxc-attach"}, (*engine).lxc},
+	"systemd-nspawn":  {[]string{"systemd-nspawn", "nsenter", "pgrep"}, (*engine).nspawn},
+	"containerd":      {[]string{"containerd", "ctr", "containerd-shim-runc-v2", "runc"}, (*engine).containerd},
 }
 
 // engineImage is the name of an image that holds busybox alone.
@@ -60,7 +73,6 @@ func TestEngines(t *testing.T) {
 			}
 			testkit.CheckLeaks(t)
 			w, rec, _ := boxWorld(t)
-			w.nft("host", "delete table ip nat\ndelete table ip6 nat\n") // engines make the like by iptables
 			w.webMirror()
 			e := &engine{w: w, t: t, name: name, dir: storage(t)}
 			e.group = controlGroups(t)
@@ -125,25 +137,21 @@ func controlGroups(t *testing.T) string {
 	return "/" + group
 }
 
-// removeGroups removes the control groups of a name, and those below them, which are empty when nobody is in them.
+// removeGroups removes the control groups of a name, and those below them, which are empty when nobody is in them. An engine may
+// make one below the control group that the test is in.
 func removeGroups(top, name string) (gone bool) {
 	gone = true
-	for _, pattern := range []string{name, "*/" + name} {
-		roots, _ := filepath.Glob(filepath.Join(top, pattern))
-		for _, root := range roots {
-			var dirs []string
-			_ = filepath.WalkDir(root, func(path string, e os.DirEntry, err error) error {
-				if err == nil && e.IsDir() {
-					dirs = append(dirs, path)
-				}
-				return nil
-			})
-			for _, dir := range slices.Backward(dirs) {
-				_ = os.Remove(dir)
-			}
-			if _, err := os.Stat(root); err == nil {
-				gone = false
-			}
+	var dirs []string
+	_ = filepath.WalkDir(top, func(path string, e os.DirEntry, err error) error {
+		if err == nil && e.IsDir() && strings.Contains(path+"/", "/"+name+"/") {
+			dirs = append(dirs, path)
+		}
+		return nil
+	})
+	for _, dir := range slices.Backward(dirs) {
+		_ = os.Remove(dir)
+		if _, err := os.Stat(dir); err == nil {
+			gone = false
 		}
 	}
 	return gone
@@ -164,15 +172,20 @@ func storage(t *testing.T) string {
 	return dir
 }
 
-// try runs the engine's client. Its output is a file, because monitors keep a pipe open.
+// try runs the engine's client.
 func (e *engine) try(args ...string) (string, error) {
+	return e.run(append(slices.Clone(e.command), args...)...)
+}
+
+// run runs a program on the host. Its output is a file, because monitors keep a pipe open.
+func (e *engine) run(args ...string) (string, error) {
 	out, err := os.CreateTemp(e.dir, "output")
 	if err != nil {
 		return "", err
 	}
 	defer os.Remove(out.Name())
 	defer out.Close()
-	cmd := commandOf(exec.Command(e.command[0], append(e.command[1:], args...)...), e.uid)
+	cmd := commandOf(exec.Command(args[0], args[1:]...), e.uid)
 	cmd.Env = append(cmd.Env, e.env...)
 	cmd.Stdout, cmd.Stderr = out, out
 	timer := time.AfterFunc(time.Minute, func() { _ = cmd.Process.Kill() })
@@ -197,6 +210,7 @@ func (e *engine) do(args ...string) string {
 // image imports busybox.
 func (e *engine) image() {
 	e.t.Helper()
+	e.containers = oci{e}
 	root := filepath.Join(e.t.TempDir(), "image")
 	e.w.run("", nil, "mkdir", "-p", filepath.Join(root, "bin"), filepath.Join(root, "etc"), filepath.Join(root, "tmp"))
 	e.w.run("", nil, "cp", busyboxPath, filepath.Join(root, "bin/busybox"))
@@ -209,6 +223,7 @@ func (e *engine) image() {
 // podmanAt is podman with all its state below directories of the test.
 func (e *engine) podmanAt(run string) {
 	e.t.Helper()
+	e.ownRules()
 	conf := filepath.Join(e.dir, "containers.conf")
 	text := "[network]\nnetwork_backend = \"netavark\"\n[engine]\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\n" +
 		"runtime = \"crun\"\n"
@@ -256,6 +271,7 @@ func (e *engine) rootlessPodman() {
 
 // docker starts a dockerd, which starts a containerd.
 func (e *engine) docker() {
+	e.ownRules()
 	const socket = "unix:///run/engine.sock"
 	config := filepath.Join(e.dir, "daemon.json")
 	if err := os.WriteFile(config, []byte("{}"), 0o644); err != nil {
@@ -282,16 +298,34 @@ func (e *engine) docker() {
 	e.image()
 }
 
-// start starts a container.
-func (e *engine) start(name string) {
+// ownRules removes the rules of the bridge: this engine makes the like by iptables.
+func (e *engine) ownRules() {
+	e.t.Helper()
+	e.w.nft("host", "delete table ip nat\ndelete table ip6 nat\n")
+}
+
+// oci are the containers of podman and docker.
+type oci struct{ *engine }
+
+func (e oci) start(name string) {
 	e.t.Helper()
 	args := append([]string{"run", "--detach", "--name", name, "--dns", "203.0.113.53"}, e.network...)
 	e.do(append(args, engineImage, busyboxPath, "sleep", "1000")...)
 }
 
+func (e oci) inside(name string, args ...string) (string, error) {
+	return e.try(append([]string{"exec", name, busyboxPath}, args...)...)
+}
+
+func (e oci) pid(name string) string { return e.do("inspect", "--format", "{{.State.Pid}}", name) }
+
+func (e oci) id(name string) string { return e.do("inspect", "--format", "{{.Id}}", name)[:12] }
+
+func (e oci) stop(name string) { e.do("stop", "--time", "0", name) }
+
 // fetch asks a web server of the world for the caller's address, from a container, and gives up after 20 s.
 func (e *engine) fetch(container, at string) (string, error) {
-	return e.try("exec", container, busyboxPath, "timeout", "20", busyboxPath, "wget", "-q", "-O", "-", "http://"+at+":8001/")
+	return e.inside(container, "timeout", "20", busyboxPath, "wget", "-q", "-O", "-", "http://"+at+":8001/")
 }
 
 // fetches checks with which address a program in the container reaches a web server of the world.
@@ -305,7 +339,7 @@ func (e *engine) fetches(when, at, want string) {
 // resolves returns the address that a program in the container gets for a name.
 func (e *engine) resolves(name string) netip.Addr {
 	e.t.Helper()
-	out, err := e.try("exec", "web", busyboxPath, "nslookup", "-type=a", name)
+	out, err := e.inside("web", "nslookup", "-type=a", name)
 	a, ok := lookedUp(out)
 	if err != nil || !ok {
 		e.t.Errorf("nslookup: %v\n%s", err, out)
@@ -334,7 +368,7 @@ func (e *engine) carries(rec *recorder) {
 	if rec.take() == nil {
 		t.Fatal("control: the recorder does not see what the container sends")
 	}
-	w.run("", nil, "ip", "netns", "attach", "engine", e.do("inspect", "--format", "{{.State.Pid}}", "web"))
+	w.run("", nil, "ip", "netns", "attach", "engine", e.pid("web"))
 	forget := func() { _, _ = try("", nil, "ip", "netns", "del", "engine") }
 	t.Cleanup(forget)
 	w.eventually(time.Minute, "the container's addresses are no longer tentative", func() bool {
@@ -392,10 +426,9 @@ func (e *engine) down(container string, d *daemon) {
 func (e *engine) stops() {
 	e.t.Helper()
 	files, _ := try("", nil, "ls", "/run/viasocks")
-	id := e.do("inspect", "--format", "{{.Id}}", "web")
-	d := e.attach(id[:12])
+	d := e.attach(e.id("web"))
 	e.fetches("attached by the id", "203.0.113.7", proxy4)
-	e.do("stop", "--time", "0", "web")
+	e.stop("web")
 	err := d.wait()
 	var exit *exec.ExitError
 	if !errors.As(err, &exit) || exit.ExitCode() != 4 {

@@ -1,5 +1,6 @@
 // Package servicetest contains the tests of the units for systemd: what they start, what their sandbox permits, and
-// what happens to the host when the service crashes, hangs, is reloaded and is stopped.
+// what happens to the host when the service crashes, hangs, is reloaded and is stopped. TestMachined is about machines of
+// systemd-nspawn, which systemd-machined knows.
 //
 // A real systemd is the first process of namespaces that the test makes, as in a container, over the root of this
 // machine with an overlay above it. Nothing that it changes is seen outside, and it cannot change settings of the

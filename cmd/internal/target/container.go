@@ -13,11 +13,12 @@ import (
 // idRE is the id of a container: 64 hexadecimal digits in docker, podman, containerd and cri-o.
 var idRE = regexp.MustCompile(`^[0-9a-f]{64}$`)
 
-// lxcRE is the control group of an LXC container, which has its name. liblxc 4 and later write lxc.payload.NAME, earlier
-// ones lxc/NAME, Incus and LXD the former.
-var lxcRE = regexp.MustCompile(`^lxc\.payload\.(.+)$`)
+// lxcPayload precedes the name in the control group of an LXC container. liblxc 4 and later write lxc.payload.NAME, and
+// NAME-1 if that is there already; earlier ones wrote lxc/NAME. Incus and LXD have the former.
+const lxcPayload = "lxc.payload."
 
-// containerOf returns the id or name of the container of a process from a path in /proc/PID/cgroup; "": there is none.
+// containerOf returns the id of the container of a process from a path in /proc/PID/cgroup; "": there is none. That of an LXC
+// container is the name of its control group.
 // The names that engines give to control groups are, by systemd and without:
 //
 //	docker-ID.scope, libpod-ID.scope, crio-ID.scope, cri-containerd-ID.scope
@@ -27,8 +28,8 @@ var lxcRE = regexp.MustCompile(`^lxc\.payload\.(.+)$`)
 // Programs below the container's own control group belong to it, too.
 func containerOf(path string) (id string) {
 	for part := range strings.SplitSeq(path, "/") {
-		if m := lxcRE.FindStringSubmatch(part); m != nil {
-			id = m[1]
+		if len(part) > len(lxcPayload) && strings.HasPrefix(part, lxcPayload) {
+			id = part
 			continue
 		}
 		name := strings.TrimSuffix(part, ".scope")
@@ -48,6 +49,7 @@ const (
 	maxStat    = 4 << 10
 	maxCgroup  = 64 << 10
 	maxCmdline = 64 << 10
+	maxMounts  = 4 << 20
 )
 
 // A running is a process, as /proc shows it.
@@ -56,9 +58,11 @@ type running struct {
 	comm        string
 	start       uint64 // time of its start, in clock ticks since the boot
 	uid         int    // its owner, as of the directory in /proc
-	id          string // of its container; "": it is in none
-	lxc         bool   // id is a name, and of LXC
+	id          string // of its container; "": its control group names none
 }
+
+// inLXC reports whether a process is in a container of LXC, by its control group.
+func (p *running) inLXC() bool { return strings.HasPrefix(p.id, lxcPayload) }
 
 // processes returns all processes whose state can be read.
 func (s *system) processes() map[int]*running {
@@ -97,7 +101,7 @@ func readProcess(dir string) *running {
 			continue
 		}
 		if id := containerOf(fields[2]); id != "" {
-			p.id, p.lxc = id, !idRE.MatchString(id)
+			p.id = id
 		}
 	}
 	return p

@@ -11,7 +11,7 @@ var (
 	three = strings.Repeat("0f", 32)
 )
 
-// The control groups are those of docker 26, podman 4 and 5, cri-o, containerd and LXC, with systemd and without, and with
+// The control groups are those of docker 26, podman 4 and 5, cri-o, containerd and LXC 5, with systemd and without, and with
 // both versions of control groups.
 func TestContainerOf(t *testing.T) {
 	pod := "kubepods-burstable-pod7d1a1b4e_0d5c_4f3e_9f5e_0a1b2c3d4e5f.slice"
@@ -29,8 +29,9 @@ func TestContainerOf(t *testing.T) {
 		"/kubepods.slice/kubepods-burstable.slice/" + pod + "/crio-" + one + ".scope":                 one,
 		"/kubepods/burstable/pod7d1a1b4e-0d5c-4f3e-9f5e-0a1b2c3d4e5f/" + one:                          one,
 		"/system.slice/containerd.service/kubepods-burstable-pod7d1a1b4e.slice:cri-containerd:" + one: one,
-		"/lxc.payload.web": "web",
-		"/lxc.payload.web-2/system.slice/nginx.service":  "web-2",
+		"/lxc.payload.web": "lxc.payload.web",
+		"/lxc.payload.web-2/system.slice/nginx.service": "lxc.payload.web-2",
+		"/lxc.payload.": "",
 		"/machine.slice/libpod-conmon-" + one + ".scope": "", // the monitor is on the host
 		"/system.slice/crio-conmon-" + one + ".scope":    "",
 		"/": "",

@@ -21,9 +21,12 @@ const maxState = 4 << 20
 //     parent of the container's first process.
 //   - docker and containerd start a containerd-shim, whose working directory is the bundle of a container; those of
 //     the other containers of its pod are beside it. The bundle's config.json has Kubernetes' names among its
-//     annotations, and docker's directory of containers among its mounts, which has a file with the name.
-//   - systemd-nspawn's machines are files in /run/systemd/machines.
-//   - LXC has the name in the control group.
+//     annotations, and docker's directory of containers among its mounts, which has a file with the name. ctr's containers
+//     have a name for an id, which is the name of the bundle; its init.pid has the number of the first process.
+//   - systemd-nspawn's machines are files in /run/systemd/machines if systemd-machined knows them. Each has a directory with
+//     its name mounted, and systemd-nspawn is the parent of its first process.
+//   - LXC has the name in the control group, with a number behind it if that group exists already, and in the title of its
+//     monitor.
 
 // monitor gives the name of a container from the arguments of its conmon; ok: they are those of one.
 func monitor(cmdline []byte) (id, name string, ok bool) {
@@ -107,13 +110,54 @@ func (b *bundle) dockerDir() (dir string, ok bool) {
 	return "", false
 }
 
+// isShim reports whether a process is a containerd-shim that is believed.
+func (s *system) isShim(p *running) bool {
+	return strings.HasPrefix(p.comm, "containerd-shim") && p.id == "" && s.trusts(p.uid)
+}
+
+// cwd is the working directory of a process.
+func (s *system) cwd(p *running) (string, error) {
+	return os.Readlink(filepath.Join(s.proc, strconv.Itoa(p.pid), "cwd"))
+}
+
+// addNamed adds the container of a containerd-shim whose id is not that of a control group, as ctr's are, if p is its first
+// process.
+func (s *system) addNamed(found map[key]*container, shim, p *running) {
+	dir, err := s.cwd(shim)
+	if err != nil {
+		s.miss(err)
+		return
+	}
+	bundles, err := filepath.Glob(filepath.Join(filepath.Dir(dir), "*"))
+	if err != nil {
+		return
+	}
+	for _, dir := range bundles {
+		text, err := s.readState(filepath.Join(dir, "init.pid"), maxStat)
+		if err != nil || strings.TrimSpace(string(text)) != strconv.Itoa(p.pid) {
+			continue
+		}
+		id := filepath.Base(dir)
+		if !nameRE.MatchString(id) {
+			return
+		}
+		if idRE.MatchString(id) {
+			s.add(found, id, p)
+			return
+		}
+		c := s.add(found, filepath.Base(filepath.Dir(dir))+"/"+id, p)
+		c.engine, c.names = s.shimmed(id, shim)
+		c.names = append(c.names, id)
+	}
+}
+
 // shimmed returns the engine and the names of a container whose first process was started by a containerd-shim.
 func (s *system) shimmed(id string, shim *running) (engine string, names []string) {
-	if !strings.HasPrefix(shim.comm, "containerd-shim") || shim.id != "" || !s.trusts(shim.uid) {
+	if !s.isShim(shim) {
 		return "", nil
 	}
 	engine = "containerd"
-	dir, err := os.Readlink(filepath.Join(s.proc, strconv.Itoa(shim.pid), "cwd"))
+	dir, err := s.cwd(shim)
 	if err != nil {
 		s.miss(err)
 		return engine, nil
@@ -168,7 +212,7 @@ func (s *system) machine(name string, all map[int]*running) *running {
 		switch k, v, _ := strings.Cut(strings.TrimSpace(line), "="); k {
 		case "LEADER":
 			leader, _ = strconv.Atoi(v)
-		case "UNIT":
+		case "SCOPE": // also where the unit is a service
 			unit = v
 		}
 	}
@@ -185,4 +229,86 @@ func (s *system) inUnit(pid int, unit string) bool {
 	return err == nil && unit != "" && slices.Contains(strings.FieldsFunc(string(b), func(r rune) bool {
 		return r == '/' || r == '\n'
 	}), unit)
+}
+
+// machineOf is the container of a machine of systemd.
+func (s *system) machineOf(name string, first *running) *container {
+	n := s.network(first.pid)
+	return &container{key{"", n.owner, n.own}, "systemd-nspawn", []string{name}, first, n}
+}
+
+// mountedName returns the name of the machine that a process is in, from the directory by which the host gives it mounts; "":
+// it has none.
+func (s *system) mountedName(pid int) string {
+	b, err := readSome(filepath.Join(s.proc, strconv.Itoa(pid), "mountinfo"), maxMounts)
+	if err != nil {
+		s.miss(err)
+		return ""
+	}
+	for line := range strings.Lines(string(b)) {
+		const root = 3 // proc_pid_mountinfo(5) counts from 1: the directory of the file system that is mounted
+		f := strings.Fields(line)
+		if len(f) <= root {
+			continue
+		}
+		if _, name, ok := strings.Cut(f[root], "/systemd/nspawn/propagate/"); ok && nameRE.MatchString(name) {
+			return name
+		}
+	}
+	return ""
+}
+
+// lxcMonitor is the title of the monitor of an LXC container, which ends in the path of all of them and its name.
+const lxcMonitor = "[lxc monitor] "
+
+// lxcNames returns the name of an LXC container, from its control group and the process that started it.
+func (s *system) lxcNames(group string, monitor *running) []string {
+	name := strings.TrimPrefix(group, lxcPayload)
+	if monitor == nil {
+		return []string{name}
+	}
+	b, _ := readSome(filepath.Join(s.proc, strconv.Itoa(monitor.pid), "cmdline"), maxCmdline)
+	text := strings.TrimRight(string(b), "\x00")
+	args := strings.Split(text, "\x00")
+	if title, ok := strings.CutPrefix(text, lxcMonitor); ok {
+		args = []string{title[strings.LastIndexByte(title, ' ')+1:]}
+	}
+	return []string{lxcName(name, args)}
+}
+
+// lxcName returns the name that an LXC container has if its control group has this one: the control group of web is that of
+// web-1 where there is another one. The arguments of lxc-start tell.
+func lxcName(group string, args []string) string {
+	name := group
+	for _, arg := range args {
+		if arg == "--" { // a program of the container follows
+			break
+		}
+		arg = strings.TrimPrefix(strings.TrimPrefix(arg, "--name="), "-n")
+		if arg == group {
+			return group
+		}
+		if n, ok := strings.CutPrefix(group, arg+"-"); ok && arg != "" {
+			if _, err := strconv.ParseUint(n, 10, 32); err == nil {
+				name = arg
+			}
+		}
+	}
+	return name
+}
+
+// addLXC adds the container of a monitor whose control group has no name of LXC, because lxc.cgroup.dir.container says so.
+func (s *system) addLXC(found map[key]*container, all map[int]*running, monitor *running) {
+	b, _ := readSome(filepath.Join(s.proc, strconv.Itoa(monitor.pid), "cmdline"), maxCmdline)
+	title, ok := strings.CutPrefix(strings.TrimRight(string(b), "\x00"), lxcMonitor)
+	name := title[strings.LastIndexByte(title, ' ')+1:]
+	if !ok || !nameRE.MatchString(name) {
+		return
+	}
+	for _, p := range all {
+		if p.parent == monitor.pid && p.id == "" {
+			c := s.add(found, lxcPayload+name, p)
+			c.engine, c.names = "LXC", []string{name}
+		}
+	}
 }

@@ -69,7 +69,7 @@ type container struct {
 
 // key distinguishes containers.
 type key struct {
-	id    string // "": a machine of systemd, whose only name is in names
+	id    string // as engines have it, NAMESPACE/NAME of ctr's containers, the control group of LXC's; "": a machine of systemd
 	owner int    // of its network
 	own   bool   // its network is that of viasocks
 }
@@ -77,23 +77,37 @@ type key struct {
 // containers returns the containers on this host: those with a control group, and those with a monitor.
 func (s *system) containers(all map[int]*running) []*container {
 	found := map[key]*container{}
+	var list []*container
 	for _, p := range all {
 		if p.id != "" {
 			s.add(found, p.id, p)
+			continue
+		}
+		switch parent := all[p.parent]; {
+		case parent == nil:
+		case s.isShim(parent):
+			s.addNamed(found, parent, p)
+		case parent.comm == "systemd-nspawn" && parent.id == "" && s.trusts(parent.uid):
+			if name := s.mountedName(p.pid); name != "" {
+				list = append(list, s.machineOf(name, p))
+			}
 		}
 	}
 	for _, p := range all {
-		if p.comm == "conmon" {
+		switch {
+		case p.comm == "conmon":
 			s.addMonitored(found, all, p)
+		case strings.HasPrefix(p.comm, "lxc-"):
+			s.addLXC(found, all, p)
 		}
 	}
-	list := make([]*container, 0, len(found))
 	for _, c := range found {
-		switch shim := all[c.first.parent]; {
-		case c.first.lxc:
-			c.engine, c.names = "LXC", []string{c.id}
-		case c.engine == "" && shim != nil:
-			c.engine, c.names = s.shimmed(c.id, shim)
+		switch parent := all[c.first.parent]; {
+		case c.engine != "":
+		case c.first.inLXC():
+			c.engine, c.names = "LXC", s.lxcNames(c.id, parent)
+		case parent != nil:
+			c.engine, c.names = s.shimmed(c.id, parent)
 		}
 		list = append(list, c)
 	}
@@ -157,14 +171,13 @@ func (s *system) find(want string) (*container, error) {
 		}
 	}
 	if p := s.machine(want, all); p != nil {
-		n := s.network(p.pid)
-		found = append(found, &container{key{"", n.owner, n.own}, "systemd-nspawn", []string{want}, p, n})
+		found = append(found, s.machineOf(want, p))
 	}
 	what := "that name"
 	if len(found) == 0 {
 		what = "an id that begins so"
 		for _, c := range list {
-			if !c.first.lxc && strings.HasPrefix(c.id, want) {
+			if idRE.MatchString(c.id) && strings.HasPrefix(c.id, want) {
 				found = append(found, c)
 			}
 		}
@@ -194,7 +207,7 @@ func (s *system) choose(found []*container, what string) (*container, error) {
 // String is for messages.
 func (c *container) String() string {
 	words := strings.TrimSpace(c.engine + " " + c.id)
-	if !c.first.lxc && len(c.names) > 0 {
+	if len(c.names) > 0 {
 		words += " (" + strings.Join(c.names, ", ") + ")"
 	}
 	return words
@@ -203,7 +216,8 @@ func (c *container) String() string {
 // none is the error when no container was found.
 func (s *system) none(processes int, all []*container) error {
 	where := fmt.Sprintf("no running container has that name or an id that begins so, among %d (viasocks looked at the "+
-		"control groups of %d processes, at conmon and containerd-shim, and in %s)", len(all), processes, s.machines)
+		"control groups of %d processes, at conmon, containerd-shim, lxc-start and systemd-nspawn, and in %s)",
+		len(all), processes, s.machines)
 	var named []*container
 	for _, c := range all {
 		if len(c.names) > 0 {
@@ -212,7 +226,8 @@ func (s *system) none(processes int, all []*container) error {
 	}
 	switch {
 	case s.hidden && s.euid != 0:
-		where += ": the names that docker and containerd keep can be read by root only: run viasocks as root, or give the id"
+		where += ": the names that docker, containerd and systemd-nspawn keep can be read by root only: run viasocks as root, " +
+			"or give the id"
 	case s.missed != nil:
 		where += ": not all names could be read: " + s.missed.Error()
 	case len(named) > 0:

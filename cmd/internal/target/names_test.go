@@ -233,14 +233,89 @@ func TestKubernetes(t *testing.T) {
 func TestMachine(t *testing.T) {
 	f := newFake(t)
 	f.process(20, 1, "systemd", "0::/machine.slice/systemd-nspawn@web.service/payload/init.scope\n")
-	text := "# This is private data. Do not parse.\nNAME=web\nSCOPE=systemd-nspawn@web.service\n" +
-		"UNIT=systemd-nspawn@web.service\nSERVICE=systemd-nspawn\nLEADER=20\nCLASS=container\n"
+	text := "# This is private data. Do not parse.\nNAME=web\nSCOPE=systemd-nspawn@web.service\nSERVICE=systemd-nspawn\n" +
+		"ROOT=/var/lib/machines/web\nID=57712edbe243467eaa4e062429cfc76e\nLEADER=20\nCLASS=container\n" +
+		"REALTIME=1796034795102599\nMONOTONIC=2263046835\n"
 	f.file("machines/web", text)
 	f.is("web", 20)
 	f.file("machines/web", strings.Replace(text, "LEADER=20", "LEADER=21", 1))
 	f.fails("web", "no running container")
 	f.file("machines/web", text)
 	f.process(20, 1, "another", "0::/user.slice/systemd-nspawn@other.service\n") // the number was given to another process
+	f.fails("web", "no running container")
+}
+
+// ctr's containers have the id that the caller gave, and the control group too; they are in a namespace of containerd 1.6.20.
+// A process that `ctr task exec` starts is the shim's child as well.
+func TestCtr(t *testing.T) {
+	f := newFake(t)
+	ctr := func(pid int, namespace, id, group string) {
+		bundles := f.shim(pid, namespace, id)
+		f.process(pid+1, pid, "busybox", "8:pids:"+group+"\n0::/\n", "/bin/busybox", "sleep", "1000")
+		f.file(bundles+"/"+id+"/init.pid", strconv.Itoa(pid+1))
+		f.file(bundles+"/"+id+"/config.json", `{"ociVersion":"1.0.2-dev","root":{"path":"rootfs"}}`)
+	}
+	ctr(20, "default", "web", "/default/web")
+	f.process(22, 20, "busybox", "8:pids:/default/web\n0::/\n")
+	f.process(19, 20, "busybox", "8:pids:/default/web\n0::/\n")
+	ctr(30, "default", "my-app-1", "/anywhere")
+	f.is("web", 21)
+	f.is("default/web", 21)
+	f.is("my-app-1", 31)
+	f.fails("we", "no running container", "there are my-app-1, web")
+	ctr(40, "other", "web", "/other/web")
+	f.fails("web", "several have that name", "containerd default/web (web)", "containerd other/web (web)")
+	f.is("other/web", 41)
+	ctr(50, "default", one, "/default/group") // nerdctl with a control group of the user's
+	f.is(one[:12], 51)
+	if os.Chown(filepath.Join(f.proc, "30"), 4711, 4711) == nil { // root's tests only
+		f.fails("my-app-1", "no running container")
+	}
+}
+
+// The control group of a container of LXC 5.0.2 has its name, with a number if another one of that name runs. The title of the
+// monitor has the name alone, or its arguments if it stays in the foreground.
+func TestLXC(t *testing.T) {
+	f := newFake(t)
+	lxc := func(pid int, group string, args ...string) {
+		f.process(pid, 1, "lxc-start", "8:pids:/lxc.monitor."+group+"\n0::/\n", args...)
+		f.process(pid+1, pid, "busybox", "8:pids:/lxc.payload."+group+"\n0::/\n", "/bin/busybox", "sleep", "1000")
+	}
+	lxc(10, "web", "[lxc monitor] /var/lib/lxc web")
+	f.is("web", 11)
+	lxc(20, "web-1", "[lxc monitor] /srv/my lxc web")
+	f.fails("web-1", "no running container")
+	f.fails("web", "several have that name", "LXC lxc.payload.web (web), LXC lxc.payload.web-1 (web)")
+	f.is("lxc.payload.web-1", 21)
+	lxc(30, "web-1-1", "[lxc monitor] /var/lib/lxc web-1")
+	f.is("web-1", 31)
+	for name, args := range map[string][]string{
+		"a": {"lxc-start", "-F", "-n", "a"}, "b": {"lxc-start", "-F", "--name=b"}, "c": {"lxc-start", "-nc", "-F"},
+		"d": {"lxc-start", "-F", "d"}, "e-1": {"lxc-execute", "-n", "e-1", "--", "e"},
+	} {
+		lxc(100*int(name[0]), name+"-1", args...)
+		f.is(name, 100*int(name[0])+1)
+	}
+	f.process(50, 1, "lxc-start", "8:pids:/own/monitor\n0::/\n", "[lxc monitor] /var/lib/lxc own")
+	f.process(51, 50, "init", "8:pids:/own/payload\n0::/\n")
+	f.is("own", 51)
+	f.process(70, 60, "systemd", "0::/lxc.payload.incus_c1/init.scope\n") // the monitor cannot be seen
+	f.is("incus_c1", 70)
+}
+
+// A machine of systemd-nspawn 252 that systemd-machined does not know has its name in the mounts of the first process alone.
+func TestUnregisteredMachine(t *testing.T) {
+	f := newFake(t)
+	f.process(20, 1, "systemd-nspawn", "9:name=systemd:/supervisor\n0::/\n", "systemd-nspawn", "--register=no", "-D", "/srv/web")
+	f.process(21, 20, "(sd-stubinit)", "9:name=systemd:/payload\n0::/\n")
+	f.file("proc/21/mountinfo", "592 591 0:57 / /run rw - tmpfs tmpfs rw\n"+
+		"594 592 0:57 /systemd/nspawn/propagate/web /run/host/incoming ro,relatime shared:61 - tmpfs none rw,mode=755\n")
+	f.process(22, 21, "busybox", "9:name=systemd:/payload\n0::/\n")
+	f.is("web", 21)
+	f.file("machines/web", "NAME=web\nSCOPE=payload\nLEADER=21\n") // it is known both ways
+	f.is("web", 21)
+	f.process(20, 1, "systemd-nspawn", "9:name=systemd:/docker/"+one+"\n") // it is in a container
+	f.file("machines/web", "")
 	f.fails("web", "no running container")
 }
 
