@@ -13,6 +13,9 @@
 # lets the far end out directly, which the kernel does, or with carried: `--direct carry`. The CPU time of these is that of all:
 # both ends, viasocks and the kernel's threads. Their ratios, with an interval, are a table of their own. Not part of all cases.
 #
+# With behind: the load is in a namespace behind the app, which is then a router: through is `up` there, and natively the
+# SOCKS5 of the load is only forwarded. The CPU time is that of all, the SOCKS server included. Not part of all cases.
+#
 # The head of cmd/internal/bench/main.go lists the cases. What scan and churn measure of others meanwhile (a new connection,
 # the download beside them) is a table of its own.
 #
@@ -62,6 +65,7 @@ pids=()
 clean() {
 	local pid
 	for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
+	ip netns del "$LAB-behind" 2>/dev/null || true
 	scripts/lab.sh down >/dev/null 2>&1 || true
 	rm -rf "$dir"
 }
@@ -88,12 +92,26 @@ if [[ $cases =~ (direct|carried): ]]; then
 	ip -n "$LAB-world" route add 10.66.0.0/24 via 203.0.113.1
 fi
 
+if [[ $cases == *behind:* ]]; then
+	ip netns add "$LAB-behind"
+	ip -n "$LAB-app" link add to-behind type veth peer name to-app netns "$LAB-behind"
+	ip -n "$LAB-app" address add 10.69.0.1/24 dev to-behind
+	ip -n "$LAB-behind" address add 10.69.0.2/24 dev to-app
+	ip -n "$LAB-app" link set to-behind up
+	ip -n "$LAB-behind" link set lo up
+	ip -n "$LAB-behind" link set to-app up
+	ip -n "$LAB-behind" route add default via 10.69.0.1
+	ip -n "$LAB-proxy" route add 10.69.0.0/24 via 10.66.0.2
+	ip netns exec "$LAB-app" sysctl -qw net.ipv4.ip_forward=1
+fi
+
 in_ns() { local ns=$1; shift; ip netns exec "$LAB-$ns" "$@"; }
 target=203.0.113.2:9000 proxy=10.66.0.1:1080
 # ip netns exec replaces itself, so these are the pids of the servers.
 ip netns exec "$LAB-world" "$dir/bench" world --listen "$target" --peers 2000 & pids+=($!)
 world=$!
 ip netns exec "$LAB-proxy" "$dir/bench" socks --listen "$proxy" & pids+=($!)
+socks=$!
 declare -A proxy_of=([plain]=$proxy [slow]=10.67.0.1:1080 [lossy]=10.68.0.1:1080)
 link() { # kind network flags…
 	local kind=$1 net=$2
@@ -144,8 +162,8 @@ measure() { # mode case round
 		[[ -z ${BASH_REMATCH[2]} ]] || crowd+=(--v6)
 		kind=plain
 	fi
-	if [[ $kind == direct || $kind == carried ]]; then
-		past_proxy "$1" "$kind" "$case" "$3"
+	if [[ $kind == direct || $kind == carried || $kind == behind ]]; then
+		beside_up "$1" "$kind" "$case" "$3"
 		return
 	fi
 	proxy=${proxy_of[$kind]}
@@ -171,25 +189,29 @@ measure() { # mode case round
 	esac
 	echo "{\"mode\":\"$1\",\"round\":$3,${out#\{}" >>"$results"
 }
-# past_proxy is measure for what goes to the far end directly.
-past_proxy() { # mode kind case round
-	local out up=0 status=0 load
+# beside_up is measure for what goes past the proxy, and for what comes from behind the host.
+beside_up() { # mode kind case round
+	local up=0 status=0 load out from=app also=0,$world,$softirq
 	[[ -z $instead ]] || return 0
+	local upflags=(--rule "dst ${target%:*} direct")
+	case $2 in
+	carried) upflags+=(--direct carry) ;;
+	behind) upflags=() from=behind also+=,$socks ;;
+	esac
 	if [[ $1 != native ]]; then
-		local carry=()
-		[[ $2 != carried ]] || carry=(--direct carry)
 		: >"$dir/up.log"
 		# shellcheck disable=SC2086 # the command and the flags are words
-		ip netns exec "$LAB-app" ${up_of[$1]} up --state-dir "$dir/state" --proxy "socks5://${proxy_of[plain]}" --rule "dst ${target%:*} direct" \
-			"${carry[@]}" --log-level info $flags >"$dir/up.log" 2>&1 & up=$!
+		ip netns exec "$LAB-app" ${up_of[$1]} up --state-dir "$dir/state" --proxy "socks5://${proxy_of[plain]}" "${upflags[@]}" \
+			--log-level info $flags >"$dir/up.log" 2>&1 & up=$!
 		pids+=("$up")
 		until grep -q msg=ready "$dir/up.log"; do
 			kill -0 "$up" 2>/dev/null || { cat "$dir/up.log" >&2; return 1; }
 			sleep 0.05
 		done
 	fi
-	load=("$dir/bench" load --case "$3" --name "$2:$3" --time "$time" --target "$target" --watch "$up" --also "0,$world,$softirq")
-	out=$(in_ns app "${load[@]}") || status=$?
+	load=("$dir/bench" load --case "$3" --name "$2:$3" --time "$time" --target "$target" --watch "$up" --also "$also")
+	[[ $1 != native || $2 != behind ]] || load+=(--proxy "${proxy_of[plain]}")
+	out=$(in_ns "$from" "${load[@]}") || status=$?
 	if ((up)); then
 		kill "$up"
 		wait "$up" || true

@@ -75,6 +75,12 @@ package main
 //	UDP round trip, in the kernel 1.28 (1.06 to 2.01)   0.73
 //	UDP round trip, carried       2.46 (2.45 to 3.42)   0.39
 //
+// What comes from behind the host (behind:) also passes two look-ups in the filter's memory of who has forwarded something
+// into the TUN. The update for a frame takes 0.25 to 0.3 µs: the fastest twentieth of 1,200 batches of datagrams that a
+// router forwards took 4.17 µs a datagram without the rule, 4.47 with it, and 4.16 without it again. That is 0.4 % of the
+// CPU time of all for a UDP round trip of 64 bytes (78 µs) and 1 % for a datagram of floodup (28 µs). A look-up that
+// changes nothing takes as long.
+//
 // A byte on a connection that a peer opened by BIND was as dear as on one that the program opened, as far as three such rounds
 // can tell: 0.83, 0.97, 0.99 and 1.18 times the CPU time of D1, D8, U1 and U8, each ratio between 0.62 and 1.25.
 //
