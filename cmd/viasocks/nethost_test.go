@@ -110,6 +110,7 @@ func (h *netHost) settle() {
 		six = h.run(in + "-6 route show table all")
 		ready := strings.Count(s, "state UP") == 2 && strings.Count(six, "multicast ff00::/8") >= 2 ||
 			!strings.Contains(s, "inet6")
+		ready = ready && testkit.HasLocalRoutes(s, six)
 		for _, word := range []string{"linkdown", "tentative", "NO-CARRIER", "state DOWN", "state LOWERLAYERDOWN"} {
 			ready = ready && !strings.Contains(s+six, word)
 		}

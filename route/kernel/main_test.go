@@ -130,14 +130,7 @@ func settled(t *testing.T) {
 				return false
 			}
 		}
-		f := strings.Fields(addrs)
-		for i, word := range f {
-			if a, _, ok := strings.Cut(f[min(i+1, len(f)-1)], "/"); word == "inet6" && ok &&
-				!strings.Contains(routes, "local "+a+" dev") {
-				return false
-			}
-		}
-		return same
+		return same && testkit.HasLocalRoutes(addrs, routes)
 	})
 }
 

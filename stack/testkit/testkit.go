@@ -5,6 +5,7 @@ package testkit
 import (
 	"net"
 	"os"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -57,6 +58,38 @@ func Never(t testing.TB, d time.Duration, what string, happened func() bool) {
 	if start := time.Now(); Until(d, happened) {
 		t.Fatalf("after %v: %s", time.Since(start).Round(time.Millisecond), what)
 	}
+}
+
+// most is how often Tries tries.
+const most = 5
+
+// Tries calls f until it returns nil, and fails the test after five errors. It is for what must be fast: a machine that stalls
+// just then can spoil a try, but not all of them.
+func Tries(t testing.TB, what string, f func() error) {
+	t.Helper()
+	for n := 1; ; n++ {
+		err := f()
+		if err == nil {
+			return
+		} else if n == most {
+			t.Errorf("%s: %v; no try of %d went well", what, err, most)
+			return
+		}
+		t.Logf("%s: %v", what, err)
+	}
+}
+
+// HasLocalRoutes reports whether the kernel has a route for each IPv6 address of its own: it makes them from a work queue, some
+// time after the address. addrs is what `ip addr` prints, and routes is what `ip -6 route show table all` does.
+func HasLocalRoutes(addrs, routes string) bool {
+	f := strings.Fields(addrs)
+	for i, word := range f {
+		a, _, ok := strings.Cut(f[min(i+1, len(f)-1)], "/")
+		if word == "inet6" && ok && !strings.Contains(routes, "local "+a+" dev") {
+			return false
+		}
+	}
+	return true
 }
 
 // Pace lets d pass because the time is an input of the test: the speed of a load, a slow peer, an age that something

@@ -1,6 +1,7 @@
 package testkit
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"runtime"
@@ -20,6 +21,7 @@ type recorder struct {
 
 func (r *recorder) Helper()                   {}
 func (r *recorder) Cleanup(f func())          { r.cleanups = append(r.cleanups, f) }
+func (r *recorder) Logf(string, ...any)       {}
 func (r *recorder) Errorf(f string, a ...any) { r.said += fmt.Sprintf(f, a...) }
 func (r *recorder) Fatalf(f string, a ...any) { r.said += fmt.Sprintf(f, a...); runtime.Goexit() }
 
@@ -89,6 +91,35 @@ func TestEventuallyEnds(t *testing.T) {
 			t.Errorf("%q after %v", said, d)
 		}
 	})
+}
+
+// TestTries: what goes well once is enough; what never does is reported once, with the last reason.
+func TestTries(t *testing.T) {
+	n := 0
+	Tries(t, "the third time", func() error {
+		if n++; n < 3 {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	r, asked := &recorder{TB: t}, 0
+	Tries(r, "rain", func() error { asked++; return fmt.Errorf("dry %d", asked) })
+	if n != 3 || asked != 5 || r.said != "rain: dry 5; no try of 5 went well" {
+		t.Errorf("%d and %d tries, %q", n, asked, r.said)
+	}
+}
+
+// TestHasLocalRoutes: one address without a route is enough, and addresses of IPv4 do not count.
+func TestHasLocalRoutes(t *testing.T) {
+	const addrs = "    inet 127.0.0.1/8 scope host lo\n    inet6 ::1/128 scope host\n    inet6 2001:db8::7/128 scope global\n"
+	const lo = "local ::1 dev lo table local proto kernel metric 0 pref medium\n"
+	for routes, want := range map[string]bool{
+		lo: false, lo + "2001:db8::7 dev lo proto kernel metric 256\n": false, lo + "local 2001:db8::7 dev lo table local\n": true,
+	} {
+		if HasLocalRoutes(addrs, routes) != want {
+			t.Errorf("%q: want %v", routes, want)
+		}
+	}
 }
 
 // TestNever: what must not happen ends the test at once; where it does not happen the test goes on after the time.

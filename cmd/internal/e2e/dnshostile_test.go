@@ -171,7 +171,9 @@ func testHostileTCP(t *testing.T, a *app, what string, msg []byte, rcode int) {
 	}
 }
 
-// askMany asks for rate distinct names a second until stop is closed, and counts what was asked and answered.
+// askMany asks for rate distinct names a second until stop is closed, and counts what was asked and answered. At most window
+// questions wait for their answers: a machine that stalls would otherwise overflow the queues of the kernel with what was due
+// meanwhile. Those that are not answered within a second are lost.
 func askMany(u *net.UDPConn, rate int, stop chan struct{}) (asked, answered *atomic.Int64, wait func()) {
 	asked, answered = new(atomic.Int64), new(atomic.Int64)
 	var wg sync.WaitGroup
@@ -185,18 +187,26 @@ func askMany(u *net.UDPConn, rate int, stop chan struct{}) (asked, answered *ato
 		}
 	})
 	wg.Go(func() {
-		const step = 10 * time.Millisecond
+		const step, window = 5 * time.Millisecond, 200
 		tick := time.NewTicker(step)
 		defer tick.Stop()
+		var lost, seen int64
+		moved := time.Now()
 		for start := time.Now(); ; {
 			select {
 			case <-stop:
-				testkit.Settle(100*time.Millisecond, "the last answers have come")
+				testkit.Until(time.Second, func() bool { return answered.Load() >= asked.Load()-lost })
 				u.SetReadDeadline(time.Now())
 				return
 			case <-tick.C:
 			}
-			for due := int64(time.Since(start).Seconds() * float64(rate)); asked.Load() < due; {
+			if n := answered.Load(); n != seen {
+				seen, moved = n, time.Now()
+			} else if time.Since(moved) > time.Second {
+				lost = asked.Load() - n
+			}
+			due := int64(time.Since(start).Seconds() * float64(rate))
+			for asked.Load() < due && asked.Load()-lost-answered.Load() < window {
 				n := asked.Add(1)
 				u.WriteToUDPAddrPort(ask(uint16(n), fmt.Sprintf("n%d.flood.example", n)), gateway53)
 			}
@@ -205,12 +215,16 @@ func askMany(u *net.UDPConn, rate int, stop chan struct{}) (asked, answered *ato
 	return asked, answered, wg.Wait
 }
 
-// TestDNSFlood: while 10,000 distinct names are asked each second, other flows lose nothing, hardly wait, and keep their rate;
-// and memory is bounded.
-func TestDNSFlood(t *testing.T) {
-	const rate = 10_000
-	proxy := listenSOCKS(t)
-	a := startApp(t, "--proxy", proxy.URL(), "--dns", noResolver, "--dns-pool", "198.19.0.0/16")
+// beside is what other flows see: a flow of a known rate, and datagrams that are echoed.
+type beside struct {
+	t        *testing.T
+	apps     []*net.UDPConn
+	echo     netip.AddrPort
+	app, far *net.TCPConn
+}
+
+func newBeside(t *testing.T, a *app) *beside {
+	t.Helper()
 	echo, dst := farUDP(t, world4)
 	go func() {
 		b := make([]byte, 2000)
@@ -222,76 +236,109 @@ func TestDNSFlood(t *testing.T) {
 			echo.WriteToUDPAddrPort(b[:n], from)
 		}
 	}()
-	apps := []*net.UDPConn{a.udp(false), a.udp(false), a.udp(false)}
-	app, far := pair(t, a, world4)
-	// A flow of 16 MB/s, which leaves the machine room for the questions.
-	paced := func(d time.Duration) (took time.Duration) {
-		const piece, step = 160 << 10, 10 * time.Millisecond
-		var wg sync.WaitGroup
-		start := time.Now()
-		want := int64(d/step) * piece
-		wg.Go(func() {
-			b := make([]byte, piece)
-			for i := range want / piece {
-				testkit.Pace(time.Until(start.Add(time.Duration(i) * step)))
-				if _, err := far.Write(b); err != nil {
-					t.Error(err)
-					return
-				}
-			}
-		})
-		b := make([]byte, 256<<10)
-		app.SetReadDeadline(start.Add(d + testkit.Patience))
-		for got := int64(0); got < want; {
-			n, err := app.Read(b)
-			if got += int64(n); err != nil {
-				t.Errorf("after %d of %d bytes: %v", got, want, err)
-				break
+	o := &beside{t: t, echo: dst, apps: []*net.UDPConn{a.udp(false), a.udp(false), a.udp(false)}}
+	o.app, o.far = pair(t, a, world4)
+	pingers(t, o.apps, dst, testkit.Patience, 200*time.Millisecond) // the associations are there
+	return o
+}
+
+// paced lets data for d flow at 16 MB/s, which leaves the machine room for the questions, and returns how long it took.
+func (o *beside) paced(d time.Duration) (took time.Duration) {
+	const piece, step = 160 << 10, 10 * time.Millisecond
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	start := time.Now()
+	want := int64(d/step) * piece
+	wg.Go(func() {
+		b := make([]byte, piece)
+		for i := range want / piece {
+			testkit.Pace(time.Until(start.Add(time.Duration(i) * step)))
+			if _, err := o.far.Write(b); err != nil {
+				o.t.Error(err)
+				return
 			}
 		}
-		took = time.Since(start)
-		wg.Wait()
-		return took
+	})
+	o.app.SetReadDeadline(start.Add(d + testkit.Patience))
+	if n, err := io.CopyN(io.Discard, o.app, want); err != nil {
+		o.t.Errorf("after %d of %d bytes: %v", n, want, err)
 	}
-	measure := func(d time.Duration) (took time.Duration, p99 time.Duration, lost int) {
-		var wg sync.WaitGroup
-		wg.Go(func() { took = paced(d) })
-		var trips []time.Duration
-		trips, lost = pingers(t, apps, dst, 2*time.Second, d)
-		wg.Wait()
-		if len(trips) == 0 {
-			t.Fatal("no datagram came back")
-		}
-		return took, trips[len(trips)*99/100], lost
+	return time.Since(start)
+}
+
+// measure returns how long data for d took, the 99th percentile of the round trips, and how many datagrams were lost.
+func (o *beside) measure(d time.Duration) (took, p99 time.Duration, lost int) {
+	o.t.Helper()
+	var wg sync.WaitGroup
+	wg.Go(func() { took = o.paced(d) })
+	trips, lost := pingers(o.t, o.apps, o.echo, 2*time.Second, d)
+	wg.Wait()
+	if len(trips) == 0 {
+		o.t.Fatal("no datagram came back")
 	}
-	pingers(t, apps, dst, testkit.Patience, 200*time.Millisecond) // the associations are there
-	const span = 3 * time.Second
-	alone, p99Alone, _ := measure(span)
+	return took, trips[len(trips)*99/100], lost
+}
+
+// TestDNSFlood: while 10,000 distinct names are asked each second, other flows lose nothing, hardly wait, and keep their rate;
+// and memory is bounded.
+func TestDNSFlood(t *testing.T) {
+	proxy := listenSOCKS(t)
+	a := startApp(t, "--proxy", proxy.URL(), "--dns", noResolver, "--dns-pool", "198.19.0.0/16")
+	others := newBeside(t, a)
 	before := a.rss()
-	stop := make(chan struct{})
-	asked, answered, wait := askMany(a.udp(false), rate, stop)
-	testkit.Eventually(t, "the first answers", func() bool { return answered.Load() > 0 })
-	took, p99, lost := measure(span)
-	close(stop)
-	wait()
-	t.Logf("alone: %v for %v of data, p99 %v; beside %d questions, of which %d were answered: %v, p99 %v, %d lost; %d KiB more",
-		alone, span, p99Alone, asked.Load(), answered.Load(), took, p99, lost, (a.rss()-before)>>10)
-	if asked.Load() < rate*int64(span/time.Second)*8/10 {
-		t.Skipf("this machine asks %d questions in %v, too few for the test", asked.Load(), span)
-	}
-	if answered.Load() < asked.Load()*95/100 {
-		t.Errorf("%d of %d questions were answered", answered.Load(), asked.Load())
-	}
-	if lost > 0 {
-		t.Errorf("%d datagrams of others were lost", lost)
-	}
-	if took > alone+alone/2 {
-		t.Errorf("a flow took %v, alone %v", took, alone)
-	}
-	if p99 > p99Alone+100*time.Millisecond {
-		t.Errorf("the 99th percentile of round trips is %v, alone %v", p99, p99Alone)
+	// A machine that stalls lets everybody wait: so it has more than one try.
+	for n := 1; ; n++ {
+		slow, bad := floodDNS(a, others)
+		if slow == "" && bad == "" {
+			break
+		}
+		t.Logf("try %d: %s%s", n, slow, bad)
+		if n < 5 {
+			continue
+		}
+		if bad == "" {
+			t.Skip("this machine asks too few questions for the test: ", slow)
+		}
+		t.Fatal(bad)
 	}
 	if grown := a.rss() - before; grown > 48<<20 && !raceEnabled { // the race detector has memory of its own
 		t.Errorf("%d MiB more", grown>>20)
 	}
+}
+
+// floodDNS measures other flows alone and beside a flood of questions. It returns why the machine is too slow for that, or what
+// was bad.
+func floodDNS(a *app, others *beside) (slow, bad string) {
+	a.t.Helper()
+	const rate, span = 10_000, 3 * time.Second
+	alone, p99Alone, _ := others.measure(span)
+	before, cpu, start := a.rss(), a.cpu(), time.Now()
+	u, stop := a.udp(false), make(chan struct{})
+	defer u.Close()
+	asked, answered, wait := askMany(u, rate, stop)
+	testkit.Eventually(a.t, "the first answers", func() bool { return answered.Load() > 0 })
+	took, p99, lost := others.measure(span)
+	cpu = a.cpu() - cpu
+	all := time.Since(start)
+	close(stop)
+	wait()
+	a.t.Logf("alone: %v for %v of data, p99 %v; beside %d questions, of which %d were answered: %v, p99 %v, %d lost; "+
+		"%d KiB more, %v of CPU time", alone, span, p99Alone, asked.Load(), answered.Load(), took, p99, lost,
+		(a.rss()-before)>>10, cpu)
+	few := asked.Load() < rate*int64(span/time.Second)*8/10
+	switch {
+	case few && cpu > all*8/10 && !raceEnabled: // viasocks is slow, not the machine
+		return "", fmt.Sprintf("only %d questions, and %v of CPU time in %v", asked.Load(), cpu, all)
+	case answered.Load() < asked.Load()*95/100:
+		return "", fmt.Sprintf("%d of %d questions were answered", answered.Load(), asked.Load())
+	case few:
+		return fmt.Sprintf("%d in %v", asked.Load(), all), ""
+	case lost > 0:
+		return "", fmt.Sprintf("%d datagrams of others were lost", lost)
+	case took > alone+alone/2:
+		return "", fmt.Sprintf("a flow took %v, alone %v", took, alone)
+	case p99 > p99Alone+100*time.Millisecond:
+		return "", fmt.Sprintf("the 99th percentile of round trips is %v, alone %v", p99, p99Alone)
+	}
+	return "", ""
 }

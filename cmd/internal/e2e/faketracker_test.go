@@ -62,13 +62,12 @@ func testFakeTracker(t *testing.T, rules ...string) {
 			close(reached)
 		}
 	}()
-	// aria2 asks UDP trackers from the socket of its DHT, and not at all without it.
-	ended := make(chan ran, 1)
+	// aria2 asks UDP trackers from the socket of its DHT, and not at all without it. It runs until there is a file.
+	ended, over := make(chan ran, 1), filepath.Join(dir, "over")
+	until := `aria2c "$@" & while kill -0 $! && ! [ -e ` + over + ` ]; do sleep 0.1; done; kill $!; wait $!`
 	go func() {
-		ended <- run(t, []string{"--proxy", "socks5://" + at, "--dns", "fake,tcp://" + world4}, "aria2c", "--no-conf", "--dir="+
-			dir,
-			"--enable-dht=true", "--dht-file-path="+filepath.Join(dir, "dht"), "--bt-stop-timeout=5", "--log="+log,
-			"--log-level=info",
+		ended <- run(t, []string{"--proxy", "socks5://" + at, "--dns", "fake,tcp://" + world4}, "sh", "-c", until, "sh", "--no-conf",
+			"--dir="+dir, "--enable-dht=true", "--dht-file-path="+filepath.Join(dir, "dht"), "--log="+log, "--log-level=info",
 			"magnet:?xt=urn:btih:"+hash+"&tr="+url.QueryEscape("udp://tracker.example:"+port+"/announce"))
 	}()
 	select {
@@ -76,6 +75,9 @@ func testFakeTracker(t *testing.T, rules ...string) {
 	case <-time.After(testkit.Patience):
 		t.Errorf("the peer was not reached; the tracker knows %q",
 			get("/scrape?info_hash="+withoutPlus(url.QueryEscape(binaryHash))))
+	}
+	if err := os.WriteFile(over, nil, 0o600); err != nil {
+		t.Fatal(err)
 	}
 	r := <-ended
 	said, err := os.ReadFile(log)

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -28,12 +29,24 @@ func binding(t *testing.T, externals ...string) (url string) {
 	return "socks5://127.0.0.1:1086"
 }
 
-// freePort returns a port that the proxy can listen at: after a test the kernel keeps some of them for a minute.
+// lastPort is the last one that freePort has given.
+var lastPort atomic.Uint32
+
+// freePort returns a port that a server can listen at, a new one each time: after a test the kernel keeps some of them for a
+// minute. It is below those that the kernel gives, so that nobody gets it meanwhile.
 func freePort(t *testing.T) uint16 {
 	t.Helper()
-	l, at := listenTCP(t, world4)
-	l.Close()
-	return at.Port()
+	needWorld(t)
+	for range 1000 {
+		port := 20_000 + lastPort.Add(1)
+		l, err := net.Listen("tcp", fmt.Sprint(":", port))
+		if err == nil {
+			l.Close()
+			return uint16(port)
+		}
+	}
+	t.Fatal("no port is free")
+	return 0
 }
 
 // listen lets the program listen at all its IPv4 addresses.

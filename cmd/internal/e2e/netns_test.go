@@ -90,6 +90,9 @@ var namedStates = map[string]func(t *testing.T, name string){
 		ip(t, "-n", name, "addr", "add", "192.0.2.7/32", "dev", "lo")
 		ip(t, "-n", name, "-6", "addr", "add", "2001:db8::7/128", "dev", "lo")
 		ip(t, "-n", name, "rule", "add", "from", "192.0.2.7", "lookup", "77", "pref", "99")
+		testkit.Eventually(t, "the route to its own address", func() bool {
+			return testkit.HasLocalRoutes(ip(t, "-n", name, "addr"), ip(t, "-n", name, "-6", "route", "show", "table", "all"))
+		})
 	},
 }
 

@@ -147,19 +147,9 @@ func testGranted(t *testing.T, a *app, host string) {
 	t.Logf("granted: connect() = 0 in %v", took.Round(100*time.Microsecond))
 }
 
-// check tries the row until a try goes well: a machine that stalls just then can spoil one, but not all of them.
+// check tries the row until a try goes well.
 func (row outcome) check(t *testing.T, by *app, proxy *sockstest.Server, addr netip.Addr, ipv string) {
-	for i := 1; ; i++ {
-		err := row.try(t, by, proxy, addr, ipv)
-		if err == nil {
-			break
-		}
-		t.Logf("%s, %s: %v", row.what, ipv, err)
-		if i == 5 {
-			t.Errorf("%s, %s: no try went well", row.what, ipv)
-			break
-		}
-	}
+	testkit.Tries(t, row.what+", "+ipv, func() error { return row.try(t, by, proxy, addr, ipv) })
 }
 
 func (row outcome) try(t *testing.T, by *app, proxy *sockstest.Server, addr netip.Addr, ipv string) error {
@@ -215,11 +205,14 @@ func testImpossible(t *testing.T, offload string) {
 		"[fd76:6961:736f:636b::77]:80": unix.EHOSTUNREACH,
 	} {
 		dst := netip.MustParseAddrPort(at)
-		fd, took, err := a.connect(dst)
-		unix.Close(fd)
-		if err != want || took > 900*time.Millisecond {
-			t.Errorf("TCP to %v: %v after %v, want %v at once", dst, err, took, want)
-		}
+		testkit.Tries(t, "TCP to "+at, func() error {
+			fd, took, err := a.connect(dst)
+			unix.Close(fd)
+			if err != want || took > 900*time.Millisecond {
+				return fmt.Errorf("%v after %v, want %w at once", err, took, want)
+			}
+			return nil
+		})
 		u := a.socket(family(dst), unix.SOCK_DGRAM)
 		defer unix.Close(u)
 		// Without it the kernel does not tell a UDP socket that a network is unreachable.
@@ -238,6 +231,7 @@ func testImpossible(t *testing.T, offload string) {
 		}
 		p := []unix.PollFd{{Fd: int32(u), Events: unix.POLLIN}}
 		for n := 0; n == 0; {
+			var err error
 			if n, err = unix.Poll(p, int(testkit.Patience/time.Millisecond)); n == 0 || err != nil && err != unix.EINTR {
 				t.Fatalf("UDP to %v: no error came (%v)", dst, err)
 			}

@@ -87,13 +87,13 @@ const asking = `
 musl=$1 cert=$2 dir=$3
 say() { echo "$1: $(shift; "$@" 2>&1 | tr '\n' ' ')"; }
 for n in +notcp +tcp; do
-	say dig$n dig $n +short +tries=1 +time=5 web.example
-	say kdig$n kdig $n +short +retry=0 +time=5 web.example
+	say dig$n dig $n +short +tries=1 +time=20 web.example
+	say kdig$n kdig $n +short +retry=0 +time=20 web.example
 done
-say kdig+tls kdig +tls-ca="$cert" +tls-hostname=dns.example +short +retry=0 +time=5 @203.0.113.1 web.example
-say dig-mx dig +short +tries=1 +time=5 web.example MX
-say dig-txt dig +short +tries=1 +time=5 +noedns +ignore many.example TXT
-say dig-none dig +tries=1 +time=5 +noall +comments none.example MX
+say kdig+tls kdig +tls-ca="$cert" +tls-hostname=dns.example +short +retry=0 +time=20 @203.0.113.1 web.example
+say dig-mx dig +short +tries=1 +time=20 web.example MX
+say dig-txt dig +short +tries=1 +time=20 +noedns +ignore many.example TXT
+say dig-none dig +tries=1 +time=20 +noall +comments none.example MX
 say getent getent ahostsv4 web.example
 say musl "$musl" web.example
 say aria2 aria2c -q --no-conf -d "$dir" --connect-timeout=10 --max-tries=1 http://web.example:8080/index.html

@@ -9,14 +9,14 @@ import (
 // askingSecurely is what programs of others get from a resolver inside TLS. Each line begins with what was asked.
 const askingSecurely = `
 say() { echo "$1: $(shift; "$@" 2>&1 | tr '\n' ' ')"; }
-say udp dig +notcp +short +tries=1 +time=9 web.example
-say tcp kdig +tcp +short +retry=0 +time=9 web.example
-say mx dig +short +tries=1 +time=9 web.example MX
-say none dig +tries=1 +time=9 +noall +comments none.example MX
-say cut dig +short +tries=1 +time=9 +noedns +ignore many.example TXT
-say again dig +short +tries=1 +time=9 +noedns many.example TXT
-say edns dig +notcp +short +tries=1 +time=9 +bufsize=4096 many.example TXT
-say flags dig +tries=1 +time=9 +noall +comments +bufsize=4096 +dnssec many.example TXT
+say udp dig +notcp +short +tries=1 +time=20 web.example
+say tcp kdig +tcp +short +retry=0 +time=20 web.example
+say mx dig +short +tries=1 +time=20 web.example MX
+say none dig +tries=1 +time=20 +noall +comments none.example MX
+say cut dig +short +tries=1 +time=20 +noedns +ignore many.example TXT
+say again dig +short +tries=1 +time=20 +noedns many.example TXT
+say edns dig +notcp +short +tries=1 +time=20 +bufsize=4096 many.example TXT
+say flags dig +tries=1 +time=20 +noall +comments +bufsize=4096 +dnssec many.example TXT
 `
 
 // TestResolversInsideTLS: unbound is asked by DNS over TLS and over HTTPS through dante and microsocks, by its address and by its
@@ -51,7 +51,7 @@ func TestResolversInsideTLS(t *testing.T) {
 			// An authority that nobody knows.
 			for _, mode := range []string{"tls://dns.example", "https://dns.example/dns-query"} {
 				flags := []string{"--proxy", "socks5://" + at, "--dns", mode, "--log-level", "warn"}
-				r := run(t, flags, "dig", "+tries=1", "+time=9", "web.example")
+				r := run(t, flags, "dig", "+tries=1", "+time=20", "web.example")
 				if !strings.Contains(r.out, "SERVFAIL") || !strings.Contains(r.stderr, "unknown authority") {
 					t.Errorf("%s with an unknown certificate:\n%s%s", mode, r.out, r.stderr)
 				}
@@ -93,11 +93,11 @@ func checkAskingSecurely(t *testing.T, mode string, r ran) {
 // askingServers asks the server of the test, and whom the resolv.conf names. Each line begins with what was asked.
 const askingServers = `
 say() { echo "$1: $(shift; "$@" 2>&1 | tr '\n' ' ')"; }
-say udp dig @203.0.113.1 +notcp +short +tries=1 +time=9 web.example
-say tcp dig @203.0.113.1 +tcp +short +tries=1 +time=9 web.example
-say tls kdig @203.0.113.1 +tls-ca="$1" +tls-hostname=dns.example +short +retry=0 +time=9 web.example
-say https kdig @203.0.113.1 +https +tls-ca="$1" +tls-hostname=dns.example +short +retry=0 +time=9 web.example
-say conf dig +notcp +short +tries=1 +time=9 web.example
+say udp dig @203.0.113.1 +notcp +short +tries=1 +time=20 web.example
+say tcp dig @203.0.113.1 +tcp +short +tries=1 +time=20 web.example
+say tls kdig @203.0.113.1 +tls-ca="$1" +tls-hostname=dns.example +short +retry=0 +time=20 web.example
+say https kdig @203.0.113.1 +https +tls-ca="$1" +tls-hostname=dns.example +short +retry=0 +time=20 web.example
+say conf dig +notcp +short +tries=1 +time=20 web.example
 `
 
 // TestRelayAndOff: the server that a program asks is the one that answers, through a proxy with UDP and through one without; and
@@ -153,9 +153,9 @@ Log notice stderr
 	flags := []string{"--proxy", "socks5://" + at + "?tor", "--dns", "tor", "--log-level", "error"}
 	const script = `
 say() { echo "$1: $(shift; "$@" 2>&1 | tr '\n' ' ')"; }
-say a dig +short +tries=1 +time=9 mapped.example
-say aaaa dig +short +tries=1 +time=9 mapped.example AAAA
-say mx dig +tries=1 +time=9 +noall +comments mapped.example MX
+say a dig +short +tries=1 +time=20 mapped.example
+say aaaa dig +short +tries=1 +time=20 mapped.example AAAA
+say mx dig +tries=1 +time=20 +noall +comments mapped.example MX
 `
 	r := run(t, flags, "bash", "-c", script)
 	if !strings.Contains(r.out, "a: 192.0.2.7 \n") || !strings.Contains(r.out, "aaaa: \n") ||

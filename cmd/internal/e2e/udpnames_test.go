@@ -41,7 +41,7 @@ func TestNamesInUDP(t *testing.T) {
 			const at = "127.0.0.1:1081"
 			startReal(t, name, at)
 			r := run(t, []string{"--proxy", "socks5://" + at, "--dns", noResolver, "--log-level", "debug"}, "sh", "-c",
-				`ask() { dig +short +tries=1 +time=4 @$1 -p $2 question.example; }
+				`ask() { dig +short +tries=1 +time=20 @$1 -p $2 question.example; }
 				ask far.example 5300; ask near.example 5301; ask far.example 5300`)
 			if got := strings.Fields(r.out); len(got) != 3 || got[0] != "203.0.113.77" || got[1] != got[0] || got[2] != got[0] {
 				t.Errorf("dig got %q\n%s", got, r.stderr)

@@ -22,6 +22,27 @@ type program struct {
 	log  harness.Log
 	cmd  *exec.Cmd
 	done chan struct{}
+	told bool // to stop
+}
+
+// state says how the program has ended, or that it runs.
+func (p *program) state() string {
+	select {
+	case <-p.done:
+		return p.cmd.ProcessState.String()
+	default:
+		return "it runs"
+	}
+}
+
+// crashed names a program that has ended by itself and with an error, or a signal.
+func (w *world) crashed() string {
+	for _, p := range w.programs {
+		if s := p.state(); !p.told && s != "it runs" && s != "exit status 0" {
+			return p.name + " has ended: " + s
+		}
+	}
+	return ""
 }
 
 // start runs a program in a namespace; before, if it is not nil, prepares the thread that starts it.
@@ -42,9 +63,10 @@ func (w *world) start(ns string, before func() error, env []string, args ...stri
 		return p.cmd.Start()
 	})
 	go func() { _ = p.cmd.Wait(); close(p.done) }()
+	w.programs = append(w.programs, p)
 	w.t.Cleanup(func() {
 		if w.t.Failed() {
-			w.t.Logf("%s said:\n%s", p.name, harness.Tail(p.log.String(), 120))
+			w.t.Logf("%s (%s) said:\n%s", p.name, p.state(), harness.Tail(p.log.String(), 120))
 		}
 		p.stop()
 	})
@@ -53,6 +75,7 @@ func (w *world) start(ns string, before func() error, env []string, args ...stri
 
 // stop ends the program, with what it has started in its process group, and waits for its end.
 func (p *program) stop() {
+	p.told = true
 	signal := func(s syscall.Signal) { _ = syscall.Kill(-p.cmd.Process.Pid, s) }
 	signal(syscall.SIGTERM)
 	defer signal(syscall.SIGKILL)

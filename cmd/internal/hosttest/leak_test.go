@@ -358,8 +358,18 @@ func (w *world) corruptJournal(f func([]byte) []byte) {
 func (w *world) eventually(limit time.Duration, what string, ok func() bool) time.Duration {
 	w.t.Helper()
 	start := time.Now()
-	if !testkit.Until(limit, ok) {
-		w.t.Errorf("not within %v: %s", limit, what)
+	crashed, well := "", false
+	testkit.Until(limit, func() bool {
+		if well = ok(); !well {
+			crashed = w.crashed()
+		}
+		return well || crashed != ""
+	})
+	if !well {
+		w.t.Errorf("not within %v: %s", min(limit, time.Since(start)), what)
+		if crashed != "" {
+			w.t.Error(crashed)
+		}
 		return limit
 	}
 	if d := time.Since(start); d > time.Millisecond {

@@ -123,11 +123,11 @@ func TestRoutesOfOthers(t *testing.T) {
 		}
 		if !killed {
 			w.eventually(
-				5*time.Second,
+				testkit.Patience,
 				"after the link was down ssh works",
 				func() bool { _, err := w.login(client4, host4); return err == nil },
 			)
-			w.eventually(15*time.Second, "after the link was down viasocks carries", func() bool {
+			w.eventually(testkit.Patience, "after the link was down viasocks carries", func() bool {
 				_, err := w.dial("host", netipAddrPort("203.0.113.7", 77))
 				return err == nil
 			})

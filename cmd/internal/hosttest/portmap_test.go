@@ -13,6 +13,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/cmd/internal/control"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // This file is about programs of the host that ask for ports under `up`: see TestListenAuto for NAT-PMP.
@@ -30,11 +33,18 @@ func needClients(t *testing.T, programs ...string) {
 // upnpc asks from a namespace. -i: upnpc takes a gateway whose outer address is one for documentation for a disconnected one.
 func (w *world) upnpc(ns string, want string, args ...string) {
 	w.t.Helper()
-	out, _ := try(ns, nil, append([]string{"timeout", "20", "upnpc", "-i"}, args...)...)
+	var out string
+	testkit.Until(testkit.Patience, func() bool { // it looks for 2 s, in which a machine may stall
+		out, _ = try(ns, nil, append([]string{"timeout", "20", "upnpc", "-i"}, args...)...)
+		return strings.Contains(out, want) || !strings.Contains(out, noGateway)
+	})
 	if !strings.Contains(out, want) {
 		w.t.Errorf("in %s, upnpc %v says no %q: %s", ns, args, want, out)
 	}
 }
+
+// noGateway is what upnpc says if nobody answers.
+const noGateway = "No IGD UPnP Device found"
 
 // TestListenAutoUPnP: a program of the host finds the gateway by multicast, though the host has a network with a router, and
 // gets a port, which works. No search leaves the host, also if the program chooses a device for it. A container finds
@@ -50,13 +60,12 @@ func TestListenAutoUPnP(t *testing.T) {
 	w.upnpc("host", proxy4+":6885 TCP is redirected to internal "+host4+":6885", "-a", host4, "6885", "6885", "TCP", "600")
 	far := w.peer("203.0.113.201")
 	w.sendBoth(far, w.acceptFrom(l, far))
-	const none = "No IGD UPnP Device found"
 	for _, at := range []string{"eth0", hostLAN4, host4} { // IP_MULTICAST_IF
-		w.upnpc("host", none, "-m", at, "-s")
+		w.upnpc("host", noGateway, "-m", at, "-s")
 	}
-	w.upnpc("host", none, "-6", "-s")
-	w.upnpc("host", none, "-6", "-m", "eth0", "-s")
-	w.upnpc("ctr", none, "-s")
+	w.upnpc("host", noGateway, "-6", "-s")
+	w.upnpc("host", noGateway, "-6", "-m", "eth0", "-s")
+	w.upnpc("ctr", noGateway, "-s")
 	gateway := "http://198.18.0.2:1900/rootDesc.xml"
 	for _, inner := range []string{"198.18.0.1", ctr4} {
 		out, _ := try("ctr", nil, "timeout", "5", "upnpc", "-i", "-u", gateway, "-a", inner, "22", "2222", "TCP", "600")
@@ -79,10 +88,10 @@ func TestListenAutoUser(t *testing.T) {
 	rec := newRecorder(w)
 	rec.to(netipAddrPort(proxy4, 1080))
 	d := w.up("--proxy", "socks5://"+proxy4, "--listen", "auto", "--include-uid", "1000")
-	out, err := try("host", nil, "setpriv", "--reuid", "1000", "--clear-groups", "timeout", "20", "upnpc", "-i", "-s")
-	if !strings.Contains(out, "ExternalIPAddress = "+proxy4) {
-		t.Errorf("the user that is included finds no gateway: %v", err)
-	}
+	w.eventually(testkit.Patience, "the user that is included finds the gateway", func() bool {
+		out, _ := try("host", nil, "setpriv", "--reuid", "1000", "--clear-groups", "timeout", "20", "upnpc", "-i", "-s")
+		return strings.Contains(out, "ExternalIPAddress = "+proxy4)
+	})
 	if err := d.stop(); err != nil {
 		t.Error(err)
 	}
@@ -167,6 +176,10 @@ func TestListenAutoTransmission(t *testing.T) {
 	dir := t.TempDir()
 	w.start("host", nil, []string{"HOME=" + dir}, "transmission-daemon", "-f", "-g", dir, "-w", dir, "-m", "-O", "-Y",
 		"-P", fmt.Sprint(peerPort), "-p", "9091", "-T")
+	w.eventually(2*testkit.Patience, "its port", func() bool { // it first waits 8 s for answers of UPnP
+		l := ask[control.Status](w, "status").Listening
+		return l != nil && len(l.Ports) > 0 && l.Ports[0].Outer != ""
+	})
 	far := w.peer("203.0.113.201")
 	_ = far.SetDeadline(time.Now().Add(20 * time.Second))
 	// A handshake for a torrent that it does not have: it closes the connection.

@@ -26,7 +26,7 @@ func TestProgramIsKilled(t *testing.T) {
 }
 
 // with is the same world in a subtest.
-func (w *world) with(t *testing.T) *world { return &world{t: t} }
+func (w *world) with(t *testing.T) *world { return &world{t: t, programs: w.programs} }
 
 // choose starts a program under `exclude` or `include`.
 func (w *world) choose(how string) (cmd *exec.Cmd, end func()) {

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/cmd/internal/harness"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // runAgent is an agent under `viasocks run` in the host namespace.
@@ -91,6 +92,6 @@ addr add 10.78.0.1/24 dev host1`)
 		"-4 addr flush dev eth1\naddr add " + host4 + "/24 dev eth0\nroute add default via " + router4 + " dev eth0",
 	} {
 		w.ip("host", move)
-		w.eventually(15*time.Second, "UDP is carried after the host's address is another one", answered)
+		w.eventually(testkit.Patience, "UDP is carried after the host's address is another one", answered)
 	}
 }

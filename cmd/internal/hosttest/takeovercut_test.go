@@ -69,7 +69,7 @@ func (w *world) afterKill(d *daemon) (outcome string) {
 	w.t.Helper()
 	says := func(what string) bool { return strings.Contains(d.log.String(), what) }
 	ended := false
-	w.eventually(10*time.Second, "the one that is left to carry or to end", func() bool {
+	w.eventually(testkit.Patience, "the one that is left to carry or to end", func() bool {
 		ended = !d.alive()
 		// An old one that was asked for the host needs a moment to notice that nobody takes it.
 		keeps := !says("/v1/takeover") || says("the host was not taken over")
@@ -116,7 +116,7 @@ func TestTakeoverDown(t *testing.T) {
 		if out, err := w.command("down"); err != nil {
 			t.Errorf("after %v: down: %v\n%s", instant(i), err, out)
 		}
-		w.eventually(10*time.Second, "both to end", func() bool { return !first.alive() && !second.alive() })
+		w.eventually(testkit.Patience, "both to end", func() bool { return !first.alive() && !second.alive() })
 		for _, c := range held.conns {
 			c.Close()
 		}
@@ -158,7 +158,7 @@ func TestTakeoverTwice(t *testing.T) {
 	}
 	slow.Files.Close()
 	slow.End()
-	w.eventually(10*time.Second, "the offer to be withdrawn", func() bool {
+	w.eventually(testkit.Patience, "the offer to be withdrawn", func() bool {
 		return strings.Contains(first.log.String(), "the new viasocks did not take the host")
 	})
 	second := w.takeOver(first, flags...)

@@ -14,6 +14,7 @@ import (
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/cmd/internal/harness"
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 // upgradable starts a copy of the program, which the test can replace, and waits until it is ready. Its log is that of its
@@ -171,7 +172,7 @@ func TestUpgradeFails(t *testing.T) {
 			t.Errorf("%s: %v\n%s", c.what, err, out)
 		}
 		w.eventually(
-			10*time.Second,
+			testkit.Patience,
 			"the log to tell of "+c.what,
 			func() bool { return strings.Contains(first.log.String(), c.log) },
 		)
@@ -197,8 +198,12 @@ func TestUpgradeDown(t *testing.T) {
 	w.proxy(proxy4 + ":1080")
 	rules := w.ipRules()
 	first, program := w.upgradable("--proxy", "socks5://"+proxy4)
-	pidFile := program + ".pid"
-	slow := "#!/bin/sh\necho $$ >" + pidFile + ".new; mv " + pidFile + ".new " + pidFile + "; sleep 1; exec " + viasocks + ` "$@"`
+	pidFile, never := program+".pid", program+".fifo" // that nobody writes to
+	if err := syscall.Mkfifo(never, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	slow := "#!/bin/sh\necho $$ >" + pidFile + ".new; mv " + pidFile + ".new " + pidFile + "; read _ <" + never + "; exec " +
+		viasocks + ` "$@"`
 	if err := os.WriteFile(program+".new", []byte(slow+"\n"), 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -208,7 +213,7 @@ func TestUpgradeDown(t *testing.T) {
 	upgraded := make(chan string, 1)
 	go func() { out, _ := w.command("upgrade"); upgraded <- out }()
 	var pid int
-	w.eventually(10*time.Second, "the new process to start", func() bool {
+	w.eventually(testkit.Patience, "the new process to start", func() bool {
 		b, err := os.ReadFile(pidFile)
 		pid, _ = strconv.Atoi(strings.TrimSpace(string(b)))
 		return err == nil
@@ -234,7 +239,7 @@ func (w *world) twoAtOnce(d *daemon, program string, script func(string, os.File
 	first := make(chan string, 1)
 	go func() { out, _ := w.command("upgrade"); first <- out }()
 	var pid int
-	w.eventually(10*time.Second, "the new process to start", func() bool {
+	w.eventually(testkit.Patience, "the new process to start", func() bool {
 		b, err := os.ReadFile(pidFile)
 		pid, _ = strconv.Atoi(strings.TrimSpace(string(b)))
 		return err == nil

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/stack/testkit"
 )
 
 const (
@@ -38,7 +40,8 @@ func relayPort(n uint16) bool { return n >= relayPortMin && n <= relayPortMax }
 
 // world is the topology in doc.go.
 type world struct {
-	t testing.TB
+	t        testing.TB
+	programs []*program // by start
 }
 
 // topology is made by one `ip -batch` for each namespace.
@@ -176,8 +179,11 @@ func newWorld(t testing.TB) *world {
 func (w *world) settle() {
 	w.t.Helper()
 	w.eventually(30*time.Second, "the links carry", func() bool {
-		s := w.ip("host", "-4 route show table all") + w.ip("host", "-6 route show table all") + w.ip("host", "addr show up")
-		return !regexp.MustCompile(`linkdown|tentative|NO-CARRIER|LOWERLAYERDOWN|state DOWN`).MatchString(s)
+		six, addrs := w.ip("host", "-6 route show table all"), w.ip("host", "addr show up")
+		s := w.ip("host", "-4 route show table all") + six + addrs
+		return !regexp.MustCompile(`linkdown|tentative|NO-CARRIER|LOWERLAYERDOWN|state DOWN`).MatchString(s) &&
+			testkit.HasLocalRoutes(addrs, six) &&
+			testkit.HasLocalRoutes(w.ip("ctr", "addr show up"), w.ip("ctr", "-6 route show table all"))
 	})
 }
 
