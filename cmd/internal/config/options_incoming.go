@@ -110,8 +110,10 @@ if the proxy lets only those send to whom the program has sent; for DHT such a p
 A proxy that uses another port for each destination is refused.
 .Pp
 BitTorrent expects one number for TCP and UDP.
-No proxy lets the UDP port be chosen, so that the BIND asks for the number that UDP has got, if the program has asked for
-both by NAT-PMP or PCP.
+No proxy lets the UDP port be chosen.
+A program that asks for UDP first, by NAT-PMP or PCP, therefore gets the number of UDP for TCP, too, if the proxy has it.
+A port of TCP that the program has been told stays, because the program has announced it; the proxy is then asked to listen
+at the number of UDP as well.
 By UPnP a request for a UDP port succeeds only by AddAnyPortMapping: Transmission then has TCP only, and libtorrent
 (qBittorrent) uses what it gets by NAT-PMP.`,
 	},

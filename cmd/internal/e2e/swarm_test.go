@@ -89,8 +89,8 @@ func TestSwarm(t *testing.T) {
 			return s.seeding(settings{"enable_upnp": true, "listen_interfaces": fmt.Sprint("0.0.0.0:", port)})
 		}, nil},
 	} {
-		t.Run(c.name, func(t *testing.T) {
-			s, url := newSwarm(t, c.tracker), swarmProxy(t)
+		inSwarm(t, c.name, c.tracker, func(s *swarm) {
+			t, url := s.t, swarmProxy(s.t)
 			_, own := listenTCP(t, world4) // so that dante gives another port
 			p := s.behind([]string{"--proxy", url, "--listen", "auto"}, c.program(s, own.Port())...)
 			if c.then != nil {
@@ -106,8 +106,10 @@ func TestSwarm(t *testing.T) {
 
 // TestSwarmSamePort: aria2 asks no gateway and announces its own port, to a tracker and in the DHT. With the same number for
 // --listen, dante listens at that port, too.
-func TestSwarmSamePort(t *testing.T) {
-	s, url := newSwarm(t, "http"), swarmProxy(t)
+func TestSwarmSamePort(t *testing.T) { inSwarm(t, "aria2", "http", testSwarmSamePort) }
+
+func testSwarmSamePort(s *swarm) {
+	t, url := s.t, swarmProxy(s.t)
 	port := fmt.Sprint(freePort(t))
 	node, entry := s.dhtNode()
 	p := s.behind([]string{"--proxy", url, "--listen", port}, "aria2c", "--no-conf", "--dir="+s.data, "--listen-port="+port,
@@ -134,8 +136,8 @@ func (s *swarm) dhtNode() (node *swarmer, at string) {
 // it is reached by uTP.
 func TestSwarmDHT(t *testing.T) {
 	for name, utp := range map[string]bool{"tcp": false, "utp": true} {
-		t.Run(name, func(t *testing.T) {
-			s, url := newSwarm(t, "http"), swarmProxy(t)
+		inSwarm(t, name, "http", func(s *swarm) {
+			t, url := s.t, swarmProxy(s.t)
 			node, entry := s.dhtNode()
 			port := freePort(t)
 			with := settings{"listen_interfaces": fmt.Sprint("0.0.0.0:", port), "enable_dht": true,

@@ -126,6 +126,11 @@ func (m *Manager) add(s Spec, ask uint16) {
 		p.six = &port{m: m, spec: s, ask: s.Port, waiting: map[*wait]struct{}{}, four: p}
 	}
 	m.ports = append(m.ports, p)
+	for _, u := range m.udp {
+		if u.app.Port() == s.Port && u.now.At.IsValid() {
+			m.follow(u, u.now.At.Port())
+		}
+	}
 	p.after(0)
 }
 

@@ -1,6 +1,7 @@
 package incoming
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net/netip"
@@ -64,12 +65,6 @@ func (b *Mapper) Map(w portmap.Want) (netip.AddrPort, portmap.State) {
 	if proto != portmap.TCP {
 		return b.mapUDP(w.App)
 	}
-	if p != nil && p.asked {
-		p.moves = p.moves && !w.Fixed
-		if p.moves && p.follows && p.outer.IsValid() && p.outer.Port() != p.ask {
-			p.lostLater()
-		}
-	}
 	switch {
 	case p == nil && b.auto == nil:
 		return netip.AddrPort{}, portmap.Forbidden
@@ -79,13 +74,11 @@ func (b *Mapper) Map(w portmap.Want) (netip.AddrPort, portmap.State) {
 		if suggested == 0 {
 			suggested = port
 		}
-		same := b.m.sameAsUDP(w.App, b.auto.Upstream)
-		if same != 0 && !w.Fixed {
-			suggested = same
+		if suggested == port && !w.Fixed { // another one is what the program had before, and has announced
+			suggested = cmp.Or(b.m.sameAsUDP(w.App, b.auto.Upstream), port)
 		}
 		b.m.add(Spec{Port: port, Upstream: b.auto.Upstream}, suggested)
-		p = b.m.find(port)
-		p.asked, p.moves, p.follows = true, !w.Fixed, suggested == same
+		b.m.find(port).asked = true
 		return netip.AddrPort{}, portmap.Wait
 	case p.outer.IsValid():
 		return p.outer, portmap.Works

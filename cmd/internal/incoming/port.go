@@ -1,6 +1,7 @@
 package incoming
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -18,8 +19,7 @@ type port struct {
 	m       *Manager
 	spec    Spec
 	ask     uint16
-	moves   bool // ask may become another port, because the program learns of it
-	follows bool // ask is the outer port of UDP
+	also    uint16 // the outer port of UDP, where the server is to listen, too; 0: none
 	waiting map[*wait]struct{}
 	asking  int // BINDs without their first answer
 	outer   netip.AddrPort
@@ -45,8 +45,9 @@ type port struct {
 type wait struct {
 	at      netip.AddrPort
 	cancel  context.CancelFunc
-	foreign bool // at is of another IP version
-	stale   bool // it is made again
+	only    uint16 // of use only at this outer port; 0: at any
+	foreign bool   // at is of another IP version
+	stale   bool   // it is made again
 }
 
 // after makes the next BIND after a pause.
@@ -58,17 +59,17 @@ func (p *port) after(pause time.Duration) {
 	p.timer = time.AfterFunc(max(pause, 0), func() {
 		p.m.mu.Lock()
 		p.timer = nil
-		start := !p.ended && p.open+len(p.waiting)+p.asking < MaxOpen && len(p.waiting)+p.asking == 0
+		start := !p.ended && p.open+len(p.waiting)+p.asking < MaxOpen && p.idle()
 		p.m.mu.Unlock()
 		if start {
-			p.bind(false)
+			p.bind(0)
 		}
 	})
 }
 
-// bind makes a BIND. again means that only the port that was lost is of use. It must be called without the lock: the
-// answer may come at once.
-func (p *port) bind(again bool) {
+// bind makes a BIND. Only the outer port only is of use, unless it is 0. It must be called without the lock: the answer may
+// come at once.
+func (p *port) bind(only uint16) {
 	m := p.m
 	m.mu.Lock()
 	if p.ended || m.over {
@@ -80,15 +81,15 @@ func (p *port) bind(again bool) {
 	m.busy.Add(1)
 	m.mu.Unlock()
 	ctx, cancel := context.WithCancel(m.ctx)
-	w := &wait{cancel: cancel}
+	w := &wait{cancel: cancel, only: only}
 	b := m.cfg.Binder(p.spec.Upstream)
 	if b == nil {
 		p.done(w, -1, netip.AddrPort{}, errNoServer)
 		return
 	}
 	// Only with a zero address does dante give the port that is asked for, and any peer may come.
-	b.Bind(ctx, m.cfg.Loop, socks.Addr{IP: p.family(), Port: p.ask}, bindWait,
-		func(at netip.AddrPort) { p.bound(w, at, again) },
+	b.Bind(ctx, m.cfg.Loop, socks.Addr{IP: p.family(), Port: cmp.Or(only, p.ask)}, bindWait,
+		func(at netip.AddrPort) { p.bound(w, at) },
 		func(fd int, peer netip.AddrPort, err error) { p.done(w, fd, peer, err) })
 }
 
@@ -117,7 +118,7 @@ var (
 )
 
 // bound handles the first answer: the server listens at at.
-func (p *port) bound(w *wait, at netip.AddrPort, again bool) {
+func (p *port) bound(w *wait, at netip.AddrPort) {
 	p.m.mu.Lock()
 	defer p.m.mu.Unlock()
 	w.at = at
@@ -127,26 +128,49 @@ func (p *port) bound(w *wait, at netip.AddrPort, again bool) {
 		return
 	}
 	p.beginSix()
-	if p.ended || again && at.Port() != p.ask {
+	if p.ended || w.only != 0 && (at.Port() != w.only || w.only != p.ask && w.only != p.also) {
 		w.cancel()
 		return
 	}
 	p.asking--
 	p.waiting[w] = struct{}{}
 	p.why, p.backoff = nil, 0
-	if at.Port() == p.ask {
+	if at.Port() == p.ask || len(p.missing()) == 0 {
 		p.lostPause = 0
 	}
 	p.announce()
+	if p.also != 0 {
+		p.lostLater()
+		p.after(0)
+	}
 }
 
-// announce tells where the port can be reached: by the port that was asked for if the server has it.
-func (p *port) announce() {
-	var best netip.AddrPort
+// waits returns where the server listens: by the port that was asked for if the server has it, and by the outer port of UDP.
+func (p *port) waits() (own, also netip.AddrPort) {
 	for w := range p.waiting {
-		if !best.IsValid() || w.at.Port() == p.ask {
-			best = w.at
+		switch port := w.at.Port(); {
+		case port == p.ask:
+			own = w.at
+		case port == p.also:
+			also = w.at
+		case !own.IsValid():
+			own = w.at
 		}
+	}
+	return own, also
+}
+
+// idle reports whether nothing listens but, perhaps, what listens at the outer port of UDP.
+func (p *port) idle() bool {
+	own, _ := p.waits()
+	return !own.IsValid() && p.asking == 0
+}
+
+// announce tells where the port can be reached.
+func (p *port) announce() {
+	best, also := p.waits()
+	if !best.IsValid() {
+		best = also
 	}
 	if best == p.outer {
 		return
@@ -197,10 +221,13 @@ func (p *port) done(w *wait, fd int, peer netip.AddrPort, err error) {
 	}
 	p.open++
 	m.count.Accepted.Add(1)
-	if len(p.waiting) > 0 {
+	if own, _ := p.waits(); own.IsValid() {
 		p.announce() // by the other one; without one, what was announced stays until the next BIND
 	}
 	p.after(0)
+	if w.at.Port() == p.also {
+		p.lostLater()
+	}
 	m.mu.Unlock()
 	peer = netip.AddrPortFrom(peer.Addr().Unmap(), peer.Port())
 	m.busy.Go(func() {
@@ -223,8 +250,9 @@ func (p *port) failed(w *wait, err error) {
 		return
 	case w.foreign:
 		err = errFamily
-	case w.at.IsValid() && errors.Is(err, context.Canceled): // it was made for the lost port, and got another one
+	case w.only != 0 && (len(p.waiting) > 0 || w.at.IsValid() && errors.Is(err, context.Canceled)):
 		p.lostLater()
+		p.after(0)
 		return
 	}
 	p.announceGone()
@@ -257,7 +285,7 @@ func (p *port) failed(w *wait, err error) {
 // announceGone announces that nothing listens any more, if that is so. After a peer has come, what was announced stays
 // until the next BIND says where it listens.
 func (p *port) announceGone() {
-	if len(p.waiting) == 0 && p.outer.IsValid() {
+	if own, _ := p.waits(); !own.IsValid() && p.outer.IsValid() {
 		p.announce()
 	}
 }
@@ -270,39 +298,16 @@ func (p *port) over(w *wait, r relay.Result) {
 	if errors.Is(r.Err, relay.ErrAppGone) {
 		p.m.count.Refused.Add(1)
 	}
-	if len(p.waiting)+p.asking == 0 {
+	if p.idle() {
 		p.after(0)
 	}
-	if w.at.Port() == p.ask {
+	if w.at.Port() == p.ask || w.at.Port() == p.also {
+		if p.lost != nil && p.lost.Stop() { // it has waited for what has just happened
+			p.lost = nil
+		}
+		p.lostPause = 0
 		p.lostLater()
 	}
-}
-
-// lostLater asks for the lost port after a pause, until the server listens there. If the server closed the connection
-// first, its kernel keeps the port for a minute (TIME_WAIT).
-func (p *port) lostLater() {
-	if p.ended || p.lost != nil || p.holdsAsked() {
-		return
-	}
-	p.lostPause = min(max(2*p.lostPause, retryFirst), time.Minute)
-	p.lost = time.AfterFunc(p.lostPause, func() {
-		p.m.mu.Lock()
-		p.lost = nil
-		again := !p.ended && !p.holdsAsked() && p.open+len(p.waiting)+p.asking < MaxOpen
-		p.m.mu.Unlock()
-		if again {
-			p.bind(true)
-		}
-	})
-}
-
-func (p *port) holdsAsked() bool {
-	for w := range p.waiting {
-		if w.at.Port() == p.ask {
-			return true
-		}
-	}
-	return false
 }
 
 // holds reports whether a BIND waits at an endpoint.

@@ -76,6 +76,7 @@ func (m *Manager) unkeep(u *udpPort) {
 	u.ended = true
 	delete(m.udp, u.app)
 	u.end()
+	m.follow(u, 0)
 	m.announce(u.spec, u.now.At, netip.AddrPort{})
 }
 
@@ -86,7 +87,7 @@ func (m *Manager) reached(u *udpPort, o route.Outer) {
 	switch {
 	case o.At.IsValid() && o.At != was.At:
 		m.cfg.Log.Info("peers can send datagrams to the program", "port", u.spec.Port, "at", o.At, "upstream", u.spec.Upstream)
-		m.follow(u)
+		m.follow(u, o.At.Port())
 	case o.Err != nil:
 		m.cfg.Log.Warn("it is not known where peers can send datagrams to the program", "port", u.spec.Port,
 			"upstream", u.spec.Upstream, "err", o.Err)
@@ -105,19 +106,11 @@ func (m *Manager) announce(s Spec, was, now netip.AddrPort) {
 	}
 }
 
-// follow lets the BINDs for the same port of TCP ask for the outer port of UDP, which cannot be chosen: peers expect one number
-// for both.
-func (m *Manager) follow(u *udpPort) {
-	p := m.find(u.app.Port())
-	if p == nil || !p.moves || p.spec.Upstream != u.spec.Upstream {
-		return
-	}
-	p.ask, p.follows = u.now.At.Port(), true
-	p.lostLater()
-	if six := p.six; six != nil {
-		if six.ask = p.ask; six.begun {
-			six.lostLater()
-		}
+// follow lets the server listen for the same port of TCP at the outer port of UDP, too, which cannot be chosen: peers expect one
+// number for both. The port that the program has been told stays, because it has told it to trackers.
+func (m *Manager) follow(u *udpPort, outer uint16) {
+	if p := m.find(u.app.Port()); p != nil && p.spec.Upstream == u.spec.Upstream {
+		p.wantAlso(outer)
 	}
 }
 

@@ -143,35 +143,6 @@ func TestMapperUDPAllowed(t *testing.T) {
 	}
 }
 
-// The BIND of the same port asks for the number that UDP has got, whichever is first, unless the program would not learn of it.
-func TestTCPFollowsUDP(t *testing.T) {
-	f, s := &fakeKeeper{}, &fakeServer{}
-	m, _ := start(t, s, f.config)
-	b := NewMapper(m, &Spec{})
-	works := func(w portmap.Want, outer netip.AddrPort) {
-		t.Helper()
-		testkit.Eventually(t, outer.String(), func() bool { at, _ := b.Map(w); return at == outer })
-	}
-	works(ask(portmap.TCP, 7000, 7000), at(7000))
-	b.Map(ask(portmap.UDP, 7000, 7000))
-	f.tell(appAt(7000), route.Outer{At: at(7700)})
-	works(ask(portmap.TCP, 7000, 7000), at(7700))
-	f.tell(appAt(7000), route.Outer{At: at(7701)})
-	works(ask(portmap.TCP, 7000, 7000), at(7701))
-
-	b.Map(ask(portmap.UDP, 7100, 7100))
-	f.tell(appAt(7100), route.Outer{At: at(7800)})
-	works(ask(portmap.TCP, 7100, 7100), at(7800))
-
-	b.Map(ask(portmap.UDP, 7200, 7200))
-	f.tell(appAt(7200), route.Outer{At: at(7900)})
-	fixed := ask(portmap.TCP, 7200, 7200)
-	fixed.Fixed = true
-	works(fixed, at(7200))
-	f.tell(appAt(7200), route.Outer{At: at(7901)})
-	works(fixed, at(7200))
-}
-
 // Where the proxy does not know BIND, its address is found by UDP; loopback is no address for peers.
 func TestMapperAddressByUDP(t *testing.T) {
 	f, s := &fakeKeeper{first: route.Outer{At: at(7700)}}, &fakeServer{err: socks.ReplyCommandNotSupported}
