@@ -60,7 +60,7 @@ func serve(t *testing.T, at string, name string, args ...string) (stop func()) {
 			<-ended
 		}
 		if t.Failed() {
-			t.Logf("%s said:\n%s", name, harness.Tail(log.String(), 20))
+			t.Logf("%s said:\n%s", name, harness.Tail(log.String(), 60))
 		}
 	})
 	t.Cleanup(stop)

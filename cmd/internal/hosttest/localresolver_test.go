@@ -225,9 +225,10 @@ func TestSystemdResolved(t *testing.T) {
 	}
 	d := w.up(flags...)
 	index := told("after the start")
-	if out, err := w.command("status"); err != nil || !strings.Contains(out, "systemd-resolved asks viasocks") {
-		t.Errorf("status: %v\n%s", err, out)
-	}
+	w.eventually(30*time.Second, "status says so", func() bool { // viasocks has yet to take the answer of systemd-resolved
+		out, err := w.command("status")
+		return err == nil && strings.Contains(out, "systemd-resolved asks viasocks")
+	})
 	w.ip("host", "link del "+tunName)
 	w.eventually(30*time.Second, "the TUN is made anew", func() bool { i := tun(); return i != 0 && i != index })
 	index = told("after the TUN was deleted")
