@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -62,21 +63,23 @@ func TestCaptureRun(t *testing.T) {
 		"-"); got != "exit 1\n--- stdout\n--- stderr\nviasocks: cannot capture: another capture is under way\n" {
 		t.Error(got)
 	}
-	testkit.Eventually(t, "the comment on the end of a connection", func() bool {
+	// A packet whose program is not known within 100 ms is not written. A machine that stalls loses the first ones of some.
+	testkit.Eventually(t, "the comments on the end of connections", func() bool {
 		_, _ = io.WriteString(in, "go\n")
 		testkit.Pace(150 * time.Millisecond) // packets wait for 100 ms until they are written
 		b, err := os.ReadFile(file)
-		return err == nil && bytes.Contains(b, []byte("closed, 6 bytes up, 6 down")) && bytes.Contains(b, []byte("hello\n"))
+		return err == nil && bytes.Count(b, []byte("closed, 6 bytes up, 6 down")) >= 3 && bytes.Contains(b, []byte("hello\n"))
 	})
 	_ = c.Process.Signal(syscall.SIGINT)
 	if err := c.Wait(); err != nil || !strings.HasSuffix(stderr.String(), " packets\n") {
 		t.Errorf("%v: %s", err, stderr)
 	}
 	packets := dissected(t, file)
-	if first := packets[0]; !strings.HasPrefix(first, "80\t0\t") || !strings.Contains(first, "S") ||
-		!strings.Contains(first, ": tcp to 203.0.113.9:80, program "+bash) ||
-		!strings.Contains(first, "upstream proxy, rule default, ") {
-		t.Errorf("the first packet is %q", first)
+	if !slices.ContainsFunc(packets, func(p string) bool {
+		return strings.HasPrefix(p, "80\t0\t") && strings.Contains(p, "S") &&
+			strings.Contains(p, ": tcp to 203.0.113.9:80, program "+bash) && strings.Contains(p, "upstream proxy, rule default, ")
+	}) {
+		t.Errorf("no connection begins with a SYN that tells of it:\n%s", strings.Join(packets, "\n"))
 	}
 	up := 0
 	for _, p := range packets {
