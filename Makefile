@@ -124,8 +124,9 @@ zoo: ## Ask real SOCKS servers what they do, for the manual; then failing server
 	scripts/zoo.sh
 
 .PHONY: slow
-slow: ## Tests that take minutes: 300 echoes in 60 s beside datagrams that end their association, in each phase
+slow: ## Tests that take minutes: 300 echoes in 60 s beside datagrams that end their association, and clients of DHCPv6 (root)
 	VIASOCKS_SLOW=1 $(GO) test $(TESTFLAGS) -v -timeout 10m -run TestUDPPoison ./route
+	VIASOCKS_SLOW=1 $(GO) test $(TESTFLAGS) -v -timeout 10m -run TestClients6 ./cmd/internal/hosttest
 
 UNITS := viasocks.service viasocks@.service viasocks-closed.service
 UNITDIR := $(PREFIX)/lib/systemd/system
