@@ -10,7 +10,7 @@ var cmdHealth = &command{
 	short: "say whether traffic passes, for containers and monitors",
 	about: `Say in one line whether traffic passes: the data plane lives, the host is steered, and the proxy can be reached and
 lets viasocks in. Exit status 0 if it does, 1 if not; it takes two seconds at most. Asked is the viasocks that is up,
-or else the only program under 'viasocks run'; --pid names another.
+or else your only program under 'viasocks run'; --pid names another.
 
   viasocks health && echo fine
   HEALTHCHECK --interval=30s --timeout=3s CMD ["viasocks", "health"]      (in a Containerfile)`,

@@ -35,7 +35,7 @@ func TestHealthOfRun(t *testing.T) {
 		t.Error(got)
 	}
 	_, endOther := instance(t, xdg, s.URL())
-	if got := health(); !strings.Contains(got, " programs run under 'viasocks run': choose one with --pid") {
+	if got := health(); !strings.Contains(got, " programs of yours run under 'viasocks run': choose one with --pid") {
 		t.Error(got)
 	}
 	endOther()

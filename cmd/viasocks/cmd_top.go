@@ -14,7 +14,7 @@ var cmdTop = &command{
 	name: "top", args: "[OPTION...]", takes: config.Top,
 	short: "watch upstreams, flows and their rates in the terminal",
 	about: `Show what viasocks carries as it happens: its upstreams with their health and latency, and its flows with program,
-destination, state, rate and age. The viasocks that is up in this network namespace is shown, or that of a program under
+destination, state, rate and age. The viasocks that is up in this network namespace is shown, or that of your program under
 'viasocks run' if it is the only one and no --state-dir is given; --pid chooses one of several. Keys: s sorts, / filters,
 p pauses, ? helps, q quits.`,
 	run: func(c *command, args, env []string, std streams) (int, error) {
@@ -44,7 +44,7 @@ p pauses, ? helps, q quits.`,
 	},
 }
 
-// onlyInstance returns a client of the only program under `run`. If there is none, or more than one, it returns an
+// onlyInstance returns a client of the caller's only program under `run`. If there is none, or more than one, it returns an
 // error.
 func onlyInstance(cfg *config.Config, env []string) (*control.Client, error) {
 	runtime := control.RuntimeOf(env)
@@ -52,7 +52,7 @@ func onlyInstance(cfg *config.Config, env []string) (*control.Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	all := control.Instances(runtime, "")
+	all := control.OwnInstances(runtime)
 	switch len(all) {
 	case 0:
 		return nil, errors.New("cannot ask viasocks: it is not up here, and none of your programs is under 'viasocks run'")

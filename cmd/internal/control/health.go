@@ -46,7 +46,7 @@ func (s *Server) health(r *http.Request) (any, error) {
 }
 
 // CheckHealth asks the instance with the process id pid whether traffic passes; or, for 0, the one that is up or the
-// only one of run. It takes at most HealthTime.
+// caller's only one of run. It takes at most HealthTime.
 func CheckHealth(r Runtime, upPath string, pid int) Health {
 	done := make(chan Health, 1)
 	go func() { done <- checkHealth(r, upPath, pid) }()
@@ -95,7 +95,7 @@ func chooseHealth(r Runtime, upPath string, pid int) (*Client, error) {
 		conn.Close()
 		return up, nil
 	}
-	runs := Instances(r, "")
+	runs := OwnInstances(r)
 	switch len(runs) {
 	case 0:
 		return up, nil // its error is the most useful one
@@ -104,7 +104,7 @@ func chooseHealth(r Runtime, upPath string, pid int) (*Client, error) {
 		return Find(r, upPath, runs[0].PID)
 	}
 	up.Close()
-	return nil, fmt.Errorf("%d programs run under 'viasocks run': choose one with --pid", len(runs))
+	return nil, fmt.Errorf("%d programs of yours run under 'viasocks run': choose one with --pid", len(runs))
 }
 
 // WriteHealth writes h as one line of text.

@@ -54,7 +54,14 @@ const (
 
 // Instances lists the instances of the calling user, or of all users for root, by process id, and the one at the
 // socket upPath if the caller may ask it. It removes the caller's own sockets of killed instances.
-func Instances(r Runtime, upPath string) []Instance {
+func Instances(r Runtime, upPath string) []Instance { return look(r, upPath, r.existing()) }
+
+// OwnInstances lists the instances of the calling user alone, also for root. Whatever chooses an instance by itself, or
+// by a name, asks for these: other users choose the names of theirs, and what they answer.
+func OwnInstances(r Runtime) []Instance { return look(r, "", r.own()) }
+
+// look asks the instances in dirs, which it closes, and the one at upPath.
+func look(r Runtime, upPath string, dirs []*runDir) []Instance {
 	var mu sync.Mutex
 	all := []Instance{}
 	var wg sync.WaitGroup
@@ -74,7 +81,6 @@ func Instances(r Runtime, upPath string) []Instance {
 	if upPath != "" {
 		add(NewClient(upPath))
 	}
-	dirs := r.existing()
 	for _, d := range dirs {
 		if d.uid == r.UID && d.lock() == nil {
 			d.reap()

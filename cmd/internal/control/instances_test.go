@@ -293,6 +293,13 @@ func TestInstancesOfAllUsers(t *testing.T) {
 	if len(got) != 2 || got[0].UID != one || got[1].UID != two || got[0].User != "12345" || got[0].Program != "of another" {
 		t.Errorf("%+v", got)
 	}
+	// A name, or being the only one, does not lead root to what another user has made.
+	if got := OwnInstances(r); len(got) != 0 {
+		t.Errorf("chosen without being asked for: %+v", got)
+	}
+	if h := CheckHealth(r, filepath.Join(t.TempDir(), "none.sock"), 0); h.Reason != "viasocks is not running here" {
+		t.Errorf("another user's instance was asked: %+v", h)
+	}
 	user := r
 	user.UID = one // as far as the choice of directories goes
 	if got := Instances(user, ""); len(got) != 1 || got[0].UID != one {

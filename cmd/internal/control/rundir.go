@@ -88,17 +88,25 @@ func (r Runtime) create() (*runDir, error) {
 	return nil, errors.Join(errs...)
 }
 
-// existing opens the directories that exist: that of the user, or those of all users for root. Unsafe directories are
-// left out.
-func (r Runtime) existing() (dirs []*runDir) {
-	type place struct {
-		path string
-		uid  int
-	}
-	var places []place
+// place is where the directory of a user can be.
+type place struct {
+	path string
+	uid  int
+}
+
+func (r Runtime) ownPlaces() (places []place) {
 	for _, path := range r.candidates() {
 		places = append(places, place{path, r.UID})
 	}
+	return places
+}
+
+// own opens the directories of the user that exist. Unsafe directories are left out.
+func (r Runtime) own() []*runDir { return openPlaces(r.ownPlaces()) }
+
+// existing is own, for root with those of all users.
+func (r Runtime) existing() []*runDir {
+	places := r.ownPlaces()
 	if r.UID == 0 {
 		users, _ := filepath.Glob(filepath.Join(r.Run, "*", runDirName))
 		temps, _ := filepath.Glob(filepath.Join(r.Tmp, runDirName+"-*"))
@@ -112,6 +120,10 @@ func (r Runtime) existing() (dirs []*runDir) {
 			}
 		}
 	}
+	return openPlaces(places)
+}
+
+func openPlaces(places []place) (dirs []*runDir) {
 	seen := map[[2]uint64]bool{}
 	for _, p := range places[:min(len(places), maxRunDirs)] {
 		d, err := openRunDir(p.path, p.uid)

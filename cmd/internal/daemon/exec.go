@@ -14,7 +14,8 @@ import (
 )
 
 // Exec replaces this process with a program in the namespaces of an instance of run, or in the network of one of attach.
-// want is the name or process id of this instance, and all contains the instances of the caller. Exec returns only if it
+// want is the name or process id of this instance, and all contains the instances of the caller, and of nobody else: another
+// user could give his the same name, and have the caller's program run where it is not carried. Exec returns only if it
 // fails, with the exit status that a shell would use.
 //
 // A process with several threads cannot enter a user namespace (setns(2)), and a Go program always has several.
@@ -64,7 +65,7 @@ func instanceNamed(want string, all []control.Instance) (at control.Instance, er
 	}
 	switch {
 	case n == 0:
-		return at, errors.New("no program that you may ask has this name or process id: see 'viasocks ps'")
+		return at, errors.New("none of your own programs has this name or process id: see 'viasocks ps'")
 	case n > 1:
 		return at, errors.New("several have this name: give the process id that 'viasocks ps' shows")
 	}

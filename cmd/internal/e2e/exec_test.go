@@ -80,7 +80,7 @@ func TestExec(t *testing.T) {
 		}
 		for _, bad := range []string{"second", "1"} {
 			got, err := as("exec", bad, "true").CombinedOutput()
-			if err == nil || !strings.Contains(string(got), fmt.Sprintf("cannot exec in %q: no program that you may ask", bad)) {
+			if err == nil || !strings.Contains(string(got), fmt.Sprintf("cannot exec in %q: none of your own programs", bad)) {
 				t.Errorf("%v, %s", err, got)
 			}
 		}
