@@ -87,7 +87,7 @@ func dispatch(argv, env []string, std streams) int {
 	}
 	c := lookup(name)
 	if c == nil {
-		fmt.Fprintf(std.err, "viasocks: there is no command %q: see 'viasocks help'\n", config.Redact(name))
+		fmt.Fprintf(std.err, "viasocks: cannot use %q: there is no such command: see 'viasocks help'\n", config.Redact(name))
 		return exitUsage
 	}
 	exit, err := c.run(c, args, env, std)

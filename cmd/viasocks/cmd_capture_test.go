@@ -127,7 +127,7 @@ func TestCaptureUsage(t *testing.T) {
 		"a b":          `cannot use "b": unexpected argument`,
 		"--count 0 a":  "must be a number from 1",
 		"--time 25h a": "must be from 1ms to 24h",
-		"--foo a":      "unknown flag",
+		"--foo a":      "cannot use --foo: there is no such option",
 	} {
 		got := result(t, viasocks(append([]string{"capture"}, strings.Fields(args)...)...))
 		if !strings.HasPrefix(got, "exit 2\n") || !strings.Contains(got, want) {

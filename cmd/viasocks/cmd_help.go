@@ -25,7 +25,7 @@ func runHelp(c *command, args, _ []string, std streams) (int, error) {
 	case args[0] == "-h" || args[0] == "--help":
 		return 0, config.ErrHelp
 	case about == nil:
-		return 0, &config.UsageError{Msg: fmt.Sprintf("there is no command %q", args[0])}
+		return 0, &config.UsageError{Msg: fmt.Sprintf("cannot use %q: there is no such command", args[0])}
 	case len(args) > 1:
 		return 0, &config.UsageError{Msg: fmt.Sprintf("cannot use %q: help takes one command", args[1])}
 	}
@@ -57,12 +57,8 @@ func writeHelp(out io.Writer, c *command) error {
 	}
 	fmt.Fprintf(&w, "\n\n%s\n", c.about)
 	if c.takes != 0 {
-		fmt.Fprint(&w, "\noptions:\n")
 		config.WriteHelp(&w, c.takes)
-		fmt.Fprint(
-			&w,
-			"\nEach option is also a variable (VIASOCKS_PROXY for --proxy) and a line of the file of --config.\n"+manualNotice,
-		)
+		fmt.Fprint(&w, manualNotice)
 	}
 	_, err := io.WriteString(out, w.String())
 	return err

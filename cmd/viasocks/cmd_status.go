@@ -95,7 +95,7 @@ func noneThere(cfg *config.Config, err error) error {
 	}
 	return fmt.Errorf(
 		"cannot ask viasocks: none is up in this network namespace with --state-dir %s: give the directory that it was "+
-			"started with; 'viasocks ps' lists programs under 'viasocks run', for --pid",
+			"started with; 'viasocks ps' lists programs under 'viasocks run'",
 		cfg.StateDir,
 	)
 }

@@ -125,7 +125,7 @@ func TestKilled(t *testing.T) {
 	}
 	if got := h.result("status"); got != "exit 1\n--- stdout\n--- stderr\n"+
 		"viasocks: cannot ask viasocks: it is not up here: 'viasocks up' starts it; "+
-		"'viasocks ps' lists programs under 'viasocks run', for --pid\n" {
+		"'viasocks ps' lists programs under 'viasocks run'\n" {
 		t.Error(got)
 	}
 	p = h.up("--proxy", h.proxy) // takes over
@@ -322,7 +322,7 @@ func TestStatus(t *testing.T) {
 	p.ends(0)
 	if got := h.result("flows"); got != "exit 1\n--- stdout\n--- stderr\n"+
 		"viasocks: cannot ask viasocks: it is not up here: 'viasocks up' starts it; "+
-		"'viasocks ps' lists programs under 'viasocks run', for --pid\n" {
+		"'viasocks ps' lists programs under 'viasocks run'\n" {
 		t.Error(got)
 	}
 }

@@ -193,7 +193,7 @@ _viasocks() {
 	for _, c := range commands {
 		fmt.Fprintf(b, "\t%s)\n\t\t_arguments -S", c.Name)
 		for _, o := range optionsOf(c) {
-			fmt.Fprintf(b, " \\\n\t\t\t'%s'", zshOption(&o, quote))
+			fmt.Fprintf(b, " \\\n\t\t\t'%s'", zshOption(&o, c.Takes, quote))
 		}
 		switch {
 		case c.Program:
@@ -210,7 +210,7 @@ if [[ $zsh_eval_context[-1] == loadautofunc ]]; then _viasocks "$@"; else compde
 }
 
 // zshOption returns an argument of _arguments for an option.
-func zshOption(o *Option, quote *strings.Replacer) string {
+func zshOption(o *Option, cmd Command, quote *strings.Replacer) string {
 	many, equals, spec := "", "=", ":"+o.Name+":"
 	if o.Many {
 		many = "*"
@@ -231,7 +231,7 @@ func zshOption(o *Option, quote *strings.Replacer) string {
 	default:
 		spec = ":" + quote.Replace(o.Arg) + ": "
 	}
-	return many + "--" + o.Name + equals + "[" + quote.Replace(o.Help) + "]" + spec
+	return many + "--" + o.Name + equals + "[" + quote.Replace(o.helpFor(cmd)) + "]" + spec
 }
 
 func fishCompletion(b *strings.Builder, commands []Subcommand) {
@@ -259,7 +259,7 @@ func fishCompletion(b *strings.Builder, commands []Subcommand) {
 			default:
 				value = " -x"
 			}
-			fmt.Fprintf(b, "%s -l %s -d '%s'%s\n", within, o.Name, quote.Replace(o.Help), value)
+			fmt.Fprintf(b, "%s -l %s -d '%s'%s\n", within, o.Name, quote.Replace(o.helpFor(c.Takes)), value)
 		}
 		switch {
 		case c.Program:

@@ -56,9 +56,10 @@ func TestProgramAfterDashes(t *testing.T) {
 
 // usageErrorsCases are the cases of TestUsageErrors.
 var usageErrorsCases = []struct{ args, want string }{
-	{"--prxy x", "unknown flag: --prxy"},
-	{"-x", "unknown shorthand flag: 'x' in -x"},
-	{"--proxy", "flag needs an argument: --proxy"},
+	{"--prxy x", "cannot use --prxy: there is no such option"},
+	{"-x", "cannot use -x: options begin with two hyphens"},
+	{"--proxy", "cannot use --proxy: its value is missing, as in --proxy URL"},
+	{"--takeover", "cannot use --takeover: this command does not take it"},
 	{"", "no proxy was given: use --proxy socks5://HOST:PORT, or set VIASOCKS_PROXY"},
 	{"--proxy ftp://h:1", "cannot use --proxy ftp://h:1: it must begin with socks5://"},
 	{"--proxy socks5://al:s3cr3t@h:99999", "cannot use --proxy socks5://al:***@h:99999: it must read SCHEME://"},
@@ -138,7 +139,7 @@ var usageErrorsCases = []struct{ args, want string }{
 	{"P --mark 0x100/0xff", "and a mask that covers it"},
 	{"P --table 254", "but not 253, 254 and 255"},
 	{"P --table main", "must be a number"},
-	{"P --config /dev/null --config", "flag needs an argument"},
+	{"P --config /dev/null --config", "cannot use --config: its value is missing, as in --config FILE"},
 	{"P word", `cannot use "word": unexpected argument`},
 }
 

@@ -137,9 +137,30 @@ func parseFlags(cmd Command, args []string) (flags map[string][]value, words []s
 	if err := set.Parse(args); errors.Is(err, pflag.ErrHelp) {
 		return nil, nil, ErrHelp
 	} else if err != nil {
-		return nil, nil, &UsageError{Redact(err.Error())}
+		return nil, nil, &UsageError{Redact(mistyped(err))}
 	}
 	return flags, set.Args(), nil
+}
+
+// mistyped says what is wrong with a flag that pflag does not understand.
+func mistyped(err error) string {
+	var unknown *pflag.NotExistError
+	var empty *pflag.ValueRequiredError
+	switch {
+	case errors.As(err, &unknown) && unknown.GetSpecifiedShortnames() != "":
+		return fmt.Sprintf("cannot use -%s: options begin with two hyphens", unknown.GetSpecifiedShortnames())
+	case errors.As(err, &unknown):
+		name := unknown.GetSpecifiedName()
+		why := "there is no such option"
+		if find(name) != nil {
+			why = "this command does not take it"
+		}
+		return fmt.Sprintf("cannot use --%s: %s", name, why)
+	case errors.As(err, &empty):
+		name := empty.GetSpecifiedName()
+		return fmt.Sprintf("cannot use --%s: its value is missing, as in --%[1]s %s", name, find(name).Arg)
+	}
+	return "cannot use the options: " + err.Error()
 }
 
 // firstGiven returns the first of the places that has values.

@@ -3,12 +3,18 @@ package config
 import (
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 )
 
-// WriteHelp writes the option section of a subcommand's help.
+// WriteHelp writes the option section of a subcommand's help, or nothing if it has no options.
 func WriteHelp(w io.Writer, cmd Command) {
 	const column = 38
+	if !slices.ContainsFunc(Options, func(o Option) bool { return o.Cmds&cmd != 0 }) {
+		fmt.Fprintln(w)
+		return
+	}
+	fmt.Fprint(w, "\noptions:\n")
 	for _, o := range Options {
 		if o.Cmds&cmd == 0 {
 			continue
@@ -21,7 +27,7 @@ func WriteHelp(w io.Writer, cmd Command) {
 			fmt.Fprintf(w, "%s\n", left)
 			left = ""
 		}
-		fmt.Fprintf(w, "%-*s%s", column, left, o.Help)
+		fmt.Fprintf(w, "%-*s%s", column, left, o.helpFor(cmd))
 		if o.Default != "" {
 			fmt.Fprintf(w, " [%s]", o.Default)
 		}
@@ -30,6 +36,20 @@ func WriteHelp(w io.Writer, cmd Command) {
 		}
 		fmt.Fprintln(w)
 	}
+	fmt.Fprintln(w)
+	if find(fileOption).Cmds&cmd != 0 {
+		fmt.Fprintln(w, "Each option is also a variable (VIASOCKS_PROXY for --proxy) and a line of the file of --config.")
+	} else {
+		fmt.Fprintln(w, "Each option is also a variable (VIASOCKS_STATE_DIR for --state-dir).")
+	}
+}
+
+// helpFor returns the line of the help of a command.
+func (o *Option) helpFor(cmd Command) string {
+	if cmd&(Attach|Down) != 0 && o.Steered != "" {
+		return o.Steered
+	}
+	return o.Help
 }
 
 // commands returns the names of the commands in cmd for .Cm. check appears only alone, because it takes what the

@@ -73,6 +73,7 @@ type Option struct {
 	Live    bool   // a reload changes it; otherwise a running daemon keeps its value, see Config.Again
 	Cmds    Command
 	Help    string // one line
+	Steered string // the same for attach and down, if it means another thing there; empty: Help
 	Man     string // paragraphs of mdoc, for what does not fit into the help
 	set     func(*Config, value) error
 }

@@ -58,8 +58,9 @@ A unix socket that is left by a killed viasocks is replaced by the next one, and
 	},
 	{
 		Name: "pid", Arg: "PID", Cmds: Status | Flows | Top | Health | Capture | Attach | Down,
-		set:  number(1, maxPID, func(c *Config) *int { return &c.PID }),
-		Help: "ask the viasocks with this process id, see ps",
+		set:     number(1, maxPID, func(c *Config) *int { return &c.PID }),
+		Help:    "ask the viasocks with this process id, see ps",
+		Steered: "the network namespace of this process",
 		Man: `Ask the viasocks with this process id instead of the one that is up.
 .Cm viasocks ps
 lists the process ids: those of your own programs under

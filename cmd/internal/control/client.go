@@ -18,8 +18,7 @@ import (
 
 // ErrNoDaemon means that nothing answers at the socket.
 var ErrNoDaemon = errors.New(
-	"cannot ask viasocks: it is not up here: 'viasocks up' starts it; 'viasocks ps' lists programs under 'viasocks run', " +
-		"for --pid",
+	"cannot ask viasocks: it is not up here: 'viasocks up' starts it; 'viasocks ps' lists programs under 'viasocks run'",
 )
 
 // ErrOlder means that the viasocks that answers does not know the request.

@@ -24,8 +24,13 @@ func KeepReadyFD(fd int) error {
 	if err != nil {
 		return fmt.Errorf("cannot use --ready-fd %d: %w: it must be open, as in %[1]d>FILE", fd, err)
 	}
+	// What a caller opens for us is kept over exec. A descriptor that is not is one of the Go runtime: closing it would
+	// end viasocks.
+	if own, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != nil || own&unix.FD_CLOEXEC != 0 {
+		return fmt.Errorf("cannot use --ready-fd %d: %w: it must be open, as in %[1]d>FILE", fd, unix.EBADF)
+	}
 	if flags&unix.O_ACCMODE == unix.O_RDONLY {
-		return fmt.Errorf("cannot use --ready-fd %d: it is open only for reading: open it for writing, as in 3>FILE", fd)
+		return fmt.Errorf("cannot use --ready-fd %d: it is open only for reading: open it for writing, as in %[1]d>FILE", fd)
 	}
 	unix.CloseOnExec(fd)
 	return nil

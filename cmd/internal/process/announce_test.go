@@ -7,6 +7,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // The file of --pid-file is removed at the end, unless it is another one by then. A pipe in its place is not waited for.
@@ -63,13 +65,21 @@ func TestReadyFD(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Close()
+	defer w.Close()
+	if err := KeepReadyFD(int(w.Fd())); err == nil || !strings.Contains(err.Error(), "it must be open") {
+		t.Errorf("a descriptor of our own, which the caller has not opened: %v", err)
+	}
+	for _, f := range []*os.File{r, w} { // as those that a caller opens
+		if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFD, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
 	if err := KeepReadyFD(int(r.Fd())); err == nil || !strings.Contains(err.Error(), "it is open only for reading") {
 		t.Error(err)
 	}
 	if err := KeepReadyFD(int(w.Fd())); err != nil {
 		t.Error(err)
 	}
-	w.Close()
 	if err := KeepReadyFD(1 << 20); err == nil || !strings.Contains(err.Error(), "it must be open") {
 		t.Error(err)
 	}
