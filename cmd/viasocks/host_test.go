@@ -124,8 +124,8 @@ func TestKilled(t *testing.T) {
 		t.Error("the host is open after kill -9")
 	}
 	if got := h.result("status"); got != "exit 1\n--- stdout\n--- stderr\n"+
-		"viasocks: cannot ask viasocks: it is not up here: 'viasocks up' starts it; "+
-		"'viasocks ps' lists programs under 'viasocks run'\n" {
+		"viasocks: cannot ask viasocks: it is not up here, and the host was left closed: "+
+		"'viasocks up' carries it again, 'viasocks down' opens it\n" {
 		t.Error(got)
 	}
 	p = h.up("--proxy", h.proxy) // takes over

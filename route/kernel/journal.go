@@ -44,6 +44,13 @@ func paths(dir string) (journal, lock string, err error) {
 	return base + ".journal", base + ".lock", nil
 }
 
+// JournalPath returns the journal in dir for the caller's network namespace. If it is there and no process has its lock, the
+// host was left closed.
+func JournalPath(dir string) (string, error) {
+	path, _, err := paths(dir)
+	return path, err
+}
+
 // takeLock creates dir if necessary.
 func takeLock(path string) (*os.File, error) {
 	for range 100 {

@@ -89,6 +89,10 @@ func TestForwardedPort(t *testing.T) {
 		{"--forwarded-port 0", "1 to 65535"},
 		{"--forwarded-port 50000/sctp", "not tcp or udp"},
 		{"--forwarded-port [2001:db8::1]:50000", "no IPv4 address"},
+		{"--forwarded-port 0.0.0.0:50000", "nobody can connect to 0.0.0.0"},
+		{"--forwarded-port 127.0.0.1:50000", "nobody can connect to 127.0.0.1"},
+		{"--forwarded-port 239.255.255.250:50000", "nobody can connect to 239.255.255.250"},
+		{"--forwarded-port 255.255.255.255:50000", "nobody can connect to 255.255.255.255"},
 	} {
 		c, err := Parse(Run, append(strings.Fields("--proxy socks5://h "+tt.args), "--", "true"), nil)
 		switch {
@@ -96,6 +100,33 @@ func TestForwardedPort(t *testing.T) {
 			t.Errorf("%s: %v, want %q", tt.args, err, tt.err)
 		case tt.err == "" && (err != nil || !c.Gateway()):
 			t.Errorf("%s: %v", tt.args, err)
+		}
+	}
+}
+
+func TestPublishTwice(t *testing.T) {
+	for args, ok := range map[string]bool{
+		"--publish 8080 --publish 127.0.0.1:8080:80":        false,
+		"--publish 8080:80/udp --publish 8080:81/udp":       false,
+		"--publish-unix /run/a:80 --publish-unix /run/a:81": false,
+		"--publish 8080 --publish 8080/udp":                 true,
+		"--publish 8080 --publish [::1]:8080":               true,
+		"--publish 0:80 --publish 0:81":                     true,
+		"--publish-unix /run/a:80 --publish-unix /run/b:80": true,
+	} {
+		_, err := Parse(Run, append(strings.Fields("--proxy socks5://h "+args), "--", "true"), nil)
+		if ok != (err == nil) || !ok && !strings.Contains(err.Error(), "another port of the program is published there, too") {
+			t.Errorf("%s: %v", args, err)
+		}
+	}
+}
+
+// An option that does nothing without another one says so.
+func TestMembersExcludeAlone(t *testing.T) {
+	for args, warnings := range map[string]int{"--members-exclude": 1, "--members-exclude --control-group 0": 0} {
+		c, err := Parse(Up, strings.Fields("--proxy socks5://192.0.2.1 "+args), nil)
+		if err != nil || len(c.Warnings) != warnings {
+			t.Errorf("%s: %+v, %v", args, c.Warnings, err)
 		}
 	}
 }

@@ -3,6 +3,7 @@ package config
 import (
 	"errors"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -154,6 +155,9 @@ func addPublish(form string, parse func(string) (publish.Spec, error)) func(*Con
 		}
 		if err != nil {
 			return v.err("%s: %v", form, err)
+		}
+		if slices.ContainsFunc(c.Publish, s.Overlaps) {
+			return v.err("another port of the program is published there, too")
 		}
 		if len(c.Publish) == maxPublished {
 			return v.err("more than %d ports", maxPublished)

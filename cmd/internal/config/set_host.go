@@ -199,6 +199,9 @@ func (c *Config) finishHost() error {
 				"unless --exclude-device names a device",
 		)
 	}
+	if h.MembersExclude && h.ControlGroup < 0 {
+		c.Warnings = append(c.Warnings, "--members-exclude has no effect without --control-group")
+	}
 	for _, p := range h.Exclude.Nets {
 		if slices.Contains(h.Include.Nets, p) {
 			return usagef("cannot include %s: it is excluded too", p)

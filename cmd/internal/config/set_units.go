@@ -5,6 +5,7 @@ import (
 	"errors"
 	"regexp"
 	"strings"
+	"unicode"
 
 	"github.com/viasocks/viasocks/route"
 )
@@ -41,7 +42,12 @@ func addUnits(c *Config, v value) error {
 // addExes lets programs out by rules that come before all others.
 func addExes(c *Config, v value) error {
 	for s := range strings.SplitSeq(v.text, ",") {
-		r, err := route.ParseRule("exe " + strings.TrimSpace(s) + " direct")
+		path := strings.TrimSpace(s)
+		// The words of a rule have spaces between them: a path with one would be read as something else.
+		if !strings.HasPrefix(path, "/") && !strings.HasPrefix(path, "*") || strings.ContainsFunc(path, unicode.IsSpace) {
+			return v.err("%q is not the absolute path of a program, without spaces, such as /usr/bin/curl", path)
+		}
+		r, err := route.ParseRule("exe " + path + " direct")
 		if err != nil {
 			return v.err("%v", cmp.Or(errors.Unwrap(err), err))
 		}

@@ -34,7 +34,10 @@ func TestExcludeUnits(t *testing.T) {
 			t.Errorf("--exclude-unit %q is taken", bad)
 		}
 	}
-	if _, err := Parse(Up, []string{"--proxy", "socks5://192.0.2.1", "--exclude-exe", "curl"}, nil); err == nil {
-		t.Error("--exclude-exe takes a path that is not absolute")
+	for _, bad := range []string{"curl", "", "/usr/bin/a,", "/opt/my program", "/usr/bin/a port 80", "/usr/bin/a\tdirect"} {
+		_, err := Parse(Up, []string{"--proxy", "socks5://192.0.2.1", "--exclude-exe", bad}, nil)
+		if err == nil || !strings.Contains(err.Error(), "is not the absolute path of a program, without spaces") {
+			t.Errorf("--exclude-exe %q: %v", bad, err)
+		}
 	}
 }

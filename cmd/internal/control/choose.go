@@ -74,7 +74,7 @@ func (s *Server) choose(members bool, f func(Process) error) http.HandlerFunc {
 }
 
 // Exclude lets the traffic of the calling process, and of its future children, go past the proxy.
-func (c *Client) Exclude() error { return c.ask("POST", "/v1/exclude", nil) }
+func (c *Client) Exclude() error { return c.askAgain("POST", "/v1/exclude") }
 
 // Include lets the traffic of the calling process go through the proxy, whatever the configuration excludes.
-func (c *Client) Include() error { return c.ask("POST", "/v1/include", nil) }
+func (c *Client) Include() error { return c.askAgain("POST", "/v1/include") }

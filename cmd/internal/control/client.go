@@ -8,18 +8,32 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/viasocks/viasocks/route/kernel"
 )
 
 // ErrNoDaemon means that nothing answers at the socket.
 var ErrNoDaemon = errors.New(
 	"cannot ask viasocks: it is not up here: 'viasocks up' starts it; 'viasocks ps' lists programs under 'viasocks run'",
 )
+
+// leftClosed is the ErrNoDaemon of a host that a daemon has left closed.
+type leftClosed struct{}
+
+func (leftClosed) Error() string {
+	return "cannot ask viasocks: it is not up here, and the host was left closed: 'viasocks up' carries it again, " +
+		"'viasocks down' opens it"
+}
+
+func (leftClosed) Is(target error) bool { return target == ErrNoDaemon }
 
 // ErrOlder means that the viasocks that answers does not know the request.
 var ErrOlder = errors.New(
@@ -29,7 +43,12 @@ var ErrOlder = errors.New(
 const (
 	maxAnswer     = 32 << 20
 	clientTimeout = 15 * time.Second
+	// crowdWait limits the time in which a daemon may be too busy to answer, and crowdPause is that between two attempts.
+	crowdWait, crowdPause = 5 * time.Second, 20 * time.Millisecond
 )
+
+// errClosed means that the daemon has closed the connection without an answer.
+var errClosed = errors.New("it closed the connection: it is stopping, or too many ask it at once: try again")
 
 // Client talks to the daemon at a socket.
 type Client struct {
@@ -92,6 +111,17 @@ func (c *Client) Wait(limit time.Duration) error {
 	return nil
 }
 
+// askAgain is ask for a request that may be made twice. A daemon that has as many connections as it takes closes further
+// ones before it has read anything; they are made again until crowdWait is over.
+func (c *Client) askAgain(method, what string) error {
+	for end := time.Now().Add(crowdWait); ; time.Sleep(crowdPause) {
+		err := c.ask(method, what, nil)
+		if !errors.Is(err, errClosed) || time.Now().After(end) {
+			return err
+		}
+	}
+}
+
 func (c *Client) ask(method, what string, into any) error {
 	req, err := http.NewRequest(method, "http://viasocks"+what, nil)
 	if err != nil {
@@ -124,6 +154,11 @@ func refusal(what string, resp *http.Response) error {
 	return fmt.Errorf("cannot %s: %s", what, strings.TrimSpace(string(b)))
 }
 
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
 func (c *Client) explain(err error) error {
 	var dial *net.OpError
 	errors.As(err, &dial)
@@ -140,6 +175,9 @@ func (c *Client) explain(err error) error {
 				pid,
 			)
 		}
+		if journal, err := kernel.JournalPath(filepath.Dir(c.path)); err == nil && exists(journal) {
+			return leftClosed{}
+		}
 		return ErrNoDaemon
 	case errors.Is(err, syscall.EACCES):
 		return errors.New(
@@ -147,8 +185,8 @@ func (c *Client) explain(err error) error {
 		)
 	case errors.Is(err, context.DeadlineExceeded):
 		return fmt.Errorf("cannot ask viasocks: no answer within %v", c.http.Timeout)
-	case dial != nil:
+	case dial != nil && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE):
 		return fmt.Errorf("cannot ask viasocks at %s: %w", c.path, dial.Err)
 	}
-	return fmt.Errorf("cannot ask viasocks at %s: it closed the connection", c.path)
+	return fmt.Errorf("cannot ask viasocks: %w", errClosed)
 }

@@ -33,6 +33,9 @@ func ParseForwarded(text string) (f Forwarded, err error) {
 		if f.Addr, err = netip.ParseAddr(host); err != nil || !f.Addr.Is4() {
 			return f, fmt.Errorf("%q is no IPv4 address", host)
 		}
+		if !isHost(f.Addr) {
+			return f, fmt.Errorf("nobody can connect to %s: write the address at which peers reach the port", host)
+		}
 		number = number[colon+1:]
 	}
 	n, err := strconv.ParseUint(number, 10, 16)
@@ -41,6 +44,12 @@ func ParseForwarded(text string) (f Forwarded, err error) {
 	}
 	f.Port = uint16(n)
 	return f, nil
+}
+
+// isHost reports whether addr can be the IPv4 address of another host.
+func isHost(addr netip.Addr) bool {
+	first := addr.As4()[0]
+	return first != 0 && first != 127 && first < 224
 }
 
 // Is reports whether f has ports of the protocol.

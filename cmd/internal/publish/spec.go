@@ -31,6 +31,11 @@ func (s Spec) String() string {
 	return text
 }
 
+// Overlaps reports whether s and o are at one and the same place of the host.
+func (s Spec) Overlaps(o Spec) bool {
+	return s.Path == o.Path && s.UDP == o.UDP && s.Listen == o.Listen && (s.Path != "" || s.Listen.Port() != 0)
+}
+
 // Parse parses [ADDR:]PORT[:PORT][/tcp|/udp]: the address and port on the host, and the port of the program if it is
 // different. An IPv6 address is in brackets.
 func Parse(text string) (Spec, error) {
@@ -51,12 +56,15 @@ func Parse(text string) (Spec, error) {
 		if err != nil || !a.Is6() {
 			return Spec{}, fmt.Errorf("%q is not an IPv6 address", rest[1:end])
 		}
-		addr, ports = a, rest[end+2:]
+		addr, ports = a.Unmap(), rest[end+2:]
 	} else if dots := strings.Count(rest, ":"); dots == 2 || strings.Contains(rest, ".") {
-		a, after, _ := strings.Cut(rest, ":")
+		a, after, has := strings.Cut(rest, ":")
 		ip, err := netip.ParseAddr(a)
 		if err != nil || !ip.Is4() {
 			return Spec{}, fmt.Errorf("%q is not an IPv4 address", a)
+		}
+		if !has {
+			return Spec{}, errors.New("the port is missing")
 		}
 		addr, ports = ip, after
 	} else if dots > 2 {
@@ -65,6 +73,9 @@ func Parse(text string) (Spec, error) {
 	at, inside, two := strings.Cut(ports, ":")
 	if !two {
 		inside = at
+	}
+	if inside == "0" && !two {
+		return Spec{}, errors.New("0 stands for any port of the host, and needs the program's port behind it, as in 0:6800")
 	}
 	port, err := parsePort(at, two)
 	if err != nil {

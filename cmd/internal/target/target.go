@@ -33,8 +33,15 @@ func Find(cfg *config.Config) (Target, error) {
 	if cfg.Container != "" {
 		return ofContainer(cfg.Container)
 	}
-	return open(filepath.Join(namespaces, cfg.NetNS), "network namespace "+cfg.NetNS)
+	t, err := open(filepath.Join(namespaces, cfg.NetNS), "network namespace "+cfg.NetNS)
+	if errors.Is(err, errNone) {
+		err = fmt.Errorf("%w: 'ip netns list' shows those that there are", err)
+	}
+	return t, err
 }
+
+// errNone means that what the user named does not exist.
+var errNone = errors.New("there is none")
 
 // ofProcess opens the network namespace of a process.
 func ofProcess(pid int) (Target, error) {
@@ -45,14 +52,21 @@ func ofProcess(pid int) (Target, error) {
 	return open(fmt.Sprintf("/proc/%d/ns/net", pid), words)
 }
 
+// refusedTo says why the user uid may not look at a process.
+func refusedTo(uid int) string {
+	if uid != 0 {
+		return "it belongs to another user: run viasocks as root, or as that user"
+	}
+	return "it has privileges that viasocks does not have: CAP_SYS_PTRACE is missing, or a security module forbids it"
+}
+
 func open(path, words string) (Target, error) {
 	n, err := netns.OpenNamespace(path)
 	switch {
 	case errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH):
-		return Target{}, fmt.Errorf("cannot use the %s: there is none", words)
+		return Target{}, fmt.Errorf("cannot use the %s: %w", words, errNone)
 	case errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM):
-		return Target{}, fmt.Errorf(
-			"cannot use the %s: %w: it belongs to another user: run viasocks as root, or as that user", words, err)
+		return Target{}, fmt.Errorf("cannot use the %s: %w: %s", words, err, refusedTo(os.Geteuid()))
 	case err != nil:
 		return Target{}, fmt.Errorf("cannot use the %s: %w", words, err)
 	case n.OfCaller():
