@@ -291,6 +291,8 @@ must be the same, and the same
 is used.
 All other options, and the configuration file, may differ.
 If the new process cannot start, the old one carries on.
+Its proxy is reached only when it has the host: if the proxy does not answer then, a warning says so, and the new process
+keeps the host, as it does when a proxy fails later.
 For a service of
 .Xr systemd 1
 use

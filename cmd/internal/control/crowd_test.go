@@ -1,6 +1,7 @@
 package control
 
 import (
+	"fmt"
 	"log/slog"
 	"net"
 	"os"
@@ -71,5 +72,33 @@ func TestLeftClosed(t *testing.T) {
 	}
 	if got := ask(); !strings.Contains(got, "the host was left closed: 'viasocks up' carries it again, 'viasocks down' opens it") {
 		t.Error(got)
+	}
+}
+
+// A user with many sockets that do not answer cannot make root wait for each of them.
+func TestSilentInstances(t *testing.T) {
+	testkit.CheckLeaks(t)
+	r := runtimeOf(t)
+	d, err := r.create()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.unlock()
+	defer d.close()
+	const many = 10 * lookers
+	for i := range many {
+		l, err := net.Listen("unix", d.at(fmt.Sprintf("%s%d-a.sock", runPrefix, i+1)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+	}
+	begun := time.Now()
+	got := Instances(r, "")
+	if took := time.Since(begun); took > many/lookers*lookTimeout/2 {
+		t.Errorf("it took %v", took)
+	}
+	if len(got) < maxSilent || len(got) >= maxSilent+2*lookers || got[0].State != NoAnswer {
+		t.Errorf("%d are listed", len(got))
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -50,6 +51,9 @@ const (
 	lookTimeout = 2 * time.Second
 	// lookers is the number of instances that are asked concurrently.
 	lookers = 16
+	// maxSilent is the number of instances in one directory that may not answer before the others there are left out: its
+	// user could make root wait for minutes.
+	maxSilent = 8
 )
 
 // Instances lists the instances of the calling user, or of all users for root, by process id, and the one at the
@@ -66,12 +70,18 @@ func look(r Runtime, upPath string, dirs []*runDir) []Instance {
 	all := []Instance{}
 	var wg sync.WaitGroup
 	places := make(chan struct{}, lookers)
-	add := func(c *Client) {
+	add := func(c *Client, silent *atomic.Int32) {
 		places <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-places }()
 			defer c.Close()
+			if silent.Load() >= maxSilent {
+				return
+			}
 			if i, ok := c.instance(); ok {
+				if i.State == NoAnswer {
+					silent.Add(1)
+				}
 				mu.Lock()
 				all = append(all, i)
 				mu.Unlock()
@@ -79,15 +89,16 @@ func look(r Runtime, upPath string, dirs []*runDir) []Instance {
 		})
 	}
 	if upPath != "" {
-		add(NewClient(upPath))
+		add(NewClient(upPath), new(atomic.Int32))
 	}
 	for _, d := range dirs {
 		if d.uid == r.UID && d.lock() == nil {
 			d.reap()
 			d.unlock()
 		}
+		silent := new(atomic.Int32)
 		for _, name := range d.sockets() {
-			add(d.client(name))
+			add(d.client(name), silent)
 		}
 	}
 	wg.Wait()
