@@ -16,7 +16,7 @@ declare -A groups=(
 		ip:iproute2 sysctl:procps unshare:util-linux curl:curl
 		aria2c:aria2 transmission-daemon:transmission-daemon danted:dante-server microsocks:microsocks tinyproxy:tinyproxy-bin stunnel4:stunnel4 nginx:nginx vsftpd:vsftpd sshd:openssh-server
 		ssh:openssh-client ss-local:shadowsocks-libev
-		natpmpc:natpmpc upnpc:miniupnpc transmission-daemon:transmission-daemon =/usr/lib/python3/dist-packages/libtorrent.egg-info:python3-libtorrent
+		natpmpc:natpmpc upnpc:miniupnpc qbittorrent-nox:qbittorrent-nox =/usr/lib/python3/dist-packages/libtorrent.egg-info:python3-libtorrent
 		opentracker:opentracker mktorrent:mktorrent dnsmasq:dnsmasq-base
 		musl-gcc:musl-tools nsupdate:bind9-dnsutils dig:bind9-dnsutils kdig:knot-dnsutils unbound:unbound tor:tor
 		=/lib/systemd/systemd-networkd:systemd dhclient:isc-dhcp-client dhcpcd:dhcpcd-base NetworkManager:network-manager

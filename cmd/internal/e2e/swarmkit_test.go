@@ -277,7 +277,8 @@ func (s *swarm) checkPrograms() {
 		default:
 			continue
 		}
-		if s.crashed = slices.Contains(p.cmd.Args, systemPython) && p.crashed(); s.crashed {
+		onLibtorrent := slices.Contains(p.cmd.Args, systemPython) || slices.Contains(p.cmd.Args, "qbittorrent-nox")
+		if s.crashed = onLibtorrent && p.crashed(); s.crashed {
 			s.t.Skipf("libtorrent has crashed (%v): %v\n%s", p.cmd.ProcessState, p.cmd.Args, harness.Tail(p.log.String(), 60))
 		}
 		s.t.Fatalf("a program has ended (%v): %v", p.cmd.ProcessState, p.cmd.Args)

@@ -14,7 +14,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
@@ -164,21 +163,33 @@ func (w *world) pcpMap(port uint16) string {
 }
 
 // TestListenAutoTransmission: a real BitTorrent client of the host, which knows nothing of viasocks, gets its port from what it
-// takes for the router, and a peer connects to it. Nothing of it leaves the host past the proxy. It does so by NAT-PMP: its UPnP
-// does not take a gateway whose outer address is one for documentation.
+// takes for the router, and a peer connects to it. Nothing of it leaves the host past the proxy.
 func TestListenAutoTransmission(t *testing.T) {
 	needClients(t, "transmission-daemon")
-	w := newWorld(t)
+	t.Run("NAT-PMP", func(t *testing.T) { // its UPnP does not take a gateway whose outer address is one for documentation
+		hostTransmission(t, newWorld(t), "forwarded successfully")
+	})
+	t.Run("UPnP", func(t *testing.T) {
+		w := newWorld(t)
+		w.nft("host", "table inet igd { chain out { type filter hook output priority 0; udp dport 5351 drop; }\n}")
+		// It is told this address, and sends nothing there.
+		hostTransmission(t, w, "Port forwarding successful!", "--forwarded-port", "192.0.1.1:9/udp")
+	})
+}
+
+// hostTransmission runs Transmission on the host until it says that it has its port, and connects to it as a peer.
+func hostTransmission(t *testing.T, w *world, says string, flags ...string) {
 	w.binding()
 	rec := newRecorder(w)
 	rec.to(netipAddrPort(proxy4, 1080))
-	d := w.up("--proxy", "socks5://"+proxy4, "--listen", "auto")
+	d := w.up(append(flags, "--proxy", "socks5://"+proxy4, "--listen", "auto")...)
 	dir := t.TempDir()
+	log := filepath.Join(dir, "log")
 	w.start("host", nil, []string{"HOME=" + dir}, "transmission-daemon", "-f", "-g", dir, "-w", dir, "-m", "-O", "-Y",
-		"-P", fmt.Sprint(peerPort), "-p", "9091", "-T")
-	w.eventually(2*testkit.Patience, "its port", func() bool { // it first waits 8 s for answers of UPnP
-		l := ask[control.Status](w, "status").Listening
-		return l != nil && len(l.Ports) > 0 && l.Ports[0].Outer != ""
+		"-P", fmt.Sprint(peerPort), "-p", "9091", "-T", "-e", log, "--log-debug")
+	w.eventually(2*testkit.Patience, "the port of Transmission", func() bool {
+		b, _ := os.ReadFile(log)
+		return strings.Contains(string(b), says)
 	})
 	far := w.peer("203.0.113.201")
 	_ = far.SetDeadline(time.Now().Add(20 * time.Second))
