@@ -51,6 +51,7 @@ type attached struct {
 	diag    *netns.Diag
 	tun     keeper.Opened
 	state   string
+	broken  string // why there is no data plane; empty: there is one
 	readyAt *time.Time
 }
 
@@ -280,7 +281,7 @@ func (a *attached) live(ctx context.Context, users *netns.Users) error {
 		case <-a.keeper.Ended():
 			return keeper.ErrGone
 		case err := <-a.plane.failed:
-			if err := a.rebuild(err); err != nil {
+			if err := a.rebuild(ctx, err); err != nil {
 				return err
 			}
 		case <-used.C:
@@ -295,15 +296,43 @@ func (a *attached) live(ctx context.Context, users *netns.Users) error {
 	}
 }
 
-// rebuild replaces a data plane that ended with the error why. The namespace stays closed meanwhile.
-func (a *attached) rebuild(why error) error {
-	return a.builds.again(why, func() error {
-		a.stopPlane(nil)
-		if err := a.startPlane(); err != nil {
+// rebuildPause is how long attach waits when a data plane cannot be built, or was built too often.
+const rebuildPause = 5 * time.Second
+
+// rebuild replaces a data plane that ended with the error why. The namespace stays closed meanwhile. It does not give up:
+// what ended the data plane may be a program in the namespace, which could delete the filter if no keeper owned it.
+func (a *attached) rebuild(ctx context.Context, why error) error {
+	for {
+		err := a.builds.again(why, func() error {
+			a.stopPlane(nil)
+			if err := a.startPlane(); err != nil {
+				return err
+			}
+			return a.keeper.Steer()
+		})
+		a.setBroken(err)
+		if err == nil || errors.Is(err, keeper.ErrGone) {
 			return err
 		}
-		return a.keeper.Steer()
-	})
+		a.log.Error("the namespace stays closed, and nothing is carried: trying again", "in", rebuildPause, "err", err)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-a.keeper.Ended():
+			return keeper.ErrGone
+		case <-time.After(rebuildPause):
+		}
+	}
+}
+
+// setBroken notes for status that there is no data plane, or with nil that there is one.
+func (a *attached) setBroken(err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.broken = ""
+	if err != nil {
+		a.broken = err.Error()
+	}
 }
 
 // look takes the locks that every flow takes. It returns only if the data plane is alive.

@@ -99,8 +99,8 @@ func (a *attached) status() control.Status {
 		Host: control.Host{TUN: a.tun.Name, Table: cfg.Table, Mark: fmt.Sprintf("%#x/%#x", cfg.Mark, cfg.Mask)},
 	}
 	p := a.plane
+	fault := cmp.Or(a.broken, seen.Fault)
 	a.mu.Unlock()
-	fault := seen.Fault
 	switch {
 	case errors.Is(err, keeper.ErrGone):
 		fault = err.Error()
