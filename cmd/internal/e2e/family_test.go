@@ -48,7 +48,8 @@ func TestSecondFamily(t *testing.T) {
 	if got := strings.Fields(r.out); len(got) != 3 || got[0] != "served" || got[1] != "served" || got[2] != "served" {
 		t.Errorf("curl got %q", got)
 	}
-	if n := strings.Count(r.stderr, "trying its IPv4 address"); n != 3 {
+	// Without -4 or -6, curl connects by the other family, too, if the first has not answered after 200 ms.
+	if n := strings.Count(r.stderr, "trying its IPv4 address"); n != 3 && n != 4 {
 		t.Errorf("%d second tries are in the log:\n%s", n, r.stderr)
 	}
 	testkit.Tries(t, "curl to a closed port", func() error {
