@@ -64,6 +64,7 @@ Meanwhile it gives any other port.
 At one and the same port dante therefore has one peer at a time, and
 .Nm
 asks for the port again as soon as its connection has ended.
+If somebody else has the port, it asks again after a second, then less often, and at last every minute.
 Up to 256 peers may be connected to each port of the program by IPv4, and as many by IPv6.
 .Pp
 Most other servers do not know BIND.

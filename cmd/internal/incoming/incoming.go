@@ -120,10 +120,10 @@ func (m *Manager) add(s Spec, ask uint16) {
 	if m.over || m.find(s.Port) != nil {
 		return
 	}
-	p := &port{m: m, spec: s, ask: ask, waiting: map[*wait]struct{}{}}
+	p := &port{m: m, spec: s, ask: ask, waiting: map[*wait]struct{}{}, used: map[uint16]int{}}
 	if !m.cfg.NoIPv6 {
 		// No gateway tells the program of another port of IPv6: peers look for it at its own.
-		p.six = &port{m: m, spec: s, ask: s.Port, waiting: map[*wait]struct{}{}, four: p}
+		p.six = &port{m: m, spec: s, ask: s.Port, waiting: map[*wait]struct{}{}, used: map[uint16]int{}, four: p}
 	}
 	m.ports = append(m.ports, p)
 	for _, u := range m.udp {

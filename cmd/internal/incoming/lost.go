@@ -26,10 +26,11 @@ func (p *port) lostLater() {
 	})
 }
 
-// missing returns the outer ports that are wanted and at which the server does not listen.
+// missing returns the outer ports that are wanted and at which the server does not listen, except for those that a connection
+// of a peer uses: dante gives them only when it has ended.
 func (p *port) missing() (outer []uint16) {
 	for _, want := range []uint16{p.ask, p.also} {
-		if want != 0 && !slices.Contains(outer, want) && !p.listens(want) {
+		if want != 0 && !slices.Contains(outer, want) && !p.listens(want) && p.used[want] == 0 {
 			outer = append(outer, want)
 		}
 	}

@@ -81,6 +81,9 @@ func (b *Mapper) Map(w portmap.Want) (netip.AddrPort, portmap.State) {
 		b.m.find(port).asked = true
 		return netip.AddrPort{}, portmap.Wait
 	case p.outer.IsValid():
+		if p.asked && !p.told { // this one stays, even if the server has the other one later
+			p.told, p.ask = true, p.outer.Port()
+		}
 		return p.outer, portmap.Works
 	case p.why != nil:
 		return netip.AddrPort{}, stateOf(p.why)

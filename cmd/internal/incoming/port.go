@@ -24,12 +24,14 @@ type port struct {
 	asking  int // BINDs without their first answer
 	outer   netip.AddrPort
 	open    int
+	used    map[uint16]int // the outer ports of open connections
 	why     error
 	backoff time.Duration
 	last    time.Time // when the last BIND began
 	timer   *time.Timer
 	ended   bool
 	asked   bool // exists only because a program asked for it
+	told    bool // that program has been told of ask
 
 	// The port that was asked for was lost to a connection that has ended: it is asked for again.
 	lost      *time.Timer
@@ -139,10 +141,8 @@ func (p *port) bound(w *wait, at netip.AddrPort) {
 		p.lostPause = 0
 	}
 	p.announce()
-	if p.also != 0 {
-		p.lostLater()
-		p.after(0)
-	}
+	p.lostLater()
+	p.after(0)
 }
 
 // waits returns where the server listens: by the port that was asked for if the server has it, and by the outer port of UDP.
@@ -220,14 +220,12 @@ func (p *port) done(w *wait, fd int, peer netip.AddrPort, err error) {
 		return
 	}
 	p.open++
+	p.used[w.at.Port()]++
 	m.count.Accepted.Add(1)
 	if own, _ := p.waits(); own.IsValid() {
 		p.announce() // by the other one; without one, what was announced stays until the next BIND
 	}
 	p.after(0)
-	if w.at.Port() == p.also {
-		p.lostLater()
-	}
 	m.mu.Unlock()
 	peer = netip.AddrPortFrom(peer.Addr().Unmap(), peer.Port())
 	m.busy.Go(func() {
@@ -295,6 +293,9 @@ func (p *port) over(w *wait, r relay.Result) {
 	p.m.mu.Lock()
 	defer p.m.mu.Unlock()
 	p.open--
+	if p.used[w.at.Port()]--; p.used[w.at.Port()] == 0 {
+		delete(p.used, w.at.Port())
+	}
 	if errors.Is(r.Err, relay.ErrAppGone) {
 		p.m.count.Refused.Add(1)
 	}

@@ -6,6 +6,7 @@ import (
 
 	"github.com/viasocks/viasocks/route"
 	"github.com/viasocks/viasocks/route/portmap"
+	"github.com/viasocks/viasocks/route/relay"
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
@@ -16,12 +17,13 @@ type sameWorld struct {
 	server *fakeServer
 	m      *Manager
 	b      *Mapper
+	came   chan delivered
 }
 
 func newSameWorld(t *testing.T) *sameWorld {
 	f, s := &fakeKeeper{}, &fakeServer{}
-	m, _ := start(t, s, f.config)
-	return &sameWorld{t, f, s, m, NewMapper(m, &Spec{})}
+	m, came := start(t, s, f.config)
+	return &sameWorld{t, f, s, m, NewMapper(m, &Spec{}), came}
 }
 
 // udp makes the program ask for a UDP port, which gets an outer one.
@@ -97,11 +99,12 @@ func TestBothPortsStay(t *testing.T) {
 	s.works(w, 7000)
 	s.udp(7000, 7700)
 	peer := netip.MustParseAddrPort("192.0.2.1:1")
-	for i, outer := range []uint16{7000, 7700} {
+	for _, outer := range []uint16{7000, 7700} {
 		s.listens(7000, 7000, 7700)
 		s.server.connect(t, at(outer), peer)
-		testkit.Eventually(t, "the peer", func() bool { return s.m.Stats().Accepted == uint64(i+1) })
+		d := <-s.came
 		s.server.free(outer)
+		d.ended(relay.Result{})
 	}
 	s.listens(7000, 7000, 7700)
 	s.works(w, 7000)
@@ -120,4 +123,24 @@ func TestNotAlso(t *testing.T) {
 	testkit.Eventually(t, "questions for the port", func() bool { return s.server.asked() > before+2 })
 	s.listens(7000, 7000)
 	s.works(w, 7000)
+}
+
+// When the proxy gives another port than that of the user, the user's is asked for again. A program keeps what it was told.
+func TestPortComesLater(t *testing.T) {
+	s := newSameWorld(t)
+	s.server.mu.Lock()
+	s.server.taken = map[uint16]bool{6882: true, 7000: true}
+	s.server.mu.Unlock()
+	s.m.Add(Spec{Port: 6882}, 6882)
+	s.listens(6882, 40001)
+	w := ask(portmap.TCP, 7000, 7000)
+	testkit.Eventually(t, "another port", func() bool { _, state := s.b.Map(w); return state == portmap.Works })
+	told, _ := s.b.Map(w)
+	s.server.free(6882)
+	s.server.free(7000)
+	testkit.Eventually(t, "the user's port", func() bool { return s.m.Outer(6882) == at(6882) })
+	testkit.Never(t, 10*retryFirst, "another port than the program was told", func() bool {
+		got, _ := s.b.Map(w)
+		return got != told
+	})
 }
