@@ -35,7 +35,7 @@ type assoc struct {
 	names    *nameTaking // of the server; nil: it is not open, or no server
 	namedAt  int64       // when something was last sent to a name, if nothing has come back since; 0: there is no such time
 	namedTo  string
-	probe    atomic.Pointer[probe] // its answers are not the app's; nil: there is none
+	probe    atomic.Pointer[probe] // takes the answers to its own questions out of what arrives; nil: there is none
 }
 
 // try is one call of OpenPackets. It distinguishes the results of an earlier call from those that are wanted.

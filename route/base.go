@@ -17,7 +17,7 @@ type base struct {
 	cancel   context.CancelFunc
 	watched  watchers // they get events
 	shortage shortage
-	stranger func(netip.Addr) bool // whether one can be told from us if it sends to this address
+	mayProbe func(netip.Addr) bool // whether a datagram may be sent to an outer endpoint at this address; see probe.filter
 	times
 }
 
@@ -25,7 +25,7 @@ type base struct {
 type times struct {
 	retryFirst, retryMax, livedLong, quickEnd, noUDP time.Duration // of associations
 	sweepEvery, lookEvery, goneAfter, streamsEvery   time.Duration // of the search for what is over
-	probeFirst, probeEvery, probeAgain, probeLinger  time.Duration // of kept mappings
+	probeFirst, probeEvery, probeAgain, probeLinger  time.Duration // of the probes of kept mappings
 	nameTrial, nameDoubt, nameWindow, nameSilence    time.Duration // of names in datagrams
 }
 

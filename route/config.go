@@ -32,12 +32,12 @@ type Config struct {
 	// the flow is then refused. It is called for each new stream and each new mapping, on the frame reader. nil: this
 	// cannot happen.
 	ComesBack func(flow.Flow) bool
-	// OwnPort reports whether peers reach the program itself at an endpoint beyond the proxy. A program that connects to
-	// such an endpoint is refused, because the proxy would pass one peer on and then listen no more. It is called for
-	// each new stream, on the frame reader. nil: there are none.
+	// OwnPort reports whether the proxy listens for the program at an endpoint. A program that connects to its own such
+	// endpoint is refused: it would take the only peer that the proxy accepts there. It is called for each new stream, on
+	// the frame reader. nil: there is no such endpoint.
 	OwnPort func(netip.AddrPort) bool
-	// Asks reports whether the program at an address may ask for ports, at any address and not only at flow.Gateway4. It is
-	// called for each request. nil: programs ask flow.Gateway4, and all may.
+	// Asks reports whether the program at an address may ask for ports. It is called for each request. If it is set, a
+	// request may go to any address. nil: all programs may ask, and they ask flow.Gateway4.
 	Asks func(netip.Addr) bool
 	// Resolvers answer port 53. They are asked through the upstream that the rules choose. Empty: port 53 is a port
 	// like others.

@@ -15,79 +15,84 @@ import (
 )
 
 const (
-	// probeEvery is how often it is checked that a kept mapping still has its outer endpoint. It also keeps the state of
-	// NATs and servers that forget what is idle.
+	// probeEvery is the interval of the probes that check whether a kept mapping still has its outer endpoint. They also
+	// keep NATs and servers from forgetting an idle mapping.
 	probeEvery = time.Minute
-	// probeAgain is the pause after a probe that found nothing. After probeLost of them in a row, what was found before
-	// no longer counts.
+	// probeAgain is the pause after a probe that found nothing. After probeLost such probes in a row, the outer endpoint
+	// counts as unknown.
 	probeAgain = 10 * time.Second
 	probeLost  = 3
 	// maxKept limits the mappings that are kept.
 	maxKept = 64
 )
 
-// Outer tells where a kept mapping is reached from outside.
+// Outer says where a kept mapping is reached from outside.
 type Outer struct {
-	At     netip.AddrPort // invalid: this is not known
+	At     netip.AddrPort // the outer endpoint; invalid: it is unknown
 	Filter Filter
-	Err    error // why it is not known; nil: not known yet
-	Cannot bool  // the server is not able to do it
+	Err    error // why At is unknown; nil: no probe has ended yet
+	Cannot bool  // the server cannot give any port; the next probe will hardly find one
 }
 
-// Filter tells who may send to an outer endpoint.
+// Filter says who may send to an outer endpoint.
 type Filter uint8
 
 // The values of Filter.
 const (
 	FilterUnknown Filter = iota
-	FilterOpen           // everybody: a datagram of a stranger has arrived
-	FilterClosed         // only those to whom the mapping has sent, as it seems
+	FilterOpen           // everybody: a datagram from an endpoint to which the mapping never sent has arrived
+	FilterClosed         // only those to whom the mapping has sent: no such datagram has arrived
 )
 
 var (
-	errFullOfKept = fmt.Errorf("more than %d ports of UDP", maxKept)
+	errFullOfKept = fmt.Errorf("more than %d UDP ports cannot be kept", maxKept)
 	errKeptTwice  = errors.New("the port is kept already")
-	errNoLink     = errors.New("the proxy gives no association now")
+	errNoLink     = errors.New("the proxy grants no association at present")
 	errNoUDP      = errors.New("the proxy has no UDP")
 )
 
-// keeping is all kept mappings. It belongs to Run.
+// keeping holds all kept mappings. Only the goroutine of Run uses it, except for stun.
 type keeping struct {
 	all  []*kept
-	wg   sync.WaitGroup               // probes
-	stun atomic.Pointer[[]socks.Addr] // see SetSTUN; any goroutine
+	wg   sync.WaitGroup               // probes that run
+	stun atomic.Pointer[[]socks.Addr] // see SetSTUN; any goroutine may use it
 }
 
-// SetSTUN sets the servers that the next probes of kept mappings ask; see KeepUDP. The answers of two are compared. None: the
-// proxy is asked to send to this host. It may be called from any goroutine.
+// SetSTUN sets the STUN servers that the next probes of kept mappings ask; see KeepUDP. Their answers are compared. Without
+// servers, a probe asks the proxy to send to this host. SetSTUN may be called from any goroutine.
 func (r *Router) SetSTUN(servers []socks.Addr) { r.keeping.stun.Store(&servers) }
 
-// kept is a mapping that exists, with its association, until it is no longer wanted. The fields below are guarded by
-// udp.mu.
+// kept is the wish that the mapping of an app endpoint and its association exist.
 type kept struct {
 	*shard
 	app      netip.AddrPort
 	upstream string
 	tell     func(Outer)
 
+	// The fields below are guarded by udp.mu.
+
 	over   bool
-	outer  Outer            // what was told last
-	link   relay.PacketLink // to which the probes belong
-	probe  *probe           // that runs
-	next   int64            // when the next one is due, on the Router's clock
-	missed int              // probes in a row that have found nothing
-	of     *assoc           // which has link
+	outer  Outer            // what tell was called with last
+	of     *assoc           // the association that is probed
+	link   relay.PacketLink // its link when the probes began
+	probe  *probe           // the probe that runs; nil: none
+	next   int64            // when the next probe is due, on the Router's clock
+	missed int              // how many probes in a row have found nothing
 }
 
-// KeepUDP makes the mapping of an app endpoint and its association with an upstream at once, and keeps them until end is
-// called, whether or not the app has sent anything. shard is the stack's for the port of app. tell is told whenever it becomes
-// known, or is no longer true, where the mapping is reached from outside. It must not block, and must not call the Router.
+// KeepUDP makes the mapping of an app endpoint and its association with an upstream, and keeps both until end is called,
+// whether or not the app sends anything. shard is the number of the stack's shard for the port of app; see stack.Stack.Home.
+//
+// tell is called whenever the outer endpoint of the mapping, or the reason why it is unknown, has changed. It is called with
+// locks held: it must not block, and must not call the Router. KeepUDP and end may be called from any goroutine; end may be
+// called twice. A call of tell that has begun may overlap the call of end.
 func (r *Router) KeepUDP(shard int, app netip.AddrPort, upstream string, tell func(Outer)) (end func()) {
 	k := &kept{shard: r.shards[shard], app: app, upstream: upstream, tell: tell}
 	r.inbox.post(event{kind: evKeep, kept: k})
 	return sync.OnceFunc(func() { r.inbox.post(event{kind: evUnkeep, kept: k}) })
 }
 
+// add begins to keep k, or tells why it cannot.
 func (t *keeping) add(k *kept) {
 	k.udp.mu.Lock()
 	defer k.udp.mu.Unlock()
@@ -105,6 +110,7 @@ func (t *keeping) add(k *kept) {
 	k.look()
 }
 
+// remove keeps k no longer.
 func (t *keeping) remove(k *kept) {
 	k.udp.mu.Lock()
 	defer k.udp.mu.Unlock()
@@ -121,7 +127,7 @@ func (t *keeping) look() {
 	}
 }
 
-// end ends everything, and waits for the probes.
+// end keeps nothing any longer, and waits until the probes have ended.
 func (t *keeping) end() {
 	for _, k := range t.all {
 		k.udp.mu.Lock()
@@ -132,7 +138,7 @@ func (t *keeping) end() {
 	t.wg.Wait()
 }
 
-// finish ends k. From now on its mapping is one like others. The caller holds udp.mu.
+// finish ends k. Its mapping ends later, as any other does. The caller holds udp.mu.
 func (k *kept) finish() {
 	if k.over {
 		return
@@ -144,15 +150,15 @@ func (k *kept) finish() {
 	}
 }
 
-// lookKept looks after m if it is kept, because something has happened to an association. The caller holds udp.mu.
+// lookKept looks after m if it is kept. It is called when an association of m has opened or ended. The caller holds udp.mu.
 func (r *shard) lookKept(m *mapping) {
 	if m.kept != nil {
 		m.kept.look()
 	}
 }
 
-// look makes what is missing, and probes what is due. It is called about once a second, and when an association opens or
-// ends. The caller holds udp.mu.
+// look makes the mapping and the association if they are missing, and starts a probe when one is due. It is called about
+// once a second, and when an association has opened or ended. The caller holds udp.mu.
 func (k *kept) look() {
 	if k.over || k.udp.clos {
 		return
@@ -186,7 +192,8 @@ func (k *kept) look() {
 	}
 }
 
-// assoc returns the association of the mapping. It makes both if they do not exist.
+// assoc returns the association of the mapping with up. It makes the mapping and the association if they do not exist. The
+// caller holds udp.mu.
 func (k *kept) assoc(up *upstream, now int64) (*assoc, error) {
 	m := k.udp.bySrc[k.app]
 	if a := m.assocOf(up); a != nil {
@@ -211,13 +218,13 @@ func (k *kept) assoc(up *upstream, now int64) (*assoc, error) {
 	return a, nil
 }
 
-// lose ends the probe, because its association is gone or no longer wanted.
+// lose ends the probe, because its association has ended or is no longer wanted. The caller holds udp.mu.
 func (k *kept) lose() {
 	k.endProbe()
 	k.of, k.link = nil, nil
 }
 
-// endProbe ends the probe. Its late answers are kept from the app for a while.
+// endProbe ends the probe. For probeLinger, answers that come late still do not reach the app. The caller holds udp.mu.
 func (k *kept) endProbe() {
 	if p := k.probe; p != nil {
 		k.probe = nil
@@ -226,7 +233,7 @@ func (k *kept) endProbe() {
 	}
 }
 
-// report tells o unless it was told already.
+// report calls tell with o, unless it was called with the same before. The caller holds udp.mu.
 func (k *kept) report(o Outer) {
 	same := o.At == k.outer.At && o.Filter == k.outer.Filter && (o.Err == nil) == (k.outer.Err == nil) &&
 		(o.Err == nil || o.Err.Error() == k.outer.Err.Error())
@@ -236,7 +243,7 @@ func (k *kept) report(o Outer) {
 	}
 }
 
-// begin starts a probe.
+// begin starts a probe. The caller holds udp.mu.
 func (k *kept) begin() {
 	if k.ctx.Err() != nil {
 		return
@@ -253,10 +260,10 @@ func (k *kept) begin() {
 type probed struct {
 	p     *probe
 	outer Outer
-	over  bool // it has ended
+	over  bool // the probe has ended
 }
 
-// probed handles what a probe has found.
+// probed handles what a probe has found. An endpoint that was known stays so until probeLost probes have found nothing.
 func (k *kept) probed(f *probed) {
 	k.udp.mu.Lock()
 	defer k.udp.mu.Unlock()

@@ -337,7 +337,7 @@ func TestKeepFilter(t *testing.T) {
 			var u manualUpstream
 			g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p"}, func(r *Router) {
 				fastProbes(r)
-				r.stranger = func(netip.Addr) bool { return true }
+				r.mayProbe = func(netip.Addr) bool { return true }
 			})
 			link := &natLink{}
 			link.out, _ = link.local()
@@ -375,7 +375,7 @@ func TestKeepFilterRefused(t *testing.T) {
 	g := newRig(t, Config{Upstreams: []Upstream{u.upstream("p")}, Default: "p"}, func(r *Router) {
 		fastProbes(r)
 		r.probeFirst, r.probeEvery = time.Millisecond, time.Millisecond
-		r.stranger = func(netip.Addr) bool { return true }
+		r.mayProbe = func(netip.Addr) bool { return true }
 	})
 	link := &natLink{refused: true}
 	link.out, _ = link.local()

@@ -31,7 +31,7 @@ type mapping struct {
 	notYet    int64 // the app's socket existed: the next check is not before this time
 	ask       asking
 	askedGone int64 // when its kernel last reported port unreachable and we checked whether that is true
-	kept      *kept // it does not end while this is set
+	kept      *kept // whoever keeps the mapping from ending; nil: nobody
 	oneShot   bool  // all its traffic was to ports with single questions and answers
 	upPkts    uint64
 	upBytes   uint64

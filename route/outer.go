@@ -15,47 +15,49 @@ import (
 )
 
 const (
-	// A question is repeated after probeFirst, and then after twice the last pause, probeTries times in all.
+	// A probe asks each question at most probeTries times. The first pause is probeFirst, and each further one is twice as
+	// long as the one before.
 	probeFirst = 250 * time.Millisecond
 	probeTries = 4
-	// probeLinger is how long after a probe late answers are still kept from the app.
+	// probeLinger is how long after the end of a probe its late answers still do not reach the app.
 	probeLinger = 10 * time.Second
-	// besideAsks is how many sockets of this host the proxy is asked to send to.
+	// besideAsks is the number of sockets of this host to which the proxy is asked to send.
 	besideAsks = 2
 )
 
 var (
-	errVaries     = errors.New("the proxy sends from another port to each destination, so that no port can be given to others")
+	errVaries     = errors.New("the proxy uses another port for each destination, so that no port can be given to others")
 	errNAT        = errors.New("a NAT is between this host and the proxy: name STUN servers with --stun")
-	errSilent     = errors.New("what the proxy was asked to send to this host has not arrived: name STUN servers with --stun")
-	errNoSTUN     = errors.New("no server of --stun has answered through the proxy")
-	errNoSTUNName = errors.New("the name of a server of --stun cannot be looked up")
-	errNotUs      = errors.New("the upstream is no SOCKS server: name STUN servers with --stun")
+	errSilent     = errors.New("no datagram that the proxy was asked to send to this host has arrived: name STUN servers with --stun")
+	errNoSTUN     = errors.New("no STUN server of --stun has answered through the proxy")
+	errNoSTUNName = errors.New("no name of a STUN server of --stun can be looked up")
+	errNotUs      = errors.New("the upstream is not a SOCKS server: name STUN servers with --stun")
 )
 
-// besideLink is a PacketLink whose server can be asked to send to this host, see socks.Association.
+// besideLink is a PacketLink whose server can be asked to send to this host; see socks.Association.
 type besideLink interface {
 	Beside(n int) (all []*net.UDPConn, reachable bool, err error)
 	Listen() (*net.UDPConn, error)
 	Relay() netip.AddrPort
 }
 
-// probe finds out where an association is reached from outside. It sends over the association itself: to servers of STUN, or
-// to sockets of our own. Only its goroutine and the loop of the association use it.
+// probe finds out where an association is reached from outside. It sends questions over the association itself, to STUN
+// servers or to sockets of this host, whose receivers see the outer endpoint. Then it sends a datagram to that endpoint as a
+// stranger, to see whether it arrives. Only the probe's goroutine and the loop of the association use it.
 type probe struct {
 	k        *kept
 	of       *assoc
 	link     relay.PacketLink
 	ctx      context.Context
 	cancel   context.CancelFunc
-	stun     []socks.Addr // the servers that are asked; none: our own sockets are
-	stranger stunID       // what a stranger sends, and what is sent to our own sockets
-	ids      []stunID     // of the questions
+	stun     []socks.Addr // the STUN servers that are asked; none: sockets of this host are used
+	ids      []stunID     // the questions
+	stranger stunID       // the content of the stranger's datagram
 
 	mu   sync.Mutex
-	seen []netip.AddrPort // by question: the endpoint that its receiver saw
+	seen []netip.AddrPort // by question: the endpoint from which its receiver got it
 	let  bool             // the stranger's datagram has arrived
-	wake chan struct{}
+	wake chan struct{}    // seen or let has changed
 }
 
 // newProbe returns a probe of k's association. The caller holds udp.mu.
@@ -73,8 +75,7 @@ func newProbe(k *kept) *probe {
 	return p
 }
 
-// take returns pkts without the datagrams that are for the probe. It is called by the loop, in place of which nothing else
-// uses pkts.
+// take returns pkts without the datagrams that are for the probe. It reorders pkts. The loop of the association calls it.
 func (p *probe) take(pkts []flow.Packet) []flow.Packet {
 	n := 0
 	for i := range pkts {
@@ -87,6 +88,7 @@ func (p *probe) take(pkts []flow.Packet) []flow.Packet {
 	return pkts[:n]
 }
 
+// mine reports whether a datagram is for the probe, and notes what it says.
 func (p *probe) mine(b []byte) bool {
 	if len(b) == len(p.stranger) && stunID(b) == p.stranger {
 		p.note(func() { p.let = true })
@@ -103,6 +105,7 @@ func (p *probe) mine(b []byte) bool {
 	return false
 }
 
+// note calls f with the lock held, and wakes the goroutine of the probe.
 func (p *probe) note(f func()) {
 	p.mu.Lock()
 	f()
@@ -113,8 +116,8 @@ func (p *probe) note(f func()) {
 	}
 }
 
-// run makes the probe. It calls tell once or twice, the second time with what is known about the filter, and at the end over
-// is true.
+// run makes the probe. It calls tell when the outer endpoint is known, and again when the filter is known. In the last call,
+// over is true.
 func (p *probe) run(tell func(o Outer, over bool)) {
 	b, _ := p.link.(besideLink)
 	var err error
@@ -127,8 +130,9 @@ func (p *probe) run(tell func(o Outer, over bool)) {
 		err = p.askBeside(b)
 	}
 	o := p.outer(err)
-	// Only the proxy's own address may learn of this host: with STUN the outer one may belong to somebody else.
-	if !o.At.IsValid() || b == nil || !p.k.stranger(o.At.Addr()) ||
+	// The stranger's datagram shows this host's own address to whoever receives it. An endpoint that a STUN server has told
+	// may belong to somebody else, so the datagram goes only to the proxy's own address.
+	if !o.At.IsValid() || b == nil || !p.k.mayProbe(o.At.Addr()) ||
 		len(p.stun) > 0 && b.Relay().Addr() != o.At.Addr() {
 		tell(o, true)
 		return
@@ -138,7 +142,7 @@ func (p *probe) run(tell func(o Outer, over bool)) {
 	tell(o, true)
 }
 
-// outer returns what the answers tell.
+// outer returns what the answers say. err is the reason if there is no answer.
 func (p *probe) outer(err error) (o Outer) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -158,7 +162,7 @@ func (p *probe) outer(err error) (o Outer) {
 	return o
 }
 
-// ask sends n questions, again until each is answered, and returns silent if none is.
+// ask sends n questions until each is answered. It returns silent if some question has no answer in the end.
 func (p *probe) ask(n int, silent error, send func(i int)) error {
 	pause := p.k.probeFirst
 	for range probeTries {
@@ -190,7 +194,7 @@ func (p *probe) answeredAll(n int) bool {
 	return true
 }
 
-// wait waits until done returns true, but no longer than d.
+// wait waits until done returns true, for at most d. It returns what done returns then, or false if the probe was cancelled.
 func (p *probe) wait(d time.Duration, done func() bool) bool {
 	late := time.NewTimer(d)
 	defer late.Stop()
@@ -206,7 +210,7 @@ func (p *probe) wait(d time.Duration, done func() bool) bool {
 	return true
 }
 
-// send sends a datagram over the association, if that is still the one to be probed.
+// send sends a datagram over the association, unless the association has another link now.
 func (p *probe) send(to netip.AddrPort, payload []byte) {
 	p.k.udp.mu.Lock()
 	defer p.k.udp.mu.Unlock()
@@ -216,7 +220,7 @@ func (p *probe) send(to netip.AddrPort, payload []byte) {
 	}
 }
 
-// askSTUN asks the servers of STUN.
+// askSTUN asks the STUN servers.
 func (p *probe) askSTUN() error {
 	servers := p.stun
 	at := make([]netip.AddrPort, len(servers))
@@ -238,7 +242,7 @@ func (p *probe) askSTUN() error {
 	})
 }
 
-// lookUp returns the IPv4 address of a name.
+// lookUp returns the IPv4 address of a name. It is invalid if the name cannot be looked up.
 func (p *probe) lookUp(name string) (at netip.Addr) {
 	d := p.k.port53.server.Load()
 	found := make(chan netip.Addr, 1)
@@ -255,7 +259,7 @@ func (p *probe) lookUp(name string) (at netip.Addr) {
 	return at
 }
 
-// askBeside asks the proxy to send to our own sockets.
+// askBeside asks the proxy to send to sockets of this host.
 func (p *probe) askBeside(b besideLink) error {
 	conns, reachable, err := b.Beside(besideAsks)
 	for _, c := range conns {
@@ -281,7 +285,7 @@ func (p *probe) askBeside(b besideLink) error {
 	return err
 }
 
-// read waits for the datagram that only the proxy can send.
+// read waits at c for the datagram with question i, which only the proxy can send.
 func (p *probe) read(i int, c *net.UDPConn) {
 	var b [len(p.ids[0]) + 1]byte
 	for {
@@ -289,7 +293,7 @@ func (p *probe) read(i int, c *net.UDPConn) {
 		switch {
 		case errors.Is(err, net.ErrClosed) || isTimeout(err):
 			return
-		case err != nil: // of ICMP
+		case err != nil: // an ICMP error
 		case n == len(p.ids[i]) && stunID(b[:n]) == p.ids[i]:
 			p.note(func() { p.seen[i] = netip.AddrPortFrom(from.Addr().Unmap(), from.Port()) })
 			return
@@ -302,7 +306,7 @@ func isTimeout(err error) bool {
 	return errors.As(err, &t) && t.Timeout()
 }
 
-// filter sends to the outer endpoint from a socket that the association has never sent to.
+// filter finds out who may send to the outer endpoint. It sends from a socket to which the association has never sent.
 func (p *probe) filter(b besideLink, at netip.AddrPort) Filter {
 	c, err := b.Listen()
 	if err != nil {
@@ -310,14 +314,14 @@ func (p *probe) filter(b besideLink, at netip.AddrPort) Filter {
 	}
 	defer c.Close()
 	pause, sent := p.k.probeFirst, false
-	for range probeTries - 1 { // a lost one is repeated
+	for range probeTries - 1 { // a datagram may be lost
 		_, err := c.WriteToUDPAddrPort(p.stranger[:], at)
 		sent = sent || err == nil
 		if p.wait(pause, func() bool { p.mu.Lock(); defer p.mu.Unlock(); return p.let }) {
 			return FilterOpen
 		}
 	}
-	if p.ctx.Err() != nil || !sent { // a firewall of this host may refuse what goes to another port than the relay's
+	if p.ctx.Err() != nil || !sent { // a firewall of this host may refuse datagrams to any port but the relay's
 		return FilterUnknown
 	}
 	return FilterClosed

@@ -10,8 +10,8 @@ import (
 
 var verdictPortMap = &verdict{kind: mapPort, rule: "portmap"}
 
-// ServePorts answers programs that ask flow.Gateway4 for a port by s, until end is called. It may be called from any
-// goroutine, and again after that. Searches by SSDP arrive only if the stack hands them over: see stack.SetSSDP.
+// ServePorts lets s answer programs that ask for a port, until end is called. After that, it may be called again. It may be
+// called from any goroutine. Searches by SSDP arrive only if the stack hands them over: see stack.Stack.SetSSDP.
 func (r *Router) ServePorts(s *portmap.Server) (end func()) {
 	u := newUPnP(s)
 	r.portmap.Store(s)

@@ -47,7 +47,7 @@ func New(cfg Config) (*Router, error) {
 	}
 	r := &Router{over: make(chan struct{})}
 	r.cfg, r.log, r.epoch, r.times = cfg, newFlowLog(cfg.Log), time.Now(), defaultTimes()
-	r.echo.wait, r.stranger = echoWait, flow.OneHost
+	r.echo.wait, r.mayProbe = echoWait, flow.OneHost
 	r.port53.decider, r.assocs.base, r.gone.base = &r.decider, &r.base, &r.base
 	if err := r.makeShards(); err != nil {
 		return nil, err

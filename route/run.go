@@ -22,9 +22,9 @@ const (
 	evLater                        // a datagram to a name is looked at again
 	evTrialEnded                   // what waited for a trial is sent
 	evTrial                        // a name had its time to answer
-	evKeep                         // a mapping is to be kept
-	evUnkeep                       // and no longer
-	evProbed                       // a probe has found something
+	evKeep                         // a mapping shall be kept from now on
+	evUnkeep                       // a mapping need not be kept any longer
+	evProbed                       // a probe has found something, or has ended
 	evUnreachable                  // the app's kernel reports that the socket is gone
 )
 

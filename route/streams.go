@@ -222,9 +222,9 @@ var (
 	errClosing = errors.New("viasocks is ending")
 	// errComesBack means that the flow belongs to a proxy on this host.
 	errComesBack = errors.New("a connection of the proxy itself came back to it")
-	// errOwnPort means that a program wants to be its own peer, mostly because a tracker has told it of itself.
+	// errOwnPort means that a program has connected to its own port at the proxy, of which a tracker may have told it.
 	errOwnPort = errors.New("the program itself is reached there")
-	// errMayNotAsk means that the gateway answers only programs of this host.
+	// errMayNotAsk means that a container has asked for a port; see Config.Asks.
 	errMayNotAsk = errors.New("only programs of this host may ask for ports")
 	errAppGone   = errors.New("the app gave up")
 	// errNoName means that the app kept the address longer than the TTL, or invented it.

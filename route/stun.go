@@ -6,14 +6,14 @@ import (
 	"net/netip"
 )
 
-// What is needed of STUN (RFC 8489): a Binding request, and the endpoint in its answer.
+// The parts of STUN (RFC 8489) that a Binding request and its answer need. Sections 5 and 14 have the formats.
 const (
 	stunHeader   = 20
 	stunCookie   = 0x2112A442
 	stunRequest  = 0x0001
 	stunAnswer   = 0x0101
 	stunRefusal  = 0x0111
-	stunMapped   = 0x0001 // MAPPED-ADDRESS, of servers of RFC 3489
+	stunMapped   = 0x0001 // MAPPED-ADDRESS, which servers of RFC 3489 send alone
 	stunXORed    = 0x0020 // XOR-MAPPED-ADDRESS
 	stunFamilyV4 = 1
 	stunFamilyV6 = 2
@@ -34,7 +34,7 @@ func (id stunID) request() []byte {
 	return append(append(b, 0, 0), id[:]...)
 }
 
-// answers reports whether msg is an answer to the request with this ID, of whatever content.
+// answers reports whether msg is an answer to the request with this ID, even if it is a refusal or has no valid endpoint.
 func (id stunID) answers(msg []byte) bool {
 	if len(msg) < stunHeader || stunID(msg[4:stunHeader]) != id {
 		return false
@@ -43,7 +43,7 @@ func (id stunID) answers(msg []byte) bool {
 	return t == stunAnswer || t == stunRefusal
 }
 
-// parseStun returns the endpoint from which the server got the request that msg answers. It is invalid if msg has none.
+// parseStun returns the endpoint from which the server received the request. It is invalid if msg contains none.
 func parseStun(msg []byte) (at netip.AddrPort) {
 	if len(msg) < stunHeader || binary.BigEndian.Uint16(msg) != stunAnswer ||
 		int(binary.BigEndian.Uint16(msg[2:])) != len(msg)-stunHeader {
@@ -55,7 +55,7 @@ func parseStun(msg []byte) (at netip.AddrPort) {
 			return netip.AddrPort{}
 		}
 		switch kind {
-		case stunXORed: // it counts more than the other, which some NATs rewrite
+		case stunXORed: // it takes precedence over MAPPED-ADDRESS, which some NATs rewrite
 			return stunEndpoint(b[:n], msg[4:stunHeader])
 		case stunMapped:
 			at = stunEndpoint(b[:n], make([]byte, 16))
@@ -65,7 +65,7 @@ func parseStun(msg []byte) (at netip.AddrPort) {
 	return at
 }
 
-// stunEndpoint parses the value of an attribute with an endpoint that was XORed with the bytes of mask.
+// stunEndpoint parses the value of an address attribute. mask is what the port and the address were XORed with.
 func stunEndpoint(b, mask []byte) (at netip.AddrPort) {
 	size := 0
 	switch {

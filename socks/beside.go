@@ -13,8 +13,9 @@ import (
 var errNoRelay = errors.New("the association has no relay")
 
 // Beside opens n UDP sockets at the address from which this host reaches the relay. A datagram that the association sends to
-// one of them shows from which endpoint the server sends, if it is reachable: a private address is not for a server with a
-// public one, because a NAT is between them. The caller closes the sockets. Options.PrepareSocket was called for each.
+// one of them shows the endpoint from which the server sends. reachable is false if no such datagram can arrive, because the
+// address is private and the relay's is public, so that a NAT is between them. Options.PrepareSocket is called for each socket.
+// The caller closes the sockets; there are none with an error.
 func (a *Association) Beside(n int) (all []*net.UDPConn, reachable bool, err error) {
 	at, err := a.local()
 	if err != nil {
@@ -33,7 +34,8 @@ func (a *Association) Beside(n int) (all []*net.UDPConn, reachable bool, err err
 	return all, scope(at) >= scope(a.relay.Addr()), nil
 }
 
-// Listen opens a UDP socket without an address of its own, as a stranger to the association. The caller closes it.
+// Listen opens a UDP socket that is bound to no address and has nothing to do with the association, as a stranger would. The
+// caller closes it.
 func (a *Association) Listen() (*net.UDPConn, error) {
 	if a.relay.Addr().Is6() {
 		return a.listen(netip.IPv6Unspecified())
@@ -64,7 +66,7 @@ func (a *Association) local() (at netip.Addr, err error) {
 	return at, nil
 }
 
-// listen opens a UDP socket at ip.
+// listen opens a UDP socket that is bound to ip. The caller closes it.
 func (a *Association) listen(ip netip.Addr) (*net.UDPConn, error) {
 	var sa sockaddrRoom
 	if err := sa.set(netip.AddrPortFrom(ip, 0)); err != nil {

@@ -49,7 +49,7 @@ func (s *Stack) home(port uint16) int {
 	return int(uint64(uint32(port)*0x9E3779B1) * uint64(len(s.shards)) >> 32)
 }
 
-// Home returns the number of the shard that the flows of an app's port belong to.
+// Home returns the number of the shard to which the flows of an app's port belong. Any goroutine may call it.
 func (s *Stack) Home(port uint16) int { return s.home(port) }
 
 // homeOf returns the shard that a packet belongs to. A packet without a port stays where it is, except for fragments:

@@ -22,7 +22,7 @@ func cgroupMount() (string, error) {
 	return cgroupMountIn(b)
 }
 
-// cgroupMountIn finds it in the content of mountinfo.
+// cgroupMountIn finds the cgroup2 mount in the content of mountinfo.
 func cgroupMountIn(mountinfo []byte) (string, error) {
 	for line := range bytes.Lines(mountinfo) { // 36 35 98:0 /root /where options ... - cgroup2 source options
 		before, after, ok := strings.Cut(string(line), " - ")

@@ -36,7 +36,7 @@ func (c *Config) changeable(to Config) {
 	c.Exclude, c.Include, c.Direct, c.Strict = to.Exclude, to.Include, to.Direct, to.Strict
 	c.Straight, c.Reserved, c.Units = to.Straight, to.Reserved, to.Units
 	c.PortMap = to.PortMap
-	c.Opens = c.Opens || to.Opens // connections may still be open
+	c.Opens = c.Opens || to.Opens // connections that the TUN opened may still exist
 }
 
 // become sets what Change may set. It leaves other fields alone, because Run reads them without the lock.

@@ -31,7 +31,7 @@ type Marks struct {
 	Inbound  uint32 // answers to connections from outside
 	Declined uint32 // conntrack only: flows from outside that do not get direct answers yet, see talk.go
 	Bridged  uint32 // packet mark only: frames that cross a bridge from port to port
-	Returned uint32 // packet mark only: connections that the TUN opened, and answers to them, see opened.go
+	Returned uint32 // packet mark only: packets of connections that the TUN opened, in both directions; see opened.go
 }
 
 // MarksFrom derives the other marks from that of our own sockets: own+1 to own+6 in units of the mask's lowest bit,
@@ -97,14 +97,14 @@ type Config struct {
 	Exclude      Selection   // goes past the proxy
 	Include      Selection   // if not empty, only this goes through the proxy
 	Strict       bool        // block AF_PACKET too
-	Opens        bool        // the TUN opens connections to programs of this host, see opened.go; stays once it was set
+	Opens        bool        // the TUN opens connections to programs of this host, see opened.go; Change never clears it
 	FailOpen     bool        // the filter lets everything pass when nothing has renewed the guard for Guard
 
 	LocalDNS  netip.Addr // a loopback address whose port 53 leads out of the namespace, see localdns.go; invalid: none
 	DNSServer netip.Addr // whom its questions go to instead, by the TUN; invalid: nobody
 
 	Upstreams []Endpoint // what sockets with the mark Own may reach: proxies, their relays, resolvers for their names
-	PortMap   uint16     // the UDP port of NAT-PMP and PCP, which leads into the TUN as port 53 does; 0: it does not
+	PortMap   uint16     // the UDP port of NAT-PMP and PCP, which leads into the TUN as port 53 does; 0: no such port
 	Direct    bool       // rules use the verdict direct: our sockets with that mark may go anywhere
 	// Straight goes past the proxy by rules that need Direct. It does not concern Reserved: addresses that stand for names.
 	Straight []Straight

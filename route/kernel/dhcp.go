@@ -14,9 +14,9 @@ import (
 // some clouds. Its port is privileged, so no other program has it. A server behind a relay is reached by broadcast
 // when the client rebinds. Packets of containers and guests are forwarded, and have no such exception.
 //
-// An ip rule leads what an ordinary socket sends past the TUN (rules, atHost). It does not see what a raw socket sends,
-// because the kernel looks up a route for that without its ports: dhcpcd renews a lease in this way. Its request finds
-// the TUN, and is rerouted from there (dhcpReroute).
+// An ip rule leads what an ordinary socket sends past the TUN (rules, atHost). The rule does not match what a raw socket
+// sends, because the kernel looks up the route of such a packet without its ports. dhcpcd renews a lease in this way. The
+// look-up leads its request into the TUN, and dhcpReroute leads it out again.
 
 // How many servers the filter remembers, and for how long after their last answer: longer than half of a lease.
 const (
@@ -73,8 +73,9 @@ func udpPorts(src, dst uint16) term {
 	)}
 }
 
-// dhcpReroute adds the rules that lead a client's packets past the TUN although the ip rules led them there. The mark is
-// for the ip rules alone: the chain dhcp decides what leaves. Only postrouting knows the device that the rules chose then.
+// dhcpReroute adds the rules that lead the packets of a DHCP client past the TUN after the ip rules have led them into it.
+// The mark only selects ip rules. The chain dhcp decides what may leave, and postrouting checks the device that the second
+// look-up has chosen.
 func (c *Config) dhcpReroute(t *nfTable, out *nfChain, st filterState) {
 	ch := t.chain(&nfChain{name: "dhcp_reroute"})
 	m := c.Marks
@@ -88,7 +89,7 @@ func (c *Config) dhcpReroute(t *nfTable, out *nfChain, st filterState) {
 	out.add(oif(c.TUN, true), udpPorts(68, 67), jump(ch.name))
 }
 
-// dhcpRerouted matches what dhcpReroute has led past the TUN: the output hook still sees the former device.
+// dhcpRerouted matches what dhcpReroute has led past the TUN. The output hook still sees the TUN as its device.
 func (c *Config) dhcpRerouted() []term {
 	return []term{oif(c.TUN, true), metaMark(c.Marks, c.Marks.Own, true), udpPorts(68, 67)}
 }

@@ -204,8 +204,8 @@ func (c *Config) tables(st filterState) ([]*nfTable, error) {
 				in.add(iif(c.TUN, false), arpTarget(addr), count(countARP), drop())
 			}
 		}
-		// Before the kernel answers a request, it checks the path of the neighbour's address like that of a packet. If
-		// it checks strictly (rp_filter=1), the mark leads it past the TUN, as it leads answers.
+		// Before the kernel answers a request, it looks up the way to the neighbour's address, as for a packet. With
+		// rp_filter=1, that way must lead through the device of the request. The mark leads the look-up past the TUN.
 		in.add(setMetaMark(c.Marks, c.Marks.Own))
 		out = append(out, a)
 	}

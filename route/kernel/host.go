@@ -368,7 +368,7 @@ func (h *Host) say(key, msg string, args ...any) {
 	h.warnings[key] = warning(msg, args)
 }
 
-// warning returns what is logged as a sentence: the reason after a colon, and the rest in parentheses.
+// warning returns what is logged as one sentence, with the arguments in parentheses and the reason after a colon.
 func warning(msg string, args []any) string {
 	why, rest := "", ""
 	for i := 0; i+1 < len(args); i += 2 {

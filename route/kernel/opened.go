@@ -12,21 +12,22 @@ import (
 )
 
 // This file is about connections that the data plane opens out of the TUN to programs of this host, on behalf of peers
-// beyond a proxy (Config.Opens). Nothing may let their answers out past the TUN: no exclusion, no private network, and
-// not that the program's socket looks as if it had been called from outside. The peer would learn the host's address.
+// beyond a proxy (Config.Opens). Their answers must go back into the TUN, because an answer on another way would show the
+// peer the host's address. This also holds if the peer's network or the program is excluded, and although the program's
+// socket looks like that of a connection from outside.
 //
-// The answers get the mark Returned, which leads into the TUN before any other rule. The connections are also recorded
-// in the sets opened4 and opened6, this host's end first, because they may outlive the daemon: the next one must not
-// take them for connections from outside (see Config.Kept).
+// The answers get the mark Returned, which leads them into the TUN before any exclusion. The connections may outlive the
+// daemon. They are therefore recorded in the sets opened4 and opened6, this host's end first, so that the next daemon does
+// not take them for connections from outside (see Config.Kept).
 
 const (
-	// openedFor is how long a silent connection is remembered. Each segment from the peer renews it.
+	// openedFor is how long a connection is remembered after the last segment from its peer.
 	openedFor  = 5 * 24 * time.Hour
 	openedSize = 1 << 16
 )
 
-// portMap is the port at which programs ask their gateway to map a port. The host's router must not be asked: it would
-// open a port of the host's own address.
+// portMap is the UDP port of the gateway that programs ask to map a port. Requests must not reach the host's router, which
+// would open a port of the host's own address.
 func (c *Config) portMap() PortRange { return PortRange{c.PortMap, c.PortMap} }
 
 // openedSets returns the sets of connections that came out of the TUN.
@@ -46,8 +47,8 @@ func openedSet(v6 bool) string {
 	return "opened4"
 }
 
-// openedIn adds the rules that record what comes out of the TUN to a listener. The mark is for rp_filter, which looks up
-// the way back with it.
+// openedIn adds the rules that mark and record what comes out of the TUN for a listener of this host. The mark is for
+// rp_filter, whose look-up of the way back uses it.
 func (c *Config) openedIn(t *nfTable, pre *nfChain) {
 	if !c.Opens {
 		return
@@ -61,7 +62,8 @@ func (c *Config) openedIn(t *nfTable, pre *nfChain) {
 		jump(in.name))
 }
 
-// openedOut adds the rule that leads the answers back. It must come before every rule that lets something out.
+// openedOut adds the rule that leads the answers back into the TUN. It must come before every rule that leads anything past
+// the TUN.
 func (c *Config) openedOut(out *nfChain) {
 	if c.Opens {
 		out.add(isProto(unix.IPPROTO_TCP), ctDirection(true), ctMark(c.Marks, c.Marks.Captured, true),
@@ -69,13 +71,14 @@ func (c *Config) openedOut(out *nfChain) {
 	}
 }
 
-// openedRule returns the rule for them: into the TUN, or refused if there is none.
+// openedRule returns the ip rule for the answers: they go into the TUN, and are refused if it is gone.
 func (c *Config) openedRule() rule {
 	return rule{iif: "lo", mark: c.Marks.Returned, mask: c.Marks.Mask, jump: c.Priority + atAll}
 }
 
-// Inner returns this host's address for a connection out of the TUN that comes from peer: the one from which answers to
-// wildcard sockets leave. It may be called from any goroutine.
+// Inner returns this host's address for a connection out of the TUN that comes from peer. Answers of sockets that are bound
+// to no address leave from it. It fails while the host is not steered, and for a peer with an address of this host. It may be
+// called from any goroutine, and asks the kernel.
 func (h *Host) Inner(peer netip.Addr) (netip.Addr, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -93,7 +96,7 @@ func (h *Host) Inner(peer netip.Addr) (netip.Addr, error) {
 	if err != nil {
 		return fail(err)
 	}
-	if len(rs) == 0 || rs[0].Type != unix.RTN_UNICAST || rs[0].LinkIndex != tun.Attrs().Index { // the host's own address
+	if len(rs) == 0 || rs[0].Type != unix.RTN_UNICAST || rs[0].LinkIndex != tun.Attrs().Index { // such as an address of this host
 		return fail(errors.New("its answers would not come back to the TUN device"))
 	}
 	a, ok := netip.AddrFromSlice(rs[0].Src)
@@ -103,7 +106,7 @@ func (h *Host) Inner(peer netip.Addr) (netip.Addr, error) {
 	return a, nil
 }
 
-// withoutOpened removes from connections those that came out of the TUN. The caller holds h.mu.
+// withoutOpened returns all without the connections that came out of the TUN. The caller holds h.mu.
 func (h *Host) withoutOpened(all []Tuple) ([]Tuple, error) {
 	old, err := h.ourTables()
 	if err != nil {

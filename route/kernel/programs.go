@@ -41,7 +41,7 @@ var errEnded = errors.New("the process has ended")
 //
 // The group is made inside the one in which the process is, or inside the nearest one above that belongs to root: the
 // limits of its service or session still hold for it, or those of its user, and it ends with them. A program that was
-// already chosen leaves its former group for the new one. An error is the bare reason: whoever asked knows for what.
+// already chosen leaves its former group for the new one. An error says only why, because the caller knows what it asked for.
 func (h *Host) Choose(pid int, c Choice, alive func() bool) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()

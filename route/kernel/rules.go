@@ -132,7 +132,8 @@ func (c *Config) rules(family int, l links) (out []rule) {
 	return out
 }
 
-// askedRules returns the rules for what the TUN answers whomever it is for: names and, with PortMap, requests for ports.
+// askedRules returns the ip rules for questions that the TUN answers whatever their destination is: about names and, with
+// PortMap, about ports.
 func (c *Config) askedRules() (out []rule) {
 	for _, p := range []int{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
 		out = append(out, rule{proto: p, dport: PortRange{53, 53}, table: c.Table})
@@ -165,12 +166,12 @@ func (c *Config) excludeRules(family int) (out []rule) {
 	return out
 }
 
-// maxRulePort is the last port that the kernel takes in an ip rule: with 65535 it refuses the whole rule as invalid
+// maxRulePort is the largest port that the kernel accepts in an ip rule. It refuses a rule with port 65535 as invalid
 // (fib_rule_port_range_valid in include/net/fib_rules.h).
 const maxRulePort = 65534
 
-// forRule returns the part of r that an ip rule can match; ok is false if there is none. Port 65535 is left to the chain
-// mark_output, whose mark leads past the TUN after the first look-up, as it does for control groups.
+// forRule returns the part of r that an ip rule can match; ok is false if there is none. The chain mark_output covers port
+// 65535: its mark leads packets past the TUN after the first look-up, as it does for control groups.
 func (r PortRange) forRule() (part PortRange, ok bool) {
 	part = PortRange{max(r.First, 1), min(r.Last, maxRulePort)}
 	return part, part.First <= part.Last

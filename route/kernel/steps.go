@@ -152,8 +152,8 @@ func (h *Host) Steer() error {
 	return nil
 }
 
-// Unguard tells the filter that nobody reads the TUN from now on, so that programs get an error at once. Without it,
-// their packets vanish in the TUN until the guard has lapsed (Config.Guard).
+// Unguard tells the filter that nobody reads the TUN from now on, so that programs get an error at once. Without it, their
+// packets are lost in the TUN until the guard has lapsed (Config.Guard).
 func (h *Host) Unguard() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -46,18 +46,17 @@ const (
 	Full                     // there are too many ports
 )
 
-// Want is what a program asks for.
+// Want is a program's request for a port.
 type Want struct {
 	Proto Proto
 	App   netip.AddrPort // the program's own endpoint
-	Outer uint16         // the port at which it would like to be reached; 0: any
-	Fixed bool           // it does not learn if the outer port becomes another one (UPnP)
+	Outer uint16         // the outer port that the program prefers; 0: any
+	Fixed bool           // the program is not told when the outer port changes (UPnP)
 }
 
 // Backend makes ports. Its methods may be called with locks held, and must not block.
 type Backend interface {
-	// Map asks for the program's port to be reachable from outside. It is called for each request, and repeats have no
-	// effect.
+	// Map makes the program's port reachable from outside. It is called for each request; a repeated call has no effect.
 	Map(w Want) (outer netip.AddrPort, s State)
 	// Unmap ends what Map began.
 	Unmap(p Proto, app netip.AddrPort)
@@ -159,7 +158,8 @@ func (s *Server) Expire(now time.Time) {
 	s.expire(now)
 }
 
-// drop ends a port, unless somebody else has it too: by UPnP, or another client. Ports of TCP are the same for all clients.
+// drop ends a port, unless it was also asked for by the other protocol (UPnP beside NAT-PMP and PCP). All clients share a TCP
+// port, so that it also stays while another client has it.
 func (s *Server) drop(k key) {
 	delete(s.ports, k)
 	for other := range s.ports {

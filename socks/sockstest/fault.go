@@ -48,7 +48,7 @@ type Fault struct {
 	EndUDP func(Addr) bool
 	// datagrams to names are dropped; or answers to them have the name as their source, as with sing-box
 	DropNames, AsName bool
-	VaryUDP           bool         // each destination sees another port, as with tailscale
+	VaryUDP           bool         // each destination sees another source port, as with tailscale
 	CloseUDP          bool         // the association ends as soon as it was granted, as with simple-socks
 	DeafUDP           bool         // nothing listens on the relay's port, as with ss-local without -u
 	Frag              byte         // FRAG of datagrams to the client

@@ -23,7 +23,7 @@ type Association struct {
 	fault   Fault
 	client  netip.AddrPort                  // source of its last datagram
 	out     [2]*net.UDPConn                 // to the world, for IPv4 and IPv6, created when first needed
-	varied  map[netip.AddrPort]*net.UDPConn // in place of out, by destination
+	varied  map[netip.AddrPort]*net.UDPConn // with Fault.VaryUDP: a socket for each destination
 	named   map[netip.AddrPort]Addr         // the names that datagrams went to, by their real destination
 }
 
@@ -187,7 +187,7 @@ func (a *Association) sourceOf(from netip.AddrPort) Addr {
 	return AddrFrom(from)
 }
 
-// outTo returns the socket for a destination, or nil if it cannot be created.
+// outTo returns the socket that sends to a destination, or nil if it cannot be created.
 func (a *Association) outTo(to netip.AddrPort) *net.UDPConn {
 	a.mu.Lock()
 	if a.varied == nil {

@@ -54,8 +54,8 @@ func RemoveUnfinished(path string, age time.Duration) {
 	}
 }
 
-// mayReplace returns an error if path is anything but a regular file or nothing. A rename would put a file in the place of
-// a device such as /dev/null, and in the place of a link instead of where it leads.
+// mayReplace returns an error if path exists and is not a regular file. A rename would replace a device such as /dev/null, and
+// a symbolic link instead of the file that it points to.
 func mayReplace(path string) error {
 	info, err := os.Lstat(path)
 	if err != nil {

@@ -167,7 +167,7 @@ func setSysctls(o order) {
 		gid = strconv.Itoa(o.User.GID)
 	}
 	sysctl("net/ipv4/ping_group_range", gid+" "+gid)
-	sysctl("net/ipv4/ip_unprivileged_port_start", "0") // the ports of this network are the program's alone
+	sysctl("net/ipv4/ip_unprivileged_port_start", "0") // all ports of this network belong to the program
 }
 
 // become executes the program. It returns only if that fails, with the exit status that a shell would use.

@@ -77,8 +77,8 @@ func (n *Namespace) OfCaller() bool {
 	return unix.Stat("/proc/thread-self/ns/net", &st) == nil && n.id == ID{st.Dev, st.Ino}
 }
 
-// Owner returns the user id of who made the namespace, more exactly the user namespace that owns it; -1: the caller may not
-// know. Root's containers belong to 0 whatever users run in them, and those of a user without root to that user.
+// Owner returns the id of the user who made the user namespace that owns this namespace, or -1 if the caller may not know it.
+// Containers that root has made belong to user 0, whatever users run in them; rootless containers belong to their user.
 func (n *Namespace) Owner() int {
 	user, err := unix.IoctlRetInt(int(n.net.Fd()), unix.NS_GET_USERNS)
 	if err != nil {
