@@ -33,6 +33,14 @@ const (
 	UDP Proto = 17
 )
 
+// String returns the name of the protocol in lower case. The zero Proto counts as TCP.
+func (p Proto) String() string {
+	if p == UDP {
+		return "udp"
+	}
+	return "tcp"
+}
+
 // State is what a Backend knows about a port.
 type State uint8
 

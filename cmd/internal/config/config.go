@@ -158,7 +158,7 @@ type Config struct {
 	Forwarded    []incoming.Forwarded // run
 	STUN         []socks.Addr         // run, up
 	RunAs        *RunAs               // run; nil: the caller
-	Container    string               // attach, down: its name, or the beginning of its id
+	Container    string               // attach, down: the name of a container, or the beginning of its id
 	NetNS        string               // run, attach, down: a network namespace of ip-netns(8); empty: run makes one
 	TUN          string
 	Mark, Mask   uint32
@@ -215,7 +215,7 @@ type Config struct {
 // Gateway reports whether the program has a gateway that it can ask for ports.
 func (c *Config) Gateway() bool { return len(c.Listen)+len(c.Forwarded) > 0 }
 
-// AutoListen returns what --listen auto says, if it is given.
+// AutoListen returns the Spec of --listen auto, and whether that is given.
 func (c *Config) AutoListen() (incoming.Spec, bool) {
 	if i := slices.IndexFunc(c.Listen, incoming.Spec.Auto); i >= 0 {
 		return c.Listen[i], true

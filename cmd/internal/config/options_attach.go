@@ -46,7 +46,7 @@ Any other container can be named by
 	},
 }
 
-// containerRE is a name or id; that of a pod may have its namespace before it.
+// containerRE matches the name or id of a container, and the name of a pod with or without its namespace before it.
 var containerRE = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,254}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,254})?$`)
 
 func setContainer(c *Config, v value) error {

@@ -9,9 +9,10 @@ import (
 	"github.com/viasocks/viasocks/socks"
 )
 
-// maxSTUN is as many servers as are compared.
+// maxSTUN is the number of STUN servers whose answers are compared.
 const maxSTUN = 2
 
+// setSTUN sets the servers of --stun.
 func setSTUN(c *Config, v value) error {
 	c.STUN = nil
 	for text := range strings.SplitSeq(v.text, ",") {
@@ -29,11 +30,12 @@ func setSTUN(c *Config, v value) error {
 	return nil
 }
 
+// parseSTUN parses HOST:PORT. ok is false unless HOST is a name or an IPv4 address.
 func parseSTUN(text string) (s socks.Addr, ok bool) {
 	if _, _, err := net.SplitHostPort(text); err != nil {
 		return s, false
 	}
-	r, err := dns.ParseResolver("tcp://" + text) // it has the same form
+	r, err := dns.ParseResolver("tcp://" + text) // a resolver has the same form
 	s = socks.Addr{Name: r.Name, IP: r.Addr.Addr(), Port: r.Addr.Port()}
 	return s, err == nil && (s.Name != "" || s.IP.Is4())
 }

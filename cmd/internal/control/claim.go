@@ -14,7 +14,7 @@ import (
 // and the kernel frees them when their process ends.
 const claimName = "@viasocks/up"
 
-// ErrElsewhere is the ErrLocked of a daemon that has another lock file.
+// ErrElsewhere is an ErrLocked: the daemon that is up has another state directory, and so another lock file.
 var ErrElsewhere = fmt.Errorf("%w with another state directory", ErrLocked)
 
 // claimWait is how long a held claim may take to become free: a killed process loses its lock file first.

@@ -208,7 +208,7 @@ func (s *Server) touch(f func() error) http.HandlerFunc {
 // rate.
 const refuseEvery = time.Second
 
-// Who may make a request, as a refused client is told.
+// A refused client is told who may make its request.
 const (
 	mayLook   = "only root may, and members of --control-group"
 	mayTouch  = "only root may"

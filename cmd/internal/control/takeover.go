@@ -13,15 +13,15 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/privsock"
 )
 
-// The connection of a takeover begins as a request and then changes its protocol (RFC 9110, section 7.8), because it
-// carries descriptors. That of an upgrade does so because the server ends before the answer.
+// The connections of a takeover and of an upgrade begin as a request and then change their protocol (RFC 9110, section 7.8):
+// a takeover sends descriptors, and during an upgrade the server ends before the answer.
 
 const (
 	takeoverProtocol = "viasocks-takeover"
 	upgradeProtocol  = "viasocks-upgrade"
 )
 
-// upgradeTimeout is how long a client waits for the end of an upgrade, which takes less.
+// upgradeTimeout is how long a client waits for the outcome of an upgrade. The daemon limits an upgrade to less.
 const upgradeTimeout = 2 * time.Minute
 
 // upgraded is the answer to the request for an upgrade.
@@ -53,8 +53,8 @@ func (s *Server) upgrade(w http.ResponseWriter, r *http.Request) {
 	_ = json.NewEncoder(c).Encode(u) // the client may be gone
 }
 
-// hijack lets the connection of a client that may do everything change to protocol. The caller closes it. It returns nil if
-// it has refused.
+// hijack changes the protocol of the connection of a client that may do everything. The caller closes the connection. It is
+// nil if hijack has refused the request.
 func (s *Server) hijack(w http.ResponseWriter, r *http.Request, protocol string) (*net.UnixConn, privsock.Peer) {
 	p, _ := r.Context().Value(peerKey{}).(privsock.Peer)
 	if !p.Owner() {
@@ -96,8 +96,9 @@ func TakeOver(path string) (*net.UnixConn, error) {
 	return cl.change("takeover", takeoverProtocol)
 }
 
-// Upgrade tells the daemon to start the program that is on disk now, which takes the host over, and waits until it has. It
-// returns the process id of the new daemon.
+// Upgrade tells the daemon to start the program that is on disk now, and waits until the new process has taken the host over,
+// for two minutes at most. It returns the process id of the new daemon. An error is ErrNoDaemon if none is up, and ErrOlder if
+// the daemon does not know the request.
 func (c *Client) Upgrade() (pid int, err error) {
 	conn, err := c.change("upgrade", upgradeProtocol)
 	if err != nil {
@@ -115,7 +116,7 @@ func (c *Client) Upgrade() (pid int, err error) {
 	return u.PID, nil
 }
 
-// change makes a request after which the connection has another protocol. The caller closes it.
+// change makes a request after which the connection has another protocol. The caller closes the connection.
 func (cl *Client) change(request, protocol string) (*net.UnixConn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), clientTimeout)
 	defer cancel()

@@ -27,8 +27,8 @@ func (u *up) choose(c kernel.Choice) func(control.Process) error {
 	}
 }
 
-// Choose replaces this process with a program whose traffic goes the way for which ask asks the daemon. It returns
-// only if it fails, with the exit status that a shell would use.
+// Choose replaces this process with a program. ask asks the daemon to treat the traffic of this process, and so of the
+// program, in the chosen way. Choose returns only if it fails, with the exit status that a shell would use.
 func Choose(ask func() error, program, environ []string) (exit int, err error) {
 	file, exit, err := findProgram(program[0])
 	if err != nil {
@@ -40,10 +40,10 @@ func Choose(ask func() error, program, environ []string) (exit int, err error) {
 	return cannotRun(program[0], syscall.Exec(file, program, programEnv(environ, true)))
 }
 
-// The exit statuses of a shell for a program that cannot be run, and for one that does not exist.
+// The exit statuses that a shell uses for a program that cannot be run and for one that does not exist.
 const exitCannotRun, exitNoProgram = 126, 127
 
-// findProgram looks a program up in $PATH.
+// findProgram looks a program up in $PATH. With an error, exit is the exit status for it.
 func findProgram(name string) (file string, exit int, err error) {
 	file, err = exec.LookPath(name)
 	if err != nil {
@@ -56,7 +56,7 @@ func findProgram(name string) (file string, exit int, err error) {
 	return file, exit, err
 }
 
-// cannotRun says why a program cannot be run, with the exit status for it.
+// cannotRun returns the error that says why a program cannot be run, and the exit status for it.
 func cannotRun(name string, why error) (exit int, err error) {
 	exit = exitCannotRun
 	if errors.Is(why, exec.ErrNotFound) || errors.Is(why, fs.ErrNotExist) {

@@ -25,7 +25,7 @@ const revertTimeout = 5 * time.Second
 // downTimeout is how long `down` waits for a daemon to stop.
 const downTimeout = 30 * time.Second
 
-// askAgain is how long `down` waits before it asks again.
+// askAgain is how long `down` waits for the end of the daemon before it tells it again to stop.
 const askAgain = 500 * time.Millisecond
 
 // Down restores the host. It stops the daemon in order if one is alive, and then undoes what is left, by the journal
@@ -104,8 +104,8 @@ func revertResolved(device string) string {
 func stopDaemon(path string) error {
 	c := control.NewClient(path)
 	defer c.Close()
-	// A starting daemon has no socket yet, and a stopping one no longer has one. One that was told to stop while it handed the
-	// host over ends, but the one that has taken over must be told, too.
+	// A daemon that starts has no socket yet, and one that stops no longer has one. A daemon that hands the host over ends when
+	// it is told to stop, but the new one has not heard it and must be told as well.
 	var told error
 	for end := time.Now().Add(downTimeout); ; {
 		told = c.Down()

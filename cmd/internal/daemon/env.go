@@ -77,7 +77,7 @@ func (e *env) openDecisions(cfg *config.Config) (err error) {
 	return nil
 }
 
-// openToAppend opens a file of mode 600, or a pipe that somebody reads. Its errors do not name it.
+// openToAppend opens a file, which it creates with mode 600, or a pipe that somebody reads. Its errors do not contain the name.
 func openToAppend(name string) (*os.File, error) {
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_APPEND|syscall.O_NONBLOCK, 0o600)
 	if errors.Is(err, syscall.ENXIO) {

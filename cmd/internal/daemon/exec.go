@@ -30,7 +30,7 @@ func Exec(want string, program []string, all []control.Instance, environ []strin
 	if err != nil {
 		return fail(errors.New("nsenter is not installed: install util-linux"))
 	}
-	// The instance sees the same files; nsenter would find out later, and say so as if it had been asked.
+	// The instance sees the same files, so that a missing program is found here. The message of nsenter would name nsenter.
 	if _, exit, err := findProgram(program[0]); err != nil {
 		return exit, err
 	}

@@ -115,7 +115,7 @@ func (b *builder) make(u config.Upstream) (upstream, error) {
 	return up, nil
 }
 
-// clientOf returns the client of the upstream of that name, or nil.
+// clientOf returns the client of the upstream called name, or nil.
 func clientOf(ups []upstream, name string) *client {
 	if i := slices.IndexFunc(ups, func(u upstream) bool { return u.Config.Name == name }); i >= 0 {
 		return ups[i].client

@@ -211,11 +211,8 @@ func (p *plane) fillListening(s *control.Status) {
 	s.Listening = &control.Listening{Accepted: c.Accepted, Refused: c.Refused, Bogus: c.Bogus}
 	for _, port := range m.Ports() {
 		l := control.ListeningPort{
-			Port: port.Port, Proto: "tcp", Upstream: port.Upstream, Open: port.Open, Why: port.Why,
+			Port: port.Port, Proto: port.Proto.String(), Upstream: port.Upstream, Open: port.Open, Why: port.Why,
 			Filtered: port.Filter == route.FilterClosed,
-		}
-		if port.Proto == portmap.UDP {
-			l.Proto = "udp"
 		}
 		if port.Outer.IsValid() {
 			l.Outer = port.Outer.String()
@@ -226,10 +223,7 @@ func (p *plane) fillListening(s *control.Status) {
 		s.Listening.Ports = append(s.Listening.Ports, l)
 	}
 	for _, f := range all.mapper.Told() {
-		t := control.ForwardedPort{Port: f.Port, Proto: "tcp", Inner: f.Inner}
-		if f.Proto == portmap.UDP {
-			t.Proto = "udp"
-		}
+		t := control.ForwardedPort{Port: f.Port, Proto: f.Proto.String(), Inner: f.Inner}
 		if f.Addr.IsValid() {
 			t.Addr = f.Addr.String()
 		}

@@ -29,9 +29,9 @@ var targets = []publish.Target{
 	{To: flow.TUN6, From: flow.Outside6},
 }
 
-// datagramTargets are the addresses at which a program may receive datagrams. To 198.18.0.3 the kernel answers from
-// 198.18.0.3 if the program has not chosen an address, and likewise in IPv6; so a program that listens at all of its
-// addresses is reached there.
+// datagramTargets are the addresses at which a program may receive datagrams. A program that listens at all of its addresses
+// is reached at 198.18.0.3, because the kernel then sends its answers to 198.18.0.3 from that same address. The same holds
+// for IPv6.
 var datagramTargets = append([]publish.Target{
 	{To: flow.Outside4, From: flow.Outside4},
 	{To: flow.Outside6, From: flow.Outside6},

@@ -68,7 +68,7 @@ type up struct {
 	reloaded  *time.Time
 	warnings  []string
 	theirs    int // flows of the viasocks from which the host was taken over
-	offered   int // the process to which the host is offered; 0: none
+	offered   int // id of the process to which the host is offered; 0: none
 }
 
 var (

@@ -30,7 +30,7 @@ type taker struct {
 	limit   time.Duration
 }
 
-// offerable returns why the host is not offered, or nil. The caller holds u.mu.
+// offerable returns why the host cannot be offered now, or nil. The caller holds u.mu.
 func (u *up) offerable() error {
 	switch {
 	case u.plane == nil || u.host == nil || u.state != control.Ready:
@@ -52,7 +52,7 @@ func (u *up) offerTo(pid int) error {
 	return err
 }
 
-// withdraw ends an offer: the host stays ours because of err.
+// withdraw ends an offer that was not accepted because of err. The host stays ours.
 func (u *up) withdraw(t *taker, err error) {
 	closeFiles(t.sockets)
 	if t.talk != nil {
@@ -69,7 +69,7 @@ func (u *up) withdraw(t *taker, err error) {
 func (u *up) offerHost(c *net.UnixConn, pid int) {
 	if err := u.offerTo(pid); err != nil {
 		u.log.Warn("the host was not taken over", "by", pid, "err", err)
-		_ = handover.Refuse(c, u.Version, err.Error()) // it may be gone
+		_ = handover.Refuse(c, u.Version, err.Error()) // the other process may have ended
 		return
 	}
 	t := &taker{pid: pid}
@@ -87,7 +87,7 @@ func (u *up) offerHost(c *net.UnixConn, pid int) {
 	u.withdraw(t, err)
 }
 
-// letGo asks the new process whether the host shall change hands now, and reports whether it does.
+// letGo asks the new process whether the host shall change hands now, and reports whether it has changed hands.
 func (u *up) letGo(t *taker) bool {
 	if err := t.talk.Go(); err != nil {
 		u.withdraw(t, err)
@@ -135,7 +135,7 @@ func (u *up) handOver(ctx context.Context) error {
 	endAlive := u.stillAlive()
 	u.setState(control.Leaving)
 	u.serving.end()
-	u.plane.unlisten() // so that the other one can have the ports
+	u.plane.unlisten() // so that the new process can have the same ports at the proxy
 	u.host.unwatch()
 	u.allowed.attach(func([]endpoint) error { return nil }) // see below
 	if err := u.host.HandOver(); err != nil {
@@ -169,7 +169,8 @@ func (u *up) handOver(ctx context.Context) error {
 	return nil
 }
 
-// sayGoodbye tells the new process of our end, and the log if the new process has ended before: nobody has the host then.
+// sayGoodbye tells the new process which flows have ended with us. If the new process has ended before, nobody carries the
+// host, and sayGoodbye logs that.
 func (u *up) sayGoodbye(t *taker, left []stack.Key) {
 	_, err := t.talk.Left(handover.Left{Ended: handover.FlowsOf(left)})
 	if err == nil {
@@ -182,8 +183,8 @@ func (u *up) sayGoodbye(t *taker, left []stack.Key) {
 	u.log.Warn("the viasocks that took over has ended: "+host, "flows", len(left), "err", err)
 }
 
-// stillAlive tells the watchdog of systemd that we are alive until the function that it returns is called. Once the service
-// has another main process, systemd does not listen to us any more.
+// stillAlive feeds the watchdog of systemd until end is called. Once the service has another main process, systemd ignores
+// what we send.
 func (u *up) stillAlive() (end func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var ran sync.WaitGroup

@@ -8,15 +8,15 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/control"
 )
 
-// lockPatience is how long a lock may be held by a process that answers nobody: the guardian of --fail-open that undoes what
-// a killed viasocks has left, a `down` that does so, or a viasocks that has just stopped.
+// lockPatience is how long takeHost waits for a holder of the lock that does not listen at the control socket: the guardian of
+// --fail-open or a `down`, which undo what a killed viasocks has left, or a viasocks that has just stopped.
 const lockPatience = 5 * time.Second
 
-// claimPatience is the same for a process whose lock file is gone already: it is about to end, or it is up with another state
-// directory.
+// claimPatience is how long takeHost waits for a holder with another lock file: one that is about to end, or one that is up
+// with another state directory.
 const claimPatience = time.Second
 
-// takeHost takes the lock of the host. It waits for a holder that is about to end, but not for a viasocks that is up.
+// takeHost takes the lock of the host. It waits for a holder that is about to end, and not for a viasocks that is up.
 func takeHost(path string) (*control.Lock, error) {
 	for start := time.Now(); ; time.Sleep(20 * time.Millisecond) {
 		lock, err := control.TakeHost(path)

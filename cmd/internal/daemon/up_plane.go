@@ -55,7 +55,7 @@ func (u *up) use(p *plane, diag *netns.Diag, dev tun.Device, wanted netns.Wanted
 // listen lets peers behind the proxies connect to programs of this host, if the configuration says so.
 func (u *up) listen() { u.plane.listen(u.config(), u.Environ, u.inner) }
 
-// inner returns the host's address for the connection of a peer.
+// inner returns the host's address to which the connection of a peer is opened. It is listening.inner.
 func (u *up) inner(peer netip.Addr) (netip.Addr, error) {
 	_, h := u.running()
 	if h == nil {

@@ -14,7 +14,7 @@ func (u *up) awaitConfirm() (over <-chan time.Time, end func()) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	end = func() {}
-	if d := u.first.Host.Confirm; d > 0 && !u.before.startedUs() { // it was confirmed
+	if d := u.first.Host.Confirm; d > 0 && !u.before.startedUs() { // the process that started us was confirmed
 		by := time.Now().Add(d)
 		u.confirmBy = &by
 		t := time.NewTimer(d)

@@ -75,7 +75,7 @@ func takeoverSettings(cfg *config.Config) map[string]string {
 	}
 }
 
-// startedUs reports whether the predecessor has started this process itself, for an upgrade.
+// startedUs reports whether the predecessor has started this process for an upgrade. p may be nil.
 func (p *predecessor) startedUs() bool { return p != nil && p.talk.Offer.Heir == os.Getpid() }
 
 // holds reports whether the predecessor still has the host.
@@ -195,7 +195,8 @@ func (u *up) takeOver(ctx context.Context, h *host) error {
 	return nil
 }
 
-// probeTaken checks the proxy once the host is ours: what is not there yet is waited for.
+// probeTaken checks the proxy after a takeover. If it does not answer, the host stays ours: viasocks waits for the proxy with
+// --wait, and only warns without it.
 func (u *up) probeTaken(ctx context.Context) {
 	err := probe(ctx, u.first, u.dial)
 	switch {

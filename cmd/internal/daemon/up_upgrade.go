@@ -18,10 +18,10 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/config"
 )
 
-// This is `viasocks upgrade`, and SIGUSR2: we start the program that is on disk now, and it takes the host over from us as
-// `viasocks up --takeover` does.
+// This file is about `viasocks upgrade` and SIGUSR2. The daemon starts the program that is on disk now, its heir, which takes
+// the host over from it as `viasocks up --takeover` does.
 
-// heirTimeout is how long the new process may take to have the host. It needs some seconds.
+// heirTimeout is how long the new process may take to get the host. It usually needs some seconds.
 const heirTimeout = time.Minute
 
 // upgrades is the state of an upgrade.
@@ -29,12 +29,12 @@ type upgrades struct {
 	program string // the path from which we were started
 
 	mu   sync.Mutex // guards heir, and is held while the new process is started
-	heir int        // the new process; 0: none
+	heir int        // id of the new process; 0: none
 
-	handed chan struct{} // closed when the host is handed over
-	over   context.Context
+	handed chan struct{}   // closed when the host is handed over; u.taker is set before
+	over   context.Context // ends with the daemon
 	end    context.CancelFunc
-	ran    sync.WaitGroup
+	ran    sync.WaitGroup // upgrades that wait for their new process
 }
 
 func newUpgrades() *upgrades {
@@ -43,8 +43,8 @@ func newUpgrades() *upgrades {
 	return g
 }
 
-// programPath returns the name by which this program was started, as a path. It is not the file itself, because an upgrade
-// may have replaced a link to it.
+// programPath returns the path by which this program was started. It may be a symbolic link, which an upgrade lets point to
+// another file, so that it is not resolved.
 func programPath() string {
 	path, err := exec.LookPath(os.Args[0])
 	if err == nil {
@@ -56,15 +56,15 @@ func programPath() string {
 	return path
 }
 
-// started returns the process that was started to take over; 0: none.
+// started returns the id of the process that was started to take over; 0: none.
 func (g *upgrades) started() int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.heir
 }
 
-// close ends an upgrade that waits, and its new process, and returns when that is done. The lock of the host must still be ours:
-// without it, the new process would start as if no viasocks had been up.
+// close ends the upgrade that waits, with its new process, and returns when both have ended. It is called while the lock of
+// the host is still ours. Otherwise the new process could start as if no viasocks had been up.
 func (g *upgrades) close() {
 	g.mu.Lock()
 	g.end()
@@ -72,7 +72,8 @@ func (g *upgrades) close() {
 	g.ran.Wait()
 }
 
-// upgrade starts the program that is on disk now and waits until it has the host. If it fails, nothing has changed.
+// upgrade starts the program that is on disk now and waits until the new process has the host. It returns the id of that
+// process. After an error, this process still has the host, unless it ends. Any goroutine may call it.
 func (u *up) upgrade() (pid int, err error) {
 	pid, pidfd, err := u.beginUpgrade()
 	if err == nil {
@@ -104,7 +105,7 @@ func (u *up) beginUpgrade() (pid, pidfd int, err error) {
 		return 0, 0, err
 	}
 	if g.over.Err() != nil {
-		return 0, 0, errors.New("the viasocks that is up ends")
+		return 0, 0, errors.New("the viasocks that is up is about to end")
 	}
 	if pid, pidfd, err = startHeir(g.program, u.Args, u.Environ, u.first.Host.Takeover); err != nil {
 		return 0, 0, fmt.Errorf("cannot start %s: %w: process %d goes on", g.program, err, os.Getpid())
@@ -114,9 +115,9 @@ func (u *up) beginUpgrade() (pid, pidfd int, err error) {
 	return pid, pidfd, nil
 }
 
-// startHeir starts program with the arguments of `up`. The new process is our sibling and not our child: the service manager
-// must hear of its end at once, while we are still there. (As our child it would be a zombie until we end, and systemd warns
-// that its main process is not its child.) pidfd is the caller's.
+// startHeir starts program with the arguments of `up`, and with --takeover if takes is false. The new process is our sibling
+// and not our child, so that the service manager hears of its end at once. As our child it would be a zombie until we end, and
+// systemd would warn that the main process of the service is not its child. The caller closes pidfd.
 func startHeir(program string, args, environ []string, takes bool) (pid, pidfd int, err error) {
 	if os.Getpid() == 1 {
 		return 0, 0, errors.New("the first process of a container cannot be replaced: start the container again")
@@ -133,7 +134,7 @@ func startHeir(program string, args, environ []string, takes bool) (pid, pidfd i
 	return pid, pidfd, err
 }
 
-// awaitHeir waits until the process has the host. It ends one that takes longer than within.
+// awaitHeir waits until the process pid has the host. It ends the process if that takes longer than within.
 func (u *up) awaitHeir(pid, pidfd int, within time.Duration) (err error) {
 	g := u.upgrades
 	defer func() {
@@ -167,7 +168,7 @@ func (u *up) awaitHeir(pid, pidfd int, within time.Duration) (err error) {
 	default:
 	}
 	if g.over.Err() != nil {
-		if u.taker == nil { // it has nothing to take over any more, and would carry a host that was told not to be carried
+		if u.taker == nil { // without us it would start by itself, although viasocks was told to stop
 			_ = unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0)
 		}
 		return errors.New("viasocks has ended meanwhile: its log tells why")
@@ -187,7 +188,8 @@ func (u *up) handedTo(pid, pidfd int) error {
 	return fmt.Errorf("process %d has taken the host over meanwhile", u.taker.pid)
 }
 
-// awaitWithdrawal waits until the offer to a process that has ended is withdrawn, which takes some milliseconds.
+// awaitWithdrawal waits until the offer to a process that has ended is withdrawn, for a second at most. It takes some
+// milliseconds.
 func (u *up) awaitWithdrawal(pid int) {
 	for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		u.mu.Lock()
@@ -199,7 +201,7 @@ func (u *up) awaitWithdrawal(pid int) {
 	}
 }
 
-// awaitEnd returns when the process of pidfd has ended, over is over or handed is closed.
+// awaitEnd returns when the process of pidfd has ended, over has ended, or handed is closed.
 func awaitEnd(pidfd int, over context.Context, handed <-chan struct{}) {
 	for over.Err() == nil {
 		select {

@@ -137,7 +137,7 @@ func Give(c *net.UnixConn, o Offer, f Files) (*Old, error) {
 	return &Old{c: c}, nil
 }
 
-// Refuse says why the host is not offered. It owns c.
+// Refuse tells the process at the other end of c why the host is not offered. It closes c.
 func Refuse(c *net.UnixConn, version, why string) error {
 	defer c.Close()
 	return send(c, Offer{Protocol: protocol, Version: version, Refused: why})
@@ -161,8 +161,8 @@ func (o *Old) Commit(want int) (sockets []*os.File, terms Terms, err error) {
 	return sockets, m.Terms, nil
 }
 
-// Go tells the new process that the host is about to change hands. Without an error it has, and the caller must let go. An
-// error means that the new process has given up.
+// Go asks the new process whether the host shall change hands now. Without an error it has changed hands, and the caller must
+// let go. An error means that the new process has given up, and that the host stays the caller's. Go waits three seconds.
 func (o *Old) Go() error {
 	err := send(o.c, ready{})
 	if err == nil {
@@ -254,8 +254,8 @@ func (n *New) Differ(ours map[string]string) error {
 	return fmt.Errorf("cannot take over: these settings must be the same: %s", strings.Join(names, ", "))
 }
 
-// Commit takes the host: the old process reads its frames from sockets from now on. The sockets stay the caller's. An error
-// means that the old process keeps the host; without one it is ours, whatever happens.
+// Commit takes the host. The old process reads its frames from sockets from now on; the caller closes its copies of them. An
+// error means that the old process keeps the host. Without an error the host is ours, whatever happens to the old process.
 func (n *New) Commit(sockets []*os.File, terms Terms) error {
 	err := send(n.c, commit{protocol, terms}, sockets...)
 	if err == nil {
@@ -273,7 +273,8 @@ func (n *New) Commit(sockets []*os.File, terms Terms) error {
 	return nil
 }
 
-// Taken waits for the flows that the old process keeps. The caller closes names, which is nil if the old process has none.
+// Taken waits up to a minute for the flows that the old process keeps. The caller closes names, which contains the names of
+// fake addresses and is nil if the old process has none.
 func (n *New) Taken() (t Taken, names *os.File, err error) {
 	files, err := receive(n.c, &t, takenTime)
 	if err == nil && len(files) > 1 {

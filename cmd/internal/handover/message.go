@@ -20,10 +20,10 @@ const (
 	maxFiles = 64
 	// stepTime limits each message of the other process.
 	stepTime = 15 * time.Second
-	// goTime limits the answer to the question whether the host shall change hands now, for which the new process waits.
+	// goTime limits how long the new process takes to answer whether the host shall change hands now.
 	goTime = 3 * time.Second
-	// takenTime limits how long the old process takes to list its flows. The host is ours by then, so that nothing is won by
-	// giving up early.
+	// takenTime limits how long the old process takes to list its flows. It is long because the new process has the host by
+	// then, and would only end if it gave up.
 	takenTime = time.Minute
 )
 

@@ -11,8 +11,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-
-	"github.com/viasocks/viasocks/route/portmap"
 )
 
 // hookTime is how long the command of --on-port may run. It is a variable for tests.
@@ -33,7 +31,7 @@ type Hook struct {
 	stop  context.CancelFunc
 }
 
-// outers is where a port can be reached, by each IP version.
+// outers are the endpoints at which peers reach a port by IPv4 and IPv6; invalid: they do not.
 type outers struct{ four, six netip.AddrPort }
 
 // NewHook returns a Hook for the program path, which no shell sees: it gets no arguments, and env besides the variables
@@ -89,24 +87,27 @@ func (h *Hook) run(ctx context.Context) {
 	}
 }
 
+// outerEnv returns the variables about an outer endpoint, whose names end in suffix. There are none if it is invalid.
+func outerEnv(at netip.AddrPort, suffix string) []string {
+	if !at.IsValid() {
+		return nil
+	}
+	return []string{
+		"VIASOCKS_OUTER_ADDRESS" + suffix + "=" + at.Addr().String(),
+		"VIASOCKS_OUTER_PORT" + suffix + "=" + strconv.Itoa(int(at.Port())),
+	}
+}
+
 // tell runs the command for one change, in a process group of its own that ends with it.
 func (h *Hook) tell(ctx context.Context, s Spec, at outers) {
 	ctx, cancel := context.WithTimeout(ctx, hookTime)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, h.path)
-	proto := "tcp"
-	if s.Proto == portmap.UDP {
-		proto = "udp"
-	}
 	cmd.Env = append(h.env[:len(h.env):len(h.env)], "VIASOCKS_LISTEN_PORT="+strconv.Itoa(int(s.Port)),
-		"VIASOCKS_LISTEN_PROTO="+proto,
+		"VIASOCKS_LISTEN_PROTO="+s.Proto.String(),
 		"VIASOCKS_LISTEN_UPSTREAM="+s.Upstream)
-	for suffix, a := range map[string]netip.AddrPort{"": at.four, "6": at.six} {
-		if a.IsValid() {
-			cmd.Env = append(cmd.Env, "VIASOCKS_OUTER_ADDRESS"+suffix+"="+a.Addr().String(),
-				"VIASOCKS_OUTER_PORT"+suffix+"="+strconv.Itoa(int(a.Port())))
-		}
-	}
+	cmd.Env = append(cmd.Env, outerEnv(at.four, "")...)
+	cmd.Env = append(cmd.Env, outerEnv(at.six, "6")...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	err := cmd.Run()

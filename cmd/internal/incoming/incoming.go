@@ -47,17 +47,17 @@ type Config struct {
 	Binder func(upstream string) Binder // nil: there is no such upstream, or it is direct
 	// Default is the upstream of a Spec that names none.
 	Default string
-	// Deliver opens the connection of peer to the program's port and takes ownership of s. ended is called once, unless
-	// Deliver returns an error. It has a goroutine of its own and may ask the kernel.
+	// Deliver opens the connection of peer to the program's port and takes ownership of sock. ended is called once, unless
+	// Deliver returns an error. Deliver runs on a goroutine of its own and may block for a short time.
 	Deliver func(s Spec, peer netip.AddrPort, sock loop.Socket, ended func(relay.Result)) error
-	// KeepUDP keeps the mapping of a UDP port of the program, see route.Router. nil: there is no UDP.
+	// KeepUDP keeps the mapping of a UDP port of the program; see route.Router.KeepUDP. nil: UDP ports are refused.
 	KeepUDP func(app netip.AddrPort, upstream string, tell func(route.Outer)) (end func())
-	// App is where the program has a port.
+	// App returns the endpoint of the program that listens at a port.
 	App func(port uint16) netip.AddrPort
 	// CanBePeer reports whether a peer may have the address.
 	CanBePeer func(netip.Addr) bool
-	// Announce is told where a port can be reached now by each IP version, an invalid endpoint if it can't. It must not
-	// block. nil: nobody is told.
+	// Announce is called when a port is reached at another endpoint than before. at is the endpoint for IPv4 and at6 the
+	// one for IPv6; an invalid one means that peers cannot reach the port. It must not block. nil: nobody is told.
 	Announce func(s Spec, at, at6 netip.AddrPort)
 	NoIPv6   bool // the program has no IPv6
 	Log      *slog.Logger
@@ -144,8 +144,8 @@ func (m *Manager) find(n uint16) *port {
 	return nil
 }
 
-// Set makes the BINDs for specs, and ends those for ports that are not among them, except for ports that a program asked
-// for. def is the upstream of a Spec that names none. What does not change is not disturbed.
+// Set makes the BINDs and UDP ports for specs. It ends all others, except for those that a program asked for. def is the
+// upstream of a Spec that names none. Ports that do not change are not disturbed, and open connections go on.
 func (m *Manager) Set(specs []Spec, def string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -174,7 +174,7 @@ func (m *Manager) Set(specs []Spec, def string) {
 	m.setUDP(specs, wanted)
 }
 
-// named returns s with the name of its upstream. The caller holds mu.
+// named returns s with the default upstream if it names none. The caller holds mu.
 func (m *Manager) named(s Spec) Spec {
 	if s.Upstream == "" {
 		s.Upstream = m.cfg.Default
@@ -182,8 +182,8 @@ func (m *Manager) named(s Spec) Spec {
 	return s
 }
 
-// Renew makes the BINDs of those upstreams again for which concerns returns true: the connections on which they wait may
-// be dead. Connections of peers go on.
+// Renew makes the BINDs again of those upstreams for which concerns returns true, because the connections on which they wait
+// may be dead. Open connections of peers go on.
 func (m *Manager) Renew(concerns func(upstream string) bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -234,9 +234,9 @@ type Status struct {
 	Waiting int            // BINDs that wait for a peer
 	Open    int            // connections of peers
 	Why     string         // why the last BIND or probe failed; empty after one that did not
-	Outer6  netip.AddrPort // where peers reach it by IPv6
-	Why6    string         // why it has no BIND for IPv6
-	Filter  route.Filter   // of UDP
+	Outer6  netip.AddrPort // where peers reach it by IPv6; invalid: nowhere
+	Why6    string         // why it has no BIND for IPv6; empty: it has one, or none was tried
+	Filter  route.Filter   // UDP: who may send to Outer
 }
 
 // Ports returns the state of each port.
@@ -277,7 +277,7 @@ func (m *Manager) Outer(n uint16) netip.AddrPort {
 	return netip.AddrPort{}
 }
 
-// Holds reports whether a BIND waits for its peer at an endpoint. m may be nil.
+// Holds reports whether a BIND waits for its peer at an endpoint. m may be nil. Any goroutine may call it.
 func (m *Manager) Holds(at netip.AddrPort) bool {
 	if m == nil {
 		return false

@@ -11,9 +11,9 @@ import (
 
 // Spec is a port of the program at which peers shall reach it.
 type Spec struct {
-	Port     uint16        // 0: those that the program asks for, see Auto
+	Port     uint16        // 0: the ports that the program asks for; see Auto
 	Upstream string        // empty: the default
-	Proto    portmap.Proto // 0: TCP, and UDP if the program asks for it
+	Proto    portmap.Proto // 0: TCP, and UDP as well if the program asks for it
 }
 
 // String returns the Spec in the form that Parse takes.
@@ -22,10 +22,8 @@ func (s Spec) String() string {
 	switch {
 	case s.Auto():
 		text = auto
-	case s.Proto == portmap.TCP:
-		text += "/tcp"
-	case s.Proto == portmap.UDP:
-		text += "/udp"
+	case s.Proto != 0:
+		text += "/" + s.Proto.String()
 	}
 	if s.Upstream != "" {
 		text += "=" + s.Upstream
@@ -39,9 +37,9 @@ const auto = "auto"
 // Auto reports whether s stands for the ports that the program asks its gateway for.
 func (s Spec) Auto() bool { return s.Port == 0 }
 
-// Overlaps reports whether both are about one port of one protocol.
+// Overlaps reports whether s and o are about the same port of the same protocol. A Spec without a protocol is about TCP here.
 func (s Spec) Overlaps(o Spec) bool {
-	return s.Port == o.Port && (s.Proto == o.Proto || s.Proto+o.Proto == portmap.TCP)
+	return s.Port == o.Port && (s.Proto == portmap.UDP) == (o.Proto == portmap.UDP)
 }
 
 // Parse parses PORT[/tcp|/udp][=UPSTREAM] and auto[=UPSTREAM].

@@ -67,7 +67,7 @@ func Announce(pidFile string, readyFD int) (end func(), err error) {
 	return end, nil
 }
 
-// hint says what to do about a file of --pid-file that cannot be written.
+// hint says what to do about a --pid-file that cannot be written.
 func hint(err error) string {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -78,7 +78,7 @@ func hint(err error) string {
 	return ": choose another file"
 }
 
-// holds reports whether path is a file that contains only text. Whatever else is there is not opened: it could block.
+// holds reports whether path is a regular file whose whole content is text. It never blocks, whatever else path is.
 func holds(path, text string) bool {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {

@@ -84,13 +84,13 @@ func status(text string) string { return "STATUS=" + control.Plain(text) }
 // Ready reports that the host is steered, or is so again after a reload.
 func (n *Notifier) Ready(text string) { n.tell("READY=1", status(text)) }
 
-// tell sends what Repeat repeats.
+// tell sends lines that Repeat can send again.
 func (n *Notifier) tell(lines ...string) {
 	n.last.Store(&lines)
 	n.send(lines...)
 }
 
-// Repeat tells the state again, to a systemd that has not listened to this process before.
+// Repeat sends the last state again. It is for a process that systemd has ignored until it became the main process.
 func (n *Notifier) Repeat() {
 	if last := n.last.Load(); last != nil {
 		n.send(*last...)
@@ -111,8 +111,8 @@ func (n *Notifier) Waiting(text string, within time.Duration) {
 	n.tell(status(text), "EXTEND_TIMEOUT_USEC="+strconv.FormatInt((2*within).Microseconds(), 10))
 }
 
-// Hand tells systemd that the process pid is the service's main process from now on, and gives it the whole time of the
-// watchdog: what it has said before was not heard.
+// Hand tells systemd that the process pid is the service's main process from now on. It also feeds the watchdog, because
+// systemd has ignored what that process sent before.
 func (n *Notifier) Hand(pid int) { n.send("MAINPID="+strconv.Itoa(pid), "WATCHDOG=1") }
 
 func (n *Notifier) Stopping() { n.send("STOPPING=1", status("stopping")) }

@@ -32,8 +32,9 @@ type Config struct {
 	Specs   []Spec
 	Sockets Maker
 	Targets []Target // where the program may listen, in the order in which they are tried
-	// Datagrams are the same for UDP. A program that listens at all addresses answers from the one that its kernel prefers
-	// for the sender, unless it takes care, and the answer counts only if it comes from the target.
+	// Datagrams are the targets of UDP, in the order in which they are tried. An answer counts only if it comes from the
+	// target. A program that listens at all addresses usually lets the kernel choose the source of its answers, so that the
+	// first targets should be those from which the kernel answers.
 	Datagrams []Target
 	Log       *slog.Logger
 }

@@ -88,7 +88,7 @@ func Parse(text string) (Spec, error) {
 	return s, mayListen(addr)
 }
 
-// mayListen returns an error if nobody can connect to addr. The kernel would let us listen there.
+// mayListen returns an error if nobody can connect to addr, although the kernel would let a socket listen there.
 func mayListen(addr netip.Addr) error {
 	switch {
 	case addr.IsMulticast(), addr == netip.AddrFrom4([4]byte{255, 255, 255, 255}):

@@ -31,8 +31,8 @@ type senders struct {
 
 	mu         sync.Mutex
 	all        map[senderKey]*sender
-	unanswered *list.List // of *sender: those that the program has not answered, in the order of their last datagrams
-	last       int        // the target at which the program answered last
+	unanswered *list.List // of *sender: those whom the program has not answered, in the order of their last datagrams
+	last       int        // index of the target at which the program answered last
 }
 
 // senderKey is the address of a sender, and the address to which it sends. Answers come from the latter.
@@ -44,12 +44,12 @@ type senderKey struct {
 // sender has its own socket inside, so that the program can distinguish senders.
 type sender struct {
 	key senderKey
-	at  *list.Element // in unanswered, guarded by the mutex of senders; nil: not there
+	at  *list.Element // in unanswered, guarded by the mutex of senders; nil: the program has answered
 
 	mu     sync.Mutex
 	in     *net.UDPConn
 	target int    // the index of in's target
-	tried  int    // at how many targets nobody listened, since the last datagram
+	tried  int    // how many targets were tried in vain since the last datagram
 	first  []byte // not nil: the program has not answered yet, and this is sent again if nobody listens at in's target
 }
 
@@ -101,9 +101,10 @@ func (a *senders) take(b []byte, key senderKey) error {
 	return s.send(b)
 }
 
-// add returns a new sender, and the one that has made room for it, which the caller closes without a.mu. a.mu is held.
+// add returns a new sender. If there are too many, it forgets the one that was silent longest and returns it as gone; the
+// caller closes gone after it has released a.mu. a.mu is held.
 func (a *senders) add(key senderKey) (s, gone *sender, err error) {
-	if err := a.p.ctx.Err(); err != nil { // end does not see it any more
+	if err := a.p.ctx.Err(); err != nil { // end has run, and would not close it
 		return nil, nil, err
 	}
 	full, oldest := len(a.all) >= maxFlows, a.unanswered.Front()
@@ -126,7 +127,7 @@ func (a *senders) add(key senderKey) (s, gone *sender, err error) {
 	return s, gone, nil
 }
 
-// remove forgets s, if it is not forgotten already. a.mu is held.
+// remove forgets s. It may be called twice. a.mu is held.
 func (a *senders) remove(s *sender) {
 	if a.all[s.key] == s {
 		delete(a.all, s.key)
@@ -134,7 +135,7 @@ func (a *senders) remove(s *sender) {
 	a.answered(s)
 }
 
-// answered takes s from the list of those that the program has not answered. a.mu is held.
+// answered removes s from the list of those whom the program has not answered. a.mu is held.
 func (a *senders) answered(s *sender) {
 	if s.at != nil {
 		a.unanswered.Remove(s.at)
@@ -142,7 +143,7 @@ func (a *senders) answered(s *sender) {
 	}
 }
 
-// close closes the socket of s, which may be nil; its answers end then.
+// close closes the socket of s, which ends its goroutine. s may be nil.
 func (s *sender) close() {
 	if s == nil {
 		return
@@ -191,10 +192,11 @@ func (a *senders) answers(s *sender) {
 	}
 }
 
-// answerBuffers has buffers for the largest datagrams. A sender that waits holds none.
+// answerBuffers has buffers for the largest datagrams. A sender takes one only while it has a datagram to pass on.
 var answerBuffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
 
-// answer waits for one answer of the program and passes it to the sender. An error is one of in.
+// answer waits for one answer of the program and passes it to the sender. It returns errors of in. What cannot be passed to
+// the sender is counted as dropped.
 func (a *senders) answer(s *sender, in *net.UDPConn) error {
 	raw, err := in.SyscallConn()
 	if err != nil {
@@ -229,7 +231,7 @@ func (a *senders) answer(s *sender, in *net.UDPConn) error {
 	return nil
 }
 
-// heard notes that the program answers s, at the target of in.
+// heard notes that the program has answered s at the target of in. in is not closed before udpIdle has passed.
 func (a *senders) heard(s *sender, in *net.UDPConn) {
 	s.mu.Lock()
 	isNew := s.first != nil
@@ -247,7 +249,7 @@ func (a *senders) heard(s *sender, in *net.UDPConn) {
 }
 
 // elsewhere makes s try the next target if nothing listens at this one and the program has not answered before. The
-// last datagram is sent again there. When all targets were tried, the next datagram begins another round.
+// last datagram is sent again there. When all targets were tried in vain, the next datagram begins another round.
 func (a *senders) elsewhere(s *sender) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -261,7 +263,7 @@ func (a *senders) elsewhere(s *sender) {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.p.ctx.Err() != nil || a.all[s.key] != s { // whoever removed s closes the socket that it has
+	if a.p.ctx.Err() != nil || a.all[s.key] != s { // whoever removed s closes its former socket
 		_ = in.Close()
 		return
 	}
@@ -299,8 +301,8 @@ func (p *Publisher) dialUDP(port uint16, from int) (in *net.UDPConn, target int,
 	return nil, 0, err
 }
 
-// dialAside connects to the program's port from any other port. From the same one it would take the port before the
-// program does, and could be connected to itself.
+// dialAside connects to the program's port from any other port. A socket with the same port would keep the program from
+// binding to it, and could be connected to itself.
 func (p *Publisher) dialAside(t Target, port uint16) (*net.UDPConn, error) {
 	for {
 		c, err := p.connectTo(t, port, unix.SOCK_DGRAM)
@@ -310,7 +312,7 @@ func (p *Publisher) dialAside(t Target, port uint16) (*net.UDPConn, error) {
 		if c.LocalAddr().(*net.UDPAddr).AddrPort().Port() != port {
 			return c.(*net.UDPConn), nil
 		}
-		defer c.Close() // until there is another, so that this port is not chosen again
+		defer c.Close() // it stays open until the end, so that the kernel does not choose its port again
 	}
 }
 

@@ -44,7 +44,7 @@ func containerOf(path string) (id string) {
 	return id
 }
 
-// Limits of what is read of a process, whose owner may be anybody.
+// How many bytes of each file of a process are read at most. The owner of the process may be anybody.
 const (
 	maxStat    = 4 << 10
 	maxCgroup  = 64 << 10
@@ -52,7 +52,7 @@ const (
 	maxMounts  = 4 << 20
 )
 
-// A running is a process, as /proc shows it.
+// running is a process as /proc shows it.
 type running struct {
 	pid, parent int
 	comm        string
@@ -76,7 +76,7 @@ func (s *system) processes() map[int]*running {
 	return all
 }
 
-// readProcess returns nil if the process has ended.
+// readProcess reads the state of a process from its directory in /proc. It returns nil if the process has ended.
 func readProcess(dir string) *running {
 	pid, err := strconv.Atoi(filepath.Base(dir))
 	if err != nil {
@@ -107,7 +107,7 @@ func readProcess(dir string) *running {
 	return p
 }
 
-// parseStat reads /proc/PID/stat. The name in it may contain anything, also brackets.
+// parseStat parses the content of /proc/PID/stat. The name of the program in it may contain anything, even parentheses.
 func (p *running) parseStat(b []byte) bool {
 	from, to := bytes.IndexByte(b, '('), bytes.LastIndexByte(b, ')')
 	if from < 0 || to < from {
@@ -125,7 +125,7 @@ func (p *running) parseStat(b []byte) bool {
 	return err1 == nil && err2 == nil
 }
 
-// before reports whether p was started before other. The first process of a container is the one that its engine started.
+// before reports whether p was started before other. The engine has started the first process of a container.
 func (p *running) before(other *running) bool {
 	return p.start < other.start || p.start == other.start && p.pid < other.pid
 }

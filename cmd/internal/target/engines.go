@@ -11,11 +11,11 @@ import (
 	"strings"
 )
 
-// maxState limits a state file of an engine. docker's and containerd's have the environment of a container, too, and take
-// some ten kilobytes; the machines of systemd take a few lines.
+// maxState is the largest size of an engine's state file, in bytes. The files of docker and containerd contain the environment
+// of the container and have some ten kilobytes.
 const maxState = 4 << 20
 
-// The names that engines keep for their containers are found without asking the engine:
+// The names of containers are found without asking their engines:
 //
 //   - podman and CRI-O start a conmon for each container, which has the id and the name among its arguments, and is the
 //     parent of the container's first process.
@@ -58,7 +58,7 @@ func monitor(cmdline []byte) (id, name string, ok bool) {
 // kubernetes returns the names of a container of a pod: its own, the pod's, and the pod's with that of its namespace.
 func kubernetes(container, pod, namespace string) []string {
 	var names []string
-	if container != "" && container != "POD" { // the latter holds the network of all others
+	if container != "" && container != "POD" { // POD is the container that holds the pod's network
 		names = append(names, container)
 	}
 	if pod != "" {
@@ -70,7 +70,8 @@ func kubernetes(container, pod, namespace string) []string {
 	return slices.DeleteFunc(names, func(n string) bool { return !nameRE.MatchString(n) })
 }
 
-// namesOf returns the name that CRI-O and docker have, and those of Kubernetes in it: k8s_CONTAINER_POD_NAMESPACE_UID_TRY.
+// namesOf returns the names that a name of CRI-O or docker stands for: the name itself and, if it has the form
+// k8s_CONTAINER_POD_NAMESPACE_UID_TRY, those of Kubernetes.
 func namesOf(name string) []string {
 	if f := strings.Split(name, "_"); len(f) >= 6 && f[0] == "k8s" {
 		return append(kubernetes(f[1], f[2], f[3]), name)
@@ -81,7 +82,7 @@ func namesOf(name string) []string {
 	return []string{name}
 }
 
-// bundle is what matters of the config.json of a bundle (opencontainers/runtime-spec).
+// bundle has the parts of a bundle's config.json that matter here (opencontainers/runtime-spec).
 type bundle struct {
 	Annotations map[string]string
 	Mounts      []struct{ Source string }
@@ -99,7 +100,7 @@ func (b *bundle) names() []string {
 	return append(names, namesOf(b.Annotations["nerdctl/name"])...)
 }
 
-// dockerDir returns the directory of docker's containers, from which each has files in its mounts.
+// dockerDir returns docker's directory of containers, from which docker mounts files into each container.
 func (b *bundle) dockerDir() (dir string, ok bool) {
 	for _, m := range b.Mounts {
 		own := filepath.Dir(m.Source)
@@ -151,7 +152,7 @@ func (s *system) addNamed(found map[key]*container, shim, p *running) {
 	}
 }
 
-// shimmed returns the engine and the names of a container whose first process was started by a containerd-shim.
+// shimmed returns the engine and the names of the container id if shim, the parent of its first process, is a containerd-shim.
 func (s *system) shimmed(id string, shim *running) (engine string, names []string) {
 	if !s.isShim(shim) {
 		return "", nil
@@ -177,7 +178,7 @@ func (s *system) shimmed(id string, shim *running) (engine string, names []strin
 	return engine, b.names()
 }
 
-// dockerNames returns what docker calls a container.
+// dockerNames returns the names of a container from docker's directory of containers.
 func (s *system) dockerNames(dir, id string) []string {
 	var c struct{ ID, Name string }
 	text, err := s.readState(filepath.Join(dir, id, "config.v2.json"), maxState)
@@ -194,7 +195,7 @@ func (s *system) dockerNames(dir, id string) []string {
 	return namesOf(strings.TrimPrefix(c.Name, "/"))
 }
 
-// machine returns the first process of a machine of systemd; nil: there is none.
+// machine returns the first process of a machine of systemd, or nil if no such machine runs.
 func (s *system) machine(name string, all map[int]*running) *running {
 	if strings.Contains(name, "/") {
 		return nil
@@ -218,7 +219,7 @@ func (s *system) machine(name string, all map[int]*running) *running {
 	}
 	p := all[leader]
 	if p == nil || !s.inUnit(leader, unit) {
-		return nil // it has ended, and another one may have its number
+		return nil // it has ended, and another process may have its id
 	}
 	return p
 }

@@ -15,19 +15,20 @@ import (
 	"github.com/viasocks/viasocks/tun/netns"
 )
 
-// nameRE is the name of a container as engines allow it; those of Kubernetes may have the namespace of the pod before them.
+// nameRE matches the names that engines allow for containers, and the name of a pod with or without its namespace before it.
 var nameRE = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,254}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,254})?$`)
 
-// system is where containers are looked for.
+// system is the place in which containers are looked for. Tests have their own.
 type system struct {
 	proc     string // /proc
 	machines string // /run/systemd/machines
 	euid     int
 	network  func(pid int) network
-	missed   error // why something could not be read, the first time
-	hidden   bool  // because the caller may not
+	missed   error // the first reason why something could not be read; nil: there is none
+	hidden   bool  // the caller may not read something
 }
 
+// miss notes that something could not be read.
 func (s *system) miss(err error) {
 	if s.missed == nil {
 		s.missed = err
@@ -35,16 +36,16 @@ func (s *system) miss(err error) {
 	s.hidden = s.hidden || errors.Is(err, fs.ErrPermission)
 }
 
-// thisSystem is where the process runs.
+// thisSystem returns the system on which viasocks runs.
 func thisSystem() *system {
 	return &system{proc: "/proc", machines: "/run/systemd/machines", euid: os.Geteuid(), network: networkOf}
 }
 
-// network is what matters of a process's network namespace.
+// network is the network namespace of a process.
 type network struct {
-	id    netns.ID
-	owner int  // user id of who made it; -1: it cannot be found out
-	own   bool // viasocks is in it
+	id    netns.ID // zero: it cannot be found out
+	owner int      // see netns.Namespace.Owner; -1: it cannot be found out
+	own   bool     // viasocks is in it
 }
 
 func networkOf(pid int) network {
@@ -56,15 +57,14 @@ func networkOf(pid int) network {
 	return network{n.ID(), n.Owner(), n.OfCaller()}
 }
 
-// A container is one that runs. What anybody can make up, such as the name of a control group or the arguments of a process,
-// must not lead to somebody else's network: what claims to be one container, but is in networks of several users, is
-// several containers.
+// container is a container that runs. Any user can invent the name of a control group or the arguments of a process. That must
+// not lead to another user's network, so that processes with one id in networks of several users are several containers.
 type container struct {
 	key
-	engine string   // "": it is not known
+	engine string   // "": unknown
 	names  []string // none: only the id is known
-	first  *running
-	net    network // of first
+	first  *running // its process that was started first
+	net    network  // the network of first
 }
 
 // key distinguishes containers.
@@ -129,8 +129,8 @@ func (s *system) add(found map[key]*container, id string, p *running) *container
 	return c
 }
 
-// addMonitored adds the container of a conmon, or its name. Its child is in the container's control group, or in conmon's own
-// where the container has none.
+// addMonitored adds the container of a conmon, or the name of a container that was found before. The child of a conmon is in
+// the container's control group, or in that of the conmon if the container has none.
 func (s *system) addMonitored(found map[key]*container, all map[int]*running, conmon *running) {
 	b, _ := readSome(filepath.Join(s.proc, strconv.Itoa(conmon.pid), "cmdline"), maxCmdline)
 	id, name, ok := monitor(b)
@@ -149,7 +149,8 @@ func (s *system) addMonitored(found map[key]*container, all map[int]*running, co
 	}
 }
 
-// rank is the higher, the less a container is what the caller can have meant: his own and root's come before those of others.
+// rank returns 0 for a container of the caller or of root, 1 for one of another user, and 2 for one whose network is that of
+// viasocks. The lower the rank, the more likely the caller means this container.
 func (s *system) rank(c *container) int {
 	switch {
 	case c.own:
@@ -160,7 +161,7 @@ func (s *system) rank(c *container) int {
 	return 1
 }
 
-// find returns the container with the name or id want, or whose id begins so.
+// find returns the container whose name or id is want. If there is none, it returns the one whose id begins with want.
 func (s *system) find(want string) (*container, error) {
 	all := s.processes()
 	list := s.containers(all)
@@ -188,7 +189,8 @@ func (s *system) find(want string) (*container, error) {
 	return s.choose(found, what)
 }
 
-// choose returns the one of several containers that is meant. All those of a pod have one network, so that each will do.
+// choose returns the container of the lowest rank. If several have it, they must have one network, as those of a pod do; any of
+// them will do then.
 func (s *system) choose(found []*container, what string) (*container, error) {
 	best := slices.MinFunc(found, func(a, b *container) int { return cmp.Compare(s.rank(a), s.rank(b)) })
 	found = slices.DeleteFunc(found, func(c *container) bool { return s.rank(c) > s.rank(best) })
@@ -204,7 +206,7 @@ func (s *system) choose(found []*container, what string) (*container, error) {
 	return best, nil
 }
 
-// String is for messages.
+// String describes the container in messages.
 func (c *container) String() string {
 	words := strings.TrimSpace(c.engine + " " + c.id)
 	if len(c.names) > 0 {
@@ -213,7 +215,7 @@ func (c *container) String() string {
 	return words
 }
 
-// none is the error when no container was found.
+// none returns the error for a container that was not found. It says where viasocks looked and what there is.
 func (s *system) none(processes int, all []*container) error {
 	where := fmt.Sprintf("no running container has that name or an id that begins so, among %d (viasocks looked at the "+
 		"control groups of %d processes, at conmon, containerd-shim, lxc-start and systemd-nspawn, and in %s)",
@@ -238,10 +240,10 @@ func (s *system) none(processes int, all []*container) error {
 	return errors.New(where)
 }
 
-// maxCandidates is how many containers an error names.
+// maxCandidates is the number of containers that an error names at most.
 const maxCandidates = 8
 
-// list is for messages.
+// list lists containers in messages. words describes one of them.
 func list(all []*container, words func(*container) string) string {
 	var text []string
 	for _, c := range all[:min(len(all), maxCandidates)] {
@@ -260,7 +262,7 @@ func ofContainer(want string) (Target, error) {
 		return Target{}, fmt.Errorf("cannot use the container %s: %w", want, err)
 	}
 	t, err := open(fmt.Sprintf("/proc/%d/ns/net", c.first.pid), "container "+want)
-	if err == nil && c.net.id != (netns.ID{}) && t.ID() != c.net.id { // another process got the number meanwhile
+	if err == nil && c.net.id != (netns.ID{}) && t.ID() != c.net.id { // another process has got the id meanwhile
 		t.Close()
 		return Target{}, fmt.Errorf("cannot use the container %s: it has just ended", want)
 	}

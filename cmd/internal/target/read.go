@@ -9,7 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// readSome reads a file of at most limit bytes. It doesn't wait for the other end of a pipe.
+// readSome reads a file of at most limit bytes; a longer one is an error. It does not follow a symbolic link, and does not
+// wait for the other end of a pipe.
 func readSome(path string, limit int64) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_NOFOLLOW, 0)
 	if err != nil {
@@ -19,6 +20,8 @@ func readSome(path string, limit int64) ([]byte, error) {
 	return readAll(f, limit)
 }
 
+// readAll reads a file of at most limit bytes; a longer one is an error.
+// readAll reads a file of at most limit bytes; a longer one is an error.
 func readAll(f *os.File, limit int64) ([]byte, error) {
 	b, err := io.ReadAll(io.LimitReader(f, limit+1))
 	if err == nil && int64(len(b)) > limit {
@@ -27,7 +30,8 @@ func readAll(f *os.File, limit int64) ([]byte, error) {
 	return b, err
 }
 
-// readState reads a state file of an engine: a regular file of root or of the caller, who alone can mean what it says.
+// readState reads a state file of an engine. It accepts only a regular file that belongs to root or to the caller, because any
+// other user could write anything there.
 func (s *system) readState(path string, limit int64) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_NOFOLLOW, 0)
 	if err != nil {
@@ -41,7 +45,7 @@ func (s *system) readState(path string, limit int64) ([]byte, error) {
 	st, ok := i.Sys().(*syscall.Stat_t)
 	switch {
 	case !i.Mode().IsRegular():
-		return nil, fmt.Errorf("%s is no regular file", path)
+		return nil, fmt.Errorf("%s is not a regular file", path)
 	case !ok || !s.trusts(int(st.Uid)):
 		return nil, fmt.Errorf("%s belongs to another user", path)
 	}
