@@ -28,7 +28,7 @@ const (
 var (
 	errVaries     = errors.New("the proxy uses another port for each destination, so that no port can be given to others")
 	errNAT        = errors.New("a NAT is between this host and the proxy: name STUN servers with --stun")
-	errSilent     = errors.New("no datagram that the proxy was asked to send to this host has arrived: name STUN servers with --stun")
+	errSilent     = errors.New("no datagram of the proxy has arrived at this host: name STUN servers with --stun")
 	errNoSTUN     = errors.New("no STUN server of --stun has answered through the proxy")
 	errNoSTUNName = errors.New("no name of a STUN server of --stun can be looked up")
 	errNotUs      = errors.New("the upstream is not a SOCKS server: name STUN servers with --stun")

@@ -15,6 +15,7 @@ import (
 // standIns replaces what an example names and a machine that builds viasocks does not have.
 var standIns = strings.NewReplacer(
 	"debian-transmission", "0", // a user
+	"/usr/local/bin/tell-the-client", "/bin/sh",
 	"$SHELL", "sh",
 	"…", "...",
 )

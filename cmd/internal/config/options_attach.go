@@ -15,33 +15,38 @@ No engine is asked:
 ids are taken from the control groups of the processes
 .Pq Pa /proc/PID/cgroup ,
 and names from what the engines leave on the host while a container runs.
-Those of Podman and CRI-O are in the arguments of
-.Xr conmon 8 ;
-after
+.Pp
+The names of Podman and CRI-O are among the arguments of
+.Xr conmon 8 .
+After
 .Ql podman rename
-the earlier name counts until the container starts again, and the names of CRI-O with conmon-rs are not found.
-Those of Docker are in its
+the earlier name counts until the container starts again.
+The names of CRI-O with conmon-rs are not found.
+The names of Docker are in its
 .Pa config.v2.json ,
-and those of Kubernetes and nerdctl in containerd's
+and those of Kubernetes and nerdctl are in containerd's
 .Pa config.json .
-A container of
+The id of a container of
 .Ql ctr
-has its id for a name, also with the namespace of containerd before it:
+is also its name, with or without the namespace of containerd before it:
 .Ar NAMESPACE/ID .
-Root alone may read all these files.
-A container of LXC has its name in the title of its monitor and in its control group.
-A machine of
+Only root may read the files of Docker and containerd.
+The names of rootless Docker are not found.
+The name of a container of LXC is in the title of its monitor and in its control group.
+The name of a machine of
 .Xr systemd-nspawn 1
-has it in
-.Pa /run/systemd/machines ,
-or, if systemd-machined does not know it, in its mounts, which root alone may read.
-In Kubernetes, the names of a container, of its pod, and
-.Ar NAMESPACE/POD
-are understood.
-If containers with different networks have one name, viasocks lists them with their ids, and takes none.
-For LXC, the id is the control group.
-A container of the caller or of root is preferred to one of another user with the same name, because that user can choose it.
-Any other container can be named by
+is in
+.Pa /run/systemd/machines .
+If systemd-machined does not know the machine, the name is found in the mounts of the machine, which only root may read.
+In Kubernetes,
+.Ar NAME
+may be that of a container, that of its pod, or
+.Ar NAMESPACE/POD .
+.Pp
+If several containers with different networks have the name, viasocks lists them with their ids and takes none.
+The id of a container of LXC is its control group.
+It prefers a container of the caller or of root to one of another user, who could have chosen the name in order to be taken.
+Any other container can be chosen by
 .Fl -pid .`,
 	},
 }

@@ -36,8 +36,8 @@ only 127.0.0.1 in must be told to let this address in, too.
 What the program answers takes the same way back and does not pass the proxy.
 A connection that comes before the program listens is reset.
 1,024 connections, and as many senders of datagrams, are carried at a time for each port.
-A sender of datagrams is forgotten two minutes after the last one, or before, to make room for another, if the program
-has not answered it.`,
+A sender of datagrams is forgotten two minutes after its last one.
+A sender that the program has not answered may be forgotten before that, to make room for another.`,
 	},
 	{
 		Name: "publish-unix", Arg: "PATH:PORT", Many: true, Cmds: Run | Check,
@@ -75,8 +75,8 @@ A signal that is sent to
 .Nm
 reaches the program.
 The file is removed at the end.
-A file of this name that is there already is replaced; a link, a device or anything else is left alone, and nothing is
-started.`,
+It replaces a regular file of this name.
+If the name is that of a link, a device or anything else, that is left alone and the start fails.`,
 	},
 	{
 		Name: "ready-fd", Arg: "N", Default: "-1", Cmds: Run | Attach | Check,

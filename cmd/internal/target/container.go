@@ -56,9 +56,9 @@ const (
 type running struct {
 	pid, parent int
 	comm        string
-	start       uint64 // time of its start, in clock ticks since the boot
-	uid         int    // its owner, as of the directory in /proc
-	id          string // of its container; "": its control group names none
+	start       uint64 // when it was started, in clock ticks since the boot
+	uid         int    // owner of its directory in /proc; -1: unknown
+	id          string // id of its container; "": its control group names none
 }
 
 // inLXC reports whether a process is in a container of LXC, by its control group.

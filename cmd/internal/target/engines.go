@@ -19,16 +19,17 @@ const maxState = 4 << 20
 //
 //   - podman and CRI-O start a conmon for each container, which has the id and the name among its arguments, and is the
 //     parent of the container's first process.
-//   - docker and containerd start a containerd-shim, whose working directory is the bundle of a container; those of
-//     the other containers of its pod are beside it. The bundle's config.json has Kubernetes' names among its
-//     annotations, and docker's directory of containers among its mounts, which has a file with the name. ctr's containers
-//     have a name for an id, which is the name of the bundle; its init.pid has the number of the first process.
-//   - systemd-nspawn's machines are files in /run/systemd/machines if systemd-machined knows them. Each has a directory with
-//     its name mounted, and systemd-nspawn is the parent of its first process.
-//   - LXC has the name in the control group, with a number behind it if that group exists already, and in the title of its
-//     monitor.
+//   - docker and containerd start a containerd-shim, whose working directory is the bundle of a container. The bundles of
+//     the other containers of its pod are beside it. The annotations in a bundle's config.json contain the names of
+//     Kubernetes. Its mounts contain docker's directory of containers, where a file has docker's name. The id of ctr's
+//     containers is a name, and that of their bundle; the file init.pid in it has the id of the first process.
+//   - systemd-machined has a file for each machine of systemd-nspawn that it knows in /run/systemd/machines. Each machine
+//     has a directory with its name mounted, and systemd-nspawn is the parent of its first process.
+//   - LXC has the name in the title of its monitor and in the control group, which ends in a number if another control
+//     group had the name before.
 
-// monitor gives the name of a container from the arguments of its conmon; ok: they are those of one.
+// monitor returns the id and the name of a container from the arguments of its conmon. ok is false if cmdline does not belong
+// to a conmon.
 func monitor(cmdline []byte) (id, name string, ok bool) {
 	args := strings.Split(strings.TrimRight(string(cmdline), "\x00"), "\x00")
 	if filepath.Base(args[0]) != "conmon" {

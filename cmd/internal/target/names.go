@@ -69,9 +69,9 @@ type container struct {
 
 // key distinguishes containers.
 type key struct {
-	id    string // as engines have it, NAMESPACE/NAME of ctr's containers, the control group of LXC's; "": a machine of systemd
-	owner int    // of its network
-	own   bool   // its network is that of viasocks
+	id    string // the engine's id; with ctr NAMESPACE/ID, with LXC the control group; "": a machine of systemd
+	owner int    // owner of its network
+	own   bool   // viasocks is in its network
 }
 
 // containers returns the containers on this host: those with a control group, and those with a monitor.
