@@ -136,7 +136,9 @@ func TestKeepOddServers(t *testing.T) {
 		fault    sockstest.Fault
 		ok       func(Outer) bool
 	}{
-		{"another port for each", "p", sockstest.Fault{VaryUDP: true}, func(o Outer) bool { return o.Err == errVaries && o.Cannot }},
+		{"another port for each", "p", sockstest.Fault{VaryUDP: true}, func(o Outer) bool {
+			return o.Err == errVaries && o.Cannot
+		}},
 		{"nothing comes", "p", sockstest.Fault{DropUDP: true}, func(o Outer) bool { return o.Err == errSilent && !o.Cannot }},
 		{"no UDP", "p", sockstest.Reply(7), func(o Outer) bool { return o.Err == errNoUDP && o.Cannot }},
 		{"reply 1", "p", sockstest.Reply(1), func(o Outer) bool { return o.Err == errNoLink && !o.Cannot }},

@@ -13,12 +13,18 @@ func TestParseStun(t *testing.T) {
 	const head4, head6 = "0101003c2112a442b7e7a701bc34d686fa87dfae", "010100482112a442b7e7a701bc34d686fa87dfae"
 	const tail = "00080014"
 	for _, tt := range []struct{ name, msg, want string }{
-		{"IPv4", head4 + software + "002000080001a147e112a643" + tail + "2b91f599fd9e90c38c7489f92af9ba53f06be7d7" + "80280004c07d4c96",
-			"192.0.2.1:32853"},
+		{
+			"IPv4",
+			head4 + software + "002000080001a147e112a643" + tail + "2b91f599fd9e90c38c7489f92af9ba53f06be7d7" + "80280004c07d4c96",
+			"192.0.2.1:32853",
+		},
 		{"IPv6", head6 + software + "002000140002a1470113a9faa5d3f179bc25f4b5bed2b9d9" + tail +
 			"a382954e4be67bf11784c97c8292c275bfe3ed41" + "80280004c8fb0b4c", "[2001:db8:1234:5678:11:2233:4455:6677]:32853"},
 		{"an old server", "0101000c2112a442b7e7a701bc34d686fa87dfae" + "0001000800018055c0000201", "192.0.2.1:32853"},
-		{"both", "010100182112a442b7e7a701bc34d686fa87dfae" + "00010008000180550a000001" + "002000080001a147e112a643", "192.0.2.1:32853"},
+		{
+			"both", "010100182112a442b7e7a701bc34d686fa87dfae" + "00010008000180550a000001" + "002000080001a147e112a643",
+			"192.0.2.1:32853",
+		},
 		{"a refusal", "011100082112a442b7e7a701bc34d686fa87dfae" + "0009000400000400", "invalid AddrPort"},
 		{"no endpoint", "010100002112a442b7e7a701bc34d686fa87dfae", "invalid AddrPort"},
 		{"port 0", "0101000c2112a442b7e7a701bc34d686fa87dfae" + "0001000800010000c0000201", "invalid AddrPort"},

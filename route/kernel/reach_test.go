@@ -335,8 +335,8 @@ func TestExclude(t *testing.T) {
 			port uint16
 			want bool
 		}{{far4, 7777, true}, {far6, 7777, true}, {"198.51.100.1", 123, true}, {"2001:db8:1::1", 5005, true},
-			{"198.51.100.1", 65534, true}, {"198.51.100.1", 65535, true}, {"2001:db8:1::1", 65535, true}, {"198.51.100.1", 64999, false},
-			{"198.51.100.1", 124, false}, {"2001:db8:1::1", 4999, false}} {
+			{"198.51.100.1", 65534, true}, {"198.51.100.1", 65535, true}, {"2001:db8:1::1", 65535, true},
+			{"198.51.100.1", 64999, false}, {"198.51.100.1", 124, false}, {"2001:db8:1::1", 4999, false}} {
 			if got := w.passes(tt.want, probe{typ: unix.SOCK_DGRAM, dst: tt.dst, port: tt.port}.send); got != tt.want {
 				t.Errorf("%s port %d: passed %v, want %v", tt.dst, tt.port, got, tt.want)
 			}
@@ -376,7 +376,8 @@ func TestStraightLastPort(t *testing.T) {
 			dst  string
 			port uint16
 			want bool
-		}{{far4, 65535, true}, {far4, 65534, true}, {far6, 65535, true}, {far6, 99, true}, {far4, 65000, false}, {far6, 100, false}} {
+		}{{far4, 65535, true}, {far4, 65534, true}, {far6, 65535, true}, {far6, 99, true},
+			{far4, 65000, false}, {far6, 100, false}} {
 			if got := w.passes(tt.want, probe{typ: unix.SOCK_DGRAM, dst: tt.dst, port: tt.port}.send); got != tt.want {
 				t.Errorf("%s port %d: passed %v, want %v", tt.dst, tt.port, got, tt.want)
 			}

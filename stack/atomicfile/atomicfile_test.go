@@ -74,7 +74,8 @@ func TestReplaceOnlyFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	for path, why := range map[string]string{
-		dir: "it is a directory", fifo: "it is not a regular file", link: "it is a symbolic link", broken: "it is a symbolic link",
+		dir: "it is a directory", fifo: "it is not a regular file",
+		link: "it is a symbolic link", broken: "it is a symbolic link",
 	} {
 		before, _ := os.Lstat(path)
 		err := Replace(path, 0o644, func(io.Writer) error { return nil })

@@ -21,7 +21,10 @@ func TestListen(t *testing.T) {
 		{args: "--proxy socks5://h --listen 6881 --listen 6881", err: "given twice"},
 		{args: "--proxy socks5://h --listen 6881=far", err: "there is no upstream far"},
 		{args: "--upstream a=socks5://h --listen 6881", err: "without --proxy"},
-		{args: "--proxy socks5://h --listen 6881/udp --listen 6881", want: []incoming.Spec{{Port: 6881, Proto: portmap.UDP}, {Port: 6881}}},
+		{
+			args: "--proxy socks5://h --listen 6881/udp --listen 6881",
+			want: []incoming.Spec{{Port: 6881, Proto: portmap.UDP}, {Port: 6881}},
+		},
 		{args: "--proxy socks5://h --listen 6881/tcp --listen 6881", err: "given twice"},
 		{args: "--proxy socks5://h --listen 6881 --on-port /", err: "is no program"},
 		{args: "--proxy socks5://h --listen 6881 --on-port /nonexistent", err: "no such file"},

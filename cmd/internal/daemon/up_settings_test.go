@@ -42,7 +42,8 @@ var samples = map[string]string{
 	"exclude-unit": "chrony.service", "exclude-exe": "/usr/bin/true", "resolved": "off",
 	"tun": "other0", "mark": "0x100/0xff00", "nft-table": "other", "priority": "8000", "table": "77", "log-level": "warn",
 	"log-file": "FILE", "listen": "6881\nlisten auto", "forwarded-port": "203.0.113.9:6882/udp",
-	"on-port": "/bin/true", "stun": "203.0.113.9:3478", "ftp-active": "21", "state-dir": "/run/other", "metrics": "unix:/run/other/metrics.sock",
+	"on-port": "/bin/true", "stun": "203.0.113.9:3478", "ftp-active": "21", "state-dir": "/run/other",
+	"metrics": "unix:/run/other/metrics.sock",
 }
 
 // carried is a plane with an app on one side and a proxy on the other, and what the app must be able to do through it.

@@ -24,7 +24,8 @@ func TestUDPPort(t *testing.T) {
 	stop := danteServer(t, "1086")
 	hook := filepath.Join(t.TempDir(), "hook")
 	told := hook + ".told"
-	script := "#!/bin/sh\necho $VIASOCKS_LISTEN_PROTO $VIASOCKS_LISTEN_PORT $VIASOCKS_OUTER_ADDRESS:$VIASOCKS_OUTER_PORT >>" + told + "\n"
+	script := "#!/bin/sh\n" +
+		"echo $VIASOCKS_LISTEN_PROTO $VIASOCKS_LISTEN_PORT $VIASOCKS_OUTER_ADDRESS:$VIASOCKS_OUTER_PORT >>" + told + "\n"
 	if err := os.WriteFile(hook, []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}

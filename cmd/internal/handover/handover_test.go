@@ -73,6 +73,37 @@ var someKeys = []stack.Key{
 	{Proto: flow.UDP, Src: netip.MustParseAddrPort("[2001:db8::1]:6881")},
 }
 
+// converse is the old side of TestConversation.
+func converse(t *testing.T, c *net.UnixConn, keys []stack.Key, proxies []Endpoint, left []Left) error {
+	files := pipes(t, 17)
+	o, err := Give(c, Offer{PID: 7, Version: "v1", Settings: map[string]string{"tun": "via0"}, Sources: 3},
+		Files{files[:2], files[2], files[3:]})
+	closeAll(files)
+	if err != nil {
+		return err
+	}
+	defer o.Close()
+	sockets, terms, err := o.Commit(3)
+	if err != nil || terms.Limit != time.Hour {
+		return fmt.Errorf("%v: %w", terms, err)
+	}
+	checkPipes(t, sockets)
+	if err := o.Go(); err != nil {
+		return err
+	}
+	names := pipes(t, 1)
+	defer closeAll(names)
+	if err := o.Taken(Taken{Flows: FlowsOf(append(keys, keys[0])), Proxies: proxies}, names[0]); err != nil {
+		return err
+	}
+	stop, err := o.Left(left[0])
+	stop2, err2 := o.Left(left[1])
+	if stop || !stop2 {
+		return errors.New("the wish to stop did not arrive")
+	}
+	return errors.Join(err, err2)
+}
+
 // A whole conversation, with many flows: each side gets what the other has sent, files included.
 func TestConversation(t *testing.T) {
 	testkit.CheckLeaks(t)
@@ -87,37 +118,7 @@ func TestConversation(t *testing.T) {
 	proxies := []Endpoint{{Addr: netip.MustParseAddrPort("192.0.2.1:1080")}}
 	left := []Left{{Ended: FlowsOf(keys[:1]), Now: 5, Proxies: proxies}, {Now: 0}}
 	oldSide := make(chan error, 1)
-	go func() {
-		oldSide <- func() error {
-			files := pipes(t, 17)
-			o, err := Give(oldEnd, Offer{PID: 7, Version: "v1", Settings: map[string]string{"tun": "via0"}, Sources: 3},
-				Files{files[:2], files[2], files[3:]})
-			closeAll(files)
-			if err != nil {
-				return err
-			}
-			defer o.Close()
-			sockets, terms, err := o.Commit(3)
-			if err != nil || terms.Limit != time.Hour {
-				return fmt.Errorf("%v: %w", terms, err)
-			}
-			checkPipes(t, sockets)
-			if err := o.Go(); err != nil {
-				return err
-			}
-			names := pipes(t, 1)
-			defer closeAll(names)
-			if err := o.Taken(Taken{Flows: FlowsOf(append(keys, keys[0])), Proxies: proxies}, names[0]); err != nil {
-				return err
-			}
-			stop, err := o.Left(left[0])
-			stop2, err2 := o.Left(left[1])
-			if stop || !stop2 {
-				return errors.New("the wish to stop did not arrive")
-			}
-			return errors.Join(err, err2)
-		}()
-	}()
+	go func() { oldSide <- converse(t, oldEnd, keys, proxies, left) }()
 	n, err := Take(newEnd)
 	if err != nil {
 		t.Fatal(err)
@@ -191,7 +192,9 @@ func TestBadConversation(t *testing.T) {
 		"the first one": {func(c *net.UnixConn) error {
 			return sendPipes(t, c, Offer{Protocol: 1, Version: "v1", Sources: 1, Locks: 1}, 3)
 		}, "v1 hands over by another protocol"},
-		"no sources": {func(c *net.UnixConn) error { return sendPipes(t, c, Offer{Protocol: protocol, Locks: 1}, 3) }, "incomplete"},
+		"no sources": {func(c *net.UnixConn) error {
+			return sendPipes(t, c, Offer{Protocol: protocol, Locks: 1}, 3)
+		}, "incomplete"},
 		"many sources": {func(c *net.UnixConn) error {
 			return sendPipes(t, c, Offer{Protocol: protocol, Sources: 1 << 30, Locks: 1}, 3)
 		}, "incomplete"},

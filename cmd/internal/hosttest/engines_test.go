@@ -232,7 +232,8 @@ func (e *engine) podmanAt(run string) {
 	}
 	e.env = append(e.env, "CONTAINERS_CONF="+conf)
 	e.command = []string{"podman", "--root", filepath.Join(e.dir, "root"), "--runroot", filepath.Join(run, "containers"),
-		"--tmpdir", filepath.Join(run, "libpod"), "--network-config-dir", filepath.Join(e.dir, "networks"), "--storage-driver", "vfs"}
+		"--tmpdir", filepath.Join(run, "libpod"), "--network-config-dir", filepath.Join(e.dir, "networks"),
+		"--storage-driver", "vfs"}
 	e.t.Cleanup(func() {
 		if _, err := e.try("rm", "--all", "--force", "--time", "0"); err != nil {
 			e.t.Error(err)

@@ -9,7 +9,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -225,6 +224,24 @@ func TestListenIPv6(t *testing.T) {
 	rec.nothingLeft(t, "IPv6")
 }
 
+// portsAre waits until the status names exactly these ports, each as "PORT at ENDPOINT;".
+func (w *world) portsAre(want string) {
+	w.t.Helper()
+	var got string
+	w.eventually(20*time.Second, "the ports "+want, func() bool {
+		got = ""
+		if l := ask[control.Status](w, "status").Listening; l != nil {
+			for _, p := range l.Ports {
+				got += fmt.Sprintf("%d at %s;", p.Port, p.Outer)
+			}
+		}
+		return got == want
+	})
+	if got != want {
+		w.t.Errorf("the ports are %s, want %s", got, want)
+	}
+}
+
 // TestListenReload: SIGHUP adds and removes ports, and disturbs neither another port nor an open connection. When the
 // host's address changes, the next peer comes to the new one.
 func TestListenReload(t *testing.T) {
@@ -236,34 +253,18 @@ func TestListenReload(t *testing.T) {
 	if s := ask[control.Status](w, "status"); s.Listening != nil {
 		t.Errorf("%+v", s.Listening)
 	}
-	ports := func(want string) {
-		t.Helper()
-		var got string
-		w.eventually(20*time.Second, "the ports "+want, func() bool {
-			got = ""
-			if l := ask[control.Status](w, "status").Listening; l != nil {
-				for _, p := range l.Ports {
-					got += fmt.Sprintf("%d at %s;", p.Port, p.Outer)
-				}
-			}
-			return got == want
-		})
-		if got != want {
-			t.Errorf("got %s", got)
-		}
-	}
 	w.configure(conf + "listen 6881\n")
 	d.reload()
-	ports("6881 at 192.0.2.2:6881;")
+	w.portsAre("6881 at 192.0.2.2:6881;")
 	l := w.listen("host", ":6881")
 	far := w.peer("203.0.113.201")
 	w.acceptFrom(l, far)
 	w.configure(conf + "listen 6882\nlisten 6883\n")
 	d.reload()
-	ports("6882 at 192.0.2.2:6882;6883 at 192.0.2.2:6883;")
+	w.portsAre("6882 at 192.0.2.2:6882;6883 at 192.0.2.2:6883;")
 	w.configure(conf + "listen 6883\nforwarded-port 7000\n")
 	d.reload()
-	ports("6883 at 192.0.2.2:6883;")
+	w.portsAre("6883 at 192.0.2.2:6883;")
 	l2 := w.listen("host", ":6883")
 	w.ip("host", "addr add 198.51.100.3/24 dev eth0\nroute replace default via "+router4+" dev eth0 src 198.51.100.3\n"+
 		"addr del "+host4+"/24 dev eth0\naddr replace 198.51.100.3/24 dev eth0\n"+
@@ -370,99 +371,6 @@ func TestListenTakeover(t *testing.T) {
 		t.Error(err)
 	}
 	rec.nothingLeft(t, "takeover")
-}
-
-// TestListenAuto: a program of the host that asks the router of its network for a port by NAT-PMP is answered by viasocks,
-// and the router hears nothing. A container is not answered.
-func TestListenAuto(t *testing.T) {
-	if _, err := exec.LookPath("natpmpc"); err != nil {
-		t.Skip("natpmpc is not installed (scripts/deps.sh)")
-	}
-	w := newWorld(t)
-	w.binding()
-	w.sysctl("host", map[string]string{"net/ipv4/conf/all/rp_filter": "1", "net/ipv4/conf/default/rp_filter": "1"})
-	rec := newRecorder(w)
-	rec.to(netipAddrPort(proxy4, 1080))
-	d := w.up("--proxy", "socks5://"+proxy4, "--listen", "auto")
-	l := w.listen("host", ":6885")
-	out, _ := try("host", nil, "natpmpc", "-g", lanRouter4, "-a", "6885", "6885", "tcp", "600")
-	if !strings.Contains(out, "Mapped public port 6885 protocol TCP to local port 6885 liftime 120") ||
-		!strings.Contains(out, "Public IP address : "+proxy4) {
-		t.Errorf("the router's answer: %s", out)
-	}
-	far := w.peer("203.0.113.201")
-	w.sendBoth(far, w.acceptFrom(l, far))
-	for _, gateway := range []string{lanRouter4, "198.18.0.2"} {
-		out, err := try("ctr", nil, "timeout", "2", "natpmpc", "-g", gateway, "-a", "22", "22", "tcp", "600")
-		if err == nil || strings.Contains(out, "Mapped") {
-			t.Errorf("the container is answered by %s: %s", gateway, out)
-		}
-	}
-	if err := d.stop(); err != nil {
-		t.Error(err)
-	}
-	rec.nothingLeft(t, "auto")
-}
-
-// TestListenAutoUDP: a program of the host that has sent nothing asks for a UDP port, and a peer reaches it there from its own
-// address; the answer goes back the same way. A container is not answered.
-func TestListenAutoUDP(t *testing.T) {
-	if _, err := exec.LookPath("natpmpc"); err != nil {
-		t.Skip("natpmpc is not installed (scripts/deps.sh)")
-	}
-	w := newWorld(t)
-	w.binding()
-	rec := newRecorder(w)
-	rec.to(netipAddrPort(proxy4, 1080))
-	rec.mu.Lock()
-	rec.answers = func(p packet) bool { // datagrams for dante's relay and outer port, which can be any, and errors about its own
-		return p.dst == addr(proxy4) && p.proto != syscall.IPPROTO_TCP
-	}
-	rec.mu.Unlock()
-	d := w.up("--proxy", "socks5://"+proxy4, "--listen", "auto")
-	c := w.packets("host", "0.0.0.0:6885")
-	outer := w.udpPort(6885)
-	peer := w.packets("world", "203.0.113.201:0")
-	pass := func(what string, from, to net.PacketConn, where, want net.Addr) {
-		t.Helper()
-		if _, err := from.WriteTo([]byte(what), where); err != nil {
-			t.Fatal(err)
-		}
-		b := make([]byte, 100)
-		_ = to.SetReadDeadline(time.Now().Add(20 * time.Second))
-		n, sender, err := to.ReadFrom(b)
-		if err != nil || string(b[:n]) != what || sender.String() != want.String() {
-			t.Fatalf("%q from %v, %v; want %q from %v", b[:n], sender, err, what, want)
-		}
-	}
-	pass("from a peer", peer, c, outer, peer.LocalAddr())
-	pass("an answer", c, peer, peer.LocalAddr(), outer)
-	if out, err := try("ctr", nil, "timeout", "2", "natpmpc", "-g", lanRouter4, "-a", "22", "22", "udp", "600"); err == nil ||
-		strings.Contains(out, "Mapped") {
-		t.Errorf("the container is answered: %s", out)
-	}
-	if err := d.stop(); err != nil {
-		t.Error(err)
-	}
-	rec.nothingLeft(t, "auto, UDP")
-}
-
-// udpPort asks for a UDP port as a program of the host, and returns where peers reach it.
-func (w *world) udpPort(port uint16) *net.UDPAddr {
-	w.t.Helper()
-	var outer int
-	w.eventually(20*time.Second, "a UDP port", func() bool {
-		out, _ := try("host", nil, "natpmpc", "-g", lanRouter4, "-a", fmt.Sprint(port), fmt.Sprint(port), "udp", "600")
-		_, rest, _ := strings.Cut(out, "Mapped public port ")
-		n, _ := fmt.Sscanf(rest, "%d protocol UDP", &outer)
-		return n == 1
-	})
-	ports := ask[control.Status](w, "status").Listening.Ports
-	if len(ports) != 1 || ports[0].Proto != "udp" || ports[0].Outer != netipAddrPort(proxy4, uint16(outer)).String() ||
-		ports[0].Filtered {
-		w.t.Fatalf("natpmpc got %d, status has %+v", outer, ports)
-	}
-	return net.UDPAddrFromAddrPort(netipAddrPort(proxy4, uint16(outer)))
 }
 
 // A port that docker publishes reaches its container, which sees the peer's address, too.

@@ -107,7 +107,8 @@ func TestListenTold(t *testing.T) {
 	rec.to(netipAddrPort(proxy4, 1080))
 	dir := t.TempDir()
 	told, hook := filepath.Join(dir, "told"), filepath.Join(dir, "hook")
-	script := "#!/bin/sh\necho \"$# $VIASOCKS_LISTEN_PORT/$VIASOCKS_LISTEN_PROTO $VIASOCKS_OUTER_ADDRESS $VIASOCKS_OUTER_PORT\" >>" + told
+	script := "#!/bin/sh\n" +
+		"echo \"$# $VIASOCKS_LISTEN_PORT/$VIASOCKS_LISTEN_PROTO $VIASOCKS_OUTER_ADDRESS $VIASOCKS_OUTER_PORT\" >>" + told
 	if err := os.WriteFile(hook, []byte(script+"\n"), 0o700); err != nil {
 		t.Fatal(err)
 	}

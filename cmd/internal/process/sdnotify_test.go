@@ -36,6 +36,39 @@ func heard(t *testing.T, c *net.UnixConn) string {
 	return string(b[:n])
 }
 
+// testGuard checks that the watchdog hears of n while look returns, and of nothing while look hangs.
+func testGuard(t *testing.T, n *Notifier, c *net.UnixConn) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	looks := 0
+	hang := make(chan struct{})
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		n.Guard(ctx, func() {
+			if looks++; looks == 3 {
+				<-hang
+			}
+		})
+	}()
+	for range 2 {
+		if got := heard(t, c); got != "WATCHDOG=1" {
+			t.Errorf("%q", got)
+		}
+	}
+	// What hangs is not well: nothing is said.
+	c.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+	if n, err := c.Read(make([]byte, 64)); err == nil {
+		t.Errorf("%d bytes while it hangs", n)
+	}
+	close(hang)
+	if got := heard(t, c); got != "WATCHDOG=1" {
+		t.Errorf("%q", got)
+	}
+	cancel()
+	<-done
+}
+
 func TestNotify(t *testing.T) {
 	testkit.CheckLeaks(t)
 	for _, name := range []string{filepath.Join(t.TempDir(), "notify"), fmt.Sprintf("@viasocks-test-%d", os.Getpid())} {
@@ -69,34 +102,7 @@ func TestNotify(t *testing.T) {
 			t.Errorf("%q", got)
 		}
 
-		ctx, cancel := context.WithCancel(context.Background())
-		looks := 0
-		hang := make(chan struct{})
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			n.Guard(ctx, func() {
-				if looks++; looks == 3 {
-					<-hang
-				}
-			})
-		}()
-		for range 2 {
-			if got := heard(t, c); got != "WATCHDOG=1" {
-				t.Errorf("%q", got)
-			}
-		}
-		// What hangs is not well: nothing is said.
-		c.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
-		if n, err := c.Read(make([]byte, 64)); err == nil {
-			t.Errorf("%d bytes while it hangs", n)
-		}
-		close(hang)
-		if got := heard(t, c); got != "WATCHDOG=1" {
-			t.Errorf("%q", got)
-		}
-		cancel()
-		<-done
+		testGuard(t, n, c)
 		n.Close()
 		n.Ready("after the end") // no panic, no noise
 	}

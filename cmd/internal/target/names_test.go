@@ -148,7 +148,9 @@ func TestPodman(t *testing.T) {
 	f.process(31, 30, "sleep", "0::/\n") // as in --cgroups=disabled, where conmon has none either
 	f.process(30, 1, "conmon", "0::/\n", "conmon", "--cid="+two, "--name=no-group")
 	f.conmon(40, three, "k8s_nginx_web-7d9f_shop_0a1b2c3d_0", "0::/kubepods.slice/crio-"+three+".scope\n")
-	for want, pid := range map[string]int{"web": 21, one[:63]: 21, "no-group": 31, two: 31, "nginx": 41, "web-7d9f": 41, "shop/web-7d9f": 41} {
+	for want, pid := range map[string]int{
+		"web": 21, one[:63]: 21, "no-group": 31, two: 31, "nginx": 41, "web-7d9f": 41, "shop/web-7d9f": 41,
+	} {
 		f.is(want, pid)
 	}
 	f.fails("we", "no running container", "web, no-group")
