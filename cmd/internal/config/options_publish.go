@@ -37,7 +37,12 @@ What the program answers takes the same way back and does not pass the proxy.
 A connection that comes before the program listens is reset.
 1,024 connections, and as many senders of datagrams, are carried at a time for each port.
 A sender of datagrams is forgotten two minutes after its last one.
-A sender that the program has not answered may be forgotten before that, to make room for another.`,
+A sender that the program has not answered may be forgotten before that, to make room for another.
+The program's side of each connection is opened by a process called
+.Ql viasocks-sockets ;
+if it is killed, published ports no longer answer until
+.Nm
+is started again.`,
 	},
 	{
 		Name: "publish-unix", Arg: "PATH:PORT", Many: true, Cmds: Run | Check,

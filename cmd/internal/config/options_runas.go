@@ -68,6 +68,11 @@ A process called
 does this even if
 .Nm
 is killed.
+If it is killed as well, the TUN disappears, and
+.Li lo
+and those settings stay as
+.Nm
+has set them.
 .Pp
 For
 .Cm attach

@@ -26,6 +26,8 @@ const (
 	// bindWait is how long one BIND waits for its peer. A server that gives every BIND another port changes what is
 	// announced after this time.
 	bindWait = 6 * time.Hour
+	// settled is how long a server must listen until it is asked again soon after a failure.
+	settled = time.Minute
 )
 
 var (

@@ -273,9 +273,10 @@ func TestRenew(t *testing.T) {
 // A server that accepts connections from nowhere gets no program, and no flood of BINDs.
 func TestBogusPeers(t *testing.T) {
 	s := &fakeServer{}
-	m, got := start(t, s)
+	log := &countLog{}
+	m, got := start(t, s, func(c *Config) { c.Log = slog.New(slog.NewTextHandler(log, nil)) })
 	began := time.Now()
-	for i, peer := range []string{"127.0.0.1:5", "203.0.113.9:0", "[::1]:7"} {
+	for i, peer := range []string{"127.0.0.1:5", "203.0.113.9:0", "[::1]:7", "[fe80::1]:8"} {
 		var last netip.AddrPort
 		testkit.Eventually(t, "a BIND", func() bool { last = m.Outer(6881); return last.IsValid() && s.asked() == i+1 })
 		testkit.Eventually(t, "its wait", func() bool { return m.Ports()[0].Waiting == 1 })
@@ -286,6 +287,9 @@ func TestBogusPeers(t *testing.T) {
 	}
 	if took := time.Since(began); took < 2*bindPause {
 		t.Errorf("three BINDs within %v", took)
+	}
+	if n := log.count("impossible peer"); n != 1 {
+		t.Errorf("they were logged %d times", n)
 	}
 	select {
 	case d := <-got:
@@ -314,6 +318,27 @@ func TestRefusals(t *testing.T) {
 	m.Remove(6881)
 	if len(m.Ports()) != 0 || s.asked() != n {
 		t.Error("the port is still there")
+	}
+}
+
+// A server that listens and then fails is asked less and less often, and named once.
+func TestFailsLater(t *testing.T) {
+	s, log := &fakeServer{}, &countLog{}
+	m, _ := start(t, s, func(c *Config) { c.Log = slog.New(slog.NewTextHandler(log, nil)) })
+	began := time.Now()
+	for i := range 6 {
+		testkit.Eventually(t, "a BIND", func() bool { return m.Ports()[0].Waiting == 1 && s.asked() == i+1 })
+		s.free(6881)
+		s.mu.Lock()
+		b := s.binds[i]
+		s.mu.Unlock()
+		b.once.Do(func() { b.done(-1, netip.AddrPort{}, errors.New("the connection is gone")) })
+	}
+	if took, least := time.Since(began), (1+2+4+8+16)*retryFirst; took < least {
+		t.Errorf("six BINDs within %v, want %v or more", took, least)
+	}
+	if n := log.count("connection is gone"); n != 1 {
+		t.Errorf("the failure was logged %d times", n)
 	}
 }
 

@@ -26,6 +26,8 @@ type port struct {
 	open    int
 	used    map[uint16]int // the outer ports of open connections
 	why     error
+	said    string    // the error that was logged last; empty once the server has proved itself
+	bogus   time.Time // when an impossible peer was logged last
 	backoff time.Duration
 	last    time.Time // when the last BIND began
 	timer   *time.Timer
@@ -46,6 +48,7 @@ type port struct {
 // wait is a BIND to which the server listens.
 type wait struct {
 	at      netip.AddrPort
+	since   time.Time // when the server said at
 	cancel  context.CancelFunc
 	only    uint16 // of use only at this outer port; 0: at any
 	foreign bool   // at is of another IP version
@@ -123,7 +126,7 @@ var (
 func (p *port) bound(w *wait, at netip.AddrPort) {
 	p.m.mu.Lock()
 	defer p.m.mu.Unlock()
-	w.at = at
+	w.at, w.since = at, time.Now()
 	if p.four != nil && !at.Addr().Unmap().Is6() {
 		w.foreign = true
 		w.cancel()
@@ -136,13 +139,15 @@ func (p *port) bound(w *wait, at netip.AddrPort) {
 	}
 	p.asking--
 	p.waiting[w] = struct{}{}
-	p.why, p.backoff = nil, 0
+	p.why = nil
 	if at.Port() == p.ask || len(p.missing()) == 0 {
 		p.lostPause = 0
 	}
 	p.announce()
 	p.lostLater()
-	p.after(0)
+	if w.only != 0 { // while it was asked for, no other BIND began
+		p.after(0)
+	}
 }
 
 // waits returns where the server listens: by the port that was asked for if the server has it, and by the outer port of UDP.
@@ -208,17 +213,13 @@ func (p *port) done(w *wait, fd int, peer netip.AddrPort, err error) {
 		m.mu.Unlock()
 		return
 	}
-	possible := peer.Port() != 0 && m.cfg.CanBePeer(peer.Addr().Unmap())
-	if p.ended || !possible {
-		if !possible {
-			m.count.Bogus.Add(1)
-			m.cfg.Log.Warn("the proxy accepted a connection from an impossible peer", "port", p.spec.Port, "peer", peer)
-		}
+	if p.ended || !p.possible(peer) {
 		closeReset(fd)
 		p.after(0)
 		m.mu.Unlock()
 		return
 	}
+	p.said, p.backoff = "", 0
 	p.open++
 	p.used[w.at.Port()]++
 	m.count.Accepted.Add(1)
@@ -234,6 +235,20 @@ func (p *port) done(w *wait, fd int, peer netip.AddrPort, err error) {
 			p.over(w, relay.Result{})
 		}
 	})
+}
+
+// possible reports whether peer can be one. A link-local address would need a zone, which SOCKS does not have.
+func (p *port) possible(peer netip.AddrPort) bool {
+	a := peer.Addr().Unmap()
+	if peer.Port() != 0 && p.m.cfg.CanBePeer(a) && !(a.Is6() && a.IsLinkLocalUnicast()) {
+		return true
+	}
+	p.m.count.Bogus.Add(1)
+	if time.Since(p.bogus) > retryMost {
+		p.bogus = time.Now()
+		p.m.cfg.Log.Warn("the proxy accepted a connection from an impossible peer", "port", p.spec.Port, "peer", peer)
+	}
+	return false
 }
 
 // failed handles a BIND that ended without a peer.
@@ -259,6 +274,9 @@ func (p *port) failed(w *wait, err error) {
 		return
 	}
 	m.count.Failed.Add(1)
+	if w.at.IsValid() && time.Since(w.since) > settled {
+		p.said, p.backoff = "", 0
+	}
 	p.backoff = min(max(2*p.backoff, retryFirst), retryMost)
 	level := slog.LevelWarn
 	var reply socks.Reply
@@ -272,7 +290,8 @@ func (p *port) failed(w *wait, err error) {
 		p.backoff = retryUnable
 		p.beginSix()
 	}
-	if p.why == nil || p.why.Error() != err.Error() {
+	if p.said != err.Error() {
+		p.said = err.Error()
 		m.cfg.Log.Log(m.ctx, level, "peers can't connect to the program: the proxy does not listen for it", "port", p.spec.Port,
 			"upstream", p.spec.Upstream, "err", err, "again", p.backoff)
 	}
