@@ -180,13 +180,8 @@ func asksOf(cfg *config.Config) func(netip.Addr) bool {
 	if cfg.Command != config.Up {
 		return nil
 	}
-	return func(a netip.Addr) bool {
-		all, err := net.InterfaceAddrs()
-		return err == nil && !flow.IsOurs(a) && slices.ContainsFunc(all, func(n net.Addr) bool {
-			p, err := netip.ParsePrefix(n.String())
-			return err == nil && p.Addr() == a
-		})
-	}
+	h := &hostAddresses{read: net.InterfaceAddrs}
+	return func(a netip.Addr) bool { return !flow.IsOurs(a) && h.has(a, time.Now()) }
 }
 
 // ownPort reports whether peers reach a program at an endpoint of a proxy. It is route.Config.OwnPort.

@@ -131,6 +131,10 @@ func startHeir(program string, args, environ []string, takes bool) (pid, pidfd i
 	pid, _, err = syscall.StartProcess(program, argv, &syscall.ProcAttr{
 		Env: env, Files: []uintptr{0, 1, 2}, Sys: &syscall.SysProcAttr{Cloneflags: unix.CLONE_PARENT, PidFD: &pidfd},
 	})
+	if err == nil && pidfd < 0 { // the kernel has no pidfd, so that nothing would tell of the end of the process
+		_ = syscall.Kill(pid, syscall.SIGKILL)
+		err = errors.New("this kernel is too old: Linux 5.4 or later is needed; restart viasocks instead")
+	}
 	return pid, pidfd, err
 }
 

@@ -80,6 +80,7 @@ type Manager struct {
 	cancel context.CancelFunc
 	count  Counters[atomic.Uint64]
 	busy   sync.WaitGroup // BINDs whose done has not been called
+	held   sync.Map       // from the endpoint at which a server listens, a netip.AddrPort, to its *wait
 
 	mu    sync.Mutex
 	over  bool
@@ -279,19 +280,14 @@ func (m *Manager) Outer(n uint16) netip.AddrPort {
 	return netip.AddrPort{}
 }
 
-// Holds reports whether a BIND waits for its peer at an endpoint. m may be nil. Any goroutine may call it.
+// Holds reports whether a BIND waits for its peer at an endpoint. m may be nil. It takes no lock: it is called for each new
+// flow of TCP.
 func (m *Manager) Holds(at netip.AddrPort) bool {
 	if m == nil {
 		return false
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for _, p := range m.ports {
-		if p.holds(at) || p.six != nil && p.six.holds(at) {
-			return true
-		}
-	}
-	return false
+	_, waits := m.held.Load(at)
+	return waits
 }
 
 // Stats returns the counters.

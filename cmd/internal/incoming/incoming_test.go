@@ -194,6 +194,9 @@ func TestPorts(t *testing.T) {
 		t.Errorf("the peer is %v, want %v", second.peer, want)
 	}
 	testkit.Eventually(t, "the third BIND", func() bool { return m.Outer(6881) == at(40002) })
+	if m.Holds(at(6881)) || m.Holds(at(40001)) || !m.Holds(at(40002)) {
+		t.Error("a port is held in spite of its peer, or the last one is not")
+	}
 	if p := m.Ports()[0]; p.Open != 2 || p.Waiting != 1 {
 		t.Errorf("%+v", p)
 	}

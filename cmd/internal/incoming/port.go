@@ -139,6 +139,7 @@ func (p *port) bound(w *wait, at netip.AddrPort) {
 	}
 	p.asking--
 	p.waiting[w] = struct{}{}
+	p.m.held.Store(at, w)
 	p.why = nil
 	if at.Port() == p.ask || len(p.missing()) == 0 {
 		p.lostPause = 0
@@ -205,6 +206,7 @@ func (p *port) done(w *wait, fd int, peer netip.AddrPort, err error) {
 	m.mu.Lock()
 	if _, ok := p.waiting[w]; ok {
 		delete(p.waiting, w)
+		m.held.CompareAndDelete(w.at, w)
 	} else {
 		p.asking--
 	}
@@ -328,16 +330,6 @@ func (p *port) over(w *wait, r relay.Result) {
 		p.lostPause = 0
 		p.lostLater()
 	}
-}
-
-// holds reports whether a BIND waits at an endpoint.
-func (p *port) holds(at netip.AddrPort) bool {
-	for w := range p.waiting {
-		if w.at == at {
-			return true
-		}
-	}
-	return false
 }
 
 // renew makes the BINDs of the port again, at once even if the last one failed. The caller holds mu.
