@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"slices"
@@ -205,22 +206,37 @@ func (h *Host) remember(old []tableID) map[string][]nfElem {
 		return out
 	}
 	for _, s := range h.c.memorySets() {
-		which := cat(attrString(unix.NFTA_SET_ELEM_LIST_TABLE, h.c.NFTable), attrString(unix.NFTA_SET_ELEM_LIST_SET, s.name))
-		seen := map[string]bool{}
-		err := h.nf.dump(unix.NFT_MSG_GETSETELEM, unix.NFPROTO_INET, which, func(_ uint8, b []byte) {
-			eachAttr(attrs(b)[unix.NFTA_SET_ELEM_LIST_ELEMENTS], func(_ uint16, e []byte) {
-				key := attrs(attrs(e)[unix.NFTA_SET_ELEM_KEY])[unix.NFTA_DATA_VALUE]
-				if len(key) == int(s.keyLen) && !seen[string(key)] && len(seen) < int(s.size) {
-					seen[string(key)] = true
-					out[s.name] = append(out[s.name], nfElem{key: slices.Clone(key)})
-				}
-			})
-		})
+		keys, err := h.keysOf(s)
 		if err != nil && !errors.Is(err, unix.ENOENT) { // a table of an older viasocks has no such set
 			h.c.Log.Warn("cannot read the sets of the filter: their content is lost", "set", s.name, "err", err)
 		}
+		for _, k := range keys {
+			out[s.name] = append(out[s.name], nfElem{key: k})
+		}
 	}
 	return out
+}
+
+// keysOf reads what a set of the filter holds at present, at most as much as it may hold.
+func (h *Host) keysOf(s *nfSet) (keys [][]byte, err error) {
+	which := cat(attrString(unix.NFTA_SET_ELEM_LIST_TABLE, h.c.NFTable), attrString(unix.NFTA_SET_ELEM_LIST_SET, s.name))
+	seen := map[string]bool{}
+	err = h.nf.dump(unix.NFT_MSG_GETSETELEM, unix.NFPROTO_INET, which, func(_ uint8, b []byte) {
+		eachAttr(attrs(b)[unix.NFTA_SET_ELEM_LIST_ELEMENTS], func(_ uint16, e []byte) {
+			key := attrs(attrs(e)[unix.NFTA_SET_ELEM_KEY])[unix.NFTA_DATA_VALUE]
+			if len(key) == int(s.keyLen) && !seen[string(key)] && (s.size == 0 || len(seen) < int(s.size)) {
+				seen[string(key)] = true
+				keys = append(keys, slices.Clone(key))
+			}
+		})
+	})
+	return keys, err
+}
+
+// guarded reports whether the filter of a viasocks that has died still lets packets into the TUN.
+func (h *Host) guarded() bool {
+	keys, err := h.keysOf(&nfSet{name: guardSet, keyLen: unix.IFNAMSIZ})
+	return err == nil && slices.ContainsFunc(keys, func(k []byte) bool { return bytes.Equal(k, ifname(h.c.TUN)) })
 }
 
 // filterError adds a hint for other causes of a failure.

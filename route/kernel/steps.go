@@ -13,8 +13,9 @@ import (
 const alias = "viasocks"
 
 // Shut closes the host: until Steer, the filter refuses everything except its exceptions, including what the TUN will
-// take. It takes over what a dead daemon left. With Config.Live, the TUN takes what it took before. After an error the
-// caller chooses between Open and Close, which leaves the host as it is.
+// take. It takes over what a dead daemon left. With Config.Live, the TUN takes what it took before, and so it does right
+// after a daemon has died: what programs send until Steer is then not refused, and they do not notice the restart. After
+// an error the caller chooses between Open and Close, which leaves the host as it is.
 func (h *Host) Shut() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -25,7 +26,7 @@ func (h *Host) Shut() error {
 	h.st.see(l)
 	h.findUnits()
 	h.tellServed()
-	h.st.guard = h.c.Live
+	h.st.guard = h.c.Live || h.recovered && h.guarded()
 	if h.c.Live {
 		if err := h.catchUp(); err != nil {
 			return err

@@ -335,6 +335,8 @@ func (u *up) giveUp(h *host, err error) error {
 	u.stopPlane(func() {
 		if !h.Recovered() {
 			undo = errors.Join(h.Unsteer(), h.Open())
+		} else if err := h.Unguard(); err != nil {
+			u.log.Warn("programs may have to wait before they get an error", "err", err)
 		}
 	})
 	if undo != nil {

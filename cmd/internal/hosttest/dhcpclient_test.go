@@ -170,7 +170,12 @@ func (b *clientBench) well(when string, limit time.Duration) {
 
 // TestClients: with the programs that configure the networks of hosts, a host that is up or closed gets its network, keeps
 // it and gets it again.
-func TestClients(t *testing.T) {
+func TestClients(t *testing.T) { eachClient(t, testClient) }
+
+// TestLateLease: a host whose viasocks was killed long ago, and before there was a network, gets its first lease and renews it.
+func TestLateLease(t *testing.T) { eachClient(t, testLateLease) }
+
+func eachClient(t *testing.T, test func(t *testing.T, c client)) {
 	t.Parallel()
 	for _, c := range clients {
 		t.Run(c.name, func(t *testing.T) {
@@ -181,7 +186,7 @@ func TestClients(t *testing.T) {
 			if _, err := exec.LookPath(c.program); err != nil {
 				t.Skipf("%v; scripts/deps.sh installs it", err)
 			}
-			testClient(t, c)
+			test(t, c)
 		})
 	}
 }
@@ -195,7 +200,8 @@ table ip deaf {
 }
 `
 
-func testClient(t *testing.T, c client) {
+// newClientBench is a host that has no network yet. flags are the options of viasocks.
+func newClientBench(t *testing.T) (b *clientBench, flags []string) {
 	w := unaddressed(t)
 	w.hostServers()
 	w.ip("host", "link set eth0 down\nlink set eth0 address 02:00:00:00:77:02\nlink set eth0 up")
@@ -203,21 +209,47 @@ func testClient(t *testing.T, c client) {
 	w.settle()
 	nb := w.batcher()
 	w.addressed(nb)
-	b := &clientBench{world: w, net: firstSubnet, start: time.Now()}
+	b = &clientBench{world: w, net: firstSubnet, start: time.Now()}
 	b.rec = w.watched("eth0")
 	w.bare(nb)
 	w.configure("proxy " + proxyURL + "\n")
-	flags := []string{"--config", configFile}
+	return b, []string{"--config", configFile}
+}
+
+// begin starts the server and, for the first time, the client.
+func (b *clientBench) begin(c client) {
+	b.rec.take()
+	b.closed = b.steering()
+	b.server = b.dhcpServer(b.net)
+	b.client = c.start(b.world)
+	b.well("the first lease, closed", testkit.Patience)
+	b.renewed("closed")
+}
+
+func testLateLease(t *testing.T, c client) {
+	b, flags := newClientBench(t)
+	d := b.launch(append(flags, "--wait")...)
+	b.eventually(testkit.Patience, "up waits for its proxy", func() bool {
+		return strings.Contains(d.log.String(), "waiting for the proxy")
+	})
+	d.kill()
+	testkit.Pace(guard)
+	b.begin(c)
+	d = b.world.up(flags...)
+	b.up = true
+	b.well("up", testkit.Patience)
+	if err := d.stop(); err != nil {
+		t.Errorf("stop: %v", err)
+	}
+}
+
+func testClient(t *testing.T, c client) {
+	b, flags := newClientBench(t)
+	w := b.world
 	if out, err := w.command(append([]string{"close"}, flags...)...); err != nil {
 		t.Fatalf("close: %v\n%s", err, out)
 	}
-	b.rec.take()
-	b.closed = b.steering()
-
-	b.server = w.dhcpServer(b.net)
-	b.client = c.start(w)
-	b.well("the first lease, closed", testkit.Patience)
-	b.renewed("closed")
+	b.begin(c)
 	d := w.up(flags...)
 	b.up = true
 	b.well("up after the first lease", testkit.Patience)
