@@ -65,6 +65,7 @@ type Child struct {
 	started bool
 	failed  *report // why the program could not be run
 	reaped  bool
+	status  syscall.WaitStatus // once it is reaped
 }
 
 // Spawn starts a helper in new network and mount namespaces, and also in a new user namespace unless the caller is
@@ -324,6 +325,17 @@ func (c *Child) Wait() (exit int, err error) {
 	return ws.ExitStatus(), nil
 }
 
+// EndedBy returns the signal that ended the program, and whether the kernel wrote a core file. It is 0 before Wait has returned,
+// and if the program ended by itself.
+func (c *Child) EndedBy() (sig syscall.Signal, core bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.reaped || !c.status.Signaled() {
+		return 0, false
+	}
+	return c.status.Signal(), c.status.CoreDump()
+}
+
 func (c *Child) wait() (ws syscall.WaitStatus, err error) {
 	options := 0
 	if c.follow {
@@ -339,7 +351,7 @@ func (c *Child) wait() (ws syscall.WaitStatus, err error) {
 			c.stopToo(ws.StopSignal())
 		default:
 			c.mu.Lock()
-			c.reaped = true
+			c.reaped, c.status = true, ws
 			c.mu.Unlock()
 			return ws, nil
 		}

@@ -216,14 +216,19 @@ func watch(child *netns.Child, p *plane, network *settling, signals <-chan os.Si
 	}()
 	var failure error
 	var kill <-chan time.Time
+	passed := map[os.Signal]bool{}
 	for {
 		select {
 		case e := <-ended:
 			if failure != nil {
 				return 0, died(failure)
 			}
+			if sig, core := child.EndedBy(); e.err == nil && !passed[sig] {
+				tellSignal(p.log, sig, core)
+			}
 			return e.exit, e.err
 		case s := <-signals:
+			passed[s] = true
 			child.Signal(s)
 		case <-network.news:
 			network.noted()
