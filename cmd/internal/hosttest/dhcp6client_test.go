@@ -14,13 +14,7 @@ import (
 // clients6 are programs that ask for an address by DHCPv6 when the router advertises that there is a server. They have nothing
 // to do with IPv4.
 var clients6 = []client{
-	{"systemd-networkd", "/lib/systemd/systemd-networkd", func(w *world) *program {
-		env := []string{"SYSTEMD_LOG_LEVEL=debug", "SYSTEMD_LOG_TARGET=console"}
-		return w.start("host", house(map[string]string{
-			"/etc/systemd/network/10-eth0.network": "[Match]\nName=eth0\n[Network]\nDHCP=ipv6\nIPv6AcceptRA=yes\n",
-		}), env, "/bin/sh", "-c", "mkdir -p /run/systemd/netif/links /run/systemd/netif/leases /run/systemd/netif/lldp && "+
-			"chown -R systemd-network: /run/systemd/netif && exec /lib/systemd/systemd-networkd")
-	}},
+	{"systemd-networkd", "/lib/systemd/systemd-networkd", func(w *world) *program { return w.networkd("DHCP=ipv6") }},
 	{"isc-dhcp-client", "dhclient", func(w *world) *program {
 		w.sysctl("host", map[string]string{"net/ipv6/conf/eth0/accept_ra": "2"})
 		return w.start("host", house(map[string]string{"/var/lib/dhcp/": ""}), nil, "dhclient", "-6", "-d", "-v", "eth0")
@@ -30,12 +24,7 @@ var clients6 = []client{
 			"dhcpcd", "-6", "-B", "-d", "eth0")
 	}},
 	{"NetworkManager", "NetworkManager", func(w *world) *program {
-		return w.start("host", house(map[string]string{
-			"/var/lib/NetworkManager/": "", "/run/dbus/": "", "/run/NetworkManager/": "",
-			"/etc/NetworkManager/NetworkManager.conf": networkManagerConf,
-			networkManagerConnection:                  strings.Replace(eth0Connection, "[ipv4]\nmethod=auto", "[ipv4]\nmethod=disabled", 1),
-		}), nil, "/bin/sh", "-c", "dbus-daemon --system --nofork --nopidfile & "+
-			"while ! [ -S /run/dbus/system_bus_socket ]; do sleep .1; done; exec NetworkManager --debug")
+		return w.networkManager(strings.Replace(eth0Connection, "[ipv4]\nmethod=auto", "[ipv4]\nmethod=disabled", 1))
 	}},
 }
 

@@ -19,14 +19,7 @@ type client struct {
 }
 
 var clients = []client{
-	{"systemd-networkd", "/lib/systemd/systemd-networkd", func(w *world) *program {
-		// Without a bus, and without systemd: it runs by itself, and says what it does on standard error.
-		env := []string{"SYSTEMD_LOG_LEVEL=debug", "SYSTEMD_LOG_TARGET=console"}
-		return w.start("host", house(map[string]string{
-			"/etc/systemd/network/10-eth0.network": "[Match]\nName=eth0\n[Network]\nDHCP=ipv4\nIPv6AcceptRA=yes\n",
-		}), env, "/bin/sh", "-c", "mkdir -p /run/systemd/netif/links /run/systemd/netif/leases /run/systemd/netif/lldp && "+
-			"chown -R systemd-network: /run/systemd/netif && exec /lib/systemd/systemd-networkd")
-	}},
+	{"systemd-networkd", "/lib/systemd/systemd-networkd", func(w *world) *program { return w.networkd("DHCP=ipv4") }},
 	{"isc-dhcp-client", "dhclient", func(w *world) *program {
 		// It knows nothing of IPv6 advertisements: those are the kernel's here.
 		w.sysctl("host", map[string]string{"net/ipv6/conf/eth0/accept_ra": "2"})
@@ -43,14 +36,29 @@ var clients = []client{
 			"eth0",
 		)
 	}},
-	{"NetworkManager", "NetworkManager", func(w *world) *program {
-		return w.start("host", house(map[string]string{
-			"/var/lib/NetworkManager/": "", "/run/dbus/": "", "/run/NetworkManager/": "",
-			"/etc/NetworkManager/NetworkManager.conf": networkManagerConf,
-			networkManagerConnection:                  eth0Connection,
-		}), nil, "/bin/sh", "-c", "dbus-daemon --system --nofork --nopidfile & "+
-			"while ! [ -S /run/dbus/system_bus_socket ]; do sleep .1; done; exec NetworkManager --debug")
-	}},
+	{"NetworkManager", "NetworkManager", func(w *world) *program { return w.networkManager(eth0Connection) }},
+}
+
+// networkd starts systemd-networkd on the host, without a bus and without systemd: it runs by itself, and says what it does on
+// standard error.
+func (w *world) networkd(dhcp string) *program {
+	w.t.Helper()
+	env := []string{"SYSTEMD_LOG_LEVEL=debug", "SYSTEMD_LOG_TARGET=console"}
+	return w.start("host", house(map[string]string{
+		"/etc/systemd/network/10-eth0.network": "[Match]\nName=eth0\n[Network]\n" + dhcp + "\nIPv6AcceptRA=yes\n",
+	}), env, "/bin/sh", "-c", "mkdir -p /run/systemd/netif/links /run/systemd/netif/leases /run/systemd/netif/lldp && "+
+		"chown -R systemd-network: /run/systemd/netif && exec /lib/systemd/systemd-networkd")
+}
+
+// networkManager starts NetworkManager and its bus on the host.
+func (w *world) networkManager(connection string) *program {
+	w.t.Helper()
+	return w.start("host", house(map[string]string{
+		"/var/lib/NetworkManager/": "", "/run/dbus/": "", "/run/NetworkManager/": "",
+		"/etc/NetworkManager/NetworkManager.conf": networkManagerConf,
+		networkManagerConnection:                  connection,
+	}), nil, "/bin/sh", "-c", "dbus-daemon --system --nofork --nopidfile & "+
+		"while ! [ -S /run/dbus/system_bus_socket ]; do sleep .1; done; exec NetworkManager --debug")
 }
 
 const (

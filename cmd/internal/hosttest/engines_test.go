@@ -278,9 +278,20 @@ func (e *engine) docker() {
 	if err := os.WriteFile(config, []byte("{}"), 0o644); err != nil {
 		e.t.Fatal(err)
 	}
-	log := &harness.Log{}
-	daemon := exec.Command("dockerd", "--config-file", config, "--data-root", filepath.Join(e.dir, "data"), "--exec-root",
+	e.daemon("dockerd", "--config-file", config, "--data-root", filepath.Join(e.dir, "data"), "--exec-root",
 		"/run/engine", "--pidfile", "/run/engine.pid", "--host", socket, "--storage-driver", "vfs", "--cgroup-parent", e.group)
+	e.command = []string{"/usr/bin/docker", "--host", socket} // the one that came with dockerd
+	e.env = []string{"HOME=" + e.dir}
+	e.w.eventually(time.Minute, "dockerd answers", func() bool { _, err := e.try("version"); return err == nil })
+	e.t.Cleanup(func() { _, _ = e.try("rm", "--force", "web", "my-app-1") })
+	e.image()
+}
+
+// daemon starts the daemon of an engine, which is ended with the test.
+func (e *engine) daemon(name string, args ...string) {
+	e.t.Helper()
+	log := &harness.Log{}
+	daemon := exec.Command(name, args...)
 	daemon.Stdout, daemon.Stderr = log, log
 	e.w.in("host", daemon.Start)
 	e.t.Cleanup(func() {
@@ -289,14 +300,9 @@ func (e *engine) docker() {
 		_ = daemon.Wait()
 		timer.Stop()
 		if e.t.Failed() {
-			e.t.Logf("dockerd said:\n%s", harness.Tail(log.String(), 30))
+			e.t.Logf("%s said:\n%s", name, harness.Tail(log.String(), 30))
 		}
 	})
-	e.command = []string{"/usr/bin/docker", "--host", socket} // the one that came with dockerd
-	e.env = []string{"HOME=" + e.dir}
-	e.w.eventually(time.Minute, "dockerd answers", func() bool { _, err := e.try("version"); return err == nil })
-	e.t.Cleanup(func() { _, _ = e.try("rm", "--force", "web", "my-app-1") })
-	e.image()
 }
 
 // ownRules removes the rules of the bridge: this engine makes the like by iptables.

@@ -3,13 +3,9 @@ package hosttest
 import (
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
-
-	"github.com/viasocks/viasocks/cmd/internal/harness"
 )
 
 // These engines have no images: their containers start from a directory.
@@ -196,19 +192,7 @@ func (e *engine) containerd() {
 	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
 		e.t.Fatal(err)
 	}
-	log := &harness.Log{}
-	daemon := exec.Command("containerd", "--config", config)
-	daemon.Stdout, daemon.Stderr = log, log
-	e.w.in("host", daemon.Start)
-	e.t.Cleanup(func() {
-		_ = daemon.Process.Signal(syscall.SIGTERM)
-		timer := time.AfterFunc(time.Minute, func() { _ = daemon.Process.Kill() })
-		_ = daemon.Wait()
-		timer.Stop()
-		if e.t.Failed() {
-			e.t.Logf("containerd said:\n%s", harness.Tail(log.String(), 30))
-		}
-	})
+	e.daemon("containerd", "--config", config)
 	e.command = []string{"ctr", "--address", socket, "--namespace", strings.TrimPrefix(e.group, "/")}
 	e.w.eventually(time.Minute, "containerd answers", func() bool { _, err := e.try("version"); return err == nil })
 	e.t.Log(e.do("version"))
