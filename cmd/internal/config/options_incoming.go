@@ -26,7 +26,9 @@ The log,
 and
 .Fl -on-port
 say at which address and port peers reach the program then.
-The program sees each connection come from the peer's own address.
+The program sees each connection come from the address that the proxy names as the peer's.
+A dishonest proxy can name any address, even one of your own network, so that a program must not trust peers for their
+addresses.
 If it does not listen, the peer's connection is reset.
 If the program itself connects to its port at the proxy, because a tracker has listed it among the peers, the connection is
 refused.
