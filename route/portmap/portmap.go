@@ -108,6 +108,7 @@ func (k key) want(outer uint16) Want {
 type mapping struct {
 	nonce  [12]byte // of PCP
 	pcp    bool
+	asked  time.Time // when the program asked last
 	until  time.Time
 	outer  netip.AddrPort
 	filled bool
@@ -192,7 +193,7 @@ func (s *Server) request(k key, suggested uint16, keep uint32, now time.Time) (*
 				of++
 			}
 		}
-		if of >= maxMappings || len(clients) > maxClients {
+		if of >= maxMappings && !s.makeRoom(k.client, now) || len(clients) > maxClients {
 			return nil, Full
 		}
 	}
@@ -208,9 +209,26 @@ func (s *Server) request(k key, suggested uint16, keep uint32, now time.Time) (*
 		s.ports[k] = m
 	}
 	// A port that is not known yet is kept for as long as the program may go on asking.
+	m.asked = now
 	m.until = now.Add(time.Duration(max(keep, 10)) * time.Second)
 	m.outer, m.filled = outer, state == Works
 	return m, state
+}
+
+// makeRoom ends the port of a client that was asked for longest ago, if that is longer than the lifetime that programs are told:
+// a program that ends leaves its ports behind. It returns false if there is no such port.
+func (s *Server) makeRoom(client netip.Addr, now time.Time) bool {
+	var oldest *key
+	for k, m := range s.ports {
+		if k.client == client && now.Sub(m.asked) > MaxLifetime && (oldest == nil || m.asked.Before(s.ports[*oldest].asked)) {
+			oldest = &k
+		}
+	}
+	if oldest == nil {
+		return false
+	}
+	s.drop(*oldest)
+	return true
 }
 
 // answered counts the result of a request for a port.

@@ -221,10 +221,22 @@ func TestLifetimes(t *testing.T) {
 	if r := ask(99, 60, epoch); r != pmpOutOfResources {
 		t.Errorf("over the limit: result %d", r)
 	}
-	if r := ask(100, 60, epoch); r != pmpSuccess {
+	if r := ask(100, 3600, epoch); r != pmpSuccess {
 		t.Errorf("a renewal at the limit: result %d", r)
 	}
-	if c := s.Stats(); c.Refused != 1 || c.Mapped < maxMappings {
+	late := epoch.Add(MaxLifetime + time.Second)
+	ask(101, 3600, epoch.Add(time.Second))
+	for i := range uint16(maxMappings) - 2 {
+		ask(102+i, 3600, late)
+	}
+	ended := len(back.unmaps)
+	if r := ask(98, 3600, late); r != pmpSuccess || len(back.unmaps) != ended+1 || back.unmaps[ended] != 100 {
+		t.Errorf("over the limit, with a port that nobody has asked for again: result %d, ended %v", r, back.unmaps[ended:])
+	}
+	if r := ask(97, 3600, late); r != pmpOutOfResources {
+		t.Errorf("over the limit, with ports that are young: result %d", r)
+	}
+	if c := s.Stats(); c.Refused != 2 || c.Mapped < maxMappings {
 		t.Errorf("%+v", c)
 	}
 }
