@@ -14,6 +14,9 @@ import (
 // TestActiveFTP: curl on the host downloads and uploads with EPRT and with PORT, from a vsftpd that has no PASV, by BIND of
 // dante. A reload switches it off and on.
 func TestActiveFTP(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t)
 	for _, name := range []string{"vsftpd", "curl"} {
 		if _, err := exec.LookPath(name); err != nil {

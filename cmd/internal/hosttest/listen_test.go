@@ -245,6 +245,9 @@ func (w *world) portsAre(want string) {
 // TestListenReload: SIGHUP adds and removes ports, and disturbs neither another port nor an open connection. When the
 // host's address changes, the next peer comes to the new one.
 func TestListenReload(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t)
 	w.binding()
 	conf := "proxy socks5://" + proxy4 + "\n"
@@ -296,6 +299,9 @@ func TestListenReload(t *testing.T) {
 // TestListenKilled: a connection of a peer is open when viasocks is killed. What the program goes on sending leaves the
 // host neither then, nor after a restart, nor after the stop: it did not come from outside.
 func TestListenKilled(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t)
 	w.binding()
 	rec := newRecorder(w)
@@ -339,6 +345,9 @@ func TestListenKilled(t *testing.T) {
 
 // TestListenTakeover: connections of peers survive a takeover, and the new viasocks listens at the same port.
 func TestListenTakeover(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t)
 	w.binding()
 	rec := newRecorder(w)
@@ -391,6 +400,9 @@ func TestListenPublished(t *testing.T) {
 
 // A program that is bound to 127.0.0.1, and a firewall that drops what comes in, are not reached by a peer.
 func TestListenUnreachable(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t)
 	s := w.proxy(proxy4 + ":1080")
 	d := w.up("--proxy", s.URL(), "--listen", fmt.Sprint(peerPort))

@@ -49,6 +49,9 @@ const noGateway = "No IGD UPnP Device found"
 // gets a port, which works. No search leaves the host, also if the program chooses a device for it. A container finds
 // nothing, and gets no port of the host if it knows where the gateway is.
 func TestListenAutoUPnP(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	needClients(t, "upnpc")
 	w := newWorld(t)
 	w.binding()
@@ -81,6 +84,9 @@ func TestListenAutoUPnP(t *testing.T) {
 
 // TestListenAutoUser: with --include-uid the search of a user who is included is answered, too.
 func TestListenAutoUser(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	needClients(t, "upnpc", "setpriv")
 	w := newWorld(t)
 	w.binding()
@@ -100,6 +106,9 @@ func TestListenAutoUser(t *testing.T) {
 // TestListenTold: the command of --on-port is told where peers reach the host's port, and natpmpc, upnpc and a client of PCP
 // learn the port of --forwarded-port.
 func TestListenTold(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	needClients(t, "natpmpc", "upnpc")
 	w := newWorld(t)
 	w.binding()
@@ -167,10 +176,16 @@ func (w *world) pcpMap(port uint16) string {
 // takes for the router, and a peer connects to it. Nothing of it leaves the host past the proxy.
 func TestListenAutoTransmission(t *testing.T) {
 	needClients(t, "transmission-daemon")
+	t.Parallel()
 	t.Run("NAT-PMP", func(t *testing.T) { // its UPnP does not take a gateway whose outer address is one for documentation
-		hostTransmission(t, newWorld(t), "forwarded successfully")
+		if apart(t) {
+			hostTransmission(t, newWorld(t), "forwarded successfully")
+		}
 	})
 	t.Run("UPnP", func(t *testing.T) {
+		if !apart(t) {
+			return
+		}
 		w := newWorld(t)
 		w.nft("host", "table inet igd { chain out { type filter hook output priority 0; udp dport 5351 drop; }\n}")
 		// It is told this address, and sends nothing there.
