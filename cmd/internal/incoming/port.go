@@ -18,7 +18,7 @@ import (
 type port struct {
 	m       *Manager
 	spec    Spec
-	ask     uint16
+	ask     uint16 // the outer port that the server is asked for
 	also    uint16 // the outer port of UDP, where the server is to listen, too; 0: none
 	waiting map[*wait]struct{}
 	asking  int // BINDs without their first answer
@@ -35,7 +35,7 @@ type port struct {
 	asked   bool // exists only because a program asked for it
 	told    bool // that program has been told of ask
 
-	// The port that was asked for was lost to a connection that has ended: it is asked for again.
+	// ask or also is with somebody else, or was with a connection that has ended: it is asked for again.
 	lost      *time.Timer
 	lostPause time.Duration
 
@@ -83,6 +83,7 @@ func (p *port) bind(only uint16) {
 	}
 	p.asking++
 	p.last = time.Now()
+	ask := cmp.Or(only, p.ask)
 	m.busy.Add(1)
 	m.mu.Unlock()
 	ctx, cancel := context.WithCancel(m.ctx)
@@ -93,7 +94,7 @@ func (p *port) bind(only uint16) {
 		return
 	}
 	// Only with a zero address does dante give the port that is asked for, and any peer may come.
-	b.Bind(ctx, m.cfg.Loop, socks.Addr{IP: p.family(), Port: cmp.Or(only, p.ask)}, bindWait,
+	b.Bind(ctx, m.cfg.Loop, socks.Addr{IP: p.family(), Port: ask}, bindWait,
 		func(at netip.AddrPort) { p.bound(w, at) },
 		func(fd int, peer netip.AddrPort, err error) { p.done(w, fd, peer, err) })
 }
