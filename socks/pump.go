@@ -297,6 +297,10 @@ func (u *pump) hungUp() (up bool) {
 
 func polled(fd uintptr, events int16) bool {
 	f := []unix.PollFd{{Fd: int32(fd), Events: events}}
-	n, err := unix.Poll(f, 0)
-	return err == nil && n > 0 && f[0].Revents&(events|unix.POLLHUP) != 0
+	for {
+		// A signal interrupts even a poll that does not wait, and the Go runtime sends signals to its own threads.
+		if n, err := unix.Poll(f, 0); err != unix.EINTR {
+			return err == nil && n > 0 && f[0].Revents&(events|unix.POLLHUP) != 0
+		}
+	}
 }

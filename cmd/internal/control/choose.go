@@ -20,8 +20,12 @@ type Process struct {
 // Alive reports whether the process has not ended. Its number is not given to another process as long as it has not.
 func (p Process) Alive() bool {
 	fds := []unix.PollFd{{Fd: int32(p.handle.Fd()), Events: unix.POLLIN}}
-	n, err := unix.Poll(fds, 0)
-	return err == nil && n == 0
+	for {
+		// A signal interrupts even a poll that does not wait, and the Go runtime sends signals to its own threads.
+		if n, err := unix.Poll(fds, 0); err != unix.EINTR {
+			return err == nil && n == 0
+		}
+	}
 }
 
 type connKey struct{}
