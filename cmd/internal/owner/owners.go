@@ -105,9 +105,7 @@ func (p *Finder) find(want map[uint32][]int, found func(inode uint32, pid string
 			return
 		}
 	}
-	all := processes()
-	slices.Reverse(all) // /proc has the oldest first; those that make connections are hardly ever among these
-	for _, pid := range all {
+	for _, pid := range lightFirst(processes(), openFiles) {
 		if slices.Contains(before, pid) {
 			continue
 		}

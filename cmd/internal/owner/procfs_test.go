@@ -60,3 +60,12 @@ func TestProcfs(t *testing.T) {
 		t.Error("process 0 has a parent")
 	}
 }
+
+// A process with many files is looked at last: reading them takes longer than a short connection lives.
+func TestLightFirst(t *testing.T) {
+	sizes := map[string]int64{"1": 250, "20": 4, "300": 19_000, "4000": 4, "5000": 0}
+	got := lightFirst([]string{"1", "20", "300", "4000", "5000"}, func(pid string) int64 { return sizes[pid] })
+	if want := []string{"5000", "4000", "20", "1", "300"}; !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
