@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -173,11 +174,27 @@ func replaceFile(path string, b []byte) error {
 	return syncDir(filepath.Dir(path))
 }
 
+// removeFile removes what replaceFile has written, and what it has left of files that it was killed before it could rename.
+// Nobody else writes path meanwhile.
 func removeFile(path string) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	return syncDir(filepath.Dir(path))
+	dir := filepath.Dir(path)
+	all, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, f := range all {
+		number, ok := strings.CutPrefix(f.Name(), filepath.Base(path)+".")
+		if _, err := strconv.ParseUint(number, 10, 64); !ok || err != nil {
+			continue
+		}
+		if err := os.Remove(filepath.Join(dir, f.Name())); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return syncDir(dir)
 }
 
 func syncDir(dir string) error {
