@@ -255,11 +255,11 @@ func (h *Host) restore(tun bool) (removed []string, err error) {
 	}
 	groups, err := h.releasePrograms()
 	removed, errs = append(removed, groups...), append(errs, err)
-	h.clearMarks(0)
 	if h.nf != nil {
 		t, err := h.removeFilter()
 		removed, errs = append(removed, t...), append(errs, err)
 	}
+	h.clearMarks(0) // not before: the filter would mark a flow again that goes on
 	if err := errors.Join(errs...); err != nil {
 		return removed, err // the journal stays, so that Undo can be tried again
 	}
