@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -97,15 +98,24 @@ func TestManySenders(t *testing.T) {
 	p.Close()
 }
 
-// broken makes no socket, as if the process had too many open files.
-type broken struct{}
+// breaking makes sockets until it is broken, as if the process had too many open files then.
+type breaking struct {
+	here
+	broken atomic.Bool
+}
 
-func (broken) Socket(int, int) (int, error) { return -1, unix.EMFILE }
+func (b *breaking) Socket(domain, typ int) (int, error) {
+	if b.broken.Load() {
+		return -1, unix.EMFILE
+	}
+	return b.here.Socket(domain, typ)
+}
 
 // A sender for which there is no socket takes nobody's place.
 func TestSenderWithoutSocket(t *testing.T) {
 	testkit.CheckLeaks(t)
-	p := start(t)
+	p, sockets := start(t), &breaking{}
+	p.cfg.Sockets = sockets
 	a := newSenders(p, nil, Spec{Port: 9})
 	stop := afterFunc(p.ctx, a.end)
 	defer stop()
@@ -114,7 +124,7 @@ func TestSenderWithoutSocket(t *testing.T) {
 		a.all[key(i)] = nil // has an answer, and no socket
 	}
 	_ = a.take([]byte("x"), key(maxFlows)) // nobody listens, which may be seen at once
-	p.cfg.Sockets = broken{}
+	sockets.broken.Store(true)
 	if err := a.take([]byte("x"), key(maxFlows+1)); !errors.Is(err, unix.EMFILE) {
 		t.Error(err)
 	}
