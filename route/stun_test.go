@@ -15,7 +15,8 @@ func TestParseStun(t *testing.T) {
 	for _, tt := range []struct{ name, msg, want string }{
 		{
 			"IPv4",
-			head4 + software + "002000080001a147e112a643" + tail + "2b91f599fd9e90c38c7489f92af9ba53f06be7d7" + "80280004c07d4c96",
+			head4 + software + "002000080001a147e112a643" + tail +
+				"2b91f599fd9e90c38c7489f92af9ba53f06be7d7" + "80280004c07d4c96",
 			"192.0.2.1:32853",
 		},
 		{"IPv6", head6 + software + "002000140002a1470113a9faa5d3f179bc25f4b5bed2b9d9" + tail +

@@ -114,7 +114,8 @@ func TestHasLocalRoutes(t *testing.T) {
 	const addrs = "    inet 127.0.0.1/8 scope host lo\n    inet6 ::1/128 scope host\n    inet6 2001:db8::7/128 scope global\n"
 	const lo = "local ::1 dev lo table local proto kernel metric 0 pref medium\n"
 	for routes, want := range map[string]bool{
-		lo: false, lo + "2001:db8::7 dev lo proto kernel metric 256\n": false, lo + "local 2001:db8::7 dev lo table local\n": true,
+		lo: false, lo + "2001:db8::7 dev lo proto kernel metric 256\n": false,
+		lo + "local 2001:db8::7 dev lo table local\n": true,
 	} {
 		if HasLocalRoutes(addrs, routes) != want {
 			t.Errorf("%q: want %v", routes, want)

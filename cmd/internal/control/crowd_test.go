@@ -43,7 +43,7 @@ func TestCrowd(t *testing.T) {
 	}
 	done := make(chan error)
 	go func() { done <- c.Exclude() }()
-	testkit.Never(t, 200*time.Millisecond, "it is answered although there is no place", func() bool { return excluded.Load() != 0 })
+	testkit.Never(t, 200*time.Millisecond, "an answer although there is no place", func() bool { return excluded.Load() != 0 })
 	for _, c := range silent {
 		c.Close()
 	}
@@ -70,7 +70,8 @@ func TestLeftClosed(t *testing.T) {
 	if err := os.WriteFile(journal, []byte("{}"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if got := ask(); !strings.Contains(got, "the host was left closed: 'viasocks up' carries it again, 'viasocks down' opens it") {
+	const closed = "the host was left closed: 'viasocks up' carries it again, 'viasocks down' opens it"
+	if got := ask(); !strings.Contains(got, closed) {
 		t.Error(got)
 	}
 }

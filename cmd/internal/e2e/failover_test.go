@@ -382,7 +382,8 @@ func refusedTargets(t *testing.T, a *app) {
 	}
 	for line := range strings.Lines(a.log.String()) {
 		// On a machine that stalls, ssh may not answer within the second of connect-timeout.
-		if (strings.Contains(line, "out of use") || strings.Contains(line, "does not work")) && !strings.Contains(line, "i/o timeout") {
+		fails := strings.Contains(line, "out of use") || strings.Contains(line, "does not work")
+		if fails && !strings.Contains(line, "i/o timeout") {
 			t.Errorf("ssh -D was taken for broken because targets refused: %s", line)
 		}
 	}

@@ -66,7 +66,8 @@ func testFakeTracker(t *testing.T, rules ...string) {
 	ended, over := make(chan ran, 1), filepath.Join(dir, "over")
 	until := `aria2c "$@" & while kill -0 $! && ! [ -e ` + over + ` ]; do sleep 0.1; done; kill $!; wait $!`
 	go func() {
-		ended <- run(t, []string{"--proxy", "socks5://" + at, "--dns", "fake,tcp://" + world4}, "sh", "-c", until, "sh", "--no-conf",
+		flags := []string{"--proxy", "socks5://" + at, "--dns", "fake,tcp://" + world4}
+		ended <- run(t, flags, "sh", "-c", until, "sh", "--no-conf",
 			"--dir="+dir, "--enable-dht=true", "--dht-file-path="+filepath.Join(dir, "dht"), "--log="+log, "--log-level=info",
 			"magnet:?xt=urn:btih:"+hash+"&tr="+url.QueryEscape("udp://tracker.example:"+port+"/announce"))
 	}()

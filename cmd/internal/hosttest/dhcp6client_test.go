@@ -3,7 +3,6 @@ package hosttest
 import (
 	"net/netip"
 	"os"
-	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -34,9 +33,9 @@ const renewAfter6 = time.Minute
 // dhcp6Server starts dnsmasq on the router, which leases addresses by DHCPv6, and says so in its router advertisements.
 func (w *world) dhcp6Server() *program {
 	w.t.Helper()
-	return w.start("router", nil, nil, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--port=0", "--interface=host0",
-		"--user=root", "--pid-file=", "--dhcp-leasefile=/run/dnsmasq.leases", "--log-facility=-", "--dhcp-authoritative", "--enable-ra",
-		"--ra-param=host0,4,600", "--dhcp-range="+leased6+"00,"+leased6+"ff,64,2m")
+	return w.start("router", nil, nil, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--port=0",
+		"--interface=host0", "--user=root", "--pid-file=", "--dhcp-leasefile=/run/dnsmasq.leases", "--log-facility=-",
+		"--dhcp-authoritative", "--enable-ra", "--ra-param=host0,4,600", "--dhcp-range="+leased6+"00,"+leased6+"ff,64,2m")
 }
 
 // leased6 is how the addresses of the server begin.
@@ -66,21 +65,7 @@ var renews6 = os.Getenv("VIASOCKS_SLOW") != ""
 // TestClients6: with the programs that ask for an address by DHCPv6, a host with IPv6 alone gets its lease while it is closed,
 // and again after kill -9. With VIASOCKS_SLOW=1, which takes four minutes, they renew it while the host is closed and up, after
 // a reload and after kill -9, and need not look for another server.
-func TestClients6(t *testing.T) {
-	t.Parallel()
-	for _, c := range clients6 {
-		t.Run(c.name, func(t *testing.T) {
-			if !apart(t) {
-				return
-			}
-			rootOfTheMachine(t)
-			if _, err := exec.LookPath(c.program); err != nil {
-				t.Skipf("%v; scripts/deps.sh installs it", err)
-			}
-			testClient6(t, c)
-		})
-	}
-}
+func TestClients6(t *testing.T) { eachClient(t, clients6, testClient6) }
 
 func testClient6(t *testing.T, c client) {
 	w := unaddressed(t)
@@ -115,7 +100,9 @@ func testClient6(t *testing.T, c client) {
 	b.client.stop()
 	before := b.replies6()
 	b.client = c.start(w)
-	w.eventually(testkit.Patience, "killed, the client started again: the server leases", func() bool { return b.replies6() > before })
+	w.eventually(testkit.Patience, "killed, the client started again: the server leases", func() bool {
+		return b.replies6() > before
+	})
 	b.well6("killed, the client started again", testkit.Patience)
 	d = w.up(flags...)
 	b.up = true

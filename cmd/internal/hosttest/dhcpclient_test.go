@@ -178,12 +178,13 @@ func (b *clientBench) well(when string, limit time.Duration) {
 
 // TestClients: with the programs that configure the networks of hosts, a host that is up or closed gets its network, keeps
 // it and gets it again.
-func TestClients(t *testing.T) { eachClient(t, testClient) }
+func TestClients(t *testing.T) { eachClient(t, clients, testClient) }
 
 // TestLateLease: a host whose viasocks was killed long ago, and before there was a network, gets its first lease and renews it.
-func TestLateLease(t *testing.T) { eachClient(t, testLateLease) }
+func TestLateLease(t *testing.T) { eachClient(t, clients, testLateLease) }
 
-func eachClient(t *testing.T, test func(t *testing.T, c client)) {
+// eachClient runs a test apart with each of the clients that is installed.
+func eachClient(t *testing.T, clients []client, test func(t *testing.T, c client)) {
 	t.Parallel()
 	for _, c := range clients {
 		t.Run(c.name, func(t *testing.T) {

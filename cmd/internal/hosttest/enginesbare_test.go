@@ -71,7 +71,8 @@ func (e lxcBox) run(name, network string) {
 	e.t.Helper()
 	config := filepath.Join(e.dir, "lxc", name, "config")
 	text := "lxc.uts.name = " + name + "\nlxc.rootfs.path = dir:" + e.rootfs(name) + "\nlxc.cgroup.dir = " +
-		strings.TrimPrefix(e.group, "/") + "\nlxc.apparmor.profile = unconfined\nlxc.init.cmd = /bin/busybox sleep 1000\n" + network
+		strings.TrimPrefix(e.group, "/") + "\nlxc.apparmor.profile = unconfined\n" +
+		"lxc.init.cmd = /bin/busybox sleep 1000\n" + network
 	if err := os.MkdirAll(filepath.Dir(config), 0o755); err != nil {
 		e.t.Fatal(err)
 	}
@@ -145,8 +146,9 @@ exec "$@"`
 
 func (e machines) start(name string) {
 	e.t.Helper()
-	e.running[name] = e.w.start("host", nil, nil, "sh", "-c", enter, e.group+"/"+name, "systemd-nspawn", "--register=no", "--keep-unit",
-		"--quiet", "--network-bridge=br0", "--resolv-conf=off", "--timezone=off", "--machine="+name, "--directory="+e.rootfs(name),
+	e.running[name] = e.w.start("host", nil, nil, "sh", "-c", enter, e.group+"/"+name, "systemd-nspawn", "--register=no",
+		"--keep-unit", "--quiet", "--network-bridge=br0", "--resolv-conf=off", "--timezone=off", "--machine="+name,
+		"--directory="+e.rootfs(name),
 		busyboxPath, "sleep", "1000")
 	e.w.eventually(time.Minute, "the machine runs", func() bool {
 		pid, err := e.child(name)
@@ -155,7 +157,8 @@ func (e machines) start(name string) {
 	})
 	e.must("ip", "netns", "attach", name, e.pid(name))
 	e.w.ip(name, fmt.Sprintf("link set lo up\nlink set host0 up\naddr add 172.20.0.%[1]d/24 dev host0\n"+
-		"route add default via 172.20.0.1\naddr add fd00:20::%[1]d/64 dev host0\n-6 route add default via fd00:20::1\n", numbers[name]))
+		"route add default via 172.20.0.1\naddr add fd00:20::%[1]d/64 dev host0\n"+
+		"-6 route add default via fd00:20::1\n", numbers[name]))
 	e.must("ip", "netns", "del", name) // the name would keep the namespace
 }
 
@@ -164,7 +167,8 @@ func (e machines) child(name string) (string, error) {
 }
 
 func (e machines) inside(name string, args ...string) (string, error) {
-	return e.run(append([]string{"nsenter", "--target", e.pid(name), "--mount", "--uts", "--ipc", "--net", "--pid", "--root", "--wd",
+	return e.run(append([]string{"nsenter", "--target", e.pid(name), "--mount", "--uts", "--ipc", "--net", "--pid", "--root",
+		"--wd",
 		busyboxPath}, args...)...)
 }
 
@@ -214,7 +218,8 @@ func (e tasks) start(name string) {
 		"link set task%[2]d master br0\nlink set task%[2]d up\n", name, n))
 	e.w.ip(name, fmt.Sprintf("link set lo up\nlink set eth0 up\naddr add 172.20.0.%[1]d/24 dev eth0\n"+
 		"route add default via 172.20.0.1\naddr add fd00:20::%[1]d/64 dev eth0\n-6 route add default via fd00:20::1\n", n))
-	e.do("run", "--detach", "--with-ns", "network:/run/netns/"+name, "--rootfs", e.rootfs(name), name, busyboxPath, "sleep", "1000")
+	e.do("run", "--detach", "--with-ns", "network:/run/netns/"+name, "--rootfs", e.rootfs(name), name, busyboxPath,
+		"sleep", "1000")
 }
 
 func (e tasks) inside(name string, args ...string) (string, error) {

@@ -439,7 +439,8 @@ func TestIPv6(t *testing.T) {
 		"none":    {&fakeServer{}, "203.0.113.1:7001 invalid AddrPort", "address type not supported", false},
 		"foreign": {&fakeServer{at6: at(0).Addr()}, "203.0.113.1:7001 invalid AddrPort", "listens at an IPv4 address", false},
 		"alone": {
-			&fakeServer{at6: at6(0).Addr(), err: socks.ReplyAddrTypeNotSupported}, "invalid AddrPort [2001:db8::1]:6881", "", true,
+			&fakeServer{at6: at6(0).Addr(), err: socks.ReplyAddrTypeNotSupported},
+			"invalid AddrPort [2001:db8::1]:6881", "", true,
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -20,7 +20,8 @@ echo nameserver 203.0.113.53 >$root/etc/resolv.conf`
 // TestMachined: a machine of systemd-nspawn that the real systemd-machined knows is found by its name, whether it has a scope
 // of its own or the unit that started it. Its programs reach the world through the proxy, and `down` gives its network back.
 func TestMachined(t *testing.T) {
-	for _, program := range []string{"/lib/systemd/systemd-machined", "/usr/bin/systemd-nspawn", "/usr/bin/dbus-daemon", "/bin/busybox"} {
+	for _, program := range []string{"/lib/systemd/systemd-machined", "/usr/bin/systemd-nspawn", "/usr/bin/dbus-daemon",
+		"/bin/busybox"} {
 		if _, err := exec.LookPath(program); err != nil {
 			t.Skipf("%v ('make zoo' installs it)", err)
 		}
@@ -31,7 +32,8 @@ func TestMachined(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			m := &machine{t: t, pid: m.pid}
 			m.must("/bin/sh", "-ec", nested, name)
-			run := append([]string{"/usr/bin/systemd-run", "--unit=start-" + name, "--property=Delegate=yes", "/usr/bin/systemd-nspawn",
+			run := append([]string{"/usr/bin/systemd-run", "--unit=start-" + name, "--property=Delegate=yes",
+				"/usr/bin/systemd-nspawn",
 				"--private-network", "--console=pipe", "--resolv-conf=off", "--timezone=off", "--machine=" + name}, how...)
 			m.must(append(run, "/bin/busybox", "sleep", "1000")...)
 			var leader string
