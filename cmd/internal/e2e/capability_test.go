@@ -10,14 +10,16 @@ import (
 	"testing"
 )
 
-// tearDown prints the capabilities of a program, and tries to remove its network.
+// tearDown prints the capabilities of a program, and tries to remove its network. Where that succeeds, the program waits
+// until viasocks ends it: a program that ends by itself before viasocks has noticed has a status of its own.
 const tearDown = `grep -E '^Cap(Inh|Prm|Eff|Amb)' /proc/self/status
 tried() { "$@" >/dev/null 2>&1; echo "$1 $3: $?"; }
 tried ip route flush table main
 tried ip link set tun0 down
 tried ip link del tun0
 tried nft add table inet t
-ls /sys/class/net`
+ls /sys/class/net
+[ -e /sys/class/net/tun0 ] || exec sleep 30`
 
 // TestRunCapabilities: only a program of root has capabilities in the network of run, those that its caller has. No other
 // program can change anything there, whether viasocks made the namespace or it has a name. If root's program deletes the TUN,
