@@ -65,14 +65,14 @@ lint: vet
 # takes longest comes first, so that it does not run alone at the end.
 .PHONY: unit
 unit: build
-	$(GO) test $(TESTFLAGS) -timeout 40m ./cmd/internal/hosttest ./...
+	GO=$(GO) scripts/gotest.sh $(TESTFLAGS) -timeout 40m -- ./cmd/internal/hosttest ./...
 
 # hosttest and servicetest watch a host from outside while viasocks is killed and restarted. e2e tests what the daemon does
 # inside, and is built with the race detector here. route/kernel has one goroutine of its own, the watch over the host.
 .PHONY: race
 race: ## Run the tests under the race detector
-	$(GO) test $(TESTFLAGS) -race -timeout 40m ./cmd/internal/e2e $$($(GO) list ./... | grep -v -e /cmd/internal/hosttest -e /cmd/internal/servicetest -e /route/kernel)
-	$(GO) test $(TESTFLAGS) -race -run 'Watch|PutBack|Source|Guard|MadeAnew' ./route/kernel
+	GO=$(GO) scripts/gotest.sh $(TESTFLAGS) -race -timeout 40m -- ./cmd/internal/e2e $$($(GO) list ./... | grep -v -e /cmd/internal/hosttest -e /cmd/internal/servicetest -e /route/kernel)
+	GO=$(GO) scripts/gotest.sh $(TESTFLAGS) -race -run 'Watch|PutBack|Source|Guard|MadeAnew' -- ./route/kernel
 
 # aria runs the demo as a test, with smaller files.
 .PHONY: aria

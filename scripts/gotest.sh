@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# gotest.sh FLAG... -- PACKAGE...: runs go test, and gives at most three tests of real programs a second try.
+#
+# The packages below run many real programs, the kernel and hundreds of timers on a machine that may be slow and busy, and
+# some of those programs fail now and then by themselves. Their failed tests are run once more, after everything else. Each
+# such test is named at the end, with the output of its failure above: it has a fault that wants mending. These get no second
+# try: other packages; data races, panics and tests that hang; a package that fails without naming a test; four failed tests
+# or more.
+set -euo pipefail
+
+again='/(e2e|hosttest|servicetest|kernel|viasocks)$'
+go=${GO:-go} flags=()
+while (($#)) && [[ $1 != -- ]]; do flags+=("$1"); shift; done
+(($# > 1)) || { echo "usage: gotest.sh FLAG... -- PACKAGE..." >&2; exit 2; }
+shift
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+status=0
+"$go" test "${flags[@]}" "$@" 2>&1 | tee "$log" || status=$?
+((status)) || exit 0
+
+if grep -qE 'WARNING: DATA RACE|(^|[[:space:]])(panic|fatal error|SIG[A-Z]+): |\[(build|setup) failed\]' "$log"; then exit "$status"; fi
+# A package's output ends with its result. Each line here is a package and its failed tests: PACKAGE TEST|TEST.
+mapfile -t failed < <(awk '
+	/^--- FAIL: / { tests = tests (tests ? "|" : "") $3 }
+	$1 == "FAIL" && NF > 1 { print $2, tests; tests = "" }
+	$1 == "ok" { tests = "" }' "$log")
+count=0
+for line in "${failed[@]}"; do
+	read -r package tests <<<"$line"
+	[[ -n $tests && $package =~ $again ]] || exit "$status"
+	names=${tests//[^|]/}
+	((count += ${#names} + 1))
+done
+((count >= 1 && count <= 3)) || exit "$status"
+
+for line in "${failed[@]}"; do
+	read -r package tests <<<"$line"
+	echo "second try: $package ${tests//|/ }"
+	"$go" test "${flags[@]}" -run "^($tests)\$" "$package"
+done
+for line in "${failed[@]}"; do echo "passed only at the second try: $line"; done
