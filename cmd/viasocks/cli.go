@@ -72,6 +72,15 @@ func lookup(name string) *command {
 	return nil
 }
 
+// noCommand says that there is no command of this name, and which one it may stand for.
+func noCommand(name string) string {
+	var names []string
+	for _, c := range commands() {
+		names = append(names, c.name)
+	}
+	return fmt.Sprintf("cannot use %q: there is no such command%s", config.Redact(name), config.DidYouMean(name, "", names))
+}
+
 // dispatch runs the subcommand of argv, prints its error on one line and returns the exit code.
 func dispatch(argv, env []string, std streams) int {
 	if len(argv) < 2 {
@@ -87,7 +96,7 @@ func dispatch(argv, env []string, std streams) int {
 	}
 	c := lookup(name)
 	if c == nil {
-		fmt.Fprintf(std.err, "viasocks: cannot use %q: there is no such command: see 'viasocks help'\n", config.Redact(name))
+		fmt.Fprintf(std.err, "viasocks: %s: see 'viasocks help'\n", noCommand(name))
 		return exitUsage
 	}
 	exit, err := c.run(c, args, env, std)

@@ -25,7 +25,7 @@ func runHelp(c *command, args, _ []string, std streams) (int, error) {
 	case args[0] == "-h" || args[0] == "--help":
 		return 0, config.ErrHelp
 	case about == nil:
-		return 0, &config.UsageError{Msg: fmt.Sprintf("cannot use %q: there is no such command", args[0])}
+		return 0, &config.UsageError{Msg: noCommand(args[0])}
 	case len(args) > 1:
 		return 0, &config.UsageError{Msg: fmt.Sprintf("cannot use %q: help takes one command", args[1])}
 	}

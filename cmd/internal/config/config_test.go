@@ -56,7 +56,8 @@ func TestProgramAfterDashes(t *testing.T) {
 
 // usageErrorsCases are the cases of TestUsageErrors.
 var usageErrorsCases = []struct{ args, want string }{
-	{"--prxy x", "cannot use --prxy: there is no such option"},
+	{"--prxy x", "cannot use --prxy: there is no such option (did you mean --proxy?)"},
+	{"--frobnicate x", "cannot use --frobnicate: there is no such option"},
 	{"-x", "cannot use -x: options begin with two hyphens"},
 	{"--proxy", "cannot use --proxy: its value is missing, as in --proxy URL"},
 	{"--takeover", "cannot use --takeover: this command does not take it"},
@@ -320,6 +321,7 @@ func TestFileErrors(t *testing.T) {
 	for _, tt := range []struct{ file, want string }{
 		{"mtu 9", ":1: mtu 9: must be a number from 1280 to 65535"},
 		{"\n\nfoo bar", `:3: unknown option "foo"`},
+		{"prox socks5://h", `:1: unknown option "prox" (did you mean proxy?)`},
 		{"--mtu 1500", `:1: "--mtu": write the option without the dashes`},
 		{"mtu", ":1: mtu needs a value: BYTES"},
 		{"mtu 1500\nmtu 1500", ":2: mtu was given before"},

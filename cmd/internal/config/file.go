@@ -93,7 +93,7 @@ func parseLine(line []byte) (value, error) {
 	case o == nil && strings.HasPrefix(name, "-"):
 		return value{}, fmt.Errorf("%q: write the option without the dashes", Redact(name))
 	case o == nil:
-		return value{}, fmt.Errorf("unknown option %q", Redact(name))
+		return value{}, fmt.Errorf("unknown option %q%s", Redact(name), DidYouMean(name, "", optionNames(inFile)))
 	case name == fileOption:
 		return value{}, fmt.Errorf("a configuration file cannot include another one")
 	case o.Arg != "" && text == "":
@@ -101,3 +101,6 @@ func parseLine(line []byte) (value, error) {
 	}
 	return value{name: name, text: text}, nil
 }
+
+// inFile reports whether an option can stand in a configuration file.
+func inFile(o *Option) bool { return o.Name != fileOption }

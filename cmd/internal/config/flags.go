@@ -137,13 +137,13 @@ func parseFlags(cmd Command, args []string) (flags map[string][]value, words []s
 	if err := set.Parse(args); errors.Is(err, pflag.ErrHelp) {
 		return nil, nil, ErrHelp
 	} else if err != nil {
-		return nil, nil, &UsageError{Redact(mistyped(err))}
+		return nil, nil, &UsageError{Redact(mistyped(cmd, err))}
 	}
 	return flags, set.Args(), nil
 }
 
 // mistyped says what is wrong with a flag that pflag does not understand.
-func mistyped(err error) string {
+func mistyped(cmd Command, err error) string {
 	var unknown *pflag.NotExistError
 	var empty *pflag.ValueRequiredError
 	switch {
@@ -151,7 +151,8 @@ func mistyped(err error) string {
 		return fmt.Sprintf("cannot use -%s: options begin with two hyphens", unknown.GetSpecifiedShortnames())
 	case errors.As(err, &unknown):
 		name := unknown.GetSpecifiedName()
-		why := "there is no such option"
+		takes := func(o *Option) bool { return o.takes(cmd) }
+		why := "there is no such option" + DidYouMean(name, "--", optionNames(takes))
 		if find(name) != nil {
 			why = "this command does not take it"
 		}

@@ -26,6 +26,7 @@ const (
 	bubbletea  = "charm.land/bubbletea/v2"
 	xansi      = "github.com/charmbracelet/x/ansi"
 	godbus     = "github.com/godbus/dbus/v5"
+	edits      = "github.com/agnivade/levenshtein"
 )
 
 // table is the import table of the design: what each package may import besides the standard library, itself, and
@@ -121,6 +122,8 @@ var table = []struct {
 		"the live view: bubbletea draws it, because keys, sizes and the states of terminals are its concern; " +
 			"it knows only what the " +
 			"control socket says"},
+	{"cmd/internal/config", []string{self + "/...", pflag, edits, xsys}, nil,
+		"reads what the user has written, and tells which word a mistyped one stands for"},
 	{"cmd/...", []string{self + "/...", pflag, xsys}, nil,
 		"glue that no layer may import"},
 }
