@@ -56,14 +56,22 @@ func Exec(want string, program []string, all []control.Instance, environ []strin
 // instanceNamed finds the instance of run or attach with this name or process id.
 func instanceNamed(want string, all []control.Instance) (at control.Instance, err error) {
 	pid, _ := strconv.Atoi(want)
-	n := 0
+	n, silent := 0, false
 	for _, i := range all {
+		if i.State == control.NoAnswer {
+			if i.PID == pid {
+				return at, errors.New("it does not answer: try again later, or see 'viasocks ps'")
+			}
+			silent = true
+		}
 		if i.Mode != control.ModeUp && i.Inside > 0 && (i.PID == pid || i.Name != "" && i.Name == want) {
 			at = i
 			n++
 		}
 	}
 	switch {
+	case n == 0 && silent: // its name is not known
+		return at, errors.New("none of your own programs that answer has this name or process id: see 'viasocks ps'")
 	case n == 0:
 		return at, errors.New("none of your own programs has this name or process id: see 'viasocks ps'")
 	case n > 1:

@@ -75,14 +75,19 @@ func TestForwardedPort(t *testing.T) {
 	}
 }
 
-// run runs a program in the app's namespaces.
-func (a *app) run(name string, args ...string) (string, error) {
+// run runs a program in the app's namespaces. It tries again if viasocks does not answer within two seconds.
+func (a *app) run(name string, args ...string) (said string, err error) {
 	a.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience)
 	defer cancel()
-	log := &harness.Log{}
-	cmd := exec.CommandContext(ctx, viasocks, append([]string{"exec", strconv.Itoa(a.cmd.Process.Pid), "--", name}, args...)...)
-	cmd.Stdout, cmd.Stderr = log, log
-	err := cmd.Run()
-	return log.String(), err
+	testkit.Until(testkit.Patience, func() bool {
+		log := &harness.Log{}
+		words := append([]string{"exec", strconv.Itoa(a.cmd.Process.Pid), "--", name}, args...)
+		cmd := exec.CommandContext(ctx, viasocks, words...)
+		cmd.Stdout, cmd.Stderr = log, log
+		err = cmd.Run()
+		said = log.String()
+		return !strings.Contains(said, "it does not answer")
+	})
+	return said, err
 }
