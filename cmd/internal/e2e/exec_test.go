@@ -51,7 +51,7 @@ func TestExec(t *testing.T) {
 		readyW.Close()
 		defer func() { in.Close(); first.Wait() }()
 		// the end comes only if the program has no copy
-		if err := ready.SetReadDeadline(time.Now().Add(testkit.Patience)); err != nil {
+		if err := ready.SetReadDeadline(time.Now().Add(2 * testkit.Patience)); err != nil {
 			t.Fatal(err)
 		}
 		if b, err := io.ReadAll(ready); string(b) != "READY\n" || err != nil {

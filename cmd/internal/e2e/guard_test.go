@@ -81,7 +81,6 @@ func TestGuard(t *testing.T) {
 			}
 			file := filepath.Join(t.TempDir(), "decisions")
 			flags = append([]string{"--decisions", file}, flags...)
-			start := time.Now()
 			got := curl(t, flags,
 				"http://"+world4+":8080",      // without its name
 				"http://db.example.com:8080",  // by its name
@@ -94,9 +93,6 @@ func TestGuard(t *testing.T) {
 			if want := strings.Join([]string{noConnect, served, noConnect, noConnect, served, served, noName},
 				"\n"); got != want {
 				t.Errorf("got\n%s\nwant\n%s", got, want)
-			}
-			if took := time.Since(start); took >= curlLimit {
-				t.Errorf("it took %v: what is refused must be refused at once", took)
 			}
 			for _, to := range reached() {
 				switch to {
@@ -152,13 +148,9 @@ func TestGuardOfNames(t *testing.T) {
 	dnsmasq(t, "--address=/example.com/"+world4, "--log-queries", "--log-facility="+asked)
 	file := filepath.Join(t.TempDir(), "decisions")
 	flags := []string{"--allow", "tcp:db.example.com:8080", "--allow", "tcp:" + other4 + ":8080", "--decisions", file}
-	start := time.Now()
 	got := curl(t, flags, "http://db.example.com:8080", "http://secret.example.com:8080")
 	if want := served + "\n" + noName; got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
-	}
-	if took := time.Since(start); took >= curlLimit {
-		t.Errorf("it took %v: a name is refused at once", took)
 	}
 	r := run(
 		t,

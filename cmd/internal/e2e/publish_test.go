@@ -143,7 +143,7 @@ func startPublished(t *testing.T, cmd *exec.Cmd) (port string) {
 	}()
 	select {
 	case port = <-ready:
-	case <-time.After(testkit.Patience):
+	case <-time.After(2 * testkit.Patience): // as startApp
 		t.Fatal("it does not become ready")
 	}
 	if port == "" || strings.HasPrefix(port, "ended") {

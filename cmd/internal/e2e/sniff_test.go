@@ -104,7 +104,9 @@ func TestSniff(t *testing.T) {
 			file := filepath.Join(t.TempDir(), "decisions")
 			got := fetch(
 				t,
-				[]string{"--proxy", proxy.URL(), "--sniff", row.mode, "--rule", "name .bad.example reject", "--decisions", file},
+				// On a machine that stalls, curl may take longer than the default for its first word.
+				[]string{"--proxy", proxy.URL(), "--sniff", row.mode, "--sniff-wait", "10s", "--rule", "name .bad.example reject",
+					"--decisions", file},
 				urls...)
 			if strings.Join(got, "|") != row.want {
 				t.Errorf("curl: %q, want %s", got, row.want)
@@ -180,17 +182,8 @@ func TestSniffStreams(t *testing.T) {
 	const wait = 500 * time.Millisecond
 	l, dst := at443(t)
 	proxy := listenSOCKS(t)
-	a := startApp(
-		t,
-		"--proxy",
-		proxy.URL(),
-		"--sniff",
-		"rules",
-		"--sniff-wait",
-		wait.String(),
-		"--rule",
-		"name .bad.example reject",
-	)
+	flags := []string{"--proxy", proxy.URL(), "--sniff", "rules", "--rule", "name .bad.example reject", "--sniff-wait"}
+	a := startApp(t, append(flags, wait.String())...)
 
 	other, otherDst := listenTCP(t, world4)
 	for _, row := range []struct {
@@ -231,11 +224,12 @@ func TestSniffStreams(t *testing.T) {
 		}
 	}
 
-	// A program that closes at once has sent FIN; one that resets is not dialled for.
+	// A program that closes at once has sent FIN; one that resets is not dialled for. Neither end takes as long as this wait.
+	patient := startApp(t, append(flags, "10s")...)
 	before := len(proxy.Requests())
-	c := a.tcp(dst)
+	c := patient.tcp(dst)
 	reset(c)
-	c = a.tcp(dst)
+	c = patient.tcp(dst)
 	c.Close()
 	if got, err := io.ReadAll(far(t, l)); len(got) != 0 || err != nil && !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("closed at once: the server reads %q, %v", got, err)

@@ -306,7 +306,7 @@ func bindPort(t *testing.T, a *app, dst netip.AddrPort, port uint16) int {
 
 // testOneSourcePort: one source port talks to several targets at once.
 func testOneSourcePort(t *testing.T, a *app, host string) {
-	const port = 40123
+	const port = 20123 // the kernel gives none below 32768, so no other socket has it
 	for range 3 {
 		l, dst := listenTCP(t, host)
 		fd := bindPort(t, a, dst, port)
@@ -332,7 +332,7 @@ func testOneSourcePort(t *testing.T, a *app, host string) {
 // keeps no TIME_WAIT, and after a reset.
 func testPortUsedAgain(t *testing.T, a *app, host string) {
 	l, dst := listenTCP(t, host)
-	const port = 40321
+	const port = 20321 // see testOneSourcePort
 	for i := range 6 {
 		fd := bindPort(t, a, dst, port)
 		var err error

@@ -1,11 +1,12 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
+	"regexp"
 	"testing"
 
 	"github.com/viasocks/viasocks/stack/testkit"
@@ -26,8 +27,8 @@ func (s *swarm) upnpAlone() (flags []string) {
 	return []string{"--netns", "igd"}
 }
 
-// qbittorrent returns the command of a qBittorrent that maps its port by UPnP and NAT-PMP, and seeds. It asks nobody but its
-// gateway and its tracker for anything.
+// qbittorrent returns the command of a qBittorrent that maps its port by UPnP and NAT-PMP, and seeds what a second one with the
+// same command and a torrent hands over to it. It asks nobody but its gateway and its tracker for anything.
 func (s *swarm) qbittorrent(port uint16) (program []string) {
 	s.t.Helper()
 	needPrograms(s.t, "qbittorrent-nox")
@@ -47,7 +48,7 @@ PortForwardingEnabled=true
 Connection\ResolvePeerCountries=false
 `, port))
 	home := s.sub("home")
-	return []string{"env", "HOME=" + home, "qbittorrent-nox", "--profile=" + home, "--save-path=" + s.data, s.torrent}
+	return []string{"env", "HOME=" + home, "qbittorrent-nox", "--profile=" + home, "--save-path=" + s.data}
 }
 
 // qbittorrentLog returns the log of qBittorrent, which is not in its output.
@@ -80,18 +81,26 @@ func (s *swarm) seedByQBittorrent(way string) {
 		flags = append(flags, s.upnpAlone()...)
 	}
 	_, own := listenTCP(t, world4) // so that dante gives another port
-	p := s.behind(flags, s.qbittorrent(own.Port())...)
+	program := s.qbittorrent(own.Port())
+	p := s.behind(flags, program...)
 	defer func() {
 		if t.Failed() {
 			t.Log(s.qbittorrentLog())
 		}
 	}()
+	// As with Transmission, a port that it learns later is not announced.
+	mapped := regexp.MustCompile("successfully mapped port using " + way + "[^\n]*TCP/")
+	if !s.until(func() bool { return mapped.MatchString(s.qbittorrentLog()) }) {
+		t.Fatalf("it maps no port by %s", way)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
+	defer cancel()
+	if out, err := exec.CommandContext(ctx, program[0], append(program[1:], s.torrent)...).CombinedOutput(); err != nil {
+		t.Fatalf("it takes no torrent: %v: %s", err, out)
+	}
 	if outer := s.await(p); outer.Port() == own.Port() {
 		t.Errorf("dante has given %v, which is taken", outer)
 	}
-	testkit.Eventually(t, "the mapping in the log", func() bool {
-		return strings.Contains(s.qbittorrentLog(), "successfully mapped port using "+way)
-	})
 	p.servedAll()
 	for _, open := range p.status().Listening.Ports {
 		if open.Port != own.Port() {

@@ -21,7 +21,9 @@ settings = {
 }
 settings.update(config["settings"])
 session = lt.session(settings)
-if "torrent" in config:
+
+
+def add_torrent():
     params = lt.add_torrent_params()
     params.ti = lt.torrent_info(config["torrent"])
     params.save_path = config["data"]
@@ -32,6 +34,12 @@ if "torrent" in config:
     else:
         params.flags |= lt.torrent_flags.seed_mode
         session.add_torrent(params)
+
+
+# It announces the port that it knows by then, and another one only half an hour later: so it learns it from its gateway first.
+waiting = settings["enable_natpmp"] or settings["enable_upnp"]
+if "torrent" in config and not waiting:
+    add_torrent()
 
 shown = (lt.listen_succeeded_alert, lt.listen_failed_alert, lt.portmap_alert, lt.portmap_error_alert, lt.tracker_announce_alert,
          lt.tracker_reply_alert, lt.tracker_error_alert, lt.dht_bootstrap_alert, lt.dht_reply_alert,
@@ -44,3 +52,6 @@ while True:
             print("announced", alert.ip, alert.port, alert.info_hash, flush=True)
         elif isinstance(alert, shown):
             print(alert.what(), alert.message(), flush=True)
+        if waiting and isinstance(alert, lt.portmap_alert) and "TCP/" in alert.message():
+            waiting = False
+            add_torrent()
