@@ -23,6 +23,7 @@ const helperName = "viasocks-netns"
 // MainIfChild must be the first call in main. In the helper of Spawn, in the maker of Sockets and in the keeper of a
 // named namespace it does their work and never returns; in any other process it returns at once.
 func MainIfChild() {
+	becomeMaker()
 	if sock, ok := childSocket(makerName); ok {
 		os.Exit(makerMain(sock))
 	}
@@ -36,6 +37,28 @@ func MainIfChild() {
 	// Capabilities belong to a thread. They must be dropped by the thread that calls exec.
 	runtime.LockOSThread()
 	os.Exit(helper(sock))
+}
+
+// childSocket returns the number of the socket with which a process of ours with this name was started.
+func childSocket(name string) (sock int, ok bool) {
+	if len(os.Args) != 2 || os.Args[0] != name {
+		return -1, false
+	}
+	sock, err := strconv.Atoi(os.Args[1])
+	if err != nil {
+		return -1, false
+	}
+	if !isSocket(sock) {
+		return -1, false
+	}
+	unix.CloseOnExec(sock)
+	return sock, true
+}
+
+// isSocket reports whether the descriptor is a unix socket, as those are that our processes are started with.
+func isSocket(fd int) bool {
+	domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
+	return err == nil && domain == unix.AF_UNIX
 }
 
 // fdReader reads the socket without the runtime's poller, because nothing else happens in the helper.

@@ -18,6 +18,7 @@ import (
 type Namespace struct {
 	net  *os.File
 	user *os.File // the user namespace that owns it; nil: the caller's own
+	mnt  *os.File // the mount namespace that belongs to it; nil: the caller's own is good enough
 	id   ID
 }
 
@@ -32,6 +33,21 @@ func OpenNamespace(path string) (*Namespace, error) {
 	}
 	n := &Namespace{net: os.NewFile(uintptr(fd), path)}
 	if err := n.identify(); err != nil {
+		n.Close()
+		return nil, err
+	}
+	return n, nil
+}
+
+// openProgram opens the namespaces of a child that Spawn has made. Without root its mount namespace is one of them: the program
+// could trace a process of ours that starts in its user namespace, and such a process must not see more files than the program.
+func openProgram(pid int) (*Namespace, error) {
+	dir := "/proc/" + strconv.Itoa(pid) + "/ns/"
+	n, err := OpenNamespace(dir + "net")
+	if err != nil || n.user == nil {
+		return n, err
+	}
+	if n.mnt, err = os.Open(dir + "mnt"); err != nil {
 		n.Close()
 		return nil, err
 	}
@@ -95,9 +111,8 @@ func (n *Namespace) Owner() int {
 
 // Close lets the namespace end if nobody else uses it. It may be called twice.
 func (n *Namespace) Close() {
-	n.net.Close()
-	if n.user != nil {
-		n.user.Close()
+	for _, f := range []*os.File{n.net, n.user, n.mnt} {
+		_ = f.Close() // of nil, it is an error and nothing else
 	}
 }
 
@@ -168,8 +183,11 @@ func (n *Namespace) startByNsenter(args []string, attr *os.ProcAttr) (*os.Proces
 		attr.Files = append(attr.Files, f)
 		return "/proc/self/fd/" + strconv.Itoa(len(attr.Files)-1)
 	}
-	argv := []string{"nsenter", "--user=" + at(n.user), "--net=" + at(n.net), "--preserve-credentials", "--", at(self)}
-	return os.StartProcess(nsenter, append(argv, args...), attr)
+	argv := []string{"nsenter", "--user=" + at(n.user), "--net=" + at(n.net), "--preserve-credentials"}
+	if n.mnt != nil {
+		argv = append(argv, "--mount="+at(n.mnt))
+	}
+	return os.StartProcess(nsenter, append(append(argv, "--", at(self)), args...), attr)
 }
 
 // Users tells whether a network namespace is in use: whether a process other than ours is in it, or a file on which it

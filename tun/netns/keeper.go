@@ -4,12 +4,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
 	"os/signal"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -114,73 +116,131 @@ func (s *found) restore(ours []netip.Prefix) error {
 	return errors.Join(failed...)
 }
 
+// kept is what the keeper is told.
+type kept struct {
+	Added []netip.Prefix // the addresses that lo gets
+	Was   *found         // the state to restore; nil: that in which the keeper finds the namespace
+}
+
 // keeper is the process, seen from outside.
 type keeper struct {
-	ns    *os.File // locked
-	sock  *os.File // the keeper restores the namespace when all copies of it are closed
-	pid   int
-	was   found
-	added []netip.Prefix
+	ns     *os.File // locked
+	was    found
+	added  []netip.Prefix
+	tender *tender
+
+	mu       sync.Mutex
+	sock     *os.File // the keeper restores the namespace when all copies of it are closed
+	pid      int      // until the keeper is reaped, then 0
+	restored bool     // the last keeper has restored the namespace
+	closed   bool
 }
 
 // startKeeper starts the keeper in ns. It takes ownership of ns, even on error. added are the addresses that lo will get.
-func startKeeper(ns *os.File, name string, added []netip.Prefix) (_ *keeper, err error) {
+func startKeeper(ns *os.File, name string, added []netip.Prefix, log *slog.Logger) (*keeper, error) {
 	k := &keeper{ns: ns, added: added}
-	defer func() {
-		if err != nil {
-			err = fmt.Errorf("cannot use the network namespace %q: %w", name, err)
-			k.Close()
-		}
-	}()
-	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return nil, err
+	k.tender = newTender(keeperName, log, k.wait, k.startAgain)
+	var err error
+	if k.sock, k.pid, k.was, err = k.start(nil); err != nil {
+		_ = ns.Close()
+		return nil, fmt.Errorf("cannot use the network namespace %q: %w", name, err)
 	}
-	k.sock = os.NewFile(uintptr(pair[0]), "keeper")
-	theirs := os.NewFile(uintptr(pair[1]), "keeper")
-	defer theirs.Close()
-	if err := within(ns, func() error { return k.start(theirs) }); err != nil {
-		return nil, err
-	}
-	c, err := net.FileConn(k.sock)
-	if err != nil {
-		return nil, err
-	}
-	defer c.Close()
-	if err := c.SetDeadline(time.Now().Add(keeperWait)); err != nil {
-		return nil, err
-	}
-	msg, err := json.Marshal(added)
-	if err != nil {
-		return nil, err
-	}
-	if _, err := c.Write(frame(msg)); err != nil {
-		return nil, err
-	}
-	if msg, err = readFrame(c, nil); err == nil {
-		err = json.Unmarshal(msg, &k.was)
-	}
-	if err == nil && k.was.Err != "" {
-		err = errors.New(k.was.Err)
-	}
-	return k, err
+	return k, nil
 }
 
-func (k *keeper) start(sock *os.File) (err error) {
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+// tend starts the keeper again when it is killed. It is called once, when the helper has its copy of sock, and before
+// Close. k may be nil.
+func (k *keeper) tend() {
+	if k != nil {
+		go k.tender.tend()
+	}
+}
+
+// wait waits for the end of the keeper.
+func (k *keeper) wait() (how string) {
+	awaitEnd(k.pid) // which only the tender changes
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	ws, err := reaped(k.pid)
+	k.restored = err == nil && ws.Exited() && ws.ExitStatus() == 0
+	k.pid = 0
+	_ = k.sock.Close()
+	return describe(ws, err)
+}
+
+// startAgain starts another keeper in place of one that was killed.
+func (k *keeper) startAgain() error {
+	sock, pid, _, err := k.start(&k.was)
 	if err != nil {
 		return err
 	}
-	defer null.Close()
-	env := []string{"GOMAXPROCS=1"}
-	if dir, ok := os.LookupEnv("GOCOVERDIR"); ok {
-		env = append(env, "GOCOVERDIR="+dir)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.sock, k.pid = sock, pid
+	if k.closed {
+		_ = sock.Close()
 	}
-	k.pid, _, err = syscall.StartProcess("/proc/self/exe", []string{keeperName, "3"}, &syscall.ProcAttr{
-		Dir: "/", Env: env, Files: []uintptr{null.Fd(), null.Fd(), null.Fd(), sock.Fd(), k.ns.Fd()},
+	return nil
+}
+
+// start starts a keeper that restores the state was, or if that is nil the state that it finds.
+func (k *keeper) start(was *found) (sock *os.File, pid int, s found, err error) {
+	msg, err := json.Marshal(kept{k.added, was})
+	if err != nil {
+		return nil, 0, s, err
+	}
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, 0, s, err
+	}
+	sock = os.NewFile(uintptr(pair[0]), "keeper")
+	theirs := os.NewFile(uintptr(pair[1]), "keeper")
+	defer theirs.Close()
+	defer func() {
+		if err == nil {
+			return
+		}
+		if pid != 0 {
+			reap(pid) // before the socket is closed: the namespace is still in use
+		}
+		_ = sock.Close()
+	}()
+	c, err := net.FileConn(sock)
+	if err != nil {
+		return sock, 0, s, err
+	}
+	defer c.Close()
+	if err := c.SetDeadline(time.Now().Add(keeperWait)); err != nil {
+		return sock, 0, s, err
+	}
+	// The keeper finds its order when it starts, so that it does its work even if this process dies before that.
+	if _, err := c.Write(frame(msg)); err != nil {
+		return sock, 0, s, err
+	}
+	if err := within(k.ns, func() (err error) { pid, err = k.launch(theirs); return err }); err != nil {
+		return sock, pid, s, err
+	}
+	_ = theirs.Close() // otherwise the death of the keeper would not end the wait for its answer
+	if msg, err = readFrame(c, nil); err == nil {
+		err = json.Unmarshal(msg, &s)
+	}
+	if err == nil && s.Err != "" {
+		err = errors.New(s.Err)
+	}
+	return sock, pid, s, err
+}
+
+func (k *keeper) launch(sock *os.File) (pid int, err error) {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer null.Close()
+	pid, _, err = syscall.StartProcess("/proc/self/exe", []string{keeperName, "3"}, &syscall.ProcAttr{
+		Dir: "/", Env: ownEnv(), Files: []uintptr{null.Fd(), null.Fd(), null.Fd(), sock.Fd(), k.ns.Fd()},
 		Sys: &syscall.SysProcAttr{Setsid: true}, // no signal of the terminal reaches it
 	})
-	return err
+	return pid, err
 }
 
 // Close makes the keeper restore the namespace and waits for that. If the keeper was killed, Close does its work. It may be
@@ -189,26 +249,25 @@ func (k *keeper) Close() {
 	if k == nil || k.ns == nil {
 		return
 	}
-	if k.sock != nil {
-		_ = k.sock.Close()
-	}
-	if k.pid != 0 && !k.ended() && k.was.Sysctls != nil {
+	k.mu.Lock()
+	k.closed = true
+	close(k.tender.stop)
+	_ = k.sock.Close()
+	k.mu.Unlock()
+	late := time.AfterFunc(keeperWait, func() {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		if k.pid != 0 {
+			_ = syscall.Kill(k.pid, syscall.SIGKILL)
+		}
+	})
+	<-k.tender.done
+	late.Stop()
+	if !k.restored {
 		_ = within(k.ns, func() error { return k.was.restore(k.added) })
 	}
 	_ = k.ns.Close()
 	k.ns = nil
-}
-
-// ended waits for the keeper and reports whether it has restored the namespace.
-func (k *keeper) ended() bool {
-	late := time.AfterFunc(keeperWait, func() { _ = syscall.Kill(k.pid, syscall.SIGKILL) })
-	defer late.Stop()
-	var ws syscall.WaitStatus
-	for {
-		if _, err := syscall.Wait4(k.pid, &ws, 0, nil); err != syscall.EINTR {
-			return err == nil && ws.Exited() && ws.ExitStatus() == 0
-		}
-	}
 }
 
 // keeperMain is the keeper. It tells what it found, waits for the end of the other side, and restores.
@@ -216,22 +275,27 @@ func keeperMain(sock int) (exit int) {
 	// A service manager may end all our processes at once, and then this one has its work to do.
 	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT)
 	unix.CloseOnExec(4) // the lock, which ends with this process
-	var added []netip.Prefix
+	var order kept
 	msg, err := readFrame(fdReader(sock), nil)
 	if err == nil {
-		err = json.Unmarshal(msg, &added)
+		err = json.Unmarshal(msg, &order)
 	}
 	if err != nil {
 		return 1 // nothing was changed
 	}
-	s, err := look()
-	if err != nil {
-		s = found{Err: err.Error()}
+	s := order.Was
+	if s == nil {
+		now, err := look()
+		if err != nil {
+			now = found{Err: err.Error()}
+		}
+		s = &now
 	}
 	if msg, err = json.Marshal(s); err != nil {
 		return 1
 	}
-	if _, err := unix.Write(sock, frame(msg)); err != nil || s.Err != "" {
+	// If the other side has died meanwhile, nobody reads this, and the namespace may already be changed.
+	if _, err := unix.Write(sock, frame(msg)); err != nil && order.Was == nil || s.Err != "" {
 		return 1
 	}
 	for {
@@ -240,7 +304,7 @@ func keeperMain(sock int) (exit int) {
 			break
 		}
 	}
-	if s.restore(added) != nil {
+	if s.restore(order.Added) != nil {
 		return 1
 	}
 	return 0

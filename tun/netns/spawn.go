@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -41,6 +42,7 @@ type Spec struct {
 	User        *User          // nil: the caller; otherwise the caller must be root
 	Named       string         // a named network namespace, which is left as it was; "": a new one
 	FollowStops bool           // Wait stops the calling process when the program stops itself
+	Log         *slog.Logger   // tells when a process of ours ends unexpectedly; nil: nothing does
 }
 
 // Child is a program in its own namespaces. Its life is: Spawn (the namespaces exist, and a helper process waits
@@ -101,6 +103,7 @@ func Spawn(ctx context.Context, s Spec) (*Child, error) {
 		err = c.start(s, pair[1])
 	}
 	unix.Close(pair[1])
+	c.keeper.tend()
 	if err != nil {
 		c.conn.Close()
 		c.keeper.Close()
@@ -127,7 +130,7 @@ func (c *Child) enter(s Spec) error {
 	if err != nil {
 		return err
 	}
-	c.keeper, err = startKeeper(ns, s.Named, s.Local)
+	c.keeper, err = startKeeper(ns, s.Named, s.Local, s.Log)
 	return err
 }
 
@@ -163,10 +166,7 @@ func (c *Child) start(s Spec, sock int) error {
 		// With an identity map, exec drops all capabilities except the ambient ones.
 		sys.AmbientCaps = []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_SYS_ADMIN}
 	}
-	env := []string{"GOMAXPROCS=1", "GODEBUG=" + os.Getenv("GODEBUG")}
-	if dir, ok := os.LookupEnv("GOCOVERDIR"); ok { // an executable built with coverage writes a warning without it
-		env = append(env, "GOCOVERDIR="+dir)
-	}
+	env := append(ownEnv(), "GODEBUG="+os.Getenv("GODEBUG"))
 	if ns != nil {
 		sys.Cloneflags &^= unix.CLONE_NEWNET
 	}
@@ -216,7 +216,7 @@ func (c *Child) handover(ctx context.Context, s Spec) error {
 	c.conn.SetDeadline(time.Time{})
 	c.takeDiag(r, files)
 	if r.Maker != 0 {
-		if c.Sockets, err = socketsFromFile(files[len(files)-1], r.Maker); err != nil {
+		if c.Sockets, err = socketsFromFile(files[len(files)-1], r.Maker, c.pid, s.Log); err != nil {
 			return err
 		}
 	}

@@ -39,10 +39,11 @@ A connection that comes before the program listens is reset.
 A sender of datagrams is forgotten two minutes after its last one.
 A sender that the program has not answered may be forgotten before that, to make room for another.
 The program's side of each connection is opened by a process called
-.Ql viasocks-sockets ;
-if it is killed, published ports no longer answer until
-.Nm
-is started again.`,
+.Ql viasocks-sockets .
+If it is killed, connections that exist stay, and another one is started: at once the first time, then with pauses of a quarter of
+a second to 30 seconds, in which new connections are reset.
+Without root this needs
+.Xr nsenter 1 .`,
 	},
 	{
 		Name: "publish-unix", Arg: "PATH:PORT", Many: true, Cmds: Run | Check,

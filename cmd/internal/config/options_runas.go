@@ -68,7 +68,8 @@ A process called
 does this even if
 .Nm
 is killed.
-If it is killed as well, the TUN disappears, and
+If only this process is killed, another one takes its place.
+If both are killed at the same moment, the TUN disappears, and
 .Li lo
 and those settings stay as
 .Nm

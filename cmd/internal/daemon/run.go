@@ -56,7 +56,7 @@ func Run(cfg *config.Config, o RunOptions) (exit int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	child, err := spawn(ctx, cfg, o)
+	child, err := spawn(ctx, cfg, o, e.log)
 	if err != nil {
 		return 0, err
 	}
@@ -108,7 +108,7 @@ func (e *env) beforeRun(ctx context.Context, cfg *config.Config) (d dialing, err
 }
 
 // spawn makes the program's namespace and the helper that becomes the program.
-func spawn(ctx context.Context, cfg *config.Config, o RunOptions) (*netns.Child, error) {
+func spawn(ctx context.Context, cfg *config.Config, o RunOptions, log *slog.Logger) (*netns.Child, error) {
 	return netns.Spawn(ctx, netns.Spec{
 		Argv: cfg.Program, Env: userEnv(programEnv(o.Environ, cfg.KeepProxyEnv), cfg.RunAs),
 		Stdin: o.Stdin, Stdout: o.Stdout, Stderr: o.Stderr,
@@ -125,6 +125,7 @@ func spawn(ctx context.Context, cfg *config.Config, o RunOptions) (*netns.Child,
 		Sockets:    len(cfg.Publish) > 0,
 		// The shell that started us must notice when the program stops.
 		FollowStops: true,
+		Log:         log,
 	})
 }
 
