@@ -83,6 +83,7 @@ func (s *Server) hijack(w http.ResponseWriter, r *http.Request, protocol string)
 		"Upgrade: "+protocol+"\r\n\r\n")
 	if err != nil {
 		c.UnixConn.Close()
+		s.o.Log.Warn("nothing was done: the process that asked has ended", "request", r.Method+" "+r.URL.Path, "pid", p.PID)
 		return nil, p
 	}
 	return c.UnixConn, p
