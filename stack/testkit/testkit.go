@@ -17,8 +17,9 @@ import (
 // Patience is how long a test waits for what must happen, on a machine that may stall for seconds.
 const Patience = 30 * time.Second
 
-// poll is the least time between two checks of a condition.
-const poll = time.Millisecond
+// poll is the least time between two checks of a condition. A check that starts programs costs more: several tests that wait
+// beside each other would use the processors up, so that it is made only after three times as long as it took, up to rarely.
+const poll, rarely = time.Millisecond, 100 * time.Millisecond
 
 // leakPatience equals Patience, except in the test of CheckLeaks.
 var leakPatience = Patience
@@ -48,7 +49,8 @@ func Until(d time.Duration, ok func() bool) bool {
 		} else if start.After(end) {
 			return false
 		}
-		time.Sleep(max(poll, time.Since(start))) // a check that costs much is made less often
+		cost := time.Since(start)
+		time.Sleep(max(poll, cost, min(3*cost, rarely)))
 	}
 }
 

@@ -177,3 +177,22 @@ func TestAwaitFiles(t *testing.T) {
 	}()
 	AwaitFiles(t, before)
 }
+
+// TestUntilSpares: a condition is checked again after three times as long as the check took, but rarely only so that it is not
+// noticed much later.
+func TestUntilSpares(t *testing.T) {
+	for _, tt := range []struct {
+		cost time.Duration
+		want int
+	}{
+		{0, 1001}, {10 * time.Millisecond, 26}, {50 * time.Millisecond, 8}, {250 * time.Millisecond, 3},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			n := 0
+			Until(time.Second, func() bool { n++; Pace(tt.cost); return false })
+			if n < tt.want || n > tt.want+1 {
+				t.Errorf("a check that takes %v was made %d times in a second, not %d", tt.cost, n, tt.want)
+			}
+		})
+	}
+}

@@ -1,6 +1,7 @@
 package harness
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"regexp"
@@ -8,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // envApart holds the name of the one test that a process made by Apart runs.
@@ -21,6 +23,12 @@ const envApart = "HARNESS_APART"
 // after the other.
 func Apart(t *testing.T, why string, flags uintptr) bool {
 	t.Helper()
+	return (*Queue)(nil).Apart(t, why, flags)
+}
+
+// Apart is the function Apart in the order of the queue.
+func (q *Queue) Apart(t *testing.T, why string, flags uintptr) bool {
+	t.Helper()
 	if os.Getenv(envApart) == t.Name() {
 		return true
 	} else if os.Getenv(envApart) != "" {
@@ -33,13 +41,19 @@ func Apart(t *testing.T, why string, flags uintptr) bool {
 		t.Skip("namespaces of its own are not short")
 	}
 	t.Parallel()
+	defer q.take(t.Name())()
 	pattern := "^" + strings.ReplaceAll(regexp.QuoteMeta(t.Name()), "/", "$/^") + "$"
 	cmd := exec.Command("/proc/self/exe", "-test.run="+pattern, "-test.v", "-test.count=1")
 	cmd.Env = append(os.Environ(), envApart+"="+t.Name())
 	runtime.LockOSThread() // Pdeathsig follows the thread that forks
 	defer runtime.UnlockOSThread()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags, Pdeathsig: syscall.SIGKILL}
+	began := time.Now()
 	out, err := cmd.CombinedOutput()
+	if s := cmd.ProcessState; s != nil { // whether a test waits or computes says how many of them can run at once
+		out = fmt.Appendf(out, "%s ran apart for %.1f s and used %.1f s of the processors\n",
+			t.Name(), time.Since(began).Seconds(), (s.UserTime() + s.SystemTime()).Seconds())
+	}
 	switch {
 	case err != nil:
 		t.Errorf("%v\n%s", err, out)

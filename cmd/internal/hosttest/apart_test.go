@@ -9,14 +9,18 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/harness"
 )
 
-// apartAtOnce is how many tests may run apart at the same time. They spend most of their time waiting.
-const apartAtOnce = 6
+// turns are the turns of the tests that run apart. All of them together compute for less than a tenth of their time, and
+// those that are named here take half of it.
+var turns = harness.NewQueue(8,
+	"TestClients", "TestLeak", "TestChoosingIsKilled", "TestRulesOfReach", "TestAttachKilled", "TestRestored",
+	"TestDirectInKernelReloads", "TestChoices", "TestProgramIsKilled", "TestDefaultRoutes", "TestTakeoverKilled",
+)
 
 // apart runs the calling test beside others of its kind: its network namespaces, its /run and its process ids are then no
 // concern of the others. See harness.Apart.
 func apart(t *testing.T) bool {
 	t.Helper()
-	return harness.Apart(t, envWhy, syscall.CLONE_NEWNET|syscall.CLONE_NEWNS|syscall.CLONE_NEWPID)
+	return turns.Apart(t, envWhy, syscall.CLONE_NEWNET|syscall.CLONE_NEWNS|syscall.CLONE_NEWPID)
 }
 
 // rootOfTheMachine skips a test that needs other users than root, where a user namespace has root alone.

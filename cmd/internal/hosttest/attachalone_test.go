@@ -170,6 +170,9 @@ func (w *world) asOrdinary(args ...string) *daemon {
 // TestAttachRootless: an ordinary user attaches to the namespace of his own rootless container, restores it by `down`, also
 // after kill -9, and cannot attach to root's.
 func TestAttachRootless(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	testkit.CheckLeaks(t)
 	openTUNToAll(t)
 	w, rec, _ := boxWorld(t)

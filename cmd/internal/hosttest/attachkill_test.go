@@ -89,8 +89,13 @@ const unreached = 250 * time.Millisecond
 // TestAttachKilled: whichever process is killed, and whenever, nothing leaves a namespace that was steered, and it can be
 // given back or taken over.
 func TestAttachKilled(t *testing.T) {
+	t.Parallel()
 	for _, victim := range []string{"attach", "keeper"} {
-		t.Run(victim, func(t *testing.T) { testAttachKilled(t, victim) })
+		t.Run(victim, func(t *testing.T) {
+			if apart(t) {
+				testAttachKilled(t, victim)
+			}
+		})
 	}
 }
 
@@ -216,6 +221,9 @@ func stateFiles() (paths []string) {
 // TestAttachedIsKilled: whenever the only program of a network is killed, attach ends and says why, and neither a keeper nor a
 // file is left.
 func TestAttachedIsKilled(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	testkit.CheckLeaks(t)
 	w, rec, _ := container(t)
 	before, there := w.state(), stateFiles() // another test may have ended badly

@@ -15,6 +15,6 @@
 // ports may leave the host; everything else is a leak. A leak is assigned to a probe by a canary in its payload, or
 // by its destination, which no other probe uses. A positive control without viasocks shows that each probe is seen.
 //
-// Tests that mostly wait, such as those with DHCP clients, run in parallel: each is its own process, which creates
-// the same network once more in its own namespaces (see apart). They start after all other tests.
+// Almost all tests mostly wait. They run in parallel: each is its own process, which creates the same network once more in
+// its own namespaces (see apart). They start after the few others, such as the one that measures what watchers cost.
 package hosttest

@@ -7,6 +7,12 @@ import (
 	"testing"
 )
 
+// trackNothing keeps conntrack out of the host, as one without any stateful rule.
+func (w *world) trackNothing() {
+	w.t.Helper()
+	w.run("host", nil, "nft", "flush", "ruleset")
+}
+
 // TestConntrackForgets: when somebody empties the kernel's table of connections while viasocks is up or dead, those from outside
 // go on, in both families, whoever speaks first after that.
 func TestConntrackForgets(t *testing.T) {

@@ -225,6 +225,9 @@ func TestConfirm(t *testing.T) {
 
 // TestClosedAtOnce: after `close`, and after a stop that leaves the host closed, programs get an error at once.
 func TestClosedAtOnce(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w, d := closedUp(t, "--stay-closed")
 	if err := d.stop(); err != nil {
 		t.Error(err)

@@ -166,8 +166,12 @@ var listenCases = []struct {
 // both directions end in order; it is reset while nobody listens. Nothing leaves the host but to the proxy, and the stop
 // restores everything.
 func TestListen(t *testing.T) {
+	t.Parallel()
 	for _, tt := range listenCases {
 		t.Run(tt.name, func(t *testing.T) {
+			if !apart(t) {
+				return
+			}
 			w := newWorld(t)
 			w.binding()
 			tt.host(w)
@@ -206,6 +210,9 @@ func TestListen(t *testing.T) {
 
 // TestListenIPv6: a peer that reaches the proxy by IPv6 comes to the host's own IPv6 address.
 func TestListenIPv6(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t)
 	rec := newRecorder(w)
 	s := w.proxy("[" + proxy6 + "]:1080")
@@ -384,6 +391,9 @@ func TestListenTakeover(t *testing.T) {
 
 // A port that docker publishes reaches its container, which sees the peer's address, too.
 func TestListenPublished(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t)
 	w.binding()
 	rec := newRecorder(w)

@@ -15,6 +15,9 @@ import (
 // TestListenAuto: a program of the host that asks the router of its network for a port by NAT-PMP is answered by viasocks,
 // and the router hears nothing. A container is not answered.
 func TestListenAuto(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	if _, err := exec.LookPath("natpmpc"); err != nil {
 		t.Skip("natpmpc is not installed (scripts/deps.sh)")
 	}
@@ -47,6 +50,9 @@ func TestListenAuto(t *testing.T) {
 // TestListenAutoUDP: a program of the host that has sent nothing asks for a UDP port, and a peer reaches it there from its own
 // address; the answer goes back the same way. A container is not answered.
 func TestListenAutoUDP(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	if _, err := exec.LookPath("natpmpc"); err != nil {
 		t.Skip("natpmpc is not installed (scripts/deps.sh)")
 	}

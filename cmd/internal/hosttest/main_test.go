@@ -6,7 +6,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"syscall"
 	"testing"
 
@@ -33,7 +32,7 @@ func TestMain(m *testing.M) {
 			}
 		}
 		flag.Parse()
-		if err := flag.Set("test.parallel", strconv.Itoa(apartAtOnce)); err != nil {
+		if err := flag.Set("test.parallel", "1000"); err != nil { // turns says how many run at once
 			fmt.Fprintln(os.Stderr, "hosttest:", err)
 		}
 		os.Exit(m.Run())

@@ -15,19 +15,25 @@ import (
 // TestProgramIsKilled: whichever is killed of viasocks and a program under `exclude` or `include`, and whenever, the control
 // groups go, and so does what the filter knows of them. A program that outlives viasocks goes on after `down`.
 func TestProgramIsKilled(t *testing.T) {
-	rootOfTheMachine(t)
-	testkit.CheckLeaks(t)
-	w := newWorld(t)
-	who(w)
-	w.proxy(proxy4 + ":1080")
+	t.Parallel()
 	for _, how := range []string{"exclude", "include"} {
-		t.Run(how+", the program", func(t *testing.T) { w.with(t).programKilled(how) })
-		t.Run(how+", viasocks", func(t *testing.T) { w.with(t).daemonKilled(how) })
+		for victim, test := range map[string]func(*world, string){
+			"the program": (*world).programKilled, "viasocks": (*world).daemonKilled,
+		} {
+			t.Run(how+", "+victim, func(t *testing.T) {
+				if !apart(t) {
+					return
+				}
+				rootOfTheMachine(t)
+				testkit.CheckLeaks(t)
+				w := newWorld(t)
+				who(w)
+				w.proxy(proxy4 + ":1080")
+				test(w, how)
+			})
+		}
 	}
 }
-
-// with is the same world in a subtest.
-func (w *world) with(t *testing.T) *world { return &world{t: t, programs: w.programs} }
 
 // choose starts a program under `exclude` or `include`.
 func (w *world) choose(how string) (cmd *exec.Cmd, end func()) {

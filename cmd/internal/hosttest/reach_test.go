@@ -174,18 +174,13 @@ func (w *world) inside(when string) {
 	}
 }
 
-// trackNothing keeps conntrack out of the host, as one without any stateful rule; track brings it in.
-func (w *world) trackNothing() {
-	w.t.Helper()
-	w.run("host", nil, "nft", "flush", "ruleset")
-}
-
 func TestReachable(t *testing.T) {
-	if !apart(t) {
-		return
-	}
+	t.Parallel()
 	for _, tracked := range []bool{true, false} {
 		t.Run(fmt.Sprintf("tracked=%v", tracked), func(t *testing.T) {
+			if !apart(t) {
+				return
+			}
 			w := newWorld(t)
 			if !tracked {
 				w.trackNothing()

@@ -72,6 +72,9 @@ func (u *unitTree) stop(a *agent, path string) {
 // TestExcludedUnit: a unit goes past the proxy when it is started after viasocks, when it is restarted, and when
 // viasocks was killed; before the filter knows it, it is held like others. What only has its name goes through the proxy.
 func TestExcludedUnit(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	rootOfTheMachine(t)
 	o, est := newChoosing(t)
 	w := o.w
@@ -131,6 +134,9 @@ func TestExcludedUnit(t *testing.T) {
 
 // TestUnitGap: from the time when the control group of a unit is made, it takes the filter little time to know it.
 func TestUnitGap(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	rootOfTheMachine(t)
 	w := newWorld(t)
 	who(w)

@@ -93,6 +93,9 @@ func (w *world) upgrade(old *daemon) *daemon {
 // TestUpgrade: the viasocks that is up starts the program that is there now, which takes the host over. No connection is
 // cut, and nothing leaves the host unproxied.
 func TestUpgrade(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t)
 	w.farEnds()
 	rec := newRecorder(w)
@@ -134,6 +137,9 @@ func TestUpgrade(t *testing.T) {
 
 // TestUpgradeFails: a program that cannot start, or that does not take the configuration, leaves the old process as it was.
 func TestUpgradeFails(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t)
 	w.farEnds()
 	w.proxy(proxy4 + ":1080")
@@ -193,6 +199,9 @@ func TestUpgradeFails(t *testing.T) {
 
 // TestUpgradeDown: `viasocks down` ends a new process that has not taken over yet, which would otherwise start in its own right.
 func TestUpgradeDown(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t)
 	w.farEnds()
 	w.proxy(proxy4 + ":1080")
