@@ -1,6 +1,7 @@
 package hosttest
 
 import (
+	"fmt"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -322,14 +323,18 @@ func (b *clientBench) renewed(when string) {
 	b.renewedAgain(when)
 }
 
-// renewedAgain is the same a moment after an answer of the server.
+// renewedAgain is the same a moment after an answer of the server. The kernel lets a client or a server wait for many seconds
+// when a busy machine removes namespaces, which spoils one renewal, but not all of them.
 func (b *clientBench) renewedAgain(when string) {
 	b.t.Helper()
-	start := time.Now()
-	b.acknowledged(when+": another renewal", renewAfter+testkit.Patience)
-	if took := time.Since(start); took > rebindAfter-time.Second {
-		b.t.Errorf("%s: the lease was renewed after %v, as if the server had not answered at first", when, took)
-	}
+	testkit.Tries(b.t, when+": another renewal", func() error {
+		start := time.Now()
+		b.acknowledged(when+": another renewal", renewAfter+testkit.Patience)
+		if took := time.Since(start); took > rebindAfter-time.Second {
+			return fmt.Errorf("the lease was renewed after %v, as if the server had not answered at first", took)
+		}
+		return nil
+	})
 }
 
 // move makes another subnet of the host's link.
