@@ -18,11 +18,17 @@ clean() {
 	local status=$?
 	trap - ERR
 	set +e
+	local name
 	if ((${#children[@]})); then
 		kill "${children[@]}" 2>/dev/null
-		wait "${children[@]}" 2>/dev/null
+		for _ in {1..30}; do
+			kill -0 "${children[@]}" 2>/dev/null || break
+			sleep 0.1
+		done
 	fi
-	local name
+	# Not every program ends its helpers, or itself, when it is told to.
+	for name in "${spaces[@]}"; do kill -KILL $(ip netns pids "$name") 2>/dev/null; done
+	((${#children[@]} == 0)) || wait "${children[@]}" 2>/dev/null
 	for name in "${spaces[@]}"; do ip netns del "$name" 2>/dev/null; done
 	chmod -R u+w "$work"
 	rm -rf "$work"
@@ -48,6 +54,18 @@ space() {
 	ip netns add "$name" || cannot "the kernel refuses a network namespace"
 	spaces+=("$name")
 	ip -n "$name" link set lo up
+}
+
+# home_network makes the namespaces $gateway (10.66.0.1) and $app (10.66.0.2, with its default route to the gateway), joined by v0.
+home_network() {
+	space gateway
+	space app
+	ip -n "$gateway" link add v0 type veth peer name v0 netns "$app"
+	ip -n "$gateway" address add 10.66.0.1/24 dev v0
+	ip -n "$gateway" link set v0 up
+	ip -n "$app" address add 10.66.0.2/24 dev v0
+	ip -n "$app" link set v0 up
+	ip -n "$app" route add default via 10.66.0.1
 }
 
 # in_space NAME COMMAND... runs a command in a namespace; start NAME LOG COMMAND... runs it in the background.

@@ -11,15 +11,8 @@
 . "$(dirname "$0")/lib.bash"
 
 [[ -x /usr/bin/python3 ]] || cannot "Debian's python3 is not installed"
-space gateway
-space app
-ip -n "$gateway" link add v0 type veth peer name v0 netns "$app"
-ip -n "$gateway" address add 10.66.0.1/24 dev v0
+home_network
 ip -n "$gateway" address add 203.0.113.1/32 dev lo
-ip -n "$gateway" link set v0 up
-ip -n "$app" address add 10.66.0.2/24 dev v0
-ip -n "$app" link set v0 up
-ip -n "$app" route add default via 10.66.0.1
 
 debs python3-libtorrent=2.0.8-1+b1 libtorrent-rasterbar2.0=2.0.8-1+b1 libboost-python1.74.0=1.74.0+ds1-21
 export PYTHONPATH=$work/root/usr/lib/python3/dist-packages

@@ -10,14 +10,7 @@
 . "$(dirname "$0")/lib.bash"
 
 [[ -x /usr/bin/python3 ]] || cannot "Debian's python3 is not installed"
-space gateway
-space app
-ip -n "$gateway" link add v0 type veth peer name v0 netns "$app"
-ip -n "$gateway" address add 10.66.0.1/24 dev v0
-ip -n "$gateway" link set v0 up
-ip -n "$app" address add 10.66.0.2/24 dev v0
-ip -n "$app" link set v0 up
-ip -n "$app" route add default via 10.66.0.1
+home_network
 
 debs transmission-daemon=3.00-2.1+deb12u1 libnatpmp1=20150609-7.1+b2 libminiupnpc17=2.2.4-1+b1 libevent-2.1-7=2.1.12-stable-8
 
