@@ -90,12 +90,14 @@ func (a *app) status() (s control.Status) {
 // outer waits until peers can reach the program, not at the endpoint that was used last, and returns where.
 func (a *app) outer(not string) (at string) {
 	a.t.Helper()
-	testkit.Eventually(a.t, "a BIND that waits", func() bool {
-		l := a.status().Listening
-		at = l.Ports[0].Outer
-		return at != "" && at != not
-	})
-	return at
+	var p control.ListeningPort
+	if !testkit.Until(testkit.Patience, func() bool {
+		p = a.status().Listening.Ports[0]
+		return p.Outer != "" && p.Outer != not
+	}) {
+		a.t.Fatalf("no BIND waits but at %q: %+v", not, p)
+	}
+	return p.Outer
 }
 
 // peer connects from other4 or other6 to at, again while the proxy is between two BINDs.

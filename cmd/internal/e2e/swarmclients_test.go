@@ -96,6 +96,7 @@ func (s *swarm) seedByQBittorrent(way string) {
 	ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
 	defer cancel()
 	if out, err := exec.CommandContext(ctx, program[0], append(program[1:], s.torrent)...).CombinedOutput(); err != nil {
+		s.checkPrograms()
 		t.Fatalf("it takes no torrent: %v: %s", err, out)
 	}
 	if outer := s.await(p); outer.Port() == own.Port() {
