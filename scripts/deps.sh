@@ -36,7 +36,7 @@ declare -A groups=(
 		gcc:gcc musl-gcc:musl-tools python3:python3 java:default-jre-headless javac:default-jdk-headless
 		aria2c:aria2 curl:curl nft:nftables nsenter:util-linux
 		podman:podman conmon:conmon crun:crun =/usr/lib/podman/netavark:netavark slirp4netns:slirp4netns newuidmap:uidmap dockerd:docker.io containerd-shim-runc-v2:containerd
-		runc:runc ctr:containerd lxc-start:lxc systemd-nspawn:systemd-container pgrep:procps dbus-daemon:dbus =/lib/systemd/systemd:systemd =/usr/share/doc/busybox-static:busybox-static"
+		runc:runc ctr:containerd =/usr/lib/cni/bridge:containernetworking-plugins lxc-start:lxc systemd-nspawn:systemd-container pgrep:procps dbus-daemon:dbus =/lib/systemd/systemd:systemd =/usr/share/doc/busybox-static:busybox-static"
 	# What scripts/dnsbench.sh asks with, and whom.
 	[bench]="ip:iproute2 sysctl:procps ss:iproute2 dnsperf:dnsperf openssl:openssl unbound:unbound dnsmasq:dnsmasq-base"
 	# What packaging/formats-test.sh installs packages with, and what packaging/test.sh and image-test.sh need besides.

@@ -42,6 +42,8 @@ In Kubernetes,
 .Ar NAME
 may be that of a container, that of its pod, or
 .Ar NAMESPACE/POD .
+The id of a pod is that of its sandbox, which has a process with containerd, but usually none with CRI-O:
+give the name there.
 .Pp
 If several containers with different networks have the name, viasocks lists them with their ids and takes none.
 The id of a container of LXC is its control group.

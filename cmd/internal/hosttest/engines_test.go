@@ -55,6 +55,8 @@ var engines = map[string]struct {
 	"LXC":             {[]string{"lxc-start", "lxc-attach"}, (*engine).lxc},
 	"systemd-nspawn":  {[]string{"systemd-nspawn", "nsenter", "pgrep"}, (*engine).nspawn},
 	"containerd":      {[]string{"containerd", "ctr", "containerd-shim-runc-v2", "runc"}, (*engine).containerd},
+	"Kubernetes": {[]string{"containerd", "ctr", "containerd-shim-runc-v2", "runc", cniPlugins + "/bridge", "crictl"},
+		(*engine).kubernetes},
 }
 
 // engineImage is the name of an image that holds busybox alone.
@@ -80,6 +82,7 @@ func TestEngines(t *testing.T) {
 			e.start("web")
 			e.start("my-app-1")
 			e.carries(rec)
+			e.words()
 			e.stops()
 			e.namesOthers()
 			for _, s := range rec.take() {
@@ -429,6 +432,20 @@ func (e *engine) down(container string, d *daemon) {
 	}
 }
 
+// words attaches by each other word that the engine has for the container. The last of them is what errors call it.
+func (e *engine) words() {
+	e.t.Helper()
+	more, ok := e.containers.(interface{ words(name string) []string })
+	if !ok {
+		return
+	}
+	for _, word := range more.words("web") {
+		d := e.attach(word)
+		e.fetches("attached to "+word, "203.0.113.7", proxy4)
+		e.down(word, d)
+	}
+}
+
 // stops attaches by the id, and has the engine stop the container.
 func (e *engine) stops() {
 	e.t.Helper()
@@ -449,8 +466,13 @@ func (e *engine) stops() {
 // namesOthers: what does not run is not found, and the error lists what does.
 func (e *engine) namesOthers() {
 	e.t.Helper()
+	listed := "my-app-1"
+	if more, ok := e.containers.(interface{ words(name string) []string }); ok {
+		all := more.words(listed)
+		listed = all[len(all)-1] + "\n" // the pod, once
+	}
 	d := e.w.attach("--container", "web")
-	if err := d.wait(); err == nil || !strings.Contains(d.log.String(), "there are my-app-1") {
+	if err := d.wait(); err == nil || !strings.Contains(d.log.String(), "there are "+listed) {
 		e.t.Errorf("to a container that has stopped: %v\n%s", err, d.log)
 	}
 }

@@ -220,10 +220,10 @@ func (s *system) none(processes int, all []*container) error {
 	where := fmt.Sprintf("no running container has that name or an id that begins so, among %d (viasocks looked at the "+
 		"control groups of %d processes, at conmon, containerd-shim, lxc-start and systemd-nspawn, and in %s)",
 		len(all), processes, s.machines)
-	var named []*container
+	var names []string // the containers of a pod have one name
 	for _, c := range all {
-		if len(c.names) > 0 {
-			named = append(named, c)
+		if len(c.names) > 0 && !slices.Contains(names, c.names[len(c.names)-1]) {
+			names = append(names, c.names[len(c.names)-1])
 		}
 	}
 	switch {
@@ -232,8 +232,8 @@ func (s *system) none(processes int, all []*container) error {
 			"or give the id"
 	case s.missed != nil:
 		where += ": not all names could be read: " + s.missed.Error()
-	case len(named) > 0:
-		where += ": there are " + list(named, func(c *container) string { return c.names[len(c.names)-1] })
+	case len(names) > 0:
+		where += ": there are " + list(names, func(name string) string { return name })
 	default:
 		where += ": 'docker ps' or 'podman ps' shows what runs; --pid takes a process of any container"
 	}
@@ -244,7 +244,7 @@ func (s *system) none(processes int, all []*container) error {
 const maxCandidates = 8
 
 // list lists containers in messages. words describes one of them.
-func list(all []*container, words func(*container) string) string {
+func list[C any](all []C, words func(C) string) string {
 	var text []string
 	for _, c := range all[:min(len(all), maxCandidates)] {
 		text = append(text, words(c))

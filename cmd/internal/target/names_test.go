@@ -206,26 +206,52 @@ func TestStateOfOthers(t *testing.T) {
 	}
 }
 
-// The containers of a pod have one network, so that its name is that of each.
-func TestKubernetes(t *testing.T) {
-	f := newFake(t)
-	bundles := f.shim(20, "k8s.io", one) // one for the pod
-	f.process(21, 20, "pause", "0::/kubepods.slice/cri-containerd-"+one+".scope\n")
-	f.process(22, 20, "nginx", "0::/kubepods.slice/cri-containerd-"+two+".scope\n")
-	f.nets[22] = f.network(21)
-	pod := map[string]string{"io.kubernetes.cri.sandbox-name": "web-7d9f", "io.kubernetes.cri.sandbox-namespace": "shop"}
-	for id, name := range map[string]string{one: "", two: "nginx"} {
-		pod["io.kubernetes.cri.container-name"] = name
-		b, err := json.Marshal(map[string]any{"annotations": pod})
+// pod adds a pod as the CRI plugin of containerd 1.6.20 runs it, with one container beside the sandbox. Both are children of one
+// shim, whose bundle is that of the sandbox. The annotations are those of the real files.
+func (f *fake) pod(pid int, sandbox, container, name, pod, namespace string) {
+	f.t.Helper()
+	bundles := f.shim(pid, "k8s.io", sandbox)
+	uid := fmt.Sprintf("0d5c4f3e-9f5e-4a1b-8c3d-%012d", pid)
+	for i, id := range []string{sandbox, container} {
+		f.process(pid+1+i, pid, "busybox", "8:pids:/kubepods/besteffort/pod"+uid+"/"+id+"\n0::/\n", "/bin/busybox", "sleep", "1000")
+		f.nets[pid+1+i] = network{id: netns.ID{Ino: uint64(pid)}, owner: os.Getuid()}
+		annotations := map[string]string{"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": sandbox,
+			"io.kubernetes.cri.sandbox-name": pod, "io.kubernetes.cri.sandbox-namespace": namespace,
+			"io.kubernetes.cri.sandbox-uid": uid}
+		if id == container {
+			annotations["io.kubernetes.cri.container-type"] = "container"
+			annotations["io.kubernetes.cri.container-name"] = name
+			annotations["io.kubernetes.cri.image-name"] = "localhost/busybox:test"
+		}
+		b, err := json.Marshal(map[string]any{"ociVersion": "1.0.2-dev", "annotations": annotations})
 		if err != nil {
-			t.Fatal(err)
+			f.t.Fatal(err)
 		}
 		f.file(bundles+"/"+id+"/config.json", string(b))
+		f.file(bundles+"/"+id+"/init.pid", strconv.Itoa(pid+1+i))
 	}
-	for want, pid := range map[string]int{"nginx": 22, "web-7d9f": 21, "shop/web-7d9f": 21, two: 22} {
+}
+
+// The containers of a pod have one network, so that its name is that of each. An error names each pod once.
+func TestKubernetes(t *testing.T) {
+	f := newFake(t)
+	id := func(pair string) string { return strings.Repeat(pair, 32) }
+	f.pod(20, one, two, "nginx", "web-7d9f", "shop")
+	f.pod(30, id("b2"), id("c3"), "app", "web-2b4c", "shop")
+	for want, pid := range map[string]int{
+		"nginx": 22, "web-7d9f": 21, "shop/web-7d9f": 21, one: 21, two: 22, two[:63]: 22, id("b2")[:13]: 31, id("c3")[:13]: 32, "app": 32,
+	} {
 		f.is(want, pid)
 	}
-	bundles = f.shim(30, "default", three)
+	f.fails("we", "there are shop/web-7d9f, shop/web-2b4c")
+	f.pod(40, id("d4"), id("e5"), "nginx", "web-8a1e", "shop")
+	f.fails("nginx", "several have that name", "(nginx, web-7d9f, shop/web-7d9f)", "(nginx, web-8a1e, shop/web-8a1e)")
+}
+
+// nerdctl has the name among the annotations.
+func TestNerdctl(t *testing.T) {
+	f := newFake(t)
+	bundles := f.shim(30, "default", three)
 	f.process(31, 30, "sleep", "0::/default/"+three+"\n")
 	f.file(bundles+"/"+three+"/config.json", `{"annotations":{"nerdctl/name":"bb"}}`)
 	f.is("bb", 31)

@@ -21,7 +21,6 @@ func readSome(path string, limit int64) ([]byte, error) {
 }
 
 // readAll reads a file of at most limit bytes; a longer one is an error.
-// readAll reads a file of at most limit bytes; a longer one is an error.
 func readAll(f *os.File, limit int64) ([]byte, error) {
 	b, err := io.ReadAll(io.LimitReader(f, limit+1))
 	if err == nil && int64(len(b)) > limit {
