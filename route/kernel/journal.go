@@ -52,6 +52,24 @@ func JournalPath(dir string) (string, error) {
 	return path, err
 }
 
+// JournalsElsewhere returns the inodes of the network namespaces, except the caller's, that have a journal of this boot in dir.
+// Some of them may have ended.
+func JournalsElsewhere(dir string) (inodes []uint64) {
+	own, err := JournalPath(dir)
+	if err != nil {
+		return nil
+	}
+	name := strings.SplitN(filepath.Base(own), "-", 3) // host, the inode, the boot
+	all, _ := filepath.Glob(filepath.Join(dir, "host-*-"+name[2]))
+	for _, path := range all {
+		ino, err := strconv.ParseUint(strings.Split(filepath.Base(path), "-")[1], 10, 64)
+		if err == nil && path != own {
+			inodes = append(inodes, ino)
+		}
+	}
+	return inodes
+}
+
 // takeLock creates dir if necessary.
 func takeLock(path string) (*os.File, error) {
 	for range 100 {

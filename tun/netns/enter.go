@@ -236,6 +236,9 @@ func (u *Users) Any() bool {
 	return false
 }
 
+// Seen returns the path below /proc/PID, or the file, by which Any saw that the namespace is in use.
+func (u *Users) Seen() string { return u.last }
+
 func (u *Users) isAt(path string) bool {
 	var st unix.Stat_t
 	return unix.Stat(path, &st) == nil && u.id == ID{st.Dev, st.Ino}

@@ -6,11 +6,15 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/viasocks/viasocks/cmd/internal/control"
 	"github.com/viasocks/viasocks/cmd/internal/daemon"
 	"github.com/viasocks/viasocks/route/kernel"
+	"github.com/viasocks/viasocks/tun/netns"
 )
 
 // asRoot returns the finding for a check that only root can run.
@@ -56,8 +60,42 @@ func writable(path string) error {
 	return f.Close()
 }
 
-// state tells what viasocks has changed on this host.
+// state tells what viasocks has changed on this host, and in network namespaces.
 func (h *host) state(context.Context) []Finding {
+	all := h.ownState()
+	if h.root { // others may not see the locks
+		all = append(all, leftClosed(h.cfg.StateDir)...)
+	}
+	return all
+}
+
+// leftClosed finds the other network namespaces that a killed viasocks has left closed: their journal in dir is there, but nobody
+// has their lock.
+func leftClosed(dir string) (all []Finding) {
+	var st unix.Stat_t
+	if unix.Stat("/proc/self/ns/net", &st) != nil {
+		return nil
+	}
+	for _, ino := range kernel.JournalsElsewhere(dir) {
+		users := netns.NewUsers(netns.ID{Dev: st.Dev, Ino: ino})
+		if control.Locked(control.PathIn(dir, ino)) || !users.Any() {
+			continue
+		}
+		option := "--netns=" + filepath.Base(users.Seen())
+		if pid, ok := strings.CutPrefix(users.Seen(), "/proc/"); ok {
+			option = "--pid=" + strings.TrimSuffix(pid, "/ns/net")
+		}
+		all = append(all, Finding{Level: Fault,
+			Found: fmt.Sprintf("A viasocks was killed, and the network namespace net:[%d] is still closed.", ino),
+			Means: "No program in it reaches anything outside of its own networks.",
+			Do: fmt.Sprintf("viasocks attach %s (with the same options) carries it again; viasocks down %[1]s opens it",
+				option)})
+	}
+	return all
+}
+
+// ownState is state of this process's own network namespace.
+func (h *host) ownState() []Finding {
 	if s := h.up; s != nil {
 		return h.upFindings(s)
 	}
