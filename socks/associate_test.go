@@ -160,12 +160,7 @@ func TestAssociate(t *testing.T) {
 		r[0].Dst != (sockstest.Addr{IP: netip.IPv4Unspecified()}) {
 		t.Errorf("requests %+v", r)
 	}
-	alive := make(chan int, 1)
-	on(d).Post(func() {
-		v, _ := unix.GetsockoptInt(a.fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE)
-		alive <- v
-	})
-	if <-alive != 1 {
+	if keepAlive(d, a) != 1 {
 		t.Error("no keepalive on the control connection")
 	}
 	fd, err := a.Dial()
@@ -186,17 +181,7 @@ func TestAssociate(t *testing.T) {
 	if srvA.Relay() != a.Relay() {
 		t.Errorf("relay %v, the server's is %v", a.Relay(), srvA.Relay())
 	}
-	// The socket is connected: a stranger is not heard, the relay is.
-	if err := srvA.SendStranger([]byte("\x00\x00\x00\x01\x01\x02\x03\x04\x00\x05stranger")); err != nil {
-		t.Fatal(err)
-	}
-	stranger := netip.MustParseAddrPort("[2001:db8::7]:7")
-	if err := srvA.Send(sockstest.AddrFrom(stranger), []byte("relay")); err != nil {
-		t.Fatal(err)
-	}
-	if src, p := receive(t, u); src != stranger || p != "relay" {
-		t.Errorf("%q from %v", p, src)
-	}
+	hearsOnlyRelay(t, u, srvA)
 	// From here on nothing refers to a but the loop; garbage collection must not end it.
 	a2 := weakly(a)
 	for range 3 {
@@ -215,6 +200,31 @@ func TestAssociate(t *testing.T) {
 		t.Error("the server still has the association")
 	}
 	testkit.Eventually(t, "all to be given back", func() bool { return d.Stats() == Stats{} })
+}
+
+// keepAlive is the option of the association's control connection.
+func keepAlive(d *Dialer, a *Association) int {
+	alive := make(chan int, 1)
+	on(d).Post(func() {
+		v, _ := unix.GetsockoptInt(a.fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE)
+		alive <- v
+	})
+	return <-alive
+}
+
+// hearsOnlyRelay has the server send by the relay and from elsewhere: the socket is connected, and so hears no stranger.
+func hearsOnlyRelay(t *testing.T, u net.Conn, srvA *sockstest.Association) {
+	t.Helper()
+	if err := srvA.SendStranger([]byte("\x00\x00\x00\x01\x01\x02\x03\x04\x00\x05stranger")); err != nil {
+		t.Fatal(err)
+	}
+	stranger := netip.MustParseAddrPort("[2001:db8::7]:7")
+	if err := srvA.Send(sockstest.AddrFrom(stranger), []byte("relay")); err != nil {
+		t.Fatal(err)
+	}
+	if src, p := receive(t, u); src != stranger || p != "relay" {
+		t.Errorf("%q from %v", p, src)
+	}
 }
 
 // weakly finds the association again if the loop keeps it.

@@ -245,43 +245,15 @@ func TestGroupOfOne(t *testing.T) {
 
 // An association moves when its server dies, also when TCP alone has seen that, or nothing but a look.
 func TestGroupAssociationsMove(t *testing.T) {
-	open := func(f *fleet) (*Association, chan error) {
-		t.Helper()
-		ch := make(chan *Association, 1)
-		f.Associate(context.Background(), f.l, func(a *Association, err error) {
-			if err != nil {
-				f.t.Error(err)
-			}
-			ch <- a
-		})
-		a := <-ch
-		ended := make(chan error, 1)
-		a.OnClose(func(err error) { ended <- err })
-		return a, ended
-	}
-	ends := func(f *fleet, ended chan error) {
-		t.Helper()
-		select {
-		case <-ended:
-		case <-time.After(testkit.Patience):
-			f.t.Fatal("the association stays at a dead server")
-		}
-	}
-	on := func(f *fleet, server int) {
-		t.Helper()
-		if s := f.Servers(); s[server].Associations != 1 || s[1-server].Associations != 0 {
-			f.t.Errorf("%+v", s)
-		}
-	}
 	t.Run("killed", func(t *testing.T) {
 		f := newFleet(t, 2, GroupOptions{}, Options{})
-		a, ended := open(f)
-		on(f, 0)
+		a, ended := f.openAssociation()
+		f.isAssociatedWith(0)
 		f.srvs[0].Close()
-		ends(f, ended)
+		f.awaitEnd(ended)
 		a.Close()
-		b, _ := open(f)
-		on(f, 1)
+		b, _ := f.openAssociation()
+		f.isAssociatedWith(1)
 		b.Close()
 		testkit.Eventually(t, "it to be forgotten", func() bool { return f.Servers()[1].Associations == 0 })
 	})
@@ -292,19 +264,59 @@ func TestGroupAssociationsMove(t *testing.T) {
 				o.Check = 100 * time.Millisecond
 			}
 			f := newFleet(t, 2, o, Options{})
-			a, ended := open(f)
+			a, ended := f.openAssociation()
 			f.srvs[0].SetFaultAt(sockstest.AtGreeting, func(sockstest.Request) sockstest.Fault { return sockstest.Silence() })
 			for range 2 {
 				if err := f.connect(); tcp && err != nil {
 					t.Error(err)
 				}
 			}
-			ends(f, ended)
+			f.awaitEnd(ended)
 			a.Close()
-			b, _ := open(f)
-			on(f, 1)
+			b, _ := f.openAssociation()
+			f.isAssociatedWith(1)
 			b.Close()
 		})
+	}
+}
+
+// associate makes an association by the group, nil if that fails.
+func (f *fleet) associate() *Association {
+	f.t.Helper()
+	ch := make(chan *Association, 1)
+	f.Associate(context.Background(), f.l, func(a *Association, err error) {
+		if err != nil {
+			f.t.Error(err)
+		}
+		ch <- a
+	})
+	return <-ch
+}
+
+// openAssociation makes an association, and reports when it has ended.
+func (f *fleet) openAssociation() (*Association, <-chan error) {
+	f.t.Helper()
+	a := f.associate()
+	ended := make(chan error, 1)
+	a.OnClose(func(err error) { ended <- err })
+	return a, ended
+}
+
+// awaitEnd wants an association with a dead server to end.
+func (f *fleet) awaitEnd(ended <-chan error) {
+	f.t.Helper()
+	select {
+	case <-ended:
+	case <-time.After(testkit.Patience):
+		f.t.Fatal("the association stays at a dead server")
+	}
+}
+
+// isAssociatedWith wants the one association to be with one of two servers.
+func (f *fleet) isAssociatedWith(server int) {
+	f.t.Helper()
+	if s := f.Servers(); s[server].Associations != 1 || s[1-server].Associations != 0 {
+		f.t.Errorf("%+v", s)
 	}
 }
 
@@ -314,14 +326,7 @@ func TestGroupAssociateElsewhere(t *testing.T) {
 		f := newFleet(t, 2, GroupOptions{}, Options{})
 		f.srvs[0].SetFault(func(sockstest.Request) sockstest.Fault { return fault })
 		for range 10 {
-			ch := make(chan *Association, 1)
-			f.Associate(context.Background(), f.l, func(a *Association, err error) {
-				if err != nil {
-					t.Error(err)
-				}
-				ch <- a
-			})
-			if a := <-ch; a != nil {
+			if a := f.associate(); a != nil {
 				a.Close()
 			}
 		}

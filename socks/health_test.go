@@ -31,16 +31,18 @@ func newChooser(t testing.TB, n int, o GroupOptions) *chooser {
 	return c
 }
 
+// eventCase is what the end of an attempt means.
+type eventCase struct {
+	name   string
+	err    error
+	counts bool
+	next   bool // at another server
+	again  bool // at the same one, while it has attempts
+}
+
 // The event table, row by row: what counts against a server, and whether the flow goes on.
 func TestEvents(t *testing.T) {
-	dst6 := Addr{IP: netip.MustParseAddr("2001:db8::1"), Port: 80}
-	for _, tt := range []struct {
-		name   string
-		err    error
-		counts bool
-		next   bool // at another server
-		again  bool // at the same one, while it has attempts
-	}{
+	for _, tt := range []eventCase{
 		{"not reached", notReachedErr, true, true, true},
 		{"name not found", &ServerError{Op: OpResolve, Err: errNoAddrs}, true, true, true},
 		{"EOF before the request", eofErr, true, true, false},
@@ -64,54 +66,66 @@ func TestEvents(t *testing.T) {
 		{"the program gave up", context.Canceled, false, false, false},
 		{"no descriptors here", syscall.EMFILE, false, false, false},
 	} {
-		c := newChooser(t, 3, GroupOptions{ServerAttempts: 2})
-		c.servers[0].fault(&c.opts, 0, notReachedErr) // one from before, which a success clears
+		tt.check(t)
+	}
+}
+
+var eventDst = Addr{IP: netip.MustParseAddr("2001:db8::1"), Port: 80}
+
+func (tt eventCase) check(t *testing.T) {
+	t.Helper()
+	c := newChooser(t, 3, GroupOptions{ServerAttempts: 2})
+	c.servers[0].fault(&c.opts, 0, notReachedErr) // one from before, which a success clears
+	var a attempt
+	c.begin(&a, CmdConnect, netip.Addr{}, eventDst)
+	now := time.Second
+	if i, ok := c.next(&a, now); i != 0 || !ok {
+		t.Fatal(i, ok)
+	}
+	o := c.done(&a, 0, tt.err, now)
+	if o.wentDown != tt.counts || c.servers[0].isDown != tt.counts {
+		t.Errorf("%s: down is %v", tt.name, c.servers[0].isDown)
+	}
+	if o.again != (tt.next || tt.again) {
+		t.Errorf("%s: the flow goes on: %v", tt.name, o.again)
+	}
+	if !o.again && o.err != tt.err {
+		t.Errorf("%s: the flow ends with %v", tt.name, o.err)
+	}
+	if tt.err == nil && len(c.servers[0].faults) > 0 {
+		t.Errorf("%s does not clear the count", tt.name)
+	}
+	if !o.again {
+		return
+	}
+	// The first server is down where it counts; so look at whether it would be asked again were it not.
+	c.servers[0].isDown = false
+	i, ok := c.next(&a, now)
+	if want := map[bool]int{true: 0, false: 1}[tt.again]; i != want || !ok {
+		t.Errorf("%s: server %d is next, %v", tt.name, i, ok)
+	}
+	tt.checkLater(t, c, now)
+}
+
+// checkLater checks where the flows after that begin.
+func (tt eventCase) checkLater(t *testing.T, c *chooser, now time.Duration) {
+	t.Helper()
+	first := func(dst Addr, now time.Duration) int {
 		var a attempt
-		c.begin(&a, CmdConnect, netip.Addr{}, dst6)
-		now := time.Second
-		if i, ok := c.next(&a, now); i != 0 || !ok {
-			t.Fatal(i, ok)
-		}
-		o := c.done(&a, 0, tt.err, now)
-		if o.wentDown != tt.counts || c.servers[0].isDown != tt.counts {
-			t.Errorf("%s: down is %v", tt.name, c.servers[0].isDown)
-		}
-		if o.again != (tt.next || tt.again) {
-			t.Errorf("%s: the flow goes on: %v", tt.name, o.again)
-		}
-		if !o.again && o.err != tt.err {
-			t.Errorf("%s: the flow ends with %v", tt.name, o.err)
-		}
-		if tt.err == nil && len(c.servers[0].faults) > 0 {
-			t.Errorf("%s does not clear the count", tt.name)
-		}
-		if !o.again {
-			continue
-		}
-		// The first server is down where it counts; so look at whether it would be asked again were it not.
-		c.servers[0].isDown = false
-		i, ok := c.next(&a, now)
-		if want := map[bool]int{true: 0, false: 1}[tt.again]; i != want || !ok {
-			t.Errorf("%s: server %d is next, %v", tt.name, i, ok)
-		}
-		// And the next flow of the same kind.
-		var b attempt
-		c.begin(&b, CmdConnect, netip.Addr{}, dst6)
-		i, _ = c.next(&b, now)
-		var r Reply
-		if remembered := errors.As(tt.err, &r); remembered != (i == 1) {
-			t.Errorf("%s: the next flow begins at %d", tt.name, i)
-		}
-		b = attempt{}
-		c.begin(&b, CmdConnect, netip.Addr{}, Addr{Name: "name", Port: 80})
-		if i, _ = c.next(&b, now); (tt.err == ReplyCommandNotSupported) != (i == 1) {
-			t.Errorf("%s: a flow of another address type begins at %d", tt.name, i)
-		}
-		b = attempt{}
-		c.begin(&b, CmdConnect, netip.Addr{}, dst6)
-		if i, _ = c.next(&b, now+unableFor); i != 0 {
-			t.Errorf("%s: it is remembered for more than %v", tt.name, unableFor)
-		}
+		c.begin(&a, CmdConnect, netip.Addr{}, dst)
+		i, _ := c.next(&a, now)
+		return i
+	}
+	i := first(eventDst, now)
+	var r Reply
+	if remembered := errors.As(tt.err, &r); remembered != (i == 1) {
+		t.Errorf("%s: the next flow begins at %d", tt.name, i)
+	}
+	if i := first(Addr{Name: "name", Port: 80}, now); (tt.err == ReplyCommandNotSupported) != (i == 1) {
+		t.Errorf("%s: a flow of another address type begins at %d", tt.name, i)
+	}
+	if i := first(eventDst, now+unableFor); i != 0 {
+		t.Errorf("%s: it is remembered for more than %v", tt.name, unableFor)
 	}
 }
 
@@ -208,28 +222,9 @@ func TestAlwaysSilent(t *testing.T) {
 }
 
 func TestSelect(t *testing.T) {
-	firsts := func(c *chooser, n int, src string, dst func(i int) Addr) (counts [4]int) {
-		for i := range n {
-			var a attempt
-			c.begin(&a, CmdConnect, netip.MustParseAddr(src), dst(i))
-			s, ok := c.next(&a, 1)
-			if !ok {
-				t.Fatal("nobody is asked")
-			}
-			counts[s]++
-			order := slices.Clone(a.order[:len(c.servers)])
-			slices.Sort(order)
-			if len(slices.Compact(order)) != len(c.servers) {
-				t.Fatalf("order %v", a.order)
-			}
-		}
-		return counts
-	}
-	one := func(int) Addr { return testDst }
-	many := func(i int) Addr { return Addr{IP: netip.AddrFrom4([4]byte{203, 0, 113, byte(i)}), Port: 80} }
 	for _, s := range []Select{Ordered, RoundRobin, Hash, Latched} {
 		c := newChooser(t, 4, GroupOptions{Select: s, FailThreshold: 1})
-		counts := firsts(c, 200, "10.0.0.1", many)
+		counts := firsts(t, c, 200, manyDsts)
 		switch s {
 		case Ordered, Latched:
 			if counts[0] != 200 {
@@ -243,30 +238,38 @@ func TestSelect(t *testing.T) {
 			if slices.Min(counts[:]) < 20 {
 				t.Errorf("%v: %v", s, counts)
 			}
-			if n := firsts(c, 50, "10.0.0.1", one); slices.Max(n[:]) != 50 {
-				t.Errorf("one pair goes to %v", n)
-			}
-			// One server goes down: the pairs of the others stay.
-			before := map[int]int{}
-			for i := range 200 {
-				var a attempt
-				c.begin(&a, CmdConnect, netip.Addr{}, many(i))
-				before[i], _ = c.next(&a, 1)
-			}
-			c.servers[2].fault(&c.opts, 1, notReachedErr)
-			for i := range 200 {
-				var a attempt
-				c.begin(&a, CmdConnect, netip.Addr{}, many(i))
-				if s, _ := c.next(&a, 1); before[i] != 2 && s != before[i] || s == 2 {
-					t.Errorf("pair %d went from %d to %d", i, before[i], s)
-				}
-			}
+			hashStays(t, c)
 		}
 		if back, err := ParseSelect(s.String()); back != s || err != nil {
 			t.Error(s, back, err)
 		}
 	}
-	// The latch stays where the last failover landed, and a request that one server cannot carry does not move it.
+}
+
+// hashStays wants a pair of endpoints to keep its server, also when another server goes down.
+func hashStays(t *testing.T, c *chooser) {
+	t.Helper()
+	if n := firsts(t, c, 50, oneDst); slices.Max(n[:]) != 50 {
+		t.Errorf("one pair goes to %v", n)
+	}
+	before := map[int]int{}
+	for i := range 200 {
+		var a attempt
+		c.begin(&a, CmdConnect, netip.Addr{}, manyDsts(i))
+		before[i], _ = c.next(&a, 1)
+	}
+	c.servers[2].fault(&c.opts, 1, notReachedErr)
+	for i := range 200 {
+		var a attempt
+		c.begin(&a, CmdConnect, netip.Addr{}, manyDsts(i))
+		if s, _ := c.next(&a, 1); before[i] != 2 && s != before[i] || s == 2 {
+			t.Errorf("pair %d went from %d to %d", i, before[i], s)
+		}
+	}
+}
+
+// The latch stays where the last failover landed, and a request that one server cannot carry does not move it.
+func TestSelectLatched(t *testing.T) {
 	c := newChooser(t, 3, GroupOptions{Select: Latched, FailThreshold: 1})
 	var a attempt
 	c.begin(&a, CmdConnect, netip.Addr{}, testDst)
@@ -285,9 +288,35 @@ func TestSelect(t *testing.T) {
 	i, _ = c.next(&a, 1)
 	c.done(&a, i, nil, 1)
 	c.servers[0].tried(&c.opts, 2, nil)
-	if got := firsts(c, 10, "10.0.0.1", one); got[1] != 10 {
+	if got := firsts(t, c, 10, oneDst); got[1] != 10 {
 		t.Errorf("after the failover: %v", got)
 	}
+}
+
+// firsts counts which server is asked first for each of n flows.
+func firsts(t *testing.T, c *chooser, n int, dst func(i int) Addr) (counts [4]int) {
+	t.Helper()
+	for i := range n {
+		var a attempt
+		c.begin(&a, CmdConnect, netip.MustParseAddr("10.0.0.1"), dst(i))
+		s, ok := c.next(&a, 1)
+		if !ok {
+			t.Fatal("nobody is asked")
+		}
+		counts[s]++
+		order := slices.Clone(a.order[:len(c.servers)])
+		slices.Sort(order)
+		if len(slices.Compact(order)) != len(c.servers) {
+			t.Fatalf("order %v", a.order)
+		}
+	}
+	return counts
+}
+
+func oneDst(int) Addr { return testDst }
+
+func manyDsts(i int) Addr {
+	return Addr{IP: netip.AddrFrom4([4]byte{203, 0, 113, byte(i)}), Port: 80}
 }
 
 // model is what the accounting must come to, told in another way: a list of what happened to one server.
