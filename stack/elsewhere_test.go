@@ -24,49 +24,21 @@ func TestElsewhere(t *testing.T) {
 	if len(keys) != 1 || keys[0].Proto != flow.TCP || keys[0].Dst != srv4 || keys[0].Src.String() != conn.LocalAddr().String() {
 		t.Fatalf("the flows are %v", keys)
 	}
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	far := os.NewFile(uintptr(fds[1]), "far")
+	e, far := newElsewhere(t, append(keys, Key{Proto: flow.UDP, Src: app4}))
 	defer far.Close()
-	e, err := NewElsewhere(append(keys, Key{Proto: flow.UDP, Src: app4}), []*os.File{os.NewFile(uintptr(fds[0]), "near")})
-	if err != nil {
-		t.Fatal(err)
-	}
 	defer e.Close()
-	// next returns the next frame that was left to the other process.
-	var last []byte
-	next := func() packet {
-		t.Helper()
-		b := make([]byte, tun.HeaderLen+tun.MaxFrame)
-		_ = far.SetReadDeadline(time.Now().Add(testkit.Patience))
-		n, err := far.Read(b)
-		if err != nil || n < tun.HeaderLen {
-			t.Fatalf("%d bytes of a frame: %v", n, err)
-		}
-		last = b[tun.HeaderLen:n]
-		q, ok := parseIP(last)
-		if !ok {
-			t.Fatalf("no frame: %x", b[:n])
-		}
-		return q
-	}
 	p.st.SetElsewhere(e)
 	if _, err := conn.Write([]byte("for the other process")); err != nil {
 		t.Fatal(err)
 	}
-	if q := next(); q.proto != protoTCP {
+	if q, _ := nextLeft(t, far); q.proto != protoTCP {
 		t.Errorf("protocol %d", q.proto)
 	}
 	p.inject(bareFrame(protoUDP, 9))
-	for q := next(); q.proto != protoUDP; q = next() { // the segment may come again
-	}
+	awaitLeft(t, far, protoUDP)                        // the segment may come again
 	p.inject(echoFrame(app4.Addr(), far4.Addr(), nil)) // one process answers it: it is ours alone
 	p.inject(bareFrame(protoICMP, 9))
-	for q := next(); q.proto != protoICMP; q = next() {
-	}
-	if last[ip4HeaderLen] != 13 {
+	if last := awaitLeft(t, far, protoICMP); last[ip4HeaderLen] != 13 {
 		t.Errorf("ICMP of type %d went to the other process", last[ip4HeaderLen])
 	}
 	testkit.Eventually(t, "both to be seen here, too", func() bool { return p.st.Stats().DroppedICMP == 2 })
@@ -92,17 +64,51 @@ func TestElsewhere(t *testing.T) {
 	}
 }
 
-// A process that does not read costs frames, which are counted, and no time.
-func TestElsewhereDoesNotWait(t *testing.T) {
+// newElsewhere leaves flows to another process, whose end of the socket is far.
+func newElsewhere(t *testing.T, keys []Key) (e *Elsewhere, far *os.File) {
+	t.Helper()
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Close(fds[1])
-	e, err := NewElsewhere([]Key{{Proto: flow.UDP, Src: app4}}, []*os.File{os.NewFile(uintptr(fds[0]), "near")})
+	e, err = NewElsewhere(keys, []*os.File{os.NewFile(uintptr(fds[0]), "near")})
 	if err != nil {
 		t.Fatal(err)
 	}
+	return e, os.NewFile(uintptr(fds[1]), "far")
+}
+
+// nextLeft returns the next frame that was left to the other process.
+func nextLeft(t *testing.T, far *os.File) (packet, []byte) {
+	t.Helper()
+	b := make([]byte, tun.HeaderLen+tun.MaxFrame)
+	_ = far.SetReadDeadline(time.Now().Add(testkit.Patience))
+	n, err := far.Read(b)
+	if err != nil || n < tun.HeaderLen {
+		t.Fatalf("%d bytes of a frame: %v", n, err)
+	}
+	frame := b[tun.HeaderLen:n]
+	q, ok := parseIP(frame)
+	if !ok {
+		t.Fatalf("no frame: %x", b[:n])
+	}
+	return q, frame
+}
+
+// awaitLeft returns the next frame of a protocol that was left to the other process.
+func awaitLeft(t *testing.T, far *os.File, proto byte) []byte {
+	t.Helper()
+	for {
+		if q, frame := nextLeft(t, far); q.proto == proto {
+			return frame
+		}
+	}
+}
+
+// A process that does not read costs frames, which are counted, and no time.
+func TestElsewhereDoesNotWait(t *testing.T) {
+	e, far := newElsewhere(t, []Key{{Proto: flow.UDP, Src: app4}})
+	defer far.Close()
 	defer e.Close()
 	frame := bareFrame(protoUDP, 1400)
 	const most = 100_000

@@ -295,16 +295,19 @@ func FuzzIPLayer(f *testing.F) {
 	})
 }
 
+// writeCase is a segment that the transport layer sends.
+type writeCase struct {
+	name string
+	size int
+	gso  bool
+	p    gstack.NetworkHeaderParams
+}
+
 // TestWritePacket: of every segment that the transport layer sends, the device gets the same from our IP layer as from gVisor's,
 // but for the IPv4 ID of what may be cut, which is random.
 func TestWritePacket(t *testing.T) {
 	for _, v6 := range []bool{false, true} {
-		for _, c := range []struct {
-			name string
-			size int
-			gso  bool
-			p    gstack.NetworkHeaderParams
-		}{
+		for _, c := range []writeCase{
 			{"a segment", 100, false, gstack.NetworkHeaderParams{TTL: 64, DF: true}},
 			{"TOS, and no DF", 0, false, gstack.NetworkHeaderParams{TTL: 7, TOS: 0x48}},
 			{"a super-segment", 60_000, true, gstack.NetworkHeaderParams{TTL: 64, DF: true}},
@@ -312,80 +315,89 @@ func TestWritePacket(t *testing.T) {
 			{"too long", 65535 - 10, true, gstack.NetworkHeaderParams{TTL: 64, DF: true}},
 			{"longer than the MTU", 3000, false, gstack.NetworkHeaderParams{TTL: 64}},
 		} {
-			t.Run(fmt.Sprintf("v6=%v/%s", v6, c.name), func(t *testing.T) {
-				p := newPair(t, offAll, Config{Shards: 1})
-				e := p.st.shards[0].engine.Load()
-				proto, local, remote := ipv4.ProtocolNumber, srv4.Addr(), appIP4
-				if v6 {
-					proto, local, remote = ipv6.ProtocolNumber, srv6.Addr(), appIP6
-				}
-				ep, _ := e.ns.GetNetworkEndpoint(nicID, proto)
-				r, err := e.ns.FindRoute(nicID, addrTo(local), addrTo(remote), proto, false)
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer r.Release()
-				var got [2][][]byte
-				var errs [2]tcpip.Error
-				k := 0
-				p.st.dev.(*tuntest.Device).Tap(func(h tun.Header, b []byte) bool {
-					got[k] = append(got[k], append(fmt.Appendf(nil, "%+v", h), b...))
-					return false
-				})
-				for i, ep := range []gstack.NetworkEndpoint{ep, ep.(*ipEndpoint).NetworkEndpoint} {
-					k = i
-					pkt := gstack.NewPacketBuffer(gstack.PacketBufferOptions{
-						ReserveHeaderBytes: 60, Payload: buffer.MakeWithData(make([]byte, c.size)),
-					})
-					tcpH := header.TCP(pkt.TransportHeader().Push(tcpHeaderLen))
-					tcpH.Encode(
-						&header.TCPFields{
-							SrcPort:    80,
-							DstPort:    1234,
-							SeqNum:     7,
-							DataOffset: tcpHeaderLen,
-							Flags:      header.TCPFlagAck,
-						},
-					)
-					pkt.TransportProtocolNumber = header.TCPProtocolNumber
-					if c.gso {
-						pkt.GSOOptions = gstack.GSO{
-							Type:       gstack.GSOTCPv4,
-							NeedsCsum:  true,
-							CsumOffset: 16,
-							MSS:        1448,
-							L3HdrLen:   20,
-						}
-						if v6 {
-							pkt.GSOOptions.Type, pkt.GSOOptions.L3HdrLen = gstack.GSOTCPv6, 40
-						}
-					}
-					c.p.Protocol = header.TCPProtocolNumber
-					errs[i] = ep.WritePacket(r, c.p, pkt)
-					pkt.DecRef()
-				}
-				if fmt.Sprint(errs[0]) != fmt.Sprint(errs[1]) || len(got[0]) != len(got[1]) {
-					t.Fatalf("%d frames and %v; gVisor's: %d and %v", len(got[0]), errs[0], len(got[1]), errs[1])
-				}
-				if len(got[0]) == 0 && errs[0] == nil && c.gso { // the link takes no fragments
-					t.Fatal("nothing was written")
-				}
-				for i := range got[0] {
-					a, b := got[0][i], got[1][i]
-					if !v6 && !c.p.DF { // the ID, and the checksum with it
-						at := bytes.IndexByte(a, '}') + 1
-						for _, j := range []int{4, 5, 10, 11} {
-							a[at+j], b[at+j] = 0, 0
-						}
-					} else if v6 && len(got[0]) > 1 { // the ID in the fragment header
-						at := bytes.IndexByte(a, '}') + 1 + 44
-						copy(a[at:at+4], b[at:at+4])
-					}
-					if !bytes.Equal(a, b) {
-						t.Errorf("frame %d: %q, gVisor's: %q", i, a[:min(len(a), 100)], b[:min(len(b), 100)])
-					}
-				}
-			})
+			t.Run(fmt.Sprintf("v6=%v/%s", v6, c.name), func(t *testing.T) { c.writtenAlike(t, v6) })
 		}
 	}
+}
+
+// writtenAlike writes the segment by our IP layer and by gVisor's.
+func (c writeCase) writtenAlike(t *testing.T, v6 bool) {
+	p := newPair(t, offAll, Config{Shards: 1})
+	e := p.st.shards[0].engine.Load()
+	proto, local, remote := ipv4.ProtocolNumber, srv4.Addr(), appIP4
+	if v6 {
+		proto, local, remote = ipv6.ProtocolNumber, srv6.Addr(), appIP6
+	}
+	ep, _ := e.ns.GetNetworkEndpoint(nicID, proto)
+	r, err := e.ns.FindRoute(nicID, addrTo(local), addrTo(remote), proto, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Release()
+	var got [2][][]byte
+	var errs [2]tcpip.Error
+	k := 0
+	p.st.dev.(*tuntest.Device).Tap(func(h tun.Header, b []byte) bool {
+		got[k] = append(got[k], append(fmt.Appendf(nil, "%+v", h), b...))
+		return false
+	})
+	c.p.Protocol = header.TCPProtocolNumber
+	for i, ep := range []gstack.NetworkEndpoint{ep, ep.(*ipEndpoint).NetworkEndpoint} {
+		k = i
+		pkt := c.packet(v6)
+		errs[i] = ep.WritePacket(r, c.p, pkt)
+		pkt.DecRef()
+	}
+	if fmt.Sprint(errs[0]) != fmt.Sprint(errs[1]) || len(got[0]) != len(got[1]) {
+		t.Fatalf("%d frames and %v; gVisor's: %d and %v", len(got[0]), errs[0], len(got[1]), errs[1])
+	}
+	if len(got[0]) == 0 && errs[0] == nil && c.gso { // the link takes no fragments
+		t.Fatal("nothing was written")
+	}
+	for i := range got[0] {
+		a, b := got[0][i], got[1][i]
+		if !v6 && !c.p.DF { // the ID, and the checksum with it
+			at := bytes.IndexByte(a, '}') + 1
+			for _, j := range []int{4, 5, 10, 11} {
+				a[at+j], b[at+j] = 0, 0
+			}
+		} else if v6 && len(got[0]) > 1 { // the ID in the fragment header
+			at := bytes.IndexByte(a, '}') + 1 + 44
+			copy(a[at:at+4], b[at:at+4])
+		}
+		if !bytes.Equal(a, b) {
+			t.Errorf("frame %d: %q, gVisor's: %q", i, a[:min(len(a), 100)], b[:min(len(b), 100)])
+		}
+	}
+}
+
+// packet is the segment as the transport layer hands it over.
+func (c writeCase) packet(v6 bool) *gstack.PacketBuffer {
+	pkt := gstack.NewPacketBuffer(gstack.PacketBufferOptions{
+		ReserveHeaderBytes: 60, Payload: buffer.MakeWithData(make([]byte, c.size)),
+	})
+	tcpH := header.TCP(pkt.TransportHeader().Push(tcpHeaderLen))
+	tcpH.Encode(
+		&header.TCPFields{
+			SrcPort:    80,
+			DstPort:    1234,
+			SeqNum:     7,
+			DataOffset: tcpHeaderLen,
+			Flags:      header.TCPFlagAck,
+		},
+	)
+	pkt.TransportProtocolNumber = header.TCPProtocolNumber
+	if c.gso {
+		pkt.GSOOptions = gstack.GSO{
+			Type:       gstack.GSOTCPv4,
+			NeedsCsum:  true,
+			CsumOffset: 16,
+			MSS:        1448,
+			L3HdrLen:   20,
+		}
+		if v6 {
+			pkt.GSOOptions.Type, pkt.GSOOptions.L3HdrLen = gstack.GSOTCPv6, 40
+		}
+	}
+	return pkt
 }

@@ -148,14 +148,17 @@ func (r *rawStack) quiet() {
 	}
 }
 
+// refusalCase is what a program gets for a refusal.
+type refusalCase struct {
+	why            flow.Refusal
+	typ4, code4    byte
+	typ6, code6    byte
+	reset, nothing bool
+}
+
 func TestRefusal(t *testing.T) {
 	src4, src6 := netip.AddrPortFrom(appIP4, 1234), netip.AddrPortFrom(appIP6, 1234)
-	for _, tt := range []struct {
-		why            flow.Refusal
-		typ4, code4    byte
-		typ6, code6    byte
-		reset, nothing bool
-	}{
+	for _, tt := range []refusalCase{
 		{why: flow.RefuseReset, reset: true},
 		{why: flow.RefusePort, reset: true},
 		{why: flow.RefuseNet, typ4: 3, code4: 0, typ6: 1, code6: 0},
@@ -164,73 +167,15 @@ func TestRefusal(t *testing.T) {
 		{why: flow.RefuseSilent, nothing: true},
 	} {
 		for _, v6 := range []bool{false, true} {
-			src, dst, hdr, typ, code := src4, srv4, ip4HeaderLen, tt.typ4, tt.code4
+			src, dst := src4, srv4
 			if v6 {
-				src, dst, hdr, typ, code = src6, srv6, ip6HeaderLen, tt.typ6, tt.code6
-			}
-			try := func(t *testing.T) error {
-				r := newRaw(t, Config{})
-				// With data, as TCP Fast Open has.
-				syn := segment(src, dst, 1000, 0, header.TCPFlagSyn, []byte{2, 4, 5, 0xb4}, []byte("hello"))
-				r.send(tun.Header{}, syn)
-				req := r.request()
-				if f := req.Flow(); f.Src != src || f.Dst != dst || f.Proto != flow.TCP || f.Start.IsZero() {
-					return fmt.Errorf("flow %+v", f)
-				}
-				r.quiet()
-				req.Reject(tt.why)
-				req.Reject(flow.RefuseReset)
-				req.Accept(newTestConn())
-				for range 2 { // and again to the same SYN
-					if tt.nothing {
-						r.quiet()
-						r.send(tun.Header{}, syn)
-						continue
-					}
-					_, b := r.recv(5 * time.Second)
-					if b == nil {
-						return errors.New("no answer")
-					}
-					if v6 {
-						ip := header.IPv6(b)
-						if !ip.IsValid(len(b)) || ip.SourceAddress() != addrTo(dst.Addr()) ||
-							ip.DestinationAddress() != addrTo(src.Addr()) {
-							return fmt.Errorf("IPv6 header % x", b[:40])
-						}
-					} else {
-						ip := header.IPv4(b)
-						if !ip.IsValid(len(b)) || !ip.IsChecksumValid() || ip.SourceAddress() != addrTo(dst.Addr()) ||
-							ip.DestinationAddress() != addrTo(src.Addr()) {
-							return fmt.Errorf("IPv4 header % x", b[:20])
-						}
-					}
-					if tt.reset {
-						h := header.TCP(b[hdr:])
-						if !h.IsChecksumValid(addrTo(dst.Addr()), addrTo(src.Addr()), 0, 0) {
-							return errors.New("checksum")
-						}
-						if h.Flags() != header.TCPFlagRst|header.TCPFlagAck || h.AckNumber() != 1006 || h.SequenceNumber() != 0 ||
-							h.SourcePort() != dst.Port() || h.DestinationPort() != src.Port() || len(b) != hdr+tcpHeaderLen {
-							return fmt.Errorf("RST % x", b)
-						}
-					} else {
-						if b[hdr] != typ || b[hdr+1] != code {
-							return fmt.Errorf("ICMP type %d code %d", b[hdr], b[hdr+1])
-						}
-						if q := b[hdr+8:]; len(q) < hdr+8 || string(q[:hdr+8]) != string(syn[:hdr+8]) {
-							return fmt.Errorf("quote % x", q)
-						}
-					}
-					r.send(tun.Header{}, syn)
-				}
-				testkit.Eventually(t, "the count", func() bool { return r.s.Stats().Refused == 1 })
-				return nil
+				src, dst = src6, srv6
 			}
 			t.Run(tt.why.String()+"/"+dst.String(), func(t *testing.T) {
 				// The answer is given again for 3 s, which a machine that stalls can miss, but not each time.
 				for i := 1; ; i++ {
 					began := time.Now()
-					err := try(t)
+					err := tt.try(t, src, dst)
 					if err == nil {
 						break
 					}
@@ -241,6 +186,77 @@ func TestRefusal(t *testing.T) {
 			})
 		}
 	}
+}
+
+// try refuses a SYN, and reads the answer to it twice.
+func (tt refusalCase) try(t *testing.T, src, dst netip.AddrPort) error {
+	t.Helper()
+	r := newRaw(t, Config{})
+	// With data, as TCP Fast Open has.
+	syn := segment(src, dst, 1000, 0, header.TCPFlagSyn, []byte{2, 4, 5, 0xb4}, []byte("hello"))
+	r.send(tun.Header{}, syn)
+	req := r.request()
+	if f := req.Flow(); f.Src != src || f.Dst != dst || f.Proto != flow.TCP || f.Start.IsZero() {
+		return fmt.Errorf("flow %+v", f)
+	}
+	r.quiet()
+	req.Reject(tt.why)
+	req.Reject(flow.RefuseReset)
+	req.Accept(newTestConn())
+	for range 2 { // and again to the same SYN
+		if tt.nothing {
+			r.quiet()
+			r.send(tun.Header{}, syn)
+			continue
+		}
+		_, b := r.recv(5 * time.Second)
+		if b == nil {
+			return errors.New("no answer")
+		}
+		if err := tt.checkAnswer(b, syn, src, dst); err != nil {
+			return err
+		}
+		r.send(tun.Header{}, syn)
+	}
+	testkit.Eventually(t, "the count", func() bool { return r.s.Stats().Refused == 1 })
+	return nil
+}
+
+// checkAnswer checks the answer b to a SYN from src to dst.
+func (tt refusalCase) checkAnswer(b, syn []byte, src, dst netip.AddrPort) error {
+	hdr, typ, code := ip4HeaderLen, tt.typ4, tt.code4
+	if src.Addr().Is6() {
+		hdr, typ, code = ip6HeaderLen, tt.typ6, tt.code6
+		ip := header.IPv6(b)
+		if !ip.IsValid(len(b)) || ip.SourceAddress() != addrTo(dst.Addr()) ||
+			ip.DestinationAddress() != addrTo(src.Addr()) {
+			return fmt.Errorf("IPv6 header % x", b[:40])
+		}
+	} else {
+		ip := header.IPv4(b)
+		if !ip.IsValid(len(b)) || !ip.IsChecksumValid() || ip.SourceAddress() != addrTo(dst.Addr()) ||
+			ip.DestinationAddress() != addrTo(src.Addr()) {
+			return fmt.Errorf("IPv4 header % x", b[:20])
+		}
+	}
+	if tt.reset {
+		h := header.TCP(b[hdr:])
+		if !h.IsChecksumValid(addrTo(dst.Addr()), addrTo(src.Addr()), 0, 0) {
+			return errors.New("checksum")
+		}
+		if h.Flags() != header.TCPFlagRst|header.TCPFlagAck || h.AckNumber() != 1006 || h.SequenceNumber() != 0 ||
+			h.SourcePort() != dst.Port() || h.DestinationPort() != src.Port() || len(b) != hdr+tcpHeaderLen {
+			return fmt.Errorf("RST % x", b)
+		}
+		return nil
+	}
+	if b[hdr] != typ || b[hdr+1] != code {
+		return fmt.Errorf("ICMP type %d code %d", b[hdr], b[hdr+1])
+	}
+	if q := b[hdr+8:]; len(q) < hdr+8 || string(q[:hdr+8]) != string(syn[:hdr+8]) {
+		return fmt.Errorf("quote % x", q)
+	}
+	return nil
 }
 
 // A SYN that is to come again later gets no answer, and is a new request when it does.
@@ -381,74 +397,6 @@ func TestBudgetUnanswered(t *testing.T) {
 	req.Reject(flow.RefuseSilent)
 	r.send(tun.Header{}, over)
 	r.request()
-}
-
-// TestDropped: what the stack must not answer, and what it counts it as.
-func TestDropped(t *testing.T) {
-	echo4 := append(segment(netip.AddrPortFrom(appIP4, 1), srv4, 0, 0, 0, nil, nil)[:20], 8, 0, 0xf7, 0xff, 0, 0, 0, 0)
-	binary.BigEndian.PutUint16(echo4[2:], 28)
-	echo4[9] = protoICMP
-	frag4 := append([]byte(nil), echo4...)
-	frag4[6] = 0x20
-	fix := func(b []byte) []byte {
-		header.IPv4(b).SetChecksum(0)
-		header.IPv4(b).SetChecksum(^header.IPv4(b).CalculateChecksum())
-		return b
-	}
-	echo6 := append(segment(netip.AddrPortFrom(appIP6, 1), srv6, 0, 0, 0, nil, nil)[:40], 128, 0, 0, 0, 0, 0, 0, 0)
-	binary.BigEndian.PutUint16(echo6[4:], 8)
-	echo6[6] = protoICMPv6
-	// The same behind a destination options header, and in a fragment.
-	ext6 := append(append([]byte(nil), echo6[:40]...), protoICMPv6, 0, 1, 4, 0, 0, 0, 0)
-	ext6 = append(ext6, echo6[40:]...)
-	binary.BigEndian.PutUint16(ext6[4:], 16)
-	ext6[6] = protoDestOpts
-	frag6 := append([]byte(nil), ext6...)
-	frag6[6], frag6[42], frag6[43] = protoFragment, 0, 1
-	gre := append([]byte(nil), echo4...)
-	gre[9] = 47
-	syn := func(dst string) []byte {
-		d := netip.AddrPortFrom(netip.MustParseAddr(dst), 80)
-		s := netip.AddrPortFrom(appIP4, 1)
-		if d.Addr().Is6() {
-			s = netip.AddrPortFrom(appIP6, 1)
-		}
-		return segment(s, d, 1, 0, header.TCPFlagSyn, nil, nil)
-	}
-	icmp := func(s Stats) uint64 { return s.DroppedICMP }
-	multi := func(s Stats) uint64 { return s.DroppedMulticast }
-	mal := func(s Stats) uint64 { return s.DroppedMalformed }
-	for name, tt := range map[string]struct {
-		h     tun.Header
-		b     []byte
-		count func(Stats) uint64
-	}{
-		"echo":                {b: fix(echo4), count: icmp},
-		"echo in fragments":   {b: fix(frag4), count: icmp},
-		"IPv6 echo":           {b: echo6, count: icmp},
-		"IPv6 echo, options":  {b: ext6, count: icmp},
-		"IPv6 echo, fragment": {b: frag6, count: icmp},
-		"GRE":                 {b: fix(gre), count: func(s Stats) uint64 { return s.DroppedProto }},
-		"SYN to multicast":    {b: syn("239.1.2.3"), count: multi},
-		"SYN to broadcast":    {b: syn("255.255.255.255"), count: multi},
-		"SYN to nobody":       {b: syn("0.0.0.0"), count: multi},
-		"SYN to ff02::1":      {b: syn("ff02::1"), count: multi},
-		"SYN to port 0": {b: segment(netip.AddrPortFrom(appIP4, 1), netip.AddrPortFrom(srv4.Addr(), 0), 1, 0,
-			header.TCPFlagSyn, nil, nil), count: mal},
-		"short":          {b: syn("203.0.113.7")[:30], count: mal},
-		"GSO of nothing": {h: tun.Header{GSOType: 3, GSOSize: 1, Flags: tun.NeedsCsum}, b: syn("203.0.113.7"), count: mal},
-		"UDP GSO of TCP": {h: tun.Header{GSOType: tun.GSOUDPL4, GSOSize: 1, Flags: tun.NeedsCsum}, b: syn("203.0.113.7"),
-			count: mal},
-	} {
-		t.Run(name, func(t *testing.T) {
-			r := newRaw(t, Config{})
-			if r.dev.Write(&tt.h, [][]byte{tt.b}) != nil { // the pipe refuses it as the kernel would: not the stack's case
-				newFrameReader(r.s.shards[0]).take(&tt.h, tt.b, inArena)
-			}
-			testkit.Eventually(t, "the count", func() bool { return tt.count(r.s.Stats()) == 1 })
-			r.quiet()
-		})
-	}
 }
 
 // TestDataChecksum: a segment of an open stream is verified unless the frame's header says that it need not be.

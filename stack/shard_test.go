@@ -141,74 +141,99 @@ func TestShardsUDP(t *testing.T) {
 	ran := make(chan error, 1)
 	go func() { ran <- s.Run(ctx) }()
 	defer func() { cancel(); <-ran; there.Close() }()
-	send := func(fs ...stacktest.Frame) {
-		for _, f := range fs {
-			if err := there.Write(&f.Header, [][]byte{f.Data}); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
+	a := shardApp{t, there, h}
 	const ports, each = 50, 8
-	total := 0
 	for port := range uint16(ports) {
-		for _, ends := range [][2]netip.AddrPort{{app4, far4}, {app6, far6}} {
-			src := netip.AddrPortFrom(ends[0].Addr(), 5000+port)
-			for i := range each {
-				if i == each/2 {
-					there.Forget()
-				}
-				d := stacktest.Datagram{Src: src, Dst: ends[1], Payload: []byte{byte(i)}}.Frame()
-				if i%4 == 3 { // in pieces
-					d = stacktest.Datagram{Src: src, Dst: ends[1], Payload: bytes.Repeat([]byte{byte(i)}, 3000)}.Frame()
-					send(d.Fragments(1400, uint32(port)<<8|uint32(i))...)
-				} else {
-					send(d)
-				}
-				total++
-				testkit.Eventually(
-					t,
-					"a datagram",
-					func() bool { h.mu.Lock(); defer h.mu.Unlock(); return len(h.got[src]) == i+1 },
-				)
-				h.mu.Lock()
-				if b := h.got[src][i]; b[0] != byte(i) || len(b) != 1+2999*(i%4/3) {
-					t.Fatalf("%v: datagram %d is %d of %d bytes", src, i, b[0], len(b))
-				}
-				h.mu.Unlock()
-			}
+		a.sendInTurn(app4.Addr(), far4, port, each)
+		a.sendInTurn(app6.Addr(), far6, port, each)
+	}
+	a.sendRun(200)
+	a.refuse(ports)
+	st := s.Stats()
+	if st.UDP.In != 2*ports*each+200 || st.HandedOver == 0 || st.DroppedHandover != 0 || st.UDP.InReassembled != 2*ports*each/4 {
+		t.Errorf("%+v", st)
+	}
+}
+
+// shardApp is the kernel of an app whose datagrams come to a shardHandler.
+type shardApp struct {
+	t   *testing.T
+	dev *tuntest.Device
+	h   *shardHandler
+}
+
+func (a *shardApp) send(fs ...stacktest.Frame) {
+	a.t.Helper()
+	for _, f := range fs {
+		if err := a.dev.Write(&f.Header, [][]byte{f.Data}); err != nil {
+			a.t.Fatal(err)
 		}
 	}
-	// A run without waiting stays in order while nothing is written to it: an answer in between moves the flow to another queue,
-	// whose reader may overtake the one that still has the frames before.
-	h.mute.Store(true)
+}
+
+// sendInTurn sends each datagram of a port when the one before has come.
+func (a *shardApp) sendInTurn(app netip.Addr, dst netip.AddrPort, port uint16, each int) {
+	a.t.Helper()
+	src := netip.AddrPortFrom(app, 5000+port)
+	for i := range each {
+		if i == each/2 {
+			a.dev.Forget()
+		}
+		d := stacktest.Datagram{Src: src, Dst: dst, Payload: []byte{byte(i)}}.Frame()
+		if i%4 == 3 { // in pieces
+			d = stacktest.Datagram{Src: src, Dst: dst, Payload: bytes.Repeat([]byte{byte(i)}, 3000)}.Frame()
+			a.send(d.Fragments(1400, uint32(port)<<8|uint32(i))...)
+		} else {
+			a.send(d)
+		}
+		a.await("a datagram", func() bool { return len(a.h.got[src]) == i+1 })
+		a.h.mu.Lock()
+		if b := a.h.got[src][i]; b[0] != byte(i) || len(b) != 1+2999*(i%4/3) {
+			a.t.Fatalf("%v: datagram %d is %d of %d bytes", src, i, b[0], len(b))
+		}
+		a.h.mu.Unlock()
+	}
+}
+
+// await waits until something is true of the handler.
+func (a *shardApp) await(what string, ok func() bool) {
+	a.t.Helper()
+	testkit.Eventually(a.t, what, func() bool { a.h.mu.Lock(); defer a.h.mu.Unlock(); return ok() })
+}
+
+// sendRun sends n datagrams without waiting. They stay in order while nothing is written to the run: an answer in between moves
+// the flow to another queue, whose reader may overtake the one that still has the frames before.
+func (a *shardApp) sendRun(n int) {
+	a.t.Helper()
+	a.h.mute.Store(true)
 	src := netip.AddrPortFrom(app4.Addr(), 4000)
-	there.Forget()
-	for i := range 200 {
-		send(stacktest.Datagram{Src: src, Dst: far4, Payload: []byte{byte(i)}}.Frame())
+	a.dev.Forget()
+	for i := range n {
+		a.send(stacktest.Datagram{Src: src, Dst: far4, Payload: []byte{byte(i)}}.Frame())
 	}
-	testkit.Eventually(t, "the run", func() bool { h.mu.Lock(); defer h.mu.Unlock(); return len(h.got[src]) == 200 })
-	for i, b := range h.got[src] {
-		if b[0] != byte(i) && !t.Failed() {
-			t.Errorf("datagram %d is %d", i, b[0])
+	a.await("the run", func() bool { return len(a.h.got[src]) == n })
+	for i, b := range a.h.got[src] {
+		if b[0] != byte(i) && !a.t.Failed() {
+			a.t.Errorf("datagram %d is %d", i, b[0])
 		}
 	}
-	// The writer's frames are refused by the app's kernel.
-	for port := range uint16(ports) {
+}
+
+// refuse answers the writer's frames to each of the ports as the app's kernel does when the port is closed.
+func (a *shardApp) refuse(ports uint16) {
+	a.t.Helper()
+	for port := range ports {
 		app := netip.AddrPortFrom(app4.Addr(), 5000+port)
 		q := stacktest.Datagram{Src: far4, Dst: app, Payload: []byte("y")}.Frame()
 		b, ok := appendUnreachable(nil, q.Data, flow.RefusePort)
 		if !ok {
-			t.Fatal("no ICMP error")
+			a.t.Fatal("no ICMP error")
 		}
-		if err := there.Write(nil, [][]byte{b}); err != nil {
-			t.Fatal(err)
+		if err := a.dev.Write(nil, [][]byte{b}); err != nil {
+			a.t.Fatal(err)
 		}
 	}
-	testkit.Eventually(t, "the ICMP errors", func() bool { h.mu.Lock(); defer h.mu.Unlock(); return len(h.gone) == ports })
-	st := s.Stats()
-	if st.UDP.In != uint64(total+200) || st.HandedOver == 0 || st.DroppedHandover != 0 || st.UDP.InReassembled != 2*ports*each/4 {
-		t.Errorf("%+v", st)
-	}
+	a.await("the ICMP errors", func() bool { return len(a.h.gone) == int(ports) })
 }
 
 // TestInbox: what is over an inbox's bounds is dropped and counted, and the buffers are the pools'.

@@ -126,43 +126,47 @@ func TestUDPWrite(t *testing.T) {
 		{"no source", all, repeat(1, 5, netip.AddrPort{}, app4), 0, 1},
 		{"mapped", all, repeat(1, 5, netip.AddrPortFrom(netip.AddrFrom16(far4.Addr().As16()), 5), app6), 0, 1},
 	} {
-		t.Run(c.name, func(t *testing.T) {
-			s, d, _ := udpStack(c.off)
-			n, err := s.PacketWriter(0).WritePackets(c.ps)
-			if err != nil || n != len(c.ps)-c.skip {
-				t.Fatalf("wrote %d of %d: %v", n, len(c.ps), err)
-			}
-			if len(d.frames) != c.frames {
-				t.Errorf("%d frames, want %d", len(d.frames), c.frames)
-			}
-			var got []flow.Packet
-			for _, f := range d.frames {
-				if len(f.p) > 65535+40 {
-					t.Errorf("a frame of %d bytes", len(f.p))
-				}
-				got = append(got, cutFrame(t, f)...)
-			}
-			var want []flow.Packet
-			bytesWant := 0
-			for _, p := range c.ps {
-				if limit, ok := addresses(&p); ok && len(p.Payload) <= limit {
-					want = append(want, p)
-					bytesWant += len(p.Payload)
-				}
-			}
-			if len(got) != len(want) {
-				t.Fatalf("%d datagrams, want %d", len(got), len(want))
-			}
-			for i := range want {
-				if got[i].Src != want[i].Src || got[i].Dst != want[i].Dst || !bytes.Equal(got[i].Payload, want[i].Payload) {
-					t.Fatalf("datagram %d differs", i)
-				}
-			}
-			st := s.Stats().UDP
-			if int(st.Out) != n || int(st.OutBytes) != bytesWant || int(st.OutTooLong+st.OutAddress) != c.skip {
-				t.Errorf("%+v", st)
-			}
-		})
+		t.Run(c.name, func(t *testing.T) { checkUDPWrite(t, c.off, c.ps, c.frames, c.skip) })
+	}
+}
+
+// checkUDPWrite writes datagrams, of which skip must be left out, and wants them in a number of frames.
+func checkUDPWrite(t *testing.T, off tun.Offload, ps []flow.Packet, frames, skip int) {
+	t.Helper()
+	s, d, _ := udpStack(off)
+	n, err := s.PacketWriter(0).WritePackets(ps)
+	if err != nil || n != len(ps)-skip {
+		t.Fatalf("wrote %d of %d: %v", n, len(ps), err)
+	}
+	if len(d.frames) != frames {
+		t.Errorf("%d frames, want %d", len(d.frames), frames)
+	}
+	var got []flow.Packet
+	for _, f := range d.frames {
+		if len(f.p) > 65535+40 {
+			t.Errorf("a frame of %d bytes", len(f.p))
+		}
+		got = append(got, cutFrame(t, f)...)
+	}
+	var want []flow.Packet
+	bytesWant := 0
+	for _, p := range ps {
+		if limit, ok := addresses(&p); ok && len(p.Payload) <= limit {
+			want = append(want, p)
+			bytesWant += len(p.Payload)
+		}
+	}
+	if len(got) != len(want) {
+		t.Fatalf("%d datagrams, want %d", len(got), len(want))
+	}
+	for i := range want {
+		if got[i].Src != want[i].Src || got[i].Dst != want[i].Dst || !bytes.Equal(got[i].Payload, want[i].Payload) {
+			t.Fatalf("datagram %d differs", i)
+		}
+	}
+	st := s.Stats().UDP
+	if int(st.Out) != n || int(st.OutBytes) != bytesWant || int(st.OutTooLong+st.OutAddress) != skip {
+		t.Errorf("%+v", st)
 	}
 }
 

@@ -118,59 +118,59 @@ func TestMSS(t *testing.T) {
 					if v6 {
 						limit = c.v6
 					}
-					r := openRaw(t, off, v6, c.opts)
-					want := make([]byte, 150_000)
-					rand.NewChaCha8([32]byte{1}).Read(want)
-					go r.up.Write(want)
-					var got []byte
-					big := 0
-					for len(got) < len(want) {
-						h, b := r.recv(testkit.Patience)
-						if b == nil {
-							t.Fatalf("%d of %d bytes came", len(got), len(want))
-						}
-						seg := header.TCP(b[r.hdr:])
-						hdr := r.hdr + int(seg.DataOffset())
-						data := b[hdr:]
-						if len(data) == 0 || seg.SequenceNumber() != r.ack { // sent again: the machine stalled
-							continue
-						}
-						switch {
-						case len(data) <= limit && h.GSOType == tun.GSONone:
-						case h.GSOType != tun.GSONone && off&tun.TSO != 0:
-							big++
-							if h.GSOType != r.super(0).GSOType || int(h.GSOSize) > limit || h.GSOSize == 0 ||
-								int(h.HdrLen) != hdr ||
-								h.Flags&tun.NeedsCsum == 0 {
-								t.Fatalf("header %+v of %d bytes, at most %d each", h, len(data), limit)
-							}
-						default:
-							t.Fatalf("%d bytes in one segment, header %+v, at most %d", len(data), h, limit)
-						}
-						if off&tun.VnetHdr == 0 {
-							sum := header.PseudoHeaderChecksum(
-								protoTCP,
-								addrTo(r.dst.Addr()),
-								addrTo(r.src.Addr()),
-								uint16(len(seg)),
-							)
-							if checksum.Checksum(seg, sum) != 0xffff {
-								t.Fatal("wrong checksum")
-							}
-						}
-						got = append(got, data...)
-						r.took(seg, len(data))
-						r.say(tun.Header{}, header.TCPFlagAck, nil)
-					}
-					if !bytes.Equal(got, want) {
-						t.Error("the bytes are not those that were sent")
-					}
-					if off&tun.TSO != 0 && big == 0 {
-						t.Error("no super-segment")
-					}
+					checkMSS(t, openRaw(t, off, v6, c.opts), off, limit)
 				})
 			}
 		}
+	}
+}
+
+// checkMSS sends data to the app, and wants no more than limit bytes of it in each segment.
+func checkMSS(t *testing.T, r *rawConn, off tun.Offload, limit int) {
+	t.Helper()
+	want := make([]byte, 150_000)
+	rand.NewChaCha8([32]byte{1}).Read(want)
+	go r.up.Write(want)
+	var got []byte
+	big := 0
+	for len(got) < len(want) {
+		h, b := r.recv(testkit.Patience)
+		if b == nil {
+			t.Fatalf("%d of %d bytes came", len(got), len(want))
+		}
+		seg := header.TCP(b[r.hdr:])
+		hdr := r.hdr + int(seg.DataOffset())
+		data := b[hdr:]
+		if len(data) == 0 || seg.SequenceNumber() != r.ack { // sent again: the machine stalled
+			continue
+		}
+		switch {
+		case len(data) <= limit && h.GSOType == tun.GSONone:
+		case h.GSOType != tun.GSONone && off&tun.TSO != 0:
+			big++
+			if h.GSOType != r.super(0).GSOType || int(h.GSOSize) > limit || h.GSOSize == 0 ||
+				int(h.HdrLen) != hdr ||
+				h.Flags&tun.NeedsCsum == 0 {
+				t.Fatalf("header %+v of %d bytes, at most %d each", h, len(data), limit)
+			}
+		default:
+			t.Fatalf("%d bytes in one segment, header %+v, at most %d", len(data), h, limit)
+		}
+		if off&tun.VnetHdr == 0 {
+			sum := header.PseudoHeaderChecksum(protoTCP, addrTo(r.dst.Addr()), addrTo(r.src.Addr()), uint16(len(seg)))
+			if checksum.Checksum(seg, sum) != 0xffff {
+				t.Fatal("wrong checksum")
+			}
+		}
+		got = append(got, data...)
+		r.took(seg, len(data))
+		r.say(tun.Header{}, header.TCPFlagAck, nil)
+	}
+	if !bytes.Equal(got, want) {
+		t.Error("the bytes are not those that were sent")
+	}
+	if off&tun.TSO != 0 && big == 0 {
+		t.Error("no super-segment")
 	}
 }
 
@@ -220,57 +220,49 @@ func TestEndInSuperSegment(t *testing.T) {
 		for _, v6 := range []bool{false, true} {
 			for _, late := range []bool{false, true} { // the reader comes before the end, or when all is over
 				t.Run(fmt.Sprintf("%s/v6=%v/late=%v", c.name, v6, late), func(t *testing.T) {
-					r := openRaw(t, offAll, v6, []byte{2, 4, 5, 0xb4})
-					said := make(chan struct{})
-					defer func() { <-said }()
-					if late {
-						c.do(r)
-						close(said)
-						testkit.Eventually(
-							t,
-							"the end to be seen",
-							func() bool { s := r.up.state(); return s != tcp.StateEstablished },
-						)
-					} else {
-						go func() { defer close(said); c.do(r) }()
-					}
-					got, err := make([]byte, 0, len(data)), error(nil)
-					for b := make([]byte, 10_000); err == nil; {
-						var n int
-						n, err = r.up.Read(b)
-						got = append(got, b[:n]...)
-					}
-					if !bytes.Equal(got, data) {
-						t.Errorf("%d of %d bytes were read before the end", len(got), len(data))
-					}
-					// Behind a FIN the RST may come later than the reader.
-					testkit.Until(testkit.Patience, func() bool {
-						if errors.Is(err, io.EOF) && c.want != io.EOF {
-							_, err = r.up.Read(make([]byte, 1))
-						}
-						return errors.Is(err, c.want) || !errors.Is(err, io.EOF)
-					})
-					if !errors.Is(err, c.want) {
-						t.Errorf("the end is %v, want %v", err, c.want)
-					}
+					endsAfter(t, openRaw(t, offAll, v6, []byte{2, 4, 5, 0xb4}), c.do, late, data, c.want)
 				})
 			}
 		}
 	}
 }
 
+// endsAfter has the app do something, and wants the reader to get the data and then an error.
+func endsAfter(t *testing.T, r *rawConn, do func(*rawConn), late bool, data []byte, want error) {
+	t.Helper()
+	said := make(chan struct{})
+	defer func() { <-said }()
+	if late {
+		do(r)
+		close(said)
+		testkit.Eventually(t, "the end to be seen", func() bool { return r.up.state() != tcp.StateEstablished })
+	} else {
+		go func() { defer close(said); do(r) }()
+	}
+	got, err := make([]byte, 0, len(data)), error(nil)
+	for b := make([]byte, 10_000); err == nil; {
+		var n int
+		n, err = r.up.Read(b)
+		got = append(got, b[:n]...)
+	}
+	if !bytes.Equal(got, data) {
+		t.Errorf("%d of %d bytes were read before the end", len(got), len(data))
+	}
+	// Behind a FIN the RST may come later than the reader.
+	testkit.Until(testkit.Patience, func() bool {
+		if errors.Is(err, io.EOF) && want != io.EOF {
+			_, err = r.up.Read(make([]byte, 1))
+		}
+		return errors.Is(err, want) || !errors.Is(err, io.EOF)
+	})
+	if !errors.Is(err, want) {
+		t.Errorf("the end is %v, want %v", err, want)
+	}
+}
+
 // TestPersist: a window that stays shut is probed for as long as it takes, and the stream goes on when it opens. Time is
 // compressed: where the probes are 2 minutes apart in life, it is 20 ms here; their number is that of an hour and more.
 func TestPersist(t *testing.T) {
-	const probes = 50 // more than any limit of retransmissions
-	compress := func(ns *gstack.Stack) {
-		low, high := tcpip.TCPMinRTOOption(5*time.Millisecond), tcpip.TCPMaxRTOOption(20*time.Millisecond)
-		for _, o := range []tcpip.SettableTransportProtocolOption{&low, &high} {
-			if err := ns.SetTransportProtocolOption(tcp.ProtocolNumber, o); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
 	want := make([]byte, 24<<20)
 	rand.NewChaCha8([32]byte{3}).Read(want)
 	for _, name := range []string{"full", "off"} {
@@ -278,59 +270,74 @@ func TestPersist(t *testing.T) {
 		for _, down := range []bool{true, false} {
 			for _, small := range []bool{false, true} {
 				t.Run(fmt.Sprintf("%s/down=%v/small=%v", name, down, small), func(t *testing.T) {
-					p := newPair(t, off, Config{Shards: 1})
-					compress(p.st.shards[0].engine.Load().ns)
-					compress(p.testApp.s.engine.Load().ns)
-					if small {
-						rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: 4096, Default: 16 << 10, Max: 16 << 10}
-						for _, ns := range []*gstack.Stack{p.st.shards[0].engine.Load().ns, p.testApp.s.engine.Load().ns} {
-							if err := ns.SetTransportProtocolOption(tcp.ProtocolNumber, &rcv); err != nil {
-								t.Fatal(err)
-							}
-						}
-					}
-					app, up := p.connect(srv4)
 					size := len(want)
 					if off&tun.TSO == 0 || small {
 						size /= 8 // it takes long without super-segments
 					}
-					var from io.Writer = up
-					var to io.Reader = app
-					if !down {
-						from, to = app, up
-					}
-					// Window probes are those of gVisor: one byte that was acknowledged already.
-					var seen atomic.Int64
-					p.dev.Tap(func(_ tun.Header, b []byte) bool {
-						if !down && len(b) == int(b[0]&15)*4+int(b[int(b[0]&15)*4+12]>>4)*4+1 {
-							seen.Add(1)
-						}
-						if down && binary.BigEndian.Uint16(b[int(b[0]&15)*4+14:]) == 0 { // the answer to each: window 0
-							seen.Add(1)
-						}
-						return true
-					})
-					wrote := make(chan error, 1)
-					go func() {
-						_, err := io.Copy(from, struct{ io.Reader }{bytes.NewReader(want[:size])})
-						wrote <- err
-					}()
-					testkit.Eventually(t, "the probes", func() bool { return seen.Load() >= probes })
-					select {
-					case err := <-wrote:
-						t.Fatalf("%d bytes went nowhere: %v", size, err)
-					default:
-					}
-					got := make([]byte, size)
-					if _, err := io.ReadFull(to, got); err != nil {
-						t.Fatal(err)
-					}
-					must(t, <-wrote)
-					if !bytes.Equal(got, want[:size]) {
-						t.Error("the bytes are not those that were sent")
-					}
+					persists(t, pairOfShortTimes(t, off, small), down, want[:size])
 				})
 			}
 		}
+	}
+}
+
+// pairOfShortTimes is a pair whose timers are short, and whose receive buffers are if that is asked for.
+func pairOfShortTimes(t *testing.T, off tun.Offload, small bool) *testPair {
+	t.Helper()
+	p := newPair(t, off, Config{Shards: 1})
+	low, high := tcpip.TCPMinRTOOption(5*time.Millisecond), tcpip.TCPMaxRTOOption(20*time.Millisecond)
+	options := []tcpip.SettableTransportProtocolOption{&low, &high}
+	if small {
+		options = append(options, &tcpip.TCPReceiveBufferSizeRangeOption{Min: 4096, Default: 16 << 10, Max: 16 << 10})
+	}
+	for _, ns := range []*gstack.Stack{p.st.shards[0].engine.Load().ns, p.testApp.s.engine.Load().ns} {
+		for _, o := range options {
+			if err := ns.SetTransportProtocolOption(tcp.ProtocolNumber, o); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	return p
+}
+
+// persists sends data one way, and reads it only after many probes of the window.
+func persists(t *testing.T, p *testPair, down bool, want []byte) {
+	t.Helper()
+	const probes = 50 // more than any limit of retransmissions
+	app, up := p.connect(srv4)
+	var from io.Writer = up
+	var to io.Reader = app
+	if !down {
+		from, to = app, up
+	}
+	// Window probes are those of gVisor: one byte that was acknowledged already.
+	var seen atomic.Int64
+	p.dev.Tap(func(_ tun.Header, b []byte) bool {
+		if !down && len(b) == int(b[0]&15)*4+int(b[int(b[0]&15)*4+12]>>4)*4+1 {
+			seen.Add(1)
+		}
+		if down && binary.BigEndian.Uint16(b[int(b[0]&15)*4+14:]) == 0 { // the answer to each: window 0
+			seen.Add(1)
+		}
+		return true
+	})
+	wrote := make(chan error, 1)
+	go func() {
+		_, err := io.Copy(from, struct{ io.Reader }{bytes.NewReader(want)})
+		wrote <- err
+	}()
+	testkit.Eventually(t, "the probes", func() bool { return seen.Load() >= probes })
+	select {
+	case err := <-wrote:
+		t.Fatalf("%d bytes went nowhere: %v", len(want), err)
+	default:
+	}
+	got := make([]byte, len(want))
+	if _, err := io.ReadFull(to, got); err != nil {
+		t.Fatal(err)
+	}
+	must(t, <-wrote)
+	if !bytes.Equal(got, want) {
+		t.Error("the bytes are not those that were sent")
 	}
 }

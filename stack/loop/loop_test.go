@@ -136,36 +136,15 @@ func TestHandOver(t *testing.T) {
 	l := running(t)
 	a, b := socketPair(t)
 	defer unix.Close(b)
-	type read struct {
-		who string
-		s   string
-	}
-	reads := make(chan read, 10)
-	take := func(who string) func(*fake) bool {
-		return func(f *fake) bool {
-			var buf [3]byte
-			for f.Got&In != 0 {
-				n, err := unix.Read(a, buf[:])
-				if err != nil {
-					f.Got &^= In
-					break
-				}
-				reads <- read{who, string(buf[:n])}
-				if who == "first" { // it stops in the middle
-					break
-				}
-			}
-			return false
-		}
-	}
-	first, second := newFake(take("first")), newFake(take("second"))
+	reads := make(chan ownerRead, 10)
+	first, second := newFake(readsAs("first", a, reads)), newFake(readsAs("second", a, reads))
 	do(t, l, func() {
 		if err := l.Watch(&first.Node, a, Stream); err != nil {
 			t.Error(err)
 		}
 	})
 	unix.Write(b, []byte("abcdef"))
-	if r := receive(t, reads); r != (read{"first", "abc"}) {
+	if r := receive(t, reads); r != (ownerRead{"first", "abc"}) {
 		t.Fatal(r)
 	}
 	do(t, l, func() {
@@ -179,11 +158,11 @@ func TestHandOver(t *testing.T) {
 			t.Errorf("%d sockets are watched", n)
 		}
 	})
-	if r := receive(t, reads); r != (read{"second", "def"}) {
+	if r := receive(t, reads); r != (ownerRead{"second", "def"}) {
 		t.Fatal(r)
 	}
 	unix.Write(b, []byte("ghi"))
-	if r := receive(t, reads); r != (read{"second", "ghi"}) {
+	if r := receive(t, reads); r != (ownerRead{"second", "ghi"}) {
 		t.Fatal(r)
 	}
 	// Released, it is the caller's alone: the set does not know it any more.
@@ -204,6 +183,28 @@ func TestHandOver(t *testing.T) {
 		t.Error("an unwatched socket")
 	}
 	NoSocket.Close()
+}
+
+// ownerRead is what one of the owners of a socket has read.
+type ownerRead struct{ who, s string }
+
+// readsAs reads a socket, three bytes at a time, and reports them as read by who. The first owner stops after three bytes.
+func readsAs(who string, fd int, reads chan<- ownerRead) func(*fake) bool {
+	return func(f *fake) bool {
+		var buf [3]byte
+		for f.Got&In != 0 {
+			n, err := unix.Read(fd, buf[:])
+			if err != nil {
+				f.Got &^= In
+				break
+			}
+			reads <- ownerRead{who, string(buf[:n])}
+			if who == "first" {
+				break
+			}
+		}
+		return false
+	}
 }
 
 // TestHupStays: the peer's end, seen by the first owner, is known to the second.
