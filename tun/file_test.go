@@ -215,94 +215,15 @@ func TestUDPSuperFrames(t *testing.T) {
 func TestTCPSuperSegments(t *testing.T) {
 	eachDevice(t, func(t *testing.T, d Device) {
 		for _, far := range []netip.Addr{far4, far6} {
-			dst := netip.AddrPortFrom(far, 80)
-			conn := make(chan net.Conn, 1)
-			go func() {
-				c, err := net.DialTimeout("tcp", dst.String(), 3*testkit.Patience)
-				if err != nil {
-					t.Error(err)
-				}
-				conn <- c
-			}()
-			_, syn, _ := readPacket(t, d, func(p packet) bool { return p.dst == dst && p.flags == flagSYN })
-			peer := packet{
-				src:   dst,
-				dst:   syn.src,
-				proto: protoTCP,
-				seq:   1000,
-				ack:   syn.seq + 1,
-				flags: flagSYN | flagACK,
-				mss:   1400,
-			}
-			frame, _, _ := peer.marshal(false)
-			if err := d.Write(&Header{}, [][]byte{frame}); err != nil {
-				t.Fatal(err)
-			}
-			c := <-conn
-			if c == nil {
-				t.FailNow()
-			}
-			defer c.Close()
-			if _, err := c.Write(make([]byte, 12000)); err != nil {
-				t.Fatal(err)
-			}
-			h, seg, n := readPacket(t, d, func(p packet) bool { return p.dst == dst && len(p.payload) > 0 })
-			tso := d.Offload()&TSO != 0
-			if tso && (n <= 1500 || h.GSOSize == 0 || h.Flags&NeedsCsum == 0) {
-				t.Errorf("frame of %d bytes with %+v, want a super-segment", n, h)
-			}
-			if !tso && (n > 1500 || h.GSOType != GSONone) {
-				t.Errorf("frame of %d bytes with %+v, want a segment", n, h)
-			}
-			// And the other way: 40 segments in one frame.
-			payload := bytes.Repeat([]byte("abcdefgh"), 7000)
-			peer = packet{
-				src:   dst,
-				dst:   syn.src,
-				proto: protoTCP,
-				seq:   1001,
-				ack:   seg.seq + uint32(len(seg.payload)),
-				flags: flagACK | flagPSH,
-			}
-			if !tso {
-				payload = payload[:1400]
-			}
-			peer.payload = payload
-			frame, l3, l4 := peer.marshal(tso)
-			var out Header
-			if tso {
-				out = Header{
-					Flags:      NeedsCsum,
-					GSOType:    GSOTCPv4,
-					HdrLen:     uint16(l3 + l4),
-					GSOSize:    1400,
-					CsumStart:  uint16(l3),
-					CsumOffset: 16,
-				}
-				if far.Is6() {
-					out.GSOType = GSOTCPv6
-				}
-			}
-			if err := d.Write(&out, [][]byte{frame[:l3+l4], frame[l3+l4:]}); err != nil {
-				t.Fatal(err)
-			}
-			got := make([]byte, len(payload))
-			c.SetReadDeadline(time.Now().Add(testkit.Patience))
-			for n := 0; n < len(got); {
-				k, err := c.Read(got[n:])
-				if err != nil {
-					t.Fatalf("after %d bytes: %v", n, err)
-				}
-				n += k
-			}
-			if !bytes.Equal(got, payload) {
-				t.Error("the app got other bytes")
-			}
+			p := openHandPeer(t, d, netip.AddrPortFrom(far, 80))
+			defer p.conn.Close()
+			end := p.writtenAtOnce(t, d)
+			n := p.readAtOnce(t, d, end)
 			rst, _, _ := packet{
-				src:   dst,
-				dst:   syn.src,
+				src:   p.here,
+				dst:   p.app,
 				proto: protoTCP,
-				seq:   1001 + uint32(len(payload)),
+				seq:   1001 + uint32(n),
 				flags: flagRST,
 			}.marshal(
 				false,
@@ -310,6 +231,110 @@ func TestTCPSuperSegments(t *testing.T) {
 			d.Write(&Header{}, [][]byte{rst})
 		}
 	})
+}
+
+// handPeer is the far end of a connection of the kernel's, made by hand.
+type handPeer struct {
+	here, app netip.AddrPort
+	conn      net.Conn // the app's
+}
+
+// openHandPeer has the app connect, and answers its SYN.
+func openHandPeer(t *testing.T, d Device, dst netip.AddrPort) handPeer {
+	t.Helper()
+	conn := make(chan net.Conn, 1)
+	go func() {
+		c, err := net.DialTimeout("tcp", dst.String(), 3*testkit.Patience)
+		if err != nil {
+			t.Error(err)
+		}
+		conn <- c
+	}()
+	_, syn, _ := readPacket(t, d, func(p packet) bool { return p.dst == dst && p.flags == flagSYN })
+	peer := packet{
+		src:   dst,
+		dst:   syn.src,
+		proto: protoTCP,
+		seq:   1000,
+		ack:   syn.seq + 1,
+		flags: flagSYN | flagACK,
+		mss:   1400,
+	}
+	frame, _, _ := peer.marshal(false)
+	if err := d.Write(&Header{}, [][]byte{frame}); err != nil {
+		t.Fatal(err)
+	}
+	c := <-conn
+	if c == nil {
+		t.FailNow()
+	}
+	return handPeer{dst, syn.src, c}
+}
+
+// writtenAtOnce has the app write, wants a super-segment where the device takes it, and returns what acknowledges that.
+func (p handPeer) writtenAtOnce(t *testing.T, d Device) (end uint32) {
+	t.Helper()
+	if _, err := p.conn.Write(make([]byte, 12000)); err != nil {
+		t.Fatal(err)
+	}
+	h, seg, n := readPacket(t, d, func(q packet) bool { return q.dst == p.here && len(q.payload) > 0 })
+	tso := d.Offload()&TSO != 0
+	if tso && (n <= 1500 || h.GSOSize == 0 || h.Flags&NeedsCsum == 0) {
+		t.Errorf("frame of %d bytes with %+v, want a super-segment", n, h)
+	}
+	if !tso && (n > 1500 || h.GSOType != GSONone) {
+		t.Errorf("frame of %d bytes with %+v, want a segment", n, h)
+	}
+	return seg.seq + uint32(len(seg.payload))
+}
+
+// readAtOnce sends the app 40 segments in one frame, or one where the device takes no more, and returns how many bytes.
+func (p handPeer) readAtOnce(t *testing.T, d Device, ack uint32) int {
+	t.Helper()
+	payload := bytes.Repeat([]byte("abcdefgh"), 7000)
+	tso := d.Offload()&TSO != 0
+	if !tso {
+		payload = payload[:1400]
+	}
+	frame, l3, l4 := packet{
+		src:     p.here,
+		dst:     p.app,
+		proto:   protoTCP,
+		seq:     1001,
+		ack:     ack,
+		flags:   flagACK | flagPSH,
+		payload: payload,
+	}.marshal(tso)
+	var out Header
+	if tso {
+		out = Header{
+			Flags:      NeedsCsum,
+			GSOType:    GSOTCPv4,
+			HdrLen:     uint16(l3 + l4),
+			GSOSize:    1400,
+			CsumStart:  uint16(l3),
+			CsumOffset: 16,
+		}
+		if p.here.Addr().Is6() {
+			out.GSOType = GSOTCPv6
+		}
+	}
+	if err := d.Write(&out, [][]byte{frame[:l3+l4], frame[l3+l4:]}); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, len(payload))
+	p.conn.SetReadDeadline(time.Now().Add(testkit.Patience))
+	for n := 0; n < len(got); {
+		k, err := p.conn.Read(got[n:])
+		if err != nil {
+			t.Fatalf("after %d bytes: %v", n, err)
+		}
+		n += k
+	}
+	if !bytes.Equal(got, payload) {
+		t.Error("the app got other bytes")
+	}
+	return len(payload)
 }
 
 func TestWriteErrors(t *testing.T) {

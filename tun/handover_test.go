@@ -69,23 +69,10 @@ func TestHandover(t *testing.T) {
 		go before.run(p)
 	}
 	const stays, moves = 7, 8
-	stop := make(chan struct{})
-	var senders sync.WaitGroup
-	var lost atomic.Int64
-	last := make([]atomic.Uint32, 6)
-	defer senders.Wait()
-	end := sync.OnceFunc(func() { close(stop) })
-	defer end()
-	for i := range last {
-		c := dialUDP(t, uint16(stays+i%2))
-		senders.Go(func() { pingPong(t, c, &last[i], &lost, stop) })
-	}
-	answeredBy := func(i int, mark byte) {
-		t.Helper()
-		testkit.Eventually(t, "an answer", func() bool { return byte(last[i].Load()) == mark })
-	}
-	for i := range last {
-		answeredBy(i, 'a')
+	senders := startSenders(t, 6, stays, moves)
+	defer senders.end()
+	for i := range senders.last {
+		senders.answeredBy(i, 'a')
 	}
 
 	files, err := Files(old)
@@ -105,29 +92,14 @@ func TestHandover(t *testing.T) {
 	if err := Redirect(old, []*os.File{far, far2}); err != nil {
 		t.Fatal(err)
 	}
-	after := &echoer{mark: 'b', ended: make(chan error, 1), leave: func(h Header, b []byte, p packet) bool {
-		if p.dst.Port() != stays {
-			return false
-		}
-		var hdr [HeaderLen]byte
-		h.Put(hdr[:])
-		to := near
-		if p.src.Port()%2 == 0 {
-			to = near2
-		}
-		if _, err := to.Write(append(hdr[:], b...)); err != nil {
-			t.Error(err)
-		}
-		return true
-	}}
+	after := &echoer{mark: 'b', ended: make(chan error, 1), leave: leavePort(t, stays, near, near2)}
 	go after.run(next)
-	for i := range last {
-		answeredBy(i, "ab"[i%2])
+	for i := range senders.last {
+		senders.answeredBy(i, "ab"[i%2])
 	}
-	answeredBy(0, 'a')
-	end()
-	senders.Wait()
-	if n := lost.Load(); n != 0 {
+	senders.answeredBy(0, 'a')
+	senders.end()
+	if n := senders.lost.Load(); n != 0 {
 		t.Errorf("%d datagrams were lost", n)
 	}
 	if err := Redirect(old, nil); err == nil {
@@ -144,6 +116,57 @@ func TestHandover(t *testing.T) {
 	next.Close()
 	if err := <-after.ended; !errors.Is(err, os.ErrClosed) {
 		t.Errorf("the new one ended with %v", err)
+	}
+}
+
+// senders are sockets of the app that send to two ports in turn.
+type senders struct {
+	t    *testing.T
+	last []atomic.Uint32 // who answered each of them
+	lost atomic.Int64
+	stop chan struct{}
+	once sync.Once
+	all  sync.WaitGroup
+}
+
+func startSenders(t *testing.T, n int, ports ...uint16) *senders {
+	t.Helper()
+	s := &senders{t: t, last: make([]atomic.Uint32, n), stop: make(chan struct{})}
+	for i := range s.last {
+		c := dialUDP(t, ports[i%len(ports)])
+		s.all.Go(func() { pingPong(t, c, &s.last[i], &s.lost, s.stop) })
+	}
+	return s
+}
+
+// end stops the senders. It may be called twice.
+func (s *senders) end() {
+	s.once.Do(func() { close(s.stop) })
+	s.all.Wait()
+}
+
+// answeredBy waits until a sender has an answer with a mark.
+func (s *senders) answeredBy(i int, mark byte) {
+	s.t.Helper()
+	testkit.Eventually(s.t, "an answer", func() bool { return byte(s.last[i].Load()) == mark })
+}
+
+// leavePort leaves the frames to a port to another process, by the first socket if the app's port is odd.
+func leavePort(t *testing.T, port uint16, odd, even *os.File) func(h Header, b []byte, p packet) bool {
+	return func(h Header, b []byte, p packet) bool {
+		if p.dst.Port() != port {
+			return false
+		}
+		var hdr [HeaderLen]byte
+		h.Put(hdr[:])
+		to := odd
+		if p.src.Port()%2 == 0 {
+			to = even
+		}
+		if _, err := to.Write(append(hdr[:], b...)); err != nil {
+			t.Error(err)
+		}
+		return true
 	}
 }
 

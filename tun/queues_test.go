@@ -37,33 +37,8 @@ func spin(d time.Duration) {
 // have their answers.
 func TestFloodLeavesOthers(t *testing.T) {
 	d := kernelTUN(t, true, OffloadNoUSO)
-	const floodPort, echoPort = 9, 7
 	var wg sync.WaitGroup
-	wg.Go(func() { // the stack: each datagram of the flood costs it a little, the others are sent back
-		var h Header
-		b := make([]byte, MaxFrame)
-		for {
-			n, err := d.Read(&h, b, true)
-			if errors.Is(err, os.ErrClosed) {
-				return
-			}
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			p, ok := parse(b[:n])
-			switch {
-			case !ok || p.proto != protoUDP:
-			case p.dst.Port() == floodPort:
-				spin(4 * time.Microsecond)
-			case p.dst.Port() == echoPort:
-				frame, _, _ := packet{src: p.dst, dst: p.src, proto: protoUDP, payload: p.payload}.marshal(false)
-				if err := d.Write(&Header{}, [][]byte{frame}); err != nil && err != ErrAgain {
-					t.Error(err)
-				}
-			}
-		}
-	})
+	wg.Go(func() { answerPings(t, d) })
 	defer wg.Wait()
 	defer d.Close()
 
@@ -89,23 +64,7 @@ func TestFloodLeavesOthers(t *testing.T) {
 		var worst int64
 		for _, c := range conns {
 			ping.Go(func() {
-				mine := int64(0)
-				out, in := make([]byte, 100), make([]byte, 100)
-				for i := range uint64(each) {
-					binary.BigEndian.PutUint64(out, uint64(try)<<32|i)
-					c.Write(out)
-					c.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
-					for {
-						if _, err := c.Read(in); err != nil {
-							mine++
-							break
-						}
-						if binary.BigEndian.Uint64(in) == uint64(try)<<32|i {
-							break
-						}
-					}
-					testkit.Pace(time.Millisecond)
-				}
+				mine := lostPings(c, uint64(try)<<32, each)
 				lost.Add(mine)
 				mu.Lock()
 				defer mu.Unlock()
@@ -123,6 +82,57 @@ func TestFloodLeavesOthers(t *testing.T) {
 			t.Fatal("the flood starves others")
 		}
 	}
+}
+
+const floodPort, echoPort = 9, 7
+
+// answerPings does what the stack would, until the device is closed: each datagram of the flood costs it a little, the others
+// are sent back.
+func answerPings(t *testing.T, d Device) {
+	var h Header
+	b := make([]byte, MaxFrame)
+	for {
+		n, err := d.Read(&h, b, true)
+		if errors.Is(err, os.ErrClosed) {
+			return
+		}
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		p, ok := parse(b[:n])
+		switch {
+		case !ok || p.proto != protoUDP:
+		case p.dst.Port() == floodPort:
+			spin(4 * time.Microsecond)
+		case p.dst.Port() == echoPort:
+			frame, _, _ := packet{src: p.dst, dst: p.src, proto: protoUDP, payload: p.payload}.marshal(false)
+			if err := d.Write(&Header{}, [][]byte{frame}); err != nil && err != ErrAgain {
+				t.Error(err)
+			}
+		}
+	}
+}
+
+// lostPings sends datagrams that are numbered from first on, and counts those without an answer.
+func lostPings(c net.Conn, first uint64, each int) (lost int64) {
+	out, in := make([]byte, 100), make([]byte, 100)
+	for i := range uint64(each) {
+		binary.BigEndian.PutUint64(out, first|i)
+		c.Write(out)
+		c.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+		for {
+			if _, err := c.Read(in); err != nil {
+				lost++
+				break
+			}
+			if binary.BigEndian.Uint64(in) == first|i {
+				break
+			}
+		}
+		testkit.Pace(time.Millisecond)
+	}
+	return lost
 }
 
 // TestBurstsAreNoFlood: bursts that are read to the end, however many, do not make a queue flooded.

@@ -246,23 +246,7 @@ func TestDiagUDP(t *testing.T) {
 		{"connected v6", "udp6", "", far6.String(), false, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			var la, ra *net.UDPAddr
-			if c.connect != "" {
-				ra = net.UDPAddrFromAddrPort(netip.MustParseAddrPort(c.connect))
-			}
-			if c.laddr != "" {
-				la = &net.UDPAddr{IP: net.ParseIP(c.laddr)}
-			}
-			var s *net.UDPConn
-			var err error
-			if ra != nil {
-				s, err = net.DialUDP(c.network, la, ra)
-			} else {
-				s, err = net.ListenUDP(c.network, la)
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
+			s := openUDP(t, c.network, c.laddr, c.connect)
 			port := uint16(s.LocalAddr().(*net.UDPAddr).Port)
 			src4 := netip.AddrPortFrom(netip.MustParseAddr(tunAddr4), port)
 			src6 := netip.AddrPortFrom(netip.MustParseAddr(tunAddr6), port)
@@ -286,6 +270,26 @@ func TestDiagUDP(t *testing.T) {
 			expect(t, d, "closed", 17, src6, netip.AddrPort{}, false)
 		})
 	}
+}
+
+// openUDP opens a socket at laddr, or at any address if it is empty, and connects it unless connect is empty.
+func openUDP(t *testing.T, network, laddr, connect string) *net.UDPConn {
+	t.Helper()
+	var la *net.UDPAddr
+	if laddr != "" {
+		la = &net.UDPAddr{IP: net.ParseIP(laddr)}
+	}
+	var s *net.UDPConn
+	var err error
+	if connect != "" {
+		s, err = net.DialUDP(network, la, net.UDPAddrFromAddrPort(netip.MustParseAddrPort(connect)))
+	} else {
+		s, err = net.ListenUDP(network, la)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
 }
 
 func TestDiagBoundToDevice(t *testing.T) {

@@ -18,15 +18,7 @@ const asUser = 54321
 
 // TestSpawnHostResolvers has a host with systemd-resolved and nscd.
 func TestSpawnHostResolvers(t *testing.T) {
-	if os.Geteuid() != 0 || noNamespace != "" {
-		t.Skip("needs root and a mount namespace: ", noNamespace)
-	}
-	for _, dir := range []string{"/etc", "/run"} {
-		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=755"); err != nil {
-			t.Fatal(err)
-		}
-		defer unix.Unmount(dir, unix.MNT_DETACH)
-	}
+	emptyDirs(t, "/etc", "/run")
 	for _, d := range []string{"/run/systemd/resolve", "/run/nscd", "/run/resolvconf"} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			t.Fatal(err)
@@ -67,22 +59,48 @@ func TestSpawnHostResolvers(t *testing.T) {
 	os.Remove("/run/resolvconf/resolv.conf")
 	os.Symlink("/run/gone/resolv.conf", "/run/resolvconf/link")
 	for _, link := range []string{"/run/resolvconf/resolv.conf", "/run/gone/resolv.conf", "../run/resolvconf/link"} {
-		os.Remove(resolvConf)
-		if err := os.Symlink(link, resolvConf); err != nil {
+		danglingResolver(t, link)
+	}
+	noResolver(t)
+}
+
+// emptyDirs puts empty directories in place of the host's until the test is over, or skips the test where that cannot be done.
+func emptyDirs(t *testing.T, dirs ...string) {
+	t.Helper()
+	if os.Geteuid() != 0 || noNamespace != "" {
+		t.Skip("needs root and a mount namespace: ", noNamespace)
+	}
+	for _, dir := range dirs {
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=755"); err != nil {
 			t.Fatal(err)
 		}
-		t.Run("root", TestSpawnDanglingResolver)
-		if out, err := asOrdinaryUser("-test.run=^TestSpawnDanglingResolver$", "-test.v"); err != nil ||
-			!bytes.Contains(out, []byte("--- PASS")) {
-			t.Errorf("without root, %s: %v\n%s", link, err, out)
-		}
-		if to, err := os.Readlink(resolvConf); to != link || err != nil {
-			t.Errorf("the host's is a link to %q, %v", to, err)
-		}
-		if _, err := os.Stat(resolvConf); !os.IsNotExist(err) {
-			t.Errorf("%s is there: %v", link, err)
-		}
+		t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
 	}
+}
+
+// danglingResolver makes /etc/resolv.conf a link to nothing, and looks at it inside, as root and without.
+func danglingResolver(t *testing.T, link string) {
+	t.Helper()
+	os.Remove(resolvConf)
+	if err := os.Symlink(link, resolvConf); err != nil {
+		t.Fatal(err)
+	}
+	t.Run("root", TestSpawnDanglingResolver)
+	if out, err := asOrdinaryUser("-test.run=^TestSpawnDanglingResolver$", "-test.v"); err != nil ||
+		!bytes.Contains(out, []byte("--- PASS")) {
+		t.Errorf("without root, %s: %v\n%s", link, err, out)
+	}
+	if to, err := os.Readlink(resolvConf); to != link || err != nil {
+		t.Errorf("the host's is a link to %q, %v", to, err)
+	}
+	if _, err := os.Stat(resolvConf); !os.IsNotExist(err) {
+		t.Errorf("%s is there: %v", link, err)
+	}
+}
+
+// noResolver removes /etc/resolv.conf: only who asks for a nameserver needs one.
+func noResolver(t *testing.T) {
+	t.Helper()
 	os.Remove(resolvConf)
 	if c, err := Spawn(t.Context(), testSpec("true")); err == nil ||
 		!strings.Contains(err.Error(), "/etc/resolv.conf does not exist: make it") {
@@ -135,20 +153,15 @@ func asOrdinaryUser(args ...string) ([]byte, error) {
 	return cmd.CombinedOutput()
 }
 
+const nsswitch = "/etc/nsswitch.conf"
+
 // TestSpawnNsswitch has hosts whose nsswitch.conf names sources that ask a process of the host.
 func TestSpawnNsswitch(t *testing.T) {
-	if os.Geteuid() != 0 || noNamespace != "" {
-		t.Skip("needs root and a mount namespace: ", noNamespace)
+	dirs := []string{"/etc", "/run"}
+	if _, err := os.Stat("/usr/etc"); err == nil {
+		dirs = append(dirs, "/usr/etc")
 	}
-	for _, dir := range []string{"/etc", "/run", "/usr/etc"} {
-		if _, err := os.Stat(dir); err != nil && dir == "/usr/etc" {
-			continue
-		}
-		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=755"); err != nil {
-			t.Fatal(err)
-		}
-		defer unix.Unmount(dir, unix.MNT_DETACH)
-	}
+	emptyDirs(t, dirs...)
 	write := func(path, content string) {
 		t.Helper()
 		if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
@@ -156,7 +169,6 @@ func TestSpawnNsswitch(t *testing.T) {
 		}
 	}
 	const (
-		conf = "/etc/nsswitch.conf"
 		old  = "passwd: files systemd\nhosts: mymachines resolve [!UNAVAIL=return] files myhostname dns\n"
 		want = "passwd: files systemd\nhosts: files myhostname dns\n"
 	)
@@ -167,18 +179,17 @@ func TestSpawnNsswitch(t *testing.T) {
 	}
 	defer l.Close()
 	os.Mkdir("/etc/static", 0o755)
-	script := "cat " + conf + " 2>/dev/null; test -S /run/mdnsd && echo socket; grep -c 198.51.100.9 /etc/hosts"
 	for _, c := range []struct {
 		name, want string
 		make       func()
 	}{
-		{"file", want, func() { write(conf, old) }},
-		{"link", want, func() { os.Rename(conf, "/etc/static/nsswitch.conf"); os.Symlink("static/nsswitch.conf", conf) }},
+		{"file", want, func() { write(nsswitch, old) }},
+		{"link", want, func() { os.Rename(nsswitch, "/etc/static/nsswitch.conf"); os.Symlink("static/nsswitch.conf", nsswitch) }},
 		{"link to nothing", "", func() { os.Remove("/etc/static/nsswitch.conf") }},
-		{"absent", "", func() { os.Remove(conf) }},
-		{"nothing to change", "hosts: files dns # as is\n", func() { write(conf, "hosts: files dns # as is\n") }},
+		{"absent", "", func() { os.Remove(nsswitch) }},
+		{"nothing to change", "hosts: files dns # as is\n", func() { write(nsswitch, "hosts: files dns # as is\n") }},
 		{"read-only", want, func() {
-			write(conf, old)
+			write(nsswitch, old)
 			write("/etc/hosts", "198.51.100.9 host.example\n")
 			if err := unix.Mount("", "/etc", "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
 				t.Fatal(err)
@@ -192,16 +203,8 @@ func TestSpawnNsswitch(t *testing.T) {
 		} else {
 			write("/etc/hosts", "")
 		}
-		out, _, err := run(t, testSpec("/bin/sh", "-c", script))
-		if out != c.want+hosts || err != nil {
-			t.Errorf("%s: %q, %v, want %q", c.name, out, err, c.want)
-		}
-		s := testSpec("/bin/sh", "-c", script)
-		s.Nameserver = nil
-		if out, _, err := run(t, s); out != c.want+hosts || err != nil {
-			t.Errorf("%s, with the host's resolv.conf: %q, %v, want %q", c.name, out, err, c.want)
-		}
-		if b, _ := os.ReadFile(conf); c.want != "" && c.name != "nothing to change" && string(b) != old {
+		seesNsswitch(t, c.name, c.want+hosts)
+		if b, _ := os.ReadFile(nsswitch); c.want != "" && c.name != "nothing to change" && string(b) != old {
 			t.Errorf("%s: the host's own became %q", c.name, b)
 		}
 	}
@@ -209,5 +212,20 @@ func TestSpawnNsswitch(t *testing.T) {
 		t.Errorf("the host's own socket: %v", err)
 	} else {
 		c.Close()
+	}
+}
+
+// seesNsswitch looks at nsswitch.conf, the socket of mdnsd and /etc/hosts inside, with a nameserver and without.
+func seesNsswitch(t *testing.T, name, want string) {
+	t.Helper()
+	script := "cat " + nsswitch + " 2>/dev/null; test -S /run/mdnsd && echo socket; grep -c 198.51.100.9 /etc/hosts"
+	s := testSpec("/bin/sh", "-c", script)
+	if out, _, err := run(t, s); out != want || err != nil {
+		t.Errorf("%s: %q, %v, want %q", name, out, err, want)
+	}
+	s = testSpec("/bin/sh", "-c", script)
+	s.Nameserver = nil
+	if out, _, err := run(t, s); out != want || err != nil {
+		t.Errorf("%s, with the host's resolv.conf: %q, %v, want %q", name, out, err, want)
 	}
 }

@@ -49,29 +49,7 @@ func TestSpawnSockets(t *testing.T) {
 	}
 	r.Close()
 	outW.Close()
-	for _, a := range []struct {
-		domain       int
-		at, from, in string
-	}{
-		{unix.AF_INET, "127.0.0.1", "198.18.0.3", "10.77.0.1"},
-		{unix.AF_INET6, "::1", "fd00:77::3", "fd00:77::1"},
-	} {
-		l := listenInside(t, c.Sockets, a.domain, a.at)
-		to := netip.MustParseAddrPort(l.Addr().String())
-		got, from := reach(t, c.Sockets, a.domain, netip.MustParseAddr(a.from), to, l)
-		if got != "hello" || from.Addr() != netip.MustParseAddr(a.from) {
-			t.Errorf("%s: %q from %v", a.at, got, from)
-		}
-		l.Close()
-		// The namespace is the program's: the TUN's address is there.
-		listenInside(t, c.Sockets, a.domain, a.in).Close()
-	}
-	for _, bad := range [][2]int{{unix.AF_UNIX, unix.SOCK_STREAM}, {unix.AF_INET, unix.SOCK_RAW},
-		{unix.AF_PACKET, unix.SOCK_DGRAM}} {
-		if _, err := c.Sockets.Socket(bad[0], bad[1]); !errors.Is(err, unix.EINVAL) {
-			t.Errorf("%v: %v", bad, err)
-		}
-	}
+	makesSockets(t, c.Sockets)
 	w.Close()
 	if exit, err := c.Wait(); exit != 0 || err != nil { // its standard input has ended
 		t.Errorf("%d, %v", exit, err)
@@ -89,6 +67,34 @@ func TestSpawnSockets(t *testing.T) {
 	}
 	if _, err := c.Sockets.Socket(unix.AF_INET, unix.SOCK_STREAM); !errors.Is(err, net.ErrClosed) {
 		t.Error(err)
+	}
+}
+
+// makesSockets reaches listeners inside, on the loopback and at the TUN's address, and is refused sockets of other kinds.
+func makesSockets(t *testing.T, s *Sockets) {
+	t.Helper()
+	for _, a := range []struct {
+		domain       int
+		at, from, in string
+	}{
+		{unix.AF_INET, "127.0.0.1", "198.18.0.3", "10.77.0.1"},
+		{unix.AF_INET6, "::1", "fd00:77::3", "fd00:77::1"},
+	} {
+		l := listenInside(t, s, a.domain, a.at)
+		to := netip.MustParseAddrPort(l.Addr().String())
+		got, from := reach(t, s, a.domain, netip.MustParseAddr(a.from), to, l)
+		if got != "hello" || from.Addr() != netip.MustParseAddr(a.from) {
+			t.Errorf("%s: %q from %v", a.at, got, from)
+		}
+		l.Close()
+		// The namespace is the program's: the TUN's address is there.
+		listenInside(t, s, a.domain, a.in).Close()
+	}
+	for _, bad := range [][2]int{{unix.AF_UNIX, unix.SOCK_STREAM}, {unix.AF_INET, unix.SOCK_RAW},
+		{unix.AF_PACKET, unix.SOCK_DGRAM}} {
+		if _, err := s.Socket(bad[0], bad[1]); !errors.Is(err, unix.EINVAL) {
+			t.Errorf("%v: %v", bad, err)
+		}
 	}
 }
 

@@ -164,79 +164,88 @@ func TestSpawnExit(t *testing.T) {
 
 // TestSpawnWorld looks around inside.
 func TestSpawnWorld(t *testing.T) {
-	here := func(script string) string {
-		b, err := exec.Command("sh", "-c", script).Output()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return string(b)
-	}
-	there := func(script string) string {
-		out, exit, err := run(t, testSpec("sh", "-c", script))
-		if exit != 0 || err != nil {
-			t.Fatalf("%s: %q, %d, %v", script, out, exit, err)
-		}
-		return out
-	}
 	for _, same := range []string{
 		"id -u; id -g", "ulimit -n", "umask", "ls /proc/self/fd", "ls / /home /tmp",
 		"cut -d' ' -f5,6 /proc/self/stat", // process group, session
 		"grep -E 'SigBlk|SigIgn' /proc/self/status",
 	} {
-		a, b := here(same), there(same)
+		a, b := outside(t, same), inside(t, same)
 		for try := 1; a != b && try < 10; try++ { // others may use /tmp
-			a, b = here(same), there(same)
+			a, b = outside(t, same), inside(t, same)
 		}
 		if a != b {
 			t.Errorf("%s: outside %q, inside %q", same, a, b)
 		}
 	}
-	if out := there("sed 1,2d /proc/net/dev | cut -d: -f1 | tr -d ' ' | sort"); out != "lo\ntun0\n" {
-		t.Errorf("interfaces %q", out)
-	}
-	if out := there("ls /sys/class/net"); out != "lo\ntun0\n" {
-		t.Errorf("/sys/class/net %q", out)
-	}
-	if a, b := here("ls /sys/fs/cgroup"), there("ls /sys/fs/cgroup"); a != b {
+	checkNetworkInside(t)
+	if a, b := outside(t, "ls /sys/fs/cgroup"), inside(t, "ls /sys/fs/cgroup"); a != b {
 		t.Errorf("/sys/fs/cgroup: outside %q, inside %q", a, b)
 	}
-	if out := there("ip -br addr; ip route; ip -6 route show default"); !strings.Contains(out, "127.0.0.1/8") ||
-		!strings.Contains(
-			out,
-			"10.77.0.1/32 fd00:77::1/128 \n",
-		) || !strings.Contains(out, "\ndefault dev tun0 scope link") || !strings.Contains(out, "\ndefault dev tun0 metric") {
-		t.Errorf("network %q", out)
-	}
-	if gid, out := os.Getgid(), there("cat /proc/sys/net/ipv4/ping_group_range "+
-		"/proc/sys/net/ipv6/conf/tun0/accept_ra /proc/sys/net/ipv4/ip_unprivileged_port_start"); out != fmt.Sprintf(
-		"%d\t%d\n0\n0\n",
-		gid,
-		gid,
-	) {
-		t.Errorf("sysctls %q", out)
-	}
 	want := "nameserver 192.0.2.53\nnameserver 2001:db8::53\n"
-	if out := there("cat /etc/resolv.conf"); !strings.HasPrefix(out, want) {
+	if out := inside(t, "cat /etc/resolv.conf"); !strings.HasPrefix(out, want) {
 		t.Errorf("resolv.conf %q", out)
 	}
-	if out := here("cat /etc/resolv.conf"); strings.Contains(out, "192.0.2.53") {
+	if out := outside(t, "cat /etc/resolv.conf"); strings.Contains(out, "192.0.2.53") {
 		t.Errorf("the host's resolv.conf %q", out)
 	}
 	mounts := "sed 's/.* - //' /proc/self/mountinfo"
-	before := here(mounts)
-	there("true")
-	if after := here(mounts); after != before {
+	before := outside(t, mounts)
+	inside(t, "true")
+	if after := outside(t, mounts); after != before {
 		t.Errorf("mounts outside became %q, were %q", after, before)
 	}
-	caps := there("grep -E 'Cap(Inh|Prm|Eff|Amb)|NoNewPrivs' /proc/self/status | tr -d '\\t'")
+	caps := inside(t, "grep -E 'Cap(Inh|Prm|Eff|Amb)|NoNewPrivs' /proc/self/status | tr -d '\\t'")
 	if isRoot() {
-		if want := here("grep -E 'Cap(Inh|Prm|Eff|Amb)|NoNewPrivs' /proc/self/status | tr -d '\\t'"); caps != want {
+		if want := outside(t, "grep -E 'Cap(Inh|Prm|Eff|Amb)|NoNewPrivs' /proc/self/status | tr -d '\\t'"); caps != want {
 			t.Errorf("capabilities %q, outside %q", caps, want)
 		}
 	} else if none := strings.Repeat("0", 16); caps != "CapInh:"+none+"\nCapPrm:"+none+"\nCapEff:"+none+"\nCapAmb:"+none+
 		"\nNoNewPrivs:1\n" {
 		t.Errorf("capabilities %q", caps)
 	}
+}
+
+// checkNetworkInside looks at the interfaces, addresses, routes and sysctls inside.
+func checkNetworkInside(t *testing.T) {
+	t.Helper()
+	if out := inside(t, "sed 1,2d /proc/net/dev | cut -d: -f1 | tr -d ' ' | sort"); out != "lo\ntun0\n" {
+		t.Errorf("interfaces %q", out)
+	}
+	if out := inside(t, "ls /sys/class/net"); out != "lo\ntun0\n" {
+		t.Errorf("/sys/class/net %q", out)
+	}
+	out := inside(t, "ip -br addr; ip route; ip -6 route show default")
+	for _, want := range []string{"127.0.0.1/8", "10.77.0.1/32 fd00:77::1/128 \n", "\ndefault dev tun0 scope link",
+		"\ndefault dev tun0 metric"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("network %q, want %q", out, want)
+		}
+	}
+	out = inside(t, "cat /proc/sys/net/ipv4/ping_group_range "+
+		"/proc/sys/net/ipv6/conf/tun0/accept_ra /proc/sys/net/ipv4/ip_unprivileged_port_start")
+	if gid := os.Getgid(); out != fmt.Sprintf("%d\t%d\n0\n0\n", gid, gid) {
+		t.Errorf("sysctls %q", out)
+	}
+}
+
+// outside returns what a script prints on the host.
+func outside(t *testing.T, script string) string {
+	t.Helper()
+	b, err := exec.Command("sh", "-c", script).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// inside returns what a script prints in a namespace.
+func inside(t *testing.T, script string) string {
+	t.Helper()
+	out, exit, err := run(t, testSpec("sh", "-c", script))
+	if exit != 0 || err != nil {
+		t.Fatalf("%s: %q, %d, %v", script, out, exit, err)
+	}
+	return out
 }
 
 // TestSpawnInheritedFiles has a caller that was started with two descriptors more: one where the helper's socket would

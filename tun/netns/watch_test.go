@@ -101,7 +101,21 @@ func TestWatch(t *testing.T) {
 		ip(t, c.ip)
 		await(t, changes, c.ip, c.want)
 	}
-	// A lifetime that is renewed, other tables and other routes are no news: the next is what comes after them.
+	hearsNews(t, name, changes)
+
+	// The kernel ends the subscription: it is made again, and knows that something may have been missed.
+	w.mu.Lock()
+	w.sock.Close()
+	w.mu.Unlock()
+	await(t, changes, "the loss", func(c Change) bool { return c.Lost })
+	ip(t, "addr add 10.98.8.1/32 dev "+name)
+	await(t, changes, "an address after the loss", isAddr("10.98.8.1/32"))
+}
+
+// hearsNews makes changes that are no news, such as a lifetime that is renewed, other tables and other routes, and then one
+// that is: it is the next that is told.
+func hearsNews(t *testing.T, name string, changes <-chan Change) {
+	t.Helper()
 	for _, args := range []string{"link set " + name + " up", "addr change 10.98.5.1 peer 10.98.5.2/32 dev " + name +
 		" valid_lft 1000 preferred_lft 1000",
 		"route add default dev " + name + " table 77", "route add 10.98.6.0/24 dev " + name, "addr add 10.98.7.1/32 dev " +
@@ -114,14 +128,6 @@ func TestWatch(t *testing.T) {
 		}
 		return c.Addr.IsValid() && c.Addr.String() == "10.98.7.1/32"
 	})
-
-	// The kernel ends the subscription: it is made again, and knows that something may have been missed.
-	w.mu.Lock()
-	w.sock.Close()
-	w.mu.Unlock()
-	await(t, changes, "the loss", func(c Change) bool { return c.Lost })
-	ip(t, "addr add 10.98.8.1/32 dev "+name)
-	await(t, changes, "an address after the loss", isAddr("10.98.8.1/32"))
 }
 
 // mendCases are the cases of TestMend.
