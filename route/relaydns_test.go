@@ -75,82 +75,81 @@ func newNameServers(t *testing.T) *nameServers {
 	return s
 }
 
-// relayedQuestionsCases are the cases of TestRelayedQuestions.
-var relayedQuestionsCases = map[string]struct {
+// relayedQuestion is a case of TestRelayedQuestions.
+type relayedQuestion struct {
 	udp   bool
 	rules []string
 	byUDP bool
-}{
-	"UDP":         {udp: true, byUDP: true},
-	"no UDP":      {},
-	"names":       {udp: true, rules: []string{"name example.org reject"}},
-	"a rule":      {udp: true, rules: []string{"proto udp reject"}}, // which leaves TCP
-	"a rule, via": {udp: true, rules: []string{"proto udp via p", "reject"}, byUDP: true},
 }
 
 // TestRelayedQuestions: with RelayDNS a question goes to the very server that the program asked, by UDP where the upstream has it
 // and by TCP where not, and to the resolver where nobody can have the address.
 func TestRelayedQuestions(t *testing.T) {
+	for name, tt := range map[string]relayedQuestion{
+		"UDP":         {udp: true, byUDP: true},
+		"no UDP":      {},
+		"names":       {udp: true, rules: []string{"name example.org reject"}},
+		"a rule":      {udp: true, rules: []string{"proto udp reject"}}, // which leaves TCP
+		"a rule, via": {udp: true, rules: []string{"proto udp via p", "reject"}, byUDP: true},
+	} {
+		t.Run(name, tt.check)
+	}
+}
+
+func (tt relayedQuestion) check(t *testing.T) {
 	asked, res := netip.MustParseAddrPort("192.0.2.7:53"), netip.MustParseAddrPort("192.0.2.53:53")
 	nobody := netip.AddrPortFrom(flow.Gateway4, 53)
-	for name, tt := range relayedQuestionsCases {
-		t.Run(name, func(t *testing.T) {
-			testkit.CheckLeaks(t)
-			s, far := newNameServers(t), newNameServers(t)
-			srv, _, client := newProxy(t, socks.Options{})
-			srv.Redirect(asked, s.udp)
-			if !tt.udp {
-				srv.SetFault(func(q sockstest.Request) sockstest.Fault {
-					if q.Cmd == sockstest.CmdAssociate {
-						return sockstest.Fault{Reply: byte(socks.ReplyCommandNotSupported)}
-					}
-					return sockstest.Fault{}
-				})
+	testkit.CheckLeaks(t)
+	s, far := newNameServers(t), newNameServers(t)
+	srv, _, client := newProxy(t, socks.Options{})
+	srv.Redirect(asked, s.udp)
+	if !tt.udp {
+		srv.SetFault(func(q sockstest.Request) sockstest.Fault {
+			if q.Cmd == sockstest.CmdAssociate {
+				return sockstest.Fault{Reply: byte(socks.ReplyCommandNotSupported)}
 			}
-			if !tt.byUDP {
-				srv.Redirect(asked, s.tcp)
-			}
-			srv.Redirect(res, far.tcp)
-			cfg := Config{
-				Upstreams: []Upstream{NewSOCKS("p", client)},
-				Default:   "p",
-				Resolvers: []dns.Resolver{dns.OverTCP(res)},
-				RelayDNS:  true,
-			}
-			for _, r := range tt.rules {
-				cfg.Rules = append(cfg.Rules, mustRule(t, r))
-			}
-			g := newRig(t, cfg, nil)
-			want, relayed := s.viaTCP, uint64(0)
-			if tt.byUDP {
-				want, relayed = s.viaUDP, 2
-			} else if !tt.udp {
-				relayed = 1 // the first one finds out
-			}
-			for id, src := range []string{"10.0.0.1:5000", "10.0.0.1:5001"} {
-				id := "\x00" + string(rune(id))
-				g.send(src, asked.String(), id+dnsQuestion[2:])
-				g.wantPacket(t, asked.String(), src, id+want[2:])
-			}
-			if got := g.Stats().DNS.Relayed; got != relayed || (s.byUDP.Load() > 0) != tt.byUDP ||
-				far.byTCP.Load()+far.byUDP.Load() > 0 {
-				t.Errorf(
-					"%d were relayed; %d by UDP, %d by TCP, %d to the resolver",
-					got,
-					s.byUDP.Load(),
-					s.byTCP.Load(),
-					far.byTCP.Load(),
-				)
-			}
-			if len(tt.rules) > 1 { // which also keeps TCP from the resolver
-				return
-			}
-			g.send("10.0.0.1:5002", nobody.String(), strings.Replace(dnsQuestion, "example", "exampl2", 1))
-			g.wantPacket(t, nobody.String(), "10.0.0.1:5002", strings.Replace(s.viaTCP, "example", "exampl2", 1))
-			if far.byTCP.Load() != 1 {
-				t.Errorf("the resolver was asked %d times", far.byTCP.Load())
-			}
+			return sockstest.Fault{}
 		})
+	}
+	if !tt.byUDP {
+		srv.Redirect(asked, s.tcp)
+	}
+	srv.Redirect(res, far.tcp)
+	g := newRig(t, Config{
+		Upstreams: []Upstream{NewSOCKS("p", client)},
+		Default:   "p",
+		Resolvers: []dns.Resolver{dns.OverTCP(res)},
+		RelayDNS:  true,
+		Rules:     parseRules(t, tt.rules...),
+	}, nil)
+	want, relayed := s.viaTCP, uint64(0)
+	if tt.byUDP {
+		want, relayed = s.viaUDP, 2
+	} else if !tt.udp {
+		relayed = 1 // the first one finds out
+	}
+	for id, src := range []string{"10.0.0.1:5000", "10.0.0.1:5001"} {
+		id := "\x00" + string(rune(id))
+		g.send(src, asked.String(), id+dnsQuestion[2:])
+		g.wantPacket(t, asked.String(), src, id+want[2:])
+	}
+	if got := g.Stats().DNS.Relayed; got != relayed || (s.byUDP.Load() > 0) != tt.byUDP ||
+		far.byTCP.Load()+far.byUDP.Load() > 0 {
+		t.Errorf(
+			"%d were relayed; %d by UDP, %d by TCP, %d to the resolver",
+			got,
+			s.byUDP.Load(),
+			s.byTCP.Load(),
+			far.byTCP.Load(),
+		)
+	}
+	if len(tt.rules) > 1 { // which also keeps TCP from the resolver
+		return
+	}
+	g.send("10.0.0.1:5002", nobody.String(), strings.Replace(dnsQuestion, "example", "exampl2", 1))
+	g.wantPacket(t, nobody.String(), "10.0.0.1:5002", strings.Replace(s.viaTCP, "example", "exampl2", 1))
+	if far.byTCP.Load() != 1 {
+		t.Errorf("the resolver was asked %d times", far.byTCP.Load())
 	}
 }
 

@@ -40,14 +40,12 @@ func TestReloadStreams(t *testing.T) {
 		Upstreams: append(ups[:2:2], slow), Default: "a",
 		Rules: []Rule{mustRule(t, "port 81 via slow"), mustRule(t, "dst 203.0.113.0/25 port 80 via b")},
 	}, nil)
-	dial := func(dst string) (*fakeRequest, *fakeStream) {
-		q := newRequest(appEnd, dst)
+	dial := func() *fakeStream {
+		q := newRequest(appEnd, farEnd)
 		g.HandleStream(q)
-		var s *fakeStream
-		testkit.Eventually(t, "the connection", func() bool { var ok bool; ok, _, s = q.outcome(); return ok && s != nil })
-		return q, s
+		return opened(t, q)
 	}
-	_, viaB := dial(farEnd)
+	viaB := dial()
 	waits := newRequest(appEnd, "203.0.113.1:81")
 	g.HandleStream(waits)
 	<-held
@@ -60,18 +58,14 @@ func TestReloadStreams(t *testing.T) {
 	if why := refusal(t, waits); why != flow.RefuseReset {
 		t.Errorf("refused with %v", why)
 	}
-	_, viaC := dial(farEnd)
+	viaC := dial()
 	if n := len(srvs[2].Requests()); n != 1 {
 		t.Errorf("the new proxy has %d requests", n)
 	}
 	// What is wrong changes nothing.
-	for _, bad := range []Policy{{Upstreams: ups[:1], Default: "nobody"},
-		{Upstreams: ups[:1], Rules: []Rule{mustRule(t, "via b")}},
-		{Upstreams: ups, Default: "a", Resolvers: []dns.Resolver{dns.OverTCP(far)}}} {
-		if err := g.Reload(bad); err == nil {
-			t.Error("taken")
-		}
-	}
+	takesNothing(t, g, Policy{Upstreams: ups[:1], Default: "nobody"},
+		Policy{Upstreams: ups[:1], Rules: []Rule{mustRule(t, "via b")}},
+		Policy{Upstreams: ups, Default: "a", Resolvers: []dns.Resolver{dns.OverTCP(far)}})
 	viaC.send("still here", true)
 	testkit.Eventually(t, "the echo", func() bool { got, fin := viaC.received(); return got == "still here" && fin })
 	if got := g.Upstreams(); len(got) != 2 || got[0].Name != "c" {
@@ -83,6 +77,16 @@ func TestReloadStreams(t *testing.T) {
 	g.Close()
 	if err := g.Reload(Policy{Upstreams: ups, Default: "a"}); !errors.Is(err, errNotRunning) {
 		t.Error(err)
+	}
+}
+
+// takesNothing wants policies that are wrong to be refused.
+func takesNothing(t *testing.T, g *rig, wrong ...Policy) {
+	t.Helper()
+	for _, bad := range wrong {
+		if err := g.Reload(bad); err == nil {
+			t.Error("taken")
+		}
 	}
 }
 
@@ -204,15 +208,23 @@ func TestReloadDNS(t *testing.T) {
 	if g.port53.server.Load() != old {
 		t.Error("another resolver, and nothing that concerns it changed")
 	}
-	// What else a resolver is asked by is taken too.
+	takesResolvers(t, g, Policy{Upstreams: []Upstream{b}, Default: "b", Rules: []Rule{mustRule(t, "port 25 reject")}}, two)
+	if rules := g.Rules(); !slices.ContainsFunc(rules, func(r RuleInfo) bool { return r.Rule == "port 25 reject" }) {
+		t.Errorf("%+v", rules)
+	}
+}
+
+// takesResolvers changes what else a resolver is asked by, which is taken, too.
+func takesResolvers(t *testing.T, g *rig, p Policy, at netip.AddrPort) {
+	t.Helper()
 	for _, change := range []func(*Policy){
 		func(p *Policy) { p.RelayDNS = true },
 		func(p *Policy) { p.ResolverCAs = x509.NewCertPool() },
 		func(p *Policy) { p.Resolvers[0].Kind = dns.TLS },
 	} {
-		old = g.port53.server.Load()
-		p := Policy{Upstreams: []Upstream{b}, Default: "b", Resolvers: []dns.Resolver{dns.OverTCP(two)},
-			Rules: []Rule{mustRule(t, "port 25 reject")}}
+		old := g.port53.server.Load()
+		p := p
+		p.Resolvers = []dns.Resolver{dns.OverTCP(at)}
 		change(&p)
 		if err := g.Reload(p); err != nil {
 			t.Fatal(err)
@@ -220,9 +232,6 @@ func TestReloadDNS(t *testing.T) {
 		if d := g.port53.server.Load(); d == old || d.Relays() != p.RelayDNS {
 			t.Errorf("%+v is not taken", p)
 		}
-	}
-	if rules := g.Rules(); !slices.ContainsFunc(rules, func(r RuleInfo) bool { return r.Rule == "port 25 reject" }) {
-		t.Errorf("%+v", rules)
 	}
 }
 

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/netip"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -28,18 +27,11 @@ func TestThousandReloads(t *testing.T) {
 		owners.set(src, flow.Owner{Known: true, UID: 1})
 	}
 	ups := []Upstream{NewSOCKS("tcp", c), u.upstream("udp")}
-	var sets [][]Rule
-	for _, texts := range [][]string{
-		{"port 9 reject", "proto udp via udp"},
-		{"port 9 reject", "proto udp user 1 via udp"},
-		{"src 10.9.0.0/16 drop", "port 9 reject", "proto udp via udp"},
-		{"name no.example drop", "port 9 reject", "proto udp via udp"},
-	} {
-		var rules []Rule
-		for _, s := range texts {
-			rules = append(rules, mustRule(t, s))
-		}
-		sets = append(sets, rules)
+	sets := [][]Rule{
+		parseRules(t, "port 9 reject", "proto udp via udp"),
+		parseRules(t, "port 9 reject", "proto udp user 1 via udp"),
+		parseRules(t, "src 10.9.0.0/16 drop", "port 9 reject", "proto udp via udp"),
+		parseRules(t, "name no.example drop", "port 9 reject", "proto udp via udp"),
 	}
 	g := newRig(t, Config{Upstreams: ups, Default: "tcp", Owners: owners, Rules: sets[0]}, nil)
 
@@ -48,37 +40,9 @@ func TestThousandReloads(t *testing.T) {
 	for i := range 10 {
 		q := newRequest(fmt.Sprintf("10.0.0.9:%d", i+1), farEnd)
 		g.HandleStream(q)
-		var s *fakeStream
-		testkit.Eventually(t, "a connection", func() bool { _, _, s = q.outcome(); return s != nil })
-		open = append(open, s)
+		open = append(open, opened(t, q))
 	}
-	burst := []flow.Packet{
-		packet("10.0.0.1:1", "203.0.113.1:1000", "x"), packet("10.0.0.2:1", "203.0.113.1:1000", "x"),
-		packet("10.0.0.3:1", "203.0.113.2:1000", "x"), packet("10.0.0.1:1", "203.0.113.1:9", "no"),
-	}
-	g.HandlePackets(burst)
-	links := []*fakeLink{u.link(t, 0), u.link(t, 1), u.link(t, 2)}
-	testkit.Eventually(t, "the links", func() bool { return g.Stats().Pending == 0 })
-
-	// The frame reader.
-	ctx, stop := context.WithCancel(context.Background())
-	var reader sync.WaitGroup
-	bursts, asked := 1, 0
-	var requests []*fakeRequest
-	var ports atomic.Int64
-	reader.Go(func() {
-		for ctx.Err() == nil {
-			g.HandlePackets(burst)
-			bursts++
-			if bursts%10 == 0 && asked < 300 {
-				asked++
-				q := newRequest(fmt.Sprintf("10.0.1.1:%d", ports.Add(1)), farEnd)
-				requests = append(requests, q)
-				g.HandleStream(q)
-			}
-			testkit.Pace(50 * time.Microsecond)
-		}
-	})
+	load := beginLoad(t, g, &u)
 	want := ""
 	for i := range 1000 {
 		if err := g.Reload(Policy{Upstreams: ups, Default: "tcp", Rules: sets[i%len(sets)]}); err != nil {
@@ -92,8 +56,7 @@ func TestThousandReloads(t *testing.T) {
 			}
 		}
 	}
-	stop()
-	reader.Wait()
+	load.end()
 
 	for i, s := range open {
 		testkit.Eventually(t, "the echo of all bytes", func() bool { got, _ := s.received(); return got == want })
@@ -103,7 +66,52 @@ func TestThousandReloads(t *testing.T) {
 		}
 		s.mu.Unlock()
 	}
-	for _, q := range requests {
+	load.check(t)
+}
+
+// reloadLoad is what comes beside reloads: bursts of datagrams from three sources, of which one is refused, and new
+// connections.
+type reloadLoad struct {
+	g        *rig
+	burst    []flow.Packet
+	links    []*fakeLink // of the sources
+	bursts   int
+	requests []*fakeRequest
+	end      func()
+}
+
+// beginLoad hands over the first burst, and then more from a goroutine, until end is called.
+func beginLoad(t *testing.T, g *rig, u *manualUpstream) *reloadLoad {
+	t.Helper()
+	l := &reloadLoad{g: g, bursts: 1, burst: []flow.Packet{
+		packet("10.0.0.1:1", "203.0.113.1:1000", "x"), packet("10.0.0.2:1", "203.0.113.1:1000", "x"),
+		packet("10.0.0.3:1", "203.0.113.2:1000", "x"), packet("10.0.0.1:1", "203.0.113.1:9", "no"),
+	}}
+	g.HandlePackets(l.burst)
+	l.links = []*fakeLink{u.link(t, 0), u.link(t, 1), u.link(t, 2)}
+	testkit.Eventually(t, "the links", func() bool { return g.Stats().Pending == 0 })
+	ctx, stop := context.WithCancel(context.Background())
+	var reader sync.WaitGroup
+	l.end = func() { stop(); reader.Wait() }
+	reader.Go(func() { // the frame reader
+		for ctx.Err() == nil {
+			g.HandlePackets(l.burst)
+			l.bursts++
+			if l.bursts%10 == 0 && len(l.requests) < 300 {
+				q := newRequest(fmt.Sprintf("10.0.1.1:%d", len(l.requests)+1), farEnd)
+				l.requests = append(l.requests, q)
+				g.HandleStream(q)
+			}
+			testkit.Pace(50 * time.Microsecond)
+		}
+	})
+	return l
+}
+
+// check wants all connections to be there, and all datagrams to have gone where they should.
+func (l *reloadLoad) check(t *testing.T) {
+	t.Helper()
+	for _, q := range l.requests {
 		testkit.Eventually(t, "a connection that was asked for meanwhile", func() bool {
 			_, why, s := q.outcome()
 			if len(why) > 0 {
@@ -113,14 +121,14 @@ func TestThousandReloads(t *testing.T) {
 		})
 	}
 	testkit.Eventually(t, "every datagram", func() bool {
-		return links[0].count() == bursts && links[1].count() == bursts && links[2].count() == bursts
+		return l.links[0].count() == l.bursts && l.links[1].count() == l.bursts && l.links[2].count() == l.bursts
 	})
-	s := g.Stats()
-	if s.Dropped != 0 || s.QueueFull != 0 || s.Refused != uint64(bursts) || s.Reassociations != 0 {
+	s := l.g.Stats()
+	if s.Dropped != 0 || s.QueueFull != 0 || s.Refused != uint64(l.bursts) || s.Reassociations != 0 {
 		t.Errorf("%+v", s)
 	}
-	if bursts < 200 || len(requests) < 20 {
-		t.Errorf("that was no load: %d bursts, %d connections", bursts, len(requests))
+	if l.bursts < 200 || len(l.requests) < 20 {
+		t.Errorf("that was no load: %d bursts, %d connections", l.bursts, len(l.requests))
 	}
-	t.Logf("%d bursts, %d connections meanwhile", bursts, len(requests))
+	t.Logf("%d bursts, %d connections meanwhile", l.bursts, len(l.requests))
 }

@@ -10,18 +10,6 @@ import (
 	"github.com/viasocks/viasocks/stack/flow"
 )
 
-func parsed(t *testing.T, lines ...string) (rules []Rule) {
-	t.Helper()
-	for _, l := range lines {
-		r, err := ParseRule(l)
-		if err != nil {
-			t.Fatal(err)
-		}
-		rules = append(rules, r)
-	}
-	return rules
-}
-
 // TestStraightRules: a rule is taken by the kernel only if no earlier one may decide otherwise.
 func TestStraightRules(t *testing.T) {
 	for _, c := range []struct {
@@ -56,12 +44,12 @@ func TestStraightRules(t *testing.T) {
 		{"not port 22 via a; port 22 direct", nil}, // apart, but "not" proves nothing here
 		{"dst 192.0.2.0/24 direct; dst 192.0.2.1 via a", []int{0}},
 	} {
-		at, _ := StraightRules(parsed(t, strings.Split(c.rules, "; ")...), 100)
+		at, _ := StraightRules(parseRules(t, strings.Split(c.rules, "; ")...), 100)
 		if !slices.Equal(at, c.want) {
 			t.Errorf("%s: %v, want %v", c.rules, at, c.want)
 		}
 	}
-	overMany := parsed(t, "dst 192.0.2.1,192.0.2.2 port 1,2 direct", "proto tcp dst 192.0.2.3 direct")
+	overMany := parseRules(t, "dst 192.0.2.1,192.0.2.2 port 1,2 direct", "proto tcp dst 192.0.2.3 direct")
 	if at, all := StraightRules(overMany, 2); len(all) != 1 || at[0] != 1 {
 		t.Errorf("with room for 2: %v %v", at, all)
 	}
@@ -98,7 +86,7 @@ func TestStraightDecidesAlike(t *testing.T) {
 			}
 			lines = append(lines, strings.Join(append(words, pick(verdicts)), " "))
 		}
-		rules := parsed(t, lines...)
+		rules := parseRules(t, lines...)
 		_, all := StraightRules(rules, 100)
 		for _, s := range all {
 			taken++

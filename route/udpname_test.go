@@ -86,15 +86,8 @@ func TestUDPByName(t *testing.T) {
 		}, Default: "p", Pool: pool, Fake: true, Resolvers: []dns.Resolver{dns.OverTCP(res)},
 		Rules: []Rule{mustRule(t, "name bad.example reject")},
 	}, nil)
-	give := func(name string) string {
-		a, _, ok := pool.Give([]byte(name))
-		if !ok {
-			t.Fatal("the pool is empty")
-		}
-		return at(a, 1000)
-	}
 	const app = "10.0.0.1:5000"
-	fake1, fake2 := give("one.example"), give("two.example")
+	fake1, fake2 := giveFake(t, pool, "one.example"), giveFake(t, pool, "two.example")
 	g.send(app, fake1, "a1", "a2")
 	got, ext := one.read()
 	if second, _ := one.read(); got != "a1" || second != "a2" {
@@ -118,22 +111,7 @@ func TestUDPByName(t *testing.T) {
 	if all := g.Flows(); len(all) != 1 || all[0].Host != "one.example" || all[0].Dst.String() != fake1 {
 		t.Errorf("the flows are %+v", all)
 	}
-
-	// Another socket, which knows the address only, sees the address.
-	g.send("10.0.0.1:5001", "203.0.113.1:1000", "c1")
-	_, ext2 := one.read()
-	one.write(ext2, "to the other")
-	g.wantPacket(t, "203.0.113.1:1000", "10.0.0.1:5001", "to the other")
-
-	// The truth, for who asks for it.
-	g.send(app, "203.0.113.1:1000", "plain")
-	_, _ = one.read()
-	one.write(ext, "truly from one")
-	g.wantPacket(t, "203.0.113.1:1000", app, "truly from one")
-	g.send(app, fake1, "a4")
-	_, _ = one.read()
-	one.write(ext, "still from one")
-	g.wantPacket(t, "203.0.113.1:1000", app, "still from one")
+	seesRealAddress(t, g, one, ext, fake1)
 
 	for i := range 600 { // more names than there are addresses
 		pool.Give([]byte{'n', byte('a' + i/26/26), byte('a' + i/26%26), byte('a' + i%26)})
@@ -141,18 +119,54 @@ func TestUDPByName(t *testing.T) {
 	if held := pool.Stats().Held; held != 2 {
 		t.Errorf("%d addresses are held by the mapping", held)
 	}
+	refusesNames(t, g, pool)
+	g.HandleUnreachable(netip.MustParseAddrPort(app))
+	testkit.Eventually(t, "the release", func() bool { return pool.Stats().Held == 0 })
+}
+
+// giveFake gives a name an address of the pool, and returns an endpoint of it.
+func giveFake(t *testing.T, pool *dns.Pool, name string) string {
+	t.Helper()
+	a, _, ok := pool.Give([]byte(name))
+	if !ok {
+		t.Fatal("the pool is empty")
+	}
+	return at(a, 1000)
+}
+
+// seesRealAddress writes to the real address of one, from a socket that knows nothing else, and from one that has written to
+// its fake address, too. The answers come from the real address.
+func seesRealAddress(t *testing.T, g *rig, one *far, ext net.Addr, fake string) {
+	t.Helper()
+	const app, other, dst = "10.0.0.1:5000", "10.0.0.1:5001", "203.0.113.1:1000"
+	g.send(other, dst, "c1")
+	_, ext2 := one.read()
+	one.write(ext2, "to the other")
+	g.wantPacket(t, dst, other, "to the other")
+
+	g.send(app, dst, "plain")
+	_, _ = one.read()
+	one.write(ext, "truly from one")
+	g.wantPacket(t, dst, app, "truly from one")
+	g.send(app, fake, "a4")
+	_, _ = one.read()
+	one.write(ext, "still from one")
+	g.wantPacket(t, dst, app, "still from one")
+}
+
+// refusesNames writes to names that no datagram can be carried to.
+func refusesNames(t *testing.T, g *rig, pool *dns.Pool) {
+	t.Helper()
 	for name, want := range map[string]flow.Refusal{
 		"bad.example": flow.RefusePort, "none.example": flow.RefuseHost, "ours.example": flow.RefuseHost,
 	} {
 		before := len(g.w.refusals())
-		g.send("10.0.0.1:5002", give(name), "x")
+		g.send("10.0.0.1:5002", giveFake(t, pool, name), "x")
 		testkit.Eventually(t, "the refusal of "+name, func() bool { return len(g.w.refusals()) > before })
 		if why := g.w.refusals()[before]; why != want {
 			t.Errorf("%s is refused by %v, want %v", name, why, want)
 		}
 	}
-	g.HandleUnreachable(netip.MustParseAddrPort(app))
-	testkit.Eventually(t, "the release", func() bool { return pool.Stats().Held == 0 })
 }
 
 // TestUDPByNameDirect: a name that a rule sends direct is looked up on this host, and no resolver is asked.

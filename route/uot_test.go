@@ -58,23 +58,7 @@ func TestUDPOverTCP(t *testing.T) {
 		func(a *sockstest.Association) { a.Cut(sockstest.FIN) },
 		func(a *sockstest.Association) { a.Cut(sockstest.RST) },
 		func(a *sockstest.Association) { _ = a.SendRaw([]byte("\xffnonsense")) },
-		// Sources that cannot be are dropped and counted; the link goes on. The connection of the round before may still be
-		// there: so all connections send, again and again.
-		func(*sockstest.Association) {
-			testkit.Eventually(t, "good", func() bool {
-				for _, a := range srv.Associations() {
-					_ = a.Send(sockstest.Addr{Name: "a.example", Port: 1}, []byte("bad"))
-					_ = a.Send(sockstest.Addr{IP: netip.MustParseAddr("203.0.113.1")}, []byte("bad"))
-					_ = a.Send(sockstest.Addr{IP: netip.MustParseAddr("203.0.113.1"), Port: 1000}, []byte("good"))
-				}
-				for _, p := range g.w.packets() {
-					if string(p.Payload) == "good" {
-						return p.Src.String() == "203.0.113.1:1000" && p.Dst.String() == "10.0.0.1:5000"
-					}
-				}
-				return false
-			})
-		},
+		func(*sockstest.Association) { badSources(t, srv, g) },
 	} {
 		all, ok := srv.WaitAssociations(1, 20*time.Second)
 		if !ok {
@@ -100,6 +84,25 @@ func TestUDPOverTCP(t *testing.T) {
 	if n := len(g.log.lines("does not work for UDP")); n != 0 {
 		t.Errorf("%d warnings", n)
 	}
+}
+
+// badSources has the server send from sources that cannot be, which are dropped and counted, until a datagram from a good one
+// has come: the link goes on. The connection of the round before may still be there: so all connections send, again and again.
+func badSources(t *testing.T, srv *sockstest.Server, g *rig) {
+	t.Helper()
+	testkit.Eventually(t, "good", func() bool {
+		for _, a := range srv.Associations() {
+			_ = a.Send(sockstest.Addr{Name: "a.example", Port: 1}, []byte("bad"))
+			_ = a.Send(sockstest.Addr{IP: netip.MustParseAddr("203.0.113.1")}, []byte("bad"))
+			_ = a.Send(sockstest.Addr{IP: netip.MustParseAddr("203.0.113.1"), Port: 1000}, []byte("good"))
+		}
+		for _, p := range g.w.packets() {
+			if string(p.Payload) == "good" {
+				return p.Src.String() == "203.0.113.1:1000" && p.Dst.String() == "10.0.0.1:5000"
+			}
+		}
+		return false
+	})
 }
 
 // TestUDPOverTCPRefused: a server that does not know the name has no UDP, and is not asked for an association instead.

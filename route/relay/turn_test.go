@@ -19,18 +19,7 @@ func TestTurn(t *testing.T) {
 	}
 	defer l.Close()
 	f := startFlow(t, l)
-	turn := func() (up, down int, again bool) {
-		t.Helper()
-		up0, down0 := f.Bytes()
-		l.Enqueue(&f.Node)
-		again, err := l.Step(false)
-		if err != nil {
-			t.Fatal(err)
-		}
-		up1, down1 := f.Bytes()
-		return int(up1 - up0), int(down1 - down0), again
-	}
-	if up, down, again := turn(); up+down != 0 || again {
+	if up, down, again := singleTurn(t, l, f); up+down != 0 || again {
 		t.Errorf("idle: %d, %d, again %v", up, down, again)
 	}
 
@@ -46,26 +35,26 @@ func TestTurn(t *testing.T) {
 	if n := unread(fd); n <= turnBytes {
 		t.Skipf("the kernel holds only %d bytes", n)
 	}
-	if _, down, again := turn(); down != turnBytes || !again {
+	if _, down, again := singleTurn(t, l, f); down != turnBytes || !again {
 		t.Errorf("down: %d, again %v", down, again)
 	}
 	for unread(fd) > 0 { // the window opens as it is read
-		turn()
+		singleTurn(t, l, f)
 	}
 	f.app.discard, f.app.room = false, 0
 	f.up.Write([]byte("x"))
-	if _, down, again := turn(); down != 0 || again {
+	if _, down, again := singleTurn(t, l, f); down != 0 || again {
 		t.Errorf("app is full: %d, again %v", down, again)
 	}
 
 	f.app.send(make([]byte, 60000), make([]byte, 60000), make([]byte, 60000), make([]byte, 60000), make([]byte, 100))
-	up, _, again := turn()
+	up, _, again := singleTurn(t, l, f)
 	if up < turnBytes || up > turnBytes+60000 || !again {
 		t.Errorf("up: %d, again %v", up, again)
 	}
 	f.app.send(make([]byte, 64<<20))
 	for range 1000 {
-		if _, _, again = turn(); !again {
+		if _, _, again = singleTurn(t, l, f); !again {
 			break
 		}
 	}
@@ -75,6 +64,19 @@ func TestTurn(t *testing.T) {
 	if again := f.Turn(); again {
 		t.Error("and again")
 	}
+}
+
+// singleTurn takes one turn, and returns how many bytes it moved, and whether it asks for another.
+func singleTurn(t *testing.T, l *Loop, f *flowOf) (up, down int, again bool) {
+	t.Helper()
+	up0, down0 := f.Bytes()
+	l.Enqueue(&f.Node)
+	again, err := l.Step(false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	up1, down1 := f.Bytes()
+	return int(up1 - up0), int(down1 - down0), again
 }
 
 // TestGather: small slices go out together, in order, with a large one behind them in the same call.
