@@ -267,76 +267,96 @@ func TestCacheNegativeTTL(t *testing.T) {
 func TestCacheModel(t *testing.T) {
 	const entries, most = 20, 12_000
 	rnd := rand.New(rand.NewPCG(1, 2))
-	type kept struct {
-		n           byte
-		ttl         uint32
-		at          time.Time
-		more        int
-		size, order int
-	}
-	c := newCache(entries, most)
-	model, now, order := map[string]*kept{}, cacheEpoch, 0
-	hits, gone := 0, 0
-	for step := range 200_000 {
-		now = now.Add(time.Duration(rnd.Int64N(int64(time.Second))))
-		name := fmt.Sprintf("n%d.example.", rnd.IntN(40))
-		query := makeQuestionFast(name)
-		key, q, _ := keyOf(t, query)
-		q.size = maxMessage
-		order++
+	m := cacheModel{t: t, c: newCache(entries, most), kept: map[string]*modelEntry{}, now: cacheEpoch}
+	for m.step = range 200_000 {
+		m.now = m.now.Add(time.Duration(rnd.Int64N(int64(time.Second))))
+		query := makeQuestionFast(fmt.Sprintf("n%d.example.", rnd.IntN(40)))
 		switch op := rnd.IntN(20); {
 		case op == 0 && rnd.IntN(100) == 0:
-			c.clear()
-			clear(model)
+			m.c.clear()
+			clear(m.kept)
 		case op < 8:
-			n, ttl, pad := byte(rnd.IntN(256)), uint32(rnd.IntN(40)), rnd.IntN(60)
-			resp := answerFast(query, n, ttl, pad)
-			c.put(key, plainAnswer(resp, q.qtype), q.qtype, now)
-			if ttl == 0 {
-				break
-			}
-			model[key] = &kept{n, ttl, now, pad, entryCost + len(key) + len(resp), order}
+			m.put(query, byte(rnd.IntN(256)), uint32(rnd.IntN(40)), rnd.IntN(60))
 		default:
-			b, _, ok := c.get(nil, []byte(key), query, &q, now)
-			k := model[key]
-			alive := k != nil && now.Before(k.at.Add(time.Duration(k.ttl)*time.Second))
-			if ok != alive {
-				t.Fatalf("step %d: %s is there: %v, want %v", step, name, ok, alive)
-			}
-			if k != nil && !alive {
-				delete(model, key)
-				gone++
-			}
-			if !ok {
-				break
-			}
-			hits++
-			k.order = order
-			want := answerFast(query, k.n, k.ttl-uint32(now.Sub(k.at)/time.Second), k.more)
-			if !bytes.Equal(b, want) {
-				t.Fatalf("step %d: %x, want %x", step, b, want)
-			}
+			m.get(query)
 		}
-		for bytesOf, n := 0, len(model); ; n = len(model) {
-			bytesOf = 0
-			var oldest string
-			for key, k := range model {
-				bytesOf += k.size
-				if oldest == "" || k.order < model[oldest].order {
-					oldest = key
-				}
-			}
-			if n <= entries && bytesOf <= most {
-				if e, b := c.usage(); e != n || b != bytesOf {
-					t.Fatalf("step %d: %d entries of %d bytes, want %d of %d", step, e, b, n, bytesOf)
-				}
-				break
-			}
-			delete(model, oldest)
-		}
+		m.bound(entries, most)
 	}
-	if hits < 10_000 || gone < 1000 {
-		t.Errorf("only %d hits, %d ended", hits, gone)
+	if m.hits < 10_000 || m.gone < 1000 {
+		t.Errorf("only %d hits, %d ended", m.hits, m.gone)
+	}
+}
+
+// cacheModel is a cache and a simple model of it.
+type cacheModel struct {
+	t          *testing.T
+	c          *cache
+	kept       map[string]*modelEntry
+	step       int
+	now        time.Time
+	hits, gone int
+}
+
+type modelEntry struct {
+	n           byte
+	ttl         uint32
+	at          time.Time
+	more        int
+	size, order int
+}
+
+func (m *cacheModel) put(query []byte, n byte, ttl uint32, pad int) {
+	key, q, _ := keyOf(m.t, query)
+	resp := answerFast(query, n, ttl, pad)
+	m.c.put(key, plainAnswer(resp, q.qtype), q.qtype, m.now)
+	if ttl != 0 {
+		m.kept[key] = &modelEntry{n, ttl, m.now, pad, entryCost + len(key) + len(resp), m.step}
+	}
+}
+
+func (m *cacheModel) get(query []byte) {
+	m.t.Helper()
+	key, q, _ := keyOf(m.t, query)
+	q.size = maxMessage
+	b, _, ok := m.c.get(nil, []byte(key), query, &q, m.now)
+	k := m.kept[key]
+	alive := k != nil && m.now.Before(k.at.Add(time.Duration(k.ttl)*time.Second))
+	if ok != alive {
+		m.t.Fatalf("step %d: the answer to %q is there: %v, want %v", m.step, query, ok, alive)
+	}
+	if k != nil && !alive {
+		delete(m.kept, key)
+		m.gone++
+	}
+	if !ok {
+		return
+	}
+	m.hits++
+	k.order = m.step
+	want := answerFast(query, k.n, k.ttl-uint32(m.now.Sub(k.at)/time.Second), k.more)
+	if !bytes.Equal(b, want) {
+		m.t.Fatalf("step %d: %x, want %x", m.step, b, want)
+	}
+}
+
+// bound removes from the model what was used least recently until it keeps to the bounds, as the cache must have done.
+func (m *cacheModel) bound(entries, most int) {
+	m.t.Helper()
+	for {
+		size, oldest := 0, ""
+		for key, k := range m.kept {
+			size += k.size
+			if oldest == "" || k.order < m.kept[oldest].order {
+				oldest = key
+			}
+		}
+		if n := len(m.kept); n <= entries && size <= most {
+			if e, b := m.c.usage(); e != n || b != size {
+				m.t.Fatalf("step %d: %d entries of %d bytes, want %d of %d", m.step, e, b, n, size)
+			}
+			return
+		}
+		delete(m.kept, oldest)
 	}
 }
 

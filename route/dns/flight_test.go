@@ -42,22 +42,12 @@ func TestSharedQuestions(t *testing.T) {
 	f, gate, asked := gatedResolver(t, 40, 0)
 	s := start(t, Config{Resolvers: []Resolver{OverTCP(f.addr())}})
 	type got struct {
-		i int
-		b []byte
+		who sharedAsker
+		b   []byte
 	}
 	replies := make(chan got, 100)
-	edns := func(i int) int { return []int{0, 0, 600, 1232}[i%4] }
-	noDO := func(m *dnsmessage.Message) {
-		for i := range m.Additionals {
-			m.Additionals[i].Header.TTL = 0
-		}
-	}
-	names := []string{"www.example.com.", "WWW.example.com.", "www.EXAMPLE.com."}
-	question := func(i int) []byte {
-		return makeQuestion(t, names[i%3], edns(i), func(m *dnsmessage.Message) { m.ID = uint16(i); noDO(m) })
-	}
-	for i := range 50 {
-		s.Handle(question(i), netip.AddrPort{}, func(b []byte) { replies <- got{i, append([]byte(nil), b...)} })
+	for i := range sharedAsker(50) {
+		s.Handle(i.question(t), netip.AddrPort{}, func(b []byte) { replies <- got{i, append([]byte(nil), b...)} })
 	}
 	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_NONBLOCK|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -65,7 +55,7 @@ func TestSharedQuestions(t *testing.T) {
 	}
 	s.ServeTCP(fds[1], netip.AddrPort{}, nil, nil)
 	goner := os.NewFile(uintptr(fds[0]), "goner")
-	q := question(0)
+	q := sharedAsker(0).question(t)
 	if _, err := goner.Write(append([]byte{0, byte(len(q))}, q...)); err != nil {
 		t.Fatal(err)
 	}
@@ -76,29 +66,54 @@ func TestSharedQuestions(t *testing.T) {
 	gate <- struct{}{}
 	for range 50 {
 		r := <-replies
-		var m dnsmessage.Message
-		if err := m.Unpack(r.b); err != nil {
-			t.Fatal(err)
-		}
-		size, want, opts := max(512, edns(r.i)), 40, 0
-		if size < 700 {
-			want = (size - 33 - min(edns(r.i), 1)*11) / 16
-		}
-		if edns(r.i) > 0 {
-			opts = 1
-		}
-		if m.ID != uint16(r.i) || m.Questions[0].Name.String() != names[r.i%3] || len(m.Answers) != want ||
-			m.Truncated != (want < 40) || len(m.Additionals) != opts || len(r.b) > size {
-			t.Errorf("asker %d: %d answers of %d, %d bytes: %v", r.i, len(m.Answers), want, len(r.b), m.Questions)
-		}
+		r.who.check(t, r.b)
 	}
 	if st := s.Stats(); asked.Load() != 1 || st.Shared != 50 || st.Answered != 51 {
 		t.Errorf("the resolver was asked %d times: %+v", asked.Load(), st)
 	}
 	gate <- struct{}{} // a TTL of 0 is not kept: it is asked anew
-	ask(t, s, question(0))
+	ask(t, s, sharedAsker(0).question(t))
 	if asked.Load() != 2 {
 		t.Error("the resolver was not asked again")
+	}
+}
+
+// sharedAsker is one of many who ask the same, each in its own way.
+type sharedAsker int
+
+func (a sharedAsker) edns() int { return []int{0, 0, 600, 1232}[a%4] }
+
+func (a sharedAsker) name() string {
+	return []string{"www.example.com.", "WWW.example.com.", "www.EXAMPLE.com."}[a%3]
+}
+
+func (a sharedAsker) question(t *testing.T) []byte {
+	t.Helper()
+	return makeQuestion(t, a.name(), a.edns(), func(m *dnsmessage.Message) {
+		m.ID = uint16(a)
+		for i := range m.Additionals { // no DO
+			m.Additionals[i].Header.TTL = 0
+		}
+	})
+}
+
+// check looks at the answer to the question, of which there are 40 records.
+func (a sharedAsker) check(t *testing.T, b []byte) {
+	t.Helper()
+	var m dnsmessage.Message
+	if err := m.Unpack(b); err != nil {
+		t.Fatal(err)
+	}
+	size, want, opts := max(512, a.edns()), 40, 0
+	if size < 700 {
+		want = (size - 33 - min(a.edns(), 1)*11) / 16
+	}
+	if a.edns() > 0 {
+		opts = 1
+	}
+	if m.ID != uint16(a) || m.Questions[0].Name.String() != a.name() || len(m.Answers) != want ||
+		m.Truncated != (want < 40) || len(m.Additionals) != opts || len(b) > size {
+		t.Errorf("asker %d: %d answers of %d, %d bytes: %v", a, len(m.Answers), want, len(b), m.Questions)
 	}
 }
 

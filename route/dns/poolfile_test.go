@@ -266,30 +266,9 @@ func killSaver(t *testing.T, path string, after time.Duration) {
 
 // TestPoolFileFullDisk: a save that fails leaves the file as it was and nothing beside it, is said once, and is tried again.
 func TestPoolFileFullDisk(t *testing.T) {
-	const env = "DNS_TEST_FULL_DISK"
-	dir := os.Getenv(env)
+	dir := os.Getenv(envFullDisk)
 	if dir == "" {
-		cmd := exec.Command(
-			"unshare",
-			"-rm",
-			"sh",
-			"-c",
-			`mount -t tmpfs -o size=64k none "$`+env+`" && exec "$0" -test.run '^TestPoolFileFullDisk$' -test.v`,
-			"/proc/self/exe",
-		)
-		self, err := os.Executable()
-		if err != nil {
-			t.Fatal(err)
-		}
-		cmd.Args[len(cmd.Args)-1] = self
-		cmd.Env = append(os.Environ(), env+"="+t.TempDir())
-		out, err := cmd.CombinedOutput()
-		if strings.Contains(string(out), "unshare failed") || strings.Contains(string(out), "permission denied") {
-			t.Skipf("cannot make a small disk: %s", out)
-		}
-		if err != nil || !strings.Contains(string(out), "--- PASS") {
-			t.Fatalf("%v\n%s", err, out)
-		}
+		onSmallDisk(t)
 		return
 	}
 	path := filepath.Join(dir, "names")
@@ -328,6 +307,34 @@ func TestPoolFileFullDisk(t *testing.T) {
 	has(t, q, all)
 	if e, err := os.ReadDir(dir); err != nil || len(e) != 1 {
 		t.Errorf("there is %v beside it", e)
+	}
+}
+
+// envFullDisk is the directory of the small disk, in the environment of the process that has it.
+const envFullDisk = "DNS_TEST_FULL_DISK"
+
+// onSmallDisk runs TestPoolFileFullDisk in a process that has a small disk.
+func onSmallDisk(t *testing.T) {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(
+		"unshare",
+		"-rm",
+		"sh",
+		"-c",
+		`mount -t tmpfs -o size=64k none "$`+envFullDisk+`" && exec "$0" -test.run '^TestPoolFileFullDisk$' -test.v`,
+		self,
+	)
+	cmd.Env = append(os.Environ(), envFullDisk+"="+t.TempDir())
+	out, err := cmd.CombinedOutput()
+	if strings.Contains(string(out), "unshare failed") || strings.Contains(string(out), "permission denied") {
+		t.Skipf("cannot make a small disk: %s", out)
+	}
+	if err != nil || !strings.Contains(string(out), "--- PASS") {
+		t.Fatalf("%v\n%s", err, out)
 	}
 }
 

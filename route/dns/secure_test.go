@@ -242,16 +242,7 @@ func TestBadServers(t *testing.T) {
 	testkit.CheckLeaks(t)
 	ca := newAuthority(t)
 	good := newFakeResolver(t, func(q []byte) []byte { return makeAnswer(t, q, 2) })
-	gate := make(chan struct{})
-	t.Cleanup(func() { close(gate) })
-	web := func(h http.HandlerFunc) Resolver { r, _ := ca.overHTTPS(t, h); return r }
 	plain := newFakeResolver(t, func([]byte) []byte { return []byte{} })
-	var endless atomic.Int64 // bytes of an answer without an end that were taken
-	t.Cleanup(func() {
-		if n := endless.Load(); n == 0 || n > 4*clientBuffer {
-			t.Errorf("%d bytes of an endless answer were taken", n)
-		}
-	})
 	tarpit := listen(t) // the kernel accepts, and nobody reads
 	t.Cleanup(func() { tarpit.Close() })
 	old, _ := ca.overHTTPS(t, nil)
@@ -262,7 +253,7 @@ func TestBadServers(t *testing.T) {
 		t.Cleanup(s.Close)
 		old.Addr = s.Listener.Addr().(*net.TCPAddr).AddrPort()
 	}
-	for name, r := range map[string]Resolver{
+	bad := map[string]Resolver{
 		"no TLS":           {Kind: TLS, Addr: plain.addr()},
 		"silent handshake": {Kind: TLS, Addr: tarpit.Addr().(*net.TCPAddr).AddrPort()},
 		"silent for HTTPS": {Kind: HTTPS, Addr: tarpit.Addr().(*net.TCPAddr).AddrPort(), Path: "/"},
@@ -270,48 +261,11 @@ func TestBadServers(t *testing.T) {
 		"silent":           ca.overTLS(t, ca.valid(t), func([]byte) []byte { return nil }),
 		"short message":    ca.overTLS(t, ca.valid(t), func([]byte) []byte { return []byte("x") }),
 		"HTTP/1.1 only":    old,
-		"not found":        web(http.NotFound),
-		"redirect": web(func(w http.ResponseWriter, r *http.Request) {
-			http.Redirect(w, r, "https://127.0.0.1:1/", http.StatusTemporaryRedirect)
-		}),
-		"no content": web(func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusNoContent) }),
-		"a page":     web(func(w http.ResponseWriter, r *http.Request) { _, _ = w.Write([]byte("<html></html>")) }),
-		"empty":      web(func(w http.ResponseWriter, r *http.Request) { answerHTTP(w, nil) }),
-		"endless": web(func(w http.ResponseWriter, r *http.Request) {
-			w.Header().Set("Content-Type", "application/dns-message")
-			for r.Context().Err() == nil {
-				n, err := w.Write(make([]byte, 1<<16))
-				endless.Add(int64(n))
-				if err != nil {
-					return
-				}
-			}
-		}),
-		"long header": web(func(w http.ResponseWriter, r *http.Request) {
-			q, _ := io.ReadAll(r.Body)
-			w.Header().Set("X", strings.Repeat("x", 2*maxHTTPHeader))
-			answerHTTP(w, makeAnswer(t, q, 1))
-		}),
-		"stops": web(func(w http.ResponseWriter, r *http.Request) {
-			w.Header().Set("Content-Length", "100")
-			answerHTTP(w, make([]byte, 50))
-			panic(http.ErrAbortHandler)
-		}),
-		"slow": web(func(w http.ResponseWriter, r *http.Request) {
-			answerHTTP(w, make([]byte, 5))
-			w.(http.Flusher).Flush()
-			select {
-			case <-r.Context().Done():
-			case <-gate:
-			}
-		}),
-		"another ID": web(func(w http.ResponseWriter, r *http.Request) {
-			q, _ := io.ReadAll(r.Body)
-			a := makeAnswer(t, q, 1)
-			a[1] = 1
-			answerHTTP(w, a)
-		}),
-	} {
+	}
+	for name, h := range badWebServers(t) {
+		bad[name], _ = ca.overHTTPS(t, h)
+	}
+	for name, r := range bad {
 		s := start(t, Config{Resolvers: []Resolver{r, OverTCP(good.addr())}, RootCAs: ca.roots, Timeout: 4 * time.Second})
 		for range 2 { // the second one asks the good one at once
 			var m dnsmessage.Message
@@ -321,6 +275,68 @@ func TestBadServers(t *testing.T) {
 		}
 		if st := s.Stats(); st.Answered != 2 {
 			t.Errorf("%s: %+v", name, st)
+		}
+	}
+}
+
+// badWebServers are web servers of which none answers a question.
+func badWebServers(t *testing.T) map[string]http.HandlerFunc {
+	t.Helper()
+	gate := make(chan struct{})
+	t.Cleanup(func() { close(gate) })
+	return map[string]http.HandlerFunc{
+		"not found": http.NotFound,
+		"redirect": func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "https://127.0.0.1:1/", http.StatusTemporaryRedirect)
+		},
+		"no content": func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusNoContent) },
+		"a page":     func(w http.ResponseWriter, r *http.Request) { _, _ = w.Write([]byte("<html></html>")) },
+		"empty":      func(w http.ResponseWriter, r *http.Request) { answerHTTP(w, nil) },
+		"endless":    endlessAnswer(t),
+		"long header": func(w http.ResponseWriter, r *http.Request) {
+			q, _ := io.ReadAll(r.Body)
+			w.Header().Set("X", strings.Repeat("x", 2*maxHTTPHeader))
+			answerHTTP(w, makeAnswer(t, q, 1))
+		},
+		"stops": func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Length", "100")
+			answerHTTP(w, make([]byte, 50))
+			panic(http.ErrAbortHandler)
+		},
+		"slow": func(w http.ResponseWriter, r *http.Request) {
+			answerHTTP(w, make([]byte, 5))
+			w.(http.Flusher).Flush()
+			select {
+			case <-r.Context().Done():
+			case <-gate:
+			}
+		},
+		"another ID": func(w http.ResponseWriter, r *http.Request) {
+			q, _ := io.ReadAll(r.Body)
+			a := makeAnswer(t, q, 1)
+			a[1] = 1
+			answerHTTP(w, a)
+		},
+	}
+}
+
+// endlessAnswer writes as much as is taken, of which there may be only a little when the test is over.
+func endlessAnswer(t *testing.T) http.HandlerFunc {
+	t.Helper()
+	var endless atomic.Int64 // bytes that were taken
+	t.Cleanup(func() {
+		if n := endless.Load(); n == 0 || n > 4*clientBuffer {
+			t.Errorf("%d bytes of an endless answer were taken", n)
+		}
+	})
+	return func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/dns-message")
+		for r.Context().Err() == nil {
+			n, err := w.Write(make([]byte, 1<<16))
+			endless.Add(int64(n))
+			if err != nil {
+				return
+			}
 		}
 	}
 }

@@ -8,19 +8,55 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 )
 
+// The answers to a reserved name: our own, an error, nothing, and what another server says.
+const answerOwn, answerNo, answerNone, answerAsked = "own", "NXDOMAIN", "NODATA", "asked"
+
+// siteKind is a way to have questions answered. asked is the server that the program has asked.
+type siteKind struct {
+	what      string
+	resolvers []Resolver
+	relay     bool
+	pool      *Pool
+	asked     netip.AddrPort
+}
+
+// answer asks for a name. The server does not run: what a resolver would have been asked is dropped, or stays with it.
+func (k siteKind) answer(t *testing.T, name string, typ dnsmessage.Type) string {
+	t.Helper()
+	s, err := New(
+		Config{Dial: dialTCP, Resolvers: k.resolvers, Relay: k.relay, Fake: FakeConfig{Pool: k.pool}, Tor: fakeTor},
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := answerAsked
+	s.HandleRelayed(
+		makeQuestion(t, name, 0, func(m *dnsmessage.Message) { m.Questions[0].Type = typ }),
+		k.asked,
+		nil,
+		nil,
+		func(b []byte) {
+			switch {
+			case rcodeOf(t, b) == dnsmessage.RCodeNameError:
+				got = answerNo
+			case b[7] == 0:
+				got = answerNone
+			default:
+				got = answerOwn
+			}
+		},
+		func() func([]byte) { return func([]byte) { t.Error("answered later") } },
+	)
+	return got
+}
+
 // TestReservedNames: in no mode is a public resolver asked for names that nobody in the world has. Resolvers with private
 // addresses are asked for those of their site.
 func TestReservedNames(t *testing.T) {
-	const own, no, none, asked = "own", "NXDOMAIN", "NODATA", "asked"
+	const own, no, none, asked = answerOwn, answerNo, answerNone, answerAsked
 	public, private := netip.MustParseAddrPort("192.0.2.53:53"), netip.MustParseAddrPort("10.0.0.53:53")
 	pool, _ := newTestPool(t, "198.18.0.0/15", time.Minute)
-	kinds := []struct {
-		what      string
-		resolvers []Resolver
-		relay     bool
-		pool      *Pool
-		asked     netip.AddrPort
-	}{
+	kinds := []siteKind{
 		{what: "public", resolvers: []Resolver{OverTCP(public)}},
 		{what: "private", resolvers: []Resolver{OverTCP(private)}},
 		{what: "both", resolvers: []Resolver{OverTCP(private), OverTCP(public)}},
@@ -54,31 +90,7 @@ func TestReservedNames(t *testing.T) {
 		{"1.1.18.198.in-addr.arpa.", dnsmessage.TypePTR, [10]string{asked, asked, asked, asked, asked, asked, no, no, no, asked}},
 	} {
 		for i, k := range kinds {
-			// It does not run: what a resolver would have been asked is dropped, or stays with it.
-			s, err := New(
-				Config{Dial: dialTCP, Resolvers: k.resolvers, Relay: k.relay, Fake: FakeConfig{Pool: k.pool}, Tor: fakeTor},
-			)
-			if err != nil {
-				t.Fatal(err)
-			}
-			got := asked
-			s.HandleRelayed(
-				makeQuestion(t, tt.name, 0, func(m *dnsmessage.Message) { m.Questions[0].Type = tt.typ }),
-				k.asked,
-				nil,
-				nil,
-				func(b []byte) {
-					switch {
-					case rcodeOf(t, b) == dnsmessage.RCodeNameError:
-						got = no
-					case b[7] == 0:
-						got = none
-					default:
-						got = own
-					}
-				},
-				func() func([]byte) { return func([]byte) { t.Error("answered later") } },
-			)
+			got := k.answer(t, tt.name, tt.typ)
 			if got != tt.want[i] {
 				t.Errorf("%s: %s %v: %s, want %s", k.what, tt.name, tt.typ, got, tt.want[i])
 			}
