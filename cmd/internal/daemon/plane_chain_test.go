@@ -34,16 +34,7 @@ func TestChainCarries(t *testing.T) {
 	}
 	write(near)
 	c.reload("a chain")
-	dial := func() error {
-		ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience)
-		defer cancel()
-		conn, err := c.app.DialTCP(ctx, farTCP)
-		if err == nil {
-			conn.Close()
-		}
-		return err
-	}
-	if err := dial(); err != nil {
+	if err := c.dialTCP(); err != nil {
 		t.Fatal(err)
 	}
 	if r := far.Requests(); len(r) != 1 || r[0].Dst.Port != farTCP.Port() {
@@ -60,6 +51,57 @@ func TestChainCarries(t *testing.T) {
 			t.Errorf("our own sockets may go to %v, which only the near proxy reaches", e)
 		}
 	}
+	refusesUDP(t, c)
+	var text strings.Builder
+	if err := control.WriteStatus(&text, c.u.status(), time.Now()); err != nil ||
+		!strings.Contains(text.String(), "socks5://198.51.100.7:1080 via proxy") {
+		t.Errorf("%v: %s", err, text.String())
+	}
+
+	// The near proxy moves: the chain, which says the same as before, must go through the new one.
+	other := listen(t, sockstest.WithRedirectsOnly())
+	other.Redirect(at, far.Addr())
+	write(fmt.Sprintf(file, other.URL()))
+	c.reload("another near proxy")
+	asked := len(c.proxy.Requests())
+	if err := c.dialTCP(); err != nil {
+		t.Error(err)
+	}
+	if len(other.Requests()) != 1 || len(c.proxy.Requests()) != asked {
+		t.Errorf("the new near proxy had %d requests, the old one %d more", len(other.Requests()), len(c.proxy.Requests())-asked)
+	}
+	other.Redirect(at, netip.MustParseAddrPort("127.0.0.1:1"))
+	saysThatFarIsAbsent(t, append([]string{"--proxy", other.URL()}, args[2:]...))
+	write("")
+	c.reload("no chain")
+	c.works("without the chain")
+}
+
+// saysThatFarIsAbsent wants the far proxy to be said to be missing, which is no error.
+func saysThatFarIsAbsent(t *testing.T, args []string) {
+	t.Helper()
+	var log strings.Builder
+	without := dialing{absent: newAbsent(slog.New(slog.NewTextHandler(&log, nil)))}
+	err := probe(context.Background(), parse(t, args...), without)
+	if err != nil || !strings.Contains(log.String(), "cannot reach the proxy 198.51.100.7:1080") {
+		t.Errorf("the far proxy is not there: %v; the log says %q", err, log.String())
+	}
+}
+
+// dialTCP has the app connect once.
+func (c *carried) dialTCP() error {
+	ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience)
+	defer cancel()
+	conn, err := c.app.DialTCP(ctx, farTCP)
+	if err == nil {
+		conn.Close()
+	}
+	return err
+}
+
+// refusesUDP wants the app to hear that the port is unreachable.
+func refusesUDP(t *testing.T, c *carried) {
+	t.Helper()
 	u, err := c.app.DialUDP(netip.AddrPort{}, farUDP)
 	if err != nil {
 		t.Fatal(err)
@@ -76,32 +118,4 @@ func TestChainCarries(t *testing.T) {
 	if !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("UDP: %v, want port unreachable", err)
 	}
-	var text strings.Builder
-	if err := control.WriteStatus(&text, c.u.status(), time.Now()); err != nil ||
-		!strings.Contains(text.String(), "socks5://198.51.100.7:1080 via proxy") {
-		t.Errorf("%v: %s", err, text.String())
-	}
-
-	// The near proxy moves: the chain, which says the same as before, must go through the new one.
-	other := listen(t, sockstest.WithRedirectsOnly())
-	other.Redirect(at, far.Addr())
-	write(fmt.Sprintf(file, other.URL()))
-	c.reload("another near proxy")
-	asked := len(c.proxy.Requests())
-	if err := dial(); err != nil {
-		t.Error(err)
-	}
-	if len(other.Requests()) != 1 || len(c.proxy.Requests()) != asked {
-		t.Errorf("the new near proxy had %d requests, the old one %d more", len(other.Requests()), len(c.proxy.Requests())-asked)
-	}
-	other.Redirect(at, netip.MustParseAddrPort("127.0.0.1:1"))
-	var log strings.Builder
-	without := dialing{absent: newAbsent(slog.New(slog.NewTextHandler(&log, nil)))}
-	err = probe(context.Background(), parse(t, append([]string{"--proxy", other.URL()}, args[2:]...)...), without)
-	if err != nil || !strings.Contains(log.String(), "cannot reach the proxy 198.51.100.7:1080") {
-		t.Errorf("the far proxy is not there: %v; the log says %q", err, log.String())
-	}
-	write("")
-	c.reload("no chain")
-	c.works("without the chain")
 }

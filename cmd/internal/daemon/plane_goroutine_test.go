@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"context"
-	"log/slog"
 	"net"
 	"net/netip"
 	"runtime"
@@ -13,10 +12,7 @@ import (
 
 	"github.com/viasocks/viasocks/socks/sockstest"
 	"github.com/viasocks/viasocks/stack/flow"
-	"github.com/viasocks/viasocks/stack/stacktest"
 	"github.com/viasocks/viasocks/stack/testkit"
-	"github.com/viasocks/viasocks/tun"
-	"github.com/viasocks/viasocks/tun/tuntest"
 )
 
 // ours counts the goroutines of the data plane: those of the app's stack, the proxy and this test are not.
@@ -57,41 +53,17 @@ func TestPlaneGoroutines(t *testing.T) {
 			kept = append(kept, c)
 		}
 	})
-	s, err := sockstest.Listen("tcp4", "127.0.0.1:0", sockstest.WithRedirectsOnly())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	dst := netip.MustParseAddrPort("203.0.113.9:80")
-	s.Redirect(dst, far.Addr().(*net.TCPAddr).AddrPort())
+	s, app, p := overMemory(t, far.Addr().(*net.TCPAddr).AddrPort(), present{}, "--max-pending-per-destination", "2000")
 	s.SetFault(func(r sockstest.Request) sockstest.Fault {
 		if r.Dst.Port == silent {
 			return sockstest.Silence()
 		}
 		return sockstest.Fault{}
 	})
-	device, theirs := tuntest.Pipe(1500, tun.VnetHdr|tun.TSO|tun.USO)
-	app, err := stacktest.New(theirs, netip.MustParseAddr("198.18.0.1"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer app.Close()
-	p, err := newPlane(
-		parse(t, "--proxy", s.URL(), "--max-pending-per-destination", "2000"),
-		device,
-		present{},
-		dialing{},
-		slog.New(slog.DiscardHandler),
-	)
-	if err != nil {
-		t.Fatal(err)
-	}
-	p.start()
-	defer p.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	for range each {
-		c, err := app.DialTCP(ctx, dst)
+		c, err := app.DialTCP(ctx, farTCP)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -101,9 +73,23 @@ func TestPlaneGoroutines(t *testing.T) {
 	pending, give := context.WithCancel(ctx)
 	var dials sync.WaitGroup
 	for range each {
-		dials.Go(func() { _, _ = app.DialTCP(pending, netip.AddrPortFrom(dst.Addr(), silent)) })
+		dials.Go(func() { _, _ = app.DialTCP(pending, netip.AddrPortFrom(farTCP.Addr(), silent)) })
 	}
 	testkit.Until(time.Minute, func() bool { return p.stack.Stats().Pending >= each })
+	fewGoroutines(t, p, each, before)
+	give()
+	dials.Wait()
+	stop(p, nil)
+	far.Close()
+	accepting.Wait()
+	for _, c := range kept {
+		c.Close()
+	}
+}
+
+// fewGoroutines wants as many idle connections and pending dials, and not one goroutine for each.
+func fewGoroutines(t *testing.T, p *plane, each int64, before int) {
+	t.Helper()
 	st := p.stack.Stats()
 	var n int
 	var stacks string
@@ -123,13 +109,5 @@ func TestPlaneGoroutines(t *testing.T) {
 	}
 	if n > 40 {
 		t.Errorf("some have a goroutine:\n%.4000s", stacks)
-	}
-	give()
-	dials.Wait()
-	stop(p, nil)
-	far.Close()
-	accepting.Wait()
-	for _, c := range kept {
-		c.Close()
 	}
 }

@@ -101,37 +101,13 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
+const scripts = "../../../scripts/"
+
 // TestDashboard: the dashboard and the alert rules use only metrics and values of labels that exist, and promtool takes the
 // rules.
 func TestDashboard(t *testing.T) {
 	_, values := scraped(t)
-	names := map[string]bool{}
-	for key := range values {
-		name, labels, _ := strings.Cut(key, "{")
-		names[name] = true
-		for _, l := range regexp.MustCompile(`(\w+)="(.*?)"`).FindAllString(labels, -1) {
-			names[l] = true
-		}
-	}
-	check := func(what, text string, least int) {
-		found := regexp.MustCompile(`\b(viasocks|process|go)_\w+`).FindAllString(text, -1)
-		for _, n := range found {
-			if !names[n] {
-				t.Errorf("%s: there is no metric %s", what, n)
-			}
-		}
-		for _, m := range regexp.MustCompile(`\b(proto|direction|outcome|reason)=~?"([^"$]*)"`).FindAllStringSubmatch(text, -1) {
-			for v := range strings.SplitSeq(m[2], "|") {
-				if l := fmt.Sprintf("%s=%q", m[1], v); !names[l] {
-					t.Errorf("%s: no metric has %s", what, l)
-				}
-			}
-		}
-		if len(found) < least {
-			t.Errorf("%s: it uses only %d metrics", what, len(found))
-		}
-	}
-	const scripts = "../../../scripts/"
+	names := metricNames(values)
 	b, err := os.ReadFile(scripts + "viasocks-dashboard.json")
 	if err != nil {
 		t.Fatal(err)
@@ -149,7 +125,7 @@ func TestDashboard(t *testing.T) {
 	var exprs strings.Builder
 	for _, p := range board.Panels {
 		for _, x := range p.Targets {
-			check("panel "+p.Title, x.Expr, 1)
+			names.check(t, "panel "+p.Title, x.Expr, 1)
 			fmt.Fprintf(
 				&exprs,
 				"      - record: a:b\n        expr: %q\n",
@@ -161,14 +137,55 @@ func TestDashboard(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	check("alerts", string(rules), 10)
+	names.check(t, "alerts", string(rules), 10)
+	takenByPromtool(t, exprs.String())
+}
 
+// names are those of the metrics that there are, and their labels with the values.
+type names map[string]bool
+
+func metricNames(values map[string]float64) names {
+	all := names{}
+	for key := range values {
+		name, labels, _ := strings.Cut(key, "{")
+		all[name] = true
+		for _, l := range regexp.MustCompile(`(\w+)="(.*?)"`).FindAllString(labels, -1) {
+			all[l] = true
+		}
+	}
+	return all
+}
+
+// check wants text to use metrics and labels that there are, and at least so many.
+func (all names) check(t *testing.T, what, text string, least int) {
+	t.Helper()
+	found := regexp.MustCompile(`\b(viasocks|process|go)_\w+`).FindAllString(text, -1)
+	for _, n := range found {
+		if !all[n] {
+			t.Errorf("%s: there is no metric %s", what, n)
+		}
+	}
+	for _, m := range regexp.MustCompile(`\b(proto|direction|outcome|reason)=~?"([^"$]*)"`).FindAllStringSubmatch(text, -1) {
+		for v := range strings.SplitSeq(m[2], "|") {
+			if l := fmt.Sprintf("%s=%q", m[1], v); !all[l] {
+				t.Errorf("%s: no metric has %s", what, l)
+			}
+		}
+	}
+	if len(found) < least {
+		t.Errorf("%s: it uses only %d metrics", what, len(found))
+	}
+}
+
+// takenByPromtool has promtool check the alert rules, and the expressions of the panels, which are given as rules.
+func takenByPromtool(t *testing.T, exprs string) {
+	t.Helper()
 	promtool, err := exec.LookPath("promtool")
 	if err != nil {
 		t.Skip("no promtool (Debian package prometheus): the syntax of rules and panels was not checked")
 	}
 	panels := filepath.Join(t.TempDir(), "panels.yml")
-	all := "groups:\n  - name: panels\n    rules:\n" + exprs.String()
+	all := "groups:\n  - name: panels\n    rules:\n" + exprs
 	if err := os.WriteFile(panels, []byte(all), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/socks/sockstest"
+	"github.com/viasocks/viasocks/stack/flow"
 	"github.com/viasocks/viasocks/stack/stacktest"
 	"github.com/viasocks/viasocks/stack/testkit"
 	"github.com/viasocks/viasocks/tun"
@@ -27,47 +28,34 @@ func parse(t *testing.T, args ...string) *config.Config {
 	return c
 }
 
-// The data plane over a TUN in memory: an app connects through it, and after the stop nothing is left.
-func TestPlane(t *testing.T) {
-	testkit.CheckLeaks(t)
-	far, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer far.Close()
-	go func() {
-		c, err := far.Accept()
-		if err != nil {
-			return
-		}
-		defer c.Close()
-		b := make([]byte, 100) // not io.Copy, which keeps a pipe for the next time
-		for n, err := c.Read(b); err == nil; n, err = c.Read(b) {
-			c.Write(b[:n])
-		}
-	}()
-	s, err := sockstest.Listen("tcp4", "127.0.0.1:0", sockstest.WithRedirectsOnly())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	dst := netip.MustParseAddrPort("203.0.113.9:80")
-	s.Redirect(dst, far.Addr().(*net.TCPAddr).AddrPort())
-
+// overMemory is a data plane over a TUN in memory, the app at its other end, and a proxy that reaches far as farTCP.
+func overMemory(t *testing.T, far netip.AddrPort, sockets flow.Sockets, args ...string) (
+	s *sockstest.Server, app *stacktest.App, p *plane) {
+	t.Helper()
+	s = listen(t, sockstest.WithRedirectsOnly())
+	s.Redirect(farTCP, far)
 	ours, theirs := tuntest.Pipe(1500, tun.VnetHdr|tun.TSO|tun.USO)
 	app, err := stacktest.New(theirs, netip.MustParseAddr("198.18.0.1"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer app.Close()
-	p, err := newPlane(parse(t, "--proxy", s.URL()), ours, nil, dialing{}, slog.New(slog.DiscardHandler))
-	if err != nil {
+	t.Cleanup(func() { app.Close() })
+	with := parse(t, append([]string{"--proxy", s.URL()}, args...)...)
+	if p, err = newPlane(with, ours, sockets, dialing{}, slog.New(slog.DiscardHandler)); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { p.Close() })
 	p.start()
+	return s, app, p
+}
+
+// The data plane over a TUN in memory: an app connects through it, and after the stop nothing is left.
+func TestPlane(t *testing.T) {
+	testkit.CheckLeaks(t)
+	_, app, p := overMemory(t, serveTCP(t, func(b []byte) []byte { return b }), nil)
 	ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience)
 	defer cancel()
-	c, err := app.DialTCP(ctx, dst)
+	c, err := app.DialTCP(ctx, farTCP)
 	if err != nil {
 		t.Fatal(err)
 	}

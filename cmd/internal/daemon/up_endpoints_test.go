@@ -81,6 +81,19 @@ func TestEndpoints(t *testing.T) {
 		t.Error("the filter was told what it knew")
 	}
 
+	relaysOf(t, e, &f)
+
+	// What is not configured any more is gone, what is stays.
+	e.configure(parse(t, "--proxy", "socks5://proxy.example:9").Upstreams)
+	if f.passes(flow.TCP, "192.0.2.1:1080") || f.passes(flow.UDP, "192.0.2.1:0") || !f.passes(flow.TCP, "203.0.113.1:9") ||
+		!f.passes(flow.TCP, "192.0.2.53:53") {
+		t.Errorf("%v", f.has)
+	}
+}
+
+// relaysOf adds relays of the server at 192.0.2.1.
+func relaysOf(t *testing.T, e *endpoints, f *filter) {
+	t.Helper()
 	// A relay is in the filter before anybody goes there; a known one costs nothing.
 	relay := netip.MustParseAddrPort("192.0.2.1:4000")
 	done := make(chan bool, 1)
@@ -105,13 +118,6 @@ func TestEndpoints(t *testing.T) {
 	}
 	if got := e.of("socks5://192.0.2.1:1080"); len(got) != 2 {
 		t.Errorf("%v", got)
-	}
-
-	// What is not configured any more is gone, what is stays.
-	e.configure(parse(t, "--proxy", "socks5://proxy.example:9").Upstreams)
-	if f.passes(flow.TCP, "192.0.2.1:1080") || f.passes(flow.UDP, "192.0.2.1:0") || !f.passes(flow.TCP, "203.0.113.1:9") ||
-		!f.passes(flow.TCP, "192.0.2.53:53") {
-		t.Errorf("%v", f.has)
 	}
 }
 

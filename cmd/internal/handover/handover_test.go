@@ -104,17 +104,36 @@ func converse(t *testing.T, c *net.UnixConn, keys []stack.Key, proxies []Endpoin
 	return errors.Join(err, err2)
 }
 
-// A whole conversation, with many flows: each side gets what the other has sent, files included.
-func TestConversation(t *testing.T) {
-	testkit.CheckLeaks(t)
-	oldEnd, newEnd := pair(t)
+// manyKeys is someKeys and n more.
+func manyKeys(n int) []stack.Key {
 	keys := append([]stack.Key{}, someKeys...)
-	for i := range 20_000 {
+	for i := range n {
 		keys = append(keys, stack.Key{
 			Proto: flow.TCP, Src: netip.AddrPortFrom(netip.MustParseAddr("2001:db8::2"), uint16(i)),
 			Dst: netip.MustParseAddrPort("[2001:db8:1:2:3:4:5:6]:65535"),
 		})
 	}
+	return keys
+}
+
+// differs wants the settings of the other side to be compared with ours.
+func differs(t *testing.T, n *New) {
+	t.Helper()
+	if err := n.Differ(map[string]string{"tun": "via0"}); err != nil {
+		t.Error(err)
+	}
+	if err := n.Differ(map[string]string{"tun": "via1", "mark": "1"}); err == nil ||
+		!strings.Contains(err.Error(), `--tun (it is "via0" there, "via1" here)`) ||
+		!strings.Contains(err.Error(), "--mark") {
+		t.Error(err)
+	}
+}
+
+// A whole conversation, with many flows: each side gets what the other has sent, files included.
+func TestConversation(t *testing.T) {
+	testkit.CheckLeaks(t)
+	oldEnd, newEnd := pair(t)
+	keys := manyKeys(20_000)
 	proxies := []Endpoint{{Addr: netip.MustParseAddrPort("192.0.2.1:1080")}}
 	left := []Left{{Ended: FlowsOf(keys[:1]), Now: 5, Proxies: proxies}, {Now: 0}}
 	oldSide := make(chan error, 1)
@@ -128,14 +147,7 @@ func TestConversation(t *testing.T) {
 	if n.Offer.PID != 7 || n.Offer.Version != "v1" || n.Offer.Sources != 3 {
 		t.Errorf("the offer is %+v", n.Offer)
 	}
-	if err := n.Differ(map[string]string{"tun": "via0"}); err != nil {
-		t.Error(err)
-	}
-	if err := n.Differ(map[string]string{"tun": "via1", "mark": "1"}); err == nil ||
-		!strings.Contains(err.Error(), `--tun (it is "via0" there, "via1" here)`) ||
-		!strings.Contains(err.Error(), "--mark") {
-		t.Error(err)
-	}
+	differs(t, n)
 	sockets := pipes(t, 3)
 	err = n.Commit(sockets, Terms{time.Hour})
 	closeAll(sockets)

@@ -23,7 +23,28 @@ var start = time.Date(2026, 11, 22, 12, 0, 0, 0, time.UTC)
 // sample is what viasocks says so many seconds after start.
 func sample(seconds int) snapshot {
 	now := start.Add(time.Duration(seconds) * time.Second)
-	n := uint64(seconds)
+	n, flows := uint64(seconds), sampleFlows(uint64(seconds))
+	s := snapshot{at: now, flows: control.Flows{Total: len(flows), Flows: flows}}
+	s.status = control.Status{
+		PID: 4711, Mode: control.ModeUp, State: control.Ready, Since: start.Add(-50 * time.Hour),
+		Upstreams: []control.Upstream{
+			{Name: "proxy", URL: "socks5://10.0.0.1:1080", TCP: "ok", UDP: "ok", LatencyMS: 34.2, Granted: 900},
+			{Name: "seedbox", URL: "2 servers", TCP: "ok", UDP: "down", LatencyMS: 4.21, Failed: 17,
+				Servers: []control.UpstreamServer{
+					{URL: "socks5://seed1.example.net:1080", State: "ok"},
+					{URL: "socks5://seed2.example.net:1080", State: "down", Why: "connection \x1b[5mrefused"},
+				}},
+			{Name: "direct", TCP: "ok", UDP: "ok", LatencyMS: 1.5},
+		},
+		TCP: control.TCP{Now: 5, Pending: 1, Total: 10816, Refused: 17}, UDP: control.UDP{Now: 1},
+		Names: control.Names{Asked: 123456, Failed: 8}, Warnings: []string{"this host ran out of \x1b[31mports", "another"},
+		Up: 30_000 * n * n, Down: 7_700_000 * n,
+	}
+	return s
+}
+
+// sampleFlows are the flows n seconds after start.
+func sampleFlows(n uint64) []control.Flow {
 	flow := func(id uint64, proto, exe, host, dst, via, state string, ago time.Duration, up, down uint64) control.Flow {
 		f := control.Flow{
 			ID: id, Proto: proto, Src: fmt.Sprintf("198.18.0.1:%d", 40000+id), Dst: dst, Host: host, Upstream: via, State: state,
@@ -34,7 +55,7 @@ func sample(seconds int) snapshot {
 		}
 		return f
 	}
-	flows := []control.Flow{
+	return []control.Flow{
 		flow(
 			1,
 			"tcp",
@@ -75,23 +96,6 @@ func sample(seconds int) snapshot {
 			7,
 		),
 	}
-	s := snapshot{at: now, flows: control.Flows{Total: len(flows), Flows: flows}}
-	s.status = control.Status{
-		PID: 4711, Mode: control.ModeUp, State: control.Ready, Since: start.Add(-50 * time.Hour),
-		Upstreams: []control.Upstream{
-			{Name: "proxy", URL: "socks5://10.0.0.1:1080", TCP: "ok", UDP: "ok", LatencyMS: 34.2, Granted: 900},
-			{Name: "seedbox", URL: "2 servers", TCP: "ok", UDP: "down", LatencyMS: 4.21, Failed: 17,
-				Servers: []control.UpstreamServer{
-					{URL: "socks5://seed1.example.net:1080", State: "ok"},
-					{URL: "socks5://seed2.example.net:1080", State: "down", Why: "connection \x1b[5mrefused"},
-				}},
-			{Name: "direct", TCP: "ok", UDP: "ok", LatencyMS: 1.5},
-		},
-		TCP: control.TCP{Now: 5, Pending: 1, Total: 10816, Refused: 17}, UDP: control.UDP{Now: 1},
-		Names: control.Names{Asked: 123456, Failed: 8}, Warnings: []string{"this host ran out of \x1b[31mports", "another"},
-		Up: 30_000 * n * n, Down: 7_700_000 * n,
-	}
-	return s
 }
 
 // shown is a model that has seen some seconds.
