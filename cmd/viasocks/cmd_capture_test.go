@@ -31,6 +31,59 @@ func dissected(t *testing.T, file string) (lines []string) {
 	return strings.Split(strings.TrimSuffix(string(out), "\n"), "\n")
 }
 
+// startCapture starts a capture with the runtime directory xdg.
+func startCapture(t *testing.T, xdg string, args ...string) (c *exec.Cmd, stderr *bytes.Buffer) {
+	t.Helper()
+	c = viasocks(append([]string{"capture"}, args...)...)
+	c.Env = append(c.Env, "XDG_RUNTIME_DIR="+xdg)
+	stderr = &bytes.Buffer{}
+	c.Stderr = stderr
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Process.Kill() })
+	return c, stderr
+}
+
+// tellOfConnection wants among the packets the SYN of a connection, with its program, and the six bytes that the program said.
+func tellOfConnection(t *testing.T, packets []string, program string) {
+	t.Helper()
+	if !slices.ContainsFunc(packets, func(p string) bool {
+		return strings.HasPrefix(p, "80\t0\t") && strings.Contains(p, "S") &&
+			strings.Contains(p, ": tcp to 203.0.113.9:80, program "+program) && strings.Contains(p, "upstream proxy, rule default, ")
+	}) {
+		t.Errorf("no connection begins with a SYN that tells of it:\n%s", strings.Join(packets, "\n"))
+	}
+	up := 0
+	for _, p := range packets {
+		if strings.HasPrefix(p, "80\t6\t") {
+			up++
+		}
+	}
+	if up == 0 {
+		t.Errorf("nobody says hello:\n%s", strings.Join(packets, "\n"))
+	}
+}
+
+// endsAfterTwo has a program connect, to which in is a pipe, until a capture of two packets has ended.
+func endsAfterTwo(t *testing.T, c *exec.Cmd, stderr *bytes.Buffer, in io.Writer) {
+	t.Helper()
+	done := make(chan error, 1)
+	go func() { done <- c.Wait() }()
+	testkit.Eventually(t, "the end after two packets", func() bool {
+		_, _ = io.WriteString(in, "go\n")
+		select {
+		case err := <-done:
+			return err == nil
+		case <-time.After(50 * time.Millisecond):
+			return false
+		}
+	})
+	if stderr.String() != "2 packets\n" {
+		t.Errorf("got %s", stderr)
+	}
+}
+
 // capture writes what a program under run and viasocks say to each other: SYN and FIN of both, the bytes, the program and the
 // end.
 func TestCaptureRun(t *testing.T) {
@@ -44,15 +97,7 @@ func TestCaptureRun(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "c.pcapng")
 
 	capture := func(args ...string) (c *exec.Cmd, stderr *bytes.Buffer) {
-		c = viasocks(append([]string{"capture", "--pid", pid}, args...)...)
-		c.Env = append(c.Env, "XDG_RUNTIME_DIR="+xdg)
-		stderr = &bytes.Buffer{}
-		c.Stderr = stderr
-		if err := c.Start(); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { c.Process.Kill() })
-		return c, stderr
+		return startCapture(t, xdg, append([]string{"--pid", pid}, args...)...)
 	}
 	c, stderr := capture("--program", "bash", "--destination", "203.0.113.9", file)
 	testkit.Eventually(t, "the file to begin", func() bool { info, err := os.Stat(file); return err == nil && info.Size() > 0 })
@@ -75,41 +120,14 @@ func TestCaptureRun(t *testing.T) {
 		t.Errorf("%v: %s", err, stderr)
 	}
 	packets := dissected(t, file)
-	if !slices.ContainsFunc(packets, func(p string) bool {
-		return strings.HasPrefix(p, "80\t0\t") && strings.Contains(p, "S") &&
-			strings.Contains(p, ": tcp to 203.0.113.9:80, program "+bash) && strings.Contains(p, "upstream proxy, rule default, ")
-	}) {
-		t.Errorf("no connection begins with a SYN that tells of it:\n%s", strings.Join(packets, "\n"))
-	}
-	up := 0
-	for _, p := range packets {
-		if strings.HasPrefix(p, "80\t6\t") {
-			up++
-		}
-	}
-	if up == 0 {
-		t.Errorf("nobody says hello:\n%s", strings.Join(packets, "\n"))
-	}
+	tellOfConnection(t, packets, bash)
 	if n, _, _ := strings.Cut(stderr.String(), " "); n != strconv.Itoa(len(packets)) {
 		t.Errorf("%q, tshark sees %d", stderr, len(packets))
 	}
 
 	// Limits, to a pipe.
 	c, stderr = capture("--count", "2", "--time", "1m", "/dev/stdout")
-	done := make(chan error, 1)
-	go func() { done <- c.Wait() }()
-	testkit.Eventually(t, "the end after two packets", func() bool {
-		_, _ = io.WriteString(in, "go\n")
-		select {
-		case err := <-done:
-			return err == nil
-		case <-time.After(50 * time.Millisecond):
-			return false
-		}
-	})
-	if stderr.String() != "2 packets\n" {
-		t.Errorf("got %s", stderr)
-	}
+	endsAfterTwo(t, c, stderr, in)
 	end()
 	gone := filepath.Join(t.TempDir(), "none")
 	if got := asked(t, xdg, "capture", "--pid", pid, gone); !strings.HasPrefix(got,

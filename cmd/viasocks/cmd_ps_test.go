@@ -72,19 +72,9 @@ func TestPs(t *testing.T) {
 	needNamespaces(t, s)
 	xdg := t.TempDir()
 	dir := []string{"--state-dir", t.TempDir() + "/none"} // of a viasocks that is not up
-	list := func() (all []control.Instance) {
-		t.Helper()
-		out := asked(t, xdg, "ps", "--json")
-		_, out, _ = strings.Cut(out, "--- stdout\n")
-		out, _, _ = strings.Cut(out, "--- stderr\n")
-		if err := json.NewDecoder(bytes.NewReader([]byte(out))).Decode(&all); err != nil {
-			t.Fatalf("%v\n%s", err, out)
-		}
-		return all
-	}
 	a, endA := instance(t, xdg, strings.Replace(s.URL(), "://", "://al:geheim@", 1))
 	b, _ := instance(t, xdg, s.URL())
-	found := byPID(list())
+	found := listed(t, xdg)
 	for _, cmd := range []*exec.Cmd{a, b} {
 		i := found[cmd.Process.Pid]
 		if i.Mode != control.ModeRun || i.Program != "sh" || i.Proxy != s.URL() || i.State != control.Ready ||
@@ -115,13 +105,7 @@ func TestPs(t *testing.T) {
 		}
 	}
 
-	sockets := func() int {
-		all, err := filepath.Glob(filepath.Join(xdg, "viasocks", "*"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return len(all)
-	}
+	sockets := func() int { return socketsIn(t, xdg) }
 	endA()
 	if n := sockets(); n != 1 {
 		t.Errorf("%d sockets after the first has ended", n)
@@ -131,7 +115,7 @@ func TestPs(t *testing.T) {
 	if n := sockets(); n != 1 {
 		t.Errorf("%d sockets after the second was killed: the test tests nothing", n)
 	}
-	if _, live := byPID(list())[b.Process.Pid]; live || sockets() != 0 {
+	if _, live := listed(t, xdg)[b.Process.Pid]; live || sockets() != 0 {
 		t.Errorf("%d sockets after ps", sockets())
 	}
 	_, endC := instance(t, xdg, s.URL())
@@ -142,12 +126,31 @@ func TestPs(t *testing.T) {
 	})
 }
 
-func byPID(all []control.Instance) map[int]control.Instance {
+// listed is what ps lists, by process id.
+func listed(t *testing.T, xdg string) map[int]control.Instance {
+	t.Helper()
+	out := asked(t, xdg, "ps", "--json")
+	_, out, _ = strings.Cut(out, "--- stdout\n")
+	out, _, _ = strings.Cut(out, "--- stderr\n")
+	var all []control.Instance
+	if err := json.NewDecoder(bytes.NewReader([]byte(out))).Decode(&all); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
 	m := map[int]control.Instance{}
 	for _, i := range all {
 		m[i.PID] = i
 	}
 	return m
+}
+
+// socketsIn counts the control sockets in a runtime directory.
+func socketsIn(t *testing.T, xdg string) int {
+	t.Helper()
+	all, err := filepath.Glob(filepath.Join(xdg, "viasocks", "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(all)
 }
 
 // flows shows the program that a flow belongs to, its process id and its executable.
@@ -222,7 +225,6 @@ func TestWatchRun(t *testing.T) {
 	defer watcher.Process.Kill()
 	limit := time.AfterFunc(testkit.Patience, func() { watcher.Process.Kill() })
 	defer limit.Stop()
-	lines := bufio.NewScanner(out)
 	seen, told := make(chan struct{}), make(chan struct{})
 	go func() { // the watch begins at some moment: connections are made, each ends before the next, until one was seen to the end
 		defer close(told)
@@ -235,8 +237,23 @@ func TestWatchRun(t *testing.T) {
 			}
 		}
 	}()
+	kinds := eventsOfOne(t, bufio.NewScanner(out))
+	close(seen)
+	if got := strings.Join(kinds, " "); got != "opened dialled established closed" {
+		t.Error(got)
+	}
+	<-told
+	end()
+	_ = watcher.Wait()
+	if code := watcher.ProcessState.ExitCode(); code != 1 || stderr.String() != "viasocks: viasocks has ended\n" {
+		t.Errorf("exit %d: %s", code, &stderr)
+	}
+}
+
+// eventsOfOne reads events until a flow was seen from its beginning to its end, and returns what happened to that one.
+func eventsOfOne(t *testing.T, lines *bufio.Scanner) (kinds []string) {
+	t.Helper()
 	first := uint64(0)
-	var kinds []string
 	for lines.Scan() {
 		var e control.Event
 		if err := json.Unmarshal(lines.Bytes(), &e); err != nil || e.Flow == nil {
@@ -256,19 +273,10 @@ func TestWatchRun(t *testing.T) {
 			if e.Up != 6 || e.Down != 6 || e.State != "closed" {
 				t.Error(lines.Text())
 			}
-			break
+			return kinds
 		}
 	}
-	close(seen)
-	if got := strings.Join(kinds, " "); got != "opened dialled established closed" {
-		t.Error(got)
-	}
-	<-told
-	end()
-	_ = watcher.Wait()
-	if code := watcher.ProcessState.ExitCode(); code != 1 || stderr.String() != "viasocks: viasocks has ended\n" {
-		t.Errorf("exit %d: %s", code, &stderr)
-	}
+	return kinds
 }
 
 // top needs a terminal, and a viasocks to show. Root sees the programs of others too, which may run meanwhile.

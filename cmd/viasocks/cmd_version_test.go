@@ -41,13 +41,10 @@ func TestVersion(t *testing.T) {
 	}
 }
 
-// Without .git the version is that of the changelog, and what is set wins.
-func TestVersionScript(t *testing.T) {
-	changelog := regexp.MustCompile(`(?m)^## (\d+\.\d+\.\d+)`).FindStringSubmatch(manualPage(t, "../../CHANGELOG.md"))
-	if changelog == nil {
-		t.Fatal("CHANGELOG.md has no version")
-	}
-	dir := t.TempDir()
+// copyVersionScript copies the script and what it reads to a new directory.
+func copyVersionScript(t *testing.T) (dir string) {
+	t.Helper()
+	dir = t.TempDir()
 	for _, file := range []string{"scripts/version.sh", "CHANGELOG.md"} {
 		b, err := os.ReadFile(filepath.Join("../..", file))
 		if err != nil {
@@ -61,6 +58,16 @@ func TestVersionScript(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	return dir
+}
+
+// Without .git the version is that of the changelog, and what is set wins.
+func TestVersionScript(t *testing.T) {
+	changelog := regexp.MustCompile(`(?m)^## (\d+\.\d+\.\d+)`).FindStringSubmatch(manualPage(t, "../../CHANGELOG.md"))
+	if changelog == nil {
+		t.Fatal("CHANGELOG.md has no version")
+	}
+	dir := copyVersionScript(t)
 	run := func(env ...string) string {
 		t.Helper()
 		cmd := exec.Command(filepath.Join(dir, "scripts/version.sh"))

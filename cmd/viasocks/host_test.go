@@ -268,18 +268,7 @@ func TestStatus(t *testing.T) {
 	}
 	write("exclude 203.0.113.9\nconfirm 1m\n")
 	p := h.up("--config", conf)
-	status := func() (s control.Status) {
-		t.Helper()
-		out, err := h.viasocks("status", "--json").Output()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := json.Unmarshal(out, &s); err != nil {
-			t.Fatal(err)
-		}
-		return s
-	}
-	s := status()
+	s := h.status()
 	if s.State != control.Unconfirmed || len(s.Upstreams) != 1 || s.Upstreams[0].URL != h.proxy || s.Config != conf ||
 		s.Host.TUN != "viasocks0" {
 		t.Errorf("%+v", s)
@@ -312,7 +301,7 @@ func TestStatus(t *testing.T) {
 	if past("203.0.113.9") || !past("203.0.113.10") {
 		t.Error("203.0.113.10 is excluded now, and nothing else")
 	}
-	if s := status(); len(s.Rules) != 2 || s.Rules[0].Rule != "port 25 reject" {
+	if s := h.status(); len(s.Rules) != 2 || s.Rules[0].Rule != "port 25 reject" {
 		t.Errorf("%+v", s.Rules)
 	}
 	write("mtu nine\n")
@@ -325,6 +314,19 @@ func TestStatus(t *testing.T) {
 		"'viasocks ps' lists programs under 'viasocks run'\n" {
 		t.Error(got)
 	}
+}
+
+// status is what status --json prints.
+func (h *netHost) status() (s control.Status) {
+	h.t.Helper()
+	out, err := h.viasocks("status", "--json").Output()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	if err := json.Unmarshal(out, &s); err != nil {
+		h.t.Fatal(err)
+	}
+	return s
 }
 
 var changing = []struct {

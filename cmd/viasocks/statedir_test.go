@@ -40,22 +40,7 @@ func TestStateDir(t *testing.T) {
 			t.Errorf("%s: %s", args, got)
 		}
 	}
-	const another = "another viasocks is up here with another state directory (process "
-	for _, args := range [][]string{
-		{"up", "--proxy", h.proxy}, {"close", "--proxy", h.proxy}, {"down"},
-		{"up", "--proxy", h.proxy, "--tun", "other0", "--table", "99", "--nft-table", "other", "--priority", "8000", "--mark",
-			"0x100/0xff00"},
-	} {
-		got := h.result(args...)
-		if !strings.HasPrefix(got, "exit 1\n") || !strings.Contains(got, another) || strings.Contains(got, "CAP_NET_ADMIN") {
-			t.Errorf("%s: %s", args, got)
-		}
-		h.same(args[0]+" with another state directory", steered)
-	}
-	if got := h.result("status"); !strings.HasPrefix(got, "exit 1\n") ||
-		!strings.Contains(got, "it is up here with another state directory (process ") {
-		t.Error(got)
-	}
+	h.knowsOfAnother(steered)
 	if got := with("down"); !strings.HasPrefix(got, "exit 0\n--- stdout\nviasocks has stopped\n") {
 		t.Error(got)
 	}
@@ -82,5 +67,26 @@ func TestStateDir(t *testing.T) {
 	h.same("fail-open after kill -9", before)
 	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
 		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+// knowsOfAnother asks a viasocks that has another state directory, which says that there is one, and touches nothing.
+func (h *netHost) knowsOfAnother(steered string) {
+	h.t.Helper()
+	const another = "another viasocks is up here with another state directory (process "
+	for _, args := range [][]string{
+		{"up", "--proxy", h.proxy}, {"close", "--proxy", h.proxy}, {"down"},
+		{"up", "--proxy", h.proxy, "--tun", "other0", "--table", "99", "--nft-table", "other", "--priority", "8000", "--mark",
+			"0x100/0xff00"},
+	} {
+		got := h.result(args...)
+		if !strings.HasPrefix(got, "exit 1\n") || !strings.Contains(got, another) || strings.Contains(got, "CAP_NET_ADMIN") {
+			h.t.Errorf("%s: %s", args, got)
+		}
+		h.same(args[0]+" with another state directory", steered)
+	}
+	if got := h.result("status"); !strings.HasPrefix(got, "exit 1\n") ||
+		!strings.Contains(got, "it is up here with another state directory (process ") {
+		h.t.Error(got)
 	}
 }

@@ -10,26 +10,30 @@ import (
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
+const nobodyURL = "socks5://127.0.0.1:9"
+
+// launchWaiting starts viasocks without a proxy, and returns when it waits for it. The host is closed then.
+func (h *netHost) launchWaiting(args ...string) *upProc {
+	h.t.Helper()
+	p := h.launch(append([]string{"--proxy", nobodyURL, "--wait"}, args...)...)
+	p.await("waiting for the proxy")
+	if got := h.run("ip -n " + h.name + " route get 203.0.113.1"); !strings.Contains(got, "dev viasocks0") {
+		h.t.Errorf("the host is not closed: %s", got)
+	}
+	return p
+}
+
 // While it waits for the proxy every way to end it gives the host back; what waiting can't mend is an error at once.
 func TestWaitEnds(t *testing.T) {
 	h := newHost(t)
 	before := h.state()
-	const nobody = "socks5://127.0.0.1:9"
-	wait := func(args ...string) *upProc {
-		p := h.launch(append([]string{"--proxy", nobody, "--wait"}, args...)...)
-		p.await("waiting for the proxy")
-		if got := h.run("ip -n " + h.name + " route get 203.0.113.1"); !strings.Contains(got, "dev viasocks0") {
-			t.Errorf("the host is not closed: %s", got)
-		}
-		return p
-	}
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
-		p := wait()
+		p := h.launchWaiting()
 		p.cmd.Process.Signal(sig)
 		p.ends(0)
 		h.same(sig.String()+" while it waits", before)
 	}
-	p := wait()
+	p := h.launchWaiting()
 	if got := h.result("down"); !strings.HasPrefix(got, "exit 0\n--- stdout\nviasocks has stopped\n") {
 		t.Error(got)
 	}
@@ -49,20 +53,25 @@ func TestWaitEnds(t *testing.T) {
 	if strings.Contains(p.text(), "waiting for the proxy") {
 		t.Errorf("the first look had ended:\n%s", p.text())
 	}
-	p = wait("--confirm", "5s")
+	p = h.launchWaiting("--confirm", "5s")
 	p.ends(1)
 	if !strings.Contains(p.text(), "not confirmed in time by 'viasocks confirm'") {
 		t.Error(p.text())
 	}
 	h.same("nobody confirmed while it waits", before)
-	p = wait()
+	p = h.launchWaiting()
 	p.cmd.Process.Kill()
 	p.wait()
 	if got := h.result("down"); !strings.HasPrefix(got, "exit 0\n") {
 		t.Error(got)
 	}
 	h.same("kill -9 while it waits", before)
+	waitsForNothing(t, h, before)
+}
 
+// waitsForNothing starts viasocks where it would wait in vain, and wants an error at once.
+func waitsForNothing(t *testing.T, h *netHost, before string) {
+	t.Helper()
 	login, err := sockstest.Listen(
 		"tcp4",
 		"127.0.0.1:0",
@@ -79,7 +88,7 @@ func TestWaitEnds(t *testing.T) {
 	}{
 		{[]string{"--wait", "--proxy", login.URL()}, "it wants a login"},
 		{[]string{"--wait", "--proxy", "socks5://198.18.0.1"}, "which viasocks uses itself"},
-		{[]string{"--proxy", nobody}, "connection refused"}, // without --wait the error stays
+		{[]string{"--proxy", nobodyURL}, "connection refused"}, // without --wait the error stays
 	} {
 		got := h.result(append([]string{"up"}, tt.args...)...)
 		_, stderr, _ := strings.Cut(got, "--- stderr\n")

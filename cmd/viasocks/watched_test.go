@@ -47,6 +47,17 @@ func files(t *testing.T, dir string) (names string) {
 	return names
 }
 
+// wantMetrics scrapes the metrics.
+func wantMetrics(t *testing.T, when, socket string) {
+	t.Helper()
+	text, err := scrape(socket)
+	for _, want := range []string{"# TYPE viasocks_", "viasocks_build_info{"} {
+		if err != nil || !strings.Contains(text, want) {
+			t.Errorf("%s: no %q: %v\n%.2000s", when, want, err, text)
+		}
+	}
+}
+
 // The metrics of up can be scraped. Their socket is removed at the end, and after kill -9 by down and by the next up, whether
 // that has metrics or not.
 func TestMetricsOfUp(t *testing.T) {
@@ -59,15 +70,6 @@ func TestMetricsOfUp(t *testing.T) {
 		t.Helper()
 		return h.up(append([]string{"--proxy", h.proxy, "--state-dir", state}, args...)...)
 	}
-	scraped := func(when string) {
-		t.Helper()
-		text, err := scrape(socket)
-		for _, want := range []string{"# TYPE viasocks_", "viasocks_build_info{"} {
-			if err != nil || !strings.Contains(text, want) {
-				t.Errorf("%s: no %q: %v\n%.2000s", when, want, err, text)
-			}
-		}
-	}
 	kill := func(p *upProc) {
 		t.Helper()
 		p.cmd.Process.Kill()
@@ -77,7 +79,7 @@ func TestMetricsOfUp(t *testing.T) {
 		}
 	}
 	p := up("--metrics", "unix:"+socket)
-	scraped("up")
+	wantMetrics(t, "up", socket)
 	if info, err := os.Lstat(socket); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("its mode is %v, %v", info.Mode(), err)
 	}
@@ -92,7 +94,7 @@ func TestMetricsOfUp(t *testing.T) {
 
 	kill(up("--metrics", "unix:"+socket))
 	p = up("--metrics", "unix:"+socket)
-	scraped("up after kill -9")
+	wantMetrics(t, "up after kill -9", socket)
 	kill(p)
 	p = up()
 	if left := files(t, dir); left != "" {
