@@ -29,9 +29,7 @@ func TestConntrackFlushed(t *testing.T) {
 
 func conntrackFlushed(t *testing.T, loose string) {
 	x := visitors{t: t, w: newWorld(t), accepted: make(chan net.Conn, 16)}
-	x.w.in(func() {
-		ip(t, "route replace 198.51.100.2/32 dev eth0p src "+far4, "-6 route replace 2001:db8:1::2/128 dev eth0p src "+far6)
-	})
+	x.w.speaksFromFar(t)
 	l, err := net.Listen("tcp", ":2222")
 	if err != nil {
 		t.Fatal(err)

@@ -36,26 +36,7 @@ func TestClosed(t *testing.T) {
 			t.Fatal(err)
 		}
 		w.mustBeClosed(t, "steered")
-		// What must pass: the LAN, our own sockets, DHCP.
-		for _, p := range []probe{
-			{name: "lan", typ: unix.SOCK_DGRAM, dst: lan4, port: 9999},
-			{name: "proxy", typ: unix.SOCK_STREAM, dst: "198.51.100.1", port: 1080, mark: 0x76000000},
-			{name: "proxy6", typ: unix.SOCK_STREAM, dst: "2001:db8:1::1", port: 1080, mark: 0x76000000},
-			{name: "direct", typ: unix.SOCK_DGRAM, dst: far4, port: 53, mark: 0x77000000},
-		} {
-			if strings.HasPrefix(p.name, "proxy") {
-				ends := []Endpoint{{unix.IPPROTO_TCP, mustAddrPort("198.51.100.1:1080")}, {0, mustAddrPort("[2001:db8:1::1]:0")}}
-				if err := h.SetUpstreams(ends); err != nil {
-					t.Fatal(err)
-				}
-			}
-			if !w.passes(true, p.send) {
-				t.Errorf("%s did not pass", p.name)
-			}
-		}
-		if err := h.SetUpstreams(nil); err != nil {
-			t.Fatal(err)
-		}
+		letsOut(t, w, h)
 		tun.Close()
 		ip(t, "link del viasocks0")
 		w.mustBeClosed(t, "TUN deleted")
@@ -76,13 +57,35 @@ func TestClosed(t *testing.T) {
 			}
 		}
 		down(t, h)
-		if after := state(t); after != before {
-			t.Errorf("not as it was:\n%s\n--- before\n%s", after, before)
-		}
+		checkRestored(t, before)
 		if !w.passes(true, probe{typ: unix.SOCK_DGRAM, dst: far4, port: 7777}.send) {
 			t.Error("not open again")
 		}
 	})
+}
+
+// letsOut wants what may leave a steered host to leave it: what is for the LAN, and what our own sockets send.
+func letsOut(t *testing.T, w *world, h *Host) {
+	t.Helper()
+	for _, p := range []probe{
+		{name: "lan", typ: unix.SOCK_DGRAM, dst: lan4, port: 9999},
+		{name: "proxy", typ: unix.SOCK_STREAM, dst: "198.51.100.1", port: 1080, mark: 0x76000000},
+		{name: "proxy6", typ: unix.SOCK_STREAM, dst: "2001:db8:1::1", port: 1080, mark: 0x76000000},
+		{name: "direct", typ: unix.SOCK_DGRAM, dst: far4, port: 53, mark: 0x77000000},
+	} {
+		if strings.HasPrefix(p.name, "proxy") {
+			ends := []Endpoint{{unix.IPPROTO_TCP, mustAddrPort("198.51.100.1:1080")}, {0, mustAddrPort("[2001:db8:1::1]:0")}}
+			if err := h.SetUpstreams(ends); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if !w.passes(true, p.send) {
+			t.Errorf("%s did not pass", p.name)
+		}
+	}
+	if err := h.SetUpstreams(nil); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // The owner dies: the table stays, the guard lapses, and programs get errors.

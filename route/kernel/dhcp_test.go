@@ -19,13 +19,6 @@ func TestDHCP(t *testing.T) {
 		const relayed = "203.0.113.77"
 		w.in(func() { ip(t, "route replace local 203.0.113.0/24 dev lo") })
 		h, tun := up(t, testConfig(t))
-		client := func(dst, bind string) probe {
-			p := probe{typ: unix.SOCK_DGRAM, dst: dst, port: 67, sport: 68, bind: bind}
-			if netip.MustParseAddr(dst).Is6() {
-				p.port, p.sport = 547, 546
-			}
-			return p
-		}
 		for _, tt := range []struct {
 			dst, bind string
 			want      bool
@@ -43,7 +36,7 @@ func TestDHCP(t *testing.T) {
 			{far6, "", false},
 			{far6, "eth0", false},
 		} {
-			if got := w.passes(tt.want, client(tt.dst, tt.bind).send); got != tt.want {
+			if got := w.passes(tt.want, dhcpClient(tt.dst, tt.bind).send); got != tt.want {
 				t.Errorf("to %s, bound to %q: passed %v", tt.dst, tt.bind, got)
 			}
 		}
@@ -64,10 +57,10 @@ func TestDHCP(t *testing.T) {
 				t.Error(err)
 			}
 		})
-		if !w.passes(true, client(relayed, "eth0").send) {
+		if !w.passes(true, dhcpClient(relayed, "eth0").send) {
 			t.Error("the server that gave the lease is not reached")
 		}
-		if w.passes(false, client(far4, "eth0").send) {
+		if w.passes(false, dhcpClient(far4, "eth0").send) {
 			t.Error("another one is reached as well")
 		}
 		down(t, h)
@@ -75,34 +68,24 @@ func TestDHCP(t *testing.T) {
 	})
 }
 
+// dhcpClient is what a client sends to a server, by the ports of its family.
+func dhcpClient(dst, bind string) probe {
+	p := probe{typ: unix.SOCK_DGRAM, dst: dst, port: 67, sport: 68, bind: bind}
+	if netip.MustParseAddr(dst).Is6() {
+		p.port, p.sport = 547, 546
+	}
+	return p
+}
+
 // A container has no exception for DHCP, neither from its ports nor to a server that this host knows.
 func TestDHCPForwarded(t *testing.T) {
 	inNamespace(t, func(t *testing.T) {
 		w := newWorld(t)
-		k := newWorldless(t)
-		ip(
-			t,
-			"link add docker0 type bridge",
-			"link set docker0 addrgenmode none up",
-			"link add vc type veth peer name ceth",
-			"link set vc addrgenmode none master docker0 up",
-			"link set ceth netns "+k.pid(),
-			"addr add 172.17.0.1/16 dev docker0",
-		)
-		k.in(func() {
-			ip(
-				t,
-				"link set lo up",
-				"link set ceth addrgenmode none up",
-				"addr add 172.17.0.2/16 dev ceth",
-				"route add default via 172.17.0.1",
-			)
-		})
-		_ = writeSysctl("net/ipv4/ip_forward", "1")
+		k := newContainer(t)
 		settled(t)
 		send := func(dst string) func() error {
 			return func() (err error) {
-				k.in(func() { err = probe{typ: unix.SOCK_DGRAM, dst: dst, port: 67, sport: 68}.send() })
+				k.in(func() { err = dhcpClient(dst, "").send() })
 				return err
 			}
 		}

@@ -227,26 +227,7 @@ var strictContainerCases = []struct {
 func TestStrictContainer(t *testing.T) {
 	inNamespace(t, func(t *testing.T) {
 		w := newWorld(t)
-		k := newWorldless(t)
-		ip(
-			t,
-			"link add docker0 type bridge",
-			"link set docker0 addrgenmode none up",
-			"link add vc type veth peer name ceth",
-			"link set vc addrgenmode none master docker0 up",
-			"link set ceth netns "+k.pid(),
-			"addr add 172.17.0.1/16 dev docker0",
-		)
-		k.in(func() {
-			ip(
-				t,
-				"link set lo up",
-				"link set ceth addrgenmode none up",
-				"addr add 172.17.0.2/16 dev ceth",
-				"route add default via 172.17.0.1",
-			)
-		})
-		_ = writeSysctl("net/ipv4/ip_forward", "1")
+		k := newContainer(t)
 		settled(t)
 		for _, o := range strictContainerCases {
 			c := testConfig(t)

@@ -64,11 +64,17 @@ func nft(t *testing.T, args ...string) string {
 }
 
 // up does all until Run.
-func up(t *testing.T, c Config) (*Host, *os.File) {
+func up(t *testing.T, c Config) (*Host, *os.File) { t.Helper(); return upOwned(t, c, true) }
+
+// upOwned is up, and if owned is false others can change the tables.
+func upOwned(t *testing.T, c Config, owned bool) (*Host, *os.File) {
 	t.Helper()
 	h, err := New(c)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if !owned {
+		h.owned = 0
 	}
 	if err := h.Shut(); err != nil {
 		t.Fatal(err)
@@ -89,6 +95,36 @@ func down(t *testing.T, h *Host) {
 	}
 }
 
+// setSysctls gives each of the keys a value.
+func setSysctls(t *testing.T, value string, keys ...string) {
+	t.Helper()
+	for _, k := range keys {
+		if err := writeSysctl(k, value); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// forwardAll has the host forward both families.
+func forwardAll(t *testing.T) {
+	t.Helper()
+	setSysctls(t, "1", "net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding")
+}
+
+// strictPaths has the kernel check the paths of sources strictly.
+func strictPaths(t *testing.T) {
+	t.Helper()
+	setSysctls(t, "1", "net/ipv4/conf/all/rp_filter", "net/ipv4/conf/eth0/rp_filter", "net/ipv4/conf/default/rp_filter")
+}
+
+// checkRestored wants the host to be as it was before.
+func checkRestored(t *testing.T, before string) {
+	t.Helper()
+	if after := state(t); after != before {
+		t.Errorf("not as it was:\n%s\n--- before\n%s", after, before)
+	}
+}
+
 func TestUpAndDown(t *testing.T) {
 	inNamespace(t, func(t *testing.T) {
 		before := state(t)
@@ -97,8 +133,6 @@ func TestUpAndDown(t *testing.T) {
 		t.Log(state(t))
 		down(t, h)
 		tun.Close()
-		if after := state(t); after != before {
-			t.Errorf("not as it was:\n%s\n--- before\n%s", after, before)
-		}
+		checkRestored(t, before)
 	})
 }

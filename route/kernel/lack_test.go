@@ -281,29 +281,29 @@ func (k *noIPv6) RouteReplace(r *netlink.Route) error {
 	return k.routing.RouteReplace(r)
 }
 
+// replaceRouting has the next Hosts meet k, until the function that it returns is called.
+func (k *noIPv6) replaceRouting() (restore func()) {
+	true := openRouting
+	openRouting = func() (_ routing, err error) {
+		k.routing, err = true()
+		return k, err
+	}
+	return func() { openRouting = true }
+}
+
 // A host that has no IPv6, by ipv6.disable=1 or by the setting, comes up for IPv4.
 func TestHostWithoutIPv6(t *testing.T) {
 	for _, boot := range []bool{true, false} {
 		inNamespace(t, func(t *testing.T) {
 			w := newWorld(t)
-			for _, d := range []string{"all", "default"} {
-				if err := writeSysctl("net/ipv6/conf/"+d+"/disable_ipv6", "1"); err != nil {
-					t.Fatal(err)
-				}
-			}
+			setSysctls(t, "1", "net/ipv6/conf/all/disable_ipv6", "net/ipv6/conf/default/disable_ipv6")
 			settled(t)
 			before := state(t)
 			fake := &noIPv6{t: t}
 			if boot {
-				true := openRouting
-				defer func() { openRouting = true }()
-				openRouting = func() (_ routing, err error) {
-					fake.routing, err = true()
-					return fake, err
-				}
+				defer fake.replaceRouting()()
 			}
-			c := testConfig(t)
-			h, err := New(c)
+			h, err := New(testConfig(t))
 			if err != nil {
 				t.Fatal(err)
 			}

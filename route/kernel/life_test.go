@@ -17,64 +17,16 @@ import (
 // A change fails, and the daemon is gone at that instant: whatever step it was, what is left is closed or untouched,
 // Undo brings the host back, and so does another start.
 func TestKilledAtEachStep(t *testing.T) {
-	killed := errors.New("killed")
-	defer func() { step = func() error { return nil } }()
 	for _, again := range []bool{false, true} {
 		inNamespace(t, func(t *testing.T) {
 			foreignRules(t)
 			before := state(t)
 			c := testConfig(t)
 			c.Log = nil
-			for n := 1; ; n++ {
-				left := n
-				step = func() error {
-					if left--; left < 0 {
-						return killed
-					}
-					return nil
-				}
-				h, err := New(c)
-				if err != nil {
-					t.Fatalf("step %d: %v", n, err)
-				}
-				var tun *os.File
-				for _, f := range []func() error{
-					h.Shut, func() error { tun = testTUN(t); return nil }, h.Steer, h.Unsteer, h.Open} {
-					if err = f(); err != nil {
-						break
-					}
-				}
-				h.Close()
-				if tun != nil {
-					tun.Close()
-				}
-				step = func() error { return nil }
-				if err == nil {
-					if n < 20 {
-						t.Errorf("only %d steps", n)
-					}
-					break
-				}
-				if !errors.Is(err, killed) {
-					t.Fatalf("step %d: %v", n, err)
-				}
+			n := 1
+			for ; killedAt(t, c, n); n++ {
 				if again {
-					h, err := New(c)
-					if err != nil {
-						t.Fatalf("step %d: second start: %v", n, err)
-					}
-					if err := h.Shut(); err != nil {
-						t.Fatalf("step %d: second start: %v", n, err)
-					}
-					tun := testTUN(t)
-					if err := h.Steer(); err != nil {
-						t.Fatalf("step %d: second start: %v", n, err)
-					}
-					if got := strings.Count(ip(t, "-4 rule")+ip(t, "-6 rule"), "proto 118"); got != 18 {
-						t.Errorf("step %d: second start: %d rules", n, got)
-					}
-					tun.Close()
-					down(t, h)
+					startAgain(t, c, n)
 				} else if _, err := Undo(c); err != nil {
 					t.Errorf("step %d: undo: %v", n, err)
 				}
@@ -85,8 +37,65 @@ func TestKilledAtEachStep(t *testing.T) {
 					t.Errorf("step %d: %v is left", n, f)
 				}
 			}
+			if n < 20 {
+				t.Errorf("only %d steps", n)
+			}
 		})
 	}
+}
+
+// killedAt starts and stops a Host whose nth step fails. It returns false if there are fewer steps than that.
+func killedAt(t *testing.T, c Config, n int) bool {
+	t.Helper()
+	killed := errors.New("killed")
+	left := n
+	step = func() error {
+		if left--; left < 0 {
+			return killed
+		}
+		return nil
+	}
+	defer func() { step = func() error { return nil } }()
+	h, err := New(c)
+	if err != nil {
+		t.Fatalf("step %d: %v", n, err)
+	}
+	var tun *os.File
+	for _, f := range []func() error{
+		h.Shut, func() error { tun = testTUN(t); return nil }, h.Steer, h.Unsteer, h.Open} {
+		if err = f(); err != nil {
+			break
+		}
+	}
+	h.Close()
+	if tun != nil {
+		tun.Close()
+	}
+	if err != nil && !errors.Is(err, killed) {
+		t.Fatalf("step %d: %v", n, err)
+	}
+	return err != nil
+}
+
+// startAgain starts a second daemon after one that was killed at its nth step, and stops it.
+func startAgain(t *testing.T, c Config, n int) {
+	t.Helper()
+	h, err := New(c)
+	if err != nil {
+		t.Fatalf("step %d: second start: %v", n, err)
+	}
+	if err := h.Shut(); err != nil {
+		t.Fatalf("step %d: second start: %v", n, err)
+	}
+	tun := testTUN(t)
+	if err := h.Steer(); err != nil {
+		t.Fatalf("step %d: second start: %v", n, err)
+	}
+	if got := strings.Count(ip(t, "-4 rule")+ip(t, "-6 rule"), "proto 118"); got != 18 {
+		t.Errorf("step %d: second start: %d rules", n, got)
+	}
+	tun.Close()
+	down(t, h)
 }
 
 // foreignRules are what docker, firewalld and wg-quick would have.
@@ -200,103 +209,105 @@ func TestTaken(t *testing.T) {
 // What others remove comes back at once; what they do again and again does not make us busy.
 func TestPutBack(t *testing.T) {
 	for _, owned := range []bool{true, false} {
-		inNamespace(t, func(t *testing.T) {
-			w := newWorld(t)
-			c := testConfig(t)
-			changed := make(chan struct{}, 100)
-			c.OnDefaultRoute = func() { changed <- struct{}{} }
-			h, err := New(c)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if !owned {
-				h.owned = 0
-			}
-			if err := h.Shut(); err != nil {
-				t.Fatal(err)
-			}
-			tun := testTUN(t)
-			defer tun.Close()
-			if err := h.Steer(); err != nil {
-				t.Fatal(err)
-			}
-			settled(t)
-			during := state(t)
-			ctx, cancel := context.WithCancel(context.Background())
-			done := make(chan struct{})
-			go func() { h.Run(ctx); close(done) }()
-			for _, cmd := range []string{"ip -4 rule flush protocol 118", "ip -6 rule flush protocol 118",
-				"ip rule del priority 9007", "ip route flush table 30323",
-				"ip -6 route flush table 30323", "nft flush ruleset", "nft delete table inet viasocks",
-				"nft flush chain inet viasocks output", "nft flush table arp viasocks",
-				"nft insert rule inet viasocks output accept"} {
-				f := strings.Fields(cmd)
-				start := time.Now()
-				if f[0] == "ip" {
-					ip(t, strings.Join(f[1:], " "))
-				} else if owned && f[1] != "flush" || owned && f[2] != "ruleset" {
-					continue // the kernel says no
-				} else {
-					nft(t, f[1:]...)
-				}
-				for state(t) != during {
-					if time.Since(start) > testkit.Patience {
-						t.Fatalf("%s: not put back: %s", cmd, state(t))
-					}
-				}
-				t.Logf("owned %v, %s: as before after %v", owned, cmd, time.Since(start))
-			}
-			w.mustBeClosed(t, "steered")
+		inNamespace(t, func(t *testing.T) { putBack(t, owned) })
+	}
+}
 
-			// Addresses and default routes are followed.
-			ip(
-				t,
-				"addr add 10.5.5.5/24 dev br0",
-				"addr add 198.51.100.3/24 dev eth0",
-				"route replace default via 198.51.100.1 dev eth0 src 198.51.100.3",
-			)
-			testkit.Eventually(t, "addresses and routes followed", func() bool {
-				return strings.Contains(ip(t, "rule"), "to 10.5.5.0/24 goto 9019") &&
-					strings.Contains(ip(t, "route show table 30323"), "src 198.51.100.3")
-			})
-			select {
-			case <-changed:
-			case <-time.After(testkit.Patience):
-				t.Error("nobody said that the default route has changed")
-			}
-			ip(
-				t,
-				"addr add 2001:db8:1::3/64 dev eth0 nodad",
-				"-6 route replace default via 2001:db8:1::1 dev eth0 src 2001:db8:1::3",
-			)
-			testkit.Eventually(t, "IPv6 source followed", func() bool {
-				return strings.Contains(ip(t, "-6 route show table 30323"), "src 2001:db8:1::3")
-			})
-			ip(t, "addr del 10.5.5.5/24 dev br0")
-			// A TUN that comes back gets its routes.
-			ip(t, "rule add priority 100 to 203.0.113.0/24 table main")
-			testkit.Eventually(t, "a warning of the foreign rule", func() bool { return len(h.Warnings()) > 0 })
-			w.mustBeClosed(t, "steered")
+func putBack(t *testing.T, owned bool) {
+	w := newWorld(t)
+	c := testConfig(t)
+	changed := make(chan struct{}, 100)
+	c.OnDefaultRoute = func() { changed <- struct{}{} }
+	h, tun := upOwned(t, c, owned)
+	defer tun.Close()
+	settled(t)
+	during := state(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { h.Run(ctx); close(done) }()
+	putsBack(t, owned, during)
+	w.mustBeClosed(t, "steered")
+	followsAddresses(t, changed)
+	ip(t, "rule add priority 100 to 203.0.113.0/24 table main")
+	testkit.Eventually(t, "a warning of the foreign rule", func() bool { return len(h.Warnings()) > 0 })
+	w.mustBeClosed(t, "steered")
+	staysCalm(t, h, func() { cancel(); <-done })
+	down(t, h)
+}
 
-			// Somebody who never tires.
-			steps := 0
-			h.mu.Lock()
-			step = func() error { steps++; return nil }
-			h.mu.Unlock()
-			start := time.Now()
-			for time.Since(start) < time.Second {
-				ip(t, "-4 rule flush protocol 118")
+// putsBack removes parts of what Steer has made, and wants each of them back.
+func putsBack(t *testing.T, owned bool, during string) {
+	t.Helper()
+	for _, cmd := range []string{"ip -4 rule flush protocol 118", "ip -6 rule flush protocol 118",
+		"ip rule del priority 9007", "ip route flush table 30323",
+		"ip -6 route flush table 30323", "nft flush ruleset", "nft delete table inet viasocks",
+		"nft flush chain inet viasocks output", "nft flush table arp viasocks",
+		"nft insert rule inet viasocks output accept"} {
+		f := strings.Fields(cmd)
+		start := time.Now()
+		if f[0] == "ip" {
+			ip(t, strings.Join(f[1:], " "))
+		} else if owned && f[1] != "flush" || owned && f[2] != "ruleset" {
+			continue // the kernel says no
+		} else {
+			nft(t, f[1:]...)
+		}
+		for state(t) != during {
+			if time.Since(start) > testkit.Patience {
+				t.Fatalf("%s: not put back: %s", cmd, state(t))
 			}
-			cancel()
-			<-done
-			h.mu.Lock()
-			step = func() error { return nil }
-			h.mu.Unlock()
-			if times := time.Since(start)/putBackEvery + 3; steps > int(times)*13 {
-				t.Errorf("%d changes in %v of fight", steps, time.Since(start))
-			}
-			down(t, h)
-		})
+		}
+		t.Logf("owned %v, %s: as before after %v", owned, cmd, time.Since(start))
+	}
+}
+
+// followsAddresses changes addresses and default routes, and wants the steering to follow.
+func followsAddresses(t *testing.T, changed <-chan struct{}) {
+	t.Helper()
+	ip(
+		t,
+		"addr add 10.5.5.5/24 dev br0",
+		"addr add 198.51.100.3/24 dev eth0",
+		"route replace default via 198.51.100.1 dev eth0 src 198.51.100.3",
+	)
+	testkit.Eventually(t, "addresses and routes followed", func() bool {
+		return strings.Contains(ip(t, "rule"), "to 10.5.5.0/24 goto 9019") &&
+			strings.Contains(ip(t, "route show table 30323"), "src 198.51.100.3")
+	})
+	select {
+	case <-changed:
+	case <-time.After(testkit.Patience):
+		t.Error("nobody said that the default route has changed")
+	}
+	ip(
+		t,
+		"addr add 2001:db8:1::3/64 dev eth0 nodad",
+		"-6 route replace default via 2001:db8:1::1 dev eth0 src 2001:db8:1::3",
+	)
+	testkit.Eventually(t, "IPv6 source followed", func() bool {
+		return strings.Contains(ip(t, "-6 route show table 30323"), "src 2001:db8:1::3")
+	})
+	ip(t, "addr del 10.5.5.5/24 dev br0")
+}
+
+// staysCalm removes rules for a second, as somebody does who never tires, and counts the changes until stop has returned.
+func staysCalm(t *testing.T, h *Host, stop func()) {
+	t.Helper()
+	count := func(f func() error) {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		step = f
+	}
+	steps := 0
+	count(func() error { steps++; return nil })
+	start := time.Now()
+	for time.Since(start) < time.Second {
+		ip(t, "-4 rule flush protocol 118")
+	}
+	stop()
+	count(func() error { return nil })
+	if times := time.Since(start)/putBackEvery + 3; steps > int(times)*13 {
+		t.Errorf("%d changes in %v of fight", steps, time.Since(start))
 	}
 }
 
@@ -325,49 +336,61 @@ func TestPlan(t *testing.T) {
 		if state(t) != before {
 			t.Error("a plan has touched something")
 		}
-		script := ""
-		for _, l := range lines {
-			if s, ok := strings.CutPrefix(l, "nft "); ok {
-				script += s + "\n"
-			}
-		}
-		f := filepath.Join(t.TempDir(), "plan")
-		if err := os.WriteFile(f, []byte(script), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		nft(t, "-f", f)
-		tun := testTUN(t)
-		for _, l := range lines {
-			if s, ok := strings.CutPrefix(l, "ip "); ok {
-				ip(t, s)
-			}
-		}
-		text := state(t)
-		for _, tt := range []string{"inet", "arp", "netdev"} {
-			nft(t, "delete", "table", tt, "viasocks")
-		}
-		if _, err := Undo(c); err != nil { // the rules and routes have our number
-			t.Error(err)
-		}
-		tun.Close()
-		ip(t, "link del viasocks0")
-		h, tun = up(t, c)
-		real := state(t)
-		for _, s := range []string{"-4 rule", "-6 rule"} {
-			a, b := section(text, s), section(real, s)
-			if a != b {
-				t.Errorf("%s: planned\n%s\n--- done\n%s", s, a, b)
-			}
-		}
-		_, planned, _ := strings.Cut(text, "# nft\n")
-		_, done, _ := strings.Cut(real, "# nft\n")
-		// and an empty line
-		if a, b := strings.Count(planned, "\n"), strings.Count(done, "\n")-2*strings.Count(done, "flags owner"); a != b {
-			t.Errorf("planned %d lines\n%s--- done %d\n%s", a, planned, b, done)
-		}
+		planned := carryOut(t, c, lines)
+		h, tun := up(t, c)
+		samePlan(t, planned, state(t))
 		down(t, h)
 		tun.Close()
 	})
+}
+
+// carryOut has nft(8) and ip(8) do what a plan says, returns the host's state then, and undoes it.
+func carryOut(t *testing.T, c Config, lines []string) (planned string) {
+	t.Helper()
+	script := ""
+	for _, l := range lines {
+		if s, ok := strings.CutPrefix(l, "nft "); ok {
+			script += s + "\n"
+		}
+	}
+	f := filepath.Join(t.TempDir(), "plan")
+	if err := os.WriteFile(f, []byte(script), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	nft(t, "-f", f)
+	tun := testTUN(t)
+	for _, l := range lines {
+		if s, ok := strings.CutPrefix(l, "ip "); ok {
+			ip(t, s)
+		}
+	}
+	planned = state(t)
+	for _, tt := range []string{"inet", "arp", "netdev"} {
+		nft(t, "delete", "table", tt, "viasocks")
+	}
+	if _, err := Undo(c); err != nil { // the rules and routes have our number
+		t.Error(err)
+	}
+	tun.Close()
+	ip(t, "link del viasocks0")
+	return planned
+}
+
+// samePlan wants the host's state to be the same by a plan as by what Steer did.
+func samePlan(t *testing.T, planned, done string) {
+	t.Helper()
+	for _, s := range []string{"-4 rule", "-6 rule"} {
+		a, b := section(planned, s), section(done, s)
+		if a != b {
+			t.Errorf("%s: planned\n%s\n--- done\n%s", s, a, b)
+		}
+	}
+	_, planned, _ = strings.Cut(planned, "# nft\n")
+	_, done, _ = strings.Cut(done, "# nft\n")
+	// and an empty line
+	if a, b := strings.Count(planned, "\n"), strings.Count(done, "\n")-2*strings.Count(done, "flags owner"); a != b {
+		t.Errorf("planned %d lines\n%s--- done %d\n%s", a, planned, b, done)
+	}
 }
 
 func section(state, name string) string {

@@ -29,11 +29,7 @@ var answersToLostAddressCases = []struct {
 func TestAnswersToLostAddress(t *testing.T) {
 	inNamespace(t, func(t *testing.T) {
 		w := newWorld(t)
-		for _, k := range []string{"net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"} {
-			if err := writeSysctl(k, "1"); err != nil {
-				t.Fatal(err)
-			}
-		}
+		forwardAll(t)
 		w.in(func() { ip(t, "addr add 198.51.100.8/24 dev eth0p", "addr add 2001:db8:1::7/64 dev eth0p nodad") })
 		h, tun := up(t, testConfig(t))
 		forwarded := func() uint64 {
@@ -49,16 +45,7 @@ func TestAnswersToLostAddress(t *testing.T) {
 			return 0
 		}
 		for _, o := range answersToLostAddressCases {
-			var proxy *net.UDPConn
-			w.in(func() {
-				var err error
-				if proxy, err = net.ListenUDP(o.network, net.UDPAddrFromAddrPort(netip.MustParseAddrPort(o.proxy))); err != nil {
-					t.Error(err)
-				}
-			})
-			if proxy == nil {
-				return
-			}
+			proxy := w.listenUDP(t, o.network, netip.MustParseAddrPort(o.proxy))
 			if !w.passes(
 				true,
 				probe{
@@ -98,9 +85,7 @@ func TestAnswersToLostAddress(t *testing.T) {
 func TestCarriedToLostAddress(t *testing.T) {
 	inNamespace(t, func(t *testing.T) {
 		w := newWorld(t)
-		if err := writeSysctl("net/ipv4/ip_forward", "1"); err != nil {
-			t.Fatal(err)
-		}
+		setSysctls(t, "1", "net/ipv4/ip_forward")
 		h, tun := up(t, testConfig(t))
 		lost, far := netip.MustParseAddrPort("10.1.1.2:5555"), netip.AddrPortFrom(netip.MustParseAddr(far4), 7777)
 		conn, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(lost))

@@ -125,11 +125,7 @@ func TestFailOpen(t *testing.T) {
 func TestDNSAnswer(t *testing.T) {
 	inNamespace(t, func(t *testing.T) {
 		newWorld(t)
-		for _, d := range []string{"all", "eth0", "default"} {
-			if err := writeSysctl("net/ipv4/conf/"+d+"/rp_filter", "1"); err != nil {
-				t.Fatal(err)
-			}
-		}
+		strictPaths(t)
 		h, tun := up(t, testConfig(t))
 		c, err := net.Dial("udp", lan4+":53")
 		if err != nil {
@@ -192,9 +188,7 @@ func TestNoIPv6(t *testing.T) {
 		w.mustBeClosed(t, "steered")
 		down(t, h)
 		tun.Close()
-		if after := state(t); after != before {
-			t.Errorf("not as it was:\n%s\n--- before\n%s", after, before)
-		}
+		checkRestored(t, before)
 	})
 }
 

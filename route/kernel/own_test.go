@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -98,52 +99,8 @@ func TestOwnCgroup(t *testing.T) {
 		}
 		h, tun := up(t, c)
 		defer tun.Close()
-		check := func(direct bool) {
-			t.Helper()
-			for _, dst := range []string{far4, far6} {
-				for _, typ := range []int{unix.SOCK_DGRAM, unix.SOCK_STREAM} {
-					// The test's own process lies higher than any group of ours: of it the kernel says nothing.
-					for _, group := range []string{ours, theirs, deeper, ""} {
-						dir := ""
-						if group != "" {
-							dir = filepath.Join(mount, group)
-						}
-						if typ == unix.SOCK_STREAM && (!direct || group == theirs || group == deeper) {
-							continue // half a second each where it is carried
-						}
-						for _, tt := range []struct {
-							mark uint32
-							port uint16
-							bind string
-							want bool
-						}{
-							{c.Marks.Own, 7777, "", group == ours},
-							{c.Marks.Own, 7778, "", false},
-							{c.Marks.Own, 7777, "eth0", group == ours},
-							{c.Marks.Direct, 7778, "", direct && group == ours},
-							{c.Marks.Direct, 7778, "eth0", direct && group == ours},
-						} {
-							p := probe{typ: typ, dst: dst, port: tt.port, mark: tt.mark, group: dir, bind: tt.bind}
-							if got := w.passes(tt.want, p.send); got != tt.want {
-								t.Errorf(
-									"direct %v, type %d to %s:%d, mark %#x, cgroup %q, device %q: passed %v, want %v",
-									direct,
-									typ,
-									dst,
-									tt.port,
-									tt.mark,
-									group,
-									tt.bind,
-									got,
-									tt.want,
-								)
-							}
-						}
-					}
-				}
-			}
-		}
-		check(false)
+		x := cgroups{t, w, c.Marks, mount, ours, []string{theirs, deeper}}
+		x.check(false)
 		if s := ip(t, "rule"); strings.Contains(s, "fwmark 0x77000000") {
 			t.Errorf("the mark of direct has a rule: %s", s)
 		}
@@ -152,19 +109,80 @@ func TestOwnCgroup(t *testing.T) {
 			if err := h.Change(c); err != nil {
 				t.Fatal(err)
 			}
-			check(direct)
+			x.check(direct)
 		}
 		// What is excluded has the same mark, and nobody else may set it.
 		c.Exclude.Ports = []PortRange{{123, 123}}
 		if err := h.Change(c); err != nil {
 			t.Fatal(err)
 		}
-		check(false)
+		x.check(false)
 		if !w.passes(true, probe{typ: unix.SOCK_DGRAM, dst: far4, port: 123, mark: c.Marks.Direct}.send) {
 			t.Error("what is excluded does not pass with that mark")
 		}
 		down(t, h)
 	})
+}
+
+// cgroups are groups whose sockets set our marks.
+type cgroups struct {
+	t           *testing.T
+	w           *world
+	marks       Marks
+	mount, ours string
+	others      []string
+}
+
+// check sends from each of the groups, and from the test's own process, which lies higher than any group of ours: of it the
+// kernel says nothing.
+func (x *cgroups) check(direct bool) {
+	x.t.Helper()
+	for _, dst := range []string{far4, far6} {
+		for _, typ := range []int{unix.SOCK_DGRAM, unix.SOCK_STREAM} {
+			for _, group := range append([]string{x.ours, ""}, x.others...) {
+				if typ == unix.SOCK_STREAM && (!direct || slices.Contains(x.others, group)) {
+					continue // half a second each where it is carried
+				}
+				x.checkGroup(direct, probe{typ: typ, dst: dst}, group)
+			}
+		}
+	}
+}
+
+// checkGroup sends p from a group, with each mark.
+func (x *cgroups) checkGroup(direct bool, p probe, group string) {
+	x.t.Helper()
+	if group != "" {
+		p.group = filepath.Join(x.mount, group)
+	}
+	for _, tt := range []struct {
+		mark uint32
+		port uint16
+		bind string
+		want bool
+	}{
+		{x.marks.Own, 7777, "", group == x.ours},
+		{x.marks.Own, 7778, "", false},
+		{x.marks.Own, 7777, "eth0", group == x.ours},
+		{x.marks.Direct, 7778, "", direct && group == x.ours},
+		{x.marks.Direct, 7778, "eth0", direct && group == x.ours},
+	} {
+		p.mark, p.port, p.bind = tt.mark, tt.port, tt.bind
+		if got := x.w.passes(tt.want, p.send); got != tt.want {
+			x.t.Errorf(
+				"direct %v, type %d to %s:%d, mark %#x, cgroup %q, device %q: passed %v, want %v",
+				direct,
+				p.typ,
+				p.dst,
+				p.port,
+				p.mark,
+				group,
+				p.bind,
+				got,
+				tt.want,
+			)
+		}
+	}
 }
 
 // What the kernel says for connections that are closed, the last ACKs of TIME_WAIT and resets, has no socket: of ours it

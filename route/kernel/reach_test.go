@@ -1,7 +1,6 @@
 package kernel
 
 import (
-	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -37,215 +36,11 @@ func listenHere(t *testing.T, addr string) net.Listener {
 	return tcpServer(t, "tcp", addr)
 }
 
-// Connections from outside: open before (tracked by nobody), while up, after the daemon's death; and all of that with
-// strict reverse path filtering. An excluded device changes nothing about them, and is not subject to CarryInbound.
-func TestInbound(t *testing.T) {
-	for _, tt := range []struct{ strict, exclude, carry bool }{
-		{}, {strict: true}, {exclude: true}, {strict: true, exclude: true}, {exclude: true, carry: true},
-	} {
-		strict := tt.strict
-		inNamespace(t, func(t *testing.T) {
-			w := newWorld(t)
-			if strict {
-				for _, d := range []string{"all", "eth0", "default"} {
-					if err := writeSysctl("net/ipv4/conf/"+d+"/rp_filter", "1"); err != nil {
-						t.Fatal(err)
-					}
-				}
-			}
-			// The far end's addresses are on lo of the world: what comes from there is from outside, not on-link.
-			w.in(func() {
-				ip(
-					t,
-					"route replace 198.51.100.2/32 dev eth0p src "+far4,
-					"-6 route replace 2001:db8:1::2/128 dev eth0p src "+far6,
-				)
-			})
-			l := listenHere(t, ":2222")
-			defer l.Close()
-			u, err := net.ListenPacket("udp", ":2223")
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer u.Close()
-			go func() {
-				b := make([]byte, 100)
-				for {
-					n, from, err := u.ReadFrom(b)
-					if err != nil {
-						return
-					}
-					_, _ = u.WriteTo(b[:n], from)
-				}
-			}()
-			b4, b6 := w.dialIn(t, "tcp", "198.51.100.2:2222"), w.dialIn(t, "tcp", "[2001:db8:1::2]:2222")
-			if b4 == nil || b6 == nil {
-				return
-			}
-			defer b4.Close()
-			defer b6.Close()
-			if b4.LocalAddr().(*net.TCPAddr).IP.String() != far4 {
-				t.Errorf("the client is at %v", b4.LocalAddr())
-			}
-			c := testConfig(t)
-			c.Guard = time.Second
-			c.CarryInbound = tt.carry
-			if tt.exclude {
-				c.Exclude.Devices = []string{"eth0"}
-			}
-			if c.Kept, err = Established(); err != nil || len(c.Kept) != 2 {
-				t.Errorf("established: %v, %v", c.Kept, err)
-			}
-			h, tun := up(t, c)
-			check := func(when string) {
-				t.Helper()
-				for _, c := range []net.Conn{b4, b6} {
-					if err := talk(c); err != nil {
-						t.Errorf("%s: connection of before, %v: %v", when, c.RemoteAddr(), err)
-					}
-				}
-				for _, a := range []string{"198.51.100.2", "[2001:db8:1::2]"} {
-					if c := w.dialIn(t, "tcp", a+":2222"); c != nil {
-						if err := talk(c); err != nil {
-							t.Errorf("%s: new connection to %s: %v", when, a, err)
-						}
-						c.Close()
-					}
-					w.in(func() {
-						c, err := net.Dial("udp", a+":2223")
-						if err == nil {
-							err = talk(c)
-							c.Close()
-						}
-						if err != nil {
-							t.Errorf("%s: UDP to %s: %v", when, a, err)
-						}
-					})
-				}
-			}
-			check(fmt.Sprintf("up, %+v", tt))
-			h.Close() // as a kill does
-			tun.Close()
-			testkit.Pace(1100 * time.Millisecond) // the guard ends
-			check(fmt.Sprintf("dead, %+v", tt))
-			if !tt.exclude { // sockets that are bound to an excluded device go past the proxy
-				w.mustBeClosed(t, "dead")
-			} else if w.passes(false, probe{typ: unix.SOCK_DGRAM, dst: far4, port: 7777}.send) {
-				t.Errorf("%+v: a datagram of a socket that is not bound to the device left", tt)
-			}
-			if _, err := Undo(c); err != nil {
-				t.Error(err)
-			}
-			check("down")
-			if strict && readSysctl(srcValidMark) != "0" {
-				t.Error("src_valid_mark was not put back")
-			}
-		})
-	}
-}
-
-// serverFirstCases are the cases of TestServerFirst.
-var serverFirstCases = []struct {
-	name    string
-	carry   bool
-	exclude string
-	want    bool
-}{
-	{"keep", false, "", true},
-	{"carry", true, "", false},
-	{"carry, the device is excluded", true, "eth0", true},
-	{"carry, another device is excluded", true, "br0", false},
-}
-
-// A server speaks first over connections that nobody had tracked before `up`. With CarryInbound only those that have an
-// address of an excluded device are answered directly, also after the choice was changed.
-func TestServerFirst(t *testing.T) {
-	for _, tt := range serverFirstCases {
-		for _, changed := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s, changed %v", tt.name, changed), func(t *testing.T) {
-				inNamespace(t, func(t *testing.T) {
-					w := newWorld(t)
-					w.in(func() {
-						ip(
-							t,
-							"route replace 198.51.100.2/32 dev eth0p src "+far4,
-							"-6 route replace 2001:db8:1::2/128 dev eth0p src "+far6,
-						)
-					})
-					l, err := net.Listen("tcp", ":2222")
-					if err != nil {
-						t.Fatal(err)
-					}
-					defer l.Close()
-					var servers []net.Conn
-					for _, host := range []string{"198.51.100.2:2222", "[2001:db8:1::2]:2222"} {
-						var client net.Conn
-						w.in(func() { client, err = net.Dial("tcp", host) })
-						if err != nil {
-							t.Fatal(err)
-						}
-						defer client.Close()
-						in, err := l.Accept()
-						if err != nil {
-							t.Fatal(err)
-						}
-						defer in.Close()
-						servers = append(servers, in)
-					}
-					c := testConfig(t)
-					c.Kept, _ = Established()
-					choice := c
-					choice.CarryInbound = tt.carry
-					if tt.exclude != "" {
-						choice.Exclude.Devices = []string{tt.exclude}
-					}
-					if !changed {
-						c = choice
-					}
-					h, tun := up(t, c)
-					if changed {
-						if err := h.Change(choice); err != nil {
-							t.Fatal(err)
-						}
-					}
-					for _, s := range servers {
-						send := func() error { _, err := s.Write([]byte("hello")); return err }
-						if got := w.passes(tt.want, send); got != tt.want {
-							t.Errorf("to %v: left directly: %v, want %v", s.RemoteAddr(), got, tt.want)
-						}
-					}
-					down(t, h)
-					tun.Close()
-				})
-			})
-		}
-	}
-}
-
 // A container behind a bridge: its published port is reached, what it dials is captured or refused.
 func TestContainer(t *testing.T) {
 	inNamespace(t, func(t *testing.T) {
 		w := newWorld(t)
-		k := newWorldless(t)
-		ip(
-			t,
-			"link add docker0 type bridge",
-			"link set docker0 addrgenmode none up",
-			"link add vc type veth peer name ceth",
-			"link set vc addrgenmode none master docker0 up",
-			"link set ceth netns "+k.pid(),
-			"addr add 172.17.0.1/16 dev docker0",
-		)
-		k.in(func() {
-			ip(
-				t,
-				"link set lo up",
-				"link set ceth addrgenmode none up",
-				"addr add 172.17.0.2/16 dev ceth",
-				"route add default via 172.17.0.1",
-			)
-		})
-		_ = writeSysctl("net/ipv4/ip_forward", "1")
+		k := newContainer(t)
 		nft(t, "add table ip nat")
 		nft(t, "add chain ip nat prerouting { type nat hook prerouting priority -100; }")
 		nft(t, "add chain ip nat postrouting { type nat hook postrouting priority 100; }")
@@ -289,9 +84,7 @@ func TestContainer(t *testing.T) {
 		}
 		down(t, h)
 		tun.Close()
-		if after := state(t); after != before {
-			t.Errorf("not as it was:\n%s\n--- before\n%s", after, before)
-		}
+		checkRestored(t, before)
 	})
 }
 
@@ -492,43 +285,13 @@ func fd(f *os.File) (n uintptr) {
 func TestOldTalk(t *testing.T) {
 	inNamespace(t, func(t *testing.T) {
 		w := newWorld(t)
-		var peers []net.Conn
+		var conns, peers []net.Conn
 		for _, n := range []string{"tcp", "udp"} {
 			for _, a := range []string{far4 + ":79", "[" + far6 + "]:79"} {
-				var conn, peer net.Conn
-				var l net.Listener
-				var u *net.UDPConn
-				w.in(func() {
-					if n == "tcp" {
-						l, _ = net.Listen(n, a)
-					} else {
-						ua, _ := net.ResolveUDPAddr(n, a)
-						u, _ = net.ListenUDP(n, ua)
-					}
-				})
-				conn, err := net.Dial(n, a)
-				if err != nil {
-					t.Fatal(err)
-				}
+				conn, peer := w.farPair(t, n, a)
 				defer conn.Close()
-				_, _ = conn.Write([]byte("hi"))
-				if n == "tcp" {
-					if peer, err = l.Accept(); err != nil {
-						t.Fatal(err)
-					}
-					l.Close()
-				} else {
-					b := make([]byte, 10)
-					_, from, err := u.ReadFrom(b)
-					if err != nil {
-						t.Fatal(err)
-					}
-					u.Close()
-					la, _ := net.ResolveUDPAddr(n, a)
-					w.in(func() { peer, _ = net.DialUDP(n, la, from.(*net.UDPAddr)) })
-				}
 				defer peer.Close()
-				peers = append(peers, peer, conn)
+				conns, peers = append(conns, conn), append(peers, peer)
 			}
 		}
 		c := testConfig(t)
@@ -539,12 +302,12 @@ func TestOldTalk(t *testing.T) {
 		h, tun := up(t, c)
 		w.take()
 		for range 3 {
-			for i := 0; i < len(peers); i += 2 {
-				_, _ = peers[i].Write([]byte("talk"))
+			for _, peer := range peers {
+				_, _ = peer.Write([]byte("talk"))
 			}
 			testkit.Pace(20 * time.Millisecond)
-			for i := 1; i < len(peers); i += 2 {
-				_, _ = peers[i].Write([]byte("answer"))
+			for _, conn := range conns {
+				_, _ = conn.Write([]byte("answer"))
 			}
 		}
 		if s := w.take(); len(s) > 0 {
@@ -553,4 +316,39 @@ func TestOldTalk(t *testing.T) {
 		down(t, h)
 		tun.Close()
 	})
+}
+
+// farPair connects the host with an endpoint of the world, and returns both ends.
+func (w *world) farPair(t *testing.T, network, addr string) (conn, peer net.Conn) {
+	t.Helper()
+	var l net.Listener
+	var u *net.UDPConn
+	w.in(func() {
+		if network == "tcp" {
+			l, _ = net.Listen(network, addr)
+		} else {
+			ua, _ := net.ResolveUDPAddr(network, addr)
+			u, _ = net.ListenUDP(network, ua)
+		}
+	})
+	conn, err := net.Dial(network, addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, _ = conn.Write([]byte("hi"))
+	if network == "tcp" {
+		if peer, err = l.Accept(); err != nil {
+			t.Fatal(err)
+		}
+		l.Close()
+		return conn, peer
+	}
+	_, from, err := u.ReadFrom(make([]byte, 10))
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.Close()
+	la, _ := net.ResolveUDPAddr(network, addr)
+	w.in(func() { peer, _ = net.DialUDP(network, la, from.(*net.UDPAddr)) })
+	return conn, peer
 }

@@ -110,15 +110,7 @@ func forgedDatagram(t *testing.T, v6 bool, rp string) {
 			t.Fatal(err)
 		}
 	}
-	w.in(func() {
-		ip(
-			t,
-			"route replace local 203.0.113.0/24 dev lo",
-			"-6 route replace local 2001:db8:9::/64 dev lo",
-			"route add default via 198.51.100.2",
-			"-6 route add default via 2001:db8:1::2",
-		)
-	})
+	w.isAnyone(t)
 	c := testConfig(t)
 	c.Guard = 30 * time.Second
 	h, err := New(c)
@@ -255,26 +247,7 @@ func transparent(network, _ string, c syscall.RawConn) error {
 func TestForgedToContainer(t *testing.T) {
 	inNamespace(t, func(t *testing.T) {
 		w := newWorld(t)
-		k := newWorldless(t)
-		ip(
-			t,
-			"link add docker0 type bridge",
-			"link set docker0 addrgenmode none up",
-			"link add vc type veth peer name ceth",
-			"link set vc addrgenmode none master docker0 up",
-			"link set ceth netns "+k.pid(),
-			"addr add 172.17.0.1/16 dev docker0",
-		)
-		k.in(func() {
-			ip(
-				t,
-				"link set lo up",
-				"link set ceth addrgenmode none up",
-				"addr add 172.17.0.2/16 dev ceth",
-				"route add default via 172.17.0.1",
-			)
-		})
-		_ = writeSysctl("net/ipv4/ip_forward", "1")
+		k := newContainer(t)
 		nft(t, "add table ip nat")
 		nft(t, "add chain ip nat prerouting { type nat hook prerouting priority -100; }")
 		nft(t, "add rule ip nat prerouting fib daddr type local udp dport 5555 dnat to 172.17.0.2:5555")

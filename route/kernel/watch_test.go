@@ -31,56 +31,18 @@ func TestWatchFails(t *testing.T) {
 			default:
 			}
 		}
-		h, err := New(c)
-		if err != nil {
-			t.Fatal(err)
-		}
-		h.owned = 0 // so that others can change it
-		if err := h.Shut(); err != nil {
-			t.Fatal(err)
-		}
-		tun := testTUN(t)
+		h, tun := upOwned(t, c, false)
 		defer tun.Close()
-		if err := h.Steer(); err != nil {
-			t.Fatal(err)
-		}
 		settled(t)
 		during := state(t)
-
-		// Run subscribes on whatever thread: the sockets of this namespace are there beforehand.
-		again := map[int]*os.File{}
-		var may atomic.Bool
-		var tries atomic.Int32
-		reads, writes, err := os.Pipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, s := range []*source{h.events, h.nfEvents} {
-			if again[s.proto], err = subscribe(s.proto, s.groups...); err != nil {
-				t.Fatal(err)
-			}
-		}
-		h.events.f.Close()
-		h.events.f = reads // it ends when writes is closed
-		if err := h.nfEvents.f.SetReadDeadline(time.Unix(1, 0)); err != nil {
-			t.Fatal(err) // this one has failed by the time that Run comes
-		}
-		wasAgain, wasMost, wasSubscribe := watchAgain, watchMost, subscribe
-		defer func() { watchAgain, watchMost, subscribe = wasAgain, wasMost, wasSubscribe }()
-		watchAgain, watchMost = time.Millisecond, 50*time.Millisecond
-		subscribe = func(proto int, _ ...int) (*os.File, error) {
-			tries.Add(1)
-			if !may.Load() {
-				return nil, unix.EMFILE
-			}
-			return again[proto], nil
-		}
+		watches := breakWatches(t, h)
+		defer watches.restore()
 
 		ctx, cancel := context.WithCancel(context.Background())
 		ended := make(chan struct{})
 		go func() { h.Run(ctx); close(ended) }()
 		testkit.Eventually(t, "a warning that one watch ended", func() bool { return len(h.Warnings()) == 1 })
-		writes.Close()
+		watches.writes.Close()
 		testkit.Eventually(t, "a warning that both ended", func() bool { return len(h.Warnings()) == 2 })
 		for _, f := range h.Warnings() {
 			if !strings.Contains(f, "lost the netlink subscription for ") {
@@ -92,26 +54,14 @@ func TestWatchFails(t *testing.T) {
 		case <-time.After(testkit.Patience):
 			t.Error("nobody said that the default route may have changed")
 		}
-		harm := func(when string) {
-			t.Helper()
-			for _, f := range []func(){
-				func() { ip(t, "-4 rule flush protocol 118") },
-				func() { ip(t, "-6 route flush table 30323") },
-				func() { nft(t, "flush", "chain", "inet", "viasocks", "output") },
-			} {
-				f()
-				testkit.Eventually(t, when+": put back", func() bool { return state(t) == during })
-			}
-			w.mustBeClosed(t, "steered")
-		}
-		harm("unwatched")
-		n := tries.Load()
-		testkit.Eventually(t, "tries that go on", func() bool { return tries.Load() > n+4 })
-		may.Store(true)
+		harm(t, w, "unwatched", during)
+		n := watches.tries.Load()
+		testkit.Eventually(t, "tries that go on", func() bool { return watches.tries.Load() > n+4 })
+		watches.may.Store(true)
 		testkit.Eventually(t, "a watch again", func() bool { return len(h.Warnings()) == 0 })
-		n = tries.Load()
-		harm("watched again")
-		if tries.Load() != n {
+		n = watches.tries.Load()
+		harm(t, w, "watched again", during)
+		if watches.tries.Load() != n {
 			t.Error("the new watch ended as well")
 		}
 		cancel()
@@ -123,6 +73,62 @@ func TestWatchFails(t *testing.T) {
 		}
 		down(t, h)
 	})
+}
+
+// brokenWatches are the two watches of a Host, which fail, and cannot be begun again for a while.
+type brokenWatches struct {
+	writes  *os.File // one watch ends when this is closed
+	tries   atomic.Int32
+	may     atomic.Bool // they can be begun again
+	restore func()
+}
+
+// breakWatches replaces the watches of a Host that does not run yet.
+func breakWatches(t *testing.T, h *Host) *brokenWatches {
+	t.Helper()
+	// Run subscribes on whatever thread: the sockets of this namespace are there beforehand.
+	again := map[int]*os.File{}
+	var b brokenWatches
+	reads, writes, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.writes = writes
+	for _, s := range []*source{h.events, h.nfEvents} {
+		if again[s.proto], err = subscribe(s.proto, s.groups...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h.events.f.Close()
+	h.events.f = reads // it ends when writes is closed
+	if err := h.nfEvents.f.SetReadDeadline(time.Unix(1, 0)); err != nil {
+		t.Fatal(err) // this one has failed by the time that Run comes
+	}
+	wasAgain, wasMost, wasSubscribe := watchAgain, watchMost, subscribe
+	b.restore = func() { watchAgain, watchMost, subscribe = wasAgain, wasMost, wasSubscribe }
+	watchAgain, watchMost = time.Millisecond, 50*time.Millisecond
+	subscribe = func(proto int, _ ...int) (*os.File, error) {
+		b.tries.Add(1)
+		if !b.may.Load() {
+			return nil, unix.EMFILE
+		}
+		return again[proto], nil
+	}
+	return &b
+}
+
+// harm changes what Steer has made, wants it put back, and the host closed.
+func harm(t *testing.T, w *world, when, during string) {
+	t.Helper()
+	for _, f := range []func(){
+		func() { ip(t, "-4 rule flush protocol 118") },
+		func() { ip(t, "-6 route flush table 30323") },
+		func() { nft(t, "flush", "chain", "inet", "viasocks", "output") },
+	} {
+		f()
+		testkit.Eventually(t, when+": put back", func() bool { return state(t) == during })
+	}
+	w.mustBeClosed(t, "steered")
 }
 
 // Close ends a Run's watch for good.

@@ -369,4 +369,63 @@ func newWorldless(t *testing.T) *world {
 	return w
 }
 
+// listenUDP opens a socket of the world.
+func (w *world) listenUDP(t *testing.T, network string, addr netip.AddrPort) (conn *net.UDPConn) {
+	t.Helper()
+	var err error
+	w.in(func() { conn, err = net.ListenUDP(network, net.UDPAddrFromAddrPort(addr)) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}
+
+// newContainer is a namespace at 172.17.0.2 behind the bridge docker0 of the host, which forwards what comes from there.
+func newContainer(t *testing.T) *world {
+	t.Helper()
+	k := newWorldless(t)
+	ip(
+		t,
+		"link add docker0 type bridge",
+		"link set docker0 addrgenmode none up",
+		"link add vc type veth peer name ceth",
+		"link set vc addrgenmode none master docker0 up",
+		"link set ceth netns "+k.pid(),
+		"addr add 172.17.0.1/16 dev docker0",
+	)
+	k.in(func() {
+		ip(
+			t,
+			"link set lo up",
+			"link set ceth addrgenmode none up",
+			"addr add 172.17.0.2/16 dev ceth",
+			"route add default via 172.17.0.1",
+		)
+	})
+	setSysctls(t, "1", "net/ipv4/ip_forward")
+	return k
+}
+
+// speaksFromFar has the world's connections to the host come from the far end's addresses, which are not on-link.
+func (w *world) speaksFromFar(t *testing.T) {
+	t.Helper()
+	w.in(func() {
+		ip(t, "route replace 198.51.100.2/32 dev eth0p src "+far4, "-6 route replace 2001:db8:1::2/128 dev eth0p src "+far6)
+	})
+}
+
+// isAnyone gives the world all addresses of the far networks.
+func (w *world) isAnyone(t *testing.T) {
+	t.Helper()
+	w.in(func() {
+		ip(
+			t,
+			"route replace local 203.0.113.0/24 dev lo",
+			"-6 route replace local 2001:db8:9::/64 dev lo",
+			"route add default via 198.51.100.2",
+			"-6 route add default via 2001:db8:1::2",
+		)
+	})
+}
+
 func (w *world) pid() string { return fmt.Sprint(w.tid) }
