@@ -190,12 +190,15 @@ type tasks struct{ *engine }
 
 func (e *engine) containerd() {
 	const socket = "/run/engine.sock"
-	config := filepath.Join(e.dir, "containerd.toml")
-	text := fmt.Sprintf("version = 2\nroot = %q\nstate = \"/run/engine\"\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n"+
-		"[grpc]\naddress = %q\n", filepath.Join(e.dir, "data"), socket)
-	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
-		e.t.Fatal(err)
-	}
+	config := e.write("containerd.toml", fmt.Sprintf(`version = 2
+root = %[1]q
+state = "/run/engine"
+disabled_plugins = ["io.containerd.grpc.v1.cri"]
+[grpc]
+address = %[2]q
+[plugins."io.containerd.internal.v1.opt"]
+path = %[1]q
+`, filepath.Join(e.dir, "data"), socket))
 	e.daemon("containerd", "--config", config)
 	e.command = []string{"ctr", "--address", socket, "--namespace", strings.TrimPrefix(e.group, "/")}
 	e.w.eventually(time.Minute, "containerd answers", func() bool { _, err := e.try("version"); return err == nil })
