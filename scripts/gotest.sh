@@ -1,14 +1,12 @@
 #!/usr/bin/env bash
-# gotest.sh FLAG... -- PACKAGE...: runs go test, and gives at most three tests of real programs a second try.
+# gotest.sh FLAG... -- PACKAGE...: runs go test, and gives at most three failed tests a second try.
 #
-# The packages below run many real programs, the kernel and hundreds of timers on a machine that may be slow and busy, and
-# some of those programs fail now and then by themselves. Their failed tests are run once more, after everything else. Each
-# such test is named at the end, with the output of its failure above: it has a fault that wants mending. These get no second
-# try: other packages; data races, panics and tests that hang; a package that fails without naming a test; four failed tests
-# or more.
+# The tests run many real programs, the kernel and hundreds of timers on a machine that may be slow and busy, and some of those
+# programs fail now and then by themselves. A failed test is run once more, after everything else. Each test that passes only
+# then is named at the end, with the output of its failure above: it has a fault that wants mending. These get no second try:
+# data races, panics and tests that hang; a package that fails without naming a test; four failed tests or more.
 set -euo pipefail
 
-again='/(e2e|hosttest|servicetest|kernel|viasocks)$'
 go=${GO:-go} flags=()
 while (($#)) && [[ $1 != -- ]]; do flags+=("$1"); shift; done
 (($# > 1)) || { echo "usage: gotest.sh FLAG... -- PACKAGE..." >&2; exit 2; }
@@ -29,7 +27,7 @@ mapfile -t failed < <(awk '
 count=0
 for line in "${failed[@]}"; do
 	read -r package tests <<<"$line"
-	[[ -n $tests && $package =~ $again ]] || exit "$status"
+	[[ -n $tests ]] || exit "$status"
 	names=${tests//[^|]/}
 	((count += ${#names} + 1))
 done
