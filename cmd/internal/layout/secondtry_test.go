@@ -8,56 +8,47 @@ import (
 	"testing"
 )
 
-// once is a test that fails at its first run.
-const once = `func TestOnce(t *testing.T) {
-	if os.Mkdir("tried", 0o700) == nil {
-		t.Fatal("the first time")
+const (
+	goodPackage = "ok  \tm.example/good\t0.010s\n"
+	badPackage  = "FAIL\nFAIL\tm.example/some\t0.012s\n"
+)
+
+func failed(tests ...string) string {
+	var b strings.Builder
+	for _, name := range tests {
+		b.WriteString("--- FAIL: " + name + " (0.00s)\n    some_test.go:15: why\n    --- FAIL: " + name + "/x (0.00s)\n")
 	}
+	return b.String()
 }
-`
 
-// imports begins a file of tests.
-const imports = "package some\n\nimport (\n\t\"os\"\n\t\"testing\"\n)\n\nvar _ = os.Args\n\n"
-
-// fail is a test that always fails.
-func fail(name string) string { return "func Test" + name + "(t *testing.T) { t.Fail() }\n" }
-
-// TestSecondTry: scripts/gotest.sh runs a test again if it failed, says so, and excuses nothing else.
+// TestSecondTry: scripts/gotest.sh runs a failed test again, says so, and excuses nothing else.
 func TestSecondTry(t *testing.T) {
-	if testing.Short() {
-		t.Skip("it builds twenty tests")
-	}
-	script, err := filepath.Abs("../../../scripts/gotest.sh")
-	if err != nil {
-		t.Fatal(err)
-	}
-	const passed, second = "passed only at the second try: m.example/", "second try: m.example/"
+	const passed, second = "passed only at the second try: m.example/some Test", "second try: m.example/some Test"
 	for _, tt := range []struct {
-		name, tests string
-		passes      bool
-		says        string
-		never       string
+		name, first, second string // what go test prints
+		passes              bool
+		says, never         string
 	}{
-		{"good", "func TestGood(t *testing.T) {}\n", true, "ok", "second try"},
-		{"fails once", once, true, passed + "some TestOnce", ""},
-		{"fails always", fail("Bad"), false, second + "some TestBad", passed},
-		{"race", once + "func TestRace(t *testing.T) { println(\"WARNING: DATA RACE\") }\n", false, "RACE", "second try"},
-		{"panic", "func TestPanic(t *testing.T) { os.Mkdir(\"tried\", 0o700); panic(1) }\n", false, "panic: 1", "second try"},
-		{"no test named", "func TestMain(m *testing.M) { os.Exit(1) }\n", false, "FAIL\tm.example/some", "second try"},
-		{"does not build", "func TestNo(t *testing.T) { no() }\n", false, "build failed", "second try"},
-		{"three", fail("A") + fail("B") + once, false, "second try: m.example/some TestA TestB TestOnce", passed},
-		{"four", fail("A") + fail("B") + fail("C") + fail("D"), false, "--- FAIL: TestD", "second try"},
+		{"good", goodPackage, "", true, "ok", "second try"},
+		{"fails once", goodPackage + failed("TestA") + badPackage, goodPackage, true, passed + "A\n", ""},
+		{"fails always", failed("TestA") + badPackage, failed("TestA") + badPackage, false, second + "A\n", passed},
+		{"race", failed("TestA") + "    WARNING: DATA RACE\n" + badPackage, goodPackage, false, "RACE", "second try"},
+		{"panic", failed("TestA") + "panic: 1\n\ngoroutine 1\n" + badPackage, goodPackage, false, "panic: 1", "second try"},
+		{"panic of another program", failed("TestA") + "        panic: 1\n" + badPackage, goodPackage, false, "panic: 1", "second try"},
+		{"no test named", goodPackage + badPackage + failed("TestA") + badPackage, goodPackage, false, "FAIL", "second try"},
+		{"does not build", failed("TestA") + "FAIL\tm.example/some [build failed]\n", goodPackage, false, "build", "second try"},
+		{"three", failed("TestA", "TestB", "TestC") + badPackage, goodPackage, true, second + "A TestB TestC\n", ""},
+		{"four", failed("TestA", "TestB", "TestC", "TestD") + badPackage, goodPackage, false, "FAIL: TestD", "second try"},
+		{"four of two packages", failed("TestA", "TestB") + badPackage + failed("TestC", "TestD") +
+			strings.ReplaceAll(badPackage, "some", "other"), goodPackage, false, "FAIL: TestD", "second try"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
 			dir := t.TempDir()
-			writeFile(t, dir+"/go.mod", "module m.example\n\ngo 1.24\n")
-			writeFile(t, dir+"/some/some_test.go", imports+tt.tests)
-			writeFile(t, dir+"/good/good_test.go", imports+"func TestGood(t *testing.T) {}\n")
-			cmd := exec.Command(script, "-vet=off", "-count=1", "--", "./good", "./some")
-			cmd.Dir = dir
-			b, err := cmd.CombinedOutput()
-			got := string(b)
+			writeFile(t, dir+"/first", tt.first, 0o644)
+			writeFile(t, dir+"/second", tt.second, 0o644)
+			// It stands in for go test, and fails as that does.
+			writeFile(t, dir+"/go", "#!/bin/sh\ncat first; ! grep -q ^FAIL first; status=$?; mv second first; exit $status\n", 0o755)
+			got, err := gotest(t, dir, dir+"/go")
 			if (err == nil) != tt.passes || !strings.Contains(got, tt.says) || tt.never != "" && strings.Contains(got, tt.never) {
 				t.Errorf("%v\n%s", err, got)
 			}
@@ -65,12 +56,48 @@ func TestSecondTry(t *testing.T) {
 	}
 }
 
-func writeFile(t *testing.T, name, text string) {
+// TestSecondTryOfGo: go test prints what scripts/gotest.sh expects.
+func TestSecondTryOfGo(t *testing.T) {
+	dir := t.TempDir()
+	writeFile(t, dir+"/go.mod", "module m.example\n\ngo 1.24\n", 0o644)
+	writeFile(t, dir+"/some/some_test.go", `package some
+
+import (
+	"os"
+	"testing"
+)
+
+func TestOnce(t *testing.T) {
+	if os.Mkdir("tried", 0o700) == nil {
+		t.Run("inside", func(t *testing.T) { t.Error("the first time") })
+	}
+}
+`, 0o644)
+	const want = "passed only at the second try: m.example/some TestOnce\n"
+	if got, err := gotest(t, dir, "go"); err != nil || !strings.Contains(got, want) {
+		t.Errorf("%v\n%s", err, got)
+	}
+}
+
+// gotest runs the script in a folder, with a program that is or stands in for go.
+func gotest(t *testing.T, dir, program string) (string, error) {
+	t.Helper()
+	script, err := filepath.Abs("../../../scripts/gotest.sh")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(script, "-vet=off", "-count=1", "--", "./...")
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), "GO="+program)
+	b, err := cmd.CombinedOutput()
+	return string(b), err
+}
+
+func writeFile(t *testing.T, name, text string, mode os.FileMode) {
 	t.Helper()
 	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
+	if err := os.WriteFile(name, []byte(text), mode); err != nil {
 		t.Fatal(err)
 	}
 }
