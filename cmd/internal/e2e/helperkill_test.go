@@ -47,6 +47,65 @@ func echo(c net.Conn, text string) error {
 	return nil
 }
 
+// published is a viasocks that publishes the echo server which it runs.
+type published struct {
+	cmd  *exec.Cmd
+	port string
+	log  *harness.Log
+}
+
+// publishEcho starts one as a user, with a search path and a home directory.
+func publishEcho(t *testing.T, proxy string, uid int, path, home string) published {
+	t.Helper()
+	p := published{log: &harness.Log{}}
+	p.cmd = exec.Command(viasocks, "run", "--proxy", proxy, "--log-level", "info", "--publish", "0:80", "--",
+		"/usr/bin/socat", "TCP-LISTEN:80,fork,reuseaddr", "PIPE")
+	p.cmd.Env, p.cmd.Dir, p.cmd.Stderr = []string{"PATH=" + path, "HOME=" + home}, home, p.log
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = p.cmd.Process.Signal(syscall.SIGTERM); _ = p.cmd.Wait() })
+	testkit.Eventually(t, "it is ready", func() bool { return strings.Contains(p.log.String(), "msg=ready") })
+	_, after, _ := strings.Cut(p.log.String(), "port=127.0.0.1:")
+	p.port, _, _ = strings.Cut(after, ":")
+	p.answers(t)
+	return p
+}
+
+// answers waits until the port is answered.
+func (p published) answers(t *testing.T) {
+	t.Helper()
+	testkit.Eventually(t, "the port answers", func() bool {
+		c, err := echoed(p.port)
+		if err == nil {
+			c.Close()
+		}
+		return err == nil
+	})
+}
+
+// maker returns the process that makes sockets.
+func (p published) maker(t *testing.T) (pid int) {
+	t.Helper()
+	list := childrenNamed(p.cmd.Process.Pid, "viasocks-sockets")
+	if len(list) != 1 {
+		t.Fatalf("the processes that make sockets are %v", list)
+	}
+	if _, err := fmt.Sscan(list[0], &pid); err != nil {
+		t.Fatal(err)
+	}
+	return pid
+}
+
+// killMaker sends a signal to the process that makes sockets.
+func (p published) killMaker(t *testing.T, sig syscall.Signal) {
+	t.Helper()
+	if err := syscall.Kill(p.maker(t), sig); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestPublishMakerKilled: when the process that makes sockets is killed, the published port answers the very next connection,
 // by another such process that can do no more than the first one. Connections that exist stay. This holds as root and as an
 // ordinary user.
@@ -55,115 +114,69 @@ func TestPublishMakerKilled(t *testing.T) {
 		return
 	}
 	needWorld(t)
-	socat, err := exec.LookPath("socat")
-	if err != nil {
+	if _, err := os.Stat("/usr/bin/socat"); err != nil {
 		t.Skip(err)
 	}
 	proxy := listenSOCKS(t)
 	asUsers(t, func(t *testing.T, uid int, dir string) {
-		start := func(path string) (cmd *exec.Cmd, port string, log *harness.Log) {
-			log = &harness.Log{}
-			cmd = exec.Command(viasocks, "run", "--proxy", proxy.URL(), "--log-level", "info", "--publish", "0:80", "--",
-				socat, "TCP-LISTEN:80,fork,reuseaddr", "PIPE")
-			cmd.Env, cmd.Dir, cmd.Stderr = []string{"PATH=" + path, "HOME=" + dir}, dir, log
-			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { _ = cmd.Process.Signal(syscall.SIGTERM); _ = cmd.Wait() })
-			testkit.Eventually(t, "it is ready", func() bool { return strings.Contains(log.String(), "msg=ready") })
-			_, after, _ := strings.Cut(log.String(), "port=127.0.0.1:")
-			port, _, _ = strings.Cut(after, ":")
-			testkit.Eventually(t, "the program listens", func() bool {
-				c, err := echoed(port)
-				if err == nil {
-					c.Close()
-				}
-				return err == nil
-			})
-			return cmd, port, log
-		}
-		cmd, port, log := start(os.Getenv("PATH"))
-		old, err := echoed(port)
+		p := publishEcho(t, proxy.URL(), uid, os.Getenv("PATH"), dir)
+		old, err := echoed(p.port)
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer old.Close()
-		first := theMaker(t, cmd.Process.Pid)
-		if err := syscall.Kill(first, syscall.SIGTERM); err != nil { // a service manager sends it to all processes
-			t.Fatal(err)
-		}
-		able, holds := aboutMaker(t, first)
-		if err := syscall.Kill(first, syscall.SIGKILL); err != nil {
-			t.Fatal(err)
-		}
-		began := time.Now()
-		c, err := echoed(port)
-		if err != nil {
-			t.Errorf("the first connection after the death: %v\n%s", err, log)
-		} else {
-			t.Logf("the first connection after the death took %v", time.Since(began))
-			c.Close()
-		}
-		second := theMaker(t, cmd.Process.Pid)
-		if now, _ := aboutMaker(t, second); second == first || now != able {
-			t.Errorf("the process %d is\n%s\nand %d was\n%s", second, now, first, able)
-		}
-		if _, now := aboutMaker(t, second); slices.ContainsFunc(now, func(f string) bool { return !slices.Contains(holds, f) }) {
-			t.Errorf("the process %d has the files %q, and %d had %q", second, now, first, holds)
-		}
-		// The next one is started after a pause, in which the port refuses.
-		if err := syscall.Kill(second, syscall.SIGKILL); err != nil {
-			t.Fatal(err)
-		}
-		testkit.Eventually(t, "the port answers again", func() bool {
-			c, err := echoed(port)
-			if err == nil {
-				c.Close()
-			}
-			return err == nil
-		})
+		p.replacesMaker(t)
+		p.killMaker(t, syscall.SIGKILL) // the next one is started after a pause, in which the port refuses
+		p.answers(t)
 		if err := echo(old, "still there"); err != nil {
 			t.Errorf("the connection from before: %v", err)
 		}
-		if said := strings.Count(log.String(), "level=WARN"); said != 2 ||
-			strings.Count(log.String(), `viasocks-sockets has ended unexpectedly: it is started again" how="signal 9 (killed)"`) != 2 {
-			t.Errorf("%d warnings:\n%s", said, log)
+		const ended = `viasocks-sockets has ended unexpectedly: it is started again" how="signal 9 (killed)"`
+		if all := strings.Count(p.log.String(), "level=WARN"); all != 2 || strings.Count(p.log.String(), ended) != 2 {
+			t.Errorf("%d warnings:\n%s", all, p.log)
 		}
-		third := theMaker(t, cmd.Process.Pid)
-		_ = cmd.Process.Signal(syscall.SIGTERM)
-		_ = cmd.Wait()
-		if _, err := os.Stat(fmt.Sprint("/proc/", third)); err == nil {
+		last := p.maker(t)
+		_ = p.cmd.Process.Signal(syscall.SIGTERM)
+		_ = p.cmd.Wait()
+		if _, err := os.Stat(fmt.Sprint("/proc/", last)); err == nil {
 			t.Error("the process that makes sockets is still there")
 		}
-		if uid == 0 {
-			return
-		}
-		cmd, port, log = start(dir) // where there is no nsenter
-		if err := syscall.Kill(theMaker(t, cmd.Process.Pid), syscall.SIGKILL); err != nil {
-			t.Fatal(err)
-		}
-		testkit.Eventually(t, "the log says why", func() bool {
-			return strings.Contains(log.String(), "nsenter is not installed: install util-linux")
-		})
-		if c, err := echoed(port); err == nil {
-			c.Close()
-			t.Error("the port answers although nothing can make sockets")
+		if uid != 0 {
+			p := publishEcho(t, proxy.URL(), uid, dir, dir) // the search path has no nsenter
+			p.killMaker(t, syscall.SIGKILL)
+			testkit.Eventually(t, "the log says why", func() bool {
+				return strings.Contains(p.log.String(), "nsenter is not installed: install util-linux")
+			})
+			if c, err := echoed(p.port); err == nil {
+				c.Close()
+				t.Error("the port answers although nothing can make sockets")
+			}
 		}
 	})
 }
 
-// theMaker returns the process of viasocks that makes sockets.
-func theMaker(t *testing.T, viasocks int) (pid int) {
+// replacesMaker kills the process that makes sockets, and wants the next connection to be carried by one like it.
+func (p published) replacesMaker(t *testing.T) {
 	t.Helper()
-	list := childrenNamed(viasocks, "viasocks-sockets")
-	if len(list) != 1 {
-		t.Fatalf("the processes that make sockets are %v", list)
+	p.killMaker(t, syscall.SIGTERM) // which a service manager sends to all processes, and which it ignores
+	first := p.maker(t)
+	able, holds := aboutMaker(t, first)
+	p.killMaker(t, syscall.SIGKILL)
+	began := time.Now()
+	if c, err := echoed(p.port); err != nil {
+		t.Errorf("the first connection after the death: %v\n%s", err, p.log)
+	} else {
+		t.Logf("the first connection after the death took %v", time.Since(began))
+		c.Close()
 	}
-	if _, err := fmt.Sscan(list[0], &pid); err != nil {
-		t.Fatal(err)
+	second := p.maker(t)
+	now, has := aboutMaker(t, second)
+	if second == first || now != able {
+		t.Errorf("the process %d is\n%s\nand %d was\n%s", second, now, first, able)
 	}
-	return pid
+	if slices.ContainsFunc(has, func(f string) bool { return !slices.Contains(holds, f) }) {
+		t.Errorf("the process %d has the files %q, and %d had %q", second, has, first, holds)
+	}
 }
 
 // aboutMaker tells what a process is able to do, and which files it has.
@@ -214,34 +227,25 @@ func TestNamedNamespaceRestorerKilled(t *testing.T) {
 	if !apart(t) {
 		return
 	}
-	for what, prepare := range namedStates {
-		t.Run(what, func(t *testing.T) {
-			needNamed(t, "blue")
-			proxy := listenSOCKS(t)
-			prepare(t, "blue")
-			before := stateOf(t, "blue")
-			cmd := exec.Command(viasocks, "run", "--proxy", proxy.URL(), "--log-level", "info", "--publish", "0:80",
-				"--netns", "blue", "--", "sleep", "60")
-			startPublished(t, cmd)
-			first := childrenNamed(cmd.Process.Pid, "viasocks-restore")
-			if len(first) != 1 {
-				t.Fatalf("the processes that restore are %v", first)
-			}
-			signalPID(t, first[0], syscall.SIGKILL)
-			testkit.Eventually(t, "another process that restores", func() bool {
-				now := childrenNamed(cmd.Process.Pid, "viasocks-restore")
-				return len(now) == 1 && now[0] != first[0]
-			})
-			_ = cmd.Process.Kill()
-			_ = cmd.Wait()
-			var after string
-			if !waitFor(func() bool { after = stateOf(t, "blue"); return after == before }) {
-				t.Error(changes(before, after))
-			}
-			testkit.Eventually(t, "only the program is left", func() bool { return len(pidsIn(t, "blue")) == 1 })
-			for _, pid := range pidsIn(t, "blue") { // without a network it goes on, as the manual says
-				signalPID(t, pid, syscall.SIGKILL)
-			}
+	inNamedStates(t, func(t *testing.T, proxy, before string) {
+		cmd := exec.Command(viasocks, "run", "--proxy", proxy, "--log-level", "info", "--publish", "0:80",
+			"--netns", "blue", "--", "sleep", "60")
+		startPublished(t, cmd)
+		first := theRestorer(t, cmd.Process.Pid)
+		signalPID(t, first, syscall.SIGKILL)
+		testkit.Eventually(t, "another process that restores", func() bool {
+			now := childrenNamed(cmd.Process.Pid, restorerName)
+			return len(now) == 1 && now[0] != first
 		})
-	}
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		var after string
+		if !waitFor(func() bool { after = stateOf(t, "blue"); return after == before }) {
+			t.Error(changes(before, after))
+		}
+		testkit.Eventually(t, "only the program is left", func() bool { return len(pidsIn(t, "blue")) == 1 })
+		for _, pid := range pidsIn(t, "blue") { // without a network it goes on, as the manual says
+			signalPID(t, pid, syscall.SIGKILL)
+		}
+	})
 }

@@ -96,49 +96,60 @@ var namedStates = map[string]func(t *testing.T, name string){
 	},
 }
 
+// restorerName is argv[0] of the process that restores a named namespace.
+const restorerName = "viasocks-restore"
+
+// theRestorer returns that process.
+func theRestorer(t *testing.T, viasocks int) (pid string) {
+	t.Helper()
+	list := childrenNamed(viasocks, restorerName)
+	if len(list) != 1 {
+		t.Fatalf("the processes that restore are %v", list)
+	}
+	return list[0]
+}
+
+// inNamedStates runs a test in the namespace blue, for each state that it may be in before.
+func inNamedStates(t *testing.T, f func(t *testing.T, proxy, before string)) {
+	for what, prepare := range namedStates {
+		t.Run(what, func(t *testing.T) {
+			needNamed(t, "blue")
+			proxy := listenSOCKS(t)
+			prepare(t, "blue")
+			f(t, proxy.URL(), stateOf(t, "blue"))
+		})
+	}
+}
+
 // TestNamedNamespace: a program runs in a named namespace, which is as before when it has ended, also if the process
 // that restores it was killed. It is refused to a second viasocks at the same time.
 func TestNamedNamespace(t *testing.T) {
 	if !apart(t) {
 		return
 	}
-	for what, prepare := range namedStates {
-		t.Run(what, func(t *testing.T) {
-			needNamed(t, "blue")
-			proxy := listenSOCKS(t)
-			prepare(t, "blue")
-			before := stateOf(t, "blue")
-			for _, killed := range []bool{false, true} {
-				cmd := exec.Command(viasocks, "run", "--proxy", proxy.URL(), "--log-level", "info", "--publish", "0:80",
-					"--netns", "blue",
-					"--", "sh", "-c", "ip -br link; exec sleep 60")
-				var out strings.Builder
-				cmd.Stdout = &out
-				startPublished(t, cmd)
-				second := exec.Command(viasocks, "run", "--proxy", proxy.URL(), "--netns", "blue", "--", "true")
-				if got, err := output(second); err == nil || !strings.Contains(got, "another viasocks uses it") {
-					t.Errorf("a second one: %v\n%s", err, got)
-				}
-				restorer := childrenNamed(cmd.Process.Pid, "viasocks-restore")
-				if len(restorer) != 1 {
-					t.Fatalf("the processes that restore are %v", restorer)
-				}
-				if killed {
-					signalPID(t, restorer[0], syscall.SIGKILL)
-				} else {
-					signalPID(t, restorer[0], syscall.SIGTERM) // it has its work to do
-				}
-				_ = cmd.Process.Signal(syscall.SIGTERM)
-				_ = cmd.Wait()
-				if after := stateOf(t, "blue"); after != before {
-					t.Error(changes(before, after))
-				}
-				if left := pidsIn(t, "blue"); len(left) > 0 {
-					t.Errorf("processes are left: %v", left)
-				}
+	inNamedStates(t, func(t *testing.T, proxy, before string) {
+		// SIGTERM, which a service manager sends to all processes, does not keep it from its work.
+		for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+			cmd := exec.Command(viasocks, "run", "--proxy", proxy, "--log-level", "info", "--publish", "0:80",
+				"--netns", "blue", "--", "sh", "-c", "ip -br link; exec sleep 60")
+			var out strings.Builder
+			cmd.Stdout = &out
+			startPublished(t, cmd)
+			second := exec.Command(viasocks, "run", "--proxy", proxy, "--netns", "blue", "--", "true")
+			if got, err := output(second); err == nil || !strings.Contains(got, "another viasocks uses it") {
+				t.Errorf("a second one: %v\n%s", err, got)
 			}
-		})
-	}
+			signalPID(t, theRestorer(t, cmd.Process.Pid), sig)
+			_ = cmd.Process.Signal(syscall.SIGTERM)
+			_ = cmd.Wait()
+			if after := stateOf(t, "blue"); after != before {
+				t.Error(changes(before, after))
+			}
+			if left := pidsIn(t, "blue"); len(left) > 0 {
+				t.Errorf("processes are left: %v", left)
+			}
+		}
+	})
 }
 
 // childrenNamed lists the children of a process whose argv[0] is name.

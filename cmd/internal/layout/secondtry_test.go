@@ -34,7 +34,7 @@ func TestSecondTry(t *testing.T) {
 		{"fails always", failed("TestA") + badPackage, failed("TestA") + badPackage, false, second + "A\n", passed},
 		{"race", failed("TestA") + "    WARNING: DATA RACE\n" + badPackage, goodPackage, false, "RACE", "second try"},
 		{"panic", failed("TestA") + "panic: 1\n\ngoroutine 1\n" + badPackage, goodPackage, false, "panic: 1", "second try"},
-		{"panic of another program", failed("TestA") + "        panic: 1\n" + badPackage, goodPackage, false, "panic: 1", "second try"},
+		{"panic inside", failed("TestA") + "        panic: 1\n" + badPackage, goodPackage, false, "panic: 1", "second try"},
 		{"no test named", goodPackage + badPackage + failed("TestA") + badPackage, goodPackage, false, "FAIL", "second try"},
 		{"does not build", failed("TestA") + "FAIL\tm.example/some [build failed]\n", goodPackage, false, "build", "second try"},
 		{"three", failed("TestA", "TestB", "TestC") + badPackage, goodPackage, true, second + "A TestB TestC\n", ""},
@@ -47,7 +47,10 @@ func TestSecondTry(t *testing.T) {
 			writeFile(t, dir+"/first", tt.first, 0o644)
 			writeFile(t, dir+"/second", tt.second, 0o644)
 			// It stands in for go test, and fails as that does.
-			writeFile(t, dir+"/go", "#!/bin/sh\ncat first; ! grep -q ^FAIL first; status=$?; mv second first; exit $status\n", 0o755)
+			writeFile(t, dir+"/go", `#!/bin/sh
+cat first; ! grep -q ^FAIL first; status=$?
+mv second first; exit $status
+`, 0o755)
 			got, err := gotest(t, dir, dir+"/go")
 			if (err == nil) != tt.passes || !strings.Contains(got, tt.says) || tt.never != "" && strings.Contains(got, tt.never) {
 				t.Errorf("%v\n%s", err, got)
