@@ -29,7 +29,10 @@ clean() {
 	# Not every program ends its helpers, or itself, when it is told to.
 	for name in "${spaces[@]}"; do kill -KILL $(ip netns pids "$name") 2>/dev/null; done
 	((${#children[@]} == 0)) || wait "${children[@]}" 2>/dev/null
-	for name in "${spaces[@]}"; do ip netns del "$name" 2>/dev/null; done
+	for name in "${spaces[@]}"; do
+		ip netns del "$name" 2>/dev/null
+		rm -rf "/etc/netns/$name"
+	done
 	chmod -R u+w "$work"
 	rm -rf "$work"
 	exit "$status"
@@ -45,7 +48,8 @@ need() {
 	for program; do command -v "$program" >/dev/null || cannot "$program is not installed"; done
 }
 
-# space VARIABLE makes a network namespace, with its loopback device up, and stores its name in VARIABLE.
+# space VARIABLE makes a network namespace, with its loopback device up, and stores its name in VARIABLE. At the end the namespace
+# goes, and with it the folder /etc/netns/NAME, whose files ip-netns(8) binds over those of the system.
 space() {
 	((EUID == 0)) || cannot "network namespaces need root"
 	need ip

@@ -36,7 +36,6 @@ GO
 # Nobody listens at 203.0.113.7 and 2001:db8::7. The servers find the names in a file hosts of the namespace, which ip-netns(8)
 # binds over that of the system.
 mkdir -p "/etc/netns/$host"
-trap 'rm -rf "/etc/netns/$host"; clean' EXIT
 printf '%s\n' "203.0.113.1 good-first.example" "203.0.113.7 good-first.example" "203.0.113.7 bad-first.example" \
 	"203.0.113.1 bad-first.example" "2001:db8::7 bad-ipv6.example" "203.0.113.1 bad-ipv6.example" >"/etc/netns/$host/hosts"
 printf 'hosts: files\n' >"/etc/netns/$host/nsswitch.conf"
