@@ -81,17 +81,26 @@ func leftClosed(dir string) (all []Finding) {
 		if control.Locked(control.PathIn(dir, ino)) || !users.Any() {
 			continue
 		}
-		option := "--netns=" + filepath.Base(users.Seen())
-		if pid, ok := strings.CutPrefix(users.Seen(), "/proc/"); ok {
-			option = "--pid=" + strings.TrimSuffix(pid, "/ns/net")
-		}
 		all = append(all, Finding{Level: Fault,
 			Found: fmt.Sprintf("A viasocks was killed, and the network namespace net:[%d] is still closed.", ino),
 			Means: "No program in it reaches anything outside of its own networks.",
-			Do: fmt.Sprintf("viasocks attach %s (with the same options) carries it again; viasocks down %[1]s opens it",
-				option)})
+			Do:    reopen(users.Seen())})
 	}
 	return all
+}
+
+// reopen tells what opens a network namespace that is at path: below /proc/PID, or a file.
+func reopen(path string) string {
+	const words = "viasocks attach %s (with the same options) carries it again; viasocks down %[1]s opens it"
+	if pid, ok := strings.CutPrefix(path, "/proc/"); ok {
+		return fmt.Sprintf(words, "--pid="+strings.TrimSuffix(pid, "/ns/net"))
+	}
+	dir, name := filepath.Split(path)
+	how := fmt.Sprintf(words, "--netns="+name)
+	if dir != "/run/netns/" { // where --netns looks for names
+		how = fmt.Sprintf("mkdir -p /run/netns && ln -s %s /run/netns/ gives it a name; then %s", path, how)
+	}
+	return how
 }
 
 // ownState is state of this process's own network namespace.

@@ -15,6 +15,19 @@ import (
 	"github.com/viasocks/viasocks/stack/testkit"
 )
 
+// TestReopen: a namespace is named by what --pid and --netns find.
+func TestReopen(t *testing.T) {
+	for path, want := range map[string]string{
+		"/proc/12/ns/net":      "viasocks attach --pid=12 (with the same options) carries it again; viasocks down --pid=12 opens it",
+		"/run/netns/blue":      "viasocks attach --netns=blue (with the same options) carries it again; viasocks down --netns=blue opens it",
+		"/run/docker/netns/1a": "ln -s /run/docker/netns/1a /run/netns/ gives it a name; then viasocks attach --netns=1a ",
+	} {
+		if got := reopen(path); !strings.Contains(got, want) || strings.Contains(got, "ln -s") != strings.HasPrefix(want, "ln -s") {
+			t.Errorf("%s: %s", path, got)
+		}
+	}
+}
+
 // TestLeftClosed: a namespace with a journal and without a living viasocks is named, with what opens it, as long as somebody
 // uses it.
 func TestLeftClosed(t *testing.T) {
