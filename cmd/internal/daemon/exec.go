@@ -55,7 +55,10 @@ func Exec(want string, program []string, all []control.Instance, environ []strin
 
 // instanceNamed finds the instance of run or attach with this name or process id.
 func instanceNamed(want string, all []control.Instance) (at control.Instance, err error) {
-	pid, _ := strconv.Atoi(want)
+	pid, err := strconv.Atoi(want)
+	if err != nil {
+		pid = -1 // 0 is a process of another PID namespace
+	}
 	n, silent := 0, false
 	for _, i := range all {
 		if i.State == control.NoAnswer {

@@ -21,6 +21,7 @@ func TestInstanceNamed(t *testing.T) {
 		{"42", []control.Instance{host, there}, "none of your own programs has this name"},
 		{"43", []control.Instance{there, silent}, "it does not answer"},
 		{"second", []control.Instance{there, silent}, "none of your own programs that answer has this name"},
+		{"second", []control.Instance{{Mode: control.ModeRun, State: control.NoAnswer}}, "none of your own programs that answer"},
 		{"first", []control.Instance{there, there, silent}, "several have this name"},
 		{"41", []control.Instance{silent, there}, "its program has ended"}, // process 1 is no child of 41
 	} {
