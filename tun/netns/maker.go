@@ -1,6 +1,7 @@
 package netns
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -93,6 +94,9 @@ func (n *Namespace) newMaker() (_ *net.UnixConn, pid int, err error) {
 	theirs.Close()
 	fd, refused, err := askMaker(conn, unix.AF_INET, unix.SOCK_DGRAM)
 	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		reap(pid)
+		return nil, 0, fmt.Errorf("it did not answer within %v", makerTimeout)
 	case err != nil:
 		reap(pid)
 		return nil, 0, fmt.Errorf("it has ended at once: %w%s", err, lastWords(said))

@@ -157,12 +157,11 @@ func (s *Sockets) Close() error {
 }
 
 // socketsFromFile returns Sockets that use the socket from the helper, whose maker is inside the namespaces of the process
-// program. It closes f.
+// program. It closes f. After an error the maker is still the caller's.
 func socketsFromFile(f *os.File, maker, program int, log *slog.Logger) (*Sockets, error) {
 	defer f.Close()
 	c, err := net.FileConn(f)
 	if err != nil {
-		reap(maker)
 		return nil, fmt.Errorf("cannot reach the maker of sockets: %w", err)
 	}
 	s := &Sockets{conn: c.(*net.UnixConn), pid: maker}

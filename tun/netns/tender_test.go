@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"os/exec"
 	"strings"
 	"sync"
 	"syscall"
@@ -98,6 +99,38 @@ func TestSpawnMakerStopped(t *testing.T) {
 	unix.Close(fd)
 	if now := c.Sockets.maker(); now == pid {
 		t.Error("it is the same maker")
+	}
+}
+
+// TestSpawnMakerSilent: a new maker that does not answer in time is ended, and the error says so.
+func TestSpawnMakerSilent(t *testing.T) {
+	testkit.CheckLeaks(t)
+	c := spawn(t, socketsSpec("sleep", "60"))
+	defer c.Close()
+	defer func(d time.Duration) { makerTimeout = d }(makerTimeout)
+	makerTimeout = time.Nanosecond
+	if _, _, err := c.Sockets.program.newMaker(); err == nil || err.Error() != "it did not answer within 1ns" {
+		t.Error(err)
+	}
+}
+
+// TestSocketsFromFile: if the file is no socket, the maker is left to the caller, who ends it once.
+func TestSocketsFromFile(t *testing.T) {
+	testkit.CheckLeaks(t)
+	f, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	maker := exec.Command("sleep", "60")
+	if err := maker.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = maker.Process.Kill(); _ = maker.Wait() }()
+	if _, err := socketsFromFile(f, maker.Process.Pid, os.Getpid(), nil); err == nil {
+		t.Error("a device is a socket")
+	}
+	if err := syscall.Kill(maker.Process.Pid, 0); err != nil {
+		t.Errorf("the maker: %v", err)
 	}
 }
 
