@@ -117,7 +117,8 @@ func (n *Namespace) Close() {
 }
 
 // Start starts this program with other arguments in the namespace. Only the network namespace is another one, and the
-// user namespace that owns it where the caller has no rights in it otherwise: files and processes are the caller's.
+// user namespace that owns it where the caller has no rights in it otherwise: files and processes are the caller's. Of what
+// openProgram has opened, the mount namespace is another one as well.
 // files are the new process's descriptors, beginning with standard input. The caller must wait for the process.
 //
 // The new process has its own session, so that signals of the terminal do not reach it.

@@ -243,7 +243,7 @@ func (s *system) none(processes int, all []*container) error {
 // maxCandidates is the number of containers that an error names at most.
 const maxCandidates = 8
 
-// list lists containers in messages. words describes one of them.
+// list lists containers, or their names, in messages. words describes one of them.
 func list[C any](all []C, words func(C) string) string {
 	var text []string
 	for _, c := range all[:min(len(all), maxCandidates)] {
