@@ -17,8 +17,9 @@ import (
 // Patience is how long a test waits for what must happen, on a machine that may stall for seconds.
 const Patience = 30 * time.Second
 
-// poll is the least time between two checks of a condition. A check that starts programs costs more: several tests that wait
-// beside each other would use the processors up, so that it is made only after three times as long as it took, up to rarely.
+// poll is the least time between two checks of a condition. Where checks start programs, several tests that wait beside each
+// other would use the processors up. Until therefore waits three times as long as the last check took, but for this no longer
+// than rarely, and in any case as long as the check took.
 const poll, rarely = time.Millisecond, 100 * time.Millisecond
 
 // leakPatience equals Patience, except in the test of CheckLeaks.

@@ -178,8 +178,8 @@ func TestAwaitFiles(t *testing.T) {
 	AwaitFiles(t, before)
 }
 
-// TestUntilSpares: a condition is checked again after three times as long as the check took, but rarely only so that it is not
-// noticed much later.
+// TestUntilSpares: the longer a check takes, the longer is the pause after it, but not so long that its success would be noticed
+// much later.
 func TestUntilSpares(t *testing.T) {
 	for _, tt := range []struct {
 		cost time.Duration

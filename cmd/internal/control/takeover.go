@@ -54,7 +54,7 @@ func (s *Server) upgrade(w http.ResponseWriter, r *http.Request) {
 }
 
 // hijack changes the protocol of the connection of a client that may do everything. The caller closes the connection. It is
-// nil if hijack has refused the request.
+// nil if hijack has refused the request, or if the client has ended.
 func (s *Server) hijack(w http.ResponseWriter, r *http.Request, protocol string) (*net.UnixConn, privsock.Peer) {
 	p, _ := r.Context().Value(peerKey{}).(privsock.Peer)
 	if !p.Owner() {

@@ -9,8 +9,8 @@ import (
 	"github.com/viasocks/viasocks/cmd/internal/harness"
 )
 
-// turns are the turns of the tests that run apart. All of them together compute for less than a tenth of their time, and
-// those that are named here take half of it.
+// turns are the turns of the tests that run apart. They use the processors for less than a tenth of the time that they take. The
+// tests that are named here take half of that time.
 var turns = harness.NewQueue(8,
 	"TestClients", "TestLeak", "TestChoosingIsKilled", "TestRulesOfReach", "TestAttachKilled", "TestRestored",
 	"TestDirectInKernelReloads", "TestChoices", "TestProgramIsKilled", "TestDefaultRoutes", "TestTakeoverKilled",
