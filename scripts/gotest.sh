@@ -4,7 +4,8 @@
 # The tests run many real programs, the kernel and hundreds of timers on a machine that may be slow and busy, and some of those
 # programs fail now and then by themselves. A failed test is run once more, after everything else. Each test that passes only
 # then is named at the end, with the output of its failure above: it has a fault that wants mending. These get no second try:
-# data races, panics and tests that hang; a package that fails without naming a test; four failed tests or more.
+# data races, panics and tests that hang; a package that fails without naming a test, or that is killed or exits before its last
+# test; four failed tests or more.
 set -euo pipefail
 
 go=${GO:-go} flags=()
@@ -19,11 +20,13 @@ status=0
 ((status)) || exit 0
 
 if grep -qE 'WARNING: DATA RACE|(^|[[:space:]])(panic|fatal error|SIG[A-Z]+): |\[(build|setup) failed\]' "$log"; then exit "$status"; fi
-# A package's output ends with its result. Each line here is a package and its failed tests: PACKAGE TEST|TEST.
+# A package's output ends with its result, and before that with FAIL or PASS alone if all its tests have run. Each line here is a
+# package and its failed tests, or none if the others may not have run: PACKAGE TEST|TEST.
 mapfile -t failed < <(awk '
 	/^--- FAIL: / { tests = tests (tests ? "|" : "") $3 }
-	$1 == "FAIL" && NF > 1 { print $2, tests; tests = "" }
-	$1 == "ok" { tests = "" }' "$log")
+	$1 == "FAIL" && NF > 1 { print $2, all_ran ? tests : ""; tests = "" }
+	$1 == "ok" { tests = "" }
+	{ all_ran = $0 == "FAIL" || $0 == "PASS" }' "$log")
 count=0
 for line in "${failed[@]}"; do
 	read -r package tests <<<"$line"
