@@ -3,8 +3,8 @@
 # Question: does libtorrent repeat a request for a port by NAT-PMP that was lost?
 #
 # Why it matters: datagrams get lost, and RFC 6886, section 3.1, has the client repeat its request after 250 ms. If it does not,
-# the program has no port, and no alert says so. A gateway that needs time to find a port must therefore not leave the first
-# request without an answer: no second one comes.
+# the program has no port. A gateway that needs time to find a port must therefore not leave the first request without an answer:
+# no second one comes.
 #
 # Seen with: libtorrent-rasterbar 2.0.8, which qBittorrent and Deluge use. Explained by: natpmp::on_reply() cancels the timer
 # that repeats the request whenever a datagram comes from the gateway. libtorrent asks for the address of the gateway right after

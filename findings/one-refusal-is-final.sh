@@ -3,8 +3,8 @@
 # Question: when does a BitTorrent client ask its gateway again, if the gateway has refused it a port for the moment?
 #
 # Why it matters: a gateway that has no connection yet, for instance right after the boot, refuses the port with "network
-# failure". A minute later it would give the port, but nobody asks, and peers cannot connect to the client. It has to be started
-# again.
+# failure". A minute later it would give the port, but nobody asks, and peers cannot connect to the client, unless somebody starts
+# it again: Transmission never asks, and libtorrent only after two hours.
 #
 # Seen with: Transmission 3.00 by NAT-PMP (RFC 6886), and libtorrent-rasterbar 2.0.8 by PCP, whose refusals say for how long they
 # hold (RFC 6887, section 7.4). Explained by: tr_natpmpPulse() of Transmission never leaves the state TR_NATPMP_ERR, though

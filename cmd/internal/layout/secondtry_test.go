@@ -36,7 +36,7 @@ func TestSecondTry(t *testing.T) {
 		{"panic", failed("TestA") + "panic: 1\n\ngoroutine 1\n" + badPackage, goodPackage, false, "panic: 1", "second try"},
 		{"panic inside", failed("TestA") + "        panic: 1\n" + badPackage, goodPackage, false, "panic: 1", "second try"},
 		{"no test named", goodPackage + badPackage + failed("TestA") + badPackage, goodPackage, false, "FAIL", "second try"},
-		{"killed", failed("TestA") + "signal: killed\nFAIL\tm.example/some\t0.012s\n", goodPackage, false, "killed", "second try"},
+		{"killed", failed("TestA") + "signal: killed\nFAIL\tm.example/some\t0.012s\n", goodPackage, false, "kill", "second try"},
 		{"exits", failed("TestA") + "FAIL\tm.example/some\t0.012s\n", goodPackage, false, "FAIL", "second try"},
 		{"passes when run twice", failed("TestA") + "FAIL\nPASS\nFAIL\tm.example/some\t0.012s\n", goodPackage, true, passed, ""},
 		{"does not build", failed("TestA") + "FAIL\tm.example/some [build failed]\n", goodPackage, false, "build", "second try"},
