@@ -2,8 +2,9 @@
 #
 # Question: does aria2 ask its resolver by TCP if /etc/resolv.conf says "options use-vc"?
 #
-# Why it matters: the option (resolv.conf(5)) is how a host whose tunnel or proxy carries no UDP gets names. Programs that ask the C
-# library, such as getent, get them then, and aria2 does not. --async-dns=false makes it use the C library, and with it the option.
+# Why it matters: the option (resolv.conf(5)) is how a host whose tunnel or proxy carries no UDP gets names. Programs that ask the
+# C library, such as getent, get them then, and aria2 does not. --async-dns=false makes it use the C library, and with it the
+# option.
 #
 # Seen with: aria2 1.36.0 with c-ares 1.18.1, which is what --async-dns, the default, uses. Explained by: set_options() of c-ares
 # 1.18.1 knows ndots, retrans, retry and rotate, and ignores everything else.

@@ -134,7 +134,7 @@ func TestSocketsFromFile(t *testing.T) {
 	}
 }
 
-// TestSpawnMakerClosed closes at many instants after the death of the maker, so that another one is just being started.
+// TestSpawnMakerClosed closes at several instants after the death of the maker, so that another one is just being started.
 func TestSpawnMakerClosed(t *testing.T) {
 	testkit.CheckLeaks(t)
 	for i := range 4 {
