@@ -56,8 +56,8 @@ func Exec(want string, program []string, all []control.Instance, environ []strin
 // instanceNamed finds the instance of run or attach with this name or process id.
 func instanceNamed(want string, all []control.Instance) (at control.Instance, err error) {
 	pid, err := strconv.Atoi(want)
-	if err != nil {
-		pid = -1 // 0 is a process of another PID namespace
+	if err != nil || pid == 0 { // 0 is a process of another PID namespace
+		pid = -1
 	}
 	n, silent := 0, false
 	for _, i := range all {
@@ -79,6 +79,8 @@ func instanceNamed(want string, all []control.Instance) (at control.Instance, er
 		return at, errors.New("none of your own programs has this name or process id: see 'viasocks ps'")
 	case n > 1:
 		return at, errors.New("several have this name: give the process id that 'viasocks ps' shows")
+	case at.PID == 0: // its numbers of processes mean others here
+		return at, errors.New("it is in another process namespace, such as that of a container: do it there")
 	}
 	// The process id belongs to the program, or to the process that attach has in the namespace, as long as its parent,
 	// viasocks, has not waited for it.
