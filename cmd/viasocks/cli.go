@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"strings"
 
 	"github.com/viasocks/viasocks/cmd/internal/config"
 	"github.com/viasocks/viasocks/cmd/internal/control"
@@ -72,8 +73,14 @@ func lookup(name string) *command {
 	return nil
 }
 
+// otherWords are commands of other programs, and those of viasocks that do the same.
+var otherWords = map[string]string{"start": "up", "stop": "down", "list": "ps"}
+
 // noCommand says that there is no command of this name, and which one it may stand for.
 func noCommand(name string) string {
+	if meant, ok := otherWords[name]; ok {
+		return fmt.Sprintf("cannot use %q: there is no such command (did you mean %s?)", name, meant)
+	}
 	var names []string
 	for _, c := range commands() {
 		names = append(names, c.name)
@@ -95,6 +102,11 @@ func dispatch(argv, env []string, std streams) int {
 		name = "version"
 	}
 	c := lookup(name)
+	if c == nil && strings.HasPrefix(name, "-") {
+		const why = "a command comes before the options, as in 'viasocks run --proxy URL PROGRAM': see 'viasocks help'"
+		fmt.Fprintf(std.err, "viasocks: cannot use %q: %s\n", config.Redact(name), why)
+		return exitUsage
+	}
 	if c == nil {
 		fmt.Fprintf(std.err, "viasocks: %s: see 'viasocks help'\n", noCommand(name))
 		return exitUsage

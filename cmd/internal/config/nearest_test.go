@@ -17,6 +17,9 @@ func TestNearest(t *testing.T) {
 		"log":                    "log-level",
 		"upp":                    "up",
 		"dwon":                   "down",
+		"DOWN":                   "down",
+		"lna":                    "lan", // one fault: two letters have changed places
+		"nal":                    "",
 		"stauts":                 "status",
 		"lam":                    "lan",
 		"xyz":                    "",
