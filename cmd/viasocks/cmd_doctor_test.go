@@ -22,7 +22,7 @@ func TestDoctorBesideUp(t *testing.T) {
 	p.cmd.Process.Signal(syscall.SIGKILL)
 	p.wait()
 	got = h.result("doctor")
-	for _, want := range []string{"exit 1\n", "A 'viasocks up' was killed, and this host is still closed.",
+	for _, want := range []string{"exit 1\n", "This host is closed: a 'viasocks up' was killed",
 		"viasocks down opens it"} {
 		if !strings.Contains(strings.Join(strings.Fields(got), " "), strings.TrimSpace(want)) {
 			t.Errorf("no %q in\n%s", want, got)

@@ -199,11 +199,12 @@ type Users struct {
 	last   string       // the process or file that was seen last, by its path; it is looked at first
 	proc   string       // /proc, except in tests
 	mounts string       // file of the mounts
+	named  string       // namedDir, except in tests
 }
 
 // NewUsers returns Users for the namespace id. The processes ours do not count.
 func NewUsers(id ID, ours ...int) *Users {
-	u := &Users{id: id, ours: map[int]bool{}, proc: "/proc", mounts: "/proc/self/mountinfo"}
+	u := &Users{id: id, ours: map[int]bool{}, proc: "/proc", mounts: "/proc/self/mountinfo", named: namedDir}
 	for _, pid := range ours {
 		u.ours[pid] = true
 	}
@@ -239,6 +240,16 @@ func (u *Users) Any() bool {
 
 // Seen returns the path below /proc/PID, or the file, by which Any saw that the namespace is in use.
 func (u *Users) Seen() string { return u.last }
+
+// Name returns the name by which ip-netns(8) knows the namespace, or "".
+func (u *Users) Name() string {
+	for _, path := range mountsOf(u.mounts, u.id.Ino) {
+		if filepath.Dir(path) == u.named && u.isAt(path) {
+			return filepath.Base(path)
+		}
+	}
+	return ""
+}
 
 func (u *Users) isAt(path string) bool {
 	var st unix.Stat_t

@@ -42,7 +42,7 @@ func TestUsers(t *testing.T) {
 	id := fakeNamespace(t, at("10"), at("20"), at("30"))
 	fakeNamespace(t, at("40")) // another one
 	u := NewUsers(id, 10)
-	u.proc, u.mounts = proc, filepath.Join(proc, "mountinfo")
+	u.proc, u.mounts, u.named = proc, filepath.Join(proc, "mountinfo"), proc
 	for _, pid := range []string{"20", "30"} {
 		if !u.Any() {
 			t.Fatalf("process %s is not seen", pid)
@@ -68,6 +68,13 @@ func TestUsers(t *testing.T) {
 	}
 	if !u.Any() || u.last != file {
 		t.Errorf("%q is seen, not %s", u.last, file)
+	}
+	if got := u.Name(); got != "a name" {
+		t.Errorf("its name is %q", got)
+	}
+	u.named = filepath.Join(proc, "elsewhere")
+	if got := u.Name(); got != "" {
+		t.Errorf("a file that is none of ip netns is taken for the name %q", got)
 	}
 }
 

@@ -29,7 +29,7 @@ func TestInstanceNamed(t *testing.T) {
 		{"0", []control.Instance{unseen}, "none of your own programs has this name"},
 		{"first", []control.Instance{there, unseen}, "its program has ended"},
 		{"other", []control.Instance{there, unseen}, "it is in another process namespace"}, // the parent of process 1 is 0, too
-		{"41", []control.Instance{silent, there}, "its program has ended"}, // process 1 is no child of 41
+		{"41", []control.Instance{silent, there}, "its program has ended"},                 // process 1 is no child of 41
 	} {
 		if _, err := instanceNamed(tt.want, tt.all); err == nil || !strings.Contains(err.Error(), tt.says) {
 			t.Errorf("%s in %+v: %v, want %s", tt.want, tt.all, err, tt.says)

@@ -177,6 +177,8 @@ func unreached(where string, fault *socks.ServerError, err error) error {
 		return fmt.Errorf("cannot reach the proxy %s: %w", where, fault.Err)
 	case fault.Op == socks.OpSecure && timeout:
 		return fmt.Errorf("cannot use the proxy %s: it does not answer: does it speak TLS?", where)
+	case fault.Op == socks.OpSecure && (errno == syscall.ECONNRESET || errors.Is(err, io.EOF)):
+		return fmt.Errorf("cannot use the proxy %s: it has ended the connection: does it speak TLS?", where)
 	case fault.Op == socks.OpSecure && errors.As(err, new(x509.UnknownAuthorityError)):
 		return fmt.Errorf("cannot use the proxy %s: %w: give the authority's certificate with --proxy-ca FILE", where, fault.Err)
 	}

@@ -151,6 +151,32 @@ func TestExplain(t *testing.T) {
 	}
 }
 
+// A proxy that resets what it does not understand may have no TLS.
+func TestProbeTLSReset(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = c.Read(make([]byte, 1))
+			_ = c.(*net.TCPConn).SetLinger(0)
+			c.Close()
+		}
+	}()
+	where := l.Addr().String()
+	err = probe(context.Background(), parse(t, "--proxy", "socks5+tls://"+where), dialing{})
+	want := "cannot use the proxy " + where + ": it has ended the connection: does it speak TLS?"
+	if err == nil || err.Error() != want {
+		t.Errorf("%v, want %q", err, want)
+	}
+}
+
 // A proxy inside TLS is looked at inside TLS, and what is wrong with its certificate is said.
 func TestProbeTLS(t *testing.T) {
 	cert, pem, err := sockstest.Certificate("127.0.0.1")
@@ -171,7 +197,7 @@ func TestProbeTLS(t *testing.T) {
 		{[]string{"--proxy", "https://" + open.Addr().String(), "--proxy-ca", ca}, ""},
 		{[]string{"--proxy", "socks5+tls://" + open.Addr().String()}, "give the authority's certificate with --proxy-ca FILE"},
 		{[]string{"--proxy", "socks5+tls://" + login.Addr().String(), "--proxy-ca", ca}, "with --password-file FILE"},
-		{[]string{"--proxy", "socks5+tls://" + plain.Addr().String(), "--proxy-ca", ca}, "cannot use TLS with"},
+		{[]string{"--proxy", "socks5+tls://" + plain.Addr().String(), "--proxy-ca", ca}, "does it speak TLS?"},
 	} {
 		err := probe(context.Background(), parse(t, tt.args...), dialing{})
 		if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {

@@ -81,12 +81,22 @@ func leftClosed(dir string) (all []Finding) {
 		if control.Locked(control.PathIn(dir, ino)) || !users.Any() {
 			continue
 		}
+		words, path := calling(users.Name(), users.Seen(), ino)
 		all = append(all, Finding{Level: Fault,
-			Found: fmt.Sprintf("A viasocks was killed, and the network namespace net:[%d] is still closed.", ino),
+			Found: fmt.Sprintf("A viasocks has died, and the network namespace %s is still closed.", words),
 			Means: "No program in it reaches anything outside of its own networks.",
-			Do:    reopen(users.Seen())})
+			Do:    reopen(path)})
 	}
 	return all
+}
+
+// calling returns how a namespace is called that was seen at a path, and the path to name in advice. A name of 'ip netns' comes
+// first, because it stays when a process ends.
+func calling(name, seen string, ino uint64) (words, path string) {
+	if name != "" {
+		return name, "/run/netns/" + name
+	}
+	return fmt.Sprintf("net:[%d]", ino), seen
 }
 
 // reopen tells what opens a network namespace that is at path: below /proc/PID, or a file.
@@ -111,7 +121,8 @@ func (h *host) ownState() []Finding {
 	look, err := kernel.Look(daemon.KernelConfig(h.cfg))
 	switch {
 	case errors.Is(h.upErr, control.ErrNoDaemon) && err == nil && look.Left:
-		return []Finding{{Level: Fault, Found: "A 'viasocks up' was killed, and this host is still closed.",
+		return []Finding{{Level: Fault,
+			Found: "This host is closed: a 'viasocks up' was killed, or 'viasocks close' has closed it.",
 			Means: "No program reaches anything that is not on this host or its private networks.",
 			Do:    "viasocks up (with the same options) carries the host again; viasocks down opens it"}}
 	case errors.Is(h.upErr, control.ErrNoDaemon):

@@ -28,6 +28,18 @@ func TestReopen(t *testing.T) {
 	}
 }
 
+// TestCalling: a name stays when a process ends, and comes first.
+func TestCalling(t *testing.T) {
+	for _, tt := range []struct{ name, words, path string }{
+		{"svc", "svc", "/run/netns/svc"},
+		{"", "net:[7]", "/proc/41/ns/net"},
+	} {
+		if words, path := calling(tt.name, "/proc/41/ns/net", 7); words != tt.words || path != tt.path {
+			t.Errorf("%+v: %s, %s", tt, words, path)
+		}
+	}
+}
+
 // TestLeftClosed: a namespace with a journal and without a living viasocks is named, with what opens it, as long as somebody
 // uses it.
 func TestLeftClosed(t *testing.T) {

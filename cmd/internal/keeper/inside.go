@@ -90,7 +90,7 @@ func (in *inside) live() {
 			if !ok {
 				if in.host != nil {
 					in.log.Warn("viasocks has died: the namespace stays closed: 'viasocks attach' takes over, " +
-						"'viasocks down' opens it")
+						"'viasocks down' with the same name opens it")
 				}
 				return
 			}

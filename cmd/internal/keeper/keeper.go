@@ -22,7 +22,7 @@ const (
 
 // ErrTaken means that another viasocks steers the namespace.
 var ErrTaken = errors.New(
-	"cannot steer the namespace: another viasocks does: see 'viasocks ps', or end that one with 'viasocks down'",
+	"cannot steer the namespace: another viasocks does: see 'viasocks ps', or end that one: 'viasocks down' with the same name",
 )
 
 // ErrGone means that the keeper has ended although it was not told to.

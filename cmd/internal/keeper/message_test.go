@@ -75,7 +75,7 @@ func TestAnswers(t *testing.T) {
 		says string
 	}{
 		{answer{Err: "cannot x: y"}, nil, "cannot x: y"},
-		{answer{Err: "locked", Taken: true}, ErrTaken, "another viasocks does"},
+		{answer{Err: "locked", Taken: true}, ErrTaken, "'viasocks down' with the same name"},
 	} {
 		k, in := pair(t)
 		if err := send(in.conn, tt.a); err != nil {
