@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"strings"
 	"time"
 )
 
@@ -65,7 +66,8 @@ func unhealthy(err error, do string) Health {
 func checkHealth(r Runtime, upPath string, pid int) Health {
 	c, err := chooseHealth(r, upPath, pid)
 	if err != nil {
-		return unhealthy(err, "see 'viasocks ps'")
+		const do = "see 'viasocks ps'" // an error may say so itself
+		return unhealthy(errors.New(strings.TrimSuffix(err.Error(), ": "+do)), do)
 	}
 	defer c.Close()
 	c.SetTimeout(HealthTime)

@@ -54,7 +54,8 @@ func TestCheckHealth(t *testing.T) {
 			t.Errorf("%s: %+v", name, h)
 		}
 	}
-	if h := CheckHealth(r, path, 1); h.Healthy || !strings.Contains(h.Reason, "process id 1") {
+	if h := CheckHealth(r, path, 1); h.Healthy || !strings.Contains(h.Reason, "process id 1") ||
+		strings.Count(h.Reason+h.Do, "see 'viasocks ps'") != 1 {
 		t.Errorf("%+v", h)
 	}
 }

@@ -71,8 +71,12 @@ func open(path, words string) (Target, error) {
 		return Target{}, fmt.Errorf("cannot use the %s: %w", words, err)
 	case n.OfCaller():
 		n.Close()
+		is := "is in"
+		if strings.HasPrefix(words, "network namespace ") {
+			is = "is"
+		}
 		return Target{}, fmt.Errorf(
-			"cannot use the %s: it is in the network namespace of viasocks itself: use 'viasocks up' and 'down'", words)
+			"cannot use the %s: it %s the network namespace of viasocks itself: use 'viasocks up' and 'down'", words, is)
 	}
 	return Target{n, words}, nil
 }

@@ -24,6 +24,10 @@ func TestFindFails(t *testing.T) {
 			t.Errorf("%v, want %q", err, tt.says)
 		}
 	}
+	if _, err := open("/proc/self/ns/net", "network namespace blue"); err == nil ||
+		!strings.Contains(err.Error(), "blue: it is the network namespace of viasocks itself") {
+		t.Error(err)
+	}
 	if got := refusedTo(0); strings.Contains(got, "as root") {
 		t.Errorf("root is told to be root: %s", got)
 	}
