@@ -31,11 +31,13 @@ type assoc struct {
 	try      *try             // the pending one, or the one that returned link
 	opened   int64
 	failures int
-	queue    queue
-	names    *nameTaking // of the server; nil: it is not open, or no server
-	namedAt  int64       // when something was last sent to a name, if nothing has come back since; 0: there is no such time
-	namedTo  string
-	probe    atomic.Pointer[probe] // takes the answers to its own questions out of what arrives; nil: there is none
+	// unreachable is how many of the link's ICMP errors up.unreachable includes.
+	unreachable uint64
+	queue       queue
+	names       *nameTaking // of the server; nil: it is not open, or no server
+	namedAt     int64       // when something was last sent to a name, if nothing has come back since; 0: there is no such time
+	namedTo     string
+	probe       atomic.Pointer[probe] // takes the answers to its own questions out of what arrives; nil: there is none
 }
 
 // try is one call of OpenPackets. It distinguishes the results of an earlier call from those that are wanted.
@@ -278,7 +280,8 @@ func (r *shard) closed(e event) {
 		return
 	}
 	link := a.link
-	a.link, a.try = nil, nil
+	a.deafNow()
+	a.link, a.try, a.unreachable = nil, nil, 0
 	r.endedOnName(a, t.why)
 	r.lookKept(a.m)
 	lived := time.Duration(r.now() - a.opened)
@@ -320,5 +323,6 @@ func (r *shard) discard(a *assoc) {
 		r.udp.dialing--
 	}
 	r.inbox.post(event{kind: evDiscard, up: a.up, link: a.link, t: a.try})
-	a.link, a.try = nil, nil
+	a.deafNow()
+	a.link, a.try, a.unreachable = nil, nil, 0
 }

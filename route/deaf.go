@@ -18,7 +18,7 @@ var (
 
 const (
 	// deafAfter is how many consecutive associations must have ended, or datagrams met ICMP port unreachable, without
-	// an answer.
+	// an answer. The datagrams may be those of several associations.
 	deafAfter = 3
 	// quickEnd is the longest life of an association that was ended "at once".
 	quickEnd = time.Second
@@ -50,20 +50,23 @@ func (u *upstream) failedUDP(r *Router, err error) {
 func (u *upstream) heardUDP(r *Router) {
 	u.heard.Store(true)
 	u.deaf.Store(0)
+	u.unreachable.Store(0)
 	u.refuseUntil.Store(0)
 	u.udp.works(r, u, "UDP")
 }
 
-// appendDeaf appends the associations of m whose datagrams only met ICMP port unreachable, if nothing was ever
-// received from their upstream. The caller holds udp.mu.
-func appendDeaf(all []*assoc, m *mapping) []*assoc {
-	for _, a := range m.assocs {
-		if a.link == nil || a.up.heard.Load() || a.up.name == DirectName || a.up.own {
-			continue
-		}
-		if s := a.link.Stats(); s.Received == 0 && s.Unreachable >= deafAfter {
-			all = append(all, a)
-		}
+// deafNow counts the ICMP errors that a's datagrams met, and reports whether its upstream should be taken for one without
+// UDP: nothing was ever received from it, and its associations have met enough such errors together. A program seldom sends
+// more than two datagrams from one socket, so each association alone would have met too few. The caller holds udp.mu.
+func (a *assoc) deafNow() bool {
+	if a.link == nil || a.up.heard.Load() || a.up.name == DirectName || a.up.own {
+		return false
 	}
-	return all
+	s := a.link.Stats()
+	if s.Received > 0 || s.Unreachable == 0 {
+		return false
+	}
+	all := a.up.unreachable.Add(s.Unreachable - a.unreachable)
+	a.unreachable = s.Unreachable
+	return all >= deafAfter
 }

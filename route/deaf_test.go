@@ -37,6 +37,7 @@ func TestUDPDeafServers(t *testing.T) {
 			port := 5000
 			testkit.Eventually(t, "refusals", func() bool {
 				g.send(fmt.Sprintf("10.0.0.1:%d", port), "203.0.113.1:1000", "a")
+				port++ // as with most programs: each question has its own socket, and is not repeated soon
 				testkit.Pace(20 * time.Millisecond)
 				return len(g.w.refusals()) > 0
 			})

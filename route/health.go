@@ -28,6 +28,8 @@ type upstream struct {
 
 	heard atomic.Bool  // an answer came by UDP since the last failure
 	deaf  atomic.Int32 // consecutive associations that the server ended without an answer
+	// unreachable is the number of ICMP errors that datagrams met since the last answer, if there was any.
+	unreachable atomic.Uint64
 }
 
 // noUDP is how long "no UDP" is remembered. The next datagram after that is a new try.

@@ -129,7 +129,11 @@ func (r *shard) sweep() {
 		if now >= m.notYet && r.idle(m, now) {
 			old = append(old, m)
 		}
-		deaf = appendDeaf(deaf, m)
+		for _, a := range m.assocs {
+			if a.deafNow() {
+				deaf = append(deaf, a)
+			}
+		}
 	}
 	for _, a := range deaf {
 		r.refuseUDP(a, flow.RefusePort, errNobodyListens)

@@ -120,6 +120,7 @@ func TestUDPOverTCPRefused(t *testing.T) {
 	if all := srv.Requests(); len(all) != 1 || all[0].Cmd != sockstest.CmdConnect {
 		t.Errorf("asked %+v", all)
 	}
+	testkit.Eventually(t, "the reason in the log", func() bool { return len(g.log.lines("does not work for UDP")) > 0 })
 	if lines := g.log.lines("does not work for UDP"); len(lines) != 1 || !strings.Contains(lines[0], "it takes no UDP over TCP") {
 		t.Errorf("%q", lines)
 	}
