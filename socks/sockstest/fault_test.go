@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"syscall"
 	"testing"
@@ -183,6 +184,9 @@ func TestWithResolve(t *testing.T) {
 
 // TestWithNetns: all sockets of the server are in another namespace, and those of this process are not.
 func TestWithNetns(t *testing.T) {
+	runtime.LockOSThread() // Pdeathsig follows the thread that forks
+	defer runtime.UnlockOSThread()
+	here, _ := os.Readlink("/proc/thread-self/ns/net")
 	sleep := exec.Command("sleep", "60")
 	sleep.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
 	if err := sleep.Start(); err != nil {
@@ -203,7 +207,6 @@ func TestWithNetns(t *testing.T) {
 	if !errors.Is(err, syscall.ENETUNREACH) {
 		t.Errorf("an empty namespace reaches 192.0.2.1: %v", err)
 	}
-	here, _ := os.Readlink("/proc/self/ns/net")
 	if thread, _ := os.Readlink("/proc/thread-self/ns/net"); thread != here {
 		t.Errorf("this thread is in %s, not in %s", thread, here)
 	}

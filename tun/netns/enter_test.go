@@ -90,7 +90,7 @@ func TestOpenNamespace(t *testing.T) {
 			t.Errorf("%s was opened", path)
 		}
 	}
-	n, err := OpenNamespace("/proc/self/ns/net")
+	n, err := OpenNamespace("/proc/thread-self/ns/net")
 	if err != nil {
 		t.Fatal(err)
 	}

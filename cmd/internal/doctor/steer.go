@@ -73,7 +73,7 @@ func (h *host) state(context.Context) []Finding {
 // has their lock.
 func leftClosed(dir string) (all []Finding) {
 	var st unix.Stat_t
-	if unix.Stat("/proc/self/ns/net", &st) != nil {
+	if unix.Stat("/proc/thread-self/ns/net", &st) != nil {
 		return nil
 	}
 	for _, ino := range kernel.JournalsElsewhere(dir) {

@@ -59,8 +59,8 @@ func TestLeftClosed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var ours unix.Stat_t
-	if err := unix.Stat("/proc/self/ns/net", &ours); err != nil {
+	var ours unix.Stat_t // of this thread: another test may have left the first one, whose namespace is that of /proc/self
+	if err := unix.Stat("/proc/thread-self/ns/net", &ours); err != nil {
 		t.Fatal(err)
 	}
 	theirs := strings.Replace(own, fmt.Sprint(ours.Ino), fmt.Sprint(st.Ino), 1)

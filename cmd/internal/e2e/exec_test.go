@@ -73,7 +73,7 @@ func TestExec(t *testing.T) {
 			if exit, ok := err.(*exec.ExitError); !strings.HasPrefix(string(got), want) || !ok || exit.ExitCode() != 7 {
 				t.Errorf("exec %s: %v\n%swant\n%s", name, err, got, want)
 			}
-			inside, err := os.Readlink("/proc/self/ns/net")
+			inside, err := os.Readlink("/proc/thread-self/ns/net")
 			if err != nil || strings.Contains(string(got), inside) {
 				t.Errorf("it is in our own namespace: %s, %v", got, err)
 			}

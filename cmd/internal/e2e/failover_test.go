@@ -73,7 +73,7 @@ func listens(t *testing.T, name string, port int) {
 	t.Helper()
 	want := fmt.Sprintf(":%04X 00000000:0000 0A", port)
 	testkit.EventuallyIn(t, testkit.Patience, name+" listens", func() bool {
-		b, err := os.ReadFile("/proc/self/net/tcp")
+		b, err := os.ReadFile("/proc/thread-self/net/tcp")
 		return err == nil && strings.Contains(string(b), want)
 	})
 }

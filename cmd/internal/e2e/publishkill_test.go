@@ -175,7 +175,7 @@ func traces(t *testing.T) (all []string) {
 	// removed, in every mount namespace.
 	all = slices.DeleteFunc(all, func(line string) bool { return strings.Contains(line, " /run/netns/") })
 	for _, name := range []string{"tcp", "tcp6", "udp", "udp6"} {
-		b, err := os.ReadFile("/proc/self/net/" + name)
+		b, err := os.ReadFile("/proc/thread-self/net/" + name)
 		if err != nil {
 			continue // no IPv6
 		}

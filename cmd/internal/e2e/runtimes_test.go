@@ -149,7 +149,7 @@ func nscd(t *testing.T) (here, elsewhere *atomic.Int32) {
 	}
 	t.Cleanup(func() { l.Close() })
 	here, elsewhere = new(atomic.Int32), new(atomic.Int32)
-	own, err := os.Readlink("/proc/self/ns/net")
+	own, err := os.Readlink("/proc/thread-self/ns/net")
 	if err != nil {
 		t.Fatal(err)
 	}
