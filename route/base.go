@@ -24,7 +24,8 @@ type base struct {
 // times are constants, except in tests.
 type times struct {
 	retryFirst, retryMax, livedLong, quickEnd, noUDP time.Duration // of associations
-	sweepEvery, lookEvery, goneAfter, streamsEvery   time.Duration // of the search for what is over
+	sweepEvery, lookEvery, lookMost                  time.Duration // of the search for what is over
+	goneAfter, streamsEvery                          time.Duration // of the same
 	probeFirst, probeEvery, probeAgain, probeLinger  time.Duration // of the probes of kept mappings
 	nameTrial, nameDoubt, nameWindow, nameSilence    time.Duration // of names in datagrams
 }
@@ -32,7 +33,7 @@ type times struct {
 func defaultTimes() times {
 	return times{
 		retryFirst: retryFirst, retryMax: retryMax, livedLong: livedLong, quickEnd: quickEnd, noUDP: noUDP,
-		sweepEvery: sweepEvery, lookEvery: lookEvery, goneAfter: goneAfter, streamsEvery: streamsEvery,
+		sweepEvery: sweepEvery, lookEvery: lookEvery, lookMost: lookMost, goneAfter: goneAfter, streamsEvery: streamsEvery,
 		probeFirst: probeFirst, probeEvery: probeEvery, probeAgain: probeAgain, probeLinger: probeLinger,
 		nameTrial: nameTrial, nameDoubt: nameDoubt, nameWindow: nameWindow, nameSilence: nameSilence,
 	}

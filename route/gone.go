@@ -14,9 +14,11 @@ import (
 
 const (
 	// lookEvery is how often Run lists the existing UDP sockets. It is one query for all mappings, and at least
-	// lookShare times its duration passes before the next one.
+	// lookShare times its duration passes before the next one, but no more than lookMost: a machine that stalls
+	// during the query makes it seem expensive.
 	lookEvery = 5 * time.Second
 	lookShare = 200
+	lookMost  = time.Minute
 	// goneAfter is how long a mapping outlives its socket, so that a socket that is opened again on the same port
 	// keeps the outer port.
 	goneAfter = 10 * time.Second
@@ -126,7 +128,7 @@ func (g *goneSearch) sweepSockets(shards []*shard) {
 	if err != nil {
 		return
 	}
-	g.nextLook = now + max(int64(g.lookEvery), lookShare*int64(time.Since(began)))
+	g.nextLook = now + int64(max(g.lookEvery, min(lookShare*time.Since(began), g.lookMost)))
 }
 
 // missed records which sockets exist, and returns the mappings whose socket has been gone long enough. It reuses the

@@ -22,7 +22,8 @@ const (
 )
 
 func fast(r *Router) {
-	r.sweepEvery, r.lookEvery, r.goneAfter, r.streamsEvery = fastLook, fastLook, fastGone, fastLook
+	r.sweepEvery, r.lookEvery, r.lookMost = fastLook, fastLook, fastLook
+	r.goneAfter, r.streamsEvery = fastGone, fastLook
 }
 
 // A mapping ends soon after its socket, not with it; one that is opened again keeps the mapping; one that is there, or cannot
