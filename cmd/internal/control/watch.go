@@ -115,6 +115,9 @@ func (c *Client) Watch(ctx context.Context, f func(Event) error) error {
 	stream.Timeout = 0 // there may be no event for hours
 	resp, err := stream.Do(req)
 	if err != nil {
+		if ctx.Err() != nil { // which closes the connection, and err may tell only of that
+			return ctx.Err()
+		}
 		return c.explain(err)
 	}
 	defer resp.Body.Close()

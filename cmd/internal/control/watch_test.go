@@ -135,6 +135,32 @@ func TestWatchEnds(t *testing.T) {
 	testkit.Eventually(t, "no watcher", func() bool { return src.watching.Load() == 0 })
 }
 
+// TestWatchEndsEarly: a watcher that ends before it has an answer is told of that, and not that viasocks closed the connection.
+func TestWatchEndsEarly(t *testing.T) {
+	testkit.CheckLeaks(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	path := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		conn, err := l.Accept()
+		if err != nil {
+			return
+		}
+		_, _ = conn.Read(make([]byte, 1000))
+		cancel()
+		_ = conn.Close()
+	}()
+	c := NewClient(path)
+	defer c.Close()
+	if err := c.Watch(ctx, func(Event) error { return nil }); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+}
+
 // A watcher that does not read is disconnected, and told so when it reads again.
 func TestWatchSlow(t *testing.T) {
 	testkit.CheckLeaks(t)
