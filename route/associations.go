@@ -252,6 +252,7 @@ func (r *shard) back(up *upstream) {
 	var waiting []*assoc
 	r.udp.mu.Lock()
 	up.refuseUntil.Store(0)
+	up.unreachable.Store(0) // they were about the relays of a server that has gone
 	for _, m := range r.udp.all {
 		if a := m.assocOf(up); a != nil && a.link == nil && a.try == nil {
 			a.failures = 0

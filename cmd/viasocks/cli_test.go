@@ -103,7 +103,8 @@ func TestOutputFull(t *testing.T) {
 func TestUsageErrors(t *testing.T) {
 	var all strings.Builder
 	for _, args := range []string{
-		"walk", "dwon", "stop", "--prxy x run", "run", "run --prxy x", "run --mtu 9 p", "run --proxy ftp://h p", "run --proxy socks5://h",
+		"walk", "dwon", "stop", "--prxy x run",
+		"run", "run --prxy x", "run --mtu 9 p", "run --proxy ftp://h p", "run --proxy socks5://h",
 		"run --tun x p", "up --proxy socks5://h word", "up --mark 0", "up --proxy=socks5://al:geheim@h:x",
 		"up --config /does/not/exist", "run --proxy socks5://al@h --password-file /does/not/exist p",
 		"up --keep-proxy-env", "check", "version now", "help walk", "help run up",

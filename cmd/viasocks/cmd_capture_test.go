@@ -50,7 +50,8 @@ func tellOfConnection(t *testing.T, packets []string, program string) {
 	t.Helper()
 	if !slices.ContainsFunc(packets, func(p string) bool {
 		return strings.HasPrefix(p, "80\t0\t") && strings.Contains(p, "S") &&
-			strings.Contains(p, ": tcp to 203.0.113.9:80, program "+program) && strings.Contains(p, "upstream proxy, rule default, ")
+			strings.Contains(p, ": tcp to 203.0.113.9:80, program "+program) &&
+			strings.Contains(p, "upstream proxy, rule default, ")
 	}) {
 		t.Errorf("no connection begins with a SYN that tells of it:\n%s", strings.Join(packets, "\n"))
 	}

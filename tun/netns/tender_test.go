@@ -76,7 +76,8 @@ func TestSpawnMakerReplaced(t *testing.T) {
 	if err := syscall.Kill(last, 0); err != syscall.ESRCH {
 		t.Errorf("the maker %d after the end: %v", last, err)
 	}
-	if n := strings.Count(said.String(), `it is started again" how="signal 9 (killed)"`); n != 3 || strings.Count(said.String(), "\n") != 3 {
+	n := strings.Count(said.String(), `it is started again" how="signal 9 (killed)"`)
+	if n != 3 || strings.Count(said.String(), "\n") != 3 {
 		t.Errorf("three deaths, and the log says\n%s", &said)
 	}
 }

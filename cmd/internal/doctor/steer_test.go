@@ -17,12 +17,14 @@ import (
 
 // TestReopen: a namespace is named by what --pid and --netns find.
 func TestReopen(t *testing.T) {
+	const attach, down = "viasocks attach %s (with the same options) carries it again; ", "viasocks down %[1]s opens it"
 	for path, want := range map[string]string{
-		"/proc/12/ns/net":      "viasocks attach --pid=12 (with the same options) carries it again; viasocks down --pid=12 opens it",
-		"/run/netns/blue":      "viasocks attach --netns=blue (with the same options) carries it again; viasocks down --netns=blue opens it",
+		"/proc/12/ns/net":      fmt.Sprintf(attach+down, "--pid=12"),
+		"/run/netns/blue":      fmt.Sprintf(attach+down, "--netns=blue"),
 		"/run/docker/netns/1a": "ln -s /run/docker/netns/1a /run/netns/ gives it a name; then viasocks attach --netns=1a ",
 	} {
-		if got := reopen(path); !strings.Contains(got, want) || strings.Contains(got, "ln -s") != strings.HasPrefix(want, "ln -s") {
+		links := strings.HasPrefix(want, "ln -s")
+		if got := reopen(path); !strings.Contains(got, want) || strings.Contains(got, "ln -s") != links {
 			t.Errorf("%s: %s", path, got)
 		}
 	}

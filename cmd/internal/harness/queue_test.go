@@ -12,7 +12,9 @@ func TestQueue(t *testing.T) {
 		q := NewQueue(2, "TestLongest", "TestLong/sub")
 		var order []string
 		over := map[string]chan struct{}{}
-		for _, name := range []string{"TestA", "TestB", "TestC", "TestLong/other", "TestLong/sub", "TestLongestOfAll", "TestLongest/sub"} {
+		for _, name := range []string{
+			"TestA", "TestB", "TestC", "TestLong/other", "TestLong/sub", "TestLongestOfAll", "TestLongest/sub",
+		} {
 			over[name] = make(chan struct{})
 			go func() {
 				done := q.take(name)

@@ -213,7 +213,8 @@ func (f *fake) pod(pid int, sandbox, container, name, pod, namespace string) {
 	bundles := f.shim(pid, "k8s.io", sandbox)
 	uid := fmt.Sprintf("0d5c4f3e-9f5e-4a1b-8c3d-%012d", pid)
 	for i, id := range []string{sandbox, container} {
-		f.process(pid+1+i, pid, "busybox", "8:pids:/kubepods/besteffort/pod"+uid+"/"+id+"\n0::/\n", "/bin/busybox", "sleep", "1000")
+		groups := "8:pids:/kubepods/besteffort/pod" + uid + "/" + id + "\n0::/\n"
+		f.process(pid+1+i, pid, "busybox", groups, "/bin/busybox", "sleep", "1000")
 		f.nets[pid+1+i] = network{id: netns.ID{Ino: uint64(pid)}, owner: os.Getuid()}
 		annotations := map[string]string{"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": sandbox,
 			"io.kubernetes.cri.sandbox-name": pod, "io.kubernetes.cri.sandbox-namespace": namespace,
@@ -239,7 +240,8 @@ func TestKubernetes(t *testing.T) {
 	f.pod(20, one, two, "nginx", "web-7d9f", "shop")
 	f.pod(30, id("b2"), id("c3"), "app", "web-2b4c", "shop")
 	for want, pid := range map[string]int{
-		"nginx": 22, "web-7d9f": 21, "shop/web-7d9f": 21, one: 21, two: 22, two[:63]: 22, id("b2")[:13]: 31, id("c3")[:13]: 32, "app": 32,
+		"nginx": 22, "web-7d9f": 21, "shop/web-7d9f": 21, one: 21, two: 22, two[:63]: 22,
+		id("b2")[:13]: 31, id("c3")[:13]: 32, "app": 32,
 	} {
 		f.is(want, pid)
 	}
